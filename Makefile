@@ -1,0 +1,32 @@
+# `make demo` and `make test` set up all they need: a Python of 3.11-3.13, pip and make are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo check test test-all clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || (echo "fgvc needs Python 3.11-3.13: make PYTHON=python3.11 ..." >&2; exit 1)
+	$(BIN)/python -m pip install --quiet --editable '.[train,packaged,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m fgvc.demo demo
+
+check: install
+	$(BIN)/ruff check fgvc tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-all: check
+	$(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf demo build dist

@@ -1,0 +1,240 @@
+"""Recipes on disk: YAML, dotted overrides, and errors that name the file, the line, the key and the nearest valid key.
+
+Torch-free: prediction reads its sections from here. The root model of a run is `fgvc.recipe.Recipe`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from fgvc.types import FgvcError
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+Triple = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+class Deploy(Section):
+    """The preprocessing of the deployed stack, which must not change either (DESIGN 7). Evaluation, bundle and serving
+    follow it. What is left out is what the weights expect."""
+
+    resize: Literal["crop", "pad", "squash"] = Field(
+        "crop",
+        description="crop: shorter side to size / crop_fraction, then the centre; pad: longer side to size, "
+        "then a border of `fill`; squash: both sides to size, whatever the aspect",
+    )
+    crop_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the resized image that the centre crop keeps; "
+        "default: the weights' own for crop, 1 for pad and squash",
+    )
+    interpolation: Interpolation | None = Field(None, description="default: what the weights expect")
+    channel_order: Literal["rgb", "bgr"] = Field("rgb", description="order of the input's three channels")
+    input_range: Literal[1, 255] = Field(1, description="value of white before mean and std are applied")
+    mean: Triple | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
+    std: Triple | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
+    fill: tuple[int, int, int] = Field((128, 128, 128), description="RGB of the border that `pad` adds, 0-255")
+    labels: Path | None = Field(None, description="text file, one class a line: the deployed stack's label order")
+
+
+class Preprocess(Section):
+    """`Deploy` with nothing left open: what turns an image into the network's input, as stored in a bundle."""
+
+    size: tuple[int, int] = Field(description="height, width of the network's input in pixels")
+    resize: Literal["crop", "pad", "squash"] = "crop"
+    crop_fraction: float = Field(0.875, gt=0, le=1)
+    interpolation: Interpolation = "bicubic"
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    input_range: Literal[1, 255] = 1
+    mean: Triple = (0.485, 0.456, 0.406)
+    std: Triple = (0.229, 0.224, 0.225)
+    fill: tuple[int, int, int] = (128, 128, 128)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> M:
+    """Read a YAML file, apply `a.b=value` overrides and validate.
+
+    Raises FgvcError listing every problem with its file, line, key path and the nearest valid key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FgvcError(f"{path}: can't read the recipe: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FgvcError(f"{path}: the recipe is not UTF-8 text (byte {error.start})") from error
+    tree, lines = _parse(text, path)
+    texts = list(overrides)
+    for override in texts:
+        _apply(tree, override)
+    return validate(model, tree, where=str(path), lines=lines, overrides=texts)
+
+
+def validate(
+    model: type[M],
+    tree: Mapping[str, Any],
+    *,
+    where: str,
+    lines: Mapping[tuple[str, ...], int] | None = None,
+    overrides: Iterable[str] = (),
+) -> M:
+    """Validate a nested mapping; errors as in `load`."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        overridden = {tuple(text.partition("=")[0].split(".")): text for text in overrides}
+        rows = [_explain(model, tree, dict(row), where, lines or {}, overridden) for row in error.errors()]
+        raise FgvcError("\n".join(dict.fromkeys(rows))) from None
+
+
+def dump(model: BaseModel) -> str:
+    """A resolved recipe as YAML that `load` reads back to an equal model."""
+    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) for every leaf in which two nested mappings differ."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[f"{prefix}{key}"] = (a, b)
+    return found
+
+
+def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The YAML tree and the line (from 1) of every key."""
+    lines: dict[tuple[str, ...], int] = {}
+
+    def walk(node: yaml.Node | None, trail: tuple[str, ...]) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key, value in node.value:
+            at = (*trail, str(key.value))
+            if at in lines:
+                line, key_path = key.start_mark.line + 1, ".".join(at)
+                raise FgvcError(f"{path}:{line}: {key_path}: given twice, first on line {lines[at]}: remove one")
+            lines[at] = key.start_mark.line + 1
+            walk(value, at)
+
+    try:
+        walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
+        tree = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise FgvcError(f"{path}:{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise FgvcError(f"{path}: not valid YAML: {error}") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise FgvcError(f"{path}: a recipe is a mapping of sections, this is a {type(tree).__name__}")
+    return tree, lines
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise FgvcError(f"override {override!r}: write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise FgvcError(f"override {override!r}: the value is not valid YAML") from error
+    for key in keys[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[keys[-1]] = value
+
+
+def _explain(
+    model: type[BaseModel],
+    tree: Mapping[str, Any],
+    row: dict[str, Any],
+    where: str,
+    lines: Mapping[tuple[str, ...], int],
+    overridden: Mapping[tuple[str, ...], str],
+) -> str:
+    """One validation error as one line for people."""
+    loc, fields = _key_path(model, tree, tuple(row["loc"]))
+    names = tuple(str(part) for part in loc)
+    source = where
+    for end in range(len(names), 0, -1):
+        if names[:end] in overridden:
+            source = f"override {overridden[names[:end]]!r}"
+            break
+        if names[:end] in lines:
+            source = f"{where}:{lines[names[:end]]}"
+            break
+    message = row["msg"].removeprefix("Value error, ")
+    if row["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(names[-1], fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(sorted(fields))}"
+        message = f"unknown key; {hint}"
+    elif row["type"] == "missing":
+        message = "missing; give it a value"
+    elif row["type"] not in ("value_error", "union_tag_invalid", "union_tag_not_found"):
+        message = f"{message}, not {row['input']!r}"
+    return f"{source}: {'.'.join(names) or 'recipe'}: {message}"
+
+
+def _key_path(
+    model: type[BaseModel], tree: Mapping[str, Any], loc: tuple[str | int, ...]
+) -> tuple[list[str | int], list[str]]:
+    """Pydantic's location without the tags that it adds for unions, and the keys that are valid at its end."""
+    path: list[str | int] = []
+    fields: list[str] = list(model.model_fields)
+    models: list[type[BaseModel]] = [model]
+    for part in loc:
+        tagged = [m for m in models if tag_of(m) == part]
+        if tagged and len(models) > 1:
+            models = tagged
+            fields = list(tagged[0].model_fields)
+            continue
+        field = next((m.model_fields[part] for m in models if isinstance(part, str) and part in m.model_fields), None)
+        if field is None and (not models or str(part).startswith(("function-", "constrained-"))):
+            if isinstance(part, int):
+                path.append(part)
+            continue
+        path.append(part)
+        if field is None:
+            break
+        models = models_in(field.annotation)
+        if models:
+            fields = list(dict.fromkeys(name for m in models for name in m.model_fields))
+    return path, fields
+
+
+def tag_of(model: type[BaseModel]) -> object:
+    kind = model.model_fields.get("kind")
+    return kind.default if isinstance(kind, FieldInfo) else None
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes that an annotation admits: itself, or the members of a union."""
+    if get_origin(annotation) is Annotated:
+        return models_in(get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, type(int | str)):
+        return [m for member in get_args(annotation) for m in models_in(member)]
+    return []

@@ -1,0 +1,27 @@
+"""Every random number outside the model comes from a key such as (seed, epoch, sample), never from a stream.
+
+So nothing depends on the number of workers, and a run continues in mid-epoch without replaying anything
+(traps T1 and T2). torch's global generator is left to the model's own dropout.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def generator(*key: int) -> np.random.Generator:
+    """An independent generator for a key of non-negative integers; the same key gives the same stream for ever.
+
+    numpy pads short keys with zeros: keys that start with the same constant below should have the same length, or end in
+    something else than 0.
+    """
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+def seed_of(*key: int) -> int:
+    """One 32-bit seed for a key, for libraries that want an integer."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+# First element of every key: two uses never share a stream.
+ORDER, SAMPLE, STEP, SPLIT, DEMO = range(5)

@@ -1,0 +1,115 @@
+"""Recipes as files: find those that come with fgvc, and write one out with every key, its value and what it means."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from fgvc.config import models_in, tag_of
+from fgvc.types import FgvcError
+
+WIDTH = 118
+
+
+def recipes_folder() -> Path:
+    """In an installed wheel `fgvc/configs`, in a checkout `configs` beside the package."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def recipes() -> dict[str, Path]:
+    """Id (path under configs/ without suffix) -> file."""
+    folder = recipes_folder()
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def recipe_file(name: str) -> Path:
+    """A recipe by path or by id. Raises FgvcError naming the ids."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = recipes()
+    if name in known:
+        return known[name]
+    raise FgvcError(f"{name}: no such file, nor a recipe's id; `fgvc recipes` lists: {', '.join(known)}")
+
+
+def header(path: Path) -> list[str]:
+    """The comment lines on top of a recipe, without the marks."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    top = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return [line.removeprefix("#").strip() for line in lines[:top]]
+
+
+def commented(model: type[BaseModel], path: Path) -> str:
+    """The recipe in `path` with all the keys that it leaves at their defaults, each with its description."""
+    tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    top = [f"# {line}".rstrip() for line in header(path)]
+    return "\n".join([*top, "", *_section(model, tree, 0)]) + "\n"
+
+
+def _section(model: type[BaseModel], tree: Mapping[str, Any], depth: int) -> Iterator[str]:
+    """The keys of one section; a section that is switched off is shown as null with its description."""
+    pad = "  " * depth
+    for key, field in model.model_fields.items():
+        given = tree.get(key)
+        inner = _inner(field, given)
+        if inner is not None and (given is not None or not _optional(field)):
+            if depth == 0:
+                yield ""
+            yield from _comment(field, pad)
+            rows = list(_section(inner, given or {}, depth + 1))
+            optional = all(row.lstrip().startswith("#") for row in rows)
+            yield f"{pad}{key}: {{}}" if optional else f"{pad}{key}:"
+            yield from rows
+        elif inner is not None or models_in(field.annotation):
+            doc = (field.description or "").strip()
+            yield f"{pad}# {key}: {{...}}  ({doc})" if depth else f"\n# {doc}\n{key}: null"
+        else:
+            yield from _leaf(key, field, given, key in tree, pad)
+
+
+def _leaf(key: str, field: FieldInfo, given: Any, present: bool, pad: str) -> Iterator[str]:
+    if not present and field.is_required():
+        yield from _comment(field, pad)
+        yield f"{pad}# {key}: REQUIRED, or give it on the command line"
+        return
+    value = given if present else field.get_default(call_default_factory=True)
+    if isinstance(value, tuple | list):
+        value = list(value)
+    text = (
+        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+        .strip()
+        .removesuffix("...")
+        .strip()
+    )
+    line = f"{pad}{key}: {text}"
+    if field.description and len(line) + len(field.description) + 4 <= WIDTH:
+        yield f"{line}  # {field.description}"
+    else:
+        yield from _comment(field, pad)
+        yield line
+
+
+def _comment(field: FieldInfo, pad: str) -> Iterator[str]:
+    for line in textwrap.wrap(field.description or "", WIDTH - len(pad) - 2):
+        yield f"{pad}# {line}"
+
+
+def _inner(field: FieldInfo, given: Any) -> type[BaseModel] | None:
+    """The section class of a field: for a union, the member that the given `kind` names."""
+    models = models_in(field.annotation)
+    if len(models) > 1 and isinstance(given, Mapping):
+        return next((m for m in models if tag_of(m) == given.get("kind")), None)
+    return models[0] if len(models) == 1 else None
+
+
+def _optional(field: FieldInfo) -> bool:
+    return field.default is None

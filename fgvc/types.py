@@ -1,0 +1,110 @@
+"""The vocabulary shared by every part of fgvc. Imports no torch, so that prediction can use it.
+
+Tensor legend: x (B,3,H,W) images, f (B,C,h,w) feature maps, z (B,K) logits, y (B,) labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class FgvcError(Exception):
+    """A mistake that fgvc can name: the message says what, where and what to do. The command line exits with 2."""
+
+
+class ImageError(FgvcError):
+    """One image that can't be read; `reason` is short enough for a table."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = str(path), reason
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        return ImageError, (self.path, self.reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageIndex:
+    """A labelled set of images as columns (N rows), not as N objects: a million rows fit in some 100 MB and
+    workers that fork share them without copying (numpy's strings carry no reference counts)."""
+
+    root: Path
+    classes: tuple[str, ...]  # the position is the class number, in training, in the bundle and in every report
+    paths: np.ndarray  # (N,) numpy StringDType: relative to root, "/" as separator
+    labels: np.ndarray  # (N,) int32 in [0, K)
+    splits: np.ndarray  # (N,) int8: position in SPLITS
+    groups: np.ndarray | None = None  # (N,) StringDType: rows of one group never straddle a split
+    boxes: np.ndarray | None = None  # (N,4) float32: x, y, width, height in pixels of the stored image
+    parts: np.ndarray | None = None  # (N,P,3) float32: x, y, visible
+    part_names: tuple[str, ...] = ()
+    recognised: str = ""  # one line for people: what layout was found, and which split rule applies
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, split: Split) -> np.ndarray:
+        """Row numbers (int64, ascending) of one split."""
+        return np.flatnonzero(self.splits == SPLITS.index(split))
+
+    def path(self, row: int) -> Path:
+        return self.root / str(self.paths[row])
+
+
+Target = Sequence[tuple["Tensor", "Tensor | None"]]
+"""A soft label as a list of (labels (B,) int64, weights (B,) float32); the loss is sum_j weight_j * CE(label_j).
+None stands for weights of one. Weights need not sum to one (SnapMix)."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's images on the device, after normalisation. `x` may be mixed; `x_clean` never is."""
+
+    x: Tensor  # (B,3,H,W) float32
+    target: Target
+    x_clean: Tensor  # (B,3,H,W) float32
+    labels: Tensor  # (B,) int64: the clean labels
+    index: Tensor  # (B,) int64: rows of the ImageIndex
+    geometry: Tensor  # (B,2,3) float32: crop pixel -> original pixel
+
+
+@dataclass(slots=True)
+class View:
+    """A copy of the batch that the network sees beside the main one (DESIGN 3)."""
+
+    name: str
+    x: Tensor  # (V,3,H,W)
+    target: Target
+    weight: float = 1.0  # of its cross-entropy in the base loss; 0: the view is not built
+    classifies: bool = True
+    bn: Literal["shared", "own"] = "shared"  # shared: one forward with the clean images; own: its batch statistics
+    gated: bool = True  # whether gates act on it
+
+
+@dataclass(slots=True)
+class Output:
+    """What the network said about one view."""
+
+    view: View
+    features: Tensor  # (V,C,h,w) or the backbone's own layout: output of forward_features
+    logits: Tensor  # (V,K)
+    taps: Mapping[str, Tensor] = field(default_factory=dict)  # the taps that techniques asked for, this view's rows
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """All that is random or scheduled in one step, fixed before the forward so that nothing in it depends on the order
+    of calls (recomputation under activation checkpointing and SAM's second pass read the same numbers)."""
+
+    progress: float  # share of the whole schedule that is done, in [0, 1)
+    of: Mapping[str, Any] = field(default_factory=dict)  # by technique: whatever its `draw` returned

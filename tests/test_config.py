@@ -1,0 +1,131 @@
+"""Errors name the file, the line, the key path and the nearest valid key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fgvc.config import differences, dump, load
+from fgvc.recipe import Recipe, load_recipe
+from fgvc.template import commented, recipes
+from fgvc.types import FgvcError
+
+GOOD = """\
+data:
+  kind: folder
+  root: images
+model:
+  backbone: test_resnet
+techniques:
+  mixup:
+    alpha: 0.3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def refusal(file: Path, *overrides: str) -> str:
+    with pytest.raises(FgvcError) as caught:
+        load_recipe(file, overrides)
+    return str(caught.value)
+
+
+def test_overrides_win_over_the_file(file: Path) -> None:
+    recipe = load_recipe(file, ["optim.lr=1e-3", "techniques.mixup=null", "techniques.acb={}", "image.size=[64,128]"])
+    assert recipe.optim.lr == 0.001
+    assert recipe.techniques.mixup is None
+    assert recipe.techniques.acb is not None
+    assert recipe.image.size == (64, 128)
+    assert load_recipe(file).techniques.mixup.alpha == 0.3
+
+
+def test_an_unknown_key_is_named_with_its_line_and_the_nearest(file: Path) -> None:
+    file.write_text(GOOD + "optim:\n  lr: 0.1\n  wieght_decay: 0\n")
+    assert refusal(file) == f"{file}:11: optim.wieght_decay: unknown key; did you mean 'weight_decay'?"
+
+
+def test_an_unknown_key_of_a_union_member(file: Path) -> None:
+    file.write_text(GOOD.replace("root: images", "root: images\n  val_fractoin: 0.2"))
+    assert refusal(file) == f"{file}:4: data.val_fractoin: unknown key; did you mean 'val_fraction'?"
+
+
+def test_an_unknown_technique(file: Path) -> None:
+    assert "techniques.mixpu: unknown key; did you mean 'mixup'?" in refusal(file, "techniques.mixpu={}")
+
+
+def test_a_bad_value_in_an_override_names_the_override(file: Path) -> None:
+    assert refusal(file, "optim.lr=-1") == "override 'optim.lr=-1': optim.lr: Input should be greater than 0, not -1"
+
+
+def test_several_errors_come_together(file: Path) -> None:
+    assert len(refusal(file, "optim.lr=-1", "train.epochs=0", "ema.decay=2").splitlines()) == 3
+
+
+def test_a_missing_key(file: Path) -> None:
+    file.write_text("model: {backbone: test_resnet}\ndata: {kind: cub}\n")
+    assert refusal(file) == f"{file}:2: data.root: missing; give it a value"
+
+
+def test_a_wrong_kind_of_data(file: Path) -> None:
+    assert "'cub', 'folder', 'csv'" in refusal(file, "data.kind=cup")
+
+
+def test_an_unknown_backbone_names_near_ones(file: Path) -> None:
+    assert "timm has no model 'mobilenetv2'; near: " in refusal(file, "model.backbone=mobilenetv2")
+
+
+def test_ema_must_be_on_to_be_selected(file: Path) -> None:
+    assert "select: ema needs" in refusal(file, "select=ema")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1,\n", "not valid YAML"),
+        ("- 1\n", "a recipe is a mapping"),
+        ("data: {}\ndata: {}\n", "my.yaml:2: data: given twice, first on line 1"),
+    ],
+)
+def test_files_that_are_no_recipes(file: Path, text: str, expected: str) -> None:
+    file.write_text(text)
+    assert expected in refusal(file)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    assert "can't read the recipe" in refusal(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("override", ["optim", "=3", "optim..lr=3"])
+def test_an_override_that_is_none(file: Path, override: str) -> None:
+    assert "write it as section.key=value" in refusal(file, override)
+
+
+def test_a_dump_loads_back_equal(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file, ["ema.decay=0.9"])
+    (tmp_path / "again.yaml").write_text(dump(recipe))
+    assert load(Recipe, tmp_path / "again.yaml") == recipe
+
+
+def test_differences_are_dotted_leaves() -> None:
+    assert differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 3}) == {
+        "a.c": (2, 5), "d": (3, None), "e": (None, 3),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_loads_and_its_commented_form_says_the_same(name: str, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(commented(Recipe, recipes()[name]))
+    place = ["data.root=somewhere"]
+    assert load_recipe(own, place) == load_recipe(recipes()[name], place)
+    assert "root" not in yaml.safe_load(recipes()[name].read_text()).get("data", {}), (
+        "a recipe names no place of its own"
+    )
+    assert "# target = (1 - e) one-hot + e / K" in own.read_text()
