@@ -1,0 +1,256 @@
+"""Decoded training images on disk: every image decoded and shrunk once, all in one memory-mapped file.
+
+A cache is a folder <key>/ with `pixels.bin` (uint8 RGB, image after image) and `index.npz`. The key covers the paths,
+sizes and times of the files and the shrinking, so a changed data set makes a new cache. A cache is built beside its
+place and then renamed: it is there in full or not at all, and of two builders the first wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fgvc.image.decode import MAX_PIXELS, decode
+from fgvc.types import FgvcError, ImageError, ImageIndex
+
+_VERSION = 1
+_LOCK = "building"  # held by whoever builds; a folder whose lock is free was left behind by a crash
+_QUIET_SECONDS = 10
+_SAMPLE = 200  # images decoded to estimate the space needed
+
+Progress = Callable[[str], None]
+Decoded = tuple[Image.Image, tuple[int, int]]
+"""The shrunk image, and the original's (width, height)."""
+
+
+class DecodeCache:
+    """Read access. Can be pickled, and shared by forked workers (the pages are shared too)."""
+
+    def __init__(self, folder: Path, index: ImageIndex) -> None:
+        self.folder, self._index = folder, index
+        with np.load(folder / "index.npz", allow_pickle=False) as saved:
+            self.rows: NDArray[np.int64] = saved["rows"]
+            self._offsets: NDArray[np.int64] = saved["offsets"]
+            self._sizes: NDArray[np.int32] = saved["sizes"]  # (N,4): width and height here, then the original's
+            reasons = zip(saved["bad_rows"], saved["bad_reasons"], strict=True)
+            self._bad = {int(row): str(reason) for row, reason in reasons}
+        self._pixels: NDArray[np.uint8] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        index: ImageIndex,
+        rows: NDArray[np.int64],
+        *,
+        side: int,
+        folder: Path | None = None,
+        workers: int = 2,
+        max_pixels: int = MAX_PIXELS,
+        progress: Progress | None = None,
+    ) -> DecodeCache:
+        """The cache of these rows under `folder` (default: fgvc's own in the user's cache), built now if not there.
+
+        Images whose shorter side is above `side` are shrunk to it; none is enlarged. `progress` gets a line of text now
+        and then. Raises FgvcError when there is no room for it.
+        """
+        rows = np.unique(np.asarray(rows, dtype=np.int64))
+        folder = _default_folder() if folder is None else folder.expanduser()
+        final = folder / _key(index, rows, side, max_pixels)
+        if not final.exists():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _remove_leftovers(folder)
+                _build(index, rows, final, side=side, workers=workers, max_pixels=max_pixels, progress=progress)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise FgvcError(f"{folder}: the disk is full; free some space or set cache=none") from error
+                raise FgvcError(f"{folder}: can't write the decode cache: {error.strerror or error}") from error
+        return cls(final, index)
+
+    @property
+    def bad(self) -> list[ImageError]:
+        """The images that could not be read when the cache was built."""
+        return [ImageError(self._index.path(row), reason) for row, reason in self._bad.items()]
+
+    def image(self, row: int) -> tuple[Image.Image, tuple[int, int]]:
+        """The shrunk RGB image of a row and the original's (width, height). Raises ImageError as `decode` did."""
+        if row in self._bad:
+            raise ImageError(self._index.path(row), self._bad[row])
+        at = int(np.searchsorted(self.rows, row))
+        if at == len(self.rows) or self.rows[at] != row:
+            raise KeyError(f"row {row} is not among the {len(self.rows)} of {self.folder}")
+        if self._pixels is None:
+            self._pixels = np.memmap(self.folder / "pixels.bin", dtype=np.uint8, mode="r")
+        width, height, *original = (int(side) for side in self._sizes[at])
+        start = int(self._offsets[at])
+        pixels = self._pixels[start : start + 3 * width * height]
+        return Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1), (original[0], original[1])
+
+    def close(self) -> None:
+        """Let go of the file; the next `image` opens it again."""
+        self._pixels = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pixels": None}  # or the whole file would be pickled
+
+
+def shrunk(image: Image.Image, side: int) -> Image.Image:
+    """`image` with its shorter side at most `side`, by a filter that keeps detail."""
+    scale = side / min(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _default_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fgvc"
+
+
+def _key(index: ImageIndex, rows: NDArray[np.int64], side: int, max_pixels: int) -> str:
+    digest = hashlib.sha256(f"{_VERSION} {side} {max_pixels} {index.root.resolve()}".encode())
+    for row in rows.tolist():
+        path = str(index.paths[row])
+        try:
+            status = os.stat(index.root / path)
+            stamp = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError:
+            stamp = "missing"
+        digest.update(f"\n{row} {stamp} {path}".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:24]
+
+
+def _build(
+    index: ImageIndex,
+    rows: NDArray[np.int64],
+    final: Path,
+    *,
+    side: int,
+    workers: int,
+    max_pixels: int,
+    progress: Progress | None,
+) -> None:
+    building = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".tmp", dir=final.parent))
+
+    def load(row: int) -> Decoded | ImageError:
+        try:
+            image = decode(index.path(row), max_pixels=max_pixels)
+        except ImageError as error:
+            return error
+        return shrunk(image, side), image.size
+
+    try:
+        with (building / _LOCK).open("wb") as lock, ThreadPoolExecutor(max(1, workers)) as pool:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _check_space(final.parent, rows, load, pool)
+            if progress is not None:
+                progress(f"decoding {len(rows):,} images once, into {final.parent}")
+            with (building / "pixels.bin").open("wb") as pixels:
+                columns = _write(pixels, rows, _in_order(pool, load, rows.tolist()), progress)
+                _to_disk(pixels)
+            with (building / "index.npz").open("wb") as stream:
+                np.savez(stream, rows=rows, **columns)
+                _to_disk(stream)
+            try:
+                os.replace(building, final)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                return  # another builder was first: its cache is as good
+            _sync_folder(final.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write(
+    pixels: BinaryIO, rows: NDArray[np.int64], images: Iterator[Decoded | ImageError], progress: Progress | None
+) -> dict[str, Any]:
+    offsets, sizes = np.zeros(len(rows), dtype=np.int64), np.zeros((len(rows), 4), dtype=np.int32)
+    bad_rows, bad_reasons, last = [], [], time.monotonic()
+    for at, found in enumerate(images):
+        offsets[at] = pixels.tell()
+        if isinstance(found, ImageError):
+            bad_rows.append(int(rows[at]))
+            bad_reasons.append(found.reason)
+        else:
+            image, original = found
+            sizes[at] = *image.size, *original
+            pixels.write(image.tobytes())
+        if progress is not None and time.monotonic() > last + _QUIET_SECONDS:
+            last = time.monotonic()
+            progress(f"decoded {at + 1:,} of {len(rows):,} images")
+    if not pixels.tell():
+        pixels.write(b"\0")  # every image was bad: an empty file can't be mapped
+    return {
+        "offsets": offsets,
+        "sizes": sizes,
+        "bad_rows": np.array(bad_rows, dtype=np.int64),
+        "bad_reasons": np.array(bad_reasons, dtype=np.str_),
+    }
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, load: Callable[[int], Decoded | ImageError], rows: list[int]
+) -> Iterator[Decoded | ImageError]:
+    """Results in the order of `rows`, with only a few in memory (`pool.map` would start all at once)."""
+    waiting: deque[Future[Decoded | ImageError]] = deque()
+    try:
+        for row in rows:
+            waiting.append(pool.submit(load, row))
+            if len(waiting) > 16:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _check_space(
+    folder: Path, rows: NDArray[np.int64], load: Callable[[int], Decoded | ImageError], pool: ThreadPoolExecutor
+) -> None:
+    sample = rows[np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)), dtype=np.int64)] if len(rows) else rows
+    loaded = [found[0].size for found in _in_order(pool, load, sample.tolist()) if not isinstance(found, ImageError)]
+    needed = int(1.1 * 3 * sum(w * h for w, h in loaded) / max(1, len(sample)) * len(rows))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise FgvcError(
+            f"{folder}: the decode cache needs about {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: "
+            "free some space, use a smaller image.size or set cache=none"
+        )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Folders of builders that were killed: their lock is free."""
+    for left in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError), (left / _LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _to_disk(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,33 @@
+"""The label order of a deployed stack: a text file, one class a line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fgvc.types import FgvcError, ImageIndex
+
+
+def reordered(index: ImageIndex, path: Path) -> ImageIndex:
+    """The same images with the classes numbered as in the file.
+
+    Raises FgvcError where the file's classes are not exactly the data's.
+    """
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FgvcError(f"deploy.labels: can't read {path}: {error}") from error
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise FgvcError(f"deploy.labels: {path}: given twice: {', '.join(twice[:5])}")
+    unknown, missing = sorted(set(names) - set(index.classes)), sorted(set(index.classes) - set(names))
+    if unknown or missing:
+        raise FgvcError(
+            f"deploy.labels: {path} does not list the data's classes: "
+            f"{len(missing)} missing ({', '.join(missing[:5])}), {len(unknown)} unknown ({', '.join(unknown[:5])})"
+        )
+    position = {name: number for number, name in enumerate(names)}
+    order = np.array([position[name] for name in index.classes], dtype=np.int32)
+    return replace(index, classes=tuple(names), labels=order[index.labels])

@@ -1,0 +1,326 @@
+"""Batches for training and evaluation.
+
+Nothing here depends on the number of workers or on what was loaded before: the order is drawn from (seed, epoch), a
+sample from (seed, epoch, row), and torch's global generator is left alone (traps T1 and T2).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fgvc.config import Preprocess
+from fgvc.data.cache import DecodeCache
+from fgvc.image.augment import Augmenter
+from fgvc.image.decode import decode
+from fgvc.image.preprocess import preprocess
+from fgvc.seeding import ORDER, SAMPLE, generator
+from fgvc.types import FgvcError, ImageError, ImageIndex
+
+OnSample = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
+"""(h,w,3) uint8 image and its row -> image of the same size, in a worker, before any geometry. Workers are forked once:
+what changes during training must be read from disk or shared memory."""
+
+Key = tuple[int, int]  # epoch, row
+
+_AHEAD = 3  # batches loaded ahead by the thread that stands in for workers
+_NAMED = 50  # unreadable files listed in a message
+_SUBSTITUTES = 50  # rows tried in place of an unreadable one
+
+
+@dataclass(slots=True)
+class TrainBatch:
+    """Augmented images, not yet normalised."""
+
+    images: Tensor  # (B,H,W,3) uint8 RGB
+    labels: Tensor  # (B,) int64
+    index: Tensor  # (B,) int64: rows of the ImageIndex
+    geometry: Tensor  # (B,2,3) float32: crop -> original, in continuous pixels (a pixel's centre is at + 0.5)
+    bad: list[ImageError]  # unreadable files met for the first time
+
+    def pin_memory(self) -> TrainBatch:
+        images, labels = self.images.pin_memory(), self.labels.pin_memory()
+        return TrainBatch(images, labels, self.index.pin_memory(), self.geometry.pin_memory(), self.bad)
+
+
+@dataclass(slots=True)
+class EvaluationBatch:
+    """Images as serving would see them."""
+
+    images: Tensor  # (B,3,H,W) float32, normalised
+    labels: Tensor  # (B,) int64
+    index: Tensor  # (B,) int64: rows of the ImageIndex
+    bad: list[ImageError]  # unreadable files, which are left out
+
+    def pin_memory(self) -> EvaluationBatch:
+        return EvaluationBatch(self.images.pin_memory(), self.labels.pin_memory(), self.index.pin_memory(), self.bad)
+
+
+class BadFiles:
+    """Unreadable files, each counted once, up to a share of the set."""
+
+    def __init__(self, *, limit: float, images: int) -> None:
+        self.limit, self.images = limit, images
+        self.found: dict[str, ImageError] = {}
+
+    def add(self, errors: Iterable[ImageError]) -> list[ImageError]:
+        """Those not seen before. Raises FgvcError with the whole list once there are too many."""
+        fresh = [error for error in errors if self.found.setdefault(error.path, error) is error]
+        if fresh and len(self.found) > self.limit * self.images:
+            raise FgvcError(
+                f"{len(self.found)} of {self.images} images can't be read, data.max_unreadable={self.limit:g} allows "
+                f"fewer; mend or remove these, or raise the limit:\n{_names(self.found.values())}"
+            )
+        return fresh
+
+
+def _names(errors: Iterable[ImageError]) -> str:
+    lines = [f"  {error}" for error in errors]
+    return "\n".join(lines[:_NAMED] + ([f"  and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []))
+
+
+def train_loader(
+    index: ImageIndex,
+    rows: NDArray[np.int64],
+    *,
+    augmenter: Augmenter,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    cache: DecodeCache | None = None,
+    rank: int = 0,
+    world: int = 1,
+    on_sample: Sequence[OnSample] = (),
+    max_unreadable: float = 0.05,
+) -> TrainLoader:
+    """Endless, resumable epochs over `rows` in batches of `batch_size` for this rank. Close it after use."""
+    samples = _Samples(index, np.asarray(rows, dtype=np.int64), augmenter, seed, cache, tuple(on_sample))
+    return TrainLoader(samples, batch_size=batch_size, workers=workers, rank=rank, world=world, limit=max_unreadable)
+
+
+class TrainLoader:
+    """What `train_loader` returns."""
+
+    def __init__(
+        self, samples: _Samples, *, batch_size: int, workers: int, rank: int, world: int, limit: float
+    ) -> None:
+        self.steps_per_epoch = len(samples.rows) // (batch_size * world)  # what is left over differs by epoch
+        self.bad = BadFiles(limit=limit, images=len(samples.rows))
+        self._order = _Order(samples.rows, samples.seed, batch_size=batch_size, rank=rank, world=world)
+        self._workers = workers
+        self._loader: DataLoader[TrainBatch] | None = _torch_loader(samples, self._order, workers, persistent=True)
+        self._running: Iterator[TrainBatch] | None = None
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[TrainBatch]:
+        """The micro-batches of one epoch from `start` on; ends the epoch before, if it still ran.
+
+        An unreadable file is replaced by another row, drawn from (seed, epoch, row). Raises FgvcError when there are
+        too many of them.
+        """
+        self._stop()
+        self._order.epoch, self._order.start = number, start
+        self._running = self._run()
+        return self._running
+
+    def close(self) -> None:
+        """End the workers and threads."""
+        self._stop()
+        self._loader = None  # the last reference: torch's iterator ends its workers when it goes
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.close()  # type: ignore[attr-defined]
+            self._running = None
+
+    def _run(self) -> Iterator[TrainBatch]:
+        if self._loader is None:
+            raise FgvcError("the training loader is closed: make a new one")
+        for batch in _each(self._loader, self._workers):
+            batch.bad = self.bad.add(batch.bad)
+            yield batch
+
+
+def evaluation_loader(
+    index: ImageIndex,
+    rows: NDArray[np.int64],
+    *,
+    spec: Preprocess,
+    batch_size: int,
+    workers: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[EvaluationBatch]:
+    """This rank's share of `rows`, each image once and in order, decoded from the original and preprocessed as in
+    serving. Unreadable ones are left out and reported. Raises FgvcError where none can be read."""
+    mine = np.asarray(rows, dtype=np.int64)[rank::world]
+    batches = [mine[at : at + batch_size].tolist() for at in range(0, len(mine), batch_size)]
+    held: EvaluationBatch | None = None
+    errors: list[ImageError] = []
+    for batch in _each(_torch_loader(_Originals(index, spec), batches, workers), workers):
+        if not len(batch.labels):  # all bad: reported with the batch before or after
+            (errors if held is None else held.bad).extend(batch.bad)
+            continue
+        if held is not None:
+            yield held
+        batch.bad[:0] = errors
+        held, errors = batch, []
+    if held is not None:
+        yield held
+    elif errors:
+        raise FgvcError(f"none of the {len(mine)} images to evaluate can be read; the first: {errors[0]}")
+
+
+class _Order:
+    """Batches of (epoch, row) for one rank: a pure function of seed, epoch and start."""
+
+    def __init__(self, rows: NDArray[np.int64], seed: int, *, batch_size: int, rank: int, world: int) -> None:
+        self.rows, self.seed, self.batch_size, self.rank, self.world = rows, seed, batch_size, rank, world
+        self.epoch = self.start = 0
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """A step's rows over all ranks are consecutive in the order, whatever the number of ranks."""
+        epoch = self.epoch
+        order = generator(ORDER, self.seed, epoch).permutation(self.rows)
+        together = self.batch_size * self.world
+        for step in range(self.start, len(order) // together):
+            batch = order[step * together : (step + 1) * together][self.rank :: self.world]
+            yield [(epoch, row) for row in batch.tolist()]
+
+
+class _Samples(Dataset[TrainBatch]):
+    """Loads and augments one batch at a time."""
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        rows: NDArray[np.int64],
+        augmenter: Augmenter,
+        seed: int,
+        cache: DecodeCache | None,
+        on_sample: tuple[OnSample, ...],
+    ) -> None:
+        self.index, self.rows, self.augmenter, self.seed = index, rows, augmenter, seed
+        self.cache, self.on_sample = cache, on_sample
+
+    def __getitems__(self, keys: list[Key]) -> TrainBatch | FgvcError:
+        """An error that ends training is returned: raised in a worker it would reach the user as a traceback."""
+        height, width = self.augmenter.spec.size
+        images = np.empty((len(keys), height, width, 3), dtype=np.uint8)
+        geometry = np.empty((len(keys), 2, 3), dtype=np.float32)
+        taken = np.empty(len(keys), dtype=np.int64)
+        bad: list[ImageError] = []
+        for at, (epoch, row) in enumerate(keys):
+            try:
+                taken[at], image, original = self._readable(epoch, row, bad)
+            except FgvcError as error:
+                return error
+            if self.on_sample:
+                image = self._hooked(image, int(taken[at]))
+            # The key stays the drawn row's, so that a substitute differs from its own turn in this epoch.
+            images[at], to_image = self.augmenter(image, epoch=epoch, row=row)
+            scale = np.array([[original[0] / image.width], [original[1] / image.height]], dtype=np.float32)
+            geometry[at] = scale * to_image
+        labels = torch.from_numpy(self.index.labels[taken].astype(np.int64))
+        return TrainBatch(torch.from_numpy(images), labels, torch.from_numpy(taken), torch.from_numpy(geometry), bad)
+
+    def _readable(self, epoch: int, row: int, bad: list[ImageError]) -> tuple[int, Image.Image, tuple[int, int]]:
+        """The row's image, or another's in its place: row, image, the original's (width, height)."""
+        substitutes: np.random.Generator | None = None
+        drawn = row
+        for _ in range(_SUBSTITUTES):
+            try:
+                return (row, *self._load(row))
+            except ImageError as error:
+                bad.append(error)
+                substitutes = substitutes or generator(SAMPLE, self.seed, epoch, drawn, 1)
+                row = int(substitutes.choice(self.rows))
+        names = _names({error.path: error for error in bad}.values())
+        raise FgvcError(f"{_SUBSTITUTES} images in turn can't be read:\n{names}")
+
+    def _load(self, row: int) -> tuple[Image.Image, tuple[int, int]]:
+        if self.cache is not None:
+            return self.cache.image(row)
+        image = decode(self.index.path(row))
+        return image, image.size
+
+    def _hooked(self, image: Image.Image, row: int) -> Image.Image:
+        pixels = np.array(image)  # a copy: hooks may write into it
+        for hook in self.on_sample:
+            pixels = hook(pixels, row)
+        return Image.fromarray(pixels)
+
+
+class _Originals(Dataset[EvaluationBatch]):
+    """Decodes and preprocesses one batch at a time."""
+
+    def __init__(self, index: ImageIndex, spec: Preprocess) -> None:
+        self.index, self.spec = index, spec
+
+    def __getitems__(self, rows: list[int]) -> EvaluationBatch:
+        images = np.empty((len(rows), 3, *self.spec.size), dtype=np.float32)
+        read: list[int] = []
+        bad: list[ImageError] = []
+        for row in rows:
+            try:
+                images[len(read)] = preprocess(decode(self.index.path(row)), self.spec)
+            except ImageError as error:
+                bad.append(error)
+            else:
+                read.append(row)
+        index = np.array(read, dtype=np.int64)
+        labels = torch.from_numpy(self.index.labels[index].astype(np.int64))
+        return EvaluationBatch(torch.from_numpy(images[: len(read)]), labels, torch.from_numpy(index), bad)
+
+
+T = TypeVar("T", TrainBatch, EvaluationBatch)
+
+
+def _torch_loader(
+    dataset: Dataset[T], batches: Iterable[list[Any]], workers: int, *, persistent: bool = False
+) -> DataLoader[T]:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_as_is,  # __getitems__ makes whole batches
+        num_workers=workers,
+        persistent_workers=persistent and workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or every pass would draw from the global one (trap T2)
+    )
+
+
+def _as_is(batch: T) -> T:
+    return batch
+
+
+def _each(loader: DataLoader[T], workers: int) -> Iterator[T]:
+    for batch in loader if workers else _ahead(iter(loader)):
+        if isinstance(batch, FgvcError):
+            raise batch
+        yield batch
+
+
+def _ahead(batches: Iterator[T]) -> Iterator[T]:
+    """The same batches, loaded by one thread while the caller computes. The thread ends with this generator."""
+    waiting: deque[Future[T | None]] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="fgvc-loader")
+    try:
+        while True:
+            while len(waiting) < _AHEAD:
+                waiting.append(pool.submit(next, batches, None))
+            batch = waiting.popleft().result()
+            if batch is None:
+                return
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,80 @@
+"""From an RGB image to the network's input: the one place for evaluation, export and serving. Pillow and numpy only.
+
+The resampling is Pillow's own, antialiased, so a crop here equals torchvision's `Resize` + `CenterCrop` bit for bit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fgvc.config import Interpolation, Preprocess
+
+Box = tuple[float, float, float, float]
+"""left, top, right, bottom in continuous pixels: pixel (column j, row i) covers [j, j+1) x [i, i+1)."""
+
+# A resized image of more than this many times the network's input is never built as a whole (a 1 x 10,000,000 strip).
+_LARGEST_RESIZED = 16
+
+
+def preprocess(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
+    """(3,H,W) float32, C-contiguous, from an RGB image of any size."""
+    return normalise(fit(image, spec), spec)
+
+
+def normalise(pixels: NDArray[np.uint8], spec: Preprocess) -> NDArray[np.float32]:
+    """uint8 RGB (...,H,W,3) to float32 (...,3,H,W): channel order, range, mean and std of `spec`."""
+    if spec.channel_order == "bgr":
+        pixels = pixels[..., ::-1]
+    x = np.ascontiguousarray(np.moveaxis(pixels, -1, -3), dtype=np.float32)
+    if spec.input_range == 1:
+        x /= np.float32(255)
+    x -= np.asarray(spec.mean, dtype=np.float32).reshape(3, 1, 1)
+    x /= np.asarray(spec.std, dtype=np.float32).reshape(3, 1, 1)
+    return x
+
+
+def fit(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
+    """uint8 (H,W,3). The image goes onto a canvas of size / crop_fraction - so that it covers it (crop), lies whole in
+    its middle (pad) or fills it (squash) - and the centre of the canvas is kept."""
+    height, width = spec.size
+    canvas = int(height / spec.crop_fraction), int(width / spec.crop_fraction)
+    rows, columns = resized_size((image.height, image.width), canvas, spec)
+    if spec.resize == "pad":
+        top, left = (canvas[0] - rows) // 2, (canvas[1] - columns) // 2
+        padded = Image.new("RGB", (canvas[1], canvas[0]), spec.fill)
+        padded.paste(render(image, (0, 0, *image.size), (rows, columns), spec.interpolation), (left, top))
+        resized, (rows, columns) = padded, canvas
+        top, left = _centre(rows, height), _centre(columns, width)
+    else:
+        top, left = _centre(rows, height), _centre(columns, width)
+        if rows * columns > _LARGEST_RESIZED * canvas[0] * canvas[1]:
+            y, x = image.height / rows, image.width / columns
+            box = left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height)
+            return np.asarray(render(image, box, spec.size, spec.interpolation))
+        resized = render(image, (0, 0, *image.size), (rows, columns), spec.interpolation)
+    return np.asarray(resized.crop((left, top, left + width, top + height)))
+
+
+def resized_size(image: tuple[int, int], canvas: tuple[int, int], spec: Preprocess) -> tuple[int, int]:
+    """Height and width of the whole image after resizing, for its (height, width) and the canvas'."""
+    (h, w), (rows, columns) = image, canvas
+    if spec.resize == "squash":
+        return canvas
+    if spec.resize == "pad":
+        scale = min(rows / h, columns / w)
+        return max(1, round(h * scale)), max(1, round(w * scale))
+    if rows * w >= columns * h:  # the height decides; the other side is cut off, not rounded, as torchvision does
+        return rows, int(rows * w / h)
+    return int(columns * h / w), columns
+
+
+def render(image: Image.Image, box: Box, size: tuple[int, int], interpolation: Interpolation) -> Image.Image:
+    """The part of `image` within `box`, resampled to `size` = (height, width); nothing outside it leaks in."""
+    filter_ = Image.Resampling[interpolation.upper()]
+    return image.resize((size[1], size[0]), filter_, box=box, reducing_gap=None)
+
+
+def _centre(whole: int, part: int) -> int:
+    return round((whole - part) / 2)  # ties to even, as torchvision

@@ -1,0 +1,114 @@
+"""Against torchvision, and by hand where no reference exists."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fgvc.config import Preprocess
+from fgvc.image.preprocess import fit, normalise, preprocess, render, resized_size
+
+TORCHVISION = {"bilinear": 2, "bicubic": 3, "nearest": 0, "lanczos": 1, "box": 4, "hamming": 5}
+
+
+def textured(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("interpolation", TORCHVISION)
+@pytest.mark.parametrize(("size", "fraction"), [(32, 0.875), (33, 0.9), (24, 1.0), (160, 0.95)])
+def test_crop_equals_torchvision_bit_for_bit(interpolation: str, size: int, fraction: float) -> None:
+    spec = Preprocess(size=(size, size), crop_fraction=fraction, interpolation=interpolation)
+    mode = T.functional._interpolation_modes_from_int(TORCHVISION[interpolation])
+    reference = T.Compose([T.Resize(int(size / fraction), mode), T.CenterCrop(size)])
+    for height, width in [(40, 40), (51, 77), (130, 41), (256, 341), (37, 36), (3, 2)]:
+        image = textured(height, width)
+        np.testing.assert_array_equal(fit(image, spec), np.asarray(reference(image)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(8, 40), st.sampled_from([0.7, 0.875, 0.9, 0.95, 1.0]))
+def test_crop_equals_torchvision_for_any_shape(height: int, width: int, size: int, fraction: float) -> None:
+    spec = Preprocess(size=(size, size), crop_fraction=fraction, interpolation="bilinear")
+    image = textured(height, width)
+    expected = np.asarray(T.Compose([T.Resize(int(size / fraction)), T.CenterCrop(size)])(image)).astype(int)
+    found = fit(image, spec).astype(int)
+    if max(height, width) <= 10 * min(height, width):
+        np.testing.assert_array_equal(found, expected)
+    else:  # strips are resampled straight into the crop: the same up to rounding
+        assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+@pytest.mark.parametrize("input_range", [1, 255])
+def test_normalise_by_hand(order: str, input_range: int) -> None:
+    mean, std = (0.1 * input_range, 0.2 * input_range, 0.3 * input_range), (0.5 * input_range, 0.25, 2.0)
+    spec = Preprocess(size=(1, 1), channel_order=order, input_range=input_range, mean=mean, std=std)
+    pixels = np.array([[[[10, 20, 30]]], [[[255, 0, 128]]]], dtype=np.uint8)
+    found = normalise(pixels, spec)
+    for image in range(2):
+        values = [float(v) for v in pixels[image, 0, 0]]
+        values = values[::-1] if order == "bgr" else values
+        expected = [(v * input_range / 255 - m) / s for v, m, s in zip(values, mean, std, strict=True)]
+        np.testing.assert_allclose(found[image, :, 0, 0], expected, rtol=2e-6)
+
+
+def test_normalise_leaves_its_input_alone() -> None:
+    pixels = np.full((4, 4, 3), 7, dtype=np.uint8)
+    normalise(pixels, Preprocess(size=(4, 4)))
+    assert (pixels == 7).all()
+
+
+def test_pad_keeps_the_whole_leaf() -> None:
+    leaf = Image.new("RGB", (200, 100), (255, 0, 0))
+    found = fit(leaf, Preprocess(size=(40, 40), resize="pad", crop_fraction=1, fill=(1, 2, 3)))
+    assert (found[10:30] == (255, 0, 0)).all()
+    assert (found[:10] == (1, 2, 3)).all()
+    assert (found[30:] == (1, 2, 3)).all()
+
+
+def test_pad_then_crop_fraction_keeps_the_centre() -> None:
+    tall = Image.new("RGB", (10, 40), (0, 255, 0))
+    found = fit(tall, Preprocess(size=(20, 20), resize="pad", crop_fraction=0.5, fill=(9, 9, 9)))
+    assert (found[:, 5:15] == (0, 255, 0)).all()  # canvas 40 x 40: 10 columns wide, cut to the middle 20 x 20
+    assert (found[:, :5] == 9).all()
+    assert (found[:, 15:] == 9).all()
+
+
+def test_squash_fills_whatever_the_aspect() -> None:
+    image = textured(50, 100)
+    found = fit(image, Preprocess(size=(20, 30), resize="squash", crop_fraction=1, interpolation="bilinear"))
+    np.testing.assert_array_equal(found, np.asarray(image.resize((30, 20), Image.Resampling.BILINEAR)))
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 300), st.integers(1, 300))
+def test_crop_covers_the_canvas_and_keeps_one_side(h: int, w: int, rows: int, columns: int) -> None:
+    height, width = resized_size((h, w), (rows, columns), Preprocess(size=(rows, columns)))
+    assert height >= rows
+    assert width >= columns
+    assert height == rows or width == columns
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 100_000), (100_000, 1), (2, 4000), (999, 1)])
+def test_extreme_shapes(resize: str, height: int, width: int) -> None:
+    image = Image.new("RGB", (width, height), (10, 200, 30))
+    found = fit(image, Preprocess(size=(24, 40), resize=resize, crop_fraction=0.875))
+    assert found.shape == (24, 40, 3)
+    assert (found == (10, 200, 30)).all(-1).any()
+
+
+def test_render_is_a_plain_resample_of_the_box() -> None:
+    image = textured(60, 80)
+    found = render(image, (10, 20, 50, 40), (20, 40), "bicubic")
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(image)[20:40, 10:50])
+
+
+def test_preprocess_feeds_torch_without_a_copy() -> None:
+    x = preprocess(textured(30, 30), Preprocess(size=(16, 16)))
+    assert torch.from_numpy(x).data_ptr() == x.ctypes.data
