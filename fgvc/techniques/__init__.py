@@ -1,0 +1,40 @@
+"""The registry: a technique is in fgvc when its config is in this union (DESIGN 4)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Protocol, get_args
+
+from pydantic import Field, create_model
+
+from fgvc.config import Section
+from fgvc.techniques.acb import AcbConfig
+from fgvc.techniques.mixup import MixupConfig
+
+AnyConfig = Annotated[MixupConfig | AcbConfig, Field(discriminator="kind")]
+
+
+class Technique(Protocol):
+    """What every technique says of itself; its hooks are optional and found by name (DESIGN 4):
+    setup, on_sample, draw, on_batch, views, views_after, losses (with `weights`), after_step, state_dict, load_state_dict."""
+
+    source: str  # the paper
+    forwards: str  # what it adds to a step, in forwards of the backbone
+    leaves: str  # what is left in the deployed graph's weights
+
+
+CONFIGS: dict[str, type[Section]] = {
+    config.model_fields["kind"].default: config for config in get_args(get_args(AnyConfig)[0])
+}
+
+_fields: dict[str, Any] = {
+    kind: (config | None, Field(None, description=config.__doc__)) for kind, config in CONFIGS.items()
+}
+Techniques = create_model(
+    "Techniques", __base__=Section, __doc__="Technique -> its settings; null removes one.", **_fields
+)
+
+
+def build(chosen: Section) -> dict[str, Technique]:
+    """The techniques of a recipe, by kind, in the union's order: the order of the YAML never matters."""
+    configs = {kind: getattr(chosen, kind) for kind in CONFIGS}
+    return {kind: config.build() for kind, config in configs.items() if config is not None}

