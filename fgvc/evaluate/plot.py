@@ -1,0 +1,58 @@
+"""Pictures of a run: curves and confusion matrix, PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+LABELLED = 60  # classes up to which every row of the matrix is named
+
+
+def plot_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Training loss, validation loss and accuracy over the epochs of `metrics.csv`."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    left.plot(epochs, [row["loss"] for row in history], marker=".", label="training (with its techniques)")
+    scored = [row for row in history if "val_loss" in row]
+    if scored:
+        left.plot([r["epoch"] for r in scored], [r["val_loss"] for r in scored], marker=".", label="validation")
+        for key, name in (("val_top1", "top-1"), ("val_macro_f1", "macro F1")):
+            right.plot([r["epoch"] for r in scored], [100 * r[key] for r in scored], marker=".", label=name)
+        right.set(xlabel="epoch", ylabel="%", title="validation")
+        right.legend()
+    else:
+        right.plot(epochs, [row["lr"] for row in history], marker=".")
+        right.set(xlabel="epoch", ylabel="learning rate", title="schedule (no validation part)")
+    left.set(xlabel="epoch", ylabel="loss", title="loss")
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def plot_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path, *, title: str) -> None:
+    """Row-normalised confusion matrix (K,K): a row sums to 100 % of a true class."""
+    count = len(classes)
+    side = min(4 + 0.18 * count, 16)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    image = axes.imshow(100 * share, cmap="magma_r", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    if count <= LABELLED:
+        axes.set_xticks(range(count), classes, rotation=90, fontsize=7)
+        axes.set_yticks(range(count), classes, fontsize=7)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,103 @@
+"""The root model of a run: everything that decides its result, in one frozen, validated tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fgvc.config import Deploy, Section, load
+from fgvc.data.cub import CubData
+from fgvc.data.folder import FolderData
+from fgvc.data.table import CsvData
+from fgvc.export.onnx import Export
+from fgvc.image.augment import Augment
+from fgvc.model.backbone import Model
+from fgvc.techniques import Techniques
+from fgvc.train.checkpoint import Checkpoint
+from fgvc.train.events import Log
+from fgvc.train.optim import Ema, Optim
+from fgvc.train.runtime import Train
+
+
+class Image(Section):
+    """The network's input."""
+
+    size: tuple[int, int] = Field((224, 224), description="one number for a square, or [height, width]; pixels")
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _square(cls, size: object) -> object:
+        return (size, size) if isinstance(size, int) else size
+
+    @field_validator("size")
+    @classmethod
+    def _positive(cls, size: tuple[int, int]) -> tuple[int, int]:
+        if min(size) < 8 or max(size) > 4096:
+            raise ValueError(f"between 8 and 4096 pixels a side, not {size}")
+        return size
+
+
+class Loss(Section):
+    """The classification loss."""
+
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="target = (1 - e) one-hot + e / K")
+
+
+class Recipe(Section):
+    """A run of fgvc. Every key can be overridden on the command line as section.key=value."""
+
+    data: Annotated[CubData | FolderData | CsvData, Field(discriminator="kind", description="the labelled images")]
+    image: Image = Field(Image(), description="the network's input")
+    deploy: Deploy = Field(Deploy(), description="preprocessing of the deployed stack")
+    augment: Augment = Field(Augment(), description="what training does to each image")
+    model: Model = Field(description="the deployed network")
+    train: Train = Field(Train(), description="budget, seed, device")
+    optim: Optim = Field(Optim(), description="optimizer and schedule")
+    loss: Loss = Field(Loss(), description="classification loss")
+    ema: Ema | None = Field(None, description="moving average of the weights; null: off")
+    techniques: Techniques = Field(Techniques(), description="technique -> settings")
+    select: Literal["last", "best", "ema"] | None = Field(
+        None, description="which weights eval, export and predict use; default: ema where EMA is on, else last"
+    )
+    checkpoint: Checkpoint = Field(Checkpoint(), description="how often to save")
+    cache: Literal["none", "disk"] = Field(
+        "none", description="disk: decode every training image once, into one memory map"
+    )
+    cache_dir: Path | None = Field(None, description="default: $XDG_CACHE_HOME/fgvc or ~/.cache/fgvc")
+    export: Export = Field(Export(), description="how the ONNX file is written")
+    log: Log = Field(Log(), description="how often to report")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.select == "ema" and self.ema is None:
+            raise ValueError("select: ema needs an `ema:` section, for example ema.decay=0.999")
+        if self.select == "best" and self.data.val_fraction == 0 and self.data.kind == "cub":
+            raise ValueError("select: best needs a validation part: give data.val_fraction a value above 0")
+        for problem in conflicts(self.techniques):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def selected(self) -> Literal["last", "best", "ema"]:
+        return self.select or ("ema" if self.ema is not None else "last")
+
+
+def conflicts(techniques: Section) -> list[str]:
+    """Pairs that may not go together (methods 16), each with what to change; a technique declares its own."""
+    chosen = {
+        kind: config for kind in type(techniques).model_fields if (config := getattr(techniques, kind)) is not None
+    }
+    return [
+        f"techniques: {kind} and {other} can't go together: {advice}"
+        for kind, config in chosen.items()
+        for other, advice in getattr(config, "conflicts", {}).items()
+        if other in chosen
+    ]
+
+
+def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file with `a.b=value` overrides. Raises FgvcError naming file, line, key and the nearest valid key."""
+    return load(Recipe, Path(path), overrides)

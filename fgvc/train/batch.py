@@ -1,0 +1,39 @@
+"""From the loader's uint8 images to the clean batch on the device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fgvc.config import Preprocess
+from fgvc.types import Batch
+
+if TYPE_CHECKING:
+    from fgvc.data.loader import TrainBatch
+
+
+class Normalise:
+    """uint8 (B,H,W,3) RGB -> float32 (B,3,H,W) as `fgvc.image.preprocess.normalise` does it, on the device: a byte a
+    channel crosses the bus, and the result is `channels_last` without a copy."""
+
+    def __init__(self, spec: Preprocess, device: torch.device, memory_format: torch.memory_format) -> None:
+        mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
+        self.scale = (spec.input_range / 255 / std).to(device)
+        self.shift = (-mean / std).to(device)
+        self.flip = spec.channel_order == "bgr"
+        self.device, self.memory_format = device, memory_format
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.to(self.device, non_blocking=True)
+        x = x.flip(-1) if self.flip else x
+        x = x.float().mul_(self.scale).add_(self.shift).permute(0, 3, 1, 2)
+        return x.contiguous(memory_format=self.memory_format)
+
+
+def to_batch(raw: TrainBatch, normalise: Normalise) -> Batch:
+    device = normalise.device
+    x = normalise(raw.images)
+    labels = raw.labels.to(device, non_blocking=True)
+    return Batch(x=x, target=[(labels, None)], x_clean=x, labels=labels, index=raw.index, geometry=raw.geometry)

@@ -1,0 +1,102 @@
+"""What a run leaves on disk while it goes, and what it says on the terminal: stderr only, stdout is for results."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fgvc.config import Section
+
+
+class Log(Section):
+    """How often a run says how it is going; may change on resume."""
+
+    every_steps: int = Field(10, ge=1, description="steps between two lines of events.jsonl")
+    every_seconds: float = Field(20.0, gt=0, description="between two plain lines where there is no terminal")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small text file so that a reader or a kill never sees half of it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+class Events:
+    """`events.jsonl` (append-only, one object a line), `metrics.csv`, and one progress line. Silent on ranks other than 0."""
+
+    def __init__(self, run: Path, log: Log, *, active: bool = True) -> None:
+        self.run, self.log, self.active = run, log, active
+        self.console = Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._spoke = 0.0
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one event; a torn last line of a killed run is closed first."""
+        if not self.active:
+            return
+        path = self.run / "events.jsonl"
+        line = json.dumps({"event": kind, "time": round(time.time(), 3), **values}, default=str)
+        with path.open("ab+") as file:
+            if file.tell() and _last_byte(file) != b"\n":
+                file.write(b"\n")
+            file.write(line.encode() + b"\n")
+
+    def table(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Write metrics.csv anew from the whole history."""
+        if not self.active or not rows:
+            return
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" for k, v in row.items()})
+        write_atomic(self.run / "metrics.csv", text.getvalue())
+
+    def say(self, text: str) -> None:
+        if self.active:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self, total: int, done: int) -> Iterator[None]:
+        """One live bar on a terminal, a plain line every few seconds elsewhere."""
+        if self.active and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with Progress(*columns, console=self.console, transient=True) as self._bar:
+                self._task = self._bar.add_task("training", total=total, completed=done)
+                try:
+                    yield
+                finally:
+                    self._bar = None
+        else:
+            self._spoke = time.monotonic()
+            yield
+
+    def step(self, step: int, total: int, *, epoch: int, loss: float, lr: float, rate: float) -> None:
+        """Called at every logged step: `rate` in images/s over all ranks."""
+        self.write("step", step=step, epoch=epoch, loss=round(loss, 6), lr=lr, images_per_second=round(rate, 2))
+        text = f"epoch {epoch + 1} loss {loss:.3f} lr {lr:.2g} {rate:.0f} img/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif self.active and time.monotonic() - self._spoke >= self.log.every_seconds:
+            self._spoke = time.monotonic()
+            print(f"step {step}/{total} {text}", file=sys.stderr, flush=True)
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)

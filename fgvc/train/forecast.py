@@ -1,0 +1,109 @@
+"""`fgvc train --dry-run`: what a run would cost, measured on a few steps of noise; nothing is trained, nothing written."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fgvc.model.backbone import memory_format
+from fgvc.recipe import Recipe
+from fgvc.seeding import STEP, generator
+from fgvc.train.optim import make_ema, make_optimizer
+from fgvc.train.runtime import runtime
+from fgvc.train.session import build_net, read_index
+from fgvc.types import Batch, Draws, FgvcError
+
+STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What one run of a recipe would take, without loading and validation."""
+
+    images: dict[str, int]  # by split
+    steps: int
+    forwards: float  # images through the backbone in a step, over images in the batch
+    parameters: int  # trained, branches included
+    step_seconds: float  # median
+    hours: float
+    peak_bytes: int
+    techniques: dict[str, str]  # kind -> forwards that it says it adds
+    notes: tuple[str, ...]
+
+
+def forecast(recipe: Recipe) -> Forecast:
+    """Build the recipe's net and time a few real steps on noise. Raises FgvcError for all that training would refuse."""
+    index = read_index(recipe)
+    rows = len(index.rows("train"))
+    with runtime(recipe.train) as process:
+        micro = recipe.train.batch_size // (process.world * recipe.train.accumulate)
+        steps_per_epoch = rows // (micro * process.world) // recipe.train.accumulate
+        if not steps_per_epoch:
+            raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {rows} training images")
+        steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.max_steps or 10**12)
+        torch.manual_seed(recipe.train.seed)
+        built = build_net(recipe, len(index.classes))
+        step = built.step.to(process.device)
+        layout = memory_format(step.net)
+        step.net.to(memory_format=layout)
+        make_ema(step.net, recipe.ema)
+        step.attach_hooks()
+        step.train()
+        optimizer = make_optimizer(step, recipe.optim)
+        x = torch.randn(micro, 3, *recipe.image.size, device=process.device).contiguous(memory_format=layout)
+        y = torch.arange(micro, device=process.device) % len(index.classes)
+        batch = Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(micro, 2, 3))
+        passed = _count_images(step.net)
+        seconds = []
+        for number in range(STEPS + 1):
+            started = time.perf_counter()
+            rng = generator(STEP, recipe.train.seed, number, 0, 0)
+            draws = Draws(0.0, {kind: draw(rng, batch) for kind, draw in step.hooks("draw")})
+            with process.autocast():
+                losses, _ = step(batch, draws)
+            losses["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if process.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - started) * recipe.train.accumulate)
+        median = statistics.median(seconds[1:])  # the first one sets up kernels and the optimizer
+        return Forecast(
+            images={split: len(index.rows(split)) for split in ("train", "val", "test")},
+            steps=steps,
+            forwards=sum(passed) / (micro * (STEPS + 1)),
+            parameters=sum(p.numel() for p in step.parameters()),
+            step_seconds=median,
+            hours=median * steps / 3600,
+            peak_bytes=_peak(process.device),
+            techniques={kind: technique.forwards for kind, technique in step.techniques.items()},
+            notes=(*built.weights.doubts, *step.joints.notes),
+        )
+
+
+def _count_images(net: nn.Module) -> list[int]:
+    """The number of images of every later forward through the backbone."""
+    passed: list[int] = []
+    inner = cast("Callable[[Tensor], Tensor]", net.forward_features)
+
+    def counting(x: Tensor) -> Tensor:
+        passed.append(len(x))
+        return inner(x)
+
+    setattr(net, "forward_features", counting)  # noqa: B010 - an attribute of this one net, not of its class
+    return passed
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes: of the accelerator's allocator, or of this whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,253 @@
+"""The training loop. It reads top to bottom and has no `if technique`."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fgvc.data.loader import TrainBatch, evaluation_loader
+from fgvc.evaluate.metrics import Scores, evaluate
+from fgvc.evaluate.plot import plot_confusion, plot_curves
+from fgvc.model.backbone import memory_format
+from fgvc.recipe import Recipe
+from fgvc.seeding import STEP, generator
+from fgvc.train import checkpoint
+from fgvc.train.batch import to_batch
+from fgvc.train.events import Events, write_atomic
+from fgvc.train.run import open_run
+from fgvc.train.runtime import runtime
+from fgvc.train.session import Session, open_session
+from fgvc.types import Draws, FgvcError
+
+
+def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = False) -> Path:
+    """Train to the end of the schedule, or to `train.max_steps`; returns `out`.
+
+    Goes on from `out`'s last checkpoint if that run is unfinished: killed at any moment and started again, it ends (on CPU)
+    with the same bits as an uninterrupted one. Raises FgvcError for what the user can mend, KeyboardInterrupt after saving.
+    """
+    with runtime(recipe.train) as process:
+        goes_on = [False]
+
+        def claim() -> None:
+            goes_on[0] = open_run(out, recipe, resume=resume, overwrite=overwrite)
+
+        process.first(claim)
+        goes_on = process.gather(goes_on[0])
+        events = Events(out, recipe.log, active=process.main)
+        with _memory_advice(recipe), open_session(recipe, process, notify=events.say) as session:
+            if goes_on[0]:
+                session.restore(checkpoint.load(out / "ckpt"))
+                events.write("resume", step=session.progress.step)
+                events.say(f"going on at step {session.progress.step} of {session.total_steps}")
+            _introduce(session, events)
+            _run(session, out, events)
+    return out
+
+
+def _run(session: Session, out: Path, events: Events) -> None:
+    progress, recipe = session.progress, session.recipe
+    with events.progress(session.total_steps, progress.step), _interruptible() as interrupted:
+        while progress.step < session.total_steps:
+            for losses, count in _steps(session, events):
+                _log(session, losses, count, events)
+                due = recipe.checkpoint.every_steps is not None and progress.step % recipe.checkpoint.every_steps == 0
+                if interrupted.is_set() or (due and not session.epoch_done):
+                    _save(session, out)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+                if progress.step >= session.total_steps:
+                    break
+            _end_epoch(session, out, events)
+    if not progress.finished:
+        progress.finished = True
+        _save(session, out)
+    if session.runtime.main:
+        plot_curves(progress.history, out / "plots" / "curves.png")
+    events.write("finished", step=progress.step, seconds=round(progress.seconds, 1))
+
+
+def _steps(session: Session, events: Events) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """The rest of the epoch that `progress` is in: yields each optimizer step's losses and number of images."""
+    progress, parts = session.progress, session.recipe.train.accumulate
+    micro_batches = session.loader.epoch(progress.epoch, start=progress.micro)
+    for _ in range(progress.micro // parts, session.steps_per_epoch):
+        started = time.perf_counter()
+        session.schedule.step_update(progress.step)
+        losses, count = take_step(session, micro_batches, events)
+        progress.step += 1
+        progress.micro += parts
+        progress.seconds += time.perf_counter() - started
+        yield losses, count
+
+
+def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Events) -> tuple[dict[str, Tensor], int]:
+    """Forward, backward and update on one batch, in `train.accumulate` parts."""
+    recipe, process, step = session.recipe, session.runtime, session.step
+    parts = recipe.train.accumulate
+    session.optimizer.zero_grad(set_to_none=True)
+    summed: dict[str, Tensor] = {}
+    count = 0
+    for part in range(parts):
+        raw = next(micro_batches)
+        for error in raw.bad:
+            events.say(f"skipped from now on: {error}")
+            events.write("unreadable", path=error.path, reason=error.reason)
+        batch = to_batch(raw, session.normalise)
+        rng = generator(STEP, recipe.train.seed, session.progress.step, part, process.rank)
+        progress = session.progress.step / (session.steps_per_epoch * recipe.train.epochs)
+        draws = Draws(progress, {kind: draw(rng, batch) for kind, draw in step.hooks("draw")})
+        last = part == parts - 1
+        synchronise = nullcontext() if last or process.world == 1 else session.wrapped.no_sync()  # type: ignore[operator]
+        with synchronise:
+            with process.autocast():
+                losses, _ = session.wrapped(batch, draws)
+            session.scaler.scale(losses["loss"] / parts if parts > 1 else losses["loss"]).backward()
+        count += len(batch.labels)
+        for name, value in losses.items():
+            summed[name] = summed.get(name, 0.0) + value.detach() / parts
+    if recipe.optim.clip_norm is not None:
+        session.scaler.unscale_(session.optimizer)
+        torch.nn.utils.clip_grad_norm_(step.parameters(), recipe.optim.clip_norm)
+    session.scaler.step(session.optimizer)
+    session.scaler.update()
+    if session.ema is not None:
+        session.ema.update(step.net, step=session.progress.step)
+    for kind, after in step.hooks("after_step"):
+        after(step.contexts[kind])
+    return summed, count * process.world
+
+
+def _log(session: Session, losses: dict[str, Tensor], images: int, events: Events) -> None:
+    """Sums for the epoch's row, a line every few steps, and a stop where the loss is no number."""
+    progress = session.progress
+    for name, value in losses.items():
+        progress.sums[name] = progress.sums.get(name, 0.0) + float(value)
+    if not math.isfinite(float(losses["loss"])):
+        raise FgvcError(
+            f"the loss is {float(losses['loss'])} at step {progress.step}; the last checkpoint is intact. "
+            "Lower optim.lr, set optim.clip_norm=1, or use train.precision=bf16 instead of fp16"
+        )
+    if progress.step % events.log.every_steps == 0 or progress.step == session.total_steps:
+        rate = progress.step * images / max(progress.seconds, 1e-9)
+        lr = session.optimizer.param_groups[0]["lr"]
+        events.step(
+            progress.step, session.total_steps, epoch=progress.epoch, loss=float(losses["loss"]), lr=lr, rate=rate
+        )
+
+
+def _end_epoch(session: Session, out: Path, events: Events) -> None:
+    """Validate on the weights that would ship, write the epoch's row, save, and move on."""
+    progress = session.progress
+    steps = max(progress.micro // session.recipe.train.accumulate, 1)
+    row: dict[str, float] = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "lr": session.optimizer.param_groups[0]["lr"],
+    }
+    row |= {name: value / steps for name, value in progress.sums.items()}
+    scores = _validate(session, events)
+    best = False
+    if scores is not None:
+        row |= {f"val_{name}": value for name, value in scores.numbers().items() if name != "images"}
+        best = progress.best is None or scores.top1 > progress.best
+        progress.best = scores.top1 if best else progress.best
+        if session.runtime.main:
+            plot_confusion(scores.confusion, session.index.classes, out / "plots" / "confusion.png", title="validation")
+    progress.history = [old for old in progress.history if old["epoch"] != row["epoch"]] + [row]
+    if session.epoch_done:  # not so where train.max_steps ends the run in mid-epoch
+        progress.epoch, progress.micro, progress.sums = progress.epoch + 1, 0, {}
+    progress.finished = progress.step >= session.total_steps
+    events.write("epoch", **row)
+    events.table(progress.history)
+    _save(session, out, best=best)
+    said = f", validation top-1 {100 * scores.top1:.2f} %" if scores else ""
+    events.say(f"epoch {int(row['epoch'])}/{session.recipe.train.epochs}: loss {row['loss']:.4f}{said}")
+
+
+def _validate(session: Session, events: Events) -> Scores | None:
+    rows = session.index.rows("val")
+    if not len(rows):
+        return None
+    process = session.runtime
+    loader = evaluation_loader(
+        session.index,
+        rows,
+        spec=session.preprocess,
+        batch_size=64,
+        workers=session.recipe.train.workers,
+        rank=process.rank,
+        world=process.world,
+    )
+    net = session.shipping()
+    net.eval()
+    try:
+        batches = ((batch.images, batch.labels) for batch in loader)
+        layout = memory_format(net)
+        return evaluate(net, batches, classes=len(session.index.classes), device=process.device, memory_format=layout)
+    finally:
+        session.step.train()
+
+
+def _save(session: Session, out: Path, *, best: bool = False) -> None:
+    state = session.capture()
+    if session.runtime.main:
+        checkpoint.save(out / "ckpt", state, best=best)
+    session.runtime.barrier()
+
+
+def _introduce(session: Session, events: Events) -> None:
+    """Say what was built, once, in words."""
+    recipe, index = session.recipe, session.index
+    for doubt in session.weights.doubts:
+        events.say(f"WARNING: {doubt}")
+    parts = ", ".join(f"{len(index.rows(split))} {split}" for split in ("train", "val", "test"))
+    lines = [
+        f"data: {index.recognised} ({parts} images, {len(index.classes)} classes)",
+        f"model: {recipe.model.backbone}, weights {session.weights.origin}, input {session.preprocess.size}, "
+        f"mean {session.preprocess.mean}, std {session.preprocess.std}",
+        f"training: {session.total_steps} steps of {recipe.train.batch_size} images on {session.runtime.device}, "
+        f"{session.runtime.world} process(es), {recipe.train.precision}; ships: {recipe.selected}",
+        *session.step.joints.notes,
+    ]
+    for line in lines:
+        events.say(line)
+    events.write("start", total_steps=session.total_steps, classes=len(index.classes), notes=lines)
+    if session.runtime.main:
+        write_atomic(events.run / "labels.json", json.dumps(index.classes, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(events.run / "preprocess.json", session.preprocess.model_dump_json(indent=1) + "\n")
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM end the run after the current step, with a checkpoint."""
+    asked = threading.Event()
+    with ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                old = signal.signal(number, lambda *_: asked.set())
+                stack.callback(signal.signal, number, old)
+        yield asked
+
+
+@contextmanager
+def _memory_advice(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise FgvcError(
+            f"out of memory with train.batch_size={recipe.train.batch_size} at {recipe.image.size} px; "
+            "the last checkpoint is intact. "
+            f"Raise train.accumulate (now {recipe.train.accumulate}; the same steps in smaller parts), or lower image.size"
+        ) from error

@@ -1,0 +1,137 @@
+"""The folder of a run: `config.yaml env.json events.jsonl metrics.csv ckpt/ plots/`, and who may write to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fgvc import __version__
+from fgvc.config import differences, dump, load
+from fgvc.recipe import Recipe
+from fgvc.train import checkpoint
+from fgvc.train.events import write_atomic
+from fgvc.types import FgvcError
+
+# What may change when a run goes on: everything else decides what its result means.
+MAY_CHANGE = ("train.epochs", "train.max_steps", "train.workers", "log.", "checkpoint.", "cache", "export.", "select")
+PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "onnx", "onnxruntime", "onnxscript")
+
+
+def open_run(out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool = False) -> bool:
+    """Make or find the folder of a run; True where it goes on from a checkpoint.
+
+    `resume`: auto (go on if `out` holds an unfinished run), never (start anew; refuses an existing run unless
+    `overwrite`), or a path of another run to go on from, whose checkpoint and history are copied into `out`.
+    Raises FgvcError for a finished run without `overwrite`, a changed recipe, or a folder that is no run.
+    """
+    if resume not in ("auto", "never"):
+        _adopt(Path(resume), out)
+    config = out / "config.yaml"
+    if not config.is_file():
+        if out.is_dir() and any(out.iterdir()) and not overwrite:
+            raise FgvcError(f"{out}: not empty and not a run of fgvc; choose another --out, or give --overwrite")
+        _start(out, recipe)
+        return False
+    if overwrite:
+        _clear(out)
+        _start(out, recipe)
+        return False
+    if not (out / "ckpt" / "last" / "meta.json").is_file():
+        _start(out, recipe)  # killed before its first checkpoint: nothing is lost by starting anew
+        return False
+    if resume == "never":
+        raise FgvcError(
+            f"{out}: holds a run already; choose another --out, give --overwrite, or let it go on with --resume auto"
+        )
+    old = load(Recipe, config)
+    changed = differences(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    refused = {key: pair for key, pair in changed.items() if not key.startswith(MAY_CHANGE)}
+    if refused:
+        rows = "\n".join(f"  {key}: {a!r} in the run, {b!r} now" for key, (a, b) in refused.items())
+        raise FgvcError(
+            f"{out}: this run was started with other settings:\n{rows}\n"
+            "Only train.epochs, train.max_steps, loading, logging, saving and export settings may change; "
+            "choose another --out, or give --overwrite to lose the old run"
+        )
+    state = checkpoint.load(out / "ckpt")
+    longer = recipe.train.epochs > old.train.epochs or (recipe.train.max_steps or 10**12) > (
+        old.train.max_steps or 10**12
+    )
+    if state.progress.finished and not longer:
+        raise FgvcError(
+            f"{out}: this run is finished; give --overwrite to lose it, raise train.epochs to go on, or choose another --out"
+        )
+    write_atomic(config, dump(recipe))
+    return True
+
+
+def read_run(out: Path) -> Recipe:
+    """The resolved recipe of a run. Raises FgvcError where the folder is none."""
+    config = out / "config.yaml"
+    if not config.is_file():
+        raise FgvcError(f"{out}: not a run of fgvc (no config.yaml)")
+    return load(Recipe, config)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for env.json and for every measured table."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "fgvc": __version__,
+        "python": platform.python_version(),
+        **{name: installed(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _start(out: Path, recipe: Recipe) -> None:
+    try:
+        (out / "ckpt").mkdir(parents=True, exist_ok=True)
+        (out / "plots").mkdir(exist_ok=True)
+    except OSError as error:
+        raise FgvcError(f"{out}: can't make the run's folder: {error.strerror}") from error
+    write_atomic(out / "config.yaml", dump(recipe))
+    write_atomic(out / "env.json", json.dumps(environment() | {"command": sys.argv[1:]}, indent=1) + "\n")
+
+
+def _clear(out: Path) -> None:
+    """Remove what a run writes and nothing else."""
+    for name in ("ckpt", "plots"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("config.yaml", "env.json", "events.jsonl", "metrics.csv", "labels.json", "preprocess.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _adopt(source: Path, out: Path) -> None:
+    """Go on from another run: copy it first, so that it stays as it is."""
+    source = source.parent.parent if source.parent.name == "ckpt" else source
+    read_run(source)
+    if source.resolve() == out.resolve():
+        return
+    if out.exists() and any(out.iterdir()):
+        raise FgvcError(f"{out}: not empty; --resume PATH copies the run into a new --out")
+    shutil.copytree(source, out, symlinks=True, dirs_exist_ok=True)

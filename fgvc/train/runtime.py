@@ -1,0 +1,125 @@
+"""Device, precision and processes: bare torch behind one small object. Launch with `torchrun -m fgvc train ...`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fgvc.config import Section
+from fgvc.types import FgvcError
+
+
+class Train(Section):
+    """The budget of a run and the machine's part of it."""
+
+    epochs: int = Field(12, ge=1, description="passes over the training set; the schedule spans all of them")
+    batch_size: int = Field(
+        32, ge=2, description="images per optimizer step, over all processes and accumulated parts together"
+    )
+    max_steps: int | None = Field(None, ge=1, description="stop early after so many steps, schedule unchanged")
+    seed: int = Field(
+        0, ge=0, description="of the head's first weights, the order, the augmentation, the techniques' draws"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="autocast; weights stay fp32, and so do all losses"
+    )
+    accumulate: int = Field(1, ge=1, description="parts that a step's images are split into, to save memory")
+    workers: int = Field(
+        1, ge=0, description="loading processes; 0 loads in a thread. The images are the same for any number"
+    )
+    device: str = Field("auto", description="auto | cpu | cuda | cuda:N | mps")
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Where and in how many processes this run computes."""
+
+    device: torch.device
+    rank: int
+    world: int
+    precision: Literal["fp32", "bf16", "fp16"]
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling, which only fp16 needs."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def wrap(self, step: nn.Module, *, branches: bool) -> nn.Module:
+        """DDP around the whole step where there are several processes. A branch may go unused in a step; the net never."""
+        if self.world == 1:
+            return step
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(step, device_ids=device_ids, find_unused_parameters=branches)
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, in rank order, on every process."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def first(self, do: Callable[[], None]) -> None:
+        """Run on rank 0 while the others wait (folders, the decode cache)."""
+        if self.main:
+            do()
+        self.barrier()
+
+
+@contextmanager
+def runtime(train: Train) -> Iterator[Runtime]:
+    """Set up the process group where torchrun started several processes, and tear it down again.
+
+    Raises FgvcError for a device that is not there.
+    """
+    world, rank, local = (
+        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
+    device = _device(train.device, local)
+    if train.batch_size % (world * train.accumulate):
+        raise FgvcError(
+            f"train.batch_size: {train.batch_size} images do not split over {world} processes "
+            f"x train.accumulate {train.accumulate}"
+        )
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Runtime(device, rank, world, train.precision)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def _device(name: str, local: int) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        kind = accelerator.type if accelerator is not None else "cpu"
+        return torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise FgvcError(f"train.device: {name!r} can't be used here: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,243 @@
+"""Everything that one run is made of, built from its recipe in one place; and its state, as a checkpoint holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from fgvc.config import Preprocess
+from fgvc.data.cache import DecodeCache
+from fgvc.data.labels import reordered
+from fgvc.data.loader import TrainLoader, train_loader
+from fgvc.image.augment import Augmenter
+from fgvc.model.backbone import Weights, load_weights, memory_format, plain_model, preprocess_for
+from fgvc.recipe import Recipe
+from fgvc.techniques import build
+from fgvc.train.batch import Normalise
+from fgvc.train.checkpoint import Progress, State
+from fgvc.train.optim import make_ema, make_optimizer, make_schedule
+from fgvc.train.runtime import Runtime
+from fgvc.train.step import StepModule
+from fgvc.types import FgvcError, ImageIndex
+
+Notify = Callable[[str], None]
+
+
+def read_index(recipe: Recipe) -> ImageIndex:
+    """The labelled images of a recipe, in the deployed stack's label order. Raises FgvcError where there is nothing to learn."""
+    index = recipe.data.read()
+    if recipe.deploy.labels is not None:
+        index = reordered(index, recipe.deploy.labels)
+    if len(index.classes) < 2:
+        raise FgvcError(f"data.root: {recipe.data.root}: {len(index.classes)} class found; a classifier needs two")
+    return index
+
+
+@dataclass(slots=True)
+class Built:
+    """The network side of a recipe, before any training."""
+
+    step: StepModule
+    weights: Weights
+    preprocess: Preprocess
+
+
+def build_net(recipe: Recipe, classes: int, *, pretrained: bool = True) -> Built:
+    """The plain model with its first weights, grafted and wrapped with what the techniques add; hooks not yet attached.
+
+    `pretrained=False` skips `model.weights`: for loading a checkpoint, whose run folder records the preprocessing.
+    Raises FgvcError where the backbone can't take the image size, or a technique refuses the backbone.
+    """
+    size = recipe.image.size
+    net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs)
+    model = recipe.model if pretrained else recipe.model.model_copy(update={"weights": "none"})
+    weights = load_weights(net, model)
+    _try(net, size, classes, recipe.model.backbone)
+    step = StepModule(net, build(recipe.techniques), size=size, label_smoothing=recipe.loss.label_smoothing)
+    return Built(step, weights, preprocess_for(recipe.deploy, size, weights))
+
+
+@dataclass(slots=True)
+class Session:
+    """One process of one run."""
+
+    recipe: Recipe
+    runtime: Runtime
+    index: ImageIndex
+    preprocess: Preprocess
+    weights: Weights
+    loader: TrainLoader
+    step: StepModule
+    wrapped: nn.Module  # what the loop calls: `step`, or DDP around it
+    normalise: Normalise
+    optimizer: Optimizer
+    schedule: Scheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    progress: Progress
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.loader.steps_per_epoch // self.recipe.train.accumulate
+
+    @property
+    def total_steps(self) -> int:
+        """Where this run stops."""
+        planned = self.steps_per_epoch * self.recipe.train.epochs
+        return min(planned, self.recipe.train.max_steps or planned)
+
+    @property
+    def epoch_done(self) -> bool:
+        """Whether every step of the epoch that `progress` is in has been made."""
+        return self.progress.micro >= self.steps_per_epoch * self.recipe.train.accumulate
+
+    def shipping(self) -> nn.Module:
+        """The net whose weights would ship as things stand: the average where there is one and it is wanted."""
+        return self.ema.module if self.ema is not None and self.recipe.selected != "last" else self.step.net
+
+    def capture(self) -> State:
+        """All that decides the rest of the run; on every rank, since each has its own random generators."""
+        rest: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": self.runtime.gather(_rng_state(self.runtime.device)),
+            "techniques": {kind: hook() for kind, hook in self.step.hooks("state_dict")},
+        }
+        ema = None if self.ema is None else self.ema.module.state_dict()
+        return State(self.step.net.state_dict(), self.step.branches.state_dict(), ema, rest, self.progress)
+
+    def restore(self, state: State) -> None:
+        """Continue exactly where `state` was captured. Raises FgvcError where it is of another set-up."""
+        try:
+            self.step.net.load_state_dict(state.net)
+            self.step.branches.load_state_dict(state.branches)
+            if self.ema is not None and state.ema is not None:
+                self.ema.module.load_state_dict(state.ema)
+            self.optimizer.load_state_dict(dict(state.rest["optimizer"]))
+            self.scaler.load_state_dict(state.rest["scaler"])
+            for kind, hook in self.step.hooks("load_state_dict"):
+                hook(state.rest["techniques"][kind])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise FgvcError(f"the checkpoint does not fit this recipe: {error}") from error
+        states = state.rest["rng"]
+        if len(states) != self.runtime.world:
+            raise FgvcError(
+                f"the checkpoint is of {len(states)} processes, this run has {self.runtime.world}: use as many"
+            )
+        _set_rng_state(states[self.runtime.rank], self.runtime.device)
+        self.progress = state.progress
+        self.progress.finished = False
+
+
+@contextmanager
+def open_session(recipe: Recipe, runtime: Runtime, *, notify: Notify | None = None) -> Iterator[Session]:
+    """Build a run, ready for its first step. The loader's workers end with the context."""
+    index = read_index(recipe)
+    rows = index.rows("train")
+    micro = recipe.train.batch_size // (runtime.world * recipe.train.accumulate)
+    torch.manual_seed(recipe.train.seed)
+    built = build_net(recipe, len(index.classes))
+    step = built.step
+    layout = memory_format(step.net)
+    step.to(runtime.device)
+    step.net.to(memory_format=layout)
+    ema = make_ema(step.net, recipe.ema)
+    step.attach_hooks()
+    step.train()
+    optimizer = make_optimizer(step, recipe.optim)
+    augmenter = Augmenter(recipe.augment, built.preprocess, seed=recipe.train.seed)
+    cache = _cache(recipe, index, rows, runtime, notify)
+    loader = train_loader(
+        index,
+        rows,
+        augmenter=augmenter,
+        batch_size=micro,
+        seed=recipe.train.seed,
+        workers=recipe.train.workers,
+        cache=cache,
+        rank=runtime.rank,
+        world=runtime.world,
+        on_sample=[hook for _, hook in step.hooks("on_sample")],
+        max_unreadable=recipe.data.max_unreadable,
+    )
+    if loader.steps_per_epoch < recipe.train.accumulate:
+        loader.close()
+        raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {len(rows)} training images")
+    torch.manual_seed(recipe.train.seed + runtime.rank)  # dropout differs between ranks
+    session = Session(
+        recipe=recipe,
+        runtime=runtime,
+        index=index,
+        preprocess=built.preprocess,
+        weights=built.weights,
+        loader=loader,
+        step=step,
+        wrapped=runtime.wrap(step, branches=len(step.branches) > 0),
+        normalise=Normalise(built.preprocess, runtime.device, layout),
+        optimizer=optimizer,
+        schedule=make_schedule(
+            optimizer,
+            recipe.optim,
+            steps_per_epoch=loader.steps_per_epoch // recipe.train.accumulate,
+            epochs=recipe.train.epochs,
+        ),
+        scaler=runtime.scaler(),
+        ema=ema,
+        progress=Progress(),
+    )
+    try:
+        yield session
+    finally:
+        loader.close()
+
+
+def _cache(
+    recipe: Recipe, index: ImageIndex, rows: np.ndarray, runtime: Runtime, notify: Notify | None
+) -> DecodeCache | None:
+    """The decode cache where the recipe wants one, built by rank 0 while the others wait."""
+    if recipe.cache == "none":
+        return None
+    side, folder = recipe.augment.shrink_to(recipe.image.size), recipe.cache_dir
+    runtime.first(lambda: DecodeCache.open(index, rows, side=side, folder=folder, progress=notify).close())
+    return DecodeCache.open(index, rows, side=side, folder=folder)
+
+
+def _try(net: nn.Module, size: tuple[int, int], classes: int, name: str) -> None:
+    """One forward of zeros: a backbone that can't take the size says so now, not after the data is read."""
+    training = net.training
+    net.eval()
+    try:
+        with torch.no_grad():
+            z = net.forward_head(net.forward_features(torch.zeros(1, 3, *size)))  # type: ignore[operator]
+    except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
+        hint = "; many transformers need model.kwargs.img_size" if "size" in str(error).lower() else ""
+        raise FgvcError(f"model.backbone: {name} can't take images of {size[0]} x {size[1]}: {error}{hint}") from error
+    finally:
+        net.train(training)
+    if not isinstance(z, torch.Tensor) or z.shape != (1, classes):
+        shape = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
+        raise FgvcError(
+            f"model.backbone: {name} gives {shape}, not one row of {classes} logits: not a plain classifier"
+        )
+
+
+def _rng_state(device: torch.device) -> Mapping[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,207 @@
+"""One training step as one module: the only thing that DDP, autocast and compile wrap (DESIGN 3).
+
+The order of phases is fixed here and the step knows no technique by name:
+on_batch -> views -> forward (shared group, own groups) -> views_after -> losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from fgvc.model.plan import Context, Joints, Plan, context_of
+from fgvc.types import Batch, Draws, FgvcError, Output, Target, View
+
+MAIN = "main"
+
+
+class StepModule(nn.Module):
+    """The backbone with everything that training adds to it.
+
+    `net` is the (grafted) timm model, `branches` what is stripped. Both are ordinary submodules, so their parameters reach
+    the optimizer and DDP; they are separate parts of the checkpoint.
+    """
+
+    def __init__(
+        self, net: nn.Module, techniques: Mapping[str, Any], *, size: tuple[int, int], label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.techniques = dict(techniques)
+        self.label_smoothing = label_smoothing
+        self.joints = Joints(net=net, size=size)
+        for kind, setup in self.hooks("setup"):
+            setup(Plan(kind, self.joints))
+        self.branches = self.joints.branches
+        self._handles: list[RemovableHandle] = []
+        self._taps: dict[str, Tensor] = {}
+        self._fired: set[tuple[str, str]] = set()
+        self._group: list[View] = []
+        self.contexts: dict[str, Context] = {}
+
+    def hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
+        """The techniques that have this hook, in the union's order."""
+        found = ((kind, getattr(technique, name, None)) for kind, technique in self.techniques.items())
+        return [(kind, hook) for kind, hook in found if hook is not None]
+
+    def forward(
+        self, batch: Batch, draws: Draws, views: Sequence[View] | None = None
+    ) -> tuple[dict[str, Tensor], list[View]]:
+        """Losses and the views that they were taken on.
+
+        `batch.x` (B,3,H,W) float32 normalised. The dict holds "loss" (the scalar to minimise), "base" and every named term,
+        unweighted. Given the views of an earlier call, makes none anew (SAM's second pass).
+        Raises FgvcError where a declared tap or gate did not fire, or a technique returns an undeclared term.
+        """
+        self.contexts = {kind: context_of(kind, self.joints, draws) for kind in self.techniques}
+        if views is None:
+            early, late = self._early_views(batch), None
+        else:
+            early, late = (
+                [v for v in views if not v.name.startswith("after:")],
+                [v for v in views if v.name.startswith("after:")],
+            )
+        outputs = self._run([v for v in early if v.bn == "shared"])
+        for view in early:
+            if view.bn == "own":
+                outputs |= self._run([view])
+        if late is None:
+            late = self._late_views(batch, outputs)
+        for view in late:
+            outputs |= self._run([view])
+        return self._losses(outputs), [*early, *late]
+
+    def attach_hooks(self) -> None:
+        """Make taps and gates live. Called once, after any copy of the net (EMA) is taken: a copy has none."""
+        for name in sorted(self.joints.taps):
+            self._handles.append(self.net.get_submodule(name).register_forward_hook(self._tap_hook(name)))
+        for kind, name, gate in self.joints.gates:
+            self._handles.append(self.net.get_submodule(name).register_forward_hook(self._gate_hook(kind, name, gate)))
+
+    def detach_hooks(self) -> None:
+        """Remove them: what is left is the network alone."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _early_views(self, batch: Batch) -> list[View]:
+        mixed = batch
+        for kind, on_batch in self.hooks("on_batch"):
+            mixed = on_batch(mixed, self.contexts[kind])
+        views = [View(MAIN, mixed.x, mixed.target)]
+        for kind, make in self.hooks("views"):
+            views += _named(kind, make(mixed, self.contexts[kind]))
+        return views
+
+    def _late_views(self, batch: Batch, outputs: Mapping[str, Output]) -> list[View]:
+        views = []
+        for kind, make in self.hooks("views_after"):
+            for view in _named(f"after:{kind}", make(batch, outputs, self.contexts[kind])):
+                if view.bn == "shared":
+                    raise FgvcError(
+                        f"{view.name}: a view made from outputs can't share the clean forward; use bn='own'"
+                    )
+                views.append(view)
+        return views
+
+    def _run(self, group: list[View]) -> dict[str, Output]:
+        """One forward of the views of a group, concatenated; their rows are handed back apart."""
+        x = group[0].x if len(group) == 1 else torch.cat([view.x for view in group])
+        self._group, self._taps, self._fired = group, {}, set()
+        with _own_statistics(self.net, active=group[0].bn == "own"):
+            features = self.net.forward_features(x)  # type: ignore[operator]
+            logits = self.net.forward_head(features)  # type: ignore[operator]
+        self._check_fired()
+        outputs, start = {}, 0
+        for view in group:
+            rows = slice(start, start := start + len(view.x))
+            taps = {name: tap[rows] for name, tap in self._taps.items()}
+            outputs[view.name] = Output(view, features[rows], logits[rows], taps)
+        return outputs
+
+    def _losses(self, outputs: Mapping[str, Output]) -> dict[str, Tensor]:
+        classify = [o for o in outputs.values() if o.view.classifies]
+        base = sum(o.view.weight * self._cross_entropy(o.logits, o.view.target) for o in classify)
+        losses: dict[str, Tensor] = {"base": base / sum(o.view.weight for o in classify)}  # type: ignore[dict-item]
+        total = losses["base"]
+        for kind, hook in self.hooks("losses"):
+            weights: Mapping[str, float] = self.techniques[kind].weights
+            if not any(weights.values()):
+                continue
+            for name, term in hook(outputs, self.contexts[kind]).items():
+                if name not in weights:
+                    raise FgvcError(f"techniques.{kind}: the loss term {name!r} has no weight in its config")
+                if weights[name]:
+                    losses[f"{kind}.{name}"] = term
+                    total = total + weights[name] * term
+        return losses | {"loss": total}
+
+    def _cross_entropy(self, logits: Tensor, target: Target) -> Tensor:
+        """mean_b sum_j w_j CE(y_j), label smoothing applied to each one-hot before mixing (methods 7); in float32."""
+        logits = logits.float()
+        if len(target) == 1 and target[0][1] is None:
+            return F.cross_entropy(logits, target[0][0], label_smoothing=self.label_smoothing)
+        terms = [
+            F.cross_entropy(logits, y, reduction="none", label_smoothing=self.label_smoothing)
+            * (1.0 if w is None else w)
+            for y, w in target
+        ]
+        return torch.stack(terms).sum(0).mean()
+
+    def _tap_hook(self, name: str) -> Callable[..., None]:
+        def record(module: nn.Module, _args: Any, output: Tensor) -> None:
+            if module.training:
+                self._taps[name] = output
+                self._fired.add(("tap", name))
+
+        return record
+
+    def _gate_hook(
+        self, kind: str, name: str, gate: Callable[[Tensor, Context], Tensor]
+    ) -> Callable[..., Tensor | None]:
+        def change(module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+            if not module.training:
+                return None
+            self._fired.add((f"gate of {kind}", name))
+            context = self.contexts[kind]
+            if all(view.gated for view in self._group):
+                return gate(output, context)
+            parts = output.split([len(view.x) for view in self._group])
+            pairs = zip(self._group, parts, strict=True)
+            return torch.cat([gate(part, context) if view.gated else part for view, part in pairs])
+
+        return change
+
+    def _check_fired(self) -> None:
+        if not self.net.training:
+            return
+        declared = {("tap", name) for name in self.joints.taps}
+        declared |= {(f"gate of {kind}", name) for kind, name, _ in self.joints.gates}
+        for what, name in sorted(declared - self._fired):
+            raise FgvcError(f"the {what} at {name!r} did not fire: this backbone's forward never calls that module")
+
+
+def _named(kind: str, views: Sequence[View]) -> list[View]:
+    for view in views:
+        view.name = view.name if view.name.startswith(f"{kind}.") else f"{kind}.{view.name}"
+    return [view for view in views if view.weight != 0]
+
+
+@contextmanager
+def _own_statistics(net: nn.Module, *, active: bool) -> Iterator[None]:
+    """BN normalises by this forward's batch statistics and leaves its running buffers alone."""
+    norms = [m for m in net.modules() if active and isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,221 @@
+"""The step against plain cross-entropy, and its joints against a technique that touches every one of them."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fgvc.techniques.mixup import MixupConfig
+from fgvc.train.step import StepModule
+from fgvc.types import Batch, Draws, FgvcError, View
+
+SIZE, CLASSES = (32, 32), 5
+NO_DRAWS = Draws(0.0)
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model("test_resnet", num_classes=CLASSES)
+
+
+def batch(size: int = 4) -> Batch:
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(size, 3, *SIZE, generator=rng)
+    y = torch.arange(size) % CLASSES
+    return Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(size, 2, 3))
+
+
+def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.named_buffers()}
+
+
+class Probe:
+    """A technique that uses every hook; `weights` and `view_weight` switch its parts."""
+
+    def __init__(self, **options: object) -> None:
+        self.o = SimpleNamespace(early=None, late=None, gate=None, tap=None, term=0.0, view_weight=1.0, **{})
+        self.o.__dict__.update(options)
+        self.weights = {"norm": self.o.term}
+        self.seen: dict = {}
+
+    def setup(self, plan) -> None:
+        plan.add("scale", nn.Linear(1, 1))
+        if self.o.tap:
+            plan.tap(self.o.tap)
+        if self.o.gate:
+            plan.gate(plan.stage(-1), lambda f, ctx: f * ctx.draw)
+
+    def draw(self, rng, batch):
+        return 0.5
+
+    def views(self, batch, ctx):
+        return (
+            [View("flip", batch.x_clean.flip(3), batch.target, **self.o.early, weight=self.o.view_weight)]
+            if self.o.early
+            else []
+        )
+
+    def views_after(self, batch, outputs, ctx):
+        if not self.o.late:
+            return []
+        self.seen["logits"] = outputs["main"].logits.detach()
+        return [View("dark", batch.x_clean * 0.5, batch.target, weight=self.o.view_weight, **self.o.late)]
+
+    def losses(self, outputs, ctx):
+        self.seen["outputs"] = outputs
+        return {"norm": ctx.branches["scale"](outputs["main"].features.mean().view(1, 1)).sum()}
+
+
+def run(step: StepModule, draws: Draws = NO_DRAWS, views=None):
+    step.attach_hooks()
+    step.train()
+    losses, made = step(batch(), draws, views)
+    losses["loss"].backward()
+    step.detach_hooks()
+    return losses, made
+
+
+def plain(smoothing: float = 0.1):
+    model = net().train()
+    loss = F.cross_entropy(model(batch().x), batch().labels, label_smoothing=smoothing)
+    loss.backward()
+    return model, loss
+
+
+@pytest.mark.parametrize(
+    "techniques",
+    [{}, {"probe": Probe()}, {"probe": Probe(early={"bn": "shared"}, late={"bn": "own"}, view_weight=0.0)}],
+    ids=["none", "term of weight 0", "views of weight 0"],
+)
+def test_with_all_weights_zero_the_step_is_plain_cross_entropy_bit_for_bit(techniques) -> None:
+    model, loss = plain()
+    step = StepModule(net(), techniques, size=SIZE, label_smoothing=0.1)
+    losses, _ = run(step)
+    assert torch.equal(losses["loss"], loss)
+    for (name, a), b in zip(model.named_parameters(), step.net.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+    for name, value in buffers(model).items():
+        assert torch.equal(value, step.net.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("which", ["early", "late"])
+def test_a_view_of_its_own_leaves_the_clean_forward_and_the_running_statistics_alone(which: str) -> None:
+    model, _ = plain()
+    probe = Probe(**{which: {"bn": "own"}})
+    step = StepModule(net(), {"probe": probe}, size=SIZE, label_smoothing=0.1)
+    losses, views = run(step)
+    assert [v.name for v in views] == ["main", "probe.flip" if which == "early" else "after:probe.dark"]
+    for name, value in buffers(model).items():
+        assert torch.equal(value, step.net.get_buffer(name)), name
+    twin = net().train()
+    main = F.cross_entropy(twin(views[0].x), batch().labels, label_smoothing=0.1)
+    second = F.cross_entropy(twin(views[1].x), batch().labels, label_smoothing=0.1)
+    torch.testing.assert_close(losses["base"], (main + second) / 2)
+
+
+def test_a_shared_view_shares_the_statistics_and_weighs_as_it_says() -> None:
+    step = StepModule(net(), {"probe": Probe(early={"bn": "shared"}, view_weight=3.0)}, size=SIZE)
+    losses, views = run(step)
+    twin = net().train()
+    z = twin(torch.cat([views[0].x, views[1].x]))
+    first, second = F.cross_entropy(z[:4], batch().labels), F.cross_entropy(z[4:], batch().labels)
+    torch.testing.assert_close(losses["base"], (first + 3 * second) / 4)
+    torch.testing.assert_close(buffers(step.net), buffers(twin))
+
+
+def test_a_late_view_may_not_share_the_clean_forward() -> None:
+    with pytest.raises(FgvcError, match="can't share"):
+        run(StepModule(net(), {"probe": Probe(late={"bn": "shared"})}, size=SIZE))
+
+
+def test_a_late_view_sees_the_outputs_of_the_clean_one() -> None:
+    probe = Probe(late={"bn": "own"})
+    run(StepModule(net(), {"probe": probe}, size=SIZE))
+    torch.testing.assert_close(probe.seen["logits"], net().train()(batch().x).detach())
+
+
+def test_a_second_call_with_the_views_of_the_first_makes_none_anew() -> None:
+    probe = Probe(early={"bn": "own"}, late={"bn": "own"})
+    step = StepModule(net(), {"probe": probe}, size=SIZE)
+    losses, views = run(step)
+    probe.o.early = probe.o.late = None
+    again, same = run(step, views=views)
+    assert [v.name for v in same] == [v.name for v in views]
+    torch.testing.assert_close(again["loss"], losses["loss"])
+
+
+def test_a_gate_acts_in_training_on_gated_views_only() -> None:
+    probe = Probe(gate=True, early={"bn": "shared", "gated": False})
+    step = StepModule(net(), {"probe": probe}, size=SIZE)
+    free = StepModule(net(), {"probe": Probe(early={"bn": "shared"})}, size=SIZE)
+    probe.weights["norm"] = free.techniques["probe"].weights["norm"] = 1e-6
+    run(step, Draws(0.0, {"probe": 0.5}))
+    run(free)
+    gated, ungated = probe.seen["outputs"], free.techniques["probe"].seen["outputs"]
+    torch.testing.assert_close(gated["main"].features, 0.5 * ungated["main"].features)
+    torch.testing.assert_close(gated["probe.flip"].features, ungated["probe.flip"].features)
+    step.attach_hooks()
+    step.eval()
+    untouched = copy.deepcopy(step.net)
+    for module in untouched.modules():
+        module._forward_hooks.clear()
+    assert torch.equal(step.net(batch().x), untouched(batch().x))
+
+
+def test_a_tap_records_what_its_module_gave() -> None:
+    probe = Probe(tap="layer2", term=1.0)
+    run(StepModule(net(), {"probe": probe}, size=SIZE))
+    seen = []
+    twin = net().train()
+    twin.layer2.register_forward_hook(lambda m, a, out: seen.append(out))
+    twin(batch().x)
+    torch.testing.assert_close(probe.seen["outputs"]["main"].taps["layer2"], seen[0])
+
+
+def test_a_tap_that_does_not_fire_is_an_error() -> None:
+    model = net()
+    model.spare = nn.Conv2d(3, 3, 1)
+    with pytest.raises(FgvcError, match="'spare' did not fire"):
+        run(StepModule(model, {"probe": Probe(tap="spare")}, size=SIZE))
+
+
+def test_a_term_is_weighted_and_its_branch_learns() -> None:
+    probe = Probe(term=2.0)
+    step = StepModule(net(), {"probe": probe}, size=SIZE)
+    losses, _ = run(step)
+    torch.testing.assert_close(losses["loss"], losses["base"] + 2 * losses["probe.norm"])
+    assert step.branches["probe"]["scale"].bias.grad.item() == 2.0
+
+
+def test_a_term_without_a_weight_is_an_error() -> None:
+    probe = Probe(term=1.0)
+    probe.losses = lambda outputs, ctx: {"other": torch.zeros(())}
+    with pytest.raises(FgvcError, match="'other' has no weight"):
+        run(StepModule(net(), {"probe": probe}, size=SIZE))
+
+
+def test_mixup_is_its_formula_in_float64() -> None:
+    share, order = torch.tensor([0.3, 0.3, 0.3, 0.3], dtype=torch.float64), torch.tensor([2, 0, 3, 1])
+    step = StepModule(net().double(), {"mixup": MixupConfig().build()}, size=SIZE, label_smoothing=0.1)
+    data = batch()
+    data.x = data.x_clean = data.x.double()
+    step.train()
+    losses, _ = step(data, Draws(0.0, {"mixup": (share, order)}))
+    z = net().double().train()(0.3 * data.x + 0.7 * data.x[order])
+    y = data.labels
+    expected = 0.3 * F.cross_entropy(z, y, label_smoothing=0.1) + 0.7 * F.cross_entropy(
+        z, y[order], label_smoothing=0.1
+    )
+    # the step computes every loss in float32 at least; from float64 logits that costs 1e-7
+    torch.testing.assert_close(losses["loss"].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_weight_of_every_view_zero_is_impossible_for_the_main_one() -> None:
+    _, views = run(StepModule(net(), {}, size=SIZE))
+    assert views[0].weight == 1.0
