@@ -8,9 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.aggregation import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 from fgvc.types import FgvcError
 
@@ -49,6 +46,11 @@ def evaluate(
 
     In a process group every process brings its share and all get the same result. Raises FgvcError without any image.
     """
+    # Imported here because it takes longer to import than torch, and most verbs evaluate nothing.
+    from torchmetrics import MetricCollection
+    from torchmetrics.aggregation import MeanMetric
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+
     metrics = MetricCollection(
         {
             "top1": MulticlassAccuracy(classes, average="micro"),

@@ -76,12 +76,10 @@ class Events:
         """One live bar on a terminal, a plain line every few seconds elsewhere."""
         if self.active and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            with Progress(*columns, console=self.console, transient=True) as self._bar:
-                self._task = self._bar.add_task("training", total=total, completed=done)
-                try:
-                    yield
-                finally:
-                    self._bar = None
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                self._bar, self._task = bar, bar.add_task("training", total=total, completed=done)
+                yield
+                self._bar = None
         else:
             self._spoke = time.monotonic()
             yield

@@ -1,0 +1,193 @@
+"""fgvc in Python: the verbs of the command line as a few typed functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from fgvc.config import Preprocess, validate
+from fgvc.data import checks
+from fgvc.data.loader import evaluation_loader
+from fgvc.evaluate import metrics
+from fgvc.evaluate.plot import plot_confusion
+from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
+from fgvc.export.prove import MAX_IMAGES, Proven, prove
+from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
+from fgvc.model.backbone import memory_format
+from fgvc.recipe import Recipe, load_recipe
+from fgvc.train import checkpoint
+from fgvc.train.events import write_atomic
+from fgvc.train.forecast import Forecast, forecast
+from fgvc.train.loop import train
+from fgvc.train.run import read_run
+from fgvc.train.runtime import runtime
+from fgvc.train.session import build_net, read_index
+from fgvc.types import FgvcError, ImageIndex
+
+__all__ = [
+    "Bundle", "Evaluation", "Exported", "Forecast", "Recipe",
+    "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "train", "verify",
+]  # fmt: skip
+
+Selected = Literal["last", "best", "ema"]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores of one run's selected weights on one split; also in `<run>/metrics.json` under `<split>.<select>`."""
+
+    run: Path
+    split: str
+    select: Selected
+    scores: metrics.Scores
+    unreadable: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A bundle that was written, and what was proved of it."""
+
+    bundle: Path
+    select: Selected
+    proven: Proven
+
+
+def check(recipe: Recipe) -> checks.Report:
+    """Read every image of the recipe's data and report what is wrong with it. A bar on stderr where that is a terminal."""
+    index = read_index(recipe)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True) if console.is_terminal else nullcontext() as bar:
+        task = bar.add_task("reading", total=len(index)) if bar else None
+        tick = (lambda done, total: bar.update(task, completed=done)) if bar and task is not None else None
+        return checks.check(index, max_unreadable=recipe.data.max_unreadable, progress=tick)
+
+
+def evaluate(run: Path, split: Literal["val", "test"] | None = None, *, select: Selected | None = None) -> Evaluation:
+    """Score a run's weights on `split` (default: val where there is one, else test), in fp32, on one process.
+
+    Writes `metrics.json` and `plots/confusion-<split>.png` into the run. Raises FgvcError where the part is empty.
+    """
+    recipe = read_run(run)
+    index, preprocess = _data_of(run, recipe)
+    split = split or ("val" if len(index.rows("val")) else "test")
+    chosen = select or recipe.selected
+    net = _trained(run, recipe, len(index.classes), chosen)
+    rows = index.rows(split)
+    if not len(rows):
+        raise FgvcError(f"{run}: its data has no {split} part")
+    with runtime(recipe.train) as process:
+        layout = memory_format(net)
+        net.to(process.device).to(memory_format=layout)
+        unreadable: list[str] = []
+        loader = evaluation_loader(index, rows, spec=preprocess, batch_size=64, workers=recipe.train.workers)
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in loader:
+                unreadable.extend(str(error) for error in batch.bad)
+                yield batch.images, batch.labels
+
+        scores = metrics.evaluate(
+            net, batches(), classes=len(index.classes), device=process.device, memory_format=layout
+        )
+    known = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").is_file() else {}
+    known[f"{split}.{chosen}"] = scores.numbers()
+    write_atomic(run / "metrics.json", json.dumps(known, indent=1) + "\n")
+    title = f"{split}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
+    plot_confusion(scores.confusion, index.classes, run / "plots" / f"confusion-{split}.png", title=title)
+    return Evaluation(run, split, chosen, scores, tuple(unreadable))
+
+
+def export(
+    run: Path, out: Path, *, against: Path | None = None, select: Selected | None = None, overwrite: bool = False
+) -> Exported:
+    """Strip and fuse a run's weights, export them as ONNX, prove the three levels of the contract and write the bundle.
+
+    `against`: the deployed file that it must be a drop-in for. Raises FgvcError where any proof fails, and writes nothing.
+    """
+    refuse_target(out, overwrite=overwrite)
+    recipe = read_run(run)
+    index, preprocess = _data_of(run, recipe)
+    chosen = select or recipe.selected
+    net = _trained(run, recipe, len(index.classes), chosen)
+    proven = prove(
+        net,
+        _real_images(index, preprocess),
+        backbone=recipe.model.backbone,
+        num_classes=len(index.classes),
+        kwargs=recipe.model.kwargs,
+        size=recipe.image.size,
+        export=recipe.export,
+        against=against,
+    )
+    known = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").is_file() else {}
+    files: dict[str, Any] = {
+        "model.onnx": proven.model,
+        "labels.json": list(index.classes),
+        "preprocess.json": preprocess,
+        "contract.json": dict(proven.contract),
+        "metrics.json": {
+            key.partition(".")[0]: row for key, row in sorted(known.items()) if key.endswith(f".{chosen}")
+        },
+    }
+    if proven.explain is not None:
+        files["explain.onnx"] = proven.explain
+    write_bundle(out, files=files, overwrite=overwrite)
+    return Exported(out, chosen, proven)
+
+
+def verify(path: Path, *, against: Path | None = None) -> Comparison | Verification:
+    """Compare an .onnx file with the deployed one, or prove a bundle again. `passed` says whether all is well."""
+    if path.is_dir():
+        if against is None:
+            return verify_bundle(path)
+        path = load_bundle(path).model
+    if against is None:
+        raise FgvcError(f"{path}: compare it with what? Give --against deployed.onnx, or a bundle instead of a file")
+    return verify_files(path, against)
+
+
+def _data_of(run: Path, recipe: Recipe) -> tuple[ImageIndex, Preprocess]:
+    """The run's data as it is now, refused where its classes are no longer those that were trained."""
+    try:
+        trained = tuple(json.loads((run / "labels.json").read_text(encoding="utf-8")))
+        preprocess = validate(
+            Preprocess, json.loads((run / "preprocess.json").read_text()), where=str(run / "preprocess.json")
+        )
+    except (OSError, ValueError) as error:
+        raise FgvcError(f"{run}: the run was not started yet ({error})") from error
+    index = read_index(recipe)
+    if index.classes != trained:
+        raise FgvcError(f"{run}: the classes in {recipe.data.root} are not those that the run was trained on")
+    return index, preprocess
+
+
+def _trained(run: Path, recipe: Recipe, classes: int, select: Selected) -> nn.Module:
+    """The network as trained, branches of re-parameterised kernels in it, eval mode, without hooks."""
+    if select == "ema" and recipe.ema is None:
+        raise FgvcError(f"{run}: has no moving average; train with ema.decay=0.999, or choose --select last")
+    state = checkpoint.load(run / "ckpt", "best" if select == "best" else "last")
+    net = build_net(recipe, classes, pretrained=False).step.net
+    averaged = select == "ema" or (select == "best" and state.ema is not None)
+    weights = state.ema if averaged else state.net
+    try:
+        net.load_state_dict(weights or {})
+    except RuntimeError as error:
+        raise FgvcError(f"{run}: its checkpoint does not fit its recipe: {error}") from error
+    return net.eval()
+
+
+def _real_images(index: ImageIndex, preprocess: Preprocess) -> Iterable[np.ndarray]:
+    """Up to 256 validation images, spread over the classes; training images where there is no validation part."""
+    rows = index.rows("val") if len(index.rows("val")) else index.rows("train")
+    spread = rows[np.linspace(0, len(rows) - 1, min(MAX_IMAGES, len(rows))).astype(int)]
+    for batch in evaluation_loader(index, spread, spec=preprocess, batch_size=32, workers=0):
+        yield batch.images.numpy()

@@ -1,0 +1,165 @@
+"""`fgvc bench`: speed as ratios of two things measured in turn in one process, never as seconds to be trusted alone.
+
+The bare step here is what one writes with torch and timm and nothing else: the same net, batch, optimizer and layout.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+
+from fgvc.model.backbone import load_weights, memory_format, plain_model
+from fgvc.recipe import Recipe
+from fgvc.train.batch import Normalise
+from fgvc.train.events import Events
+from fgvc.train.loop import take_step
+from fgvc.train.run import environment
+from fgvc.train.runtime import runtime
+from fgvc.train.session import Session, open_session
+from fgvc.types import FgvcError
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Two things timed in turn, A/B/B/A: the median of `a / b` over the pairs, with a 95 % interval of that median."""
+
+    name: str
+    pairs: int
+    median: float
+    low: float
+    high: float
+    a_seconds: float  # medians, for orientation
+    b_seconds: float
+
+
+def interleaved(name: str, a: Callable[[], None], b: Callable[[], None], *, pairs: int) -> Ratio:
+    """Time `a` and `b` alternately, the order turned round in every other pair, so that drift cancels."""
+    for _ in range(WARM_UP):
+        a()
+        b()
+    seconds: list[tuple[float, float]] = []
+    for pair in range(pairs):
+        first, second = (a, b) if pair % 2 == 0 else (b, a)
+        times = [_timed(first), _timed(second)]
+        seconds.append((times[0], times[1]) if pair % 2 == 0 else (times[1], times[0]))
+    ratios = sorted(x / y for x, y in seconds)
+    low, high = _median_interval(pairs)
+    return Ratio(
+        name,
+        pairs,
+        statistics.median(ratios),
+        ratios[low],
+        ratios[high],
+        statistics.median(x for x, _ in seconds),
+        statistics.median(y for _, y in seconds),
+    )
+
+
+def bench_train(recipe: Recipe, *, pairs: int = 30) -> Ratio:
+    """fgvc's step (uint8 batch on the host to updated weights) over a bare step on the ready float batch."""
+    with runtime(recipe.train) as process, open_session(recipe, process) as session:
+        raw = next(session.loader.epoch(0))
+        quiet = Events(Path(), recipe.log, active=False)
+
+        def ours() -> None:
+            take_step(session, iter([raw]), quiet)
+
+        x = Normalise(session.preprocess, process.device, memory_format(session.step.net))(raw.images)
+        return interleaved(
+            f"step: fgvc / bare ({_about(recipe)})", ours, _bare_step(session, x, raw.labels), pairs=pairs
+        )
+
+
+def bench_load(recipe: Recipe, *, workers: int, pairs: int = 3) -> Ratio:
+    """An epoch with loading and augmenting over as many steps on one batch that is held: 1 / 0.95 is the bar."""
+    train = recipe.train.model_copy(update={"workers": workers})
+    recipe = recipe.model_copy(update={"train": train})
+    with runtime(train) as process, open_session(recipe, process) as session:
+        quiet = Events(Path(), recipe.log, active=False)
+        held = next(session.loader.epoch(0))
+        epochs = iter(range(1, 10**6))
+
+        def loaded() -> None:
+            batches = session.loader.epoch(next(epochs))
+            for _ in range(session.steps_per_epoch):
+                take_step(session, batches, quiet)
+
+        def step_alone() -> None:
+            for _ in range(session.steps_per_epoch):
+                take_step(session, iter([held]), quiet)
+
+        step_alone()
+        name = f"epoch with loading / step alone, {workers} workers, cache {recipe.cache} ({_about(recipe)})"
+        return interleaved(name, loaded, step_alone, pairs=pairs)
+
+
+def write_csv(path: Path, ratios: Sequence[Ratio]) -> None:
+    """One line a ratio, machine and versions on each, so that tables in docs can be made from it."""
+    env = environment()
+    about = {key: env[key] for key in ("cpu", "cores", "torch", "timm")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["name", "pairs", "median", "low", "high", "a_seconds", "b_seconds", *about])
+        for r in ratios:
+            values = (f"{v:.4f}" for v in (r.median, r.low, r.high, r.a_seconds, r.b_seconds))
+            writer.writerow([r.name, r.pairs, *values, *about.values()])
+
+
+def _bare_step(session: Session, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    recipe, device = session.recipe, session.runtime.device
+    if recipe.train.accumulate > 1 or session.runtime.world > 1:
+        raise FgvcError("bench: the bare step has no accumulation and one process")
+    torch.manual_seed(recipe.train.seed)
+    net = plain_model(recipe.model.backbone, len(session.index.classes), recipe.model.kwargs)
+    load_weights(net, recipe.model)
+    net = net.to(device).to(memory_format=memory_format(net)).train()
+    optimizer = create_optimizer_v2(
+        net, opt=recipe.optim.name, lr=recipe.optim.lr, momentum=recipe.optim.momentum,
+        weight_decay=recipe.optim.weight_decay, filter_bias_and_bn=True,
+    )  # fmt: skip
+    criterion = LabelSmoothingCrossEntropy(recipe.loss.label_smoothing)
+    y = labels.to(device)
+
+    def step() -> None:
+        loss = criterion(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _timed(do: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    do()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _median_interval(count: int) -> tuple[int, int]:
+    """Positions in the sorted sample between which the median lies with at least 95 % (binomial, no assumption)."""
+    draws = np.cumsum([_binomial(count, k) for k in range(count + 1)])
+    low = max(int(np.searchsorted(draws, 0.025, side="right")) - 1, 0)
+    return low, count - 1 - low
+
+
+def _binomial(count: int, k: int) -> float:
+    return math.comb(count, k) / 2.0**count
+
+
+def _about(recipe: Recipe) -> str:
+    return f"{recipe.model.backbone}, {recipe.image.size[0]} px, batch {recipe.train.batch_size}"

@@ -1,0 +1,216 @@
+"""The command line: verbs. Heavy packages are imported inside the verb that needs them, so that --help is instant.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 fine, 1 a check said no, 2 a mistake that fgvc can name.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fgvc.types import FgvcError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Raise the accuracy of the classifier you already deploy without changing a node of its ONNX graph.",
+)
+data = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+app.add_typer(data, name="data")
+
+Config = Annotated[str, typer.Argument(help="A recipe file, or the id of one that comes with fgvc.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")]
+Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: named mistakes become one message and exit code 2. `arguments`: those of the process by default."""
+    try:
+        app(arguments)
+    except FgvcError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def recipes(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
+) -> None:
+    """List the recipes that come with fgvc."""
+    from fgvc import template
+
+    if schema:
+        import json
+
+        from fgvc.recipe import Recipe
+
+        print(json.dumps(Recipe.model_json_schema(), indent=1))
+        return
+    for name, path in template.recipes().items():
+        print(f"{name:<22} {(template.header(path) or [''])[0]}")
+
+
+@app.command()
+def init(
+    recipe: Annotated[str, typer.Argument(help="The id of a recipe, see `fgvc recipes`.")],
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+) -> None:
+    """Write a recipe out with every key explained, to own and change."""
+    from fgvc import template
+    from fgvc.recipe import Recipe
+
+    if out.exists():
+        raise FgvcError(f"{out}: exists already; remove it, or choose another name")
+    text = template.commented(Recipe, template.recipe_file(recipe))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FgvcError(f"{out}: can't write: {error.strerror}") from error
+    print(f"{out}: set data.root and model.weights in it, then: fgvc data check {out}")
+
+
+@data.command("demo")
+def data_demo(
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    seed: Annotated[int, typer.Option(help="Another seed draws other pictures.")] = 0,
+) -> None:
+    """Draw the demonstration set: eight kinds of beetle that differ only in small parts."""
+    from fgvc.data.demo import draw_demo
+
+    draw_demo(folder, seed=seed)
+    print(folder)
+
+
+@data.command("check")
+def data_check(config: Config, overrides: Overrides = None) -> None:
+    """Counts, balance, unreadable files and overlap between splits. Exit code 1 where something must be mended."""
+    from fgvc import api, show
+
+    report = api.check(api.load_recipe(_recipe(config), overrides or []))
+    show.check(report)
+    sys.exit(0 if report.ok else 1)
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<name of the recipe>.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on with the unfinished run in --out | never | PATH of a run.")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Lose the run that is in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what a step costs and what conflicts; train nothing.")
+    ] = False,
+) -> None:
+    """Train a run, or go on with one."""
+    from fgvc import api, show
+
+    path = _recipe(config)
+    recipe = api.load_recipe(path, overrides or [])
+    if dry_run:
+        show.forecast(api.forecast(recipe))
+        return
+    run = api.train(recipe, out or Path("runs") / path.stem, resume=resume, overwrite=overwrite)
+    print(run)
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    split: Annotated[
+        Literal["val", "test"] | None, typer.Option(help="Default: val where there is one, else test.")
+    ] = None,
+    select: Annotated[
+        Literal["last", "best", "ema"] | None, typer.Option(help="Other weights than the recipe selects.")
+    ] = None,
+) -> None:
+    """Score a run on a part of its data."""
+    from fgvc import api, show
+
+    show.scores(api.evaluate(run, split, select=select))
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],
+    against: Annotated[Path | None, typer.Option(help="The deployed .onnx that this must be a drop-in for.")] = None,
+    select: Annotated[
+        Literal["last", "best", "ema"] | None, typer.Option(help="Other weights than the recipe selects.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
+) -> None:
+    """Strip, fuse, export and prove; writes nothing where a proof fails."""
+    from fgvc import api, show
+
+    show.contract(api.export(run, out, against=against, select=select, overwrite=overwrite))
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A bundle, or an .onnx file.")],
+    against: Annotated[Path | None, typer.Option(help="The deployed .onnx to compare an .onnx with.")] = None,
+) -> None:
+    """Prove a bundle again, or say where two .onnx files differ. Exit code 1 where they do."""
+    from fgvc import api, show
+
+    result = api.verify(path, against=against)
+    show.verification(result)
+    sys.exit(0 if result.passed else 1)
+
+
+@app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that fgvc exported.")],
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    top_k: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 1,
+) -> None:
+    """Classify images with onnxruntime. Exit code 1 where an image could not be read."""
+    from fgvc.serve.predict import predict_files
+
+    sys.exit(predict_files(bundle, paths, as_json=as_json, top_k=top_k))
+
+
+@app.command()
+def bench(
+    what: Annotated[
+        Literal["train", "load"], typer.Argument(help="train: step against a bare one; load: epoch against its steps.")
+    ],
+    config: Config,
+    overrides: Overrides = None,
+    pairs: Annotated[int, typer.Option(min=0, help="Pairs of measurements; default 30 steps or 3 epochs.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
+) -> None:
+    """Measure speed as ratios against bare references, in one run."""
+    from fgvc import api, show
+    from fgvc import bench as measure
+
+    recipe = api.load_recipe(_recipe(config), overrides or [])
+    if what == "train":
+        found = [measure.bench_train(recipe, pairs=pairs or 30)]
+    else:
+        found = [measure.bench_load(recipe, workers=workers, pairs=pairs or 3) for workers in (0, 1, 2)]
+    show.ratios(found)
+    if out is not None:
+        measure.write_csv(out, found)
+
+
+def _recipe(config: str) -> Path:
+    from fgvc.template import recipe_file
+
+    return recipe_file(config)
+
+
+if __name__ == "__main__":
+    main()

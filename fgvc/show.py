@@ -1,0 +1,104 @@
+"""Results on stdout, for people: what the command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from fgvc.api import Evaluation, Exported
+from fgvc.bench import Ratio
+from fgvc.data.checks import Report
+from fgvc.export.verify import Comparison, Verification
+from fgvc.train.forecast import Forecast
+from fgvc.types import SPLITS
+
+console = Console(highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def check(report: Report) -> None:
+    table = _table("part", "images", "classes", "smallest class", "largest class")
+    for name, counts in zip(SPLITS, report.counts, strict=True):
+        if counts.any():
+            table.add_row(name, str(counts.sum()), str((counts > 0).sum()), str(counts.min()), str(counts.max()))
+    console.print(f"recognised: {report.recognised}", markup=False)
+    console.print(table)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", markup=False)
+    for error in report.errors:
+        console.print(f"ERROR: {error}", markup=False)
+    console.print("ok" if report.ok else "not ok: mend the errors above first")
+
+
+def forecast(found: Forecast) -> None:
+    table = _table("what", "how much")
+    table.add_row("images", ", ".join(f"{count} {split}" for split, count in found.images.items()))
+    table.add_row("steps", str(found.steps))
+    table.add_row("forwards per step", f"{found.forwards:g}")
+    table.add_row("parameters in training", f"{found.parameters / 1e6:.2f} M")
+    table.add_row("step", f"{1000 * found.step_seconds:.0f} ms")
+    table.add_row("all steps", f"{found.hours:.2f} h without loading and validation")
+    table.add_row("peak memory", f"{found.peak_bytes / 2**30:.2f} GiB")
+    table.add_row("conflicts", "none")
+    console.print(table)
+    for kind, forwards in found.techniques.items():
+        console.print(f"technique {kind}: adds {forwards} forwards a step", markup=False)
+    for note in found.notes:
+        console.print(note, markup=False)
+
+
+def scores(result: Evaluation) -> None:
+    table = _table("split", "weights", "images", "top-1 %", "top-5 %", "macro F1 %", "loss")
+    s = result.scores
+    shares = (f"{100 * share:.2f}" for share in (s.top1, s.top5, s.macro_f1))
+    table.add_row(result.split, result.select, str(s.images), *shares, f"{s.loss:.4f}")
+    console.print(table)
+    for error in result.unreadable:
+        console.print(f"skipped: {error}", markup=False)
+
+
+def contract(done: Exported) -> None:
+    numeric, behavioural, said = done.proven.numeric, done.proven.behavioural, done.proven.contract
+    table = _table("proof", "result")
+    table.add_row(
+        "numeric", f"fold {numeric.folded_float64:.1e} (float64), shipped {numeric.shipped_float32:.1e} (float32)"
+    )
+    nodes = said["proofs"]["structural"]["nodes"]
+    table.add_row(
+        "structural", f"{nodes} nodes, sha256 {done.proven.structural.sha256[:16]} = the plain {said['backbone']}'s"
+    )
+    table.add_row("behavioural", f"onnxruntime = torch on {behavioural.images} images, worst {behavioural.worst:.1e}")
+    console.print(table)
+    for warning in done.proven.warnings:
+        console.print(f"warning: {warning}", markup=False)
+    console.print(f"{done.bundle}: {done.select} weights, a drop-in for the plain {said['backbone']}", markup=False)
+
+
+def verification(result: Comparison | Verification) -> None:
+    if isinstance(result, Verification):
+        for item in result.checks:
+            mark = {True: "ok  ", False: "FAIL", None: "skip"}[item.passed]
+            console.print(f"{mark} {item.name}: {item.detail}", markup=False)
+        return
+    for difference in result.differences:
+        console.print(str(difference), markup=False, soft_wrap=True)
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    same = "a drop-in replacement: the graphs are the same" if result.passed else "NOT a drop-in replacement"
+    console.print(f"{result.candidate} against {result.against}: {same}", markup=False, soft_wrap=True)
+
+
+def ratios(found: Sequence[Ratio]) -> None:
+    table = _table("ratio", "median", "95 % interval", "pairs", "seconds")
+    for r in found:
+        seconds = f"{r.a_seconds:.3f} / {r.b_seconds:.3f}"
+        table.add_row(r.name, f"{r.median:.3f}", f"{r.low:.3f} to {r.high:.3f}", str(r.pairs), seconds)
+    console.print(table)

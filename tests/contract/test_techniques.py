@@ -1,0 +1,155 @@
+"""The contract of DESIGN 4, for every technique of the union: a new one is tested by being in it.
+
+Each trains on a tiny CNN and, where it does not refuse it by name, on a tiny ViT.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fgvc import api
+from fgvc.config import validate
+from fgvc.export.onnx import Export, Interface
+from fgvc.export.plain import strip
+from fgvc.export.prove import compare_structure, export_onnx
+from fgvc.export.reference import independent_plain
+from fgvc.model.backbone import deployed
+from fgvc.recipe import Recipe
+from fgvc.techniques import CONFIGS
+from fgvc.train.session import build_net
+from fgvc.types import FgvcError
+
+NETS = {"cnn": "test_resnet", "vit": "test_vit"}
+KWARGS = {"cnn": {}, "vit": {"img_size": 32}}
+SIZE = (32, 32)
+CASES = [(kind, net) for kind in [None, *CONFIGS] for net in NETS]
+
+
+def recipe(tree: dict, kind: str | None, net: str, **train: object) -> Recipe:
+    own = {
+        "model": {"backbone": NETS[net], "kwargs": KWARGS[net]},
+        "train": {**tree["train"], "epochs": 3, "device": "cpu", **train},
+        "techniques": {kind: {}} if kind else {},
+        "ema": {"decay": 0.9},
+        "checkpoint": {"every_steps": 4},
+    }
+    return validate(Recipe, tree | own, where="test")
+
+
+def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "ckpt" / "last" / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return {}
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)), scope="module")
+def trained(request, colours, runs, tmp_path_factory) -> tuple[Recipe, Path, Path]:
+    """One uninterrupted run and its plain twin, made once for all the tests of a technique."""
+    kind, net = request.param
+    tree = {"data": {"kind": "folder", "root": str(colours)}, "image": {"size": 32}}
+    tree |= {"train": {"batch_size": 8, "workers": 0}, "optim": {"lr": 0.02, "warmup_epochs": 0.5}}
+    made = recipe(tree, kind, net)
+    try:
+        build_net(made, 3)
+    except FgvcError as error:
+        if f"techniques.{kind}" not in str(error):  # a refusal names the technique
+            raise
+        pytest.skip(f"refused by name: {error}")
+    out = tmp_path_factory.mktemp("runs") / "run"
+    api.train(made, out)
+    if (None, net) not in runs:
+        plain = tmp_path_factory.mktemp("runs") / "plain"
+        api.train(recipe(tree, None, net), plain)
+        runs[None, net] = plain
+    return made, out, runs[None, net]
+
+
+def losses(run: Path) -> list[float]:
+    with (run / "metrics.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def test_the_loss_is_finite_and_falls(trained) -> None:
+    _, run, _ = trained
+    assert np.isfinite(losses(run)).all()
+    assert losses(run)[-1] < losses(run)[0]
+
+
+def test_it_changes_what_is_learned(trained) -> None:
+    made, run, plain = trained
+    kind = next((k for k in CONFIGS if getattr(made.techniques, k) is not None), None)
+    if kind is None:
+        assert all(torch.equal(a, weights(plain, "net")[k]) for k, a in weights(run, "net").items()), "the same twice"
+    else:
+        assert losses(run) != losses(plain)
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bits(trained, tmp_path: Path) -> None:
+    made, run, _ = trained
+    part = made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 7})})
+    api.train(part, tmp_path / "run")
+    api.train(made, tmp_path / "run")
+    for name in ("net", "branches", "ema"):
+        again, once = weights(tmp_path / "run", name), weights(run, name)
+        assert again.keys() == once.keys()
+        for key, value in once.items():
+            assert torch.equal(value, again[key]), f"{name}: {key}"
+    states = [torch.load(place / "ckpt" / "last" / "state.pt", weights_only=True) for place in (run, tmp_path / "run")]
+    for key, value in states[0]["optimizer"]["state"].items():
+        torch.testing.assert_close(value, states[1]["optimizer"]["state"][key], rtol=0, atol=0)
+    assert losses(run) == losses(tmp_path / "run")
+
+
+def test_it_strips_to_the_plain_net_and_its_graph(trained) -> None:
+    made, run, _ = trained
+    net = build_net(made, 3, pretrained=False).step.net
+    net.load_state_dict(weights(run, "ema"))
+    net.eval().double()
+    arguments = {"backbone": made.model.backbone, "num_classes": 3, "kwargs": made.model.kwargs}
+    exact, plain = strip(net, **arguments, dtype=torch.float64), strip(net, **arguments)
+    x = torch.randn(4, 3, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z = net(x)
+        assert (exact(x) - z).abs().max() <= 1e-9 * z.abs().max()
+        assert (plain(x.float()) - z).abs().max() <= 1e-4 * z.abs().max()
+    settings = Export(exporter="torchscript")
+    proto = export_onnx(deployed(plain), size=SIZE, exporter=settings.exporter, opset=settings.opset)
+    reference, positions = reference_of(made.model.backbone)
+    structural = compare_structure(proto, reference, positions)
+    assert structural.passed, structural.differences
+
+
+REFERENCES: dict = {}
+
+
+def reference_of(backbone: str):
+    if backbone not in REFERENCES:
+        net = next(net for net, name in NETS.items() if name == backbone)
+        interface = Interface(size=SIZE, opset=Export().opset)
+        made = independent_plain(
+            backbone=backbone, num_classes=3, kwargs=KWARGS[net], interface=interface, exporter="torchscript"
+        )
+        REFERENCES[backbone] = made
+    return REFERENCES[backbone]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_says_what_it_is(kind: str) -> None:
+    config = CONFIGS[kind]
+    technique = config().build()
+    assert technique.source
+    assert technique.forwards
+    assert technique.leaves
+    assert config.__doc__
+    assert all(field.description for name, field in config.model_fields.items() if name != "kind")
+    lines = Path(__import__(type(technique).__module__, fromlist=["x"]).__file__).read_text().splitlines()
+    assert len(lines) <= 150, "a technique is about 150 lines"

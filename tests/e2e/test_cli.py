@@ -1,0 +1,231 @@
+"""The command line from a recipe to a prediction, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fgvc import api
+from fgvc.cli import main
+
+VERBS = ("recipes", "init", "data", "train", "eval", "export", "verify", "predict")
+
+
+@dataclass
+class Said:
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def fgvc(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """The command line in this process: a new one would import torch each time."""
+
+    def run(*arguments: object, code: int = 0) -> Said:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        said = Said(*capfd.readouterr())
+        assert (ended.value.code or 0) == code, f"exit {ended.value.code}\n{said.stdout}\n{said.stderr}"
+        return said
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def recipe(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "own.yaml"
+    tree = {
+        "data": {"kind": "folder", "root": str(colours)},
+        "image": {"size": 32},
+        "model": {"backbone": "test_efficientnet"},
+        "train": {"epochs": 8, "batch_size": 8, "workers": 0, "device": "cpu"},
+        "optim": {"lr": 0.05, "warmup_epochs": 0.5},
+        "techniques": {"mixup": {}, "acb": {}},
+        "ema": {"decay": 0.9},
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return api.train(api.load_recipe(recipe), tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / "bundle"
+    api.evaluate(run, "test")
+    api.export(run, out)
+    return out
+
+
+def test_help_is_light(fgvc: Callable[..., Said]) -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom fgvc.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "heavy = {'torch', 'timm', 'onnx', 'onnxruntime', 'albumentations', 'matplotlib', 'cv2', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    said = fgvc("--help").stdout
+    assert all(verb in said for verb in VERBS)
+
+
+def test_recipes_and_init(fgvc: Callable[..., Said], tmp_path: Path) -> None:
+    assert "cub50/plain" in fgvc("recipes").stdout
+    schema = json.loads(fgvc("recipes", "--schema").stdout)
+    assert "mixup" in json.dumps(schema["$defs"]["Techniques"]["properties"])
+    fgvc("init", "cub50/plain", tmp_path / "my.yaml")
+    assert "# root: REQUIRED" in (tmp_path / "my.yaml").read_text()
+    assert "exists already" in fgvc("init", "cub50/plain", tmp_path / "my.yaml", code=2).stderr
+    assert "cub50/plain" in fgvc("init", "cub50/plian", tmp_path / "other.yaml", code=2).stderr
+
+
+def test_a_run_holds_what_others_rely_on(run: Path) -> None:
+    names = {p.relative_to(run).as_posix() for p in run.rglob("*")}
+    expected = {
+        "config.yaml",
+        "env.json",
+        "events.jsonl",
+        "metrics.csv",
+        "plots/curves.png",
+        "plots/confusion.png",
+        "ckpt/last",
+        "ckpt/best",
+    }
+    assert expected <= names
+    assert (run / "ckpt/last/net.safetensors").is_file()
+    assert "val_top1" in (run / "metrics.csv").read_text().splitlines()[0]
+    assert json.loads((run / "env.json").read_text())["torch"]
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(fgvc: Callable[..., Said], recipe: Path, run: Path) -> None:
+    before = (run / "events.jsonl").read_bytes()
+    assert "finished" in fgvc("train", recipe, "--out", run, code=2).stderr
+    assert "other settings" in fgvc("train", recipe, "optim.lr=0.01", "--out", run, code=2).stderr
+    said = fgvc("train", recipe, "--out", run, "--resume", "never", code=2).stderr
+    assert "--overwrite" in said
+    assert (run / "events.jsonl").read_bytes() == before
+
+
+def test_a_dry_run_says_what_a_step_costs_and_writes_nothing(
+    fgvc: Callable[..., Said], recipe: Path, tmp_path: Path
+) -> None:
+    said = fgvc("train", recipe, "--dry-run", "--out", tmp_path / "run").stdout
+    for expected in ("forwards per step", "peak memory", "all steps", "acb: "):
+        assert expected in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_check(fgvc: Callable[..., Said], recipe: Path) -> None:
+    said = fgvc("data", "check", recipe).stdout
+    assert "train" in said
+    assert said.strip().endswith("ok")
+
+
+def test_eval(fgvc: Callable[..., Said], run: Path) -> None:
+    said = fgvc("eval", run, "--split", "test").stdout
+    assert "top-1" in said
+    assert 0.5 < json.loads((run / "metrics.json").read_text())["test.ema"]["top1"] <= 1
+    last = fgvc("eval", run, "--split", "val", "--select", "last").stdout
+    assert "last" in last
+
+
+def test_export_verify_predict(
+    fgvc: Callable[..., Said], run: Path, bundle: Path, colours: Path, tmp_path: Path
+) -> None:
+    names = {p.name for p in bundle.iterdir()}
+    assert {
+        "model.onnx",
+        "labels.json",
+        "preprocess.json",
+        "contract.json",
+        "metrics.json",
+        "manifest.json",
+        "explain.onnx",
+    } == names
+    assert json.loads((bundle / "metrics.json").read_text())["test"]["images"] == 12
+    said = fgvc("verify", bundle).stdout
+    assert "FAIL" not in said
+    assert "ok   independent plain" in said
+    rows = [
+        json.loads(line)
+        for line in fgvc("predict", bundle, colours / "test", "--json", "--top-k", 2).stdout.splitlines()
+    ]
+    assert len(rows) == 12
+    right = [Path(row["path"]).parent.name == row["predictions"][0]["label"] for row in rows]
+    assert sum(right) / 12 == pytest.approx(json.loads((bundle / "metrics.json").read_text())["test"]["top1"])
+    assert all(len(row["predictions"]) == 2 for row in rows)
+
+
+def test_predict_names_what_it_can_not_read(
+    fgvc: Callable[..., Said], bundle: Path, colours: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    good = next((colours / "test").rglob("*.png"))
+    done = fgvc("predict", bundle, tmp_path / "bad.jpg", good, code=1)
+    assert "bad.jpg: not an image" in done.stderr
+    assert str(good) in done.stdout
+    assert "no such file" in fgvc("predict", bundle, tmp_path / "none.jpg", code=2).stderr
+
+
+def test_predict_imports_nothing_of_training(bundle: Path, colours: Path) -> None:
+    image = next((colours / "test").rglob("*.png"))
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom fgvc.serve.predict import predict_files\n"
+        f"assert predict_files(Path({str(bundle)!r}), [Path({str(image)!r})]) == 0\n"
+        "heavy = {'torch', 'torchvision', 'timm', 'albumentations', 'cv2', 'matplotlib', 'onnx'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_export_against_a_deployed_file(fgvc: Callable[..., Said], run: Path, bundle: Path, tmp_path: Path) -> None:
+    fgvc("export", run, "-o", tmp_path / "again", "--against", bundle / "model.onnx")
+    same = fgvc("verify", tmp_path / "again" / "model.onnx", "--against", bundle / "model.onnx")
+    assert "a drop-in replacement" in same.stdout
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes(), (
+        "the same bytes (R21)"
+    )
+
+
+def test_verify_says_where_two_files_differ(fgvc: Callable[..., Said], bundle: Path, tmp_path: Path) -> None:
+    done = fgvc("verify", bundle / "explain.onnx", "--against", bundle / "model.onnx", code=1)
+    assert "maps" in done.stdout
+    assert "NOT a drop-in" in done.stdout
+    flipped = bytearray((bundle / "model.onnx").read_bytes())
+    import shutil
+
+    shutil.copytree(bundle, tmp_path / "flipped")
+    flipped[len(flipped) // 2] ^= 1
+    (tmp_path / "flipped" / "model.onnx").write_bytes(flipped)
+    assert "model.onnx" in fgvc("verify", tmp_path / "flipped", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("train", "nothing.yaml"), "no such file"),
+        (("eval", "nowhere"), "not a run"),
+        (("export", "nowhere", "-o", "out"), "not a run"),
+        (("verify", "nowhere"), "nowhere"),
+        (("predict", "nowhere", "nowhere"), "no such"),
+    ],
+)
+def test_mistakes_are_named(
+    fgvc: Callable[..., Said], arguments: tuple, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = fgvc(*arguments, code=2).stderr
+    assert said.startswith("error: ")
+    assert expected in said
+    assert not list(tmp_path.iterdir())

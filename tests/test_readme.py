@@ -1,0 +1,73 @@
+"""Every command and every line of Python in the README runs, in the order in which a reader meets them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fgvc.cli import main
+from fgvc.recipe import Techniques
+from fgvc.techniques import CONFIGS, build
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def make_small(recipe: Path) -> None:
+    """The reader's own recipe, cut down to seconds: a tiny net, three steps."""
+    tree = yaml.safe_load(recipe.read_text())
+    tree["model"] = {"backbone": "test_efficientnet"}
+    tree["image"] = {"size": 64}
+    tree["train"] = {"epochs": 1, "max_steps": 3, "batch_size": 8, "workers": 0, "device": "cpu"}
+    tree["cache"] = "none"
+    recipe.write_text(yaml.safe_dump(tree))
+
+
+def run(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if not words:
+        return
+    assert words[0] == "fgvc", f"the README runs something else: {line}"
+    with pytest.raises(SystemExit) as ended:
+        main(words[1:])
+    assert not ended.value.code, f"{line}: exit {ended.value.code}"
+    if words[1] == "init":
+        make_small(Path(words[3]))
+
+
+def test_all_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {kind for kind, _ in blocks} == {"bash", "python"}
+    for kind, text in blocks:
+        if kind == "python":
+            exec(compile(text, "README.md", "exec"), {"__name__": "readme"})
+        else:
+            for line in text.splitlines():
+                run(line)
+
+
+def test_every_technique_is_in_the_table() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for kind in CONFIGS:
+        assert f"| `{kind}` |" in text
+    assert set(build(Techniques(**{kind: {} for kind in CONFIGS}))) == set(CONFIGS)
+
+
+def test_the_tables_of_the_docs_are_those_of_the_csv_files() -> None:
+    done = subprocess.run([sys.executable, ROOT / "docs/tables.py", "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_no_place_of_a_developers_machine_is_in_the_project() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = [ROOT / name for name in listed.stdout.split() if name.endswith((".py", ".md", ".toml", ".yaml", ".yml", ".csv"))]
+    for path in names:
+        if path.name != "test_readme.py":
+            assert not re.search(r"/work/|/root/|/home/\w", path.read_text(encoding="utf-8")), path
