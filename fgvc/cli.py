@@ -34,9 +34,6 @@ def main(arguments: list[str] | None = None) -> None:
     except FgvcError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 @app.command()
@@ -120,7 +117,11 @@ def train(
     if dry_run:
         show.forecast(api.forecast(recipe))
         return
-    run = api.train(recipe, out or Path("runs") / path.stem, resume=resume, overwrite=overwrite)
+    try:
+        run = api.train(recipe, out or Path("runs") / path.stem, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        print("interrupted, all is saved; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     print(run)
 
 
