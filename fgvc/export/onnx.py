@@ -1,0 +1,257 @@
+"""From a plain model to an ONNX graph whose bytes depend on nothing but the weights and the versions (R21)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import TensorProto
+from pydantic import Field
+from torch import Tensor, nn
+
+from fgvc.config import Section
+from fgvc.model.backbone import feature_map
+from fgvc.types import FgvcError
+
+Exporter = Literal["dynamo", "torchscript"]
+BATCH: Mapping[int, str] = {0: "batch"}  # the default: batch dynamic, height and width fixed
+
+
+class Export(Section):
+    """How the ONNX file is made. Both settings change the graph (trap T3), so they are part of the contract."""
+
+    exporter: Exporter = Field("dynamo", description="torch's: dynamo (by torch.export) | torchscript (the older one)")
+    opset: int = Field(20, ge=11, le=26, description="version of ONNX's operator set; 18 or newer for dynamo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interface:
+    """What a serving stack sees of a classifier's graph: the keyword arguments of `export_onnx` but the exporter."""
+
+    size: tuple[int, int]  # height, width of the input
+    opset: int = 20
+    input_name: str = "input"
+    output_names: tuple[str, ...] = ("logits",)
+    axes: Mapping[int, str] = field(default_factory=lambda: dict(BATCH))
+    batch: int = 2
+    ir_version: int | None = None
+
+
+def export_onnx(
+    model: nn.Module,
+    *,
+    size: tuple[int, int],
+    exporter: Exporter,
+    opset: int,
+    input_name: str = "input",
+    output_names: Sequence[str] = ("logits",),
+    axes: Mapping[int, str] = BATCH,
+    batch: int = 2,
+    ir_version: int | None = None,
+) -> onnx.ModelProto:
+    """`model` (in eval mode) as ONNX, quietly, without a trace of the machine that made it.
+
+    `axes` names the dynamic dimensions of the input (B,3,H,W); `batch` is B of the example, and stays where 0 is not
+    in `axes`. `ir_version`: None for the exporter's own. Equal weights give equal bytes.
+    Raises FgvcError where torch can't export the model.
+    """
+    if model.training:
+        raise ValueError("export_onnx wants a model in eval mode")
+    if exporter == "dynamo" and opset < 18:
+        raise FgvcError(f"export.opset={opset}: dynamo writes opset 18 or newer; set export.exporter=torchscript")
+    example = torch.zeros(batch, 3, *size, dtype=next(model.parameters()).dtype)
+    names: dict[str, Any] = {"input_names": [input_name], "output_names": list(output_names), "opset_version": opset}
+    try:
+        with _quiet(), torch.no_grad():
+            by = _by_dynamo if exporter == "dynamo" else _by_script
+            proto = by(model, example, axes, names)
+    except Exception as error:  # the exporters raise dozens of kinds
+        other = "torchscript" if exporter == "dynamo" else "dynamo"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FgvcError(
+            f"export.exporter={exporter}, opset {opset}: torch can't export {type(model).__name__} at "
+            f"{size[0]}x{size[1]}: {reason}\ntry export.exporter={other}"
+        ) from error
+    _anonymise(proto)
+    proto.ir_version = ir_version or proto.ir_version
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """An ONNX file, all in one. Raises FgvcError: not there, not ONNX, weights kept in other files."""
+    try:
+        proto = onnx.load_from_string(path.read_bytes())
+    except OSError as error:
+        raise FgvcError(f"{path}: can't read the ONNX file: {error.strerror}") from error
+    except DecodeError as error:
+        raise FgvcError(f"{path}: is not an ONNX file") from error
+    if not proto.graph.output:
+        raise FgvcError(f"{path}: is not an ONNX file (a graph without outputs)")
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise FgvcError(f"{path}: keeps {tensor.name!r} in another file; save the model as one file")
+    return proto
+
+
+def interface_of(deployed: onnx.ModelProto, *, where: str) -> tuple[Interface, int, tuple[Exporter, ...]]:
+    """A deployed classifier's interface, its number of classes K, and the exporters to try, the likelier first.
+
+    A height or width that is dynamic comes out as 0 in `size`. Raises FgvcError for what is no image classifier.
+    """
+    stored = {tensor.name for tensor in deployed.graph.initializer}
+    inputs = [port for port in deployed.graph.input if port.name not in stored]
+    outputs = list(deployed.graph.output)
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise FgvcError(
+            f"{where}: {len(inputs)} inputs ({', '.join(p.name for p in inputs)}) and {len(outputs)} outputs "
+            f"({', '.join(p.name for p in outputs)}); a classifier of fgvc has one of each"
+        )
+    kind, dims = inputs[0].type.tensor_type, list(inputs[0].type.tensor_type.shape.dim)
+    if kind.elem_type != TensorProto.FLOAT or len(dims) != 4 or dims[1].dim_value != 3:
+        raise FgvcError(f"{where}: input {inputs[0].name!r} is not float32 of shape (B,3,H,W)")
+    classes = outputs[0].type.tensor_type.shape.dim
+    if len(classes) != 2 or not classes[1].dim_value:
+        raise FgvcError(f"{where}: output {outputs[0].name!r} is not of shape (B,K) with K fixed")
+    opsets = [entry.version for entry in deployed.opset_import if entry.domain in ("", "ai.onnx")]
+    if not opsets:
+        raise FgvcError(f"{where}: names no opset of ONNX's own operators")
+    fallback = {0: "batch", 2: "height", 3: "width"}
+    axes = {
+        k: dims[k].dim_param if dims[k].dim_param.isidentifier() else name
+        for k, name in fallback.items()
+        if not dims[k].HasField("dim_value")
+    }
+    interface = Interface(
+        size=(dims[2].dim_value, dims[3].dim_value),
+        opset=opsets[0],
+        input_name=inputs[0].name,
+        output_names=(outputs[0].name,),
+        axes=axes,
+        batch=dims[0].dim_value or 2,
+        ir_version=deployed.ir_version,
+    )
+    return interface, classes[1].dim_value, _exporters(deployed, opsets[0])
+
+
+def _exporters(deployed: onnx.ModelProto, opset: int) -> tuple[Exporter, ...]:
+    """dynamo calls its nodes `node_...`, the older exporter `/module/Op`; a file renamed by a tool shows neither."""
+    if opset < 18:
+        return ("torchscript",)
+    by_dynamo = sum(node.name.startswith("node_") for node in deployed.graph.node)
+    by_script = sum(node.name.startswith("/") for node in deployed.graph.node)
+    return ("dynamo", "torchscript") if by_dynamo >= by_script else ("torchscript", "dynamo")
+
+
+def serialised(proto: onnx.ModelProto) -> bytes:
+    """The file's bytes; the same for equal protos, in any process."""
+    return proto.SerializeToString(deterministic=True)
+
+
+class Explain(nn.Module):
+    """Logits (B,K) and class activation maps (B,K,h,w): `maps.mean((2, 3)) + bias == logits`. Same weights as the
+    plain model; never the deployed file."""
+
+    def __init__(self, plain: nn.Module, linear: nn.Linear) -> None:
+        super().__init__()
+        self.plain: Any = plain
+        self.linear = linear
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.linear.bias is None else self.linear.bias.detach()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.plain.forward_features(x)
+        maps = torch.einsum("bchw,kc->bkhw", feature_map(self.plain, features), self.linear.weight)
+        return self.plain.forward_head(features), maps
+
+
+def explain_model(plain: nn.Module, *, size: tuple[int, int]) -> tuple[Explain | None, str]:
+    """The net that `explain.onnx` is made of, or None; and the reason.
+
+    Closed-form CAM holds where the head is exactly global average pooling and one linear layer. That is decided by
+    numbers, not by names: on random features `forward_head(F) == mean_hw(F) W^T + b`.
+    """
+    net: Any = plain
+    linear = net.get_classifier()
+    if not isinstance(linear, nn.Linear):
+        return None, f"the classifier is {type(linear).__name__}, not one linear layer"
+    with torch.no_grad():
+        features = net.forward_features(torch.zeros(1, 3, *size, dtype=linear.weight.dtype))
+        if not isinstance(features, Tensor):
+            return None, f"forward_features gives a {type(features).__name__}"
+        rng = torch.Generator().manual_seed(0)
+        features = torch.rand(2, *features.shape[1:], generator=rng).to(linear.weight.dtype) + 0.5
+        try:
+            pooled = feature_map(plain, features).mean((2, 3))
+        except FgvcError as error:
+            return None, str(error)
+        if pooled.shape[1] != linear.in_features:
+            return None, f"the classifier reads {linear.in_features} values, the last feature map has {pooled.shape[1]}"
+        expected, said = linear(pooled), net.forward_head(features)
+        scale = (pooled.abs() @ linear.weight.abs().T).max().clamp_min(1e-30)
+        if said.shape != expected.shape or not (said - expected).abs().max() <= 1e-5 * scale:
+            return None, "the head is more than global average pooling and a linear layer"
+    return Explain(plain, linear).eval(), "closed-form class activation maps"
+
+
+def _by_dynamo(model: nn.Module, example: Tensor, axes: Mapping[int, str], names: dict[str, Any]) -> onnx.ModelProto:
+    shape = {dim: torch.export.Dim(name) for dim, name in axes.items()}
+    program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=(shape,), verbose=False, **names)
+    assert program is not None
+    return program.model_proto
+
+
+def _by_script(model: nn.Module, example: Tensor, axes: Mapping[int, str], names: dict[str, Any]) -> onnx.ModelProto:
+    dynamic = {name: {0: axes[0]} for name in names["output_names"] if 0 in axes}
+    dynamic |= {names["input_names"][0]: dict(axes)}
+    file = io.BytesIO()
+    torch.onnx.export(model, (example,), file, dynamo=False, dynamic_axes=dynamic, **names)  # type: ignore[arg-type]
+    return onnx.load_from_string(file.getvalue())
+
+
+def _anonymise(proto: onnx.ModelProto) -> None:
+    """Drop what the exporters write about the machine (stack traces with paths) and the build (`+cu130`)."""
+    proto.producer_name, proto.producer_version = "pytorch", torch.__version__.partition("+")[0]
+    proto.graph.name = "main_graph"
+    proto.doc_string = ""
+    del proto.metadata_props[:]
+    graphs = [proto.graph]
+    while graphs:
+        graph = graphs.pop()
+        parts = (graph.node, graph.initializer, graph.input, graph.output, graph.value_info)
+        for item in (graph, *(item for part in parts for item in part)):
+            item.doc_string = ""
+            del item.metadata_props[:]
+        attributes = [attribute for node in graph.node for attribute in node.attribute]
+        graphs += [attribute.g for attribute in attributes if attribute.type == onnx.AttributeProto.GRAPH]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Both exporters warn and print, the older one from C++, where only the file descriptors can be redirected."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        sink = stack.enter_context(tempfile.TemporaryFile())
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            stream.flush()
+            kept = os.dup(number)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, number)
+            os.dup2(sink.fileno(), number)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield

@@ -1,0 +1,96 @@
+"""Checks on files alone: one ONNX file against another, and a bundle against what its contract says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgvc.export.bundle import load_bundle
+from fgvc.export.canonical import canonicalise
+from fgvc.export.compare import Difference, compare, notes
+from fgvc.export.onnx import Interface, load_onnx
+from fgvc.export.prove import compare_structure, versions
+from fgvc.export.reference import independent_plain
+from fgvc.serve.engine import Engine
+from fgvc.types import FgvcError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Whether a file may take the place of a deployed one. Notes differ without making a difference."""
+
+    candidate: Path
+    against: Path
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.differences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    name: str
+    passed: bool | None  # None: could not be made here
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    folder: Path
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+
+def verify_files(candidate: Path, against: Path) -> Comparison:
+    """Compare two files in canonical form; every floating-point initializer of rank >= 1 counts as a weight."""
+    ours, theirs = load_onnx(candidate), load_onnx(against)
+    differences = compare(canonicalise(ours, weights=None), canonicalise(theirs, weights=None))
+    return Comparison(
+        candidate=candidate, against=against, differences=tuple(differences), notes=tuple(notes(ours, theirs))
+    )
+
+
+def verify_bundle(folder: Path) -> Verification:
+    """A bundle's bytes against its manifest, its graph against its contract's hash and, where the versions that made
+    it are installed, against a new independent plain model.
+
+    Raises FgvcError where the bundle can't be loaded at all, a changed byte among the reasons.
+    """
+    bundle = load_bundle(folder)
+    contract = bundle.contract
+    try:
+        stored, made_by = str(contract["sha256"]), dict(contract["versions"])
+        positions = frozenset(int(k) for k in contract["weights"])
+        recipe = {key: contract[key] for key in ("backbone", "num_classes", "kwargs", "exporter")}
+        fields = dict(contract["interface"])
+        fields["axes"] = {int(dim): str(name) for dim, name in fields["axes"].items()}
+        interface = Interface(**fields | {key: tuple(fields[key]) for key in ("size", "output_names")})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FgvcError(f"{folder / 'contract.json'}: not a contract of this version of fgvc ({error!r})") from error
+    proto = load_onnx(bundle.model)
+    found = canonicalise(proto, weights=positions).sha256
+    Engine(bundle)
+    checks = [
+        Check(name="manifest", passed=True, detail=f"{len(bundle.files)} files are those that were exported"),
+        Check(name="loads", passed=True, detail="onnxruntime runs the model at the bundle's size, with its labels"),
+        Check(name="contract", passed=found == stored, detail=f"structure {found[:16]}, in the contract {stored[:16]}"),
+    ]
+    here = versions()
+    shaping = ("torch", "timm", "onnx", "onnxscript")
+    others = [f"{name} {here[name]}, was {made_by.get(name)}" for name in shaping if made_by.get(name) != here[name]]
+    if others:
+        checks.append(Check(name="independent plain", passed=None, detail=f"not compared: {'; '.join(others)}"))
+    else:
+        reference, expected = independent_plain(**recipe, interface=interface)
+        structural = compare_structure(proto, reference, expected)
+        lines = [str(difference) for difference in structural.differences]
+        if expected != positions:
+            lines.append("the contract counts other initializers as weights")
+        plain = f"a plain {recipe['backbone']}, made anew, has the same graph"
+        checks.append(Check(name="independent plain", passed=not lines, detail="; ".join(lines) or plain))
+    return Verification(folder=folder, checks=tuple(checks))

@@ -1,0 +1,74 @@
+"""`fgvc predict`: files in, one line a picture out. onnxruntime and Pillow only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from PIL.Image import Image
+
+from fgvc.export.bundle import load_bundle
+from fgvc.image.decode import decode
+from fgvc.serve.engine import Engine, Prediction
+from fgvc.types import FgvcError, ImageError
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+BATCH = 16  # bounds memory; on CPUs a larger one is no faster
+
+
+def predict_files(bundle: Path, paths: Iterable[Path], *, as_json: bool = False, top_k: int = 1) -> int:
+    """Print one line a picture; returns 0, or 1 where a picture could not be read (said on stderr, or in its JSON line).
+
+    Raises FgvcError for a path that does not exist and for a damaged bundle, before anything is printed.
+    """
+    files = list(_expand(paths))
+    engine = Engine(load_bundle(bundle))
+    failed = 0
+    for path, result in _classify(engine, files, top_k):
+        if isinstance(result, ImageError):
+            failed += 1
+            print(f"error: {result}", file=sys.stderr)
+            if as_json:
+                print(json.dumps({"path": str(path), "error": result.reason}, ensure_ascii=False))
+        elif as_json:
+            rows = [{"label": p.label, "index": p.index, "probability": p.probability} for p in result]
+            print(json.dumps({"path": str(path), "predictions": rows}, ensure_ascii=False))
+        else:
+            print("\t".join([str(path), *(f"{p.label} {100 * p.probability:.1f} %" for p in result)]))
+    return 1 if failed else 0
+
+
+def _expand(paths: Iterable[Path]) -> Iterator[Path]:
+    """Files as given; folders by the pictures below them, in order of name."""
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not found:
+                raise FgvcError(f"{path}: no picture below this folder (looked for {', '.join(sorted(SUFFIXES))})")
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise FgvcError(f"{path}: no such file or folder")
+
+
+def _classify(
+    engine: Engine, files: Iterable[Path], top_k: int
+) -> Iterator[tuple[Path, list[Prediction] | ImageError]]:
+    rest = iter(files)
+    while batch := list(islice(rest, BATCH)):
+        decoded: dict[Path, Image | ImageError] = {path: _decode(path) for path in batch}
+        good = [image for image in decoded.values() if isinstance(image, Image)]
+        answers = iter(engine.classify(good, top_k=top_k))
+        for path, image in decoded.items():
+            yield path, image if isinstance(image, ImageError) else next(answers)
+
+
+def _decode(path: Path) -> Image | ImageError:
+    try:
+        return decode(path)
+    except ImageError as error:
+        return error
