@@ -1,0 +1,134 @@
+"""What all kinds of data have in common: the settings of a set, and the columns an index is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.dtypes import StringDType
+from pydantic import Field
+
+from fgvc.config import Section
+from fgvc.data.splits import carve
+from fgvc.types import SPLITS, FgvcError, Split
+
+TEXT = StringDType()
+PART_NAMES: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+class Source(Section):
+    """A labelled set on disk. Each kind adds `kind` and `read() -> ImageIndex`."""
+
+    root: Path = Field(description="folder of the set; image paths are relative to it")
+    val_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of the train part set aside for validation where the set has none; 0: none"
+    )
+    split_seed: int = Field(
+        0, ge=0, description="seed of the splits that fgvc makes; apart from train.seed, so that all runs share them"
+    )
+    max_unreadable: float = Field(
+        0.05, ge=0, le=1, description="share of unreadable files that is skipped and reported; above it training stops"
+    )
+    classes: list[str] | None = Field(
+        None, description="class names in the order of the outputs; default: the set's own order, else sorted"
+    )
+
+    def folder(self) -> Path:
+        """`root`, which must exist."""
+        root = self.root.expanduser()
+        if not root.is_dir():
+            raise FgvcError(
+                f"{root}: data.root is {'not a folder' if root.exists() else 'not there'}; name the set's folder"
+            )
+        return root
+
+
+class Strings:
+    """A column of text that grows without keeping a Python object per row."""
+
+    def __init__(self) -> None:
+        self._chunks: list[np.ndarray] = []
+        self._fresh: list[str] = []
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, text: str) -> None:
+        self._length += 1
+        self._fresh.append(text)
+        if len(self._fresh) >= 65536:
+            self._flush()
+
+    def extend(self, texts: Sequence[str]) -> None:
+        for start in range(0, len(texts), 65536):
+            self._length += len(texts[start : start + 65536])
+            self._fresh += texts[start : start + 65536]
+            if len(self._fresh) >= 65536:
+                self._flush()
+
+    def array(self) -> np.ndarray:
+        """(N,) StringDType; ends the column."""
+        self._flush()
+        chunks, self._chunks = self._chunks, []
+        return np.concatenate(chunks) if chunks else np.empty(0, TEXT)
+
+    def _flush(self) -> None:
+        if self._fresh:
+            self._chunks.append(np.array(self._fresh, dtype=TEXT))
+            self._fresh = []
+
+
+def number_classes(
+    found: Sequence[str], wanted: Sequence[str] | None, *, where: Path
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """The class order and, for each name in `found`, its number (len(found),) int32.
+
+    `wanted` may name classes without images; a name in `found` that it lacks is an error.
+    """
+    order = tuple(found if wanted is None else wanted)
+    if not order:
+        raise FgvcError(f"{where}: no labelled image found")
+    number = {name: k for k, name in enumerate(order)}
+    if len(number) < len(order):
+        twice = sorted({name for name in order if order.count(name) > 1})
+        raise FgvcError(
+            f"{where}: {'data.classes' if wanted is not None else 'the class list'} has {some(twice)} twice"
+        )
+    unknown = [name for name in found if name not in number]
+    if unknown:
+        raise FgvcError(
+            f"{where}: the set has classes that data.classes lacks: {some(unknown)}; add them or remove their images"
+        )
+    return order, np.array([number[name] for name in found], np.int32)
+
+
+def finish_splits(
+    source: Source,
+    labels: np.ndarray,
+    splits: np.ndarray,
+    *,
+    test_fraction: float = 0.0,
+    groups: np.ndarray | None = None,
+) -> tuple[np.ndarray, str]:
+    """Set aside what the set has no part for; the splits (N,) int8 and the rule in words."""
+    rule = "splits as given"
+    seed, done = source.split_seed, []
+    if test_fraction:
+        splits = carve(labels, splits, part="test", fraction=test_fraction, seed=seed, groups=groups)
+        done.append(f"{test_fraction:.4g} of all for test")
+    if source.val_fraction and not (splits == SPLITS.index("val")).any():
+        splits = carve(labels, splits, part="val", fraction=source.val_fraction, seed=seed, groups=groups)
+        done.append(f"{source.val_fraction:.4g} of train for validation")
+    if done:
+        how = "by group" if groups is not None else "stratified"
+        rule = f"set aside {how} with seed {seed}: {', '.join(done)}"
+    counts = ", ".join(f"{name} {int((splits == k).sum())}" for k, name in enumerate(SPLITS))
+    return splits, f"{rule}; {counts}"
+
+
+def some(names: Sequence[object], limit: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(str(name) for name in names[:limit]) + more

@@ -1,0 +1,132 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fgvc.data.folder import FolderData
+from fgvc.types import SPLITS, FgvcError
+
+
+def touch(root, *files):
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    return root
+
+
+def rows(index):
+    """(split, class, path) of every row."""
+    return [
+        (SPLITS[s], index.classes[k], str(p)) for s, k, p in zip(index.splits, index.labels, index.paths, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_parts_as_given(tmp_path, val):
+    touch(tmp_path, "train/b/1.jpg", "train/a/1.JPG", "train/a/2.png", f"{val}/a/3.webp", "test/b/4.jpeg")
+    index = FolderData(root=tmp_path).read()
+    assert index.classes == ("a", "b")
+    assert rows(index) == [
+        ("train", "a", "train/a/1.JPG"),
+        ("train", "a", "train/a/2.png"),
+        ("train", "b", "train/b/1.jpg"),
+        ("val", "a", f"{val}/a/3.webp"),
+        ("test", "b", "test/b/4.jpeg"),
+    ]
+    assert "train/, " + val in index.recognised
+
+
+def test_validation_is_taken_from_train_where_there_is_none(tmp_path):
+    touch(tmp_path, *(f"train/{k}/{i}.jpg" for k in "abc" for i in range(20)), *(f"test/{k}/0.jpg" for k in "abc"))
+    index = FolderData(root=tmp_path, val_fraction=0.1).read()
+    assert [len(index.rows(split)) for split in SPLITS] == [54, 6, 3]
+    assert all(path.startswith("test/") for path in index.paths[index.rows("test")].tolist())
+    assert np.bincount(index.labels[index.rows("val")]).tolist() == [2, 2, 2]
+    assert len(FolderData(root=tmp_path, val_fraction=0).read().rows("val")) == 0
+
+
+def test_one_folder_is_split_in_three_the_same_way_whatever_the_disk_says(tmp_path):
+    files = [f"{k}/{i:02d}.jpg" for k in ("oak", "ash") for i in range(50)]
+    one = FolderData(root=touch(tmp_path / "one", *files)).read()
+    two = FolderData(root=touch(tmp_path / "two", *reversed(files))).read()
+    assert rows(one) == rows(two)
+    assert one.classes == ("ash", "oak")
+    assert [len(one.rows(split)) for split in SPLITS] == [72, 8, 20]
+    assert np.bincount(one.labels[one.rows("test")]).tolist() == [10, 10]
+    other = FolderData(root=tmp_path / "one", split_seed=1).read()
+    assert rows(other) != rows(one)
+
+
+def test_folders_below_a_class_belong_to_it_and_the_rest_is_left_out(tmp_path):
+    touch(
+        tmp_path,
+        "a/day1/left/1.jpg",
+        "a/day2/1.jpg",
+        "a/.thumbs/9.jpg",
+        "a/.2.jpg",
+        "a/notes.txt",
+        "b/1.jpg",
+        ".git/x.jpg",
+    )
+    (tmp_path / "empty").mkdir()
+    index = FolderData(root=tmp_path, val_fraction=0, test_fraction=0).read()
+    assert rows(index) == [
+        ("train", "a", "a/day1/left/1.jpg"),
+        ("train", "a", "a/day2/1.jpg"),
+        ("train", "b", "b/1.jpg"),
+    ]
+    assert "without an image, left out: empty" in index.recognised
+    assert "1 other files left out" in index.recognised
+
+
+def test_a_link_to_a_folder_above_ends(tmp_path):
+    touch(tmp_path, "a/1.jpg", "b/1.jpg")
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    assert len(FolderData(root=tmp_path).read()) == 2
+
+
+def test_explicit_class_order_may_name_classes_without_images(tmp_path):
+    touch(tmp_path, "a/1.jpg", "b/1.jpg")
+    index = FolderData(root=tmp_path, classes=["z", "b", "a"]).read()
+    assert index.classes == ("z", "b", "a")
+    assert index.labels.tolist() == [2, 1]
+    with pytest.raises(FgvcError, match=r"data\.classes lacks: b"):
+        FolderData(root=tmp_path, classes=["a", "z"]).read()
+    with pytest.raises(FgvcError, match=r"data\.classes has a twice"):
+        FolderData(root=tmp_path, classes=["a", "b", "a"]).read()
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    touch(tmp_path, "train/1.jpg", "bus/1.jpg")
+    assert FolderData(root=tmp_path).read().classes == ("bus", "train")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            ["train/a/1.jpg", "test/a/1.jpg", "test/b/1.jpg", "test/c/1.jpg"],
+            "test: classes that train/ has no images of: b, c",
+        ),
+        (["test/a/1.jpg", "val/a/1.jpg"], "has val/, test/ but no train/"),
+        (["train/a/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"], "two names for one part"),
+        (["train/a/1.jpg", "extra/a/1.jpg"], "and also extra/"),
+        (["a/readme.txt", "b/readme.txt"], "no labelled image"),
+        (["1.jpg", "2.jpg"], "no folders in it"),
+    ],
+)
+def test_what_is_no_layout_is_said(tmp_path, files, words):
+    with pytest.raises(FgvcError, match=words):
+        FolderData(root=touch(tmp_path, *files)).read()
+
+
+def test_a_real_set():
+    if "FGVC_SHARED" not in os.environ:
+        pytest.skip("FGVC_SHARED names no folder with coffee-leaf5")
+    root = Path(os.environ["FGVC_SHARED"]) / "data" / "coffee-leaf5"
+    index = FolderData(root=root, val_fraction=0).read()
+    assert index.classes == ("cercospora", "healthy", "leaf_miner", "phoma", "rust")
+    for split in ("train", "test"):
+        files = {f.relative_to(root).as_posix() for f in (root / split).glob("*/*.jpg")}
+        assert set(index.paths[index.rows(split)].tolist()) == files

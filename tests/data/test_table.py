@@ -1,0 +1,188 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from fgvc.data.table import CsvData
+from fgvc.types import SPLITS, FgvcError
+
+
+def write(root, text, written="utf-8", **settings):
+    (root / "set.csv").write_bytes(text if isinstance(text, bytes) else text.encode(written))
+    return CsvData(root=root, file="set.csv", **settings)
+
+
+def rows(index):
+    return [
+        (SPLITS[s], index.classes[k], str(p)) for s, k, p in zip(index.splits, index.labels, index.paths, strict=True)
+    ]
+
+
+def test_splits_as_given(tmp_path):
+    text = (
+        "label, path ,split\noak,a.jpg,train\nash,sub\\b.jpg,Validation\nash,c.jpg,train\n\n"
+        '"oak","d, e.jpg",test\noak,f.jpg,valid\n'
+    )
+    index = write(tmp_path, text).read()
+    assert index.classes == ("ash", "oak")
+    assert rows(index) == [
+        ("train", "oak", "a.jpg"),
+        ("val", "ash", "sub/b.jpg"),
+        ("train", "ash", "c.jpg"),
+        ("test", "oak", "d, e.jpg"),
+        ("val", "oak", "f.jpg"),
+    ]
+    assert index.groups is None
+
+
+def test_without_a_split_column_the_set_is_split_in_three(tmp_path):
+    text = "path,label\n" + "".join(f"{k}{i}.jpg,{k}\n" for i in range(100) for k in "xy")
+    index = write(tmp_path, text).read()
+    assert [len(index.rows(split)) for split in SPLITS] == [144, 16, 40]
+    assert np.bincount(index.labels[index.rows("test")]).tolist() == [20, 20]
+    assert [len(write(tmp_path, text, test_fraction=0, val_fraction=0).read().rows(s)) for s in SPLITS] == [200, 0, 0]
+
+
+def test_groups_stay_together(tmp_path):
+    text = "path,label,group\n" + "".join(f"{i}.jpg,{'xy'[i // 4 % 2]},plant {i // 4}\n" for i in range(400))
+    index = write(tmp_path, text).read()
+    where = {}
+    for group, split in zip(index.groups.tolist(), index.splits.tolist(), strict=True):
+        where.setdefault(group, set()).add(split)
+    assert all(len(splits) == 1 for splits in where.values())
+    assert [len(index.rows(split)) for split in SPLITS] == pytest.approx([288, 32, 80], abs=4)
+
+
+def test_validation_taken_from_given_train_rows_respects_groups(tmp_path):
+    lines = [f"{i}.jpg,{'xy'[i % 2]},{'test' if i >= 80 else 'train'},g{i // 8}\n" for i in range(96)]
+    index = write(tmp_path, "path,label,split,group\n" + "".join(lines), val_fraction=0.2).read()
+    assert index.rows("test").tolist() == list(range(80, 96))
+    held = index.rows("val")
+    assert len(held) == 16
+    assert len(set(index.groups[held].tolist())) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "path,label\na.jpg,x\n,x\nb.jpg\n\nc.jpg,\n",
+            r"3 rows can't be used: line 3 has no path, line 4 has 1 of the 2 fields, line 6 has no label",
+        ),
+        (
+            "path,label,split\na.jpg,x,train\nb.jpg,x,trian\nc.jpg,x,\n",
+            r"2 rows .*line 3 has no split .*'trian', line 4",
+        ),
+        ("path,label\n" + ",x\n" * 9, r"9 rows .*line 6 has no path and 4 more$"),
+        ("image,label\na.jpg,x\n", r"1: no column 'path' in the header \(image, label\); set data\.path_column"),
+        ("path;label\na.jpg;x\n", r"set data\.delimiter=';'"),
+        ("path,label,label\na.jpg,x,y\n", "two columns are called 'label'"),
+        ("path,label\n", "no labelled image"),
+        ("", "no column 'path'"),
+        ("path,label,split,group\na,x,train,g1\nb,x,test,g1\nc,x,train,g2\n", "in more than one split: g1; give each"),
+        ("path,label,split\na,x,train\nb,y,test\n", "classes without a train row: y"),
+        ('path,label\n"' + "a" * 200_000 + '",x\n', "2: field larger"),
+    ],
+)
+def test_mistakes_are_named_with_their_line(tmp_path, text, words):
+    with pytest.raises(FgvcError, match=words):
+        write(tmp_path, text).read()
+
+
+def test_settings_are_honoured(tmp_path):
+    text = "img\tspecies\tfold\tplant\na.jpg\tx\ttrain\tp\nb.jpg\tx\ttest\tq\n"
+    index = write(
+        tmp_path,
+        text,
+        delimiter="\t",
+        path_column="img",
+        label_column="species",
+        split_column="fold",
+        group_column="plant",
+    ).read()
+    assert rows(index) == [("train", "x", "a.jpg"), ("test", "x", "b.jpg")]
+    assert index.groups.tolist() == ["p", "q"]
+    with pytest.raises(FgvcError, match="no column 'fold'"):  # asked for by name, so its absence is a mistake
+        write(tmp_path, "path,label\na.jpg,x\n", split_column="fold").read()
+    with pytest.raises(FgvcError, match=r"data\.classes lacks: x"):
+        write(tmp_path, "path,label\na.jpg,x\n", classes=["y"]).read()
+    with pytest.raises(ValidationError):
+        write(tmp_path, "", delimiter=", ")
+    with pytest.raises(FgvcError, match=r"can't read the table.*data\.file"):
+        CsvData(root=tmp_path, file="none.csv").read()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "label", "notice"),
+    [
+        ("utf-8", "chêne", None),
+        ("utf-8-sig", "chêne", None),
+        ("utf-16", "chêne", None),
+        ("gb18030", "银杏", "read as gb18030"),
+        ("cp1252", "é", "read as cp1252"),
+    ],
+)
+def test_encodings(tmp_path, encoding, label, notice):
+    index = write(tmp_path, f"path,label\na.jpg,{label}\n", encoding).read()
+    assert index.classes == (label,)
+    assert (notice or "NOT UTF-8") in index.recognised if notice else "NOT UTF-8" not in index.recognised
+
+
+def test_the_encoding_can_be_said(tmp_path):
+    text = "path,label\na.jpg,déjà\n"
+    assert write(tmp_path, text, "cp1252", encoding="cp1252").read().classes == ("déjà",)
+    assert write(tmp_path, b"path,label\na.jpg,\x81\n").read().classes == ("\x81",)  # undefined in cp1252: latin-1
+    with pytest.raises(FgvcError, match=r"is not utf-8 text; set data\.encoding"):
+        write(tmp_path, text, "cp1252", encoding="utf-8").read()
+    with pytest.raises(FgvcError, match="no encoding of that name"):
+        write(tmp_path, text, encoding="utf-9").read()
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from fgvc.data.table import CsvData
+from fgvc.data.folder import FolderData
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+before = peak()
+source = CsvData(root=sys.argv[2], file="set.csv") if sys.argv[1] == "csv" else FolderData(root=sys.argv[2])
+index = source.read()
+print(len(index), peak() - before)
+"""
+
+
+def _measure(kind, root):
+    done = subprocess.run([sys.executable, "-c", MEASURE, kind, str(root)], capture_output=True, text=True, check=True)
+    count, megabytes = done.stdout.split()
+    return int(count), float(megabytes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_million_rows_stay_below_400_mb(tmp_path):
+    with (tmp_path / "set.csv").open("w") as stream:
+        stream.write("path,label,split,group\n")
+        stream.writelines(
+            f"images/class_{i % 200:03d}/photo_{i:07d}.jpg,class_{i % 200:03d},train,g{i // 3}\n" for i in range(10**6)
+        )
+    count, megabytes = _measure("csv", tmp_path)
+    assert count == 10**6
+    assert megabytes < 400
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_hundred_thousand_files_stay_below_40_mb_and_a_start(tmp_path):
+    for k in range(100):
+        (tmp_path / f"class_{k:03d}").mkdir()
+        for i in range(1000):
+            (tmp_path / f"class_{k:03d}" / f"photo_{i:07d}.jpg").touch()
+    count, megabytes = _measure("folder", tmp_path)
+    assert count == 10**5
+    assert megabytes < 60
