@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# One thread a process: two processes with two threads each on two cores mostly wait for one another.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
 .PHONY: install demo check test test-all clean
 
 install: $(STAMP)
@@ -23,10 +26,10 @@ check: install
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	$(TEST) -m "not slow"
 
 test-all: check
-	$(BIN)/python -m pytest -n 2
+	$(TEST)
 
 clean:
 	rm -rf demo build dist

@@ -126,7 +126,7 @@ def export(
         kwargs=recipe.model.kwargs,
         size=recipe.image.size,
         export=recipe.export,
-        against=against,
+        against=_onnx_of(against) if against is not None else None,
     )
     known = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").is_file() else {}
     files: dict[str, Any] = {
@@ -145,14 +145,17 @@ def export(
 
 
 def verify(path: Path, *, against: Path | None = None) -> Comparison | Verification:
-    """Compare an .onnx file with the deployed one, or prove a bundle again. `passed` says whether all is well."""
+    """Compare an .onnx file (or a bundle's) with the deployed one, or prove a bundle again. `passed`: all is well."""
+    if against is not None:
+        return verify_files(_onnx_of(path), _onnx_of(against))
     if path.is_dir():
-        if against is None:
-            return verify_bundle(path)
-        path = load_bundle(path).model
-    if against is None:
-        raise FgvcError(f"{path}: compare it with what? Give --against deployed.onnx, or a bundle instead of a file")
-    return verify_files(path, against)
+        return verify_bundle(path)
+    raise FgvcError(f"{path}: compare it with what? Give --against deployed.onnx, or a bundle instead of a file")
+
+
+def _onnx_of(path: Path) -> Path:
+    """The file itself, or the model of a bundle."""
+    return load_bundle(path).model if path.is_dir() else path
 
 
 def _data_of(run: Path, recipe: Recipe) -> tuple[ImageIndex, Preprocess]:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from fgvc.train.session import Session, open_session
 from fgvc.types import FgvcError
 
 WARM_UP = 3
+BLOCK = 15  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,11 @@ class Ratio:
     b_seconds: float
 
 
-def interleaved(name: str, a: Callable[[], None], b: Callable[[], None], *, pairs: int) -> Ratio:
+def interleaved(
+    name: str, a: Callable[[], None], b: Callable[[], None], *, pairs: int, warm_up: int = WARM_UP
+) -> Ratio:
     """Time `a` and `b` alternately, the order turned round in every other pair, so that drift cancels."""
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         a()
         b()
     seconds: list[tuple[float, float]] = []
@@ -82,27 +86,28 @@ def bench_train(recipe: Recipe, *, pairs: int = 30) -> Ratio:
         )
 
 
-def bench_load(recipe: Recipe, *, workers: int, pairs: int = 3) -> Ratio:
-    """An epoch with loading and augmenting over as many steps on one batch that is held: 1 / 0.95 is the bar."""
+def bench_load(recipe: Recipe, *, workers: int, pairs: int = 12) -> Ratio:
+    """Steps with loading and augmenting over as many steps on one batch that is held: 1 / 0.95 is the bar.
+
+    In blocks of BLOCK steps, through epochs as they come. The loader is a few batches ahead at both ends of a block.
+    """
     train = recipe.train.model_copy(update={"workers": workers})
     recipe = recipe.model_copy(update={"train": train})
     with runtime(train) as process, open_session(recipe, process) as session:
         quiet = Events(Path(), recipe.log, active=False)
         held = next(session.loader.epoch(0))
-        epochs = iter(range(1, 10**6))
+        batches = chain.from_iterable(session.loader.epoch(number) for number in count(1))
 
         def loaded() -> None:
-            batches = session.loader.epoch(next(epochs))
-            for _ in range(session.steps_per_epoch):
+            for _ in range(BLOCK):
                 take_step(session, batches, quiet)
 
         def step_alone() -> None:
-            for _ in range(session.steps_per_epoch):
+            for _ in range(BLOCK):
                 take_step(session, iter([held]), quiet)
 
-        step_alone()
-        name = f"epoch with loading / step alone, {workers} workers, cache {recipe.cache} ({_about(recipe)})"
-        return interleaved(name, loaded, step_alone, pairs=pairs)
+        name = f"loaded steps / steps alone, {workers} workers, cache {recipe.cache} ({_about(recipe)})"
+        return interleaved(name, loaded, step_alone, pairs=pairs, warm_up=1)
 
 
 def write_csv(path: Path, ratios: Sequence[Ratio]) -> None:

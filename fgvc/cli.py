@@ -100,7 +100,7 @@ def data_check(config: Config, overrides: Overrides = None) -> None:
 def train(
     config: Config,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<name of the recipe>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<id or name of the recipe>.")] = None,
     resume: Annotated[
         str, typer.Option(help="auto: go on with the unfinished run in --out | never | PATH of a run.")
     ] = "auto",
@@ -111,6 +111,7 @@ def train(
 ) -> None:
     """Train a run, or go on with one."""
     from fgvc import api, show
+    from fgvc.template import run_name
 
     path = _recipe(config)
     recipe = api.load_recipe(path, overrides or [])
@@ -118,7 +119,7 @@ def train(
         show.forecast(api.forecast(recipe))
         return
     try:
-        run = api.train(recipe, out or Path("runs") / path.stem, resume=resume, overwrite=overwrite)
+        run = api.train(recipe, out or Path("runs") / run_name(path), resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
         print("interrupted, all is saved; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
@@ -186,11 +187,11 @@ def predict(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["train", "load"], typer.Argument(help="train: step against a bare one; load: epoch against its steps.")
+        Literal["train", "load"], typer.Argument(help="train: step against a bare one; load: steps with loading against steps alone.")
     ],
     config: Config,
     overrides: Overrides = None,
-    pairs: Annotated[int, typer.Option(min=0, help="Pairs of measurements; default 30 steps or 3 epochs.")] = 0,
+    pairs: Annotated[int, typer.Option(min=0, help="Pairs of measurements; default 30, or 12 blocks of steps.")] = 0,
     out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:
     """Measure speed as ratios against bare references, in one run."""
@@ -201,7 +202,7 @@ def bench(
     if what == "train":
         found = [measure.bench_train(recipe, pairs=pairs or 30)]
     else:
-        found = [measure.bench_load(recipe, workers=workers, pairs=pairs or 3) for workers in (0, 1, 2)]
+        found = [measure.bench_load(recipe, workers=workers, pairs=pairs or 12) for workers in (0, 1, 2)]
     show.ratios(found)
     if out is not None:
         measure.write_csv(out, found)

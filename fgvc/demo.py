@@ -49,7 +49,7 @@ def main(folder: Path) -> int:
             f"{proven.numeric.folded_float64:.0e}",
             f"{proven.behavioural.worst:.0e}",
         )
-    images = sorted((data / "images").rglob("*.*"))[::97][:4]
+    images = sorted((data / "images").rglob("*.jpg"))[::97][:4]
     console.rule("fgvc predict (onnxruntime, no torch)")
     sys.stdout.flush()
     command = [sys.executable, "-m", "fgvc", "predict", str(folder / "bundle-trained"), *map(str, images)]

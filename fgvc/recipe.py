@@ -74,8 +74,6 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.select == "ema" and self.ema is None:
             raise ValueError("select: ema needs an `ema:` section, for example ema.decay=0.999")
-        if self.select == "best" and self.data.val_fraction == 0 and self.data.kind == "cub":
-            raise ValueError("select: best needs a validation part: give data.val_fraction a value above 0")
         for problem in conflicts(self.techniques):
             raise ValueError(problem)
         return self

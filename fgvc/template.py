@@ -41,6 +41,12 @@ def recipe_file(name: str) -> Path:
     raise FgvcError(f"{name}: no such file, nor a recipe's id; `fgvc recipes` lists: {', '.join(known)}")
 
 
+def run_name(path: Path) -> str:
+    """What a run of this recipe is called: its id for one of fgvc's own (`cub50-plain`), else the file's name."""
+    own = {file.resolve(): name for name, file in recipes().items()}
+    return own.get(path.resolve(), path.stem).replace("/", "-")
+
+
 def header(path: Path) -> list[str]:
     """The comment lines on top of a recipe, without the marks."""
     lines = path.read_text(encoding="utf-8").splitlines()

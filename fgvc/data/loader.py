@@ -6,6 +6,7 @@ sample from (seed, epoch, row), and torch's global generator is left alone (trap
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,23 +103,27 @@ def train_loader(
     world: int = 1,
     on_sample: Sequence[OnSample] = (),
     max_unreadable: float = 0.05,
+    polite: bool = False,
 ) -> TrainLoader:
-    """Endless, resumable epochs over `rows` in batches of `batch_size` for this rank. Close it after use."""
+    """Endless, resumable epochs over `rows` in batches of `batch_size` for this rank. Close it after use.
+
+    `polite` workers run at a low priority: where training computes on the same cores, it would otherwise stall whenever
+    a worker takes one of them away from a parallel operation.
+    """
     samples = _Samples(index, np.asarray(rows, dtype=np.int64), augmenter, seed, cache, tuple(on_sample))
-    return TrainLoader(samples, batch_size=batch_size, workers=workers, rank=rank, world=world, limit=max_unreadable)
+    order = _Order(samples.rows, seed, batch_size=batch_size, rank=rank, world=world)
+    loader = _torch_loader(samples, order, workers, persistent=True, polite=polite)
+    return TrainLoader(loader, order, workers=workers, limit=max_unreadable)
 
 
 class TrainLoader:
     """What `train_loader` returns."""
 
-    def __init__(
-        self, samples: _Samples, *, batch_size: int, workers: int, rank: int, world: int, limit: float
-    ) -> None:
-        self.steps_per_epoch = len(samples.rows) // (batch_size * world)  # what is left over differs by epoch
-        self.bad = BadFiles(limit=limit, images=len(samples.rows))
-        self._order = _Order(samples.rows, samples.seed, batch_size=batch_size, rank=rank, world=world)
-        self._workers = workers
-        self._loader: DataLoader[TrainBatch] | None = _torch_loader(samples, self._order, workers, persistent=True)
+    def __init__(self, loader: DataLoader[TrainBatch], order: _Order, *, workers: int, limit: float) -> None:
+        self.steps_per_epoch = len(order.rows) // (order.batch_size * order.world)  # what is left over differs by epoch
+        self.bad = BadFiles(limit=limit, images=len(order.rows))
+        self._order, self._workers = order, workers
+        self._loader: DataLoader[TrainBatch] | None = loader
         self._running: Iterator[TrainBatch] | None = None
 
     def epoch(self, number: int, start: int = 0) -> Iterator[TrainBatch]:
@@ -286,7 +291,7 @@ T = TypeVar("T", TrainBatch, EvaluationBatch)
 
 
 def _torch_loader(
-    dataset: Dataset[T], batches: Iterable[list[Any]], workers: int, *, persistent: bool = False
+    dataset: Dataset[T], batches: Iterable[list[Any]], workers: int, *, persistent: bool = False, polite: bool = False
 ) -> DataLoader[T]:
     return DataLoader(
         dataset,
@@ -295,8 +300,13 @@ def _torch_loader(
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_step_back if polite else None,
         generator=torch.Generator(),  # or every pass would draw from the global one (trap T2)
     )
+
+
+def _step_back(_worker: int) -> None:
+    os.nice(10)
 
 
 def _as_is(batch: T) -> T:

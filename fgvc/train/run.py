@@ -20,8 +20,7 @@ from fgvc.train import checkpoint
 from fgvc.train.events import write_atomic
 from fgvc.types import FgvcError
 
-# What may change when a run goes on: everything else decides what its result means.
-MAY_CHANGE = ("train.epochs", "train.max_steps", "train.workers", "log.", "checkpoint.", "cache", "export.", "select")
+MAY_CHANGE = ("train.epochs", "train.max_steps", "log.")  # when a run goes on
 PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "onnx", "onnxruntime", "onnxscript")
 
 
@@ -58,7 +57,7 @@ def open_run(out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool
         rows = "\n".join(f"  {key}: {a!r} in the run, {b!r} now" for key, (a, b) in refused.items())
         raise FgvcError(
             f"{out}: this run was started with other settings:\n{rows}\n"
-            "Only train.epochs, train.max_steps, loading, logging, saving and export settings may change; "
+            "Only train.epochs, train.max_steps and log may change; "
             "choose another --out, or give --overwrite to lose the old run"
         )
     state = checkpoint.load(out / "ckpt")

@@ -143,6 +143,8 @@ def open_session(recipe: Recipe, runtime: Runtime, *, notify: Notify | None = No
     """Build a run, ready for its first step. The loader's workers end with the context."""
     index = read_index(recipe)
     rows = index.rows("train")
+    if recipe.selected == "best" and not len(index.rows("val")):
+        raise FgvcError("select: best needs a validation part: give data.val_fraction a value above 0")
     micro = recipe.train.batch_size // (runtime.world * recipe.train.accumulate)
     torch.manual_seed(recipe.train.seed)
     built = build_net(recipe, len(index.classes))
@@ -168,6 +170,7 @@ def open_session(recipe: Recipe, runtime: Runtime, *, notify: Notify | None = No
         world=runtime.world,
         on_sample=[hook for _, hook in step.hooks("on_sample")],
         max_unreadable=recipe.data.max_unreadable,
+        polite=runtime.device.type == "cpu",
     )
     if loader.steps_per_epoch < recipe.train.accumulate:
         loader.close()

@@ -14,6 +14,7 @@ import yaml
 
 from fgvc import api
 from fgvc.cli import main
+from fgvc.template import recipe_file, run_name
 
 VERBS = ("recipes", "init", "data", "train", "eval", "export", "verify", "predict")
 
@@ -86,6 +87,8 @@ def test_recipes_and_init(fgvc: Callable[..., Said], tmp_path: Path) -> None:
     assert "mixup" in json.dumps(schema["$defs"]["Techniques"]["properties"])
     fgvc("init", "cub50/plain", tmp_path / "my.yaml")
     assert "# root: REQUIRED" in (tmp_path / "my.yaml").read_text()
+    assert run_name(recipe_file("cub50/plain")) == "cub50-plain"
+    assert run_name(tmp_path / "my.yaml") == "my"
     assert "exists already" in fgvc("init", "cub50/plain", tmp_path / "my.yaml", code=2).stderr
     assert "cub50/plain" in fgvc("init", "cub50/plian", tmp_path / "other.yaml", code=2).stderr
 

@@ -58,7 +58,8 @@ def weights(out: Path) -> dict[str, bytes]:
 
 def test_sigkill_and_again(tmp_path: Path, recipe: Path) -> None:
     whole = tmp_path / "whole"
-    subprocess.run(command(recipe, whole), check=True, env=environment(), capture_output=True)
+    # another number of workers draws the same images
+    subprocess.run(command(recipe, whole, "train.workers=2"), check=True, env=environment(), capture_output=True)
     killed = tmp_path / "killed"
     for at in (4, 17):
         child = subprocess.Popen(
@@ -73,9 +74,8 @@ def test_sigkill_and_again(tmp_path: Path, recipe: Path) -> None:
         child.stderr.close()
         child.stdout.close()
         assert steps_done(killed) < 36
-    # another number of workers draws the same images
     last = subprocess.run(
-        command(recipe, killed, "train.workers=2"), env=environment(), capture_output=True, text=True, check=False
+        command(recipe, killed), env=environment(), capture_output=True, text=True, check=False
     )
     assert last.returncode == 0, last.stderr
     assert "going on at step" in last.stderr

@@ -1,0 +1,172 @@
+"""The loop: what must not change the result, what must stop it, and what it says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fgvc import api
+from fgvc.config import validate
+from fgvc.recipe import Recipe
+from fgvc.train import loop
+from fgvc.types import FgvcError
+
+
+def recipe(tree: dict, **sections: object) -> Recipe:
+    merged = tree | {k: (tree.get(k, {}) | v if isinstance(v, dict) else v) for k, v in sections.items()}
+    return validate(Recipe, merged, where="test")
+
+
+def net(run: Path, name: str = "net") -> dict[str, torch.Tensor]:
+    return load_file(run / "ckpt" / "last" / f"{name}.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **close: float) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], msg=lambda text, key=key: f"{key}: {text}", **(close or {"rtol": 0, "atol": 0}))
+
+
+def test_the_average_watches_and_does_not_steer(tmp_path: Path, recipe_tree: dict) -> None:
+    api.train(recipe(recipe_tree), tmp_path / "without")
+    api.train(recipe(recipe_tree, ema={"decay": 0.9}), tmp_path / "with")
+    same(net(tmp_path / "without"), net(tmp_path / "with"))
+    assert any(not torch.equal(v, net(tmp_path / "with", "ema")[k]) for k, v in net(tmp_path / "with").items())
+
+
+def test_accumulated_parts_are_one_batch_where_no_norm_mixes_images(tmp_path: Path, recipe_tree: dict) -> None:
+    tree = recipe_tree | {"model": {"backbone": "test_vit", "kwargs": {"img_size": 32}}}
+    api.train(recipe(tree), tmp_path / "whole")
+    api.train(recipe(tree, train={"accumulate": 4}), tmp_path / "parts")
+    same(net(tmp_path / "whole"), net(tmp_path / "parts"), rtol=1e-3, atol=2e-5)
+
+
+def test_workers_do_not_change_the_result(tmp_path: Path, recipe_tree: dict) -> None:
+    api.train(recipe(recipe_tree), tmp_path / "thread")
+    api.train(recipe(recipe_tree, train={"workers": 2}), tmp_path / "processes")
+    same(net(tmp_path / "thread"), net(tmp_path / "processes"))
+
+
+def test_the_cache_changes_nothing_where_nothing_is_shrunk(tmp_path: Path, recipe_tree: dict) -> None:
+    api.train(recipe(recipe_tree), tmp_path / "plain")
+    api.train(recipe(recipe_tree, cache="disk", cache_dir=str(tmp_path / "cache")), tmp_path / "cached")
+    same(net(tmp_path / "plain"), net(tmp_path / "cached"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns_and_keeps_fp32_weights(tmp_path: Path, recipe_tree: dict, precision: str) -> None:
+    tree = recipe(recipe_tree, train={"precision": precision}, optim={"lr": 0.02, "clip_norm": 1.0}, techniques={"acb": {}})
+    run = api.train(tree, tmp_path / "run")
+    assert {v.dtype for v in net(run).values() if v.is_floating_point()} == {torch.float32}
+    rows = [float(row.split(",")[4]) for row in (run / "metrics.csv").read_text().splitlines()[1:]]
+    assert rows[-1] < rows[0]
+
+
+def test_clipping_bounds_the_step(tmp_path: Path, recipe_tree: dict) -> None:
+    tree = recipe_tree | {"optim": {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0}}
+    start = api.train(recipe(tree, train={"max_steps": 1}, optim={"lr": 1e-12}), tmp_path / "start")
+    end = api.train(recipe(tree, train={"max_steps": 1}, optim={"clip_norm": 0.01}), tmp_path / "end")
+    parameters = [k for k in net(start) if "running" not in k and "num_batches" not in k]
+    moved = sum(float((net(end)[k] - net(start)[k]).square().sum()) for k in parameters) ** 0.5
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_loss_that_is_no_number_stops_with_advice(tmp_path: Path, recipe_tree: dict) -> None:
+    with pytest.raises(FgvcError, match="the loss is .* at step .*Lower optim.lr"):
+        api.train(recipe(recipe_tree, optim={"lr": 1e30, "warmup_epochs": 0}), tmp_path / "run")
+
+
+def test_out_of_memory_names_the_way_out(tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, small = tmp_path / "run", recipe(recipe_tree, checkpoint={"every_steps": 2})
+    calls, real = [0], loop.to_batch
+
+    def greedy(*arguments: object) -> object:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "to_batch", greedy)
+    with pytest.raises(FgvcError, match="out of memory with train.batch_size=8.*Raise train.accumulate"):
+        api.train(small, run)
+    monkeypatch.undo()
+    assert json.loads((run / "ckpt/last/meta.json").read_text())["step"] == 2
+    api.train(small, run)
+    same(net(run), net(api.train(small, tmp_path / "whole")))
+
+
+def test_broken_pictures_are_named_once_and_too_many_stop_it(
+    tmp_path: Path, recipe_tree: dict, colours: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(colours, root)
+    broken = root / "train" / "red" / "03.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    tree = recipe_tree | {"data": {"kind": "folder", "root": str(root)}}
+    run = api.train(recipe(tree), tmp_path / "run")
+    assert capfd.readouterr().err.count("03.png") == 1
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [Path(e["path"]).name for e in events if e["event"] == "unreadable"] == ["03.png"]
+    with pytest.raises(FgvcError, match=r"1 of 48 images can't be read.*03\.png"):
+        api.train(recipe(tree, data={"max_unreadable": 0.01}), tmp_path / "strict")
+
+
+def test_best_needs_a_validation_part(tmp_path: Path, recipe_tree: dict, colours: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(colours / "train", root / "train")
+    shutil.copytree(colours / "test", root / "test")
+    tree = recipe_tree | {"data": {"kind": "folder", "root": str(root), "val_fraction": 0.0}, "select": "best"}
+    with pytest.raises(FgvcError, match="select: best needs a validation part"):
+        api.train(recipe(tree), tmp_path / "run")
+
+
+def test_best_is_the_checkpoint_that_scored_highest(tmp_path: Path, recipe_tree: dict) -> None:
+    run = api.train(recipe(recipe_tree, train={"epochs": 5}, select="best", ema={"decay": 0.8}), tmp_path / "run")
+    meta = json.loads((run / "ckpt/best/meta.json").read_text())
+    scores = [row["val_top1"] for row in json.loads((run / "ckpt/last/meta.json").read_text())["history"]]
+    assert meta["history"][-1]["val_top1"] == max(scores) == meta["best"]
+    assert api.evaluate(run, "val").scores.top1 == pytest.approx(max(scores)), "scored on the weights that would ship"
+
+
+def test_a_longer_budget_goes_on_from_a_finished_run(tmp_path: Path, recipe_tree: dict) -> None:
+    run = api.train(recipe(recipe_tree), tmp_path / "run")
+    api.train(recipe(recipe_tree, train={"epochs": 3}), run)
+    assert len((run / "metrics.csv").read_text().splitlines()) == 1 + 3
+
+
+@pytest.mark.parametrize("changed", [{"optim": {"lr": 0.5}}, {"techniques": {"mixup": {}}}, {"train": {"seed": 3}}])
+def test_other_settings_are_refused_with_the_difference(tmp_path: Path, recipe_tree: dict, changed: dict) -> None:
+    run = api.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "run")
+    with pytest.raises(FgvcError, match=r"other settings:\n  \w+\.\w+: .* in the run, .* now"):
+        api.train(recipe(recipe_tree, **changed), run)
+
+
+def test_going_on_in_another_folder_leaves_the_first_as_it_is(tmp_path: Path, recipe_tree: dict) -> None:
+    first = api.train(recipe(recipe_tree, train={"max_steps": 5}), tmp_path / "first")
+    before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
+    second = api.train(recipe(recipe_tree), tmp_path / "second", resume=str(first))
+    same(net(second), net(api.train(recipe(recipe_tree), tmp_path / "whole")))
+    assert {p: p.read_bytes() for p in first.rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_that_is_no_run_is_not_touched(tmp_path: Path, recipe_tree: dict) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(FgvcError, match="not empty and not a run"):
+        api.train(recipe(recipe_tree), tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_sizes_that_the_net_can_not_take_are_named(tmp_path: Path, recipe_tree: dict) -> None:
+    with pytest.raises(FgvcError, match=r"test_vit can't take images of 32 x 32.*img_size"):
+        api.train(recipe(recipe_tree | {"model": {"backbone": "test_vit"}}), tmp_path / "run")
+
+
+def test_more_images_a_step_than_there_are(tmp_path: Path, recipe_tree: dict) -> None:
+    with pytest.raises(FgvcError, match="more than the 48 training images"):
+        api.train(recipe(recipe_tree, train={"batch_size": 64}), tmp_path / "run")
