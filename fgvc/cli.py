@@ -187,7 +187,8 @@ def predict(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["train", "load"], typer.Argument(help="train: step against a bare one; load: steps with loading against steps alone.")
+        Literal["train", "load"],
+        typer.Argument(help="train: step against a bare one; load: with loading against without."),
     ],
     config: Config,
     overrides: Overrides = None,

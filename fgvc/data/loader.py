@@ -6,7 +6,6 @@ sample from (seed, epoch, row), and torch's global generator is left alone (trap
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -103,16 +102,11 @@ def train_loader(
     world: int = 1,
     on_sample: Sequence[OnSample] = (),
     max_unreadable: float = 0.05,
-    polite: bool = False,
 ) -> TrainLoader:
-    """Endless, resumable epochs over `rows` in batches of `batch_size` for this rank. Close it after use.
-
-    `polite` workers run at a low priority: where training computes on the same cores, it would otherwise stall whenever
-    a worker takes one of them away from a parallel operation.
-    """
+    """Endless, resumable epochs over `rows` in batches of `batch_size` for this rank. Close it after use."""
     samples = _Samples(index, np.asarray(rows, dtype=np.int64), augmenter, seed, cache, tuple(on_sample))
     order = _Order(samples.rows, seed, batch_size=batch_size, rank=rank, world=world)
-    loader = _torch_loader(samples, order, workers, persistent=True, polite=polite)
+    loader = _torch_loader(samples, order, workers, persistent=True)
     return TrainLoader(loader, order, workers=workers, limit=max_unreadable)
 
 
@@ -291,7 +285,7 @@ T = TypeVar("T", TrainBatch, EvaluationBatch)
 
 
 def _torch_loader(
-    dataset: Dataset[T], batches: Iterable[list[Any]], workers: int, *, persistent: bool = False, polite: bool = False
+    dataset: Dataset[T], batches: Iterable[list[Any]], workers: int, *, persistent: bool = False
 ) -> DataLoader[T]:
     return DataLoader(
         dataset,
@@ -300,13 +294,8 @@ def _torch_loader(
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_step_back if polite else None,
         generator=torch.Generator(),  # or every pass would draw from the global one (trap T2)
     )
-
-
-def _step_back(_worker: int) -> None:
-    os.nice(10)
 
 
 def _as_is(batch: T) -> T:

@@ -43,18 +43,21 @@ class Ema(Section):
 def make_optimizer(step: nn.Module, optim: Optim) -> Optimizer:
     """timm's optimizer over net and branches; no decay on tensors of rank < 2 nor where the model asks for none.
 
-    Raises FgvcError for a name that timm does not know.
+    Raises FgvcError for a name that timm does not know, and for settings that the optimizer refuses.
     """
     if optim.name not in list_optimizers():
         raise FgvcError(f"optim.name: timm has no optimizer {optim.name!r}; it has {', '.join(list_optimizers())}")
-    return create_optimizer_v2(
-        step,
-        opt=optim.name,
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        momentum=optim.momentum,
-        filter_bias_and_bn=True,
-    )
+    try:
+        return create_optimizer_v2(
+            step,
+            opt=optim.name,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            filter_bias_and_bn=True,
+        )
+    except (TypeError, ValueError) as error:
+        raise FgvcError(f"optim: {optim.name} refuses these settings: {error}") from error
 
 
 def make_schedule(optimizer: Optimizer, optim: Optim, *, steps_per_epoch: int, epochs: int) -> Scheduler:

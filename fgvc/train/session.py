@@ -170,7 +170,6 @@ def open_session(recipe: Recipe, runtime: Runtime, *, notify: Notify | None = No
         world=runtime.world,
         on_sample=[hook for _, hook in step.hooks("on_sample")],
         max_unreadable=recipe.data.max_unreadable,
-        polite=runtime.device.type == "cpu",
     )
     if loader.steps_per_epoch < recipe.train.accumulate:
         loader.close()
@@ -222,7 +221,7 @@ def _try(net: nn.Module, size: tuple[int, int], classes: int, name: str) -> None
         with torch.no_grad():
             z = net.forward_head(net.forward_features(torch.zeros(1, 3, *size)))  # type: ignore[operator]
     except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
-        hint = "; many transformers need model.kwargs.img_size" if "size" in str(error).lower() else ""
+        hint = "; many transformers need model.kwargs.img_size" if "match" in str(error) else ""
         raise FgvcError(f"model.backbone: {name} can't take images of {size[0]} x {size[1]}: {error}{hint}") from error
     finally:
         net.train(training)

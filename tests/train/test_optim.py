@@ -88,3 +88,18 @@ def test_the_warm_up_of_the_average_depends_on_the_step_alone() -> None:
 def test_an_unknown_optimizer_is_named() -> None:
     with pytest.raises(FgvcError, match=r"optim\.name: timm has no optimizer 'sdg'"):
         make_optimizer(nn.Linear(1, 1), Optim(name="sdg"))
+
+
+def test_settings_that_the_optimizer_refuses_are_named() -> None:
+    with pytest.raises(FgvcError, match="optim: sgd refuses these settings: Nesterov"):
+        make_optimizer(nn.Linear(1, 1), Optim(momentum=0.0))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "rmsprop"])
+def test_other_optimizers_by_name_take_a_step(name: str) -> None:
+    net = nn.Linear(2, 2)
+    before = net.weight.clone()
+    optimizer = make_optimizer(net, Optim(name=name))
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(net.weight, before)
