@@ -18,9 +18,10 @@ console = Console(highlight=False)
 
 
 def _table(*columns: str) -> Table:
+    """Names on the left, numbers on the right; a table of two columns is a list of facts."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(column, justify="left" if number == 0 or len(columns) == 2 else "right")
     return table
 
 
