@@ -179,7 +179,7 @@ def _trained(run: Path, recipe: Recipe, classes: int, select: Selected) -> nn.Mo
         raise FgvcError(f"{run}: has no moving average; train with ema.decay=0.999, or choose --select last")
     state = checkpoint.load(run / "ckpt", "best" if select == "best" else "last")
     net = build_net(recipe, classes, pretrained=False).step.net
-    averaged = select == "ema" or (select == "best" and state.ema is not None)
+    averaged = select == "ema" or (select == "best" and recipe.selected != "last" and state.ema is not None)
     weights = state.ema if averaged else state.net
     try:
         net.load_state_dict(weights or {})

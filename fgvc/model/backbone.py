@@ -12,13 +12,13 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, TypeAdapter, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-from fgvc.config import Deploy, Preprocess, Section, Triple
+from fgvc.config import Deploy, Interpolation, Preprocess, Section, Triple
 from fgvc.types import FgvcError
 
 
@@ -264,12 +264,14 @@ def _sidecar(path: Path) -> dict[str, Any]:
         }
         if len(known["mean"]) != 3 or len(known["std"]) != 3:
             raise ValueError("three values each")
+        if "interpolation" in said:
+            known["interpolation"] = TypeAdapter(Interpolation).validate_python(said["interpolation"])
+        if "crop_fraction" in said:
+            known["crop_fraction"] = float(said["crop_fraction"])
+            if not 0 < known["crop_fraction"] <= 1:
+                raise ValueError("crop_fraction is a share in (0, 1]")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FgvcError(f'{path}: expected {{"mean": [r, g, b], "std": [r, g, b]}}: {error!r}') from error
-    if "interpolation" in said:
-        known["interpolation"] = str(said["interpolation"])
-    if "crop_fraction" in said:
-        known["crop_fraction"] = float(said["crop_fraction"])
     return known
 
 

@@ -93,10 +93,9 @@ def save(folder: Path, state: State, *, best: bool = False) -> None:
 
 def load(folder: Path, name: str = "last", *, device: torch.device | str = "cpu") -> State:
     """Read the checkpoint that `ckpt/<name>` points at. Raises FgvcError where there is none or it is damaged."""
-    path = folder / name
-    _sweep(folder)
+    path = (folder / name).resolve()  # once: a run that trains on may move the link meanwhile
     if not (path / "meta.json").is_file():
-        raise FgvcError(f"{path}: no checkpoint here")
+        raise FgvcError(f"{folder / name}: no checkpoint here")
     try:
         progress = Progress(**json.loads((path / "meta.json").read_text()))
         where = str(device)
@@ -109,7 +108,7 @@ def load(folder: Path, name: str = "last", *, device: torch.device | str = "cpu"
             progress=progress,
         )
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise FgvcError(f"{path}: damaged checkpoint ({error}); start again with --resume never") from error
+        raise FgvcError(f"{folder / name}: damaged checkpoint ({error}); start again with --resume never") from error
 
 
 def _point(link: Path, target: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -22,8 +21,8 @@ from fgvc.recipe import Recipe
 from fgvc.seeding import STEP, generator
 from fgvc.train import checkpoint
 from fgvc.train.batch import to_batch
-from fgvc.train.events import Events, write_atomic
-from fgvc.train.run import open_run
+from fgvc.train.events import Events
+from fgvc.train.run import continue_run, open_run, start_run
 from fgvc.train.runtime import runtime
 from fgvc.train.session import Session, open_session
 from fgvc.types import Draws, FgvcError
@@ -45,19 +44,35 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
         goes_on = process.gather(goes_on[0])
         events = Events(out, recipe.log, active=process.main)
         with _memory_advice(recipe), open_session(recipe, process, notify=events.say) as session:
-            if goes_on[0]:
-                session.restore(checkpoint.load(out / "ckpt"))
-                events.write("resume", step=session.progress.step)
-                events.say(f"going on at step {session.progress.step} of {session.total_steps}")
+            _enter(session, out, events, goes_on=goes_on[0])
             _introduce(session, events)
             _run(session, out, events)
     return out
 
 
+def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> None:
+    """Begin or go on. Only now, when all is built and nothing more can be refused, is the folder changed."""
+    facts = {
+        "labels.json": list(session.index.classes),
+        "preprocess.json": session.preprocess.model_dump(mode="json"),
+    }
+    if not goes_on:
+        session.runtime.first(lambda: start_run(out, session.recipe, facts))
+        return
+    state = checkpoint.load(out / "ckpt")
+    finished = state.progress.finished
+    session.restore(state)
+    if finished:  # an extended run is unfinished from now on, whatever happens next
+        _save(session, out)
+    session.runtime.first(lambda: continue_run(out, session.recipe, facts))
+    events.write("resume", step=session.progress.step)
+    events.say(f"going on at step {session.progress.step} of {session.total_steps}")
+
+
 def _run(session: Session, out: Path, events: Events) -> None:
     progress, recipe = session.progress, session.recipe
     with events.progress(session.total_steps, progress.step), _interruptible() as interrupted:
-        while progress.step < session.total_steps:
+        while not progress.finished:
             for losses, count in _steps(session, events):
                 _log(session, losses, count, events)
                 due = recipe.checkpoint.every_steps is not None and progress.step % recipe.checkpoint.every_steps == 0
@@ -65,12 +80,7 @@ def _run(session: Session, out: Path, events: Events) -> None:
                     _save(session, out)
                 if interrupted.is_set():
                     raise KeyboardInterrupt
-                if progress.step >= session.total_steps:
-                    break
             _end_epoch(session, out, events)
-    if not progress.finished:
-        progress.finished = True
-        _save(session, out)
     if session.runtime.main:
         plot_curves(progress.history, out / "plots" / "curves.png")
     events.write("finished", step=progress.step, seconds=round(progress.seconds, 1))
@@ -81,6 +91,8 @@ def _steps(session: Session, events: Events) -> Iterator[tuple[dict[str, Tensor]
     progress, parts = session.progress, session.recipe.train.accumulate
     micro_batches = session.loader.epoch(progress.epoch, start=progress.micro)
     for _ in range(progress.micro // parts, session.steps_per_epoch):
+        if progress.step >= session.total_steps:
+            return
         started = time.perf_counter()
         session.schedule.step_update(progress.step)
         losses, count = take_step(session, micro_batches, events)
@@ -222,9 +234,6 @@ def _introduce(session: Session, events: Events) -> None:
     for line in lines:
         events.say(line)
     events.write("start", total_steps=session.total_steps, classes=len(index.classes), notes=lines)
-    if session.runtime.main:
-        write_atomic(events.run / "labels.json", json.dumps(index.classes, indent=1, ensure_ascii=False) + "\n")
-        write_atomic(events.run / "preprocess.json", session.preprocess.model_dump_json(indent=1) + "\n")
 
 
 @contextmanager

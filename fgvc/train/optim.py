@@ -21,7 +21,9 @@ class Optim(Section):
 
     name: str = Field("sgd", description="timm's name of the optimizer: sgd (Nesterov), momentum, adamw, ...")
     lr: float = Field(0.03, gt=0, description="peak learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of the optimizers that have one, such as sgd; Adam's betas are timm's")
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="of the optimizers that have one, such as sgd; Adam's betas are timm's"
+    )
     weight_decay: float = Field(1e-4, ge=0, description="on weights of rank >= 2 only: never on norms and biases")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up, per step")
     warmup_epochs: float = Field(1.0, ge=0, description="linear up to lr")

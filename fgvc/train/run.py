@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,27 +26,25 @@ PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow",
 
 
 def open_run(out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool = False) -> bool:
-    """Make or find the folder of a run; True where it goes on from a checkpoint.
+    """Whether a run in `out` goes on from its checkpoint. Destroys nothing and, but for a copied run, writes nothing.
 
     `resume`: auto (go on if `out` holds an unfinished run), never (start anew; refuses an existing run unless
     `overwrite`), or a path of another run to go on from, whose checkpoint and history are copied into `out`.
     Raises FgvcError for a finished run without `overwrite`, a changed recipe, or a folder that is no run.
     """
     if resume not in ("auto", "never"):
+        if overwrite:
+            raise FgvcError("--overwrite loses a run, --resume PATH goes on with one: give one of the two")
         _adopt(Path(resume), out)
     config = out / "config.yaml"
     if not config.is_file():
-        if out.is_dir() and any(out.iterdir()) and not overwrite:
-            raise FgvcError(f"{out}: not empty and not a run of fgvc; choose another --out, or give --overwrite")
-        _start(out, recipe)
+        if out.is_dir() and any(out.iterdir()):
+            raise FgvcError(f"{out}: not empty and not a run of fgvc; choose another --out")
         return False
     if overwrite:
-        _clear(out)
-        _start(out, recipe)
         return False
     if not (out / "ckpt" / "last" / "meta.json").is_file():
-        _start(out, recipe)  # killed before its first checkpoint: nothing is lost by starting anew
-        return False
+        return False  # killed before its first checkpoint: nothing is lost by starting anew
     if resume == "never":
         raise FgvcError(
             f"{out}: holds a run already; choose another --out, give --overwrite, or let it go on with --resume auto"
@@ -66,10 +65,46 @@ def open_run(out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool
     )
     if state.progress.finished and not longer:
         raise FgvcError(
-            f"{out}: this run is finished; give --overwrite to lose it, raise train.epochs to go on, or choose another --out"
+            f"{out}: this run is finished; give --overwrite to lose it, raise train.epochs to go on, "
+            "or choose another --out"
         )
-    write_atomic(config, dump(recipe))
     return True
+
+
+def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Begin a new run in `out`: what an earlier run wrote there is removed, all else stays.
+
+    `facts`: file name -> what JSON is to hold; `check_facts` compares them when the run goes on.
+    """
+    for name in ("ckpt", "plots"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("config.yaml", "env.json", "events.jsonl", "metrics.csv", "metrics.json"):
+        (out / name).unlink(missing_ok=True)
+    try:
+        (out / "ckpt").mkdir(parents=True, exist_ok=True)
+        (out / "plots").mkdir(exist_ok=True)
+        write_atomic(out / "config.yaml", dump(recipe))
+        write_atomic(out / "env.json", _json(environment() | {"command": sys.argv[1:]}))
+        for name, value in facts.items():
+            write_atomic(out / name, _json(value))
+    except OSError as error:
+        raise FgvcError(f"{out}: can't make the run's folder: {error.strerror}") from error
+
+
+def continue_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Go on with a run. Raises FgvcError where its classes or its preprocessing are no longer what they were."""
+    for name, value in facts.items():
+        if (out / name).is_file() and (out / name).read_text(encoding="utf-8") != _json(value):
+            raise FgvcError(
+                f"{out}: {name} of this run is not what the data and weights give now, so its weights would be misread; "
+                "restore them, or train anew in another --out"
+            )
+    (out / "metrics.json").unlink(missing_ok=True)  # scores of weights that are about to change
+    write_atomic(out / "config.yaml", dump(recipe))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_run(out: Path) -> Recipe:
@@ -105,24 +140,6 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _start(out: Path, recipe: Recipe) -> None:
-    try:
-        (out / "ckpt").mkdir(parents=True, exist_ok=True)
-        (out / "plots").mkdir(exist_ok=True)
-    except OSError as error:
-        raise FgvcError(f"{out}: can't make the run's folder: {error.strerror}") from error
-    write_atomic(out / "config.yaml", dump(recipe))
-    write_atomic(out / "env.json", json.dumps(environment() | {"command": sys.argv[1:]}, indent=1) + "\n")
-
-
-def _clear(out: Path) -> None:
-    """Remove what a run writes and nothing else."""
-    for name in ("ckpt", "plots"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("config.yaml", "env.json", "events.jsonl", "metrics.csv", "labels.json", "preprocess.json"):
-        (out / name).unlink(missing_ok=True)
 
 
 def _adopt(source: Path, out: Path) -> None:

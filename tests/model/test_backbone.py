@@ -107,9 +107,11 @@ def test_a_sidecar_says_mean_and_std(tmp_path: Path) -> None:
     side.write_text(json.dumps({"mean": HALF, "std": [0.25] * 3, "interpolation": "bilinear"}))
     found = load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors")))
     assert (found.mean, found.std, found.interpolation, found.doubts) == (HALF, (0.25,) * 3, "bilinear", ())
-    side.write_text("{}")
-    with pytest.raises(FgvcError, match="expected"):
-        load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors")))
+    good = {"mean": HALF, "std": HALF}
+    for bad in ({}, good | {"interpolation": "area"}, good | {"crop_fraction": 90}, good | {"crop_fraction": "x"}):
+        side.write_text(json.dumps(bad))
+        with pytest.raises(FgvcError, match="expected"):
+            load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors")))
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "tf_efficientnet_lite2", "mobilenetv2_100.tf_in1k_ptq"])

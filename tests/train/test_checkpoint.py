@@ -114,7 +114,9 @@ def test_killed_at_any_moment_the_last_checkpoint_loads(tmp_path: Path) -> None:
         assert loaded.progress.step >= step
         assert torch.equal(loaded.net["w"], torch.full((200_000,), float(loaded.progress.step)))
         step = loaded.progress.step
+        checkpoint.save(tmp_path, state(step + 1, size=200_000))
         assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "scraps of the killed process stay"
+        step += 1
     assert step > 0
 
 

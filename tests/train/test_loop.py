@@ -29,7 +29,9 @@ def net(run: Path, name: str = "net") -> dict[str, torch.Tensor]:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **close: float) -> None:
     assert a.keys() == b.keys()
     for key, value in a.items():
-        torch.testing.assert_close(value, b[key], msg=lambda text, key=key: f"{key}: {text}", **(close or {"rtol": 0, "atol": 0}))
+        torch.testing.assert_close(
+            value, b[key], msg=lambda text, key=key: f"{key}: {text}", **(close or {"rtol": 0, "atol": 0})
+        )
 
 
 def test_the_average_watches_and_does_not_steer(tmp_path: Path, recipe_tree: dict) -> None:
@@ -60,7 +62,9 @@ def test_the_cache_changes_nothing_where_nothing_is_shrunk(tmp_path: Path, recip
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_learns_and_keeps_fp32_weights(tmp_path: Path, recipe_tree: dict, precision: str) -> None:
-    tree = recipe(recipe_tree, train={"precision": precision}, optim={"lr": 0.02, "clip_norm": 1.0}, techniques={"acb": {}})
+    tree = recipe(
+        recipe_tree, train={"precision": precision}, optim={"lr": 0.02, "clip_norm": 1.0}, techniques={"acb": {}}
+    )
     run = api.train(tree, tmp_path / "run")
     assert {v.dtype for v in net(run).values() if v.is_floating_point()} == {torch.float32}
     rows = [float(row.split(",")[4]) for row in (run / "metrics.csv").read_text().splitlines()[1:]]
@@ -68,7 +72,9 @@ def test_low_precision_learns_and_keeps_fp32_weights(tmp_path: Path, recipe_tree
 
 
 def test_clipping_bounds_the_step(tmp_path: Path, recipe_tree: dict) -> None:
-    tree = recipe_tree | {"optim": {"name": "momentum", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0}}
+    tree = recipe_tree | {
+        "optim": {"name": "momentum", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0}
+    }
     start = api.train(recipe(tree, train={"max_steps": 1}, optim={"lr": 1e-12}), tmp_path / "start")
     end = api.train(recipe(tree, train={"max_steps": 1}, optim={"clip_norm": 0.01}), tmp_path / "end")
     parameters = [k for k in net(start) if "running" not in k and "num_batches" not in k]
@@ -88,7 +94,9 @@ def test_out_of_memory_names_the_way_out(tmp_path: Path, recipe_tree: dict, monk
     def greedy(*arguments: object) -> object:
         calls[0] += 1
         if calls[0] == 4:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+            )
         return real(*arguments)
 
     monkeypatch.setattr(loop, "to_batch", greedy)
@@ -170,3 +178,77 @@ def test_sizes_that_the_net_can_not_take_are_named(tmp_path: Path, recipe_tree: 
 def test_more_images_a_step_than_there_are(tmp_path: Path, recipe_tree: dict) -> None:
     with pytest.raises(FgvcError, match="more than the 48 training images"):
         api.train(recipe(recipe_tree, train={"batch_size": 64}), tmp_path / "run")
+
+
+def test_overwrite_loses_nothing_where_the_new_run_is_refused(tmp_path: Path, recipe_tree: dict) -> None:
+    run = api.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "run")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(FgvcError, match="more than the 48"):
+        api.train(recipe(recipe_tree, train={"batch_size": 64}), run, overwrite=True)
+    with pytest.raises(FgvcError, match="give one of the two"):
+        api.train(recipe(recipe_tree), run, overwrite=True, resume=str(run))
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(tmp_path: Path, recipe_tree: dict) -> None:
+    run = api.train(recipe(recipe_tree), tmp_path / "run")
+    api.evaluate(run, "test")
+    api.train(recipe(recipe_tree, train={"max_steps": 2}), run, overwrite=True)
+    assert not (run / "metrics.json").exists()
+    assert json.loads((run / "ckpt/last/meta.json").read_text())["step"] == 2
+
+
+def test_an_extended_run_that_dies_at_once_still_goes_on(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, longer = api.train(recipe(recipe_tree), tmp_path / "run"), recipe(recipe_tree, train={"epochs": 3})
+
+    def dies(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(loop, "_run", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        api.train(longer, run)
+    monkeypatch.undo()
+    api.train(longer, run)
+    assert len((run / "metrics.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_a_run_whose_classes_changed_does_not_go_on(tmp_path: Path, recipe_tree: dict, colours: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(colours, root)
+    tree = recipe_tree | {"data": {"kind": "folder", "root": str(root)}}
+    run = api.train(recipe(tree, train={"max_steps": 3}), tmp_path / "run")
+    labels = (run / "labels.json").read_bytes()
+    for split in ("train", "val", "test"):
+        (root / split / "red").rename(root / split / "amber")
+    with pytest.raises(FgvcError, match=r"labels\.json of this run is not what the data and weights give now"):
+        api.train(recipe(tree), run)
+    assert (run / "labels.json").read_bytes() == labels
+
+
+def test_an_interruption_in_the_last_step_still_ends_with_a_validation(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = tmp_path / "run", loop._end_epoch
+
+    def dies(session, *arguments: object) -> None:
+        if session.progress.step == session.total_steps:
+            loop._save(session, run)
+            raise KeyboardInterrupt
+        real(session, *arguments)
+
+    monkeypatch.setattr(loop, "_end_epoch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        api.train(recipe(recipe_tree), run)
+    monkeypatch.undo()
+    api.train(recipe(recipe_tree), run)
+    whole = api.train(recipe(recipe_tree), tmp_path / "whole")
+    assert (run / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_best_is_read_as_it_was_scored(tmp_path: Path, recipe_tree: dict) -> None:
+    tree = recipe(recipe_tree, train={"epochs": 4}, select="last", ema={"decay": 0.99, "warmup": False})
+    run = api.train(tree, tmp_path / "run")
+    best = json.loads((run / "ckpt/best/meta.json").read_text())["best"]
+    assert api.evaluate(run, "val", select="best").scores.top1 == pytest.approx(best)
