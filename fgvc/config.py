@@ -73,13 +73,7 @@ def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> M:
 
     Raises FgvcError listing every problem with its file, line, key path and the nearest valid key.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise FgvcError(f"{path}: can't read the recipe: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FgvcError(f"{path}: the recipe is not UTF-8 text (byte {error.start})") from error
-    tree, lines = _parse(text, path)
+    tree, lines = read_tree(path)
     texts = list(overrides)
     for override in texts:
         _apply(tree, override)
@@ -120,6 +114,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
+def read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The tree of a YAML file and the line of every key. Raises FgvcError for what is no readable mapping."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FgvcError(f"{path}: can't read the recipe: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FgvcError(f"{path}: the recipe is not UTF-8 text (byte {error.start})") from error
+    return _parse(text, path)
+
+
 def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """The YAML tree and the line (from 1) of every key."""
     lines: dict[tuple[str, ...], int] = {}
@@ -157,7 +162,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise FgvcError(f"override {override!r}: write it as section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise FgvcError(f"override {override!r}: the value is not valid YAML") from error
     for key in keys[:-1]:
         if not isinstance(tree.get(key), dict):
@@ -179,6 +184,10 @@ def _explain(
     names = tuple(str(part) for part in loc)
     source = where
     for end in range(len(names), 0, -1):
+        deeper = next((text for keys, text in overridden.items() if keys[:end] == names[:end]), None)
+        if deeper is not None and names[:end] not in lines:
+            source = f"override {deeper!r}"
+            break
         if names[:end] in overridden:
             source = f"override {overridden[names[:end]]!r}"
             break

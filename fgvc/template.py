@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fgvc.config import models_in, tag_of
+from fgvc.config import models_in, read_tree, tag_of
 from fgvc.types import FgvcError
 
 WIDTH = 118
@@ -56,7 +56,7 @@ def header(path: Path) -> list[str]:
 
 def commented(model: type[BaseModel], path: Path) -> str:
     """The recipe in `path` with all the keys that it leaves at their defaults, each with its description."""
-    tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    tree = read_tree(path)[0]
     top = [f"# {line}".rstrip() for line in header(path)]
     return "\n".join([*top, "", *_section(model, tree, 0)]) + "\n"
 
@@ -66,6 +66,8 @@ def _section(model: type[BaseModel], tree: Mapping[str, Any], depth: int) -> Ite
     pad = "  " * depth
     for key, field in model.model_fields.items():
         given = tree.get(key)
+        if given is not None and not isinstance(given, Mapping) and models_in(field.annotation):
+            raise FgvcError(f"{key}: a section of settings is expected, not {given!r}")
         inner = _inner(field, given)
         if inner is not None and (given is not None or not _optional(field)):
             if depth == 0:

@@ -129,3 +129,14 @@ def test_every_recipe_loads_and_its_commented_form_says_the_same(name: str, tmp_
         "a recipe names no place of its own"
     )
     assert "# target = (1 - e) one-hot + e / K" in own.read_text()
+
+
+def test_an_override_of_an_unknown_section_is_blamed_itself(file: Path) -> None:
+    assert refusal(file, "foo.bar=1").startswith("override 'foo.bar=1': foo: unknown key")
+
+
+@pytest.mark.parametrize(("text", "expected"), [("a: [", "not valid YAML"), ("model: 5", "a section of settings")])
+def test_init_of_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(FgvcError, match=expected):
+        commented(Recipe, tmp_path / "broken.yaml")
