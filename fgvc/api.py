@@ -98,7 +98,7 @@ def evaluate(run: Path, split: Literal["val", "test"] | None = None, *, select: 
         scores = metrics.evaluate(
             net, batches(), classes=len(index.classes), device=process.device, memory_format=layout
         )
-    known = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").is_file() else {}
+    known = _recorded(run)
     known[f"{split}.{chosen}"] = scores.numbers()
     write_atomic(run / "metrics.json", json.dumps(known, indent=1) + "\n")
     title = f"{split}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
@@ -128,7 +128,7 @@ def export(
         export=recipe.export,
         against=_onnx_of(against) if against is not None else None,
     )
-    known = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").is_file() else {}
+    known = _recorded(run)
     files: dict[str, Any] = {
         "model.onnx": proven.model,
         "labels.json": list(index.classes),
@@ -156,6 +156,16 @@ def verify(path: Path, *, against: Path | None = None) -> Comparison | Verificat
 def _onnx_of(path: Path) -> Path:
     """The file itself, or the model of a bundle."""
     return load_bundle(path).model if path.is_dir() else path
+
+
+def _recorded(run: Path) -> dict[str, Any]:
+    """The scores in the run's metrics.json, by `<split>.<select>`."""
+    path = run / "metrics.json"
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise FgvcError(f"{path}: not valid JSON ({error}); remove it and evaluate again") from error
+    return known
 
 
 def _data_of(run: Path, recipe: Recipe) -> tuple[ImageIndex, Preprocess]:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fgvc.disk import sync
 from fgvc.image.decode import MAX_PIXELS, decode
 from fgvc.types import FgvcError, ImageError, ImageIndex
 
@@ -172,7 +173,7 @@ def _build(
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 return  # another builder was first: its cache is as good
-            _sync_folder(final.parent)
+            sync(final.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -246,11 +247,3 @@ def _remove_leftovers(folder: Path) -> None:
 def _to_disk(stream: BinaryIO) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from fgvc.config import Preprocess, validate
+from fgvc.disk import sync
 from fgvc.types import FgvcError
 
 MANIFEST = "manifest.json"
@@ -75,7 +76,7 @@ def write_bundle(
                 file.flush()
                 os.fsync(file.fileno())
         new.chmod(0o777 & ~_umask())  # mkdtemp's folder is its owner's alone; a server is often someone else
-        _sync(new)
+        sync(new)
         _swap_in(new, folder)
     except OSError as error:
         raise FgvcError(f"{folder}: can't write the bundle: {error.strerror}") from error
@@ -205,15 +206,7 @@ def _swap_in(new: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.rename(new, folder)
-    _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    sync(folder.parent)
 
 
 def _umask() -> int:

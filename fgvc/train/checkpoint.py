@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fgvc.config import Section
+from fgvc.disk import sync
 from fgvc.types import FgvcError
 
 Name = Literal["last", "best"]
@@ -76,12 +77,12 @@ def save(folder: Path, state: State, *, best: bool = False) -> None:
         torch.save(dict(state.rest), scratch / "state.pt")
         (scratch / "meta.json").write_text(json.dumps(asdict(state.progress), indent=1) + "\n")
         for path in scratch.iterdir():
-            _sync(path)
-        _sync(scratch)
+            sync(path)
+        sync(scratch)
         os.replace(scratch, target)
         for name in ("last", "best") if best else ("last",):
             _point(folder / name, target.name)
-        _sync(folder)
+        sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise FgvcError(
@@ -117,14 +118,6 @@ def _point(link: Path, target: str) -> None:
     scratch.unlink(missing_ok=True)
     scratch.symlink_to(target, target_is_directory=True)
     os.replace(scratch, link)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sweep(folder: Path) -> None:
