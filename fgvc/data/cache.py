@@ -88,19 +88,23 @@ class DecodeCache:
         """The images that could not be read when the cache was built."""
         return [ImageError(self._index.path(row), reason) for row, reason in self._bad.items()]
 
-    def image(self, row: int) -> tuple[Image.Image, tuple[int, int]]:
-        """The shrunk RGB image of a row and the original's (width, height). Raises ImageError as `decode` did."""
+    def image(self, row: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+        """The shrunk image of a row, uint8 (h,w,3) RGB, and the original's (width, height).
+
+        Its pixels are the file's own: don't write. Raises ImageError as `decode` did.
+        """
         if row in self._bad:
             raise ImageError(self._index.path(row), self._bad[row])
         at = int(np.searchsorted(self.rows, row))
         if at == len(self.rows) or self.rows[at] != row:
             raise KeyError(f"row {row} is not among the {len(self.rows)} of {self.folder}")
         if self._pixels is None:
-            self._pixels = np.memmap(self.folder / "pixels.bin", dtype=np.uint8, mode="r")
+            # Copy on write: torch warns of arrays that can't be written to.
+            self._pixels = np.memmap(self.folder / "pixels.bin", dtype=np.uint8, mode="c")
         width, height, *original = (int(side) for side in self._sizes[at])
         start = int(self._offsets[at])
-        pixels = self._pixels[start : start + 3 * width * height]
-        return Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1), (original[0], original[1])
+        pixels = np.asarray(self._pixels[start : start + 3 * width * height])
+        return pixels.reshape(height, width, 3), (original[0], original[1])
 
     def close(self) -> None:
         """Let go of the file; the next `image` opens it again."""

@@ -6,16 +6,13 @@ sample from (seed, epoch, row), and torch's global generator is left alone (trap
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,7 +30,6 @@ what changes during training must be read from disk or shared memory."""
 
 Key = tuple[int, int]  # epoch, row
 
-_AHEAD = 3  # batches loaded ahead by the thread that stands in for workers
 _NAMED = 50  # unreadable files listed in a message
 _SUBSTITUTES = 50  # rows tried in place of an unreadable one
 
@@ -107,16 +103,16 @@ def train_loader(
     samples = _Samples(index, np.asarray(rows, dtype=np.int64), augmenter, seed, cache, tuple(on_sample))
     order = _Order(samples.rows, seed, batch_size=batch_size, rank=rank, world=world)
     loader = _torch_loader(samples, order, workers, persistent=True)
-    return TrainLoader(loader, order, workers=workers, limit=max_unreadable)
+    return TrainLoader(loader, order, limit=max_unreadable)
 
 
 class TrainLoader:
     """What `train_loader` returns."""
 
-    def __init__(self, loader: DataLoader[TrainBatch], order: _Order, *, workers: int, limit: float) -> None:
+    def __init__(self, loader: DataLoader[TrainBatch], order: _Order, *, limit: float) -> None:
         self.steps_per_epoch = len(order.rows) // (order.batch_size * order.world)  # what is left over differs by epoch
         self.bad = BadFiles(limit=limit, images=len(order.rows))
-        self._order, self._workers = order, workers
+        self._order = order
         self._loader: DataLoader[TrainBatch] | None = loader
         self._running: Iterator[TrainBatch] | None = None
 
@@ -132,7 +128,7 @@ class TrainLoader:
         return self._running
 
     def close(self) -> None:
-        """End the workers and threads."""
+        """End the workers."""
         self._stop()
         self._loader = None  # the last reference: torch's iterator ends its workers when it goes
 
@@ -144,7 +140,7 @@ class TrainLoader:
     def _run(self) -> Iterator[TrainBatch]:
         if self._loader is None:
             raise FgvcError("the training loader is closed: make a new one")
-        for batch in _each(self._loader, self._workers):
+        for batch in _each(self._loader):
             batch.bad = self.bad.add(batch.bad)
             yield batch
 
@@ -165,7 +161,7 @@ def evaluation_loader(
     batches = [mine[at : at + batch_size].tolist() for at in range(0, len(mine), batch_size)]
     held: EvaluationBatch | None = None
     errors: list[ImageError] = []
-    for batch in _each(_torch_loader(_Originals(index, spec), batches, workers), workers):
+    for batch in _each(_torch_loader(_Originals(index, spec), batches, workers)):
         if not len(batch.labels):  # all bad: reported with the batch before or after
             (errors if held is None else held.bad).extend(batch.bad)
             continue
@@ -224,15 +220,15 @@ class _Samples(Dataset[TrainBatch]):
             except FgvcError as error:
                 return error
             if self.on_sample:
-                image = self._hooked(image, int(taken[at]))
+                image = self._hooked(image.copy(), int(taken[at]))
             # The key stays the drawn row's, so that a substitute differs from its own turn in this epoch.
             images[at], to_image = self.augmenter(image, epoch=epoch, row=row)
-            scale = np.array([[original[0] / image.width], [original[1] / image.height]], dtype=np.float32)
+            scale = np.array([[original[0] / image.shape[1]], [original[1] / image.shape[0]]], dtype=np.float32)
             geometry[at] = scale * to_image
         labels = torch.from_numpy(self.index.labels[taken].astype(np.int64))
         return TrainBatch(torch.from_numpy(images), labels, torch.from_numpy(taken), torch.from_numpy(geometry), bad)
 
-    def _readable(self, epoch: int, row: int, bad: list[ImageError]) -> tuple[int, Image.Image, tuple[int, int]]:
+    def _readable(self, epoch: int, row: int, bad: list[ImageError]) -> tuple[int, NDArray[np.uint8], tuple[int, int]]:
         """The row's image, or another's in its place: row, image, the original's (width, height)."""
         substitutes: np.random.Generator | None = None
         drawn = row
@@ -246,17 +242,16 @@ class _Samples(Dataset[TrainBatch]):
         names = _names({error.path: error for error in bad}.values())
         raise FgvcError(f"{_SUBSTITUTES} images in turn can't be read:\n{names}")
 
-    def _load(self, row: int) -> tuple[Image.Image, tuple[int, int]]:
+    def _load(self, row: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
         if self.cache is not None:
             return self.cache.image(row)
         image = decode(self.index.path(row))
-        return image, image.size
+        return np.array(image), image.size
 
-    def _hooked(self, image: Image.Image, row: int) -> Image.Image:
-        pixels = np.array(image)  # a copy: hooks may write into it
+    def _hooked(self, pixels: NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
         for hook in self.on_sample:
             pixels = hook(pixels, row)
-        return Image.fromarray(pixels)
+        return pixels
 
 
 class _Originals(Dataset[EvaluationBatch]):
@@ -302,24 +297,8 @@ def _as_is(batch: T) -> T:
     return batch
 
 
-def _each(loader: DataLoader[T], workers: int) -> Iterator[T]:
-    for batch in loader if workers else _ahead(iter(loader)):
+def _each(loader: DataLoader[T]) -> Iterator[T]:
+    for batch in loader:
         if isinstance(batch, FgvcError):
             raise batch
         yield batch
-
-
-def _ahead(batches: Iterator[T]) -> Iterator[T]:
-    """The same batches, loaded by one thread while the caller computes. The thread ends with this generator."""
-    waiting: deque[Future[T | None]] = deque()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="fgvc-loader")
-    try:
-        while True:
-            while len(waiting) < _AHEAD:
-                waiting.append(pool.submit(next, batches, None))
-            batch = waiting.popleft().result()
-            if batch is None:
-                return
-            yield batch
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -77,6 +77,4 @@ def _folded_norms(plain: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
 def _reach(plain: nn.Module) -> dict[str, float]:
     """For a batch norm's bias, how large the term is that folding adds to it: a smaller move would be rounded away."""
     state = plain.state_dict()
-    return {
-        f"{name}.bias": abs(float(state[f"{name}.bias"][0] - shift[0])) for name, _, shift in _folded_norms(plain)
-    }
+    return {f"{name}.bias": abs(float(state[f"{name}.bias"][0] - shift[0])) for name, _, shift in _folded_norms(plain)}

@@ -84,8 +84,15 @@ class _Branch(nn.Module):
         super().__init__()
         device, dtype = conv.weight.device, conv.weight.dtype
         self.conv = nn.Conv2d(
-            conv.in_channels, conv.out_channels, kernel_size, stride=_pair(conv.stride), padding=padding,
-            groups=conv.groups, bias=False, device=device, dtype=dtype,
+            conv.in_channels,
+            conv.out_channels,
+            kernel_size,
+            stride=_pair(conv.stride),
+            padding=padding,
+            groups=conv.groups,
+            bias=False,
+            device=device,
+            dtype=dtype,
         )
         self.norm = nn.BatchNorm2d(conv.out_channels, device=device, dtype=dtype)
         if like is not None:  # timm's tf_* nets use another eps and momentum than torch
@@ -99,8 +106,13 @@ class _Branch(nn.Module):
 def _unpadded(conv: nn.Conv2d) -> nn.Conv2d:
     """A convolution without padding that holds `conv`'s own parameters."""
     plain = nn.Conv2d(
-        conv.in_channels, conv.out_channels, _pair(conv.kernel_size), stride=_pair(conv.stride), groups=conv.groups,
-        bias=conv.bias is not None, device="meta",
+        conv.in_channels,
+        conv.out_channels,
+        _pair(conv.kernel_size),
+        stride=_pair(conv.stride),
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        device="meta",
     )
     plain.weight, plain.bias = conv.weight, conv.bias
     return plain

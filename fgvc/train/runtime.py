@@ -34,7 +34,7 @@ class Train(Section):
     )
     accumulate: int = Field(1, ge=1, description="parts that a step's images are split into, to save memory")
     workers: int = Field(
-        1, ge=0, description="loading processes; 0 loads in a thread. The images are the same for any number"
+        1, ge=0, description="loading processes; 0 loads between steps. The images are the same for any number"
     )
     device: str = Field("auto", description="auto | cpu | cuda | cuda:N | mps")
 

@@ -147,14 +147,16 @@ def test_geometry_maps_to_the_original_through_the_cache(tmp_path: Path, index: 
         ramp[..., 0], ramp[..., 1] = np.arange(256), np.arange(128)[:, None]
         Image.fromarray(ramp).save(index.path(row))
     cache = DecodeCache.open(index, np.arange(COUNT), side=64, folder=tmp_path / "cache")
-    assert cache.image(0)[0].size == (128, 64)
+    assert cache.image(0)[0].shape == (64, 128, 3)
     augment = Augment(flip=0.5, brightness=0, contrast=0, saturation=0)
     options = {"batch_size": 8, "seed": 0, "workers": 0}
     source = train_loader(index, cache.rows, augmenter=Augmenter(augment, SPEC, 0), cache=cache, **options)
     batch = next(source.epoch(0))
     source.close()
     plain = train_loader(index, cache.rows, augmenter=Augmenter(augment, SPEC, 0), **options)
-    np.testing.assert_allclose(batch.geometry, next(plain.epoch(0)).geometry, atol=1e-3)
+    corners = np.array([[0, 0, 32, 32], [0, 24, 0, 24], [1, 1, 1, 1]])
+    apart = (batch.geometry - next(plain.epoch(0)).geometry).numpy() @ corners
+    assert np.abs(apart).max() <= 1.5  # windows are whole pixels of what is at hand: here 2 of the original
     plain.close()
     for pixels, matrix in zip(batch.images, batch.geometry, strict=True):
         for i, j in [(12, 16), (6, 8), (18, 24)]:
@@ -249,7 +251,7 @@ def test_threads_files_and_processes_do_not_pile_up(index: ImageIndex, workers: 
         counts.append(census())
         list(evaluation_loader(index, np.arange(9), spec=SPEC, batch_size=4, workers=workers))
     threads, files, processes = (set(column) for column in zip(*counts, strict=True))
-    assert len(threads) <= 2  # the one that loads has ended with its epoch, or has not
+    assert len(threads) == 1
     assert processes == {workers}
     assert max(files) - min(files) <= 24  # workers' batches on their way: 4 tensors each
     del batches
@@ -260,15 +262,6 @@ def test_threads_files_and_processes_do_not_pile_up(index: ImageIndex, workers: 
     while census() != before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert census() == before
-
-
-def test_an_abandoned_evaluation_ends_its_thread(index: ImageIndex) -> None:
-    before = threading.active_count()
-    batches = evaluation_loader(index, np.arange(COUNT), spec=SPEC, batch_size=2, workers=0)
-    next(batches)
-    assert threading.active_count() == before + 1
-    del batches
-    assert threading.active_count() == before
 
 
 def test_memory_does_not_grow_from_epoch_to_epoch(index: ImageIndex, tmp_path: Path) -> None:
@@ -290,21 +283,18 @@ def test_memory_does_not_grow_from_epoch_to_epoch(index: ImageIndex, tmp_path: P
     assert grown < 64 * 1024  # a single kept batch is 12 KiB, of 200
 
 
-def test_loading_overlaps_with_the_step(index: ImageIndex) -> None:
-    """By whatever is ready: while the caller is busy, the thread loads the next batches."""
-    loaded: list[int] = []
-
+def test_workers_load_while_the_caller_is_busy(index: ImageIndex, tmp_path: Path) -> None:
     def note(image: np.ndarray, row: int) -> np.ndarray:
-        loaded.append(row)
+        (tmp_path / str(row)).touch()
         return image
 
-    source = loader(index, on_sample=(note,))
+    source = loader(index, workers=1, on_sample=(note,))
     batches = source.epoch(0)
     next(batches)
-    deadline = time.monotonic() + 5
-    while len(loaded) < 12 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.iterdir())) < 12 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(loaded) >= 12  # the first batch, and at least two more
+    assert len(list(tmp_path.iterdir())) >= 12  # the first batch, and at least two more
     source.close()
 
 

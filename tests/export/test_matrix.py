@@ -22,7 +22,9 @@ from fgvc.train.step import StepModule
 from fgvc.types import Batch, Draws, FgvcError
 
 SIZE, CLASSES = (64, 64), 10
-COLUMNS = "backbone,exporter,grafted,nodes,initializers,sha256,fold_float64,shipped_float32,onnx_torch,ties,explain,seconds"
+COLUMNS = (
+    "backbone,exporter,grafted,nodes,initializers,sha256,fold_float64,shipped_float32,onnx_torch,ties,explain,seconds"
+)
 BACKBONES = {
     "resnet18": {},
     "resnet50": {},

@@ -74,9 +74,7 @@ def test_sigkill_and_again(tmp_path: Path, recipe: Path) -> None:
         child.stderr.close()
         child.stdout.close()
         assert steps_done(killed) < 36
-    last = subprocess.run(
-        command(recipe, killed), env=environment(), capture_output=True, text=True, check=False
-    )
+    last = subprocess.run(command(recipe, killed), env=environment(), capture_output=True, text=True, check=False)
     assert last.returncode == 0, last.stderr
     assert "going on at step" in last.stderr
     assert weights(killed) == weights(whole)
