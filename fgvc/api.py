@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from fgvc.config import Preprocess, validate
+from fgvc.config import Preprocess
 from fgvc.data import checks
 from fgvc.data.loader import evaluation_loader
 from fgvc.evaluate import metrics
@@ -23,19 +23,20 @@ from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
 from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
 from fgvc.model.backbone import memory_format
+from fgvc.preview import Preview, preview
 from fgvc.recipe import Recipe, load_recipe
 from fgvc.train import checkpoint
 from fgvc.train.events import write_atomic
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
-from fgvc.train.run import read_run
+from fgvc.train.run import read_run, recorded_preprocess
 from fgvc.train.runtime import runtime
 from fgvc.train.session import build_net, read_index
 from fgvc.types import FgvcError, ImageIndex
 
 __all__ = [
-    "Bundle", "Evaluation", "Exported", "Forecast", "Recipe",
-    "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "train", "verify",
+    "Bundle", "Evaluation", "Exported", "Forecast", "Preview", "Recipe",
+    "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "preview", "train", "verify",
 ]  # fmt: skip
 
 Selected = Literal["last", "best", "ema"]
@@ -71,9 +72,16 @@ def check(recipe: Recipe) -> checks.Report:
         return checks.check(index, max_unreadable=recipe.data.max_unreadable, progress=tick)
 
 
-def evaluate(run: Path, split: Literal["val", "test"] | None = None, *, select: Selected | None = None) -> Evaluation:
+def evaluate(
+    run: Path,
+    split: Literal["val", "test"] | None = None,
+    *,
+    select: Selected | None = None,
+    device: str | None = None,
+) -> Evaluation:
     """Score a run's weights on `split` (default: val where there is one, else test), in fp32, on one process.
 
+    `device`: another than the run was trained on.
     Writes `metrics.json` and `plots/confusion-<split>.png` into the run. Raises FgvcError where the part is empty.
     """
     recipe = read_run(run)
@@ -84,7 +92,8 @@ def evaluate(run: Path, split: Literal["val", "test"] | None = None, *, select: 
     rows = index.rows(split)
     if not len(rows):
         raise FgvcError(f"{run}: its data has no {split} part")
-    with runtime(recipe.train) as process:
+    here = recipe.train if device is None else recipe.train.model_copy(update={"device": device})
+    with runtime(here) as process:
         layout = memory_format(net)
         net.to(process.device).to(memory_format=layout)
         unreadable: list[str] = []
@@ -172,12 +181,9 @@ def _data_of(run: Path, recipe: Recipe) -> tuple[ImageIndex, Preprocess]:
     """The run's data as it is now, refused where its classes are no longer those that were trained."""
     try:
         trained = tuple(json.loads((run / "labels.json").read_text(encoding="utf-8")))
-        preprocess = validate(
-            Preprocess, json.loads((run / "preprocess.json").read_text()), where=str(run / "preprocess.json")
-        )
     except (OSError, ValueError) as error:
         raise FgvcError(f"{run}: the run was not started yet ({error})") from error
-    index = read_index(recipe)
+    preprocess, index = recorded_preprocess(run), read_index(recipe)
     if index.classes != trained:
         raise FgvcError(f"{run}: the classes in {recipe.data.root} are not those that the run was trained on")
     return index, preprocess

@@ -96,6 +96,24 @@ def data_check(config: Config, overrides: Overrides = None) -> None:
     sys.exit(0 if report.ok else 1)
 
 
+@data.command("preview")
+def data_preview(
+    config: Config,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The folder for the sheets.")] = Path("preview"),
+    images: Annotated[int, typer.Option(min=1, help="Samples on a sheet.")] = 6,
+    epoch: Annotated[int, typer.Option(min=1, help="Whose first step is shown.")] = 1,
+) -> None:
+    """Contact sheets of what the network will really see, technique by technique: images and targets."""
+    from fgvc import api
+
+    found = api.preview(api.load_recipe(_recipe(config), overrides or []), out, images=images, epoch=epoch - 1)
+    for note in found.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    for sheet in found.sheets:
+        print(sheet)
+
+
 @app.command()
 def train(
     config: Config,
@@ -120,8 +138,9 @@ def train(
         return
     try:
         run = api.train(recipe, out or Path("runs") / run_name(path), resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt:
-        print("interrupted, all is saved; the same command goes on from here", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        done = str(stop) or "before the first step of this session"
+        print(f"interrupted, {done}; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     print(run)
 
@@ -135,11 +154,12 @@ def evaluate(
     select: Annotated[
         Literal["last", "best", "ema"] | None, typer.Option(help="Other weights than the recipe selects.")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | mps; default: the recipe's.")] = None,
 ) -> None:
     """Score a run on a part of its data."""
     from fgvc import api, show
 
-    show.scores(api.evaluate(run, split, select=select))
+    show.scores(api.evaluate(run, split, select=select, device=device))
 
 
 @app.command()

@@ -18,6 +18,9 @@ from fgvc.types import FgvcError
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Triple = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0)]
+Spread = tuple[Positive, Positive, Positive]
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class Section(BaseModel):
@@ -46,8 +49,8 @@ class Deploy(Section):
     channel_order: Literal["rgb", "bgr"] = Field("rgb", description="order of the input's three channels")
     input_range: Literal[1, 255] = Field(1, description="value of white before mean and std are applied")
     mean: Triple | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
-    std: Triple | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
-    fill: tuple[int, int, int] = Field((128, 128, 128), description="RGB of the border that `pad` adds, 0-255")
+    std: Spread | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
+    fill: tuple[Byte, Byte, Byte] = Field((128, 128, 128), description="RGB of the border that `pad` adds, 0-255")
     labels: Path | None = Field(None, description="text file, one class a line: the deployed stack's label order")
 
 
@@ -61,8 +64,8 @@ class Preprocess(Section):
     channel_order: Literal["rgb", "bgr"] = "rgb"
     input_range: Literal[1, 255] = 1
     mean: Triple = (0.485, 0.456, 0.406)
-    std: Triple = (0.229, 0.224, 0.225)
-    fill: tuple[int, int, int] = (128, 128, 128)
+    std: Spread = (0.229, 0.224, 0.225)
+    fill: tuple[Byte, Byte, Byte] = (128, 128, 128)
 
 
 M = TypeVar("M", bound=BaseModel)

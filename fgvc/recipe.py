@@ -30,7 +30,11 @@ class Image(Section):
     @field_validator("size", mode="before")
     @classmethod
     def _square(cls, size: object) -> object:
-        return (size, size) if isinstance(size, int) else size
+        if isinstance(size, int):
+            return size, size
+        if not isinstance(size, list | tuple) or len(size) != 2:
+            raise ValueError(f"one number for a square, or [height, width]; not {size!r}")
+        return size
 
     @field_validator("size")
     @classmethod
@@ -44,6 +48,7 @@ class Loss(Section):
     """The classification loss."""
 
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="target = (1 - e) one-hot + e / K")
+    l1: float = Field(0.0, ge=0, description="of the sum of |w| over the net's weights of rank >= 2")
 
 
 class Recipe(Section):

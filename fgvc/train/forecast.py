@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fgvc.model.backbone import memory_format
+from fgvc.model.backbone import head_prefixes, memory_format
 from fgvc.recipe import Recipe
 from fgvc.seeding import STEP, generator
 from fgvc.train.optim import make_ema, make_optimizer
@@ -57,7 +57,8 @@ def forecast(recipe: Recipe) -> Forecast:
         make_ema(step.net, recipe.ema)
         step.attach_hooks()
         step.train()
-        optimizer = make_optimizer(step, recipe.optim)
+        optim = recipe.optim.scaled(recipe.train.batch_size)
+        optimizer = make_optimizer(step, optim, added=step.added, head=head_prefixes(step.net))
         x = torch.randn(micro, 3, *recipe.image.size, device=process.device).contiguous(memory_format=layout)
         y = torch.arange(micro, device=process.device) % len(index.classes)
         batch = Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(micro, 2, 3))

@@ -22,7 +22,8 @@ from fgvc.seeding import STEP, generator
 from fgvc.train import checkpoint
 from fgvc.train.batch import to_batch
 from fgvc.train.events import Events
-from fgvc.train.run import continue_run, open_run, start_run
+from fgvc.train.optim import learning_rate
+from fgvc.train.run import continue_run, open_run, recorded_preprocess, start_run
 from fgvc.train.runtime import runtime
 from fgvc.train.session import Session, open_session
 from fgvc.types import Draws, FgvcError
@@ -43,7 +44,9 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
         process.first(claim)
         goes_on = process.gather(goes_on[0])
         events = Events(out, recipe.log, active=process.main)
-        with _memory_advice(recipe), open_session(recipe, process, notify=events.say) as session:
+        preprocess = recorded_preprocess(out) if goes_on[0] else None
+        opened = open_session(recipe, process, preprocess=preprocess, notify=events.say)
+        with _memory_advice(recipe), opened as session:
             _enter(session, out, events, goes_on=goes_on[0])
             _introduce(session, events)
             _run(session, out, events)
@@ -79,7 +82,7 @@ def _run(session: Session, out: Path, events: Events) -> None:
                 if interrupted.is_set() or (due and not session.epoch_done):
                     _save(session, out)
                 if interrupted.is_set():
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(f"saved at step {progress.step}")
             _end_epoch(session, out, events)
     if session.runtime.main:
         plot_curves(progress.history, out / "plots" / "curves.png")
@@ -151,7 +154,7 @@ def _log(session: Session, losses: dict[str, Tensor], images: int, events: Event
         )
     if progress.step % events.log.every_steps == 0 or progress.step == session.total_steps:
         rate = progress.step * images / max(progress.seconds, 1e-9)
-        lr = session.optimizer.param_groups[0]["lr"]
+        lr = learning_rate(session.optimizer)
         events.step(
             progress.step, session.total_steps, epoch=progress.epoch, loss=float(losses["loss"]), lr=lr, rate=rate
         )
@@ -164,7 +167,7 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
     row: dict[str, float] = {
         "epoch": progress.epoch + 1,
         "step": progress.step,
-        "lr": session.optimizer.param_groups[0]["lr"],
+        "lr": learning_rate(session.optimizer),
     }
     row |= {name: value / steps for name, value in progress.sums.items()}
     scores = _validate(session, events)

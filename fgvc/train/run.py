@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fgvc import __version__
-from fgvc.config import differences, dump, load
+from fgvc.config import Preprocess, differences, dump, load, validate
 from fgvc.recipe import Recipe
 from fgvc.train import checkpoint
 from fgvc.train.events import write_atomic
@@ -29,13 +29,14 @@ def open_run(out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool
     """Whether a run in `out` goes on from its checkpoint. Destroys nothing and, but for a copied run, writes nothing.
 
     `resume`: auto (go on if `out` holds an unfinished run), never (start anew; refuses an existing run unless
-    `overwrite`), or a path of another run to go on from, whose checkpoint and history are copied into `out`.
+    `overwrite`), or a path of another run to go on from, whose checkpoint and history are copied into `out`; given
+    again, the copy goes on.
     Raises FgvcError for a finished run without `overwrite`, a changed recipe, or a folder that is no run.
     """
     if resume not in ("auto", "never"):
         if overwrite:
             raise FgvcError("--overwrite loses a run, --resume PATH goes on with one: give one of the two")
-        _adopt(Path(resume), out)
+        _adopt(Path(resume), out, recipe)
     config = out / "config.yaml"
     if not config.is_file():
         if out.is_dir() and any(out.iterdir()):
@@ -49,7 +50,13 @@ def open_run(out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool
         raise FgvcError(
             f"{out}: holds a run already; choose another --out, give --overwrite, or let it go on with --resume auto"
         )
-    old = load(Recipe, config)
+    _check_continues(out, recipe)
+    return True
+
+
+def _check_continues(out: Path, recipe: Recipe) -> None:
+    """Raises FgvcError where the run in `out` can't go on with this recipe."""
+    old = read_run(out)
     changed = differences(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
     refused = {key: pair for key, pair in changed.items() if not key.startswith(MAY_CHANGE)}
     if refused:
@@ -68,7 +75,6 @@ def open_run(out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool
             f"{out}: this run is finished; give --overwrite to lose it, raise train.epochs to go on, "
             "or choose another --out"
         )
-    return True
 
 
 def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
@@ -91,13 +97,23 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
         raise FgvcError(f"{out}: can't make the run's folder: {error.strerror}") from error
 
 
+def recorded_preprocess(out: Path) -> Preprocess:
+    """What turned images into the input of this run's net from its start. Raises FgvcError where that is not recorded."""
+    path = out / "preprocess.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FgvcError(f"{out}: the run was not started yet ({error})") from error
+    return validate(Preprocess, found, where=str(path))
+
+
 def continue_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
-    """Go on with a run. Raises FgvcError where its classes or its preprocessing are no longer what they were."""
+    """Go on with a run. Raises FgvcError where its classes are no longer what they were."""
     for name, value in facts.items():
         if (out / name).is_file() and (out / name).read_text(encoding="utf-8") != _json(value):
             raise FgvcError(
-                f"{out}: {name} of this run is not what the data and weights give now, so its weights would be misread; "
-                "restore them, or train anew in another --out"
+                f"{out}: {name} of this run is not what the data give now, so its weights would be misread; "
+                "restore the data, or train anew in another --out"
             )
     (out / "metrics.json").unlink(missing_ok=True)  # scores of weights that are about to change
     write_atomic(out / "config.yaml", dump(recipe))
@@ -142,12 +158,28 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _adopt(source: Path, out: Path) -> None:
-    """Go on from another run: copy it first, so that it stays as it is."""
+def _adopt(source: Path, out: Path, recipe: Recipe) -> None:
+    """Go on from another run: copy it first, in full or not at all, so that it stays as it is."""
     source = source.parent.parent if source.parent.name == "ckpt" else source
     read_run(source)
     if source.resolve() == out.resolve():
         return
     if out.exists() and any(out.iterdir()):
+        if _history(source) and _history(out).startswith(_history(source)):
+            return  # the same command once more
         raise FgvcError(f"{out}: not empty; --resume PATH copies the run into a new --out")
-    shutil.copytree(source, out, symlinks=True, dirs_exist_ok=True)
+    _check_continues(source, recipe)
+    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, scratch, symlinks=True)
+        os.replace(scratch, out)
+    except OSError as error:  # copytree's own has a list instead of a reason
+        raise FgvcError(f"{out}: can't copy {source} there: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _history(run: Path) -> bytes:
+    events = run / "events.jsonl"
+    return events.read_bytes() if events.is_file() else b""

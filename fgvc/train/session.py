@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,15 @@ from fgvc.data.cache import DecodeCache
 from fgvc.data.labels import reordered
 from fgvc.data.loader import TrainLoader, train_loader
 from fgvc.image.augment import Augmenter
-from fgvc.model.backbone import Weights, load_weights, memory_format, plain_model, preprocess_for
+from fgvc.model.backbone import (
+    Weights,
+    freeze,
+    head_prefixes,
+    load_weights,
+    memory_format,
+    plain_model,
+    preprocess_for,
+)
 from fgvc.recipe import Recipe
 from fgvc.techniques import build
 from fgvc.train.batch import Normalise
@@ -61,8 +69,17 @@ def build_net(recipe: Recipe, classes: int, *, pretrained: bool = True) -> Built
     net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs)
     model = recipe.model if pretrained else recipe.model.model_copy(update={"weights": "none"})
     weights = load_weights(net, model)
+    if not pretrained:
+        weights = replace(weights, origin="of the checkpoint")
     _try(net, size, classes, recipe.model.backbone)
-    step = StepModule(net, build(recipe.techniques), size=size, label_smoothing=recipe.loss.label_smoothing)
+    step = StepModule(
+        net,
+        build(recipe.techniques),
+        size=size,
+        label_smoothing=recipe.loss.label_smoothing,
+        l1=recipe.loss.l1,
+        frozen=freeze(net, recipe.model.freeze) if recipe.model.freeze else (),
+    )
     return Built(step, weights, preprocess_for(recipe.deploy, size, weights))
 
 
@@ -139,24 +156,30 @@ class Session:
 
 
 @contextmanager
-def open_session(recipe: Recipe, runtime: Runtime, *, notify: Notify | None = None) -> Iterator[Session]:
-    """Build a run, ready for its first step. The loader's workers end with the context."""
+def open_session(
+    recipe: Recipe, runtime: Runtime, *, preprocess: Preprocess | None = None, notify: Notify | None = None
+) -> Iterator[Session]:
+    """Build a run, ready for its first step. The loader's workers end with the context.
+
+    `preprocess`: that of a run which goes on; `model.weights` is then not read, the checkpoint replaces it.
+    """
     index = read_index(recipe)
     rows = index.rows("train")
     if recipe.selected == "best" and not len(index.rows("val")):
         raise FgvcError("select: best needs a validation part: give data.val_fraction a value above 0")
     micro = recipe.train.batch_size // (runtime.world * recipe.train.accumulate)
     torch.manual_seed(recipe.train.seed)
-    built = build_net(recipe, len(index.classes))
-    step = built.step
+    built = build_net(recipe, len(index.classes), pretrained=preprocess is None)
+    step, preprocess = built.step, preprocess or built.preprocess
     layout = memory_format(step.net)
     step.to(runtime.device)
     step.net.to(memory_format=layout)
     ema = make_ema(step.net, recipe.ema)
     step.attach_hooks()
     step.train()
-    optimizer = make_optimizer(step, recipe.optim)
-    augmenter = Augmenter(recipe.augment, built.preprocess, seed=recipe.train.seed)
+    optim = recipe.optim.scaled(recipe.train.batch_size)
+    optimizer = make_optimizer(step, optim, added=step.added, head=head_prefixes(step.net))
+    augmenter = Augmenter(recipe.augment, preprocess, seed=recipe.train.seed)
     cache = _cache(recipe, index, rows, runtime, notify)
     loader = train_loader(
         index,
@@ -179,16 +202,16 @@ def open_session(recipe: Recipe, runtime: Runtime, *, notify: Notify | None = No
         recipe=recipe,
         runtime=runtime,
         index=index,
-        preprocess=built.preprocess,
+        preprocess=preprocess,
         weights=built.weights,
         loader=loader,
         step=step,
         wrapped=runtime.wrap(step, branches=len(step.branches) > 0),
-        normalise=Normalise(built.preprocess, runtime.device, layout),
+        normalise=Normalise(preprocess, runtime.device, layout),
         optimizer=optimizer,
         schedule=make_schedule(
             optimizer,
-            recipe.optim,
+            optim,
             steps_per_epoch=loader.steps_per_epoch // recipe.train.accumulate,
             epochs=recipe.train.epochs,
         ),

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from fgvc.model.plan import Context, Joints, Plan, context_of
+from fgvc.schedule import at
 from fgvc.types import Batch, Draws, FgvcError, Output, Target, View
 
 MAIN = "main"
@@ -30,16 +31,27 @@ class StepModule(nn.Module):
     """
 
     def __init__(
-        self, net: nn.Module, techniques: Mapping[str, Any], *, size: tuple[int, int], label_smoothing: float = 0.0
+        self,
+        net: nn.Module,
+        techniques: Mapping[str, Any],
+        *,
+        size: tuple[int, int],
+        label_smoothing: float = 0.0,
+        l1: float = 0.0,
+        frozen: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.net = net
+        self._frozen = tuple(frozen)  # modules of `net` that stay in eval mode
+        self.l1 = l1
+        plain = {id(parameter) for parameter in net.parameters()}
         self.techniques = dict(techniques)
         self.label_smoothing = label_smoothing
         self.joints = Joints(net=net, size=size)
         for kind, setup in self.hooks("setup"):
             setup(Plan(kind, self.joints))
         self.branches = self.joints.branches
+        self.added = frozenset(name for name, value in self.named_parameters() if id(value) not in plain)
         self._handles: list[RemovableHandle] = []
         self._taps: dict[str, Tensor] = {}
         self._fired: set[tuple[str, str]] = set()
@@ -56,8 +68,8 @@ class StepModule(nn.Module):
     ) -> tuple[dict[str, Tensor], list[View]]:
         """Losses and the views that they were taken on.
 
-        `batch.x` (B,3,H,W) float32 normalised. The dict holds "loss" (the scalar to minimise), "base" and every named term,
-        unweighted. Given the views of an earlier call, makes none anew (SAM's second pass).
+        `batch.x` (B,3,H,W) float32 normalised. The dict holds "loss" (the scalar to minimise), "base", every named term,
+        unweighted, and what techniques measure. Given the views of an earlier call, makes none anew (SAM's second pass).
         Raises FgvcError where a declared tap or gate did not fire, or a technique returns an undeclared term.
         """
         self.contexts = {kind: context_of(kind, self.joints, draws) for kind in self.techniques}
@@ -76,7 +88,14 @@ class StepModule(nn.Module):
             late = self._late_views(batch, outputs)
         for view in late:
             outputs |= self._run([view])
-        return self._losses(outputs), [*early, *late]
+        return self._losses(outputs, draws.progress), [*early, *late]
+
+    def train(self, mode: bool = True) -> StepModule:
+        """As ever, but what is frozen stays in eval mode: its batch norms keep their statistics."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def attach_hooks(self) -> None:
         """Make taps and gates live. Called once, after any copy of the net (EMA) is taken: a copy has none."""
@@ -126,21 +145,28 @@ class StepModule(nn.Module):
             outputs[view.name] = Output(view, features[rows], logits[rows], taps)
         return outputs
 
-    def _losses(self, outputs: Mapping[str, Output]) -> dict[str, Tensor]:
+    def _losses(self, outputs: Mapping[str, Output], progress: float) -> dict[str, Tensor]:
         classify = [o for o in outputs.values() if o.view.classifies]
         base = sum(o.view.weight * self._cross_entropy(o.logits, o.view.target) for o in classify)
         losses: dict[str, Tensor] = {"base": base / sum(o.view.weight for o in classify)}  # type: ignore[dict-item]
         total = losses["base"]
         for kind, hook in self.hooks("losses"):
-            weights: Mapping[str, float] = self.techniques[kind].weights
+            weights = {name: at(value, progress) for name, value in self.techniques[kind].weights.items()}
+            measures = getattr(self.techniques[kind], "measures", ())
             if not any(weights.values()):
                 continue
             for name, term in hook(outputs, self.contexts[kind]).items():
-                if name not in weights:
+                if name in measures:
+                    losses[f"{kind}.{name}"] = term.detach()
+                elif name not in weights:
                     raise FgvcError(f"techniques.{kind}: the loss term {name!r} has no weight in its config")
-                if weights[name]:
+                elif weights[name]:
                     losses[f"{kind}.{name}"] = term
                     total = total + weights[name] * term
+        if self.l1:  # methods 13: of weights only, as the decay
+            weights_of_net = (p for p in self.net.parameters() if p.ndim >= 2 and p.requires_grad)
+            losses["l1"] = torch.stack([p.abs().sum() for p in weights_of_net]).sum()
+            total = total + self.l1 * losses["l1"]
         return losses | {"loss": total}
 
     def _cross_entropy(self, logits: Tensor, target: Target) -> Tensor:
@@ -157,7 +183,7 @@ class StepModule(nn.Module):
 
     def _tap_hook(self, name: str) -> Callable[..., None]:
         def record(module: nn.Module, _args: Any, output: Tensor) -> None:
-            if module.training:
+            if self.net.training:
                 self._taps[name] = output
                 self._fired.add(("tap", name))
 
@@ -167,7 +193,7 @@ class StepModule(nn.Module):
         self, kind: str, name: str, gate: Callable[[Tensor, Context], Tensor]
     ) -> Callable[..., Tensor | None]:
         def change(module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-            if not module.training:
+            if not self.net.training:
                 return None
             self._fired.add((f"gate of {kind}", name))
             context = self.contexts[kind]

@@ -90,6 +90,21 @@ def test_files_that_hold_no_weights(tmp_path: Path, content: bytes, suffix: str)
         load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / f"w{suffix}")))
 
 
+def test_a_file_that_can_not_be_read_or_has_numbers_for_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({0: torch.ones(1)}, path)
+    net = plain_model("test_resnet", 10)
+    with pytest.raises(FgvcError, match="holds no state_dict"):
+        load_weights(net, Model(backbone="test_resnet", weights=str(path)))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(FgvcError, match=r"can't read .*w.pth: Permission denied"):
+        load_weights(net, Model(backbone="test_resnet", weights=str(path)))
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(FgvcError, match="no file .*nothing.pth"):
         load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "nothing.pth")))

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fgvc import api
 from fgvc.config import validate
+from fgvc.model.backbone import plain_model
 from fgvc.recipe import Recipe
 from fgvc.train import loop
+from fgvc.train.events import Events, Log, write_atomic
 from fgvc.types import FgvcError
 
 
@@ -162,6 +164,40 @@ def test_going_on_in_another_folder_leaves_the_first_as_it_is(tmp_path: Path, re
     assert {p: p.read_bytes() for p in first.rglob("*") if p.is_file()} == before
 
 
+def test_going_on_in_another_folder_may_be_said_twice(tmp_path: Path, recipe_tree: dict) -> None:
+    first = api.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "first")
+    second = tmp_path / "second"
+    with pytest.raises(FgvcError, match=r"other settings:\n  optim.lr"):
+        api.train(recipe(recipe_tree, optim={"lr": 0.5}), second, resume=str(first))
+    assert list(tmp_path.glob("*second*")) == [], "a refusal copies nothing"
+    api.train(recipe(recipe_tree, train={"max_steps": 5}), second, resume=str(first))
+    api.train(recipe(recipe_tree), second, resume=str(first))
+    same(net(second), net(api.train(recipe(recipe_tree), tmp_path / "whole")))
+    with pytest.raises(FgvcError, match="not empty; --resume PATH copies"):
+        api.train(recipe(recipe_tree), tmp_path / "whole", resume=str(first))
+
+
+def test_going_on_needs_no_first_weights(tmp_path: Path, recipe_tree: dict) -> None:
+    weights = tmp_path / "first.safetensors"
+    model = {"weights": str(weights)}
+    save_file(plain_model(recipe_tree["model"]["backbone"], 1000).state_dict(), weights)
+    weights.with_name("first.safetensors.json").write_text('{"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}')
+    run = api.train(recipe(recipe_tree, model=model, train={"max_steps": 3}), tmp_path / "run")
+    whole = api.train(recipe(recipe_tree, model=model), tmp_path / "whole")
+    for path in tmp_path.glob("first.*"):
+        path.unlink()
+    same(net(api.train(recipe(recipe_tree, model=model), run)), net(whole))
+
+
+def test_a_full_disk_is_an_error_with_a_name(tmp_path: Path) -> None:
+    with pytest.raises(FgvcError, match=r"/dev/full/x: can't write"):
+        write_atomic(Path("/dev/full/x"), "text")
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    events = Events(tmp_path, Log())
+    with pytest.raises(FgvcError, match=r"events.jsonl: can't write: No space left"):
+        events.write("step", step=1)
+
+
 def test_a_folder_that_is_no_run_is_not_touched(tmp_path: Path, recipe_tree: dict) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
@@ -222,7 +258,7 @@ def test_a_run_whose_classes_changed_does_not_go_on(tmp_path: Path, recipe_tree:
     labels = (run / "labels.json").read_bytes()
     for split in ("train", "val", "test"):
         (root / split / "red").rename(root / split / "amber")
-    with pytest.raises(FgvcError, match=r"labels\.json of this run is not what the data and weights give now"):
+    with pytest.raises(FgvcError, match=r"labels\.json of this run is not what the data give now"):
         api.train(recipe(tree), run)
     assert (run / "labels.json").read_bytes() == labels
 

@@ -7,9 +7,14 @@ import math
 import pytest
 import timm
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from fgvc.train.optim import Ema, Optim, make_ema, make_optimizer, make_schedule
+from fgvc.model.backbone import head_prefixes
+from fgvc.techniques.acb import AcbConfig
+from fgvc.techniques.dcl import DclConfig
+from fgvc.train.optim import Ema, Optim, learning_rate, make_ema, make_optimizer, make_schedule
+from fgvc.train.step import StepModule
 from fgvc.types import FgvcError
 
 
@@ -35,6 +40,61 @@ def test_warm_up_and_cosine_are_their_formulas() -> None:
 
 def test_constant_stays_constant_after_the_warm_up() -> None:
     assert rates(Optim(lr=0.1, schedule="constant", warmup_epochs=0), 3, 2) == pytest.approx([0.1] * 6)
+
+
+@pytest.mark.parametrize("warm", [0, 1])
+def test_the_step_schedule_drops_at_its_milestones(warm: int) -> None:
+    optim = Optim(lr=0.4, schedule="step", milestones=(2, 3.5), drop=0.1, warmup_epochs=warm)
+    expected = [0.4 * 0.1 ** ((t >= 8) + (t >= 14)) for t in range(20)]
+    expected[: 4 * warm] = [0.4 * (t + 1) / 5 for t in range(4 * warm)]
+    assert rates(optim, 4, 5) == pytest.approx(expected, rel=1e-12)
+
+
+def test_milestones_and_the_step_schedule_need_each_other() -> None:
+    for wrong in ({"schedule": "step"}, {"milestones": (3,)}, {"schedule": "step", "milestones": (3, 2)}):
+        with pytest.raises(ValidationError, match="milestones"):
+            Optim(**wrong)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("sgd", 4), ("adamw", 2), ("lamb", 2), ("momentum", 4)])
+def test_the_rate_grows_with_the_batch(name: str, factor: float) -> None:
+    scaled = Optim(name=name, lr=0.1, min_lr=0.01, lr_for_batch=256).scaled(1024)
+    assert (scaled.lr, scaled.min_lr) == pytest.approx((0.1 * factor, 0.01 * factor))
+    assert Optim(lr=0.1).scaled(1024).lr == 0.1
+
+
+def scales(step: nn.Module, optim: Optim, **options: object) -> dict[str, float]:
+    """What each parameter's rate is of the schedule's, as the optimizer has it after a step of the schedule."""
+    optimizer = make_optimizer(step, optim, **options)
+    make_schedule(optimizer, optim, steps_per_epoch=3, epochs=2).step_update(4)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert learning_rate(optimizer) == pytest.approx(rates(Optim(lr=optim.lr), 3, 2)[4])
+    return {name: rate[id(p)] / learning_rate(optimizer) for name, p in step.named_parameters()}
+
+
+def test_head_and_what_techniques_add_have_rates_of_their_own() -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    step = StepModule(net, {"acb": AcbConfig().build(), "dcl": DclConfig(grid=2).build()}, size=(32, 32))
+    optim = Optim(head_lr_scale=10, added_lr_scale=0.1)
+    found = scales(step, optim, added=step.added, head=head_prefixes(net))
+    plain = set(timm.create_model("test_resnet", num_classes=3).state_dict())
+    for name, scale in found.items():
+        own = name.removeprefix("net.")
+        expected = 10 if own.startswith("fc.") else 1 if own.replace(".square.", ".") in plain else 0.1
+        assert scale == pytest.approx(expected), name
+    assert {"branches.dcl.location.weight", "net.conv1.0.row.conv.weight"} & step.added
+
+
+def test_deeper_layers_learn_faster() -> None:
+    net = timm.create_model("test_vit", num_classes=3, img_size=32)
+    found = scales(net, Optim(layer_decay=0.5))
+    depth = len(net.blocks)
+    assert found["head.weight"] == pytest.approx(1)
+    for block in range(depth):
+        assert found[f"blocks.{block}.mlp.fc1.weight"] == pytest.approx(found["blocks.0.mlp.fc1.weight"] * 2**block)
+    assert found["patch_embed.proj.weight"] == pytest.approx(found["blocks.0.mlp.fc1.weight"] / 2)
+    with pytest.raises(FgvcError, match="does not know the layers of a Linear"):
+        make_optimizer(nn.Linear(1, 1), Optim(layer_decay=0.5))
 
 
 def test_the_schedule_is_a_function_of_the_step_alone() -> None:

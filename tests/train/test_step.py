@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fgvc.model.backbone import freeze
 from fgvc.techniques.mixup import MixupConfig
 from fgvc.train.step import StepModule
 from fgvc.types import Batch, Draws, FgvcError, View
@@ -219,3 +220,44 @@ def test_mixup_is_its_formula_in_float64() -> None:
 def test_weight_of_every_view_zero_is_impossible_for_the_main_one() -> None:
     _, views = run(StepModule(net(), {}, size=SIZE))
     assert views[0].weight == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "kwargs", "rests"),
+    [
+        ("test_resnet", 2, {}, "layer1.0.conv1.weight"),
+        ("test_efficientnet", 1, {}, "conv_stem.weight"),
+        ("test_vit", 2, {"img_size": 32}, "cls_token"),
+        ("test_convnext", 1, {}, "stages.0.blocks.0.gamma"),
+    ],
+)
+def test_frozen_stages_keep_their_weights_and_statistics(name: str, stages: int, kwargs: dict, rests: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=CLASSES, **kwargs)
+    step = StepModule(model, {}, size=SIZE, frozen=freeze(model, stages))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    step.train()
+    optimizer = torch.optim.SGD([p for p in step.parameters() if p.requires_grad], lr=0.1)
+    step(batch(), NO_DRAWS)[0]["loss"].backward()
+    optimizer.step()
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    names = list(before)
+    last = [k for k in names if k.startswith(str(model.feature_info[stages - 1]["module"]) + ".")][-1]
+    after = f"{model.feature_info[stages]['module']}."
+    assert any(key.startswith(after) for key in moved)
+    assert rests in before
+    assert not moved & set(names[: names.index(last) + 1])
+    with pytest.raises(FgvcError, match="leave at least one"):
+        freeze(model, len(model.feature_info))
+
+
+def test_l1_is_the_sum_of_the_weights_and_pulls_them_to_zero() -> None:
+    step = StepModule(net(), {}, size=SIZE, l1=0.01)
+    losses, _ = run(step)
+    expected = sum(p.detach().double().abs().sum() for p in step.net.parameters() if p.ndim >= 2)
+    assert float(losses["l1"].detach()) == pytest.approx(float(expected), rel=1e-5)
+    torch.testing.assert_close(losses["loss"], losses["base"] + 0.01 * losses["l1"])
+    twin, _ = plain(smoothing=0.0)
+    for (name, p), q in zip(twin.named_parameters(), step.net.parameters(), strict=True):
+        pull = 0.01 * p.detach().sign() if p.ndim >= 2 else torch.zeros_like(p)
+        torch.testing.assert_close(q.grad, p.grad + pull, msg=name)

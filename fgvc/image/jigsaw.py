@@ -1,0 +1,47 @@
+"""The jigsaw of DCL's region confusion (methods 1): which patch goes where, and the picture cut up accordingly.
+
+A jigsaw is `source` (B, N*N) int64: cell t of the shuffled picture, counted row by row, shows cell source[t] of the
+original. It is always a permutation: rows are shuffled first, then the columns of the result. (The formula in the paper
+moves both at once, which loses and doubles patches in almost every draw.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def draw_jigsaws(rng: np.random.Generator, count: int, *, grid: int, reach: float) -> NDArray[np.int64]:
+    """`count` independent jigsaws of grid x grid cells, (count, grid^2); along each axis a cell moves less than
+    2 * `reach` cells (paper: k). Every row and column is ordered by i + U(-reach, reach)."""
+    noise = rng.uniform(-reach, reach, size=(2, count, grid, grid))
+    along_row, along_column = np.argsort(np.arange(grid) + noise, axis=-1)
+    row = np.swapaxes(along_column, 1, 2)  # (B,N,N): the source row of every cell, once the rows are shuffled
+    column = np.take_along_axis(along_row, row, axis=1)  # [b,i,j] = along_row[b, row[b,i,j], j]
+    return np.asarray(row * grid + column, dtype=np.int64).reshape(count, grid * grid)
+
+
+def inverse(source: Tensor) -> Tensor:
+    """The jigsaw that puts the pieces back: cuts (B, N*N) of `cut(cut(x, source), inverse(source))` equal those of x."""
+    return torch.argsort(source, dim=1)
+
+
+def cut(x: Tensor, source: Tensor) -> Tensor:
+    """`x` (B,C,H,W) of any size as a shuffled copy. Patches are floor(H/N) x floor(W/N) pixels; what remains at the right
+    and the lower border stays where it is."""
+    (b, c, height, width), n = x.shape, round(source.shape[1] ** 0.5)
+    h, w = height // n, width // n
+    pieces = x[:, :, : n * h, : n * w].reshape(b, c, n, h, n, w).permute(0, 2, 4, 1, 3, 5).reshape(b, n * n, c, h, w)
+    moved = pieces[torch.arange(b, device=x.device)[:, None], source].view(b, n, n, c, h, w)
+    shuffled = x.clone()
+    shuffled[:, :, : n * h, : n * w] = moved.permute(0, 3, 1, 4, 2, 5).reshape(b, c, n * h, n * w)
+    return shuffled
+
+
+def places(source: Tensor) -> Tensor:
+    """(B,2,N,N) float32: row and column where each cell's content comes from, as its centre's share of the side."""
+    n = round(source.shape[1] ** 0.5)
+    place = torch.stack([source // n, source % n], dim=1).float()
+    return ((place + 0.5) / n).view(len(source), 2, n, n)

@@ -1,0 +1,157 @@
+"""`fgvc data preview`: contact sheets of what the network will really see, technique by technique."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fgvc.config import Preprocess
+from fgvc.data.loader import evaluation_loader
+from fgvc.evaluate.font import ADVICE, writable
+from fgvc.image.decode import decode
+from fgvc.recipe import Recipe
+from fgvc.seeding import STEP, generator
+from fgvc.techniques import CONFIGS
+from fgvc.train.batch import to_batch
+from fgvc.train.runtime import runtime
+from fgvc.train.session import Session, open_session
+from fgvc.types import Draws, FgvcError, Target, View
+
+MARGIN, LINE = 6, 15  # pixels
+LARGEST = 256  # pixels: what a picture is reduced to on a sheet
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """The sheets that were written, and what the user should know of them."""
+
+    sheets: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A picture and what is written below it."""
+
+    picture: Image.Image
+    caption: str
+
+
+def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0) -> Preview:
+    """Write `evaluation.png`, `input.png` (crops and augmentation alone), and a sheet for each technique alone and for
+    all together.
+
+    A row is one sample of the first step of `epoch` (from 0), with the run's own seed, crops and draws: the original, then
+    every view that the step makes of it, with its target. Raises FgvcError for all that training refuses.
+    """
+    chosen = [kind for kind in CONFIGS if getattr(recipe.techniques, kind) is not None]
+    arms: dict[str, list[str]] = {"input": [], **{kind: [kind] for kind in chosen}}
+    if len(chosen) > 1:
+        arms["all"] = chosen
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FgvcError(f"{out}: can't make the folder: {error.strerror}") from error
+    sheets: list[Path] = []
+    for name, kinds in arms.items():
+        techniques = recipe.techniques.model_copy(update={kind: None for kind in CONFIGS if kind not in kinds})
+        train = recipe.train.model_copy(update={"workers": 0})
+        part = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
+        with runtime(part.train) as process, open_session(part, process) as session:
+            names, font = writable(session.index.classes)
+            sheets.append(_save(_step_rows(session, names, images, epoch), font, out / f"{name}.png"))
+            if name == "input":
+                sheets.append(_save(_evaluation_rows(session, names, images), font, out / "evaluation.png"))
+                notes = (ADVICE,) if names != list(session.index.classes) else ()
+    return Preview(tuple(sheets), notes)
+
+
+def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) -> list[list[Cell]]:
+    """One row a sample: the original, then the views of one real step."""
+    raw = next(session.loader.epoch(epoch))
+    batch = to_batch(raw, session.normalise)
+    number = epoch * session.steps_per_epoch
+    rng = generator(STEP, session.recipe.train.seed, number, 0, 0)
+    progress = number / (session.steps_per_epoch * session.recipe.train.epochs)
+    draws = Draws(progress, {kind: draw(rng, batch) for kind, draw in session.step.hooks("draw")})
+    _, views = session.step(batch, draws)
+    rows = []
+    for at, row in enumerate(batch.index[:images].tolist()):
+        original = Cell(decode(session.index.path(row)), f"original: {names[int(batch.labels[at])]}")
+        rows.append([original, *(_view_cell(view, at, session.preprocess, names) for view in views)])
+    return rows
+
+
+def _evaluation_rows(session: Session, names: Sequence[str], images: int) -> list[list[Cell]]:
+    """Images of the validation part (else test, else train) beside what evaluation and serving make of them."""
+    index = session.index
+    part = next(rows for split in ("val", "test", "train") if len(rows := index.rows(split)))
+    spread = part[np.linspace(0, len(part) - 1, min(images, len(part))).astype(int)]
+    loader = evaluation_loader(index, spread, spec=session.preprocess, batch_size=len(spread), workers=0)
+    cells = []
+    for batch in loader:
+        for x, y, row in zip(batch.images, batch.labels.tolist(), batch.index.tolist(), strict=True):
+            original = Cell(decode(index.path(row)), f"original: {names[y]}")
+            cells.append([original, Cell(_picture(x, session.preprocess), "evaluation")])
+    return cells
+
+
+def _view_cell(view: View, at: int, spec: Preprocess, names: Sequence[str]) -> Cell:
+    said = _target(view.target, at, names) if view.classifies else "not classified"
+    return Cell(_picture(view.x[at], spec), f"{view.name}: {said}")
+
+
+def _target(target: Target, at: int, names: Sequence[str]) -> str:
+    shares: dict[str, float] = {}
+    for labels, weights in target:
+        name = names[int(labels[at])]
+        shares[name] = shares.get(name, 0.0) + (1.0 if weights is None else float(weights[at]))
+    return " + ".join(f"{share:.2f} {name}" for name, share in shares.items() if share > 0.005)
+
+
+def _picture(x: Tensor, spec: Preprocess) -> Image.Image:
+    """An input of the network (3,H,W) as it looks: the inverse of `fgvc.image.preprocess.normalise`."""
+    pixels = x.detach().float().cpu().numpy().transpose(1, 2, 0)
+    pixels = (pixels * np.array(spec.std) + np.array(spec.mean)) * 255 / spec.input_range
+    pixels = pixels[..., ::-1] if spec.channel_order == "bgr" else pixels
+    return Image.fromarray(np.round(pixels.clip(0, 255)).astype(np.uint8))
+
+
+def _save(rows: list[list[Cell]], font: Path, path: Path) -> Path:
+    """Lay the cells out in columns of one width, captions broken into lines, and write the PNG."""
+    written = ImageFont.truetype(str(font), LINE - 4)
+    for row in rows:
+        for cell in row:
+            cell.picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    width = max(160, *(cell.picture.width for row in rows for cell in row))
+    blocks = [[(cell.picture, _lines(cell.caption, written, width)) for cell in row] for row in rows]
+    heights = [max(picture.height + LINE * len(lines) for picture, lines in row) + MARGIN for row in blocks]
+    sheet = Image.new("RGB", ((width + MARGIN) * len(blocks[0]) + MARGIN, sum(heights) + MARGIN), "white")
+    draw, top = ImageDraw.Draw(sheet), MARGIN
+    for block, height in zip(blocks, heights, strict=True):
+        for column, (picture, lines) in enumerate(block):
+            left = MARGIN + column * (width + MARGIN)
+            sheet.paste(picture, (left, top))
+            for number, line in enumerate(lines):
+                draw.text((left, top + picture.height + number * LINE), line, fill="black", font=written)
+        top += height
+    try:
+        sheet.save(path)
+    except OSError as error:
+        raise FgvcError(f"{path}: can't write: {error.strerror or error}") from error
+    return path
+
+
+def _lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Broken wherever a line would be wider than `width` pixels: Chinese has no spaces to break at."""
+    lines = [""]
+    for character in text:
+        if lines[-1] and font.getlength(lines[-1] + character) > width:
+            lines.append("")
+        lines[-1] += character
+    return lines

@@ -1,0 +1,32 @@
+"""Settings that may change in the course of a run."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated
+
+import numpy as np
+from pydantic import AfterValidator, Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0)]
+
+
+def _ordered(value: float | tuple[tuple[float, float], ...]) -> float | tuple[tuple[float, float], ...]:
+    if isinstance(value, tuple):
+        shares = [share for share, _ in value]
+        if not shares or any(b <= a for a, b in pairwise(shares)):
+            raise ValueError("give [[share of the run, value], ...] with the shares increasing")
+    return value
+
+
+Scheduled = Annotated[Amount | tuple[tuple[Share, Amount], ...], AfterValidator(_ordered)]
+"""A number, or knots [[share of the run, value], ...] with straight lines between them."""
+
+
+def at(value: float | tuple[tuple[float, float], ...], progress: float) -> float:
+    """The value at `progress` in [0,1]: before the first knot and after the last it is theirs."""
+    if not isinstance(value, tuple):
+        return value
+    shares, values = zip(*value, strict=True)
+    return float(np.interp(progress, shares, values))

@@ -1,0 +1,80 @@
+"""Contact sheets: what is on them, pixel for pixel where that can be known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fgvc import api, preview
+from fgvc.config import Preprocess, validate
+from fgvc.evaluate import font
+from fgvc.image.decode import decode
+from fgvc.image.preprocess import fit
+from fgvc.image.preprocess import preprocess as prepared
+from fgvc.recipe import Recipe
+from fgvc.types import FgvcError
+
+
+def recipe(tree: dict, **sections: object) -> Recipe:
+    return validate(Recipe, tree | sections, where="test")
+
+
+def test_a_sheet_for_the_input_each_technique_and_all(tmp_path: Path, recipe_tree: dict) -> None:
+    made = recipe(recipe_tree, techniques={"mixup": {"alpha": 1.0}, "dcl": {"grid": 4}})
+    found = api.preview(made, tmp_path / "sheets", images=3)
+    assert [path.name for path in found.sheets] == ["input.png", "evaluation.png", "mixup.png", "dcl.png", "all.png"]
+    columns = {path.stem: decode(path).width // 160 for path in found.sheets}
+    assert columns == {"input": 2, "evaluation": 2, "mixup": 2, "dcl": 3, "all": 3}
+    assert found.notes == ()
+    again = api.preview(made, tmp_path / "again", images=3)
+    assert [p.read_bytes() for p in again.sheets] == [p.read_bytes() for p in found.sheets], "the run's own draws"
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+@pytest.mark.parametrize("white", [1, 255])
+def test_pictures_are_the_networks_input_undone(order: str, white: int, colours: Path) -> None:
+    spec = Preprocess(
+        size=(24, 32), channel_order=order, input_range=white, mean=(0.1 * white,) * 3, std=(0.3 * white,) * 3
+    )
+    import torch
+
+    image = decode(next(colours.rglob("*.png")))
+    picture = preview._picture(torch.from_numpy(prepared(image, spec)), spec)
+    np.testing.assert_array_equal(np.asarray(picture), fit(image, spec))
+
+
+def test_targets_are_written_as_shares() -> None:
+    import torch
+
+    y, other, share = torch.tensor([0, 1]), torch.tensor([2, 1]), torch.tensor([0.75, 0.25])
+    assert preview._target([(y, None)], 0, "abc") == "1.00 a"
+    assert preview._target([(y, share), (other, 1 - share)], 0, "abc") == "0.75 a + 0.25 c"
+    assert preview._target([(y, share), (other, 1 - share)], 1, "abc") == "1.00 b"
+
+
+def test_names_that_no_font_can_write_become_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    font.font_for.cache_clear()
+    own = [entry for entry in font.font_manager.fontManager.ttflist if "DejaVuSans.ttf" in entry.fname]
+    monkeypatch.setattr(font.font_manager.fontManager, "ttflist", own)
+    names, path = font.writable(["sparrow", "麻雀", "Spatz Ärger"])
+    assert (names, path.name) == (["sparrow", "#1", "Spatz Ärger"], "DejaVuSans.ttf")
+    font.font_for.cache_clear()
+
+
+def test_a_font_is_taken_that_has_every_character() -> None:
+    names, path = font.writable(["麻雀", "sparrow"])
+    if names[0] == "#0":
+        pytest.skip("no font with Chinese characters on this machine")
+    from PIL import ImageFont
+
+    written = ImageFont.truetype(str(path), 20)
+    assert written.getmask("麻").getbbox() != written.getmask("\uffff").getbbox()
+
+
+def test_a_folder_that_can_not_be_made_is_named(tmp_path: Path, recipe_tree: dict) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FgvcError, match="file: can't make the folder"):
+        api.preview(recipe(recipe_tree), tmp_path / "file")
