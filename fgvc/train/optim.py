@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -30,7 +30,12 @@ class Optim(Section):
         "the like); null: lr as it is",
     )
     head_lr_scale: float = Field(1.0, gt=0, description="learning rate of the classifier, in units of lr")
-    added_lr_scale: float = Field(1.0, gt=0, description="of what techniques add (heads, branches), in units of lr")
+    added_lr_scale: float = Field(1.0, gt=0, description="of the heads that techniques add, in units of lr")
+    grafted_lr_scale: float = Field(
+        0.1,
+        gt=0,
+        description="of what techniques graft beside pretrained kernels, in units of lr: at 1 the first steps can undo them",
+    )
     layer_decay: float = Field(1.0, gt=0, le=1, description="a layer's rate is this times that of the layer above it")
     momentum: float = Field(
         0.9, ge=0, lt=1, description="of the optimizers that have one, such as sgd; Adam's betas are timm's"
@@ -74,11 +79,11 @@ class Ema(Section):
 
 
 def make_optimizer(
-    step: nn.Module, optim: Optim, *, added: Collection[str] = (), head: Sequence[str] = ()
+    step: nn.Module, optim: Optim, *, added: Mapping[str, str] | None = None, head: Sequence[str] = ()
 ) -> Optimizer:
     """timm's optimizer over net and branches; no decay on tensors of rank < 2 nor where the model asks for none.
 
-    `added`: names of the parameters that techniques brought; `head`: prefixes of the classifier's.
+    `added`: name -> "added" or "grafted", of the parameters that techniques brought; `head`: prefixes of the classifier's.
     Raises FgvcError for a name that timm does not know, and for settings that the optimizer refuses.
     """
     if optim.name not in list_optimizers():
@@ -96,11 +101,11 @@ def make_optimizer(
 
 
 def parameter_groups(
-    step: nn.Module, optim: Optim, *, added: Collection[str] = (), head: Sequence[str] = ()
+    step: nn.Module, optim: Optim, *, added: Mapping[str, str] | None = None, head: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Parameters by weight decay and by `lr_scale`, a factor that timm's schedules apply. Frozen ones are left out.
 
-    The factor is head_lr_scale, added_lr_scale or layer_decay^(depth of the deepest layer - its own), as timm's
+    The factor is head_lr_scale, added_lr_scale, grafted_lr_scale or layer_decay^(depth of the deepest layer - its own), as timm's
     `group_matcher` counts layers.
     """
     net = getattr(step, "net", step)
@@ -120,8 +125,9 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         own = name.removeprefix("net.") if net is not step else name
-        if name in added:
-            scale = optim.added_lr_scale
+        kind = (added or {}).get(name)
+        if kind is not None:
+            scale = optim.grafted_lr_scale if kind == "grafted" else optim.added_lr_scale
         elif own.startswith(tuple(head)):
             scale = optim.head_lr_scale
         else:

@@ -51,7 +51,8 @@ class StepModule(nn.Module):
         for kind, setup in self.hooks("setup"):
             setup(Plan(kind, self.joints))
         self.branches = self.joints.branches
-        self.added = frozenset(name for name, value in self.named_parameters() if id(value) not in plain)
+        new = (name for name, value in self.named_parameters() if id(value) not in plain)
+        self.added = {name: "added" if name.startswith("branches.") else "grafted" for name in new}
         self._handles: list[RemovableHandle] = []
         self._taps: dict[str, Tensor] = {}
         self._fired: set[tuple[str, str]] = set()
