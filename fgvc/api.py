@@ -18,6 +18,7 @@ from fgvc.config import Preprocess
 from fgvc.data import checks
 from fgvc.data.loader import evaluation_loader
 from fgvc.evaluate import metrics
+from fgvc.evaluate.averaged import Views, averaged, canvas
 from fgvc.evaluate.plot import plot_confusion
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
@@ -26,7 +27,7 @@ from fgvc.model.backbone import memory_format
 from fgvc.preview import Preview, preview
 from fgvc.recipe import Recipe, load_recipe
 from fgvc.train import checkpoint
-from fgvc.train.events import write_atomic
+from fgvc.train.events import as_csv, write_atomic
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
 from fgvc.train.run import read_run, recorded_preprocess
@@ -44,13 +45,17 @@ Selected = Literal["last", "best", "ema"]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Scores of one run's selected weights on one split; also in `<run>/metrics.json` under `<split>.<select>`."""
+    """Scores of one run's selected weights on one split; also in `<run>/metrics.json` under `<split>.<select>`.
+
+    With averaged views the split is called `<split>-<views>`.
+    """
 
     run: Path
     split: str
     select: Selected
     scores: metrics.Scores
     unreadable: tuple[str, ...]
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +83,14 @@ def evaluate(
     *,
     select: Selected | None = None,
     device: str | None = None,
+    views: Views | None = None,
 ) -> Evaluation:
     """Score a run's weights on `split` (default: val where there is one, else test), in fp32, on one process.
 
-    `device`: another than the run was trained on.
-    Writes `metrics.json` and `plots/confusion-<split>.png` into the run. Raises FgvcError where the part is empty.
+    `device`: another than the run was trained on. `views`: average over flips or crops, which no bundle does; recorded
+    under a key of its own.
+    Writes `metrics.json`, `tables/{classes,confused}-<split>.csv` and `plots/confusion-<split>.png` into the run. Raises
+    FgvcError where the part is empty.
     """
     recipe = read_run(run)
     index, preprocess = _data_of(run, recipe)
@@ -97,7 +105,9 @@ def evaluate(
         layout = memory_format(net)
         net.to(process.device).to(memory_format=layout)
         unreadable: list[str] = []
-        loader = evaluation_loader(index, rows, spec=preprocess, batch_size=64, workers=recipe.train.workers)
+        spec = canvas(preprocess) if views is not None and "crops" in views else preprocess
+        loader = evaluation_loader(index, rows, spec=spec, batch_size=64, workers=recipe.train.workers)
+        scored = net if views is None else averaged(net, views, preprocess.size)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in loader:
@@ -105,14 +115,18 @@ def evaluate(
                 yield batch.images, batch.labels
 
         scores = metrics.evaluate(
-            net, batches(), classes=len(index.classes), device=process.device, memory_format=layout
+            scored, batches(), classes=len(index.classes), device=process.device, memory_format=layout
         )
     known = _recorded(run)
-    known[f"{split}.{chosen}"] = scores.numbers()
+    name = split if views is None else f"{split}-{views}"
+    known[f"{name}.{chosen}"] = scores.numbers()
     write_atomic(run / "metrics.json", json.dumps(known, indent=1) + "\n")
     title = f"{split}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
-    plot_confusion(scores.confusion, index.classes, run / "plots" / f"confusion-{split}.png", title=title)
-    return Evaluation(run, split, chosen, scores, tuple(unreadable))
+    plot_confusion(scores.confusion, index.classes, run / "plots" / f"confusion-{name}.png", title=title)
+    (run / "tables").mkdir(exist_ok=True)
+    for table, lines in (("classes", scores.by_class(index.classes)), ("confused", scores.confused(index.classes))):
+        write_atomic(run / "tables" / f"{table}-{name}.csv", as_csv(lines))
+    return Evaluation(run, name, chosen, scores, tuple(unreadable), index.classes)
 
 
 def export(
@@ -144,7 +158,9 @@ def export(
         "preprocess.json": preprocess,
         "contract.json": dict(proven.contract),
         "metrics.json": {
-            key.partition(".")[0]: row for key, row in sorted(known.items()) if key.endswith(f".{chosen}")
+            key.partition(".")[0]: row
+            for key, row in sorted(known.items())
+            if key in (f"val.{chosen}", f"test.{chosen}")
         },
     }
     if proven.explain is not None:

@@ -155,11 +155,15 @@ def evaluate(
         Literal["last", "best", "ema"] | None, typer.Option(help="Other weights than the recipe selects.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | mps; default: the recipe's.")] = None,
+    views: Annotated[
+        Literal["flip", "crops", "flip+crops"] | None,
+        typer.Option(help="Average over these; no bundle does, and it is recorded apart."),
+    ] = None,
 ) -> None:
     """Score a run on a part of its data."""
     from fgvc import api, show
 
-    show.scores(api.evaluate(run, split, select=select, device=device))
+    show.scores(api.evaluate(run, split, select=select, device=device, views=views))
 
 
 @app.command()

@@ -67,6 +67,9 @@ class Recipe(Section):
     select: Literal["last", "best", "ema"] | None = Field(
         None, description="which weights eval, export and predict use; default: ema where EMA is on, else last"
     )
+    select_by: Literal["top1", "top5", "macro_f1", "balanced_accuracy", "ece", "loss"] = Field(
+        "top1", description="the validation score by which a checkpoint is the best (ece and loss: the smallest)"
+    )
     checkpoint: Checkpoint = Field(Checkpoint(), description="how often to save")
     cache: Literal["none", "disk"] = Field(
         "none", description="disk: decode every training image once, into one memory map"

@@ -15,6 +15,7 @@ from fgvc.train.forecast import Forecast
 from fgvc.types import SPLITS
 
 console = Console(highlight=False)
+CONFUSED = 5  # pairs shown; all are in the run's tables
 
 
 def _table(*columns: str) -> Table:
@@ -57,11 +58,20 @@ def forecast(found: Forecast) -> None:
 
 
 def scores(result: Evaluation) -> None:
-    table = _table("split", "weights", "images", "top-1 %", "top-5 %", "macro F1 %", "loss")
+    table = _table(
+        "split", "weights", "images", "top-1 %", "top-5 %", "macro F1 %", "balanced %", "calibration error %", "loss"
+    )
     s = result.scores
-    shares = (f"{100 * share:.2f}" for share in (s.top1, s.top5, s.macro_f1))
+    shares = (f"{100 * share:.2f}" for share in (s.top1, s.top5, s.macro_f1, s.balanced_accuracy, s.ece))
     table.add_row(result.split, result.select, str(s.images), *shares, f"{s.loss:.4f}")
     console.print(table)
+    pairs = s.confused(result.classes)[:CONFUSED]
+    if pairs:
+        table = _table("most confused", "with", "times", "there", "back")
+        for pair in pairs:
+            table.add_row(*(str(value) for value in pair.values()))
+        console.print(table)
+    console.print(f"every class and pair: {result.run / 'tables'}", markup=False)
     for error in result.unreadable:
         console.print(f"skipped: {error}", markup=False)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fgvc.types import FgvcError
+
+BINS = 15  # of the calibration error (Guo et al. 2017)
+SMALLER_IS_BETTER = ("loss", "ece")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +25,54 @@ class Scores:
     top1: float
     top5: float  # with fewer than five classes: as many as there are
     macro_f1: float
+    balanced_accuracy: float  # mean recall of the classes that occur
+    ece: float  # expected calibration error: mean |confidence - accuracy| over BINS equal bins, weighted by images
     loss: float  # mean cross-entropy against the hard label, no smoothing
     confusion: np.ndarray  # (K,K) counts: row = true class, column = predicted
 
     def numbers(self) -> dict[str, float]:
         """For JSON and tables."""
-        return {
-            "images": self.images,
-            "top1": self.top1,
-            "top5": self.top5,
-            "macro_f1": self.macro_f1,
-            "loss": self.loss,
-        }
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "confusion"}
+
+    def by_class(self, classes: Sequence[str]) -> list[dict[str, str | float]]:
+        """One row a class: images, recall, precision, F1 (empty where there is no image to tell), and what it is taken
+        for most often."""
+        right, true, said = self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)
+        wrong = self.confusion - np.diag(right)
+        rows: list[dict[str, str | float]] = []
+        for at, name in enumerate(classes):
+            worst = int(wrong[at].argmax())
+            rows.append(
+                {
+                    "class": name,
+                    "images": int(true[at]),
+                    "recall": _share(right[at], true[at]),
+                    "precision": _share(right[at], said[at]),
+                    "f1": _share(2 * right[at], true[at] + said[at]),
+                    "taken_for": classes[worst] if wrong[at, worst] else "",
+                    "times": int(wrong[at, worst]),
+                }
+            )
+        return rows
+
+    def confused(self, classes: Sequence[str]) -> list[dict[str, str | float]]:
+        """Pairs of classes by how often one is taken for the other, either way; most often first."""
+        both = np.triu(self.confusion + self.confusion.T, 1)
+        pairs = [(int(i), int(j)) for i, j in np.argwhere(both)]
+        return [
+            {
+                "class": classes[i],
+                "other": classes[j],
+                "times": int(both[i, j]),
+                "class_as_other": int(self.confusion[i, j]),
+                "other_as_class": int(self.confusion[j, i]),
+            }
+            for i, j in sorted(pairs, key=lambda pair: -both[pair])
+        ]
+
+
+def _share(part: int, whole: int) -> str | float:
+    return round(float(part / whole), 6) if whole else ""
 
 
 def evaluate(
@@ -50,7 +90,11 @@ def evaluate(
     # Imported here because it takes longer to import than torch, and most verbs evaluate nothing.
     from torchmetrics import MetricCollection
     from torchmetrics.aggregation import MeanMetric
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+    from torchmetrics.classification import (
+        MulticlassAccuracy,
+        MulticlassConfusionMatrix,
+        MulticlassF1Score,
+    )
 
     metrics = MetricCollection(
         {
@@ -62,11 +106,16 @@ def evaluate(
         compute_groups=False,
     ).to(device)
     loss = MeanMetric().to(device)
+    bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, confidence, right: torchmetrics would keep every image
     with torch.inference_mode():
         for x, y in batches:
             labels = y.to(device)
             z = net(x.to(device, memory_format=memory_format)).float()
             metrics.update(z, labels)
+            confidence, said = z.softmax(1).max(1)
+            at = (confidence * BINS).ceil().long().clamp(1, BINS).cpu() - 1  # bins (k/n, (k+1)/n]
+            for row, amounts in zip(bins, (torch.ones_like(confidence), confidence, said == labels), strict=True):
+                row.index_add_(0, at, amounts.double().cpu())
             loss.update(nn.functional.cross_entropy(z, labels), weight=len(y))
     with warnings.catch_warnings():  # a process may have no share of a small part; its zeros are right
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
@@ -75,4 +124,16 @@ def evaluate(
     if not confusion.sum():
         raise FgvcError("nothing to evaluate: no readable image in this part of the data")
     shares = {name: float(values[name]) for name in ("top1", "top5", "macro_f1")}
-    return Scores(images=int(confusion.sum()), loss=mean_loss, confusion=confusion, **shares)
+    if dist.is_available() and dist.is_initialized():
+        bins = bins.to(device)
+        dist.all_reduce(bins)
+    occurs = confusion.sum(1) > 0
+    recall = confusion.diagonal()[occurs] / confusion.sum(1)[occurs]
+    return Scores(
+        images=int(confusion.sum()),
+        balanced_accuracy=float(recall.mean()),
+        ece=float((bins[1] - bins[2]).abs().sum() / bins[0].sum()),
+        loss=mean_loss,
+        confusion=confusion,
+        **shares,
+    )

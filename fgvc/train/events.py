@@ -40,6 +40,16 @@ def write_atomic(path: Path, text: str) -> None:
         raise FgvcError(f"{path}: can't write: {error.strerror or error}") from error
 
 
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """All columns that any row has, in the order of their first appearance; a row that lacks one has an empty cell."""
+    text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 class Events:
     """`events.jsonl` (append-only, one object a line), `metrics.csv`, and one progress line. Silent on ranks other than 0."""
 
@@ -68,13 +78,7 @@ class Events:
         """Write metrics.csv anew from the whole history."""
         if not self.active or not rows:
             return
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" for k, v in row.items()})
-        write_atomic(self.run / "metrics.csv", text.getvalue())
+        write_atomic(self.run / "metrics.csv", as_csv([{k: f"{v:.6g}" for k, v in row.items()} for row in rows]))
 
     def say(self, text: str) -> None:
         if self.active:

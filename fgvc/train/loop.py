@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fgvc.data.loader import TrainBatch, evaluation_loader
-from fgvc.evaluate.metrics import Scores, evaluate
+from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, evaluate
 from fgvc.evaluate.plot import plot_confusion, plot_curves
 from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe
@@ -174,8 +174,10 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
     best = False
     if scores is not None:
         row |= {f"val_{name}": value for name, value in scores.numbers().items() if name != "images"}
-        best = progress.best is None or scores.top1 > progress.best
-        progress.best = scores.top1 if best else progress.best
+        by = session.recipe.select_by
+        value = scores.numbers()[by]
+        best = progress.best is None or (value < progress.best if by in SMALLER_IS_BETTER else value > progress.best)
+        progress.best = value if best else progress.best
         if session.runtime.main:
             plot_confusion(scores.confusion, session.index.classes, out / "plots" / "confusion.png", title="validation")
     progress.history = [old for old in progress.history if old["epoch"] != row["epoch"]] + [row]
