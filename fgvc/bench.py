@@ -10,7 +10,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import chain, count, cycle, islice
 from pathlib import Path
 
@@ -19,14 +20,18 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 
-from fgvc.model.backbone import load_weights, memory_format, plain_model
+from fgvc.export.onnx import export_onnx
+from fgvc.export.prove import MAX_IMAGES, prove
+from fgvc.model.backbone import deployed, load_weights, memory_format, plain_model
 from fgvc.recipe import Recipe
+from fgvc.techniques import CONFIGS
 from fgvc.train.batch import Normalise
 from fgvc.train.events import Events
+from fgvc.train.forecast import count_images
 from fgvc.train.loop import take_step
 from fgvc.train.run import environment
 from fgvc.train.runtime import runtime
-from fgvc.train.session import Session, open_session
+from fgvc.train.session import Session, build_net, open_session, read_index
 from fgvc.types import FgvcError
 
 WARM_UP = 3
@@ -44,6 +49,7 @@ class Ratio:
     high: float
     a_seconds: float  # medians, for orientation
     b_seconds: float
+    expected: float | None = None  # where the ratio can be predicted: from the count of forwards and backwards
 
 
 def interleaved(
@@ -75,15 +81,71 @@ def bench_train(recipe: Recipe, *, pairs: int = 30) -> Ratio:
     """fgvc's step (uint8 batch on the host to updated weights) over a bare step on the ready float batch."""
     with runtime(recipe.train) as process, open_session(recipe, process) as session:
         raw = next(session.loader.epoch(0))
-        quiet = Events(Path(), recipe.log, active=False)
-
-        def ours() -> None:
-            take_step(session, iter([raw]), quiet)
-
+        ours = _step_on_one_batch(session)
         x = Normalise(session.preprocess, process.device, memory_format(session.step.net))(raw.images)
         return interleaved(
             f"step: fgvc / bare ({_about(recipe)})", ours, _bare_step(session, x, raw.labels), pairs=pairs
         )
+
+
+def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
+    """Every technique's step over the step without any, and as measure of the noise that step over itself.
+
+    With the recipe's settings of a technique, or its defaults. Expected is (forwards + 2 backwards) / 3, in images through
+    the backbone over images of the batch: a backward costs about two forwards. Techniques that refuse are left out.
+    """
+    train = recipe.train.model_copy(update={"workers": 0})
+    none = {kind: None for kind in CONFIGS}
+    found = []
+    for kind in (None, *CONFIGS):
+        chosen = none if kind is None else none | {kind: getattr(recipe.techniques, kind) or CONFIGS[kind]()}
+        arms = [
+            recipe.model_copy(update={"train": train, "techniques": recipe.techniques.model_copy(update=techniques)})
+            for techniques in (chosen, none)
+        ]
+        try:
+            with runtime(train) as process, ExitStack() as stack:
+                sessions = [stack.enter_context(open_session(arm, process)) for arm in arms]
+                steps = [_step_on_one_batch(session) for session in sessions]
+                passed = count_images(sessions[0].step.net)
+                name = f"step: {kind or 'plain'} / plain ({_about(recipe)})"
+                ratio = interleaved(name, steps[0], steps[1], pairs=pairs)
+        except FgvcError as error:
+            if kind is None or f"techniques.{kind}" not in str(error):
+                raise
+            continue
+        images = recipe.train.batch_size * (pairs + WARM_UP)
+        forwards = sum(rows for rows, _ in passed) / images
+        backwards = sum(rows for rows, follows in passed if follows) / images
+        found.append(replace(ratio, expected=(forwards + 2 * backwards) / 3))
+    return found
+
+
+def bench_export(recipe: Recipe, *, pairs: int = 3) -> Ratio:
+    """Export with all proofs, on up to 256 images of noise, over torch's bare export of the same net."""
+    torch.manual_seed(recipe.train.seed)
+    index = read_index(recipe)
+    net = build_net(recipe, len(index.classes), pretrained=False).step.net.eval()
+    bare = deployed(plain_model(recipe.model.backbone, len(index.classes), recipe.model.kwargs))
+    images = [torch.randn(32, 3, *recipe.image.size).numpy() for _ in range(MAX_IMAGES // 32)]
+    settings = recipe.export
+
+    def ours() -> None:
+        prove(
+            net,
+            images,
+            backbone=recipe.model.backbone,
+            num_classes=len(index.classes),
+            kwargs=recipe.model.kwargs,
+            size=recipe.image.size,
+            export=settings,
+        )
+
+    def torchs() -> None:
+        export_onnx(bare, size=recipe.image.size, exporter=settings.exporter, opset=settings.opset)
+
+    name = f"export: with all proofs / bare ({recipe.model.backbone}, {recipe.image.size[0]} px, {settings.exporter})"
+    return interleaved(name, ours, torchs, pairs=pairs, warm_up=1)
 
 
 def bench_load(recipe: Recipe, *, workers: int, pairs: int = 12) -> Ratio:
@@ -117,10 +179,23 @@ def write_csv(path: Path, ratios: Sequence[Ratio]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["name", "pairs", "median", "low", "high", "a_seconds", "b_seconds", *about])
+        columns = ["median", "low", "high", "a_seconds", "b_seconds"]
+        if any(r.expected is not None for r in ratios):
+            columns.append("expected")
+        writer.writerow(["name", "pairs", *columns, *about])
         for r in ratios:
-            values = (f"{v:.4f}" for v in (r.median, r.low, r.high, r.a_seconds, r.b_seconds))
+            values = (f"{getattr(r, column):.4f}" for column in columns)
             writer.writerow([r.name, r.pairs, *values, *about.values()])
+
+
+def _step_on_one_batch(session: Session) -> Callable[[], None]:
+    raw = next(session.loader.epoch(0))
+    quiet = Events(Path(), session.recipe.log, active=False)
+
+    def step() -> None:
+        take_step(session, iter([raw]), quiet)
+
+    return step
 
 
 def _bare_step(session: Session, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:

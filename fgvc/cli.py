@@ -211,12 +211,20 @@ def predict(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["train", "load"],
-        typer.Argument(help="train: step against a bare one; load: with loading against without."),
+        Literal["train", "load", "export"],
+        typer.Argument(
+            help="train: a step against a bare one; load: steps with loading against steps alone; "
+            "export: with all proofs against torch's alone."
+        ),
     ],
     config: Config,
     overrides: Overrides = None,
-    pairs: Annotated[int, typer.Option(min=0, help="Pairs of measurements; default 30, or 12 blocks of steps.")] = 0,
+    pairs: Annotated[
+        int, typer.Option(min=0, help="Pairs of measurements; default 30, 12 blocks of steps, or 3 exports.")
+    ] = 0,
+    each: Annotated[
+        bool, typer.Option("--each", help="train: every technique's step against the step without any.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:
     """Measure speed as ratios against bare references, in one run."""
@@ -225,7 +233,10 @@ def bench(
 
     recipe = api.load_recipe(_recipe(config), overrides or [])
     if what == "train":
-        found = [measure.bench_train(recipe, pairs=pairs or 30)]
+        count = pairs or 30
+        found = measure.bench_each(recipe, pairs=count) if each else [measure.bench_train(recipe, pairs=count)]
+    elif what == "export":
+        found = [measure.bench_export(recipe, pairs=pairs or 3)]
     else:
         found = [measure.bench_load(recipe, workers=workers, pairs=pairs or 12) for workers in (0, 1, 2)]
     show.ratios(found)

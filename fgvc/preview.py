@@ -74,7 +74,8 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0) -> Pr
 def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) -> list[list[Cell]]:
     """One row a sample: the original, then the views of one real step."""
     raw = next(session.loader.epoch(epoch))
-    batch = to_batch(raw, session.normalise)
+    session.progress.epoch = epoch
+    batch = to_batch(raw, session.normalise, session.train_size)
     number = epoch * session.steps_per_epoch
     rng = generator(STEP, session.recipe.train.seed, number, 0, 0)
     progress = number / (session.steps_per_epoch * session.recipe.train.epochs)

@@ -15,6 +15,7 @@ from fgvc.data.table import CsvData
 from fgvc.export.onnx import Export
 from fgvc.image.augment import Augment
 from fgvc.model.backbone import Model
+from fgvc.schedule import Scheduled, at, knots
 from fgvc.techniques import Techniques
 from fgvc.train.checkpoint import Checkpoint
 from fgvc.train.events import Log
@@ -27,6 +28,12 @@ class Image(Section):
 
     size: tuple[int, int] = Field((224, 224), description="one number for a square, or [height, width]; pixels")
 
+    train_scale: Scheduled = Field(
+        1.0,
+        description="side of training images in units of size, to 8 pixels: below 1 all along trains for a larger "
+        "evaluation (FixRes), knots such as [[0, 0.6], [0.8, 1]] grow the images epoch by epoch",
+    )
+
     @field_validator("size", mode="before")
     @classmethod
     def _square(cls, size: object) -> object:
@@ -36,12 +43,32 @@ class Image(Section):
             raise ValueError(f"one number for a square, or [height, width]; not {size!r}")
         return size
 
+    @field_validator("train_scale")
+    @classmethod
+    def _some(cls, scale: float | tuple[tuple[float, float], ...]) -> float | tuple[tuple[float, float], ...]:
+        if min(at(scale, share) for share in knots(scale)) <= 0:
+            raise ValueError("above 0")
+        return scale
+
     @field_validator("size")
     @classmethod
     def _positive(cls, size: tuple[int, int]) -> tuple[int, int]:
         if min(size) < 8 or max(size) > 4096:
             raise ValueError(f"between 8 and 4096 pixels a side, not {size}")
         return size
+
+    def train_size(self, progress: float) -> tuple[int, int]:
+        """Height and width of training images at a share of the run."""
+        scale = at(self.train_scale, progress)
+        if scale == 1:
+            return self.size
+        height, width = (max(8, 8 * round(side * scale / 8)) for side in self.size)
+        return height, width
+
+    @property
+    def largest_train_size(self) -> tuple[int, int]:
+        """What training images are rendered at; smaller ones are its reduction."""
+        return max(self.train_size(share) for share in knots(self.train_scale))
 
 
 class Loss(Section):
@@ -82,6 +109,8 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.select == "ema" and self.ema is None:
             raise ValueError("select: ema needs an `ema:` section, for example ema.decay=0.999")
+        if self.train.precise_bn and self.model.freeze:
+            raise ValueError("train.precise_bn would change the frozen batch norms: set it or model.freeze to 0")
         for problem in conflicts(self.techniques):
             raise ValueError(problem)
         return self

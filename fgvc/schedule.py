@@ -24,6 +24,11 @@ Scheduled = Annotated[Amount | tuple[tuple[Share, Amount], ...], AfterValidator(
 """A number, or knots [[share of the run, value], ...] with straight lines between them."""
 
 
+def knots(value: float | tuple[tuple[float, float], ...]) -> list[float]:
+    """The shares of the run at which a value is given."""
+    return [share for share, _ in value] if isinstance(value, tuple) else [0.0]
+
+
 def at(value: float | tuple[tuple[float, float], ...], progress: float) -> float:
     """The value at `progress` in [0,1]: before the first knot and after the last it is theirs."""
     if not isinstance(value, tuple):

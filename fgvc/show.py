@@ -108,8 +108,9 @@ def verification(result: Comparison | Verification) -> None:
 
 
 def ratios(found: Sequence[Ratio]) -> None:
-    table = _table("ratio", "median", "95 % interval", "pairs", "seconds")
+    table = _table("ratio", "median", "95 % interval", "expected", "pairs", "seconds")
     for r in found:
         seconds = f"{r.a_seconds:.3f} / {r.b_seconds:.3f}"
-        table.add_row(r.name, f"{r.median:.3f}", f"{r.low:.3f} to {r.high:.3f}", str(r.pairs), seconds)
+        expected = "" if r.expected is None else f"{r.expected:.3f}"
+        table.add_row(r.name, f"{r.median:.3f}", f"{r.low:.3f} to {r.high:.3f}", expected, str(r.pairs), seconds)
     console.print(table)

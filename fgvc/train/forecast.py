@@ -62,7 +62,7 @@ def forecast(recipe: Recipe) -> Forecast:
         x = torch.randn(micro, 3, *recipe.image.size, device=process.device).contiguous(memory_format=layout)
         y = torch.arange(micro, device=process.device) % len(index.classes)
         batch = Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(micro, 2, 3))
-        passed = _count_images(step.net)
+        passed = count_images(step.net)
         seconds = []
         for number in range(STEPS + 1):
             started = time.perf_counter()
@@ -80,7 +80,7 @@ def forecast(recipe: Recipe) -> Forecast:
         return Forecast(
             images={split: len(index.rows(split)) for split in ("train", "val", "test")},
             steps=steps,
-            forwards=sum(passed) / (micro * (STEPS + 1)),
+            forwards=sum(rows for rows, _ in passed) / (micro * (STEPS + 1)),
             parameters=sum(p.numel() for p in step.parameters()),
             step_seconds=median,
             hours=median * steps / 3600,
@@ -90,13 +90,13 @@ def forecast(recipe: Recipe) -> Forecast:
         )
 
 
-def _count_images(net: nn.Module) -> list[int]:
-    """The number of images of every later forward through the backbone."""
-    passed: list[int] = []
+def count_images(net: nn.Module) -> list[tuple[int, bool]]:
+    """Of every later forward through the backbone: the number of images, and whether a backward can follow."""
+    passed: list[tuple[int, bool]] = []
     inner = cast("Callable[[Tensor], Tensor]", net.forward_features)
 
     def counting(x: Tensor) -> Tensor:
-        passed.append(len(x))
+        passed.append((len(x), torch.is_grad_enabled()))
         return inner(x)
 
     setattr(net, "forward_features", counting)  # noqa: B010 - an attribute of this one net, not of its class

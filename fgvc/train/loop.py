@@ -117,7 +117,7 @@ def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Eve
         for error in raw.bad:
             events.say(f"skipped from now on: {error}")
             events.write("unreadable", path=error.path, reason=error.reason)
-        batch = to_batch(raw, session.normalise)
+        batch = to_batch(raw, session.normalise, session.train_size)
         rng = generator(STEP, recipe.train.seed, session.progress.step, part, process.rank)
         progress = session.progress.step / (session.steps_per_epoch * recipe.train.epochs)
         draws = Draws(progress, {kind: draw(rng, batch) for kind, draw in step.hooks("draw")})
@@ -170,6 +170,8 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
         "lr": learning_rate(session.optimizer),
     }
     row |= {name: value / steps for name, value in progress.sums.items()}
+    if session.recipe.train.precise_bn and progress.step >= session.total_steps:
+        session.reestimate_norms()
     scores = _validate(session, events)
     best = False
     if scores is not None:

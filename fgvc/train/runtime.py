@@ -34,6 +34,15 @@ class Train(Section):
         "fp32", description="autocast; weights stay fp32, and so do all losses"
     )
     accumulate: int = Field(1, ge=1, description="parts that a step's images are split into, to save memory")
+    recompute: bool = Field(
+        False, description="activation checkpointing: less memory, about a third more time, the same result"
+    )
+    precise_bn: int = Field(
+        0,
+        ge=0,
+        description="at the end, take the batch norms' statistics anew from so many training images as evaluation sees "
+        "them (0: keep those of training, jigsaws and all)",
+    )
     workers: int = Field(
         1, ge=0, description="loading processes; 0 loads between steps. The images are the same for any number"
     )

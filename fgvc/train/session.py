@@ -13,11 +13,12 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import update_bn
 
 from fgvc.config import Preprocess
 from fgvc.data.cache import DecodeCache
 from fgvc.data.labels import reordered
-from fgvc.data.loader import TrainLoader, train_loader
+from fgvc.data.loader import TrainLoader, evaluation_loader, train_loader
 from fgvc.image.augment import Augmenter
 from fgvc.model.backbone import (
     Weights,
@@ -29,6 +30,7 @@ from fgvc.model.backbone import (
     preprocess_for,
 )
 from fgvc.recipe import Recipe
+from fgvc.schedule import knots
 from fgvc.techniques import build
 from fgvc.train.batch import Normalise
 from fgvc.train.checkpoint import Progress, State
@@ -71,13 +73,15 @@ def build_net(recipe: Recipe, classes: int, *, pretrained: bool = True) -> Built
     weights = load_weights(net, model)
     if not pretrained:
         weights = replace(weights, origin="of the checkpoint")
-    _try(net, size, classes, recipe.model.backbone)
+    for trained in {size, *(recipe.image.train_size(share) for share in knots(recipe.image.train_scale))}:
+        _try(net, trained, classes, recipe.model.backbone)
     step = StepModule(
         net,
         build(recipe.techniques),
         size=size,
         label_smoothing=recipe.loss.label_smoothing,
         l1=recipe.loss.l1,
+        recompute=recipe.train.recompute,
         frozen=freeze(net, recipe.model.freeze) if recipe.model.freeze else (),
     )
     return Built(step, weights, preprocess_for(recipe.deploy, size, weights))
@@ -117,9 +121,25 @@ class Session:
         """Whether every step of the epoch that `progress` is in has been made."""
         return self.progress.micro >= self.steps_per_epoch * self.recipe.train.accumulate
 
+    @property
+    def train_size(self) -> tuple[int, int]:
+        """Height and width of this epoch's training images."""
+        return self.recipe.image.train_size(self.progress.epoch / self.recipe.train.epochs)
+
     def shipping(self) -> nn.Module:
         """The net whose weights would ship as things stand: the average where there is one and it is wanted."""
         return self.ema.module if self.ema is not None and self.recipe.selected != "last" else self.step.net
+
+    def reestimate_norms(self) -> None:
+        """Take the statistics of all batch norms, the average's too, from clean images (methods 1: BN pollution)."""
+        rows = self.index.rows("train")
+        spread = rows[np.linspace(0, len(rows) - 1, min(self.recipe.train.precise_bn, len(rows))).astype(np.int64)]
+        self.step.detach_hooks()
+        for net in (self.step.net, *([self.ema.module] if self.ema is not None else [])):
+            loader = evaluation_loader(self.index, spread, spec=self.preprocess, batch_size=64, workers=0)
+            update_bn((batch.images for batch in loader), net, device=self.runtime.device)
+        self.step.attach_hooks()
+        self.step.train()
 
     def capture(self) -> State:
         """All that decides the rest of the run; on every rank, since each has its own random generators."""
@@ -179,7 +199,8 @@ def open_session(
     step.train()
     optim = recipe.optim.scaled(recipe.train.batch_size)
     optimizer = make_optimizer(step, optim, added=step.added, head=head_prefixes(step.net))
-    augmenter = Augmenter(recipe.augment, preprocess, seed=recipe.train.seed)
+    rendered = preprocess.model_copy(update={"size": recipe.image.largest_train_size})
+    augmenter = Augmenter(recipe.augment, rendered, seed=recipe.train.seed)
     cache = _cache(recipe, index, rows, runtime, notify)
     loader = train_loader(
         index,
@@ -231,7 +252,7 @@ def _cache(
     """The decode cache where the recipe wants one, built by rank 0 while the others wait."""
     if recipe.cache == "none":
         return None
-    side, folder = recipe.augment.shrink_to(recipe.image.size), recipe.cache_dir
+    side, folder = recipe.augment.shrink_to(recipe.image.largest_train_size), recipe.cache_dir
     runtime.first(lambda: DecodeCache.open(index, rows, side=side, folder=folder, progress=notify).close())
     return DecodeCache.open(index, rows, side=side, folder=folder)
 

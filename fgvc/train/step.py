@@ -7,7 +7,7 @@ on_batch -> views -> forward (shared group, own groups) -> views_after -> losses
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class StepModule(nn.Module):
         label_smoothing: float = 0.0,
         l1: float = 0.0,
         frozen: Sequence[nn.Module] = (),
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.net = net
@@ -53,10 +54,15 @@ class StepModule(nn.Module):
         self.branches = self.joints.branches
         new = (name for name, value in self.named_parameters() if id(value) not in plain)
         self.added = {name: "added" if name.startswith("branches.") else "grafted" for name in new}
+        self._recompute = recompute
+        if recompute:
+            _checkpoint_activations(net)
         self._handles: list[RemovableHandle] = []
         self._taps: dict[str, Tensor] = {}
         self._fired: set[tuple[str, str]] = set()
         self._group: list[View] = []
+        self._groups: list[list[View]] = []  # all of this step
+        self._inside = False  # False in the backward, where checkpointed parts of the net run once more
         self.contexts: dict[str, Context] = {}
 
     def hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
@@ -74,6 +80,15 @@ class StepModule(nn.Module):
         Raises FgvcError where a declared tap or gate did not fire, or a technique returns an undeclared term.
         """
         self.contexts = {kind: context_of(kind, self.joints, draws) for kind in self.techniques}
+        self._groups, self._inside = [], True
+        with _statistics_of_the_forward(self.net) if self._recompute else nullcontext():
+            losses, made = self._forward(batch, draws, views)
+        self._inside = False
+        return losses, made
+
+    def _forward(
+        self, batch: Batch, draws: Draws, views: Sequence[View] | None
+    ) -> tuple[dict[str, Tensor], list[View]]:
         if views is None:
             early, late = self._early_views(batch), None
         else:
@@ -135,7 +150,8 @@ class StepModule(nn.Module):
         """One forward of the views of a group, concatenated; their rows are handed back apart."""
         x = group[0].x if len(group) == 1 else torch.cat([view.x for view in group])
         self._group, self._taps, self._fired = group, {}, set()
-        with _own_statistics(self.net, active=group[0].bn == "own"):
+        self._groups.append(group)
+        with _own_statistics(self.net, active=group[0].bn == "own", recompute=self._recompute):
             features = self.net.forward_features(x)  # type: ignore[operator]
             logits = self.net.forward_head(features)  # type: ignore[operator]
         self._check_fired()
@@ -184,7 +200,7 @@ class StepModule(nn.Module):
 
     def _tap_hook(self, name: str) -> Callable[..., None]:
         def record(module: nn.Module, _args: Any, output: Tensor) -> None:
-            if self.net.training:
+            if self.net.training and self._inside:
                 self._taps[name] = output
                 self._fired.add(("tap", name))
 
@@ -198,13 +214,24 @@ class StepModule(nn.Module):
                 return None
             self._fired.add((f"gate of {kind}", name))
             context = self.contexts[kind]
-            if all(view.gated for view in self._group):
+            group = self._group if self._inside else self._recomputed(len(output))
+            if all(view.gated for view in group):
                 return gate(output, context)
-            parts = output.split([len(view.x) for view in self._group])
-            pairs = zip(self._group, parts, strict=True)
+            parts = output.split([len(view.x) for view in group])
+            pairs = zip(group, parts, strict=True)
             return torch.cat([gate(part, context) if view.gated else part for view, part in pairs])
 
         return change
+
+    def _recomputed(self, rows: int) -> list[View]:
+        """Which group a recomputed part belongs to, by its number of rows. Raises FgvcError where that does not tell."""
+        fits = [group for group in self._groups if sum(len(view.x) for view in group) == rows]
+        if len({tuple((len(view.x), view.gated) for view in group) for group in fits}) != 1:
+            raise FgvcError(
+                "train.recompute: gated and ungated views of the same size can't be told apart in the backward; "
+                "set train.recompute=false, or put the views into the shared statistics (bn: shared)"
+            )
+        return fits[0]
 
     def _check_fired(self) -> None:
         if not self.net.training:
@@ -221,10 +248,50 @@ def _named(kind: str, views: Sequence[View]) -> list[View]:
     return [view for view in views if view.weight != 0]
 
 
+def _checkpoint_activations(net: nn.Module) -> None:
+    """timm's activation checkpointing. Raises FgvcError where the backbone has none."""
+    try:
+        net.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError, TypeError) as error:
+        raise FgvcError(f"train.recompute: timm can't checkpoint a {type(net).__name__}; set it to false") from error
+    with _statistics_of_the_forward(net):
+        pass
+
+
+def _norms(net: nn.Module) -> list[_BatchNorm]:
+    return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
 @contextmanager
-def _own_statistics(net: nn.Module, *, active: bool) -> Iterator[None]:
-    """BN normalises by this forward's batch statistics and leaves its running buffers alone."""
-    norms = [m for m in net.modules() if active and isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+def _statistics_of_the_forward(net: nn.Module) -> Iterator[None]:
+    """Outside of this context the momentum is 0: recomputed batch norms see the batch again and must not count it twice
+    (methods 13)."""
+    for norm in _norms(net):
+        norm.momentum = getattr(norm, "forward_momentum", norm.momentum)
+    try:
+        yield
+    finally:
+        for norm in _norms(net):
+            norm.forward_momentum, norm.momentum = norm.momentum, 0.0  # type: ignore[assignment]
+
+
+@contextmanager
+def _own_statistics(net: nn.Module, *, active: bool, recompute: bool) -> Iterator[None]:
+    """BN normalises by this forward's batch statistics and leaves its running buffers alone.
+
+    `recompute`: by a momentum of 0, as in the backward, since the two runs must save the same tensors.
+    """
+    norms = [m for m in _norms(net) if active and m.training]
+    if recompute:
+        kept = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, kept, strict=True):
+                norm.momentum = momentum
+        return
     for norm in norms:
         norm.track_running_stats = False
     try:

@@ -11,12 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fgvc import api
-from fgvc.config import validate
+from fgvc.config import Preprocess, validate
+from fgvc.data.loader import TrainBatch, evaluation_loader
 from fgvc.model.backbone import plain_model
 from fgvc.recipe import Recipe
 from fgvc.train import loop
+from fgvc.train.batch import Normalise, to_batch
 from fgvc.train.events import Events, Log, write_atomic
-from fgvc.types import FgvcError
+from fgvc.train.run import recorded_preprocess
+from fgvc.train.session import read_index
+from fgvc.train.step import StepModule
+from fgvc.types import Batch, FgvcError
 
 
 def recipe(tree: dict, **sections: object) -> Recipe:
@@ -288,3 +293,48 @@ def test_best_is_read_as_it_was_scored(tmp_path: Path, recipe_tree: dict) -> Non
     run = api.train(tree, tmp_path / "run")
     best = json.loads((run / "ckpt/best/meta.json").read_text())["best"]
     assert api.evaluate(run, "val", select="best").scores.top1 == pytest.approx(best)
+
+
+def test_precise_norms_are_the_statistics_of_the_clean_images(tmp_path: Path, recipe_tree: dict) -> None:
+    dcl = {"grid": 4, "bn": "shared"}
+    made = recipe(recipe_tree, techniques={"dcl": dcl}, ema={"decay": 0.5}, train={"precise_bn": 48})
+    run = api.train(made, tmp_path / "run")
+    first = plain_model(recipe_tree["model"]["backbone"], 3)
+    for name in ("net", "ema"):
+        state = net(run, name)
+        first.load_state_dict(state)
+        rows = read_index(made).rows("train")
+        spec = recorded_preprocess(run)
+        batch = next(iter(evaluation_loader(read_index(made), rows, spec=spec, batch_size=64, workers=0)))
+        seen: dict = {}
+        first.bn1.register_forward_pre_hook(lambda _, args, seen=seen: seen.update(x=args[0].detach()))
+        first.eval()
+        first(batch.images)
+        torch.testing.assert_close(state["bn1.running_mean"], seen["x"].mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(state["bn1.running_var"], seen["x"].var((0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_images_grow_epoch_by_epoch(tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, ...]] = []
+    step = StepModule.forward
+
+    def note(self: StepModule, batch: Batch, *rest: object) -> object:
+        sizes.append(tuple(batch.x.shape[2:]))
+        return step(self, batch, *rest)
+
+    monkeypatch.setattr(StepModule, "forward", note)
+    image = {"size": [64, 48], "train_scale": [[0, 0.5], [0.5, 1]]}
+    api.train(recipe(recipe_tree | {"image": image}, train={"epochs": 4}), tmp_path / "run")
+    assert sizes == [(32, 24)] * 6 + [(48, 32)] * 6 + [(64, 48)] * 12
+
+
+def test_a_reduced_batch_still_knows_where_it_came_from() -> None:
+    ramp = torch.arange(64).repeat(48, 1)
+    images = torch.stack([ramp, torch.arange(48)[:, None].expand(48, 64), ramp], -1)[None].to(torch.uint8)
+    raw = TrainBatch(images, torch.zeros(1).long(), torch.zeros(1).long(), torch.eye(3)[None, :2] * 1.0, [])
+    spec = Preprocess(size=(48, 64), mean=(0, 0, 0), std=(1 / 255,) * 3)
+    batch = to_batch(raw, Normalise(spec, torch.device("cpu"), torch.contiguous_format), (24, 16))
+    assert batch.x.shape == (1, 3, 24, 16)
+    x, y = batch.geometry[0].double() @ torch.tensor([8.5, 12.5, 1.0]).double()
+    assert float(batch.x[0, 0, 12, 8]) + 0.5 == pytest.approx(float(x), abs=0.1)
+    assert float(batch.x[0, 1, 12, 8]) + 0.5 == pytest.approx(float(y), abs=0.1)

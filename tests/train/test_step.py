@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fgvc.model.backbone import freeze
+from fgvc.model.plan import Joints, Plan
 from fgvc.techniques.mixup import MixupConfig
 from fgvc.train.step import StepModule
 from fgvc.types import Batch, Draws, FgvcError, View
@@ -261,3 +262,43 @@ def test_l1_is_the_sum_of_the_weights_and_pulls_them_to_zero() -> None:
     for (name, p), q in zip(twin.named_parameters(), step.net.parameters(), strict=True):
         pull = 0.01 * p.detach().sign() if p.ndim >= 2 else torch.zeros_like(p)
         torch.testing.assert_close(q.grad, p.grad + pull, msg=name)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
+@pytest.mark.parametrize("view", [None, "shared", "own"])
+def test_recomputed_activations_change_neither_gradients_nor_statistics(name: str, view: str | None) -> None:
+    def made(recompute: bool) -> tuple[StepModule, dict]:
+        torch.manual_seed(0)
+        kwargs = {"img_size": 32} if name == "test_vit" else {}
+        model = timm.create_model(name, num_classes=CLASSES, drop_rate=0.2, **kwargs)
+        tap = Plan("probe", Joints(model, SIZE)).stage(0)
+        probe = Probe(early={"bn": view} if view else None, gate=True, tap=tap)
+        step = StepModule(model, {"probe": probe}, size=SIZE, recompute=recompute)
+        torch.manual_seed(1)
+        losses = None
+        for _ in range(2):
+            losses, _ = run(step, Draws(0.0, {"probe": torch.tensor(0.5)}))
+        return step, losses
+
+    (plainly, expected), (again, found) = made(False), made(True)
+    torch.testing.assert_close(found["loss"], expected["loss"])
+    for (key, p), q in zip(plainly.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=lambda text, key=key: f"{key}: {text}")
+    for key, value in buffers(plainly.net).items():
+        if "num_batches_tracked" not in key:
+            torch.testing.assert_close(again.net.get_buffer(key), value, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_recomputed_gates_know_their_views_or_say_that_they_do_not() -> None:
+    def made(**early: object) -> StepModule:
+        probe = Probe(early=early, gate=True)
+        return StepModule(net(), {"probe": probe}, size=SIZE, recompute=True)
+
+    draws = Draws(0.0, {"probe": torch.tensor(0.5)})  # a tensor is saved, so the gate itself is recomputed
+    losses, _ = run(made(bn="shared", gated=False), draws)
+    twin, _ = run(
+        StepModule(net(), {"probe": Probe(early={"bn": "shared", "gated": False}, gate=True)}, size=SIZE), draws
+    )
+    torch.testing.assert_close(losses["loss"], twin["loss"])
+    with pytest.raises(FgvcError, match=r"train\.recompute: gated and ungated views"):
+        run(made(bn="own", gated=False), draws)

@@ -1,0 +1,64 @@
+"""What the benches count and write; how fast anything is, is no matter for a test."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from fgvc import bench
+from fgvc.config import validate
+from fgvc.recipe import Recipe
+
+
+def recipe(tree: dict, **sections: object) -> Recipe:
+    return validate(Recipe, tree | sections, where="test")
+
+
+def test_the_interval_of_a_median_holds_at_least_95_percent() -> None:
+    for count in (6, 14, 30, 40):
+        low, high = bench._median_interval(count)
+        inside = sum(bench._binomial(count, k) for k in range(low + 1, high + 1))
+        narrower = sum(bench._binomial(count, k) for k in range(low + 2, high))
+        assert inside >= 0.95 > narrower
+        assert low + high == count - 1
+
+
+def test_pairs_are_timed_in_turn_and_the_order_is_turned_round() -> None:
+    calls: list[str] = []
+    found = bench.interleaved("x", lambda: calls.append("a"), lambda: calls.append("b"), pairs=4, warm_up=1)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab" + "ba"
+    assert found.low <= found.median <= found.high
+
+
+def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, recipe_tree: dict) -> None:
+    found = bench.bench_each(recipe(recipe_tree, techniques={"dcl": {"grid": 4, "bn": "own"}}), pairs=6)
+    expected = {ratio.name.split()[1]: ratio.expected for ratio in found}
+    assert expected == {"plain": 1, "mixup": 1, "dcl": 2, "acb": 1}
+    bench.write_csv(tmp_path / "each.csv", found)
+    with (tmp_path / "each.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["expected"]) for row in rows] == list(expected.values())
+    assert {"cpu", "cores", "torch", "timm"} <= set(rows[0])
+
+
+def test_the_others_run_and_name_what_they_compare(tmp_path: Path, recipe_tree: dict) -> None:
+    made = recipe(recipe_tree, export={"exporter": "torchscript"})
+    names = [
+        bench.bench_train(made, pairs=6).name,
+        bench.bench_load(made, workers=0, pairs=2).name,
+        bench.bench_export(made, pairs=1).name,
+    ]
+    assert [name.split(" (")[0] for name in names] == [
+        "step: fgvc / bare",
+        "loaded steps / steps alone, 0 workers, cache none",
+        "export: with all proofs / bare",
+    ]
+
+
+@pytest.mark.parametrize("accumulate", [2])
+def test_the_bare_step_has_no_parts(recipe_tree: dict, accumulate: int) -> None:
+    made = recipe(recipe_tree, train=recipe_tree["train"] | {"accumulate": accumulate})
+    with pytest.raises(bench.FgvcError, match="no accumulation"):
+        bench.bench_train(made, pairs=1)
