@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from fgvc.config import Deploy, Section, load
 from fgvc.data.cub import CubData
 from fgvc.data.folder import FolderData
+from fgvc.data.named import NamedData
 from fgvc.data.table import CsvData
 from fgvc.export.onnx import Export
 from fgvc.image.augment import Augment
@@ -81,7 +82,9 @@ class Loss(Section):
 class Recipe(Section):
     """A run of fgvc. Every key can be overridden on the command line as section.key=value."""
 
-    data: Annotated[CubData | FolderData | CsvData, Field(discriminator="kind", description="the labelled images")]
+    data: Annotated[
+        CubData | FolderData | CsvData | NamedData, Field(discriminator="kind", description="the labelled images")
+    ]
     image: Image = Field(Image(), description="the network's input")
     deploy: Deploy = Field(Deploy(), description="preprocessing of the deployed stack")
     augment: Augment = Field(Augment(), description="what training does to each image")

@@ -34,6 +34,11 @@ class Model(Section):
         description="none (random) | hub (timm's download) | packaged (the PyPI package of tf_efficientnet_lite0) | "
         "path of a .safetensors or .pth file",
     )
+    zero_gamma: Literal["no", "yes", "even pretrained"] = Field(
+        "no",
+        description="start residual blocks as identities, by a gamma of 0 in their last batch norm (He et al. 2019); on "
+        "pretrained weights that erases them, so only `even pretrained` does it there",
+    )
     freeze: int = Field(
         0, ge=0, description="stages from the input on, stem included, whose weights and batch norms stay as loaded"
     )
@@ -211,6 +216,31 @@ def freeze(net: nn.Module, stages: int) -> list[nn.Module]:
 
 def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
+
+
+def zero_gamma(net: nn.Module, model: Model) -> None:
+    """Set the gamma of the last batch norm of every residual block to 0, where `model.zero_gamma` asks for it.
+
+    Raises FgvcError on pretrained weights unless they are named, and where timm's net has no such block.
+    """
+    if model.zero_gamma == "no":
+        return
+    if model.weights != "none" and model.zero_gamma != "even pretrained":
+        raise FgvcError(
+            f"model.zero_gamma: yes would erase the residual blocks of {model.weights}; set it to no, or to "
+            "`even pretrained` if that is what you want"
+        )
+    blocks = [m for m in net.modules() if hasattr(m, "zero_init_last") and m is not net]
+    skips = [m for m in net.modules() if getattr(m, "has_skip", False) is True]
+    norms = [[n for n in m.modules() if isinstance(n, nn.BatchNorm2d) and n.affine][-1:] for m in skips]
+    for block in blocks:
+        block.zero_init_last()  # type: ignore[operator]
+    for norm in (norm for found in norms for norm in found):
+        nn.init.zeros_(norm.weight)
+    if not blocks and not any(norms):
+        raise FgvcError(
+            f"model.zero_gamma: {model.backbone} has no residual blocks that end in a batch norm; set it to no"
+        )
 
 
 def memory_format(net: nn.Module) -> torch.memory_format:

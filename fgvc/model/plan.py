@@ -109,6 +109,17 @@ class Plan:
             name, module = f"{name}.{last}", module[-1]
         return name
 
+    def stage_channels(self, number: int) -> int:
+        """Channels of a `feature_info` stage's output."""
+        self.stage(number)
+        return int(list(self._joints.net.feature_info)[number]["num_chs"])  # type: ignore[arg-type]
+
+    def norms_after(self, module: str) -> int:
+        """Batch norms that come behind a module, in the order of registration."""
+        names = [name for name, _ in self._joints.net.named_modules()]
+        end = max(at for at, name in enumerate(names) if f"{name}.".startswith(f"{module}."))
+        return sum(isinstance(self.module(name), nn.modules.batchnorm._BatchNorm) for name in names[end + 1 :])
+
     def tap(self, module: str) -> None:
         """Record this module's output in every forward: `Output.taps[module]`."""
         self.module(module)

@@ -10,8 +10,9 @@ from fgvc.config import Section
 from fgvc.techniques.acb import AcbConfig
 from fgvc.techniques.dcl import DclConfig
 from fgvc.techniques.mixup import MixupConfig
+from fgvc.techniques.spatial_dropout import SpatialDropoutConfig
 
-AnyConfig = Annotated[MixupConfig | DclConfig | AcbConfig, Field(discriminator="kind")]
+AnyConfig = Annotated[MixupConfig | DclConfig | SpatialDropoutConfig | AcbConfig, Field(discriminator="kind")]
 
 
 class Technique(Protocol):

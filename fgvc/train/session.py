@@ -28,6 +28,7 @@ from fgvc.model.backbone import (
     memory_format,
     plain_model,
     preprocess_for,
+    zero_gamma,
 )
 from fgvc.recipe import Recipe
 from fgvc.schedule import knots
@@ -71,6 +72,8 @@ def build_net(recipe: Recipe, classes: int, *, pretrained: bool = True) -> Built
     net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs)
     model = recipe.model if pretrained else recipe.model.model_copy(update={"weights": "none"})
     weights = load_weights(net, model)
+    if pretrained:
+        zero_gamma(net, model)
     if not pretrained:
         weights = replace(weights, origin="of the checkpoint")
     for trained in {size, *(recipe.image.train_size(share) for share in knots(recipe.image.train_scale))}:

@@ -21,6 +21,7 @@ from fgvc.model.backbone import (
     memory_format,
     plain_model,
     preprocess_for,
+    zero_gamma,
 )
 from fgvc.types import FgvcError
 
@@ -207,3 +208,27 @@ def test_deployed_fuses_what_timm_fuses_and_leaves_the_rest() -> None:
     torch.testing.assert_close(fused(x), model.eval()(x), rtol=1e-3, atol=1e-4)
     plain = net()
     assert deployed(plain).state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "regnety_002"])
+def test_zero_gamma_makes_residual_blocks_identities(name: str) -> None:
+    model = timm.create_model(name, num_classes=3)
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.ones_(norm.weight)
+    zero_gamma(model, Model(backbone=name, zero_gamma="yes"))
+    gammas = [m.weight for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    zeros = sum(bool((gamma == 0).all()) for gamma in gammas)
+    expected = {
+        "resnet18": 8,
+        "tf_efficientnet_lite0": sum(bool(getattr(m, "has_skip", False)) for m in model.modules()),
+        "regnety_002": sum(type(m).__name__ == "Bottleneck" for m in model.modules()),
+    }
+    assert zeros == expected[name] > 0
+
+
+def test_zero_gamma_does_not_erase_pretrained_blocks_unasked() -> None:
+    with pytest.raises(FgvcError, match=r"model\.zero_gamma: yes would erase the residual blocks of w\.pth"):
+        zero_gamma(net(), Model(backbone="test_resnet", weights="w.pth", zero_gamma="yes"))
+    zero_gamma(net(), Model(backbone="test_resnet", weights="w.pth", zero_gamma="even pretrained"))
+    with pytest.raises(FgvcError, match="has no residual blocks"):
+        zero_gamma(plain_model("test_vit", 3), Model(backbone="test_vit", zero_gamma="yes"))
