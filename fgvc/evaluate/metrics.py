@@ -90,11 +90,7 @@ def evaluate(
     # Imported here because it takes longer to import than torch, and most verbs evaluate nothing.
     from torchmetrics import MetricCollection
     from torchmetrics.aggregation import MeanMetric
-    from torchmetrics.classification import (
-        MulticlassAccuracy,
-        MulticlassConfusionMatrix,
-        MulticlassF1Score,
-    )
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
     metrics = MetricCollection(
         {
@@ -112,10 +108,7 @@ def evaluate(
             labels = y.to(device)
             z = net(x.to(device, memory_format=memory_format)).float()
             metrics.update(z, labels)
-            confidence, said = z.softmax(1).max(1)
-            at = (confidence * BINS).ceil().long().clamp(1, BINS).cpu() - 1  # bins (k/n, (k+1)/n]
-            for row, amounts in zip(bins, (torch.ones_like(confidence), confidence, said == labels), strict=True):
-                row.index_add_(0, at, amounts.double().cpu())
+            _count(bins, z, labels)
             loss.update(nn.functional.cross_entropy(z, labels), weight=len(y))
     with warnings.catch_warnings():  # a process may have no share of a small part; its zeros are right
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
@@ -137,3 +130,11 @@ def evaluate(
         confusion=confusion,
         **shares,
     )
+
+
+def _count(bins: Tensor, z: Tensor, labels: Tensor) -> None:
+    """Add a batch to `bins` (3, BINS): images, confidence and right answers by confidence in (k/BINS, (k+1)/BINS]."""
+    confidence, said = z.softmax(1).max(1)
+    at = (confidence * BINS).ceil().long().clamp(1, BINS).cpu() - 1
+    for row, amounts in zip(bins, (torch.ones_like(confidence), confidence, said == labels), strict=True):
+        row.index_add_(0, at, amounts.double().cpu())

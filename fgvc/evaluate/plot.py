@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+
+from fgvc.evaluate.font import writable
 
 LABELLED = 60  # classes up to which every row of the matrix is named
 
@@ -47,8 +50,10 @@ def plot_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path, *,
     figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true", title=title)
     if count <= LABELLED:
-        axes.set_xticks(range(count), classes, rotation=90, fontsize=7)
-        axes.set_yticks(range(count), classes, fontsize=7)
+        names, file = writable(classes)
+        font = FontProperties(fname=str(file), size=7)
+        axes.set_xticks(range(count), names, rotation=90, fontproperties=font)
+        axes.set_yticks(range(count), names, fontproperties=font)
     _save(figure, path)
 
 

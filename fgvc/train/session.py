@@ -187,10 +187,8 @@ def open_session(
     `preprocess`: that of a run which goes on; `model.weights` is then not read, the checkpoint replaces it.
     """
     index = read_index(recipe)
-    rows = index.rows("train")
     if recipe.selected == "best" and not len(index.rows("val")):
         raise FgvcError("select: best needs a validation part: give data.val_fraction a value above 0")
-    micro = recipe.train.batch_size // (runtime.world * recipe.train.accumulate)
     torch.manual_seed(recipe.train.seed)
     built = build_net(recipe, len(index.classes), pretrained=preprocess is None)
     step, preprocess = built.step, preprocess or built.preprocess
@@ -202,25 +200,7 @@ def open_session(
     step.train()
     optim = recipe.optim.scaled(recipe.train.batch_size)
     optimizer = make_optimizer(step, optim, added=step.added, head=head_prefixes(step.net))
-    rendered = preprocess.model_copy(update={"size": recipe.image.largest_train_size})
-    augmenter = Augmenter(recipe.augment, rendered, seed=recipe.train.seed)
-    cache = _cache(recipe, index, rows, runtime, notify)
-    loader = train_loader(
-        index,
-        rows,
-        augmenter=augmenter,
-        batch_size=micro,
-        seed=recipe.train.seed,
-        workers=recipe.train.workers,
-        cache=cache,
-        rank=runtime.rank,
-        world=runtime.world,
-        on_sample=[hook for _, hook in step.hooks("on_sample")],
-        max_unreadable=recipe.data.max_unreadable,
-    )
-    if loader.steps_per_epoch < recipe.train.accumulate:
-        loader.close()
-        raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {len(rows)} training images")
+    loader = _loader(recipe, runtime, index, step, preprocess, notify)
     torch.manual_seed(recipe.train.seed + runtime.rank)  # dropout differs between ranks
     session = Session(
         recipe=recipe,
@@ -247,6 +227,36 @@ def open_session(
         yield session
     finally:
         loader.close()
+
+
+def _loader(
+    recipe: Recipe,
+    runtime: Runtime,
+    index: ImageIndex,
+    step: StepModule,
+    preprocess: Preprocess,
+    notify: Notify | None,
+) -> TrainLoader:
+    """This rank's training images, rendered at the largest size that any epoch asks for."""
+    rows = index.rows("train")
+    rendered = preprocess.model_copy(update={"size": recipe.image.largest_train_size})
+    loader = train_loader(
+        index,
+        rows,
+        augmenter=Augmenter(recipe.augment, rendered, seed=recipe.train.seed),
+        batch_size=recipe.train.batch_size // (runtime.world * recipe.train.accumulate),
+        seed=recipe.train.seed,
+        workers=recipe.train.workers,
+        cache=_cache(recipe, index, rows, runtime, notify),
+        rank=runtime.rank,
+        world=runtime.world,
+        on_sample=[hook for _, hook in step.hooks("on_sample")],
+        max_unreadable=recipe.data.max_unreadable,
+    )
+    if loader.steps_per_epoch < recipe.train.accumulate:
+        loader.close()
+        raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {len(rows)} training images")
+    return loader
 
 
 def _cache(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fgvc.evaluate.metrics import BINS, Scores, evaluate
+from fgvc.evaluate.plot import plot_confusion
 from fgvc.types import FgvcError
 
 CPU = torch.device("cpu")
@@ -73,3 +76,8 @@ def test_the_most_confused_come_first_and_all_mistakes_are_there() -> None:
 def test_nothing_to_score_is_an_error_with_a_name() -> None:
     with pytest.raises(FgvcError, match="no readable image"):
         evaluate(lambda x: x, [], classes=3, device=CPU)
+
+
+def test_a_confusion_matrix_of_classes_in_chinese_warns_of_nothing(tmp_path: Path) -> None:
+    plot_confusion(np.eye(3, dtype=int), ["麻雀", "Spatz", "воробей"], tmp_path / "x.png", title="validation")
+    assert (tmp_path / "x.png").stat().st_size > 1000
