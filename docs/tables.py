@@ -1,6 +1,7 @@
 """Fill the tables of the docs from the committed CSV files: `python docs/tables.py` (with --check: only compare).
 
-A table stands between `<!-- table: FILE.csv -->` and `<!-- end -->`; FILE is below docs/results/.
+A table stands between `<!-- table: FILE.csv -->` and `<!-- end -->`; FILE is below docs/results/. With
+`<!-- table: FILE.csv columns: a,b -->` it has these columns only.
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-BLOCK = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table: (?P<file>\S+)(?: columns: (?P<columns>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def table(path: Path) -> str:
-    """A CSV as a Markdown table."""
+def table(path: Path, columns: str | None) -> str:
+    """A CSV, or some columns of it, as a Markdown table."""
     with path.open(encoding="utf-8", newline="") as file:
         head, *rows = list(csv.reader(file))
-    lines = [head, ["---"] * len(head), *rows]
+    kept = [head.index(name) for name in (columns.split(",") if columns else head)]
+    lines = [[line[at] for at in kept] for line in (head, ["---"] * len(head), *rows)]
     return "".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in lines)
 
 
 def filled(text: str) -> str:
-    return BLOCK.sub(lambda m: m[1] + table(DOCS / "results" / m["file"]) + m[3], text)
+    return BLOCK.sub(lambda m: m[1] + table(DOCS / "results" / m["file"], m["columns"]) + m[4], text)
 
 
 def main(arguments: list[str]) -> int:
