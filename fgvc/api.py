@@ -101,6 +101,10 @@ def evaluate(
     if not len(rows):
         raise FgvcError(f"{run}: its data has no {split} part")
     here = recipe.train if device is None else recipe.train.model_copy(update={"device": device})
+    if views is not None and "crops" in views and canvas(preprocess).size == preprocess.size:
+        raise FgvcError(
+            f"--views {views}: the deployed crop is the whole canvas here, so all crops are the same; use flip"
+        )
     with runtime(here) as process:
         layout = memory_format(net)
         net.to(process.device).to(memory_format=layout)

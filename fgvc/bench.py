@@ -189,11 +189,11 @@ def write_csv(path: Path, ratios: Sequence[Ratio]) -> None:
 
 
 def _step_on_one_batch(session: Session) -> Callable[[], None]:
-    raw = next(session.loader.epoch(0))
+    raw = list(islice(session.loader.epoch(0), session.recipe.train.accumulate))
     quiet = Events(Path(), session.recipe.log, active=False)
 
     def step() -> None:
-        take_step(session, iter([raw]), quiet)
+        take_step(session, iter(raw), quiet)
 
     return step
 

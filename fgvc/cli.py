@@ -232,6 +232,10 @@ def bench(
     from fgvc import bench as measure
 
     recipe = api.load_recipe(_recipe(config), overrides or [])
+    if each and what != "train":
+        raise FgvcError("--each goes with `fgvc bench train`")
+    if out is not None and (out.is_dir() or any(parent.is_file() for parent in out.parents)):
+        raise FgvcError(f"{out}: not a place for a CSV file; choose another --out")
     if what == "train":
         count = pairs or 30
         found = measure.bench_each(recipe, pairs=count) if each else [measure.bench_train(recipe, pairs=count)]

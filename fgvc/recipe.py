@@ -112,6 +112,12 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.select == "ema" and self.ema is None:
             raise ValueError("select: ema needs an `ema:` section, for example ema.decay=0.999")
+        if self.train.precise_bn == 1:
+            raise ValueError("train.precise_bn: one image has no statistics; give some hundreds, or 0")
+        if max(self.image.largest_train_size) > 4096:
+            raise ValueError(
+                f"image.train_scale: training images of {self.image.largest_train_size} pixels; at most 4096"
+            )
         if self.train.precise_bn and self.model.freeze:
             raise ValueError("train.precise_bn would change the frozen batch norms: set it or model.freeze to 0")
         for problem in conflicts(self.techniques):

@@ -33,7 +33,8 @@ def test_pairs_are_timed_in_turn_and_the_order_is_turned_round() -> None:
 
 
 def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, recipe_tree: dict) -> None:
-    found = bench.bench_each(recipe(recipe_tree, techniques={"dcl": {"grid": 4, "bn": "own"}}), pairs=6)
+    train = recipe_tree["train"] | {"accumulate": 2}
+    found = bench.bench_each(recipe(recipe_tree, train=train, techniques={"dcl": {"grid": 4, "bn": "own"}}), pairs=6)
     expected = {ratio.name.split()[1]: ratio.expected for ratio in found}
     assert expected == {"plain": 1, "mixup": 1, "dcl": 2, "spatial_dropout": 1, "acb": 1}
     bench.write_csv(tmp_path / "each.csv", found)

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fgvc.types import FgvcError
+
 
 def draw_jigsaws(rng: np.random.Generator, count: int, *, grid: int, reach: float) -> NDArray[np.int64]:
     """`count` independent jigsaws of grid x grid cells, (count, grid^2); along each axis a cell moves less than
@@ -33,6 +35,8 @@ def cut(x: Tensor, source: Tensor) -> Tensor:
     and the lower border stays where it is."""
     (b, c, height, width), n = x.shape, round(source.shape[1] ** 0.5)
     h, w = height // n, width // n
+    if not h or not w:
+        raise FgvcError(f"a jigsaw of {n} x {n} patches needs larger images than {height} x {width}: lower its grid")
     pieces = x[:, :, : n * h, : n * w].reshape(b, c, n, h, n, w).permute(0, 2, 4, 1, 3, 5).reshape(b, n * n, c, h, w)
     moved = pieces[torch.arange(b, device=x.device)[:, None], source].view(b, n, n, c, h, w)
     shuffled = x.clone()

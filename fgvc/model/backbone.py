@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fgvc.config import Deploy, Interpolation, Preprocess, Section, Triple
 from fgvc.types import FgvcError
@@ -37,7 +38,8 @@ class Model(Section):
     zero_gamma: Literal["no", "yes", "even pretrained"] = Field(
         "no",
         description="start residual blocks as identities, by a gamma of 0 in their last batch norm (He et al. 2019); on "
-        "pretrained weights that erases them, so only `even pretrained` does it there",
+        "pretrained weights that erases them, so only `even pretrained` does it there. timm's own ResNets with random "
+        "weights start so in any case",
     )
     freeze: int = Field(
         0, ge=0, description="stages from the input on, stem included, whose weights and batch norms stay as loaded"
@@ -50,6 +52,12 @@ class Model(Section):
             near = timm.list_models(f"*{name}*")[:3]
             raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
         return name
+
+    @field_validator("zero_gamma", mode="before")
+    @classmethod
+    def _yaml(cls, value: object) -> object:
+        """YAML reads yes and no as true and false."""
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
     @field_validator("kwargs")
     @classmethod
@@ -205,7 +213,9 @@ def freeze(net: nn.Module, stages: int) -> list[nn.Module]:
         raise FgvcError(f"model.freeze: {stages} of the {len(info)} stages: leave at least one of them to train")
     last = str(info[stages - 1]["module"])
     leaves = [(name, module) for name, module in net.named_modules() if _is_leaf(module)]
-    end = max(at for at, (name, _) in enumerate(leaves) if f"{name}.".startswith(f"{last}."))
+    end = max((at for at, (name, _) in enumerate(leaves) if f"{name}.".startswith(f"{last}.")), default=-1)
+    if end < 0:
+        raise FgvcError(f"model.freeze: timm does not name the end of stage {stages} of a {type(net).__name__}")
     frozen = {id(module) for _, module in leaves[: end + 1]}
     still = [m for m in net.modules() if all(id(part) in frozen for part in m.modules() if _is_leaf(part))]
     for module in (*still, net):  # the net's own are position and class tokens: part of the stem
@@ -241,6 +251,25 @@ def zero_gamma(net: nn.Module, model: Model) -> None:
         raise FgvcError(
             f"model.zero_gamma: {model.backbone} has no residual blocks that end in a batch norm; set it to no"
         )
+
+
+def reestimate_norms(net: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Batch norms' running statistics as the plain mean over `batches` (B,3,H,W), all else as in evaluation: torch's
+    `update_bn` would let dropout and drop-path act. Batches of one image are left out. Ends in eval mode."""
+    net.eval()
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative
+        norm.train()
+    with torch.no_grad():
+        for x in batches:
+            if len(x) > 1:
+                net(x)
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+    net.eval()
 
 
 def memory_format(net: nn.Module) -> torch.memory_format:

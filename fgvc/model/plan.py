@@ -103,6 +103,8 @@ class Plan:
         if not -len(info) <= number < len(info):
             raise FgvcError(f"techniques.{self.kind}: stage {number}: this backbone has {len(info)} stages")
         name = str(info[number]["module"])
+        if not name:
+            raise FgvcError(f"techniques.{self.kind}: stage {number}: timm does not name its module; choose another")
         module = self.module(name)
         while isinstance(module, nn.Sequential) and len(module):
             last = list(module._modules)[-1]

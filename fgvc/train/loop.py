@@ -63,7 +63,12 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
         session.runtime.first(lambda: start_run(out, session.recipe, facts))
         return
     state = checkpoint.load(out / "ckpt")
-    finished = state.progress.finished
+    finished, done = state.progress.finished, state.progress.step
+    if done > session.total_steps or (done == session.total_steps and (finished or not state.progress.sums)):
+        raise FgvcError(
+            f"{out}: this run has made {done} steps, and the settings now end at {session.total_steps}: nothing is left to "
+            "do. Raise train.epochs or train.max_steps, or choose another --out"
+        )
     session.restore(state)
     if finished:  # an extended run is unfinished from now on, whatever happens next
         _save(session, out)
@@ -260,6 +265,11 @@ def _memory_advice(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise FgvcError(
+                "a loading process was killed, most likely for want of memory; the last checkpoint is intact. "
+                f"Lower train.workers (now {recipe.train.workers}) or train.batch_size"
+            ) from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise FgvcError(

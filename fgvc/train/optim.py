@@ -62,7 +62,7 @@ class Optim(Section):
         if self.lr_for_batch is None:
             return self
         factor = batch_size / self.lr_for_batch
-        if self.name.startswith(("ada", "lamb", "nadam", "radam")):
+        if any(part in self.name for part in ("ada", "lamb")):  # timm's rule
             factor **= 0.5
         return self.model_copy(update={"lr": self.lr * factor, "min_lr": self.min_lr * factor, "lr_for_batch": None})
 

@@ -82,7 +82,7 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
 
     `facts`: file name -> what JSON is to hold; `check_facts` compares them when the run goes on.
     """
-    for name in ("ckpt", "plots"):
+    for name in ("ckpt", "plots", "tables"):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("config.yaml", "env.json", "events.jsonl", "metrics.csv", "metrics.json"):
         (out / name).unlink(missing_ok=True)
@@ -116,6 +116,7 @@ def continue_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
                 "restore the data, or train anew in another --out"
             )
     (out / "metrics.json").unlink(missing_ok=True)  # scores of weights that are about to change
+    shutil.rmtree(out / "tables", ignore_errors=True)
     write_atomic(out / "config.yaml", dump(recipe))
 
 
@@ -164,6 +165,11 @@ def _adopt(source: Path, out: Path, recipe: Recipe) -> None:
     read_run(source)
     if source.resolve() == out.resolve():
         return
+    places = {"a file": out.is_file(), "the working folder": out.resolve() == Path.cwd()}
+    places[f"inside of {source}"] = source.resolve() in out.resolve().parents
+    if wrong := [place for place, is_so in places.items() if is_so]:
+        raise FgvcError(f"{out}: {wrong[0]}: the run can't be copied there; choose another --out")
+    out = out.resolve()
     if out.exists() and any(out.iterdir()):
         if _history(source) and _history(out).startswith(_history(source)):
             return  # the same command once more

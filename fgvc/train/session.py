@@ -12,8 +12,8 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
-from torch.optim.swa_utils import update_bn
 
 from fgvc.config import Preprocess
 from fgvc.data.cache import DecodeCache
@@ -28,10 +28,10 @@ from fgvc.model.backbone import (
     memory_format,
     plain_model,
     preprocess_for,
+    reestimate_norms,
     zero_gamma,
 )
 from fgvc.recipe import Recipe
-from fgvc.schedule import knots
 from fgvc.techniques import build
 from fgvc.train.batch import Normalise
 from fgvc.train.checkpoint import Progress, State
@@ -76,7 +76,8 @@ def build_net(recipe: Recipe, classes: int, *, pretrained: bool = True) -> Built
         zero_gamma(net, model)
     if not pretrained:
         weights = replace(weights, origin="of the checkpoint")
-    for trained in {size, *(recipe.image.train_size(share) for share in knots(recipe.image.train_scale))}:
+    epochs = recipe.train.epochs
+    for trained in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
         _try(net, trained, classes, recipe.model.backbone)
     step = StepModule(
         net,
@@ -137,11 +138,9 @@ class Session:
         """Take the statistics of all batch norms, the average's too, from clean images (methods 1: BN pollution)."""
         rows = self.index.rows("train")
         spread = rows[np.linspace(0, len(rows) - 1, min(self.recipe.train.precise_bn, len(rows))).astype(np.int64)]
-        self.step.detach_hooks()
         for net in (self.step.net, *([self.ema.module] if self.ema is not None else [])):
             loader = evaluation_loader(self.index, spread, spec=self.preprocess, batch_size=64, workers=0)
-            update_bn((batch.images for batch in loader), net, device=self.runtime.device)
-        self.step.attach_hooks()
+            reestimate_norms(net, (batch.images.to(self.runtime.device) for batch in loader))
         self.step.train()
 
     def capture(self) -> State:
@@ -239,12 +238,18 @@ def _loader(
 ) -> TrainLoader:
     """This rank's training images, rendered at the largest size that any epoch asks for."""
     rows = index.rows("train")
+    micro = recipe.train.batch_size // (runtime.world * recipe.train.accumulate)
+    if micro < 2 and any(isinstance(module, _BatchNorm) for module in step.net.modules()):
+        raise FgvcError(
+            f"train.batch_size: {recipe.train.batch_size} over {runtime.world} processes x train.accumulate "
+            f"{recipe.train.accumulate} leaves {micro} image a forward, and a batch norm needs two"
+        )
     rendered = preprocess.model_copy(update={"size": recipe.image.largest_train_size})
     loader = train_loader(
         index,
         rows,
         augmenter=Augmenter(recipe.augment, rendered, seed=recipe.train.seed),
-        batch_size=recipe.train.batch_size // (runtime.world * recipe.train.accumulate),
+        batch_size=micro,
         seed=recipe.train.seed,
         workers=recipe.train.workers,
         cache=_cache(recipe, index, rows, runtime, notify),

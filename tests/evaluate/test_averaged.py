@@ -12,6 +12,7 @@ from fgvc.config import Preprocess, validate
 from fgvc.evaluate.averaged import averaged, canvas
 from fgvc.image.preprocess import preprocess
 from fgvc.recipe import Recipe
+from fgvc.types import FgvcError
 
 
 def net(x: torch.Tensor) -> torch.Tensor:
@@ -59,5 +60,9 @@ def test_they_are_recorded_apart_and_stay_out_of_bundles(tmp_path, recipe_tree: 
     assert (plain.split, many.split) == ("test", "test-flip+crops")
     assert set(api._recorded(run)) == {"test.best", "test-flip+crops.best"}
     assert {path.name for path in (run / "tables").iterdir()} >= {"classes-test.csv", "confused-test-flip+crops.csv"}
+    squashed = recipe_tree | {"deploy": {"resize": "squash"}}
+    whole = api.train(validate(Recipe, squashed, where="test"), tmp_path / "squashed")
+    with pytest.raises(FgvcError, match="all crops are the same"):
+        api.evaluate(whole, "test", views="crops")
     bundle = api.export(run, tmp_path / "bundle").bundle
     assert "flip" not in (bundle / "metrics.json").read_text()

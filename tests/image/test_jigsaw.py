@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fgvc.image.jigsaw import cut, draw_jigsaws, inverse, places
+from fgvc.types import FgvcError
 
 GRIDS = st.integers(2, 9)
 REACHES = st.floats(0.6, 12)
@@ -106,3 +107,8 @@ def test_places_are_shares_of_the_side() -> None:
     home = places(torch.arange(4)[None])
     assert home[0].tolist() == [[[0.25, 0.25], [0.75, 0.75]], [[0.25, 0.75], [0.25, 0.75]]]
     assert places(torch.tensor([[3, 2, 1, 0]]))[0, 0].tolist() == [[0.75, 0.75], [0.25, 0.25]]
+
+
+def test_a_grid_that_is_finer_than_the_image_is_an_error() -> None:
+    with pytest.raises(FgvcError, match="16 x 16 patches needs larger images than 8 x 40"):
+        cut(torch.zeros(1, 3, 8, 40), torch.arange(256)[None])

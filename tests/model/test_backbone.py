@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,6 +18,7 @@ from fgvc.model.backbone import (
     deployed,
     feature_layout,
     feature_map,
+    freeze,
     load_weights,
     memory_format,
     plain_model,
@@ -232,3 +234,14 @@ def test_zero_gamma_does_not_erase_pretrained_blocks_unasked() -> None:
     zero_gamma(net(), Model(backbone="test_resnet", weights="w.pth", zero_gamma="even pretrained"))
     with pytest.raises(FgvcError, match="has no residual blocks"):
         zero_gamma(plain_model("test_vit", 3), Model(backbone="test_vit", zero_gamma="yes"))
+
+
+@pytest.mark.parametrize(("text", "expected"), [("yes", "yes"), ("no", "no"), ("even pretrained", "even pretrained")])
+def test_zero_gamma_can_be_said_in_yaml(text: str, expected: str) -> None:
+    tree = yaml.safe_load(f"{{backbone: test_resnet, zero_gamma: {text}}}")
+    assert Model.model_validate(tree).zero_gamma == expected
+
+
+def test_stages_that_timm_does_not_name_are_refused() -> None:
+    with pytest.raises(FgvcError, match=r"model\.freeze: timm does not name the end of stage 1"):
+        freeze(plain_model("tresnet_m", 3), 1)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from fgvc import api
 from fgvc.config import Preprocess, validate
 from fgvc.data.loader import TrainBatch, evaluation_loader
-from fgvc.model.backbone import plain_model
+from fgvc.model.backbone import plain_model, reestimate_norms
 from fgvc.recipe import Recipe
 from fgvc.train import loop
 from fgvc.train.batch import Normalise, to_batch
@@ -338,3 +338,71 @@ def test_a_reduced_batch_still_knows_where_it_came_from() -> None:
     x, y = batch.geometry[0].double() @ torch.tensor([8.5, 12.5, 1.0]).double()
     assert float(batch.x[0, 0, 12, 8]) + 0.5 == pytest.approx(float(x), abs=0.1)
     assert float(batch.x[0, 1, 12, 8]) + 0.5 == pytest.approx(float(y), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"epochs": 3, "max_steps": 12}, {"epochs": 2}),
+        ({"epochs": 3, "max_steps": 8}, {"epochs": 1}),
+        ({"epochs": 2, "max_steps": 100}, {"epochs": 2, "max_steps": 200}),
+    ],
+)
+def test_a_run_with_nothing_left_to_do_says_so_and_stays_as_it_is(
+    tmp_path: Path, recipe_tree: dict, first: dict, then: dict
+) -> None:
+    run = api.train(recipe(recipe_tree, train=first), tmp_path / "run")
+    api.evaluate(run, "test")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(FgvcError, match="nothing is left to do|is finished"):
+        api.train(recipe(recipe_tree, train=then), run)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_that_goes_on_or_starts_anew_drops_the_tables_of_the_old_weights(
+    tmp_path: Path, recipe_tree: dict
+) -> None:
+    run = api.train(recipe(recipe_tree), tmp_path / "run")
+    for change in ({"epochs": 3}, {"seed": 5}):
+        api.evaluate(run, "test")
+        assert (run / "tables").is_dir()
+        api.train(recipe(recipe_tree, train=change), run, overwrite="seed" in change)
+        assert not (run / "tables").exists()
+
+
+def test_places_where_no_copy_can_go(tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = api.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "first")
+    (tmp_path / "file").touch()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out, said in ((tmp_path / "file", "a file"), (first / "x" / "y", "inside of"), (Path(), "the working folder")):
+        with pytest.raises(FgvcError, match=f"{said}.*: the run can't be copied there"):
+            api.train(recipe(recipe_tree), out, resume=str(first))
+
+
+def test_precise_norms_need_no_even_batches_and_let_no_dropout_act(tmp_path: Path, recipe_tree: dict) -> None:
+    model = plain_model("test_resnet", 3, {"drop_path_rate": 0.9})
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.ones_(norm.weight)
+    x = torch.randn(33, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        reestimate_norms(model, (x[:16], x[16:32], x[32:]))
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+    same(states[0], states[1])
+    with pytest.raises(FgvcError, match="one image has no statistics"):
+        recipe(recipe_tree, train={"precise_bn": 1})
+
+
+def test_sizes_between_the_knots_are_tried_before_training(tmp_path: Path, recipe_tree: dict) -> None:
+    tree = recipe_tree | {"image": {"size": 64, "train_scale": [[0, 0.5], [1, 1]]}}
+    tree |= {"model": {"backbone": "test_vit", "kwargs": {"dynamic_img_size": True, "img_size": 64}}}
+    with pytest.raises(FgvcError, match=r"test_vit can't take images of \d+ x \d+: Input height"):
+        api.train(recipe(tree, train={"epochs": 4}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_one_image_are_refused_where_norms_need_two(tmp_path: Path, recipe_tree: dict) -> None:
+    with pytest.raises(FgvcError, match="leaves 1 image a forward"):
+        api.train(recipe(recipe_tree, train={"batch_size": 4, "accumulate": 4}), tmp_path / "run")
