@@ -101,7 +101,8 @@ def evaluate(
     if not len(rows):
         raise FgvcError(f"{run}: its data has no {split} part")
     here = recipe.train if device is None else recipe.train.model_copy(update={"device": device})
-    if views is not None and "crops" in views and canvas(preprocess).size == preprocess.size:
+    spec = canvas(preprocess) if views is not None and "crops" in views else preprocess
+    if spec is not preprocess and spec.size == preprocess.size:
         raise FgvcError(
             f"--views {views}: the deployed crop is the whole canvas here, so all crops are the same; use flip"
         )
@@ -109,7 +110,6 @@ def evaluate(
         layout = memory_format(net)
         net.to(process.device).to(memory_format=layout)
         unreadable: list[str] = []
-        spec = canvas(preprocess) if views is not None and "crops" in views else preprocess
         loader = evaluation_loader(index, rows, spec=spec, batch_size=64, workers=recipe.train.workers)
         scored = net if views is None else averaged(net, views, preprocess.size)
 

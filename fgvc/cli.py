@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fgvc.disk import writing
 from fgvc.types import FgvcError
 
 app = typer.Typer(
@@ -66,11 +67,9 @@ def init(
     if out.exists():
         raise FgvcError(f"{out}: exists already; remove it, or choose another name")
     text = template.commented(Recipe, template.recipe_file(recipe))
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise FgvcError(f"{out}: can't write: {error.strerror}") from error
     print(f"{out}: set data.root and model.weights in it, then: fgvc data check {out}")
 
 

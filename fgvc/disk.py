@@ -1,9 +1,13 @@
-"""What must be on the disk before a name may point at it. Standard library only."""
+"""What must be on the disk before a name may point at it, and what a user hears when it can't get there."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from fgvc.types import FgvcError
 
 
 def sync(path: Path) -> None:
@@ -13,3 +17,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises FgvcError naming the file where the system can't write it."""
+    try:
+        yield
+    except OSError as error:
+        raise FgvcError(f"{path}: can't write: {error.strerror or error}") from error

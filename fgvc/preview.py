@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fgvc.config import Preprocess
 from fgvc.data.loader import evaluation_loader
+from fgvc.disk import writing
 from fgvc.evaluate.font import ADVICE, writable
 from fgvc.image.decode import decode
 from fgvc.recipe import Recipe
@@ -141,10 +142,8 @@ def _save(rows: list[list[Cell]], font: Path, path: Path) -> Path:
             for number, line in enumerate(lines):
                 draw.text((left, top + picture.height + number * LINE), line, fill="black", font=written)
         top += height
-    try:
+    with writing(path):
         sheet.save(path)
-    except OSError as error:
-        raise FgvcError(f"{path}: can't write: {error.strerror or error}") from error
     return path
 
 

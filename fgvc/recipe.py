@@ -16,7 +16,7 @@ from fgvc.data.table import CsvData
 from fgvc.export.onnx import Export
 from fgvc.image.augment import Augment
 from fgvc.model.backbone import Model
-from fgvc.schedule import Scheduled, at, knots
+from fgvc.schedule import Scheduled, Value, at, knots
 from fgvc.techniques import Techniques
 from fgvc.train.checkpoint import Checkpoint
 from fgvc.train.events import Log
@@ -28,7 +28,6 @@ class Image(Section):
     """The network's input."""
 
     size: tuple[int, int] = Field((224, 224), description="one number for a square, or [height, width]; pixels")
-
     train_scale: Scheduled = Field(
         1.0,
         description="side of training images in units of size, to 8 pixels: below 1 all along trains for a larger "
@@ -46,7 +45,7 @@ class Image(Section):
 
     @field_validator("train_scale")
     @classmethod
-    def _some(cls, scale: float | tuple[tuple[float, float], ...]) -> float | tuple[tuple[float, float], ...]:
+    def _some(cls, scale: Value) -> Value:
         if min(at(scale, share) for share in knots(scale)) <= 0:
             raise ValueError("above 0")
         return scale

@@ -10,9 +10,10 @@ from pydantic import AfterValidator, Field
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0)]
+Value = float | tuple[tuple[float, float], ...]
 
 
-def _ordered(value: float | tuple[tuple[float, float], ...]) -> float | tuple[tuple[float, float], ...]:
+def _ordered(value: Value) -> Value:
     if isinstance(value, tuple):
         shares = [share for share, _ in value]
         if not shares or any(b <= a for a, b in pairwise(shares)):
@@ -24,12 +25,12 @@ Scheduled = Annotated[Amount | tuple[tuple[Share, Amount], ...], AfterValidator(
 """A number, or knots [[share of the run, value], ...] with straight lines between them."""
 
 
-def knots(value: float | tuple[tuple[float, float], ...]) -> list[float]:
+def knots(value: Value) -> list[float]:
     """The shares of the run at which a value is given."""
     return [share for share, _ in value] if isinstance(value, tuple) else [0.0]
 
 
-def at(value: float | tuple[tuple[float, float], ...], progress: float) -> float:
+def at(value: Value, progress: float) -> float:
     """The value at `progress` in [0,1]: before the first knot and after the last it is theirs."""
     if not isinstance(value, tuple):
         return value

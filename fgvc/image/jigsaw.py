@@ -32,7 +32,7 @@ def inverse(source: Tensor) -> Tensor:
 
 def cut(x: Tensor, source: Tensor) -> Tensor:
     """`x` (B,C,H,W) of any size as a shuffled copy. Patches are floor(H/N) x floor(W/N) pixels; what remains at the right
-    and the lower border stays where it is."""
+    and the lower border stays where it is. Raises FgvcError where a patch would be empty."""
     (b, c, height, width), n = x.shape, round(source.shape[1] ** 0.5)
     h, w = height // n, width // n
     if not h or not w:

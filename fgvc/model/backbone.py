@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fgvc.config import Deploy, Interpolation, Preprocess, Section, Triple
 from fgvc.types import FgvcError
@@ -212,64 +211,39 @@ def freeze(net: nn.Module, stages: int) -> list[nn.Module]:
     if stages >= len(info):
         raise FgvcError(f"model.freeze: {stages} of the {len(info)} stages: leave at least one of them to train")
     last = str(info[stages - 1]["module"])
-    leaves = [(name, module) for name, module in net.named_modules() if _is_leaf(module)]
-    end = max((at for at, (name, _) in enumerate(leaves) if f"{name}.".startswith(f"{last}.")), default=-1)
-    if end < 0:
+    if not last:
         raise FgvcError(f"model.freeze: timm does not name the end of stage {stages} of a {type(net).__name__}")
-    frozen = {id(module) for _, module in leaves[: end + 1]}
-    still = [m for m in net.modules() if all(id(part) in frozen for part in m.modules() if _is_leaf(part))]
+    behind = {id(module) for module in modules_behind(net, last)}
+    still = [m for m in net.modules() if all(id(part) not in behind for part in m.modules() if _is_leaf(part))]
     for module in (*still, net):  # the net's own are position and class tokens: part of the stem
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
     return still
 
 
+def modules_behind(net: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that come after the one of this name and all that is in it, in the order of registration."""
+    named = list(net.named_modules())
+    end = max(at for at, (own, _) in enumerate(named) if f"{own}.".startswith(f"{name}."))
+    return [module for _, module in named[end + 1 :]]
+
+
+def zeros_through(net: nn.Module, size: tuple[int, int], *, pre_logits: bool = False) -> tuple[Tensor, Tensor]:
+    """What one image of zeros gives in eval mode: the features, and the head's logits or what its last layer reads."""
+    training, weight = net.training, next(net.parameters())
+    net.eval()
+    try:
+        with torch.no_grad():
+            x = torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype)
+            features = net.forward_features(x)  # type: ignore[operator]
+            options = {"pre_logits": True} if pre_logits else {}
+            return features, net.forward_head(features, **options)  # type: ignore[operator]
+    finally:
+        net.train(training)
+
+
 def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
-
-
-def zero_gamma(net: nn.Module, model: Model) -> None:
-    """Set the gamma of the last batch norm of every residual block to 0, where `model.zero_gamma` asks for it.
-
-    Raises FgvcError on pretrained weights unless they are named, and where timm's net has no such block.
-    """
-    if model.zero_gamma == "no":
-        return
-    if model.weights != "none" and model.zero_gamma != "even pretrained":
-        raise FgvcError(
-            f"model.zero_gamma: yes would erase the residual blocks of {model.weights}; set it to no, or to "
-            "`even pretrained` if that is what you want"
-        )
-    blocks = [m for m in net.modules() if hasattr(m, "zero_init_last") and m is not net]
-    skips = [m for m in net.modules() if getattr(m, "has_skip", False) is True]
-    norms = [[n for n in m.modules() if isinstance(n, nn.BatchNorm2d) and n.affine][-1:] for m in skips]
-    for block in blocks:
-        block.zero_init_last()  # type: ignore[operator]
-    for norm in (norm for found in norms for norm in found):
-        nn.init.zeros_(norm.weight)
-    if not blocks and not any(norms):
-        raise FgvcError(
-            f"model.zero_gamma: {model.backbone} has no residual blocks that end in a batch norm; set it to no"
-        )
-
-
-def reestimate_norms(net: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Batch norms' running statistics as the plain mean over `batches` (B,3,H,W), all else as in evaluation: torch's
-    `update_bn` would let dropout and drop-path act. Batches of one image are left out. Ends in eval mode."""
-    net.eval()
-    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    kept = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative
-        norm.train()
-    with torch.no_grad():
-        for x in batches:
-            if len(x) > 1:
-                net(x)
-    for norm, momentum in zip(norms, kept, strict=True):
-        norm.momentum = momentum
-    net.eval()
 
 
 def memory_format(net: nn.Module) -> torch.memory_format:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from fgvc.model.backbone import feature_map
+from fgvc.model.backbone import feature_map, modules_behind, zeros_through
 from fgvc.model.graft import Site, find_sites, graft
 from fgvc.types import Draws, FgvcError
 
@@ -43,14 +42,7 @@ class Joints:
     def shapes(self) -> tuple[tuple[int, int, int], int]:
         """(C,h,w) of the feature map and the width of the pooled features, from one forward of zeros."""
         if self._shapes is None:
-            was_training = self.net.training
-            self.net.eval()
-            weight = next(self.net.parameters())
-            with torch.no_grad():
-                x = torch.zeros(1, 3, *self.size, device=weight.device, dtype=weight.dtype)
-                features = self.net.forward_features(x)  # type: ignore[operator]
-                pooled = self.net.forward_head(features, pre_logits=True)  # type: ignore[operator]
-            self.net.train(was_training)
+            features, pooled = zeros_through(self.net, self.size, pre_logits=True)
             _, channels, height, width = feature_map(self.net, features).shape
             self._shapes = (channels, height, width), pooled.shape[1]
         return self._shapes
@@ -118,9 +110,8 @@ class Plan:
 
     def norms_after(self, module: str) -> int:
         """Batch norms that come behind a module, in the order of registration."""
-        names = [name for name, _ in self._joints.net.named_modules()]
-        end = max(at for at, name in enumerate(names) if f"{name}.".startswith(f"{module}."))
-        return sum(isinstance(self.module(name), nn.modules.batchnorm._BatchNorm) for name in names[end + 1 :])
+        behind = modules_behind(self._joints.net, module)
+        return sum(isinstance(other, nn.modules.batchnorm._BatchNorm) for other in behind)
 
     def tap(self, module: str) -> None:
         """Record this module's output in every forward: `Output.taps[module]`."""

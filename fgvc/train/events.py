@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fgvc.config import Section
-from fgvc.types import FgvcError
+from fgvc.disk import writing
 
 
 class Log(Section):
@@ -32,12 +32,12 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace a small text file so that a reader or a kill never sees half of it. Raises FgvcError, the old file intact."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        with suppress(OSError):
+        with writing(path):
+            scratch.write_text(text, encoding="utf-8")
+            os.replace(scratch, path)
+    finally:
+        with suppress(OSError):  # gone, unless something failed
             scratch.unlink()
-        raise FgvcError(f"{path}: can't write: {error.strerror or error}") from error
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -66,13 +66,10 @@ class Events:
             return
         path = self.run / "events.jsonl"
         line = json.dumps({"event": kind, "time": round(time.time(), 3), **values}, default=str)
-        try:
-            with path.open("ab+") as file:
-                if file.tell() and _last_byte(file) != b"\n":
-                    file.write(b"\n")
-                file.write(line.encode() + b"\n")
-        except OSError as error:
-            raise FgvcError(f"{path}: can't write: {error.strerror or error}") from error
+        with writing(path), path.open("ab+") as file:
+            if file.tell() and _last_byte(file) != b"\n":
+                file.write(b"\n")
+            file.write(line.encode() + b"\n")
 
     def table(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Write metrics.csv anew from the whole history."""

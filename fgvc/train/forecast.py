@@ -13,12 +13,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fgvc.model.backbone import head_prefixes, memory_format
+from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe
 from fgvc.seeding import STEP, generator
-from fgvc.train.optim import make_ema, make_optimizer
+from fgvc.train.optim import make_ema
 from fgvc.train.runtime import runtime
-from fgvc.train.session import build_net, read_index
+from fgvc.train.session import build_net, build_optimizer, read_index
 from fgvc.types import Batch, Draws, FgvcError
 
 STEPS = 3
@@ -57,8 +57,7 @@ def forecast(recipe: Recipe) -> Forecast:
         make_ema(step.net, recipe.ema)
         step.attach_hooks()
         step.train()
-        optim = recipe.optim.scaled(recipe.train.batch_size)
-        optimizer = make_optimizer(step, optim, added=step.added, head=head_prefixes(step.net))
+        optimizer, _ = build_optimizer(step, recipe)
         x = torch.randn(micro, 3, *recipe.image.size, device=process.device).contiguous(memory_format=layout)
         y = torch.arange(micro, device=process.device) % len(index.classes)
         batch = Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(micro, 2, 3))

@@ -36,7 +36,8 @@ def open_run(out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool
     if resume not in ("auto", "never"):
         if overwrite:
             raise FgvcError("--overwrite loses a run, --resume PATH goes on with one: give one of the two")
-        _adopt(Path(resume), out, recipe)
+        if _adopt(Path(resume), out, recipe):
+            return True
     config = out / "config.yaml"
     if not config.is_file():
         if out.is_dir() and any(out.iterdir()):
@@ -80,7 +81,7 @@ def _check_continues(out: Path, recipe: Recipe) -> None:
 def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     """Begin a new run in `out`: what an earlier run wrote there is removed, all else stays.
 
-    `facts`: file name -> what JSON is to hold; `check_facts` compares them when the run goes on.
+    `facts`: file name -> what JSON is to hold; `continue_run` compares them when the run goes on.
     """
     for name in ("ckpt", "plots", "tables"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -159,12 +160,13 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _adopt(source: Path, out: Path, recipe: Recipe) -> None:
-    """Go on from another run: copy it first, in full or not at all, so that it stays as it is."""
+def _adopt(source: Path, out: Path, recipe: Recipe) -> bool:
+    """Go on from another run: copy it first, in full or not at all, so that it stays as it is. Whether a copy was made:
+    then it is known to go on with this recipe."""
     source = source.parent.parent if source.parent.name == "ckpt" else source
     read_run(source)
     if source.resolve() == out.resolve():
-        return
+        return False
     places = {"a file": out.is_file(), "the working folder": out.resolve() == Path.cwd()}
     places[f"inside of {source}"] = source.resolve() in out.resolve().parents
     if wrong := [place for place, is_so in places.items() if is_so]:
@@ -172,7 +174,7 @@ def _adopt(source: Path, out: Path, recipe: Recipe) -> None:
     out = out.resolve()
     if out.exists() and any(out.iterdir()):
         if _history(source) and _history(out).startswith(_history(source)):
-            return  # the same command once more
+            return False  # the same command once more
         raise FgvcError(f"{out}: not empty; --resume PATH copies the run into a new --out")
     _check_continues(source, recipe)
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
@@ -184,6 +186,7 @@ def _adopt(source: Path, out: Path, recipe: Recipe) -> None:
         raise FgvcError(f"{out}: can't copy {source} there: {error.strerror or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    return True
 
 
 def _history(run: Path) -> bytes:

@@ -28,14 +28,14 @@ from fgvc.model.backbone import (
     memory_format,
     plain_model,
     preprocess_for,
-    reestimate_norms,
-    zero_gamma,
+    zeros_through,
 )
+from fgvc.model.norm import reestimate_norms, zero_gamma
 from fgvc.recipe import Recipe
 from fgvc.techniques import build
 from fgvc.train.batch import Normalise
 from fgvc.train.checkpoint import Progress, State
-from fgvc.train.optim import make_ema, make_optimizer, make_schedule
+from fgvc.train.optim import Optim, make_ema, make_optimizer, make_schedule
 from fgvc.train.runtime import Runtime
 from fgvc.train.step import StepModule
 from fgvc.types import FgvcError, ImageIndex
@@ -74,7 +74,7 @@ def build_net(recipe: Recipe, classes: int, *, pretrained: bool = True) -> Built
     weights = load_weights(net, model)
     if pretrained:
         zero_gamma(net, model)
-    if not pretrained:
+    else:
         weights = replace(weights, origin="of the checkpoint")
     epochs = recipe.train.epochs
     for trained in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
@@ -89,6 +89,12 @@ def build_net(recipe: Recipe, classes: int, *, pretrained: bool = True) -> Built
         frozen=freeze(net, recipe.model.freeze) if recipe.model.freeze else (),
     )
     return Built(step, weights, preprocess_for(recipe.deploy, size, weights))
+
+
+def build_optimizer(step: StepModule, recipe: Recipe) -> tuple[Optimizer, Optim]:
+    """The optimizer, and the settings with the rates that it really uses."""
+    optim = recipe.optim.scaled(recipe.train.batch_size)
+    return make_optimizer(step, optim, added=step.added, head=head_prefixes(step.net)), optim
 
 
 @dataclass(slots=True)
@@ -197,8 +203,7 @@ def open_session(
     ema = make_ema(step.net, recipe.ema)
     step.attach_hooks()
     step.train()
-    optim = recipe.optim.scaled(recipe.train.batch_size)
-    optimizer = make_optimizer(step, optim, added=step.added, head=head_prefixes(step.net))
+    optimizer, optim = build_optimizer(step, recipe)
     loader = _loader(recipe, runtime, index, step, preprocess, notify)
     torch.manual_seed(recipe.train.seed + runtime.rank)  # dropout differs between ranks
     session = Session(
@@ -277,16 +282,11 @@ def _cache(
 
 def _try(net: nn.Module, size: tuple[int, int], classes: int, name: str) -> None:
     """One forward of zeros: a backbone that can't take the size says so now, not after the data is read."""
-    training = net.training
-    net.eval()
     try:
-        with torch.no_grad():
-            z = net.forward_head(net.forward_features(torch.zeros(1, 3, *size)))  # type: ignore[operator]
+        _, z = zeros_through(net, size)
     except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
         hint = "; many transformers need model.kwargs.img_size" if "match" in str(error) else ""
         raise FgvcError(f"model.backbone: {name} can't take images of {size[0]} x {size[1]}: {error}{hint}") from error
-    finally:
-        net.train(training)
     if not isinstance(z, torch.Tensor) or z.shape != (1, classes):
         shape = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
         raise FgvcError(

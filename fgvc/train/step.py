@@ -6,16 +6,16 @@ on_batch -> views -> forward (shared group, own groups) -> views_after -> losses
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from fgvc.model.norm import momenta, own_statistics, running_norms
 from fgvc.model.plan import Context, Joints, Plan, context_of
 from fgvc.schedule import at
 from fgvc.types import Batch, Draws, FgvcError, Output, Target, View
@@ -55,8 +55,13 @@ class StepModule(nn.Module):
         new = (name for name, value in self.named_parameters() if id(value) not in plain)
         self.added = {name: "added" if name.startswith("branches.") else "grafted" for name in new}
         self._recompute = recompute
+        self._norms = running_norms(net) if recompute else []
+        self._momenta = [norm.momentum for norm in self._norms]
         if recompute:
             _checkpoint_activations(net)
+            # Of the forward only: recomputed batch norms see the batch again and must not count it twice (methods 13).
+            for norm in self._norms:
+                norm.momentum = 0.0
         self._handles: list[RemovableHandle] = []
         self._taps: dict[str, Tensor] = {}
         self._fired: set[tuple[str, str]] = set()
@@ -81,7 +86,7 @@ class StepModule(nn.Module):
         """
         self.contexts = {kind: context_of(kind, self.joints, draws) for kind in self.techniques}
         self._groups, self._inside = [], True
-        with _statistics_of_the_forward(self.net) if self._recompute else nullcontext():
+        with momenta(self._norms, self._momenta):
             losses, made = self._forward(batch, draws, views)
         self._inside = False
         return losses, made
@@ -151,7 +156,8 @@ class StepModule(nn.Module):
         x = group[0].x if len(group) == 1 else torch.cat([view.x for view in group])
         self._group, self._taps, self._fired = group, {}, set()
         self._groups.append(group)
-        with _own_statistics(self.net, active=group[0].bn == "own", recompute=self._recompute):
+        own = group[0].bn == "own"
+        with own_statistics(self.net, recompute=self._recompute) if own else nullcontext():
             features = self.net.forward_features(x)  # type: ignore[operator]
             logits = self.net.forward_head(features)  # type: ignore[operator]
         self._check_fired()
@@ -254,48 +260,3 @@ def _checkpoint_activations(net: nn.Module) -> None:
         net.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AssertionError, AttributeError, TypeError) as error:
         raise FgvcError(f"train.recompute: timm can't checkpoint a {type(net).__name__}; set it to false") from error
-    with _statistics_of_the_forward(net):
-        pass
-
-
-def _norms(net: nn.Module) -> list[_BatchNorm]:
-    return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-
-
-@contextmanager
-def _statistics_of_the_forward(net: nn.Module) -> Iterator[None]:
-    """Outside of this context the momentum is 0: recomputed batch norms see the batch again and must not count it twice
-    (methods 13)."""
-    for norm in _norms(net):
-        norm.momentum = getattr(norm, "forward_momentum", norm.momentum)
-    try:
-        yield
-    finally:
-        for norm in _norms(net):
-            norm.forward_momentum, norm.momentum = norm.momentum, 0.0  # type: ignore[assignment]
-
-
-@contextmanager
-def _own_statistics(net: nn.Module, *, active: bool, recompute: bool) -> Iterator[None]:
-    """BN normalises by this forward's batch statistics and leaves its running buffers alone.
-
-    `recompute`: by a momentum of 0, as in the backward, since the two runs must save the same tensors.
-    """
-    norms = [m for m in _norms(net) if active and m.training]
-    if recompute:
-        kept = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-        try:
-            yield
-        finally:
-            for norm, momentum in zip(norms, kept, strict=True):
-                norm.momentum = momentum
-        return
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True

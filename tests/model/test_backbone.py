@@ -23,8 +23,8 @@ from fgvc.model.backbone import (
     memory_format,
     plain_model,
     preprocess_for,
-    zero_gamma,
 )
+from fgvc.model.norm import zero_gamma
 from fgvc.types import FgvcError
 
 HALF = (0.5, 0.5, 0.5)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from fgvc import api
 from fgvc.config import Preprocess, validate
 from fgvc.data.loader import TrainBatch, evaluation_loader
-from fgvc.model.backbone import plain_model, reestimate_norms
+from fgvc.model.backbone import plain_model
+from fgvc.model.norm import reestimate_norms
 from fgvc.recipe import Recipe
 from fgvc.train import loop
 from fgvc.train.batch import Normalise, to_batch
