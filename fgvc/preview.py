@@ -16,12 +16,11 @@ from fgvc.disk import writing
 from fgvc.evaluate.font import ADVICE, writable
 from fgvc.image.decode import decode
 from fgvc.recipe import Recipe
-from fgvc.seeding import STEP, generator
 from fgvc.techniques import CONFIGS
 from fgvc.train.batch import to_batch
 from fgvc.train.runtime import runtime
 from fgvc.train.session import Session, open_session
-from fgvc.types import Draws, FgvcError, Target, View
+from fgvc.types import FgvcError, Target, View
 
 MARGIN, LINE = 6, 15  # pixels
 LARGEST = 256  # pixels: what a picture is reduced to on a sheet
@@ -78,9 +77,8 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
     session.progress.epoch = epoch
     batch = to_batch(raw, session.normalise, session.train_size)
     number = epoch * session.steps_per_epoch
-    rng = generator(STEP, session.recipe.train.seed, number, 0, 0)
     progress = number / (session.steps_per_epoch * session.recipe.train.epochs)
-    draws = Draws(progress, {kind: draw(rng, batch) for kind, draw in session.step.hooks("draw")})
+    draws = session.step.draw(batch, progress, seed=session.recipe.train.seed, step=number)
     _, views = session.step(batch, draws)
     rows = []
     for at, row in enumerate(batch.index[:images].tolist()):

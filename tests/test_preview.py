@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import Image, ImageFont
 
 from fgvc import api, preview
 from fgvc.config import Preprocess, validate
@@ -64,14 +67,50 @@ def test_names_that_no_font_can_write_become_numbers(monkeypatch: pytest.MonkeyP
     font.font_for.cache_clear()
 
 
-def test_a_font_is_taken_that_has_every_character() -> None:
-    names, path = font.writable(["麻雀", "sparrow"])
-    if names[0] == "#0":
-        pytest.skip("no font with Chinese characters on this machine")
-    from PIL import ImageFont
+def draw_font(path: Path, characters: str) -> None:
+    """A font whose every letter is a square as high as its number."""
+    glyphs = {}
+    for number, character in enumerate(characters, start=1):
+        pen = TTGlyphPen(None)
+        pen.moveTo((0, 0))
+        for point in ((0, 50 * number), (500, 50 * number), (500, 0)):
+            pen.lineTo(point)
+        pen.closePath()
+        glyphs[f"u{ord(character):04X}"] = pen.glyph()
+    order = [".notdef", *glyphs]
+    made = FontBuilder(1000, isTTF=True)
+    made.setupGlyphOrder(order)
+    made.setupCharacterMap({int(name[1:], 16): name for name in glyphs})
+    made.setupGlyf({".notdef": TTGlyphPen(None).glyph(), **glyphs})
+    made.setupHorizontalMetrics({name: (600, 0) for name in order})
+    made.setupHorizontalHeader(ascent=1000, descent=-200)
+    made.setupNameTable({"familyName": path.stem, "styleName": "Regular"})
+    made.setupOS2()
+    made.setupPost()
+    made.save(path)
 
+
+def test_a_font_is_taken_that_has_every_character_of_chinese_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe_tree: dict
+) -> None:
+    draw_font(tmp_path / "Sparrow.ttf", "麻雀originalevuto:0123456789. +ptm")
+    monkeypatch.setattr(font.font_manager.fontManager, "ttflist", list(font.font_manager.fontManager.ttflist))
+    font.font_manager.fontManager.addfont(tmp_path / "Sparrow.ttf")
+    font.font_for.cache_clear()
+    names, path = font.writable(["麻雀", "original"])
+    assert names == ["麻雀", "original"]
     written = ImageFont.truetype(str(path), 20)
-    assert written.getmask("麻").getbbox() != written.getmask("\uffff").getbbox()
+    assert written.getmask("麻").getbbox() != written.getmask("雀").getbbox(), "letters, not boxes for unknown ones"
+    root = tmp_path / "birds"
+    for split, count in (("train", 8), ("val", 2)):
+        for number, name in enumerate(("麻雀", "original")):
+            for i in range(count):
+                place = root / split / name / f"{i}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 40), (100 * number + 10 * i, 90, 90)).save(place)
+    made = recipe(recipe_tree, data={"kind": "folder", "root": str(root)})
+    assert api.preview(made, tmp_path / "sheets").notes == (), "no advice: the names could be written"
+    font.font_for.cache_clear()
 
 
 def test_a_folder_that_can_not_be_made_is_named(tmp_path: Path, recipe_tree: dict) -> None:

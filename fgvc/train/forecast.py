@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe
-from fgvc.seeding import STEP, generator
 from fgvc.train.optim import make_ema
 from fgvc.train.runtime import runtime
 from fgvc.train.session import build_net, build_optimizer, read_index
-from fgvc.types import Batch, Draws, FgvcError
+from fgvc.types import Batch, FgvcError
 
-STEPS = 3
+STEPS = 4  # spread over the run, since weights, rates and sizes may be scheduled
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class Forecast:
     steps: int
     forwards: float  # images through the backbone in a step, over images in the batch
     parameters: int  # trained, branches included
-    step_seconds: float  # median
+    step_seconds: float  # mean over the run
     hours: float
     peak_bytes: int
     techniques: dict[str, str]  # kind -> forwards that it says it adds
@@ -58,15 +57,15 @@ def forecast(recipe: Recipe) -> Forecast:
         step.attach_hooks()
         step.train()
         optimizer, _ = build_optimizer(step, recipe)
-        x = torch.randn(micro, 3, *recipe.image.size, device=process.device).contiguous(memory_format=layout)
         y = torch.arange(micro, device=process.device) % len(index.classes)
-        batch = Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(micro, 2, 3))
         passed = count_images(step.net)
         seconds = []
-        for number in range(STEPS + 1):
+        for number, progress in enumerate([0.0, *((at + 0.5) / STEPS for at in range(STEPS))]):
+            size = recipe.image.train_size(progress)
+            x = torch.randn(micro, 3, *size, device=process.device).contiguous(memory_format=layout)
+            batch = Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(micro, 2, 3))
             started = time.perf_counter()
-            rng = generator(STEP, recipe.train.seed, number, 0, 0)
-            draws = Draws(0.0, {kind: draw(rng, batch) for kind, draw in step.hooks("draw")})
+            draws = step.draw(batch, progress, seed=recipe.train.seed, step=number)
             with process.autocast():
                 losses, _ = step(batch, draws)
             losses["loss"].backward()
@@ -75,14 +74,14 @@ def forecast(recipe: Recipe) -> Forecast:
             if process.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append((time.perf_counter() - started) * recipe.train.accumulate)
-        median = statistics.median(seconds[1:])  # the first one sets up kernels and the optimizer
+        mean = statistics.mean(seconds[1:])  # the first one sets up kernels and the optimizer
         return Forecast(
             images={split: len(index.rows(split)) for split in ("train", "val", "test")},
             steps=steps,
             forwards=sum(rows for rows, _ in passed) / (micro * (STEPS + 1)),
             parameters=sum(p.numel() for p in step.parameters()),
-            step_seconds=median,
-            hours=median * steps / 3600,
+            step_seconds=mean,
+            hours=mean * steps / 3600,
             peak_bytes=_peak(process.device),
             techniques={kind: technique.forwards for kind, technique in step.techniques.items()},
             notes=(*built.weights.doubts, *step.joints.notes),

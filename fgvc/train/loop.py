@@ -18,7 +18,6 @@ from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, evaluate
 from fgvc.evaluate.plot import plot_confusion, plot_curves
 from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe
-from fgvc.seeding import STEP, generator
 from fgvc.train import checkpoint
 from fgvc.train.batch import to_batch
 from fgvc.train.events import Events
@@ -26,7 +25,7 @@ from fgvc.train.optim import learning_rate
 from fgvc.train.run import continue_run, open_run, recorded_preprocess, start_run
 from fgvc.train.runtime import runtime
 from fgvc.train.session import Session, open_session
-from fgvc.types import Draws, FgvcError
+from fgvc.types import FgvcError
 
 
 def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = False) -> Path:
@@ -123,9 +122,10 @@ def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Eve
             events.say(f"skipped from now on: {error}")
             events.write("unreadable", path=error.path, reason=error.reason)
         batch = to_batch(raw, session.normalise, session.train_size)
-        rng = generator(STEP, recipe.train.seed, session.progress.step, part, process.rank)
         progress = session.progress.step / (session.steps_per_epoch * recipe.train.epochs)
-        draws = Draws(progress, {kind: draw(rng, batch) for kind, draw in step.hooks("draw")})
+        draws = step.draw(
+            batch, progress, seed=recipe.train.seed, step=session.progress.step, part=part, rank=process.rank
+        )
         last = part == parts - 1
         synchronise = nullcontext() if last or process.world == 1 else session.wrapped.no_sync()  # type: ignore[operator]
         with synchronise:

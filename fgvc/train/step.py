@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from fgvc.model.norm import momenta, own_statistics, running_norms
 from fgvc.model.plan import Context, Joints, Plan, context_of
 from fgvc.schedule import at
+from fgvc.seeding import STEP, generator
 from fgvc.types import Batch, Draws, FgvcError, Output, Target, View
 
 MAIN = "main"
@@ -74,6 +76,14 @@ class StepModule(nn.Module):
         """The techniques that have this hook, in the union's order."""
         found = ((kind, getattr(technique, name, None)) for kind, technique in self.techniques.items())
         return [(kind, hook) for kind, hook in found if hook is not None]
+
+    def draw(self, batch: Batch, progress: float, *, seed: int, step: int, part: int = 0, rank: int = 0) -> Draws:
+        """All random numbers of one step. Each technique has a stream of its own: what it draws does not depend on what
+        else is switched on, so runs with and without another technique can be compared step by step."""
+        streams = {
+            kind: generator(STEP, seed, step, part, rank, crc32(kind.encode())) for kind, _ in self.hooks("draw")
+        }
+        return Draws(progress, {kind: draw(streams[kind], batch) for kind, draw in self.hooks("draw")})
 
     def forward(
         self, batch: Batch, draws: Draws, views: Sequence[View] | None = None

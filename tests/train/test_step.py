@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fgvc.model.backbone import freeze
 from fgvc.model.plan import Joints, Plan
+from fgvc.techniques.dcl import DclConfig
 from fgvc.techniques.mixup import MixupConfig
 from fgvc.train.step import StepModule
 from fgvc.types import Batch, Draws, FgvcError, View
@@ -250,6 +251,19 @@ def test_frozen_stages_keep_their_weights_and_statistics(name: str, stages: int,
     assert not moved & set(names[: names.index(last) + 1])
     with pytest.raises(FgvcError, match="leave at least one"):
         freeze(model, len(model.feature_info))
+
+
+def test_what_a_technique_draws_does_not_depend_on_the_others() -> None:
+    def drawn(*kinds: str, step: int = 3) -> dict:
+        made = {"mixup": MixupConfig().build(), "dcl": DclConfig(grid=2).build()}
+        return (
+            StepModule(net(), {kind: made[kind] for kind in kinds}, size=SIZE).draw(batch(), 0.0, seed=1, step=step).of
+        )
+
+    both = drawn("mixup", "dcl")
+    assert torch.equal(drawn("dcl")["dcl"], both["dcl"])
+    assert all(torch.equal(a, b) for a, b in zip(drawn("mixup")["mixup"], both["mixup"], strict=True))
+    assert not torch.equal(drawn("dcl", step=4)["dcl"], both["dcl"])
 
 
 def test_l1_is_the_sum_of_the_weights_and_pulls_them_to_zero() -> None:
