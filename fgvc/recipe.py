@@ -59,7 +59,10 @@ class Image(Section):
 
     def train_size(self, progress: float) -> tuple[int, int]:
         """Height and width of training images at a share of the run."""
-        scale = at(self.train_scale, progress)
+        return self.scaled(at(self.train_scale, progress))
+
+    def scaled(self, scale: float) -> tuple[int, int]:
+        """Height and width at `scale` times the size, to 8 pixels."""
         if scale == 1:
             return self.size
         height, width = (max(8, 8 * round(side * scale / 8)) for side in self.size)
@@ -121,6 +124,12 @@ class Recipe(Section):
             raise ValueError("train.precise_bn would change the frozen batch norms: set it or model.freeze to 0")
         for problem in conflicts(self.techniques):
             raise ValueError(problem)
+        for kind, config in _chosen(self.techniques).items():
+            if self.ema is None and getattr(config, "needs_ema", False):
+                raise ValueError(
+                    f"techniques.{kind}: asks the moving average of the weights, and there is no `ema:` section; give, for "
+                    "example, ema.decay=0.99"
+                )
         return self
 
     @property
@@ -130,15 +139,17 @@ class Recipe(Section):
 
 def conflicts(techniques: Section) -> list[str]:
     """Pairs that may not go together (methods 16), each with what to change; a technique declares its own."""
-    chosen = {
-        kind: config for kind in type(techniques).model_fields if (config := getattr(techniques, kind)) is not None
-    }
+    chosen = _chosen(techniques)
     return [
         f"techniques: {kind} and {other} can't go together: {advice}"
         for kind, config in chosen.items()
         for other, advice in getattr(config, "conflicts", {}).items()
         if other in chosen
     ]
+
+
+def _chosen(techniques: Section) -> dict[str, Section]:
+    return {kind: config for kind in type(techniques).model_fields if (config := getattr(techniques, kind)) is not None}
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:

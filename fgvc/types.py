@@ -5,7 +5,7 @@ Tensor legend: x (B,3,H,W) images, f (B,C,h,w) feature maps, z (B,K) logits, y (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,6 +76,12 @@ class Batch:
     labels: Tensor  # (B,) int64: the clean labels
     index: Tensor  # (B,) int64: rows of the ImageIndex
     geometry: Tensor  # (B,2,3) float32: crop pixel -> original pixel
+    render: Tensor | None = None  # (B,3,h,w) float32: x_clean as it was rendered, maybe larger (Plan.render)
+
+    @property
+    def finest(self) -> Tensor:
+        """x_clean at the highest resolution that there is."""
+        return self.x_clean if self.render is None else self.render
 
 
 @dataclass(slots=True)
@@ -93,12 +99,21 @@ class View:
 
 @dataclass(slots=True)
 class Output:
-    """What the network said about one view."""
+    """What a network said about one view."""
 
     view: View
     features: Tensor  # (V,C,h,w) or the backbone's own layout: output of forward_features
     logits: Tensor  # (V,K)
     taps: Mapping[str, Tensor] = field(default_factory=dict)  # the taps that techniques asked for, this view's rows
+    mapper: Callable[[Tensor, Target, Any], Tensor] | None = None  # that network's fgvc.cam.maps.Mapper
+    _maps: dict[str, Tensor] = field(default_factory=dict)
+
+    def map(self, method: str) -> Tensor:
+        """(V,h,w) float32, detached: the map of each sample's class (of most weight). Made once, whoever asks."""
+        if method not in self._maps:
+            assert self.mapper is not None
+            self._maps[method] = self.mapper(self.features, self.view.target, method)
+        return self._maps[method]
 
 
 @dataclass(frozen=True, slots=True)

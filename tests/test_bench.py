@@ -10,6 +10,7 @@ import pytest
 from fgvc import bench
 from fgvc.config import validate
 from fgvc.recipe import Recipe
+from fgvc.techniques import CONFIGS
 
 
 def recipe(tree: dict, **sections: object) -> Recipe:
@@ -36,7 +37,8 @@ def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, 
     train = recipe_tree["train"] | {"accumulate": 2}
     found = bench.bench_each(recipe(recipe_tree, train=train, techniques={"dcl": {"grid": 4, "bn": "own"}}), pairs=6)
     expected = {ratio.name.split()[1]: ratio.expected for ratio in found}
-    assert expected == {"plain": 1, "mixup": 1, "dcl": 2, "spatial_dropout": 1, "acb": 1}
+    more = {"dcl": 2, "cam_erasing": 2, "attention_crop_drop": 3}
+    assert expected == {kind: more.get(kind, 1) for kind in ("plain", *CONFIGS)}
     bench.write_csv(tmp_path / "each.csv", found)
     with (tmp_path / "each.csv").open() as file:
         rows = list(csv.DictReader(file))

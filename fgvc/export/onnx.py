@@ -20,6 +20,7 @@ from onnx import TensorProto
 from pydantic import Field
 from torch import Tensor, nn
 
+from fgvc.cam.maps import closed_form
 from fgvc.config import Section
 from fgvc.model.backbone import feature_map
 from fgvc.types import FgvcError
@@ -179,32 +180,9 @@ class Explain(nn.Module):
 
 
 def explain_model(plain: nn.Module, *, size: tuple[int, int]) -> tuple[Explain | None, str]:
-    """The net that `explain.onnx` is made of, or None; and the reason.
-
-    Closed-form CAM holds where the head is exactly global average pooling and one linear layer. That is decided by
-    numbers, not by names: on random features `forward_head(F) == mean_hw(F) W^T + b`.
-    """
-    net: Any = plain
-    linear = net.get_classifier()
-    if not isinstance(linear, nn.Linear):
-        return None, f"the classifier is {type(linear).__name__}, not one linear layer"
-    with torch.no_grad():
-        features = net.forward_features(torch.zeros(1, 3, *size, dtype=linear.weight.dtype))
-        if not isinstance(features, Tensor):
-            return None, f"forward_features gives a {type(features).__name__}"
-        rng = torch.Generator().manual_seed(0)
-        features = torch.rand(2, *features.shape[1:], generator=rng).to(linear.weight.dtype) + 0.5
-        try:
-            pooled = feature_map(plain, features).mean((2, 3))
-        except FgvcError as error:
-            return None, str(error)
-        if pooled.shape[1] != linear.in_features:
-            return None, f"the classifier reads {linear.in_features} values, the last feature map has {pooled.shape[1]}"
-        expected, said = linear(pooled), net.forward_head(features)
-        scale = (pooled.abs() @ linear.weight.abs().T).max().clamp_min(1e-30)
-        if said.shape != expected.shape or not (said - expected).abs().max() <= 1e-5 * scale:
-            return None, "the head is more than global average pooling and a linear layer"
-    return Explain(plain, linear).eval(), "closed-form class activation maps"
+    """The net that `explain.onnx` is made of, or None where its class maps have no closed form; and the reason."""
+    linear, reason = closed_form(plain, size)
+    return (None if linear is None else Explain(plain, linear).eval()), reason
 
 
 def _by_dynamo(model: nn.Module, example: Tensor, axes: Mapping[int, str], names: dict[str, Any]) -> onnx.ModelProto:

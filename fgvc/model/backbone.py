@@ -193,6 +193,17 @@ def feature_map(net: nn.Module, features: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, (h, w))
 
 
+def scale_cells(net: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
+    """Features, in the backbone's own layout, times a weight (B,h,w) for every cell of their map; prefix tokens stay."""
+    layout, weights = feature_layout(net, features), weights.to(features.dtype)
+    if layout == "NCHW":
+        return features * weights[:, None]
+    if layout == "NHWC":
+        return features * weights[..., None]
+    prefix = int(getattr(net, "num_prefix_tokens", 0))
+    return torch.cat([features[:, :prefix], features[:, prefix:] * weights.flatten(1)[..., None]], dim=1)
+
+
 def head_prefixes(net: nn.Module) -> tuple[str, ...]:
     """How the names of the classifier's parameters begin, as timm records it; () where it does not."""
     named = _pretrained_cfg(net).get("classifier") or ()

@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
-from fgvc.model.backbone import feature_map, modules_behind, zeros_through
+from fgvc.cam.maps import Method, evaluating, refusal
+from fgvc.model.backbone import feature_map, modules_behind, scale_cells, zeros_through
 from fgvc.model.graft import Site, find_sites, graft
-from fgvc.types import Draws, FgvcError
+from fgvc.types import Draws, FgvcError, Output
 
 Gate = Callable[[Tensor, "Context"], Tensor]
-FEATURES = "features"  # the tap that needs no hook: the output of forward_features
+FEATURES: Literal["features"] = "features"  # the gate that needs no hook: on the output of forward_features
+AnyMethod = Literal["auto", "cam", "gradcam", "gradcam++"]
 
 
 @dataclass(slots=True)
@@ -30,6 +33,9 @@ class Joints:
     taps: set[str] = field(default_factory=set)  # module names
     gates: list[tuple[str, str, Gate]] = field(default_factory=list)  # technique, module name, gate
     notes: list[str] = field(default_factory=list)
+    probes: set[str] = field(default_factory=set)  # "net", "ema": forwards that are made before all else
+    render: float = 1.0  # side of the rendered images in units of the network's input
+    refusals: dict[Method, str | None] = field(default_factory=dict)
     _sites: tuple[list[Site], dict[str, str]] | None = None
     _shapes: tuple[tuple[int, int, int], int] | None = None
 
@@ -86,11 +92,13 @@ class Plan:
     def module(self, name: str) -> nn.Module:
         return self._joints.net.get_submodule(name)
 
-    def stage(self, number: int) -> str:
-        """Name of the last block of a `feature_info` stage (negative numbers count from the end).
+    def stage(self, number: int | Literal["features"]) -> str:
+        """Name of the last block of a `feature_info` stage (negative numbers count from the end), or FEATURES.
 
         Hooks sit on blocks: under activation checkpointing timm never calls the stage module itself.
         """
+        if number == FEATURES:
+            return FEATURES
         info = list(getattr(self._joints.net, "feature_info", None) or [])
         if not -len(info) <= number < len(info):
             raise FgvcError(f"techniques.{self.kind}: stage {number}: this backbone has {len(info)} stages")
@@ -113,14 +121,38 @@ class Plan:
         behind = modules_behind(self._joints.net, module)
         return sum(isinstance(other, nn.modules.batchnorm._BatchNorm) for other in behind)
 
+    def cells(self, stage: int | Literal["features"]) -> str:
+        """The name of a stage, or FEATURES, for a gate on the cells of its map. Raises FgvcError where these are no map, or
+        the classifier does not read them."""
+        _ = self.map_shape
+        if stage == FEATURES:
+            self.map("gradcam")
+        return self.stage(stage)
+
+    def can_be_negative(self, module: str) -> bool:
+        """Whether this module (or forward_features) gives values below 0, by a forward of noise."""
+        seen: list[Tensor] = []
+        net = self._joints.net
+        handle = (
+            None if module == FEATURES else self.module(module).register_forward_hook(lambda _m, _x, f: seen.append(f))
+        )
+        with torch.no_grad(), evaluating(net):
+            rng, weight = torch.Generator().manual_seed(0), next(net.parameters())
+            seen.append(net.forward_features(torch.randn(2, 3, *self.size, generator=rng).to(weight)))  # type: ignore[operator]
+        if handle is not None:
+            handle.remove()
+        return bool((seen[0] < 0).any())
+
     def tap(self, module: str) -> None:
         """Record this module's output in every forward: `Output.taps[module]`."""
         self.module(module)
         self._joints.taps.add(module)
 
     def gate(self, module: str, gate: Gate) -> None:
-        """Change this module's output in train mode, for the views that are gated; identity in eval mode."""
-        self.module(module)
+        """Change this module's output, or that of forward_features (FEATURES), in train mode, for the views that are gated;
+        identity in eval mode."""
+        if module != FEATURES:
+            self.module(module)
         self._joints.gates.append((self.kind, module, gate))
 
     def add(self, name: str, module: nn.Module) -> None:
@@ -129,6 +161,24 @@ class Plan:
         own = branches[self.kind] if self.kind in branches else nn.ModuleDict()
         branches[self.kind] = own
         own.add_module(name, module)
+
+    def map(self, method: AnyMethod) -> Method:
+        """Which class map `Output.map` can be asked for; auto: the closed form where there is one, else gradcam. Raises
+        FgvcError where this backbone has none."""
+        for wanted in ("cam", "gradcam") if method == "auto" else (method,):
+            if wanted not in self._joints.refusals:
+                self._joints.refusals[wanted] = refusal(self._joints.net, self.size, wanted)
+            if (reason := self._joints.refusals[wanted]) is None:
+                return wanted
+        raise FgvcError(f"techniques.{self.kind}: no {method} map: {reason}")
+
+    def probe(self, of: Literal["net", "ema"]) -> None:
+        """Have a forward of the clean images without gradient, in eval mode: `Context.probes[of]`."""
+        self._joints.probes.add(of)
+
+    def render(self, scale: float) -> None:
+        """Have the crops rendered at this many times the input's side or more: `Batch.render`."""
+        self._joints.render = max(self._joints.render, scale)
 
     def graft(self, site: Site, block: nn.Module) -> None:
         """Replace a convolution by a block that folds back into it."""
@@ -150,9 +200,18 @@ class Context:
     head: Callable[[Tensor], Tensor]  # -> logits (B,K), through the deployed head
     pooled: Callable[[Tensor], Tensor]  # -> (B,D), what the deployed head's last layer reads
     grid: Callable[[Tensor], Tensor]  # -> (B,C,h,w), whatever the backbone's layout
+    probes: Mapping[str, Output] = field(default_factory=dict)  # what Plan.probe asked for
+    scaled: Callable[[Tensor, Tensor], Tensor] = torch.mul  # features, (B,h,w) weights of cells -> features
+    kept: dict[str, Any] = field(default_factory=dict)  # of one hook, for a later one of the same step
+    shown: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+
+    def show(self, name: str, maps: Tensor, x: Tensor | None = None) -> None:
+        """For previews and studies: what was found, (B,h,w) float in [0,1] or bool, on images x (B,3,H,W), None: those of
+        the main view. The first of a name in a step stays: gates speak once for every group of views."""
+        self.shown.setdefault(name, (x, maps.detach()))
 
 
-def context_of(kind: str, joints: Joints, draws: Draws) -> Context:
+def context_of(kind: str, joints: Joints, draws: Draws, probes: Mapping[str, Output]) -> Context:
     branches = dict(joints.branches[kind].named_children()) if kind in joints.branches else {}
     head = cast("Callable[..., Tensor]", joints.net.forward_head)
     return Context(
@@ -162,4 +221,6 @@ def context_of(kind: str, joints: Joints, draws: Draws) -> Context:
         head=head,
         pooled=partial(head, pre_logits=True),
         grid=partial(feature_map, joints.net),
+        probes=probes,
+        scaled=partial(scale_cells, joints.net),
     )

@@ -8,11 +8,34 @@ from pydantic import Field, create_model
 
 from fgvc.config import Section
 from fgvc.techniques.acb import AcbConfig
+from fgvc.techniques.acol import AcolConfig
+from fgvc.techniques.adl import AdlConfig
+from fgvc.techniques.attention_crop_drop import AttentionCropDropConfig
+from fgvc.techniques.cam_erasing import CamErasingConfig
+from fgvc.techniques.cutout import CutoutConfig
 from fgvc.techniques.dcl import DclConfig
+from fgvc.techniques.dropblock import DropblockConfig
+from fgvc.techniques.hide_and_seek import HideAndSeekConfig
 from fgvc.techniques.mixup import MixupConfig
+from fgvc.techniques.random_erasing import RandomErasingConfig
 from fgvc.techniques.spatial_dropout import SpatialDropoutConfig
 
-AnyConfig = Annotated[MixupConfig | DclConfig | SpatialDropoutConfig | AcbConfig, Field(discriminator="kind")]
+AnyConfig = Annotated[
+    # The order is that of the hooks: maps of the clean image are erased before images are mixed, random boxes after it.
+    CamErasingConfig
+    | MixupConfig
+    | CutoutConfig
+    | RandomErasingConfig
+    | HideAndSeekConfig
+    | DclConfig
+    | AttentionCropDropConfig
+    | AcolConfig
+    | AdlConfig
+    | DropblockConfig
+    | SpatialDropoutConfig
+    | AcbConfig,
+    Field(discriminator="kind"),
+]
 
 
 class Technique(Protocol):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from fgvc.config import Section
 from fgvc.image.jigsaw import cut, draw_jigsaws, places
+from fgvc.loss import cross_entropy
 from fgvc.model.plan import Context, Plan
 from fgvc.schedule import Scheduled, at
 from fgvc.types import Batch, FgvcError, Output, View
@@ -121,7 +122,4 @@ def _cross_entropy(z: Tensor, half: Output, copy: int) -> Tensor:
     ways = z.shape[1] // 2
     if ways == 1:
         return F.cross_entropy(z, torch.full((len(z),), copy, device=z.device))
-    terms = [
-        F.cross_entropy(z, y + copy * ways, reduction="none") * (1.0 if w is None else w) for y, w in half.view.target
-    ]
-    return torch.stack(terms).sum(0).mean()
+    return cross_entropy(z, [(y + copy * ways, w) for y, w in half.view.target])

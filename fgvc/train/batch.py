@@ -36,10 +36,12 @@ class Normalise:
 def to_batch(raw: TrainBatch, normalise: Normalise, size: tuple[int, int] | None = None) -> Batch:
     """The clean batch, reduced to `size` (height, width) where the images were rendered larger."""
     device, geometry = normalise.device, raw.geometry
-    x = normalise(raw.images)
+    x = render = normalise(raw.images)
     if size is not None and size != (rendered := tuple(x.shape[2:])):
         x = F.interpolate(x, size, mode="bicubic", antialias=True)
         scale = torch.tensor([rendered[1] / size[1], rendered[0] / size[0], 1.0])
         geometry = geometry * scale
     labels = raw.labels.to(device, non_blocking=True)
-    return Batch(x=x, target=[(labels, None)], x_clean=x, labels=labels, index=raw.index, geometry=geometry)
+    return Batch(
+        x=x, target=[(labels, None)], x_clean=x, labels=labels, index=raw.index, geometry=geometry, render=render
+    )

@@ -201,6 +201,7 @@ def open_session(
     step.to(runtime.device)
     step.net.to(memory_format=layout)
     ema = make_ema(step.net, recipe.ema)
+    step.follow(ema.module if ema is not None else None)
     step.attach_hooks()
     step.train()
     optimizer, optim = build_optimizer(step, recipe)
@@ -241,7 +242,7 @@ def _loader(
     preprocess: Preprocess,
     notify: Notify | None,
 ) -> TrainLoader:
-    """This rank's training images, rendered at the largest size that any epoch asks for."""
+    """This rank's training images, rendered at the largest size that an epoch or a technique asks for."""
     rows = index.rows("train")
     micro = recipe.train.batch_size // (runtime.world * recipe.train.accumulate)
     if micro < 2 and any(isinstance(module, _BatchNorm) for module in step.net.modules()):
@@ -249,7 +250,8 @@ def _loader(
             f"train.batch_size: {recipe.train.batch_size} over {runtime.world} processes x train.accumulate "
             f"{recipe.train.accumulate} leaves {micro} image a forward, and a batch norm needs two"
         )
-    rendered = preprocess.model_copy(update={"size": recipe.image.largest_train_size})
+    side = max(recipe.image.largest_train_size, recipe.image.scaled(step.joints.render))
+    rendered = preprocess.model_copy(update={"size": side})
     loader = train_loader(
         index,
         rows,
@@ -257,7 +259,7 @@ def _loader(
         batch_size=micro,
         seed=recipe.train.seed,
         workers=recipe.train.workers,
-        cache=_cache(recipe, index, rows, runtime, notify),
+        cache=_cache(recipe, index, rows, runtime, notify, side),
         rank=runtime.rank,
         world=runtime.world,
         on_sample=[hook for _, hook in step.hooks("on_sample")],
@@ -270,12 +272,17 @@ def _loader(
 
 
 def _cache(
-    recipe: Recipe, index: ImageIndex, rows: np.ndarray, runtime: Runtime, notify: Notify | None
+    recipe: Recipe,
+    index: ImageIndex,
+    rows: np.ndarray,
+    runtime: Runtime,
+    notify: Notify | None,
+    rendered: tuple[int, int],
 ) -> DecodeCache | None:
     """The decode cache where the recipe wants one, built by rank 0 while the others wait."""
     if recipe.cache == "none":
         return None
-    side, folder = recipe.augment.shrink_to(recipe.image.largest_train_size), recipe.cache_dir
+    side, folder = recipe.augment.shrink_to(rendered), recipe.cache_dir
     runtime.first(lambda: DecodeCache.open(index, rows, side=side, folder=folder, progress=notify).close())
     return DecodeCache.open(index, rows, side=side, folder=folder)
 

@@ -13,14 +13,15 @@ from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from fgvc.cam.maps import Mapper, evaluating
+from fgvc.loss import cross_entropy
 from fgvc.model.norm import momenta, own_statistics, running_norms
-from fgvc.model.plan import Context, Joints, Plan, context_of
+from fgvc.model.plan import FEATURES, Context, Joints, Plan, context_of
 from fgvc.schedule import at
 from fgvc.seeding import STEP, generator
-from fgvc.types import Batch, Draws, FgvcError, Output, Target, View
+from fgvc.types import Batch, Draws, FgvcError, Output, View
 
 MAIN = "main"
 
@@ -71,6 +72,10 @@ class StepModule(nn.Module):
         self._groups: list[list[View]] = []  # all of this step
         self._inside = False  # False in the backward, where checkpointed parts of the net run once more
         self.contexts: dict[str, Context] = {}
+        self._mapper = Mapper(net)
+        self._average: list[
+            nn.Module
+        ] = []  # in a list, so that it is no submodule: it has its own place in a checkpoint
 
     def hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
         """The techniques that have this hook, in the union's order."""
@@ -94,7 +99,8 @@ class StepModule(nn.Module):
         unweighted, and what techniques measure. Given the views of an earlier call, makes none anew (SAM's second pass).
         Raises FgvcError where a declared tap or gate did not fire, or a technique returns an undeclared term.
         """
-        self.contexts = {kind: context_of(kind, self.joints, draws) for kind in self.techniques}
+        probes = {of: self._probe(of, batch) for of in sorted(self.joints.probes)}
+        self.contexts = {kind: context_of(kind, self.joints, draws, probes) for kind in self.techniques}
         self._groups, self._inside = [], True
         with momenta(self._norms, self._momenta):
             losses, made = self._forward(batch, draws, views)
@@ -121,6 +127,18 @@ class StepModule(nn.Module):
             outputs |= self._run([view])
         return self._losses(outputs, draws.progress), [*early, *late]
 
+    def follow(self, average: nn.Module | None) -> None:
+        """The moving average of the net, for techniques that ask it."""
+        self._average = [] if average is None else [average]
+
+    def _probe(self, of: str, batch: Batch) -> Output:
+        net = self.net if of == "net" else self._average[0]
+        with torch.no_grad(), evaluating(net):
+            features = net.forward_features(batch.x_clean)  # type: ignore[operator]
+            logits = net.forward_head(features)  # type: ignore[operator]
+        view = View(of, batch.x_clean, [(batch.labels, None)])
+        return Output(view, features, logits, mapper=self._mapper if of == "net" else Mapper(net))
+
     def train(self, mode: bool = True) -> StepModule:
         """As ever, but what is frozen stays in eval mode: its batch norms keep their statistics."""
         super().train(mode)
@@ -133,6 +151,8 @@ class StepModule(nn.Module):
         for name in sorted(self.joints.taps):
             self._handles.append(self.net.get_submodule(name).register_forward_hook(self._tap_hook(name)))
         for kind, name, gate in self.joints.gates:
+            if name == FEATURES:
+                continue
             self._handles.append(self.net.get_submodule(name).register_forward_hook(self._gate_hook(kind, name, gate)))
 
     def detach_hooks(self) -> None:
@@ -169,18 +189,22 @@ class StepModule(nn.Module):
         own = group[0].bn == "own"
         with own_statistics(self.net, recompute=self._recompute) if own else nullcontext():
             features = self.net.forward_features(x)  # type: ignore[operator]
+            for kind, name, gate in self.joints.gates:
+                if name == FEATURES and self.net.training:
+                    features = self._gated(features, gate, self.contexts[kind], group)
+                    self._fired.add((f"gate of {kind}", name))
             logits = self.net.forward_head(features)  # type: ignore[operator]
         self._check_fired()
         outputs, start = {}, 0
         for view in group:
             rows = slice(start, start := start + len(view.x))
             taps = {name: tap[rows] for name, tap in self._taps.items()}
-            outputs[view.name] = Output(view, features[rows], logits[rows], taps)
+            outputs[view.name] = Output(view, features[rows], logits[rows], taps, self._mapper)
         return outputs
 
     def _losses(self, outputs: Mapping[str, Output], progress: float) -> dict[str, Tensor]:
         classify = [o for o in outputs.values() if o.view.classifies]
-        base = sum(o.view.weight * self._cross_entropy(o.logits, o.view.target) for o in classify)
+        base = sum(o.view.weight * cross_entropy(o.logits, o.view.target, self.label_smoothing) for o in classify)
         losses: dict[str, Tensor] = {"base": base / sum(o.view.weight for o in classify)}  # type: ignore[dict-item]
         total = losses["base"]
         for kind, hook in self.hooks("losses"):
@@ -202,18 +226,6 @@ class StepModule(nn.Module):
             total = total + self.l1 * losses["l1"]
         return losses | {"loss": total}
 
-    def _cross_entropy(self, logits: Tensor, target: Target) -> Tensor:
-        """mean_b sum_j w_j CE(y_j), label smoothing applied to each one-hot before mixing (methods 7); in float32."""
-        logits = logits.float()
-        if len(target) == 1 and target[0][1] is None:
-            return F.cross_entropy(logits, target[0][0], label_smoothing=self.label_smoothing)
-        terms = [
-            F.cross_entropy(logits, y, reduction="none", label_smoothing=self.label_smoothing)
-            * (1.0 if w is None else w)
-            for y, w in target
-        ]
-        return torch.stack(terms).sum(0).mean()
-
     def _tap_hook(self, name: str) -> Callable[..., None]:
         def record(module: nn.Module, _args: Any, output: Tensor) -> None:
             if self.net.training and self._inside:
@@ -229,15 +241,19 @@ class StepModule(nn.Module):
             if not self.net.training:
                 return None
             self._fired.add((f"gate of {kind}", name))
-            context = self.contexts[kind]
             group = self._group if self._inside else self._recomputed(len(output))
-            if all(view.gated for view in group):
-                return gate(output, context)
-            parts = output.split([len(view.x) for view in group])
-            pairs = zip(group, parts, strict=True)
-            return torch.cat([gate(part, context) if view.gated else part for view, part in pairs])
+            return self._gated(output, gate, self.contexts[kind], group)
 
         return change
+
+    def _gated(
+        self, output: Tensor, gate: Callable[[Tensor, Context], Tensor], context: Context, group: Sequence[View]
+    ) -> Tensor:
+        if all(view.gated for view in group):
+            return gate(output, context)
+        parts = output.split([len(view.x) for view in group])
+        pairs = zip(group, parts, strict=True)
+        return torch.cat([gate(part, context) if view.gated else part for view, part in pairs])
 
     def _recomputed(self, rows: int) -> list[View]:
         """Which group a recomputed part belongs to, by its number of rows. Raises FgvcError where that does not tell."""

@@ -26,8 +26,8 @@ from fgvc.train.session import build_net
 from fgvc.types import FgvcError
 
 NETS = {"cnn": "test_resnet", "vit": "test_vit"}
-KWARGS = {"cnn": {}, "vit": {"img_size": 32}}
-SIZE = (32, 32)
+KWARGS = {"cnn": {}, "vit": {"img_size": 64}}
+SIZE = (64, 64)  # two by two cells of the CNN's map: class maps of one cell say nothing
 CASES = [(kind, net) for kind in [None, *CONFIGS] for net in NETS]
 
 
@@ -55,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def trained(request, colours, runs, tmp_path_factory) -> tuple[Recipe, Path, Path]:
     """One uninterrupted run and its plain twin, made once for all the tests of a technique."""
     kind, net = request.param
-    tree = {"data": {"kind": "folder", "root": str(colours)}, "image": {"size": 32}}
+    tree = {"data": {"kind": "folder", "root": str(colours)}, "image": {"size": 64}}
     tree |= {"train": {"batch_size": 8, "workers": 0}, "optim": {"lr": 0.02, "warmup_epochs": 0.5}}
     made = recipe(tree, kind, net)
     try:

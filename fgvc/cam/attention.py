@@ -1,0 +1,52 @@
+"""WS-DAN's attention branch (Hu et al. 2019; methods 2): learned maps, bilinear attention pooling, feature centres."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SCALE = 100.0  # of the normalised vector before its classifier (methods 2: it matters)
+
+
+class BilinearAttention(nn.Module):
+    """A = relu(bn(conv1x1(f))); v = l2(ssqrt(mean_hw(A_m f_c))) over all M*C; z = W (100 v). In float32."""
+
+    def __init__(self, channels: int, maps: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, maps, 1, bias=False)
+        self.norm = nn.BatchNorm2d(maps, eps=1e-3)
+        self.classifier = nn.Linear(maps * channels, classes, bias=False)
+        self.register_buffer("centres", torch.zeros(classes, maps * channels))
+        self.centres: Tensor
+
+    def forward(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f (B,C,h,w) -> maps A (B,M,h,w) >= 0, logits (B,K), v (B,M*C) of length 1."""
+        with torch.autocast(f.device.type, enabled=False):
+            f = f.to(self.conv.weight.dtype)
+            attention = self.norm(self.conv(f)).relu()
+            pooled = torch.einsum("bmhw,bchw->bmc", attention, f).flatten(1) / f[0, 0].numel()
+            vector = F.normalize(pooled.sign() * (pooled.abs() + 1e-12).sqrt(), dim=1)
+            return attention, self.classifier(SCALE * vector), vector
+
+    def distance(self, vector: Tensor, labels: Tensor) -> Tensor:
+        """sum_b |v_b - c_y / |c_y||^2 / B."""
+        return (vector - F.normalize(self.centres[labels], dim=1)).square().sum(1).mean()
+
+    @torch.no_grad()
+    def follow(self, vector: Tensor, labels: Tensor, *, rate: float) -> None:
+        """c_y += rate * (mean of the v of class y - c_y / |c_y|), once for every class that is there; label -1: left out."""
+        vector, labels = vector[labels >= 0], labels[labels >= 0]
+        present, where, counts = labels.unique(return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(present), vector.shape[1], dtype=vector.dtype, device=vector.device)
+        sums.index_add_(0, where, vector)
+        centres = self.centres[present]
+        self.centres[present] = centres + rate * (sums / counts[:, None] - F.normalize(centres, dim=1))
+
+
+def pick(attention: Tensor, which: Tensor) -> Tensor:
+    """(B,h,w): of the maps (B,M,h,w) one a sample, with probability proportional to the square root of its sum; `which` (B,)
+    uniform in [0,1) decides."""
+    mass = attention.sum((2, 3)).sqrt().cumsum(1)
+    chosen = (mass <= which[:, None] * mass[:, -1:]).sum(1).clamp(max=attention.shape[1] - 1)
+    return attention[torch.arange(len(attention), device=attention.device), chosen]

@@ -1,0 +1,105 @@
+"""ACoL: Adversarial Complementary Learning (Zhang et al., CVPR 2018; methods 3), with the deployed classifier as the first.
+
+What the deployed classifier relies on is erased from the features, and another one must do without. After stripping
+nothing is left: the added classifiers go, or there were none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fgvc.cam.maps import dominant, normalised
+from fgvc.cam.masks import Region, select
+from fgvc.config import Section
+from fgvc.loss import cross_entropy
+from fgvc.model.plan import AnyMethod, Context, Plan
+from fgvc.schedule import Scheduled
+from fgvc.types import Output
+
+
+class AcolConfig(Section):
+    """Erase from the features what the classifier looks at, and classify the rest."""
+
+    kind: Literal["acol"] = "acol"
+    erased: Scheduled = Field(1.0, description="weight of the cross-entropy of the erased features")
+    heads: int = Field(1, ge=1, le=4, description="in a chain: each erases what it looks at for the next")
+    shared: bool = Field(False, description="the deployed classifier itself classifies the rest; nothing is added")
+    hidden: int = Field(
+        0, ge=0, description="channels of two 3x3 convolutions in each added classifier (paper: 1024); 0: a 1x1 alone"
+    )
+    map: AnyMethod = Field(
+        "auto", description="of the deployed classifier: cam | gradcam | gradcam++; auto: cam if it can"
+    )
+    region: Region = Field(
+        Region(value=0.6, area=(0.0, 0.7)), description="what is erased, of the map from smallest 0 to largest 1"
+    )
+
+    @model_validator(mode="after")
+    def _shares_or_adds(self) -> AcolConfig:
+        if self.shared and self.hidden:
+            raise ValueError("hidden is of added classifiers, and with shared: true there are none")
+        return self
+
+    def build(self) -> Acol:
+        return Acol(self)
+
+
+class Acol:
+    """L = mean_k CE(head_k(f * keep_k), y); keep_1 = not region(map of the deployed head), keep_k+1 also loses head k's."""
+
+    source: ClassVar[str] = "Zhang et al., CVPR 2018"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+    measures: ClassVar[tuple[str, ...]] = ("area",)
+
+    def __init__(self, config: AcolConfig) -> None:
+        self.config = config
+        self.weights: Mapping[str, Scheduled] = {"erased": config.erased}
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where this backbone has no class map."""
+        self._method = plan.map(self.config.map)
+        if not self.config.shared:
+            for number in range(self.config.heads):
+                plan.add(f"head{number}", _head(plan.map_shape[0], self.config.hidden, plan.classes))
+
+    def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
+        """`erased`; measured: `area`, the share of the map's cells that the last classifier does not see."""
+        main = outputs["main"]
+        target, f = main.view.target, ctx.grid(main.features)
+        maps = normalised(main.map(self._method))
+        keep = ~select(maps, f.shape[2:], self.config.region)
+        ctx.show("map", maps)
+        terms = []
+        for number in range(self.config.heads):
+            if self.config.shared:
+                rest = ctx.scaled(main.features, keep)
+                terms.append(cross_entropy(ctx.head(rest), target))
+            else:
+                said = ctx.branches[f"head{number}"](f * keep[:, None])
+                terms.append(cross_entropy(said.mean((2, 3)), target))
+            if number + 1 < self.config.heads:
+                if self.config.shared:
+                    assert main.mapper is not None
+                    maps = main.mapper(rest, target, self._method)
+                else:
+                    maps = said.detach()[torch.arange(len(said)), dominant(target)].float()
+                keep = keep & ~select(normalised(maps) * keep, f.shape[2:], self.config.region)
+        ctx.show("erased", ~keep)
+        return {"erased": torch.stack(terms).mean(), "area": 1 - keep.float().mean()}
+
+
+def _head(channels: int, hidden: int, classes: int) -> nn.Module:
+    """(B,C,h,w) -> class maps (B,K,h,w), whose mean are the logits."""
+    if not hidden:
+        return nn.Conv2d(channels, classes, 1)
+    return nn.Sequential(
+        nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(hidden, classes, 1),
+    )  # fmt: skip
