@@ -12,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 
 from fgvc.config import Preprocess
 from fgvc.data import checks
 from fgvc.data.loader import evaluation_loader
 from fgvc.evaluate import metrics
-from fgvc.evaluate.averaged import Views, averaged, canvas
+from fgvc.evaluate.averaged import Views, averaged, canvas, refined
 from fgvc.evaluate.plot import plot_confusion
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
@@ -33,6 +33,7 @@ from fgvc.train.loop import train
 from fgvc.train.run import read_run, recorded_preprocess
 from fgvc.train.runtime import runtime
 from fgvc.train.session import build_net, read_index
+from fgvc.train.step import StepModule
 from fgvc.types import FgvcError, ImageIndex
 
 __all__ = [
@@ -87,8 +88,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a run's weights on `split` (default: val where there is one, else test), in fp32, on one process.
 
-    `device`: another than the run was trained on. `views`: average over flips or crops, which no bundle does; recorded
-    under a key of its own.
+    `device`: another than the run was trained on. `views`: average over flips or crops, or look again at what a technique
+    attends to; no bundle does, so it is recorded under a key of its own.
     Writes `metrics.json`, `tables/{classes,confused}-<split>.csv` and `plots/confusion-<split>.png` into the run. Raises
     FgvcError where the part is empty.
     """
@@ -96,7 +97,7 @@ def evaluate(
     index, preprocess = _data_of(run, recipe)
     split = split or ("val" if len(index.rows("val")) else "test")
     chosen = select or recipe.selected
-    net = _trained(run, recipe, len(index.classes), chosen)
+    step = _trained(run, recipe, len(index.classes), chosen)
     rows = index.rows(split)
     if not len(rows):
         raise FgvcError(f"{run}: its data has no {split} part")
@@ -107,11 +108,14 @@ def evaluate(
             f"--views {views}: the deployed crop is the whole canvas here, so all crops are the same; use flip"
         )
     with runtime(here) as process:
+        net = step.to(process.device).net
         layout = memory_format(net)
-        net.to(process.device).to(memory_format=layout)
+        net.to(memory_format=layout)
         unreadable: list[str] = []
         loader = evaluation_loader(index, rows, spec=spec, batch_size=64, workers=recipe.train.workers)
         scored = net if views is None else averaged(net, views, preprocess.size)
+        if views == "refined":
+            scored = refined(step.look, net)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in loader:
@@ -144,9 +148,9 @@ def export(
     recipe = read_run(run)
     index, preprocess = _data_of(run, recipe)
     chosen = select or recipe.selected
-    net = _trained(run, recipe, len(index.classes), chosen)
+    step = _trained(run, recipe, len(index.classes), chosen)
     proven = prove(
-        net,
+        step.net,
         _real_images(index, preprocess),
         backbone=recipe.model.backbone,
         num_classes=len(index.classes),
@@ -209,19 +213,20 @@ def _data_of(run: Path, recipe: Recipe) -> tuple[ImageIndex, Preprocess]:
     return index, preprocess
 
 
-def _trained(run: Path, recipe: Recipe, classes: int, select: Selected) -> nn.Module:
-    """The network as trained, branches of re-parameterised kernels in it, eval mode, without hooks."""
+def _trained(run: Path, recipe: Recipe, classes: int, select: Selected) -> StepModule:
+    """The network as trained, re-parameterised blocks in it, and the added branches beside it; eval mode, without hooks."""
     if select == "ema" and recipe.ema is None:
         raise FgvcError(f"{run}: has no moving average; train with ema.decay=0.999, or choose --select last")
     state = checkpoint.load(run / "ckpt", "best" if select == "best" else "last")
-    net = build_net(recipe, classes, pretrained=False).step.net
+    step = build_net(recipe, classes, pretrained=False).step
     averaged = select == "ema" or (select == "best" and recipe.selected != "last" and state.ema is not None)
     weights = state.ema if averaged else state.net
     try:
-        net.load_state_dict(weights or {})
+        step.net.load_state_dict(weights or {})
+        step.branches.load_state_dict(state.branches)
     except RuntimeError as error:
         raise FgvcError(f"{run}: its checkpoint does not fit its recipe: {error}") from error
-    return net.eval()
+    return step.eval()
 
 
 def _real_images(index: ImageIndex, preprocess: Preprocess) -> Iterable[np.ndarray]:

@@ -102,11 +102,15 @@ def data_preview(
     out: Annotated[Path, typer.Option(help="The folder for the sheets.")] = Path("preview"),
     images: Annotated[int, typer.Option(min=1, help="Samples on a sheet.")] = 6,
     epoch: Annotated[int, typer.Option(min=1, help="Whose first step is shown.")] = 1,
+    run: Annotated[
+        Path | None, typer.Option(help="A run whose trained weights make the maps; default: the first weights.")
+    ] = None,
 ) -> None:
-    """Contact sheets of what the network will really see, technique by technique: images and targets."""
+    """Contact sheets of what the network will really see, technique by technique: images, targets, maps and masks."""
     from fgvc import api
 
-    found = api.preview(api.load_recipe(_recipe(config), overrides or []), out, images=images, epoch=epoch - 1)
+    recipe = api.load_recipe(_recipe(config), overrides or [])
+    found = api.preview(recipe, out, images=images, epoch=epoch - 1, run=run)
     for note in found.notes:
         print(f"warning: {note}", file=sys.stderr)
     for sheet in found.sheets:
@@ -155,8 +159,10 @@ def evaluate(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | mps; default: the recipe's.")] = None,
     views: Annotated[
-        Literal["flip", "crops", "flip+crops"] | None,
-        typer.Option(help="Average over these; no bundle does, and it is recorded apart."),
+        Literal["flip", "crops", "flip+crops", "refined"] | None,
+        typer.Option(
+            help="Average over these (refined: a second pass on the attended crop); no bundle does; recorded apart."
+        ),
     ] = None,
 ) -> None:
     """Score a run on a part of its data."""

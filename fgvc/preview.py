@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -17,12 +19,14 @@ from fgvc.evaluate.font import ADVICE, writable
 from fgvc.image.decode import decode
 from fgvc.recipe import Recipe
 from fgvc.techniques import CONFIGS
+from fgvc.train import checkpoint
 from fgvc.train.batch import to_batch
 from fgvc.train.runtime import runtime
 from fgvc.train.session import Session, open_session
 from fgvc.types import FgvcError, Target, View
 
 MARGIN, LINE = 6, 15  # pixels
+MASKED = 220, 30, 30  # red
 LARGEST = 256  # pixels: what a picture is reduced to on a sheet
 
 
@@ -42,12 +46,14 @@ class Cell:
     caption: str
 
 
-def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0) -> Preview:
+def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: Path | None = None) -> Preview:
     """Write `evaluation.png`, `input.png` (crops and augmentation alone), and a sheet for each technique alone and for
     all together.
 
     A row is one sample of the first step of `epoch` (from 0), with the run's own seed, crops and draws: the original, then
-    every view that the step makes of it, with its target. Raises FgvcError for all that training refuses.
+    every view that the step makes of it, with its target, then the maps and masks behind them. `run`: a run with the same
+    backbone and classes, whose trained weights look; else those that training starts with do. Raises FgvcError for all
+    that training refuses.
     """
     chosen = [kind for kind in CONFIGS if getattr(recipe.techniques, kind) is not None]
     arms: dict[str, list[str]] = {"input": [], **{kind: [kind] for kind in chosen}}
@@ -63,6 +69,8 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0) -> Pr
         train = recipe.train.model_copy(update={"workers": 0})
         part = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
         with runtime(part.train) as process, open_session(part, process) as session:
+            if run is not None:
+                _look_through(session, run)
             names, font = writable(session.index.classes)
             sheets.append(_save(_step_rows(session, names, images, epoch), font, out / f"{name}.png"))
             if name == "input":
@@ -80,11 +88,36 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
     progress = number / (session.steps_per_epoch * session.recipe.train.epochs)
     draws = session.step.draw(batch, progress, seed=session.recipe.train.seed, step=number)
     _, views = session.step(batch, draws)
+    found = {
+        f"{kind}: {name}": (views[0].x if x is None else x, maps)
+        for kind, context in session.step.contexts.items()
+        for name, (x, maps) in context.shown.items()
+    }
     rows = []
     for at, row in enumerate(batch.index[:images].tolist()):
-        original = Cell(decode(session.index.path(row)), f"original: {names[int(batch.labels[at])]}")
-        rows.append([original, *(_view_cell(view, at, session.preprocess, names) for view in views)])
+        cells = [Cell(decode(session.index.path(row)), f"original: {names[int(batch.labels[at])]}")]
+        cells += [_view_cell(view, at, session.preprocess, names) for view in views]
+        cells += [
+            Cell(_overlay(_picture(x[at], session.preprocess), maps[at]), name) for name, (x, maps) in found.items()
+        ]
+        rows.append(cells)
     return rows
+
+
+def _look_through(session: Session, run: Path) -> None:
+    """Give a session the weights that a run trained; branches as far as both have them."""
+    state = checkpoint.load(run / "ckpt")
+    try:
+        session.step.net.load_state_dict(state.net)
+    except RuntimeError as error:
+        raise FgvcError(
+            f"{run}: its weights do not fit this recipe's net; give the recipe that it was trained with, without "
+            "re-parameterised blocks"
+        ) from error
+    branches = session.step.branches.state_dict()
+    session.step.branches.load_state_dict(branches | {k: v for k, v in state.branches.items() if k in branches})
+    if session.ema is not None:
+        session.ema.module.load_state_dict(state.ema or state.net)
 
 
 def _evaluation_rows(session: Session, names: Sequence[str], images: int) -> list[list[Cell]]:
@@ -120,6 +153,20 @@ def _picture(x: Tensor, spec: Preprocess) -> Image.Image:
     pixels = (pixels * np.array(spec.std) + np.array(spec.mean)) * 255 / spec.input_range
     pixels = pixels[..., ::-1] if spec.channel_order == "bgr" else pixels
     return Image.fromarray(np.round(pixels.clip(0, 255)).astype(np.uint8))
+
+
+def _overlay(picture: Image.Image, found: Tensor) -> Image.Image:
+    """A map (h,w) in [0,1] as colours over the picture, dark blue to yellow; a mask's cells in red."""
+    values = found.float().cpu().numpy()
+    if found.dtype == torch.bool:
+        colours, share = np.full((*values.shape, 3), MASKED, dtype=np.uint8), 0.6 * values
+        resample = Image.Resampling.NEAREST
+    else:
+        colours = (255 * colormaps["plasma"](values)[..., :3]).astype(np.uint8)
+        share = np.full(values.shape, 0.55)
+        resample = Image.Resampling.BILINEAR
+    over = Image.fromarray(colours).resize(picture.size, resample)
+    return Image.composite(over, picture, Image.fromarray(np.uint8(255 * share)).resize(picture.size, resample))
 
 
 def _save(rows: list[list[Cell]], font: Path, path: Path) -> Path:

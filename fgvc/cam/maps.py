@@ -45,11 +45,10 @@ class Mapper:
 
     def _gradients(self, features: Tensor, labels: Tensor) -> Tensor:
         """d z_y / d features, of the shape of the features."""
-        with torch.enable_grad(), evaluating(self.net):
-            leaf = features.requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.net):
+            leaf = features.clone().requires_grad_()
             logits = self.net.forward_head(leaf)  # type: ignore[operator]
             (gradients,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), leaf)
-        leaf.requires_grad_(False)
         return gradients
 
 

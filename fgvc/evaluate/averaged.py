@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fgvc.config import Preprocess
 
-Views = Literal["flip", "crops", "flip+crops"]
+Views = Literal["flip", "crops", "flip+crops", "refined"]
 
 
 def canvas(spec: Preprocess) -> Preprocess:
@@ -30,6 +30,19 @@ def averaged(net: Callable[[Tensor], Tensor], views: Views, size: tuple[int, int
         cuts = _five(x, size) if "crops" in views else [x]
         cuts += [part.flip(-1) for part in cuts] if "flip" in views else []
         return torch.stack([net(part).float().softmax(1) for part in cuts]).mean(0).log()
+
+    return probabilities
+
+
+def refined(
+    look: Callable[[Tensor], tuple[Tensor, Callable[[], Tensor]]], net: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """Two passes: over x (B,3,H,W), and over what `look` finds in it, an image of the same size. `look` gives the first
+    pass' logits and how to make the crops. As `averaged`, the logarithm of the mean probabilities."""
+
+    def probabilities(x: Tensor) -> Tensor:
+        logits, crops = look(x)
+        return torch.stack([z.float().softmax(1) for z in (logits, net(crops()))]).mean(0).log()
 
     return probabilities
 

@@ -1,7 +1,7 @@
 """Attention cropping and dropping as in WS-DAN (Hu et al., 2019; methods 2), with the deployed head left as it is.
 
-A training-only branch learns attention maps. Each image is seen again cropped to what one map attends to, and once more
-with that dropped. After stripping nothing is left. The deployed classifier learns from all three.
+A training-only branch learns attention maps. Each image is seen again cropped to what one attends to, and once more with
+that dropped; the deployed classifier learns from all three. After stripping nothing is left.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fgvc.cam.attention import BilinearAttention, pick
-from fgvc.cam.maps import dominant, normalised
+from fgvc.cam.maps import normalised
 from fgvc.cam.masks import FILLS, Fill, Region, boxes, crop, erase, moved, select, shifted
 from fgvc.config import Section
 from fgvc.image.augment import Range
@@ -115,11 +115,9 @@ class AttentionCropDrop:
         terms = [cross_entropy(logits, o.view.target) for o, (_, logits, _) in zip(seen, pooled, strict=True)]
         losses = {"pooled": torch.stack(terms).mean()}
         target, vector = seen[0].view.target, pooled[0][2]
-        labels, whole = dominant(target), len(target) == 1
-        self._new.append(
-            (vector.detach(), labels if whole else torch.full_like(labels, -1))
-        )  # one a step on every rank
-        if whole:
+        labels = target[0][0] if len(target) == 1 else torch.full_like(target[0][0], -1)
+        self._new.append((vector.detach(), labels))  # one a step on every rank
+        if len(target) == 1:
             losses["centre"] = cast("BilinearAttention", ctx.branches["attention"]).distance(vector, labels)
         return losses
 

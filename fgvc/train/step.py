@@ -139,6 +139,18 @@ class StepModule(nn.Module):
         view = View(of, batch.x_clean, [(batch.labels, None)])
         return Output(view, features, logits, mapper=self._mapper if of == "net" else Mapper(net))
 
+    def look(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """For evaluation in two passes: the logits of x, and how to make the crops that a technique would look at again.
+        Raises FgvcError where none of them refines."""
+        refiners = self.hooks("refine")
+        if not refiners:
+            raise FgvcError("--views refined needs a technique that looks twice, such as attention_crop_drop")
+        kind, refine = refiners[0]
+        features = self.net.forward_features(x)  # type: ignore[operator]
+        logits = self.net.forward_head(features)  # type: ignore[operator]
+        output = Output(View(MAIN, x, [(logits.argmax(1), None)]), features, logits, mapper=self._mapper)
+        return logits, lambda: refine(output, context_of(kind, self.joints, Draws(1.0), {}))
+
     def train(self, mode: bool = True) -> StepModule:
         """As ever, but what is frozen stays in eval mode: its batch norms keep their statistics."""
         super().train(mode)
