@@ -130,6 +130,10 @@ class Recipe(Section):
                     f"techniques.{kind}: asks the moving average of the weights, and there is no `ema:` section; give, for "
                     "example, ema.decay=0.99"
                 )
+            if (rounds := getattr(config, "needs_epochs", 1)) > self.train.epochs:
+                raise ValueError(
+                    f"techniques.{kind}.rounds: {rounds} rounds need as many epochs; train.epochs is {self.train.epochs}"
+                )
         return self
 
     @property

@@ -5,7 +5,7 @@ Tensor legend: x (B,3,H,W) images, f (B,C,h,w) feature maps, z (B,K) logits, y (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,6 +114,32 @@ class Output:
             assert self.mapper is not None
             self._maps[method] = self.mapper(self.features, self.view.target, method)
         return self._maps[method]
+
+
+Maps = Callable[
+    [np.ndarray, Any, "Callable[[Tensor, np.ndarray], Tensor]", int],
+    "Iterator[tuple[np.ndarray, np.ndarray, Tensor]]",
+]
+"""Rows of the index, a method of pytorch-grad-cam, what to do to images (B,3,H,W) of rows (B,) first, images at a time ->
+rows (B,), which of them could be read (B,) bool, and the maps (R,H,W) in [0,1] of those: of the whole image and its label,
+by the net as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochStart:
+    """What a technique may know and do before an epoch, the first one of a resumed session included."""
+
+    number: int  # of the epoch, from 0
+    epochs: int
+    fresh: bool  # False in mid-epoch: training went on from here before
+    folder: Path  # the run's
+    images: int  # rows of the index
+    rows: np.ndarray  # (N,) int64: the training images
+    losses: Sequence[float]  # base loss of every epoch so far
+    colour: tuple[int, int, int]  # the mean colour that the normalisation assumes
+    maps: Maps
+    first: Callable[[Callable[[], None]], None]  # do something on rank 0, while the others wait
+    say: Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from fgvc.config import Section
 from fgvc.techniques.acb import AcbConfig
 from fgvc.techniques.acol import AcolConfig
 from fgvc.techniques.adl import AdlConfig
+from fgvc.techniques.ae_psl import AePslConfig
 from fgvc.techniques.attention_crop_drop import AttentionCropDropConfig
 from fgvc.techniques.cam_erasing import CamErasingConfig
 from fgvc.techniques.cutout import CutoutConfig
@@ -22,7 +23,8 @@ from fgvc.techniques.spatial_dropout import SpatialDropoutConfig
 
 AnyConfig = Annotated[
     # The order is that of the hooks: maps of the clean image are erased before images are mixed, random boxes after it.
-    CamErasingConfig
+    AePslConfig
+    | CamErasingConfig
     | MixupConfig
     | CutoutConfig
     | RandomErasingConfig
@@ -40,7 +42,7 @@ AnyConfig = Annotated[
 
 class Technique(Protocol):
     """What every technique says of itself; its hooks are optional and found by name (DESIGN 4):
-    setup, on_sample, draw, on_batch, views, views_after, losses, after_step, state_dict, load_state_dict.
+    setup, before_epoch, on_sample, draw, on_batch, views, views_after, losses, after_step, state_dict, load_state_dict.
 
     With `losses` comes `weights`, name of a term -> fgvc.schedule.Scheduled; names in `measures` are only reported."""
 

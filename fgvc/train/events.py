@@ -82,17 +82,27 @@ class Events:
             self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def progress(self, total: int, done: int) -> Iterator[None]:
-        """One live bar on a terminal, a plain line every few seconds elsewhere."""
-        if self.active and self.console.is_terminal:
+    def progress(self, total: int, done: int, what: str = "training") -> Iterator[None]:
+        """One live bar on a terminal, a plain line every few seconds elsewhere. Within another, a second bar in it."""
+        if self._bar is not None:
+            training, self._task = self._task, self._bar.add_task(what, total=total, completed=done)
+            yield
+            self._bar.remove_task(self._task)
+            self._task = training
+        elif self.active and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with Progress(*columns, console=self.console, transient=True) as bar:
-                self._bar, self._task = bar, bar.add_task("training", total=total, completed=done)
+                self._bar, self._task = bar, bar.add_task(what, total=total, completed=done)
                 yield
                 self._bar = None
         else:
             self._spoke = time.monotonic()
             yield
+
+    def done(self, count: int) -> None:
+        """Move the innermost bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=count)
 
     def step(self, step: int, total: int, *, epoch: int, loss: float, lr: float, rate: float) -> None:
         """Called at every logged step: `rate` in images/s over all ranks."""

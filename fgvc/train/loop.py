@@ -20,6 +20,7 @@ from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe
 from fgvc.train import checkpoint
 from fgvc.train.batch import to_batch
+from fgvc.train.between import epoch_start
 from fgvc.train.events import Events
 from fgvc.train.optim import learning_rate
 from fgvc.train.run import continue_run, open_run, recorded_preprocess, start_run
@@ -80,6 +81,8 @@ def _run(session: Session, out: Path, events: Events) -> None:
     progress, recipe = session.progress, session.recipe
     with events.progress(session.total_steps, progress.step), _interruptible() as interrupted:
         while not progress.finished:
+            for _, prepare in session.step.hooks("before_epoch"):
+                prepare(epoch_start(session, out, events, stop=interrupted))
             for losses, count in _steps(session, events):
                 _log(session, losses, count, events)
                 due = recipe.checkpoint.every_steps is not None and progress.step % recipe.checkpoint.every_steps == 0

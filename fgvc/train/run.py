@@ -83,7 +83,7 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
 
     `facts`: file name -> what JSON is to hold; `continue_run` compares them when the run goes on.
     """
-    for name in ("ckpt", "plots", "tables"):
+    for name in ("ckpt", "masks", "plots", "tables"):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("config.yaml", "env.json", "events.jsonl", "metrics.csv", "metrics.json"):
         (out / name).unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from fgvc.train.session import build_net
 
 SETTINGS: dict[str, list[dict]] = {
     "dcl": [{"grid": 4, "bn": "shared"}, {"grid": 4, "bn": "own"}],
+    "ae_psl": [{"rounds": 2}],
     "cam_erasing": [{"source": "current"}, {"source": "previous_epoch", "probability": 0.8}, {"source": "ema"}],
     "attention_crop_drop": [{"maps": 4}, {"maps": 4, "guide": "cam"}, {"maps": 4, "guide": "random"}],
     "acol": [{"heads": 2}, {"shared": True}],

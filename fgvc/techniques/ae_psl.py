@@ -1,0 +1,137 @@
+"""AE-PSL's adversarial erasing (Wei et al., CVPR 2017; methods 5): train, erase what the network looks at from the images,
+train on the rest, and again.
+
+Masks are made between rounds with pytorch-grad-cam, kept in the run's folder, and applied before any geometry. After
+stripping nothing is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from fgvc.cam.maps import normalised
+from fgvc.cam.masks import Region, erase, select
+from fgvc.cam.offline import OfflineMethod
+from fgvc.cam.rounds import GRID, Grids, MaskRounds
+from fgvc.config import Section
+from fgvc.model.plan import Plan
+from fgvc.types import EpochStart, FgvcError
+
+CHUNK = 32  # images a forward
+
+
+class AePslConfig(Section):
+    """Erase round after round what the network has learned to look at."""
+
+    kind: Literal["ae_psl"] = "ae_psl"
+    rounds: int = Field(
+        3, ge=2, description="of training; the run's epochs are divided among them, nothing is erased in the first"
+    )
+    map: OfflineMethod = Field("GradCAM", description="of pytorch-grad-cam")
+    region: Region = Field(
+        Region(value=0.8, area=(0.0, 0.2)), description="what a round adds, of the map from smallest 0 to largest 1"
+    )
+    largest: float = Field(0.4, gt=0, lt=1, description="share of an image that all rounds together may erase")
+    probability: float = Field(
+        1.0, gt=0, le=1, description="share of the images that are erased; which ones is drawn once"
+    )
+    stop: float | None = Field(
+        2.0, gt=1, description="no further round once the loss ends a round above this many times the first round's"
+    )
+
+    @property
+    def needs_epochs(self) -> int:
+        return self.rounds
+
+    def build(self) -> AePsl:
+        return AePsl(self)
+
+
+class AePsl:
+    """I_{t+1} = I_t outside of region(map of I_t by the net of round t), the data set's mean colour inside."""
+
+    source: ClassVar[str] = "Wei et al., CVPR 2017"
+    forwards: ClassVar[str] = "0, and a pass over the images between rounds"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: AePslConfig) -> None:
+        self.config = config
+        self._round = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see it change
+        self._masks: MaskRounds | None = None
+        self._colour = np.zeros(3, dtype=np.uint8)
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where this backbone has no class map."""
+        plan.map("gradcam")
+
+    def before_epoch(self, start: EpochStart) -> None:
+        """Between two rounds make the masks of the next one; go on where that was interrupted. Raises FgvcError where
+        masks that training went on with are gone."""
+        self._masks, self._colour = MaskRounds(start.folder / "masks"), np.array(start.colour, dtype=np.uint8)
+        number = self._round_of(start)
+        if number and not self._masks.path(number).is_file():
+            if not start.fresh:
+                raise FgvcError(
+                    f"{self._masks.path(number)}: the masks of this round are gone; restore them, or start anew"
+                )
+            start.say(f"ae_psl: masks of round {number}")
+            masks = self._masks
+            start.first(
+                lambda: masks.make(
+                    number, images=start.images, rows=start.rows, find=lambda rows: self._find(start, rows, number)
+                )
+            )
+        self._round[0] = number
+
+    def on_sample(self, image: NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
+        number = int(self._round[0])
+        if not number or self._masks is None:
+            return image
+        grid = self._masks.grids(number, np.array([row]))[0]
+        down, across = (np.arange(side) * GRID // side for side in image.shape[:2])
+        image[grid[down][:, across]] = self._colour
+        return image
+
+    def _round_of(self, start: EpochStart) -> int:
+        """Of the epoch that starts: 0 is the first. The loss so far may have stopped the rounds."""
+        ends = [-(-number * start.epochs // self.config.rounds) for number in range(1, self.config.rounds)]
+        reached = sum(end <= start.number for end in ends)
+        losses = [start.losses[end - 1] for end in ends[:reached]]
+        for number, loss in enumerate(losses[1:], start=1):
+            if self.config.stop is not None and loss > self.config.stop * losses[0]:
+                return number
+        return reached
+
+    def _find(
+        self, start: EpochStart, rows: NDArray[np.int64], number: int
+    ) -> Iterator[tuple[NDArray[np.int64], Grids]]:
+        """What is erased of each image from now on: the regions of all rounds, within bounds."""
+        assert self._masks is not None
+        masks = self._masks
+        spared = np.random.default_rng(0).random(start.images) >= self.config.probability
+
+        def erased(x: Tensor, part: NDArray[np.int64]) -> Tensor:
+            old = torch.from_numpy(masks.grids(number - 1, part)).to(x.device)
+            return erase(x, F.interpolate(old[:, None].float(), x.shape[2:], mode="nearest-exact")[:, 0] > 0, "zero")
+
+        for part, readable, maps in start.maps(rows, self.config.map, erased, CHUNK):
+            grids = masks.grids(number - 1, part)
+            cells = F.adaptive_avg_pool2d(maps[:, None], GRID)[:, 0]
+            grids[readable] = self._united(torch.from_numpy(grids[readable]), normalised(cells)).numpy()
+            grids[spared[part]] = False
+            yield part, grids
+
+    def _united(self, old: Tensor, maps: Tensor) -> Tensor:
+        """The old cells and the new region, its highest first as long as the whole stays within `largest`."""
+        new = select(maps, (GRID, GRID), self.config.region) & ~old
+        room = int(self.config.largest * GRID**2) - old.flatten(1).sum(1)
+        rank = torch.where(new, maps, -1.0).flatten(1).argsort(1, descending=True).argsort(1)
+        return old | (new & (rank < room[:, None]).view_as(new))

@@ -1,0 +1,57 @@
+"""What happens between two epochs: passes over the images by the net as it is, for techniques that work in rounds."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fgvc.cam.offline import OfflineMethod, offline_maps
+from fgvc.data.loader import evaluation_loader
+from fgvc.train.events import Events
+from fgvc.train.session import Session
+from fgvc.types import EpochStart
+
+
+def epoch_start(session: Session, out: Path, events: Events, *, stop: threading.Event) -> EpochStart:
+    """What techniques may use before an epoch. Once `stop` is set, making maps ends with KeyboardInterrupt."""
+    spec, progress = session.preprocess, session.progress
+    whole = spec.model_copy(update={"resize": "squash", "crop_fraction": 1.0})
+    rgb = [round(255 * mean / spec.input_range) for mean in spec.mean]
+    red, green, blue = rgb[::-1] if spec.channel_order == "bgr" else rgb
+
+    def maps(
+        rows: np.ndarray, method: OfflineMethod, change: Callable[[Tensor, np.ndarray], Tensor], size: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
+        read: deque[np.ndarray] = deque()
+
+        def images() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in evaluation_loader(session.index, rows, spec=whole, batch_size=size, workers=0):
+                read.append(batch.index.numpy())
+                yield change(batch.images.to(session.runtime.device), read[-1]), batch.labels
+
+        made, done = offline_maps(session.step.net, images(), method), 0
+        with events.progress(len(rows), 0, "masks"):
+            for found in made:
+                here = read.popleft()
+                end = int(np.flatnonzero(rows == here[-1])[0]) + 1
+                part = rows[done:end]
+                yield part, np.isin(part, here), found
+                done = end
+                events.done(done)
+                if stop.is_set():
+                    raise KeyboardInterrupt("the masks so far are kept")
+            if done < len(rows):
+                yield rows[done:], np.zeros(len(rows) - done, dtype=np.bool_), torch.zeros(0, *spec.size)
+        session.step.train()
+
+    return EpochStart(
+        number=progress.epoch, epochs=session.recipe.train.epochs, fresh=progress.micro == 0, folder=out,
+        images=len(session.index), rows=session.index.rows("train"), losses=[row["base"] for row in progress.history],
+        colour=(red, green, blue), maps=maps, first=session.runtime.first, say=events.say,
+    )  # fmt: skip
