@@ -70,7 +70,7 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
         part = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
         with runtime(part.train) as process, open_session(part, process) as session:
             if run is not None:
-                _look_through(session, run)
+                look_through(session, run)
             names, font = writable(session.index.classes)
             sheets.append(_save(_step_rows(session, names, images, epoch), font, out / f"{name}.png"))
             if name == "input":
@@ -104,7 +104,7 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
     return rows
 
 
-def _look_through(session: Session, run: Path) -> None:
+def look_through(session: Session, run: Path) -> None:
     """Give a session the weights that a run trained; branches as far as both have them."""
     state = checkpoint.load(run / "ckpt")
     try:

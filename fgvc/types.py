@@ -97,6 +97,10 @@ class View:
     gated: bool = True  # whether gates act on it
 
 
+def _no_maps(features: Tensor, target: Target, method: Any) -> Tensor:
+    raise FgvcError("an output that was made by hand has no class maps")
+
+
 @dataclass(slots=True)
 class Output:
     """What a network said about one view."""
@@ -105,13 +109,12 @@ class Output:
     features: Tensor  # (V,C,h,w) or the backbone's own layout: output of forward_features
     logits: Tensor  # (V,K)
     taps: Mapping[str, Tensor] = field(default_factory=dict)  # the taps that techniques asked for, this view's rows
-    mapper: Callable[[Tensor, Target, Any], Tensor] | None = None  # that network's fgvc.cam.maps.Mapper
+    mapper: Callable[[Tensor, Target, Any], Tensor] = _no_maps  # that network's fgvc.cam.maps.Mapper
     _maps: dict[str, Tensor] = field(default_factory=dict)
 
     def map(self, method: str) -> Tensor:
         """(V,h,w) float32, detached: the map of each sample's class (of most weight). Made once, whoever asks."""
         if method not in self._maps:
-            assert self.mapper is not None
             self._maps[method] = self.mapper(self.features, self.view.target, method)
         return self._maps[method]
 

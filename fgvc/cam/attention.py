@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SCALE = 20.0  # of the normalised vector before its classifier. WS-DAN's is 100 at a rate of 0.001; the logits move by the
-# rate times its square, and at the rates of 0.01 and more that are usual here 100 throws them about
+from fgvc.model.norm import own_statistics
+
+# Of the normalised vector before its classifier. WS-DAN's is 100 at a rate of 0.001; the logits move by the rate times its
+# square, and at the rates of 0.01 and more that are usual here 100 throws them about.
+SCALE = 20.0
 
 
 class BilinearAttention(nn.Module):
-    """A = relu(bn(conv1x1(f))); v = l2(ssqrt(mean_hw(A_m f_c))) over all M*C; z = W (100 v). In float32."""
+    """A = relu(bn(conv1x1(f))); v = l2(ssqrt(mean_hw(A_m f_c))) over all M*C; z = W (s v). In float32."""
 
     def __init__(self, channels: int, maps: int, classes: int) -> None:
         super().__init__()
@@ -21,9 +26,11 @@ class BilinearAttention(nn.Module):
         self.register_buffer("centres", torch.zeros(classes, maps * channels))
         self.centres: Tensor
 
-    def forward(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f (B,C,h,w) -> maps A (B,M,h,w) >= 0, logits (B,K), v (B,M*C) of length 1."""
-        with torch.autocast(f.device.type, enabled=False):
+    def forward(self, f: Tensor, *, own: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """f (B,C,h,w) -> maps A (B,M,h,w) >= 0, logits (B,K), v (B,M*C) of length 1. `own`: as in views of their own batch
+        statistics, the running ones stay."""
+        statistics = own_statistics(self, recompute=False) if own else nullcontext()
+        with torch.autocast(f.device.type, enabled=False), statistics:
             f = f.to(self.conv.weight.dtype)
             attention = self.norm(self.conv(f)).relu()
             pooled = torch.einsum("bmhw,bchw->bmc", attention, f).flatten(1) / f[0, 0].numel()

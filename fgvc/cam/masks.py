@@ -43,7 +43,8 @@ def select(maps: Tensor, size: Sequence[int], region: Region, *, values: Tensor 
     """(B,H,W) bool: the region of each map (B,h,w), enlarged to `size` first, so that it can't miss its own maximum.
     `values` (B,): drawn for each sample, instead of the region's own; with the rule `share` only.
 
-    A map that is flat, not finite, or nowhere above 0 selects nothing.
+    A map that is flat, not finite, or nowhere above 0 selects nothing. Of equal values all go or none: a cap that is smaller
+    than the map's plateau at its maximum selects nothing either.
     """
     fine = enlarge(torch.where(torch.isfinite(maps).all((1, 2), keepdim=True), maps, 0.0), size)
     flat = fine.flatten(1)
@@ -88,7 +89,8 @@ def crop(x: Tensor, box: Tensor, size: Sequence[int], *, pixels: Sequence[int]) 
     across = torch.stack([right - left, zero, left + right - 1], dim=1)
     down = torch.stack([zero, bottom - top, top + bottom - 1], dim=1)
     grid = F.affine_grid(torch.stack([across, down], dim=1), [len(x), x.shape[1], *size], align_corners=False)
-    return F.grid_sample(x, grid.to(x.dtype), padding_mode="border", align_corners=False)
+    # In float32: a bfloat16 grid can't even name the last pixels.
+    return F.grid_sample(x.float(), grid.float(), padding_mode="border", align_corners=False).to(x.dtype)
 
 
 def inside(box: Tensor, size: Sequence[int]) -> Tensor:
@@ -155,7 +157,7 @@ def _extent(hit: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blurred(x: Tensor) -> Tensor:
     """By averages over an eighth of the side, twice along each axis: no detail is left."""
-    side = max(min(x.shape[2:]) // 8, 1) | 1
+    side = max(min(x.shape[2:]) // 8, 3) | 1
     half = side // 2
     for _ in range(2):
         x = F.avg_pool2d(x, (side, 1), 1, (half, 0), count_include_pad=False)

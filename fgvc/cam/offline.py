@@ -40,8 +40,8 @@ def offline_maps(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], metho
     with evaluating(net), _without_gradients(net):
         layout = partial(feature_map, net)
         with made(model=split.eval(), target_layers=[split.features], reshape_transform=layout) as cam:
-            for x, labels in batches:
-                x = x.detach().requires_grad_()  # the parameters don't
+            for images, labels in batches:
+                x = images.detach().requires_grad_()  # the parameters don't
                 yield torch.from_numpy(cam(x, [ClassifierOutputTarget(int(label)) for label in labels]))
 
 

@@ -36,6 +36,7 @@ class MapStore:
     def recall(self, rows: Tensor, geometry: Tensor, size: Sequence[int]) -> Tensor:
         """(B,H/4,W/4) in [0,1]: the recorded maps as they lie in new crops of the same images, of `size`; 0 where the recorded
         crop did not reach, and for samples that were never recorded."""
+        rows, geometry = rows.cpu(), geometry.cpu()
         height, width = (max(side // FINENESS, 1) for side in size)
         found = torch.zeros(len(rows), height, width)
         known = torch.nonzero(rows < len(self._maps))[:, 0]
@@ -48,14 +49,15 @@ class MapStore:
         new = torch.stack(torch.meshgrid(down, across, indexing="ij")[::-1], dim=-1)
         old = torch.einsum("bij,hwj->bhwi", shares[:, :, :2], new) + shares[:, None, None, :, 2]
         maps = self._maps[rows[known]].float()[:, None] / 255
-        found[known] = F.grid_sample(maps, 2 * old - 1, padding_mode="zeros", align_corners=False)[:, 0]
+        reached = ((old >= 0) & (old <= 1)).all(-1)
+        found[known] = F.grid_sample(maps, 2 * old - 1, padding_mode="border", align_corners=False)[:, 0] * reached
         return found
 
     def state_dict(self) -> dict[str, Any]:
         return {"maps": self._maps, "to_image": self._to_image}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._maps, self._to_image = state["maps"], state["to_image"]
+        self._maps, self._to_image = state["maps"].clone(), state["to_image"].clone()
 
 
 def _of_shares(geometry: Tensor, size: Sequence[int]) -> Tensor:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
@@ -124,24 +125,38 @@ class Plan:
     def cells(self, stage: int | Literal["features"]) -> str:
         """The name of a stage, or FEATURES, for a gate on the cells of its map. Raises FgvcError where these are no map, or
         the classifier does not read them."""
-        _ = self.map_shape
-        if stage == FEATURES:
-            self.map("gradcam")
-        return self.stage(stage)
+        name, net = self.stage(stage), self._joints.net
+        with torch.enable_grad(), self._noise_through(name) as (f, features):
+            read = net.forward_head(features, pre_logits=True)  # type: ignore[operator]
+            # Not of the plain sum: a layer norm's has no gradient.
+            signs = torch.linspace(-1, 1, read.numel(), device=read.device).view_as(read)
+            (gradient,) = torch.autograd.grad((read * signs).sum(), f, allow_unused=True)
+            if gradient is None or not feature_map(net, gradient).abs().max() > 0:
+                raise FgvcError(
+                    f"techniques.{self.kind}: the classifier of a {type(net).__name__} does not read the map at {name} "
+                    "(a class token alone, most likely); choose an earlier stage"
+                )
+        return name
 
     def can_be_negative(self, module: str) -> bool:
         """Whether this module (or forward_features) gives values below 0, by a forward of noise."""
-        seen: list[Tensor] = []
-        net = self._joints.net
-        handle = (
-            None if module == FEATURES else self.module(module).register_forward_hook(lambda _m, _x, f: seen.append(f))
-        )
-        with torch.no_grad(), evaluating(net):
+        with torch.no_grad(), self._noise_through(module) as (f, _):
+            return bool((f < 0).any())
+
+    @contextmanager
+    def _noise_through(self, module: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this module (or forward_features) gives for two images of noise in eval mode, and the features."""
+        net, seen = self._joints.net, []
+        handle = None
+        if module != FEATURES:
+            handle = self.module(module).register_forward_hook(lambda _m, _x, f: seen.append(f))
+        with evaluating(net):
             rng, weight = torch.Generator().manual_seed(0), next(net.parameters())
-            seen.append(net.forward_features(torch.randn(2, 3, *self.size, generator=rng).to(weight)))  # type: ignore[operator]
-        if handle is not None:
-            handle.remove()
-        return bool((seen[0] < 0).any())
+            x = torch.randn(2, 3, *self.size, generator=rng).to(weight).requires_grad_(torch.is_grad_enabled())
+            features = net.forward_features(x)  # type: ignore[operator]
+            if handle is not None:
+                handle.remove()
+            yield (seen[0] if seen else features), features
 
     def tap(self, module: str) -> None:
         """Record this module's output in every forward: `Output.taps[module]`."""

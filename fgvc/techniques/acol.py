@@ -22,6 +22,12 @@ from fgvc.schedule import Scheduled
 from fgvc.types import Output
 
 
+class ErasedCells(Region):
+    """Half of the map and more may go: another classifier must live on the rest."""
+
+    area: tuple[float, float] = Field((0.0, 0.7), description="least and most share of the map")
+
+
 class AcolConfig(Section):
     """Erase from the features what the classifier looks at, and classify the rest."""
 
@@ -35,9 +41,7 @@ class AcolConfig(Section):
     map: AnyMethod = Field(
         "auto", description="of the deployed classifier: cam | gradcam | gradcam++; auto: cam if it can"
     )
-    region: Region = Field(
-        Region(value=0.6, area=(0.0, 0.7)), description="what is erased, of the map from smallest 0 to largest 1"
-    )
+    region: ErasedCells = Field(ErasedCells(), description="what is erased, of the map from smallest 0 to largest 1")
 
     @model_validator(mode="after")
     def _shares_or_adds(self) -> AcolConfig:
@@ -78,18 +82,18 @@ class Acol:
         terms = []
         for number in range(self.config.heads):
             if self.config.shared:
-                rest = ctx.scaled(main.features, keep)
-                terms.append(cross_entropy(ctx.head(rest), target))
+                seen = ctx.scaled(main.features, keep)
+                terms.append(cross_entropy(ctx.head(seen), target))
             else:
                 said = ctx.branches[f"head{number}"](f * keep[:, None])
                 terms.append(cross_entropy(said.mean((2, 3)), target))
             if number + 1 < self.config.heads:
                 if self.config.shared:
-                    assert main.mapper is not None
-                    maps = main.mapper(rest, target, self._method)
+                    maps = main.mapper(seen, target, self._method)
                 else:
                     maps = said.detach()[torch.arange(len(said)), dominant(target)].float()
-                keep = keep & ~select(normalised(maps) * keep, f.shape[2:], self.config.region)
+                rest = keep & ~select(normalised(maps) * keep, f.shape[2:], self.config.region)
+                keep = torch.where(rest.any(2, keepdim=True).any(1, keepdim=True), rest, keep)  # something must be left
         ctx.show("erased", ~keep)
         return {"erased": torch.stack(terms).mean(), "area": 1 - keep.float().mean()}
 

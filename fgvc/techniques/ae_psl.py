@@ -28,6 +28,13 @@ from fgvc.types import EpochStart, FgvcError
 CHUNK = 32  # images a forward
 
 
+class Added(Region):
+    """The paper's: the upper fifth of the map's range."""
+
+    value: float = Field(0.8, ge=0, description="see rule")
+    area: tuple[float, float] = Field((0.0, 0.2), description="least and most share of the image in one round")
+
+
 class AePslConfig(Section):
     """Erase round after round what the network has learned to look at."""
 
@@ -36,9 +43,7 @@ class AePslConfig(Section):
         3, ge=2, description="of training; the run's epochs are divided among them, nothing is erased in the first"
     )
     map: OfflineMethod = Field("GradCAM", description="of pytorch-grad-cam")
-    region: Region = Field(
-        Region(value=0.8, area=(0.0, 0.2)), description="what a round adds, of the map from smallest 0 to largest 1"
-    )
+    region: Added = Field(Added(), description="what a round adds, of the map from smallest 0 to largest 1")
     largest: float = Field(0.4, gt=0, lt=1, description="share of an image that all rounds together may erase")
     probability: float = Field(
         1.0, gt=0, le=1, description="share of the images that are erased; which ones is drawn once"

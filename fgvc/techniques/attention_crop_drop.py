@@ -25,8 +25,7 @@ from fgvc.model.ranks import gathered
 from fgvc.schedule import Scheduled, at
 from fgvc.types import Batch, Output, View
 
-MAIN = "main"
-WHOLE = 0.99  # share of the image that a crop may hold
+MAIN, WHOLE = "main", 0.99  # share of the image that a crop may hold
 
 
 class AttentionCropDropConfig(Section):
@@ -88,6 +87,10 @@ class AttentionCropDrop:
     def views_after(self, batch: Batch, outputs: Mapping[str, Output], ctx: Context) -> list[View]:
         """Crops are cut from the finer render, unless the main view is mixed or erased."""
         main, views = outputs[MAIN], []
+        if at(self.config.centre, ctx.progress):  # one a step on every rank; -1: mixed
+            target = main.view.target
+            labels = target[0][0] if len(target) == 1 else torch.full_like(target[0][0], -1)
+            self._new.append((self._pooled(main, ctx)[2].detach(), labels))
         x, size = main.view.x, (main.view.x.shape[2], main.view.x.shape[3])
         for what, largest in (("crop", WHOLE), ("drop", self.config.largest_drop)):
             if not (weight := at(getattr(self.config, what), ctx.progress)):
@@ -114,11 +117,8 @@ class AttentionCropDrop:
         pooled = [self._pooled(output, ctx) for output in seen]
         terms = [cross_entropy(logits, o.view.target) for o, (_, logits, _) in zip(seen, pooled, strict=True)]
         losses = {"pooled": torch.stack(terms).mean()}
-        target, vector = seen[0].view.target, pooled[0][2]
-        labels = target[0][0] if len(target) == 1 else torch.full_like(target[0][0], -1)
-        self._new.append((vector.detach(), labels))  # one a step on every rank
-        if len(target) == 1:
-            losses["centre"] = cast("BilinearAttention", ctx.branches["attention"]).distance(vector, labels)
+        if len(target := seen[0].view.target) == 1:
+            losses["centre"] = cast("BilinearAttention", ctx.branches["attention"]).distance(pooled[0][2], target[0][0])
         return losses
 
     def after_step(self, ctx: Context) -> None:
@@ -145,5 +145,6 @@ class AttentionCropDrop:
     def _pooled(self, output: Output, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """The branch on one view, once a step: maps, logits, pooled features."""
         if output.view.name not in ctx.kept:
-            ctx.kept[output.view.name] = ctx.branches["attention"](ctx.grid(output.features))
+            own = output.view.bn == "own"
+            ctx.kept[output.view.name] = ctx.branches["attention"](ctx.grid(output.features), own=own)
         return cast("tuple[Tensor, Tensor, Tensor]", ctx.kept[output.view.name])

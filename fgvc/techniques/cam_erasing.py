@@ -42,7 +42,7 @@ class CamErasingConfig(Section):
     )
     weight: Scheduled = Field(1.0, description="of the erased view's cross-entropy (source: current)")
     map: AnyMethod = Field("auto", description="cam | gradcam | gradcam++; auto: cam where the head allows it")
-    region: Region = Field(Region(value=0.6), description="what is erased, of the map from smallest 0 to largest 1")
+    region: Region = Field(Region(), description="what is erased, of the map from smallest 0 to largest 1")
     fill: Fill = Field("zero", description=FILLS)
 
     @property
@@ -92,7 +92,10 @@ class CamErasing:
         main = outputs["main"]
         if self._store is not None:
             height, width = main.view.x.shape[2:]
-            self._new.append((batch.index, batch.geometry, normalised(main.map(self._method)), (height, width)))
+            maps = main.map(self._method)
+            if len(main.view.target) > 1:  # mixed: of the image's own label all the same
+                maps = main.mapper(main.features, [(batch.labels, None)], self._method)
+            self._new.append((batch.index, batch.geometry, normalised(maps), (height, width)))
         weight = at(self.config.weight, ctx.progress)
         if self.config.source != "current" or not weight:
             return []

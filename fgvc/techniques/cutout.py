@@ -46,7 +46,8 @@ class Cutout:
         """(B,holes,4) float32: left, top, right, bottom in pixels, empty for an image that is spared; a seed."""
         height, width = batch.x.shape[2:]
         shape = len(batch.labels), self.config.holes
-        side = max(round(self.config.length * min(height, width)), 1)
+        shorter = min(height, width)
+        side = max(min(round(self.config.length * shorter), shorter - 1), 1)
         top, left = (rng.integers(extent, size=shape) - side // 2 for extent in (height, width))
         boxes = np.stack([left, top, left + side, top + side], axis=-1).astype(np.float32)
         boxes[rng.random(shape[0]) >= self.config.probability] = 0

@@ -56,5 +56,8 @@ class HideAndSeek:
         hidden, seed = ctx.draw
         cells = hidden.to(batch.x.device, non_blocking=True).float()[:, None]
         mask = F.interpolate(cells, batch.x.shape[2:], mode="nearest-exact")[:, 0] > 0
+        mask &= ~mask.all(2, keepdim=True).all(
+            1, keepdim=True
+        )  # a grid finer than the image can lose the cell that stays
         ctx.show("erased", mask, batch.x)
         return replace(batch, x=erase(batch.x, mask, self.config.fill, seed=seed))

@@ -1,0 +1,286 @@
+"""Class maps against pytorch-grad-cam, against loops in float64 written from the formulas, and what they may not touch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_grad_cam import GradCAM, GradCAMPlusPlus
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import Tensor, nn
+
+from fgvc.cam.maps import (
+    Mapper,
+    Method,
+    cam,
+    closed_form,
+    dominant,
+    evaluating,
+    grad_cam,
+    grad_cam_plus_plus,
+    normalised,
+    refusal,
+)
+
+CLASSES = 5
+SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1,) * 4, "num_heads": (1, 1, 2, 2)}
+VIT = {"img_size": 64, "global_pool": "avg"}
+NETS: dict[str, tuple[int, dict, str]] = {  # name: size, settings, the module that makes the last features
+    "resnet18": (96, {}, "layer4"),
+    "mobilenetv3_small_100": (128, {}, "blocks"),
+    "regnety_002": (96, {}, "final_conv"),
+    "efficientnet_lite0": (96, {}, "bn2"),
+    "test_vit": (64, VIT, "norm"),
+    "swin_tiny_patch4_window7_224": (64, SWIN, "norm"),
+}
+METHODS: tuple[Method, ...] = ("cam", "gradcam", "gradcam++")
+
+
+def made(name: str, **kwargs: object) -> nn.Module:
+    """The net with weights, statistics and biases that are all different from each other."""
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=CLASSES, **kwargs)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    nn.init.normal_(net.get_classifier().weight, 0, 0.5)
+    return net.eval()
+
+
+def pictures(size: int, count: int = 3) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def theirs(kind: type, net: nn.Module, layer: nn.Module, x: Tensor, labels: Tensor, reshape: object = None) -> Tensor:
+    """pytorch-grad-cam's map before it is resized and scaled."""
+    targets = [ClassifierOutputTarget(int(y)) for y in labels]
+    with kind(net, [layer], reshape_transform=reshape) as method:
+        method(x, targets)
+        held = method.activations_and_grads
+        raw = method.get_cam_image(x, layer, targets, held.activations[0].numpy(), held.gradients[0].numpy())
+    return torch.from_numpy(np.maximum(raw, 0))
+
+
+def tokens(f: Tensor) -> Tensor:
+    return f[:, 1:].transpose(1, 2).unflatten(2, (4, 4))  # test_vit has one class token
+
+
+RESHAPE = {"test_vit": tokens, "swin_tiny_patch4_window7_224": lambda f: f.permute(0, 3, 1, 2)}
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_gradient_maps_are_those_of_pytorch_grad_cam(name: str) -> None:
+    size, kwargs, layer = NETS[name]
+    net, x, labels = made(name, **kwargs), pictures(size), torch.tensor([4, 0, 2])
+    features = net.forward_features(x)
+    for method, kind in (("gradcam", GradCAM), ("gradcam++", GradCAMPlusPlus)):
+        found = Mapper(net)(features, [(labels, None)], method)
+        expected = theirs(kind, net, net.get_submodule(layer), x, labels, RESHAPE.get(name))
+        assert found.shape == expected.shape
+        assert found.dtype == torch.float32
+        assert not found.requires_grad
+        assert expected.amax() > 0, "nothing would be compared"
+        torch.testing.assert_close(found / expected.amax(), expected / expected.amax(), rtol=2e-4, atol=1e-5)
+
+
+def test_cam_is_its_formula_and_grad_cam_up_to_scale_and_relu() -> None:
+    net, x, labels = made("resnet18"), pictures(96), torch.tensor([4, 0, 2])
+    features = net.forward_features(x).detach()
+    weight = net.fc.weight.detach()
+    expected = torch.zeros(3, 3, 3, dtype=torch.float64)
+    for b, y in enumerate(labels.tolist()):
+        for k in range(512):
+            expected[b] += float(weight[y, k]) * features[b, k].double()
+    found = Mapper(net)(features, [(labels, None)], "cam")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert found.amin() < 0 < found.amax()
+    torch.testing.assert_close(theirs(GradCAM, net, net.layer4, x, labels), found.relu() / 9, rtol=1e-4, atol=1e-5)
+
+
+def numbers(seed: int) -> tuple[Tensor, Tensor]:
+    """Features and gradients in float64; some gradients are exactly 0."""
+    rng = torch.Generator().manual_seed(seed)
+    f, g = torch.rand(2, 2, 4, 3, 5, generator=rng, dtype=torch.float64).unbind()
+    g = g - 0.5
+    g[:, :, 0, :2] = 0
+    return f, g
+
+
+@settings(deadline=None)  # the first call in a process warms torch up
+@given(st.integers(0, 2**32))
+def test_grad_cam_plus_plus_is_its_formula(seed: int) -> None:
+    f, g = numbers(seed)
+    expected = torch.zeros(2, 3, 5, dtype=torch.float64)
+    for b in range(2):
+        for k in range(4):
+            total, weight = sum(f[b, k].flatten().tolist()), 0.0
+            for v in g[b, k].flatten().tolist():
+                alpha = 0.0 if v == 0 else v**2 / (2 * v**2 + total * v**3 + 1e-6)
+                weight += alpha * max(v, 0.0)
+            expected[b] += weight * f[b, k]
+    torch.testing.assert_close(grad_cam_plus_plus(f, g), expected.clamp(min=0))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32))
+def test_grad_cam_is_its_formula(seed: int) -> None:
+    f, g = numbers(seed)
+    expected = torch.zeros(2, 3, 5, dtype=torch.float64)
+    for b in range(2):
+        for k in range(4):
+            expected[b] += sum(g[b, k].flatten().tolist()) / 15 * f[b, k]
+    torch.testing.assert_close(grad_cam(f, g), expected.clamp(min=0))
+    torch.testing.assert_close(
+        cam(f, g[:, :, 1, 2], torch.tensor([1, 0])), (g[[1, 0], :, 1, 2][:, :, None, None] * f).sum(1)
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv4_conv_small"])  # the second has a batch norm in its head
+def test_training_is_not_disturbed(name: str) -> None:
+    net, labels = made(name, drop_rate=0.5), torch.tensor([4, 0, 2])
+    expected = {
+        m: Mapper(net)(net.forward_features(pictures(96)), [(labels, None)], m) for m in ("gradcam", "gradcam++")
+    }
+    net.train()
+    list(net.children())[1].eval()  # a frozen part among those that train
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    next(net.parameters()).grad = None
+    with evaluating(net):
+        features = net.forward_features(pictures(96))
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    modes = [module.training for module in net.modules()]
+    assert features.requires_grad
+    for method, maps in expected.items():
+        with torch.no_grad() if method == "gradcam" else torch.enable_grad():
+            found = Mapper(net)(features, [(labels, None)], method)
+        torch.testing.assert_close(found, maps, msg="dropout, or the batch's own statistics")
+    with evaluating(net):
+        assert not any(module.training for module in net.modules())
+    closed_form(net, (96, 96))
+    refusal(net, (96, 96), "gradcam")
+    assert [module.training for module in net.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert next(net.parameters()).grad is None
+    assert all((p.grad == 3).all() for p in list(net.parameters())[1:])
+    assert all(p.requires_grad for p in net.parameters())
+    net.forward_head(features).sum().backward()  # the step's own graph is still whole
+
+
+def test_modes_come_back_even_after_an_error() -> None:
+    net = made("resnet18").train()
+    net.layer1.eval()
+    modes = [module.training for module in net.modules()]
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        Mapper(net)(net.forward_features(pictures(64)), [(torch.tensor([0, 99, 0]), None)], "gradcam")
+    assert [module.training for module in net.modules()] == modes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_features_made_in_inference_mode_have_maps_too(method: Method) -> None:
+    net, target = made("resnet18"), [(torch.tensor([4, 0, 2]), None)]
+    with torch.inference_mode():
+        found = Mapper(net)(net.forward_features(pictures(96)), target, method)
+    torch.testing.assert_close(found, Mapper(net)(net.forward_features(pictures(96)), target, method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_under_autocast_are_in_float32(method: Method) -> None:
+    net, target = made("resnet18"), [(torch.tensor([4, 0, 2]), None)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = net.forward_features(pictures(96)).bfloat16()
+        found = Mapper(net)(features, target, method)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, Mapper(net)(features.float(), target, method))
+    assert features.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "cam_refused", "gradient_refused"),
+    [
+        ("resnet18", {}, None, None),
+        ("efficientnet_lite0", {}, None, None),
+        ("mobilenetv3_small_100", {}, "reads 1024 values, the last feature map has 576; use gradcam", None),
+        ("resnet18", {"global_pool": "max"}, "more than global average pooling", None),
+        ("resnet18", {"num_classes": 0}, "the classifier is Identity, not one linear layer", None),
+        (
+            "test_vit",
+            {"img_size": 64},
+            "more than global average pooling",
+            "VisionTransformer reads the class token alone",
+        ),
+        ("test_vit", VIT, "more than global average pooling", None),  # a norm between them
+        ("test_vit", VIT | {"fc_norm": False}, None, None),
+        ("test_vit", VIT | {"fc_norm": False, "class_token": False}, None, None),
+        ("swin_tiny_patch4_window7_224", SWIN, None, None),
+    ],
+)
+def test_nets_without_a_map_are_refused_by_reason(
+    name: str, kwargs: dict, cam_refused: str | None, gradient_refused: str | None
+) -> None:
+    torch.manual_seed(0)
+    size = (64, 64)
+    net = timm.create_model(name, **{"num_classes": CLASSES} | kwargs).train()
+    linear, reason = closed_form(net, size)
+    assert (linear is None) == (cam_refused is not None)
+    assert (cam_refused or "closed-form class activation maps").removesuffix("; use gradcam") in reason
+    if linear is not None:
+        assert linear is net.get_classifier()
+    for method, expected in (("cam", cam_refused), ("gradcam", gradient_refused), ("gradcam++", gradient_refused)):
+        said = refusal(net, size, method)
+        assert (said is None) if expected is None else (said is not None and expected in said)
+    assert net.training
+
+
+def test_a_classifier_that_starts_at_zero_is_not_refused() -> None:
+    net = made("mobilenetv3_small_100")
+    nn.init.zeros_(net.classifier.weight)
+    assert refusal(net, (64, 64), "gradcam") is None
+
+
+@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_where_cam_is_closed_form_grad_cam_says_the_same(name: str) -> None:
+    """On tokens and NHWC features as on NCHW ones: relu(cam) / cells."""
+    _, kwargs, _ = NETS[name]
+    net = made(name, **kwargs | ({"fc_norm": False} if name == "test_vit" else {}))
+    features, target = net.forward_features(pictures(64)), [(torch.tensor([1, 3, 3]), None)]
+    found = Mapper(net)(features, target, "cam")
+    assert found.amin() < 0 < found.amax()
+    torch.testing.assert_close(
+        Mapper(net)(features, target, "gradcam"), found.relu() / found[0].numel(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_normalised_maps_reach_0_and_1_and_say_nothing_where_there_is_nothing() -> None:
+    good = torch.tensor([[-2.0, 0.0], [1.0, 2.0]])
+    nan, inf, minus = good.clone(), good.clone(), good.clone()
+    nan[0, 1], inf[1, 1], minus[0, 0] = torch.nan, torch.inf, -torch.inf
+    flat, ripple, small = torch.full((2, 2), 7.0), torch.tensor([[7.0, 7.0], [7.0, 7.000001]]), good * 1e-12
+    found = normalised(torch.stack([good, nan, inf, minus, flat, ripple, small, good * 0]))
+    expected = torch.tensor([[0.0, 0.5], [0.75, 1.0]])
+    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(found[6], expected)
+    assert (found[[1, 2, 3, 4, 5, 7]] == 0).all()
+    assert (normalised(good[None] * 1.5e38) == 0).all(), "a span that float32 can't hold"
+
+
+def test_the_dominant_label_is_the_one_of_most_weight() -> None:
+    a, b, c = (torch.tensor(labels) for labels in ([1, 2, 3], [4, 5, 6], [7, 8, 9]))
+    light, middle, heavy = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0.3, 0.6, 0.1]), torch.tensor([1.5, 0.1, 0.2])
+    assert dominant([(a, None)]).tolist() == [1, 2, 3]
+    assert dominant([(a, light * 0)]).tolist() == [1, 2, 3]
+    assert dominant([(a, light), (b, middle)]).tolist() == [4, 5, 3]
+    assert dominant([(a, light), (b, middle), (c, heavy)]).tolist() == [7, 5, 3]
+    assert dominant([(a, None), (c, heavy)]).tolist() == [7, 2, 3]
+
+
+def test_a_mixed_target_is_mapped_by_its_dominant_label() -> None:
+    net, x = made("resnet18"), pictures(96)
+    labels, others = torch.tensor([4, 0, 2]), torch.tensor([1, 1, 1])
+    weight = torch.tensor([0.9, 0.2, 0.6])
+    mixed = Mapper(net)(net.forward_features(x), [(labels, weight), (others, 1 - weight)], "gradcam")
+    assert torch.equal(mixed, Mapper(net)(net.forward_features(x), [(torch.tensor([4, 1, 2]), None)], "gradcam"))

@@ -1,0 +1,153 @@
+"""Two processes of half a batch each know what one process of the whole batch knows."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fgvc.model.ranks import gathered
+
+# The session of pytest has no sockets, so the ranks are processes of their own; `known` runs here, too.
+SCRIPT = '''
+import sys
+
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F
+
+from fgvc.cam.attention import BilinearAttention
+from fgvc.model.ranks import gathered
+from fgvc.techniques.attention_crop_drop import AttentionCropDropConfig
+from fgvc.techniques.cam_erasing import CamErasingConfig
+from fgvc.techniques.mixup import MixupConfig
+from fgvc.train.step import StepModule
+from fgvc.types import Batch
+
+
+class Pooled(nn.Module):
+    """Without batch norm: halves of a batch say what they say together."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward_features(self, x):
+        return F.avg_pool2d(x, 8)
+
+    def forward_head(self, f, pre_logits=False):
+        return f.mean((2, 3)) if pre_logits else self.fc(f.mean((2, 3)))
+
+    def get_classifier(self):
+        return self.fc
+
+
+def batch(number, rank, world):
+    rng = torch.Generator().manual_seed(number)
+    x = torch.rand(8, 3, 32, 32, generator=rng)
+    y = torch.randint(0, 2, (8,), generator=rng)
+    index = torch.randperm(20, generator=rng)[:8]
+    geometry = torch.eye(3)[:2].expand(8, 2, 3) * (1 + index[:, None, None])
+    rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    x, y, index, geometry = (part[rows] for part in (x, y, index, geometry))
+    return Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=index, geometry=geometry)
+
+
+def known(rank, world):
+    """What is known after four steps, of which the third is mixed, and after one update by given vectors."""
+    torch.manual_seed(0)
+    crop, erase = AttentionCropDropConfig(maps=2, centre_rate=0.3), CamErasingConfig(source="previous_epoch", probability=0)
+    techniques = {"cam_erasing": erase.build(), "mixup": MixupConfig().build(), "attention_crop_drop": crop.build()}
+    step = StepModule(Pooled(), techniques, size=(32, 32)).train()
+    step.branches.eval()
+    for number in range(4):
+        data = batch(number, rank, world)
+        draws = step.draw(data, 0.0, seed=0, step=number, rank=rank)
+        draws.of["mixup"] = (torch.ones(len(data.x)), torch.arange(len(data.x))) if number == 2 else None
+        step(data, draws)
+        for kind, after in step.hooks("after_step"):
+            after(step.contexts[kind])
+    branch = BilinearAttention(3, 2, 4)
+    rng = torch.Generator().manual_seed(9)
+    v, y = torch.randn(8, 6, generator=rng), torch.tensor([1, 2, 1, -1, 2, 2, -1, 3])
+    rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    branch.follow(gathered(v[rows]), gathered(y[rows]), rate=0.5)
+    store = techniques["cam_erasing"].state_dict()
+    centres = step.branches["attention_crop_drop"]["attention"].centres
+    return {"centres": centres, "given": branch.centres, "rows": gathered(batch(0, rank, world).index), **store}
+
+
+if __name__ == "__main__":
+    place, rank = sys.argv[1], int(sys.argv[2])
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+    torch.save(known(rank, 2), f"{place}/rank{rank}.pt")
+    distributed.destroy_process_group()
+'''
+
+
+def test_one_process_gathers_its_own_rows() -> None:
+    for values in (torch.rand(3, 2), torch.arange(3), torch.tensor([True, False])):
+        assert gathered(values) is values
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+    """What one process knows, and what each of two does."""
+    place = tmp_path_factory.mktemp("ranks")
+    script = place / "ranks.py"
+    script.write_text(SCRIPT)
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
+    arguments = [sys.executable, str(script), str(place)]
+    started = [
+        subprocess.Popen([*arguments, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    try:
+        one = runpy.run_path(str(script))["known"](0, 1)
+        for process in started:
+            _, said = process.communicate(timeout=120)
+            assert process.returncode == 0, said
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return [one, *(torch.load(place / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))]
+
+
+def test_rows_come_in_the_order_of_the_ranks(runs: list[dict[str, torch.Tensor]]) -> None:
+    one, *both = runs
+    assert all(torch.equal(rank["rows"], one["rows"]) for rank in both)
+
+
+@pytest.mark.parametrize("name", ["centres", "given"])
+def test_centres_are_those_of_the_whole_batch(runs: list[dict[str, torch.Tensor]], name: str) -> None:
+    one, *both = runs
+    assert torch.equal(both[0][name], both[1][name])
+    torch.testing.assert_close(both[0][name], one[name], rtol=1e-5, atol=1e-6)
+    assert one[name].abs().sum(1).count_nonzero() == (2 if name == "centres" else 3)
+
+
+def test_given_vectors_move_the_centres_by_their_means(runs: list[dict[str, torch.Tensor]]) -> None:
+    v = torch.randn(8, 6, generator=torch.Generator().manual_seed(9))
+    expected = torch.stack([torch.zeros(6), (v[0] + v[2]) / 2, (v[1] + v[4] + v[5]) / 3, v[7]]) / 2
+    for run in runs:
+        torch.testing.assert_close(run["given"], expected)
+
+
+def test_every_rank_keeps_the_maps_of_all(runs: list[dict[str, torch.Tensor]]) -> None:
+    one, *both = runs
+    for name in ("maps", "to_image"):
+        assert torch.equal(both[0][name], both[1][name])
+        assert len(both[0][name]) == len(one[name])
+    assert torch.equal(both[0]["to_image"], one["to_image"])
+    apart = (both[0]["maps"].int() - one["maps"].int()).abs().max()
+    assert apart <= 1, "one grey level may be lost in rounding"
+    assert (one["to_image"].abs().sum((1, 2)) > 0).sum() > 8
