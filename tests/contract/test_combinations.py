@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -38,6 +39,7 @@ FACTORS: dict[str, list] = {
 Row = tuple[int, ...]
 
 
+@cache
 def permitted(row: Row) -> bool:
     said = {kind: levels[at] for (kind, levels), at in zip(FACTORS.items(), row, strict=True)}
     chosen = Techniques(**{kind: said[kind] for kind in CONFIGS})
@@ -69,7 +71,7 @@ def permitted_pairs() -> set[tuple[int, int, int, int]]:
 
 def covering_array() -> list[Row]:
     """Greedy: a row that still lacks a pair is completed factor by factor so that most pairs are new; the best of some."""
-    missing, rng = permitted_pairs(), random.Random(0)
+    missing, rng = permitted_pairs(), random.Random(12)  # of a few seeds the one with the fewest rows
     found: list[Row] = []
     while missing:
         candidates = [completed(*rng.choice(sorted(missing)), missing, rng) for _ in range(20)]
