@@ -103,11 +103,12 @@ def regions(session: Session, run: Path) -> Iterator[tuple[str, Tensor, Tensor]]
     rows = session.index.rows("train")
     augmenter = Augmenter(WHOLE, session.preprocess, seed=0)
     loader = train_loader(session.index, rows, augmenter=augmenter, batch_size=25, seed=0, workers=0)
-    size, last = session.preprocess.size, session.recipe.train.epochs - 1
+    size = session.preprocess.size
     with tempfile.TemporaryDirectory() as scratch:
-        session.progress.epoch, session.progress.history = last, [{"base": 1.0}] * last
         events = Events(Path(scratch), session.recipe.log, active=False)
-        for prepare in between.values():
+        for kind, prepare in between.items():  # as at the end of its first round
+            end = -(-session.recipe.train.epochs // getattr(session.recipe.techniques, kind).rounds)
+            session.progress.epoch, session.progress.history = end, [{"base": 1.0}] * end
             prepare(epoch_start(session, Path(scratch), events, stop=threading.Event()))
         # Two passes: what is recorded in the first is erased in the second (source: previous_epoch).
         for epoch in range(2):
@@ -120,8 +121,8 @@ def regions(session: Session, run: Path) -> Iterator[tuple[str, Tensor, Tensor]]
                         if name.startswith(REGIONS) and mask.dtype == torch.bool:
                             fine = F.interpolate(mask[:, None].float(), size, mode="nearest-exact")[:, 0] > 0
                             yield f"{kind}: {name}", fine, inside
-                for _, after in session.step.hooks("after_step"):
-                    after(session.step.contexts[_])
+                for kind, after in session.step.hooks("after_step"):
+                    after(session.step.contexts[kind])
                 for kind in between if epoch else ():
                     masks = [erased_before(session, kind, row, size) for row in batch.index.tolist()]
                     yield f"{kind}: erased", torch.stack(masks), whole_inside(session, batch.index.numpy(), size)

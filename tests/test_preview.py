@@ -36,6 +36,41 @@ def test_a_sheet_for_the_input_each_technique_and_all(tmp_path: Path, recipe_tre
     assert not (tmp_path / "runs").exists()
 
 
+def test_maps_and_masks_lie_beside_the_views_and_a_run_can_look(tmp_path: Path, recipe_tree: dict) -> None:
+    chosen = {"attention_crop_drop": {"maps": 4}, "cam_erasing": {}, "acol": {}, "adl": {}, "dropblock": {"rate": 0.3}}
+    chosen |= {"cutout": {}, "random_erasing": {"probability": 1.0}, "hide_and_seek": {"probability": 1.0}}
+    made = recipe(recipe_tree, image={"size": 64}, techniques=chosen)
+    sheets = {path.stem: path for path in api.preview(made, tmp_path / "first", images=2).sheets}
+    columns = {name: decode(path).width // 160 for name, path in sheets.items()}
+    # the original, the main view, further views, then maps and masks
+    views = {"attention_crop_drop": 2, "cam_erasing": 1}
+    found = {"attention_crop_drop": 3, "cam_erasing": 2, "acol": 2}
+    assert {kind: columns[kind] for kind in chosen} == {k: 2 + views.get(k, 0) + found.get(k, 1) for k in chosen}
+    run = api.train(made, tmp_path / "run")
+    again = {path.stem: path for path in api.preview(made, tmp_path / "again", images=2, run=run).sheets}
+    changed = {kind for kind in chosen if sheets[kind].read_bytes() != again[kind].read_bytes()}
+    assert {"attention_crop_drop", "cam_erasing", "acol"} <= changed, "other weights, other maps"
+    assert not changed & {"cutout", "random_erasing", "hide_and_seek"}, "no weights, no change"
+    other = recipe(recipe_tree, techniques={"acb": {}})
+    with pytest.raises(FgvcError, match="its weights do not fit this recipe's net"):
+        api.preview(other, tmp_path / "other", run=run)
+
+
+def test_masks_are_red_and_maps_are_colours() -> None:
+    import torch
+
+    grey = Image.new("RGB", (8, 8), (100, 100, 100))
+    mask = torch.zeros(2, 2, dtype=torch.bool)
+    mask[0, 1] = True
+    over = np.asarray(preview._overlay(grey, mask))
+    assert (over[4:] == 100).all()
+    assert (over[:4, :4] == 100).all()
+    assert (over[:4, 4:, 0] > 150).all()
+    heat = np.asarray(preview._overlay(grey, torch.tensor([[0.0, 1.0]]))).astype(int)
+    assert heat[4, 0, 2] > heat[4, 0, 1], "low: blue"
+    assert heat[4, 7, 0] > heat[4, 7, 2], "high: yellow"
+
+
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
 @pytest.mark.parametrize("white", [1, 255])
 def test_pictures_are_the_networks_input_undone(order: str, white: int, colours: Path) -> None:

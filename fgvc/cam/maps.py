@@ -48,7 +48,7 @@ class Mapper:
         with torch.inference_mode(False), torch.enable_grad(), evaluating(self.net):
             leaf = features.clone().requires_grad_()
             logits = self.net.forward_head(leaf)  # type: ignore[operator]
-            (gradients,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), leaf)
+            (gradients,) = torch.autograd.grad(logits.gather(1, labels.clone()[:, None]).sum(), leaf)
         return gradients
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 
 from fgvc import api
 from fgvc.config import Preprocess, validate
-from fgvc.evaluate.averaged import averaged, canvas
+from fgvc.evaluate.averaged import averaged, canvas, refined
 from fgvc.image.preprocess import preprocess
 from fgvc.recipe import Recipe
 from fgvc.types import FgvcError
@@ -66,3 +68,44 @@ def test_they_are_recorded_apart_and_stay_out_of_bundles(tmp_path, recipe_tree: 
         api.evaluate(whole, "test", views="crops")
     bundle = api.export(run, tmp_path / "bundle").bundle
     assert "flip" not in (bundle / "metrics.json").read_text()
+
+
+@pytest.mark.parametrize("guide", ["attention", "cam"])
+def test_a_second_pass_over_the_attended_crop(tmp_path: Path, recipe_tree: dict, guide: str) -> None:
+    chosen = {"attention_crop_drop": {"maps": 4, "guide": guide, "map": "gradcam"}}
+    made = validate(Recipe, recipe_tree | {"image": {"size": 64}, "techniques": chosen}, where="test")
+    run = api.train(made, tmp_path / "run")
+    plain, twice = api.evaluate(run), api.evaluate(run, views="refined")
+    assert (plain.split, twice.split) == ("val", "val-refined")
+    assert (twice.scores.loss != plain.scores.loss) or guide == "attention", "the mean attention may be the whole image"
+    step = api._trained(run, made, 3, "last")
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, crops = step.look(x)
+        torch.testing.assert_close(logits, step.net(x))
+        features = step.net.forward_features(x)
+        if guide == "attention":
+            maps = step.branches["attention_crop_drop"]["attention"](features)[0].mean(1)
+            fine = torch.nn.functional.interpolate(maps[:, None], (64, 64), mode="bilinear")[:, 0]
+            rows = torch.nonzero((fine[0] >= 0.1 * fine[0].max()).any(1))[:, 0]
+            columns = torch.nonzero((fine[0] >= 0.1 * fine[0].max()).any(0))[:, 0]
+            if fine[0].max() > 0:  # the box, widened by 0.05 of 64 pixels, within the picture
+                top, bottom = max(float(rows[0]) - 3.2, 0), min(float(rows[-1]) + 1 + 3.2, 64)
+                left, right = max(float(columns[0]) - 3.2, 0), min(float(columns[-1]) + 1 + 3.2, 64)
+                theta = torch.tensor(
+                    [
+                        [(right - left) / 64, 0, (left + right) / 64 - 1],
+                        [0, (bottom - top) / 64, (top + bottom) / 64 - 1],
+                    ]
+                )
+                grid = torch.nn.functional.affine_grid(theta[None], [1, 3, 64, 64], align_corners=False)
+                expected = torch.nn.functional.grid_sample(x[:1], grid, padding_mode="border", align_corners=False)
+                torch.testing.assert_close(crops()[:1], expected)
+        both = torch.stack([logits.softmax(1), step.net(crops()).softmax(1)]).mean(0)
+        torch.testing.assert_close(refined(step.look, step.net)(x).exp(), both)
+
+
+def test_a_run_that_can_not_look_twice_says_so(tmp_path: Path, recipe_tree: dict) -> None:
+    run = api.train(validate(Recipe, recipe_tree, where="test"), tmp_path / "run")
+    with pytest.raises(FgvcError, match="--views refined needs a technique that looks twice"):
+        api.evaluate(run, views="refined")

@@ -1,0 +1,165 @@
+"""Rounds of erasing: what is masked, when, and what is left after a kill between or inside rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from fgvc import api
+from fgvc.cam.rounds import GRID, MaskRounds
+from fgvc.config import validate
+from fgvc.recipe import Recipe
+from fgvc.techniques.ae_psl import AePsl, AePslConfig
+from fgvc.types import EpochStart, FgvcError
+
+ROWS = np.array([1, 2, 4, 7])
+
+
+def corner(rows: NDArray[np.int64], method: str, change, size: int) -> Iterator[tuple]:
+    """A network that always looks at the upper left cell of a 4 x 4 map of what is not erased yet; row 4 is unreadable."""
+    for row in rows:
+        part = np.array([row])
+        seen = change(torch.ones(1, 3, 64, 64), part)[:, 0]
+        blocks = torch.nn.functional.avg_pool2d(seen[:, None], 16)[0, 0]
+        maps = torch.zeros(1, 4, 4)
+        maps.view(-1)[int(blocks.flatten().argmax())] = 1.0
+        fine = maps.repeat_interleave(16, 1).repeat_interleave(16, 2)
+        yield part, np.array([row != 4]), fine if row != 4 else fine[:0]
+
+
+def start(folder: Path, number: int, losses: list[float], maps=corner, **changed: object) -> EpochStart:
+    made = EpochStart(
+        number=number, epochs=6, fresh=True, folder=folder, images=9, rows=ROWS, losses=losses, colour=(9, 8, 7), maps=maps,
+        first=lambda do: do(), say=lambda text: None,
+    )  # fmt: skip
+    return replace(made, **changed)
+
+
+def technique(**settings: object) -> AePsl:
+    settings = {"rounds": 3, "region": {"value": 0.8, "area": (0.0, 0.2)}} | settings
+    return AePslConfig.model_validate(settings).build()
+
+
+def erased(made: AePsl, row: int) -> NDArray[np.bool_]:
+    image = made.on_sample(np.full((64, 32, 3), 200, dtype=np.uint8), row)
+    gone = (image == np.array([9, 8, 7])).all(2)
+    assert (gone | (image == 200).all(2)).all()
+    return gone
+
+
+def test_every_round_adds_what_the_network_looks_at_now(tmp_path: Path) -> None:
+    made = technique()
+    made.before_epoch(start(tmp_path, 0, []))
+    assert not erased(made, 1).any()
+    made.before_epoch(start(tmp_path, 2, [1.0, 1.0]))
+    first = erased(made, 1)
+    assert first[:16, :8].all()
+    assert first.sum() == 16 * 8, "one of 4 x 4 cells, stretched over the image"
+    made.before_epoch(start(tmp_path, 4, [1.0, 1.0, 1.0, 1.0]))
+    second = erased(made, 1)
+    assert (first & ~second).sum() == 0
+    assert second.sum() == 2 * first.sum(), "what was erased can't be looked at again"
+    assert not erased(made, 4).any(), "unreadable"
+    assert not erased(made, 3).any(), "not of the training part"
+
+
+def test_all_rounds_together_stay_within_the_cap_and_some_images_are_spared(tmp_path: Path) -> None:
+    made = technique(largest=0.1)
+    (tmp_path / "cap").mkdir()
+    for epoch in (2, 4):
+        made.before_epoch(start(tmp_path / "cap", epoch, [1.0] * epoch))
+    assert int(0.1 * GRID**2) == made._masks.grids(2, ROWS[:1]).sum()
+    (tmp_path / "half").mkdir()
+    made = technique(probability=0.5)
+    many = np.arange(400)
+    made.before_epoch(start(tmp_path / "half", 2, [1.0, 1.0], rows=many[many != 4], images=400))
+    assert 0.4 < np.mean([made._masks.grids(1, many[many != 4]).any((1, 2))]) < 0.6
+
+
+def test_the_rounds_stop_where_the_loss_no_longer_comes_down(tmp_path: Path) -> None:
+    made = technique(rounds=6, stop=1.5)
+    losses = [1.0, 1.2, 1.6, 1.0, 1.0]  # the third round ends above 1.5
+    assert [made._round_of(start(tmp_path, number, losses[:number])) for number in range(6)] == [0, 1, 2, 2, 2, 2]
+    assert technique(rounds=6, stop=None)._round_of(start(tmp_path, 5, losses)) == 5
+
+
+def test_a_kill_inside_a_round_costs_only_what_was_not_written(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def dying(rows, method, change, size):
+        for number, found in enumerate(corner(rows, method, change, size)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield found
+
+    def counting(rows, method, change, size):
+        seen.extend(rows.tolist())
+        return corner(rows, method, change, size)
+
+    with pytest.raises(KeyboardInterrupt):
+        technique().before_epoch(start(tmp_path, 2, [1.0, 1.0], dying))
+    assert not MaskRounds(tmp_path / "masks").path(1).is_file()
+    made = technique()
+    made.before_epoch(start(tmp_path, 2, [1.0, 1.0], counting))
+    assert seen == [4, 7], "the first two were done"
+    (tmp_path / "whole").mkdir()
+    whole = technique()
+    whole.before_epoch(start(tmp_path / "whole", 2, [1.0, 1.0]))
+    np.testing.assert_array_equal(made._masks.grids(1, ROWS), whole._masks.grids(1, ROWS))
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == ["round-1.npy"]
+
+
+def test_masks_that_are_gone_in_mid_round_are_an_error_with_a_name(tmp_path: Path) -> None:
+    with pytest.raises(FgvcError, match=r"round-1\.npy: the masks of this round are gone"):
+        technique().before_epoch(start(tmp_path, 2, [1.0, 1.0], fresh=False))
+
+
+def test_more_rounds_than_epochs_are_refused(recipe_tree: dict) -> None:
+    with pytest.raises(
+        FgvcError, match=r"techniques\.ae_psl\.rounds: 3 rounds need as many epochs; train\.epochs is 2"
+    ):
+        validate(Recipe, recipe_tree | {"techniques": {"ae_psl": {}}}, where="test")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_real_run_erases_where_the_network_looked(tmp_path: Path, recipe_tree: dict, workers: int) -> None:
+    train = recipe_tree["train"] | {"epochs": 2, "workers": workers}
+    tree = recipe_tree | {"train": train, "image": {"size": 64}, "techniques": {"ae_psl": {"rounds": 2}}}
+    run = api.train(validate(Recipe, tree, where="test"), tmp_path / "run")
+    rounds = MaskRounds(run / "masks")
+    index = np.arange(48 + 12 + 12)
+    grids = rounds.grids(1, index)
+    assert grids.any((1, 2)).sum() > 24, "most of the 48 training images"
+    assert grids.mean((1, 2)).max() <= 0.2
+    losses = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    again = api.train(validate(Recipe, tree | {"train": train | {"workers": 0}}, where="test"), tmp_path / "again")
+    assert losses == [line.split(",") for line in (again / "metrics.csv").read_text().splitlines()], (
+        "workers see the masks"
+    )
+
+
+def test_offline_maps_leave_the_net_as_it_was() -> None:
+    import timm
+
+    from fgvc.cam.offline import offline_maps
+
+    torch.manual_seed(0)
+    net = timm.create_model("test_resnet", num_classes=3, drop_rate=0.5).train()
+    next(net.parameters()).requires_grad_(False)
+    frozen = [p.requires_grad for p in net.parameters()]
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    x, y = torch.randn(3, 3, 64, 64), torch.tensor([0, 1, 2])
+    (maps,) = offline_maps(net, [(x, y)], "GradCAM")
+    assert maps.shape == (3, 64, 64)
+    assert float(maps.min()) >= 0
+    assert float(maps.max()) <= 1
+    assert net.training
+    assert [p.requires_grad for p in net.parameters()] == frozen
+    assert all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
