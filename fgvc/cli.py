@@ -228,7 +228,7 @@ def bench(
         int, typer.Option(min=0, help="Pairs of measurements; default 30, 12 blocks of steps, or 3 exports.")
     ] = 0,
     each: Annotated[
-        bool, typer.Option("--each", help="train: every technique's step against the step without any.")
+        bool, typer.Option("--each", help="train: every technique's step, and every class map, against the step without any.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:
@@ -244,6 +244,7 @@ def bench(
     if what == "train":
         count = pairs or 30
         found = measure.bench_each(recipe, pairs=count) if each else [measure.bench_train(recipe, pairs=count)]
+        found += measure.bench_maps(recipe, pairs=count) if each else []
     elif what == "export":
         found = [measure.bench_export(recipe, pairs=pairs or 3)]
     else:

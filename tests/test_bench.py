@@ -46,6 +46,13 @@ def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, 
     assert {"cpu", "cores", "torch", "timm"} <= set(rows[0])
 
 
+def test_maps_that_the_net_has_are_set_beside_a_step(recipe_tree: dict) -> None:
+    found = bench.bench_maps(recipe(recipe_tree), pairs=2)
+    assert [ratio.name.split(" /")[0] for ratio in found] == ["map: cam", "map: gradcam", "map: gradcam++"]
+    none = bench.bench_maps(recipe(recipe_tree, model={"backbone": "test_vit", "kwargs": {"img_size": 32}}), pairs=2)
+    assert none == []
+
+
 def test_the_others_run_and_name_what_they_compare(tmp_path: Path, recipe_tree: dict) -> None:
     made = recipe(recipe_tree, export={"exporter": "torchscript"})
     names = [

@@ -1,0 +1,23 @@
+"""One line a run from the logs in docs/results/erasing/: `python docs/first_and_last.py > docs/results/erasing-runs.csv`."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+LOGS = Path(__file__).parent / "results" / "erasing"
+
+
+def main() -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["run", "epochs", "base_first", "base_last", "val_top1_first", "val_top1_last"])
+    for log in sorted(LOGS.glob("*.csv")):
+        with log.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        ends = [f"{float(row[key]):.3f}" for key in ("base", "val_top1") for row in (rows[0], rows[-1])]
+        writer.writerow([log.stem, len(rows), *ends])
+
+
+if __name__ == "__main__":
+    main()
