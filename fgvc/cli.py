@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0 fine, 1 a check s
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -145,7 +146,8 @@ def train(
         done = str(stop) or "before the first step of this session"
         print(f"interrupted, {done}; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    print(run)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's
+        print(run)
 
 
 @app.command("eval")
@@ -228,7 +230,10 @@ def bench(
         int, typer.Option(min=0, help="Pairs of measurements; default 30, 12 blocks of steps, or 3 exports.")
     ] = 0,
     each: Annotated[
-        bool, typer.Option("--each", help="train: every technique's step, and every class map, against the step without any.")
+        bool,
+        typer.Option(
+            "--each", help="train: every technique's step, and every class map, against the step without any."
+        ),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:

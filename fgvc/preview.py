@@ -136,7 +136,7 @@ def _evaluation_rows(session: Session, names: Sequence[str], images: int) -> lis
 
 def _view_cell(view: View, at: int, spec: Preprocess, names: Sequence[str]) -> Cell:
     said = _target(view.target, at, names) if view.classifies else "not classified"
-    return Cell(_picture(view.x[at], spec), f"{view.name}: {said}")
+    return Cell(_picture(view.x[at], spec), f"{view.name.removeprefix('after:')}: {said}")
 
 
 def _target(target: Target, at: int, names: Sequence[str]) -> str:

@@ -39,9 +39,13 @@ class Region(Section):
         return area
 
 
-def select(maps: Tensor, size: Sequence[int], region: Region, *, values: Tensor | None = None) -> Tensor:
+def select(
+    maps: Tensor, size: Sequence[int], region: Region, *, values: Tensor | None = None, maximum: float | None = None
+) -> Tensor:
     """(B,H,W) bool: the region of each map (B,h,w), enlarged to `size` first, so that it can't miss its own maximum.
-    `values` (B,): drawn for each sample, instead of the region's own; with the rule `share` only.
+
+    For the rule `share`: `values` (B,), drawn for each sample, instead of the region's own; `maximum`, where a map is a part
+    of a larger one that has it.
 
     A map that is flat, not finite, or nowhere above 0 selects nothing. Of equal values all go or none: a cap that is smaller
     than the map's plateau at its maximum selects nothing either.
@@ -51,7 +55,8 @@ def select(maps: Tensor, size: Sequence[int], region: Region, *, values: Tensor 
     highest, lowest = flat.amax(1), flat.amin(1)
     match region.rule:
         case "share":
-            level = (region.value if values is None else values.to(highest)) * highest
+            top = highest if maximum is None else torch.full_like(highest, maximum)
+            level = top * (region.value if values is None else values.to(top))
         case "quantile":
             level = _level(flat, 1 - region.value)
         case "mean+std":

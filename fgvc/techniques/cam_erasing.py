@@ -82,10 +82,11 @@ class CamErasing:
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         """Erased at once where the map is there before the forward."""
         if self.config.source == "ema":
-            return replace(batch, x=self._erased(batch.x, ctx.probes["ema"].map(self._method), ctx))
+            return replace(batch, x=self._erased(batch.x, normalised(ctx.probes["ema"].map(self._method)), ctx))
         if self._store is not None:
             maps = self._store.recall(batch.index, batch.geometry, batch.x.shape[2:]).to(batch.x.device)
-            return replace(batch, x=self._erased(batch.x, maps, ctx))
+            # Not stretched again: what was looked at most may lie outside of the new crop.
+            return replace(batch, x=self._erased(batch.x, maps, ctx, maximum=1.0))
         return batch
 
     def views_after(self, batch: Batch, outputs: dict[str, Output], ctx: Context) -> list[View]:
@@ -99,7 +100,7 @@ class CamErasing:
         weight = at(self.config.weight, ctx.progress)
         if self.config.source != "current" or not weight:
             return []
-        x = self._erased(main.view.x, main.map(self._method), ctx)
+        x = self._erased(main.view.x, normalised(main.map(self._method)), ctx)
         return [View("erased", x, main.view.target, weight, bn="own")]
 
     def after_step(self, ctx: Context) -> None:
@@ -118,10 +119,10 @@ class CamErasing:
         if self._store is not None:
             self._store.load_state_dict(state)
 
-    def _erased(self, x: Tensor, maps: Tensor, ctx: Context) -> Tensor:
+    def _erased(self, x: Tensor, maps: Tensor, ctx: Context, maximum: float | None = None) -> Tensor:
+        """`maps` (B,h,w) in [0,1]."""
         chosen, seed = ctx.draw
-        maps = normalised(maps)
-        mask = select(maps, x.shape[2:], self.config.region) & chosen.to(x.device)[:, None, None]
+        mask = select(maps, x.shape[2:], self.config.region, maximum=maximum) & chosen.to(x.device)[:, None, None]
         ctx.show("map", maps, x)
         ctx.show("erased", mask, x)
         return erase(x, mask, self.config.fill, seed=seed)

@@ -327,3 +327,10 @@ def test_blur_keeps_what_is_smooth_and_its_borders() -> None:
     torch.testing.assert_close(erase(slope, all_of_it, "blur")[..., 10:37], slope[..., 10:37])
     step = (slope > 23).float() * 8  # box 5, twice: three quarters of the way one pixel and a half off
     assert erase(step, all_of_it, "blur")[0, 0, 16, 15:32].diff().max() < 8 / 4
+
+
+def test_a_part_of_a_map_is_measured_by_the_whole_one() -> None:
+    quiet = torch.tensor([[[0.1, 0.2], [0.1, 0.1]]])
+    assert select(quiet, (4, 4), Region(value=0.6)).any()
+    assert not select(quiet, (4, 4), Region(value=0.6), maximum=1.0).any()
+    assert select(quiet, (4, 4), Region(value=0.15), maximum=1.0).any()

@@ -226,15 +226,15 @@ def test_parts_of_a_step_are_all_recorded_and_a_later_map_replaces_the_first() -
     technique.after_step(step.contexts["cam_erasing"])
     assert not technique._new, "each is recorded once"
     both, moved = batch(4), batch(1)
-    moved.x = moved.x_clean = spot(6, 1)
+    moved.x = moved.x_clean = spot(6, 1, cells=2)
     step(moved, draws(moved, [False]))
     technique.after_step(step.contexts["cam_erasing"])
     both.x = both.x_clean = torch.ones_like(both.x)
     gone = (step(both, draws(both))[1][0].x == 0).all(1).numpy()
     assert gone.reshape(4, -1).any(1).all()
     rows, columns = gone[0].nonzero()
-    assert abs(rows.mean() + 0.5 - 6.5 * CELL) < 1
-    assert abs(columns.mean() + 0.5 - 1.5 * CELL) < 1
+    assert abs(rows.mean() + 0.5 - 7 * CELL) < 1
+    assert abs(columns.mean() + 0.5 - 2 * CELL) < 1
     assert (gone[1] != high(parts[0].x[1], 1)).mean() < 0.1, "the others stay"
 
 
