@@ -109,6 +109,8 @@ def regions(session: Session, run: Path) -> Iterator[tuple[str, Tensor, Tensor]]
         for kind, prepare in between.items():  # as at the end of its first round
             end = -(-session.recipe.train.epochs // getattr(session.recipe.techniques, kind).rounds)
             session.progress.epoch, session.progress.history = end, [{"base": 1.0}] * end
+            session.progress.micro = 0
+            session.step.techniques[kind].load_state_dict({"round": 0})
             prepare(epoch_start(session, Path(scratch), events, stop=threading.Event()))
         # Two passes: what is recorded in the first is erased in the second (source: previous_epoch).
         for epoch in range(2):

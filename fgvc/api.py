@@ -97,7 +97,7 @@ def evaluate(
     index, preprocess = _data_of(run, recipe)
     split = split or ("val" if len(index.rows("val")) else "test")
     chosen = select or recipe.selected
-    step = _trained(run, recipe, len(index.classes), chosen)
+    step = _trained(run, recipe, len(index.classes), chosen, branches=views == "refined")
     rows = index.rows(split)
     if not len(rows):
         raise FgvcError(f"{run}: its data has no {split} part")
@@ -213,7 +213,7 @@ def _data_of(run: Path, recipe: Recipe) -> tuple[ImageIndex, Preprocess]:
     return index, preprocess
 
 
-def _trained(run: Path, recipe: Recipe, classes: int, select: Selected) -> StepModule:
+def _trained(run: Path, recipe: Recipe, classes: int, select: Selected, *, branches: bool = False) -> StepModule:
     """The network as trained, re-parameterised blocks in it, and the added branches beside it; eval mode, without hooks."""
     if select == "ema" and recipe.ema is None:
         raise FgvcError(f"{run}: has no moving average; train with ema.decay=0.999, or choose --select last")
@@ -223,7 +223,8 @@ def _trained(run: Path, recipe: Recipe, classes: int, select: Selected) -> StepM
     weights = state.ema if averaged else state.net
     try:
         step.net.load_state_dict(weights or {})
-        step.branches.load_state_dict(state.branches)
+        if branches:
+            step.branches.load_state_dict(state.branches)
     except RuntimeError as error:
         raise FgvcError(f"{run}: its checkpoint does not fit its recipe: {error}") from error
     return step.eval()

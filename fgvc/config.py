@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from fgvc.types import FgvcError
@@ -27,6 +27,16 @@ class Section(BaseModel):
     """A part of a recipe: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+def _ordered_shares(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1] <= 1:
+        raise ValueError("two shares above 0 and up to 1, the smaller first")
+    return value
+
+
+ShareRange = Annotated[tuple[float, float], AfterValidator(_ordered_shares)]
+"""Two shares in (0,1], between which something is drawn."""
 
 
 class Deploy(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,10 @@ from fgvc.recipe import Recipe
 from fgvc.techniques import CONFIGS
 from fgvc.train import checkpoint
 from fgvc.train.batch import to_batch
+from fgvc.train.between import epoch_start
+from fgvc.train.events import Events
 from fgvc.train.runtime import runtime
-from fgvc.train.session import Session, open_session
+from fgvc.train.session import Session, fingerprint, open_session
 from fgvc.types import FgvcError, Target, View
 
 MARGIN, LINE = 6, 15  # pixels
@@ -106,16 +110,26 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
 
 def look_through(session: Session, run: Path) -> None:
     """Give a session the weights that a run trained; branches as far as both have them."""
-    state = checkpoint.load(run / "ckpt")
+    state, labels = checkpoint.load(run / "ckpt"), run / "labels.json"
+    if labels.is_file() and json.loads(labels.read_text(encoding="utf-8")) != list(session.index.classes):
+        raise FgvcError(f"{run}: its classes are not those of {session.recipe.data.root}")
+    branches = session.step.branches.state_dict()
     try:
         session.step.net.load_state_dict(state.net)
+        session.step.branches.load_state_dict(branches | {k: v for k, v in state.branches.items() if k in branches})
     except RuntimeError as error:
         raise FgvcError(
-            f"{run}: its weights do not fit this recipe's net; give the recipe that it was trained with, without "
-            "re-parameterised blocks"
+            f"{run}: its weights do not fit this recipe's net and techniques; give the recipe that it was trained with, "
+            f"without re-parameterised blocks ({str(error).splitlines()[-1].strip()})"
         ) from error
-    branches = session.step.branches.state_dict()
-    session.step.branches.load_state_dict(branches | {k: v for k, v in state.branches.items() if k in branches})
+    if state.rest.get("images") == fingerprint(session.index):  # what techniques remember of each image
+        for kind, hook in session.step.hooks("load_state_dict"):
+            if kind in state.rest["techniques"]:
+                hook(state.rest["techniques"][kind])
+    session.progress.micro = 1  # in mid-epoch: nothing is made for a next round
+    quiet = Events(run, session.recipe.log, active=False)
+    for _, prepare in session.step.hooks("before_epoch"):
+        prepare(epoch_start(session, run, quiet, stop=threading.Event()))
     if session.ema is not None:
         session.ema.module.load_state_dict(state.ema or state.net)
 

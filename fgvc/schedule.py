@@ -25,6 +25,21 @@ Scheduled = Annotated[Amount | tuple[tuple[Share, Amount], ...], AfterValidator(
 """A number, or knots [[share of the run, value], ...] with straight lines between them."""
 
 
+def _share(value: Value) -> Value:
+    if ever(value, above=1):
+        raise ValueError("a share is at most 1")
+    return value
+
+
+ScheduledShare = Annotated[Scheduled, AfterValidator(_share)]
+"""The same, of values up to 1."""
+
+
+def ever(value: Value, *, above: float = 0) -> bool:
+    """Whether the value is above a bound at some time."""
+    return any(at(value, share) > above for share in knots(value))
+
+
 def knots(value: Value) -> list[float]:
     """The shares of the run at which a value is given."""
     return [share for share, _ in value] if isinstance(value, tuple) else [0.0]

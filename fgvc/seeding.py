@@ -24,4 +24,4 @@ def seed_of(*key: int) -> int:
 
 
 # First element of every key: two uses never share a stream.
-ORDER, SAMPLE, STEP, SPLIT, DEMO = range(5)
+ORDER, SAMPLE, STEP, SPLIT, DEMO, SPARED = range(6)

@@ -135,10 +135,11 @@ class EpochStart:
     number: int  # of the epoch, from 0
     epochs: int
     fresh: bool  # False in mid-epoch: training went on from here before
+    seed: int  # of the run
     folder: Path  # the run's
     images: int  # rows of the index
     rows: np.ndarray  # (N,) int64: the training images
-    losses: Sequence[float]  # base loss of every epoch so far
+    losses: Sequence[float]  # base loss of every epoch so far, the same on all ranks
     colour: tuple[int, int, int]  # the mean colour that the normalisation assumes
     maps: Maps
     first: Callable[[Callable[[], None]], None]  # do something on rank 0, while the others wait

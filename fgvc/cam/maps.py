@@ -104,7 +104,7 @@ def closed_form(net: nn.Module, size: tuple[int, int]) -> tuple[nn.Linear | None
         features = net.forward_features(zeros)  # type: ignore[operator]
         if not isinstance(features, Tensor):
             return None, f"forward_features gives a {type(features).__name__}"
-        features = _noise_like(features) + 0.5
+        features = 2 * _noise_like(features) - 1  # signed: an activation before the pooling must show
         try:
             pooled = feature_map(net, features).mean((2, 3))
         except FgvcError as error:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,6 +30,12 @@ class Region(Section):
     area: tuple[float, float] = Field(
         (0.0, 0.3), description="least and most share of the picture: the map's highest part of that size"
     )
+
+    @model_validator(mode="after")
+    def _share(self) -> Self:
+        if self.rule != "mean+std" and self.value > 1:
+            raise ValueError(f"value: {self.value:g} of a {self.rule}: at most 1")
+        return self
 
     @field_validator("area")
     @classmethod
@@ -89,13 +95,14 @@ def crop(x: Tensor, box: Tensor, size: Sequence[int], *, pixels: Sequence[int]) 
     """(B,3,H,W): what is in each box (B,4) of x (B,3,h,w), bilinear; boxes are counted in a picture of `pixels` (height,
     width), which x may have at another resolution."""
     height, width = pixels
-    left, top, right, bottom = (box / box.new_tensor([width, height, width, height])).unbind(1)
-    zero = torch.zeros_like(left)
-    across = torch.stack([right - left, zero, left + right - 1], dim=1)
-    down = torch.stack([zero, bottom - top, top + bottom - 1], dim=1)
-    grid = F.affine_grid(torch.stack([across, down], dim=1), [len(x), x.shape[1], *size], align_corners=False)
-    # In float32: a bfloat16 grid can't even name the last pixels.
-    return F.grid_sample(x.float(), grid.float(), padding_mode="border", align_corners=False).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # a bfloat16 grid can't even name the last pixels
+        box = box.float()
+        left, top, right, bottom = (box / box.new_tensor([width, height, width, height])).unbind(1)
+        zero = torch.zeros_like(left)
+        across = torch.stack([right - left, zero, left + right - 1], dim=1)
+        down = torch.stack([zero, bottom - top, top + bottom - 1], dim=1)
+        grid = F.affine_grid(torch.stack([across, down], dim=1), [len(x), x.shape[1], *size], align_corners=False)
+        return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False).to(x.dtype)
 
 
 def inside(box: Tensor, size: Sequence[int]) -> Tensor:
@@ -106,6 +113,11 @@ def inside(box: Tensor, size: Sequence[int]) -> Tensor:
     down = (rows >= top) & (rows < bottom)
     across = (columns >= left) & (columns < right)
     return (down[:, :, :, None] & across[:, :, None]).any(1)
+
+
+def sparing(mask: Tensor) -> Tensor:
+    """The masks (B,H,W), but that of a picture of which nothing would be left is empty."""
+    return mask & ~mask.all(2, keepdim=True).all(1, keepdim=True)
 
 
 def moved(box: Tensor, where: Tensor, size: Sequence[int]) -> Tensor:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fgvc.cam.maps import evaluating
 from fgvc.model.backbone import feature_map
 
+Rows = NDArray[np.int64]
 OfflineMethod = Literal["GradCAM", "GradCAMPlusPlus", "HiResCAM", "XGradCAM", "LayerCAM"]
 
 
@@ -28,21 +31,24 @@ class _Split(nn.Module):
         return logits
 
 
-def offline_maps(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], method: OfflineMethod) -> Iterator[Tensor]:
-    """(B,H,W) float32 in [0,1] for every batch of images (B,3,H,W) and labels (B,). The net's mode, gradients and flags are
-    what they were when the iterator ends."""
+def offline_maps(
+    net: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Rows]], method: OfflineMethod
+) -> Iterator[tuple[Rows, Tensor]]:
+    """For every batch of images (B,3,H,W), labels (B,) and rows (B,): the rows, and maps (B,H,W) float32 in [0,1]. The net's
+    mode, gradients and flags are what they were when the iterator ends."""
     import pytorch_grad_cam  # slow to import, and needed here alone
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    assert method in get_args(OfflineMethod)
-    made = getattr(pytorch_grad_cam, method)
     split = _Split(net)
     with evaluating(net), _without_gradients(net):
         layout = partial(feature_map, net)
-        with made(model=split.eval(), target_layers=[split.features], reshape_transform=layout) as cam:
-            for images, labels in batches:
+        cam = getattr(pytorch_grad_cam, method)(split.eval(), target_layers=[split.features], reshape_transform=layout)
+        try:  # its own `with` swallows IndexErrors
+            for images, labels, rows in batches:
                 x = images.detach().requires_grad_()  # the parameters don't
-                yield torch.from_numpy(cam(x, [ClassifierOutputTarget(int(label)) for label in labels]))
+                yield rows, torch.from_numpy(cam(x, [ClassifierOutputTarget(int(label)) for label in labels]))
+        finally:
+            cam.activations_and_grads.release()
 
 
 @contextmanager

@@ -47,7 +47,8 @@ class MapStore:
         shares = torch.linalg.solve(then.double(), now.double())[:, :2].float()  # of the new crop to those of the old
         across, down = ((torch.arange(side) + 0.5) / side for side in (width, height))
         new = torch.stack(torch.meshgrid(down, across, indexing="ij")[::-1], dim=-1)
-        old = torch.einsum("bij,hwj->bhwi", shares[:, :, :2], new) + shares[:, None, None, :, 2]
+        with torch.autocast("cpu", enabled=False):
+            old = torch.einsum("bij,hwj->bhwi", shares[:, :, :2], new) + shares[:, None, None, :, 2]
         maps = self._maps[rows[known]].float()[:, None] / 255
         reached = ((old >= 0) & (old <= 1)).all(-1)
         found[known] = F.grid_sample(maps, 2 * old - 1, padding_mode="border", align_corners=False)[:, 0] * reached

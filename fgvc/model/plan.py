@@ -9,19 +9,37 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from fgvc.cam.maps import Method, evaluating, refusal
 from fgvc.model.backbone import feature_map, modules_behind, scale_cells, zeros_through
 from fgvc.model.graft import Site, find_sites, graft
+from fgvc.model.norm import own_statistics
 from fgvc.types import Draws, FgvcError, Output
 
 Gate = Callable[[Tensor, "Context"], Tensor]
 FEATURES: Literal["features"] = "features"  # the gate that needs no hook: on the output of forward_features
 AnyMethod = Literal["auto", "cam", "gradcam", "gradcam++"]
+
+
+def _distinct(stages: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(stages)) < len(stages):
+        raise ValueError("each stage once")
+    return stages
+
+
+Stages = Annotated[
+    tuple[int | Literal["features"], ...],
+    Field(
+        min_length=1,
+        description="features: what the classifier reads; or stages of timm's feature_info, negative ones from the end",
+    ),
+    AfterValidator(_distinct),
+]
 
 
 @dataclass(slots=True)
@@ -34,6 +52,7 @@ class Joints:
     taps: set[str] = field(default_factory=set)  # module names
     gates: list[tuple[str, str, Gate]] = field(default_factory=list)  # technique, module name, gate
     notes: list[str] = field(default_factory=list)
+    recompute: bool = False  # activation checkpointing is on
     probes: set[str] = field(default_factory=set)  # "net", "ema": forwards that are made before all else
     render: float = 1.0  # side of the rendered images in units of the network's input
     refusals: dict[Method, str | None] = field(default_factory=dict)
@@ -127,6 +146,7 @@ class Plan:
         the classifier does not read them."""
         name, net = self.stage(stage), self._joints.net
         with torch.enable_grad(), self._noise_through(name) as (f, features):
+            feature_map(net, f)
             read = net.forward_head(features, pre_logits=True)  # type: ignore[operator]
             # Not of the plain sum: a layer norm's has no gradient.
             signs = torch.linspace(-1, 1, read.numel(), device=read.device).view_as(read)
@@ -147,16 +167,19 @@ class Plan:
     def _noise_through(self, module: str) -> Iterator[tuple[Tensor, Tensor]]:
         """What this module (or forward_features) gives for two images of noise in eval mode, and the features."""
         net, seen = self._joints.net, []
-        handle = None
-        if module != FEATURES:
-            handle = self.module(module).register_forward_hook(lambda _m, _x, f: seen.append(f))
+        hooked = [] if module == FEATURES else [self.module(module)]
+        handles = [part.register_forward_hook(lambda _m, _x, f: seen.append(f)) for part in hooked]
+        rng, weight = torch.Generator().manual_seed(0), next(net.parameters())
+        x = torch.randn(2, 3, *self.size, generator=rng).to(weight).requires_grad_(torch.is_grad_enabled())
         with evaluating(net):
-            rng, weight = torch.Generator().manual_seed(0), next(net.parameters())
-            x = torch.randn(2, 3, *self.size, generator=rng).to(weight).requires_grad_(torch.is_grad_enabled())
-            features = net.forward_features(x)  # type: ignore[operator]
-            if handle is not None:
-                handle.remove()
-            yield (seen[0] if seen else features), features
+            try:
+                features = net.forward_features(x)  # type: ignore[operator]
+            finally:
+                for handle in handles:
+                    handle.remove()
+            if hooked and not seen:
+                raise FgvcError(f"techniques.{self.kind}: this backbone's forward never calls {module!r}")
+            yield (seen[0] if hooked else features), features
 
     def tap(self, module: str) -> None:
         """Record this module's output in every forward: `Output.taps[module]`."""
@@ -211,7 +234,7 @@ class Context:
     draw: Any  # what its own `draw` returned
     progress: float
     branches: Mapping[str, nn.Module]
-    # All three take features as forward_features gives them.
+    # All three take features as forward_features gives them, and leave the running statistics of a norm in the head alone.
     head: Callable[[Tensor], Tensor]  # -> logits (B,K), through the deployed head
     pooled: Callable[[Tensor], Tensor]  # -> (B,D), what the deployed head's last layer reads
     grid: Callable[[Tensor], Tensor]  # -> (B,C,h,w), whatever the backbone's layout
@@ -228,7 +251,11 @@ class Context:
 
 def context_of(kind: str, joints: Joints, draws: Draws, probes: Mapping[str, Output]) -> Context:
     branches = dict(joints.branches[kind].named_children()) if kind in joints.branches else {}
-    head = cast("Callable[..., Tensor]", joints.net.forward_head)
+
+    def head(features: Tensor, *, pre_logits: bool = False) -> Tensor:
+        with own_statistics(joints.net, recompute=joints.recompute):
+            return cast("Tensor", joints.net.forward_head(features, pre_logits=pre_logits))  # type: ignore[operator]
+
     return Context(
         draw=draws.of.get(kind),
         progress=draws.progress,

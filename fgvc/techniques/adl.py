@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fgvc.config import Section
-from fgvc.model.plan import Context, Plan
-from fgvc.schedule import Scheduled, at
+from fgvc.model.plan import Context, Plan, Stages
+from fgvc.schedule import ScheduledShare, at
 from fgvc.types import Batch
 
 
@@ -24,13 +24,11 @@ class AdlConfig(Section):
     """Drop what a stage attends to most, or weight it by its attention."""
 
     kind: Literal["adl"] = "adl"
-    stages: tuple[int | Literal["features"], ...] = Field(
-        ("features",),
-        min_length=1,
-        description="features: what the classifier reads; or stages of timm's feature_info, negative ones from the end",
+    stages: Stages = ("features",)
+    drop_rate: ScheduledShare = Field(
+        0.25, description="how often the most attended part is dropped (WSOL papers: 0.75)"
     )
-    drop_rate: Scheduled = Field(0.25, description="how often the most attended part is dropped (WSOL papers: 0.75)")
-    threshold: Scheduled = Field(
+    threshold: ScheduledShare = Field(
         0.9, description="the most attended part: above this share of the map's maximum (gamma)"
     )
     per: Literal["batch", "sample"] = Field("batch", description="one draw a batch and stage (the paper), or a sample")

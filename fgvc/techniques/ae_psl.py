@@ -8,7 +8,7 @@ stripping nothing is left.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from fgvc.cam.offline import OfflineMethod
 from fgvc.cam.rounds import GRID, Grids, MaskRounds
 from fgvc.config import Section
 from fgvc.model.plan import Plan
+from fgvc.seeding import SPARED, generator
 from fgvc.types import EpochStart, FgvcError
 
 CHUNK = 32  # images a forward
@@ -66,6 +67,7 @@ class AePsl:
     source: ClassVar[str] = "Wei et al., CVPR 2017"
     forwards: ClassVar[str] = "0, and a pass over the images between rounds"
     leaves: ClassVar[str] = "nothing"
+    remembers_images: ClassVar[bool] = True
 
     def __init__(self, config: AePslConfig) -> None:
         self.config = config
@@ -78,23 +80,32 @@ class AePsl:
         plan.map("gradcam")
 
     def before_epoch(self, start: EpochStart) -> None:
-        """Between two rounds make the masks of the next one; go on where that was interrupted. Raises FgvcError where
-        masks that training went on with are gone."""
-        self._masks, self._colour = MaskRounds(start.folder / "masks"), np.array(start.colour, dtype=np.uint8)
-        number = self._round_of(start)
-        if number and not self._masks.path(number).is_file():
+        """Between two rounds make the masks of the next one; go on where that was interrupted. Raises FgvcError where masks
+        that training went on with are gone."""
+        # Workers are forked after the first call: only the round, which changes later, is shared with them.
+        masks = self._masks = MaskRounds(start.folder / "masks")
+        self._colour = np.array(start.colour, dtype=np.uint8)
+        number = int(self._round[0])
+        if start.fresh:  # one round after the other, and none back, whatever becomes of the schedule
+            number += self._round_of(start) > number
+
+        def have() -> None:
+            if masks.path(number).is_file():
+                return
             if not start.fresh:
-                raise FgvcError(
-                    f"{self._masks.path(number)}: the masks of this round are gone; restore them, or start anew"
-                )
+                raise FgvcError(f"{masks.path(number)}: the masks of this round are gone; restore them, or start anew")
             start.say(f"ae_psl: masks of round {number}")
-            masks = self._masks
-            start.first(
-                lambda: masks.make(
-                    number, images=start.images, rows=start.rows, find=lambda rows: self._find(start, rows, number)
-                )
-            )
+            masks.make(number, images=start.images, rows=start.rows, find=lambda rows: self._find(start, rows, number))
+
+        if number:
+            start.first(have)
         self._round[0] = number
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"round": int(self._round[0])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._round[0] = state["round"]
 
     def on_sample(self, image: NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
         number = int(self._round[0])
@@ -121,7 +132,7 @@ class AePsl:
         """What is erased of each image from now on: the regions of all rounds, within bounds."""
         assert self._masks is not None
         masks = self._masks
-        spared = np.random.default_rng(0).random(start.images) >= self.config.probability
+        spared = generator(SPARED, start.seed).random(start.images) >= self.config.probability
 
         def erased(x: Tensor, part: NDArray[np.int64]) -> Tensor:
             old = torch.from_numpy(masks.grids(number - 1, part)).to(x.device)

@@ -7,22 +7,21 @@ that dropped; the deployed classifier learns from all three. After stripping not
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fgvc.cam.attention import BilinearAttention, pick
 from fgvc.cam.maps import normalised
 from fgvc.cam.masks import FILLS, Fill, Region, boxes, crop, erase, moved, select, shifted
-from fgvc.config import Section
-from fgvc.image.augment import Range
+from fgvc.config import Section, ShareRange
 from fgvc.loss import cross_entropy
 from fgvc.model.plan import AnyMethod, Context, Plan
 from fgvc.model.ranks import gathered
-from fgvc.schedule import Scheduled, at
+from fgvc.schedule import Scheduled, at, ever
 from fgvc.types import Batch, Output, View
 
 MAIN, WHOLE = "main", 0.99  # share of the image that a crop may hold
@@ -41,15 +40,25 @@ class AttentionCropDropConfig(Section):
     map: AnyMethod = Field("auto", description="for guide: cam; auto: cam if the head allows it, else gradcam")
     crop: Scheduled = Field(1.0, description="weight of the cropped view's cross-entropy")
     drop: Scheduled = Field(1.0, description="weight of the dropped view's cross-entropy")
-    crop_threshold: Range = Field((0.4, 0.6), description="share of the maximum, uniform: a box around what is above")
-    drop_threshold: Range = Field((0.2, 0.5), description="share of the maximum, uniform: what is above is dropped")
+    crop_threshold: ShareRange = Field((0.4, 0.6), description="share of the maximum; a box goes around what is above")
+    drop_threshold: ShareRange = Field((0.2, 0.5), description="share of the maximum; what is above is dropped")
     padding: float = Field(0.1, ge=0, le=1, description="of the box on every side, as a share of the image's side")
     largest_drop: float = Field(0.5, gt=0, lt=1, description="share of the image that may be dropped")
     fill: Fill = Field("zero", description=FILLS)
-    render: float = Field(1.5, ge=1, le=4, description="crops are cut from images rendered at this many times the size")
+    render: float = Field(1.5, ge=1, le=4, description="crops are cut from images of so many times the size")
     pooled: Scheduled = Field(1.0, description="weight of the branch's own classifier, on every view")
     centre: Scheduled = Field(1.0, description="weight of the distance to the class's feature centre")
     centre_rate: float = Field(0.05, gt=0, le=1, description="how fast the centres follow (beta)")
+
+    @model_validator(mode="after")
+    def _guided(self) -> Self:
+        if self.guide != "cam" and not self.learns:
+            raise ValueError("pooled and centre are 0, and nothing trains the maps: give one of them, or guide: cam")
+        return self
+
+    @property
+    def learns(self) -> bool:
+        return ever(self.pooled) or ever(self.centre)
 
     def build(self) -> AttentionCropDrop:
         return AttentionCropDrop(self)
@@ -72,8 +81,10 @@ class AttentionCropDrop:
         channels = plan.map_shape[0]
         if self.config.guide == "cam":
             self._method = plan.map(self.config.map)
-        plan.add("attention", BilinearAttention(channels, self.config.maps, plan.classes))
-        plan.render(self.config.render)
+        if self.config.learns:
+            plan.add("attention", BilinearAttention(channels, self.config.maps, plan.classes))
+        if ever(self.config.crop):
+            plan.render(self.config.render)
 
     def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, Any]:
         """For crop and drop (B,4) float32: threshold, which map, how far down and across instead; and a seed."""
@@ -112,8 +123,7 @@ class AttentionCropDrop:
 
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """`pooled` over all views, `centre` of the main one where its labels are whole."""
-        own = [MAIN, "after:attention_crop_drop.crop", "after:attention_crop_drop.drop"]
-        seen = [outputs[name] for name in own if name in outputs]
+        seen = [o for name, o in outputs.items() if name == MAIN or name.startswith("after:attention_crop_drop.")]
         pooled = [self._pooled(output, ctx) for output in seen]
         terms = [cross_entropy(logits, o.view.target) for o, (_, logits, _) in zip(seen, pooled, strict=True)]
         losses = {"pooled": torch.stack(terms).mean()}

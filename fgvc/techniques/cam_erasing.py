@@ -1,8 +1,8 @@
 """CAM-guided erasing of the input: what the network looks at is erased, so that it learns the remaining evidence.
 
 The map is that of the step itself, of the moving average, or of the epoch before (the first form of Cutout, DeVries &
-Taylor 2017, of which Cutout kept the random boxes; cf. AE-PSL, Wei et al., CVPR 2017; methods 5, 15a). After stripping
-nothing is left.
+Taylor 2017, of which Cutout kept the random boxes; cf. AE-PSL, Wei et al., CVPR 2017; methods 5, 15a). What was erased when a
+map was recorded is not in that map, so the regions of one image change from epoch to epoch. After stripping nothing is left.
 """
 
 from __future__ import annotations
@@ -59,9 +59,11 @@ class CamErasing:
     source: ClassVar[str] = "DeVries & Taylor 2017; Wei et al., CVPR 2017"
     forwards: ClassVar[str] = "1 (current), 1/3 (ema), 0 (previous_epoch)"
     leaves: ClassVar[str] = "nothing"
+    remembers_images: bool
 
     def __init__(self, config: CamErasingConfig) -> None:
         self.config = config
+        self.remembers_images = config.source == "previous_epoch"
         self._store: MapStore | None = None
         self._new: list[tuple[Tensor, Tensor, Tensor, tuple[int, int]]] = []  # of the parts of one step
 
@@ -93,8 +95,9 @@ class CamErasing:
         main = outputs["main"]
         if self._store is not None:
             height, width = main.view.x.shape[2:]
-            maps = main.map(self._method)
-            if len(main.view.target) > 1:  # mixed: of the image's own label all the same
+            if len(main.view.target) == 1:
+                maps = main.map(self._method)
+            else:  # mixed: of the image's own label all the same
                 maps = main.mapper(main.features, [(batch.labels, None)], self._method)
             self._new.append((batch.index, batch.geometry, normalised(maps), (height, width)))
         weight = at(self.config.weight, ctx.progress)

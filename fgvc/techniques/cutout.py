@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fgvc.cam.masks import FILLS, Fill, erase, inside
+from fgvc.cam.masks import FILLS, Fill, erase, inside, sparing
 from fgvc.config import Section
 from fgvc.model.plan import Context
 from fgvc.types import Batch
@@ -25,7 +25,7 @@ class CutoutConfig(Section):
     kind: Literal["cutout"] = "cutout"
     probability: float = Field(1.0, ge=0, le=1, description="of cutting into an image")
     length: float = Field(0.25, gt=0, lt=1, description="side of a square as a share of the image's shorter side")
-    holes: int = Field(1, ge=1, description="squares an image; they may overlap")
+    holes: int = Field(1, ge=1, le=64, description="squares an image; they may overlap")
     fill: Fill = Field("zero", description=FILLS)
 
     def build(self) -> Cutout:
@@ -55,6 +55,6 @@ class Cutout:
 
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         boxes, seed = ctx.draw
-        mask = inside(boxes.to(batch.x.device, non_blocking=True), batch.x.shape[2:])
+        mask = sparing(inside(boxes.to(batch.x.device, non_blocking=True), batch.x.shape[2:]))
         ctx.show("erased", mask, batch.x)
         return replace(batch, x=erase(batch.x, mask, self.config.fill, seed=seed))

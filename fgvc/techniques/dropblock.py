@@ -10,13 +10,13 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from fgvc.config import Section
-from fgvc.model.plan import Context, Plan
-from fgvc.schedule import Scheduled, at
+from fgvc.model.plan import Context, Plan, Stages
+from fgvc.schedule import Scheduled, Value, at, ever
 from fgvc.types import Batch
 
 
@@ -24,17 +24,20 @@ class DropblockConfig(Section):
     """Drop squares of a stage's map at random places."""
 
     kind: Literal["dropblock"] = "dropblock"
-    stages: tuple[int | Literal["features"], ...] = Field(
-        ("features",),
-        min_length=1,
-        description="features: what the classifier reads; or stages of timm's feature_info, negative ones from the end",
-    )
+    stages: Stages = ("features",)
     rate: Scheduled = Field(
         ((0.0, 0.0), (1.0, 0.1)), description="share of the map that is dropped, about; the paper lets it grow from 0"
     )
     block: int = Field(
         7, ge=1, description="side of a square in cells of the map; at most half of the map's side is used"
     )
+
+    @field_validator("rate")
+    @classmethod
+    def _some_left(cls, rate: Value) -> Value:
+        if ever(rate, above=0.9):
+            raise ValueError("at most 0.9: something must be left")
+        return rate
 
     def build(self) -> Dropblock:
         return Dropblock(self)

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.cam.masks import FILLS, Fill, erase
+from fgvc.cam.masks import FILLS, Fill, erase, sparing
 from fgvc.config import Section
 from fgvc.model.plan import Context
 from fgvc.types import Batch
@@ -56,8 +56,6 @@ class HideAndSeek:
         hidden, seed = ctx.draw
         cells = hidden.to(batch.x.device, non_blocking=True).float()[:, None]
         mask = F.interpolate(cells, batch.x.shape[2:], mode="nearest-exact")[:, 0] > 0
-        mask &= ~mask.all(2, keepdim=True).all(
-            1, keepdim=True
-        )  # a grid finer than the image can lose the cell that stays
+        mask = sparing(mask)  # a grid finer than the image can lose the cell that stays
         ctx.show("erased", mask, batch.x)
         return replace(batch, x=erase(batch.x, mask, self.config.fill, seed=seed))

@@ -12,11 +12,11 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from fgvc.cam.masks import erase, inside
-from fgvc.config import Section
+from fgvc.cam.masks import erase, inside, sparing
+from fgvc.config import Section, ShareRange
 from fgvc.model.plan import Context
 from fgvc.types import Batch
 
@@ -32,24 +32,17 @@ class RandomErasingConfig(Section):
         description="of the aspect. original: uniform in [aspect, 1/aspect], so mostly tall boxes; timm: log-uniform there",
     )
     probability: float = Field(0.5, ge=0, le=1, description="of erasing from an image")
-    area: tuple[float, float] = Field(
+    area: ShareRange = Field(
         (0.02, 0.2),
         description="share of the image, uniform (paper: 0.02 to 0.4; small parts matter on fine-grained data)",
     )
     aspect: float = Field(0.3, gt=0, le=1, description="least height / width; its inverse is the largest")
-    boxes: int = Field(1, ge=1, description="rectangles an image, which share the area")
+    boxes: int = Field(1, ge=1, le=64, description="rectangles an image, which share the area")
     fill: Literal["zero", "mean", "random", "pixel"] = Field(
         "zero",
         description="zero: the data set's mean colour (0 after normalisation; the paper's) | mean: the picture's own | "
         "random: one normal colour | pixel: normal noise (timm's)",
     )
-
-    @field_validator("area")
-    @classmethod
-    def _shares(cls, area: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < area[0] <= area[1] < 1:
-            raise ValueError("two shares between 0 and 1, the smaller first")
-        return area
 
     def build(self) -> RandomErasing:
         return RandomErasing(self)
@@ -75,7 +68,7 @@ class RandomErasing:
 
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         boxes, seed = ctx.draw
-        mask = inside(boxes.to(batch.x.device, non_blocking=True), batch.x.shape[2:])
+        mask = sparing(inside(boxes.to(batch.x.device, non_blocking=True), batch.x.shape[2:]))
         ctx.show("erased", mask, batch.x)
         fill = self.config.fill
         return replace(batch, x=erase(batch.x, mask, "noise" if fill == "pixel" else fill, seed=seed))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fgvc.cam.offline import OfflineMethod, offline_maps
+from fgvc.cam.offline import OfflineMethod, Rows, offline_maps
 from fgvc.data.loader import evaluation_loader
 from fgvc.train.events import Events
 from fgvc.train.session import Session
@@ -26,32 +25,29 @@ def epoch_start(session: Session, out: Path, events: Events, *, stop: threading.
     red, green, blue = rgb[::-1] if spec.channel_order == "bgr" else rgb
 
     def maps(
-        rows: np.ndarray, method: OfflineMethod, change: Callable[[Tensor, np.ndarray], Tensor], size: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
-        read: deque[np.ndarray] = deque()
-
-        def images() -> Iterator[tuple[Tensor, Tensor]]:
+        rows: Rows, method: OfflineMethod, change: Callable[[Tensor, Rows], Tensor], size: int
+    ) -> Iterator[tuple[Rows, np.ndarray, Tensor]]:
+        def images() -> Iterator[tuple[Tensor, Tensor, Rows]]:
             for batch in evaluation_loader(session.index, rows, spec=whole, batch_size=size, workers=0):
-                read.append(batch.index.numpy())
-                yield change(batch.images.to(session.runtime.device), read[-1]), batch.labels
+                here = batch.index.numpy()
+                yield change(batch.images.to(session.runtime.device), here), batch.labels, here
 
-        made, done = offline_maps(session.step.net, images(), method), 0
+        done = 0
         with events.progress(len(rows), 0, "masks"):
-            for found in made:
-                here = read.popleft()
-                end = int(np.flatnonzero(rows == here[-1])[0]) + 1
-                part = rows[done:end]
-                yield part, np.isin(part, here), found
+            for here, found in offline_maps(session.step.net, images(), method):
+                end = int(np.searchsorted(rows, here[-1])) + 1  # rows ascend; those left out could not be read
+                yield rows[done:end], np.isin(rows[done:end], here), found
                 done = end
-                events.done(done)
+                events.done(done, len(rows))
                 if stop.is_set():
                     raise KeyboardInterrupt("the masks so far are kept")
             if done < len(rows):
                 yield rows[done:], np.zeros(len(rows) - done, dtype=np.bool_), torch.zeros(0, *spec.size)
-        session.step.train()
 
+    losses = [row["base"] for row in progress.history]
     return EpochStart(
         number=progress.epoch, epochs=session.recipe.train.epochs, fresh=progress.micro == 0, folder=out,
-        images=len(session.index), rows=session.index.rows("train"), losses=[row["base"] for row in progress.history],
+        images=len(session.index), rows=session.index.rows("train"), seed=session.recipe.train.seed,
+        losses=session.runtime.gather(losses)[0],
         colour=(red, green, blue), maps=maps, first=session.runtime.first, say=events.say,
     )  # fmt: skip

@@ -99,10 +99,13 @@ class Events:
             self._spoke = time.monotonic()
             yield
 
-    def done(self, count: int) -> None:
-        """Move the innermost bar."""
+    def done(self, count: int, total: int) -> None:
+        """Move the innermost bar, or say a line every few seconds."""
         if self._bar is not None:
             self._bar.update(self._task, completed=count)
+        elif self.active and time.monotonic() - self._spoke >= self.log.every_seconds:
+            self._spoke = time.monotonic()
+            print(f"{count}/{total}", file=sys.stderr, flush=True)
 
     def step(self, step: int, total: int, *, epoch: int, loss: float, lr: float, rate: float) -> None:
         """Called at every logged step: `rate` in images/s over all ranks."""

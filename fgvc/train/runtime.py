@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -114,7 +115,8 @@ def runtime(train: Train) -> Iterator[Runtime]:
             f"x train.accumulate {train.accumulate}"
         )
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))  # others wait while one makes a cache or masks
     try:
         yield Runtime(device, rank, world, train.precision)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,6 +42,11 @@ from fgvc.train.step import StepModule
 from fgvc.types import FgvcError, ImageIndex
 
 Notify = Callable[[str], None]
+
+
+def fingerprint(index: ImageIndex) -> str:
+    """SHA-256 of the images' names in their order: what is kept by row holds for this list only."""
+    return hashlib.sha256("\n".join(index.paths.tolist()).encode()).hexdigest()
 
 
 def read_index(recipe: Recipe) -> ImageIndex:
@@ -156,12 +162,19 @@ class Session:
             "scaler": self.scaler.state_dict(),
             "rng": self.runtime.gather(_rng_state(self.runtime.device)),
             "techniques": {kind: hook() for kind, hook in self.step.hooks("state_dict")},
+            "images": fingerprint(self.index),
         }
         ema = None if self.ema is None else self.ema.module.state_dict()
         return State(self.step.net.state_dict(), self.step.branches.state_dict(), ema, rest, self.progress)
 
     def restore(self, state: State) -> None:
         """Continue exactly where `state` was captured. Raises FgvcError where it is of another set-up."""
+        by_image = [kind for kind, one in self.step.techniques.items() if getattr(one, "remembers_images", False)]
+        if by_image and state.rest.get("images") != fingerprint(self.index):
+            raise FgvcError(
+                f"the images are no longer those that the run began with, and techniques.{by_image[0]} remembers something "
+                "of each; restore the data, or train anew"
+            )
         try:
             self.step.net.load_state_dict(state.net)
             self.step.branches.load_state_dict(state.branches)

@@ -51,7 +51,7 @@ class StepModule(nn.Module):
         plain = {id(parameter) for parameter in net.parameters()}
         self.techniques = dict(techniques)
         self.label_smoothing = label_smoothing
-        self.joints = Joints(net=net, size=size)
+        self.joints = Joints(net=net, size=size, recompute=recompute)
         for kind, setup in self.hooks("setup"):
             setup(Plan(kind, self.joints))
         self.branches = self.joints.branches
@@ -73,9 +73,8 @@ class StepModule(nn.Module):
         self._inside = False  # False in the backward, where checkpointed parts of the net run once more
         self.contexts: dict[str, Context] = {}
         self._mapper = Mapper(net)
-        self._average: list[
-            nn.Module
-        ] = []  # in a list, so that it is no submodule: it has its own place in a checkpoint
+        # In a list, so that it is no submodule: it has its own place in a checkpoint.
+        self._average: list[nn.Module] = []
 
     def hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
         """The techniques that have this hook, in the union's order."""

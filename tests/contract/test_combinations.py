@@ -18,6 +18,7 @@ from fgvc.export.plain import strip
 from fgvc.recipe import Recipe, conflicts
 from fgvc.techniques import CONFIGS, Techniques
 from fgvc.train.session import build_net
+from fgvc.types import FgvcError
 
 SETTINGS: dict[str, list[dict]] = {
     "dcl": [{"grid": 4, "bn": "shared"}, {"grid": 4, "bn": "own"}],
@@ -95,6 +96,28 @@ def completed(i: int, a: int, j: int, b: int, missing: set[tuple[int, int, int, 
 
 
 ROWS = covering_array()
+
+NONSENSE = [
+    ("adl", {"drop_rate": 5}, "a share is at most 1"),
+    ("adl", {"threshold": [[0, 0.9], [1, 7]]}, "a share is at most 1"),
+    ("adl", {"stages": ["features", "features"]}, "each stage once"),
+    ("adl", {"stages": []}, "at least 1 item"),
+    ("dropblock", {"rate": 5}, "at most 0.9"),
+    ("acol", {"region": {"value": 5}}, "value: 5 of a share: at most 1"),
+    ("cam_erasing", {"region": {"area": [0, 0]}}, "two shares in"),
+    ("cam_erasing", {"probability": 1.5}, "less than or equal to 1"),
+    ("ae_psl", {"region": {"rule": "quantile", "value": 2}}, "at most 1"),
+    ("attention_crop_drop", {"crop_threshold": [0.6, 0.4]}, "the smaller first"),
+    ("attention_crop_drop", {"drop_threshold": [-3, -1]}, "two shares above 0"),
+    ("attention_crop_drop", {"pooled": 0, "centre": 0}, "nothing trains the maps"),
+    ("cutout", {"holes": 5000}, "less than or equal to 64"),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "said"), NONSENSE)
+def test_nonsense_is_refused_before_training(kind: str, settings: dict, said: str, recipe_tree: dict) -> None:
+    with pytest.raises(FgvcError, match=said):
+        validate(Recipe, recipe_tree | {"techniques": {kind: settings}}, where="test")
 
 
 def named(row: Row) -> str:

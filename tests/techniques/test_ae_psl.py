@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +36,8 @@ def corner(rows: NDArray[np.int64], method: str, change, size: int) -> Iterator[
 
 def start(folder: Path, number: int, losses: list[float], maps=corner, **changed: object) -> EpochStart:
     made = EpochStart(
-        number=number, epochs=6, fresh=True, folder=folder, images=9, rows=ROWS, losses=losses, colour=(9, 8, 7), maps=maps,
-        first=lambda do: do(), say=lambda text: None,
+        number=number, epochs=6, fresh=True, seed=0, folder=folder, images=9, rows=ROWS, losses=losses,
+        colour=(9, 8, 7), maps=maps, first=lambda do: do(), say=lambda text: None,
     )  # fmt: skip
     return replace(made, **changed)
 
@@ -116,8 +117,24 @@ def test_a_kill_inside_a_round_costs_only_what_was_not_written(tmp_path: Path) -
 
 
 def test_masks_that_are_gone_in_mid_round_are_an_error_with_a_name(tmp_path: Path) -> None:
+    made = technique()
+    made.load_state_dict({"round": 1})
     with pytest.raises(FgvcError, match=r"round-1\.npy: the masks of this round are gone"):
-        technique().before_epoch(start(tmp_path, 2, [1.0, 1.0], fresh=False))
+        made.before_epoch(start(tmp_path, 2, [1.0, 1.0], fresh=False))
+
+
+def test_a_round_that_was_reached_stays_whatever_becomes_of_the_schedule(tmp_path: Path) -> None:
+    made = technique()
+    for round_, epoch in ((1, 4), (2, 5)):
+        made.before_epoch(start(tmp_path, epoch, [1.0] * epoch))
+        assert made.state_dict() == {"round": round_}, "one at a time, though both are due"
+    longer = technique()
+    longer.load_state_dict(made.state_dict())
+    longer.before_epoch(start(tmp_path, 4, [1.0] * 4, epochs=60))
+    assert longer.state_dict() == {"round": 2}, "by the new schedule it would be the first"
+    shorter = technique()
+    shorter.before_epoch(start(tmp_path / "none", 2, [1.0] * 2, epochs=3, fresh=False))
+    assert shorter.state_dict() == {"round": 0}, "in mid-epoch no round begins"
 
 
 def test_more_rounds_than_epochs_are_refused(recipe_tree: dict) -> None:
@@ -144,6 +161,38 @@ def test_a_real_run_erases_where_the_network_looked(tmp_path: Path, recipe_tree:
     )
 
 
+def test_errors_of_the_images_get_out_of_offline_maps() -> None:
+    import timm
+
+    from fgvc.cam.offline import offline_maps
+
+    def images() -> Iterator[tuple]:
+        raise IndexError("row 7")
+        yield
+
+    with pytest.raises(IndexError, match="row 7"):
+        list(offline_maps(timm.create_model("test_resnet"), images(), "GradCAM"))
+
+
+def test_images_that_came_later_are_refused_by_what_remembers_images(tmp_path: Path, recipe_tree: dict) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(recipe_tree["data"]["root"], root)
+    tree = recipe_tree | {"data": {"kind": "folder", "root": str(root)}}
+    for kind, settings in {"ae_psl": {"rounds": 2}, "cam_erasing": {"source": "previous_epoch"}, "cutout": {}}.items():
+        part = tree | {"techniques": {kind: settings}}
+        short = validate(Recipe, part | {"train": recipe_tree["train"] | {"max_steps": 2}}, where="test")
+        api.train(short, tmp_path / kind)
+        copy = next((root / "train").rglob("*.png")).with_name("0new.png")
+        shutil.copy(next((root / "train").rglob("*.png")), copy)
+        made = validate(Recipe, part, where="test")
+        if kind == "cutout":
+            api.train(made, tmp_path / kind)
+        else:
+            with pytest.raises(FgvcError, match=rf"techniques\.{kind} remembers something"):
+                api.train(made, tmp_path / kind)
+        copy.unlink()
+
+
 def test_offline_maps_leave_the_net_as_it_was() -> None:
     import timm
 
@@ -155,7 +204,8 @@ def test_offline_maps_leave_the_net_as_it_was() -> None:
     frozen = [p.requires_grad for p in net.parameters()]
     before = {key: value.clone() for key, value in net.state_dict().items()}
     x, y = torch.randn(3, 3, 64, 64), torch.tensor([0, 1, 2])
-    (maps,) = offline_maps(net, [(x, y)], "GradCAM")
+    ((rows, maps),) = offline_maps(net, [(x, y, np.arange(3))], "GradCAM")
+    assert rows.tolist() == [0, 1, 2]
     assert maps.shape == (3, 64, 64)
     assert float(maps.min()) >= 0
     assert float(maps.max()) <= 1

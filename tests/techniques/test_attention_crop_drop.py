@@ -336,7 +336,10 @@ def test_repeated_labels_and_labels_left_out() -> None:
 
 def test_views_and_terms_of_weight_0_are_not_made() -> None:
     x = scene(SPOTS)
-    step, _ = made(crop=0, drop=0, pooled=0, centre=0)
+    technique = AttentionCropDropConfig(guide="cam", crop=0, drop=0, pooled=0, centre=0).build()
+    step = StepModule(Pooled(), {KIND: technique}, size=(x.shape[2], x.shape[3])).double().train()
+    assert not len(step.branches), "nothing would train them, and nothing asks them"
+    assert step.joints.render == 1, "the images stay what they are without the technique"
     losses, views = step(batch(x), draws(3))
     assert [view.name for view in views] == ["main"]
     assert set(losses) == {"base", "loss"}
