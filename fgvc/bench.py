@@ -206,7 +206,8 @@ def write_csv(path: Path, ratios: Sequence[Ratio]) -> None:
             columns.append("expected")
         writer.writerow(["name", "pairs", *columns, *about])
         for r in ratios:
-            values = (f"{getattr(r, column):.4f}" for column in columns)
+            numbers = [getattr(r, column) for column in columns]
+            values = ["" if number is None else f"{number:.4f}" for number in numbers]
             writer.writerow([r.name, r.pairs, *values, *about.values()])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,12 @@ def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, 
     assert {"cpu", "cores", "torch", "timm"} <= set(rows[0])
 
 
-def test_maps_that_the_net_has_are_set_beside_a_step(recipe_tree: dict) -> None:
+def test_maps_that_the_net_has_are_set_beside_a_step(tmp_path: Path, recipe_tree: dict) -> None:
     found = bench.bench_maps(recipe(recipe_tree), pairs=2)
     assert [ratio.name.split(" /")[0] for ratio in found] == ["map: cam", "map: gradcam", "map: gradcam++"]
+    bench.write_csv(tmp_path / "maps.csv", [replace(found[0], expected=1.0), *found[1:]])
+    with (tmp_path / "maps.csv").open() as file:
+        assert [row["expected"] for row in csv.DictReader(file)] == ["1.0000", "", ""]
     none = bench.bench_maps(recipe(recipe_tree, model={"backbone": "test_vit", "kwargs": {"img_size": 32}}), pairs=2)
     assert none == []
 
