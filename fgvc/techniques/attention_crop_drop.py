@@ -24,7 +24,7 @@ from fgvc.model.ranks import gathered
 from fgvc.schedule import Scheduled, at, ever
 from fgvc.types import Batch, Output, View
 
-MAIN, WHOLE = "main", 0.99  # share of the image that a crop may hold
+MAIN = "main"
 
 
 class AttentionCropDropConfig(Section):
@@ -103,12 +103,12 @@ class AttentionCropDrop:
             labels = target[0][0] if len(target) == 1 else torch.full_like(target[0][0], -1)
             self._new.append((self._pooled(main, ctx)[2].detach(), labels))
         x, size = main.view.x, (main.view.x.shape[2], main.view.x.shape[3])
-        for what, largest in (("crop", WHOLE), ("drop", self.config.largest_drop)):
+        for what, largest in (("crop", 1.0), ("drop", self.config.largest_drop)):
             if not (weight := at(getattr(self.config, what), ctx.progress)):
                 continue
             drawn = ctx.draw[what].to(x.device, non_blocking=True)
             maps = self._guide(main, drawn[:, 1], ctx)
-            mask = select(maps, size, Region(area=(0, largest)), values=drawn[:, 0])
+            mask = select(maps, size, Region.model_construct(area=(0.0, largest)), values=drawn[:, 0])
             if what == "crop":
                 box = boxes(mask, self.config.padding)
                 box = moved(box, drawn[:, 2:], size) if self.config.guide == "random" else box
@@ -144,7 +144,9 @@ class AttentionCropDrop:
         x, size = output.view.x, (output.view.x.shape[2], output.view.x.shape[3])
         by_class = self.config.guide == "cam"
         maps = normalised(output.map(self._method)) if by_class else self._pooled(output, ctx)[0].mean(1)
-        return crop(x, boxes(select(maps, size, Region(value=0.1, area=(0, WHOLE))), 0.05), size, pixels=size)
+        return crop(
+            x, boxes(select(maps, size, Region.model_construct(value=0.1, area=(0.0, 1.0))), 0.05), size, pixels=size
+        )
 
     def _guide(self, main: Output, which: Tensor, ctx: Context) -> Tensor:
         """(B,h,w): the class map, or for each sample one attention map with probability ~ sqrt of its sum."""

@@ -206,6 +206,8 @@ class StepModule(nn.Module):
                     self._fired.add((f"gate of {kind}", name))
             logits = self.net.forward_head(features)  # type: ignore[operator]
         self._check_fired()
+        if len(group) == 1:  # nothing to slice, whose backward would fill and add a whole map
+            return {group[0].name: Output(group[0], features, logits, dict(self._taps), self._mapper)}
         outputs, start = {}, 0
         for view in group:
             rows = slice(start, start := start + len(view.x))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fgvc.cam.attention import SCALE, BilinearAttention, pick
+from fgvc.cam.attention import SCALE, BilinearAttention, _SignedRoot, pick
 
 CHANNELS, MAPS, CLASSES = 3, 2, 4
 
@@ -146,3 +146,11 @@ def test_every_sample_picks_among_its_own_maps() -> None:
         assert torch.equal(found[3], attention[3, 2])
     assert torch.equal(pick(attention, torch.zeros(4))[0], attention[0, 0])
     assert torch.equal(pick(attention, torch.full((4,), 1 - 2**-24))[0], attention[0, 2])
+
+
+def test_the_signed_root_has_its_gradient() -> None:
+    p = torch.tensor([0.3, -0.2, 1e-3, 2.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_SignedRoot.apply, p)
+    zero = torch.zeros(2, requires_grad=True)
+    _SignedRoot.apply(zero).sum().backward()
+    assert not zero.grad.any(), "ReLU leaves many zeros"
