@@ -18,7 +18,10 @@ ADVICE = (
 def font_for(characters: frozenset[str]) -> Path | None:
     """The first of the machine's fonts that has all the characters, matplotlib's own before others; None: there is none."""
     own = Path(font_manager.findfont("DejaVu Sans"))
-    others = sorted({Path(entry.fname) for entry in font_manager.fontManager.ttflist})
+    found = {Path(entry.fname) for entry in font_manager.fontManager.ttflist}
+    others = sorted(
+        path for path in found if not path.name.startswith("LastResort")
+    )  # a box for every character there is
     return next((path for path in (own, *others) if _writes(path, characters)), None)
 
 
