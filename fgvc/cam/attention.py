@@ -32,7 +32,7 @@ class _SignedRoot(torch.autograd.Function):
 
 
 class BilinearAttention(nn.Module):
-    """A = relu(bn(conv1x1(f))); v = l2(ssqrt(mean_hw(A_m f_c))) over all M*C; z = W (s v). In float32."""
+    """A = relu(bn(conv1x1(f))); v = ssqrt(mean_hw(A_m f_c)) over all M*C; z = W (s v / |v|). In float32."""
 
     def __init__(self, channels: int, maps: int, classes: int) -> None:
         super().__init__()
@@ -42,28 +42,32 @@ class BilinearAttention(nn.Module):
         self.register_buffer("centres", torch.zeros(classes, maps * channels))
         self.centres: Tensor
 
-    def forward(self, f: Tensor, *, own: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """f (B,C,h,w) -> maps A (B,M,h,w) >= 0, logits (B,K), v (B,M*C) of length 1. `own`: as in views of their own batch
-        statistics, the running ones stay."""
+    def forward(self, f: Tensor, *, own: bool = False) -> tuple[Tensor, Tensor]:
+        """f (B,C,h,w) -> maps A (B,M,h,w) >= 0, v (B,M*C). `own`: as in views of their own batch statistics, the running
+        ones stay."""
         statistics = own_statistics(self, recompute=False) if own else nullcontext()
         with torch.autocast(f.device.type, enabled=False), statistics:
             f = f.to(self.conv.weight.dtype)
             attention = self.norm(self.conv(f)).relu()
-            # This costs more than the convolution: few passes over M*C numbers, and the length divides the logits instead.
             cells = f.permute(0, 2, 3, 1).flatten(1, 2)  # a view where f is channels_last
-            pooled = torch.bmm(attention.flatten(2), cells).flatten(1) / cells.shape[1]
-            rooted = _SignedRoot.apply(pooled)
-            length = rooted.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            return attention, self.classifier(rooted) * (SCALE / length), rooted / length
+            return attention, _SignedRoot.apply(torch.bmm(attention.flatten(2), cells).flatten(1) / cells.shape[1])
+
+    def logits(self, vector: Tensor) -> Tensor:
+        """z (N,K) of v (N,M*C). The length divides z instead of v: these rows are long, and every pass over them tells."""
+        with torch.autocast(vector.device.type, enabled=False):
+            return self.classifier(vector) * (SCALE / vector.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
     def distance(self, vector: Tensor, labels: Tensor) -> Tensor:
-        """sum_b |v_b - c_y / |c_y||^2 / B."""
-        return (vector - F.normalize(self.centres[labels], dim=1)).square().sum(1).mean()
+        """sum_b |v_b / |v_b| - c_y / |c_y||^2 / B, from lengths and products; a vector of zeros has length 0."""
+        centres = self.centres[labels]
+        v, c, product = vector.norm(dim=1), centres.norm(dim=1), (vector[:, None] @ centres[:, :, None]).flatten()
+        return ((v > 0).float() + (c > 0).float() - 2 * product / (v * c).clamp_min(1e-12)).mean()
 
     @torch.no_grad()
     def follow(self, vector: Tensor, labels: Tensor, *, rate: float) -> None:
-        """c_y += rate * (mean of the v of class y - c_y / |c_y|), once for every class that is there; label -1: left out."""
-        vector, labels = vector[labels >= 0], labels[labels >= 0]
+        """c_y += rate * (mean of the v / |v| of class y - c_y / |c_y|), once for every class that is there; label -1: left
+        out."""
+        vector, labels = F.normalize(vector[labels >= 0], dim=1), labels[labels >= 0]
         present, where, counts = labels.unique(return_inverse=True, return_counts=True)
         sums = torch.zeros(len(present), vector.shape[1], dtype=vector.dtype, device=vector.device)
         sums.index_add_(0, where, vector)

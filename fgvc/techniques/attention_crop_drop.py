@@ -101,7 +101,7 @@ class AttentionCropDrop:
         if at(self.config.centre, ctx.progress):  # one a step on every rank; -1: mixed
             target = main.view.target
             labels = target[0][0] if len(target) == 1 else torch.full_like(target[0][0], -1)
-            self._new.append((self._pooled(main, ctx)[2].detach(), labels))
+            self._new.append((self._attend(main, ctx)[1].detach(), labels))
         x, size = main.view.x, (main.view.x.shape[2], main.view.x.shape[3])
         for what, largest in (("crop", 1.0), ("drop", self.config.largest_drop)):
             if not (weight := at(getattr(self.config, what), ctx.progress)):
@@ -124,17 +124,18 @@ class AttentionCropDrop:
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """`pooled` over all views, `centre` of the main one where its labels are whole."""
         seen = [o for name, o in outputs.items() if name == MAIN or name.startswith("after:attention_crop_drop.")]
-        pooled = [self._pooled(output, ctx) for output in seen]
-        terms = [cross_entropy(logits, o.view.target) for o, (_, logits, _) in zip(seen, pooled, strict=True)]
+        branch, vectors = cast("BilinearAttention", ctx.branches["attention"]), [self._attend(o, ctx)[1] for o in seen]
+        logits = branch.logits(torch.cat(vectors)).split([len(vector) for vector in vectors])
+        terms = [cross_entropy(z, o.view.target) for z, o in zip(logits, seen, strict=True)]
         losses = {"pooled": torch.stack(terms).mean()}
         if len(target := seen[0].view.target) == 1:
-            losses["centre"] = cast("BilinearAttention", ctx.branches["attention"]).distance(pooled[0][2], target[0][0])
+            losses["centre"] = branch.distance(vectors[0], target[0][0])
         return losses
 
     def after_step(self, ctx: Context) -> None:
         """Move the centres towards this step's features, those of all ranks."""
-        branch = cast("BilinearAttention", ctx.branches["attention"])
         for vector, labels in self._new:
+            branch = cast("BilinearAttention", ctx.branches["attention"])
             branch.follow(gathered(vector), gathered(labels), rate=self.config.centre_rate)
         self._new.clear()
 
@@ -143,7 +144,7 @@ class AttentionCropDrop:
         maximum, widened by 0.05 (methods 2, item 6)."""
         x, size = output.view.x, (output.view.x.shape[2], output.view.x.shape[3])
         by_class = self.config.guide == "cam"
-        maps = normalised(output.map(self._method)) if by_class else self._pooled(output, ctx)[0].mean(1)
+        maps = normalised(output.map(self._method)) if by_class else self._attend(output, ctx)[0].mean(1)
         return crop(
             x, boxes(select(maps, size, Region.model_construct(value=0.1, area=(0.0, 1.0))), 0.05), size, pixels=size
         )
@@ -152,11 +153,11 @@ class AttentionCropDrop:
         """(B,h,w): the class map, or for each sample one attention map with probability ~ sqrt of its sum."""
         if self.config.guide == "cam":
             return normalised(main.map(self._method))
-        return pick(self._pooled(main, ctx)[0].detach(), which)
+        return pick(self._attend(main, ctx)[0].detach(), which)
 
-    def _pooled(self, output: Output, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """The branch on one view, once a step: maps, logits, pooled features."""
+    def _attend(self, output: Output, ctx: Context) -> tuple[Tensor, Tensor]:
+        """The branch on one view, once a step: maps and pooled features."""
         if output.view.name not in ctx.kept:
             own = output.view.bn == "own"
             ctx.kept[output.view.name] = ctx.branches["attention"](ctx.grid(output.features), own=own)
-        return cast("tuple[Tensor, Tensor, Tensor]", ctx.kept[output.view.name])
+        return cast("tuple[Tensor, Tensor]", ctx.kept[output.view.name])

@@ -44,7 +44,8 @@ def test_forward_is_the_formula(training: bool, scale: float) -> None:
             var[m] = float(((raw[:, m] - mean[m]) ** 2).mean())
     weight, bias = branch.norm.weight.tolist(), branch.norm.bias.tolist()
     with torch.no_grad():
-        attention, logits, vector = branch(f)
+        attention, vector = branch(f)
+        logits = branch.logits(vector)
     for b in range(3):
         values = []
         for m in range(MAPS):
@@ -54,10 +55,10 @@ def test_forward_is_the_formula(training: bool, scale: float) -> None:
                 pooled = sum(float(a[i, j] * f[b, c, i, j]) for i in range(2) for j in range(4)) / 8
                 values.append(math.copysign(math.sqrt(abs(pooled) + 1e-12), pooled) if pooled else 0.0)
         length = math.sqrt(sum(value**2 for value in values))
-        expected = torch.tensor([value / length for value in values], dtype=torch.float64)
+        expected = torch.tensor(values, dtype=torch.float64)
         assert expected.min() < 0 < expected.max(), "signs are part of it"
         torch.testing.assert_close(vector[b], expected)
-        torch.testing.assert_close(logits[b], branch.classifier.weight.detach() @ (SCALE * expected))
+        torch.testing.assert_close(logits[b], branch.classifier.weight.detach() @ (SCALE * expected / length))
 
 
 def test_it_computes_in_float32_under_autocast() -> None:
@@ -65,20 +66,23 @@ def test_it_computes_in_float32_under_autocast() -> None:
     f = features().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = branch(f)
+        logits = branch.logits(found[1])
         low = branch(f.bfloat16())
-    assert {part.dtype for part in (*found, *low)} == {torch.float32}
-    for one, other in zip(found, branch(f), strict=True):
-        assert torch.equal(one, other)
+    assert {part.dtype for part in (*found, logits, *low)} == {torch.float32}
+    attention, vector = branch(f)
+    assert torch.equal(found[0], attention)
+    assert torch.equal(found[1], vector)
+    assert torch.equal(logits, branch.logits(vector))
 
 
 def test_no_attention_at_all_is_not_an_error() -> None:
     branch, f = made(training=True), features()
     with torch.no_grad():
         branch.norm.bias.fill_(-100)
-    attention, logits, vector = branch(f.requires_grad_())
+    attention, vector = branch(f.requires_grad_())
     assert not attention.any()
     assert not vector.any()
-    (logits.sum() + branch.distance(vector, torch.tensor([0, 1, 2]))).backward()
+    (branch.logits(vector).sum() + branch.distance(vector, torch.tensor([0, 1, 2]))).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in branch.parameters())
     assert f.grad.isfinite().all()
 
@@ -93,7 +97,9 @@ def test_distance_is_the_mean_square_to_the_centres_of_length_1() -> None:
     for b, y in enumerate(labels):
         centre = branch.centres[y].tolist()
         length = math.sqrt(sum(value**2 for value in centre)) or 1.0
-        expected += sum((float(v) - c / length) ** 2 for v, c in zip(vector[b].tolist(), centre, strict=True)) / 4
+        own = vector[b].tolist()
+        long = math.sqrt(sum(v**2 for v in own))
+        expected += sum((v / long - c / length) ** 2 for v, c in zip(own, centre, strict=True)) / 4
     found = branch.distance(vector, torch.tensor(labels))
     assert float(found.detach()) == pytest.approx(expected)
     found.backward()
@@ -110,7 +116,7 @@ def test_centres_follow_as_in_a_loop_over_the_classes(labels: list[int], rate: f
     vector = torch.randn(len(labels), MAPS * CHANNELS, generator=rng, dtype=torch.float64, requires_grad=True)
     before, expected = branch.centres.clone(), branch.centres.clone()
     for y in range(CLASSES):
-        own = [vector[b].detach() for b in range(len(labels)) if labels[b] == y]
+        own = [vector[b].detach() / vector[b].detach().norm() for b in range(len(labels)) if labels[b] == y]
         if own:
             length = float(before[y].square().sum().sqrt()) or 1.0
             expected[y] = before[y] + rate * (sum(own) / len(own) - before[y] / length)

@@ -330,8 +330,16 @@ def test_repeated_labels_and_labels_left_out() -> None:
     branch = BilinearAttention(1, 2, 4)
     branch.follow(torch.tensor([[1.0, 0], [0, 1], [1, 1]]), torch.tensor([-1, -1, -1]), rate=0.5)
     assert (branch.centres == 0).all()
-    branch.follow(torch.tensor([[1.0, 0], [0, 1], [5, 5], [1, 0]]), torch.tensor([3, 3, -1, 0]), rate=0.5)
+    branch.follow(torch.tensor([[2.0, 0], [0, 1], [5, 5], [3, 0]]), torch.tensor([3, 3, -1, 0]), rate=0.5)
     assert branch.centres.tolist() == [[0.5, 0], [0, 0], [0, 0], [0.25, 0.25]]
+
+
+def test_without_a_branch_a_step_has_no_centres_to_move() -> None:
+    technique = AttentionCropDropConfig(guide="cam", pooled=0, centre=0).build()
+    x = scene(SPOTS)
+    step = StepModule(Pooled(), {KIND: technique}, size=(x.shape[2], x.shape[3])).double().train()
+    step(batch(x), draws(3))
+    technique.after_step(step.contexts[KIND])
 
 
 def test_views_and_terms_of_weight_0_are_not_made() -> None:

@@ -136,7 +136,7 @@ def test_centres_are_those_of_the_whole_batch(runs: list[dict[str, torch.Tensor]
 
 
 def test_given_vectors_move_the_centres_by_their_means(runs: list[dict[str, torch.Tensor]]) -> None:
-    v = torch.randn(8, 6, generator=torch.Generator().manual_seed(9))
+    v = torch.nn.functional.normalize(torch.randn(8, 6, generator=torch.Generator().manual_seed(9)))
     expected = torch.stack([torch.zeros(6), (v[0] + v[2]) / 2, (v[1] + v[4] + v[5]) / 3, v[7]]) / 2
     for run in runs:
         torch.testing.assert_close(run["given"], expected)
