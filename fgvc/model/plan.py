@@ -53,7 +53,6 @@ class Joints:
     gates: list[tuple[str, str, Gate]] = field(default_factory=list)  # technique, module name, gate
     notes: list[str] = field(default_factory=list)
     recompute: bool = False  # activation checkpointing is on
-    probes: set[str] = field(default_factory=set)  # "net", "ema": forwards that are made before all else
     render: float = 1.0  # side of the rendered images in units of the network's input
     refusals: dict[Method, str | None] = field(default_factory=dict)
     _sites: tuple[list[Site], dict[str, str]] | None = None
@@ -210,10 +209,6 @@ class Plan:
                 return wanted
         raise FgvcError(f"techniques.{self.kind}: no {method} map: {reason}")
 
-    def probe(self, of: Literal["net", "ema"]) -> None:
-        """Have a forward of the clean images without gradient, in eval mode: `Context.probes[of]`."""
-        self._joints.probes.add(of)
-
     def render(self, scale: float) -> None:
         """Have the crops rendered at this many times the input's side or more: `Batch.render`."""
         self._joints.render = max(self._joints.render, scale)
@@ -227,6 +222,10 @@ class Plan:
         self._joints.notes.append(f"{self.kind}: {text}")
 
 
+def _no_probe(of: str) -> Output:
+    raise FgvcError(f"there is no {of} to ask outside of a training step")
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """Read-only services of one step, for one technique."""
@@ -238,7 +237,8 @@ class Context:
     head: Callable[[Tensor], Tensor]  # -> logits (B,K), through the deployed head
     pooled: Callable[[Tensor], Tensor]  # -> (B,D), what the deployed head's last layer reads
     grid: Callable[[Tensor], Tensor]  # -> (B,C,h,w), whatever the backbone's layout
-    probes: Mapping[str, Output] = field(default_factory=dict)  # what Plan.probe asked for
+    # One forward of the clean images through the "net" or the "ema", without gradient and in eval mode, once a step.
+    probe: Callable[[str], Output] = _no_probe
     scaled: Callable[[Tensor, Tensor], Tensor] = torch.mul  # features, (B,h,w) weights of cells -> features
     kept: dict[str, Any] = field(default_factory=dict)  # of one hook, for a later one of the same step
     shown: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
@@ -249,7 +249,7 @@ class Context:
         self.shown.setdefault(name, (x, maps.detach()))
 
 
-def context_of(kind: str, joints: Joints, draws: Draws, probes: Mapping[str, Output]) -> Context:
+def context_of(kind: str, joints: Joints, draws: Draws, probe: Callable[[str], Output] = _no_probe) -> Context:
     branches = dict(joints.branches[kind].named_children()) if kind in joints.branches else {}
 
     def head(features: Tensor, *, pre_logits: bool = False) -> Tensor:
@@ -263,6 +263,6 @@ def context_of(kind: str, joints: Joints, draws: Draws, probes: Mapping[str, Out
         head=head,
         pooled=partial(head, pre_logits=True),
         grid=partial(feature_map, joints.net),
-        probes=probes,
+        probe=probe,
         scaled=partial(scale_cells, joints.net),
     )

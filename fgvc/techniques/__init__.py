@@ -13,12 +13,16 @@ from fgvc.techniques.adl import AdlConfig
 from fgvc.techniques.ae_psl import AePslConfig
 from fgvc.techniques.attention_crop_drop import AttentionCropDropConfig
 from fgvc.techniques.cam_erasing import CamErasingConfig
+from fgvc.techniques.cutmix import CutmixConfig
 from fgvc.techniques.cutout import CutoutConfig
 from fgvc.techniques.dcl import DclConfig
 from fgvc.techniques.dropblock import DropblockConfig
 from fgvc.techniques.hide_and_seek import HideAndSeekConfig
 from fgvc.techniques.mixup import MixupConfig
+from fgvc.techniques.mosaic import MosaicConfig
 from fgvc.techniques.random_erasing import RandomErasingConfig
+from fgvc.techniques.saliencymix import SaliencymixConfig
+from fgvc.techniques.snapmix import SnapmixConfig
 from fgvc.techniques.spatial_dropout import SpatialDropoutConfig
 
 AnyConfig = Annotated[
@@ -26,6 +30,10 @@ AnyConfig = Annotated[
     AePslConfig
     | CamErasingConfig
     | MixupConfig
+    | CutmixConfig
+    | SnapmixConfig
+    | SaliencymixConfig
+    | MosaicConfig
     | CutoutConfig
     | RandomErasingConfig
     | HideAndSeekConfig
@@ -42,7 +50,11 @@ AnyConfig = Annotated[
 
 class Technique(Protocol):
     """What every technique says of itself; its hooks are optional and found by name (DESIGN 4):
-    setup, before_epoch, on_sample, draw, on_batch, views, views_after, losses, after_step, state_dict, load_state_dict.
+    setup, before_epoch, on_sample, mixes, draw, on_batch, views, views_after, losses, after_step, state_dict,
+    load_state_dict.
+
+    With `mixes(progress)`, the share of the steps in which it mixes images and labels, it draws in those steps only
+    (`Context.draw` is None in the others), and no other that mixes does.
 
     With `losses` comes `weights`, name of a term -> fgvc.schedule.Scheduled; names in `measures` are only reported."""
 

@@ -70,8 +70,6 @@ class CamErasing:
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where this backbone has no class map."""
         self._method = plan.map(self.config.map)
-        if self.config.source == "ema":
-            plan.probe("ema")
         if self.config.source == "previous_epoch":
             self._store = MapStore(plan.map_shape[1:])
 
@@ -84,7 +82,7 @@ class CamErasing:
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         """Erased at once where the map is there before the forward."""
         if self.config.source == "ema":
-            return replace(batch, x=self._erased(batch.x, normalised(ctx.probes["ema"].map(self._method)), ctx))
+            return replace(batch, x=self._erased(batch.x, normalised(ctx.probe("ema").map(self._method)), ctx))
         if self._store is not None:
             maps = self._store.recall(batch.index, batch.geometry, batch.x.shape[2:]).to(batch.x.device)
             # Not stretched again: what was looked at most may lie outside of the new crop.

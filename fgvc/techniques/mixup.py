@@ -13,18 +13,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fgvc.config import Section
+from fgvc.image.mix import Mixing, draws, mixed_target, partners
 from fgvc.model.plan import Context
+from fgvc.schedule import at
 from fgvc.types import Batch
 
 
-class MixupConfig(Section):
+class MixupConfig(Mixing):
     """Mix each image with another one of its batch."""
 
     kind: Literal["mixup"] = "mixup"
     alpha: float = Field(0.2, gt=0, description="lambda ~ Beta(alpha, alpha)")
-    probability: float = Field(1.0, ge=0, le=1, description="share of the steps that mix")
-    per: Literal["batch", "sample"] = Field("batch", description="one lambda a batch (the paper) or one a sample")
 
     def build(self) -> Mixup:
         return Mixup(self)
@@ -40,20 +39,18 @@ class Mixup:
     def __init__(self, config: MixupConfig) -> None:
         self.config = config
 
-    def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """(lambda (B,) float32 in [0,1], permutation (B,) int64), or None for a step that does not mix."""
-        if rng.random() >= self.config.probability:
-            return None
-        size = len(batch.labels)
-        one = self.config.per == "batch"
-        share = rng.beta(self.config.alpha, self.config.alpha, size=1 if one else size).astype(np.float32)
-        return torch.from_numpy(np.broadcast_to(share, size).copy()), torch.from_numpy(rng.permutation(size))
+    def mixes(self, progress: float) -> float:
+        return at(self.config.probability, progress)
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
+        """lambda (B,) float32 in [0,1], partners (B,) int64."""
+        share = rng.beta(self.config.alpha, self.config.alpha, draws(batch, self.config.per)).astype(np.float32)
+        order = partners(rng, batch.labels, self.config.pairing)
+        return torch.from_numpy(np.broadcast_to(share, len(order)).copy()), order
 
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         if ctx.draw is None:
             return batch
         share, order = (part.to(batch.x.device, non_blocking=True) for part in ctx.draw)
         x = torch.lerp(batch.x[order], batch.x, share.to(batch.x.dtype).view(-1, 1, 1, 1))
-        own = [(y, share if w is None else w * share) for y, w in batch.target]
-        others = [(y[order], (1 - share) if w is None else w[order] * (1 - share)) for y, w in batch.target]
-        return replace(batch, x=x, target=[*own, *others])
+        return replace(batch, x=x, target=mixed_target(batch.target, [(None, share), (order, 1 - share)]))

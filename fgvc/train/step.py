@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 from zlib import crc32
 
@@ -83,11 +84,15 @@ class StepModule(nn.Module):
 
     def draw(self, batch: Batch, progress: float, *, seed: int, step: int, part: int = 0, rank: int = 0) -> Draws:
         """All random numbers of one step. Each technique has a stream of its own: what it draws does not depend on what
-        else is switched on, so runs with and without another technique can be compared step by step."""
-        streams = {
-            kind: generator(STEP, seed, step, part, rank, crc32(kind.encode())) for kind, _ in self.hooks("draw")
-        }
-        return Draws(progress, {kind: draw(streams[kind], batch) for kind, draw in self.hooks("draw")})
+        else is switched on, so runs with and without another technique can be compared step by step. Of the techniques
+        that mix one at most draws, the same one in all parts and on all ranks."""
+        mixers = {kind: mixes(progress) for kind, mixes in self.hooks("mixes")}
+        mixer = _one_of(mixers, generator(STEP, seed, step, 0, 0, crc32(b"which one mixes")).random())
+        drawn = {}
+        for kind, draw in self.hooks("draw"):
+            if kind not in mixers or kind == mixer:
+                drawn[kind] = draw(generator(STEP, seed, step, part, rank, crc32(kind.encode())), batch)
+        return Draws(progress, drawn)
 
     def forward(
         self, batch: Batch, draws: Draws, views: Sequence[View] | None = None
@@ -98,8 +103,8 @@ class StepModule(nn.Module):
         unweighted, and what techniques measure. Given the views of an earlier call, makes none anew (SAM's second pass).
         Raises FgvcError where a declared tap or gate did not fire, or a technique returns an undeclared term.
         """
-        probes = {of: self._probe(of, batch) for of in sorted(self.joints.probes)}
-        self.contexts = {kind: context_of(kind, self.joints, draws, probes) for kind in self.techniques}
+        probe = cache(lambda of: self._probe(of, batch))
+        self.contexts = {kind: context_of(kind, self.joints, draws, probe) for kind in self.techniques}
         self._groups, self._inside = [], True
         with momenta(self._norms, self._momenta):
             losses, made = self._forward(batch, draws, views)
@@ -148,7 +153,7 @@ class StepModule(nn.Module):
         features = self.net.forward_features(x)  # type: ignore[operator]
         logits = self.net.forward_head(features)  # type: ignore[operator]
         output = Output(View(MAIN, x, [(logits.argmax(1), None)]), features, logits, mapper=self._mapper)
-        return logits, lambda: refine(output, context_of(kind, self.joints, Draws(1.0), {}))
+        return logits, lambda: refine(output, context_of(kind, self.joints, Draws(1.0)))
 
     def train(self, mode: bool = True) -> StepModule:
         """As ever, but what is frozen stays in eval mode: its batch norms keep their statistics."""
@@ -285,6 +290,16 @@ class StepModule(nn.Module):
         declared |= {(f"gate of {kind}", name) for kind, name, _ in self.joints.gates}
         for what, name in sorted(declared - self._fired):
             raise FgvcError(f"the {what} at {name!r} did not fire: this backbone's forward never calls that module")
+
+
+def _one_of(shares: Mapping[str, float], drawn: float) -> str | None:
+    """Which of them `drawn`, uniform in [0,1), falls to: each has its share, divided by their sum where that is above 1."""
+    drawn *= max(1.0, sum(shares.values()))
+    for kind, share in shares.items():
+        if drawn < share:
+            return kind
+        drawn -= share
+    return None
 
 
 def _named(kind: str, views: Sequence[View]) -> list[View]:

@@ -26,6 +26,8 @@ SETTINGS: dict[str, list[dict]] = {
     "cam_erasing": [{"source": "current"}, {"source": "previous_epoch", "probability": 0.8}, {"source": "ema"}],
     "attention_crop_drop": [{"maps": 4}, {"maps": 4, "guide": "cam"}, {"maps": 4, "guide": "random"}],
     "acol": [{"heads": 2}, {"shared": True}],
+    "mosaic": [{"style": "canvas", "per": "sample"}],
+    "cutmix": [{"pairing": "other_class"}],
     "adl": [{"stages": [-2, "features"], "per": "sample"}],
     "dropblock": [{"stages": [-2, "features"], "rate": 0.2}],
 }
@@ -72,7 +74,7 @@ def permitted_pairs() -> set[tuple[int, int, int, int]]:
 
 def covering_array() -> list[Row]:
     """Greedy: a row that still lacks a pair is completed factor by factor so that most pairs are new; the best of some."""
-    missing, rng = permitted_pairs(), random.Random(12)  # of a few seeds the one with the fewest rows
+    missing, rng = permitted_pairs(), random.Random(1)  # of a few seeds the one with the fewest rows
     found: list[Row] = []
     while missing:
         candidates = [completed(*rng.choice(sorted(missing)), missing, rng) for _ in range(20)]
@@ -110,6 +112,9 @@ NONSENSE = [
     ("attention_crop_drop", {"crop_threshold": [0.6, 0.4]}, "the smaller first"),
     ("attention_crop_drop", {"drop_threshold": [-3, -1]}, "two shares above 0"),
     ("attention_crop_drop", {"pooled": 0, "centre": 0}, "nothing trains the maps"),
+    ("cutmix", {"probability": 2}, "a share is at most 1"),
+    ("mosaic", {"split": [0.3, 1.0]}, "all four have a part"),
+    ("mosaic", {"scale": [0.1, 1.0]}, "from 0.5 to 2"),
     ("cutout", {"holes": 5000}, "less than or equal to 64"),
 ]
 
@@ -128,7 +133,7 @@ def named(row: Row) -> str:
 def test_every_permitted_pair_occurs_and_the_runs_are_few() -> None:
     assert all(permitted(row) for row in ROWS)
     assert permitted_pairs() <= set().union(*map(pairs_of, ROWS))
-    assert len(ROWS) <= 20
+    assert len(ROWS) <= 25
 
 
 @pytest.mark.parametrize("row", ROWS, ids=named)

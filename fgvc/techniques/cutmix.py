@@ -1,0 +1,60 @@
+"""CutMix (Yun et al., ICCV 2019; methods 7): a box of another image, and labels by exact area.
+
+Left after stripping: nothing, it only changes the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fgvc.image.mix import Mixing, draw_boxes, draws, inside, mixed_target, partners, share_of
+from fgvc.model.plan import Context
+from fgvc.schedule import at
+from fgvc.types import Batch
+
+
+class CutmixConfig(Mixing):
+    """Put a box of another image into each."""
+
+    kind: Literal["cutmix"] = "cutmix"
+    alpha: float = Field(
+        1.0, gt=0, description="the box's share of the image, before edges cut it, ~ Beta(alpha, alpha)"
+    )
+
+    def build(self) -> Cutmix:
+        return Cutmix(self)
+
+
+class Cutmix:
+    """x' = x outside and x[p] inside of a box; loss = (1-a) CE(y) + a CE(y[p]), a the area that the box really covers."""
+
+    source: ClassVar[str] = "Yun et al., ICCV 2019"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: CutmixConfig) -> None:
+        self.config = config
+
+    def mixes(self, progress: float) -> float:
+        return at(self.config.probability, progress)
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Boxes (1 or B,4) int64 in pixels, partners (B,) int64."""
+        share = rng.beta(self.config.alpha, self.config.alpha, draws(batch, self.config.per))
+        box = draw_boxes(rng, share, (batch.x.shape[2], batch.x.shape[3]))
+        return box, partners(rng, batch.labels, self.config.pairing)
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        if ctx.draw is None:
+            return batch
+        size = (batch.x.shape[2], batch.x.shape[3])
+        box, order = (part.to(batch.x.device, non_blocking=True) for part in ctx.draw)
+        theirs = share_of(box, size).expand(len(order))
+        x = torch.where(inside(box, size), batch.x[order], batch.x)
+        return replace(batch, x=x, target=mixed_target(batch.target, [(None, 1 - theirs), (order, theirs)]))

@@ -1,0 +1,85 @@
+"""What the mixing techniques share, by hand and by property."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from fgvc.image.mix import boxes_around, draw_boxes, inside, mixed_target, partners, pasted, share_of
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def test_partners_are_a_permutation_or_of_another_class() -> None:
+    y = torch.tensor([0, 0, 0, 1, 2, 2])
+    assert sorted(partners(rng(), y, "any").tolist()) == list(range(6))
+    counts = np.zeros((6, 6))
+    for seed in range(3000):
+        order = partners(rng(seed), y, "other_class")
+        counts[range(6), order] += 1
+    same = y[:, None].numpy() == y.numpy()
+    assert not counts[same].any()
+    for row, allowed in zip(counts, ~same, strict=True):
+        expected = 3000 / allowed.sum()
+        assert ((row[allowed] - expected) ** 2 / expected).sum() < 22.5  # 0.1 % of one of six rows
+    order = partners(rng(), torch.zeros(4, dtype=torch.int64), "other_class")
+    assert order.shape == (4,), "a batch of one class mixes within it"
+    assert order.max() < 4
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5), st.integers(1, 40), st.integers(1, 40), st.integers(0, 9999))
+def test_boxes_lie_inside_and_have_the_sides_that_the_edges_leave(
+    share: list[float], height: int, width: int, seed: int
+) -> None:
+    box = draw_boxes(rng(seed), np.array(share), (height, width), least=1)
+    assert box.shape == (len(share), 4)
+    for (top, left, bottom, right), part in zip(box.tolist(), share, strict=True):
+        assert 0 <= top < bottom <= height
+        assert 0 <= left < right <= width
+        assert bottom - top <= max(1, round(height * part**0.5))
+        if top > 0 and bottom < height:
+            assert bottom - top == max(1, round(height * part**0.5))
+    found = inside(box, (height, width))
+    assert found.shape == (len(share), 1, height, width)
+    for mask, (top, left, bottom, right), covered in zip(
+        found, box.tolist(), share_of(box, (height, width)), strict=True
+    ):
+        by_hand = torch.zeros(height, width, dtype=torch.bool)
+        by_hand[top:bottom, left:right] = True
+        assert torch.equal(mask[0], by_hand)
+        assert float(covered) == pytest.approx(int(by_hand.sum()) / (height * width))
+
+
+def test_boxes_by_hand() -> None:
+    centres, sides = torch.tensor([[0, 5], [9, 0], [4, 4]]), torch.tensor([[4, 3], [4, 1], [0, 6]])
+    assert boxes_around(centres, sides, (10, 6)).tolist() == [[0, 4, 2, 6], [7, 0, 10, 1], [4, 1, 4, 6]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 9999), st.booleans())
+def test_a_piece_is_pasted_as_torch_would_resize_it(seed: int, one: bool) -> None:
+    numbers, size = rng(seed), (9, 12)
+    x, source = torch.rand(3, 2, *size, dtype=torch.float64), torch.rand(3, 2, *size, dtype=torch.float64)
+    to, of = (draw_boxes(numbers, numbers.random(1 if one else 3), size, least=1) for _ in range(2))
+    found = pasted(x, source, to=to, of=of)
+    expected = x.clone()
+    for b in range(3):
+        (t, left, u, r), (p, q, s, z) = to[0 if one else b].tolist(), of[0 if one else b].tolist()
+        piece = source[b : b + 1, :, p:s, q:z]
+        expected[b, :, t:u, left:r] = F.interpolate(piece, (u - t, r - left), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_targets_of_targets_by_hand() -> None:
+    y, order, share = torch.tensor([5, 6]), torch.tensor([1, 0]), torch.tensor([0.25, 0.5])
+    plain = mixed_target([(y, None)], [(None, 1 - share), (order, share)])
+    assert [(a.tolist(), w.tolist()) for a, w in plain] == [([5, 6], [0.75, 0.5]), ([6, 5], [0.25, 0.5])]
+    twice = mixed_target(plain, [(order, torch.tensor([0.5, 1.0]))])
+    assert [(a.tolist(), w.tolist()) for a, w in twice] == [([6, 5], [0.25, 0.75]), ([5, 6], [0.25, 0.25])]
