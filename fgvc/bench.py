@@ -110,7 +110,8 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
             with runtime(train) as process, ExitStack() as stack:
                 sessions = [stack.enter_context(open_session(arm, process)) for arm in arms]
                 steps = [_step_on_one_batch(session) for session in sessions]
-                passed = count_images(sessions[0].step.net)
+                average = sessions[0].ema
+                passed = count_images(sessions[0].step.net, *([] if average is None else [average.module]))
                 name = f"step: {kind or 'plain'} / plain ({_about(recipe)})"
                 ratio = interleaved(name, steps[0], steps[1], pairs=pairs)
         except FgvcError as error:

@@ -163,7 +163,8 @@ def evaluate(
     views: Annotated[
         Literal["flip", "crops", "flip+crops", "refined"] | None,
         typer.Option(
-            help="Average over these (refined: a second pass on the attended crop); no bundle does; recorded apart."
+            help="Average over these (refined: a second pass on the crop that the branch, never averaged, attends to); "
+            "no bundle does; recorded apart."
         ),
     ] = None,
 ) -> None:

@@ -68,19 +68,25 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
     except OSError as error:
         raise FgvcError(f"{out}: can't make the folder: {error.strerror}") from error
     sheets: list[Path] = []
+    notes: list[str] = []
     for name, kinds in arms.items():
         techniques = recipe.techniques.model_copy(update={kind: None for kind in CONFIGS if kind not in kinds})
         train = recipe.train.model_copy(update={"workers": 0})
         part = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
         with runtime(part.train) as process, open_session(part, process) as session:
-            if run is not None:
-                look_through(session, run)
+            remembered = run is not None and look_through(session, run)
+            for kind, technique in session.step.techniques.items():
+                if name == kind and getattr(technique, "remembers_images", False) and not remembered:
+                    notes.append(
+                        f"{kind}.png: {kind} works with what a run remembers of each image, and shows nothing here; give "
+                        "--run with a run of these very images"
+                    )
             names, font = writable(session.index.classes)
             sheets.append(_save(_step_rows(session, names, images, epoch), font, out / f"{name}.png"))
             if name == "input":
                 sheets.append(_save(_evaluation_rows(session, names, images), font, out / "evaluation.png"))
-                notes = (ADVICE,) if names != list(session.index.classes) else ()
-    return Preview(tuple(sheets), notes)
+                notes += [ADVICE] if names != list(session.index.classes) else []
+    return Preview(tuple(sheets), tuple(notes))
 
 
 def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) -> list[list[Cell]]:
@@ -99,7 +105,11 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
     }
     rows = []
     for at, row in enumerate(batch.index[:images].tolist()):
-        cells = [Cell(decode(session.index.path(row)), f"original: {names[int(batch.labels[at])]}")]
+        original = decode(session.index.path(row))
+        cells = [Cell(original, f"original: {names[int(batch.labels[at])]}")]
+        for kind, change in session.step.hooks("on_sample"):
+            changed = np.any(change(np.array(original), row) != np.asarray(original), axis=2)
+            cells.append(Cell(_overlay(original, torch.from_numpy(changed)), f"{kind}: before the crop"))
         cells += [_view_cell(view, at, session.preprocess, names) for view in views]
         cells += [
             Cell(_overlay(_picture(x[at], session.preprocess), maps[at]), name) for name, (x, maps) in found.items()
@@ -108,8 +118,9 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
     return rows
 
 
-def look_through(session: Session, run: Path) -> None:
-    """Give a session the weights that a run trained; branches as far as both have them."""
+def look_through(session: Session, run: Path) -> bool:
+    """Give a session the weights that a run trained; branches as far as both have them. Whether it is of the same images, so
+    that what techniques remember of each was given, too."""
     state, labels = checkpoint.load(run / "ckpt"), run / "labels.json"
     if labels.is_file() and json.loads(labels.read_text(encoding="utf-8")) != list(session.index.classes):
         raise FgvcError(f"{run}: its classes are not those of {session.recipe.data.root}")
@@ -122,7 +133,8 @@ def look_through(session: Session, run: Path) -> None:
             f"{run}: its weights do not fit this recipe's net and techniques; give the recipe that it was trained with, "
             f"without re-parameterised blocks ({str(error).splitlines()[-1].strip()})"
         ) from error
-    if state.rest.get("images") == fingerprint(session.index):  # what techniques remember of each image
+    remembered = state.rest.get("images") == fingerprint(session.index)
+    if remembered:
         for kind, hook in session.step.hooks("load_state_dict"):
             if kind in state.rest["techniques"]:
                 hook(state.rest["techniques"][kind])
@@ -132,6 +144,7 @@ def look_through(session: Session, run: Path) -> None:
         prepare(epoch_start(session, run, quiet, stop=threading.Event()))
     if session.ema is not None:
         session.ema.module.load_state_dict(state.ema or state.net)
+    return remembered
 
 
 def _evaluation_rows(session: Session, names: Sequence[str], images: int) -> list[list[Cell]]:

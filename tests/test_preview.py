@@ -31,6 +31,9 @@ def test_a_sheet_for_the_input_each_technique_and_all(tmp_path: Path, recipe_tre
     columns = {path.stem: decode(path).width // 160 for path in found.sheets}
     assert columns == {"input": 2, "evaluation": 2, "mixup": 2, "dcl": 3, "all": 3}
     assert found.notes == ()
+    other = recipe(recipe_tree, image={"size": 64}, techniques={"ae_psl": {"rounds": 2}, "cutout": {}})
+    (note,) = api.preview(other, tmp_path / "rounds", images=3).notes
+    assert "ae_psl.png: ae_psl works with what a run remembers" in note
     again = api.preview(made, tmp_path / "again", images=3)
     assert [p.read_bytes() for p in again.sheets] == [p.read_bytes() for p in found.sheets], "the run's own draws"
     assert not (tmp_path / "runs").exists()
@@ -51,6 +54,12 @@ def test_maps_and_masks_lie_beside_the_views_and_a_run_can_look(tmp_path: Path, 
     changed = {kind for kind in chosen if sheets[kind].read_bytes() != again[kind].read_bytes()}
     assert {"attention_crop_drop", "cam_erasing", "acol"} <= changed, "other weights, other maps"
     assert not changed & {"cutout", "random_erasing", "hide_and_seek"}, "no weights, no change"
+    rounds = recipe(recipe_tree, image={"size": 64}, techniques={"ae_psl": {"rounds": 2}})
+    remembers = api.train(rounds, tmp_path / "rounds")
+    shown = api.preview(rounds, tmp_path / "masks", images=2, run=remembers)
+    assert shown.notes == ()
+    nothing = api.preview(rounds, tmp_path / "nothing", images=2)
+    assert shown.sheets[2].read_bytes() != nothing.sheets[2].read_bytes(), "the masks lie on the originals"
     other = recipe(recipe_tree, techniques={"acb": {}})
     with pytest.raises(FgvcError, match="its weights do not fit this recipe's net"):
         api.preview(other, tmp_path / "other", run=run)

@@ -28,7 +28,8 @@ class Region(Section):
     )
     value: float = Field(0.6, ge=0, description="see rule")
     area: tuple[float, float] = Field(
-        (0.0, 0.3), description="least and most share of the picture: the map's highest part of that size"
+        (0.0, 0.3),
+        description="least and most share of the picture: the map's highest part of that size; of equal values all go or none",
     )
 
     @model_validator(mode="after")

@@ -154,9 +154,10 @@ def evaluation_loader(
     workers: int,
     rank: int = 0,
     world: int = 1,
+    some: bool = True,
 ) -> Iterator[EvaluationBatch]:
     """This rank's share of `rows`, each image once and in order, decoded from the original and preprocessed as in
-    serving. Unreadable ones are left out and reported. Raises FgvcError where none can be read."""
+    serving. Unreadable ones are left out and reported. Raises FgvcError where none can be read, if there must be `some`."""
     mine = np.asarray(rows, dtype=np.int64)[rank::world]
     batches = [mine[at : at + batch_size].tolist() for at in range(0, len(mine), batch_size)]
     held: EvaluationBatch | None = None
@@ -171,7 +172,7 @@ def evaluation_loader(
         held, errors = batch, []
     if held is not None:
         yield held
-    elif errors:
+    elif errors and some:
         raise FgvcError(f"none of the {len(mine)} images to evaluate can be read; the first: {errors[0]}")
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -145,7 +145,7 @@ class Plan:
         the classifier does not read them."""
         name, net = self.stage(stage), self._joints.net
         with torch.enable_grad(), self._noise_through(name) as (f, features):
-            feature_map(net, f)
+            self.need_cells(feature_map(net, f).shape[2:])
             read = net.forward_head(features, pre_logits=True)  # type: ignore[operator]
             # Not of the plain sum: a layer norm's has no gradient.
             signs = torch.linspace(-1, 1, read.numel(), device=read.device).view_as(read)
@@ -156,6 +156,15 @@ class Plan:
                     "(a class token alone, most likely); choose an earlier stage"
                 )
         return name
+
+    def need_cells(self, cells: Sequence[int]) -> None:
+        """Raises FgvcError where a map of these sides is one cell: all of it is the most, and nothing is more than the rest."""
+        if max(cells) == 1:
+            height, width = self.size
+            raise FgvcError(
+                f"techniques.{self.kind}: at {height} x {width} pixels the map is one cell, which tells no place from another; "
+                "raise image.size, or choose an earlier stage where there is a choice"
+            )
 
     def can_be_negative(self, module: str) -> bool:
         """Whether this module (or forward_features) gives values below 0, by a forward of noise."""
@@ -202,6 +211,7 @@ class Plan:
     def map(self, method: AnyMethod) -> Method:
         """Which class map `Output.map` can be asked for; auto: the closed form where there is one, else gradcam. Raises
         FgvcError where this backbone has none."""
+        self.need_cells(self.map_shape[1:])
         for wanted in ("cam", "gradcam") if method == "auto" else (method,):
             if wanted not in self._joints.refusals:
                 self._joints.refusals[wanted] = refusal(self._joints.net, self.size, wanted)

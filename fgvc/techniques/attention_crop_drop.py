@@ -78,7 +78,8 @@ class AttentionCropDrop:
 
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where the features are no map, or `guide: cam` has none."""
-        channels = plan.map_shape[0]
+        channels, *cells = plan.map_shape
+        plan.need_cells(cells)
         if self.config.guide == "cam":
             self._method = plan.map(self.config.map)
         if self.config.learns:
@@ -134,10 +135,11 @@ class AttentionCropDrop:
 
     def after_step(self, ctx: Context) -> None:
         """Move the centres towards this step's features, those of all ranks."""
-        for vector, labels in self._new:
+        if self._new:  # of all parts of the step at once, as of all ranks
+            vector, labels = (gathered(torch.cat(parts)) for parts in zip(*self._new, strict=True))
             branch = cast("BilinearAttention", ctx.branches["attention"])
-            branch.follow(gathered(vector), gathered(labels), rate=self.config.centre_rate)
-        self._new.clear()
+            branch.follow(vector, labels, rate=self.config.centre_rate)
+            self._new.clear()
 
     def refine(self, output: Output, ctx: Context) -> Tensor:
         """For evaluation in two passes: the images again, cropped to the class map or the mean attention above 0.1 of its

@@ -8,11 +8,11 @@ map was recorded is not in that map, so the regions of one image change from epo
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fgvc.cam.maps import normalised
@@ -40,10 +40,18 @@ class CamErasingConfig(Section):
         le=1,
         description="of erasing an image; default: 1 with `current`, whose view is beside the whole image, else 0.5",
     )
-    weight: Scheduled = Field(1.0, description="of the erased view's cross-entropy (source: current)")
+    weight: Scheduled | None = Field(
+        None, description="of the erased view's cross-entropy, for source: current alone; default: 1"
+    )
     map: AnyMethod = Field("auto", description="cam | gradcam | gradcam++; auto: cam where the head allows it")
     region: Region = Field(Region(), description="what is erased, of the map from smallest 0 to largest 1")
     fill: Fill = Field("zero", description=FILLS)
+
+    @model_validator(mode="after")
+    def _weighs(self) -> Self:
+        if self.weight is not None and self.source != "current":
+            raise ValueError(f"weight is of the view that source: current adds; with {self.source} give a probability")
+        return self
 
     @property
     def needs_ema(self) -> bool:
@@ -98,7 +106,7 @@ class CamErasing:
             else:  # mixed: of the image's own label all the same
                 maps = main.mapper(main.features, [(batch.labels, None)], self._method)
             self._new.append((batch.index, batch.geometry, normalised(maps), (height, width)))
-        weight = at(self.config.weight, ctx.progress)
+        weight = at(1.0 if self.config.weight is None else self.config.weight, ctx.progress)
         if self.config.source != "current" or not weight:
             return []
         x = self._erased(main.view.x, normalised(main.map(self._method)), ctx)

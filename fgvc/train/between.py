@@ -28,7 +28,8 @@ def epoch_start(session: Session, out: Path, events: Events, *, stop: threading.
         rows: Rows, method: OfflineMethod, change: Callable[[Tensor, Rows], Tensor], size: int
     ) -> Iterator[tuple[Rows, np.ndarray, Tensor]]:
         def images() -> Iterator[tuple[Tensor, Tensor, Rows]]:
-            for batch in evaluation_loader(session.index, rows, spec=whole, batch_size=size, workers=0):
+            # Of the rows that are left after an interruption it may be that none can be read.
+            for batch in evaluation_loader(session.index, rows, spec=whole, batch_size=size, workers=0, some=False):
                 here = batch.index.numpy()
                 yield change(batch.images.to(session.runtime.device), here), batch.labels, here
 

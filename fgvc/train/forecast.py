@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -59,7 +60,7 @@ def forecast(recipe: Recipe) -> Forecast:
         step.train()
         optimizer, _ = build_optimizer(step, recipe)
         y = torch.arange(micro, device=process.device) % len(index.classes)
-        passed = count_images(step.net)
+        passed = count_images(step.net, *([] if ema is None else [ema.module]))
         seconds = []
         for number, progress in enumerate([0.0, *((at + 0.5) / STEPS for at in range(STEPS))]):
             size = recipe.image.train_size(progress)
@@ -89,16 +90,17 @@ def forecast(recipe: Recipe) -> Forecast:
         )
 
 
-def count_images(net: nn.Module) -> list[tuple[int, bool]]:
-    """Of every later forward through the backbone: the number of images, and whether a backward can follow."""
+def count_images(*nets: nn.Module) -> list[tuple[int, bool]]:
+    """Of every later forward through these backbones: the number of images, and whether a backward can follow."""
     passed: list[tuple[int, bool]] = []
-    inner = cast("Callable[[Tensor], Tensor]", net.forward_features)
 
-    def counting(x: Tensor) -> Tensor:
+    def counting(x: Tensor, inner: Callable[[Tensor], Tensor]) -> Tensor:
         passed.append((len(x), torch.is_grad_enabled()))
         return inner(x)
 
-    setattr(net, "forward_features", counting)  # noqa: B010 - an attribute of this one net, not of its class
+    for net in nets:
+        inner = cast("Callable[[Tensor], Tensor]", net.forward_features)
+        setattr(net, "forward_features", partial(counting, inner=inner))  # noqa: B010 - of this one net, not of its class
     return passed
 
 

@@ -107,6 +107,7 @@ NONSENSE = [
     ("dropblock", {"rate": 5}, "at most 0.9"),
     ("acol", {"region": {"value": 5}}, "value: 5 of a share: at most 1"),
     ("cam_erasing", {"region": {"area": [0, 0]}}, "two shares in"),
+    ("cam_erasing", {"source": "previous_epoch", "weight": 0}, "weight is of the view that source: current adds"),
     ("cam_erasing", {"probability": 1.5}, "less than or equal to 1"),
     ("ae_psl", {"region": {"rule": "quantile", "value": 2}}, "at most 1"),
     ("attention_crop_drop", {"crop_threshold": [0.6, 0.4]}, "the smaller first"),

@@ -356,4 +356,6 @@ def test_evaluation_of_nothing_readable(index: ImageIndex) -> None:
         index.path(row).write_bytes(b"text")
     with pytest.raises(FgvcError, match="none of the 3"):
         list(evaluation_loader(index, np.arange(3), spec=SPEC, batch_size=2, workers=0))
+    left = evaluation_loader(index, np.arange(3), spec=SPEC, batch_size=2, workers=0, some=False)
+    assert list(left) == [], "what is left of an interrupted pass may all be unreadable"
     assert list(evaluation_loader(index, np.arange(0), spec=SPEC, batch_size=2, workers=0)) == []

@@ -177,7 +177,7 @@ def test_errors_of_the_images_get_out_of_offline_maps() -> None:
 def test_images_that_came_later_are_refused_by_what_remembers_images(tmp_path: Path, recipe_tree: dict) -> None:
     root = tmp_path / "data"
     shutil.copytree(recipe_tree["data"]["root"], root)
-    tree = recipe_tree | {"data": {"kind": "folder", "root": str(root)}}
+    tree = recipe_tree | {"data": {"kind": "folder", "root": str(root)}, "image": {"size": 64}}
     for kind, settings in {"ae_psl": {"rounds": 2}, "cam_erasing": {"source": "previous_epoch"}, "cutout": {}}.items():
         part = tree | {"techniques": {kind: settings}}
         short = validate(Recipe, part | {"train": recipe_tree["train"] | {"max_steps": 2}}, where="test")

@@ -16,7 +16,7 @@ from fgvc.cam.attention import SCALE, BilinearAttention, pick
 from fgvc.techniques.attention_crop_drop import AttentionCropDrop, AttentionCropDropConfig
 from fgvc.techniques.mixup import MixupConfig
 from fgvc.train.step import StepModule
-from fgvc.types import Batch, Draws, Output, View
+from fgvc.types import Batch, Draws, FgvcError, Output, View
 
 SIDE, CELL, KIND = 64, 8, "attention_crop_drop"
 CROP, DROP = f"after:{KIND}.crop", f"after:{KIND}.drop"
@@ -332,6 +332,25 @@ def test_repeated_labels_and_labels_left_out() -> None:
     assert (branch.centres == 0).all()
     branch.follow(torch.tensor([[2.0, 0], [0, 1], [5, 5], [3, 0]]), torch.tensor([3, 3, -1, 0]), rate=0.5)
     assert branch.centres.tolist() == [[0.5, 0], [0, 0], [0, 0], [0.25, 0.25]]
+
+
+def test_the_parts_of_a_step_move_the_centres_once_as_the_whole_batch() -> None:
+    x, y = scene(SPOTS[:1] * 4), [0, 1, 0, 1]
+    x = x + torch.rand(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):
+        step, technique = made(centre_rate=0.25)
+        for part in parts:
+            step(batch(x[part], y[part]), draws(len(y[part])))
+        technique.after_step(step.contexts[KIND])
+        found.append(step.branches[KIND]["attention"].centres.clone())
+    torch.testing.assert_close(*found)
+    assert found[0].any()
+
+
+def test_one_cell_is_refused_by_name() -> None:
+    with pytest.raises(FgvcError, match="techniques.attention_crop_drop: at 8 x 8 pixels the map is one cell"):
+        StepModule(Pooled(), {KIND: AttentionCropDropConfig().build()}, size=(8, 8))
 
 
 def test_without_a_branch_a_step_has_no_centres_to_move() -> None:

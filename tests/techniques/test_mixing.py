@@ -207,11 +207,11 @@ def test_one_of_those_that_mix_is_drawn_by_its_share() -> None:
 
 def test_a_probe_is_made_once_and_only_in_steps_that_ask_it() -> None:
     net = plain_model("test_resnet", 3)
-    step = StepModule(net, {"snapmix": SnapmixConfig().build()}, size=(32, 32)).train()
+    step = StepModule(net, {"snapmix": SnapmixConfig().build()}, size=(64, 64)).train()
     passed, inner = [], net.forward_features
     net.forward_features = lambda x: passed.append(net.training) or inner(x)
     data = batch()
-    data.x = data.x_clean = torch.randn(6, 3, 32, 32)
+    data.x = data.x_clean = torch.randn(6, 3, 64, 64)
     step(data, Draws(0.0))
     assert passed == [True]
     passed.clear()
