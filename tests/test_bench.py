@@ -34,11 +34,11 @@ def test_pairs_are_timed_in_turn_and_the_order_is_turned_round() -> None:
     assert found.low <= found.median <= found.high
 
 
-def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, recipe_tree: dict) -> None:
-    train = recipe_tree["train"] | {"accumulate": 2}
+def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, boxed_tree: dict) -> None:
+    train = boxed_tree["train"] | {"accumulate": 2}
     sections = {"train": train, "image": {"size": 64}, "ema": {"decay": 0.9}}
     chosen = {"dcl": {"grid": 4, "bn": "own"}, "cam_erasing": {"source": "ema"}}
-    found = bench.bench_each(recipe(recipe_tree, **sections, techniques=chosen), pairs=6)
+    found = bench.bench_each(recipe(boxed_tree, **sections, techniques=chosen), pairs=6)
     expected = {ratio.name.split()[1]: ratio.expected for ratio in found}
     more = {"dcl": 2, "cam_erasing": 4 / 3, "snapmix": 4 / 3, "attention_crop_drop": 3}
     assert expected == {kind: pytest.approx(more.get(kind, 1)) for kind in ("plain", *CONFIGS)}

@@ -43,10 +43,12 @@ class TrainBatch:
     index: Tensor  # (B,) int64: rows of the ImageIndex
     geometry: Tensor  # (B,2,3) float32: crop -> original, in continuous pixels (a pixel's centre is at + 0.5)
     bad: list[ImageError]  # unreadable files met for the first time
+    boxes: Tensor | None = None  # (B,4) float32: x, y, width, height in the original, NaN where there is none
 
     def pin_memory(self) -> TrainBatch:
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
-        return TrainBatch(images, labels, self.index.pin_memory(), self.geometry.pin_memory(), self.bad)
+        boxes = None if self.boxes is None else self.boxes.pin_memory()
+        return TrainBatch(images, labels, self.index.pin_memory(), self.geometry.pin_memory(), self.bad, boxes)
 
 
 @dataclass(slots=True)
@@ -227,7 +229,9 @@ class _Samples(Dataset[TrainBatch]):
             scale = np.array([[original[0] / image.shape[1]], [original[1] / image.shape[0]]], dtype=np.float32)
             geometry[at] = scale * to_image
         labels = torch.from_numpy(self.index.labels[taken].astype(np.int64))
-        return TrainBatch(torch.from_numpy(images), labels, torch.from_numpy(taken), torch.from_numpy(geometry), bad)
+        boxes = None if self.index.boxes is None else torch.from_numpy(self.index.boxes[taken])
+        rows, matrices = torch.from_numpy(taken), torch.from_numpy(geometry)
+        return TrainBatch(torch.from_numpy(images), labels, rows, matrices, bad, boxes)
 
     def _readable(self, epoch: int, row: int, bad: list[ImageError]) -> tuple[int, NDArray[np.uint8], tuple[int, int]]:
         """The row's image, or another's in its place: row, image, the original's (width, height)."""

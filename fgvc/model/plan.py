@@ -135,6 +135,15 @@ class Plan:
         self.stage(number)
         return int(list(self._joints.net.feature_info)[number]["num_chs"])  # type: ignore[arg-type]
 
+    def shape_at(self, module: str) -> tuple[int, int, int]:
+        """(C,h,w) of what `Context.grid` makes of this module's output, or of FEATURES. Raises FgvcError where that is no map."""
+        with torch.no_grad(), self._noise_through(module) as (f, _):
+            try:
+                _, channels, height, width = feature_map(self._joints.net, f).shape
+            except FgvcError as error:
+                raise FgvcError(f"techniques.{self.kind}: {module}: {error}") from error
+        return channels, height, width
+
     def norms_after(self, module: str) -> int:
         """Batch norms that come behind a module, in the order of registration."""
         behind = modules_behind(self._joints.net, module)

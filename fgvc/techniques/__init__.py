@@ -12,6 +12,7 @@ from fgvc.techniques.acol import AcolConfig
 from fgvc.techniques.adl import AdlConfig
 from fgvc.techniques.ae_psl import AePslConfig
 from fgvc.techniques.attention_crop_drop import AttentionCropDropConfig
+from fgvc.techniques.box_head import BoxHeadConfig
 from fgvc.techniques.cam_erasing import CamErasingConfig
 from fgvc.techniques.cutmix import CutmixConfig
 from fgvc.techniques.cutout import CutoutConfig
@@ -20,6 +21,7 @@ from fgvc.techniques.dropblock import DropblockConfig
 from fgvc.techniques.hide_and_seek import HideAndSeekConfig
 from fgvc.techniques.mixup import MixupConfig
 from fgvc.techniques.mosaic import MosaicConfig
+from fgvc.techniques.multiscale_head import MultiscaleHeadConfig
 from fgvc.techniques.random_erasing import RandomErasingConfig
 from fgvc.techniques.saliencymix import SaliencymixConfig
 from fgvc.techniques.snapmix import SnapmixConfig
@@ -43,6 +45,8 @@ AnyConfig = Annotated[
     | AdlConfig
     | DropblockConfig
     | SpatialDropoutConfig
+    | MultiscaleHeadConfig
+    | BoxHeadConfig
     | AcbConfig,
     Field(discriminator="kind"),
 ]

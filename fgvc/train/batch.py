@@ -46,5 +46,12 @@ def to_batch(raw: TrainBatch, normalise: Normalise, size: tuple[int, int] | None
         geometry = geometry * scale
     labels = raw.labels.to(device, non_blocking=True)
     return Batch(
-        x=x, target=[(labels, None)], x_clean=x, labels=labels, index=raw.index, geometry=geometry, render=render
+        x=x,
+        target=[(labels, None)],
+        x_clean=x,
+        labels=labels,
+        index=raw.index,
+        geometry=geometry,
+        render=render,
+        boxes=raw.boxes,
     )

@@ -18,7 +18,7 @@ from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe
 from fgvc.train.optim import make_ema
 from fgvc.train.runtime import runtime
-from fgvc.train.session import build_net, build_optimizer, read_index
+from fgvc.train.session import build_net, build_optimizer, training_index
 from fgvc.types import Batch, FgvcError
 
 STEPS = 4  # spread over the run, since weights, rates and sizes may be scheduled
@@ -41,7 +41,7 @@ class Forecast:
 
 def forecast(recipe: Recipe) -> Forecast:
     """Build the recipe's net and time a few real steps on noise. Raises FgvcError for all that training would refuse."""
-    index = read_index(recipe)
+    index = training_index(recipe)
     rows = len(index.rows("train"))
     with runtime(recipe.train) as process:
         micro = recipe.train.batch_size // (process.world * recipe.train.accumulate)
@@ -65,7 +65,9 @@ def forecast(recipe: Recipe) -> Forecast:
         for number, progress in enumerate([0.0, *((at + 0.5) / STEPS for at in range(STEPS))]):
             size = recipe.image.train_size(progress)
             x = torch.randn(micro, 3, *size, device=process.device).contiguous(memory_format=layout)
-            batch = Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(micro, 2, 3))
+            geometry = torch.eye(3)[:2].repeat(micro, 1, 1)
+            boxes = torch.tensor([0.0, 0.0, size[1], size[0]]).repeat(micro, 1)
+            batch = Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=geometry, boxes=boxes)
             started = time.perf_counter()
             draws = step.draw(batch, progress, seed=recipe.train.seed, step=number)
             with process.autocast():

@@ -59,6 +59,18 @@ def read_index(recipe: Recipe) -> ImageIndex:
     return index
 
 
+def training_index(recipe: Recipe) -> ImageIndex:
+    """What `read_index` gives, for training. Raises FgvcError also where a technique asks what these data do not have."""
+    index = read_index(recipe)
+    for kind, config in recipe.techniques:
+        if index.boxes is None and getattr(config, "needs_boxes", False):
+            raise FgvcError(
+                f"techniques.{kind}: learns from the object's box in each image, and the data in {recipe.data.root} have no "
+                f"boxes; give data in the CUB layout with bounding_boxes.txt, or set techniques.{kind}=null"
+            )
+    return index
+
+
 @dataclass(slots=True)
 class Built:
     """The network side of a recipe, before any training."""
@@ -204,7 +216,7 @@ def open_session(
 
     `preprocess`: that of a run which goes on; `model.weights` is then not read, the checkpoint replaces it.
     """
-    index = read_index(recipe)
+    index = training_index(recipe)
     if recipe.selected == "best" and not len(index.rows("val")):
         raise FgvcError("select: best needs a validation part: give data.val_fraction a value above 0")
     torch.manual_seed(recipe.train.seed)

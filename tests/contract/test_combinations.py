@@ -30,6 +30,7 @@ SETTINGS: dict[str, list[dict]] = {
     "cutmix": [{"pairing": "other_class"}],
     "adl": [{"stages": [-2, "features"], "per": "sample"}],
     "dropblock": [{"stages": [-2, "features"], "rate": 0.2}],
+    "multiscale_head": [{"stages": [-3, -2, "features"], "width": 8}],
 }
 FACTORS: dict[str, list] = {
     **{kind: [None, *SETTINGS.get(kind, [{}])] for kind in CONFIGS},
@@ -117,6 +118,10 @@ NONSENSE = [
     ("mosaic", {"split": [0.3, 1.0]}, "all four have a part"),
     ("mosaic", {"scale": [0.1, 1.0]}, "from 0.5 to 2"),
     ("cutout", {"holes": 5000}, "less than or equal to 64"),
+    ("multiscale_head", {"stages": [-1]}, "two or more"),
+    ("multiscale_head", {"stages": [-2, -1], "level": -3}, "not one of stages"),
+    ("box_head", {"box": 0}, "nothing finds the box"),
+    ("box_head", {"visible": 0}, "greater than 0"),
 ]
 
 
@@ -138,12 +143,12 @@ def test_every_permitted_pair_occurs_and_the_runs_are_few() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=named)
-def test_a_combination_trains_resumes_and_strips(row: Row, tmp_path: Path, recipe_tree: dict) -> None:
+def test_a_combination_trains_resumes_and_strips(row: Row, tmp_path: Path, boxed_tree: dict) -> None:
     said = {key: levels[at] for (key, levels), at in zip(FACTORS.items(), row, strict=True)}
-    tree = recipe_tree | {
+    tree = boxed_tree | {
         "image": {"size": 64},  # two by two cells: class maps of one cell say nothing
         "techniques": {kind: said[kind] for kind in CONFIGS if said[kind] is not None},
-        "train": recipe_tree["train"] | {key: said[key] for key in ("accumulate", "recompute", "precision")},
+        "train": boxed_tree["train"] | {key: said[key] for key in ("accumulate", "recompute", "precision")},
         "ema": said["ema"],
     }
     made = validate(Recipe, tree, where="test")

@@ -52,10 +52,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)), scope="module")
-def trained(request, colours, runs, tmp_path_factory) -> tuple[Recipe, Path, Path]:
+def trained(request, boxed, runs, tmp_path_factory) -> tuple[Recipe, Path, Path]:
     """One uninterrupted run and its plain twin, made once for all the tests of a technique."""
     kind, net = request.param
-    tree = {"data": {"kind": "folder", "root": str(colours)}, "image": {"size": 64}}
+    tree = {"data": {"kind": "cub", "root": str(boxed), "val_fraction": 0.2}, "image": {"size": 64}}
     tree |= {"train": {"batch_size": 8, "workers": 0}, "optim": {"lr": 0.02, "warmup_epochs": 0.5}}
     made = recipe(tree, kind, net)
     try:

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -359,3 +360,22 @@ def test_evaluation_of_nothing_readable(index: ImageIndex) -> None:
     left = evaluation_loader(index, np.arange(3), spec=SPEC, batch_size=2, workers=0, some=False)
     assert list(left) == [], "what is left of an interrupted pass may all be unreadable"
     assert list(evaluation_loader(index, np.arange(0), spec=SPEC, batch_size=2, workers=0)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_boxes_go_with_their_images(index: ImageIndex, workers: int) -> None:
+    boxes = np.random.default_rng(0).random((COUNT, 4), dtype=np.float32)
+    boxes[3] = np.nan
+    (index.root / "5.png").write_bytes(b"broken")  # another row takes its place, and brings its own box
+    source = loader(replace(index, boxes=boxes), workers=workers)
+    seen = []
+    for batch in source.epoch(0):
+        np.testing.assert_array_equal(batch.boxes.numpy(), boxes[batch.index.numpy()])
+        assert batch.boxes.dtype == torch.float32
+        seen += batch.index.tolist()
+    assert 3 in seen
+    assert 5 not in seen
+    source.close()
+    plain = loader(index)
+    assert next(plain.epoch(0)).boxes is None
+    plain.close()

@@ -332,10 +332,12 @@ def test_images_grow_epoch_by_epoch(tmp_path: Path, recipe_tree: dict, monkeypat
 def test_a_reduced_batch_still_knows_where_it_came_from() -> None:
     ramp = torch.arange(64).repeat(48, 1)
     images = torch.stack([ramp, torch.arange(48)[:, None].expand(48, 64), ramp], -1)[None].to(torch.uint8)
-    raw = TrainBatch(images, torch.zeros(1).long(), torch.zeros(1).long(), torch.eye(3)[None, :2] * 1.0, [])
+    label, boxes = torch.zeros(1).long(), torch.rand(1, 4)
+    raw = TrainBatch(images, label, label, torch.eye(3)[None, :2] * 1.0, [], boxes)
     spec = Preprocess(size=(48, 64), mean=(0, 0, 0), std=(1 / 255,) * 3)
     batch = to_batch(raw, Normalise(spec, torch.device("cpu"), torch.contiguous_format), (24, 16))
     assert batch.x.shape == (1, 3, 24, 16)
+    assert torch.equal(batch.boxes, boxes), "of the stored image, whatever the size"
     x, y = batch.geometry[0].double() @ torch.tensor([8.5, 12.5, 1.0]).double()
     assert float(batch.x[0, 0, 12, 8]) + 0.5 == pytest.approx(float(x), abs=0.6), "in bytes"
     assert float(batch.x[0, 1, 12, 8]) + 0.5 == pytest.approx(float(y), abs=0.6)
