@@ -88,7 +88,13 @@ def plain_model(backbone: str, num_classes: int, kwargs: Mapping[str, Any] | Non
 def deployed(model: nn.Module) -> nn.Module:
     """The form in which a plain model ships: eval mode, and fused where timm itself re-parameterises the net
     (RepVGG, MobileOne, FastViT...). A copy where anything changes; the argument only goes to eval mode."""
-    return reparameterize_model(model.eval(), inplace=False)
+    before = torch.get_default_dtype()
+    # timm's RepViT makes its fused convolutions in the default dtype, and so would lose the float64 of the proofs.
+    torch.set_default_dtype(next(model.parameters()).dtype)
+    try:
+        return reparameterize_model(model.eval(), inplace=False)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
