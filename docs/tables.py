@@ -1,7 +1,8 @@
 """Fill the tables of the docs from the committed CSV files: `python docs/tables.py` (with --check: only compare).
 
 A table stands between `<!-- table: FILE.csv -->` and `<!-- end -->`; FILE is below docs/results/. With
-`<!-- table: FILE.csv columns: a,b -->` it has these columns only.
+`<!-- table: FILE.csv columns: a,b -->` it has these columns only. `<!-- matrix: FILE.csv -->` is for lines of backbone, family,
+technique, result and detail: a row for each backbone, a column for each technique, reasons as notes below.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-BLOCK = re.compile(r"(<!-- table: (?P<file>\S+)(?: columns: (?P<columns>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (?P<kind>table|matrix): (?P<file>\S+)(?: columns: (?P<columns>\S+))? -->\n).*?(?P<end><!-- end -->)",
+    re.DOTALL,
+)
 
 
 def table(path: Path, columns: str | None) -> str:
@@ -24,8 +28,35 @@ def table(path: Path, columns: str | None) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in lines)
 
 
+def matrix(path: Path) -> str:
+    """Backbones by techniques: a tick, the number of a reason, or nothing where nobody tried."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    notes: dict[str, int] = {}
+
+    def cell(row: dict[str, str] | None) -> str:
+        if row is None:
+            return ""
+        if row["result"] == "yes":  # of an export, how far onnxruntime is from torch
+            return row["detail"].partition(";")[0] if row["technique"] == "ONNX" else "✓"
+        return f"{row['result']} ({notes.setdefault(row['detail'].replace('|', '/'), len(notes) + 1)})"
+
+    techniques = list(dict.fromkeys(row["technique"] for row in rows))
+    families = {row["backbone"]: row["family"] for row in rows}
+    found = {(row["backbone"], row["technique"]): row for row in rows}
+    lines = [["backbone", "family", *techniques], ["---"] * (len(techniques) + 2)]
+    lines += [[name, of, *(cell(found.get((name, kind))) for kind in techniques)] for name, of in families.items()]
+    below = "".join(f"{number}. {reason}\n" for reason, number in notes.items())
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + (f"\n{below}" if below else "")
+
+
+def block(m: re.Match[str]) -> str:
+    path = DOCS / "results" / m["file"]
+    return m[1] + (matrix(path) if m["kind"] == "matrix" else table(path, m["columns"])) + m["end"]
+
+
 def filled(text: str) -> str:
-    return BLOCK.sub(lambda m: m[1] + table(DOCS / "results" / m["file"], m["columns"]) + m[4], text)
+    return BLOCK.sub(block, text)
 
 
 def main(arguments: list[str]) -> int:

@@ -19,13 +19,16 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from fgvc.config import Deploy, Interpolation, Preprocess, Section, Triple
+from fgvc.model.deformable import offsets  # registers its nets with timm
 from fgvc.types import FgvcError
 
 
 class Model(Section):
     """Which network is deployed, and where its first weights come from."""
 
-    backbone: str = Field(description="any timm image classifier, by timm's name")
+    backbone: str = Field(
+        description="any timm image classifier, by timm's name; and resnet18_deform and resnet50_deform, of fgvc's own"
+    )
     kwargs: dict[str, Any] = Field(
         default_factory=dict, description="passed to timm.create_model; they are part of the deployed graph"
     )
@@ -85,7 +88,13 @@ def plain_model(backbone: str, num_classes: int, kwargs: Mapping[str, Any] | Non
 def deployed(model: nn.Module) -> nn.Module:
     """The form in which a plain model ships: eval mode, and fused where timm itself re-parameterises the net
     (RepVGG, MobileOne, FastViT...). A copy where anything changes; the argument only goes to eval mode."""
-    return reparameterize_model(model.eval(), inplace=False)
+    before = torch.get_default_dtype()
+    # timm's RepViT makes its fused convolutions in the default dtype, and so would lose the float64 of the proofs.
+    torch.set_default_dtype(next(model.parameters()).dtype)
+    try:
+        return reparameterize_model(model.eval(), inplace=False)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,8 +381,11 @@ def _fill(
     is_head = lambda key: key.startswith(head)  # noqa: E731
     misfits = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
     wrong = [k for k in misfits if not is_head(k)]
+    starts = (
+        offsets(net) if offsets(net).isdisjoint(state) else frozenset()
+    )  # of a plain net's weights: they begin at zero
     fresh = tuple(k for k in own if k not in state or k in misfits)
-    lost = [k for k in fresh if not is_head(k) and not k.endswith("num_batches_tracked")]
+    lost = [k for k in fresh if not is_head(k) and not k.endswith("num_batches_tracked") and k not in starts]
     if wrong or lost:
         listed = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the net" for k in wrong]
         listed += [f"{k}: not in the file" for k in lost if k not in wrong]

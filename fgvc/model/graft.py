@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
+from torchvision.ops import DeformConv2d
 
 from fgvc.reparam.fold import exact
 from fgvc.types import FgvcError
 
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # exact types: a subclass may do anything with its weight
+KINDS = (nn.Conv2d, CondConv2d, DeformConv2d)  # what counts as a convolution, and is refused by name
 NORMS = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
 
 
@@ -123,11 +125,13 @@ def folded_state(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _convolutions(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in net.named_modules() if isinstance(module, nn.Conv2d | CondConv2d))
+    return ((name, module) for name, module in net.named_modules() if isinstance(module, KINDS))
 
 
 def _unfit(conv: nn.Module, *, owners: Counter[int], users: Counter[int]) -> str | None:
     """Why a convolution can't be replaced whatever the forward does with it; None: nothing speaks against it."""
+    if isinstance(conv, DeformConv2d):
+        return "a deformable convolution, whose taps are read at places of their own"
     if not isinstance(conv, nn.Conv2d) or type(conv) not in CONVOLUTIONS:
         return f"a {type(conv).__name__}, whose kernel is not a plain weight"
     if "weight" not in dict(conv.named_parameters(recurse=False)):

@@ -245,3 +245,15 @@ def test_zero_gamma_can_be_said_in_yaml(text: str, expected: str) -> None:
 def test_stages_that_timm_does_not_name_are_refused() -> None:
     with pytest.raises(FgvcError, match=r"model\.freeze: timm does not name the end of stage 1"):
         freeze(plain_model("tresnet_m", 3), 1)
+
+
+@pytest.mark.parametrize("name", ["repvit_m1", "repvgg_a0"])
+def test_what_timm_fuses_keeps_its_precision(name: str) -> None:
+    torch.manual_seed(0)
+    model = plain_model(name, 3).double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        fused, z = deployed(model), model(x)
+        assert {p.dtype for p in fused.parameters()} == {torch.float64}
+        assert (fused(x) - z).abs().max() <= 1e-9 * z.abs().max()
+    assert torch.get_default_dtype() == torch.float32

@@ -1,0 +1,142 @@
+"""The tested list of docs/architectures.py: what its table says is tried again. The whole of it in `make test-all`."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from fgvc.export.onnx import Export
+from fgvc.export.plain import strip
+from fgvc.export.prove import prove
+from fgvc.model.backbone import plain_model
+from fgvc.recipe import conflicts
+from fgvc.techniques import CONFIGS, Techniques
+from fgvc.train.session import build_net
+
+PATH = Path(__file__).parents[2] / "docs" / "architectures.py"
+
+
+def script(path: Path = PATH) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ARCHITECTURES = script()
+FEW = ["resnet18d", "legacy_seresnet18", "repvgg_a0", "mobilenetv3_small_100", "resnet18_deform"]
+# Those of other families than the matrix of tests/export/test_matrix.py has.
+OTHERS = ["skresnet18", "cspdarknet53", "mobileone_s0", "repvit_m1", "swin_tiny_patch4_window7_224"]
+
+
+def said(backbone: str) -> dict[str, str]:
+    with (PATH.parent / "results" / "architectures.csv").open(newline="", encoding="utf-8") as file:
+        return {row["technique"]: row["result"] for row in csv.DictReader(file) if row["backbone"] == backbone}
+
+
+def together(backbone: str) -> list[str]:
+    """Techniques that apply, of which no two exclude each other: the first come are served."""
+    chosen: list[str] = []
+    for kind in CONFIGS:
+        more = [*chosen, kind]
+        if said(backbone).get(kind) == "yes" and not conflicts(Techniques(**{one: {} for one in more})):
+            chosen = more
+    return chosen
+
+
+def all_at_once(backbone: str) -> None:
+    """One step with all that goes together is finite and moves the backbone; then the plain net is left, exactly."""
+    kwargs = ARCHITECTURES.BACKBONES[backbone][1]
+    torch.manual_seed(0)
+    kinds = together(backbone)
+    assert len(kinds) >= 5
+    step = (built := build_net(ARCHITECTURES.recipe(backbone, kwargs, *kinds), ARCHITECTURES.CLASSES)).step
+    assert set(step.techniques) == set(kinds)
+    assert ARCHITECTURES.step_of(built)["loss"] > 0
+    assert any(p.grad is not None and p.grad.any() for p in step.net.parameters())
+    recipe = {"backbone": backbone, "num_classes": ARCHITECTURES.CLASSES, "kwargs": kwargs}
+    net = step.net.eval()
+    exact = strip(net, **recipe, dtype=torch.float64)
+    assert list(exact.state_dict()) == list(plain_model(*recipe.values()).state_dict())
+    x = torch.randn(2, 3, ARCHITECTURES.SIZE, ARCHITECTURES.SIZE, dtype=torch.float64)
+    with torch.no_grad():
+        z = net.double()(x)
+        assert (exact(x) - z).abs().max() <= 1e-9 * z.abs().max()
+
+
+@pytest.mark.parametrize("backbone", FEW)
+def test_all_that_applies_goes_together_and_strips(backbone: str) -> None:
+    all_at_once(backbone)
+
+
+@pytest.mark.parametrize("backbone", FEW[:2])
+def test_the_plain_net_runs_in_onnxruntime(backbone: str) -> None:
+    apart, nodes = ARCHITECTURES.onnx_of(backbone, {})
+    assert 0 < apart <= ARCHITECTURES.TOLERANCE
+    assert nodes > 20
+
+
+def test_what_fails_is_not_called_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ARCHITECTURES.tried("resnet18", "no_such_technique")[0] == "no"
+    monkeypatch.setattr(ARCHITECTURES, "step_of", lambda built: built.step.net.fc.weight.data.fill_(float("nan")))
+    result, detail = ARCHITECTURES.tried("resnet18", "mixup")
+    assert (result, "not finite" in detail) == ("failed", True)
+    monkeypatch.setattr(ARCHITECTURES, "step_of", lambda built: built.nonsense)
+    assert ARCHITECTURES.tried("resnet18", "mixup")[0] == "failed"
+
+
+def test_the_table_by_hand(tmp_path: Path) -> None:
+    rows = [
+        "backbone,family,technique,result,detail",
+        "a,A,ONNX,yes,3e-07; 49 nodes",
+        "a,A,x,no,too small",
+        "a,A,y,yes,3 of 4 grafted",
+        "b,B,ONNX,no,no such op",
+        "b,B,x,no,too small",
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    assert script(PATH.with_name("tables.py")).matrix(tmp_path / "t.csv") == (
+        "| backbone | family | ONNX | x | y |\n| --- | --- | --- | --- | --- |\n"
+        "| a | A | 3e-07 | no (1) | ✓ |\n| b | B | no (2) | no (1) |  |\n\n1. too small\n2. no such op\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("backbone", ARCHITECTURES.BACKBONES)
+def test_the_table_is_true(backbone: str) -> None:
+    table = said(backbone)
+    assert set(table) == {ARCHITECTURES.ONNX, *CONFIGS}, "run docs/architectures.py, then docs/tables.py"
+    assert set(table.values()) <= {"yes", "no"}
+    found = {kind: ARCHITECTURES.tried(backbone, kind) for kind in table}
+    assert {kind: result for kind, (result, _) in found.items()} == table, found
+    if backbone not in FEW:
+        all_at_once(backbone)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("backbone", OTHERS)
+def test_the_graph_is_the_independent_plain_one(backbone: str) -> None:
+    kwargs, size = ARCHITECTURES.BACKBONES[backbone][1], ARCHITECTURES.SIZE
+    torch.manual_seed(0)
+    kinds = [kind for kind in ("mixup", "acb") if said(backbone)[kind] == "yes"]
+    built = build_net(ARCHITECTURES.recipe(backbone, kwargs, *kinds), ARCHITECTURES.CLASSES)
+    ARCHITECTURES.step_of(built)
+    with torch.no_grad():
+        for parameter in built.step.net.parameters():
+            parameter.sub_(0.01 * torch.randn_like(parameter) * parameter.std(unbiased=False).clamp_min(0.1))
+    images = np.random.default_rng(0).normal(size=(8, 3, size, size)).astype(np.float32)
+    recipe = {"backbone": backbone, "num_classes": ARCHITECTURES.CLASSES, "kwargs": kwargs, "size": (size, size)}
+    proven = prove(built.step.net.eval(), [images], **recipe, export=Export())
+    assert proven.structural.passed
+    assert proven.numeric.passed
+    assert proven.behavioural.passed
