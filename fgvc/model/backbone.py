@@ -381,9 +381,8 @@ def _fill(
     is_head = lambda key: key.startswith(head)  # noqa: E731
     misfits = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
     wrong = [k for k in misfits if not is_head(k)]
-    starts = (
-        offsets(net) if offsets(net).isdisjoint(state) else frozenset()
-    )  # of a plain net's weights: they begin at zero
+    # The weights of a plain net have no offsets, which begin at zero.
+    starts = offsets(net) if offsets(net).isdisjoint(state) else frozenset()
     fresh = tuple(k for k in own if k not in state or k in misfits)
     lost = [k for k in fresh if not is_head(k) and not k.endswith("num_batches_tracked") and k not in starts]
     if wrong or lost:
