@@ -240,6 +240,7 @@ class Context:
     grid: Callable[[Tensor], Tensor]  # -> (B,C,h,w), whatever the backbone's layout
     probes: Mapping[str, Output] = field(default_factory=dict)  # what Plan.probe asked for
     scaled: Callable[[Tensor, Tensor], Tensor] = torch.mul  # features, (B,h,w) weights of cells -> features
+    again: bool = False  # a second pass over the same batch (SAM): what is noted for after_step was noted in the first
     kept: dict[str, Any] = field(default_factory=dict)  # of one hook, for a later one of the same step
     shown: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
@@ -249,7 +250,9 @@ class Context:
         self.shown.setdefault(name, (x, maps.detach()))
 
 
-def context_of(kind: str, joints: Joints, draws: Draws, probes: Mapping[str, Output]) -> Context:
+def context_of(
+    kind: str, joints: Joints, draws: Draws, probes: Mapping[str, Output], *, again: bool = False
+) -> Context:
     branches = dict(joints.branches[kind].named_children()) if kind in joints.branches else {}
 
     def head(features: Tensor, *, pre_logits: bool = False) -> Tensor:
@@ -265,4 +268,5 @@ def context_of(kind: str, joints: Joints, draws: Draws, probes: Mapping[str, Out
         grid=partial(feature_map, joints.net),
         probes=probes,
         scaled=partial(scale_cells, joints.net),
+        again=again,
     )

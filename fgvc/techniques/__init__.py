@@ -13,12 +13,14 @@ from fgvc.techniques.adl import AdlConfig
 from fgvc.techniques.ae_psl import AePslConfig
 from fgvc.techniques.attention_crop_drop import AttentionCropDropConfig
 from fgvc.techniques.cam_erasing import CamErasingConfig
+from fgvc.techniques.centre_loss import CentreLossConfig
 from fgvc.techniques.cutout import CutoutConfig
 from fgvc.techniques.dcl import DclConfig
 from fgvc.techniques.dropblock import DropblockConfig
 from fgvc.techniques.hide_and_seek import HideAndSeekConfig
 from fgvc.techniques.mixup import MixupConfig
 from fgvc.techniques.random_erasing import RandomErasingConfig
+from fgvc.techniques.similar_smoothing import SimilarSmoothingConfig
 from fgvc.techniques.spatial_dropout import SpatialDropoutConfig
 
 AnyConfig = Annotated[
@@ -32,6 +34,8 @@ AnyConfig = Annotated[
     | DclConfig
     | AttentionCropDropConfig
     | AcolConfig
+    | CentreLossConfig
+    | SimilarSmoothingConfig
     | AdlConfig
     | DropblockConfig
     | SpatialDropoutConfig

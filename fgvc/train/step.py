@@ -21,7 +21,7 @@ from fgvc.model.norm import momenta, own_statistics, running_norms
 from fgvc.model.plan import FEATURES, Context, Joints, Plan, context_of
 from fgvc.schedule import at
 from fgvc.seeding import STEP, generator
-from fgvc.types import Batch, Draws, FgvcError, Output, View
+from fgvc.types import Batch, Draws, FgvcError, Output, Target, View
 
 MAIN = "main"
 
@@ -39,7 +39,7 @@ class StepModule(nn.Module):
         techniques: Mapping[str, Any],
         *,
         size: tuple[int, int],
-        label_smoothing: float = 0.0,
+        criterion: Callable[[Tensor, Target], Tensor] = cross_entropy,
         l1: float = 0.0,
         frozen: Sequence[nn.Module] = (),
         recompute: bool = False,
@@ -50,7 +50,7 @@ class StepModule(nn.Module):
         self.l1 = l1
         plain = {id(parameter) for parameter in net.parameters()}
         self.techniques = dict(techniques)
-        self.label_smoothing = label_smoothing
+        self.criterion = criterion
         self.joints = Joints(net=net, size=size, recompute=recompute)
         for kind, setup in self.hooks("setup"):
             setup(Plan(kind, self.joints))
@@ -95,11 +95,15 @@ class StepModule(nn.Module):
         """Losses and the views that they were taken on.
 
         `batch.x` (B,3,H,W) float32 normalised. The dict holds "loss" (the scalar to minimise), "base", every named term,
-        unweighted, and what techniques measure. Given the views of an earlier call, makes none anew (SAM's second pass).
+        unweighted, and what techniques measure. Given the views of an earlier call, makes none anew, and probes only on demand
+        (SAM's second pass): on_batch, views and views_after see a batch once, and `Context.again` tells the other hooks.
         Raises FgvcError where a declared tap or gate did not fire, or a technique returns an undeclared term.
         """
-        probes = {of: self._probe(of, batch) for of in sorted(self.joints.probes)}
-        self.contexts = {kind: context_of(kind, self.joints, draws, probes) for kind in self.techniques}
+        probes = _Probes(lambda of: self._probe(of, batch))
+        for of in sorted(self.joints.probes) if views is None else ():
+            probes[of]
+        again = views is not None
+        self.contexts = {kind: context_of(kind, self.joints, draws, probes, again=again) for kind in self.techniques}
         self._groups, self._inside = [], True
         with momenta(self._norms, self._momenta):
             losses, made = self._forward(batch, draws, views)
@@ -217,7 +221,7 @@ class StepModule(nn.Module):
 
     def _losses(self, outputs: Mapping[str, Output], progress: float) -> dict[str, Tensor]:
         classify = [o for o in outputs.values() if o.view.classifies]
-        base = sum(o.view.weight * cross_entropy(o.logits, o.view.target, self.label_smoothing) for o in classify)
+        base = sum(o.view.weight * self.criterion(o.logits, o.view.target) for o in classify)
         losses: dict[str, Tensor] = {"base": base / sum(o.view.weight for o in classify)}  # type: ignore[dict-item]
         total = losses["base"]
         for kind, hook in self.hooks("losses"):
@@ -285,6 +289,18 @@ class StepModule(nn.Module):
         declared |= {(f"gate of {kind}", name) for kind, name, _ in self.joints.gates}
         for what, name in sorted(declared - self._fired):
             raise FgvcError(f"the {what} at {name!r} did not fire: this backbone's forward never calls that module")
+
+
+class _Probes(dict[str, Output]):
+    """What `Plan.probe` asked for, each made when it is first read."""
+
+    def __init__(self, make: Callable[[str], Output]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, of: str) -> Output:
+        self[of] = self._make(of)
+        return self[of]
 
 
 def _named(kind: str, views: Sequence[View]) -> list[View]:
