@@ -25,7 +25,7 @@ from fgvc.export.prove import MAX_IMAGES, Proven, prove
 from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
 from fgvc.model.backbone import memory_format
 from fgvc.preview import Preview, preview
-from fgvc.recipe import Recipe, load_recipe
+from fgvc.recipe import Recipe, Selected, load_recipe
 from fgvc.train import checkpoint
 from fgvc.train.events import as_csv, write_atomic
 from fgvc.train.forecast import Forecast, forecast
@@ -40,8 +40,6 @@ __all__ = [
     "Bundle", "Evaluation", "Exported", "Forecast", "Preview", "Recipe",
     "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "preview", "train", "verify",
 ]  # fmt: skip
-
-Selected = Literal["last", "best", "ema"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +215,13 @@ def _trained(run: Path, recipe: Recipe, classes: int, select: Selected, *, branc
     """The network as trained, re-parameterised blocks in it, and the added branches beside it; eval mode, without hooks."""
     if select == "ema" and recipe.ema is None:
         raise FgvcError(f"{run}: has no moving average; train with ema.decay=0.999, or choose --select last")
+    if select == "swa" and recipe.swa is None:
+        raise FgvcError(f"{run}: has no SWA; train with swa.start=0.75, or choose --select last")
     state = checkpoint.load(run / "ckpt", "best" if select == "best" else "last")
     step = build_net(recipe, classes, pretrained=False).step
-    averaged = select == "ema" or (select == "best" and recipe.selected != "last" and state.ema is not None)
+    if select == "swa" and state.ema is None:
+        raise FgvcError(f"{run}: SWA holds no epoch yet; train on to the end, or choose --select last")
+    averaged = select in ("ema", "swa") or (select == "best" and recipe.selected != "last" and state.ema is not None)
     weights = state.ema if averaged else state.net
     try:
         step.net.load_state_dict(weights or {})

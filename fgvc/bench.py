@@ -227,6 +227,8 @@ def _bare_step(session: Session, x: torch.Tensor, labels: torch.Tensor) -> Calla
     recipe, device = session.recipe, session.runtime.device
     if recipe.train.accumulate > 1 or session.runtime.world > 1:
         raise FgvcError("bench: the bare step has no accumulation and one process")
+    if recipe.optim.sam is not None or recipe.loss.kind != "cross_entropy":
+        raise FgvcError("bench: the bare step knows neither SAM nor other losses than cross-entropy")
     torch.manual_seed(recipe.train.seed)
     net = plain_model(recipe.model.backbone, len(session.index.classes), recipe.model.kwargs)
     load_weights(net, recipe.model)

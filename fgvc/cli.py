@@ -157,7 +157,7 @@ def evaluate(
         Literal["val", "test"] | None, typer.Option(help="Default: val where there is one, else test.")
     ] = None,
     select: Annotated[
-        Literal["last", "best", "ema"] | None, typer.Option(help="Other weights than the recipe selects.")
+        Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipe selects.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | mps; default: the recipe's.")] = None,
     views: Annotated[
@@ -180,7 +180,7 @@ def export(
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],
     against: Annotated[Path | None, typer.Option(help="The deployed .onnx that this must be a drop-in for.")] = None,
     select: Annotated[
-        Literal["last", "best", "ema"] | None, typer.Option(help="Other weights than the recipe selects.")
+        Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipe selects.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
 ) -> None:

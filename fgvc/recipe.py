@@ -15,13 +15,16 @@ from fgvc.data.named import NamedData
 from fgvc.data.table import CsvData
 from fgvc.export.onnx import Export
 from fgvc.image.augment import Augment
+from fgvc.loss import Loss
 from fgvc.model.backbone import Model
 from fgvc.schedule import Scheduled, Value, at, knots
 from fgvc.techniques import Techniques
 from fgvc.train.checkpoint import Checkpoint
 from fgvc.train.events import Log
-from fgvc.train.optim import Ema, Optim
+from fgvc.train.optim import Ema, Optim, Swa
 from fgvc.train.runtime import Train
+
+Selected = Literal["last", "best", "ema", "swa"]
 
 
 class Image(Section):
@@ -74,13 +77,6 @@ class Image(Section):
         return max(self.train_size(share) for share in knots(self.train_scale))
 
 
-class Loss(Section):
-    """The classification loss."""
-
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="target = (1 - e) one-hot + e / K")
-    l1: float = Field(0.0, ge=0, description="of the sum of |w| over the net's weights of rank >= 2")
-
-
 class Recipe(Section):
     """A run of fgvc. Every key can be overridden on the command line as section.key=value."""
 
@@ -95,9 +91,10 @@ class Recipe(Section):
     optim: Optim = Field(Optim(), description="optimizer and schedule")
     loss: Loss = Field(Loss(), description="classification loss")
     ema: Ema | None = Field(None, description="moving average of the weights; null: off")
+    swa: Swa | None = Field(None, description="mean of the weights at the last epochs' ends; null: off")
     techniques: Techniques = Field(Techniques(), description="technique -> settings")
-    select: Literal["last", "best", "ema"] | None = Field(
-        None, description="which weights eval, export and predict use; default: ema where EMA is on, else last"
+    select: Selected | None = Field(
+        None, description="which weights eval, export and predict use; default: ema or swa where it is on, else last"
     )
     select_by: Literal["top1", "top5", "macro_f1", "balanced_accuracy", "ece", "loss"] = Field(
         "top1", description="the validation score by which a checkpoint is the best (ece and loss: the smallest)"
@@ -114,6 +111,24 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.select == "ema" and self.ema is None:
             raise ValueError("select: ema needs an `ema:` section, for example ema.decay=0.999")
+        if self.select == "swa" and self.swa is None:
+            raise ValueError("select: swa needs a `swa:` section, for example swa.start=0.75")
+        if self.ema is not None and self.swa is not None:
+            raise ValueError("ema and swa: a run has one average of its weights; set one of them to null")
+        if self.swa is not None and self.model.freeze:
+            raise ValueError(
+                "swa would change the frozen batch norms of the average: set model.freeze to 0, or use ema"
+            )
+        if self.optim.sam is not None and self.train.precision == "fp16":
+            raise ValueError(
+                "optim.sam: fp16 scales the loss step by step, and SAM takes two gradients in one; set train.precision "
+                "to bf16 or fp32"
+            )
+        if self.loss.class_weights == "balanced" and self.train.sampling == "balanced":
+            raise ValueError(
+                "loss.class_weights and train.sampling: both balanced would favour rare classes twice over; set one of them "
+                "to none or uniform"
+            )
         if self.train.precise_bn == 1:
             raise ValueError("train.precise_bn: one image has no statistics; give some hundreds, or 0")
         if max(self.image.largest_train_size) > 4096:
@@ -127,8 +142,15 @@ class Recipe(Section):
         for kind, config in _chosen(self.techniques).items():
             if self.ema is None and getattr(config, "needs_ema", False):
                 raise ValueError(
-                    f"techniques.{kind}: asks the moving average of the weights, and there is no `ema:` section; give, for "
-                    "example, ema.decay=0.99"
+                    f"techniques.{kind}: asks the moving average of the weights, and there is no `ema:` section (SWA has "
+                    "none until its first epoch); give, for example, ema.decay=0.99"
+                )
+            if getattr(config, "needs_cross_entropy", False) and (
+                self.loss.kind != "cross_entropy" or self.loss.class_weights != "none"
+            ):
+                raise ValueError(
+                    f"techniques.{kind}: is made for the plain cross-entropy; set loss.kind to cross_entropy and "
+                    "loss.class_weights to none"
                 )
             if (rounds := getattr(config, "needs_epochs", 1)) > self.train.epochs:
                 raise ValueError(
@@ -137,8 +159,8 @@ class Recipe(Section):
         return self
 
     @property
-    def selected(self) -> Literal["last", "best", "ema"]:
-        return self.select or ("ema" if self.ema is not None else "last")
+    def selected(self) -> Selected:
+        return self.select or ("ema" if self.ema is not None else "swa" if self.swa is not None else "last")
 
 
 def conflicts(techniques: Section) -> list[str]:

@@ -73,8 +73,15 @@ def test_the_others_run_and_name_what_they_compare(tmp_path: Path, recipe_tree: 
     ]
 
 
-@pytest.mark.parametrize("accumulate", [2])
-def test_the_bare_step_has_no_parts(recipe_tree: dict, accumulate: int) -> None:
-    made = recipe(recipe_tree, train=recipe_tree["train"] | {"accumulate": accumulate})
-    with pytest.raises(bench.FgvcError, match="no accumulation"):
-        bench.bench_train(made, pairs=1)
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"train": {"accumulate": 2}}, "no accumulation"),
+        ({"optim": {"sam": {}}}, "neither SAM"),
+        ({"loss": {"kind": "bce"}}, "other losses"),
+    ],
+)
+def test_the_bare_step_is_no_more_than_that(recipe_tree: dict, sections: dict, said: str) -> None:
+    tree = recipe_tree | {key: recipe_tree.get(key, {}) | value for key, value in sections.items()}
+    with pytest.raises(bench.FgvcError, match=said):
+        bench.bench_train(recipe(tree), pairs=1)

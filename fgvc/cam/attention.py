@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fgvc.model.centre import class_sums
 from fgvc.model.norm import own_statistics
 
 # Of the normalised vector before its classifier. WS-DAN's is 100 at a rate of 0.001; the logits move by the rate times its
@@ -67,10 +68,7 @@ class BilinearAttention(nn.Module):
     def follow(self, vector: Tensor, labels: Tensor, *, rate: float) -> None:
         """c_y += rate * (mean of the v / |v| of class y - c_y / |c_y|), once for every class that is there; label -1: left
         out."""
-        vector, labels = F.normalize(vector[labels >= 0], dim=1), labels[labels >= 0]
-        present, where, counts = labels.unique(return_inverse=True, return_counts=True)
-        sums = torch.zeros(len(present), vector.shape[1], dtype=vector.dtype, device=vector.device)
-        sums.index_add_(0, where, vector)
+        present, counts, sums = class_sums(F.normalize(vector, dim=1), labels)
         centres = self.centres[present]
         self.centres[present] = centres + rate * (sums / counts[:, None] - F.normalize(centres, dim=1))
 

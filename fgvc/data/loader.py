@@ -1,7 +1,7 @@
 """Batches for training and evaluation.
 
 Nothing here depends on the number of workers or on what was loaded before: the order is drawn from (seed, epoch), a
-sample from (seed, epoch, row), and torch's global generator is left alone (traps T1 and T2).
+sample from (seed, epoch, row and how often it came before), and torch's global generator is left alone (traps T1 and T2).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OnSample = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
 """(h,w,3) uint8 image and its row -> image of the same size, in a worker, before any geometry. Workers are forked once:
 what changes during training must be read from disk or shared memory."""
 
-Key = tuple[int, int]  # epoch, row
+Key = tuple[int, int, int]  # epoch, row, how often that row came in the epoch before
 
 _NAMED = 50  # unreadable files listed in a message
 _SUBSTITUTES = 50  # rows tried in place of an unreadable one
@@ -100,10 +100,16 @@ def train_loader(
     world: int = 1,
     on_sample: Sequence[OnSample] = (),
     max_unreadable: float = 0.05,
+    balanced: bool = False,
 ) -> TrainLoader:
-    """Endless, resumable epochs over `rows` in batches of `batch_size` for this rank. Close it after use."""
+    """Endless, resumable epochs over `rows` in batches of `batch_size` for this rank. Close it after use.
+
+    `balanced`: an epoch has as many samples, drawn with replacement so that every class comes equally often on average;
+    an image that comes again is augmented anew.
+    """
     samples = _Samples(index, np.asarray(rows, dtype=np.int64), augmenter, seed, cache, tuple(on_sample))
-    order = _Order(samples.rows, seed, batch_size=batch_size, rank=rank, world=world)
+    labels = index.labels[samples.rows] if balanced else None
+    order = _Order(samples.rows, seed, batch_size=batch_size, rank=rank, world=world, labels=labels)
     loader = _torch_loader(samples, order, workers, persistent=True)
     return TrainLoader(loader, order, limit=max_unreadable)
 
@@ -179,20 +185,51 @@ def evaluation_loader(
 
 
 class _Order:
-    """Batches of (epoch, row) for one rank: a pure function of seed, epoch and start."""
+    """Batches of keys for one rank: a pure function of seed, epoch and start.
 
-    def __init__(self, rows: NDArray[np.int64], seed: int, *, batch_size: int, rank: int, world: int) -> None:
+    Without `labels` a permutation of `rows`; with those of the rows, as many rows with replacement, each with probability
+    1 / (classes that occur * rows of its class).
+    """
+
+    def __init__(
+        self,
+        rows: NDArray[np.int64],
+        seed: int,
+        *,
+        batch_size: int,
+        rank: int,
+        world: int,
+        labels: NDArray[np.int32] | None = None,
+    ) -> None:
         self.rows, self.seed, self.batch_size, self.rank, self.world = rows, seed, batch_size, rank, world
         self.epoch = self.start = 0
+        self.share: NDArray[np.float64] | None = None
+        if labels is not None and len(labels):
+            counts = np.bincount(labels)
+            self.share = 1 / (np.count_nonzero(counts) * counts[labels])
 
     def __iter__(self) -> Iterator[list[Key]]:
         """A step's rows over all ranks are consecutive in the order, whatever the number of ranks."""
         epoch = self.epoch
-        order = generator(ORDER, self.seed, epoch).permutation(self.rows)
+        rng = generator(ORDER, self.seed, epoch)
+        if self.share is None:
+            order, turns = rng.permutation(self.rows), np.zeros(len(self.rows), np.int64)
+        else:
+            order = rng.choice(self.rows, len(self.rows), p=self.share)
+            turns = _turns(order)
         together = self.batch_size * self.world
         for step in range(self.start, len(order) // together):
-            batch = order[step * together : (step + 1) * together][self.rank :: self.world]
-            yield [(epoch, row) for row in batch.tolist()]
+            mine = slice(step * together + self.rank, (step + 1) * together, self.world)
+            yield [(epoch, row, turn) for row, turn in zip(order[mine].tolist(), turns[mine].tolist(), strict=True)]
+
+
+def _turns(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each element, how many equal ones come before it."""
+    by_row = np.argsort(order, kind="stable")
+    first = np.searchsorted(order, order, sorter=by_row)  # where an element's own run of equals begins
+    turns = np.empty(len(order), np.int64)
+    turns[by_row] = np.arange(len(order)) - first[by_row]
+    return turns
 
 
 class _Samples(Dataset[TrainBatch]):
@@ -217,7 +254,7 @@ class _Samples(Dataset[TrainBatch]):
         geometry = np.empty((len(keys), 2, 3), dtype=np.float32)
         taken = np.empty(len(keys), dtype=np.int64)
         bad: list[ImageError] = []
-        for at, (epoch, row) in enumerate(keys):
+        for at, (epoch, row, turn) in enumerate(keys):
             try:
                 taken[at], image, original = self._readable(epoch, row, bad)
             except FgvcError as error:
@@ -225,7 +262,7 @@ class _Samples(Dataset[TrainBatch]):
             if self.on_sample:
                 image = self._hooked(image.copy(), int(taken[at]))
             # The key stays the drawn row's, so that a substitute differs from its own turn in this epoch.
-            images[at], to_image = self.augmenter(image, epoch=epoch, row=row)
+            images[at], to_image = self.augmenter(image, epoch=epoch, row=row, turn=turn)
             scale = np.array([[original[0] / image.shape[1]], [original[1] / image.shape[0]]], dtype=np.float32)
             geometry[at] = scale * to_image
         labels = torch.from_numpy(self.index.labels[taken].astype(np.int64))

@@ -70,7 +70,7 @@ class Augment(Section):
 
 
 class Augmenter:
-    """Draws sample (epoch, row) of a run: a pure function of the image, the settings, the seed, epoch and row.
+    """Draws sample (epoch, row, turn) of a run: a pure function of the image, the settings, the seed and these three.
 
     Not for two threads at once: albumentations keeps the sample's random state in its transforms.
     """
@@ -80,10 +80,12 @@ class Augmenter:
         self._compose = _compose(augment, spec)
 
     def __call__(
-        self, image: NDArray[np.uint8], *, epoch: int, row: int
+        self, image: NDArray[np.uint8], *, epoch: int, row: int, turn: int = 0
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """uint8 (H,W,3), and the float32 (2,3) matrix from crop coordinates to those of `image`, uint8 (h,w,3) RGB."""
-        rng = generator(SAMPLE, self.seed, epoch, row)
+        """uint8 (H,W,3), and the float32 (2,3) matrix from crop coordinates to those of `image`, uint8 (h,w,3) RGB.
+
+        `turn`: how often this row came in the epoch before."""
+        rng = generator(SAMPLE, self.seed, epoch, row, *([1 + turn] if turn else []))  # a 1 there is the loader's
         if self.augment.crop == "fit":
             pixels, to_image = self._fit(image, rng)
         else:

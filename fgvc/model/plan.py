@@ -259,6 +259,7 @@ class Context:
     # One forward of the clean images through the "net" or the "ema", without gradient and in eval mode, once a step.
     probe: Callable[[str], Output] = _no_probe
     scaled: Callable[[Tensor, Tensor], Tensor] = torch.mul  # features, (B,h,w) weights of cells -> features
+    again: bool = False  # a second pass over the same batch (SAM): what is noted for after_step was noted in the first
     kept: dict[str, Any] = field(default_factory=dict)  # of one hook, for a later one of the same step
     shown: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
@@ -268,7 +269,14 @@ class Context:
         self.shown.setdefault(name, (x, maps.detach()))
 
 
-def context_of(kind: str, joints: Joints, draws: Draws, probe: Callable[[str], Output] = _no_probe) -> Context:
+def context_of(
+    kind: str,
+    joints: Joints,
+    draws: Draws,
+    probe: Callable[[str], Output] = _no_probe,
+    *,
+    again: bool = False,
+) -> Context:
     branches = dict(joints.branches[kind].named_children()) if kind in joints.branches else {}
 
     def head(features: Tensor, *, pre_logits: bool = False) -> Tensor:
@@ -284,4 +292,5 @@ def context_of(kind: str, joints: Joints, draws: Draws, probe: Callable[[str], O
         grid=partial(feature_map, joints.net),
         probe=probe,
         scaled=partial(scale_cells, joints.net),
+        again=again,
     )

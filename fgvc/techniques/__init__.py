@@ -14,6 +14,7 @@ from fgvc.techniques.ae_psl import AePslConfig
 from fgvc.techniques.attention_crop_drop import AttentionCropDropConfig
 from fgvc.techniques.box_head import BoxHeadConfig
 from fgvc.techniques.cam_erasing import CamErasingConfig
+from fgvc.techniques.centre_loss import CentreLossConfig
 from fgvc.techniques.cutmix import CutmixConfig
 from fgvc.techniques.cutout import CutoutConfig
 from fgvc.techniques.dcl import DclConfig
@@ -24,6 +25,7 @@ from fgvc.techniques.mosaic import MosaicConfig
 from fgvc.techniques.multiscale_head import MultiscaleHeadConfig
 from fgvc.techniques.random_erasing import RandomErasingConfig
 from fgvc.techniques.saliencymix import SaliencymixConfig
+from fgvc.techniques.similar_smoothing import SimilarSmoothingConfig
 from fgvc.techniques.snapmix import SnapmixConfig
 from fgvc.techniques.spatial_dropout import SpatialDropoutConfig
 
@@ -42,6 +44,8 @@ AnyConfig = Annotated[
     | DclConfig
     | AttentionCropDropConfig
     | AcolConfig
+    | CentreLossConfig
+    | SimilarSmoothingConfig
     | AdlConfig
     | DropblockConfig
     | SpatialDropoutConfig

@@ -54,8 +54,8 @@ class State:
 
     net: Mapping[str, Tensor]  # the trained net, unfused
     branches: Mapping[str, Tensor]  # never ships
-    ema: Mapping[str, Tensor] | None
-    rest: Mapping[str, Any]  # optimizer, scaler, random generators, techniques
+    ema: Mapping[str, Tensor] | None  # the average of the weights: the EMA, or SWA's once it holds an epoch
+    rest: Mapping[str, Any]  # optimizer, scaler, random generators, techniques, how many epochs SWA holds
     progress: Progress
 
 

@@ -18,7 +18,8 @@ from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe
 from fgvc.train.optim import make_ema
 from fgvc.train.runtime import runtime
-from fgvc.train.session import build_net, build_optimizer, training_index
+from fgvc.train.sam import perturbed
+from fgvc.train.session import build_net, build_optimizer, class_counts, training_index
 from fgvc.types import Batch, FgvcError
 
 STEPS = 4  # spread over the run, since weights, rates and sizes may be scheduled
@@ -50,7 +51,7 @@ def forecast(recipe: Recipe) -> Forecast:
             raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {rows} training images")
         steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.max_steps or 10**12)
         torch.manual_seed(recipe.train.seed)
-        built = build_net(recipe, len(index.classes))
+        built = build_net(recipe, len(index.classes), counts=class_counts(index))
         step = built.step.to(process.device)
         layout = memory_format(step.net)
         step.net.to(memory_format=layout)
@@ -71,8 +72,13 @@ def forecast(recipe: Recipe) -> Forecast:
             started = time.perf_counter()
             draws = step.draw(batch, progress, seed=recipe.train.seed, step=number)
             with process.autocast():
-                losses, _ = step(batch, draws)
+                losses, views = step(batch, draws)
             losses["loss"].backward()
+            if recipe.optim.sam is not None:
+                with perturbed(step, recipe.optim.sam):
+                    with process.autocast():
+                        losses, _ = step(batch, draws, views)
+                    losses["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if process.device.type == "cuda":

@@ -6,9 +6,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,9 @@ from fgvc.train.events import Events
 from fgvc.train.optim import learning_rate
 from fgvc.train.run import continue_run, open_run, recorded_preprocess, start_run
 from fgvc.train.runtime import runtime
-from fgvc.train.session import Session, open_session
-from fgvc.types import FgvcError
+from fgvc.train.sam import perturbed
+from fgvc.train.session import Session, open_session, rng_state, set_rng_state
+from fgvc.types import Batch, Draws, FgvcError, View
 
 
 def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = False) -> Path:
@@ -113,9 +115,11 @@ def _steps(session: Session, events: Events) -> Iterator[tuple[dict[str, Tensor]
 
 
 def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Events) -> tuple[dict[str, Tensor], int]:
-    """Forward, backward and update on one batch, in `train.accumulate` parts."""
+    """Forward, backward and update on one batch, in `train.accumulate` parts; with SAM the parts are gone through again, from
+    weights a small way uphill. The losses are those of the first time."""
     recipe, process, step = session.recipe, session.runtime, session.step
-    parts = recipe.train.accumulate
+    parts, sam = recipe.train.accumulate, recipe.optim.sam
+    again: list[tuple[Mapping[str, Any], Batch, Draws, list[View]]] = []
     session.optimizer.zero_grad(set_to_none=True)
     summed: dict[str, Tensor] = {}
     count = 0
@@ -129,15 +133,20 @@ def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Eve
         draws = step.draw(
             batch, progress, seed=recipe.train.seed, step=session.progress.step, part=part, rank=process.rank
         )
-        last = part == parts - 1
-        synchronise = nullcontext() if last or process.world == 1 else session.wrapped.no_sync()  # type: ignore[operator]
-        with synchronise:
-            with process.autocast():
-                losses, _ = session.wrapped(batch, draws)
-            session.scaler.scale(losses["loss"] / parts if parts > 1 else losses["loss"]).backward()
+        if sam is None:
+            losses, _ = _pass(session, batch, draws, last=part == parts - 1)
+        else:  # each rank goes uphill by its own images, as in the paper
+            state = rng_state(process.device)
+            losses, views = _pass(session, batch, draws, last=False)
+            again.append((state, batch, draws, views))
         count += len(batch.labels)
         for name, value in losses.items():
             summed[name] = summed.get(name, 0.0) + value.detach() / parts
+    if sam is not None:
+        with perturbed(step, sam):
+            for part, (state, batch, draws, views) in enumerate(again):
+                set_rng_state(state, process.device)  # the net's own dropout draws the same
+                _pass(session, batch, draws, views, last=part == parts - 1)
     if recipe.optim.clip_norm is not None:
         session.scaler.unscale_(session.optimizer)
         torch.nn.utils.clip_grad_norm_(step.parameters(), recipe.optim.clip_norm)
@@ -148,6 +157,19 @@ def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Eve
     for kind, after in step.hooks("after_step"):
         after(step.contexts[kind])
     return summed, count * process.world
+
+
+def _pass(
+    session: Session, batch: Batch, draws: Draws, views: list[View] | None = None, *, last: bool
+) -> tuple[dict[str, Tensor], list[View]]:
+    """Forward and backward of one part of a batch; in the last one the ranks add up their gradients."""
+    parts, process = session.recipe.train.accumulate, session.runtime
+    synchronise = nullcontext() if last or process.world == 1 else session.wrapped.no_sync()  # type: ignore[operator]
+    with synchronise:
+        with process.autocast():
+            losses, made = session.wrapped(batch, draws, views)
+        session.scaler.scale(losses["loss"] / parts if parts > 1 else losses["loss"]).backward()
+    return losses, made
 
 
 def _log(session: Session, losses: dict[str, Tensor], images: int, events: Events) -> None:
@@ -180,6 +202,8 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
     row |= {name: value / steps for name, value in progress.sums.items()}
     if session.recipe.train.precise_bn and progress.step >= session.total_steps:
         session.reestimate_norms()
+    if session.epoch_done:
+        session.average_epoch()
     scores = _validate(session, events)
     best = False
     if scores is not None:

@@ -13,8 +13,10 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from fgvc.config import Section
+from fgvc.train.sam import Sam
 from fgvc.types import FgvcError
 
 
@@ -47,6 +49,7 @@ class Optim(Section):
     warmup_epochs: float = Field(1.0, ge=0, description="linear up to lr")
     min_lr: float = Field(0.0, ge=0, description="where the cosine ends")
     clip_norm: float | None = Field(None, gt=0, description="cap on the norm of all gradients together")
+    sam: Sam | None = Field(None, description="sharpness-aware minimisation; null: off. It doubles a step's time")
 
     @model_validator(mode="after")
     def _steps(self) -> Optim:
@@ -75,6 +78,19 @@ class Ema(Section):
     )
     warmup: bool = Field(
         True, description="decay grows as 1 - (1 + step)^(-2/3) up to `decay`, so the start is forgotten"
+    )
+
+
+class Swa(Section):
+    """Stochastic weight averaging (Izmailov et al., UAI 2018): the mean of the weights at the last epochs' ends. It gains
+    where these still move: with schedule: constant, or a min_lr above 0."""
+
+    start: float = Field(0.75, ge=0, lt=1, description="share of the run after which every epoch's end is averaged")
+    images: int = Field(
+        1024,
+        ge=2,
+        description="training images, as evaluation sees them, from which the average's batch norms take their statistics anew "
+        "whenever an epoch has joined",
     )
 
 
@@ -178,3 +194,8 @@ def make_schedule(optimizer: Optimizer, optim: Optim, *, steps_per_epoch: int, e
 def make_ema(net: nn.Module, ema: Ema | None) -> ModelEmaV3 | None:
     """timm's average of parameters and float buffers; `update(net, step=n)` takes its warm-up from the step's number."""
     return None if ema is None else ModelEmaV3(net, decay=ema.decay, use_warmup=ema.warmup, foreach=True)
+
+
+def make_swa(net: nn.Module, swa: Swa | None) -> AveragedModel | None:
+    """torch's equal-weight average of parameters; buffers are the net's own of the last epoch."""
+    return None if swa is None else AveragedModel(net)

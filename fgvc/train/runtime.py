@@ -34,6 +34,11 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="autocast; weights stay fp32, and so do all losses"
     )
+    sampling: Literal["uniform", "balanced"] = Field(
+        "uniform",
+        description="of an epoch's images. uniform: each once; balanced: as many, drawn with replacement so that every class "
+        "comes equally often",
+    )
     accumulate: int = Field(1, ge=1, description="parts that a step's images are split into, to save memory")
     recompute: bool = Field(
         False, description="activation checkpointing: less memory, about a third more time, the same result"

@@ -10,17 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from fgvc.config import Preprocess
 from fgvc.data.cache import DecodeCache
 from fgvc.data.labels import reordered
 from fgvc.data.loader import TrainLoader, evaluation_loader, train_loader
 from fgvc.image.augment import Augmenter
+from fgvc.loss import make_criterion
 from fgvc.model.backbone import (
     Weights,
     freeze,
@@ -31,12 +34,12 @@ from fgvc.model.backbone import (
     preprocess_for,
     zeros_through,
 )
-from fgvc.model.norm import reestimate_norms, zero_gamma
+from fgvc.model.norm import reestimate_norms, running_norms, zero_gamma
 from fgvc.recipe import Recipe
 from fgvc.techniques import build
 from fgvc.train.batch import Normalise
 from fgvc.train.checkpoint import Progress, State
-from fgvc.train.optim import Optim, make_ema, make_optimizer, make_schedule
+from fgvc.train.optim import Optim, make_ema, make_optimizer, make_schedule, make_swa
 from fgvc.train.runtime import Runtime
 from fgvc.train.step import StepModule
 from fgvc.types import FgvcError, ImageIndex
@@ -71,6 +74,11 @@ def training_index(recipe: Recipe) -> ImageIndex:
     return index
 
 
+def class_counts(index: ImageIndex) -> NDArray[np.int64]:
+    """(K,): training images by class."""
+    return np.bincount(index.labels[index.rows("train")], minlength=len(index.classes))
+
+
 @dataclass(slots=True)
 class Built:
     """The network side of a recipe, before any training."""
@@ -80,10 +88,13 @@ class Built:
     preprocess: Preprocess
 
 
-def build_net(recipe: Recipe, classes: int, *, pretrained: bool = True) -> Built:
+def build_net(
+    recipe: Recipe, classes: int, *, pretrained: bool = True, counts: NDArray[np.int64] | None = None
+) -> Built:
     """The plain model with its first weights, grafted and wrapped with what the techniques add; hooks not yet attached.
 
     `pretrained=False` skips `model.weights`: for loading a checkpoint, whose run folder records the preprocessing.
+    `counts` (K,): training images by class, for a loss that weighs classes; needless where nothing is trained.
     Raises FgvcError where the backbone can't take the image size, or a technique refuses the backbone.
     """
     size = recipe.image.size
@@ -101,7 +112,7 @@ def build_net(recipe: Recipe, classes: int, *, pretrained: bool = True) -> Built
         net,
         build(recipe.techniques),
         size=size,
-        label_smoothing=recipe.loss.label_smoothing,
+        criterion=make_criterion(recipe.loss, counts),
         l1=recipe.loss.l1,
         recompute=recipe.train.recompute,
         frozen=freeze(net, recipe.model.freeze) if recipe.model.freeze else (),
@@ -132,6 +143,7 @@ class Session:
     schedule: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
+    swa: AveragedModel | None
     progress: Progress
 
     @property
@@ -154,15 +166,37 @@ class Session:
         """Height and width of this epoch's training images."""
         return self.recipe.image.train_size(self.progress.epoch / self.recipe.train.epochs)
 
+    @property
+    def average(self) -> nn.Module | None:
+        """The average of the weights where there is one: the EMA, or SWA's once it holds an epoch."""
+        if self.ema is not None:
+            return self.ema.module
+        return self.swa.module if self.swa is not None and self.swa.n_averaged > 0 else None
+
     def shipping(self) -> nn.Module:
         """The net whose weights would ship as things stand: the average where there is one and it is wanted."""
-        return self.ema.module if self.ema is not None and self.recipe.selected != "last" else self.step.net
+        return self.average if self.average is not None and self.recipe.selected != "last" else self.step.net
+
+    def average_epoch(self) -> None:
+        """Have SWA take in the epoch that just ended, if it is one of the last, with batch norms of its own (methods 15a).
+        Where a finished run was made longer and this is none of the last any more, the average begins anew."""
+        if self.swa is None or self.recipe.swa is None:
+            return
+        if self.progress.epoch + 1 <= round(self.recipe.swa.start * self.recipe.train.epochs, 6):
+            self.swa.n_averaged.zero_()
+            return
+        self.swa.update_parameters(self.step.net)
+        self._reestimate(self.swa.module, self.recipe.swa.images)
 
     def reestimate_norms(self) -> None:
-        """Take the statistics of all batch norms, the average's too, from clean images (methods 1: BN pollution)."""
-        rows = self.index.rows("train")
-        spread = rows[np.linspace(0, len(rows) - 1, min(self.recipe.train.precise_bn, len(rows))).astype(np.int64)]
+        """Take the statistics of all batch norms, the EMA's too, from clean images (methods 1: BN pollution)."""
         for net in (self.step.net, *([self.ema.module] if self.ema is not None else [])):
+            self._reestimate(net, self.recipe.train.precise_bn)
+
+    def _reestimate(self, net: nn.Module, images: int) -> None:
+        rows = self.index.rows("train")
+        spread = rows[np.linspace(0, len(rows) - 1, min(images, len(rows))).astype(np.int64)]
+        if running_norms(net):
             loader = evaluation_loader(self.index, spread, spec=self.preprocess, batch_size=64, workers=0)
             reestimate_norms(net, (batch.images.to(self.runtime.device) for batch in loader))
         self.step.train()
@@ -172,11 +206,12 @@ class Session:
         rest: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": self.runtime.gather(_rng_state(self.runtime.device)),
+            "rng": self.runtime.gather(rng_state(self.runtime.device)),
             "techniques": {kind: hook() for kind, hook in self.step.hooks("state_dict")},
             "images": fingerprint(self.index),
+            "averaged": 0 if self.swa is None else int(self.swa.n_averaged),
         }
-        ema = None if self.ema is None else self.ema.module.state_dict()
+        ema = None if self.average is None else self.average.state_dict()
         return State(self.step.net.state_dict(), self.step.branches.state_dict(), ema, rest, self.progress)
 
     def restore(self, state: State) -> None:
@@ -190,8 +225,10 @@ class Session:
         try:
             self.step.net.load_state_dict(state.net)
             self.step.branches.load_state_dict(state.branches)
-            if self.ema is not None and state.ema is not None:
-                self.ema.module.load_state_dict(state.ema)
+            if self.swa is not None:
+                self.swa.n_averaged.fill_(state.rest["averaged"])
+            if self.average is not None and state.ema is not None:
+                self.average.load_state_dict(state.ema)
             self.optimizer.load_state_dict(dict(state.rest["optimizer"]))
             self.scaler.load_state_dict(state.rest["scaler"])
             for kind, hook in self.step.hooks("load_state_dict"):
@@ -203,7 +240,7 @@ class Session:
             raise FgvcError(
                 f"the checkpoint is of {len(states)} processes, this run has {self.runtime.world}: use as many"
             )
-        _set_rng_state(states[self.runtime.rank], self.runtime.device)
+        set_rng_state(states[self.runtime.rank], self.runtime.device)
         self.progress = state.progress
         self.progress.finished = False
 
@@ -220,12 +257,12 @@ def open_session(
     if recipe.selected == "best" and not len(index.rows("val")):
         raise FgvcError("select: best needs a validation part: give data.val_fraction a value above 0")
     torch.manual_seed(recipe.train.seed)
-    built = build_net(recipe, len(index.classes), pretrained=preprocess is None)
+    built = build_net(recipe, len(index.classes), pretrained=preprocess is None, counts=class_counts(index))
     step, preprocess = built.step, preprocess or built.preprocess
     layout = memory_format(step.net)
     step.to(runtime.device)
     step.net.to(memory_format=layout)
-    ema = make_ema(step.net, recipe.ema)
+    ema, swa = make_ema(step.net, recipe.ema), make_swa(step.net, recipe.swa)
     step.follow(ema.module if ema is not None else None)
     step.attach_hooks()
     step.train()
@@ -251,6 +288,7 @@ def open_session(
         ),
         scaler=runtime.scaler(),
         ema=ema,
+        swa=swa,
         progress=Progress(),
     )
     try:
@@ -289,6 +327,7 @@ def _loader(
         world=runtime.world,
         on_sample=[hook for _, hook in step.hooks("on_sample")],
         max_unreadable=recipe.data.max_unreadable,
+        balanced=recipe.train.sampling == "balanced",
     )
     if loader.steps_per_epoch < recipe.train.accumulate:
         loader.close()
@@ -326,14 +365,15 @@ def _try(net: nn.Module, size: tuple[int, int], classes: int, name: str) -> None
         )
 
 
-def _rng_state(device: torch.device) -> Mapping[str, Any]:
+def rng_state(device: torch.device) -> Mapping[str, Any]:
+    """Of the generators that the model's own dropout draws from."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -22,7 +22,7 @@ from fgvc.model.norm import momenta, own_statistics, running_norms
 from fgvc.model.plan import FEATURES, Context, Joints, Plan, context_of
 from fgvc.schedule import at
 from fgvc.seeding import STEP, generator
-from fgvc.types import Batch, Draws, FgvcError, Output, View
+from fgvc.types import Batch, Draws, FgvcError, Output, Target, View
 
 MAIN = "main"
 
@@ -40,7 +40,7 @@ class StepModule(nn.Module):
         techniques: Mapping[str, Any],
         *,
         size: tuple[int, int],
-        label_smoothing: float = 0.0,
+        criterion: Callable[[Tensor, Target], Tensor] = cross_entropy,
         l1: float = 0.0,
         frozen: Sequence[nn.Module] = (),
         recompute: bool = False,
@@ -51,7 +51,7 @@ class StepModule(nn.Module):
         self.l1 = l1
         plain = {id(parameter) for parameter in net.parameters()}
         self.techniques = dict(techniques)
-        self.label_smoothing = label_smoothing
+        self.criterion = criterion
         self.joints = Joints(net=net, size=size, recompute=recompute)
         for kind, setup in self.hooks("setup"):
             setup(Plan(kind, self.joints))
@@ -100,11 +100,12 @@ class StepModule(nn.Module):
         """Losses and the views that they were taken on.
 
         `batch.x` (B,3,H,W) float32 normalised. The dict holds "loss" (the scalar to minimise), "base", every named term,
-        unweighted, and what techniques measure. Given the views of an earlier call, makes none anew (SAM's second pass).
+        unweighted, and what techniques measure. Given the views of an earlier call, makes none anew (SAM's second pass):
+        on_batch, views and views_after see a batch once, and `Context.again` tells the other hooks.
         Raises FgvcError where a declared tap or gate did not fire, or a technique returns an undeclared term.
         """
-        probe = cache(lambda of: self._probe(of, batch))
-        self.contexts = {kind: context_of(kind, self.joints, draws, probe) for kind in self.techniques}
+        probe, again = cache(lambda of: self._probe(of, batch)), views is not None
+        self.contexts = {kind: context_of(kind, self.joints, draws, probe, again=again) for kind in self.techniques}
         self._groups, self._inside = [], True
         with momenta(self._norms, self._momenta):
             losses, made = self._forward(batch, draws, views)
@@ -222,7 +223,7 @@ class StepModule(nn.Module):
 
     def _losses(self, outputs: Mapping[str, Output], progress: float) -> dict[str, Tensor]:
         classify = [o for o in outputs.values() if o.view.classifies]
-        base = sum(o.view.weight * cross_entropy(o.logits, o.view.target, self.label_smoothing) for o in classify)
+        base = sum(o.view.weight * self.criterion(o.logits, o.view.target) for o in classify)
         losses: dict[str, Tensor] = {"base": base / sum(o.view.weight for o in classify)}  # type: ignore[dict-item]
         total = losses["base"]
         for kind, hook in self.hooks("losses"):

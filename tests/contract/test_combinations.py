@@ -38,6 +38,7 @@ FACTORS: dict[str, list] = {
     "recompute": [False, True],
     "ema": [None, {"decay": 0.9}],
     "precision": ["fp32", "bf16"],
+    "sam": [None, {"rho": 0.05}],
 }
 
 Row = tuple[int, ...]
@@ -117,6 +118,10 @@ NONSENSE = [
     ("cutmix", {"probability": 2}, "a share is at most 1"),
     ("mosaic", {"split": [0.3, 1.0]}, "all four have a part"),
     ("mosaic", {"scale": [0.1, 1.0]}, "from 0.5 to 2"),
+    ("centre_loss", {"rate": 1.5}, "less than or equal to 1"),
+    ("centre_loss", {"centre": -1}, "greater than or equal to 0"),
+    ("similar_smoothing", {"similar": 1.5}, "a share is at most 1"),
+    ("similar_smoothing", {"temperature": 0}, "greater than 0"),
     ("cutout", {"holes": 5000}, "less than or equal to 64"),
     ("multiscale_head", {"stages": [-1]}, "two or more"),
     ("multiscale_head", {"stages": [-2, -1], "level": -3}, "not one of stages"),
@@ -150,6 +155,7 @@ def test_a_combination_trains_resumes_and_strips(row: Row, tmp_path: Path, boxed
         "techniques": {kind: said[kind] for kind in CONFIGS if said[kind] is not None},
         "train": boxed_tree["train"] | {key: said[key] for key in ("accumulate", "recompute", "precision")},
         "ema": said["ema"],
+        "optim": boxed_tree["optim"] | {"sam": said["sam"]},
     }
     made = validate(Recipe, tree, where="test")
     part = made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 4})})

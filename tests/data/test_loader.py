@@ -16,10 +16,11 @@ import pytest
 import torch
 from numpy.dtypes import StringDType
 from PIL import Image
+from scipy.stats import chisquare
 
 from fgvc.config import Preprocess
 from fgvc.data.cache import DecodeCache
-from fgvc.data.loader import BadFiles, TrainBatch, TrainLoader, evaluation_loader, train_loader
+from fgvc.data.loader import BadFiles, TrainBatch, TrainLoader, _Order, _turns, evaluation_loader, train_loader
 from fgvc.image.augment import Augment, Augmenter
 from fgvc.image.decode import decode
 from fgvc.image.preprocess import preprocess
@@ -114,6 +115,72 @@ def test_an_epoch_goes_on_at_any_batch(index: ImageIndex, workers: int, start: i
     rest = [flat(batch) for batch in source.epoch(2, start=start)]
     source.close()
     assert rest == whole[10 + start :]
+
+
+@pytest.fixture
+def skewed(index: ImageIndex) -> ImageIndex:
+    """The same images with 12, 6, 3, 2 and no image of the five classes."""
+    labels = np.repeat(np.arange(4, dtype=np.int32), [12, 6, 3, 2])
+    return replace(index, labels=labels)
+
+
+def test_balanced_epochs_draw_every_class_alike_and_every_image_of_a_class(skewed: ImageIndex) -> None:
+    order = _Order(np.arange(COUNT), 3, batch_size=COUNT, rank=0, world=1, labels=skewed.labels)
+    rows: list[int] = []
+    for order.epoch in range(400):
+        rows += [row for _, row, _ in next(iter(order))]
+    counts = np.bincount(rows, minlength=COUNT)
+    expected = len(rows) / (4 * np.bincount(skewed.labels)[skewed.labels])
+    assert chisquare(np.bincount(skewed.labels[rows])).pvalue > 0.001
+    assert chisquare(counts, expected).pvalue > 0.001
+    uneven = np.full(COUNT, len(rows) / COUNT)
+    assert chisquare(counts, uneven).pvalue < 1e-9
+
+
+def test_balanced_epochs_are_as_long_and_go_on_at_any_batch_whatever_the_workers(skewed: ImageIndex) -> None:
+    whole = stream(loader(skewed, balanced=True), epochs=2)
+    assert len(whole) == 2 * loader(skewed).steps_per_epoch == 10
+    source = loader(skewed, workers=2, balanced=True)
+    assert [flat(batch) for batch in source.epoch(1, start=2)] == whole[7:]
+    source.close()
+    assert whole != stream(loader(skewed, balanced=True, seed=8), epochs=2)
+
+
+def test_an_image_that_comes_again_in_an_epoch_is_augmented_anew(skewed: ImageIndex) -> None:
+    source = loader(skewed, balanced=True)
+    batches = [batch for epoch in range(3) for batch in source.epoch(epoch)]
+    source.close()
+    rows = torch.cat([batch.index for batch in batches]).tolist()
+    assert len(set(rows)) < len(rows)
+    assert len({image.numpy().tobytes() for batch in batches for image in batch.images}) == len(rows)
+    # the first time in an epoch as without balancing
+    plain = loader(skewed)
+    first = {int(row): image for batch in plain.epoch(0) for row, image in zip(batch.index, batch.images, strict=True)}
+    plain.close()
+    seen: set[int] = set()
+    for batch in batches[:5]:
+        for row, image in zip(batch.index.tolist(), batch.images, strict=True):
+            if row in first:
+                assert torch.equal(image, first[row]) == (row not in seen)
+            seen.add(row)
+
+
+def test_turns_count_earlier_equals() -> None:
+    order = np.random.default_rng(0).integers(0, 9, 200)
+    assert _turns(order).tolist() == [order[:i].tolist().count(row) for i, row in enumerate(order)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_samples_of_a_balanced_epoch(skewed: ImageIndex, world: int) -> None:
+    """Each sample (row and turn) of a step is one rank's alone, and together they are those of one process."""
+    options = {"labels": skewed.labels, "world": world, "batch_size": 2}
+    whole = list(_Order(np.arange(COUNT), 3, labels=skewed.labels, batch_size=2 * world, rank=0, world=1))
+    ranks = [list(_Order(np.arange(COUNT), 3, rank=rank, **options)) for rank in range(world)]
+    assert len(whole) == COUNT // (2 * world)
+    for step, parts in zip(whole, zip(*ranks, strict=True), strict=True):
+        merged = [key for part in parts for key in part]
+        assert len(set(merged)) == len(merged)
+        assert sorted(merged) == sorted(step)
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -79,6 +79,24 @@ def test_low_precision_learns_and_keeps_fp32_weights(tmp_path: Path, recipe_tree
     assert rows[-1] < rows[0]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"loss": {"kind": "focal", "class_weights": "balanced"}},
+        {"loss": {"kind": "bce"}, "techniques": {"mixup": {}}},
+        {"train": {"sampling": "balanced"}},
+    ],
+    ids=str,
+)
+def test_other_losses_and_sampling_learn(tmp_path: Path, recipe_tree: dict, sections: dict, precision: str) -> None:
+    sections = sections | {"train": sections.get("train", {}) | {"precision": precision, "epochs": 3}}
+    run = api.train(recipe(recipe_tree, **sections), tmp_path / "run")
+    rows = [float(row.split(",")[4]) for row in (run / "metrics.csv").read_text().splitlines()[1:]]
+    assert rows[-1] < rows[0]
+    assert api.evaluate(run, "test").scores.images == 12, "rebuilt without the images' counts"
+
+
 def test_clipping_bounds_the_step(tmp_path: Path, recipe_tree: dict) -> None:
     tree = recipe_tree | {
         "optim": {"name": "momentum", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0}

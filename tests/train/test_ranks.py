@@ -25,7 +25,9 @@ from fgvc.cam.attention import BilinearAttention
 from fgvc.model.ranks import gathered
 from fgvc.techniques.attention_crop_drop import AttentionCropDropConfig
 from fgvc.techniques.cam_erasing import CamErasingConfig
+from fgvc.techniques.centre_loss import CentreLossConfig
 from fgvc.techniques.mixup import MixupConfig
+from fgvc.techniques.similar_smoothing import SimilarSmoothingConfig
 from fgvc.train.step import StepModule
 from fgvc.types import Batch
 
@@ -65,6 +67,7 @@ def known(rank, world):
     torch.manual_seed(0)
     crop, erase = AttentionCropDropConfig(maps=2, centre_rate=0.3), CamErasingConfig(source="previous_epoch", probability=0)
     techniques = {"cam_erasing": erase.build(), "mixup": MixupConfig().build(), "attention_crop_drop": crop.build()}
+    techniques |= {"centre_loss": CentreLossConfig().build(), "similar_smoothing": SimilarSmoothingConfig().build()}
     step = StepModule(Pooled(), techniques, size=(32, 32)).train()
     step.branches.eval()
     for number in range(4):
@@ -81,6 +84,8 @@ def known(rank, world):
     branch.follow(gathered(v[rows]), gathered(y[rows]), rate=0.5)
     store = techniques["cam_erasing"].state_dict()
     centres = step.branches["attention_crop_drop"]["attention"].centres
+    drawn_to, alike = step.branches["centre_loss"]["centres"].of, step.branches["similar_smoothing"]["means"].of
+    store |= {"drawn to": drawn_to, "alike": alike}
     return {"centres": centres, "given": branch.centres, "rows": gathered(batch(0, rank, world).index), **store}
 
 
@@ -127,12 +132,12 @@ def test_rows_come_in_the_order_of_the_ranks(runs: list[dict[str, torch.Tensor]]
     assert all(torch.equal(rank["rows"], one["rows"]) for rank in both)
 
 
-@pytest.mark.parametrize("name", ["centres", "given"])
+@pytest.mark.parametrize("name", ["centres", "given", "drawn to", "alike"])
 def test_centres_are_those_of_the_whole_batch(runs: list[dict[str, torch.Tensor]], name: str) -> None:
     one, *both = runs
     assert torch.equal(both[0][name], both[1][name])
     torch.testing.assert_close(both[0][name], one[name], rtol=1e-5, atol=1e-6)
-    assert one[name].abs().sum(1).count_nonzero() == (2 if name == "centres" else 3)
+    assert one[name].abs().sum(1).count_nonzero() == (3 if name == "given" else 2)
 
 
 def test_given_vectors_move_the_centres_by_their_means(runs: list[dict[str, torch.Tensor]]) -> None:

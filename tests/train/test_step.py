@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fgvc.loss import Criterion
 from fgvc.model.backbone import freeze
 from fgvc.model.plan import Joints, Plan
 from fgvc.techniques.dcl import DclConfig
@@ -98,7 +99,7 @@ def plain(smoothing: float = 0.1):
 )
 def test_with_all_weights_zero_the_step_is_plain_cross_entropy_bit_for_bit(techniques) -> None:
     model, loss = plain()
-    step = StepModule(net(), techniques, size=SIZE, label_smoothing=0.1)
+    step = StepModule(net(), techniques, size=SIZE, criterion=Criterion(label_smoothing=0.1))
     losses, _ = run(step)
     assert torch.equal(losses["loss"], loss)
     for (name, a), b in zip(model.named_parameters(), step.net.parameters(), strict=True):
@@ -111,7 +112,7 @@ def test_with_all_weights_zero_the_step_is_plain_cross_entropy_bit_for_bit(techn
 def test_a_view_of_its_own_leaves_the_clean_forward_and_the_running_statistics_alone(which: str) -> None:
     model, _ = plain()
     probe = Probe(**{which: {"bn": "own"}})
-    step = StepModule(net(), {"probe": probe}, size=SIZE, label_smoothing=0.1)
+    step = StepModule(net(), {"probe": probe}, size=SIZE, criterion=Criterion(label_smoothing=0.1))
     losses, views = run(step)
     assert [v.name for v in views] == ["main", "probe.flip" if which == "early" else "after:probe.dark"]
     for name, value in buffers(model).items():
@@ -205,7 +206,9 @@ def test_a_term_without_a_weight_is_an_error() -> None:
 
 def test_mixup_is_its_formula_in_float64() -> None:
     share, order = torch.tensor([0.3, 0.3, 0.3, 0.3], dtype=torch.float64), torch.tensor([2, 0, 3, 1])
-    step = StepModule(net().double(), {"mixup": MixupConfig().build()}, size=SIZE, label_smoothing=0.1)
+    step = StepModule(
+        net().double(), {"mixup": MixupConfig().build()}, size=SIZE, criterion=Criterion(label_smoothing=0.1)
+    )
     data = batch()
     data.x = data.x_clean = data.x.double()
     step.train()

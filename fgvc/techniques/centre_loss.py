@@ -1,0 +1,83 @@
+"""Centre loss (Wen et al., ECCV 2016): the features of a class are drawn to its centre, which follows them.
+
+The features are what the deployed head's last layer reads. After stripping nothing is left: the centres go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fgvc.config import Section
+from fgvc.model.centre import class_sums
+from fgvc.model.plan import Context, Plan
+from fgvc.model.ranks import gathered
+from fgvc.schedule import Scheduled
+from fgvc.types import Output
+
+
+class CentreLossConfig(Section):
+    """Draw the features of each class together."""
+
+    kind: Literal["centre_loss"] = "centre_loss"
+    centre: Scheduled = Field(0.003, description="weight of the distance to the class's centre (the paper's lambda)")
+    rate: float = Field(0.5, gt=0, le=1, description="how fast the centres follow (the paper's alpha)")
+
+    def build(self) -> CentreLoss:
+        return CentreLoss(self)
+
+
+class CentreLoss:
+    """L = mean_b |x_b - c_y|^2 / 2; then c_j -= rate * sum over y=j of (c_j - x) / (1 + n_j), once a step, of all its images."""
+
+    source: ClassVar[str] = "Wen et al., ECCV 2016"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: CentreLossConfig) -> None:
+        self.config = config
+        self.weights: Mapping[str, Scheduled] = {"centre": config.centre}
+        self._new: list[tuple[Tensor, Tensor]] = []  # of the parts of one step
+
+    def setup(self, plan: Plan) -> None:
+        plan.add("centres", Centres(plan.classes, plan.pooled_width))
+
+    def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
+        """`centre`, of the main view; none where its labels are mixed. Notes what the centres follow, on every rank."""
+        main = outputs["main"]
+        target, whole = main.view.target, len(main.view.target) == 1
+        labels = target[0][0] if whole else torch.full_like(target[0][0], -1)
+        x = ctx.pooled(main.features).float()
+        if not ctx.again:
+            self._new.append((x.detach(), labels))
+        if not whole:
+            return {}
+        centres = cast("Centres", ctx.branches["centres"]).of
+        return {"centre": (x - centres[labels]).square().sum(1).mean() / 2}
+
+    def after_step(self, ctx: Context) -> None:
+        """Move the centres by this step's features, those of all ranks and parts together."""
+        if self._new:
+            x, labels = (torch.cat([gathered(new[i]) for new in self._new]) for i in (0, 1))
+            cast("Centres", ctx.branches["centres"]).follow(x, labels, rate=self.config.rate)
+        self._new.clear()
+
+
+class Centres(nn.Module):
+    """One point of the features' space a class, from 0."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("of", torch.zeros(classes, width))
+        self.of: Tensor
+
+    @torch.no_grad()
+    def follow(self, x: Tensor, labels: Tensor, *, rate: float) -> None:
+        """By x (B,D) of labels (B,), each in [0,K), or -1: left out."""
+        present, counts, sums = class_sums(x, labels)
+        centres = self.of[present]
+        self.of[present] = centres - rate * (counts[:, None] * centres - sums) / (1 + counts[:, None])

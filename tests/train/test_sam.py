@@ -1,0 +1,340 @@
+"""SAM against its formula in float64, and what must not happen around it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from fgvc import api
+from fgvc.config import validate
+from fgvc.data.loader import TrainBatch
+from fgvc.model.norm import running_norms
+from fgvc.recipe import Recipe
+from fgvc.techniques.centre_loss import CentreLoss, Centres
+from fgvc.train import loop
+from fgvc.train.events import Events, Log
+from fgvc.train.runtime import runtime
+from fgvc.train.sam import Sam, perturbed
+from fgvc.train.session import Session, open_session
+from fgvc.train.step import StepModule
+from fgvc.types import FgvcError
+
+NO_RHO = Sam.model_construct(rho=0.0, adaptive=False)
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    return torch.randn(7, 4, dtype=torch.float64, generator=rng), torch.randint(3, (7,), generator=rng)
+
+
+def by_hand(net: nn.Module, rho: float, adaptive: bool) -> list[torch.Tensor]:
+    """The gradient at w + e, weight by weight: e = rho g / |g|, or rho w^2 g / ||w| g|."""
+    x, y = data()
+    g = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+    size = 0.0
+    for w, slope in zip(net.parameters(), g, strict=True):
+        for a, b in zip(w.flatten().tolist(), slope.flatten().tolist(), strict=True):
+            size += (a * b) ** 2 if adaptive else b**2
+    moved = copy.deepcopy(net)
+    for w, slope in zip(moved.parameters(), g, strict=True):
+        w.data += rho * (w.data**2 * slope if adaptive else slope) / size**0.5
+    return list(torch.autograd.grad(F.cross_entropy(moved(x), y), list(moved.parameters())))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("rho", [0.05, 2.0])
+def test_the_gradient_is_that_of_the_perturbed_weights(rho: float, adaptive: bool) -> None:
+    net, (x, y) = small(), data()
+    before = [w.detach().clone() for w in net.parameters()]
+    F.cross_entropy(net(x), y).backward()
+    with perturbed(net, Sam(rho=rho, adaptive=adaptive)):
+        assert all(w.grad is None for w in net.parameters())
+        F.cross_entropy(net(x), y).backward()
+    for w, old, expected in zip(net.parameters(), before, by_hand(small(), rho, adaptive), strict=True):
+        assert torch.equal(w, old)
+        torch.testing.assert_close(w.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_has_no_gradient_stays_and_none_at_all_is_no_division_by_zero() -> None:
+    net, (x, y) = small(), data()
+    net[0].weight.requires_grad_(False)
+    (0 * F.cross_entropy(net(x), y)).backward()
+    with perturbed(net, Sam()):
+        for w, old in zip(net.parameters(), small().parameters(), strict=True):
+            assert torch.equal(w, old)
+
+
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_the_weights_and_the_norms_as_they_were(stop: type[BaseException]) -> None:
+    net, (x, y) = nn.Sequential(small(), nn.BatchNorm1d(3).double()).train(), data()
+    F.cross_entropy(net(x), y).backward()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+
+    def dies() -> None:
+        with perturbed(net, Sam()):
+            net(x)
+            raise stop
+
+    with pytest.raises(stop):
+        dies()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert len(running_norms(net)) == 1
+
+
+def recipe(tree: dict, **sections: object) -> Recipe:
+    merged = tree | {k: (tree.get(k, {}) | v if isinstance(v, dict) else v) for k, v in sections.items()}
+    return validate(Recipe, merged, where="test")
+
+
+def sam_of(made: Recipe, sam: Sam | None) -> Recipe:
+    return made.model_copy(update={"optim": made.optim.model_copy(update={"sam": sam})})
+
+
+def states(session: Session) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in session.step.state_dict().items()}
+
+
+def stepped(made: Recipe, steps: int = 2) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """Everything that is learned in a few steps, and the losses said."""
+    with runtime(made.train) as process, open_session(made, process) as session:
+        quiet, said = Events(Path(), Log(), active=False), []
+        batches: Iterator[TrainBatch] = session.loader.epoch(0)
+        for _ in range(steps):
+            losses, _ = loop.take_step(session, batches, quiet)
+            said.append({name: float(value) for name, value in losses.items()})
+            session.progress.step += 1
+        return states(session), said
+
+
+MANY = {
+    "dcl": {"grid": 4, "bn": "shared"},
+    "adl": {"stages": [-2], "per": "sample"},
+    "dropblock": {"stages": [-2], "rate": 0.2},
+    "cam_erasing": {"source": "ema"},
+    "centre_loss": {},
+    "similar_smoothing": {},
+    "acol": {"shared": True},
+}
+# Alone: beside others its branch, made earlier in the first pass, has its gradient added in another order.
+ATTENTION = {"attention_crop_drop": {"maps": 4}}
+
+
+@pytest.mark.parametrize(
+    ("techniques", "train"),
+    [
+        (MANY, {}),
+        (MANY, {"accumulate": 2}),
+        (MANY, {"recompute": True}),
+        (MANY, {"precision": "bf16"}),
+        (ATTENTION, {}),
+        ({"mixup": {}}, {}),
+    ],
+    ids=["many", "accumulate", "recompute", "bf16", "attention", "mixup"],
+)
+def test_without_a_way_to_go_it_is_the_plain_step_bit_for_bit(recipe_tree: dict, techniques: dict, train: dict) -> None:
+    """Dropout, views, gates, centres and running statistics: the second pass sees all as the first and counts nothing."""
+    made = recipe(
+        recipe_tree,
+        image={"size": 64},
+        techniques=techniques,
+        train=train,
+        ema={"decay": 0.9},
+        model={"backbone": "test_resnet", "kwargs": {"drop_rate": 0.3, "drop_path_rate": 0.2}},
+    )
+    (plain, said), (sam, again) = stepped(made), stepped(sam_of(made, NO_RHO))
+    for key, value in plain.items():
+        assert torch.equal(value, sam[key]), key
+    assert said == again
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_is_that_of_an_explicit_sam(recipe_tree: dict, accumulate: int) -> None:
+    """A ViT in float64 (no batch norm): one perturbation for the whole batch, however many parts."""
+    optim = {
+        "name": "momentum",
+        "lr": 0.1,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "warmup_epochs": 0,
+        "sam": {"rho": 0.3},
+    }
+    made = recipe(
+        recipe_tree | {"optim": optim},
+        model={"backbone": "test_vit", "kwargs": {"img_size": 32}},
+        train={"accumulate": accumulate},
+        loss={"label_smoothing": 0.0},
+    )
+    with runtime(made.train) as process, open_session(made, process) as session:
+        raws = [raw for _, raw in zip(range(accumulate), session.loader.epoch(0), strict=False)]
+        session.schedule.step_update(0)
+        twin = copy.deepcopy(session.step.net).double()
+        x = torch.cat([session.normalise(raw.images) for raw in raws]).double()
+        y = torch.cat([raw.labels for raw in raws])
+        weights = list(twin.parameters())
+        first = F.cross_entropy(twin(x), y)
+        g = torch.autograd.grad(first, weights)
+        size = sum(float(slope.square().sum()) for slope in g) ** 0.5
+        old = [w.detach().clone() for w in weights]
+        for w, slope in zip(weights, g, strict=True):
+            w.data += 0.3 * slope / size
+        g = torch.autograd.grad(F.cross_entropy(twin(x), y), weights)
+        losses, _ = loop.take_step(session, iter(raws), Events(Path(), Log(), active=False))
+        assert float(losses["loss"]) == pytest.approx(float(first.detach()), rel=1e-5), "of the first pass"
+        for w, start, slope in zip(session.step.net.parameters(), old, g, strict=True):
+            torch.testing.assert_close(w.double(), start - 0.1 * slope, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_and_statistics_count_a_batch_once(recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"forward": 0, "follow": 0, "moved": 0}
+
+    def counting(name: str, of: type, method: str) -> None:
+        real = getattr(of, method)
+
+        def wrapper(self: object, *args: object, **kwargs: object) -> object:
+            counts[name] += 1
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(of, method, wrapper)
+
+    counting("forward", StepModule, "forward")
+    counting("follow", CentreLoss, "after_step")
+    counting("moved", Centres, "follow")
+    made = recipe(recipe_tree, techniques={"centre_loss": {}}, optim={"lr": 0.02, "sam": {}})
+    found, _ = stepped(made, steps=3)
+    assert counts == {"forward": 6, "follow": 3, "moved": 3}
+    assert found["net.bn1.num_batches_tracked"] == 3
+
+
+def test_an_interrupted_second_pass_ends_with_the_weights_of_before(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(recipe_tree, optim={"lr": 0.02, "sam": {"rho": 5.0}}, checkpoint={"every_steps": 2})
+    real, calls, seen = loop._pass, [0], {}
+
+    def stops(session: Session, *rest: object, **options: object) -> object:
+        calls[0] += 1
+        if calls[0] == 6:  # the second pass of the third step
+            seen["moved"] = states(session)
+            seen["session"] = session
+            raise KeyboardInterrupt
+        return real(session, *rest, **options)
+
+    monkeypatch.setattr(loop, "_pass", stops)
+    with pytest.raises(KeyboardInterrupt):
+        api.train(made, tmp_path / "run")
+    monkeypatch.undo()
+    saved = load_file(tmp_path / "run" / "ckpt" / "last" / "net.safetensors")
+    now = seen["session"].step.net.state_dict()
+    trained = {key for key, _ in seen["session"].step.net.named_parameters()}
+    assert all(torch.equal(now[key], saved[key]) for key in trained)
+    assert any(not torch.equal(seen["moved"][f"net.{key}"], saved[key]) for key in trained)
+    whole = load_file(api.train(made, tmp_path / "whole") / "ckpt" / "last" / "net.safetensors")
+    again = load_file(api.train(made, tmp_path / "run") / "ckpt" / "last" / "net.safetensors")
+    assert all(torch.equal(value, again[key]) for key, value in whole.items()), "resumed"
+
+
+def test_fp16_is_refused_with_the_way_out_and_so_is_no_way_to_go(recipe_tree: dict) -> None:
+    with pytest.raises(FgvcError, match=r"optim\.sam: fp16 .* set train\.precision to bf16 or fp32"):
+        recipe(recipe_tree, optim={"sam": {}}, train={"precision": "fp16"})
+    with pytest.raises(FgvcError, match=r"optim\.sam\.rho"):
+        recipe(recipe_tree, optim={"sam": {"rho": 0}})
+
+
+def test_a_forecast_counts_both_passes(recipe_tree: dict) -> None:
+    assert api.forecast(recipe(recipe_tree, optim={"sam": {}})).forwards == 2
+
+
+# The session of pytest has no sockets, so the ranks are processes of their own (as in test_ranks).
+SCRIPT = """
+import sys
+
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from types import SimpleNamespace
+
+from fgvc.train import loop
+from fgvc.train.sam import Sam, perturbed
+from fgvc.train.runtime import Runtime
+
+torch.set_num_threads(1)
+place, rank = sys.argv[1], int(sys.argv[2])
+distributed.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+
+
+class Step(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    def forward(self, batch, draws, views=None):
+        return {"loss": F.cross_entropy(self.net(batch[0]), batch[1])}, []
+
+
+step = Step()
+process = Runtime(torch.device("cpu"), rank, 2, "fp32")
+session = SimpleNamespace(
+    runtime=process, wrapped=process.wrap(step, branches=False), scaler=process.scaler(),
+    recipe=SimpleNamespace(train=SimpleNamespace(accumulate=2)),
+)
+rng = torch.Generator().manual_seed(1)
+x, y = torch.randn(8, 4, dtype=torch.float64, generator=rng), torch.randint(3, (8,), generator=rng)
+parts = [(x[4 * rank + start:][:2], y[4 * rank + start:][:2]) for start in (0, 2)]
+for part in parts:
+    loop._pass(session, part, None, last=False)
+with perturbed(step, Sam(rho=0.5)):
+    for number, part in enumerate(parts):
+        loop._pass(session, part, None, [], last=number == 1)
+torch.save([w.grad for w in step.parameters()], f"{place}/rank{rank}.pt")
+distributed.destroy_process_group()
+"""
+
+
+def test_each_rank_goes_uphill_by_its_own_images_and_the_gradients_are_averaged(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "GLOO_SOCKET_IFNAME": "lo"
+    }  # fmt: skip
+    command = [sys.executable, str(script), str(tmp_path)]
+    started = [
+        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    try:
+        for process in started:
+            _, said = process.communicate(timeout=120)
+            assert process.returncode == 0, said
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    rng = torch.Generator().manual_seed(1)
+    x, y = torch.randn(8, 4, dtype=torch.float64, generator=rng), torch.randint(3, (8,), generator=rng)
+    expected = [torch.zeros_like(w) for w in small().parameters()]
+    for rows in (slice(0, 4), slice(4, 8)):
+        net = small()
+        g = torch.autograd.grad(F.cross_entropy(net(x[rows]), y[rows]), list(net.parameters()))
+        size = sum(float(slope.square().sum()) for slope in g) ** 0.5
+        for w, slope in zip(net.parameters(), g, strict=True):
+            w.data += 0.5 * slope / size
+        g = torch.autograd.grad(F.cross_entropy(net(x[rows]), y[rows]), list(net.parameters()))
+        expected = [total + slope / 2 for total, slope in zip(expected, g, strict=True)]
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"rank{rank}.pt", weights_only=True), expected)
