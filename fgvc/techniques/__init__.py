@@ -14,11 +14,14 @@ from fgvc.techniques.ae_psl import AePslConfig
 from fgvc.techniques.attention_crop_drop import AttentionCropDropConfig
 from fgvc.techniques.cam_erasing import CamErasingConfig
 from fgvc.techniques.cutout import CutoutConfig
+from fgvc.techniques.dbb import DbbConfig
 from fgvc.techniques.dcl import DclConfig
 from fgvc.techniques.dropblock import DropblockConfig
 from fgvc.techniques.hide_and_seek import HideAndSeekConfig
 from fgvc.techniques.mixup import MixupConfig
+from fgvc.techniques.overparam import OverparamConfig
 from fgvc.techniques.random_erasing import RandomErasingConfig
+from fgvc.techniques.repvgg import RepvggConfig
 from fgvc.techniques.spatial_dropout import SpatialDropoutConfig
 
 AnyConfig = Annotated[
@@ -35,7 +38,10 @@ AnyConfig = Annotated[
     | AdlConfig
     | DropblockConfig
     | SpatialDropoutConfig
-    | AcbConfig,
+    | AcbConfig
+    | DbbConfig
+    | RepvggConfig
+    | OverparamConfig,
     Field(discriminator="kind"),
 ]
 

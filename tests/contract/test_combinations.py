@@ -28,6 +28,11 @@ SETTINGS: dict[str, list[dict]] = {
     "acol": [{"heads": 2}, {"shared": True}],
     "adl": [{"stages": [-2, "features"], "per": "sample"}],
     "dropblock": [{"stages": [-2, "features"], "rate": 0.2}],
+    # Each its own convolutions, so that every two of them can meet.
+    "acb": [{"include": ["conv1.*"]}],
+    "dbb": [{"include": ["layer1.*"]}],
+    "repvgg": [{"include": ["layer2.*"]}],
+    "overparam": [{"include": ["layer[34].*"], "branches": 2}],
 }
 FACTORS: dict[str, list] = {
     **{kind: [None, *SETTINGS.get(kind, [{}])] for kind in CONFIGS},
