@@ -85,7 +85,14 @@ def plain_model(backbone: str, num_classes: int, kwargs: Mapping[str, Any] | Non
 def deployed(model: nn.Module) -> nn.Module:
     """The form in which a plain model ships: eval mode, and fused where timm itself re-parameterises the net
     (RepVGG, MobileOne, FastViT...). A copy where anything changes; the argument only goes to eval mode."""
-    return reparameterize_model(model.eval(), inplace=False)
+    default = torch.get_default_dtype()
+    # Some of timm's nets (RepViT, LeViT...) fuse into modules of the default dtype, whatever their own, and in place.
+    torch.set_default_dtype(next((p.dtype for p in model.parameters() if p.is_floating_point()), default))
+    try:
+        with torch.no_grad():
+            return reparameterize_model(model.eval(), inplace=False)
+    finally:
+        torch.set_default_dtype(default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
