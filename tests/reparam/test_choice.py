@@ -1,5 +1,8 @@
+import copy
+
 import pytest
 import timm
+import torch
 from torch import nn
 
 from fgvc.model.plan import Joints, Plan
@@ -59,3 +62,18 @@ def test_two_techniques_on_one_convolution_are_kept_apart() -> None:
     step = together(dbb={"include": ["layer1.0.conv1"]}, overparam={"exclude": ["layer1.0.conv1"]})
     assert step.net.layer1[0].conv1.branches.keys() == {"1x1", "1x1-kxk", "average-1x1"}
     assert len(blocks(step.net)) == 15
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "tf_efficientnet_lite0"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_step_0_is_the_plain_net(kind: str, backbone: str) -> None:
+    torch.manual_seed(0)
+    plain = timm.create_model(backbone, num_classes=3)
+    net = copy.deepcopy(plain)
+    set_up(net, kind)
+    assert blocks(net)
+    x = torch.randn(4, 3, 65, 64)
+    for training in (True, False):  # the second with the statistics that the first has moved
+        with torch.no_grad():
+            wanted, said = plain.train(training)(x), net.train(training)(x)
+        assert (said - wanted).abs().max() <= 1e-5 * wanted.abs().max()
