@@ -20,6 +20,7 @@ SHOWN = 4  # names listed of those left alone for one reason
 class Where(Section):
     """Convolutions by their names in the timm net."""
 
+    kind: str  # of the technique, each of which narrows it; here so that it is written first
     include: tuple[str, ...] = Field(
         ("*",), description="which convolutions, by their name in the timm net; * and ? stand for anything"
     )
