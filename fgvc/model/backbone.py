@@ -88,13 +88,14 @@ def plain_model(backbone: str, num_classes: int, kwargs: Mapping[str, Any] | Non
 def deployed(model: nn.Module) -> nn.Module:
     """The form in which a plain model ships: eval mode, and fused where timm itself re-parameterises the net
     (RepVGG, MobileOne, FastViT...). A copy where anything changes; the argument only goes to eval mode."""
-    before = torch.get_default_dtype()
-    # timm's RepViT makes its fused convolutions in the default dtype, and so would lose the float64 of the proofs.
-    torch.set_default_dtype(next(model.parameters()).dtype)
+    default = torch.get_default_dtype()
+    # Some of timm's nets (RepViT, LeViT...) fuse into modules of the default dtype, whatever their own, and in place.
+    torch.set_default_dtype(next((p.dtype for p in model.parameters() if p.is_floating_point()), default))
     try:
-        return reparameterize_model(model.eval(), inplace=False)
+        with torch.no_grad():
+            return reparameterize_model(model.eval(), inplace=False)
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

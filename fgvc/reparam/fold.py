@@ -43,3 +43,32 @@ def embed(kernel: Tensor, size: int) -> Tensor:
         raise ValueError(f"a {height}x{width} kernel has no middle place in a {size}x{size} one")
     rows, columns = (size - height) // 2, (size - width) // 2
     return F.pad(kernel, (columns, columns, rows, rows))
+
+
+def identity_kernel(channels: int, groups: int = 1) -> Tensor:
+    """The 1x1 convolution that changes nothing (methods 12.5): (channels, channels/groups, 1, 1), float64."""
+    inside = torch.arange(channels) % (channels // groups)  # a channel's number within its group
+    kernel = torch.zeros(channels, channels // groups, 1, 1, dtype=torch.float64)
+    kernel[torch.arange(channels), inside] = 1
+    return kernel
+
+
+def averaged(point: Tensor, size: int) -> Tensor:
+    """The convolution that averages over size x size, zeros of the border included, with a 1x1 behind or before it
+    (methods 12.6): (out, in/groups, 1, 1) -> (out, in/groups, size, size), float64. Of `identity_kernel`: averages alone."""
+    return exact(point).expand(-1, -1, size, size) / size**2
+
+
+def sequential(
+    point: Tensor, inner_bias: Tensor, kernel: Tensor, bias: Tensor, *, groups: int
+) -> tuple[Tensor, Tensor]:
+    """The one convolution that equals a 1x1 followed by a k x k of as many groups (methods 12.7).
+
+    point (inner, in/groups, 1, 1), inner_bias (inner,), kernel (out, inner/groups, k, k), bias (out,) ->
+    (out, in/groups, k, k) and (out,), all float64. Exact where what the k x k reads around the image is `inner_bias`,
+    not zero: where the image was padded before the 1x1.
+    """
+    first = point.flatten(1).unflatten(0, (groups, -1))  # (g, inner/g, in/g)
+    second = kernel.unflatten(0, (groups, -1))  # (g, out/g, inner/g, k, k)
+    shift = torch.einsum("gomhw,gm->go", second, inner_bias.unflatten(0, (groups, -1)))
+    return torch.einsum("gomhw,gmi->goihw", second, first).flatten(0, 1), bias + shift.flatten()

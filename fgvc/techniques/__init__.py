@@ -17,13 +17,16 @@ from fgvc.techniques.cam_erasing import CamErasingConfig
 from fgvc.techniques.centre_loss import CentreLossConfig
 from fgvc.techniques.cutmix import CutmixConfig
 from fgvc.techniques.cutout import CutoutConfig
+from fgvc.techniques.dbb import DbbConfig
 from fgvc.techniques.dcl import DclConfig
 from fgvc.techniques.dropblock import DropblockConfig
 from fgvc.techniques.hide_and_seek import HideAndSeekConfig
 from fgvc.techniques.mixup import MixupConfig
 from fgvc.techniques.mosaic import MosaicConfig
 from fgvc.techniques.multiscale_head import MultiscaleHeadConfig
+from fgvc.techniques.overparam import OverparamConfig
 from fgvc.techniques.random_erasing import RandomErasingConfig
+from fgvc.techniques.repvgg import RepvggConfig
 from fgvc.techniques.saliencymix import SaliencymixConfig
 from fgvc.techniques.similar_smoothing import SimilarSmoothingConfig
 from fgvc.techniques.snapmix import SnapmixConfig
@@ -51,7 +54,10 @@ AnyConfig = Annotated[
     | SpatialDropoutConfig
     | MultiscaleHeadConfig
     | BoxHeadConfig
-    | AcbConfig,
+    | AcbConfig
+    | DbbConfig
+    | RepvggConfig
+    | OverparamConfig,
     Field(discriminator="kind"),
 ]
 

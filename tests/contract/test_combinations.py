@@ -31,6 +31,11 @@ SETTINGS: dict[str, list[dict]] = {
     "adl": [{"stages": [-2, "features"], "per": "sample"}],
     "dropblock": [{"stages": [-2, "features"], "rate": 0.2}],
     "multiscale_head": [{"stages": [-3, -2, "features"], "width": 8}],
+    # Each its own convolutions, so that every two of them can meet.
+    "acb": [{"include": ["conv1.*"]}],
+    "dbb": [{"include": ["layer1.*"]}],
+    "repvgg": [{"include": ["layer2.*"]}],
+    "overparam": [{"include": ["layer[34].*"], "branches": 2}],
 }
 FACTORS: dict[str, list] = {
     **{kind: [None, *SETTINGS.get(kind, [{}])] for kind in CONFIGS},

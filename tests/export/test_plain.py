@@ -9,7 +9,8 @@ from fgvc.export.plain import HOOKS, strip
 from fgvc.export.reference import randomise
 from fgvc.model.backbone import plain_model
 from fgvc.model.graft import find_sites, graft
-from fgvc.reparam.acb import AcbBlock, refusal
+from fgvc.reparam.block import Branched, refusal
+from fgvc.reparam.kinds import acb
 from fgvc.types import FgvcError
 
 RECIPE = {"backbone": "test_resnet", "num_classes": 5, "kwargs": {}}
@@ -27,7 +28,7 @@ def grafted(net: nn.Module, count: int = 2) -> nn.Module:
     assert len(sites) == count
     for site in sites:
         like = None if site.norm is None else net.get_submodule(site.norm)
-        block = AcbBlock(net.get_submodule(site.name), like=like)
+        block = acb(net.get_submodule(site.name), like=like)
         randomise(block, 4)
         graft(net, site, block)
     return net.eval()
@@ -101,9 +102,9 @@ def test_a_leaked_hook_is_named_with_its_module(net: nn.Module, register: str, k
 
 def test_a_hook_inside_a_grafted_block_is_found(net: nn.Module) -> None:
     trained = grafted(net, 1)
-    block = next(m for m in trained.modules() if isinstance(m, AcbBlock))
-    block.row.register_forward_hook(spy)
-    with pytest.raises(FgvcError, match=r"row \(\w+\): forward hook spy"):
+    block = next(m for m in trained.modules() if isinstance(m, Branched))
+    block.branches["1xk"].register_forward_hook(spy)
+    with pytest.raises(FgvcError, match=r"1xk \(\w+\): forward hook spy"):
         strip(trained, **RECIPE)
 
 

@@ -21,7 +21,8 @@ from fgvc.export.ties import degenerate, nudged
 from fgvc.export.verify import verify_bundle, verify_files
 from fgvc.model.backbone import deployed, plain_model
 from fgvc.model.graft import find_sites, graft
-from fgvc.reparam.acb import AcbBlock, refusal
+from fgvc.reparam.block import refusal
+from fgvc.reparam.kinds import acb
 from fgvc.types import FgvcError
 
 SIZE = (32, 32)
@@ -36,7 +37,7 @@ def trained(branches: int = 0) -> nn.Module:
     net.eval()
     sites = [s for s in find_sites(net, SIZE)[0] if refusal(net.get_submodule(s.name)) is None]
     for site in sites[:branches]:
-        block = AcbBlock(net.get_submodule(site.name))
+        block = acb(net.get_submodule(site.name))
         randomise(block, 4)
         graft(net, site, block)
     return net.eval()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.model.graft import Site, find_sites, folded_state, graft
-from fgvc.reparam.acb import AcbBlock, refusal
+from fgvc.reparam.block import refusal
+from fgvc.reparam.kinds import acb
 from fgvc.types import FgvcError
 
 SIZE = (64, 64)
@@ -38,11 +39,11 @@ def tiny(name: str) -> nn.Module:
 
 
 def grafted(net: nn.Module) -> list[Site]:
-    """Put an AcbBlock wherever one fits."""
+    """Put ACNet's branches wherever one fits."""
     sites = [site for site in find_sites(net, SIZE)[0] if refusal(net.get_submodule(site.name)) is None]
     for site in sites:
         like = net.get_submodule(site.norm) if site.norm else None
-        graft(net, site, AcbBlock(net.get_submodule(site.name), like))
+        graft(net, site, acb(net.get_submodule(site.name), like))
     return sites
 
 
@@ -227,18 +228,18 @@ def test_folded_state_is_the_trained_net(name: str) -> None:
 
     for site in sites:  # the branches carry part of the function: without them it is another one
         block = net.get_submodule(site.name)
-        assert not torch.equal(state[f"{site.name}.weight"], block.square.weight.detach())
-        nn.init.zeros_(block.row.norm.weight)
+        assert not torch.equal(state[f"{site.name}.weight"], block.origin.weight.detach())
+        nn.init.zeros_(block.branches["1xk"].norm.weight)
     assert (net(x) - trained).abs().max() > 1e-6 * trained.abs().max()
 
 
 def test_the_bias_goes_into_the_running_mean_or_the_own_bias() -> None:
     for biased in (False, True):
         net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=biased), nn.BatchNorm2d(4)).eval()
-        block = AcbBlock(net[0])
+        block = acb(net[0])
         graft(net, Site("0", "1"), block)
-        nn.init.constant_(block.row.norm.bias, 2.0)
-        own = net[0].square.bias.detach().clone().double() if biased else None
+        nn.init.constant_(block.branches["1xk"].norm.bias, 2.0)
+        own = net[0].origin.bias.detach().clone().double() if biased else None
         state = folded_state(net)
         if biased:
             assert torch.equal(state["0.bias"], own + 2)
@@ -268,10 +269,10 @@ def test_folding_in_train_mode_is_refused() -> None:
 def test_a_second_graft_at_the_same_place_is_refused() -> None:
     net = tiny("resnet10t")
     site = grafted(net)[0]
-    with pytest.raises(FgvcError, match=r"conv1\.0.*AcbBlock is grafted here already"):
-        graft(net, site, AcbBlock(nn.Conv2d(3, 24, 3, padding=1)))
+    with pytest.raises(FgvcError, match=r"conv1\.0.*Branched is grafted here already"):
+        graft(net, site, acb(nn.Conv2d(3, 24, 3, padding=1)))
     with pytest.raises(FgvcError, match="already"):  # nor inside a block
-        graft(net, Site(f"{site.name}.square", None), AcbBlock(nn.Conv2d(3, 24, 3, padding=1)))
+        graft(net, Site(f"{site.name}.origin", None), acb(nn.Conv2d(3, 24, 3, padding=1)))
 
 
 def test_a_block_that_cannot_fold_is_refused() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fgvc.reparam.fold import embed, exact, fold_norm
+from fgvc.reparam.fold import averaged, embed, exact, fold_norm, identity_kernel, sequential
 from fgvc.types import FgvcError
 
 
@@ -94,3 +94,46 @@ def test_an_embedded_kernel_is_the_same_convolution(
 def test_embed_refuses_what_has_no_middle(shape: tuple[int, int], side: int) -> None:
     with pytest.raises(ValueError, match="no middle place"):
         embed(torch.ones(1, 1, *shape), side)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(6, 1), (6, 2), (6, 3), (6, 6)])
+def test_identity_and_averages_are_what_they_say(channels: int, groups: int) -> None:
+    x = torch.randn(2, channels, 7, 8, dtype=torch.float64)
+    same = identity_kernel(channels, groups)
+    assert same.shape == (channels, channels // groups, 1, 1)
+    assert torch.equal(F.conv2d(x, same, groups=groups), x)
+    for side, stride in ((1, 1), (3, 1), (5, 2)):
+        means = F.conv2d(x, averaged(same, side), stride=stride, padding=side // 2, groups=groups)
+        wanted = F.avg_pool2d(x, side, stride, side // 2, count_include_pad=True)
+        assert (means - wanted).abs().max() < 1e-12
+        point = torch.randn(2 * channels, channels // groups, 1, 1, dtype=torch.float64)
+        mixed = F.conv2d(x, averaged(point, side), stride=stride, padding=side // 2, groups=groups)
+        assert (mixed - F.conv2d(wanted, point, groups=groups)).abs().max() < 1e-12
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    side=st.sampled_from([1, 3, 5]),
+    groups=st.sampled_from([1, 2, 3]),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    stride=st.sampled_from([1, 2]),
+)
+def test_sequential_equals_two_convolutions(side: int, groups: int, shape: tuple[int, int, int], stride: int) -> None:
+    channels, inner, out = (groups * count for count in shape)
+    point = torch.randn(inner, channels // groups, 1, 1, dtype=torch.float64)
+    kernel = torch.randn(out, inner // groups, side, side, dtype=torch.float64)
+    inner_bias, bias = (torch.randn(count, dtype=torch.float64) for count in (inner, out))
+    x = torch.randn(2, channels, 8, 7, dtype=torch.float64)
+    wanted = F.conv2d(F.conv2d(x, point, inner_bias, groups=groups), kernel, bias, stride, groups=groups)
+    both, shift = sequential(point, inner_bias, kernel, bias, groups=groups)
+    assert both.shape == (out, channels // groups, side, side)
+    assert (F.conv2d(x, both, shift, stride, groups=groups) - wanted).abs().max() < 1e-11
+
+
+def test_sequential_by_hand() -> None:
+    """Two channels inside: 2x + 1 and 3x + 5, then weighted 10 and 100 with a bias of 7."""
+    point, inner_bias = torch.tensor([2.0, 3.0]).view(2, 1, 1, 1), torch.tensor([1.0, 5.0])
+    kernel, bias = torch.tensor([10.0, 100.0]).view(1, 2, 1, 1), torch.tensor([7.0])
+    both, shift = sequential(point, inner_bias, kernel, bias, groups=1)
+    assert both.item() == 10 * 2 + 100 * 3
+    assert shift.item() == 7 + 10 * 1 + 100 * 5

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fgvc.model.graft import folded_state
 from fgvc.model.plan import Joints, Plan
-from fgvc.reparam.acb import AcbBlock
+from fgvc.reparam.block import Branched
 from fgvc.techniques.acb import AcbConfig
 from fgvc.types import FgvcError
 
@@ -22,7 +22,7 @@ def set_up(net: nn.Module, config: AcbConfig, size: tuple[int, int] = (64, 64)) 
 
 
 def blocks(net: nn.Module) -> list[str]:
-    return [name for name, module in net.named_modules() if isinstance(module, AcbBlock)]
+    return [name for name, module in net.named_modules() if isinstance(module, Branched)]
 
 
 def test_grafts_every_square_convolution_and_says_what_it_left_alone() -> None:
@@ -33,7 +33,7 @@ def test_grafts_every_square_convolution_and_says_what_it_left_alone() -> None:
     assert blocks(net) == expected
     assert len(expected) == 11
     assert joints.notes == [
-        "acb: 11 of 14 convolutions grew a 1xk and a kx1 branch",
+        "acb: 11 of 14 convolutions grew branches: 1xk, kx1",
         "acb: left alone: 3 (1x1 kernel): layer2.0.downsample.1, layer3.0.downsample.1, layer4.0.downsample.1",
     ]
 
@@ -80,10 +80,12 @@ def test_five_steps_move_the_branches_and_the_folded_kernels() -> None:
     state, now = folded_state(net.eval()), net.state_dict()
     assert set(state) == set(before)
     for name in blocks(net):
-        for part in ("row", "column"):
-            assert (now[f"{name}.{part}.norm.weight"] != 0).all()  # gamma started at zero
-            assert not torch.equal(now[f"{name}.{part}.conv.weight"], start[f"{name}.{part}.conv.weight"])
-        square = now[f"{name}.square.weight"].double()
+        for part in ("1xk", "kx1"):
+            assert (now[f"{name}.branches.{part}.norm.weight"] != 0).all()  # gamma started at zero
+            assert not torch.equal(
+                now[f"{name}.branches.{part}.conv.weight"], start[f"{name}.branches.{part}.conv.weight"]
+            )
+        square = now[f"{name}.origin.weight"].double()
         middle = square.shape[-1] // 2
         added = (state[f"{name}.weight"] - square).abs().amax((0, 1))
         assert (added[middle] > 0).all()  # the row
@@ -109,7 +111,7 @@ def test_pretrained_lite0_keeps_its_function() -> None:
     x = torch.rand(4, 3, 128, 128) * 2 - 1
     expected = net.eval()(x)
     joints = set_up(net, AcbConfig(), (128, 128))
-    assert joints.notes[0] == "acb: 17 of 49 convolutions grew a 1xk and a kx1 branch"
+    assert joints.notes[0] == "acb: 17 of 49 convolutions grew branches: 1xk, kx1"
     assert sum(net.get_submodule(name).same for name in blocks(net)) == 5
     assert torch.equal(net(x), expected)
     plain = timm.create_model("tf_efficientnet_lite0").double().eval()

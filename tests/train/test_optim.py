@@ -80,7 +80,7 @@ def test_head_and_what_techniques_add_have_rates_of_their_own() -> None:
     plain = set(timm.create_model("test_resnet", num_classes=3).state_dict())
     for name, scale in found.items():
         own = name.removeprefix("net.")
-        kept = own.replace(".square.", ".") in plain
+        kept = own.replace(".origin.", ".") in plain
         expected = 10 if own.startswith("fc.") else 1 if kept else 5 if name.startswith("branches.") else 0.2
         assert scale == pytest.approx(expected), name
     assert step.added["branches.dcl.location.weight"] == "added"

@@ -1,0 +1,113 @@
+"""A convolution with branches beside it in training, and one convolution of the same shape afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, cast
+
+from timm.layers import Conv2dSame
+from timm.layers.padding import pad_same_arg
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fgvc.reparam.fold import embed, exact
+from fgvc.types import FgvcError
+
+Pads = tuple[int, int, int, int]  # left, right, top, bottom, as F.pad takes them
+
+
+class Branch(Protocol):
+    """A module that reads the convolution's input and gives its output's shape. Its last batch norm starts at zero."""
+
+    def __call__(self, x: Tensor, pads: Pads) -> Tensor:
+        """x (B,C,H,W), not padded; `pads`: the zeros that the k x k convolution sees around it."""
+        ...
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """In eval mode: kernel (C', C/groups, kh, kw), to be embedded in k x k, and bias (C',), float64."""
+        ...
+
+
+def refusal(conv: nn.Conv2d, smallest: int = 3) -> str | None:
+    """Why `conv` can't grow branches, in a few words; None: it can. `smallest`: the least side of its kernel."""
+    height, width = conv.kernel_size
+    if height != width:
+        return f"{height}x{width} kernel, not square"
+    if height < smallest:
+        return f"{height}x{width} kernel"
+    if height % 2 == 0:
+        return f"{height}x{width} kernel, even"
+    if conv.dilation != (1, 1):
+        return f"dilation {max(conv.dilation)}"
+    if conv.padding_mode != "zeros":
+        return f"padding mode {conv.padding_mode}"
+    if not is_same(conv) and conv.padding != (height // 2, height // 2):
+        return f"padding {conv.padding} with a {height}x{width} kernel"
+    return None
+
+
+def is_same(conv: nn.Conv2d) -> bool:
+    """Whether it pads as TensorFlow does, by the size of its input: fixed paddings can't say that."""
+    return isinstance(conv, Conv2dSame)
+
+
+class Branched(nn.Module):
+    """Branches around an existing convolution, summed; the batch norm behind it stays where it is.
+
+    x (B,C,H,W) -> origin(x) + branches(x), (B,C',H',W') as the convolution gives it. `origin` keeps the convolution's
+    own parameters, and every branch starts at zero, so that step 0 is the pretrained function bit for bit, in train and
+    eval mode. Raises FgvcError for a convolution with a `refusal`.
+    """
+
+    norm: str | None = None  # set by fgvc.model.graft: where the folded bias goes
+
+    def __init__(self, conv: nn.Conv2d, branches: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        if reason := refusal(conv, 1):
+            raise FgvcError(f"branches can't be put beside this convolution: {reason}")
+        self.kernel_size, self.stride = conv.kernel_size, conv.stride
+        self.same = is_same(conv)
+        self.origin = _unpadded(conv) if self.same else conv
+        self.branches = nn.ModuleDict(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.same:  # padded once, here; then all convolutions are valid ones
+            left, right, top, bottom = pad_same_arg(list(x.shape[-2:]), list(self.kernel_size), list(self.stride))
+            pads = (left, right, top, bottom)
+            y = self.origin(F.pad(x, pads))
+        else:
+            middle = self.kernel_size[0] // 2
+            pads = (middle, middle, middle, middle)
+            y = self.origin(x)
+        for branch in self.branches.values():
+            y = y + branch(x, pads).to(y.dtype)  # under autocast a batch norm of the input may be wider than y
+        return y
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """The equal convolution in eval mode: kernel (C', C/groups, k, k) and bias (C',), float64."""
+        kernel = exact(self.origin.weight)
+        bias = kernel.new_zeros(len(kernel)) if self.origin.bias is None else exact(self.origin.bias)
+        for branch in self.branches.values():
+            branch_kernel, branch_bias = cast("Branch", branch).fold()
+            kernel = kernel + embed(branch_kernel, self.kernel_size[0])
+            bias = bias + branch_bias
+        return kernel, bias
+
+
+def _unpadded(conv: nn.Conv2d) -> nn.Conv2d:
+    """A convolution without padding that holds `conv`'s own parameters."""
+    plain = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        pair(conv.kernel_size),
+        stride=pair(conv.stride),
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        device="meta",
+    )
+    plain.weight, plain.bias = conv.weight, conv.bias
+    return plain
+
+
+def pair(sides: tuple[int, ...]) -> tuple[int, int]:
+    return sides[0], sides[1]

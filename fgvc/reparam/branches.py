@@ -1,0 +1,165 @@
+"""The kinds of branches. Every one ends in a batch norm whose gamma starts at zero: the first step moves that gamma,
+and from then on the kernels before it learn, too. The kernels are drawn from torch's global generator, as any module's.
+
+`like` is the batch norm behind the convolution: the branches' own take over its eps and momentum.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fgvc.reparam.block import Pads, is_same, pair
+from fgvc.reparam.fold import averaged, fold_norm, identity_kernel, sequential
+
+
+def keeps_shape(conv: nn.Conv2d) -> bool:
+    """Whether the output has the input's shape, so that an identity can stand beside the convolution."""
+    return conv.in_channels == conv.out_channels and pair(conv.stride) == (1, 1)
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups == conv.in_channels == conv.out_channels
+
+
+class ConvNorm(nn.Module):
+    """A convolution with `conv`'s channels, stride and groups and a kernel as large or smaller, and a batch norm."""
+
+    def __init__(self, conv: nn.Conv2d, like: nn.Module | None, kernel_size: tuple[int, int]) -> None:
+        super().__init__()
+        height, width = kernel_size
+        side = conv.kernel_size[0]
+        # What of the padding only the outer taps of the large kernel reach. None: the padding is fixed, and its own does.
+        self.margin = ((side - height) // 2, (side - width) // 2) if is_same(conv) else None
+        # torch's CPU backend crashes in 1x1 convolutions with a stride on few channels_last channels (a stem's three).
+        thins = kernel_size == (1, 1) and conv.in_channels <= 4
+        self.thin = pair(conv.stride) if thins else (1, 1)
+        self.conv = _conv(
+            conv,
+            conv.in_channels,
+            conv.out_channels,
+            kernel_size,
+            stride=(1, 1) if thins else pair(conv.stride),
+            padding=(height // 2, width // 2) if self.margin is None else (0, 0),
+        )
+        self.norm = _norm(conv, like, conv.out_channels, gamma=0.0)
+
+    def forward(self, x: Tensor, pads: Pads) -> Tensor:
+        if self.margin is not None:
+            (rows, columns), (left, right, top, bottom) = self.margin, pads
+            x = F.pad(x, (left - columns, right - columns, top - rows, bottom - rows))  # a negative pad crops
+        if self.thin != (1, 1):
+            x = x[:, :, :: self.thin[0], :: self.thin[1]]
+        return self.norm(self.conv(x))
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        return fold_norm(self.conv.weight, self.norm)
+
+
+class IdentityNorm(nn.Module):
+    """A batch norm of the input itself (methods 12.5). Only where the convolution `keeps_shape`."""
+
+    def __init__(self, conv: nn.Conv2d, like: nn.Module | None) -> None:
+        super().__init__()
+        if not keeps_shape(conv):
+            raise ValueError("the convolution changes the shape: no identity can stand beside it")
+        self.groups = conv.groups
+        self.norm = _norm(conv, like, conv.out_channels, gamma=0.0)
+
+    def forward(self, x: Tensor, pads: Pads) -> Tensor:
+        return self.norm(x)  # at stride 1 TensorFlow's padding is symmetric, too: the middle tap reads x
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        return fold_norm(identity_kernel(self.norm.num_features, self.groups), self.norm)
+
+
+class PointConvNorm(nn.Module):
+    """1x1 - BN - k x k - BN (methods 12.7): as many channels inside as come in, twice as many in a depthwise one."""
+
+    def __init__(self, conv: nn.Conv2d, like: nn.Module | None) -> None:
+        super().__init__()
+        self.point = _PaddedPoint(conv, like, conv.in_channels * (2 if is_depthwise(conv) else 1))
+        inner, side = self.point.conv.out_channels, pair(conv.kernel_size)
+        self.conv = _conv(conv, inner, conv.out_channels, side, stride=pair(conv.stride))
+        self.norm = _norm(conv, like, conv.out_channels, gamma=0.0)
+
+    def forward(self, x: Tensor, pads: Pads) -> Tensor:
+        return self.norm(self.conv(self.point(x, pads)))
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        return sequential(*self.point.fold(), *fold_norm(self.conv.weight, self.norm), groups=self.conv.groups)
+
+
+class AverageNorm(nn.Module):
+    """Average over k x k - 1x1 - BN (methods 12.8); in a depthwise convolution without the 1x1 (12.6).
+
+    The paper has 1x1 - BN - average - BN. Averages and 1x1 can be swapped, and what a batch norm does to each channel, border
+    included, the batch norm behind it undoes: the same function of the kernel, for less work.
+    """
+
+    def __init__(self, conv: nn.Conv2d, like: nn.Module | None) -> None:
+        super().__init__()
+        self.side, self.stride = conv.kernel_size[0], pair(conv.stride)
+        self.same = is_same(conv)
+        self.conv = None if is_depthwise(conv) else _conv(conv, conv.in_channels, conv.out_channels, (1, 1))
+        self.norm = _norm(conv, like, conv.out_channels, gamma=0.0)
+
+    def forward(self, x: Tensor, pads: Pads) -> Tensor:
+        # The zeros of the border count, as they do for a kernel of 1/k^2.
+        padding, x = (0, F.pad(x, pads)) if self.same else (self.side // 2, x)
+        means = F.avg_pool2d(x, self.side, self.stride, padding, count_include_pad=True)
+        return self.norm(means if self.conv is None else self.conv(means))
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        channels = self.norm.num_features
+        point = identity_kernel(channels, channels) if self.conv is None else self.conv.weight
+        return fold_norm(averaged(point, self.side), self.norm)
+
+
+class _PaddedPoint(nn.Module):
+    """1x1 - BN of the padded input, (B,C,H,W) -> (B,inner,H+pads,W+pads), for a valid k x k operation to read.
+
+    The padding comes first: so the batch norm maps the border to what the folded 1x1 gives for zeros, its bias, in train
+    and in eval mode, and the fold is exact. Zeros put between the two operations would not fold, and a border set from the
+    running statistics lags behind the batch's in training (DBB's official code, methods 12). The price: the batch
+    statistics count the border, too. The 1x1 starts as the identity where it can.
+    """
+
+    def __init__(self, conv: nn.Conv2d, like: nn.Module | None, inner: int) -> None:
+        super().__init__()
+        self.conv = _conv(conv, conv.in_channels, inner, (1, 1))
+        if inner == conv.in_channels:
+            with torch.no_grad():
+                self.conv.weight.copy_(identity_kernel(inner, conv.groups))
+        self.norm = _norm(conv, like, inner, gamma=1.0)
+
+    def forward(self, x: Tensor, pads: Pads) -> Tensor:
+        return self.norm(self.conv(F.pad(x, pads)))
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        return fold_norm(self.conv.weight, self.norm)
+
+
+def _conv(
+    like: nn.Conv2d,
+    channels: int,
+    out: int,
+    kernel_size: tuple[int, int],
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+) -> nn.Conv2d:
+    """Without bias, with the groups, device and dtype of `like`."""
+    return nn.Conv2d(
+        channels, out, kernel_size, stride=stride, padding=padding, groups=like.groups, bias=False,
+        device=like.weight.device, dtype=like.weight.dtype,
+    )  # fmt: skip
+
+
+def _norm(conv: nn.Conv2d, like: nn.Module | None, channels: int, *, gamma: float) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels, device=conv.weight.device, dtype=conv.weight.dtype)
+    if like is not None:  # timm's tf_* nets use another eps and momentum than torch
+        norm.eps, norm.momentum = like.eps, like.momentum  # type: ignore[assignment]
+    nn.init.constant_(norm.weight, gamma)
+    return norm

@@ -1,0 +1,61 @@
+"""The published blocks: which branches stand beside a convolution (methods 12).
+
+Each takes the convolution and `like`, the batch norm behind it, and raises FgvcError for a convolution with a `refusal`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fgvc.reparam.block import Branched, refusal
+from fgvc.reparam.branches import (
+    AverageNorm,
+    ConvNorm,
+    IdentityNorm,
+    PointConvNorm,
+    is_depthwise,
+    keeps_shape,
+)
+from fgvc.types import FgvcError
+
+
+def acb(conv: nn.Conv2d, like: nn.Module | None = None) -> Branched:
+    """ACNet's (ICCV 2019): 1 x k and k x 1."""
+    side = _side(conv, 3)
+    return Branched(conv, {"1xk": ConvNorm(conv, like, (1, side)), "kx1": ConvNorm(conv, like, (side, 1))})
+
+
+def dbb(conv: nn.Conv2d, like: nn.Module | None = None) -> Branched:
+    """The Diverse Branch Block (CVPR 2021): 1x1, 1x1 - k x k and average - 1x1; depthwise 1x1 - k x k and average."""
+    _side(conv, 3)
+    deep = PointConvNorm(conv, like)
+    if is_depthwise(conv):
+        return Branched(conv, {"1x1-kxk": deep, "average": AverageNorm(conv, like)})
+    return Branched(
+        conv, {"1x1": ConvNorm(conv, like, (1, 1)), "1x1-kxk": deep, "average-1x1": AverageNorm(conv, like)}
+    )
+
+
+def repvgg(conv: nn.Conv2d, like: nn.Module | None = None) -> Branched:
+    """RepVGG's (CVPR 2021), for any k: 1x1, and the identity where the convolution keeps the shape."""
+    _side(conv, 3)
+    return Branched(conv, {"1x1": ConvNorm(conv, like, (1, 1))} | _identity(conv, like))
+
+
+def overparam(conv: nn.Conv2d, like: nn.Module | None = None, *, branches: int = 4) -> Branched:
+    """MobileOne's (CVPR 2023): `branches` times k x k, 1x1 unless k is 1, and the identity where the shape is kept."""
+    side = _side(conv, 1)
+    made: dict[str, nn.Module] = {f"kxk{number}": ConvNorm(conv, like, (side, side)) for number in range(branches)}
+    if side > 1:
+        made["1x1"] = ConvNorm(conv, like, (1, 1))
+    return Branched(conv, made | _identity(conv, like))
+
+
+def _identity(conv: nn.Conv2d, like: nn.Module | None) -> dict[str, nn.Module]:
+    return {"identity": IdentityNorm(conv, like)} if keeps_shape(conv) else {}
+
+
+def _side(conv: nn.Conv2d, smallest: int) -> int:
+    if reason := refusal(conv, smallest):
+        raise FgvcError(f"branches can't be put beside this convolution: {reason}")
+    return conv.kernel_size[0]

@@ -1,0 +1,43 @@
+"""MobileOne's over-parameterisation (Vasu et al., CVPR 2023; methods 12), around any timm convolution it fits.
+
+Every square convolution, 1x1 ones too, gets copies of its own size beside it, a 1x1 branch and, where it keeps channels
+and size, the identity, each with its own batch norm. After stripping nothing is left: the branches are folded into the
+plain kernels, exactly.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from fgvc.model.plan import Plan
+from fgvc.reparam.choice import Where, graft_chosen
+from fgvc.reparam.kinds import overparam
+
+
+class OverparamConfig(Where):
+    """Several branches of a convolution's own size beside it, 1x1 and identity; step 0 is the pretrained function."""
+
+    kind: Literal["overparam"] = "overparam"
+    branches: int = Field(4, ge=1, le=8, description="of the convolution's own size, beside itself")
+
+    def build(self) -> Overparam:
+        return Overparam(self)
+
+
+class Overparam:
+    """y = conv(x) + sum_n BN(conv_n(x)) + BN(1x1(x)) + BN(x), the new gammas 0 at first; no BN(x) where channels or size
+    change, and no separate 1x1 beside a 1x1."""
+
+    source: ClassVar[str] = "MobileOne, CVPR 2023"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing: folded into the plain kernels"
+
+    def __init__(self, config: OverparamConfig) -> None:
+        self.config = config
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where a pattern fits no convolution, or nothing can be grafted."""
+        graft_chosen(plan, self.config, partial(overparam, branches=self.config.branches), smallest=1)

@@ -1,0 +1,29 @@
+import pytest
+import timm
+from pydantic import ValidationError
+from torch import nn
+
+from fgvc.model.plan import Joints, Plan
+from fgvc.techniques.overparam import OverparamConfig
+
+
+def set_up(net: nn.Module, **settings: object) -> list[str]:
+    joints = Joints(net, (64, 64))
+    OverparamConfig(**settings).build().setup(Plan("overparam", joints))
+    return joints.notes
+
+
+def test_points_are_taken_too() -> None:
+    net = timm.create_model("resnet10t", num_classes=3)
+    assert set_up(net, branches=2) == [
+        "overparam: 6 of 14 convolutions grew branches: kxk0, kxk1, 1x1",
+        "overparam: 5 of 14 convolutions grew branches: kxk0, kxk1, 1x1, identity",
+        "overparam: 3 of 14 convolutions grew branches: kxk0, kxk1",  # of the shortcuts: 1x1, channels change
+    ]
+
+
+def test_the_number_of_branches_is_bounded() -> None:
+    assert OverparamConfig().branches == 4
+    for count in (0, 9):
+        with pytest.raises(ValidationError, match="branches"):
+            OverparamConfig(branches=count)
