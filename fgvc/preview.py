@@ -72,7 +72,7 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
         techniques = recipe.techniques.model_copy(update={kind: None for kind in CONFIGS if kind not in kinds})
         train = recipe.train.model_copy(update={"workers": 0})
         part = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
-        with runtime(part.train) as process, open_session(part, process) as session:
+        with runtime(part.train) as process, open_session(part, process, teachers=False) as session:
             if run is not None:
                 look_through(session, run)
             names, font = writable(session.index.classes)

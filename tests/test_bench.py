@@ -36,7 +36,9 @@ def test_pairs_are_timed_in_turn_and_the_order_is_turned_round() -> None:
 
 def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, recipe_tree: dict) -> None:
     train = recipe_tree["train"] | {"accumulate": 2}
-    found = bench.bench_each(recipe(recipe_tree, train=train, techniques={"dcl": {"grid": 4, "bn": "own"}}), pairs=6)
+    found = bench.bench_each(
+        recipe(recipe_tree, train=train, techniques={"dcl": {"grid": 4, "bn": "own"}}, ema={"decay": 0.9}), pairs=6
+    )
     expected = {ratio.name.split()[1]: ratio.expected for ratio in found}
     more = {"dcl": 2, "cam_erasing": 2, "attention_crop_drop": 3}
     assert expected == {kind: more.get(kind, 1) for kind in ("plain", *CONFIGS)}

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,8 @@ from fgvc.cam.maps import Method, evaluating, refusal
 from fgvc.model.backbone import feature_map, modules_behind, scale_cells, zeros_through
 from fgvc.model.graft import Site, find_sites, graft
 from fgvc.model.norm import own_statistics
-from fgvc.types import Draws, FgvcError, Output
+from fgvc.model.teacher import AnyTeacher, Teacher
+from fgvc.types import Batch, Draws, FgvcError, Output
 
 Gate = Callable[[Tensor, "Context"], Tensor]
 FEATURES: Literal["features"] = "features"  # the gate that needs no hook: on the output of forward_features
@@ -55,6 +56,8 @@ class Joints:
     recompute: bool = False  # activation checkpointing is on
     probes: set[str] = field(default_factory=set)  # "net", "ema": forwards that are made before all else
     render: float = 1.0  # side of the rendered images in units of the network's input
+    opener: Callable[[AnyTeacher, Joints], Teacher] | None = None  # None: the net is only rebuilt, nobody learns
+    average: list[nn.Module] = field(default_factory=list)  # the moving average, once there is one
     refusals: dict[Method, str | None] = field(default_factory=dict)
     _sites: tuple[list[Site], dict[str, str]] | None = None
     _shapes: tuple[tuple[int, int, int], int] | None = None
@@ -218,6 +221,15 @@ class Plan:
         """Have the crops rendered at this many times the input's side or more: `Batch.render`."""
         self._joints.render = max(self._joints.render, scale)
 
+    def teachers(self, wanted: Sequence[AnyTeacher]) -> list[Teacher]:
+        """Networks to learn from, opened; none where a trained net is only rebuilt, for which they may be gone. Raises
+        FgvcError for one that is not there, or can't teach these classes."""
+        opener = self._joints.opener
+        try:
+            return [] if opener is None else [opener(one, self._joints) for one in wanted]
+        except FgvcError as error:
+            raise FgvcError(f"techniques.{self.kind}.teachers: {error}") from error
+
     def graft(self, site: Site, block: nn.Module) -> None:
         """Replace a convolution by a block that folds back into it."""
         graft(self._joints.net, site, block)
@@ -238,6 +250,7 @@ class Context:
     head: Callable[[Tensor], Tensor]  # -> logits (B,K), through the deployed head
     pooled: Callable[[Tensor], Tensor]  # -> (B,D), what the deployed head's last layer reads
     grid: Callable[[Tensor], Tensor]  # -> (B,C,h,w), whatever the backbone's layout
+    batch: Batch | None = None  # the clean one, where there is a step
     probes: Mapping[str, Output] = field(default_factory=dict)  # what Plan.probe asked for
     scaled: Callable[[Tensor, Tensor], Tensor] = torch.mul  # features, (B,h,w) weights of cells -> features
     kept: dict[str, Any] = field(default_factory=dict)  # of one hook, for a later one of the same step
@@ -249,7 +262,9 @@ class Context:
         self.shown.setdefault(name, (x, maps.detach()))
 
 
-def context_of(kind: str, joints: Joints, draws: Draws, probes: Mapping[str, Output]) -> Context:
+def context_of(
+    kind: str, joints: Joints, draws: Draws, probes: Mapping[str, Output], batch: Batch | None = None
+) -> Context:
     branches = dict(joints.branches[kind].named_children()) if kind in joints.branches else {}
 
     def head(features: Tensor, *, pre_logits: bool = False) -> Tensor:
@@ -263,6 +278,7 @@ def context_of(kind: str, joints: Joints, draws: Draws, probes: Mapping[str, Out
         head=head,
         pooled=partial(head, pre_logits=True),
         grid=partial(feature_map, joints.net),
+        batch=batch,
         probes=probes,
         scaled=partial(scale_cells, joints.net),
     )

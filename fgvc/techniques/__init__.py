@@ -15,6 +15,7 @@ from fgvc.techniques.attention_crop_drop import AttentionCropDropConfig
 from fgvc.techniques.cam_erasing import CamErasingConfig
 from fgvc.techniques.cutout import CutoutConfig
 from fgvc.techniques.dcl import DclConfig
+from fgvc.techniques.distill import DistillConfig
 from fgvc.techniques.dropblock import DropblockConfig
 from fgvc.techniques.hide_and_seek import HideAndSeekConfig
 from fgvc.techniques.mixup import MixupConfig
@@ -35,6 +36,7 @@ AnyConfig = Annotated[
     | AdlConfig
     | DropblockConfig
     | SpatialDropoutConfig
+    | DistillConfig
     | AcbConfig,
     Field(discriminator="kind"),
 ]

@@ -17,7 +17,7 @@ from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe
 from fgvc.train.optim import make_ema
 from fgvc.train.runtime import runtime
-from fgvc.train.session import build_net, build_optimizer, read_index
+from fgvc.train.session import build_net, build_optimizer, opener_of, read_index
 from fgvc.types import Batch, FgvcError
 
 STEPS = 4  # spread over the run, since weights, rates and sizes may be scheduled
@@ -49,7 +49,7 @@ def forecast(recipe: Recipe) -> Forecast:
             raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {rows} training images")
         steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.max_steps or 10**12)
         torch.manual_seed(recipe.train.seed)
-        built = build_net(recipe, len(index.classes))
+        built = build_net(recipe, len(index.classes), opener=opener_of(recipe, index, process.device))
         step = built.step.to(process.device)
         layout = memory_format(step.net)
         step.net.to(memory_format=layout)

@@ -19,6 +19,7 @@ from fgvc.cam.maps import Mapper, evaluating
 from fgvc.loss import cross_entropy
 from fgvc.model.norm import momenta, own_statistics, running_norms
 from fgvc.model.plan import FEATURES, Context, Joints, Plan, context_of
+from fgvc.model.teacher import AnyTeacher, Teacher
 from fgvc.schedule import at
 from fgvc.seeding import STEP, generator
 from fgvc.types import Batch, Draws, FgvcError, Output, View
@@ -43,6 +44,7 @@ class StepModule(nn.Module):
         l1: float = 0.0,
         frozen: Sequence[nn.Module] = (),
         recompute: bool = False,
+        opener: Callable[[AnyTeacher, Joints], Teacher] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -51,7 +53,7 @@ class StepModule(nn.Module):
         plain = {id(parameter) for parameter in net.parameters()}
         self.techniques = dict(techniques)
         self.label_smoothing = label_smoothing
-        self.joints = Joints(net=net, size=size, recompute=recompute)
+        self.joints = Joints(net=net, size=size, recompute=recompute, opener=opener)
         for kind, setup in self.hooks("setup"):
             setup(Plan(kind, self.joints))
         self.branches = self.joints.branches
@@ -74,7 +76,7 @@ class StepModule(nn.Module):
         self.contexts: dict[str, Context] = {}
         self._mapper = Mapper(net)
         # In a list, so that it is no submodule: it has its own place in a checkpoint.
-        self._average: list[nn.Module] = []
+        self._average = self.joints.average
 
     def hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
         """The techniques that have this hook, in the union's order."""
@@ -99,7 +101,7 @@ class StepModule(nn.Module):
         Raises FgvcError where a declared tap or gate did not fire, or a technique returns an undeclared term.
         """
         probes = {of: self._probe(of, batch) for of in sorted(self.joints.probes)}
-        self.contexts = {kind: context_of(kind, self.joints, draws, probes) for kind in self.techniques}
+        self.contexts = {kind: context_of(kind, self.joints, draws, probes, batch) for kind in self.techniques}
         self._groups, self._inside = [], True
         with momenta(self._norms, self._momenta):
             losses, made = self._forward(batch, draws, views)
@@ -128,7 +130,7 @@ class StepModule(nn.Module):
 
     def follow(self, average: nn.Module | None) -> None:
         """The moving average of the net, for techniques that ask it."""
-        self._average = [] if average is None else [average]
+        self._average[:] = [] if average is None else [average]
 
     def _probe(self, of: str, batch: Batch) -> Output:
         net = self.net if of == "net" else self._average[0]

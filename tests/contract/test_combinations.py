@@ -27,6 +27,7 @@ SETTINGS: dict[str, list[dict]] = {
     "attention_crop_drop": [{"maps": 4}, {"maps": 4, "guide": "cam"}, {"maps": 4, "guide": "random"}],
     "acol": [{"heads": 2}, {"shared": True}],
     "adl": [{"stages": [-2, "features"], "per": "sample"}],
+    "distill": [{"attention": 0.1, "hints": 0.1}, {"method": "dkd", "beta": 1.0}],
     "dropblock": [{"stages": [-2, "features"], "rate": 0.2}],
 }
 FACTORS: dict[str, list] = {
@@ -111,6 +112,12 @@ NONSENSE = [
     ("attention_crop_drop", {"drop_threshold": [-3, -1]}, "two shares above 0"),
     ("attention_crop_drop", {"pooled": 0, "centre": 0}, "nothing trains the maps"),
     ("cutout", {"holes": 5000}, "less than or equal to 64"),
+    ("distill", {"teachers": []}, r"give at least one, for example \[\{kind: run"),
+    ("distill", {}, "asks the moving average of the weights, and there is no `ema:` section"),
+    ("distill", {"teachers": [{"kind": "run", "path": "x", "weight": 0}]}, r"teachers\.0\.weight: .*greater than 0"),
+    ("distill", {"teachers": [{"kind": "run", "paht": "x"}]}, r"teachers\.0\.paht: unknown key; did you mean 'path'"),
+    ("distill", {"teachers": [{"kind": "timm", "backbone": "resnet18", "weights": "none"}]}, "has nothing to teach"),
+    ("distill", {"temperature": 0}, "greater than 0"),
 ]
 
 
