@@ -26,11 +26,10 @@ from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_f
 from fgvc.model.backbone import memory_format
 from fgvc.preview import Preview, preview
 from fgvc.recipe import Recipe, Selected, load_recipe
-from fgvc.train import checkpoint
 from fgvc.train.events import as_csv, write_atomic
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
-from fgvc.train.run import read_run, recorded_preprocess
+from fgvc.train.run import read_run, recorded_preprocess, selected_weights
 from fgvc.train.runtime import runtime
 from fgvc.train.session import build_net, read_index
 from fgvc.train.step import StepModule
@@ -213,20 +212,13 @@ def _data_of(run: Path, recipe: Recipe) -> tuple[ImageIndex, Preprocess]:
 
 def _trained(run: Path, recipe: Recipe, classes: int, select: Selected, *, branches: bool = False) -> StepModule:
     """The network as trained, re-parameterised blocks in it, and the added branches beside it; eval mode, without hooks."""
-    if select == "ema" and recipe.ema is None:
-        raise FgvcError(f"{run}: has no moving average; train with ema.decay=0.999, or choose --select last")
-    if select == "swa" and recipe.swa is None:
-        raise FgvcError(f"{run}: has no SWA; train with swa.start=0.75, or choose --select last")
-    state = checkpoint.load(run / "ckpt", "best" if select == "best" else "last")
+    found = selected_weights(run, recipe, select)
     step = build_net(recipe, classes, pretrained=False).step
-    if select == "swa" and state.ema is None:
-        raise FgvcError(f"{run}: SWA holds no epoch yet; train on to the end, or choose --select last")
-    averaged = select in ("ema", "swa") or (select == "best" and recipe.selected != "last" and state.ema is not None)
-    weights = state.ema if averaged else state.net
     try:
-        step.net.load_state_dict(weights or {})
-        if branches:
-            step.branches.load_state_dict(state.branches)
+        step.net.load_state_dict(found.weights)
+        if branches:  # but for those that teachers alone would call for
+            own = {key: value for key, value in found.branches.items() if key.partition(".")[0] in step.branches}
+            step.branches.load_state_dict(own)
     except RuntimeError as error:
         raise FgvcError(f"{run}: its checkpoint does not fit its recipe: {error}") from error
     return step.eval()

@@ -232,15 +232,17 @@ def _key_path(
             models = tagged
             fields = list(tagged[0].model_fields)
             continue
+        if isinstance(part, int):  # of a list
+            path.append(part)
+            continue
         field = next((m.model_fields[part] for m in models if isinstance(part, str) and part in m.model_fields), None)
         if field is None and (not models or str(part).startswith(("function-", "constrained-"))):
-            if isinstance(part, int):
-                path.append(part)
             continue
         path.append(part)
         if field is None:
             break
-        models = models_in(field.annotation)
+        items = get_args(field.annotation) if get_origin(field.annotation) is tuple else ()
+        models = models_in(field.annotation) or (models_in(items[0]) if items else [])
         if models:
             fields = list(dict.fromkeys(name for m in models for name in m.model_fields))
     return path, fields

@@ -91,7 +91,7 @@ def _leaf(key: str, field: FieldInfo, given: Any, present: bool, pad: str) -> It
         return
     value = given if present else field.get_default(call_default_factory=True)
     if isinstance(value, tuple | list):
-        value = list(value)
+        value = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value]
     text = (
         yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
         .strip()

@@ -145,6 +145,8 @@ class EpochStart:
     maps: Maps
     first: Callable[[Callable[[], None]], None]  # do something on rank 0, while the others wait
     say: Callable[[str], None]
+    # The same for runs whose loaders give the same images in this epoch; None: nobody can say.
+    replays: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)

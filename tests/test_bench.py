@@ -40,7 +40,7 @@ def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, 
     chosen = {"dcl": {"grid": 4, "bn": "own"}, "cam_erasing": {"source": "ema"}}
     found = bench.bench_each(recipe(boxed_tree, **sections, techniques=chosen), pairs=6)
     expected = {ratio.name.split()[1]: ratio.expected for ratio in found}
-    more = {"dcl": 2, "cam_erasing": 4 / 3, "snapmix": 4 / 3, "attention_crop_drop": 3}
+    more = {"dcl": 2, "cam_erasing": 4 / 3, "snapmix": 4 / 3, "distill": 4 / 3, "attention_crop_drop": 3}
     assert expected == {kind: pytest.approx(more.get(kind, 1)) for kind in ("plain", *CONFIGS)}
     bench.write_csv(tmp_path / "each.csv", found)
     with (tmp_path / "each.csv").open() as file:

@@ -19,7 +19,8 @@ from fgvc.cam.maps import Method, evaluating, refusal
 from fgvc.model.backbone import feature_map, modules_behind, scale_cells, zeros_through
 from fgvc.model.graft import Site, find_sites, graft
 from fgvc.model.norm import own_statistics
-from fgvc.types import Draws, FgvcError, Output
+from fgvc.model.teacher import AnyTeacher, Teacher
+from fgvc.types import Batch, Draws, FgvcError, Output
 
 Gate = Callable[[Tensor, "Context"], Tensor]
 FEATURES: Literal["features"] = "features"  # the gate that needs no hook: on the output of forward_features
@@ -54,6 +55,8 @@ class Joints:
     notes: list[str] = field(default_factory=list)
     recompute: bool = False  # activation checkpointing is on
     render: float = 1.0  # side of the rendered images in units of the network's input
+    opener: Callable[[AnyTeacher, Joints], Teacher] | None = None  # None: the net is only rebuilt, nobody learns
+    average: list[nn.Module] = field(default_factory=list)  # the moving average, once there is one
     refusals: dict[Method, str | None] = field(default_factory=dict)
     _sites: tuple[list[Site], dict[str, str]] | None = None
     _shapes: tuple[tuple[int, int, int], int] | None = None
@@ -232,6 +235,15 @@ class Plan:
         """Have the crops rendered at this many times the input's side or more: `Batch.render`."""
         self._joints.render = max(self._joints.render, scale)
 
+    def teachers(self, wanted: Sequence[AnyTeacher]) -> list[Teacher]:
+        """Networks to learn from, opened; none where a trained net is only rebuilt, for which they may be gone. Raises
+        FgvcError for one that is not there, or can't teach these classes."""
+        opener = self._joints.opener
+        try:
+            return [] if opener is None else [opener(one, self._joints) for one in wanted]
+        except FgvcError as error:
+            raise FgvcError(f"techniques.{self.kind}.teachers: {error}") from error
+
     def graft(self, site: Site, block: nn.Module) -> None:
         """Replace a convolution by a block that folds back into it."""
         graft(self._joints.net, site, block)
@@ -258,6 +270,7 @@ class Context:
     grid: Callable[[Tensor], Tensor]  # -> (B,C,h,w), whatever the backbone's layout
     # One forward of the clean images through the "net" or the "ema", without gradient and in eval mode, once a step.
     probe: Callable[[str], Output] = _no_probe
+    batch: Batch | None = None  # the clean one, where there is a step
     scaled: Callable[[Tensor, Tensor], Tensor] = torch.mul  # features, (B,h,w) weights of cells -> features
     again: bool = False  # a second pass over the same batch (SAM): what is noted for after_step was noted in the first
     kept: dict[str, Any] = field(default_factory=dict)  # of one hook, for a later one of the same step
@@ -274,6 +287,7 @@ def context_of(
     joints: Joints,
     draws: Draws,
     probe: Callable[[str], Output] = _no_probe,
+    batch: Batch | None = None,
     *,
     again: bool = False,
 ) -> Context:
@@ -291,6 +305,7 @@ def context_of(
         pooled=partial(head, pre_logits=True),
         grid=partial(feature_map, joints.net),
         probe=probe,
+        batch=batch,
         scaled=partial(scale_cells, joints.net),
         again=again,
     )

@@ -19,6 +19,7 @@ from fgvc.techniques.cutmix import CutmixConfig
 from fgvc.techniques.cutout import CutoutConfig
 from fgvc.techniques.dbb import DbbConfig
 from fgvc.techniques.dcl import DclConfig
+from fgvc.techniques.distill import DistillConfig
 from fgvc.techniques.dropblock import DropblockConfig
 from fgvc.techniques.hide_and_seek import HideAndSeekConfig
 from fgvc.techniques.mixup import MixupConfig
@@ -54,6 +55,7 @@ AnyConfig = Annotated[
     | SpatialDropoutConfig
     | MultiscaleHeadConfig
     | BoxHeadConfig
+    | DistillConfig
     | AcbConfig
     | DbbConfig
     | RepvggConfig

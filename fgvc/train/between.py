@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fgvc import __version__
 from fgvc.cam.offline import OfflineMethod, Rows, offline_maps
 from fgvc.data.loader import evaluation_loader
 from fgvc.train.events import Events
-from fgvc.train.session import Session
+from fgvc.train.run import installed
+from fgvc.train.session import Session, fingerprint
 from fgvc.types import EpochStart
+
+LOADING = ("torch", "albumentations", "numpy", "pillow")
 
 
 def epoch_start(session: Session, out: Path, events: Events, *, stop: threading.Event) -> EpochStart:
@@ -51,4 +58,18 @@ def epoch_start(session: Session, out: Path, events: Events, *, stop: threading.
         images=len(session.index), rows=session.index.rows("train"), seed=session.recipe.train.seed,
         losses=session.runtime.gather(losses)[0],
         colour=(red, green, blue), maps=maps, first=session.runtime.first, say=events.say,
+        replays=partial(_replays, session),
     )  # fmt: skip
+
+
+def _replays(session: Session) -> str | None:
+    """What decides this epoch's images: of the recipe, the data, the rendering, and the packages that do it."""
+    recipe = session.recipe
+    if session.step.hooks("on_sample"):  # what it does to an image may depend on all of the training before
+        return None
+    settings = recipe.model_dump(mode="json", include={"data", "deploy", "image", "augment", "cache"})
+    facts = [
+        __version__, settings, recipe.train.seed, session.step.joints.render, session.train_size, fingerprint(session.index),
+        session.preprocess.model_dump(mode="json"), {name: installed(name) for name in LOADING},
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -19,7 +19,7 @@ from fgvc.recipe import Recipe
 from fgvc.train.optim import make_ema
 from fgvc.train.runtime import runtime
 from fgvc.train.sam import perturbed
-from fgvc.train.session import build_net, build_optimizer, class_counts, training_index
+from fgvc.train.session import build_net, build_optimizer, class_counts, opener_of, training_index
 from fgvc.types import Batch, FgvcError
 
 STEPS = 4  # spread over the run, since weights, rates and sizes may be scheduled
@@ -51,7 +51,8 @@ def forecast(recipe: Recipe) -> Forecast:
             raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {rows} training images")
         steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.max_steps or 10**12)
         torch.manual_seed(recipe.train.seed)
-        built = build_net(recipe, len(index.classes), counts=class_counts(index))
+        opener = opener_of(recipe, index, process.device)
+        built = build_net(recipe, len(index.classes), counts=class_counts(index), opener=opener)
         step = built.step.to(process.device)
         layout = memory_format(step.net)
         step.net.to(memory_format=layout)

@@ -47,7 +47,7 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
         goes_on = process.gather(goes_on[0])
         events = Events(out, recipe.log, active=process.main)
         preprocess = recorded_preprocess(out) if goes_on[0] else None
-        opened = open_session(recipe, process, preprocess=preprocess, notify=events.say)
+        opened = open_session(recipe, process, preprocess=preprocess, notify=events.say, out=out)
         with _memory_advice(recipe), opened as session:
             _enter(session, out, events, goes_on=goes_on[0])
             _introduce(session, events)

@@ -8,15 +8,17 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fgvc import __version__
 from fgvc.config import Preprocess, differences, dump, load, validate
-from fgvc.recipe import Recipe
+from fgvc.recipe import Recipe, Selected
 from fgvc.train import checkpoint
 from fgvc.train.events import write_atomic
 from fgvc.types import FgvcError
@@ -131,6 +133,27 @@ def read_run(out: Path) -> Recipe:
     if not config.is_file():
         raise FgvcError(f"{out}: not a run of fgvc (no config.yaml)")
     return load(Recipe, config)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Of one run: a net's weights, and those of the branches beside it."""
+
+    weights: Mapping[str, Tensor]
+    branches: Mapping[str, Tensor]
+
+
+def selected_weights(out: Path, recipe: Recipe, select: Selected) -> Trained:
+    """The weights of a run that `select` names. Raises FgvcError where it has none."""
+    if select == "ema" and recipe.ema is None:
+        raise FgvcError(f"{out}: has no moving average; train with ema.decay=0.999, or choose --select last")
+    if select == "swa" and recipe.swa is None:
+        raise FgvcError(f"{out}: has no SWA; train with swa.start=0.75, or choose --select last")
+    state = checkpoint.load(out / "ckpt", "best" if select == "best" else "last")
+    if select == "swa" and state.ema is None:
+        raise FgvcError(f"{out}: SWA holds no epoch yet; train on to the end, or choose --select last")
+    averaged = select in ("ema", "swa") or (select == "best" and recipe.selected != "last" and state.ema is not None)
+    return Trained((state.ema if averaged else state.net) or {}, state.branches)
 
 
 def environment() -> dict[str, Any]:

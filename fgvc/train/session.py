@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,7 @@ from fgvc.train.checkpoint import Progress, State
 from fgvc.train.optim import Optim, make_ema, make_optimizer, make_schedule, make_swa
 from fgvc.train.runtime import Runtime
 from fgvc.train.step import StepModule
+from fgvc.train.teachers import Opener
 from fgvc.types import FgvcError, ImageIndex
 
 Notify = Callable[[str], None]
@@ -89,12 +92,18 @@ class Built:
 
 
 def build_net(
-    recipe: Recipe, classes: int, *, pretrained: bool = True, counts: NDArray[np.int64] | None = None
+    recipe: Recipe,
+    classes: int,
+    *,
+    pretrained: bool = True,
+    counts: NDArray[np.int64] | None = None,
+    opener: Opener | None = None,
 ) -> Built:
     """The plain model with its first weights, grafted and wrapped with what the techniques add; hooks not yet attached.
 
     `pretrained=False` skips `model.weights`: for loading a checkpoint, whose run folder records the preprocessing.
-    `counts` (K,): training images by class, for a loss that weighs classes; needless where nothing is trained.
+    `counts` (K,): training images by class, for a loss that weighs classes. `opener`: of teachers. Both are for a net that is
+    to learn; without an opener what techniques add for teachers is left out.
     Raises FgvcError where the backbone can't take the image size, or a technique refuses the backbone.
     """
     size = recipe.image.size
@@ -108,6 +117,7 @@ def build_net(
     epochs = recipe.train.epochs
     for trained in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
         _try(net, trained, classes, recipe.model.backbone)
+    preprocess = preprocess_for(recipe.deploy, size, weights)
     step = StepModule(
         net,
         build(recipe.techniques),
@@ -116,8 +126,28 @@ def build_net(
         l1=recipe.loss.l1,
         recompute=recipe.train.recompute,
         frozen=freeze(net, recipe.model.freeze) if recipe.model.freeze else (),
+        opener=None if opener is None else partial(opener, student=preprocess),
     )
-    return Built(step, weights, preprocess_for(recipe.deploy, size, weights))
+    return Built(step, weights, preprocess)
+
+
+def opener_of(
+    recipe: Recipe,
+    index: ImageIndex,
+    device: torch.device,
+    *,
+    preprocess: Preprocess | None = None,
+    out: Path | None = None,
+) -> Opener:
+    """What opens the teachers of a run. `preprocess`: that of a run which goes on; `out`: its folder."""
+    return Opener(
+        classes=index.classes,
+        device=device,
+        averaged=recipe.ema is not None,
+        rebuild=lambda other, classes: build_net(other, classes, pretrained=False).step.net,
+        preprocess=preprocess,
+        out=out,
+    )
 
 
 def build_optimizer(step: StepModule, recipe: Recipe) -> tuple[Optimizer, Optim]:
@@ -247,17 +277,27 @@ class Session:
 
 @contextmanager
 def open_session(
-    recipe: Recipe, runtime: Runtime, *, preprocess: Preprocess | None = None, notify: Notify | None = None
+    recipe: Recipe,
+    runtime: Runtime,
+    *,
+    preprocess: Preprocess | None = None,
+    notify: Notify | None = None,
+    out: Path | None = None,
+    teachers: bool = True,
 ) -> Iterator[Session]:
     """Build a run, ready for its first step. The loader's workers end with the context.
 
-    `preprocess`: that of a run which goes on; `model.weights` is then not read, the checkpoint replaces it.
+    `preprocess`: that of a run which goes on; `model.weights` is then not read, the checkpoint replaces it. `out`: the run's
+    folder; `teachers`: False to look at views alone, without what teachers say of them.
     """
     index = training_index(recipe)
     if recipe.selected == "best" and not len(index.rows("val")):
         raise FgvcError("select: best needs a validation part: give data.val_fraction a value above 0")
     torch.manual_seed(recipe.train.seed)
-    built = build_net(recipe, len(index.classes), pretrained=preprocess is None, counts=class_counts(index))
+    opener = opener_of(recipe, index, runtime.device, preprocess=preprocess, out=out) if teachers else None
+    built = build_net(
+        recipe, len(index.classes), pretrained=preprocess is None, counts=class_counts(index), opener=opener
+    )
     step, preprocess = built.step, preprocess or built.preprocess
     layout = memory_format(step.net)
     step.to(runtime.device)

@@ -20,6 +20,7 @@ from fgvc.cam.maps import Mapper, evaluating
 from fgvc.loss import cross_entropy
 from fgvc.model.norm import momenta, own_statistics, running_norms
 from fgvc.model.plan import FEATURES, Context, Joints, Plan, context_of
+from fgvc.model.teacher import AnyTeacher, Teacher
 from fgvc.schedule import at
 from fgvc.seeding import STEP, generator
 from fgvc.types import Batch, Draws, FgvcError, Output, Target, View
@@ -44,6 +45,7 @@ class StepModule(nn.Module):
         l1: float = 0.0,
         frozen: Sequence[nn.Module] = (),
         recompute: bool = False,
+        opener: Callable[[AnyTeacher, Joints], Teacher] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -52,7 +54,7 @@ class StepModule(nn.Module):
         plain = {id(parameter) for parameter in net.parameters()}
         self.techniques = dict(techniques)
         self.criterion = criterion
-        self.joints = Joints(net=net, size=size, recompute=recompute)
+        self.joints = Joints(net=net, size=size, recompute=recompute, opener=opener)
         for kind, setup in self.hooks("setup"):
             setup(Plan(kind, self.joints))
         self.branches = self.joints.branches
@@ -75,7 +77,7 @@ class StepModule(nn.Module):
         self.contexts: dict[str, Context] = {}
         self._mapper = Mapper(net)
         # In a list, so that it is no submodule: it has its own place in a checkpoint.
-        self._average: list[nn.Module] = []
+        self._average = self.joints.average
 
     def hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
         """The techniques that have this hook, in the union's order."""
@@ -105,7 +107,9 @@ class StepModule(nn.Module):
         Raises FgvcError where a declared tap or gate did not fire, or a technique returns an undeclared term.
         """
         probe, again = cache(lambda of: self._probe(of, batch)), views is not None
-        self.contexts = {kind: context_of(kind, self.joints, draws, probe, again=again) for kind in self.techniques}
+        self.contexts = {
+            kind: context_of(kind, self.joints, draws, probe, batch, again=again) for kind in self.techniques
+        }
         self._groups, self._inside = [], True
         with momenta(self._norms, self._momenta):
             losses, made = self._forward(batch, draws, views)
@@ -134,7 +138,7 @@ class StepModule(nn.Module):
 
     def follow(self, average: nn.Module | None) -> None:
         """The moving average of the net, for techniques that ask it."""
-        self._average = [] if average is None else [average]
+        self._average[:] = [] if average is None else [average]
 
     def _probe(self, of: str, batch: Batch) -> Output:
         net = self.net if of == "net" else self._average[0]

@@ -29,6 +29,7 @@ SETTINGS: dict[str, list[dict]] = {
     "mosaic": [{"style": "canvas", "per": "sample"}],
     "cutmix": [{"pairing": "other_class"}],
     "adl": [{"stages": [-2, "features"], "per": "sample"}],
+    "distill": [{"attention": 0.1, "hints": 0.1}, {"method": "dkd", "beta": 1.0}],
     "dropblock": [{"stages": [-2, "features"], "rate": 0.2}],
     "multiscale_head": [{"stages": [-3, -2, "features"], "width": 8}],
     # Each its own convolutions, so that every two of them can meet.
@@ -132,6 +133,12 @@ NONSENSE = [
     ("multiscale_head", {"stages": [-2, -1], "level": -3}, "not one of stages"),
     ("box_head", {"box": 0}, "nothing finds the box"),
     ("box_head", {"visible": 0}, "greater than 0"),
+    ("distill", {"teachers": []}, r"give at least one, for example \[\{kind: run"),
+    ("distill", {}, "asks the moving average of the weights, and there is no `ema:` section"),
+    ("distill", {"teachers": [{"kind": "run", "path": "x", "weight": 0}]}, r"teachers\.0\.weight: .*greater than 0"),
+    ("distill", {"teachers": [{"kind": "run", "paht": "x"}]}, r"teachers\.0\.paht: unknown key; did you mean 'path'"),
+    ("distill", {"teachers": [{"kind": "timm", "backbone": "resnet18", "weights": "none"}]}, "has nothing to teach"),
+    ("distill", {"temperature": 0}, "greater than 0"),
 ]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from fgvc.reparam.acb import AcbBlock, refusal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,7 +19,6 @@ from fgvc.export.prove import prove
 from fgvc.model.backbone import Model, load_weights, memory_format, plain_model
 from fgvc.model.deformable import Deformable, offsets
 from fgvc.model.graft import find_sites, graft
-from fgvc.reparam.acb import AcbBlock, refusal
 from fgvc.types import FgvcError
 
 SIZE = (64, 64)

@@ -1,0 +1,188 @@
+"""Opening the teachers of a run: where each comes from, and that it can teach these classes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fgvc.config import Preprocess
+from fgvc.export.bundle import load_bundle
+from fgvc.export.plain import strip
+from fgvc.model.backbone import Model, deployed, feature_map, load_weights, memory_format, plain_model, zeros_through
+from fgvc.model.plan import Joints
+from fgvc.model.teacher import (
+    AnyTeacher,
+    BundleTeacher,
+    EmaTeacher,
+    RunTeacher,
+    Said,
+    Teacher,
+    TimmTeacher,
+    conversion,
+    digest,
+    in_order,
+    through,
+)
+from fgvc.recipe import Recipe
+from fgvc.serve.engine import Engine, available_cpus
+from fgvc.train.run import read_run, recorded_preprocess, selected_weights
+from fgvc.types import FgvcError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opener:
+    """Opens what the student of one run is to learn from. Each process opens its own."""
+
+    classes: tuple[str, ...]  # the student's
+    device: torch.device
+    averaged: bool  # whether the student has a moving average
+    rebuild: Callable[[Recipe, int], nn.Module]  # the net of another recipe, of so many classes, without its weights
+    preprocess: Preprocess | None = None  # of a run that goes on
+    out: Path | None = None  # the student's folder
+
+    def __call__(self, wanted: AnyTeacher, joints: Joints, student: Preprocess) -> Teacher:
+        """`student`: the preprocessing that its weights ask for. Raises FgvcError for a teacher that is not there, does not
+        know the student's classes, or has no trained head."""
+        student = self.preprocess or student
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # or the student's own branches would start with other weights
+            match wanted:
+                case EmaTeacher():
+                    return self._average(joints)
+                case TimmTeacher():
+                    return self._timm(wanted, student)
+                case RunTeacher():
+                    return self._run(wanted, student)
+                case BundleTeacher():
+                    return self._bundle(wanted, student)
+
+    def _average(self, joints: Joints) -> Teacher:
+        if not self.averaged:
+            raise FgvcError("kind: ema is the moving average, and there is no `ema:` section; give ema.decay=0.99")
+        channels = _channels(joints.net, joints.size)
+        average = joints.average  # filled once the average is made, and changed in place by every step
+        return Teacher(
+            name="its own moving average",
+            answer=lambda x: through(average[0], x, maps=channels is not None),
+            size=None,
+            channels=channels,
+            convert=lambda x: x,
+        )
+
+    def _timm(self, wanted: TimmTeacher, student: Preprocess) -> Teacher:
+        model = Model(backbone=wanted.backbone, kwargs=wanted.kwargs, weights=wanted.weights)
+        net = plain_model(wanted.backbone, len(self.classes), wanted.kwargs)
+        weights = load_weights(net, model)
+        if fresh := [key for key in weights.fresh if not key.endswith("num_batches_tracked")]:
+            raise FgvcError(
+                f"{weights.origin}: its head does not have {len(self.classes)} outputs, one for each class of this run; "
+                f"a teacher must be trained on these classes ({', '.join(fresh[:2])})"
+            )
+        size = wanted.size or tuple(net.pretrained_cfg["input_size"][1:])  # type: ignore[index]
+        own = student.model_copy(
+            update={"mean": weights.mean, "std": weights.std, "input_range": 1, "channel_order": "rgb", "size": size}
+        )
+        doubts = tuple(f"WARNING: {doubt}" for doubt in weights.doubts)
+        order = list(range(len(self.classes)))
+        return self._of_net(
+            net, model, student, own, order, name=f"{wanted.backbone} of {weights.origin}", notes=doubts
+        )
+
+    def _run(self, wanted: RunTeacher, student: Preprocess) -> Teacher:
+        if self.out is not None and wanted.path.resolve() == self.out.resolve():
+            raise FgvcError(f"{wanted.path}: is this run's own folder; kind: ema learns from its own average")
+        recipe, own = read_run(wanted.path), recorded_preprocess(wanted.path)
+        try:
+            labels = tuple(json.loads((wanted.path / "labels.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise FgvcError(f"{wanted.path}: labels.json can't be read ({error})") from error
+        order = in_order(labels, self.classes, where=str(wanted.path))
+        trained = self.rebuild(recipe, len(labels)).eval()
+        chosen = wanted.select or recipe.selected
+        try:
+            trained.load_state_dict(selected_weights(wanted.path, recipe, chosen).weights)
+        except RuntimeError as error:
+            raise FgvcError(f"{wanted.path}: its checkpoint does not fit its recipe: {error}") from error
+        smoothing = recipe.loss.label_smoothing
+        warnings = (f"WARNING: it was trained with loss.label_smoothing {smoothing:g}, which makes a worse teacher",)
+        # As it would ship: grafted blocks are folded, and cost nothing.
+        net = strip(trained, backbone=recipe.model.backbone, num_classes=len(labels), kwargs=recipe.model.kwargs)
+        return self._of_net(
+            net,
+            recipe.model,
+            student,
+            own,
+            order,
+            name=f"{wanted.path} ({recipe.model.backbone}, {chosen})",
+            notes=warnings if smoothing else (),
+        )
+
+    def _of_net(
+        self,
+        net: nn.Module,
+        model: Model,
+        student: Preprocess,
+        own: Preprocess,
+        order: list[int],
+        *,
+        name: str,
+        notes: tuple[str, ...],
+    ) -> Teacher:
+        net = deployed(net).requires_grad_(False)
+        channels = _channels(net, own.size)  # and that the net takes the size
+        identity = cache(partial(digest, net, model.backbone, model.kwargs, own.model_dump(), order))
+        layout = memory_format(net)
+        net.to(self.device).to(memory_format=layout)
+
+        def answer(x: Tensor) -> Said:
+            said = through(net, x.contiguous(memory_format=layout), maps=channels is not None)
+            return Said(said.logits[:, order], said.features)
+
+        return Teacher(
+            name=f"{name}, {own.size[0]} x {own.size[1]} px",
+            answer=answer,
+            size=own.size,
+            channels=channels,
+            convert=conversion(student, own),
+            identity=identity,
+            notes=notes,
+        )
+
+    def _bundle(self, wanted: BundleTeacher, student: Preprocess) -> Teacher:
+        bundle = load_bundle(wanted.path)
+        own, order = bundle.preprocess, in_order(bundle.labels, self.classes, where=str(wanted.path))
+        # It computes while torch waits: as many threads as torch has, which torchrun keeps down, within the CPUs allowed.
+        engine = Engine(bundle, threads=min(torch.get_num_threads(), available_cpus()))
+        facts = f"{bundle.files['model.onnx']} {own.model_dump()} {order}"
+
+        def answer(x: Tensor) -> Said:
+            logits = torch.from_numpy(engine.logits(x.contiguous().cpu().numpy()))
+            return Said(logits[:, order].to(x.device), None)
+
+        return Teacher(
+            name=f"{wanted.path} (a bundle), {own.size[0]} x {own.size[1]} px",
+            answer=answer,
+            size=own.size,
+            channels=None,
+            convert=conversion(student, own),
+            identity=lambda: hashlib.sha256(facts.encode()).hexdigest(),
+        )
+
+
+def _channels(net: nn.Module, size: tuple[int, int]) -> int | None:
+    """Of the last feature map; None where the features are no map. Raises FgvcError where the net can't take the size."""
+    try:
+        features, _ = zeros_through(net, size)
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise FgvcError(f"{type(net).__name__} can't take images of {size[0]} x {size[1]}: {error}") from error
+    try:
+        return int(feature_map(net, features).shape[1])
+    except FgvcError:
+        return None
