@@ -82,7 +82,7 @@ def permitted_pairs() -> set[tuple[int, int, int, int]]:
 
 def covering_array() -> list[Row]:
     """Greedy: a row that still lacks a pair is completed factor by factor so that most pairs are new; the best of some."""
-    missing, rng = permitted_pairs(), random.Random(2)  # of a few seeds the one with the fewest rows
+    missing, rng = permitted_pairs(), random.Random(5)  # of a few seeds the one with the fewest rows
     found: list[Row] = []
     while missing:
         candidates = [completed(*rng.choice(sorted(missing)), missing, rng) for _ in range(20)]
