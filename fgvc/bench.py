@@ -95,7 +95,8 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
     """Every technique's step over the step without any, and as measure of the noise that step over itself.
 
     With the recipe's settings of a technique, or its defaults. Expected is (forwards + 2 backwards) / 3, in images through
-    the backbone over images of the batch: a backward costs about two forwards. Techniques that refuse are left out.
+    the backbone over images of the batch: a backward costs about two forwards; a teacher's answer is timed by itself, in a
+    row before. Techniques that refuse are left out.
     """
     train = recipe.train.model_copy(update={"workers": 0})
     none = {kind: None for kind in CONFIGS}
@@ -114,6 +115,7 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
                 passed = count_images(sessions[0].step.net, *([] if average is None else [average.module]))
                 name = f"step: {kind or 'plain'} / plain ({_about(recipe)})"
                 ratio = interleaved(name, steps[0], steps[1], pairs=pairs)
+                asked = _bench_teachers(sessions[0], steps[1], pairs=pairs)
         except FgvcError as error:
             if kind is None or f"techniques.{kind}" not in str(error):
                 raise
@@ -121,8 +123,20 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
         images = recipe.train.batch_size * (pairs + WARM_UP)
         forwards = sum(rows for rows, _ in passed) / images
         backwards = sum(rows for rows, follows in passed if follows) / images
-        found.append(replace(ratio, expected=(forwards + 2 * backwards) / 3))
+        answers = sum(teacher.median for teacher in asked)
+        found += [*asked, replace(ratio, expected=(forwards + 2 * backwards) / 3 + answers)]
     return found
+
+
+def _bench_teachers(session: Session, plain: Callable[[], None], *, pairs: int) -> list[Ratio]:
+    """What it takes to ask each teacher, other than the moving average, about a batch, over a plain step of that batch."""
+    teachers = [one for technique in session.step.techniques.values() for one in getattr(technique, "teachers", ())]
+    batch = to_batch(next(session.loader.epoch(0)), session.normalise, session.train_size)
+    return [
+        interleaved(f"teacher: {one.name} / plain step", partial(one, batch.x, batch.finest), plain, pairs=pairs)
+        for one in teachers
+        if one.size is not None
+    ]
 
 
 def bench_maps(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fgvc import bench
+from fgvc import api, bench
 from fgvc.config import validate
 from fgvc.recipe import Recipe
 from fgvc.techniques import CONFIGS
@@ -47,6 +47,17 @@ def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, 
         rows = list(csv.DictReader(file))
     assert [float(row["expected"]) for row in rows] == pytest.approx(list(expected.values()), abs=1e-4)
     assert {"cpu", "cores", "torch", "timm"} <= set(rows[0])
+
+
+def test_a_teacher_is_timed_by_itself_and_expected_on_top(tmp_path: Path, recipe_tree: dict) -> None:
+    run = api.train(recipe(recipe_tree), tmp_path / "teacher")
+    teachers = {"distill": {"teachers": [{"kind": "run", "path": str(run)}]}}
+    found = bench.bench_each(recipe(recipe_tree, techniques=teachers), pairs=6)
+    rows = {ratio.name.partition(" ")[2]: ratio for ratio in found}
+    (answer,) = (ratio for ratio in found if ratio.name.startswith("teacher: "))
+    assert str(run) in answer.name
+    (step,) = (ratio for name, ratio in rows.items() if name.startswith("distill"))
+    assert step.expected == pytest.approx(1 + answer.median)
 
 
 def test_maps_that_the_net_has_are_set_beside_a_step(tmp_path: Path, recipe_tree: dict) -> None:

@@ -241,6 +241,7 @@ def _validate(session: Session, events: Events) -> Scores | None:
     )
     net = session.shipping()
     net.eval()
+    process.same_buffers(net)
     try:
         batches = ((batch.images, batch.labels) for batch in loader)
         layout = memory_format(net)

@@ -91,6 +91,13 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
+    def same_buffers(self, net: nn.Module) -> None:
+        """Give every process the first one's running statistics, which are those that are saved. DDP does so before each
+        forward, but each process then adds its own images."""
+        if self.world > 1:
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

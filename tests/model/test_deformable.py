@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from fgvc.reparam.acb import AcbBlock, refusal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,6 +18,8 @@ from fgvc.export.prove import prove
 from fgvc.model.backbone import Model, load_weights, memory_format, plain_model
 from fgvc.model.deformable import Deformable, offsets
 from fgvc.model.graft import find_sites, graft
+from fgvc.reparam.block import refusal
+from fgvc.reparam.kinds import acb
 from fgvc.types import FgvcError
 
 SIZE = (64, 64)
@@ -175,7 +176,7 @@ def trained() -> nn.Module:
     torch.manual_seed(3)
     sites = [site for site in find_sites(net, SIZE)[0] if refusal(net.get_submodule(site.name)) is None]
     for site in [sites[1], next(site for site in sites if site.name.endswith("offset"))]:
-        graft(net, site, AcbBlock(net.get_submodule(site.name)))
+        graft(net, site, acb(net.get_submodule(site.name)))
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if parameter.ndim == 1 or "offset" in name:

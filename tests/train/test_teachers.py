@@ -36,7 +36,7 @@ def base(colours: Path) -> dict:
     return {
         "data": {"kind": "folder", "root": str(colours)},
         "model": {"backbone": "test_resnet"},
-        "image": {"size": 32},
+        "image": {"size": 48},
         "train": {"epochs": 2, "batch_size": 8, "workers": 0, "device": "cpu"},
         "optim": {"lr": 0.02, "warmup_epochs": 0.5},
         "export": {"exporter": "torchscript"},
@@ -276,7 +276,7 @@ def test_with_a_cache_the_second_run_never_asks_and_ends_with_the_same_bits(
         (
             {"train": tree["train"] | {"seed": 1}},
             {"augment": {"flip": 0.0}},
-            {"image": {"size": 48}},
+            {"image": {"size": 32}},
             {"techniques": {"distill": settings, "ae_psl": {"rounds": 2}}},
         )
     ):
