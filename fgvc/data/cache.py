@@ -128,7 +128,12 @@ def _default_folder() -> Path:
 
 
 def _key(index: ImageIndex, rows: NDArray[np.int64], side: int, max_pixels: int) -> str:
-    digest = hashlib.sha256(f"{_VERSION} {side} {max_pixels} {index.root.resolve()}".encode())
+    return stamps(index, rows, f"{_VERSION} {side} {max_pixels}")[:24]
+
+
+def stamps(index: ImageIndex, rows: NDArray[np.int64], more: str = "") -> str:
+    """SHA-256 of the rows' files, by their names, sizes and times of change, and of `more`."""
+    digest = hashlib.sha256(f"{more} {index.root.resolve()}".encode())
     for row in rows.tolist():
         path = str(index.paths[row])
         try:
@@ -137,7 +142,7 @@ def _key(index: ImageIndex, rows: NDArray[np.int64], side: int, max_pixels: int)
         except OSError:
             stamp = "missing"
         digest.update(f"\n{row} {stamp} {path}".encode(errors="surrogateescape"))
-    return digest.hexdigest()[:24]
+    return digest.hexdigest()
 
 
 def _build(

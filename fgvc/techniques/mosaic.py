@@ -75,7 +75,8 @@ class Mosaic:
         orders = [partners(rng, batch.labels, self.config.pairing) for _ in range(CELLS - 1)]
         drawn: dict[str, Any] = {"orders": torch.stack(orders)}
         if self.config.style == "cells":
-            split = np.rint(rng.uniform(*self.config.split, (count, 2)) * batch.x.shape[2:]).astype(np.int64)
+            sides = np.array(batch.x.shape[2:])
+            split = np.rint(rng.uniform(*self.config.split, (count, 2)) * sides).clip(1, sides - 1).astype(np.int64)
             return drawn | {"split": split, "windows": rng.random((count, CELLS, 2))}
         largest = self.config.shift
         for name, low, high, shape in (

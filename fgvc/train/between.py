@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fgvc import __version__
 from fgvc.cam.offline import OfflineMethod, Rows, offline_maps
+from fgvc.data.cache import stamps
 from fgvc.data.loader import evaluation_loader
 from fgvc.train.events import Events
 from fgvc.train.run import installed
-from fgvc.train.session import Session, fingerprint
+from fgvc.train.session import Session
 from fgvc.types import EpochStart
 
 LOADING = ("torch", "albumentations", "numpy", "pillow")
@@ -65,11 +66,13 @@ def epoch_start(session: Session, out: Path, events: Events, *, stop: threading.
 def _replays(session: Session) -> str | None:
     """What decides this epoch's images: of the recipe, the data, the rendering, and the packages that do it."""
     recipe = session.recipe
-    if session.step.hooks("on_sample"):  # what it does to an image may depend on all of the training before
+    # What a hook does to an image may depend on all of the training before; balanced epochs show an image several times.
+    if session.step.hooks("on_sample") or recipe.train.sampling == "balanced":
         return None
+    files = stamps(session.index, session.index.rows("train"))
     settings = recipe.model_dump(mode="json", include={"data", "deploy", "image", "augment", "cache"})
     facts = [
-        __version__, settings, recipe.train.seed, session.step.joints.render, session.train_size, fingerprint(session.index),
+        __version__, settings, recipe.train.seed, session.step.joints.render, session.train_size, files,
         session.preprocess.model_dump(mode="json"), {name: installed(name) for name in LOADING},
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

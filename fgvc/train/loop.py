@@ -146,7 +146,12 @@ def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Eve
         with perturbed(step, sam):
             for part, (state, batch, draws, views) in enumerate(again):
                 set_rng_state(state, process.device)  # the net's own dropout draws the same
-                _pass(session, batch, draws, views, last=part == parts - 1)
+                uphill, _ = _pass(session, batch, draws, views, last=part == parts - 1)
+                if not torch.isfinite(uphill["loss"]):  # before the weights move by its gradient
+                    raise FgvcError(
+                        f"optim.sam: the loss a way of {sam.rho:g} uphill is {float(uphill['loss'])} at step "
+                        f"{session.progress.step + 1}; the last checkpoint is intact. Lower optim.sam.rho or optim.lr"
+                    )
     if recipe.optim.clip_norm is not None:
         session.scaler.unscale_(session.optimizer)
         torch.nn.utils.clip_grad_norm_(step.parameters(), recipe.optim.clip_norm)

@@ -209,11 +209,13 @@ class Session:
 
     def average_epoch(self) -> None:
         """Have SWA take in the epoch that just ended, if it is one of the last, with batch norms of its own (methods 15a).
-        Where a finished run was made longer and this is none of the last any more, the average begins anew."""
+        Where a finished run was made longer and it holds one that is none of the last any more, it begins anew."""
         if self.swa is None or self.recipe.swa is None:
             return
-        if self.progress.epoch + 1 <= round(self.recipe.swa.start * self.recipe.train.epochs, 6):
+        start, ended = round(self.recipe.swa.start * self.recipe.train.epochs, 6), self.progress.epoch + 1
+        if ended - int(self.swa.n_averaged) <= start:  # the first of those that it holds
             self.swa.n_averaged.zero_()
+        if ended <= start:
             return
         self.swa.update_parameters(self.step.net)
         self._reestimate(self.swa.module, self.recipe.swa.images)
@@ -348,12 +350,14 @@ def _loader(
     """This rank's training images, rendered at the largest size that an epoch or a technique asks for."""
     rows = index.rows("train")
     micro = recipe.train.batch_size // (runtime.world * recipe.train.accumulate)
-    if micro < 2 and any(isinstance(module, _BatchNorm) for module in step.net.modules()):
+    if micro < 2 and any(isinstance(module, _BatchNorm) for module in step.modules()):
         raise FgvcError(
             f"train.batch_size: {recipe.train.batch_size} over {runtime.world} processes x train.accumulate "
             f"{recipe.train.accumulate} leaves {micro} image a forward, and a batch norm needs two"
         )
     side = max(recipe.image.largest_train_size, recipe.image.scaled(step.joints.render))
+    if max(side) > 4096:
+        raise FgvcError(f"images would have to be rendered at {side} pixels for a technique or a teacher; at most 4096")
     rendered = preprocess.model_copy(update={"size": side})
     loader = train_loader(
         index,
