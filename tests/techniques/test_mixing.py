@@ -217,3 +217,10 @@ def test_a_probe_is_made_once_and_only_in_steps_that_ask_it() -> None:
     passed.clear()
     step(data, step.draw(data, 0.0, seed=0, step=0))
     assert passed == [False, True]
+
+
+@pytest.mark.parametrize("split", [(0.001, 0.001), (0.999, 0.9999)])
+def test_every_part_of_a_mosaic_has_a_pixel(split: tuple[float, float]) -> None:
+    found, _ = mixed("mosaic", batch(), split=split)
+    assert (weights(found) > 0).all()
+    torch.testing.assert_close(weights(found).sum(0), torch.ones(6))

@@ -124,6 +124,9 @@ def test_a_longer_run_begins_the_average_anew_or_goes_on(
     is_mean_of(run, ends[2:5])
     api.train(swa(recipe_tree, epochs=12), run)  # epoch 6 is none of the last: 7 is the first again
     is_mean_of(run, ends[6:12])
+    other = api.train(swa(recipe_tree), tmp_path / "other")
+    api.train(swa(recipe_tree, epochs=6), other)  # 3 is none of the last any more, and can't be taken out
+    is_mean_of(other, ends[4:6])
 
 
 def test_validation_and_what_ships_are_the_net_until_there_is_an_average(tmp_path: Path, recipe_tree: dict) -> None:
