@@ -16,6 +16,7 @@ from fgvc.export.plain import strip
 from fgvc.export.prove import prove
 from fgvc.model.backbone import plain_model
 from fgvc.recipe import conflicts
+from fgvc.reparam.choice import Where
 from fgvc.techniques import CONFIGS, Techniques
 from fgvc.train.session import build_net
 
@@ -43,11 +44,19 @@ def said(backbone: str) -> dict[str, str]:
 
 
 def together(backbone: str) -> list[str]:
-    """Techniques that apply, of which no two exclude each other: the first come are served."""
+    """Techniques that apply, of which no two exclude each other: the first come are served.
+
+    Of those that give convolutions branches only one, as their defaults all take every convolution: the backbones take
+    turns.
+    """
+    applies = [kind for kind in CONFIGS if said(backbone).get(kind) == "yes"]
+    branched = [kind for kind in applies if issubclass(CONFIGS[kind], Where)]
+    turn = list(ARCHITECTURES.BACKBONES).index(backbone)
+    others = {kind for at, kind in enumerate(branched) if at != turn % len(branched)}
     chosen: list[str] = []
-    for kind in CONFIGS:
+    for kind in applies:
         more = [*chosen, kind]
-        if said(backbone).get(kind) == "yes" and not conflicts(Techniques(**{one: {} for one in more})):
+        if kind not in others and not conflicts(Techniques(**{one: {} for one in more})):
             chosen = more
     return chosen
 
