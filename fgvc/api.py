@@ -20,19 +20,16 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.evaluate import metrics
 from fgvc.evaluate.averaged import Views, averaged, canvas, refined
 from fgvc.evaluate.plot import plot_confusion
+from fgvc.evaluate.subject import subject
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
 from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
-from fgvc.model.backbone import memory_format
 from fgvc.preview import Preview, preview
 from fgvc.recipe import Recipe, Selected, load_recipe
 from fgvc.train.events import as_csv, write_atomic
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
-from fgvc.train.run import read_run, recorded_preprocess, selected_weights
-from fgvc.train.runtime import runtime
-from fgvc.train.session import build_net, read_index
-from fgvc.train.step import StepModule
+from fgvc.train.session import read_index
 from fgvc.types import FgvcError, ImageIndex
 
 __all__ = [
@@ -90,43 +87,33 @@ def evaluate(
     Writes `metrics.json`, `tables/{classes,confused}-<split>.csv` and `plots/confusion-<split>.png` into the run. Raises
     FgvcError where the part is empty.
     """
-    recipe = read_run(run)
-    index, preprocess = _data_of(run, recipe)
-    split = split or ("val" if len(index.rows("val")) else "test")
-    chosen = select or recipe.selected
-    step = _trained(run, recipe, len(index.classes), chosen, branches=views == "refined")
-    rows = index.rows(split)
-    if not len(rows):
-        raise FgvcError(f"{run}: its data has no {split} part")
-    here = recipe.train if device is None else recipe.train.model_copy(update={"device": device})
+    seen = subject(run, select, branches=views == "refined")
+    index, preprocess, chosen = seen.index, seen.preprocess, seen.select
+    part, rows = seen.part(split)
     spec = canvas(preprocess) if views is not None and "crops" in views else preprocess
     if spec is not preprocess and spec.size == preprocess.size:
         raise FgvcError(
             f"--views {views}: the deployed crop is the whole canvas here, so all crops are the same; use flip"
         )
-    with runtime(here) as process:
-        net = step.to(process.device).net
-        layout = memory_format(net)
-        net.to(memory_format=layout)
+    with seen.placed(device) as (where, layout):
+        net = seen.step.net
         unreadable: list[str] = []
-        loader = evaluation_loader(index, rows, spec=spec, batch_size=64, workers=recipe.train.workers)
+        loader = evaluation_loader(index, rows, spec=spec, batch_size=64, workers=seen.recipe.train.workers)
         scored = net if views is None else averaged(net, views, preprocess.size)
         if views == "refined":
-            scored = refined(step.look, net)
+            scored = refined(seen.step.look, net)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in loader:
                 unreadable.extend(str(error) for error in batch.bad)
                 yield batch.images, batch.labels
 
-        scores = metrics.evaluate(
-            scored, batches(), classes=len(index.classes), device=process.device, memory_format=layout
-        )
+        scores = metrics.evaluate(scored, batches(), classes=len(index.classes), device=where, memory_format=layout)
     known = _recorded(run)
-    name = split if views is None else f"{split}-{views}"
+    name = part if views is None else f"{part}-{views}"
     known[f"{name}.{chosen}"] = scores.numbers()
     write_atomic(run / "metrics.json", json.dumps(known, indent=1) + "\n")
-    title = f"{split}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
+    title = f"{part}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
     plot_confusion(scores.confusion, index.classes, run / "plots" / f"confusion-{name}.png", title=title)
     (run / "tables").mkdir(exist_ok=True)
     for table, lines in (("classes", scores.by_class(index.classes)), ("confused", scores.confused(index.classes))):
@@ -142,12 +129,10 @@ def export(
     `against`: the deployed file that it must be a drop-in for. Raises FgvcError where any proof fails, and writes nothing.
     """
     refuse_target(out, overwrite=overwrite)
-    recipe = read_run(run)
-    index, preprocess = _data_of(run, recipe)
-    chosen = select or recipe.selected
-    step = _trained(run, recipe, len(index.classes), chosen)
+    seen = subject(run, select)
+    recipe, index, preprocess, chosen = seen.recipe, seen.index, seen.preprocess, seen.select
     proven = prove(
-        step.net,
+        seen.step.net,
         _real_images(index, preprocess),
         backbone=recipe.model.backbone,
         num_classes=len(index.classes),
@@ -196,32 +181,6 @@ def _recorded(run: Path) -> dict[str, Any]:
     except ValueError as error:
         raise FgvcError(f"{path}: not valid JSON ({error}); remove it and evaluate again") from error
     return known
-
-
-def _data_of(run: Path, recipe: Recipe) -> tuple[ImageIndex, Preprocess]:
-    """The run's data as it is now, refused where its classes are no longer those that were trained."""
-    try:
-        trained = tuple(json.loads((run / "labels.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise FgvcError(f"{run}: the run was not started yet ({error})") from error
-    preprocess, index = recorded_preprocess(run), read_index(recipe)
-    if index.classes != trained:
-        raise FgvcError(f"{run}: the classes in {recipe.data.root} are not those that the run was trained on")
-    return index, preprocess
-
-
-def _trained(run: Path, recipe: Recipe, classes: int, select: Selected, *, branches: bool = False) -> StepModule:
-    """The network as trained, re-parameterised blocks in it, and the added branches beside it; eval mode, without hooks."""
-    found = selected_weights(run, recipe, select)
-    step = build_net(recipe, classes, pretrained=False).step
-    try:
-        step.net.load_state_dict(found.weights)
-        if branches:  # but for those that teachers alone would call for
-            own = {key: value for key, value in found.branches.items() if key.partition(".")[0] in step.branches}
-            step.branches.load_state_dict(own)
-    except RuntimeError as error:
-        raise FgvcError(f"{run}: its checkpoint does not fit its recipe: {error}") from error
-    return step.eval()
 
 
 def _real_images(index: ImageIndex, preprocess: Preprocess) -> Iterable[np.ndarray]:

@@ -12,6 +12,7 @@ from PIL import Image
 from fgvc import api
 from fgvc.config import Preprocess, validate
 from fgvc.evaluate.averaged import averaged, canvas, refined
+from fgvc.evaluate.subject import subject
 from fgvc.image.preprocess import preprocess
 from fgvc.recipe import Recipe
 from fgvc.types import FgvcError
@@ -78,7 +79,7 @@ def test_a_second_pass_over_the_attended_crop(tmp_path: Path, recipe_tree: dict,
     plain, twice = api.evaluate(run), api.evaluate(run, views="refined")
     assert (plain.split, twice.split) == ("val", "val-refined")
     assert (twice.scores.loss != plain.scores.loss) or guide == "attention", "the mean attention may be the whole image"
-    step = api._trained(run, made, 3, "last", branches=True)
+    step = subject(run, "last", branches=True).step
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits, crops = step.look(x)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from fgvc import api
 from fgvc.bench import bench_each
 from fgvc.config import validate
+from fgvc.evaluate.subject import subject
 from fgvc.model.backbone import plain_model
 from fgvc.model.plan import Joints
 from fgvc.model.teacher import AnyTeacher, Teacher
@@ -81,7 +82,7 @@ def pictures(size: int) -> torch.Tensor:
 
 def test_a_run_and_its_bundle_say_what_the_shipped_net_says_of_those_pixels(taught: tuple[Path, Path], tree) -> None:
     run, bundle = taught
-    pixels, trained = pictures(64), api._trained(run, api.read_run(run), 3, "ema")
+    pixels, trained = pictures(64), subject(run, "ema").step
     x = (pixels.flip(3) / 255 - torch.tensor([0.3, 0.4, 0.5])) / torch.tensor([0.25, 0.5, 0.2])
     with torch.no_grad():
         features = trained.net.forward_features(x.permute(0, 3, 1, 2))
@@ -236,8 +237,8 @@ def test_from_an_earlier_run_and_its_bundle_to_a_bundle_of_ones_own(
     shutil.rmtree(bundle)
     assert api.evaluate(student, "test").scores.images == 12
     assert api.export(student, tmp_path / "own").proven.structural.passed
-    assert api.preview(api.read_run(student), tmp_path / "sheets", images=2, run=student).sheets
-    step = api._trained(student, api.read_run(student), 3, "last", branches=True)
+    assert api.preview(subject(student).recipe, tmp_path / "sheets", images=2, run=student).sheets
+    step = subject(student, "last", branches=True).step
     assert not len(step.branches)
     with pytest.raises(FgvcError, match=r"techniques\.distill\.teachers: .*not a run of fgvc"):
         api.train(made.model_copy(update={"train": made.train.model_copy(update={"epochs": 3})}), student)

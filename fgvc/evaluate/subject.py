@@ -1,0 +1,107 @@
+"""A run opened to be looked at: its recipe, its data as they are now, and the weights that one of its selections names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fgvc.config import Preprocess
+from fgvc.data.loader import evaluation_loader
+from fgvc.model.backbone import memory_format
+from fgvc.recipe import Recipe, Selected
+from fgvc.train.run import read_run, recorded_preprocess, selected_weights
+from fgvc.train.runtime import runtime
+from fgvc.train.session import build_net, read_index
+from fgvc.train.step import StepModule
+from fgvc.types import FgvcError, ImageIndex, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a classifier said of N images of one part, in the order of their rows."""
+
+    rows: NDArray[np.int64]  # (N,) of the index
+    labels: NDArray[np.int64]  # (N,)
+    logits: NDArray[np.float32]  # (N,K)
+    unreadable: tuple[str, ...]  # path and reason of those left out
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One run's net in eval mode, re-parameterised blocks in it and the added branches beside it, without hooks."""
+
+    run: Path
+    recipe: Recipe
+    index: ImageIndex
+    preprocess: Preprocess
+    select: Selected
+    step: StepModule
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.index.classes
+
+    def part(self, split: Split | None = None) -> tuple[Split, NDArray[np.int64]]:
+        """A part and its rows; by default validation, or test where there is none. Raises FgvcError where it is empty."""
+        chosen: Split = split or ("val" if len(self.index.rows("val")) else "test")
+        if not len(rows := self.index.rows(chosen)):
+            raise FgvcError(f"{self.run}: its data has no {chosen} part")
+        return chosen, rows
+
+    @contextmanager
+    def placed(self, device: str | None = None) -> Iterator[tuple[torch.device, torch.memory_format]]:
+        """The net on the device that it was trained on, or another, in the layout that suits it, for as long as this lasts."""
+        here = self.recipe.train if device is None else self.recipe.train.model_copy(update={"device": device})
+        with runtime(here) as process:
+            layout = memory_format(self.step.net)
+            self.step.to(process.device).net.to(memory_format=layout)
+            yield process.device, layout
+
+    def answers(self, rows: NDArray[np.int64], *, device: str | None = None) -> Answers:
+        """The net's logits for images seen as in serving, in fp32. Unreadable ones are left out."""
+        seen, labels, logits, bad = [], [], [], []
+        loader = evaluation_loader(
+            self.index, rows, spec=self.preprocess, batch_size=64, workers=self.recipe.train.workers
+        )
+        with self.placed(device) as (where, layout), torch.inference_mode():
+            for batch in loader:
+                z = self.step.net(batch.images.to(where, memory_format=layout))
+                logits.append(z.float().cpu().numpy())
+                labels.append(batch.labels.numpy())
+                seen.append(batch.index.numpy())
+                bad += [str(error) for error in batch.bad]
+        return Answers(np.concatenate(seen), np.concatenate(labels), np.concatenate(logits), tuple(bad))
+
+
+def subject(run: Path, select: Selected | None = None, *, branches: bool = False) -> Subject:
+    """Open a run. `branches`: with the weights of the added branches, too; else those are as they were made.
+
+    Raises FgvcError where the folder is no run, its data's classes are no longer those that were trained, or it has no such
+    weights.
+    """
+    recipe = read_run(run)
+    try:
+        trained = tuple(json.loads((run / "labels.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise FgvcError(f"{run}: the run was not started yet ({error})") from error
+    preprocess, index = recorded_preprocess(run), read_index(recipe)
+    if index.classes != trained:
+        raise FgvcError(f"{run}: the classes in {recipe.data.root} are not those that the run was trained on")
+    chosen = select or recipe.selected
+    found = selected_weights(run, recipe, chosen)
+    step = build_net(recipe, len(trained), pretrained=False).step
+    try:
+        step.net.load_state_dict(found.weights)
+        if branches:  # but for those that teachers alone would call for
+            own = {key: value for key, value in found.branches.items() if key.partition(".")[0] in step.branches}
+            step.branches.load_state_dict(own)
+    except RuntimeError as error:
+        raise FgvcError(f"{run}: its checkpoint does not fit its recipe: {error}") from error
+    return Subject(run, recipe, index, preprocess, chosen, step.eval())

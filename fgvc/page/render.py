@@ -1,0 +1,47 @@
+"""Self-contained HTML: pictures inside the file, no script, nothing fetched. Templates lie beside this file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from PIL import Image
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,  # class names and paths are the user's
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def render(template: str, **context: Any) -> str:
+    """The page that `template` makes; it extends `base.html`, which asks for `title`."""
+    return ENVIRONMENT.get_template(template).render(**context)
+
+
+def picture(image: Image.Image, *, side: int = 224, quality: int = 80) -> str:
+    """An image as a data address (JPEG), no side longer than `side` pixels."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return _address("jpeg", small, quality=quality)
+
+
+def chart(figure: Figure) -> str:
+    """A figure as a data address (SVG): sharp on paper and on any screen."""
+    content = io.BytesIO()
+    with rc_context({"svg.hashsalt": "fgvc"}):  # else each file has names of its own inside
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _address(kind: str, image: Image.Image, **options: Any) -> str:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
