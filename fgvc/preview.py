@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -19,6 +17,7 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.disk import writing
 from fgvc.evaluate.font import ADVICE, writable
 from fgvc.image.decode import decode
+from fgvc.image.overlay import overlay
 from fgvc.recipe import Recipe
 from fgvc.techniques import CONFIGS
 from fgvc.train import checkpoint
@@ -30,7 +29,6 @@ from fgvc.train.session import Session, fingerprint, open_session
 from fgvc.types import FgvcError, Target, View
 
 MARGIN, LINE = 6, 15  # pixels
-MASKED = 220, 30, 30  # red
 LARGEST = 256  # pixels: what a picture is reduced to on a sheet
 
 
@@ -109,10 +107,11 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
         cells = [Cell(original, f"original: {names[int(batch.labels[at])]}")]
         for kind, change in session.step.hooks("on_sample"):
             changed = np.any(change(np.array(original), row) != np.asarray(original), axis=2)
-            cells.append(Cell(_overlay(original, torch.from_numpy(changed)), f"{kind}: before the crop"))
+            cells.append(Cell(overlay(original, changed), f"{kind}: before the crop"))
         cells += [_view_cell(view, at, session.preprocess, names) for view in views]
         cells += [
-            Cell(_overlay(_picture(x[at], session.preprocess), maps[at]), name) for name, (x, maps) in found.items()
+            Cell(overlay(_picture(x[at], session.preprocess), maps[at].detach().cpu().numpy()), name)
+            for name, (x, maps) in found.items()
         ]
         rows.append(cells)
     return rows
@@ -180,20 +179,6 @@ def _picture(x: Tensor, spec: Preprocess) -> Image.Image:
     pixels = (pixels * np.array(spec.std) + np.array(spec.mean)) * 255 / spec.input_range
     pixels = pixels[..., ::-1] if spec.channel_order == "bgr" else pixels
     return Image.fromarray(np.round(pixels.clip(0, 255)).astype(np.uint8))
-
-
-def _overlay(picture: Image.Image, found: Tensor) -> Image.Image:
-    """A map (h,w) in [0,1] as colours over the picture, dark blue to yellow; a mask's cells in red."""
-    values = found.float().cpu().numpy()
-    if found.dtype == torch.bool:
-        colours, share = np.full((*values.shape, 3), MASKED, dtype=np.uint8), 0.6 * values
-        resample = Image.Resampling.NEAREST
-    else:
-        colours = (255 * colormaps["plasma"](values)[..., :3]).astype(np.uint8)
-        share = np.full(values.shape, 0.55)
-        resample = Image.Resampling.BILINEAR
-    over = Image.fromarray(colours).resize(picture.size, resample)
-    return Image.composite(over, picture, Image.fromarray(np.uint8(255 * share)).resize(picture.size, resample))
 
 
 def _save(rows: list[list[Cell]], font: Path, path: Path) -> Path:

@@ -65,21 +65,6 @@ def test_maps_and_masks_lie_beside_the_views_and_a_run_can_look(tmp_path: Path, 
         api.preview(other, tmp_path / "other", run=run)
 
 
-def test_masks_are_red_and_maps_are_colours() -> None:
-    import torch
-
-    grey = Image.new("RGB", (8, 8), (100, 100, 100))
-    mask = torch.zeros(2, 2, dtype=torch.bool)
-    mask[0, 1] = True
-    over = np.asarray(preview._overlay(grey, mask))
-    assert (over[4:] == 100).all()
-    assert (over[:4, :4] == 100).all()
-    assert (over[:4, 4:, 0] > 150).all()
-    heat = np.asarray(preview._overlay(grey, torch.tensor([[0.0, 1.0]]))).astype(int)
-    assert heat[4, 0, 2] > heat[4, 0, 1], "low: blue"
-    assert heat[4, 7, 0] > heat[4, 7, 2], "high: yellow"
-
-
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
 @pytest.mark.parametrize("white", [1, 255])
 def test_pictures_are_the_networks_input_undone(order: str, white: int, colours: Path) -> None:
