@@ -15,6 +15,7 @@ from fgvc.data.named import NamedData
 from fgvc.data.table import CsvData
 from fgvc.export.onnx import Export
 from fgvc.image.augment import Augment
+from fgvc.image.mix import Mixing
 from fgvc.loss import Loss
 from fgvc.model.backbone import Model
 from fgvc.schedule import Scheduled, Value, at, knots
@@ -25,6 +26,7 @@ from fgvc.train.optim import Ema, Optim, Swa
 from fgvc.train.runtime import Train
 
 Selected = Literal["last", "best", "ema", "swa"]
+END = 1 - 1e-9  # of a run: its last step lies before 1
 
 
 class Image(Section):
@@ -164,14 +166,24 @@ class Recipe(Section):
 
 
 def conflicts(techniques: Section) -> list[str]:
-    """Pairs that may not go together (methods 16), each with what to change; a technique declares its own."""
+    """What may not go together (methods 16), each with what to change; a technique declares its own."""
     chosen = _chosen(techniques)
-    return [
+    found = [
         f"techniques: {kind} and {other} can't go together: {advice}"
         for kind, config in chosen.items()
         for other, advice in getattr(config, "conflicts", {}).items()
         if other in chosen
     ]
+    mixers = {kind: config for kind, config in chosen.items() if isinstance(config, Mixing)}
+    times = {min(time, END) for config in mixers.values() for time in (0.0, *knots(config.probability), END)}
+    if mixers and all(sum(config.share(time) for config in mixers.values()) >= 1 for time in times):
+        found += [
+            f"techniques.{kind}: learns from images of one label, and {' and '.join(mixers)} mixed in every step leave none; "
+            f"give, for example, techniques.{next(iter(mixers))}.probability=0.5"
+            for kind, config in chosen.items()
+            if getattr(config, "needs_whole_labels", False)
+        ]
+    return found
 
 
 def _chosen(techniques: Section) -> dict[str, Section]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fgvc.config import Section
-from fgvc.schedule import ScheduledShare
+from fgvc.schedule import ScheduledShare, at
 from fgvc.types import Batch, Target
 
 Part = tuple[Tensor | None, Tensor]
@@ -33,6 +34,10 @@ class Mixing(Section):
     pairing: Literal["any", "other_class"] = Field(
         "any", description="other_class: with an image of another class where the batch has one"
     )
+
+    def share(self, progress: float) -> float:
+        """Of the steps at `progress` in [0,1) those that mix so, where nothing else mixes."""
+        return at(self.probability, progress)
 
 
 def partners(rng: np.random.Generator, labels: Tensor, pairing: Literal["any", "other_class"]) -> Tensor:
@@ -91,6 +96,14 @@ def pasted(x: Tensor, source: Tensor, *, to: Tensor, of: Tensor) -> Tensor:
     where = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=-1).to(x.dtype)
     moved = F.grid_sample(source, where.expand(len(x), -1, -1, -1), align_corners=False, padding_mode="border")
     return torch.where(inside(to, size), moved, x)
+
+
+def boxes_of_partners(batch: Batch, box: Tensor, order: Tensor) -> Batch:
+    """Each image with what its partner `order` (B,) has in the boxes (1 or B,4), at the same place; labels by exact area."""
+    size = (batch.x.shape[2], batch.x.shape[3])
+    theirs = share_of(box, size).expand(len(order))
+    x = torch.where(inside(box, size), batch.x[order], batch.x)
+    return replace(batch, x=x, target=mixed_target(batch.target, [(None, 1 - theirs), (order, theirs)]))
 
 
 def mixed_target(target: Target, parts: Sequence[Part]) -> list[tuple[Tensor, Tensor]]:

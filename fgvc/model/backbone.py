@@ -140,7 +140,7 @@ def load_weights(net: nn.Module, model: Model) -> Weights:
         else:
             doubt = (
                 f"{path.name} says nothing of its mean and std: timm's for {model.backbone} are assumed, mean {expects['mean']}, "
-                f"std {expects['std']}. Give deploy.mean and deploy.std, or a file {sidecar.name} beside it "
+                f"std {expects['std']}. Give mean and std (in deploy; a teacher has its own), or a file {sidecar.name} beside it "
                 '({"mean": [...], "std": [...]})'
             )
             return _fill(net, state, model, origin=origin, doubts=(doubt,), expects=expects)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.cam.maps import evaluating
-from fgvc.config import Preprocess, Section
+from fgvc.config import Preprocess, Section, Triple
 from fgvc.model.backbone import Model, feature_map
 from fgvc.types import FgvcError
 
@@ -38,6 +38,9 @@ class TimmTeacher(_Weighted):
     size: tuple[int, int] | None = Field(
         None, description="height and width of its input; default: what timm's weights were trained at"
     )
+
+    mean: Triple | None = Field(None, description="of its input, RGB in [0,1]; default: as model.weights says")
+    std: Triple | None = Field(None, description="likewise")
 
     @field_validator("weights")
     @classmethod

@@ -19,8 +19,8 @@ from fgvc.cam.maps import normalised
 from fgvc.cam.masks import FILLS, Fill, Region, boxes, crop, erase, moved, select, shifted
 from fgvc.config import Section, ShareRange
 from fgvc.loss import cross_entropy
+from fgvc.model.centre import Noted
 from fgvc.model.plan import AnyMethod, Context, Plan
-from fgvc.model.ranks import gathered
 from fgvc.schedule import Scheduled, at, ever
 from fgvc.types import Batch, Output, View
 
@@ -74,7 +74,7 @@ class AttentionCropDrop:
     def __init__(self, config: AttentionCropDropConfig) -> None:
         self.config = config
         self.weights: Mapping[str, Scheduled] = {"pooled": config.pooled, "centre": config.centre}
-        self._new: list[tuple[Tensor, Tensor]] = []
+        self._noted = Noted()
 
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where the features are no map, or `guide: cam` has none."""
@@ -99,10 +99,8 @@ class AttentionCropDrop:
     def views_after(self, batch: Batch, outputs: Mapping[str, Output], ctx: Context) -> list[View]:
         """Crops are cut from the finer render, unless the main view is mixed or erased."""
         main, views = outputs[MAIN], []
-        if at(self.config.centre, ctx.progress):  # one a step on every rank; -1: mixed
-            target = main.view.target
-            labels = target[0][0] if len(target) == 1 else torch.full_like(target[0][0], -1)
-            self._new.append((self._attend(main, ctx)[1].detach(), labels))
+        if at(self.config.centre, ctx.progress):
+            self._noted.add(self._attend(main, ctx)[1], main.view.target, ctx)
         x, size = main.view.x, (main.view.x.shape[2], main.view.x.shape[3])
         for what, largest in (("crop", 1.0), ("drop", self.config.largest_drop)):
             if not (weight := at(getattr(self.config, what), ctx.progress)):
@@ -134,12 +132,9 @@ class AttentionCropDrop:
         return losses
 
     def after_step(self, ctx: Context) -> None:
-        """Move the centres towards this step's features, those of all ranks."""
-        if self._new:  # of all parts of the step at once, as of all ranks
-            vector, labels = (gathered(torch.cat(parts)) for parts in zip(*self._new, strict=True))
-            branch = cast("BilinearAttention", ctx.branches["attention"])
-            branch.follow(vector, labels, rate=self.config.centre_rate)
-            self._new.clear()
+        """Move the centres by this step's features, those of all ranks and parts together."""
+        if noted := self._noted.take():
+            cast("BilinearAttention", ctx.branches["attention"]).follow(*noted, rate=self.config.centre_rate)
 
     def refine(self, output: Output, ctx: Context) -> Tensor:
         """For evaluation in two passes: the images again, cropped to the class map or the mean attention above 0.1 of its

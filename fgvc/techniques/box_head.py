@@ -37,6 +37,7 @@ class BoxHeadConfig(Section):
 
     kind: Literal["box_head"] = "box_head"
     needs_boxes: ClassVar[bool] = True
+    needs_whole_labels: ClassVar[bool] = True
     loss: Literal["giou", "diou", "ciou"] = Field(
         "ciou",
         description="1 - IoU, and: giou: the empty share of the hull | diou: the centres' distance | ciou: and aspect",

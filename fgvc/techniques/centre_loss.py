@@ -13,9 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fgvc.config import Section
-from fgvc.model.centre import class_sums
+from fgvc.model.centre import Noted, class_sums
 from fgvc.model.plan import Context, Plan
-from fgvc.model.ranks import gathered
 from fgvc.schedule import Scheduled
 from fgvc.types import Output
 
@@ -26,6 +25,8 @@ class CentreLossConfig(Section):
     kind: Literal["centre_loss"] = "centre_loss"
     centre: Scheduled = Field(0.003, description="weight of the distance to the class's centre (the paper's lambda)")
     rate: float = Field(0.5, gt=0, le=1, description="how fast the centres follow (the paper's alpha)")
+
+    needs_whole_labels: ClassVar[bool] = True
 
     def build(self) -> CentreLoss:
         return CentreLoss(self)
@@ -41,7 +42,7 @@ class CentreLoss:
     def __init__(self, config: CentreLossConfig) -> None:
         self.config = config
         self.weights: Mapping[str, Scheduled] = {"centre": config.centre}
-        self._new: list[tuple[Tensor, Tensor]] = []  # of the parts of one step
+        self._noted = Noted()
 
     def setup(self, plan: Plan) -> None:
         plan.add("centres", Centres(plan.classes, plan.pooled_width))
@@ -49,22 +50,17 @@ class CentreLoss:
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """`centre`, of the main view; none where its labels are mixed. Notes what the centres follow, on every rank."""
         main = outputs["main"]
-        target, whole = main.view.target, len(main.view.target) == 1
-        labels = target[0][0] if whole else torch.full_like(target[0][0], -1)
         x = ctx.pooled(main.features).float()
-        if not ctx.again:
-            self._new.append((x.detach(), labels))
-        if not whole:
+        self._noted.add(x, main.view.target, ctx)
+        if len(main.view.target) > 1:
             return {}
         centres = cast("Centres", ctx.branches["centres"]).of
-        return {"centre": (x - centres[labels]).square().sum(1).mean() / 2}
+        return {"centre": (x - centres[main.view.target[0][0]]).square().sum(1).mean() / 2}
 
     def after_step(self, ctx: Context) -> None:
         """Move the centres by this step's features, those of all ranks and parts together."""
-        if self._new:
-            x, labels = (torch.cat([gathered(new[i]) for new in self._new]) for i in (0, 1))
-            cast("Centres", ctx.branches["centres"]).follow(x, labels, rate=self.config.rate)
-        self._new.clear()
+        if noted := self._noted.take():
+            cast("Centres", ctx.branches["centres"]).follow(*noted, rate=self.config.rate)
 
 
 class Centres(nn.Module):

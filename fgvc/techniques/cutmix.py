@@ -5,17 +5,14 @@ Left after stripping: nothing, it only changes the batch.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from fgvc.image.mix import Mixing, draw_boxes, draws, inside, mixed_target, partners, share_of
+from fgvc.image.mix import Mixing, boxes_of_partners, draw_boxes, draws, partners
 from fgvc.model.plan import Context
-from fgvc.schedule import at
 from fgvc.types import Batch
 
 
@@ -40,9 +37,7 @@ class Cutmix:
 
     def __init__(self, config: CutmixConfig) -> None:
         self.config = config
-
-    def mixes(self, progress: float) -> float:
-        return at(self.config.probability, progress)
+        self.mixes = config.share
 
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
         """Boxes (1 or B,4) int64 in pixels, partners (B,) int64."""
@@ -53,8 +48,5 @@ class Cutmix:
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         if ctx.draw is None:
             return batch
-        size = (batch.x.shape[2], batch.x.shape[3])
         box, order = (part.to(batch.x.device, non_blocking=True) for part in ctx.draw)
-        theirs = share_of(box, size).expand(len(order))
-        x = torch.where(inside(box, size), batch.x[order], batch.x)
-        return replace(batch, x=x, target=mixed_target(batch.target, [(None, 1 - theirs), (order, theirs)]))
+        return boxes_of_partners(batch, box, order)

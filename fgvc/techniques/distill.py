@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
+import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from fgvc.cam.maps import dominant
 from fgvc.config import Section
 from fgvc.imitation import attention, decoupled, divergence, hint, softened
-from fgvc.model.logits import LogitFile, open_logits
+from fgvc.model.panel import Panel
 from fgvc.model.plan import Context, Plan
 from fgvc.model.teacher import AnyTeacher, EmaTeacher, Said, Teacher
 from fgvc.schedule import Scheduled, at, ever
-from fgvc.types import EpochStart, FgvcError, Output
+from fgvc.types import Batch, EpochStart, FgvcError, Output
 
 MAIN = "main"
 
@@ -34,7 +35,8 @@ class DistillConfig(Section):
     teachers: tuple[AnyTeacher, ...] = Field(
         (EmaTeacher(),),
         description="any of {kind: run, path: RUN}, {kind: bundle, path: BUNDLE}, {kind: timm, backbone: NAME, weights: FILE}, "
-        "{kind: ema} (the run's own average); of several the softened probabilities are averaged by their `weight`",
+        "{kind: ema} (the run's own average); of several the softened probabilities are averaged by their `weight`. A larger one "
+        "sees the larger render where nothing mixes or erases the images, else the student's pixels enlarged",
     )
     method: Literal["kd", "dkd"] = Field(
         "kd", description="dkd needs whole labels: a step whose labels are mixed falls back to kd"
@@ -84,13 +86,11 @@ class Distill:
         self.config = config
         self.weights: Mapping[str, Scheduled] = {"kd": config.kd, "attention": config.attention, "hints": config.hints}
         self.teachers: list[Teacher] = []  # empty where a trained net is only rebuilt
-        self._files: list[LogitFile | None] = []
 
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where a teacher can't teach, or none has the features that AT and hints ask for."""
         self.teachers = plan.teachers(self.config.teachers)
-        self._files = [None] * len(self.teachers)
-        self._classes = plan.classes
+        self._panel = Panel(self.teachers, cache=self.config.cache, classes=plan.classes)
         for teacher in self.teachers:
             plan.note("; ".join([f"teacher {teacher.name}", *teacher.notes]))
             if teacher.size is not None:  # in whole eights of pixels, as images are rendered
@@ -109,16 +109,11 @@ class Distill:
                     plan.add(f"hint{number}", nn.Conv2d(plan.map_shape[0], teacher.channels, 1))
 
     def before_epoch(self, start: EpochStart) -> None:
-        """Open this epoch's file of each teacher whose answers can be kept."""
-        if self.config.cache is None or not self.teachers:
-            return
-        images, shape = start.replays(), (start.images, self._classes)
-        for number, teacher in enumerate(self.teachers):
-            if images is not None and teacher.identity is not None:
-                facts = f"{images} {teacher.identity()}"
-                self._files[number] = open_logits(self.config.cache, facts, start.number, shape, first=start.first)
-        if not any(self._files) and start.number == 0:
-            start.say("distill.cache: nothing is kept: teachers change, or a technique changes images as they load")
+        self._panel.open(start)
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, list[Said]]:
+        """Nothing random: a place for the answers, which hold for a second pass over the same views (SAM)."""
+        return {}
 
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """`kd`, `attention`, `hints`; measured: how often the teachers' mean is right on these images."""
@@ -126,7 +121,9 @@ class Distill:
             return {}
         main, config, terms = outputs[MAIN], self.config, {}
         wanted = {name for name, weight in self.weights.items() if at(weight, ctx.progress)}
-        said = self._ask(main, ctx, features=bool(wanted - {"kd"}))
+        if not ctx.again:
+            ctx.draw["said"] = self._panel.ask(main, ctx, features=bool(wanted - {"kd"}))
+        said = ctx.draw["said"]
         with torch.autocast(main.logits.device.type, enabled=False):
             shares = [teacher.weight for teacher in config.teachers]
             log_q = softened([one.logits for one in said], config.temperature, shares)
@@ -148,18 +145,3 @@ class Distill:
                 terms["hints"] = torch.stack(found).mean()
         right = log_q.argmax(1) == dominant(main.view.target)
         return terms | {"teacher_accuracy": right.float().mean()}
-
-    def _ask(self, main: Output, ctx: Context, *, features: bool) -> list[Said]:
-        """Every teacher, of the main view's pixels; where these are the clean ones, of their finest render, or of the file."""
-        batch, x, answers = ctx.batch, main.view.x, []
-        clean = batch if batch is not None and x is batch.x_clean else None
-        finest = None if clean is None else clean.finest
-        for teacher, file in zip(self.teachers, self._files, strict=True):
-            known = None
-            if clean is not None and file is not None and not (features and teacher.channels):
-                known = file.recall(clean.index, clean.geometry)
-            said = Said(known.to(x.device), None) if known is not None else teacher(x, finest)
-            if clean is not None and file is not None and known is None:
-                file.keep(clean.index, clean.geometry, said.logits)
-            answers.append(said)
-        return answers

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fgvc.image.mix import Mixing, draws, mixed_target, partners
 from fgvc.model.plan import Context
-from fgvc.schedule import at
 from fgvc.types import Batch
 
 
@@ -38,9 +37,7 @@ class Mixup:
 
     def __init__(self, config: MixupConfig) -> None:
         self.config = config
-
-    def mixes(self, progress: float) -> float:
-        return at(self.config.probability, progress)
+        self.mixes = config.share
 
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
         """lambda (B,) float32 in [0,1], partners (B,) int64."""

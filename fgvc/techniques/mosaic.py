@@ -17,7 +17,6 @@ from fgvc.config import ShareRange
 from fgvc.image.mix import Mixing, draws, mixed_target, partners
 from fgvc.image.mosaic import CELLS, in_cells, on_canvas, shares
 from fgvc.model.plan import Context
-from fgvc.schedule import at
 from fgvc.types import Batch
 
 
@@ -51,6 +50,9 @@ class MosaicConfig(Mixing):
             raise ValueError("two numbers from 0.5 to 2, the smaller first")
         return value
 
+    def share(self, progress: float) -> float:
+        return super().share(progress) if progress < self.until else 0.0
+
     def build(self) -> Mosaic:
         return Mosaic(self)
 
@@ -64,9 +66,7 @@ class Mosaic:
 
     def __init__(self, config: MosaicConfig) -> None:
         self.config = config
-
-    def mixes(self, progress: float) -> float:
-        return at(self.config.probability, progress) if progress < self.config.until else 0.0
+        self.mixes = config.share
 
     def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, Any]:
         """`orders` (3,B) int64; cells: `split` (n,2) int64 rows and columns of the first cell, `windows` (n,4,2) in [0,1);

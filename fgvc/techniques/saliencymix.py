@@ -5,7 +5,6 @@ Left after stripping: nothing, it only changes the batch.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -13,10 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fgvc.image.mix import Mixing, boxes_around, draws, inside, mixed_target, partners, share_of
+from fgvc.image.mix import Mixing, boxes_around, boxes_of_partners, draws, partners
 from fgvc.image.saliency import peaks, saliency
 from fgvc.model.plan import Context
-from fgvc.schedule import at
 from fgvc.types import Batch
 
 
@@ -44,9 +42,7 @@ class Saliencymix:
 
     def __init__(self, config: SaliencymixConfig) -> None:
         self.config = config
-
-    def mixes(self, progress: float) -> float:
-        return at(self.config.probability, progress)
+        self.mixes = config.share
 
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sides (1 or B,2) int64 in pixels, partners (B,) int64."""
@@ -62,6 +58,4 @@ class Saliencymix:
         maps = saliency(batch.x)
         ctx.show("saliency", maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12), batch.x)
         box = boxes_around(peaks(maps, size)[order], sides.expand(len(order), 2), size)
-        theirs = share_of(box, size)
-        x = torch.where(inside(box, size), batch.x[order], batch.x)
-        return replace(batch, x=x, target=mixed_target(batch.target, [(None, 1 - theirs), (order, theirs)]))
+        return boxes_of_partners(batch, box, order)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.config import Section
-from fgvc.model.centre import class_sums
+from fgvc.model.centre import Noted, class_sums
 from fgvc.model.plan import Context, Plan
-from fgvc.model.ranks import gathered
 from fgvc.schedule import ScheduledShare
 from fgvc.types import Output, Target
 
@@ -34,6 +33,7 @@ class SimilarSmoothingConfig(Section):
     temperature: float = Field(0.1, gt=0, description="of the softmax over cosines: low, and only the most alike share")
     rate: float = Field(0.1, gt=0, le=1, description="how fast a class's mean features follow those of a step")
 
+    needs_whole_labels: ClassVar[bool] = True  # for the means
     needs_cross_entropy: ClassVar[bool] = True  # of the base loss, without weights of classes
 
     def build(self) -> SimilarSmoothing:
@@ -51,7 +51,7 @@ class SimilarSmoothing:
     def __init__(self, config: SimilarSmoothingConfig) -> None:
         self.config = config
         self.weights: Mapping[str, ScheduledShare] = {"similar": config.similar}
-        self._new: list[tuple[Tensor, Tensor]] = []  # of the parts of one step
+        self._noted = Noted()
 
     def setup(self, plan: Plan) -> None:
         plan.add("means", Means(plan.classes, plan.pooled_width))
@@ -61,10 +61,7 @@ class SimilarSmoothing:
         """`similar`, over the views that classify. Notes what the means follow, on every rank."""
         main = outputs["main"]
         with torch.no_grad():
-            x = ctx.pooled(main.features).float()
-        if not ctx.again:
-            y = main.view.target[0][0]
-            self._new.append((x, y if len(main.view.target) == 1 else torch.full_like(y, -1)))  # -1: mixed
+            self._noted.add(ctx.pooled(main.features).float(), main.view.target, ctx)
         means = cast("Means", ctx.branches["means"])
         seen = [output for output in outputs.values() if output.view.classifies]
         terms = [o.view.weight * _moved(o.logits.float(), o.view.target, means, self.config.temperature) for o in seen]
@@ -72,10 +69,8 @@ class SimilarSmoothing:
 
     def after_step(self, ctx: Context) -> None:
         """Move the means by this step's features, those of all ranks and parts together."""
-        if self._new:
-            x, labels = (torch.cat([gathered(new[i]) for new in self._new]) for i in (0, 1))
-            cast("Means", ctx.branches["means"]).follow(x, labels, rate=self.config.rate)
-        self._new.clear()
+        if noted := self._noted.take():
+            cast("Means", ctx.branches["means"]).follow(*noted, rate=self.config.rate)
 
 
 class Means(nn.Module):

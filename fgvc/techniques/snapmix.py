@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from fgvc.image.mix import Mixing, draw_boxes, draws, inside, mixed_target, partners, pasted
 from fgvc.model.plan import AnyMethod, Context, Plan
-from fgvc.schedule import at
 from fgvc.types import Batch
 
 
@@ -47,13 +46,11 @@ class Snapmix:
 
     def __init__(self, config: SnapmixConfig) -> None:
         self.config = config
+        self.mixes = config.share
 
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where this backbone has no class map."""
         self._method = plan.map(self.config.map)
-
-    def mixes(self, progress: float) -> float:
-        return at(self.config.probability, progress)
 
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes to paste into and boxes to take from, (1 or B,4) int64 in pixels; partners (B,) int64."""

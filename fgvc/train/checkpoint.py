@@ -45,6 +45,7 @@ class Progress:
     best: float | None = None  # validation score of ckpt/best
     history: list[dict[str, float]] = field(default_factory=list)  # one row an epoch: metrics.csv
     sums: dict[str, float] = field(default_factory=dict)  # running sums of this epoch's losses
+    counts: dict[str, int] = field(default_factory=dict)  # of the steps that had them
     seconds: float = 0.0  # of training so far, over all sessions
 
 

@@ -62,7 +62,7 @@ def forecast(recipe: Recipe) -> Forecast:
         step.train()
         optimizer, _ = build_optimizer(step, recipe)
         y = torch.arange(micro, device=process.device) % len(index.classes)
-        passed = count_images(step.net, *([] if ema is None else [ema.module]))
+        passed = count_images(step.net, *step.joints.average)
         seconds = []
         for number, progress in enumerate([0.0, *((at + 0.5) / STEPS for at in range(STEPS))]):
             size = recipe.image.train_size(progress)

@@ -25,9 +25,9 @@ from fgvc.train.between import epoch_start
 from fgvc.train.events import Events
 from fgvc.train.optim import learning_rate
 from fgvc.train.run import continue_run, open_run, recorded_preprocess, start_run
-from fgvc.train.runtime import runtime
+from fgvc.train.runtime import rng_state, runtime, set_rng_state
 from fgvc.train.sam import perturbed
-from fgvc.train.session import Session, open_session, rng_state, set_rng_state
+from fgvc.train.session import Session, open_session
 from fgvc.types import Batch, Draws, FgvcError, View
 
 
@@ -121,7 +121,7 @@ def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Eve
     parts, sam = recipe.train.accumulate, recipe.optim.sam
     again: list[tuple[Mapping[str, Any], Batch, Draws, list[View]]] = []
     session.optimizer.zero_grad(set_to_none=True)
-    summed: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {}
     count = 0
     for part in range(parts):
         raw = next(micro_batches)
@@ -141,7 +141,7 @@ def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Eve
             again.append((state, batch, draws, views))
         count += len(batch.labels)
         for name, value in losses.items():
-            summed[name] = summed.get(name, 0.0) + value.detach() / parts
+            found.setdefault(name, []).append(value.detach())
     if sam is not None:
         with perturbed(step, sam):
             for part, (state, batch, draws, views) in enumerate(again):
@@ -161,7 +161,8 @@ def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Eve
         session.ema.update(step.net, step=session.progress.step)
     for kind, after in step.hooks("after_step"):
         after(step.contexts[kind])
-    return summed, count * process.world
+    # A term may be of some parts only, as where labels are mixed: the mean is over those.
+    return {name: torch.stack(values).mean() for name, values in found.items()}, count * process.world
 
 
 def _pass(
@@ -182,6 +183,7 @@ def _log(session: Session, losses: dict[str, Tensor], images: int, events: Event
     progress = session.progress
     for name, value in losses.items():
         progress.sums[name] = progress.sums.get(name, 0.0) + float(value)
+        progress.counts[name] = progress.counts.get(name, 0) + 1
     if not math.isfinite(float(losses["loss"])):
         raise FgvcError(
             f"the loss is {float(losses['loss'])} at step {progress.step}; the last checkpoint is intact. "
@@ -198,13 +200,12 @@ def _log(session: Session, losses: dict[str, Tensor], images: int, events: Event
 def _end_epoch(session: Session, out: Path, events: Events) -> None:
     """Validate on the weights that would ship, write the epoch's row, save, and move on."""
     progress = session.progress
-    steps = max(progress.micro // session.recipe.train.accumulate, 1)
     row: dict[str, float] = {
         "epoch": progress.epoch + 1,
         "step": progress.step,
         "lr": learning_rate(session.optimizer),
     }
-    row |= {name: value / steps for name, value in progress.sums.items()}
+    row |= {name: value / progress.counts[name] for name, value in progress.sums.items()}
     if session.recipe.train.precise_bn and progress.step >= session.total_steps:
         session.reestimate_norms()
     if session.epoch_done:
@@ -221,7 +222,7 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
             plot_confusion(scores.confusion, session.index.classes, out / "plots" / "confusion.png", title="validation")
     progress.history = [old for old in progress.history if old["epoch"] != row["epoch"]] + [row]
     if session.epoch_done:  # not so where train.max_steps ends the run in mid-epoch
-        progress.epoch, progress.micro, progress.sums = progress.epoch + 1, 0, {}
+        progress.epoch, progress.micro, progress.sums, progress.counts = progress.epoch + 1, 0, {}, {}
     progress.finished = progress.step >= session.total_steps
     events.write("epoch", **row)
     events.table(progress.history)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -161,3 +161,17 @@ def _device(name: str, local: int) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise FgvcError(f"train.device: {name!r} can't be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def rng_state(device: torch.device) -> Mapping[str, Any]:
+    """Of the generators that the model's own dropout draws from."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

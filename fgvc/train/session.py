@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +42,7 @@ from fgvc.techniques import build
 from fgvc.train.batch import Normalise
 from fgvc.train.checkpoint import Progress, State
 from fgvc.train.optim import Optim, make_ema, make_optimizer, make_schedule, make_swa
-from fgvc.train.runtime import Runtime
+from fgvc.train.runtime import Runtime, rng_state, set_rng_state
 from fgvc.train.step import StepModule
 from fgvc.train.teachers import Opener
 from fgvc.types import FgvcError, ImageIndex
@@ -407,17 +407,3 @@ def _try(net: nn.Module, size: tuple[int, int], classes: int, name: str) -> None
         raise FgvcError(
             f"model.backbone: {name} gives {shape}, not one row of {classes} logits: not a plain classifier"
         )
-
-
-def rng_state(device: torch.device) -> Mapping[str, Any]:
-    """Of the generators that the model's own dropout draws from."""
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

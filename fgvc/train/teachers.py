@@ -87,9 +87,16 @@ class Opener:
             )
         size = wanted.size or tuple(net.pretrained_cfg["input_size"][1:])  # type: ignore[index]
         own = student.model_copy(
-            update={"mean": weights.mean, "std": weights.std, "input_range": 1, "channel_order": "rgb", "size": size}
+            update={
+                "mean": wanted.mean or weights.mean,
+                "std": wanted.std or weights.std,
+                "input_range": 1,
+                "channel_order": "rgb",
+                "size": size,
+            }
         )
-        doubts = tuple(f"WARNING: {doubt}" for doubt in weights.doubts)
+        said = wanted.mean is not None and wanted.std is not None
+        doubts = () if said else tuple(f"WARNING: {doubt}" for doubt in weights.doubts)
         order = list(range(len(self.classes)))
         return self._of_net(
             net, model, student, own, order, name=f"{wanted.backbone} of {weights.origin}", notes=doubts

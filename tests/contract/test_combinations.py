@@ -20,6 +20,7 @@ from fgvc.techniques import CONFIGS, Techniques
 from fgvc.train.session import build_net
 from fgvc.types import FgvcError
 
+FALLING = [[0, 1], [1, 0]]  # some steps are left to those that learn from whole labels
 SETTINGS: dict[str, list[dict]] = {
     "dcl": [{"grid": 4, "bn": "shared"}, {"grid": 4, "bn": "own"}],
     "ae_psl": [{"rounds": 2}],
@@ -27,7 +28,8 @@ SETTINGS: dict[str, list[dict]] = {
     "attention_crop_drop": [{"maps": 4}, {"maps": 4, "guide": "cam"}, {"maps": 4, "guide": "random"}],
     "acol": [{"heads": 2}, {"shared": True}],
     "mosaic": [{"style": "canvas", "per": "sample"}],
-    "cutmix": [{"pairing": "other_class"}],
+    **{kind: [{"probability": FALLING}] for kind in ("mixup", "snapmix", "saliencymix")},
+    "cutmix": [{"pairing": "other_class", "probability": FALLING}],
     "adl": [{"stages": [-2, "features"], "per": "sample"}],
     "distill": [{"attention": 0.1, "hints": 0.1}, {"method": "dkd", "beta": 1.0}],
     "dropblock": [{"stages": [-2, "features"], "rate": 0.2}],
@@ -45,6 +47,9 @@ FACTORS: dict[str, list] = {
     "ema": [None, {"decay": 0.9}],
     "precision": ["fp32", "bf16"],
     "sam": [None, {"rho": 0.05}],
+    "swa": [None, {"start": 0.4}],
+    "loss": [{}, {"kind": "focal"}, {"kind": "bce", "class_weights": "balanced"}],
+    "sampling": ["uniform", "balanced"],
 }
 
 Row = tuple[int, ...]
@@ -54,8 +59,13 @@ Row = tuple[int, ...]
 def permitted(row: Row) -> bool:
     said = {kind: levels[at] for (kind, levels), at in zip(FACTORS.items(), row, strict=True)}
     chosen = Techniques(**{kind: said[kind] for kind in CONFIGS})
-    asks = any(getattr(getattr(chosen, kind), "needs_ema", False) for kind in CONFIGS)
-    return not conflicts(chosen) and not (asks and said["ema"] is None)
+    refused = [
+        any(getattr(getattr(chosen, kind), "needs_ema", False) for kind in CONFIGS) and not said["ema"],
+        any(getattr(getattr(chosen, kind), "needs_cross_entropy", False) for kind in CONFIGS) and said["loss"],
+        said["ema"] and said["swa"],
+        said["sampling"] == "balanced" and "class_weights" in said["loss"],
+    ]
+    return not conflicts(chosen) and not any(refused)
 
 
 def pairs_of(row: Row) -> set[tuple[int, int, int, int]]:
@@ -148,9 +158,29 @@ def test_nonsense_is_refused_before_training(kind: str, settings: dict, said: st
         validate(Recipe, recipe_tree | {"techniques": {kind: settings}}, where="test")
 
 
+@pytest.mark.parametrize("kind", ["box_head", "centre_loss", "similar_smoothing"])
+def test_some_steps_must_be_left_to_those_that_learn_from_whole_labels(kind: str, boxed_tree: dict) -> None:
+    def made(**mixers: dict) -> Recipe:
+        return validate(Recipe, boxed_tree | {"techniques": {kind: {}, **mixers}}, where="test")
+
+    said = (
+        rf"techniques\.{kind}: .* mixed in every step leave none; give, for example, techniques\.m\w+\.probability=0\.5"
+    )
+    for mixers in (
+        {"mixup": {}},
+        {"mixup": {"probability": 0.5}, "cutmix": {"probability": [[0, 0.5], [1, 0.9]]}},
+        {"mosaic": {"until": 1}},
+    ):
+        with pytest.raises(FgvcError, match=said):
+            made(**mixers)
+    made(mosaic={})
+    made(mixup={"probability": 0.5}, cutmix={"probability": 0.4})
+    made(mixup={"probability": [[0, 1], [0.5, 1], [1, 0]]})
+
+
 def named(row: Row) -> str:
     said = {key: levels[at] for (key, levels), at in zip(FACTORS.items(), row, strict=True)}
-    return "-".join(f"{key}={value}" for key, value in said.items() if value) or "plain"
+    return "-".join(f"{key}={value}" for key, value in said.items() if value and value != "uniform") or "plain"
 
 
 def test_every_permitted_pair_occurs_and_the_runs_are_few() -> None:
@@ -165,8 +195,8 @@ def test_a_combination_trains_resumes_and_strips(row: Row, tmp_path: Path, boxed
     tree = boxed_tree | {
         "image": {"size": 64},  # two by two cells: class maps of one cell say nothing
         "techniques": {kind: said[kind] for kind in CONFIGS if said[kind] is not None},
-        "train": boxed_tree["train"] | {key: said[key] for key in ("accumulate", "recompute", "precision")},
-        "ema": said["ema"],
+        "train": boxed_tree["train"] | {key: said[key] for key in ("accumulate", "recompute", "precision", "sampling")},
+        **{key: said[key] for key in ("ema", "swa", "loss")},
         "optim": boxed_tree["optim"] | {"sam": said["sam"]},
     }
     made = validate(Recipe, tree, where="test")
@@ -174,12 +204,13 @@ def test_a_combination_trains_resumes_and_strips(row: Row, tmp_path: Path, boxed
     run = api.train(part, tmp_path / "run")
     api.train(made, run)
     whole = api.train(made, tmp_path / "whole")
-    for name in ("net", "branches", *(["ema"] if said["ema"] else [])):
+    average = ["ema"] if said["ema"] or said["swa"] else []
+    for name in ("net", "branches", *average):
         again, once = (load_file(place / "ckpt" / "last" / f"{name}.safetensors") for place in (run, whole))
         assert all(torch.equal(value, again[key]) for key, value in once.items()), name
     assert all(math.isfinite(float(line.split(",")[3])) for line in (run / "metrics.csv").read_text().splitlines()[1:])
     net = build_net(made, 3, pretrained=False).step.net
-    net.load_state_dict(load_file(run / "ckpt" / "last" / f"{'ema' if said['ema'] else 'net'}.safetensors"))
+    net.load_state_dict(load_file(run / "ckpt" / "last" / f"{[*average, 'net'][0]}.safetensors"))
     net.eval().double()
     arguments = {"backbone": made.model.backbone, "num_classes": 3, "kwargs": made.model.kwargs}
     exact = strip(net, **arguments, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from fgvc.data.loader import TrainBatch, evaluation_loader
 from fgvc.model.backbone import plain_model
 from fgvc.model.norm import reestimate_norms
 from fgvc.recipe import Recipe
+from fgvc.techniques.centre_loss import CentreLoss
 from fgvc.train import loop
 from fgvc.train.batch import Normalise, to_batch
 from fgvc.train.events import Events, Log, write_atomic
@@ -95,6 +97,29 @@ def test_other_losses_and_sampling_learn(tmp_path: Path, recipe_tree: dict, sect
     rows = [float(row.split(",")[4]) for row in (run / "metrics.csv").read_text().splitlines()[1:]]
     assert rows[-1] < rows[0]
     assert api.evaluate(run, "test").scores.images == 12, "rebuilt without the images' counts"
+
+
+def test_a_term_of_some_steps_is_averaged_over_those(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(recipe_tree, techniques={"centre_loss": {}}, train={"accumulate": 2})
+    numbers = iter(range(1, 100))
+
+    def losses(step: StepModule, outputs: dict, progress: float) -> dict[str, torch.Tensor]:
+        number = next(numbers)
+        always = original(step, outputs, progress)
+        return always if number % 3 else always | {"centre_loss.centre": torch.tensor(float(number))}
+
+    original = StepModule._losses
+    monkeypatch.setattr(CentreLoss, "losses", lambda self, outputs, ctx: {})
+    monkeypatch.setattr(StepModule, "_losses", losses)
+    run = api.train(made, tmp_path / "run")
+    with (run / "metrics.csv").open(newline="") as file:
+        first = next(csv.DictReader(file))
+    calls = range(1, 2 * int(first["step"]) + 1)  # two parts a step, of which one at most has the term
+    told = [number for number in calls if number % 3 == 0]
+    assert len({(number + 1) // 2 for number in told}) == len(told)
+    assert float(first["centre_loss.centre"]) == pytest.approx(sum(told) / len(told))
 
 
 def test_clipping_bounds_the_step(tmp_path: Path, recipe_tree: dict) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
-import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,10 @@ import torch
 
 from fgvc.model.ranks import gathered
 
-# The session of pytest has no sockets, so the ranks are processes of their own; `known` runs here, too.
+# `known` runs here, too.
 SCRIPT = '''
-import sys
-
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn import functional as F
 
 from fgvc.cam.attention import BilinearAttention
@@ -87,14 +84,6 @@ def known(rank, world):
     drawn_to, alike = step.branches["centre_loss"]["centres"].of, step.branches["similar_smoothing"]["means"].of
     store |= {"drawn to": drawn_to, "alike": alike}
     return {"centres": centres, "given": branch.centres, "rows": gathered(batch(0, rank, world).index), **store}
-
-
-if __name__ == "__main__":
-    place, rank = sys.argv[1], int(sys.argv[2])
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
-    torch.save(known(rank, 2), f"{place}/rank{rank}.pt")
-    distributed.destroy_process_group()
 '''
 
 
@@ -104,26 +93,13 @@ def test_one_process_gathers_its_own_rows() -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, two_ranks: Callable[[str, Path], AbstractContextManager[Path]]
+) -> list[dict[str, torch.Tensor]]:
     """What one process knows, and what each of two does."""
     place = tmp_path_factory.mktemp("ranks")
-    script = place / "ranks.py"
-    script.write_text(SCRIPT)
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
-    arguments = [sys.executable, str(script), str(place)]
-    started = [
-        subprocess.Popen([*arguments, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    try:
+    with two_ranks(SCRIPT, place) as script:
         one = runpy.run_path(str(script))["known"](0, 1)
-        for process in started:
-            _, said = process.communicate(timeout=120)
-            assert process.returncode == 0, said
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
     return [one, *(torch.load(place / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))]
 
 

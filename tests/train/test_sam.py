@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -259,12 +257,9 @@ def test_a_forecast_counts_both_passes(recipe_tree: dict) -> None:
     assert api.forecast(recipe(recipe_tree, optim={"sam": {}})).forwards == 2
 
 
-# The session of pytest has no sockets, so the ranks are processes of their own (as in test_ranks).
 SCRIPT = """
-import sys
-
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from types import SimpleNamespace
@@ -272,10 +267,6 @@ from types import SimpleNamespace
 from fgvc.train import loop
 from fgvc.train.sam import Sam, perturbed
 from fgvc.train.runtime import Runtime
-
-torch.set_num_threads(1)
-place, rank = sys.argv[1], int(sys.argv[2])
-distributed.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
 
 
 class Step(nn.Module):
@@ -288,43 +279,30 @@ class Step(nn.Module):
         return {"loss": F.cross_entropy(self.net(batch[0]), batch[1])}, []
 
 
-step = Step()
-process = Runtime(torch.device("cpu"), rank, 2, "fp32")
-session = SimpleNamespace(
-    runtime=process, wrapped=process.wrap(step, branches=False), scaler=process.scaler(),
-    recipe=SimpleNamespace(train=SimpleNamespace(accumulate=2)),
-)
-rng = torch.Generator().manual_seed(1)
-x, y = torch.randn(8, 4, dtype=torch.float64, generator=rng), torch.randint(3, (8,), generator=rng)
-parts = [(x[4 * rank + start:][:2], y[4 * rank + start:][:2]) for start in (0, 2)]
-for part in parts:
-    loop._pass(session, part, None, last=False)
-with perturbed(step, Sam(rho=0.5)):
-    for number, part in enumerate(parts):
-        loop._pass(session, part, None, [], last=number == 1)
-torch.save([w.grad for w in step.parameters()], f"{place}/rank{rank}.pt")
-distributed.destroy_process_group()
+def known(rank, world):
+    step = Step()
+    process = Runtime(torch.device("cpu"), rank, world, "fp32")
+    session = SimpleNamespace(
+        runtime=process, wrapped=process.wrap(step, branches=False), scaler=process.scaler(),
+        recipe=SimpleNamespace(train=SimpleNamespace(accumulate=2)),
+    )
+    rng = torch.Generator().manual_seed(1)
+    x, y = torch.randn(8, 4, dtype=torch.float64, generator=rng), torch.randint(3, (8,), generator=rng)
+    parts = [(x[4 * rank + start:][:2], y[4 * rank + start:][:2]) for start in (0, 2)]
+    for part in parts:
+        loop._pass(session, part, None, last=False)
+    with perturbed(step, Sam(rho=0.5)):
+        for number, part in enumerate(parts):
+            loop._pass(session, part, None, [], last=number == 1)
+    return [w.grad for w in step.parameters()]
 """
 
 
-def test_each_rank_goes_uphill_by_its_own_images_and_the_gradients_are_averaged(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(SCRIPT)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "GLOO_SOCKET_IFNAME": "lo"
-    }  # fmt: skip
-    command = [sys.executable, str(script), str(tmp_path)]
-    started = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    try:
-        for process in started:
-            _, said = process.communicate(timeout=120)
-            assert process.returncode == 0, said
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+def test_each_rank_goes_uphill_by_its_own_images_and_the_gradients_are_averaged(
+    tmp_path: Path, two_ranks: Callable[[str, Path], AbstractContextManager[Path]]
+) -> None:
+    with two_ranks(SCRIPT, tmp_path):
+        pass
     rng = torch.Generator().manual_seed(1)
     x, y = torch.randn(8, 4, dtype=torch.float64, generator=rng), torch.randint(3, (8,), generator=rng)
     expected = [torch.zeros_like(w) for w in small().parameters()]

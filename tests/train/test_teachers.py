@@ -19,11 +19,12 @@ from fgvc.bench import bench_each
 from fgvc.config import validate
 from fgvc.evaluate.subject import subject
 from fgvc.model.backbone import plain_model
-from fgvc.model.plan import Joints
-from fgvc.model.teacher import AnyTeacher, Teacher
+from fgvc.model.panel import Panel
+from fgvc.model.plan import Context, Joints
+from fgvc.model.teacher import AnyTeacher, Said, Teacher
 from fgvc.recipe import Recipe
 from fgvc.train.session import build_net, opener_of, read_index
-from fgvc.types import FgvcError
+from fgvc.types import FgvcError, Output
 
 DEVICE = torch.device("cpu")
 LARGE, SMALL = (64, 64), (32, 32)
@@ -140,6 +141,28 @@ def test_a_timm_model_from_a_file_has_its_own_size_and_normalisation(tmp_path: P
     with torch.no_grad():
         torch.testing.assert_close(said.logits, net(x.permute(0, 3, 1, 2)), rtol=1e-4, atol=1e-4)
     assert not teacher.notes
+    (tmp_path / "teacher.safetensors.json").unlink()
+    own = opened(tree, wanted | {"size": [64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]})
+    assert torch.equal(own(((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)).logits, said.logits)
+    assert not own.notes
+
+
+def test_with_sam_each_teacher_is_asked_once_a_part(
+    taught: tuple[Path, Path], tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def ask(panel: Panel, main: Output, ctx: Context, *, features: bool) -> list[Said]:
+        seen.append(ctx.again)
+        return asked(panel, main, ctx, features=features)
+
+    asked = Panel.ask
+    monkeypatch.setattr(Panel, "ask", ask)
+    teachers = {"distill": {"teachers": [{"kind": "run", "path": str(taught[0])}]}}
+    made = recipe(tree, techniques=teachers, optim=tree["optim"] | {"sam": {}})
+    made = made.model_copy(update={"train": made.train.model_copy(update={"accumulate": 2, "max_steps": 3})})
+    api.train(made, tmp_path / "run")
+    assert seen == [False] * 6
 
 
 def test_a_timm_model_without_a_trained_head_is_refused(tmp_path: Path, tree) -> None:
