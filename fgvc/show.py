@@ -11,6 +11,7 @@ from fgvc.api import Evaluation, Exported
 from fgvc.bench import Ratio
 from fgvc.data.checks import Report
 from fgvc.export.verify import Comparison, Verification
+from fgvc.localize import Localisation
 from fgvc.train.forecast import Forecast
 from fgvc.types import SPLITS
 
@@ -72,6 +73,51 @@ def scores(result: Evaluation) -> None:
             table.add_row(*(str(value) for value in pair.values()))
         console.print(table)
     console.print(f"every class and pair: {result.run / 'tables'}", markup=False)
+    for error in result.unreadable:
+        console.print(f"skipped: {error}", markup=False)
+
+
+def localisation(result: Localisation) -> None:
+    """A measure a row; whose map, a column."""
+    of = result.boxes
+    tau = f"{of['true'].tau:.2f}"
+    rows = {
+        f"GT-known Loc % (IoU 0.5, threshold {tau})": "gt_known_loc",
+        "Top-1 Loc %": "top1_loc",
+        "mean IoU %": "iou", "mean GIoU %": "giou", "mean DIoU %": "diou", "mean CIoU %": "ciou",
+        "MaxBoxAcc %": "max_box_acc",
+        "MaxBoxAccV2 %": "max_box_acc_v2",
+        "  at IoU 0.3 %": "max_box_acc_v2_30", "  at IoU 0.5 %": "max_box_acc_v2_50", "  at IoU 0.7 %": "max_box_acc_v2_70",
+        "  thresholds from val %": "box_acc_v2",
+    }  # fmt: skip
+    table = _table(
+        f"{result.split}, {result.select}, {result.method}", "true class", "predicted class", "middle", "chance"
+    )
+    for text, key in rows.items():
+        table.add_row(text, *(f"{100 * getattr(of[name], key):.1f}" for name in ("true", "predicted", "centre")))
+    if result.parts is not None:
+        parts = result.parts
+        for share, *found in zip(parts.uniform, parts.map, parts.centre, strict=True):
+            cells = [f"{100 * value:.1f}" for value in (*found, share)]
+            table.add_row(f"parts in the highest {100 * share:.0f} % of the area, %", cells[0], "", *cells[1:])
+    console.print(table)
+    console.print(f"{result.images} images, top-1 {100 * result.top1:.2f} %; {of['true'].images} boxes", markup=False)
+    console.print(
+        "middle: a round map that knows no image. MaxBoxAcc, V2: at the thresholds that suit these images best."
+    )
+    if result.split == result.chosen_from:
+        console.print(
+            "note: the other thresholds were chosen on these very images, too; --split test is the sober number"
+        )
+    if result.parts is None:
+        console.print("the data name no parts that can be seen: no coverage")
+    else:
+        console.print(f"{result.parts.visible} visible parts", markup=False)
+    if result.left_out:
+        console.print(f"left out: {result.left_out} images without a box in what evaluation sees of them")
+    if result.silent:
+        console.print(f"{result.silent} maps are flat and find nothing")
+    console.print(f"every class and part: {result.run / 'tables'}", markup=False)
     for error in result.unreadable:
         console.print(f"skipped: {error}", markup=False)
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves and confusion matrix, PNG."""
+"""Pictures of a run: curves, confusion matrix and localisation, PNG."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
+from fgvc.cam.localisation import OVERLAPS, THRESHOLDS, Chosen, Found, accuracy
 from fgvc.evaluate.font import writable
 
 LABELLED = 60  # classes up to which every row of the matrix is named
@@ -36,6 +37,26 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def plot_localisation(found: Mapping[str, Found], chosen: Mapping[str, Chosen], path: Path, *, title: str) -> None:
+    """Share of boxes that are right over the map's threshold, at each IoU, with the threshold that validation chose; and the
+    same of a map that knows no image."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for number, overlap in enumerate(OVERLAPS):
+        for of, style in (("true", "-"), ("centre", ":")):
+            curve = 100 * accuracy(found[of].best, overlap)
+            name = f"IoU ≥ {overlap}" + " (a round map in the middle)" * (of == "centre")
+            axes.plot(THRESHOLDS, curve, style, color=f"C{number}", alpha=1 if of == "true" else 0.6, label=name)
+            if of == "true":
+                step = chosen[of].best[number]
+                axes.plot(THRESHOLDS[step], curve[step], "o", color=f"C{number}", markersize=7)
+    axes.set(xlabel="threshold of the map (dot: chosen on validation)", ylabel="boxes that are right, %", title=title)
+    axes.set(xlim=(0, 1), ylim=(0, 102))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     _save(figure, path)
 
 
