@@ -45,6 +45,7 @@ from fgvc.train.events import as_csv, write_atomic
 from fgvc.types import FgvcError, ImageIndex, Split
 
 BATCH = 32
+Row = dict[str, str | float]  # of a table
 OF = (
     "true",
     "predicted",
@@ -133,7 +134,7 @@ def localize(
     of_map = choose(source.found["true"])
     chosen: dict[str, Chosen] = {"true": of_map, "predicted": of_map, "centre": choose(source.found["centre"])}
     name = part if chosen_method == "GradCAM" else f"{part}-{chosen_method}"
-    tables: dict[str, list[dict[str, str | float]]] = {"localisation": by_class(looked, seen.classes, of_map)}
+    tables: dict[str, list[Row]] = {"localisation": by_class(looked, seen.classes, of_map)}
     if looked.parts:
         tables["parts"] = by_part(looked, seen.index.part_names)
     result = Localisation(
@@ -256,15 +257,15 @@ def coverage(looked: Looked) -> Coverage | None:
     return Coverage(visible, whole, centre)
 
 
-def by_class(looked: Looked, classes: Sequence[str], chosen: Chosen) -> list[dict[str, str | float]]:
+def by_class(looked: Looked, classes: Sequence[str], chosen: Chosen) -> list[Row]:
     """One row a class; empty where there is nothing to tell."""
     iou = torch.full((len(looked.labels),), torch.nan, dtype=torch.float64)
     iou[looked.boxed] = looked.found["true"].largest[:, chosen.largest]
     located = (iou >= OVERLAPS[USUAL]).double().where(looked.boxed, torch.nan)
-    rows: list[dict[str, str | float]] = []
+    rows: list[Row] = []
     for number, name in enumerate(classes):
         mine = looked.labels == number
-        row: dict[str, str | float] = {
+        row: Row = {
             "class": name,
             "images": int(mine.sum()),
             "top1": _mean(looked.right[mine].double()),
@@ -278,18 +279,19 @@ def by_class(looked: Looked, classes: Sequence[str], chosen: Chosen) -> list[dic
     return rows
 
 
-def by_part(looked: Looked, names: Sequence[str]) -> list[dict[str, str | float]]:
+def by_part(looked: Looked, names: Sequence[str]) -> list[Row]:
     """One row a part: how often it can be seen, and lies in the highest 10 and 20 % of the maps, and of a round map in the
     middle. Chance has 10 and 20 %."""
-    rows: list[dict[str, str | float]] = []
+    rows: list[Row] = []
     for at, name in enumerate(names):
         mine, centre = (looked.parts[of][:, at] for of in ("true", "centre"))
         seen = int(mine[:, 0].isfinite().sum())
-        rows.append({"part": name, "visible": seen} | _shares("top", mine) | _shares("centre", centre))
+        row: Row = {"part": name, "visible": seen}
+        rows.append(row | _shares("top", mine) | _shares("centre", centre))
     return rows
 
 
-def _shares(prefix: str, weights: Tensor) -> dict[str, str | float]:
+def _shares(prefix: str, weights: Tensor) -> Row:
     return {f"{prefix}_{round(100 * share)}": _mean(weights[..., at]) for at, share in enumerate(SHARES)}
 
 
@@ -298,7 +300,7 @@ def _mean(values: Tensor) -> str | float:
     return round(float(values.nanmean()), 6) if values.isfinite().any() else ""
 
 
-def _write(result: Localisation, tables: Mapping[str, list[dict[str, str | float]]]) -> None:
+def _write(result: Localisation, tables: Mapping[str, list[Row]]) -> None:
     path = result.run / "localisation.json"
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -171,5 +171,6 @@ def covered(maps: Tensor, points: Tensor, share: float) -> Tensor:
 
 def centre_map(size: Sequence[int]) -> Tensor:
     """(H,W) float64 in [0,1]: highest in the middle and falling with the distance in shares of the sides; knows no image."""
-    down, across = ((torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5 for side in size)
+    # Whole numbers first, so that both halves are equal to the last bit: equal values share what room there is.
+    down, across = ((2 * torch.arange(side, dtype=torch.float64) + 1 - side) / (2 * side) for side in size)
     return 1 - torch.hypot(down[:, None], across[None]) / np.hypot(0.5, 0.5)
