@@ -32,7 +32,7 @@ from fgvc.cam.localisation import (
     joined,
     score,
 )
-from fgvc.cam.maps import refusal
+from fgvc.cam.maps import normalised, refusal
 from fgvc.cam.offline import OfflineMethod, offline_maps
 from fgvc.config import Preprocess
 from fgvc.data.loader import EvaluationBatch, evaluation_loader
@@ -97,9 +97,7 @@ class Looked:
     boxed: Tensor  # (N,) bool
     silent: Tensor  # (N,) bool
     found: Mapping[str, Found]  # of the M
-    parts: Mapping[
-        str, Tensor
-    ]  # (N,P,2) float64: how much of each part lies in each of SHARES; NaN where it isn't seen
+    parts: Mapping[str, Tensor]  # (N,P,2) float64: how much of a part lies in each of SHARES, NaN: unseen
     unreadable: tuple[str, ...]
 
 
@@ -128,7 +126,8 @@ def localize(
     if reason := refusal(seen.step.net, seen.preprocess.size, "gradcam"):
         raise FgvcError(f"{run}: no class maps: {reason}")
     part, rows = seen.part(split)
-    _, validation = seen.part("val")
+    if not len(validation := seen.index.rows("val")):
+        raise FgvcError(f"{run}: its data has no val part, on whose images the thresholds of the maps are chosen")
     looked = look(seen, rows, method=chosen_method, device=device)
     source = looked if part == "val" else look(seen, validation, method=chosen_method, device=device)
     of_map = choose(source.found["true"])
@@ -205,7 +204,7 @@ def _look(
             name: torch.stack([covered(which, points, share) for share in SHARES], dim=2)
             for name, which in both.items()
         }
-    silent = maps.amax((1, 2)) <= maps.amin((1, 2))
+    silent = normalised(maps).amax((1, 2)) == 0
     return Looked(batch.labels, right, boxed, silent, found, parts, tuple(str(error) for error in batch.bad))
 
 
@@ -213,8 +212,7 @@ def in_input(index: ImageIndex, batch: EvaluationBatch, spec: Preprocess) -> tup
     """Where boxes and parts of a batch's images lie in the network's input, in continuous pixels, float64: left, top, right,
     bottom (B,4), cut at its borders, of no area or NaN where nothing is left; x and y (B,P,2), NaN where a part can't be
     seen, or None."""
-    if index.boxes is None:
-        raise FgvcError("data without boxes")
+    assert index.boxes is not None  # `localize` looked
     rows, (height, width) = batch.index.numpy(), spec.size
     sizes = [(int(h), int(w)) for h, w in batch.sizes]
     left_top, sides = np.split(index.boxes[rows].astype(np.float64), 2, axis=1)

@@ -91,7 +91,9 @@ def flooded(mask: np.ndarray) -> list[tuple[int, int, int, int, int]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(hnp.arrays(np.float32, (7, 9), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0])), st.sampled_from([0.0, 0.3, 0.7]))
+@given(
+    hnp.arrays(np.float32, (7, 9), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0])), st.sampled_from([0.0, 0.3, 0.7])
+)
 def test_components_equal_flooding(values: np.ndarray, tau: float) -> None:
     expected = flooded(values > tau)
     boxes = around(values)[at(tau)]
@@ -204,7 +206,9 @@ def test_batches_are_joined_in_order() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    hnp.arrays(np.float32, (2, 6, 7), elements=st.floats(0, 1, width=16)), st.sampled_from([0.1, 0.2, 0.5]), st.booleans()
+    hnp.arrays(np.float32, (2, 6, 7), elements=st.floats(0, 1, width=16)),
+    st.sampled_from([0.1, 0.2, 0.5]),
+    st.booleans(),
 )  # width 16: values that the rounding of the normalisation keeps apart
 def test_the_highest_area_is_exact_and_takes_no_lower_pixel(values: np.ndarray, share: float, coarse: bool) -> None:
     maps = torch.from_numpy(values.round(1) if coarse else values)
