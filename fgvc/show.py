@@ -80,39 +80,32 @@ def scores(result: Evaluation) -> None:
 def localisation(result: Localisation) -> None:
     """A measure a row; whose map, a column."""
     of = result.boxes
-    tau = f"{of['true'].tau:.2f}"
     rows = {
-        f"GT-known Loc % (IoU 0.5, threshold {tau})": "gt_known_loc",
-        "Top-1 Loc %": "top1_loc",
-        "mean IoU %": "iou", "mean GIoU %": "giou", "mean DIoU %": "diou", "mean CIoU %": "ciou",
-        "MaxBoxAcc %": "max_box_acc",
-        "MaxBoxAccV2 %": "max_box_acc_v2",
-        "  at IoU 0.3 %": "max_box_acc_v2_30", "  at IoU 0.5 %": "max_box_acc_v2_50", "  at IoU 0.7 %": "max_box_acc_v2_70",
-        "  thresholds from val %": "box_acc_v2",
+        "GT-known Loc": "gt_known_loc", "Top-1 Loc": "top1_loc",
+        "mean IoU": "iou", "mean GIoU": "giou", "mean DIoU": "diou", "mean CIoU": "ciou",
+        "MaxBoxAcc": "max_box_acc", "MaxBoxAccV2": "max_box_acc_v2",
+        "  IoU 0.3": "max_box_acc_v2_30", "  IoU 0.5": "max_box_acc_v2_50", "  IoU 0.7": "max_box_acc_v2_70",
+        "  by val's thresholds": "box_acc_v2",
     }  # fmt: skip
-    table = _table(
-        f"{result.split}, {result.select}, {result.method}", "true class", "predicted class", "middle", "chance"
-    )
+    table = _table("in %", "true class's map", "predicted class's", "middle", "chance")
     for text, key in rows.items():
         table.add_row(text, *(f"{100 * getattr(of[name], key):.1f}" for name in ("true", "predicted", "centre")))
-    if result.parts is not None:
-        parts = result.parts
-        for share, *found in zip(parts.uniform, parts.map, parts.centre, strict=True):
-            cells = [f"{100 * value:.1f}" for value in (*found, share)]
-            table.add_row(f"parts in the highest {100 * share:.0f} % of the area, %", cells[0], "", *cells[1:])
-    console.print(table)
-    console.print(f"{result.images} images, top-1 {100 * result.top1:.2f} %; {of['true'].images} boxes", markup=False)
+    if (parts := result.parts) is not None:
+        for chance, mine, middle in zip(parts.uniform, parts.map, parts.centre, strict=True):
+            text, cells = f"parts in the top {100 * chance:.0f} %", (f"{100 * x:.1f}" for x in (middle, chance))
+            table.add_row(text, f"{100 * mine:.1f}", "", *cells)
     console.print(
-        "middle: a round map that knows no image. MaxBoxAcc, V2: at the thresholds that suit these images best."
+        f"{result.split}, {result.select}, {result.method}: {result.images} images, top-1 {100 * result.top1:.2f} %, "
+        f"{of['true'].images} boxes, {parts.visible if parts else 'no'} parts"
     )
-    if result.split == result.chosen_from:
-        console.print(
-            "note: the other thresholds were chosen on these very images, too; --split test is the sober number"
-        )
-    if result.parts is None:
+    console.print(table)
+    console.print(
+        "middle: a round map that knows no image. MaxBoxAcc and V2: at the thresholds that suit these images best"
+    )
+    same = ", on these very images; --split test has others" if result.split == result.chosen_from else ""
+    console.print(f"the rest: at the threshold chosen on {result.chosen_from} ({of['true'].tau:.2f}){same}")
+    if parts is None:
         console.print("the data name no parts that can be seen: no coverage")
-    else:
-        console.print(f"{result.parts.visible} visible parts", markup=False)
     if result.left_out:
         console.print(f"left out: {result.left_out} images without a box in what evaluation sees of them")
     if result.silent:

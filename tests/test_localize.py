@@ -172,7 +172,7 @@ def test_real_maps_and_what_is_written(own: Path, capsys: pytest.CaptureFixture[
         main(["localize", str(own), "--method", "gradcam"])
     assert not ended.value.code
     said = capsys.readouterr().out
-    for words in ("GT-known Loc", "Top-1 Loc", "MaxBoxAccV2", "highest 10 %", "these very images"):
+    for words in ("GT-known Loc", "Top-1 Loc", "MaxBoxAccV2", "parts in the top 10 %", "these very images"):
         assert words in said
     files = [
         own / name

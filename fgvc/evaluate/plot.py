@@ -43,20 +43,28 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
 def plot_localisation(found: Mapping[str, Found], chosen: Mapping[str, Chosen], path: Path, *, title: str) -> None:
     """Share of boxes that are right over the map's threshold, at each IoU, with the threshold that validation chose; and the
     same of a map that knows no image."""
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
     for number, overlap in enumerate(OVERLAPS):
-        for of, style in (("true", "-"), ("centre", ":")):
+        for of, style in (("centre", ":"), ("true", "-")):
             curve = 100 * accuracy(found[of].best, overlap)
-            name = f"IoU ≥ {overlap}" + " (a round map in the middle)" * (of == "centre")
-            axes.plot(THRESHOLDS, curve, style, color=f"C{number}", alpha=1 if of == "true" else 0.6, label=name)
-            if of == "true":
-                step = chosen[of].best[number]
-                axes.plot(THRESHOLDS[step], curve[step], "o", color=f"C{number}", markersize=7)
-    axes.set(xlabel="threshold of the map (dot: chosen on validation)", ylabel="boxes that are right, %", title=title)
-    axes.set(xlim=(0, 1), ylim=(0, 102))
+            axes.plot(THRESHOLDS, curve, style, color=f"C{number}", alpha=1 if of == "true" else 0.6)
+        step = chosen["true"].best[number]
+        place = THRESHOLDS[step], float(curve[step])
+        axes.plot(*place, "o", color=f"C{number}", markersize=7)
+        label = f"IoU ≥ {overlap}: {place[1]:.1f}"
+        axes.annotate(label, place, (0, 7), textcoords="offset points", color=f"C{number}", ha="center", weight="bold")
+    axes.set(
+        xlabel="threshold of the map", ylabel="boxes that are right, %", title=title, xlim=(-0.02, 1), ylim=(0, 108)
+    )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    for style, name in (
+        ("-", "the true class's map"),
+        (":", "a round map in the middle"),
+        ("o", "chosen on validation"),
+    ):
+        axes.plot([], [], style, color="0.4", label=name)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     _save(figure, path)
 
 
