@@ -25,19 +25,20 @@ def line(run: Path, key: str, of: str) -> dict[str, object]:
     shares = parts["map" if of == "true" else "centre"]
     environment = json.loads((run / "env.json").read_text(encoding="utf-8"))
     measured = {
-        "top-1 %": entry["top1"], "GT-known Loc %": boxes["gt_known_loc"], "Top-1 Loc %": boxes["top1_loc"],
-        "mean IoU %": boxes["iou"], "MaxBoxAcc %": boxes["max_box_acc"], "MaxBoxAccV2 %": boxes["max_box_acc_v2"],
-        "parts in 10 %": shares[0], "parts in 20 %": shares[1],
+        "top1": entry["top1"], "gt_known_loc": boxes["gt_known_loc"], "top1_loc": boxes["top1_loc"],
+        "iou": boxes["iou"], "max_box_acc": boxes["max_box_acc"], "max_box_acc_v2": boxes["max_box_acc_v2"],
+        "parts_in_10": shares[0], "parts_in_20": shares[1],
     }  # fmt: skip
-    of_net = ("top-1 %", "Top-1 Loc %")  # a map that knows no net has none
+    of_net = ("top1", "top1_loc")  # a map that knows no net has none
+    facts = {"seed": recipe.train.seed, "epochs": recipe.train.epochs, "weights": key}
+    facts |= {name: environment[name] for name in PACKAGES} | {"command": f"fgvc localize runs/{run.name}"}
     return {
         "map": run.name if of == "true" else "middle (control)",
         "images": boxes["images"],
         "parts": parts["visible"],
         **{name: "" if of != "true" and name in of_net else f"{100 * x:.1f}" for name, x in measured.items()},
         "tau": f"{boxes['tau']:.2f}",
-        **({"seed": recipe.train.seed, "epochs": recipe.train.epochs, "weights": key} if of == "true" else {}),
-        **{name: environment[name] for name in PACKAGES if of == "true"},
+        **(facts if of == "true" else {}),
     }
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = [line(run, options.key, "true") for run in options.runs]
     rows.append(line(options.runs[0], options.key, "centre"))
-    rows.append({"map": "chance (control)", "parts in 10 %": "10.0", "parts in 20 %": "20.0"})
+    rows.append({"map": "chance (control)", "parts_in_10": "10.0", "parts_in_20": "20.0"})
     with options.out.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n", restval="")
         writer.writeheader()

@@ -99,11 +99,10 @@ def localisation(result: Localisation) -> None:
         f"{of['true'].images} boxes, {parts.visible if parts else 'no'} parts"
     )
     console.print(table)
-    console.print(
-        "middle: a round map that knows no image. MaxBoxAcc and V2: at the thresholds that suit these images best"
-    )
-    same = ", on these very images; --split test has others" if result.split == result.chosen_from else ""
-    console.print(f"the rest: at the threshold chosen on {result.chosen_from} ({of['true'].tau:.2f}){same}")
+    console.print("middle: a round map that knows no image; chance: any area of that size")
+    console.print("MaxBoxAcc, MaxBoxAccV2: at the thresholds that suit these images best")
+    same = ": these very images" if result.split == result.chosen_from else ""
+    console.print(f"the rest: at the threshold that was chosen on {result.chosen_from} ({of['true'].tau:.2f}){same}")
     if parts is None:
         console.print("the data name no parts that can be seen: no coverage")
     if result.left_out:

@@ -53,9 +53,14 @@ def plot_localisation(found: Mapping[str, Found], chosen: Mapping[str, Chosen], 
         place = THRESHOLDS[step], float(curve[step])
         axes.plot(*place, "o", color=f"C{number}", markersize=7)
         label = f"IoU ≥ {overlap}: {place[1]:.1f}"
-        axes.annotate(label, place, (0, 7), textcoords="offset points", color=f"C{number}", ha="center", weight="bold")
+        side = "left" if place[0] < 0.5 else "right"
+        axes.annotate(label, place, (0, 7), textcoords="offset points", color=f"C{number}", ha=side, weight="bold")
     axes.set(
-        xlabel="threshold of the map", ylabel="boxes that are right, %", title=title, xlim=(-0.02, 1), ylim=(0, 108)
+        xlabel="threshold of the map",
+        ylabel="images with a box that is right, %",
+        title=title,
+        xlim=(-0.02, 1),
+        ylim=(0, 108),
     )
     axes.grid(alpha=0.3)
     for style, name in (
