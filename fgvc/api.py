@@ -24,6 +24,7 @@ from fgvc.evaluate.subject import subject
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
 from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
+from fgvc.localize import Localisation, localize
 from fgvc.preview import Preview, preview
 from fgvc.recipe import Recipe, Selected, load_recipe
 from fgvc.train.events import as_csv, write_atomic
@@ -33,8 +34,8 @@ from fgvc.train.session import read_index
 from fgvc.types import FgvcError, ImageIndex
 
 __all__ = [
-    "Bundle", "Evaluation", "Exported", "Forecast", "Preview", "Recipe",
-    "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "preview", "train", "verify",
+    "Bundle", "Evaluation", "Exported", "Forecast", "Localisation", "Preview", "Recipe",
+    "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "localize", "preview", "train", "verify",
 ]  # fmt: skip
 
 

@@ -175,6 +175,24 @@ def evaluate(
 
 
 @app.command()
+def localize(
+    run: Run,
+    split: Annotated[
+        Literal["val", "test"] | None, typer.Option(help="Default: val where there is one, else test.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Of pytorch-grad-cam, that makes the class maps.")] = "GradCAM",
+    select: Annotated[
+        Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipe selects.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | mps; default: the recipe's.")] = None,
+) -> None:
+    """Where a run looks, beside the boxes and parts of its data: MaxBoxAcc, GT-known and Top-1 Loc, IoU, part coverage."""
+    from fgvc import api, show
+
+    show.localisation(api.localize(run, split, method=method, select=select, device=device))
+
+
+@app.command()
 def export(
     run: Run,
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],

@@ -58,10 +58,12 @@ class EvaluationBatch:
     images: Tensor  # (B,3,H,W) float32, normalised
     labels: Tensor  # (B,) int64
     index: Tensor  # (B,) int64: rows of the ImageIndex
+    sizes: Tensor  # (B,2) int64: height and width of the originals, upright
     bad: list[ImageError]  # unreadable files, which are left out
 
     def pin_memory(self) -> EvaluationBatch:
-        return EvaluationBatch(self.images.pin_memory(), self.labels.pin_memory(), self.index.pin_memory(), self.bad)
+        images, labels, sizes = self.images.pin_memory(), self.labels.pin_memory(), self.sizes.pin_memory()
+        return EvaluationBatch(images, labels, self.index.pin_memory(), sizes, self.bad)
 
 
 class BadFiles:
@@ -304,18 +306,22 @@ class _Originals(Dataset[EvaluationBatch]):
 
     def __getitems__(self, rows: list[int]) -> EvaluationBatch:
         images = np.empty((len(rows), 3, *self.spec.size), dtype=np.float32)
+        sizes = np.empty((len(rows), 2), dtype=np.int64)
         read: list[int] = []
         bad: list[ImageError] = []
         for row in rows:
             try:
-                images[len(read)] = preprocess(decode(self.index.path(row)), self.spec)
+                image = decode(self.index.path(row))
+                images[len(read)] = preprocess(image, self.spec)
             except ImageError as error:
                 bad.append(error)
             else:
+                sizes[len(read)] = image.height, image.width
                 read.append(row)
         index = np.array(read, dtype=np.int64)
         labels = torch.from_numpy(self.index.labels[index].astype(np.int64))
-        return EvaluationBatch(torch.from_numpy(images[: len(read)]), labels, torch.from_numpy(index), bad)
+        pixels, originals = torch.from_numpy(images[: len(read)]), torch.from_numpy(sizes[: len(read)])
+        return EvaluationBatch(pixels, labels, torch.from_numpy(index), originals, bad)
 
 
 T = TypeVar("T", TrainBatch, EvaluationBatch)

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves and confusion matrix, PNG."""
+"""Pictures of a run: curves, confusion matrix and localisation, PNG."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
+from fgvc.cam.localisation import OVERLAPS, THRESHOLDS, Chosen, Found, accuracy
 from fgvc.evaluate.font import writable
 
 LABELLED = 60  # classes up to which every row of the matrix is named
@@ -36,6 +37,39 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def plot_localisation(found: Mapping[str, Found], chosen: Mapping[str, Chosen], path: Path, *, title: str) -> None:
+    """Share of boxes that are right over the map's threshold, at each IoU, with the threshold that validation chose; and the
+    same of a map that knows no image."""
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for number, overlap in enumerate(OVERLAPS):
+        for of, style in (("centre", ":"), ("true", "-")):
+            curve = 100 * accuracy(found[of].best, overlap)
+            axes.plot(THRESHOLDS, curve, style, color=f"C{number}", alpha=1 if of == "true" else 0.6)
+        step = chosen["true"].best[number]
+        place = THRESHOLDS[step], float(curve[step])
+        axes.plot(*place, "o", color=f"C{number}", markersize=7)
+        label = f"IoU ≥ {overlap}: {place[1]:.1f}"
+        side = "left" if place[0] < 0.5 else "right"
+        axes.annotate(label, place, (0, 7), textcoords="offset points", color=f"C{number}", ha=side, weight="bold")
+    axes.set(
+        xlabel="threshold of the map",
+        ylabel="images with a box that is right, %",
+        title=title,
+        xlim=(-0.02, 1),
+        ylim=(0, 108),
+    )
+    axes.grid(alpha=0.3)
+    for style, name in (
+        ("-", "the true class's map"),
+        (":", "a round map in the middle"),
+        ("o", "chosen on validation"),
+    ):
+        axes.plot([], [], style, color="0.4", label=name)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     _save(figure, path)
 
 

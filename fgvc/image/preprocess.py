@@ -39,22 +39,35 @@ def fit(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
     """uint8 (H,W,3). The image goes onto a canvas of size / crop_fraction - so that it covers it (crop), lies whole in
     its middle (pad) or fills it (squash) - and the centre of the canvas is kept."""
     height, width = spec.size
-    canvas = int(height / spec.crop_fraction), int(width / spec.crop_fraction)
-    rows, columns = resized_size((image.height, image.width), canvas, spec)
+    (rows, columns), (top, left) = _layout((image.height, image.width), spec)
     if spec.resize == "pad":
-        top, left = (canvas[0] - rows) // 2, (canvas[1] - columns) // 2
-        padded = Image.new("RGB", (canvas[1], canvas[0]), spec.fill)
-        padded.paste(render(image, (0, 0, *image.size), (rows, columns), spec.interpolation), (left, top))
-        resized, (rows, columns) = padded, canvas
-        top, left = _centre(rows, height), _centre(columns, width)
-    else:
-        top, left = _centre(rows, height), _centre(columns, width)
-        if rows * columns > _LARGEST_RESIZED * canvas[0] * canvas[1]:
-            y, x = image.height / rows, image.width / columns
-            box = left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height)
-            return np.asarray(render(image, box, spec.size, spec.interpolation))
-        resized = render(image, (0, 0, *image.size), (rows, columns), spec.interpolation)
+        kept = Image.new("RGB", (width, height), spec.fill)
+        kept.paste(render(image, (0, 0, *image.size), (rows, columns), spec.interpolation), (-left, -top))
+        return np.asarray(kept)
+    if rows * columns > _LARGEST_RESIZED * int(height / spec.crop_fraction) * int(width / spec.crop_fraction):
+        y, x = image.height / rows, image.width / columns
+        box = left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height)
+        return np.asarray(render(image, box, spec.size, spec.interpolation))
+    resized = render(image, (0, 0, *image.size), (rows, columns), spec.interpolation)
     return np.asarray(resized.crop((left, top, left + width, top + height)))
+
+
+def placed(points: NDArray[np.float64], image: tuple[int, int], spec: Preprocess) -> NDArray[np.float64]:
+    """Points (...,2), x and y in continuous pixels of an image of (height, width), as `fit` lays them in the network's
+    input; some may lie outside of it."""
+    (rows, columns), (top, left) = _layout(image, spec)
+    return points * (columns / image[1], rows / image[0]) - (left, top)
+
+
+def _layout(image: tuple[int, int], spec: Preprocess) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of the whole image after resizing; and where in it, from the top and the left, the network's input
+    begins: below 0 where it is padded."""
+    canvas = int(spec.size[0] / spec.crop_fraction), int(spec.size[1] / spec.crop_fraction)
+    resized = resized_size(image, canvas, spec)
+    if spec.resize == "pad":
+        top, left = (_centre(whole, side) for whole, side in zip(canvas, spec.size, strict=True))
+        return resized, (top - (canvas[0] - resized[0]) // 2, left - (canvas[1] - resized[1]) // 2)
+    return resized, (_centre(resized[0], spec.size[0]), _centre(resized[1], spec.size[1]))
 
 
 def resized_size(image: tuple[int, int], canvas: tuple[int, int], spec: Preprocess) -> tuple[int, int]:

@@ -396,8 +396,11 @@ def test_evaluation_gives_every_original_once_in_order_as_serving_sees_it(index:
     assert torch.cat([batch.labels for batch in batches]).tolist() == (rows % 5).tolist()
     images = torch.cat([batch.images for batch in batches])
     assert images.dtype == torch.float32
-    for image, row in zip(images.numpy(), rows, strict=True):
-        np.testing.assert_array_equal(image, preprocess(decode(index.path(row)), SPEC))
+    sizes = torch.cat([batch.sizes for batch in batches]).tolist()
+    for image, size, row in zip(images.numpy(), sizes, rows, strict=True):
+        original = decode(index.path(row))
+        np.testing.assert_array_equal(image, preprocess(original, SPEC))
+        assert size == [original.height, original.width]
 
 
 def test_evaluation_ranks_partition_the_rows(index: ImageIndex) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fgvc.config import Preprocess
-from fgvc.image.preprocess import fit, normalise, preprocess, render, resized_size
+from fgvc.image.preprocess import fit, normalise, placed, preprocess, render, resized_size
 
 TORCHVISION = {"bilinear": 2, "bicubic": 3, "nearest": 0, "lanczos": 1, "box": 4, "hamming": 5}
 
@@ -112,3 +112,38 @@ def test_render_is_a_plain_resample_of_the_box() -> None:
 def test_preprocess_feeds_torch_without_a_copy() -> None:
     x = preprocess(textured(30, 30), Preprocess(size=(16, 16)))
     assert torch.from_numpy(x).data_ptr() == x.ctypes.data
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("fraction", [1.0, 0.875, 0.6])
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+@pytest.mark.parametrize(("height", "width"), [(120, 170), (301, 211), (40, 33), (64, 900)])
+def test_a_point_lies_where_its_dot_is_found(
+    resize: str, fraction: float, size: tuple[int, int], height: int, width: int
+) -> None:
+    spec = Preprocess(size=size, resize=resize, crop_fraction=fraction, interpolation="bilinear", fill=(0, 0, 0))
+    for x, y in [(0.5, 0.5), (0.48, 0.53), (0.51, 0.47)]:
+        point = np.array([x * width, y * height])
+        inside = placed(point, (height, width), spec)
+        if not (16 < inside[0] < size[1] - 16 and 16 < inside[1] < size[0] - 16):  # a part of the dot would be cut off
+            assert (resize, height, width) == ("crop", 64, 900)
+            continue
+        squared = (np.arange(width) + 0.5 - point[0]) ** 2 + (np.arange(height) + 0.5 - point[1])[:, None] ** 2
+        dot = Image.fromarray(np.uint8(255 * np.exp(-squared / (0.05 * min(height, width)) ** 2)))
+        found = fit(Image.merge("RGB", [dot] * 3), spec)[:, :, 0].astype(float)
+        across, down = np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5
+        middle = (found.sum(0) @ across / found.sum(), found.sum(1) @ down / found.sum())
+        np.testing.assert_allclose(inside, middle, atol=0.25)
+
+
+def test_corners_by_hand() -> None:
+    corners = np.array([(0.0, 0.0), (200.0, 100.0)])
+    plain = {"size": (40, 40), "crop_fraction": 1}
+    for resize, expected in {
+        "crop": [(-20, 0), (60, 40)],
+        "pad": [(0, 10), (40, 30)],
+        "squash": [(0, 0), (40, 40)],
+    }.items():
+        np.testing.assert_array_equal(placed(corners, (100, 200), Preprocess(resize=resize, **plain)), expected)
+    half = Preprocess(size=(40, 40), resize="pad", crop_fraction=0.5)  # a canvas of 80 x 80, its middle kept
+    np.testing.assert_array_equal(placed(corners, (100, 200), half), [(-20, 0), (60, 40)])
