@@ -26,6 +26,7 @@ from fgvc.export.prove import MAX_IMAGES, Proven, prove
 from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
 from fgvc.preview import Preview, preview
 from fgvc.recipe import Recipe, Selected, load_recipe
+from fgvc.report.document import report
 from fgvc.train.events import as_csv, write_atomic
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
@@ -34,7 +35,8 @@ from fgvc.types import FgvcError, ImageIndex
 
 __all__ = [
     "Bundle", "Evaluation", "Exported", "Forecast", "Preview", "Recipe",
-    "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "preview", "train", "verify",
+    "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "preview", "report", "train",
+    "verify",
 ]  # fmt: skip
 
 
