@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.ticker import MaxNLocator
 
 from fgvc.evaluate.font import writable
 from fgvc.evaluate.metrics import BINS
@@ -18,6 +19,7 @@ from fgvc.report.history import History
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444"]  # Okabe and Ito's, for all eyes
 SIZE = 4.6, 3.0  # inches
+MARKED = 60  # epochs up to which each has a point
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +41,23 @@ def curves(names: Sequence[str], histories: Sequence[History]) -> list[Chart]:
     for (name, colour), history in drawn:
         rows = history.epochs
         scored = [row for row in rows if "val_top1" in row]
-        done = [row["epoch"] for row in scored]
-        mark = "." if len(rows) <= 60 else ""
-        style = {"color": colour, "marker": mark}
-        dashed = {**style, "label": "training" if alone else None, "linestyle": ":" if scored else "-"}
-        loss[1].plot([r["epoch"] for r in rows], [r.get("base", r["loss"]) for r in rows], **dashed)
-        loss[1].plot(done, [r["val_loss"] for r in scored], **style, label="validation" if alone else name)
-        top1[1].plot(done, [100 * r["val_top1"] for r in scored], **style, label=None if alone else name)
-        steps = history.rates or tuple((int(r["step"]), r["lr"]) for r in rows)
-        rate[1].plot(*zip(*steps, strict=True), color=colour, label=None if alone else name)
+        label = None if alone else name
+        trained = [row.get("base", row["loss"]) for row in rows]
+        _line(loss[1], rows, trained, colour, label=label if not scored else None, dotted=bool(scored))
+        if scored:
+            _line(loss[1], scored, [row["val_loss"] for row in scored], colour, label=label)
+            _line(top1[1], scored, [100 * row["val_top1"] for row in scored], colour, label=label)
+        steps = history.rates or tuple((int(row["step"]), row["lr"]) for row in rows)
+        rate[1].plot([step for step, _ in steps], [lr for _, lr in steps], color=colour, label=label)
     loss[1].set(xlabel="epoch", ylabel="cross-entropy")
     top1[1].set(xlabel="epoch", ylabel="top-1, %")
     rate[1].set(xlabel="step", ylabel="learning rate")
     rate[1].ticklabel_format(axis="y", scilimits=(-2, 3))
-    about = "Dotted: training, by its labels as they were smoothed or mixed, without the terms of techniques. "
-    found = [_drawn(loss, "Loss", about + "Solid: validation.", names)]
-    if any("val_top1" in row for _, history in drawn for row in history.epochs):
+    validated = any("val_top1" in row for _, history in drawn for row in history.epochs)
+    trained = "raining, by its labels as they were smoothed or mixed, without the terms of techniques."
+    about = f"Dotted: t{trained} Solid: validation." if validated else f"T{trained}"
+    found = [_drawn(loss, "Loss", about, names)]
+    if validated:
         found.append(_drawn(top1, "Validation top-1", "After every epoch that was scored.", names))
     return [*found, _drawn(rate, "Learning rate", "Of the backbone, step by step.", names)]
 
@@ -66,8 +69,7 @@ def terms(history: History) -> list[Chart]:
         figure = _axes()
         for (name, colour), column in zip(_coloured(columns), columns, strict=True):
             rows = [row for row in history.epochs if column in row]
-            label = name.partition(".")[2] or name
-            figure[1].plot([r["epoch"] for r in rows], [r[column] for r in rows], color=colour, marker=".", label=label)
+            _line(figure[1], rows, [row[column] for row in rows], colour, label=name.partition(".")[2] or name)
         figure[1].set(xlabel="epoch")
         found.append(
             _drawn(figure, technique, "Its terms of the loss, before their weights, and what else it counts.", ())
@@ -99,6 +101,20 @@ def _coloured(names: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, COLOURS[at % len(COLOURS)]) for at, name in enumerate(shown)]
 
 
+def _line(
+    axes: Axes,
+    rows: Sequence[Mapping[str, float]],
+    values: Sequence[float],
+    colour: str,
+    *,
+    label: str | None,
+    dotted: bool = False,
+) -> None:
+    """`values` over the epochs of `rows`."""
+    mark = "." if len(rows) <= MARKED else ""
+    axes.plot([row["epoch"] for row in rows], values, color=colour, marker=mark, label=label, ls=":" if dotted else "-")
+
+
 def _axes() -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained")
     return figure, figure.subplots()
@@ -108,7 +124,7 @@ def _drawn(figure: tuple[Figure, Axes], title: str, about: str, names: Sequence[
     axes = figure[1]
     _plain(axes)
     if axes.get_xlabel() == "epoch":
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, prop=_font(names))
     return Chart(title, chart(figure[0]), about)
