@@ -54,8 +54,8 @@ def curves(names: Sequence[str], histories: Sequence[History]) -> list[Chart]:
     rate[1].set(xlabel="step", ylabel="learning rate")
     rate[1].ticklabel_format(axis="y", scilimits=(-2, 3))
     validated = any("val_top1" in row for _, history in drawn for row in history.epochs)
-    trained = "raining, by its labels as they were smoothed or mixed, without the terms of techniques."
-    about = f"Dotted: t{trained} Solid: validation." if validated else f"T{trained}"
+    words = "raining, by its labels as they were smoothed or mixed, without the terms of techniques."
+    about = f"Dotted: t{words} Solid: validation." if validated else f"T{words}"
     found = [_drawn(loss, "Loss", about, names)]
     if validated:
         found.append(_drawn(top1, "Validation top-1", "After every epoch that was scored.", names))

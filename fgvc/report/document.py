@@ -23,6 +23,7 @@ from fgvc.report.chart import Chart, curves, terms
 from fgvc.report.chart import reliability as reliability_chart
 from fgvc.report.gallery import Gallery, gallery
 from fgvc.report.history import History, read_history
+from fgvc.report.localisation import Table, localisation
 from fgvc.techniques import CONFIGS
 from fgvc.train.events import write_atomic
 from fgvc.types import FgvcError, Split
@@ -40,7 +41,7 @@ NAMED = 50  # unreadable files listed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chapter:
-    """All that the page shows of one run. `localisation`: what `<run>/localisation.json` says, if there is one."""
+    """All that the page shows of one run."""
 
     name: str
     seen: Subject
@@ -49,8 +50,8 @@ class Chapter:
     scores: Scores
     history: History
     gallery: Gallery
-    certificate: Certificate | None
-    localisation: Mapping[str, Any] | None
+    certificate: Certificate | None  # None: no bundle was given
+    localisation: list[Table] | None  # None: not measured
 
     @property
     def facts(self) -> dict[str, str]:
@@ -148,7 +149,7 @@ def report(
                 history=read_history(seen.run),
                 gallery=gallery(seen, answer, scores, images=images, device=device),
                 certificate=proven.get(at),
-                localisation=_localisation(seen.run),
+                localisation=localisation(seen.run),
             )
         )
     with writing(out):
@@ -221,14 +222,6 @@ def _at(tree: Any, key: str) -> Any:
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
-
-
-def _localisation(run: Path) -> Mapping[str, Any] | None:
-    path = run / "localisation.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-    except (OSError, ValueError, TypeError) as error:
-        raise FgvcError(f"{path}: not as fgvc wrote it ({error}); make it again: fgvc localize {run}") from error
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

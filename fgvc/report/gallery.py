@@ -115,7 +115,8 @@ def _surest(which: np.ndarray, share: np.ndarray) -> np.ndarray:
 
 def _shot(seen: Subject, answers: Answers, p: np.ndarray, at: int, maps: Mapping[int, np.ndarray]) -> Shot:
     row, label = int(answers.rows[at]), int(answers.labels[at])
-    first, second = (int(k) for k in np.argsort(-p, kind="stable")[:2])
+    order = np.argsort(-p, kind="stable")[:2]
+    first, second = int(order[0]), int(order[-1])
     image = _crop(seen, row)
     return Shot(
         picture=picture(image, side=SIDE),

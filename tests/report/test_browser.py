@@ -15,10 +15,10 @@ from tests.page.browser import browser, pdf, problems
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1", "localhost", "::1"])  # where selenium's driver listens
 
 
-@pytest.fixture(scope="module")
-def pages(recipe_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+@pytest.fixture
+def pages(recipe_tree: dict, tmp_path: Path) -> list[Path]:
     """A report of one run and one of two, whose names are long."""
-    folder = tmp_path_factory.mktemp("reports")
+    folder = tmp_path / "reports"
     runs = [folder / "a", folder / ("a_name_without_a_single_place_to_break_it_" * 2)]
     for run, techniques in zip(runs, ({}, {"dcl": {"grid": 2}}), strict=True):
         api.train(Recipe.model_validate(recipe_tree | {"techniques": techniques}), run)

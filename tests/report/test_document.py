@@ -135,7 +135,7 @@ def test_nothing_is_fetched_run_or_left_unescaped(run: Path, text: str) -> None:
 
 
 def test_an_unreadable_picture_is_named_and_not_counted(text: str) -> None:
-    assert "1 images could not be read" in text
+    assert "1 image could not be read" in text
     assert "05.png: not an image" in text
 
 
