@@ -41,15 +41,12 @@ def browser(folder: Path) -> Iterator[Chrome]:
         chrome.quit()
 
 
-def problems(chrome: Chrome, page: Path, *, width: int, picture: Path | None = None) -> list[str]:
+def problems(chrome: Chrome, page: Path, *, width: int) -> list[str]:
     """What is wrong with a page on a screen of `width` pixels, all that folds unfolded: it is wider than the screen, pictures
-    are missing, the console complains, something is fetched. `picture`: where to put a screenshot of the whole page."""
+    are missing, the console complains, something is fetched."""
     screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
     chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     chrome.get(page.as_uri())
-    if picture is not None:
-        shot = chrome.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
-        picture.write_bytes(base64.b64decode(shot["data"]))
     chrome.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")
     found = []
     wide = chrome.execute_script("return document.documentElement.scrollWidth")
