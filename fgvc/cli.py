@@ -188,7 +188,7 @@ def report(
         Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipes select.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | mps; default: the recipe's.")] = None,
-    images: Annotated[int, typer.Option(min=1, max=50, help="Pictures in a section.")] = 8,
+    images: Annotated[int, typer.Option(min=1, max=50, help="Pictures in a section.")] = 10,
 ) -> None:
     """Write all that a run shows into one HTML file that needs nothing else."""
     from fgvc import api

@@ -117,7 +117,7 @@ def report(
     split: Split | None = None,
     select: Selected | None = None,
     device: str | None = None,
-    images: int = 8,
+    images: int = 10,
 ) -> Path:
     """Score the runs on one part of their data (default: val, else test) and write the page; the same runs give the same bytes.
 
