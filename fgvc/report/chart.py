@@ -52,7 +52,7 @@ def curves(names: Sequence[str], histories: Sequence[History]) -> list[Chart]:
     loss[1].set(xlabel="epoch", ylabel="cross-entropy")
     top1[1].set(xlabel="epoch", ylabel="top-1, %")
     rate[1].set(xlabel="step", ylabel="learning rate")
-    rate[1].ticklabel_format(axis="y", scilimits=(-2, 3))
+    rate[1].ticklabel_format(axis="y", scilimits=(-3, 4))
     validated = any("val_top1" in row for _, history in drawn for row in history.epochs)
     words = "raining, by its labels as they were smoothed or mixed, without the terms of techniques."
     about = f"Dotted: t{words} Solid: validation." if validated else f"T{words}"

@@ -46,6 +46,9 @@ def problems(chrome: Chrome, page: Path, *, width: int) -> list[str]:
     are missing, the console complains, something is fetched."""
     screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
     chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    chrome.get("about:blank")
+    for log in ("browser", "performance"):
+        chrome.get_log(log)  # of the pages before, a new tab's own among them
     chrome.get(page.as_uri())
     chrome.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")
     found = []
