@@ -52,7 +52,9 @@ class Certificate:
             ("behavioural", "one image against eight", batch, BATCH_TOLERANCE),
         ]
         found = [
-            Proof(level, what, f"{value:.1e}", f"{bar:.0e}") for level, what, value, bar in rows if value is not None
+            Proof(level, what, f"{value:.1e}" if value else "0", f"{bar:.0e}")
+            for level, what, value, bar in rows
+            if value is not None
         ]
         found.insert(
             2, Proof("structural", "the plain net's graph", nodes if structural["equal"] else "another", "equal")

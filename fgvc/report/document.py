@@ -214,7 +214,7 @@ def _side_by_side(chapters: Sequence[Chapter]) -> list[Row]:
 def _differing(recipes: Sequence[Recipe]) -> list[tuple[str, tuple[str, ...]]]:
     """Keys in which a recipe is not as the first, and what each says."""
     trees = [recipe.model_dump(mode="json") for recipe in recipes]
-    keys = dict.fromkeys(key for tree in trees[1:] for key in differences(trees[0], tree))
+    keys = sorted({key for tree in trees[1:] for key in differences(trees[0], tree)})
     return [(key, tuple(written(_at(tree, key)) for tree in trees)) for key in keys]
 
 

@@ -64,6 +64,8 @@ def problems(chrome: Chrome, page: Path, *, width: int) -> list[str]:
             url = message["params"]["request"]["url"]
             if not url.startswith("data:") and url != page.as_uri():
                 found.append(f"asked for {url}")
+        if message["method"] == "Network.loadingFailed":
+            found.append(f"did not load: {message['params']['errorText']}")
     return found
 
 

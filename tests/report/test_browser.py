@@ -21,8 +21,9 @@ def pages(recipe_tree: dict, tmp_path: Path) -> list[Path]:
     folder = tmp_path / "reports"
     runs = [folder / "a", folder / ("a_name_without_a_single_place_to_break_it_" * 2)]
     for run, techniques in zip(runs, ({}, {"dcl": {"grid": 2}}), strict=True):
-        api.train(Recipe.model_validate(recipe_tree | {"techniques": techniques}), run)
-    return [report(runs[1:], folder / "one.html"), report(runs, folder / "two.html")]
+        tree = recipe_tree | {"techniques": techniques, "train": recipe_tree["train"] | {"epochs": 1, "max_steps": 2}}
+        api.train(Recipe.model_validate(tree), run)
+    return [report(runs[1:], folder / "one.html", images=2), report(runs, folder / "two.html", images=2)]
 
 
 def test_phone_desk_and_paper(pages: list[Path], tmp_path: Path) -> None:
@@ -45,5 +46,6 @@ def test_what_is_wrong_is_seen(tmp_path: Path) -> None:
     )
     with browser(tmp_path) as chrome:
         found = "\n".join(problems(chrome, page, width=390))
+        assert problems(chrome, tmp_path / "none.html", width=390)
     for expected in ("pixels wide", "missing: gone", "oh", "asked for file://"):
         assert expected in found
