@@ -9,14 +9,13 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
 from fgvc import api
-from fgvc.evaluate.metrics import of_logits, reliability
+from fgvc.evaluate.metrics import of_logits
 from fgvc.evaluate.subject import subject
 from fgvc.recipe import Recipe
 from fgvc.report.document import duration, leaves, report, wilson
@@ -209,16 +208,6 @@ def test_localisation_is_shown_where_it_was_measured(run: Path, text: str, tmp_p
     finally:
         path.unlink()
     assert page.row("pointing")[1] == "0.75"
-
-
-def test_the_bins_are_those_of_the_calibration_error() -> None:
-    rng = np.random.default_rng(0)
-    z, y = rng.normal(0, 3, (400, 6)).astype(np.float32), rng.integers(0, 6, 400)
-    images, confidence, right = reliability(z, y)
-    found = of_logits(z, y)
-    assert images.sum() == 400
-    assert right.sum() / 400 == pytest.approx(found.top1)
-    assert np.abs(confidence - right).sum() / 400 == pytest.approx(found.ece)
 
 
 def test_small_things_by_hand() -> None:
