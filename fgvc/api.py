@@ -27,6 +27,7 @@ from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_f
 from fgvc.localize import Localisation, localize
 from fgvc.preview import Preview, preview
 from fgvc.recipe import Recipe, Selected, load_recipe
+from fgvc.report.document import report
 from fgvc.train.events import as_csv, write_atomic
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
@@ -35,7 +36,7 @@ from fgvc.types import FgvcError, ImageIndex
 
 __all__ = [
     "Bundle", "Evaluation", "Exported", "Forecast", "Localisation", "Preview", "Recipe",
-    "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "localize", "preview", "train", "verify",
+    "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "localize", "preview", "report", "train", "verify",
 ]  # fmt: skip
 
 

@@ -193,6 +193,28 @@ def localize(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="The folders of one or more runs, of the same classes.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page to write.")] = Path("report.html"),
+    bundle: Annotated[
+        list[Path] | None, typer.Option(help="A bundle that a run was exported to; as many as there are.")
+    ] = None,
+    split: Annotated[
+        Literal["val", "test"] | None, typer.Option(help="Default: val where there is one, else test.")
+    ] = None,
+    select: Annotated[
+        Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipes select.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | mps; default: the recipe's.")] = None,
+    images: Annotated[int, typer.Option(min=1, max=50, help="Pictures in a section.")] = 10,
+) -> None:
+    """Write all that a run shows into one HTML file that needs nothing else."""
+    from fgvc import api
+
+    print(api.report(runs, out, bundles=bundle or [], split=split, select=select, device=device, images=images))
+
+
+@app.command()
 def export(
     run: Run,
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],

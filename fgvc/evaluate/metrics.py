@@ -71,6 +71,20 @@ class Scores:
         ]
 
 
+def of_logits(logits: np.ndarray, labels: np.ndarray) -> Scores:
+    """The scores of answers that are there already: logits (N,K), labels (N,). Raises FgvcError without any."""
+    z, y = torch.from_numpy(logits), torch.from_numpy(labels)
+    batches = [(z, y)] if len(y) else []
+    return evaluate(lambda x: x, batches, classes=z.shape[1], device=torch.device("cpu"))
+
+
+def reliability(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(3, BINS) float64: images, summed confidence and right answers by confidence, as the calibration error counts them."""
+    bins = torch.zeros(3, BINS, dtype=torch.float64)
+    _count(bins, torch.from_numpy(logits), torch.from_numpy(labels))
+    return bins.numpy()
+
+
 def _share(part: int, whole: int) -> str | float:
     return round(float(part / whole), 6) if whole else ""
 

@@ -16,7 +16,7 @@ from fgvc import api
 from fgvc.cli import main
 from fgvc.template import recipe_file, run_name
 
-VERBS = ("recipes", "init", "data", "train", "eval", "localize", "export", "verify", "predict")
+VERBS = ("recipes", "init", "data", "train", "eval", "localize", "report", "export", "verify", "predict")
 
 
 @dataclass
@@ -168,6 +168,22 @@ def test_export_verify_predict(
     right = [Path(row["path"]).parent.name == row["predictions"][0]["label"] for row in rows]
     assert sum(right) / 12 == pytest.approx(json.loads((bundle / "metrics.json").read_text())["test"]["top1"])
     assert all(len(row["predictions"]) == 2 for row in rows)
+
+
+def test_a_report_certifies_the_weights_of_the_bundle_and_no_others(
+    fgvc: Callable[..., Said], run: Path, bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "report.html"
+    assert fgvc("report", run, "--bundle", bundle, "--images", 1, "--out", out).stdout == f"{out}\n"
+    page, contract = out.read_text(encoding="utf-8"), json.loads((bundle / "contract.json").read_text())
+    assert contract["sha256"] in page
+    assert f"{contract['proofs']['behavioural']['worst']:.1e}" in page
+    out.unlink()
+    last = ("--select", "last")
+    assert "not these weights" in fgvc("report", run, "--bundle", bundle, *last, "--out", out, code=2).stderr
+    assert not out.exists()
+    fgvc("report", run, "--out", out)
+    assert "No bundle was given" in out.read_text(encoding="utf-8")
 
 
 def test_predict_names_what_it_can_not_read(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fgvc.evaluate.metrics import BINS, Scores, evaluate
+from fgvc.evaluate.metrics import BINS, Scores, evaluate, of_logits, reliability
 from fgvc.evaluate.plot import plot_confusion
 from fgvc.types import FgvcError
 
@@ -46,6 +46,19 @@ def test_every_score_is_its_definition(absent: int | None) -> None:
         if inside.any():
             error += inside.double().mean() * (confidence[inside].mean() - right[inside].mean()).abs()
     assert found.ece == pytest.approx(float(error), abs=1e-6)
+
+
+def test_answers_that_are_there_already_score_the_same_and_their_bins_are_those_of_the_calibration_error() -> None:
+    found, z, y = scored()
+    again = of_logits(z.numpy(), y.numpy())
+    assert again.numbers() == pytest.approx(found.numbers(), rel=1e-6)
+    assert (again.confusion == found.confusion).all()
+    images, confidence, right = reliability(z.numpy(), y.numpy())
+    assert images.sum() == len(y)
+    assert right.sum() / len(y) == pytest.approx(found.top1)
+    assert np.abs(confidence - right).sum() / len(y) == pytest.approx(found.ece)
+    with pytest.raises(FgvcError, match="no readable image"):
+        of_logits(z[:0].numpy(), y[:0].numpy())
 
 
 def test_rows_of_classes_and_confused_pairs_by_hand() -> None:

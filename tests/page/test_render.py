@@ -12,7 +12,7 @@ from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fgvc.page.render import ENVIRONMENT, chart, picture, render
+from fgvc.page.render import ENVIRONMENT, breakable, chart, picture, render
 
 
 def test_what_users_named_is_escaped_and_nothing_is_fetched() -> None:
@@ -48,3 +48,7 @@ def test_charts_are_the_same_every_time() -> None:
 def test_every_template_compiles() -> None:
     for name in ENVIRONMENT.list_templates(["html"]):
         ENVIRONMENT.get_template(name)
+
+
+def test_long_names_may_break_and_stay_escaped() -> None:
+    assert breakable("a_b/<i>.c-_d") == "a_<wbr>b/&lt;i&gt;.<wbr>c-<wbr>_<wbr>d"

@@ -1,0 +1,141 @@
+"""The charts of a report: curves, terms of techniques, reliability. Small ones, legible at the width of a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.ticker import MaxNLocator
+
+from fgvc.evaluate.font import writable
+from fgvc.evaluate.metrics import BINS
+from fgvc.page.render import chart
+from fgvc.report.history import History
+
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444"]  # Okabe and Ito's, for all eyes
+SIZE = 4.6, 3.0  # inches
+MARKED = 60  # epochs up to which each has a point
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A picture and what it shows; `about`: what a reader must know to read it."""
+
+    title: str
+    address: str
+    about: str
+
+
+def curves(names: Sequence[str], histories: Sequence[History]) -> list[Chart]:
+    """Loss, validation accuracy and learning rate of all runs, each in its own colour. Without validation, no accuracy."""
+    drawn = [pair for pair in zip(_coloured(names), histories, strict=True) if pair[1].epochs]
+    if not drawn:
+        return []
+    alone = len(names) == 1
+    loss, top1, rate = (_axes() for _ in range(3))
+    for (name, colour), history in drawn:
+        rows = history.epochs
+        scored = [row for row in rows if "val_top1" in row]
+        label = None if alone else name
+        trained = [row.get("base", row["loss"]) for row in rows]
+        _line(loss[1], rows, trained, colour, label=label if not scored else None, dotted=bool(scored))
+        if scored:
+            _line(loss[1], scored, [row["val_loss"] for row in scored], colour, label=label)
+            _line(top1[1], scored, [100 * row["val_top1"] for row in scored], colour, label=label)
+        steps = history.rates or tuple((int(row["step"]), row["lr"]) for row in rows)
+        rate[1].plot([step for step, _ in steps], [lr for _, lr in steps], color=colour, label=label)
+    loss[1].set(xlabel="epoch", ylabel="cross-entropy")
+    top1[1].set(xlabel="epoch", ylabel="top-1, %")
+    rate[1].set(xlabel="step", ylabel="learning rate")
+    rate[1].ticklabel_format(axis="y", scilimits=(-3, 4))
+    validated = any("val_top1" in row for _, history in drawn for row in history.epochs)
+    words = "raining, by its labels as they were smoothed or mixed, without the terms of techniques."
+    about = f"Dotted: t{words} Solid: validation." if validated else f"T{words}"
+    found = [_drawn(loss, "Loss", about, names)]
+    if validated:
+        found.append(_drawn(top1, "Validation top-1", "After every epoch that was scored.", names))
+    return [*found, _drawn(rate, "Learning rate", "Of the backbone, step by step.", names)]
+
+
+def terms(history: History) -> list[Chart]:
+    """For each technique, all that it reported epoch by epoch."""
+    found = []
+    for technique, columns in history.terms.items():
+        figure = _axes()
+        for (name, colour), column in zip(_coloured(columns), columns, strict=True):
+            rows = [row for row in history.epochs if column in row]
+            _line(figure[1], rows, [row[column] for row in rows], colour, label=name.partition(".")[2] or name)
+        figure[1].set(xlabel="epoch")
+        found.append(
+            _drawn(figure, technique, "Its terms of the loss, before their weights, and what else it counts.", ())
+        )
+    return found
+
+
+def reliability(bins: np.ndarray) -> Chart:
+    """Accuracy against confidence from (3,BINS): images, summed confidence, right answers."""
+    images, confidence, right = bins
+    some = images > 0
+    figure = Figure(figsize=(SIZE[0], 4.2), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    middle = (np.arange(BINS) + 0.5) / BINS
+    upper.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
+    upper.bar(middle[some], right[some] / images[some], 0.9 / BINS, color=COLOURS[0], alpha=0.35)
+    upper.plot(confidence[some] / images[some], right[some] / images[some], ".", color=COLOURS[0])
+    lower.bar(middle, images / max(images.sum(), 1), 0.9 / BINS, color="#999999")
+    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
+    lower.set(xlabel="confidence", ylabel="of images")
+    for axes in (upper, lower):
+        _plain(axes)
+    about = f"{BINS} bins. Below the dashed line: more confident than right."
+    return Chart("Reliability", chart(figure), about)
+
+
+def _coloured(names: Sequence[str]) -> list[tuple[str, str]]:
+    shown, _ = writable(names)
+    return [(name, COLOURS[at % len(COLOURS)]) for at, name in enumerate(shown)]
+
+
+def _line(
+    axes: Axes,
+    rows: Sequence[Mapping[str, float]],
+    values: Sequence[float],
+    colour: str,
+    *,
+    label: str | None,
+    dotted: bool = False,
+) -> None:
+    """`values` over the epochs of `rows`."""
+    mark = "." if len(rows) <= MARKED else ""
+    axes.plot([row["epoch"] for row in rows], values, color=colour, marker=mark, label=label, ls=":" if dotted else "-")
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _drawn(figure: tuple[Figure, Axes], title: str, about: str, names: Sequence[str]) -> Chart:
+    axes = figure[1]
+    _plain(axes)
+    if axes.get_xlabel() == "epoch":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, prop=_font(names))
+    return Chart(title, chart(figure[0]), about)
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(color="#e5e5e5", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _font(names: Sequence[str]) -> FontProperties:
+    path: Path = writable(names)[1]
+    return FontProperties(fname=str(path), size=8)

@@ -1,0 +1,257 @@
+"""`fgvc report`: one or more runs on one page that needs nothing else: no network, no script, no second file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from fgvc.config import differences, dump
+from fgvc.disk import writing
+from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, of_logits, reliability
+from fgvc.evaluate.subject import Answers, Subject, subject
+from fgvc.export.bundle import load_bundle
+from fgvc.page.render import render
+from fgvc.recipe import Recipe, Selected
+from fgvc.report.certificate import Certificate, certificates
+from fgvc.report.chart import Chart, curves, terms
+from fgvc.report.chart import reliability as reliability_chart
+from fgvc.report.gallery import Gallery, gallery
+from fgvc.report.history import History, read_history
+from fgvc.report.localisation import Table, localisation
+from fgvc.techniques import CONFIGS
+from fgvc.train.events import write_atomic
+from fgvc.types import FgvcError, Split
+
+SHARES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "macro_f1": "macro F1",
+    "balanced_accuracy": "balanced accuracy",
+    "ece": "calibration error",
+}
+LISTED = 15  # classes shown at once; all others fold out
+NAMED = 50  # unreadable files listed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chapter:
+    """All that the page shows of one run."""
+
+    name: str
+    seen: Subject
+    split: Split
+    answers: Answers
+    scores: Scores
+    history: History
+    gallery: Gallery
+    certificate: Certificate | None  # None: no bundle was given
+    localisation: list[Table] | None  # None: not measured
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What was scored, and what it took; the same for every run, so that they can stand side by side."""
+        recipe, epochs = self.seen.recipe, len(self.history.epochs)
+        size = " × ".join(str(side) for side in recipe.image.size)
+        seconds = self.history.seconds
+        done = f"{epochs} of {recipe.train.epochs}"
+        return {
+            "network": f"{recipe.model.backbone} at {size}",
+            "techniques": ", ".join(kind for kind in CONFIGS if getattr(recipe.techniques, kind) is not None) or "none",
+            "weights": self.seen.select,
+            "epochs": done + ("" if seconds is not None else ", not finished"),
+            "training time": duration(seconds) if seconds is not None else "",
+            "started": self.history.started,
+            "seed": str(recipe.train.seed),
+        }
+
+    @property
+    def classes(self) -> list[dict[str, Any]]:
+        """Rows of `Scores.by_class`, the worst recall first; classes without an image last."""
+        rows = self.scores.by_class(self.seen.classes)
+        return sorted(rows, key=lambda row: (row["recall"] == "", row["recall"] or 0.0, -int(row["images"])))
+
+    @property
+    def reliability(self) -> Chart:
+        return reliability_chart(reliability(self.answers.logits, self.answers.labels))
+
+    @property
+    def terms(self) -> list[Chart]:
+        return terms(self.history)
+
+    @property
+    def interval(self) -> str:
+        low, high = wilson(self.scores.top1, self.scores.images)
+        return f"{100 * low:.1f} to {100 * high:.1f}"
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        """Key and value of what is not fgvc's default."""
+        own = self.seen.recipe.model_dump(mode="json", exclude_defaults=True)
+        return [(key, written(value)) for key, value in leaves(own)]
+
+    @property
+    def config(self) -> str:
+        return dump(self.seen.recipe)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the table of all runs; `best`: the positions to stand out."""
+
+    label: str
+    cells: tuple[str, ...]
+    best: frozenset[int] = frozenset()
+
+
+def report(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    bundles: Sequence[Path] = (),
+    split: Split | None = None,
+    select: Selected | None = None,
+    device: str | None = None,
+    images: int = 10,
+) -> Path:
+    """Score the runs on one part of their data (default: val, else test) and write the page; the same runs give the same bytes.
+
+    `bundles`: what runs were exported to, each shown with the run whose logits it gives. `images`: pictures a section.
+    Raises FgvcError where runs have different classes, or a bundle holds none of the runs' weights.
+    """
+    if out.is_dir():
+        raise FgvcError(f"{out}: is a folder; name a file for the report")
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise FgvcError("the same run twice: name each run once")
+    subjects = [subject(run, select) for run in runs]
+    _refuse_other_classes(subjects)
+    opened = [load_bundle(folder) for folder in bundles]
+    parts = [seen.part(split) for seen in subjects]
+    if len({part for part, _ in parts}) > 1:
+        raise FgvcError("not all of the runs have a validation part: give --split test")
+    answers = [seen.answers(rows, device=device) for seen, (_, rows) in zip(subjects, parts, strict=True)]
+    proven = certificates(opened, subjects, answers)
+    chapters = []
+    for at, (name, seen, answer) in enumerate(zip(_names(runs), subjects, answers, strict=True)):
+        scores = of_logits(answer.logits, answer.labels)
+        chapters.append(
+            Chapter(
+                name=name,
+                seen=seen,
+                split=parts[at][0],
+                answers=answer,
+                scores=scores,
+                history=read_history(seen.run),
+                gallery=gallery(seen, answer, scores, images=images, device=device),
+                certificate=proven.get(at),
+                localisation=localisation(seen.run),
+            )
+        )
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, _page(chapters))
+    return out
+
+
+def _page(chapters: Sequence[Chapter]) -> str:
+    names = [chapter.name for chapter in chapters]
+    paths = [{str(chapter.seen.index.paths[row]) for row in chapter.answers.rows} for chapter in chapters]
+    return render(
+        "report.html",
+        title=f"Report: {names[0]}" if len(names) == 1 else f"Report: {len(names)} runs",
+        chapters=chapters,
+        rows=_side_by_side(chapters),
+        same_images=all(seen == paths[0] for seen in paths),
+        curves=curves(names, [chapter.history for chapter in chapters]),
+        differing=_differing([chapter.seen.recipe for chapter in chapters]),
+        shares=SHARES,
+        listed=LISTED,
+        named=NAMED,
+    )
+
+
+def _refuse_other_classes(subjects: Sequence[Subject]) -> None:
+    first = subjects[0]
+    for other in subjects[1:]:
+        if other.classes != first.classes:
+            apart = sorted(set(first.classes) ^ set(other.classes))
+            why = f"{apart[0]!r} is in one alone" if apart else "the same names in another order"
+            raise FgvcError(
+                f"{first.run} and {other.run} have different classes ({len(first.classes)} and {len(other.classes)}; {why}): "
+                "one report compares runs on the same classes; make one for each"
+            )
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The folders' own names; with as much of the path before them as tells them apart."""
+    parts = [run.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _side_by_side(chapters: Sequence[Chapter]) -> list[Row]:
+    rows = []
+    for key, label in {**SHARES, "loss": "log loss"}.items():
+        values = [float(getattr(chapter.scores, key)) for chapter in chapters]
+        cells = tuple(f"{value:.4f}" if key == "loss" else f"{100 * value:.2f} %" for value in values)
+        best = min(values) if key in SMALLER_IS_BETTER else max(values)
+        rows.append(Row(label, cells, frozenset(at for at, value in enumerate(values) if value == best)))
+        if key == "top1":
+            rows.append(Row("top-1, 95 % interval", tuple(f"{chapter.interval} %" for chapter in chapters)))
+    for label in chapters[0].facts:
+        rows.append(Row(label, tuple(chapter.facts[label] or "–" for chapter in chapters)))
+    return rows
+
+
+def _differing(recipes: Sequence[Recipe]) -> list[tuple[str, tuple[str, ...]]]:
+    """Keys in which a recipe is not as the first, and what each says."""
+    trees = [recipe.model_dump(mode="json") for recipe in recipes]
+    keys = sorted({key for tree in trees[1:] for key in differences(trees[0], tree)})
+    return [(key, tuple(written(_at(tree, key)) for tree in trees)) for key in keys]
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a nested mapping that is none itself, or empty."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def written(value: Any) -> str:
+    """A setting for people: YAML, in lines where it is a tree."""
+    if isinstance(value, Mapping) and value:
+        return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip()
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` images (Wilson 1927): it stays within [0,1] and is right near its ends."""
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, the two largest of them."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, left = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {left} s" if minutes else f"{left} s"

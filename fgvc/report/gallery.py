@@ -1,0 +1,165 @@
+"""The pictures of a report: what a net got wrong or was unsure of, and where it looked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fgvc.cam.maps import refusal
+from fgvc.cam.offline import offline_maps
+from fgvc.data.loader import evaluation_loader
+from fgvc.evaluate.metrics import Scores
+from fgvc.evaluate.subject import Answers, Subject
+from fgvc.image.decode import decode
+from fgvc.image.overlay import overlay
+from fgvc.image.preprocess import fit
+from fgvc.page.render import picture
+from fgvc.serve.engine import softmax
+from fgvc.types import ImageError
+
+SIDE = 224  # pixels of a picture's longer side
+PAIRS = 8  # of classes
+MISTAKES = 2  # pictures of a pair, each way
+TRIED = 20  # files, before a class has no example
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shot:
+    """An image as the net sees it, and what it said."""
+
+    picture: str  # data address
+    map: str | None  # of the predicted class, over the picture; None: this net has none
+    path: str  # below the data's root
+    true: str
+    said: str
+    true_share: float  # probability of the true class
+    said_share: float
+    other: str  # the second most probable class
+    other_share: float
+
+    @property
+    def right(self) -> bool:
+        return self.true == self.said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two classes that are taken for one another. `examples`: a picture of each from the training part, or None."""
+
+    classes: tuple[str, str]
+    examples: tuple[str | None, str | None]
+    counts: tuple[int, int]  # the first taken for the second, and back
+    shots: tuple[tuple[Shot, ...], tuple[Shot, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gallery:
+    """`unmapped`: why there are no maps; empty where there are."""
+
+    worst: tuple[Shot, ...]
+    uncertain: tuple[Shot, ...]
+    pairs: tuple[Pair, ...]
+    unmapped: str
+
+
+def gallery(seen: Subject, answers: Answers, scores: Scores, *, images: int, device: str | None = None) -> Gallery:
+    """Up to `images` pictures of the highest loss, as many of the smallest margin between the two most probable classes, and
+    of the most confused pairs MISTAKES each way."""
+    p = softmax(answers.logits)
+    said, own = p.argmax(1), p[np.arange(len(p)), answers.labels]
+    best = np.sort(p, axis=1)[:, -2:]
+    worst = np.argsort(own, kind="stable")[:images]
+    uncertain = np.argsort(best[:, -1] - best[:, 0], kind="stable")[:images]
+    classes = seen.classes
+    number = {name: at for at, name in enumerate(classes)}
+    pairs = [(number[str(row["class"])], number[str(row["other"])]) for row in scores.confused(classes)]
+    pairs = pairs[: min(PAIRS, images)]
+    mistakes = {
+        (a, b): _surest((answers.labels == a) & (said == b), p[:, b]) for pair in pairs for a, b in (pair, pair[::-1])
+    }
+    wanted = np.unique(np.concatenate([worst, uncertain, *mistakes.values()]))
+    unmapped = refusal(seen.step.net, seen.preprocess.size, "gradcam") or ""
+    maps = {} if unmapped else dict(_maps(seen, answers.rows[wanted], said[wanted], device))
+    shots = {int(at): _shot(seen, answers, p[at], int(at), maps) for at in wanted}
+    examples = {label: _example(seen, label) for pair in pairs for label in pair}
+    return Gallery(
+        worst=_of(shots, worst),
+        uncertain=_of(shots, uncertain),
+        pairs=tuple(
+            Pair(
+                classes=(classes[a], classes[b]),
+                examples=(examples[a], examples[b]),
+                counts=(int(scores.confusion[a, b]), int(scores.confusion[b, a])),
+                shots=(_of(shots, mistakes[a, b]), _of(shots, mistakes[b, a])),
+            )
+            for a, b in pairs
+        ),
+        unmapped=unmapped,
+    )
+
+
+def _of(shots: Mapping[int, Shot], wanted: Iterable[np.int64]) -> tuple[Shot, ...]:
+    return tuple(shots[int(at)] for at in wanted)
+
+
+def _surest(which: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Up to MISTAKES positions where `which` holds, those of the largest share first."""
+    found = np.flatnonzero(which)
+    return found[np.argsort(-share[found], kind="stable")[:MISTAKES]]
+
+
+def _shot(seen: Subject, answers: Answers, p: np.ndarray, at: int, maps: Mapping[int, np.ndarray]) -> Shot:
+    row, label = int(answers.rows[at]), int(answers.labels[at])
+    order = np.argsort(-p, kind="stable")[:2]
+    first, second = int(order[0]), int(order[-1])
+    image = _crop(seen, row)
+    return Shot(
+        picture=picture(image, side=SIDE),
+        map=picture(overlay(image, maps[row]), side=SIDE) if row in maps else None,
+        path=str(seen.index.paths[row]),
+        true=seen.classes[label],
+        said=seen.classes[first],
+        true_share=float(p[label]),
+        said_share=float(p[first]),
+        other=seen.classes[second],
+        other_share=float(p[second]),
+    )
+
+
+def _crop(seen: Subject, row: int) -> Image.Image:
+    """What the net is shown of an image, at the size of the report's pictures."""
+    height, width = seen.preprocess.size
+    scale = SIDE / max(height, width)
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    return Image.fromarray(fit(decode(seen.index.path(row)), seen.preprocess.model_copy(update={"size": size})))
+
+
+def _example(seen: Subject, label: int) -> str | None:
+    """The first picture of a class in the training part that can be read."""
+    rows = seen.index.rows("train")
+    for row in rows[seen.index.labels[rows] == label][:TRIED]:
+        try:
+            return picture(_crop(seen, int(row)), side=SIDE)
+        except ImageError:
+            continue
+    return None
+
+
+def _maps(seen: Subject, rows: np.ndarray, targets: np.ndarray, device: str | None) -> Iterator[tuple[int, np.ndarray]]:
+    """For every row, its map (H,W) in [0,1] of the target class."""
+    of = dict(zip(rows.tolist(), targets.tolist(), strict=True))
+    loader = evaluation_loader(seen.index, rows, spec=seen.preprocess, batch_size=32, workers=0)
+    with seen.placed(device) as (where, layout):
+
+        def batches() -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
+            for batch in loader:
+                labels = torch.tensor([of[row] for row in batch.index.tolist()])
+                yield batch.images.to(where, memory_format=layout), labels, batch.index.numpy()
+
+        for found, maps in offline_maps(seen.step.net, batches(), "GradCAM"):
+            yield from zip(found.tolist(), maps.cpu().numpy(), strict=True)

@@ -1,0 +1,96 @@
+"""What a run wrote down while it went: its epochs, rates, machine and time."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fgvc.types import FgvcError
+
+OWN = ("epoch", "step", "lr", "base", "loss")  # columns of metrics.csv that are no technique's
+MACHINE = ("system", "cpu", "cores", "accelerator")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """One run's past."""
+
+    epochs: tuple[Mapping[str, float], ...]  # rows of metrics.csv
+    rates: tuple[tuple[int, float], ...]  # step, learning rate
+    started: str  # day of the first step, UTC; empty where the run does not tell
+    seconds: float | None  # of training, over all sessions; None: not finished
+    environment: Mapping[str, Any]
+
+    @property
+    def terms(self) -> dict[str, list[str]]:
+        """Technique -> its columns of metrics.csv."""
+        found: dict[str, list[str]] = {}
+        for key in dict.fromkeys(key for row in self.epochs for key in row):
+            if key not in OWN and not key.startswith("val_"):
+                found.setdefault(key.partition(".")[0], []).append(key)
+        return found
+
+    @property
+    def command(self) -> str:
+        """What started the run, as a shell takes it; from Python, the arguments of that program."""
+        words = [str(word) for word in self.environment.get("command") or ()]
+        return shlex.join(["fgvc", *words]) if words[:1] == ["train"] else shlex.join(words)
+
+    @property
+    def machine(self) -> str:
+        known = {key: self.environment.get(key) for key in MACHINE}
+        known["cores"] = f"{known['cores']} cores" if known["cores"] else None
+        return ", ".join(str(value) for value in known.values() if value)
+
+    @property
+    def versions(self) -> str:
+        known = {key: value for key, value in self.environment.items() if key not in (*MACHINE, "command") and value}
+        return ", ".join(f"{name} {value}" for name, value in known.items())
+
+
+def read_history(run: Path) -> History:
+    """Read `env.json`, `events.jsonl` and `metrics.csv`. A torn line of a killed run is passed over, and of what a resumed run
+    did twice the last counts. Raises FgvcError where a file is not what fgvc writes."""
+    rates: dict[int, float] = {}
+    started, seconds = "", None
+    for event in _events(run / "events.jsonl"):
+        if event.get("event") == "step":
+            rates[int(event["step"])] = float(event["lr"])
+        if event.get("event") == "start" and not started:
+            started = datetime.fromtimestamp(float(event["time"]), UTC).date().isoformat()
+        seconds = {"finished": event.get("seconds"), "resume": None}.get(str(event.get("event")), seconds)
+    text = _text(run / "env.json")
+    try:
+        environment = json.loads(text) if text else {}
+        rows = list(csv.DictReader(io.StringIO(_text(run / "metrics.csv"))))
+        epochs = tuple({key: float(value) for key, value in row.items() if value} for row in rows)
+    except (ValueError, TypeError) as error:
+        raise FgvcError(f"{run}: env.json or metrics.csv is not as fgvc wrote it: {error}") from error
+    return History(
+        epochs=epochs, rates=tuple(sorted(rates.items())), started=started, seconds=seconds, environment=environment
+    )
+
+
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    for line in _text(path).splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+def _text(path: Path) -> str:
+    """A file's text, or none where there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise FgvcError(f"{path}: can't be read: {error}") from error

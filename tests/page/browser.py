@@ -1,0 +1,75 @@
+"""A page in headless Chromium, from disk: what a reader would trip over."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import which
+
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@contextmanager
+def browser(folder: Path) -> Iterator[Chrome]:
+    """A browser with a profile of its own in `folder`. Skips where there is none; nothing is downloaded. The test needs
+    `pytest.mark.allow_hosts(["127.0.0.1", "localhost"])`, by which selenium speaks to the driver."""
+    program, driver = next(filter(None, map(which, BROWSERS)), None), which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no chromium and chromedriver here (Debian: chromium, chromium-driver)")
+    options = ChromeOptions()
+    options.binary_location = program
+    for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = Chrome(
+        options, ChromeService(driver, env={"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), "HOME": str(folder)})
+    )
+    try:
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+def problems(chrome: Chrome, page: Path, *, width: int) -> list[str]:
+    """What is wrong with a page on a screen of `width` pixels, all that folds unfolded: it is wider than the screen, pictures
+    are missing, the console complains, something is fetched."""
+    screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
+    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    chrome.get("about:blank")
+    for log in ("browser", "performance"):
+        chrome.get_log(log)  # of the pages before, a new tab's own among them
+    chrome.get(page.as_uri())
+    chrome.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    found = []
+    wide = chrome.execute_script("return document.documentElement.scrollWidth")
+    if wide > width:
+        found.append(f"{wide} pixels wide on a screen of {width}")
+    missing = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.alt)"
+    found += [f"a picture is missing: {alt}" for alt in chrome.execute_script(missing)]
+    found += [entry["message"] for entry in chrome.get_log("browser")]
+    for entry in chrome.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            url = message["params"]["request"]["url"]
+            if not url.startswith("data:") and url != page.as_uri():
+                found.append(f"asked for {url}")
+        if message["method"] == "Network.loadingFailed":
+            found.append(f"did not load: {message['params']['errorText']}")
+    return found
+
+
+def pdf(chrome: Chrome) -> tuple[bytes, int]:
+    """The page as it prints, and on how many sheets."""
+    content = base64.b64decode(chrome.print_page())
+    return content, max(int(count) for count in re.findall(rb"/Count (\d+)", content))

@@ -1,0 +1,51 @@
+"""The report in a real browser, on a phone, on a desk and on paper."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+
+from fgvc import api
+from fgvc.recipe import Recipe
+from fgvc.report.document import report
+from tests.page.browser import browser, pdf, problems
+
+pytestmark = pytest.mark.allow_hosts(["127.0.0.1", "localhost", "::1"])  # where selenium's driver listens
+
+
+@pytest.fixture
+def pages(recipe_tree: dict, tmp_path: Path) -> list[Path]:
+    """A report of one run and one of two, whose names are long."""
+    folder = tmp_path / "reports"
+    runs = [folder / "a", folder / ("a_name_without_a_single_place_to_break_it_" * 2)]
+    for run, techniques in zip(runs, ({}, {"dcl": {"grid": 2}}), strict=True):
+        tree = recipe_tree | {"techniques": techniques, "train": recipe_tree["train"] | {"epochs": 1, "max_steps": 2}}
+        api.train(Recipe.model_validate(tree), run)
+    return [report(runs[1:], folder / "one.html", images=2), report(runs, folder / "two.html", images=2)]
+
+
+def test_phone_desk_and_paper(pages: list[Path], tmp_path: Path) -> None:
+    with browser(tmp_path) as chrome:
+        for page in pages:
+            for width in (390, 1280):
+                assert problems(chrome, page, width=width) == []
+            content, sheets = pdf(chrome)
+            assert content.startswith(b"%PDF")
+            assert 2 <= sheets <= 40
+
+
+def test_what_is_wrong_is_seen(tmp_path: Path) -> None:
+    """The check itself can fail."""
+    page = tmp_path / "page.html"
+    broken = base64.b64encode(b"no picture").decode()
+    page.write_text(
+        f'<div style="width: 2000px">wide</div><img alt="gone" src="data:image/png;base64,{broken}">'
+        '<img alt="fetched" src="other.png"><script>console.error("oh")</script>'
+    )
+    with browser(tmp_path) as chrome:
+        found = "\n".join(problems(chrome, page, width=390))
+        assert problems(chrome, tmp_path / "none.html", width=390)
+    for expected in ("pixels wide", "missing: gone", "oh", "asked for file://"):
+        assert expected in found

@@ -1,0 +1,217 @@
+"""The page says what was measured, names what users named, and needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from fgvc import api
+from fgvc.evaluate.metrics import of_logits
+from fgvc.evaluate.subject import subject
+from fgvc.recipe import Recipe
+from fgvc.report.document import duration, leaves, report, wilson
+from fgvc.report.gallery import MISTAKES, gallery
+from fgvc.types import FgvcError
+from tests.conftest import paint
+
+NAMES = ("<i>red", "blue & \"bold\" 'un'", "麻雀")  # as folders sort them
+COLOURS = ((200, 70, 60), (60, 80, 200), (70, 170, 80))
+
+
+class Page(HTMLParser):
+    """A page taken apart: its tables cell by cell, its text, the addresses in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.texts: list[str] = []
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.inside = True
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+        if self.inside:
+            self.rows[-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.inside = False
+
+    def row(self, first: str) -> list[str]:
+        return next(row for row in self.rows if row and row[0].strip() == first)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes whose names must be escaped or need a font; one picture of the validation part is broken."""
+    root = tmp_path_factory.mktemp("named")
+    for number, (name, colour) in enumerate(zip(NAMES, COLOURS, strict=True)):
+        for split, count in (("train", 12), ("val", 6), ("test", 4)):
+            for i in range(count):
+                paint(root / split / name / f"{i:02d}.png", colour, seed=1000 * number + 100 * len(split) + i)
+    (root / "val" / NAMES[2] / "05.png").write_bytes(b"no picture")
+    return root
+
+
+def trained(data: Path, out: Path, **changes: object) -> Path:
+    tree = {
+        "data": {"kind": "folder", "root": str(data), "max_unreadable": 0.5},
+        "image": {"size": 32},
+        "model": {"backbone": "test_resnet"},
+        "train": {"epochs": 2, "batch_size": 8, "workers": 0, "device": "cpu", "max_steps": 4},
+        "optim": {"lr": 0.01, "warmup_epochs": 0.5},
+    }
+    return api.train(Recipe.model_validate(tree | changes), out)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(data, tmp_path_factory.mktemp("runs") / "first")
+
+
+@pytest.fixture(scope="module")
+def other(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(
+        data, tmp_path_factory.mktemp("runs") / "second", techniques={"dcl": {"grid": 2}}, loss={"kind": "focal"}
+    )
+
+
+@pytest.fixture(scope="module")
+def text(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return report([run], tmp_path_factory.mktemp("out") / "deep" / "r.html", images=4).read_text(encoding="utf-8")
+
+
+def test_the_numbers_are_those_of_eval(run: Path, text: str) -> None:
+    found = api.evaluate(run).scores
+    page = Page(text)
+    said = "".join(page.texts)
+    for share in (found.top1, found.top5, found.macro_f1, found.balanced_accuracy, found.ece):
+        assert f"{100 * share:.2f} %" in said
+    assert f"{found.loss:.4f}" in said
+    assert f"{found.images} images" in said
+    for row in found.by_class(subject(run).classes):
+        cells = [cell.strip() for cell in page.row(str(row["class"]))]
+        expected = [f"{100 * row[key]:.1f}" if row[key] != "" else "" for key in ("recall", "precision", "f1")]
+        assert cells[1:5] == [str(row["images"]), *expected]
+        assert cells[5].startswith(str(row["taken_for"]))
+    assert [row[0] for row in page.rows if row[:1] and row[0] in subject(run).classes] == [
+        row["class"] for row in sorted(found.by_class(subject(run).classes), key=lambda row: row["recall"])
+    ]
+
+
+def test_nothing_is_fetched_run_or_left_unescaped(run: Path, text: str) -> None:
+    page = Page(text)
+    assert not page.tags & {"script", "link", "iframe", "object", "i"}
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    for name in subject(run).classes:
+        assert name in "".join(page.texts)
+    kinds = set()
+    for address in page.addresses:
+        if address.startswith("data:image/jpeg"):
+            kinds.add(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).size)
+    assert kinds == {(224, 224)}
+    anchors = set(re.findall(r'id="([^"]+)"', text))
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= anchors
+
+
+def test_an_unreadable_picture_is_named_and_not_counted(text: str) -> None:
+    assert "1 image could not be read" in text
+    assert "05.png: not an image" in text
+
+
+def test_the_same_run_gives_the_same_bytes(run: Path, text: str, tmp_path: Path) -> None:
+    assert report([run], tmp_path / "again.html", images=4).read_text(encoding="utf-8") == text
+
+
+def test_worst_and_most_uncertain_by_their_definitions(run: Path) -> None:
+    seen = subject(run)
+    answers = seen.answers(seen.part()[1])
+    scores = of_logits(answers.logits, answers.labels)
+    found = gallery(seen, answers, scores, images=5)
+    z, y = torch.from_numpy(answers.logits), torch.from_numpy(answers.labels)
+    losses = F.cross_entropy(z, y, reduction="none")
+    paths = seen.index.paths[answers.rows]
+    assert [shot.path for shot in found.worst] == [str(paths[at]) for at in losses.argsort(descending=True)[:5]]
+    top = z.softmax(1).topk(2).values
+    assert [shot.path for shot in found.uncertain] == [str(paths[at]) for at in (top[:, 0] - top[:, 1]).argsort()[:5]]
+    assert found.unmapped == ""
+    assert all(shot.map and shot.map != shot.picture for shot in (*found.worst, *found.uncertain))
+    assert sum(sum(pair.counts) for pair in found.pairs) == int((z.argmax(1) != y).sum())
+    for pair in found.pairs:
+        for (true, said), count, shots in zip((pair.classes, pair.classes[::-1]), pair.counts, pair.shots, strict=True):
+            assert len(shots) == min(count, MISTAKES)
+            assert all((shot.true, shot.said) == (true, said) for shot in shots)
+        assert all(pair.examples)
+
+
+def test_a_net_without_maps_says_why_and_shows_the_pictures(data: Path, tmp_path: Path) -> None:
+    vit = trained(
+        data, tmp_path / "vit", model={"backbone": "test_vit", "kwargs": {"global_pool": "token"}}, image={"size": 160}
+    )
+    said = report([vit], tmp_path / "r.html", images=1).read_text(encoding="utf-8")
+    assert "no class maps, because" in said
+    assert "class map of" not in said
+
+
+def test_runs_side_by_side(run: Path, other: Path, tmp_path: Path) -> None:
+    page = Page(report([run, other], tmp_path / "r.html", images=1).read_text(encoding="utf-8"))
+    assert page.rows[0] == ["", "first", "second"]
+    both = [api.evaluate(folder).scores for folder in (run, other)]
+    assert page.row("top-1")[1:] == [f"{100 * scores.top1:.2f} %" for scores in both]
+    assert page.row("techniques")[1:] == ["none", "dcl"]
+    assert page.row("loss.kind")[1:] == ["cross_entropy", "focal"]
+    assert page.row("techniques.dcl")[1] == "null"
+    assert "grid: 2" in page.row("techniques.dcl")[2]
+    assert not [row for row in page.rows if len(row) == 3 and row[0] in ("optim.lr", "data.root")]
+
+
+def test_runs_that_can_not_share_a_page_are_refused(run: Path, colours: Path, tmp_path: Path) -> None:
+    third = trained(colours, tmp_path / "third")
+    with pytest.raises(FgvcError, match=r"first and .*third have different classes \(3 and 3; .* is in one alone"):
+        report([run, third], tmp_path / "r.html")
+    with pytest.raises(FgvcError, match="the same run twice"):
+        report([run, run], tmp_path / "r.html")
+    with pytest.raises(FgvcError, match="is a folder"):
+        report([run], tmp_path)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_localisation_is_shown_where_it_was_measured(run: Path, text: str, tmp_path: Path) -> None:
+    assert "fgvc localize" in text
+    path = run / "localisation.json"
+    path.write_text(json.dumps({"val": {"pointing": 0.75, "images": 17}}))
+    try:
+        page = Page(report([run], tmp_path / "r.html", images=1).read_text(encoding="utf-8"))
+        path.write_text("{")
+        with pytest.raises(FgvcError, match=r"localisation\.json"):
+            report([run], tmp_path / "r.html", images=1)
+    finally:
+        path.unlink()
+    assert page.row("pointing")[1] == "0.75"
+
+
+def test_small_things_by_hand() -> None:
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)  # 1 - 1 / (1 + z^2 / 10)
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert [duration(s) for s in (4.4, 61, 3661)] == ["4 s", "1 min 1 s", "1 h 1 min"]
+    assert dict(leaves({"a": {"b": 1, "c": {}}, "d": [1]})) == {"a.b": 1, "a.c": {}, "d": [1]}

@@ -1,0 +1,68 @@
+"""What a run wrote down, whatever happened to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fgvc.report.chart import curves, terms
+from fgvc.report.history import History, read_history
+from fgvc.types import FgvcError
+
+
+def written(run: Path, events: list[dict], table: str = "", environment: dict | None = None) -> History:
+    run.mkdir()
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "st')
+    (run / "metrics.csv").write_text(table)
+    (run / "env.json").write_text(json.dumps(environment or {}))
+    return read_history(run)
+
+
+def step(number: int, lr: float) -> dict:
+    return {"event": "step", "step": number, "lr": lr}
+
+
+def test_of_steps_done_twice_the_last_count_and_a_torn_line_is_passed_over(tmp_path: Path) -> None:
+    events = [{"event": "start", "time": 86400 * 365.0}, step(10, 0.1), step(20, 0.3), {"event": "resume", "step": 10}]
+    found = written(tmp_path / "run", [*events, step(20, 0.2), {"event": "finished", "seconds": 12.5}])
+    assert found.rates == ((10, 0.1), (20, 0.2))
+    assert (found.started, found.seconds) == ("1971-01-01", 12.5)
+
+
+def test_a_run_that_goes_on_is_not_finished_and_one_that_never_began_has_no_past(tmp_path: Path) -> None:
+    assert written(tmp_path / "a", [{"event": "finished", "seconds": 1.0}, {"event": "resume"}]).seconds is None
+    (tmp_path / "b").mkdir()
+    found = read_history(tmp_path / "b")
+    assert (found.epochs, found.seconds, found.command, found.machine) == ((), None, "", "")
+    assert curves(["b"], [found]) == []
+
+
+def test_columns_of_techniques_and_the_command_for_a_shell(tmp_path: Path) -> None:
+    table = (
+        "epoch,step,lr,base,dcl.location,acol.erased,dcl.destroyed,loss,val_top1,val_loss\n1,5,0.1,2,0.1,0.2,0.3,3,,\n"
+    )
+    words = ["train", "my recipe.yaml", "data.root=a&b"]
+    found = written(tmp_path / "run", [], table, {"command": words, "cpu": "X", "cores": 2, "torch": "2", "onnx": None})
+    assert found.terms == {"dcl": ["dcl.location", "dcl.destroyed"], "acol": ["acol.erased"]}
+    assert "val_top1" not in found.epochs[0]
+    assert found.command == "fgvc train 'my recipe.yaml' 'data.root=a&b'"
+    assert (found.machine, found.versions) == ("X, 2 cores", "torch 2")
+    assert [chart.title for chart in terms(found)] == ["dcl", "acol"]
+    assert [chart.title for chart in curves(["run"], [found])] == ["Loss", "Learning rate"]
+
+
+def test_runs_with_names_in_chinese_are_drawn_without_a_warning(tmp_path: Path) -> None:
+    table = "epoch,step,lr,loss,val_top1,val_loss\n1,5,0.1,3,0.5,1\n2,10,0,2,0.6,0.9\n"
+    histories = [written(tmp_path / name, [], table) for name in "ab"]
+    assert [chart.title for chart in curves(["麻雀", "<b>"], histories)] == [
+        "Loss",
+        "Validation top-1",
+        "Learning rate",
+    ]
+
+
+def test_what_fgvc_did_not_write_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FgvcError, match=r"run: env\.json or metrics\.csv"):
+        written(tmp_path / "run", [], "epoch,step\n1,many\n")
