@@ -21,6 +21,7 @@ from fgvc.evaluate import metrics
 from fgvc.evaluate.averaged import Views, averaged, canvas, refined
 from fgvc.evaluate.plot import plot_confusion
 from fgvc.evaluate.subject import subject
+from fgvc.explain import explain
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
 from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
@@ -34,7 +35,7 @@ from fgvc.types import FgvcError, ImageIndex
 
 __all__ = [
     "Bundle", "Evaluation", "Exported", "Forecast", "Preview", "Recipe",
-    "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "preview", "train", "verify",
+    "check", "evaluate", "explain", "export", "forecast", "load_bundle", "load_recipe", "preview", "train", "verify",
 ]  # fmt: skip
 
 
