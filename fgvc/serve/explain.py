@@ -125,8 +125,7 @@ def explain_files(
     """
     files = list(expand(paths))
     wanted = [None if target == PREDICTED else _position(looker, target) for looker in lookers]
-    text = [name for looker in lookers for name in (*looker.labels, looker.name)]
-    names = list(dict.fromkeys(text))
+    names = list(dict.fromkeys(name for looker in lookers for name in (*looker.labels, looker.name)))
     written, font = write(names)
     if written != names:
         print(f"warning: {ADVICE}", file=sys.stderr)
@@ -134,24 +133,18 @@ def explain_files(
     failed = 0
     rest = iter(zip(files, _names(files), strict=True))
     while some := list(islice(rest, batch)):
-        pictures = [(path, name, decoded(path)) for path, name in some]
-        good = [(path, name, image) for path, name, image in pictures if isinstance(image, Image.Image)]
-        answers = [
-            _look(looker, [image for *_, image in good], label) for looker, label in zip(lookers, wanted, strict=True)
-        ]
-        found = iter(zip(good, *answers, strict=True))
-        for path, _, image in pictures:
+        images = [decoded(path) for path, _ in some]
+        good = [image for image in images if isinstance(image, Image.Image)]
+        answers = zip(*(_look(looker, good, label) for looker, label in zip(lookers, wanted, strict=True)), strict=True)
+        for (path, name), image in zip(some, images, strict=True):
             if isinstance(image, ImageError):
                 failed += 1
                 print(f"error: {image}", file=sys.stderr)
-            else:
-                (_, name, _), *seen = next(found)
-                panel = sheet.draw(path, name, seen)
-                said = (
-                    f"{looker.labels[one.label]} {100 * one.p[one.label]:.1f} %"
-                    for looker, (one, _) in zip(lookers, seen, strict=True)
-                )
-                print("\t".join([str(path), *said, str(panel)]))
+                continue
+            seen = next(answers)
+            panel = sheet.draw(path, name, seen)
+            said = (_share(looker.labels, one, one.label) for looker, (one, _) in zip(lookers, seen, strict=True))
+            print("\t".join([str(path), *said, str(panel)]))
     return 1 if failed else 0
 
 
@@ -194,10 +187,14 @@ class _Drawer:
         """The picture with what the network takes it for, then the overlays; broken into rows of one width."""
         best = int(one.p.argmax())
         of = f"{self.written[looker.name]}: " if len(self.lookers) > 1 else ""
-        share = lambda k: f"{self.written[looker.labels[k]]} {100 * one.p[k]:.1f} %"  # noqa: E731
-        cells = [Cell(picture, f"{of}{share(best)}")]
-        cells += [Cell(drawn, f"{method}: {share(one.label)}") for method, drawn in overlays.items()]
+        labels = [self.written[label] for label in looker.labels]
+        cells = [Cell(picture, f"{of}{_share(labels, one, best)}")]
+        cells += [Cell(drawn, f"{method}: {_share(labels, one, one.label)}") for method, drawn in overlays.items()]
         return (cells[at : at + COLUMNS] for at in range(0, len(cells), COLUMNS))
+
+
+def _share(labels: Sequence[str], one: Seen, k: int) -> str:
+    return f"{labels[k]} {100 * one.p[k]:.1f} %"
 
 
 def _arrays(looker: Looker, one: Seen) -> dict[str, np.ndarray]:
