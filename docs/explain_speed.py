@@ -21,7 +21,7 @@ from pytorch_grad_cam.utils.image import show_cam_on_image
 from torch import nn
 
 from fgvc.bench import interleaved
-from fgvc.explain import _opened, _writable
+from fgvc.explain import open_run, writable
 from fgvc.image.decode import decode
 from fgvc.image.preprocess import fit, normalise
 from fgvc.serve.explain import explain_files
@@ -34,10 +34,10 @@ def main(run: Path, folder: Path) -> None:
     files = list(expand([folder]))
     files = [files[at] for at in np.linspace(0, len(files) - 1, COUNT).astype(int)]
     with (
-        _opened(run, ("gradcam",), select=None, device=None, channels=None) as looker,
+        open_run(run, ("gradcam",)) as looker,
         tempfile.TemporaryDirectory() as tmp,
     ):
-        spec, net = looker.spec, copy.deepcopy(looker.look._model.net)
+        spec, net = looker.spec, copy.deepcopy(looker.look.net)
         for parameter in net.parameters():
             parameter.requires_grad_(True)  # as whoever uses the library has them
         last = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)][-1]
@@ -55,7 +55,7 @@ def main(run: Path, folder: Path) -> None:
 
         def ours_to_files() -> None:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-                explain_files([looker], files, Path(tmp) / "ours", target="predicted", batch=BATCH, write=_writable)
+                explain_files([looker], files, Path(tmp) / "ours", target="predicted", batch=BATCH, write=writable)
 
         def theirs_to_files() -> None:
             (Path(tmp) / "theirs").mkdir(exist_ok=True)

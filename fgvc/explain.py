@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import ImageFont
 
-from fgvc.cam.offline import Looker, looking, named
+from fgvc.cam.offline import ClassMaps, looking, named
 from fgvc.config import Preprocess
 from fgvc.evaluate import font
 from fgvc.evaluate.subject import subject
@@ -32,7 +32,7 @@ class RunLooker:
     labels: tuple[str, ...]
     spec: Preprocess
     methods: tuple[str, ...]
-    look: Looker
+    look: ClassMaps
     where: torch.device
     layout: torch.memory_format
 
@@ -81,14 +81,19 @@ def explain(
                     raise FgvcError(f"{path}: a bundle holds class activation maps alone; compare it by --method cam")
                 lookers.append(BundleLooker(path))
             else:
-                opened = _opened(path, chosen, select=select, device=device, channels=channels)
+                opened = open_run(path, chosen, select=select, device=device, channels=channels)
                 lookers.append(stack.enter_context(opened))
-        return drawing.explain_files(lookers, paths, out, target=target, batch=batch, write=_writable)
+        return drawing.explain_files(lookers, paths, out, target=target, batch=batch, write=writable)
 
 
 @contextmanager
-def _opened(
-    run: Path, methods: tuple[str, ...], *, select: Selected | None, device: str | None, channels: int | None
+def open_run(
+    run: Path,
+    methods: tuple[str, ...],
+    *,
+    select: Selected | None = None,
+    device: str | None = None,
+    channels: int | None = None,
 ) -> Iterator[RunLooker]:
     """The net of a run, on its device; the cost of expensive methods is said on stderr first."""
     seen = subject(run, select)
@@ -99,13 +104,14 @@ def _opened(
             raise FgvcError(f"{run}: {error}") from error
         for method in methods:
             if (cost := look.cost(method)) is not None:
-                print(f"{method}: {cost}", file=sys.stderr)
+                print(f"{run}: {method}: {cost}", file=sys.stderr)
         yield RunLooker(
             name=run.resolve().name, labels=seen.classes, spec=seen.preprocess, methods=methods, look=look, where=where,
             layout=layout,
         )  # fmt: skip
 
 
-def _writable(names: Sequence[str]) -> tuple[list[str], ImageFont.FreeTypeFont]:
+def writable(names: Sequence[str]) -> tuple[list[str], ImageFont.FreeTypeFont]:
+    """See `fgvc.evaluate.font`."""
     written, path = font.writable(names)
     return written, ImageFont.truetype(str(path), LETTERS)

@@ -52,12 +52,13 @@ SIGMA = {
 }  # SmoothGrad's 10-20 % of an image's range; of a mask in [0,1], as the paper
 
 
-class Looker:
+class ClassMaps:
     """Maps of one net by the methods it was made for; see `looking`."""
 
     def __init__(self, model: Tap, size: tuple[int, int], methods: Sequence[str], *, channels: int | None) -> None:
         """`channels`: so many of the most active, for methods that try them one by one; 0: all; None: CHANNELS, or all where
         only the head has to run for each. Raises FgvcError for a method that this net can't have."""
+        self.net: nn.Module = model.net
         self._model, self._linear = model, None
         if "cam" in methods:
             self._linear, reason = closed_form(model.net, size)
@@ -120,7 +121,7 @@ class Looker:
 
         from fgvc.cam import method as own
 
-        model, layout = self._model, partial(feature_map, self._model.net)
+        model, layout = self._model, partial(feature_map, self.net)
         if method == "cam":
             assert self._linear is not None, "it was looked for when this was made"
             return own.CAM(model, layout, self._linear.weight)
@@ -142,7 +143,7 @@ class Looker:
 @contextmanager
 def looking(
     net: nn.Module, size: tuple[int, int], methods: Sequence[str], *, channels: int | None = None
-) -> Iterator[Looker]:
+) -> Iterator[ClassMaps]:
     """A net that is only looked at: its mode, gradients and flags come back at the end.
 
     Raises FgvcError for a net without class maps, or without one of these.
@@ -150,7 +151,7 @@ def looking(
     names = [named(method) for method in methods]
     model = tap(net, size)
     with evaluating(net), without_gradients(net):
-        yield Looker(model, size, names, channels=channels)
+        yield ClassMaps(model, size, names, channels=channels)
 
 
 def named(method: str) -> str:
