@@ -102,6 +102,8 @@ def open_run(
             look = stack.enter_context(looking(seen.step.net, seen.preprocess.size, methods, channels=channels))
         except FgvcError as error:
             raise FgvcError(f"{run}: {error}") from error
+        if look.cells == (1, 1):
+            raise FgvcError(f"{run}: no class maps: the feature map is a single cell; train at a larger image.size")
         for method in methods:
             if (cost := look.cost(method)) is not None:
                 print(f"{run}: {method}: {cost}", file=sys.stderr)

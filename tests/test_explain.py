@@ -20,16 +20,16 @@ from fgvc.image.overlay import overlay
 from fgvc.image.preprocess import fit, preprocess
 from fgvc.recipe import Recipe
 from fgvc.serve.engine import Engine
-from fgvc.serve.explain import _names
+from fgvc.serve.explain import _names, positive
 from fgvc.types import FgvcError
 
 METHODS = ("cam", "gradcam", "scorecam")
 
 
-def trained(colours: Path, out: Path, backbone: str = "test_resnet") -> Path:
+def trained(colours: Path, out: Path, backbone: str = "test_resnet", size: tuple[int, int] = (64, 48)) -> Path:
     tree = {
         "data": {"kind": "folder", "root": str(colours)},
-        "image": {"size": [64, 48]},
+        "image": {"size": list(size)},
         "model": {"backbone": backbone},
         "train": {"epochs": 1, "max_steps": 3, "batch_size": 8, "workers": 0, "device": "cpu"},
         "optim": {"lr": 0.02},
@@ -176,6 +176,16 @@ def test_bundles_refuse_by_name_what_they_have_not(
     assert fgvc("explain", tmp_path / "bare", pictures, *out) == 2
     assert "bare: has no explain.onnx" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_maps_that_can_say_nothing(run: Path, pictures: Path, colours: Path, tmp_path: Path) -> None:
+    single = trained(colours, tmp_path / "single", size=(32, 32))
+    with pytest.raises(FgvcError, match=r"single: no class maps: the feature map is a single cell"):
+        api.explain(single, [pictures], tmp_path / "out")
+    flat, sloping = np.full((2, 3), -1.0, np.float32), np.float32([[-2, -1, 0], [0, 1, 4]])
+    assert not positive(flat, (8, 9)).any()
+    large = positive(sloping, (8, 9))
+    assert (large.min(), large.max(), large[0, 0], large[-1, -1]) == (0, 1, 0, 1)
 
 
 def test_what_is_not_there(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,8 @@ class ClassMaps:
         with torch.no_grad():
             weight = next(model.net.parameters())
             model(torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device))
-        self.width = feature_map(model.net, model.tapped).shape[1]  # channels there are
+        _, self.width, *cells = feature_map(model.net, model.tapped).shape  # channels there are
+        self.cells: tuple[int, ...] = tuple(cells)  # (h,w) of every map before it is enlarged
         self._channels = channels
 
     def logits(self, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ and the same of a second network with `against_` before the name, its overlays i
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from fgvc.types import FgvcError, ImageError
 Floats = NDArray[np.float32]
 Writing = Callable[[Sequence[str]], tuple[list[str], ImageFont.FreeTypeFont]]
 PREDICTED = "predicted"
-COLUMNS = 6  # pictures in a row of a panel
+COLUMNS = 6  # pictures in a row of a panel, at most
 ADVICE = "no font here can write some names, which appear as numbers; install one, such as Debian's fonts-noto-cjk"
 
 
@@ -184,13 +185,16 @@ class _Drawer:
     def _rows(
         self, looker: Looker, one: Seen, picture: Image.Image, overlays: Mapping[str, Image.Image]
     ) -> Iterator[list[Cell]]:
-        """The picture with what the network takes it for, then the overlays; broken into rows of one width."""
+        """The picture with what the network takes it for, then the overlays; broken into rows of about one length."""
         best = int(one.p.argmax())
         of = f"{self.written[looker.name]}: " if len(self.lookers) > 1 else ""
         labels = [self.written[label] for label in looker.labels]
         cells = [Cell(picture, f"{of}{_share(labels, one, best)}")]
-        cells += [Cell(drawn, f"{method}: {_share(labels, one, one.label)}") for method, drawn in overlays.items()]
-        return (cells[at : at + COLUMNS] for at in range(0, len(cells), COLUMNS))
+        for method, drawn in overlays.items():
+            empty = "" if one.maps[method].any() else " (nothing speaks for it)"
+            cells.append(Cell(drawn, f"{method}: {_share(labels, one, one.label)}{empty}"))
+        columns = math.ceil(len(cells) / math.ceil(len(cells) / COLUMNS))
+        return (cells[at : at + columns] for at in range(0, len(cells), columns))
 
 
 def _share(labels: Sequence[str], one: Seen, k: int) -> str:
