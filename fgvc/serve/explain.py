@@ -35,7 +35,7 @@ from fgvc.export.bundle import MANIFEST, load_bundle
 from fgvc.image.lettering import writable
 from fgvc.image.overlay import overlay
 from fgvc.image.preprocess import fit, normalise
-from fgvc.image.sheet import Cell, save_sheet
+from fgvc.image.sheet import FAST, Cell, save_sheet
 from fgvc.serve.engine import Session, softmax
 from fgvc.serve.predict import decoded, expand
 from fgvc.types import FgvcError, ImageError
@@ -174,12 +174,12 @@ class _Drawer:
             for method, drawn in overlays.items():
                 folder = self.out / "overlays" / (method if number == 0 else f"{method}-against")
                 with replacing(_ready(folder / f"{name}.png")) as scratch:
-                    drawn.save(scratch)
+                    drawn.save(scratch, compress_level=FAST)
             rows += self._rows(looker, one, picture, overlays)
             prefix = "" if number == 0 else "against_"
             arrays |= {f"{prefix}{key}": value for key, value in _arrays(looker, one).items()}
         with replacing(_ready(self.out / "maps" / f"{name}.npz")) as scratch:
-            np.savez_compressed(scratch, allow_pickle=False, **arrays)
+            np.savez(scratch, allow_pickle=False, **arrays)
         return save_sheet(rows, _ready(self.out / "panels" / f"{name}.png"), font=self.font)
 
     def _rows(
