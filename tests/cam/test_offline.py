@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fgvc.cam import method, offline
 from fgvc.cam.maps import evaluating
-from fgvc.cam.offline import BY_CHANNEL, LIBRARY, METHODS, ClassMaps, looking, named, offline_maps
+from fgvc.cam.offline import BY_CHANNEL, LIBRARY, METHODS, looking, named, offline_maps
 from fgvc.types import FgvcError
 
 CLASSES = 5
@@ -375,7 +375,6 @@ def test_costs_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_methods_share_one_pass_through_the_backbone() -> None:
     net = made(HEAD)
     with looking(net, SIZE, ["cam", "gradcam"]) as look:
-        assert isinstance(look, ClassMaps)
         passes = []
         handle = net.conv1.register_forward_hook(lambda *given: passes.append(1))
         x = pictures()
