@@ -221,7 +221,7 @@ def explain(
     seen: Annotated[
         Path, typer.Argument(metavar="RUN|BUNDLE", help="A run, or a bundle (class activation maps, no torch).")
     ],
-    paths: Annotated[list[Path], typer.Argument(metavar="IMG...", help="Images, or folders of images.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="IMG", help="Images, or folders of images.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the results.")],
     method: Annotated[
         list[str] | None,
