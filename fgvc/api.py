@@ -21,6 +21,7 @@ from fgvc.evaluate import metrics
 from fgvc.evaluate.averaged import Views, averaged, canvas, refined
 from fgvc.evaluate.plot import plot_confusion
 from fgvc.evaluate.subject import subject
+from fgvc.explain import explain
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
 from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
@@ -36,7 +37,8 @@ from fgvc.types import FgvcError, ImageIndex
 
 __all__ = [
     "Bundle", "Evaluation", "Exported", "Forecast", "Localisation", "Preview", "Recipe",
-    "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "localize", "preview", "report", "train", "verify",
+    "check", "evaluate", "explain", "export", "forecast", "load_bundle", "load_recipe", "localize", "preview", "report",
+    "train", "verify",
 ]  # fmt: skip
 
 

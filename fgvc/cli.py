@@ -257,6 +257,52 @@ def predict(
 
 
 @app.command()
+def explain(
+    seen: Annotated[
+        Path, typer.Argument(metavar="RUN|BUNDLE", help="A run, or a bundle (class activation maps, no torch).")
+    ],
+    paths: Annotated[list[Path], typer.Argument(metavar="IMG", help="Images, or folders of images.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the results.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="cam | gradcam | gradcam++ | smoothgradcam++ | scorecam | sscam | ablationcam | finercam | hirescam | xgradcam "
+            "| layercam | eigencam | ...; may be given several times. Default: gradcam; of a bundle cam."
+        ),
+    ] = None,
+    target: Annotated[str, typer.Option(help="Whose maps: predicted, or a class by name.")] = "predicted",
+    against: Annotated[Path | None, typer.Option(help="A second run or bundle, side by side.")] = None,
+    channels: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="How many channels scorecam, sscam and ablationcam try; 0: all. Default: 64, or what is cheap."
+        ),
+    ] = None,
+    select: Annotated[
+        Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipe selects.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | mps; default: the recipe's.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 16,
+) -> None:
+    """Show where a network looks: overlays, panels side by side, raw maps. Exit code 1 where an image could not be read."""
+    from fgvc.serve.explain import explain_bundles, is_bundle
+
+    both = [seen, *([against] if against is not None else [])]
+    if all(is_bundle(path) for path in both):
+        if select is not None or device is not None or channels is not None:
+            raise FgvcError("--select, --device and --channels go with a run, not with a bundle")
+        sys.exit(explain_bundles(both, paths, out, methods=method or ["cam"], target=target, batch=batch))
+    from fgvc import api
+
+    sys.exit(
+        api.explain(
+            seen, paths, out, methods=method or ["gradcam"], against=against, target=target, select=select, device=device,
+            channels=channels, batch=batch,
+        )
+    )  # fmt: skip
+
+
+@app.command()
 def bench(
     what: Annotated[
         Literal["train", "load", "export"],

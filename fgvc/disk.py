@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fgvc.types import FgvcError
@@ -26,3 +26,17 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FgvcError(f"{path}: can't write: {error.strerror or error}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside `path`, of the same suffix, to write the new file to: it takes the name once it is whole. Raises FgvcError
+    where the system can't write it, the old file intact."""
+    scratch = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with writing(path):
+            yield scratch
+            os.replace(scratch, path)
+    finally:
+        with suppress(OSError):  # gone, unless something failed
+            scratch.unlink()

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
 from torch import Tensor
 
 from fgvc.config import Preprocess
 from fgvc.data.loader import evaluation_loader
-from fgvc.disk import writing
 from fgvc.evaluate.font import ADVICE, writable
 from fgvc.image.decode import decode
 from fgvc.image.overlay import overlay
+from fgvc.image.sheet import LETTERS, Cell, save_sheet
 from fgvc.recipe import Recipe
 from fgvc.techniques import CONFIGS
 from fgvc.train import checkpoint
@@ -28,9 +28,6 @@ from fgvc.train.runtime import runtime
 from fgvc.train.session import Session, fingerprint, open_session
 from fgvc.types import FgvcError, Target, View
 
-MARGIN, LINE = 6, 15  # pixels
-LARGEST = 256  # pixels: what a picture is reduced to on a sheet
-
 
 @dataclass(frozen=True, slots=True)
 class Preview:
@@ -38,14 +35,6 @@ class Preview:
 
     sheets: tuple[Path, ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A picture and what is written below it."""
-
-    picture: Image.Image
-    caption: str
 
 
 def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: Path | None = None) -> Preview:
@@ -79,10 +68,11 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
                         f"{kind}.png: {kind} works with what a run remembers of each image, and shows nothing here; give "
                         "--run with a run of these very images"
                     )
-            names, font = writable(session.index.classes)
-            sheets.append(_save(_step_rows(session, names, images, epoch), font, out / f"{name}.png"))
+            names, path = writable(session.index.classes)
+            font = ImageFont.truetype(str(path), LETTERS)
+            sheets.append(save_sheet(_step_rows(session, names, images, epoch), out / f"{name}.png", font=font))
             if name == "input":
-                sheets.append(_save(_evaluation_rows(session, names, images), font, out / "evaluation.png"))
+                sheets.append(save_sheet(_evaluation_rows(session, names, images), out / "evaluation.png", font=font))
                 notes += [ADVICE] if names != list(session.index.classes) else []
     return Preview(tuple(sheets), tuple(notes))
 
@@ -179,36 +169,3 @@ def _picture(x: Tensor, spec: Preprocess) -> Image.Image:
     pixels = (pixels * np.array(spec.std) + np.array(spec.mean)) * 255 / spec.input_range
     pixels = pixels[..., ::-1] if spec.channel_order == "bgr" else pixels
     return Image.fromarray(np.round(pixels.clip(0, 255)).astype(np.uint8))
-
-
-def _save(rows: list[list[Cell]], font: Path, path: Path) -> Path:
-    """Lay the cells out in columns of one width, captions broken into lines, and write the PNG."""
-    written = ImageFont.truetype(str(font), LINE - 4)
-    for row in rows:
-        for cell in row:
-            cell.picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    width = max(160, *(cell.picture.width for row in rows for cell in row))
-    blocks = [[(cell.picture, _lines(cell.caption, written, width)) for cell in row] for row in rows]
-    heights = [max(picture.height + LINE * len(lines) for picture, lines in row) + MARGIN for row in blocks]
-    sheet = Image.new("RGB", ((width + MARGIN) * len(blocks[0]) + MARGIN, sum(heights) + MARGIN), "white")
-    draw, top = ImageDraw.Draw(sheet), MARGIN
-    for block, height in zip(blocks, heights, strict=True):
-        for column, (picture, lines) in enumerate(block):
-            left = MARGIN + column * (width + MARGIN)
-            sheet.paste(picture, (left, top))
-            for number, line in enumerate(lines):
-                draw.text((left, top + picture.height + number * LINE), line, fill="black", font=written)
-        top += height
-    with writing(path):
-        sheet.save(path)
-    return path
-
-
-def _lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Broken wherever a line would be wider than `width` pixels: Chinese has no spaces to break at."""
-    lines = [""]
-    for character in text:
-        if lines[-1] and font.getlength(lines[-1] + character) > width:
-            lines.append("")
-        lines[-1] += character
-    return lines

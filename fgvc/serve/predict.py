@@ -24,7 +24,7 @@ def predict_files(bundle: Path, paths: Iterable[Path], *, as_json: bool = False,
 
     Raises FgvcError for a path that does not exist and for a damaged bundle, before anything is printed.
     """
-    files = list(_expand(paths))
+    files = list(expand(paths))
     engine = Engine(load_bundle(bundle))
     failed = 0
     for path, result in _classify(engine, files, top_k):
@@ -41,8 +41,8 @@ def predict_files(bundle: Path, paths: Iterable[Path], *, as_json: bool = False,
     return 1 if failed else 0
 
 
-def _expand(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files as given; folders by the pictures below them, in order of name."""
+def expand(paths: Iterable[Path]) -> Iterator[Path]:
+    """Files as given; folders by the pictures below them, in order of name. Raises FgvcError for what is not there."""
     for path in paths:
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -60,14 +60,15 @@ def _classify(
 ) -> Iterator[tuple[Path, list[Prediction] | ImageError]]:
     rest = iter(files)
     while batch := list(islice(rest, BATCH)):
-        decoded: dict[Path, Image | ImageError] = {path: _decode(path) for path in batch}
-        good = [image for image in decoded.values() if isinstance(image, Image)]
+        read: dict[Path, Image | ImageError] = {path: decoded(path) for path in batch}
+        good = [image for image in read.values() if isinstance(image, Image)]
         answers = iter(engine.classify(good, top_k=top_k))
-        for path, image in decoded.items():
+        for path, image in read.items():
             yield path, image if isinstance(image, ImageError) else next(answers)
 
 
-def _decode(path: Path) -> Image | ImageError:
+def decoded(path: Path) -> Image | ImageError:
+    """The picture, or why there is none, for those who go on with the others."""
     try:
         return decode(path)
     except ImageError as error:

@@ -1,0 +1,42 @@
+"""The sheet of overlays in the README: `python docs/overlay_sheet.py RUN IMAGES OUT.jpg`; IMAGES has a folder for each class.
+
+Of every class the pictures in the middle of each third: as the network sees them, with what they are, and Grad-CAM of what they
+are taken for.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from fgvc.explain import open_run, writable
+from fgvc.image.decode import decode
+from fgvc.image.overlay import overlay
+from fgvc.image.preprocess import fit, normalise
+from fgvc.image.sheet import Cell, save_sheet
+
+EACH = 3  # pictures of a class
+
+
+def main(run: Path, folder: Path, out: Path) -> None:
+    rows = []
+    with open_run(run, ("gradcam",)) as looker:
+        names, font = writable(looker.labels)
+        for name, kind in zip(names, looker.labels, strict=True):
+            files = sorted(path for path in (folder / kind).iterdir() if path.is_file())
+            row = []
+            for third in range(EACH):
+                crop = fit(decode(files[len(files) * (2 * third + 1) // (2 * EACH)]), looker.spec)
+                (seen,) = looker(normalise(crop, looker.spec)[None], None)
+                taken = f"taken for {names[seen.label]} {100 * seen.p[seen.label]:.0f} %"
+                row.append(Cell(Image.fromarray(crop), name))
+                row.append(Cell(overlay(Image.fromarray(crop), seen.maps["gradcam"]), taken))
+            rows.append(row)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_sheet(rows, out, font=font)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

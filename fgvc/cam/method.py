@@ -1,0 +1,187 @@
+"""Class maps that pytorch-grad-cam lacks or gets wrong, in its own interface (methods 9 has the formulas and its bugs).
+
+A (C,h,w) is the tapped feature map of an image, g = dY/dA with Y the logit of the class, p its probability. The model of each
+is a `fgvc.cam.tap.Tap`. The library's own Score-CAM puts raw logits through a softmax over channels, which collapses onto one
+of them, and holds an image a channel in memory; its Ablation-CAM swaps a layer of the live net, ablates to -1e7, and divides by
+a logit that may be negative; its Grad-CAM++ adds an epsilon that outweighs small gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pytorch_grad_cam.base_cam import BaseCAM
+from pytorch_grad_cam.utils.model_targets import FinerWeightedTarget
+from torch import Tensor
+from torch.nn import functional as F
+
+from fgvc.cam.maps import grad_cam_plus_plus, normalised
+from fgvc.cam.tap import Tap
+from fgvc.model.backbone import feature_map
+
+Floats = NDArray[np.float32]
+Layout = Callable[[Tensor], Tensor]
+
+
+class CAM(BaseCAM):
+    """sum_k W[c,k] A_k (Zhou et al., CVPR 2016): of nets whose head is global average pooling and one linear layer."""
+
+    def __init__(self, model: Tap, layout: Layout, weight: Tensor) -> None:
+        super().__init__(model, [model.features], layout, uses_gradients=False)
+        self.weight = weight.detach()  # (K,C)
+
+    def get_cam_weights(
+        self, input_tensor: Tensor, target_layers: Any, targets: list[Any], activations: Floats, grads: None
+    ) -> Floats:
+        return self.weight[[target.category for target in targets]].float().cpu().numpy()
+
+
+class GradCAMPlusPlus(BaseCAM):
+    """Chattopadhay et al., WACV 2018; see `fgvc.cam.maps.grad_cam_plus_plus`."""
+
+    def __init__(self, model: Tap, layout: Layout) -> None:
+        super().__init__(model, [model.features], layout)
+
+    def get_cam_image(
+        self,
+        input_tensor: Tensor,
+        target_layer: Any,
+        targets: list[Any],
+        activations: Floats,
+        grads: Floats,
+        smooth: bool,
+    ) -> Floats:
+        return grad_cam_plus_plus(torch.from_numpy(activations), torch.from_numpy(grads)).numpy()
+
+
+class SmoothGradCAMPlusPlus(BaseCAM):
+    """Omeiza et al., 2019: Grad-CAM++ with D1, D2, D3, the means of g, g^2, g^3 over noisy copies of the image, in the place of
+    the powers of g: a = D2 / (2 D2 + sum_hw(A) D3), w_k = sum_hw a relu(D1); A of the clean image.
+
+    The noise is the same for every image, whatever stands beside it in a batch: maps do not depend on batches.
+    """
+
+    def __init__(self, model: Tap, layout: Layout, *, samples: int, sigma: float) -> None:
+        """`samples`: noisy copies. `sigma`: of the noise, as a share of each image's range."""
+        super().__init__(model, [model.features], layout)
+        self.samples, self.sigma = samples, sigma
+
+    def get_cam_weights(
+        self, input_tensor: Tensor, target_layers: Any, targets: list[Any], activations: Floats, grads: Floats
+    ) -> Floats:
+        d1, d2, d3 = (np.zeros(grads.shape, dtype=np.float64) for _ in range(3))
+        spread = self.sigma * (input_tensor.amax((1, 2, 3), keepdim=True) - input_tensor.amin((1, 2, 3), keepdim=True))
+        for noise in _noise(self.samples, input_tensor.shape[1:]):
+            z = self.activations_and_grads(input_tensor + spread * noise.to(input_tensor))
+            torch.stack([target(row) for target, row in zip(targets, z, strict=True)]).sum().backward()
+            g = self.activations_and_grads.gradients[0].double().cpu().numpy()
+            d1 += g / self.samples
+            d2 += g**2 / self.samples
+            d3 += g**3 / self.samples
+        below = 2 + activations.sum((2, 3), keepdims=True) * np.divide(d3, d2, out=np.zeros_like(d3), where=d2 > 0)
+        alpha = np.where(d2 == 0, 0.0, 1 / np.where(np.abs(below) < 1e-6, 1e-6, below))
+        return (alpha * d1.clip(min=0)).sum((2, 3)).astype(np.float32)
+
+
+class ScoreCAM(BaseCAM):
+    """w_k = p(x M_k) - p(0), M_k = n(up(A_k)), n min-max: the channel's increase of confidence (Wang et al., CVPRW 2020).
+
+    p after the softmax over classes, as the paper's 3.2 asks and its authors' code does; that code has no second softmax over
+    channels, which would make weights of a share of 1 almost equal (issues 6 and 17 there).
+    """
+
+    def __init__(self, model: Tap, layout: Layout, *, channels: int, batch: int) -> None:
+        """`channels`: so many, of the highest mean activation; the others have weight 0. `batch`: images a forward."""
+        super().__init__(model, [model.features], layout, uses_gradients=False)
+        self.channels, self.batch = channels, batch
+
+    def get_cam_weights(
+        self, input_tensor: Tensor, target_layers: Any, targets: list[Any], activations: Floats, grads: None
+    ) -> Floats:
+        weights = np.zeros(activations.shape[:2], dtype=np.float32)
+        with torch.no_grad():
+            for row, maps in enumerate(activations):
+                chosen = most_active(maps, self.channels)
+                found = self.scores(input_tensor[row : row + 1], row, targets[row].category, maps, chosen)
+                weights[row, chosen] = found.float().cpu().numpy()
+        return weights
+
+    def scores(self, x: Tensor, row: int, label: int, maps: Floats, chosen: NDArray[np.int64]) -> Tensor:
+        """A weight for each chosen channel of the image x (1,3,H,W), row `row` of its batch."""
+        blank = self.confidence(torch.zeros_like(x), label)
+        return torch.cat([self.masked(x, label, mask) for mask in self.masks(x, maps[chosen])]) - blank
+
+    def masks(self, x: Tensor, maps: Floats) -> Iterator[Tensor]:
+        """n(up(A_k)) as (b,H,W), as many at a time as a forward takes: of all channels together they would fill the memory."""
+        for part in torch.from_numpy(maps).to(x).split(self.batch):
+            large = F.interpolate(part[None], x.shape[-2:], mode="bilinear", align_corners=False)[0]
+            yield normalised(large)
+
+    def masked(self, x: Tensor, label: int, mask: Tensor) -> Tensor:
+        return self.confidence(x * mask[:, None], label)
+
+    def confidence(self, x: Tensor, label: int) -> Tensor:
+        """(B,) the class's probability, float64: that of an unlikely class must not vanish."""
+        return self.model.net(x).double().softmax(1)[:, label]
+
+
+class SSCAM(ScoreCAM):
+    """Score-CAM with p(x (M_k + noise)) averaged over `samples` draws of normal noise (Wang et al., 2020, type 1).
+
+    The same draws for every channel, so that channels differ by what they show alone.
+    """
+
+    def __init__(self, model: Tap, layout: Layout, *, channels: int, batch: int, samples: int, sigma: float) -> None:
+        super().__init__(model, layout, channels=channels, batch=batch)
+        self.samples, self.sigma = samples, sigma
+
+    def masked(self, x: Tensor, label: int, mask: Tensor) -> Tensor:
+        draws = _noise(self.samples, x.shape[-2:])
+        found = [super(SSCAM, self).masked(x, label, mask + self.sigma * noise.to(x)) for noise in draws]
+        return torch.stack(found).mean(0)
+
+
+class AblationCAM(ScoreCAM):
+    """w_k = Y - Y[A_k = 0]: how much the logit falls without the channel (Desai & Ramaswamy, WACV 2020).
+
+    The paper divides that by Y: the same map where Y > 0, and where Y < 0 the map of what speaks against the class. Only what
+    lies behind the feature map runs anew, usually the head alone.
+    """
+
+    def scores(self, x: Tensor, row: int, label: int, maps: Floats, chosen: NDArray[np.int64]) -> Tensor:
+        features = self.model.tapped[row : row + 1]
+        logit = self.model.behind(x, features)[:, label].double()
+        falls = []
+        for part in torch.from_numpy(chosen).split(self.batch):
+            ablated = features.repeat(len(part), *(1 for _ in features.shape[1:]))
+            feature_map(self.model.net, ablated)[torch.arange(len(part)), part] = 0  # a view
+            falls.append(logit - self.model.behind(x.expand(len(part), -1, -1, -1), ablated)[:, label])
+        return torch.cat(falls)
+
+
+class Finer:
+    """The logit of a class against those of the classes most like it (Finer-CAM, Zhang et al., CVPR 2025), for Grad-CAM:
+    what tells it from them. "Like": of the nearest logits, as in the paper's own code."""
+
+    def __init__(self, category: int, *, others: int = 3) -> None:
+        self.category, self.others = category, others
+
+    def __call__(self, z: Tensor) -> Tensor:
+        nearest = (z - z[self.category]).abs().argsort(stable=True).tolist()
+        nearest.remove(self.category)
+        return FinerWeightedTarget(self.category, nearest[: self.others], 1.0)(z)
+
+
+def most_active(maps: Floats, count: int) -> NDArray[np.int64]:
+    """The channels of (C,h,w) with the highest mean, the highest first."""
+    return np.argsort(-maps.mean((1, 2)), kind="stable")[:count]
+
+
+def _noise(samples: int, shape: tuple[int, ...] | torch.Size) -> Iterator[Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(samples):
+        yield torch.randn(shape, generator=rng)

@@ -1,0 +1,25 @@
+"""What takes a name on the disk is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fgvc.disk import replacing
+from fgvc.types import FgvcError
+
+
+def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError), replacing(path) as scratch:
+        scratch.write_text("ha" + 99 * "\udc80", encoding="utf-8")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.png", "old")]
+    with replacing(path) as scratch:
+        assert scratch.suffix == ".png"
+        scratch.write_text("new")
+        assert path.read_text() == "old"
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.png", "new")]
+    with pytest.raises(FgvcError, match=r"b/c\.png: can't write"), replacing(tmp_path / "b/c.png") as scratch:
+        scratch.write_text("nowhere")
