@@ -45,7 +45,7 @@ def line(run: Path, key: str, of: str) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--key", default="val.last.GradCAM", help="of localisation.json")
+    parser.add_argument("--key", default="val.last.gradcam", help="of localisation.json")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     rows = [line(run, options.key, "true") for run in options.runs]

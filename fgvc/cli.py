@@ -180,7 +180,7 @@ def localize(
     split: Annotated[
         Literal["val", "test"] | None, typer.Option(help="Default: val where there is one, else test.")
     ] = None,
-    method: Annotated[str, typer.Option(help="Of pytorch-grad-cam, that makes the class maps.")] = "GradCAM",
+    method: Annotated[str, typer.Option(help="That makes the class maps; see `fgvc explain`.")] = "gradcam",
     select: Annotated[
         Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipe selects.")
     ] = None,

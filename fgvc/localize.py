@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from fgvc.cam.localisation import (
     OVERLAPS,
@@ -32,8 +32,8 @@ from fgvc.cam.localisation import (
     joined,
     score,
 )
-from fgvc.cam.maps import normalised, refusal
-from fgvc.cam.offline import OfflineMethod, offline_maps
+from fgvc.cam.maps import normalised
+from fgvc.cam.offline import ClassMaps, looking, named
 from fgvc.config import Preprocess
 from fgvc.data.loader import EvaluationBatch, evaluation_loader
 from fgvc.disk import writing
@@ -70,7 +70,7 @@ class Localisation:
     run: Path
     split: Split
     select: Selected
-    method: OfflineMethod
+    method: str  # one of fgvc.cam.offline.METHODS
     images: int  # that could be read
     top1: float  # of these
     left_out: int  # of these, for their boxes: not known, empty, or wholly outside of the crop
@@ -105,15 +105,15 @@ def localize(
     run: Path,
     split: Split | None = None,
     *,
-    method: str = "GradCAM",
+    method: str = "gradcam",
     select: Selected | None = None,
     device: str | None = None,
 ) -> Localisation:
     """Measure where the class maps of a run's weights lie on `split` (default: val where there is one, else test), in what
     evaluation sees of each image. Thresholds are always those that suit the validation part best.
 
-    `method`: of pytorch-grad-cam, in any case. Writes `localisation.json`, `tables/localisation-<split>.csv` (classes),
-    `tables/parts-<split>.csv` and `plots/localisation-<split>.png` into the run; with another method than GradCAM it is in
+    `method`: one of those of `fgvc explain`. Writes `localisation.json`, `tables/localisation-<split>.csv` (classes),
+    `tables/parts-<split>.csv` and `plots/localisation-<split>.png` into the run; with another method than gradcam it is in
     the names. Raises FgvcError where the data have no boxes or no validation part, or the net no such maps.
     """
     chosen_method = named(method)
@@ -123,8 +123,6 @@ def localize(
             f"{run}: its data name no boxes ({seen.index.recognised}); localisation needs a set in CUB layout with "
             "bounding_boxes.txt"
         )
-    if reason := refusal(seen.step.net, seen.preprocess.size, "gradcam"):
-        raise FgvcError(f"{run}: no class maps: {reason}")
     part, rows = seen.part(split)
     if not len(validation := seen.index.rows("val")):
         raise FgvcError(f"{run}: its data has no val part, on whose images the thresholds of the maps are chosen")
@@ -132,7 +130,7 @@ def localize(
     source = looked if part == "val" else look(seen, validation, method=chosen_method, device=device)
     of_map = choose(source.found["true"])
     chosen: dict[str, Chosen] = {"true": of_map, "predicted": of_map, "centre": choose(source.found["centre"])}
-    name = part if chosen_method == "GradCAM" else f"{part}-{chosen_method}"
+    name = part if chosen_method == "gradcam" else f"{part}-{chosen_method}"
     tables: dict[str, list[Row]] = {"localisation": by_class(looked, seen.classes, of_map)}
     if looked.parts:
         tables["parts"] = by_part(looked, seen.index.part_names)
@@ -150,17 +148,9 @@ def localize(
     return result
 
 
-def named(method: str) -> OfflineMethod:
-    """A method's name in any case. Raises FgvcError naming those that there are."""
-    known: tuple[OfflineMethod, ...] = get_args(OfflineMethod)
-    for name in known:
-        if name.lower() == method.lower():
-            return name
-    raise FgvcError(f"--method {method}: unknown; there are {', '.join(known)}")
-
-
-def look(seen: Subject, rows: NDArray[np.int64], *, method: OfflineMethod, device: str | None = None) -> Looked:
-    """Maps of every readable image, beside its box and parts. Raises FgvcError where not one has a box in the crop."""
+def look(seen: Subject, rows: NDArray[np.int64], *, method: str, device: str | None = None) -> Looked:
+    """Maps of every readable image, beside its box and parts. Raises FgvcError where the net has no such maps, or not one
+    image a box in the crop."""
     loader = evaluation_loader(
         seen.index, rows, spec=seen.preprocess, batch_size=BATCH, workers=seen.recipe.train.workers
     )
@@ -168,9 +158,9 @@ def look(seen: Subject, rows: NDArray[np.int64], *, method: OfflineMethod, devic
     total, silent = -(-len(rows) // BATCH), not console.is_terminal
     centre = centre_map(seen.preprocess.size)
     around_centre = around(centre.numpy())
-    with seen.placed(device) as (where, layout):
+    with seen.placed(device) as (where, layout), looking(seen.step.net, seen.preprocess.size, [method]) as maps:
         looked = [
-            _look(seen, batch, batch.images.to(where, memory_format=layout), method, (centre, around_centre))
+            _look(seen, batch, batch.images.to(where, memory_format=layout), maps, method, (centre, around_centre))
             for batch in track(loader, "maps", total=total, console=console, transient=True, disable=silent)
         ]
     whole = _joined(looked)
@@ -180,17 +170,16 @@ def look(seen: Subject, rows: NDArray[np.int64], *, method: OfflineMethod, devic
 
 
 def _look(
-    seen: Subject, batch: EvaluationBatch, x: Tensor, method: OfflineMethod, centre: tuple[Tensor, Boxes]
+    seen: Subject, batch: EvaluationBatch, x: Tensor, look: ClassMaps, method: str, centre: tuple[Tensor, Boxes]
 ) -> Looked:
     """One batch; its images `x` on the net's device."""
-    with torch.inference_mode():
-        said = seen.step.net(x).argmax(1).cpu()
+    said = look.logits(x).argmax(1).cpu()
     right = said == batch.labels
-    maps = _maps(seen.step.net, x, batch.labels, method)
+    maps, _ = look(x, batch.labels, method)
     of: dict[str, list[Boxes]] = {"true": around_each(maps), "centre": [centre[1]] * len(maps)}
     of["predicted"] = list(of["true"])
     if len(wrong := (~right).nonzero()[:, 0]):
-        others = _maps(seen.step.net, x[wrong.to(x.device)], said[wrong], method)
+        others, _ = look(x[wrong.to(x.device)], said[wrong], method)
         for at, boxes in zip(wrong.tolist(), around_each(others), strict=True):
             of["predicted"][at] = boxes
     true, points = in_input(seen.index, batch, seen.preprocess)
@@ -226,12 +215,6 @@ def in_input(index: ImageIndex, batch: EvaluationBatch, spec: Preprocess) -> tup
     return boxes, torch.from_numpy(
         np.stack([placed(some, size, spec) for some, size in zip(points, sizes, strict=True)])
     )
-
-
-def _maps(net: nn.Module, x: Tensor, labels: Tensor, method: OfflineMethod) -> Tensor:
-    """(B,H,W) float32 on the CPU."""
-    ((_, maps),) = offline_maps(net, [(x, labels, np.arange(len(x)))], method)
-    return maps
 
 
 def _joined(looked: Sequence[Looked]) -> Looked:

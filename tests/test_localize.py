@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import fgvc.cam.tap
 import fgvc.localize
 from fgvc import api
+from fgvc.cam.offline import ClassMaps
 from fgvc.cli import main
 from fgvc.evaluate.subject import Subject
 from fgvc.recipe import Recipe
@@ -85,17 +87,18 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def bright(net: object, x: Tensor, labels: Tensor, method: str) -> Tensor:
+def bright(look: ClassMaps, x: Tensor, labels: Tensor, method: str) -> tuple[Tensor, Tensor]:
     """The map of somebody who sees the rectangle."""
     sums = x.sum(1)
-    return (sums - sums.amin((1, 2), keepdim=True)) / (
+    maps = (sums - sums.amin((1, 2), keepdim=True)) / (
         sums.amax((1, 2), keepdim=True) - sums.amin((1, 2), keepdim=True)
     )
+    return maps, maps
 
 
 def test_maps_that_show_the_object_find_it_where_the_data_say_it_is(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through decoding, resizing and cropping: the box and parts of the tables, the pixels of the pictures."""
-    monkeypatch.setattr(fgvc.localize, "_maps", bright)
+    monkeypatch.setattr(ClassMaps, "__call__", bright)
     found = api.localize(own, "test")
     boxes = found.boxes["true"]
     assert (found.images, boxes.images, found.left_out, found.silent) == (12, 12, 0, 0)
@@ -125,17 +128,17 @@ def test_the_thresholds_come_from_validation(own: Path, monkeypatch: pytest.Monk
         parts.append(seen.index.splits[part])
         validation = parts[-1][0] == SPLITS.index("val")
 
-        def maps(net: object, x: Tensor, labels: Tensor, method: str) -> Tensor:
-            inside = bright(net, x, labels, method) > 0.5
+        def maps(look: ClassMaps, x: Tensor, labels: Tensor, method: str) -> tuple[Tensor, None]:
+            inside = bright(look, x, labels, method)[0] > 0.5
             if not validation:
                 first = inside.flatten(1).float().argmax(1)
                 shown = 0.4 * inside.flatten(1).float()
-                return shown.scatter(1, first[:, None], 1.0).view(inside.shape)
+                return shown.scatter(1, first[:, None], 1.0).view(inside.shape), None
             halo = torch.full(inside.shape, 0.495)
             halo[:, 0] = 0
-            return torch.where(inside, 1.0, halo)
+            return torch.where(inside, 1.0, halo), None
 
-        monkeypatch.setattr(fgvc.localize, "_maps", maps)
+        monkeypatch.setattr(ClassMaps, "__call__", maps)
         return look(seen, part, **options)
 
     monkeypatch.setattr(fgvc.localize, "look", other)
@@ -150,11 +153,11 @@ def test_the_thresholds_come_from_validation(own: Path, monkeypatch: pytest.Monk
 def test_the_wrong_answers_get_a_map_of_their_own(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[int], list[int]]] = []
 
-    def maps(net: torch.nn.Module, x: Tensor, labels: Tensor, method: str) -> Tensor:
-        asked.append((net(x).argmax(1).tolist(), labels.tolist()))
-        return bright(net, x, labels, method) if len(asked) == 1 else torch.zeros(len(x), *x.shape[2:])
+    def maps(look: ClassMaps, x: Tensor, labels: Tensor, method: str) -> tuple[Tensor, Tensor]:
+        asked.append((look.logits(x).argmax(1).tolist(), labels.tolist()))
+        return bright(look, x, labels, method) if len(asked) == 1 else (torch.zeros(len(x), *x.shape[2:]),) * 2
 
-    monkeypatch.setattr(fgvc.localize, "_maps", maps)
+    monkeypatch.setattr(ClassMaps, "__call__", maps)
     found = api.localize(own, "val")
     said, labels = asked[0]
     wrong = [answer for answer, label in zip(said, labels, strict=True) if answer != label]
@@ -185,18 +188,18 @@ def test_real_maps_and_what_is_written(own: Path, capsys: pytest.CaptureFixture[
     ]
     first = [file.read_bytes() for file in files]
     (entry,) = json.loads(first[0]).items()
-    assert entry[0] == "val.last.GradCAM"
+    assert entry[0] == "val.last.gradcam"
     assert (entry[1]["images"], entry[1]["top1"]) == (scores.images, pytest.approx(scores.top1))
     assert entry[1]["parts"]["uniform"] == [0.1, 0.2]
     api.localize(own, method="LayerCAM")
-    assert (own / "tables" / "parts-val-LayerCAM.csv").is_file()
+    assert (own / "tables" / "parts-val-layercam.csv").is_file()
     api.localize(own)
     assert [file.read_bytes() for file in files[1:]] == first[1:], "the same command gives the same bytes"
-    assert list(json.loads(files[0].read_text())) == ["val.last.GradCAM", "val.last.LayerCAM"]
+    assert list(json.loads(files[0].read_text())) == ["val.last.gradcam", "val.last.layercam"]
 
 
 def test_boxes_outside_of_the_crop_are_left_out_and_counted(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fgvc.localize, "_maps", bright)
+    monkeypatch.setattr(ClassMaps, "__call__", bright)
     table = own.parent / "data" / "bounding_boxes.txt"
     lines = table.read_text().splitlines()
     lines[13] = "14 0 0 5 40"  # of test; the crop begins at column 8 or so
@@ -213,15 +216,15 @@ def test_data_without_parts(own: Path, capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["localize", str(own)])
     assert "no coverage" in capsys.readouterr().out
-    assert json.loads((own / "localisation.json").read_text())["val.last.GradCAM"]["parts"] is None
+    assert json.loads((own / "localisation.json").read_text())["val.last.gradcam"]["parts"] is None
     assert not (own / "tables" / "parts-val.csv").exists()
 
 
 def test_what_is_refused(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FgvcError, match="unknown; there are GradCAM"):
+    with pytest.raises(FgvcError, match="no method 'guess'; there are cam, gradcam"):
         api.localize(own, method="guess")
     with monkeypatch.context() as patch:
-        patch.setattr(fgvc.localize, "refusal", lambda *_: "it reads the class token")
+        patch.setattr(fgvc.cam.tap, "refusal", lambda *_: "it reads the class token")
         with pytest.raises(FgvcError, match="no class maps: it reads the class token"):
             api.localize(own)
     (own.parent / "data" / "bounding_boxes.txt").unlink()

@@ -161,5 +161,5 @@ def _maps(seen: Subject, rows: np.ndarray, targets: np.ndarray, device: str | No
                 labels = torch.tensor([of[row] for row in batch.index.tolist()])
                 yield batch.images.to(where, memory_format=layout), labels, batch.index.numpy()
 
-        for found, maps in offline_maps(seen.step.net, batches(), "GradCAM"):
+        for found, maps in offline_maps(seen.step.net, batches(), "gradcam"):
             yield from zip(found.tolist(), maps.cpu().numpy(), strict=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import which
+from tempfile import TemporaryDirectory
 
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
@@ -21,24 +22,25 @@ FLAGS = (
 
 
 @contextmanager
-def browser(folder: Path) -> Iterator[Chrome]:
-    """A browser with a profile of its own in `folder`. Skips where there is none; nothing is downloaded. The test needs
+def browser() -> Iterator[Chrome]:
+    """A browser with a profile of its own. Skips where there is none; nothing is downloaded. The test needs
     `pytest.mark.allow_hosts(["127.0.0.1", "localhost"])`, by which selenium speaks to the driver."""
     program, driver = next(filter(None, map(which, BROWSERS)), None), which("chromedriver")
     if program is None or driver is None:
         pytest.skip("no chromium and chromedriver here (Debian: chromium, chromium-driver)")
     options = ChromeOptions()
     options.binary_location = program
-    for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = Chrome(
-        options, ChromeService(driver, env={"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), "HOME": str(folder)})
-    )
-    try:
-        yield chrome
-    finally:
-        chrome.quit()
+    # Not pytest's folder: the path of a socket may have 108 characters, and Chromium ends silently where it has more.
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for flag in (*FLAGS, f"--user-data-dir={folder}/profile"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        service = ChromeService(driver, env={"PATH": "/usr/bin:/bin", "TMPDIR": folder, "HOME": folder})
+        chrome = Chrome(options, service)
+        try:
+            yield chrome
+        finally:
+            chrome.quit()
 
 
 def problems(chrome: Chrome, page: Path, *, width: int) -> list[str]:

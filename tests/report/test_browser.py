@@ -27,7 +27,7 @@ def pages(recipe_tree: dict, tmp_path: Path) -> list[Path]:
 
 
 def test_phone_desk_and_paper(pages: list[Path], tmp_path: Path) -> None:
-    with browser(tmp_path) as chrome:
+    with browser() as chrome:
         for page in pages:
             for width in (390, 1280):
                 assert problems(chrome, page, width=width) == []
@@ -44,7 +44,7 @@ def test_what_is_wrong_is_seen(tmp_path: Path) -> None:
         f'<div style="width: 2000px">wide</div><img alt="gone" src="data:image/png;base64,{broken}">'
         '<img alt="fetched" src="other.png"><script>console.error("oh")</script>'
     )
-    with browser(tmp_path) as chrome:
+    with browser() as chrome:
         found = "\n".join(problems(chrome, page, width=390))
         assert problems(chrome, tmp_path / "none.html", width=390)
     for expected in ("pixels wide", "missing: gone", "oh", "asked for file://"):
