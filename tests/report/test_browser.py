@@ -26,7 +26,7 @@ def pages(recipe_tree: dict, tmp_path: Path) -> list[Path]:
     return [report(runs[1:], folder / "one.html", images=2), report(runs, folder / "two.html", images=2)]
 
 
-def test_phone_desk_and_paper(pages: list[Path], tmp_path: Path) -> None:
+def test_phone_desk_and_paper(pages: list[Path]) -> None:
     with browser() as chrome:
         for page in pages:
             for width in (390, 1280):
