@@ -37,7 +37,6 @@ class Report:
     imbalance: float  # largest class over smallest class in train; inf where a class has none
     missing: dict[str, tuple[str, ...]]  # by split that has images: the classes that have none in it
     unreadable: tuple[tuple[str, str], ...]  # path, reason
-    unended: tuple[int, ...]  # rows of JPEG files that can be read and lack their end mark
     tiny: tuple[tuple[str, int, int], ...]  # path, width, height
     sizes: np.ndarray  # (N,2) int32: width, height in pixels, upright; 0 where unreadable
     duplicates: Rows  # rows of files that are equal byte for byte
@@ -90,7 +89,6 @@ class _Seen:
     mode: str = ""  # how the file stores colour, in Pillow's words
     moments: NDArray[np.float64] = field(default_factory=lambda: np.full((2, 3), np.nan))
     print: Print | None = None  # None: unreadable
-    ended: bool = True
     reason: str = ""
 
 
@@ -111,7 +109,6 @@ def check(
     digests, sizes = np.zeros((total, 2), np.uint64), np.zeros((total, 2), np.int32)
     prints, seen_moments, grey = Prints.empty(total), np.full((total, 2, 3), np.nan), np.zeros(total, bool)
     unreadable: list[tuple[str, str]] = []
-    unended: list[int] = []
     modes: Counter[str] = Counter()
     for row, seen in enumerate(_read_all(index, max_pixels, workers)):
         # An unreadable file is nobody's duplicate: its row number stands for its content.
@@ -123,7 +120,6 @@ def check(
             prints.put(row, seen.print)
             grey[row] = is_grey(seen.print.thumb)
             modes[seen.mode] += 1
-            unended += [] if seen.ended else [row]
         if progress:
             progress(row + 1, total)
     counts = np.zeros((len(SPLITS), len(index.classes)), np.int64)
@@ -139,7 +135,6 @@ def check(
             if (counts[s] == 0).any() and (s == 0 or counts[s].any())
         },
         unreadable=tuple(unreadable),
-        unended=tuple(unended),
         tiny=tuple(
             (str(index.paths[row]), *sizes[row].tolist())
             for row in np.flatnonzero((sizes.min(axis=1) < TINY) & (sizes.min(axis=1) > 0))
@@ -177,8 +172,6 @@ def findings(report: Report) -> list[dict[str, object]]:
     at = {str(path): row for row, path in enumerate(index.paths.tolist())}
     for path, reason in report.unreadable:
         add("unreadable", at[path], detail=reason)
-    for row in report.unended:
-        add("unended", row, detail="JPEG without its end mark")
     for path, width, height in report.tiny:
         add("tiny", at[path], detail=f"{width} x {height}")
     for finding, found in (("duplicate", report.duplicates), ("near-duplicate", report.near)):
@@ -218,7 +211,7 @@ def _read(index: ImageIndex, row: int, max_pixels: int) -> _Seen:
         content = index.path(row).read_bytes()
         image = decode(content, max_pixels=max_pixels)
         with Image.open(BytesIO(content)) as stored:  # its head alone is read
-            mode, kind = stored.mode, stored.format
+            mode = stored.mode
     except ImageError as error:
         return _Seen(reason=error.reason)
     except OSError as error:
@@ -229,14 +222,7 @@ def _read(index: ImageIndex, row: int, max_pixels: int) -> _Seen:
         mode=mode,
         moments=moments(image),
         print=print_of(image),
-        ended=kind != "JPEG" or _ended(content),
     )
-
-
-def _ended(content: bytes) -> bool:
-    """Whether a JPEG's last scan has an end mark. What is cut off before is filled in by grey or by noise, and decoders do
-    not always complain; some cameras write more after the mark."""
-    return content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
 
 
 def _judge(report: Report, max_unreadable: float) -> Report:
@@ -255,9 +241,6 @@ def _judge(report: Report, max_unreadable: float) -> Report:
         listed = some([f"{path} ({reason})" for path, reason in report.unreadable])
         text = f"{len(report.unreadable)} of {total} files can't be read ({share:.2%}): {listed}"
         (errors if share > max_unreadable else warnings).append(text)
-    if report.unended:
-        listed = some([_place(index, row) for row in report.unended])
-        warnings.append(f"{len(report.unended)} JPEG files lack their end mark, and may be damaged: {listed}")
     _judge_copies(report, errors, warnings)
     if report.straddling:
         errors.append(f"{len(report.straddling)} groups have rows in more than one split: {some(report.straddling)}")

@@ -77,7 +77,9 @@ def _held_out(
 
     classes = int(y.max(initial=0)) + 1
     if classes < 2 or len(np.unique(families)) < FOLDS:
-        raise FgvcError(f"suspects: {len(y)} readable images of {classes} classes are too few to hold a fifth of them out")
+        raise FgvcError(
+            f"suspects: {len(y)} readable images of {classes} classes are too few to hold a fifth of them out"
+        )
     p = np.zeros((len(y), classes))
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     with warnings.catch_warnings():

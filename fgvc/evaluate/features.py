@@ -35,7 +35,9 @@ def features(
     backbone has no such vectors.
     """
     if recipe.model.weights == "none":
-        raise FgvcError("model.weights: features of random weights say nothing of labels; name weights, or leave this out")
+        raise FgvcError(
+            "model.weights: features of random weights say nothing of labels; name weights, or leave this out"
+        )
     net = plain_model(recipe.model.backbone, len(index.classes), recipe.model.kwargs).eval()
     spec = preprocess_for(recipe.deploy, recipe.image.size, load_weights(net, recipe.model))
     seen, vectors, done = [], [], 0
