@@ -2,9 +2,9 @@
 
     python docs/planted_faults.py COFFEE --weights LITE0 --seeds 0 1 2 3 4 --out docs/results/planted-faults.csv
 
-Each seed makes a copy of a folder set with `train/<class>/` and `test/<class>/`, and spoils it: 30 images are stored again in the
-other part (6 as they are, 6 at JPEG quality 60, 6 at 80 % of their size, 6 lighter by 10 %, 6 mirrored; all but the first at quality 90
-or less), 20 images move to another class, and 5 files are damaged. The rest is what a user would do.
+Each seed makes a copy of a folder set with `train/<class>/` and `test/<class>/`, and spoils it: 30 images are stored again in
+the other part (6 as they are; 6 at JPEG quality 60; 6 at 80 % of their size, 6 lighter by 10 % and 6 mirrored, at quality 90),
+20 images move to another class, and 5 files are damaged. Then it does what the verb does.
 """
 
 from __future__ import annotations
@@ -154,8 +154,7 @@ def judge(report: Report, found: tuple[Suspect, ...], planted: Planted, *, seed:
     told = {at for rows in (*report.leaks, *report.near_leaks) for at in rows}
     hit = [same[row[a]] == same[row[b]] and {row[a], row[b]} <= told for _, a, b in planted.copies]
     ours = {row[b] for _, _, b in planted.copies}
-    shown = [paths[one.row] for one in found[:SHOWN]]
-    issues = [paths[one.row] for one in found if one.issue]
+    issues = [paths[one.row] for one in found]
     return {
         "seed": seed,
         "images": len(paths),
@@ -163,7 +162,7 @@ def judge(report: Report, found: tuple[Suspect, ...], planted: Planted, *, seed:
         "missed": ", ".join(kind for (kind, _, _), one in zip(planted.copies, hit, strict=True) if not one),
         "other_groups": sum(not ours & set(rows) for rows in (*report.duplicates, *report.near)),
         "corrupt_found": f"{len({path for path, _ in report.unreadable} & set(planted.corrupt))} of {len(planted.corrupt)}",
-        "swapped_in_first_60": len(set(shown) & set(planted.swapped)),
+        "swapped_in_first_60": len(set(issues[:SHOWN]) & set(planted.swapped)),
         "swapped_in_issues": len(set(issues) & set(planted.swapped)),
         "issues": len(issues),
     }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fgvc.api import Evaluation, Exported
 from fgvc.bench import Ratio
@@ -16,6 +17,7 @@ from fgvc.types import SPLITS
 
 console = Console(highlight=False)
 CONFUSED = 5  # pairs shown; all are in the run's tables
+SUSPECTS = 10  # labels shown; all are in the CSV file
 
 
 def _table(*columns: str) -> Table:
@@ -31,13 +33,27 @@ def check(report: Report) -> None:
     for name, counts in zip(SPLITS, report.counts, strict=True):
         if counts.any():
             table.add_row(name, str(counts.sum()), str((counts > 0).sum()), str(counts.min()), str(counts.max()))
-    console.print(f"recognised: {report.recognised}", markup=False)
+    console.print(f"recognised: {report.index.recognised}", markup=False)
     console.print(table)
+    _suspects(report)
     for warning in report.warnings:
         console.print(f"warning: {warning}", markup=False)
     for error in report.errors:
         console.print(f"ERROR: {error}", markup=False)
     console.print("ok" if report.ok else "not ok: mend the errors above first")
+
+
+def _suspects(report: Report) -> None:
+    """The labels that fit least."""
+    index, doubted = report.index, report.suspects
+    if not doubted:
+        return
+    table = _table("label looks wrong", "part", "given", "suggested", "given %", "suggested %")
+    for one in doubted[:SUSPECTS]:
+        place = str(index.paths[one.row]), SPLITS[index.splits[one.row]]
+        names = index.classes[one.label], index.classes[one.suggested]
+        table.add_row(*(Text(text) for text in (*place, *names)), f"{100 * one.own:.1f}", f"{100 * one.other:.1f}")
+    console.print(table)
 
 
 def forecast(found: Forecast) -> None:

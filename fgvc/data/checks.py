@@ -25,6 +25,8 @@ from fgvc.types import SPLITS, ImageError, ImageIndex
 TINY = 32  # pixels of the shorter side
 IMBALANCE = 10.0  # largest class over smallest class of the train part from which a warning is given
 
+COLUMNS = ("finding", "number", "path", "split", "label", "suggested", "score", "detail")  # of the findings
+
 Rows = tuple[tuple[int, ...], ...]
 
 
@@ -150,11 +152,10 @@ def check(
 
 def with_suspects(report: Report, found: Sequence[Suspect]) -> Report:
     """The report with the labels that a probe doubts, and what that means in words."""
-    doubted = [one for one in found if one.issue]
     text = []
-    if doubted:
-        listed = some([f"{_place(report.index, one.row)}: {_label(report.index, one)}" for one in doubted], 3)
-        text = [f"{len(doubted)} labels look wrong beside images with like features, the least likely first: {listed}"]
+    if found:
+        listed = some([f"{_place(report.index, one.row)}: {_label(report.index, one)}" for one in found], 3)
+        text = [f"{len(found)} labels look wrong beside images with like features, the least likely first: {listed}"]
     return replace(report, suspects=tuple(found), warnings=(*report.warnings, *text))
 
 
@@ -182,7 +183,7 @@ def findings(report: Report) -> list[dict[str, object]]:
         for row in several:
             add(finding, row)
     for one in report.suspects or ():
-        line = add("suspect" if one.issue else "unlikely", one.row)
+        line = add("suspect", one.row)
         line |= {"suggested": index.classes[one.suggested], "score": f"{one.score:.4f}"}
         line["detail"] = f"probability {one.own:.3f} as labelled, {one.other:.3f} as suggested"
     return lines

@@ -25,7 +25,6 @@ class Suspect:
     score: float  # in [0,1]: how well the label fits; low is suspect
     own: float  # probability of the label, by a probe that has not seen the image
     other: float  # of the suggested class
-    issue: bool  # whether confident learning counts it among the wrong ones
 
 
 def suspects(
@@ -36,7 +35,7 @@ def suspects(
     families: NDArray[np.int64],
     seed: int = 0,
 ) -> tuple[Suspect, ...]:
-    """All images (features (N,D) of `rows` (N,) of the index), those whose labels fit least first, issues before others.
+    """The images whose labels are wrong by confident learning, those that fit least first; features (N,D) of `rows` (N,).
 
     `families` (N,): rows of one number never lie on both sides of a fold, since a copy of an image would vouch for its label.
     Raises FgvcError where there are too few images to hold any out.
@@ -51,7 +50,8 @@ def suspects(
     own, other = p[np.arange(len(y)), y], p.copy()
     other[np.arange(len(y)), y] = -1
     best = other.argmax(axis=1)
-    order = np.lexsort((rows, score, ~issue))
+    issues = np.flatnonzero(issue)
+    order = issues[np.lexsort((rows[issues], score[issues]))]
     return tuple(
         Suspect(
             row=int(rows[at]),
@@ -60,7 +60,6 @@ def suspects(
             score=float(score[at]),
             own=float(own[at]),
             other=float(other[at, best[at]]),
-            issue=bool(issue[at]),
         )
         for at in order
     )
