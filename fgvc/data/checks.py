@@ -195,7 +195,8 @@ def _near(prints: Prints, readable: NDArray[np.int64], duplicates: Rows) -> Rows
     rows = np.array([row for row in readable.tolist() if row not in again], np.int64)
     pairs = alike(prints, rows)
     numbers = joined(len(prints.hashes), pairs, np.array(list(again.items()), np.int64).reshape(-1, 2))
-    return tuple(found for found in groups(numbers) if found not in set(duplicates))
+    equal_files = set(duplicates)
+    return tuple(found for found in groups(numbers) if found not in equal_files)
 
 
 def _read_all(index: ImageIndex, max_pixels: int, workers: int | None) -> Iterator[_Seen]:
