@@ -24,7 +24,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from fgvc import api
 from fgvc.data.checks import Report, check
-from fgvc.data.suspects import Suspect, suspects
+from fgvc.data.suspects import Suspects, suspects
 from fgvc.evaluate.features import features
 from fgvc.recipe import Recipe
 from fgvc.template import recipe_file
@@ -133,7 +133,7 @@ def damage(content: bytes, kind: str) -> bytes:
     }[kind]
 
 
-def doubted(recipe: Recipe, report: Report, known: dict[str, np.ndarray]) -> tuple[Suspect, ...]:
+def doubted(recipe: Recipe, report: Report, known: dict[str, np.ndarray]) -> Suspects:
     """What `fgvc data check --suspects` looks for, without the forwards of images that were seen before."""
     index = report.index
     rows = np.flatnonzero(report.sizes[:, 0] > 0)
@@ -146,7 +146,7 @@ def doubted(recipe: Recipe, report: Report, known: dict[str, np.ndarray]) -> tup
     return suspects(vectors, index.labels[rows], rows=rows, families=report.families[rows])
 
 
-def judge(report: Report, found: tuple[Suspect, ...], planted: Planted, *, seed: int) -> dict[str, object]:
+def judge(report: Report, found: Suspects, planted: Planted, *, seed: int) -> dict[str, object]:
     """What was found of what was planted."""
     paths = report.index.paths.tolist()
     row = {path: at for at, path in enumerate(paths)}
@@ -154,7 +154,7 @@ def judge(report: Report, found: tuple[Suspect, ...], planted: Planted, *, seed:
     told = {at for rows in (*report.leaks, *report.near_leaks) for at in rows}
     hit = [same[row[a]] == same[row[b]] and {row[a], row[b]} <= told for _, a, b in planted.copies]
     ours = {row[b] for _, _, b in planted.copies}
-    issues = [paths[one.row] for one in found]
+    listed = [paths[one.row] for one in found.listed]
     return {
         "seed": seed,
         "images": len(paths),
@@ -162,9 +162,10 @@ def judge(report: Report, found: tuple[Suspect, ...], planted: Planted, *, seed:
         "missed": ", ".join(kind for (kind, _, _), one in zip(planted.copies, hit, strict=True) if not one),
         "other_groups": sum(not ours & set(rows) for rows in (*report.duplicates, *report.near)),
         "corrupt_found": f"{len({path for path, _ in report.unreadable} & set(planted.corrupt))} of {len(planted.corrupt)}",
-        "swapped_in_first_60": len(set(issues[:SHOWN]) & set(planted.swapped)),
-        "swapped_in_issues": len(set(issues) & set(planted.swapped)),
-        "issues": len(issues),
+        "swapped_in_first_60": len(set(listed[:SHOWN]) & set(planted.swapped)),
+        "swapped_listed": len(set(listed) & set(planted.swapped)),
+        "listed": len(listed),
+        "wrong_by_confident_learning": found.wrong,
     }
 
 

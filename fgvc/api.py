@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fgvc.config import Preprocess
 from fgvc.data import checks
+from fgvc.data.duplicates import LIKENESS
 from fgvc.data.loader import evaluation_loader
 from fgvc.data.suspects import suspects as find_suspects
 from fgvc.evaluate import metrics
@@ -66,20 +67,32 @@ class Exported:
 
 
 def check(
-    recipe: Recipe, *, suspects: bool = False, page: Path | None = None, table: Path | None = None
+    recipe: Recipe,
+    *,
+    suspects: bool = False,
+    likeness: float = LIKENESS,
+    page: Path | None = None,
+    table: Path | None = None,
 ) -> checks.Report:
     """Read every image of the recipe's data and report what is wrong with it. A bar on stderr where that is a terminal.
 
     `suspects`: look for wrong labels, too, with a forward per image through the recipe's backbone and its first weights.
-    `page`: an HTML file to write, with the images; `table`: a CSV file, a line for each finding about an image. Raises
-    FgvcError where suspects are wanted and the weights are not within reach.
+    `likeness`: the correlation of thumbnails from which two pictures are near copies. `page`: an HTML file to write, with the
+    images; `table`: a CSV file, a line for each finding about an image. Raises FgvcError where suspects are wanted and the
+    weights are not within reach.
     """
     for out in (page, table):
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
             raise FgvcError(f"{out}: not a place for a file: its folder must be there, and no folder bear its name")
     index, expected = read_index(recipe), normalisation(recipe)
     with _bar("reading") as tick:
-        report = checks.check(index, max_unreadable=recipe.data.max_unreadable, expected=expected, progress=tick)
+        report = checks.check(
+            index,
+            max_unreadable=recipe.data.max_unreadable,
+            expected=expected,
+            likeness=likeness,
+            progress=tick,
+        )
     if suspects:
         with _bar("features") as tick:
             seen = features(recipe, index, np.flatnonzero(report.sizes[:, 0] > 0), progress=tick)

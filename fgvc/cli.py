@@ -98,6 +98,14 @@ def data_check(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="An HTML file to write, with the images.")] = None,
     csv: Annotated[Path | None, typer.Option(help="A CSV file to write, a line for each image and finding.")] = None,
+    likeness: Annotated[
+        float,
+        typer.Option(
+            min=0.5,
+            max=1,
+            help="From which correlation of thumbnails on two pictures are near copies. Raise it for a fixed camera.",
+        ),
+    ] = 0.98,
     fail_on: Annotated[
         Literal["error", "warning", "never"], typer.Option(help="What makes the exit code 1.")
     ] = "error",
@@ -105,7 +113,8 @@ def data_check(
     """Balance, unreadable files, copies and near copies, colours, and with --suspects labels that look wrong."""
     from fgvc import api, show
 
-    report = api.check(api.load_recipe(_recipe(config), overrides or []), suspects=suspects, page=out, table=csv)
+    recipe = api.load_recipe(_recipe(config), overrides or [])
+    report = api.check(recipe, suspects=suspects, likeness=likeness, page=out, table=csv)
     show.check(report)
     for written in filter(None, (out, csv)):
         print(written)

@@ -45,14 +45,18 @@ def check(report: Report) -> None:
 
 def _suspects(report: Report) -> None:
     """The labels that fit least."""
-    index, doubted = report.index, report.suspects
+    index, doubted = report.index, report.suspects.listed if report.suspects else ()
     if not doubted:
         return
     table = _table("label looks wrong", "part", "given", "suggested", "given %", "suggested %")
     for one in doubted[:SUSPECTS]:
         place = str(index.paths[one.row]), SPLITS[index.splits[one.row]]
         names = index.classes[one.label], index.classes[one.suggested]
-        table.add_row(*(Text(text) for text in (*place, *names)), f"{100 * one.own:.1f}", f"{100 * one.other:.1f}")
+        table.add_row(
+            *(Text(text, overflow="fold") for text in (*place, *names)),
+            f"{100 * one.own:.1f}",
+            f"{100 * one.other:.1f}",
+        )
     console.print(table)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fgvc.data.colour import Colours, Normalisation, colours, doubts, is_grey, moments
-from fgvc.data.duplicates import Print, Prints, alike, equal, groups, joined, links, print_of
+from fgvc.data.duplicates import LIKENESS, Print, Prints, alike, equal, groups, joined, links, print_of
 from fgvc.data.source import some
 from fgvc.data.splits import group_codes, straddling
-from fgvc.data.suspects import Suspect
+from fgvc.data.suspects import Suspects
 from fgvc.image.decode import decode
 from fgvc.types import SPLITS, ImageError, ImageIndex
 
@@ -45,7 +45,7 @@ class Report:
     near: Rows  # rows that show the same picture, not all of them equal byte for byte
     straddling: tuple[str, ...]  # groups with rows in several splits
     colours: Colours
-    suspects: tuple[Suspect, ...] | None = None  # the least likely labels first; None: not looked for
+    suspects: Suspects | None = None  # None: not looked for
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -100,12 +100,14 @@ def check(
     max_pixels: int = 50_000_000,
     max_unreadable: float = 0.05,
     expected: Normalisation | None = None,
+    likeness: float = LIKENESS,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Decode every image in full; compare all files byte for byte, and all pictures with one another.
 
-    `expected`: the network's normalisation, to compare colours with. `progress(done, total)` is called per image.
+    `expected`: the network's normalisation, to compare colours with; `likeness`: the correlation, in [-1,1], from which two
+    pictures are near copies. `progress(done, total)` is called per image.
     """
     total = len(index)
     digests, sizes = np.zeros((total, 2), np.uint64), np.zeros((total, 2), np.int32)
@@ -143,20 +145,19 @@ def check(
         ),
         sizes=sizes,
         duplicates=duplicates,
-        near=_near(prints, np.flatnonzero(sizes[:, 0] > 0), duplicates),
+        near=_near(prints, np.flatnonzero(sizes[:, 0] > 0), duplicates, likeness),
         straddling=() if index.groups is None else tuple(straddling(index.groups, index.splits)),
         colours=colours(seen_moments, grey, train=index.splits == 0, modes=modes, expected=expected),
     )
     return _judge(report, max_unreadable)
 
 
-def with_suspects(report: Report, found: Sequence[Suspect]) -> Report:
+def with_suspects(report: Report, found: Suspects) -> Report:
     """The report with the labels that a probe doubts, and what that means in words."""
-    text = []
-    if found:
-        listed = some([f"{_place(report.index, one.row)}: {_label(report.index, one)}" for one in found], 3)
-        text = [f"{len(found)} labels look wrong beside images with like features, the least likely first: {listed}"]
-    return replace(report, suspects=tuple(found), warnings=(*report.warnings, *text))
+    text = (
+        f"about {found.wrong} labels look wrong; {len(found.listed)} images look more like another class than their own"
+    )
+    return replace(report, suspects=found, warnings=(*report.warnings, *([text] if found.wrong else [])))
 
 
 def findings(report: Report) -> list[dict[str, object]]:
@@ -182,18 +183,18 @@ def findings(report: Report) -> list[dict[str, object]]:
     for finding, several in (("flat", report.colours.flat), ("grey", report.colours.grey)):
         for row in several:
             add(finding, row)
-    for one in report.suspects or ():
+    for one in report.suspects.listed if report.suspects else ():
         line = add("suspect", one.row)
-        line |= {"suggested": index.classes[one.suggested], "score": f"{one.score:.4f}"}
-        line["detail"] = f"probability {one.own:.3f} as labelled, {one.other:.3f} as suggested"
+        line |= {"suggested": index.classes[one.suggested], "score": f"{one.own:.4f}"}
+        line["detail"] = f"{one.other:.4f} as suggested"
     return lines
 
 
-def _near(prints: Prints, readable: NDArray[np.int64], duplicates: Rows) -> Rows:
+def _near(prints: Prints, readable: NDArray[np.int64], duplicates: Rows, likeness: float) -> Rows:
     """Groups of rows that show the same; what is equal byte for byte is compared once, and joins its group afterwards."""
     again = {row: rows[0] for rows in duplicates for row in rows[1:]}
     rows = np.array([row for row in readable.tolist() if row not in again], np.int64)
-    pairs = alike(prints, rows)
+    pairs = alike(prints, rows, likeness=likeness)
     numbers = joined(len(prints.hashes), pairs, np.array(list(again.items()), np.int64).reshape(-1, 2))
     equal_files = set(duplicates)
     return tuple(found for found in groups(numbers) if found not in equal_files)
@@ -282,7 +283,3 @@ def _judge_copies(report: Report, errors: list[str], warnings: list[str]) -> Non
 
 def _place(index: ImageIndex, row: int) -> str:
     return f"{index.paths[row]} ({SPLITS[index.splits[row]]})"
-
-
-def _label(index: ImageIndex, one: Suspect) -> str:
-    return f"{index.classes[one.label]}, or {index.classes[one.suggested]}?"

@@ -13,7 +13,7 @@ from PIL import Image, ImageStat
 from fgvc.config import Triple
 
 FAR = 1.0  # standard deviations of the weights by which the mean of a channel may differ
-RATIO = 2.0  # how many times wider or narrower than the weights' a channel may spread
+RATIO = 4.0  # how many times wider or narrower than the weights' a channel may spread
 FLAT = 0.01  # standard deviation, white being 1, below which an image shows nothing
 _GREY = 2  # levels of 255 between channels that JPEG leaves in a grey image
 

@@ -1,5 +1,6 @@
-"""Labels that look wrong: confident learning (Northcutt et al., JAIR 2021; cleanlab) on what a probe says of images it did not
-learn from. The probe reads frozen features, so nothing is trained but a logistic regression per fold."""
+"""Labels that look wrong, by what a probe says of images that it did not learn from. Confident learning (Northcutt et al., JAIR
+2021; cleanlab) says how many, the probability of the label as given says which. The probe reads frozen features, so nothing is
+trained but a logistic regression per fold."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from fgvc.types import FgvcError
 
-FOLDS = 5
+FOLDS, ROUNDS = 5, 3  # rounds of other folds, whose probabilities are averaged
 STRENGTH = 0.01  # of the fit against the penalty (scikit-learn's C); see docs/measurements.md
 
 
@@ -22,9 +23,16 @@ class Suspect:
     row: int  # of the index
     label: int  # as given
     suggested: int  # the likeliest other class
-    score: float  # in [0,1]: how well the label fits; low is suspect
-    own: float  # probability of the label, by a probe that has not seen the image
+    own: float  # probability of the label, by a probe that has not seen the image; low is suspect
     other: float  # of the suggested class
+
+
+@dataclass(frozen=True, slots=True)
+class Suspects:
+    """What was found."""
+
+    listed: tuple[Suspect, ...]  # where the probe finds another class likelier; the least likely labels first
+    wrong: int  # how many labels of the set are wrong, by confident learning
 
 
 def suspects(
@@ -34,35 +42,32 @@ def suspects(
     rows: NDArray[np.int64],
     families: NDArray[np.int64],
     seed: int = 0,
-) -> tuple[Suspect, ...]:
-    """The images whose labels are wrong by confident learning, those that fit least first; features (N,D) of `rows` (N,).
+) -> Suspects:
+    """The images whose labels look wrong; features (N,D) and labels (N,) of `rows` (N,).
 
     `families` (N,): rows of one number never lie on both sides of a fold, since a copy of an image would vouch for its label.
     Raises FgvcError where there are too few images to hold any out.
     """
-    from cleanlab.filter import find_label_issues
+    from cleanlab.count import num_label_issues
     from cleanlab.rank import get_label_quality_scores
 
     present, y = np.unique(labels, return_inverse=True)
     p = _held_out(features, y, families, seed)
-    issue = find_label_issues(y, p, n_jobs=1, verbose=False)
-    score = get_label_quality_scores(y, p, method="normalized_margin")
-    own, other = p[np.arange(len(y)), y], p.copy()
+    score, other = get_label_quality_scores(y, p, method="self_confidence"), p.copy()
     other[np.arange(len(y)), y] = -1
     best = other.argmax(axis=1)
-    issues = np.flatnonzero(issue)
-    order = issues[np.lexsort((rows[issues], score[issues]))]
-    return tuple(
+    order = np.lexsort((rows, score))
+    listed = tuple(
         Suspect(
             row=int(rows[at]),
             label=int(present[y[at]]),
             suggested=int(present[best[at]]),
-            score=float(score[at]),
-            own=float(own[at]),
+            own=float(score[at]),
             other=float(other[at, best[at]]),
         )
-        for at in order
+        for at in order[other[order, best[order]] > score[order]]
     )
+    return Suspects(listed, int(num_label_issues(y, p)))
 
 
 def _held_out(
@@ -80,11 +85,12 @@ def _held_out(
             f"suspects: {len(y)} readable images of {classes} classes are too few to hold a fifth of them out"
         )
     p = np.zeros((len(y), classes))
-    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with fewer images than folds, and of fits that stop early
-        for learn, judge in folds.split(features, y, families):
-            probe = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=300))
-            probe.fit(features[learn], y[learn])
-            p[np.ix_(judge, probe[-1].classes_)] = probe.predict_proba(features[judge])
+        for number in range(ROUNDS):
+            folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed + number)
+            for learn, judge in folds.split(features, y, families):
+                probe = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=300))
+                probe.fit(features[learn], y[learn])
+                p[np.ix_(judge, probe[-1].classes_)] += probe.predict_proba(features[judge]) / ROUNDS
     return p

@@ -53,7 +53,7 @@ def data_page(report: Report) -> str:
     """The page of a report: self-contained, a few megabytes at most. Raises ImageError where an image has gone since."""
     index = report.index
     copies = _ordered(report)
-    suspects = list(report.suspects or ())
+    suspects = report.suspects.listed if report.suspects else ()
     return render(
         "data.html",
         title=f"Data check: {index.root.resolve().name}",
@@ -67,6 +67,7 @@ def data_page(report: Report) -> str:
             for rows, fault in copies[:GROUPS]
         ],
         all_copies=len(copies),
+        all_doubts=len(suspects),
         doubts=[_doubt(report, one) for one in suspects[:SUSPECTS]],
         tiny=[(path, f"{width} x {height}") for path, width, height in report.tiny],
         lines=LINES,

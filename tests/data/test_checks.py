@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from fgvc.data.checks import COLUMNS, check, findings, with_suspects
 from fgvc.data.colour import Normalisation
 from fgvc.data.folder import FolderData
-from fgvc.data.suspects import Suspect
+from fgvc.data.suspects import Suspect, Suspects
 from fgvc.types import ImageIndex
 
 
@@ -184,7 +184,7 @@ def test_colours_are_compared_with_the_normalisation(tmp_path):
 def test_findings_are_lines_to_act_upon(tmp_path):
     rows = [(0, 0, picture(1)), (0, 1, picture(1)), (2, 1, b""), (2, 0, picture(3, (20, 90)))]
     report = check(build(tmp_path, rows), max_unreadable=1)
-    report = with_suspects(report, [Suspect(row=3, label=0, suggested=1, score=0.0123, own=0.04, other=0.9)])
+    report = with_suspects(report, Suspects((Suspect(row=3, label=0, suggested=1, own=0.0123, other=0.9),), 1))
     lines = findings(report)
     assert all(tuple(line) == COLUMNS for line in lines)
     assert [(line["finding"], line["path"], line["split"], line["label"]) for line in lines] == [
@@ -196,4 +196,4 @@ def test_findings_are_lines_to_act_upon(tmp_path):
     ]
     assert lines[-1]["suggested"] == "b"
     assert lines[-1]["score"] == "0.0123"
-    assert "1 labels look wrong" in report.warnings[-1]
+    assert "about 1 labels look wrong" in report.warnings[-1]

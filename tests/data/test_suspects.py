@@ -22,12 +22,12 @@ def test_swapped_labels_come_first_with_their_true_class() -> None:
     wrong = np.random.default_rng(1).choice(len(x), 12, replace=False)
     given[wrong] = (given[wrong] + 1) % 4
     rows = np.arange(len(x)) + 1000
-    found = suspects(x, given, rows=rows, families=np.arange(len(x)))
+    found = suspects(x, given, rows=rows, families=np.arange(len(x))).listed
     assert {one.row - 1000 for one in found[:12]} == set(wrong.tolist())
     assert all(one.suggested == true[one.row - 1000] and one.label == given[one.row - 1000] for one in found[:12])
     assert all(one.own < 0.5 < one.other for one in found[:12])
-    assert [one.score for one in found] == sorted(one.score for one in found)
-    assert found == suspects(x, given, rows=rows, families=np.arange(len(x)))
+    assert [one.own for one in found] == sorted(one.own for one in found)
+    assert found == suspects(x, given, rows=rows, families=np.arange(len(x))).listed
 
 
 def test_a_copy_does_not_vouch_for_its_label() -> None:
@@ -39,7 +39,7 @@ def test_a_copy_does_not_vouch_for_its_label() -> None:
     x = np.concatenate(
         [x, 40 * np.eye(240, dtype=np.float32)[np.arange(240) % 120]], axis=1
     )  # each pair is easily told apart
-    together = suspects(x, given, rows=np.arange(240), families=np.arange(240) % 120)
+    together = suspects(x, given, rows=np.arange(240), families=np.arange(240) % 120).listed
     assert {one.row % 120 for one in together[:24]} == set(wrong.tolist())
 
 
@@ -47,7 +47,7 @@ def test_a_class_without_images_and_one_with_a_single_image() -> None:
     x, labels = clusters(120, 3)
     labels = labels * 2  # 0, 2, 4 of five classes
     labels[7] = 3
-    found = suspects(x, labels, rows=np.arange(120), families=np.arange(120))
+    found = suspects(x, labels, rows=np.arange(120), families=np.arange(120)).listed
     assert all({one.label, one.suggested} <= {0, 2, 3, 4} for one in found)
 
 

@@ -156,7 +156,7 @@ def test_data_check_with_everything(fgvc: Callable[..., Said], recipe: Path, col
     assert "label looks wrong" in said.stdout
     assert said.stdout.splitlines()[-2:] == [str(page), str(table)]
     assert page.read_text(encoding="utf-8").count("<img") >= 3
-    lines = list(csv.DictReader(table.open(encoding="utf-8")))
+    lines = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
     assert {(line["finding"], line["path"]) for line in lines} >= {
         ("unreadable", "test/blue/00.png"),
         ("duplicate", "train/red/00.png"),
@@ -164,8 +164,11 @@ def test_data_check_with_everything(fgvc: Callable[..., Said], recipe: Path, col
         ("suspect", "train/blue/moved.png"),
     }
     fgvc(*asked[:-1], "--fail-on", "never")
-    fgvc("data", "check", recipe)
-    fgvc("data", "check", recipe, "--fail-on", "warning", code=1)  # noise without colours of the weights
+    shutil.rmtree(root / "val")
+    (root / "test/red/again.png").unlink()
+    mended = ("data", "check", recipe, f"data.root={root}", "data.val_fraction=0", "data.max_unreadable=1")
+    fgvc(*mended)
+    fgvc(*mended, "--fail-on", "warning", code=1)
     assert "random weights" in fgvc("data", "check", recipe, "--suspects", code=2).stderr
     assert "not a place" in fgvc("data", "check", recipe, "--out", tmp_path, code=2).stderr
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fgvc.data.checks import Report, check, with_suspects
 from fgvc.data.colour import Normalisation
-from fgvc.data.suspects import Suspect
+from fgvc.data.suspects import Suspect, Suspects
 from fgvc.page import data
 from fgvc.page.data import data_page
 from fgvc.types import ImageIndex
@@ -37,7 +37,7 @@ def report(tmp_path: Path) -> Report:
         recognised="made by hand",
     )
     found = check(index, max_unreadable=1, expected=Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
-    return with_suspects(found, [Suspect(row=3, label=1, suggested=0, score=0.01, own=0.04, other=0.93)])
+    return with_suspects(found, Suspects((Suspect(row=3, label=1, suggested=0, own=0.04, other=0.93),), 1))
 
 
 def test_all_findings_are_there_with_their_images(report: Report) -> None:
@@ -63,6 +63,6 @@ def test_what_is_shown_is_bounded(report: Report, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_clean_set_says_so(report: Report) -> None:
-    page = data_page(with_suspects(check(report.index, max_unreadable=1), []))
+    page = data_page(with_suspects(check(report.index, max_unreadable=1), Suspects((), 0)))
     assert "None." in page
     assert '<td class="number">?</td>' in page
