@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from fgvc.api import Evaluation, Exported
 from fgvc.bench import Ratio
@@ -37,27 +36,19 @@ def check(report: Report) -> None:
     console.print(table)
     _suspects(report)
     for warning in report.warnings:
-        console.print(f"warning: {warning}", markup=False)
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     for error in report.errors:
-        console.print(f"ERROR: {error}", markup=False)
+        console.print(f"ERROR: {error}", markup=False, soft_wrap=True)
     console.print("ok" if report.ok else "not ok: mend the errors above first")
 
 
 def _suspects(report: Report) -> None:
     """The labels that fit least."""
-    index, doubted = report.index, report.suspects.listed if report.suspects else ()
-    if not doubted:
-        return
-    table = _table("label looks wrong", "part", "given", "suggested", "given %", "suggested %")
-    for one in doubted[:SUSPECTS]:
-        place = str(index.paths[one.row]), SPLITS[index.splits[one.row]]
-        names = index.classes[one.label], index.classes[one.suggested]
-        table.add_row(
-            *(Text(text, overflow="fold") for text in (*place, *names)),
-            f"{100 * one.own:.1f}",
-            f"{100 * one.other:.1f}",
-        )
-    console.print(table)
+    index = report.index
+    for one in report.suspects.listed[:SUSPECTS] if report.suspects else ():
+        place = f"{index.paths[one.row]} ({SPLITS[index.splits[one.row]]})"
+        own, other = f"{index.classes[one.label]} {one.own:.1%}", f"{index.classes[one.suggested]} {one.other:.1%}"
+        console.print(f"suspect: {place}: {own}, rather {other}", markup=False, soft_wrap=True)
 
 
 def forecast(found: Forecast) -> None:

@@ -153,7 +153,7 @@ def test_data_check_with_everything(fgvc: Callable[..., Said], recipe: Path, col
     page, table = tmp_path / "check.html", tmp_path / "check.csv"
     asked = ("data", "check", recipe, f"data.root={root}", f"model.weights={weights}", "--suspects")
     said = fgvc(*asked, "--out", page, "--csv", table, code=1)
-    assert "label looks wrong" in said.stdout
+    assert "suspect: train/blue/moved.png (train): blue " in said.stdout
     assert said.stdout.splitlines()[-2:] == [str(page), str(table)]
     assert page.read_text(encoding="utf-8").count("<img") >= 3
     lines = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
