@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,12 @@ from torch import Tensor
 
 from fgvc.config import Preprocess
 from fgvc.data import checks
+from fgvc.data.duplicates import LIKENESS
 from fgvc.data.loader import evaluation_loader
+from fgvc.data.suspects import suspects as find_suspects
 from fgvc.evaluate import metrics
 from fgvc.evaluate.averaged import Views, averaged, canvas, refined
+from fgvc.evaluate.features import features, normalisation
 from fgvc.evaluate.plot import plot_confusion
 from fgvc.evaluate.subject import subject
 from fgvc.explain import explain
@@ -26,6 +29,7 @@ from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
 from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
 from fgvc.localize import Localisation, localize
+from fgvc.page.data import data_page
 from fgvc.preview import Preview, preview
 from fgvc.recipe import Recipe, Selected, load_recipe
 from fgvc.report.document import report
@@ -66,14 +70,56 @@ class Exported:
     proven: Proven
 
 
-def check(recipe: Recipe) -> checks.Report:
-    """Read every image of the recipe's data and report what is wrong with it. A bar on stderr where that is a terminal."""
-    index = read_index(recipe)
+def check(
+    recipe: Recipe,
+    *,
+    suspects: bool = False,
+    likeness: float = LIKENESS,
+    page: Path | None = None,
+    table: Path | None = None,
+) -> checks.Report:
+    """Read every image of the recipe's data and report what is wrong with it. A bar on stderr where that is a terminal.
+
+    `suspects`: look for wrong labels, too, with a forward per image through the recipe's backbone and its first weights.
+    `likeness`: the correlation of thumbnails from which two pictures are near copies. `page`: an HTML file to write, with the
+    images; `table`: a CSV file, a line for each finding about an image. Raises FgvcError where suspects are wanted and the
+    weights are not within reach.
+    """
+    for out in (page, table):
+        if out is not None and (out.is_dir() or not out.parent.is_dir()):
+            raise FgvcError(f"{out}: not a place for a file: its folder must be there, and no folder bear its name")
+    index, expected = read_index(recipe), normalisation(recipe)
+    with _bar("reading") as tick:
+        report = checks.check(
+            index,
+            max_unreadable=recipe.data.max_unreadable,
+            expected=expected,
+            likeness=likeness,
+            progress=tick,
+        )
+    if suspects:
+        with _bar("features") as tick:
+            seen = features(recipe, index, np.flatnonzero(report.sizes[:, 0] > 0), progress=tick)
+        families = report.families[seen.rows]
+        found = find_suspects(seen.vectors, index.labels[seen.rows], rows=seen.rows, families=families)
+        report = checks.with_suspects(report, found)
+    if page is not None:
+        write_atomic(page, data_page(report))
+    if table is not None:
+        write_atomic(table, as_csv(checks.findings(report), checks.COLUMNS))
+    return report
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """What to call with how much of how much is done."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True) if console.is_terminal else nullcontext() as bar:
-        task = bar.add_task("reading", total=len(index)) if bar else None
-        tick = (lambda done, total: bar.update(task, completed=done)) if bar and task is not None else None
-        return checks.check(index, max_unreadable=recipe.data.max_unreadable, progress=tick)
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def evaluate(

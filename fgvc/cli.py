@@ -87,13 +87,39 @@ def data_demo(
 
 
 @data.command("check")
-def data_check(config: Config, overrides: Overrides = None) -> None:
-    """Counts, balance, unreadable files and overlap between splits. Exit code 1 where something must be mended."""
+def data_check(
+    config: Config,
+    overrides: Overrides = None,
+    suspects: Annotated[
+        bool,
+        typer.Option(
+            "--suspects", help="Look for wrong labels, too: a forward per image, and a probe of the features."
+        ),
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="An HTML file to write, with the images.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="A CSV file to write, a line for each image and finding.")] = None,
+    likeness: Annotated[
+        float,
+        typer.Option(
+            min=0.5,
+            max=1,
+            help="From which correlation of thumbnails on two pictures are near copies. Raise it for a fixed camera.",
+        ),
+    ] = 0.98,
+    fail_on: Annotated[
+        Literal["error", "warning", "never"], typer.Option(help="What makes the exit code 1.")
+    ] = "error",
+) -> None:
+    """Balance, unreadable files, copies and near copies, colours, and with --suspects labels that look wrong."""
     from fgvc import api, show
 
-    report = api.check(api.load_recipe(_recipe(config), overrides or []))
+    recipe = api.load_recipe(_recipe(config), overrides or [])
+    report = api.check(recipe, suspects=suspects, likeness=likeness, page=out, table=csv)
     show.check(report)
-    sys.exit(0 if report.ok else 1)
+    for written in filter(None, (out, csv)):
+        print(written)
+    worst = "error" if report.errors else "warning" if report.warnings else ""
+    sys.exit(1 if worst and fail_on in (worst, "warning") else 0)
 
 
 @data.command("preview")

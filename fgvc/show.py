@@ -17,6 +17,7 @@ from fgvc.types import SPLITS
 
 console = Console(highlight=False)
 CONFUSED = 5  # pairs shown; all are in the run's tables
+SUSPECTS = 10  # labels shown; all are in the CSV file
 
 
 def _table(*columns: str) -> Table:
@@ -32,13 +33,23 @@ def check(report: Report) -> None:
     for name, counts in zip(SPLITS, report.counts, strict=True):
         if counts.any():
             table.add_row(name, str(counts.sum()), str((counts > 0).sum()), str(counts.min()), str(counts.max()))
-    console.print(f"recognised: {report.recognised}", markup=False)
+    console.print(f"recognised: {report.index.recognised}", markup=False)
     console.print(table)
+    _suspects(report)
     for warning in report.warnings:
-        console.print(f"warning: {warning}", markup=False)
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     for error in report.errors:
-        console.print(f"ERROR: {error}", markup=False)
+        console.print(f"ERROR: {error}", markup=False, soft_wrap=True)
     console.print("ok" if report.ok else "not ok: mend the errors above first")
+
+
+def _suspects(report: Report) -> None:
+    """The labels that fit least."""
+    index = report.index
+    for one in report.suspects.listed[:SUSPECTS] if report.suspects else ():
+        place = f"{index.paths[one.row]} ({SPLITS[index.splits[one.row]]})"
+        own, other = f"{index.classes[one.label]} {one.own:.1%}", f"{index.classes[one.suggested]} {one.other:.1%}"
+        console.print(f"suspect: {place}: {own}, rather {other}", markup=False, soft_wrap=True)
 
 
 def forecast(found: Forecast) -> None:

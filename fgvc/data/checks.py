@@ -4,42 +4,82 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from io import BytesIO
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
+from fgvc.data.colour import Colours, Normalisation, colours, doubts, is_grey, moments
+from fgvc.data.duplicates import LIKENESS, Print, Prints, alike, equal, groups, joined, links, print_of
 from fgvc.data.source import some
-from fgvc.data.splits import straddling
+from fgvc.data.splits import group_codes, straddling
+from fgvc.data.suspects import Suspects
 from fgvc.image.decode import decode
 from fgvc.types import SPLITS, ImageError, ImageIndex
 
 TINY = 32  # pixels of the shorter side
 IMBALANCE = 10.0  # largest class over smallest class of the train part from which a warning is given
 
+COLUMNS = ("finding", "number", "path", "split", "label", "suggested", "score", "detail")  # of the findings
+
+Rows = tuple[tuple[int, ...], ...]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """The findings; rows are those of the index. `errors` spoil a result, `warnings` are for people to weigh."""
 
-    recognised: str
-    classes: tuple[str, ...]
+    index: ImageIndex
     counts: np.ndarray  # (3,K) int64: images by split and class
     imbalance: float  # largest class over smallest class in train; inf where a class has none
     missing: dict[str, tuple[str, ...]]  # by split that has images: the classes that have none in it
     unreadable: tuple[tuple[str, str], ...]  # path, reason
     tiny: tuple[tuple[str, int, int], ...]  # path, width, height
-    duplicates: tuple[tuple[int, ...], ...]  # rows of files that are equal byte for byte
-    leaks: tuple[tuple[int, ...], ...]  # the duplicates that lie in several splits
-    conflicts: tuple[tuple[int, ...], ...]  # the duplicates with several labels
+    sizes: np.ndarray  # (N,2) int32: width, height in pixels, upright; 0 where unreadable
+    duplicates: Rows  # rows of files that are equal byte for byte
+    near: Rows  # rows that show the same picture, not all of them equal byte for byte
     straddling: tuple[str, ...]  # groups with rows in several splits
-    errors: tuple[str, ...]
-    warnings: tuple[str, ...]
+    colours: Colours
+    suspects: Suspects | None = None  # None: not looked for
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         return not self.errors
+
+    @property
+    def leaks(self) -> Rows:
+        """The duplicates that lie in several splits."""
+        return self._several(self.duplicates, self.index.splits)
+
+    @property
+    def conflicts(self) -> Rows:
+        """The duplicates with several labels."""
+        return self._several(self.duplicates, self.index.labels)
+
+    @property
+    def near_leaks(self) -> Rows:
+        return self._several(self.near, self.index.splits)
+
+    @property
+    def near_conflicts(self) -> Rows:
+        return self._several(self.near, self.index.labels)
+
+    @property
+    def families(self) -> NDArray[np.int64]:
+        """(N,) number of the group of rows that belong together: by name, or because they show the same."""
+        told = [links(group_codes(self.index.groups))] if self.index.groups is not None else []
+        same = [np.array([(rows[0], row) for row in rows[1:]], np.int64) for rows in (*self.duplicates, *self.near)]
+        return joined(len(self.index), *told, *same)
+
+    def _several(self, found: Rows, column: np.ndarray) -> Rows:
+        return tuple(rows for rows in found if len(set(column[list(rows)].tolist())) > 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +87,10 @@ class _Seen:
     """What reading one file gave."""
 
     digest: bytes = b""  # 16 bytes of a readable image
-    size: tuple[int, int] | None = None  # width, height
+    size: tuple[int, int] = (0, 0)  # width, height
+    mode: str = ""  # how the file stores colour, in Pillow's words
+    moments: NDArray[np.float64] = field(default_factory=lambda: np.full((2, 3), np.nan))
+    print: Print | None = None  # None: unreadable
     reason: str = ""
 
 
@@ -56,30 +99,38 @@ def check(
     *,
     max_pixels: int = 50_000_000,
     max_unreadable: float = 0.05,
+    expected: Normalisation | None = None,
+    likeness: float = LIKENESS,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Decode every image in full and compare all files byte for byte. `progress(done, total)` is called per image."""
+    """Decode every image in full; compare all files byte for byte, and all pictures with one another.
+
+    `expected`: the network's normalisation, to compare colours with; `likeness`: the correlation, in [-1,1], from which two
+    pictures are near copies. `progress(done, total)` is called per image.
+    """
     total = len(index)
-    digests = np.zeros((total, 2), np.uint64)
+    digests, sizes = np.zeros((total, 2), np.uint64), np.zeros((total, 2), np.int32)
+    prints, seen_moments, grey = Prints.empty(total), np.full((total, 2, 3), np.nan), np.zeros(total, bool)
     unreadable: list[tuple[str, str]] = []
-    tiny: list[tuple[str, int, int]] = []
+    modes: Counter[str] = Counter()
     for row, seen in enumerate(_read_all(index, max_pixels, workers)):
-        path = str(index.paths[row])
         # An unreadable file is nobody's duplicate: its row number stands for its content.
         digests[row] = np.frombuffer(seen.digest, np.uint64) if seen.digest else (row, 0)
-        if seen.size is None:
-            unreadable.append((path, seen.reason))
-        elif min(seen.size) < TINY:
-            tiny.append((path, *seen.size))
+        sizes[row], seen_moments[row] = seen.size, seen.moments
+        if seen.print is None:
+            unreadable.append((str(index.paths[row]), seen.reason))
+        else:
+            prints.put(row, seen.print)
+            grey[row] = is_grey(seen.print.thumb)
+            modes[seen.mode] += 1
         if progress:
             progress(row + 1, total)
     counts = np.zeros((len(SPLITS), len(index.classes)), np.int64)
     np.add.at(counts, (index.splits, index.labels), 1)
-    duplicates = _equal_rows(digests)
+    duplicates = equal(digests)
     report = Report(
-        recognised=index.recognised,
-        classes=index.classes,
+        index=index,
         counts=counts,
         imbalance=float(counts[0].max() / counts[0].min()) if counts[0].min() else float("inf"),
         missing={
@@ -88,15 +139,65 @@ def check(
             if (counts[s] == 0).any() and (s == 0 or counts[s].any())
         },
         unreadable=tuple(unreadable),
-        tiny=tuple(tiny),
+        tiny=tuple(
+            (str(index.paths[row]), *sizes[row].tolist())
+            for row in np.flatnonzero((sizes.min(axis=1) < TINY) & (sizes.min(axis=1) > 0))
+        ),
+        sizes=sizes,
         duplicates=duplicates,
-        leaks=tuple(rows for rows in duplicates if len(set(index.splits[list(rows)].tolist())) > 1),
-        conflicts=tuple(rows for rows in duplicates if len(set(index.labels[list(rows)].tolist())) > 1),
+        near=_near(prints, np.flatnonzero(sizes[:, 0] > 0), duplicates, likeness),
         straddling=() if index.groups is None else tuple(straddling(index.groups, index.splits)),
-        errors=(),
-        warnings=(),
+        colours=colours(seen_moments, grey, train=index.splits == 0, modes=modes, expected=expected),
     )
-    return _judge(index, report, max_unreadable)
+    return _judge(report, max_unreadable)
+
+
+def with_suspects(report: Report, found: Suspects) -> Report:
+    """The report with the labels that a probe doubts, and what that means in words."""
+    text = (
+        f"about {found.wrong} labels look wrong; {len(found.listed)} images look more like another class than their own"
+    )
+    return replace(report, suspects=found, warnings=(*report.warnings, *([text] if found.wrong else [])))
+
+
+def findings(report: Report) -> list[dict[str, object]]:
+    """Every finding that is about an image, a line each, to act upon. `number` joins the rows of one duplicate."""
+    index = report.index
+    lines: list[dict[str, object]] = []
+
+    def add(finding: str, row: int, *, number: int | str = "", detail: str = "") -> dict[str, object]:
+        label = index.classes[index.labels[row]]
+        line = {"finding": finding, "number": number, "path": str(index.paths[row]), "split": SPLITS[index.splits[row]]}
+        lines.append(line | {"label": label, "suggested": "", "score": "", "detail": detail})
+        return lines[-1]
+
+    at = {str(path): row for row, path in enumerate(index.paths.tolist())}
+    for path, reason in report.unreadable:
+        add("unreadable", at[path], detail=reason)
+    for path, width, height in report.tiny:
+        add("tiny", at[path], detail=f"{width} x {height}")
+    for finding, found in (("duplicate", report.duplicates), ("near-duplicate", report.near)):
+        for number, rows in enumerate(found, 1):
+            for row in rows:
+                add(finding, row, number=number)
+    for finding, several in (("flat", report.colours.flat), ("grey", report.colours.grey)):
+        for row in several:
+            add(finding, row)
+    for one in report.suspects.listed if report.suspects else ():
+        line = add("suspect", one.row)
+        line |= {"suggested": index.classes[one.suggested], "score": f"{one.own:.4f}"}
+        line["detail"] = f"{one.other:.4f} as suggested"
+    return lines
+
+
+def _near(prints: Prints, readable: NDArray[np.int64], duplicates: Rows, likeness: float) -> Rows:
+    """Groups of rows that show the same; what is equal byte for byte is compared once, and joins its group afterwards."""
+    again = {row: rows[0] for rows in duplicates for row in rows[1:]}
+    rows = np.array([row for row in readable.tolist() if row not in again], np.int64)
+    pairs = alike(prints, rows, likeness=likeness)
+    numbers = joined(len(prints.hashes), pairs, np.array(list(again.items()), np.int64).reshape(-1, 2))
+    equal_files = set(duplicates)
+    return tuple(found for found in groups(numbers) if found not in equal_files)
 
 
 def _read_all(index: ImageIndex, max_pixels: int, workers: int | None) -> Iterator[_Seen]:
@@ -111,34 +212,27 @@ def _read_all(index: ImageIndex, max_pixels: int, workers: int | None) -> Iterat
 def _read(index: ImageIndex, row: int, max_pixels: int) -> _Seen:
     try:
         content = index.path(row).read_bytes()
-        return _Seen(hashlib.sha256(content).digest()[:16], size=decode(content, max_pixels=max_pixels).size)
+        image = decode(content, max_pixels=max_pixels)
+        with Image.open(BytesIO(content)) as stored:  # its head alone is read
+            mode = stored.mode
     except ImageError as error:
         return _Seen(reason=error.reason)
     except OSError as error:
         return _Seen(reason=error.strerror or type(error).__name__)
+    return _Seen(
+        digest=hashlib.sha256(content).digest()[:16],
+        size=image.size,
+        mode=mode,
+        moments=moments(image),
+        print=print_of(image),
+    )
 
 
-def _equal_rows(digests: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    """Rows with equal digests (N,2), as ascending tuples of two and more."""
-    if not len(digests):
-        return ()
-    order = np.lexsort((digests[:, 1], digests[:, 0]))
-    ordered = digests[order]
-    starts = np.flatnonzero(np.r_[True, (ordered[1:] != ordered[:-1]).any(axis=1)])
-    ends = np.r_[starts[1:], len(order)]
-    several = ends - starts > 1
-    found = [tuple(order[a:b].tolist()) for a, b in zip(starts[several], ends[several], strict=True)]
-    return tuple(sorted(found))
-
-
-def _judge(index: ImageIndex, report: Report, max_unreadable: float) -> Report:
+def _judge(report: Report, max_unreadable: float) -> Report:
     """The report with its errors and warnings put in words."""
+    index, total = report.index, len(report.index)
     errors: list[str] = []
     warnings: list[str] = []
-
-    def pairs(found: tuple[tuple[int, ...], ...]) -> str:
-        return some([" = ".join(f"{index.paths[r]} ({SPLITS[index.splits[r]]})" for r in rows) for rows in found], 3)
-
     for split, names in report.missing.items():
         text = f"{len(names)} classes have no image in {split}: {some(names)}"
         (errors if split == "train" else warnings).append(text)
@@ -146,18 +240,11 @@ def _judge(index: ImageIndex, report: Report, max_unreadable: float) -> Report:
         if not report.counts[s].any() and split != "train":
             warnings.append(f"there is no {split} part")
     if report.unreadable:
-        share = len(report.unreadable) / len(index)
+        share = len(report.unreadable) / total
         listed = some([f"{path} ({reason})" for path, reason in report.unreadable])
-        text = f"{len(report.unreadable)} of {len(index)} files can't be read ({share:.2%}): {listed}"
+        text = f"{len(report.unreadable)} of {total} files can't be read ({share:.2%}): {listed}"
         (errors if share > max_unreadable else warnings).append(text)
-    if report.leaks:
-        errors.append(
-            f"{len(report.leaks)} images lie in more than one split, which flatters scores: {pairs(report.leaks)}"
-        )
-    if within := tuple(sorted(set(report.duplicates) - set(report.leaks))):
-        warnings.append(f"{len(within)} images occur more than once within a split: {pairs(within)}")
-    if report.conflicts:
-        errors.append(f"{len(report.conflicts)} images occur under different labels: {pairs(report.conflicts)}")
+    _judge_copies(report, errors, warnings)
     if report.straddling:
         errors.append(f"{len(report.straddling)} groups have rows in more than one split: {some(report.straddling)}")
     if report.imbalance > IMBALANCE and np.isfinite(report.imbalance):
@@ -165,4 +252,34 @@ def _judge(index: ImageIndex, report: Report, max_unreadable: float) -> Report:
     if report.tiny:
         listed = some([f"{path} ({w} x {h})" for path, w, h in report.tiny])
         warnings.append(f"{len(report.tiny)} images are smaller than {TINY} pixels: {listed}")
+    if report.colours.flat:
+        listed = some([_place(index, row) for row in report.colours.flat])
+        warnings.append(f"{len(report.colours.flat)} images are of one colour and show nothing: {listed}")
+    warnings += doubts(report.colours, total)
     return replace(report, errors=tuple(errors), warnings=tuple(warnings))
+
+
+def _judge_copies(report: Report, errors: list[str], warnings: list[str]) -> None:
+    """Copies in two splits, or under two labels, spoil a result, however they were stored."""
+
+    def listed(found: Rows, sign: str) -> str:
+        return some([f" {sign} ".join(_place(report.index, row) for row in rows[:3]) for rows in found], 3)
+
+    leaks, conflicts = report.leaks, report.conflicts
+    if leaks:
+        errors.append(f"{len(leaks)} images lie in more than one split, which flatters scores: {listed(leaks, '=')}")
+    if within := tuple(sorted(set(report.duplicates) - set(leaks))):
+        warnings.append(f"{len(within)} images occur more than once within a split: {listed(within, '=')}")
+    if conflicts:
+        errors.append(f"{len(conflicts)} images occur under different labels: {listed(conflicts, '=')}")
+    leaks, conflicts = report.near_leaks, report.near_conflicts
+    if leaks:
+        errors.append(f"{len(leaks)} pictures lie in more than one split in near copies: {listed(leaks, '~')}")
+    if within := tuple(sorted(set(report.near) - set(leaks))):
+        warnings.append(f"{len(within)} pictures occur in near copies within a split: {listed(within, '~')}")
+    if conflicts:
+        errors.append(f"{len(conflicts)} pictures occur in near copies with different labels: {listed(conflicts, '~')}")
+
+
+def _place(index: ImageIndex, row: int) -> str:
+    return f"{index.paths[row]} ({SPLITS[index.splits[row]]})"

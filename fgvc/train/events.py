@@ -40,10 +40,10 @@ def write_atomic(path: Path, text: str) -> None:
             scratch.unlink()
 
 
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All columns that any row has, in the order of their first appearance; a row that lacks one has an empty cell."""
+def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """`columns` and all others that any row has, in the order of their first appearance; what a row lacks is left empty."""
     text = io.StringIO()
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
     writer.writeheader()
     writer.writerows(rows)

@@ -3,17 +3,29 @@ import io
 import numpy as np
 import pytest
 from numpy.dtypes import StringDType
-from PIL import Image
+from PIL import Image, ImageOps
 
-from fgvc.data.checks import check
+from fgvc.data.checks import COLUMNS, check, findings, with_suspects
+from fgvc.data.colour import Normalisation
 from fgvc.data.folder import FolderData
+from fgvc.data.suspects import Suspect, Suspects
 from fgvc.types import ImageIndex
 
 
-def picture(shade, size=(48, 40)):
+def drawn(number, size=(48, 40)):
+    """Soft blobs, others for every number."""
+    cells = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
+
+
+def saved(image, kind="PNG", **options):
     stream = io.BytesIO()
-    Image.new("RGB", size, (shade, shade // 2, 255 - shade)).save(stream, "PNG")
+    image.save(stream, kind, **options)
     return stream.getvalue()
+
+
+def picture(number, size=(48, 40)):
+    return saved(drawn(number, size))
 
 
 def build(root, files, groups=None):
@@ -108,6 +120,80 @@ def test_an_index_from_disk(tmp_path):
     report = check(index)
     assert report.ok
     assert report.counts.sum() == 30
-    assert report.recognised == index.recognised
+    assert report.index is index
     with pytest.raises(AttributeError):
         report.errors = ()
+
+
+def test_near_copies_across_splits_and_labels_are_errors(tmp_path):
+    big = drawn(1, (200, 160))
+    rows = [
+        (0, 0, saved(big)),  # 0 = 3 ~ 4, the last in test
+        (0, 1, saved(drawn(2, (200, 160)))),  # 1 ~ 5 within train, another label
+        (2, 1, picture(3)),
+        (0, 0, saved(big)),
+        (2, 0, saved(big.resize((150, 120)), "JPEG", quality=70)),
+        (0, 0, saved(ImageOps.mirror(drawn(2, (200, 160))), "JPEG")),
+    ]
+    report = check(build(tmp_path, rows))
+    assert report.duplicates == ((0, 3),)
+    assert report.near == ((0, 3, 4), (1, 5))
+    assert (report.near_leaks, report.near_conflicts) == (((0, 3, 4),), ((1, 5),))
+    assert report.leaks == ()
+    assert [text.split(":")[0] for text in report.errors] == [
+        "1 pictures lie in more than one split in near copies",
+        "1 pictures occur in near copies with different labels",
+    ]
+    families = report.families
+    assert families[0] == families[3] == families[4]
+    assert families[1] == families[5]
+    assert len(set(families.tolist())) == 3
+
+
+def test_families_join_groups_and_copies(tmp_path):
+    rows = [(0, 0, picture(1)), (0, 1, picture(2)), (0, 1, picture(1)), (0, 0, picture(3)), (0, 0, picture(4))]
+    report = check(build(tmp_path, rows, groups=["a", "a", "", "", ""]))
+    assert len(set(report.families.tolist())) == 3
+    assert len(set(report.families[:3].tolist())) == 1
+
+
+def test_colours_are_compared_with_the_normalisation(tmp_path):
+    light = [saved(drawn(i).point(lambda v: 200 + v // 5)) for i in range(8)]
+    rows = [(0, i % 2, content) for i, content in enumerate(light)]
+    rows += [(2, 0, saved(Image.new("RGB", (50, 50)))), (2, 1, saved(drawn(9).convert("L")))]
+    report = check(build(tmp_path, rows), expected=Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+    pixels = np.concatenate([np.asarray(Image.open(io.BytesIO(one)), float).reshape(-1, 3) for one in light]) / 255
+    np.testing.assert_allclose(report.colours.mean, pixels.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(report.colours.std, pixels.std(axis=0), rtol=1e-9)  # of the train part alone
+    np.testing.assert_allclose(report.colours.shift, (pixels.mean(axis=0) - 0.5) / 0.25, rtol=1e-9)
+    assert report.colours.grey == (8, 9)
+    assert report.colours.flat == (8,)
+    assert report.colours.modes == (("RGB", 9), ("L", 1))
+    said = "\n".join(report.warnings)
+    for expected in (
+        "red is 1.",
+        "standard deviations lighter",
+        "blue spreads 0.",
+        "RGB 9, L 1",
+        "2 of 10 images are grey",
+    ):
+        assert expected in said, expected
+    assert report.ok
+
+
+def test_findings_are_lines_to_act_upon(tmp_path):
+    rows = [(0, 0, picture(1)), (0, 1, picture(1)), (2, 1, b""), (2, 0, picture(3, (20, 90)))]
+    report = check(build(tmp_path, rows), max_unreadable=1)
+    report = with_suspects(report, Suspects((Suspect(row=3, label=0, suggested=1, own=0.0123, other=0.9),), 1))
+    lines = findings(report)
+    assert all(tuple(line) == COLUMNS for line in lines)
+    assert [(line["finding"], line["path"], line["split"], line["label"]) for line in lines] == [
+        ("unreadable", "2.png", "test", "b"),
+        ("tiny", "3.png", "test", "a"),
+        ("duplicate", "0.png", "train", "a"),
+        ("duplicate", "1.png", "train", "b"),
+        ("suspect", "3.png", "test", "a"),
+    ]
+    assert lines[-1]["suggested"] == "b"
+    assert lines[-1]["score"] == "0.0123"
+    assert "about 1 labels look wrong" in report.warnings[-1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from fgvc import api
 from fgvc.cli import main
+from fgvc.model.backbone import plain_model
 from fgvc.template import recipe_file, run_name
 
 VERBS = ("recipes", "init", "data", "train", "eval", "localize", "report", "export", "verify", "predict")
@@ -133,6 +138,39 @@ def test_data_check(fgvc: Callable[..., Said], recipe: Path) -> None:
     said = fgvc("data", "check", recipe).stdout
     assert "train" in said
     assert said.strip().endswith("ok")
+
+
+def test_data_check_with_everything(fgvc: Callable[..., Said], recipe: Path, colours: Path, tmp_path: Path) -> None:
+    """A folder with a leak, a damaged file and a label that is wrong; features of a random net tell colours apart."""
+    root = tmp_path / "colours"
+    shutil.copytree(colours, root)
+    shutil.copy(root / "train/red/00.png", root / "test/red/again.png")
+    shutil.move(root / "train/red/01.png", root / "train/blue/moved.png")
+    (root / "test/blue/00.png").write_bytes(b"")
+    weights = tmp_path / "trained.safetensors"
+    torch.manual_seed(0)
+    save_file(plain_model("test_efficientnet", 3).state_dict(), weights)
+    page, table = tmp_path / "check.html", tmp_path / "check.csv"
+    asked = ("data", "check", recipe, f"data.root={root}", f"model.weights={weights}", "--suspects")
+    said = fgvc(*asked, "--out", page, "--csv", table, code=1)
+    assert "suspect: train/blue/moved.png (train): blue " in said.stdout
+    assert said.stdout.splitlines()[-2:] == [str(page), str(table)]
+    assert page.read_text(encoding="utf-8").count("<img") >= 3
+    lines = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    assert {(line["finding"], line["path"]) for line in lines} >= {
+        ("unreadable", "test/blue/00.png"),
+        ("duplicate", "train/red/00.png"),
+        ("duplicate", "test/red/again.png"),
+        ("suspect", "train/blue/moved.png"),
+    }
+    fgvc(*asked[:-1], "--fail-on", "never")
+    shutil.rmtree(root / "val")
+    (root / "test/red/again.png").unlink()
+    mended = ("data", "check", recipe, f"data.root={root}", "data.val_fraction=0", "data.max_unreadable=1")
+    fgvc(*mended)
+    fgvc(*mended, "--fail-on", "warning", code=1)
+    assert "random weights" in fgvc("data", "check", recipe, "--suspects", code=2).stderr
+    assert "not a place" in fgvc("data", "check", recipe, "--out", tmp_path, code=2).stderr
 
 
 def test_eval(fgvc: Callable[..., Said], run: Path) -> None:

@@ -1,0 +1,114 @@
+"""What colours a set has, beside what its weights were trained to expect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageStat
+
+from fgvc.config import Triple
+
+FAR = 1.0  # standard deviations of the weights by which the mean of a channel may differ
+RATIO = 4.0  # how many times wider or narrower than the weights' a channel may spread
+FLAT = 0.01  # standard deviation, white being 1, below which an image shows nothing
+_GREY = 2  # levels of 255 between channels that JPEG leaves in a grey image
+
+
+@dataclass(frozen=True, slots=True)
+class Normalisation:
+    """Mean and standard deviation that the network's input is normalised with; R, G, B, white being 1."""
+
+    mean: Triple
+    std: Triple
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Colours:
+    """Mean and spread are those of all pixels of the readable training images, each image counting the same."""
+
+    mean: Triple
+    std: Triple
+    expected: Normalisation | None
+    modes: tuple[tuple[str, int], ...]  # how files store colour, and how many do, the most frequent first
+    grey: tuple[int, ...]  # rows whose three channels are equal
+    flat: tuple[int, ...]  # rows of one colour
+
+    @property
+    def shift(self) -> Triple | None:
+        """How much lighter than expected, per channel, in standard deviations of the weights."""
+        if self.expected is None:
+            return None
+        r, g, b = ((m - e) / s for m, e, s in zip(self.mean, self.expected.mean, self.expected.std, strict=True))
+        return r, g, b
+
+    @property
+    def spread(self) -> Triple | None:
+        """How many times wider than expected each channel spreads."""
+        if self.expected is None:
+            return None
+        r, g, b = (own / s for own, s in zip(self.std, self.expected.std, strict=True))
+        return r, g, b
+
+
+def moments(image: Image.Image) -> NDArray[np.float64]:
+    """(2,3): the mean of an RGB image's channels and of their squares, white being 1; from its histogram."""
+    stat = ImageStat.Stat(image)
+    return np.stack([np.asarray(stat.sum) / 255, np.asarray(stat.sum2) / 255**2]) / stat.count[0]
+
+
+def is_grey(pixels: NDArray[np.uint8]) -> bool:
+    """Whether the channels of (h,w,3) are equal."""
+    levels = pixels.astype(np.int16)
+    return bool((levels.max(axis=2) - levels.min(axis=2)).max() <= _GREY)
+
+
+def colours(
+    seen: NDArray[np.float64],
+    grey: NDArray[np.bool_],
+    *,
+    train: NDArray[np.bool_],
+    modes: Counter[str],
+    expected: Normalisation | None,
+) -> Colours:
+    """The moments (N,2,3) of all images summed up, NaN where one can't be read; `train` (N,): what the network learns from."""
+    read = ~np.isnan(seen[:, 0, 0])
+    mean, square = seen[read & train].mean(axis=0) if (read & train).any() else np.zeros((2, 3))
+    narrow = (seen[:, 1] - seen[:, 0] ** 2).max(axis=1) < FLAT**2
+    return Colours(
+        mean=_triple(mean),
+        std=_triple(np.sqrt(np.maximum(square - mean**2, 0))),
+        expected=expected,
+        modes=tuple(sorted(modes.items(), key=lambda item: (-item[1], item[0]))),
+        grey=tuple(np.flatnonzero(read & grey).tolist()),
+        flat=tuple(np.flatnonzero(read & narrow).tolist()),
+    )
+
+
+def doubts(found: Colours, images: int) -> Iterator[str]:
+    """What is odd about the colours of a set, in words."""
+    if found.shift is not None and found.spread is not None and any(found.mean):
+        for channel, shift, spread in zip(("red", "green", "blue"), found.shift, found.spread, strict=True):
+            if abs(shift) > FAR:
+                yield (
+                    f"{channel} is {abs(shift):.2f} standard deviations {'lighter' if shift > 0 else 'darker'} than the "
+                    "network's normalisation expects: inverted images, another range, or deploy.mean of other data?"
+                )
+            if not 1 / RATIO <= spread <= RATIO:
+                yield (
+                    f"{channel} spreads {spread:.2g} times as wide as the network's normalisation expects: another range, or "
+                    "deploy.std of other data?"
+                )
+    if len(found.modes) > 1:
+        listed = ", ".join(f"{mode} {count}" for mode, count in found.modes)
+        yield f"files store colour in several ways, which a network may learn instead of the classes: {listed}"
+    if found.grey:
+        yield f"{len(found.grey)} of {images} images are grey, without any colour"
+
+
+def _triple(values: NDArray[np.float64]) -> Triple:
+    r, g, b = values.tolist()
+    return r, g, b

@@ -1,0 +1,96 @@
+"""Labels that look wrong, by what a probe says of images that it did not learn from. Confident learning (Northcutt et al., JAIR
+2021; cleanlab) says how many, the probability of the label as given says which. The probe reads frozen features, so nothing is
+trained but a logistic regression per fold."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fgvc.types import FgvcError
+
+FOLDS, ROUNDS = 5, 3  # rounds of other folds, whose probabilities are averaged
+STRENGTH = 0.01  # of the fit against the penalty (scikit-learn's C); see docs/measurements.md
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """An image whose label may be wrong."""
+
+    row: int  # of the index
+    label: int  # as given
+    suggested: int  # the likeliest other class
+    own: float  # probability of the label, by a probe that has not seen the image; low is suspect
+    other: float  # of the suggested class
+
+
+@dataclass(frozen=True, slots=True)
+class Suspects:
+    """What was found."""
+
+    listed: tuple[Suspect, ...]  # where the probe finds another class likelier; the least likely labels first
+    wrong: int  # how many labels of the set are wrong, by confident learning
+
+
+def suspects(
+    features: NDArray[np.float32],
+    labels: NDArray[np.int32],
+    *,
+    rows: NDArray[np.int64],
+    families: NDArray[np.int64],
+    seed: int = 0,
+) -> Suspects:
+    """The images whose labels look wrong; features (N,D) and labels (N,) of `rows` (N,).
+
+    `families` (N,): rows of one number never lie on both sides of a fold, since a copy of an image would vouch for its label.
+    Raises FgvcError where there are too few images to hold any out.
+    """
+    from cleanlab.count import num_label_issues
+    from cleanlab.rank import get_label_quality_scores
+
+    present, y = np.unique(labels, return_inverse=True)
+    p = _held_out(features, y, families, seed)
+    score, other = get_label_quality_scores(y, p, method="self_confidence"), p.copy()
+    other[np.arange(len(y)), y] = -1
+    best = other.argmax(axis=1)
+    order = np.lexsort((rows, score))
+    listed = tuple(
+        Suspect(
+            row=int(rows[at]),
+            label=int(present[y[at]]),
+            suggested=int(present[best[at]]),
+            own=float(score[at]),
+            other=float(other[at, best[at]]),
+        )
+        for at in order[other[order, best[order]] > score[order]]
+    )
+    return Suspects(listed, int(num_label_issues(y, p)))
+
+
+def _held_out(
+    features: NDArray[np.float32], y: NDArray[np.int64], families: NDArray[np.int64], seed: int
+) -> NDArray[np.float64]:
+    """(N,K) probabilities of every image by a probe that has seen neither it nor its family."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classes = int(y.max(initial=0)) + 1
+    if classes < 2 or len(np.unique(families)) < FOLDS:
+        raise FgvcError(
+            f"suspects: {len(y)} readable images of {classes} classes are too few to hold a fifth of them out"
+        )
+    p = np.zeros((len(y), classes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with fewer images than folds, and of fits that stop early
+        for number in range(ROUNDS):
+            folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed + number)
+            for learn, judge in folds.split(features, y, families):
+                probe = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=300))
+                probe.fit(features[learn], y[learn])
+                p[np.ix_(judge, probe[-1].classes_)] += probe.predict_proba(features[judge]) / ROUNDS
+    return p

@@ -1,0 +1,78 @@
+"""What a frozen backbone makes of images: the vectors that its classifier would read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fgvc.config import Triple
+from fgvc.data.colour import Normalisation
+from fgvc.data.loader import evaluation_loader
+from fgvc.model.backbone import load_weights, memory_format, plain_model, preprocess_for
+from fgvc.recipe import Recipe
+from fgvc.train.runtime import runtime
+from fgvc.types import FgvcError, ImageIndex
+
+
+def normalisation(recipe: Recipe) -> Normalisation | None:
+    """What the network's input is normalised with, as R, G, B with white as 1. None where that is not within reach: weights
+    that are not there are no fault of the data. Nothing is fetched."""
+    model = recipe.model
+    if model.weights == "hub":  # timm knows what they expect
+        model = model.model_copy(update={"weights": "none"})
+    try:
+        net = plain_model(model.backbone, 2, model.kwargs)
+        spec = preprocess_for(recipe.deploy, recipe.image.size, load_weights(net, model))
+    except FgvcError:
+        return None
+
+    def plain(values: Triple) -> Triple:
+        r, g, b = (value / spec.input_range for value in values)
+        return (b, g, r) if spec.channel_order == "bgr" else (r, g, b)
+
+    return Normalisation(plain(spec.mean), plain(spec.std))
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    rows: NDArray[np.int64]  # (N,) of the index: those that could be read
+    vectors: NDArray[np.float32]  # (N,D)
+
+
+def features(
+    recipe: Recipe,
+    index: ImageIndex,
+    rows: NDArray[np.int64],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Features:
+    """Pooled features of `rows` before the last layer, by the recipe's backbone and first weights, as evaluation sees images.
+
+    Unreadable images are left out. Raises FgvcError where the recipe's weights are random or not within reach, or the
+    backbone has no such vectors.
+    """
+    if recipe.model.weights == "none":
+        raise FgvcError(
+            "model.weights: features of random weights say nothing of labels; name weights, or leave this out"
+        )
+    net = plain_model(recipe.model.backbone, len(index.classes), recipe.model.kwargs).eval()
+    spec = preprocess_for(recipe.deploy, recipe.image.size, load_weights(net, recipe.model))
+    seen, vectors, done = [], [], 0
+    with runtime(recipe.train) as process, torch.inference_mode():
+        layout = memory_format(net)
+        net.to(process.device).to(memory_format=layout)
+        for batch in evaluation_loader(index, rows, spec=spec, batch_size=64, workers=recipe.train.workers):
+            x = batch.images.to(process.device, memory_format=layout)
+            v = net.forward_head(net.forward_features(x), pre_logits=True)  # type: ignore[operator]
+            if v.ndim != 2:
+                raise FgvcError(f"model.backbone: {recipe.model.backbone} has no pooled features before its last layer")
+            vectors.append(v.float().cpu().numpy())
+            seen.append(batch.index.numpy())
+            done += len(batch.labels) + len(batch.bad)
+            if progress:
+                progress(done, len(rows))
+    return Features(np.concatenate(seen), np.concatenate(vectors))

@@ -1,0 +1,68 @@
+"""Frozen features: timm's own pooled vectors of the images as evaluation sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fgvc.evaluate.features import features, normalisation
+from fgvc.image.decode import decode
+from fgvc.image.preprocess import preprocess
+from fgvc.model.backbone import load_weights, plain_model, preprocess_for
+from fgvc.recipe import Recipe
+from fgvc.types import FgvcError
+
+
+@pytest.fixture
+def weighted(recipe_tree: dict, tmp_path: Path) -> Recipe:
+    torch.manual_seed(0)
+    save_file(plain_model("test_resnet", 7).state_dict(), tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors.json").write_text('{"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3]}')
+    return Recipe.model_validate(
+        recipe_tree | {"model": {"backbone": "test_resnet", "weights": str(tmp_path / "w.safetensors")}}
+    )
+
+
+def test_they_are_the_nets_pooled_vectors(weighted: Recipe) -> None:
+    index = weighted.data.read()
+    seen: list[tuple[int, int]] = []
+    rows = np.array([3, 50, 10, 40])
+    found = features(weighted, index, rows, progress=lambda done, total: seen.append((done, total)))
+    assert found.rows.tolist() == rows.tolist()
+    assert seen == [(4, 4)]
+    net = plain_model("test_resnet", 3).eval()
+    spec = preprocess_for(weighted.deploy, weighted.image.size, load_weights(net, weighted.model))
+    x = torch.from_numpy(np.stack([preprocess(decode(index.path(row)), spec) for row in rows.tolist()]))
+    with torch.no_grad():
+        expected = net.forward_features(x).mean(dim=(2, 3))
+    np.testing.assert_allclose(found.vectors, expected.numpy(), atol=1e-5)
+
+
+def test_random_weights_are_refused(recipe_tree: dict) -> None:
+    tree = recipe_tree | {"model": {"backbone": "test_resnet", "weights": "none"}}
+    recipe = Recipe.model_validate(tree)
+    with pytest.raises(FgvcError, match="random weights"):
+        features(recipe, recipe.data.read(), np.arange(4))
+
+
+def test_the_normalisation_is_told_as_rgb_with_white_as_one(weighted: Recipe) -> None:
+    found = normalisation(weighted)
+    assert found is not None
+    assert (found.mean, found.std) == ((0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+    tree = weighted.model_dump(mode="json") | {"deploy": {"channel_order": "bgr", "input_range": 255}}
+    deployed = normalisation(Recipe.model_validate(tree))
+    assert deployed is not None
+    np.testing.assert_allclose((deployed.mean, deployed.std), (found.mean, found.std))
+    tree["deploy"] |= {"mean": [51, 102, 153], "std": [25.5, 51, 102]}
+    given = normalisation(Recipe.model_validate(tree))
+    assert given is not None
+    np.testing.assert_allclose((given.mean, given.std), ((0.6, 0.4, 0.2), (0.4, 0.2, 0.1)))
+
+
+def test_weights_out_of_reach_are_no_fault_of_the_data(recipe_tree: dict) -> None:
+    tree = recipe_tree | {"model": {"backbone": "test_resnet", "weights": "nowhere.safetensors"}}
+    assert normalisation(Recipe.model_validate(tree)) is None
