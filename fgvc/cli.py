@@ -182,12 +182,18 @@ def export(
     select: Annotated[
         Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipe selects.")
     ] = None,
+    keep: Annotated[
+        float,
+        typer.Option(
+            help='Share of the right answers on validation that the threshold for "none of these" keeps; 1: no threshold.'
+        ),
+    ] = 0.95,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
 ) -> None:
     """Strip, fuse, export and prove; writes nothing where a proof fails."""
     from fgvc import api, show
 
-    show.contract(api.export(run, out, against=against, select=select, overwrite=overwrite))
+    show.contract(api.export(run, out, against=against, select=select, keep=keep, overwrite=overwrite))
 
 
 @app.command()

@@ -10,6 +10,7 @@ from rich.table import Table
 from fgvc.api import Evaluation, Exported
 from fgvc.bench import Ratio
 from fgvc.data.checks import Report
+from fgvc.evaluate.calibration import FEWEST, Calibrated
 from fgvc.export.verify import Comparison, Verification
 from fgvc.train.forecast import Forecast
 from fgvc.types import SPLITS
@@ -71,9 +72,23 @@ def scores(result: Evaluation) -> None:
         for pair in pairs:
             table.add_row(*(str(value) for value in pair.values()))
         console.print(table)
+    if result.calibrated is not None:
+        _calibrated(result.calibrated)
     console.print(f"every class and pair: {result.run / 'tables'}", markup=False)
     for error in result.unreadable:
         console.print(f"skipped: {error}", markup=False)
+
+
+def _calibrated(found: Calibrated) -> None:
+    table = _table("calibration", "result")
+    note = f"; {found.note}" if found.note else ""
+    table.add_row("temperature", f"{found.temperature:.3f}, by {found.images} images{note}")
+    before, after = 100 * found.before.ece, 100 * found.after.ece
+    table.add_row("calibration error", f"{before:.1f} %, with it {after:.1f} % (on images that it was not fitted on)")
+    kept = f"keeps {100 * found.kept:.1f} % of the right answers, {100 * found.accuracy:.1f} % of those given are right"
+    table.add_row("none of these", f"below {100 * found.threshold:.1f} %: {kept}" if found.threshold else "never")
+    table.add_row("risk-coverage area", f"{100 * found.curve.area:.2f} %")
+    console.print(table)
 
 
 def contract(done: Exported) -> None:
@@ -88,6 +103,12 @@ def contract(done: Exported) -> None:
     )
     table.add_row("behavioural", f"onnxruntime = torch on {behavioural.images} images, worst {behavioural.worst:.1e}")
     console.print(table)
+    if done.calibrated is None:
+        console.print("not calibrated: the data have no validation part")
+    elif done.calibrated.images < FEWEST:
+        console.print(f"not calibrated: {done.calibrated.note}")
+    else:
+        _calibrated(done.calibrated)
     for warning in done.proven.warnings:
         console.print(f"warning: {warning}", markup=False)
     console.print(f"{done.bundle}: {done.select} weights, a drop-in for the plain {said['backbone']}", markup=False)

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fgvc.evaluate.calibration import BINS
 from fgvc.types import FgvcError
 
-BINS = 15  # of the calibration error (Guo et al. 2017)
 SMALLER_IS_BETTER = ("loss", "ece")
 
 
