@@ -22,6 +22,7 @@ from fgvc.evaluate.averaged import Views, averaged, canvas, refined
 from fgvc.evaluate.calibration import FEWEST, KEEP, Calibrated, calibrate, spread
 from fgvc.evaluate.plot import plot_calibration, plot_confusion
 from fgvc.evaluate.sample import Sample
+from fgvc.evaluate.side import Versus, ask, images_of, open_sides
 from fgvc.evaluate.subject import onnx_answers, subject
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
@@ -33,11 +34,11 @@ from fgvc.train.events import as_csv, write_atomic
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
 from fgvc.train.session import read_index
-from fgvc.types import FgvcError, ImageIndex
+from fgvc.types import FgvcError, ImageIndex, Split
 
 __all__ = [
-    "Bundle", "Evaluation", "Exported", "Forecast", "Preview", "Recipe",
-    "check", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "preview", "train", "verify",
+    "Bundle", "Evaluation", "Exported", "Forecast", "Preview", "Recipe", "Versus",
+    "check", "compare", "evaluate", "export", "forecast", "load_bundle", "load_recipe", "preview", "train", "verify",
 ]  # fmt: skip
 
 
@@ -197,6 +198,25 @@ def verify(path: Path, *, against: Path | None = None) -> Comparison | Verificat
     if path.is_dir():
         return verify_bundle(path)
     raise FgvcError(f"{path}: compare it with what? Give --against deployed.onnx, or a bundle instead of a file")
+
+
+def compare(
+    a: Path,
+    b: Path,
+    *,
+    data: str | None = None,
+    split: Split | None = None,
+    labels: Path | None = None,
+    preprocess: Path | None = None,
+) -> Versus:
+    """Ask two classifiers - runs, bundles or .onnx files - about the same images: what B gains over A, and what it breaks.
+
+    `data`: a recipe, or a folder of class folders; by default the data of the first that is a run. `split`: by default val
+    where there is one, else test. `labels`, `preprocess`: for .onnx files that have none beside them. Raises FgvcError where
+    their classes differ.
+    """
+    sides = open_sides(a, b, labels=labels, preprocess=preprocess)
+    return ask(*sides, images_of(data, sides, split))
 
 
 def _onnx_of(path: Path) -> Path:
