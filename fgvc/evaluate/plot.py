@@ -65,28 +65,28 @@ def plot_calibration(found: Calibrated, folder: Path, *, part: str) -> None:
 
 
 def reliability_figure(found: Calibrated, *, title: str) -> Figure:
-    """Accuracy and its gap to confidence, bin by bin, before and after the temperature; how many images lie in each bin."""
+    """Accuracy and its gap to confidence, bin by bin, before and after the temperature; the images of each bin."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     upper, lower = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
     left = 100 * np.arange(BINS) / BINS
     width = 100 / BINS
     sides = (("as trained", found.before), (f"temperature {found.temperature:.2f}", found.after))
     for over, under, (name, side) in zip(upper, lower, sides, strict=True):
-        accuracy, confidence = 100 * side.accuracy, 100 * side.confidence
         look = {"width": 0.92 * width, "align": "edge"}
-        over.bar(left, accuracy, color="#3b6ea5", label="accuracy", **look)
-        over.bar(
-            left, confidence - accuracy, bottom=accuracy, color="#d1495b55", edgecolor="#d1495b", label="gap", **look
-        )
+        bars = over.bar(left, 100 * side.accuracy, color="#8fb3d9", **look)
+        ends = left, left + 0.92 * width
+        sure = over.hlines(100 * side.confidence, *ends, color="#d1495b", linewidth=3)
+        over.vlines(left + 0.46 * width, 100 * side.confidence, 100 * side.accuracy, color="#d1495b", linewidth=1)
         over.plot([0, 100], [0, 100], color="#1c1c1c", linewidth=1, linestyle="--")
         over.set(title=f"{name}: calibration error {100 * side.ece:.1f} %", xlim=(0, 100), ylim=(0, 100))
         under.bar(left, side.images, color="#8a8a8a", **look)
         under.set_xlabel("confidence %")
         over.grid(alpha=0.3)
     upper[0].set_ylabel("right %")
-    upper[0].legend(loc="upper left")
+    upper[0].legend([bars, sure], ["right", "confidence"], loc="upper left")
     lower[0].set_ylabel("images")
-    figure.suptitle(f"{title}: {found.images} images, the temperature fitted on one half and measured on the other")
+    how = found.note or "the temperature fitted on one half and measured on the other"
+    figure.suptitle(f"{title}: {found.images} images; {how}")
     return figure
 
 
@@ -105,7 +105,7 @@ def risk_figure(found: Calibrated, *, title: str) -> Figure:
     axes.set(xlabel="answered %, the surest first", ylabel="of these wrong %", title=f"{title}: {found.images} images")
     axes.set(xlim=(0, 100), ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     return figure
 
 
