@@ -16,7 +16,7 @@ from fgvc import api
 from fgvc.cli import main
 from fgvc.template import recipe_file, run_name
 
-VERBS = ("recipes", "init", "data", "train", "eval", "export", "verify", "predict")
+VERBS = ("recipes", "init", "data", "train", "eval", "export", "verify", "compare", "predict")
 
 
 @dataclass
