@@ -87,8 +87,10 @@ def _calibrated(found: Calibrated) -> None:
     table.add_row("temperature", f"{found.temperature:.3f}, by {found.images} images{note}")
     before, after = 100 * found.before.ece, 100 * found.after.ece
     table.add_row("calibration error", f"{before:.1f} %, with it {after:.1f} % (on images that it was not fitted on)")
-    kept = f"keeps {100 * found.kept:.1f} % of the right answers, {100 * found.accuracy:.1f} % of those given are right"
-    table.add_row("none of these", f"below {100 * found.threshold:.1f} %: {kept}" if found.threshold else "never")
+    table.add_row("none of these", f"below {100 * found.threshold:.1f} %" if found.threshold else "never")
+    if found.threshold:
+        kept = f"keeps {100 * found.kept:.1f} % of the right answers"
+        table.add_row("", f"{kept}; {100 * found.accuracy:.1f} % of those given are right")
     table.add_row("risk-coverage area", f"{100 * found.curve.area:.2f} %")
     console.print(table)
 
