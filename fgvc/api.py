@@ -21,9 +21,12 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.data.suspects import suspects as find_suspects
 from fgvc.evaluate import metrics
 from fgvc.evaluate.averaged import Views, averaged, canvas, refined
+from fgvc.evaluate.calibration import FEWEST, KEEP, Calibrated, calibrate, spread
 from fgvc.evaluate.features import features, normalisation
-from fgvc.evaluate.plot import plot_confusion
-from fgvc.evaluate.subject import subject
+from fgvc.evaluate.plot import plot_calibration, plot_confusion
+from fgvc.evaluate.sample import Sample
+from fgvc.evaluate.side import Versus, ask, images_of, open_sides
+from fgvc.evaluate.subject import onnx_answers, subject
 from fgvc.explain import explain
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
@@ -33,16 +36,17 @@ from fgvc.page.data import data_page
 from fgvc.preview import Preview, preview
 from fgvc.recipe import Recipe, Selected, load_recipe
 from fgvc.report.document import report
+from fgvc.serve.engine import Session
 from fgvc.train.events import as_csv, write_atomic
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
 from fgvc.train.session import read_index
-from fgvc.types import FgvcError, ImageIndex
+from fgvc.types import FgvcError, ImageIndex, Split
 
 __all__ = [
-    "Bundle", "Evaluation", "Exported", "Forecast", "Localisation", "Preview", "Recipe",
-    "check", "evaluate", "explain", "export", "forecast", "load_bundle", "load_recipe", "localize", "preview", "report",
-    "train", "verify",
+    "Bundle", "Evaluation", "Exported", "Forecast", "Localisation", "Preview", "Recipe", "Versus",
+    "check", "compare", "evaluate", "explain", "export", "forecast", "load_bundle", "load_recipe", "localize", "preview",
+    "report", "train", "verify",
 ]  # fmt: skip
 
 
@@ -59,6 +63,7 @@ class Evaluation:
     scores: metrics.Scores
     unreadable: tuple[str, ...]
     classes: tuple[str, ...]
+    calibrated: Calibrated | None  # None with averaged views, which no bundle has
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,7 @@ class Exported:
     bundle: Path
     select: Selected
     proven: Proven
+    calibrated: Calibrated | None  # None: no validation part; in the bundle where it has images enough
 
 
 def check(
@@ -134,8 +140,9 @@ def evaluate(
 
     `device`: another than the run was trained on. `views`: average over flips or crops, or look again at what a technique
     attends to; no bundle does, so it is recorded under a key of its own.
-    Writes `metrics.json`, `tables/{classes,confused}-<split>.csv` and `plots/confusion-<split>.png` into the run. Raises
-    FgvcError where the part is empty.
+    Writes `metrics.json`, `tables/{classes,confused,reliability,risk-coverage}-<split>.csv` and
+    `plots/{confusion,reliability,risk-coverage}-<split>.png` into the run, calibration by up to 10,000 of the images and
+    without `views` only. Raises FgvcError where the part is empty.
     """
     seen = subject(run, select, branches=views == "refined")
     index, preprocess, chosen = seen.index, seen.preprocess, seen.select
@@ -152,33 +159,51 @@ def evaluate(
         scored = net if views is None else averaged(net, views, preprocess.size)
         if views == "refined":
             scored = refined(seen.step.look, net)
+        sample = Sample(scored, spread(rows, len(index.classes)) if views is None else rows[:0])
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in loader:
                 unreadable.extend(str(error) for error in batch.bad)
+                sample.see(batch)
                 yield batch.images, batch.labels
 
-        scores = metrics.evaluate(scored, batches(), classes=len(index.classes), device=where, memory_format=layout)
+        scores = metrics.evaluate(sample, batches(), classes=len(index.classes), device=where, memory_format=layout)
     known = _recorded(run)
     name = part if views is None else f"{part}-{views}"
     known[f"{name}.{chosen}"] = scores.numbers()
     write_atomic(run / "metrics.json", json.dumps(known, indent=1) + "\n")
     title = f"{part}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
     plot_confusion(scores.confusion, index.classes, run / "plots" / f"confusion-{name}.png", title=title)
+    tables: dict[str, Any] = {
+        "classes": scores.by_class(index.classes), "confused": scores.confused(index.classes)
+    }  # fmt: skip
+    if (found := sample.calibrated()) is not None:
+        plot_calibration(found, run / "plots", part=name)
+        tables |= {"reliability": found.rows(), "risk-coverage": found.curve.rows()}
     (run / "tables").mkdir(exist_ok=True)
-    for table, lines in (("classes", scores.by_class(index.classes)), ("confused", scores.confused(index.classes))):
+    for table, lines in tables.items():
         write_atomic(run / "tables" / f"{table}-{name}.csv", as_csv(lines))
-    return Evaluation(run, name, chosen, scores, tuple(unreadable), index.classes)
+    return Evaluation(run, name, chosen, scores, tuple(unreadable), index.classes, found)
 
 
 def export(
-    run: Path, out: Path, *, against: Path | None = None, select: Selected | None = None, overwrite: bool = False
+    run: Path,
+    out: Path,
+    *,
+    against: Path | None = None,
+    select: Selected | None = None,
+    keep: float = KEEP,
+    overwrite: bool = False,
 ) -> Exported:
     """Strip and fuse a run's weights, export them as ONNX, prove the three levels of the contract and write the bundle.
 
-    `against`: the deployed file that it must be a drop-in for. Raises FgvcError where any proof fails, and writes nothing.
+    `against`: the deployed file that it must be a drop-in for. `keep`: share of the right answers that the threshold for
+    "none of these" keeps, 1 for no threshold; it and a temperature are fitted on up to 10,000 validation images, as the
+    exported file sees them. Raises FgvcError where any proof fails, and writes nothing.
     """
     refuse_target(out, overwrite=overwrite)
+    if not 0 < keep <= 1:
+        raise FgvcError(f"--keep {keep:g}: a share above 0 and up to 1, such as {KEEP}")
     seen = subject(run, select)
     recipe, index, preprocess, chosen = seen.recipe, seen.index, seen.preprocess, seen.select
     proven = prove(
@@ -205,8 +230,15 @@ def export(
     }
     if proven.explain is not None:
         files["explain.onnx"] = proven.explain
+    found = None
+    if len(rows := index.rows("val")):
+        sample = spread(rows, len(index.classes))
+        said = onnx_answers(Session(proven.model), index, sample, spec=preprocess, workers=recipe.train.workers)
+        found = calibrate(said.logits, said.labels, keep=keep)
+        if found.images >= FEWEST:
+            files["calibration.json"] = found.stored("val")
     write_bundle(out, files=files, overwrite=overwrite)
-    return Exported(out, chosen, proven)
+    return Exported(out, chosen, proven, found)
 
 
 def verify(path: Path, *, against: Path | None = None) -> Comparison | Verification:
@@ -216,6 +248,25 @@ def verify(path: Path, *, against: Path | None = None) -> Comparison | Verificat
     if path.is_dir():
         return verify_bundle(path)
     raise FgvcError(f"{path}: compare it with what? Give --against deployed.onnx, or a bundle instead of a file")
+
+
+def compare(
+    a: Path,
+    b: Path,
+    *,
+    data: str | None = None,
+    split: Split | None = None,
+    labels: Path | None = None,
+    preprocess: Path | None = None,
+) -> Versus:
+    """Ask two classifiers - runs, bundles or .onnx files - about the same images: what B gains over A, and what it breaks.
+
+    `data`: a recipe, or a folder of class folders; by default the data of the first that is a run. `split`: by default val
+    where there is one, else test. `labels`, `preprocess`: for .onnx files that have none beside them. Raises FgvcError where
+    their classes differ.
+    """
+    sides = open_sides(a, b, labels=labels, preprocess=preprocess)
+    return ask(*sides, images_of(data, sides, split))
 
 
 def _onnx_of(path: Path) -> Path:

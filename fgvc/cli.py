@@ -248,12 +248,18 @@ def export(
     select: Annotated[
         Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipe selects.")
     ] = None,
+    keep: Annotated[
+        float,
+        typer.Option(
+            help='Share of the right answers on validation that the threshold for "none of these" keeps; 1: no threshold.'
+        ),
+    ] = 0.95,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
 ) -> None:
     """Strip, fuse, export and prove; writes nothing where a proof fails."""
     from fgvc import api, show
 
-    show.contract(api.export(run, out, against=against, select=select, overwrite=overwrite))
+    show.contract(api.export(run, out, against=against, select=select, keep=keep, overwrite=overwrite))
 
 
 @app.command()
@@ -267,6 +273,50 @@ def verify(
     result = api.verify(path, against=against)
     show.verification(result)
     sys.exit(0 if result.passed else 1)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="What is deployed: a run, a bundle, or an .onnx file.")],
+    b: Annotated[Path, typer.Argument(help="What is to take its place: a run, a bundle, or an .onnx file.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="A folder of class folders, or a recipe; default: the data of A's run, or of B's."),
+    ] = None,
+    split: Annotated[
+        Literal["val", "test"] | None, typer.Option(help="Default: val where there is one, else test.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="For an .onnx without labels.json beside it: a JSON list, or a class a line.")
+    ] = None,
+    preprocess: Annotated[
+        Path | None, typer.Option(help="For an .onnx without preprocess.json beside it; default: as the other side.")
+    ] = None,
+    max_negative_flips: Annotated[
+        str | None,
+        typer.Option(help="Gate: at most so many images (12), or such a share (0.5%), right before, wrong now."),
+    ] = None,
+    min_gain: Annotated[
+        float | None, typer.Option(help="Gate: B's accuracy minus A's in points, at least; may be negative.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A page (.html) with the flipped images; a .csv of all beside it.")
+    ] = None,
+) -> None:
+    """Two classifiers on the same images: gain, chance, and what breaks. Exit code 1 where a gate says no."""
+    from fgvc import api, show
+    from fgvc.evaluate.compare import Gate
+    from fgvc.page.compare import refuse_out, write_page
+
+    gate = Gate(max_negative_flips, min_gain)
+    if out is not None:
+        refuse_out(out)
+    found = api.compare(a, b, data=data, split=split, labels=labels, preprocess=preprocess)
+    failed = gate.failures(found.paired)
+    show.versus(found, failed)
+    if out is not None:
+        write_page(found, out, failed=failed)
+    sys.exit(1 if failed else 0)
 
 
 @app.command()

@@ -78,6 +78,27 @@ class Preprocess(Section):
     fill: tuple[Byte, Byte, Byte] = (128, 128, 128)
 
 
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Calibration(Section):
+    """How far a bundle's probabilities can be believed: p = softmax(logits / temperature), and "none of these" where the
+    largest p is below `threshold`. The rest says where both come from; figures `after` are cross-fitted."""
+
+    temperature: float = Field(ge=0.05, le=20, allow_inf_nan=False)
+    threshold: Share = Field(description="0: rejects nothing")
+    keep: Share = Field(description="share of the right answers that the threshold was to keep")
+    fitted_on: str = Field(description="part of the data")
+    images: int = Field(ge=1, description="of that part")
+    nll_before: float = Field(ge=0, allow_inf_nan=False, description="mean cross-entropy in nats")
+    nll_after: float = Field(ge=0, allow_inf_nan=False)
+    ece_before: Share = Field(description="expected calibration error, 15 bins")
+    ece_after: Share
+    kept: Share = Field(description="share of the right answers that get through")
+    coverage: Share = Field(description="share of the images that get an answer")
+    accuracy: Share = Field(description="of those answers")
+
+
 M = TypeVar("M", bound=BaseModel)
 
 

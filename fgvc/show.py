@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fgvc.api import Evaluation, Exported
 from fgvc.bench import Ratio
 from fgvc.data.checks import Report
+from fgvc.evaluate.calibration import FEWEST, Calibrated
+from fgvc.evaluate.side import Versus
 from fgvc.export.verify import Comparison, Verification
 from fgvc.localize import Localisation
 from fgvc.train.forecast import Forecast
@@ -83,6 +86,8 @@ def scores(result: Evaluation) -> None:
         for pair in pairs:
             table.add_row(*(str(value) for value in pair.values()))
         console.print(table)
+    if result.calibrated is not None:
+        _calibrated(result.calibrated)
     console.print(f"every class and pair: {result.run / 'tables'}", markup=False)
     for error in result.unreadable:
         console.print(f"skipped: {error}", markup=False)
@@ -125,6 +130,20 @@ def localisation(result: Localisation) -> None:
         console.print(f"skipped: {error}", markup=False)
 
 
+def _calibrated(found: Calibrated) -> None:
+    table = _table("calibration", "result")
+    note = f"; {found.note}" if found.note else ""
+    table.add_row("temperature", f"{found.temperature:.3f}, by {found.images} images{note}")
+    before, after = 100 * found.before.ece, 100 * found.after.ece
+    table.add_row("calibration error", f"{before:.1f} %, with it {after:.1f} % (on images that it was not fitted on)")
+    table.add_row("none of these", f"below {100 * found.threshold:.1f} %" if found.threshold else "never")
+    if found.threshold:
+        kept = f"keeps {100 * found.kept:.1f} % of the right answers"
+        table.add_row("", f"{kept}; {100 * found.accuracy:.1f} % of those given are right")
+    table.add_row("risk-coverage area", f"{100 * found.curve.area:.2f} %")
+    console.print(table)
+
+
 def contract(done: Exported) -> None:
     numeric, behavioural, said = done.proven.numeric, done.proven.behavioural, done.proven.contract
     table = _table("proof", "result")
@@ -137,9 +156,45 @@ def contract(done: Exported) -> None:
     )
     table.add_row("behavioural", f"onnxruntime = torch on {behavioural.images} images, worst {behavioural.worst:.1e}")
     console.print(table)
+    if done.calibrated is None:
+        console.print("not calibrated: the data have no validation part")
+    elif done.calibrated.images < FEWEST:
+        console.print(f"not calibrated: {done.calibrated.note}")
+    else:
+        _calibrated(done.calibrated)
     for warning in done.proven.warnings:
         console.print(f"warning: {warning}", markup=False)
     console.print(f"{done.bundle}: {done.select} weights, a drop-in for the plain {said['backbone']}", markup=False)
+
+
+def versus(found: Versus, failed: Sequence[str]) -> None:
+    pair = found.paired
+    table = _table(f"{found.part}: {pair.images} images", "top-1 %", "right")
+    for name, side, right in (("A", found.a, pair.a_right), ("B", found.b, pair.b_right)):
+        table.add_row(escape(f"{name} {side.path}"), f"{100 * right.mean():.2f}", str(int(right.sum())))
+    console.print(table)
+    table = _table("B against A", "result")
+    low, high = 100 * pair.low, 100 * pair.high
+    table.add_row("gain", f"{100 * pair.gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")
+    table.add_row("chance", f"p = {pair.p:.2g} (McNemar, exact)")
+    share = 100 * pair.negative_flip_rate
+    table.add_row("negative flips", f"{int(pair.negative.sum())} ({share:.2f} %): was right, now wrong")
+    table.add_row("positive flips", f"{int(pair.positive.sum())}: was wrong, now right")
+    console.print(table)
+    changed = [row for row in pair.by_class(found.classes) if row["change"]]
+    if changed:
+        table = _table("most changed", "images", "A %", "B %", "change", "lost", "won")
+        for row in sorted(changed, key=lambda row: -abs(row["change"]))[:CONFUSED]:
+            shares = (f"{100 * row['a_recall']:.1f}", f"{100 * row['b_recall']:.1f}", f"{100 * row['change']:+.1f}")
+            flips = str(row["negative_flips"]), str(row["positive_flips"])
+            table.add_row(escape(row["class"]), str(row["images"]), *shares, *flips)
+        console.print(table)
+    for error in found.unreadable:
+        console.print(f"skipped: {error}", markup=False)
+    for note in found.notes:
+        console.print(f"warning: {note}", markup=False)
+    for line in failed:
+        console.print(f"FAIL: {line}", markup=False)
 
 
 def verification(result: Comparison | Verification) -> None:

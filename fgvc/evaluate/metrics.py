@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fgvc.evaluate.calibration import BINS
 from fgvc.types import FgvcError
 
-BINS = 15  # of the calibration error (Guo et al. 2017)
 SMALLER_IS_BETTER = ("loss", "ece")
 
 
@@ -76,13 +76,6 @@ def of_logits(logits: np.ndarray, labels: np.ndarray) -> Scores:
     z, y = torch.from_numpy(logits), torch.from_numpy(labels)
     batches = [(z, y)] if len(y) else []
     return evaluate(lambda x: x, batches, classes=z.shape[1], device=torch.device("cpu"))
-
-
-def reliability(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(3, BINS) float64: images, summed confidence and right answers by confidence, as the calibration error counts them."""
-    bins = torch.zeros(3, BINS, dtype=torch.float64)
-    _count(bins, torch.from_numpy(logits), torch.from_numpy(labels))
-    return bins.numpy()
 
 
 def _share(part: int, whole: int) -> str | float:

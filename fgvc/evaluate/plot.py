@@ -1,4 +1,4 @@
-"""Pictures of a run: curves, confusion matrix and localisation, PNG."""
+"""Pictures of a run: curves, confusion matrix, calibration and localisation, PNG."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from fgvc.cam.localisation import OVERLAPS, THRESHOLDS, Chosen, Found, accuracy
+from fgvc.evaluate.calibration import BINS, Calibrated
 from fgvc.evaluate.font import writable
 
 LABELLED = 60  # classes up to which every row of the matrix is named
@@ -89,6 +90,57 @@ def plot_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path, *,
         axes.set_xticks(range(count), names, rotation=90, fontproperties=font)
         axes.set_yticks(range(count), names, fontproperties=font)
     _save(figure, path)
+
+
+def plot_calibration(found: Calibrated, folder: Path, *, part: str) -> None:
+    """`reliability-<part>.png` and `risk-coverage-<part>.png`."""
+    _save(reliability_figure(found, title=part), folder / f"reliability-{part}.png")
+    _save(risk_figure(found, title=part), folder / f"risk-coverage-{part}.png")
+
+
+def reliability_figure(found: Calibrated, *, title: str) -> Figure:
+    """Accuracy and its gap to confidence, bin by bin, before and after the temperature; the images of each bin."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
+    left = 100 * np.arange(BINS) / BINS
+    width = 100 / BINS
+    sides = (("as trained", found.before), (f"temperature {found.temperature:.2f}", found.after))
+    for over, under, (name, side) in zip(upper, lower, sides, strict=True):
+        look = {"width": 0.92 * width, "align": "edge"}
+        bars = over.bar(left, 100 * side.accuracy, color="#8fb3d9", **look)
+        ends = left, left + 0.92 * width
+        sure = over.hlines(100 * side.confidence, *ends, color="#d1495b", linewidth=3)
+        over.vlines(left + 0.46 * width, 100 * side.confidence, 100 * side.accuracy, color="#d1495b", linewidth=1)
+        over.plot([0, 100], [0, 100], color="#1c1c1c", linewidth=1, linestyle="--")
+        over.set(title=f"{name}: calibration error {100 * side.ece:.1f} %", xlim=(0, 100), ylim=(0, 100))
+        under.bar(left, side.images, color="#8a8a8a", **look)
+        under.set_xlabel("confidence %")
+        over.grid(alpha=0.3)
+    upper[0].set_ylabel("right %")
+    upper[0].legend([bars, sure], ["right", "confidence"], loc="upper left")
+    lower[0].set_ylabel("images")
+    how = found.note or "the temperature fitted on one half and measured on the other"
+    figure.suptitle(f"{title}: {found.images} images; {how}")
+    return figure
+
+
+def risk_figure(found: Calibrated, *, title: str) -> Figure:
+    """Wrong answers among those given, when only the surest are; where the threshold would be."""
+    curve = found.curve
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(100 * curve.coverage, 100 * curve.risk, color="#3b6ea5", label=f"area {100 * curve.area:.2f} %")
+    answered = int((curve.confidence >= found.threshold).sum())
+    if 0 < answered < found.images:
+        axes.plot(
+            100 * curve.coverage[answered - 1], 100 * curve.risk[answered - 1], "o", color="#d1495b",
+            label=f"threshold {100 * found.threshold:.0f} %, to keep {100 * found.keep:g} % of the right",
+        )  # fmt: skip
+    axes.set(xlabel="answered %, the surest first", ylabel="of these wrong %", title=f"{title}: {found.images} images")
+    axes.set(xlim=(0, 100), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -16,6 +16,7 @@ from fgvc.config import Preprocess
 from fgvc.data.loader import evaluation_loader
 from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe, Selected
+from fgvc.serve.engine import Session
 from fgvc.train.run import read_run, recorded_preprocess, selected_weights
 from fgvc.train.runtime import runtime
 from fgvc.train.session import build_net, read_index
@@ -78,6 +79,19 @@ class Subject:
                 seen.append(batch.index.numpy())
                 bad += [str(error) for error in batch.bad]
         return Answers(np.concatenate(seen), np.concatenate(labels), np.concatenate(logits), tuple(bad))
+
+
+def onnx_answers(
+    session: Session, index: ImageIndex, rows: NDArray[np.int64], *, spec: Preprocess, workers: int
+) -> Answers:
+    """An ONNX classifier's logits for images seen through `spec`. Unreadable ones are left out."""
+    seen, labels, logits, bad = [], [], [], []
+    for batch in evaluation_loader(index, rows, spec=spec, batch_size=64, workers=workers):
+        logits.append(session.logits(batch.images.numpy()))
+        labels.append(batch.labels.numpy())
+        seen.append(batch.index.numpy())
+        bad += [str(error) for error in batch.bad]
+    return Answers(np.concatenate(seen), np.concatenate(labels), np.concatenate(logits), tuple(bad))
 
 
 def subject(run: Path, select: Selected | None = None, *, branches: bool = False) -> Subject:

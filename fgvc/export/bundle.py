@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fgvc.config import Preprocess, validate
+from fgvc.config import Calibration, Preprocess, validate
 from fgvc.disk import sync
 from fgvc.types import FgvcError
 
@@ -37,6 +37,7 @@ class Bundle:
     contract: Mapping[str, Any]
     metrics: Mapping[str, Any]
     files: Mapping[str, str]  # name -> SHA-256
+    calibration: Calibration | None  # None: as the logits are, and nothing is rejected
 
     @property
     def model(self) -> Path:
@@ -134,7 +135,13 @@ def load_bundle(folder: Path) -> Bundle:
         contract=contract,
         metrics=_json(folder, "metrics.json", dict),
         files=hashes,
+        calibration=_calibration(folder) if "calibration.json" in hashes else None,
     )
+
+
+def _calibration(folder: Path) -> Calibration:
+    tree = _json(folder, "calibration.json", dict)
+    return validate(Calibration, tree, where=str(folder / "calibration.json"))
 
 
 def _read_manifest(folder: Path) -> dict[str, str]:

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 
+from fgvc.evaluate.calibration import BINS, Calibrated, Reliability
 from fgvc.evaluate.font import writable
-from fgvc.evaluate.metrics import BINS
 from fgvc.page.render import chart
 from fgvc.report.history import History
 
@@ -77,23 +77,33 @@ def terms(history: History) -> list[Chart]:
     return found
 
 
-def reliability(bins: np.ndarray) -> Chart:
-    """Accuracy against confidence from (3,BINS): images, summed confidence, right answers."""
-    images, confidence, right = bins
-    some = images > 0
+def calibration(found: Calibrated) -> list[Chart]:
+    """Accuracy against confidence as the network says it, and by a temperature; what is wrong among the surest answers."""
+    charts = [_reliability("Reliability", found.before, "as the network says it")]
+    if found.temperature != 1:
+        about = f"by temperature {found.temperature:.2f}, fitted on one half of the images and measured on the other"
+        charts.append(_reliability("Calibrated", found.after, about))
+    figure, axes = _axes()
+    axes.plot(100 * found.curve.coverage, 100 * found.curve.risk, color=COLOURS[0])
+    axes.set(xlabel="answered, %, the surest first", ylabel="of these wrong, %", xlim=(0, 100), ylim=(0, None))
+    about = f"Area {100 * found.curve.area:.2f} %: the less, the better its confidence tells right from wrong."
+    return [*charts, _drawn((figure, axes), "Risk and coverage", about, [])]
+
+
+def _reliability(title: str, side: Reliability, about: str) -> Chart:
     figure = Figure(figsize=(SIZE[0], 4.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
     middle = (np.arange(BINS) + 0.5) / BINS
-    upper.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
-    upper.bar(middle[some], right[some] / images[some], 0.9 / BINS, color=COLOURS[0], alpha=0.35)
-    upper.plot(confidence[some] / images[some], right[some] / images[some], ".", color=COLOURS[0])
-    lower.bar(middle, images / max(images.sum(), 1), 0.9 / BINS, color="#999999")
+    upper.bar(middle, side.accuracy, 0.9 / BINS, color=COLOURS[0], alpha=0.35)
+    upper.plot(side.confidence, side.accuracy, ".", color=COLOURS[0])
+    lower.bar(middle, side.images / max(side.images.sum(), 1), 0.9 / BINS, color="#999999")
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
     lower.set(xlabel="confidence", ylabel="of images")
     for axes in (upper, lower):
         _plain(axes)
-    about = f"{BINS} bins. Below the dashed line: more confident than right."
-    return Chart("Reliability", chart(figure), about)
+    below = f"{BINS} bins, {about}. Error {100 * side.ece:.2f} %. Below the dashed line: more confident than right."
+    return Chart(title, chart(figure), below)
 
 
 def _coloured(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -13,14 +13,14 @@ import yaml
 
 from fgvc.config import differences, dump
 from fgvc.disk import writing
-from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, of_logits, reliability
+from fgvc.evaluate.calibration import Calibrated, calibrate
+from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, of_logits
 from fgvc.evaluate.subject import Answers, Subject, subject
 from fgvc.export.bundle import load_bundle
 from fgvc.page.render import render
 from fgvc.recipe import Recipe, Selected
 from fgvc.report.certificate import Certificate, certificates
-from fgvc.report.chart import Chart, curves, terms
-from fgvc.report.chart import reliability as reliability_chart
+from fgvc.report.chart import Chart, calibration, curves, terms
 from fgvc.report.gallery import Gallery, gallery
 from fgvc.report.history import History, read_history
 from fgvc.report.localisation import Table, localisation
@@ -48,6 +48,7 @@ class Chapter:
     split: Split
     answers: Answers
     scores: Scores
+    calibrated: Calibrated
     history: History
     gallery: Gallery
     certificate: Certificate | None  # None: no bundle was given
@@ -77,8 +78,8 @@ class Chapter:
         return sorted(rows, key=lambda row: (row["recall"] == "", row["recall"] or 0.0, -int(row["images"])))
 
     @property
-    def reliability(self) -> Chart:
-        return reliability_chart(reliability(self.answers.logits, self.answers.labels))
+    def calibration(self) -> list[Chart]:
+        return calibration(self.calibrated)
 
     @property
     def terms(self) -> list[Chart]:
@@ -146,6 +147,7 @@ def report(
                 split=parts[at][0],
                 answers=answer,
                 scores=scores,
+                calibrated=calibrate(answer.logits, answer.labels),
                 history=read_history(seen.run),
                 gallery=gallery(seen, answer, scores, images=images, device=device),
                 certificate=proven.get(at),

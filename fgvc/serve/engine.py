@@ -29,6 +29,14 @@ class Prediction:
     probability: float
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a bundle says of one image."""
+
+    predictions: tuple[Prediction, ...]  # the most probable classes, best first, whether rejected or not
+    rejected: bool  # "none of these": the best is below the bundle's threshold
+
+
 class Session:
     """An ONNX classifier: one input (B,3,H,W) float32, the logits (B,K) its first output. Safe to share by threads."""
 
@@ -91,16 +99,22 @@ class Engine:
         """(B,K) float32 for preprocessed x (B,3,H,W) float32."""
         return self.session.logits(x)
 
-    def classify(self, images: Sequence[Image.Image], *, top_k: int = 5) -> list[list[Prediction]]:
-        """For each RGB image its `top_k` most probable classes, best first; equal ones in the labels' order."""
+    def classify(self, images: Sequence[Image.Image], *, top_k: int = 5) -> list[Answer]:
+        """For each RGB image its `top_k` most probable classes, best first; equal ones in the labels' order. By the bundle's
+        temperature and threshold, where it has them: an image may be of none of the classes."""
         if not images:
             return []
         labels = self.bundle.labels
         x = np.stack([preprocess(image, self.bundle.preprocess) for image in images])
-        p = softmax(self.logits(x))
+        known = self.bundle.calibration
+        p = softmax(self.logits(x).astype(np.float64) / (known.temperature if known else 1.0))
         best = np.argsort(-p, axis=1, kind="stable")[:, :top_k]
         return [
-            [Prediction(labels[k], int(k), float(row[k])) for k in order] for row, order in zip(p, best, strict=True)
+            Answer(
+                tuple(Prediction(labels[k], int(k), float(row[k])) for k in order),
+                rejected=known is not None and bool(row.max() < known.threshold),
+            )
+            for row, order in zip(p, best, strict=True)
         ]
 
 

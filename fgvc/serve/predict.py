@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from fgvc.export.bundle import load_bundle
 from fgvc.image.decode import decode
-from fgvc.serve.engine import Engine, Prediction
+from fgvc.serve.engine import Answer, Engine
 from fgvc.types import FgvcError, ImageError
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -34,10 +34,13 @@ def predict_files(bundle: Path, paths: Iterable[Path], *, as_json: bool = False,
             if as_json:
                 print(json.dumps({"path": str(path), "error": result.reason}, ensure_ascii=False))
         elif as_json:
-            rows = [{"label": p.label, "index": p.index, "probability": p.probability} for p in result]
-            print(json.dumps({"path": str(path), "predictions": rows}, ensure_ascii=False))
+            rows = [{"label": p.label, "index": p.index, "probability": p.probability} for p in result.predictions]
+            row = {"path": str(path), "rejected": result.rejected, "predictions": rows}
+            print(json.dumps(row, ensure_ascii=False))
         else:
-            print("\t".join([str(path), *(f"{p.label} {100 * p.probability:.1f} %" for p in result)]))
+            names = [f"{p.label} {100 * p.probability:.1f} %" for p in result.predictions]
+            said = [f"none of these ({', '.join(names)})"] if result.rejected else names
+            print("\t".join([str(path), *said]))
     return 1 if failed else 0
 
 
@@ -55,9 +58,7 @@ def expand(paths: Iterable[Path]) -> Iterator[Path]:
             raise FgvcError(f"{path}: no such file or folder")
 
 
-def _classify(
-    engine: Engine, files: Iterable[Path], top_k: int
-) -> Iterator[tuple[Path, list[Prediction] | ImageError]]:
+def _classify(engine: Engine, files: Iterable[Path], top_k: int) -> Iterator[tuple[Path, Answer | ImageError]]:
     rest = iter(files)
     while batch := list(islice(rest, BATCH)):
         read: dict[Path, Image | ImageError] = {path: decoded(path) for path in batch}

@@ -21,7 +21,9 @@ from fgvc.cli import main
 from fgvc.model.backbone import plain_model
 from fgvc.template import recipe_file, run_name
 
-VERBS = ("recipes", "init", "data", "train", "eval", "localize", "report", "export", "verify", "predict")
+VERBS = (
+    "recipes", "init", "data", "train", "eval", "explain", "localize", "report", "compare", "export", "verify", "predict",
+)  # fmt: skip
 
 
 @dataclass

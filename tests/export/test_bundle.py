@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from fgvc.config import Preprocess
+from fgvc.config import Calibration, Preprocess
 from fgvc.export import bundle as bundles
 from fgvc.export.bundle import MANIFEST, load_bundle, refuse_target, write_bundle
 from fgvc.types import FgvcError
@@ -212,3 +212,41 @@ def test_files_that_a_bundle_does_not_have_or_can_not_hold(tmp_path: Path) -> No
     with pytest.raises(FgvcError, match=r"metrics\.json: can't be written as JSON"):
         write_bundle(tmp_path / "b", files=files(**{"metrics.json": {"top1": float("nan")}}))
     assert list(tmp_path.iterdir()) == []
+
+
+CALIBRATION = {
+    "temperature": 2.0, "threshold": 0.25, "keep": 0.95, "fitted_on": "val", "images": 80, "nll_before": 1.0,
+    "nll_after": 0.9, "ece_before": 0.2, "ece_after": 0.1, "kept": 0.95, "coverage": 0.9, "accuracy": 0.8,
+}  # fmt: skip
+
+
+def test_calibration_is_read_where_it_is(folder: Path, tmp_path: Path) -> None:
+    assert load_bundle(folder).calibration is None
+    write_bundle(tmp_path / "c", files=files(**{"calibration.json": Calibration(**CALIBRATION)}))
+    loaded = load_bundle(tmp_path / "c").calibration
+    assert loaded == Calibration(**CALIBRATION)
+    assert loaded is not None
+    assert (loaded.temperature, loaded.threshold) == (2.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(CALIBRATION | {"temperature": 0}),
+        json.dumps(CALIBRATION | {"temperature": -1.5}),
+        json.dumps(CALIBRATION | {"temperature": float("nan")}),
+        json.dumps(CALIBRATION | {"temperature": float("inf")}),
+        json.dumps(CALIBRATION | {"threshold": 1.5}),
+        json.dumps(CALIBRATION | {"threshold": float("nan")}),
+        json.dumps(CALIBRATION | {"threshold": "high"}),
+        json.dumps(CALIBRATION | {"bias": 1}),
+        json.dumps({k: v for k, v in CALIBRATION.items() if k != "temperature"}),
+        "[]",
+        "{",
+    ],
+)
+def test_a_damaged_calibration_is_refused_by_name(folder: Path, text: str) -> None:
+    (folder / "calibration.json").write_text(text)
+    seal(folder)
+    with pytest.raises(FgvcError, match=r"calibration\.json"):
+        load_bundle(folder)

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from fgvc.config import Preprocess
+from fgvc.config import Calibration, Preprocess
 from fgvc.export.bundle import Bundle, load_bundle, write_bundle
 from fgvc.serve.engine import Engine, Session, available_cpus, softmax
+from fgvc.serve.predict import predict_files
 from fgvc.types import FgvcError
 
 SIZE = 8
@@ -37,7 +39,7 @@ def network(batch: int | str = "batch", size: int = SIZE, classes: int = 3) -> b
     return model.SerializeToString()
 
 
-def bundle(folder: Path, model: bytes) -> Bundle:
+def bundle(folder: Path, model: bytes, calibration: Calibration | None = None) -> Bundle:
     plain = Preprocess(size=(SIZE, SIZE), resize="squash", crop_fraction=1.0, mean=(0, 0, 0), std=(1, 1, 1))
     files = {
         "model.onnx": model,
@@ -45,7 +47,7 @@ def bundle(folder: Path, model: bytes) -> Bundle:
         "preprocess.json": plain,
         "contract.json": {"num_classes": 3},
         "metrics.json": {},
-    }
+    } | ({"calibration.json": calibration} if calibration else {})
     write_bundle(folder, files=files)
     return load_bundle(folder)
 
@@ -54,7 +56,9 @@ def bundle(folder: Path, model: bytes) -> Bundle:
 def test_colours_get_their_names_and_the_probabilities_worked_by_hand(tmp_path: Path, batch: int | str) -> None:
     engine = Engine(bundle(tmp_path / "b", network(batch)), threads=1)
     images = [Image.new("RGB", (20, 10), colour) for colour in ((255, 0, 0), (0, 51, 255), (0, 0, 0))]
-    red, blue, black = engine.classify(images, top_k=2)
+    answers = engine.classify(images, top_k=2)
+    assert not any(answer.rejected for answer in answers)
+    red, blue, black = (answer.predictions for answer in answers)
     assert [(p.label, p.index) for p in red] == [("red", 0), ("green", 1)]  # equal ones in the labels' order
     assert red[0].probability == pytest.approx(np.e**10 / (np.e**10 + 2))
     assert [(p.label, p.index) for p in blue] == [("blue", 2), ("green", 1)]
@@ -62,6 +66,43 @@ def test_colours_get_their_names_and_the_probabilities_worked_by_hand(tmp_path: 
     assert [p.probability for p in black] == pytest.approx([1 / 3, 1 / 3])
     assert engine.classify([]) == []
     assert engine.session.threads == 1
+
+
+CALIBRATION = Calibration(
+    temperature=2.0, threshold=0.5, keep=0.95, fitted_on="val", images=80, nll_before=1, nll_after=1, ece_before=0.2,
+    ece_after=0.1, kept=0.95, coverage=0.9, accuracy=0.8,
+)  # fmt: skip
+
+
+def test_temperature_and_threshold_of_the_bundle_worked_by_hand(tmp_path: Path) -> None:
+    engine = Engine(bundle(tmp_path / "b", network(), CALIBRATION), threads=1)
+    images = [Image.new("RGB", (20, 10), colour) for colour in ((255, 0, 0), (51, 0, 0), (0, 0, 0))]
+    red, dim, black = engine.classify(images, top_k=3)
+    assert red.predictions[0].probability == pytest.approx(np.e**5 / (np.e**5 + 2))  # logits 10, 0, 0 at temperature 2
+    assert dim.predictions[0].probability == pytest.approx(np.e / (np.e + 2), rel=1e-5)  # 51/255 * 10 / 2 = 1
+    assert [answer.rejected for answer in (red, dim, black)] == [False, False, True]
+    assert [p.label for p in black.predictions] == ["red", "green", "blue"]  # the nearest are named all the same
+    np.testing.assert_allclose(engine.logits(np.ones((1, 3, SIZE, SIZE), np.float32)), [[10, 10, 10]])  # as exported
+
+
+def test_predict_says_none_of_these(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, colour in (("black", (0, 0, 0)), ("red", (255, 0, 0))):
+        Image.new("RGB", (20, 10), colour).save(tmp_path / f"{name}.png")
+    pictures = [tmp_path / "black.png", tmp_path / "red.png"]
+    bundle(tmp_path / "with", network(), CALIBRATION)
+    bundle(tmp_path / "without", network())
+    assert predict_files(tmp_path / "with", pictures, top_k=2) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{pictures[0]}\tnone of these (red 33.3 %, green 33.3 %)",
+        f"{pictures[1]}\tred 98.7 %\tgreen 0.7 %",
+    ]
+    predict_files(tmp_path / "without", pictures)
+    assert capsys.readouterr().out.splitlines() == [f"{pictures[0]}\tred 33.3 %", f"{pictures[1]}\tred 100.0 %"]
+    for name, expected in (("with", [True, False]), ("without", [False, False])):
+        predict_files(tmp_path / name, pictures, as_json=True)
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [row["rejected"] for row in rows] == expected
+        assert [row["predictions"][0]["label"] for row in rows] == ["red", "red"]
 
 
 def test_a_fixed_batch_gives_the_same_rows_as_a_dynamic_one() -> None:

@@ -1,0 +1,135 @@
+"""Two classifiers on the same images: what the second gains, how sure that is, and what it breaks."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.stats import binomtest, norm
+
+from fgvc.types import FgvcError
+
+LEVEL = 0.95  # of the interval
+LIMIT = re.compile(r"(\d+)|(\d+(?:\.\d+)?) ?%")
+Truths = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paired:
+    """Which of N images A and B name rightly. All shares in [0,1]; a gain is B's minus A's."""
+
+    labels: NDArray[np.int64]  # (N,)
+    a_right: Truths  # (N,)
+    b_right: Truths  # (N,)
+    low: float  # interval of the gain
+    high: float
+    p: float  # of a difference at least as large by chance alone
+
+    @property
+    def images(self) -> int:
+        return len(self.labels)
+
+    @property
+    def negative(self) -> Truths:
+        """(N,) A was right, B is wrong: what a release breaks, however high its accuracy."""
+        return self.a_right & ~self.b_right
+
+    @property
+    def positive(self) -> Truths:
+        """(N,) A was wrong, B is right."""
+        return ~self.a_right & self.b_right
+
+    @property
+    def gain(self) -> float:
+        return float(self.b_right.mean() - self.a_right.mean())
+
+    @property
+    def negative_flip_rate(self) -> float:
+        """NFR: negative flips over all images (Yan et al., CVPR 2021)."""
+        return float(self.negative.mean())
+
+    def by_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """One row a class that has images, the largest loss first: images, recalls, change and flips."""
+        count = np.bincount(self.labels, minlength=len(classes))
+        columns = {"a": self.a_right, "b": self.b_right, "negative": self.negative, "positive": self.positive}
+        of = {name: np.bincount(self.labels[hit], minlength=len(classes)) for name, hit in columns.items()}
+        change = (of["b"] - of["a"]) / np.maximum(count, 1)
+        return [
+            {
+                "class": classes[k],
+                "images": int(count[k]),
+                "a_recall": round(float(of["a"][k] / count[k]), 6),
+                "b_recall": round(float(of["b"][k] / count[k]), 6),
+                "change": round(float(change[k]), 6),
+                "negative_flips": int(of["negative"][k]),
+                "positive_flips": int(of["positive"][k]),
+            }
+            for k in np.lexsort((-of["negative"], change))
+            if count[k]
+        ]
+
+
+def compare(labels: NDArray[Any], a: NDArray[Any], b: NDArray[Any]) -> Paired:
+    """Of N images with labels (N,), the classes (N,) that A and B name. Raises FgvcError without any image.
+
+    p: McNemar's test, exact and two-sided: of the images on which one alone is right, is either one right as often? Exact
+    never claims too much, at any number of images (Fagerland et al. 2013 call it a little cautious).
+    """
+    y = np.asarray(labels, dtype=np.int64)
+    if not len(y):
+        raise FgvcError("nothing to compare: no image that can be read")
+    a_right, b_right = np.asarray(a) == y, np.asarray(b) == y
+    losses, wins = int((a_right & ~b_right).sum()), int((~a_right & b_right).sum())
+    low, high = gain_interval(wins, losses, len(y))
+    p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return Paired(labels=y, a_right=a_right, b_right=b_right, low=low, high=high, p=p)
+
+
+def gain_interval(wins: int, losses: int, images: int, *, level: float = LEVEL) -> tuple[float, float]:
+    """The interval of (wins - losses) / images by inverting the score test of a paired difference (Tango, Statistics in
+    Medicine 17, 1998): all differences that the counts do not contradict. Holds its level for few images and for no flip at
+    all, where Wald's interval is a point."""
+    z = float(norm.ppf((1 + level) / 2))
+    gain = (wins - losses) / images
+
+    def score(d: float) -> float:
+        linear = (2 * images - wins + losses) * d - wins - losses
+        lost = (math.sqrt(max(0.0, linear**2 + 8 * images * losses * d * (1 - d))) - linear) / (4 * images)
+        return (wins - losses - images * d) / math.sqrt(images * max(1e-15, 2 * lost + d * (1 - d)))
+
+    edge = 1 - 1e-12
+    low = brentq(lambda d: score(d) - z, -edge, gain) if gain > -edge and score(-edge) > z else -1.0
+    high = brentq(lambda d: score(d) + z, gain, edge) if gain < edge and score(edge) < -z else 1.0
+    return float(low), float(high)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a release may not break. Raises FgvcError where a limit makes no sense, before anything is compared."""
+
+    max_negative_flips: str | None = None  # a number of images (`12`) or a share of them (`0.5%`)
+    min_gain: float | None = None  # points of accuracy, may be negative
+
+    def __post_init__(self) -> None:
+        flips, gain = self.max_negative_flips, self.min_gain
+        if flips is not None and LIMIT.fullmatch(flips.strip()) is None:
+            raise FgvcError(f"--max-negative-flips {flips}: a number of images (12) or a share of them (0.5%)")
+        if gain is not None and not -100 <= gain <= 100:
+            raise FgvcError(f"--min-gain {gain:g}: points of accuracy, between -100 and 100")
+
+    def failures(self, found: Paired) -> list[str]:
+        """What it has against B, one line each. The gain itself is held against its limit, not its interval."""
+        said = []
+        if self.max_negative_flips is not None and (limit := LIMIT.fullmatch(self.max_negative_flips.strip())):
+            flips, share = int(found.negative.sum()), found.negative_flip_rate
+            if (flips > int(limit[1])) if limit[1] else (100 * share > float(limit[2]) + 1e-9):
+                said.append(f"{flips} negative flips ({100 * share:.2f} % of the images), more than {limit[0]}")
+        if self.min_gain is not None and 100 * found.gain < self.min_gain - 1e-9:
+            said.append(f"a gain of {100 * found.gain:+.2f} points, less than {self.min_gain:+g}")
+        return said

@@ -1,0 +1,265 @@
+"""One side of a comparison: a run, a bundle, or any .onnx file with labels, asked about images that need not be its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fgvc.config import Preprocess, validate
+from fgvc.data.folder import FolderData
+from fgvc.data.source import some
+from fgvc.evaluate.calibration import MAX_LOGITS, confidence_of
+from fgvc.evaluate.compare import Paired, compare
+from fgvc.evaluate.subject import Answers, Subject, onnx_answers, subject
+from fgvc.export.bundle import load_bundle
+from fgvc.recipe import load_recipe
+from fgvc.serve.engine import Session
+from fgvc.template import recipe_file
+from fgvc.train.session import read_index
+from fgvc.types import FgvcError, ImageIndex, Split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """A classifier that can be asked."""
+
+    path: Path
+    kind: Literal["run", "bundle", "onnx"]
+    classes: tuple[str, ...]
+    preprocess: Preprocess | None  # None: not known yet
+    temperature: float = 1.0
+    session: Session | None = None
+    subject: Subject | None = None
+
+    def answers(self, index: ImageIndex, rows: NDArray[np.int64], *, workers: int) -> Answers:
+        """Its logits for these images, seen through its own preprocessing."""
+        if self.subject is not None:
+            return replace(self.subject, index=index).answers(rows)
+        assert self.session is not None
+        assert self.preprocess is not None
+        return onnx_answers(self.session, index, rows, spec=self.preprocess, workers=workers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Images:
+    """What both sides are asked about."""
+
+    index: ImageIndex
+    rows: NDArray[np.int64]
+    part: str
+    workers: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Versus:
+    """Both sides' answers on the N images that could be read."""
+
+    a: Side
+    b: Side
+    part: str
+    classes: tuple[str, ...]  # A's order, in all numbers here
+    paths: tuple[Path, ...]  # (N,)
+    said: NDArray[np.int64]  # (2,N) classes
+    confidence: NDArray[np.float64]  # (2,N); of a bundle with calibration, calibrated
+    paired: Paired
+    unreadable: tuple[str, ...]
+    notes: tuple[str, ...]  # what to think of before believing the figures
+
+    def flips(self) -> list[dict[str, Any]]:
+        """One row an image that one side alone names rightly: negative flips first, those of which B is surest on top."""
+        names = self.classes
+        negative, positive = self.paired.negative, self.paired.positive
+        order = np.lexsort((-self.confidence[1], ~negative))
+        return [
+            {
+                "path": str(self.paths[n]),
+                "flip": "negative" if negative[n] else "positive",
+                "class": names[self.paired.labels[n]],
+                "a": names[self.said[0, n]],
+                "a_confidence": round(float(self.confidence[0, n]), 6),
+                "b": names[self.said[1, n]],
+                "b_confidence": round(float(self.confidence[1, n]), 6),
+            }
+            for n in order
+            if negative[n] or positive[n]
+        ]
+
+
+def open_sides(a: Path, b: Path, *, labels: Path | None = None, preprocess: Path | None = None) -> tuple[Side, Side]:
+    """Open both. `labels` and `preprocess` are for .onnx files that have no labels.json or preprocess.json beside them;
+    without the latter such a file sees images as the other side does, at its own size.
+
+    Raises FgvcError where one can't be opened, or their classes are not the same.
+    """
+    needed = {
+        name: [path for path in (a, b) if path.is_file() and not (path.parent / name).is_file()]
+        for name in ("labels.json", "preprocess.json")
+    }
+    for name, option in (("labels.json", labels), ("preprocess.json", preprocess)):
+        if option is not None and not needed[name]:
+            raise FgvcError(f"{option}: both sides have their own {name.partition('.')[0]}; leave the option out")
+    first, second = (_open(path, labels, preprocess) for path in (a, b))
+    for one, other in ((first, second), (second, first)):
+        if missing := sorted(set(one.classes) - set(other.classes)):
+            raise FgvcError(
+                f"{one.path} and {other.path} do not know the same classes: {other.path} lacks {some(missing)} "
+                f"({len(missing)} of {len(one.classes)})"
+            )
+    return _seeing(first, second), _seeing(second, first)
+
+
+def images_of(data: str | None, sides: Sequence[Side], split: Split | None = None) -> Images:
+    """The images to ask about: of a folder of class folders (all of it, or a part where it has parts), of a recipe, or by
+    default of the first side that is a run. `split` as for evaluation: by default val where there is one, else test.
+
+    Raises FgvcError where there are none, or of classes that the sides do not know.
+    """
+    run = next((side.subject for side in sides if side.subject is not None), None)
+    if data is None:
+        if run is None:
+            raise FgvcError("which images? Neither side is a run: give --data, a folder of class folders or a recipe")
+        part, rows = run.part(split)
+        return Images(index=run.index, rows=rows, part=part, workers=run.recipe.train.workers)
+    workers = 0
+    if Path(data).is_dir():
+        index = FolderData(root=Path(data), val_fraction=0, test_fraction=0).read()
+        if split is None and len(index.rows("train")) == len(index):
+            return _known(Images(index=index, rows=np.arange(len(index)), part="all"), sides[0])
+    else:
+        recipe = load_recipe(recipe_file(data))
+        index, workers = read_index(recipe), recipe.train.workers
+    chosen: Split = split or ("val" if len(index.rows("val")) else "test")
+    if not len(rows := index.rows(chosen)):
+        raise FgvcError(f"{data}: has no {chosen} part")
+    return _known(Images(index=index, rows=rows, part=chosen, workers=workers), sides[0])
+
+
+def ask(a: Side, b: Side, images: Images) -> Versus:
+    """Show both the same files. Those that can't be read are left out of both."""
+    order = {name: k for k, name in enumerate(a.classes)}
+    number = np.array([order.get(name, -1) for name in images.index.classes])
+    step = max(64, MAX_LOGITS // len(a.classes))
+    rows: list[NDArray[np.int64]] = []
+    said, confidence = [], []
+    unreadable: dict[str, None] = {}
+    for start in range(0, len(images.rows), step):
+        both = [
+            side.answers(images.index, images.rows[start : start + step], workers=images.workers) for side in (a, b)
+        ]
+        if not np.array_equal(both[0].rows, both[1].rows):
+            raise FgvcError("an image could be read once, and once not: leave the files alone while they are compared")
+        rows.append(both[0].rows)
+        numbers = [np.array([order[name] for name in side.classes]) for side in (a, b)]
+        said.append([own[answer.logits.argmax(1)] for own, answer in zip(numbers, both, strict=True)])
+        temperatures = a.temperature, b.temperature
+        confidence.append(
+            [confidence_of(x.logits.astype(np.float64), t) for x, t in zip(both, temperatures, strict=True)]
+        )
+        unreadable |= dict.fromkeys(both[0].unreadable)
+    seen, answers = np.concatenate(rows), np.concatenate(said, axis=1)
+    return Versus(
+        a=a,
+        b=b,
+        part=images.part,
+        classes=a.classes,
+        paths=tuple(images.index.path(row) for row in seen),
+        said=answers,
+        confidence=np.concatenate(confidence, axis=1),
+        paired=compare(number[images.index.labels[seen]], *answers),
+        unreadable=tuple(unreadable),
+        notes=tuple(note for side in (a, b) if (note := _learnt(side, images))),
+    )
+
+
+def _open(path: Path, labels: Path | None, preprocess: Path | None) -> Side:
+    if not path.exists():
+        raise FgvcError(f"{path}: no such run, bundle or .onnx file")
+    if path.is_file():
+        return _open_onnx(path, labels, preprocess)
+    if (path / "config.yaml").is_file():
+        run = subject(path)
+        return Side(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, subject=run)
+    bundle = load_bundle(path)
+    return Side(
+        path=path,
+        kind="bundle",
+        classes=bundle.labels,
+        preprocess=bundle.preprocess,
+        temperature=bundle.calibration.temperature if bundle.calibration else 1.0,
+        session=Session(bundle.model),
+    )
+
+
+def _open_onnx(path: Path, labels: Path | None, preprocess: Path | None) -> Side:
+    beside = path.parent / "labels.json", path.parent / "preprocess.json"
+    names, spec = (own if own.is_file() else given for own, given in zip(beside, (labels, preprocess), strict=True))
+    if names is None:
+        raise FgvcError(f"{path}: which classes? There is no labels.json beside it: give --labels FILE")
+    session = Session(path)
+    classes = read_labels(names)
+    seen = validate(Preprocess, _json(spec, dict), where=str(spec)) if spec is not None else None
+    return Side(path=path, kind="onnx", classes=classes, preprocess=seen, session=session)
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Class names in the order of the outputs: a JSON list, or a text file with one a line."""
+    if path.suffix == ".json":
+        names = _json(path, list)
+    else:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FgvcError(f"{path}: can't read the labels: {error}") from error
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise FgvcError(f"{path}: expected the names of the classes, each once")
+    return tuple(names)
+
+
+def _json(path: Path, kind: type) -> Any:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FgvcError(f"{path}: can't be read as JSON: {error}") from error
+    if not isinstance(tree, kind):
+        raise FgvcError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}")
+    return tree
+
+
+def _seeing(side: Side, other: Side) -> Side:
+    """The side with its preprocessing, checked against its model."""
+    if side.session is None:
+        return side
+    spec = side.preprocess or other.preprocess
+    if spec is None:
+        raise FgvcError(f"{side.path}: how does it see an image? Give --preprocess FILE, as a bundle's preprocess.json")
+    height, width = side.session.shape[2:]
+    if side.preprocess is None and height is not None and width is not None:
+        spec = spec.model_copy(update={"size": (height, width)})
+    outputs = side.session.logits(np.zeros((1, 3, *spec.size), np.float32)).shape
+    if outputs != (1, len(side.classes)):
+        raise FgvcError(f"{side.path}: gives {outputs[1:]} logits for {len(side.classes)} labels")
+    return replace(side, preprocess=spec)
+
+
+def _known(images: Images, side: Side) -> Images:
+    if alien := sorted(set(images.index.classes) - set(side.classes)):
+        raise FgvcError(f"{images.index.root}: has classes that {side.path} does not know: {some(alien)}")
+    return images
+
+
+def _learnt(side: Side, images: Images) -> str:
+    """A warning where a run was trained on some of these images."""
+    if side.subject is None:
+        return ""
+    own = side.subject.index
+    places = own.root.resolve(), images.index.root.resolve()
+    trained = {str(places[0] / str(name)) for name in own.paths[own.rows("train")]}
+    count = sum(str(places[1] / str(name)) in trained for name in images.index.paths[images.rows])
+    return f"{side.path} was trained on {count} of these {len(images.rows)} images, which favours it" if count else ""

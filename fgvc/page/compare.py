@@ -1,0 +1,43 @@
+"""The page of a comparison: figures, classes that changed, and the images that the new classifier breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fgvc.disk import writing
+from fgvc.evaluate.side import Versus
+from fgvc.image.decode import decode
+from fgvc.page.render import picture, render
+from fgvc.train.events import as_csv, write_atomic
+from fgvc.types import FgvcError
+
+SHOWN = 60  # images; all flips are in the table beside the page
+
+
+def refuse_out(out: Path) -> None:
+    """Raise FgvcError where no page can be written; call it before the long work."""
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir() or any(parent.is_file() for parent in out.parents):
+        raise FgvcError(f"{out}: not a place for a page; name a file that ends in .html")
+
+
+def write_page(found: Versus, out: Path, *, failed: Sequence[str] = ()) -> None:
+    """Write `out`, and beside it a .csv of all flips and a -classes.csv. `failed`: what a gate said."""
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    flips, classes = found.flips(), found.paired.by_class(found.classes)
+    shown = [flip for flip in flips if flip["flip"] == "negative"][:SHOWN]
+    page = render(
+        "compare.html",
+        title="What changes from A to B",
+        found=found,
+        pair=found.paired,
+        failed=failed,
+        changed=[row for row in classes if row["negative_flips"] or row["positive_flips"]],
+        unchanged=sum(not (row["negative_flips"] or row["positive_flips"]) for row in classes),
+        shown=[(flip, picture(decode(Path(flip["path"])))) for flip in shown],
+        table=out.with_suffix(".csv").name,
+    )
+    write_atomic(out.with_suffix(".csv"), as_csv(flips) if flips else "path,flip,class,a,a_confidence,b,b_confidence\n")
+    write_atomic(out.with_name(f"{out.stem}-classes.csv"), as_csv(classes))
+    write_atomic(out, page)

@@ -1,0 +1,117 @@
+"""A run with validation images enough, from eval to a bundle that can say none of these, and compared with that bundle."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from fgvc import api
+from fgvc.evaluate.calibration import calibrate
+from fgvc.evaluate.subject import subject
+from fgvc.export.bundle import load_bundle
+from fgvc.serve.predict import predict_files
+
+COLOURS = {"blue": (110, 110, 160), "green": (110, 150, 110), "red": (160, 110, 110)}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three colours that are not easy to tell: 16 train, 24 val and 4 test pictures each."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        for split, count in (("train", 16), ("val", 24), ("test", 4)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                shade = np.array(colour) + rng.normal(0, 30, 3)
+                pixels = np.clip(shade + rng.normal(0, 30, (24, 24, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("run")
+    tree = {
+        "data": {"kind": "folder", "root": str(pictures)},
+        "image": {"size": 32},
+        "model": {"backbone": "test_efficientnet"},
+        "train": {"epochs": 6, "batch_size": 8, "workers": 0, "device": "cpu"},
+        "optim": {"lr": 0.05, "warmup_epochs": 0.5},
+    }
+    (place / "own.yaml").write_text(yaml.safe_dump(tree))
+    return api.train(api.load_recipe(place / "own.yaml"), place / "run")
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> api.Exported:
+    return api.export(run, tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+def test_eval_draws_and_tables_what_it_says(run: Path) -> None:
+    found = api.evaluate(run, "val")
+    assert found.calibrated is not None
+    assert found.calibrated.images == 72
+    assert found.calibrated.before.ece == pytest.approx(found.scores.ece, abs=1e-5)
+    assert found.calibrated.nll == pytest.approx(found.scores.loss, abs=1e-5)
+    assert found.calibrated.curve.risk[-1] == pytest.approx(1 - found.scores.top1)
+    for name in ("reliability-val", "risk-coverage-val"):
+        assert (run / "plots" / f"{name}.png").is_file()
+        assert len((run / "tables" / f"{name}.csv").read_text().splitlines()) > 15
+    assert api.evaluate(run, "val", views="flip").calibrated is None
+    few = api.evaluate(run, "test").calibrated
+    assert few is not None
+    assert (few.temperature, few.threshold) == (1, 0)
+
+
+def test_the_bundle_holds_what_validation_says(
+    run: Path, exported: api.Exported, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = load_bundle(exported.bundle).calibration
+    assert stored is not None
+    answers = subject(run).answers(subject(run).index.rows("val"))
+    by_torch = calibrate(answers.logits, answers.labels)
+    assert stored.temperature == pytest.approx(by_torch.temperature, rel=1e-3)
+    assert stored.threshold == pytest.approx(by_torch.threshold, abs=1e-4)
+    assert (stored.images, stored.fitted_on, stored.keep) == (72, "val", 0.95)
+    predict_files(exported.bundle, [pictures / "val"], as_json=True)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    right = [row["predictions"][0]["label"] == Path(row["path"]).parent.name for row in rows]
+    lost = sum(row["rejected"] for row, good in zip(rows, right, strict=True) if good)
+    assert lost == max(0, math.floor(0.05 * (sum(right) + 1)) - 1)
+    assert all(row["rejected"] == (row["predictions"][0]["probability"] < stored.threshold) for row in rows)
+
+
+def test_what_ships_is_what_was_proved(
+    run: Path, exported: api.Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (exported.bundle / "model.onnx").read_bytes() == exported.proven.model
+    assert load_bundle(exported.bundle).contract == json.loads(json.dumps(dict(exported.proven.contract)))
+    monkeypatch.setattr(api, "prove", lambda *args, **kwargs: exported.proven)  # the same once more takes long
+    api.export(run, tmp_path / "b", keep=1)
+    changed = {p.name for p in exported.bundle.iterdir() if p.read_bytes() != (tmp_path / "b" / p.name).read_bytes()}
+    assert changed == {"calibration.json", "manifest.json"}
+    again, first = load_bundle(tmp_path / "b").calibration, load_bundle(exported.bundle).calibration
+    assert again is not None
+    assert first is not None
+    assert again.threshold == 0
+    assert first.threshold > 0
+    assert again.temperature == first.temperature
+    with pytest.raises(api.FgvcError, match="--keep"):
+        api.export(run, tmp_path / "c", keep=0)
+
+
+def test_a_run_and_its_bundle_say_the_same(run: Path, exported: api.Exported, pictures: Path) -> None:
+    found = api.compare(run, exported.bundle)
+    assert (found.part, found.paired.images, found.paired.p) == ("val", 72, 1)
+    assert found.flips() == []
+    assert found.notes == ()
+    np.testing.assert_array_equal(*found.said)
+    learnt = api.compare(exported.bundle, run, data=str(pictures / "train"))
+    assert learnt.notes == (f"{run} was trained on 48 of these 48 images, which favours it",)
+    assert api.compare(run, run, split="test").paired.images == 12

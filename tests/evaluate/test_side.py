@@ -1,0 +1,172 @@
+"""Sides of a comparison: .onnx files and bundles of known answers on painted pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from fgvc import api, show
+from fgvc.cli import main
+from fgvc.config import Preprocess
+from fgvc.evaluate.side import open_sides, read_labels
+from fgvc.export.bundle import write_bundle
+from fgvc.page.compare import write_page
+from fgvc.types import FgvcError
+
+NAMES = ["红", "green", "blue"]  # the position is that of the channel
+PLAIN = Preprocess(size=(8, 8), resize="squash", crop_fraction=1.0, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def network(order: list[int], *, lost: int | None = None) -> bytes:
+    """Output k is the mean of channel order[k]; of channel `lost` nothing is seen."""
+    weight = 10 * np.eye(3, dtype=np.float32)[:, order]
+    if lost is not None:
+        weight[lost] = 0
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["input"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "w"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    return onnx.helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+
+
+def bundle(folder: Path, order: list[int], *, lost: int | None = None) -> Path:
+    files = {
+        "model.onnx": network(order, lost=lost),
+        "labels.json": [NAMES[k] for k in order],
+        "preprocess.json": PLAIN,
+        "contract.json": {"num_classes": 3},
+        "metrics.json": {},
+    }
+    write_bundle(folder, files=files)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five of each colour, and one file that is none."""
+    root = tmp_path_factory.mktemp("pictures")
+    for channel, name in enumerate(NAMES):
+        (root / name).mkdir()
+        for n in range(5):
+            colour = [10, 10, 10]
+            colour[channel] = 200 + n
+            Image.new("RGB", (12, 10), tuple(colour)).save(root / name / f"{n}.png")
+    (root / "blue" / "broken.png").write_bytes(b"no picture")
+    return root
+
+
+def test_classes_in_another_order_are_the_same_classes(pictures: Path, tmp_path: Path) -> None:
+    a, b = bundle(tmp_path / "a", [0, 1, 2]), bundle(tmp_path / "b", [2, 0, 1])
+    found = api.compare(a, b, data=str(pictures))
+    assert (found.paired.images, found.paired.gain, found.paired.p) == (15, 0, 1)
+    assert found.paired.a_right.all()
+    assert found.paired.b_right.all()
+    assert found.flips() == []
+    assert found.part == "all"
+    assert [error.rpartition(": ")[2] for error in found.unreadable] == ["not an image"]
+
+
+def test_what_is_lost_is_found_with_its_images(pictures: Path, tmp_path: Path) -> None:
+    a, b = bundle(tmp_path / "a", [0, 1, 2]), bundle(tmp_path / "b", [2, 0, 1], lost=0)
+    found = api.compare(a, b, data=str(pictures))
+    pair = found.paired
+    assert pair.negative.sum() == 5
+    assert pair.gain == pytest.approx(-1 / 3)
+    assert {Path(flip["path"]).parent.name for flip in found.flips()} == {"红"}
+    assert {(flip["flip"], flip["class"], flip["a"]) for flip in found.flips()} == {("negative", "红", "红")}
+    assert pair.by_class(found.classes)[0]["change"] == -1
+    back = api.compare(b, a, data=str(pictures))
+    assert back.paired.gain == -pair.gain
+    assert {flip["flip"] for flip in back.flips()} == {"positive"}
+    assert back.paired.positive.sum() == 5
+    write_page(found, tmp_path / "out" / "page.html", failed=["<b>no</b>"])
+    page = (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == 5
+    assert "红" in page
+    assert "&lt;b&gt;no" in page
+    with open(tmp_path / "out" / "page.csv", encoding="utf-8") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == ["红"] * 5
+    assert "红,5,1.0,0.0,-1.0,5,0" in (tmp_path / "out" / "page-classes.csv").read_text(encoding="utf-8")
+    write_page(found, tmp_path / "again.html", failed=["<b>no</b>"])
+    assert (tmp_path / "again.html").read_text(encoding="utf-8").replace("again.csv", "page.csv") == page
+
+
+def test_a_bare_file_takes_labels_and_the_other_sides_eyes(pictures: Path, tmp_path: Path) -> None:
+    a = bundle(tmp_path / "a", [0, 1, 2])
+    bare, names = tmp_path / "bare" / "new.onnx", tmp_path / "names.txt"
+    bare.parent.mkdir()
+    bare.write_bytes(network([1, 2, 0]))
+    names.write_text("green\nblue\n红\n", encoding="utf-8")
+    assert api.compare(a, bare, data=str(pictures), labels=names).paired.negative.sum() == 0
+    (tmp_path / "names.json").write_text(json.dumps(["green", "blue", "红"]))
+    assert read_labels(tmp_path / "names.json") == read_labels(names)
+    with pytest.raises(FgvcError, match="give --labels"):
+        open_sides(a, bare)
+    with pytest.raises(FgvcError, match="give --preprocess|Give --preprocess"):
+        open_sides(bare, bare, labels=names)
+    (tmp_path / "eyes.json").write_text(PLAIN.model_dump_json())
+    assert api.compare(bare, bare, data=str(pictures), labels=names, preprocess=tmp_path / "eyes.json").paired.p == 1
+    with pytest.raises(FgvcError, match="leave the option out"):
+        open_sides(a, a / "model.onnx", labels=names)
+    assert open_sides(a, a / "model.onnx")[1].classes == tuple(NAMES)  # what lies beside it
+
+
+def test_sides_that_can_not_be_compared_are_refused(pictures: Path, tmp_path: Path) -> None:
+    a, bare = bundle(tmp_path / "a", [0, 1, 2]), tmp_path / "new.onnx"
+    bare.write_bytes(network([0, 1, 2]))
+    (tmp_path / "other.txt").write_text("红\ngreen\nviolet\n", encoding="utf-8")
+    with pytest.raises(FgvcError, match=r"new.onnx lacks blue"):
+        open_sides(a, bare, labels=tmp_path / "other.txt")
+    (tmp_path / "two.txt").write_text("红\ngreen\n", encoding="utf-8")
+    with pytest.raises(FgvcError, match="lacks"):
+        open_sides(a, bare, labels=tmp_path / "two.txt")
+    with pytest.raises(FgvcError, match="gives"):
+        open_sides(bare, bare, labels=tmp_path / "two.txt", preprocess=a / "preprocess.json")
+    with pytest.raises(FgvcError, match="which images"):
+        api.compare(a, a)
+    with pytest.raises(FgvcError, match="no test part"):
+        api.compare(a, a, data=str(pictures), split="test")
+    (tmp_path / "alien" / "violet").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "alien" / "violet" / "1.png")
+    with pytest.raises(FgvcError, match=r"does not know: violet"):
+        api.compare(a, a, data=str(tmp_path / "alien"))
+    with pytest.raises(FgvcError, match="no such run"):
+        open_sides(a, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ([], 0, "-33.33 points"),
+        (["--max-negative-flips", "5"], 0, "5 (33.33 %)"),
+        (["--max-negative-flips", "10%"], 1, "FAIL: 5 negative flips"),
+        (["--min-gain", "0"], 1, "FAIL: a gain of -33.33"),
+        (["--min-gain=-50"], 0, ""),
+        (["--max-negative-flips", "much"], 2, ""),
+        (["--out", "page.pdf"], 2, ""),
+    ],
+)
+def test_the_verb_is_a_gate(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: int, said: str
+) -> None:
+    a, b = bundle(tmp_path / "a", [0, 1, 2]), bundle(tmp_path / "b", [0, 1, 2], lost=0)
+    show.console.width = 120
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", str(a), str(b), "--data", str(pictures), *options])
+    assert (ended.value.code or 0) == code
+    assert said in capsys.readouterr().out
