@@ -116,6 +116,6 @@ def test_a_recipe_names_one(tmp_path: Path) -> None:
     pets(tmp_path)
     tree = {"data": {"kind": "torchvision", "name": "oxford_pets", "root": str(tmp_path)}}
     tree |= {"model": {"backbone": "test_resnet"}, "image": {"size": 32}}
-    assert api.check(validate(Recipe, tree, where="test")).recognised.startswith(
+    assert api.check(validate(Recipe, tree, where="test")).index.recognised.startswith(
         "torchvision's OxfordIIITPet: 40 images"
     )
