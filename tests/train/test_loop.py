@@ -452,3 +452,22 @@ def test_sizes_between_the_knots_are_tried_before_training(tmp_path: Path, recip
 def test_parts_of_one_image_are_refused_where_norms_need_two(tmp_path: Path, recipe_tree: dict) -> None:
     with pytest.raises(FgvcError, match="leaves 1 image a forward"):
         api.train(recipe(recipe_tree, train={"batch_size": 4, "accumulate": 4}), tmp_path / "run")
+
+
+def test_parts_of_one_image_are_refused_where_only_a_branch_has_a_norm(tmp_path: Path, recipe_tree: dict) -> None:
+    sections = {
+        "model": {"backbone": "test_convnext"},
+        "image": {"size": 64},
+        "train": {"batch_size": 2, "accumulate": 2},
+    }
+    api.train(recipe(recipe_tree, **sections, checkpoint={}), tmp_path / "plain")
+    with pytest.raises(FgvcError, match="leaves 1 image a forward"):
+        api.train(recipe(recipe_tree, **sections, techniques={"attention_crop_drop": {"maps": 2}}), tmp_path / "run")
+
+
+def test_what_techniques_ask_for_is_not_rendered_beyond_all_bounds(tmp_path: Path, recipe_tree: dict) -> None:
+    made = recipe(
+        recipe_tree, image={"size": [64, 2800]}, techniques={"attention_crop_drop": {"maps": 2, "render": 1.5}}
+    )
+    with pytest.raises(FgvcError, match=r"rendered at \(96, 4200\) pixels .* at most 4096"):
+        api.train(made, tmp_path / "run")

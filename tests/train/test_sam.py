@@ -246,6 +246,28 @@ def test_an_interrupted_second_pass_ends_with_the_weights_of_before(
     assert all(torch.equal(value, again[key]) for key, value in whole.items()), "resumed"
 
 
+def test_a_loss_that_is_no_number_uphill_stops_before_the_weights_move(
+    recipe_tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = loop._pass, []
+
+    def passed(session: Session, batch: object, draws: object, views: object = None, *, last: bool) -> object:
+        losses, made = original(session, batch, draws, views, last=last)
+        if views is not None:
+            seen.append({key: value.clone() for key, value in session.step.net.state_dict().items()})
+            losses = losses | {"loss": torch.tensor(float("nan"))}
+        return losses, made
+
+    monkeypatch.setattr(loop, "_pass", passed)
+    made = recipe(recipe_tree, optim={"sam": {"rho": 0.5}})
+    with pytest.raises(
+        FgvcError, match=r"optim\.sam: the loss a way of 0\.5 uphill is nan at step 1; .* Lower optim\.sam\.rho"
+    ):
+        api.train(made, tmp_path / "run")
+    assert len(seen) == 1
+    assert not (tmp_path / "run" / "ckpt" / "last").exists()
+
+
 def test_fp16_is_refused_with_the_way_out_and_so_is_no_way_to_go(recipe_tree: dict) -> None:
     with pytest.raises(FgvcError, match=r"optim\.sam: fp16 .* set train\.precision to bf16 or fp32"):
         recipe(recipe_tree, optim={"sam": {}}, train={"precision": "fp16"})

@@ -1,0 +1,52 @@
+"""What is the same from one run to the next, for what is kept of its images."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fgvc.config import validate
+from fgvc.recipe import Recipe
+from fgvc.train.between import _replays
+from fgvc.train.runtime import runtime
+from fgvc.train.session import open_session
+
+
+def facts(tree: dict, **sections: object) -> str | None:
+    merged = tree | {k: (tree.get(k, {}) | v if isinstance(v, dict) else v) for k, v in sections.items()}
+    made = validate(Recipe, merged, where="test")
+    with runtime(made.train) as process, open_session(made, process) as session:
+        return _replays(session)
+
+
+def test_answers_of_other_images_are_not_taken_for_those_of_these(
+    recipe_tree: dict, colours: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(colours, tmp_path / "colours")
+    tree = recipe_tree | {"data": recipe_tree["data"] | {"root": str(root)}}
+    first = facts(tree)
+    assert first is not None
+    assert facts(tree) == first
+    assert facts(tree, optim={"lr": 0.5}) == first, "the images are the same"
+    picture = sorted((root / "train").rglob("*.png"))[0]
+    before = picture.stat()
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    assert facts(tree) not in (first, None)
+
+
+@pytest.mark.parametrize(
+    "sections", [{"train": {"seed": 7}}, {"augment": {"flip": 0.0}}, {"image": {"size": 48}}], ids=str
+)
+def test_other_images_have_other_facts(recipe_tree: dict, sections: dict) -> None:
+    assert facts(recipe_tree, **sections) not in (facts(recipe_tree), None)
+
+
+@pytest.mark.parametrize(
+    "sections", [{"train": {"sampling": "balanced"}}, {"techniques": {"ae_psl": {"rounds": 2}}}], ids=str
+)
+def test_images_that_no_other_run_sees_are_kept_by_none(recipe_tree: dict, sections: dict) -> None:
+    assert facts(recipe_tree | {"image": {"size": 64}}, **sections) is None
