@@ -25,7 +25,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from fgvc import api
 from fgvc.data.checks import Report, check
 from fgvc.data.suspects import Suspects, suspects
-from fgvc.evaluate.features import features
+from fgvc.evaluate.features import features, frozen
 from fgvc.recipe import Recipe
 from fgvc.template import recipe_file
 from fgvc.types import FgvcError, ImageIndex
@@ -140,7 +140,7 @@ def doubted(recipe: Recipe, report: Report, known: dict[str, np.ndarray]) -> Sus
     keys = {row: _key(index, row) for row in rows.tolist()}
     fresh = np.array([row for row in rows.tolist() if keys[row] not in known], np.int64)
     if len(fresh):
-        found = features(recipe, index, fresh)
+        found = features(recipe, frozen(recipe, len(index.classes)), index, fresh)
         known |= {keys[row]: vector for row, vector in zip(found.rows.tolist(), found.vectors, strict=True)}
     vectors = np.stack([known[keys[row]] for row in rows.tolist()])
     return suspects(vectors, index.labels[rows], rows=rows, families=report.families[rows])
@@ -161,7 +161,7 @@ def judge(report: Report, found: Suspects, planted: Planted, *, seed: int) -> di
         "copies_found": f"{sum(hit)} of {len(hit)}",
         "missed": ", ".join(kind for (kind, _, _), one in zip(planted.copies, hit, strict=True) if not one),
         "other_groups": sum(not ours & set(rows) for rows in (*report.duplicates, *report.near)),
-        "corrupt_found": f"{len({path for path, _ in report.unreadable} & set(planted.corrupt))} of {len(planted.corrupt)}",
+        "corrupt_found": f"{len({paths[at] for at, _ in report.unreadable} & set(planted.corrupt))} of {len(planted.corrupt)}",
         "swapped_in_first_60": len(set(listed[:SHOWN]) & set(planted.swapped)),
         "swapped_listed": len(set(listed) & set(planted.swapped)),
         "listed": len(listed),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from fgvc.data.suspects import suspects as find_suspects
 from fgvc.evaluate import metrics
 from fgvc.evaluate.averaged import Views, averaged, canvas, refined
 from fgvc.evaluate.calibration import FEWEST, KEEP, Calibrated, calibrate, spread
-from fgvc.evaluate.features import features, normalisation
+from fgvc.evaluate.features import features, frozen, normalisation
 from fgvc.evaluate.plot import plot_calibration, plot_confusion
 from fgvc.evaluate.sample import Sample
 from fgvc.evaluate.side import Versus, ask, images_of, open_sides
@@ -94,8 +95,11 @@ def check(
     for out in (page, table):
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
             raise FgvcError(f"{out}: not a place for a file: its folder must be there, and no folder bear its name")
+    if page is not None and table is not None and page.resolve() == table.resolve():
+        raise FgvcError(f"{page}: the page and the table can't be one file; name two")
     index, expected = read_index(recipe), normalisation(recipe)
-    with _bar("reading") as tick:
+    backbone = frozen(recipe, len(index.classes)) if suspects else None
+    with _bar() as tick:
         report = checks.check(
             index,
             max_unreadable=recipe.data.max_unreadable,
@@ -103,9 +107,10 @@ def check(
             likeness=likeness,
             progress=tick,
         )
-    if suspects:
-        with _bar("features") as tick:
-            seen = features(recipe, index, np.flatnonzero(report.sizes[:, 0] > 0), progress=tick)
+    if backbone is not None:
+        with _bar() as tick:
+            rows = np.flatnonzero(report.sizes[:, 0] > 0)
+            seen = features(recipe, backbone, index, rows, progress=partial(tick, "features"))
         families = report.families[seen.rows]
         found = find_suspects(seen.vectors, index.labels[seen.rows], rows=seen.rows, families=families)
         report = checks.with_suspects(report, found)
@@ -117,15 +122,15 @@ def check(
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """What to call with how much of how much is done."""
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """What to call with what is done, and how much of how much."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total: None
+        yield lambda what, done, total: None
         return
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(what)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task("")
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def evaluate(

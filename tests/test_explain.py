@@ -147,7 +147,7 @@ def test_a_bundle_says_what_its_run_says_without_torch(run: Path, bundle: Path, 
             assert ours["label"] == theirs["label"]
             assert ours["maps"].shape == (1, 64, 48)
     engine = Engine(api.load_bundle(bundle))
-    (best,) = engine.classify([decode(pictures / "b/other.png")], top_k=1)[0]
+    (best,) = engine.classify([decode(pictures / "b/other.png")], top_k=1)[0].predictions
     with np.load(tmp_path / "b/maps/other.npz") as found:
         assert found["p"][found["label"]] == pytest.approx(best.probability, abs=1e-5)
 

@@ -41,6 +41,7 @@ def run(line: str) -> None:
         make_small(Path(words[3]))
 
 
+@pytest.mark.timeout(900)  # a minute and a half on two idle cores; but everything of the README runs
 def test_all_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))

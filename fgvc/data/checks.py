@@ -8,18 +8,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from io import BytesIO
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fgvc.data.colour import Colours, Normalisation, colours, doubts, is_grey, moments
-from fgvc.data.duplicates import LIKENESS, Print, Prints, alike, equal, groups, joined, links, print_of
+from fgvc.data.duplicates import LIKENESS, Print, Prints, alike, equal, gathered, groups, joined, links, print_of
 from fgvc.data.source import some
 from fgvc.data.splits import group_codes, straddling
 from fgvc.data.suspects import Suspects
-from fgvc.image.decode import decode
+from fgvc.image.decode import decode_stored
 from fgvc.types import SPLITS, ImageError, ImageIndex
 
 TINY = 32  # pixels of the shorter side
@@ -38,11 +37,13 @@ class Report:
     counts: np.ndarray  # (3,K) int64: images by split and class
     imbalance: float  # largest class over smallest class in train; inf where a class has none
     missing: dict[str, tuple[str, ...]]  # by split that has images: the classes that have none in it
-    unreadable: tuple[tuple[str, str], ...]  # path, reason
-    tiny: tuple[tuple[str, int, int], ...]  # path, width, height
+    unreadable: tuple[tuple[int, str], ...]  # row, reason
+    tiny: tuple[int, ...]
     sizes: np.ndarray  # (N,2) int32: width, height in pixels, upright; 0 where unreadable
     duplicates: Rows  # rows of files that are equal byte for byte
-    near: Rows  # rows that show the same picture, not all of them equal byte for byte
+    near: Rows  # rows that show the same picture, not all of them equal byte for byte; where they are many, perhaps a chain
+    near_leaks: Rows  # pairs that show the same picture in two splits; for each row the likest
+    near_conflicts: Rows  # with two labels
     straddling: tuple[str, ...]  # groups with rows in several splits
     colours: Colours
     suspects: Suspects | None = None  # None: not looked for
@@ -63,13 +64,15 @@ class Report:
         """The duplicates with several labels."""
         return self._several(self.duplicates, self.index.labels)
 
-    @property
-    def near_leaks(self) -> Rows:
-        return self._several(self.near, self.index.splits)
-
-    @property
-    def near_conflicts(self) -> Rows:
-        return self._several(self.near, self.index.labels)
+    def shown(self, rows: tuple[int, ...], count: int) -> list[int]:
+        """So many of a group: one of each split and label first, since the first rows may all be of one."""
+        seen = Counter[tuple[int, int]]()
+        ranked = []
+        for row in rows:
+            kind = int(self.index.splits[row]), int(self.index.labels[row])
+            ranked.append((seen[kind], row))
+            seen[kind] += 1
+        return [row for _, row in sorted(ranked)[:count]]
 
     @property
     def families(self) -> NDArray[np.int64]:
@@ -97,38 +100,38 @@ class _Seen:
 def check(
     index: ImageIndex,
     *,
-    max_pixels: int = 50_000_000,
     max_unreadable: float = 0.05,
     expected: Normalisation | None = None,
     likeness: float = LIKENESS,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
     """Decode every image in full; compare all files byte for byte, and all pictures with one another.
 
     `expected`: the network's normalisation, to compare colours with; `likeness`: the correlation, in [-1,1], from which two
-    pictures are near copies. `progress(done, total)` is called per image.
+    pictures are near copies. `progress(what, done, total)` is called while images are read, and while they are compared.
     """
     total = len(index)
     digests, sizes = np.zeros((total, 2), np.uint64), np.zeros((total, 2), np.int32)
     prints, seen_moments, grey = Prints.empty(total), np.full((total, 2, 3), np.nan), np.zeros(total, bool)
-    unreadable: list[tuple[str, str]] = []
+    unreadable: list[tuple[int, str]] = []
     modes: Counter[str] = Counter()
-    for row, seen in enumerate(_read_all(index, max_pixels, workers)):
+    for row, seen in enumerate(_read_all(index, workers)):
         # An unreadable file is nobody's duplicate: its row number stands for its content.
         digests[row] = np.frombuffer(seen.digest, np.uint64) if seen.digest else (row, 0)
         sizes[row], seen_moments[row] = seen.size, seen.moments
         if seen.print is None:
-            unreadable.append((str(index.paths[row]), seen.reason))
+            unreadable.append((row, seen.reason))
         else:
             prints.put(row, seen.print)
             grey[row] = is_grey(seen.print.thumb)
             modes[seen.mode] += 1
         if progress:
-            progress(row + 1, total)
+            progress("reading", row + 1, total)
     counts = np.zeros((len(SPLITS), len(index.classes)), np.int64)
     np.add.at(counts, (index.splits, index.labels), 1)
     duplicates = equal(digests)
+    near, across = _near(index, prints, np.flatnonzero(sizes[:, 0] > 0), duplicates, likeness, progress)
     report = Report(
         index=index,
         counts=counts,
@@ -139,13 +142,12 @@ def check(
             if (counts[s] == 0).any() and (s == 0 or counts[s].any())
         },
         unreadable=tuple(unreadable),
-        tiny=tuple(
-            (str(index.paths[row]), *sizes[row].tolist())
-            for row in np.flatnonzero((sizes.min(axis=1) < TINY) & (sizes.min(axis=1) > 0))
-        ),
+        tiny=tuple(np.flatnonzero((sizes.min(axis=1) < TINY) & (sizes.min(axis=1) > 0)).tolist()),
         sizes=sizes,
         duplicates=duplicates,
-        near=_near(prints, np.flatnonzero(sizes[:, 0] > 0), duplicates, likeness),
+        near=near,
+        near_leaks=across[0],
+        near_conflicts=across[1],
         straddling=() if index.groups is None else tuple(straddling(index.groups, index.splits)),
         colours=colours(seen_moments, grey, train=index.splits == 0, modes=modes, expected=expected),
     )
@@ -157,7 +159,10 @@ def with_suspects(report: Report, found: Suspects) -> Report:
     text = (
         f"about {found.wrong} labels look wrong; {len(found.listed)} images look more like another class than their own"
     )
-    return replace(report, suspects=found, warnings=(*report.warnings, *([text] if found.wrong else [])))
+    said = [text] if found.wrong else []
+    if found.unjudged:
+        said.append(f"{found.unjudged} labels were not judged: their classes are too small to hold an image out")
+    return replace(report, suspects=found, warnings=(*report.warnings, *said))
 
 
 def findings(report: Report) -> list[dict[str, object]]:
@@ -171,15 +176,14 @@ def findings(report: Report) -> list[dict[str, object]]:
         lines.append(line | {"label": label, "suggested": "", "score": "", "detail": detail})
         return lines[-1]
 
-    at = {str(path): row for row, path in enumerate(index.paths.tolist())}
-    for path, reason in report.unreadable:
-        add("unreadable", at[path], detail=reason)
-    for path, width, height in report.tiny:
-        add("tiny", at[path], detail=f"{width} x {height}")
-    for finding, found in (("duplicate", report.duplicates), ("near-duplicate", report.near)):
-        for number, rows in enumerate(found, 1):
-            for row in rows:
-                add(finding, row, number=number)
+    for row, reason in report.unreadable:
+        add("unreadable", row, detail=reason)
+    for row in report.tiny:
+        add("tiny", row, detail=" x ".join(map(str, report.sizes[row])))
+    kinds = [("duplicate", rows) for rows in report.duplicates] + [("near-duplicate", rows) for rows in report.near]
+    for number, (finding, rows) in enumerate(kinds, 1):
+        for row in rows:
+            add(finding, row, number=number)
     for finding, several in (("flat", report.colours.flat), ("grey", report.colours.grey)):
         for row in several:
             add(finding, row)
@@ -190,35 +194,40 @@ def findings(report: Report) -> list[dict[str, object]]:
     return lines
 
 
-def _near(prints: Prints, readable: NDArray[np.int64], duplicates: Rows, likeness: float) -> Rows:
-    """Groups of rows that show the same; what is equal byte for byte is compared once, and joins its group afterwards."""
+def _near(
+    index: ImageIndex,
+    prints: Prints,
+    readable: NDArray[np.int64],
+    duplicates: Rows,
+    likeness: float,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[Rows, list[Rows]]:
+    """Groups of rows that show the same; and of pairs those of two splits, and those of two labels. What is equal byte for
+    byte is compared once, and joins its group afterwards."""
     again = {row: rows[0] for rows in duplicates for row in rows[1:]}
     rows = np.array([row for row in readable.tolist() if row not in again], np.int64)
-    pairs = alike(prints, rows, likeness=likeness)
-    numbers = joined(len(prints.hashes), pairs, np.array(list(again.items()), np.int64).reshape(-1, 2))
+    found = alike(prints, rows, likeness=likeness, progress=partial(progress, "comparing") if progress else None)
+    numbers, across = gathered(found, len(index), index.splits, index.labels)
+    numbers = joined(len(index), links(numbers), np.array(list(again.items()), np.int64).reshape(-1, 2))
     equal_files = set(duplicates)
-    return tuple(found for found in groups(numbers) if found not in equal_files)
+    near = tuple(group for group in groups(numbers) if group not in equal_files)
+    return near, [tuple(map(tuple, pairs.tolist())) for pairs in across]
 
 
-def _read_all(index: ImageIndex, max_pixels: int, workers: int | None) -> Iterator[_Seen]:
+def _read_all(index: ImageIndex, workers: int | None) -> Iterator[_Seen]:
     """In the order of rows; a bounded number of files is under way."""
     window = 1024
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for start in range(0, len(index), window):
             rows = range(start, min(start + window, len(index)))
-            yield from pool.map(lambda row: _read(index, row, max_pixels), rows)
+            yield from pool.map(lambda row: _read(index, row), rows)
 
 
-def _read(index: ImageIndex, row: int, max_pixels: int) -> _Seen:
+def _read(index: ImageIndex, row: int) -> _Seen:
     try:
-        content = index.path(row).read_bytes()
-        image = decode(content, max_pixels=max_pixels)
-        with Image.open(BytesIO(content)) as stored:  # its head alone is read
-            mode = stored.mode
+        image, mode, content = decode_stored(index.path(row))
     except ImageError as error:
         return _Seen(reason=error.reason)
-    except OSError as error:
-        return _Seen(reason=error.strerror or type(error).__name__)
     return _Seen(
         digest=hashlib.sha256(content).digest()[:16],
         size=image.size,
@@ -241,7 +250,7 @@ def _judge(report: Report, max_unreadable: float) -> Report:
             warnings.append(f"there is no {split} part")
     if report.unreadable:
         share = len(report.unreadable) / total
-        listed = some([f"{path} ({reason})" for path, reason in report.unreadable])
+        listed = some([f"{index.paths[row]} ({reason})" for row, reason in report.unreadable])
         text = f"{len(report.unreadable)} of {total} files can't be read ({share:.2%}): {listed}"
         (errors if share > max_unreadable else warnings).append(text)
     _judge_copies(report, errors, warnings)
@@ -250,7 +259,7 @@ def _judge(report: Report, max_unreadable: float) -> Report:
     if report.imbalance > IMBALANCE and np.isfinite(report.imbalance):
         warnings.append(f"the largest class has {report.imbalance:.3g} times the train images of the smallest")
     if report.tiny:
-        listed = some([f"{path} ({w} x {h})" for path, w, h in report.tiny])
+        listed = some([f"{index.paths[row]} ({' x '.join(map(str, report.sizes[row]))})" for row in report.tiny])
         warnings.append(f"{len(report.tiny)} images are smaller than {TINY} pixels: {listed}")
     if report.colours.flat:
         listed = some([_place(index, row) for row in report.colours.flat])
@@ -263,7 +272,11 @@ def _judge_copies(report: Report, errors: list[str], warnings: list[str]) -> Non
     """Copies in two splits, or under two labels, spoil a result, however they were stored."""
 
     def listed(found: Rows, sign: str) -> str:
-        return some([f" {sign} ".join(_place(report.index, row) for row in rows[:3]) for rows in found], 3)
+        return some([f" {sign} ".join(place(row) for row in report.shown(rows, 3)) for rows in found], 3)
+
+    def place(row: int) -> str:
+        index = report.index
+        return f"{index.paths[row]} ({SPLITS[index.splits[row]]}, {index.classes[index.labels[row]]})"
 
     leaks, conflicts = report.leaks, report.conflicts
     if leaks:
@@ -274,11 +287,12 @@ def _judge_copies(report: Report, errors: list[str], warnings: list[str]) -> Non
         errors.append(f"{len(conflicts)} images occur under different labels: {listed(conflicts, '=')}")
     leaks, conflicts = report.near_leaks, report.near_conflicts
     if leaks:
-        errors.append(f"{len(leaks)} pictures lie in more than one split in near copies: {listed(leaks, '~')}")
-    if within := tuple(sorted(set(report.near) - set(leaks))):
+        errors.append(f"{len(leaks)} pairs of near copies lie in two splits: {listed(leaks, '~')}")
+    crossing = {row for pair in leaks for row in pair}
+    if within := tuple(rows for rows in report.near if not crossing & set(rows)):
         warnings.append(f"{len(within)} pictures occur in near copies within a split: {listed(within, '~')}")
     if conflicts:
-        errors.append(f"{len(conflicts)} pictures occur in near copies with different labels: {listed(conflicts, '~')}")
+        errors.append(f"{len(conflicts)} pairs of near copies have different labels: {listed(conflicts, '~')}")
 
 
 def _place(index: ImageIndex, row: int) -> str:

@@ -2,13 +2,15 @@
 
 Perceptual hashes (imagehash's pHash: 64 signs of a cosine transform) propose pairs, thumbnails decide: leaves on a plain ground
 share hashes by the dozen. Every pair of hashes is compared, which is exact for any distance and no more than N^2 / 2 XORs of
-8 bytes, in blocks: seconds for 1e5 images, which take a thousand times as long to decode.
+8 bytes, in blocks: seconds for 1e5 images, which take a thousand times as long to decode. Where all hashes are alike, as of a
+fixed camera, all thumbnails are compared, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,7 @@ SIDE = 32  # pixels of a thumbnail; pHash itself looks at 32 x 32
 DISTANCE = 10  # of 64 bits; a wide net, since thumbnails decide
 LIKENESS = 0.98  # correlation of two thumbnails from which they show the same; measured, see docs/measurements.md
 _BLOCK = 128  # images compared with all others at a time
-_PAIRS = 4096  # thumbnails compared at a time: 100 MB
+_PART = 2048  # thumbnails that a block is compared with at a time: 25 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,36 +69,74 @@ def equal(digests: NDArray[np.uint64]) -> tuple[tuple[int, ...], ...]:
 
 
 def alike(
-    prints: Prints, rows: NDArray[np.int64], *, distance: int = DISTANCE, likeness: float = LIKENESS
-) -> NDArray[np.int64]:
-    """Pairs (P,2) among `rows` that show the same picture, upright or mirrored.
+    prints: Prints,
+    rows: NDArray[np.int64],
+    *,
+    distance: int = DISTANCE,
+    likeness: float = LIKENESS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Pairs (P,2) among `rows` that show the same picture, upright or mirrored, and how like they are (P,): many small parts,
+    since N frames of a fixed camera are N^2 / 2 pairs. Rows that are equal byte for byte should come once.
 
-    Memory: 3 kB an image and what a block needs, never N^2. Rows that are equal byte for byte should come once.
+    Time: N^2 / 2 XORs, and a product of thumbnails for each row of hashes that has a candidate among 128 others. Memory: a part.
     """
-    found = [np.empty((0, 2), np.int64)]
-    upright = prints.hashes[rows]
+    upright, mirrored = prints.hashes[rows], prints.mirrored[rows]
     for start in range(0, len(rows), _BLOCK):
-        own = upright[start : start + _BLOCK, None]
-        for turned, others in ((False, upright), (True, prints.mirrored[rows])):
-            a, b = np.nonzero(np.bitwise_count(own ^ others[None, start:]) <= distance)
-            pairs = np.stack([rows[a[a < b] + start], rows[b[a < b] + start]], axis=1)
-            found += [part[likenesses(prints, part, turned=turned) >= likeness] for part in _chunks(pairs)]
-    return np.unique(np.concatenate(found), axis=0)
+        block = np.arange(start, min(start + _BLOCK, len(rows)))
+        own = unit(prints.thumbs[rows[block]])
+        for turned, others in ((False, upright), (True, mirrored)):
+            near = np.bitwise_count(upright[block, None] ^ others[None, start:]) <= distance
+            near &= np.arange(start, len(rows)) > block[:, None]
+            columns = np.flatnonzero(near.any(axis=0))
+            for at in range(0, len(columns), _PART):
+                part = columns[at : at + _PART]
+                same = own @ unit(prints.thumbs[rows[start + part]], turned=turned).T
+                i, j = np.nonzero(near[:, part] & (same >= likeness))
+                if len(i):
+                    yield np.stack([rows[block[i]], rows[start + part[j]]], axis=1), same[i, j]
+        if progress:
+            progress(int(block[-1]) + 1, len(rows))
 
 
-def likenesses(prints: Prints, pairs: NDArray[np.int64], *, turned: bool = False) -> NDArray[np.float32]:
-    """(P,) correlation of the thumbnails of pairs (P,2), all colours at once, in [-1,1]; `turned`: the second is mirrored.
+def unit(thumbs: NDArray[np.uint8], *, turned: bool = False) -> NDArray[np.float32]:
+    """(B,D) of length 1, whose products are the correlations of thumbnails (B,SIDE,SIDE,3), all colours at once, in [-1,1];
+    `turned`: mirrored.
 
     Each channel loses its own mean first, so that a common colour of two grounds counts for nothing and light hardly counts.
-    A picture of one colour is like no other: its thumbnail is noise.
+    A picture of one colour is like no other: its thumbnail is noise, and its vector 0.
     """
-    first, second = (_centred(prints.thumbs[pairs[:, side]]) for side in (0, 1))
-    if turned:
-        second = second[:, :, ::-1]
-    dot = np.einsum("pijc,pijc->p", first, second)
-    own = np.einsum("pijc,pijc->p", first, first) * np.einsum("pijc,pijc->p", second, second)
-    noise = 2.0**2 * SIDE * SIDE * 3  # sum of squares of a thumbnail with 2 levels of 255
-    return np.asarray(np.where(own > noise**2, dot / np.sqrt(np.maximum(own, 1)), 0.0), np.float32)
+    x = (thumbs[:, :, ::-1] if turned else thumbs).astype(np.float32)
+    x = (x - x.mean(axis=(1, 2), keepdims=True)).reshape(len(x), -1)
+    squares = np.einsum("bd,bd->b", x, x)[:, None]
+    noise = 2.0**2 * SIDE * SIDE * 3  # of a thumbnail with 2 levels of 255
+    return np.where(squares > noise, x / np.sqrt(np.maximum(squares, 1)), np.float32(0))
+
+
+def gathered(
+    found: Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]], total: int, *columns: NDArray[Any]
+) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
+    """What is kept of pairs: the number of the group (total,) that each row is in; and for each of the columns (total,) pairs
+    (P,2) of different values: for every row that has such pairs the likest.
+
+    A group may be a chain, whose ends are not alike: what it says of two of its rows is that they may belong together.
+    """
+    numbers = np.arange(total)
+    likest = [(np.full(total, -np.inf, np.float32), np.arange(total)) for _ in columns]
+    for pairs, likeness in found:
+        numbers = joined(total, links(numbers), pairs)
+        order = np.argsort(likeness, kind="stable")  # of several for one row the last stays
+        for column, (best, other) in zip(columns, likest, strict=True):
+            differ = order[column[pairs[order, 0]] != column[pairs[order, 1]]]
+            for own, their in ((0, 1), (1, 0)):
+                better = differ[likeness[differ] > best[pairs[differ, own]]]
+                best[pairs[better, own]] = likeness[better]
+                other[pairs[better, own]] = pairs[better, their]
+    across = []
+    for best, other in likest:
+        both = np.stack([np.arange(total), other], axis=1)[best > -np.inf]
+        across.append(np.unique(np.sort(both, axis=1), axis=0))
+    return numbers, across
 
 
 def joined(total: int, *links: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -122,13 +162,3 @@ def links(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     rows = np.arange(len(numbers))
     pairs = np.stack([first[inverse.reshape(-1)], rows], axis=1)
     return pairs[pairs[:, 0] != rows]
-
-
-def _centred(thumbs: NDArray[np.uint8]) -> NDArray[np.float32]:
-    x = thumbs.astype(np.float32)
-    return x - x.mean(axis=(1, 2), keepdims=True)
-
-
-def _chunks(pairs: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(pairs), _PAIRS):
-        yield pairs[start : start + _PAIRS]

@@ -33,6 +33,7 @@ class Suspects:
 
     listed: tuple[Suspect, ...]  # where the probe finds another class likelier; the least likely labels first
     wrong: int  # how many labels of the set are wrong, by confident learning
+    unjudged: int = 0  # images of classes too small to hold any out
 
 
 def suspects(
@@ -51,15 +52,25 @@ def suspects(
     from cleanlab.count import num_label_issues
     from cleanlab.rank import get_label_quality_scores
 
-    present, y = np.unique(labels, return_inverse=True)
-    p = _held_out(features, y, families, seed)
+    if not np.isfinite(features).all():
+        raise FgvcError("suspects: the features have values that are no numbers; the weights are broken")
+    kept = _several_families(labels, families)
+    present, y = np.unique(labels[kept], return_inverse=True)
+    p, rounds = _held_out(features[kept], y, families[kept], seed)
+    known = rounds > 0
+    kept, y, p = kept[known], y[known], p[known] / rounds[known, None]
+    if len(np.unique(y)) < 2:
+        raise FgvcError(
+            f"suspects: {len(labels)} readable images of {len(np.unique(labels))} classes are too few to hold some of them out: "
+            "two classes must have two images or more that do not belong together"
+        )
     score, other = get_label_quality_scores(y, p, method="self_confidence"), p.copy()
     other[np.arange(len(y)), y] = -1
     best = other.argmax(axis=1)
-    order = np.lexsort((rows, score))
+    order = np.lexsort((rows[kept], score))
     listed = tuple(
         Suspect(
-            row=int(rows[at]),
+            row=int(rows[kept[at]]),
             label=int(present[y[at]]),
             suggested=int(present[best[at]]),
             own=float(score[at]),
@@ -67,30 +78,41 @@ def suspects(
         )
         for at in order[other[order, best[order]] > score[order]]
     )
-    return Suspects(listed, int(num_label_issues(y, p)))
+    return Suspects(listed, int(num_label_issues(y, p)), len(labels) - len(kept))
+
+
+def _several_families(labels: NDArray[np.int32], families: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions of the images whose class has two families or more: of another class nothing is left when it is held out."""
+    pairs = np.unique(np.stack([labels.astype(np.int64), families], axis=1), axis=0)
+    present, counts = np.unique(pairs[:, 0], return_counts=True)
+    return np.flatnonzero(np.isin(labels, present[counts > 1]))
 
 
 def _held_out(
     features: NDArray[np.float32], y: NDArray[np.int64], families: NDArray[np.int64], seed: int
-) -> NDArray[np.float64]:
-    """(N,K) probabilities of every image by a probe that has seen neither it nor its family."""
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """(N,K) probabilities of every image by probes that have seen neither it nor its family, summed over rounds; and in how
+    many (N,) they knew its class."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    classes = int(y.max(initial=0)) + 1
-    if classes < 2 or len(np.unique(families)) < FOLDS:
-        raise FgvcError(
-            f"suspects: {len(y)} readable images of {classes} classes are too few to hold a fifth of them out"
-        )
-    p = np.zeros((len(y), classes))
+    p, rounds = np.zeros((len(y), int(y.max(initial=0)) + 1)), np.zeros(len(y), np.int64)
+    splits = min(FOLDS, len(np.unique(families)), int(np.bincount(y, minlength=1).max(initial=0)))
+    if splits < 2:
+        return p, rounds
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with fewer images than folds, and of fits that stop early
         for number in range(ROUNDS):
-            folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed + number)
+            folds = StratifiedGroupKFold(splits, shuffle=True, random_state=seed + number)
             for learn, judge in folds.split(features, y, families):
+                if len(np.unique(y[learn])) < 2:
+                    continue
                 probe = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=300))
                 probe.fit(features[learn], y[learn])
-                p[np.ix_(judge, probe[-1].classes_)] += probe.predict_proba(features[judge]) / ROUNDS
-    return p
+                told = judge[np.isin(y[judge], probe[-1].classes_)]
+                if len(told):
+                    p[np.ix_(told, probe[-1].classes_)] += probe.predict_proba(features[told])
+                    rounds[told] += 1
+    return p, rounds

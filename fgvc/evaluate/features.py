@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from fgvc.config import Triple
+from fgvc.config import Preprocess, Triple
 from fgvc.data.colour import Normalisation
 from fgvc.data.loader import evaluation_loader
 from fgvc.model.backbone import load_weights, memory_format, plain_model, preprocess_for
@@ -43,36 +44,51 @@ class Features:
     vectors: NDArray[np.float32]  # (N,D)
 
 
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A backbone with its first weights, and what turns images into its input."""
+
+    net: nn.Module
+    spec: Preprocess
+
+
+def frozen(recipe: Recipe, classes: int) -> Frozen:
+    """Raises FgvcError where the recipe's weights are random or not within reach, or the backbone has no pooled features."""
+    if recipe.model.weights == "none":
+        raise FgvcError(
+            "model.weights: features of random weights say nothing of labels; name weights, or leave this out"
+        )
+    net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs).eval()
+    spec = preprocess_for(recipe.deploy, recipe.image.size, load_weights(net, recipe.model))
+    with torch.inference_mode():
+        if _pooled(net, torch.zeros(1, 3, *spec.size)).ndim != 2:
+            raise FgvcError(f"model.backbone: {recipe.model.backbone} has no pooled features before its last layer")
+    return Frozen(net, spec)
+
+
 def features(
     recipe: Recipe,
+    backbone: Frozen,
     index: ImageIndex,
     rows: NDArray[np.int64],
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
-    """Pooled features of `rows` before the last layer, by the recipe's backbone and first weights, as evaluation sees images.
-
-    Unreadable images are left out. Raises FgvcError where the recipe's weights are random or not within reach, or the
-    backbone has no such vectors.
-    """
-    if recipe.model.weights == "none":
-        raise FgvcError(
-            "model.weights: features of random weights say nothing of labels; name weights, or leave this out"
-        )
-    net = plain_model(recipe.model.backbone, len(index.classes), recipe.model.kwargs).eval()
-    spec = preprocess_for(recipe.deploy, recipe.image.size, load_weights(net, recipe.model))
+    """Pooled features of `rows` before the last layer, as evaluation sees images. Unreadable images are left out."""
     seen, vectors, done = [], [], 0
     with runtime(recipe.train) as process, torch.inference_mode():
-        layout = memory_format(net)
-        net.to(process.device).to(memory_format=layout)
-        for batch in evaluation_loader(index, rows, spec=spec, batch_size=64, workers=recipe.train.workers):
+        layout = memory_format(backbone.net)
+        net = backbone.net.to(process.device).to(memory_format=layout)
+        for batch in evaluation_loader(index, rows, spec=backbone.spec, batch_size=64, workers=recipe.train.workers):
             x = batch.images.to(process.device, memory_format=layout)
-            v = net.forward_head(net.forward_features(x), pre_logits=True)  # type: ignore[operator]
-            if v.ndim != 2:
-                raise FgvcError(f"model.backbone: {recipe.model.backbone} has no pooled features before its last layer")
-            vectors.append(v.float().cpu().numpy())
+            vectors.append(_pooled(net, x).float().cpu().numpy())
             seen.append(batch.index.numpy())
             done += len(batch.labels) + len(batch.bad)
             if progress:
                 progress(done, len(rows))
     return Features(np.concatenate(seen), np.concatenate(vectors))
+
+
+def _pooled(net: nn.Module, x: Tensor) -> Tensor:
+    v: Tensor = net.forward_head(net.forward_features(x), pre_logits=True)  # type: ignore[operator]
+    return v

@@ -39,6 +39,21 @@ def decode(
     Raises ImageError; its reason is one of: missing, a directory, not a file, not readable, empty, not an image,
     format not accepted, too many pixels, truncated, corrupt.
     """
+    return _decoded(source, max_pixels, formats)[0]
+
+
+def decode_stored(path: Path) -> tuple[Image.Image, str, bytes]:
+    """What `decode` gives, how the file stores colour, in Pillow's words, and its bytes. Raises ImageError likewise."""
+    try:
+        with _open(path) as stream:
+            content = stream.read()
+    except (OSError, ValueError):
+        content = None  # `decode` finds the word for it
+    image, mode = _decoded(path if content is None else content, MAX_PIXELS, None)
+    return image, mode, content or b""
+
+
+def _decoded(source: Path | bytes, max_pixels: int, formats: tuple[str, ...] | None) -> tuple[Image.Image, str]:
     name = source if isinstance(source, Path) else "(bytes)"
     accepted = FORMATS if formats is None else tuple(kind for kind in FORMATS if kind in formats)
     _hush_metadata()
@@ -46,7 +61,8 @@ def decode(
         with _open(source) as stream, Image.open(stream, formats=accepted) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError(name, "too many pixels")
-            return _upright_rgb(image)
+            mode = image.mode
+            return _upright_rgb(image), mode
     except (ImageError, MemoryError):
         raise
     except FileNotFoundError:

@@ -63,13 +63,14 @@ def data_page(report: Report) -> str:
         classes=_classes(report),
         sizes=_sizes(report.sizes[report.sizes[:, 0] > 0]),
         copies=[
-            Copies(fault, tuple(_figure(report, row) for row in rows[:COPIES]), len(rows[COPIES:]))
+            Copies(fault, tuple(_figure(report, row) for row in report.shown(rows, COPIES)), len(rows[COPIES:]))
             for rows, fault in copies[:GROUPS]
         ],
         all_copies=len(copies),
         all_doubts=len(suspects),
         doubts=[_doubt(report, one) for one in suspects[:SUSPECTS]],
-        tiny=[(path, f"{width} x {height}") for path, width, height in report.tiny],
+        unreadable=[(str(index.paths[row]), reason) for row, reason in report.unreadable],
+        tiny=[(str(index.paths[row]), " x ".join(map(str, report.sizes[row]))) for row in report.tiny],
         lines=LINES,
     )
 
@@ -78,12 +79,16 @@ def _ordered(report: Report) -> list[tuple[tuple[int, ...], str]]:
     """Groups of copies with what makes each an error, the errors first. A group of near copies holds the equal ones in it."""
     near = {row for rows in report.near for row in rows}
     found = [*report.near, *(rows for rows in report.duplicates if rows[0] not in near)]
-    splits, labels = report.index.splits, report.index.labels
+    across = {
+        name: {row for rows in (*equal, *pairs) for row in rows}
+        for name, equal, pairs in (
+            ("split", report.leaks, report.near_leaks),
+            ("label", report.conflicts, report.near_conflicts),
+        )
+    }
 
     def fault(rows: tuple[int, ...]) -> str:
-        several = [
-            name for name, column in (("split", splits), ("label", labels)) if len(set(column[list(rows)].tolist())) > 1
-        ]
+        several = [name for name, told in across.items() if told & set(rows)]
         return f"more than one {' and '.join(several)}" if several else ""
 
     return sorted(((rows, fault(rows)) for rows in found), key=lambda one: (not one[1], one[0]))

@@ -87,11 +87,12 @@ class BundleLooker:
         self.name, self.labels, self.spec = folder.name, bundle.labels, bundle.preprocess
         self.methods: tuple[str, ...] = ("cam",)
         self._session = Session(bundle.explain)
+        self._temperature = bundle.calibration.temperature if bundle.calibration else 1.0
 
     def __call__(self, x: Floats, label: int | None) -> list[Seen]:
         logits, maps = self._session.run(x)
         seen = []
-        for p, own in zip(softmax(logits), maps, strict=True):
+        for p, own in zip(softmax(logits / self._temperature), maps, strict=True):
             chosen = int(p.argmax()) if label is None else label
             raw = np.ascontiguousarray(own[chosen])
             seen.append(Seen(chosen, p, {"cam": positive(raw, (x.shape[2], x.shape[3]))}, {"cam": raw}))

@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import pytest
@@ -48,20 +49,21 @@ def test_a_clean_set_has_no_findings(tmp_path):
     index = build(
         tmp_path, [(s, k, picture(20 * s + 100 * k + j)) for s in range(3) for k in range(2) for j in range(2)]
     )
-    report = check(index, progress=lambda done, total: seen.append((done, total)))
+    report = check(index, progress=lambda *now: seen.append(now))
     assert report.ok
     assert (report.errors, report.warnings) == ((), ())
     assert report.counts.tolist() == [[2, 2]] * 3
     assert report.imbalance == 1.0
     assert report.missing == {}
-    assert seen == [(i, 12) for i in range(1, 13)]
+    assert seen == [*(("reading", i, 12) for i in range(1, 13)), ("comparing", 12, 12)]
 
 
-def test_unreadable_files_are_named_with_their_reason(tmp_path):
+def test_unreadable_files_are_named_with_their_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("fgvc.image.decode.MAX_PIXELS", 9_999)
     big = picture(9, (100, 100))
     contents = [picture(1), picture(2), b"", b"", b"hello, I am a JPEG", picture(3, (400, 300))[:200], None, big]
-    report = check(build(tmp_path, [(0, i % 2, c) for i, c in enumerate(contents)]), max_pixels=9_999)
-    reasons = dict(report.unreadable)
+    report = check(build(tmp_path, [(0, i % 2, c) for i, c in enumerate(contents)]))
+    reasons = {f"{row}.png": reason for row, reason in report.unreadable}
     assert set(reasons) == {"2.png", "3.png", "4.png", "5.png", "6.png", "7.png"}
     assert all(reasons.values())
     assert "pixels" in reasons["7.png"]
@@ -94,8 +96,8 @@ def test_duplicates_leaks_and_conflicts(tmp_path):
     assert report.duplicates == ((0, 3), (1, 5), (4, 6))
     assert report.leaks == ((1, 5),)
     assert report.conflicts == ((4, 6),)
-    assert any("1.png (train) = 5.png (test)" in text for text in report.errors)
-    assert any("4.png (test) = 6.png (test)" in text for text in report.errors)
+    assert any("1.png (train, b) = 5.png (test, b)" in text for text in report.errors)
+    assert any("4.png (test, a) = 6.png (test, b)" in text for text in report.errors)
     assert any("2 images occur more than once within a split" in text for text in report.warnings)
 
 
@@ -104,7 +106,7 @@ def test_balance_missing_classes_sizes_and_groups(tmp_path):
     report = check(build(tmp_path, rows, groups=["same"] + [f"g{i}" for i in range(12)] + ["same"]))
     assert report.imbalance == 12
     assert report.missing == {"test": ("b",)}
-    assert report.tiny == (("12.png", 31, 200),)
+    assert report.tiny == (12,)
     assert report.straddling == ("same",)
     assert [text.split(":")[0] for text in report.errors] == ["1 groups have rows in more than one split"]
     assert len(report.warnings) == 4  # b not in test, no val part, imbalance, tiny
@@ -138,11 +140,11 @@ def test_near_copies_across_splits_and_labels_are_errors(tmp_path):
     report = check(build(tmp_path, rows))
     assert report.duplicates == ((0, 3),)
     assert report.near == ((0, 3, 4), (1, 5))
-    assert (report.near_leaks, report.near_conflicts) == (((0, 3, 4),), ((1, 5),))
+    assert (report.near_leaks, report.near_conflicts) == (((0, 4),), ((1, 5),))
     assert report.leaks == ()
     assert [text.split(":")[0] for text in report.errors] == [
-        "1 pictures lie in more than one split in near copies",
-        "1 pictures occur in near copies with different labels",
+        "1 pairs of near copies lie in two splits",
+        "1 pairs of near copies have different labels",
     ]
     families = report.families
     assert families[0] == families[3] == families[4]
@@ -179,6 +181,36 @@ def test_colours_are_compared_with_the_normalisation(tmp_path):
     ):
         assert expected in said, expected
     assert report.ok
+
+
+def test_of_a_large_group_the_faulty_ones_are_shown(tmp_path):
+    rows = [*((0, 0, picture(1)) for _ in range(9)), (2, 0, picture(1)), (0, 1, picture(1))]
+    report = check(build(tmp_path, rows))
+    (error, other) = report.errors
+    for text in (error, other):
+        assert "0.png (train, a) = 9.png (test, a) = 10.png (train, b)" in text
+    assert report.shown(report.duplicates[0], 4) == [0, 9, 10, 1]
+
+
+def test_a_chain_whose_ends_are_unlike_is_a_group_but_no_leak_of_all(tmp_path):
+    first, last = (np.asarray(drawn(seed, (64, 64))).astype(float) for seed in (5, 6))
+    steps = [Image.fromarray((first + (last - first) * t).round().astype(np.uint8)) for t in np.linspace(0, 1, 30)]
+    report = check(build(tmp_path, [*((0, 0, saved(image)) for image in steps[:-1]), (2, 0, saved(steps[-1]))]))
+    assert report.near == (tuple(range(30)),)
+    assert (28, 29) in report.near_leaks
+    assert all(other == 29 and row > 20 for row, other in report.near_leaks), (
+        "those that are alike, not all of the chain"
+    )
+    assert "~ 29.png (test, a)" in report.errors[-1]
+
+
+def test_what_is_no_file_is_unreadable_and_does_not_wait(tmp_path):
+    index = build(tmp_path, [(0, 0, picture(1)), (0, 1, picture(2))])
+    (tmp_path / "0.png").unlink()
+    os.mkfifo(tmp_path / "0.png")
+    assert check(index, max_unreadable=1).unreadable == ((0, "not a file"),)
+    index.paths[0] = "nu\0l.png"
+    assert check(index, max_unreadable=1).unreadable == ((0, "corrupt"),)
 
 
 def test_findings_are_lines_to_act_upon(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from fgvc.data.duplicates import SIDE, Prints, alike, equal, groups, joined, likenesses, links, print_of
+from fgvc.data.duplicates import SIDE, Prints, alike, equal, gathered, groups, joined, links, print_of, unit
 
 
 def drawn(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
@@ -34,7 +34,12 @@ def prints_of(images: list[Image.Image]) -> Prints:
 
 
 def found(images: list[Image.Image]) -> list[list[int]]:
-    return alike(prints_of(images), np.arange(len(images))).tolist()
+    return pairs_of(prints_of(images), np.arange(len(images)))
+
+
+def pairs_of(prints: Prints, rows: np.ndarray, **options: float) -> list[list[int]]:
+    parts = [pairs for pairs, _ in alike(prints, rows, **options)]
+    return np.unique(np.concatenate([np.empty((0, 2), np.int64), *parts]), axis=0).tolist()
 
 
 COPIES = {
@@ -63,10 +68,10 @@ def test_the_hash_is_imagehashs_own() -> None:
 def test_likeness_is_the_correlation_of_centred_channels() -> None:
     prints = prints_of([drawn(1), drawn(2)])
     a, b = (thumb.astype(float) - thumb.astype(float).mean(axis=(0, 1)) for thumb in prints.thumbs)
-    pair = np.array([[0, 1]])
-    np.testing.assert_allclose(likenesses(prints, pair), [np.corrcoef(a.ravel(), b.ravel())[0, 1]], atol=1e-5)
+    first, second = unit(prints.thumbs)
+    assert first @ second == pytest.approx(np.corrcoef(a.ravel(), b.ravel())[0, 1], abs=1e-5)
     turned = np.corrcoef(a.ravel(), b[:, ::-1].ravel())[0, 1]
-    np.testing.assert_allclose(likenesses(prints, pair, turned=True), [turned], atol=1e-5)
+    assert first @ unit(prints.thumbs, turned=True)[1] == pytest.approx(turned, abs=1e-5)
 
 
 def test_pictures_of_one_colour_are_like_no_others() -> None:
@@ -91,15 +96,44 @@ def test_every_pair_within_the_distance_is_looked_at(hashes: list[int], distance
     prints = Prints.empty(len(hashes))
     prints.hashes[:] = hashes
     prints.mirrored[:] = [value ^ (2**64 - 1) for value in hashes]  # nothing is like its own mirror image
-    pairs = alike(prints, np.arange(len(hashes)), distance=distance, likeness=-1).tolist()
+    pairs = pairs_of(prints, np.arange(len(hashes)), distance=distance, likeness=-1)
     near = lambda a, b: (a ^ b).bit_count() <= distance or (a ^ b ^ (2**64 - 1)).bit_count() <= distance  # noqa: E731
     assert pairs == [[i, j] for i, j in combinations(range(len(hashes)), 2) if near(hashes[i], hashes[j])]
 
 
 def test_rows_that_are_not_asked_for_are_left_out() -> None:
     images = [drawn(0), drawn(0), drawn(1), drawn(0)]
-    assert alike(prints_of(images), np.array([1, 2, 3])).tolist() == [[1, 3]]
-    assert alike(prints_of(images), np.array([], np.int64)).shape == (0, 2)
+    assert pairs_of(prints_of(images), np.array([1, 2, 3])) == [[1, 3]]
+    assert pairs_of(prints_of(images), np.array([], np.int64)) == []
+
+
+def test_thousands_of_frames_of_one_camera_take_no_more_than_their_links() -> None:
+    """Every two are alike: five million pairs, of which no more is kept than what joins them."""
+    frames, rng = 3200, np.random.default_rng(0)
+    prints = Prints.empty(frames)
+    base = np.asarray(drawn(0).resize((SIDE, SIDE)))
+    prints.hashes[:] = 7
+    prints.mirrored[:] = 2**63
+    prints.thumbs[:] = base
+    prints.thumbs[:, 0, 0] += rng.integers(0, 3, (frames, 3), dtype=np.uint8)
+    splits = (np.arange(frames) % 100 == 0).astype(np.int8)
+    done: list[tuple[int, int]] = []
+    found = alike(prints, np.arange(frames), progress=lambda *now: done.append(now))
+    numbers, (across, none) = gathered(found, frames, splits, np.zeros(frames))
+    assert set(numbers.tolist()) == {0}
+    assert done[-1] == (frames, frames)
+    assert len(across) <= frames
+    assert set(across.ravel().tolist()) == set(range(frames)), "every frame of one part has one of the other beside it"
+    assert (splits[across[:, 0]] != splits[across[:, 1]]).all()
+    assert none.shape == (0, 2)
+
+
+def test_of_pairs_across_the_likest_stays() -> None:
+    pairs = [(np.array([[0, 1], [0, 2]]), np.array([0.98, 0.99], np.float32))]
+    pairs += [(np.array([[0, 3], [1, 2]]), np.array([0.985, 0.999], np.float32))]
+    numbers, (across,) = gathered(pairs, 5, np.array([0, 1, 1, 1, 0]))
+    assert groups(numbers) == ((0, 1, 2, 3),)
+    assert across.tolist() == [[0, 1], [0, 2], [0, 3]], "0 and 2 are likest; 1 and 3 have 0 alone"
 
 
 @given(st.lists(st.integers(0, 5), max_size=30))

@@ -47,11 +47,43 @@ def test_a_class_without_images_and_one_with_a_single_image() -> None:
     x, labels = clusters(120, 3)
     labels = labels * 2  # 0, 2, 4 of five classes
     labels[7] = 3
-    found = suspects(x, labels, rows=np.arange(120), families=np.arange(120)).listed
-    assert all({one.label, one.suggested} <= {0, 2, 3, 4} for one in found)
+    labels[[11, 14]] = 0
+    found = suspects(x, labels, rows=np.arange(120), families=np.arange(120))
+    assert found.listed
+    assert all({one.label, one.suggested} <= {0, 2, 4} for one in found.listed)
+    assert found.unjudged == 1, "nothing is left of its class when it is held out"
+    assert {one.row for one in found.listed} >= {11, 14}
+
+
+def test_a_class_that_is_one_family_is_not_judged() -> None:
+    x, labels = clusters(90, 3)
+    families = np.where(labels == 2, 1000, np.arange(90))
+    found = suspects(x, labels, rows=np.arange(90), families=families)
+    assert found.unjudged == 30
+    assert all(one.label != 2 for one in found.listed)
+
+
+@pytest.mark.parametrize("counts", [(4, 4, 4, 4), (20, 1, 1), (5, 2), (30, 6), (3,) * 40])
+def test_small_and_uneven_sets_are_judged_as_far_as_they_go(counts: tuple[int, ...]) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+    x = np.random.default_rng(0).normal(0, 1, (len(labels), 8)).astype(np.float32) + 4 * labels[:, None]
+    several = sum(count for count in counts if count > 1)
+    if sum(count > 1 for count in counts) < 2:
+        with pytest.raises(FgvcError, match="too few to hold some of them out"):
+            suspects(x, labels, rows=np.arange(len(labels)), families=np.arange(len(labels)))
+        return
+    found = suspects(x, labels, rows=np.arange(len(labels)), families=np.arange(len(labels)))
+    assert found.unjudged == len(labels) - several
+
+
+def test_features_that_are_no_numbers_are_refused() -> None:
+    x, labels = clusters(40)
+    x[3, 2] = np.nan
+    with pytest.raises(FgvcError, match="no numbers"):
+        suspects(x, labels, rows=np.arange(40), families=np.arange(40))
 
 
 def test_too_few_images_are_refused() -> None:
-    x, labels = clusters(4, 2)
+    x, labels = clusters(2, 2)
     with pytest.raises(FgvcError, match="too few"):
-        suspects(x, labels, rows=np.arange(4), families=np.arange(4))
+        suspects(x, labels, rows=np.arange(2), families=np.arange(2))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fgvc.evaluate.features import features, normalisation
+from fgvc.evaluate.features import features, frozen, normalisation
 from fgvc.image.decode import decode
 from fgvc.image.preprocess import preprocess
 from fgvc.model.backbone import load_weights, plain_model, preprocess_for
@@ -31,7 +31,9 @@ def test_they_are_the_nets_pooled_vectors(weighted: Recipe) -> None:
     index = weighted.data.read()
     seen: list[tuple[int, int]] = []
     rows = np.array([3, 50, 10, 40])
-    found = features(weighted, index, rows, progress=lambda done, total: seen.append((done, total)))
+    found = features(
+        weighted, frozen(weighted, 3), index, rows, progress=lambda done, total: seen.append((done, total))
+    )
     assert found.rows.tolist() == rows.tolist()
     assert seen == [(4, 4)]
     net = plain_model("test_resnet", 3).eval()
@@ -46,7 +48,7 @@ def test_random_weights_are_refused(recipe_tree: dict) -> None:
     tree = recipe_tree | {"model": {"backbone": "test_resnet", "weights": "none"}}
     recipe = Recipe.model_validate(tree)
     with pytest.raises(FgvcError, match="random weights"):
-        features(recipe, recipe.data.read(), np.arange(4))
+        frozen(recipe, 3)
 
 
 def test_the_normalisation_is_told_as_rgb_with_white_as_one(weighted: Recipe) -> None:
