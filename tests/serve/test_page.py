@@ -7,105 +7,29 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from PIL import Image
-from selenium.webdriver import Chrome
+from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from fgvc.serve.page import CSP, PAGE
 from tests.conftest import paint
 from tests.page.browser import browser
+from tests.serve.stub import NAMES, P, Stub, answer, png, serving
 
 pytestmark = pytest.mark.allow_hosts(
     ["127.0.0.1", "localhost", "::1"]
 )  # the server's, and where selenium's driver listens
 
-HOSTILE = "<img src=x onerror=alert(1)>"
-LONG = "a_name_without_a_single_place_to_break_it_" * 3 + "x" * 90
-NAMES = ("Rust", HOSTILE, "灰斑病与褐斑病混合感染的咖啡叶片", LONG, "phoma/miner.late-stage")
-P = (0.61234, 0.3, 0.07, 0.0173, 0.00036)
-
-
-def png(size: tuple[int, int], colour: str) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", size, colour).save(content, "PNG")
-    return content.getvalue()
-
-
-def answer(*, rejected: bool = False) -> dict[str, Any]:
-    predictions = [
-        {"label": name, "index": i, "probability": p} for i, (name, p) in enumerate(zip(NAMES, P, strict=True))
-    ]
-    milliseconds = {"decode": 3.14, "preprocess": 2.0, "infer": 24.5, "total": 31.2}
-    return {"model": "leaves", "predictions": predictions, "rejected": rejected, "milliseconds": milliseconds}
-
-
-@dataclass
-class Stub:
-    """What the server says, and what it was asked. `refusals` go before answers, once each."""
-
-    url: str = ""
-    models: Any = field(default_factory=lambda: {"models": [{"name": "leaves"}]})
-    classify: dict[str, Any] = field(default_factory=answer)
-    explain: bytes | None = field(default_factory=lambda: png((64, 64), "orange"))
-    refusals: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
-    key: str = ""
-    asked: list[tuple[str, dict[str, list[str]], str, bytes]] = field(default_factory=list)  # path, query, type, body
-
-    def reply(self, path: str, key: str) -> tuple[int, str, bytes, dict[str, str]]:
-        """Status, type, body and headers of an answer."""
-        if path == "/":
-            return 200, "text/html; charset=utf-8", PAGE.encode(), {"Content-Security-Policy": CSP}
-        if self.key and key != f"Bearer {self.key}":
-            return 401, "application/json", b'{"error": "wrong key"}', {}
-        if path == "/v2/models":
-            return 200, "application/json", json.dumps(self.models).encode(), {}
-        if self.refusals:
-            status, headers, said = self.refusals.pop(0)
-            return status, "application/json", json.dumps(said).encode(), headers
-        if path == "/v1/classify":
-            return 200, "application/json", json.dumps(self.classify).encode(), {}
-        if path == "/v1/explain" and self.explain is not None:
-            return 200, "image/png", self.explain, {}
-        return 404, "application/json", b'{"error": "no explain.onnx in this bundle"}', {}
-
 
 @pytest.fixture
 def server() -> Iterator[Stub]:
-    stub = Stub()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            address = urlsplit(self.path)
-            stub.asked.append((address.path, parse_qs(address.query), self.headers.get("Content-Type", ""), body))
-            status, kind, content, headers = stub.reply(address.path, self.headers.get("Authorization", ""))
-            self.send_response(status)
-            for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_POST = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        stub.url = f"http://127.0.0.1:{listening.server_port}/"
-        thread = Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving() as stub:
         yield stub
-        listening.shutdown()
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -275,13 +199,72 @@ def test_one_of_several_models(chrome: Chrome, server: Stub, picture: Path) -> N
     assert server.asked[-1][:2] == ("/v1/explain", {"model": ["bird & bee"]})
 
 
-def test_bundle_without_a_heat_map(chrome: Chrome, server: Stub, picture: Path) -> None:
-    server.explain = None
+def test_another_model_while_busy(chrome: Chrome, server: Stub, picture: Path) -> None:
+    server.models, server.classify = ["leaves", "birds"], answer(rejected=True)
+    visit(chrome, server)
+    server.gate.clear()
+    chrome.find_element("css selector", "#file").send_keys(str(picture))
+    until(chrome, lambda: server.asked[-1][1].get("model") == ["leaves"])
+    assert shown(chrome, "#ghost")
+    assert chrome.execute_script("return document.querySelector('#right').ariaBusy") == "true"
+    chrome.find_element("css selector", "#model").send_keys("birds")
+    until(chrome, lambda: server.asked[-1][1].get("model") == ["birds"])
+    assert shown(chrome, "#ghost")  # what was given up is no error
+    server.gate.set()
+    until(chrome, lambda: shown(chrome, "#none"))
+    assert not shown(chrome, "#trouble")
+    assert troubles(chrome, server, width=1280) == []
+
+
+def test_dropped_and_pasted_with_heat_map_on(chrome: Chrome, server: Stub) -> None:
+    visit(chrome, server)
+    give = """
+        const [type, colour, key] = arguments, canvas = document.createElement("canvas");
+        canvas.getContext("2d").fillStyle = colour;
+        canvas.getContext("2d").fillRect(0, 0, 99, 99);
+        canvas.toBlob((blob) => {
+          const data = new DataTransfer();
+          data.items.add(new File([blob], `${colour}.png`, { type: "image/png" }));
+          const told = { bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data };
+          document.body.dispatchEvent(new window[key](type, told));
+        });"""
+    chrome.execute_script(give, "drop", "red", "DragEvent")
+    until(chrome, lambda: text(chrome, "#facts").startswith("red.png · 300 × 150") and shown(chrome, "#classes"))
+    click(chrome, "#warm")
+    until(chrome, lambda: shown(chrome, "#heat"))
+    chrome.execute_script(give, "paste", "blue", "ClipboardEvent")
+    until(chrome, lambda: server.asked[-1][0] == "/v1/explain" and len(server.asked) == 6)
+    until(chrome, lambda: shown(chrome, "#heat"))  # as before, of the new picture
+    red, _, blue, heated = [body for path, _, _, body in server.asked if path.startswith("/v1/")]
+    assert blue == heated != red
+
+
+def test_keyboard_alone(chrome: Chrome, server: Stub, picture: Path) -> None:
+    server.models = ["leaves", "birds"]
     visit(chrome, server)
     choose(chrome, picture)
-    click(chrome, "#warm")
-    until(chrome, lambda: "no explain.onnx" in text(chrome, "#facts"))
-    assert text(chrome, "#facts").startswith("This model has no heat map.")
+    reached = []
+    for _ in range(4):
+        ActionChains(chrome).send_keys(Keys.TAB).perform()
+        reached.append(chrome.switch_to.active_element.get_attribute("id"))
+    assert reached == ["model", "plain", "warm", "file"]
+    ring = "return getComputedStyle(document.activeElement.closest('label')).outlineStyle"
+    assert chrome.execute_script(ring) == "solid"
+    ActionChains(chrome).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).send_keys(Keys.SPACE).perform()
+    until(chrome, lambda: shown(chrome, "#heat"))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_bundle_without_a_heat_map(chrome: Chrome, server: Stub, picture: Path, known: bool) -> None:
+    """`known`: the list of models says so."""
+    server.explain = None
+    if known:
+        server.models = {"models": [{"name": "leaves", "explain": False}]}
+    visit(chrome, server)
+    choose(chrome, picture)
+    if not known:
+        click(chrome, "#warm")
+    until(chrome, lambda: text(chrome, "#facts").endswith("This model has no heat map."))
     assert shown(chrome, "#picture")
     assert not chrome.find_element("css selector", "#warm").is_enabled()
 
@@ -312,12 +295,34 @@ def test_large_photo_is_made_smaller(chrome: Chrome, server: Stub, tmp_path: Pat
     assert "Sent as a JPEG of 2048 × 1365" in text(chrome, "#facts")
 
 
-def test_server_with_a_smaller_limit(chrome: Chrome, server: Stub, picture: Path) -> None:
-    server.refusals = [(413, {}, {"error": "at most 9 kB"})]
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (413, "the body has more than 9000 bytes"),
+        (415, "the picture is none of JPEG, PNG, WEBP, BMP"),
+        (422, "the picture can't be used: too many pixels"),
+    ],
+)
+def test_picture_that_this_server_does_not_take(
+    chrome: Chrome, server: Stub, picture: Path, status: int, said: str
+) -> None:
+    server.refusals = [(status, {}, {"error": said})]
     visit(chrome, server)
     choose(chrome, picture)
     assert texts(chrome, "#classes .name") == list(NAMES)
     assert [kind for path, _, kind, _ in server.asked if path == "/v1/classify"] == ["image/png", "image/jpeg"]
+    assert "Sent as a JPEG of 320 × 200" in text(chrome, "#facts")
+
+
+def test_no_picture_at_all_behind_a_picture_s_name(chrome: Chrome, server: Stub, tmp_path: Path) -> None:
+    (tmp_path / "leaf.jpg").write_bytes(b"no picture")
+    server.refusals = [(415, {}, {"error": "the picture is none of JPEG, PNG, WEBP, BMP"})]
+    visit(chrome, server)
+    choose(chrome, tmp_path / "leaf.jpg")
+    assert text(chrome, "#wrong") == "The server does not take this format"
+    assert text(chrome, "#why") == "the picture is none of JPEG, PNG, WEBP, BMP"
+    assert shown(chrome, "#blind")
+    assert not shown(chrome, "#again")
 
 
 def test_policy_names_what_the_page_has() -> None:
