@@ -32,7 +32,7 @@ def answer(*, rejected: bool = False) -> dict[str, Any]:
     predictions = [
         {"label": name, "index": i, "probability": p} for i, (name, p) in enumerate(zip(NAMES, P, strict=True))
     ]
-    milliseconds = {"decode": 3.14, "preprocess": 2.0, "infer": 24.5, "total": 31.2}
+    milliseconds = {"wait": 3.14, "decode": 2.0, "classify": 24.5, "total": 31.2}
     return {"model": "leaves", "predictions": predictions, "rejected": rejected, "milliseconds": milliseconds}
 
 
@@ -65,7 +65,7 @@ class Stub:
             return 200, "application/json", json.dumps(self.classify).encode(), {}
         if path == "/v1/explain" and self.explain is not None:
             return 200, "image/png", self.explain, {}
-        return 404, "application/json", b'{"error": "no explain.onnx in this bundle"}', {}
+        return 409, "application/json", b'{"error": "no explain.onnx in this bundle"}', {}
 
 
 @contextmanager

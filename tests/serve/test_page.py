@@ -115,7 +115,7 @@ def test_picture_to_bars_and_heat_map(chrome: Chrome, server: Stub, picture: Pat
     assert chrome.execute_script(share) == pytest.approx(P, abs=0.01)
     assert not shown(chrome, "#none")
     assert text(chrome, "#server") == "31 ms"
-    assert text(chrome, "#parts") == "decode 3.1 ms · preprocess 2.0 ms · infer 25 ms"
+    assert text(chrome, "#parts") == "wait 3.1 ms · decode 2.0 ms · classify 25 ms"
     assert re.fullmatch(r"[\d.]+ ms", text(chrome, "#trip"))
     assert text(chrome, "#status").startswith("Rust, 61.2 %; <img")
     assert text(chrome, "#facts").startswith("leaf.png · 320 × 200 · ")
