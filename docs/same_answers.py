@@ -3,9 +3,9 @@
     python docs/same_answers.py RUN BUNDLE --images 200 --serve http://127.0.0.1:8000 --ray http://127.0.0.1:8001 \
         --out docs/results/same-answers.csv
 
---serve: `fgvc serve BUNDLE`; --ray: deploy/ray_serve/app.py with the same bundle; each is left out where it is not named. The images
-are spread evenly over the test part. A way agrees where its first class is that of `fgvc eval` on every image and no probability
-among the first five differs by more than 1e-4; exit code 1 where one does not.
+--serve: `fgvc serve BUNDLE`; --ray: deploy/ray_serve/app.py with the same bundle; each is left out where it is not named.
+The images are spread evenly over the test part. A way agrees where its first class is that of `fgvc eval` on every image and no
+probability among the first five differs by more than 1e-4; exit code 1 where one does not.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@ threshold and names are the client's part, and come from the bundle that the ser
 
     python client.py BUNDLE IMAGE... --url 127.0.0.1:8000 --model birds
 
-Needs the extra `triton`. One JSON object a line, as `fgvc predict --json` writes it; exit code 1 where an image could not be read.
+Needs the extra `triton`. One JSON object a line, as `fgvc predict --json` writes it; exit code 1 where an image could not be
+read.
 """
 
 import argparse

@@ -12,7 +12,6 @@ import sys
 import threading
 import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 import yaml
@@ -57,7 +56,7 @@ def test_the_image_runs_as_nobody_and_can_be_stopped_and_watched() -> None:
     assert entry[:2] == ["fgvc", "serve"]
     assert entry[entry.index("--port") + 1] == dict(last)["EXPOSE"]
     environment = dict(pair.split("=", 1) for word, rest in last if word == "ENV" for pair in shlex.split(rest))
-    assert environment["PYTHONDONTWRITEBYTECODE"] == "1"
+    assert environment["PYTHONDONTWRITEBYTECODE"] == environment["ORT_DISABLE_TELEMETRY"] == "1"
 
 
 def test_what_is_copied_is_there_and_not_ignored() -> None:

@@ -134,7 +134,8 @@ def test_the_verb_twice_gives_the_same_bytes_and_needs_no_torch(
         written.append({p.relative_to(repository): p.read_bytes() for p in repository.rglob("*") if p.is_file()})
     assert written[0] == written[1]
     code = (
-        "import sys\nfrom fgvc.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "import sys\nfrom fgvc.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
         "assert not {'torch', 'onnx', 'timm', 'tritonclient'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, *main_arguments, str(tmp_path / "three")], check=True)
