@@ -263,6 +263,25 @@ def export(
 
 
 @app.command()
+def triton(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that fgvc exported.")],
+    repository: Annotated[Path, typer.Argument(help="Triton's model repository; made where there is none.")],
+    name: Annotated[str | None, typer.Option(help="The model's name; default: the bundle's folder's.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "gpu"], typer.Option(help="Where Triton runs it; auto: on GPUs, where there are any.")
+    ] = "auto",
+    instances: Annotated[
+        int, typer.Option(min=1, help="Copies that run side by side; each takes one core, or a share of the GPU.")
+    ] = 1,
+) -> None:
+    """Put a bundle into the model repository of a Triton server (or KServe), queue bounded; see deploy/README.md."""
+    from fgvc.export.bundle import load_bundle
+    from fgvc.export.triton import write_model
+
+    print(write_model(load_bundle(bundle), repository, name=name, device=device, instances=instances))
+
+
+@app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="A bundle, or an .onnx file.")],
     against: Annotated[Path | None, typer.Option(help="The deployed .onnx to compare an .onnx with.")] = None,

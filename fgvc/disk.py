@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,3 +41,22 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # gone, unless something failed
             scratch.unlink()
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, to fill: it takes the name once it is whole and on the disk, or goes. Raises FgvcError where
+    something has that name already, or the system can't write it."""
+    if os.path.lexists(folder):
+        raise FgvcError(f"{folder}: exists already; remove it, or choose another name")
+    scratch = folder.with_name(f".{os.getpid()}.{folder.name}")
+    try:
+        with writing(folder):
+            scratch.mkdir(parents=True)
+            yield scratch
+            for path in [*scratch.rglob("*"), scratch]:
+                sync(path)
+            os.rename(scratch, folder)
+            sync(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # gone, unless something failed

@@ -104,18 +104,22 @@ class Engine:
         temperature and threshold, where it has them: an image may be of none of the classes."""
         if not images:
             return []
-        labels = self.bundle.labels
         x = np.stack([preprocess(image, self.bundle.preprocess) for image in images])
-        known = self.bundle.calibration
-        p = softmax(self.logits(x).astype(np.float64) / (known.temperature if known else 1.0))
-        best = np.argsort(-p, axis=1, kind="stable")[:, :top_k]
-        return [
-            Answer(
-                tuple(Prediction(labels[k], int(k), float(row[k])) for k in order),
-                rejected=known is not None and bool(row.max() < known.threshold),
-            )
-            for row, order in zip(p, best, strict=True)
-        ]
+        return answers(self.bundle, self.logits(x), top_k=top_k)
+
+
+def answers(bundle: Bundle, logits: np.ndarray, *, top_k: int = 5) -> list[Answer]:
+    """What logits (B,K) say by the bundle's labels and calibration, wherever they were computed; see `Engine.classify`."""
+    known = bundle.calibration
+    p = softmax(logits.astype(np.float64) / (known.temperature if known else 1.0))
+    best = np.argsort(-p, axis=1, kind="stable")[:, :top_k]
+    return [
+        Answer(
+            tuple(Prediction(bundle.labels[k], int(k), float(row[k])) for k in order),
+            rejected=known is not None and bool(row.max() < known.threshold),
+        )
+        for row, order in zip(p, best, strict=True)
+    ]
 
 
 def softmax(z: np.ndarray) -> np.ndarray:

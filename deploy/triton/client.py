@@ -1,0 +1,67 @@
+"""Classify images on a Triton server, on KServe, or on `fgvc serve`: they take and give tensors, so preprocessing, temperature,
+threshold and names are the client's part, and come from the bundle that the server's model was made of.
+
+    python client.py BUNDLE IMAGE... --url 127.0.0.1:8000 --model birds
+
+Needs the extra `triton`. One JSON object a line, as `fgvc predict --json` writes it; exit code 1 where an image could not be
+read.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from tritonclient.http import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
+
+from fgvc.export.bundle import Bundle, load_bundle
+from fgvc.image.preprocess import preprocess
+from fgvc.serve.engine import answers
+from fgvc.serve.predict import decoded, expand
+from fgvc.types import FgvcError, ImageError
+
+
+def logits(client: InferenceServerClient, model: str, x: np.ndarray) -> np.ndarray:
+    """(B,K) float32 for x (B,3,H,W) float32, by the server's own names of its tensors."""
+    known = client.get_model_metadata(model)
+    tensor = InferInput(known["inputs"][0]["name"], list(x.shape), "FP32")
+    tensor.set_data_from_numpy(x, binary_data=True)
+    return client.infer(model, [tensor]).as_numpy(known["outputs"][0]["name"])
+
+
+def classify(client: InferenceServerClient, model: str, bundle: Bundle, path: Path, *, top_k: int) -> dict[str, object]:
+    image = decoded(path)
+    if isinstance(image, ImageError):
+        return {"path": str(path), "error": image.reason}
+    z = logits(client, model, preprocess(image, bundle.preprocess)[None])
+    answer = answers(bundle, z, top_k=top_k)[0]
+    rows = [{"label": p.label, "index": p.index, "probability": p.probability} for p in answer.predictions]
+    return {"path": str(path), "rejected": answer.rejected, "predictions": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
+    parser.add_argument("--url", default="127.0.0.1:8000", help="host:port, without http://")
+    parser.add_argument("--model", required=True, help="its name on the server")
+    parser.add_argument("--top-k", type=int, default=1)
+    options = parser.parse_args()
+    failed = False
+    try:
+        bundle = load_bundle(options.bundle)
+        with InferenceServerClient(options.url) as client:
+            for path in expand(options.images):
+                row = classify(client, options.model, bundle, path, top_k=options.top_k)
+                failed |= "error" in row
+                print(json.dumps(row, ensure_ascii=False))
+    except (FgvcError, InferenceServerException, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
