@@ -4,4 +4,9 @@ In Python: `from fgvc import api` to train, export and prove; `fgvc.export.bundl
 torch, to predict.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# onnxruntime (1.29 and later) reports its use to its makers unless it is told not to before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
