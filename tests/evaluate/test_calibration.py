@@ -106,6 +106,24 @@ def test_the_threshold_by_hand(count: int, keep: float, place: int | None) -> No
     assert rejection_threshold(confidences, keep=keep) == expected
 
 
+@pytest.mark.parametrize("count", [0, 1, 18, 50])
+def test_keeping_next_to_nothing_rejects_all_but_the_surest(count: int) -> None:
+    confidences = np.random.default_rng(0).random(count)
+    assert rejection_threshold(confidences, keep=1e-12) == (confidences.max() if count else 0)
+
+
+def test_a_fit_that_does_not_help_says_so() -> None:
+    z, y = honest(60, seed=3)  # few images, and nothing to mend
+    found = calibrate(z, y)
+    assert found.nll_after > found.nll
+    assert found.note == (
+        f"no gain: on images that it was not fitted on the loss is {found.nll_after:.4f}, without it {found.nll:.4f}"
+    )
+    assert found.stored("val").note == found.note
+    z, y = honest(500)
+    assert calibrate(2 * z, y).stored("val").note == ""
+
+
 def test_the_threshold_keeps_its_promise_on_new_images() -> None:
     rng = np.random.default_rng(0)
     for count in (19, 60, 200):
