@@ -171,7 +171,8 @@ def test_what_none_of_these_holds_back_is_counted(
     assert f"{5 + 2 * below} " in next(line for line in capsys.readouterr().out.splitlines() if f"B {b}" in line)
     write_page(found, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert f"{5 + 2 * below} &ldquo;none of these&rdquo;, {2 * below} of them right" in page
+    assert f"B answers &ldquo;none of these&rdquo; to {5 + 2 * below} images, {2 * below} of which" in page
+    assert "A answers" not in page
     plain = api.compare(a, a, data=str(pictures))
     show.versus(plain, [])
     assert "none of these" not in capsys.readouterr().out
