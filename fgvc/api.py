@@ -27,7 +27,7 @@ from fgvc.evaluate.features import features, frozen, normalisation
 from fgvc.evaluate.plot import plot_calibration, plot_confusion
 from fgvc.evaluate.sample import Sample
 from fgvc.evaluate.side import Versus, ask, images_of, open_sides
-from fgvc.evaluate.subject import onnx_answers, subject
+from fgvc.evaluate.subject import Subject, onnx_answers, subject
 from fgvc.explain import explain
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
@@ -37,7 +37,7 @@ from fgvc.page.data import data_page
 from fgvc.preview import Preview, preview
 from fgvc.recipe import Recipe, Selected, load_recipe
 from fgvc.report.document import report
-from fgvc.serve.engine import Session
+from fgvc.serve.engine import Session, refuse_no_numbers
 from fgvc.train.events import as_csv, write_atomic
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
@@ -74,7 +74,7 @@ class Exported:
     bundle: Path
     select: Selected
     proven: Proven
-    calibrated: Calibrated | None  # None: no validation part; in the bundle where it has images enough
+    calibrated: Calibrated | None  # None: no validation image that can be read; in the bundle where there are enough
 
 
 def check(
@@ -204,7 +204,7 @@ def export(
 
     `against`: the deployed file that it must be a drop-in for. `keep`: share of the right answers that the threshold for
     "none of these" keeps, 1 for no threshold; it and a temperature are fitted on up to 10,000 validation images, as the
-    exported file sees them. Raises FgvcError where any proof fails, and writes nothing.
+    exported file sees them. Raises FgvcError where any proof fails or logits are no numbers, and writes nothing.
     """
     refuse_target(out, overwrite=overwrite)
     if not 0 < keep <= 1:
@@ -235,13 +235,9 @@ def export(
     }
     if proven.explain is not None:
         files["explain.onnx"] = proven.explain
-    found = None
-    if len(rows := index.rows("val")):
-        sample = spread(rows, len(index.classes))
-        said = onnx_answers(Session(proven.model), index, sample, spec=preprocess, workers=recipe.train.workers)
-        found = calibrate(said.logits, said.labels, keep=keep)
-        if found.images >= FEWEST:
-            files["calibration.json"] = found.stored("val")
+    found = _calibrated(seen, proven.model, keep=keep)
+    if found is not None and found.images >= FEWEST:
+        files["calibration.json"] = found.stored("val")
     write_bundle(out, files=files, overwrite=overwrite)
     return Exported(out, chosen, proven, found)
 
@@ -279,6 +275,20 @@ def _onnx_of(path: Path) -> Path:
     return load_bundle(path).model if path.is_dir() else path
 
 
+def _calibrated(seen: Subject, model: bytes, *, keep: float) -> Calibrated | None:
+    """By the logits that the exported model gives for validation images. None where there are none that can be read."""
+    rows = spread(seen.index.rows("val"), len(seen.classes))
+    if not len(rows):
+        return None
+    session = Session(model)
+    try:
+        said = onnx_answers(session, seen.index, rows, spec=seen.preprocess, workers=seen.recipe.train.workers)
+    except FgvcError:  # the model fits, it was proved on images of this size; so it's that none can be read
+        return None
+    refuse_no_numbers(said.logits, seen.run)
+    return calibrate(said.logits, said.labels, keep=keep)
+
+
 def _recorded(run: Path) -> dict[str, Any]:
     """The scores in the run's metrics.json, by `<split>.<select>`."""
     path = run / "metrics.json"
@@ -290,8 +300,14 @@ def _recorded(run: Path) -> dict[str, Any]:
 
 
 def _real_images(index: ImageIndex, preprocess: Preprocess) -> Iterable[np.ndarray]:
-    """Up to 256 validation images, spread over the classes; training images where there is no validation part."""
-    rows = index.rows("val") if len(index.rows("val")) else index.rows("train")
-    spread = rows[np.linspace(0, len(rows) - 1, min(MAX_IMAGES, len(rows))).astype(int)]
-    for batch in evaluation_loader(index, spread, spec=preprocess, batch_size=32, workers=0):
-        yield batch.images.numpy()
+    """Up to 256 validation images, spread over the classes; training images where none of those can be read."""
+    parts: tuple[Split, ...] = ("val", "train")
+    for part in parts:
+        rows, last = index.rows(part), part == parts[-1]
+        some = rows[np.linspace(0, len(rows) - 1, min(MAX_IMAGES, len(rows))).astype(int)]
+        found = False
+        for batch in evaluation_loader(index, some, spec=preprocess, batch_size=32, workers=0, some=last):
+            found = True
+            yield batch.images.numpy()
+        if found:
+            return

@@ -97,6 +97,7 @@ class Calibration(Section):
     kept: Share = Field(description="share of the right answers that get through")
     coverage: Share = Field(description="share of the images that get an answer")
     accuracy: Share = Field(description="of those answers")
+    note: str = Field("", description="why the temperature is 1, or what to think of it")
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -157,7 +157,7 @@ def contract(done: Exported) -> None:
     table.add_row("behavioural", f"onnxruntime = torch on {behavioural.images} images, worst {behavioural.worst:.1e}")
     console.print(table)
     if done.calibrated is None:
-        console.print("not calibrated: the data have no validation part")
+        console.print("not calibrated: there is no validation image, or none that can be read")
     elif done.calibrated.images < FEWEST:
         console.print(f"not calibrated: {done.calibrated.note}")
     else:
@@ -169,10 +169,16 @@ def contract(done: Exported) -> None:
 
 def versus(found: Versus, failed: Sequence[str]) -> None:
     pair = found.paired
-    table = _table(f"{found.part}: {pair.images} images", "top-1 %", "right")
-    for name, side, right in (("A", found.a, pair.a_right), ("B", found.b, pair.b_right)):
-        table.add_row(escape(f"{name} {side.path}"), f"{100 * right.mean():.2f}", str(int(right.sum())))
+    sides = (("A", found.a, pair.a_right), ("B", found.b, pair.b_right))
+    rejecting = any(side.threshold for _, side, _ in sides)
+    more = ("none of these", "right of those") if rejecting else ()
+    table = _table(f"{found.part}: {pair.images} images", "top-1 %", "right", *more)
+    for (name, side, right), counts in zip(sides, found.rejections(), strict=True):
+        held = ([str(n) for n in counts] if side.threshold else ["", ""]) if rejecting else []
+        table.add_row(escape(f"{name} {side.path}"), f"{100 * right.mean():.2f}", str(int(right.sum())), *held)
     console.print(table)
+    if rejecting:
+        console.print('gain, flips and gates are of the classes named, those that "none of these" holds back included')
     table = _table("B against A", "result")
     low, high = 100 * pair.low, 100 * pair.high
     table.add_row("gain", f"{100 * pair.gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")

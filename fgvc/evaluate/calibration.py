@@ -97,6 +97,7 @@ class Calibrated:
             fitted_on=fitted_on,
             images=self.images,
             threshold=math.floor(self.threshold * 1e6) / 1e6,
+            note=self.note,
             **{name: round(value, 6) for name, value in figures.items()},
         )
 
@@ -143,12 +144,16 @@ def calibrate(logits: NDArray[Any], labels: NDArray[Any], *, keep: float = KEEP)
             bar = rejection_threshold(confidence_of(z[fitted], own)[right[fitted]], keep=keep)
             answered[other] = confidence[other] >= bar
     calibrated = confidence_of(z, temperature)
+    nll, nll_after = float(_losses(z, y, 1.0).mean()), float(losses.mean())
+    if nll_after > nll + 1e-9:
+        worse = f"no gain: on images that it was not fitted on the loss is {nll_after:.4f}, without it {nll:.4f}"
+        note = f"{note}; {worse}" if note else worse
     return Calibrated(
         images=len(y),
         temperature=temperature,
         note=note,
-        nll=float(_losses(z, y, 1.0).mean()),
-        nll_after=float(losses.mean()),
+        nll=nll,
+        nll_after=nll_after,
         before=reliability(confidence_of(z, 1.0), right),
         after=reliability(confidence, right),
         curve=risk_coverage(calibrated, right),
@@ -189,7 +194,8 @@ def rejection_threshold(confidence_when_right: NDArray[np.float64], *, keep: flo
     The k-th smallest of R confidences with k = floor((1 - keep)(R + 1)): a new one of the same distribution is below it with
     probability k / (R + 1) at most.
     """
-    k = math.floor((1 - keep) * (len(confidence_when_right) + 1) + 1e-9)  # 0.05 * 20 is 1, whatever floats say
+    right = len(confidence_when_right)
+    k = min(right, math.floor((1 - keep) * (right + 1) + 1e-9))  # 0.05 * 20 is 1, whatever floats say
     return float(np.sort(confidence_when_right)[k - 1]) if k else 0.0
 
 

@@ -118,8 +118,10 @@ class Gate:
 
     def __post_init__(self) -> None:
         flips, gain = self.max_negative_flips, self.min_gain
-        if flips is not None and LIMIT.fullmatch(flips.strip()) is None:
-            raise FgvcError(f"--max-negative-flips {flips}: a number of images (12) or a share of them (0.5%)")
+        if flips is not None and ((limit := LIMIT.fullmatch(flips.strip())) is None or float(limit[2] or 0) > 100):
+            raise FgvcError(
+                f"--max-negative-flips {flips}: a number of images (12) or a share of them (0.5%), up to 100%"
+            )
         if gain is not None and not -100 <= gain <= 100:
             raise FgvcError(f"--min-gain {gain:g}: points of accuracy, between -100 and 100")
 
@@ -127,9 +129,17 @@ class Gate:
         """What it has against B, one line each. The gain itself is held against its limit, not its interval."""
         said = []
         if self.max_negative_flips is not None and (limit := LIMIT.fullmatch(self.max_negative_flips.strip())):
-            flips, share = int(found.negative.sum()), found.negative_flip_rate
-            if (flips > int(limit[1])) if limit[1] else (100 * share > float(limit[2]) + 1e-9):
-                said.append(f"{flips} negative flips ({100 * share:.2f} % of the images), more than {limit[0]}")
+            flips, share = int(found.negative.sum()), 100 * found.negative_flip_rate
+            most = float(limit[2] or math.inf)
+            if (flips > int(limit[1])) if limit[1] else (share > most + 1e-9):
+                percent = f"{share:.{_decimals(share, most)}f} %"
+                said.append(f"{flips} negative flips of {found.images} images ({percent}), more than {limit[0]}")
         if self.min_gain is not None and 100 * found.gain < self.min_gain - 1e-9:
-            said.append(f"a gain of {100 * found.gain:+.2f} points, less than {self.min_gain:+g}")
+            gain = 100 * found.gain
+            said.append(f"a gain of {gain:+.{_decimals(gain, self.min_gain)}f} points, less than {self.min_gain:+g}")
         return said
+
+
+def _decimals(value: float, limit: float) -> int:
+    """So many, two at least, that `value` as it is printed is on its own side of `limit`."""
+    return next((d for d in range(2, 10) if (round(value, d) - limit) * (value - limit) > 0), 10)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +16,14 @@ from fgvc.data.source import some
 from fgvc.evaluate.calibration import MAX_LOGITS, confidence_of
 from fgvc.evaluate.compare import Paired, compare
 from fgvc.evaluate.subject import Answers, Subject, onnx_answers, subject
-from fgvc.export.bundle import load_bundle
+from fgvc.export.bundle import load_bundle, read_json
 from fgvc.recipe import load_recipe
 from fgvc.serve.engine import Session
 from fgvc.template import recipe_file
 from fgvc.train.session import read_index
 from fgvc.types import FgvcError, ImageIndex, Split
+
+FLIP = ("path", "flip", "class", "a", "a_confidence", "b", "b_confidence")  # columns of a table of flips
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class Side:
     classes: tuple[str, ...]
     preprocess: Preprocess | None  # None: not known yet
     temperature: float = 1.0
+    threshold: float = 0.0  # "none of these" below this confidence; 0: never
     session: Session | None = None
     subject: Subject | None = None
 
@@ -70,6 +72,17 @@ class Versus:
     paired: Paired
     unreadable: tuple[str, ...]
     notes: tuple[str, ...]  # what to think of before believing the figures
+
+    @property
+    def rejected(self) -> NDArray[np.bool_]:
+        """(2,N) answered "none of these" in service. `paired` and the gates know nothing of it: they ask whether the class
+        that is named, held back or not, is right."""
+        return self.confidence < np.array([[self.a.threshold], [self.b.threshold]])
+
+    def rejections(self) -> list[tuple[int, int]]:
+        """For A and for B: how many images are answered "none of these", and how many of those it would have named rightly."""
+        right = np.stack([self.paired.a_right, self.paired.b_right])
+        return [(int(no.sum()), int((no & own).sum())) for no, own in zip(self.rejected, right, strict=True)]
 
     def flips(self) -> list[dict[str, Any]]:
         """One row an image that one side alone names rightly: negative flips first, those of which B is surest on top."""
@@ -141,7 +154,8 @@ def images_of(data: str | None, sides: Sequence[Side], split: Split | None = Non
 
 
 def ask(a: Side, b: Side, images: Images) -> Versus:
-    """Show both the same files. Those that can't be read are left out of both."""
+    """Show both the same files. Those that can't be read are left out of both. Raises FgvcError where a side gives logits that
+    are no numbers."""
     order = {name: k for k, name in enumerate(a.classes)}
     number = np.array([order.get(name, -1) for name in images.index.classes])
     step = max(64, MAX_LOGITS // len(a.classes))
@@ -154,6 +168,8 @@ def ask(a: Side, b: Side, images: Images) -> Versus:
         ]
         if not np.array_equal(both[0].rows, both[1].rows):
             raise FgvcError("an image could be read once, and once not: leave the files alone while they are compared")
+        for side, answer in zip((a, b), both, strict=True):
+            _refuse_no_numbers(side, answer, images.index)
         rows.append(both[0].rows)
         numbers = [np.array([order[name] for name in side.classes]) for side in (a, b)]
         said.append([own[answer.logits.argmax(1)] for own, answer in zip(numbers, both, strict=True)])
@@ -186,12 +202,14 @@ def _open(path: Path, labels: Path | None, preprocess: Path | None) -> Side:
         run = subject(path)
         return Side(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, subject=run)
     bundle = load_bundle(path)
+    known = bundle.calibration
     return Side(
         path=path,
         kind="bundle",
         classes=bundle.labels,
         preprocess=bundle.preprocess,
-        temperature=bundle.calibration.temperature if bundle.calibration else 1.0,
+        temperature=known.temperature if known else 1.0,
+        threshold=known.threshold if known else 0.0,
         session=Session(bundle.model),
     )
 
@@ -203,14 +221,14 @@ def _open_onnx(path: Path, labels: Path | None, preprocess: Path | None) -> Side
         raise FgvcError(f"{path}: which classes? There is no labels.json beside it: give --labels FILE")
     session = Session(path)
     classes = read_labels(names)
-    seen = validate(Preprocess, _json(spec, dict), where=str(spec)) if spec is not None else None
+    seen = validate(Preprocess, read_json(spec, dict), where=str(spec)) if spec is not None else None
     return Side(path=path, kind="onnx", classes=classes, preprocess=seen, session=session)
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
     """Class names in the order of the outputs: a JSON list, or a text file with one a line."""
     if path.suffix == ".json":
-        names = _json(path, list)
+        names = read_json(path, list)
     else:
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -220,16 +238,6 @@ def read_labels(path: Path) -> tuple[str, ...]:
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise FgvcError(f"{path}: expected the names of the classes, each once")
     return tuple(names)
-
-
-def _json(path: Path, kind: type) -> Any:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FgvcError(f"{path}: can't be read as JSON: {error}") from error
-    if not isinstance(tree, kind):
-        raise FgvcError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}")
-    return tree
 
 
 def _seeing(side: Side, other: Side) -> Side:
@@ -246,6 +254,15 @@ def _seeing(side: Side, other: Side) -> Side:
     if outputs != (1, len(side.classes)):
         raise FgvcError(f"{side.path}: gives {outputs[1:]} logits for {len(side.classes)} labels")
     return replace(side, preprocess=spec)
+
+
+def _refuse_no_numbers(side: Side, answers: Answers, index: ImageIndex) -> None:
+    wrong = answers.rows[~np.isfinite(answers.logits).all(1)]
+    if len(wrong):
+        raise FgvcError(
+            f"{side.path}: gives logits that are no numbers (NaN or infinite) for {len(wrong)} of {len(answers.rows)} images, "
+            f"the first of them {index.path(wrong[0])}"
+        )
 
 
 def _known(images: Images, side: Side) -> Images:

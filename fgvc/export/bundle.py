@@ -122,8 +122,8 @@ def load_bundle(folder: Path) -> Bundle:
             raise FgvcError(f"{folder / name}: is not the file that was exported (its SHA-256 is another)")
         if name.endswith(".onnx") and EXTERNAL in content:
             raise FgvcError(f"{folder / name}: keeps weights in another file, which a bundle never does")
-    labels = _json(folder, "labels.json", list)
-    contract = _json(folder, "contract.json", dict)
+    labels = read_json(folder / "labels.json", list)
+    contract = read_json(folder / "contract.json", dict)
     if not labels or not all(isinstance(label, str) for label in labels):
         raise FgvcError(f"{folder / 'labels.json'}: expected a list of class names")
     if contract.get("num_classes") != len(labels):
@@ -131,16 +131,18 @@ def load_bundle(folder: Path) -> Bundle:
     return Bundle(
         folder=folder,
         labels=tuple(labels),
-        preprocess=validate(Preprocess, _json(folder, "preprocess.json", dict), where=str(folder / "preprocess.json")),
+        preprocess=validate(
+            Preprocess, read_json(folder / "preprocess.json", dict), where=str(folder / "preprocess.json")
+        ),
         contract=contract,
-        metrics=_json(folder, "metrics.json", dict),
+        metrics=read_json(folder / "metrics.json", dict),
         files=hashes,
         calibration=_calibration(folder) if "calibration.json" in hashes else None,
     )
 
 
 def _calibration(folder: Path) -> Calibration:
-    tree = _json(folder, "calibration.json", dict)
+    tree = read_json(folder / "calibration.json", dict)
     return validate(Calibration, tree, where=str(folder / "calibration.json"))
 
 
@@ -148,7 +150,7 @@ def _read_manifest(folder: Path) -> dict[str, str]:
     path = folder / MANIFEST
     if path.is_symlink():
         raise FgvcError(f"{path}: not a plain file; a bundle holds no links and no folders")
-    tree = _json(folder, MANIFEST, dict)
+    tree = read_json(folder / MANIFEST, dict)
     hashes = tree.get("files")
     if tree.get("format") != FORMAT or not isinstance(hashes, dict):
         raise FgvcError(f"{path}: not the manifest of a bundle that this version of fgvc reads (format {FORMAT})")
@@ -180,8 +182,8 @@ def _encode(name: str, value: object) -> bytes:
         raise FgvcError(f"{name}: can't be written as JSON: {error}") from error
 
 
-def _json(folder: Path, name: str, kind: type) -> Any:
-    path = folder / name
+def read_json(path: Path, kind: type) -> Any:
+    """A list or a dict. Raises FgvcError where the file holds something else, or can't be read."""
     try:
         tree = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
@@ -195,7 +197,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise FgvcError(f"{path}: missing; is {path.parent} a bundle?") from error
+        raise FgvcError(
+            f"{path}: missing" + (f"; is {path.parent} a bundle?" if path.name == MANIFEST else "")
+        ) from error
     except OSError as error:
         raise FgvcError(f"{path}: can't be read: {error.strerror}") from error
 

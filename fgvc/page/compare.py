@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgvc.disk import writing
-from fgvc.evaluate.side import Versus
+from fgvc.evaluate.side import FLIP, Versus
 from fgvc.image.decode import decode
 from fgvc.page.render import picture, render
 from fgvc.train.events import as_csv, write_atomic
@@ -38,6 +38,6 @@ def write_page(found: Versus, out: Path, *, failed: Sequence[str] = ()) -> None:
         shown=[(flip, picture(decode(Path(flip["path"])))) for flip in shown],
         table=out.with_suffix(".csv").name,
     )
-    write_atomic(out.with_suffix(".csv"), as_csv(flips) if flips else "path,flip,class,a,a_confidence,b,b_confidence\n")
+    write_atomic(out.with_suffix(".csv"), as_csv(flips, FLIP))
     write_atomic(out.with_name(f"{out.stem}-classes.csv"), as_csv(classes))
     write_atomic(out, page)

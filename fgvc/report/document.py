@@ -24,6 +24,7 @@ from fgvc.report.chart import Chart, calibration, curves, terms
 from fgvc.report.gallery import Gallery, gallery
 from fgvc.report.history import History, read_history
 from fgvc.report.localisation import Table, localisation
+from fgvc.serve.engine import refuse_no_numbers
 from fgvc.techniques import CONFIGS
 from fgvc.train.events import write_atomic
 from fgvc.types import FgvcError, Split
@@ -136,6 +137,8 @@ def report(
     if len({part for part, _ in parts}) > 1:
         raise FgvcError("not all of the runs have a validation part: give --split test")
     answers = [seen.answers(rows, device=device) for seen, (_, rows) in zip(subjects, parts, strict=True)]
+    for run, answer in zip(runs, answers, strict=True):
+        refuse_no_numbers(answer.logits, run)
     proven = certificates(opened, subjects, answers)
     chapters = []
     for at, (name, seen, answer) in enumerate(zip(_names(runs), subjects, answers, strict=True)):

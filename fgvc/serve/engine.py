@@ -101,7 +101,8 @@ class Engine:
 
     def classify(self, images: Sequence[Image.Image], *, top_k: int = 5) -> list[Answer]:
         """For each RGB image its `top_k` most probable classes, best first; equal ones in the labels' order. By the bundle's
-        temperature and threshold, where it has them: an image may be of none of the classes."""
+        temperature and threshold, where it has them: an image may be of none of the classes. Raises FgvcError where the
+        network gives logits that are no numbers."""
         if not images:
             return []
         x = np.stack([preprocess(image, self.bundle.preprocess) for image in images])
@@ -110,6 +111,7 @@ class Engine:
 
 def answers(bundle: Bundle, logits: np.ndarray, *, top_k: int = 5) -> list[Answer]:
     """What logits (B,K) say by the bundle's labels and calibration, wherever they were computed; see `Engine.classify`."""
+    refuse_no_numbers(logits, bundle.folder)
     known = bundle.calibration
     p = softmax(logits.astype(np.float64) / (known.temperature if known else 1.0))
     best = np.argsort(-p, axis=1, kind="stable")[:, :top_k]
@@ -126,6 +128,12 @@ def softmax(z: np.ndarray) -> np.ndarray:
     """p (B,K) float64 of logits z (B,K)."""
     e = np.exp(z.astype(np.float64) - z.max(axis=1, keepdims=True))
     return e / e.sum(axis=1, keepdims=True)
+
+
+def refuse_no_numbers(z: np.ndarray, whose: Path) -> None:
+    """Raise FgvcError where logits z (B,K) are not all finite: an arg-max would name a class all the same."""
+    if not np.isfinite(z).all():
+        raise FgvcError(f"{whose}: gives logits that are no numbers (NaN or infinite); train or export it again")
 
 
 def available_cpus(*, root: Path = Path("/")) -> int:

@@ -36,7 +36,7 @@ from fgvc.image.lettering import writable
 from fgvc.image.overlay import overlay
 from fgvc.image.preprocess import fit, normalise
 from fgvc.image.sheet import FAST, Cell, save_sheet
-from fgvc.serve.engine import Session, softmax
+from fgvc.serve.engine import Session, refuse_no_numbers, softmax
 from fgvc.serve.predict import decoded, expand
 from fgvc.types import FgvcError, ImageError
 
@@ -86,11 +86,12 @@ class BundleLooker:
             )
         self.name, self.labels, self.spec = folder.name, bundle.labels, bundle.preprocess
         self.methods: tuple[str, ...] = ("cam",)
-        self._session = Session(bundle.explain)
+        self._folder, self._session = folder, Session(bundle.explain)
         self._temperature = bundle.calibration.temperature if bundle.calibration else 1.0
 
     def __call__(self, x: Floats, label: int | None) -> list[Seen]:
         logits, maps = self._session.run(x)
+        refuse_no_numbers(logits, self._folder)
         seen = []
         for p, own in zip(softmax(logits / self._temperature), maps, strict=True):
             chosen = int(p.argmax()) if label is None else label

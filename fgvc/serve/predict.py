@@ -22,7 +22,8 @@ BATCH = 16  # bounds memory; on CPUs a larger one is no faster
 def predict_files(bundle: Path, paths: Iterable[Path], *, as_json: bool = False, top_k: int = 1) -> int:
     """Print one line a picture; returns 0, or 1 where a picture could not be read (said on stderr, or in its JSON line).
 
-    Raises FgvcError for a path that does not exist and for a damaged bundle, before anything is printed.
+    Raises FgvcError for a path that does not exist and for a damaged bundle, before anything is printed; and for logits that
+    are no numbers, when it comes to them.
     """
     files = list(expand(paths))
     engine = Engine(load_bundle(bundle))
@@ -32,11 +33,11 @@ def predict_files(bundle: Path, paths: Iterable[Path], *, as_json: bool = False,
             failed += 1
             print(f"error: {result}", file=sys.stderr)
             if as_json:
-                print(json.dumps({"path": str(path), "error": result.reason}, ensure_ascii=False))
+                print(json.dumps({"path": str(path), "error": result.reason}, ensure_ascii=False, allow_nan=False))
         elif as_json:
             rows = [{"label": p.label, "index": p.index, "probability": p.probability} for p in result.predictions]
             row = {"path": str(path), "rejected": result.rejected, "predictions": rows}
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row, ensure_ascii=False, allow_nan=False))
         else:
             names = [f"{p.label} {100 * p.probability:.1f} %" for p in result.predictions]
             said = [f"none of these ({', '.join(names)})"] if result.rejected else names
@@ -61,10 +62,10 @@ def expand(paths: Iterable[Path]) -> Iterator[Path]:
 def _classify(engine: Engine, files: Iterable[Path], top_k: int) -> Iterator[tuple[Path, Answer | ImageError]]:
     rest = iter(files)
     while batch := list(islice(rest, BATCH)):
-        read: dict[Path, Image | ImageError] = {path: decoded(path) for path in batch}
-        good = [image for image in read.values() if isinstance(image, Image)]
+        read = [(path, decoded(path)) for path in batch]  # a file may be named twice
+        good = [image for _, image in read if isinstance(image, Image)]
         answers = iter(engine.classify(good, top_k=top_k))
-        for path, image in read.items():
+        for path, image in read:
             yield path, image if isinstance(image, ImageError) else next(answers)
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import yaml
+from onnx import numpy_helper
 from PIL import Image
 
-from fgvc import api
+from fgvc import api, show
 from fgvc.evaluate.calibration import calibrate
 from fgvc.evaluate.subject import subject
 from fgvc.export.bundle import load_bundle
+from fgvc.export.prove import Proven
 from fgvc.serve.predict import predict_files
 
 COLOURS = {"blue": (110, 110, 160), "green": (110, 150, 110), "red": (160, 110, 110)}
@@ -104,6 +109,56 @@ def test_what_ships_is_what_was_proved(
     assert again.temperature == first.temperature
     with pytest.raises(api.FgvcError, match="--keep"):
         api.export(run, tmp_path / "c", keep=0)
+
+
+def test_no_calibration_of_what_is_no_number_or_no_image(
+    run: Path,
+    exported: api.Exported,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sick = onnx.load_from_string(exported.proven.model)
+    (last,) = (i for i in sick.graph.initializer if list(i.dims) == [3])
+    last.CopyFrom(numpy_helper.from_array(np.full(3, np.nan, np.float32), last.name))
+    proven = replace(exported.proven, model=sick.SerializeToString())
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "prove", lambda *args, **kwargs: proven)
+        with pytest.raises(api.FgvcError, match="run: gives logits that are no numbers"):
+            api.export(run, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    seen: list[np.ndarray] = []
+
+    def prove(net: object, images: Iterable[np.ndarray], **_: object) -> Proven:
+        seen.extend(images)
+        return exported.proven
+
+    stored = {path: path.read_bytes() for path in (pictures / "val").rglob("*.png")}
+    try:
+        for path in stored:
+            path.write_bytes(b"no picture")
+        monkeypatch.setattr(api, "prove", prove)
+        done = api.export(run, tmp_path / "c")
+    finally:
+        for path, content in stored.items():
+            path.write_bytes(content)
+    assert sum(len(batch) for batch in seen) == 48  # the training images
+    assert done.calibrated is None
+    assert load_bundle(done.bundle).calibration is None
+    show.contract(done)
+    assert "not calibrated" in capsys.readouterr().out
+
+
+def test_next_to_no_right_answer_kept(
+    run: Path, exported: api.Exported, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "prove", lambda *args, **kwargs: exported.proven)
+    api.export(run, tmp_path / "b", keep=1e-12)
+    found = api.compare(exported.bundle, tmp_path / "b", data=str(pictures), split="val")
+    (some, _), (most, lost) = found.rejections()
+    assert some < most
+    assert lost == found.paired.b_right.sum() - 1  # all but the surest
 
 
 def test_a_run_and_its_bundle_say_the_same(run: Path, exported: api.Exported, pictures: Path) -> None:

@@ -43,7 +43,7 @@ def test_the_temperature_of_overconfident_logits_is_found_again(true: float) -> 
     z, y = honest(20_000)
     found = calibrate((true * z).astype(np.float32), y)
     assert found.temperature == pytest.approx(true, rel=0.03)
-    assert found.note == ""
+    assert found.note == "" or true == 1.0  # where there is nothing to mend, the fit is a little worse than none
     assert found.after.ece < 0.01
     if true != 1:
         assert found.before.ece > 0.1
@@ -104,6 +104,24 @@ def test_the_threshold_by_hand(count: int, keep: float, place: int | None) -> No
     confidences = np.random.default_rng(0).permutation(np.arange(1, count + 1) / 100)
     expected = 0.0 if place is None else place / 100
     assert rejection_threshold(confidences, keep=keep) == expected
+
+
+@pytest.mark.parametrize("count", [0, 1, 18, 50])
+def test_keeping_next_to_nothing_rejects_all_but_the_surest(count: int) -> None:
+    confidences = np.random.default_rng(0).random(count)
+    assert rejection_threshold(confidences, keep=1e-12) == (confidences.max() if count else 0)
+
+
+def test_a_fit_that_does_not_help_says_so() -> None:
+    z, y = honest(60, seed=3)  # few images, and nothing to mend
+    found = calibrate(z, y)
+    assert found.nll_after > found.nll
+    assert found.note == (
+        f"no gain: on images that it was not fitted on the loss is {found.nll_after:.4f}, without it {found.nll:.4f}"
+    )
+    assert found.stored("val").note == found.note
+    z, y = honest(500)
+    assert calibrate(2 * z, y).stored("val").note == ""
 
 
 def test_the_threshold_keeps_its_promise_on_new_images() -> None:

@@ -125,16 +125,18 @@ def test_classes_by_hand() -> None:
     [
         (Gate(), []),
         (Gate("2"), []),
-        (Gate("1"), ["2 negative flips (2.00 % of the images), more than 1"]),
+        (Gate("1"), ["2 negative flips of 100 images (2.00 %), more than 1"]),
+        (Gate("100%"), []),
         (Gate("2%"), []),
-        (Gate("1.9 %"), ["2 negative flips (2.00 % of the images), more than 1.9 %"]),
-        (Gate("0"), ["2 negative flips (2.00 % of the images), more than 0"]),
+        (Gate("1.9 %"), ["2 negative flips of 100 images (2.00 %), more than 1.9 %"]),
+        (Gate("1.999%"), ["2 negative flips of 100 images (2.00 %), more than 1.999%"]),
+        (Gate("0"), ["2 negative flips of 100 images (2.00 %), more than 0"]),
         (Gate(min_gain=6), []),
         (Gate(min_gain=-1), []),
         (Gate(min_gain=6.5), ["a gain of +6.00 points, less than +6.5"]),
         (
             Gate("0", 7),
-            ["2 negative flips (2.00 % of the images), more than 0", "a gain of +6.00 points, less than +7"],
+            ["2 negative flips of 100 images (2.00 %), more than 0", "a gain of +6.00 points, less than +7"],
         ),
     ],
 )
@@ -142,7 +144,20 @@ def test_gates(gate: Gate, failed: list[str]) -> None:
     assert gate.failures(table(80, 2, 8, 10)) == failed
 
 
-@pytest.mark.parametrize(("flips", "gain"), [("-1", None), ("0.5", None), ("few", None), ("", None), (None, 101.0)])
+def test_a_gate_does_not_contradict_itself_near_its_limit() -> None:
+    assert Gate("0.5%", 0.5).failures(table(395, 2, 4, 0)) == [  # 2 / 401 is 0.4988 %, within
+        "a gain of +0.499 points, less than +0.5"
+    ]
+    assert Gate("0.5%").failures(table(397, 2, 0, 0)) == ["2 negative flips of 399 images (0.501 %), more than 0.5%"]
+    assert Gate("0.5%").failures(table(199_990, 1001, 0, 8_209)) == []
+    said = Gate("50%").failures(table(14_999, 15_001, 0, 0))
+    assert said == ["15001 negative flips of 30000 images (50.003 %), more than 50%"]
+
+
+@pytest.mark.parametrize(
+    ("flips", "gain"),
+    [("-1", None), ("0.5", None), ("few", None), ("", None), ("100.1%", None), ("250 %", None), (None, 101.0)],
+)
 def test_senseless_gates_are_refused(flips: str | None, gain: float | None) -> None:
     with pytest.raises(FgvcError, match=r"--max-negative-flips|--min-gain"):
         Gate(flips, gain)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fgvc import api, show
 from fgvc.cli import main
-from fgvc.config import Preprocess
+from fgvc.config import Calibration, Preprocess
 from fgvc.evaluate.side import open_sides, read_labels
 from fgvc.export.bundle import write_bundle
 from fgvc.page.compare import write_page
@@ -24,9 +24,9 @@ NAMES = ["红", "green", "blue"]  # the position is that of the channel
 PLAIN = Preprocess(size=(8, 8), resize="squash", crop_fraction=1.0, mean=(0, 0, 0), std=(1, 1, 1))
 
 
-def network(order: list[int], *, lost: int | None = None) -> bytes:
-    """Output k is the mean of channel order[k]; of channel `lost` nothing is seen."""
-    weight = 10 * np.eye(3, dtype=np.float32)[:, order]
+def network(order: list[int], *, lost: int | None = None, scale: float = 1) -> bytes:
+    """Output k is the mean of channel order[k], times 10 `scale`; of channel `lost` nothing is seen."""
+    weight = 10 * np.float32(scale) * np.eye(3, dtype=np.float32)[:, order]
     if lost is not None:
         weight[lost] = 0
     nodes = [
@@ -44,14 +44,16 @@ def network(order: list[int], *, lost: int | None = None) -> bytes:
     return onnx.helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
 
 
-def bundle(folder: Path, order: list[int], *, lost: int | None = None) -> Path:
+def bundle(
+    folder: Path, order: list[int], *, lost: int | None = None, known: Calibration | None = None, scale: float = 1
+) -> Path:
     files = {
-        "model.onnx": network(order, lost=lost),
+        "model.onnx": network(order, lost=lost, scale=scale),
         "labels.json": [NAMES[k] for k in order],
         "preprocess.json": PLAIN,
         "contract.json": {"num_classes": 3},
         "metrics.json": {},
-    }
+    } | ({"calibration.json": known} if known else {})
     write_bundle(folder, files=files)
     return folder
 
@@ -147,6 +149,48 @@ def test_sides_that_can_not_be_compared_are_refused(pictures: Path, tmp_path: Pa
         api.compare(a, a, data=str(tmp_path / "alien"))
     with pytest.raises(FgvcError, match="no such run"):
         open_sides(a, tmp_path / "nowhere")
+
+
+def test_what_none_of_these_holds_back_is_counted(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Logits of B: 10 * (200 + n) / 255 for the picture's colour, 10 * 10 / 255 for another, 0 for the one that it can't see.
+    known = Calibration(
+        temperature=9.0, threshold=0.541, keep=0.95, fitted_on="val", images=80, nll_before=1, nll_after=1,
+        ece_before=0.2, ece_after=0.1, kept=0.95, coverage=0.9, accuracy=0.8,
+    )  # fmt: skip
+    a, b = bundle(tmp_path / "a", [0, 1, 2]), bundle(tmp_path / "b", [2, 0, 1], lost=0, known=known)
+    z = [10 * np.array([200 + n, 10, 0]) / 255 / 9 for n in range(5)]
+    below = sum(bool(np.exp(x[0]) / np.exp(x).sum() < 0.541) for x in z)
+    assert 0 < below < 5
+    found = api.compare(a, b, data=str(pictures))
+    assert found.rejections() == [(0, 0), (5 + 2 * below, 2 * below)]
+    assert found.paired.negative.sum() == 5  # as without a threshold
+    show.console.width = 200
+    show.versus(found, [])
+    assert f"{5 + 2 * below} " in next(line for line in capsys.readouterr().out.splitlines() if f"B {b}" in line)
+    write_page(found, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"B answers &ldquo;none of these&rdquo; to {5 + 2 * below} images, {2 * below} of which" in page
+    assert "A answers" not in page
+    plain = api.compare(a, a, data=str(pictures))
+    show.versus(plain, [])
+    assert "none of these" not in capsys.readouterr().out
+    write_page(plain, tmp_path / "plain.html")
+    assert "none of these" not in (tmp_path / "plain.html").read_text(encoding="utf-8")
+    assert (tmp_path / "plain.csv").read_text() == "path,flip,class,a,a_confidence,b,b_confidence\n"
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_refused(pictures: Path, tmp_path: Path, scale: float) -> None:
+    a = bundle(tmp_path / "a", [0, 1, 2])
+    with np.errstate(invalid="ignore"):  # inf * 0
+        b = bundle(tmp_path / "sick", [0, 1, 2], scale=scale)
+    for sides in ((a, b), (b, a)):
+        with pytest.raises(
+            FgvcError, match=r"sick: gives logits that are no numbers .* 15 of 15 images, .*blue.0\.png"
+        ):
+            api.compare(*sides, data=str(pictures))
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,10 @@ def test_calibration_is_read_where_it_is(folder: Path, tmp_path: Path) -> None:
     assert loaded == Calibration(**CALIBRATION)
     assert loaded is not None
     assert (loaded.temperature, loaded.threshold) == (2.0, 0.25)
+    older = json.dumps(CALIBRATION).encode()  # of a version that kept no note
+    write_bundle(tmp_path / "older", files=files(**{"calibration.json": older}))
+    assert load_bundle(tmp_path / "older").calibration == loaded
+    assert loaded.note == ""
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from fgvc.cli import main
 from fgvc.config import Calibration, Preprocess
 from fgvc.export.bundle import Bundle, load_bundle, write_bundle
 from fgvc.serve.engine import Engine, Session, available_cpus, softmax
@@ -103,6 +104,51 @@ def test_predict_says_none_of_these(tmp_path: Path, capsys: pytest.CaptureFixtur
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [row["rejected"] for row in rows] == expected
         assert [row["predictions"][0]["label"] for row in rows] == ["red", "red"]
+
+
+def bad_network(value: float) -> bytes:
+    """NaN for all classes of an image whose red is full, and infinite where `value` is: of others as `network`."""
+    model = onnx.load_from_string(network())
+    model.graph.node[-1].output[0] = "plain"
+    limit, loss = np.array([9.99, 99, 99], np.float32), np.array(value, np.float32)
+    model.graph.initializer.extend([numpy_helper.from_array(limit, "limit"), numpy_helper.from_array(loss, "loss")])
+    model.graph.node.extend([
+        helper.make_node("Greater", ["plain", "limit"], ["full"]),
+        helper.make_node("Where", ["full", "loss", "plain"], ["logits"]),
+    ])  # fmt: skip
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("calibration", [None, CALIBRATION])
+def test_logits_that_are_no_numbers_are_no_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, calibration: Calibration | None
+) -> None:
+    engine = Engine(bundle(tmp_path / "bad", bad_network(value), calibration), threads=1)
+    dark, red = Image.new("RGB", (20, 10), (0, 0, 51)), Image.new("RGB", (20, 10), (255, 0, 0))
+    assert engine.classify([dark])[0].predictions[0].label == "blue"
+    with pytest.raises(FgvcError, match=r"bad: gives logits that are no numbers"):
+        engine.classify([dark, red])
+    red.save(tmp_path / "red.png")
+    for options in ([], ["--json"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["predict", str(tmp_path / "bad"), str(tmp_path / "red.png"), *options])
+        said = capsys.readouterr()
+        assert (ended.value.code, said.out) == (2, "")
+        assert "bad: gives logits that are no numbers" in said.err
+
+
+def test_a_file_named_twice_is_answered_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle(tmp_path / "b", network())
+    red, blue, broken = (tmp_path / name for name in ("red.png", "blue.png", "broken.png"))
+    Image.new("RGB", (20, 10), (255, 0, 0)).save(red)
+    Image.new("RGB", (20, 10), (0, 0, 255)).save(blue)
+    broken.write_bytes(b"no picture")
+    assert predict_files(tmp_path / "b", [red, broken, blue, red, broken]) == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"{red}\tred 100.0 %", f"{blue}\tblue 100.0 %", f"{red}\tred 100.0 %"]
+    assert said.err.count("broken.png") == 2
 
 
 def test_a_fixed_batch_gives_the_same_rows_as_a_dynamic_one() -> None:
