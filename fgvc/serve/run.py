@@ -1,0 +1,158 @@
+"""`fgvc serve`: the process around the application. Bind, load, answer, reload on SIGHUP, drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fgvc.serve.admission import Admission
+from fgvc.serve.app import Service, make_app
+from fgvc.serve.engine import available_cpus
+from fgvc.serve.limits import Limits
+from fgvc.serve.models import Models
+from fgvc.types import FgvcError
+
+_KEEP_ALIVE = (
+    75  # longer than the minute that load balancers hold a connection: the server must not be first to close it
+)
+_HEADERS_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What `fgvc serve` is told."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    threads: int = 1  # of onnxruntime in a request: on CPUs requests side by side give more than threads within one
+    concurrency: int | None = None  # None: available CPUs / threads
+    queue: int = 32
+    grace: float = 20.0  # seconds from SIGTERM until what is left is cut off
+    poll: float = 0.0  # seconds between looks at the manifests; 0: reload on SIGHUP only
+    key: str | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+def serve(places: Mapping[str, Path], settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; returns 0, or 1 where requests had to be cut off. Raises FgvcError for a bundle that can't
+    be loaded and an address that can't be had, before anything is answered."""
+    listener = _bind(settings.host, settings.port)
+    models = Models(places, threads=settings.threads)
+    concurrency = settings.concurrency or max(1, available_cpus() // settings.threads)
+    admission = Admission(concurrency=concurrency, queue=settings.queue)
+    app = make_app(Service(models, admission, settings.limits), key=settings.key)
+    config = uvicorn.Config(
+        app, http=_Patient, loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=1,
+    )  # fmt: skip
+    for served in models:
+        extra = "" if served.looker is None else ", explain"
+        print(f"{served.name}: {len(served.labels)} classes{extra}", file=sys.stderr)
+    print(
+        f"{concurrency} at a time with {settings.threads} thread(s) each, {settings.queue} waiting; "
+        f"{available_cpus()} CPU(s) available",
+        file=sys.stderr,
+    )
+    server = _Server(config, models, admission, settings)
+    asyncio.run(server.serve(sockets=[listener]))
+    admission.close()
+    if server.cut:
+        print(f"{server.cut} request(s) were cut off after {settings.grace:g} s", file=sys.stderr, flush=True)
+        os._exit(1)  # a thread that still computes would hold the process
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Drains before uvicorn closes its sockets, so that probes are answered as long as requests are."""
+
+    def __init__(self, config: uvicorn.Config, models: Models, admission: Admission, settings: Settings) -> None:
+        super().__init__(config)
+        self._models, self._admission, self._settings = models, admission, settings
+        self._background: set[asyncio.Task[None]] = set()
+        self.cut = 0  # requests that were not answered
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_signal_handler(signal.SIGHUP, lambda: self._start(self._reload(changed_only=False)))
+        if self._settings.poll:
+            self._start(self._poll())
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, a second one ends at once. uvicorn's own would raise it again, and exit with it."""
+        if self._admission.draining:
+            self.should_exit = self.force_exit = True
+            self.cut = self._admission.in_flight
+        self._admission.draining = True  # at once, whatever the event loop does just now
+        self._loop.call_soon_threadsafe(lambda: self._start(self._drain()))
+
+    async def _drain(self) -> None:
+        end = self._loop.time() + self._settings.grace
+        while self._admission.in_flight and self._loop.time() < end:
+            await asyncio.sleep(0.02)
+        self.cut = self._admission.in_flight
+        self.should_exit = True
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.poll)
+            await self._reload(changed_only=True)
+
+    async def _reload(self, *, changed_only: bool) -> None:
+        await asyncio.to_thread(self._models.reload, changed_only=changed_only)
+
+    def _start(self, work) -> None:  # type: ignore[no-untyped-def]
+        task = asyncio.ensure_future(work)
+        self._background.add(task)  # the loop itself holds tasks by weak references
+        task.add_done_callback(self._background.discard)
+
+
+class _Patient(H11Protocol):
+    """Not for ever: uvicorn would wait without end for a request's headers."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._due: asyncio.TimerHandle | None = self.loop.call_later(_HEADERS_SECONDS, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._unset()
+        elif self._due is None:
+            self._due = self.loop.call_later(_HEADERS_SECONDS, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unset()
+        super().connection_lost(exc)
+
+    def _unset(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, number)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        raise FgvcError(f"{host}:{port}: can't listen there: {error}") from error
+    return listener
