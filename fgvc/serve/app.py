@@ -302,7 +302,7 @@ def _in_memory(work: Callable[[bytes], T], body: bytes) -> T:
     """onnxruntime has no error of its own for what it could not allocate."""
     try:
         return work(body)
-    except RuntimeError as error:
+    except Exception as error:
         if type(error).__module__.startswith("onnxruntime") and "alloc" in str(error).lower():
             raise MemoryError(str(error)) from error
         raise

@@ -36,7 +36,7 @@ class Limits:
     batch: int = 16  # images in a tensor request
     held_bytes: int = 256 * MIB  # bodies of all requests together
     seconds: float = 30.0  # from a request's arrival to its answer
-    stall_seconds: float = 5.0  # without a byte of a body
+    stall_seconds: float = 5.0  # without a byte of a body, or until a request's headers are whole
 
 
 class Refusal(Exception):

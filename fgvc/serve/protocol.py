@@ -21,7 +21,8 @@ from fgvc.serve.limits import Refusal
 from fgvc.serve.models import VERSION, Served
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-_CONTAINERS, _QUOTES = 200_000, 10_000  # more than any real request has; each costs 20 times its bytes when parsed
+# More than any sensible request has. Parsing holds Python's lock, and what it makes takes up to 20 times the bytes.
+_JSON_BYTES, _CONTAINERS, _QUOTES = 16 << 20, 200_000, 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,8 @@ def answer(served: Served, query: Query, logits: np.ndarray) -> tuple[bytes, int
 
 
 def _json(text: bytes) -> dict[str, Any]:
+    if len(text) > _JSON_BYTES:
+        raise Refusal(413, f"the JSON has more than {_JSON_BYTES} bytes; send large tensors as bytes")
     if text.count(b"[") + text.count(b"{") > _CONTAINERS or text.count(b'"') > _QUOTES:
         raise Refusal(400, "the JSON has too many parts; send large tensors as bytes")
     try:

@@ -7,14 +7,18 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import h11
+import prometheus_client
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from fgvc.serve.admission import Admission
 from fgvc.serve.app import Service, make_app
@@ -26,7 +30,6 @@ from fgvc.types import FgvcError
 _KEEP_ALIVE = (
     75  # longer than the minute that load balancers hold a connection: the server must not be first to close it
 )
-_HEADERS_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +50,15 @@ class Settings:
 def serve(places: Mapping[str, Path], settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; returns 0, or 1 where requests had to be cut off. Raises FgvcError for a bundle that can't
     be loaded and an address that can't be had, before anything is answered."""
+    prometheus_client.disable_created_metrics()  # a second line for each that nobody reads
     listener = _bind(settings.host, settings.port)
     models = Models(places, threads=settings.threads)
     concurrency = settings.concurrency or max(1, available_cpus() // settings.threads)
     admission = Admission(concurrency=concurrency, queue=settings.queue)
     app = make_app(Service(models, admission, settings.limits), key=settings.key)
     config = uvicorn.Config(
-        app, http=_Patient, loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False,
+        app, http=partial(_Patient, seconds=settings.limits.stall_seconds),  # type: ignore[arg-type]
+        loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=1,
     )  # fmt: skip
     for served in models:
@@ -115,7 +120,7 @@ class _Server(uvicorn.Server):
     async def _reload(self, *, changed_only: bool) -> None:
         await asyncio.to_thread(self._models.reload, changed_only=changed_only)
 
-    def _start(self, work) -> None:  # type: ignore[no-untyped-def]
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._background.add(task)  # the loop itself holds tasks by weak references
         task.add_done_callback(self._background.discard)
@@ -124,16 +129,20 @@ class _Server(uvicorn.Server):
 class _Patient(H11Protocol):
     """Not for ever: uvicorn would wait without end for a request's headers."""
 
+    def __init__(self, config: uvicorn.Config, server_state: ServerState, *, seconds: float, **others: Any) -> None:
+        super().__init__(config, server_state, **others)
+        self._seconds = seconds
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._due: asyncio.TimerHandle | None = self.loop.call_later(_HEADERS_SECONDS, transport.abort)
+        self._due: asyncio.TimerHandle | None = self.loop.call_later(self._seconds, transport.abort)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._unset()
         elif self._due is None:
-            self._due = self.loop.call_later(_HEADERS_SECONDS, self.transport.abort)
+            self._due = self.loop.call_later(self._seconds, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unset()
