@@ -36,6 +36,7 @@ class Admission:
         self.running = 0  # in threads; also of clients who no longer wait: a thread can't be stopped
         self.draining = False
         self._waiting: deque[_Job] = deque()
+        self._asked: set[_Job] = set()  # whose answers somebody waits for
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="fgvc-infer")
 
     @property
@@ -53,7 +54,7 @@ class Admission:
         Raises Refusal (503) where the queue is full, or the server is about to stop.
         """
         if self.draining:
-            raise Refusal(503, "the server is shutting down", reason="draining")
+            raise _shutting_down()
         if self.full:
             raise _queue_full()
         self.in_flight += 1
@@ -71,6 +72,7 @@ class Admission:
         if self.full:
             raise _queue_full()
         job = _Job(work)
+        self._asked.add(job)
         self._waiting.append(job)
         self._start()
         left = asyncio.ensure_future(_left(request))
@@ -85,8 +87,15 @@ class Admission:
         finally:
             left.cancel()
             job.answer.cancel()
+            self._asked.discard(job)
             if job in self._waiting:
                 self._waiting.remove(job)
+
+    def abandon(self) -> None:
+        """Refuse whoever still waits for an answer."""
+        for job in self._asked:
+            if not job.answer.done():
+                job.answer.set_exception(_shutting_down())
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -101,7 +110,7 @@ class Admission:
     def _finish(self, job: _Job, done: asyncio.Future[Any]) -> None:
         self.running -= 1
         error = done.exception()
-        if job.answer.cancelled():
+        if job.answer.done():
             pass  # its client no longer waits
         elif error is not None:
             job.answer.set_exception(error)
@@ -117,3 +126,7 @@ async def _left(request: Request) -> None:
 
 def _queue_full() -> Refusal:
     return Refusal(503, "the queue is full; try again", reason="queue_full")
+
+
+def _shutting_down() -> Refusal:
+    return Refusal(503, "the server is shutting down", reason="draining")

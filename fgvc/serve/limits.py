@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -68,8 +69,7 @@ class Held:
 
         Raises Refusal (413, 408, 503) and Gone, as soon as there is a reason.
         """
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > limit:
+        if (length_of(request.headers.get("content-length")) or 0) > limit:
             raise _too_large(limit)
         content, held = bytearray(), 0
         try:
@@ -102,6 +102,11 @@ class Held:
             yield message.get("body", b"")
 
 
+def length_of(text: str | None) -> int | None:
+    """A header's number of bytes; None for what is none. Of any number of digits, which Python's int would refuse."""
+    return int(text) if text and len(text) < 19 and text.isascii() and text.isdecimal() else None
+
+
 def _too_large(limit: int) -> Refusal:
     return Refusal(413, f"the body has more than {limit} bytes")
 
@@ -116,12 +121,9 @@ class Courtesy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        headers = dict(scope["headers"])
-        declared = headers.get(b"content-length", b"0")
-        rest = int(declared) if declared.isdigit() else 0
-        unread = rest > 0 or b"transfer-encoding" in headers
-        chunked = b"transfer-encoding" in headers
-        closing = False
+        headers = Headers(scope=scope)
+        rest, chunked, closing = length_of(headers.get("content-length")) or 0, "transfer-encoding" in headers, False
+        unread = rest > 0 or chunked
 
         async def watched() -> Message:
             nonlocal rest, unread
@@ -133,7 +135,7 @@ class Courtesy:
         async def polite(message: Message) -> None:
             nonlocal closing
             if message["type"] == "http.response.start":
-                closing = unread and (chunked or rest > _SMALL)
+                closing = unread and (chunked or rest > _SMALL or message["status"] == 408)
                 if closing:
                     message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
             elif closing and not message.get("more_body", False):
@@ -163,13 +165,13 @@ class Keyed:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             return await self._app(scope, receive, send)
-        headers = dict(scope["headers"])
-        given = headers.get(b"x-api-key", b"")
-        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer":
+        headers = Headers(scope=scope)
+        given = headers.get("x-api-key", "")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
             given = token.strip()
         # In constant time: how long it takes tells nothing of how much was right.
-        if hmac.compare_digest(given, self._key):
+        if hmac.compare_digest(given.encode("latin-1"), self._key):
             return await self._app(scope, receive, send)
         refused = JSONResponse({"error": "no valid API key"}, 401, {"WWW-Authenticate": "Bearer"})
         await refused(scope, receive, send)

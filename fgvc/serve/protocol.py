@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fgvc.serve.limits import Refusal
+from fgvc.serve.limits import Refusal, length_of
 from fgvc.serve.models import VERSION, Served
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -82,9 +82,10 @@ def parse(served: Served, body: bytes, header_length: str | None, *, batch: int)
     """Raises Refusal (400) for whatever is not a request that this model takes."""
     length = len(body)
     if header_length is not None:
-        if not header_length.isascii() or not header_length.isdecimal() or int(header_length) > length:
+        given = length_of(header_length)
+        if given is None or given > length:
             raise Refusal(400, f"{HEADER_LENGTH} is not a length within the body")
-        length = int(header_length)
+        length = given
     tree = _json(body[:length])
     session = served.engine.session
     inputs = tree.get("inputs")
@@ -107,10 +108,10 @@ def parse(served: Served, body: bytes, header_length: str | None, *, batch: int)
         raise Refusal(400, f"input {session.input!r}: {values.size} values for shape {list(shape)}")
     if not np.isfinite(values).all():
         raise Refusal(400, f"input {session.input!r}: has values that are not finite")
-    given = tree.get("id")
-    if given is not None and not isinstance(given, str):
+    name = tree.get("id")
+    if name is not None and not isinstance(name, str):
         raise Refusal(400, "id: expected a string")
-    return Query(values.reshape(shape), given, _wants_bytes(tree, session.outputs[0]))
+    return Query(values.reshape(shape), name, _wants_bytes(tree, session.outputs[0]))
 
 
 def answer(served: Served, query: Query, logits: np.ndarray) -> tuple[bytes, int | None]:

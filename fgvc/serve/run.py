@@ -110,6 +110,7 @@ class _Server(uvicorn.Server):
         while self._admission.in_flight and self._loop.time() < end:
             await asyncio.sleep(0.02)
         self.cut = self._admission.in_flight
+        self._admission.abandon()
         self.should_exit = True
 
     async def _poll(self) -> None:
