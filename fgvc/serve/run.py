@@ -17,6 +17,7 @@ from typing import Any
 import h11
 import prometheus_client
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -51,31 +52,34 @@ def serve(places: Mapping[str, Path], settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; returns 0, or 1 where requests had to be cut off. Raises FgvcError for a bundle that can't
     be loaded and an address that can't be had, before anything is answered."""
     prometheus_client.disable_created_metrics()  # a second line for each that nobody reads
-    listener = _bind(settings.host, settings.port)
-    models = Models(places, threads=settings.threads)
-    concurrency = settings.concurrency or max(1, available_cpus() // settings.threads)
-    admission = Admission(concurrency=concurrency, queue=settings.queue)
-    app = make_app(Service(models, admission, settings.limits), key=settings.key)
-    config = uvicorn.Config(
-        app, http=partial(_Patient, seconds=settings.limits.stall_seconds),  # type: ignore[arg-type]
-        loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=1,
-    )  # fmt: skip
-    for served in models:
-        extra = "" if served.looker is None else ", explain"
-        print(f"{served.name}: {len(served.labels)} classes{extra}", file=sys.stderr)
-    print(
-        f"{concurrency} at a time with {settings.threads} thread(s) each, {settings.queue} waiting; "
-        f"{available_cpus()} CPU(s) available",
-        file=sys.stderr,
-    )
-    server = _Server(config, models, admission, settings)
-    asyncio.run(server.serve(sockets=[listener]))
+    with _bind(settings.host, settings.port) as listener:
+        models = Models(places, threads=settings.threads)
+        concurrency = settings.concurrency or max(1, available_cpus() // settings.threads)
+        admission = Admission(concurrency=concurrency, queue=settings.queue)
+        app = make_app(Service(models, admission, settings.limits), key=settings.key)
+        for served in models:
+            extra = "" if served.looker is None else ", explain"
+            print(f"{served.name}: {len(served.labels)} classes{extra}", file=sys.stderr)
+        print(
+            f"{concurrency} at a time with {settings.threads} thread(s) each, {settings.queue} waiting; "
+            f"{available_cpus()} CPU(s) available",
+            file=sys.stderr,
+        )
+        server = _Server(_config(app, settings), models, admission, settings)
+        asyncio.run(server.serve(sockets=[listener]))
     admission.close()
     if server.cut:
         print(f"{server.cut} request(s) were cut off after {settings.grace:g} s", file=sys.stderr, flush=True)
         os._exit(1)  # a thread that still computes would hold the process
     return 0
+
+
+def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, http=partial(_Patient, seconds=settings.limits.stall_seconds),  # type: ignore[arg-type]
+        loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+        proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=1,
+    )  # fmt: skip
 
 
 class _Server(uvicorn.Server):
@@ -157,12 +161,15 @@ class _Patient(H11Protocol):
 
 def _bind(host: str, port: int) -> socket.socket:
     try:
-        family, kind, number, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, number, _, address = found[0]
         listener = socket.socket(family, kind, number)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, OverflowError) as error:
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
         raise FgvcError(f"{host}:{port}: can't listen there: {error}") from error
     return listener

@@ -27,7 +27,7 @@ LABELS = ["red", "green", "蓝"]
 
 def network(scale: float = 10, *, maps: bool = False, delay: int = 0) -> bytes:
     """Logits: the mean red, green and blue times `scale`. `maps`: the colours themselves, too, as class maps. `delay`: so many
-    products of matrices 256 x 256 before the answer."""
+    products of matrices 512 x 512 before the answer."""
     kernel = (scale * np.eye(3)).astype(np.float32).reshape(3, 3, 1, 1)
     nodes = [
         helper.make_node("Conv", ["input", "w"], ["maps"]),
@@ -37,7 +37,7 @@ def network(scale: float = 10, *, maps: bool = False, delay: int = 0) -> bytes:
     constants = [numpy_helper.from_array(kernel, "w")]
     if delay:
         nodes += _delay(delay)
-        constants += [numpy_helper.from_array(np.zeros((256, 256), np.float32), "zeros")]
+        constants += [numpy_helper.from_array(np.zeros((512, 512), np.float32), "zeros")]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])]
     if maps:
         outputs.append(helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE]))

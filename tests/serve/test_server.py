@@ -243,7 +243,7 @@ def classify(server: Server) -> httpx.Response:
 
 
 def test_overload_is_refused_at_once_and_bounds_hold(tmp_path: Path) -> None:
-    bundle = save_bundle(tmp_path / "a", delay=SLOW)
+    bundle = save_bundle(tmp_path / "a", delay=SLOW // 2)
     with serving(tmp_path, bundle, "--concurrency", 1, "--queue", 2) as server, ThreadPoolExecutor(40) as clients:
         asked = [clients.submit(classify, server) for _ in range(30)]
         depths, running = set(), set()
@@ -264,7 +264,7 @@ def test_overload_is_refused_at_once_and_bounds_hold(tmp_path: Path) -> None:
 
 
 def test_deadlines_and_clients_that_leave(tmp_path: Path) -> None:
-    bundle = save_bundle(tmp_path / "a", delay=8 * SLOW)
+    bundle = save_bundle(tmp_path / "a", delay=4 * SLOW)
     request = head("/v1/classify", f"content-length: {len(picture())}") + picture()
     arguments = ("--concurrency", 1, "--queue", 2, "--timeout", 20)
     with serving(tmp_path, bundle, *arguments) as server, ThreadPoolExecutor(4) as clients:
@@ -286,7 +286,7 @@ def test_deadlines_and_clients_that_leave(tmp_path: Path) -> None:
 
 
 def test_sigterm_drains(tmp_path: Path) -> None:
-    bundle = save_bundle(tmp_path / "a", delay=3 * SLOW)
+    bundle = save_bundle(tmp_path / "a", delay=2 * SLOW)
     with serving(tmp_path, bundle, "--concurrency", 1) as server, ThreadPoolExecutor(8) as clients:
         asked = [clients.submit(classify, server) for _ in range(6)]
         until(lambda: server.metric("fgvc_in_flight") == 6)
@@ -303,7 +303,7 @@ def test_sigterm_drains(tmp_path: Path) -> None:
 
 
 def test_what_outlasts_the_grace_is_cut_off_and_said(tmp_path: Path) -> None:
-    bundle = save_bundle(tmp_path / "a", delay=50 * SLOW)
+    bundle = save_bundle(tmp_path / "a", delay=20 * SLOW)
     with serving(tmp_path, bundle, "--concurrency", 1, "--grace", 0.2) as server, ThreadPoolExecutor(2) as clients:
         asked = [clients.submit(classify, server) for _ in range(2)]
         until(lambda: server.metric("fgvc_in_flight") == 2)
