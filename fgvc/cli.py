@@ -357,10 +357,13 @@ def serve(
     ] = None,
 ) -> None:
     """Serve bundles over HTTP with onnxruntime: images at /v1/classify, tensors at /v2 (Open Inference Protocol)."""
-    from fgvc.serve.limits import MIB, Limits, read_key
-    from fgvc.serve.models import parse_places
-    from fgvc.serve.run import Settings
-    from fgvc.serve.run import serve as run
+    try:
+        from fgvc.serve.limits import MIB, Limits, read_key
+        from fgvc.serve.models import parse_places
+        from fgvc.serve.run import Settings
+        from fgvc.serve.run import serve as run
+    except ModuleNotFoundError as error:
+        raise FgvcError(f"fgvc serve: {error.name} is not installed: pip install 'fgvc[serve]'") from error
 
     limits = Limits(
         image_bytes=int(image_mib * MIB), tensor_bytes=int(tensor_mib * MIB), pixels=int(megapixels * 1e6), batch=batch,

@@ -13,7 +13,7 @@ from io import BytesIO
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
@@ -52,13 +52,13 @@ class Service:
                 return await self.admission.run(partial(_in_memory, work, body), request, deadline=deadline)
 
 
-async def _service(request: Request) -> Service:  # async: others would each cost a thread
+def _of(request: Request) -> Service:
+    """Not by FastAPI's Depends: solving dependencies costs more than all else that the event loop does for a request."""
     return request.app.state.service
 
 
-Shared = Annotated[Service, Depends(_service)]
 ModelName = Annotated[str | None, Query(description="Default: the first of the command line.")]
-operate, tensors, images = APIRouter(), APIRouter(), APIRouter()
+router = APIRouter()
 
 
 def make_app(service: Service, *, key: str | None = None) -> ASGIApp:
@@ -71,8 +71,7 @@ def make_app(service: Service, *, key: str | None = None) -> ASGIApp:
         redirect_slashes=False,
     )  # FastAPI's pages of documentation fetch their scripts from a CDN: there is /openapi.json alone
     app.state.service = service
-    for router in (operate, tensors, images):
-        app.include_router(router)
+    app.include_router(router)
     # The page at "/" goes here: app.get("/", ...) with PAGE of fgvc/serve/page.py.
     for kind, handle in (
         (Refusal, _refused), (Gone, _gone), (MemoryError, _out_of_memory), (HTTPException, _http_error),
@@ -85,34 +84,34 @@ def make_app(service: Service, *, key: str | None = None) -> ASGIApp:
 # What operators ask for
 
 
-@operate.get("/v2/health/live")
+@router.get("/v2/health/live")
 async def live() -> Response:
     """200 as long as the process answers, also while it shuts down."""
     return Response()
 
 
-@operate.get("/v2/health/ready")
-async def ready(service: Shared) -> Response:
+@router.get("/v2/health/ready")
+async def ready(request: Request) -> Response:
     """503 from the moment that the process was asked to stop."""
-    return Response(status_code=503 if service.admission.draining else 200)
+    return Response(status_code=503 if _of(request).admission.draining else 200)
 
 
-@operate.get("/metrics")
-async def metrics(service: Shared) -> Response:
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
     """For Prometheus."""
-    return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+    return Response(_of(request).metrics.text(), media_type=CONTENT_TYPE)
 
 
 # Tensors
 
 
-@tensors.get("/v2")
+@router.get("/v2")
 async def server_metadata() -> Response:
     return JSONResponse(protocol.server_metadata())
 
 
-@tensors.get("/v2/models")
-async def list_models(service: Shared) -> Response:
+@router.get("/v2/models")
+async def list_models(request: Request) -> Response:
     """All models: name, versions, how many classes, whether /v1/explain has its heat map."""
     rows = [
         {
@@ -121,35 +120,36 @@ async def list_models(service: Shared) -> Response:
             "classes": len(served.labels),
             "explain": served.looker is not None,
         }
-        for served in service.models
+        for served in _of(request).models
     ]
     return JSONResponse({"models": rows})
 
 
-@tensors.post("/v2/repository/index")
-async def repository_index(service: Shared) -> Response:
+@router.post("/v2/repository/index")
+async def repository_index(request: Request) -> Response:
     """The same as Triton lists it. Nothing is ever loaded over HTTP."""
-    rows = [{"name": served.name, "version": VERSION, "state": "READY", "reason": ""} for served in service.models]
+    rows = [{"name": served.name, "version": VERSION, "state": "READY", "reason": ""} for served in _of(request).models]
     return JSONResponse(rows)
 
 
-@tensors.get("/v2/models/{model}")
-@tensors.get("/v2/models/{model}/versions/{version}", name="version_metadata")
-async def model_metadata(service: Shared, model: str, version: str = VERSION) -> Response:
-    return JSONResponse(protocol.model_metadata(_find(service, model, version)))
+@router.get("/v2/models/{model}")
+@router.get("/v2/models/{model}/versions/{version}", name="version_metadata")
+async def model_metadata(request: Request, model: str, version: str = VERSION) -> Response:
+    return JSONResponse(protocol.model_metadata(_find(_of(request), model, version)))
 
 
-@tensors.get("/v2/models/{model}/ready")
-@tensors.get("/v2/models/{model}/versions/{version}/ready", name="version_ready")
-async def model_ready(service: Shared, model: str, version: str = VERSION) -> Response:
-    _find(service, model, version)
-    return Response(status_code=503 if service.admission.draining else 200)
+@router.get("/v2/models/{model}/ready")
+@router.get("/v2/models/{model}/versions/{version}/ready", name="version_ready")
+async def model_ready(request: Request, model: str, version: str = VERSION) -> Response:
+    _find(_of(request), model, version)
+    return Response(status_code=503 if _of(request).admission.draining else 200)
 
 
-@tensors.post("/v2/models/{model}/infer")
-@tensors.post("/v2/models/{model}/versions/{version}/infer", name="version_infer")
-async def infer(request: Request, service: Shared, model: str, version: str = VERSION) -> Response:
+@router.post("/v2/models/{model}/infer")
+@router.post("/v2/models/{model}/versions/{version}/infer", name="version_infer")
+async def infer(request: Request, model: str, version: str = VERSION) -> Response:
     """Preprocessed images in, logits out, as JSON or bytes."""
+    service = _of(request)
     served, limits = _find(service, model, version), service.limits
 
     def work(body: bytes) -> tuple[bytes, int | None]:
@@ -197,15 +197,15 @@ _BODY: dict[str, Any] = {
 }
 
 
-@images.post("/v1/classify", openapi_extra=_BODY, responses={200: {"model": Classified}})
+@router.post("/v1/classify", openapi_extra=_BODY, responses={200: {"model": Classified}})
 async def classify(
     request: Request,
-    service: Shared,
     model: ModelName = None,
     top_k: Annotated[int, Query(ge=1, description="How many classes to name.")] = 5,
 ) -> Response:
     """The most probable classes, by the bundle's temperature; `rejected`: none of these, by its threshold."""
-    served, arrived = service.models.get(model), time.perf_counter()
+    service, arrived = _of(request), time.perf_counter()
+    served = service.models.get(model)
     form = _is_form(request)
 
     def work(body: bytes) -> dict[str, Any]:
@@ -232,16 +232,16 @@ async def classify(
     return JSONResponse(await service.compute(request, service.limits.image_bytes, work))
 
 
-@images.post(
+@router.post(
     "/v1/explain", openapi_extra=_BODY, response_class=Response, responses={200: {"content": {"image/png": {}}}}
 )
 async def explain(
     request: Request,
-    service: Shared,
     model: ModelName = None,
     target: Annotated[str, Query(description="A class by name; default: the most probable one.")] = PREDICTED,
 ) -> Response:
     """Where the network looks: the class activation map over the picture as the network sees it, PNG."""
+    service = _of(request)
     served = service.models.get(model)
     form, looker = _is_form(request), served.looker
     if looker is None:
@@ -311,12 +311,12 @@ def _in_memory(work: Callable[[bytes], T], body: bytes) -> T:
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     if error.reason:
-        request.app.state.service.metrics.rejected.labels(error.reason).inc()
+        _of(request).metrics.rejected.labels(error.reason).inc()
     return error.response()
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    request.app.state.service.metrics.rejected.labels("gone").inc()
+    _of(request).metrics.rejected.labels("gone").inc()
     return Response(status_code=GONE)
 
 

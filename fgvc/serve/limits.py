@@ -71,18 +71,19 @@ class Held:
         """
         if (length_of(request.headers.get("content-length")) or 0) > limit:
             raise _too_large(limit)
-        content, held = bytearray(), 0
+        parts: list[bytes] = []
+        held = 0
         try:
             async for part in self._parts(request, deadline):
-                if len(content) + len(part) > limit:
+                if held + len(part) > limit:
                     raise _too_large(limit)
                 if self.bytes + len(part) > self._limits.held_bytes:
                     raise Refusal(503, "too many requests are sending data; try again", reason="memory")
                 held += len(part)
                 self.bytes += len(part)
-                content += part
-            whole = bytes(content)
-            content.clear()
+                parts.append(part)
+            whole = b"".join(parts)
+            parts.clear()
             yield whole
         finally:
             self.bytes -= held

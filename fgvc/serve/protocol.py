@@ -103,7 +103,7 @@ def parse(served: Served, body: bytes, header_length: str | None, *, batch: int)
             raise Refusal(400, "bytes follow the JSON, but no input says that they are its own")
         values = _numbers(tensor.get("data"))
     else:
-        values = _bytes(body[length:], size)
+        values = _bytes(memoryview(body)[length:], size)
     if values.size != math.prod(shape):
         raise Refusal(400, f"input {session.input!r}: {values.size} values for shape {list(shape)}")
     if not np.isfinite(values).all():
@@ -174,10 +174,10 @@ def _numbers(data: Any) -> np.ndarray:
         raise Refusal(400, "the input's data: a number is too large") from None
 
 
-def _bytes(content: bytes, size: Any) -> np.ndarray:
+def _bytes(content: memoryview, size: Any) -> np.ndarray:
     if type(size) is not int or size != len(content) or size % 4:
         raise Refusal(400, f"binary_data_size is {repr(size)}, {len(content)} bytes follow the JSON; 4 make a value")
-    return np.frombuffer(content, dtype="<f4")
+    return np.array(np.frombuffer(content, dtype="<f4"))  # behind JSON of any length floats may lie across words
 
 
 def _wants_bytes(tree: Mapping[str, Any], name: str) -> bool:

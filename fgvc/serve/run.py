@@ -28,9 +28,7 @@ from fgvc.serve.limits import Limits
 from fgvc.serve.models import Models
 from fgvc.types import FgvcError
 
-_KEEP_ALIVE = (
-    75  # longer than the minute that load balancers hold a connection: the server must not be first to close it
-)
+_KEEP_ALIVE = 75  # seconds; load balancers hold a connection for a minute, and must be the first to close it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +49,7 @@ class Settings:
 def serve(places: Mapping[str, Path], settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; returns 0, or 1 where requests had to be cut off. Raises FgvcError for a bundle that can't
     be loaded and an address that can't be had, before anything is answered."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can be answered: by default it would end the process
     prometheus_client.disable_created_metrics()  # a second line for each that nobody reads
     with _bind(settings.host, settings.port) as listener:
         models = Models(places, threads=settings.threads)
@@ -89,6 +88,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._models, self._admission, self._settings = models, admission, settings
         self._background: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None  # None: not yet
         self.cut = 0  # requests that were not answered
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -103,15 +103,17 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, a second one ends at once. uvicorn's own would raise it again, and exit with it."""
-        if self._admission.draining:
+        if self._admission.draining or self._loop is None:
             self.should_exit = self.force_exit = True
             self.cut = self._admission.in_flight
+            return
         self._admission.draining = True  # at once, whatever the event loop does just now
         self._loop.call_soon_threadsafe(lambda: self._start(self._drain()))
 
     async def _drain(self) -> None:
-        end = self._loop.time() + self._settings.grace
-        while self._admission.in_flight and self._loop.time() < end:
+        now = asyncio.get_running_loop().time
+        end = now() + self._settings.grace
+        while self._admission.in_flight and now() < end:
             await asyncio.sleep(0.02)
         self.cut = self._admission.in_flight
         self._admission.abandon()
