@@ -72,7 +72,7 @@ def make_app(service: Service, *, key: str | None = None) -> ASGIApp:
     )  # FastAPI's pages of documentation fetch their scripts from a CDN: there is /openapi.json alone
     app.state.service = service
     app.include_router(router)
-    # The page at "/" goes here: app.get("/", ...) with PAGE of fgvc/serve/page.py.
+    # THE PAGE goes here: app.add_route("/", lambda _: HTMLResponse(PAGE, headers={"Content-Security-Policy": CSP}))
     for kind, handle in (
         (Refusal, _refused), (Gone, _gone), (MemoryError, _out_of_memory), (HTTPException, _http_error),
         (RequestValidationError, _invalid), (Exception, _broken),
