@@ -425,13 +425,15 @@ def explain(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["train", "load", "export"],
+        Literal["train", "load", "export", "serve"],
         typer.Argument(
             help="train: a step against a bare one; load: steps with loading against steps alone; "
-            "export: with all proofs against torch's alone."
+            "export: with all proofs against torch's alone; serve: a bundle's server against onnxruntime alone."
         ),
     ],
-    config: Config,
+    config: Annotated[
+        str, typer.Argument(help="A recipe file, or the id of one that comes with fgvc; of serve a bundle.")
+    ],
     overrides: Overrides = None,
     pairs: Annotated[
         int, typer.Option(min=0, help="Pairs of measurements; default 30, 12 blocks of steps, or 3 exports.")
@@ -445,14 +447,22 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:
     """Measure speed as ratios against bare references, in one run."""
+    if out is not None and (out.is_dir() or any(parent.is_file() for parent in out.parents)):
+        raise FgvcError(f"{out}: not a place for a CSV file; choose another --out")
+    if what == "serve":
+        from fgvc.serve.bench import bench_serve, show_figures, write_figures
+
+        figures = bench_serve(Path(config))
+        show_figures(figures)
+        if out is not None:
+            write_figures(out, figures)
+        return
     from fgvc import api, show
     from fgvc import bench as measure
 
     recipe = api.load_recipe(_recipe(config), overrides or [])
     if each and what != "train":
         raise FgvcError("--each goes with `fgvc bench train`")
-    if out is not None and (out.is_dir() or any(parent.is_file() for parent in out.parents)):
-        raise FgvcError(f"{out}: not a place for a CSV file; choose another --out")
     if what == "train":
         count = pairs or 30
         found = measure.bench_each(recipe, pairs=count) if each else [measure.bench_train(recipe, pairs=count)]

@@ -47,16 +47,18 @@ class Admission:
     def full(self) -> bool:
         return self.running >= self.concurrency and self.waiting >= self.queue
 
+    def refusal(self) -> Refusal | None:
+        """Why nothing more is accepted, if so."""
+        return _shutting_down() if self.draining else _queue_full() if self.full else None
+
     @contextmanager
     def arrival(self) -> Iterator[None]:
         """Around a request, from before its body is read: who can't be served need not send it.
 
         Raises Refusal (503) where the queue is full, or the server is about to stop.
         """
-        if self.draining:
-            raise _shutting_down()
-        if self.full:
-            raise _queue_full()
+        if refusal := self.refusal():
+            raise refusal
         self.in_flight += 1
         try:
             yield

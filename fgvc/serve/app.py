@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fgvc.image.decode import decode
 from fgvc.image.overlay import overlay
@@ -78,7 +78,21 @@ def make_app(service: Service, *, key: str | None = None) -> ASGIApp:
         (RequestValidationError, _invalid), (Exception, _broken),
     ):  # fmt: skip
         app.add_exception_handler(kind, handle)
-    return Courtesy(Metered(app if key is None else Keyed(app, key), service.metrics))
+    return Courtesy(Metered(_Door(app if key is None else Keyed(app, key), service), service.metrics))
+
+
+class _Door:
+    """Turns work away before it costs anything. An overloaded server that takes a millisecond to say so does little else."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._service.admission.refusal() if scope.get("method") == "POST" else None
+        if refusal is None:
+            return await self._app(scope, receive, send)
+        self._service.metrics.rejected.labels(refusal.reason).inc()
+        await refusal.response()(scope, receive, send)
 
 
 # What operators ask for

@@ -74,10 +74,10 @@ class Models:
                     continue
                 try:
                     self._served[name] = _load(name, folder, self._threads)
-                except (FgvcError, MemoryError) as error:
+                except Exception as error:  # whatever is wrong with the new one, the old one is right
                     self.failures[name] += 1
                     self._refused[name] = digest
-                    _say(f"{name}: not reloaded, the old one goes on: {error or 'out of memory'}")
+                    _say(f"{name}: not reloaded, the old one goes on: {str(error) or type(error).__name__}")
                 else:
                     self.reloads[name] += 1
                     self._refused.pop(name, None)

@@ -68,9 +68,11 @@ def serve(places: Mapping[str, Path], settings: Settings) -> int:
         asyncio.run(server.serve(sockets=[listener]))
     admission.close()
     if server.cut:
-        print(f"{server.cut} request(s) were cut off after {settings.grace:g} s", file=sys.stderr, flush=True)
-        os._exit(1)  # a thread that still computes would hold the process
-    return 0
+        print(f"{server.cut} request(s) were cut off after {settings.grace:g} s", file=sys.stderr)
+    if admission.running:  # for nobody: a thread that still computes would hold the process
+        sys.stderr.flush()
+        os._exit(1 if server.cut else 0)
+    return 1 if server.cut else 0
 
 
 def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
@@ -164,7 +166,8 @@ class _Patient(H11Protocol):
 def _bind(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, number, _, address = found[0]
+        # "localhost" is both; clients that know one of them know this one.
+        family, kind, number, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
         listener = socket.socket(family, kind, number)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

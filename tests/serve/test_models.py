@@ -104,6 +104,22 @@ def test_a_moment_without_a_bundle_is_waited_for_and_no_longer(tmp_path: Path, m
     assert (scale(models, "a"), models.failures["a"]) == (2, 1)
 
 
+def test_no_error_of_a_new_bundle_ends_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_bundle(tmp_path / "a", 1)
+    models = Models({"a": folder}, threads=1)
+    save_bundle(folder, 2)
+    for error in (MemoryError(), RuntimeError("onnxruntime's own"), PermissionError(13, "no")):
+
+        def fail(*args: object, error: Exception = error, **kwargs: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "Engine", fail)
+            models.reload()
+        assert scale(models, "a") == 1
+    assert models.failures["a"] == 3
+
+
 def test_a_bundle_that_can_not_be_loaded_is_named(tmp_path: Path) -> None:
     folder = save_bundle(tmp_path / "a")
     break_model(folder)
