@@ -336,7 +336,7 @@ def predict(
 def serve(
     bundles: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME=]BUNDLE...", help="Bundles, by the names of their folders, or by others."),
+        typer.Argument(metavar="[NAME=]BUNDLE", help="Bundles, by the names of their folders, or by others."),
     ],
     host: Annotated[str, typer.Option(help="0.0.0.0 for all of the machine's addresses.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")] = 8000,

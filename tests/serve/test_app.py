@@ -22,7 +22,7 @@ from fgvc.serve.engine import Engine
 from fgvc.serve.limits import Limits, read_key
 from fgvc.serve.models import Models
 from fgvc.types import FgvcError
-from tests.serve.small import LABELS, ROOT, SIZE, picture, save_bundle
+from tests.serve.small import LABELS, ROOT, SIZE, bomb, picture, save_bundle
 
 CALIBRATION = Calibration(
     temperature=2.0, threshold=0.5, keep=0.95, fitted_on="val", images=80, nll_before=1, nll_after=1, ece_before=0.2,
@@ -144,13 +144,6 @@ def test_refusals_have_names(shared: Service) -> None:
         assert found.status_code == status, path
         assert said in found.json()["error"]
         assert list(found.json()) == ["error"]
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of one bit a pixel: small on the wire (trap T5)."""
-    content = io.BytesIO()
-    Image.new("1", (width, height)).save(content, "PNG")
-    return content.getvalue()
 
 
 def test_pictures_that_are_none(shared: Service) -> None:
