@@ -14,7 +14,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || (echo "fgvc needs Python 3.11-3.13: make PYTHON=python3.11 ..." >&2; exit 1)
-	$(BIN)/python -m pip install --quiet --editable '.[train,packaged,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,serve,packaged,dev]'
 	touch $@
 
 demo: install

@@ -352,6 +352,50 @@ def predict(
 
 
 @app.command()
+def serve(
+    bundles: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]BUNDLE", help="Bundles, by the names of their folders, or by others."),
+    ],
+    host: Annotated[str, typer.Option(help="0.0.0.0 for all of the machine's addresses.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")] = 8000,
+    concurrency: Annotated[int, typer.Option(min=0, help="Requests at a time; 0: as many as CPUs / threads.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="In a request; more shorten it, but fewer are answered.")] = 1,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that wait; more are refused with 503.")] = 32,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds from a request to its answer, else 504.")] = 30.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds after SIGTERM for the requests that are there.")] = 20.0,
+    image_mib: Annotated[float, typer.Option(min=0.001, help="Largest picture, in MiB.")] = 10.0,
+    tensor_mib: Annotated[float, typer.Option(min=0.001, help="Largest tensor request, in MiB.")] = 32.0,
+    megapixels: Annotated[float, typer.Option(min=0.001, help="Most pixels of a picture, in millions.")] = 40.0,
+    batch: Annotated[int, typer.Option(min=1, help="Most images in a tensor request.")] = 16,
+    poll: Annotated[
+        float, typer.Option(min=0, help="Look every so many seconds for a new bundle in a place; 0: on SIGHUP only.")
+    ] = 0.0,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Clients must bring its content; else FGVC_API_KEY, where that is set.")
+    ] = None,
+) -> None:
+    """Serve bundles over HTTP with onnxruntime: images at /v1/classify, tensors at /v2 (Open Inference Protocol)."""
+    try:
+        from fgvc.serve.limits import MIB, Limits, read_key
+        from fgvc.serve.models import parse_places
+        from fgvc.serve.run import Settings
+        from fgvc.serve.run import serve as run
+    except ModuleNotFoundError as error:
+        raise FgvcError(f"fgvc serve: {error.name} is not installed: pip install 'fgvc[serve]'") from error
+
+    limits = Limits(
+        image_bytes=int(image_mib * MIB), tensor_bytes=int(tensor_mib * MIB), pixels=int(megapixels * 1e6), batch=batch,
+        seconds=timeout,
+    )  # fmt: skip
+    settings = Settings(
+        host=host, port=port, threads=threads, concurrency=concurrency or None, queue=queue, grace=grace, poll=poll,
+        key=read_key(api_key_file), limits=limits,
+    )  # fmt: skip
+    sys.exit(run(parse_places(bundles), settings))
+
+
+@app.command()
 def explain(
     seen: Annotated[
         Path, typer.Argument(metavar="RUN|BUNDLE", help="A run, or a bundle (class activation maps, no torch).")
@@ -400,13 +444,15 @@ def explain(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["train", "load", "export"],
+        Literal["train", "load", "export", "serve"],
         typer.Argument(
             help="train: a step against a bare one; load: steps with loading against steps alone; "
-            "export: with all proofs against torch's alone."
+            "export: with all proofs against torch's alone; serve: a bundle's server against onnxruntime alone."
         ),
     ],
-    config: Config,
+    config: Annotated[
+        str, typer.Argument(help="A recipe file, or the id of one that comes with fgvc; of serve a bundle.")
+    ],
     overrides: Overrides = None,
     pairs: Annotated[
         int, typer.Option(min=0, help="Pairs of measurements; default 30, 12 blocks of steps, or 3 exports.")
@@ -420,14 +466,22 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:
     """Measure speed as ratios against bare references, in one run."""
+    if out is not None and (out.is_dir() or any(parent.is_file() for parent in out.parents)):
+        raise FgvcError(f"{out}: not a place for a CSV file; choose another --out")
+    if what == "serve":
+        from fgvc.serve.bench import bench_serve, show_figures, write_figures
+
+        figures = bench_serve(Path(config))
+        show_figures(figures)
+        if out is not None:
+            write_figures(out, figures)
+        return
     from fgvc import api, show
     from fgvc import bench as measure
 
     recipe = api.load_recipe(_recipe(config), overrides or [])
     if each and what != "train":
         raise FgvcError("--each goes with `fgvc bench train`")
-    if out is not None and (out.is_dir() or any(parent.is_file() for parent in out.parents)):
-        raise FgvcError(f"{out}: not a place for a CSV file; choose another --out")
     if what == "train":
         count = pairs or 30
         found = measure.bench_each(recipe, pairs=count) if each else [measure.bench_train(recipe, pairs=count)]

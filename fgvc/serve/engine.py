@@ -58,7 +58,8 @@ class Session:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
             raise FgvcError(f"{where}: expected one input (B,3,H,W) of float32")
-        self._input, self._outputs = inputs[0].name, [output.name for output in outputs]
+        self.input: str = inputs[0].name
+        self.outputs: list[str] = [output.name for output in outputs]
         self.shape: tuple[int | None, ...] = tuple(d if isinstance(d, int) else None for d in inputs[0].shape)
 
     def run(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -67,12 +68,12 @@ class Session:
             raise FgvcError(f"the network takes images of shape {self.shape[1:]}, not {x.shape[1:]}")
         fixed = self.shape[0]
         if fixed is None:
-            return tuple(self._session.run(self._outputs, {self._input: x}))
+            return tuple(self._session.run(self.outputs, {self.input: x}))
         pieces = []
         for start in range(0, len(x), fixed):
             piece = x[start : start + fixed]
             full = np.concatenate([piece, np.zeros((fixed - len(piece), *x.shape[1:]), x.dtype)])
-            pieces.append([output[: len(piece)] for output in self._session.run(self._outputs, {self._input: full})])
+            pieces.append([output[: len(piece)] for output in self._session.run(self.outputs, {self.input: full})])
         return tuple(np.concatenate(outputs) for outputs in zip(*pieces, strict=True))
 
     def logits(self, x: np.ndarray) -> np.ndarray:

@@ -75,8 +75,8 @@ class Looker(Protocol):
 class BundleLooker:
     """The class activation maps of a bundle's `explain.onnx`: sum_k W[c,k] A_k, no gradient and no torch."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises FgvcError for a bundle without `explain.onnx`."""
+    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+        """`threads`: as of `Session`. Raises FgvcError for a bundle without `explain.onnx`."""
         bundle = load_bundle(folder)
         if bundle.explain is None:
             why = str(bundle.contract.get("explain", "")).strip()
@@ -86,7 +86,7 @@ class BundleLooker:
             )
         self.name, self.labels, self.spec = folder.name, bundle.labels, bundle.preprocess
         self.methods: tuple[str, ...] = ("cam",)
-        self._folder, self._session = folder, Session(bundle.explain)
+        self._folder, self._session = folder, Session(bundle.explain, threads=threads)
         self._temperature = bundle.calibration.temperature if bundle.calibration else 1.0
 
     def __call__(self, x: Floats, label: int | None) -> list[Seen]:
@@ -138,7 +138,7 @@ def explain_files(
     while some := list(islice(rest, batch)):
         images = [decoded(path) for path, _ in some]
         good = [image for image in images if isinstance(image, Image.Image)]
-        answers = zip(*(_look(looker, good, label) for looker, label in zip(lookers, wanted, strict=True)), strict=True)
+        answers = zip(*(look(looker, good, label) for looker, label in zip(lookers, wanted, strict=True)), strict=True)
         for (path, name), image in zip(some, images, strict=True):
             if isinstance(image, ImageError):
                 failed += 1
@@ -211,7 +211,7 @@ def _arrays(looker: Looker, one: Seen) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def _look(looker: Looker, images: Sequence[Image.Image], label: int | None) -> list[tuple[Seen, Image.Image]]:
+def look(looker: Looker, images: Sequence[Image.Image], label: int | None) -> list[tuple[Seen, Image.Image]]:
     """What the network says of each, and each as it saw it."""
     if not images:
         return []

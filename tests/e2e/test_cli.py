@@ -22,7 +22,8 @@ from fgvc.model.backbone import plain_model
 from fgvc.template import recipe_file, run_name
 
 VERBS = (
-    "recipes", "init", "data", "train", "eval", "explain", "localize", "report", "compare", "export", "verify", "predict",
+    "recipes", "init", "data", "train", "eval", "explain", "localize", "report", "compare", "export", "verify", "triton",
+    "predict", "serve",
 )  # fmt: skip
 
 

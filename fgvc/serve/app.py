@@ -1,0 +1,361 @@
+"""The server's routes: the Open Inference Protocol v2 for tensors, `/v1` for images, and what operators ask for.
+
+Heavy work is done in Admission's threads, JSON and images included: the event loop only moves bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from io import BytesIO
+from typing import Annotated, Any, TypeVar
+from urllib.parse import quote
+
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from PIL import Image
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fgvc.image.decode import decode
+from fgvc.image.overlay import overlay
+from fgvc.serve import protocol
+from fgvc.serve.admission import Admission
+from fgvc.serve.explain import PREDICTED, look
+from fgvc.serve.limits import FORMATS, Courtesy, Gone, Held, Keyed, Limits, Refusal
+from fgvc.serve.metrics import CONTENT_TYPE, GONE, Metered, Metrics
+from fgvc.serve.models import VERSION, Models, Served
+from fgvc.serve.page import CSP, PAGE
+from fgvc.types import ImageError
+
+T = TypeVar("T")
+
+PAGE_HEADERS = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+
+class Service:
+    """All that the routes share."""
+
+    def __init__(self, models: Models, admission: Admission, limits: Limits) -> None:
+        self.models, self.admission, self.limits = models, admission, limits
+        self.held = Held(limits)
+        self.metrics = Metrics(models, admission)
+
+    async def compute(self, request: Request, limit: int, work: Callable[[bytes], T]) -> T:
+        """`work` of the request's body, under all bounds: of bytes, time, threads and queue. Raises Refusal and Gone."""
+        deadline = asyncio.get_running_loop().time() + self.limits.seconds
+        with self.admission.arrival():
+            async with self.held.body(request, limit=limit, deadline=deadline) as body:
+                return await self.admission.run(partial(_in_memory, work, body), request, deadline=deadline)
+
+
+def _of(request: Request) -> Service:
+    """Not by FastAPI's Depends: solving dependencies costs more than all else that the event loop does for a request."""
+    return request.app.state.service
+
+
+ModelName = Annotated[str | None, Query(description="Default: the first of the command line.")]
+router = APIRouter()
+
+
+def make_app(service: Service, *, key: str | None = None) -> ASGIApp:
+    """The whole server as an ASGI application. `key`: what clients must bring, see `limits.Keyed`."""
+    app = FastAPI(
+        title="fgvc",
+        version=protocol.server_metadata()["version"],
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )  # FastAPI's pages of documentation fetch their scripts from a CDN: there is /openapi.json alone
+    app.state.service = service
+    app.include_router(router)
+    for kind, handle in (
+        (Refusal, _refused), (Gone, _gone), (MemoryError, _out_of_memory), (HTTPException, _http_error),
+        (RequestValidationError, _invalid), (Exception, _broken),
+    ):  # fmt: skip
+        app.add_exception_handler(kind, handle)
+    return Courtesy(Metered(_Door(app if key is None else Keyed(app, key), service), service.metrics))
+
+
+class _Door:
+    """Turns work away before it costs anything. An overloaded server that takes a millisecond to say so does little else."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._service.admission.refusal() if scope.get("method") == "POST" else None
+        if refusal is None:
+            return await self._app(scope, receive, send)
+        self._service.metrics.rejected.labels(refusal.reason).inc()
+        await refusal.response()(scope, receive, send)
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    """A picture in, its classes and heat map out."""
+    return Response(PAGE, media_type="text/html", headers=PAGE_HEADERS)
+
+
+# What operators ask for
+
+
+@router.get("/v2/health/live")
+async def live() -> Response:
+    """200 as long as the process answers, also while it shuts down."""
+    return Response()
+
+
+@router.get("/v2/health/ready")
+async def ready(request: Request) -> Response:
+    """503 from the moment that the process was asked to stop."""
+    return Response(status_code=503 if _of(request).admission.draining else 200)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    return Response(_of(request).metrics.text(), media_type=CONTENT_TYPE)
+
+
+# Tensors
+
+
+@router.get("/v2")
+async def server_metadata() -> Response:
+    return JSONResponse(protocol.server_metadata())
+
+
+@router.get("/v2/models")
+async def list_models(request: Request) -> Response:
+    """All models: name, versions, how many classes, whether /v1/explain has its heat map."""
+    rows = [
+        {
+            "name": served.name,
+            "versions": [VERSION],
+            "classes": len(served.labels),
+            "explain": served.looker is not None,
+        }
+        for served in _of(request).models
+    ]
+    return JSONResponse({"models": rows})
+
+
+@router.post("/v2/repository/index")
+async def repository_index(request: Request) -> Response:
+    """The same as Triton lists it. Nothing is ever loaded over HTTP."""
+    rows = [{"name": served.name, "version": VERSION, "state": "READY", "reason": ""} for served in _of(request).models]
+    return JSONResponse(rows)
+
+
+@router.get("/v2/models/{model}")
+@router.get("/v2/models/{model}/versions/{version}", name="version_metadata")
+async def model_metadata(request: Request, model: str, version: str = VERSION) -> Response:
+    return JSONResponse(protocol.model_metadata(_find(_of(request), model, version)))
+
+
+@router.get("/v2/models/{model}/ready")
+@router.get("/v2/models/{model}/versions/{version}/ready", name="version_ready")
+async def model_ready(request: Request, model: str, version: str = VERSION) -> Response:
+    _find(_of(request), model, version)
+    return Response(status_code=503 if _of(request).admission.draining else 200)
+
+
+@router.post("/v2/models/{model}/infer")
+@router.post("/v2/models/{model}/versions/{version}/infer", name="version_infer")
+async def infer(request: Request, model: str, version: str = VERSION) -> Response:
+    """Preprocessed images in, logits out, as JSON or bytes."""
+    service = _of(request)
+    served, limits = _find(service, model, version), service.limits
+
+    def work(body: bytes) -> tuple[bytes, int | None]:
+        return protocol.infer(served, body, request.headers, batch=limits.batch, limit=limits.tensor_bytes)
+
+    content, length = await service.compute(request, limits.tensor_bytes, work)
+    if length is None:
+        return Response(content, media_type="application/json")
+    return Response(content, media_type="application/octet-stream", headers={protocol.HEADER_LENGTH: str(length)})
+
+
+def _find(service: Service, model: str, version: str) -> Served:
+    if version != VERSION:
+        raise Refusal(404, f"model {model!r} has version {VERSION} only")
+    return service.models.get(model)
+
+
+# Images
+
+
+class Predicted(BaseModel):
+    label: str
+    index: int
+    probability: float
+
+
+class Classified(BaseModel):
+    model: str
+    predictions: list[Predicted]
+    rejected: bool
+    milliseconds: dict[str, float]
+
+
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": f"{', '.join(FORMATS)}; as it is, or as the only file of a form",
+        "content": {
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}}
+            },
+        },
+    }
+}
+
+
+@router.post("/v1/classify", openapi_extra=_BODY, responses={200: {"model": Classified}})
+async def classify(
+    request: Request,
+    model: ModelName = None,
+    top_k: Annotated[int, Query(ge=1, description="How many classes to name.")] = 5,
+) -> Response:
+    """The most probable classes, by the bundle's temperature; `rejected`: none of these, by its threshold."""
+    service, arrived = _of(request), time.perf_counter()
+    served = service.models.get(model)
+    form = _is_form(request)
+
+    def work(body: bytes) -> dict[str, Any]:
+        begun = time.perf_counter()
+        image = _decode(_only_file(request, body) if form else body, service.limits)
+        decoded = time.perf_counter()
+        (answer,) = served.engine.classify([image], top_k=min(top_k, len(served.labels)))
+        done = time.perf_counter()
+        spent = {
+            "wait": begun - arrived,
+            "decode": decoded - begun,
+            "classify": done - decoded,
+            "total": done - arrived,
+        }
+        return {
+            "model": served.name,
+            "predictions": [
+                {"label": p.label, "index": p.index, "probability": p.probability} for p in answer.predictions
+            ],
+            "rejected": answer.rejected,
+            "milliseconds": {name: round(1000 * seconds, 3) for name, seconds in spent.items()},
+        }
+
+    return JSONResponse(await service.compute(request, service.limits.image_bytes, work))
+
+
+@router.post(
+    "/v1/explain", openapi_extra=_BODY, response_class=Response, responses={200: {"content": {"image/png": {}}}}
+)
+async def explain(
+    request: Request,
+    model: ModelName = None,
+    target: Annotated[str, Query(description="A class by name; default: the most probable one.")] = PREDICTED,
+) -> Response:
+    """Where the network looks: the class activation map over the picture as the network sees it, PNG."""
+    service = _of(request)
+    served = service.models.get(model)
+    form, looker = _is_form(request), served.looker
+    if looker is None:
+        raise Refusal(409, f"model {served.name!r} has no explain.onnx in its bundle")
+    if target != PREDICTED and target not in served.labels:
+        raise Refusal(400, f"model {served.name!r} has no class {target!r}")
+    label = None if target == PREDICTED else served.labels.index(target)
+
+    def work(body: bytes) -> tuple[bytes, int]:
+        image = _decode(_only_file(request, body) if form else body, service.limits)
+        ((seen, picture),) = look(looker, [image], label)
+        content = BytesIO()
+        overlay(picture, seen.maps["cam"]).save(content, "PNG", compress_level=1)
+        return content.getvalue(), seen.label
+
+    png, shown = await service.compute(request, service.limits.image_bytes, work)
+    headers = {"X-Target-Index": str(shown), "X-Target-Label": quote(served.labels[shown])}
+    return Response(png, media_type="image/png", headers=headers)
+
+
+def _is_form(request: Request) -> bool:
+    """Else the body is the picture, whatever type it is said to be: its first bytes decide."""
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+def _only_file(request: Request, body: bytes) -> bytes:
+    """The file of a form that holds one. Raises Refusal (400)."""
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield body
+
+    parser = MultiPartParser(request.headers, stream(), max_files=1, max_fields=10)  # type: ignore[arg-type]
+    parser.spool_max_size = len(body) + 1  # never a temporary file
+    try:
+        form = asyncio.run(parser.parse())
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise Refusal(400, f"the form can't be read: {error}") from None
+    files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+    if len(files) != 1:
+        raise Refusal(400, "expected a form with one file, the picture")
+    with files[0].file as file:
+        return file.read()
+
+
+def _decode(content: bytes, limits: Limits) -> Image.Image:
+    try:
+        return decode(content, max_pixels=limits.pixels, formats=FORMATS)
+    except ImageError as error:
+        if error.reason == "format not accepted":
+            raise Refusal(415, f"the picture is none of {', '.join(FORMATS)}") from None
+        raise Refusal(422, f"the picture can't be used: {error.reason}") from None
+
+
+# Errors
+
+
+def _in_memory(work: Callable[[bytes], T], body: bytes) -> T:
+    """onnxruntime has no error of its own for what it could not allocate."""
+    try:
+        return work(body)
+    except Exception as error:
+        if type(error).__module__.startswith("onnxruntime") and "alloc" in str(error).lower():
+            raise MemoryError(str(error)) from error
+        raise
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    if error.reason:
+        _of(request).metrics.rejected.labels(error.reason).inc()
+    return error.response()
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    _of(request).metrics.rejected.labels("gone").inc()
+    return Response(status_code=GONE)
+
+
+async def _out_of_memory(request: Request, error: Exception) -> Response:
+    return await _refused(request, Refusal(503, "not enough memory for this request", reason="out_of_memory"))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return JSONResponse({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 400)
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "internal error"}, 500)  # what it was goes to stderr

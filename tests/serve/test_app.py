@@ -1,0 +1,304 @@
+"""The routes, without a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from fgvc.config import Calibration
+from fgvc.serve.admission import Admission
+from fgvc.serve.app import Service, make_app
+from fgvc.serve.engine import Engine
+from fgvc.serve.limits import Limits, read_key
+from fgvc.serve.models import Models
+from fgvc.serve.page import CSP, PAGE
+from fgvc.types import FgvcError
+from tests.serve.small import LABELS, ROOT, SIZE, bomb, picture, save_bundle
+
+CALIBRATION = Calibration(
+    temperature=2.0, threshold=0.5, keep=0.95, fitted_on="val", images=80, nll_before=1, nll_after=1, ece_before=0.2,
+    ece_after=0.1, kept=0.95, coverage=0.9, accuracy=0.8,
+)  # fmt: skip
+
+
+def service(places: dict[str, Path], limits: Limits | None = None) -> Service:
+    return Service(Models(places, threads=1), Admission(concurrency=1, queue=4), limits or Limits())
+
+
+def ask(shared: Service, method: str, path: str, *, key: str | None = None, **options: Any) -> httpx.Response:
+    transport = httpx.ASGITransport(make_app(shared, key=key), raise_app_exceptions=False)
+
+    async def send() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(send())
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Service:
+    folder = tmp_path_factory.mktemp("bundles")
+    places = {
+        "colours": save_bundle(folder / "a"),
+        "calibrated": save_bundle(folder / "b", explain=False, calibration=CALIBRATION),
+    }
+    return service(places)
+
+
+def test_the_page_is_open_and_may_run_its_own_script_alone(shared: Service) -> None:
+    for key in (None, "secret"):
+        answer = ask(shared, "GET", "/", key=key)
+        assert answer.status_code == 200
+        assert answer.text == PAGE
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        assert answer.headers["content-security-policy"] == CSP
+    assert "/" not in ask(shared, "GET", "/openapi.json").json()["paths"]
+
+
+def test_what_there_is(shared: Service) -> None:
+    assert ask(shared, "GET", "/v2/health/live").status_code == 200
+    assert ask(shared, "GET", "/v2/health/ready").status_code == 200
+    assert ask(shared, "GET", "/v2").json()["name"] == "fgvc"
+    assert ask(shared, "GET", "/v2/models").json() == {
+        "models": [
+            {"name": "colours", "versions": ["1"], "classes": 3, "explain": True},
+            {"name": "calibrated", "versions": ["1"], "classes": 3, "explain": False},
+        ]
+    }
+    expected = {
+        "name": "colours",
+        "versions": ["1"],
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": "input", "datatype": "FP32", "shape": [-1, 3, SIZE, SIZE]}],
+        "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 3]}],
+    }
+    assert ask(shared, "GET", "/v2/models/colours").json() == expected
+    assert ask(shared, "GET", "/v2/models/colours/versions/1").json() == expected
+    assert ask(shared, "GET", "/v2/models/colours/versions/1/ready").status_code == 200
+    assert ask(shared, "GET", "/v2/models/colours/versions/2").status_code == 404
+    paths = ask(shared, "GET", "/openapi.json").json()["paths"]
+    assert {"/v1/classify", "/v1/explain", "/v2/models/{model}/infer"} <= set(paths)
+    assert ask(shared, "GET", "/docs").status_code == 404  # FastAPI's would load its scripts from elsewhere
+
+
+def test_classes_by_hand(shared: Service) -> None:
+    found = ask(shared, "POST", "/v1/classify?top_k=2", content=picture((255, 0, 0)))
+    assert found.status_code == 200
+    body = found.json()
+    assert set(body) == {"model", "predictions", "rejected", "milliseconds"}
+    assert (body["model"], body["rejected"]) == ("colours", False)
+    assert [(row["label"], row["index"]) for row in body["predictions"]] == [("red", 0), ("green", 1)]
+    assert body["predictions"][0]["probability"] == pytest.approx(np.e**10 / (np.e**10 + 2))
+    spent = body["milliseconds"]
+    assert spent["total"] == pytest.approx(spent["wait"] + spent["decode"] + spent["classify"], abs=0.01)
+
+    body = ask(shared, "POST", "/v1/classify?model=calibrated&top_k=99", content=picture((0, 0, 0), "BMP")).json()
+    assert [row["label"] for row in body["predictions"]] == LABELS
+    assert body["rejected"] is True  # 1/3 each, and the threshold is 1/2
+    body = ask(shared, "POST", "/v1/classify?model=calibrated", content=picture((51, 0, 0), "PNG")).json()
+    assert body["predictions"][0]["probability"] == pytest.approx(np.e / (np.e + 2), rel=1e-5)  # 51/255 * 10 / 2
+
+
+@pytest.mark.parametrize("name", ["image", "whatever"])
+def test_a_form_with_one_file_is_the_same(shared: Service, name: str) -> None:
+    form = {name: ("x.webp", picture((0, 0, 255), "WEBP"), "image/webp")}
+    body = ask(shared, "POST", "/v1/classify", files=form, data={"note": "x"}).json()
+    assert body["predictions"][0]["label"] == "蓝"
+    two = [("a", ("a.png", picture())), ("b", ("b.png", picture()))]
+    for files in (two, [("a", (None, "text"))]):
+        assert ask(shared, "POST", "/v1/classify", files=files).status_code == 400
+
+
+def test_the_heat_map_lies_where_the_class_is(shared: Service) -> None:
+    left = np.zeros((40, 40, 3), np.uint8)
+    left[:, :20, 0] = left[:, 20:, 2] = 255  # red on the left, blue on the right
+    content = io.BytesIO()
+    Image.fromarray(left).save(content, "PNG")
+    plain = np.asarray(Image.fromarray(left).resize((SIZE, SIZE), Image.Resampling.BICUBIC), dtype=float)
+    for target, bright, label in (("red", 0, "red"), ("蓝", -1, "%E8%93%9D"), ("predicted", 0, "red")):
+        found = ask(shared, "POST", "/v1/explain", params={"target": target}, content=content.getvalue())
+        assert found.headers["content-type"] == "image/png"
+        assert found.headers["x-target-label"] == label
+        drawn = Image.open(io.BytesIO(found.content))
+        assert drawn.size == (SIZE, SIZE)
+        green = (np.asarray(drawn, dtype=float) - 0.45 * plain)[:, :, 1].mean(axis=0)  # only the heat has any
+        assert green[bright] > green[-1 - bright] + 50
+
+
+def test_refusals_have_names(shared: Service) -> None:
+    for path, status, said in (
+        ("/v1/classify?model=nope", 404, "no model 'nope'"),
+        ("/v1/classify?top_k=0", 400, "top_k"),
+        ("/v1/classify?top_k=x", 400, "top_k"),
+        ("/v1/explain?model=calibrated", 409, "no explain.onnx"),
+        ("/v1/explain?target=purple", 400, "no class 'purple'"),
+        ("/v2/models/nope/infer", 404, "no model 'nope'"),
+        ("/v2/models/colours/versions/7/infer", 404, "version 1 only"),
+        ("/nowhere", 404, "Not Found"),
+        ("/v2/models/..%2f..%2fetc%2fpasswd/infer", 404, ""),
+        ("/v2/models/%2e%2e/infer", 404, ""),
+        ("/v1/classify?model=../../etc/passwd", 404, ""),
+        ("/v1/classify?model=%00", 404, ""),
+        ("/v2/health/live", 405, "Method Not Allowed"),
+    ):
+        found = ask(shared, "POST", path, content=picture())
+        assert found.status_code == status, path
+        assert said in found.json()["error"]
+        assert list(found.json()) == ["error"]
+
+
+def test_pictures_that_are_none(shared: Service) -> None:
+    good = picture((1, 2, 3), "JPEG", (200, 100))
+    gif = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(gif, "GIF")
+    for content, status, said in (
+        (b"", 422, "empty"),
+        (b"hello", 415, "none of JPEG, PNG, WEBP, BMP"),
+        (gif.getvalue(), 415, "none of"),
+        (good[: len(good) // 2], 422, "can't be used"),
+        (good[:20], 415, "none of"),
+        (bomb(7000, 7000), 422, "too many pixels"),
+        (bomb(20000, 20000), 422, "too many pixels"),
+        (b"x" * (11 << 20), 413, "more than"),
+    ):
+        for route in ("/v1/classify", "/v1/explain"):
+            found = ask(shared, "POST", route, content=content)
+            assert (found.status_code, said in found.json()["error"]) == (status, True), (content[:20], found.text)
+
+
+def test_bytes_without_a_declared_length_are_cut_off_while_they_come(tmp_path: Path) -> None:
+    small = service({"a": save_bundle(tmp_path / "a")}, Limits(image_bytes=1000))
+    sent = 0
+
+    async def endless() -> Any:
+        nonlocal sent
+        for _ in range(100_000):
+            sent += 100
+            yield b"x" * 100
+
+    found = ask(small, "POST", "/v1/classify", content=endless())
+    assert (found.status_code, found.headers.get("connection")) == (413, "close")
+    assert small.held.bytes == 0
+    # What is not read is swallowed, so that the client reads its answer; see limits.Courtesy.
+    assert sent < 65 << 20
+
+
+def test_all_bodies_together_are_bounded(tmp_path: Path) -> None:
+    small = service({"a": save_bundle(tmp_path / "a")}, Limits(held_bytes=500))
+    found = ask(small, "POST", "/v1/classify", content=b"x" * 501)
+    assert (found.status_code, found.headers["retry-after"]) == (503, "1")
+    assert small.held.bytes == 0
+    assert ask(small, "POST", "/v1/classify", content=picture()).status_code == 200
+    assert b'fgvc_rejected_total{reason="memory"} 1.0' in small.metrics.text()
+
+
+def test_out_of_memory_costs_one_request(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (MemoryError(), _onnxruntimes("Failed to allocate memory for requested buffer of size 99")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "classify", _raising(error))
+            found = ask(shared, "POST", "/v1/classify", content=picture())
+            assert (found.status_code, found.headers["retry-after"]) == (503, "1")
+        assert ask(shared, "POST", "/v1/classify", content=picture()).status_code == 200
+
+
+def test_what_nobody_thought_of_is_a_500_without_details(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "classify", _raising(KeyError("secret")))
+    found = ask(shared, "POST", "/v1/classify", content=picture())
+    assert (found.status_code, found.json()) == (500, {"error": "internal error"})
+
+
+def _raising(error: Exception) -> Any:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return fail
+
+
+def _onnxruntimes(message: str) -> Exception:
+    from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
+
+    return RuntimeException(message)
+
+
+def test_the_key(shared: Service) -> None:
+    for path in ("/v2/health/live", "/v2/health/ready"):
+        assert ask(shared, "GET", path, key="sesame").status_code == 200
+    for path in ("/v2", "/v2/models", "/metrics", "/openapi.json", "/v2/models/colours", "/nowhere"):
+        for headers in ({}, {"x-api-key": "sesam"}, {"authorization": "Basic sesame"}, {"x-api-key": "sésame"}):
+            raw = {name: value.encode() for name, value in headers.items()}
+            found = ask(shared, "GET", path, key="sesame", headers=raw)
+            assert (found.status_code, found.headers["www-authenticate"]) == (401, "Bearer")
+        for headers in ({"x-api-key": "sesame"}, {"authorization": "Bearer sesame"}):
+            assert ask(shared, "GET", path, key="sesame", headers=headers).status_code != 401
+    assert ask(shared, "POST", "/v1/classify", key="sesame", content=picture()).status_code == 401
+
+
+def test_where_the_key_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FGVC_API_KEY", raising=False)
+    assert read_key(None) is None
+    monkeypatch.setenv("FGVC_API_KEY", "from-environment")
+    assert read_key(None) == "from-environment"
+    path = tmp_path / "key"
+    path.write_text("from-file\n")
+    assert read_key(path) == "from-file"
+    for text in ("", " \n", "two words", "schlüssel", "two\nlines"):
+        path.write_text(text)
+        with pytest.raises(FgvcError, match="an API key is"):
+            read_key(path)
+    with pytest.raises(FgvcError, match="can't read the API key"):
+        read_key(tmp_path / "none")
+    monkeypatch.setenv("FGVC_API_KEY", "")
+    with pytest.raises(FgvcError, match="FGVC_API_KEY: an API key is"):
+        read_key(None)
+
+
+def test_metrics_know_routes_and_codes_and_nothing_of_clients(shared: Service) -> None:
+    for path in ("/v1/classify", "/v1/classify?model=secret", "/secret"):
+        ask(shared, "POST", path, content=picture())
+    text = ask(shared, "GET", "/metrics").text
+    for line in (
+        'fgvc_requests_total{code="200",route="/v1/classify"}',
+        'fgvc_requests_total{code="404",route="/v1/classify"}',
+        'fgvc_requests_total{code="404",route="other"}',
+        'fgvc_request_seconds_count{route="/v1/classify"}',
+        'fgvc_reload_failures_total{model="colours"} 0.0',
+        "fgvc_queue_depth 0.0",
+        "fgvc_in_flight 0.0",
+        "process_resident_memory_bytes",
+    ):
+        assert f"\n{line}" in text
+    assert "secret" not in text
+
+
+@pytest.mark.skipif("FGVC_SHARED" not in os.environ, reason="needs real images")
+def test_the_same_answers_as_the_engine_on_real_images(shared: Service) -> None:
+    root = Path(os.environ["FGVC_SHARED"]) / "data/cub50"
+    files = sorted(root.rglob("*.jpg"))[::100][:20]
+    assert files
+    engine = shared.models.get("calibrated").engine
+    for file in files:
+        with Image.open(file) as image:
+            (answer,) = engine.classify([image.convert("RGB")], top_k=3)
+        body = ask(shared, "POST", "/v1/classify?model=calibrated", content=file.read_bytes()).json()
+        assert [row["index"] for row in body["predictions"]] == [p.index for p in answer.predictions]
+        given = [row["probability"] for row in body["predictions"]]
+        np.testing.assert_allclose(given, [p.probability for p in answer.predictions], atol=1e-4)
+        assert body["rejected"] == answer.rejected
+
+
+def test_it_imports_nothing_of_training_and_help_nothing_of_serving() -> None:
+    heavy = {"torch", "torchvision", "timm", "albumentations", "cv2", "matplotlib", "onnx"}
+    for module, unwanted in (("fgvc.serve.run", heavy), ("fgvc.cli", heavy | {"fastapi", "uvicorn", "onnxruntime"})):
+        code = f"import sys, {module}; print({unwanted} & set(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.stdout.strip(), done.stderr) == ("set()", "")
