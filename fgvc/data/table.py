@@ -101,7 +101,8 @@ class CsvData(Source):
         places: list[int | None] = []
         for setting in ("path_column", "label_column", "split_column", "group_column"):
             name = getattr(self, setting)
-            asked = setting in ("path_column", "label_column") or setting in self.model_fields_set
+            # By its value: a run's config.yaml says every setting, chosen or not.
+            asked = setting in ("path_column", "label_column") or name != type(self).model_fields[setting].default
             if names.count(name) > 1:
                 raise FgvcError(f"{file}:1: two columns are called {name!r}; rename one")
             if name not in names and asked:

@@ -24,6 +24,7 @@ from fgvc.train.events import write_atomic
 from fgvc.types import FgvcError
 
 MAY_CHANGE = ("train.epochs", "train.max_steps", "log.")  # when a run goes on
+MEASURED = ("metrics.json", "localisation.json")  # of weights that change when a run goes on
 PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "onnx", "onnxruntime", "onnxscript")
 
 
@@ -87,7 +88,7 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     """
     for name in ("ckpt", "masks", "plots", "tables"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("config.yaml", "env.json", "events.jsonl", "metrics.csv", "metrics.json"):
+    for name in ("config.yaml", "env.json", "events.jsonl", "metrics.csv", *MEASURED):
         (out / name).unlink(missing_ok=True)
     try:
         (out / "ckpt").mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,8 @@ def continue_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
                 f"{out}: {name} of this run is not what the data give now, so its weights would be misread; "
                 "restore the data, or train anew in another --out"
             )
-    (out / "metrics.json").unlink(missing_ok=True)  # scores of weights that are about to change
+    for name in MEASURED:
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "tables", ignore_errors=True)
     write_atomic(out / "config.yaml", dump(recipe))
 

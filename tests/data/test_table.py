@@ -45,6 +45,13 @@ def test_without_a_split_column_the_set_is_split_in_three(tmp_path):
     assert [len(write(tmp_path, text, test_fraction=0, val_fraction=0).read().rows(s)) for s in SPLITS] == [200, 0, 0]
 
 
+def test_settings_that_a_run_has_written_down_are_as_if_they_were_not_given(tmp_path):
+    text = "path,label\n" + "".join(f"{k}{i}.jpg,{k}\n" for i in range(20) for k in "xy")
+    first = write(tmp_path, text)
+    again = CsvData.model_validate(first.model_dump(mode="json"))
+    assert rows(again.read()) == rows(first.read())
+
+
 def test_groups_stay_together(tmp_path):
     text = "path,label,group\n" + "".join(f"{i}.jpg,{'xy'[i // 4 % 2]},plant {i // 4}\n" for i in range(400))
     index = write(tmp_path, text).read()

@@ -412,8 +412,11 @@ def test_a_run_that_goes_on_or_starts_anew_drops_the_tables_of_the_old_weights(
     for change in ({"epochs": 3}, {"seed": 5}):
         api.evaluate(run, "test")
         assert (run / "tables").is_dir()
+        (run / "localisation.json").write_text("{}")
         api.train(recipe(recipe_tree, train=change), run, overwrite="seed" in change)
         assert not (run / "tables").exists()
+        assert not (run / "metrics.json").exists()
+        assert not (run / "localisation.json").exists()
 
 
 def test_places_where_no_copy_can_go(tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
