@@ -98,6 +98,7 @@ class ClassMaps:
                 maps = cam(x, [target(int(label)) for label in labels])
         finally:
             cam.activations_and_grads.release()
+            del cam.get_cam_image  # it knows the cam that knows it, and with that the graph of a batch
         return torch.from_numpy(maps).nan_to_num_(0.0), torch.from_numpy(np.float32(kept[0]))
 
     def cost(self, method: str) -> str | None:

@@ -38,12 +38,13 @@ def curves(names: Sequence[str], histories: Sequence[History]) -> list[Chart]:
         return []
     alone = len(names) == 1
     loss, top1, rate = (_axes() for _ in range(3))
+    validated = any("val_top1" in row for _, history in drawn for row in history.epochs)
     for (name, colour), history in drawn:
         rows = history.epochs
         scored = [row for row in rows if "val_top1" in row]
         label = None if alone else name
         trained = [row.get("base", row["loss"]) for row in rows]
-        _line(loss[1], rows, trained, colour, label=label if not scored else None, dotted=bool(scored))
+        _line(loss[1], rows, trained, colour, label=label if not scored else None, dotted=validated)
         if scored:
             _line(loss[1], scored, [row["val_loss"] for row in scored], colour, label=label)
             _line(top1[1], scored, [100 * row["val_top1"] for row in scored], colour, label=label)
@@ -53,7 +54,6 @@ def curves(names: Sequence[str], histories: Sequence[History]) -> list[Chart]:
     top1[1].set(xlabel="epoch", ylabel="top-1, %")
     rate[1].set(xlabel="step", ylabel="learning rate")
     rate[1].ticklabel_format(axis="y", scilimits=(-3, 4))
-    validated = any("val_top1" in row for _, history in drawn for row in history.epochs)
     words = "raining, by its labels as they were smoothed or mixed, without the terms of techniques."
     about = f"Dotted: t{words} Solid: validation." if validated else f"T{words}"
     found = [_drawn(loss, "Loss", about, names)]

@@ -84,7 +84,7 @@ class BundleLooker:
                 f"{folder}: has no explain.onnx{f' ({why})' if why else ''}; explain the run that it was exported from: "
                 "fgvc explain RUN IMG --method gradcam"
             )
-        self.name, self.labels, self.spec = folder.name, bundle.labels, bundle.preprocess
+        self.name, self.labels, self.spec = folder.resolve().name, bundle.labels, bundle.preprocess
         self.methods: tuple[str, ...] = ("cam",)
         self._folder, self._session = folder, Session(bundle.explain, threads=threads)
         self._temperature = bundle.calibration.temperature if bundle.calibration else 1.0
