@@ -27,6 +27,14 @@ app.add_typer(data, name="data")
 Config = Annotated[str, typer.Argument(help="A recipe file, or the id of one that comes with fgvc.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")]
 Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
+Part = Annotated[
+    Literal["val", "test"] | None, typer.Option("--split", help="Default: val where there is one, else test.")
+]
+Select = Annotated[
+    Literal["last", "best", "ema", "swa"] | None,
+    typer.Option("--select", help="Other weights than the recipe selects."),
+]
+Device = Annotated[str | None, typer.Option("--device", help="auto | cpu | cuda | mps; default: the recipe's.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -179,13 +187,9 @@ def train(
 @app.command("eval")
 def evaluate(
     run: Run,
-    split: Annotated[
-        Literal["val", "test"] | None, typer.Option(help="Default: val where there is one, else test.")
-    ] = None,
-    select: Annotated[
-        Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipe selects.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | mps; default: the recipe's.")] = None,
+    split: Part = None,
+    select: Select = None,
+    device: Device = None,
     views: Annotated[
         Literal["flip", "crops", "flip+crops", "refined"] | None,
         typer.Option(
@@ -203,14 +207,10 @@ def evaluate(
 @app.command()
 def localize(
     run: Run,
-    split: Annotated[
-        Literal["val", "test"] | None, typer.Option(help="Default: val where there is one, else test.")
-    ] = None,
+    split: Part = None,
     method: Annotated[str, typer.Option(help="That makes the class maps; see `fgvc explain`.")] = "gradcam",
-    select: Annotated[
-        Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipe selects.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | mps; default: the recipe's.")] = None,
+    select: Select = None,
+    device: Device = None,
 ) -> None:
     """Where a run looks, beside the boxes and parts of its data: MaxBoxAcc, GT-known and Top-1 Loc, IoU, part coverage."""
     from fgvc import api, show
@@ -225,13 +225,9 @@ def report(
     bundle: Annotated[
         list[Path] | None, typer.Option(help="A bundle that a run was exported to; as many as there are.")
     ] = None,
-    split: Annotated[
-        Literal["val", "test"] | None, typer.Option(help="Default: val where there is one, else test.")
-    ] = None,
-    select: Annotated[
-        Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipes select.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | mps; default: the recipe's.")] = None,
+    split: Part = None,
+    select: Select = None,
+    device: Device = None,
     images: Annotated[int, typer.Option(min=1, max=50, help="Pictures in a section.")] = 10,
 ) -> None:
     """Write all that a run shows into one HTML file that needs nothing else."""
@@ -245,9 +241,7 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],
     against: Annotated[Path | None, typer.Option(help="The deployed .onnx that this must be a drop-in for.")] = None,
-    select: Annotated[
-        Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipe selects.")
-    ] = None,
+    select: Select = None,
     keep: Annotated[
         float,
         typer.Option(
@@ -302,9 +296,7 @@ def compare(
         str | None,
         typer.Option(help="A folder of class folders, or a recipe; default: the data of A's run, or of B's."),
     ] = None,
-    split: Annotated[
-        Literal["val", "test"] | None, typer.Option(help="Default: val where there is one, else test.")
-    ] = None,
+    split: Part = None,
     labels: Annotated[
         Path | None, typer.Option(help="For an .onnx without labels.json beside it: a JSON list, or a class a line.")
     ] = None,
@@ -417,10 +409,8 @@ def explain(
             min=0, help="How many channels scorecam, sscam and ablationcam try; 0: all. Default: 64, or what is cheap."
         ),
     ] = None,
-    select: Annotated[
-        Literal["last", "best", "ema", "swa"] | None, typer.Option(help="Other weights than the recipe selects.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | mps; default: the recipe's.")] = None,
+    select: Select = None,
+    device: Device = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 16,
 ) -> None:
     """Show where a network looks: overlays, panels side by side, raw maps. Exit code 1 where an image could not be read."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fgvc.disk import sync, writing
+from fgvc.disk import replacing, sync
 from fgvc.types import FgvcError
 
 GEOMETRY = 6  # numbers that say which crop it was
@@ -39,17 +38,12 @@ class LogitFile:
         numbers = shape[0] * (GEOMETRY + shape[1])
         if path.is_file() and path.stat().st_size == 4 * numbers:
             return
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        with writing(path):
+        with replacing(path) as scratch:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with scratch.open("wb") as file:  # written, not only sized: a map of a full disk would end the process
-                    for start in range(0, numbers, CHUNK):
-                        file.write(np.full(min(CHUNK, numbers - start), np.nan, dtype=np.float32).tobytes())
-                sync(scratch)
-                os.replace(scratch, path)
-            finally:
-                scratch.unlink(missing_ok=True)
+            with scratch.open("wb") as file:  # written, not only sized: a map of a full disk would end the process
+                for start in range(0, numbers, CHUNK):
+                    file.write(np.full(min(CHUNK, numbers - start), np.nan, dtype=np.float32).tobytes())
+            sync(scratch)
 
     def recall(self, rows: Tensor, geometry: Tensor) -> Tensor | None:
         """(B,K) of crops that are all known, else None; `rows` (B,) of the index, `geometry` (B,2,3)."""

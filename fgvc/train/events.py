@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fgvc.config import Section
-from fgvc.disk import writing
+from fgvc.disk import replacing, writing
 
 
 class Log(Section):
@@ -30,14 +30,8 @@ class Log(Section):
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace a small text file so that a reader or a kill never sees half of it. Raises FgvcError, the old file intact."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with writing(path):
-            scratch.write_text(text, encoding="utf-8")
-            os.replace(scratch, path)
-    finally:
-        with suppress(OSError):  # gone, unless something failed
-            scratch.unlink()
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:

@@ -24,8 +24,8 @@ from fgvc.cam.maps import (
     normalised,
     refusal,
 )
+from tests.cam.net import CLASSES, made
 
-CLASSES = 5
 SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1,) * 4, "num_heads": (1, 1, 2, 2)}
 VIT = {"img_size": 64, "global_pool": "avg"}
 NETS: dict[str, tuple[int, dict, str]] = {  # name: size, settings, the module that makes the last features
@@ -37,18 +37,6 @@ NETS: dict[str, tuple[int, dict, str]] = {  # name: size, settings, the module t
     "swin_tiny_patch4_window7_224": (64, SWIN, "norm"),
 }
 METHODS: tuple[Method, ...] = ("cam", "gradcam", "gradcam++")
-
-
-def made(name: str, **kwargs: object) -> nn.Module:
-    """The net with weights, statistics and biases that are all different from each other."""
-    torch.manual_seed(0)
-    net = timm.create_model(name, num_classes=CLASSES, **kwargs)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    nn.init.normal_(net.get_classifier().weight, 0, 0.5)
-    return net.eval()
 
 
 def pictures(size: int, count: int = 3) -> Tensor:

@@ -17,8 +17,8 @@ from fgvc.cam import method, offline
 from fgvc.cam.maps import evaluating
 from fgvc.cam.offline import BY_CHANNEL, LIBRARY, METHODS, looking, named, offline_maps
 from fgvc.types import FgvcError
+from tests.cam.net import CLASSES, made
 
-CLASSES = 5
 SIZE = (64, 96)  # height, width
 NETS: dict[str, dict] = {
     "resnet18": {},  # (B,C,h,w), pooling and a linear layer
@@ -27,18 +27,6 @@ NETS: dict[str, dict] = {
 }
 HEAD = "resnet18"  # where cam has its closed form
 COUNT = 6  # channels tried one by one
-
-
-def made(name: str, **kwargs: object) -> nn.Module:
-    """With weights, statistics and biases that are all different from each other."""
-    torch.manual_seed(0)
-    net = timm.create_model(name, num_classes=CLASSES, **kwargs)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    nn.init.normal_(net.get_classifier().weight, 0, 0.5)
-    return net.eval()
 
 
 def pictures(count: int = 2) -> Tensor:
