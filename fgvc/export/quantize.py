@@ -12,7 +12,7 @@ import logging
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import NodeProto
 from onnx import numpy_helper as onnx_numpy
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.onnx_model import ONNXModel
@@ -29,8 +28,9 @@ from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from fgvc.types import FgvcError
 
-IMAGES = 200  # to calibrate with; see docs/measurements.md
-BATCH = 8
+IMAGES = 200  # to calibrate with
+FIRST = 2  # layers that stay in float: image and first depthwise kernels lose most (docs/measurements.md)
+BATCH = 16
 LARGEST = 127  # of a signed 8-bit weight; -128 is not used, so that zero is in the middle
 REDUCED = 64
 SMALLEST_SCALE = 0.6  # of a channel's weights, over the scale that leaves none out
@@ -49,7 +49,7 @@ class Int8:
     """How the int8 file is made."""
 
     images: int = IMAGES  # of the train part, to calibrate with
-    exclude: tuple[str, ...] = ()  # nodes of model.onnx that stay in float, beside the first and the last layer
+    first: int = FIRST  # layers that stay in float
     reduce_range: bool | None = None  # weights of 7 bits; None: where this CPU would need it
 
 
@@ -69,18 +69,16 @@ def needs_reduced_range(*, cpuinfo: Path = Path("/proc/cpuinfo"), machine: str |
 
 
 def quantise(
-    model: onnx.ModelProto, images: Iterable[np.ndarray], *, exclude: Iterable[str] = (), reduce_range: bool = False
+    model: onnx.ModelProto, images: Iterable[np.ndarray], *, first: int = FIRST, reduce_range: bool = False
 ) -> onnx.ModelProto:
     """`model` in int8: QuantizeLinear and DequantizeLinear around what onnxruntime then runs in integers.
 
-    Weights are signed and have a scale for each channel, activations are unsigned, in the range that they have on
-    `images` (batches (B,3,H,W) float32). The first and the last layer stay in float. Inputs and outputs are those of
-    `model`. Raises FgvcError for a node in `exclude` that is not there, and for what onnxruntime can't quantise.
+    Weights are signed and have a scale for each channel; activations are unsigned, in the mean range of the batches (B,3,H,W)
+    float32 of `images`. The `first` layers with weights, and the last, stay in float. Layers in the middle can't: onnxruntime
+    quantises a float convolution between two others itself, with one scale for all channels. Inputs and outputs are those
+    of `model`. Raises FgvcError for what onnxruntime can't quantise.
     """
-    if unknown := set(exclude) - {node.name for node in model.graph.node}:
-        known = [node.name for node in model.graph.node if node.op_type in WEIGHTED]
-        raise FgvcError(f"the graph has no node {min(unknown)!r} to exclude; it has {', '.join(known)}")
-    kept = {*exclude, *_ends(model)}
+    kept = _ends(model, first)
     ready = copy.deepcopy(model)
     scales = _scale_weights(ready, kept, REDUCED if reduce_range else LARGEST)
     add_pre_process_metadata(ready)  # the exporter has inferred the shapes and folded the constants
@@ -99,10 +97,8 @@ def quantise(
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=sorted(kept),
                 calibrate_method=CalibrationMethod.MinMax,
-                extra_options={"TensorQuantOverrides": scales},
+                extra_options={"TensorQuantOverrides": scales, "CalibMovingAverage": True},
             )
-        except FgvcError:
-            raise
         except Exception as error:  # onnxruntime raises what happens to fail
             raise FgvcError(f"onnxruntime can't quantise the graph: {type(error).__name__}: {error}") from error
         return _finished(onnx.load(out), model)
@@ -135,7 +131,7 @@ def _finished(made: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class _Reader(CalibrationDataReader):
-    """Batches in the size that the graph takes; the last is filled up with its own images, which widens no range."""
+    """Batches in the size that the graph takes; the last is filled up with its own images."""
 
     def __init__(self, model: onnx.ModelProto, images: Iterable[np.ndarray]) -> None:
         port = _input(model)
@@ -155,33 +151,11 @@ class _Reader(CalibrationDataReader):
                 yield np.resize(piece, (size, *piece.shape[1:])) if self._fixed else piece
 
 
-def _ends(model: onnx.ModelProto) -> set[str]:
-    """The layers with weights that no other comes before, or after: image and logits keep their precision, and what they
-    cost in float is little."""
-    makers = {name: [node] for node in model.graph.node for name in node.output}
-    readers: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    first = _nearest([_input(model).name], readers, lambda node: node.output)
-    return first | _nearest([port.name for port in model.graph.output], makers, lambda node: node.input)
-
-
-def _nearest(
-    names: Iterable[str], nodes: Mapping[str, Sequence[NodeProto]], onward: Callable[[NodeProto], Iterable[str]]
-) -> set[str]:
-    """The layers with weights that are reached from the tensors `names` without passing through another."""
-    found, todo, seen = set[str](), list(names), set[str]()
-    while todo:
-        if (name := todo.pop()) in seen:
-            continue
-        seen.add(name)
-        for node in nodes.get(name, ()):
-            if node.op_type in WEIGHTED:
-                found.add(node.name)
-            else:
-                todo += onward(node)
-    return found
+def _ends(model: onnx.ModelProto, first: int) -> set[str]:
+    """The first layers with weights, and the last; nodes are stored after what they read."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    layers = [node.name for node in model.graph.node if node.op_type in WEIGHTED and not stored.isdisjoint(node.input)]
+    return {*layers[:first], *layers[-1:]}
 
 
 def _input(model: onnx.ModelProto) -> onnx.ValueInfoProto:

@@ -6,7 +6,7 @@ Both come from float graphs that are proven equal but for their weights, so what
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,21 +17,13 @@ from fgvc.export.bundle import Variant
 from fgvc.export.canonical import canonicalise
 from fgvc.export.compare import compare
 from fgvc.export.onnx import serialised
-from fgvc.export.quantize import BATCH, Int8, halve, needs_reduced_range, quantise
+from fgvc.export.quantize import Int8, halve, needs_reduced_range, quantise
+from fgvc.export.reference import Plain
 from fgvc.export.structure import Canonical
 from fgvc.types import FgvcError
 
+NOISE = 2  # images; ranges do not shape a graph
 SIGNED = frozenset({"int8", "int32"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plain:
-    """A float graph (the exported one, or the independent plain model's) and which of its initializers are weights: by
-    position in canonical form."""
-
-    proto: onnx.ModelProto
-    weights: frozenset[int]
-    size: tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +40,9 @@ def make_int8(exported: Plain, reference: Plain, images: Iterable[np.ndarray], s
     becomes, with the differences."""
     reduce = needs_reduced_range() if settings.reduce_range is None else settings.reduce_range
     counted = _Counted(images)
-    proto = quantise(exported.proto, counted, exclude=settings.exclude, reduce_range=reduce)
+    proto = quantise(exported.proto, counted, first=settings.first, reduce_range=reduce)
     how = {
-        "method": "minmax", "images": counted.images, "exclude": list(settings.exclude), "reduce_range": reduce,
+        "calibration": "mean of the extremes", "images": counted.images, "float_layers": settings.first, "reduce_range": reduce,
         "activations": "uint8, per tensor", "weights": "int8, per channel",
     }  # fmt: skip
     return _made("int8", proto, exported, reference, how)
@@ -61,15 +53,16 @@ def make_fp16(exported: Plain, reference: Plain) -> Made:
     return _made("fp16", halve(exported.proto), exported, reference, {})
 
 
-def differences(variant: Variant, proto: onnx.ModelProto, exported: Plain, reference: Plain, how: Mapping[str, Any]) -> list[str]:
+def differences(
+    variant: Variant, proto: onnx.ModelProto, exported: Plain, reference: Plain, how: Mapping[str, Any]
+) -> list[str]:
     """Where `proto`, made of `exported`, is not the graph that `reference` becomes in the same way. `how`: as in the contract.
 
     The reference's ranges come from noise: which nodes are quantised does not depend on them.
     """
     if variant == "int8":
-        names = _same_nodes(how["exclude"], exported, reference)
-        noise = np.random.default_rng(0).normal(size=(BATCH, 3, *reference.size)).astype(np.float32)
-        theirs = quantise(reference.proto, [noise], exclude=names, reduce_range=how["reduce_range"])
+        noise = np.random.default_rng(0).normal(size=(NOISE, 3, *reference.size)).astype(np.float32)
+        theirs = quantise(reference.proto, [noise], first=how["float_layers"], reduce_range=how["reduce_range"])
     else:
         theirs = halve(reference.proto)
     found = compare(structure(proto, exported), structure(theirs, reference))
@@ -134,13 +127,6 @@ def _integer_operators(proto: onnx.ModelProto) -> Counter[str]:
     skipped = ("QuantizeLinear", "DequantizeLinear")
     nodes = [node for node in proto.graph.node if node.op_type not in skipped and node.input]
     return Counter(node.op_type for node in nodes if set(filter(None, node.input)) <= ready)
-
-
-def _same_nodes(names: Sequence[str], exported: Plain, reference: Plain) -> list[str]:
-    """What the nodes are called in the other graph: exporters number nodes, and not alike in every process."""
-    ours, theirs = (canonicalise(one.proto, weights=()).graph.nodes for one in (exported, reference))
-    other = {a.stored_name: b.stored_name for a, b in zip(ours, theirs, strict=True)}
-    return [other[name] for name in names]
 
 
 class _Counted:
