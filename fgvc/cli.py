@@ -264,7 +264,7 @@ def export(
     agreement: Annotated[
         float | None,
         typer.Option(
-            help="Share of the images for which these must name the float file's class. [int8: 0.98, fp16: 0.995]"
+            help="Share of the images for which these must name the float file's class. [int8: 0.98, fp16: 0.99]"
         ),
     ] = None,
     int8_images: Annotated[int, typer.Option(help="Train images to calibrate int8 with.")] = 200,

@@ -29,7 +29,7 @@ from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 from fgvc.types import FgvcError
 
 IMAGES = 200  # to calibrate with
-FIRST = 2  # layers that stay in float: image and first depthwise kernels lose most (docs/measurements.md)
+FIRST = 6  # layers that stay in float: the first lose most and cost little (docs/measurements.md)
 BATCH = 16
 LARGEST = 127  # of a signed 8-bit weight; -128 is not used, so that zero is in the middle
 REDUCED = 64
@@ -78,7 +78,13 @@ def quantise(
     quantises a float convolution between two others itself, with one scale for all channels. Inputs and outputs are those
     of `model`. Raises FgvcError for what onnxruntime can't quantise.
     """
-    kept = _ends(model, first)
+    layers = _layers(model)
+    kept = {*layers[:first], *layers[-1:]}
+    if kept.issuperset(layers):
+        raise FgvcError(
+            f"int8: the network has {len(layers)} layers, and the first {first} and the last stay in float; name fewer "
+            "(--int8-float)"
+        )
     ready = copy.deepcopy(model)
     scales = _scale_weights(ready, kept, REDUCED if reduce_range else LARGEST)
     add_pre_process_metadata(ready)  # the exporter has inferred the shapes and folded the constants
@@ -118,8 +124,7 @@ def halve(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _finished(made: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
     """Nodes in an order that ONNX allows, and no trace of how it was made: equal input gives equal bytes."""
-    sorted_ = ONNXModel(made)
-    sorted_.topological_sort()
+    ONNXModel(made).topological_sort()
     del made.metadata_props[:]
     del made.graph.value_info[:]  # float16's are those of the float graph
     made.graph.name, made.producer_name, made.producer_version = model.graph.name, "fgvc", ""
@@ -151,11 +156,10 @@ class _Reader(CalibrationDataReader):
                 yield np.resize(piece, (size, *piece.shape[1:])) if self._fixed else piece
 
 
-def _ends(model: onnx.ModelProto, first: int) -> set[str]:
-    """The first layers with weights, and the last; nodes are stored after what they read."""
+def _layers(model: onnx.ModelProto) -> list[str]:
+    """Nodes with weights, as they are stored: each after those that it depends on."""
     stored = {tensor.name for tensor in model.graph.initializer}
-    layers = [node.name for node in model.graph.node if node.op_type in WEIGHTED and not stored.isdisjoint(node.input)]
-    return {*layers[:first], *layers[-1:]}
+    return [node.name for node in model.graph.node if node.op_type in WEIGHTED and not stored.isdisjoint(node.input)]
 
 
 def _input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
