@@ -270,7 +270,7 @@ def export(
     int8_images: Annotated[int, typer.Option(help="Train images to calibrate int8 with.")] = 200,
     int8_float: Annotated[
         int, typer.Option(help="How many of the first layers stay in float; the last always does.")
-    ] = 2,
+    ] = 6,
     reduce_range: Annotated[
         bool | None,
         typer.Option(
