@@ -235,14 +235,14 @@ def export(
     }
     if proven.explain is not None:
         files["explain.onnx"] = proven.explain
-    found = said = None
+    found = None
     if len(rows := index.rows("val")):
         sample = spread(rows, len(index.classes))
         said = onnx_answers(Session(proven.model), index, sample, spec=preprocess, workers=recipe.train.workers)
         found = calibrate(said.logits, said.labels, keep=keep)
         if found.images >= FEWEST:
             files["calibration.json"] = found.stored("val")
-    beside = make_variants(seen, proven, variants or Variants(), said)
+    beside = make_variants(seen, proven, variants or Variants())
     files |= {one.file: one.made.model for one in beside}
     files["contract.json"] |= {one.made.variant: one.section for one in beside}
     write_bundle(out, files=files, overwrite=overwrite)

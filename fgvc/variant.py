@@ -58,11 +58,11 @@ class Beside:
         return f"model.{self.made.variant}.onnx"
 
 
-def make_variants(seen: Subject, proven: Proven, wanted: Variants, known: Answers | None) -> list[Beside]:
+def make_variants(seen: Subject, proven: Proven, wanted: Variants) -> list[Beside]:
     """The files that are wanted, each compared with the float file on the validation part, or on train where there is none.
 
-    `known`: the float file's answers on the validation part. Writes `<run>/reports/{int8,fp16}.html`, also where a file is
-    refused. Raises FgvcError where one is not what the plain backbone becomes, or answers too differently.
+    On up to 10,000 images. Writes `<run>/reports/{int8,fp16}.html`, also where a file is refused. Raises FgvcError where one
+    is not what the plain backbone becomes, or answers too differently.
     """
     made = []
     if wanted.int8 is not None:
@@ -71,9 +71,8 @@ def make_variants(seen: Subject, proven: Proven, wanted: Variants, known: Answer
         made.append((make_fp16(*proven.plain), FP16))
     if not made:
         return []
-    part: Split = "val" if known else "train"
-    if known is None:
-        known = _ask(seen, proven.model, spread(seen.index.rows("train"), len(seen.classes)))
+    part: Split = "val" if len(seen.index.rows("val")) else "train"
+    known = _ask(seen, proven.model, spread(seen.index.rows(part), len(seen.classes)))
     return [_judge(seen, one, known, part, _bars(bars, wanted.agreement)) for one, bars in made]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ import yaml
 
 from fgvc import api, variant
 from fgvc.cli import main
-from fgvc.export.bundle import load_bundle
+from fgvc.evaluate.subject import subject
+from fgvc.export.bundle import load_bundle, write_bundle
 from fgvc.image.decode import decode
 from fgvc.image.preprocess import preprocess
 from fgvc.serve.engine import Engine
-from fgvc.types import FgvcError
+from fgvc.types import SPLITS, FgvcError
 
 SMALL = api.Int8(first=2, images=24)
 
@@ -84,8 +86,6 @@ def test_the_bundle_says_how_int8_was_made_and_proves_again(done: api.Exported) 
 
 
 def test_another_structure_or_lower_agreement_than_the_contracts_fails(done: api.Exported, tmp_path: Path) -> None:
-    from fgvc.export.bundle import write_bundle
-
     files = {path.name: path.read_bytes() for path in done.bundle.iterdir() if path.name != "manifest.json"}
     contract = json.loads(files["contract.json"])
     contract["versions"]["torch"] = "1.0"  # the plain model is not made again: quicker
@@ -119,8 +119,6 @@ def test_the_engine_and_predict_take_either(
     assert len(capsys.readouterr().out.splitlines()) == 4
     files = {path.name: path.read_bytes() for path in done.bundle.iterdir() if path.name != "manifest.json"}
     del files["model.int8.onnx"]
-    from fgvc.export.bundle import write_bundle
-
     write_bundle(tmp_path / "b", files=files)
     with pytest.raises(FgvcError, match=r"has no model\.int8\.onnx; export the run with --int8"):
         Engine(load_bundle(tmp_path / "b"), variant="int8")
@@ -157,10 +155,22 @@ def test_wrong_wishes_are_named(run: Path) -> None:
         api.Variants(int8=api.Int8(images=0))
 
 
-def test_without_a_validation_part_train_images_judge(run: Path, done: api.Exported, tmp_path: Path) -> None:
-    from fgvc.evaluate.subject import subject
-
+def test_without_a_validation_part_train_images_judge(run: Path, done: api.Exported) -> None:
     seen = subject(run)
-    beside = variant.make_variants(seen, done.proven, api.Variants(fp16=True), None)
-    assert beside[0].agreement.part == "train"
-    assert beside[0].agreement.images == 48
+    splits = np.where(seen.index.splits == SPLITS.index("val"), SPLITS.index("test"), seen.index.splits)
+    seen = replace(seen, index=replace(seen.index, splits=splits))
+    (beside,) = variant.make_variants(seen, done.proven, api.Variants(fp16=True))
+    assert (beside.agreement.part, beside.agreement.images) == ("train", 48)
+
+
+def test_the_command_lines_defaults_are_those_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, api.Variants] = {}
+
+    def export(*_: object, variants: api.Variants, **__: object) -> None:
+        asked["variants"] = variants
+        raise FgvcError("enough")
+
+    monkeypatch.setattr(api, "export", export)
+    with pytest.raises(SystemExit):
+        main(["export", "run", "-o", "out", "--int8"])
+    assert asked["variants"] == api.Variants(int8=api.Int8())
