@@ -31,6 +31,7 @@ from fgvc.evaluate.subject import Subject, onnx_answers, subject
 from fgvc.explain import explain
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
+from fgvc.export.quantize import Int8
 from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
 from fgvc.localize import Localisation, localize
 from fgvc.page.data import data_page
@@ -43,9 +44,10 @@ from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
 from fgvc.train.session import read_index
 from fgvc.types import FgvcError, ImageIndex, Split
+from fgvc.variant import Beside, Variants, make_variants
 
 __all__ = [
-    "Bundle", "Evaluation", "Exported", "Forecast", "Localisation", "Preview", "Recipe", "Versus",
+    "Bundle", "Evaluation", "Exported", "Forecast", "Int8", "Localisation", "Preview", "Recipe", "Variants", "Versus",
     "check", "compare", "evaluate", "explain", "export", "forecast", "load_bundle", "load_recipe", "localize", "preview",
     "report", "train", "verify",
 ]  # fmt: skip
@@ -75,6 +77,7 @@ class Exported:
     select: Selected
     proven: Proven
     calibrated: Calibrated | None  # None: no validation image that can be read; in the bundle where there are enough
+    beside: tuple[Beside, ...] = ()
 
 
 def check(
@@ -199,12 +202,14 @@ def export(
     select: Selected | None = None,
     keep: float = KEEP,
     overwrite: bool = False,
+    variants: Variants | None = None,
 ) -> Exported:
     """Strip and fuse a run's weights, export them as ONNX, prove the three levels of the contract and write the bundle.
 
     `against`: the deployed file that it must be a drop-in for. `keep`: share of the right answers that the threshold for
     "none of these" keeps, 1 for no threshold; it and a temperature are fitted on up to 10,000 validation images, as the
-    exported file sees them. Raises FgvcError where any proof fails or logits are no numbers, and writes nothing.
+    exported file sees them. `variants`: int8 and fp16 files to put beside it. Raises FgvcError where any proof fails or logits
+    are no numbers, and writes no bundle.
     """
     refuse_target(out, overwrite=overwrite)
     if not 0 < keep <= 1:
@@ -238,8 +243,11 @@ def export(
     found = _calibrated(seen, proven.model, keep=keep)
     if found is not None and found.images >= FEWEST:
         files["calibration.json"] = found.stored("val")
+    beside = make_variants(seen, proven, variants or Variants())
+    files |= {one.file: one.made.model for one in beside}
+    files["contract.json"] |= {one.made.variant: one.section for one in beside}
     write_bundle(out, files=files, overwrite=overwrite)
-    return Exported(out, chosen, proven, found)
+    return Exported(out, chosen, proven, found, tuple(beside))
 
 
 def verify(path: Path, *, against: Path | None = None) -> Comparison | Verification:

@@ -17,6 +17,7 @@ from fgvc.export.verify import Comparison, Verification
 from fgvc.localize import Localisation
 from fgvc.train.forecast import Forecast
 from fgvc.types import SPLITS
+from fgvc.variant import Beside
 
 console = Console(highlight=False)
 CONFUSED = 5  # pairs shown; all are in the run's tables
@@ -155,6 +156,8 @@ def contract(done: Exported) -> None:
         "structural", f"{nodes} nodes, sha256 {done.proven.structural.sha256[:16]} = the plain {said['backbone']}'s"
     )
     table.add_row("behavioural", f"onnxruntime = torch on {behavioural.images} images, worst {behavioural.worst:.1e}")
+    for one in done.beside:
+        table.add_row(one.made.variant, _beside(one))
     console.print(table)
     if done.calibrated is None:
         console.print("not calibrated: there is no validation image, or none that can be read")
@@ -165,6 +168,15 @@ def contract(done: Exported) -> None:
     for warning in done.proven.warnings:
         console.print(f"warning: {warning}", markup=False)
     console.print(f"{done.bundle}: {done.select} weights, a drop-in for the plain {said['backbone']}", markup=False)
+
+
+def _beside(one: Beside) -> str:
+    found, how = one.agreement, one.made.contract
+    same = f"{100 * found.share:.2f} % ({100 * found.low:.1f} to {100 * found.high:.1f})"
+    return (
+        f"{how['bytes'] / 1e6:.2f} of {how['float_bytes'] / 1e6:.2f} MB; same answer for {same} of {found.images} {found.part} "
+        f"images, top-1 {100 * found.top1:.2f} for {100 * found.top1_float:.2f} %"
+    )
 
 
 def versus(found: Versus, failed: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -22,6 +22,7 @@ from fgvc.types import FgvcError
 MANIFEST = "manifest.json"
 REQUIRED = ("model.onnx", "labels.json", "preprocess.json", "contract.json", "metrics.json")
 OPTIONAL = ("explain.onnx", "calibration.json", "model.int8.onnx", "model.fp16.onnx")
+Variant = Literal["float", "int8", "fp16"]
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no separator, no leading dot: neither `..` nor an absolute path
 EXTERNAL = b"\n\x08location\x12"  # how an ONNX tensor says that its data lie in another file (StringStringEntryProto)
@@ -42,6 +43,13 @@ class Bundle:
     @property
     def model(self) -> Path:
         return self.folder / "model.onnx"
+
+    def variant(self, name: Variant) -> Path:
+        """The file of one variant. Raises FgvcError where the bundle does not have it."""
+        file = "model.onnx" if name == "float" else f"model.{name}.onnx"
+        if file not in self.files:
+            raise FgvcError(f"{self.folder}: has no {file}; export the run with --{name}")
+        return self.folder / file
 
     @property
     def explain(self) -> Path | None:

@@ -31,7 +31,7 @@ from fgvc.export.onnx import (
     serialised,
 )
 from fgvc.export.plain import strip
-from fgvc.export.reference import independent_plain
+from fgvc.export.reference import Plain, independent_plain
 from fgvc.export.ties import nudged
 from fgvc.model.backbone import deployed, memory_format
 from fgvc.serve.engine import Session
@@ -108,6 +108,7 @@ class Proven:
     structural: Structural
     behavioural: Behavioural
     warnings: tuple[str, ...]
+    plain: tuple[Plain, Plain]  # the graph that was exported, and the independent plain model's
 
 
 def prove(
@@ -171,6 +172,7 @@ def prove(
     return Proven(
         model=serialised(proto), explain=made.explain, contract=contract, numeric=numeric, structural=structural,
         behavioural=behavioural, warnings=tuple(said),
+        plain=(Plain(proto, positions, interface.size), Plain(reference, positions, interface.size)),
     )  # fmt: skip
 
 

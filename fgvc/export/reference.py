@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,15 @@ from fgvc.model.backbone import deployed, plain_model
 from fgvc.types import FgvcError
 
 SEEDS = (1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A float graph, the exported one or the independent plain model's, and which of its initializers are weights."""
+
+    proto: onnx.ModelProto
+    weights: frozenset[int]  # positions in canonical form
+    size: tuple[int, int]  # height, width of the input
 
 
 def independent_plain(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from fgvc.export.bundle import load_bundle
+from fgvc.export.bundle import Bundle, load_bundle
 from fgvc.export.canonical import canonicalise
 from fgvc.export.compare import Difference, compare, notes
 from fgvc.export.onnx import Interface, load_onnx
 from fgvc.export.prove import compare_structure, versions
-from fgvc.export.reference import independent_plain
+from fgvc.export.reference import Plain, independent_plain
+from fgvc.export.variant import differences, structure
 from fgvc.serve.engine import Engine
 from fgvc.types import FgvcError
 
@@ -83,14 +85,46 @@ def verify_bundle(folder: Path) -> Verification:
     here = versions()
     shaping = ("torch", "timm", "onnx", "onnxscript")
     others = [f"{name} {here[name]}, was {made_by.get(name)}" for name in shaping if made_by.get(name) != here[name]]
+    reference: Plain | None = None
     if others:
         checks.append(Check(name="independent plain", passed=None, detail=f"not compared: {'; '.join(others)}"))
     else:
-        reference, expected = independent_plain(**recipe, interface=interface)
-        structural = compare_structure(proto, reference, expected)
+        plain_proto, expected = independent_plain(**recipe, interface=interface)
+        reference = Plain(plain_proto, expected, interface.size)
+        structural = compare_structure(proto, plain_proto, expected)
         lines = [str(difference) for difference in structural.differences]
         if expected != positions:
             lines.append("the contract counts other initializers as weights")
         plain = f"a plain {recipe['backbone']}, made anew, has the same graph"
         checks.append(Check(name="independent plain", passed=not lines, detail="; ".join(lines) or plain))
+    exported = Plain(proto, positions, interface.size)
+    same_tool = here["onnxruntime"] == made_by.get("onnxruntime")  # its quantiser shapes these graphs
+    for variant in ("int8", "fp16"):
+        if f"model.{variant}.onnx" in bundle.files:
+            checks.append(_variant(bundle, variant, exported, reference if same_tool else None))
     return Verification(folder=folder, checks=tuple(checks))
+
+
+def _variant(bundle: Bundle, variant: Literal["int8", "fp16"], exported: Plain, reference: Plain | None) -> Check:
+    """Whether a smaller file runs, is the graph that its contract names and, with `reference`, what a plain model becomes.
+
+    Its agreement needs the images: of that, only what was measured at export can be said.
+    """
+    Engine(bundle, variant=variant)
+    proto, said = load_onnx(bundle.variant(variant)), bundle.contract.get(variant, {})
+    try:
+        stored, measured = str(said["sha256"]), said["agreement"]
+        share, images, bar = float(measured["share"]), int(measured["images"]), float(measured["bars"]["agreement"])
+    except (KeyError, TypeError, ValueError) as error:
+        return Check(name=variant, passed=False, detail=f"contract.json says nothing of it ({error!r})")
+    found = structure(proto, exported).sha256
+    faults = [] if found == stored else [f"structure {found[:16]}, in the contract {stored[:16]}"]
+    if reference is not None:
+        faults += differences(variant, proto, exported, reference, said)
+    if share < bar:
+        faults.append(f"agrees on {100 * share:.2f} % of the images, below its bar of {100 * bar:g} %")
+    again = "as a plain model's becomes" if reference is not None else "not compared with a plain model's (versions)"
+    fine = (
+        f"structure {found[:16]}, {again}; at export {100 * share:.2f} % of {images} images had the float file's answer"
+    )
+    return Check(name=variant, passed=not faults, detail="; ".join(faults) or fine)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime
 
-from fgvc.export.bundle import Bundle
+from fgvc.export.bundle import Bundle, Variant
 from fgvc.image.preprocess import preprocess
 from fgvc.types import FgvcError
 
@@ -84,17 +84,18 @@ class Session:
 class Engine:
     """Classifies images as the bundle's own preprocessing and labels say."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Raises FgvcError where the model does not fit the bundle's image size or labels."""
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, variant: Variant = "float") -> None:
+        """Raises FgvcError where the bundle has no such variant, or it does not fit the image size or labels."""
         self.bundle = bundle
-        self.session = Session(bundle.model, threads=threads)
+        model = bundle.variant(variant)
+        self.session = Session(model, threads=threads)
         _, *image = self.session.shape
         size = bundle.preprocess.size
         if any(fixed is not None and fixed != n for fixed, n in zip(image, (3, *size), strict=True)):
-            raise FgvcError(f"{bundle.model}: takes images of {image}, preprocess.json makes {(3, *size)}")
+            raise FgvcError(f"{model}: takes images of {image}, preprocess.json makes {(3, *size)}")
         warm = self.logits(np.zeros((1, 3, *size), np.float32))
         if warm.shape != (1, len(bundle.labels)):
-            raise FgvcError(f"{bundle.model}: gives {warm.shape[1:]} logits for {len(bundle.labels)} labels")
+            raise FgvcError(f"{model}: gives {warm.shape[1:]} logits for {len(bundle.labels)} labels")
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """(B,K) float32 for preprocessed x (B,3,H,W) float32."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from fgvc.export.bundle import load_bundle
+from fgvc.export.bundle import Variant, load_bundle
 from fgvc.image.decode import decode
 from fgvc.serve.engine import Answer, Engine
 from fgvc.types import FgvcError, ImageError
@@ -19,14 +19,16 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", 
 BATCH = 16  # bounds memory; on CPUs a larger one is no faster
 
 
-def predict_files(bundle: Path, paths: Iterable[Path], *, as_json: bool = False, top_k: int = 1) -> int:
+def predict_files(
+    bundle: Path, paths: Iterable[Path], *, as_json: bool = False, top_k: int = 1, variant: Variant = "float"
+) -> int:
     """Print one line a picture; returns 0, or 1 where a picture could not be read (said on stderr, or in its JSON line).
 
     Raises FgvcError for a path that does not exist and for a damaged bundle, before anything is printed; and for logits that
     are no numbers, when it comes to them.
     """
     files = list(expand(paths))
-    engine = Engine(load_bundle(bundle))
+    engine = Engine(load_bundle(bundle), variant=variant)
     failed = 0
     for path, result in _classify(engine, files, top_k):
         if isinstance(result, ImageError):

@@ -1,0 +1,111 @@
+"""How far a smaller file answers as the float file does, on the same images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from fgvc.types import FgvcError
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bars:
+    """What an agreement must reach; shares in [0,1]."""
+
+    agreement: float
+    loss: float  # of top-1, at most
+
+
+INT8, FP16 = Bars(agreement=0.98, loss=0.01), Bars(agreement=0.99, loss=0.005)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disagreement:
+    """An image that the two files take for different classes."""
+
+    row: int  # of the index
+    label: int
+    by_float: int
+    by_variant: int
+    margin: float  # between the float file's logits of these two classes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """Over N images. All shares in [0,1]."""
+
+    images: int
+    part: str  # val, or train where there is no other
+    share: float  # of the images with the same arg-max
+    low: float  # 95 % interval of the share (Wilson 1927)
+    high: float
+    top1_float: float
+    top1: float
+    worst: float  # max |difference of logits|
+    typical: float  # root of its mean square
+    spread: float  # standard deviation of the float file's logits
+    differing: tuple[Disagreement, ...]  # the surest of the float file first
+
+    @property
+    def loss(self) -> float:
+        return self.top1_float - self.top1
+
+    def failed(self, bars: Bars) -> list[str]:
+        """What is not reached, in words."""
+        found = []
+        if self.share < bars.agreement:
+            found.append(
+                f"answers as the float file for {100 * self.share:.2f} % of {self.images} {self.part} images (95 % interval "
+                f"{100 * self.low:.1f} to {100 * self.high:.1f}), at least {100 * bars.agreement:g} % are asked for"
+            )
+        if self.loss > bars.loss + 1e-12:
+            found.append(
+                f"top-1 falls from {100 * self.top1_float:.2f} to {100 * self.top1:.2f} %, at most {100 * bars.loss:g} "
+                "points are allowed"
+            )
+        return found
+
+    def numbers(self) -> dict[str, Any]:
+        """For contract.json."""
+        names = ("images", "part", "share", "low", "high", "top1_float", "top1", "worst", "typical", "spread")
+        return {name: getattr(self, name) for name in names}
+
+
+def agree(rows: NDArray[np.int64], labels: NDArray[np.int64], z: Floats, z_variant: Floats, *, part: str) -> Agreement:
+    """Of images `rows` (N,) with `labels` (N,): logits (N,K) of the float file and of the variant.
+
+    Raises FgvcError without any image.
+    """
+    count = len(rows)
+    if not count:
+        raise FgvcError(f"no {part} images to compare the files on")
+    a, b = z.argmax(1), z_variant.argmax(1)
+    same = int((a == b).sum())
+    low, high = binomtest(same, count).proportion_ci(method="wilson")
+    apart = z_variant.astype(np.float64) - z
+    found = [
+        Disagreement(
+            row=int(rows[n]), label=int(labels[n]), by_float=int(a[n]), by_variant=int(b[n]),
+            margin=float(z[n, a[n]] - z[n, b[n]]),
+        )
+        for n in np.flatnonzero(a != b)
+    ]  # fmt: skip
+    return Agreement(
+        images=count,
+        part=part,
+        share=same / count,
+        low=float(low),
+        high=float(high),
+        top1_float=float((a == labels).mean()),
+        top1=float((b == labels).mean()),
+        worst=float(np.abs(apart).max()),
+        typical=float(np.sqrt((apart**2).mean())),
+        spread=float(z.astype(np.float64).std()),
+        differing=tuple(sorted(found, key=lambda one: (-one.margin, one.row))),
+    )
