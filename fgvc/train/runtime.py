@@ -120,7 +120,7 @@ def runtime(train: Train) -> Iterator[Runtime]:
     )
     device = _device(train.device, local)
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     if train.batch_size % (world * train.accumulate):
         raise FgvcError(
             f"train.batch_size: {train.batch_size} images do not split over {world} processes "
@@ -136,7 +136,7 @@ def runtime(train: Train) -> Iterator[Runtime]:
             dist.destroy_process_group()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep what is freed instead of handing large blocks back to the kernel, which clears every page anew: on
     2 cores that is a third of a step, for some 5 % more memory. Nothing happens where the C library is another."""
     mmap_max, trim_threshold = -4, -1  # mallopt(3)
