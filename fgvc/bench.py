@@ -26,7 +26,8 @@ from timm.optim import create_optimizer_v2
 from fgvc.cam.maps import Mapper, Method, refusal
 from fgvc.export.onnx import export_onnx
 from fgvc.export.prove import MAX_IMAGES, prove
-from fgvc.model.backbone import deployed, load_weights, memory_format, plain_model
+from fgvc.model.backbone import deployed, memory_format, plain_model
+from fgvc.model.weights import load_weights
 from fgvc.recipe import Recipe
 from fgvc.techniques import CONFIGS
 from fgvc.train.batch import Normalise, to_batch

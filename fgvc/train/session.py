@@ -26,17 +26,9 @@ from fgvc.data.labels import reordered
 from fgvc.data.loader import TrainLoader, evaluation_loader, train_loader
 from fgvc.image.augment import Augmenter
 from fgvc.loss import make_criterion
-from fgvc.model.backbone import (
-    Weights,
-    freeze,
-    head_prefixes,
-    load_weights,
-    memory_format,
-    plain_model,
-    preprocess_for,
-    zeros_through,
-)
+from fgvc.model.backbone import freeze, head_prefixes, memory_format, plain_model, zeros_through
 from fgvc.model.norm import reestimate_norms, running_norms, zero_gamma
+from fgvc.model.weights import Weights, load_weights, preprocess_for
 from fgvc.recipe import Recipe
 from fgvc.techniques import build
 from fgvc.train.batch import Normalise

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fgvc.config import Preprocess
 from fgvc.export.bundle import load_bundle
 from fgvc.export.plain import strip
-from fgvc.model.backbone import Model, deployed, feature_map, load_weights, memory_format, plain_model, zeros_through
+from fgvc.model.backbone import Model, deployed, feature_map, memory_format, plain_model, zeros_through
 from fgvc.model.plan import Joints
 from fgvc.model.teacher import (
     AnyTeacher,
@@ -30,6 +30,7 @@ from fgvc.model.teacher import (
     in_order,
     through,
 )
+from fgvc.model.weights import load_weights
 from fgvc.recipe import Recipe
 from fgvc.serve.engine import Engine, available_cpus
 from fgvc.train.run import read_run, recorded_preprocess, selected_weights

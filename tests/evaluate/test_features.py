@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from fgvc.evaluate.features import features, frozen, normalisation
 from fgvc.image.decode import decode
 from fgvc.image.preprocess import preprocess
-from fgvc.model.backbone import load_weights, plain_model, preprocess_for
+from fgvc.model.backbone import plain_model
+from fgvc.model.weights import load_weights, preprocess_for
 from fgvc.recipe import Recipe
 from fgvc.types import FgvcError
 

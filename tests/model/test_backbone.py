@@ -13,18 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fgvc.config import Deploy
-from fgvc.model.backbone import (
-    Model,
-    deployed,
-    feature_layout,
-    feature_map,
-    freeze,
-    load_weights,
-    memory_format,
-    plain_model,
-    preprocess_for,
-)
+from fgvc.model.backbone import Model, deployed, feature_layout, feature_map, freeze, memory_format, plain_model
 from fgvc.model.norm import zero_gamma
+from fgvc.model.weights import load_weights, preprocess_for
 from fgvc.types import FgvcError
 
 HALF = (0.5, 0.5, 0.5)
