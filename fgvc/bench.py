@@ -86,7 +86,7 @@ def bench_train(recipe: Recipe, *, pairs: int = 30) -> Ratio:
     """fgvc's step (uint8 batch on the host to updated weights) over a bare step on the ready float batch."""
     with runtime(recipe.train) as process, open_session(recipe, process) as session:
         raw = next(session.loader.epoch(0))
-        ours = _step_on_one_batch(session)
+        ours = step_on_one_batch(session)
         x = Normalise(session.preprocess, process.device, memory_format(session.step.net))(raw.images)
         return interleaved(
             f"step: fgvc / bare ({_about(recipe)})", ours, _bare_step(session, x, raw.labels), pairs=pairs
@@ -113,7 +113,7 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
         try:
             with runtime(train) as process, ExitStack() as stack:
                 sessions = [stack.enter_context(open_session(arm, process)) for arm in arms]
-                steps = [_step_on_one_batch(session) for session in sessions]
+                steps = [step_on_one_batch(session) for session in sessions]
                 passed = count_images(sessions[0].step.net, *sessions[0].step.joints.average)
                 name = f"step: {kind or 'plain'} / plain ({_about(recipe)})"
                 ratio = interleaved(name, steps[0], steps[1], pairs=pairs)
@@ -148,7 +148,7 @@ def bench_maps(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
     plain = recipe.model_copy(update={"train": train, "techniques": none})
     found = []
     with runtime(train) as process, open_session(plain, process) as session:
-        step, net = _step_on_one_batch(session), session.step.net
+        step, net = step_on_one_batch(session), session.step.net
         batch = to_batch(next(session.loader.epoch(0)), session.normalise, session.train_size)
         with torch.no_grad():
             features = net.forward_features(batch.x)  # type: ignore[operator]
@@ -228,10 +228,11 @@ def write_csv(path: Path, ratios: Sequence[Ratio]) -> None:
             writer.writerow([r.name, r.pairs, *values, *about.values()])
 
 
-def _step_on_one_batch(session: Session) -> Callable[[], None]:
+def step_on_one_batch(session: Session) -> Callable[[], None]:
+    """The run's own step, on one batch that is held; what is scheduled is at half of its way."""
     raw = list(islice(session.loader.epoch(0), session.recipe.train.accumulate))
     quiet = Events(Path(), session.recipe.log, active=False)
-    session.progress.step = session.total_steps // 2  # what is scheduled is at half of its way
+    session.progress.step = session.total_steps // 2
 
     def step() -> None:
         take_step(session, iter(raw), quiet)

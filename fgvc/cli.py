@@ -357,6 +357,46 @@ def compare(
 
 
 @app.command()
+def ablate(
+    study: Annotated[str, typer.Argument(help="A study's file, or the id of one that comes with fgvc.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The study's folder; default studies/<its name>.")] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Time the arms' steps and say how long the study takes; train nothing.")
+    ] = False,
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be given several times.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed; may be given several times.")] = None,
+    test: Annotated[
+        bool, typer.Option("--test", help="Score on test what validation chose. Once: it is recorded.")
+    ] = False,
+) -> None:
+    """Train what a study lists, seed by seed, and compare all arms with the first. Exit code 1 where a run failed."""
+    from fgvc import show
+    from fgvc.ablate import run
+    from fgvc.ablate.study import read_study
+    from fgvc.template import study_file
+
+    path = study_file(study)
+    plan, place = read_study(path, overrides or []), out or Path("studies") / path.stem
+    if estimate:
+        show.estimate(run.estimate(plan, place, arms=arm or [], seeds=seed or []))
+        return
+    failures = []
+    if test:
+        run.read_test(plan, place)
+    else:
+        try:
+            failures = run.ablate(plan, place, arms=arm or [], seeds=seed or [])
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+    for failure in failures:
+        print(f"failed: {failure.run}: {failure.reason}", file=sys.stderr)
+    print(place / "table.html")
+    sys.exit(1 if failures else 0)
+
+
+@app.command()
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A bundle that fgvc exported.")],
     paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],

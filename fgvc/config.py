@@ -110,8 +110,8 @@ def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> M:
     """
     tree, lines = read_tree(path)
     texts = list(overrides)
-    for override in texts:
-        _apply(tree, override)
+    for text in texts:
+        override(tree, text)
     return validate(model, tree, where=str(path), lines=lines, overrides=texts)
 
 
@@ -190,15 +190,16 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...],
     return tree, lines
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
+def override(tree: dict[str, Any], given: str) -> None:
+    """Put one `section.key=value` into a tree, in place. Raises FgvcError for what is not written so."""
+    dotted, equals, text = given.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
-        raise FgvcError(f"override {override!r}: write it as section.key=value")
+        raise FgvcError(f"override {given!r}: write it as section.key=value")
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise FgvcError(f"override {override!r}: the value is not valid YAML") from error
+        raise FgvcError(f"override {given!r}: the value is not valid YAML") from error
     for key in keys[:-1]:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}

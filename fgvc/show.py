@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fgvc.ablate.run import Estimate
 from fgvc.api import Evaluation, Exported
 from fgvc.bench import Ratio
 from fgvc.data.checks import Report
@@ -71,6 +72,18 @@ def forecast(found: Forecast) -> None:
         console.print(f"technique {kind}: adds {forwards} forwards a step", markup=False)
     for note in found.notes:
         console.print(note, markup=False)
+
+
+def estimate(found: Estimate) -> None:
+    """A trial a row."""
+    budgets = list(dict.fromkeys(budget for _, budget in found.epochs))
+    table = _table("trial", "step, ms", "of the base's", *(f"epochs ({budget})" for budget in budgets))
+    for name, cost in found.costs.items():
+        lengths = (str(found.epochs[name, budget]) for budget in budgets)
+        table.add_row(escape(name), f"{1000 * cost.step_seconds:.0f}", f"{cost.ratio:.2f}", *lengths)
+    console.print(table)
+    console.print(f"{found.done} runs are done, {len(found.cells)} to do: {found.hours:.2f} h of training steps")
+    console.print("without validation, and without what techniques do between epochs")
 
 
 def scores(result: Evaluation) -> None:

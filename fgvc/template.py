@@ -15,6 +15,7 @@ from fgvc.config import models_in, read_tree, tag_of
 from fgvc.types import FgvcError
 
 WIDTH = 118
+STUDIES = "studies/"  # below configs/
 
 
 def recipes_folder() -> Path:
@@ -26,19 +27,36 @@ def recipes_folder() -> Path:
 
 def recipes() -> dict[str, Path]:
     """Id (path under configs/ without suffix) -> file."""
+    return {name: path for name, path in _configs().items() if not name.startswith(STUDIES)}
+
+
+def studies() -> dict[str, Path]:
+    """Those for `fgvc ablate`, by id."""
+    return {name.removeprefix(STUDIES): path for name, path in _configs().items() if name.startswith(STUDIES)}
+
+
+def _configs() -> dict[str, Path]:
     folder = recipes_folder()
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def recipe_file(name: str) -> Path:
     """A recipe by path or by id. Raises FgvcError naming the ids."""
+    return _file(name, recipes(), "a recipe's id; `fgvc recipes` lists")
+
+
+def study_file(name: str) -> Path:
+    """A study by path or by id. Raises FgvcError naming the ids."""
+    return _file(name, studies(), "a study's id; there are")
+
+
+def _file(name: str, known: Mapping[str, Path], what: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    known = recipes()
     if name in known:
         return known[name]
-    raise FgvcError(f"{name}: no such file, nor a recipe's id; `fgvc recipes` lists: {', '.join(known)}")
+    raise FgvcError(f"{name}: no such file, nor {what}: {', '.join(known)}")
 
 
 def run_name(path: Path) -> str:

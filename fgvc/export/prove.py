@@ -146,7 +146,7 @@ def prove(
     ties: tuple[str, ...] = ()
     if not structural.passed:
         against_plain = (structural, reference, positions)
-        plain, structural, ties = _untie(plain, *against_plain, interface=interface, exporter=exporter)
+        plain, structural, ties = untie(plain, *against_plain, interface=interface, exporter=exporter)
         made = _make(plain, sample, interface=interface, exporter=exporter)
     proto, shipped = made.proto, made.shipped
     numeric = compare_numbers(trained.double(), deployed(exact), shipped, sample)
@@ -281,7 +281,7 @@ def _make(plain: nn.Module, x: np.ndarray, *, interface: Interface, exporter: Ex
     return _Made(shipped=shipped, proto=proto, explain=explain, reason=reason)
 
 
-def _untie(
+def untie(
     plain: nn.Module,
     found: Structural,
     reference: onnx.ModelProto,

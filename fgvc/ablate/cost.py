@@ -1,0 +1,91 @@
+"""What the arms of a study cost: their steps beside the base arm's, in turn, so that a busy machine slows both."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fgvc.ablate.study import Budget, Cell, Plan, Trial
+from fgvc.bench import interleaved, step_on_one_batch
+from fgvc.recipe import Recipe
+from fgvc.train.events import write_atomic
+from fgvc.train.runtime import runtime
+from fgvc.train.session import open_session
+from fgvc.types import FgvcError
+
+PAIRS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of a trial's training steps; without validation, and without what techniques do between epochs."""
+
+    ratio: float  # one step over one of the base arm's, median of PAIRS
+    step_seconds: float  # of the base arm's step times `ratio`
+    steps: int  # in an epoch
+
+    @property
+    def epoch(self) -> float:
+        """Seconds."""
+        return self.step_seconds * self.steps
+
+
+def measured(plan: Plan, out: Path, notify: Callable[[str], None]) -> dict[str, Cost]:
+    """The costs of all trials by name. Kept in `<out>/costs.json`: what is there for the same settings is not measured again.
+
+    Builds every trial that it measures: raises FgvcError, naming the trial, for what its training would refuse.
+    """
+    path = out / "costs.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found: dict[str, Cost] = {}
+    for trial in plan.trials:
+        settings = [_alone(one.recipe).model_dump(mode="json") for one in (trial, plan.base)]
+        row = known.get(trial.name)
+        if row is None or row["settings"] != settings:
+            cost = _measure(trial, plan.base, base_cost=found.get(plan.base.name))
+            notify(f"{trial.name}: a step costs {cost.ratio:.2f} of {plan.base.name}'s")
+            known[trial.name] = row = asdict(cost) | {"settings": settings}
+            write_atomic(path, json.dumps(known, indent=1) + "\n")
+        found[trial.name] = Cost(row["ratio"], row["step_seconds"], row["steps"])
+    return found
+
+
+def _measure(trial: Trial, base: Trial, *, base_cost: Cost | None) -> Cost:
+    gc.collect()  # nets lie in cycles
+    recipes = [_alone(one.recipe) for one in (trial, base)]
+    with runtime(recipes[0].train) as process, ExitStack() as stack:
+        try:
+            sessions = [stack.enter_context(open_session(recipe, process)) for recipe in recipes]
+        except FgvcError as error:
+            raise FgvcError(f"arm {trial.name}: {error}") from error
+        mine, others = (step_on_one_batch(session) for session in sessions)
+        found = interleaved(trial.name, mine, others, pairs=PAIRS, warm_up=2)
+        if base_cost is None:  # the base itself
+            return Cost(1.0, found.b_seconds, sessions[0].steps_per_epoch)
+        return Cost(found.median, found.median * base_cost.step_seconds, sessions[0].steps_per_epoch)
+
+
+def _alone(recipe: Recipe) -> Recipe:
+    """The same without loading processes."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 0})})
+
+
+def lengths(plan: Plan, costs: Mapping[str, Cost]) -> dict[tuple[str, Budget], int]:
+    """Epochs by trial and budget."""
+    planned = plan.base.recipe.train.epochs
+    whole = planned * costs[plan.base.name].epoch
+    found: dict[tuple[str, Budget], int] = {}
+    for trial in plan.trials:
+        found[trial.name, "epochs"] = planned
+        found[trial.name, "seconds"] = max(1, round(whole / costs[trial.name].epoch))
+        found[trial.name, "own"] = trial.recipe.train.epochs
+    return found
+
+
+def hours(cells: Iterable[Cell], costs: Mapping[str, Cost]) -> float:
+    """Of training steps alone."""
+    return sum(cell.epochs * costs[cell.trial.name].epoch for cell in cells) / 3600

@@ -1,0 +1,81 @@
+"""What a study leaves for people: `runs.csv`, `table.md` and `table.html`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from fgvc.ablate.result import Result
+from fgvc.ablate.study import Plan
+from fgvc.ablate.table import Line, lines, markdown
+from fgvc.page.render import chart, render
+from fgvc.train.events import as_csv, write_atomic
+
+PARTS = {"val": "Validation", "test": "Test"}
+BUDGETS = {
+    "epochs": "equal epochs",
+    "seconds": "equal seconds of training steps",
+    "own": "as many epochs as each arm asks for",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One part under one budget."""
+
+    title: str
+    found: list[Line]
+    forest: str  # the differences as a picture, an address; "" where there are none
+
+
+def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
+    """Write the study's three files anew."""
+    order = {trial.name: number for number, trial in enumerate(plan.trials)}
+    names = {(trial.arm, trial.number): trial.name for trial in plan.trials}
+    known = [row for row in results if (row["arm"], row["trial"]) in names]
+
+    def place(row: Result) -> tuple[int, int, int, int]:
+        at = order[names[row["arm"], row["trial"]]]
+        return list(PARTS).index(row["part"]), at, row["epochs"], row["seed"]
+
+    rows = sorted(known, key=place)
+    write_atomic(out / "runs.csv", as_csv(rows))
+    base = plan.base.arm
+    found = [
+        Section(f"{PARTS[part]}: {BUDGETS[budget]}", table, forest(table))
+        for part in reversed(PARTS)
+        for budget in plan.study.budget
+        if (table := lines(rows, part=part, budget=budget, base=base))
+    ]
+    text = "".join(f"## {section.title}\n\n{markdown(section.found)}\n" for section in found)
+    write_atomic(out / "table.md", f"# {plan.name}\n\n{text}")
+    graphs = sorted({graph for section in found for line in section.found for graph in line.graphs})
+    page = render("ablate.html", title=plan.name, base=base, sections=found, graphs=graphs, nan=math.isnan)
+    write_atomic(out / "table.html", page)
+
+
+def forest(table: Sequence[Line]) -> str:
+    """Differences to the base arm in points with their intervals, the largest on top."""
+    drawn = sorted(
+        ((line.arm, line.against) for line in table if line.against is not None), key=lambda pair: pair[1].mean
+    )
+    if not drawn:
+        return ""
+    figure = Figure(figsize=(7, 0.9 + 0.28 * len(drawn)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color="#666666", linewidth=0.8)
+    for height, (_, found) in enumerate(drawn):
+        colour = {"gain": "#0072b2", "loss": "#d55e00", "unclear": "#777777"}[found.said]
+        if not math.isnan(found.low):
+            axes.plot([100 * found.low, 100 * found.high], [height, height], color=colour, linewidth=1.5)
+        axes.plot(100 * found.mean, height, "o", color=colour, markersize=5)
+    axes.set_yticks(range(len(drawn)), [name for name, _ in drawn])
+    axes.set_ylim(-0.7, len(drawn) - 0.3)
+    axes.set_xlabel("top-1 minus the base's, points")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    return chart(figure)

@@ -1,0 +1,111 @@
+"""One run of a study, trained and measured; each result is a small file that is written once."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from fgvc import api
+from fgvc.ablate.cost import Cost
+from fgvc.ablate.study import Cell
+from fgvc.config import differences
+from fgvc.evaluate.subject import Subject, subject
+from fgvc.export.onnx import Exporter, Interface, export_onnx
+from fgvc.export.plain import strip
+from fgvc.export.prove import Structural, compare_structure, untie
+from fgvc.export.reference import independent_plain
+from fgvc.model.backbone import deployed
+from fgvc.train import checkpoint
+from fgvc.train.loop import train
+from fgvc.train.run import environment, read_run
+from fgvc.types import FgvcError
+
+MAY_DIFFER = ("log.", "cache", "train.workers", "train.device")  # of a run that is there already: they change no result
+Part = Literal["val", "test"]
+Result = dict[str, Any]  # a line of runs.csv
+
+
+def trained(cell: Cell, run: Path) -> None:
+    """Train what is not trained yet. Raises FgvcError where another run is there."""
+    if (run / "config.yaml").is_file():
+        old, new = (one.model_dump(mode="json") for one in (read_run(run), cell.recipe))
+        changed = {key: pair for key, pair in differences(old, new).items() if not key.startswith(MAY_DIFFER)}
+        if changed:
+            rows = "\n".join(f"  {key}: {was!r} in the run, {now!r} now" for key, (was, now) in changed.items())
+            raise FgvcError(
+                f"{run}: was trained with other settings than the study's:\n{rows}\nChoose another --out, another name for "
+                "the arm, or remove that folder"
+            )
+        if (run / "ckpt" / "last" / "meta.json").is_file() and checkpoint.load(run / "ckpt").progress.finished:
+            return
+    train(cell.recipe, run)
+    gc.collect()  # nets lie in cycles
+
+
+def measure(cell: Cell, run: Path, part: Part, *, cost: Cost, base: float, localise: bool) -> Result:
+    """A line about one run on one part. `base`: seconds of the base arm's training, by its measured steps."""
+    scored = api.evaluate(run, part)
+    seen = subject(run)
+    graph = contract(seen)
+    row: Result = {
+        "arm": cell.trial.arm,
+        "trial": cell.trial.number,
+        "budget": "+".join(cell.budgets),
+        "seed": cell.seed,
+        "part": part,
+        **{name: round(value, 6) for name, value in scored.scores.numbers().items()},
+    }
+    if localise and seen.index.boxes is not None and len(seen.index.rows("val")):
+        row |= _looked(run, part)
+    facts = environment()
+    return row | {
+        "epochs": cell.epochs,
+        "cost": round(cell.epochs * cost.epoch / base, 3),
+        "select": seen.select,
+        "graph": graph.sha256,
+        "plain": graph.reference_sha256,
+        "settings": json.dumps(dict(cell.trial.settings), default=str),
+        **{key: facts[key] for key in ("fgvc", "torch", "timm", "cpu")},
+    }
+
+
+def _looked(run: Path, part: Part) -> Result:
+    try:
+        found = api.localize(run, part)
+    except FgvcError as error:
+        return {"no_maps": str(error)}
+    shares = {} if found.parts is None else {"parts_10": found.parts.map[0], "parts_20": found.parts.map[1]}
+    true = found.boxes["true"]
+    facts = {"gt_known_loc": true.gt_known_loc, "top1_loc": true.top1_loc, "max_box_acc_v2": true.max_box_acc_v2}
+    return {name: round(value, 6) for name, value in (facts | shares).items()}
+
+
+def contract(seen: Subject) -> Structural:
+    """The second of the export's three proofs (DESIGN 1): the run's graph beside the independent plain model's. The other two
+    are `fgvc export`'s, of the weights that are to ship."""
+    recipe, classes = seen.recipe, len(seen.classes)
+    backbone, kwargs, exporter = recipe.model.backbone, recipe.model.kwargs, recipe.export.exporter
+    plain = strip(seen.step.net.cpu(), backbone=backbone, num_classes=classes, kwargs=kwargs)
+    interface = Interface(size=recipe.image.size, opset=recipe.export.opset)
+    against = _reference(backbone, classes, json.dumps(kwargs), recipe.image.size, recipe.export.opset, exporter)
+    found = compare_structure(export_onnx(deployed(plain), exporter=exporter, **asdict(interface)), *against)
+    if found.passed:
+        return found
+    return untie(plain, found, *against, interface=interface, exporter=exporter)[1]
+
+
+@cache
+def _reference(
+    backbone: str, classes: int, kwargs: str, size: tuple[int, int], opset: int, exporter: Exporter
+) -> tuple[onnx.ModelProto, frozenset[int]]:
+    """Made once for all runs of a study; `kwargs` as JSON."""
+    return independent_plain(
+        backbone=backbone, num_classes=classes, kwargs=json.loads(kwargs), interface=Interface(size=size, opset=opset),
+        exporter=exporter,
+    )  # fmt: skip

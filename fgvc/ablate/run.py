@@ -1,0 +1,179 @@
+"""`fgvc ablate`: train and measure what a study asks for and has not got yet, and write its tables.
+
+Its folder: `study.yaml`; `costs.json`, what a step of each trial costs; `runs/`, each a run of fgvc like any other; `results/`, a
+file for each line of the tables; `test.json`, what was chosen when the test part was read; `runs.csv`, `table.md`, `table.html`.
+A run that has its line is never trained or measured again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgvc.ablate.cost import Cost, hours, lengths, measured
+from fgvc.ablate.page import write_tables
+from fgvc.ablate.result import Part, Result, measure, trained
+from fgvc.ablate.study import Budget, Cell, Plan, cells
+from fgvc.ablate.table import best_trials
+from fgvc.config import dump
+from fgvc.disk import writing
+from fgvc.train.events import write_atomic
+from fgvc.train.session import read_index
+from fgvc.types import FgvcError
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What is left to do, before it is done."""
+
+    costs: dict[str, Cost]
+    epochs: dict[tuple[str, Budget], int]  # by trial and budget
+    cells: list[Cell]  # those that have no result yet
+    done: int
+    hours: float  # of training steps; those of runs that have begun are counted in full
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    run: str
+    reason: str
+
+
+def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> Estimate:
+    """Measure the steps of all trials (some seconds each) and count what is left."""
+    wanted = _wanted(plan, arms, seeds)
+    if not len(read_index(plan.base.recipe).rows("val")):
+        raise FgvcError(f"{plan.path}: the data have no validation part to choose by; give data.val_fraction above 0")
+    _claim(plan, out)
+    costs = measured(plan, out, _say)
+    epochs = lengths(plan, costs)
+    asked = [cell for cell in cells(plan, epochs) if wanted(cell)]
+    left = [cell for cell in asked if not _result(out, cell, "val").is_file()]
+    shown = {(name, budget): epochs[name, budget] for name, budget in epochs if budget in plan.study.budget}
+    return Estimate(costs, shown, left, len(asked) - len(left), hours(left, costs))
+
+
+def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Failure]:
+    """Train and measure on validation all runs that have no result, then write the tables. Killed at any time and started again
+    it goes on; started twice, the two share the work. `arms`, `seeds`: only these.
+
+    A run that fails is reported and left out; it is tried again the next time. Raises KeyboardInterrupt after saving.
+    """
+    todo = estimate(plan, out, arms=arms, seeds=seeds)
+    base, failures = _base_seconds(plan, todo), []
+    _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {todo.hours:.1f} h of training steps")
+    for number, cell in enumerate(todo.cells, 1):
+        result = _result(out, cell, "val")
+        with _alone(out, cell) as mine:
+            if not mine or result.is_file():  # another process has it
+                continue
+            _say(f"[{number}/{len(todo.cells)}] {cell.name}")
+            try:
+                trained(cell, out / "runs" / cell.name)
+                _measure(plan, out, cell, "val", todo.costs, base)
+            except FgvcError as error:
+                failures.append(Failure(cell.name, str(error)))
+                _say(f"{cell.name} FAILED: {error}")
+        write_tables(plan, out, results(out))
+    return failures
+
+
+def read_test(plan: Plan, out: Path) -> None:
+    """Score on the test part, once, the trial of each arm that validation chose, and record that it was read.
+
+    Raises FgvcError where runs are missing, or where it was read before with another choice: a test part that helps to choose
+    is a validation part.
+    """
+    known = results(out)
+    todo = estimate(plan, out)
+    if todo.cells:
+        raise FgvcError(
+            f"{out}: {len(todo.cells)} runs are missing, such as {todo.cells[0].name}: finish the study first"
+        )
+    chosen = {budget: best_trials(known, budget=budget) for budget in plan.study.budget}
+    record = out / "test.json"
+    if record.is_file():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        if before["chosen"] != chosen:
+            raise FgvcError(
+                f"{record}: the test part was read on {before['read']}, when the study had other arms or trials; it can't be "
+                "read again for a new choice. Compare new arms in a study of its own, in another --out"
+            )
+    else:
+        write_atomic(
+            record, json.dumps({"read": time.strftime("%Y-%m-%d %H:%M:%S"), "chosen": chosen}, indent=1) + "\n"
+        )
+    base = _base_seconds(plan, todo)
+    for cell in cells(plan, lengths(plan, todo.costs)):
+        budgets = [budget for budget in cell.budgets if chosen[budget].get(cell.trial.arm) == cell.trial.number]
+        if budgets and not _result(out, cell, "test").is_file():
+            _say(f"test: {cell.name}")
+            _measure(plan, out, cell, "test", todo.costs, base)
+    write_tables(plan, out, results(out))
+
+
+def results(out: Path) -> list[Result]:
+    """All lines that were measured, in no order."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "results").glob("*.json"))]
+
+
+def _measure(plan: Plan, out: Path, cell: Cell, part: Part, costs: dict[str, Cost], base: float) -> None:
+    run = out / "runs" / cell.name
+    row = measure(cell, run, part, cost=costs[cell.trial.name], base=base, localise=plan.study.localise)
+    write_atomic(_result(out, cell, part), json.dumps(row, indent=1) + "\n")
+
+
+def _claim(plan: Plan, out: Path) -> None:
+    """The study's folder. Raises FgvcError where it is another study's, or something else."""
+    mark = out / "study.yaml"
+    if out.is_dir() and any(out.iterdir()) and not mark.is_file():
+        raise FgvcError(f"{out}: not empty and not the folder of a study; choose another --out")
+    with writing(out):
+        for folder in (out / "runs", out / "results"):
+            folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(mark, dump(plan.study))
+
+
+def _wanted(plan: Plan, arms: Sequence[str], seeds: Sequence[int]) -> Callable[[Cell], bool]:
+    """Whether a run is of these arms (or trials) and seeds; () for all. Raises FgvcError for one that the study has not."""
+    known = {name for trial in plan.trials for name in (trial.name, trial.arm)}
+    if unknown := [arm for arm in arms if arm not in known]:
+        raise FgvcError(f"--arm {unknown[0]}: the study has {', '.join(dict.fromkeys(t.arm for t in plan.trials))}")
+    if strange := [seed for seed in seeds if seed not in plan.study.seeds]:
+        raise FgvcError(f"--seed {strange[0]}: the study has {', '.join(map(str, plan.study.seeds))}")
+
+    def wanted(cell: Cell) -> bool:
+        named = not arms or cell.trial.arm in arms or cell.trial.name in arms
+        return named and (not seeds or cell.seed in seeds)
+
+    return wanted
+
+
+def _base_seconds(plan: Plan, todo: Estimate) -> float:
+    return plan.base.recipe.train.epochs * todo.costs[plan.base.name].epoch
+
+
+def _result(out: Path, cell: Cell, part: Part) -> Path:
+    return out / "results" / f"{cell.name}.{part}.json"
+
+
+@contextmanager
+def _alone(out: Path, cell: Cell) -> Iterator[bool]:
+    """Whether this process has the run to itself; the system lets go of it when the process ends, however it ends."""
+    with (out / "runs" / f"{cell.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

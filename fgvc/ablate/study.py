@@ -1,0 +1,208 @@
+"""A study as a file: a base recipe, arms that change it, seeds and a budget; and the runs that it asks for."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from fgvc.config import Section, load, override, read_tree, validate
+from fgvc.recipe import Recipe
+from fgvc.template import recipe_file
+from fgvc.types import FgvcError
+
+Budget = Literal["epochs", "seconds", "own"]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+_=-]*")  # of an arm: it names a folder
+
+
+class Study(Section):
+    """What is compared with what. The first arm is the base: every other is compared with it, seed by seed."""
+
+    base: str = Field(description="a recipe: a file, from the study's folder, or the id of one that comes with fgvc")
+    settings: dict[str, Any] = Field(
+        {}, description="of all arms, over the base recipe's: sections, or dotted keys such as optim.lr"
+    )
+    seeds: tuple[int, ...] = Field(
+        (0, 1, 2), min_length=1, description="each trains every arm once; arms are paired by it"
+    )
+    budget: tuple[Budget, ...] = Field(
+        ("epochs",),
+        min_length=1,
+        description="epochs: all arms train for as many as the base arm; seconds: for as long as the base arm, by the measured "
+        "costs of their steps; own: for as many epochs as they say. Several make a table each",
+    )
+    arms: dict[str, tuple[dict[str, Any], ...]] = Field(
+        min_length=1,
+        description="name -> settings over all of the above, or a list of them: trials, of which validation chooses one",
+    )
+    localise: bool = Field(True, description="where the data have boxes, measure where the runs look")
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _several(cls, budget: object) -> object:
+        return (budget,) if isinstance(budget, str) else budget
+
+    @field_validator("seeds", "budget")
+    @classmethod
+    def _distinct(cls, values: tuple[object, ...]) -> tuple[object, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("each once")
+        return values
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _trials(cls, arms: object) -> object:
+        if not isinstance(arms, Mapping):
+            return arms
+        for name in arms:
+            if not NAME.fullmatch(str(name)):
+                raise ValueError(f"{name!r}: a name of letters, digits, + - _ =, since it names a folder")
+        return {str(name): trials if isinstance(trials, list) else [trials or {}] for name, trials in arms.items()}
+
+    @field_validator("arms")
+    @classmethod
+    def _some(cls, arms: dict[str, tuple[dict[str, Any], ...]]) -> dict[str, tuple[dict[str, Any], ...]]:
+        if empty := [name for name, trials in arms.items() if not trials]:
+            raise ValueError(f"{empty[0]}: no trial; give settings, {{}} for none")
+        return arms
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One way to set an arm; its recipe has the base's seed, and the epochs that it asks for itself."""
+
+    arm: str
+    number: int  # from 1
+    of: int  # trials of this arm
+    settings: Mapping[str, Any]  # dotted key -> value, over what all arms share
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return self.arm if self.of == 1 else f"{self.arm}.{self.number}"
+
+    def lasting(self, epochs: int, seed: int) -> Recipe:
+        """The recipe of one run."""
+        train = self.recipe.train.model_copy(update={"epochs": epochs, "seed": seed})
+        tree = self.recipe.model_copy(update={"train": train}).model_dump(mode="json")
+        return validate(Recipe, tree, where=f"arm {self.name}, {epochs} epochs")  # some settings go with a length
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A study that was read: its trials are valid recipes."""
+
+    path: Path
+    study: Study
+    trials: tuple[Trial, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def base(self) -> Trial:
+        return self.trials[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run. Budgets that give a trial as many epochs share it."""
+
+    trial: Trial
+    epochs: int
+    seed: int
+    budgets: tuple[Budget, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.trial.name}-{self.epochs}e-s{self.seed}"
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.trial.lasting(self.epochs, self.seed)
+
+
+def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
+    """Read a study, with `section.key=value` over the base recipe and under the arms' own settings.
+
+    Raises FgvcError naming the study's file and arm for what is no valid recipe.
+    """
+    study = load(Study, path)
+    beside = path.parent / study.base
+    shared = read_tree(beside if beside.is_file() else recipe_file(study.base))[0]
+    merge(shared, study.settings)
+    for text in overrides:
+        override(shared, text)
+    trials = []
+    for arm, settings in study.arms.items():
+        for number, own in enumerate(settings, 1):
+            tree = copy.deepcopy(shared)
+            merge(tree, own)
+            recipe = validate(Recipe, tree, where=f"{path}: arms.{arm}")
+            trials.append(Trial(arm, number, len(settings), dict(dotted(own)), recipe))
+    plan = Plan(path, study, tuple(trials))
+    _comparable(plan)
+    return plan
+
+
+def cells(plan: Plan, epochs: Mapping[tuple[str, Budget], int]) -> list[Cell]:
+    """All runs, seed by seed, so that every arm has one before any has two. `epochs`: of a trial's name under a budget."""
+    found = []
+    for seed in plan.study.seeds:
+        for trial in plan.trials:
+            lengths: dict[int, list[Budget]] = {}
+            for budget in plan.study.budget:
+                lengths.setdefault(epochs[trial.name, budget], []).append(budget)
+            found += [Cell(trial, length, seed, tuple(budgets)) for length, budgets in lengths.items()]
+    return found
+
+
+def merge(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Put settings into a recipe's tree, in place: mappings into mappings, dotted keys where they point."""
+    for key, value in settings.items():
+        *sections, last = str(key).split(".")
+        at = tree
+        for section in sections:
+            if not isinstance(at.get(section), dict):
+                at[section] = {}
+            at = at[section]
+        if isinstance(value, Mapping):
+            if not isinstance(at.get(last), dict):
+                at[last] = {}
+            merge(at[last], value)
+        else:
+            at[last] = copy.deepcopy(value)
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested settings, under their whole keys; an empty mapping is a leaf."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _comparable(plan: Plan) -> None:
+    """Arms are compared image by image under one graph, so what is asked, and of what, must be the same."""
+    first = plan.base.recipe
+    for trial in plan.trials:
+        for key in ("data", "deploy", "export"):
+            if getattr(trial.recipe, key) != getattr(first, key):
+                raise FgvcError(
+                    f"{plan.path}: arms.{trial.arm}: {key} differs from the base arm's; give it in settings"
+                )
+        if (trial.recipe.model.backbone, trial.recipe.image.size) != (first.model.backbone, first.image.size):
+            raise FgvcError(
+                f"{plan.path}: arms.{trial.arm}: another graph than the base arm's (model.backbone, image.size); a study has one"
+            )
+        if trial.recipe.train.epochs != first.train.epochs and plan.study.budget != ("own",):
+            raise FgvcError(f"{plan.path}: arms.{trial.arm}: sets train.epochs, which goes with budget: own alone")
+        if trial.recipe.train.max_steps is not None:
+            raise FgvcError(f"{plan.path}: arms.{trial.arm}: train.max_steps would break the budget; set train.epochs")

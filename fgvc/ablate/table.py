@@ -1,0 +1,147 @@
+"""The lines of a study's runs as tables: means over seeds, and differences to the base arm that are paired by seed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.stats import t as student
+
+CONFIDENCE = 0.95
+Row = Mapping[str, Any]  # of runs.csv: one run on one part; numbers may be text, as read from the file
+MEASURED = ("macro_f1", "ece", "loss", "max_box_acc_v2", "parts_10")  # beside top1
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Mean over seeds of one arm's score minus the base arm's of the same seed, in the score's unit."""
+
+    mean: float
+    low: float  # Student's interval over the seeds; NaN of one seed
+    high: float
+    seeds: int
+
+    @property
+    def said(self) -> str:
+        """How it reads: a gain or a loss where the interval has no 0 in it."""
+        return "gain" if self.low > 0 else "loss" if self.high < 0 else "unclear"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One arm under one budget, by the trial that validation chose. Shares in [0,1]."""
+
+    arm: str
+    trial: int
+    trials: int  # that were tried
+    settings: str  # JSON
+    epochs: int
+    seeds: int
+    images: int
+    top1: float  # mean over seeds
+    spread: float  # standard deviation over seeds, NaN of one
+    against: Difference | None  # None: the base arm itself, or no seed in common with it
+    cost: float  # seconds of training steps, over the base arm's
+    means: Mapping[str, float]  # of MEASURED, NaN: not measured
+    graphs: tuple[str, ...]  # SHA-256 of the exported graphs: one, where the contract holds in every run
+
+
+def lines(rows: Iterable[Row], *, part: str, budget: str, base: str | None = None) -> list[Line]:
+    """The table of one part and budget. `base`: an arm's name, by default the first row's. Arms keep the order of the rows."""
+    chosen = _by_arm(row for row in rows if row["part"] == part and budget in str(row["budget"]).split("+"))
+    if not chosen:
+        return []
+    first = base or next(iter(chosen))
+    of_base = _best(chosen[first])[1] if first in chosen else []
+    found = []
+    for arm, trials in chosen.items():
+        number, mine = _best(trials)
+        tops = [float(row["top1"]) for row in mine]
+        found.append(
+            Line(
+                arm=arm, trial=number, trials=len(trials), settings=str(mine[0]["settings"]), epochs=int(mine[0]["epochs"]),
+                seeds=len(mine), images=int(float(mine[0]["images"])), top1=statistics.mean(tops), spread=_spread(tops),
+                against=None if arm == first else paired(mine, of_base),
+                cost=statistics.mean(float(row["cost"]) for row in mine),
+                means={name: _mean(row.get(name) for row in mine) for name in MEASURED},
+                graphs=tuple(dict.fromkeys(str(row["graph"]) for row in mine)),
+            )
+        )  # fmt: skip
+    return found
+
+
+def best_trials(rows: Iterable[Row], *, budget: str) -> dict[str, int]:
+    """Arm -> the trial of the highest mean top-1 on validation under a budget; of equals the first."""
+    return {line.arm: line.trial for line in lines(rows, part="val", budget=budget)}
+
+
+def paired(mine: Sequence[Row], others: Sequence[Row], score: str = "top1") -> Difference | None:
+    """Of two arms' rows, by the seeds that both have: mean d and mean d +- t(0.975, n-1) sd(d) / sqrt(n)."""
+    theirs = {int(row["seed"]): float(row[score]) for row in others}
+    apart = [float(row[score]) - theirs[int(row["seed"])] for row in mine if int(row["seed"]) in theirs]
+    if not apart:
+        return None
+    mean, count = statistics.mean(apart), len(apart)
+    half = math.nan if count < 2 else float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * _spread(apart) / count**0.5
+    return Difference(mean, mean - half, mean + half, count)
+
+
+def markdown(found: Sequence[Line]) -> str:
+    """The table for people, in per cent and points."""
+    boxes = any(not math.isnan(line.means["max_box_acc_v2"]) for line in found)
+    head = ["arm", "settings", "epochs", "seeds", "top-1 %", "sd", "to the base, points", "95 % interval", "cost",
+            "calibration error %", "loss", *(["MaxBoxAccV2 %", "parts in top 10 %"] if boxes else []), "graph"]  # fmt: skip
+    body = [
+        [
+            line.arm, _settings(line), str(line.epochs), str(line.seeds), _percent(line.top1, 2), _percent(line.spread, 2),
+            *_against(line.against), f"{line.cost:.2f}", _percent(line.means["ece"], 1), _number(line.means["loss"], 3),
+            *([_percent(line.means[name], 1) for name in ("max_box_acc_v2", "parts_10")] if boxes else []),
+            ", ".join(graph[:12] for graph in line.graphs),
+        ]
+        for line in found
+    ]  # fmt: skip
+    return "".join("| " + " | ".join(row) + " |\n" for row in (head, ["---"] * len(head), *body))
+
+
+def _against(found: Difference | None) -> tuple[str, str]:
+    if found is None:
+        return "", ""
+    interval = "" if math.isnan(found.low) else f"{100 * found.low:+.2f} to {100 * found.high:+.2f}"
+    return f"{100 * found.mean:+.2f}", interval
+
+
+def _settings(line: Line) -> str:
+    chosen = f" ({line.trial} of {line.trials} trials)" if line.trials > 1 else ""
+    return f"`{line.settings}`".replace("|", "/") + chosen if line.settings != "{}" or chosen else ""
+
+
+def _percent(share: float, places: int) -> str:
+    return _number(100 * share, places)
+
+
+def _number(value: float, places: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{places}f}"
+
+
+def _by_arm(rows: Iterable[Row]) -> dict[str, dict[int, list[Row]]]:
+    found: dict[str, dict[int, list[Row]]] = {}
+    for row in rows:
+        found.setdefault(str(row["arm"]), {}).setdefault(int(row["trial"]), []).append(row)
+    return found
+
+
+def _best(trials: Mapping[int, list[Row]]) -> tuple[int, list[Row]]:
+    """Trials of more seeds come first: one lucky seed proves nothing."""
+    return max(trials.items(), key=lambda one: (len(one[1]), _mean(row["top1"] for row in one[1]), -one[0]))
+
+
+def _mean(values: Iterable[Any]) -> float:
+    known = [float(value) for value in values if value not in (None, "")]
+    return statistics.mean(known) if known else math.nan
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else math.nan

@@ -1,0 +1,183 @@
+"""Studies that are really run, on coloured pictures: they go on, share, fail in parts, and read the test part once."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fgvc import api
+from fgvc.ablate import result, run
+from fgvc.ablate.study import Plan, read_study
+from fgvc.ablate.table import lines
+from fgvc.types import FgvcError
+
+ARMS = {
+    "plain": [{}, {"optim.lr": 0.05}],
+    "acb": {"techniques.acb": {}},
+    "diverges": {"optim.lr": 1e18},
+}
+
+
+def plan(folder: Path, recipe_tree: dict, arms: dict[str, Any], **keys: Any) -> Plan:
+    (folder / "base.yaml").write_text(yaml.safe_dump(recipe_tree))
+    quick = {"export.exporter": "torchscript", "train.epochs": 1}
+    study = {"base": "base.yaml", "seeds": [0, 1], "arms": arms} | keys
+    study["settings"] = quick | study.get("settings", {})
+    (folder / "small.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return read_study(folder / "small.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fgvc.ablate.cost.PAIRS", 1)
+
+
+def read(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / "runs.csv").read_text(encoding="utf-8").splitlines()))
+
+
+def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe_tree["techniques"] = {}
+    study, out = plan(tmp_path, recipe_tree, ARMS), tmp_path / "out"
+
+    before = run.estimate(study, out)
+    assert (before.done, len(before.cells)) == (0, 8)
+    assert before.costs["plain.1"].ratio == 1
+    assert before.hours > 0
+    assert list((out / "runs").iterdir()) == []
+
+    with pytest.raises(FgvcError, match=r"8 runs are missing, such as plain.1-1e-s0"):
+        run.read_test(study, out)
+
+    # A stranger's one row.
+    assert run.ablate(study, out, arms=["acb"], seeds=[1]) == []
+    assert [(row["arm"], row["seed"]) for row in read(out)] == [("acb", "1")]
+
+    # Ctrl-C in the second run; what is there is kept.
+    real, calls = result.train, []
+
+    def stopped(*given: Any, **keys: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*given, **keys)
+
+    monkeypatch.setattr(result, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run.ablate(study, out)
+    assert len(read(out)) == 2
+
+    # On with it: the arm that diverges is named, the others are made, and none that is there is trained again.
+    calls.clear()
+    monkeypatch.setattr(result, "train", lambda *given: calls.append(given[1].name) or real(*given))
+    failures = run.ablate(study, out)
+    assert [failure.run for failure in failures] == ["diverges-1e-s0", "diverges-1e-s1"]
+    assert "the loss is" in failures[0].reason
+    assert sorted(calls) == sorted(
+        ["plain.2-1e-s0", "acb-1e-s0", "diverges-1e-s0", "plain.1-1e-s1", "plain.2-1e-s1", "diverges-1e-s1"]
+    )
+
+    # Numbers are those of fgvc eval; one graph, which is the plain net's that fgvc export proves.
+    rows = read(out)
+    assert len(rows) == 6
+    assert float(rows[0]["top1"]) == pytest.approx(
+        api.evaluate(out / "runs/plain.1-1e-s0", "val").scores.top1, abs=1e-6
+    )
+    done = api.export(out / "runs/acb-1e-s0", tmp_path / "bundle")
+    assert {row["graph"] for row in rows} == {row["plain"] for row in rows} == {done.proven.structural.sha256}
+    for name in ("table.md", "table.html"):
+        text = (out / name).read_text(encoding="utf-8")
+        assert "acb" in text
+        assert done.proven.structural.sha256[:12] in text
+
+    # The test part: not before all is there; then by validation's choice, once.
+    with pytest.raises(FgvcError, match="2 runs are missing"):
+        run.read_test(study, out)
+    smaller = plan(tmp_path, recipe_tree, {name: ARMS[name] for name in ("plain", "acb")})
+    calls.clear()
+    run.read_test(smaller, out)
+    assert calls == []
+    tested = [row for row in read(out) if row["part"] == "test"]
+    chosen = json.loads((out / "test.json").read_text())["chosen"]["epochs"]
+    assert [(row["arm"], int(row["trial"])) for row in tested] == [
+        (arm, chosen[arm]) for arm in ("plain",) * 2 + ("acb",) * 2
+    ]
+    validated = {row["trial"]: float(row["top1"]) for row in lines_of(rows, "plain")}
+    assert validated[str(chosen["plain"])] == max(validated.values())
+
+    monkeypatch.setattr(run, "measure", lambda *_, **__: pytest.fail("the test part was read twice"))
+    run.read_test(smaller, out)
+    record = out / "test.json"
+    other = json.loads(record.read_text())
+    other["chosen"]["epochs"]["plain"] = 3 - chosen["plain"]
+    record.write_text(json.dumps(other))
+    with pytest.raises(FgvcError, match="the test part was read on"):
+        run.read_test(smaller, out)
+
+
+def lines_of(rows: list[dict[str, str]], arm: str) -> list[dict[str, Any]]:
+    """Mean top-1 by trial."""
+    trials = {row["trial"] for row in rows if row["arm"] == arm}
+    found = []
+    for trial in sorted(trials):
+        mine = [row for row in rows if row["arm"] == arm and row["trial"] == trial]
+        found.append({"trial": trial, "top1": lines(mine, part="val", budget="epochs")[0].top1})
+    return found
+
+
+def test_other_settings_under_the_same_name_are_refused_and_lose_nothing(tmp_path: Path, recipe_tree: dict) -> None:
+    out = tmp_path / "out"
+    run.ablate(plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0]), out)
+    before = (out / "runs/plain-1e-s0/metrics.csv").read_bytes()
+    changed = plan(tmp_path, recipe_tree, {"plain": {"optim.lr": 0.5}}, seeds=[0])
+    (out / "results/plain-1e-s0.val.json").unlink()
+    (failure,) = run.ablate(changed, out)
+    assert "optim.lr: 0.02 in the run, 0.5 now" in failure.reason
+    assert (out / "runs/plain-1e-s0/metrics.csv").read_bytes() == before
+
+
+def test_a_run_that_another_process_has_is_left_to_it(tmp_path: Path, recipe_tree: dict) -> None:
+    study, out = plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0, 1]), tmp_path / "out"
+    run.estimate(study, out)
+    with (out / "runs/plain-1e-s0.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert run.ablate(study, out) == []
+    assert [row["seed"] for row in read(out)] == ["1"]
+
+
+def test_a_folder_of_something_else_is_not_written_to(tmp_path: Path, recipe_tree: dict) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("mine")
+    with pytest.raises(FgvcError, match="not the folder of a study"):
+        run.ablate(plan(tmp_path, recipe_tree, {"plain": {}}), out)
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_a_study_needs_images_to_choose_by(tmp_path: Path, boxed_tree: dict) -> None:
+    study = plan(tmp_path, boxed_tree, {"plain": {"techniques": {}}}, settings={"data.val_fraction": 0})
+    with pytest.raises(FgvcError, match=r"no validation part.*data.val_fraction"):
+        run.ablate(study, tmp_path / "out")
+
+
+def test_arms_and_seeds_that_are_not_there_are_named(tmp_path: Path, recipe_tree: dict) -> None:
+    study = plan(tmp_path, recipe_tree, {"plain": {}})
+    with pytest.raises(FgvcError, match="--arm fancy: the study has plain"):
+        run.estimate(study, tmp_path / "out", arms=["fancy"])
+    with pytest.raises(FgvcError, match="--seed 9: the study has 0, 1"):
+        run.estimate(study, tmp_path / "out", seeds=[9])
+
+
+def test_where_there_are_boxes_it_says_where_a_run_looks(tmp_path: Path, boxed_tree: dict) -> None:
+    out = tmp_path / "out"
+    assert run.ablate(plan(tmp_path, boxed_tree, {"plain": {}}, seeds=[0]), out) == []
+    (row,) = read(out)
+    assert float(row["max_box_acc_v2"]) == pytest.approx(
+        api.localize(out / "runs/plain-1e-s0", "val").boxes["true"].max_box_acc_v2, abs=1e-6
+    )

@@ -1,0 +1,123 @@
+"""A study's file: how settings are put together, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fgvc.ablate.cost import Cost, hours, lengths
+from fgvc.ablate.study import cells, dotted, merge, read_study
+from fgvc.types import FgvcError
+
+trees = st.recursive(
+    st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=8
+).filter(lambda tree: isinstance(tree, dict))
+
+
+@pytest.fixture
+def write(tmp_path: Path, recipe_tree: dict):
+    """Writes a study of the coloured pictures, with other keys if asked."""
+
+    def written(**keys: Any) -> Path:
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe_tree))
+        study = {"base": "base.yaml", "arms": {"plain": {}, "mixup": {"techniques.mixup.alpha": 0.3}}} | keys
+        path = tmp_path / "small.yaml"
+        path.write_text(yaml.safe_dump(study, sort_keys=False))
+        return path
+
+    return written
+
+
+@given(tree=trees, settings=trees)
+def test_merged_settings_are_in_the_tree_and_nothing_else_is_lost(tree: dict, settings: dict) -> None:
+    before = copy.deepcopy(tree)
+    merge(tree, settings)
+    after, wanted = dict(dotted(tree)), dict(dotted(settings))
+    for key, value in wanted.items():
+        if value == {}:  # a section: it is there, and keeps what it held
+            at: Any = tree
+            for part in key.split("."):
+                at = at[part]
+            assert isinstance(at, dict)
+        else:
+            assert after[key] == value
+    for key, value in dotted(before):
+        overlaps = any(key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.") for k in wanted)
+        assert overlaps or after[key] == value
+
+
+@given(tree=trees, settings=trees)
+def test_dotted_keys_say_the_same_as_sections(tree: dict, settings: dict) -> None:
+    nested, flat = copy.deepcopy(tree), copy.deepcopy(tree)
+    merge(nested, settings)
+    merge(flat, dict(dotted(settings)))
+    assert nested == flat
+
+
+def test_settings_go_from_base_to_study_to_command_line_to_arm(write: Any) -> None:
+    path = write(settings={"optim": {"lr": 0.5, "momentum": 0.5}}, arms={"plain": {}, "own": {"optim.lr": 0.125}})
+    plain, own = read_study(path, ["optim.momentum=0.25"]).trials
+    assert (plain.recipe.optim.lr, plain.recipe.optim.momentum) == (0.5, 0.25)
+    assert (own.recipe.optim.lr, own.recipe.optim.momentum) == (0.125, 0.25)
+    assert plain.recipe.optim.warmup_epochs == 0.5  # the base recipe's
+    assert own.settings == {"optim.lr": 0.125}
+
+
+def test_trials_are_numbered_and_cells_go_seed_by_seed(write: Any) -> None:
+    path = write(seeds=[3, 4], arms={"plain": [{}, {"optim.lr": 0.5}], "mixup": {"techniques.mixup": {}}})
+    plan = read_study(path)
+    assert [trial.name for trial in plan.trials] == ["plain.1", "plain.2", "mixup"]
+    costs = {trial.name: Cost(1.0, 2.0, 10) for trial in plan.trials}
+    found = cells(plan, lengths(plan, costs))
+    assert [cell.name for cell in found] == [f"{name}-2e-s{seed}" for seed in (3, 4) for name in costs]
+    assert found[-1].recipe.train.seed == 4
+    assert hours(found, costs) == pytest.approx(6 * 2 * 10 * 2.0 / 3600)
+
+
+def test_equal_seconds_give_a_dear_arm_fewer_epochs_and_share_runs(write: Any) -> None:
+    plan = read_study(write(seeds=[0], budget=["epochs", "seconds"], settings={"train.epochs": 12}))
+    # The base: 12 epochs of 10 steps of 2 s are 240 s. mixup: an epoch of 10 steps of 5 s is 50 s, so 4.8 epochs: 5.
+    found = cells(plan, lengths(plan, {"plain": Cost(1.0, 2.0, 10), "mixup": Cost(2.5, 5.0, 10)}))
+    assert [(cell.name, cell.budgets) for cell in found] == [
+        ("plain-12e-s0", ("epochs", "seconds")),
+        ("mixup-12e-s0", ("epochs",)),
+        ("mixup-5e-s0", ("seconds",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"arms": {"plain": {}, "bad": {"optim.lrr": 1}}},
+            r"small.yaml: arms.bad: optim.lrr: unknown key; did you mean 'lr'",
+        ),
+        ({"arms": {"plain": {}, "bad": {"data.val_fraction": 0.5}}}, "arms.bad: data differs"),
+        ({"arms": {"plain": {}, "bad": {"image.size": 64}}}, "arms.bad: another graph"),
+        (
+            {"arms": {"plain": {}, "long": {"train.epochs": 9}}},
+            "arms.long: sets train.epochs, which goes with budget: own",
+        ),
+        ({"arms": {"plain": {}, "short": {"train.max_steps": 9}}}, "arms.short: train.max_steps"),
+        ({"arms": {"plain": {}, "a/b": {}}}, "arms: 'a/b': a name of letters"),
+        ({"arms": {"plain": []}}, "plain: no trial"),
+        ({"seeds": [1, 1]}, "seeds: each once"),
+        ({"budget": "minutes"}, "budget"),
+        ({"base": "nowhere"}, "nowhere: no such file, nor a recipe's id"),
+    ],
+)
+def test_what_is_no_study_is_refused_by_file_and_arm(write: Any, keys: dict, said: str) -> None:
+    with pytest.raises(FgvcError, match=said):
+        read_study(write(**keys))
+
+
+def test_epochs_of_their_own_are_a_budget(write: Any) -> None:
+    plan = read_study(write(budget="own", seeds=[0], arms={"plain": {}, "long": {"train.epochs": 9}}))
+    costs = {trial.name: Cost(1.0, 2.0, 10) for trial in plan.trials}
+    assert [cell.name for cell in cells(plan, lengths(plan, costs))] == ["plain-2e-s0", "long-9e-s0"]

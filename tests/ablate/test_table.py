@@ -1,0 +1,97 @@
+"""Tables of studies, against numbers worked by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fgvc.ablate.table import best_trials, lines, markdown, paired
+from fgvc.train.events import as_csv
+
+PLAIN, OTHER = (0.70, 0.68, 0.69), (0.73, 0.70, 0.72)  # apart by 3, 2 and 3 points
+
+
+def row(arm: str, seed: int, top1: float, **keys: Any) -> dict[str, Any]:
+    return {
+        "arm": arm, "trial": 1, "budget": "epochs", "seed": seed, "part": "val", "images": 100, "top1": top1, "ece": 0.05,
+        "loss": 1.2, "macro_f1": top1, "epochs": 12, "cost": 1.0, "graph": "a" * 64, "settings": "{}",
+    } | keys  # fmt: skip
+
+
+def rows(**keys: Any) -> list[dict[str, Any]]:
+    plain = [row("plain", seed, top1, **keys) for seed, top1 in enumerate(PLAIN)]
+    return plain + [row("other", seed, top1, cost=2.0, **keys) for seed, top1 in enumerate(OTHER)]
+
+
+def test_the_interval_is_students_over_the_seeds() -> None:
+    # d = 0.03, 0.02, 0.03: mean 0.0266667, sd 0.0057735, t(0.975, 2) = 4.30265, half = 4.30265 * 0.0057735 / sqrt(3)
+    found = paired([row("other", s, x) for s, x in enumerate(OTHER)], [row("plain", s, x) for s, x in enumerate(PLAIN)])
+    assert found is not None
+    assert found.mean == pytest.approx(0.0266667, abs=1e-6)
+    assert found.high - found.mean == pytest.approx(0.0143422, abs=1e-6)
+    assert found.mean - found.low == pytest.approx(0.0143422, abs=1e-6)
+    assert (found.seeds, found.said) == (3, "gain")
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=8), st.randoms())
+def test_pairs_are_by_seed_whatever_the_order(pairs: list[tuple[float, float]], random: Any) -> None:
+    mine = [row("other", seed, a) for seed, (a, _) in enumerate(pairs)]
+    theirs = [row("plain", seed, b) for seed, (_, b) in enumerate(pairs)]
+    random.shuffle(theirs)
+    found = paired(mine, theirs)
+    assert found is not None
+    assert found.mean == pytest.approx(statistics.mean(a - b for a, b in pairs), abs=1e-12)
+    back = paired(theirs, mine)
+    assert back is not None
+    assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low), abs=1e-12)
+
+
+def test_one_seed_has_no_interval_and_no_verdict() -> None:
+    found = paired([row("other", 0, 0.9), row("other", 5, 0.1)], [row("plain", 0, 0.5)])
+    assert found is not None
+    assert (found.seeds, found.said) == (1, "unclear")
+    assert found.mean == pytest.approx(0.4)
+    assert math.isnan(found.low)
+    assert paired([row("other", 1, 0.9)], [row("plain", 0, 0.5)]) is None
+
+
+def test_a_table_has_a_line_an_arm_and_the_base_is_compared_with_nothing() -> None:
+    plain, other = lines(rows(), part="val", budget="epochs")
+    assert (plain.arm, plain.against, plain.seeds) == ("plain", None, 3)
+    assert plain.top1 == pytest.approx(0.69)
+    assert plain.spread == pytest.approx(0.01)
+    assert other.against is not None
+    assert other.cost == 2.0
+    assert other.graphs == ("a" * 64,)
+    assert lines(rows(), part="test", budget="epochs") == []
+    assert lines(rows(), part="val", budget="seconds") == []
+    assert len(lines(rows(budget="epochs+seconds"), part="val", budget="seconds")) == 2
+
+
+def test_validation_chooses_the_trial_and_few_seeds_do_not_win() -> None:
+    trials = [row("plain", seed, 0.5) for seed in range(2)]
+    trials += [row("other", seed, 0.6 + 0.1 * number, trial=number) for number in (1, 2) for seed in range(2)]
+    trials += [row("other", 0, 0.99, trial=3)]  # one seed so far
+    assert best_trials(trials, budget="epochs") == {"plain": 1, "other": 2}
+    line = lines(trials, part="val", budget="epochs")[1]
+    assert (line.trial, line.trials, line.top1) == (2, 3, pytest.approx(0.8))
+
+
+def test_a_committed_csv_gives_the_same_table() -> None:
+    known = rows() + rows(part="test", max_box_acc_v2=0.6, parts_10=0.3)
+    read = list(csv.DictReader(io.StringIO(as_csv(known))))
+    for part in ("val", "test"):
+        table = markdown(lines(known, part=part, budget="epochs"))
+        assert table == markdown(lines(read, part=part, budget="epochs"))
+        assert ("MaxBoxAccV2" in table) is (part == "test")
+    assert (
+        "| other |  | 12 | 3 | 71.67 | 1.53 | +2.67 | +1.23 to +4.10 | 2.00 | 5.0 | 1.200 | aaaaaaaaaaaa |"
+        in markdown(lines(read, part="val", budget="epochs"))
+    )
