@@ -1,4 +1,4 @@
-"""The label order of a deployed stack: a text file, one class a line."""
+"""Which classes there are, and in which order: the label order of a deployed stack, and parts of a set for quick studies."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def reordered(index: ImageIndex, path: Path) -> ImageIndex:
     position = {name: number for number, name in enumerate(names)}
     order = np.array([position[name] for name in index.classes], dtype=np.int32)
     return replace(index, classes=tuple(names), labels=order[index.labels])
+
+
+def first(index: ImageIndex, count: int) -> ImageIndex:
+    """The images of the first `count` classes; the splits stay as they are. Raises FgvcError where there are fewer classes."""
+    if count > len(index.classes):
+        raise FgvcError(f"data.first_classes: {count}, and the data have {len(index.classes)}")
+    kept = index.labels < count
+    columns = ("paths", "labels", "splits", "groups", "boxes", "parts")
+    changed = {name: column[kept] for name in columns if (column := getattr(index, name)) is not None}
+    said = f"{index.recognised}; the first {count} classes: {kept.sum()} images"
+    return replace(index, classes=index.classes[:count], recognised=said, **changed)

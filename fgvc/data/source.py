@@ -33,6 +33,9 @@ class Source(Section):
     classes: list[str] | None = Field(
         None, description="class names in the order of the outputs; default: the set's own order, else sorted"
     )
+    first_classes: int | None = Field(
+        None, ge=2, description="only the first so many classes, for quick studies; null: all of them"
+    )
 
     def folder(self) -> Path:
         """`root`, which must exist."""

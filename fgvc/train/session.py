@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fgvc.config import Preprocess
 from fgvc.data.cache import DecodeCache
-from fgvc.data.labels import reordered
+from fgvc.data.labels import first, reordered
 from fgvc.data.loader import TrainLoader, evaluation_loader, train_loader
 from fgvc.image.augment import Augmenter
 from fgvc.loss import make_criterion
@@ -52,6 +52,8 @@ def read_index(recipe: Recipe) -> ImageIndex:
     index = recipe.data.read()
     if recipe.deploy.labels is not None:
         index = reordered(index, recipe.deploy.labels)
+    if recipe.data.first_classes is not None:
+        index = first(index, recipe.data.first_classes)
     if len(index.classes) < 2:
         raise FgvcError(f"data.root: {recipe.data.root}: {len(index.classes)} class found; a classifier needs two")
     return index

@@ -1,0 +1,31 @@
+"""Parts of a set by their classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fgvc.data.cub import CubData
+from fgvc.data.labels import first
+from fgvc.types import FgvcError
+
+
+def test_the_first_classes_keep_their_images_boxes_and_splits(boxed: Path) -> None:
+    whole = CubData(root=boxed, val_fraction=0.25).read()
+    some = first(whole, 2)
+    assert some.classes == whole.classes[:2]
+    kept = [row for row in range(len(whole)) if whole.labels[row] < 2]
+    assert len(some) == len(kept) == 48
+    assert whole.boxes is not None
+    assert some.boxes is not None
+    for at, row in enumerate(kept):
+        assert some.paths[at] == whole.paths[row]
+        assert (some.labels[at], some.splits[at]) == (whole.labels[row], whole.splits[row])
+        assert np.array_equal(some.boxes[at], whole.boxes[row])
+
+
+def test_more_classes_than_there_are_is_refused(boxed: Path) -> None:
+    with pytest.raises(FgvcError, match="data.first_classes: 4, and the data have 3"):
+        first(CubData(root=boxed).read(), 4)
