@@ -2,7 +2,9 @@
 
 A table stands between `<!-- table: FILE.csv -->` and `<!-- end -->`; FILE is below docs/results/. With
 `<!-- table: FILE.csv columns: a,b -->` it has these columns only. `<!-- matrix: FILE.csv -->` is for lines of backbone, family,
-technique, result and detail: a row for each backbone, a column for each technique, reasons as notes below.
+technique, result and detail: a row for each backbone, a column for each technique, reasons as notes below. Of the runs of a
+study, `<!-- study: FILE.csv part: test budget: epochs -->` is the table of its arms, and `<!-- trials: FILE.csv ... -->` that of all
+that was tried.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ import re
 import sys
 from pathlib import Path
 
+from fgvc.ablate.table import lines, markdown
+
 DOCS = Path(__file__).parent
 BLOCK = re.compile(
-    r"(<!-- (?P<kind>table|matrix): (?P<file>\S+)(?: columns: (?P<columns>\S+))? -->\n).*?(?P<end><!-- end -->)",
+    r"(<!-- (?P<kind>table|matrix|study|trials): (?P<file>\S+)(?: columns: (?P<columns>\S+))?"
+    r"(?: part: (?P<part>\S+) budget: (?P<budget>\S+))? -->\n).*?(?P<end><!-- end -->)",
     re.DOTALL,
 )
 
@@ -50,9 +55,24 @@ def matrix(path: Path) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines) + (f"\n{below}" if below else "")
 
 
+def study(path: Path, part: str, budget: str, *, apart: bool) -> str:
+    """The arms of a study beside its first; `apart`: every trial is an arm of its own."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if apart:
+        rows = [row | {"arm": f"{row['arm']} {row['trial']}", "trial": "1"} for row in rows]
+    return markdown(lines(rows, part=part, budget=budget))
+
+
 def block(m: re.Match[str]) -> str:
     path = DOCS / "results" / m["file"]
-    return m[1] + (matrix(path) if m["kind"] == "matrix" else table(path, m["columns"])) + m["end"]
+    made = {
+        "matrix": lambda: matrix(path),
+        "table": lambda: table(path, m["columns"]),
+        "study": lambda: study(path, m["part"], m["budget"], apart=False),
+        "trials": lambda: study(path, m["part"], m["budget"], apart=True),
+    }
+    return m[1] + made[m["kind"]]() + m["end"]
 
 
 def filled(text: str) -> str:

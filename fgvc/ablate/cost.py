@@ -17,7 +17,7 @@ from fgvc.train.runtime import runtime
 from fgvc.train.session import open_session
 from fgvc.types import FgvcError
 
-PAIRS = 6
+PAIRS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def _measure(trial: Trial, base: Trial, *, base_cost: Cost | None) -> Cost:
         except FgvcError as error:
             raise FgvcError(f"arm {trial.name}: {error}") from error
         mine, others = (step_on_one_batch(session) for session in sessions)
-        found = interleaved(trial.name, mine, others, pairs=PAIRS, warm_up=2)
+        found = interleaved(trial.name, mine, others, pairs=PAIRS, warm_up=1)
         if base_cost is None:  # the base itself
             return Cost(1.0, found.b_seconds, sessions[0].steps_per_epoch)
         return Cost(found.median, found.median * base_cost.step_seconds, sessions[0].steps_per_epoch)
