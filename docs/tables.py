@@ -3,8 +3,8 @@
 A table stands between `<!-- table: FILE.csv -->` and `<!-- end -->`; FILE is below docs/results/. With
 `<!-- table: FILE.csv columns: a,b -->` it has these columns only. `<!-- matrix: FILE.csv -->` is for lines of backbone, family,
 technique, result and detail: a row for each backbone, a column for each technique, reasons as notes below. Of the runs of a
-study, `<!-- study: FILE.csv part: test budget: epochs -->` is the table of its arms, and `<!-- trials: FILE.csv ... -->` that of all
-that was tried.
+study, `<!-- study: FILE.csv part: test budget: epochs -->` is the table of its arms, and `<!-- trials: FILE.csv ... -->` that of
+all trials.
 """
 
 from __future__ import annotations

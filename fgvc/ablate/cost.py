@@ -17,7 +17,7 @@ from fgvc.train.runtime import runtime
 from fgvc.train.session import open_session
 from fgvc.types import FgvcError
 
-PAIRS = 4
+PAIRS = 6
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from fgvc.ablate.result import Result
 from fgvc.ablate.study import Plan
-from fgvc.ablate.table import Line, lines, markdown
+from fgvc.ablate.table import Line, boxes, lines, markdown
 from fgvc.page.render import chart, render
 from fgvc.train.events import as_csv, write_atomic
 
@@ -30,6 +30,10 @@ class Section:
     title: str
     found: list[Line]
     forest: str  # the differences as a picture, an address; "" where there are none
+
+    @property
+    def boxes(self) -> bool:
+        return boxes(self.found)
 
 
 def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:

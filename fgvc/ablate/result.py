@@ -70,7 +70,7 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: Cost, base: float, local
         "select": seen.select,
         "graph": graph.sha256,
         "plain": graph.reference_sha256,
-        "settings": json.dumps(dict(cell.trial.settings), default=str),
+        "settings": cell.trial.overrides,
         **{key: facts[key] for key in ("fgvc", "torch", "timm", "cpu")},
     }
 

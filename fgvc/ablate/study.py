@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -85,6 +86,11 @@ class Trial:
     @property
     def name(self) -> str:
         return self.arm if self.of == 1 else f"{self.arm}.{self.number}"
+
+    @property
+    def overrides(self) -> str:
+        """Its settings as one would give them on the command line."""
+        return " ".join(f"{key}={json.dumps(value, default=str)}" for key, value in self.settings.items())
 
     def lasting(self, epochs: int, seed: int) -> Recipe:
         """The recipe of one run."""

@@ -37,7 +37,7 @@ class Line:
     arm: str
     trial: int
     trials: int  # that were tried
-    settings: str  # JSON
+    settings: str  # as overrides, over what all arms share
     epochs: int
     seeds: int
     images: int
@@ -89,16 +89,21 @@ def paired(mine: Sequence[Row], others: Sequence[Row], score: str = "top1") -> D
     return Difference(mean, mean - half, mean + half, count)
 
 
+def boxes(found: Sequence[Line]) -> bool:
+    """Whether it was measured where runs look."""
+    return any(not math.isnan(line.means["max_box_acc_v2"]) for line in found)
+
+
 def markdown(found: Sequence[Line]) -> str:
     """The table for people, in per cent and points."""
-    boxes = any(not math.isnan(line.means["max_box_acc_v2"]) for line in found)
+    boxed = boxes(found)
     head = ["arm", "settings", "epochs", "seeds", "top-1 %", "sd", "to the base, points", "95 % interval", "cost",
-            "calibration error %", "loss", *(["MaxBoxAccV2 %", "parts in top 10 %"] if boxes else []), "graph"]  # fmt: skip
+            "calibration error %", "loss", *(["MaxBoxAccV2 %", "parts in top 10 %"] if boxed else []), "graph"]  # fmt: skip
     body = [
         [
             line.arm, _settings(line), str(line.epochs), str(line.seeds), _percent(line.top1, 2), _percent(line.spread, 2),
             *_against(line.against), f"{line.cost:.2f}", _percent(line.means["ece"], 1), _number(line.means["loss"], 3),
-            *([_percent(line.means[name], 1) for name in ("max_box_acc_v2", "parts_10")] if boxes else []),
+            *([_percent(line.means[name], 1) for name in ("max_box_acc_v2", "parts_10")] if boxed else []),
             ", ".join(graph[:12] for graph in line.graphs),
         ]
         for line in found
@@ -114,8 +119,9 @@ def _against(found: Difference | None) -> tuple[str, str]:
 
 
 def _settings(line: Line) -> str:
-    chosen = f" ({line.trial} of {line.trials} trials)" if line.trials > 1 else ""
-    return f"`{line.settings}`".replace("|", "/") + chosen if line.settings != "{}" or chosen else ""
+    chosen = f"({line.trial} of {line.trials} trials)" if line.trials > 1 else ""
+    said = f"`{line.settings}`".replace("|", "/") if line.settings else ""
+    return f"{said} {chosen}".strip()
 
 
 def _percent(share: float, places: int) -> str:

@@ -21,7 +21,7 @@ PLAIN, OTHER = (0.70, 0.68, 0.69), (0.73, 0.70, 0.72)  # apart by 3, 2 and 3 poi
 def row(arm: str, seed: int, top1: float, **keys: Any) -> dict[str, Any]:
     return {
         "arm": arm, "trial": 1, "budget": "epochs", "seed": seed, "part": "val", "images": 100, "top1": top1, "ece": 0.05,
-        "loss": 1.2, "macro_f1": top1, "epochs": 12, "cost": 1.0, "graph": "a" * 64, "settings": "{}",
+        "loss": 1.2, "macro_f1": top1, "epochs": 12, "cost": 1.0, "graph": "a" * 64, "settings": "optim.lr=0.5",
     } | keys  # fmt: skip
 
 
@@ -92,6 +92,6 @@ def test_a_committed_csv_gives_the_same_table() -> None:
         assert table == markdown(lines(read, part=part, budget="epochs"))
         assert ("MaxBoxAccV2" in table) is (part == "test")
     assert (
-        "| other |  | 12 | 3 | 71.67 | 1.53 | +2.67 | +1.23 to +4.10 | 2.00 | 5.0 | 1.200 | aaaaaaaaaaaa |"
+        "| other | `optim.lr=0.5` | 12 | 3 | 71.67 | 1.53 | +2.67 | +1.23 to +4.10 | 2.00 | 5.0 | 1.200 | aaaaaaaaaaaa |"
         in markdown(lines(read, part="val", budget="epochs"))
     )
