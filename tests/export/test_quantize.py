@@ -30,8 +30,12 @@ def exported(batch: int | None = None, backbone: str = "test_efficientnet") -> o
     return export_onnx(net.eval(), size=SIZE, exporter="torchscript", opset=20, axes=axes, batch=batch or 2)
 
 
-def logits(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    session = onnxruntime.InferenceSession(serialised(proto))
+def logits(proto: onnx.ModelProto, x: np.ndarray, *, literally: bool = False) -> np.ndarray:
+    """`literally`: node by node, in float around the rounding, whatever integer instructions this CPU has."""
+    options = onnxruntime.SessionOptions()
+    if literally:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(serialised(proto), options)
     assert [(port.name, port.type) for port in session.get_inputs()] == [("input", "tensor(float)")]
     assert [(port.name, port.type) for port in session.get_outputs()] == [("logits", "tensor(float)")]
     return session.run(None, {"input": x})[0]
@@ -59,11 +63,22 @@ def integer_layers(proto: onnx.ModelProto) -> list[str]:
     return [n.name for n in layers if n.input[1] in ready and held[ready[n.input[1]]].dtype == np.int8]
 
 
+def rms(values: np.ndarray) -> float:
+    return float(np.sqrt((values**2).mean()))
+
+
+def test_the_range_that_this_cpu_needs_keeps_its_integers_from_overflowing(plain: onnx.ModelProto) -> None:
+    """Weights of 8 bits on an x86 CPU without VNNI are 0.28 apart here, of 7 bits 0.02."""
+    fit = quantise(plain, [IMAGES], first=2, reduce_range=needs_reduced_range())
+    z, said = logits(fit, IMAGES, literally=True), logits(fit, IMAGES)
+    assert rms(said - z) < 0.1 * z.std()
+
+
 def test_int8_says_nearly_what_float_says_and_keeps_the_ends_in_float(
     plain: onnx.ModelProto, int8: onnx.ModelProto
 ) -> None:
-    z, said = logits(plain, IMAGES), logits(int8, IMAGES)
-    assert 0 < np.sqrt(((said - z) ** 2).mean()) < 0.1 * z.std()
+    z, said = logits(plain, IMAGES), logits(int8, IMAGES, literally=True)
+    assert 0 < rms(said - z) < 0.1 * z.std()
     layers = [node.name for node in plain.graph.node if node.op_type in ("Conv", "Gemm")]
     assert set(integer_layers(int8)) == set(layers[2:-1])
     assert len(serialised(int8)) < 0.6 * len(serialised(plain))
