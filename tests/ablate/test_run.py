@@ -15,6 +15,7 @@ from fgvc import api
 from fgvc.ablate import result, run
 from fgvc.ablate.study import Plan, read_study
 from fgvc.ablate.table import lines
+from fgvc.cli import main
 from fgvc.types import FgvcError
 
 ARMS = {
@@ -129,6 +130,27 @@ def lines_of(rows: list[dict[str, str]], arm: str) -> list[dict[str, Any]]:
         mine = [row for row in rows if row["arm"] == arm and row["trial"] == trial]
         found.append({"trial": trial, "top1": lines(mine, part="val", budget="epochs")[0].top1})
     return found
+
+
+def test_the_command_says_what_it_will_take_and_where_the_table_is(
+    tmp_path: Path, recipe_tree: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = plan(tmp_path, recipe_tree, {"plain": {}, "diverges": ARMS["diverges"]}, seeds=[0]).path
+    command = ["ablate", str(study), "optim.warmup_epochs=0", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--estimate"])
+    assert not ended.value.code
+    assert "0 runs are done, 2 to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "out/table.html")
+    assert "failed: diverges-1e-s0: the loss is" in said.err
+    with pytest.raises(SystemExit) as ended:
+        main(["ablate", "nothing"])
+    assert ended.value.code == 2
+    assert "cub20-screening" in capsys.readouterr().err
 
 
 def test_other_settings_under_the_same_name_are_refused_and_lose_nothing(tmp_path: Path, recipe_tree: dict) -> None:
