@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgvc.types import FgvcError
+from fgvc.train.run import measured
 
 Tree = Mapping[str, Any]
 
@@ -23,13 +22,9 @@ class Table:
 
 
 def localisation(run: Path) -> list[Table] | None:
-    """The tables of `<run>/localisation.json`; None where there is no such file. Raises FgvcError where it is not JSON."""
-    path = run / "localisation.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return None if tree is None else [table for key, numbers in tree.items() for table in _tables(key, numbers)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise FgvcError(f"{path}: not as fgvc wrote it ({error}); remove it and localize again") from error
+    """The tables of `<run>/localisation.json`; None where there is no such file. Raises FgvcError where it is broken."""
+    tree = measured(run, "localisation.json")
+    return [table for key, numbers in tree.items() for table in _tables(key, numbers)] or None
 
 
 def _tables(title: str, numbers: Tree) -> list[Table]:

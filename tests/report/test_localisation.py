@@ -25,7 +25,7 @@ def test_trees_become_tables(tmp_path: Path) -> None:
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    for text in ("{", "[1]", '{"val": 1}'):
+    for text in ("{", "[1]", '{"val": 1}', "\x00"):
         (tmp_path / "localisation.json").write_text(text)
         with pytest.raises(FgvcError, match=r"localisation\.json"):
             localisation(tmp_path)
