@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fgvc import __version__
 from fgvc.config import Preprocess, differences, dump, load, validate
+from fgvc.naming import refuse_breaking
 from fgvc.recipe import Recipe, Selected
 from fgvc.train import checkpoint
 from fgvc.train.events import write_atomic
@@ -111,6 +112,7 @@ def recorded_classes(out: Path) -> tuple[str, ...]:
     found = _recorded(out, "labels.json")
     if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
         raise FgvcError(f"{out / 'labels.json'}: expected a list of class names")
+    refuse_breaking(found, where=out / "labels.json")
     return tuple(found)
 
 
