@@ -24,7 +24,7 @@ from fgvc.report.certificate import Certificate, certificates
 from fgvc.report.chart import Chart, calibration, curves, terms
 from fgvc.report.gallery import Gallery, gallery
 from fgvc.report.history import History, read_history
-from fgvc.report.localisation import Table, localisation
+from fgvc.report.localisation import COLUMNS, Table, localisation
 from fgvc.serve.engine import refuse_no_numbers
 from fgvc.techniques import CONFIGS
 from fgvc.train.events import write_atomic
@@ -177,6 +177,7 @@ def _page(chapters: Sequence[Chapter]) -> str:
         shares=SHARES,
         listed=LISTED,
         named=NAMED,
+        columns=COLUMNS,
     )
 
 

@@ -27,6 +27,7 @@ from fgvc.report.document import duration, leaves, report, wilson
 from fgvc.report.gallery import MISTAKES, gallery
 from fgvc.types import FgvcError
 from tests.conftest import paint
+from tests.report.test_localisation import numbers
 
 NAMES = ("<i>red", "blue & \"bold\" 'un'", "麻雀")  # as folders sort them
 COLOURS = ((200, 70, 60), (60, 80, 200), (70, 170, 80))
@@ -236,7 +237,7 @@ def test_runs_that_can_not_share_a_page_are_refused(run: Path, colours: Path, tm
 def test_localisation_is_shown_where_it_was_measured(run: Path, text: str, tmp_path: Path) -> None:
     assert "fgvc localize" in text
     path = run / "localisation.json"
-    path.write_text(json.dumps({"val": {"pointing": 0.75, "images": 17}}))
+    path.write_text(json.dumps({"val.last.gradcam": numbers()}))
     try:
         page = Page(report([run], tmp_path / "r.html", images=1).read_text(encoding="utf-8"))
         path.write_text("{")
@@ -245,7 +246,7 @@ def test_localisation_is_shown_where_it_was_measured(run: Path, text: str, tmp_p
     finally:
         path.unlink()
     assert not (tmp_path / "none.html").exists()
-    assert page.row("pointing")[1] == "0.75"
+    assert page.row("MaxBoxAccV2")[1:] == ["7.0", "7.1", "7.2", ""]
 
 
 def test_small_things_by_hand() -> None:
