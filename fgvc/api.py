@@ -20,6 +20,7 @@ from fgvc.data import checks
 from fgvc.data.duplicates import LIKENESS
 from fgvc.data.loader import evaluation_loader
 from fgvc.data.suspects import suspects as find_suspects
+from fgvc.disk import refuse_file, writing
 from fgvc.evaluate import metrics
 from fgvc.evaluate.averaged import Views, averaged, canvas, refined
 from fgvc.evaluate.calibration import FEWEST, KEEP, Calibrated, calibrate, spread
@@ -42,6 +43,7 @@ from fgvc.serve.engine import Session, refuse_no_numbers
 from fgvc.train.events import as_csv, write_atomic
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
+from fgvc.train.run import measured
 from fgvc.train.session import read_index
 from fgvc.types import FgvcError, ImageIndex, Split
 from fgvc.variant import Beside, Variants, make_variants
@@ -95,9 +97,8 @@ def check(
     images; `table`: a CSV file, a line for each finding about an image. Raises FgvcError where suspects are wanted and the
     weights are not within reach.
     """
-    for out in (page, table):
-        if out is not None and (out.is_dir() or not out.parent.is_dir()):
-            raise FgvcError(f"{out}: not a place for a file: its folder must be there, and no folder bear its name")
+    for out in filter(None, (page, table)):
+        refuse_file(out)
     if page is not None and table is not None and page.resolve() == table.resolve():
         raise FgvcError(f"{page}: the page and the table can't be one file; name two")
     index, expected = read_index(recipe), normalisation(recipe)
@@ -118,10 +119,16 @@ def check(
         found = find_suspects(seen.vectors, index.labels[seen.rows], rows=seen.rows, families=families)
         report = checks.with_suspects(report, found)
     if page is not None:
-        write_atomic(page, data_page(report))
+        _write(page, data_page(report))
     if table is not None:
-        write_atomic(table, as_csv(checks.findings(report), checks.COLUMNS))
+        _write(table, as_csv(checks.findings(report), checks.COLUMNS))
     return report
+
+
+def _write(out: Path, text: str) -> None:
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, text)
 
 
 @contextmanager
@@ -176,7 +183,7 @@ def evaluate(
                 yield batch.images, batch.labels
 
         scores = metrics.evaluate(sample, batches(), classes=len(index.classes), device=where, memory_format=layout)
-    known = _recorded(run)
+    known = measured(run, "metrics.json")
     name = part if views is None else f"{part}-{views}"
     known[f"{name}.{chosen}"] = scores.numbers()
     write_atomic(run / "metrics.json", json.dumps(known, indent=1) + "\n")
@@ -226,7 +233,7 @@ def export(
         export=recipe.export,
         against=_onnx_of(against) if against is not None else None,
     )
-    known = _recorded(run)
+    known = measured(run, "metrics.json")
     files: dict[str, Any] = {
         "model.onnx": proven.model,
         "labels.json": list(index.classes),
@@ -295,16 +302,6 @@ def _calibrated(seen: Subject, model: bytes, *, keep: float) -> Calibrated | Non
         return None
     refuse_no_numbers(said.logits, seen.run)
     return calibrate(said.logits, said.labels, keep=keep)
-
-
-def _recorded(run: Path) -> dict[str, Any]:
-    """The scores in the run's metrics.json, by `<split>.<select>`."""
-    path = run / "metrics.json"
-    try:
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise FgvcError(f"{path}: not valid JSON ({error}); remove it and evaluate again") from error
-    return known
 
 
 def _real_images(index: ImageIndex, preprocess: Preprocess) -> Iterable[np.ndarray]:

@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0 fine, 1 a check s
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.disk import writing
+from fgvc.disk import refuse_file, writing
 from fgvc.types import FgvcError
 
 app = typer.Typer(
@@ -34,11 +35,21 @@ Select = Annotated[
     Literal["last", "best", "ema", "swa"] | None,
     typer.Option("--select", help="Other weights than the recipe selects."),
 ]
+Channels = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="How many channels scorecam, sscam and ablationcam try; 0: all. Default: 64, or what is cheap."
+    ),
+]
 Device = Annotated[str | None, typer.Option("--device", help="auto | cpu | cuda | mps; default: the recipe's.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: named mistakes become one message and exit code 2. `arguments`: those of the process by default."""
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a file's name need not be UTF-8; JSON reads what this writes in its place
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(arguments)
     except FgvcError as error:
@@ -209,13 +220,14 @@ def localize(
     run: Run,
     split: Part = None,
     method: Annotated[str, typer.Option(help="That makes the class maps; see `fgvc explain`.")] = "gradcam",
+    channels: Channels = None,
     select: Select = None,
     device: Device = None,
 ) -> None:
     """Where a run looks, beside the boxes and parts of its data: MaxBoxAcc, GT-known and Top-1 Loc, IoU, part coverage."""
     from fgvc import api, show
 
-    show.localisation(api.localize(run, split, method=method, select=select, device=device))
+    show.localisation(api.localize(run, split, method=method, channels=channels, select=select, device=device))
 
 
 @app.command()
@@ -472,15 +484,11 @@ def explain(
     ] = None,
     target: Annotated[str, typer.Option(help="Whose maps: predicted, or a class by name.")] = "predicted",
     against: Annotated[Path | None, typer.Option(help="A second run or bundle, side by side.")] = None,
-    channels: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="How many channels scorecam, sscam and ablationcam try; 0: all. Default: 64, or what is cheap."
-        ),
-    ] = None,
+    channels: Channels = None,
     select: Select = None,
     device: Device = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Lose the results that are in --out.")] = False,
 ) -> None:
     """Show where a network looks: overlays, panels side by side, raw maps. Exit code 1 where an image could not be read."""
     from fgvc.serve.explain import explain_bundles, is_bundle
@@ -489,13 +497,14 @@ def explain(
     if all(is_bundle(path) for path in both):
         if select is not None or device is not None or channels is not None:
             raise FgvcError("--select, --device and --channels go with a run, not with a bundle")
-        sys.exit(explain_bundles(both, paths, out, methods=method or ["cam"], target=target, batch=batch))
+        methods = method or ["cam"]
+        sys.exit(explain_bundles(both, paths, out, methods=methods, target=target, batch=batch, overwrite=overwrite))
     from fgvc import api
 
     sys.exit(
         api.explain(
             seen, paths, out, methods=method or ["gradcam"], against=against, target=target, select=select, device=device,
-            channels=channels, batch=batch,
+            channels=channels, batch=batch, overwrite=overwrite,
         )
     )  # fmt: skip
 
@@ -525,8 +534,8 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:
     """Measure speed as ratios against bare references, in one run."""
-    if out is not None and (out.is_dir() or any(parent.is_file() for parent in out.parents)):
-        raise FgvcError(f"{out}: not a place for a CSV file; choose another --out")
+    if out is not None:
+        refuse_file(out)
     if what == "serve":
         from fgvc.serve.bench import bench_serve, show_figures, write_figures
 

@@ -29,11 +29,29 @@ def writing(path: Path) -> Iterator[None]:
         raise FgvcError(f"{path}: can't write: {error.strerror or error}") from error
 
 
+def refuse_place(path: Path) -> None:
+    """Raise FgvcError where no file or folder can come to be: a file where its folder must be, a name that is too long, or no
+    right to write. Call it before the long work."""
+    with writing(path):
+        with suppress(FileNotFoundError):
+            os.stat(path)
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OSError(f"{parent} is {'not writable' if parent.is_dir() else 'a file'}")
+
+
+def refuse_file(out: Path) -> None:
+    """The same of a file, where it may not be a folder."""
+    if out.is_dir():
+        raise FgvcError(f"{out}: is a folder; name a file to write")
+    refuse_place(out)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside `path`, of the same suffix, to write the new file to: it takes the name once it is whole. Raises FgvcError
     where the system can't write it, the old file intact."""
-    scratch = path.with_name(f".{os.getpid()}.{path.name}")
+    scratch = path.with_name(f".{os.getpid()}.{path.name[-50:]}")  # or a name that just fits would no longer
     try:
         with writing(path):
             yield scratch

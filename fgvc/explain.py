@@ -15,12 +15,13 @@ from PIL import ImageFont
 from fgvc.cam.offline import ClassMaps, looking, named
 from fgvc.config import Preprocess
 from fgvc.evaluate import font
-from fgvc.evaluate.subject import subject
+from fgvc.evaluate.subject import load_run
 from fgvc.image.sheet import LETTERS
 from fgvc.recipe import Selected
 from fgvc.serve import explain as drawing
-from fgvc.serve.engine import softmax
-from fgvc.serve.explain import BundleLooker, Floats, Seen, is_bundle
+from fgvc.serve.engine import refuse_no_numbers, softmax
+from fgvc.serve.explain import BundleLooker, Floats, Seen, is_bundle, telling
+from fgvc.serve.predict import expand
 from fgvc.types import FgvcError
 
 
@@ -28,7 +29,7 @@ from fgvc.types import FgvcError
 class RunLooker:
     """A run's net that is asked where it looks; see `fgvc.serve.explain.Looker`."""
 
-    name: str
+    folder: Path
     labels: tuple[str, ...]
     spec: Preprocess
     methods: tuple[str, ...]
@@ -38,7 +39,9 @@ class RunLooker:
 
     def __call__(self, x: Floats, label: int | None) -> list[Seen]:
         images = torch.from_numpy(x).to(self.where, memory_format=self.layout)
-        p = softmax(self.look.logits(images).float().cpu().numpy())
+        logits = self.look.logits(images).float().cpu().numpy()
+        refuse_no_numbers(logits, self.folder)
+        p = softmax(logits)
         chosen = p.argmax(1) if label is None else np.full(len(p), label)
         found = {method: self.look(images, torch.from_numpy(chosen), method) for method in self.methods}
         return [
@@ -63,27 +66,32 @@ def explain(
     device: str | None = None,
     channels: int | None = None,
     batch: int = 16,
+    overwrite: bool = False,
 ) -> int:
     """Write overlays, panels and raw maps of pictures (files, or folders of them) by each method into `out`; see
-    `fgvc.serve.explain` for what is written. Returns 0, or 1 where a picture could not be read.
+    `fgvc.serve.explain` for what is written. Returns 0, or 1 where a picture could not be read. The data that the run was
+    trained on need not be there.
 
     `against`: a second run, or a bundle, side by side. `target`: a class by name instead of the predicted one. `channels`: so
-    many of the most active, for methods that try them one by one; 0: all. `select`, `device`: as in `evaluate`.
+    many of the most active, for methods that try them one by one; 0: all. `select`, `device`: as in `evaluate`. `overwrite`:
+    what explain wrote into `out` before.
     Raises FgvcError, before anything is written, for a method, class or path that does not exist, and for a net that can't
     have such a map.
     """
     chosen = tuple(dict.fromkeys(named(method) for method in methods))
+    files = list(expand(paths))
+    drawing.refuse_out(out, overwrite=overwrite)
     with ExitStack() as stack:
         lookers: list[RunLooker | BundleLooker] = []
         for path in (run, *([against] if against is not None else [])):
             if is_bundle(path):
                 if chosen != ("cam",):
                     raise FgvcError(f"{path}: a bundle holds class activation maps alone; compare it by --method cam")
-                lookers.append(BundleLooker(path))
+                lookers.append(telling(path))
             else:
                 opened = open_run(path, chosen, select=select, device=device, channels=channels)
                 lookers.append(stack.enter_context(opened))
-        return drawing.explain_files(lookers, paths, out, target=target, batch=batch, write=writable)
+        return drawing.explain_files(lookers, files, out, target=target, batch=batch, write=writable)
 
 
 @contextmanager
@@ -96,19 +104,17 @@ def open_run(
     channels: int | None = None,
 ) -> Iterator[RunLooker]:
     """The net of a run, on its device; the cost of expensive methods is said on stderr first."""
-    seen = subject(run, select)
+    seen = load_run(run, select)
     with seen.placed(device) as (where, layout), ExitStack() as stack:
         try:
             look = stack.enter_context(looking(seen.step.net, seen.preprocess.size, methods, channels=channels))
         except FgvcError as error:
             raise FgvcError(f"{run}: {error}") from error
-        if look.cells == (1, 1):
-            raise FgvcError(f"{run}: no class maps: the feature map is a single cell; train at a larger image.size")
         for method in methods:
             if (cost := look.cost(method)) is not None:
                 print(f"{run}: {method}: {cost}", file=sys.stderr)
         yield RunLooker(
-            name=run.resolve().name, labels=seen.classes, spec=seen.preprocess, methods=methods, look=look, where=where,
+            folder=run, labels=seen.classes, spec=seen.preprocess, methods=methods, look=look, where=where,
             layout=layout,
         )  # fmt: skip
 

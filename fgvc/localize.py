@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,10 +42,13 @@ from fgvc.evaluate.plot import plot_localisation
 from fgvc.evaluate.subject import Subject, subject
 from fgvc.image.preprocess import placed
 from fgvc.recipe import Selected
+from fgvc.serve.engine import refuse_no_numbers
 from fgvc.train.events import as_csv, write_atomic
+from fgvc.train.run import measured
 from fgvc.types import FgvcError, ImageIndex, Split
 
 BATCH = 32
+RECORD = "localisation.json"  # in the run
 Row = dict[str, str | float]  # of a table
 OF = (
     "true",
@@ -106,18 +110,21 @@ def localize(
     split: Split | None = None,
     *,
     method: str = "gradcam",
+    channels: int | None = None,
     select: Selected | None = None,
     device: str | None = None,
 ) -> Localisation:
     """Measure where the class maps of a run's weights lie on `split` (default: val where there is one, else test), in what
     evaluation sees of each image. Thresholds are always those that suit the validation part best.
 
-    `method`: one of those of `fgvc explain`. Writes `localisation.json`, `tables/localisation-<split>.csv` (classes),
-    `tables/parts-<split>.csv` and `plots/localisation-<split>.png` into the run; with another method than gradcam it is in
-    the names. Raises FgvcError where the data have no boxes or no validation part, or the net no such maps.
+    `method`, `channels`: as those of `fgvc explain`; what an expensive one costs is said on stderr first. Writes
+    `localisation.json`, `tables/localisation-<split>.csv` (classes), `tables/parts-<split>.csv` and
+    `plots/localisation-<split>.png` into the run; another method than gradcam and another selection than the recipe's are in the
+    names. Raises FgvcError where the data have no boxes or no validation part, or the net no such maps.
     """
     chosen_method = named(method)
     seen = subject(run, select)
+    known = measured(run, RECORD)
     if seen.index.boxes is None:
         raise FgvcError(
             f"{run}: its data name no boxes ({seen.index.recognised}); localisation needs a set in CUB layout with "
@@ -126,11 +133,14 @@ def localize(
     part, rows = seen.part(split)
     if not len(validation := seen.index.rows("val")):
         raise FgvcError(f"{run}: its data has no val part, on whose images the thresholds of the maps are chosen")
-    looked = look(seen, rows, method=chosen_method, device=device)
-    source = looked if part == "val" else look(seen, validation, method=chosen_method, device=device)
+    looked = look(seen, rows, method=chosen_method, channels=channels, device=device)
+    source = looked
+    if part != "val":
+        source = look(seen, validation, method=chosen_method, channels=channels, device=device)
     of_map = choose(source.found["true"])
     chosen: dict[str, Chosen] = {"true": of_map, "predicted": of_map, "centre": choose(source.found["centre"])}
-    name = part if chosen_method == "gradcam" else f"{part}-{chosen_method}"
+    apart = [chosen_method] * (chosen_method != "gradcam") + [seen.select] * (seen.select != seen.recipe.selected)
+    name = "-".join([part, *apart])
     tables: dict[str, list[Row]] = {"localisation": by_class(looked, seen.classes, of_map)}
     if looked.parts:
         tables["parts"] = by_part(looked, seen.index.part_names)
@@ -141,16 +151,18 @@ def localize(
         parts=coverage(looked), tables=tuple(run / "tables" / f"{table}-{name}.csv" for table in tables),
         unreadable=looked.unreadable,
     )  # fmt: skip
-    _write(result, tables)
+    _write(result, tables, known)
     v2 = 100 * result.boxes["true"].max_box_acc_v2
     title = f"{part}: MaxBoxAccV2 {v2:.1f} % of {result.boxes['true'].images} images ({chosen_method})"
     plot_localisation(looked.found, chosen, run / "plots" / f"localisation-{name}.png", title=title)
     return result
 
 
-def look(seen: Subject, rows: NDArray[np.int64], *, method: str, device: str | None = None) -> Looked:
-    """Maps of every readable image, beside its box and parts. Raises FgvcError where the net has no such maps, or not one
-    image a box in the crop."""
+def look(
+    seen: Subject, rows: NDArray[np.int64], *, method: str, channels: int | None = None, device: str | None = None
+) -> Looked:
+    """Maps of every readable image, beside its box and parts. Raises FgvcError where the net has no such maps or gives logits
+    that are no numbers, or not one image has a box in the crop."""
     loader = evaluation_loader(
         seen.index, rows, spec=seen.preprocess, batch_size=BATCH, workers=seen.recipe.train.workers
     )
@@ -158,7 +170,12 @@ def look(seen: Subject, rows: NDArray[np.int64], *, method: str, device: str | N
     total, silent = -(-len(rows) // BATCH), not console.is_terminal
     centre = centre_map(seen.preprocess.size)
     around_centre = around(centre.numpy())
-    with seen.placed(device) as (where, layout), looking(seen.step.net, seen.preprocess.size, [method]) as maps:
+    with (
+        seen.placed(device) as (where, layout),
+        looking(seen.step.net, seen.preprocess.size, [method], channels=channels) as maps,
+    ):
+        if (cost := maps.cost(method)) is not None:
+            print(f"{seen.run}: {method} of {len(rows)} images: {cost}", file=sys.stderr)
         looked = [
             _look(seen, batch, batch.images.to(where, memory_format=layout), maps, method, (centre, around_centre))
             for batch in track(loader, "maps", total=total, console=console, transient=True, disable=silent)
@@ -173,7 +190,9 @@ def _look(
     seen: Subject, batch: EvaluationBatch, x: Tensor, look: ClassMaps, method: str, centre: tuple[Tensor, Boxes]
 ) -> Looked:
     """One batch; its images `x` on the net's device."""
-    said = look.logits(x).argmax(1).cpu()
+    logits = look.logits(x).float().cpu()
+    refuse_no_numbers(logits.numpy(), seen.run)
+    said = logits.argmax(1)
     right = said == batch.labels
     maps, _ = look(x, batch.labels, method)
     of: dict[str, list[Boxes]] = {"true": around_each(maps), "centre": [centre[1]] * len(maps)}
@@ -281,14 +300,10 @@ def _mean(values: Tensor) -> str | float:
     return round(float(values.nanmean()), 6) if values.isfinite().any() else ""
 
 
-def _write(result: Localisation, tables: Mapping[str, list[Row]]) -> None:
-    path = result.run / "localisation.json"
-    try:
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise FgvcError(f"{path}: not valid JSON ({error}); remove it and localize again") from error
-    known[f"{result.split}.{result.select}.{result.method}"] = result.numbers()
-    write_atomic(path, json.dumps(known, indent=1) + "\n")
+def _write(result: Localisation, tables: Mapping[str, list[Row]], known: Mapping[str, Any]) -> None:
+    """`known`: what was measured before."""
+    found = {**known, f"{result.split}.{result.select}.{result.method}": result.numbers()}
+    write_atomic(result.run / RECORD, json.dumps(found, indent=1) + "\n")
     with writing(result.run):
         (result.run / "tables").mkdir(exist_ok=True)
     for file, lines in zip(result.tables, tables.values(), strict=True):

@@ -16,6 +16,8 @@ from fgvc.evaluate.calibration import FEWEST, Calibrated
 from fgvc.evaluate.side import Versus
 from fgvc.export.verify import Comparison, Verification
 from fgvc.localize import Localisation
+from fgvc.report.localisation import COLUMNS
+from fgvc.report.localisation import table as localisation_table
 from fgvc.train.forecast import Forecast
 from fgvc.types import SPLITS
 from fgvc.variant import Beside
@@ -109,36 +111,14 @@ def scores(result: Evaluation) -> None:
 
 def localisation(result: Localisation) -> None:
     """A measure a row; whose map, a column."""
-    of = result.boxes
-    rows = {
-        "GT-known Loc": "gt_known_loc", "Top-1 Loc": "top1_loc",
-        "mean IoU": "iou", "mean GIoU": "giou", "mean DIoU": "diou", "mean CIoU": "ciou",
-        "MaxBoxAcc": "max_box_acc", "MaxBoxAccV2": "max_box_acc_v2",
-        "  IoU 0.3": "max_box_acc_v2_30", "  IoU 0.5": "max_box_acc_v2_50", "  IoU 0.7": "max_box_acc_v2_70",
-        "  by val's thresholds": "box_acc_v2",
-    }  # fmt: skip
-    table = _table("in %", "true class's map", "predicted class's", "middle", "chance")
-    for text, key in rows.items():
-        table.add_row(text, *(f"{100 * getattr(of[name], key):.1f}" for name in ("true", "predicted", "centre")))
-    if (parts := result.parts) is not None:
-        for chance, mine, middle in zip(parts.uniform, parts.map, parts.centre, strict=True):
-            text, cells = f"parts in the top {100 * chance:.0f} %", (f"{100 * x:.1f}" for x in (middle, chance))
-            table.add_row(text, f"{100 * mine:.1f}", "", *cells)
-    console.print(
-        f"{result.split}, {result.select}, {result.method}: {result.images} images, top-1 {100 * result.top1:.2f} %, "
-        f"{of['true'].images} boxes, {parts.visible if parts else 'no'} parts"
-    )
+    found = localisation_table(f"{result.split}.{result.select}.{result.method}", result.numbers())
+    table = _table("in %", *COLUMNS)
+    for text, cells in found.rows:
+        table.add_row(text, *cells)
+    console.print(f"{found.title}: {found.about}")
     console.print(table)
-    console.print("middle: a round map that knows no image; chance: any area of that size")
-    console.print("MaxBoxAcc, MaxBoxAccV2: at the thresholds that suit these images best")
-    same = ": these very images" if result.split == result.chosen_from else ""
-    console.print(f"the rest: at the threshold that was chosen on {result.chosen_from} ({of['true'].tau:.2f}){same}")
-    if parts is None:
-        console.print("the data name no parts that can be seen: no coverage")
-    if result.left_out:
-        console.print(f"left out: {result.left_out} images without a box in what evaluation sees of them")
-    if result.silent:
-        console.print(f"{result.silent} maps are flat and find nothing")
+    for note in found.notes:
+        console.print(note)
     console.print(f"every class and part: {result.run / 'tables'}", markup=False)
     for error in result.unreadable:
         console.print(f"skipped: {error}", markup=False)

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from fgvc import api
 from fgvc.cli import main
-from fgvc.config import validate
-from fgvc.evaluate.subject import subject
+from fgvc.config import Calibration, validate
+from fgvc.evaluate.subject import load_run, subject
+from fgvc.export.bundle import OPTIONAL, REQUIRED, write_bundle
+from fgvc.export.onnx import explain_model, export_onnx, serialised
 from fgvc.image.decode import decode
 from fgvc.image.overlay import overlay
 from fgvc.image.preprocess import fit, preprocess
+from fgvc.image.sheet import Cell
+from fgvc.model.backbone import deployed
 from fgvc.recipe import Recipe
+from fgvc.serve import explain as drawing
 from fgvc.serve.engine import Engine
-from fgvc.serve.explain import _names, positive
+from fgvc.serve.explain import positive
+from fgvc.train import run as run_folder
 from fgvc.types import FgvcError
+from tests.serve import small
 
 METHODS = ("cam", "gradcam", "scorecam")
 
@@ -44,7 +56,21 @@ def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(run: Path) -> Path:
-    return api.export(run, run.parent / "bundle").bundle
+    """What an export without proofs would write: those are tested elsewhere, and slow."""
+    seen = load_run(run)
+    plain, size = deployed(seen.step.net), seen.preprocess.size
+    maps, _ = explain_model(plain, size=size)
+    assert maps is not None
+    files = {
+        name: serialised(export_onnx(net, size=size, exporter="torchscript", opset=20, output_names=outputs))
+        for name, net, outputs in (
+            ("model.onnx", plain, ("logits",)),
+            ("explain.onnx", maps, ("logits", "maps")),
+        )
+    }
+    facts = {"labels.json": list(seen.classes), "preprocess.json": seen.preprocess, "metrics.json": {}}
+    write_bundle(run.parent / "bundle", files={**files, **facts, "contract.json": {"num_classes": 3}})
+    return run.parent / "bundle"
 
 
 @pytest.fixture
@@ -157,7 +183,7 @@ def test_a_run_beside_its_bundle(run: Path, bundle: Path, pictures: Path, tmp_pa
     with np.load(tmp_path / "out/maps/leaf.npz") as found:
         np.testing.assert_allclose(found["maps"], found["against_maps"], atol=1e-3)
     with pytest.raises(FgvcError, match="bundle: a bundle holds class activation maps alone"):
-        api.explain(run, [pictures], tmp_path / "out", against=bundle)
+        api.explain(run, [pictures], tmp_path / "other", against=bundle)
 
 
 def test_bundles_refuse_by_name_what_they_have_not(
@@ -168,8 +194,6 @@ def test_bundles_refuse_by_name_what_they_have_not(
     assert "gradcam: a bundle holds class activation maps alone" in capsys.readouterr().err
     assert fgvc("explain", bundle, pictures, *out, "--select", "last") == 2
     assert "--select, --device and --channels go with a run" in capsys.readouterr().err
-    from fgvc.export.bundle import OPTIONAL, REQUIRED, write_bundle
-
     files = {name: (bundle / name).read_bytes() for name in (*REQUIRED, *OPTIONAL) if (bundle / name).exists()}
     del files["explain.onnx"]
     write_bundle(tmp_path / "bare", files=files)
@@ -178,30 +202,170 @@ def test_bundles_refuse_by_name_what_they_have_not(
     assert not (tmp_path / "out").exists()
 
 
-def test_maps_that_can_say_nothing(run: Path, pictures: Path, colours: Path, tmp_path: Path) -> None:
+def test_maps_that_can_say_nothing(
+    run: Path, pictures: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     single = trained(colours, tmp_path / "single", size=(32, 32))
     with pytest.raises(FgvcError, match=r"single: no class maps: the feature map is a single cell"):
         api.explain(single, [pictures], tmp_path / "out")
+    monkeypatch.setattr(small, "SIZE", 1)
+    shipped = small.save_bundle(tmp_path / "shipped")
+    with pytest.raises(FgvcError, match=r"shipped: no class maps: the feature map is a single cell"):
+        api.explain(run, [pictures], tmp_path / "out", methods=["cam"], against=shipped)
+    assert fgvc("explain", shipped, pictures, "--out", tmp_path / "out") == 2
+    assert not (tmp_path / "out").exists()
+    page = api.report([single], tmp_path / "report.html", images=1).read_text(encoding="utf-8")
+    assert "Pictures alone: no class maps: the feature map is a single cell" in page
     flat, sloping = np.full((2, 3), -1.0, np.float32), np.float32([[-2, -1, 0], [0, 1, 4]])
     assert not positive(flat, (8, 9)).any()
     large = positive(sloping, (8, 9))
     assert (large.min(), large.max(), large[0, 0], large[-1, -1]) == (0, 1, 0, 1)
 
 
+@pytest.fixture
+def captions(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What is written below the pictures of each panel."""
+    found: list[list[str]] = []
+    whole = drawing.save_sheet
+
+    def noted(rows: list[list[Cell]], path: Path, *, font: ImageFont.FreeTypeFont) -> Path:
+        found.append([cell.caption for row in rows for cell in row])
+        return whole(rows, path, font=font)
+
+    monkeypatch.setattr(drawing, "save_sheet", noted)
+    return found
+
+
+def test_the_data_need_not_be_there(run: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "moved")
+    recipe = tmp_path / "moved/config.yaml"
+    recipe.write_text(re.sub("root: .*", f"root: {tmp_path / 'nowhere'}", recipe.read_text()))
+    assert api.explain(tmp_path / "moved", [pictures / "a"], tmp_path / "out") == 0
+    api.explain(run, [pictures / "a"], tmp_path / "same")
+    with np.load(tmp_path / "out/maps/leaf.npz") as ours, np.load(tmp_path / "same/maps/leaf.npz") as theirs:
+        for key in ours.files:
+            np.testing.assert_array_equal(ours[key], theirs[key])
+
+
+def test_results_of_two_commands_are_never_mixed(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ("explain", run, pictures / "a", "--out", out)
+    assert fgvc(*words, "--method", "cam") == 0
+    assert fgvc(*words) == 2
+    assert "out: holds results already; choose another --out, or give --overwrite" in capsys.readouterr().err
+    assert fgvc("explain", run, pictures / "a", "--target", "none", "--out", out, "--overwrite") == 2
+    assert (out / "overlays/cam/leaf.png").is_file(), "nothing is lost for a command that can't be done"
+    assert fgvc(*words, "--overwrite") == 0
+    assert [path.name for path in (out / "overlays").iterdir()] == ["gradcam"]
+    (out / "notes.txt").touch()
+    assert fgvc(*words, "--overwrite") == 2
+    assert "holds notes.txt, which is no result of explain" in capsys.readouterr().err
+
+
+def test_a_place_that_can_not_be_written_is_refused_before_the_work(
+    run: Path, bundle: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("fgvc.explain.load_run", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr("fgvc.serve.explain.load_bundle", lambda *_: pytest.fail("it was opened"))
+    for seen in (run, bundle):
+        for out in (tmp_path / "file", tmp_path / "file/below/it", tmp_path / ("x" * 300)):
+            assert fgvc("explain", seen, pictures, "--out", out) == 2
+    assert fgvc("report", run, "--out", tmp_path / "file/page.html") == 2
+
+
+def test_names_of_files_that_do_not_fit(
+    run: Path, colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 255 bytes, which is all that a file system takes; not UTF-8; with a line break."""
+    picture = sorted((colours / "test").rglob("*.png"))[0].read_bytes()
+    (tmp_path / "in").mkdir()
+    for name in (b"x" * 251, b"caf\xe9", b"two\nlines\tand"):
+        (tmp_path / "in" / os.fsdecode(name + b".png")).write_bytes(picture)
+    assert fgvc("explain", run, tmp_path / "in", "--out", tmp_path / "out") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("\t") for line in lines] == [2, 2, 2]
+    assert {path.stem for path in (tmp_path / "out/panels").iterdir()} == {"x" * 200, "caf\ufffd", "two\nlines\tand"}
+    with np.load(tmp_path / "out/maps/caf\ufffd.npz") as found:
+        assert os.fsencode(str(found["path"])) == os.fsencode(tmp_path / "in") + b"/caf\xe9.png"
+    assert fgvc("explain", run, tmp_path / ("x" * 300), "--out", tmp_path / "none") == 2
+    assert "File name too long" in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_told_apart(run: Path, pictures: Path, tmp_path: Path, captions: list[list[str]]) -> None:
+    for parent in ("a", "b"):
+        shutil.copytree(run, tmp_path / parent / "run")
+    api.explain(tmp_path / "a/run", [pictures / "a"], tmp_path / "out", against=tmp_path / "b/run")
+    assert [caption.partition(":")[0] for caption in captions[0]] == ["a/run", "gradcam", "b/run", "gradcam"]
+
+
+def test_a_bundle_that_knows_none_of_these_says_so(
+    tmp_path: Path, captions: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = Calibration(
+        fitted_on="val", images=99, temperature=1, threshold=0.9, nll_before=1, nll_after=1, ece_before=0, ece_after=0,
+        keep=0.95, kept=1, coverage=1, accuracy=1,
+    )  # fmt: skip
+    held = small.save_bundle(tmp_path / "held", calibration=known)
+    for name, colour in (("grey", (128, 120, 128)), ("red", (255, 0, 0))):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20), colour).save(tmp_path / f"in/{name}.png")
+    assert fgvc("explain", held, tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert fgvc("predict", held, tmp_path / "in") == 0
+    lines = [line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == lines[2:], "as `fgvc predict`"
+    assert captions[0][0] == lines[0][1]
+    assert captions[0][0].startswith("none of these (red ")
+    assert captions[1][0] == "red 100.0 %"
+    with np.load(tmp_path / "out/maps/grey.npz") as grey, np.load(tmp_path / "out/maps/red.npz") as red:
+        assert (bool(grey["rejected"]), bool(red["rejected"])) == (True, False)
+    assert fgvc("explain", held, tmp_path / "in/grey.png", "--target", "green", "--out", tmp_path / "green") == 0
+    assert capsys.readouterr().out.split("\t")[1].startswith("green ")
+
+
+def test_logits_that_are_no_numbers_are_refused(
+    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_folder.selected_weights
+
+    def broken(*given: Any) -> run_folder.Trained:
+        found = whole(*given)
+        return run_folder.Trained({key: value * torch.nan for key, value in found.weights.items()}, found.branches)
+
+    monkeypatch.setattr("fgvc.evaluate.subject.selected_weights", broken)
+    with pytest.raises(FgvcError, match=r"first: gives logits that are no numbers"):
+        api.explain(run, [pictures / "a"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("verb", ["explain", "predict"])
+def test_photographs_are_in_memory_one_by_one(
+    bundle: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    seen: list[weakref.ref[Image.Image]] = []
+    most = 0
+
+    def watched(path: Path) -> Image.Image:
+        nonlocal most
+        image = decode(path)
+        seen.append(weakref.ref(image))
+        most = max(most, sum(one() is not None for one in seen))
+        return image
+
+    monkeypatch.setattr("fgvc.serve.predict.decode", watched)
+    out = ["--out", tmp_path / "out"] if verb == "explain" else []
+    assert fgvc(verb, bundle, colours / "test", *out) == 0
+    assert most <= 2, "the one that was read before may still have a name"
+
+
 def test_what_is_not_there(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         ([run, tmp_path / "none.png"], "none.png: no such file or folder"),
         ([run, tmp_path], "no picture below this folder"),
-        ([tmp_path / "norun", tmp_path], "norun"),
+        ([tmp_path / "norun", run / "plots"], "norun"),
     ):
         assert fgvc("explain", *words, "--out", tmp_path / "out") == 2
         assert said in capsys.readouterr().err
     assert fgvc("explain", run, run, "--out", tmp_path / "out", "--method", "fullgrad") == 2
     assert "fullgrad: it adds up the biases" in capsys.readouterr().err
-
-
-def test_names_never_collide() -> None:
-    files = [Path(name) for name in ("a/x.jpg", "b/x.jpg", "a/X.png", "a/x-2.jpg", "c/x.jpg", "y.jpg")]
-    found = _names(files)
-    assert found == ["x", "x-2", "X-3", "x-2-2", "x-4", "y"]
-    assert len({name.casefold() for name in found}) == len(files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,55 @@ def test_without_validation_no_threshold_can_be_chosen(own: Path) -> None:
     recipe.write_text(recipe.read_text().replace("val_fraction: 0.4", "val_fraction: 0.0"))
     with pytest.raises(FgvcError, match="no val part"):
         api.localize(own, "test")
+
+
+def test_logits_that_are_no_numbers_are_refused(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ClassMaps.logits
+    monkeypatch.setattr(ClassMaps, "logits", lambda look, x: whole(look, x) * torch.nan)
+    with pytest.raises(FgvcError, match="run: gives logits that are no numbers"):
+        api.localize(own)
+    assert not (own / "localisation.json").exists()
+
+
+def test_the_cost_is_said_before_it_is_spent_and_channels_can_be_chosen(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["localize", str(own), "--method", "scorecam", "--channels", "3"])
+    assert not ended.value.code
+    said = capsys.readouterr()
+    assert "run: scorecam of 12 images: 3 forwards an image, for the 3 most active of" in said.err
+    assert "val, last, scorecam" in said.out
+    tried: list[int | None] = []
+    monkeypatch.setattr(
+        ClassMaps, "__call__", lambda look, *given: tried.append(look.tried("scorecam")) or bright(look, *given)
+    )
+    api.localize(own, method="scorecam", channels=5)
+    assert set(tried) == {5}
+
+
+def test_another_selection_does_not_overwrite_the_tables(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ClassMaps, "__call__", bright)
+    first = api.localize(own).tables
+    other = api.localize(own, select="best", method="cam").tables
+    assert {path.name for path in first} == {"localisation-val.csv", "parts-val.csv"}
+    assert {path.name for path in other} == {"localisation-val-cam-best.csv", "parts-val-cam-best.csv"}
+    assert (own / "plots/localisation-val-cam-best.png").is_file()
+    assert set(json.loads((own / "localisation.json").read_text())) == {"val.last.gradcam", "val.best.cam"}
+    assert api.localize(own, select="last").tables == first, "the recipe's own selection, said or not"
+
+
+@pytest.mark.parametrize("broken", ["{", "[1]", '{"val.last.gradcam": 1}', "\x00"])
+def test_a_broken_record_is_named_before_the_work(own: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    (own / "localisation.json").write_text(broken)
+    monkeypatch.setattr(fgvc.localize, "look", lambda *_, **__: pytest.fail("it looked"))
+    with pytest.raises(FgvcError, match=r"localisation\.json: not as fgvc wrote it"):
+        api.localize(own)
+
+
+def test_maps_of_one_cell_are_refused(own: Path) -> None:
+    for name in ("config.yaml", "preprocess.json"):
+        path = own / name
+        path.write_text(re.sub(r"\b40\b", "32", path.read_text()))
+    with pytest.raises(FgvcError, match="no class maps: the feature map is a single cell"):
+        api.localize(own)

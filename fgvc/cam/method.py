@@ -3,7 +3,7 @@
 A (C,h,w) is the tapped feature map of an image, g = dY/dA with Y the logit of the class, p its probability. The model of each
 is a `fgvc.cam.tap.Tap`. The library's own Score-CAM puts raw logits through a softmax over channels, which collapses onto one
 of them, and holds an image a channel in memory; its Ablation-CAM swaps a layer of the live net, ablates to -1e7, and divides by
-a logit that may be negative; its Grad-CAM++ adds an epsilon that outweighs small gradients.
+a logit that may be negative; its Grad-CAM++ adds an epsilon that outweighs small gradients; its KPCA-CAM is another in each run.
 """
 
 from __future__ import annotations
@@ -101,13 +101,13 @@ class ScoreCAM(BaseCAM):
 
     def get_cam_weights(
         self, input_tensor: Tensor, target_layers: Any, targets: list[Any], activations: Floats, grads: None
-    ) -> Floats:
-        weights = np.zeros(activations.shape[:2], dtype=np.float32)
+    ) -> NDArray[np.float64]:
+        weights = np.zeros(activations.shape[:2])  # not float32: those of an unlikely class must not vanish
         with torch.no_grad():
             for row, maps in enumerate(activations):
                 chosen = most_active(maps, self.channels)
                 found = self.scores(input_tensor[row : row + 1], row, targets[row].category, maps, chosen)
-                weights[row, chosen] = found.float().cpu().numpy()
+                weights[row, chosen] = found.double().cpu().numpy()
         return weights
 
     def scores(self, x: Tensor, row: int, label: int, maps: Floats, chosen: NDArray[np.int64]) -> Tensor:
@@ -161,6 +161,36 @@ class AblationCAM(ScoreCAM):
             feature_map(self.model.net, ablated)[torch.arange(len(part)), part] = 0  # a view
             falls.append(logit - self.model.behind(x.expand(len(part), -1, -1, -1), ablated)[:, label])
         return torch.cat(falls)
+
+
+class KPCACAM(BaseCAM):
+    """The first component of the cells of A by kernel PCA, k(a, b) = tanh(a b / C + 1) (Karmani et al., 2024).
+
+    The library's own solver starts at random where there are more than 200 cells. Of a component and its negative, which are one,
+    both take that whose largest value is positive.
+    """
+
+    def __init__(self, model: Tap, layout: Layout) -> None:
+        super().__init__(model, [model.features], layout, uses_gradients=False)
+
+    def get_cam_image(
+        self,
+        input_tensor: Tensor,
+        target_layer: Any,
+        targets: list[Any],
+        activations: Floats,
+        grads: None,
+        smooth: bool,
+    ) -> Floats:
+        cells = activations.reshape(*activations.shape[:2], -1).transpose(0, 2, 1).astype(np.float64)  # (B,hw,C)
+        cells -= cells.mean(1, keepdims=True)
+        kernel = np.tanh(cells @ cells.transpose(0, 2, 1) / cells.shape[2] + 1)
+        kernel -= kernel.mean(1, keepdims=True)
+        kernel -= kernel.mean(2, keepdims=True)
+        values, vectors = np.linalg.eigh(kernel)
+        first = vectors[..., -1] * np.sqrt(values[:, -1:].clip(min=0))  # (B,hw)
+        sign = np.where(first.max(1, keepdims=True) < -first.min(1, keepdims=True), -1, 1)
+        return np.float32(sign * first).reshape(len(first), *activations.shape[2:])
 
 
 class Finer:

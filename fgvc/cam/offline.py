@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fgvc.cam.maps import closed_form, evaluating
+from fgvc.cam.maps import closed_form, evaluating, normalised
 from fgvc.cam.tap import Tap, tap, without_gradients
 from fgvc.model.backbone import feature_map
 from fgvc.types import FgvcError
@@ -30,11 +31,10 @@ LIBRARY = {  # pytorch-grad-cam's, as it has them
     "eigencam": "EigenCAM",
     "eigengradcam": "EigenGradCAM",
     "segeigencam": "SegEigenCAM",
-    "kpcacam": "KPCA_CAM",
     "fem": "FEM",
 }
 BY_CHANNEL = ("scorecam", "sscam", "ablationcam")
-METHODS = ("cam", "gradcam", "gradcam++", "smoothgradcam++", *BY_CHANNEL, "finercam", *list(LIBRARY)[1:])
+METHODS = ("cam", "gradcam", "gradcam++", "smoothgradcam++", *BY_CHANNEL, "finercam", *list(LIBRARY)[1:], "kpcacam")
 REFUSED = {
     "fullgrad": "it adds up the biases of every layer, and is no map of one feature map",
     "shapleycam": "it needs second derivatives, and the library's fails on tokens; behind a linear head it is gradcam",
@@ -95,11 +95,14 @@ class ClassMaps:
         cam.get_cam_image = raw
         try:  # its own `with` swallows IndexErrors; hooks that stay would see every later forward
             with torch.inference_mode(False), torch.enable_grad():
-                maps = cam(x, [target(int(label)) for label in labels])
+                cam(x, [target(int(label)) for label in labels])
         finally:
             cam.activations_and_grads.release()
             del cam.get_cam_image  # it knows the cam that knows it, and with that the graph of a batch
-        return torch.from_numpy(maps).nan_to_num_(0.0), torch.from_numpy(np.float32(kept[0]))
+        # Its own scaling adds 1e-7 to the largest value, which is much where a class is unlikely.
+        maps = torch.from_numpy(kept[0])
+        large = F.interpolate(maps.clamp(min=0)[:, None], x.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        return normalised(large).float(), maps.float()
 
     def cost(self, method: str) -> str | None:
         """What an image costs beyond one forward, for people; None: next to nothing."""
@@ -127,8 +130,8 @@ class ClassMaps:
         if method == "cam":
             assert self._linear is not None, "it was looked for when this was made"
             return own.CAM(model, layout, self._linear.weight)
-        if method == "gradcam++":
-            return own.GradCAMPlusPlus(model, layout)
+        if method in ("gradcam++", "kpcacam"):
+            return (own.KPCACAM if method == "kpcacam" else own.GradCAMPlusPlus)(model, layout)
         if method == "smoothgradcam++":
             return own.SmoothGradCAMPlusPlus(model, layout, samples=SAMPLES[method], sigma=SIGMA[method])
         if method == "sscam":
@@ -148,8 +151,18 @@ def looking(
 ) -> Iterator[ClassMaps]:
     """A net that is only looked at: its mode, gradients and flags come back at the end.
 
-    Raises FgvcError for a net without class maps, or without one of these.
+    Raises FgvcError for a net without class maps, or without one of these, and for a feature map of one cell: it tells nothing.
     """
+    with _tapped(net, size, methods, channels) as look:
+        if look.cells == (1, 1):
+            raise FgvcError("no class maps: the feature map is a single cell; train at a larger image.size")
+        yield look
+
+
+@contextmanager
+def _tapped(
+    net: nn.Module, size: tuple[int, int], methods: Sequence[str], channels: int | None = None
+) -> Iterator[ClassMaps]:
     names = [named(method) for method in methods]
     model = tap(net, size)
     with evaluating(net), without_gradients(net):
@@ -170,13 +183,13 @@ def offline_maps(
     net: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Rows]], method: str
 ) -> Iterator[tuple[Rows, Tensor]]:
     """For every batch of images (B,3,H,W), labels (B,) and rows (B,): the rows, and maps (B,H,W) float32 in [0,1]. The net's
-    mode, gradients and flags are what they were when the iterator ends."""
+    mode, gradients and flags are what they were when the iterator ends. A map of one cell is 0 everywhere."""
     coming = iter(batches)
     first = next(coming, None)
     if first is None:
         return
     name = named(method)
     height, width = first[0].shape[-2:]
-    with looking(net, (height, width), [name]) as look:
+    with _tapped(net, (height, width), [name]) as look:
         for images, labels, rows in chain([first], coming):
             yield rows, look(images.detach(), labels, name)[0]

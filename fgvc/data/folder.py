@@ -11,9 +11,8 @@ import numpy as np
 from pydantic import Field
 
 from fgvc.data.source import PART_NAMES, Source, Strings, finish_splits, number_classes, some
+from fgvc.image.decode import SUFFIXES
 from fgvc.types import SPLITS, FgvcError, ImageIndex, Split
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 
 
 class FolderData(Source):
@@ -122,7 +121,7 @@ def _walk(root: str, folder: str) -> Iterator[tuple[list[str], int]]:
                     continue
                 if entry.is_dir():
                     below.append(f"{folder}/{entry.name}")
-                elif entry.name.lower().endswith(EXTENSIONS):
+                elif entry.name.lower().endswith(SUFFIXES):
                     images.append(f"{folder}/{entry.name}")
                 else:
                     others += 1

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from fgvc.config import Section
 from fgvc.data.splits import carve
+from fgvc.naming import one_line, refuse_breaking
 from fgvc.types import SPLITS, FgvcError, Split
 
 TEXT = StringDType()
@@ -78,8 +79,12 @@ class Strings:
         return np.concatenate(chunks) if chunks else np.empty(0, TEXT)
 
     def _flush(self) -> None:
+        """Raises FgvcError for text that is not UTF-8, as some files' names."""
         if self._fresh:
-            self._chunks.append(np.array(self._fresh, dtype=TEXT))
+            try:
+                self._chunks.append(np.array(self._fresh, dtype=TEXT))
+            except UnicodeEncodeError as error:
+                raise FgvcError(f"{one_line(error.object)}: the name is not UTF-8: rename the file") from error
             self._fresh = []
 
 
@@ -88,9 +93,10 @@ def number_classes(
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """The class order and, for each name in `found`, its number (len(found),) int32.
 
-    `wanted` may name classes without images; a name in `found` that it lacks is an error.
+    `wanted` may name classes without images; a name in `found` that it lacks is an error, and so is one with control characters.
     """
     order = tuple(found if wanted is None else wanted)
+    refuse_breaking(order, where=where)
     if not order:
         raise FgvcError(f"{where}: no labelled image found")
     number = {name: k for k, name in enumerate(order)}

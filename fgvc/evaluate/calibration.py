@@ -201,11 +201,19 @@ def rejection_threshold(confidence_when_right: NDArray[np.float64], *, keep: flo
 
 def reliability(confidence: Floats, right: NDArray[np.bool_]) -> Reliability:
     """Of confidences (N,) in [0,1] and whether the answers (N,) are right."""
+    return of_sums(binned(confidence, right))
+
+
+def binned(confidence: Floats, right: NDArray[np.bool_]) -> Floats:
+    """(3,BINS): how many images, and the sums of confidence and of right answers, by confidence; those of parts add up."""
     at = np.clip(np.ceil(confidence * BINS).astype(int), 1, BINS) - 1
-    images = np.bincount(at, minlength=BINS)
+    return np.stack([np.bincount(at, values, BINS) for values in (np.ones(len(at)), confidence, right)])
+
+
+def of_sums(sums: Floats) -> Reliability:
+    """What the sums of `binned` say."""
     with np.errstate(invalid="ignore"):
-        means = [np.bincount(at, weights=values, minlength=BINS) / images for values in (confidence, right)]
-    return Reliability(images, *means)
+        return Reliability(sums[0].astype(np.int64), *(sums[1:] / sums[0]))
 
 
 def risk_coverage(confidence: Floats, right: NDArray[np.bool_]) -> RiskCoverage:

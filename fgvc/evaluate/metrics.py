@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fgvc.evaluate.calibration import BINS
+from fgvc.evaluate.calibration import BINS, binned, of_sums
 from fgvc.types import FgvcError
 
 SMALLER_IS_BETTER = ("loss", "ece")
@@ -109,13 +109,14 @@ def evaluate(
         compute_groups=False,
     ).to(device)
     loss = MeanMetric().to(device)
-    bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, confidence, right: torchmetrics would keep every image
+    bins = np.zeros((3, BINS))  # torchmetrics would keep every image
     with torch.inference_mode():
         for x, y in batches:
             labels = y.to(device)
             z = net(x.to(device, memory_format=memory_format)).float()
             metrics.update(z, labels)
-            _count(bins, z, labels)
+            confidence, said = z.softmax(1).max(1)
+            bins += binned(confidence.cpu().double().numpy(), (said == labels).cpu().numpy())
             loss.update(nn.functional.cross_entropy(z, labels), weight=len(y))
     with warnings.catch_warnings():  # a process may have no share of a small part; its zeros are right
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
@@ -125,23 +126,16 @@ def evaluate(
         raise FgvcError("nothing to evaluate: no readable image in this part of the data")
     shares = {name: float(values[name]) for name in ("top1", "top5", "macro_f1")}
     if dist.is_available() and dist.is_initialized():
-        bins = bins.to(device)
-        dist.all_reduce(bins)
+        shared = torch.from_numpy(bins).to(device)
+        dist.all_reduce(shared)
+        bins = shared.cpu().numpy()
     occurs = confusion.sum(1) > 0
     recall = confusion.diagonal()[occurs] / confusion.sum(1)[occurs]
     return Scores(
         images=int(confusion.sum()),
         balanced_accuracy=float(recall.mean()),
-        ece=float((bins[1] - bins[2]).abs().sum() / bins[0].sum()),
+        ece=of_sums(bins).ece,
         loss=mean_loss,
         confusion=confusion,
         **shares,
     )
-
-
-def _count(bins: Tensor, z: Tensor, labels: Tensor) -> None:
-    """Add a batch to `bins` (3, BINS): images, confidence and right answers by confidence in (k/BINS, (k+1)/BINS]."""
-    confidence, said = z.softmax(1).max(1)
-    at = (confidence * BINS).ceil().long().clamp(1, BINS).cpu() - 1
-    for row, amounts in zip(bins, (torch.ones_like(confidence), confidence, said == labels), strict=True):
-        row.index_add_(0, at, amounts.double().cpu())

@@ -17,6 +17,7 @@ from fgvc.evaluate.calibration import MAX_LOGITS, confidence_of
 from fgvc.evaluate.compare import Paired, compare
 from fgvc.evaluate.subject import Answers, Subject, onnx_answers, subject
 from fgvc.export.bundle import load_bundle, read_json
+from fgvc.naming import refuse_breaking
 from fgvc.recipe import load_recipe
 from fgvc.serve.engine import Session
 from fgvc.template import recipe_file
@@ -237,6 +238,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
         names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise FgvcError(f"{path}: expected the names of the classes, each once")
+    refuse_breaking(names, where=path)
     return tuple(names)
 
 

@@ -1,11 +1,10 @@
-"""A run opened to be looked at: its recipe, its data as they are now, and the weights that one of its selections names."""
+"""A run opened to be looked at: its recipe, the weights that one of its selections names, and its data as they are now."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe, Selected
 from fgvc.serve.engine import Session
-from fgvc.train.run import read_run, recorded_preprocess, selected_weights
+from fgvc.train.run import read_run, recorded_classes, recorded_preprocess, selected_weights
 from fgvc.train.runtime import runtime
 from fgvc.train.session import build_net, read_index
 from fgvc.train.step import StepModule
@@ -35,26 +34,16 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """One run's net in eval mode, re-parameterised blocks in it and the added branches beside it, without hooks."""
+class LoadedRun:
+    """One run's net in eval mode, re-parameterised blocks in it and the added branches beside it, without hooks. All of it lies
+    in the run's folder."""
 
     run: Path
     recipe: Recipe
-    index: ImageIndex
+    classes: tuple[str, ...]
     preprocess: Preprocess
     select: Selected
     step: StepModule
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.index.classes
-
-    def part(self, split: Split | None = None) -> tuple[Split, NDArray[np.int64]]:
-        """A part and its rows; by default validation, or test where there is none. Raises FgvcError where it is empty."""
-        chosen: Split = split or ("val" if len(self.index.rows("val")) else "test")
-        if not len(rows := self.index.rows(chosen)):
-            raise FgvcError(f"{self.run}: its data has no {chosen} part")
-        return chosen, rows
 
     @contextmanager
     def placed(self, device: str | None = None) -> Iterator[tuple[torch.device, torch.memory_format]]:
@@ -64,6 +53,20 @@ class Subject:
             layout = memory_format(self.step.net)
             self.step.to(process.device).net.to(memory_format=layout)
             yield process.device, layout
+
+
+@dataclass(frozen=True, slots=True)
+class Subject(LoadedRun):
+    """A run beside its data."""
+
+    index: ImageIndex
+
+    def part(self, split: Split | None = None) -> tuple[Split, NDArray[np.int64]]:
+        """A part and its rows; by default validation, or test where there is none. Raises FgvcError where it is empty."""
+        chosen: Split = split or ("val" if len(self.index.rows("val")) else "test")
+        if not len(rows := self.index.rows(chosen)):
+            raise FgvcError(f"{self.run}: its data has no {chosen} part")
+        return chosen, rows
 
     def answers(self, rows: NDArray[np.int64], *, device: str | None = None) -> Answers:
         """The net's logits for images seen as in serving, in fp32. Unreadable ones are left out."""
@@ -95,22 +98,25 @@ def onnx_answers(
 
 
 def subject(run: Path, select: Selected | None = None, *, branches: bool = False) -> Subject:
-    """Open a run. `branches`: with the weights of the added branches, too; else those are as they were made.
+    """Open a run and its data; see `load_run`. Raises FgvcError, too, where the data's classes are no longer those that were
+    trained."""
+    found = load_run(run, select, branches=branches)
+    index = read_index(found.recipe)
+    if index.classes != found.classes:
+        raise FgvcError(f"{run}: the classes in {found.recipe.data.root} are not those that the run was trained on")
+    return Subject(**{field.name: getattr(found, field.name) for field in fields(found)}, index=index)
 
-    Raises FgvcError where the folder is no run, its data's classes are no longer those that were trained, or it has no such
-    weights.
+
+def load_run(run: Path, select: Selected | None = None, *, branches: bool = False) -> LoadedRun:
+    """Open a run by its folder alone. `branches`: with the weights of the added branches, too; else those are as they were made.
+
+    Raises FgvcError where the folder is no run, or it has no such weights.
     """
     recipe = read_run(run)
-    try:
-        trained = tuple(json.loads((run / "labels.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise FgvcError(f"{run}: the run was not started yet ({error})") from error
-    preprocess, index = recorded_preprocess(run), read_index(recipe)
-    if index.classes != trained:
-        raise FgvcError(f"{run}: the classes in {recipe.data.root} are not those that the run was trained on")
+    classes, preprocess = recorded_classes(run), recorded_preprocess(run)
     chosen = select or recipe.selected
     found = selected_weights(run, recipe, chosen)
-    step = build_net(recipe, len(trained), pretrained=False).step
+    step = build_net(recipe, len(classes), pretrained=False).step
     try:
         step.net.load_state_dict(found.weights)
         if branches:  # but for those that teachers alone would call for
@@ -118,4 +124,4 @@ def subject(run: Path, select: Selected | None = None, *, branches: bool = False
             step.branches.load_state_dict(own)
     except RuntimeError as error:
         raise FgvcError(f"{run}: its checkpoint does not fit its recipe: {error}") from error
-    return Subject(run, recipe, index, preprocess, chosen, step.eval())
+    return LoadedRun(run, recipe, classes, preprocess, chosen, step.eval())

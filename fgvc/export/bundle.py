@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from fgvc.config import Calibration, Preprocess, validate
 from fgvc.disk import sync
+from fgvc.naming import refuse_breaking
 from fgvc.types import FgvcError
 
 MANIFEST = "manifest.json"
@@ -134,6 +135,7 @@ def load_bundle(folder: Path) -> Bundle:
     contract = read_json(folder / "contract.json", dict)
     if not labels or not all(isinstance(label, str) for label in labels):
         raise FgvcError(f"{folder / 'labels.json'}: expected a list of class names")
+    refuse_breaking(labels, where=folder / "labels.json")
     if contract.get("num_classes") != len(labels):
         raise FgvcError(f"{folder / 'labels.json'}: {len(labels)} names for {contract.get('num_classes')} classes")
     return Bundle(

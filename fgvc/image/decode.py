@@ -17,6 +17,9 @@ MAX_PIXELS = 50_000_000
 # What Pillow decodes by itself. Its full list also has formats that start other programs (EPS: ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 
+# By which a file below a folder is taken for an image, in lower case: of data sets, and where folders are predicted or explained.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
+
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -53,10 +53,13 @@ def _reduced(picture: Image.Image) -> Image.Image:
 
 
 def _lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Broken wherever a line would be wider than `width` pixels: Chinese has no spaces to break at."""
+    """Broken where a line would be wider than `width` pixels: behind the last space, _ or - in it, or anywhere where it has none,
+    as Chinese."""
     lines = [""]
     for character in text:
-        if lines[-1] and font.getlength(lines[-1] + character) > width:
-            lines.append("")
+        line = lines[-1]
+        if line and font.getlength(line + character) > width:
+            cut = max(line.rfind(mark) for mark in " _-") + 1 or len(line)
+            lines[-1:] = [line[:cut].rstrip(), line[cut:]]
         lines[-1] += character
     return lines

@@ -12,18 +12,19 @@ import numpy as np
 import yaml
 
 from fgvc.config import differences, dump
-from fgvc.disk import writing
+from fgvc.disk import refuse_file, writing
 from fgvc.evaluate.calibration import Calibrated, calibrate
 from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, of_logits
 from fgvc.evaluate.subject import Answers, Subject, subject
 from fgvc.export.bundle import load_bundle
+from fgvc.naming import told_apart
 from fgvc.page.render import render
 from fgvc.recipe import Recipe, Selected
 from fgvc.report.certificate import Certificate, certificates
 from fgvc.report.chart import Chart, calibration, curves, terms
 from fgvc.report.gallery import Gallery, gallery
 from fgvc.report.history import History, read_history
-from fgvc.report.localisation import Table, localisation
+from fgvc.report.localisation import COLUMNS, Table, localisation
 from fgvc.serve.engine import refuse_no_numbers
 from fgvc.techniques import CONFIGS
 from fgvc.train.events import write_atomic
@@ -126,8 +127,7 @@ def report(
     `bundles`: what runs were exported to, each shown with the run whose logits it gives. `images`: pictures a section.
     Raises FgvcError where runs have different classes, or a bundle holds none of the runs' weights.
     """
-    if out.is_dir():
-        raise FgvcError(f"{out}: is a folder; name a file for the report")
+    refuse_file(out)
     if len({run.resolve() for run in runs}) < len(runs):
         raise FgvcError("the same run twice: name each run once")
     subjects = [subject(run, select) for run in runs]
@@ -141,7 +141,7 @@ def report(
         refuse_no_numbers(answer.logits, run)
     proven = certificates(opened, subjects, answers)
     chapters = []
-    for at, (name, seen, answer) in enumerate(zip(_names(runs), subjects, answers, strict=True)):
+    for at, (name, seen, answer) in enumerate(zip(told_apart(runs), subjects, answers, strict=True)):
         scores = of_logits(answer.logits, answer.labels)
         chapters.append(
             Chapter(
@@ -177,6 +177,7 @@ def _page(chapters: Sequence[Chapter]) -> str:
         shares=SHARES,
         listed=LISTED,
         named=NAMED,
+        columns=COLUMNS,
     )
 
 
@@ -190,16 +191,6 @@ def _refuse_other_classes(subjects: Sequence[Subject]) -> None:
                 f"{first.run} and {other.run} have different classes ({len(first.classes)} and {len(other.classes)}; {why}): "
                 "one report compares runs on the same classes; make one for each"
             )
-
-
-def _names(runs: Sequence[Path]) -> list[str]:
-    """The folders' own names; with as much of the path before them as tells them apart."""
-    parts = [run.resolve().parts for run in runs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def _side_by_side(chapters: Sequence[Chapter]) -> list[Row]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from fgvc.cam.maps import refusal
-from fgvc.cam.offline import offline_maps
+from fgvc.cam.offline import looking
 from fgvc.data.loader import evaluation_loader
 from fgvc.evaluate.metrics import Scores
 from fgvc.evaluate.subject import Answers, Subject
@@ -20,7 +19,7 @@ from fgvc.image.overlay import overlay
 from fgvc.image.preprocess import fit
 from fgvc.page.render import picture
 from fgvc.serve.engine import softmax
-from fgvc.types import ImageError
+from fgvc.types import FgvcError, ImageError
 
 SIDE = 224  # pixels of a picture's longer side
 PAIRS = 8  # of classes
@@ -83,8 +82,7 @@ def gallery(seen: Subject, answers: Answers, scores: Scores, *, images: int, dev
         (a, b): _surest((answers.labels == a) & (said == b), p[:, b]) for pair in pairs for a, b in (pair, pair[::-1])
     }
     wanted = np.unique(np.concatenate([worst, uncertain, *mistakes.values()]))
-    unmapped = refusal(seen.step.net, seen.preprocess.size, "gradcam") or ""
-    maps = {} if unmapped else dict(_maps(seen, answers.rows[wanted], said[wanted], device))
+    maps, unmapped = _maps(seen, answers.rows[wanted], said[wanted], device)
     shots = {int(at): _shot(seen, answers, p[at], int(at), maps) for at in wanted}
     examples = {label: _example(seen, label) for pair in pairs for label in pair}
     return Gallery(
@@ -150,16 +148,19 @@ def _example(seen: Subject, label: int) -> str | None:
     return None
 
 
-def _maps(seen: Subject, rows: np.ndarray, targets: np.ndarray, device: str | None) -> Iterator[tuple[int, np.ndarray]]:
-    """For every row, its map (H,W) in [0,1] of the target class."""
+def _maps(
+    seen: Subject, rows: np.ndarray, targets: np.ndarray, device: str | None
+) -> tuple[dict[int, np.ndarray], str]:
+    """For every row, its Grad-CAM (H,W) in [0,1] of the target class; or none, and why."""
     of = dict(zip(rows.tolist(), targets.tolist(), strict=True))
-    loader = evaluation_loader(seen.index, rows, spec=seen.preprocess, batch_size=32, workers=0)
-    with seen.placed(device) as (where, layout):
-
-        def batches() -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-            for batch in loader:
-                labels = torch.tensor([of[row] for row in batch.index.tolist()])
-                yield batch.images.to(where, memory_format=layout), labels, batch.index.numpy()
-
-        for found, maps in offline_maps(seen.step.net, batches(), "gradcam"):
-            yield from zip(found.tolist(), maps.cpu().numpy(), strict=True)
+    found: dict[int, np.ndarray] = {}
+    with seen.placed(device) as (where, layout), ExitStack() as stack:
+        try:
+            look = stack.enter_context(looking(seen.step.net, seen.preprocess.size, ["gradcam"]))
+        except FgvcError as error:
+            return {}, str(error)
+        for batch in evaluation_loader(seen.index, rows, spec=seen.preprocess, batch_size=32, workers=0):
+            labels = torch.tensor([of[row] for row in batch.index.tolist()])
+            maps, _ = look(batch.images.to(where, memory_format=layout), labels, "gradcam")
+            found |= dict(zip(batch.index.tolist(), maps.numpy(), strict=True))
+    return found, ""

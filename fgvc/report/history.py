@@ -7,6 +7,7 @@ import io
 import json
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,22 +61,34 @@ def read_history(run: Path) -> History:
     did twice the last counts. Raises FgvcError where a file is not what fgvc writes."""
     rates: dict[int, float] = {}
     started, seconds = "", None
-    for event in _events(run / "events.jsonl"):
-        if event.get("event") == "step":
-            rates[int(event["step"])] = float(event["lr"])
-        if event.get("event") == "start" and not started:
-            started = datetime.fromtimestamp(float(event["time"]), UTC).date().isoformat()
-        seconds = {"finished": event.get("seconds"), "resume": None}.get(str(event.get("event")), seconds)
-    text = _text(run / "env.json")
-    try:
-        environment = json.loads(text) if text else {}
+    with _as_written(run / "events.jsonl"):
+        for event in _events(run / "events.jsonl"):
+            if event.get("event") == "step":
+                rates[int(event["step"])] = float(event["lr"])
+            if event.get("event") == "start" and not started:
+                started = datetime.fromtimestamp(float(event["time"]), UTC).date().isoformat()
+            if event.get("event") in ("finished", "resume"):
+                seconds = float(event["seconds"]) if event["event"] == "finished" else None
+    with _as_written(run / "env.json"):
+        text = _text(run / "env.json")
+        environment = dict(json.loads(text)) if text else {}
+    with _as_written(run / "metrics.csv"):
         rows = list(csv.DictReader(io.StringIO(_text(run / "metrics.csv"))))
         epochs = tuple({key: float(value) for key, value in row.items() if value} for row in rows)
-    except (ValueError, TypeError) as error:
-        raise FgvcError(f"{run}: env.json or metrics.csv is not as fgvc wrote it: {error}") from error
+        if wrong := [at for at, row in enumerate(epochs, 2) if not {"epoch", "step", "lr", "loss"} <= row.keys()]:
+            raise ValueError(f"line {wrong[0]} lacks an epoch, step, lr or loss")
     return History(
         epochs=epochs, rates=tuple(sorted(rates.items())), started=started, seconds=seconds, environment=environment
     )
+
+
+@contextmanager
+def _as_written(path: Path) -> Iterator[None]:
+    """Raises FgvcError in the place of what reading a broken file raises."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OverflowError, OSError) as error:
+        raise FgvcError(f"{path}: not as fgvc wrote it ({type(error).__name__}: {error}); mend or remove it") from error
 
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,60 +1,73 @@
-"""What `fgvc localize` wrote into a run, as tables: whatever numbers there are, so that a new one needs no change here."""
+"""What `fgvc localize` found, as a table and what must be known to read it: on the terminal and in reports."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fgvc.train.run import measured
 from fgvc.types import FgvcError
 
-Tree = Mapping[str, Any]
+COLUMNS = ("true class's map", "predicted class's", "middle", "chance")
+OF = ("true", "predicted", "centre")  # the first three of these
+MEASURES = {
+    "gt_known_loc": "GT-known Loc", "top1_loc": "Top-1 Loc",
+    "iou": "mean IoU", "giou": "mean GIoU", "diou": "mean DIoU", "ciou": "mean CIoU",
+    "max_box_acc": "MaxBoxAcc", "max_box_acc_v2": "MaxBoxAccV2",
+    "max_box_acc_v2_30": "  IoU 0.3", "max_box_acc_v2_50": "  IoU 0.5", "max_box_acc_v2_70": "  IoU 0.7",
+    "box_acc_v2": "  by val's thresholds",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`columns`: empty where each row has one cell, without a name."""
+    """Of one part, by one selection of weights and one method. All shares in per cent."""
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    about: str  # what was looked at
+    rows: tuple[tuple[str, tuple[str, ...]], ...]  # a measure, and a cell for each of COLUMNS
+    notes: tuple[str, ...]
 
 
 def localisation(run: Path) -> list[Table] | None:
-    """The tables of `<run>/localisation.json`; None where there is no such file. Raises FgvcError where it is not JSON."""
-    path = run / "localisation.json"
+    """The tables of `<run>/localisation.json`; None where there is no such file. Raises FgvcError where it is broken."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return None if tree is None else [table for key, numbers in tree.items() for table in _tables(key, numbers)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise FgvcError(f"{path}: not as fgvc wrote it ({error}); remove it and localize again") from error
+        return [table(key, numbers) for key, numbers in measured(run, "localisation.json").items()] or None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        path = run / "localisation.json"
+        raise FgvcError(f"{path}: not as fgvc wrote it ({error!r}); remove it and localize again") from error
 
 
-def _tables(title: str, numbers: Tree) -> list[Table]:
-    """The numbers of one part of the data: a table of its own for each tree among them."""
-    title = title.replace(".", " · ")
-    trees = {key: value for key, value in numbers.items() if isinstance(value, Mapping)}
-    single = {key: value for key, value in numbers.items() if key not in trees and value is not None}
-    found = [_table(title, single)] if single else []
-    return found + [_table(f"{title}: {key}", tree) for key, tree in trees.items() if tree]
-
-
-def _table(title: str, tree: Tree) -> Table:
-    """A tree of trees has a column for each of these; any other has one cell a row."""
-    if not all(isinstance(value, Mapping) for value in tree.values()):
-        return Table(title, (), tuple((_words(key), (_said(value),)) for key, value in tree.items()))
-    keys = dict.fromkeys(key for column in tree.values() for key in column)
-    rows = tuple((_words(key), tuple(_said(column.get(key, "")) for column in tree.values())) for key in keys)
-    return Table(title, tuple(map(_words, tree)), rows)
-
-
-def _words(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_said, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def table(key: str, numbers: Mapping[str, Any]) -> Table:
+    """Of `<split>.<select>.<method>` and the numbers of a `fgvc.localize.Localisation`."""
+    split, select, method = key.split(".")
+    boxes, parts = numbers["boxes"], numbers["parts"]
+    rows = [
+        (name, (*(f"{100 * boxes[of][measure]:.1f}" for of in OF), "")) for measure, name in MEASURES.items()
+    ]  # fmt: skip
+    if parts is not None:
+        for chance, mine, middle in zip(parts["uniform"], parts["map"], parts["centre"], strict=True):
+            cells = (f"{100 * mine:.1f}", "", f"{100 * middle:.1f}", f"{100 * chance:.1f}")
+            rows.append((f"parts in the top {100 * chance:.0f} %", cells))
+    seen, tau = f"{boxes['true']['images']} boxes", boxes["true"]["tau"]
+    seen += ", no parts" if parts is None else f", {parts['visible']} parts"
+    same = ": these very images" if split == numbers["chosen_from"] else ""
+    notes = [
+        "middle: a round map that knows no image; chance: any area of that size",
+        "MaxBoxAcc, MaxBoxAccV2: at the thresholds that suit these images best",
+        f"the rest: at the threshold that was chosen on {numbers['chosen_from']} ({tau:.2f}){same}",
+    ]
+    if parts is None:
+        notes.append("the data name no parts that can be seen: no coverage")
+    if numbers["left_out"]:
+        notes.append(f"left out: {numbers['left_out']} images without a box in what evaluation sees of them")
+    if numbers["silent"]:
+        notes.append(f"{numbers['silent']} maps are flat and find nothing")
+    return Table(
+        title=f"{split}, {select}, {method}",
+        about=f"{numbers['images']} images, top-1 {100 * numbers['top1']:.2f} %, {seen}",
+        rows=tuple(rows),
+        notes=tuple(notes),
+    )

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fgvc.image.decode import decode
 from fgvc.image.overlay import overlay
+from fgvc.image.preprocess import fit
 from fgvc.serve import protocol
 from fgvc.serve.admission import Admission
 from fgvc.serve.explain import PREDICTED, look
@@ -274,9 +275,10 @@ async def explain(
 
     def work(body: bytes) -> tuple[bytes, int]:
         image = _decode(_only_file(request, body) if form else body, service.limits)
-        ((seen, picture),) = look(looker, [image], label)
+        crop = fit(image, looker.spec)
+        (seen,) = look(looker, [crop], label)
         content = BytesIO()
-        overlay(picture, seen.maps["cam"]).save(content, "PNG", compress_level=1)
+        overlay(Image.fromarray(crop), seen.maps["cam"]).save(content, "PNG", compress_level=1)
         return content.getvalue(), seen.label
 
     png, shown = await service.compute(request, service.limits.image_bytes, work)

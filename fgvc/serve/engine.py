@@ -19,6 +19,8 @@ from fgvc.types import FgvcError
 if TYPE_CHECKING:
     from PIL import Image
 
+NONE = "none of these"  # said of an image whose best class is less probable than the bundle's threshold
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:

@@ -9,6 +9,7 @@ Of every picture NAME, below the folder of results:
   methods (M,)               str
   classes (K,), p (K,)       str; float64, the network's probabilities
   label ()                   int64, the class whose maps these are: a position in `classes`
+  rejected ()                bool: "none of these", by the threshold of a bundle
   maps (M,H,W)               float32 in [0,1]: negative parts cut off, smallest 0, largest 1, enlarged to the network's input
   raw_METHOD (h,w)           float32: what `maps` was made of, unscaled, signed for methods that are; a cell of the feature map
 and the same of a second network with `against_` before the name, its overlays in `overlays/METHOD-against`.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,19 +32,23 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
 from fgvc.config import Preprocess
-from fgvc.disk import replacing, writing
+from fgvc.disk import refuse_place, replacing, writing
 from fgvc.export.bundle import MANIFEST, load_bundle
 from fgvc.image.lettering import writable
 from fgvc.image.overlay import overlay
 from fgvc.image.preprocess import fit, normalise
 from fgvc.image.sheet import FAST, Cell, save_sheet
-from fgvc.serve.engine import Session, refuse_no_numbers, softmax
+from fgvc.naming import one_line, result_names, told_apart
+from fgvc.serve.engine import NONE, Session, refuse_no_numbers, softmax
 from fgvc.serve.predict import decoded, expand
 from fgvc.types import FgvcError, ImageError
 
 Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8]  # (H,W,3)
 Writing = Callable[[Sequence[str]], tuple[list[str], ImageFont.FreeTypeFont]]
 PREDICTED = "predicted"
+RESULTS = ("maps", "overlays", "panels")  # folders
+SINGLE_CELL = "no class maps: the feature map is a single cell; train at a larger image.size"
 COLUMNS = 6  # pictures in a row of a panel, at most
 ADVICE = "no font here can write some names, which appear as numbers; install one, such as Debian's fonts-noto-cjk"
 
@@ -55,13 +61,14 @@ class Seen:
     p: NDArray[np.float64]  # (K,)
     maps: Mapping[str, Floats]  # method -> (H,W) in [0,1]
     raw: Mapping[str, Floats]  # method -> (h,w)
+    rejected: bool = False  # "none of these", by the threshold of a bundle
 
 
 class Looker(Protocol):
     """A network that can be asked where it looks."""
 
     @property
-    def name(self) -> str: ...
+    def folder(self) -> Path: ...
     @property
     def labels(self) -> tuple[str, ...]: ...
     @property
@@ -84,20 +91,30 @@ class BundleLooker:
                 f"{folder}: has no explain.onnx{f' ({why})' if why else ''}; explain the run that it was exported from: "
                 "fgvc explain RUN IMG --method gradcam"
             )
-        self.name, self.labels, self.spec = folder.resolve().name, bundle.labels, bundle.preprocess
+        self.folder, self.labels, self.spec = folder, bundle.labels, bundle.preprocess
         self.methods: tuple[str, ...] = ("cam",)
-        self._folder, self._session = folder, Session(bundle.explain, threads=threads)
-        self._temperature = bundle.calibration.temperature if bundle.calibration else 1.0
+        self._session = Session(bundle.explain, threads=threads)
+        known = bundle.calibration
+        self._temperature, self._threshold = (known.temperature, known.threshold) if known else (1.0, 0.0)
 
     def __call__(self, x: Floats, label: int | None) -> list[Seen]:
         logits, maps = self._session.run(x)
-        refuse_no_numbers(logits, self._folder)
+        refuse_no_numbers(logits, self.folder)
         seen = []
         for p, own in zip(softmax(logits / self._temperature), maps, strict=True):
             chosen = int(p.argmax()) if label is None else label
             raw = np.ascontiguousarray(own[chosen])
-            seen.append(Seen(chosen, p, {"cam": positive(raw, (x.shape[2], x.shape[3]))}, {"cam": raw}))
+            maps_of = {"cam": positive(raw, (x.shape[2], x.shape[3]))}
+            seen.append(Seen(chosen, p, maps_of, {"cam": raw}, rejected=bool(p.max() < self._threshold)))
         return seen
+
+
+def telling(folder: Path) -> BundleLooker:
+    """A bundle whose maps can tell one place from another. Raises FgvcError where they have one cell, or there are none."""
+    looker = BundleLooker(folder)
+    if looker(np.zeros((1, 3, *looker.spec.size), np.float32), None)[0].raw["cam"].shape == (1, 1):
+        raise FgvcError(f"{folder}: {SINGLE_CELL}")
+    return looker
 
 
 def is_bundle(folder: Path) -> bool:
@@ -105,50 +122,83 @@ def is_bundle(folder: Path) -> bool:
 
 
 def explain_bundles(
-    bundles: Sequence[Path], paths: Sequence[Path], out: Path, *, methods: Sequence[str], target: str, batch: int
+    bundles: Sequence[Path],
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    methods: Sequence[str],
+    target: str,
+    batch: int,
+    overwrite: bool = False,
 ) -> int:
-    """`fgvc explain` of one bundle, or two side by side; see `explain_files`. Raises FgvcError for other methods than cam."""
+    """`fgvc explain` of one bundle, or two side by side; see `explain_files`. Raises FgvcError for other methods than cam, and
+    see `refuse_out`."""
     if other := [method for method in methods if method.lower() != "cam"]:
         raise FgvcError(
             f"{other[0]}: a bundle holds class activation maps alone (--method cam); for other methods explain the run that "
             "it was exported from"
         )
-    lookers = [BundleLooker(folder) for folder in bundles]
-    return explain_files(lookers, paths, out, target=target, batch=batch, write=writable)
+    files = list(expand(paths))
+    refuse_out(out, overwrite=overwrite)
+    lookers = [telling(folder) for folder in bundles]
+    return explain_files(lookers, files, out, target=target, batch=batch, write=writable)
+
+
+def refuse_out(out: Path, *, overwrite: bool) -> None:
+    """Raise FgvcError, before the long work, where no results can be written, or where `out` is not empty: old ones must not
+    stand among the new. `overwrite`: those of an earlier explain are to go."""
+    refuse_place(out)
+    with writing(out):
+        found = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
+    if alien := [name for name in found if name not in RESULTS]:
+        raise FgvcError(f"{out}: holds {alien[0]}, which is no result of explain; choose another --out")
+    if found and not overwrite:
+        raise FgvcError(f"{out}: holds results already; choose another --out, or give --overwrite to lose them")
 
 
 def explain_files(
-    lookers: Sequence[Looker], paths: Sequence[Path], out: Path, *, target: str, batch: int, write: Writing
+    lookers: Sequence[Looker], files: Sequence[Path], out: Path, *, target: str, batch: int, write: Writing
 ) -> int:
-    """Write the results of all pictures into `out`, print one line each; returns 0, or 1 where a picture could not be read (said
-    on stderr; the rest is done).
+    """Write the results of all pictures into `out` in the place of older ones, print one line each; returns 0, or 1 where a
+    picture could not be read (said on stderr; the rest is done).
 
     `target`: a class by name, or `predicted`: each picture's most probable one by each network. `batch`: pictures a forward.
-    Raises FgvcError for a path that does not exist and a class that a network does not have, before anything is written.
+    Raises FgvcError for a class that a network does not have, before anything is written.
     """
-    files = list(expand(paths))
     wanted = [None if target == PREDICTED else _position(looker, target) for looker in lookers]
-    names = list(dict.fromkeys(name for looker in lookers for name in (*looker.labels, looker.name)))
+    titles = told_apart([looker.folder for looker in lookers])
+    names = list(dict.fromkeys([*(name for looker in lookers for name in looker.labels), *titles]))
     written, font = write(names)
     if written != names:
         print(f"warning: {ADVICE}", file=sys.stderr)
-    sheet = _Drawer(out, lookers, dict(zip(names, written, strict=True)), font)
+    sheet = _Drawer(out, lookers, titles, dict(zip(names, written, strict=True)), font)
+    for folder in RESULTS:
+        if (out / folder).exists():
+            with writing(out / folder):
+                shutil.rmtree(out / folder)
     failed = 0
-    rest = iter(zip(files, _names(files), strict=True))
+    rest = iter(zip(files, result_names(files), strict=True))
     while some := list(islice(rest, batch)):
-        images = [decoded(path) for path, _ in some]
-        good = [image for image in images if isinstance(image, Image.Image)]
-        answers = zip(*(look(looker, good, label) for looker, label in zip(lookers, wanted, strict=True)), strict=True)
-        for (path, name), image in zip(some, images, strict=True):
-            if isinstance(image, ImageError):
+        read = [_crops(path, lookers) for path, _ in some]
+        good = [crops for crops in read if not isinstance(crops, ImageError)]
+        each = zip(*good, strict=True) if good else [()] * len(lookers)
+        answers = zip(*map(look, lookers, each, wanted), strict=True)
+        for (path, name), crops in zip(some, read, strict=True):
+            if isinstance(crops, ImageError):
                 failed += 1
-                print(f"error: {image}", file=sys.stderr)
+                print(f"error: {crops}", file=sys.stderr)
                 continue
             seen = next(answers)
-            panel = sheet.draw(path, name, seen)
-            said = (_share(looker.labels, one, one.label) for looker, (one, _) in zip(lookers, seen, strict=True))
-            print("\t".join([str(path), *said, str(panel)]))
+            panel = sheet.draw(path, name, list(zip(seen, map(Image.fromarray, crops), strict=True)))
+            said = (_answer(looker.labels, one) for looker, one in zip(lookers, seen, strict=True))
+            print("\t".join([one_line(path), *said, one_line(panel)]))
     return 1 if failed else 0
+
+
+def _crops(path: Path, lookers: Sequence[Looker]) -> list[Pixels] | ImageError:
+    """A picture as each network sees it. One by one: a batch of photographs as they are would not fit in memory."""
+    image = decoded(path)
+    return image if isinstance(image, ImageError) else [fit(image, looker.spec) for looker in lookers]
 
 
 def positive(raw: Floats, size: tuple[int, int]) -> Floats:
@@ -164,6 +214,7 @@ def positive(raw: Floats, size: tuple[int, int]) -> Floats:
 class _Drawer:
     out: Path
     lookers: Sequence[Looker]
+    titles: Sequence[str]  # of the lookers
     written: Mapping[str, str]  # a name -> as the font can write it
     font: ImageFont.FreeTypeFont
 
@@ -177,7 +228,7 @@ class _Drawer:
                 folder = self.out / "overlays" / (method if number == 0 else f"{method}-against")
                 with replacing(_ready(folder / f"{name}.png")) as scratch:
                     drawn.save(scratch, compress_level=FAST)
-            rows += self._rows(looker, one, picture, overlays)
+            rows += self._rows(number, one, picture, overlays)
             prefix = "" if number == 0 else "against_"
             arrays |= {f"{prefix}{key}": value for key, value in _arrays(looker, one).items()}
         with replacing(_ready(self.out / "maps" / f"{name}.npz")) as scratch:
@@ -185,18 +236,24 @@ class _Drawer:
         return save_sheet(rows, _ready(self.out / "panels" / f"{name}.png"), font=self.font)
 
     def _rows(
-        self, looker: Looker, one: Seen, picture: Image.Image, overlays: Mapping[str, Image.Image]
+        self, number: int, one: Seen, picture: Image.Image, overlays: Mapping[str, Image.Image]
     ) -> Iterator[list[Cell]]:
         """The picture with what the network takes it for, then the overlays; broken into rows of about one length."""
-        best = int(one.p.argmax())
-        of = f"{self.written[looker.name]}: " if len(self.lookers) > 1 else ""
-        labels = [self.written[label] for label in looker.labels]
-        cells = [Cell(picture, f"{of}{_share(labels, one, best)}")]
+        of = f"{self.written[self.titles[number]]}: " if len(self.lookers) > 1 else ""
+        labels = [self.written[label] for label in self.lookers[number].labels]
+        cells = [Cell(picture, f"{of}{_answer(labels, one, int(one.p.argmax()))}")]
         for method, drawn in overlays.items():
             empty = "" if one.maps[method].any() else " (nothing speaks for it)"
             cells.append(Cell(drawn, f"{method}: {_share(labels, one, one.label)}{empty}"))
         columns = math.ceil(len(cells) / math.ceil(len(cells) / COLUMNS))
         return (cells[at : at + columns] for at in range(0, len(cells), columns))
+
+
+def _answer(labels: Sequence[str], one: Seen, k: int | None = None) -> str:
+    """Class `k`, by default that of the maps, and how probable it is; of the most probable one, whether it is given at all."""
+    k = one.label if k is None else k
+    share = _share(labels, one, k)
+    return f"{NONE} ({share})" if one.rejected and k == one.p.argmax() else share
 
 
 def _share(labels: Sequence[str], one: Seen, k: int) -> str:
@@ -206,42 +263,25 @@ def _share(labels: Sequence[str], one: Seen, k: int) -> str:
 def _arrays(looker: Looker, one: Seen) -> dict[str, np.ndarray]:
     return {
         "methods": np.array(looker.methods), "classes": np.array(looker.labels), "p": one.p, "label": np.array(one.label),
+        "rejected": np.array(one.rejected),
         "maps": np.stack([one.maps[method] for method in looker.methods]),
         **{f"raw_{method}": one.raw[method] for method in looker.methods},
     }  # fmt: skip
 
 
-def look(looker: Looker, images: Sequence[Image.Image], label: int | None) -> list[tuple[Seen, Image.Image]]:
-    """What the network says of each, and each as it saw it."""
-    if not images:
-        return []
-    crops = [fit(image, looker.spec) for image in images]
-    seen = looker(np.stack([normalise(crop, looker.spec) for crop in crops]), label)
-    return [(one, Image.fromarray(crop)) for one, crop in zip(seen, crops, strict=True)]
+def look(looker: Looker, crops: Sequence[Pixels], label: int | None) -> list[Seen]:
+    """What the network says of each picture, cut and reduced for it."""
+    return looker(np.stack([normalise(crop, looker.spec) for crop in crops]), label) if len(crops) else []
 
 
 def _position(looker: Looker, name: str) -> int:
     if name not in looker.labels:
         near = difflib.get_close_matches(name, looker.labels, n=3)
         raise FgvcError(
-            f"--target: {looker.name} has no class {name!r}; "
+            f"--target: {looker.folder} has no class {name!r}; "
             + (f"near: {', '.join(near)}" if near else "or `predicted`")
         )
     return looker.labels.index(name)
-
-
-def _names(files: Sequence[Path]) -> list[str]:
-    """A name for the results of each file: its own without the suffix, with a number where that is taken."""
-    taken: set[str] = set()
-    names = []
-    for path in files:
-        name, number = path.stem, 1
-        while name.casefold() in taken:
-            number += 1
-            name = f"{path.stem}-{number}"
-        taken.add(name.casefold())
-        names.append(name)
-    return names
 
 
 def _ready(path: Path) -> Path:

@@ -8,14 +8,17 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from PIL.Image import Image
 
+from fgvc.config import Preprocess
 from fgvc.export.bundle import Variant, load_bundle
-from fgvc.image.decode import decode
-from fgvc.serve.engine import Answer, Engine
+from fgvc.image.decode import SUFFIXES, decode
+from fgvc.image.preprocess import preprocess
+from fgvc.naming import one_line
+from fgvc.serve.engine import NONE, Answer, Engine, answers
 from fgvc.types import FgvcError, ImageError
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 BATCH = 16  # bounds memory; on CPUs a larger one is no faster
 
 
@@ -42,33 +45,48 @@ def predict_files(
             print(json.dumps(row, ensure_ascii=False, allow_nan=False))
         else:
             names = [f"{p.label} {100 * p.probability:.1f} %" for p in result.predictions]
-            said = [f"none of these ({', '.join(names)})"] if result.rejected else names
-            print("\t".join([str(path), *said]))
+            said = [f"{NONE} ({', '.join(names)})"] if result.rejected else names
+            print("\t".join([one_line(path), *said]))
     return 1 if failed else 0
 
 
 def expand(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files as given; folders by the pictures below them, in order of name. Raises FgvcError for what is not there."""
+    """Files as given; folders by the pictures below them, in order of name, hidden ones left out as in a data set. Raises
+    FgvcError for what is not there."""
     for path in paths:
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            if not found:
-                raise FgvcError(f"{path}: no picture below this folder (looked for {', '.join(sorted(SUFFIXES))})")
-            yield from found
-        elif path.exists():
-            yield path
-        else:
+        try:
+            kind = "folder" if path.is_dir() else "file" if path.exists() else ""
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise FgvcError(f"{path}: {error.strerror}") from error
+        if not kind:
             raise FgvcError(f"{path}: no such file or folder")
+        if kind == "file":
+            yield path
+            continue
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and _shown(p, path) and p.is_file())
+        if not found:
+            raise FgvcError(f"{path}: no picture below this folder (looked for {', '.join(SUFFIXES)})")
+        yield from found
+
+
+def _shown(path: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _classify(engine: Engine, files: Iterable[Path], top_k: int) -> Iterator[tuple[Path, Answer | ImageError]]:
+    """Pictures are reduced to the network's input one by one: a batch of photographs would not fit in memory."""
     rest = iter(files)
     while batch := list(islice(rest, BATCH)):
-        read = [(path, decoded(path)) for path in batch]  # a file may be named twice
-        good = [image for _, image in read if isinstance(image, Image)]
-        answers = iter(engine.classify(good, top_k=top_k))
-        for path, image in read:
-            yield path, image if isinstance(image, ImageError) else next(answers)
+        read = [_input(path, engine.bundle.preprocess) for path in batch]  # a file may be named twice
+        good = [x for x in read if not isinstance(x, ImageError)]
+        said = iter(answers(engine.bundle, engine.logits(np.stack(good)), top_k=top_k) if good else [])
+        for path, x in zip(batch, read, strict=True):
+            yield path, x if isinstance(x, ImageError) else next(said)
+
+
+def _input(path: Path, spec: Preprocess) -> np.ndarray | ImageError:
+    image = decoded(path)
+    return image if isinstance(image, ImageError) else preprocess(image, spec)
 
 
 def decoded(path: Path) -> Image | ImageError:

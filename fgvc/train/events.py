@@ -31,7 +31,7 @@ class Log(Section):
 def write_atomic(path: Path, text: str) -> None:
     """Replace a small text file so that a reader or a kill never sees half of it. Raises FgvcError, the old file intact."""
     with replacing(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # folders' names need not be UTF-8
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fgvc import __version__
 from fgvc.config import Preprocess, differences, dump, load, validate
+from fgvc.naming import refuse_breaking
 from fgvc.recipe import Recipe, Selected
 from fgvc.train import checkpoint
 from fgvc.train.events import write_atomic
@@ -103,12 +104,35 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
 
 def recorded_preprocess(out: Path) -> Preprocess:
     """What turned images into the input of this run's net from its start. Raises FgvcError where that is not recorded."""
-    path = out / "preprocess.json"
+    return validate(Preprocess, _recorded(out, "preprocess.json"), where=str(out / "preprocess.json"))
+
+
+def recorded_classes(out: Path) -> tuple[str, ...]:
+    """The names of this run's classes, in the order of its net's outputs. Raises FgvcError where they are not recorded."""
+    found = _recorded(out, "labels.json")
+    if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
+        raise FgvcError(f"{out / 'labels.json'}: expected a list of class names")
+    refuse_breaking(found, where=out / "labels.json")
+    return tuple(found)
+
+
+def _recorded(out: Path, name: str) -> Any:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads((out / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FgvcError(f"{out}: the run was not started yet ({error})") from error
-    return validate(Preprocess, found, where=str(path))
+
+
+def measured(out: Path, name: str) -> dict[str, Any]:
+    """What one of MEASURED holds; empty where nothing was measured. Raises FgvcError where it is not as fgvc writes it."""
+    path = out / name
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise FgvcError(f"{path}: not as fgvc wrote it ({error}); remove it and measure again") from error
+    if not isinstance(found, dict) or not all(isinstance(numbers, dict) for numbers in found.values()):
+        raise FgvcError(f"{path}: not as fgvc wrote it (expected an object of objects); remove it and measure again")
+    return found
 
 
 def continue_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from sklearn.decomposition import KernelPCA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -217,6 +218,41 @@ def test_every_method_against_its_formula(name: str, monkeypatch: pytest.MonkeyP
                     large = F.interpolate(positive, SIZE, mode="bilinear", align_corners=False)[0, 0].numpy()
                     large = (large - large.min()) / np.ptp(large)
                     np.testing.assert_allclose(map_, large, atol=2e-5, err_msg=kind)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "bias", "scale"),
+    [(("scorecam", "sscam"), -140.0, 1.0), (("gradcam", "gradcam++", "hirescam", "layercam"), 0.0, 1e-7)],
+)
+def test_maps_of_the_most_unlikely_classes_reach_from_0_to_1(kinds: tuple[str, ...], bias: float, scale: float) -> None:
+    """The weights of Score-CAM are probabilities, here of 1e-60; those of Grad-CAM are gradients, which may be small, too."""
+    net = made(HEAD)
+    with torch.no_grad():
+        net.get_classifier().bias[LABELS] += bias
+        net.get_classifier().weight[LABELS] *= scale
+    with looking(net, SIZE, kinds, channels=40) as look:
+        for kind in kinds:
+            maps, raw = look(pictures(), LABELS, kind)
+            assert raw.abs().max() < 1e-6, kind
+            spoken = maps.amax((1, 2)) > 0
+            assert spoken.any(), kind
+            assert maps[spoken].amax((1, 2)).eq(1).all(), kind
+            assert maps.amin((1, 2)).eq(0).all(), kind
+
+
+def test_kernel_pca_is_the_same_every_time_and_the_library_s_where_that_is_exact() -> None:
+    """With more than 200 cells the library's solver starts at random, and so it gives another sign or another map each time."""
+    a = np.random.default_rng(0).normal(size=(2, 5, 15, 16)).astype(np.float32)
+    found = []
+    for seed in (0, 1):
+        np.random.seed(seed)  # the library's
+        found.append(method.KPCACAM.get_cam_image(None, None, None, None, a, None, False))  # type: ignore[arg-type]
+    assert found[0].tobytes() == found[1].tobytes()
+    cells = a.reshape(2, 5, -1).transpose(0, 2, 1)
+    for got, own in zip(found[0], cells - cells.mean(1, keepdims=True), strict=True):
+        exact = KernelPCA(n_components=1, kernel="sigmoid", eigen_solver="dense").fit_transform(np.float64(own))
+        np.testing.assert_allclose(got.ravel(), exact[:, 0], rtol=1e-4, atol=1e-6)
+        assert got.max() >= -got.min()
 
 
 def test_cam_is_grad_cam_up_to_scale_where_pooling_and_a_linear_layer_are_the_head() -> None:

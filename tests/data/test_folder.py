@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from fgvc.data.folder import FolderData
+from fgvc.image.decode import SUFFIXES
+from fgvc.serve.predict import expand
 from fgvc.types import SPLITS, FgvcError
 
 
@@ -130,3 +132,31 @@ def test_a_real_set():
     for split in ("train", "test"):
         files = {f.relative_to(root).as_posix() for f in (root / split).glob("*/*.jpg")}
         assert set(index.paths[index.rows(split)].tolist()) == files
+
+
+def test_names_that_are_not_utf8_or_break_lines_are_refused_by_name(tmp_path):
+    touch(tmp_path / "a", "x/1.jpg", f"y/{os.fsdecode(b'caf')}.jpg")
+    (tmp_path / "a/y" / os.fsdecode(b"caf\xe9.jpg")).touch()
+    with pytest.raises(FgvcError, match=r"y/caf\\udce9\.jpg: the name is not UTF-8: rename the file"):
+        FolderData(root=tmp_path / "a").read()
+    for name in (b"two\nlines", b"caf\xe9", b"a\tb"):
+        root = tmp_path / os.fsdecode(name)
+        touch(root, "x/1.jpg", f"{os.fsdecode(name)}/1.jpg")
+        with pytest.raises(FgvcError, match="the class '.*rename it|the name is not UTF-8"):
+            FolderData(root=root).read()
+
+
+def test_predict_and_explain_take_the_files_that_a_data_set_takes(tmp_path):
+    names = [f"{at}{suffix}" for at, suffix in enumerate(SUFFIXES)]
+    touch(
+        tmp_path,
+        *(f"a/{name}" for name in names),
+        "a/UP.JPG",
+        "a/notes.txt",
+        "a/.hidden.jpg",
+        "a/.trash/1.jpg",
+        "a/b/1.png",
+    )
+    index = FolderData(root=tmp_path, test_fraction=0, val_fraction=0).read()
+    assert sorted(expand([tmp_path])) == sorted(tmp_path / path for path in index.paths.tolist())
+    assert len(index) == len(SUFFIXES) + 2

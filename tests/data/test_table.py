@@ -140,7 +140,8 @@ def test_encodings(tmp_path, encoding, label, notice):
 def test_the_encoding_can_be_said(tmp_path):
     text = "path,label\na.jpg,déjà\n"
     assert write(tmp_path, text, "cp1252", encoding="cp1252").read().classes == ("déjà",)
-    assert write(tmp_path, b"path,label\na.jpg,\x81\n").read().classes == ("\x81",)  # undefined in cp1252: latin-1
+    index = write(tmp_path, b"path,label\n\x81.jpg,a\n").read()
+    assert list(index.paths) == ["\x81.jpg"]  # undefined in cp1252: latin-1
     with pytest.raises(FgvcError, match=r"is not utf-8 text; set data\.encoding"):
         write(tmp_path, text, "cp1252", encoding="utf-8").read()
     with pytest.raises(FgvcError, match="no encoding of that name"):

@@ -173,7 +173,7 @@ def test_data_check_with_everything(fgvc: Callable[..., Said], recipe: Path, col
     fgvc(*mended)
     fgvc(*mended, "--fail-on", "warning", code=1)
     assert "random weights" in fgvc("data", "check", recipe, "--suspects", code=2).stderr
-    assert "not a place" in fgvc("data", "check", recipe, "--out", tmp_path, code=2).stderr
+    assert "is a folder" in fgvc("data", "check", recipe, "--out", tmp_path, code=2).stderr
 
 
 def test_eval(fgvc: Callable[..., Said], run: Path) -> None:

@@ -15,6 +15,7 @@ from fgvc.evaluate.averaged import averaged, canvas, refined
 from fgvc.evaluate.subject import subject
 from fgvc.image.preprocess import preprocess
 from fgvc.recipe import Recipe
+from fgvc.train.run import measured
 from fgvc.types import FgvcError
 
 
@@ -61,7 +62,7 @@ def test_they_are_recorded_apart_and_stay_out_of_bundles(tmp_path, recipe_tree: 
     )
     plain, many = api.evaluate(run, "test"), api.evaluate(run, "test", views="flip+crops")
     assert (plain.split, many.split) == ("test", "test-flip+crops")
-    assert set(api._recorded(run)) == {"test.best", "test-flip+crops.best"}
+    assert set(measured(run, "metrics.json")) == {"test.best", "test-flip+crops.best"}
     assert {path.name for path in (run / "tables").iterdir()} >= {"classes-test.csv", "confused-test-flip+crops.csv"}
     squashed = recipe_tree | {"deploy": {"resize": "squash"}}
     whole = api.train(validate(Recipe, squashed, where="test"), tmp_path / "squashed")

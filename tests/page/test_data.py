@@ -43,7 +43,7 @@ def report(tmp_path: Path) -> Report:
 def test_all_findings_are_there_with_their_images(report: Report) -> None:
     page = data_page(report)
     assert page == data_page(report)
-    assert "1 errors" in page
+    assert "1 error, " in page
     assert len(re.findall(r'<img src="data:image/jpeg;base64,', page)) == 3 + 1
     assert "a &lt;b&gt;" in page
     assert "<b>" not in page

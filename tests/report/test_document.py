@@ -9,6 +9,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,11 +18,16 @@ from torch.nn import functional as F
 from fgvc import api
 from fgvc.evaluate.metrics import of_logits
 from fgvc.evaluate.subject import subject
+from fgvc.image.decode import decode
+from fgvc.image.overlay import overlay
+from fgvc.image.preprocess import preprocess
+from fgvc.page.render import picture
 from fgvc.recipe import Recipe
 from fgvc.report.document import duration, leaves, report, wilson
 from fgvc.report.gallery import MISTAKES, gallery
 from fgvc.types import FgvcError
 from tests.conftest import paint
+from tests.report.test_localisation import numbers
 
 NAMES = ("<i>red", "blue & \"bold\" 'un'", "麻雀")  # as folders sort them
 COLOURS = ((200, 70, 60), (60, 80, 200), (70, 170, 80))
@@ -76,7 +82,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(data: Path, out: Path, **changes: object) -> Path:
     tree = {
         "data": {"kind": "folder", "root": str(data), "max_unreadable": 0.5},
-        "image": {"size": 32},
+        "image": {"size": [64, 96]},
         "model": {"backbone": "test_resnet"},
         "train": {"epochs": 2, "batch_size": 8, "workers": 0, "device": "cpu", "max_steps": 4},
         "optim": {"lr": 0.01, "warmup_epochs": 0.5},
@@ -129,7 +135,7 @@ def test_nothing_is_fetched_run_or_left_unescaped(run: Path, text: str) -> None:
     for address in page.addresses:
         if address.startswith("data:image/jpeg"):
             kinds.add(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).size)
-    assert kinds == {(224, 224)}
+    assert kinds == {(224, 149)}
     anchors = set(re.findall(r'id="([^"]+)"', text))
     assert {address[1:] for address in page.addresses if address.startswith("#")} <= anchors
 
@@ -154,8 +160,6 @@ def test_worst_and_most_uncertain_by_their_definitions(run: Path) -> None:
     assert [shot.path for shot in found.worst] == [str(paths[at]) for at in losses.argsort(descending=True)[:5]]
     top = z.softmax(1).topk(2).values
     assert [shot.path for shot in found.uncertain] == [str(paths[at]) for at in (top[:, 0] - top[:, 1]).argsort()[:5]]
-    assert found.unmapped == ""
-    assert all(shot.map and shot.map != shot.picture for shot in (*found.worst, *found.uncertain))
     assert sum(sum(pair.counts) for pair in found.pairs) == int((z.argmax(1) != y).sum())
     for pair in found.pairs:
         for (true, said), count, shots in zip((pair.classes, pair.classes[::-1]), pair.counts, pair.shots, strict=True):
@@ -164,13 +168,47 @@ def test_worst_and_most_uncertain_by_their_definitions(run: Path) -> None:
         assert all(pair.examples)
 
 
-def test_a_net_without_maps_says_why_and_shows_the_pictures(data: Path, tmp_path: Path) -> None:
-    vit = trained(
-        data, tmp_path / "vit", model={"backbone": "test_vit", "kwargs": {"global_pool": "token"}}, image={"size": 160}
-    )
-    said = report([vit], tmp_path / "r.html", images=1).read_text(encoding="utf-8")
-    assert "no class maps, because" in said
-    assert "class map of" not in said
+def pixels(address: str | None) -> np.ndarray:
+    assert address is not None
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))), dtype=float)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_maps_are_grad_cam_of_the_class_that_is_said(run: Path, data: Path, tmp_path: Path, tokens: bool) -> None:
+    """By autograd alone, laid over the picture of the page; of a ViT that reads the class token, before its last block."""
+    if tokens:
+        kwargs = {"global_pool": "token", "img_size": 64}
+        model, size = {"backbone": "test_vit", "kwargs": kwargs}, {"size": 64}
+        run = trained(data, tmp_path / "vit", model=model, image=size)
+    seen = subject(run)
+    answers = seen.answers(seen.part()[1])
+    found = gallery(seen, answers, of_logits(answers.logits, answers.labels), images=4)
+    assert found.unmapped == ""
+    net, away = seen.step.net, []
+    rows = {str(path): row for row, path in enumerate(seen.index.paths)}
+    for shot in (*found.worst, *found.uncertain):
+        x = torch.from_numpy(preprocess(decode(seen.index.path(rows[shot.path])), seen.preprocess))[None]
+        kept: list[torch.Tensor] = []
+        tapped = net.blocks[-1].norm1 if tokens else net.layer4
+        handle = tapped.register_forward_hook(lambda module, given, a, kept=kept: kept.append(a))
+        (gradient,) = torch.autograd.grad(net(x)[0, seen.classes.index(shot.said)], kept[0])
+        handle.remove()
+        if tokens:
+            a, g = (t[:, 1:].transpose(1, 2).unflatten(2, (4, 4)) for t in (kept[0], gradient))
+        else:
+            a, g = kept[0], gradient
+        raw = (g.mean((2, 3), keepdim=True) * a).sum(1, keepdim=True).clamp(min=0)
+        large = F.interpolate(raw, seen.preprocess.size, mode="bilinear")[0, 0].detach().numpy()
+        if not np.ptp(large):
+            continue
+        large = (large - large.min()) / np.ptp(large)
+        page, crop = pixels(shot.map), Image.fromarray(np.uint8(pixels(shot.picture)))
+        right, wrong = (
+            np.abs(pixels(picture(overlay(crop, one), side=224)) - page).mean() for one in (large, large[:, ::-1])
+        )
+        assert right < 4, "no more than JPEG costs"
+        away.append(wrong / right)
+    assert np.median(away) > 3, "another map would show"
 
 
 def test_runs_side_by_side(run: Path, other: Path, tmp_path: Path) -> None:
@@ -199,15 +237,16 @@ def test_runs_that_can_not_share_a_page_are_refused(run: Path, colours: Path, tm
 def test_localisation_is_shown_where_it_was_measured(run: Path, text: str, tmp_path: Path) -> None:
     assert "fgvc localize" in text
     path = run / "localisation.json"
-    path.write_text(json.dumps({"val": {"pointing": 0.75, "images": 17}}))
+    path.write_text(json.dumps({"val.last.gradcam": numbers()}))
     try:
         page = Page(report([run], tmp_path / "r.html", images=1).read_text(encoding="utf-8"))
         path.write_text("{")
-        with pytest.raises(FgvcError, match=r"localisation\.json"):
-            report([run], tmp_path / "r.html", images=1)
+        with pytest.raises(FgvcError, match=r"localisation\.json: not as fgvc wrote it"):
+            report([run], tmp_path / "none.html", images=1)
     finally:
         path.unlink()
-    assert page.row("pointing")[1] == "0.75"
+    assert not (tmp_path / "none.html").exists()
+    assert page.row("MaxBoxAccV2")[1:] == ["7.0", "7.1", "7.2", ""]
 
 
 def test_small_things_by_hand() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fgvc.report import chart
 from fgvc.report.chart import curves, terms
 from fgvc.report.history import History, read_history
 from fgvc.types import FgvcError
@@ -63,6 +64,39 @@ def test_runs_with_names_in_chinese_are_drawn_without_a_warning(tmp_path: Path) 
     ]
 
 
-def test_what_fgvc_did_not_write_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FgvcError, match=r"run: env\.json or metrics\.csv"):
-        written(tmp_path / "run", [], "epoch,step\n1,many\n")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.csv", "epoch,step\n1,many\n"),
+        ("metrics.csv", "epoch,step,lr,loss\n1,5,0.1,\n"),
+        ("metrics.csv", "a picture, say\n\x00\n"),
+        ("env.json", "[1]"),
+        ("env.json", "{"),
+        ("events.jsonl", '{"event": "step", "step": "ten", "lr": 1}\n'),
+        ("events.jsonl", '{"event": "step"}\n'),
+        ("events.jsonl", '{"event": "start", "time": 1e30}\n'),
+        ("events.jsonl", '{"event": "finished"}\n'),
+        ("events.jsonl", '{"event": "finished", "seconds": [1]}\n'),
+        ("events.jsonl", '{"event": "start", "time": null}\n'),
+    ],
+)
+def test_what_fgvc_did_not_write_is_named(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FgvcError, match=rf"{tmp_path}/{name}: not as fgvc wrote it \(.*; mend or remove it"):
+        read_history(tmp_path)
+
+
+def test_training_is_dotted_beside_a_validated_run_and_solid_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validated = written(tmp_path / "a", [], "epoch,step,lr,loss,val_top1,val_loss\n1,5,0.1,3,0.5,1\n2,10,0,2,0.6,0.9\n")
+    alone = written(tmp_path / "b", [], "epoch,step,lr,loss\n1,5,0.1,3\n2,10,0,2\n")
+    drawn: list[list[tuple[str, list[float]]]] = []
+    monkeypatch.setattr(
+        chart, "chart", lambda figure: drawn.append([(x.get_ls(), list(x.get_ydata())) for x in figure.axes[0].lines])
+    )
+    curves(["a", "b"], [validated, alone])
+    assert drawn[0] == [(":", [3, 2]), ("-", [1, 0.9]), (":", [3, 2])]
+    drawn.clear()
+    curves(["b"], [alone])
+    assert drawn[0] == [("-", [3, 2])]

@@ -1,31 +1,66 @@
-"""Whatever `fgvc localize` wrote becomes tables."""
+"""What `fgvc localize` wrote, as a table for people."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fgvc.report.localisation import Table, localisation
+from fgvc.report.localisation import COLUMNS, MEASURES, localisation, table
 from fgvc.types import FgvcError
 
 
-def test_trees_become_tables(tmp_path: Path) -> None:
-    assert localisation(tmp_path) is None
-    boxes = {"true": {"tau": 0.25, "max_box_acc": 0.123456}, "centre": {"tau": 0.5}}
-    numbers = {"images": 17, "chosen_from": "val", "boxes": boxes, "parts": {"map": [0.5, 0.75]}, "none": None}
-    (tmp_path / "localisation.json").write_text(json.dumps({"val.last.gradcam": numbers}))
-    title = "val · last · gradcam"
-    assert localisation(tmp_path) == [
-        Table(title, (), (("images", ("17",)), ("chosen from", ("val",)))),
-        Table(f"{title}: boxes", ("true", "centre"), (("tau", ("0.25", "0.5")), ("max box acc", ("0.1235", "")))),
-        Table(f"{title}: parts", (), (("map", ("0.5, 0.75",)),)),
-    ]
+def numbers(**changes: Any) -> dict[str, Any]:
+    """Each measure of each map another number."""
+    boxes = {
+        of: {"images": 16, "tau": 0.25} | {key: (10 * at + place) / 1000 for at, key in enumerate(MEASURES)}
+        for place, of in enumerate(("true", "predicted", "centre"))
+    }
+    parts = {"visible": 99, "map": [0.5, 0.75], "centre": [0.25, 0.375], "uniform": [0.1, 0.2]}
+    tree = {
+        "images": 17,
+        "top1": 0.75,
+        "left_out": 1,
+        "silent": 2,
+        "chosen_from": "val",
+        "boxes": boxes,
+        "parts": parts,
+    }
+    return tree | changes
+
+
+def test_every_measure_stands_in_its_row_and_every_map_in_its_column() -> None:
+    found = table("test.ema.gradcam", numbers())
+    assert (found.title, found.about) == ("test, ema, gradcam", "17 images, top-1 75.00 %, 16 boxes, 99 parts")
+    rows = dict(found.rows)
+    assert rows["GT-known Loc"] == ("0.0", "0.1", "0.2", "")
+    assert rows["MaxBoxAccV2"] == ("7.0", "7.1", "7.2", "")
+    assert rows["parts in the top 20 %"] == ("75.0", "", "37.5", "20.0")
+    assert {len(cells) for cells in rows.values()} == {len(COLUMNS)}
+    said = "; ".join(found.notes)
+    assert "the threshold that was chosen on val (0.25)" in said
+    assert "these very images" not in said
+    assert "left out: 1 images" in said
+    assert "2 maps are flat" in said
+    assert "these very images" in "; ".join(table("val.ema.gradcam", numbers()).notes)
+
+
+def test_without_parts() -> None:
+    found = table("val.last.cam", numbers(parts=None, left_out=0, silent=0))
+    assert found.about.endswith("16 boxes, no parts")
+    assert not any(label.startswith("parts") for label, _ in found.rows)
+    assert found.notes[-1] == "the data name no parts that can be seen: no coverage"
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    for text in ("{", "[1]", '{"val": 1}'):
+    assert localisation(tmp_path) is None
+    whole = {"val.last.cam": numbers()}
+    (tmp_path / "localisation.json").write_text(json.dumps(whole))
+    assert localisation(tmp_path) == [table("val.last.cam", numbers())]
+    broken = [{"val": numbers()}, {"val.last.cam": numbers(boxes=1)}, {"val.last.cam": numbers(top1=None)}]
+    for text in ("{", "[1]", '{"val": 1}', "\x00", '{"val.last.cam": {}}', *map(json.dumps, broken)):
         (tmp_path / "localisation.json").write_text(text)
-        with pytest.raises(FgvcError, match=r"localisation\.json"):
+        with pytest.raises(FgvcError, match=r"localisation\.json: not as fgvc wrote it"):
             localisation(tmp_path)

@@ -1,0 +1,50 @@
+"""Names as users have them: long, equal, with line breaks, not UTF-8."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fgvc.naming import one_line, refuse_breaking, result_names, told_apart
+from fgvc.types import FgvcError
+
+
+def test_names_of_results_never_collide() -> None:
+    files = [Path(name) for name in ("a/x.jpg", "b/x.jpg", "a/X.png", "a/x-2.jpg", "c/x.jpg", "y.jpg")]
+    found = result_names(files)
+    assert found == ["x", "x-2", "X-3", "x-2-2", "x-4", "y"]
+    assert len({name.casefold() for name in found}) == len(files)
+
+
+def test_names_of_results_fit_a_file_system_and_are_text(tmp_path: Path) -> None:
+    files = [Path("叶" * 83 + ".png"), Path("叶" * 82 + "子.png"), Path(os.fsdecode(b"caf\xe9.png"))]
+    found = result_names(files)
+    assert found == ["叶" * 66, "叶" * 66 + "-2", "caf\N{REPLACEMENT CHARACTER}"]
+    for name in found:
+        (tmp_path / f".4194304.{name}.npz").write_bytes(b"")
+
+
+def test_one_line_stays_one_and_one_column() -> None:
+    assert one_line(Path("a\tb/c\nd\x1b[2J\u2028.png")) == r"a\tb/c\nd\x1b[2J\u2028.png"
+    assert one_line(os.fsdecode(b"caf\xe9")) == r"caf\udce9"
+    assert one_line("麻雀 ä b") == "麻雀 ä b"
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told_apart([Path("runs/a/plain"), Path("runs/b/plain")]) == ["a/plain", "b/plain"]
+    assert told_apart([Path("x/plain"), Path("x/dcl")]) == ["plain", "dcl"]
+    assert told_apart([Path("p/a/run"), Path("q/a/run"), Path("q/b/run")]) == ["p/a/run", "q/a/run", "q/b/run"]
+    monkeypatch.chdir(tmp_path)
+    assert told_apart([Path()]) == [tmp_path.name]
+
+
+@pytest.mark.parametrize("name", ["leaf\nrust", "leaf\trust", "leaf\x1b[31m", "leaf\u2029", "leaf\udce9"])
+def test_classes_whose_names_break_lines_are_refused(name: str) -> None:
+    with pytest.raises(FgvcError, match=r"labels\.json: the class 'leaf.*rename it"):
+        refuse_breaking(["fine", name], where=Path("labels.json"))
+
+
+def test_other_names_of_classes_are_taken() -> None:
+    refuse_breaking(["Kälte  麻雀\u3000é", 'a "b" <i>, c;', "\N{SNOWMAN}"], where=Path("x"))
