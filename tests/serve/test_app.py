@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 
 from fgvc.config import Calibration
 from fgvc.serve.admission import Admission
-from fgvc.serve.app import Service, make_app
+from fgvc.serve.app import Direct, Service, make_app
 from fgvc.serve.engine import Engine
 from fgvc.serve.limits import Limits, read_key
 from fgvc.serve.models import Models
@@ -155,6 +156,39 @@ def test_refusals_have_names(shared: Service) -> None:
         assert found.status_code == status, path
         assert said in found.json()["error"]
         assert list(found.json()) == ["error"]
+
+
+def test_the_direct_way_answers_as_the_usual_one(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = {"name": "input", "datatype": "FP32", "shape": [1, 3, SIZE, SIZE], "data": [0.5] * 3 * SIZE**2}
+    good = json.dumps({"inputs": [tensor]}).encode()
+    asked = [
+        *((f"/v1/classify{query}", picture()) for query in (
+            "", "?", "?top_k=2", "?top_k=02", "?top_k=0", "?top_k=-1", "?top_k=", "?top_k=x", "?top_k=%32", "?top_k=1&top_k=2",
+            "?top_k=" + "9" * 30, "?top_k=²", "?model=calibrated", "?model=", "?model=nope", "?model=%ff",
+            "?model=a&model=calibrated", "?target=x", "?model=calibrated&x=1&top_k=1", "?%00",
+        )),
+        *((f"/v2/models/{name}", good) for name in (
+            "colours/infer", "colours/versions/1/infer", "colours/versions/2/infer", "colours/versions//infer", "/infer",
+            "nope/infer", "colours/infer/", "col%6furs/infer", "%2e%2e/infer", "a/b/infer", "colours/infer?x=1",
+            "colours%0a/infer",
+        )),
+        ("/v2/models/colours/infer", b"{"), ("/v1/classify", b""), ("/v1/classify/", picture()), ("/v1/explain", picture()),
+    ]  # fmt: skip
+    both = []
+    for direct in (True, False):
+        if not direct:
+            monkeypatch.setattr(Direct, "_find", lambda self, scope: None)
+        answers = []
+        for path, body in asked:
+            found = ask(shared, "POST", path, content=body)
+            content: Any = found.content if found.headers["content-type"] == "image/png" else found.json()
+            if isinstance(content, dict) and "milliseconds" in content:
+                del content["milliseconds"]
+            answers.append((path, found.status_code, found.headers["content-type"], content))
+        both.append(answers)
+    for one, other in zip(*both, strict=True):
+        assert one == other
+    assert {row[1] for row in both[0]} == {200, 400, 404, 422}
 
 
 def test_pictures_that_are_none(shared: Service) -> None:

@@ -21,7 +21,7 @@ from tests.serve.small import SIZE, Server, bomb, picture, save_bundle, serving
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1", "localhost", "::1"])
 X = np.random.default_rng(0).random((2, 3, SIZE, SIZE), dtype=np.float32)
-SLOW = 100  # products of matrices: a tenth of a second or so
+SLOW = 40  # products of matrices: a tenth of a second or so
 
 
 @pytest.fixture(scope="module")
