@@ -227,6 +227,33 @@ def test_bytes_without_a_declared_length_are_cut_off_while_they_come(tmp_path: P
     assert sent < 65 << 20
 
 
+def test_who_is_refused_at_the_door_need_not_send_a_byte(tmp_path: Path) -> None:
+    full = service({"a": save_bundle(tmp_path / "a")})
+    full.admission.running, full.admission.queue = full.admission.concurrency, 0
+    said: list[Any] = []
+
+    async def never() -> Any:
+        raise AssertionError("nothing is read")
+
+    async def note(message: Any) -> None:
+        said.append(message)
+
+    for length in (b"1000", b"400000"):
+        headers = [(b"host", b"x"), (b"content-length", length)]
+        scope = {"type": "http", "method": "POST", "path": "/v1/classify", "query_string": b"", "headers": headers}
+        asyncio.run(make_app(full)(scope, never, note))
+    for start, body in zip(said[::2], said[1::2], strict=True):
+        assert start["status"] == 503
+        assert (b"retry-after", b"1") in start["headers"]
+        assert (b"connection", b"close") not in start["headers"]
+        assert json.loads(body["body"]) == {"error": "the queue is full; try again"}
+    text = ask(full, "GET", "/metrics").text
+    assert 'fgvc_rejected_total{reason="queue_full"} 2.0' in text
+    assert 'fgvc_requests_total{code="503",route="other"} 2.0' in text
+    full.admission.draining = True
+    assert ask(full, "POST", "/v1/classify", content=picture()).json() == {"error": "the server is shutting down"}
+
+
 def test_all_bodies_together_are_bounded(tmp_path: Path) -> None:
     small = service({"a": save_bundle(tmp_path / "a")}, Limits(held_bytes=500))
     found = ask(small, "POST", "/v1/classify", content=b"x" * 501)
