@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
@@ -41,17 +41,28 @@ class Transport(asyncio.Transport):
     resume_reading = pause_reading
 
 
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message["body"], message["more_body"]
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
 async def hello(scope: Scope, receive: Receive, send: Send) -> None:
     """Answers at once, whatever is still to come of the body."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"hi"})
 
 
-def play(*parts: bytes, seconds: float = 30, keep_alive: int = 30, wait: bool = False, pause: float = 0) -> Transport:
+def play(
+    *parts: bytes, seconds: float = 30, keep_alive: int = 30, wait: bool = False, pause: float = 0, app: ASGIApp = hello
+) -> Transport:
     """What is there after `parts`, each handed over as it is; `wait`: until the server hangs up."""
 
     async def scene() -> Transport:
-        config = Config(hello, log_config=None, access_log=False, ws="none", timeout_keep_alive=keep_alive)
+        config = Config(app, log_config=None, access_log=False, ws="none", timeout_keep_alive=keep_alive)
         protocol, transport = Patient(config, ServerState(), {}, seconds=seconds), Transport()
         protocol.connection_made(transport)
         for part in parts:
@@ -128,3 +139,21 @@ def test_after_an_early_answer_and_the_rest_of_its_body_a_connection_may_rest_fo
 def test_no_host_no_answer() -> None:
     assert play(b"GET / HTTP/1.1\r\n\r\n").said.startswith(b"HTTP/1.1 400 ")
     assert play(b"GET / HTTP/1.0\r\n\r\n").said.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("step", [1, 50, 10_000])  # bytes of one request
+def test_an_offer_of_another_protocol_is_passed_over(step: int) -> None:
+    offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\n"
+    sized = b"POST / HTTP/1.1\r\nhost: x\r\n" + offer + b"content-length: 6\r\n\r\nbody-1"
+    chunked = b"POST / HTTP/1.1\r\nhost: x\r\n" + offer + b"transfer-encoding: chunked\r\n\r\n6\r\nbody-2\r\n0\r\n\r\n"
+    asked = [sized, chunked, GET[:-2] + offer + b"\r\n", sized]
+    found = play(*(one[at : at + step] for one in asked for at in range(0, len(one), step)), app=echo)
+    assert (found.said.count(b"200 OK"), found.cut) == (4, False)
+    assert (found.said.count(b"body-1"), found.said.count(b"body-2")) == (2, 1)
+
+    assert play(sized * 1000, app=echo).cut  # and not by the end of Python's stack
+
+
+def test_this_is_no_proxy() -> None:
+    found = play(b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\nhello")
+    assert (found.said[:13], found.cut) == (b"HTTP/1.1 400 ", True)
