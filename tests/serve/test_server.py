@@ -169,6 +169,13 @@ def test_slow_clients_are_let_go(tmp_path: Path) -> None:
             time.sleep(1.5)
             assert client.get("/v2/health/live").status_code == 200
         assert server.metric('fgvc_rejected_total{reason="slow"}') == 1
+        with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+            connection.sendall(head("/v1/classify", "content-length: 100") + b"x")
+            until(lambda: server.metric("fgvc_in_flight") == 1)
+            server.process.terminate()
+            assert server.process.wait(30) == 0  # half a body is told so, and holds up nothing
+            assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+        assert "Traceback" not in server.errors.read_text()
 
 
 def drip(connection: socket.socket, content: bytes) -> None:
