@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -24,11 +24,19 @@ T = TypeVar("T")
 @dataclass(eq=False, slots=True)
 class _Job:
     work: Callable[[], Any]
-    answer: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    answer: asyncio.Future[Any]
+
+    def fail(self, error: Exception) -> None:
+        """No more answer than this, unless there is one."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class Admission:
-    """A few threads and a short queue before them, first come first served. For the event loop's thread alone."""
+    """A few threads and a short queue before them, first come first served. For the event loop's thread alone.
+
+    The threads are plain ones: concurrent.futures' locks and futures cost more than what is left of a request's path.
+    """
 
     def __init__(self, *, concurrency: int, queue: int) -> None:
         self.concurrency, self.queue = concurrency, queue
@@ -37,7 +45,9 @@ class Admission:
         self.draining = False
         self._waiting: deque[_Job] = deque()
         self._asked: set[_Job] = set()  # whose answers somebody waits for
-        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="fgvc-infer")
+        self._taken: SimpleQueue[_Job | None] = SimpleQueue()  # by the threads
+        for number in range(concurrency):
+            Thread(target=self._compute, name=f"fgvc-infer-{number}", daemon=True).start()
 
     @property
     def waiting(self) -> int:
@@ -73,22 +83,18 @@ class Admission:
         """
         if self.full:
             raise _queue_full()
-        job = _Job(work)
+        loop = asyncio.get_running_loop()
+        job = _Job(work, loop.create_future())
         self._asked.add(job)
         self._waiting.append(job)
         self._start()
-        left = asyncio.ensure_future(_left(request))
-        seconds = max(0.0, deadline - asyncio.get_running_loop().time())
+        left = loop.create_task(_left(request, job))
+        late = loop.call_at(deadline, job.fail, _too_late())
         try:
-            await asyncio.wait({job.answer, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if job.answer.done():
-                return job.answer.result()
-            if left.done():
-                raise Gone
-            raise Refusal(504, "the deadline passed before the answer was there", reason="deadline")
+            return await job.answer
         finally:
             left.cancel()
-            job.answer.cancel()
+            late.cancel()
             self._asked.discard(job)
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -96,38 +102,50 @@ class Admission:
     def abandon(self) -> None:
         """Refuse whoever still waits for an answer."""
         for job in self._asked:
-            if not job.answer.done():
-                job.answer.set_exception(_shutting_down())
+            job.fail(_shutting_down())
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for _ in range(self.concurrency):
+            self._taken.put(None)
 
     def _start(self) -> None:
         while self._waiting and self.running < self.concurrency:
-            job = self._waiting.popleft()
             self.running += 1
-            done = asyncio.get_running_loop().run_in_executor(self._threads, job.work)
-            done.add_done_callback(partial(self._finish, job))
+            self._taken.put(self._waiting.popleft())
 
-    def _finish(self, job: _Job, done: asyncio.Future[Any]) -> None:
+    def _compute(self) -> None:
+        """A thread's life."""
+        while (job := self._taken.get()) is not None:
+            result, error = None, None
+            try:
+                result = job.work()
+            except Exception as caught:
+                error = caught
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+                job.answer.get_loop().call_soon_threadsafe(self._finish, job, result, error)
+            del job, result, error
+
+    def _finish(self, job: _Job, result: Any, error: Exception | None) -> None:
         self.running -= 1
-        error = done.exception()
-        if job.answer.done():
-            pass  # its client no longer waits
-        elif error is not None:
-            job.answer.set_exception(error)
-        else:
-            job.answer.set_result(done.result())
+        if error is not None:
+            job.fail(error)
+        elif not job.answer.done():  # else its client no longer waits
+            job.answer.set_result(result)
         self._start()
 
 
-async def _left(request: Request) -> None:
+async def _left(request: Request, job: _Job) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    job.fail(Gone())
 
 
 def _queue_full() -> Refusal:
     return Refusal(503, "the queue is full; try again", reason="queue_full")
+
+
+def _too_late() -> Refusal:
+    return Refusal(504, "the deadline passed before the answer was there", reason="deadline")
 
 
 def _shutting_down() -> Refusal:

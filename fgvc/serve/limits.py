@@ -23,7 +23,7 @@ from fgvc.types import FgvcError
 MIB = 1 << 20
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 OPEN_PATHS = frozenset({"/", "/v2/health/live", "/v2/health/ready"})  # what probes and a browser's first visit need
-_SMALL = 64 << 10  # an unread rest that is cheaper to swallow than a new connection
+_SMALL = 512 << 10  # an unread rest that is cheaper to swallow than a new connection
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 64 * MIB
 
 
@@ -72,35 +72,34 @@ class Held:
         if (length_of(request.headers.get("content-length")) or 0) > limit:
             raise _too_large(limit)
         parts: list[bytes] = []
-        held = 0
         try:
-            async for part in self._parts(request, deadline):
-                if held + len(part) > limit:
-                    raise _too_large(limit)
-                if self.bytes + len(part) > self._limits.held_bytes:
-                    raise Refusal(503, "too many requests are sending data; try again", reason="memory")
-                held += len(part)
-                self.bytes += len(part)
-                parts.append(part)
-            whole = b"".join(parts)
-            parts.clear()
-            yield whole
+            await self._read(request, parts, limit, deadline)
+            parts[:] = [b"".join(parts)]  # which returns a single one as it is
+            yield parts[0]
         finally:
-            self.bytes -= held
+            self.bytes -= sum(map(len, parts))
 
-    async def _parts(self, request: Request, deadline: float) -> AsyncIterator[bytes]:
+    async def _read(self, request: Request, parts: list[bytes], limit: int, deadline: float) -> None:
+        """Until the body's end, into `parts`, whose bytes are counted as held."""
         now, stall = asyncio.get_running_loop().time, self._limits.stall_seconds
-        more = True
-        while more:
-            try:
-                async with asyncio.timeout_at(min(now() + stall, deadline)):
+        size, more = 0, True
+        try:
+            async with asyncio.timeout_at(deadline) as bound:
+                while more:
+                    bound.reschedule(min(now() + stall, deadline))
                     message = await request.receive()
-            except TimeoutError:
-                raise Refusal(408, "the body did not arrive in time", reason="slow") from None
-            if message["type"] != "http.request":
-                raise Gone
-            more = bool(message.get("more_body", False))
-            yield message.get("body", b"")
+                    if message["type"] != "http.request":
+                        raise Gone
+                    part, more = message.get("body", b""), bool(message.get("more_body", False))
+                    size += len(part)
+                    if size > limit:
+                        raise _too_large(limit)
+                    if self.bytes + len(part) > self._limits.held_bytes:
+                        raise Refusal(503, "too many requests are sending data; try again", reason="memory")
+                    self.bytes += len(part)
+                    parts.append(part)
+        except TimeoutError:
+            raise Refusal(408, "the body did not arrive in time", reason="slow") from None
 
 
 def length_of(text: str | None) -> int | None:
@@ -138,7 +137,7 @@ class Courtesy:
             if message["type"] == "http.response.start":
                 closing = unread and (chunked or rest > _SMALL or message["status"] == 408)
                 if closing:
-                    message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
+                    message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
             elif closing and not message.get("more_body", False):
                 await send({**message, "more_body": True})
                 await swallow()

@@ -14,6 +14,7 @@ from fgvc.serve.admission import Admission
 from fgvc.serve.models import Models
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OTHER = "other"  # whatever has no route, or came to none
 GONE = 499  # nginx's code for a client that left before its answer
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
@@ -89,6 +90,6 @@ class Metered:
         try:
             await self._app(scope, receive, noted)
         finally:
-            route = getattr(scope.get("route"), "path", "other")  # the template, not what the client wrote
+            route = getattr(scope.get("route"), "path", OTHER)  # the template, not what the client wrote
             self._metrics.requests.labels(route, str(code)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - started)

@@ -177,7 +177,8 @@ def _numbers(data: Any) -> np.ndarray:
 def _bytes(content: memoryview, size: Any) -> np.ndarray:
     if type(size) is not int or size != len(content) or size % 4:
         raise Refusal(400, f"binary_data_size is {repr(size)}, {len(content)} bytes follow the JSON; 4 make a value")
-    return np.array(np.frombuffer(content, dtype="<f4"))  # behind JSON of any length floats may lie across words
+    values = np.frombuffer(content, dtype="<f4")
+    return values if values.flags.aligned else values.copy()  # behind JSON of any length floats may lie across words
 
 
 def _wants_bytes(tree: Mapping[str, Any], name: str) -> bool:

@@ -16,21 +16,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import h11
 import prometheus_client
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.server import ServerState
 
 from fgvc.serve.admission import Admission
 from fgvc.serve.app import Service, make_app
 from fgvc.serve.engine import available_cpus
 from fgvc.serve.limits import Limits
 from fgvc.serve.models import Models
+from fgvc.serve.wire import Patient
 from fgvc.types import FgvcError
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
 _KEEP_ALIVE = 75  # seconds; load balancers hold a connection for a minute, and must be the first to close it
 
 
@@ -84,13 +82,14 @@ def _give_back_memory() -> None:
     pictures of 40 megapixels would leave a gigabyte with the process for good."""
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, 16 << 20)
 
 
 def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
-        app, http=partial(_Patient, seconds=settings.limits.stall_seconds),  # type: ignore[arg-type]
+        app, http=partial(Patient, seconds=settings.limits.stall_seconds),  # type: ignore[arg-type]
         loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=1,
+        proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=3,  # more than limits.Courtesy lingers
     )  # fmt: skip
 
 
@@ -144,34 +143,6 @@ class _Server(uvicorn.Server):
         task = asyncio.ensure_future(work)
         self._background.add(task)  # the loop itself holds tasks by weak references
         task.add_done_callback(self._background.discard)
-
-
-class _Patient(H11Protocol):
-    """Not for ever: uvicorn would wait without end for a request's headers."""
-
-    def __init__(self, config: uvicorn.Config, server_state: ServerState, *, seconds: float, **others: Any) -> None:
-        super().__init__(config, server_state, **others)
-        self._seconds = seconds
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._due: asyncio.TimerHandle | None = self.loop.call_later(self._seconds, transport.abort)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._unset()
-        elif self._due is None:
-            self._due = self.loop.call_later(self._seconds, self.transport.abort)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._unset()
-        super().connection_lost(exc)
-
-    def _unset(self) -> None:
-        if self._due is not None:
-            self._due.cancel()
-            self._due = None
 
 
 def _bind(host: str, port: int) -> socket.socket:

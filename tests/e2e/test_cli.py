@@ -20,6 +20,7 @@ from fgvc import api
 from fgvc.cli import main
 from fgvc.model.backbone import plain_model
 from fgvc.template import recipe_file, run_name
+from tests.serve.small import serving
 
 VERBS = (
     "recipes", "init", "data", "train", "eval", "explain", "localize", "report", "compare", "export", "verify", "triton",
@@ -209,6 +210,23 @@ def test_export_verify_predict(
     right = [Path(row["path"]).parent.name == row["predictions"][0]["label"] for row in rows]
     assert sum(right) / 12 == pytest.approx(json.loads((bundle / "metrics.json").read_text())["test"]["top1"])
     assert all(len(row["predictions"]) == 2 for row in rows)
+
+
+@pytest.mark.allow_hosts(["127.0.0.1"])
+def test_what_is_served_is_what_is_predicted(
+    fgvc: Callable[..., Said], bundle: Path, colours: Path, tmp_path: Path
+) -> None:
+    said = fgvc("predict", bundle, colours / "test", "--json", "--top-k", 2).stdout
+    with serving(tmp_path, f"colours={bundle}") as server, server.client() as client:
+        for row in map(json.loads, said.splitlines()):
+            content = Path(row["path"]).read_bytes()
+            found = client.post("/v1/classify?top_k=2", content=content).json()
+            assert [one["label"] for one in found["predictions"]] == [one["label"] for one in row["predictions"]]
+            for served, predicted in zip(found["predictions"], row["predictions"], strict=True):
+                assert served["probability"] == pytest.approx(predicted["probability"], abs=1e-4)
+            assert found["rejected"] == row["rejected"]
+        heat = client.post("/v1/explain", content=content)
+        assert (heat.status_code, heat.headers["content-type"]) == (200, "image/png")
 
 
 def test_a_report_certifies_the_weights_of_the_bundle_and_no_others(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 
 from fgvc.config import Calibration
 from fgvc.serve.admission import Admission
-from fgvc.serve.app import Service, make_app
+from fgvc.serve.app import Direct, Service, make_app
 from fgvc.serve.engine import Engine
 from fgvc.serve.limits import Limits, read_key
 from fgvc.serve.models import Models
@@ -157,6 +158,39 @@ def test_refusals_have_names(shared: Service) -> None:
         assert list(found.json()) == ["error"]
 
 
+def test_the_direct_way_answers_as_the_usual_one(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = {"name": "input", "datatype": "FP32", "shape": [1, 3, SIZE, SIZE], "data": [0.5] * 3 * SIZE**2}
+    good = json.dumps({"inputs": [tensor]}).encode()
+    asked = [
+        *((f"/v1/classify{query}", picture()) for query in (
+            "", "?", "?top_k=2", "?top_k=02", "?top_k=0", "?top_k=-1", "?top_k=", "?top_k=x", "?top_k=%32", "?top_k=1&top_k=2",
+            "?top_k=" + "9" * 30, "?top_k=²", "?model=calibrated", "?model=", "?model=nope", "?model=%ff",
+            "?model=a&model=calibrated", "?target=x", "?model=calibrated&x=1&top_k=1", "?%00",
+        )),
+        *((f"/v2/models/{name}", good) for name in (
+            "colours/infer", "colours/versions/1/infer", "colours/versions/2/infer", "colours/versions//infer", "/infer",
+            "nope/infer", "colours/infer/", "col%6furs/infer", "%2e%2e/infer", "a/b/infer", "colours/infer?x=1",
+            "colours%0a/infer",
+        )),
+        ("/v2/models/colours/infer", b"{"), ("/v1/classify", b""), ("/v1/classify/", picture()), ("/v1/explain", picture()),
+    ]  # fmt: skip
+    both = []
+    for direct in (True, False):
+        if not direct:
+            monkeypatch.setattr(Direct, "_find", lambda self, scope: None)
+        answers = []
+        for path, body in asked:
+            found = ask(shared, "POST", path, content=body)
+            content: Any = found.content if found.headers["content-type"] == "image/png" else found.json()
+            if isinstance(content, dict) and "milliseconds" in content:
+                del content["milliseconds"]
+            answers.append((path, found.status_code, found.headers["content-type"], content))
+        both.append(answers)
+    for one, other in zip(*both, strict=True):
+        assert one == other
+    assert {row[1] for row in both[0]} == {200, 400, 404, 422}
+
+
 def test_pictures_that_are_none(shared: Service) -> None:
     good = picture((1, 2, 3), "JPEG", (200, 100))
     gif = io.BytesIO()
@@ -191,6 +225,33 @@ def test_bytes_without_a_declared_length_are_cut_off_while_they_come(tmp_path: P
     assert small.held.bytes == 0
     # What is not read is swallowed, so that the client reads its answer; see limits.Courtesy.
     assert sent < 65 << 20
+
+
+def test_who_is_refused_at_the_door_need_not_send_a_byte(tmp_path: Path) -> None:
+    full = service({"a": save_bundle(tmp_path / "a")})
+    full.admission.running, full.admission.queue = full.admission.concurrency, 0
+    said: list[Any] = []
+
+    async def never() -> Any:
+        raise AssertionError("nothing is read")
+
+    async def note(message: Any) -> None:
+        said.append(message)
+
+    for length in (b"1000", b"400000"):
+        headers = [(b"host", b"x"), (b"content-length", length)]
+        scope = {"type": "http", "method": "POST", "path": "/v1/classify", "query_string": b"", "headers": headers}
+        asyncio.run(make_app(full)(scope, never, note))
+    for start, body in zip(said[::2], said[1::2], strict=True):
+        assert start["status"] == 503
+        assert (b"retry-after", b"1") in start["headers"]
+        assert (b"connection", b"close") not in start["headers"]
+        assert json.loads(body["body"]) == {"error": "the queue is full; try again"}
+    text = ask(full, "GET", "/metrics").text
+    assert 'fgvc_rejected_total{reason="queue_full"} 2.0' in text
+    assert 'fgvc_requests_total{code="503",route="other"} 2.0' in text
+    full.admission.draining = True
+    assert ask(full, "POST", "/v1/classify", content=picture()).json() == {"error": "the server is shutting down"}
 
 
 def test_all_bodies_together_are_bounded(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert figures["overload: neither answered nor refused"].value == 0
     assert figures["overload: offered"].value <= bench.OVERLOAD * figures["classify: peak goodput"].value
     assert figures["infer: overhead, one at a time"].value > 0
+    assert figures["infer: p50, one at a time"].value <= figures["infer: p95, one at a time"].value
+    assert 0 < figures["infer of 4: that, of alone"].value < 100
     assert math.isfinite(figures["overload: p99 of the answered"].value)
     show_figures(list(figures.values()))
     assert "throughput" in capsys.readouterr().out

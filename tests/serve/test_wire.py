@@ -1,0 +1,159 @@
+"""uvicorn's protocol with our bounds, fed by hand: what it says to bytes, and when it hangs up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from fgvc.serve.wire import Patient
+
+GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+LIMIT = 64 << 10
+
+
+class Transport(asyncio.Transport):
+    """A client that only listens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said, self.ended, self.cut = b"", asyncio.Event(), False
+
+    def write(self, data: Any) -> None:
+        self.said += bytes(data)
+
+    def close(self) -> None:
+        self.ended.set()
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        return self.ended.is_set()
+
+    def pause_reading(self) -> None:
+        pass
+
+    resume_reading = pause_reading
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message["body"], message["more_body"]
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def hello(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers at once, whatever is still to come of the body."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"hi"})
+
+
+def play(
+    *parts: bytes, seconds: float = 30, keep_alive: int = 30, wait: bool = False, pause: float = 0, app: ASGIApp = hello
+) -> Transport:
+    """What is there after `parts`, each handed over as it is; `wait`: until the server hangs up."""
+
+    async def scene() -> Transport:
+        config = Config(app, log_config=None, access_log=False, ws="none", timeout_keep_alive=keep_alive)
+        protocol, transport = Patient(config, ServerState(), {}, seconds=seconds), Transport()
+        protocol.connection_made(transport)
+        for part in parts:
+            if not transport.is_closing():
+                protocol.data_received(part)
+            await asyncio.sleep(pause)
+        for _ in range(10):  # what came at once is answered in turn
+            await asyncio.sleep(0)
+        if wait:
+            async with asyncio.timeout(20):
+                await transport.ended.wait()
+        transport.cut = transport.is_closing()
+        protocol.connection_lost(None)
+        return transport
+
+    return asyncio.run(scene())
+
+
+def test_requests_in_any_pieces() -> None:
+    post = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc"
+    for step in (1, 7, 1000):
+        content = GET + post + GET
+        found = play(*(content[at : at + step] for at in range(0, len(content), step)))
+        assert (found.said.count(b"200 OK"), found.cut) == (3, False)
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        lambda number: b"GET /" + b"x" * 1000 if not number else b"x" * 1000,
+        lambda number: GET[:-2] + b"a: " if not number else b"x" * 1000,
+        lambda number: GET[:-2] if not number else b"x" * 1000,
+        lambda number: GET[:-2] if not number else b"a: b\r\n" * 150,
+    ],
+    ids=["address", "value", "name", "headers"],
+)
+def test_headers_without_end_are_cut_off(endless: Callable[[int], bytes]) -> None:
+    found = play(*map(endless, range(3 * LIMIT // 900)))
+    assert found.cut
+    assert found.said.startswith(b"HTTP/1.1 400 ")
+
+
+def test_headers_below_the_limit_are_taken_in_any_pieces() -> None:
+    long = GET[:-2] + b"a: " + b"x" * (LIMIT - 1000) + b"\r\n\r\n"
+    for step in (100, 10_000, len(long)):
+        content = (long + GET) * 2
+        found = play(*(content[at : at + step] for at in range(0, len(content), step)))
+        assert (found.said.count(b"200 OK"), found.cut) == (4, False)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [],
+        [GET[:10]],
+        [GET, GET[:10]],
+        [GET, b"\r\n"],  # no request, but uvicorn stops waiting for one to end the connection
+        [b"\r\n"] * 5,
+        [b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n", b"abc"],  # has its answer, and dawdles
+    ],
+)
+def test_whoever_says_nothing_whole_is_let_go(parts: list[bytes]) -> None:
+    found = play(*parts, seconds=0.05, wait=True)
+    assert found.said.count(b"HTTP/1.1") == any(part.endswith(b"\r\n\r\n") for part in parts)
+
+
+def test_after_an_early_answer_and_the_rest_of_its_body_a_connection_may_rest_for_as_long_as_others() -> None:
+    early = [b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 6\r\n\r\n", b"abcdef"]
+    found = play(*early, GET, seconds=0.02, pause=0.1)
+    assert (found.said.count(b"200 OK"), found.cut) == (2, False)
+    play(*early, keep_alive=1, wait=True)  # not for ever
+
+
+def test_no_host_no_answer() -> None:
+    assert play(b"GET / HTTP/1.1\r\n\r\n").said.startswith(b"HTTP/1.1 400 ")
+    assert play(b"GET / HTTP/1.0\r\n\r\n").said.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("step", [1, 50, 10_000])  # bytes of one request
+def test_an_offer_of_another_protocol_is_passed_over(step: int) -> None:
+    offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\n"
+    sized = b"POST / HTTP/1.1\r\nhost: x\r\n" + offer + b"content-length: 6\r\n\r\nbody-1"
+    chunked = b"POST / HTTP/1.1\r\nhost: x\r\n" + offer + b"transfer-encoding: chunked\r\n\r\n6\r\nbody-2\r\n0\r\n\r\n"
+    asked = [sized, chunked, GET[:-2] + offer + b"\r\n", sized]
+    found = play(*(one[at : at + step] for one in asked for at in range(0, len(one), step)), app=echo)
+    assert (found.said.count(b"200 OK"), found.cut) == (4, False)
+    assert (found.said.count(b"body-1"), found.said.count(b"body-2")) == (2, 1)
+
+    assert play(sized * 1000, app=echo).cut  # and not by the end of Python's stack
+
+
+def test_this_is_no_proxy() -> None:
+    found = play(b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\nhello")
+    assert (found.said[:13], found.cut) == (b"HTTP/1.1 400 ", True)
