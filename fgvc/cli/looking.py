@@ -1,0 +1,143 @@
+"""Verbs that look at what was trained."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fgvc.cli.option import Channels, Device, Part, Run, Select
+from fgvc.types import FgvcError
+
+
+def evaluate(
+    run: Run,
+    split: Part = None,
+    select: Select = None,
+    device: Device = None,
+    views: Annotated[
+        Literal["flip", "crops", "flip+crops", "refined"] | None,
+        typer.Option(
+            help="Average over these (refined: a second pass on the crop that the branch, never averaged, attends to); "
+            "no bundle does; recorded apart."
+        ),
+    ] = None,
+) -> None:
+    """Score a run on a part of its data."""
+    from fgvc import api, show
+
+    show.scores(api.evaluate(run, split, select=select, device=device, views=views))
+
+
+def localize(
+    run: Run,
+    split: Part = None,
+    method: Annotated[str, typer.Option(help="That makes the class maps; see `fgvc explain`.")] = "gradcam",
+    channels: Channels = None,
+    select: Select = None,
+    device: Device = None,
+) -> None:
+    """Where a run looks, beside the boxes and parts of its data: MaxBoxAcc, GT-known and Top-1 Loc, IoU, part coverage."""
+    from fgvc import api, show
+
+    show.localisation(api.localize(run, split, method=method, channels=channels, select=select, device=device))
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="The folders of one or more runs, of the same classes.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page to write.")] = Path("report.html"),
+    bundle: Annotated[
+        list[Path] | None, typer.Option(help="A bundle that a run was exported to; as many as there are.")
+    ] = None,
+    split: Part = None,
+    select: Select = None,
+    device: Device = None,
+    images: Annotated[int, typer.Option(min=1, max=50, help="Pictures in a section.")] = 10,
+) -> None:
+    """Write all that a run shows into one HTML file that needs nothing else."""
+    from fgvc import api
+
+    print(api.report(runs, out, bundles=bundle or [], split=split, select=select, device=device, images=images))
+
+
+def explain(
+    seen: Annotated[
+        Path, typer.Argument(metavar="RUN|BUNDLE", help="A run, or a bundle (class activation maps, no torch).")
+    ],
+    paths: Annotated[list[Path], typer.Argument(metavar="IMG", help="Images, or folders of images.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the results.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="cam | gradcam | gradcam++ | smoothgradcam++ | scorecam | sscam | ablationcam | finercam | hirescam | xgradcam "
+            "| layercam | eigencam | ...; may be given several times. Default: gradcam; of a bundle cam."
+        ),
+    ] = None,
+    target: Annotated[str, typer.Option(help="Whose maps: predicted, or a class by name.")] = "predicted",
+    against: Annotated[Path | None, typer.Option(help="A second run or bundle, side by side.")] = None,
+    channels: Channels = None,
+    select: Select = None,
+    device: Device = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Lose the results that are in --out.")] = False,
+) -> None:
+    """Show where a network looks: overlays, panels side by side, raw maps. Exit code 1 where an image could not be read."""
+    from fgvc.serve.explain import explain_bundles, is_bundle
+
+    both = [seen, *([against] if against is not None else [])]
+    if all(is_bundle(path) for path in both):
+        if select is not None or device is not None or channels is not None:
+            raise FgvcError("--select, --device and --channels go with a run, not with a bundle")
+        methods = method or ["cam"]
+        sys.exit(explain_bundles(both, paths, out, methods=methods, target=target, batch=batch, overwrite=overwrite))
+    from fgvc import api
+
+    sys.exit(
+        api.explain(
+            seen, paths, out, methods=method or ["gradcam"], against=against, target=target, select=select, device=device,
+            channels=channels, batch=batch, overwrite=overwrite,
+        )
+    )  # fmt: skip
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(help="What is deployed: a run, a bundle, or an .onnx file.")],
+    b: Annotated[Path, typer.Argument(help="What is to take its place: a run, a bundle, or an .onnx file.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="A folder of class folders, or a recipe; default: the data of A's run, or of B's."),
+    ] = None,
+    split: Part = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="For an .onnx without labels.json beside it: a JSON list, or a class a line.")
+    ] = None,
+    preprocess: Annotated[
+        Path | None, typer.Option(help="For an .onnx without preprocess.json beside it; default: as the other side.")
+    ] = None,
+    max_negative_flips: Annotated[
+        str | None,
+        typer.Option(help="Gate: at most so many images (12), or such a share (0.5%), right before, wrong now."),
+    ] = None,
+    min_gain: Annotated[
+        float | None, typer.Option(help="Gate: B's accuracy minus A's in points, at least; may be negative.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A page (.html) with the flipped images; a .csv of all beside it.")
+    ] = None,
+) -> None:
+    """Two classifiers on the same images: gain, chance, and what breaks. Exit code 1 where a gate says no."""
+    from fgvc import api, show
+    from fgvc.evaluate.compare import Gate
+    from fgvc.page.compare import refuse_out, write_page
+
+    gate = Gate(max_negative_flips, min_gain)
+    if out is not None:
+        refuse_out(out)
+    found = api.compare(a, b, data=data, split=split, labels=labels, preprocess=preprocess)
+    failed = gate.failures(found.paired)
+    show.versus(found, failed)
+    if out is not None:
+        write_page(found, out, failed=failed)
+    sys.exit(1 if failed else 0)

@@ -1,0 +1,33 @@
+"""Arguments and options that several verbs have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Config = Annotated[str, typer.Argument(help="A recipe file, or the id of one that comes with fgvc.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")]
+Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
+Part = Annotated[
+    Literal["val", "test"] | None, typer.Option("--split", help="Default: val where there is one, else test.")
+]
+Select = Annotated[
+    Literal["last", "best", "ema", "swa"] | None,
+    typer.Option("--select", help="Other weights than the recipe selects."),
+]
+Channels = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="How many channels scorecam, sscam and ablationcam try; 0: all. Default: 64, or what is cheap."
+    ),
+]
+Device = Annotated[str | None, typer.Option("--device", help="auto | cpu | cuda | mps; default: the recipe's.")]
+
+
+def recipe_path(config: str) -> Path:
+    """Of a recipe by path or id."""
+    from fgvc.template import recipe_file
+
+    return recipe_file(config)

@@ -1,0 +1,145 @@
+"""Verbs of what ships: bundles, and their answers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fgvc.cli.option import Run, Select
+from fgvc.types import FgvcError
+
+
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],
+    against: Annotated[Path | None, typer.Option(help="The deployed .onnx that this must be a drop-in for.")] = None,
+    select: Select = None,
+    keep: Annotated[
+        float,
+        typer.Option(
+            help='Share of the right answers on validation that the threshold for "none of these" keeps; 1: no threshold.'
+        ),
+    ] = 0.95,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also a model.int8.onnx: smaller, faster, not quite as exact.")
+    ] = False,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Also a model.fp16.onnx, for GPUs; most CPUs run it slower.")
+    ] = False,
+    agreement: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the images for which these must name the float file's class. [int8: 0.98, fp16: 0.99]"
+        ),
+    ] = None,
+    int8_images: Annotated[int, typer.Option(help="Train images to calibrate int8 with.")] = 200,
+    int8_float: Annotated[
+        int, typer.Option(help="How many of the first layers stay in float; the last always does.")
+    ] = 6,
+    reduce_range: Annotated[
+        bool | None,
+        typer.Option(
+            "--reduce-range/--full-range",
+            help="Weights of 7 bits, for x86 CPUs without VNNI. Default: as the CPU here needs it.",
+        ),
+    ] = None,
+) -> None:
+    """Strip, fuse, export and prove; writes no bundle where a proof fails."""
+    from fgvc import api, show
+
+    wanted = api.Int8(images=int8_images, first=int8_float, reduce_range=reduce_range) if int8 else None
+    variants = api.Variants(int8=wanted, fp16=fp16, agreement=agreement)
+    done = api.export(run, out, against=against, select=select, keep=keep, overwrite=overwrite, variants=variants)
+    show.contract(done)
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="A bundle, or an .onnx file.")],
+    against: Annotated[Path | None, typer.Option(help="The deployed .onnx to compare an .onnx with.")] = None,
+) -> None:
+    """Prove a bundle again, or say where two .onnx files differ. Exit code 1 where they do."""
+    from fgvc import api, show
+
+    result = api.verify(path, against=against)
+    show.verification(result)
+    sys.exit(0 if result.passed else 1)
+
+
+def triton(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that fgvc exported.")],
+    repository: Annotated[Path, typer.Argument(help="Triton's model repository; made where there is none.")],
+    name: Annotated[str | None, typer.Option(help="The model's name; default: the bundle's folder's.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "gpu"], typer.Option(help="Where Triton runs it; auto: on GPUs, where there are any.")
+    ] = "auto",
+    instances: Annotated[
+        int, typer.Option(min=1, help="Copies that run side by side; each takes one core, or a share of the GPU.")
+    ] = 1,
+) -> None:
+    """Put a bundle into the model repository of a Triton server (or KServe), queue bounded; see deploy/README.md."""
+    from fgvc.export.bundle import load_bundle
+    from fgvc.export.triton import write_model
+
+    print(write_model(load_bundle(bundle), repository, name=name, device=device, instances=instances))
+
+
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that fgvc exported.")],
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    top_k: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 1,
+    variant: Annotated[
+        Literal["float", "int8", "fp16"], typer.Option(help="Which file of the bundle answers.")
+    ] = "float",
+) -> None:
+    """Classify images with onnxruntime. Exit code 1 where an image could not be read."""
+    from fgvc.serve.predict import predict_files
+
+    sys.exit(predict_files(bundle, paths, as_json=as_json, top_k=top_k, variant=variant))
+
+
+def serve(
+    bundles: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]BUNDLE", help="Bundles, by the names of their folders, or by others."),
+    ],
+    host: Annotated[str, typer.Option(help="0.0.0.0 for all of the machine's addresses.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")] = 8000,
+    concurrency: Annotated[int, typer.Option(min=0, help="Requests at a time; 0: as many as CPUs / threads.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="In a request; more shorten it, but fewer are answered.")] = 1,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that wait; more are refused with 503.")] = 32,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds from a request to its answer, else 504.")] = 30.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds after SIGTERM for the requests that are there.")] = 20.0,
+    image_mib: Annotated[float, typer.Option(min=0.001, help="Largest picture, in MiB.")] = 10.0,
+    tensor_mib: Annotated[float, typer.Option(min=0.001, help="Largest tensor request, in MiB.")] = 32.0,
+    megapixels: Annotated[float, typer.Option(min=0.001, help="Most pixels of a picture, in millions.")] = 40.0,
+    batch: Annotated[int, typer.Option(min=1, help="Most images in a tensor request.")] = 16,
+    poll: Annotated[
+        float, typer.Option(min=0, help="Look every so many seconds for a new bundle in a place; 0: on SIGHUP only.")
+    ] = 0.0,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Clients must bring its content; else FGVC_API_KEY, where that is set.")
+    ] = None,
+) -> None:
+    """Serve bundles over HTTP with onnxruntime: images at /v1/classify, tensors at /v2 (Open Inference Protocol)."""
+    try:
+        from fgvc.serve.limits import MIB, Limits, read_key
+        from fgvc.serve.models import parse_places
+        from fgvc.serve.run import Settings
+        from fgvc.serve.run import serve as run
+    except ModuleNotFoundError as error:
+        raise FgvcError(f"fgvc serve: {error.name} is not installed: pip install 'fgvc[serve]'") from error
+
+    limits = Limits(
+        image_bytes=int(image_mib * MIB), tensor_bytes=int(tensor_mib * MIB), pixels=int(megapixels * 1e6), batch=batch,
+        seconds=timeout,
+    )  # fmt: skip
+    settings = Settings(
+        host=host, port=port, threads=threads, concurrency=concurrency or None, queue=queue, grace=grace, poll=poll,
+        key=read_key(api_key_file), limits=limits,
+    )  # fmt: skip
+    sys.exit(run(parse_places(bundles), settings))

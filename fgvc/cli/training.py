@@ -1,0 +1,171 @@
+"""Verbs that make runs, and those that lead there: recipes, studies, benches."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fgvc.cli.option import Config, Overrides, recipe_path
+from fgvc.disk import refuse_file, writing
+from fgvc.types import FgvcError
+
+
+def recipes(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
+) -> None:
+    """List the recipes that come with fgvc."""
+    from fgvc import template
+
+    if schema:
+        import json
+
+        from fgvc.recipe import Recipe
+
+        print(json.dumps(Recipe.model_json_schema(), indent=1))
+        return
+    for name, path in template.recipes().items():
+        print(f"{name:<22} {(template.header(path) or [''])[0]}")
+
+
+def init(
+    recipe: Annotated[str, typer.Argument(help="The id of a recipe, see `fgvc recipes`.")],
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+) -> None:
+    """Write a recipe out with every key explained, to own and change."""
+    from fgvc import template
+    from fgvc.recipe import Recipe
+
+    if out.exists():
+        raise FgvcError(f"{out}: exists already; remove it, or choose another name")
+    text = template.commented(Recipe, template.recipe_file(recipe))
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    print(f"{out}: set data.root and model.weights in it, then: fgvc data check {out}")
+
+
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<id or name of the recipe>.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on with the unfinished run in --out | never | PATH of a run.")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Lose the run that is in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what a step costs and what conflicts; train nothing.")
+    ] = False,
+) -> None:
+    """Train a run, or go on with one."""
+    from fgvc import api, show
+    from fgvc.template import run_name
+
+    path = recipe_path(config)
+    recipe = api.load_recipe(path, overrides or [])
+    if dry_run:
+        show.forecast(api.forecast(recipe))
+        return
+    try:
+        run = api.train(recipe, out or Path("runs") / run_name(path), resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt as stop:
+        done = str(stop) or "before the first step of this session"
+        print(f"interrupted, {done}; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's
+        print(run)
+
+
+def ablate(
+    study: Annotated[str, typer.Argument(help="A study's file, or the id of one that comes with fgvc.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The study's folder; default studies/<its name>.")] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Time the arms' steps and say how long the study takes; train nothing.")
+    ] = False,
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be given several times.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed; may be given several times.")] = None,
+    test: Annotated[
+        bool, typer.Option("--test", help="Score on test what validation chose. Once: it is recorded.")
+    ] = False,
+) -> None:
+    """Train what a study lists, seed by seed, and compare all arms with the first. Exit code 1 where a run failed."""
+    from fgvc import show
+    from fgvc.ablate import run
+    from fgvc.ablate.study import read_study
+    from fgvc.template import study_file
+
+    path = study_file(study)
+    plan, place = read_study(path, overrides or []), out or Path("studies") / path.stem
+    if estimate:
+        show.estimate(run.estimate(plan, place, arms=arm or [], seeds=seed or []))
+        return
+    failures = []
+    if test:
+        run.read_test(plan, place)
+    else:
+        try:
+            failures = run.ablate(plan, place, arms=arm or [], seeds=seed or [])
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+    for failure in failures:
+        print(f"failed: {failure.run}: {failure.reason}", file=sys.stderr)
+    print(place / "table.html")
+    sys.exit(1 if failures else 0)
+
+
+def bench(
+    what: Annotated[
+        Literal["train", "load", "export", "serve"],
+        typer.Argument(
+            help="train: a step against a bare one; load: steps with loading against steps alone; "
+            "export: with all proofs against torch's alone; serve: a bundle's server against onnxruntime alone."
+        ),
+    ],
+    config: Annotated[
+        str, typer.Argument(help="A recipe file, or the id of one that comes with fgvc; of serve a bundle.")
+    ],
+    overrides: Overrides = None,
+    pairs: Annotated[
+        int, typer.Option(min=0, help="Pairs of measurements; default 30, 12 blocks of steps, or 3 exports.")
+    ] = 0,
+    each: Annotated[
+        bool,
+        typer.Option(
+            "--each", help="train: every technique's step, and every class map, against the step without any."
+        ),
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
+) -> None:
+    """Measure speed as ratios against bare references, in one run."""
+    if out is not None:
+        refuse_file(out)
+    if what == "serve":
+        from fgvc.serve.bench import bench_serve, show_figures, write_figures
+
+        figures = bench_serve(Path(config))
+        show_figures(figures)
+        if out is not None:
+            write_figures(out, figures)
+        return
+    from fgvc import api, show
+    from fgvc import bench as measure
+
+    recipe = api.load_recipe(recipe_path(config), overrides or [])
+    if each and what != "train":
+        raise FgvcError("--each goes with `fgvc bench train`")
+    if what == "train":
+        count = pairs or 30
+        found = measure.bench_each(recipe, pairs=count) if each else [measure.bench_train(recipe, pairs=count)]
+        found += measure.bench_maps(recipe, pairs=count) if each else []
+    elif what == "export":
+        found = [measure.bench_export(recipe, pairs=pairs or 3)]
+    else:
+        found = [measure.bench_load(recipe, workers=workers, pairs=pairs or 12) for workers in (0, 1, 2)]
+    show.ratios(found)
+    if out is not None:
+        measure.write_csv(out, found)
