@@ -28,7 +28,9 @@ check: install
 test: check
 	$(TEST) -m "not slow"
 
+# The slow matrix starts Ray, too, which nothing else needs.
 test-all: check
+	$(BIN)/python -m pip install --quiet --editable '.[train,serve,packaged,ray,dev]'
 	$(TEST)
 
 clean:

@@ -232,7 +232,7 @@ def step_on_one_batch(session: Session) -> Callable[[], None]:
     """The run's own step, on one batch that is held; what is scheduled is at half of its way."""
     raw = list(islice(session.loader.epoch(0), session.recipe.train.accumulate))
     quiet = Events(Path(), session.recipe.log, active=False)
-    session.progress.step = session.total_steps // 2
+    session.progress.step, session.progress.epoch = session.total_steps // 2, session.recipe.train.epochs // 2
 
     def step() -> None:
         take_step(session, iter(raw), quiet)

@@ -86,6 +86,8 @@ def estimate(found: Estimate) -> None:
     console.print(table)
     console.print(f"{found.done} runs are done, {len(found.cells)} to do: {found.hours:.2f} h of training steps")
     console.print("without validation, and without what techniques do between epochs")
+    for failure in found.refused:
+        console.print(f"refused: {failure.run}: {failure.reason}", markup=False, soft_wrap=True)
 
 
 def scores(result: Evaluation) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fgvc.ablate.study import Budget, Cell, Plan, Trial
 from fgvc.bench import interleaved, step_on_one_batch
@@ -34,34 +36,60 @@ class Cost:
         return self.step_seconds * self.steps
 
 
-def measured(plan: Plan, out: Path, notify: Callable[[str], None]) -> dict[str, Cost]:
-    """The costs of all trials by name. Kept in `<out>/costs.json`: what is there for the same settings is not measured again.
+def measured(
+    plan: Plan, out: Path, trials: Iterable[Trial], notify: Callable[[str], None]
+) -> dict[str, Cost | FgvcError]:
+    """The costs of these trials by name, or why one can't be trained; the first is to be the base. Kept in `<out>/costs.json`:
+    what is there for the same settings is not measured again, and of two processes one waits for the other."""
+    with (out / "costs.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _measured(plan, out, trials, notify)
 
-    Builds every trial that it measures: raises FgvcError, naming the trial, for what its training would refuse.
-    """
+
+def known(plan: Plan, out: Path) -> dict[str, Cost]:
+    """Of all trials whose costs are in `<out>/costs.json` for the settings that they have now."""
     path = out / "costs.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found: dict[str, Cost] = {}
-    for trial in plan.trials:
-        settings = [_alone(one.recipe).model_dump(mode="json") for one in (trial, plan.base)]
-        row = known.get(trial.name)
-        if row is None or row["settings"] != settings:
-            cost = _measure(trial, plan.base, base_cost=found.get(plan.base.name))
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {
+        trial.name: Cost(row["ratio"], row["step_seconds"], row["steps"])
+        for trial in plan.trials
+        if (row := rows.get(trial.name)) is not None and row["settings"] == _settings(plan, trial)
+    }
+
+
+def _measured(
+    plan: Plan, out: Path, trials: Iterable[Trial], notify: Callable[[str], None]
+) -> dict[str, Cost | FgvcError]:
+    path, there = out / "costs.json", known(plan, out)
+    found: dict[str, Cost | FgvcError] = {}
+    for trial in trials:
+        if trial.name not in there:
+            try:
+                cost = _measure(trial, plan.base, base_cost=there.get(plan.base.name))
+            except FgvcError as error:
+                found[trial.name] = error
+                continue
             notify(f"{trial.name}: a step costs {cost.ratio:.2f} of {plan.base.name}'s")
-            known[trial.name] = row = asdict(cost) | {"settings": settings}
-            write_atomic(path, json.dumps(known, indent=1) + "\n")
-        found[trial.name] = Cost(row["ratio"], row["step_seconds"], row["steps"])
+            rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            rows[trial.name] = asdict(cost) | {"settings": _settings(plan, trial)}
+            write_atomic(path, json.dumps(rows, indent=1) + "\n")
+            there[trial.name] = cost
+        found[trial.name] = there[trial.name]
     return found
+
+
+def _settings(plan: Plan, trial: Trial) -> list[Any]:
+    """What a cost depends on: the trial's settings and the base's, but for what changes no step."""
+    return [
+        _alone(one.recipe).model_dump(mode="json", exclude={"log", "cache", "cache_dir"}) for one in (trial, plan.base)
+    ]
 
 
 def _measure(trial: Trial, base: Trial, *, base_cost: Cost | None) -> Cost:
     gc.collect()  # nets lie in cycles
     recipes = [_alone(one.recipe) for one in (trial, base)]
     with runtime(recipes[0].train) as process, ExitStack() as stack:
-        try:
-            sessions = [stack.enter_context(open_session(recipe, process)) for recipe in recipes]
-        except FgvcError as error:
-            raise FgvcError(f"arm {trial.name}: {error}") from error
+        sessions = [stack.enter_context(open_session(recipe, process)) for recipe in recipes]
         mine, others = (step_on_one_batch(session) for session in sessions)
         found = interleaved(trial.name, mine, others, pairs=PAIRS, warm_up=1)
         if base_cost is None:  # the base itself
@@ -75,14 +103,17 @@ def _alone(recipe: Recipe) -> Recipe:
 
 
 def lengths(plan: Plan, costs: Mapping[str, Cost]) -> dict[tuple[str, Budget], int]:
-    """Epochs by trial and budget."""
+    """Epochs by trial and budget, for the trials whose costs are known."""
+    if plan.base.name not in costs:
+        return {}
     planned = plan.base.recipe.train.epochs
     whole = planned * costs[plan.base.name].epoch
     found: dict[tuple[str, Budget], int] = {}
     for trial in plan.trials:
-        found[trial.name, "epochs"] = planned
-        found[trial.name, "seconds"] = max(1, round(whole / costs[trial.name].epoch))
-        found[trial.name, "own"] = trial.recipe.train.epochs
+        if trial.name in costs:
+            found[trial.name, "epochs"] = planned
+            found[trial.name, "seconds"] = max(1, round(whole / costs[trial.name].epoch))
+            found[trial.name, "own"] = trial.recipe.train.epochs
     return found
 
 

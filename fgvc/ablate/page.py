@@ -37,16 +37,13 @@ class Section:
 
 
 def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
-    """Write the study's three files anew."""
-    order = {trial.name: number for number, trial in enumerate(plan.trials)}
-    names = {(trial.arm, trial.number): trial.name for trial in plan.trials}
-    known = [row for row in results if (row["arm"], row["trial"]) in names]
+    """Write the study's three files anew. `results`: of runs of this plan, one a run and part."""
+    order = {(trial.arm, trial.number): number for number, trial in enumerate(plan.trials)}
 
     def place(row: Result) -> tuple[int, int, int, int]:
-        at = order[names[row["arm"], row["trial"]]]
-        return list(PARTS).index(row["part"]), at, row["epochs"], row["seed"]
+        return list(PARTS).index(row["part"]), order[row["arm"], row["trial"]], row["epochs"], row["seed"]
 
-    rows = sorted(known, key=place)
+    rows = sorted(results, key=place)
     write_atomic(out / "runs.csv", as_csv(rows))
     base = plan.base.arm
     found = [
@@ -57,7 +54,7 @@ def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
     ]
     text = "".join(f"## {section.title}\n\n{markdown(section.found)}\n" for section in found)
     write_atomic(out / "table.md", f"# {plan.name}\n\n{text}")
-    graphs = sorted({graph for section in found for line in section.found for graph in line.graphs})
+    graphs = sorted({row["graph"] for row in rows})
     page = render("ablate.html", title=plan.name, base=base, sections=found, graphs=graphs, nan=math.isnan)
     write_atomic(out / "table.html", page)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 from dataclasses import asdict
 from functools import cache
@@ -21,22 +22,29 @@ from fgvc.export.plain import strip
 from fgvc.export.prove import Structural, compare_structure, untie
 from fgvc.export.reference import independent_plain
 from fgvc.model.backbone import deployed
+from fgvc.recipe import Recipe
 from fgvc.train import checkpoint
 from fgvc.train.loop import train
 from fgvc.train.run import environment, read_run
 from fgvc.types import FgvcError
 
-MAY_DIFFER = ("log.", "cache", "train.workers", "train.device")  # of a run that is there already: they change no result
+# Settings that change no result.
+UNIMPORTANT: dict[str, Any] = {"log": True, "cache": True, "cache_dir": True, "train": {"workers", "device"}}
 Part = Literal["val", "test"]
 Result = dict[str, Any]  # a line of runs.csv
 
 
+def digest(cell: Cell) -> str:
+    """Of all settings that decide the run's result."""
+    return hashlib.sha256(json.dumps(_important(cell.recipe), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def trained(cell: Cell, run: Path) -> None:
-    """Train what is not trained yet. Raises FgvcError where another run is there."""
+    """Train what is not trained yet. Raises FgvcError where a run of other settings is there."""
+    recipe = cell.recipe
     if (run / "config.yaml").is_file():
-        old, new = (one.model_dump(mode="json") for one in (read_run(run), cell.recipe))
-        changed = {key: pair for key, pair in differences(old, new).items() if not key.startswith(MAY_DIFFER)}
-        if changed:
+        recipe = read_run(run)  # a run goes on with its own number of workers and the like
+        if changed := differences(_important(recipe), _important(cell.recipe)):
             rows = "\n".join(f"  {key}: {was!r} in the run, {now!r} now" for key, (was, now) in changed.items())
             raise FgvcError(
                 f"{run}: was trained with other settings than the study's:\n{rows}\nChoose another --out, another name for "
@@ -44,8 +52,12 @@ def trained(cell: Cell, run: Path) -> None:
             )
         if (run / "ckpt" / "last" / "meta.json").is_file() and checkpoint.load(run / "ckpt").progress.finished:
             return
-    train(cell.recipe, run)
+    train(recipe, run)
     gc.collect()  # nets lie in cycles
+
+
+def _important(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude=UNIMPORTANT)
 
 
 def measure(cell: Cell, run: Path, part: Part, *, cost: Cost, base: float, localise: bool) -> Result:
@@ -56,7 +68,6 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: Cost, base: float, local
     row: Result = {
         "arm": cell.trial.arm,
         "trial": cell.trial.number,
-        "budget": "+".join(cell.budgets),
         "seed": cell.seed,
         "part": part,
         **{name: round(value, 6) for name, value in scored.scores.numbers().items()},
@@ -71,6 +82,7 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: Cost, base: float, local
         "graph": graph.sha256,
         "plain": graph.reference_sha256,
         "settings": cell.trial.overrides,
+        "recipe": digest(cell),
         **{key: facts[key] for key in ("fgvc", "torch", "timm", "cpu")},
     }
 

@@ -13,12 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fgvc.ablate.cost import Cost, hours, lengths, measured
+from fgvc.ablate.cost import Cost, hours, known, lengths, measured
 from fgvc.ablate.page import write_tables
-from fgvc.ablate.result import Part, Result, measure, trained
+from fgvc.ablate.result import Part, Result, digest, measure, trained
 from fgvc.ablate.study import Budget, Cell, Plan, cells
 from fgvc.ablate.table import best_trials
 from fgvc.config import dump
@@ -26,6 +26,12 @@ from fgvc.disk import writing
 from fgvc.train.events import write_atomic
 from fgvc.train.session import read_index
 from fgvc.types import FgvcError
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    run: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,100 +43,133 @@ class Estimate:
     cells: list[Cell]  # those that have no result yet
     done: int
     hours: float  # of training steps; those of runs that have begun are counted in full
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    run: str
-    reason: str
+    refused: list[Failure]  # trials that can't be trained
 
 
 def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> Estimate:
-    """Measure the steps of all trials (some seconds each) and count what is left."""
+    """Measure the steps of the trials (some seconds each) and count what is left. `arms`, `seeds`: only these.
+
+    Raises FgvcError where results are there of other settings, or the base can't be trained.
+    """
     wanted = _wanted(plan, arms, seeds)
     if not len(read_index(plan.base.recipe).rows("val")):
         raise FgvcError(f"{plan.path}: the data have no validation part to choose by; give data.val_fraction above 0")
     _claim(plan, out)
-    costs = measured(plan, out, _say)
+    trials = [plan.base, *(trial for trial in plan.trials[1:] if not arms or {trial.arm, trial.name} & set(arms))]
+    said = measured(plan, out, trials, _say)
+    refused = [Failure(name, str(error)) for name, error in said.items() if isinstance(error, FgvcError)]
+    if refused and refused[0].run == plan.base.name:
+        raise FgvcError(f"{plan.path}: arms.{plan.base.arm}: {refused[0].reason}")
+    _rows(plan, out)  # are of these settings
+    costs = {name: cost for name, cost in said.items() if isinstance(cost, Cost)}
     epochs = lengths(plan, costs)
     asked = [cell for cell in cells(plan, epochs) if wanted(cell)]
     left = [cell for cell in asked if not _result(out, cell, "val").is_file()]
     shown = {(name, budget): epochs[name, budget] for name, budget in epochs if budget in plan.study.budget}
-    return Estimate(costs, shown, left, len(asked) - len(left), hours(left, costs))
+    return Estimate(costs, shown, left, len(asked) - len(left), hours(left, costs), refused)
 
 
 def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Failure]:
-    """Train and measure on validation all runs that have no result, then write the tables. Killed at any time and started again
-    it goes on; started twice, the two share the work. `arms`, `seeds`: only these.
+    """Train and measure on validation all runs that have no result, and write the tables after each. Killed at any time and
+    started again it goes on from the last checkpoint; started twice, the two share the work. `arms`, `seeds`: only these.
 
     A run that fails is reported and left out; it is tried again the next time. Raises KeyboardInterrupt after saving.
     """
     todo = estimate(plan, out, arms=arms, seeds=seeds)
-    base, failures = _base_seconds(plan, todo), []
+    failures = list(todo.refused)
     _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {todo.hours:.1f} h of training steps")
     for number, cell in enumerate(todo.cells, 1):
-        result = _result(out, cell, "val")
         with _alone(out, cell) as mine:
-            if not mine or result.is_file():  # another process has it
+            if not mine or _result(out, cell, "val").is_file():  # another process has it
                 continue
             _say(f"[{number}/{len(todo.cells)}] {cell.name}")
             try:
                 trained(cell, out / "runs" / cell.name)
-                _measure(plan, out, cell, "val", todo.costs, base)
-            except FgvcError as error:
+                _measure(plan, out, cell, "val", todo.costs)
+            except (FgvcError, RuntimeError, OSError) as error:  # the others go on
                 failures.append(Failure(cell.name, str(error)))
                 _say(f"{cell.name} FAILED: {error}")
-        write_tables(plan, out, results(out))
+        write_tables(plan, out, _rows(plan, out))
+    write_tables(plan, out, _rows(plan, out))
     return failures
 
 
 def read_test(plan: Plan, out: Path) -> None:
     """Score on the test part, once, the trial of each arm that validation chose, and record that it was read.
 
-    Raises FgvcError where runs are missing, or where it was read before with another choice: a test part that helps to choose
-    is a validation part.
+    Raises FgvcError where runs are missing, or where it was read before of other runs: a test part that helps to choose is a
+    validation part.
     """
-    known = results(out)
     todo = estimate(plan, out)
-    if todo.cells:
+    if missing := [*(cell.name for cell in todo.cells), *(failure.run for failure in todo.refused)]:
         raise FgvcError(
-            f"{out}: {len(todo.cells)} runs are missing, such as {todo.cells[0].name}: finish the study first"
+            f"{out}: {len(missing)} runs are missing, such as {missing[0]}: finish the study first, or take an arm that can't "
+            "be trained out of it"
         )
-    chosen = {budget: best_trials(known, budget=budget) for budget in plan.study.budget}
+    if not len(read_index(plan.base.recipe).rows("test")):
+        raise FgvcError(f"{plan.path}: the data have no test part")
+    chosen = _chosen(plan, todo.costs, _rows(plan, out))
+    if gone := [cell.name for cell in chosen if not (out / "runs" / cell.name / "ckpt").is_dir()]:
+        raise FgvcError(f"{out / 'runs' / gone[0]}: the run is gone; remove its result, too, and train it anew")
+    runs = {cell.name: {"recipe": digest(cell), "budgets": list(cell.budgets)} for cell in chosen}
     record = out / "test.json"
     if record.is_file():
         before = json.loads(record.read_text(encoding="utf-8"))
-        if before["chosen"] != chosen:
+        if before["runs"] != runs:
             raise FgvcError(
-                f"{record}: the test part was read on {before['read']}, when the study had other arms or trials; it can't be "
+                f"{record}: the test part was read on {before['read']}, of other runs than validation chooses now; it can't be "
                 "read again for a new choice. Compare new arms in a study of its own, in another --out"
             )
     else:
-        write_atomic(
-            record, json.dumps({"read": time.strftime("%Y-%m-%d %H:%M:%S"), "chosen": chosen}, indent=1) + "\n"
-        )
-    base = _base_seconds(plan, todo)
-    for cell in cells(plan, lengths(plan, todo.costs)):
-        budgets = [budget for budget in cell.budgets if chosen[budget].get(cell.trial.arm) == cell.trial.number]
-        if budgets and not _result(out, cell, "test").is_file():
+        write_atomic(record, json.dumps({"read": time.strftime("%Y-%m-%d %H:%M:%S"), "runs": runs}, indent=1) + "\n")
+    for cell in chosen:
+        if not _result(out, cell, "test").is_file():
             _say(f"test: {cell.name}")
-            _measure(plan, out, cell, "test", todo.costs, base)
-    write_tables(plan, out, results(out))
+            _measure(plan, out, cell, "test", todo.costs)
+    write_tables(plan, out, _rows(plan, out))
 
 
-def results(out: Path) -> list[Result]:
-    """All lines that were measured, in no order."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "results").glob("*.json"))]
+def _chosen(plan: Plan, costs: dict[str, Cost], rows: Sequence[Result]) -> list[Cell]:
+    """The runs of the trials that validation chose, each with the budgets under which it was chosen."""
+    best = {budget: best_trials(rows, budget=budget) for budget in plan.study.budget}
+    found = []
+    for cell in cells(plan, lengths(plan, costs)):
+        under = tuple(budget for budget in cell.budgets if best[budget][cell.trial.arm] == cell.trial.number)
+        found += [replace(cell, budgets=under)] if under else []
+    return found
 
 
-def _measure(plan: Plan, out: Path, cell: Cell, part: Part, costs: dict[str, Cost], base: float) -> None:
+def _rows(plan: Plan, out: Path) -> list[Result]:
+    """The results of this plan's runs. Raises FgvcError for one that is of other settings than the plan has now."""
+    record = out / "test.json"
+    tested = json.loads(record.read_text(encoding="utf-8"))["runs"] if record.is_file() else {}
+    found = []
+    parts: tuple[Part, ...] = ("val", "test")
+    for cell in cells(plan, lengths(plan, known(plan, out))):
+        for part in parts:
+            path = _result(out, cell, part)
+            if not path.is_file():
+                continue
+            row = json.loads(path.read_text(encoding="utf-8"))
+            if row["recipe"] != digest(cell):
+                raise FgvcError(
+                    f"{path}: this result is of other settings than the study has now; choose another --out or another name "
+                    f"for the arm, or remove it and {out / 'runs' / cell.name}"
+                )
+            budgets = cell.budgets if part == "val" else tested.get(cell.name, {}).get("budgets", ())
+            found += [row | {"budget": "+".join(budgets)}] if budgets else []
+    return found
+
+
+def _measure(plan: Plan, out: Path, cell: Cell, part: Part, costs: dict[str, Cost]) -> None:
     run = out / "runs" / cell.name
+    base = plan.base.recipe.train.epochs * costs[plan.base.name].epoch
     row = measure(cell, run, part, cost=costs[cell.trial.name], base=base, localise=plan.study.localise)
     write_atomic(_result(out, cell, part), json.dumps(row, indent=1) + "\n")
 
 
 def _claim(plan: Plan, out: Path) -> None:
-    """The study's folder. Raises FgvcError where it is another study's, or something else."""
+    """Make the study's folder. Raises FgvcError where something else is there."""
     mark = out / "study.yaml"
     if out.is_dir() and any(out.iterdir()) and not mark.is_file():
         raise FgvcError(f"{out}: not empty and not the folder of a study; choose another --out")
@@ -155,10 +194,6 @@ def _wanted(plan: Plan, arms: Sequence[str], seeds: Sequence[int]) -> Callable[[
     return wanted
 
 
-def _base_seconds(plan: Plan, todo: Estimate) -> float:
-    return plan.base.recipe.train.epochs * todo.costs[plan.base.name].epoch
-
-
 def _result(out: Path, cell: Cell, part: Part) -> Path:
     return out / "results" / f"{cell.name}.{part}.json"
 
@@ -169,7 +204,7 @@ def _alone(out: Path, cell: Cell) -> Iterator[bool]:
     with (out / "runs" / f"{cell.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield False
         else:
             yield True

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from fgvc.config import Section, load, override, read_tree, validate
 from fgvc.recipe import Recipe
 from fgvc.template import recipe_file
+from fgvc.train.runtime import Train
 from fgvc.types import FgvcError
 
 Budget = Literal["epochs", "seconds", "own"]
@@ -89,7 +90,7 @@ class Trial:
 
     @property
     def overrides(self) -> str:
-        """Its settings as one would give them on the command line."""
+        """Its settings for people, much as the command line takes them."""
         return " ".join(f"{key}={json.dumps(value, default=str)}" for key, value in self.settings.items())
 
     def lasting(self, epochs: int, seed: int) -> Recipe:
@@ -143,14 +144,15 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
     beside = path.parent / study.base
     shared = read_tree(beside if beside.is_file() else recipe_file(study.base))[0]
     merge(shared, study.settings)
-    for text in overrides:
+    given = list(overrides)
+    for text in given:
         override(shared, text)
     trials = []
     for arm, settings in study.arms.items():
         for number, own in enumerate(settings, 1):
             tree = copy.deepcopy(shared)
             merge(tree, own)
-            recipe = validate(Recipe, tree, where=f"{path}: arms.{arm}")
+            recipe = validate(Recipe, tree, where=f"{path}: arms.{arm}", overrides=given)
             trials.append(Trial(arm, number, len(settings), dict(dotted(own)), recipe))
     plan = Plan(path, study, tuple(trials))
     _comparable(plan)
@@ -158,13 +160,14 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
 
 
 def cells(plan: Plan, epochs: Mapping[tuple[str, Budget], int]) -> list[Cell]:
-    """All runs, seed by seed, so that every arm has one before any has two. `epochs`: of a trial's name under a budget."""
+    """The runs of all trials that `epochs` knows under a budget, seed by seed, so that every arm has one before any has two."""
     found = []
     for seed in plan.study.seeds:
         for trial in plan.trials:
             lengths: dict[int, list[Budget]] = {}
             for budget in plan.study.budget:
-                lengths.setdefault(epochs[trial.name, budget], []).append(budget)
+                if (trial.name, budget) in epochs:
+                    lengths.setdefault(epochs[trial.name, budget], []).append(budget)
             found += [Cell(trial, length, seed, tuple(budgets)) for length, budgets in lengths.items()]
     return found
 
@@ -210,5 +213,7 @@ def _comparable(plan: Plan) -> None:
             )
         if trial.recipe.train.epochs != first.train.epochs and plan.study.budget != ("own",):
             raise FgvcError(f"{plan.path}: arms.{trial.arm}: sets train.epochs, which goes with budget: own alone")
+        if "train.seed" in trial.settings or trial.recipe.train.seed != Train().seed:
+            raise FgvcError(f"{plan.path}: arms.{trial.arm}: sets train.seed; a study has seeds")
         if trial.recipe.train.max_steps is not None:
             raise FgvcError(f"{plan.path}: arms.{trial.arm}: train.max_steps would break the budget; set train.epochs")

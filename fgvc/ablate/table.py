@@ -27,6 +27,8 @@ class Difference:
     @property
     def said(self) -> str:
         """How it reads: a gain or a loss where the interval has no 0 in it."""
+        if self.low == self.high:  # equal differences, as few images give: no spread is known
+            return "unclear"
         return "gain" if self.low > 0 else "loss" if self.high < 0 else "unclear"
 
 
@@ -44,28 +46,31 @@ class Line:
     top1: float  # mean over seeds
     spread: float  # standard deviation over seeds, NaN of one
     against: Difference | None  # None: the base arm itself, or no seed in common with it
-    cost: float  # seconds of training steps, over the base arm's
+    cost: float  # seconds of training steps, over the base line's
     means: Mapping[str, float]  # of MEASURED, NaN: not measured
     graphs: tuple[str, ...]  # SHA-256 of the exported graphs: one, where the contract holds in every run
 
 
 def lines(rows: Iterable[Row], *, part: str, budget: str, base: str | None = None) -> list[Line]:
     """The table of one part and budget. `base`: an arm's name, by default the first row's. Arms keep the order of the rows."""
-    chosen = _by_arm(row for row in rows if row["part"] == part and budget in str(row["budget"]).split("+"))
+    meant = [row for row in rows if budget in str(row["budget"]).split("+")]
+    tried = {arm: len(trials) for arm, trials in _by_arm(meant).items()}
+    chosen = _by_arm(row for row in meant if row["part"] == part)
     if not chosen:
         return []
     first = base or next(iter(chosen))
     of_base = _best(chosen[first])[1] if first in chosen else []
+    whole = _mean(row["cost"] for row in of_base) if of_base else 1.0
     found = []
     for arm, trials in chosen.items():
         number, mine = _best(trials)
         tops = [float(row["top1"]) for row in mine]
         found.append(
             Line(
-                arm=arm, trial=number, trials=len(trials), settings=str(mine[0]["settings"]), epochs=int(mine[0]["epochs"]),
+                arm=arm, trial=number, trials=tried[arm], settings=str(mine[0]["settings"]), epochs=int(mine[0]["epochs"]),
                 seeds=len(mine), images=int(float(mine[0]["images"])), top1=statistics.mean(tops), spread=_spread(tops),
                 against=None if arm == first else paired(mine, of_base),
-                cost=statistics.mean(float(row["cost"]) for row in mine),
+                cost=_mean(row["cost"] for row in mine) / whole,
                 means={name: _mean(row.get(name) for row in mine) for name in MEASURED},
                 graphs=tuple(dict.fromkeys(str(row["graph"]) for row in mine)),
             )
@@ -80,6 +85,9 @@ def best_trials(rows: Iterable[Row], *, budget: str) -> dict[str, int]:
 
 def paired(mine: Sequence[Row], others: Sequence[Row], score: str = "top1") -> Difference | None:
     """Of two arms' rows, by the seeds that both have: mean d and mean d +- t(0.975, n-1) sd(d) / sqrt(n)."""
+    for rows in (mine, others):
+        if len({int(row["seed"]) for row in rows}) < len(rows):
+            raise ValueError("one row a seed; the same run twice would narrow the interval")
     theirs = {int(row["seed"]): float(row[score]) for row in others}
     apart = [float(row[score]) - theirs[int(row["seed"])] for row in mine if int(row["seed"]) in theirs]
     if not apart:

@@ -98,6 +98,10 @@ def ablate(
     from fgvc.ablate.study import read_study
     from fgvc.template import study_file
 
+    if test and (arm or seed or estimate):
+        raise FgvcError(
+            "--test reads the test part for all that validation chose: it goes without --arm, --seed and --estimate"
+        )
     path = study_file(study)
     plan, place = read_study(path, overrides or []), out or Path("studies") / path.stem
     if estimate:

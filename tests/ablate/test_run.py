@@ -105,18 +105,15 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
     run.read_test(smaller, out)
     assert calls == []
     tested = [row for row in read(out) if row["part"] == "test"]
-    chosen = json.loads((out / "test.json").read_text())["chosen"]["epochs"]
-    assert [(row["arm"], int(row["trial"])) for row in tested] == [
-        (arm, chosen[arm]) for arm in ("plain",) * 2 + ("acb",) * 2
-    ]
     validated = {row["trial"]: float(row["top1"]) for row in lines_of(rows, "plain")}
-    assert validated[str(chosen["plain"])] == max(validated.values())
+    best = max(validated, key=lambda trial: (validated[trial], -int(trial)))
+    assert [(row["arm"], row["trial"]) for row in tested] == [("plain", best)] * 2 + [("acb", "1")] * 2
 
     monkeypatch.setattr(run, "measure", lambda *_, **__: pytest.fail("the test part was read twice"))
     run.read_test(smaller, out)
     record = out / "test.json"
     other = json.loads(record.read_text())
-    other["chosen"]["epochs"]["plain"] = 3 - chosen["plain"]
+    other["runs"]["acb-1e-s0"]["recipe"] = "another"
     record.write_text(json.dumps(other))
     with pytest.raises(FgvcError, match="the test part was read on"):
         run.read_test(smaller, out)
@@ -148,6 +145,10 @@ def test_the_command_says_what_it_will_take_and_where_the_table_is(
     assert said.out.strip() == str(tmp_path / "out/table.html")
     assert "failed: diverges-1e-s0: the loss is" in said.err
     with pytest.raises(SystemExit) as ended:
+        main([*command, "--test", "--seed", "0"])
+    assert ended.value.code == 2
+    assert "goes without --arm, --seed" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
         main(["ablate", "nothing"])
     assert ended.value.code == 2
     assert "cub20-screening" in capsys.readouterr().err
@@ -158,10 +159,41 @@ def test_other_settings_under_the_same_name_are_refused_and_lose_nothing(tmp_pat
     run.ablate(plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0]), out)
     before = (out / "runs/plain-1e-s0/metrics.csv").read_bytes()
     changed = plan(tmp_path, recipe_tree, {"plain": {"optim.lr": 0.5}}, seeds=[0])
+    with pytest.raises(
+        FgvcError, match=r"plain-1e-s0.val.json: this result is of other settings than the study has now"
+    ):
+        run.ablate(changed, out)
     (out / "results/plain-1e-s0.val.json").unlink()
     (failure,) = run.ablate(changed, out)
     assert "optim.lr: 0.02 in the run, 0.5 now" in failure.reason
     assert (out / "runs/plain-1e-s0/metrics.csv").read_bytes() == before
+
+
+def test_what_changes_no_result_may_change_and_what_left_the_study_is_not_in_its_tables(
+    tmp_path: Path, recipe_tree: dict
+) -> None:
+    out = tmp_path / "out"
+    arms = {"plain": [{}, {"optim.lr": 0.05}]}
+    run.ablate(plan(tmp_path, recipe_tree, arms, seeds=[0]), out)
+    stamp = (out / "runs/plain.1-1e-s0/metrics.csv").stat().st_mtime_ns
+    (out / "results/.1.plain.1-1e-s0.val.json").write_text("{")  # a kill left it
+    (out / "results/plain.1-1e-s0.val.json").unlink()
+    more = plan(tmp_path, recipe_tree, arms, seeds=[0], settings={"log.every_steps": 3, "train.workers": 1})
+    run.ablate(more, out)
+    assert (out / "runs/plain.1-1e-s0/metrics.csv").stat().st_mtime_ns == stamp
+    assert len(read(out)) == 2
+    run.ablate(plan(tmp_path, recipe_tree, {"plain": {"optim.lr": 0.05}}, seeds=[0]), out)
+    assert [row["trial"] for row in read(out)] == ["1"]
+
+
+def test_a_trial_that_no_training_takes_is_named_and_the_others_go_on(tmp_path: Path, recipe_tree: dict) -> None:
+    study = plan(tmp_path, recipe_tree, {"plain": {}, "box": {"techniques.box_head": {}}}, seeds=[0])
+    (failure,) = run.ablate(study, tmp_path / "out")
+    assert failure.run == "box"
+    assert "no boxes" in failure.reason
+    assert [row["arm"] for row in read(tmp_path / "out")] == ["plain"]
+    with pytest.raises(FgvcError, match="1 runs are missing, such as box"):
+        run.read_test(study, tmp_path / "out")
 
 
 def test_a_run_that_another_process_has_is_left_to_it(tmp_path: Path, recipe_tree: dict) -> None:
@@ -198,7 +230,7 @@ def test_arms_and_seeds_that_are_not_there_are_named(tmp_path: Path, recipe_tree
 
 def test_where_there_are_boxes_it_says_where_a_run_looks(tmp_path: Path, boxed_tree: dict) -> None:
     out = tmp_path / "out"
-    assert run.ablate(plan(tmp_path, boxed_tree, {"plain": {}}, seeds=[0]), out) == []
+    assert run.ablate(plan(tmp_path, boxed_tree, {"plain": {}}, seeds=[0], settings={"image.size": 64}), out) == []
     (row,) = read(out)
     assert float(row["max_box_acc_v2"]) == pytest.approx(
         api.localize(out / "runs/plain-1e-s0", "val").boxes["true"].max_box_acc_v2, abs=1e-6

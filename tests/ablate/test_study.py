@@ -107,6 +107,7 @@ def test_equal_seconds_give_a_dear_arm_fewer_epochs_and_share_runs(write: Any) -
         ({"arms": {"plain": {}, "short": {"train.max_steps": 9}}}, "arms.short: train.max_steps"),
         ({"arms": {"plain": {}, "a/b": {}}}, "arms: 'a/b': a name of letters"),
         ({"arms": {"plain": []}}, "plain: no trial"),
+        ({"arms": {"plain": {}, "seeded": {"train.seed": 9}}}, "arms.seeded: sets train.seed"),
         ({"seeds": [1, 1]}, "seeds: each once"),
         ({"budget": "minutes"}, "budget"),
         ({"base": "nowhere"}, "nowhere: no such file, nor a recipe's id"),

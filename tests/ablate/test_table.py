@@ -84,6 +84,30 @@ def test_validation_chooses_the_trial_and_few_seeds_do_not_win() -> None:
     assert (line.trial, line.trials, line.top1) == (2, 3, pytest.approx(0.8))
 
 
+def test_a_run_that_is_there_twice_narrows_no_interval() -> None:
+    plain = [row("plain", seed, 0.5) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="one row a seed"):
+        paired([row("other", 0, 0.6), row("other", 0, 0.6), row("other", 1, 0.7)], plain)
+
+
+def test_equal_differences_are_no_verdict() -> None:
+    found = paired([row("other", s, 0.6) for s in (0, 1)], [row("plain", s, 0.5) for s in (0, 1)])
+    assert found is not None
+    assert found.said == "unclear"
+
+
+def test_the_test_part_chooses_nothing_and_says_how_many_were_tried() -> None:
+    known = [row("plain", 0, 0.5), row("other", 0, 0.6, trial=1), row("other", 0, 0.7, trial=2)]
+    known += [row("plain", 0, 0.4, part="test"), row("other", 0, 0.3, part="test", trial=2)]
+    line = lines(known, part="test", budget="epochs")[1]
+    assert (line.trial, line.trials, line.top1) == (2, 2, pytest.approx(0.3))
+
+
+def test_costs_are_in_units_of_the_trial_of_the_base_that_was_chosen() -> None:
+    known = [row("plain", 0, 0.5), row("plain", 0, 0.6, trial=2, cost=2.0), row("other", 0, 0.6, cost=3.0)]
+    assert [line.cost for line in lines(known, part="val", budget="epochs")] == [1.0, 1.5]
+
+
 def test_a_committed_csv_gives_the_same_table() -> None:
     known = rows() + rows(part="test", max_box_acc_v2=0.6, parts_10=0.3)
     read = list(csv.DictReader(io.StringIO(as_csv(known))))
