@@ -62,10 +62,6 @@ def write_model(
     name = bundle.folder.resolve().name if name is None else name
     if not NAME.fullmatch(name):
         raise FgvcError(f"{name!r}: not a model's name (letters, digits, `.`, `_`, `-`); give one with --name")
-    if broken := [label for label in bundle.labels if "\n" in label]:
-        raise FgvcError(
-            f"{bundle.folder}: the class {broken[0]!r} is longer than a line, which Triton's labels can't be"
-        )
     Engine(bundle, threads=1)
     text = config(bundle, name=name, device=device, instances=instances)
     with making(repository / name) as folder:

@@ -96,7 +96,7 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
     for name in ("..", "a/b", "", ".hidden", "鸟"):
         with pytest.raises(FgvcError, match="not a model's name"):
             write_model(made, repository, name=name)
-    with pytest.raises(FgvcError, match="longer than a line"):
+    with pytest.raises(FgvcError, match="has a line break"):
         write_model(bundle(tmp_path / "lines", labels=("a", "b\nc", "d")), repository)
     with pytest.raises(FgvcError, match="onnxruntime can't load"):
         write_model(bundle(tmp_path / "broken", b"no model"), repository)
