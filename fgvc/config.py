@@ -6,7 +6,7 @@ Torch-free: prediction reads its sections from here. The root model of a run is 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -149,6 +149,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a nested mapping that is none itself, or empty."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """The tree of a YAML file and the line of every key. Raises FgvcError for what is no readable mapping."""
     try:
@@ -200,11 +209,16 @@ def override(tree: dict[str, Any], given: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise FgvcError(f"override {given!r}: the value is not valid YAML") from error
-    for key in keys[:-1]:
+    section(tree, keys[:-1])[keys[-1]] = value
+
+
+def section(tree: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """The section under `keys`, made where there is none; what is no section there gives way."""
+    for key in keys:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
         tree = tree[key]
-    tree[keys[-1]] = value
+    return tree
 
 
 def _explain(

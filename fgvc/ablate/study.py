@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from fgvc.config import Section, load, override, read_tree, validate
+from fgvc.config import Section, leaves, load, override, read_tree, section, validate
 from fgvc.recipe import Recipe
 from fgvc.template import recipe_file
 from fgvc.train.runtime import Train
@@ -153,7 +153,7 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
             tree = copy.deepcopy(shared)
             merge(tree, own)
             recipe = validate(Recipe, tree, where=f"{path}: arms.{arm}", overrides=given)
-            trials.append(Trial(arm, number, len(settings), dict(dotted(own)), recipe))
+            trials.append(Trial(arm, number, len(settings), dict(leaves(own)), recipe))
     plan = Plan(path, study, tuple(trials))
     _comparable(plan)
     return plan
@@ -176,26 +176,10 @@ def merge(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
     """Put settings into a recipe's tree, in place: mappings into mappings, dotted keys where they point."""
     for key, value in settings.items():
         *sections, last = str(key).split(".")
-        at = tree
-        for section in sections:
-            if not isinstance(at.get(section), dict):
-                at[section] = {}
-            at = at[section]
         if isinstance(value, Mapping):
-            if not isinstance(at.get(last), dict):
-                at[last] = {}
-            merge(at[last], value)
+            merge(section(tree, (*sections, last)), value)
         else:
-            at[last] = copy.deepcopy(value)
-
-
-def dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested settings, under their whole keys; an empty mapping is a leaf."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+            section(tree, sections)[last] = copy.deepcopy(value)
 
 
 def _comparable(plan: Plan) -> None:

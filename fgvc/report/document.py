@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fgvc.config import differences, dump
+from fgvc.config import differences, dump, leaves
 from fgvc.disk import refuse_file, writing
 from fgvc.evaluate.calibration import Calibrated, calibrate
 from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, of_logits
@@ -218,15 +218,6 @@ def _at(tree: Any, key: str) -> Any:
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in a nested mapping that is none itself, or empty."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def written(value: Any) -> str:

@@ -101,7 +101,6 @@ def bench_serve(bundle: Path, *, image: Path | None = None, seconds: float = 5.0
     engine = Engine(load_bundle(bundle), threads=1)
     x = np.random.default_rng(0).random((1, 3, *engine.bundle.preprocess.size), dtype=np.float32)
     several = np.repeat(x, BATCH, axis=0)
-    several = np.repeat(x, BATCH, axis=0)
     name = engine.session.input
     classify = _request("/v1/classify", picture)
     cases: dict[str, tuple[bytes, Callable[[], object], int]] = {

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fgvc.ablate.cost import Cost, hours, lengths
-from fgvc.ablate.study import cells, dotted, merge, read_study
+from fgvc.ablate.study import cells, merge, read_study
+from fgvc.config import leaves
 from fgvc.types import FgvcError
 
 trees = st.recursive(
@@ -38,7 +39,7 @@ def write(tmp_path: Path, recipe_tree: dict):
 def test_merged_settings_are_in_the_tree_and_nothing_else_is_lost(tree: dict, settings: dict) -> None:
     before = copy.deepcopy(tree)
     merge(tree, settings)
-    after, wanted = dict(dotted(tree)), dict(dotted(settings))
+    after, wanted = dict(leaves(tree)), dict(leaves(settings))
     for key, value in wanted.items():
         if value == {}:  # a section: it is there, and keeps what it held
             at: Any = tree
@@ -47,7 +48,7 @@ def test_merged_settings_are_in_the_tree_and_nothing_else_is_lost(tree: dict, se
             assert isinstance(at, dict)
         else:
             assert after[key] == value
-    for key, value in dotted(before):
+    for key, value in leaves(before):
         overlaps = any(key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.") for k in wanted)
         assert overlaps or after[key] == value
 
@@ -56,7 +57,7 @@ def test_merged_settings_are_in_the_tree_and_nothing_else_is_lost(tree: dict, se
 def test_dotted_keys_say_the_same_as_sections(tree: dict, settings: dict) -> None:
     nested, flat = copy.deepcopy(tree), copy.deepcopy(tree)
     merge(nested, settings)
-    merge(flat, dict(dotted(settings)))
+    merge(flat, dict(leaves(settings)))
     assert nested == flat
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fgvc import api
+from fgvc.config import leaves
 from fgvc.evaluate.metrics import of_logits
 from fgvc.evaluate.subject import subject
 from fgvc.image.decode import decode
@@ -23,7 +24,7 @@ from fgvc.image.overlay import overlay
 from fgvc.image.preprocess import preprocess
 from fgvc.page.render import picture
 from fgvc.recipe import Recipe
-from fgvc.report.document import duration, leaves, report, wilson
+from fgvc.report.document import duration, report, wilson
 from fgvc.report.gallery import MISTAKES, gallery
 from fgvc.types import FgvcError
 from tests.conftest import paint
