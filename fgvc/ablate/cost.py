@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fgvc.ablate.lock import alone
 from fgvc.ablate.study import Budget, Cell, Plan, Trial
 from fgvc.bench import interleaved, step_on_one_batch
 from fgvc.recipe import Recipe
@@ -37,13 +37,20 @@ class Cost:
 
 
 def measured(
-    plan: Plan, out: Path, trials: Iterable[Trial], notify: Callable[[str], None]
+    plan: Plan, out: Path, trials: Sequence[Trial], notify: Callable[[str], None]
 ) -> dict[str, Cost | FgvcError]:
     """The costs of these trials by name, or why one can't be trained; the first is to be the base. Kept in `<out>/costs.json`:
-    what is there for the same settings is not measured again, and of two processes one waits for the other."""
-    with (out / "costs.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return _measured(plan, out, trials, notify)
+    what is there for the same settings is not measured again, and several processes share the work."""
+    found: dict[str, Cost | FgvcError] = {}
+    for patient in (False, True):  # first what no other process is at
+        for trial in trials:
+            if trial.name in found:
+                continue
+            first = trial.name == plan.base.name  # its seconds are the unit of all others
+            with alone(out / "locks" / f"{trial.name}.cost", wait=patient or first) as mine:
+                if mine:
+                    found[trial.name] = _one(plan, out, trial, notify)
+    return {trial.name: found[trial.name] for trial in trials}
 
 
 def known(plan: Plan, out: Path) -> dict[str, Cost]:
@@ -57,25 +64,21 @@ def known(plan: Plan, out: Path) -> dict[str, Cost]:
     }
 
 
-def _measured(
-    plan: Plan, out: Path, trials: Iterable[Trial], notify: Callable[[str], None]
-) -> dict[str, Cost | FgvcError]:
-    path, there = out / "costs.json", known(plan, out)
-    found: dict[str, Cost | FgvcError] = {}
-    for trial in trials:
-        if trial.name not in there:
-            try:
-                cost = _measure(trial, plan.base, base_cost=there.get(plan.base.name))
-            except FgvcError as error:
-                found[trial.name] = error
-                continue
-            notify(f"{trial.name}: a step costs {cost.ratio:.2f} of {plan.base.name}'s")
-            rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            rows[trial.name] = asdict(cost) | {"settings": _settings(plan, trial)}
-            write_atomic(path, json.dumps(rows, indent=1) + "\n")
-            there[trial.name] = cost
-        found[trial.name] = there[trial.name]
-    return found
+def _one(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> Cost | FgvcError:
+    there = known(plan, out)
+    if trial.name in there:
+        return there[trial.name]
+    try:
+        cost = _measure(trial, plan.base, base_cost=there.get(plan.base.name))
+    except FgvcError as error:
+        return error
+    notify(f"{trial.name}: a step costs {cost.ratio:.2f} of {plan.base.name}'s")
+    path = out / "costs.json"
+    with alone(out / "locks" / "costs", wait=True):
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        rows[trial.name] = asdict(cost) | {"settings": _settings(plan, trial)}
+        write_atomic(path, json.dumps(rows, indent=1) + "\n")
+    return cost
 
 
 def _settings(plan: Plan, trial: Trial) -> list[Any]:

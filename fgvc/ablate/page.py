@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from fgvc.ablate.result import Result
 from fgvc.ablate.study import Plan
-from fgvc.ablate.table import Line, boxes, lines, markdown
+from fgvc.ablate.table import Line, boxes, lines, markdown, points
 from fgvc.page.render import chart, render
 from fgvc.train.events import as_csv, write_atomic
 
@@ -55,7 +55,9 @@ def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
     text = "".join(f"## {section.title}\n\n{markdown(section.found)}\n" for section in found)
     write_atomic(out / "table.md", f"# {plan.name}\n\n{text}")
     graphs = sorted({row["graph"] for row in rows})
-    page = render("ablate.html", title=plan.name, base=base, sections=found, graphs=graphs, nan=math.isnan)
+    page = render(
+        "ablate.html", title=plan.name, base=base, sections=found, graphs=graphs, nan=math.isnan, points=points
+    )
     write_atomic(out / "table.html", page)
 
 
@@ -71,12 +73,14 @@ def forest(table: Sequence[Line]) -> str:
     axes.axvline(0, color="#666666", linewidth=0.8)
     for height, (_, found) in enumerate(drawn):
         colour = {"gain": "#0072b2", "loss": "#d55e00", "unclear": "#777777"}[found.said]
-        if not math.isnan(found.low):
-            axes.plot([100 * found.low, 100 * found.high], [height, height], color=colour, linewidth=1.5)
+        for interval, width, alpha in ((found.over_images, 6, 0.3), (found.over_seeds, 1.5, 1)):
+            if interval is not None:
+                low, high = interval
+                axes.hlines(height, 100 * low, 100 * high, color=colour, linewidth=width, alpha=alpha)
         axes.plot(100 * found.mean, height, "o", color=colour, markersize=5)
     axes.set_yticks(range(len(drawn)), [name for name, _ in drawn])
     axes.set_ylim(-0.7, len(drawn) - 0.3)
-    axes.set_xlabel("top-1 minus the base's, points")
+    axes.set_xlabel("top-1 minus the base's, points; 95 %: line over seeds, band over images")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
     return chart(figure)

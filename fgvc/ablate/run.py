@@ -7,16 +7,15 @@ A run that has its line is never trained or measured again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fgvc.ablate.cost import Cost, hours, known, lengths, measured
+from fgvc.ablate.lock import alone
 from fgvc.ablate.page import write_tables
 from fgvc.ablate.result import Part, Result, digest, measure, trained
 from fgvc.ablate.study import Budget, Cell, Plan, cells
@@ -79,7 +78,7 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
     failures = list(todo.refused)
     _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {todo.hours:.1f} h of training steps")
     for number, cell in enumerate(todo.cells, 1):
-        with _alone(out, cell) as mine:
+        with alone(out / "locks" / cell.name) as mine:
             if not mine or _result(out, cell, "val").is_file():  # another process has it
                 continue
             _say(f"[{number}/{len(todo.cells)}] {cell.name}")
@@ -174,7 +173,7 @@ def _claim(plan: Plan, out: Path) -> None:
     if out.is_dir() and any(out.iterdir()) and not mark.is_file():
         raise FgvcError(f"{out}: not empty and not the folder of a study; choose another --out")
     with writing(out):
-        for folder in (out / "runs", out / "results"):
+        for folder in (out / "runs", out / "results", out / "locks"):
             folder.mkdir(parents=True, exist_ok=True)
     write_atomic(mark, dump(plan.study))
 
@@ -196,18 +195,6 @@ def _wanted(plan: Plan, arms: Sequence[str], seeds: Sequence[int]) -> Callable[[
 
 def _result(out: Path, cell: Cell, part: Part) -> Path:
     return out / "results" / f"{cell.name}.{part}.json"
-
-
-@contextmanager
-def _alone(out: Path, cell: Cell) -> Iterator[bool]:
-    """Whether this process has the run to itself; the system lets go of it when the process ends, however it ends."""
-    with (out / "runs" / f"{cell.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def _say(text: str) -> None:

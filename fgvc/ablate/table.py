@@ -6,8 +6,11 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
@@ -15,21 +18,29 @@ Row = Mapping[str, Any]  # of runs.csv: one run on one part; numbers may be text
 MEASURED = ("macro_f1", "ece", "loss", "max_box_acc_v2", "parts_10")  # beside top1
 
 
+class Interval(NamedTuple):
+    """95 %, in the score's unit."""
+
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """Mean over seeds of one arm's score minus the base arm's of the same seed, in the score's unit."""
 
     mean: float
-    low: float  # Student's interval over the seeds; NaN of one seed
-    high: float
+    over_seeds: Interval | None  # Student's: would other seeds say so? None of one, or where all differences are equal
+    over_images: Interval | None  # would other images say so? None where it isn't known which images were right
     seeds: int
 
     @property
     def said(self) -> str:
-        """How it reads: a gain or a loss where the interval has no 0 in it."""
-        if self.low == self.high:  # equal differences, as few images give: no spread is known
-            return "unclear"
-        return "gain" if self.low > 0 else "loss" if self.high < 0 else "unclear"
+        """How it reads: a gain or a loss where no interval has 0 in it."""
+        known = [interval for interval in (self.over_seeds, self.over_images) if interval is not None]
+        if known and all(interval.low > 0 for interval in known):
+            return "gain"
+        return "loss" if known and all(interval.high < 0 for interval in known) else "unclear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +94,50 @@ def best_trials(rows: Iterable[Row], *, budget: str) -> dict[str, int]:
     return {line.arm: line.trial for line in lines(rows, part="val", budget=budget)}
 
 
-def paired(mine: Sequence[Row], others: Sequence[Row], score: str = "top1") -> Difference | None:
-    """Of two arms' rows, by the seeds that both have: mean d and mean d +- t(0.975, n-1) sd(d) / sqrt(n)."""
+def paired(mine: Sequence[Row], others: Sequence[Row]) -> Difference | None:
+    """Top-1 of two arms by the seeds that both have. Over seeds: mean d +- t(0.975, n-1) sd(d) / sqrt(n), d a seed's difference.
+    Over images: mean e +- z(0.975) sd(e) / sqrt(N), e one image's difference (1: right in mine alone), mean over the seeds."""
     for rows in (mine, others):
         if len({int(row["seed"]) for row in rows}) < len(rows):
             raise ValueError("one row a seed; the same run twice would narrow the interval")
-    theirs = {int(row["seed"]): float(row[score]) for row in others}
-    apart = [float(row[score]) - theirs[int(row["seed"])] for row in mine if int(row["seed"]) in theirs]
-    if not apart:
+    theirs = {int(row["seed"]): row for row in others}
+    pairs = [(row, theirs[int(row["seed"])]) for row in mine if int(row["seed"]) in theirs]
+    if not pairs:
         return None
+    apart = [float(row["top1"]) - float(other["top1"]) for row, other in pairs]
     mean, count = statistics.mean(apart), len(apart)
-    half = math.nan if count < 2 else float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * _spread(apart) / count**0.5
-    return Difference(mean, mean - half, mean + half, count)
+    found = None
+    if count > 1 and (spread := _spread(apart)):
+        half = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread / count**0.5
+        found = Interval(mean - half, mean + half)
+    return Difference(mean, found, _over_images(pairs), count)
+
+
+def pack(right: NDArray[np.bool_]) -> str:
+    """Which of the images (N,) were right, for a cell of a CSV: bits, the first one the highest, as hexadecimal digits."""
+    return np.packbits(right).tobytes().hex()
+
+
+def _unpack(row: Row) -> NDArray[np.int64] | None:
+    """(N,) 1 where the image was right, or None where the row does not say."""
+    if not row.get("right"):
+        return None
+    bits = np.frombuffer(bytes.fromhex(str(row["right"])), np.uint8)
+    return np.unpackbits(bits, count=int(float(row["images"]))).astype(np.int64)
+
+
+def _over_images(pairs: Sequence[tuple[Row, Row]]) -> Interval | None:
+    apart = []
+    for row, other in pairs:
+        a, b = _unpack(row), _unpack(other)
+        if a is None or b is None or len(a) != len(b):
+            return None
+        apart.append(a - b)
+    if len({len(one) for one in apart}) > 1 or len(apart[0]) < 2:
+        return None
+    images = np.mean(apart, axis=0)
+    half = float(norm.ppf((1 + CONFIDENCE) / 2)) * float(images.std(ddof=1)) / len(images) ** 0.5
+    return Interval(float(images.mean()) - half, float(images.mean()) + half)
 
 
 def boxes(found: Sequence[Line]) -> bool:
@@ -105,7 +148,7 @@ def boxes(found: Sequence[Line]) -> bool:
 def markdown(found: Sequence[Line]) -> str:
     """The table for people, in per cent and points."""
     boxed = boxes(found)
-    head = ["arm", "settings", "epochs", "seeds", "top-1 %", "sd", "to the base, points", "95 % interval", "cost",
+    head = ["arm", "settings", "epochs", "seeds", "top-1 %", "sd", "to the base, points", "over seeds", "over images", "cost",
             "calibration error %", "loss", *(["MaxBoxAccV2 %", "parts in top 10 %"] if boxed else []), "graph"]  # fmt: skip
     body = [
         [
@@ -119,11 +162,14 @@ def markdown(found: Sequence[Line]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in (head, ["---"] * len(head), *body))
 
 
-def _against(found: Difference | None) -> tuple[str, str]:
+def _against(found: Difference | None) -> tuple[str, str, str]:
     if found is None:
-        return "", ""
-    interval = "" if math.isnan(found.low) else f"{100 * found.low:+.2f} to {100 * found.high:+.2f}"
-    return f"{100 * found.mean:+.2f}", interval
+        return "", "", ""
+    return f"{100 * found.mean:+.2f}", points(found.over_seeds), points(found.over_images)
+
+
+def points(interval: Interval | None) -> str:
+    return "" if interval is None else f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
 
 
 def _settings(line: Line) -> str:

@@ -206,11 +206,13 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
         "lr": learning_rate(session.optimizer),
     }
     row |= {name: value / progress.counts[name] for name, value in progress.sums.items()}
-    if session.recipe.train.precise_bn and progress.step >= session.total_steps:
+    last = progress.step >= session.total_steps
+    if session.recipe.train.precise_bn and last:
         session.reestimate_norms()
     if session.epoch_done:
         session.average_epoch()
-    scores = _validate(session, events)
+    due = last or (progress.epoch + 1) % session.recipe.train.validate_every == 0
+    scores = _validate(session, events) if due else None
     best = False
     if scores is not None:
         row |= {f"val_{name}": value for name, value in scores.numbers().items() if name != "images"}
@@ -223,7 +225,7 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
     progress.history = [old for old in progress.history if old["epoch"] != row["epoch"]] + [row]
     if session.epoch_done:  # not so where train.max_steps ends the run in mid-epoch
         progress.epoch, progress.micro, progress.sums, progress.counts = progress.epoch + 1, 0, {}, {}
-    progress.finished = progress.step >= session.total_steps
+    progress.finished = last
     events.write("epoch", **row)
     events.table(progress.history)
     _save(session, out, best=best)

@@ -43,6 +43,9 @@ class Train(Section):
     recompute: bool = Field(
         False, description="activation checkpointing: less memory, about a third more time, the same result"
     )
+    validate_every: int = Field(
+        1, ge=1, description="epochs from one validation to the next; the last is always followed by one"
+    )
     precise_bn: int = Field(
         0,
         ge=0,

@@ -151,7 +151,7 @@ def test_the_command_says_what_it_will_take_and_where_the_table_is(
     with pytest.raises(SystemExit) as ended:
         main(["ablate", "nothing"])
     assert ended.value.code == 2
-    assert "cub20-screening" in capsys.readouterr().err
+    assert "cub50-screening" in capsys.readouterr().err
 
 
 def test_other_settings_under_the_same_name_are_refused_and_lose_nothing(tmp_path: Path, recipe_tree: dict) -> None:
@@ -199,7 +199,7 @@ def test_a_trial_that_no_training_takes_is_named_and_the_others_go_on(tmp_path: 
 def test_a_run_that_another_process_has_is_left_to_it(tmp_path: Path, recipe_tree: dict) -> None:
     study, out = plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0, 1]), tmp_path / "out"
     run.estimate(study, out)
-    with (out / "runs/plain-1e-s0.lock").open("w") as other:
+    with (out / "locks/plain-1e-s0").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert run.ablate(study, out) == []
     assert [row["seed"] for row in read(out)] == ["1"]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import statistics
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgvc.ablate.table import best_trials, lines, markdown, paired
+from fgvc.ablate.table import best_trials, lines, markdown, pack, paired
 from fgvc.train.events import as_csv
 
 PLAIN, OTHER = (0.70, 0.68, 0.69), (0.73, 0.70, 0.72)  # apart by 3, 2 and 3 points
@@ -35,8 +36,8 @@ def test_the_interval_is_students_over_the_seeds() -> None:
     found = paired([row("other", s, x) for s, x in enumerate(OTHER)], [row("plain", s, x) for s, x in enumerate(PLAIN)])
     assert found is not None
     assert found.mean == pytest.approx(0.0266667, abs=1e-6)
-    assert found.high - found.mean == pytest.approx(0.0143422, abs=1e-6)
-    assert found.mean - found.low == pytest.approx(0.0143422, abs=1e-6)
+    assert found.over_seeds == pytest.approx((0.0266667 - 0.0143422, 0.0266667 + 0.0143422), abs=1e-6)
+    assert found.over_images is None
     assert (found.seeds, found.said) == (3, "gain")
 
 
@@ -50,7 +51,11 @@ def test_pairs_are_by_seed_whatever_the_order(pairs: list[tuple[float, float]], 
     assert found.mean == pytest.approx(statistics.mean(a - b for a, b in pairs), abs=1e-12)
     back = paired(theirs, mine)
     assert back is not None
-    assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low), abs=1e-12)
+    assert back.mean == pytest.approx(-found.mean, abs=1e-12)
+    if found.over_seeds is None:
+        assert back.over_seeds is None
+    else:
+        assert back.over_seeds == pytest.approx((-found.over_seeds.high, -found.over_seeds.low), abs=1e-12)
 
 
 def test_one_seed_has_no_interval_and_no_verdict() -> None:
@@ -58,7 +63,7 @@ def test_one_seed_has_no_interval_and_no_verdict() -> None:
     assert found is not None
     assert (found.seeds, found.said) == (1, "unclear")
     assert found.mean == pytest.approx(0.4)
-    assert math.isnan(found.low)
+    assert found.over_seeds is None
     assert paired([row("other", 1, 0.9)], [row("plain", 0, 0.5)]) is None
 
 
@@ -93,7 +98,45 @@ def test_a_run_that_is_there_twice_narrows_no_interval() -> None:
 def test_equal_differences_are_no_verdict() -> None:
     found = paired([row("other", s, 0.6) for s in (0, 1)], [row("plain", s, 0.5) for s in (0, 1)])
     assert found is not None
-    assert found.said == "unclear"
+    assert (found.over_seeds, found.said) == (None, "unclear")
+
+
+@given(st.integers(2, 60), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_the_interval_over_images_is_that_of_the_paired_images(images: int, seeds: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    mine, theirs = draw.random((2, seeds, images)) < 0.6
+    a, b = (
+        [row(arm, s, bits.mean(), images=images, right=pack(bits)) for s, bits in enumerate(right)]
+        for arm, right in (("other", mine), ("plain", theirs))
+    )
+    found = paired(a, b)
+    assert found is not None
+    assert found.over_images is not None
+    apart = (mine.astype(float) - theirs).mean(0)
+    error = scipy.stats.sem(apart)
+    assert found.over_images == pytest.approx(
+        (apart.mean() - 1.959964 * error, apart.mean() + 1.959964 * error), abs=1e-6
+    )
+    assert sum(found.over_images) / 2 == pytest.approx(found.mean, abs=1e-12)
+
+
+def test_one_seed_and_many_images_are_a_verdict_about_the_images() -> None:
+    right = np.arange(1000) < 700
+    known = [row("plain", 0, 0.7, images=1000, right=pack(right)), row("other", 0, 0.8, images=1000)]
+    found = paired([known[1] | {"right": pack(np.arange(1000) < 800)}], known[:1])
+    assert found is not None
+    assert (found.over_seeds, found.said) == (None, "gain")
+    assert paired(known[1:], known[:1]).said == "unclear"  # type: ignore[union-attr]  # it isn't known which were right
+    other = [known[1] | {"right": pack(right[:999]), "images": 999}]
+    assert paired(other, known[:1]).over_images is None  # type: ignore[union-attr]  # other images
+
+
+def test_bits_of_a_cell_survive_a_csv_whatever_they_look_like() -> None:
+    for digits in ("00000000", "12345678", "1e100000"):  # none is a number
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8)).astype(bool)
+        assert pack(bits) == digits
+        written = as_csv([row("plain", 0, bits.mean(), images=32, right=pack(bits))])
+        assert next(csv.DictReader(io.StringIO(written)))["right"] == digits
 
 
 def test_the_test_part_chooses_nothing_and_says_how_many_were_tried() -> None:
@@ -116,6 +159,6 @@ def test_a_committed_csv_gives_the_same_table() -> None:
         assert table == markdown(lines(read, part=part, budget="epochs"))
         assert ("MaxBoxAccV2" in table) is (part == "test")
     assert (
-        "| other | `optim.lr=0.5` | 12 | 3 | 71.67 | 1.53 | +2.67 | +1.23 to +4.10 | 2.00 | 5.0 | 1.200 | aaaaaaaaaaaa |"
+        "| other | `optim.lr=0.5` | 12 | 3 | 71.67 | 1.53 | +2.67 | +1.2 to +4.1 |  | 2.00 | 5.0 | 1.200 | aaaaaaaaaaaa |"
         in markdown(lines(read, part="val", budget="epochs"))
     )

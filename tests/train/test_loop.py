@@ -192,6 +192,16 @@ def test_best_is_the_checkpoint_that_scored_highest(tmp_path: Path, recipe_tree:
     assert api.evaluate(run, "val").scores.top1 == pytest.approx(max(scores)), "scored on the weights that would ship"
 
 
+def test_validation_is_as_rare_as_asked_and_changes_no_weight(tmp_path: Path, recipe_tree: dict) -> None:
+    rare = api.train(recipe(recipe_tree, train={"epochs": 5, "validate_every": 3}), tmp_path / "rare")
+    often = api.train(recipe(recipe_tree, train={"epochs": 5}), tmp_path / "often")
+    rows, others = (list(csv.DictReader((run / "metrics.csv").read_text().splitlines())) for run in (rare, often))
+    assert [row["epoch"] for row in rows if row["val_top1"]] == ["3", "5"]
+    assert rows[2::2] == others[2::2]
+    weights, same = (load_file(run / "ckpt/last/net.safetensors") for run in (rare, often))
+    assert all(torch.equal(weights[name], same[name]) for name in same)
+
+
 def test_a_longer_budget_goes_on_from_a_finished_run(tmp_path: Path, recipe_tree: dict) -> None:
     run = api.train(recipe(recipe_tree), tmp_path / "run")
     api.train(recipe(recipe_tree, train={"epochs": 3}), run)
