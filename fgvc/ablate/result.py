@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -39,11 +41,45 @@ UNIMPORTANT: dict[str, Any] = {
 }
 Part = Literal["val", "test"]
 Result = dict[str, Any]  # a line of runs.csv
+NEEDED = ("arm", "trial", "part", "epochs", "seed", "recipe")
+COUNTS = ("trial", "seed", "images", "epochs")
+WORDS = {
+    "arm",
+    "part",
+    "right",
+    "no_maps",
+    "select",
+    "graph",
+    "plain",
+    "settings",
+    "recipe",
+    "fgvc",
+    "torch",
+    "timm",
+    "cpu",
+}
 
 
 def digest(cell: Cell) -> str:
     """Of all settings that decide the run's result."""
     return hashlib.sha256(json.dumps(_important(cell.recipe), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_lines(table: Path) -> list[Result]:
+    """The lines of a runs.csv as they were before they were written there. Raises FgvcError where it is no such file."""
+    try:
+        rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+        return [{key: row[key] for key in NEEDED} | dict(_values(row)) for row in rows]
+    except (OSError, KeyError, ValueError) as error:
+        raise FgvcError(f"{table}: no runs.csv of a study: {error}") from error
+
+
+def _values(row: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    for key, text in row.items():
+        if key in WORDS:
+            yield key, text
+        elif text and key != "budget":  # which follows from the plan
+            yield key, int(text) if key in COUNTS else float(text)
 
 
 def trained(cell: Cell, run: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from fgvc.ablate.cost import Cost, hours, known, lengths, measured
 from fgvc.ablate.lock import alone
 from fgvc.ablate.page import write_tables
-from fgvc.ablate.result import Part, Result, digest, measure, trained
+from fgvc.ablate.result import Part, Result, digest, measure, read_lines, trained
 from fgvc.ablate.study import Budget, Cell, Plan, cells
 from fgvc.ablate.table import best_trials
 from fgvc.config import dump
@@ -91,6 +91,23 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
         write_tables(plan, out, _rows(plan, out))
     write_tables(plan, out, _rows(plan, out))
     return failures
+
+
+def adopt(plan: Plan, out: Path, table: Path) -> int:
+    """Take the validation lines of a runs.csv, as another machine wrote it, for results; returns how many there were of this
+    plan's settings. Raises FgvcError where it is no such file."""
+    _claim(plan, out)
+    trials = {(trial.arm, trial.number): trial for trial in plan.trials}
+    fitting = 0
+    for row in read_lines(table):
+        if row["part"] != "val" or (row["arm"], row["trial"]) not in trials:
+            continue
+        cell = Cell(trials[row["arm"], row["trial"]], row["epochs"], row["seed"], ())
+        if digest(cell) == row["recipe"]:
+            fitting += 1
+            if not _result(out, cell, "val").is_file():
+                write_atomic(_result(out, cell, "val"), json.dumps(row, indent=1) + "\n")
+    return fitting
 
 
 def read_test(plan: Plan, out: Path) -> None:

@@ -88,6 +88,10 @@ def ablate(
     ] = False,
     arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be given several times.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed; may be given several times.")] = None,
+    done: Annotated[
+        Path | None,
+        typer.Option(help="A runs.csv of this study from another machine: what it has is not trained again."),
+    ] = None,
     test: Annotated[
         bool, typer.Option("--test", help="Score on test what validation chose. Once: it is recorded.")
     ] = False,
@@ -104,6 +108,8 @@ def ablate(
         )
     path = study_file(study)
     plan, place = read_study(path, overrides or []), out or Path("studies") / path.stem
+    if done is not None:
+        print(f"{done}: {run.adopt(plan, place, done)} runs of these settings", file=sys.stderr)
     if estimate:
         show.estimate(run.estimate(plan, place, arms=arm or [], seeds=seed or []))
         return

@@ -205,6 +205,28 @@ def test_a_run_that_another_process_has_is_left_to_it(tmp_path: Path, recipe_tre
     assert [row["seed"] for row in read(out)] == ["1"]
 
 
+def test_another_machines_runs_are_not_trained_again(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    run.ablate(plan(tmp_path, recipe_tree, {"plain": {}, "lr": {"optim.lr": 0.05}}, seeds=[0]), there)
+    table = there / "runs.csv"
+    study = plan(tmp_path, recipe_tree, {"plain": {}, "lr": {"optim.lr": 0.06}}, seeds=[0, 1])
+    assert run.adopt(study, here, table) == 1  # the other line is of another rate
+    todo = run.estimate(study, here)
+    assert (todo.done, [cell.name for cell in todo.cells]) == (1, ["lr-1e-s0", "plain-1e-s1", "lr-1e-s1"])
+    kept = (there / "results/plain-1e-s0.val.json").read_text()
+    assert json.loads((here / "results/plain-1e-s0.val.json").read_text()) == json.loads(kept)
+    assert run.adopt(study, here, table) == 1
+
+    for text in ("arm,part\nplain,val\n", "no table\n1\n", "arm,trial,part,epochs,seed,recipe\nplain,1,val,one,0,0\n"):
+        table.write_text(text)
+        with pytest.raises(FgvcError, match=r"runs.csv: no runs.csv of a study"):
+            run.adopt(study, here, table)
+    with pytest.raises(FgvcError, match=r"gone.csv: no runs.csv of a study"):
+        run.adopt(study, here, tmp_path / "gone.csv")
+
+
 def test_a_folder_of_something_else_is_not_written_to(tmp_path: Path, recipe_tree: dict) -> None:
     out = tmp_path / "out"
     out.mkdir()
