@@ -30,6 +30,7 @@ from fgvc.recipe import Recipe
 from fgvc.train import checkpoint
 from fgvc.train.loop import train
 from fgvc.train.run import environment, read_run
+from fgvc.train.session import fingerprint, read_index
 from fgvc.types import FgvcError
 
 # Settings that change no result.
@@ -61,8 +62,22 @@ WORDS = {
 
 
 def digest(cell: Cell) -> str:
-    """Of all settings that decide the run's result."""
-    return hashlib.sha256(json.dumps(_important(cell.recipe), sort_keys=True).encode()).hexdigest()[:16]
+    """Of all that decides the run's result, as other machines know it again: the images' names and not where they lie, the name of
+    the weights' file and not its folder. Raises FgvcError where the data can't be read."""
+    tree = _important(cell.recipe)
+    tree["data"]["root"] = _images(cell.recipe)
+    tree["model"]["weights"] = Path(cell.recipe.model.weights).name
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_seen: dict[Any, str] = {}  # data stay as they are while a study goes on
+
+
+def _images(recipe: Recipe) -> str:
+    data = recipe.data, recipe.deploy.labels
+    if data not in _seen:
+        _seen[data] = fingerprint(read_index(recipe))
+    return _seen[data]
 
 
 def read_lines(table: Path) -> list[Result]:

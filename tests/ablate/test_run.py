@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,14 @@ def test_another_machines_runs_are_not_trained_again(
     kept = (there / "results/plain-1e-s0.val.json").read_text()
     assert json.loads((here / "results/plain-1e-s0.val.json").read_text()) == json.loads(kept)
     assert run.adopt(study, here, table) == 1
+
+    moved = tmp_path / "moved"
+    shutil.copytree(recipe_tree["data"]["root"], moved)
+    elsewhere = plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0], settings={"data.root": str(moved)})
+    assert run.adopt(elsewhere, tmp_path / "elsewhere", table) == 1
+    next((moved / "train").rglob("*.png")).unlink()
+    result._seen.clear()
+    assert run.adopt(elsewhere, tmp_path / "fewer", table) == 0
 
     for text in ("arm,part\nplain,val\n", "no table\n1\n", "arm,trial,part,epochs,seed,recipe\nplain,1,val,one,0,0\n"):
         table.write_text(text)
