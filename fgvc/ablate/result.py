@@ -62,8 +62,8 @@ WORDS = {
 
 
 def digest(cell: Cell) -> str:
-    """Of all that decides the run's result, as other machines know it again: the images' names and not where they lie, the name of
-    the weights' file and not its folder. Raises FgvcError where the data can't be read."""
+    """Of all that decides the run's result, as other machines know it again: the images' names and not where they lie, the
+    name of the weights' file and not its folder. Raises FgvcError where the data can't be read."""
     tree = _important(cell.recipe)
     tree["data"]["root"] = _images(cell.recipe)
     tree["model"]["weights"] = Path(cell.recipe.model.weights).name
