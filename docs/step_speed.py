@@ -64,17 +64,17 @@ def main(weights: Path, out: Path) -> None:
     others = {
         "memory kept as glibc does": partial(as_found, plain),
         "contiguous layout": make(weights, layout=torch.contiguous_format),
-        "autocast to bf16": make(weights, precision=torch.bfloat16),
-        "torch.compile": make(weights, compiled=True),
         "fused SGD": make(weights, fused=True),
         "SGD in a loop": make(weights, foreach=False),
+        "torch.compile": make(weights, compiled=True),
+        "autocast to bf16": make(weights, precision=torch.bfloat16),
     }
     about = f"{BACKBONE}, {SIZE} px, batch {BATCH}, {torch.get_num_threads()} threads"
     ratios = []
     for name, step in {"the same": make(weights), **others}.items():
         ratios.append(interleaved(f"{name} / as fgvc does ({about})", step, plain, pairs=PAIRS))
         print(ratios[-1], flush=True)
-    write_csv(out, ratios)
+        write_csv(out, ratios)
 
 
 if __name__ == "__main__":
