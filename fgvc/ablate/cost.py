@@ -55,30 +55,37 @@ def measured(
 
 def known(plan: Plan, out: Path) -> dict[str, Cost]:
     """Of all trials whose costs are in `<out>/costs.json` for the settings that they have now."""
-    path = out / "costs.json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {
-        trial.name: Cost(row["ratio"], row["step_seconds"], row["steps"])
-        for trial in plan.trials
-        if (row := rows.get(trial.name)) is not None and row["settings"] == _settings(plan, trial)
-    }
+    rows = _kept(out)
+    found = {trial.name: _current(plan, trial, rows) for trial in plan.trials}
+    return {name: cost for name, cost in found.items() if cost is not None}
 
 
 def _one(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> Cost | FgvcError:
-    there = known(plan, out)
-    if trial.name in there:
-        return there[trial.name]
+    rows = _kept(out)
+    if (there := _current(plan, trial, rows)) is not None:
+        return there
     try:
-        cost = _measure(trial, plan.base, base_cost=there.get(plan.base.name))
+        cost = _measure(trial, plan.base, base_cost=_current(plan, plan.base, rows))
     except FgvcError as error:
         return error
     notify(f"{trial.name}: a step costs {cost.ratio:.2f} of {plan.base.name}'s")
-    path = out / "costs.json"
     with alone(out / "locks" / "costs", wait=True):
-        rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        rows[trial.name] = asdict(cost) | {"settings": _settings(plan, trial)}
-        write_atomic(path, json.dumps(rows, indent=1) + "\n")
+        rows = _kept(out) | {trial.name: asdict(cost) | {"settings": _settings(plan, trial)}}
+        write_atomic(out / "costs.json", json.dumps(rows, indent=1) + "\n")
     return cost
+
+
+def _kept(out: Path) -> dict[str, Any]:
+    path = out / "costs.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _current(plan: Plan, trial: Trial, rows: Mapping[str, Any]) -> Cost | None:
+    """What is kept of a trial, unless its settings or the base's have changed since."""
+    row = rows.get(trial.name)
+    if row is None or row["settings"] != _settings(plan, trial):
+        return None
+    return Cost(row["ratio"], row["step_seconds"], row["steps"])
 
 
 def _settings(plan: Plan, trial: Trial) -> list[Any]:
