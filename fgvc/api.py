@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -66,6 +67,7 @@ class Evaluation:
     split: str
     select: Selected
     scores: metrics.Scores
+    right: NDArray[np.bool_]  # (N,) of the readable images, in the order of the data
     unreadable: tuple[str, ...]
     classes: tuple[str, ...]
     calibrated: Calibrated | None  # None with averaged views, which no bundle has
@@ -198,7 +200,7 @@ def evaluate(
     (run / "tables").mkdir(exist_ok=True)
     for table, lines in tables.items():
         write_atomic(run / "tables" / f"{table}-{name}.csv", as_csv(lines))
-    return Evaluation(run, name, chosen, scores, tuple(unreadable), index.classes, found)
+    return Evaluation(run, name, chosen, scores, sample.right, tuple(unreadable), index.classes, found)
 
 
 def export(

@@ -1,7 +1,8 @@
-"""What must be on the disk before a name may point at it, and what a user hears when it can't get there."""
+"""What must be on the disk before a name may point at it, what a user hears when it can't get there, and whose turn it is."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -78,3 +79,16 @@ def making(folder: Path) -> Iterator[Path]:
             sync(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # gone, unless something failed
+
+
+@contextmanager
+def alone(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process has the lock file to itself; `wait`: until it has. The system lets go of it when the process ends,
+    however it ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

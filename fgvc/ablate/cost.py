@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fgvc.ablate.lock import alone
 from fgvc.ablate.study import Budget, Cell, Plan, Trial
 from fgvc.bench import interleaved, step_on_one_batch
+from fgvc.disk import alone
 from fgvc.recipe import Recipe
 from fgvc.train.events import write_atomic
 from fgvc.train.runtime import runtime

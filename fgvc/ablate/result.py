@@ -19,7 +19,6 @@ from fgvc.ablate.cost import Cost
 from fgvc.ablate.study import Cell
 from fgvc.ablate.table import pack
 from fgvc.config import differences
-from fgvc.evaluate.metrics import of_logits
 from fgvc.evaluate.subject import Subject, subject
 from fgvc.export.onnx import Exporter, Interface, export_onnx
 from fgvc.export.plain import strip
@@ -120,16 +119,16 @@ def _important(recipe: Recipe) -> dict[str, Any]:
 
 def measure(cell: Cell, run: Path, part: Part, *, cost: Cost, base: float, localise: bool) -> Result:
     """A line about one run on one part. `base`: seconds of the base arm's training, by its measured steps."""
+    found = api.evaluate(run, part)
     seen = subject(run)
-    said = seen.answers(seen.part(part)[1])
     graph = contract(seen)
     row: Result = {
         "arm": cell.trial.arm,
         "trial": cell.trial.number,
         "seed": cell.seed,
         "part": part,
-        **{name: round(value, 6) for name, value in of_logits(said.logits, said.labels).numbers().items()},
-        "right": pack(said.logits.argmax(1) == said.labels),
+        **{name: round(value, 6) for name, value in found.scores.numbers().items()},
+        "right": pack(found.right),
     }
     if localise and seen.index.boxes is not None and len(seen.index.rows("val")):
         row |= _looked(run, part)

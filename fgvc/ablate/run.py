@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fgvc.ablate.cost import Cost, hours, known, lengths, measured
-from fgvc.ablate.lock import alone
 from fgvc.ablate.page import write_tables
 from fgvc.ablate.result import Part, Result, digest, measure, read_lines, trained
 from fgvc.ablate.study import Budget, Cell, Plan, cells
 from fgvc.ablate.table import best_trials
 from fgvc.config import dump
-from fgvc.disk import writing
+from fgvc.disk import alone, writing
 from fgvc.train.events import write_atomic
 from fgvc.train.session import read_index
 from fgvc.types import FgvcError

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fgvc.disk import sync
+from fgvc.disk import alone, sync
 from fgvc.image.decode import MAX_PIXELS, decode
 from fgvc.types import FgvcError, ImageError, ImageIndex
 
@@ -165,8 +164,7 @@ def _build(
         return shrunk(image, side), image.size
 
     try:
-        with (building / _LOCK).open("wb") as lock, ThreadPoolExecutor(max(1, workers)) as pool:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(building / _LOCK, wait=True), ThreadPoolExecutor(max(1, workers)) as pool:
             _check_space(final.parent, rows, load, pool)
             if progress is not None:
                 progress(f"decoding {len(rows):,} images once, into {final.parent}")
@@ -247,10 +245,10 @@ def _check_space(
 
 def _remove_leftovers(folder: Path) -> None:
     """Folders of builders that were killed: their lock is free."""
-    for left in folder.glob("*.tmp"):
-        with contextlib.suppress(OSError), (left / _LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
+    for lock in folder.glob(f"*.tmp/{_LOCK}"):
+        with contextlib.suppress(OSError), alone(lock) as dead:
+            if dead:
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _to_disk(stream: BinaryIO) -> None:

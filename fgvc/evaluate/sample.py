@@ -1,4 +1,4 @@
-"""The logits of some of the images, kept while all of them are scored: one pass, and memory for the sample alone."""
+"""What is kept while all images are scored, in one pass: the logits of some of them, and of all whether they were right."""
 
 from __future__ import annotations
 
@@ -19,17 +19,26 @@ class Sample:
     def __init__(self, net: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> None:
         self.net, self.rows = net, rows
         self._mine = torch.zeros(0, dtype=torch.bool)  # which of the batch that is on its way
+        self._truth = torch.zeros(0, dtype=torch.int64)  # of that batch
+        self._right: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._logits: list[Tensor] = []
 
     def see(self, batch: EvaluationBatch) -> None:
-        self._mine = torch.from_numpy(np.isin(batch.index.numpy(), self.rows))
+        self._mine, self._truth = torch.from_numpy(np.isin(batch.index.numpy(), self.rows)), batch.labels
         self._labels.append(batch.labels[self._mine])
 
     def __call__(self, x: Tensor) -> Tensor:
         z = self.net(x)
-        self._logits.append(z.float().cpu()[self._mine])
+        said = z.float().cpu()
+        self._right.append(said.argmax(1) == self._truth)
+        self._logits.append(said[self._mine])
         return z
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """(N,) of all images that were seen, in their order."""
+        return torch.cat(self._right).numpy()
 
     def calibrated(self) -> Calibrated | None:
         """None where there is nothing to calibrate: no image of the sample, or logits that are not finite."""

@@ -15,8 +15,9 @@ import yaml
 from fgvc import api
 from fgvc.ablate import result, run
 from fgvc.ablate.study import Plan, read_study
-from fgvc.ablate.table import lines
+from fgvc.ablate.table import lines, pack
 from fgvc.cli import main
+from fgvc.evaluate.subject import subject
 from fgvc.types import FgvcError
 
 ARMS = {
@@ -91,7 +92,12 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
     assert float(rows[0]["top1"]) == pytest.approx(
         api.evaluate(out / "runs/plain.1-1e-s0", "val").scores.top1, abs=1e-6
     )
+    seen = subject(out / "runs/plain.1-1e-s0")
+    said = seen.answers(seen.part("val")[1])
+    assert rows[0]["right"] == pack(said.logits.argmax(1) == said.labels)
     done = api.export(out / "runs/acb-1e-s0", tmp_path / "bundle")
+    shown = json.loads((tmp_path / "bundle/metrics.json").read_text())
+    assert shown["val"]["top1"] == pytest.approx(float(lines_of(rows, "acb", seed="0")[0]["top1"]), abs=1e-6)
     assert {row["graph"] for row in rows} == {row["plain"] for row in rows} == {done.proven.structural.sha256}
     for name in ("table.md", "table.html"):
         text = (out / name).read_text(encoding="utf-8")
@@ -120,12 +126,12 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
         run.read_test(smaller, out)
 
 
-def lines_of(rows: list[dict[str, str]], arm: str) -> list[dict[str, Any]]:
-    """Mean top-1 by trial."""
-    trials = {row["trial"] for row in rows if row["arm"] == arm}
+def lines_of(rows: list[dict[str, str]], arm: str, seed: str = "") -> list[dict[str, Any]]:
+    """Mean top-1 by trial, over all seeds or of one."""
+    rows = [row for row in rows if row["arm"] == arm and seed in ("", row["seed"])]
     found = []
-    for trial in sorted(trials):
-        mine = [row for row in rows if row["arm"] == arm and row["trial"] == trial]
+    for trial in sorted({row["trial"] for row in rows}):
+        mine = [row for row in rows if row["trial"] == trial]
         found.append({"trial": trial, "top1": lines(mine, part="val", budget="epochs")[0].top1})
     return found
 
