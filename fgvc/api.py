@@ -158,8 +158,9 @@ def evaluate(
     `device`: another than the run was trained on. `views`: average over flips or crops, or look again at what a technique
     attends to; no bundle does, so it is recorded under a key of its own.
     Writes `metrics.json`, `tables/{classes,confused,reliability,risk-coverage}-<split>.csv` and
-    `plots/{confusion,reliability,risk-coverage}-<split>.png` into the run, calibration by up to 10,000 of the images and
-    without `views` only. Raises FgvcError where the part is empty.
+    `plots/{confusion,reliability,risk-coverage}-<split>.png` into the run (`-<split>-<select>` for other weights than the
+    recipe's selection), calibration by up to 10,000 of the images and without `views` only. Raises FgvcError where the part is
+    empty.
     """
     seen = subject(run, select, branches=views == "refined")
     index, preprocess, chosen = seen.index, seen.preprocess, seen.select
@@ -190,16 +191,17 @@ def evaluate(
     known[f"{name}.{chosen}"] = scores.numbers()
     write_atomic(run / "metrics.json", json.dumps(known, indent=1) + "\n")
     title = f"{part}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
-    plot_confusion(scores.confusion, index.classes, run / "plots" / f"confusion-{name}.png", title=title)
+    stem = "-".join([name] + [chosen] * (chosen != seen.recipe.selected))
+    plot_confusion(scores.confusion, index.classes, run / "plots" / f"confusion-{stem}.png", title=title)
     tables: dict[str, Any] = {
         "classes": scores.by_class(index.classes), "confused": scores.confused(index.classes)
     }  # fmt: skip
     if (found := sample.calibrated()) is not None:
-        plot_calibration(found, run / "plots", part=name)
+        plot_calibration(found, run / "plots", part=stem)
         tables |= {"reliability": found.rows(), "risk-coverage": found.curve.rows()}
     (run / "tables").mkdir(exist_ok=True)
     for table, lines in tables.items():
-        write_atomic(run / "tables" / f"{table}-{name}.csv", as_csv(lines))
+        write_atomic(run / "tables" / f"{table}-{stem}.csv", as_csv(lines))
     return Evaluation(run, name, chosen, scores, sample.right, tuple(unreadable), index.classes, found)
 
 

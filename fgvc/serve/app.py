@@ -134,12 +134,14 @@ async def page() -> Response:
 # What operators ask for
 
 
+@router.head("/v2/health/live", include_in_schema=False)  # some monitors ask so
 @router.get("/v2/health/live")
 async def live() -> Response:
     """200 as long as the process answers, also while it shuts down."""
     return Response()
 
 
+@router.head("/v2/health/ready", include_in_schema=False)
 @router.get("/v2/health/ready")
 async def ready(request: Request) -> Response:
     """503 from the moment that the process was asked to stop."""

@@ -67,8 +67,9 @@ def test_the_page_is_open_and_may_run_its_own_script_alone(shared: Service) -> N
 
 
 def test_what_there_is(shared: Service) -> None:
-    assert ask(shared, "GET", "/v2/health/live").status_code == 200
-    assert ask(shared, "GET", "/v2/health/ready").status_code == 200
+    for method in ("GET", "HEAD"):
+        assert ask(shared, method, "/v2/health/live").status_code == 200
+        assert ask(shared, method, "/v2/health/ready").status_code == 200
     assert ask(shared, "GET", "/v2").json()["name"] == "fgvc"
     assert ask(shared, "GET", "/v2/models").json() == {
         "models": [

@@ -347,6 +347,7 @@ def test_best_is_read_as_it_was_scored(tmp_path: Path, recipe_tree: dict) -> Non
     run = api.train(tree, tmp_path / "run")
     best = json.loads((run / "ckpt/best/meta.json").read_text())["best"]
     assert api.evaluate(run, "val", select="best").scores.top1 == pytest.approx(best)
+    assert {path.name for path in (run / "tables").glob("classes-*")} == {"classes-val-best.csv"}
 
 
 def test_precise_norms_are_the_statistics_of_the_clean_images(tmp_path: Path, recipe_tree: dict) -> None:
