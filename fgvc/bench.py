@@ -54,6 +54,7 @@ class Ratio:
     high: float
     a_seconds: float  # medians, for orientation
     b_seconds: float
+    total: float  # all time of `a` over all time of `b`: where a step is not like the next, what many of them cost
     expected: float | None = None  # where the ratio can be predicted: from the count of forwards and backwards
 
 
@@ -79,6 +80,7 @@ def interleaved(
         ratios[high],
         statistics.median(x for x, _ in seconds),
         statistics.median(y for _, y in seconds),
+        sum(x for x, _ in seconds) / sum(y for _, y in seconds),
     )
 
 
@@ -229,12 +231,15 @@ def write_csv(path: Path, ratios: Sequence[Ratio]) -> None:
 
 
 def step_on_one_batch(session: Session) -> Callable[[], None]:
-    """The run's own step, on one batch that is held; what is scheduled is at half of its way."""
+    """The run's own step, on one batch that is held; what is scheduled is at half of its way, and what is drawn for a step is
+    drawn anew for each."""
     raw = list(islice(session.loader.epoch(0), session.recipe.train.accumulate))
     quiet = Events(Path(), session.recipe.log, active=False)
-    session.progress.step, session.progress.epoch = session.total_steps // 2, session.recipe.train.epochs // 2
+    session.progress.epoch = session.recipe.train.epochs // 2
+    numbers = cycle(range(session.total_steps // 2, session.total_steps))
 
     def step() -> None:
+        session.progress.step = next(numbers)
         take_step(session, iter(raw), quiet)
 
     return step

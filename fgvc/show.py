@@ -79,13 +79,15 @@ def forecast(found: Forecast) -> None:
 def estimate(found: Estimate) -> None:
     """A trial a row."""
     budgets = list(dict.fromkeys(budget for _, budget in found.epochs))
-    table = _table("trial", "step, ms", "of the base's", *(f"epochs ({budget})" for budget in budgets))
+    table = _table("trial", "epoch, s", "of the base's", *(f"epochs ({budget})" for budget in budgets))
     for name, cost in found.costs.items():
         lengths = (str(found.epochs[name, budget]) for budget in budgets)
-        table.add_row(escape(name), f"{1000 * cost.step_seconds:.0f}", f"{cost.ratio:.2f}", *lengths)
+        table.add_row(escape(name), f"{cost.epoch:.1f}", f"{cost.ratio:.2f}", *lengths)
     console.print(table)
     console.print(f"{found.done} runs are done, {len(found.cells)} to do: {found.hours:.2f} h of training steps")
-    console.print("without validation, and without what techniques do between epochs")
+    console.print(
+        "without validation, and without what techniques do between epochs; teachers are asked, whatever is cached"
+    )
     for failure in found.refused:
         console.print(f"refused: {failure.run}: {failure.reason}", markup=False, soft_wrap=True)
 

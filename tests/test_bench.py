@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,8 @@ from fgvc import api, bench
 from fgvc.config import validate
 from fgvc.recipe import Recipe
 from fgvc.techniques import CONFIGS
+from fgvc.train.runtime import runtime
+from fgvc.train.session import open_session
 
 
 def recipe(tree: dict, **sections: object) -> Recipe:
@@ -32,6 +35,25 @@ def test_pairs_are_timed_in_turn_and_the_order_is_turned_round() -> None:
     found = bench.interleaved("x", lambda: calls.append("a"), lambda: calls.append("b"), pairs=4, warm_up=1)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab" + "ba"
     assert found.low <= found.median <= found.high
+
+
+def test_what_happens_in_some_steps_happens_in_some_that_are_timed(recipe_tree: dict) -> None:
+    half = {"mixup": {"probability": 0.5}}
+    made = recipe(recipe_tree, techniques=half, train=recipe_tree["train"] | {"epochs": 40})
+    mixed = []
+    with runtime(made.train) as process, open_session(made, process) as session:
+        step = bench.step_on_one_batch(session)
+        real = session.step.forward
+
+        def seen(*given: Any) -> Any:
+            losses, views = real(*given)
+            mixed.append(len(views[0].target) == 2)
+            return losses, views
+
+        session.step.forward = seen
+        for _ in range(20):
+            step()
+    assert set(mixed) == {True, False}
 
 
 def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, boxed_tree: dict) -> None:

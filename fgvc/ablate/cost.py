@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fgvc.ablate.identity import digest
 from fgvc.ablate.study import Budget, Cell, Plan, Trial
 from fgvc.bench import interleaved, step_on_one_batch
 from fgvc.disk import alone
@@ -19,59 +20,78 @@ from fgvc.train.runtime import runtime
 from fgvc.train.session import open_session
 from fgvc.types import FgvcError
 
-PAIRS = 6
+PAIRS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of a trial's training steps; without validation, and without what techniques do between epochs."""
+    """Of a trial's epoch of training steps; without validation, and without what techniques do between epochs. A teacher is
+    always asked: a cost must not depend on who filled a cache of logits first."""
 
-    ratio: float  # one step over one of the base arm's, median of PAIRS
-    step_seconds: float  # of the base arm's step times `ratio`
-    steps: int  # in an epoch
-
-    @property
-    def epoch(self) -> float:
-        """Seconds."""
-        return self.step_seconds * self.steps
+    ratio: float  # over the base trial's epoch
+    epoch: float  # seconds, here
 
 
 def measured(
     plan: Plan, out: Path, trials: Sequence[Trial], notify: Callable[[str], None]
 ) -> dict[str, Cost | FgvcError]:
     """The costs of these trials by name, or why one can't be trained; the first is to be the base. Kept in `<out>/costs.json`:
-    what is there for the same settings is not measured again, and several processes share the work."""
+    what is there for the same settings is not measured again, and several processes share the work.
+
+    Raises FgvcError where the base can't be trained.
+    """
     found: dict[str, Cost | FgvcError] = {}
     for patient in (False, True):  # first what no other process is at
         for trial in trials:
             if trial.name in found:
                 continue
-            first = trial.name == plan.base.name  # its seconds are the unit of all others
+            first = trial is plan.base  # its seconds are the unit of all others
             with alone(out / "locks" / f"{trial.name}.cost", wait=patient or first) as mine:
-                if mine:
+                if not mine:
+                    continue
+                try:
                     found[trial.name] = _one(plan, out, trial, notify)
+                except (FgvcError, RuntimeError) as error:
+                    if first:
+                        raise FgvcError(f"{plan.path}: arms.{trial.arm}: {error}") from error
+                    found[trial.name] = FgvcError(str(error))
     return {trial.name: found[trial.name] for trial in trials}
 
 
 def known(plan: Plan, out: Path) -> dict[str, Cost]:
     """Of all trials whose costs are in `<out>/costs.json` for the settings that they have now."""
-    rows = _kept(out)
-    found = {trial.name: _current(plan, trial, rows) for trial in plan.trials}
-    return {name: cost for name, cost in found.items() if cost is not None}
+    rows, found = _kept(out), {}
+    for trial in plan.trials:
+        with suppress(FgvcError):  # it can't be trained here, as its teacher is gone
+            if (cost := _current(plan, trial, rows)) is not None:
+                found[trial.name] = cost
+    return found
 
 
-def _one(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> Cost | FgvcError:
+def adopt(plan: Plan, out: Path, ratios: Mapping[str, float]) -> None:
+    """Take the costs of trials from where they were measured, unless they are known here: so equal seconds are as many epochs
+    as there."""
+    with alone(out / "locks" / "costs", wait=True):
+        rows = _kept(out)
+        for trial in plan.trials[1:]:
+            if trial.name in ratios and trial.name not in rows:
+                rows[trial.name] = {"ratio": ratios[trial.name], "settings": _settings(plan, trial)}
+        write_atomic(out / "costs.json", json.dumps(rows, indent=1) + "\n")
+
+
+def _one(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> Cost:
     rows = _kept(out)
     if (there := _current(plan, trial, rows)) is not None:
         return there
-    try:
-        cost = _measure(trial, plan.base, base_cost=_current(plan, plan.base, rows))
-    except FgvcError as error:
-        return error
-    notify(f"{trial.name}: a step costs {cost.ratio:.2f} of {plan.base.name}'s")
+    ratio, seconds = _measure(trial.recipe, plan.base.recipe)
+    facts = {"seconds": seconds} if trial is plan.base else {"ratio": ratio}
+    if trial is not plan.base:
+        notify(f"{trial.name}: an epoch costs {ratio:.2f} of {plan.base.name}'s")
     with alone(out / "locks" / "costs", wait=True):
-        rows = _kept(out) | {trial.name: asdict(cost) | {"settings": _settings(plan, trial)}}
+        rows = _kept(out) | {trial.name: facts | {"settings": _settings(plan, trial)}}
         write_atomic(out / "costs.json", json.dumps(rows, indent=1) + "\n")
+    cost = _current(plan, trial, rows)
+    assert cost is not None  # the base is measured before all others
     return cost
 
 
@@ -82,29 +102,28 @@ def _kept(out: Path) -> dict[str, Any]:
 
 def _current(plan: Plan, trial: Trial, rows: Mapping[str, Any]) -> Cost | None:
     """What is kept of a trial, unless its settings or the base's have changed since."""
-    row = rows.get(trial.name)
-    if row is None or row["settings"] != _settings(plan, trial):
+    row, base = rows.get(trial.name), rows.get(plan.base.name)
+    if row is None or base is None or row["settings"] != _settings(plan, trial):
         return None
-    return Cost(row["ratio"], row["step_seconds"], row["steps"])
+    ratio = row.get("ratio", 1.0)
+    return Cost(ratio, ratio * base["seconds"])
 
 
-def _settings(plan: Plan, trial: Trial) -> list[Any]:
-    """What a cost depends on: the trial's settings and the base's, but for what changes no step."""
-    return [
-        _alone(one.recipe).model_dump(mode="json", exclude={"log", "cache", "cache_dir"}) for one in (trial, plan.base)
-    ]
+def _settings(plan: Plan, trial: Trial) -> list[str]:
+    """What a cost depends on: the trial's settings and the base's."""
+    return [digest(trial.recipe), digest(plan.base.recipe)]
 
 
-def _measure(trial: Trial, base: Trial, *, base_cost: Cost | None) -> Cost:
+def _measure(recipe: Recipe, base: Recipe) -> tuple[float, float]:
+    """An epoch over one of the base's, and the seconds of the base's."""
     gc.collect()  # nets lie in cycles
-    recipes = [_alone(one.recipe) for one in (trial, base)]
+    recipes = [_alone(one) for one in (recipe, base)]
     with runtime(recipes[0].train) as process, ExitStack() as stack:
-        sessions = [stack.enter_context(open_session(recipe, process)) for recipe in recipes]
+        sessions = [stack.enter_context(open_session(one, process)) for one in recipes]
         mine, others = (step_on_one_batch(session) for session in sessions)
-        found = interleaved(trial.name, mine, others, pairs=PAIRS, warm_up=1)
-        if base_cost is None:  # the base itself
-            return Cost(1.0, found.b_seconds, sessions[0].steps_per_epoch)
-        return Cost(found.median, found.median * base_cost.step_seconds, sessions[0].steps_per_epoch)
+        found = interleaved("", mine, others, pairs=PAIRS, warm_up=1)
+        steps, of_base = (session.steps_per_epoch for session in sessions)
+        return found.total * steps / of_base, found.b_seconds * of_base
 
 
 def _alone(recipe: Recipe) -> Recipe:
@@ -113,17 +132,14 @@ def _alone(recipe: Recipe) -> Recipe:
 
 
 def lengths(plan: Plan, costs: Mapping[str, Cost]) -> dict[tuple[str, Budget], int]:
-    """Epochs by trial and budget, for the trials whose costs are known."""
-    if plan.base.name not in costs:
-        return {}
+    """Epochs by trial and budget; in equal seconds of the trials whose costs are known."""
     planned = plan.base.recipe.train.epochs
-    whole = planned * costs[plan.base.name].epoch
     found: dict[tuple[str, Budget], int] = {}
     for trial in plan.trials:
+        found[trial.name, "epochs"] = planned
+        found[trial.name, "own"] = trial.recipe.train.epochs
         if trial.name in costs:
-            found[trial.name, "epochs"] = planned
-            found[trial.name, "seconds"] = max(1, round(whole / costs[trial.name].epoch))
-            found[trial.name, "own"] = trial.recipe.train.epochs
+            found[trial.name, "seconds"] = max(1, round(planned / costs[trial.name].ratio))
     return found
 
 

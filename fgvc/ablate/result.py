@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gc
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import onnx
 
 from fgvc import api
-from fgvc.ablate.cost import Cost
+from fgvc.ablate.identity import digest, important
 from fgvc.ablate.study import Cell
 from fgvc.ablate.table import pack
 from fgvc.config import differences
@@ -25,20 +24,11 @@ from fgvc.export.plain import strip
 from fgvc.export.prove import Structural, compare_structure, untie
 from fgvc.export.reference import independent_plain
 from fgvc.model.backbone import deployed
-from fgvc.recipe import Recipe
 from fgvc.train import checkpoint
 from fgvc.train.loop import train
 from fgvc.train.run import environment, read_run
-from fgvc.train.session import fingerprint, read_index
 from fgvc.types import FgvcError
 
-# Settings that change no result.
-UNIMPORTANT: dict[str, Any] = {
-    "log": True,
-    "cache": True,
-    "cache_dir": True,
-    "train": {"workers", "device", "validate_every"},
-}
 Part = Literal["val", "test"]
 Result = dict[str, Any]  # a line of runs.csv
 NEEDED = ("arm", "trial", "part", "epochs", "seed", "recipe")
@@ -60,25 +50,6 @@ WORDS = {
 }
 
 
-def digest(cell: Cell) -> str:
-    """Of all that decides the run's result, as other machines know it again: the images' names and not where they lie, the
-    name of the weights' file and not its folder. Raises FgvcError where the data can't be read."""
-    tree = _important(cell.recipe)
-    tree["data"]["root"] = _images(cell.recipe)
-    tree["model"]["weights"] = Path(cell.recipe.model.weights).name
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
-
-
-_seen: dict[Any, str] = {}  # data stay as they are while a study goes on
-
-
-def _images(recipe: Recipe) -> str:
-    data = recipe.data, recipe.deploy.labels
-    if data not in _seen:
-        _seen[data] = fingerprint(read_index(recipe))
-    return _seen[data]
-
-
 def read_lines(table: Path) -> list[Result]:
     """The lines of a runs.csv as they were before they were written there. Raises FgvcError where it is no such file."""
     try:
@@ -98,27 +69,27 @@ def _values(row: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
 
 def trained(cell: Cell, run: Path) -> None:
     """Train what is not trained yet. Raises FgvcError where a run of other settings is there."""
-    recipe = cell.recipe
-    if (run / "config.yaml").is_file():
-        recipe = read_run(run)  # a run goes on with its own number of workers and the like
-        if changed := differences(_important(recipe), _important(cell.recipe)):
-            rows = "\n".join(f"  {key}: {was!r} in the run, {now!r} now" for key, (was, now) in changed.items())
-            raise FgvcError(
-                f"{run}: was trained with other settings than the study's:\n{rows}\nChoose another --out, another name for "
-                "the arm, or remove that folder"
-            )
-        if (run / "ckpt" / "last" / "meta.json").is_file() and checkpoint.load(run / "ckpt").progress.finished:
-            return
-    train(recipe, run)
-    gc.collect()  # nets lie in cycles
+    if not finished(cell, run):
+        begun = (run / "config.yaml").is_file()  # a run goes on with its own number of workers and the like
+        train(read_run(run) if begun else cell.recipe, run)
+        gc.collect()  # nets lie in cycles
 
 
-def _important(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", exclude=UNIMPORTANT)
+def finished(cell: Cell, run: Path) -> bool:
+    """Whether the run's training is at its end. Raises FgvcError where it is one of other settings."""
+    if not (run / "config.yaml").is_file():
+        return False
+    if changed := differences(important(read_run(run)), important(cell.recipe)):
+        rows = "\n".join(f"  {key}: {was!r} in the run, {now!r} now" for key, (was, now) in changed.items())
+        raise FgvcError(
+            f"{run}: was trained with other settings than the study's:\n{rows}\nChoose another --out, another name for "
+            "the arm, or remove that folder"
+        )
+    return (run / "ckpt" / "last").exists() and checkpoint.read_progress(run / "ckpt").finished
 
 
-def measure(cell: Cell, run: Path, part: Part, *, cost: Cost, base: float, localise: bool) -> Result:
-    """A line about one run on one part. `base`: seconds of the base arm's training, by its measured steps."""
+def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -> Result:
+    """A line about one run on one part. `cost`: of its training steps, over those of the base arm's run."""
     found = api.evaluate(run, part)
     seen = subject(run)
     graph = contract(seen)
@@ -135,12 +106,12 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: Cost, base: float, local
     facts = environment()
     return row | {
         "epochs": cell.epochs,
-        "cost": round(cell.epochs * cost.epoch / base, 3),
+        "cost": round(cost, 4),
         "select": seen.select,
         "graph": graph.sha256,
         "plain": graph.reference_sha256,
         "settings": cell.trial.overrides,
-        "recipe": digest(cell),
+        "recipe": digest(cell.recipe),
         **{key: facts[key] for key in ("fgvc", "torch", "timm", "cpu")},
     }
 

@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fgvc.ablate import cost
 from fgvc.ablate.cost import Cost, hours, known, lengths, measured
+from fgvc.ablate.identity import digest
 from fgvc.ablate.page import write_tables
-from fgvc.ablate.result import Part, Result, digest, measure, read_lines, trained
+from fgvc.ablate.result import Part, Result, finished, measure, read_lines, trained
 from fgvc.ablate.study import Budget, Cell, Plan, cells
 from fgvc.ablate.table import best_trials
 from fgvc.config import dump
@@ -53,17 +55,17 @@ def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence
     if not len(read_index(plan.base.recipe).rows("val")):
         raise FgvcError(f"{plan.path}: the data have no validation part to choose by; give data.val_fraction above 0")
     _claim(plan, out)
+    _rows(plan, out)  # are of these settings
     trials = [plan.base, *(trial for trial in plan.trials[1:] if not arms or {trial.arm, trial.name} & set(arms))]
     said = measured(plan, out, trials, _say)
     refused = [Failure(name, str(error)) for name, error in said.items() if isinstance(error, FgvcError)]
-    if refused and refused[0].run == plan.base.name:
-        raise FgvcError(f"{plan.path}: arms.{plan.base.arm}: {refused[0].reason}")
-    _rows(plan, out)  # are of these settings
     costs = {name: cost for name, cost in said.items() if isinstance(cost, Cost)}
     epochs = lengths(plan, costs)
-    asked = [cell for cell in cells(plan, epochs) if wanted(cell)]
+    asked = [cell for cell in cells(plan, epochs) if cell.trial.name in costs and wanted(cell)]
     left = [cell for cell in asked if not _result(out, cell, "val").is_file()]
-    shown = {(name, budget): epochs[name, budget] for name, budget in epochs if budget in plan.study.budget}
+    shown = {
+        (name, budget): epochs[name, budget] for name, budget in epochs if budget in plan.study.budget and name in costs
+    }
     return Estimate(costs, shown, left, len(asked) - len(left), hours(left, costs), refused)
 
 
@@ -93,19 +95,21 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
 
 
 def adopt(plan: Plan, out: Path, table: Path) -> int:
-    """Take the validation lines of a runs.csv, as another machine wrote it, for results; returns how many there were of this
-    plan's settings. Raises FgvcError where it is no such file."""
+    """Take the validation lines of a runs.csv, as another machine wrote it, for results, and the costs of their arms where none
+    are known here; returns how many lines there were of this plan's settings. Raises FgvcError where it is no such file."""
     _claim(plan, out)
     trials = {(trial.arm, trial.number): trial for trial in plan.trials}
-    fitting = 0
+    planned, ratios, fitting = plan.base.recipe.train.epochs, {}, 0
     for row in read_lines(table):
-        if row["part"] != "val" or (row["arm"], row["trial"]) not in trials:
+        if row["part"] != "val" or (row["arm"], row["trial"]) not in trials or row["seed"] not in plan.study.seeds:
             continue
         cell = Cell(trials[row["arm"], row["trial"]], row["epochs"], row["seed"], ())
-        if digest(cell) == row["recipe"]:
+        if digest(cell.recipe) == row["recipe"]:
             fitting += 1
+            ratios[cell.trial.name] = row["cost"] * planned / row["epochs"]
             if not _result(out, cell, "val").is_file():
                 write_atomic(_result(out, cell, "val"), json.dumps(row, indent=1) + "\n")
+    cost.adopt(plan, out, ratios)
     return fitting
 
 
@@ -115,6 +119,12 @@ def read_test(plan: Plan, out: Path) -> None:
     Raises FgvcError where runs are missing, or where it was read before of other runs: a test part that helps to choose is a
     validation part.
     """
+    _claim(plan, out)
+    with alone(out / "locks" / "test", wait=True):
+        _read_test(plan, out)
+
+
+def _read_test(plan: Plan, out: Path) -> None:
     todo = estimate(plan, out)
     if missing := [*(cell.name for cell in todo.cells), *(failure.run for failure in todo.refused)]:
         raise FgvcError(
@@ -124,9 +134,13 @@ def read_test(plan: Plan, out: Path) -> None:
     if not len(read_index(plan.base.recipe).rows("test")):
         raise FgvcError(f"{plan.path}: the data have no test part")
     chosen = _chosen(plan, todo.costs, _rows(plan, out))
-    if gone := [cell.name for cell in chosen if not (out / "runs" / cell.name / "ckpt").is_dir()]:
-        raise FgvcError(f"{out / 'runs' / gone[0]}: the run is gone; remove its result, too, and train it anew")
-    runs = {cell.name: {"recipe": digest(cell), "budgets": list(cell.budgets)} for cell in chosen}
+    for cell in chosen:
+        if not finished(cell, run := out / "runs" / cell.name):
+            raise FgvcError(
+                f"{run}: no finished run is here, only its result; copy the run from where it was trained, or remove "
+                f"{_result(out, cell, 'val')} to train it here"
+            )
+    runs = {cell.name: {"recipe": digest(cell.recipe), "budgets": list(cell.budgets)} for cell in chosen}
     record = out / "test.json"
     if record.is_file():
         before = json.loads(record.read_text(encoding="utf-8"))
@@ -166,7 +180,7 @@ def _rows(plan: Plan, out: Path) -> list[Result]:
             if not path.is_file():
                 continue
             row = json.loads(path.read_text(encoding="utf-8"))
-            if row["recipe"] != digest(cell):
+            if row["recipe"] != digest(cell.recipe):
                 raise FgvcError(
                     f"{path}: this result is of other settings than the study has now; choose another --out or another name "
                     f"for the arm, or remove it and {out / 'runs' / cell.name}"
@@ -177,21 +191,26 @@ def _rows(plan: Plan, out: Path) -> list[Result]:
 
 
 def _measure(plan: Plan, out: Path, cell: Cell, part: Part, costs: dict[str, Cost]) -> None:
-    run = out / "runs" / cell.name
-    base = plan.base.recipe.train.epochs * costs[plan.base.name].epoch
-    row = measure(cell, run, part, cost=costs[cell.trial.name], base=base, localise=plan.study.localise)
+    whole = cell.epochs * costs[cell.trial.name].ratio / plan.base.recipe.train.epochs
+    row = measure(cell, out / "runs" / cell.name, part, cost=whole, localise=plan.study.localise)
     write_atomic(_result(out, cell, part), json.dumps(row, indent=1) + "\n")
 
 
 def _claim(plan: Plan, out: Path) -> None:
-    """Make the study's folder. Raises FgvcError where something else is there."""
-    mark = out / "study.yaml"
-    if out.is_dir() and any(out.iterdir()) and not mark.is_file():
+    """Make the study's folder, its mark first. Raises FgvcError where something else is there."""
+    mark, title = out / "study.yaml", f"# fgvc ablate {plan.name}"
+    if mark.is_file():
+        first = mark.read_text(encoding="utf-8").partition("\n")[0]
+        if first != title:
+            raise FgvcError(f"{out}: the folder of another study ({first.removeprefix('# ')}); choose another --out")
+    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise FgvcError(f"{out}: not empty and not the folder of a study; choose another --out")
     with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_atomic(mark, "\n".join([title, *(f"# {text}" for text in plan.overrides), dump(plan.study)]))
+    with writing(out):
         for folder in (out / "runs", out / "results", out / "locks"):
-            folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(mark, dump(plan.study))
+            folder.mkdir(exist_ok=True)
 
 
 def _wanted(plan: Plan, arms: Sequence[str], seeds: Sequence[int]) -> Callable[[Cell], bool]:

@@ -80,13 +80,13 @@ class Trial:
 
     arm: str
     number: int  # from 1
-    of: int  # trials of this arm
     settings: Mapping[str, Any]  # dotted key -> value, over what all arms share
     recipe: Recipe
 
     @property
     def name(self) -> str:
-        return self.arm if self.of == 1 else f"{self.arm}.{self.number}"
+        """Of its runs. An arm's first trial has the arm's own, so that more trials may follow."""
+        return self.arm if self.number == 1 else f"{self.arm}.{self.number}"
 
     @property
     def overrides(self) -> str:
@@ -106,6 +106,7 @@ class Plan:
 
     path: Path
     study: Study
+    overrides: tuple[str, ...]  # of the command line
     trials: tuple[Trial, ...]
 
     @property
@@ -144,7 +145,7 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
     beside = path.parent / study.base
     shared = read_tree(beside if beside.is_file() else recipe_file(study.base))[0]
     merge(shared, study.settings)
-    given = list(overrides)
+    given = tuple(overrides)
     for text in given:
         override(shared, text)
     trials = []
@@ -153,8 +154,8 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
             tree = copy.deepcopy(shared)
             merge(tree, own)
             recipe = validate(Recipe, tree, where=f"{path}: arms.{arm}", overrides=given)
-            trials.append(Trial(arm, number, len(settings), dict(leaves(own)), recipe))
-    plan = Plan(path, study, tuple(trials))
+            trials.append(Trial(arm, number, dict(leaves(own)), recipe))
+    plan = Plan(path, study, given, tuple(trials))
     _comparable(plan)
     return plan
 
@@ -191,6 +192,10 @@ def _comparable(plan: Plan) -> None:
                 raise FgvcError(
                     f"{plan.path}: arms.{trial.arm}: {key} differs from the base arm's; give it in settings"
                 )
+        if (trial.recipe.select == "best") != (first.select == "best"):
+            raise FgvcError(
+                f"{plan.path}: arms.{trial.arm}: select: best lets validation choose an epoch, in all arms or in none"
+            )
         if (trial.recipe.model.backbone, trial.recipe.image.size) != (first.model.backbone, first.image.size):
             raise FgvcError(
                 f"{plan.path}: arms.{trial.arm}: another graph than the base arm's (model.backbone, image.size); a study has one"

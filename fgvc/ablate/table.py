@@ -104,13 +104,20 @@ def paired(mine: Sequence[Row], others: Sequence[Row]) -> Difference | None:
     pairs = [(row, theirs[int(row["seed"])]) for row in mine if int(row["seed"]) in theirs]
     if not pairs:
         return None
-    apart = [float(row["top1"]) - float(other["top1"]) for row, other in pairs]
+    apart = [_apart(row, other) for row, other in pairs]
     mean, count = statistics.mean(apart), len(apart)
     found = None
     if count > 1 and (spread := _spread(apart)):
         half = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread / count**0.5
         found = Interval(mean - half, mean + half)
     return Difference(mean, found, _over_images(pairs), count)
+
+
+def _apart(row: Row, other: Row) -> float:
+    """In whole images, where both were asked about as many: equal differences are to be equal in floating point, too."""
+    images, others = (int(float(one["images"])) for one in (row, other))
+    a, b = float(row["top1"]), float(other["top1"])
+    return (round(a * images) - round(b * images)) / images if images == others else a - b
 
 
 def pack(right: NDArray[np.bool_]) -> str:

@@ -93,7 +93,18 @@ def save(folder: Path, state: State, *, best: bool = False) -> None:
     _prune(folder, keep=target.name)
 
 
-def load(folder: Path, name: str = "last", *, device: torch.device | str = "cpu") -> State:
+def read_progress(folder: Path, name: Name = "last") -> Progress:
+    """Of the checkpoint that `ckpt/<name>` points at. Raises FgvcError where there is none or it is damaged."""
+    path = folder / name / "meta.json"
+    if not path.is_file():
+        raise FgvcError(f"{folder / name}: no checkpoint here")
+    try:
+        return Progress(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder / name, error) from error
+
+
+def load(folder: Path, name: Name = "last", *, device: torch.device | str = "cpu") -> State:
     """Read the checkpoint that `ckpt/<name>` points at. Raises FgvcError where there is none or it is damaged."""
     path = (folder / name).resolve()  # once: a run that trains on may move the link meanwhile
     if not (path / "meta.json").is_file():
@@ -110,7 +121,11 @@ def load(folder: Path, name: str = "last", *, device: torch.device | str = "cpu"
             progress=progress,
         )
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise FgvcError(f"{folder / name}: damaged checkpoint ({error}); start again with --resume never") from error
+        raise _damaged(folder / name, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> FgvcError:
+    return FgvcError(f"{path}: damaged checkpoint ({error}); start again with --resume never")
 
 
 def _point(link: Path, target: str) -> None:

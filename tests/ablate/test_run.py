@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from fgvc import api
-from fgvc.ablate import result, run
+from fgvc.ablate import identity, result, run
 from fgvc.ablate.study import Plan, read_study
 from fgvc.ablate.table import lines, pack
 from fgvc.cli import main
@@ -51,11 +51,11 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
 
     before = run.estimate(study, out)
     assert (before.done, len(before.cells)) == (0, 8)
-    assert before.costs["plain.1"].ratio == 1
+    assert before.costs["plain"].ratio == 1
     assert before.hours > 0
     assert list((out / "runs").iterdir()) == []
 
-    with pytest.raises(FgvcError, match=r"8 runs are missing, such as plain.1-1e-s0"):
+    with pytest.raises(FgvcError, match=r"8 runs are missing, such as plain-1e-s0"):
         run.read_test(study, out)
 
     # A stranger's one row.
@@ -83,16 +83,14 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
     assert [failure.run for failure in failures] == ["diverges-1e-s0", "diverges-1e-s1"]
     assert "the loss is" in failures[0].reason
     assert sorted(calls) == sorted(
-        ["plain.2-1e-s0", "acb-1e-s0", "diverges-1e-s0", "plain.1-1e-s1", "plain.2-1e-s1", "diverges-1e-s1"]
+        ["plain.2-1e-s0", "acb-1e-s0", "diverges-1e-s0", "plain-1e-s1", "plain.2-1e-s1", "diverges-1e-s1"]
     )
 
     # Numbers are those of fgvc eval; one graph, which is the plain net's that fgvc export proves.
     rows = read(out)
     assert len(rows) == 6
-    assert float(rows[0]["top1"]) == pytest.approx(
-        api.evaluate(out / "runs/plain.1-1e-s0", "val").scores.top1, abs=1e-6
-    )
-    seen = subject(out / "runs/plain.1-1e-s0")
+    assert float(rows[0]["top1"]) == pytest.approx(api.evaluate(out / "runs/plain-1e-s0", "val").scores.top1, abs=1e-6)
+    seen = subject(out / "runs/plain-1e-s0")
     said = seen.answers(seen.part("val")[1])
     assert rows[0]["right"] == pack(said.logits.argmax(1) == said.labels)
     done = api.export(out / "runs/acb-1e-s0", tmp_path / "bundle")
@@ -182,15 +180,19 @@ def test_what_changes_no_result_may_change_and_what_left_the_study_is_not_in_its
     out = tmp_path / "out"
     arms = {"plain": [{}, {"optim.lr": 0.05}]}
     run.ablate(plan(tmp_path, recipe_tree, arms, seeds=[0]), out)
-    stamp = (out / "runs/plain.1-1e-s0/metrics.csv").stat().st_mtime_ns
-    (out / "results/.1.plain.1-1e-s0.val.json").write_text("{")  # a kill left it
-    (out / "results/plain.1-1e-s0.val.json").unlink()
+    stamp = (out / "runs/plain-1e-s0/metrics.csv").stat().st_mtime_ns
+    (out / "results/.1.plain-1e-s0.val.json").write_text("{")  # a kill left it
+    (out / "results/plain-1e-s0.val.json").unlink()
     more = plan(tmp_path, recipe_tree, arms, seeds=[0], settings={"log.every_steps": 3, "train.workers": 1})
     run.ablate(more, out)
-    assert (out / "runs/plain.1-1e-s0/metrics.csv").stat().st_mtime_ns == stamp
+    assert (out / "runs/plain-1e-s0/metrics.csv").stat().st_mtime_ns == stamp
     assert len(read(out)) == 2
-    run.ablate(plan(tmp_path, recipe_tree, {"plain": {"optim.lr": 0.05}}, seeds=[0]), out)
+    run.ablate(plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0]), out)
     assert [row["trial"] for row in read(out)] == ["1"]
+    again = plan(tmp_path, recipe_tree, {"plain": [{}, {"optim.lr": 0.05}, {"optim.lr": 0.5}]}, seeds=[0])
+    assert [cell.name for cell in run.estimate(again, out).cells] == ["plain.3-1e-s0"], (
+        "more trials train no old one anew"
+    )
 
 
 def test_a_trial_that_no_training_takes_is_named_and_the_others_go_on(tmp_path: Path, recipe_tree: dict) -> None:
@@ -231,7 +233,7 @@ def test_another_machines_runs_are_not_trained_again(
     elsewhere = plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0], settings={"data.root": str(moved)})
     assert run.adopt(elsewhere, tmp_path / "elsewhere", table) == 1
     next((moved / "train").rglob("*.png")).unlink()
-    result._seen.clear()
+    identity._seen.clear()
     assert run.adopt(elsewhere, tmp_path / "fewer", table) == 0
 
     for text in ("arm,part\nplain,val\n", "no table\n1\n", "arm,trial,part,epochs,seed,recipe\nplain,1,val,one,0,0\n"):
@@ -242,7 +244,58 @@ def test_another_machines_runs_are_not_trained_again(
         run.adopt(study, here, tmp_path / "gone.csv")
 
 
+def test_the_test_part_is_not_read_of_a_run_that_is_not_finished_here(tmp_path: Path, recipe_tree: dict) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    study = plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0])
+    run.ablate(study, there)
+    run.adopt(study, here, there / "runs.csv")
+    with pytest.raises(FgvcError, match="no finished run is here, only its result; copy"):
+        run.read_test(study, here)
+    shutil.copytree(there / "runs/plain-1e-s0", here / "runs/plain-1e-s0")
+    meta = here / "runs/plain-1e-s0/ckpt/last/meta.json"
+    meta.write_text(meta.read_text().replace('"finished": true', '"finished": false'))
+    with pytest.raises(FgvcError, match="no finished run is here"):
+        run.read_test(study, here)
+    assert not (here / "test.json").exists()
+
+
+def test_equal_seconds_are_the_other_machines(tmp_path: Path, recipe_tree: dict) -> None:
+    study = plan(tmp_path, recipe_tree, {"plain": {}, "acb": {"techniques.acb": {}}}, seeds=[0], budget="seconds",
+                 settings={"train.epochs": 2})  # fmt: skip
+    there, here = tmp_path / "there", tmp_path / "here"
+    run.estimate(study, there)
+    costs = json.loads((there / "costs.json").read_text())
+    costs["acb"]["ratio"] = 1.9
+    (there / "costs.json").write_text(json.dumps(costs))
+    run.ablate(study, there)
+    assert [(row["arm"], row["epochs"]) for row in read(there)] == [("plain", "2"), ("acb", "1")]
+    assert run.adopt(study, here, there / "runs.csv") == 2
+    todo = run.estimate(study, here)
+    assert (todo.done, todo.cells, todo.costs["acb"].ratio) == (2, [], pytest.approx(1.9))
+
+
+def test_a_step_that_the_machine_cant_take_leaves_the_others_alone(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    study, out = plan(tmp_path, recipe_tree, {"plain": {}, "acb": {"techniques.acb": {}}}, seeds=[0]), tmp_path / "out"
+    run.estimate(study, out, arms=["plain"])
+    monkeypatch.setattr("fgvc.ablate.cost.interleaved", out_of_memory)
+    (failure,) = run.ablate(study, out)
+    assert (failure.run, failure.reason) == ("acb", "out of memory")
+    assert [row["arm"] for row in read(out)] == ["plain"]
+    with pytest.raises(FgvcError, match=r"small.yaml: arms.plain: out of memory"):
+        run.ablate(study, tmp_path / "new")
+
+
 def test_a_folder_of_something_else_is_not_written_to(tmp_path: Path, recipe_tree: dict) -> None:
+    study, out = plan(tmp_path, recipe_tree, {"plain": {}}), tmp_path / "study"
+    run.estimate(study, out)
+    study.path.rename(tmp_path / "other.yaml")
+    with pytest.raises(FgvcError, match=r"the folder of another study \(fgvc ablate small\)"):
+        run.estimate(read_study(tmp_path / "other.yaml"), out)
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("mine")

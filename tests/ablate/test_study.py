@@ -73,8 +73,8 @@ def test_settings_go_from_base_to_study_to_command_line_to_arm(write: Any) -> No
 def test_trials_are_numbered_and_cells_go_seed_by_seed(write: Any) -> None:
     path = write(seeds=[3, 4], arms={"plain": [{}, {"optim.lr": 0.5}], "mixup": {"techniques.mixup": {}}})
     plan = read_study(path)
-    assert [trial.name for trial in plan.trials] == ["plain.1", "plain.2", "mixup"]
-    costs = {trial.name: Cost(1.0, 2.0, 10) for trial in plan.trials}
+    assert [trial.name for trial in plan.trials] == ["plain", "plain.2", "mixup"]
+    costs = {trial.name: Cost(1.0, 20.0) for trial in plan.trials}
     found = cells(plan, lengths(plan, costs))
     assert [cell.name for cell in found] == [f"{name}-2e-s{seed}" for seed in (3, 4) for name in costs]
     assert found[-1].recipe.train.seed == 4
@@ -83,8 +83,8 @@ def test_trials_are_numbered_and_cells_go_seed_by_seed(write: Any) -> None:
 
 def test_equal_seconds_give_a_dear_arm_fewer_epochs_and_share_runs(write: Any) -> None:
     plan = read_study(write(seeds=[0], budget=["epochs", "seconds"], settings={"train.epochs": 12}))
-    # The base: 12 epochs of 10 steps of 2 s are 240 s. mixup: an epoch of 10 steps of 5 s is 50 s, so 4.8 epochs: 5.
-    found = cells(plan, lengths(plan, {"plain": Cost(1.0, 2.0, 10), "mixup": Cost(2.5, 5.0, 10)}))
+    # The base: 12 epochs of 20 s are 240 s. mixup: an epoch takes 50 s, so 4.8 epochs: 5.
+    found = cells(plan, lengths(plan, {"plain": Cost(1.0, 20.0), "mixup": Cost(2.5, 50.0)}))
     assert [(cell.name, cell.budgets) for cell in found] == [
         ("plain-12e-s0", ("epochs", "seconds")),
         ("mixup-12e-s0", ("epochs",)),
@@ -109,6 +109,7 @@ def test_equal_seconds_give_a_dear_arm_fewer_epochs_and_share_runs(write: Any) -
         ({"arms": {"plain": {}, "a/b": {}}}, "arms: 'a/b': a name of letters"),
         ({"arms": {"plain": []}}, "plain: no trial"),
         ({"arms": {"plain": {}, "seeded": {"train.seed": 9}}}, "arms.seeded: sets train.seed"),
+        ({"arms": {"plain": {}, "picked": {"select": "best"}}}, "arms.picked: select: best lets validation choose"),
         ({"seeds": [1, 1]}, "seeds: each once"),
         ({"budget": "minutes"}, "budget"),
         ({"base": "nowhere"}, "nowhere: no such file, nor a recipe's id"),
@@ -121,5 +122,5 @@ def test_what_is_no_study_is_refused_by_file_and_arm(write: Any, keys: dict, sai
 
 def test_epochs_of_their_own_are_a_budget(write: Any) -> None:
     plan = read_study(write(budget="own", seeds=[0], arms={"plain": {}, "long": {"train.epochs": 9}}))
-    costs = {trial.name: Cost(1.0, 2.0, 10) for trial in plan.trials}
+    costs = {trial.name: Cost(1.0, 20.0) for trial in plan.trials}
     assert [cell.name for cell in cells(plan, lengths(plan, costs))] == ["plain-2e-s0", "long-9e-s0"]

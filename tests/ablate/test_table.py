@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fgvc.ablate.table import best_trials, lines, markdown, pack, paired
 from fgvc.train.events import as_csv
 
+SHARES = st.integers(0, 100).map(lambda right: right / 100)  # of 100 images
 PLAIN, OTHER = (0.70, 0.68, 0.69), (0.73, 0.70, 0.72)  # apart by 3, 2 and 3 points
 
 
@@ -41,7 +42,7 @@ def test_the_interval_is_students_over_the_seeds() -> None:
     assert (found.seeds, found.said) == (3, "gain")
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=8), st.randoms())
+@given(st.lists(st.tuples(SHARES, SHARES), min_size=2, max_size=8), st.randoms())
 def test_pairs_are_by_seed_whatever_the_order(pairs: list[tuple[float, float]], random: Any) -> None:
     mine = [row("other", seed, a) for seed, (a, _) in enumerate(pairs)]
     theirs = [row("plain", seed, b) for seed, (_, b) in enumerate(pairs)]
@@ -96,9 +97,12 @@ def test_a_run_that_is_there_twice_narrows_no_interval() -> None:
 
 
 def test_equal_differences_are_no_verdict() -> None:
-    found = paired([row("other", s, 0.6) for s in (0, 1)], [row("plain", s, 0.5) for s in (0, 1)])
-    assert found is not None
-    assert (found.over_seeds, found.said) == (None, "unclear")
+    for images, tops in ((100, (0.5, 0.5)), (100, (0.7, 0.68)), (750, (0.472, 0.456))):
+        plain = [row("plain", s, top1, images=images) for s, top1 in enumerate(tops)]
+        other = [row("other", s, round(top1 + 3 / images, 6), images=images) for s, top1 in enumerate(tops)]
+        found = paired(other, plain)
+        assert found is not None
+        assert (found.mean, found.over_seeds, found.said) == (pytest.approx(3 / images), None, "unclear")
 
 
 @given(st.integers(2, 60), st.integers(1, 3), st.integers(0, 2**32 - 1))
