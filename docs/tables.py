@@ -29,8 +29,8 @@ def table(path: Path, columns: str | None) -> str:
     with path.open(encoding="utf-8", newline="") as file:
         head, *rows = list(csv.reader(file))
     kept = [head.index(name) for name in (columns.split(",") if columns else head)]
-    lines = [[line[at] for at in kept] for line in (head, ["---"] * len(head), *rows)]
-    return "".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in lines)
+    shown = [[row[at] for at in kept] for row in (head, ["---"] * len(head), *rows)]
+    return "".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |\n" for row in shown)
 
 
 def matrix(path: Path) -> str:
@@ -49,10 +49,10 @@ def matrix(path: Path) -> str:
     techniques = list(dict.fromkeys(row["technique"] for row in rows))
     families = {row["backbone"]: row["family"] for row in rows}
     found = {(row["backbone"], row["technique"]): row for row in rows}
-    lines = [["backbone", "family", *techniques], ["---"] * (len(techniques) + 2)]
-    lines += [[name, of, *(cell(found.get((name, kind))) for kind in techniques)] for name, of in families.items()]
+    shown = [["backbone", "family", *techniques], ["---"] * (len(techniques) + 2)]
+    shown += [[name, of, *(cell(found.get((name, kind))) for kind in techniques)] for name, of in families.items()]
     below = "".join(f"{number}. {reason}\n" for reason, number in notes.items())
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + (f"\n{below}" if below else "")
+    return "".join("| " + " | ".join(row) + " |\n" for row in shown) + (f"\n{below}" if below else "")
 
 
 def study(path: Path, part: str, budget: str, *, apart: bool) -> str:

@@ -62,7 +62,7 @@ def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence
     costs = {name: cost for name, cost in said.items() if isinstance(cost, Cost)}
     epochs = lengths(plan, costs)
     asked = [cell for cell in cells(plan, epochs) if cell.trial.name in costs and wanted(cell)]
-    left = [cell for cell in asked if not _result(out, cell, "val").is_file()]
+    left = [cell for cell in asked if not _measured(plan, out, cell)]
     shown = {
         (name, budget): epochs[name, budget] for name, budget in epochs if budget in plan.study.budget and name in costs
     }
@@ -80,7 +80,7 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
     _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {todo.hours:.1f} h of training steps")
     for number, cell in enumerate(todo.cells, 1):
         with alone(out / "locks" / cell.name) as mine:
-            if not mine or _result(out, cell, "val").is_file():  # another process has it
+            if not mine or _measured(plan, out, cell):  # another process has it
                 continue
             _say(f"[{number}/{len(todo.cells)}] {cell.name}")
             try:
@@ -194,6 +194,17 @@ def _measure(plan: Plan, out: Path, cell: Cell, part: Part, costs: dict[str, Cos
     whole = cell.epochs * costs[cell.trial.name].ratio / plan.base.recipe.train.epochs
     row = measure(cell, out / "runs" / cell.name, part, cost=whole, localise=plan.study.localise)
     write_atomic(_result(out, cell, part), json.dumps(row, indent=1) + "\n")
+
+
+def _measured(plan: Plan, out: Path, cell: Cell) -> bool:
+    """Whether the run's line is there, with where it looks if the study has come to ask for that and the run is at hand."""
+    path = _result(out, cell, "val")
+    if not path.is_file():
+        return False
+    if not plan.study.localise or not (out / "runs" / cell.name).is_dir():
+        return True
+    row = json.loads(path.read_text(encoding="utf-8"))
+    return bool({"max_box_acc_v2", "no_maps"} & row.keys()) or read_index(cell.recipe).boxes is None
 
 
 def _claim(plan: Plan, out: Path) -> None:

@@ -33,6 +33,7 @@ from fgvc.model.teacher import (
 from fgvc.model.weights import load_weights
 from fgvc.recipe import Recipe
 from fgvc.serve.engine import Engine, available_cpus
+from fgvc.train.checkpoint import read_progress
 from fgvc.train.run import read_run, recorded_preprocess, selected_weights
 from fgvc.types import FgvcError
 
@@ -118,8 +119,13 @@ class Opener:
             trained.load_state_dict(selected_weights(wanted.path, recipe, chosen).weights)
         except RuntimeError as error:
             raise FgvcError(f"{wanted.path}: its checkpoint does not fit its recipe: {error}") from error
-        smoothing = recipe.loss.label_smoothing
-        warnings = (f"WARNING: it was trained with loss.label_smoothing {smoothing:g}, which makes a worse teacher",)
+        smoothing, warnings = recipe.loss.label_smoothing, []
+        if smoothing:
+            warnings.append(
+                f"WARNING: it was trained with loss.label_smoothing {smoothing:g}, which makes a worse teacher"
+            )
+        if not read_progress(wanted.path / "ckpt").finished:
+            warnings.append("WARNING: its training is not finished")
         # As it would ship: grafted blocks are folded, and cost nothing.
         net = strip(trained, backbone=recipe.model.backbone, num_classes=len(labels), kwargs=recipe.model.kwargs)
         return self._of_net(
@@ -129,7 +135,7 @@ class Opener:
             own,
             order,
             name=f"{wanted.path} ({recipe.model.backbone}, {chosen})",
-            notes=warnings if smoothing else (),
+            notes=tuple(warnings),
         )
 
     def _of_net(

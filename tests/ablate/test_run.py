@@ -318,9 +318,16 @@ def test_arms_and_seeds_that_are_not_there_are_named(tmp_path: Path, recipe_tree
         run.estimate(study, tmp_path / "out", seeds=[9])
 
 
-def test_where_there_are_boxes_it_says_where_a_run_looks(tmp_path: Path, boxed_tree: dict) -> None:
-    out = tmp_path / "out"
-    assert run.ablate(plan(tmp_path, boxed_tree, {"plain": {}}, seeds=[0], settings={"image.size": 64}), out) == []
+def test_where_there_are_boxes_it_says_where_a_run_looks(
+    tmp_path: Path, boxed_tree: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, keys = tmp_path / "out", {"seeds": [0], "settings": {"image.size": 64}}
+    assert run.ablate(plan(tmp_path, boxed_tree, {"plain": {}}, localise=False, **keys), out) == []
+    assert "max_box_acc_v2" not in read(out)[0]
+    asked = plan(tmp_path, boxed_tree, {"plain": {}}, **keys)
+    monkeypatch.setattr(result, "train", lambda *_: pytest.fail("trained again"))
+    assert run.ablate(asked, out) == []
+    assert run.estimate(asked, out).cells == []
     (row,) = read(out)
     assert float(row["max_box_acc_v2"]) == pytest.approx(
         api.localize(out / "runs/plain-1e-s0", "val").boxes["true"].max_box_acc_v2, abs=1e-6

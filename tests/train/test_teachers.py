@@ -171,6 +171,14 @@ def test_a_timm_model_without_a_trained_head_is_refused(tmp_path: Path, tree) ->
         opened(tree, {"kind": "timm", "backbone": "test_efficientnet", "weights": str(path)})
 
 
+def test_a_teacher_that_still_learns_is_warned_of(tmp_path: Path, taught: tuple[Path, Path], tree) -> None:
+    run = Path(shutil.copytree(taught[0], tmp_path / "run", symlinks=True))
+    assert opened(tree, {"kind": "run", "path": run}).notes == ()
+    meta = run / "ckpt/last/meta.json"
+    meta.write_text(meta.read_text().replace('"finished": true', '"finished": false'))
+    assert opened(tree, {"kind": "run", "path": run}).notes == ("WARNING: its training is not finished",)
+
+
 def test_what_is_not_there_is_named(tmp_path: Path, taught: tuple[Path, Path], tree) -> None:
     with pytest.raises(FgvcError, match=r"no: not a run of fgvc"):
         opened(tree, {"kind": "run", "path": tmp_path / "no"})
