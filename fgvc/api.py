@@ -191,7 +191,7 @@ def evaluate(
     known[f"{name}.{chosen}"] = scores.numbers()
     write_atomic(run / "metrics.json", json.dumps(known, indent=1) + "\n")
     title = f"{part}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
-    stem = "-".join([name] + [chosen] * (chosen != seen.recipe.selected))
+    stem = "-".join([name, *seen.apart])
     plot_confusion(scores.confusion, index.classes, run / "plots" / f"confusion-{stem}.png", title=title)
     tables: dict[str, Any] = {
         "classes": scores.by_class(index.classes), "confused": scores.confused(index.classes)

@@ -139,8 +139,7 @@ def localize(
         source = look(seen, validation, method=chosen_method, channels=channels, device=device)
     of_map = choose(source.found["true"])
     chosen: dict[str, Chosen] = {"true": of_map, "predicted": of_map, "centre": choose(source.found["centre"])}
-    apart = [chosen_method] * (chosen_method != "gradcam") + [seen.select] * (seen.select != seen.recipe.selected)
-    name = "-".join([part, *apart])
+    name = "-".join([part, *[chosen_method] * (chosen_method != "gradcam"), *seen.apart])
     tables: dict[str, list[Row]] = {"localisation": by_class(looked, seen.classes, of_map)}
     if looked.parts:
         tables["parts"] = by_part(looked, seen.index.part_names)

@@ -68,7 +68,7 @@ def known(plan: Plan, out: Path) -> dict[str, Cost]:
     return found
 
 
-def adopt(plan: Plan, out: Path, ratios: Mapping[str, float]) -> None:
+def adopt_costs(plan: Plan, out: Path, ratios: Mapping[str, float]) -> None:
     """Take the costs of trials from where they were measured, unless they are known here: so equal seconds are as many epochs
     as there."""
     with alone(out / "locks" / "costs", wait=True):
@@ -84,8 +84,10 @@ def _one(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> 
     if (there := _current(plan, trial, rows)) is not None:
         return there
     ratio, seconds = _measure(trial.recipe, plan.base.recipe)
-    facts = {"seconds": seconds} if trial is plan.base else {"ratio": ratio}
-    if trial is not plan.base:
+    if trial is plan.base:
+        facts = {"ratio": 1.0, "seconds": seconds}
+    else:
+        facts = {"ratio": ratio}
         notify(f"{trial.name}: an epoch costs {ratio:.2f} of {plan.base.name}'s")
     with alone(out / "locks" / "costs", wait=True):
         rows = _kept(out) | {trial.name: facts | {"settings": _settings(plan, trial)}}
@@ -105,8 +107,7 @@ def _current(plan: Plan, trial: Trial, rows: Mapping[str, Any]) -> Cost | None:
     row, base = rows.get(trial.name), rows.get(plan.base.name)
     if row is None or base is None or row["settings"] != _settings(plan, trial):
         return None
-    ratio = row.get("ratio", 1.0)
-    return Cost(ratio, ratio * base["seconds"])
+    return Cost(row["ratio"], row["ratio"] * base["seconds"])
 
 
 def _settings(plan: Plan, trial: Trial) -> list[str]:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fgvc.ablate import cost
-from fgvc.ablate.cost import Cost, hours, known, lengths, measured
+from fgvc.ablate.cost import Cost, adopt_costs, hours, known, lengths, measured
 from fgvc.ablate.identity import digest
 from fgvc.ablate.page import write_tables
 from fgvc.ablate.result import Part, Result, finished, measure, read_lines, trained
@@ -44,6 +43,7 @@ class Estimate:
     done: int
     hours: float  # of training steps; those of runs that have begun are counted in full
     refused: list[Failure]  # trials that can't be trained
+    looks: bool  # whether it is measured where the runs look
 
 
 def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> Estimate:
@@ -52,7 +52,8 @@ def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence
     Raises FgvcError where results are there of other settings, or the base can't be trained.
     """
     wanted = _wanted(plan, arms, seeds)
-    if not len(read_index(plan.base.recipe).rows("val")):
+    index = read_index(plan.base.recipe)
+    if not len(index.rows("val")):
         raise FgvcError(f"{plan.path}: the data have no validation part to choose by; give data.val_fraction above 0")
     _claim(plan, out)
     _rows(plan, out)  # are of these settings
@@ -62,11 +63,12 @@ def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence
     costs = {name: cost for name, cost in said.items() if isinstance(cost, Cost)}
     epochs = lengths(plan, costs)
     asked = [cell for cell in cells(plan, epochs) if cell.trial.name in costs and wanted(cell)]
-    left = [cell for cell in asked if not _measured(plan, out, cell)]
+    looks = plan.study.localise and index.boxes is not None
+    left = [cell for cell in asked if not _measured(out, cell, looks=looks)]
     shown = {
         (name, budget): epochs[name, budget] for name, budget in epochs if budget in plan.study.budget and name in costs
     }
-    return Estimate(costs, shown, left, len(asked) - len(left), hours(left, costs), refused)
+    return Estimate(costs, shown, left, len(asked) - len(left), hours(left, costs), refused, looks)
 
 
 def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Failure]:
@@ -80,7 +82,7 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
     _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {todo.hours:.1f} h of training steps")
     for number, cell in enumerate(todo.cells, 1):
         with alone(out / "locks" / cell.name) as mine:
-            if not mine or _measured(plan, out, cell):  # another process has it
+            if not mine or _measured(out, cell, looks=todo.looks):  # another process has it
                 continue
             _say(f"[{number}/{len(todo.cells)}] {cell.name}")
             try:
@@ -109,7 +111,7 @@ def adopt(plan: Plan, out: Path, table: Path) -> int:
             ratios[cell.trial.name] = row["cost"] * planned / row["epochs"]
             if not _result(out, cell, "val").is_file():
                 write_atomic(_result(out, cell, "val"), json.dumps(row, indent=1) + "\n")
-    cost.adopt(plan, out, ratios)
+    adopt_costs(plan, out, ratios)
     return fitting
 
 
@@ -196,15 +198,14 @@ def _measure(plan: Plan, out: Path, cell: Cell, part: Part, costs: dict[str, Cos
     write_atomic(_result(out, cell, part), json.dumps(row, indent=1) + "\n")
 
 
-def _measured(plan: Plan, out: Path, cell: Cell) -> bool:
+def _measured(out: Path, cell: Cell, *, looks: bool) -> bool:
     """Whether the run's line is there, with where it looks if the study has come to ask for that and the run is at hand."""
     path = _result(out, cell, "val")
     if not path.is_file():
         return False
-    if not plan.study.localise or not (out / "runs" / cell.name).is_dir():
+    if not looks or not (out / "runs" / cell.name).is_dir():
         return True
-    row = json.loads(path.read_text(encoding="utf-8"))
-    return bool({"max_box_acc_v2", "no_maps"} & row.keys()) or read_index(cell.recipe).boxes is None
+    return bool({"max_box_acc_v2", "no_maps"} & json.loads(path.read_text(encoding="utf-8")).keys())
 
 
 def _claim(plan: Plan, out: Path) -> None:

@@ -45,6 +45,11 @@ class LoadedRun:
     select: Selected
     step: StepModule
 
+    @property
+    def apart(self) -> list[str]:
+        """What the names of files say of other weights than those that the recipe selects; nothing of these."""
+        return [self.select] * (self.select != self.recipe.selected)
+
     @contextmanager
     def placed(self, device: str | None = None) -> Iterator[tuple[torch.device, torch.memory_format]]:
         """The net on the device that it was trained on, or another, in the layout that suits it, for as long as this lasts."""

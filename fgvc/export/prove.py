@@ -132,12 +132,7 @@ def prove(
     recipe: dict[str, Any] = {"backbone": backbone, "num_classes": num_classes, "kwargs": dict(kwargs)}
     plain, exact = (strip(trained, **recipe, dtype=dtype) for dtype in (torch.float32, torch.float64))
     sample, images = _peek(images)
-    target = load_onnx(against) if against else None
-    interface, exporter = Interface(size=size, opset=export.opset), export.exporter
-    if target is not None:
-        interface, exporters = _interface_against(target, str(against), size=size, num_classes=num_classes)
-        exporter = _exporter_against(plain, target, str(against), interface=interface, exporters=exporters)
-
+    target, interface, exporter = _shape_of(plain, against, size=size, num_classes=num_classes, export=export)
     with ThreadPoolExecutor(1) as pool:  # the independent model is made meanwhile, in its own process
         future = pool.submit(independent_plain, **recipe, interface=interface, exporter=exporter)
         made = _make(plain, sample, interface=interface, exporter=exporter)
@@ -305,6 +300,17 @@ def untie(
     lines = [str(difference) for difference in found.differences]
     lines += [f"because of equal or zero weights, {merged}" for merged in found.merged]
     raise FgvcError("the export is not the graph of the independent plain model:\n  " + "\n  ".join(lines))
+
+
+def _shape_of(
+    plain: nn.Module, against: Path | None, *, size: tuple[int, int], num_classes: int, export: Export
+) -> tuple[onnx.ModelProto | None, Interface, Exporter]:
+    """What the export is to look like: the deployed file, its interface and exporter, or what the recipe says."""
+    if against is None:
+        return None, Interface(size=size, opset=export.opset), export.exporter
+    target, where = load_onnx(against), str(against)
+    interface, exporters = _interface_against(target, where, size=size, num_classes=num_classes)
+    return target, interface, _exporter_against(plain, target, where, interface=interface, exporters=exporters)
 
 
 def _interface_against(

@@ -184,6 +184,21 @@ def zeros_through(net: nn.Module, size: tuple[int, int], *, pre_logits: bool = F
         net.train(training)
 
 
+def refuse_size(net: nn.Module, size: tuple[int, int], classes: int, name: str) -> None:
+    """One forward of zeros: raises FgvcError now, not after the data are read, where the backbone called `name` can't take the
+    size, or gives no row of logits."""
+    try:
+        _, z = zeros_through(net, size)
+    except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
+        hint = "; many transformers need model.kwargs.img_size" if "match" in str(error) else ""
+        raise FgvcError(f"model.backbone: {name} can't take images of {size[0]} x {size[1]}: {error}{hint}") from error
+    if not isinstance(z, torch.Tensor) or z.shape != (1, classes):
+        shape = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
+        raise FgvcError(
+            f"model.backbone: {name} gives {shape}, not one row of {classes} logits: not a plain classifier"
+        )
+
+
 def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -93,25 +94,16 @@ def save(folder: Path, state: State, *, best: bool = False) -> None:
     _prune(folder, keep=target.name)
 
 
-def read_progress(folder: Path, name: Name = "last") -> Progress:
-    """Of the checkpoint that `ckpt/<name>` points at. Raises FgvcError where there is none or it is damaged."""
-    path = folder / name / "meta.json"
-    if not path.is_file():
-        raise FgvcError(f"{folder / name}: no checkpoint here")
-    try:
-        return Progress(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(folder / name, error) from error
+def read_progress(folder: Path) -> Progress:
+    """How far a run is by its last checkpoint. Raises FgvcError where there is none or it is damaged."""
+    with _reading(folder / "last") as path:
+        return _progress(path)
 
 
 def load(folder: Path, name: Name = "last", *, device: torch.device | str = "cpu") -> State:
     """Read the checkpoint that `ckpt/<name>` points at. Raises FgvcError where there is none or it is damaged."""
-    path = (folder / name).resolve()  # once: a run that trains on may move the link meanwhile
-    if not (path / "meta.json").is_file():
-        raise FgvcError(f"{folder / name}: no checkpoint here")
-    try:
-        progress = Progress(**json.loads((path / "meta.json").read_text()))
-        where = str(device)
+    with _reading(folder / name) as path:
+        progress, where = _progress(path), str(device)
         ema = path / "ema.safetensors"
         return State(
             net=load_file(path / "net.safetensors", where),
@@ -120,12 +112,22 @@ def load(folder: Path, name: Name = "last", *, device: torch.device | str = "cpu
             rest=torch.load(path / "state.pt", map_location="cpu", weights_only=True),
             progress=progress,
         )
+
+
+@contextmanager
+def _reading(link: Path) -> Iterator[Path]:
+    """The checkpoint's own folder, followed once: a run that trains on may move the link meanwhile."""
+    path = link.resolve()
+    if not (path / "meta.json").is_file():
+        raise FgvcError(f"{link}: no checkpoint here")
+    try:
+        yield path
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise _damaged(folder / name, error) from error
+        raise FgvcError(f"{link}: damaged checkpoint ({error}); start again with --resume never") from error
 
 
-def _damaged(path: Path, error: Exception) -> FgvcError:
-    return FgvcError(f"{path}: damaged checkpoint ({error}); start again with --resume never")
+def _progress(path: Path) -> Progress:
+    return Progress(**json.loads((path / "meta.json").read_text()))
 
 
 def _point(link: Path, target: str) -> None:

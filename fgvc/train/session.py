@@ -26,7 +26,7 @@ from fgvc.data.labels import first, reordered
 from fgvc.data.loader import TrainLoader, evaluation_loader, train_loader
 from fgvc.image.augment import Augmenter
 from fgvc.loss import make_criterion
-from fgvc.model.backbone import freeze, head_prefixes, memory_format, plain_model, zeros_through
+from fgvc.model.backbone import freeze, head_prefixes, memory_format, plain_model, refuse_size
 from fgvc.model.norm import reestimate_norms, running_norms, zero_gamma
 from fgvc.model.weights import Weights, load_weights, preprocess_for
 from fgvc.recipe import Recipe
@@ -110,7 +110,7 @@ def build_net(
         weights = replace(weights, origin="of the checkpoint")
     epochs = recipe.train.epochs
     for trained in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
-        _try(net, trained, classes, recipe.model.backbone)
+        refuse_size(net, trained, classes, recipe.model.backbone)
     preprocess = preprocess_for(recipe.deploy, size, weights)
     step = StepModule(
         net,
@@ -387,17 +387,3 @@ def _cache(
     side, folder = recipe.augment.shrink_to(rendered), recipe.cache_dir
     runtime.first(lambda: DecodeCache.open(index, rows, side=side, folder=folder, progress=notify).close())
     return DecodeCache.open(index, rows, side=side, folder=folder)
-
-
-def _try(net: nn.Module, size: tuple[int, int], classes: int, name: str) -> None:
-    """One forward of zeros: a backbone that can't take the size says so now, not after the data is read."""
-    try:
-        _, z = zeros_through(net, size)
-    except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
-        hint = "; many transformers need model.kwargs.img_size" if "match" in str(error) else ""
-        raise FgvcError(f"model.backbone: {name} can't take images of {size[0]} x {size[1]}: {error}{hint}") from error
-    if not isinstance(z, torch.Tensor) or z.shape != (1, classes):
-        shape = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
-        raise FgvcError(
-            f"model.backbone: {name} gives {shape}, not one row of {classes} logits: not a plain classifier"
-        )
