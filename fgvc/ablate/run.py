@@ -98,21 +98,26 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
 
 def adopt(plan: Plan, out: Path, table: Path) -> int:
     """Take the validation lines of a runs.csv, as another machine wrote it, for results, and the costs of their arms where none
-    are known here; returns how many lines there were of this plan's settings. Raises FgvcError where it is no such file."""
-    _claim(plan, out)
+    are known here; returns how many lines there were of this plan's settings. Raises FgvcError where it is no such file, or has
+    no line of the base arm."""
     trials = {(trial.arm, trial.number): trial for trial in plan.trials}
-    planned, ratios, fitting = plan.base.recipe.train.epochs, {}, 0
+    planned, fitting = plan.base.recipe.train.epochs, []
     for row in read_lines(table):
-        if row["part"] != "val" or (row["arm"], row["trial"]) not in trials or row["seed"] not in plan.study.seeds:
-            continue
-        cell = Cell(trials[row["arm"], row["trial"]], row["epochs"], row["seed"], ())
-        if digest(cell.recipe) == row["recipe"]:
-            fitting += 1
-            ratios[cell.trial.name] = row["cost"] * planned / row["epochs"]
-            if not _result(out, cell, "val").is_file():
-                write_atomic(_result(out, cell, "val"), json.dumps(row, indent=1) + "\n")
+        if row["part"] == "val" and (row["arm"], row["trial"]) in trials and row["seed"] in plan.study.seeds:
+            cell = Cell(trials[row["arm"], row["trial"]], row["epochs"], row["seed"], ())
+            fitting += [(cell, row)] if digest(cell.recipe) == row["recipe"] else []
+    # A line's cost is that of the whole run, over the base's there, which may have been shorter or longer than here.
+    epoch = {cell.trial.name: row["cost"] / cell.epochs for cell, row in fitting}
+    if fitting and plan.base.name not in epoch:
+        raise FgvcError(f"{table}: has no run of {plan.base.name} with these settings, over which costs are")
+    ratios = {name: cost / epoch[plan.base.name] for name, cost in epoch.items()}
+    _claim(plan, out)
+    for cell, row in fitting:
+        if not _result(out, cell, "val").is_file():
+            row |= {"cost": round(cell.epochs * ratios[cell.trial.name] / planned, 4)}
+            write_atomic(_result(out, cell, "val"), json.dumps(row, indent=1) + "\n")
     adopt_costs(plan, out, ratios)
-    return fitting
+    return len(fitting)
 
 
 def read_test(plan: Plan, out: Path) -> None:

@@ -274,6 +274,28 @@ def test_equal_seconds_are_the_other_machines(tmp_path: Path, recipe_tree: dict)
     assert (todo.done, todo.cells, todo.costs["acb"].ratio) == (2, [], pytest.approx(1.9))
 
 
+def test_costs_of_another_study_are_beside_the_base_of_this_one(tmp_path: Path, recipe_tree: dict) -> None:
+    def study(*arms: str, epochs: int) -> Plan:
+        return plan(tmp_path, recipe_tree, {arm: {"techniques.acb": {}} if arm == "acb" else {} for arm in arms}, seeds=[0],
+                    budget="seconds", settings={"train.epochs": epochs})  # fmt: skip
+
+    there, here = tmp_path / "there", tmp_path / "here"
+    run.estimate(short := study("plain", "acb", epochs=1), there)
+    costs = json.loads((there / "costs.json").read_text())
+    costs["acb"]["ratio"] = 1.4
+    (there / "costs.json").write_text(json.dumps(costs))
+    run.ablate(short, there)
+    long = study("plain", "acb", epochs=2)
+    assert run.adopt(long, here, there / "runs.csv") == 2
+    todo = run.estimate(long, here)
+    assert todo.costs["acb"].ratio == pytest.approx(1.4)  # two epochs of plain are one of acb
+    assert (todo.done, [cell.name for cell in todo.cells]) == (1, ["plain-2e-s0"])
+    assert json.loads((here / "results/acb-1e-s0.val.json").read_text())["cost"] == pytest.approx(0.7)
+    with pytest.raises(FgvcError, match=r"runs.csv: has no run of other with these settings"):
+        run.adopt(study("other", "acb", epochs=2), tmp_path / "baseless", there / "runs.csv")
+    assert not (tmp_path / "baseless").exists()
+
+
 def test_a_step_that_the_machine_cant_take_leaves_the_others_alone(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
