@@ -31,7 +31,7 @@ from fgvc.types import FgvcError
 
 Part = Literal["val", "test"]
 Result = dict[str, Any]  # a line of runs.csv
-NEEDED = ("arm", "trial", "part", "epochs", "seed", "recipe")
+NEEDED = ("arm", "trial", "part", "epochs", "seed", "recipe", "cost")
 COUNTS = ("trial", "seed", "images", "epochs")
 WORDS = {
     "arm",

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -97,25 +98,27 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
 
 
 def adopt(plan: Plan, out: Path, table: Path) -> int:
-    """Take the validation lines of a runs.csv, as another machine wrote it, for results, and the costs of their arms where none
-    are known here; returns how many lines there were of this plan's settings. Raises FgvcError where it is no such file, or has
-    no line of the base arm."""
-    trials = {(trial.arm, trial.number): trial for trial in plan.trials}
-    planned, fitting = plan.base.recipe.train.epochs, []
-    for row in read_lines(table):
-        if row["part"] == "val" and (row["arm"], row["trial"]) in trials and row["seed"] in plan.study.seeds:
-            cell = Cell(trials[row["arm"], row["trial"]], row["epochs"], row["seed"], ())
-            fitting += [(cell, row)] if digest(cell.recipe) == row["recipe"] else []
-    # A line's cost is that of the whole run, over the base's there, which may have been shorter or longer than here.
+    """Take the validation lines of a runs.csv, as another machine or another study wrote it, for results of the runs that have
+    these settings, whatever the arm was called there, and the costs of their arms where none are known here; returns how many
+    runs there were. Raises FgvcError where it is no such file, or has no run of the base arm."""
+    offered = {(row["recipe"], row["epochs"], row["seed"]): row for row in read_lines(table) if row["part"] == "val"}
+    fitting = []
+    for trial in plan.trials:
+        for recipe, epochs, seed in offered:
+            with suppress(FgvcError):  # it can't be trained here, as its teacher is gone
+                if seed in plan.study.seeds and digest((cell := Cell(trial, epochs, seed, ())).recipe) == recipe:
+                    fitting.append((cell, offered[recipe, epochs, seed]))
+    # A line's cost is that of the whole run, over the base's there, which may have been another, shorter or longer.
     epoch = {cell.trial.name: row["cost"] / cell.epochs for cell, row in fitting}
     if fitting and plan.base.name not in epoch:
-        raise FgvcError(f"{table}: has no run of {plan.base.name} with these settings, over which costs are")
+        raise FgvcError(f"{table}: has no run with the settings of {plan.base.name}, over which costs are")
     ratios = {name: cost / epoch[plan.base.name] for name, cost in epoch.items()}
     _claim(plan, out)
     for cell, row in fitting:
         if not _result(out, cell, "val").is_file():
-            row |= {"cost": round(cell.epochs * ratios[cell.trial.name] / planned, 4)}
-            write_atomic(_result(out, cell, "val"), json.dumps(row, indent=1) + "\n")
+            named = {"arm": cell.trial.arm, "trial": cell.trial.number, "settings": cell.trial.overrides}
+            cost = round(cell.epochs * ratios[cell.trial.name] / plan.base.recipe.train.epochs, 4)
+            write_atomic(_result(out, cell, "val"), json.dumps(row | named | {"cost": cost}, indent=1) + "\n")
     adopt_costs(plan, out, ratios)
     return len(fitting)
 

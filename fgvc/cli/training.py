@@ -90,7 +90,7 @@ def ablate(
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed; may be given several times.")] = None,
     done: Annotated[
         Path | None,
-        typer.Option(help="A runs.csv of this study from another machine: what it has is not trained again."),
+        typer.Option(help="A runs.csv of another machine or study: runs of the same settings are not trained again."),
     ] = None,
     test: Annotated[
         bool, typer.Option("--test", help="Score on test what validation chose. Once: it is recorded.")

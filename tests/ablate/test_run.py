@@ -236,7 +236,11 @@ def test_another_machines_runs_are_not_trained_again(
     identity._seen.clear()
     assert run.adopt(elsewhere, tmp_path / "fewer", table) == 0
 
-    for text in ("arm,part\nplain,val\n", "no table\n1\n", "arm,trial,part,epochs,seed,recipe\nplain,1,val,one,0,0\n"):
+    for text in (
+        "arm,part\nplain,val\n",
+        "no table\n1\n",
+        "arm,trial,part,epochs,seed,recipe,cost\nplain,1,val,one,0,0,1\n",
+    ):
         table.write_text(text)
         with pytest.raises(FgvcError, match=r"runs.csv: no runs.csv of a study"):
             run.adopt(study, here, table)
@@ -274,25 +278,33 @@ def test_equal_seconds_are_the_other_machines(tmp_path: Path, recipe_tree: dict)
     assert (todo.done, todo.cells, todo.costs["acb"].ratio) == (2, [], pytest.approx(1.9))
 
 
-def test_costs_of_another_study_are_beside_the_base_of_this_one(tmp_path: Path, recipe_tree: dict) -> None:
-    def study(*arms: str, epochs: int) -> Plan:
-        return plan(tmp_path, recipe_tree, {arm: {"techniques.acb": {}} if arm == "acb" else {} for arm in arms}, seeds=[0],
-                    budget="seconds", settings={"train.epochs": epochs})  # fmt: skip
+def test_runs_of_another_study_are_known_by_their_settings_and_cost_over_this_base(
+    tmp_path: Path, recipe_tree: dict
+) -> None:
+    acb = {"techniques.acb": {}}
+
+    def study(arms: dict[str, Any], epochs: int) -> Plan:
+        return plan(tmp_path, recipe_tree, arms, seeds=[0], budget="seconds", settings={"train.epochs": epochs})
 
     there, here = tmp_path / "there", tmp_path / "here"
-    run.estimate(short := study("plain", "acb", epochs=1), there)
+    short = study({"plain": [{"optim.lr": 0.07}, {}], "acb": acb}, epochs=1)
+    run.estimate(short, there)
     costs = json.loads((there / "costs.json").read_text())
-    costs["acb"]["ratio"] = 1.4
+    costs["plain.2"]["ratio"], costs["acb"]["ratio"] = 1.25, 1.75
     (there / "costs.json").write_text(json.dumps(costs))
     run.ablate(short, there)
-    long = study("plain", "acb", epochs=2)
+    long = study({"tuned": {}, "branches": acb, "box": {"techniques.box_head": {}}}, epochs=2)
     assert run.adopt(long, here, there / "runs.csv") == 2
     todo = run.estimate(long, here)
-    assert todo.costs["acb"].ratio == pytest.approx(1.4)  # two epochs of plain are one of acb
-    assert (todo.done, [cell.name for cell in todo.cells]) == (1, ["plain-2e-s0"])
-    assert json.loads((here / "results/acb-1e-s0.val.json").read_text())["cost"] == pytest.approx(0.7)
-    with pytest.raises(FgvcError, match=r"runs.csv: has no run of other with these settings"):
-        run.adopt(study("other", "acb", epochs=2), tmp_path / "baseless", there / "runs.csv")
+    assert todo.costs["branches"].ratio == pytest.approx(1.4)  # of two epochs of `tuned` it has one
+    assert (todo.done, [cell.name for cell in todo.cells]) == (1, ["tuned-2e-s0"])
+    row = json.loads((here / "results/branches-1e-s0.val.json").read_text())
+    assert (row["arm"], row["trial"], row["settings"]) == ("branches", 1, "techniques.acb={}")
+    assert row["cost"] == pytest.approx(0.7)
+    with pytest.raises(FgvcError, match=r"runs.csv: has no run with the settings of strange"):
+        run.adopt(
+            study({"strange": {"optim.lr": 0.08}, "acb": acb}, epochs=2), tmp_path / "baseless", there / "runs.csv"
+        )
     assert not (tmp_path / "baseless").exists()
 
 
