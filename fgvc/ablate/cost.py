@@ -74,7 +74,7 @@ def adopt_costs(plan: Plan, out: Path, ratios: Mapping[str, float]) -> None:
     with alone(out / "locks" / "costs", wait=True):
         rows = _kept(out)
         for trial in plan.trials[1:]:
-            if trial.name in ratios and trial.name not in rows:
+            if trial.name in ratios and rows.get(trial.name, {}).get("settings") != _settings(plan, trial):
                 rows[trial.name] = {"ratio": ratios[trial.name], "settings": _settings(plan, trial)}
         write_atomic(out / "costs.json", json.dumps(rows, indent=1) + "\n")
 

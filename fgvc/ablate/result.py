@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
@@ -54,7 +55,10 @@ def read_lines(table: Path) -> list[Result]:
     """The lines of a runs.csv as they were before they were written there. Raises FgvcError where it is no such file."""
     try:
         rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
-        return [{key: row[key] for key in NEEDED} | dict(_values(row)) for row in rows]
+        found = [{key: row[key] for key in NEEDED} | dict(_values(row)) for row in rows]
+        if wrong := [row for row in found if not (row["epochs"] and 0 < float(row["cost"]) < math.inf)]:
+            raise ValueError(f"epochs {wrong[0]['epochs']!r}, cost {wrong[0]['cost']!r}")
+        return found
     except (OSError, KeyError, ValueError) as error:
         raise FgvcError(f"{table}: no runs.csv of a study: {error}") from error
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,28 +98,27 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
 
 def adopt(plan: Plan, out: Path, table: Path) -> int:
     """Take the validation lines of a runs.csv, as another machine or another study wrote it, for results of the runs that have
-    these settings, whatever the arm was called there, and the costs of their arms where none are known here; returns how many
-    runs there were. Raises FgvcError where it is no such file, or has no run of the base arm."""
-    offered = {(row["recipe"], row["epochs"], row["seed"]): row for row in read_lines(table) if row["part"] == "val"}
-    fitting = []
+    these settings, whatever the arm was called there; returns how many runs there were. Where it has a run of the base, the
+    costs of the arms are taken over, too, unless they are known here. Raises FgvcError where it is no such file."""
+    offered = [row for row in read_lines(table) if row["part"] == "val"]
+    fitting: list[tuple[Cell, Result]] = []
     for trial in plan.trials:
-        for recipe, epochs, seed in offered:
-            with suppress(FgvcError):  # it can't be trained here, as its teacher is gone
-                if seed in plan.study.seeds and digest((cell := Cell(trial, epochs, seed, ())).recipe) == recipe:
-                    fitting.append((cell, offered[recipe, epochs, seed]))
+        try:
+            made = [(Cell(trial, row["epochs"], row["seed"], ()), row) for row in offered]
+            fitting += [(cell, row) for cell, row in made if digest(cell.recipe) == row["recipe"]]
+        except FgvcError as error:  # it can't be trained here, as its teacher is gone
+            _say(f"{trial.name}: {error}")
     # A line's cost is that of the whole run, over the base's there, which may have been another, shorter or longer.
     epoch = {cell.trial.name: row["cost"] / cell.epochs for cell, row in fitting}
-    if fitting and plan.base.name not in epoch:
-        raise FgvcError(f"{table}: has no run with the settings of {plan.base.name}, over which costs are")
-    ratios = {name: cost / epoch[plan.base.name] for name, cost in epoch.items()}
     _claim(plan, out)
-    for cell, row in fitting:
+    if plan.base.name in epoch:
+        adopt_costs(plan, out, {name: cost / epoch[plan.base.name] for name, cost in epoch.items()})
+    wanted = [(cell, row) for cell, row in fitting if cell.seed in plan.study.seeds]
+    for cell, row in wanted:
         if not _result(out, cell, "val").is_file():
             named = {"arm": cell.trial.arm, "trial": cell.trial.number, "settings": cell.trial.overrides}
-            cost = round(cell.epochs * ratios[cell.trial.name] / plan.base.recipe.train.epochs, 4)
-            write_atomic(_result(out, cell, "val"), json.dumps(row | named | {"cost": cost}, indent=1) + "\n")
-    adopt_costs(plan, out, ratios)
-    return len(fitting)
+            write_atomic(_result(out, cell, "val"), json.dumps(row | named, indent=1) + "\n")
+    return len(wanted)
 
 
 def read_test(plan: Plan, out: Path) -> None:
@@ -184,7 +182,8 @@ def _rows(plan: Plan, out: Path) -> list[Result]:
     tested = json.loads(record.read_text(encoding="utf-8"))["runs"] if record.is_file() else {}
     found = []
     parts: tuple[Part, ...] = ("val", "test")
-    for cell in cells(plan, lengths(plan, known(plan, out))):
+    costs = known(plan, out)
+    for cell in cells(plan, lengths(plan, costs)):
         for part in parts:
             path = _result(out, cell, part)
             if not path.is_file():
@@ -196,14 +195,21 @@ def _rows(plan: Plan, out: Path) -> list[Result]:
                     f"for the arm, or remove it and {out / 'runs' / cell.name}"
                 )
             budgets = cell.budgets if part == "val" else tested.get(cell.name, {}).get("budgets", ())
+            if cell.trial.name in costs:  # over the base of this study, whoever wrote the line
+                row |= {"cost": round(_whole(plan, cell, costs), 4)}
             found += [row | {"budget": "+".join(budgets)}] if budgets else []
     return found
 
 
 def _measure(plan: Plan, out: Path, cell: Cell, part: Part, costs: dict[str, Cost]) -> None:
-    whole = cell.epochs * costs[cell.trial.name].ratio / plan.base.recipe.train.epochs
+    whole = _whole(plan, cell, costs)
     row = measure(cell, out / "runs" / cell.name, part, cost=whole, localise=plan.study.localise)
     write_atomic(_result(out, cell, part), json.dumps(row, indent=1) + "\n")
+
+
+def _whole(plan: Plan, cell: Cell, costs: Mapping[str, Cost]) -> float:
+    """What a run's training steps cost, over those of the base arm's run."""
+    return cell.epochs * costs[cell.trial.name].ratio / plan.base.recipe.train.epochs
 
 
 def _measured(out: Path, cell: Cell, *, looks: bool) -> bool:
