@@ -97,20 +97,22 @@ def test_it_learns_where_to_look() -> None:
         assert net.get_parameter(name).grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layout_and_half_precision_change_little(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_layout_and_half_precision_change_little(half: bool) -> None:
+    # The layout alone in double precision: rounding moves the places that are read, and how far depends on the processor.
+    dtype = torch.float32 if half else torch.float64
     _, net = pair(zero_init_last=False)
     rng = torch.Generator().manual_seed(4)  # of its own: other tests leave the global one anywhere
     for name in offsets(net):
         nn.init.normal_(net.get_parameter(name), std=0.05, generator=rng)
-    net.eval()
+    net.to(dtype).eval()
     with torch.no_grad():
-        z = net(images())
+        z = net(images(dtype=dtype))
         net.to(memory_format=memory_format(net))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            found = net(images().contiguous(memory_format=torch.channels_last)).float()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            found = net(images(dtype=dtype).contiguous(memory_format=torch.channels_last)).to(dtype)
     assert memory_format(net) == torch.channels_last
-    assert (found - z).abs().max() <= {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype] * z.abs().max()
+    assert (found - z).abs().max() <= (0.1 if half else 1e-12) * z.abs().max()
 
 
 def test_weights_of_the_plain_net_fit(tmp_path: Path) -> None:
