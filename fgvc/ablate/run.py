@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from fgvc.ablate.cost import Cost, adopt_costs, hours, known, lengths, measured
 from fgvc.ablate.identity import digest
@@ -97,10 +98,11 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
 
 
 def adopt(plan: Plan, out: Path, table: Path) -> int:
-    """Take the validation lines of a runs.csv, as another machine or another study wrote it, for results of the runs that have
-    these settings, whatever the arm was called there; returns how many runs there were. Where it has a run of the base, the
-    costs of the arms are taken over, too, unless they are known here. Raises FgvcError where it is no such file."""
-    offered = [row for row in read_lines(table) if row["part"] == "val"]
+    """Take the lines of a runs.csv, as another machine or another study wrote it, for results of the runs that have these
+    settings, whatever the arm was called there; returns how many runs there were. Lines of the test part are shown once
+    `read_test` has chosen their runs. Where it has a run of the base, the costs of the arms are taken over, too, unless they
+    are known here. Raises FgvcError where it is no such file."""
+    offered = [row for row in read_lines(table) if row["part"] in get_args(Part)]
     fitting: list[tuple[Cell, Result]] = []
     for trial in plan.trials:
         try:
@@ -115,10 +117,10 @@ def adopt(plan: Plan, out: Path, table: Path) -> int:
         adopt_costs(plan, out, {name: cost / epoch[plan.base.name] for name, cost in epoch.items()})
     wanted = [(cell, row) for cell, row in fitting if cell.seed in plan.study.seeds]
     for cell, row in wanted:
-        if not _result(out, cell, "val").is_file():
+        if not (path := _result(out, cell, row["part"])).is_file():
             named = {"arm": cell.trial.arm, "trial": cell.trial.number, "settings": cell.trial.overrides}
-            write_atomic(_result(out, cell, "val"), json.dumps(row | named, indent=1) + "\n")
-    return len(wanted)
+            write_atomic(path, json.dumps(row | named, indent=1) + "\n")
+    return len({cell.name for cell, _ in wanted})
 
 
 def read_test(plan: Plan, out: Path) -> None:
@@ -142,7 +144,8 @@ def _read_test(plan: Plan, out: Path) -> None:
     if not len(read_index(plan.base.recipe).rows("test")):
         raise FgvcError(f"{plan.path}: the data have no test part")
     chosen = _chosen(plan, todo.costs, _rows(plan, out))
-    for cell in chosen:
+    unread = [cell for cell in chosen if not _result(out, cell, "test").is_file()]
+    for cell in unread:
         if not finished(cell, run := out / "runs" / cell.name):
             raise FgvcError(
                 f"{run}: no finished run is here, only its result; copy the run from where it was trained, or remove "
@@ -159,10 +162,9 @@ def _read_test(plan: Plan, out: Path) -> None:
             )
     else:
         write_atomic(record, json.dumps({"read": time.strftime("%Y-%m-%d %H:%M:%S"), "runs": runs}, indent=1) + "\n")
-    for cell in chosen:
-        if not _result(out, cell, "test").is_file():
-            _say(f"test: {cell.name}")
-            _measure(plan, out, cell, "test", todo.costs)
+    for cell in unread:
+        _say(f"test: {cell.name}")
+        _measure(plan, out, cell, "test", todo.costs)
     write_tables(plan, out, _rows(plan, out))
 
 
@@ -181,10 +183,9 @@ def _rows(plan: Plan, out: Path) -> list[Result]:
     record = out / "test.json"
     tested = json.loads(record.read_text(encoding="utf-8"))["runs"] if record.is_file() else {}
     found = []
-    parts: tuple[Part, ...] = ("val", "test")
     costs = known(plan, out)
     for cell in cells(plan, lengths(plan, costs)):
-        for part in parts:
+        for part in get_args(Part):
             path = _result(out, cell, part)
             if not path.is_file():
                 continue

@@ -264,6 +264,21 @@ def test_the_test_part_is_not_read_of_a_run_that_is_not_finished_here(tmp_path: 
     assert not (here / "test.json").exists()
 
 
+def test_a_test_part_that_was_read_elsewhere_is_not_read_again(tmp_path: Path, recipe_tree: dict) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    run.ablate(plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0]), there)
+    run.read_test(plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0]), there)
+    study = plan(tmp_path, recipe_tree, {"plain": {}, "lr": {"optim.lr": 0.06}}, seeds=[0])
+    assert run.adopt(study, here, there / "runs.csv") == 1
+    run.ablate(study, here)
+    assert [row["part"] for row in read(here)] == ["val", "val"]  # not before validation has chosen
+    run.read_test(study, here)  # of plain's run there is no folder here
+    (theirs,) = [row for row in read(there) if row["part"] == "test"]
+    mine = {row["arm"]: row for row in read(here) if row["part"] == "test"}
+    assert mine["plain"] == {key: theirs.get(key, "") for key in mine["plain"]}
+    assert mine["lr"]["right"] != ""
+
+
 def test_equal_seconds_are_the_other_machines(tmp_path: Path, recipe_tree: dict) -> None:
     study = plan(tmp_path, recipe_tree, {"plain": {}, "acb": {"techniques.acb": {}}}, seeds=[0], budget="seconds",
                  settings={"train.epochs": 2})  # fmt: skip
