@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import csv
 import gc
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
-
-import onnx
 
 from fgvc import api
 from fgvc.ablate.identity import digest, important
@@ -20,7 +16,7 @@ from fgvc.ablate.study import Cell
 from fgvc.ablate.table import pack
 from fgvc.config import differences
 from fgvc.evaluate.subject import Subject, subject
-from fgvc.export.onnx import Exporter, Interface, export_onnx
+from fgvc.export.onnx import Interface, export_onnx
 from fgvc.export.plain import strip
 from fgvc.export.prove import Structural, compare_structure, untie
 from fgvc.export.reference import independent_plain
@@ -138,19 +134,10 @@ def contract(seen: Subject) -> Structural:
     backbone, kwargs, exporter = recipe.model.backbone, recipe.model.kwargs, recipe.export.exporter
     plain = strip(seen.step.net.cpu(), backbone=backbone, num_classes=classes, kwargs=kwargs)
     interface = Interface(size=recipe.image.size, opset=recipe.export.opset)
-    against = _reference(backbone, classes, json.dumps(kwargs), recipe.image.size, recipe.export.opset, exporter)
+    against = independent_plain(
+        backbone=backbone, num_classes=classes, kwargs=kwargs, interface=interface, exporter=exporter
+    )
     found = compare_structure(export_onnx(deployed(plain), exporter=exporter, **asdict(interface)), *against)
     if found.passed:
         return found
     return untie(plain, found, *against, interface=interface, exporter=exporter)[1]
-
-
-@cache
-def _reference(
-    backbone: str, classes: int, kwargs: str, size: tuple[int, int], opset: int, exporter: Exporter
-) -> tuple[onnx.ModelProto, frozenset[int]]:
-    """Made once for all runs of a study; `kwargs` as JSON."""
-    return independent_plain(
-        backbone=backbone, num_classes=classes, kwargs=json.loads(kwargs), interface=Interface(size=size, opset=opset),
-        exporter=exporter,
-    )  # fmt: skip

@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def independent_plain(
 ) -> tuple[onnx.ModelProto, frozenset[int]]:
     """The plain model's ONNX graph, and the positions of its weights among the canonical form's initializers.
 
-    Takes one start of Python and two exports. Raises FgvcError where the process fails.
+    Takes one start of Python and two exports, once in a process for equal arguments. Raises FgvcError where the process fails.
     """
     order = {
         "backbone": backbone,
@@ -53,16 +54,22 @@ def independent_plain(
         "exporter": exporter,
         "seeds": SEEDS,
     }
+    first, second = map(onnx.load_from_string, _two_draws(json.dumps(order)))
+    return first, weight_positions(first, second)
+
+
+@lru_cache(maxsize=4)
+def _two_draws(order: str) -> tuple[bytes, bytes]:
     with tempfile.TemporaryDirectory(prefix="fgvc-reference-") as folder:
         done = subprocess.run(
             [sys.executable, "-m", "fgvc.export.reference", folder],
-            input=json.dumps(order), cwd=folder, env=_environment(), capture_output=True, text=True, check=False,
+            input=order, cwd=folder, env=_environment(), capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
             tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+            backbone = json.loads(order)["backbone"]
             raise FgvcError(f"the independent plain model of {backbone!r} can't be exported:\n{tail}")
-        first, second = (onnx.load(Path(folder, f"{draw}.onnx")) for draw in range(2))
-    return first, weight_positions(first, second)
+        return Path(folder, "0.onnx").read_bytes(), Path(folder, "1.onnx").read_bytes()
 
 
 def randomise(net: nn.Module, seed: int) -> None:
