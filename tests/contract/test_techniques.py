@@ -128,18 +128,12 @@ def test_it_strips_to_the_plain_net_and_its_graph(trained) -> None:
     assert structural.passed, structural.differences
 
 
-REFERENCES: dict = {}
-
-
 def reference_of(backbone: str):
-    if backbone not in REFERENCES:
-        net = next(net for net, name in NETS.items() if name == backbone)
-        interface = Interface(size=SIZE, opset=Export().opset)
-        made = independent_plain(
-            backbone=backbone, num_classes=3, kwargs=KWARGS[net], interface=interface, exporter="torchscript"
-        )
-        REFERENCES[backbone] = made
-    return REFERENCES[backbone]
+    net = next(net for net, name in NETS.items() if name == backbone)
+    interface = Interface(size=SIZE, opset=Export().opset)
+    return independent_plain(
+        backbone=backbone, num_classes=3, kwargs=KWARGS[net], interface=interface, exporter="torchscript"
+    )
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
