@@ -7,9 +7,11 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
+from fgvc import __version__
 from fgvc.cli import data, looking, shipping, training
 from fgvc.types import FgvcError
 
@@ -40,6 +42,22 @@ VERBS: dict[str, Callable[..., None]] = {
     "bench": training.bench,
 }
 OF_DATA: dict[str, Callable[..., None]] = {"demo": data.demo, "check": data.check, "preview": data.preview}
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fgvc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Those of fgvc itself, before a verb."""
+
 
 for group, verbs in ((app, VERBS), (of_data, OF_DATA)):
     for name, verb in verbs.items():

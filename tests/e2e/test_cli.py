@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,10 @@ def test_help_is_light(fgvc: Callable[..., Said]) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     said = fgvc("--help").stdout
     assert all(verb in said for verb in VERBS)
+
+
+def test_version_is_that_of_the_installed_package(fgvc: Callable[..., Said]) -> None:
+    assert fgvc("--version").stdout == f"fgvc {version('fgvc')}\n"
 
 
 def test_recipes_and_init(fgvc: Callable[..., Said], tmp_path: Path) -> None:
