@@ -3,22 +3,27 @@
 A table stands between `<!-- table: FILE.csv -->` and `<!-- end -->`; FILE is below docs/results/. With
 `<!-- table: FILE.csv columns: a,b -->` it has these columns only. `<!-- matrix: FILE.csv -->` is for lines of backbone, family,
 technique, result and detail: a row for each backbone, a column for each technique, reasons as notes below. Of the runs of a
-study, `<!-- study: FILE.csv part: test budget: epochs -->` is the table of its arms, and `<!-- trials: FILE.csv ... -->` that of
-all trials.
+study, `<!-- study: FILE.csv part: test budget: epochs -->` is the table of its arms, `<!-- trials: FILE.csv ... -->` that of all
+trials, and `<!-- forest: FILE.csv ... -->` a picture of the arms' differences to the first.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import re
 import sys
 from pathlib import Path
 
-from fgvc.ablate.table import lines, markdown
+from matplotlib import rc_context
+
+from fgvc.ablate.page import forest
+from fgvc.ablate.table import Line, lines, markdown
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(
-    r"(<!-- (?P<kind>table|matrix|study|trials): (?P<file>\S+)(?: columns: (?P<columns>\S+))?"
+    r"(<!-- (?P<kind>table|matrix|study|trials|forest): (?P<file>\S+)(?: columns: (?P<columns>\S+))?"
     r"(?: part: (?P<part>\S+) budget: (?P<budget>\S+))? -->\n).*?(?P<end><!-- end -->)",
     re.DOTALL,
 )
@@ -55,40 +60,54 @@ def matrix(path: Path) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in shown) + (f"\n{below}" if below else "")
 
 
-def study(path: Path, part: str, budget: str, *, apart: bool) -> str:
+def study(path: Path, part: str, budget: str, *, apart: bool = False) -> list[Line]:
     """The arms of a study beside its first; `apart`: every trial is an arm of its own."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     if apart:
         rows = [row | {"arm": f"{row['arm']} {row['trial']}", "trial": "1"} for row in rows]
-    return markdown(lines(rows, part=part, budget=budget))
+    return lines(rows, part=part, budget=budget)
 
 
-def block(m: re.Match[str]) -> str:
+def picture(path: Path, part: str, budget: str, pictures: dict[Path, bytes]) -> str:
+    """A link to the picture of a study, which is put into `pictures` where there is none of these numbers yet."""
+    found = study(path, part, budget)
+    target = DOCS / "pictures" / f"{path.stem}-{part}-{budget}.svg"
+    digest = hashlib.sha256(
+        markdown(found).encode()
+    ).hexdigest()  # bytes of a picture differ between matplotlib's versions
+    if not target.is_file() or digest not in target.read_text(encoding="utf-8"):
+        content = io.BytesIO()
+        with rc_context({"svg.hashsalt": "fgvc", "svg.fonttype": "none"}):
+            forest(found).savefig(content, format="svg", metadata={"Date": None, "Description": digest})
+        pictures[target] = content.getvalue()
+    return f"![Differences to {found[0].arm} with their intervals]({target.relative_to(DOCS).as_posix()})\n"
+
+
+def block(m: re.Match[str], pictures: dict[Path, bytes]) -> str:
     path = DOCS / "results" / m["file"]
     made = {
         "matrix": lambda: matrix(path),
         "table": lambda: table(path, m["columns"]),
-        "study": lambda: study(path, m["part"], m["budget"], apart=False),
-        "trials": lambda: study(path, m["part"], m["budget"], apart=True),
+        "study": lambda: markdown(study(path, m["part"], m["budget"])),
+        "trials": lambda: markdown(study(path, m["part"], m["budget"], apart=True)),
+        "forest": lambda: picture(path, m["part"], m["budget"], pictures),
     }
     return m[1] + made[m["kind"]]() + m["end"]
 
 
-def filled(text: str) -> str:
-    return BLOCK.sub(block, text)
-
-
 def main(arguments: list[str]) -> int:
-    stale = []
+    stale: dict[Path, bytes] = {}
     for path in sorted(DOCS.glob("*.md")):
         text = path.read_text(encoding="utf-8")
-        if filled(text) != text:
-            stale.append(path.name)
-            if "--check" not in arguments:
-                path.write_text(filled(text), encoding="utf-8")
-    print("\n".join(f"{name}: table out of date" if "--check" in arguments else f"{name}: written" for name in stale))
-    return 1 if stale and "--check" in arguments else 0
+        if (filled := BLOCK.sub(lambda m: block(m, stale), text)) != text:
+            stale[path] = filled.encode()
+    check = "--check" in arguments
+    for path, content in stale.items():
+        print(f"{path.relative_to(DOCS)}: {'out of date' if check else 'written'}")
+        if not check:
+            path.write_bytes(content)
+    return 1 if stale and check else 0
 
 
 if __name__ == "__main__":
