@@ -220,7 +220,7 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
         value = scores.numbers()[by]
         best = progress.best is None or (value < progress.best if by in SMALLER_IS_BETTER else value > progress.best)
         progress.best = value if best else progress.best
-        if session.runtime.main:
+        if last and session.runtime.main:  # of 200 classes it takes a second
             plot_confusion(scores.confusion, session.index.classes, out / "plots" / "confusion.png", title="validation")
     progress.history = [old for old in progress.history if old["epoch"] != row["epoch"]] + [row]
     if session.epoch_done:  # not so where train.max_steps ends the run in mid-epoch
