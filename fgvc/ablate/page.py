@@ -47,7 +47,7 @@ def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
     write_atomic(out / "runs.csv", as_csv(rows))
     base = plan.base.arm
     found = [
-        Section(f"{PARTS[part]}: {BUDGETS[budget]}", table, chart(forest(table)) if len(table) > 1 else "")
+        Section(f"{PARTS[part]}: {BUDGETS[budget]}", table, chart(drawn) if (drawn := forest(table)) else "")
         for part in reversed(PARTS)
         for budget in plan.study.budget
         if (table := lines(rows, part=part, budget=budget, base=base))
@@ -61,11 +61,13 @@ def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
     write_atomic(out / "table.html", page)
 
 
-def forest(table: Sequence[Line]) -> Figure:
-    """Differences to the base arm in points with their intervals, the largest on top."""
+def forest(table: Sequence[Line]) -> Figure | None:
+    """Differences to the base arm in points with their intervals, the largest on top. None: there are none."""
     drawn = sorted(
         ((line.arm, line.against) for line in table if line.against is not None), key=lambda pair: pair[1].mean
     )
+    if not drawn:
+        return None
     figure = Figure(figsize=(7, 0.9 + 0.28 * len(drawn)), layout="constrained")
     axes = figure.add_subplot()
     axes.axvline(0, color="#666666", linewidth=0.8)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fgvc.ablate.page import write_tables
+from fgvc.ablate.study import Plan
 from fgvc.ablate.table import best_trials, lines, markdown, pack, paired
 from fgvc.train.events import as_csv
 
@@ -166,3 +170,11 @@ def test_a_committed_csv_gives_the_same_table() -> None:
         "| other | `optim.lr=0.5` | 12 | 3 | 71.67 | 1.53 | +2.67 | +1.2 to +4.1 |  | 2.00 | 5.0 | 1.200 | aaaaaaaaaaaa |"
         in markdown(lines(read, part="val", budget="epochs"))
     )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_differences_are_drawn_where_there_are_any(tmp_path: Path, seed: int) -> None:
+    trials = [SimpleNamespace(arm=arm, number=1) for arm in ("plain", "other")]
+    plan = SimpleNamespace(name="s", trials=trials, base=trials[0], study=SimpleNamespace(budget=["epochs"]))
+    write_tables(cast(Plan, plan), tmp_path, [row("plain", 0, 0.5), row("other", seed, 0.6)])
+    assert ("<figure>" in (tmp_path / "table.html").read_text(encoding="utf-8")) is (seed == 0)
