@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import re
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from matplotlib import rc_context
 
 from fgvc.ablate.page import forest
 from fgvc.ablate.table import Line, lines, markdown
+from fgvc.page.render import svg
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(
@@ -69,29 +69,34 @@ def study(path: Path, part: str, budget: str, *, apart: bool = False) -> list[Li
     return lines(rows, part=part, budget=budget)
 
 
-def picture(path: Path, part: str, budget: str, pictures: dict[Path, bytes]) -> str:
-    """A link to the picture of a study, which is put into `pictures` where there is none of these numbers yet."""
-    found = study(path, part, budget)
-    target = DOCS / "pictures" / f"{path.stem}-{part}-{budget}.svg"
-    digest = hashlib.sha256(
-        markdown(found).encode()
-    ).hexdigest()  # bytes of a picture differ between matplotlib's versions
-    if not target.is_file() or digest not in target.read_text(encoding="utf-8"):
-        content = io.BytesIO()
-        with rc_context({"svg.hashsalt": "fgvc", "svg.fonttype": "none"}):
-            forest(found).savefig(content, format="svg", metadata={"Date": None, "Description": digest})
-        pictures[target] = content.getvalue()
-    return f"![Differences to {found[0].arm} with their intervals]({target.relative_to(DOCS).as_posix()})\n"
+def place(m: re.Match[str]) -> Path:
+    """Of the picture of a study."""
+    return DOCS / "pictures" / f"{Path(m['file']).stem}-{m['part']}-{m['budget']}.svg"
 
 
-def block(m: re.Match[str], pictures: dict[Path, bytes]) -> str:
+def drawn(m: re.Match[str]) -> bytes | None:
+    """The picture of a study anew; None where that which is there is of these numbers. The numbers' hash is in the file, as its
+    bytes differ between matplotlib's versions."""
+    found = study(DOCS / "results" / m["file"], m["part"], m["budget"])
+    digest = hashlib.sha256(markdown(found).encode()).hexdigest()
+    if place(m).is_file() and digest in place(m).read_text(encoding="utf-8"):
+        return None
+    figure = forest(found)
+    assert figure is not None, f"{m['file']}: no arm has a seed in common with the first"
+    with rc_context({"svg.fonttype": "none"}):  # letters, not their outlines
+        return svg(figure, Description=digest)
+
+
+def block(m: re.Match[str]) -> str:
     path = DOCS / "results" / m["file"]
     made = {
         "matrix": lambda: matrix(path),
         "table": lambda: table(path, m["columns"]),
         "study": lambda: markdown(study(path, m["part"], m["budget"])),
         "trials": lambda: markdown(study(path, m["part"], m["budget"], apart=True)),
-        "forest": lambda: picture(path, m["part"], m["budget"], pictures),
+        "forest": lambda: (
+            f"![Differences to the first arm with their intervals]({place(m).relative_to(DOCS).as_posix()})\n"
+        ),
     }
     return m[1] + made[m["kind"]]() + m["end"]
 
@@ -100,8 +105,10 @@ def main(arguments: list[str]) -> int:
     stale: dict[Path, bytes] = {}
     for path in sorted(DOCS.glob("*.md")):
         text = path.read_text(encoding="utf-8")
-        if (filled := BLOCK.sub(lambda m: block(m, stale), text)) != text:
+        if (filled := BLOCK.sub(block, text)) != text:
             stale[path] = filled.encode()
+        forests = [m for m in BLOCK.finditer(text) if m["kind"] == "forest"]
+        stale |= {place(m): content for m in forests if (content := drawn(m)) is not None}
     check = "--check" in arguments
     for path, content in stale.items():
         print(f"{path.relative_to(DOCS)}: {'out of date' if check else 'written'}")
