@@ -25,7 +25,7 @@ def digest(tree: dict, **sections: Any) -> str:
 
 @pytest.fixture
 def teacher(tmp_path: Path, recipe_tree: dict) -> Path:
-    tree = recipe_tree | {"train": recipe_tree["train"] | {"epochs": 1}}
+    tree = recipe_tree | {"train": recipe_tree["train"] | {"epochs": 1}, "export": {"exporter": "torchscript"}}
     return api.train(validate(Recipe, tree, where="test"), tmp_path / "teacher")
 
 

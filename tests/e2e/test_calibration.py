@@ -48,6 +48,7 @@ def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"backbone": "test_efficientnet"},
         "train": {"epochs": 6, "batch_size": 8, "workers": 0, "device": "cpu"},
         "optim": {"lr": 0.05, "warmup_epochs": 0.5},
+        "export": {"exporter": "torchscript"},
     }
     (place / "own.yaml").write_text(yaml.safe_dump(tree))
     return api.train(api.load_recipe(place / "own.yaml"), place / "run")

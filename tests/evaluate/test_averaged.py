@@ -57,9 +57,8 @@ def test_the_centre_of_the_canvas_is_the_deployed_crop(resize: str, size: tuple[
 
 
 def test_they_are_recorded_apart_and_stay_out_of_bundles(tmp_path, recipe_tree: dict) -> None:
-    run = api.train(
-        validate(Recipe, recipe_tree | {"select": "best", "select_by": "loss"}, where="test"), tmp_path / "r"
-    )
+    tree = recipe_tree | {"select": "best", "select_by": "loss", "export": {"exporter": "torchscript"}}
+    run = api.train(validate(Recipe, tree, where="test"), tmp_path / "r")
     plain, many = api.evaluate(run, "test"), api.evaluate(run, "test", views="flip+crops")
     assert (plain.split, many.split) == ("test", "test-flip+crops")
     assert set(measured(run, "metrics.json")) == {"test.best", "test-flip+crops.best"}
