@@ -9,14 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import yaml
+from onnx import numpy_helper
 
 from fgvc import api, variant
 from fgvc.cli import main
+from fgvc.evaluate.agreement import FP16, INT8
 from fgvc.evaluate.subject import subject
+from fgvc.export import variant as made
 from fgvc.export.bundle import load_bundle, write_bundle
+from fgvc.export.quantize import quantise
 from fgvc.image.decode import decode
 from fgvc.image.preprocess import preprocess
 from fgvc.serve.engine import Engine
@@ -47,12 +52,12 @@ def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(run: Path) -> api.Exported:
-    # Twelve images: one of them is 8 %, so the bar is low.
+    # Twelve images: one of them is 8 %, and on which of them int8 errs is the processor's affair. So the bars are low.
     wanted = api.Variants(int8=SMALL, fp16=True, agreement=0.5)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, bars in (("INT8", INT8), ("FP16", FP16)):
+            patch.setattr(variant, name, replace(bars, loss=0.5))
         return api.export(run, run.parent / "bundle", variants=wanted)
-    except FgvcError as error:  # top-1 may fall by one of twelve images: then the seed above is at fault
-        raise AssertionError(error) from error
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp16"])
@@ -129,13 +134,23 @@ def test_the_engine_and_predict_take_either(
         Engine(load_bundle(tmp_path / "b"), variant="int8")
 
 
+def of_one_answer(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A file that names the first class for every picture, on any processor: its last layer is nothing but a bias."""
+    last = [node for node in proto.graph.node if node.op_type == "Gemm"][-1]
+    for tensor in proto.graph.initializer:
+        if tensor.name in last.input[1:]:
+            value = np.zeros_like(numpy_helper.to_array(tensor))
+            value[0] = tensor.name == last.input[2]
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    return proto
+
+
 def test_a_file_that_answers_otherwise_is_refused_and_no_bundle_written(
     run: Path, done: api.Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = tmp_path / "run"
     shutil.copytree(run, again)
-    # Calibrated on images of one colour, hardly any activation lies in its range.
-    monkeypatch.setattr(variant, "_calibration", lambda *_: iter([np.full((4, 3, 32, 32), -1e-3, np.float32)]))
+    monkeypatch.setattr(made, "quantise", lambda *args, **settings: of_one_answer(quantise(*args, **settings)))
     monkeypatch.setattr(api, "prove", lambda *_, **__: done.proven)
     with pytest.raises(SystemExit) as ended:
         main(["export", str(again), "-o", str(tmp_path / "b"), "--int8", "--int8-float", "2"])
