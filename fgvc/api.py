@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from fgvc.data import checks
 from fgvc.data.duplicates import LIKENESS
 from fgvc.data.loader import evaluation_loader
 from fgvc.data.suspects import suspects as find_suspects
-from fgvc.disk import refuse_file, writing
+from fgvc.disk import refuse_file, write_atomic, writing
 from fgvc.evaluate import metrics
 from fgvc.evaluate.averaged import Views, averaged, canvas, refined
 from fgvc.evaluate.calibration import FEWEST, KEEP, Calibrated, calibrate, spread
@@ -41,10 +40,10 @@ from fgvc.preview import Preview, preview
 from fgvc.recipe import Recipe, Selected, load_recipe
 from fgvc.report.document import report
 from fgvc.serve.engine import Session, refuse_no_numbers
-from fgvc.train.events import as_csv, write_atomic
+from fgvc.train.events import as_csv
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
-from fgvc.train.run import measured
+from fgvc.train.measured import leave, measured
 from fgvc.train.session import read_index
 from fgvc.types import FgvcError, ImageIndex, Split
 from fgvc.variant import Beside, Variants, make_variants
@@ -71,6 +70,7 @@ class Evaluation:
     unreadable: tuple[str, ...]
     classes: tuple[str, ...]
     calibrated: Calibrated | None  # None with averaged views, which no bundle has
+    stored: bool = True  # in the run; not where that can't be written
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +159,10 @@ def evaluate(
     attends to; no bundle does, so it is recorded under a key of its own.
     Writes `metrics.json`, `tables/{classes,confused,reliability,risk-coverage}-<split>.csv` and
     `plots/{confusion,reliability,risk-coverage}-<split>.png` into the run (`-<split>-<select>` for other weights than the
-    recipe's selection), calibration by up to 10,000 of the images and without `views` only. Raises FgvcError where the part is
-    empty.
+    recipe's selection), calibration by up to 10,000 of the images and without `views` only; of a run that can't be written
+    nothing is stored, and stderr says so. Raises FgvcError where the part is empty.
     """
+    measured(run, "metrics.json")  # can be added to
     seen = subject(run, select, branches=views == "refined")
     index, preprocess, chosen = seen.index, seen.preprocess, seen.select
     part, rows = seen.part(split)
@@ -186,23 +187,20 @@ def evaluate(
                 yield batch.images, batch.labels
 
         scores = metrics.evaluate(sample, batches(), classes=len(index.classes), device=where, memory_format=layout)
-    known = measured(run, "metrics.json")
     name = part if views is None else f"{part}-{views}"
-    known[f"{name}.{chosen}"] = scores.numbers()
-    write_atomic(run / "metrics.json", json.dumps(known, indent=1) + "\n")
     title = f"{part}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
     stem = "-".join([name, *seen.apart])
-    plot_confusion(scores.confusion, index.classes, run / "plots" / f"confusion-{stem}.png", title=title)
+    files = {f"plots/confusion-{stem}.png": plot_confusion(scores.confusion, index.classes, title=title)}
     tables: dict[str, Any] = {
         "classes": scores.by_class(index.classes), "confused": scores.confused(index.classes)
     }  # fmt: skip
     if (found := sample.calibrated()) is not None:
-        plot_calibration(found, run / "plots", part=stem)
+        files |= {f"plots/{file}": picture for file, picture in plot_calibration(found, part=stem).items()}
         tables |= {"reliability": found.rows(), "risk-coverage": found.curve.rows()}
-    (run / "tables").mkdir(exist_ok=True)
-    for table, lines in tables.items():
-        write_atomic(run / "tables" / f"{table}-{stem}.csv", as_csv(lines))
-    return Evaluation(run, name, chosen, scores, sample.right, tuple(unreadable), index.classes, found)
+    files |= {f"tables/{table}-{stem}.csv": as_csv(lines).encode() for table, lines in tables.items()}
+    numbers = {"metrics.json": {f"{name}.{chosen}": scores.numbers()}}
+    stored = leave(run, files, rows=numbers, identity=seen.identity)
+    return Evaluation(run, name, chosen, scores, sample.right, tuple(unreadable), index.classes, found, stored)
 
 
 def export(

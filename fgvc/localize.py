@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,13 @@ from fgvc.cam.maps import normalised
 from fgvc.cam.offline import ClassMaps, looking, named
 from fgvc.config import Preprocess
 from fgvc.data.loader import EvaluationBatch, evaluation_loader
-from fgvc.disk import writing
 from fgvc.evaluate.plot import plot_localisation
 from fgvc.evaluate.subject import Subject, subject
 from fgvc.image.preprocess import placed
 from fgvc.recipe import Selected
 from fgvc.serve.engine import refuse_no_numbers
-from fgvc.train.events import as_csv, write_atomic
-from fgvc.train.run import measured
+from fgvc.train.events import as_csv
+from fgvc.train.measured import leave, measured
 from fgvc.types import FgvcError, ImageIndex, Split
 
 BATCH = 32
@@ -84,6 +82,7 @@ class Localisation:
     parts: Coverage | None  # None: the data name no parts
     tables: tuple[Path, ...]
     unreadable: tuple[str, ...]
+    stored: bool = True  # in the run; not where that can't be written
 
     def numbers(self) -> dict[str, Any]:
         """For JSON."""
@@ -120,11 +119,12 @@ def localize(
     `method`, `channels`: as those of `fgvc explain`; what an expensive one costs is said on stderr first. Writes
     `localisation.json`, `tables/localisation-<split>.csv` (classes), `tables/parts-<split>.csv` and
     `plots/localisation-<split>.png` into the run; another method than gradcam and another selection than the recipe's are in the
-    names. Raises FgvcError where the data have no boxes or no validation part, or the net no such maps.
+    names. Of a run that can't be written nothing is stored, and stderr says so. Raises FgvcError where the data have no boxes or
+    no validation part, or the net no such maps.
     """
     chosen_method = named(method)
     seen = subject(run, select)
-    known = measured(run, RECORD)
+    measured(run, RECORD)  # can be added to
     if seen.index.boxes is None:
         raise FgvcError(
             f"{run}: its data name no boxes ({seen.index.recognised}); localisation needs a set in CUB layout with "
@@ -150,11 +150,12 @@ def localize(
         parts=coverage(looked), tables=tuple(run / "tables" / f"{table}-{name}.csv" for table in tables),
         unreadable=looked.unreadable,
     )  # fmt: skip
-    _write(result, tables, known)
     v2 = 100 * result.boxes["true"].max_box_acc_v2
     title = f"{part}: MaxBoxAccV2 {v2:.1f} % of {result.boxes['true'].images} images ({chosen_method})"
-    plot_localisation(looked.found, chosen, run / "plots" / f"localisation-{name}.png", title=title)
-    return result
+    files = {f"plots/localisation-{name}.png": plot_localisation(looked.found, chosen, title=title)}
+    files |= {f"tables/{table}-{name}.csv": as_csv(lines).encode() for table, lines in tables.items()}
+    measured_now = {RECORD: {f"{part}.{seen.select}.{chosen_method}": result.numbers()}}
+    return replace(result, stored=leave(run, files, rows=measured_now, identity=seen.identity))
 
 
 def look(
@@ -297,13 +298,3 @@ def _shares(prefix: str, weights: Tensor) -> Row:
 def _mean(values: Tensor) -> str | float:
     """Of those that are not NaN; empty without any."""
     return round(float(values.nanmean()), 6) if values.isfinite().any() else ""
-
-
-def _write(result: Localisation, tables: Mapping[str, list[Row]], known: Mapping[str, Any]) -> None:
-    """`known`: what was measured before."""
-    found = {**known, f"{result.split}.{result.select}.{result.method}": result.numbers()}
-    write_atomic(result.run / RECORD, json.dumps(found, indent=1) + "\n")
-    with writing(result.run):
-        (result.run / "tables").mkdir(exist_ok=True)
-    for file, lines in zip(result.tables, tables.values(), strict=True):
-        write_atomic(file, as_csv(lines))

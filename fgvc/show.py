@@ -108,7 +108,8 @@ def scores(result: Evaluation) -> None:
         console.print(table)
     if result.calibrated is not None:
         _calibrated(result.calibrated)
-    console.print(f"every class and pair: {result.run / 'tables'}", markup=False)
+    if result.stored:
+        console.print(f"every class and pair: {result.run / 'tables'}", markup=False)
     for error in result.unreadable:
         console.print(f"skipped: {error}", markup=False)
 
@@ -123,7 +124,8 @@ def localisation(result: Localisation) -> None:
     console.print(table)
     for note in found.notes:
         console.print(note)
-    console.print(f"every class and part: {result.run / 'tables'}", markup=False)
+    if result.stored:
+        console.print(f"every class and part: {result.run / 'tables'}", markup=False)
     for error in result.unreadable:
         console.print(f"skipped: {error}", markup=False)
 

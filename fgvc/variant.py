@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fgvc.data.loader import evaluation_loader
-from fgvc.disk import writing
 from fgvc.evaluate.agreement import FP16, INT8, Agreement, Bars, agree
 from fgvc.evaluate.calibration import spread
 from fgvc.evaluate.subject import Answers, Subject, onnx_answers
@@ -19,7 +18,7 @@ from fgvc.export.quantize import Int8
 from fgvc.export.variant import Made, make_fp16, make_int8
 from fgvc.page.agreement import agreement_page
 from fgvc.serve.engine import Session
-from fgvc.train.events import write_atomic
+from fgvc.train.measured import leave
 from fgvc.types import FgvcError, Split
 
 LISTED = 20  # images in contract.json; all are on the page
@@ -80,14 +79,12 @@ def _judge(seen: Subject, made: Made, known: Answers, part: Split, bars: Bars) -
     said = _ask(seen, made.model, known.rows)
     found = agree(known.rows, known.labels, known.logits, said.logits, part=part)
     failed = found.failed(bars)
-    page = seen.run / "reports" / f"{made.variant}.html"
-    with writing(page):
-        page.parent.mkdir(exist_ok=True)
-    write_atomic(page, agreement_page(seen.index, made, found, bars, failed))
+    page = f"reports/{made.variant}.html"
+    stored = leave(seen.run, {page: agreement_page(seen.index, made, found, bars, failed)})
     if failed:
         lines = [*failed, *(_line(seen, one) for one in _listed(seen, found)[:5])]
-        advice = ADVICE[made.variant]
-        raise FgvcError(f"model.{made.variant}.onnx is refused:\n  " + "\n  ".join(lines) + f"\n{advice}\nall: {page}")
+        advice, all_of = ADVICE[made.variant], f"\nall: {seen.run / page}" if stored else ""
+        raise FgvcError(f"model.{made.variant}.onnx is refused:\n  " + "\n  ".join(lines) + f"\n{advice}" + all_of)
     section = {
         **made.contract,
         "agreement": {

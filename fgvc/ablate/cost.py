@@ -13,9 +13,8 @@ from typing import Any
 from fgvc.ablate.identity import digest
 from fgvc.ablate.study import Budget, Cell, Plan, Trial
 from fgvc.bench import interleaved, step_on_one_batch
-from fgvc.disk import alone
+from fgvc.disk import alone, write_atomic
 from fgvc.recipe import Recipe
-from fgvc.train.events import write_atomic
 from fgvc.train.runtime import runtime
 from fgvc.train.session import open_session
 from fgvc.types import FgvcError

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from fgvc.ablate.result import Result
 from fgvc.ablate.study import Plan
 from fgvc.ablate.table import Line, boxes, lines, markdown, points
+from fgvc.disk import write_atomic
 from fgvc.page.render import chart, render
-from fgvc.train.events import as_csv, write_atomic
+from fgvc.train.events import as_csv
 
 PARTS = {"val": "Validation", "test": "Test"}
 BUDGETS = {

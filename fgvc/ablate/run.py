@@ -22,8 +22,7 @@ from fgvc.ablate.result import Part, Result, finished, measure, read_lines, trai
 from fgvc.ablate.study import Budget, Cell, Plan, cells
 from fgvc.ablate.table import best_trials
 from fgvc.config import dump
-from fgvc.disk import alone, writing
-from fgvc.train.events import write_atomic
+from fgvc.disk import alone, write_atomic, writing
 from fgvc.train.session import read_index
 from fgvc.types import FgvcError
 

@@ -1,9 +1,9 @@
-"""Pictures of a run: curves, confusion matrix, calibration and localisation, PNG."""
+"""Pictures of a run: curves, confusion matrix, calibration and localisation; each the bytes of a PNG file."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,7 +17,7 @@ from fgvc.evaluate.font import writable
 LABELLED = 60  # classes up to which every row of the matrix is named
 
 
-def plot_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
+def plot_curves(history: Sequence[Mapping[str, float]]) -> bytes:
     """Training loss, validation loss and accuracy over the epochs of `metrics.csv`."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -38,10 +38,10 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_localisation(found: Mapping[str, Found], chosen: Mapping[str, Chosen], path: Path, *, title: str) -> None:
+def plot_localisation(found: Mapping[str, Found], chosen: Mapping[str, Chosen], *, title: str) -> bytes:
     """Share of boxes that are right over the map's threshold, at each IoU, with the threshold that validation chose; and the
     same of a map that knows no image."""
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
@@ -71,10 +71,10 @@ def plot_localisation(found: Mapping[str, Found], chosen: Mapping[str, Chosen], 
     ):
         axes.plot([], [], style, color="0.4", label=name)
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path, *, title: str) -> None:
+def plot_confusion(confusion: np.ndarray, classes: Sequence[str], *, title: str) -> bytes:
     """Row-normalised confusion matrix (K,K): a row sums to 100 % of a true class."""
     count = len(classes)
     side = min(4 + 0.18 * count, 16)
@@ -89,13 +89,15 @@ def plot_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path, *,
         font = FontProperties(fname=str(file), size=7)
         axes.set_xticks(range(count), names, rotation=90, fontproperties=font)
         axes.set_yticks(range(count), names, fontproperties=font)
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_calibration(found: Calibrated, folder: Path, *, part: str) -> None:
-    """`reliability-<part>.png` and `risk-coverage-<part>.png`."""
-    _save(reliability_figure(found, title=part), folder / f"reliability-{part}.png")
-    _save(risk_figure(found, title=part), folder / f"risk-coverage-{part}.png")
+def plot_calibration(found: Calibrated, *, part: str) -> dict[str, bytes]:
+    """`reliability-<part>.png` and `risk-coverage-<part>.png`, by name."""
+    return {
+        f"reliability-{part}.png": _png(reliability_figure(found, title=part)),
+        f"risk-coverage-{part}.png": _png(risk_figure(found, title=part)),
+    }
 
 
 def reliability_figure(found: Calibrated, *, title: str) -> Figure:
@@ -143,7 +145,8 @@ def risk_figure(found: Calibrated, *, title: str) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110)
+    figure.savefig(content, format="png", dpi=110)
+    return content.getvalue()

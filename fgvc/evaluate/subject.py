@@ -44,6 +44,7 @@ class LoadedRun:
     preprocess: Preprocess
     select: Selected
     step: StepModule
+    identity: str | None  # of the checkpoint that its weights are from: see `fgvc.train.checkpoint.identity`
 
     @property
     def apart(self) -> list[str]:
@@ -129,4 +130,4 @@ def load_run(run: Path, select: Selected | None = None, *, branches: bool = Fals
             step.branches.load_state_dict(own)
     except RuntimeError as error:
         raise FgvcError(f"{run}: its checkpoint does not fit its recipe: {error}") from error
-    return LoadedRun(run, recipe, classes, preprocess, chosen, step.eval())
+    return LoadedRun(run, recipe, classes, preprocess, chosen, step.eval(), found.identity)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fgvc.disk import refuse_file, writing
+from fgvc.disk import refuse_file, write_atomic, writing
 from fgvc.evaluate.side import FLIP, Versus
 from fgvc.image.decode import decode
 from fgvc.page.render import picture, render
-from fgvc.train.events import as_csv, write_atomic
+from fgvc.train.events import as_csv
 from fgvc.types import FgvcError
 
 SHOWN = 60  # images; all flips are in the table beside the page

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from fgvc.config import differences, dump, leaves
-from fgvc.disk import refuse_file, writing
+from fgvc.disk import refuse_file, write_atomic, writing
 from fgvc.evaluate.calibration import Calibrated, calibrate
 from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, of_logits
 from fgvc.evaluate.subject import Answers, Subject, subject
@@ -27,7 +27,6 @@ from fgvc.report.history import History, read_history
 from fgvc.report.localisation import COLUMNS, Table, localisation
 from fgvc.serve.engine import refuse_no_numbers
 from fgvc.techniques import CONFIGS
-from fgvc.train.events import write_atomic
 from fgvc.types import FgvcError, Split
 
 SHARES = {

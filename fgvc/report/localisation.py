@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgvc.train.run import measured
+from fgvc.train.measured import measured
 from fgvc.types import FgvcError
 
 COLUMNS = ("true class's map", "predicted class's", "middle", "chance")

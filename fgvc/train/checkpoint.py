@@ -1,38 +1,47 @@
-"""Checkpoints that survive a kill at any moment.
+"""Checkpoints that survive a kill at any moment, and damage that is noticed.
 
-A checkpoint is a folder `ckpt/step-00000123/`; `ckpt/last` and `ckpt/best` are links to such folders, swapped atomically.
-So no name ever points at a half-written one, and the previous checkpoint stays until the next is safe on disk.
+A checkpoint is a folder `ckpt/step-00000123/` whose `meta.json` holds the SHA-256 of every file beside it and of itself.
+`ckpt/last` and `ckpt/best` are links that lead through `ckpt/links`, which is replaced in one step: so both always belong
+together, no name ever points at a half-written checkpoint, and the previous one stays until the next is safe on disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import safetensors.torch
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fgvc.config import Section
-from fgvc.disk import sync
+from fgvc.disk import fill, make_folder, making, point, remove, rename, sync, writing
 from fgvc.types import FgvcError
 
 Name = Literal["last", "best"]
+Say = Callable[[str], None]
+T = TypeVar("T")
+
+META, LINKS = "meta.json", "links"
+BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 
 
 class Checkpoint(Section):
-    """How often a run saves what it needs to continue."""
+    """How often a run saves what it needs to continue, and how much of that stays."""
 
     every_steps: int | None = Field(None, ge=1, description="beside the end of every epoch; counted in optimizer steps")
+    keep: int = Field(
+        1, ge=0, description="older checkpoints that stay beside the last and the best, to go on from if those are damaged"
+    )
 
 
 @dataclass(slots=True)
@@ -59,97 +68,263 @@ class State:
     ema: Mapping[str, Tensor] | None  # the average of the weights: the EMA, or SWA's once it holds an epoch
     rest: Mapping[str, Any]  # optimizer, scaler, random generators, techniques, how many epochs SWA holds
     progress: Progress
+    identity: str | None = None  # of the checkpoint that it was read from
 
 
-def save(folder: Path, state: State, *, best: bool = False) -> None:
-    """Write a checkpoint into the run's `ckpt` folder and point `last` (and `best`) at it.
+def save(folder: Path, state: State, *, best: bool = False, keep: int = 1) -> None:
+    """Write a checkpoint into the run's `ckpt` folder and point `last` (and `best`) at it; of older ones that neither names the
+    newest `keep` stay. The caller has the run to itself.
 
     Raises FgvcError when the disk is full, with the earlier checkpoints untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    names = (f"step-{state.progress.step:08d}{suffix}" for suffix in ("", *(f".{n}" for n in range(1, 1000))))
-    target = next(folder / name for name in names if not (folder / name).exists())
-    scratch = folder / f".{target.name}.{os.getpid()}"
     try:
+        make_folder(folder)
+        _own_names(folder)
         _sweep(folder)
-        scratch.mkdir()
-        for name, tensors in (("net", state.net), ("branches", state.branches), ("ema", state.ema)):
-            if tensors is not None:
-                save_file({k: v.detach().contiguous() for k, v in tensors.items()}, scratch / f"{name}.safetensors")
-        torch.save(dict(state.rest), scratch / "state.pt")
-        (scratch / "meta.json").write_text(json.dumps(asdict(state.progress), indent=1) + "\n")
-        for path in scratch.iterdir():
-            sync(path)
-        sync(scratch)
-        os.replace(scratch, target)
-        for name in ("last", "best") if best else ("last",):
-            _point(folder / name, target.name)
-        sync(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(scratch, ignore_errors=True)
+        target = _free(folder, f"step-{state.progress.step:08d}")
+        with making(target) as scratch:
+            files = {
+                f"{name}.safetensors": fill(scratch / f"{name}.safetensors", _packed(tensors))
+                for name, tensors in (("net", state.net), ("branches", state.branches), ("ema", state.ema))
+                if tensors is not None
+            }
+            files["state.pt"] = fill(scratch / "state.pt", partial(torch.save, dict(state.rest)))
+            fill(scratch / META, _sealed(asdict(state.progress) | {"files": files}))
+        chosen = target.name if best else _target(folder / "best")
+        _publish(folder, last=target.name, best=chosen)
+        _prune(folder, keep=keep)
+    except (FgvcError, OSError, RuntimeError, SafetensorError) as error:
         raise FgvcError(
             f"{folder}: can't save a checkpoint ({error}); the earlier one is intact. "
             "Free some space and run the same command again"
         ) from error
-    _prune(folder, keep=target.name)
 
 
-def read_progress(folder: Path) -> Progress:
-    """How far a run is by its last checkpoint. Raises FgvcError where there is none or it is damaged."""
-    with _reading(folder / "last") as path:
-        return _progress(path)
+def any_held(folder: Path) -> bool:
+    """Whether a `ckpt` folder holds a checkpoint, whole or not."""
+    places = [*folder.glob("*step-*"), folder / "last", folder / "best"]
+    return any(path.is_dir() and any(path.iterdir()) for path in places)
 
 
-def load(folder: Path, name: Name = "last", *, device: torch.device | str = "cpu") -> State:
-    """Read the checkpoint that `ckpt/<name>` points at. Raises FgvcError where there is none or it is damaged."""
-    with _reading(folder / name) as path:
-        progress, where = _progress(path), str(device)
-        ema = path / "ema.safetensors"
-        return State(
-            net=load_file(path / "net.safetensors", where),
-            branches=load_file(path / "branches.safetensors", where),
-            ema=load_file(ema, where) if ema.is_file() else None,
-            rest=torch.load(path / "state.pt", map_location="cpu", weights_only=True),
-            progress=progress,
-        )
+def read_progress(folder: Path, *, say: Say | None = None) -> Progress:
+    """How far a run is by its newest whole checkpoint; see `load`. Raises FgvcError where there is none."""
+    return _newest(folder, "last", lambda path, kept: kept.progress, say)
 
 
-@contextmanager
-def _reading(link: Path) -> Iterator[Path]:
-    """The checkpoint's own folder, followed once: a run that trains on may move the link meanwhile."""
-    path = link.resolve()
-    if not (path / "meta.json").is_file():
-        raise FgvcError(f"{link}: no checkpoint here")
+def load(folder: Path, name: Name = "last", *, device: torch.device | str = "cpu", say: Say | None = None) -> State:
+    """Read the checkpoint that `ckpt/<name>` points at, each file checked by its SHA-256. Where `last` is damaged or gone it is
+    the newest whole one, and `say` (by default stderr) is told so. Raises FgvcError where there is none."""
+    return _newest(folder, name, partial(_state, device=str(device)), say)
+
+
+def identity(folder: Path, name: Name = "last") -> str | None:
+    """What tells the checkpoint from all others: the SHA-256 of its meta.json. None where there is none."""
     try:
-        yield path
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise FgvcError(f"{link}: damaged checkpoint ({error}); start again with --resume never") from error
+        return _identity((folder / name).resolve())
+    except OSError:
+        return None
 
 
-def _progress(path: Path) -> Progress:
-    return Progress(**json.loads((path / "meta.json").read_text()))
+def best_score(folder: Path) -> float | None:
+    """By which `ckpt/best` was chosen; None where there is none, or it is damaged."""
+    try:
+        return _kept((folder / "best").resolve()).progress.best
+    except BROKEN:
+        return None
 
 
-def _point(link: Path, target: str) -> None:
-    """Make `link` a link to `target` (a sibling) in one atomic step."""
-    scratch = link.with_name(f".{link.name}.{os.getpid()}")
-    scratch.unlink(missing_ok=True)
-    scratch.symlink_to(target, target_is_directory=True)
-    os.replace(scratch, link)
+def mend(folder: Path) -> None:
+    """Have `last` name the newest whole checkpoint; what is damaged is renamed to `damaged-step-...` and never deleted. The
+    caller has the run to itself. Raises FgvcError where the system can't."""
+    with writing(folder):
+        for path in _candidates(folder, "last"):
+            try:
+                _kept(path)
+            except BROKEN:
+                rename(path, _free(folder, f"damaged-{path.name}"))
+            else:
+                _own_names(folder)
+                _publish(folder, last=path.name, best=_target(folder / "best"))
+                return
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What meta.json says, all of it true."""
+
+    progress: Progress
+    files: Mapping[str, str] | None  # name -> SHA-256; None in a checkpoint of an older fgvc, which took none
+
+
+def _newest(folder: Path, name: Name, read: Callable[[Path, _Kept], T], say: Say | None) -> T:
+    say = say or partial(print, file=sys.stderr, flush=True)
+    link, failed = folder / name, {}
+    for path in _candidates(folder, name):
+        try:
+            kept = _kept(path)
+            found = read(path, kept)
+        except BROKEN as error:
+            failed[path.name] = str(error)
+            continue
+        if failed:
+            said = "; ".join(f"{of} is damaged ({why})" for of, why in failed.items())
+            say(f"WARNING: {folder}: {said}. Using {path.name}, the newest checkpoint that is whole")
+        elif path != link.resolve():
+            say(f"WARNING: {link}: missing, or it leads nowhere. Using {path.name}, the newest checkpoint that is whole")
+        if kept.files is None and path not in _unsealed:
+            _unsealed.add(path)
+            say(f"{path}: written by an older fgvc, without digests; damage to it would not be noticed")
+        return found
+    if not failed:
+        raise FgvcError(f"{link}: no checkpoint here")
+    said = "; ".join(f"{of}: {why}" for of, why in failed.items())
+    advice = "no other is whole. Train anew with --overwrite" if name == "last" else "choose --select last, or train on"
+    raise FgvcError(f"{link}: damaged checkpoint ({said}); {advice}")
+
+
+_unsealed: set[Path] = set()  # of which it was said
+
+
+def _candidates(folder: Path, name: Name) -> list[Path]:
+    """What to read, in turn: the one that is named; for `last` then all others, the newest first."""
+    named = (folder / name).resolve()
+    found = [named] if named.is_dir() else []
+    return found if name == "best" else found + [path for path in _steps(folder) if path.resolve() != named]
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The newest first: of one step the last that was written."""
+    found = [(path.name.removeprefix("step-").partition("."), path) for path in folder.glob("step-*") if path.is_dir()]
+    numbered = [((int(step), int(again or 0)), path) for (step, _, again), path in found if step.isdigit()]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def _state(path: Path, kept: _Kept, *, device: str) -> State:
+    ema = path / "ema.safetensors"
+    averaged = ema.is_file() if kept.files is None else ema.name in kept.files
+    load_file = safetensors.torch.load_file
+    return State(
+        net=load_file(path / "net.safetensors", device),
+        branches=load_file(path / "branches.safetensors", device),
+        ema=load_file(ema, device) if averaged else None,
+        rest=torch.load(path / "state.pt", map_location="cpu", weights_only=True),
+        progress=kept.progress,
+        identity=_identity(path),
+    )
+
+
+def _identity(path: Path) -> str:
+    return hashlib.sha256((path / META).read_bytes()).hexdigest()
+
+
+def _kept(path: Path) -> _Kept:
+    """Raises one of BROKEN where a file is not what was written."""
+    raw = (path / META).read_bytes()
+    tree = json.loads(raw)
+    own = {key: tree[key] for key in [one.name for one in fields(Progress)] if key in tree}
+    if own == tree:
+        return _Kept(Progress(**own), None)
+    if tree.pop("sha256", None) is None or raw != _sealed(tree).encode():
+        raise ValueError(f"{META}: its SHA-256 is another")
+    files = tree["files"]
+    there = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {META}
+    if missing := sorted(files.keys() - there):
+        raise ValueError(f"{missing[0]} is gone")
+    if alien := sorted(there - files.keys()):
+        raise ValueError(f"{alien[0]} was not written with it")
+    for name, expected in files.items():
+        with (path / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise ValueError(f"{name}: its SHA-256 is another")
+    return _Kept(Progress(**own), files)
+
+
+def _sealed(tree: Mapping[str, Any]) -> str:
+    """JSON that holds its own SHA-256."""
+    digest = hashlib.sha256(json.dumps(tree, indent=1).encode()).hexdigest()
+    return json.dumps({**tree, "sha256": digest}, indent=1) + "\n"
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({key: value.detach().contiguous() for key, value in tensors.items()})
+
+
+def _publish(folder: Path, *, last: str, best: str | None) -> None:
+    """Have `last` and `best` name these from the same moment on."""
+    if not (folder / LINKS).exists() and (before := _target(folder / "last")) is not None:
+        _swing(folder, last=before, best=_target(folder / "best"))  # the links of fgvc before 1.1 led straight there
+    _swing(folder, last=last, best=best)
+
+
+def _swing(folder: Path, *, last: str, best: str | None) -> None:
+    new = _free(folder, LINKS + "-1")
+    make_folder(new)
+    named = {"last": last, "best": best} if best is not None else {"last": last}
+    for name, target in named.items():
+        point(new / name, f"../{target}")
+    sync(new)
+    if (folder / LINKS).exists():  # or the names would lead nowhere meanwhile
+        _through(folder, named)
+    point(folder / LINKS, new.name)
+    _through(folder, named)
+    if best is None:
+        remove(folder / "best")
+    sync(folder)
+    for path in folder.glob(f"{LINKS}-*"):
+        if path.name != new.name:
+            remove(path)
+
+
+def _through(folder: Path, names: Mapping[str, str]) -> None:
+    for name in names:
+        link, through = folder / name, f"{LINKS}/{name}"
+        if not link.is_symlink() or str(link.readlink()) != through:
+            point(link, through)
+
+
+def _target(link: Path) -> str | None:
+    """The name of the checkpoint that a link leads to, if that is there."""
+    path = link.resolve()
+    return path.name if path.is_dir() and path.parent == link.parent.resolve() and path.name != link.name else None
+
+
+def _free(folder: Path, name: str) -> Path:
+    names = (f"{name}{suffix}" for suffix in ("", *(f".{number}" for number in range(1, 10_000))))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def _own_names(folder: Path) -> None:
+    """In a copy that was made without links `last` and `best` are checkpoints themselves: each gets a name of its own."""
+    places = [folder, *folder.glob(f"{LINKS}*")]
+    for path in [place / name for place in places for name in ("last", "best")]:
+        if path.is_dir() and not path.is_symlink():
+            try:
+                name = f"step-{_kept(path).progress.step:08d}"
+            except BROKEN:
+                name = "damaged-step-copy"
+            rename(path, _free(folder, name))
+    if (folder / LINKS).is_dir() and not (folder / LINKS).is_symlink():
+        remove(folder / LINKS)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed process left behind."""
+    """Remove what a killed process left behind: checkpoints that never got their name, or had lost it for good."""
+    for path in _leftovers(folder):
+        remove(path)
+
+
+def _leftovers(folder: Path) -> Iterator[Path]:
     for path in folder.glob(".*"):
-        if path.is_symlink():
-            path.unlink()
-        elif path.is_dir():
-            shutil.rmtree(path)
+        _, _, rest = path.name.removeprefix(".").partition(".")  # .<process>.<name>
+        lost = rest.startswith("step-") or path.name.startswith(".gone-")
+        if path.is_symlink() or (path.is_dir() and lost):
+            yield path
 
 
-def _prune(folder: Path, *, keep: str) -> None:
-    """Keep what `last` and `best` point at and one older checkpoint; newest first."""
-    kept = {keep} | {os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()}
-    older = sorted((p for p in folder.glob("step-*") if p.name not in kept), reverse=True)
-    for path in older[1:]:
-        shutil.rmtree(path)
+def _prune(folder: Path, *, keep: int) -> None:
+    """Keep what `last` and `best` name and the newest `keep` of the others."""
+    named = {_target(folder / name) for name in ("last", "best")}
+    for path in [path for path in _steps(folder) if path.name not in named][keep:]:
+        gone = folder / f".gone-{path.name}"
+        rename(path, gone)  # so that no name is ever half a checkpoint's
+        remove(gone)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fgvc.config import Section
-from fgvc.disk import replacing, writing
+from fgvc.disk import append, write_atomic
 
 
 class Log(Section):
@@ -26,12 +25,6 @@ class Log(Section):
 
     every_steps: int = Field(10, ge=1, description="steps between two lines of events.jsonl")
     every_seconds: float = Field(20.0, gt=0, description="between two plain lines where there is no terminal")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a small text file so that a reader or a kill never sees half of it. Raises FgvcError, the old file intact."""
-    with replacing(path) as scratch:
-        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # folders' names need not be UTF-8
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
@@ -58,12 +51,8 @@ class Events:
         """Append one event; a torn last line of a killed run is closed first."""
         if not self.active:
             return
-        path = self.run / "events.jsonl"
         line = json.dumps({"event": kind, "time": round(time.time(), 3), **values}, default=str)
-        with writing(path), path.open("ab+") as file:
-            if file.tell() and _last_byte(file) != b"\n":
-                file.write(b"\n")
-            file.write(line.encode() + b"\n")
+        append(self.run / "events.jsonl", line.encode())
 
     def table(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Write metrics.csv anew from the whole history."""
@@ -110,8 +99,3 @@ class Events:
         elif self.active and time.monotonic() - self._spoke >= self.log.every_seconds:
             self._spoke = time.monotonic()
             print(f"step {step}/{total} {text}", file=sys.stderr, flush=True)
-
-
-def _last_byte(file: BinaryIO) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fgvc.data.loader import TrainBatch, evaluation_loader
+from fgvc.disk import write_atomic
 from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, evaluate
 from fgvc.evaluate.plot import plot_confusion, plot_curves
 from fgvc.model.backbone import memory_format
@@ -24,7 +25,7 @@ from fgvc.train.batch import to_batch
 from fgvc.train.between import epoch_start
 from fgvc.train.events import Events
 from fgvc.train.optim import learning_rate
-from fgvc.train.run import continue_run, open_run, recorded_preprocess, start_run
+from fgvc.train.run import Going, continue_run, ended, opened, recorded_preprocess, refuse_changed, start_run
 from fgvc.train.runtime import rng_state, runtime, set_rng_state
 from fgvc.train.sam import perturbed
 from fgvc.train.session import Session, open_session
@@ -35,46 +36,65 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
     """Train to the end of the schedule, or to `train.max_steps`; returns `out`.
 
     Goes on from `out`'s last checkpoint if that run is unfinished: killed at any moment and started again, it ends (on CPU)
-    with the same bits as an uninterrupted one. Raises FgvcError for what the user can mend, KeyboardInterrupt after saving.
+    with the same bits as an uninterrupted one. A run that is finished by these settings stays as it is. Raises FgvcError for
+    what the user can mend, KeyboardInterrupt after saving.
     """
-    with runtime(recipe.train) as process:
-        goes_on = [False]
+    with runtime(recipe.train) as process, ExitStack() as stack:
+        events = Events(out, recipe.log, active=process.main)
+        going: list[Going] = ["new"]
 
-        def claim() -> None:
-            goes_on[0] = open_run(out, recipe, resume=resume, overwrite=overwrite)
+        def claim() -> None:  # for all ranks, as long as the first one lives
+            run = opened(out, recipe, resume=resume, overwrite=overwrite, say=events.say)
+            going[0] = stack.enter_context(run)
 
         process.first(claim)
-        goes_on = process.gather(goes_on[0])
-        events = Events(out, recipe.log, active=process.main)
-        preprocess = recorded_preprocess(out) if goes_on[0] else None
-        opened = open_session(recipe, process, preprocess=preprocess, notify=events.say, out=out)
-        with _memory_advice(recipe), opened as session:
-            _enter(session, out, events, goes_on=goes_on[0])
+        going = process.gather(going[0])
+        if going[0] == "finished":
+            _say_finished(out, events)
+            return out
+        preprocess = recorded_preprocess(out) if going[0] == "on" else None
+        built = open_session(recipe, process, preprocess=preprocess, notify=events.say, out=out)
+        with _memory_advice(recipe), built as session:
+            _enter(session, out, events, goes_on=going[0] == "on")
             _introduce(session, events)
             _run(session, out, events)
     return out
 
 
+def _say_finished(out: Path, events: Events) -> None:
+    """The same command on a run that is at its end, with what it lacks if it was killed after its last checkpoint."""
+    if events.active and not ended(out):
+        _end(out, events, checkpoint.read_progress(out / "ckpt", say=events.say))
+    events.say(f"{out}: this run is finished. To go on raise train.epochs; to lose it give --overwrite")
+
+
 def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> None:
     """Begin or go on. Only now, when all is built and nothing more can be refused, is the folder changed."""
+    process = session.runtime
     facts = {
         "labels.json": list(session.index.classes),
         "preprocess.json": session.preprocess.model_dump(mode="json"),
     }
     if not goes_on:
-        session.runtime.first(lambda: start_run(out, session.recipe, facts))
+        process.first(lambda: start_run(out, session.recipe, facts))
         return
-    state = checkpoint.load(out / "ckpt")
+    state = checkpoint.load(out / "ckpt", say=lambda _: None)  # `open_run` has said it
     finished, done = state.progress.finished, state.progress.step
     if done > session.total_steps or (done == session.total_steps and (finished or not state.progress.sums)):
         raise FgvcError(
             f"{out}: this run has made {done} steps, and the settings now end at {session.total_steps}: nothing is left to "
             "do. Raise train.epochs or train.max_steps, or choose another --out"
         )
+    was, state.progress.best = state.progress.best, checkpoint.best_score(out / "ckpt")
+    if was is not None and state.progress.best is None:
+        events.say(f"WARNING: {out}/ckpt/best: gone or damaged; the best of the epochs to come takes its place")
     session.restore(state)
+    process.gather(done)  # all have read it
+    process.first(lambda: refuse_changed(out, facts))
+    process.first(lambda: checkpoint.mend(out / "ckpt"))
     if finished:  # an extended run is unfinished from now on, whatever happens next
         _save(session, out)
-    session.runtime.first(lambda: continue_run(out, session.recipe, facts))
+    process.first(lambda: continue_run(out, session.recipe))
     events.write("resume", step=session.progress.step)
     events.say(f"going on at step {session.progress.step} of {session.total_steps}")
 
@@ -94,7 +114,12 @@ def _run(session: Session, out: Path, events: Events) -> None:
                     raise KeyboardInterrupt(f"saved at step {progress.step}")
             _end_epoch(session, out, events)
     if session.runtime.main:
-        plot_curves(progress.history, out / "plots" / "curves.png")
+        _end(out, events, progress)
+
+
+def _end(out: Path, events: Events, progress: checkpoint.Progress) -> None:
+    """What follows the last checkpoint."""
+    write_atomic(out / "plots" / "curves.png", plot_curves(progress.history))
     events.write("finished", step=progress.step, seconds=round(progress.seconds, 1))
 
 
@@ -221,7 +246,8 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
         best = progress.best is None or (value < progress.best if by in SMALLER_IS_BETTER else value > progress.best)
         progress.best = value if best else progress.best
         if last and session.runtime.main:  # of 200 classes it takes a second
-            plot_confusion(scores.confusion, session.index.classes, out / "plots" / "confusion.png", title="validation")
+            picture = plot_confusion(scores.confusion, session.index.classes, title="validation")
+            write_atomic(out / "plots" / "confusion.png", picture)
     progress.history = [old for old in progress.history if old["epoch"] != row["epoch"]] + [row]
     if session.epoch_done:  # not so where train.max_steps ends the run in mid-epoch
         progress.epoch, progress.micro, progress.sums, progress.counts = progress.epoch + 1, 0, {}, {}
@@ -261,7 +287,7 @@ def _validate(session: Session, events: Events) -> Scores | None:
 def _save(session: Session, out: Path, *, best: bool = False) -> None:
     state = session.capture()
     if session.runtime.main:
-        checkpoint.save(out / "ckpt", state, best=best)
+        checkpoint.save(out / "ckpt", state, best=best, keep=session.recipe.checkpoint.keep)
     session.runtime.barrier()
 
 

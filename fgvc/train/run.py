@@ -1,4 +1,4 @@
-"""The folder of a run: `config.yaml env.json events.jsonl metrics.csv ckpt/ plots/`, and who may write to it."""
+"""The folder of a run: `config.yaml env.json events.jsonl metrics.csv ckpt/ plots/ .lock`, and who may write to it."""
 
 from __future__ import annotations
 
@@ -7,59 +7,99 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fgvc import __version__
 from fgvc.config import Preprocess, differences, dump, load, validate
+from fgvc.disk import alone, holder, make_folder, remove, rename, sync, write_atomic, writing
 from fgvc.naming import refuse_breaking
 from fgvc.recipe import Recipe, Selected
 from fgvc.train import checkpoint
-from fgvc.train.events import write_atomic
+from fgvc.train.measured import forget
 from fgvc.types import FgvcError
 
 MAY_CHANGE = ("train.epochs", "train.max_steps", "log.")  # when a run goes on
-MEASURED = ("metrics.json", "localisation.json")  # of weights that change when a run goes on
+LOCK = ".lock"  # of the process that trains
 PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "onnx", "onnxruntime", "onnxscript")
 
 
-def open_run(out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool = False) -> bool:
-    """Whether a run in `out` goes on from its checkpoint. Destroys nothing and, but for a copied run, writes nothing.
+Going = Literal["new", "on", "finished"]
 
-    `resume`: auto (go on if `out` holds an unfinished run), never (start anew; refuses an existing run unless
-    `overwrite`), or a path of another run to go on from, whose checkpoint and history are copied into `out`; given
-    again, the copy goes on.
-    Raises FgvcError for a finished run without `overwrite`, a changed recipe, or a folder that is no run.
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """This process alone trains in `out`, for as long as the context lasts or the process lives. Where no run has
+    come to be, nothing of this stays.
+
+    Raises FgvcError that says who has it, or why no lock can be had.
     """
-    if resume not in ("auto", "never"):
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    with writing(out):
+        make_folder(out)
+    try:
+        with alone(lock := out / LOCK) as mine:
+            if not mine:
+                raise FgvcError(f"{out}: is being trained by {holder(lock)}; wait for it, or choose another --out")
+            try:
+                yield
+            finally:
+                if not (out / "config.yaml").is_file():
+                    remove(lock)
+    finally:
+        with suppress(OSError):  # somebody is in there
+            for path in made:
+                os.rmdir(path)
+
+
+@contextmanager
+def opened(
+    out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, say: checkpoint.Say | None = None
+) -> Iterator[Going]:
+    """`held`, and `open_run`; with the path of another run for `resume`, after a copy of that one was made."""
+    if other := resume not in ("auto", "never"):
         if overwrite:
             raise FgvcError("--overwrite loses a run, --resume PATH goes on with one: give one of the two")
-        if _adopt(Path(resume), out, recipe):
-            return True
-    config = out / "config.yaml"
-    if not config.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise FgvcError(f"{out}: not empty and not a run of fgvc; choose another --out")
-        return False
-    if overwrite:
-        return False
-    if not (out / "ckpt" / "last" / "meta.json").is_file():
-        return False  # killed before its first checkpoint: nothing is lost by starting anew
+        adopt(Path(resume), out, recipe)
+    with held(out):
+        yield open_run(out, recipe, resume="auto" if other else resume, overwrite=overwrite, say=say)
+
+
+def open_run(
+    out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, say: checkpoint.Say | None = None
+) -> Going:
+    """Whether the run in `out` is a new one, goes on from its checkpoint, or is at its end, as these settings have it. Destroys
+    nothing and writes nothing; the caller holds `out`.
+
+    `resume`: auto (go on if `out` holds a run), never (start anew; refuses an existing run unless `overwrite`).
+    Raises FgvcError for a run that ends otherwise, a changed recipe, or a folder that is no run, or holds no whole checkpoint.
+    """
+    if overwrite or not checkpoint.any_held(out / "ckpt"):  # killed before its first one: nothing is lost
+        _refuse_other(out)
+        return "new"
     if resume == "never":
         raise FgvcError(
             f"{out}: holds a run already; choose another --out, give --overwrite, or let it go on with --resume auto"
         )
-    _check_continues(out, recipe)
-    return True
+    return _check_continues(out, recipe, say)
 
 
-def _check_continues(out: Path, recipe: Recipe) -> None:
+def _refuse_other(out: Path) -> None:
+    """Raise FgvcError where something else than a run is in the folder."""
+    if (out / "config.yaml").is_file() or not out.is_dir():
+        return
+    if any(not path.name.startswith(".") for path in out.iterdir()):
+        raise FgvcError(f"{out}: not empty and not a run of fgvc; choose another --out")
+
+
+def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = None) -> Going:
     """Raises FgvcError where the run in `out` can't go on with this recipe."""
     old = read_run(out)
     changed = differences(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
@@ -71,35 +111,38 @@ def _check_continues(out: Path, recipe: Recipe) -> None:
             "Only train.epochs, train.max_steps and log may change; "
             "choose another --out, or give --overwrite to lose the old run"
         )
-    state = checkpoint.load(out / "ckpt")
-    longer = recipe.train.epochs > old.train.epochs or (recipe.train.max_steps or 10**12) > (
-        old.train.max_steps or 10**12
-    )
-    if state.progress.finished and not longer:
+    progress = checkpoint.read_progress(out / "ckpt", say=say)
+    was, now = ((one.train.epochs, one.train.max_steps or 10**12) for one in (old, recipe))
+    if progress.finished and was == now:
+        return "finished"
+    if progress.finished and now[0] <= was[0] and now[1] <= was[1]:
         raise FgvcError(
             f"{out}: this run is finished; give --overwrite to lose it, raise train.epochs to go on, "
             "or choose another --out"
         )
+    return "on"
 
 
 def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
-    """Begin a new run in `out`: what an earlier run wrote there is removed, all else stays.
+    """Begin a new run in `out`: what an earlier run wrote there is removed, all else stays. Killed at any moment, `out` is one
+    that `open_run` lets begin anew.
 
-    `facts`: file name -> what JSON is to hold; `continue_run` compares them when the run goes on.
+    `facts`: file name -> what JSON is to hold; `refuse_changed` compares them when the run goes on.
     """
-    for name in ("ckpt", "masks", "plots", "tables"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("config.yaml", "env.json", "events.jsonl", "metrics.csv", *MEASURED):
-        (out / name).unlink(missing_ok=True)
-    try:
-        (out / "ckpt").mkdir(parents=True, exist_ok=True)
-        (out / "plots").mkdir(exist_ok=True)
-        write_atomic(out / "config.yaml", dump(recipe))
+    with writing(out):
+        make_folder(out)
+        remove(gone := out / ".gone-ckpt")
+        if (out / "ckpt").exists():  # before the new settings are there, which are not those of its weights
+            rename(out / "ckpt", gone)
+        write_atomic(out / "config.yaml", dump(recipe))  # the mark of a run
+        for name in (gone.name, "masks", "plots", "events.jsonl", "metrics.csv"):
+            remove(out / name)
+        forget(out)
+        for folder in ("ckpt", "plots"):
+            make_folder(out / folder)
         write_atomic(out / "env.json", _json(environment() | {"command": sys.argv[1:]}))
         for name, value in facts.items():
             write_atomic(out / name, _json(value))
-    except OSError as error:
-        raise FgvcError(f"{out}: can't make the run's folder: {error.strerror}") from error
 
 
 def recorded_preprocess(out: Path) -> Preprocess:
@@ -123,30 +166,26 @@ def _recorded(out: Path, name: str) -> Any:
         raise FgvcError(f"{out}: the run was not started yet ({error})") from error
 
 
-def measured(out: Path, name: str) -> dict[str, Any]:
-    """What one of MEASURED holds; empty where nothing was measured. Raises FgvcError where it is not as fgvc writes it."""
-    path = out / name
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise FgvcError(f"{path}: not as fgvc wrote it ({error}); remove it and measure again") from error
-    if not isinstance(found, dict) or not all(isinstance(numbers, dict) for numbers in found.values()):
-        raise FgvcError(f"{path}: not as fgvc wrote it (expected an object of objects); remove it and measure again")
-    return found
-
-
-def continue_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
-    """Go on with a run. Raises FgvcError where its classes are no longer what they were."""
+def refuse_changed(out: Path, facts: Mapping[str, Any]) -> None:
+    """Raise FgvcError where the run's classes or preprocessing are no longer what they were."""
     for name, value in facts.items():
         if (out / name).is_file() and (out / name).read_text(encoding="utf-8") != _json(value):
             raise FgvcError(
                 f"{out}: {name} of this run is not what the data give now, so its weights would be misread; "
                 "restore the data, or train anew in another --out"
             )
-    for name in MEASURED:
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "tables", ignore_errors=True)
+
+
+def continue_run(out: Path, recipe: Recipe) -> None:
+    """Go on with a run, from now on with these settings."""
+    forget(out)
     write_atomic(out / "config.yaml", dump(recipe))
+
+
+def ended(out: Path) -> bool:
+    """Whether the run's last word is that it is finished; one that was killed after its last checkpoint has not said it."""
+    lines = _history(out).decode(errors="replace").splitlines()
+    return bool(lines) and '"event": "finished"' in lines[-1]
 
 
 def _json(value: Any) -> str:
@@ -167,6 +206,7 @@ class Trained:
 
     weights: Mapping[str, Tensor]
     branches: Mapping[str, Tensor]
+    identity: str | None = None  # of the checkpoint that they are from
 
 
 def selected_weights(out: Path, recipe: Recipe, select: Selected) -> Trained:
@@ -179,7 +219,7 @@ def selected_weights(out: Path, recipe: Recipe, select: Selected) -> Trained:
     if select == "swa" and state.ema is None:
         raise FgvcError(f"{out}: SWA holds no epoch yet; train on to the end, or choose --select last")
     averaged = select in ("ema", "swa") or (select == "best" and recipe.selected != "last" and state.ema is not None)
-    return Trained((state.ema if averaged else state.net) or {}, state.branches)
+    return Trained((state.ema if averaged else state.net) or {}, state.branches, state.identity)
 
 
 def environment() -> dict[str, Any]:
@@ -209,33 +249,49 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _adopt(source: Path, out: Path, recipe: Recipe) -> bool:
-    """Go on from another run: copy it first, in full or not at all, so that it stays as it is. Whether a copy was made:
-    then it is known to go on with this recipe."""
+def adopt(source: Path, out: Path, recipe: Recipe) -> None:
+    """Copy another run, in full or not at all, so that it stays as it is; the same command once more leaves the copy as it is.
+    Raises FgvcError where it can't go on with this recipe, or can't be copied there."""
     source = source.parent.parent if source.parent.name == "ckpt" else source
     read_run(source)
     if source.resolve() == out.resolve():
-        return False
+        return
     places = {"a file": out.is_file(), "the working folder": out.resolve() == Path.cwd()}
     places[f"inside of {source}"] = source.resolve() in out.resolve().parents
     if wrong := [place for place, is_so in places.items() if is_so]:
         raise FgvcError(f"{out}: {wrong[0]}: the run can't be copied there; choose another --out")
     out = out.resolve()
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != LOCK for path in out.iterdir()):
         if _history(source) and _history(out).startswith(_history(source)):
-            return False  # the same command once more
+            return  # the same command once more
         raise FgvcError(f"{out}: not empty; --resume PATH copies the run into a new --out")
-    _check_continues(source, recipe)
-    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    if _check_continues(source, recipe) == "finished":
+        raise FgvcError(f"{source}: this run is finished; raise train.epochs to go on with it")
+    scratch = out.with_name(f".{out.name}.copy")
     try:
-        scratch.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, scratch, symlinks=True)
-        os.replace(scratch, out)
+        make_folder(out.parent)
+        with alone(lock := scratch.with_suffix(".lock")) as mine:
+            if not mine:
+                raise FgvcError(f"{out}: {holder(lock)} copies a run there; choose another --out")
+            _copy(source, scratch, out)
     except OSError as error:  # copytree's own has a list instead of a reason
         raise FgvcError(f"{out}: can't copy {source} there: {error.strerror or error}") from error
+
+
+def _copy(source: Path, scratch: Path, out: Path) -> None:
+    remove(scratch)  # of a process that was killed
+    try:
+        shutil.copytree(source, scratch, symlinks=True, ignore=shutil.ignore_patterns(LOCK))
+        for path in [*scratch.rglob("*"), scratch]:
+            if not path.is_symlink():
+                sync(path)
+        if out.is_dir():
+            remove(out / LOCK)  # of a process that was killed
+        os.replace(scratch, out)
+        sync(out.parent)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return True
+        remove(scratch)
+        remove(scratch.with_suffix(".lock"))
 
 
 def _history(run: Path) -> bytes:

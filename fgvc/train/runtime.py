@@ -106,10 +106,16 @@ class Runtime:
             dist.barrier()
 
     def first(self, do: Callable[[], None]) -> None:
-        """Run on rank 0 while the others wait (folders, the decode cache)."""
+        """Run on rank 0 while the others wait (folders, the decode cache). All raise the FgvcError that it raises."""
+        failed: FgvcError | None = None
         if self.main:
-            do()
-        self.barrier()
+            try:
+                do()
+            except FgvcError as error:
+                failed = error
+        said = self.gather(None if failed is None else str(failed))[0]
+        if said is not None:
+            raise failed or FgvcError(said)
 
 
 @contextmanager

@@ -127,7 +127,9 @@ def test_a_run_holds_what_others_rely_on(run: Path) -> None:
 
 def test_a_finished_run_is_not_overwritten_by_accident(fgvc: Callable[..., Said], recipe: Path, run: Path) -> None:
     before = (run / "events.jsonl").read_bytes()
-    assert "finished" in fgvc("train", recipe, "--out", run, code=2).stderr
+    again = fgvc("train", recipe, "--out", run)  # as after a kill in its last moment
+    assert "this run is finished" in again.stderr
+    assert again.stdout.strip() == str(run)
     assert "other settings" in fgvc("train", recipe, "optim.lr=0.01", "--out", run, code=2).stderr
     said = fgvc("train", recipe, "--out", run, "--resume", "never", code=2).stderr
     assert "--overwrite" in said

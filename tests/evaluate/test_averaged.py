@@ -15,7 +15,7 @@ from fgvc.evaluate.averaged import averaged, canvas, refined
 from fgvc.evaluate.subject import subject
 from fgvc.image.preprocess import preprocess
 from fgvc.recipe import Recipe
-from fgvc.train.run import measured
+from fgvc.train.measured import measured
 from fgvc.types import FgvcError
 
 

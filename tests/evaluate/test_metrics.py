@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -90,6 +88,5 @@ def test_nothing_to_score_is_an_error_with_a_name() -> None:
         evaluate(lambda x: x, [], classes=3, device=CPU)
 
 
-def test_a_confusion_matrix_of_classes_in_chinese_warns_of_nothing(tmp_path: Path) -> None:
-    plot_confusion(np.eye(3, dtype=int), ["麻雀", "Spatz", "воробей"], tmp_path / "x.png", title="validation")
-    assert (tmp_path / "x.png").stat().st_size > 1000
+def test_a_confusion_matrix_of_classes_in_chinese_warns_of_nothing() -> None:
+    assert len(plot_confusion(np.eye(3, dtype=int), ["麻雀", "Spatz", "воробей"], title="validation")) > 1000

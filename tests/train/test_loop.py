@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from fgvc import api
 from fgvc.config import Preprocess, validate
 from fgvc.data.loader import TrainBatch, evaluation_loader
+from fgvc.disk import write_atomic
 from fgvc.model.backbone import plain_model
 from fgvc.model.norm import reestimate_norms
 from fgvc.recipe import Recipe
 from fgvc.techniques.centre_loss import CentreLoss
 from fgvc.train import loop
 from fgvc.train.batch import Normalise, to_batch
-from fgvc.train.events import Events, Log, write_atomic
+from fgvc.train.events import Events, Log
 from fgvc.train.run import recorded_preprocess
 from fgvc.train.session import read_index
 from fgvc.train.step import StepModule

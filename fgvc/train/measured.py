@@ -1,0 +1,88 @@
+"""What reading verbs leave in a run: numbers beside the checkpoint that they were measured of, tables, pictures, pages.
+
+They may run beside training and beside each other: each takes a lock of its own for as long as it writes, and adds to what is
+there at that moment.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fgvc.disk import UNWRITABLE, Content, alone, holder, remove, write_atomic
+from fgvc.train import checkpoint
+from fgvc.types import FgvcError
+
+MEASURED = ("metrics.json", "localisation.json")
+CHECKPOINT = "checkpoint"  # in each row: see `fgvc.train.checkpoint.identity`
+PATIENCE = 60.0  # seconds; a verb holds the lock for less than one
+
+
+def measured(run: Path, name: str) -> dict[str, Any]:
+    """What one of MEASURED holds of the checkpoints that the run has now, by `<part>.<select>...`; empty where nothing was
+    measured. Raises FgvcError where it is not as fgvc writes it."""
+    now = {select: checkpoint.identity(run / "ckpt", select) for select in ("last", "best")}
+
+    def current(key: str, row: Mapping[str, Any]) -> bool:
+        select = "best" if key.split(".")[1:2] == ["best"] else "last"
+        return CHECKPOINT not in row or row[CHECKPOINT] == now[select]
+
+    found = {key: row for key, row in _rows(run / name).items() if current(key, row)}
+    return {key: {name: value for name, value in row.items() if name != CHECKPOINT} for key, row in found.items()}
+
+
+def _rows(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise FgvcError(f"{path}: not as fgvc wrote it ({error}); remove it and measure again") from error
+    if not isinstance(found, dict) or not all(isinstance(numbers, dict) for numbers in found.values()):
+        raise FgvcError(f"{path}: not as fgvc wrote it (expected an object of objects); remove it and measure again")
+    return found
+
+
+def leave(
+    run: Path,
+    files: Mapping[str, Content],
+    *,
+    rows: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+    identity: str | None = None,
+) -> bool:
+    """Write `files` (by their place in the run), and `rows` into those that one of MEASURED or another such file has:
+    name -> key -> numbers, each with the identity of the checkpoint that they were measured of.
+
+    Where the run's folder can't be written, one line on stderr says that nothing was stored, and False is returned. Raises
+    FgvcError where a file is not as fgvc wrote it, the disk is full, or another process writes for a minute.
+    """
+    try:
+        with _mine(run):
+            for name, added in (rows or {}).items():
+                merged = _rows(run / name) | {key: {**row, CHECKPOINT: identity} for key, row in added.items()}
+                write_atomic(run / name, json.dumps(merged, indent=1) + "\n")
+            for name, content in files.items():
+                write_atomic(run / name, content)
+    except FgvcError as error:
+        if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in UNWRITABLE:
+            raise
+        print(f"{run}: can't be written ({error.__cause__.strerror}): nothing was stored there", file=sys.stderr)
+        return False
+    return True
+
+
+def forget(run: Path) -> None:
+    """Remove what was measured of weights that the run is about to leave behind."""
+    with _mine(run):
+        for name in (*MEASURED, "tables"):
+            remove(run / name)
+
+
+@contextmanager
+def _mine(run: Path) -> Iterator[None]:
+    with alone(lock := run / ".measured.lock", wait=PATIENCE) as mine:
+        if not mine:
+            raise FgvcError(f"{run}: {holder(lock)} writes there for more than {PATIENCE:g} s; try again")
+        yield
