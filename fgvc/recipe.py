@@ -139,6 +139,17 @@ class Recipe(Section):
             )
         if self.train.precise_bn and self.model.freeze:
             raise ValueError("train.precise_bn would change the frozen batch norms: set it or model.freeze to 0")
+        if self.model.weights == "none" and self.model.head == "probe":
+            raise ValueError("model.head: probe fits a head to pretrained features; set it to zero or timm with weights: none")
+        if self.model.weights == "none" and self.model.batch_norm == "frozen":
+            raise ValueError(
+                "model.batch_norm: random weights have no statistics to keep; set it to batch with weights: none"
+            )
+        if self.model.batch_norm == "frozen" and self.train.precise_bn:
+            raise ValueError(
+                "train.precise_bn would replace the statistics that model.batch_norm: frozen keeps; set it to 0, or "
+                "model.batch_norm to batch"
+            )
         for problem in conflicts(self.techniques):
             raise ValueError(problem)
         for kind, config in _chosen(self.techniques).items():

@@ -30,6 +30,8 @@ what changes during training must be read from disk or shared memory."""
 
 Key = tuple[int, int, int]  # epoch, row, how often that row came in the epoch before
 
+BEFORE = 2**31  # the first of the epoch numbers that stand for views before training
+
 _NAMED = 50  # unreadable files listed in a message
 _SUBSTITUTES = 50  # rows tried in place of an unreadable one
 
@@ -114,6 +116,22 @@ def train_loader(
     order = _Order(samples.rows, seed, batch_size=batch_size, rank=rank, world=world, labels=labels)
     loader = _torch_loader(samples, order, workers, persistent=True)
     return TrainLoader(loader, order, limit=max_unreadable)
+
+
+def augmented_views(
+    index: ImageIndex,
+    rows: NDArray[np.int64],
+    *,
+    augmenter: Augmenter,
+    views: int,
+    batch_size: int,
+    seed: int,
+    workers: int,
+) -> Iterator[TrainBatch]:
+    """Each of `rows` `views` times, augmented as no epoch of training augments it. An unreadable file is replaced as there."""
+    samples = _Samples(index, np.asarray(rows, dtype=np.int64), augmenter, seed, None, ())
+    keys: list[Key] = [(BEFORE + view, row, 0) for view in range(views) for row in samples.rows.tolist()]
+    yield from _each(_torch_loader(samples, [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)], workers))
 
 
 class TrainLoader:

@@ -36,6 +36,18 @@ class Model(Section):
         "pretrained weights that erases them, so only `even pretrained` does it there. timm's own ResNets with random "
         "weights start so in any case",
     )
+    head: Literal["probe", "zero", "timm"] = Field(
+        "timm",
+        description="the classifier's first weights. probe: logistic regression on the frozen net's features, fitted before the "
+        "first step, so that no arbitrary gradients distort the pretrained net (Kumar et al. 2022); zero: the same score for all "
+        "classes; timm: random",
+    )
+    batch_norm: Literal["frozen", "batch"] = Field(
+        "batch",
+        description="what the net's own batch norms normalise by in training. frozen: the running statistics of the pretrained "
+        "weights, scale and shift are trained; batch: those of the batch, and the running ones follow. What techniques add or "
+        "graft has batch statistics in any case",
+    )
     freeze: int = Field(
         0, ge=0, description="stages from the input on, stem included, whose weights and batch norms stay as loaded"
     )

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fgvc.train.run import Going, continue_run, ended, opened, recorded_preproce
 from fgvc.train.runtime import rng_state, runtime, set_rng_state
 from fgvc.train.sam import perturbed
 from fgvc.train.session import Session, open_session
+from fgvc.train.start import fit_head
 from fgvc.types import Batch, Draws, FgvcError, View
 
 
@@ -77,6 +79,8 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
     }
     if not goes_on:
         process.first(lambda: start_run(out, session.recipe, facts))
+        if session.recipe.model.head == "probe":
+            _fit_head(session, out, events)
         return
     state = checkpoint.load(out / "ckpt", say=lambda _: None)  # `open_run` has said it
     finished, done = state.progress.finished, state.progress.step
@@ -97,6 +101,15 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
     process.first(lambda: continue_run(out, session.recipe))
     events.write("resume", step=session.progress.step)
     events.say(f"going on at step {session.progress.step} of {session.total_steps}")
+
+
+def _fit_head(session: Session, out: Path, events: Events) -> None:
+    """Before the first step, and saved at once: a run that goes on never fits anew."""
+    fit = fit_head(session)
+    events.write("head", **asdict(fit))
+    held_out = "" if fit.held_out_loss is None else f", cross-entropy {fit.held_out_loss:.3f} where held out"
+    events.say(f"head: logistic regression on {fit.images} images, {fit.views} views each{held_out}")
+    _save(session, out)
 
 
 def _run(session: Session, out: Path, events: Events) -> None:

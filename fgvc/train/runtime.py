@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fgvc.config import Section
@@ -97,9 +97,13 @@ class Runtime:
     def same_buffers(self, net: nn.Module) -> None:
         """Give every process the first one's running statistics, which are those that are saved. DDP does so before each
         forward, but each process then adds its own images."""
+        self.same_tensors(net.buffers())
+
+    def same_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's values, in place."""
         if self.world > 1:
-            for buffer in net.buffers():
-                dist.broadcast(buffer, 0)
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
 
     def barrier(self) -> None:
         if self.world > 1:

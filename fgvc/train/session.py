@@ -26,8 +26,9 @@ from fgvc.data.labels import first, reordered
 from fgvc.data.loader import TrainLoader, evaluation_loader, train_loader
 from fgvc.image.augment import Augmenter
 from fgvc.loss import make_criterion
-from fgvc.model.backbone import freeze, head_prefixes, memory_format, plain_model, refuse_size
+from fgvc.model.backbone import Model, freeze, head_prefixes, memory_format, plain_model, refuse_size
 from fgvc.model.norm import reestimate_norms, running_norms, zero_gamma
+from fgvc.model.probe import zero_head
 from fgvc.model.weights import Weights, load_weights, preprocess_for
 from fgvc.recipe import Recipe
 from fgvc.techniques import build
@@ -106,6 +107,8 @@ def build_net(
     weights = load_weights(net, model)
     if pretrained:
         zero_gamma(net, model)
+        if model.head == "zero":
+            zero_head(net)
     else:
         weights = replace(weights, origin="of the checkpoint")
     epochs = recipe.train.epochs
@@ -119,10 +122,16 @@ def build_net(
         criterion=make_criterion(recipe.loss, counts),
         l1=recipe.loss.l1,
         recompute=recipe.train.recompute,
-        frozen=freeze(net, recipe.model.freeze) if recipe.model.freeze else (),
+        frozen=_kept_as_they_are(net, recipe.model),
         opener=None if opener is None else partial(opener, student=preprocess),
     )
     return Built(step, weights, preprocess)
+
+
+def _kept_as_they_are(net: nn.Module, model: Model) -> list[nn.Module]:
+    """Modules of a plain net that stay in eval mode while it learns."""
+    norms = running_norms(net) if model.batch_norm == "frozen" else []
+    return [*(freeze(net, model.freeze) if model.freeze else []), *norms]
 
 
 def opener_of(
@@ -212,7 +221,8 @@ class Session:
         if ended <= start:
             return
         self.swa.update_parameters(self.step.net)
-        self._reestimate(self.swa.module, self.recipe.swa.images)
+        if self.recipe.model.batch_norm == "batch":  # frozen statistics are the same in every net that is averaged
+            self._reestimate(self.swa.module, self.recipe.swa.images)
 
     def reestimate_norms(self) -> None:
         """Take the statistics of all batch norms, the EMA's too, from clean images (methods 1: BN pollution)."""
