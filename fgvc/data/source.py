@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.dtypes import StringDType
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fgvc.config import Section
-from fgvc.data.splits import carve
+from fgvc.data.splits import carve, fold_numbers
 from fgvc.naming import one_line, refuse_breaking
 from fgvc.types import SPLITS, FgvcError, Split
 
@@ -25,6 +25,11 @@ class Source(Section):
     val_fraction: float = Field(
         0.1, ge=0, lt=1, description="share of the train part set aside for validation where the set has none; 0: none"
     )
+    fold: tuple[int, int] | None = Field(
+        None,
+        description="[i, n]: validate on part i (from 0) of n equal parts of train, stratified, by whole groups where there are "
+        "groups, in the place of val_fraction and of the set's own validation part, which joins train; null: off",
+    )
     split_seed: int = Field(
         0, ge=0, description="seed of the splits that fgvc makes; apart from train.seed, so that all runs share them"
     )
@@ -37,6 +42,13 @@ class Source(Section):
     first_classes: int | None = Field(
         None, ge=2, description="only the first so many classes, for quick studies; null: all of them"
     )
+
+    @field_validator("fold")
+    @classmethod
+    def _one_of_several(cls, fold: tuple[int, int] | None) -> tuple[int, int] | None:
+        if fold is not None and not 0 <= fold[0] < fold[1] >= 2:
+            raise ValueError("[i, n] with n of 2 or more and i from 0 to n - 1, for example [0, 5]")
+        return fold
 
     def folder(self) -> Path:
         """`root`, which must exist."""
@@ -127,7 +139,10 @@ def finish_splits(
     if test_fraction:
         splits = carve(labels, splits, part="test", fraction=test_fraction, seed=seed, groups=groups)
         done.append(f"{test_fraction:.4g} of all for test")
-    if source.val_fraction and not (splits == SPLITS.index("val")).any():
+    if source.fold is not None:
+        splits = _with_fold(labels, splits, source.fold, seed, groups)
+        done.append(f"part {source.fold[0]} of {source.fold[1]} of train for validation")
+    elif source.val_fraction and not (splits == SPLITS.index("val")).any():
         splits = carve(labels, splits, part="val", fraction=source.val_fraction, seed=seed, groups=groups)
         done.append(f"{source.val_fraction:.4g} of train for validation")
     if done:
@@ -135,6 +150,20 @@ def finish_splits(
         rule = f"set aside {how} with seed {seed}: {', '.join(done)}"
     counts = ", ".join(f"{name} {int((splits == k).sum())}" for k, name in enumerate(SPLITS))
     return splits, f"{rule}; {counts}"
+
+
+def _with_fold(
+    labels: np.ndarray, splits: np.ndarray, fold: tuple[int, int], seed: int, groups: np.ndarray | None
+) -> np.ndarray:
+    """A copy of `splits` (N,) int8 in which validation is one part of what was train and validation."""
+    val, train = SPLITS.index("val"), SPLITS.index("train")
+    rows = np.flatnonzero((splits == val) | (splits == train))
+    numbers = fold_numbers(
+        labels[rows], folds=fold[1], seed=seed, groups=None if groups is None else groups[rows]
+    )
+    folded = splits.copy()
+    folded[rows] = np.where(numbers == fold[0], val, train)
+    return folded
 
 
 def some(names: Sequence[object], limit: int = 5) -> str:

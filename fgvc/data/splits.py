@@ -44,6 +44,42 @@ def stratified(
     return held
 
 
+def fold_numbers(labels: np.ndarray, *, folds: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """(N,) int64 fold in [0, folds) of each row, for cross-validation: every class as evenly spread as its rows, or its `groups`
+    (N,) as a whole, allow. -1 where holding a row out would leave a class without any other."""
+    labels = np.asarray(labels)
+    rng = generator(SPLIT, seed, len(SPLITS))
+    if groups is not None:
+        return _group_folds(labels, group_codes(groups), folds, rng)
+    numbers = np.full(len(labels), -1, np.int64)
+    order = np.lexsort((rng.random(len(labels)), labels))  # by class, at random within it
+    order = order[(np.bincount(labels) if len(labels) else np.zeros(1))[labels[order]] > 1]
+    numbers[order] = np.arange(len(order)) % folds
+    return numbers
+
+
+def _group_folds(labels: np.ndarray, groups: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
+    """Greedy: the largest groups first, each to the fold that has the fewest rows of its classes."""
+    codes = np.unique(groups, return_inverse=True)[1]
+    pairs, counts = np.unique(np.stack([codes, labels]), axis=1, return_counts=True)  # by group, then class
+    starts = np.flatnonzero(np.diff(pairs[0], prepend=-1))
+    parts = [(pairs[1][own], counts[own]) for own in map(slice, starts, np.r_[starts[1:], pairs.shape[1]])]
+    taken = np.zeros((int(labels.max(initial=0)) + 1, folds), np.int64)
+    fold = np.full(len(parts), -1, np.int64)
+    order = np.lexsort((rng.random(len(parts)), -np.array([n.sum() for _, n in parts], np.int64)))
+    for group in order.tolist():
+        own, n = parts[group]
+        fold[group] = np.lexsort((taken.sum(axis=0), n @ taken[own]))[0]
+        taken[own, fold[group]] += n
+    for group in order[::-1].tolist():  # a class that lies in one fold alone would never be learned
+        own, n = parts[group]
+        if fold[group] >= 0 and (taken[own].sum(axis=1) == taken[own, fold[group]]).any():
+            taken[own, fold[group]] -= n
+            taken[own] += folds  # it has rows that are always learned
+            fold[group] = -1
+    return fold[codes]
+
+
 def group_codes(groups: np.ndarray) -> np.ndarray:
     """(N,) int64 number of each row's group; a row without a group name is a group of its own."""
     names, codes = np.unique(groups, return_inverse=True)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.dtypes import StringDType
 
-from fgvc.data.splits import carve, group_codes, straddling, stratified
+from fgvc.data.splits import carve, fold_numbers, group_codes, straddling, stratified
 
 labels_ = st.lists(st.integers(0, 6), min_size=1, max_size=200).map(lambda x: np.array(x, np.int32))
 fractions = st.floats(0, 0.99)
@@ -104,3 +104,46 @@ def test_carve_takes_from_train_only(part):
     assert (splits == np.repeat([0, 2], 100)).all()  # the argument is left alone
     assert (carved[100:] == 2).all()
     assert (carved[:100] != 0).sum() == 20
+
+
+@given(labels_, st.integers(2, 7), seeds)
+def test_folds_partition_the_rows_evenly_by_class_and_in_all(labels, folds, seed):
+    numbers = fold_numbers(labels, folds=folds, seed=seed)
+    for k in np.unique(labels):
+        own = numbers[labels == k]
+        if len(own) == 1:
+            assert own.tolist() == [-1]
+        else:
+            counts = np.bincount(own, minlength=folds)
+            assert counts.max() - counts.min() <= 1
+    counts = np.bincount(numbers[numbers >= 0], minlength=folds)
+    assert counts.max() - counts.min() <= 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=120), st.integers(2, 6), seeds)
+def test_folds_keep_groups_whole_and_leave_every_class_a_row(rows, folds, seed):
+    labels = np.array([label for label, _ in rows], np.int32)
+    groups = names([f"{group}" if group else "" for _, group in rows])
+    numbers = fold_numbers(labels, folds=folds, seed=seed, groups=groups)
+    codes = group_codes(groups)
+    for code in np.unique(codes):
+        assert len(set(numbers[codes == code].tolist())) == 1
+    for fold in range(folds):
+        assert set(labels[numbers != fold].tolist()) == set(labels.tolist())
+
+
+def test_folds_of_groups_of_one_class_are_as_even_as_the_groups():
+    labels = np.repeat(np.arange(5), 64)
+    groups = names([f"{label}-{at // 8}" for label in range(5) for at in range(64)])
+    numbers = fold_numbers(labels, folds=4, seed=0, groups=groups)
+    for k in range(5):
+        assert np.bincount(numbers[labels == k]).tolist() == [16] * 4
+
+
+def test_folds_are_frozen_too():
+    labels = np.repeat(np.arange(4), 10)
+    assert fold_numbers(labels, folds=5, seed=7)[:10].tolist() == FOLDS
+    assert (fold_numbers(labels, folds=5, seed=8) != fold_numbers(labels, folds=5, seed=7)).any()
+
+
+FOLDS = [2, 0, 1, 1, 4, 2, 3, 3, 4, 0]
