@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from fgvc.explain import explain
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
 from fgvc.export.quantize import Int8
+from fgvc.export.stack import Agreement, Stack, agreement, stack_of
 from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
 from fgvc.localize import Localisation, localize
 from fgvc.page.data import data_page
@@ -44,6 +45,7 @@ from fgvc.train.events import as_csv
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
 from fgvc.train.measured import leave, measured
+from fgvc.train.run import read_run, recorded_classes, recorded_preprocess
 from fgvc.train.session import read_index
 from fgvc.types import FgvcError, ImageIndex, Split
 from fgvc.variant import Beside, Variants, make_variants
@@ -82,6 +84,8 @@ class Exported:
     proven: Proven
     calibrated: Calibrated | None  # None: no validation image that can be read; in the bundle where there are enough
     beside: tuple[Beside, ...] = ()
+    against: Path | None = None  # the deployed bundle or file that it was held against
+    around: Agreement | None = None  # how it is fed and read beside that
 
 
 def check(
@@ -208,6 +212,8 @@ def export(
     out: Path,
     *,
     against: Path | None = None,
+    labels: Path | None = None,
+    preprocess: Path | None = None,
     select: Selected | None = None,
     keep: float = KEEP,
     overwrite: bool = False,
@@ -215,32 +221,35 @@ def export(
 ) -> Exported:
     """Strip and fuse a run's weights, export them as ONNX, prove the three levels of the contract and write the bundle.
 
-    `against`: the deployed file that it must be a drop-in for. `keep`: share of the right answers that the threshold for
-    "none of these" keeps, 1 for no threshold; it and a temperature are fitted on up to 10,000 validation images, as the
-    exported file sees them. `variants`: int8 and fp16 files to put beside it. Raises FgvcError where any proof fails or logits
-    are no numbers, and writes no bundle.
+    `against`: the deployed bundle or file that it must be a drop-in for: in its graph, and in how it is fed and read as far as
+    that is known, by what lies beside the file or by what `labels` and `preprocess`, files as in a bundle, state of it.
+    `keep`: share of the right answers that the threshold for "none of these" keeps, 1 for no threshold; it and a temperature are
+    fitted on up to 10,000 validation images, as the exported file sees them. `variants`: int8 and fp16 files to put beside it.
+    Raises FgvcError where any proof fails, the deployed stack is known to feed or to read its model otherwise, or logits are no
+    numbers, and writes no bundle.
     """
     refuse_target(out, overwrite=overwrite)
     if not 0 < keep <= 1:
         raise FgvcError(f"--keep {keep:g}: a share above 0 and up to 1, such as {KEEP}")
+    target, around = _deployed(run, against, labels=labels, preprocess=preprocess)
     seen = subject(run, select)
-    recipe, index, preprocess, chosen = seen.recipe, seen.index, seen.preprocess, seen.select
+    recipe, index, chosen = seen.recipe, seen.index, seen.select
     proven = prove(
         seen.step.net,
-        _real_images(index, preprocess),
+        _real_images(index, seen.preprocess),
         backbone=recipe.model.backbone,
         num_classes=len(index.classes),
         kwargs=recipe.model.kwargs,
         size=recipe.image.size,
         export=recipe.export,
-        against=_onnx_of(against) if against is not None else None,
+        against=target,
     )
     known = measured(run, "metrics.json")
     files: dict[str, Any] = {
         "model.onnx": proven.model,
         "labels.json": list(index.classes),
-        "preprocess.json": preprocess,
-        "contract.json": dict(proven.contract),
+        "preprocess.json": seen.preprocess,
+        "contract.json": dict(proven.contract) | {"deployed": around.numbers if around is not None else None},
         "metrics.json": {
             key.partition(".")[0]: row
             for key, row in sorted(known.items())
@@ -256,13 +265,43 @@ def export(
     files |= {one.file: one.made.model for one in beside}
     files["contract.json"] |= {one.made.variant: one.section for one in beside}
     write_bundle(out, files=files, overwrite=overwrite)
-    return Exported(out, chosen, proven, found, tuple(beside))
+    return Exported(out, chosen, proven, found, tuple(beside), against, around)
 
 
-def verify(path: Path, *, against: Path | None = None) -> Comparison | Verification:
-    """Compare an .onnx file (or a bundle's) with the deployed one, or prove a bundle again. `passed`: all is well."""
+def _deployed(
+    run: Path, against: Path | None, *, labels: Path | None, preprocess: Path | None
+) -> tuple[Path | None, Agreement | None]:
+    """The deployed file, and how what stands around it agrees with the run. Raises FgvcError where that differs: before the
+    long work of an export."""
+    if against is None:
+        if labels is not None or preprocess is not None:
+            raise FgvcError(
+                "--labels and --preprocess tell how a deployed model is read and fed: name it with --against"
+            )
+        return None, None
+    read_run(run)
+    theirs = stack_of(against, labels=labels, preprocess=preprocess)
+    ours = Stack(path=run, preprocess=recorded_preprocess(run), labels=recorded_classes(run))
+    found = agreement(ours, theirs)
+    if found.differences:
+        raise FgvcError(
+            f"{run} is not a drop-in for {against}, the run's against the deployed:\n  "
+            + "\n  ".join(found.differences)
+            + "\nTrain it as it will be fed and read (the recipe's deploy section, image.size and deploy.labels), or deploy the "
+            "bundle with a preprocessing and labels of its own: export without --against"
+        )
+    return theirs.model, found
+
+
+def verify(
+    path: Path, *, against: Path | None = None, labels: Path | None = None, preprocess: Path | None = None
+) -> Comparison | Verification:
+    """Compare a bundle or an .onnx file with the deployed one, or prove a bundle again. `passed`: all is well. `labels`,
+    `preprocess`: of `against`, where that is a file and has none beside it."""
     if against is not None:
-        return verify_files(_onnx_of(path), _onnx_of(against))
+        return verify_files(path, against, labels=labels, preprocess=preprocess)
+    if labels is not None or preprocess is not None:
+        raise FgvcError("--labels and --preprocess tell how a deployed model is read and fed: name it with --against")
     if path.is_dir():
         return verify_bundle(path)
     raise FgvcError(f"{path}: compare it with what? Give --against deployed.onnx, or a bundle instead of a file")
@@ -274,22 +313,18 @@ def compare(
     *,
     data: str | None = None,
     split: Split | None = None,
-    labels: Path | None = None,
-    preprocess: Path | None = None,
+    labels: Path | Sequence[Path] | None = None,
+    preprocess: Path | Sequence[Path] | None = None,
+    certain: bool = False,
 ) -> Versus:
     """Ask two classifiers - runs, bundles or .onnx files - about the same images: what B gains over A, and what it breaks.
 
     `data`: a recipe, or a folder of class folders; by default the data of the first that is a run. `split`: by default val
-    where there is one, else test. `labels`, `preprocess`: for .onnx files that have none beside them. Raises FgvcError where
-    their classes differ.
+    where there is one, else test. `labels`, `preprocess`: for .onnx files that have none beside them, one for whichever needs
+    it, or A's and B's. `certain`: refuse to assume a preprocessing, as a gate must. Raises FgvcError where their classes differ.
     """
-    sides = open_sides(a, b, labels=labels, preprocess=preprocess)
+    sides = open_sides(a, b, labels=labels, preprocess=preprocess, certain=certain)
     return ask(*sides, images_of(data, sides, split))
-
-
-def _onnx_of(path: Path) -> Path:
-    """The file itself, or the model of a bundle."""
-    return load_bundle(path).model if path.is_dir() else path
 
 
 def _calibrated(seen: Subject, model: bytes, *, keep: float) -> Calibrated | None:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from fgvc.types import FgvcError
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Triple = tuple[float, float, float]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Spread = tuple[Positive, Positive, Positive]
 Byte = Annotated[int, Field(ge=0, le=255)]
 
@@ -39,7 +39,28 @@ ShareRange = Annotated[tuple[float, float], AfterValidator(_ordered_shares)]
 """Two shares in (0,1], between which something is drawn."""
 
 
-class Deploy(Section):
+def possible_mean(mean: Triple, white: float) -> Triple:
+    """The mean itself. Raises ValueError where pixels from 0 to `white` can't have it: its units are others."""
+    if all(0 <= value <= white for value in mean):
+        return mean
+    advice = "give it in units of 0..1"
+    if white == 255:
+        advice = "no picture is darker than 0 or lighter than 255"
+    elif all(0 <= value <= 255 for value in mean):
+        advice = "divide mean and std by 255, or say that white is 255 (input_range: 255)"
+    raise ValueError(f"{mean} is outside of 0..{white:g}, the range of the pixels that it is taken from; {advice}")
+
+
+class _Normalised(Section):
+    """What a mean is held against."""
+
+    @field_validator("mean", check_fields=False)
+    @classmethod
+    def _within_range(cls, mean: Triple | None, info: ValidationInfo) -> Triple | None:
+        return mean if mean is None else possible_mean(mean, info.data.get("input_range", 1))
+
+
+class Deploy(_Normalised):
     """The preprocessing of the deployed stack, which must not change either (DESIGN 7). Evaluation, bundle and serving
     follow it. What is left out is what the weights expect."""
 
@@ -64,7 +85,7 @@ class Deploy(Section):
     labels: Path | None = Field(None, description="text file, one class a line: the deployed stack's label order")
 
 
-class Preprocess(Section):
+class Preprocess(_Normalised):
     """`Deploy` with nothing left open: what turns an image into the network's input, as stored in a bundle."""
 
     size: tuple[int, int] = Field(description="height, width of the network's input in pixels")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,3 +56,41 @@ def result_names(files: Sequence[Path]) -> list[str]:
         taken.add(name.casefold())
         names.append(name)
     return names
+
+
+def relabelled(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
+    """Where the outputs of two classifiers mean other classes, in words, ours before theirs; empty where all mean the same."""
+    if tuple(ours) == tuple(theirs):
+        return []
+    mine, other = (set(a) - set(b) for a, b in ((ours, theirs), (theirs, ours)))
+    if mine or other or len(ours) != len(theirs):
+        apart = " against ".join(few(sorted(names)) or "none" for names in (mine, other))
+        return [f"labels: {len(ours)} classes against {len(theirs)}; those that the other lacks: {apart}"]
+    moved = [k for k, (one, another) in enumerate(zip(ours, theirs, strict=True)) if one != another]
+    remark = sorting(ours) or sorting(theirs)
+    return [
+        f"labels: {len(moved)} of {len(ours)} outputs mean another class, the first of them output {moved[0]}: "
+        f"{ours[moved[0]]!r} against {theirs[moved[0]]!r}" + f" ({remark})" * bool(remark)
+    ]
+
+
+def sorting(names: Sequence[str]) -> str:
+    """A remark where these names are sorted, and other tools would have sorted them otherwise; else empty."""
+    as_text, as_timm = sorted(names), sorted(names, key=_natural)
+    if as_text == as_timm or list(names) not in (as_text, as_timm):
+        return ""
+    start = max(0, next(k for k, (one, other) in enumerate(zip(as_text, as_timm, strict=True)) if one != other) - 1)
+    text, timm = few(as_text[start:]), few(as_timm[start:])
+    if list(names) == as_text:
+        return f"class order sorted as text ({text}), as torchvision and Keras do; timm would count ({timm})"
+    return f"class order sorted by number ({timm}), as timm does; torchvision and Keras would sort as text ({text})"
+
+
+def _natural(name: str) -> list[str | int]:
+    """The key by which timm sorts the folders of classes: `timm.utils.misc.natural_key`. It ignores capitals, too."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name.lower())]
+
+
+def few(names: Sequence[str], limit: int = 5) -> str:
+    """The first of the names."""
+    return ", ".join(names[:limit]) + ", ..." * (len(names) > limit)

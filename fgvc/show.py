@@ -166,7 +166,14 @@ def contract(done: Exported) -> None:
         _calibrated(done.calibrated)
     for warning in done.proven.warnings:
         console.print(f"warning: {warning}", markup=False)
-    console.print(f"{done.bundle}: {done.select} weights, a drop-in for the plain {said['backbone']}", markup=False)
+    if done.around is not None and done.around.unproved:
+        console.print(done.around.unproved, markup=False, soft_wrap=True)
+    graph = f"the graph of the plain {said['backbone']}"
+    if done.around is not None:
+        graph = f"the graph of {done.against}; whether it is a drop-in was not proved"
+        if not done.around.unproved:
+            graph = f"a drop-in replacement of {done.against}: graph, preprocessing and labels are the same"
+    console.print(f"{done.bundle}: {done.select} weights, {graph}", markup=False, soft_wrap=True)
 
 
 def _beside(one: Beside) -> str:
@@ -209,7 +216,11 @@ def versus(found: Versus, failed: Sequence[str]) -> None:
     for error in found.unreadable:
         console.print(f"skipped: {error}", markup=False)
     for note in found.notes:
-        console.print(f"warning: {note}", markup=False)
+        console.print(f"warning: {note}", markup=False, soft_wrap=True)
+    if found.differences:
+        console.print("B is not a drop-in for A; A's against B's:")
+    for line in found.differences:
+        console.print(f"  {line}", markup=False, soft_wrap=True)
     for line in failed:
         console.print(f"FAIL: {line}", markup=False)
 
@@ -220,12 +231,26 @@ def verification(result: Comparison | Verification) -> None:
             mark = {True: "ok  ", False: "FAIL", None: "skip"}[item.passed]
             console.print(f"{mark} {item.name}: {item.detail}", markup=False)
         return
-    for difference in result.differences:
+    for difference in (*result.differences, *result.around.differences):
         console.print(str(difference), markup=False, soft_wrap=True)
     for note in result.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
-    same = "a drop-in replacement: the graphs are the same" if result.passed else "NOT a drop-in replacement"
-    console.print(f"{result.candidate} against {result.against}: {same}", markup=False, soft_wrap=True)
+    if result.around.unproved:
+        console.print(result.around.unproved, markup=False, soft_wrap=True)
+    console.print(f"{result.candidate} against {result.against}: {_standing(result)}", markup=False, soft_wrap=True)
+
+
+def _standing(result: Comparison) -> str:
+    if result.drop_in:
+        return "a drop-in replacement: graph, preprocessing and labels are the same"
+    if result.passed:
+        return "the graphs are the same; whether it is a drop-in was not proved"
+    parts = {
+        "graph": bool(result.differences),
+        "preprocessing": result.around.preprocess == "other",
+        "labels": result.around.labels == "other",
+    }
+    return f"NOT a drop-in: other {', '.join(part for part, differs in parts.items() if differs)}"
 
 
 def ratios(found: Sequence[Ratio]) -> None:

@@ -154,3 +154,39 @@ def test_values_that_no_image_could_have(section: str, value: dict, said: str) -
     tree = {"data": {"kind": "folder", "root": "x"}, "model": {"backbone": "resnet18"}, section: value}
     with pytest.raises(FgvcError, match=said):
         validate(Recipe, tree, where="test")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["deploy.mean=[123.7,116.3,103.5]"], "deploy.mean: (123.7, 116.3, 103.5) is outside of 0..1"),
+        (["deploy.mean=[0.5,0.5,1.01]"], "outside of 0..1"),
+        (["deploy.mean=[0.5,-0.1,0.5]"], "give it in units of 0..1"),
+        (["deploy.mean=[.nan,0.5,0.5]"], "outside of 0..1"),
+        (["deploy.mean=[.inf,0.5,0.5]"], "outside of 0..1"),
+        (["deploy.input_range=255", "deploy.mean=[256,1,1]"], "outside of 0..255"),
+        (["deploy.input_range=255", "deploy.mean=[-1,1,1]"], "outside of 0..255"),
+        (["deploy.std=[0.2,0,0.2]"], "deploy.std.1: Input should be greater than 0"),
+        (["deploy.std=[0.2,-0.2,0.2]"], "deploy.std.1: Input should be greater than 0"),
+        (["deploy.std=[0.2,.inf,0.2]"], "deploy.std.1: Input should be a finite number"),
+        (["deploy.std=[0.2,.nan,0.2]"], "deploy.std.1: Input should be"),
+    ],
+)
+def test_a_mean_that_no_picture_has_is_refused(file: Path, overrides: list[str], said: str) -> None:
+    assert said in refusal(file, *overrides)
+
+
+def test_the_ends_of_the_range_are_means(file: Path) -> None:
+    for mean in ("[0,0,0]", "[1,1,1]"):
+        load_recipe(file, [f"deploy.mean={mean}"])
+    load_recipe(file, ["deploy.input_range=255", "deploy.mean=[0,127.5,255]"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"), [({"mean": [124, 116, 104]}, "outside of 0..1"), ({"std": [0.2, 0.2, 0]}, "greater than 0")]
+)
+def test_a_teacher_has_a_mean_and_std_that_can_be_too(file: Path, setting: dict, said: str) -> None:
+    teacher = {"kind": "timm", "backbone": "test_resnet", "weights": "w.safetensors"} | setting
+    tree = yaml.safe_load(GOOD) | {"techniques": {"distill": {"teachers": [teacher]}}}
+    with pytest.raises(FgvcError, match=said):
+        validate(Recipe, tree, where="recipe")

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from timm.utils.misc import natural_key
 
-from fgvc.naming import one_line, refuse_breaking, result_names, told_apart
+from fgvc.naming import one_line, refuse_breaking, relabelled, result_names, sorting, told_apart
 from fgvc.types import FgvcError
 
 
@@ -48,3 +49,37 @@ def test_classes_whose_names_break_lines_are_refused(name: str) -> None:
 
 def test_other_names_of_classes_are_taken() -> None:
     refuse_breaking(["Kälte  麻雀\u3000é", 'a "b" <i>, c;', "\N{SNOWMAN}"], where=Path("x"))
+
+
+def test_outputs_that_mean_other_classes_are_named() -> None:
+    assert relabelled(("a", "b"), ["a", "b"]) == []
+    (turned,) = relabelled(["a", "b", "c"], ["c", "b", "a"])
+    assert turned == "labels: 2 of 3 outputs mean another class, the first of them output 0: 'a' against 'c'"
+    (other,) = relabelled(["a", "b"], ["b", "c", "d"])
+    assert other == "labels: 2 classes against 3; those that the other lacks: a against c, d"
+    (subset,) = relabelled(["a", "b"], ["a"])
+    assert subset.endswith("those that the other lacks: b against none")
+    numbers = [str(n) for n in range(1, 13)]
+    (sorted_apart,) = relabelled(sorted(numbers), numbers)
+    assert "output 1: '10' against '2'" in sorted_apart
+    assert "sorted as text (1, 10, 11, 12, 2, ...)" in sorted_apart
+
+
+@pytest.mark.parametrize(
+    "names", [["1", "10", "11", "2"], ["leaf 9", "leaf 10"], ["b", "a10", "a9"], ["Aphid", "Rust", "blight"]]
+)
+def test_it_is_said_where_timm_would_sort_otherwise(names: list[str]) -> None:
+    as_text, as_timm = sorted(names), sorted(names, key=natural_key)
+    assert "sorted as text" in sorting(as_text)
+    assert ", ".join(as_timm) in sorting(as_text)
+    assert "sorted by number" in sorting(as_timm)
+
+
+def test_an_order_of_ones_own_is_no_remark() -> None:
+    assert sorting(["2", "10", "1"]) == ""
+
+
+def test_names_that_sort_alike_everywhere_are_no_remark() -> None:
+    assert sorting(["001.Albatross", "002.Auklet", "010.Bunting"]) == ""
+    assert sorting(["healthy", "phoma", "rust"]) == ""
+    assert sorting([]) == ""

@@ -111,10 +111,17 @@ def compare(
     ] = None,
     split: Part = None,
     labels: Annotated[
-        Path | None, typer.Option(help="For an .onnx without labels.json beside it: a JSON list, or a class a line.")
+        list[Path] | None,
+        typer.Option(
+            help="For an .onnx without labels.json beside it: a JSON list, or a class a line; twice: A's, then B's."
+        ),
     ] = None,
     preprocess: Annotated[
-        Path | None, typer.Option(help="For an .onnx without preprocess.json beside it; default: as the other side.")
+        list[Path] | None,
+        typer.Option(
+            help="For an .onnx without preprocess.json beside it; twice: A's, then B's. Default: assumed as the other side's, "
+            "which a gate refuses."
+        ),
     ] = None,
     max_negative_flips: Annotated[
         str | None,
@@ -135,7 +142,7 @@ def compare(
     gate = Gate(max_negative_flips, min_gain)
     if out is not None:
         refuse_out(out)
-    found = api.compare(a, b, data=data, split=split, labels=labels, preprocess=preprocess)
+    found = api.compare(a, b, data=data, split=split, labels=labels, preprocess=preprocess, certain=gate.shut)
     failed = gate.failures(found.paired)
     show.versus(found, failed)
     if out is not None:

@@ -11,11 +11,29 @@ import typer
 from fgvc.cli.option import Run, Select
 from fgvc.types import FgvcError
 
+DeployedLabels = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels",
+        help="Of a deployed .onnx without labels.json beside it: a JSON list in its order, or a class a line.",
+    ),
+]
+DeployedPreprocess = Annotated[
+    Path | None,
+    typer.Option(
+        "--preprocess", help="How a deployed .onnx without preprocess.json beside it is fed, with all of its keys."
+    ),
+]
+
 
 def export(
     run: Run,
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],
-    against: Annotated[Path | None, typer.Option(help="The deployed .onnx that this must be a drop-in for.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="The deployed bundle or .onnx that this must be a drop-in for.")
+    ] = None,
+    labels: DeployedLabels = None,
+    preprocess: DeployedPreprocess = None,
     select: Select = None,
     keep: Annotated[
         float,
@@ -53,18 +71,23 @@ def export(
 
     wanted = api.Int8(images=int8_images, first=int8_float, reduce_range=reduce_range) if int8 else None
     variants = api.Variants(int8=wanted, fp16=fp16, agreement=agreement)
-    done = api.export(run, out, against=against, select=select, keep=keep, overwrite=overwrite, variants=variants)
+    done = api.export(
+        run, out, against=against, labels=labels, preprocess=preprocess, select=select, keep=keep, overwrite=overwrite,
+        variants=variants,
+    )  # fmt: skip
     show.contract(done)
 
 
 def verify(
     path: Annotated[Path, typer.Argument(help="A bundle, or an .onnx file.")],
-    against: Annotated[Path | None, typer.Option(help="The deployed .onnx to compare an .onnx with.")] = None,
+    against: Annotated[Path | None, typer.Option(help="The deployed bundle or .onnx to compare it with.")] = None,
+    labels: DeployedLabels = None,
+    preprocess: DeployedPreprocess = None,
 ) -> None:
-    """Prove a bundle again, or say where two .onnx files differ. Exit code 1 where they do."""
+    """Prove a bundle again, or say where it differs from what is deployed. Exit code 1 where it does."""
     from fgvc import api, show
 
-    result = api.verify(path, against=against)
+    result = api.verify(path, against=against, labels=labels, preprocess=preprocess)
     show.verification(result)
     sys.exit(0 if result.passed else 1)
 
@@ -121,6 +144,10 @@ def serve(
     poll: Annotated[
         float, typer.Option(min=0, help="Look every so many seconds for a new bundle in a place; 0: on SIGHUP only.")
     ] = 0.0,
+    any_bundle: Annotated[
+        bool,
+        typer.Option("--any-bundle", help="On a reload take a bundle of other labels or another preprocessing, too."),
+    ] = False,
     api_key_file: Annotated[
         Path | None, typer.Option(help="Clients must bring its content; else FGVC_API_KEY, where that is set.")
     ] = None,
@@ -140,6 +167,6 @@ def serve(
     )  # fmt: skip
     settings = Settings(
         host=host, port=port, threads=threads, concurrency=concurrency or None, queue=queue, grace=grace, poll=poll,
-        key=read_key(api_key_file), limits=limits,
+        any_bundle=any_bundle, key=read_key(api_key_file), limits=limits,
     )  # fmt: skip
     sys.exit(run(parse_places(bundles), settings))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,11 @@ class Normalisation:
 
     mean: Triple
     std: Triple
+    own: bool = False  # just what the weights ask for: then nobody can have got it wrong
+    doubts: tuple[str, ...] = ()  # what speaks against it, whatever the images are
+
+
+NATURAL = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet's photographs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,18 +94,27 @@ def colours(
 
 
 def doubts(found: Colours, images: int) -> Iterator[str]:
-    """What is odd about the colours of a set, in words."""
-    if found.shift is not None and found.spread is not None and any(found.mean):
-        for channel, shift, spread in zip(("red", "green", "blue"), found.shift, found.spread, strict=True):
-            if abs(shift) > FAR:
+    """What is odd about the colours of a set, in words. Many weights ask for a mean and std that are of no images (0.5, or 0 and
+    1): where these are just what they ask for, images are odd only if they are unlike photographs, too."""
+    if found.expected is not None:
+        yield from found.expected.doubts
+    if found.shift is not None and found.spread is not None and any(found.mean) and found.expected is not None:
+        usual = replace(found, expected=NATURAL) if found.expected.own else found
+        assert usual.shift is not None
+        assert usual.spread is not None
+        mean, std = (
+            ("?", "?") if found.expected.own else (", or deploy.mean of other data?", ", or deploy.std of other data?")
+        )
+        for k, channel in enumerate(("red", "green", "blue")):
+            shift, spread = found.shift[k], found.spread[k]
+            if min(abs(shift), abs(usual.shift[k])) > FAR:
                 yield (
                     f"{channel} is {abs(shift):.2f} standard deviations {'lighter' if shift > 0 else 'darker'} than the "
-                    "network's normalisation expects: inverted images, another range, or deploy.mean of other data?"
+                    f"network's normalisation expects: inverted images, another range{mean}"
                 )
-            if not 1 / RATIO <= spread <= RATIO:
+            if not any(1 / RATIO <= one <= RATIO for one in (spread, usual.spread[k])):
                 yield (
-                    f"{channel} spreads {spread:.2g} times as wide as the network's normalisation expects: another range, or "
-                    "deploy.std of other data?"
+                    f"{channel} spreads {spread:.2g} times as wide as the network's normalisation expects: another range{std}"
                 )
     if len(found.modes) > 1:
         listed = ", ".join(f"{mode} {count}" for mode, count in found.modes)

@@ -125,6 +125,11 @@ class Gate:
         if gain is not None and not -100 <= gain <= 100:
             raise FgvcError(f"--min-gain {gain:g}: points of accuracy, between -100 and 100")
 
+    @property
+    def shut(self) -> bool:
+        """Whether there is a limit at all."""
+        return self.max_negative_flips is not None or self.min_gain is not None
+
     def failures(self, found: Paired) -> list[str]:
         """What it has against B, one line each. The gain itself is held against its limit, not its interval."""
         said = []

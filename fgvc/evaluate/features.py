@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fgvc.config import Preprocess, Triple
+from fgvc.config import Preprocess
 from fgvc.data.colour import Normalisation
 from fgvc.data.loader import evaluation_loader
 from fgvc.model.backbone import memory_format, plain_model
-from fgvc.model.weights import load_weights, preprocess_for
+from fgvc.model.weights import load_weights, normalisation_of, preprocess_for, told, unlikely
 from fgvc.recipe import Recipe
 from fgvc.train.runtime import runtime
 from fgvc.types import FgvcError, ImageIndex
@@ -28,15 +28,13 @@ def normalisation(recipe: Recipe) -> Normalisation | None:
         model = model.model_copy(update={"weights": "none"})
     try:
         net = plain_model(model.backbone, 2, model.kwargs)
-        spec = preprocess_for(recipe.deploy, recipe.image.size, load_weights(net, model))
+        weights = load_weights(net, model, stated=told(recipe.deploy))
     except FgvcError:
         return None
-
-    def plain(values: Triple) -> Triple:
-        r, g, b = (value / spec.input_range for value in values)
-        return (b, g, r) if spec.channel_order == "bgr" else (r, g, b)
-
-    return Normalisation(plain(spec.mean), plain(spec.std))
+    spec = preprocess_for(recipe.deploy, recipe.image.size, weights)
+    found = normalisation_of(spec)
+    own = np.allclose((found.mean, found.std), (weights.mean, weights.std), rtol=1e-3, atol=1e-4)
+    return replace(found, own=own, doubts=unlikely(spec, weights))
 
 
 @dataclass(frozen=True, slots=True)

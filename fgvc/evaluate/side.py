@@ -10,14 +10,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.config import Preprocess, validate
+from fgvc.config import Preprocess
 from fgvc.data.folder import FolderData
 from fgvc.data.source import some
 from fgvc.evaluate.calibration import MAX_LOGITS, confidence_of
 from fgvc.evaluate.compare import Paired, compare
 from fgvc.evaluate.subject import Answers, Subject, onnx_answers, subject
-from fgvc.export.bundle import load_bundle, read_json
-from fgvc.naming import refuse_breaking
+from fgvc.export.bundle import load_bundle
+from fgvc.export.stack import stack_of
+from fgvc.image.preprocess import described, differences
+from fgvc.naming import relabelled
 from fgvc.recipe import load_recipe
 from fgvc.serve.engine import Session
 from fgvc.template import recipe_file
@@ -34,7 +36,8 @@ class Side:
     path: Path
     kind: Literal["run", "bundle", "onnx"]
     classes: tuple[str, ...]
-    preprocess: Preprocess | None  # None: not known yet
+    preprocess: Preprocess | None  # None: nobody says
+    assumed: str = ""  # what is taken for granted of how it is fed, and where from; empty: nothing
     temperature: float = 1.0
     threshold: float = 0.0  # "none of these" below this confidence; 0: never
     session: Session | None = None
@@ -73,6 +76,7 @@ class Versus:
     paired: Paired
     unreadable: tuple[str, ...]
     notes: tuple[str, ...]  # what to think of before believing the figures
+    differences: tuple[str, ...]  # in how the sides are fed and read: B is no drop-in for A
 
     @property
     def rejected(self) -> NDArray[np.bool_]:
@@ -105,20 +109,32 @@ class Versus:
         ]
 
 
-def open_sides(a: Path, b: Path, *, labels: Path | None = None, preprocess: Path | None = None) -> tuple[Side, Side]:
-    """Open both. `labels` and `preprocess` are for .onnx files that have no labels.json or preprocess.json beside them;
-    without the latter such a file sees images as the other side does, at its own size.
+def open_sides(
+    a: Path,
+    b: Path,
+    *,
+    labels: Path | Sequence[Path] | None = None,
+    preprocess: Path | Sequence[Path] | None = None,
+    certain: bool = False,
+) -> tuple[Side, Side]:
+    """Open both. `labels` and `preprocess` are for .onnx files that have no labels.json or preprocess.json beside them: one file
+    is for whichever has none, two are A's and B's. Without a preprocessing such a file is assumed to see images as the other
+    side does, at its own size; unless it is to be `certain`.
 
-    Raises FgvcError where one can't be opened, or their classes are not the same.
+    Raises FgvcError where one can't be opened, something would have to be assumed that is to be certain, or their classes are
+    not the same.
     """
-    needed = {
-        name: [path for path in (a, b) if path.is_file() and not (path.parent / name).is_file()]
-        for name in ("labels.json", "preprocess.json")
-    }
-    for name, option in (("labels.json", labels), ("preprocess.json", preprocess)):
-        if option is not None and not needed[name]:
-            raise FgvcError(f"{option}: both sides have their own {name.partition('.')[0]}; leave the option out")
-    first, second = (_open(path, labels, preprocess) for path in (a, b))
+    given = [dict[str, Path](), dict[str, Path]()]
+    for name, files in (("labels", labels), ("preprocess", preprocess)):
+        for at, file in _meant(name, files, (a, b)):
+            given[at][name] = file
+    for path, stated in zip((a, b), given, strict=True):
+        if certain and path.is_file() and "preprocess" not in stated and not _beside(path, "preprocess").is_file():
+            raise FgvcError(
+                f"{path}: nobody says how this model is fed, and what is only assumed is nothing to judge a release by: state "
+                "it with --preprocess FILE, as a bundle's preprocess.json"
+            )
+    first, second = (_open(path, **stated) for path, stated in zip((a, b), given, strict=True))
     for one, other in ((first, second), (second, first)):
         if missing := sorted(set(one.classes) - set(other.classes)):
             raise FgvcError(
@@ -126,6 +142,23 @@ def open_sides(a: Path, b: Path, *, labels: Path | None = None, preprocess: Path
                 f"({len(missing)} of {len(one.classes)})"
             )
     return _seeing(first, second), _seeing(second, first)
+
+
+def _meant(name: str, given: Path | Sequence[Path] | None, sides: tuple[Path, Path]) -> list[tuple[int, Path]]:
+    """Which side (0 or 1) each file of an option is for. Raises FgvcError where one is for none."""
+    files = [given] if isinstance(given, Path) else list(given or ())
+    silent = [at for at, path in enumerate(sides) if path.is_file() and not _beside(path, name).is_file()]
+    if len(files) > 2:
+        raise FgvcError(f"--{name}: given {len(files)} times; once for A's, once for B's")
+    pairs = [(at, file) for file in files for at in silent] if len(files) == 1 else list(enumerate(files))
+    if files and (not pairs or any(at not in silent for at, _ in pairs)):
+        own = " and ".join(str(path) for at, path in enumerate(sides) if at not in silent)
+        raise FgvcError(f"--{name} {files[0]}: leave the option out where a side has its own, as {own}")
+    return pairs
+
+
+def _beside(path: Path, name: str) -> Path:
+    return path.parent / f"{name}.json"
 
 
 def images_of(data: str | None, sides: Sequence[Side], split: Split | None = None) -> Images:
@@ -190,15 +223,25 @@ def ask(a: Side, b: Side, images: Images) -> Versus:
         confidence=np.concatenate(confidence, axis=1),
         paired=compare(number[images.index.labels[seen]], *answers),
         unreadable=tuple(unreadable),
-        notes=tuple(note for side in (a, b) if (note := _learnt(side, images))),
+        notes=tuple(filter(None, [a.assumed, b.assumed, _learnt(a, images), _learnt(b, images)])),
+        differences=_differences(a, b),
     )
 
 
-def _open(path: Path, labels: Path | None, preprocess: Path | None) -> Side:
+def _differences(a: Side, b: Side) -> tuple[str, ...]:
+    assert a.preprocess is not None
+    assert b.preprocess is not None
+    return (*differences(a.preprocess, b.preprocess), *relabelled(a.classes, b.classes))
+
+
+def _open(path: Path, *, labels: Path | None = None, preprocess: Path | None = None) -> Side:
     if not path.exists():
         raise FgvcError(f"{path}: no such run, bundle or .onnx file")
     if path.is_file():
-        return _open_onnx(path, labels, preprocess)
+        stack = stack_of(path, labels=labels, preprocess=preprocess)
+        if stack.labels is None:
+            raise FgvcError(f"{path}: which classes? There is no labels.json beside it: give --labels FILE")
+        return Side(path=path, kind="onnx", classes=stack.labels, preprocess=stack.preprocess, session=Session(path))
     if (path / "config.yaml").is_file():
         run = subject(path)
         return Side(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, subject=run)
@@ -215,33 +258,6 @@ def _open(path: Path, labels: Path | None, preprocess: Path | None) -> Side:
     )
 
 
-def _open_onnx(path: Path, labels: Path | None, preprocess: Path | None) -> Side:
-    beside = path.parent / "labels.json", path.parent / "preprocess.json"
-    names, spec = (own if own.is_file() else given for own, given in zip(beside, (labels, preprocess), strict=True))
-    if names is None:
-        raise FgvcError(f"{path}: which classes? There is no labels.json beside it: give --labels FILE")
-    session = Session(path)
-    classes = read_labels(names)
-    seen = validate(Preprocess, read_json(spec, dict), where=str(spec)) if spec is not None else None
-    return Side(path=path, kind="onnx", classes=classes, preprocess=seen, session=session)
-
-
-def read_labels(path: Path) -> tuple[str, ...]:
-    """Class names in the order of the outputs: a JSON list, or a text file with one a line."""
-    if path.suffix == ".json":
-        names = read_json(path, list)
-    else:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FgvcError(f"{path}: can't read the labels: {error}") from error
-        names = [line.strip() for line in text.splitlines() if line.strip()]
-    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise FgvcError(f"{path}: expected the names of the classes, each once")
-    refuse_breaking(names, where=path)
-    return tuple(names)
-
-
 def _seeing(side: Side, other: Side) -> Side:
     """The side with its preprocessing, checked against its model."""
     if side.session is None:
@@ -249,13 +265,18 @@ def _seeing(side: Side, other: Side) -> Side:
     spec = side.preprocess or other.preprocess
     if spec is None:
         raise FgvcError(f"{side.path}: how does it see an image? Give --preprocess FILE, as a bundle's preprocess.json")
-    height, width = side.session.shape[2:]
-    if side.preprocess is None and height is not None and width is not None:
-        spec = spec.model_copy(update={"size": (height, width)})
+    assumed = ""
+    if side.preprocess is None:
+        size = tuple(own or theirs for own, theirs in zip(side.session.shape[2:], spec.size, strict=True))
+        spec = spec.model_copy(update={"size": size})
+        assumed = (
+            f"{side.path} says nothing of its preprocessing; assumed, as {other.path}: {described(spec)} (else give --preprocess "
+            "FILE)"
+        )
     outputs = side.session.logits(np.zeros((1, 3, *spec.size), np.float32)).shape
     if outputs != (1, len(side.classes)):
         raise FgvcError(f"{side.path}: gives {outputs[1:]} logits for {len(side.classes)} labels")
-    return replace(side, preprocess=spec)
+    return replace(side, preprocess=spec, assumed=assumed)
 
 
 def _refuse_no_numbers(side: Side, answers: Answers, index: ImageIndex) -> None:

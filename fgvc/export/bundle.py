@@ -141,9 +141,7 @@ def load_bundle(folder: Path) -> Bundle:
     return Bundle(
         folder=folder,
         labels=tuple(labels),
-        preprocess=validate(
-            Preprocess, read_json(folder / "preprocess.json", dict), where=str(folder / "preprocess.json")
-        ),
+        preprocess=read_preprocess(folder / "preprocess.json"),
         contract=contract,
         metrics=read_json(folder / "metrics.json", dict),
         files=hashes,
@@ -190,6 +188,35 @@ def _encode(name: str, value: object) -> bytes:
         return (json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
         raise FgvcError(f"{name}: can't be written as JSON: {error}") from error
+
+
+def read_preprocess(path: Path) -> Preprocess:
+    """A whole preprocess.json. Raises FgvcError where a key is missing, too: a default would be a guess at what somebody's
+    stack does."""
+    tree = read_json(path, dict)
+    missing = [key for key in Preprocess.model_fields if key not in tree]
+    if missing and set(tree) <= set(Preprocess.model_fields):  # else a key may be misspelt
+        raise FgvcError(
+            f"{path}: says nothing of {', '.join(missing)}; a preprocessing is stated as a whole, with all the keys of a "
+            "bundle's preprocess.json"
+        )
+    return validate(Preprocess, tree, where=str(path))
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Class names in the order of the outputs: a JSON list, or a text file with one a line."""
+    if path.suffix == ".json":
+        names = read_json(path, list)
+    else:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FgvcError(f"{path}: can't read the labels: {error}") from error
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise FgvcError(f"{path}: expected the names of the classes, each once")
+    refuse_breaking(names, where=path)
+    return tuple(names)
 
 
 def read_json(path: Path, kind: type) -> Any:

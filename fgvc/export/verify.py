@@ -12,6 +12,7 @@ from fgvc.export.compare import Difference, compare, notes
 from fgvc.export.onnx import Interface, load_onnx
 from fgvc.export.prove import compare_structure, versions
 from fgvc.export.reference import Plain, independent_plain
+from fgvc.export.stack import Agreement, agreement, stack_of
 from fgvc.export.variant import differences, structure
 from fgvc.serve.engine import Engine
 from fgvc.types import FgvcError
@@ -23,12 +24,19 @@ class Comparison:
 
     candidate: Path
     against: Path
-    differences: tuple[Difference, ...]
+    differences: tuple[Difference, ...]  # of the graphs
     notes: tuple[str, ...]
+    around: Agreement  # of how both are fed and read
 
     @property
     def passed(self) -> bool:
-        return not self.differences
+        """Nothing is known to differ."""
+        return not self.differences and not self.around.differences
+
+    @property
+    def drop_in(self) -> bool:
+        """All is known to be the same: graph, preprocessing and labels."""
+        return self.passed and not self.around.unproved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +56,20 @@ class Verification:
         return all(check.passed is not False for check in self.checks)
 
 
-def verify_files(candidate: Path, against: Path) -> Comparison:
-    """Compare two files in canonical form; every floating-point initializer of rank >= 1 counts as a weight."""
-    ours, theirs = load_onnx(candidate), load_onnx(against)
-    differences = compare(canonicalise(ours, weights=None), canonicalise(theirs, weights=None))
+def verify_files(
+    candidate: Path, against: Path, *, labels: Path | None = None, preprocess: Path | None = None
+) -> Comparison:
+    """Compare two bundles or .onnx files in canonical form, every floating-point initializer of rank >= 1 counting as a weight;
+    and what is known of how they are fed and read. `labels`, `preprocess`: of `against`, where none lie beside it."""
+    ours, theirs = stack_of(candidate), stack_of(against, labels=labels, preprocess=preprocess)
+    graphs = load_onnx(ours.model), load_onnx(theirs.model)
+    differences = compare(*(canonicalise(graph, weights=None) for graph in graphs))
     return Comparison(
-        candidate=candidate, against=against, differences=tuple(differences), notes=tuple(notes(ours, theirs))
+        candidate=candidate,
+        against=against,
+        differences=tuple(differences),
+        notes=tuple(notes(*graphs)),
+        around=agreement(ours, theirs),
     )
 
 

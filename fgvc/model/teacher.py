@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.cam.maps import evaluating
-from fgvc.config import Preprocess, Section, Triple
+from fgvc.config import Preprocess, Section, Spread, Triple, possible_mean
 from fgvc.model.backbone import Model, feature_map
 from fgvc.types import FgvcError
 
@@ -40,7 +40,12 @@ class TimmTeacher(_Weighted):
     )
 
     mean: Triple | None = Field(None, description="of its input, RGB in [0,1]; default: as model.weights says")
-    std: Triple | None = Field(None, description="likewise")
+    std: Spread | None = Field(None, description="likewise")
+
+    @field_validator("mean")
+    @classmethod
+    def _within_range(cls, mean: Triple | None) -> Triple | None:
+        return mean if mean is None else possible_mean(mean, 1)
 
     @field_validator("weights")
     @classmethod

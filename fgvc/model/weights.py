@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fgvc.config import Deploy, Interpolation, Preprocess, Triple
+from fgvc.config import Deploy, Interpolation, Preprocess, Triple, possible_mean
+from fgvc.data.colour import NATURAL, Normalisation
 from fgvc.model.backbone import Model, head_prefixes, plain_model, pretrained_cfg
 from fgvc.model.deformable import offsets
 from fgvc.types import FgvcError
+
+OFF = 10.0  # times that a mean or a std may be larger or smaller than what the weights expect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +41,10 @@ class Weights:
     doubts: tuple[str, ...] = ()  # said loudly at the start of a run
 
 
-def load_weights(net: nn.Module, model: Model) -> Weights:
+def load_weights(net: nn.Module, model: Model, *, stated: Collection[str] = ()) -> Weights:
     """Load `model.weights` into a plain net, in place; a head of another size stays as initialised.
 
+    `stated`: which of mean and std are told elsewhere, so that nothing has to be assumed where a file does not tell them.
     Raises FgvcError: no such file, not a safe file, not this architecture, or no hub within reach.
     """
     config = pretrained_cfg(net)
@@ -62,14 +67,52 @@ def load_weights(net: nn.Module, model: Model) -> Weights:
         sidecar = path.with_name(path.name + ".json")
         if sidecar.is_file():
             expects |= _sidecar(sidecar)
-        else:
+        elif assumed := [key for key in ("mean", "std") if key not in stated]:
             doubt = (
-                f"{path.name} says nothing of its mean and std: timm's for {model.backbone} are assumed, mean {expects['mean']}, "
-                f"std {expects['std']}. Give mean and std (in deploy; a teacher has its own), or a file {sidecar.name} beside it "
-                '({"mean": [...], "std": [...]})'
+                f"{path.name} says nothing of its {' and '.join(assumed)}: timm's for {model.backbone} are assumed, "
+                f"{', '.join(f'{key} {expects[key]}' for key in assumed)}. Give {' and '.join(assumed)} (in deploy; a teacher "
+                f'has its own), or a file {sidecar.name} beside it ({{"mean": [...], "std": [...]}})'
             )
             return _fill(net, state, model, origin=origin, doubts=(doubt,), expects=expects)
     return _fill(net, state, model, origin=origin, doubts=(), expects=expects)
+
+
+def told(deploy: Deploy) -> list[str]:
+    """Which of mean and std the recipe states."""
+    return [key for key in ("mean", "std") if getattr(deploy, key) is not None]
+
+
+def unlikely(spec: Preprocess, weights: Weights) -> tuple[str, ...]:
+    """What speaks against a mean and std, in words: ten times off what the weights expect they are in other units, mostly. What
+    the weights themselves say is taken as it is; but for a std that would leave nothing of any image. A mean of 0 says that
+    nothing is taken off, in any units."""
+    ours, own = normalisation_of(spec), Normalisation(weights.mean, weights.std)
+    found = []
+    for key, values, usual in (("mean", ours.mean, own.mean), ("std", ours.std, own.std)):
+        off = [value / expected for value, expected in zip(values, usual, strict=True) if value and expected]
+        worst = max(off, key=lambda share: abs(math.log(share)), default=1.0)
+        if not 1 / OFF <= worst <= OFF:
+            times, way = (worst, "larger") if worst > 1 else (1 / worst, "smaller")
+            found.append(
+                f"{key} {getattr(spec, key)}, where white is {spec.input_range}, is {times:.3g} times {way} than what the "
+                f"weights expect, {usual} where white is 1: is it in other units? See deploy.input_range"
+            )
+    if not found and max(ours.std) > OFF * max(NATURAL.std):
+        found.append(
+            f"std {spec.std}, where white is {spec.input_range}, leaves next to nothing of any image; photographs have about "
+            f"{NATURAL.std} where white is 1: is it in other units?"
+        )
+    return tuple(found)
+
+
+def normalisation_of(spec: Preprocess) -> Normalisation:
+    """R, G, B; white being 1."""
+
+    def plain(values: Triple) -> Triple:
+        r, g, b = (value / spec.input_range for value in values)
+        return (b, g, r) if spec.channel_order == "bgr" else (r, g, b)
+
+    return Normalisation(plain(spec.mean), plain(spec.std))
 
 
 def preprocess_for(deploy: Deploy, size: tuple[int, int], weights: Weights) -> Preprocess:
@@ -169,8 +212,9 @@ def _sidecar(path: Path) -> dict[str, Any]:
             "mean": tuple(float(v) for v in said["mean"]),
             "std": tuple(float(v) for v in said["std"]),
         }
-        if len(known["mean"]) != 3 or len(known["std"]) != 3 or min(known["std"]) <= 0:
+        if len(known["mean"]) != 3 or len(known["std"]) != 3 or not all(0 < v < math.inf for v in known["std"]):
             raise ValueError("three values each, std above 0")
+        possible_mean(known["mean"], 1)
         if "interpolation" in said:
             known["interpolation"] = TypeAdapter(Interpolation).validate_python(said["interpolation"])
         if "crop_fraction" in said:
@@ -178,7 +222,9 @@ def _sidecar(path: Path) -> dict[str, Any]:
             if not 0 < known["crop_fraction"] <= 1:
                 raise ValueError("crop_fraction is a share in (0, 1]")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FgvcError(f'{path}: expected {{"mean": [r, g, b], "std": [r, g, b]}}: {error!r}') from error
+        raise FgvcError(
+            f'{path}: expected {{"mean": [r, g, b], "std": [r, g, b]}}, white being 1: {error!r}'
+        ) from error
     return known
 
 

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgvc.export.bundle import MANIFEST, load_bundle
+from fgvc.export.bundle import MANIFEST, Bundle, load_bundle
+from fgvc.image.preprocess import differences
+from fgvc.naming import relabelled
 from fgvc.serve.engine import Engine
 from fgvc.serve.explain import BundleLooker
 from fgvc.serve.limits import Refusal
@@ -43,9 +45,10 @@ class Served:
 class Models:
     """Bundles by name. Their places are the command line's alone: no client value ever reaches a path."""
 
-    def __init__(self, places: Mapping[str, Path], *, threads: int) -> None:
-        """Loads all. Raises FgvcError for the first that can't be served."""
-        self._places, self._threads = dict(places), threads
+    def __init__(self, places: Mapping[str, Path], *, threads: int, any_bundle: bool = False) -> None:
+        """Loads all. `any_bundle`: a reload takes a bundle of other labels or another preprocessing, too. Raises FgvcError for
+        the first that can't be served."""
+        self._places, self._threads, self._any_bundle = dict(places), threads, any_bundle
         self._reloading = threading.Lock()
         self._refused: dict[str, str] = {}  # name -> the digest that was found bad, said once
         self._served = {name: _load(name, folder, threads) for name, folder in places.items()}
@@ -65,15 +68,19 @@ class Models:
         return served
 
     def reload(self, *, changed_only: bool = False) -> None:
-        """Load the bundles again, checked and warmed, and put each in its old one's place. What can't be loaded leaves the old
-        one where it is; that is said on stderr and counted. `changed_only`: leave out manifests that were seen before."""
+        """Load the bundles again, checked and warmed, and put each in its old one's place. What can't be loaded, or is fed or
+        read otherwise than the old one, leaves that where it is; this is said on stderr and counted. `changed_only`: leave out
+        manifests that were seen before."""
         with self._reloading:
             for name, folder in self._places.items():
                 digest = _digest(folder)
                 if changed_only and digest in (self._served[name].digest, self._refused.get(name)):
                     continue
                 try:
-                    self._served[name] = _load(name, folder, self._threads)
+                    loaded = _load(name, folder, self._threads)
+                    if not self._any_bundle:
+                        _refuse_other(loaded.engine.bundle, self._served[name].engine.bundle)
+                    self._served[name] = loaded
                 except Exception as error:  # whatever is wrong with the new one, the old one is right
                     self.failures[name] += 1
                     self._refused[name] = digest
@@ -99,6 +106,16 @@ def parse_places(texts: Sequence[str]) -> dict[str, Path]:
             raise FgvcError(f"{text}: a second model named {name!r}; say OTHER={folder}")
         places[name] = folder
     return places
+
+
+def _refuse_other(new: Bundle, old: Bundle) -> None:
+    """Raise FgvcError where a bundle is no drop-in for the one that is served: clients that send tensors prepare them as the
+    old one says, and whoever reads answers by their number reads them in its order."""
+    found = [*differences(new.preprocess, old.preprocess), *relabelled(new.labels, old.labels)]
+    if found:
+        raise FgvcError(
+            f"not a drop-in, the new one's against the old one's: {'; '.join(found)} (start with --any-bundle to take it)"
+        )
 
 
 def _load(name: str, folder: Path, threads: int) -> Served:

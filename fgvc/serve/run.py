@@ -43,6 +43,7 @@ class Settings:
     queue: int = 32
     grace: float = 20.0  # seconds from SIGTERM until what is left is cut off
     poll: float = 0.0  # seconds between looks at the manifests; 0: reload on SIGHUP only
+    any_bundle: bool = False  # a reload takes one of other labels or another preprocessing, too
     key: str | None = None
     limits: Limits = field(default_factory=Limits)
 
@@ -54,7 +55,7 @@ def serve(places: Mapping[str, Path], settings: Settings) -> int:
     _give_back_memory()
     prometheus_client.disable_created_metrics()  # a second line for each that nobody reads
     with _bind(settings.host, settings.port) as listener:
-        models = Models(places, threads=settings.threads)
+        models = Models(places, threads=settings.threads, any_bundle=settings.any_bundle)
         concurrency = settings.concurrency or max(1, available_cpus() // settings.threads)
         admission = Admission(concurrency=concurrency, queue=settings.queue)
         app = make_app(Service(models, admission, settings.limits), key=settings.key)

@@ -29,7 +29,8 @@ from fgvc.loss import make_criterion
 from fgvc.model.backbone import Model, freeze, head_prefixes, memory_format, plain_model, refuse_size
 from fgvc.model.norm import reestimate_norms, running_norms, zero_gamma
 from fgvc.model.probe import zero_head
-from fgvc.model.weights import Weights, load_weights, preprocess_for
+from fgvc.model.weights import Weights, load_weights, preprocess_for, told, unlikely
+from fgvc.naming import sorting
 from fgvc.recipe import Recipe
 from fgvc.techniques import build
 from fgvc.train.batch import Normalise
@@ -53,6 +54,9 @@ def read_index(recipe: Recipe) -> ImageIndex:
     index = recipe.data.read()
     if recipe.deploy.labels is not None:
         index = reordered(index, recipe.deploy.labels)
+    elif recipe.data.classes is None and (remark := sorting(index.classes)):
+        said = f"{index.recognised}; {remark}; deploy.labels states the deployed stack's order"
+        index = replace(index, recognised=said)
     if recipe.data.first_classes is not None:
         index = first(index, recipe.data.first_classes)
     if len(index.classes) < 2:
@@ -104,7 +108,7 @@ def build_net(
     size = recipe.image.size
     net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs)
     model = recipe.model if pretrained else recipe.model.model_copy(update={"weights": "none"})
-    weights = load_weights(net, model)
+    weights = load_weights(net, model, stated=told(recipe.deploy))
     if pretrained:
         zero_gamma(net, model)
         if model.head == "zero":
@@ -115,6 +119,8 @@ def build_net(
     for trained in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
         refuse_size(net, trained, classes, recipe.model.backbone)
     preprocess = preprocess_for(recipe.deploy, size, weights)
+    if pretrained:
+        weights = replace(weights, doubts=(*weights.doubts, *unlikely(preprocess, weights)))
     step = StepModule(
         net,
         build(recipe.techniques),

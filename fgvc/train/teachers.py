@@ -30,7 +30,7 @@ from fgvc.model.teacher import (
     in_order,
     through,
 )
-from fgvc.model.weights import load_weights
+from fgvc.model.weights import load_weights, unlikely
 from fgvc.recipe import Recipe
 from fgvc.serve.engine import Engine, available_cpus
 from fgvc.train.checkpoint import read_progress
@@ -81,7 +81,7 @@ class Opener:
     def _timm(self, wanted: TimmTeacher, student: Preprocess) -> Teacher:
         model = Model(backbone=wanted.backbone, kwargs=wanted.kwargs, weights=wanted.weights)
         net = plain_model(wanted.backbone, len(self.classes), wanted.kwargs)
-        weights = load_weights(net, model)
+        weights = load_weights(net, model, stated=[key for key in ("mean", "std") if getattr(wanted, key) is not None])
         if fresh := [key for key in weights.fresh if not key.endswith("num_batches_tracked")]:
             raise FgvcError(
                 f"{weights.origin}: its head does not have {len(self.classes)} outputs, one for each class of this run; "
@@ -97,8 +97,7 @@ class Opener:
                 "size": size,
             }
         )
-        said = wanted.mean is not None and wanted.std is not None
-        doubts = () if said else tuple(f"WARNING: {doubt}" for doubt in weights.doubts)
+        doubts = tuple(f"WARNING: {doubt}" for doubt in (*weights.doubts, *unlikely(own, weights)))
         order = list(range(len(self.classes)))
         return self._of_net(
             net, model, student, own, order, name=f"{wanted.backbone} of {weights.origin}", notes=doubts

@@ -1,5 +1,6 @@
 import io
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -181,6 +182,28 @@ def test_colours_are_compared_with_the_normalisation(tmp_path):
     ):
         assert expected in said, expected
     assert report.ok
+
+
+@pytest.mark.parametrize("value", [lambda v: v, lambda v: 30 + v // 2])
+def test_what_the_weights_ask_for_makes_no_picture_odd(tmp_path, value):
+    """A mean of 0 and a std of 1, which some of timm's weights ask for, are those of no images."""
+    rows = [(0, i % 2, saved(drawn(i).point(value))) for i in range(8)]
+    index = build(tmp_path, rows)
+    asked = Normalisation((0.0,) * 3, (1.0,) * 3, own=True)
+    assert not [line for line in check(index, expected=asked).warnings if "normalisation" in line]
+    stated = replace(asked, own=False, doubts=("std is in other units",))
+    said = check(index, expected=stated).warnings
+    assert "std is in other units" in said
+    assert any("deploy.std" in line for line in said)
+
+
+def test_pictures_unlike_photographs_are_odd_whatever_the_weights_ask_for(tmp_path):
+    rows = [(0, i % 2, saved(drawn(i).point(lambda v: 200 + v // 8))) for i in range(8)]
+    asked = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), own=True)
+    said = "\n".join(check(build(tmp_path, rows), expected=asked).warnings)
+    assert "red is 1." in said
+    assert "lighter" in said
+    assert "deploy." not in said, "nobody set it"
 
 
 def test_of_a_large_group_the_faulty_ones_are_shown(tmp_path):

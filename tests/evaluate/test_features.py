@@ -66,6 +66,19 @@ def test_the_normalisation_is_told_as_rgb_with_white_as_one(weighted: Recipe) ->
     np.testing.assert_allclose((given.mean, given.std), ((0.6, 0.4, 0.2), (0.4, 0.2, 0.1)))
 
 
+def test_it_is_told_whether_the_weights_ask_for_it(weighted: Recipe) -> None:
+    tree = weighted.model_dump(mode="json")
+    for deploy, own, doubts in (
+        ({}, True, 0),
+        ({"input_range": 255, "mean": [102, 127.5, 153], "std": [25.5, 51, 76.5]}, True, 0),
+        ({"mean": [0.5, 0.5, 0.5]}, False, 0),
+        ({"input_range": 255, "std": [0.1, 0.2, 0.3]}, False, 1),
+    ):
+        found = normalisation(Recipe.model_validate(tree | {"deploy": deploy}))
+        assert found is not None
+        assert (found.own, len(found.doubts)) == (own, doubts), deploy
+
+
 def test_weights_out_of_reach_are_no_fault_of_the_data(recipe_tree: dict) -> None:
     tree = recipe_tree | {"model": {"backbone": "test_resnet", "weights": "nowhere.safetensors"}}
     assert normalisation(Recipe.model_validate(tree)) is None

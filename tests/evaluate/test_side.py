@@ -15,8 +15,8 @@ from PIL import Image
 from fgvc import api, show
 from fgvc.cli import main
 from fgvc.config import Calibration, Preprocess
-from fgvc.evaluate.side import open_sides, read_labels
-from fgvc.export.bundle import write_bundle
+from fgvc.evaluate.side import open_sides
+from fgvc.export.bundle import read_labels, write_bundle
 from fgvc.page.compare import write_page
 from fgvc.types import FgvcError
 
@@ -45,12 +45,18 @@ def network(order: list[int], *, lost: int | None = None, scale: float = 1) -> b
 
 
 def bundle(
-    folder: Path, order: list[int], *, lost: int | None = None, known: Calibration | None = None, scale: float = 1
+    folder: Path,
+    order: list[int],
+    *,
+    lost: int | None = None,
+    known: Calibration | None = None,
+    scale: float = 1,
+    fed: Preprocess = PLAIN,
 ) -> Path:
     files = {
         "model.onnx": network(order, lost=lost, scale=scale),
         "labels.json": [NAMES[k] for k in order],
-        "preprocess.json": PLAIN,
+        "preprocess.json": fed,
         "contract.json": {"num_classes": 3},
         "metrics.json": {},
     } | ({"calibration.json": known} if known else {})
@@ -126,6 +132,101 @@ def test_a_bare_file_takes_labels_and_the_other_sides_eyes(pictures: Path, tmp_p
     with pytest.raises(FgvcError, match="leave the option out"):
         open_sides(a, a / "model.onnx", labels=names)
     assert open_sides(a, a / "model.onnx")[1].classes == tuple(NAMES)  # what lies beside it
+
+
+def test_each_side_sees_by_its_own_eyes_and_differences_are_said(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """B's stack feeds BGR: its file answers rightly so, and by A's eyes would take red for blue."""
+    bgr = PLAIN.model_copy(update={"channel_order": "bgr"})
+    a, b = bundle(tmp_path / "a", [0, 1, 2]), bundle(tmp_path / "b", [2, 1, 0], fed=bgr)
+    (b / "labels.json").write_text(json.dumps(NAMES))  # its output 0 reads channel 2, which is red
+    for name in ("manifest.json", "metrics.json"):
+        (b / name).unlink()
+    found = api.compare(a, b / "model.onnx", data=str(pictures))
+    assert found.paired.b_right.all()
+    assert found.differences == ("channel_order: rgb against bgr",)
+    assert not found.notes
+    blind = tmp_path / "blind" / "model.onnx"
+    blind.parent.mkdir()
+    blind.write_bytes((b / "model.onnx").read_bytes())
+    (tmp_path / "names.json").write_text(json.dumps(NAMES))
+    assumed = api.compare(a, blind, data=str(pictures), labels=tmp_path / "names.json")
+    assert assumed.paired.b_right.sum() == 5, "by A's eyes only green is right"
+    assert "says nothing of its preprocessing; assumed, as" in assumed.notes[0]
+    show.console.width = 300
+    show.versus(found, [])
+    said = capsys.readouterr().out
+    assert "B is not a drop-in for A" in said
+    assert "channel_order: rgb against bgr" in said
+    write_page(found, tmp_path / "page.html")
+    assert "B is not a drop-in for A" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    show.versus(api.compare(a, a, data=str(pictures)), [])
+    assert "drop-in" not in capsys.readouterr().out
+
+
+def test_another_order_of_labels_is_said(pictures: Path, tmp_path: Path) -> None:
+    a, b = bundle(tmp_path / "a", [0, 1, 2]), bundle(tmp_path / "b", [2, 1, 0])
+    (line,) = api.compare(a, b, data=str(pictures)).differences
+    assert line.startswith("labels: 2 of 3 outputs mean another class, the first of them output 0: '红' against 'blue'")
+
+
+@pytest.mark.parametrize("gate", [["--max-negative-flips", "5"], ["--min-gain=-100"]])
+def test_a_gate_does_not_judge_by_what_is_only_assumed(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], gate: list[str]
+) -> None:
+    b, lone, names, eyes = (
+        bundle(tmp_path / "b", [0, 1, 2]),
+        tmp_path / "old.onnx",
+        tmp_path / "names.json",
+        tmp_path / "eyes.json",
+    )
+    lone.write_bytes(network([0, 1, 2]))
+    names.write_text(json.dumps(NAMES))
+    eyes.write_text(PLAIN.model_dump_json())
+
+    def code(*arguments: object) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(["compare", *map(str, arguments), "--data", str(pictures)])
+        return int(ended.value.code or 0)
+
+    for sides in ((lone, b), (b, lone)):
+        assert code(*sides, "--labels", names) == 0
+        assert "warning: " in capsys.readouterr().out
+        assert code(*sides, "--labels", names, *gate) == 2
+        assert "old.onnx: nobody says how" in (said := capsys.readouterr().err)
+        assert "--preprocess FILE" in said
+        assert code(*sides, "--preprocess", eyes, *gate) == 2
+        assert "give --labels FILE" in capsys.readouterr().err
+        assert code(*sides, "--labels", names, "--preprocess", eyes, *gate) == 0
+        assert "warning: " not in capsys.readouterr().out
+
+
+def test_two_lone_files_take_one_option_or_one_each(pictures: Path, tmp_path: Path) -> None:
+    a, b = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    a.write_bytes(network([0, 1, 2]))
+    b.write_bytes(network([2, 1, 0]))
+    files = {}
+    for name, order in (("a", [0, 1, 2]), ("b", [2, 1, 0])):
+        files[name] = tmp_path / f"{name}.json"
+        files[name].write_text(json.dumps([NAMES[k] for k in order]))
+    eyes, bgr = tmp_path / "eyes.json", tmp_path / "bgr.json"
+    eyes.write_text(PLAIN.model_dump_json())
+    bgr.write_text(PLAIN.model_copy(update={"channel_order": "bgr"}).model_dump_json())
+    found = api.compare(a, b, data=str(pictures), labels=[files["a"], files["b"]], preprocess=eyes, certain=True)
+    assert found.paired.a_right.all()
+    assert found.paired.b_right.all()
+    assert [line.partition(":")[0] for line in found.differences] == ["labels"]
+    found = api.compare(a, b, data=str(pictures), labels=files["a"], preprocess=[eyes, bgr], certain=True)
+    assert found.paired.b_right.all(), "read in A's order, and fed with BGR"
+    assert [line.partition(":")[0] for line in found.differences] == ["channel_order"]
+    known = bundle(tmp_path / "c", [0, 1, 2])
+    for wrong in ([eyes, eyes], [eyes, eyes, eyes]):
+        with pytest.raises(FgvcError, match="--preprocess"):
+            open_sides(known, b, labels=files["b"], preprocess=wrong)
+    (tmp_path / "part.json").write_text('{"size": [8, 8]}')
+    with pytest.raises(FgvcError, match="says nothing of resize"):
+        open_sides(known, b, labels=files["b"], preprocess=tmp_path / "part.json")
 
 
 def test_sides_that_can_not_be_compared_are_refused(pictures: Path, tmp_path: Path) -> None:

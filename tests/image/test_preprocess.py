@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fgvc.config import Preprocess
-from fgvc.image.preprocess import fit, normalise, placed, preprocess, render, resized_size
+from fgvc.image.preprocess import described, differences, fit, normalise, placed, preprocess, render, resized_size
 
 TORCHVISION = {"bilinear": 2, "bicubic": 3, "nearest": 0, "lanczos": 1, "box": 4, "hamming": 5}
 
@@ -147,3 +149,62 @@ def test_corners_by_hand() -> None:
         np.testing.assert_array_equal(placed(corners, (100, 200), Preprocess(resize=resize, **plain)), expected)
     half = Preprocess(size=(40, 40), resize="pad", crop_fraction=0.5)  # a canvas of 80 x 80, its middle kept
     np.testing.assert_array_equal(placed(corners, (100, 200), half), [(-20, 0), (60, 40)])
+
+
+IMAGENET = Preprocess(size=(20, 20))
+PAD = Preprocess(size=(20, 20), resize="pad", crop_fraction=1.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "changed", "keys"),
+    [
+        (IMAGENET, {"fill": (0, 0, 0)}, []),  # nothing pads
+        (IMAGENET, {"crop_fraction": 0.88}, []),  # 22 pixels, as 20 / 0.875
+        (IMAGENET, {"crop_fraction": 0.8}, ["crop_fraction"]),
+        (IMAGENET, {"input_range": 255, "mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}, []),
+        (IMAGENET, {"input_range": 255}, ["input_range"]),
+        (IMAGENET, {"mean": (0.5, 0.456, 0.406)}, ["mean"]),
+        (IMAGENET, {"std": (0.5, 0.5, 0.5)}, ["std"]),
+        (IMAGENET, {"mean": (0.5,) * 3, "std": (0.5,) * 3}, ["mean", "std"]),
+        (IMAGENET, {"resize": "squash"}, ["resize"]),
+        (IMAGENET, {"resize": "pad", "fill": (1, 2, 3)}, ["resize"]),
+        (IMAGENET, {"interpolation": "bilinear"}, ["interpolation"]),
+        (IMAGENET, {"size": (20, 24)}, ["size"]),
+        (IMAGENET, {"channel_order": "bgr"}, ["channel_order", "mean", "std"]),  # the numbers stay, their colours don't
+        (
+            IMAGENET,
+            {"channel_order": "bgr", "mean": (0.406, 0.456, 0.485), "std": (0.225, 0.224, 0.229)},
+            ["channel_order"],
+        ),
+        (PAD, {"fill": (0, 0, 0)}, ["fill"]),
+        (PAD, {"crop_fraction": 0.5}, ["crop_fraction"]),
+    ],
+)
+def test_only_what_makes_another_input_is_a_difference(one: Preprocess, changed: dict, keys: list[str]) -> None:
+    other = Preprocess.model_validate(one.model_dump() | changed)
+    pictures = [textured(31, 47), textured(60, 21, seed=1), textured(20, 20, seed=2)]
+    inputs = [[preprocess(image, spec) for image in pictures] for spec in (one, other)]
+    same = all(a.shape == b.shape and np.allclose(a, b, atol=1e-4) for a, b in zip(*inputs, strict=True))
+    found = differences(one, other)
+    assert same == (not found), "what the pixels say"
+    assert [re.split("[: ]", line)[0] for line in found] == keys
+    assert [re.split("[: ]", line)[0] for line in differences(other, one)] == keys
+
+
+def test_halves_of_a_byte_are_halves_of_one() -> None:
+    """(x / 255 - 0.5) / 0.5 is (x - 127.5) / 127.5."""
+    one = Preprocess(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    other = Preprocess(size=(8, 8), mean=(127.5,) * 3, std=(127.5,) * 3, input_range=255)
+    assert differences(one, other) == []
+    nearly = other.model_copy(update={"mean": (127.5, 127.5, 127.0)})
+    assert differences(one, nearly) == [
+        "input_range: 1 against 255",
+        "mean of R, G, B: (0.5, 0.5, 0.5) against (127.5, 127.5, 127)",
+        "std of R, G, B: (0.5, 0.5, 0.5) against (127.5, 127.5, 127.5)",
+    ]
+
+
+def test_a_preprocessing_is_described_without_what_has_no_effect() -> None:
+    assert "fill" not in described(IMAGENET)
+    assert "mean (0.485, 0.456, 0.406)" in described(IMAGENET)
+    assert "fill (128, 128, 128)" in described(PAD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ from torch import nn
 from fgvc.config import Deploy
 from fgvc.model.backbone import Model, deployed, feature_layout, feature_map, freeze, memory_format, plain_model
 from fgvc.model.norm import zero_gamma
-from fgvc.model.weights import load_weights, preprocess_for
+from fgvc.model.weights import load_weights, preprocess_for, told, unlikely
 from fgvc.types import FgvcError
 
 HALF = (0.5, 0.5, 0.5)
@@ -151,8 +152,8 @@ def test_packaged_weights_are_of_one_net() -> None:
 
 def test_deploy_wins_over_the_weights_and_knows_its_units() -> None:
     found = load_weights(net(), Model(backbone="test_resnet"))
-    own = preprocess_for(Deploy(mean=(1, 2, 3), crop_fraction=0.5), (32, 32), found)
-    assert (own.mean, own.crop_fraction, own.std) == ((1, 2, 3), 0.5, found.std)
+    own = preprocess_for(Deploy(mean=(0.1, 0.2, 0.3), crop_fraction=0.5), (32, 32), found)
+    assert (own.mean, own.crop_fraction, own.std) == ((0.1, 0.2, 0.3), 0.5, found.std)
     bytes_bgr = preprocess_for(Deploy(input_range=255, channel_order="bgr"), (32, 32), found)
     assert bytes_bgr.mean == pytest.approx([255 * m for m in reversed(found.mean)])
     assert preprocess_for(Deploy(resize="pad"), (32, 32), found).crop_fraction == 1.0, "the whole object stays"
@@ -248,3 +249,68 @@ def test_what_timm_fuses_keeps_its_precision(name: str) -> None:
         assert {p.dtype for p in fused.parameters()} == {torch.float64}
         assert (fused(x) - z).abs().max() <= 1e-9 * z.abs().max()
     assert torch.get_default_dtype() == torch.float32
+
+
+def own(tmp_path: Path, mean: list[float] | None, std: list[float] | None, /, **deploy: Any) -> tuple[str, ...]:
+    """All that is said of a recipe with this `deploy` and weights that ask for this mean and std, or say nothing."""
+    saved(tmp_path / "w.safetensors")
+    if mean is not None:
+        (tmp_path / "w.safetensors.json").write_text(json.dumps({"mean": mean, "std": std}))
+    stated = Deploy(**deploy)
+    weights = Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors"))
+    found = load_weights(net(), weights, stated=told(stated))
+    return (*found.doubts, *unlikely(preprocess_for(stated, (32, 32), found), found))
+
+
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@pytest.mark.parametrize(
+    "weights", [IMAGENET, (HALF, HALF), ([0.0] * 3, [1.0] * 3), ([0.43, 0.411, 0.296], [0.213, 0.156, 0.143])]
+)
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+@pytest.mark.parametrize("white", [1, 255])
+def test_what_the_weights_ask_for_is_never_warned_of(tmp_path: Path, weights: Any, order: str, white: int) -> None:
+    """timm's own means and stds among it; left to the weights, or stated in other units."""
+    mean, std = weights
+    units = {"channel_order": order, "input_range": white}
+    assert own(tmp_path, mean, std, **units) == ()
+    turn = -1 if order == "bgr" else 1
+    stated = {key: [value * white for value in values[::turn]] for key, values in (("mean", mean), ("std", std))}
+    assert own(tmp_path, mean, std, **units, **stated) == ()
+
+
+def test_where_the_recipe_says_mean_and_std_nothing_is_assumed(tmp_path: Path) -> None:
+    mean, std = IMAGENET
+    assert own(tmp_path, None, None, mean=mean, std=std) == ()
+    (half,) = own(tmp_path, None, None, mean=mean)
+    assert "says nothing of its std: timm's" in half
+    assert "mean (" not in half
+    (both,) = own(tmp_path, None, None)
+    assert "says nothing of its mean and std" in both
+
+
+@pytest.mark.parametrize(
+    ("deploy", "said"),
+    [
+        ({"input_range": 255, "mean": IMAGENET[0], "std": IMAGENET[1]}, ["mean", "std"]),
+        ({"std": [58.4, 57.1, 57.4]}, ["std"]),
+        ({"input_range": 255, "std": [0.229, 0.224, 0.225]}, ["std"]),
+        ({"input_range": 255, "mean": IMAGENET[0]}, ["mean"]),
+        ({"mean": [0, 0, 0], "std": [1, 1, 1]}, []),  # nothing taken off, nothing scaled: some nets do so themselves
+        ({"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}, []),
+        ({"std": [0.02, 0.2, 0.2]}, ["std"]),
+    ],
+)
+def test_other_units_are_warned_of(tmp_path: Path, deploy: dict, said: list[str]) -> None:
+    found = own(tmp_path, *IMAGENET, **deploy)
+    assert [line.partition(" ")[0] for line in found] == said
+    assert all("other units" in line for line in found)
+
+
+def test_a_sidecar_in_other_units(tmp_path: Path) -> None:
+    for mean, std in (([124, 116, 104], [58, 57, 57]), ([0.5, 0.5, -0.1], [0.2] * 3), (HALF, [0, 0.2, 0.2])):
+        with pytest.raises(FgvcError, match="white being 1"):
+            own(tmp_path, mean, std)
+    (wide,) = own(tmp_path, list(HALF), [58.0] * 3)
+    assert "leaves next to nothing" in wide

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,15 +63,21 @@ def _delay(times: int) -> list[onnx.NodeProto]:
 
 
 def save_bundle(
-    folder: Path, scale: float = 10, *, explain: bool = True, delay: int = 0, calibration: Calibration | None = None
+    folder: Path,
+    scale: float = 10,
+    *,
+    explain: bool = True,
+    delay: int = 0,
+    calibration: Calibration | None = None,
+    labels: Sequence[str] = LABELS,
+    preprocess: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A bundle of `network`, in the place of an older one."""
+    """A bundle of `network`, in the place of an older one. `preprocess`: what it does otherwise."""
+    seen = {"size": (SIZE, SIZE), "resize": "squash", "crop_fraction": 1.0, "mean": (0, 0, 0), "std": (1, 1, 1)}
     files: dict[str, Any] = {
         "model.onnx": network(scale, delay=delay),
-        "labels.json": LABELS,
-        "preprocess.json": Preprocess(
-            size=(SIZE, SIZE), resize="squash", crop_fraction=1.0, mean=(0, 0, 0), std=(1, 1, 1)
-        ),
+        "labels.json": list(labels),
+        "preprocess.json": Preprocess.model_validate(seen | dict(preprocess or {})),
         "contract.json": {"num_classes": 3},
         "metrics.json": {},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +69,45 @@ def test_a_new_bundle_takes_the_place_and_a_bad_one_does_not(
     assert models.get(None).name == "a"
     with pytest.raises(Refusal, match="no model 'c' here; there are: a, b"):
         models.get("c")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": ["green", "red", "蓝"]},
+        {"labels": ["red", "green", "blue"]},
+        {"preprocess": {"channel_order": "bgr"}},
+        {"preprocess": {"mean": (0.5, 0.5, 0.5)}},
+        {"preprocess": {"interpolation": "bilinear"}},
+    ],
+)
+def test_a_bundle_that_is_fed_or_read_otherwise_takes_no_place_unless_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    folder = save_bundle(tmp_path / "a", 1)
+    models, told = Models({"a": folder}, threads=1), Models({"a": folder}, threads=1, any_bundle=True)
+    save_bundle(folder, 2, **change)
+    for changed_only in (True, True, False):
+        models.reload(changed_only=changed_only)
+        assert (scale(models, "a"), models.get("a").labels[0]) == (1, "red")
+    assert (models.failures["a"], models.reloads["a"]) == (2, 0)
+    said = capsys.readouterr().err
+    assert "a: not reloaded, the old one goes on: not a drop-in" in said
+    assert next(iter(change.get("preprocess", {"labels": 0}))) in said
+    assert "--any-bundle" in said
+    told.reload(changed_only=True)
+    assert (scale(told, "a") != 1, told.failures["a"]) == (True, 0)
+
+    save_bundle(folder, 3)  # back to what is served
+    models.reload(changed_only=True)
+    assert (scale(models, "a"), models.reloads["a"]) == (3, 1)
+
+
+def test_the_same_preprocessing_in_other_words_takes_the_place(tmp_path: Path) -> None:
+    models = Models({"a": save_bundle(tmp_path / "a", 1)}, threads=1)
+    save_bundle(tmp_path / "a", 2, preprocess={"input_range": 255, "std": (255, 255, 255), "fill": (0, 0, 0)})
+    models.reload()
+    assert (scale(models, "a"), models.failures["a"]) == (2, 0)
 
 
 def test_a_bundle_that_is_replaced_while_it_is_read_is_read_again(
