@@ -156,7 +156,7 @@ def bench_maps(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
             features = net.forward_features(batch.x)  # type: ignore[operator]
         for method in get_args(Method):
             if refusal(net, recipe.image.size, method) is None:
-                make = partial(Mapper(net), features, batch.target, method)
+                make = partial(Mapper(net), features, batch.target, method, batch.x.shape[2:])
                 name = f"map: {method} / plain step ({_about(recipe)})"
                 found.append(interleaved(name, make, step, pairs=pairs))
     return found

@@ -98,7 +98,7 @@ class View:
     gated: bool = True  # whether gates act on it
 
 
-def _no_maps(features: Tensor, target: Target, method: Any) -> Tensor:
+def _no_maps(features: Tensor, target: Target, method: Any, size: Sequence[int]) -> Tensor:
     raise FgvcError("an output that was made by hand has no class maps")
 
 
@@ -110,13 +110,13 @@ class Output:
     features: Tensor  # (V,C,h,w) or the backbone's own layout: output of forward_features
     logits: Tensor  # (V,K)
     taps: Mapping[str, Tensor] = field(default_factory=dict)  # the taps that techniques asked for, this view's rows
-    mapper: Callable[[Tensor, Target, Any], Tensor] = _no_maps  # that network's fgvc.cam.maps.Mapper
+    mapper: Callable[[Tensor, Target, Any, Sequence[int]], Tensor] = _no_maps  # that network's fgvc.cam.maps.Mapper
     _maps: dict[str, Tensor] = field(default_factory=dict)
 
     def map(self, method: str) -> Tensor:
         """(V,h,w) float32, detached: the map of each sample's class (of most weight). Made once, whoever asks."""
         if method not in self._maps:
-            self._maps[method] = self.mapper(self.features, self.view.target, method)
+            self._maps[method] = self.mapper(self.features, self.view.target, method, self.view.x.shape[2:])
         return self._maps[method]
 
 

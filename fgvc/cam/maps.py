@@ -6,7 +6,7 @@ detached copy of the features, in float32, with dropout off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, cast
 
@@ -20,15 +20,16 @@ Method = Literal["cam", "gradcam", "gradcam++"]
 
 
 class Mapper:
-    """Class maps of one network: `mapper(features, target, method)`."""
+    """Class maps of one network: `mapper(features, target, method, size)`."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
 
-    def __call__(self, features: Tensor, target: Target, method: Method) -> Tensor:
+    def __call__(self, features: Tensor, target: Target, method: Method, size: Sequence[int] | None = None) -> Tensor:
         """(B,h,w) float32, detached: of the class of most weight, from features as `forward_features` gives them.
 
-        cam is signed; the gradient methods are >= 0. All are raw: see `normalised`.
+        `size`: of the images, as of `feature_map`. cam is signed; the gradient methods are >= 0. All are raw: see
+        `normalised`.
         """
         labels = dominant(target)
         weight = next(self.net.parameters())
@@ -36,11 +37,11 @@ class Mapper:
         with torch.autocast(features.device.type, enabled=False):
             if method == "cam":
                 classifier = cast("nn.Linear", self.net.get_classifier())  # type: ignore[operator]
-                maps = cam(feature_map(self.net, features), classifier.weight.detach(), labels)
+                maps = cam(feature_map(self.net, features, size), classifier.weight.detach(), labels)
             else:
                 by = grad_cam if method == "gradcam" else grad_cam_plus_plus
                 gradients = self._gradients(features, labels)
-                maps = by(feature_map(self.net, features), feature_map(self.net, gradients))
+                maps = by(feature_map(self.net, features, size), feature_map(self.net, gradients, size))
         return maps.float()
 
     def _gradients(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def closed_form(net: nn.Module, size: tuple[int, int]) -> tuple[nn.Linear | None
             return None, f"forward_features gives a {type(features).__name__}"
         features = 2 * _noise_like(features) - 1  # signed: an activation before the pooling must show
         try:
-            pooled = feature_map(net, features).mean((2, 3))
+            pooled = feature_map(net, features, size).mean((2, 3))
         except FgvcError as error:
             return None, str(error)
         if pooled.shape[1] != linear.in_features:
@@ -131,14 +132,14 @@ def refusal(net: nn.Module, size: tuple[int, int], method: Method) -> str | None
             zeros = torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device)
             features = net.forward_features(zeros)  # type: ignore[operator]
         try:
-            feature_map(net, features)
+            feature_map(net, features, size)
         except FgvcError as error:
             return str(error)
         leaf = (_noise_like(features) + 0.5).requires_grad_()
         read = net.forward_head(leaf, pre_logits=True)  # type: ignore[operator]
         # Not of the logits: some classifiers start at zero. Not of the plain sum: a layer norm's has no gradient.
         (gradient,) = torch.autograd.grad((read * _noise_like(read)).sum(), leaf)
-        if not feature_map(net, gradient).abs().max() > 0:
+        if not feature_map(net, gradient, size).abs().max() > 0:
             return (
                 f"the head of this {type(net).__name__} reads the class token alone, so the last features of the "
                 "patches have no gradient and no map"

@@ -158,7 +158,7 @@ class AblationCAM(ScoreCAM):
         falls = []
         for part in torch.from_numpy(chosen).split(self.batch):
             ablated = features.repeat(len(part), *(1 for _ in features.shape[1:]))
-            feature_map(self.model.net, ablated)[torch.arange(len(part)), part] = 0  # a view
+            feature_map(self.model.net, ablated, x.shape[2:])[torch.arange(len(part)), part] = 0  # a view
             falls.append(logit - self.model.behind(x.expand(len(part), -1, -1, -1), ablated)[:, label])
         return torch.cat(falls)
 

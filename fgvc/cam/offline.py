@@ -67,7 +67,7 @@ class ClassMaps:
         with torch.no_grad():
             weight = next(model.net.parameters())
             model(torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device))
-        _, self.width, *cells = feature_map(model.net, model.tapped).shape  # channels there are
+        _, self.width, *cells = feature_map(model.net, model.tapped, size).shape  # channels there are
         self.cells: tuple[int, ...] = tuple(cells)  # (h,w) of every map before it is enlarged
         self._channels = channels
 
@@ -84,7 +84,7 @@ class ClassMaps:
         from fgvc.cam.method import Finer
 
         target = Finer if method == "finercam" else ClassifierOutputTarget
-        cam = self._made(method)
+        cam = self._made(method, x.shape[2:])
         kept: list[np.ndarray] = []
         whole = cam.get_cam_image
 
@@ -121,12 +121,12 @@ class ClassMaps:
             return self.width if cheap else min(CHANNELS, self.width)
         return min(self._channels, self.width) or self.width
 
-    def _made(self, method: str) -> Any:
+    def _made(self, method: str, size: Sequence[int]) -> Any:
         import pytorch_grad_cam  # slow to import, and needed here alone
 
         from fgvc.cam import method as own
 
-        model, layout = self._model, partial(feature_map, self.net)
+        model, layout = self._model, partial(feature_map, self.net, size=size)
         if method == "cam":
             assert self._linear is not None, "it was looked for when this was made"
             return own.CAM(model, layout, self._linear.weight)

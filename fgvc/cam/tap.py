@@ -61,11 +61,8 @@ def tap(net: nn.Module, size: tuple[int, int]) -> Tap:
     reason = refusal(net, size, "gradcam")
     if reason is None:
         return Tap(net)
-    blocks = getattr(net, "blocks", None)
-    inside = (
-        getattr(blocks[-1], "norm1", None) if isinstance(blocks, nn.Sequential | nn.ModuleList) and blocks else None
-    )
-    if not isinstance(inside, nn.Module):
+    inside = _last_norm(net)
+    if inside is None:
         raise FgvcError(f"no class maps: {reason}")
     found = Tap(net, inside)
     weight = next(net.parameters())
@@ -79,12 +76,23 @@ def tap(net: nn.Module, size: tuple[int, int]) -> Tap:
         noise = torch.rand(read.shape, generator=rng).to(read)
         (gradient,) = torch.autograd.grad((read * noise).sum(), leaf[0], allow_unused=True)
         try:
-            counts = gradient is not None and bool(feature_map(net, gradient).abs().max() > 0)
+            counts = gradient is not None and bool(feature_map(net, gradient, size).abs().max() > 0)
         except FgvcError:
             counts = False
     if not counts:
         raise FgvcError(f"no class maps: {reason}")
     return found
+
+
+def _last_norm(net: nn.Module) -> nn.Module | None:
+    """The norm before the attention by which the class token reads the patches for the last time; XCiT and CaiT have blocks
+    of their own for that."""
+    for name in ("cls_attn_blocks", "blocks_token_only", "blocks"):
+        blocks = getattr(net, name, None)
+        if isinstance(blocks, nn.Sequential | nn.ModuleList) and blocks:
+            norm = getattr(blocks[-1], "norm1", None)
+            return norm if isinstance(norm, nn.Module) else None
+    return None
 
 
 @contextmanager

@@ -164,10 +164,11 @@ class Explain(nn.Module):
     """Logits (B,K) and class activation maps (B,K,h,w): `maps.mean((2, 3)) + bias == logits`. Same weights as the
     plain model; never the deployed file."""
 
-    def __init__(self, plain: nn.Module, linear: nn.Linear) -> None:
+    def __init__(self, plain: nn.Module, linear: nn.Linear, size: tuple[int, int]) -> None:
+        """`size`: height and width of the images."""
         super().__init__()
         self.plain: Any = plain
-        self.linear = linear
+        self.linear, self.size = linear, size
 
     @property
     def bias(self) -> Tensor | None:
@@ -175,14 +176,14 @@ class Explain(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.plain.forward_features(x)
-        maps = torch.einsum("bchw,kc->bkhw", feature_map(self.plain, features), self.linear.weight)
+        maps = torch.einsum("bchw,kc->bkhw", feature_map(self.plain, features, self.size), self.linear.weight)
         return self.plain.forward_head(features), maps
 
 
 def explain_model(plain: nn.Module, *, size: tuple[int, int]) -> tuple[Explain | None, str]:
     """The net that `explain.onnx` is made of, or None where its class maps have no closed form; and the reason."""
     linear, reason = closed_form(plain, size)
-    return (None if linear is None else Explain(plain, linear).eval()), reason
+    return (None if linear is None else Explain(plain, linear, size).eval()), reason
 
 
 def _by_dynamo(model: nn.Module, example: Tensor, axes: Mapping[int, str], names: dict[str, Any]) -> onnx.ModelProto:

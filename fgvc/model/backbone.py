@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import timm
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fgvc.config import Section
 from fgvc.model import deformable  # noqa: F401 - registers its nets with timm
+from fgvc.model.tokens import token_grid
 from fgvc.types import FgvcError
 
 
@@ -106,34 +107,32 @@ def deployed(model: nn.Module) -> nn.Module:
 def feature_layout(net: nn.Module, features: Tensor) -> Literal["NCHW", "NHWC", "tokens"]:
     """The layout of what `forward_features` gave. Raises FgvcError where it is none that fgvc knows."""
     if isinstance(features, Tensor) and features.ndim == 4:
-        last, channels = features.shape[-1], getattr(net, "num_features", features.shape[1])
         declared = getattr(net, "output_fmt", None)
         if declared is not None and str(declared).upper().endswith("NHWC"):
             return "NHWC"
-        return "NHWC" if last == channels != features.shape[1] else "NCHW"
+        stages: Any = getattr(net, "feature_info", None) or ()
+        widths = {getattr(net, "num_features", features.shape[1]), *(stage["num_chs"] for stage in stages)}
+        return "NHWC" if features.shape[-1] in widths and features.shape[1] not in widths else "NCHW"
     if isinstance(features, Tensor) and features.ndim == 3:
         return "tokens"
     shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
     raise FgvcError(f"{type(net).__name__}: features of kind {shape} have no map layout that fgvc knows")
 
 
-def feature_map(net: nn.Module, features: Tensor) -> Tensor:
+def feature_map(net: nn.Module, features: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """Features as (B,C,h,w), whatever the backbone's own layout; a view where possible.
 
-    Raises FgvcError where the tokens are not a square grid after the prefix tokens.
+    `size`: height and width of the input in pixels, which tells how tokens lie (`fgvc.model.tokens.token_grid`); nothing else
+    needs it. Raises FgvcError where tokens form no grid, or, without `size`, might form several.
     """
     layout = feature_layout(net, features)
     if layout == "NCHW":
         return features
     if layout == "NHWC":
         return features.permute(0, 3, 1, 2)
-    tokens = features[:, int(getattr(net, "num_prefix_tokens", 0)) :]
-    grid = getattr(getattr(net, "patch_embed", None), "grid_size", None)
-    side = round(tokens.shape[1] ** 0.5)
-    h, w = grid if grid and grid[0] * grid[1] == tokens.shape[1] else (side, side)
-    if h * w != tokens.shape[1]:
-        raise FgvcError(f"{type(net).__name__}: {tokens.shape[1]} tokens do not form a grid")
-    return tokens.transpose(1, 2).unflatten(2, (h, w))
+    pixels = None if size is None else (int(size[0]), int(size[1]))
+    prefix, grid = token_grid(net, int(features.shape[1]), pixels)
+    return features[:, prefix:].transpose(1, 2).unflatten(2, grid)
 
 
 def scale_cells(net: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
@@ -143,8 +142,9 @@ def scale_cells(net: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
         return features * weights[:, None]
     if layout == "NHWC":
         return features * weights[..., None]
-    prefix = int(getattr(net, "num_prefix_tokens", 0))
-    return torch.cat([features[:, :prefix], features[:, prefix:] * weights.flatten(1)[..., None]], dim=1)
+    cells = weights.flatten(1)[..., None]
+    prefix = features.shape[1] - cells.shape[1]
+    return torch.cat([features[:, :prefix], features[:, prefix:] * cells], dim=1)
 
 
 def head_prefixes(net: nn.Module) -> tuple[str, ...]:

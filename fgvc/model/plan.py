@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal, cast
 
@@ -71,7 +71,7 @@ class Joints:
         """(C,h,w) of the feature map and the width of the pooled features, from one forward of zeros."""
         if self._shapes is None:
             features, pooled = zeros_through(self.net, self.size, pre_logits=True)
-            _, channels, height, width = feature_map(self.net, features).shape
+            _, channels, height, width = feature_map(self.net, features, self.size).shape
             self._shapes = (channels, height, width), pooled.shape[1]
         return self._shapes
 
@@ -141,11 +141,14 @@ class Plan:
     def shape_at(self, module: str) -> tuple[int, int, int]:
         """(C,h,w) of what `Context.grid` makes of this module's output, or of FEATURES. Raises FgvcError where that is no map."""
         with torch.no_grad(), self._noise_through(module) as (f, _):
-            try:
-                _, channels, height, width = feature_map(self._joints.net, f).shape
-            except FgvcError as error:
-                raise FgvcError(f"techniques.{self.kind}: {module}: {error}") from error
+            _, channels, height, width = self._map(module, f).shape
         return channels, height, width
+
+    def _map(self, module: str, f: Tensor) -> Tensor:
+        try:
+            return feature_map(self._joints.net, f, self.size)
+        except FgvcError as error:
+            raise FgvcError(f"techniques.{self.kind}: {module}: {error}") from error
 
     def norms_after(self, module: str) -> int:
         """Batch norms that come behind a module, in the order of registration."""
@@ -157,12 +160,12 @@ class Plan:
         the classifier does not read them."""
         name, net = self.stage(stage), self._joints.net
         with torch.enable_grad(), self._noise_through(name) as (f, features):
-            self.need_cells(feature_map(net, f).shape[2:])
+            self.need_cells(self._map(name, f).shape[2:])
             read = net.forward_head(features, pre_logits=True)  # type: ignore[operator]
             # Not of the plain sum: a layer norm's has no gradient.
             signs = torch.linspace(-1, 1, read.numel(), device=read.device).view_as(read)
             (gradient,) = torch.autograd.grad((read * signs).sum(), f, allow_unused=True)
-            if gradient is None or not feature_map(net, gradient).abs().max() > 0:
+            if gradient is None or not feature_map(net, gradient, self.size).abs().max() > 0:
                 raise FgvcError(
                     f"techniques.{self.kind}: the classifier of a {type(net).__name__} does not read the map at {name} "
                     "(a class token alone, most likely); choose an earlier stage"
@@ -267,7 +270,7 @@ class Context:
     # All three take features as forward_features gives them, and leave the running statistics of a norm in the head alone.
     head: Callable[[Tensor], Tensor]  # -> logits (B,K), through the deployed head
     pooled: Callable[[Tensor], Tensor]  # -> (B,D), what the deployed head's last layer reads
-    grid: Callable[[Tensor], Tensor]  # -> (B,C,h,w), whatever the backbone's layout
+    grid: Callable[..., Tensor]  # -> (B,C,h,w), whatever the layout; of images of this step's size, see `sized`
     # One forward of the clean images through the "net" or the "ema", without gradient and in eval mode, once a step.
     probe: Callable[[str], Output] = _no_probe
     batch: Batch | None = None  # the clean one, where there is a step
@@ -275,6 +278,10 @@ class Context:
     again: bool = False  # a second pass over the same batch (SAM): what is noted for after_step was noted in the first
     kept: dict[str, Any] = field(default_factory=dict)  # of one hook, for a later one of the same step
     shown: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+
+    def sized(self, size: Sequence[int]) -> Context:
+        """The same, for images of another size (height, width) than the step's."""
+        return replace(self, grid=partial(self.grid, size=size))
 
     def show(self, name: str, maps: Tensor, x: Tensor | None = None) -> None:
         """For previews and studies: what was found, (B,h,w) float in [0,1] or bool, on images x (B,3,H,W), None: those of
@@ -289,9 +296,12 @@ def context_of(
     probe: Callable[[str], Output] = _no_probe,
     batch: Batch | None = None,
     *,
+    size: Sequence[int] | None = None,
     again: bool = False,
 ) -> Context:
+    """`size`: of the images (height, width); None: the batch's, or where there is none, that of the plan."""
     branches = dict(joints.branches[kind].named_children()) if kind in joints.branches else {}
+    size = size or (joints.size if batch is None else batch.x.shape[2:])
 
     def head(features: Tensor, *, pre_logits: bool = False) -> Tensor:
         with own_statistics(joints.net, recompute=joints.recompute):
@@ -303,7 +313,7 @@ def context_of(
         branches=branches,
         head=head,
         pooled=partial(head, pre_logits=True),
-        grid=partial(feature_map, joints.net),
+        grid=partial(feature_map, joints.net, size=size),
         probe=probe,
         batch=batch,
         scaled=partial(scale_cells, joints.net),

@@ -137,7 +137,7 @@ def through(net: nn.Module, x: Tensor, *, maps: bool) -> Said:
     with evaluating(net):
         features = net.forward_features(x)  # type: ignore[operator]
         logits = net.forward_head(features)  # type: ignore[operator]
-    return Said(logits.float(), feature_map(net, features).float() if maps else None)
+    return Said(logits.float(), feature_map(net, features, x.shape[2:]).float() if maps else None)
 
 
 def in_order(theirs: tuple[str, ...], ours: tuple[str, ...], *, where: str) -> list[int]:

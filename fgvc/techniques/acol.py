@@ -89,7 +89,7 @@ class Acol:
                 terms.append(cross_entropy(said.mean((2, 3)), target))
             if number + 1 < self.config.heads:
                 if self.config.shared:
-                    maps = main.mapper(seen, target, self._method)
+                    maps = main.mapper(seen, target, self._method, main.view.x.shape[2:])
                 else:
                     maps = said.detach()[torch.arange(len(said)), dominant(target)].float()
                 rest = keep & ~select(normalised(maps) * keep, f.shape[2:], self.config.region)

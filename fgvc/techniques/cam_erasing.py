@@ -104,7 +104,7 @@ class CamErasing:
             if len(main.view.target) == 1:
                 maps = main.map(self._method)
             else:  # mixed: of the image's own label all the same
-                maps = main.mapper(main.features, [(batch.labels, None)], self._method)
+                maps = main.mapper(main.features, [(batch.labels, None)], self._method, batch.x.shape[2:])
             self._new.append((batch.index, batch.geometry, normalised(maps), (height, width)))
         weight = at(1.0 if self.config.weight is None else self.config.weight, ctx.progress)
         if self.config.source != "current" or not weight:

@@ -158,7 +158,7 @@ class StepModule(nn.Module):
         features = self.net.forward_features(x)  # type: ignore[operator]
         logits = self.net.forward_head(features)  # type: ignore[operator]
         output = Output(View(MAIN, x, [(logits.argmax(1), None)]), features, logits, mapper=self._mapper)
-        return logits, lambda: refine(output, context_of(kind, self.joints, Draws(1.0)))
+        return logits, lambda: refine(output, context_of(kind, self.joints, Draws(1.0), size=x.shape[2:]))
 
     def train(self, mode: bool = True) -> StepModule:
         """As ever, but what is frozen stays in eval mode: its batch norms keep their statistics."""
@@ -272,6 +272,7 @@ class StepModule(nn.Module):
     def _gated(
         self, output: Tensor, gate: Callable[[Tensor, Context], Tensor], context: Context, group: Sequence[View]
     ) -> Tensor:
+        context = context.sized(group[0].x.shape[2:])
         if all(view.gated for view in group):
             return gate(output, context)
         parts = output.split([len(view.x) for view in group])

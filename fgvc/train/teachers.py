@@ -196,6 +196,6 @@ def _channels(net: nn.Module, size: tuple[int, int]) -> int | None:
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise FgvcError(f"{type(net).__name__} can't take images of {size[0]} x {size[1]}: {error}") from error
     try:
-        return int(feature_map(net, features).shape[1])
+        return int(feature_map(net, features, size).shape[1])
     except FgvcError:
         return None

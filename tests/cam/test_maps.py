@@ -68,7 +68,7 @@ def test_gradient_maps_are_those_of_pytorch_grad_cam(name: str) -> None:
     for method, kind, scale in (("gradcam", GradCAM, 1), ("gradcam++", GradCAMPlusPlus, 1000)):
         with torch.no_grad():  # theirs adds 1e-6 to the square of the gradient, which must be much larger
             net.get_classifier().weight *= scale
-        found = Mapper(net)(features, [(labels, None)], method)
+        found = Mapper(net)(features, [(labels, None)], method, (size, size))
         expected = theirs(kind, net, net.get_submodule(layer), x, labels, RESHAPE.get(name))
         assert found.shape == expected.shape
         assert found.dtype == torch.float32
@@ -248,10 +248,10 @@ def test_where_cam_is_closed_form_grad_cam_says_the_same(name: str) -> None:
     _, kwargs, _ = NETS[name]
     net = made(name, **kwargs | ({"fc_norm": False} if name == "test_vit" else {}))
     features, target = net.forward_features(pictures(64)), [(torch.tensor([1, 3, 3]), None)]
-    found = Mapper(net)(features, target, "cam")
+    found = Mapper(net)(features, target, "cam", (64, 64))
     assert found.amin() < 0 < found.amax()
     torch.testing.assert_close(
-        Mapper(net)(features, target, "gradcam"), found.relu() / found[0].numel(), rtol=1e-4, atol=1e-5
+        Mapper(net)(features, target, "gradcam", (64, 64)), found.relu() / found[0].numel(), rtol=1e-4, atol=1e-5
     )
 
 

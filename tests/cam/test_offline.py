@@ -372,9 +372,47 @@ def test_other_names_are_refused_with_the_reason() -> None:
 def test_nets_that_can_have_no_such_map_are_refused() -> None:
     with pytest.raises(FgvcError, match=r"cam: .*use gradcam"), looking(made("mobilenetv3_small_100"), SIZE, ["cam"]):
         pass
-    xcit = timm.create_model("xcit_nano_12_p16_224", num_classes=3, img_size=64)
-    with pytest.raises(FgvcError, match="class token"), looking(xcit, (64, 64), ["gradcam"]):
+    pit = timm.create_model("pit_ti_224", num_classes=3, img_size=64)
+    with pytest.raises(FgvcError, match="class token"), looking(pit, (64, 64), ["gradcam"]):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "norm", "size", "cells"),
+    [
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True, "depth": 2}, "blocks.1.norm1", (144, 256), (9, 16)),
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True, "depth": 2}, "blocks.1.norm1", (112, 448), (7, 28)),
+        (
+            "flexivit_small",
+            {"dynamic_img_size": True, "depth": 2, "reg_tokens": 2},
+            "blocks.1.norm1",
+            (64, 128),
+            (4, 8),
+        ),
+        ("xcit_nano_12_p16_224", {"depth": 1}, "cls_attn_blocks.1.norm1", (144, 256), (9, 16)),
+        ("cait_xxs24_224", {"img_size": (64, 256), "depth": 1}, "blocks_token_only.1.norm1", (64, 256), (4, 16)),
+    ],
+)
+def test_class_tokens_read_patches_on_grids_that_are_no_squares(
+    name: str, kwargs: dict, norm: str, size: tuple[int, int], cells: tuple[int, int]
+) -> None:
+    """Cell (i, j) of the map is token `prefix + i * columns + j`, weighted by hand."""
+    net = made(name, **kwargs)
+    x, y = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1)), torch.tensor([2])
+    with looking(net, size, ["gradcam"]) as look:
+        assert look.cells == cells
+        maps, raw = look(x, y, "gradcam")
+    kept: list[Tensor] = []
+    handle = net.get_submodule(norm).register_forward_hook(lambda m, i, o: kept.append(o))
+    z = net(x)
+    handle.remove()
+    (g,) = torch.autograd.grad(z[0, 2], kept[0])
+    prefix = kept[0].shape[1] - cells[0] * cells[1]
+    assert prefix == net.num_prefix_tokens
+    patches, weight = kept[0][0, prefix:].detach(), g[0, prefix:].mean(0)
+    by_hand = [[float(patches[i * cells[1] + j] @ weight) for j in range(cells[1])] for i in range(cells[0])]
+    torch.testing.assert_close(raw[0], torch.tensor(by_hand), rtol=1e-3, atol=1e-3 * float(raw.abs().max()))
+    assert maps.shape == (1, *size)
 
 
 def test_costs_are_said(monkeypatch: pytest.MonkeyPatch) -> None:

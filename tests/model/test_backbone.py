@@ -175,7 +175,7 @@ def test_feature_layouts(name: str, kwargs: dict, layout: str) -> None:
     model = plain_model(name, 3, kwargs).eval()
     features = model.forward_features(torch.randn(2, 3, 64, 64))
     assert feature_layout(model, features) == layout
-    maps = feature_map(model, features)
+    maps = feature_map(model, features, (64, 64))
     assert maps.shape[:2] == (2, model.num_features)
     if layout == "tokens":
         width = maps.shape[3]
