@@ -54,12 +54,25 @@ def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
         if (table := lines(rows, part=part, budget=budget, base=base))
     ]
     text = "".join(f"## {section.title}\n\n{markdown(section.found)}\n" for section in found)
-    write_atomic(out / "table.md", f"# {plan.name}\n\n{text}")
     graphs = sorted({row["graph"] for row in rows})
+    feeds = _feeds(rows)
+    apart = "".join(f"- {fed}: {', '.join(arms)}\n" for fed, arms in feeds.items()) if len(feeds) > 1 else ""
+    warned = f"The arms are not fed alike, so they are no drop-ins for one another:\n\n{apart}\n" if apart else ""
+    write_atomic(out / "table.md", f"# {plan.name}\n\n{warned}{text}")
     page = render(
-        "ablate.html", title=plan.name, base=base, sections=found, graphs=graphs, nan=math.isnan, points=points
-    )
+        "ablate.html", title=plan.name, base=base, sections=found, graphs=graphs, feeds=feeds, nan=math.isnan,
+        points=points,
+    )  # fmt: skip
     write_atomic(out / "table.html", page)
+
+
+def _feeds(rows: Sequence[Result]) -> dict[str, list[str]]:
+    """How runs are fed, and the arms that are fed so: one `deploy` leaves what it does not say to an arm's own weights."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.get("fed"):  # lines of older versions do not say
+            found.setdefault(str(row["fed"]), {})[str(row["arm"])] = None
+    return {fed: list(arms) for fed, arms in found.items()}
 
 
 def forest(table: Sequence[Line]) -> Figure | None:

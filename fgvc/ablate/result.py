@@ -20,6 +20,7 @@ from fgvc.export.onnx import Interface, export_onnx
 from fgvc.export.plain import strip
 from fgvc.export.prove import Structural, compare_structure, untie
 from fgvc.export.reference import independent_plain
+from fgvc.image.preprocess import described
 from fgvc.model.backbone import deployed
 from fgvc.train import checkpoint
 from fgvc.train.loop import train
@@ -38,6 +39,7 @@ WORDS = {
     "select",
     "graph",
     "plain",
+    "fed",
     "settings",
     "recipe",
     "fgvc",
@@ -110,6 +112,7 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -
         "select": seen.select,
         "graph": graph.sha256,
         "plain": graph.reference_sha256,
+        "fed": described(seen.preprocess),
         "settings": cell.trial.overrides,
         "recipe": digest(cell.recipe),
         **{key: facts[key] for key in ("fgvc", "torch", "timm", "cpu")},

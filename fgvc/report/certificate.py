@@ -12,11 +12,15 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.evaluate.subject import Answers, Subject
 from fgvc.export.bundle import Bundle
 from fgvc.export.prove import BATCH_TOLERANCE, FOLD_TOLERANCE, ONNX_TOLERANCE, SHIPPED_TOLERANCE
+from fgvc.image.preprocess import differences
+from fgvc.naming import relabelled
 from fgvc.serve.engine import Session
 from fgvc.types import FgvcError
 
 IMAGES = 8  # asked of both
 SAME = 1e-3  # of logits, relative to max(1, |logit|): ten times what the proofs allow; other weights are hundreds away
+
+AROUND = {"preprocess": "its preprocessing", "labels": "the order of its labels"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +75,27 @@ class Certificate:
         return [
             ("bundle", str(self.bundle.folder)),
             ("graph, SHA-256", contract["sha256"]),
-            ("a drop-in for", f"{contract['backbone']}, {contract['num_classes']} classes"),
+            ("graph of", f"the plain {contract['backbone']}, {contract['num_classes']} classes"),
             ("deployed file compared", str(contract.get("against") or "none")),
+            *self._drop_in,
             ("interface", inputs),
             ("exporter", f"{contract['exporter']}, opset {interface['opset']}"),
             ("versions", ", ".join(f"{name} {value}" for name, value in contract["versions"].items())),
         ]
+
+    @property
+    def _drop_in(self) -> list[tuple[str, str]]:
+        """What was proved of its taking the deployed file's place; nothing where none was compared."""
+        if not self.bundle.contract.get("against"):
+            return []
+        known = self.bundle.contract.get("deployed") or {}  # older bundles say nothing
+        open_ = [what for key, what in AROUND.items() if known.get(key) != "the same"]
+        said = (
+            f"not proved: {' and '.join(open_)} only assumed"
+            if open_
+            else "graph, preprocessing and labels are the same"
+        )
+        return [("a drop-in for it", said)]
 
 
 def certificates(
@@ -91,11 +110,12 @@ def certificates(
         away = {
             at: _distance(bundle, seen, answer)
             for at, (seen, answer) in enumerate(zip(subjects, answers, strict=True))
-            if (bundle.labels, bundle.preprocess) == (seen.classes, seen.preprocess)
+            if not _apart(bundle, seen)
         }
         if not away:
             raise FgvcError(
-                f"{bundle.folder}: other classes or another preprocessing than the run's: not exported from it"
+                f"{bundle.folder}: other classes or another preprocessing than the run's: not exported from it; the bundle's "
+                f"against {subjects[0].run}'s: {'; '.join(_apart(bundle, subjects[0]))}"
             )
         nearest = min(away, key=lambda at: away[at].worst)
         if not away[nearest].worst <= SAME:
@@ -105,6 +125,10 @@ def certificates(
             )
         found[nearest] = away[nearest]
     return found
+
+
+def _apart(bundle: Bundle, seen: Subject) -> list[str]:
+    return [*differences(bundle.preprocess, seen.preprocess), *relabelled(bundle.labels, seen.classes)]
 
 
 def _distance(bundle: Bundle, seen: Subject, answer: Answers) -> Certificate:

@@ -17,6 +17,7 @@ from fgvc.evaluate.calibration import Calibrated, calibrate
 from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, of_logits
 from fgvc.evaluate.subject import Answers, Subject, subject
 from fgvc.export.bundle import load_bundle
+from fgvc.image.preprocess import described
 from fgvc.naming import told_apart
 from fgvc.page.render import render
 from fgvc.recipe import Recipe, Selected
@@ -65,6 +66,7 @@ class Chapter:
         return {
             "network": f"{recipe.model.backbone} at {size}",
             "techniques": ", ".join(kind for kind in CONFIGS if getattr(recipe.techniques, kind) is not None) or "none",
+            "preprocessing": described(self.seen.preprocess),
             "weights": self.seen.select,
             "epochs": done + ("" if seconds is not None else ", not finished"),
             "training time": duration(seconds) if seconds is not None else "",

@@ -178,3 +178,17 @@ def test_differences_are_drawn_where_there_are_any(tmp_path: Path, seed: int) ->
     plan = SimpleNamespace(name="s", trials=trials, base=trials[0], study=SimpleNamespace(budget=["epochs"]))
     write_tables(cast(Plan, plan), tmp_path, [row("plain", 0, 0.5), row("other", seed, 0.6)])
     assert ("<figure>" in (tmp_path / "table.html").read_text(encoding="utf-8")) is (seed == 0)
+
+
+def test_arms_that_are_not_fed_alike_are_named(tmp_path: Path) -> None:
+    """Their weights ask for other means, where `deploy` says none: equal graphs, but one could not take the other's place."""
+    trials = [SimpleNamespace(arm=arm, number=1) for arm in ("plain", "other")]
+    plan = SimpleNamespace(name="s", trials=trials, base=trials[0], study=SimpleNamespace(budget=["epochs"]))
+    half, imagenet = "mean (0.5, 0.5, 0.5)", "mean (0.485, 0.456, 0.406)"
+    for feeds, warned in ((["", half], False), ([half, half], False), ([imagenet, half], True)):
+        known = [row(arm, 0, 0.5, fed=fed) for arm, fed in zip(("plain", "other"), feeds, strict=True)]
+        write_tables(cast(Plan, plan), tmp_path, known)
+        for file in ("table.md", "table.html"):
+            text = (tmp_path / file).read_text(encoding="utf-8")
+            assert ("not fed alike" in text) is warned
+            assert (imagenet in text) is warned

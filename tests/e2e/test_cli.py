@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from fgvc import api
 from fgvc.cli import main
+from fgvc.export.bundle import write_bundle
 from fgvc.model.backbone import plain_model
 from fgvc.template import recipe_file, run_name
 from tests.serve.small import serving
@@ -283,12 +284,116 @@ def test_export_against_a_deployed_file(fgvc: Callable[..., Said], run: Path, bu
     )
 
 
+def fed(bundle: Path, **changed: object) -> str:
+    return json.dumps(json.loads((bundle / "preprocess.json").read_text()) | changed)
+
+
+def turned_bundle(bundle: Path, folder: Path, **changed: object) -> Path:
+    """The same model in a stack with the labels turned round, or fed otherwise."""
+    names = ("model.onnx", "labels.json", "preprocess.json", "contract.json", "metrics.json")
+    files = {name: (bundle / name).read_bytes() for name in names}
+    labels = json.loads(files["labels.json"])
+    changed_files = (
+        {"preprocess.json": fed(bundle, **changed)} if changed else {"labels.json": json.dumps(labels[::-1])}
+    )
+    write_bundle(folder, files=files | {name: text.encode() for name, text in changed_files.items()})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "labels: 2 of 3 outputs"),
+        ({"channel_order": "bgr"}, "channel_order: rgb against bgr"),
+        ({"mean": [0.5, 0.5, 0.5]}, "mean of R, G, B: "),
+        ({"resize": "squash"}, "resize: crop against squash"),
+    ],
+)
+def test_export_against_a_stack_that_feeds_or_reads_otherwise_is_refused_before_any_work(
+    fgvc: Callable[..., Said],
+    run: Path,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, object],
+    said: str,
+) -> None:
+    monkeypatch.setattr(api, "subject", lambda *_: pytest.fail("the net was opened"))
+    other = turned_bundle(bundle, tmp_path / "other", **changed)
+    lone = tmp_path / "lone" / "deployed.onnx"
+    lone.parent.mkdir()
+    shutil.copy(bundle / "model.onnx", lone)
+    (tmp_path / "labels.txt").write_text("\n".join(json.loads((other / "labels.json").read_text())))
+    stated = [
+        (other,),
+        (other / "model.onnx",),
+        (lone, "--labels", tmp_path / "labels.txt", "--preprocess", other / "preprocess.json"),
+        (lone, "--preprocess" if changed else "--labels", other / ("preprocess.json" if changed else "labels.json")),
+    ]
+    for against in stated:
+        refused = fgvc("export", run, "-o", tmp_path / "new", "--against", *against, code=2).stderr
+        assert "is not a drop-in for" in refused
+        assert said in refused
+        assert not (tmp_path / "new").exists()
+
+
+def test_what_is_stated_of_a_deployed_stack_in_part_or_twice_is_refused(
+    fgvc: Callable[..., Said], run: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "subject", lambda *_: pytest.fail("the net was opened"))
+    shutil.copy(bundle / "model.onnx", tmp_path / "lone.onnx")
+    (tmp_path / "part.json").write_text(json.dumps({"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}))
+    export = ("export", run, "-o", tmp_path / "new")
+    against = ("--against", tmp_path / "lone.onnx")
+    said = fgvc(*export, *against, "--preprocess", tmp_path / "part.json", code=2).stderr
+    assert "says nothing of resize, crop_fraction, interpolation, channel_order, input_range, fill" in said
+    own = fgvc(*export, "--against", bundle, "--labels", bundle / "labels.json", code=2).stderr
+    assert "has its own" in own
+    assert "--against" in fgvc(*export, "--labels", bundle / "labels.json", code=2).stderr
+    assert "no such bundle or .onnx" in fgvc(*export, "--against", tmp_path / "nothing.onnx", code=2).stderr
+
+
+def test_a_lone_deployed_file_proves_nothing_of_what_is_around_it(
+    fgvc: Callable[..., Said], run: Path, bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copy(bundle / "model.onnx", tmp_path / "lone.onnx")
+    export = ("export", run, "-o", tmp_path / "new", "--against", tmp_path / "lone.onnx")
+    said = fgvc(*export).stdout
+    assert "drop-in replacement" not in said
+    assert sum("not proved: " in line and "blue, green, red" in line for line in said.splitlines()) == 1
+    known = json.loads((tmp_path / "new" / "contract.json").read_text())["deployed"]
+    assert known == {"preprocess": "not known", "labels": "not known"}
+    page = tmp_path / "report.html"
+    fgvc("report", run, "--bundle", tmp_path / "new", "--images", 1, "--out", page)
+    assert "not proved: its preprocessing and the order of its labels only assumed" in page.read_text(encoding="utf-8")
+
+    stated = ("--labels", bundle / "labels.json", "--preprocess", bundle / "preprocess.json", "--overwrite")
+    said = fgvc(*export, *stated).stdout
+    assert "a drop-in replacement of" in said
+    assert "not proved" not in said
+    known = json.loads((tmp_path / "new" / "contract.json").read_text())["deployed"]
+    assert known == {"preprocess": "the same", "labels": "the same"}
+    fgvc("report", run, "--bundle", tmp_path / "new", "--images", 1, "--out", page)
+    assert "graph, preprocessing and labels are the same" in page.read_text(encoding="utf-8")
+    assert fgvc("verify", tmp_path / "new").stdout
+
+
+def test_a_bundle_of_another_preprocessing_certifies_no_run(
+    fgvc: Callable[..., Said], run: Path, bundle: Path, tmp_path: Path
+) -> None:
+    other = turned_bundle(bundle, tmp_path / "other", interpolation="nearest")
+    said = fgvc("report", run, "--bundle", other, "--out", tmp_path / "r.html", code=2).stderr
+    assert "not exported from it" in said
+    assert "interpolation: nearest against" in said
+    same = turned_bundle(bundle, tmp_path / "same", fill=[0, 0, 0])  # nothing pads
+    fgvc("report", run, "--bundle", same, "--images", 1, "--out", tmp_path / "r.html")
+
+
 def test_verify_says_where_two_files_differ(fgvc: Callable[..., Said], bundle: Path, tmp_path: Path) -> None:
     done = fgvc("verify", bundle / "explain.onnx", "--against", bundle / "model.onnx", code=1)
     assert "maps" in done.stdout
     assert "NOT a drop-in" in done.stdout
     flipped = bytearray((bundle / "model.onnx").read_bytes())
-    import shutil
 
     shutil.copytree(bundle, tmp_path / "flipped")
     flipped[len(flipped) // 2] ^= 1

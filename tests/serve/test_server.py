@@ -16,7 +16,7 @@ import pytest
 
 from fgvc.cli import main
 from tests.serve.corpus import corpus
-from tests.serve.small import SIZE, Server, bomb, picture, save_bundle, serving
+from tests.serve.small import LABELS, SIZE, Server, bomb, picture, save_bundle, serving
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1", "localhost", "::1"])
 X = np.random.default_rng(0).random((2, 3, SIZE, SIZE), dtype=np.float32)
@@ -339,6 +339,19 @@ def test_a_link_that_is_turned_is_followed(tmp_path: Path) -> None:
         scratch.replace(current)
         until(lambda: classify(server).json()["predictions"] != first["predictions"])
         assert server.metric('fgvc_reloads_total{model="current"}') == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--any-bundle"]])
+def test_a_bundle_of_another_label_order_is_taken_only_where_it_is_said(tmp_path: Path, flags: list[str]) -> None:
+    folder = save_bundle(tmp_path / "a", 1)
+    with serving(tmp_path, folder, "--poll", 0.05, *flags) as server:
+        before = classify(server).json()["predictions"]
+        save_bundle(folder, 1, labels=LABELS[::-1])
+        counted = "fgvc_reloads_total" if flags else "fgvc_reload_failures_total"
+        until(lambda: server.metric(f'{counted}{{model="a"}}') == 1)
+        after = classify(server).json()["predictions"]
+        assert (after == before) is (not flags)
+        assert ("not a drop-in" in server.errors.read_text()) is (not flags)
 
 
 def test_the_key_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
