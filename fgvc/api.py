@@ -23,12 +23,13 @@ from fgvc.data.suspects import suspects as find_suspects
 from fgvc.disk import refuse_file, write_atomic, writing
 from fgvc.evaluate import metrics
 from fgvc.evaluate.averaged import Views, averaged, canvas, refined
-from fgvc.evaluate.calibration import FEWEST, KEEP, Calibrated, calibrate, spread
+from fgvc.evaluate.calibration import FEWEST, KEEP, Calibrated, spread
 from fgvc.evaluate.features import features, frozen, normalisation
 from fgvc.evaluate.plot import plot_calibration, plot_confusion
 from fgvc.evaluate.sample import Sample
 from fgvc.evaluate.side import Versus, ask, images_of, open_sides
-from fgvc.evaluate.subject import Subject, onnx_answers, subject
+from fgvc.evaluate.subject import Subject, subject
+from fgvc.evaluate.temperature import PART, Known, calibration, refuse_other_file
 from fgvc.explain import explain
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
@@ -40,7 +41,6 @@ from fgvc.page.data import data_page
 from fgvc.preview import Preview, preview
 from fgvc.recipe import Recipe, Selected, load_recipe
 from fgvc.report.document import report
-from fgvc.serve.engine import Session, refuse_no_numbers
 from fgvc.train.events import as_csv
 from fgvc.train.forecast import Forecast, forecast
 from fgvc.train.loop import train
@@ -71,7 +71,7 @@ class Evaluation:
     right: NDArray[np.bool_]  # (N,) of the readable images, in the order of the data
     unreadable: tuple[str, ...]
     classes: tuple[str, ...]
-    calibrated: Calibrated | None  # None with averaged views, which no bundle has
+    calibrated: Calibrated | None  # None with averaged views, which no bundle has: their probabilities are not calibrated
     stored: bool = True  # in the run; not where that can't be written
 
 
@@ -82,7 +82,7 @@ class Exported:
     bundle: Path
     select: Selected
     proven: Proven
-    calibrated: Calibrated | None  # None: no validation image that can be read; in the bundle where there are enough
+    calibration: Known  # the run's; in the bundle where there are FEWEST images or more
     beside: tuple[Beside, ...] = ()
     against: Path | None = None  # the deployed bundle or file that it was held against
     around: Agreement | None = None  # how it is fed and read beside that
@@ -163,8 +163,9 @@ def evaluate(
     attends to; no bundle does, so it is recorded under a key of its own.
     Writes `metrics.json`, `tables/{classes,confused,reliability,risk-coverage}-<split>.csv` and
     `plots/{confusion,reliability,risk-coverage}-<split>.png` into the run (`-<split>-<select>` for other weights than the
-    recipe's selection), calibration by up to 10,000 of the images and without `views` only; of a run that can't be written
-    nothing is stored, and stderr says so. Raises FgvcError where the part is empty.
+    recipe's selection), calibration by up to 10,000 of the images and without `views` only: the temperature and threshold are
+    the run's own, fitted on its validation part, whatever is scored. Of a run that can't be written nothing is stored, and
+    stderr says so. Raises FgvcError where the part is empty.
     """
     measured(run, "metrics.json")  # can be added to
     seen = subject(run, select, branches=views == "refined")
@@ -191,6 +192,7 @@ def evaluate(
                 yield batch.images, batch.labels
 
         scores = metrics.evaluate(sample, batches(), classes=len(index.classes), device=where, memory_format=layout)
+    found = _calibrated(seen, part, sample, device) if views is None else None
     name = part if views is None else f"{part}-{views}"
     title = f"{part}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
     stem = "-".join([name, *seen.apart])
@@ -198,12 +200,13 @@ def evaluate(
     tables: dict[str, Any] = {
         "classes": scores.by_class(index.classes), "confused": scores.confused(index.classes)
     }  # fmt: skip
-    if (found := sample.calibrated()) is not None:
+    if found is not None:
         files |= {f"plots/{file}": picture for file, picture in plot_calibration(found, part=stem).items()}
-        tables |= {"reliability": found.rows(), "risk-coverage": found.curve.rows()}
+        tables |= {"reliability": found.rows(), "risk-coverage": found.curve_rows()}
     files |= {f"tables/{table}-{stem}.csv": as_csv(lines).encode() for table, lines in tables.items()}
-    numbers = {"metrics.json": {f"{name}.{chosen}": scores.numbers()}}
-    stored = leave(run, files, rows=numbers, identity=seen.identity)
+    unfitted = {"calibrated": False, "note": "no temperature is fitted for averaged views"}
+    numbers = scores.numbers() | {"calibration": unfitted if found is None else found.numbers()}
+    stored = leave(run, files, rows={"metrics.json": {f"{name}.{chosen}": numbers}}, identity=seen.identity)
     return Evaluation(run, name, chosen, scores, sample.right, tuple(unreadable), index.classes, found, stored)
 
 
@@ -223,10 +226,10 @@ def export(
 
     `against`: the deployed bundle or file that it must be a drop-in for: in its graph, and in how it is fed and read as far as
     that is known, by what lies beside the file or by what `labels` and `preprocess`, files as in a bundle, state of it.
-    `keep`: share of the right answers that the threshold for "none of these" keeps, 1 for no threshold; it and a temperature are
-    fitted on up to 10,000 validation images, as the exported file sees them. `variants`: int8 and fp16 files to put beside it.
-    Raises FgvcError where any proof fails, the deployed stack is known to feed or to read its model otherwise, or logits are no
-    numbers, and writes no bundle.
+    `keep`: share of the right answers that the threshold for "none of these" keeps, 1 for no threshold; it and the temperature
+    are the run's own, see `fgvc.evaluate.temperature`, and checked on the exported file. `variants`: int8 and fp16 files to put
+    beside it. Raises FgvcError where any proof fails, the deployed stack is known to feed or to read its model otherwise, or
+    logits are no numbers, and writes no bundle.
     """
     refuse_target(out, overwrite=overwrite)
     if not 0 < keep <= 1:
@@ -258,9 +261,10 @@ def export(
     }
     if proven.explain is not None:
         files["explain.onnx"] = proven.explain
-    found = _calibrated(seen, proven.model, keep=keep)
-    if found is not None and found.images >= FEWEST:
-        files["calibration.json"] = found.stored("val")
+    found = calibration(seen, keep=keep)
+    refuse_other_file(seen, found, proven.model)
+    if found.calibration is not None and found.calibration.images >= FEWEST:
+        files["calibration.json"] = found.calibration
     beside = make_variants(seen, proven, variants or Variants())
     files |= {one.file: one.made.model for one in beside}
     files["contract.json"] |= {one.made.variant: one.section for one in beside}
@@ -327,18 +331,12 @@ def compare(
     return ask(*sides, images_of(data, sides, split))
 
 
-def _calibrated(seen: Subject, model: bytes, *, keep: float) -> Calibrated | None:
-    """By the logits that the exported model gives for validation images. None where there are none that can be read."""
-    rows = spread(seen.index.rows("val"), len(seen.classes))
-    if not len(rows):
+def _calibrated(seen: Subject, part: Split, sample: Sample, device: str | None) -> Calibrated | None:
+    """What the run's temperature does for the sample. None where none of its images can be read."""
+    given = sample.answers
+    if not len(given[1]):
         return None
-    session = Session(model)
-    try:
-        said = onnx_answers(session, seen.index, rows, spec=seen.preprocess, workers=seen.recipe.train.workers)
-    except FgvcError:  # the model fits, it was proved on images of this size; so it's that none can be read
-        return None
-    refuse_no_numbers(said.logits, seen.run)
-    return calibrate(said.logits, said.labels, keep=keep)
+    return calibration(seen, given=given if part == PART else None, device=device).on(part, given)
 
 
 def _real_images(index: ImageIndex, preprocess: Preprocess) -> Iterable[np.ndarray]:

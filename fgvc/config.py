@@ -103,8 +103,8 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Calibration(Section):
-    """How far a bundle's probabilities can be believed: p = softmax(logits / temperature), and "none of these" where the
-    largest p is below `threshold`. The rest says where both come from; figures `after` are cross-fitted."""
+    """How far the probabilities of a run and of its bundle can be believed: p = softmax(logits / temperature), and "none of
+    these" where the largest p is below `threshold`. The rest says where both come from; figures `after` are cross-fitted."""
 
     temperature: float = Field(ge=0.05, le=20, allow_inf_nan=False)
     threshold: Share = Field(description="0: rejects nothing")
@@ -119,6 +119,11 @@ class Calibration(Section):
     coverage: Share = Field(description="share of the images that get an answer")
     accuracy: Share = Field(description="of those answers")
     note: str = Field("", description="why the temperature is 1, or what to think of it")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the temperature was fitted: where it could not be it is 1, and `note` says why."""
+        return self.temperature != 1 or not self.note
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -13,13 +13,14 @@ import torch
 from PIL import ImageFont
 
 from fgvc.cam.offline import ClassMaps, looking, named
-from fgvc.config import Preprocess
+from fgvc.config import Calibration, Preprocess
 from fgvc.evaluate import font
 from fgvc.evaluate.subject import load_run
+from fgvc.evaluate.temperature import calibration_without_data
 from fgvc.image.sheet import LETTERS
 from fgvc.recipe import Selected
 from fgvc.serve import explain as drawing
-from fgvc.serve.engine import refuse_no_numbers, softmax
+from fgvc.serve.engine import is_rejected, probabilities, refuse_no_numbers
 from fgvc.serve.explain import BundleLooker, Floats, Seen, is_bundle, telling
 from fgvc.serve.predict import expand
 from fgvc.types import FgvcError
@@ -33,6 +34,7 @@ class RunLooker:
     labels: tuple[str, ...]
     spec: Preprocess
     methods: tuple[str, ...]
+    calibration: Calibration | None
     look: ClassMaps
     where: torch.device
     layout: torch.memory_format
@@ -41,7 +43,7 @@ class RunLooker:
         images = torch.from_numpy(x).to(self.where, memory_format=self.layout)
         logits = self.look.logits(images).float().cpu().numpy()
         refuse_no_numbers(logits, self.folder)
-        p = softmax(logits)
+        p = probabilities(logits, self.calibration)
         chosen = p.argmax(1) if label is None else np.full(len(p), label)
         found = {method: self.look(images, torch.from_numpy(chosen), method) for method in self.methods}
         return [
@@ -49,6 +51,7 @@ class RunLooker:
                 int(chosen[at]), p[at],
                 {method: maps[at].numpy() for method, (maps, _) in found.items()},
                 {method: raw[at].numpy() for method, (_, raw) in found.items()},
+                rejected=is_rejected(p[at], self.calibration),
             )
             for at in range(len(p))
         ]  # fmt: skip
@@ -105,6 +108,9 @@ def open_run(
 ) -> Iterator[RunLooker]:
     """The net of a run, on its device; the cost of expensive methods is said on stderr first."""
     seen = load_run(run, select)
+    known = calibration_without_data(seen, device=device)
+    if not known.calibrated:
+        print(f"{run}: its probabilities are not calibrated: {known.reason}", file=sys.stderr)
     with seen.placed(device) as (where, layout), ExitStack() as stack:
         try:
             look = stack.enter_context(looking(seen.step.net, seen.preprocess.size, methods, channels=channels))
@@ -114,8 +120,8 @@ def open_run(
             if (cost := look.cost(method)) is not None:
                 print(f"{run}: {method}: {cost}", file=sys.stderr)
         yield RunLooker(
-            folder=run, labels=seen.classes, spec=seen.preprocess, methods=methods, look=look, where=where,
-            layout=layout,
+            folder=run, labels=seen.classes, spec=seen.preprocess, methods=methods, calibration=known.calibration, look=look,
+            where=where, layout=layout,
         )  # fmt: skip
 
 

@@ -150,8 +150,9 @@ def localize(
         parts=coverage(looked), tables=tuple(run / "tables" / f"{table}-{name}.csv" for table in tables),
         unreadable=looked.unreadable,
     )  # fmt: skip
-    v2 = 100 * result.boxes["true"].max_box_acc_v2
-    title = f"{part}: MaxBoxAccV2 {v2:.1f} % of {result.boxes['true'].images} images ({chosen_method})"
+    true = result.boxes["true"]
+    shares = f"BoxAccV2 {100 * true.box_acc_v2:.1f} % by val's thresholds, MaxBoxAccV2 (oracle) {100 * true.max_box_acc_v2:.1f} %"
+    title = f"{part}: {shares}; {true.images} images ({chosen_method})"
     files = {f"plots/localisation-{name}.png": plot_localisation(looked.found, chosen, title=title)}
     files |= {f"tables/{table}-{name}.csv": as_csv(lines).encode() for table, lines in tables.items()}
     measured_now = {RECORD: {f"{part}.{seen.select}.{chosen_method}": result.numbers()}}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,12 +13,13 @@ from fgvc.ablate.run import Estimate
 from fgvc.api import Evaluation, Exported
 from fgvc.bench import Ratio
 from fgvc.data.checks import Report
-from fgvc.evaluate.calibration import FEWEST, Calibrated
+from fgvc.evaluate.calibration import FEWEST
 from fgvc.evaluate.side import Versus
 from fgvc.export.verify import Comparison, Verification
 from fgvc.localize import Localisation
 from fgvc.report.localisation import COLUMNS
 from fgvc.report.localisation import table as localisation_table
+from fgvc.serve.engine import calibration_word
 from fgvc.train.forecast import Forecast
 from fgvc.types import SPLITS
 from fgvc.variant import Beside
@@ -107,7 +109,9 @@ def scores(result: Evaluation) -> None:
             table.add_row(*(str(value) for value in pair.values()))
         console.print(table)
     if result.calibrated is not None:
-        _calibrated(result.calibrated)
+        _calibration(result.calibrated.numbers(), result.calibrated.curve.area)
+    elif result.split not in SPLITS:
+        console.print("not calibrated: no temperature is fitted for averaged views")
     if result.stored:
         console.print(f"every class and pair: {result.run / 'tables'}", markup=False)
     for error in result.unreadable:
@@ -130,17 +134,20 @@ def localisation(result: Localisation) -> None:
         console.print(f"skipped: {error}", markup=False)
 
 
-def _calibrated(found: Calibrated) -> None:
+def _calibration(found: Mapping[str, Any], area: float | None = None) -> None:
+    """`found`: as `Calibrated.numbers`. `area`: under the curve of risk and coverage."""
     table = _table("calibration", "result")
-    note = f"; {found.note}" if found.note else ""
-    table.add_row("temperature", f"{found.temperature:.3f}, by {found.images} images{note}")
-    before, after = 100 * found.before.ece, 100 * found.after.ece
-    table.add_row("calibration error", f"{before:.1f} %, with it {after:.1f} % (on images that it was not fitted on)")
-    table.add_row("none of these", f"below {100 * found.threshold:.1f} %" if found.threshold else "never")
-    if found.threshold:
-        kept = f"keeps {100 * found.kept:.1f} % of the right answers"
-        table.add_row("", f"{kept}; {100 * found.accuracy:.1f} % of those given are right")
-    table.add_row("risk-coverage area", f"{100 * found.curve.area:.2f} %")
+    said = f"{found['temperature']:.3f}, fitted on {found['fitted_images']} {found['fitted_on']} images"
+    table.add_row("temperature", "; ".join(filter(None, [said if found["calibrated"] else "not calibrated", found["note"]])))
+    before, after = (f"{100 * found[name]:.1f} %" for name in ("ece_before", "ece_after"))
+    own = " (on images that it was not fitted on)"
+    table.add_row("calibration error", f"{before}, with it {after}{own}" if found["calibrated"] else before)
+    table.add_row("none of these", f"below {100 * found['threshold']:.1f} %" if found["threshold"] else "never")
+    if found["threshold"]:
+        kept = f"keeps {100 * found['kept']:.1f} % of the right answers"
+        table.add_row("", f"{kept}; {100 * found['accuracy']:.1f} % of those given are right")
+    if area is not None:
+        table.add_row("risk-coverage area", f"{100 * area:.2f} %")
     console.print(table)
 
 
@@ -158,12 +165,12 @@ def contract(done: Exported) -> None:
     for one in done.beside:
         table.add_row(one.made.variant, _beside(one))
     console.print(table)
-    if done.calibrated is None:
-        console.print("not calibrated: there is no validation image, or none that can be read")
-    elif done.calibrated.images < FEWEST:
-        console.print(f"not calibrated: {done.calibrated.note}")
+    known = done.calibration
+    if known.calibration is None or known.calibration.images < FEWEST:
+        console.print(f"not calibrated: {known.reason}")
     else:
-        _calibrated(done.calibrated)
+        own = known.calibration
+        _calibration(own.model_dump() | {"calibrated": own.calibrated, "fitted_images": own.images})
     for warning in done.proven.warnings:
         console.print(f"warning: {warning}", markup=False)
     if done.around is not None and done.around.unproved:
@@ -197,6 +204,8 @@ def versus(found: Versus, failed: Sequence[str]) -> None:
     console.print(table)
     if rejecting:
         console.print('gain, flips and gates are of the classes named, those that "none of these" holds back included')
+    words = (f"{name} {calibration_word(side.calibrated)}" for name, side, _ in sides)
+    console.print(f"probabilities: {', '.join(words)}")
     table = _table("B against A", "result")
     low, high = 100 * pair.low, 100 * pair.high
     table.add_row("gain", f"{100 * pair.gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")

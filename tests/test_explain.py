@@ -286,7 +286,7 @@ def test_names_of_files_that_do_not_fit(
         (tmp_path / "in" / os.fsdecode(name + b".png")).write_bytes(picture)
     assert fgvc("explain", run, tmp_path / "in", "--out", tmp_path / "out") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.count("\t") for line in lines] == [2, 2, 2]
+    assert [line.count("\t") for line in lines] == [3, 3, 3]
     assert {path.stem for path in (tmp_path / "out/panels").iterdir()} == {"x" * 200, "caf\ufffd", "two\nlines\tand"}
     with np.load(tmp_path / "out/maps/caf\ufffd.npz") as found:
         assert os.fsencode(str(found["path"])) == os.fsencode(tmp_path / "in") + b"/caf\xe9.png"
@@ -316,9 +316,9 @@ def test_a_bundle_that_knows_none_of_these_says_so(
     assert fgvc("predict", held, tmp_path / "in") == 0
     lines = [line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == lines[2:], "as `fgvc predict`"
-    assert captions[0][0] == lines[0][1]
+    assert captions[0][0] == f"{lines[0][1]}, calibrated"
     assert captions[0][0].startswith("none of these (red ")
-    assert captions[1][0] == "red 100.0 %"
+    assert captions[1][0] == "red 100.0 %, calibrated"
     with np.load(tmp_path / "out/maps/grey.npz") as grey, np.load(tmp_path / "out/maps/red.npz") as red:
         assert (bool(grey["rejected"]), bool(red["rejected"])) == (True, False)
     assert fgvc("explain", held, tmp_path / "in/grey.png", "--target", "green", "--out", tmp_path / "green") == 0

@@ -5,7 +5,8 @@
 
 Actors read the images where they run: only paths and answers travel, an actor holds one image at full size, and the list is
 held as a column of strings. On several machines the bundle and the images are at the same place on all of them.
-Columns: path, label, index, probability, rejected ("none of these"), error; where there is an error the others are empty.
+Columns: path, label, index, probability, rejected ("none of these"), error, calibrated (the probability); where there is an
+error the others are empty.
 Exit code 1 where an image could not be read, 2 for a mistake in the command.
 """
 
@@ -31,7 +32,7 @@ from fgvc.types import FgvcError, ImageError
 SCHEMA = pa.schema(
     {
         "path": pa.string(), "label": pa.string(), "index": pa.int32(), "probability": pa.float64(),
-        "rejected": pa.bool_(), "error": pa.string(),
+        "rejected": pa.bool_(), "error": pa.string(), "calibrated": pa.bool_(),
     }
 )  # fmt: skip
 BATCH = 16  # images a forward; on CPUs a larger one is no faster
@@ -66,7 +67,7 @@ def row(path: str | None, said: object) -> dict[str, object]:
     best = said.predictions[0]
     return {
         "path": path, "label": best.label, "index": best.index, "probability": best.probability,
-        "rejected": said.rejected,
+        "rejected": said.rejected, "calibrated": said.calibrated,
     }  # fmt: skip
 
 

@@ -78,7 +78,9 @@ class Classifier:
     def classify(self, body: bytes, top_k: int) -> dict[str, object]:
         answer = self.engine.classify([decode(body, max_pixels=MAX_PIXELS, formats=FORMATS)], top_k=top_k)[0]
         rows = [{"label": p.label, "index": p.index, "probability": p.probability} for p in answer.predictions]
-        return {"model": self.name, "predictions": rows, "rejected": answer.rejected}
+        return {
+            "model": self.name, "predictions": rows, "rejected": answer.rejected, "calibrated": answer.calibrated
+        }  # fmt: skip
 
 
 def _refusal(status: int, reason: str) -> JSONResponse:

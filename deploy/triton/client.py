@@ -38,7 +38,7 @@ def classify(client: InferenceServerClient, model: str, bundle: Bundle, path: Pa
     z = logits(client, model, preprocess(image, bundle.preprocess)[None])
     answer = answers(bundle, z, top_k=top_k)[0]
     rows = [{"label": p.label, "index": p.index, "probability": p.probability} for p in answer.predictions]
-    return {"path": str(path), "rejected": answer.rejected, "predictions": rows}
+    return {"path": str(path), "rejected": answer.rejected, "calibrated": answer.calibrated, "predictions": rows}
 
 
 def main() -> None:

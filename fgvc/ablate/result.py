@@ -126,7 +126,8 @@ def _looked(run: Path, part: Part) -> Result:
         return {"no_maps": str(error)}
     shares = {} if found.parts is None else {"parts_10": found.parts.map[0], "parts_20": found.parts.map[1]}
     true = found.boxes["true"]
-    facts = {"gt_known_loc": true.gt_known_loc, "top1_loc": true.top1_loc, "max_box_acc_v2": true.max_box_acc_v2}
+    facts = {"gt_known_loc": true.gt_known_loc, "top1_loc": true.top1_loc, "box_acc_v2": true.box_acc_v2}
+    facts |= {"max_box_acc_v2": true.max_box_acc_v2}
     return {name: round(value, 6) for name, value in (facts | shares).items()}
 
 

@@ -1,12 +1,13 @@
 """How far a classifier's probabilities can be believed: temperature, calibration error, and when to say "none of these".
 
-Everything is fitted on saved logits, so the network and its graph stay as they are. Needs numpy and scipy, no torch.
+Everything is fitted on logits of the validation part, by `calibrate`, so the network and its graph stay as they are; on any
+other part what was fitted is measured, by `measure`. Needs numpy and scipy, no torch.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ KEEP = 0.95  # share of the right answers that the threshold is to keep
 MAX_IMAGES, MAX_LOGITS = 10_000, 20_000_000  # one temperature needs no more, and memory stays bounded
 
 Floats = NDArray[np.float64]
+Answered = tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]  # logits (N,K), labels (N,), whether the answer is right (N,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +64,12 @@ class RiskCoverage:
 class Calibrated:
     """What N labelled images say of a classifier's confidence, its largest probability.
 
-    `temperature`, `threshold` and `curve` come from all images. `*_after`, `after`, `kept`, `coverage` and `accuracy` are
+    Where temperature and threshold were fitted on these images, `*_after`, `after`, `kept`, `coverage` and `accuracy` are
     cross-fitted: fitted on one half, measured on the other, both ways; so no figure is measured where it was fitted.
     """
 
     images: int
+    known: Calibration | None  # whose temperature and threshold these are; None: of no one, they change nothing
     temperature: float  # divides the logits
     note: str  # why the temperature is 1, or what to think of it; empty: all is well
     nll: float  # mean cross-entropy in nats, at temperature 1
@@ -80,10 +83,35 @@ class Calibrated:
     coverage: float  # share of the images that get an answer
     accuracy: float  # of those answers; 0 where there is none
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the temperature was fitted."""
+        return self.known is not None and self.known.calibrated
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON: what the probabilities are worth on these images, and by what temperature and threshold."""
+        return {
+            "calibrated": self.calibrated,
+            "temperature": self.temperature,
+            "threshold": self.threshold,
+            "fitted_on": "" if self.known is None else self.known.fitted_on,
+            "fitted_images": 0 if self.known is None else self.known.images,
+            "images": self.images,
+            "ece_before": self.before.ece,
+            "ece_after": self.after.ece,
+            "nll_before": self.nll,
+            "nll_after": self.nll_after,
+            "kept": self.kept,
+            "coverage": self.coverage,
+            "accuracy": self.accuracy,
+            "note": self.note,
+        }
+
     def stored(self, fitted_on: str) -> Calibration:
-        """What a bundle keeps of it, to six decimals; the threshold is not rounded up, which might reject one image more."""
+        """What a run and its bundle keep of it, to six decimals."""
         figures = {
             "temperature": self.temperature,
+            "threshold": self.threshold,
             "nll_before": self.nll,
             "nll_after": self.nll_after,
             "ece_before": self.before.ece,
@@ -96,13 +124,23 @@ class Calibrated:
         return Calibration(
             fitted_on=fitted_on,
             images=self.images,
-            threshold=math.floor(self.threshold * 1e6) / 1e6,
             note=self.note,
             **{name: round(value, 6) for name, value in figures.items()},
         )
 
+    @property
+    def source(self) -> str:
+        """Where the temperature comes from, in words."""
+        if self.known is None or not self.known.calibrated:
+            return f"not calibrated: {self.note or 'no temperature was fitted'}"
+        return f"temperature {self.temperature:.3f}, fitted on {self.known.images} {self.known.fitted_on} images"
+
+    def curve_rows(self) -> list[dict[str, Any]]:
+        """Those of the curve, and whether its confidence is calibrated."""
+        return [row | {"calibrated": str(self.calibrated).lower()} for row in self.curve.rows()]
+
     def rows(self) -> list[dict[str, Any]]:
-        """One row a bin, before and after, for a table."""
+        """One row a bin, before and after, for a table; and whether the confidence after is calibrated."""
         edges = np.arange(BINS + 1) / BINS
         sides = (("before", self.before), ("after", self.after))
         return [
@@ -114,26 +152,28 @@ class Calibrated:
                     ("images", of.images[k]), ("confidence", of.confidence[k]), ("accuracy", of.accuracy[k])
                 )
             }
+            | {"calibrated": str(self.calibrated).lower()}
             for k in range(BINS)
         ]  # fmt: skip
 
 
-def calibrate(logits: NDArray[Any], labels: NDArray[Any], *, keep: float = KEEP) -> Calibrated:
-    """Measure and fit on logits (N,K) of images with labels (N,) that the network has not learnt from.
+def calibrate(
+    logits: NDArray[Any], labels: NDArray[Any], *, keep: float = KEEP, part: str = "val", known: Calibration | None = None
+) -> Calibrated:
+    """Fit on logits (N,K) of images with labels (N,) of `part`, which the network has not learnt from, and measure there.
 
     Temperature scaling (Guo et al., ICML 2017): the one number that divides all logits so that the cross-entropy is least;
     it changes no answer, only how sure it is. The threshold keeps at least `keep` of the right answers of new images of the
     same kind, on average (split conformal, Angelopoulos & Bates 2023): nothing is known here of images of other classes, so
-    how many of those it rejects is not promised. `keep` in (0,1]; 1 rejects nothing.
+    how many of those it rejects is not promised. `keep` in (0,1]; 1 rejects nothing. `known`: what was fitted here before; its
+    temperature stays, and its threshold where it keeps as much. Both have six decimals, as they are stored.
     """
-    z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels, dtype=np.int64)
-    if z.ndim != 2 or y.shape != z.shape[:1] or not len(y) or not np.isfinite(z).all():
-        raise ValueError(f"finite logits (N,K) and labels (N,), not {z.shape} and {y.shape}")
+    z, y, right = _checked(logits, labels)
     if not 0 < keep <= 1:
         raise ValueError(f"keep: a share above 0 and up to 1, not {keep}")
-    right = z.argmax(1) == y
     enough = len(y) >= FEWEST
     temperature, note = fit_temperature(z, y) if enough else (1.0, f"{len(y)} images, fewer than {FEWEST}: not fitted")
+    temperature = known.temperature if known is not None else round(temperature, 6)
     half = np.empty(len(y), dtype=np.int64)
     half[np.argsort(y, kind="stable")] = np.arange(len(y)) % 2  # every class in both
     confidence, losses, answered = np.empty(len(y)), np.empty(len(y)), np.ones(len(y), dtype=bool)
@@ -143,22 +183,66 @@ def calibrate(logits: NDArray[Any], labels: NDArray[Any], *, keep: float = KEEP)
         if enough:
             bar = rejection_threshold(confidence_of(z[fitted], own)[right[fitted]], keep=keep)
             answered[other] = confidence[other] >= bar
-    calibrated = confidence_of(z, temperature)
+    threshold = rejection_threshold(confidence_of(z, temperature)[right], keep=keep) if enough else 0.0
+    threshold = math.floor(threshold * 1e6) / 1e6  # rounded up it might reject one image more
+    if known is not None and known.keep == keep:
+        threshold = known.threshold
+    found = _measured(
+        (z, y, right), confidence, losses, answered, temperature=temperature, threshold=threshold, keep=keep, note=note
+    )
+    return replace(found, known=known if known is not None and known.keep == keep else found.stored(part))
+
+
+def measure(logits: NDArray[Any], labels: NDArray[Any], known: Calibration | None, *, why: str = "") -> Calibrated:
+    """What a temperature and threshold that were fitted elsewhere do for logits (N,K) of images with labels (N,). Nothing is
+    fitted here. `known` None: nothing was fitted, and `why`."""
+    z, y, right = _checked(logits, labels)
+    temperature, threshold, keep = (1.0, 0.0, 1.0) if known is None else (known.temperature, known.threshold, known.keep)
+    confidence = confidence_of(z, temperature)
+    note = why if known is None else "" if known.calibrated else known.note
+    found = _measured(
+        (z, y, right), confidence, _losses(z, y, temperature), confidence >= threshold, temperature=temperature,
+        threshold=threshold, keep=keep, note=note,
+    )  # fmt: skip
+    return replace(found, known=known)
+
+
+def _checked(logits: NDArray[Any], labels: NDArray[Any]) -> Answered:
+    z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels, dtype=np.int64)
+    if z.ndim != 2 or y.shape != z.shape[:1] or not len(y) or not np.isfinite(z).all():
+        raise ValueError(f"finite logits (N,K) and labels (N,), not {z.shape} and {y.shape}")
+    return z, y, z.argmax(1) == y
+
+
+def _measured(
+    given: Answered,
+    confidence: Floats,
+    losses: Floats,
+    answered: NDArray[np.bool_],
+    *,
+    temperature: float,
+    threshold: float,
+    keep: float,
+    note: str,
+) -> Calibrated:
+    """`confidence`, `losses` and `answered` (N,): of each image, by a temperature and threshold that do not know it."""
+    z, y, right = given
     nll, nll_after = float(_losses(z, y, 1.0).mean()), float(losses.mean())
     if nll_after > nll + 1e-9:
         worse = f"no gain: on images that it was not fitted on the loss is {nll_after:.4f}, without it {nll:.4f}"
         note = f"{note}; {worse}" if note else worse
     return Calibrated(
         images=len(y),
+        known=None,
         temperature=temperature,
         note=note,
         nll=nll,
         nll_after=nll_after,
         before=reliability(confidence_of(z, 1.0), right),
         after=reliability(confidence, right),
-        curve=risk_coverage(calibrated, right),
+        curve=risk_coverage(confidence_of(z, temperature), right),
         keep=keep,
-        threshold=rejection_threshold(calibrated[right], keep=keep) if enough else 0.0,
+        threshold=threshold,
         kept=float(answered[right].mean()) if right.any() else 1.0,
         coverage=float(answered.mean()),
         accuracy=float(right[answered].mean()) if answered.any() else 0.0,

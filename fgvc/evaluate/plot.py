@@ -106,7 +106,8 @@ def reliability_figure(found: Calibrated, *, title: str) -> Figure:
     upper, lower = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
     left = 100 * np.arange(BINS) / BINS
     width = 100 / BINS
-    sides = (("as trained", found.before), (f"temperature {found.temperature:.2f}", found.after))
+    mended = f"temperature {found.temperature:.2f}" if found.calibrated else "not calibrated"
+    sides = (("as trained", found.before), (mended, found.after))
     for over, under, (name, side) in zip(upper, lower, sides, strict=True):
         look = {"width": 0.92 * width, "align": "edge"}
         bars = over.bar(left, 100 * side.accuracy, color="#8fb3d9", **look)
@@ -121,8 +122,7 @@ def reliability_figure(found: Calibrated, *, title: str) -> Figure:
     upper[0].set_ylabel("right %")
     upper[0].legend([bars, sure], ["right", "confidence"], loc="upper left")
     lower[0].set_ylabel("images")
-    how = found.note or "the temperature fitted on one half and measured on the other"
-    figure.suptitle(f"{title}: {found.images} images; {how}")
+    figure.suptitle(f"{title}: {found.images} images; {found.source}", wrap=True)
     return figure
 
 

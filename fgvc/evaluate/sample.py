@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fgvc.data.loader import EvaluationBatch
-from fgvc.evaluate.calibration import Calibrated, calibrate
 
 
 class Sample:
@@ -40,9 +39,7 @@ class Sample:
         """(N,) of all images that were seen, in their order."""
         return torch.cat(self._right).numpy()
 
-    def calibrated(self) -> Calibrated | None:
-        """None where there is nothing to calibrate: no image of the sample, or logits that are not finite."""
-        if not self._logits:
-            return None
-        logits, labels = torch.cat(self._logits), torch.cat(self._labels)
-        return calibrate(logits.numpy(), labels.numpy()) if len(labels) and logits.isfinite().all() else None
+    @property
+    def answers(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Logits (M,K) and labels (M,) of the sample."""
+        return torch.cat(self._logits).numpy(), torch.cat(self._labels).numpy()

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.config import Preprocess
+from fgvc.config import Calibration, Preprocess
 from fgvc.data.folder import FolderData
 from fgvc.data.source import some
 from fgvc.evaluate.calibration import MAX_LOGITS, confidence_of
 from fgvc.evaluate.compare import Paired, compare
 from fgvc.evaluate.subject import Answers, Subject, onnx_answers, subject
+from fgvc.evaluate.temperature import calibration
 from fgvc.export.bundle import load_bundle
 from fgvc.export.stack import stack_of
 from fgvc.image.preprocess import described, differences
@@ -26,7 +27,9 @@ from fgvc.template import recipe_file
 from fgvc.train.session import read_index
 from fgvc.types import FgvcError, ImageIndex, Split
 
-FLIP = ("path", "flip", "class", "a", "a_confidence", "b", "b_confidence")  # columns of a table of flips
+FLIP = (  # columns of a table of flips
+    "path", "flip", "class", "a", "a_confidence", "b", "b_confidence", "a_calibrated", "b_calibrated"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,7 @@ class Side:
     assumed: str = ""  # what is taken for granted of how it is fed, and where from; empty: nothing
     temperature: float = 1.0
     threshold: float = 0.0  # "none of these" below this confidence; 0: never
+    calibrated: bool = False  # whether the temperature was fitted
     session: Session | None = None
     subject: Subject | None = None
 
@@ -72,7 +76,7 @@ class Versus:
     classes: tuple[str, ...]  # A's order, in all numbers here
     paths: tuple[Path, ...]  # (N,)
     said: NDArray[np.int64]  # (2,N) classes
-    confidence: NDArray[np.float64]  # (2,N); of a bundle with calibration, calibrated
+    confidence: NDArray[np.float64]  # (2,N); by each side's temperature, see `Side.calibrated`
     paired: Paired
     unreadable: tuple[str, ...]
     notes: tuple[str, ...]  # what to think of before believing the figures
@@ -103,6 +107,8 @@ class Versus:
                 "a_confidence": round(float(self.confidence[0, n]), 6),
                 "b": names[self.said[1, n]],
                 "b_confidence": round(float(self.confidence[1, n]), 6),
+                "a_calibrated": str(self.a.calibrated).lower(),
+                "b_calibrated": str(self.b.calibrated).lower(),
             }
             for n in order
             if negative[n] or positive[n]
@@ -244,18 +250,23 @@ def _open(path: Path, *, labels: Path | None = None, preprocess: Path | None = N
         return Side(path=path, kind="onnx", classes=stack.labels, preprocess=stack.preprocess, session=Session(path))
     if (path / "config.yaml").is_file():
         run = subject(path)
-        return Side(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, subject=run)
+        side = Side(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, subject=run)
+        return _calibrated(side, calibration(run).calibration)
     bundle = load_bundle(path)
-    known = bundle.calibration
-    return Side(
+    side = Side(
         path=path,
         kind="bundle",
         classes=bundle.labels,
         preprocess=bundle.preprocess,
-        temperature=known.temperature if known else 1.0,
-        threshold=known.threshold if known else 0.0,
         session=Session(bundle.model),
     )
+    return _calibrated(side, bundle.calibration)
+
+
+def _calibrated(side: Side, known: Calibration | None) -> Side:
+    if known is None:
+        return side
+    return replace(side, temperature=known.temperature, threshold=known.threshold, calibrated=known.calibrated)
 
 
 def _seeing(side: Side, other: Side) -> Side:

@@ -106,10 +106,14 @@ def onnx_answers(
 def subject(run: Path, select: Selected | None = None, *, branches: bool = False) -> Subject:
     """Open a run and its data; see `load_run`. Raises FgvcError, too, where the data's classes are no longer those that were
     trained."""
-    found = load_run(run, select, branches=branches)
+    return beside_data(load_run(run, select, branches=branches))
+
+
+def beside_data(found: LoadedRun) -> Subject:
+    """An opened run, and its data; see `subject`."""
     index = read_index(found.recipe)
     if index.classes != found.classes:
-        raise FgvcError(f"{run}: the classes in {found.recipe.data.root} are not those that the run was trained on")
+        raise FgvcError(f"{found.run}: the classes in {found.recipe.data.root} are not those that the run was trained on")
     return Subject(**{field.name: getattr(found, field.name) for field in fields(found)}, index=index)
 
 

@@ -77,11 +77,11 @@ def terms(history: History) -> list[Chart]:
     return found
 
 
-def calibration(found: Calibrated) -> list[Chart]:
+def calibration_charts(found: Calibrated) -> list[Chart]:
     """Accuracy against confidence as the network says it, and by a temperature; what is wrong among the surest answers."""
     charts = [_reliability("Reliability", found.before, "as the network says it")]
-    if found.temperature != 1:
-        about = f"by temperature {found.temperature:.2f}, fitted on one half of the images and measured on the other"
+    if found.calibrated:
+        about = f"by {found.source}; measured on images that it was not fitted on"
         charts.append(_reliability("Calibrated", found.after, about))
     figure, axes = _axes()
     axes.plot(100 * found.curve.coverage, 100 * found.curve.risk, color=COLOURS[0])

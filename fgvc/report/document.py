@@ -13,16 +13,17 @@ import yaml
 
 from fgvc.config import differences, dump, leaves
 from fgvc.disk import refuse_file, write_atomic, writing
-from fgvc.evaluate.calibration import Calibrated, calibrate
+from fgvc.evaluate.calibration import Calibrated
 from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, of_logits
 from fgvc.evaluate.subject import Answers, Subject, subject
+from fgvc.evaluate.temperature import calibration
 from fgvc.export.bundle import load_bundle
 from fgvc.image.preprocess import described
 from fgvc.naming import told_apart
 from fgvc.page.render import render
 from fgvc.recipe import Recipe, Selected
 from fgvc.report.certificate import Certificate, certificates
-from fgvc.report.chart import Chart, calibration, curves, terms
+from fgvc.report.chart import Chart, calibration_charts, curves, terms
 from fgvc.report.gallery import Gallery, gallery
 from fgvc.report.history import History, read_history
 from fgvc.report.localisation import COLUMNS, Table, localisation
@@ -82,7 +83,7 @@ class Chapter:
 
     @property
     def calibration(self) -> list[Chart]:
-        return calibration(self.calibrated)
+        return calibration_charts(self.calibrated)
 
     @property
     def terms(self) -> list[Chart]:
@@ -144,6 +145,7 @@ def report(
     chapters = []
     for at, (name, seen, answer) in enumerate(zip(told_apart(runs), subjects, answers, strict=True)):
         scores = of_logits(answer.logits, answer.labels)
+        calibrated = calibration(seen, device=device).on(parts[at][0], (answer.logits, answer.labels))
         chapters.append(
             Chapter(
                 name=name,
@@ -151,9 +153,9 @@ def report(
                 split=parts[at][0],
                 answers=answer,
                 scores=scores,
-                calibrated=calibrate(answer.logits, answer.labels),
+                calibrated=calibrated,
                 history=read_history(seen.run),
-                gallery=gallery(seen, answer, scores, images=images, device=device),
+                gallery=gallery(seen, answer, scores, calibrated.known, images=images, device=device),
                 certificate=proven.get(at),
                 localisation=localisation(seen.run),
             )

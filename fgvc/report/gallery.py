@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fgvc.cam.offline import looking
+from fgvc.config import Calibration
 from fgvc.data.loader import evaluation_loader
 from fgvc.evaluate.metrics import Scores
 from fgvc.evaluate.subject import Answers, Subject
@@ -18,7 +19,7 @@ from fgvc.image.decode import decode
 from fgvc.image.overlay import overlay
 from fgvc.image.preprocess import fit
 from fgvc.page.render import picture
-from fgvc.serve.engine import softmax
+from fgvc.serve.engine import calibration_word, is_calibrated, probabilities
 from fgvc.types import FgvcError, ImageError
 
 SIDE = 224  # pixels of a picture's longer side
@@ -58,18 +59,27 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gallery:
-    """`unmapped`: why there are no maps; empty where there are."""
+    """`unmapped`: why there are no maps; empty where there are. `word`: whether the probabilities are calibrated."""
 
     worst: tuple[Shot, ...]
     uncertain: tuple[Shot, ...]
     pairs: tuple[Pair, ...]
     unmapped: str
+    word: str
 
 
-def gallery(seen: Subject, answers: Answers, scores: Scores, *, images: int, device: str | None = None) -> Gallery:
+def gallery(
+    seen: Subject,
+    answers: Answers,
+    scores: Scores,
+    known: Calibration | None,
+    *,
+    images: int,
+    device: str | None = None,
+) -> Gallery:
     """Up to `images` pictures of the highest loss, as many of the smallest margin between the two most probable classes, and
-    of the most confused pairs MISTAKES each way."""
-    p = softmax(answers.logits)
+    of the most confused pairs MISTAKES each way; by the probabilities that the run's temperature makes of the logits."""
+    p = probabilities(answers.logits, known)
     said, own = p.argmax(1), p[np.arange(len(p)), answers.labels]
     best = np.sort(p, axis=1)[:, -2:]
     worst = np.argsort(own, kind="stable")[:images]
@@ -98,6 +108,7 @@ def gallery(seen: Subject, answers: Answers, scores: Scores, *, images: int, dev
             for a, b in pairs
         ),
         unmapped=unmapped,
+        word=calibration_word(is_calibrated(known)),
     )
 
 

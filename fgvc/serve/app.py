@@ -232,6 +232,7 @@ class Classified(BaseModel):
     model: str
     predictions: list[Predicted]
     rejected: bool
+    calibrated: bool
     milliseconds: dict[str, float]
 
 
@@ -255,7 +256,8 @@ async def classify(
     model: ModelName = None,
     top_k: Annotated[int, Query(ge=1, description="How many classes to name.")] = 5,
 ) -> Response:
-    """The most probable classes, by the bundle's temperature; `rejected`: none of these, by its threshold."""
+    """The most probable classes, by the bundle's temperature; `rejected`: none of these, by its threshold; `calibrated`: whether
+    that temperature was fitted."""
     service, arrived = _of(request), time.perf_counter()
     served = service.models.get(model)
     form = _is_form(request)
@@ -278,6 +280,7 @@ async def classify(
                 {"label": p.label, "index": p.index, "probability": p.probability} for p in answer.predictions
             ],
             "rejected": answer.rejected,
+            "calibrated": answer.calibrated,
             "milliseconds": {name: round(1000 * seconds, 3) for name, seconds in spent.items()},
         }
 

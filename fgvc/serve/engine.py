@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime
 
+from fgvc.config import Calibration
 from fgvc.export.bundle import Bundle, Variant
 from fgvc.image.preprocess import preprocess
 from fgvc.types import FgvcError
@@ -37,6 +38,7 @@ class Answer:
 
     predictions: tuple[Prediction, ...]  # the most probable classes, best first, whether rejected or not
     rejected: bool  # "none of these": the best is below the bundle's threshold
+    calibrated: bool  # whether the probabilities are by a temperature that was fitted
 
 
 class Session:
@@ -117,15 +119,35 @@ def answers(bundle: Bundle, logits: np.ndarray, *, top_k: int = 5) -> list[Answe
     """What logits (B,K) say by the bundle's labels and calibration, wherever they were computed; see `Engine.classify`."""
     refuse_no_numbers(logits, bundle.folder)
     known = bundle.calibration
-    p = softmax(logits.astype(np.float64) / (known.temperature if known else 1.0))
+    p = probabilities(logits, known)
     best = np.argsort(-p, axis=1, kind="stable")[:, :top_k]
     return [
         Answer(
             tuple(Prediction(bundle.labels[k], int(k), float(row[k])) for k in order),
-            rejected=known is not None and bool(row.max() < known.threshold),
+            rejected=is_rejected(row, known),
+            calibrated=is_calibrated(known),
         )
         for row, order in zip(p, best, strict=True)
     ]
+
+
+def probabilities(logits: np.ndarray, known: Calibration | None) -> np.ndarray:
+    """p (B,K) float64 of logits (B,K), by the temperature that was fitted for them, where one was."""
+    return softmax(logits.astype(np.float64) / (known.temperature if known else 1.0))
+
+
+def is_rejected(p: np.ndarray, known: Calibration | None) -> bool:
+    """"None of these": whether the largest of p (K,) is below the threshold."""
+    return known is not None and bool(p.max() < known.threshold)
+
+
+def is_calibrated(known: Calibration | None) -> bool:
+    return known is not None and known.calibrated
+
+
+def calibration_word(calibrated: bool) -> str:
+    """What stands beside a probability."""
+    return "calibrated" if calibrated else "not calibrated"
 
 
 def softmax(z: np.ndarray) -> np.ndarray:

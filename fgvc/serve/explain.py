@@ -8,8 +8,10 @@ Of every picture NAME, below the folder of results:
   path ()                    of the picture, str
   methods (M,)               str
   classes (K,), p (K,)       str; float64, the network's probabilities
+  calibrated ()              bool: whether a temperature was fitted for these
+  temperature ()             float64: by which the logits were divided; 1 where none was fitted
   label ()                   int64, the class whose maps these are: a position in `classes`
-  rejected ()                bool: "none of these", by the threshold of a bundle
+  rejected ()                bool: "none of these", by the threshold of the run or bundle
   maps (M,H,W)               float32 in [0,1]: negative parts cut off, smallest 0, largest 1, enlarged to the network's input
   raw_METHOD (h,w)           float32: what `maps` was made of, unscaled, signed for methods that are; a cell of the feature map
 and the same of a second network with `against_` before the name, its overlays in `overlays/METHOD-against`.
@@ -31,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
-from fgvc.config import Preprocess
+from fgvc.config import Calibration, Preprocess
 from fgvc.disk import refuse_place, replacing, writing
 from fgvc.export.bundle import MANIFEST, load_bundle
 from fgvc.image.lettering import writable
@@ -39,7 +41,15 @@ from fgvc.image.overlay import overlay
 from fgvc.image.preprocess import fit, normalise
 from fgvc.image.sheet import FAST, Cell, save_sheet
 from fgvc.naming import one_line, result_names, told_apart
-from fgvc.serve.engine import NONE, Session, refuse_no_numbers, softmax
+from fgvc.serve.engine import (
+    NONE,
+    Session,
+    calibration_word,
+    is_calibrated,
+    is_rejected,
+    probabilities,
+    refuse_no_numbers,
+)
 from fgvc.serve.predict import decoded, expand
 from fgvc.types import FgvcError, ImageError
 
@@ -61,7 +71,7 @@ class Seen:
     p: NDArray[np.float64]  # (K,)
     maps: Mapping[str, Floats]  # method -> (H,W) in [0,1]
     raw: Mapping[str, Floats]  # method -> (h,w)
-    rejected: bool = False  # "none of these", by the threshold of a bundle
+    rejected: bool = False  # "none of these", by the network's threshold
 
 
 class Looker(Protocol):
@@ -75,6 +85,8 @@ class Looker(Protocol):
     def spec(self) -> Preprocess: ...
     @property
     def methods(self) -> tuple[str, ...]: ...
+    @property
+    def calibration(self) -> Calibration | None: ...
     def __call__(self, x: Floats, label: int | None) -> list[Seen]:
         """Of pictures x (B,3,H,W) and a class; None: of each one's most probable class."""
 
@@ -94,18 +106,17 @@ class BundleLooker:
         self.folder, self.labels, self.spec = folder, bundle.labels, bundle.preprocess
         self.methods: tuple[str, ...] = ("cam",)
         self._session = Session(bundle.explain, threads=threads)
-        known = bundle.calibration
-        self._temperature, self._threshold = (known.temperature, known.threshold) if known else (1.0, 0.0)
+        self.calibration = bundle.calibration
 
     def __call__(self, x: Floats, label: int | None) -> list[Seen]:
         logits, maps = self._session.run(x)
         refuse_no_numbers(logits, self.folder)
         seen = []
-        for p, own in zip(softmax(logits / self._temperature), maps, strict=True):
+        for p, own in zip(probabilities(logits, self.calibration), maps, strict=True):
             chosen = int(p.argmax()) if label is None else label
             raw = np.ascontiguousarray(own[chosen])
             maps_of = {"cam": positive(raw, (x.shape[2], x.shape[3]))}
-            seen.append(Seen(chosen, p, maps_of, {"cam": raw}, rejected=bool(p.max() < self._threshold)))
+            seen.append(Seen(chosen, p, maps_of, {"cam": raw}, rejected=is_rejected(p, self.calibration)))
         return seen
 
 
@@ -159,8 +170,9 @@ def refuse_out(out: Path, *, overwrite: bool) -> None:
 def explain_files(
     lookers: Sequence[Looker], files: Sequence[Path], out: Path, *, target: str, batch: int, write: Writing
 ) -> int:
-    """Write the results of all pictures into `out` in the place of older ones, print one line each; returns 0, or 1 where a
-    picture could not be read (said on stderr; the rest is done).
+    """Write the results of all pictures into `out` in the place of older ones, print one line each: its path, answers, panel, and
+    whether each network's probabilities are calibrated. Returns 0, or 1 where a picture could not be read (said on stderr; the
+    rest is done).
 
     `target`: a class by name, or `predicted`: each picture's most probable one by each network. `batch`: pictures a forward.
     Raises FgvcError for a class that a network does not have, before anything is written.
@@ -191,7 +203,8 @@ def explain_files(
             seen = next(answers)
             panel = sheet.draw(path, name, list(zip(seen, map(Image.fromarray, crops), strict=True)))
             said = (_answer(looker.labels, one) for looker, one in zip(lookers, seen, strict=True))
-            print("\t".join([one_line(path), *said, one_line(panel)]))
+            words = (calibration_word(is_calibrated(looker.calibration)) for looker in lookers)
+            print("\t".join([one_line(path), *said, one_line(panel), *words]))
     return 1 if failed else 0
 
 
@@ -240,11 +253,12 @@ class _Drawer:
     ) -> Iterator[list[Cell]]:
         """The picture with what the network takes it for, then the overlays; broken into rows of about one length."""
         of = f"{self.written[self.titles[number]]}: " if len(self.lookers) > 1 else ""
-        labels = [self.written[label] for label in self.lookers[number].labels]
-        cells = [Cell(picture, f"{of}{_answer(labels, one, int(one.p.argmax()))}")]
+        looker = self.lookers[number]
+        labels, word = [self.written[label] for label in looker.labels], calibration_word(is_calibrated(looker.calibration))
+        cells = [Cell(picture, f"{of}{_answer(labels, one, int(one.p.argmax()))}, {word}")]
         for method, drawn in overlays.items():
             empty = "" if one.maps[method].any() else " (nothing speaks for it)"
-            cells.append(Cell(drawn, f"{method}: {_share(labels, one, one.label)}{empty}"))
+            cells.append(Cell(drawn, f"{method}: {_share(labels, one, one.label)}, {word}{empty}"))
         columns = math.ceil(len(cells) / math.ceil(len(cells) / COLUMNS))
         return (cells[at : at + columns] for at in range(0, len(cells), columns))
 
@@ -263,7 +277,8 @@ def _share(labels: Sequence[str], one: Seen, k: int) -> str:
 def _arrays(looker: Looker, one: Seen) -> dict[str, np.ndarray]:
     return {
         "methods": np.array(looker.methods), "classes": np.array(looker.labels), "p": one.p, "label": np.array(one.label),
-        "rejected": np.array(one.rejected),
+        "rejected": np.array(one.rejected), "calibrated": np.array(is_calibrated(looker.calibration)),
+        "temperature": np.array(looker.calibration.temperature if looker.calibration else 1.0),
         "maps": np.stack([one.maps[method] for method in looker.methods]),
         **{f"raw_{method}": one.raw[method] for method in looker.methods},
     }  # fmt: skip

@@ -16,7 +16,7 @@ from fgvc.export.bundle import Variant, load_bundle
 from fgvc.image.decode import SUFFIXES, decode
 from fgvc.image.preprocess import preprocess
 from fgvc.naming import one_line
-from fgvc.serve.engine import NONE, Answer, Engine, answers
+from fgvc.serve.engine import NONE, Answer, Engine, answers, calibration_word
 from fgvc.types import FgvcError, ImageError
 
 BATCH = 16  # bounds memory; on CPUs a larger one is no faster
@@ -25,7 +25,8 @@ BATCH = 16  # bounds memory; on CPUs a larger one is no faster
 def predict_files(
     bundle: Path, paths: Iterable[Path], *, as_json: bool = False, top_k: int = 1, variant: Variant = "float"
 ) -> int:
-    """Print one line a picture; returns 0, or 1 where a picture could not be read (said on stderr, or in its JSON line).
+    """Print one line a picture: its path, classes with their probabilities, and whether these are calibrated. Returns 0, or 1
+    where a picture could not be read (said on stderr, or in its JSON line).
 
     Raises FgvcError for a path that does not exist and for a damaged bundle, before anything is printed; and for logits that
     are no numbers, when it comes to them.
@@ -41,12 +42,14 @@ def predict_files(
                 print(json.dumps({"path": str(path), "error": result.reason}, ensure_ascii=False, allow_nan=False))
         elif as_json:
             rows = [{"label": p.label, "index": p.index, "probability": p.probability} for p in result.predictions]
-            row = {"path": str(path), "rejected": result.rejected, "predictions": rows}
+            row = {
+                "path": str(path), "rejected": result.rejected, "calibrated": result.calibrated, "predictions": rows
+            }  # fmt: skip
             print(json.dumps(row, ensure_ascii=False, allow_nan=False))
         else:
             names = [f"{p.label} {100 * p.probability:.1f} %" for p in result.predictions]
             said = [f"{NONE} ({', '.join(names)})"] if result.rejected else names
-            print("\t".join([one_line(path), *said]))
+            print("\t".join([one_line(path), *said, calibration_word(result.calibrated)]))
     return 1 if failed else 0
 
 

@@ -17,7 +17,7 @@ from fgvc.disk import UNWRITABLE, Content, alone, holder, remove, write_atomic
 from fgvc.train import checkpoint
 from fgvc.types import FgvcError
 
-MEASURED = ("metrics.json", "localisation.json")
+MEASURED = ("metrics.json", "localisation.json", "calibration.json")
 CHECKPOINT = "checkpoint"  # in each row: see `fgvc.train.checkpoint.identity`
 PATIENCE = 60.0  # seconds; a verb holds the lock for less than one
 
@@ -33,6 +33,14 @@ def measured(run: Path, name: str) -> dict[str, Any]:
 
     found = {key: row for key, row in _rows(run / name).items() if current(key, row)}
     return {key: {name: value for name, value in row.items() if name != CHECKPOINT} for key, row in found.items()}
+
+
+def measured_of(run: Path, name: str, identity: str | None) -> dict[str, Any]:
+    """The same of one checkpoint alone: see `fgvc.train.checkpoint.identity`."""
+    found = {key: dict(row) for key, row in _rows(run / name).items() if row.get(CHECKPOINT) == identity}
+    for row in found.values():
+        row.pop(CHECKPOINT, None)
+    return found
 
 
 def _rows(path: Path) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -70,9 +71,9 @@ def test_eval_draws_and_tables_what_it_says(run: Path) -> None:
         assert (run / "plots" / f"{name}.png").is_file()
         assert len((run / "tables" / f"{name}.csv").read_text().splitlines()) > 15
     assert api.evaluate(run, "val", views="flip").calibrated is None
-    few = api.evaluate(run, "test").calibrated
-    assert few is not None
-    assert (few.temperature, few.threshold) == (1, 0)
+    other = api.evaluate(run, "test").calibrated
+    assert other is not None
+    assert (other.images, other.temperature) == (12, found.calibrated.temperature)
 
 
 def test_the_bundle_holds_what_validation_says(
@@ -130,6 +131,9 @@ def test_no_calibration_of_what_is_no_number_or_no_image(
             api.export(run, tmp_path / "b")
     assert not (tmp_path / "b").exists()
     seen: list[np.ndarray] = []
+    bare = tmp_path / "bare"
+    shutil.copytree(run, bare, symlinks=True)
+    (bare / "calibration.json").unlink()
 
     def prove(net: object, images: Iterable[np.ndarray], **_: object) -> Proven:
         seen.extend(images)
@@ -140,15 +144,20 @@ def test_no_calibration_of_what_is_no_number_or_no_image(
         for path in stored:
             path.write_bytes(b"no picture")
         monkeypatch.setattr(api, "prove", prove)
-        done = api.export(run, tmp_path / "c")
+        done = api.export(bare, tmp_path / "c")
+        known = api.export(run, tmp_path / "d")
+        with pytest.raises(api.FgvcError, match="none of the 72 images"):
+            api.export(run, tmp_path / "e", keep=0.5)
     finally:
         for path, content in stored.items():
             path.write_bytes(content)
-    assert sum(len(batch) for batch in seen) == 48  # the training images
-    assert done.calibrated is None
+    assert sum(len(batch) for batch in seen) == 3 * 48  # the training images
+    assert done.calibration.calibration is None
     assert load_bundle(done.bundle).calibration is None
     show.contract(done)
-    assert "not calibrated" in capsys.readouterr().out
+    assert "not calibrated: the validation part can't be read (none of the 72 images" in capsys.readouterr().out
+    assert load_bundle(known.bundle).calibration == known.calibration.calibration, "it is these weights', asked again or not"
+    assert known.calibration.calibrated
 
 
 def test_next_to_no_right_answer_kept(

@@ -279,7 +279,7 @@ def test_what_none_of_these_holds_back_is_counted(
     assert "none of these" not in capsys.readouterr().out
     write_page(plain, tmp_path / "plain.html")
     assert "none of these" not in (tmp_path / "plain.html").read_text(encoding="utf-8")
-    assert (tmp_path / "plain.csv").read_text() == "path,flip,class,a,a_confidence,b,b_confidence\n"
+    assert (tmp_path / "plain.csv").read_text() == "path,flip,class,a,a_confidence,b,b_confidence,a_calibrated,b_calibrated\n"
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf])

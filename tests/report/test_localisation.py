@@ -36,11 +36,11 @@ def test_every_measure_stands_in_its_row_and_every_map_in_its_column() -> None:
     assert (found.title, found.about) == ("test, ema, gradcam", "17 images, top-1 75.00 %, 16 boxes, 99 parts")
     rows = dict(found.rows)
     assert rows["GT-known Loc"] == ("0.0", "0.1", "0.2", "")
-    assert rows["MaxBoxAccV2"] == ("7.0", "7.1", "7.2", "")
+    assert rows["MaxBoxAccV2 (oracle)"] == ("8.0", "8.1", "8.2", "")
     assert rows["parts in the top 20 %"] == ("75.0", "", "37.5", "20.0")
     assert {len(cells) for cells in rows.values()} == {len(COLUMNS)}
     said = "; ".join(found.notes)
-    assert "the threshold that was chosen on val (0.25)" in said
+    assert "the threshold that was chosen on val (0.25; BoxAccV2: one an IoU)" in said
     assert "these very images" not in said
     assert "left out: 1 images" in said
     assert "2 maps are flat" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import subprocess
 import sys
@@ -19,6 +20,10 @@ from PIL import Image
 
 from fgvc.config import Calibration, Preprocess
 from fgvc.export.bundle import write_bundle
+from fgvc.serve.admission import Admission
+from fgvc.serve.app import Service, make_app
+from fgvc.serve.limits import Limits
+from fgvc.serve.models import Models
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 8
@@ -85,6 +90,20 @@ def save_bundle(
     files |= {"calibration.json": calibration} if calibration else {}
     write_bundle(folder, files=files, overwrite=True)
     return folder
+
+
+def service(places: dict[str, Path], limits: Limits | None = None) -> Service:
+    return Service(Models(places, threads=1), Admission(concurrency=1, queue=4), limits or Limits())
+
+
+def ask(shared: Service, method: str, path: str, *, key: str | None = None, **options: Any) -> httpx.Response:
+    transport = httpx.ASGITransport(make_app(shared, key=key), raise_app_exceptions=False)
+
+    async def send() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(send())
 
 
 def picture(colour: tuple[int, int, int] = (255, 0, 0), kind: str = "PNG", size: tuple[int, int] = (20, 10)) -> bytes:

@@ -28,12 +28,13 @@ def png(size: tuple[int, int], colour: str) -> bytes:
     return content.getvalue()
 
 
-def answer(*, rejected: bool = False) -> dict[str, Any]:
+def answer(*, rejected: bool = False, calibrated: bool = True) -> dict[str, Any]:
     predictions = [
         {"label": name, "index": i, "probability": p} for i, (name, p) in enumerate(zip(NAMES, P, strict=True))
     ]
     milliseconds = {"wait": 3.14, "decode": 2.0, "classify": 24.5, "total": 31.2}
-    return {"model": "leaves", "predictions": predictions, "rejected": rejected, "milliseconds": milliseconds}
+    facts = {"rejected": rejected, "calibrated": calibrated, "milliseconds": milliseconds}
+    return {"model": "leaves", "predictions": predictions, **facts}
 
 
 @dataclass

@@ -11,39 +11,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
 from fgvc.config import Calibration
-from fgvc.serve.admission import Admission
 from fgvc.serve.app import Direct, Service, make_app
 from fgvc.serve.engine import Engine
 from fgvc.serve.limits import Limits, read_key
-from fgvc.serve.models import Models
 from fgvc.serve.page import CSP, PAGE
 from fgvc.types import FgvcError
-from tests.serve.small import LABELS, ROOT, SIZE, bomb, picture, save_bundle
+from tests.serve.small import LABELS, ROOT, SIZE, ask, bomb, picture, save_bundle, service
 
 CALIBRATION = Calibration(
     temperature=2.0, threshold=0.5, keep=0.95, fitted_on="val", images=80, nll_before=1, nll_after=1, ece_before=0.2,
     ece_after=0.1, kept=0.95, coverage=0.9, accuracy=0.8,
 )  # fmt: skip
-
-
-def service(places: dict[str, Path], limits: Limits | None = None) -> Service:
-    return Service(Models(places, threads=1), Admission(concurrency=1, queue=4), limits or Limits())
-
-
-def ask(shared: Service, method: str, path: str, *, key: str | None = None, **options: Any) -> httpx.Response:
-    transport = httpx.ASGITransport(make_app(shared, key=key), raise_app_exceptions=False)
-
-    async def send() -> httpx.Response:
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.request(method, path, **options)
-
-    return asyncio.run(send())
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +80,7 @@ def test_classes_by_hand(shared: Service) -> None:
     found = ask(shared, "POST", "/v1/classify?top_k=2", content=picture((255, 0, 0)))
     assert found.status_code == 200
     body = found.json()
-    assert set(body) == {"model", "predictions", "rejected", "milliseconds"}
+    assert set(body) == {"model", "predictions", "rejected", "calibrated", "milliseconds"}
     assert (body["model"], body["rejected"]) == ("colours", False)
     assert [(row["label"], row["index"]) for row in body["predictions"]] == [("red", 0), ("green", 1)]
     assert body["predictions"][0]["probability"] == pytest.approx(np.e**10 / (np.e**10 + 2))

@@ -94,15 +94,18 @@ def test_predict_says_none_of_these(tmp_path: Path, capsys: pytest.CaptureFixtur
     bundle(tmp_path / "without", network())
     assert predict_files(tmp_path / "with", pictures, top_k=2) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{pictures[0]}\tnone of these (red 33.3 %, green 33.3 %)",
-        f"{pictures[1]}\tred 98.7 %\tgreen 0.7 %",
+        f"{pictures[0]}\tnone of these (red 33.3 %, green 33.3 %)\tcalibrated",
+        f"{pictures[1]}\tred 98.7 %\tgreen 0.7 %\tcalibrated",
     ]
     predict_files(tmp_path / "without", pictures)
-    assert capsys.readouterr().out.splitlines() == [f"{pictures[0]}\tred 33.3 %", f"{pictures[1]}\tred 100.0 %"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{pictures[0]}\tred 33.3 %\tnot calibrated", f"{pictures[1]}\tred 100.0 %\tnot calibrated"
+    ]  # fmt: skip
     for name, expected in (("with", [True, False]), ("without", [False, False])):
         predict_files(tmp_path / name, pictures, as_json=True)
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [row["rejected"] for row in rows] == expected
+        assert [row["calibrated"] for row in rows] == [name == "with"] * 2
         assert [row["predictions"][0]["label"] for row in rows] == ["red", "red"]
 
 
@@ -147,7 +150,9 @@ def test_a_file_named_twice_is_answered_twice(tmp_path: Path, capsys: pytest.Cap
     broken.write_bytes(b"no picture")
     assert predict_files(tmp_path / "b", [red, broken, blue, red, broken]) == 1
     said = capsys.readouterr()
-    assert said.out.splitlines() == [f"{red}\tred 100.0 %", f"{blue}\tblue 100.0 %", f"{red}\tred 100.0 %"]
+    assert said.out.splitlines() == [
+        f"{path}\t{name} 100.0 %\tnot calibrated" for path, name in ((red, "red"), (blue, "blue"), (red, "red"))
+    ]
     assert said.err.count("broken.png") == 2
 
 
