@@ -98,7 +98,8 @@ def test_what_ships_is_what_was_proved(
     run: Path, exported: api.Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (exported.bundle / "model.onnx").read_bytes() == exported.proven.model
-    assert load_bundle(exported.bundle).contract == json.loads(json.dumps(dict(exported.proven.contract)))
+    proven = dict(exported.proven.contract) | {"deployed": None}
+    assert load_bundle(exported.bundle).contract == json.loads(json.dumps(proven))
     monkeypatch.setattr(api, "prove", lambda *args, **kwargs: exported.proven)  # the same once more takes long
     api.export(run, tmp_path / "b", keep=1)
     changed = {p.name for p in exported.bundle.iterdir() if p.read_bytes() != (tmp_path / "b" / p.name).read_bytes()}
