@@ -320,15 +320,17 @@ def compare(
     labels: Path | Sequence[Path] | None = None,
     preprocess: Path | Sequence[Path] | None = None,
     certain: bool = False,
+    max_pixels: int | None = None,
 ) -> Versus:
     """Ask two classifiers - runs, bundles or .onnx files - about the same images: what B gains over A, and what it breaks.
 
     `data`: a recipe, or a folder of class folders; by default the data of the first that is a run. `split`: by default val
     where there is one, else test. `labels`, `preprocess`: for .onnx files that have none beside them, one for whichever needs
-    it, or A's and B's. `certain`: refuse to assume a preprocessing, as a gate must. Raises FgvcError where their classes differ.
+    it, or A's and B's. `certain`: refuse to assume a preprocessing, as a gate must. `max_pixels`: of a
+    picture, in place of the data's own limit. Raises FgvcError where their classes differ.
     """
     sides = open_sides(a, b, labels=labels, preprocess=preprocess, certain=certain)
-    return ask(*sides, images_of(data, sides, split))
+    return ask(*sides, images_of(data, sides, split, max_pixels=max_pixels))
 
 
 def _calibrated(seen: Subject, part: Split, sample: Sample, device: str | None) -> Calibrated | None:

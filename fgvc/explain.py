@@ -23,7 +23,7 @@ from fgvc.serve import explain as drawing
 from fgvc.serve.engine import is_rejected, probabilities, refuse_no_numbers
 from fgvc.serve.explain import BundleLooker, Floats, Seen, is_bundle, telling
 from fgvc.serve.predict import expand
-from fgvc.types import FgvcError
+from fgvc.types import MAX_PIXELS, FgvcError
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ def explain(
     channels: int | None = None,
     batch: int = 16,
     overwrite: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> int:
     """Write overlays, panels and raw maps of pictures (files, or folders of them) by each method into `out`; see
     `fgvc.serve.explain` for what is written. Returns 0, or 1 where a picture could not be read. The data that the run was
@@ -77,7 +78,7 @@ def explain(
 
     `against`: a second run, or a bundle, side by side. `target`: a class by name instead of the predicted one. `channels`: so
     many of the most active, for methods that try them one by one; 0: all. `select`, `device`: as in `evaluate`. `overwrite`:
-    what explain wrote into `out` before.
+    what explain wrote into `out` before. `max_pixels`: of a picture that is read.
     Raises FgvcError, before anything is written, for a method, class or path that does not exist, and for a net that can't
     have such a map.
     """
@@ -94,7 +95,7 @@ def explain(
             else:
                 opened = open_run(path, chosen, select=select, device=device, channels=channels)
                 lookers.append(stack.enter_context(opened))
-        return drawing.explain_files(lookers, files, out, target=target, batch=batch, write=writable)
+        return drawing.explain_files(lookers, files, out, target=target, batch=batch, write=writable, max_pixels=max_pixels)
 
 
 @contextmanager

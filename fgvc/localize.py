@@ -36,6 +36,7 @@ from fgvc.cam.maps import normalised
 from fgvc.cam.offline import ClassMaps, looking, named
 from fgvc.config import Preprocess
 from fgvc.data.loader import EvaluationBatch, evaluation_loader
+from fgvc.data.stored import refuse_shares
 from fgvc.evaluate.plot import plot_localisation
 from fgvc.evaluate.subject import Subject, subject
 from fgvc.image.preprocess import placed
@@ -43,7 +44,7 @@ from fgvc.recipe import Selected
 from fgvc.serve.engine import refuse_no_numbers
 from fgvc.train.events import as_csv
 from fgvc.train.measured import leave, measured
-from fgvc.types import FgvcError, ImageIndex, Split
+from fgvc.types import FgvcError, Split
 
 BATCH = 32
 RECORD = "localisation.json"  # in the run
@@ -130,6 +131,7 @@ def localize(
             f"{run}: its data name no boxes ({seen.index.recognised}); localisation needs a set in CUB layout with "
             "bounding_boxes.txt"
         )
+    refuse_shares(seen.index)
     part, rows = seen.part(split)
     if not len(validation := seen.index.rows("val")):
         raise FgvcError(f"{run}: its data has no val part, on whose images the thresholds of the maps are chosen")
@@ -202,7 +204,7 @@ def _look(
         others, _ = look(x[wrong.to(x.device)], said[wrong], method)
         for at, boxes in zip(wrong.tolist(), around_each(others), strict=True):
             of["predicted"][at] = boxes
-    true, points = in_input(seen.index, batch, seen.preprocess)
+    true, points = in_input(batch, seen.preprocess)
     boxed = (true[:, 2] > true[:, 0]) & (true[:, 3] > true[:, 1])
     kept = boxed.nonzero()[:, 0].tolist()
     found = {name: compare([boxes[at] for at in kept], true[boxed]) for name, boxes in of.items()}
@@ -217,20 +219,20 @@ def _look(
     return Looked(batch.labels, right, boxed, silent, found, parts, tuple(str(error) for error in batch.bad))
 
 
-def in_input(index: ImageIndex, batch: EvaluationBatch, spec: Preprocess) -> tuple[Tensor, Tensor | None]:
+def in_input(batch: EvaluationBatch, spec: Preprocess) -> tuple[Tensor, Tensor | None]:
     """Where boxes and parts of a batch's images lie in the network's input, in continuous pixels, float64: left, top, right,
     bottom (B,4), cut at its borders, of no area or NaN where nothing is left; x and y (B,P,2), NaN where a part can't be
     seen, or None."""
-    assert index.boxes is not None  # `localize` looked
-    rows, (height, width) = batch.index.numpy(), spec.size
+    assert batch.boxes is not None  # `localize` looked
+    height, width = spec.size
     sizes = [(int(h), int(w)) for h, w in batch.sizes]
-    left_top, sides = np.split(index.boxes[rows].astype(np.float64), 2, axis=1)
+    left_top, sides = np.split(batch.boxes.astype(np.float64), 2, axis=1)
     corners = np.stack([left_top, left_top + sides], axis=1)
     moved = np.stack([placed(both, size, spec) for both, size in zip(corners, sizes, strict=True)])
     boxes = torch.from_numpy(moved.clip(0, (width, height)).reshape(-1, 4))
-    if index.parts is None:
+    if batch.parts is None:
         return boxes, None
-    parts = index.parts[rows].astype(np.float64)
+    parts = batch.parts.astype(np.float64)
     points = np.where(parts[:, :, 2:] > 0, parts[:, :, :2], np.nan)
     return boxes, torch.from_numpy(
         np.stack([placed(some, size, spec) for some, size in zip(points, sizes, strict=True)])

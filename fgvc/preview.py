@@ -15,7 +15,7 @@ from torch import Tensor
 from fgvc.config import Preprocess
 from fgvc.data.loader import evaluation_loader
 from fgvc.evaluate.font import ADVICE, writable
-from fgvc.image.decode import decode
+from fgvc.image.decode import decode_row
 from fgvc.image.overlay import overlay
 from fgvc.image.sheet import LETTERS, Cell, save_sheet
 from fgvc.recipe import Recipe
@@ -93,7 +93,7 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
     }
     rows = []
     for at, row in enumerate(batch.index[:images].tolist()):
-        original = decode(session.index.path(row))
+        original = decode_row(session.index, row)
         cells = [Cell(original, f"original: {names[int(batch.labels[at])]}")]
         for kind, change in session.step.hooks("on_sample"):
             changed = np.any(change(np.array(original), row) != np.asarray(original), axis=2)
@@ -145,7 +145,7 @@ def _evaluation_rows(session: Session, names: Sequence[str], images: int) -> lis
     cells = []
     for batch in loader:
         for x, y, row in zip(batch.images, batch.labels.tolist(), batch.index.tolist(), strict=True):
-            original = Cell(decode(index.path(row)), f"original: {names[y]}")
+            original = Cell(decode_row(index, row), f"original: {names[y]}")
             cells.append([original, Cell(_picture(x, session.preprocess), "evaluation")])
     return cells
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+MAX_PIXELS = 50_000_000  # of a picture, as its file says: the limit of every verb, unless a setting or an option says another
 
 
 class FgvcError(Exception):
@@ -45,10 +46,13 @@ class ImageIndex:
     labels: np.ndarray  # (N,) int32 in [0, K)
     splits: np.ndarray  # (N,) int8: position in SPLITS
     groups: np.ndarray | None = None  # (N,) StringDType: rows of one group never straddle a split
-    boxes: np.ndarray | None = None  # (N,4) float32: x, y, width, height in pixels of the stored image
+    # Both in pixels of the image as it is stored; fgvc.image.upright turns them with it where EXIF says how it was held.
+    boxes: np.ndarray | None = None  # (N,4) float32: x, y, width, height
     parts: np.ndarray | None = None  # (N,P,3) float32: x, y, visible
     part_names: tuple[str, ...] = ()
     recognised: str = ""  # one line for people: what layout was found, and which split rule applies
+    warnings: tuple[str, ...] = ()  # a line each: what was left out of the set, or is odd about its files
+    max_pixels: int = MAX_PIXELS  # of an image that is read
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,7 +81,7 @@ class Batch:
     index: Tensor  # (B,) int64: rows of the ImageIndex
     geometry: Tensor  # (B,2,3) float32: crop pixel -> original pixel
     render: Tensor | None = None  # (B,3,h,w) float32: x_clean as it was rendered, maybe larger (Plan.render)
-    boxes: Tensor | None = None  # (B,4) float32: x, y, width, height in original pixels, NaN where there is none
+    boxes: Tensor | None = None  # (B,4) float32: x, y, width, height in original pixels, upright; NaN where there is none
 
     @property
     def finest(self) -> Tensor:

@@ -21,11 +21,10 @@ from starlette.responses import JSONResponse
 from fgvc.export.bundle import load_bundle
 from fgvc.image.decode import decode
 from fgvc.serve.engine import Engine
-from fgvc.types import FgvcError, ImageError
+from fgvc.types import MAX_PIXELS, FgvcError, ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_BODY = 10 * 2**20  # bytes
-MAX_PIXELS = 40_000_000
 
 
 class Settings(BaseModel):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.cli.option import Channels, Device, Part, Run, Select
+from fgvc.cli.option import MEGAPIXELS, Channels, Device, Megapixels, Part, Run, Select
 from fgvc.types import FgvcError
 
 
@@ -82,6 +82,7 @@ def explain(
     device: Device = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Lose the results that are in --out.")] = False,
+    megapixels: Megapixels = MEGAPIXELS,
 ) -> None:
     """Show where a network looks: overlays, panels side by side, raw maps. Exit code 1 where an image could not be read."""
     from fgvc.serve.explain import explain_bundles, is_bundle
@@ -90,14 +91,18 @@ def explain(
     if all(is_bundle(path) for path in both):
         if select is not None or device is not None or channels is not None:
             raise FgvcError("--select, --device and --channels go with a run, not with a bundle")
-        methods = method or ["cam"]
-        sys.exit(explain_bundles(both, paths, out, methods=methods, target=target, batch=batch, overwrite=overwrite))
+        sys.exit(
+            explain_bundles(
+                both, paths, out, methods=method or ["cam"], target=target, batch=batch, overwrite=overwrite,
+                max_pixels=round(megapixels * 1e6),
+            )
+        )  # fmt: skip
     from fgvc import api
 
     sys.exit(
         api.explain(
             seen, paths, out, methods=method or ["gradcam"], against=against, target=target, select=select, device=device,
-            channels=channels, batch=batch, overwrite=overwrite,
+            channels=channels, batch=batch, overwrite=overwrite, max_pixels=round(megapixels * 1e6),
         )
     )  # fmt: skip
 
@@ -133,6 +138,12 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="A page (.html) with the flipped images; a .csv of all beside it.")
     ] = None,
+    megapixels: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, max=4000, help="Most pixels of a picture, in millions; default: of the recipe or run, else 50."
+        ),
+    ] = None,
 ) -> None:
     """Two classifiers on the same images: gain, chance, and what breaks. Exit code 1 where a gate says no."""
     from fgvc import api, show
@@ -142,7 +153,10 @@ def compare(
     gate = Gate(max_negative_flips, min_gain)
     if out is not None:
         refuse_out(out)
-    found = api.compare(a, b, data=data, split=split, labels=labels, preprocess=preprocess, certain=gate.shut)
+    limit = None if megapixels is None else round(megapixels * 1e6)
+    found = api.compare(
+        a, b, data=data, split=split, labels=labels, preprocess=preprocess, certain=gate.shut, max_pixels=limit
+    )
     failed = gate.failures(found.paired)
     show.versus(found, failed)
     if out is not None:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from fgvc.types import MAX_PIXELS
+
 Config = Annotated[str, typer.Argument(help="A recipe file, or the id of one that comes with fgvc.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")]
 Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
@@ -24,6 +26,16 @@ Channels = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="auto | cpu | cuda | mps; default: the recipe's.")]
+Megapixels = Annotated[
+    float,
+    typer.Option(
+        "--megapixels",
+        min=0.001,
+        max=4000,
+        help="Most pixels of a picture, in millions; above 50, JPEGs are decoded at 1/2, 1/4 or 1/8 of their sides.",
+    ),
+]
+MEGAPIXELS = MAX_PIXELS / 1e6
 
 
 def recipe_path(config: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.cli.option import Run, Select
+from fgvc.cli.option import MEGAPIXELS, Megapixels, Run, Select
 from fgvc.types import FgvcError
 
 DeployedLabels = Annotated[
@@ -118,11 +118,12 @@ def predict(
     variant: Annotated[
         Literal["float", "int8", "fp16"], typer.Option(help="Which file of the bundle answers.")
     ] = "float",
+    megapixels: Megapixels = MEGAPIXELS,
 ) -> None:
     """Classify images with onnxruntime. Exit code 1 where an image could not be read."""
     from fgvc.serve.predict import predict_files
 
-    sys.exit(predict_files(bundle, paths, as_json=as_json, top_k=top_k, variant=variant))
+    sys.exit(predict_files(bundle, paths, as_json=as_json, top_k=top_k, variant=variant, max_pixels=round(megapixels * 1e6)))
 
 
 def serve(
@@ -139,7 +140,7 @@ def serve(
     grace: Annotated[float, typer.Option(min=0, help="Seconds after SIGTERM for the requests that are there.")] = 20.0,
     image_mib: Annotated[float, typer.Option(min=0.001, help="Largest picture, in MiB.")] = 10.0,
     tensor_mib: Annotated[float, typer.Option(min=0.001, help="Largest tensor request, in MiB.")] = 32.0,
-    megapixels: Annotated[float, typer.Option(min=0.001, help="Most pixels of a picture, in millions.")] = 40.0,
+    megapixels: Megapixels = MEGAPIXELS,
     batch: Annotated[int, typer.Option(min=1, help="Most images in a tensor request.")] = 16,
     poll: Annotated[
         float, typer.Option(min=0, help="Look every so many seconds for a new bundle in a place; 0: on SIGHUP only.")
@@ -162,7 +163,7 @@ def serve(
         raise FgvcError(f"fgvc serve: {error.name} is not installed: pip install 'fgvc[serve]'") from error
 
     limits = Limits(
-        image_bytes=int(image_mib * MIB), tensor_bytes=int(tensor_mib * MIB), pixels=int(megapixels * 1e6), batch=batch,
+        image_bytes=int(image_mib * MIB), tensor_bytes=int(tensor_mib * MIB), pixels=round(megapixels * 1e6), batch=batch,
         seconds=timeout,
     )  # fmt: skip
     settings = Settings(

@@ -25,17 +25,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fgvc.disk import alone, sync
-from fgvc.image.decode import MAX_PIXELS, decode
+from fgvc.image.decode import read_picture
 from fgvc.types import FgvcError, ImageError, ImageIndex
 
-_VERSION = 1
+_VERSION = 2
 _LOCK = "building"  # held by whoever builds; a folder whose lock is free was left behind by a crash
 _QUIET_SECONDS = 10
 _SAMPLE = 200  # images decoded to estimate the space needed
 
 Progress = Callable[[str], None]
-Decoded = tuple[Image.Image, tuple[int, int]]
-"""The shrunk image, and the original's (width, height)."""
+Decoded = tuple[Image.Image, tuple[int, int], int]
+"""The shrunk image, the original's (width, height) upright, and its EXIF orientation."""
 
 
 class DecodeCache:
@@ -47,6 +47,7 @@ class DecodeCache:
             self.rows: NDArray[np.int64] = saved["rows"]
             self._offsets: NDArray[np.int64] = saved["offsets"]
             self._sizes: NDArray[np.int32] = saved["sizes"]  # (N,4): width and height here, then the original's
+            self._orientations: NDArray[np.int8] = saved["orientations"]  # (N,), EXIF's
             reasons = zip(saved["bad_rows"], saved["bad_reasons"], strict=True)
             self._bad = {int(row): str(reason) for row, reason in reasons}
         self._pixels: NDArray[np.uint8] | None = None
@@ -60,7 +61,6 @@ class DecodeCache:
         side: int,
         folder: Path | None = None,
         workers: int = 2,
-        max_pixels: int = MAX_PIXELS,
         progress: Progress | None = None,
     ) -> DecodeCache:
         """The cache of these rows under `folder` (default: fgvc's own in the user's cache), built now if not there.
@@ -70,12 +70,12 @@ class DecodeCache:
         """
         rows = np.unique(np.asarray(rows, dtype=np.int64))
         folder = _default_folder() if folder is None else folder.expanduser()
-        final = folder / _key(index, rows, side, max_pixels)
+        final = folder / _key(index, rows, side)
         if not final.exists():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 _remove_leftovers(folder)
-                _build(index, rows, final, side=side, workers=workers, max_pixels=max_pixels, progress=progress)
+                _build(index, rows, final, side=side, workers=workers, progress=progress)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise FgvcError(f"{folder}: the disk is full; free some space or set cache=none") from error
@@ -94,9 +94,7 @@ class DecodeCache:
         """
         if row in self._bad:
             raise ImageError(self._index.path(row), self._bad[row])
-        at = int(np.searchsorted(self.rows, row))
-        if at == len(self.rows) or self.rows[at] != row:
-            raise KeyError(f"row {row} is not among the {len(self.rows)} of {self.folder}")
+        at = self._at(row)
         if self._pixels is None:
             # Copy on write: torch warns of arrays that can't be written to.
             self._pixels = np.memmap(self.folder / "pixels.bin", dtype=np.uint8, mode="c")
@@ -104,6 +102,16 @@ class DecodeCache:
         start = int(self._offsets[at])
         pixels = np.asarray(self._pixels[start : start + 3 * width * height])
         return pixels.reshape(height, width, 3), (original[0], original[1])
+
+    def orientation(self, row: int) -> int:
+        """How the original was held, in EXIF's words; the image here is upright."""
+        return int(self._orientations[self._at(row)])
+
+    def _at(self, row: int) -> int:
+        at = int(np.searchsorted(self.rows, row))
+        if at == len(self.rows) or self.rows[at] != row:
+            raise KeyError(f"row {row} is not among the {len(self.rows)} of {self.folder}")
+        return at
 
     def close(self) -> None:
         """Let go of the file; the next `image` opens it again."""
@@ -126,8 +134,8 @@ def _default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fgvc"
 
 
-def _key(index: ImageIndex, rows: NDArray[np.int64], side: int, max_pixels: int) -> str:
-    return stamps(index, rows, f"{_VERSION} {side} {max_pixels}")[:24]
+def _key(index: ImageIndex, rows: NDArray[np.int64], side: int) -> str:
+    return stamps(index, rows, f"{_VERSION} {side} {index.max_pixels}")[:24]
 
 
 def stamps(index: ImageIndex, rows: NDArray[np.int64], more: str = "") -> str:
@@ -151,17 +159,16 @@ def _build(
     *,
     side: int,
     workers: int,
-    max_pixels: int,
     progress: Progress | None,
 ) -> None:
     building = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".tmp", dir=final.parent))
 
     def load(row: int) -> Decoded | ImageError:
         try:
-            image = decode(index.path(row), max_pixels=max_pixels)
+            picture = read_picture(index.path(row), max_pixels=index.max_pixels)
         except ImageError as error:
             return error
-        return shrunk(image, side), image.size
+        return shrunk(picture.image, side), picture.size, picture.orientation
 
     try:
         with alone(building / _LOCK, wait=True), ThreadPoolExecutor(max(1, workers)) as pool:
@@ -189,6 +196,7 @@ def _write(
     pixels: BinaryIO, rows: NDArray[np.int64], images: Iterator[Decoded | ImageError], progress: Progress | None
 ) -> dict[str, Any]:
     offsets, sizes = np.zeros(len(rows), dtype=np.int64), np.zeros((len(rows), 4), dtype=np.int32)
+    orientations = np.ones(len(rows), dtype=np.int8)
     bad_rows, bad_reasons, last = [], [], time.monotonic()
     for at, found in enumerate(images):
         offsets[at] = pixels.tell()
@@ -196,7 +204,7 @@ def _write(
             bad_rows.append(int(rows[at]))
             bad_reasons.append(found.reason)
         else:
-            image, original = found
+            image, original, orientations[at] = found
             sizes[at] = *image.size, *original
             pixels.write(image.tobytes())
         if progress is not None and time.monotonic() > last + _QUIET_SECONDS:
@@ -207,6 +215,7 @@ def _write(
     return {
         "offsets": offsets,
         "sizes": sizes,
+        "orientations": orientations,
         "bad_rows": np.array(bad_rows, dtype=np.int64),
         "bad_reasons": np.array(bad_reasons, dtype=np.str_),
     }

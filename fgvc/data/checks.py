@@ -12,13 +12,16 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from fgvc.data.colour import Colours, Normalisation, colours, doubts, is_grey, moments
 from fgvc.data.duplicates import LIKENESS, Print, Prints, alike, equal, gathered, groups, joined, links, print_of
 from fgvc.data.source import some
 from fgvc.data.splits import group_codes, straddling
+from fgvc.data.stored import Stored, judge, levels_of
 from fgvc.data.suspects import Suspects
-from fgvc.image.decode import decode_stored
+from fgvc.image.damage import damage
+from fgvc.image.decode import Picture, read_content, read_picture
 from fgvc.types import SPLITS, ImageError, ImageIndex
 
 TINY = 32  # pixels of the shorter side
@@ -46,6 +49,7 @@ class Report:
     near_conflicts: Rows  # with two labels
     straddling: tuple[str, ...]  # groups with rows in several splits
     colours: Colours
+    stored: Stored
     suspects: Suspects | None = None  # None: not looked for
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -90,10 +94,11 @@ class _Seen:
     """What reading one file gave."""
 
     digest: bytes = b""  # 16 bytes of a readable image
-    size: tuple[int, int] = (0, 0)  # width, height
-    mode: str = ""  # how the file stores colour, in Pillow's words
+    picture: Picture | None = None  # None: unreadable; without its pixels, which would not fit in memory
+    levels: tuple[int, int] = (0, 0)  # as in Stored
+    damage: str = ""
     moments: NDArray[np.float64] = field(default_factory=lambda: np.full((2, 3), np.nan))
-    print: Print | None = None  # None: unreadable
+    print: Print | None = None
     reason: str = ""
 
 
@@ -114,18 +119,21 @@ def check(
     total = len(index)
     digests, sizes = np.zeros((total, 2), np.uint64), np.zeros((total, 2), np.int32)
     prints, seen_moments, grey = Prints.empty(total), np.full((total, 2, 3), np.nan), np.zeros(total, bool)
+    stored = Stored.empty(total)
     unreadable: list[tuple[int, str]] = []
     modes: Counter[str] = Counter()
     for row, seen in enumerate(_read_all(index, workers)):
         # An unreadable file is nobody's duplicate: its row number stands for its content.
         digests[row] = np.frombuffer(seen.digest, np.uint64) if seen.digest else (row, 0)
-        sizes[row], seen_moments[row] = seen.size, seen.moments
-        if seen.print is None:
+        seen_moments[row] = seen.moments
+        if seen.print is None or seen.picture is None:
             unreadable.append((row, seen.reason))
         else:
+            sizes[row] = seen.picture.size
+            stored.put(row, seen.picture, seen.levels, seen.damage)
             prints.put(row, seen.print)
             grey[row] = is_grey(seen.print.thumb)
-            modes[seen.mode] += 1
+            modes[seen.picture.mode] += 1
         if progress:
             progress("reading", row + 1, total)
     counts = np.zeros((len(SPLITS), len(index.classes)), np.int64)
@@ -150,6 +158,7 @@ def check(
         near_conflicts=across[1],
         straddling=() if index.groups is None else tuple(straddling(index.groups, index.splits)),
         colours=colours(seen_moments, grey, train=index.splits == 0, modes=modes, expected=expected),
+        stored=stored,
     )
     return _judge(report, max_unreadable)
 
@@ -178,6 +187,8 @@ def findings(report: Report) -> list[dict[str, object]]:
 
     for row, reason in report.unreadable:
         add("unreadable", row, detail=reason)
+    for row, what in sorted(report.stored.damage.items()):
+        add("damaged", row, detail=what)
     for row in report.tiny:
         add("tiny", row, detail=" x ".join(map(str, report.sizes[row])))
     kinds = [("duplicate", rows) for rows in report.duplicates] + [("near-duplicate", rows) for rows in report.near]
@@ -224,16 +235,19 @@ def _read_all(index: ImageIndex, workers: int | None) -> Iterator[_Seen]:
 
 
 def _read(index: ImageIndex, row: int) -> _Seen:
+    path = index.path(row)
     try:
-        image, mode, content = decode_stored(index.path(row))
+        content = read_content(path)
+        picture = read_picture(content, max_pixels=index.max_pixels, name=path)
     except ImageError as error:
         return _Seen(reason=error.reason)
     return _Seen(
         digest=hashlib.sha256(content).digest()[:16],
-        size=image.size,
-        mode=mode,
-        moments=moments(image),
-        print=print_of(image),
+        picture=replace(picture, image=Image.new("RGB", (1, 1))),
+        levels=levels_of(picture),
+        damage=damage(content),
+        moments=moments(picture.image),
+        print=print_of(picture.image),
     )
 
 
@@ -241,7 +255,7 @@ def _judge(report: Report, max_unreadable: float) -> Report:
     """The report with its errors and warnings put in words."""
     index, total = report.index, len(report.index)
     errors: list[str] = []
-    warnings: list[str] = []
+    warnings: list[str] = list(index.warnings)
     for split, names in report.missing.items():
         text = f"{len(names)} classes have no image in {split}: {some(names)}"
         (errors if split == "train" else warnings).append(text)
@@ -264,6 +278,8 @@ def _judge(report: Report, max_unreadable: float) -> Report:
     if report.colours.flat:
         listed = some([_place(index, row) for row in report.colours.flat])
         warnings.append(f"{len(report.colours.flat)} images are of one colour and show nothing: {listed}")
+    for error, text in judge(index, report.stored):
+        (errors if error else warnings).append(text)
     warnings += doubts(report.colours, total)
     return replace(report, errors=tuple(errors), warnings=tuple(warnings))
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from fgvc.data.source import TEXT, Source, finish_splits, number_classes, some
+from fgvc.data.source import TEXT, Source, finish_splits, number_classes, repeated, some
 from fgvc.types import SPLITS, FgvcError, ImageIndex
 
 
@@ -41,16 +41,19 @@ class CubData(Source):
             parts, part_names = _numbers(root / "parts" / "part_locs.txt", row_of, part_of, 3), tuple(part_list)
         found = [f"{len(paths)} images", f"{len(classes)} classes"]
         found += ["boxes"] * (boxes is not None) + [f"{len(part_names)} parts"] * (parts is not None)
+        files = np.array([f"images/{path}" for path in paths], dtype=TEXT)
         return ImageIndex(
             root=root,
             classes=classes,
-            paths=np.array([f"images/{path}" for path in paths], dtype=TEXT),
+            paths=files,
             labels=labels.astype(np.int32),
             splits=splits,
+            max_pixels=self.max_pixels,
             boxes=boxes,
             parts=parts,
             part_names=part_names,
             recognised=f"CUB layout: {', '.join(found)}; official test part kept; {rule}",
+            warnings=repeated(root, files, labels, splits, classes),
         )
 
 

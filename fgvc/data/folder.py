@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from fgvc.data.source import PART_NAMES, Source, Strings, finish_splits, number_classes, some
-from fgvc.image.decode import SUFFIXES
+from fgvc.data.source import Source, Strings, finish_splits, number_classes, part_of, some
+from fgvc.data.walk import ClassFolder, Walk, counted, folders_in, loose_images
 from fgvc.types import SPLITS, FgvcError, ImageIndex, Split
 
 
 class FolderData(Source):
     """train/<class>/..., with val/ (or valid/, validation/) and test/ beside it; or <class>/... straight away.
 
-    Images in folders below a class belong to the class. Hidden files and files of other types are left out.
+    Parts may be called by other usual names (training, dev, testing), in any capitals. Images in folders below a class belong to
+    the class, and so do those behind links, unless these lead to another class or a folder above. Hidden files and files of
+    other types are left out, and what was left out is said.
     """
 
     kind: Literal["folder"] = "folder"
@@ -30,19 +31,36 @@ class FolderData(Source):
     )
 
     def read(self) -> ImageIndex:
-        """List the images. Raises FgvcError where the layout isn't one of the two, or a part has classes of its own."""
+        """List the images. Raises FgvcError where the layout isn't one of the two, a part has classes of its own, the files of a
+        class are all of other types, or two classes are the same files."""
         root = self.folder()
         parts = _parts(root)
-        paths, others = Strings(), 0
+        places = [ClassFolder(root, part, name) for part in parts or [""] for name in folders_in(root / part)]
+        if self.classes is None:
+            for part in parts or [""]:
+                _refuse_parts_as_classes(root / part, [place for place in places if place.part == part])
+        walk = Walk(places)
+        paths = Strings()
         counts: dict[tuple[str, str], int] = {}  # (folder of the part or "", class): images
-        for part in parts or [""]:
-            for name in _folders(root / part):
-                before = len(paths)
-                for files, rest in _walk(str(root), f"{part}/{name}" if part else name):
-                    paths.extend(files)
-                    others += rest
-                counts[part, name] = len(paths) - before
-        found = _classes(root, counts, self.classes)
+        others: Counter[str] = Counter()
+        empty: dict[str, Counter[str]] = {}
+        for place in places:
+            before, dropped = len(paths), Counter[str]()
+            for files, rest in walk.images(place):
+                paths.extend(files)
+                dropped += rest
+            counts[place.part, place.name] = len(paths) - before
+            others += dropped
+            if dropped and len(paths) == before:
+                empty[str(place)] = dropped
+        if empty:
+            listed = some([f"{name}/ ({counted(dropped)})" for name, dropped in empty.items()])
+            raise FgvcError(
+                f"{root}: {len(empty)} class folders would end empty, since all their files are of other types than fgvc reads: "
+                f"{listed}; save these as JPEG or PNG, or move what is no class out of {root}"
+            )
+        walk.refuse_shared()
+        found = _classes(root, counts, parts, self.classes)
         classes, order = number_classes(found, self.classes, where=root)
         number = dict(zip(found, order.tolist(), strict=True))
         size = list(counts.values())
@@ -52,79 +70,81 @@ class FolderData(Source):
             f"class folders in {', '.join(f'{name}/' for name in parts)}" if parts else "one folder of class folders"
         )
         splits, rule = finish_splits(self, labels, splits, test_fraction=0 if parts else self.test_fraction)
-        empty = sorted({name for _, name in counts} - set(found))
-        notes = [f"class folders without an image, left out: {some(empty)}"] if empty else []
-        notes += [f"{others} other files left out"] if others else []
+        without = sorted({name for _, name in counts} - set(found))
         return ImageIndex(
             root=root,
             classes=classes,
             paths=paths.array(),
             labels=labels,
             splits=splits,
-            recognised="; ".join([f"{layout}: {len(labels)} images, {len(classes)} classes", rule, *notes]),
+            max_pixels=self.max_pixels,
+            recognised=f"{layout}: {len(labels)} images, {len(classes)} classes; {rule}",
+            warnings=tuple(_left_out(root, parts, without, others, walk)),
         )
+
+
+def _left_out(root: Path, parts: dict[str, Split], without: list[str], others: Counter[str], walk: Walk) -> list[str]:
+    """What people should know of that is no part of the set."""
+    found = [f"class folders without an image, left out: {some(without)}"] if without else []
+    if others:
+        found.append(f"{others.total()} files are of other types than fgvc reads, and left out: {counted(others)}")
+    for folder in (root, *(root / part for part in parts)):
+        if count := loose_images(folder):
+            found.append(f"{folder}: {count} images lie in it and in no class folder; they are left out")
+    return found + walk.warnings()
 
 
 def _parts(root: Path) -> dict[str, Split]:
     """The split of each split folder, in the order of SPLITS; empty where the classes lie in root itself."""
-    folders = _folders(root)
+    folders = folders_in(root)
     if not folders:
         raise FgvcError(f"{root}: no folders in it; expected train/ val/ test/, or one folder per class")
-    named = sorted((name for name in folders if name in PART_NAMES), key=lambda name: SPLITS.index(PART_NAMES[name]))
+    split_of = {name: part for name in folders if (part := part_of(name)) is not None}
+    named = sorted(split_of, key=lambda name: SPLITS.index(split_of[name]))
     # A class may be called "train" (beside "bus" and "car"): then it holds images, not folders.
-    if not any(_folders(root / name) for name in named):
+    if not any(folders_in(root / name) for name in named):
         return {}
     listed = ", ".join(f"{name}/" for name in named)
-    if "train" not in named:
+    if "train" not in split_of.values():
         raise FgvcError(f"{root}: has {listed} but no train/; add it, or rename the class folder")
-    if len({PART_NAMES[name] for name in named}) < len(named):
+    if len(set(split_of.values())) < len(named):
         raise FgvcError(f"{root}: has {listed}: two names for one part; keep one")
-    alien = [f"{name}/" for name in folders if name not in PART_NAMES]
+    alien = [f"{name}/" for name in folders if name not in split_of]
     if alien:
         raise FgvcError(f"{root}: has {listed} and also {some(alien)}; move what is no part of the set elsewhere")
-    return {name: PART_NAMES[name] for name in named}
+    return {name: split_of[name] for name in named}
 
 
-def _classes(root: Path, counts: dict[tuple[str, str], int], wanted: list[str] | None) -> list[str]:
+def _refuse_parts_as_classes(folder: Path, places: list[ClassFolder]) -> None:
+    """Raise FgvcError where what lies in `folder` looks like parts or variants of a set (color/, grayscale/) and not like its
+    classes: none holds an image itself, and the folders below have the same names."""
+    below = [set(folders_in(Path(place.path))) for place in places]
+    if not places or not all(below) or any(loose_images(Path(place.path)) for place in places):
+        return
+    listed, common = some([f"{place.name}/" for place in places]), set.intersection(*below)
+    if len(places) == 1:
+        raise FgvcError(
+            f"{folder}: its only folder {listed} holds no image but the folders {some(sorted(common))}: if these are "
+            f"the classes, set data.root={places[0].path}"
+        )
+    if 2 * len(common) < len(set.union(*below)):
+        return
+    names = ", ".join(place.name for place in places)
+    raise FgvcError(
+        f"{folder}: {listed} hold no image themselves, and have folders of the same names ({some(sorted(common))}): are they "
+        f"parts or variants of one set? Set data.root={places[0].path} to learn from one of them; name parts train/, val/ and "
+        f"test/; or, if they are the classes all the same, say so by data.classes=[{names}]"
+    )
+
+
+def _classes(
+    root: Path, counts: dict[tuple[str, str], int], parts: dict[str, Split], wanted: list[str] | None
+) -> list[str]:
     """Sorted names of the classes that have images. With parts, train/ must have all of them."""
     found = sorted({name for (_, name), count in counts.items() if count})
-    trained = {name for (part, name), count in counts.items() if count and PART_NAMES.get(part, "train") == "train"}
+    trained = {name for (part, name), count in counts.items() if count and parts.get(part, "train") == "train"}
     for part in dict.fromkeys(part for part, _ in counts):
         own = sorted(name for (p, name), count in counts.items() if p == part and count and name not in trained)
         if own:
             raise FgvcError(f"{root / part}: classes that train/ has no images of: {some(own)}; add or remove them")
     return found
-
-
-def _folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; hidden ones left out."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-
-
-def _walk(root: str, folder: str) -> Iterator[tuple[list[str], int]]:
-    """For a folder and all below it: the images' paths relative to root, sorted, and how many other files there are.
-
-    One directory listing each and no `stat` of files, which is what makes a million of them affordable.
-    """
-    waiting, seen = [folder], set()
-    while waiting:
-        folder = waiting.pop()
-        real = os.path.realpath(f"{root}/{folder}")
-        if real in seen:  # a link to a folder above
-            continue
-        seen.add(real)
-        images, below, others = [], [], 0
-        with os.scandir(f"{root}/{folder}") as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    below.append(f"{folder}/{entry.name}")
-                elif entry.name.lower().endswith(SUFFIXES):
-                    images.append(f"{folder}/{entry.name}")
-                else:
-                    others += 1
-        waiting += sorted(below, reverse=True)
-        images.sort()
-        yield images, others

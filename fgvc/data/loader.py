@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from fgvc.config import Preprocess
 from fgvc.data.cache import DecodeCache
 from fgvc.image.augment import Augmenter
-from fgvc.image.decode import decode
+from fgvc.image.decode import read_picture
 from fgvc.image.preprocess import preprocess
+from fgvc.image.upright import turned_boxes, turned_points, turned_sides
 from fgvc.seeding import ORDER, SAMPLE, generator
 from fgvc.types import FgvcError, ImageError, ImageIndex
 
@@ -28,6 +29,7 @@ OnSample = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
 """(h,w,3) uint8 image and its row -> image of the same size, in a worker, before any geometry. Workers are forked once:
 what changes during training must be read from disk or shared memory."""
 
+Sides = tuple[int, int]  # width, height
 Key = tuple[int, int, int]  # epoch, row, how often that row came in the epoch before
 
 BEFORE = 2**31  # the first of the epoch numbers that stand for views before training
@@ -45,7 +47,7 @@ class TrainBatch:
     index: Tensor  # (B,) int64: rows of the ImageIndex
     geometry: Tensor  # (B,2,3) float32: crop -> original, in continuous pixels (a pixel's centre is at + 0.5)
     bad: list[ImageError]  # unreadable files met for the first time
-    boxes: Tensor | None = None  # (B,4) float32: x, y, width, height in the original, NaN where there is none
+    boxes: Tensor | None = None  # (B,4) float32: x, y, width, height in the original, upright; NaN where there is none
 
     def pin_memory(self) -> TrainBatch:
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
@@ -62,10 +64,12 @@ class EvaluationBatch:
     index: Tensor  # (B,) int64: rows of the ImageIndex
     sizes: Tensor  # (B,2) int64: height and width of the originals, upright
     bad: list[ImageError]  # unreadable files, which are left out
+    boxes: NDArray[np.float32] | None = None  # (B,4) of the originals, as in TrainBatch
+    parts: NDArray[np.float32] | None = None  # (B,P,3): x, y, visible; of the originals, upright
 
     def pin_memory(self) -> EvaluationBatch:
         images, labels, sizes = self.images.pin_memory(), self.labels.pin_memory(), self.sizes.pin_memory()
-        return EvaluationBatch(images, labels, self.index.pin_memory(), sizes, self.bad)
+        return EvaluationBatch(images, labels, self.index.pin_memory(), sizes, self.bad, self.boxes, self.parts)
 
 
 class BadFiles:
@@ -81,7 +85,7 @@ class BadFiles:
         if fresh and len(self.found) > self.limit * self.images:
             raise FgvcError(
                 f"{len(self.found)} of {self.images} images can't be read, data.max_unreadable={self.limit:g} allows "
-                f"fewer; mend or remove these, or raise the limit:\n{_names(self.found.values())}"
+                f"fewer; mend or remove these, or raise that limit:\n{_names(self.found.values())}"
             )
         return fresh
 
@@ -273,12 +277,15 @@ class _Samples(Dataset[TrainBatch]):
         images = np.empty((len(keys), height, width, 3), dtype=np.uint8)
         geometry = np.empty((len(keys), 2, 3), dtype=np.float32)
         taken = np.empty(len(keys), dtype=np.int64)
+        boxes = None if self.index.boxes is None else np.empty((len(keys), 4), dtype=np.float32)
         bad: list[ImageError] = []
         for at, (epoch, row, turn) in enumerate(keys):
             try:
-                taken[at], image, original = self._readable(epoch, row, bad)
+                taken[at], image, original, orientation = self._readable(epoch, row, bad)
             except FgvcError as error:
                 return error
+            if boxes is not None:
+                boxes[at] = _box(self.index, int(taken[at]), original, orientation)
             if self.on_sample:
                 image = self._hooked(image.copy(), int(taken[at]))
             # The key stays the drawn row's, so that a substitute differs from its own turn in this epoch.
@@ -286,12 +293,13 @@ class _Samples(Dataset[TrainBatch]):
             scale = np.array([[original[0] / image.shape[1]], [original[1] / image.shape[0]]], dtype=np.float32)
             geometry[at] = scale * to_image
         labels = torch.from_numpy(self.index.labels[taken].astype(np.int64))
-        boxes = None if self.index.boxes is None else torch.from_numpy(self.index.boxes[taken])
+        found = None if boxes is None else torch.from_numpy(boxes)
         rows, matrices = torch.from_numpy(taken), torch.from_numpy(geometry)
-        return TrainBatch(torch.from_numpy(images), labels, rows, matrices, bad, boxes)
+        return TrainBatch(torch.from_numpy(images), labels, rows, matrices, bad, found)
 
-    def _readable(self, epoch: int, row: int, bad: list[ImageError]) -> tuple[int, NDArray[np.uint8], tuple[int, int]]:
-        """The row's image, or another's in its place: row, image, the original's (width, height)."""
+    def _readable(self, epoch: int, row: int, bad: list[ImageError]) -> tuple[int, NDArray[np.uint8], Sides, int]:
+        """The row's image, or another's in its place: row, image, the original's (width, height) upright, and its EXIF
+        orientation."""
         substitutes: np.random.Generator | None = None
         drawn = row
         for _ in range(_SUBSTITUTES):
@@ -304,11 +312,11 @@ class _Samples(Dataset[TrainBatch]):
         names = _names({error.path: error for error in bad}.values())
         raise FgvcError(f"{_SUBSTITUTES} images in turn can't be read:\n{names}")
 
-    def _load(self, row: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    def _load(self, row: int) -> tuple[NDArray[np.uint8], Sides, int]:
         if self.cache is not None:
-            return self.cache.image(row)
-        image = decode(self.index.path(row))
-        return np.array(image), image.size
+            return (*self.cache.image(row), self.cache.orientation(row))
+        picture = read_picture(self.index.path(row), max_pixels=self.index.max_pixels)
+        return np.array(picture.image), picture.size, picture.orientation
 
     def _hooked(self, pixels: NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
         for hook in self.on_sample:
@@ -325,21 +333,36 @@ class _Originals(Dataset[EvaluationBatch]):
     def __getitems__(self, rows: list[int]) -> EvaluationBatch:
         images = np.empty((len(rows), 3, *self.spec.size), dtype=np.float32)
         sizes = np.empty((len(rows), 2), dtype=np.int64)
+        boxes = None if self.index.boxes is None else np.empty((len(rows), 4), dtype=np.float32)
+        parts = None if self.index.parts is None else self.index.parts[rows].copy()
         read: list[int] = []
         bad: list[ImageError] = []
         for row in rows:
+            at = len(read)
             try:
-                image = decode(self.index.path(row))
-                images[len(read)] = preprocess(image, self.spec)
+                picture = read_picture(self.index.path(row), max_pixels=self.index.max_pixels)
+                images[at] = preprocess(picture.image, self.spec)
             except ImageError as error:
                 bad.append(error)
-            else:
-                sizes[len(read)] = image.height, image.width
-                read.append(row)
+                continue
+            sizes[at] = picture.size[::-1]
+            if boxes is not None:
+                boxes[at] = _box(self.index, row, picture.size, picture.orientation)
+            if parts is not None and self.index.parts is not None:
+                parts[at] = self.index.parts[row]
+                parts[at, :, :2] = turned_points(parts[at, :, :2], picture.orientation, picture.stored)
+            read.append(row)
         index = np.array(read, dtype=np.int64)
         labels = torch.from_numpy(self.index.labels[index].astype(np.int64))
         pixels, originals = torch.from_numpy(images[: len(read)]), torch.from_numpy(sizes[: len(read)])
-        return EvaluationBatch(pixels, labels, torch.from_numpy(index), originals, bad)
+        found, places = (None if one is None else one[: len(read)] for one in (boxes, parts))
+        return EvaluationBatch(pixels, labels, torch.from_numpy(index), originals, bad, found, places)
+
+
+def _box(index: ImageIndex, row: int, size: Sides, orientation: int) -> NDArray[np.float32]:
+    """(4,): the box of a row in its image upright, cut at its borders; `size` of that image. NaN: none, or none within it."""
+    assert index.boxes is not None
+    return turned_boxes(index.boxes[row], orientation, turned_sides(size, orientation)).astype(np.float32)
 
 
 T = TypeVar("T", TrainBatch, EvaluationBatch)

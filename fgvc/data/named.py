@@ -61,6 +61,7 @@ class NamedData(Source):
             paths=paths.array(),
             labels=numbers,
             splits=carved,
+            max_pixels=self.max_pixels,
             recognised=f"torchvision's {_SETS[self.name][0]}: {len(numbers)} images, {len(classes)} classes; {rule}",
         )
 

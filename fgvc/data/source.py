@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +14,15 @@ from pydantic import Field, field_validator
 from fgvc.config import Section
 from fgvc.data.splits import carve, fold_numbers
 from fgvc.naming import one_line, refuse_breaking
-from fgvc.types import SPLITS, FgvcError, Split
+from fgvc.types import MAX_PIXELS, SPLITS, FgvcError, Split
 
 TEXT = StringDType()
-PART_NAMES: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_PARTS: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "validate", "validating", "dev", "development", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
+}
+_OF_PARTS = ("set", "data", "dataset", "split", "part", "images", "imgs")  # "train_set", "Training Images"
 
 
 class Source(Section):
@@ -36,6 +43,14 @@ class Source(Section):
     max_unreadable: float = Field(
         0.05, ge=0, le=1, description="share of unreadable files that is skipped and reported; above it training stops"
     )
+    max_megapixels: float = Field(
+        MAX_PIXELS / 1e6,
+        gt=0,
+        le=4000,
+        description="most pixels of a picture, in millions; a larger one counts as unreadable. Where this is raised, JPEGs of "
+        "more than 50 are decoded at 1/2, 1/4 or 1/8 of their sides. An exported bundle does not know it: serve and predict have "
+        "--megapixels",
+    )
     classes: list[str] | None = Field(
         None, description="class names in the order of the outputs; default: the set's own order, else sorted"
     )
@@ -50,6 +65,10 @@ class Source(Section):
             raise ValueError("[i, n] with n of 2 or more and i from 0 to n - 1, for example [0, 5]")
         return fold
 
+    @property
+    def max_pixels(self) -> int:
+        return round(self.max_megapixels * 1e6)
+
     def folder(self) -> Path:
         """`root`, which must exist."""
         root = self.root.expanduser()
@@ -58,6 +77,15 @@ class Source(Section):
                 f"{root}: data.root is {'not a folder' if root.exists() else 'not there'}; name the set's folder"
             )
         return root
+
+
+def part_of(name: str) -> Split | None:
+    """Which part a folder, or a cell of a table, names, in any capitals; None: none."""
+    words = re.findall("[a-z]+", name.lower()) if re.fullmatch("[A-Za-z _-]+", name.strip()) else []
+    while len(words) > 1 and words[-1] in _OF_PARTS:
+        words.pop()
+    joined = "".join(words).removesuffix("set")
+    return next((part for part, names in _PARTS.items() if joined in names), None)
 
 
 class Strings:
@@ -164,6 +192,40 @@ def _with_fold(
     folded = splits.copy()
     folded[rows] = np.where(numbers == fold[0], val, train)
     return folded
+
+
+def repeated(
+    root: Path, paths: np.ndarray, labels: np.ndarray, splits: np.ndarray, classes: Sequence[str]
+) -> tuple[str, ...]:
+    """Warnings of rows (N,) that name one file, however it is written and by whichever link of a folder."""
+    real: dict[str, str] = {}  # of folders
+
+    def place(row: int) -> tuple[str, str]:
+        folder, name = os.path.split(str(paths[row]))
+        if folder not in real:
+            real[folder] = os.path.realpath(root / folder)
+        return real[folder], name
+
+    # By hashes first: a million names as Python objects would take hundreds of MB.
+    hashes = np.fromiter((hash(place(row)) for row in range(len(paths))), np.int64, len(paths))
+    order = np.argsort(hashes, kind="stable")
+    again = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    seen: dict[tuple[str, str], int] = {}
+    twice: list[tuple[int, int]] = []
+    for row in np.unique(order[[again, again + 1]]).tolist():
+        if (first := seen.setdefault(place(row), row)) != row:
+            twice.append((first, row))
+    found = []
+    for what, column in (("labels", labels), ("parts", splits)):
+        if across := [(a, b) for a, b in twice if column[a] != column[b]]:
+            names = [
+                f"{paths[b]} ({' and '.join(str(classes[labels[n]] if what == 'labels' else SPLITS[splits[n]]) for n in (a, b))})"
+                for a, b in across
+            ]
+            found.append(f"{len(across)} rows name an image again, with two {what}: {some(names, 3)}; remove one of each")
+    if rest := [paths[b] for a, b in twice if labels[a] == labels[b] and splits[a] == splits[b]]:
+        found.append(f"{len(rest)} rows name an image again: {some(rest, 3)}; remove them, unless it is to count twice")
+    return tuple(found)
 
 
 def some(names: Sequence[object], limit: int = 5) -> str:

@@ -11,12 +11,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from fgvc.data.source import PART_NAMES, Source, Strings, finish_splits, number_classes, some
+from fgvc.data.source import Source, Strings, finish_splits, number_classes, part_of, repeated, some
 from fgvc.data.splits import straddling
 from fgvc.types import SPLITS, FgvcError, ImageIndex
 
 ENCODINGS = ("utf-8-sig", "gb18030", "cp1252", "latin-1")  # tried in this order; the last one reads any bytes
-CODES = {name: SPLITS.index(split) for name, split in PART_NAMES.items()}
 
 
 class CsvData(Source):
@@ -62,14 +61,17 @@ class CsvData(Source):
         )
         guessed = not self.encoding and encoding not in ("utf-8-sig", "utf-16")
         notes = [f"NOT UTF-8: read as {encoding}; if names look wrong, set data.encoding"] if guessed else []
+        paths = rows.paths.array()
         return ImageIndex(
             root=root,
             classes=classes,
-            paths=rows.paths.array(),
+            paths=paths,
             labels=labels,
             splits=splits,
+            max_pixels=self.max_pixels,
             groups=groups,
             recognised="; ".join([f"table {file.name}: {len(labels)} images, {len(classes)} classes", rule, *notes]),
+            warnings=repeated(root, paths, labels, splits, classes),
         )
 
     def _encoding(self, file: Path) -> str:
@@ -138,7 +140,15 @@ class _Rows:
         self.labels = array("i")
         self.splits: array[int] | None = None
         self.groups: Strings | None = None
+        self._codes: dict[str, int] = {}
         self.numbers: dict[str, int] = {}  # class name: number, by first occurrence
+
+    def _code(self, cell: str) -> int:
+        """The number of the part that a cell names; -1: it names none."""
+        if cell not in self._codes:
+            part = part_of(cell)
+            self._codes[cell] = -1 if part is None else SPLITS.index(part)
+        return self._codes[cell]
 
     def read(self, reader: Any, columns: tuple[int, int, int | None, int | None]) -> None:
         """Take the rows of a csv.reader; blank lines are skipped, all bad rows are named at the end."""
@@ -154,7 +164,7 @@ class _Rows:
                     wrong.append(f"line {reader.line_num} has {len(row)} of the {needed} fields")
                 continue
             path, label = row[path_at].strip(), row[label_at].strip()
-            split = 0 if split_at is None else CODES.get(row[split_at].strip().lower(), -1)
+            split = 0 if split_at is None else self._code(row[split_at])
             if not path or not label or split < 0:
                 if any(field.strip() for field in row):
                     what = (

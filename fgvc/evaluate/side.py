@@ -79,6 +79,7 @@ class Versus:
     confidence: NDArray[np.float64]  # (2,N); by each side's temperature, see `Side.calibrated`
     paired: Paired
     unreadable: tuple[str, ...]
+    max_pixels: int  # of a picture that was read
     notes: tuple[str, ...]  # what to think of before believing the figures
     differences: tuple[str, ...]  # in how the sides are fed and read: B is no drop-in for A
 
@@ -167,7 +168,15 @@ def _beside(path: Path, name: str) -> Path:
     return path.parent / f"{name}.json"
 
 
-def images_of(data: str | None, sides: Sequence[Side], split: Split | None = None) -> Images:
+def images_of(
+    data: str | None, sides: Sequence[Side], split: Split | None = None, *, max_pixels: int | None = None
+) -> Images:
+    """The images to ask about, see `_images_of`. `max_pixels`: of a picture, in place of the data's own limit."""
+    found = _images_of(data, sides, split)
+    return found if max_pixels is None else replace(found, index=replace(found.index, max_pixels=max_pixels))
+
+
+def _images_of(data: str | None, sides: Sequence[Side], split: Split | None) -> Images:
     """The images to ask about: of a folder of class folders (all of it, or a part where it has parts), of a recipe, or by
     default of the first side that is a run. `split` as for evaluation: by default val where there is one, else test.
 
@@ -231,6 +240,7 @@ def ask(a: Side, b: Side, images: Images) -> Versus:
         unreadable=tuple(unreadable),
         notes=tuple(filter(None, [a.assumed, b.assumed, _learnt(a, images), _learnt(b, images)])),
         differences=_differences(a, b),
+        max_pixels=images.index.max_pixels,
     )
 
 

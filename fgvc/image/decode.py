@@ -2,85 +2,149 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import warnings
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from fgvc.types import ImageError
-
-MAX_PIXELS = 50_000_000
+from fgvc.image.upright import orientation_of, turned, turned_sides
+from fgvc.types import MAX_PIXELS, ImageError, ImageIndex
 
 # What Pillow decodes by itself. Its full list also has formats that start other programs (EPS: ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
+_TGA = (".tga", ".icb", ".vda", ".vst")  # no bytes tell these from others, so that the name must
 
 # By which a file below a folder is taken for an image, in lower case: of data sets, and where folders are predicted or explained.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".jpg_large", ".jpg_small", ".jpg_orig", ".mpo",
+    ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs",
+    ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", *_TGA,
+)  # fmt: skip
 
-_ORIENTATION = 0x0112  # EXIF tag
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded picture, and how its file stores it."""
+
+    image: Image.Image  # RGB, upright; reduced where it has more than MAX_PIXELS as a JPEG
+    stored: tuple[int, int]  # width and height in the file: what boxes are in pixels of
+    orientation: int  # EXIF's, see fgvc.image.upright
+    mode: str  # in Pillow's words
+    bits: int = 8  # of a value of a channel
+    extremes: tuple[float, float] | None = None  # smallest and largest value as stored, where they have more than 8 bits
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height upright, whatever it was reduced by."""
+        return turned_sides(self.stored, self.orientation)
 
 
 def decode(
     source: Path | bytes, *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """An RGB image: first frame, EXIF orientation applied, transparency on white, 16 bits as the upper 8.
+    """An RGB image: first frame, EXIF orientation applied, transparency on white, the upper 8 bits of more.
 
-    `formats` narrows FORMATS (MPO, of cameras with two lenses, counts as JPEG). Colour profiles are ignored, as by
-    every stack that trains on pixels.
-    Raises ImageError; its reason is one of: missing, a directory, not a file, not readable, empty, not an image,
-    format not accepted, too many pixels, truncated, corrupt.
+    A JPEG of more than MAX_PIXELS, where `max_pixels` lets it in, is decoded at 1/2, 1/4 or 1/8 of its sides, the largest of
+    at most MAX_PIXELS: whoever reads it, so that training, evaluation and serving see the same. `formats` narrows FORMATS (MPO,
+    of cameras with two lenses, counts as JPEG). Colour profiles are ignored, as by every stack that trains on pixels.
+    Raises ImageError; its reason begins with one of: missing, a directory, not a file, not readable, empty, not an image,
+    format not accepted, too many pixels (with how many, and the limit), truncated, corrupt.
     """
-    return _decoded(source, max_pixels, formats)[0]
+    return read_picture(source, max_pixels=max_pixels, formats=formats).image
 
 
-def decode_stored(path: Path) -> tuple[Image.Image, str, bytes]:
-    """What `decode` gives, how the file stores colour, in Pillow's words, and its bytes. Raises ImageError likewise."""
-    try:
-        with _open(path) as stream:
-            content = stream.read()
-    except (OSError, ValueError):
-        content = None  # `decode` finds the word for it
-    image, mode = _decoded(path if content is None else content, MAX_PIXELS, None)
-    return image, mode, content or b""
+def decode_row(index: ImageIndex, row: int) -> Image.Image:
+    """An image of a set, under the set's limit. Raises ImageError as `decode` does."""
+    return decode(index.path(row), max_pixels=index.max_pixels)
 
 
-def _decoded(source: Path | bytes, max_pixels: int, formats: tuple[str, ...] | None) -> tuple[Image.Image, str]:
-    name = source if isinstance(source, Path) else "(bytes)"
-    accepted = FORMATS if formats is None else tuple(kind for kind in FORMATS if kind in formats)
+def read_picture(
+    source: Path | bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] | None = None,
+    name: Path | None = None,
+) -> Picture:
+    """What `decode` gives, and what the file says of it. `name`: of the file that bytes are of."""
+    where = source if isinstance(source, Path) else (name or "(bytes)")
     _hush_metadata()
+    _allow(max_pixels)
     try:
-        with _open(source) as stream, Image.open(stream, formats=accepted) as image:
-            if image.width * image.height > max_pixels:
-                raise ImageError(name, "too many pixels")
-            mode = image.mode
-            return _upright_rgb(image), mode
+        with _open(source, where) as stream, Image.open(stream, formats=_accepted(where, formats)) as image:
+            _refuse_large(image, max_pixels, where)
+            return _read(image)
     except (ImageError, MemoryError):
         raise
     except FileNotFoundError:
         reason = "missing"
     except PermissionError:
         reason = "not readable"
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        reason = "too many pixels"  # Pillow's own limit, for whoever raised ours above it
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        count = re.search(r"\d+", str(error))  # of Pillow's own limit, above ours: how many there are, it says in words only
+        reason = _too_many(f"{int(count[0]) / 1e6:.4g}" if count else "more", max_pixels)
     except (UnidentifiedImageError, UserWarning):
         reason = "format not accepted" if formats else "not an image"
     except OSError as error:
         reason = "truncated" if "truncated" in str(error) else "corrupt"
     except Exception:  # the parsers meet hostile bytes with whatever falls out: struct, zlib, Index, Overflow...
         reason = "corrupt"
-    raise ImageError(name, reason) from None
+    raise ImageError(where, reason) from None
+
+
+def _accepted(where: object, formats: tuple[str, ...] | None) -> tuple[str, ...]:
+    named = (*FORMATS, "TGA") if str(where).lower().endswith(_TGA) else FORMATS
+    return named if formats is None else tuple(kind for kind in named if kind in formats)
+
+
+def _allow(pixels: int) -> None:
+    """Pillow has a limit of its own, for the process; it is raised to ours where somebody raised that above it."""
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = pixels
+
+
+def _refuse_large(image: Image.Image, limit: int, where: object) -> None:
+    if (pixels := image.width * image.height) > limit:
+        digits = next((d for d in range(1, 7) if round(pixels / 1e6, d) > limit / 1e6), 6)
+        raise ImageError(where, _too_many(f"{image.width} x {image.height} = {pixels / 1e6:.{digits}f}", limit))
+
+
+def _too_many(found: str, limit: int) -> str:
+    return f"too many pixels: {found} megapixels, the limit is {limit / 1e6:g}; data.max_megapixels or --megapixels raise it"
+
+
+def _read(image: Image.Image) -> Picture:
+    stored = image.size
+    if image.format in ("JPEG", "MPO") and stored[0] * stored[1] > MAX_PIXELS:
+        scale = next((s for s in (2, 4) if -(-stored[0] // s) * -(-stored[1] // s) <= MAX_PIXELS), 8)
+        image.draft(None, (stored[0] // scale, stored[1] // scale))
+    mode, bits = image.mode, _bits(image)
+    image.load()
+    orientation = orientation_of(image)
+    extremes = image.getextrema() if bits > 8 and len(image.getbands()) == 1 else None
+    return Picture(
+        image=turned(_rgb(image, bits), orientation),
+        stored=stored,
+        orientation=orientation,
+        mode=mode,
+        bits=bits,
+        extremes=None if extremes is None else (float(extremes[0]), float(extremes[1])),  # type: ignore[arg-type]
+    )
+
+
+def _bits(image: Image.Image) -> int:
+    """Of a value as the file stores it. Pillow scales what is no 8 or 16 bits to these, but for the 12 bits of a TIFF."""
+    tiles = getattr(image, "tile", [])
+    raw = " ".join(str(part) for tile in tiles for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],)))
+    if "I;12" in raw:
+        return 12
+    if image.mode.startswith("I;16") or ";16" in raw or (image.mode == "I" and image.format == "PPM"):
+        return 16
+    return 32 if image.mode in ("I", "F") else 8
 
 
 def _hush_metadata() -> None:
@@ -94,10 +158,10 @@ def _hush_metadata() -> None:
         warnings.filterwarnings("ignore", category=UserWarning, module=module)
 
 
-def _open(source: Path | bytes) -> BinaryIO:
+def _open(source: Path | bytes, where: object) -> BinaryIO:
     if isinstance(source, bytes):
         if not source:
-            raise ImageError("(bytes)", "empty")
+            raise ImageError(where, "empty")
         return BytesIO(source)
     status = source.stat()
     if stat.S_ISDIR(status.st_mode):
@@ -109,22 +173,28 @@ def _open(source: Path | bytes) -> BinaryIO:
     return source.open("rb")
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image.load()
+def read_content(path: Path) -> bytes:
+    """All bytes of a file. Raises ImageError as `decode` does of one that can't be read."""
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken metadata must not cost a good picture
-        orientation = 1
-    rgb = _rgb(image)
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return rgb if turn is None else rgb.transpose(turn)
+        with _open(path, path) as stream:
+            return stream.read()
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        reason = "missing"
+    except PermissionError:
+        reason = "not readable"
+    except (OSError, ValueError):
+        reason = "corrupt"
+    raise ImageError(path, reason) from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, bits: int) -> Image.Image:
     """A detached RGB copy."""
     if image.mode.startswith("I"):  # I;16*, and I as Pillow's readers of 16-bit grey give it
         grey = image if image.mode == "I" else image.convert("I")
-        return grey.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+        share = 1 / 16 if bits == 12 else 1 / 256
+        return grey.point(lambda value: value * share).convert("L").convert("RGB")
     if image.mode == "F":
         _, highest = image.getextrema()
         unit = isinstance(highest, (int, float)) and highest <= 1  # floats are a share of white, or 0-255

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fgvc.evaluate.agreement import Agreement, Bars
 from fgvc.export.variant import Made
-from fgvc.image.decode import decode
+from fgvc.image.decode import decode_row
 from fgvc.page.render import picture, render
 from fgvc.types import ImageIndex
 
@@ -25,6 +25,6 @@ def agreement_page(index: ImageIndex, made: Made, found: Agreement, bars: Bars, 
         failed=failed,
         classes=index.classes,
         shown=[
-            (one, picture(decode(index.path(one.row))), str(index.paths[one.row])) for one in found.differing[:SHOWN]
+            (one, picture(decode_row(index, one.row)), str(index.paths[one.row])) for one in found.differing[:SHOWN]
         ],
     )

@@ -43,7 +43,7 @@ def write_page(found: Versus, out: Path, *, failed: Sequence[str] = ()) -> None:
         failed=failed,
         changed=[row for row in classes if row["negative_flips"] or row["positive_flips"]],
         unchanged=sum(not (row["negative_flips"] or row["positive_flips"]) for row in classes),
-        shown=[(flip, picture(decode(Path(flip["path"])))) for flip in shown],
+        shown=[(flip, picture(decode(Path(flip["path"]), max_pixels=found.max_pixels))) for flip in shown],
         table=tables[0].name,
     )
     for path, table in zip(tables, (as_csv(flips, FLIP), as_csv(classes)), strict=True):

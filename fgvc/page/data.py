@@ -9,7 +9,7 @@ import numpy as np
 
 from fgvc.data.checks import Report
 from fgvc.data.suspects import Suspect
-from fgvc.image.decode import decode
+from fgvc.image.decode import decode_row
 from fgvc.page.render import picture, render
 from fgvc.types import SPLITS
 
@@ -96,7 +96,7 @@ def _ordered(report: Report) -> list[tuple[tuple[int, ...], str]]:
 
 def _figure(report: Report, row: int) -> Figure:
     index = report.index
-    address = picture(decode(index.path(row)), side=SIDE)
+    address = picture(decode_row(index, row), side=SIDE)
     return Figure(address, str(index.paths[row]), SPLITS[index.splits[row]], index.classes[index.labels[row]])
 
 

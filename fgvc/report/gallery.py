@@ -15,7 +15,7 @@ from fgvc.config import Calibration
 from fgvc.data.loader import evaluation_loader
 from fgvc.evaluate.metrics import Scores
 from fgvc.evaluate.subject import Answers, Subject
-from fgvc.image.decode import decode
+from fgvc.image.decode import decode_row
 from fgvc.image.overlay import overlay
 from fgvc.image.preprocess import fit
 from fgvc.page.render import picture
@@ -145,7 +145,7 @@ def _crop(seen: Subject, row: int) -> Image.Image:
     height, width = seen.preprocess.size
     scale = SIDE / max(height, width)
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    return Image.fromarray(fit(decode(seen.index.path(row)), seen.preprocess.model_copy(update={"size": size})))
+    return Image.fromarray(fit(decode_row(seen.index, row), seen.preprocess.model_copy(update={"size": size})))
 
 
 def _example(seen: Subject, label: int) -> str | None:

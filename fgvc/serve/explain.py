@@ -51,7 +51,7 @@ from fgvc.serve.engine import (
     refuse_no_numbers,
 )
 from fgvc.serve.predict import decoded, expand
-from fgvc.types import FgvcError, ImageError
+from fgvc.types import MAX_PIXELS, FgvcError, ImageError
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]  # (H,W,3)
@@ -141,6 +141,7 @@ def explain_bundles(
     target: str,
     batch: int,
     overwrite: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> int:
     """`fgvc explain` of one bundle, or two side by side; see `explain_files`. Raises FgvcError for other methods than cam, and
     see `refuse_out`."""
@@ -152,7 +153,7 @@ def explain_bundles(
     files = list(expand(paths))
     refuse_out(out, overwrite=overwrite)
     lookers = [telling(folder) for folder in bundles]
-    return explain_files(lookers, files, out, target=target, batch=batch, write=writable)
+    return explain_files(lookers, files, out, target=target, batch=batch, write=writable, max_pixels=max_pixels)
 
 
 def refuse_out(out: Path, *, overwrite: bool) -> None:
@@ -168,7 +169,8 @@ def refuse_out(out: Path, *, overwrite: bool) -> None:
 
 
 def explain_files(
-    lookers: Sequence[Looker], files: Sequence[Path], out: Path, *, target: str, batch: int, write: Writing
+    lookers: Sequence[Looker], files: Sequence[Path], out: Path, *, target: str, batch: int, write: Writing,
+    max_pixels: int = MAX_PIXELS,
 ) -> int:
     """Write the results of all pictures into `out` in the place of older ones, print one line each: its path, answers, panel, and
     whether each network's probabilities are calibrated. Returns 0, or 1 where a picture could not be read (said on stderr; the
@@ -191,7 +193,7 @@ def explain_files(
     failed = 0
     rest = iter(zip(files, result_names(files), strict=True))
     while some := list(islice(rest, batch)):
-        read = [_crops(path, lookers) for path, _ in some]
+        read = [_crops(path, lookers, max_pixels) for path, _ in some]
         good = [crops for crops in read if not isinstance(crops, ImageError)]
         each = zip(*good, strict=True) if good else [()] * len(lookers)
         answers = zip(*map(look, lookers, each, wanted), strict=True)
@@ -208,9 +210,9 @@ def explain_files(
     return 1 if failed else 0
 
 
-def _crops(path: Path, lookers: Sequence[Looker]) -> list[Pixels] | ImageError:
+def _crops(path: Path, lookers: Sequence[Looker], max_pixels: int) -> list[Pixels] | ImageError:
     """A picture as each network sees it. One by one: a batch of photographs as they are would not fit in memory."""
-    image = decoded(path)
+    image = decoded(path, max_pixels)
     return image if isinstance(image, ImageError) else [fit(image, looker.spec) for looker in lookers]
 
 

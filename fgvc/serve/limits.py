@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fgvc.types import FgvcError
+from fgvc.types import MAX_PIXELS, FgvcError
 
 MIB = 1 << 20
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -33,7 +33,7 @@ class Limits:
 
     image_bytes: int = 10 * MIB
     tensor_bytes: int = 32 * MIB
-    pixels: int = 40_000_000  # known from the header, before any is decoded
+    pixels: int = MAX_PIXELS  # known from the header, before any is decoded
     batch: int = 16  # images in a tensor request
     held_bytes: int = 256 * MIB  # bodies of all requests together
     seconds: float = 30.0  # from a request's arrival to its answer

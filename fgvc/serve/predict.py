@@ -17,13 +17,14 @@ from fgvc.image.decode import SUFFIXES, decode
 from fgvc.image.preprocess import preprocess
 from fgvc.naming import one_line
 from fgvc.serve.engine import NONE, Answer, Engine, answers, calibration_word
-from fgvc.types import FgvcError, ImageError
+from fgvc.types import MAX_PIXELS, FgvcError, ImageError
 
 BATCH = 16  # bounds memory; on CPUs a larger one is no faster
 
 
 def predict_files(
-    bundle: Path, paths: Iterable[Path], *, as_json: bool = False, top_k: int = 1, variant: Variant = "float"
+    bundle: Path, paths: Iterable[Path], *, as_json: bool = False, top_k: int = 1, variant: Variant = "float",
+    max_pixels: int = MAX_PIXELS,
 ) -> int:
     """Print one line a picture: its path, classes with their probabilities, and whether these are calibrated. Returns 0, or 1
     where a picture could not be read (said on stderr, or in its JSON line).
@@ -34,7 +35,7 @@ def predict_files(
     files = list(expand(paths))
     engine = Engine(load_bundle(bundle), variant=variant)
     failed = 0
-    for path, result in _classify(engine, files, top_k):
+    for path, result in _classify(engine, files, top_k, max_pixels):
         if isinstance(result, ImageError):
             failed += 1
             print(f"error: {result}", file=sys.stderr)
@@ -76,25 +77,27 @@ def _shown(path: Path, folder: Path) -> bool:
     return not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _classify(engine: Engine, files: Iterable[Path], top_k: int) -> Iterator[tuple[Path, Answer | ImageError]]:
+def _classify(
+    engine: Engine, files: Iterable[Path], top_k: int, max_pixels: int
+) -> Iterator[tuple[Path, Answer | ImageError]]:
     """Pictures are reduced to the network's input one by one: a batch of photographs would not fit in memory."""
     rest = iter(files)
     while batch := list(islice(rest, BATCH)):
-        read = [_input(path, engine.bundle.preprocess) for path in batch]  # a file may be named twice
+        read = [_input(path, engine.bundle.preprocess, max_pixels) for path in batch]  # a file may be named twice
         good = [x for x in read if not isinstance(x, ImageError)]
         said = iter(answers(engine.bundle, engine.logits(np.stack(good)), top_k=top_k) if good else [])
         for path, x in zip(batch, read, strict=True):
             yield path, x if isinstance(x, ImageError) else next(said)
 
 
-def _input(path: Path, spec: Preprocess) -> np.ndarray | ImageError:
-    image = decoded(path)
+def _input(path: Path, spec: Preprocess, max_pixels: int) -> np.ndarray | ImageError:
+    image = decoded(path, max_pixels)
     return image if isinstance(image, ImageError) else preprocess(image, spec)
 
 
-def decoded(path: Path) -> Image | ImageError:
+def decoded(path: Path, max_pixels: int = MAX_PIXELS) -> Image | ImageError:
     """The picture, or why there is none, for those who go on with the others."""
     try:
-        return decode(path)
+        return decode(path, max_pixels=max_pixels)
     except ImageError as error:
         return error

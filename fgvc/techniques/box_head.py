@@ -116,7 +116,7 @@ class BoxHead:
 
 
 def in_crop(boxes: Tensor, geometry: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Boxes (B,4) x, y, width, height in the stored image, and matrices (B,2,3) crop -> stored image -> left, top, right,
+    """Boxes (B,4) x, y, width, height in the original, and matrices (B,2,3) crop -> original, both upright -> left, top, right,
     bottom in a crop of `size` (height, width), float32, clipped to it: the hull of the turned corners; and the share (B,) of
     the hull's area that lies in the crop, NaN where a box is empty or not known."""
     matrix, boxes = geometry.double(), boxes.double()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fgvc.data.loader import TrainBatch, evaluation_loader
+from fgvc.data.stored import glance
 from fgvc.disk import write_atomic
 from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, evaluate
 from fgvc.evaluate.plot import plot_confusion, plot_curves
@@ -307,7 +308,9 @@ def _save(session: Session, out: Path, *, best: bool = False) -> None:
 def _introduce(session: Session, events: Events) -> None:
     """Say what was built, once, in words."""
     recipe, index = session.recipe, session.index
-    for doubt in session.weights.doubts:
+    doubts = [*session.weights.doubts, *index.warnings]
+    doubts += glance(index, index.rows("train")) if session.runtime.main else []
+    for doubt in doubts:
         events.say(f"WARNING: {doubt}")
     parts = ", ".join(f"{len(index.rows(split))} {split}" for split in ("train", "val", "test"))
     lines = [
@@ -320,7 +323,7 @@ def _introduce(session: Session, events: Events) -> None:
     ]
     for line in lines:
         events.say(line)
-    events.write("start", total_steps=session.total_steps, classes=len(index.classes), notes=lines)
+    events.write("start", total_steps=session.total_steps, classes=len(index.classes), notes=lines, warnings=doubts)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from fgvc.train import checkpoint
 from fgvc.train.measured import forget
 from fgvc.types import FgvcError
 
-MAY_CHANGE = ("train.epochs", "train.max_steps", "log.")  # when a run goes on
+MAY_CHANGE = ("train.epochs", "train.max_steps", "log.", "data.max_megapixels")  # when a run goes on
 LOCK = ".lock"  # of the process that trains
 PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "onnx", "onnxruntime", "onnxscript")
 

@@ -24,6 +24,7 @@ from fgvc.config import Preprocess
 from fgvc.data.cache import DecodeCache
 from fgvc.data.labels import first, reordered
 from fgvc.data.loader import TrainLoader, evaluation_loader, train_loader
+from fgvc.data.stored import refuse_shares
 from fgvc.image.augment import Augmenter
 from fgvc.loss import make_criterion
 from fgvc.model.backbone import Model, freeze, head_prefixes, memory_format, plain_model, refuse_size
@@ -73,6 +74,8 @@ def training_index(recipe: Recipe) -> ImageIndex:
                 f"techniques.{kind}: learns from the object's box in each image, and the data in {recipe.data.root} have no "
                 f"boxes; give data in the CUB layout with bounding_boxes.txt, or set techniques.{kind}=null"
             )
+        if getattr(config, "needs_boxes", False):
+            refuse_shares(index)
     return index
 
 

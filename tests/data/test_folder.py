@@ -78,8 +78,8 @@ def test_folders_below_a_class_belong_to_it_and_the_rest_is_left_out(tmp_path):
         ("train", "a", "a/day2/1.jpg"),
         ("train", "b", "b/1.jpg"),
     ]
-    assert "without an image, left out: empty" in index.recognised
-    assert "1 other files left out" in index.recognised
+    assert index.warnings[0] == "class folders without an image, left out: empty"
+    assert index.warnings[1] == "1 files are of other types than fgvc reads, and left out: .txt 1"
 
 
 def test_a_link_to_a_folder_above_ends(tmp_path):
@@ -114,7 +114,7 @@ def test_a_class_may_be_called_train(tmp_path):
         (["test/a/1.jpg", "val/a/1.jpg"], "has val/, test/ but no train/"),
         (["train/a/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"], "two names for one part"),
         (["train/a/1.jpg", "extra/a/1.jpg"], "and also extra/"),
-        (["a/readme.txt", "b/readme.txt"], "no labelled image"),
+        (["a/readme.txt", "b/readme.txt"], r"2 class folders would end empty.*a/ \(.txt 1\)"),
         (["1.jpg", "2.jpg"], "no folders in it"),
     ],
 )

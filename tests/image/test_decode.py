@@ -66,9 +66,9 @@ def test_bad_bytes(tmp_path: Path, data: bytes, reason: str) -> None:
     for source in (data, path):
         with pytest.raises(ImageError) as error:
             decode(source)
-        assert error.value.reason == reason
+        assert error.value.reason.partition(":")[0] == reason
     assert error.value.path == str(path)
-    assert pickle.loads(pickle.dumps(error.value)).reason == reason  # noqa: S301
+    assert pickle.loads(pickle.dumps(error.value)).reason == error.value.reason  # noqa: S301
 
 
 @pytest.mark.parametrize("kind", ["error", "ignore"])

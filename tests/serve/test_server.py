@@ -213,7 +213,7 @@ def test_the_memory_of_a_large_picture_is_given_back(server: Server) -> None:
     before = server.rss()
     with server.client() as client:
         for _ in range(2):
-            assert client.post("/v1/classify", content=bomb(6300, 6300)).status_code == 200  # just below 40 megapixels
+            assert client.post("/v1/classify", content=bomb(6300, 6300)).status_code == 200  # 40 of the 50 megapixels that are let in
     assert server.rss() - before < 64 << 20  # 120 MB as RGB, several times over
 
 
