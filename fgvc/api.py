@@ -265,7 +265,7 @@ def export(
     refuse_other_file(seen, found, proven.model)
     if found.calibration is not None and found.calibration.images >= FEWEST:
         files["calibration.json"] = found.calibration
-    beside = make_variants(seen, proven, variants or Variants())
+    beside = make_variants(seen, proven, variants or Variants(), found.calibration)
     files |= {one.file: one.made.model for one in beside}
     files["contract.json"] |= {one.made.variant: one.section for one in beside}
     write_bundle(out, files=files, overwrite=overwrite)

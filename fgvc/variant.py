@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fgvc.config import Calibration
 from fgvc.data.loader import evaluation_loader
 from fgvc.evaluate.agreement import FP16, INT8, Agreement, Bars, agree
-from fgvc.evaluate.calibration import spread
+from fgvc.evaluate.calibration import measure, spread
 from fgvc.evaluate.subject import Answers, Subject, onnx_answers
 from fgvc.export.prove import Proven
 from fgvc.export.quantize import Int8
 from fgvc.export.variant import Made, make_fp16, make_int8
 from fgvc.page.agreement import agreement_page
-from fgvc.serve.engine import Session
+from fgvc.serve.engine import Session, refuse_no_numbers
 from fgvc.train.measured import leave
 from fgvc.types import FgvcError, Split
 
@@ -57,10 +59,13 @@ class Beside:
         return f"model.{self.made.variant}.onnx"
 
 
-def make_variants(seen: Subject, proven: Proven, wanted: Variants) -> list[Beside]:
+def make_variants(
+    seen: Subject, proven: Proven, wanted: Variants, calibration: Calibration | None = None
+) -> list[Beside]:
     """The files that are wanted, each compared with the float file on the validation part, or on train where there is none.
 
-    On up to 10,000 images. Writes `<run>/reports/{int8,fp16}.html`, also where a file is refused. Raises FgvcError where one
+    On up to 10,000 images; of validation with the calibration error that each has by the bundle's temperature. Writes
+    `<run>/reports/{int8,fp16}.html`, also where a file is refused. Raises FgvcError where one gives logits that are no numbers,
     is not what the plain backbone becomes, or answers too differently.
     """
     made = []
@@ -72,11 +77,14 @@ def make_variants(seen: Subject, proven: Proven, wanted: Variants) -> list[Besid
         return []
     part: Split = "val" if len(seen.index.rows("val")) else "train"
     known = _ask(seen, proven.model, spread(seen.index.rows(part), len(seen.classes)))
-    return [_judge(seen, one, known, part, _bars(bars, wanted.agreement)) for one, bars in made]
+    return [_judge(seen, one, known, part, _bars(bars, wanted.agreement), calibration) for one, bars in made]
 
 
-def _judge(seen: Subject, made: Made, known: Answers, part: Split, bars: Bars) -> Beside:
+def _judge(
+    seen: Subject, made: Made, known: Answers, part: Split, bars: Bars, calibration: Calibration | None
+) -> Beside:
     said = _ask(seen, made.model, known.rows)
+    refuse_no_numbers(said.logits, Path(f"model.{made.variant}.onnx"))
     found = agree(known.rows, known.labels, known.logits, said.logits, part=part)
     failed = found.failed(bars)
     page = f"reports/{made.variant}.html"
@@ -89,12 +97,21 @@ def _judge(seen: Subject, made: Made, known: Answers, part: Split, bars: Bars) -
         **made.contract,
         "agreement": {
             **found.numbers(),
+            **_errors(known, said, part, calibration),
             "bars": {"agreement": bars.agreement, "loss": bars.loss},
             "differing": len(found.differing),
             "worst_images": _listed(seen, found),
         },
     }
     return Beside(made=made, agreement=found, section=section)
+
+
+def _errors(known: Answers, said: Answers, part: Split, calibration: Calibration | None) -> dict[str, float]:
+    """Calibration error of the float file and of the smaller one, by the one temperature that the bundle has for both."""
+    if calibration is None or calibration.fitted_on != part:
+        return {}
+    sides = {"ece_float": known, "ece": said}
+    return {name: measure(one.logits, one.labels, calibration).after.ece for name, one in sides.items()}
 
 
 def _listed(seen: Subject, found: Agreement) -> list[dict[str, Any]]:

@@ -120,6 +120,7 @@ def same_answers(port: int, engine: Engine) -> None:
         expected = engine.classify([decode(body)], top_k=3)[0]
         status, said, _ = post(port, "/v1/classify?top_k=3", body)
         assert (status, said["model"], said["rejected"]) == (200, "colours", expected.rejected)
+        assert said["calibrated"] is expected.calibrated
         assert [p["label"] for p in said["predictions"]] == [p.label for p in expected.predictions]
         assert [p["index"] for p in said["predictions"]] == [p.index for p in expected.predictions]
         assert [p["probability"] for p in said["predictions"]] == pytest.approx(
@@ -223,6 +224,7 @@ def test_scores(tmp_path: Path, environment: dict[str, str], suffix: str) -> Non
             assert (row["label"], int(row["index"])) == (best.label, best.index)
             assert float(row["probability"]) == pytest.approx(best.probability, abs=1e-6)
             assert str(row["rejected"]).lower() == str(answer.rejected).lower()
+            assert str(row["calibrated"]).lower() == str(answer.calibrated).lower()
 
 
 def test_mistakes_of_scoring_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

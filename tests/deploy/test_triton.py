@@ -172,6 +172,7 @@ def test_the_client_says_what_the_engine_says(tmp_path: Path) -> None:
         for name in ("red.png", "black.png", "none.png")
     ]
     assert [row.get("rejected") for row in rows] == [False, True, None]  # by the threshold of 0.5, at temperature 2
+    assert [row.get("calibrated") for row in rows] == [True, True, None]
     assert rows[0]["predictions"][0]["label"] == "red"
     assert rows[0]["predictions"][0]["probability"] == pytest.approx(np.e**5 / (np.e**5 + 2))
     assert rows[2]["error"] == "missing"

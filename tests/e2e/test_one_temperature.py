@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from fgvc import api, show
 from fgvc.data.loader import evaluation_loader
-from fgvc.evaluate.subject import subject
+from fgvc.evaluate.subject import onnx_answers, subject
 from fgvc.evaluate.temperature import RECORD, calibration
+from fgvc.serve.engine import Session
 from fgvc.serve.predict import predict_files
 from tests.serve.small import ask, service
 
@@ -74,7 +75,8 @@ def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return api.export(run, tmp_path_factory.mktemp("bundles") / "bundle").bundle
+    variants = api.Variants(fp16=True, agreement=0.5)
+    return api.export(run, tmp_path_factory.mktemp("bundles") / "bundle", variants=variants).bundle
 
 
 def kept(run: Path) -> dict[str, Any]:
@@ -92,6 +94,26 @@ def fitted(place: Path) -> dict[str, dict[str, Any]]:
             f"{name} {key}": {k: row.get("calibration", row)[k] for k in names} for key, row in rows.items()
         }
     return found
+
+
+def confidence(z: np.ndarray, t: float) -> np.ndarray:
+    return np.exp(z / t - np.logaddexp.reduce(z / t, axis=1, keepdims=True)).max(1)
+
+
+def calibration_error(z: np.ndarray, right: np.ndarray, t: float) -> float:
+    p = confidence(z, t)
+    bins = [(p > k / 15) & (p <= (k + 1) / 15) for k in range(15)]
+    return sum(abs(p[b].mean() - right[b].mean()) * b.mean() for b in bins if b.any())
+
+
+def test_a_smaller_file_says_what_the_temperature_is_worth_for_it(run: Path, bundle: Path) -> None:
+    opened, seen = api.load_bundle(bundle), subject(run)
+    assert opened.calibration is not None
+    found = opened.contract["fp16"]["agreement"]
+    for name, model in (("ece_float", opened.model), ("ece", opened.variant("fp16"))):
+        said = onnx_answers(Session(model), seen.index, seen.index.rows("val"), spec=seen.preprocess, workers=0)
+        z, right = said.logits.astype(np.float64), said.logits.argmax(1) == said.labels
+        assert found[name] == pytest.approx(calibration_error(z, right, opened.calibration.temperature), abs=1e-6)
 
 
 def test_the_temperature_is_that_of_least_loss_on_validation(run: Path, bundle: Path) -> None:
@@ -166,11 +188,8 @@ def test_on_test_the_temperature_is_validations_to_the_last_bit(run: Path, bundl
     tested = api.evaluate(run, "test").calibrated
     assert tested is not None
     for side, t in ((tested.before, 1.0), (tested.after, numbers[0])):
-        p = np.exp(z / t - np.logaddexp.reduce(z / t, axis=1, keepdims=True)).max(1)
-        bins = [(p > k / 15) & (p <= (k + 1) / 15) for k in range(15)]
-        ece = sum(abs(p[b].mean() - right[b].mean()) * b.mean() for b in bins if b.any())
-        assert side.ece == pytest.approx(ece, abs=1e-6)
-        answered = p >= numbers[1]
+        assert side.ece == pytest.approx(calibration_error(z, right, t), abs=1e-6)
+    answered = confidence(z, numbers[0]) >= numbers[1]
     assert tested.coverage == pytest.approx(answered.mean())
     assert tested.kept == pytest.approx(answered[right].mean())
 

@@ -118,6 +118,7 @@ def test_picture_to_bars_and_heat_map(chrome: Chrome, server: Stub, picture: Pat
     assert text(chrome, "#parts") == "wait 3.1 ms · decode 2.0 ms · classify 25 ms"
     assert re.fullmatch(r"[\d.]+ ms", text(chrome, "#trip"))
     assert text(chrome, "#status").startswith("Rust, 61.2 %; <img")
+    assert text(chrome, "#calibrated") == "Probabilities are calibrated."
     assert text(chrome, "#facts").startswith("leaf.png · 320 × 200 · ")
     path, query, kind, body = server.asked[-1]
     assert (path, query, kind) == ("/v1/classify", {"model": ["leaves"], "top_k": ["5"]}, "image/png")
@@ -134,11 +135,12 @@ def test_picture_to_bars_and_heat_map(chrome: Chrome, server: Stub, picture: Pat
 
 
 def test_none_of_these(chrome: Chrome, server: Stub, picture: Path) -> None:
-    server.classify = answer(rejected=True)
+    server.classify = answer(rejected=True, calibrated=False)
     visit(chrome, server)
     choose(chrome, picture)
     assert shown(chrome, "#none")
     assert text(chrome, "#none h2") == "None of these"
+    assert text(chrome, "#calibrated") == "Probabilities are not calibrated."
     assert text(chrome, "#status").startswith("None of these. The nearest: Rust")
     assert texts(chrome, "#classes.rejected .name") == list(NAMES)
 
