@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageFont
 
 from fgvc import api
+from fgvc import explain as explaining
 from fgvc.cli import main
 from fgvc.config import Calibration, validate
 from fgvc.evaluate.subject import load_run, subject
@@ -30,7 +31,7 @@ from fgvc.model.backbone import deployed
 from fgvc.recipe import Recipe
 from fgvc.serve import explain as drawing
 from fgvc.serve.engine import Engine
-from fgvc.serve.explain import positive
+from fgvc.serve.explain import Seen, positive
 from fgvc.train import run as run_folder
 from fgvc.types import FgvcError
 from tests.serve import small
@@ -234,6 +235,34 @@ def captions(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(drawing, "save_sheet", noted)
     return found
+
+
+def test_an_empty_map_is_said_and_why(
+    run: Path, pictures: Path, tmp_path: Path, captions: list[list[str]], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    raws = [np.full((2, 2), -1.0), np.zeros((2, 2)), np.full((2, 2), 3.0), np.full((2, 2), np.nan)]
+    whys = [
+        "nothing speaks for the class",
+        "no channel counts, or every one is flat",
+        "it is the same everywhere",
+        "it is not",
+    ]
+
+    def look(own: Any, x: np.ndarray, label: int | None) -> list[Seen]:
+        p, size = np.array([0.2, 0.5, 0.3]), x.shape[2:]
+        return [Seen(1, p, {"cam": np.zeros(size, np.float32)}, {"cam": np.float32(raw)}) for raw in raws[: len(x)]]
+
+    monkeypatch.setattr(explaining.RunLooker, "__call__", look)
+    files = [pictures / "a" / "leaf.png", pictures / "b" / "leaf.png"]
+    for first in (0, 2):
+        raws[:2], whys[:2] = raws[first : first + 2], whys[first : first + 2]
+        assert api.explain(run, files, tmp_path / f"out{first}", methods=["cam"]) == 0
+        said = capsys.readouterr().err.splitlines()
+        for file, line, panel, why in zip(files, said, captions[-2:], whys, strict=False):
+            assert line.startswith(f"{file}: ")
+            assert "cam of green: an empty map: " + why in line
+            assert f"(empty: {why}" in panel[-1]
 
 
 def test_the_data_need_not_be_there(run: Path, pictures: Path, tmp_path: Path) -> None:

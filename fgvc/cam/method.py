@@ -88,14 +88,18 @@ class SmoothGradCAMPlusPlus(BaseCAM):
 
 
 class ScoreCAM(BaseCAM):
-    """w_k = p(x M_k) - p(0), M_k = n(up(A_k)), n min-max: the channel's increase of confidence (Wang et al., CVPRW 2020).
+    """w_k = p(x M_k), M_k = n(up(A_k)), n min-max; relu(up(sum w_k A_k)) (Wang et al., CVPRW 2020, as its authors' code has it).
 
-    p after the softmax over classes, as the paper's 3.2 asks and its authors' code does; that code has no second softmax over
-    channels, which would make weights of a share of 1 almost equal (issues 6 and 17 there).
+    p after the softmax over classes. Unlike the paper's text, that code subtracts no p of a black image, which is larger than
+    that of every masked one for many images' own class and would empty their maps; and has no second softmax over channels,
+    which would make weights of a share of 1 almost equal (issues 6 and 17 there). Flat channels have no mask and no weight.
     """
 
+    enlarged_first = True  # before the ReLU: see `fgvc.cam.offline.ClassMaps`
+
     def __init__(self, model: Tap, layout: Layout, *, channels: int, batch: int) -> None:
-        """`channels`: so many, of the highest mean activation; the others have weight 0. `batch`: images a forward."""
+        """`channels`: so many that are tried, of the highest mean activation; the others have weight 0. `batch`: images a
+        forward."""
         super().__init__(model, [model.features], layout, uses_gradients=False)
         self.channels, self.batch = channels, batch
 
@@ -105,15 +109,19 @@ class ScoreCAM(BaseCAM):
         weights = np.zeros(activations.shape[:2])  # not float32: those of an unlikely class must not vanish
         with torch.no_grad():
             for row, maps in enumerate(activations):
-                chosen = most_active(maps, self.channels)
-                found = self.scores(input_tensor[row : row + 1], row, targets[row].category, maps, chosen)
-                weights[row, chosen] = found.double().cpu().numpy()
+                chosen = self.chosen(maps)
+                if len(chosen):
+                    found = self.scores(input_tensor[row : row + 1], row, targets[row].category, maps, chosen)
+                    weights[row, chosen] = found.double().cpu().numpy()
         return weights
+
+    def chosen(self, maps: Floats) -> NDArray[np.int64]:
+        """The channels of (C,h,w) that are tried."""
+        return most_active(maps, self.channels, flat=False)
 
     def scores(self, x: Tensor, row: int, label: int, maps: Floats, chosen: NDArray[np.int64]) -> Tensor:
         """A weight for each chosen channel of the image x (1,3,H,W), row `row` of its batch."""
-        blank = self.confidence(torch.zeros_like(x), label)
-        return torch.cat([self.masked(x, label, mask) for mask in self.masks(x, maps[chosen])]) - blank
+        return torch.cat([self.masked(x, label, mask) for mask in self.masks(x, maps[chosen])])
 
     def masks(self, x: Tensor, maps: Floats) -> Iterator[Tensor]:
         """n(up(A_k)) as (b,H,W), as many at a time as a forward takes: of all channels together they would fill the memory."""
@@ -149,8 +157,13 @@ class AblationCAM(ScoreCAM):
     """w_k = Y - Y[A_k = 0]: how much the logit falls without the channel (Desai & Ramaswamy, WACV 2020).
 
     The paper divides that by Y: the same map where Y > 0, and where Y < 0 the map of what speaks against the class. Only what
-    lies behind the feature map runs anew, usually the head alone.
+    lies behind the feature map runs anew, usually the head alone. A flat channel counts: the logit may rest on it.
     """
+
+    enlarged_first = False
+
+    def chosen(self, maps: Floats) -> NDArray[np.int64]:
+        return most_active(maps, self.channels)
 
     def scores(self, x: Tensor, row: int, label: int, maps: Floats, chosen: NDArray[np.int64]) -> Tensor:
         features = self.model.tapped[row : row + 1]
@@ -206,9 +219,13 @@ class Finer:
         return FinerWeightedTarget(self.category, nearest[: self.others], 1.0)(z)
 
 
-def most_active(maps: Floats, count: int) -> NDArray[np.int64]:
-    """The channels of (C,h,w) with the highest mean, the highest first."""
-    return np.argsort(-maps.mean((1, 2)), kind="stable")[:count]
+def most_active(maps: Floats, count: int, *, flat: bool = True) -> NDArray[np.int64]:
+    """The channels of (C,h,w) with the highest mean, the highest first; without `flat`, of those that `normalised` can tell
+    from a constant."""
+    order = np.argsort(-maps.mean((1, 2)), kind="stable")
+    if not flat:
+        order = order[normalised(torch.from_numpy(maps)).amax((1, 2)).numpy()[order] > 0]
+    return order[:count]
 
 
 def _noise(samples: int, shape: tuple[int, ...] | torch.Size) -> Iterator[Tensor]:

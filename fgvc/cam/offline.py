@@ -101,7 +101,9 @@ class ClassMaps:
             del cam.get_cam_image  # it knows the cam that knows it, and with that the graph of a batch
         # Its own scaling adds 1e-7 to the largest value, which is much where a class is unlikely.
         maps = torch.from_numpy(kept[0])
-        large = F.interpolate(maps.clamp(min=0)[:, None], x.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        # Grad-CAM and its kin cut at the features' size, the authors of Score-CAM at the image's.
+        small = maps if getattr(cam, "enlarged_first", False) else maps.clamp(min=0)
+        large = F.interpolate(small[:, None], x.shape[-2:], mode="bilinear", align_corners=False)[:, 0].clamp(min=0)
         return normalised(large).float(), maps.float()
 
     def cost(self, method: str) -> str | None:

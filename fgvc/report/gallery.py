@@ -34,6 +34,7 @@ class Shot:
 
     picture: str  # data address
     map: str | None  # of the predicted class, over the picture; None: this net has none
+    empty: bool  # the map: nothing in the picture speaks for the class
     path: str  # below the data's root
     true: str
     said: str
@@ -130,6 +131,7 @@ def _shot(seen: Subject, answers: Answers, p: np.ndarray, at: int, maps: Mapping
     return Shot(
         picture=picture(image, side=SIDE),
         map=picture(overlay(image, maps[row]), side=SIDE) if row in maps else None,
+        empty=row in maps and not maps[row].any(),
         path=str(seen.index.paths[row]),
         true=seen.classes[label],
         said=seen.classes[first],

@@ -63,7 +63,7 @@ def table(key: str, numbers: Mapping[str, Any]) -> Table:
     if numbers["left_out"]:
         notes.append(f"left out: {numbers['left_out']} images without a box in what evaluation sees of them")
     if numbers["silent"]:
-        notes.append(f"{numbers['silent']} maps are flat and find nothing")
+        notes.append(f"{numbers['silent']} maps are empty (flat, or nowhere above 0) and find nothing")
     return Table(
         title=f"{split}, {select}, {method}",
         about=f"{numbers['images']} images, top-1 {100 * numbers['top1']:.2f} %, {seen}",

@@ -295,7 +295,8 @@ async def explain(
     model: ModelName = None,
     target: Annotated[str, Query(description="A class by name; default: the most probable one.")] = PREDICTED,
 ) -> Response:
-    """Where the network looks: the class activation map over the picture as the network sees it, PNG."""
+    """Where the network looks: the class activation map over the picture as the network sees it, PNG; with the header
+    `X-Map: empty` where nothing speaks for the class."""
     service = _of(request)
     served = service.models.get(model)
     form, looker = _is_form(request), served.looker
@@ -305,16 +306,17 @@ async def explain(
         raise Refusal(400, f"model {served.name!r} has no class {target!r}")
     label = None if target == PREDICTED else served.labels.index(target)
 
-    def work(body: bytes) -> tuple[bytes, int]:
+    def work(body: bytes) -> tuple[bytes, int, bool]:
         image = _decode(_only_file(request, body) if form else body, service.limits)
         crop = fit(image, looker.spec)
         (seen,) = look(looker, [crop], label)
         content = BytesIO()
         overlay(Image.fromarray(crop), seen.maps["cam"]).save(content, "PNG", compress_level=1)
-        return content.getvalue(), seen.label
+        return content.getvalue(), seen.label, not seen.maps["cam"].any()
 
-    png, shown = await service.compute(request, service.limits.image_bytes, work)
+    png, shown, empty = await service.compute(request, service.limits.image_bytes, work)
     headers = {"X-Target-Index": str(shown), "X-Target-Label": quote(served.labels[shown])}
+    headers |= {"X-Map": "empty"} if empty else {}
     return Response(png, media_type="image/png", headers=headers)
 
 

@@ -204,6 +204,10 @@ def explain_files(
                 continue
             seen = next(answers)
             panel = sheet.draw(path, name, list(zip(seen, map(Image.fromarray, crops), strict=True)))
+            for title, looker, one in zip(titles, lookers, seen, strict=True):
+                for method in (method for method in looker.methods if not one.maps[method].any()):
+                    about = f"{one_line(title)}: {method} of {one_line(looker.labels[one.label])}"
+                    print(f"{one_line(path)}: {about}: an empty map: {silence(one.raw[method])}", file=sys.stderr)
             said = (_answer(looker.labels, one) for looker, one in zip(lookers, seen, strict=True))
             words = (calibration_word(is_calibrated(looker.calibration)) for looker in lookers)
             print("\t".join([one_line(path), *said, one_line(panel), *words]))
@@ -223,6 +227,15 @@ def positive(raw: Floats, size: tuple[int, int]) -> Floats:
     large = np.asarray(cut.resize((size[1], size[0]), Image.Resampling.BILINEAR))
     lowest, span = large.min(), np.ptp(large)
     return (large - lowest) / span if span > 1e-6 * large.max() else np.zeros_like(large)
+
+
+def silence(raw: Floats) -> str:
+    """Why a map is empty, from what it was made of (h,w)."""
+    if not np.isfinite(raw).all():
+        return "it is not finite"
+    if not raw.any():
+        return "no channel counts, or every one is flat"
+    return "nothing speaks for the class" if raw.max() <= 0 else "it is the same everywhere"
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +272,7 @@ class _Drawer:
         labels, word = [self.written[label] for label in looker.labels], calibration_word(is_calibrated(looker.calibration))
         cells = [Cell(picture, f"{of}{_answer(labels, one, int(one.p.argmax()))}, {word}")]
         for method, drawn in overlays.items():
-            empty = "" if one.maps[method].any() else " (nothing speaks for it)"
+            empty = "" if one.maps[method].any() else f" (empty: {silence(one.raw[method])})"
             cells.append(Cell(drawn, f"{method}: {_share(labels, one, one.label)}, {word}{empty}"))
         columns = math.ceil(len(cells) / math.ceil(len(cells) / COLUMNS))
         return (cells[at : at + columns] for at in range(0, len(cells), columns))

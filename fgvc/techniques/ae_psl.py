@@ -73,6 +73,7 @@ class AePsl:
         self.config = config
         self._round = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see it change
         self._masks: MaskRounds | None = None
+        self._empty = 0  # maps of a round
         self._colour = np.zeros(3, dtype=np.uint8)
 
     def setup(self, plan: Plan) -> None:
@@ -96,6 +97,8 @@ class AePsl:
                 raise FgvcError(f"{masks.path(number)}: the masks of this round are gone; restore them, or start anew")
             start.say(f"ae_psl: masks of round {number}")
             masks.make(number, images=start.images, rows=start.rows, find=lambda rows: self._find(start, rows, number))
+            if self._empty:
+                start.say(f"ae_psl: {self._empty} maps were empty, by which nothing was erased")
 
         if number:
             start.first(have)
@@ -131,7 +134,7 @@ class AePsl:
     ) -> Iterator[tuple[NDArray[np.int64], Grids]]:
         """What is erased of each image from now on: the regions of all rounds, within bounds."""
         assert self._masks is not None
-        masks = self._masks
+        masks, self._empty = self._masks, 0
         spared = generator(SPARED, start.seed).random(start.images) >= self.config.probability
 
         def erased(x: Tensor, part: NDArray[np.int64]) -> Tensor:
@@ -141,6 +144,7 @@ class AePsl:
         for part, readable, maps in start.maps(rows, self.config.map, erased, CHUNK):
             grids = masks.grids(number - 1, part)
             cells = F.adaptive_avg_pool2d(maps[:, None], GRID)[:, 0]
+            self._empty += int((maps.flatten(1).amax(1) == 0).sum())
             grids[readable] = self._united(torch.from_numpy(grids[readable]), normalised(cells)).numpy()
             grids[spared[part]] = False
             yield part, grids

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from fgvc.config import Section
@@ -21,20 +21,31 @@ class Sam(Section):
     """Sharpness-aware minimisation: two forwards and backwards a step, of the same batch."""
 
     rho: float = Field(0.05, gt=0, description="how far uphill; some ten times as much where it is adaptive")
-    adaptive: bool = Field(False, description="ASAM: in units of each weight's size, so that rescaled layers are alike")
+    adaptive: bool = Field(
+        False,
+        description="ASAM: in units of each weight's size, T = |w| for every parameter (the usual code's form), so that rescaled "
+        "layers are alike; see eta for its authors' form",
+    )
+    eta: float | None = Field(
+        None,
+        ge=0,
+        description="of ASAM: null: T = |w| for all. A number: as in its authors' code (0.01 there), T = |w| + eta for weights, "
+        "those of norms too, and 1 for biases, so that parameters near 0 move as well",
+    )
 
 
 @contextmanager
 def perturbed(step: nn.Module, sam: Sam) -> Iterator[None]:
     """The weights w at w + e for a second pass, without gradients, and running statistics that rest.
 
-    e = rho g / |g|, or rho w^2 g / ||w| g| where it is adaptive, with the gradients g that are there and the norm over all
-    of them together. On every way out w is back, bit for bit, so that no checkpoint ever holds w + e.
+    e = rho g / |g|, or rho T^2 g / |T g| where it is adaptive, T as of `Sam.eta`, with the gradients g that are there and the
+    norm over all of them together. On every way out w is back, bit for bit, so that no checkpoint ever holds w + e.
     """
-    weights = [weight for weight in step.parameters() if weight.grad is not None]
+    named = [(name, weight) for name, weight in step.named_parameters() if weight.grad is not None]
+    weights = [weight for _, weight in named]
     kept = [weight.detach().clone() for weight in weights]
     try:
-        _climb(weights, sam)
+        _climb(named, sam)
         with own_statistics(step, recompute=False):
             yield
     finally:
@@ -44,11 +55,16 @@ def perturbed(step: nn.Module, sam: Sam) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _climb(weights: Sequence[nn.Parameter], sam: Sam) -> None:
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
-    length = get_total_norm(
-        [g * w.abs() for w, g in zip(weights, gradients, strict=True)] if sam.adaptive else gradients
-    )
-    for w, g in zip(weights, gradients, strict=True):
-        w.add_((g * w.square() if sam.adaptive else g) * (sam.rho / (length + 1e-12)))
+def _climb(named: Sequence[tuple[str, nn.Parameter]], sam: Sam) -> None:
+    climbs = [(name, w, w.grad) for name, w in named if w.grad is not None]
+    length = get_total_norm([g * _unit(name, w, sam) if sam.adaptive else g for name, w, g in climbs])
+    for name, w, g in climbs:
+        w.add_((g * _unit(name, w, sam).square() if sam.adaptive else g) * (sam.rho / (length + 1e-12)))
         w.grad = None
+
+
+def _unit(name: str, w: Tensor, sam: Sam) -> Tensor:
+    """ASAM's T of one parameter."""
+    if sam.eta is None:
+        return w.abs()
+    return w.abs() + sam.eta if name.endswith("weight") else torch.ones_like(w)

@@ -43,7 +43,7 @@ def test_every_measure_stands_in_its_row_and_every_map_in_its_column() -> None:
     assert "the threshold that was chosen on val (0.25; BoxAccV2: one an IoU)" in said
     assert "these very images" not in said
     assert "left out: 1 images" in said
-    assert "2 maps are flat" in said
+    assert "2 maps are empty" in said
     assert "these very images" in "; ".join(table("val.ema.gradcam", numbers()).notes)
 
 

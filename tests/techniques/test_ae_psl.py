@@ -70,6 +70,18 @@ def test_every_round_adds_what_the_network_looks_at_now(tmp_path: Path) -> None:
     assert not erased(made, 3).any(), "not of the training part"
 
 
+def test_empty_maps_are_counted_and_erase_nothing(tmp_path: Path) -> None:
+    def silent(rows: NDArray[np.int64], *others: object) -> Iterator[tuple]:
+        for part, readable, maps in corner(rows, *others):
+            yield part, readable, maps * float(part[0] == 1)
+
+    said: list[str] = []
+    made = technique()
+    made.before_epoch(start(tmp_path, 2, [1.0, 1.0], maps=silent, say=said.append))
+    assert [erased(made, row).any() for row in ROWS.tolist()] == [True, False, False, False]
+    assert any("2 maps were empty" in line for line in said), "row 4 is unreadable, which is no empty map"
+
+
 def test_all_rounds_together_stay_within_the_cap_and_some_images_are_spared(tmp_path: Path) -> None:
     made = technique(largest=0.1)
     (tmp_path / "cap").mkdir()
