@@ -375,9 +375,9 @@ def test_photographs_are_in_memory_one_by_one(
     seen: list[weakref.ref[Image.Image]] = []
     most = 0
 
-    def watched(path: Path) -> Image.Image:
+    def watched(path: Path, **options: int) -> Image.Image:
         nonlocal most
-        image = decode(path)
+        image = decode(path, **options)
         seen.append(weakref.ref(image))
         most = max(most, sum(one() is not None for one in seen))
         return image
