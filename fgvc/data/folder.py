@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from fgvc.data.source import Source, Strings, finish_splits, number_classes, part_of, some
-from fgvc.data.walk import ClassFolder, Walk, counted, folders_in, loose_images
+from fgvc.data.walk import ClassFolder, Walk, folders_in, loose_images
+from fgvc.image.suffix import counted
 from fgvc.types import SPLITS, FgvcError, ImageIndex, Split
 
 

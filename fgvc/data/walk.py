@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fgvc.data.source import some
-from fgvc.image.decode import SUFFIXES
+from fgvc.image.suffix import SUFFIXES, suffix_of
 from fgvc.types import FgvcError
 
 
@@ -167,14 +167,3 @@ def loose_images(folder: Path) -> int:
             entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and not entry.is_dir()
             for entry in entries
         )
-
-
-def suffix_of(name: str) -> str:
-    """In lower case; "no suffix"."""
-    stem, dot, suffix = name.rpartition(".")
-    return f".{suffix.lower()}" if stem and dot else "no suffix"
-
-
-def counted(suffixes: Counter[str]) -> str:
-    """In words, the most frequent first."""
-    return some([f"{suffix} {count}" for suffix, count in sorted(suffixes.items(), key=lambda one: (-one[1], one[0]))], 8)

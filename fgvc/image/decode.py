@@ -12,20 +12,12 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from fgvc.image.suffix import TGA
 from fgvc.image.upright import orientation_of, turned, turned_sides
 from fgvc.types import MAX_PIXELS, ImageError, ImageIndex
 
 # What Pillow decodes by itself. Its full list also has formats that start other programs (EPS: ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
-_TGA = (".tga", ".icb", ".vda", ".vst")  # no bytes tell these from others, so that the name must
-
-# By which a file below a folder is taken for an image, in lower case: of data sets, and where folders are predicted or explained.
-SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".jpg_large", ".jpg_small", ".jpg_orig", ".mpo",
-    ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs",
-    ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", *_TGA,
-)  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Picture:
@@ -97,7 +89,7 @@ def read_picture(
 
 
 def _accepted(where: object, formats: tuple[str, ...] | None) -> tuple[str, ...]:
-    named = (*FORMATS, "TGA") if str(where).lower().endswith(_TGA) else FORMATS
+    named = (*FORMATS, "TGA") if str(where).lower().endswith(TGA) else FORMATS
     return named if formats is None else tuple(kind for kind in named if kind in formats)
 
 

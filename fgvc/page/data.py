@@ -70,6 +70,7 @@ def data_page(report: Report) -> str:
         all_doubts=len(suspects),
         doubts=[_doubt(report, one) for one in suspects[:SUSPECTS]],
         unreadable=[(str(index.paths[row]), reason) for row, reason in report.unreadable],
+        damaged=[(str(index.paths[row]), what) for row, what in sorted(report.stored.damage.items())],
         tiny=[(str(index.paths[row]), " x ".join(map(str, report.sizes[row]))) for row in report.tiny],
         lines=LINES,
     )

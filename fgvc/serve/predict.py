@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,8 +14,9 @@ from PIL.Image import Image
 
 from fgvc.config import Preprocess
 from fgvc.export.bundle import Variant, load_bundle
-from fgvc.image.decode import SUFFIXES, decode
+from fgvc.image.decode import decode
 from fgvc.image.preprocess import preprocess
+from fgvc.image.suffix import SUFFIXES, counted, suffix_of
 from fgvc.naming import one_line
 from fgvc.serve.engine import NONE, Answer, Engine, answers, calibration_word
 from fgvc.types import MAX_PIXELS, FgvcError, ImageError
@@ -67,9 +69,14 @@ def expand(paths: Iterable[Path]) -> Iterator[Path]:
         if kind == "file":
             yield path
             continue
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and _shown(p, path) and p.is_file())
+        files = sorted(p for p in path.rglob("*") if _shown(p, path) and p.is_file())
+        found = [p for p in files if p.name.lower().endswith(SUFFIXES)]
+        others = Counter(suffix_of(p.name) for p in files if not p.name.lower().endswith(SUFFIXES))
+        left = f"{others.total()} files are of other types than fgvc reads: {counted(others)}" if others else ""
         if not found:
-            raise FgvcError(f"{path}: no picture below this folder (looked for {', '.join(SUFFIXES)})")
+            raise FgvcError(f"{path}: no picture below this folder" + f"; {left}" * bool(left))
+        if left:
+            print(f"warning: {path}: {left}; they are left out", file=sys.stderr)
         yield from found
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fgvc.data.folder import FolderData
-from fgvc.image.decode import SUFFIXES
+from fgvc.image.suffix import SUFFIXES
 from fgvc.serve.predict import expand
 from fgvc.types import SPLITS, FgvcError
 
@@ -160,3 +160,72 @@ def test_predict_and_explain_take_the_files_that_a_data_set_takes(tmp_path):
     index = FolderData(root=tmp_path, test_fraction=0, val_fraction=0).read()
     assert sorted(expand([tmp_path])) == sorted(tmp_path / path for path in index.paths.tolist())
     assert len(index) == len(SUFFIXES) + 2
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Train", "Val", "Test"),
+        ("TRAINING", "DEV", "TESTING"),
+        ("training_set", "validation_set", "test_set"),
+        ("Train Images", "eval", "test-data"),
+        ("trainset", "Valid", "testset"),
+    ],
+)
+def test_parts_by_other_usual_names(tmp_path, train, val, test):
+    touch(tmp_path, f"{train}/a/1.jpg", f"{train}/b/1.jpg", f"{val}/a/2.jpg", f"{test}/b/3.jpg")
+    index = FolderData(root=tmp_path).read()
+    assert index.classes == ("a", "b")
+    assert [len(index.rows(split)) for split in SPLITS] == [2, 1, 1]
+    assert f"{train}/, {val}/, {test}/" in index.recognised
+
+
+@pytest.mark.parametrize("name", ["train", "Test", "Training", "dev"])
+def test_a_class_may_be_called_as_a_part_whatever_its_capitals(tmp_path, name):
+    touch(tmp_path, f"{name}/1.jpg", "bus/1.jpg", "car/deep/1.jpg")
+    assert set(FolderData(root=tmp_path).read().classes) == {name, "bus", "car"}
+
+
+def test_variants_of_a_set_are_no_classes_unless_they_are_named(tmp_path):
+    touch(tmp_path, *(f"{kind}/{leaf}/1.jpg" for kind in ("color", "grayscale") for leaf in ("rust", "scab")))
+    with pytest.raises(FgvcError, match=r"same names \(rust, scab\).*data\.root=.*color.*data\.classes=\[color, grayscale\]"):
+        FolderData(root=tmp_path).read()
+    assert FolderData(root=tmp_path, classes=["color", "grayscale"]).read().classes == ("color", "grayscale")
+    assert FolderData(root=tmp_path / "color").read().classes == ("rust", "scab")
+    touch(tmp_path / "in", *(f"train/{kind}/{leaf}/1.jpg" for kind in ("color", "grey") for leaf in ("rust", "scab")))
+    with pytest.raises(FgvcError, match="same names"):
+        FolderData(root=tmp_path / "in").read()
+    touch(tmp_path / "one", "raw/rust/1.jpg", "raw/scab/1.jpg")
+    with pytest.raises(FgvcError, match=r"its only folder raw/ .*data\.root=.*one/raw"):
+        FolderData(root=tmp_path / "one").read()
+    touch(tmp_path / "days", "rust/monday/1.jpg", "rust/friday/1.jpg", "scab/may/1.jpg")
+    assert FolderData(root=tmp_path / "days").read().classes == ("rust", "scab")
+
+
+def test_what_is_left_out_is_counted_by_suffix(tmp_path):
+    touch(tmp_path, "a/1.jpg", "a/2.HEIC", "a/3.heic", "a/noname", "b/1.jfif", "b/x.svg", "b/.hidden.heic", "3.png")
+    index = FolderData(root=tmp_path).read()
+    assert index.paths.tolist() == ["a/1.jpg", "b/1.jfif"]
+    assert index.warnings == (
+        "4 files are of other types than fgvc reads, and left out: .heic 2, .svg 1, no suffix 1",
+        f"{tmp_path}: 1 images lie in it and in no class folder; they are left out",
+    )
+
+
+@pytest.mark.parametrize("files", [["c/1.heic", "c/2.heic"], ["c/1", "c/2"], ["c/1.npy", "c/2.npy"]])
+def test_a_class_that_would_end_empty_is_an_error(tmp_path, files):
+    touch(tmp_path, "a/1.jpg", "b/1.jpg", *files)
+    with pytest.raises(FgvcError, match=r"1 class folders would end empty.*c/ \((\.heic|\.npy|no suffix) 2\)"):
+        FolderData(root=tmp_path).read()
+    touch(tmp_path / "parts", "train/a/1.jpg", "train/b/1.jpg", "test/a/1.jpg", *(f"test/b/{file[2:]}" for file in files))
+    with pytest.raises(FgvcError, match="test/b/"):
+        FolderData(root=tmp_path / "parts").read()
+
+
+def test_predict_says_what_it_leaves_out(tmp_path, capsys):
+    touch(tmp_path, "1.jpg", "2.heic", "3.heic")
+    assert [path.name for path in expand([tmp_path])] == ["1.jpg"]
+    assert "2 files are of other types than fgvc reads: .heic 2" in capsys.readouterr().err
+    touch(tmp_path / "none", "2.heic")
+    with pytest.raises(FgvcError, match=r"no picture below this folder; .*\.heic 1"):
+        list(expand([tmp_path / "none"]))

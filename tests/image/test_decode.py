@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fgvc.image.decode import decode
+from fgvc.image.decode import FORMATS, decode, read_picture
+from fgvc.image.suffix import SUFFIXES
 from fgvc.types import ImageError
 
 
@@ -168,3 +169,60 @@ def test_mutated_files_give_an_image_or_an_image_error(data: bytes, draw: st.Dat
         broken[position] = draw.draw(st.integers(0, 255))
     with contextlib.suppress(ImageError):
         assert decode(bytes(broken), max_pixels=10**6).mode == "RGB"
+
+
+def test_large_jpegs_are_reduced_by_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 1/2, 1/4 or 1/8, by their own size alone: no limit and no network's input changes what is seen."""
+    monkeypatch.setattr("fgvc.image.decode.MAX_PIXELS", 1000)
+    for size, scale in (((40, 25), 1), ((41, 25), 2), ((80, 50), 2), ((81, 51), 4), ((200, 100), 8)):
+        content = encoded(NOISE.resize(size), "JPEG")
+        found = read_picture(content, max_pixels=size[0] * size[1])
+        assert found.image.size == (-(-size[0] // scale), -(-size[1] // scale))
+        assert (found.stored, found.size) == (size, size)
+        again = decode(content, max_pixels=10**9)
+        np.testing.assert_array_equal(np.asarray(found.image), np.asarray(again))
+    assert decode(encoded(NOISE.resize((80, 50))), max_pixels=10**9).size == (80, 50)  # a PNG can't be
+
+
+def test_a_raised_limit_is_above_pillows_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert decode(PNG, max_pixels=64 * 48).size == (48, 64)
+
+
+def test_too_many_pixels_say_how_many() -> None:
+    with pytest.raises(ImageError, match=r"6000 x 9000 = 54\.0 megapixels, the limit is 50; data\.max_megapixels or --"):
+        decode(png_of_size(6_000, 9_000))
+    with pytest.raises(ImageError, match=r"10000 x 5001 = 50\.01 megapixels, the limit is 50;"):
+        decode(png_of_size(10_000, 5_001))
+    with pytest.raises(ImageError, match="3600 megapixels"):
+        decode(png_of_size(60_000, 60_000))
+
+
+def test_targa_is_told_by_its_name_alone(tmp_path: Path) -> None:
+    content = encoded(NOISE, "TGA")
+    for name in ("1.tga", "2.TGA"):
+        (tmp_path / name).write_bytes(content)
+        np.testing.assert_array_equal(np.asarray(decode(tmp_path / name)), np.asarray(NOISE))
+    (tmp_path / "3.jpg").write_bytes(content)
+    for source in (content, tmp_path / "3.jpg"):
+        with pytest.raises(ImageError, match="not an image"):
+            decode(source)
+
+
+def test_twelve_bits_of_a_tiff_are_scaled_by_what_the_file_says() -> None:
+    """BitsPerSample 12, packed: 0x000, 0x800, 0xFFF, 0x010."""
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 122), (277, 1), (278, 1), (279, 6)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    content = content.ljust(122, b"\0") + bytes.fromhex("000800fff010")
+    found = read_picture(content)
+    assert (found.bits, found.extremes) == (12, (0, 0xFFF))
+    assert np.asarray(found.image)[0, :, 0].tolist() == [0, 0x80, 0xFF, 0x01]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_suffix_is_of_a_format_that_is_read(suffix: str) -> None:
+    """By Pillow's table of suffixes, or one of those that browsers give to JPEGs."""
+    Image.init()
+    known = Image.EXTENSION.get(suffix, "JPEG" if suffix.startswith((".j", ".p")) else "")
+    assert known in (*FORMATS, "MPO", "TGA")

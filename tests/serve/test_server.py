@@ -213,7 +213,7 @@ def test_the_memory_of_a_large_picture_is_given_back(server: Server) -> None:
     before = server.rss()
     with server.client() as client:
         for _ in range(2):
-            assert client.post("/v1/classify", content=bomb(6300, 6300)).status_code == 200  # 40 of the 50 megapixels that are let in
+            assert client.post("/v1/classify", content=bomb(6300, 6300)).status_code == 200  # 40 of 50 megapixels
     assert server.rss() - before < 64 << 20  # 120 MB as RGB, several times over
 
 

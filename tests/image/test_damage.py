@@ -1,0 +1,145 @@
+"""Files that decode though they lost data are named; whole ones, of whatever encoder's settings, are not."""
+
+import struct
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from fgvc.image.damage import damage
+from fgvc.image.decode import decode
+from fgvc.types import ImageError
+
+
+def drawn(width: int = 160, height: int = 120, seed: int = 0) -> Image.Image:
+    cells = np.random.default_rng(seed).integers(0, 256, (height // 5, width // 5, 3), dtype=np.uint8)
+    return Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    stream = BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+CODINGS = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "optimised": {"optimize": True},
+    "444": {"subsampling": 0},
+    "422": {"subsampling": 1},
+    "restarts": {"restart_marker_rows": 1},
+    "grey": {"mode": "L"},
+    "cmyk": {"mode": "CMYK"},
+}
+
+
+def jpeg(image: Image.Image, coding: str, quality: int = 85) -> bytes:
+    options = dict(CODINGS[coding])
+    return encoded(image.convert(options.pop("mode", "RGB")), quality=quality, **options)
+
+
+def halves(content: bytes) -> tuple[bytes, bytes]:
+    """Cut in the middle of the compressed data."""
+    start = content.index(b"\xff\xda")
+    middle = start + (len(content) - start) // 2
+    return content[:middle], content[middle:]
+
+
+def read(content: bytes) -> bool:
+    try:
+        decode(content)
+    except ImageError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("size", [(160, 120), (64, 48), (101, 77), (17, 233), (16, 16), (7, 5), (128, 256)])
+def test_whole_files_are_not_named(coding: str, size: tuple[int, int]) -> None:
+    image = drawn(max(10, size[0]), max(10, size[1])).crop((0, 0, *size))
+    for quality in (30, 95):
+        assert damage(jpeg(image, coding, quality)) == ""
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("colour", ["white", "black", "grey", "red"])
+def test_flat_pictures_are_not_named(coding: str, colour: str) -> None:
+    image = Image.new("RGB", (120, 90), colour)
+    assert damage(jpeg(image, coding)) == ""
+    ImageDraw.Draw(image).ellipse((30, 10, 60, 40), "green")  # the lower half is flat
+    assert damage(jpeg(image, coding)) == ""
+
+
+def test_what_follows_the_picture_does_not_matter() -> None:
+    content = jpeg(drawn(), "baseline")
+    assert damage(content + b"\0" * 500) == ""
+    assert damage(content + content) == ""
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_half_of_the_data_and_an_end_mark(coding: str) -> None:
+    cut = halves(jpeg(drawn(), coding))[0] + b"\xff\xd9"
+    assert read(cut)
+    assert damage(cut)
+
+
+@pytest.mark.parametrize("coding", ["baseline", "optimised", "444", "422", "grey", "restarts"])
+def test_zeros_in_the_middle(coding: str) -> None:
+    first, second = halves(jpeg(drawn(), coding))
+    zeroed = first + bytes(200) + second[200:]
+    assert read(zeroed)
+    assert damage(zeroed)
+
+
+@pytest.mark.parametrize("coding", ["baseline", "optimised", "444"])
+def test_bytes_that_came_twice(coding: str) -> None:
+    first, second = halves(jpeg(drawn(), coding))
+    assert "more data" in damage(first + first[-300:] + second) or "early" in damage(first + first[-300:] + second)
+
+
+def test_a_progressive_file_without_its_last_passes() -> None:
+    content = jpeg(drawn(), "progressive")
+    last = content.rindex(b"\xff\xda")
+    cut = content[:last] + b"\xff\xd9"
+    assert read(cut)
+    assert "passes are missing" in damage(cut)
+
+
+def test_a_png_whose_checksum_is_wrong() -> None:
+    content = encoded(drawn(), "PNG")
+    assert damage(content) == ""
+    at = content.index(b"IDAT")
+    (length,) = struct.unpack_from(">I", content, at - 4)
+    broken = bytearray(content)
+    broken[at + 4 + length] ^= 1
+    assert "checksum" in damage(bytes(broken))
+    assert damage(content[:-12]) == "ends early"
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF"])
+def test_zeros_from_the_middle_of_an_uncompressed_file(kind: str) -> None:
+    content = encoded(drawn(), kind)
+    assert damage(content) == ""
+    assert "zeros" in damage(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    barred = drawn()
+    for bar in ((0, 0, 160, 20), (0, 100, 160, 120)):
+        barred.paste("black", bar)
+    assert damage(encoded(barred, kind)) == ""
+    cutout = Image.new("RGB", (160, 120))
+    cutout.paste(drawn(80, 60), (40, 20))  # an object on black
+    assert damage(encoded(cutout, kind)) == ""
+
+
+def test_what_is_no_picture_is_somebody_elses_task() -> None:
+    assert damage(b"hello") == ""
+    assert damage(encoded(drawn(), "WEBP")) == ""
+    assert damage(encoded(drawn(), "GIF")) == ""
+    assert damage(b"\xff\xd8\xff\xe0\x00")
+
+
+def test_real_photographs_are_not_named(shared) -> None:
+    files = sorted((shared / "data").rglob("*.jpg"))[::97]
+    assert len(files) > 40
+    assert [file for file in files if damage(file.read_bytes())] == []
