@@ -72,6 +72,7 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
             font = ImageFont.truetype(str(path), LETTERS)
             sheets.append(save_sheet(_step_rows(session, names, images, epoch), out / f"{name}.png", font=font))
             if name == "input":
+                notes += session.index.warnings
                 sheets.append(save_sheet(_evaluation_rows(session, names, images), out / "evaluation.png", font=font))
                 notes += [ADVICE] if names != list(session.index.classes) else []
     return Preview(tuple(sheets), tuple(notes))

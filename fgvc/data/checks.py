@@ -18,7 +18,7 @@ from fgvc.data.colour import Colours, Normalisation, colours, doubts, is_grey, m
 from fgvc.data.duplicates import LIKENESS, Print, Prints, alike, equal, gathered, groups, joined, links, print_of
 from fgvc.data.source import some
 from fgvc.data.splits import group_codes, straddling
-from fgvc.data.stored import Stored, judge, levels_of
+from fgvc.data.stored import Stored, judge, levels_of, misplaced
 from fgvc.data.suspects import Suspects
 from fgvc.image.damage import damage
 from fgvc.image.decode import Picture, read_content, read_picture
@@ -189,6 +189,8 @@ def findings(report: Report) -> list[dict[str, object]]:
         add("unreadable", row, detail=reason)
     for row, what in sorted(report.stored.damage.items()):
         add("damaged", row, detail=what)
+    for row, what in misplaced(index, report.stored).items():
+        add("box", row, detail=what)
     for row in report.tiny:
         add("tiny", row, detail=" x ".join(map(str, report.sizes[row])))
     kinds = [("duplicate", rows) for rows in report.duplicates] + [("near-duplicate", rows) for rows in report.near]

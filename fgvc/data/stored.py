@@ -200,7 +200,9 @@ def _boxes(index: ImageIndex, stored: Stored) -> Iterator[Found]:
                 f"{turned.sum()} images are turned by their EXIF orientation, and their boxes{_and_parts(index)} with them: "
                 "these are taken to be in pixels of the image as it is stored, not as viewers show it"
             )
-    if index.parts is not None:
+    if index.parts is not None and in_shares(index.parts[index.parts[..., 2] > 0][:, :2]):
+        yield True, "all parts lie within a pixel: are they shares of the image's sides? part_locs.txt holds pixels, too"
+    elif index.parts is not None:
         parts = index.parts[read].astype(np.float64)
         away = (parts[..., 2] > 0) & ((parts[..., :2] < -2) | (parts[..., :2] > sides[:, None] + 2)).any(axis=-1)
         if away.any():
@@ -243,9 +245,22 @@ SHARES = (
 )
 
 
-def in_shares(boxes: NDArray[np.float32]) -> bool:
-    """Whether boxes (N,4) look like shares of the image's sides."""
-    return bool(len(boxes)) and bool(np.nanmax(boxes) <= 1.01)
+def in_shares(places: NDArray[np.float32]) -> bool:
+    """Whether boxes or points look like shares of the image's sides."""
+    return bool(np.isfinite(places).any()) and bool(np.nanmax(places) <= 1.01)
+
+
+def misplaced(index: ImageIndex, stored: Stored) -> dict[int, str]:
+    """Rows whose box does not fit their image, and how."""
+    read = np.flatnonzero(stored.bits > 0)
+    if index.boxes is None or not len(read):
+        return {}
+    outside, beyond = _misfits(index.boxes[read].astype(np.float64), stored.sides[read].astype(np.float64))
+    what = {int(row): "outside, or empty" for row in read[outside]} | {int(row): "cut at the border" for row in read[beyond]}
+    return {
+        row: f"{text}: {' '.join(f'{side:g}' for side in index.boxes[row])} of {' x '.join(map(str, stored.sides[row]))}"
+        for row, text in sorted(what.items())
+    }
 
 
 def refuse_shares(index: ImageIndex) -> None:

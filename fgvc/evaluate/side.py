@@ -238,7 +238,7 @@ def ask(a: Side, b: Side, images: Images) -> Versus:
         confidence=np.concatenate(confidence, axis=1),
         paired=compare(number[images.index.labels[seen]], *answers),
         unreadable=tuple(unreadable),
-        notes=tuple(filter(None, [a.assumed, b.assumed, _learnt(a, images), _learnt(b, images)])),
+        notes=tuple(filter(None, [a.assumed, b.assumed, _learnt(a, images), _learnt(b, images), *images.index.warnings])),
         differences=_differences(a, b),
         max_pixels=images.index.max_pixels,
     )

@@ -132,6 +132,7 @@ def test_boxes_that_do_not_fit_are_named(tmp_path, boxes, error, words):
     report = check(boxed(tmp_path, boxes))
     assert any(re.search(words, text) for text in (report.errors if error else report.warnings)), report
     assert not error or not report.ok
+    assert [line["path"] for line in findings(report) if line["finding"] == "box"] == ["1.jpg"] or "shares" in words
 
 
 def test_boxes_that_fit_are_not(tmp_path):
