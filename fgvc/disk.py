@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ Content = str | bytes | Callable[[BinaryIO], object]
 BUFFER = 1 << 20
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_SCRATCH = re.compile(r"\.\d+\.")
 _held: set[int] = set()  # locks of this process
 
 
@@ -158,6 +160,12 @@ def remove(path: Path) -> None:
             os.unlink(path)
 
 
+def remove_empty(folder: Path) -> None:
+    """Delete a folder, unless something is in it."""
+    with suppress(OSError):
+        os.rmdir(folder)
+
+
 def point(link: Path, target: str) -> None:
     """Make `link` a link to `target` in one step, in the place of another link."""
     scratch = _beside(link)
@@ -170,6 +178,12 @@ def rename(path: Path, new: Path) -> None:
     """Give a file or folder another name, on the disk when this returns."""
     os.replace(path, new)
     sync(new.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove files that killed processes were writing in this folder. Nobody may be writing there."""
+    for path in [path for path in folder.glob(".*") if _SCRATCH.match(path.name) and not path.is_dir()]:
+        remove(path)
 
 
 @contextmanager

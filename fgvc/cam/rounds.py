@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from fgvc.disk import sync, writing
+from fgvc.disk import append, remove, write_atomic, writing
 
 GRID = 32  # cells a side, over the whole image
 BYTES = GRID * GRID // 8
 
 Grids = NDArray[np.bool_]  # (B,GRID,GRID)
+Masks = NDArray[np.uint8]  # (images,BYTES)
 
 
 class MaskRounds:
-    """`round-1.npy`, `round-2.npy`...: (images, BYTES) uint8, each the union with the round before. A round that was not
-    finished is `round-N.partial.npy`, with the number of images that are done in `round-N.done`."""
+    """`round-1.npy`, `round-2.npy`...: (images, BYTES) uint8, each the union with the round before; `rounds.json` has the epoch
+    before which each was made, and its SHA-256. Of a round that was not finished `round-N.partial` holds the images that are
+    done: a line for some of them, with its own SHA-256, after one that names the epoch."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: tuple[int, NDArray[np.uint8]] | None = None
+        self._open: tuple[int, Masks] | None = None
 
     def path(self, number: int) -> Path:
         return self.folder / f"round-{number}.npy"
@@ -36,36 +42,71 @@ class MaskRounds:
             self._open = number, np.load(self.path(number), mmap_mode="r")
         return np.unpackbits(self._open[1][rows], axis=1).view(np.bool_).reshape(-1, GRID, GRID)
 
+    def whole(self, number: int, *, epoch: int | None = None) -> Masks | None:
+        """The masks of a round, if they are as they were written, before this epoch; None: any."""
+        try:
+            record = json.loads((self.folder / "rounds.json").read_text(encoding="utf-8"))[str(number)]
+            content = self.path(number).read_bytes()
+            if hashlib.sha256(content).hexdigest() != record["sha256"] or epoch not in (None, record["epoch"]):
+                return None
+            return np.load(io.BytesIO(content))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def put(self, number: int, masks: Masks, *, epoch: int) -> None:
+        """Write a round. Raises FgvcError where the disk is full."""
+        content = io.BytesIO()
+        np.save(content, masks)
+        digest = write_atomic(self.path(number), content.getvalue())
+        write_atomic(self.folder / "rounds.json", json.dumps(self._records() | {number: {"epoch": epoch, "sha256": digest}}))
+        self._open = None
+
+    def _records(self) -> dict[Any, Any]:
+        try:
+            found = json.loads((self.folder / "rounds.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return {int(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+
     def make(
         self,
         number: int,
         *,
+        epoch: int,
         images: int,
         rows: NDArray[np.int64],
         find: Callable[[NDArray[np.int64]], Iterator[tuple[NDArray[np.int64], Grids]]],
     ) -> None:
         """Fill a round: `find` gives, for the rows that are left, some at a time and in order, what is erased of them.
 
-        Killed at any moment and called again, it goes on. Raises FgvcError where the disk is full.
+        Killed at any moment and called again before the same `epoch`, it goes on. Raises FgvcError where the disk is full.
         """
-        partial, done = self.folder / f"round-{number}.partial.npy", self.folder / f"round-{number}.done"
-        with writing(self.folder):
-            self.folder.mkdir(exist_ok=True)
-            finished = int(done.read_text() or 0) if done.is_file() and partial.is_file() else 0
-            if not finished:
-                done.unlink(missing_ok=True)
-                open_memmap(partial, mode="w+", dtype=np.uint8, shape=(images, BYTES)).flush()
-            masks = np.load(partial, mmap_mode="r+")
+        partial = self.folder / f"round-{number}.partial"
+        lines = _whole_lines(partial, epoch)
+        write_atomic(partial, b"".join(line + b"\n" for line in (_line(epoch, b""), *lines)))
+        done = b"".join(base64.b64decode(line.split()[2]) for line in lines)
+        masks, finished = np.zeros((images, BYTES), dtype=np.uint8), len(done) // BYTES
+        masks[rows[:finished]] = np.frombuffer(done, dtype=np.uint8).reshape(-1, BYTES)
         for found, grids in find(rows[finished:]):
             masks[found] = np.packbits(grids.reshape(-1, GRID * GRID), axis=1)
-            finished += len(found)
-            with writing(self.folder):
-                masks.flush()
-                scratch = done.with_suffix(".next")
-                scratch.write_text(str(finished))
-                scratch.replace(done)
-        with writing(self.folder):
-            masks.flush()
-            sync(partial)
-            partial.replace(self.path(number))
-            done.unlink(missing_ok=True)
+            append(partial, _line(epoch, masks[found].tobytes()))
+        self.put(number, masks, epoch=epoch)
+        with writing(partial):
+            remove(partial)
+
+
+def _line(epoch: int, content: bytes) -> bytes:
+    told = f"{epoch} ".encode() + base64.b64encode(content)
+    return hashlib.sha256(told).hexdigest().encode() + b" " + told
+
+
+def _whole_lines(partial: Path, epoch: int) -> list[bytes]:
+    """Those after the first, up to one that is torn or damaged; none of another epoch."""
+    found = partial.read_bytes().splitlines() if partial.is_file() else []
+    good: list[bytes] = []
+    for line in found:
+        digest, _, told = line.partition(b" ")
+        if hashlib.sha256(told).hexdigest().encode() != digest or told.partition(b" ")[0] != str(epoch).encode():
+            break
+        good.append(line)
+    return good[1:]

@@ -2,7 +2,8 @@
 
 A cache is a folder <key>/ with `pixels.bin` (uint8 RGB, image after image) and `index.npz`. The key covers the paths,
 sizes and times of the files and the shrinking, so a changed data set makes a new cache. A cache is built beside its
-place and then renamed: it is there in full or not at all, and of two builders the first wins.
+place and then renamed: it is there in full or not at all, and of two builders the first wins. Every image has its CRC-32: one
+that is damaged is decoded from its file as if there were no cache, and the next opening builds the cache anew.
 """
 
 from __future__ import annotations
@@ -10,13 +11,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
+import math
 import os
 import shutil
+import sys
 import tempfile
 import time
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,14 +31,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fgvc.disk import alone, sync
+from fgvc.disk import alone, remove, sync, write_atomic
 from fgvc.image.decode import read_picture
 from fgvc.types import FgvcError, ImageError, ImageIndex
 
-_VERSION = 2
+_VERSION = 3
 _LOCK = "building"  # held by whoever builds; a folder whose lock is free was left behind by a crash
+_DAMAGED = "damaged"  # a file that says so
 _QUIET_SECONDS = 10
 _SAMPLE = 200  # images decoded to estimate the space needed
+
+# Of a damaged index.npz: its zip, or an array in it.
+BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 Progress = Callable[[str], None]
 Decoded = tuple[Image.Image, tuple[int, int], int]
@@ -41,15 +52,22 @@ Decoded = tuple[Image.Image, tuple[int, int], int]
 class DecodeCache:
     """Read access. Can be pickled, and shared by forked workers (the pages are shared too)."""
 
-    def __init__(self, folder: Path, index: ImageIndex) -> None:
-        self.folder, self._index = folder, index
-        with np.load(folder / "index.npz", allow_pickle=False) as saved:
+    def __init__(self, folder: Path, index: ImageIndex, *, side: int) -> None:
+        """Raises one of BROKEN where the cache is not as it was built."""
+        self.folder, self._index, self._side = folder, index, side
+        if (folder / _DAMAGED).exists():
+            raise ValueError("an image of it is damaged")
+        table = io.BytesIO((folder / "index.npz").read_bytes())
+        with np.load(table, allow_pickle=False) as saved:  # a zip, which has checksums
             self.rows: NDArray[np.int64] = saved["rows"]
             self._offsets: NDArray[np.int64] = saved["offsets"]
             self._sizes: NDArray[np.int32] = saved["sizes"]  # (N,4): width and height here, then the original's
             self._orientations: NDArray[np.int8] = saved["orientations"]  # (N,), EXIF's
+            self._sums: NDArray[np.uint32] = saved["sums"]  # (N,): CRC-32 of the pixels
             reasons = zip(saved["bad_rows"], saved["bad_reasons"], strict=True)
             self._bad = {int(row): str(reason) for row, reason in reasons}
+        if (size := (folder / "pixels.bin").stat().st_size) != max(1, 3 * int(np.prod(self._sizes[:, :2], axis=1).sum())):
+            raise ValueError(f"pixels.bin has {size} bytes")
         self._pixels: NDArray[np.uint8] | None = None
 
     @classmethod
@@ -71,16 +89,19 @@ class DecodeCache:
         rows = np.unique(np.asarray(rows, dtype=np.int64))
         folder = _default_folder() if folder is None else folder.expanduser()
         final = folder / _key(index, rows, side)
-        if not final.exists():
+        given = partial(cls, final, index, side=side)
+        whole = _whole(given, final, progress)
+        if whole is None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 _remove_leftovers(folder)
+                _move_away(given, final)
                 _build(index, rows, final, side=side, workers=workers, progress=progress)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise FgvcError(f"{folder}: the disk is full; free some space or set cache=none") from error
                 raise FgvcError(f"{folder}: can't write the decode cache: {error.strerror or error}") from error
-        return cls(final, index)
+        return whole or given()
 
     @property
     def bad(self) -> list[ImageError]:
@@ -101,7 +122,18 @@ class DecodeCache:
         width, height, *original = (int(side) for side in self._sizes[at])
         start = int(self._offsets[at])
         pixels = np.asarray(self._pixels[start : start + 3 * width * height])
+        if len(pixels) != 3 * width * height or zlib.crc32(pixels.data) != self._sums[at]:
+            return self._decoded(row)
         return pixels.reshape(height, width, 3), (original[0], original[1])
+
+    def _decoded(self, row: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+        """What the cache held of an image before it was damaged."""
+        if not (self.folder / _DAMAGED).exists():
+            print(f"{self.folder}: damaged; what is damaged is decoded anew, and all of it at the next start", file=sys.stderr)
+            with contextlib.suppress(FgvcError):  # where it can't be written: said each time
+                write_atomic(self.folder / _DAMAGED, b"")
+        picture = read_picture(self._index.path(row), max_pixels=self._index.max_pixels)
+        return np.array(shrunk(picture.image, self._side)), picture.size
 
     def orientation(self, row: int) -> int:
         """How the original was held, in EXIF's words; the image here is upright."""
@@ -119,6 +151,29 @@ class DecodeCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pixels": None}  # or the whole file would be pickled
+
+
+def _whole(given: Callable[[], DecodeCache], final: Path, progress: Progress | None) -> DecodeCache | None:
+    """The cache that is there; None where there is none, or it is damaged."""
+    if not final.exists():
+        return None
+    try:
+        return given()
+    except BROKEN as error:
+        if progress is not None:
+            progress(f"{final}: the decode cache is damaged ({error}); it is built anew")
+        return None
+
+
+def _move_away(given: Callable[[], DecodeCache], final: Path) -> None:
+    """Remove a damaged cache, unless another process has just built it anew."""
+    if final.exists():
+        with alone(lock := final.with_suffix(".lock"), wait=math.inf):
+            if final.exists() and _whole(given, final, None) is None:
+                away = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".damaged", dir=final.parent))
+                os.replace(final, away)
+                shutil.rmtree(away)
+            remove(lock)
 
 
 def shrunk(image: Image.Image, side: int) -> Image.Image:
@@ -171,7 +226,7 @@ def _build(
         return shrunk(picture.image, side), picture.size, picture.orientation
 
     try:
-        with alone(building / _LOCK, wait=True), ThreadPoolExecutor(max(1, workers)) as pool:
+        with alone(building / _LOCK), ThreadPoolExecutor(max(1, workers)) as pool:
             _check_space(final.parent, rows, load, pool)
             if progress is not None:
                 progress(f"decoding {len(rows):,} images once, into {final.parent}")
@@ -197,6 +252,7 @@ def _write(
 ) -> dict[str, Any]:
     offsets, sizes = np.zeros(len(rows), dtype=np.int64), np.zeros((len(rows), 4), dtype=np.int32)
     orientations = np.ones(len(rows), dtype=np.int8)
+    sums = np.zeros(len(rows), dtype=np.uint32)
     bad_rows, bad_reasons, last = [], [], time.monotonic()
     for at, found in enumerate(images):
         offsets[at] = pixels.tell()
@@ -206,7 +262,9 @@ def _write(
         else:
             image, original, orientations[at] = found
             sizes[at] = *image.size, *original
-            pixels.write(image.tobytes())
+            content = image.tobytes()
+            sums[at] = zlib.crc32(content)
+            pixels.write(content)
         if progress is not None and time.monotonic() > last + _QUIET_SECONDS:
             last = time.monotonic()
             progress(f"decoded {at + 1:,} of {len(rows):,} images")
@@ -216,6 +274,7 @@ def _write(
         "offsets": offsets,
         "sizes": sizes,
         "orientations": orientations,
+        "sums": sums,
         "bad_rows": np.array(bad_rows, dtype=np.int64),
         "bad_reasons": np.array(bad_reasons, dtype=np.str_),
     }
@@ -255,7 +314,7 @@ def _check_space(
 def _remove_leftovers(folder: Path) -> None:
     """Folders of builders that were killed: their lock is free."""
     for lock in folder.glob(f"*.tmp/{_LOCK}"):
-        with contextlib.suppress(OSError), alone(lock) as dead:
+        with contextlib.suppress(OSError, FgvcError), alone(lock) as dead:
             if dead:
                 shutil.rmtree(lock.parent, ignore_errors=True)
 

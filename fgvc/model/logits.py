@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,23 +20,25 @@ CHUNK = 1 << 20  # numbers written at once
 
 
 class LogitFile:
-    """(N, 6 + K) float32, a row for each image of the index: the crop's 2x3 matrix and the logits; NaN: not known.
+    """(N, 6 + K + 1) float32, a row for each image of the index: the crop's 2x3 matrix, the logits, and the CRC-32 of both in
+    the bits of the last; NaN: not known.
 
     A row holds for its very crop: another matrix, as of an image that stands in for an unreadable one, is not known. A row
-    that a killed process wrote in part still holds a NaN, so it is not known either. Processes of one machine may share it.
+    that a killed process wrote in part, or that is damaged, does not have its CRC-32, so it is not known either. Processes of
+    one machine may share it.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int]) -> None:
         """`shape`: N, K. Raises FgvcError where `path` can't be written or was made for less."""
         try:
-            self._rows = np.memmap(path, dtype=np.float32, mode="r+", shape=(shape[0], GEOMETRY + shape[1]))
+            self._rows = np.memmap(path, dtype=np.float32, mode="r+", shape=(shape[0], GEOMETRY + shape[1] + 1))
         except (OSError, ValueError) as error:
             raise FgvcError(f"{path}: can't keep logits here: {error}") from error
 
     @staticmethod
     def make(path: Path, shape: tuple[int, int]) -> None:
         """Make the file, or leave it if it is there and whole. Raises FgvcError where the disk is full."""
-        numbers = shape[0] * (GEOMETRY + shape[1])
+        numbers = shape[0] * (GEOMETRY + shape[1] + 1)
         if path.is_file() and path.stat().st_size == 4 * numbers:
             return
         with replacing(path) as scratch:
@@ -47,12 +50,16 @@ class LogitFile:
 
     def recall(self, rows: Tensor, geometry: Tensor) -> Tensor | None:
         """(B,K) of crops that are all known, else None; `rows` (B,) of the index, `geometry` (B,2,3)."""
-        held = np.asarray(self._rows[rows.cpu().numpy()])
+        whole = np.asarray(self._rows[rows.cpu().numpy()])
+        held = np.ascontiguousarray(whole[:, :-1])
+        if not np.array_equal(whole[:, -1:].view(np.uint32), _sums(held)):
+            return None
         same = np.array_equal(held[:, :GEOMETRY], _flat(geometry))  # NaN equals nothing
         return torch.from_numpy(held[:, GEOMETRY:]) if same and not np.isnan(held).any() else None
 
     def keep(self, rows: Tensor, geometry: Tensor, logits: Tensor) -> None:
-        self._rows[rows.cpu().numpy()] = np.concatenate([_flat(geometry), logits.cpu().numpy()], axis=1)
+        told = np.concatenate([_flat(geometry), logits.cpu().float().numpy()], axis=1)
+        self._rows[rows.cpu().numpy()] = np.concatenate([told, _sums(told).view(np.float32)], axis=1)
 
 
 def open_logits(
@@ -67,3 +74,8 @@ def open_logits(
 
 def _flat(geometry: Tensor) -> np.ndarray:
     return geometry.cpu().float().flatten(1).numpy()
+
+
+def _sums(rows: np.ndarray) -> np.ndarray:
+    """(B,1) uint32: the CRC-32 of each row (B,M)."""
+    return np.array([[zlib.crc32(row.tobytes())] for row in rows], dtype=np.uint32)

@@ -8,6 +8,7 @@ stripping nothing is left.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from fgvc.cam.maps import normalised
 from fgvc.cam.masks import Region, erase, select
 from fgvc.cam.offline import OfflineMethod
-from fgvc.cam.rounds import GRID, Grids, MaskRounds
+from fgvc.cam.rounds import GRID, Grids, MaskRounds, Masks
 from fgvc.config import Section
 from fgvc.model.plan import Plan
 from fgvc.seeding import SPARED, generator
@@ -74,6 +75,7 @@ class AePsl:
         self._round = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see it change
         self._masks: MaskRounds | None = None
         self._empty = 0  # maps of a round
+        self._kept: Masks | None = None  # of the round, for the checkpoint
         self._colour = np.zeros(3, dtype=np.uint8)
 
     def setup(self, plan: Plan) -> None:
@@ -81,34 +83,52 @@ class AePsl:
         plan.map("gradcam")
 
     def before_epoch(self, start: EpochStart) -> None:
-        """Between two rounds make the masks of the next one; go on where that was interrupted. Raises FgvcError where masks
-        that training went on with are gone."""
+        """Between two rounds make the masks of the next one; go on where that was interrupted. Those of a round that has begun
+        are in the checkpoint, too: a file that is gone or damaged is written anew. Raises FgvcError where it is not, as in a
+        checkpoint of an older fgvc."""
         # Workers are forked after the first call: only the round, which changes later, is shared with them.
-        masks = self._masks = MaskRounds(start.folder / "masks")
+        first = self._masks is None
+        masks = self._masks = self._masks or MaskRounds(start.folder / "masks")
         self._colour = np.array(start.colour, dtype=np.uint8)
-        number = int(self._round[0])
+        begun = int(self._round[0])
+        if first and begun:
+            start.first(lambda: self._have(start, begun))
+        number = begun
         if start.fresh:  # one round after the other, and none back, whatever becomes of the schedule
             number += self._round_of(start) > number
 
-        def have() -> None:
-            if masks.path(number).is_file():
-                return
-            if not start.fresh:
-                raise FgvcError(f"{masks.path(number)}: the masks of this round are gone; restore them, or start anew")
-            start.say(f"ae_psl: masks of round {number}")
-            masks.make(number, images=start.images, rows=start.rows, find=lambda rows: self._find(start, rows, number))
-            if self._empty:
-                start.say(f"ae_psl: {self._empty} maps were empty, by which nothing was erased")
+        def make() -> None:
+            if masks.whole(number, epoch=start.number) is None:
+                start.say(f"ae_psl: masks of round {number}")
+                find = partial(self._find, start, number=number)
+                masks.make(number, epoch=start.number, images=start.images, rows=start.rows, find=find)
+                if self._empty:
+                    start.say(f"ae_psl: {self._empty} maps were empty, by which nothing was erased")
 
-        if number:
-            start.first(have)
+        if number > begun:
+            start.first(make)
+            self._kept = masks.whole(number)
         self._round[0] = number
 
+    def _have(self, start: EpochStart, number: int) -> None:
+        """The masks that training went on with, as they were."""
+        assert self._masks is not None
+        path, there = self._masks.path(number), self._masks.whole(number)
+        if self._kept is None:
+            if not path.is_file():
+                raise FgvcError(f"{path}: the masks of this round are gone; restore them, or start anew")
+            self._kept = np.load(path)
+        elif there is None or not np.array_equal(there, self._kept):
+            start.say(f"{path}: gone or damaged; written anew from the checkpoint")
+            self._masks.put(number, self._kept, epoch=-1)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"round": int(self._round[0])}
+        kept = {} if self._kept is None else {"masks": torch.from_numpy(self._kept)}
+        return {"round": int(self._round[0]), **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._round[0] = state["round"]
+        self._kept = state["masks"].numpy() if "masks" in state else None
 
     def on_sample(self, image: NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
         number = int(self._round[0])
@@ -130,7 +150,7 @@ class AePsl:
         return reached
 
     def _find(
-        self, start: EpochStart, rows: NDArray[np.int64], number: int
+        self, start: EpochStart, rows: NDArray[np.int64], *, number: int
     ) -> Iterator[tuple[NDArray[np.int64], Grids]]:
         """What is erased of each image from now on: the regions of all rounds, within bounds."""
         assert self._masks is not None

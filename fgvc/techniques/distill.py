@@ -55,7 +55,7 @@ class DistillConfig(Section):
     )
     cache: Path | None = Field(
         None,
-        description="folder where teachers' logits are kept (4 (K + 6) bytes an image and epoch), for later runs with the same "
+        description="folder where teachers' logits are kept (4 (K + 7) bytes an image and epoch), for later runs with the same "
         "teacher, images, augmentation and seed; used in steps where nothing mixes or erases the images",
     )
 

@@ -82,6 +82,9 @@ def save(folder: Path, state: State, *, best: bool = False, keep: int = 1) -> No
         _own_names(folder)
         _sweep(folder)
         target = _free(folder, f"step-{state.progress.step:08d}")
+        chosen = target.name if best else _target(folder / "best")
+        if first := _target(folder / "last") is None:  # a kill must not leave it without its names
+            _publish(folder, last=target.name, best=chosen)
         with making(target) as scratch:
             files = {
                 f"{name}.safetensors": fill(scratch / f"{name}.safetensors", _packed(tensors))
@@ -90,8 +93,8 @@ def save(folder: Path, state: State, *, best: bool = False, keep: int = 1) -> No
             }
             files["state.pt"] = fill(scratch / "state.pt", partial(torch.save, dict(state.rest)))
             fill(scratch / META, _sealed(asdict(state.progress) | {"files": files}))
-        chosen = target.name if best else _target(folder / "best")
-        _publish(folder, last=target.name, best=chosen)
+        if not first:
+            _publish(folder, last=target.name, best=chosen)
         _prune(folder, keep=keep)
     except (FgvcError, OSError, RuntimeError, SafetensorError) as error:
         raise FgvcError(
@@ -102,8 +105,8 @@ def save(folder: Path, state: State, *, best: bool = False, keep: int = 1) -> No
 
 def any_held(folder: Path) -> bool:
     """Whether a `ckpt` folder holds a checkpoint, whole or not."""
-    places = [*folder.glob("*step-*"), folder / "last", folder / "best"]
-    return any(path.is_dir() and any(path.iterdir()) for path in places)
+    places = [*folder.glob("step-*"), *folder.glob("damaged-*"), folder / "last", folder / "best"]
+    return any(path.is_dir() for path in places)
 
 
 def read_progress(folder: Path, *, say: Say | None = None) -> Progress:
@@ -143,9 +146,13 @@ def mend(folder: Path) -> None:
             except BROKEN:
                 rename(path, _free(folder, f"damaged-{path.name}"))
             else:
-                _own_names(folder)
-                _publish(folder, last=path.name, best=_target(folder / "best"))
-                return
+                break
+        else:
+            return
+        _sweep(folder)
+        if _target(folder / "last") != path.name:
+            _own_names(folder)
+            _publish(folder, last=path.name, best=_target(folder / "best"))
 
 
 @dataclass(frozen=True, slots=True)

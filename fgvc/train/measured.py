@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fgvc.disk import UNWRITABLE, Content, alone, holder, remove, write_atomic
+from fgvc.disk import UNWRITABLE, Content, alone, holder, remove, sweep, write_atomic
 from fgvc.train import checkpoint
 from fgvc.types import FgvcError
 
@@ -86,6 +86,13 @@ def forget(run: Path) -> None:
     with _mine(run):
         for name in (*MEASURED, "tables"):
             remove(run / name)
+
+
+def clear(run: Path) -> None:
+    """Remove what killed processes left half written, but for checkpoints. The caller has the run to itself."""
+    with _mine(run):
+        for folder in (run, *(run / name for name in ("plots", "tables", "masks", "reports"))):
+            sweep(folder)
 
 
 @contextmanager

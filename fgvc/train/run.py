@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from fgvc import __version__
 from fgvc.config import Preprocess, differences, dump, load, validate
-from fgvc.disk import alone, holder, make_folder, remove, rename, sync, write_atomic, writing
+from fgvc.disk import alone, holder, make_folder, remove, remove_empty, rename, sync, write_atomic, writing
 from fgvc.naming import refuse_breaking
 from fgvc.recipe import Recipe, Selected
 from fgvc.train import checkpoint
-from fgvc.train.measured import forget
+from fgvc.train.measured import clear, forget
 from fgvc.types import FgvcError
 
 MAY_CHANGE = ("train.epochs", "train.max_steps", "log.", "data.max_megapixels")  # when a run goes on
@@ -49,14 +49,15 @@ def held(out: Path) -> Iterator[None]:
             if not mine:
                 raise FgvcError(f"{out}: is being trained by {holder(lock)}; wait for it, or choose another --out")
             try:
+                if (out / "config.yaml").is_file():
+                    clear(out)
                 yield
             finally:
                 if not (out / "config.yaml").is_file():
                     remove(lock)
     finally:
-        with suppress(OSError):  # somebody is in there
-            for path in made:
-                os.rmdir(path)
+        for path in made:
+            remove_empty(path)
 
 
 @contextmanager
@@ -135,6 +136,7 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
         if (out / "ckpt").exists():  # before the new settings are there, which are not those of its weights
             rename(out / "ckpt", gone)
         write_atomic(out / "config.yaml", dump(recipe))  # the mark of a run
+        clear(out)
         for name in (gone.name, "masks", "plots", "events.jsonl", "metrics.csv"):
             remove(out / name)
         forget(out)

@@ -228,3 +228,45 @@ def test_a_killed_builder_leaves_no_cache_and_its_remains_go(index: ImageIndex, 
     assert not left[0].exists()
     np.testing.assert_array_equal(cache.image(3)[0], picture(41, 35, 3))
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def damaged(content: bytes, kind: str, at: float) -> bytes:
+    """`kind`: a bit at a share of the file, what follows it, or all."""
+    place = int(at * (len(content) - 1))
+    if kind == "bit":
+        return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+    return content[:place] if kind == "cut" else b""
+
+
+@pytest.mark.parametrize("name", ["pixels.bin", "index.npz"])
+@pytest.mark.parametrize(("kind", "at"), [("bit", 0.0), ("bit", 0.4), ("bit", 0.9), ("cut", 0.5), ("cut", 0.99), ("gone", 0)])
+def test_damage_is_noticed_and_the_cache_built_anew(
+    index: ImageIndex, tmp_path: Path, name: str, kind: str, at: float
+) -> None:
+    whole = opened(index, tmp_path / "cache")
+    expected = [(pixels.copy(), size) for pixels, size in (whole.image(row) for row in range(6))]
+    file = whole.folder / name
+    content = file.read_bytes()
+    file.unlink() if kind == "gone" else file.write_bytes(damaged(content, kind, at))
+    for _ in range(2):  # a session with the damage, and the next one
+        again = opened(index, tmp_path / "cache")
+        for row, (pixels, size) in enumerate(expected):
+            found = again.image(row)
+            np.testing.assert_array_equal(found[0], pixels)
+            assert found[1] == size
+    if name == "pixels.bin":
+        assert file.read_bytes() == content
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [whole.folder.name], "no remains"
+
+
+def test_pixels_that_are_damaged_while_they_are_read_are_decoded_anew(index: ImageIndex, tmp_path: Path) -> None:
+    cache = opened(index, tmp_path / "cache", side=20)
+    expected = cache.image(3)[0].copy()
+    cache.close()
+    with (cache.folder / "pixels.bin").open("r+b") as file:
+        file.write(bytes(file.seek(0, 2)))
+        file.seek(0)
+        file.write(bytes(10_000))
+    np.testing.assert_array_equal(cache.image(3)[0], expected)
+    assert (cache.folder / "damaged").is_file()
+    assert not (opened(index, tmp_path / "cache", side=20).folder / "damaged").exists()

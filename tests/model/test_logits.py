@@ -61,10 +61,21 @@ def test_an_image_that_stands_in_for_another_in_its_own_batch_is_not_mistaken(tm
 def test_a_row_that_was_written_in_part_is_not_known(tmp_path: Path, written: int) -> None:
     file, (index, geometry, logits) = opened(tmp_path / "f"), sample(2)
     file.keep(index, geometry, logits)
-    rows = np.memmap(tmp_path / "f", dtype=np.float32, mode="r+", shape=(N, GEOMETRY + K))
+    rows = np.memmap(tmp_path / "f", dtype=np.float32, mode="r+", shape=(N, GEOMETRY + K + 1))
     rows[2, written:] = np.nan
     rows.flush()
     assert opened(tmp_path / "f").recall(index, geometry) is None
+
+
+@pytest.mark.parametrize("byte", range(4 * (GEOMETRY + K + 1)))
+def test_a_row_with_a_flipped_bit_is_not_known(tmp_path: Path, byte: int) -> None:
+    file, (index, geometry, logits) = opened(tmp_path / "f"), sample(2, 3)
+    file.keep(index, geometry, logits)
+    content = np.memmap(tmp_path / "f", dtype=np.uint8, mode="r+")
+    content[2 * 4 * (GEOMETRY + K + 1) + byte] ^= 1 << byte % 8
+    content.flush()
+    assert opened(tmp_path / "f").recall(index, geometry) is None
+    assert torch.equal(opened(tmp_path / "f").recall(index[1:], geometry[1:]), logits[1:])
 
 
 def test_a_file_cut_short_is_made_anew_and_a_whole_one_stays(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_kill_inside_a_round_costs_only_what_was_not_written(tmp_path: Path) -
     whole = technique()
     whole.before_epoch(start(tmp_path / "whole", 2, [1.0, 1.0]))
     np.testing.assert_array_equal(made._masks.grids(1, ROWS), whole._masks.grids(1, ROWS))
-    assert [path.name for path in (tmp_path / "masks").iterdir()] == ["round-1.npy"]
+    assert {path.name for path in (tmp_path / "masks").iterdir()} == {"round-1.npy", "rounds.json"}
 
 
 def test_masks_that_are_gone_in_mid_round_are_an_error_with_a_name(tmp_path: Path) -> None:
@@ -135,15 +135,77 @@ def test_masks_that_are_gone_in_mid_round_are_an_error_with_a_name(tmp_path: Pat
         made.before_epoch(start(tmp_path, 2, [1.0, 1.0], fresh=False))
 
 
+DAMAGE = {
+    "gone": lambda file: file.unlink(),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-7]),
+    "a bit": lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])),
+    "empty": lambda file: file.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_masks_are_written_anew_in_mid_round(tmp_path: Path, kind: str) -> None:
+    made = technique()
+    made.before_epoch(start(tmp_path, 2, [1.0, 1.0]))
+    masks, state = made._masks.grids(1, ROWS), made.state_dict()
+    DAMAGE[kind](tmp_path / "masks" / "round-1.npy")
+    said: list[str] = []
+    for fresh in (False, True):
+        again = technique()
+        again.load_state_dict(state)
+        again.before_epoch(start(tmp_path, 3, [1.0] * 3, fresh=fresh, say=said.append))
+        np.testing.assert_array_equal(again._masks.grids(1, ROWS), masks)
+    assert len(said) == 1
+    assert "round-1.npy: gone or damaged" in said[0]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_round_that_nobody_trained_with_is_made_anew(tmp_path: Path, kind: str) -> None:
+    made = technique()
+    made.before_epoch(start(tmp_path, 2, [1.0, 1.0]))
+    masks = made._masks.grids(1, ROWS)
+    DAMAGE[kind](tmp_path / "masks" / "round-1.npy")
+    again = technique()
+    again.before_epoch(start(tmp_path, 2, [1.0, 1.0]))
+    np.testing.assert_array_equal(again._masks.grids(1, ROWS), masks)
+
+
+def test_a_torn_line_of_a_killed_round_is_made_anew_and_those_of_another_net_do_not_count(tmp_path: Path) -> None:
+    rounds, asked = MaskRounds(tmp_path), []
+
+    def find(rows: NDArray[np.int64]) -> Iterator[tuple]:
+        asked.append(rows.tolist())
+        for row in rows:
+            yield np.array([row]), np.full((1, GRID, GRID), row % 2 == 0)
+
+    def dying(rows: NDArray[np.int64]) -> Iterator[tuple]:
+        yield from list(find(rows))[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rounds.make(1, epoch=4, images=9, rows=ROWS, find=dying)
+    partial = tmp_path / "round-1.partial"
+    partial.write_bytes(partial.read_bytes()[:-20])
+    rounds.make(1, epoch=4, images=9, rows=ROWS, find=find)
+    assert asked == [ROWS.tolist(), ROWS.tolist()[2:]]
+    assert rounds.grids(1, np.arange(9)).any((1, 2)).tolist() == [row in (2, 4) for row in range(9)]
+    with pytest.raises(KeyboardInterrupt):
+        rounds.make(1, epoch=4, images=9, rows=ROWS, find=dying)
+    rounds.make(1, epoch=5, images=9, rows=ROWS, find=find)
+    assert asked[-1] == ROWS.tolist()
+    assert rounds.whole(1, epoch=5) is not None
+    assert rounds.whole(1, epoch=4) is None
+
+
 def test_a_round_that_was_reached_stays_whatever_becomes_of_the_schedule(tmp_path: Path) -> None:
     made = technique()
     for round_, epoch in ((1, 4), (2, 5)):
         made.before_epoch(start(tmp_path, epoch, [1.0] * epoch))
-        assert made.state_dict() == {"round": round_}, "one at a time, though both are due"
+        assert made.state_dict()["round"] == round_, "one at a time, though both are due"
     longer = technique()
     longer.load_state_dict(made.state_dict())
     longer.before_epoch(start(tmp_path, 4, [1.0] * 4, epochs=60))
-    assert longer.state_dict() == {"round": 2}, "by the new schedule it would be the first"
+    assert longer.state_dict()["round"] == 2, "by the new schedule it would be the first"
     shorter = technique()
     shorter.before_epoch(start(tmp_path / "none", 2, [1.0] * 2, epochs=3, fresh=False))
     assert shorter.state_dict() == {"round": 0}, "in mid-epoch no round begins"

@@ -1,0 +1,209 @@
+"""Killed before, or in the middle of, any change that saving or creating a run makes on the disk, the next process finds a whole
+state and ends with that of one that was never killed. Every change goes through `fgvc.disk`, whose `os` counts them here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fgvc import disk
+from fgvc.config import validate
+from fgvc.recipe import Recipe
+from fgvc.train import checkpoint
+from fgvc.train.checkpoint import Progress, State
+from fgvc.train.run import continue_run, opened, start_run
+
+CHANGES = ("open", "write", "pwrite", "fsync", "replace", "symlink", "unlink", "mkdir", "rmdir", "ftruncate")
+KILLED = 77
+
+
+class Dying:
+    """The `os` of `fgvc.disk`: before its change number `at`, of a write in the middle of it, the process is gone."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.count = at, 0
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            self.count += 1
+            if self.count == self.at:
+                if name == "write":
+                    real(given[0], given[1][: len(given[1]) // 2])
+                os._exit(KILLED)
+            return real(*given, **named)
+
+        return call if name in CHANGES else real
+
+
+def killed(do: Callable[[], object], at: int) -> bool:
+    """Whether a forked process that does this was gone before it had done it."""
+    if not (pid := os.fork()):
+        code = 1
+        try:
+            disk.os = Dying(at)
+            do()
+            code = 0
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, KILLED)
+    return code == KILLED
+
+
+@pytest.fixture(autouse=True)
+def alone_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)  # a forked process has none of the others
+    monkeypatch.setattr("fgvc.train.run.environment", dict)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # counted, but the machine itself does not die
+
+
+def state(step: int, best: float = 0.0) -> State:
+    net = {"w": torch.full((50,), float(step))}
+    return State(net, {}, {"w": net["w"] + 1}, {"buffer": net["w"]}, Progress(step=step, best=best))
+
+
+def saved(folder: Path, step: int, *, best: bool) -> None:
+    """As the loop does: on top of what is there."""
+    score = float(step) if best else checkpoint.best_score(folder)
+    checkpoint.save(folder, state(step, score or 0.0), best=best)
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What both names lead to, and what there is at all."""
+    loaded = {name: checkpoint.load(folder, name, say=pytest.fail) for name in ("last", "best")}
+    return {name: (one.net["w"][0].item(), one.progress) for name, one in loaded.items()} | {
+        "all": sorted(path.name.partition(".")[0] for path in folder.iterdir() if path.name.startswith("step-"))
+    }
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_killed_at_any_moment_of_saving(tmp_path: Path, best: bool) -> None:
+    start, end, here = tmp_path / "start", tmp_path / "end", tmp_path / "here"
+    for step in (1, 2, 3):
+        saved(start, step, best=step == 2)
+    shutil.copytree(start, end, symlinks=True)
+    saved(end, 4, best=best)
+    before, after, at = facts(start), facts(end), 0
+    moments = 0
+    while True:
+        at += 1
+        shutil.rmtree(here, ignore_errors=True)
+        shutil.copytree(start, here, symlinks=True)
+        if not killed(lambda: saved(here, 4, best=best), at):
+            break
+        moments += 1
+        found = facts(here)
+        assert {name: found[name] for name in ("last", "best")} in (
+            {name: one[name] for name in ("last", "best")} for one in (before, after)
+        ), f"both at once, or neither: change {at}"
+        assert found["last"][1].best == found["best"][1].best, "the recorded score is that of the link"
+        if found["last"] == before["last"]:
+            saved(here, 4, best=best)  # the next process trains the step again
+        saved(here, 5, best=False)
+        assert facts(here)["last"][0] == 5
+        assert facts(here)["best"] == after["best"]
+        assert {path.name for path in here.iterdir() if not path.name.startswith("step-")} == {
+            "last", "best", "links", (here / "links").readlink().name,
+        }, "nothing of the killed process stays"  # fmt: skip
+    assert moments > 40
+
+
+@pytest.fixture
+def recipe(recipe_tree: dict) -> Recipe:
+    return validate(Recipe, recipe_tree, where="test")
+
+
+FACTS = {"labels.json": ["a", "b"], "preprocess.json": {"size": [8, 8]}}
+
+
+def begun(out: Path, recipe: Recipe, *, overwrite: bool = False) -> None:
+    """The first moments of a run, or its next ones."""
+    with opened(out, recipe, overwrite=overwrite) as going:
+        if going == "new":
+            start_run(out, recipe, FACTS)
+            saved(out / "ckpt", 1, best=True)
+        elif going == "on":
+            checkpoint.mend(out / "ckpt")
+            continue_run(out, recipe)
+
+
+def content(out: Path) -> dict[str, bytes]:
+    names = ("config.yaml", *FACTS, "ckpt/last/net.safetensors", "ckpt/best/net.safetensors")
+    return {name: (out / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("old", [None, "to be overwritten", "to go on with"])
+def test_killed_at_any_moment_of_creating_a_run(tmp_path: Path, recipe: Recipe, old: str | None) -> None:
+    start, end, out = tmp_path / "start", tmp_path / "end", tmp_path / "out"
+    overwrite = old == "to be overwritten"
+    if old is not None:
+        begun(start, recipe)
+        (start / "tables").mkdir()
+        for name in ("events.jsonl", "metrics.json", "tables/classes-val.csv"):
+            (start / name).write_text("{}\n")
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 9})})
+    begun(end, longer)
+    expected, at = content(end), 0
+    while True:
+        at += 1
+        shutil.rmtree(out, ignore_errors=True)
+        if old is not None:
+            shutil.copytree(start, out, symlinks=True)
+        if not killed(lambda: begun(out, longer, overwrite=overwrite), at):
+            break
+        begun(out, longer, overwrite=overwrite)
+        assert content(out) == expected, f"change {at}"
+        assert not [path for path in out.rglob(".[0-9]*")], "half-written files stay"
+        assert not (out / "metrics.json").exists()
+        assert not (out / "tables").exists()
+    assert at > 20
+
+
+def test_every_file_of_a_run_goes_through_the_one_writer(tmp_path: Path, recipe_tree: dict) -> None:
+    """By the interpreter's own audit of what is opened to write, renamed, linked and removed."""
+    from fgvc import api
+
+    tree = recipe_tree | {"ema": {"decay": 0.9}, "techniques": {"ae_psl": {"rounds": 2}}, "image": {"size": 64}}
+    made, out, strange = validate(Recipe, tree, where="test"), tmp_path / "run", tmp_path / "strange"
+    writer = disk.__file__
+
+    def audit(event: str, given: tuple) -> None:
+        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate"):
+            return
+        paths = [str(one) for one in given if isinstance(one, str | os.PathLike)]
+        reading = event == "open" and not given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if reading or not any(str(out) in path for path in paths):
+            return
+        frame, names = sys._getframe(1), []
+        while frame is not None and len(names) < 6:
+            names.append(frame.f_code.co_filename)
+            frame = frame.f_back
+        if writer not in names[:3]:  # pathlib may stand between
+            with open(strange, "a") as file:
+                file.write(json.dumps([event, paths, names]) + "\n")
+
+    if not (pid := os.fork()):
+        code = 1
+        try:
+            sys.addaudithook(audit)
+            api.train(made, out)
+            api.evaluate(out, "val")
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (out / "masks" / "round-1.npy").is_file()
+    assert (out / "plots" / "confusion-val.png").is_file()
+    assert not strange.exists(), strange.read_text()
