@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageStat
 
-from fgvc.config import Triple
+from fgvc.config import Preprocess, Triple
 
 FAR = 1.0  # standard deviations of the weights by which the mean of a channel may differ
 RATIO = 4.0  # how many times wider or narrower than the weights' a channel may spread
+OFF = 10.0  # times that a mean or a std may be larger or smaller than the usual one
 FLAT = 0.01  # standard deviation, white being 1, below which an image shows nothing
 _GREY = 2  # levels of 255 between channels that JPEG leaves in a grey image
 
@@ -29,6 +31,33 @@ class Normalisation:
 
 
 NATURAL = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet's photographs
+
+
+def normalisation_of(spec: Preprocess) -> Normalisation:
+    """What a preprocessing normalises with."""
+
+    def plain(values: Triple) -> Triple:
+        r, g, b = (value / spec.input_range for value in values)
+        return (b, g, r) if spec.channel_order == "bgr" else (r, g, b)
+
+    return Normalisation(plain(spec.mean), plain(spec.std))
+
+
+def other_units(spec: Preprocess, usual: Normalisation, whose: str) -> list[str]:
+    """Where a mean or a std is so far off the usual that it is in other units, mostly, in words. A mean of 0 says that nothing is
+    taken off, in any units."""
+    ours = normalisation_of(spec)
+    found = []
+    for key, values, expected in (("mean", ours.mean, usual.mean), ("std", ours.std, usual.std)):
+        shares = [value / known for value, known in zip(values, expected, strict=True) if value and known]
+        worst = max(shares, key=lambda share: abs(math.log(share)), default=1.0)
+        if not 1 / OFF <= worst <= OFF:
+            times, way = (worst, "larger") if worst > 1 else (1 / worst, "smaller")
+            found.append(
+                f"{key} {getattr(spec, key)}, where white is {spec.input_range}, is {times:.3g} times {way} than {whose}, "
+                f"{expected} where white is 1: is it in other units? See input_range"
+            )
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

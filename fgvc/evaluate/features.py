@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fgvc.config import Preprocess
-from fgvc.data.colour import Normalisation
+from fgvc.data.colour import Normalisation, normalisation_of
 from fgvc.data.loader import evaluation_loader
 from fgvc.model.backbone import memory_format, plain_model
-from fgvc.model.weights import load_weights, normalisation_of, preprocess_for, told, unlikely
+from fgvc.model.weights import load_weights, preprocess_for, told, unlikely
 from fgvc.recipe import Recipe
 from fgvc.train.runtime import runtime
 from fgvc.types import FgvcError, ImageIndex

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fgvc.config import Calibration, Preprocess
+from fgvc.data.colour import NATURAL, other_units
 from fgvc.data.folder import FolderData
 from fgvc.data.source import some
 from fgvc.evaluate.calibration import MAX_LOGITS, confidence_of
@@ -40,7 +41,7 @@ class Side:
     kind: Literal["run", "bundle", "onnx"]
     classes: tuple[str, ...]
     preprocess: Preprocess | None  # None: nobody says
-    assumed: str = ""  # what is taken for granted of how it is fed, and where from; empty: nothing
+    notes: tuple[str, ...] = ()  # what is taken for granted of how it is fed, or speaks against it
     temperature: float = 1.0
     threshold: float = 0.0  # "none of these" below this confidence; 0: never
     calibrated: bool = False  # whether the temperature was fitted
@@ -136,10 +137,14 @@ def open_sides(
         for at, file in _meant(name, files, (a, b)):
             given[at][name] = file
     for path, stated in zip((a, b), given, strict=True):
-        if certain and path.is_file() and "preprocess" not in stated and not _beside(path, "preprocess").is_file():
+        unknown = [
+            name for name in ("preprocess", "labels") if name not in stated and not _beside(path, name).is_file()
+        ]
+        if certain and path.is_file() and unknown:
+            options = " and ".join(f"--{name} FILE" for name in unknown)
             raise FgvcError(
-                f"{path}: nobody says how this model is fed, and what is only assumed is nothing to judge a release by: state "
-                "it with --preprocess FILE, as a bundle's preprocess.json"
+                f"{path}: nobody says how this model is fed and read, and what is only assumed is nothing to judge a release by: "
+                f"give {options}, as a bundle's {' and '.join(f'{name}.json' for name in unknown)}"
             )
     first, second = (_open(path, **stated) for path, stated in zip((a, b), given, strict=True))
     for one, other in ((first, second), (second, first)):
@@ -238,7 +243,7 @@ def ask(a: Side, b: Side, images: Images) -> Versus:
         confidence=np.concatenate(confidence, axis=1),
         paired=compare(number[images.index.labels[seen]], *answers),
         unreadable=tuple(unreadable),
-        notes=tuple(filter(None, [a.assumed, b.assumed, _learnt(a, images), _learnt(b, images), *images.index.warnings])),
+        notes=(*a.notes, *b.notes, *filter(None, (_learnt(a, images), _learnt(b, images))), *images.index.warnings),
         differences=_differences(a, b),
         max_pixels=images.index.max_pixels,
     )
@@ -257,7 +262,12 @@ def _open(path: Path, *, labels: Path | None = None, preprocess: Path | None = N
         stack = stack_of(path, labels=labels, preprocess=preprocess)
         if stack.labels is None:
             raise FgvcError(f"{path}: which classes? There is no labels.json beside it: give --labels FILE")
-        return Side(path=path, kind="onnx", classes=stack.labels, preprocess=stack.preprocess, session=Session(path))
+        spec = stack.preprocess
+        doubts = other_units(spec, NATURAL, "that of photographs") if spec is not None and not _raw(spec) else []
+        notes = tuple(f"{path}: {doubt}" for doubt in doubts)
+        return Side(
+            path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=Session(path)
+        )  # fmt: skip
     if (path / "config.yaml").is_file():
         run = subject(path)
         side = Side(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, subject=run)
@@ -279,6 +289,11 @@ def _calibrated(side: Side, known: Calibration | None) -> Side:
     return replace(side, temperature=known.temperature, threshold=known.threshold, calibrated=known.calibrated)
 
 
+def _raw(spec: Preprocess) -> bool:
+    """Whether pixels come to the net as they are: then it normalises them itself."""
+    return (spec.mean, spec.std) == ((0, 0, 0), (1, 1, 1))
+
+
 def _seeing(side: Side, other: Side) -> Side:
     """The side with its preprocessing, checked against its model."""
     if side.session is None:
@@ -286,18 +301,18 @@ def _seeing(side: Side, other: Side) -> Side:
     spec = side.preprocess or other.preprocess
     if spec is None:
         raise FgvcError(f"{side.path}: how does it see an image? Give --preprocess FILE, as a bundle's preprocess.json")
-    assumed = ""
+    notes = side.notes
     if side.preprocess is None:
         size = tuple(own or theirs for own, theirs in zip(side.session.shape[2:], spec.size, strict=True))
         spec = spec.model_copy(update={"size": size})
-        assumed = (
+        notes = (
             f"{side.path} says nothing of its preprocessing; assumed, as {other.path}: {described(spec)} (else give --preprocess "
-            "FILE)"
+            "FILE)",
         )
     outputs = side.session.logits(np.zeros((1, 3, *spec.size), np.float32)).shape
     if outputs != (1, len(side.classes)):
         raise FgvcError(f"{side.path}: gives {outputs[1:]} logits for {len(side.classes)} labels")
-    return replace(side, preprocess=spec, assumed=assumed)
+    return replace(side, preprocess=spec, notes=notes)
 
 
 def _refuse_no_numbers(side: Side, answers: Answers, index: ImageIndex) -> None:

@@ -19,12 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fgvc.config import Deploy, Interpolation, Preprocess, Triple, possible_mean
-from fgvc.data.colour import NATURAL, Normalisation
+from fgvc.data.colour import NATURAL, OFF, Normalisation, normalisation_of, other_units
 from fgvc.model.backbone import Model, head_prefixes, plain_model, pretrained_cfg
 from fgvc.model.deformable import offsets
 from fgvc.types import FgvcError
-
-OFF = 10.0  # times that a mean or a std may be larger or smaller than what the weights expect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,36 +81,12 @@ def told(deploy: Deploy) -> list[str]:
 
 
 def unlikely(spec: Preprocess, weights: Weights) -> tuple[str, ...]:
-    """What speaks against a mean and std, in words: ten times off what the weights expect they are in other units, mostly. What
-    the weights themselves say is taken as it is; but for a std that would leave nothing of any image. A mean of 0 says that
-    nothing is taken off, in any units."""
-    ours, own = normalisation_of(spec), Normalisation(weights.mean, weights.std)
-    found = []
-    for key, values, usual in (("mean", ours.mean, own.mean), ("std", ours.std, own.std)):
-        off = [value / expected for value, expected in zip(values, usual, strict=True) if value and expected]
-        worst = max(off, key=lambda share: abs(math.log(share)), default=1.0)
-        if not 1 / OFF <= worst <= OFF:
-            times, way = (worst, "larger") if worst > 1 else (1 / worst, "smaller")
-            found.append(
-                f"{key} {getattr(spec, key)}, where white is {spec.input_range}, is {times:.3g} times {way} than what the "
-                f"weights expect, {usual} where white is 1: is it in other units? See deploy.input_range"
-            )
-    if not found and max(ours.std) > OFF * max(NATURAL.std):
-        found.append(
-            f"std {spec.std}, where white is {spec.input_range}, leaves next to nothing of any image; photographs have about "
-            f"{NATURAL.std} where white is 1: is it in other units?"
-        )
+    """What speaks against a mean and std, in words: ten times off what the weights ask for they are in other units, mostly. What
+    the weights themselves ask for is taken as it is; but for a std that would leave next to nothing of any image."""
+    found = other_units(spec, Normalisation(weights.mean, weights.std), "what the weights ask for")
+    if not found and max(normalisation_of(spec).std) > OFF * max(NATURAL.std):
+        found = other_units(spec, NATURAL, "that of photographs")
     return tuple(found)
-
-
-def normalisation_of(spec: Preprocess) -> Normalisation:
-    """R, G, B; white being 1."""
-
-    def plain(values: Triple) -> Triple:
-        r, g, b = (value / spec.input_range for value in values)
-        return (b, g, r) if spec.channel_order == "bgr" else (r, g, b)
-
-    return Normalisation(plain(spec.mean), plain(spec.std))
 
 
 def preprocess_for(deploy: Deploy, size: tuple[int, int], weights: Weights) -> Preprocess:

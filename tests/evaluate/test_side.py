@@ -196,6 +196,8 @@ def test_a_gate_does_not_judge_by_what_is_only_assumed(
         assert code(*sides, "--labels", names, *gate) == 2
         assert "old.onnx: nobody says how" in (said := capsys.readouterr().err)
         assert "--preprocess FILE" in said
+        assert code(*sides, *gate) == 2
+        assert "give --preprocess FILE and --labels FILE" in capsys.readouterr().err
         assert code(*sides, "--preprocess", eyes, *gate) == 2
         assert "give --labels FILE" in capsys.readouterr().err
         assert code(*sides, "--labels", names, "--preprocess", eyes, *gate) == 0
@@ -224,6 +226,12 @@ def test_two_lone_files_take_one_option_or_one_each(pictures: Path, tmp_path: Pa
     for wrong in ([eyes, eyes], [eyes, eyes, eyes]):
         with pytest.raises(FgvcError, match="--preprocess"):
             open_sides(known, b, labels=files["b"], preprocess=wrong)
+    eyes.write_text(PLAIN.model_copy(update={"input_range": 255, "std": (0.2, 0.2, 0.2)}).model_dump_json())
+    (doubt,) = api.compare(known, b, data=str(pictures), labels=files["b"], preprocess=eyes).notes
+    assert doubt.startswith(f"{b}: std (0.2, 0.2, 0.2), where white is 255, is ")
+    assert "in other units" in doubt
+    eyes.write_text(PLAIN.model_copy(update={"input_range": 255}).model_dump_json())  # the net's own affair
+    assert not api.compare(known, b, data=str(pictures), labels=files["b"], preprocess=eyes).notes
     (tmp_path / "part.json").write_text('{"size": [8, 8]}')
     with pytest.raises(FgvcError, match="says nothing of resize"):
         open_sides(known, b, labels=files["b"], preprocess=tmp_path / "part.json")

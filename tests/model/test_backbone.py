@@ -313,4 +313,4 @@ def test_a_sidecar_in_other_units(tmp_path: Path) -> None:
         with pytest.raises(FgvcError, match="white being 1"):
             own(tmp_path, mean, std)
     (wide,) = own(tmp_path, list(HALF), [58.0] * 3)
-    assert "leaves next to nothing" in wide
+    assert "larger than that of photographs" in wide
