@@ -35,8 +35,9 @@ class _SignedRoot(torch.autograd.Function):
 class BilinearAttention(nn.Module):
     """A = relu(bn(conv1x1(f))); v = ssqrt(mean_hw(A_m f_c)) over all M*C; z = W (s v / |v|). In float32."""
 
-    def __init__(self, channels: int, maps: int, classes: int) -> None:
+    def __init__(self, channels: int, maps: int, classes: int, *, scale: float = SCALE) -> None:
         super().__init__()
+        self.scale = scale
         self.conv = nn.Conv2d(channels, maps, 1, bias=False)
         self.norm = nn.BatchNorm2d(maps, eps=1e-3)
         self.classifier = nn.Linear(maps * channels, classes, bias=False)
@@ -56,7 +57,7 @@ class BilinearAttention(nn.Module):
     def logits(self, vector: Tensor) -> Tensor:
         """z (N,K) of v (N,M*C). The length divides z instead of v: these rows are long, and every pass over them tells."""
         with torch.autocast(vector.device.type, enabled=False):
-            return self.classifier(vector) * (SCALE / vector.norm(dim=1, keepdim=True).clamp_min(1e-12))
+            return self.classifier(vector) * (self.scale / vector.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
     def distance(self, vector: Tensor, labels: Tensor) -> Tensor:
         """sum_b |v_b / |v_b| - c_y / |c_y||^2 / B, from lengths and products; a vector of zeros has length 0."""

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fgvc.cam.attention import BilinearAttention, pick
+from fgvc.cam.attention import SCALE, BilinearAttention, pick
 from fgvc.cam.maps import normalised
 from fgvc.cam.masks import FILLS, Fill, Region, boxes, crop, erase, moved, select, shifted
 from fgvc.config import Section, ShareRange
@@ -47,8 +47,13 @@ class AttentionCropDropConfig(Section):
     fill: Fill = Field("zero", description=FILLS)
     render: float = Field(1.5, ge=1, le=4, description="crops are cut from images of so many times the size")
     pooled: Scheduled = Field(1.0, description="weight of the branch's own classifier, on every view")
+    scale: float = Field(
+        SCALE, gt=0, description="before it. WS-DAN's 100 suits its rate of 0.001: logits move by the rate x its square"
+    )
     centre: Scheduled = Field(1.0, description="weight of the distance to the class's feature centre")
-    centre_rate: float = Field(0.05, gt=0, le=1, description="how fast the centres follow (beta)")
+    centre_rate: float = Field(
+        0.05, gt=0, le=1, description="beta, towards a class's mean; WS-DAN's code: its last image"
+    )
 
     @model_validator(mode="after")
     def _guided(self) -> Self:
@@ -83,7 +88,7 @@ class AttentionCropDrop:
         if self.config.guide == "cam":
             self._method = plan.map(self.config.map)
         if self.config.learns:
-            plan.add("attention", BilinearAttention(channels, self.config.maps, plan.classes))
+            plan.add("attention", BilinearAttention(channels, self.config.maps, plan.classes, scale=self.config.scale))
         if ever(self.config.crop):
             plan.render(self.config.render)
 

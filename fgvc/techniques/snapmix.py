@@ -28,6 +28,11 @@ class SnapmixConfig(Mixing):
     map: AnyMethod = Field(
         "auto", description="cam (the paper's) | gradcam | gradcam++; auto: cam if the head allows it"
     )
+    one_class: Literal["once", "twice"] = Field(
+        "once",
+        description="pairs of one class. once: their two weights add up, as for any pair | twice: each of the two is that sum, as "
+        "in the authors' code, so that such an image counts double. Their code also resizes pieces with corners aligned",
+    )
 
     def build(self) -> Snapmix:
         return Snapmix(self)
@@ -36,8 +41,8 @@ class SnapmixConfig(Mixing):
 class Snapmix:
     """loss = (1 - sum_to S_a) CE(y_a) + (sum_of S_b) CE(y_b), S the class map above its minimum, with sum 1.
 
-    The two weights need not add up to one: two pieces of sky say little, two heads much. Pairs of one class are not counted
-    twice, as the official code has it.
+    The two weights need not add up to one: two pieces of sky say little, two heads much. Pairs of one class are counted
+    once; the official code counts them twice.
     """
 
     source: ClassVar[str] = "Huang et al., AAAI 2021"
@@ -69,6 +74,9 @@ class Snapmix:
         ctx.show("map", maps / maps.amax((1, 2), keepdim=True), batch.x_clean)
         own = 1 - (maps * inside(to, size)[:, 0]).sum((1, 2))
         theirs = (maps[order] * inside(of, size)[:, 0]).sum((1, 2))
+        if self.config.one_class == "twice":
+            same = batch.labels == batch.labels[order]
+            own, theirs = torch.where(same, own + theirs, own), torch.where(same, own + theirs, theirs)
         x = pasted(batch.x, batch.x[order], to=to, of=of)
         return replace(batch, x=x, target=mixed_target(batch.target, [(None, own), (order, theirs)]))
 
