@@ -58,7 +58,7 @@ def _suspects(report: Report) -> None:
     for one in report.suspects.listed[:SUSPECTS] if report.suspects else ():
         place = f"{index.paths[one.row]} ({SPLITS[index.splits[one.row]]})"
         own, other = f"{index.classes[one.label]} {one.own:.1%}", f"{index.classes[one.suggested]} {one.other:.1%}"
-        console.print(f"suspect: {place}: {own}, rather {other}", markup=False, soft_wrap=True)
+        console.print(f"suspect: {place}: {own}, rather {other} (a probe says, not calibrated)", markup=False, soft_wrap=True)
 
 
 def forecast(found: Forecast) -> None:

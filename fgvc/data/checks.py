@@ -203,7 +203,7 @@ def findings(report: Report) -> list[dict[str, object]]:
     for one in report.suspects.listed if report.suspects else ():
         line = add("suspect", one.row)
         line |= {"suggested": index.classes[one.suggested], "score": f"{one.own:.4f}"}
-        line["detail"] = f"{one.other:.4f} as suggested"
+        line["detail"] = f"{one.other:.4f} as suggested; not calibrated"
     return lines
 
 
