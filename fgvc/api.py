@@ -47,7 +47,7 @@ from fgvc.train.loop import train
 from fgvc.train.measured import leave, measured
 from fgvc.train.run import read_run, recorded_classes, recorded_preprocess
 from fgvc.train.session import read_index
-from fgvc.types import FgvcError, ImageIndex, Split
+from fgvc.types import FgvcError, ImageIndex, NoNumbersError, Split
 from fgvc.variant import Beside, Variants, make_variants
 
 __all__ = [
@@ -191,7 +191,10 @@ def evaluate(
                 sample.see(batch)
                 yield batch.images, batch.labels
 
-        scores = metrics.evaluate(sample, batches(), classes=len(index.classes), device=where, memory_format=layout)
+        try:
+            scores = metrics.evaluate(sample, batches(), classes=len(index.classes), device=where, memory_format=layout)
+        except NoNumbersError as error:
+            raise NoNumbersError(f"{run}: {chosen}, {part}: {error}; train anew with a lower optim.lr") from error
     found = _calibrated(seen, part, sample, device) if views is None else None
     name = part if views is None else f"{part}-{views}"
     title = f"{part}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"

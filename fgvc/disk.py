@@ -10,15 +10,18 @@ import errno
 import fcntl
 import hashlib
 import io
+import json
+import math
 import os
 import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from numbers import Real
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fgvc.types import FgvcError
 
@@ -96,6 +99,21 @@ def fill(path: Path, content: Content) -> str:
         # The names of folders need not be UTF-8.
         file.write(content if isinstance(content, bytes) else content.encode("utf-8", errors="backslashreplace"))
         return file.done()
+
+
+def as_json(value: Any) -> str:
+    """The text of a JSON file, which has no NaN and no infinity: where there is no number, there is null."""
+    return json.dumps(finite_or_none(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite_or_none(value: Any) -> Any:
+    """The same tree, None in the place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_none(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(inner) for inner in value]
+    real = isinstance(value, Real) and not isinstance(value, int)  # numpy's, too
+    return None if real and not math.isfinite(value) else value
 
 
 class _Hashing(io.RawIOBase):

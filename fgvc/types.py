@@ -24,6 +24,10 @@ class FgvcError(Exception):
     """A mistake that fgvc can name: the message says what, where and what to do. The command line exits with 2."""
 
 
+class NoNumbersError(FgvcError):
+    """Logits that are NaN or infinite, of which an arg-max would name a class all the same."""
+
+
 class ImageError(FgvcError):
     """One image that can't be read; `reason` is short enough for a table."""
 

@@ -56,7 +56,7 @@ def main() -> None:
             for path in expand(options.images):
                 row = classify(client, options.model, bundle, path, top_k=options.top_k)
                 failed |= "error" in row
-                print(json.dumps(row, ensure_ascii=False))
+                print(json.dumps(row, ensure_ascii=False, allow_nan=False))
     except (FgvcError, InferenceServerException, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ from typing import Any
 from fgvc.ablate.identity import digest
 from fgvc.ablate.study import Budget, Cell, Plan, Trial
 from fgvc.bench import interleaved, step_on_one_batch
-from fgvc.disk import alone, write_atomic
+from fgvc.disk import alone, as_json, write_atomic
 from fgvc.recipe import Recipe
 from fgvc.train.runtime import runtime
 from fgvc.train.session import open_session
@@ -75,7 +75,7 @@ def adopt_costs(plan: Plan, out: Path, ratios: Mapping[str, float]) -> None:
         for trial in plan.trials[1:]:
             if trial.name in ratios and rows.get(trial.name, {}).get("settings") != _settings(plan, trial):
                 rows[trial.name] = {"ratio": ratios[trial.name], "settings": _settings(plan, trial)}
-        write_atomic(out / "costs.json", json.dumps(rows, indent=1) + "\n")
+        write_atomic(out / "costs.json", as_json(rows))
 
 
 def _one(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> Cost:
@@ -90,7 +90,7 @@ def _one(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> 
         notify(f"{trial.name}: an epoch costs {ratio:.2f} of {plan.base.name}'s")
     with alone(out / "locks" / "costs", wait=True):
         rows = _kept(out) | {trial.name: facts | {"settings": _settings(plan, trial)}}
-        write_atomic(out / "costs.json", json.dumps(rows, indent=1) + "\n")
+        write_atomic(out / "costs.json", as_json(rows))
     cost = _current(plan, trial, rows)
     assert cost is not None  # the base is measured before all others
     return cost

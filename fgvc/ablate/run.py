@@ -22,7 +22,7 @@ from fgvc.ablate.result import Part, Result, finished, measure, read_lines, trai
 from fgvc.ablate.study import Budget, Cell, Plan, cells
 from fgvc.ablate.table import best_trials
 from fgvc.config import dump
-from fgvc.disk import alone, write_atomic, writing
+from fgvc.disk import alone, as_json, write_atomic, writing
 from fgvc.train.session import read_index
 from fgvc.types import FgvcError
 
@@ -118,7 +118,7 @@ def adopt(plan: Plan, out: Path, table: Path) -> int:
     for cell, row in wanted:
         if not (path := _result(out, cell, row["part"])).is_file():
             named = {"arm": cell.trial.arm, "trial": cell.trial.number, "settings": cell.trial.overrides}
-            write_atomic(path, json.dumps(row | named, indent=1) + "\n")
+            write_atomic(path, as_json(row | named))
     return len({cell.name for cell, _ in wanted})
 
 
@@ -160,7 +160,7 @@ def _read_test(plan: Plan, out: Path) -> None:
                 "read again for a new choice. Compare new arms in a study of its own, in another --out"
             )
     else:
-        write_atomic(record, json.dumps({"read": time.strftime("%Y-%m-%d %H:%M:%S"), "runs": runs}, indent=1) + "\n")
+        write_atomic(record, as_json({"read": time.strftime("%Y-%m-%d %H:%M:%S"), "runs": runs}))
     for cell in unread:
         _say(f"test: {cell.name}")
         _measure(plan, out, cell, "test", todo.costs)
@@ -204,7 +204,7 @@ def _rows(plan: Plan, out: Path) -> list[Result]:
 def _measure(plan: Plan, out: Path, cell: Cell, part: Part, costs: dict[str, Cost]) -> None:
     whole = _whole(plan, cell, costs)
     row = measure(cell, out / "runs" / cell.name, part, cost=whole, localise=plan.study.localise)
-    write_atomic(_result(out, cell, part), json.dumps(row, indent=1) + "\n")
+    write_atomic(_result(out, cell, part), as_json(row))
 
 
 def _whole(plan: Plan, cell: Cell, costs: Mapping[str, Cost]) -> float:

@@ -29,7 +29,7 @@ def averaged(net: Callable[[Tensor], Tensor], views: Views, size: tuple[int, int
     def probabilities(x: Tensor) -> Tensor:
         cuts = _five(x, size) if "crops" in views else [x]
         cuts += [part.flip(-1) for part in cuts] if "flip" in views else []
-        return torch.stack([net(part).float().softmax(1) for part in cuts]).mean(0).log()
+        return _log(torch.stack([net(part).float().softmax(1) for part in cuts]).mean(0))
 
     return probabilities
 
@@ -42,9 +42,14 @@ def refined(
 
     def probabilities(x: Tensor) -> Tensor:
         logits, crops = look(x)
-        return torch.stack([z.float().softmax(1) for z in (logits, net(crops()))]).mean(0).log()
+        return _log(torch.stack([z.float().softmax(1) for z in (logits, net(crops()))]).mean(0))
 
     return probabilities
+
+
+def _log(p: Tensor) -> Tensor:
+    """Of probabilities, of which one that is too small for float32 is 0: still a number. A NaN stays one."""
+    return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
 
 def _five(x: Tensor, size: tuple[int, int]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fgvc.evaluate.calibration import BINS, binned, of_sums
-from fgvc.types import FgvcError
+from fgvc.types import FgvcError, NoNumbersError
 
 SMALLER_IS_BETTER = ("loss", "ece")
 
@@ -72,7 +73,7 @@ class Scores:
 
 
 def of_logits(logits: np.ndarray, labels: np.ndarray) -> Scores:
-    """The scores of answers that are there already: logits (N,K), labels (N,). Raises FgvcError without any."""
+    """The scores of answers that are there already: logits (N,K), labels (N,). Raises as `evaluate` does."""
     z, y = torch.from_numpy(logits), torch.from_numpy(labels)
     batches = [(z, y)] if len(y) else []
     return evaluate(lambda x: x, batches, classes=z.shape[1], device=torch.device("cpu"))
@@ -92,7 +93,8 @@ def evaluate(
 ) -> Scores:
     """Score a net in eval mode, in fp32, on batches of (x (B,3,H,W) float32, y (B,) int64).
 
-    In a process group every process brings its share and all get the same result. Raises FgvcError without any image.
+    In a process group every process brings its share and all get the same result. Raises FgvcError without any image, and
+    NoNumbersError where the net's logits for one are not finite.
     """
     # Imported here because it takes longer to import than torch, and most verbs evaluate nothing.
     from torchmetrics import MetricCollection
@@ -110,10 +112,13 @@ def evaluate(
     ).to(device)
     loss = MeanMetric().to(device)
     bins = np.zeros((3, BINS))  # torchmetrics would keep every image
+    wild = torch.zeros((), dtype=torch.int64, device=device)  # images whose logits are not finite
     with torch.inference_mode():
         for x, y in batches:
             labels = y.to(device)
             z = net(x.to(device, memory_format=memory_format)).float()
+            wild += (~z.isfinite().all(1)).sum()
+            z = z.nan_to_num()  # what is found then is not used
             metrics.update(z, labels)
             confidence, said = z.softmax(1).max(1)
             bins += binned(confidence.cpu().double().numpy(), (said == labels).cpu().numpy())
@@ -124,11 +129,18 @@ def evaluate(
     confusion = values["confusion"].cpu().numpy()
     if not confusion.sum():
         raise FgvcError("nothing to evaluate: no readable image in this part of the data")
-    shares = {name: float(values[name]) for name in ("top1", "top5", "macro_f1")}
     if dist.is_available() and dist.is_initialized():
         shared = torch.from_numpy(bins).to(device)
         dist.all_reduce(shared)
+        dist.all_reduce(wild)
         bins = shared.cpu().numpy()
+    if wild:
+        raise NoNumbersError(
+            f"the net gives logits that are no numbers (NaN or infinite) for {int(wild)} of {int(confusion.sum())} images"
+        )
+    if not math.isfinite(mean_loss):
+        raise NoNumbersError("the net gives logits so large that their mean loss is no number")
+    shares = {name: float(values[name]) for name in ("top1", "top5", "macro_f1")}
     occurs = confusion.sum(1) > 0
     recall = confusion.diagonal()[occurs] / confusion.sum(1)[occurs]
     return Scores(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fgvc.finite import not_finite
 from fgvc.model.backbone import plain_model
 from fgvc.model.graft import folded_state
 from fgvc.types import FgvcError
@@ -74,7 +75,7 @@ def _refuse_other_state(state: Mapping[str, Tensor], plain: Mapping[str, Tensor]
         for key in plain
         if key in state and _kind(state[key]) != _kind(plain[key])
     ]
-    wild = [f"{key}: holds values that are not finite" for key, value in state.items() if not value.isfinite().all()]
+    wild = [f"{key}: holds values that are not finite" for key in not_finite(state)]
     if found := [*leaked, *missing, *other, *wild]:
         more = f"\n  ... and {len(found) - 10} more" if len(found) > 10 else ""
         raise FgvcError(

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from fgvc.config import Deploy, Interpolation, Preprocess, Triple, possible_mean
 from fgvc.data.colour import NATURAL, OFF, Normalisation, normalisation_of, other_units
+from fgvc.data.source import some
+from fgvc.finite import not_finite
 from fgvc.model.backbone import Model, head_prefixes, plain_model, pretrained_cfg
 from fgvc.model.deformable import offsets
 from fgvc.types import FgvcError
@@ -43,7 +45,7 @@ def load_weights(net: nn.Module, model: Model, *, stated: Collection[str] = ()) 
     """Load `model.weights` into a plain net, in place; a head of another size stays as initialised.
 
     `stated`: which of mean and std are told elsewhere, so that nothing has to be assumed where a file does not tell them.
-    Raises FgvcError: no such file, not a safe file, not this architecture, or no hub within reach.
+    Raises FgvcError: no such file, not a safe file, not this architecture, values that are not finite, or no hub within reach.
     """
     config = pretrained_cfg(net)
     expects: dict[str, Any] = {
@@ -228,6 +230,10 @@ def _fill(
             f"model.weights: {origin} does not fit {model.backbone} with kwargs {model.kwargs}:\n  "
             + "\n  ".join(listed[:8])
             + more
+        )
+    if wild := not_finite({k: v for k, v in state.items() if k in own and k not in misfits}):
+        raise FgvcError(
+            f"model.weights: {origin} holds values that are NaN or infinite: {some(wild)}; give other weights"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

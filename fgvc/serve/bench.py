@@ -10,6 +10,7 @@ import asyncio
 import csv
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -137,7 +138,8 @@ def write_figures(path: Path, figures: Sequence[Figure]) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["name", "value", "unit", "bar"])
-            writer.writerows([one.name, f"{one.value:.3f}", one.unit, one.bar] for one in figures)
+            for one in figures:  # a quantile of no answers is none
+                writer.writerow([one.name, f"{one.value:.3f}" if math.isfinite(one.value) else "", one.unit, one.bar])
 
 
 def _beside(

@@ -15,7 +15,7 @@ import onnxruntime
 from fgvc.config import Calibration
 from fgvc.export.bundle import Bundle, Variant
 from fgvc.image.preprocess import preprocess
-from fgvc.types import FgvcError
+from fgvc.types import FgvcError, NoNumbersError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -157,9 +157,9 @@ def softmax(z: np.ndarray) -> np.ndarray:
 
 
 def refuse_no_numbers(z: np.ndarray, whose: Path) -> None:
-    """Raise FgvcError where logits z (B,K) are not all finite: an arg-max would name a class all the same."""
+    """Raise NoNumbersError where logits z (B,K) are not all finite: an arg-max would name a class all the same."""
     if not np.isfinite(z).all():
-        raise FgvcError(f"{whose}: gives logits that are no numbers (NaN or infinite); train or export it again")
+        raise NoNumbersError(f"{whose}: gives logits that are no numbers (NaN or infinite); train or export it again")
 
 
 def available_cpus(*, root: Path = Path("/")) -> int:

@@ -120,6 +120,16 @@ def load(folder: Path, name: Name = "last", *, device: torch.device | str = "cpu
     return _newest(folder, name, partial(_state, device=str(device)), say)
 
 
+def whole(folder: Path) -> Iterator[tuple[Path, State]]:
+    """The checkpoints of a `ckpt` folder that are whole, and their places: the last, then the newest first."""
+    for path in _candidates(folder, "last"):
+        try:
+            state = _state(path, _kept(path), device="cpu")
+        except BROKEN:
+            continue
+        yield path, state
+
+
 def identity(folder: Path, name: Name = "last") -> str | None:
     """What tells the checkpoint from all others: the SHA-256 of its meta.json. None where there is none."""
     try:
@@ -249,7 +259,7 @@ def _kept(path: Path) -> _Kept:
 def _sealed(tree: Mapping[str, Any]) -> str:
     """JSON that holds its own SHA-256."""
     digest = hashlib.sha256(json.dumps(tree, indent=1).encode()).hexdigest()
-    return json.dumps({**tree, "sha256": digest}, indent=1) + "\n"
+    return json.dumps({**tree, "sha256": digest}, indent=1, allow_nan=False) + "\n"
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:

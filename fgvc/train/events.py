@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fgvc.config import Section
-from fgvc.disk import append, write_atomic
+from fgvc.disk import append, finite_or_none, write_atomic
 
 
 class Log(Section):
@@ -28,12 +29,13 @@ class Log(Section):
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
-    """`columns` and all others that any row has, in the order of their first appearance; what a row lacks is left empty."""
+    """`columns` and all others that any row has, in the order of their first appearance; what a row lacks is left empty, and so
+    is a number that is none."""
     text = io.StringIO()
     columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(finite_or_none(row) for row in rows)
     return text.getvalue()
 
 
@@ -51,14 +53,15 @@ class Events:
         """Append one event; a torn last line of a killed run is closed first."""
         if not self.active:
             return
-        line = json.dumps({"event": kind, "time": round(time.time(), 3), **values}, default=str)
-        append(self.run / "events.jsonl", line.encode())
+        event = finite_or_none({"event": kind, "time": round(time.time(), 3), **values})
+        append(self.run / "events.jsonl", json.dumps(event, default=str, allow_nan=False).encode())
 
     def table(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Write metrics.csv anew from the whole history."""
         if not self.active or not rows:
             return
-        write_atomic(self.run / "metrics.csv", as_csv([{k: f"{v:.6g}" for k, v in row.items()} for row in rows]))
+        lines = [{key: f"{value:.6g}" for key, value in row.items() if math.isfinite(value)} for row in rows]
+        write_atomic(self.run / "metrics.csv", as_csv(lines))
 
     def say(self, text: str) -> None:
         if self.active:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from fgvc.data.loader import TrainBatch, evaluation_loader
+from fgvc.data.source import some
 from fgvc.data.stored import glance
 from fgvc.disk import write_atomic
 from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, evaluate
 from fgvc.evaluate.plot import plot_confusion, plot_curves
+from fgvc.finite import not_finite, suspicious
 from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe
 from fgvc.train import checkpoint
@@ -30,9 +32,12 @@ from fgvc.train.optim import learning_rate
 from fgvc.train.run import Going, continue_run, ended, opened, recorded_preprocess, refuse_changed, start_run
 from fgvc.train.runtime import rng_state, runtime, set_rng_state
 from fgvc.train.sam import perturbed
-from fgvc.train.session import Session, open_session
+from fgvc.train.session import Session, open_session, spread
 from fgvc.train.start import fit_head
-from fgvc.types import Batch, Draws, FgvcError, View
+from fgvc.train.watch import held, lost, refuse_not_finite
+from fgvc.types import Batch, Draws, FgvcError, NoNumbersError, View
+
+UNSCORED = 64  # training images that a net without a validation part is asked about
 
 
 def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = False) -> Path:
@@ -93,6 +98,9 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
     was, state.progress.best = state.progress.best, checkpoint.best_score(out / "ckpt")
     if was is not None and state.progress.best is None:
         events.say(f"WARNING: {out}/ckpt/best: gone or damaged; the best of the epochs to come takes its place")
+    if wild := not_finite(held(state)):  # as fgvc before 1.1 saved them
+        reason = f"its checkpoint of step {done} holds values that are NaN or infinite: {some(wild)}"
+        raise lost(reason, out=out, recipe=session.recipe)
     session.restore(state)
     process.gather(done)  # all have read it
     process.first(lambda: refuse_changed(out, facts))
@@ -120,7 +128,7 @@ def _run(session: Session, out: Path, events: Events) -> None:
             for _, prepare in session.step.hooks("before_epoch"):
                 prepare(epoch_start(session, out, events, stop=interrupted))
             for losses, count in _steps(session, events):
-                _log(session, losses, count, events)
+                _log(session, _read(session, losses, out), count, events)
                 due = recipe.checkpoint.every_steps is not None and progress.step % recipe.checkpoint.every_steps == 0
                 if interrupted.is_set() or (due and not session.epoch_done):
                     _save(session, out)
@@ -160,6 +168,7 @@ def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Eve
     parts, sam = recipe.train.accumulate, recipe.optim.sam
     again: list[tuple[Mapping[str, Any], Batch, Draws, list[View]]] = []
     session.optimizer.zero_grad(set_to_none=True)
+    session.watch.begin()
     found: dict[str, list[Tensor]] = {}
     count = 0
     for part in range(parts):
@@ -186,11 +195,7 @@ def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Eve
             for part, (state, batch, draws, views) in enumerate(again):
                 set_rng_state(state, process.device)  # the net's own dropout draws the same
                 uphill, _ = _pass(session, batch, draws, views, last=part == parts - 1)
-                if not torch.isfinite(uphill["loss"]):  # before the weights move by its gradient
-                    raise FgvcError(
-                        f"optim.sam: the loss a way of {sam.rho:g} uphill is {float(uphill['loss'])} at step "
-                        f"{session.progress.step + 1}; the last checkpoint is intact. Lower optim.sam.rho or optim.lr"
-                    )
+                session.watch.uphill.append(uphill["loss"].detach())
     if recipe.optim.clip_norm is not None:
         session.scaler.unscale_(session.optimizer)
         torch.nn.utils.clip_grad_norm_(step.parameters(), recipe.optim.clip_norm)
@@ -217,23 +222,34 @@ def _pass(
     return losses, made
 
 
-def _log(session: Session, losses: dict[str, Tensor], images: int, events: Events) -> None:
-    """Sums for the epoch's row, a line every few steps, and a stop where the loss is no number."""
+def _read(session: Session, losses: Mapping[str, Tensor], out: Path) -> dict[str, float]:
+    """A step's losses, with one wait for the device. Raises FgvcError on all processes where the loss, the gradients or what
+    the step has moved are not finite on one."""
+    watched = session.watch.tensors(losses["loss"])
+    doubt = session.runtime.anywhere(suspicious(watched.values()))
+    values = torch.stack([value.to(doubt.device, torch.float32) for value in (doubt, *losses.values())]).tolist()
+    if values[0]:
+        terms = {f"its term {name}": value for name, value in losses.items() if name != "loss"}
+        of_loss = {"the loss": losses["loss"]} | ({} if losses["loss"].isfinite() else terms)
+        _refuse(session, out, of_loss | watched, f"step {session.progress.step}")
+    return dict(zip(losses, values[1:], strict=True))
+
+
+def _refuse(session: Session, out: Path, tensors: Mapping[str, Tensor], when: str) -> None:
+    refuse_not_finite(tensors, when=when, out=out, recipe=session.recipe, process=session.runtime)
+
+
+def _log(session: Session, losses: Mapping[str, float], images: int, events: Events) -> None:
+    """Sums for the epoch's row, and a line every few steps."""
     progress = session.progress
     for name, value in losses.items():
-        progress.sums[name] = progress.sums.get(name, 0.0) + float(value)
-        progress.counts[name] = progress.counts.get(name, 0) + 1
-    if not math.isfinite(float(losses["loss"])):
-        raise FgvcError(
-            f"the loss is {float(losses['loss'])} at step {progress.step}; the last checkpoint is intact. "
-            "Lower optim.lr, set optim.clip_norm=1, or use train.precision=bf16 instead of fp16"
-        )
+        if math.isfinite(value):  # a measure of no image is none
+            progress.sums[name] = progress.sums.get(name, 0.0) + value
+            progress.counts[name] = progress.counts.get(name, 0) + 1
     if progress.step % events.log.every_steps == 0 or progress.step == session.total_steps:
         rate = progress.step * images / max(progress.seconds, 1e-9)
         lr = learning_rate(session.optimizer)
-        events.step(
-            progress.step, session.total_steps, epoch=progress.epoch, loss=float(losses["loss"]), lr=lr, rate=rate
-        )
+        events.step(progress.step, session.total_steps, epoch=progress.epoch, loss=losses["loss"], lr=lr, rate=rate)
 
 
 def _end_epoch(session: Session, out: Path, events: Events) -> None:
@@ -250,8 +266,9 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
         session.reestimate_norms()
     if session.epoch_done:
         session.average_epoch()
+    _refuse(session, out, session.watch.tensors(), f"the end of epoch {progress.epoch + 1}, step {progress.step}")
     due = last or (progress.epoch + 1) % session.recipe.train.validate_every == 0
-    scores = _validate(session, events) if due else None
+    scores = _validate(session, out) if due else None
     best = False
     if scores is not None:
         row |= {f"val_{name}": value for name, value in scores.numbers().items() if name != "images"}
@@ -273,17 +290,17 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
     events.say(f"epoch {int(row['epoch'])}/{session.recipe.train.epochs}: loss {row['loss']:.4f}{said}")
 
 
-def _validate(session: Session, events: Events) -> Scores | None:
-    rows = session.index.rows("val")
-    if not len(rows):
-        return None
-    process = session.runtime
+def _validate(session: Session, out: Path) -> Scores | None:
+    """None without a validation part; then the net is asked about some training images, whether it gives numbers at all."""
+    rows, process = session.index.rows("val"), session.runtime
+    scored = len(rows) > 0
+    rows = rows if scored else spread(session.index.rows("train"), UNSCORED)
     loader = evaluation_loader(
         session.index,
         rows,
         spec=session.preprocess,
         batch_size=64,
-        workers=session.recipe.train.workers,
+        workers=session.recipe.train.workers if scored else 0,
         rank=process.rank,
         world=process.world,
     )
@@ -293,13 +310,20 @@ def _validate(session: Session, events: Events) -> Scores | None:
     try:
         batches = ((batch.images, batch.labels) for batch in loader)
         layout = memory_format(net)
-        return evaluate(net, batches, classes=len(session.index.classes), device=process.device, memory_format=layout)
+        scores = evaluate(net, batches, classes=len(session.index.classes), device=process.device, memory_format=layout)
+    except NoNumbersError as error:
+        part = "validation" if scored else "training"
+        raise lost(
+            f"step {session.progress.step}: of {part} images, {error}", out=out, recipe=session.recipe
+        ) from error
     finally:
         session.step.train()
+    return scores if scored else None
 
 
 def _save(session: Session, out: Path, *, best: bool = False) -> None:
     state = session.capture()
+    _refuse(session, out, held(state), f"step {session.progress.step}")
     if session.runtime.main:
         checkpoint.save(out / "ckpt", state, best=best, keep=session.recipe.checkpoint.keep)
     session.runtime.barrier()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fgvc.disk import UNWRITABLE, Content, alone, holder, remove, sweep, write_atomic
+from fgvc.disk import UNWRITABLE, Content, alone, as_json, holder, remove, sweep, write_atomic
 from fgvc.train import checkpoint
 from fgvc.types import FgvcError
 
@@ -45,12 +45,16 @@ def measured_of(run: Path, name: str, identity: str | None) -> dict[str, Any]:
 
 def _rows(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise FgvcError(f"{path}: not as fgvc wrote it ({error}); remove it and measure again") from error
     if not isinstance(found, dict) or not all(isinstance(numbers, dict) for numbers in found.values()):
         raise FgvcError(f"{path}: not as fgvc wrote it (expected an object of objects); remove it and measure again")
     return found
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number")
 
 
 def leave(
@@ -70,7 +74,7 @@ def leave(
         with _mine(run):
             for name, added in (rows or {}).items():
                 merged = _rows(run / name) | {key: {**row, CHECKPOINT: identity} for key, row in added.items()}
-                write_atomic(run / name, json.dumps(merged, indent=1) + "\n")
+                write_atomic(run / name, as_json(merged))
             for name, content in files.items():
                 write_atomic(run / name, content)
     except FgvcError as error:

@@ -19,7 +19,20 @@ from torch import Tensor
 
 from fgvc import __version__
 from fgvc.config import Preprocess, differences, dump, load, validate
-from fgvc.disk import alone, holder, make_folder, remove, remove_empty, rename, sync, write_atomic, writing
+from fgvc.data.source import some
+from fgvc.disk import (
+    alone,
+    as_json,
+    holder,
+    make_folder,
+    remove,
+    remove_empty,
+    rename,
+    sync,
+    write_atomic,
+    writing,
+)
+from fgvc.finite import not_finite
 from fgvc.naming import refuse_breaking
 from fgvc.recipe import Recipe, Selected
 from fgvc.train import checkpoint
@@ -142,9 +155,9 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
         forget(out)
         for folder in ("ckpt", "plots"):
             make_folder(out / folder)
-        write_atomic(out / "env.json", _json(environment() | {"command": sys.argv[1:]}))
+        write_atomic(out / "env.json", as_json(environment() | {"command": sys.argv[1:]}))
         for name, value in facts.items():
-            write_atomic(out / name, _json(value))
+            write_atomic(out / name, as_json(value))
 
 
 def recorded_preprocess(out: Path) -> Preprocess:
@@ -171,7 +184,7 @@ def _recorded(out: Path, name: str) -> Any:
 def refuse_changed(out: Path, facts: Mapping[str, Any]) -> None:
     """Raise FgvcError where the run's classes or preprocessing are no longer what they were."""
     for name, value in facts.items():
-        if (out / name).is_file() and (out / name).read_text(encoding="utf-8") != _json(value):
+        if (out / name).is_file() and (out / name).read_text(encoding="utf-8") != as_json(value):
             raise FgvcError(
                 f"{out}: {name} of this run is not what the data give now, so its weights would be misread; "
                 "restore the data, or train anew in another --out"
@@ -188,10 +201,6 @@ def ended(out: Path) -> bool:
     """Whether the run's last word is that it is finished; one that was killed after its last checkpoint has not said it."""
     lines = _history(out).decode(errors="replace").splitlines()
     return bool(lines) and '"event": "finished"' in lines[-1]
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_run(out: Path) -> Recipe:
@@ -212,7 +221,7 @@ class Trained:
 
 
 def selected_weights(out: Path, recipe: Recipe, select: Selected) -> Trained:
-    """The weights of a run that `select` names. Raises FgvcError where it has none."""
+    """The weights of a run that `select` names. Raises FgvcError where it has none, or they are not finite."""
     if select == "ema" and recipe.ema is None:
         raise FgvcError(f"{out}: has no moving average; train with ema.decay=0.999, or choose --select last")
     if select == "swa" and recipe.swa is None:
@@ -221,7 +230,13 @@ def selected_weights(out: Path, recipe: Recipe, select: Selected) -> Trained:
     if select == "swa" and state.ema is None:
         raise FgvcError(f"{out}: SWA holds no epoch yet; train on to the end, or choose --select last")
     averaged = select in ("ema", "swa") or (select == "best" and recipe.selected != "last" and state.ema is not None)
-    return Trained((state.ema if averaged else state.net) or {}, state.branches, state.identity)
+    trained = Trained((state.ema if averaged else state.net) or {}, state.branches, state.identity)
+    if wild := not_finite(trained.weights):
+        raise FgvcError(
+            f"{out}: its weights ({select}) hold values that are NaN or infinite, so its answers mean nothing: {some(wild)}. "
+            "Choose others with --select, or train anew with a lower optim.lr"
+        )
+    return trained
 
 
 def environment() -> dict[str, Any]:

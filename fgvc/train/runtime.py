@@ -94,6 +94,14 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
+    def anywhere(self, flag: Tensor) -> Tensor:
+        """() bool: whether `flag`, a () bool, is set on any process."""
+        if self.world == 1:
+            return flag
+        count = flag.to(self.device, torch.float32)
+        dist.all_reduce(count)
+        return count > 0
+
     def same_buffers(self, net: nn.Module) -> None:
         """Give every process the first one's running statistics, which are those that are saved. DDP does so before each
         forward, but each process then adds its own images."""

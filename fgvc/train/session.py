@@ -40,6 +40,7 @@ from fgvc.train.optim import Optim, make_ema, make_optimizer, make_schedule, mak
 from fgvc.train.runtime import Runtime, rng_state, set_rng_state
 from fgvc.train.step import StepModule
 from fgvc.train.teachers import Opener
+from fgvc.train.watch import Watch
 from fgvc.types import FgvcError, ImageIndex
 
 Notify = Callable[[str], None]
@@ -82,6 +83,11 @@ def training_index(recipe: Recipe) -> ImageIndex:
 def class_counts(index: ImageIndex) -> NDArray[np.int64]:
     """(K,): training images by class."""
     return np.bincount(index.labels[index.rows("train")], minlength=len(index.classes))
+
+
+def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Up to `count` of the rows, evenly over all of them."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)]
 
 
 @dataclass(slots=True)
@@ -186,6 +192,7 @@ class Session:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     swa: AveragedModel | None
+    watch: Watch
     progress: Progress
 
     @property
@@ -239,10 +246,9 @@ class Session:
             self._reestimate(net, self.recipe.train.precise_bn)
 
     def _reestimate(self, net: nn.Module, images: int) -> None:
-        rows = self.index.rows("train")
-        spread = rows[np.linspace(0, len(rows) - 1, min(images, len(rows))).astype(np.int64)]
         if running_norms(net):
-            loader = evaluation_loader(self.index, spread, spec=self.preprocess, batch_size=64, workers=0)
+            rows = spread(self.index.rows("train"), images)
+            loader = evaluation_loader(self.index, rows, spec=self.preprocess, batch_size=64, workers=0)
             reestimate_norms(net, (batch.images.to(self.runtime.device) for batch in loader))
         self.step.train()
 
@@ -324,6 +330,7 @@ def open_session(
     optimizer, optim = build_optimizer(step, recipe)
     loader = _loader(recipe, runtime, index, step, preprocess, notify)
     torch.manual_seed(recipe.train.seed + runtime.rank)  # dropout differs between ranks
+    scaler, average = runtime.scaler(), ema.module if ema is not None else swa.module if swa is not None else None
     session = Session(
         recipe=recipe,
         runtime=runtime,
@@ -341,9 +348,10 @@ def open_session(
             steps_per_epoch=loader.steps_per_epoch // recipe.train.accumulate,
             epochs=recipe.train.epochs,
         ),
-        scaler=runtime.scaler(),
+        scaler=scaler,
         ema=ema,
         swa=swa,
+        watch=Watch(step, average, scaler),
         progress=Progress(),
     )
     try:

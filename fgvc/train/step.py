@@ -75,6 +75,7 @@ class StepModule(nn.Module):
         self._groups: list[list[View]] = []  # all of this step
         self._inside = False  # False in the backward, where checkpointed parts of the net run once more
         self.contexts: dict[str, Context] = {}
+        self.probed: list[Tensor] = []  # what probes said since this was last emptied, (B,K) logits
         self._mapper = Mapper(net)
         # In a list, so that it is no submodule: it has its own place in a checkpoint.
         self._average = self.joints.average
@@ -145,6 +146,7 @@ class StepModule(nn.Module):
         with torch.no_grad(), evaluating(net):
             features = net.forward_features(batch.x_clean)  # type: ignore[operator]
             logits = net.forward_head(features)  # type: ignore[operator]
+        self.probed.append(logits)
         view = View(of, batch.x_clean, [(batch.labels, None)])
         return Output(view, features, logits, mapper=self._mapper if of == "net" else Mapper(net))
 

@@ -1,0 +1,95 @@
+"""That no step goes on, and no checkpoint is written, with values that are not finite; and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgvc.data.source import some
+from fgvc.finite import not_finite, suspicious
+from fgvc.recipe import Recipe
+from fgvc.train import checkpoint
+from fgvc.train.checkpoint import State
+from fgvc.train.optim import Optim
+from fgvc.train.runtime import Runtime
+from fgvc.train.step import StepModule
+from fgvc.types import FgvcError
+
+
+class Watch:
+    """What every step must leave finite, by name."""
+
+    def __init__(self, step: StepModule, average: nn.Module | None, scaler: torch.amp.GradScaler) -> None:
+        self.step, self.scaler = step, scaler
+        self.uphill: list[Tensor] = []  # the losses of SAM's second pass, of this step
+        self._weights = dict(step.named_parameters())
+        self._held = self._weights | dict(step.named_buffers())
+        if average is not None:
+            self._held |= {f"average.{name}": value for name, value in average.state_dict(keep_vars=True).items()}
+
+    def begin(self) -> None:
+        """Forget what the step before gave."""
+        self.uphill.clear()
+        self.step.probed.clear()
+
+    def tensors(self, loss: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss of a step, what its probes said, its gradients, and all that it has moved: weights, running statistics,
+        averages. Without the gradients where a scaler looks at them, and skips the step. Without a loss: what lasts."""
+        if loss is None:
+            return self._held
+        found = {"the loss": loss}
+        found |= {f"the loss uphill (optim.sam), part {at}": value for at, value in enumerate(self.uphill)}
+        found |= {f"a probe's logits, {at}": value for at, value in enumerate(self.step.probed)}
+        if not self.scaler.is_enabled():
+            graded = ((name, weight.grad) for name, weight in self._weights.items())
+            found |= {f"the gradient of {name}": gradient for name, gradient in graded if gradient is not None}
+        return found | self._held
+
+
+def held(state: State) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name."""
+    parts = {"net": state.net, "branches": state.branches, "average": state.ema, **state.rest}
+    return dict(_leaves("", parts))
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+        return
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in pairs:
+        yield from _leaves(f"{name}.{key}" if name else str(key), inner)
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], *, when: str, out: Path, recipe: Recipe, process: Runtime) -> None:
+    """Raises FgvcError on all processes where one of them holds a value here that is not finite. Waits for the device."""
+    if bool(process.anywhere(suspicious(tensors.values()))):
+        names = list(dict.fromkeys(chain(*process.gather(not_finite(tensors)))))
+        if names:
+            raise lost(f"{when}: NaN or infinite, and not saved: {some(names)}", out=out, recipe=recipe)
+
+
+def lost(reason: str, *, out: Path, recipe: Recipe) -> FgvcError:
+    """The error that ends such a run: what there is to go back to, and what may help."""
+    optim = recipe.optim
+    ways = [f"optim.lr={min(optim.lr / 10, Optim().lr):g} (it is {optim.lr:g})"]
+    ways += ["optim.clip_norm=1"] * (optim.clip_norm is None)
+    ways += ["train.precision=bf16"] * (recipe.train.precision == "fp16")
+    ways += [f"optim.sam.rho={optim.sam.rho / 2:g} (it is {optim.sam.rho:g})"] if optim.sam is not None else []
+    return FgvcError(
+        f"{out}: {reason}. {newest_finite(out / 'ckpt')}. The same settings lead here again, and "
+        f"a run that goes on keeps them: begin anew, in another --out or with --overwrite, with {', '.join(ways)}"
+    )
+
+
+def newest_finite(folder: Path) -> str:
+    """Which checkpoint of a run is the newest that is whole and holds finite values alone, in words."""
+    for path, state in checkpoint.whole(folder):
+        if not not_finite(held(state)):
+            return f"The newest checkpoint that is finite is {path}, of step {state.progress.step}"
+    return f"There is no checkpoint in {folder} that is finite"

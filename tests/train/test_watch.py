@@ -1,0 +1,347 @@
+"""No step goes on and no checkpoint is written with values that are not finite, wherever they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fgvc import api
+from fgvc.cli import main
+from fgvc.config import validate
+from fgvc.finite import not_finite, suspicious
+from fgvc.recipe import Recipe
+from fgvc.train import checkpoint, loop
+from fgvc.train.session import Session
+from fgvc.train.step import StepModule
+from fgvc.train.watch import held
+from fgvc.types import FgvcError
+
+NAN, INF = float("nan"), float("inf")
+
+
+def recipe(tree: dict, **sections: object) -> Recipe:
+    merged = tree | {k: (tree.get(k, {}) | v if isinstance(v, dict) else v) for k, v in sections.items()}
+    return validate(Recipe, merged, where="test")
+
+
+def finite(run: Path) -> bool:
+    """Whether there are checkpoints, and every one holds numbers alone."""
+    states = [state for _, state in checkpoint.whole(run / "ckpt")]
+    return bool(states) and not any(not_finite(held(state)) for state in states)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("size", [(), (3,), (2, 70_000)])
+def test_one_value_is_enough(value: float, size: tuple[int, ...]) -> None:
+    tensors = {"whole": torch.ones(4, 5), "count": torch.tensor(7), "none": torch.zeros(0), "one": torch.ones(size)}
+    assert not suspicious(tensors.values())
+    assert not_finite(tensors) == []
+    tensors["one"].view(-1)[-1] = value
+    assert suspicious(tensors.values())
+    assert not_finite(tensors) == ["one"]
+    assert not suspicious([])
+
+
+def test_large_numbers_are_numbers() -> None:
+    large = {"large": torch.full((3,), -3e38)}
+    assert suspicious(large.values())  # their norm overflows: a doubt, which is looked into
+    assert not_finite(large) == []
+
+
+def broken_gradient(session: Session) -> None:
+    session.step.net.fc.weight.grad[0, 0] = NAN
+
+
+def broken_weight(session: Session) -> None:
+    session.step.net.fc.weight.data[0, 0] = -INF
+
+
+def broken_statistic(session: Session) -> None:
+    session.step.net.bn1.running_var[0] = INF
+
+
+def broken_average(session: Session) -> None:
+    assert session.ema is not None
+    session.ema.module.bn1.running_var[0] = INF
+
+
+def broken_centre(session: Session) -> None:
+    session.step.branches["centre_loss"]["centres"].of[0, 0] = NAN
+
+
+def broken_momentum(session: Session) -> None:
+    next(iter(session.optimizer.state.values()))["momentum_buffer"].fill_(INF)
+
+
+@pytest.mark.parametrize(
+    ("breaks", "named"),
+    [
+        (broken_gradient, r"step 8: NaN or infinite, and not saved: the gradient of net\.fc\.weight\."),
+        (broken_weight, r"step 8: NaN or infinite, and not saved: net\.fc\.weight\."),
+        (broken_statistic, r"step 8: NaN or infinite, and not saved: net\.bn1\.running_var\."),
+        (broken_average, r"step 8: NaN or infinite, and not saved: average\.bn1\.running_var\."),
+        (broken_centre, r"step 8: NaN or infinite, and not saved: branches\.centre_loss\.centres\.of\."),
+        (broken_momentum, r"step 8: NaN or infinite, and not saved: optimizer\.state\.\d+\.momentum_buffer"),
+    ],
+)
+def test_what_breaks_in_a_step_ends_the_run_before_a_checkpoint(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Session], None], named: str
+) -> None:
+    real = loop.take_step
+
+    def broken(session: Session, *rest: object) -> object:
+        taken = real(session, *rest)
+        if session.progress.step == 7:
+            breaks(session)
+        return taken
+
+    monkeypatch.setattr(loop, "take_step", broken)
+    made = recipe(recipe_tree, ema={"decay": 0.5}, techniques={"centre_loss": {}}, checkpoint={"every_steps": 4})
+    with pytest.raises(FgvcError, match=named) as error:
+        api.train(made, tmp_path / "run")
+    text = str(error.value)
+    assert "intact" not in text
+    assert ". The newest checkpoint that is finite is" in text
+    assert "step-00000006, of step 6." in text
+    assert "begin anew, in another --out or with --overwrite, with optim.lr=0.002 (it is 0.02)" in text
+    assert finite(tmp_path / "run")
+    assert checkpoint.load(tmp_path / "run" / "ckpt").progress.step == 6
+
+
+def test_a_run_that_broke_goes_on_from_its_newest_checkpoint_with_the_same_bits(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.take_step
+
+    def broken(session: Session, *rest: object) -> object:
+        taken = real(session, *rest)
+        if session.progress.step == 7:
+            broken_statistic(session)
+        return taken
+
+    monkeypatch.setattr(loop, "take_step", broken)
+    with pytest.raises(FgvcError, match="running_var"):
+        api.train(recipe(recipe_tree), tmp_path / "run")
+    monkeypatch.undo()
+    whole, again = (api.train(recipe(recipe_tree), tmp_path / name) for name in ("whole", "run"))
+    states = [checkpoint.load(run / "ckpt").net for run in (whole, again)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+@pytest.mark.parametrize("data", [{}, {"val_fraction": 0.0}])
+def test_a_rate_beyond_all_bounds_is_no_success(
+    tmp_path: Path, recipe_tree: dict, colours: Path, capsys: pytest.CaptureFixture[str], data: dict
+) -> None:
+    """Weights of 1e28 are finite, and so is the loss of the only step: what the net then says is not."""
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "train").symlink_to(colours / "train")  # without a validation part of its own
+    tree = recipe_tree | {"data": {"kind": "folder", "root": str(root), **data}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(SystemExit) as ended:
+        main(
+            ["train", str(tmp_path / "own.yaml"), "optim.lr=1e30", "train.max_steps=1", "--out", str(tmp_path / "run")]
+        )
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "logits that are no numbers" in said or "NaN or infinite" in said
+    assert "with optim.lr=0.03 (it is 1e+30)" in said
+    assert not list((tmp_path / "run" / "ckpt").glob("*"))
+
+
+@pytest.mark.parametrize("by", ["top1", "ece"])
+def test_validation_logits_that_are_no_numbers_are_no_score(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    real = loop._validate
+
+    def broken(session: Session, out: Path) -> object:
+        if session.progress.step <= 6:
+            return real(session, out)
+        with session.step.net.fc.register_forward_hook(lambda *call: call[-1].index_fill(0, torch.tensor([0]), NAN)):
+            return real(session, out)
+
+    monkeypatch.setattr(loop, "_validate", broken)
+    with pytest.raises(
+        FgvcError, match=r"step 12: of validation images, .* no numbers \(NaN or infinite\) for 1 of 12"
+    ):
+        api.train(recipe(recipe_tree, select_by=by), tmp_path / "run")
+    for name in ("last", "best"):
+        assert checkpoint.load(tmp_path / "run" / "ckpt", name).progress.step == 6
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 1
+
+
+@pytest.mark.parametrize("how", ["precise_bn", "swa"])
+def test_statistics_taken_anew_are_looked_at(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    real = Session._reestimate
+
+    def broken(session: Session, net: torch.nn.Module, images: int) -> None:
+        real(session, net, images)
+        net.bn1.running_var[0] = INF
+
+    monkeypatch.setattr(Session, "_reestimate", broken)
+    sections: dict = {"train": {"precise_bn": 8}} if how == "precise_bn" else {"swa": {"start": 0.5}}
+    of = "net" if how == "precise_bn" else "average"
+    with pytest.raises(FgvcError, match=rf"the end of epoch 2, step 12: .* {of}\.bn1\.running_var"):
+        api.train(recipe(recipe_tree, **sections), tmp_path / "run")
+    assert finite(tmp_path / "run")
+    assert checkpoint.load(tmp_path / "run" / "ckpt").progress.step == 6
+
+
+def test_what_a_probe_says_is_looked_at(tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = StepModule._probe
+
+    def broken(step: StepModule, *rest: object) -> object:
+        with step.net.fc.register_forward_hook(lambda *call: call[-1] * INF):
+            return real(step, *rest)
+
+    monkeypatch.setattr(StepModule, "_probe", broken)
+    with pytest.raises(FgvcError, match=r"step \d+: NaN or infinite, and not saved: a probe's logits"):
+        api.train(recipe(recipe_tree, image={"size": 64}, techniques={"snapmix": {}}), tmp_path / "run")
+
+
+def test_a_step_that_the_scaler_skips_is_no_fault(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls, moved = loop._pass, [0], []
+
+    def overflows(session: Session, *rest: object, **options: object) -> object:
+        passed = real(session, *rest, **options)
+        calls[0] += 1
+        moved.append(session.step.net.fc.weight.detach().clone())
+        if calls[0] == 2:
+            session.step.net.fc.weight.grad.fill_(INF)
+        return passed
+
+    monkeypatch.setattr(loop, "_pass", overflows)
+    run = api.train(recipe(recipe_tree, train={"precision": "fp16", "max_steps": 4}), tmp_path / "run")
+    assert torch.equal(moved[1], moved[2]), "the second step was skipped"
+    assert not torch.equal(moved[2], moved[3])
+    assert finite(run)
+
+
+def test_a_measure_that_is_no_number_stops_nothing_and_is_left_out(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = StepModule._losses
+    monkeypatch.setattr(
+        StepModule, "_losses", lambda step, *rest: real(step, *rest) | {"dcl.location_chance": torch.tensor(NAN)}
+    )
+    run = api.train(recipe(recipe_tree), tmp_path / "run")
+    assert "nan" not in (run / "metrics.csv").read_text().lower()
+    assert "NaN" not in (run / "ckpt/last/meta.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def sick(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """A run whose last checkpoint holds a running variance that is infinite, as earlier versions saved it."""
+    tree = {
+        "data": {"kind": "folder", "root": str(colours)}, "image": {"size": 32}, "model": {"backbone": "test_resnet"},
+        "train": {"epochs": 2, "batch_size": 8, "workers": 0, "device": "cpu", "max_steps": 2},
+    }  # fmt: skip
+    run = api.train(recipe(tree), tmp_path_factory.mktemp("sick") / "run")
+    state = checkpoint.load(run / "ckpt")
+    state.net["bn1.running_var"][0] = INF
+    checkpoint.save(run / "ckpt", state, best=True)
+    return tree, run
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda run, out: api.evaluate(run),
+        lambda run, out: api.export(run, out),
+        lambda run, out: api.explain(run, [run], out),
+        lambda run, out: api.localize(run),
+        lambda run, out: api.report([run], out),
+        lambda run, out: api.compare(run, run),
+    ],
+)
+def test_weights_that_are_not_finite_answer_nothing(
+    sick: tuple[dict, Path], tmp_path: Path, verb: Callable[[Path, Path], object]
+) -> None:
+    """An infinite variance gives finite logits: a score, and a very sure one."""
+    with pytest.raises(
+        FgvcError, match=r"run: its weights \(last\) hold values that are NaN or infinite.*bn1\.running_var"
+    ):
+        verb(sick[1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (sick[1] / "metrics.json").exists()
+
+
+def test_nothing_goes_on_from_them_or_learns_from_them(sick: tuple[dict, Path], tmp_path: Path) -> None:
+    tree, run = sick
+    longer = recipe(tree, train={"max_steps": 4})
+    with pytest.raises(
+        FgvcError, match=r"its checkpoint of step 2 holds values that are NaN or infinite: net\.bn1\.running_var"
+    ):
+        api.train(longer, run)
+    taught = recipe(tree, techniques={"distill": {"teachers": [{"kind": "run", "path": str(run)}]}})
+    with pytest.raises(FgvcError, match=r"its weights \(last\) hold values that are NaN"):
+        api.train(taught, tmp_path / "taught")
+    weights = tmp_path / "first.pth"
+    torch.save(dict(checkpoint.load(run / "ckpt").net), weights)
+    with pytest.raises(FgvcError, match=r"model\.weights: .*first\.pth holds values that are NaN or infinite: bn1"):
+        api.train(recipe(tree, model={"weights": str(weights)}), tmp_path / "from")
+
+
+SCRIPT = """
+import torch
+from pathlib import Path
+from types import SimpleNamespace
+
+from fgvc.evaluate.metrics import evaluate
+from fgvc.train.optim import Optim
+from fgvc.train.runtime import Runtime
+from fgvc.train.watch import refuse_not_finite
+from fgvc.types import FgvcError
+
+
+def known(rank, world):
+    process, said = Runtime(torch.device("cpu"), rank, world, "fp32"), []
+    recipe = SimpleNamespace(optim=Optim(), train=SimpleNamespace(precision="fp32"))
+    for name, value in (("well", 1.0), ("sick", float("nan") if rank else 1.0)):
+        try:
+            refuse_not_finite({name: torch.tensor(value)}, when="now", out=Path("x"), recipe=recipe, process=process)
+            said.append("")
+        except FgvcError as error:
+            said.append(str(error))
+    z = torch.full((4, 3), float("inf") if rank else 1.0)
+    try:
+        evaluate(lambda x: x, [(z, torch.zeros(4).long())], classes=3, device=torch.device("cpu"))
+    except FgvcError as error:
+        said.append(str(error))
+    return said
+"""
+
+
+def test_all_ranks_end_together(tmp_path: Path, two_ranks: Callable[[str, Path], AbstractContextManager[Path]]) -> None:
+    with two_ranks(SCRIPT, tmp_path):
+        pass
+    both = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert both[0] == both[1]
+    well, sick, score = both[0]
+    assert well == ""
+    assert "now: NaN or infinite, and not saved: sick." in sick
+    assert "for 4 of 8 images" in score
+
+
+def test_no_file_of_a_run_holds_a_bare_nan(tmp_path: Path, recipe_tree: dict) -> None:
+    run = api.train(recipe(recipe_tree, train={"max_steps": 2}), tmp_path / "run")
+    api.evaluate(run)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    for path in run.rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=refuse)
+    for line in (run / "events.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
