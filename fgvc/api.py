@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from fgvc.config import Preprocess
+from fgvc.config import Preprocess, validate
 from fgvc.data import checks
 from fgvc.data.duplicates import LIKENESS
 from fgvc.data.loader import evaluation_loader
@@ -32,6 +32,7 @@ from fgvc.evaluate.subject import Subject, subject
 from fgvc.evaluate.temperature import PART, Known, calibration, refuse_other_file
 from fgvc.explain import explain
 from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
+from fgvc.export.onnx import Export, Exporter
 from fgvc.export.prove import MAX_IMAGES, Proven, prove
 from fgvc.export.quantize import Int8
 from fgvc.export.stack import Agreement, Stack, agreement, stack_of
@@ -48,7 +49,7 @@ from fgvc.train.measured import leave, measured
 from fgvc.train.run import read_run, recorded_classes, recorded_preprocess
 from fgvc.train.session import read_index
 from fgvc.types import FgvcError, ImageIndex, NoNumbersError, Split
-from fgvc.variant import Beside, Variants, make_variants
+from fgvc.variant import Beside, Variants, left_out, make_variants
 
 __all__ = [
     "Bundle", "Evaluation", "Exported", "Forecast", "Int8", "Localisation", "Preview", "Recipe", "Variants", "Versus",
@@ -86,6 +87,7 @@ class Exported:
     beside: tuple[Beside, ...] = ()
     against: Path | None = None  # the deployed bundle or file that it was held against
     around: Agreement | None = None  # how it is fed and read beside that
+    left_out: Mapping[str, str] = field(default_factory=dict)  # wanted files that the opset does not allow, and why
 
 
 def check(
@@ -224,6 +226,8 @@ def export(
     keep: float = KEEP,
     overwrite: bool = False,
     variants: Variants | None = None,
+    exporter: Exporter | None = None,
+    opset: int | None = None,
 ) -> Exported:
     """Strip and fuse a run's weights, export them as ONNX, prove the three levels of the contract and write the bundle.
 
@@ -231,7 +235,8 @@ def export(
     that is known, by what lies beside the file or by what `labels` and `preprocess`, files as in a bundle, state of it.
     `keep`: share of the right answers that the threshold for "none of these" keeps, 1 for no threshold; it and the temperature
     are the run's own, see `fgvc.evaluate.temperature`, and checked on the exported file. `variants`: int8 and fp16 files to put
-    beside it. Raises FgvcError where any proof fails, the deployed stack is known to feed or to read its model otherwise, or
+    beside it; one that the opset does not allow is left out. `exporter`, `opset`: others than the recipe's, where there is no
+    deployed file. Raises FgvcError where any proof fails, the deployed stack is known to feed or to read its model otherwise, or
     logits are no numbers, and writes no bundle.
     """
     refuse_target(out, overwrite=overwrite)
@@ -247,7 +252,7 @@ def export(
         num_classes=len(index.classes),
         kwargs=recipe.model.kwargs,
         size=recipe.image.size,
-        export=recipe.export,
+        export=_as_asked(recipe.export, exporter, opset, against),
         against=target,
     )
     known = measured(run, "metrics.json")
@@ -271,8 +276,18 @@ def export(
     beside = make_variants(seen, proven, variants or Variants(), found.calibration)
     files |= {one.file: one.made.model for one in beside}
     files["contract.json"] |= {one.made.variant: one.section for one in beside}
+    if without := left_out(proven, variants or Variants()):
+        files["contract.json"] |= {"left_out": without}
     write_bundle(out, files=files, overwrite=overwrite)
-    return Exported(out, chosen, proven, found, tuple(beside), against, around)
+    return Exported(out, chosen, proven, found, tuple(beside), against, around, without)
+
+
+def _as_asked(export: Export, exporter: Exporter | None, opset: int | None, against: Path | None) -> Export:
+    given = {"exporter": exporter, "opset": opset}
+    asked = {key: value for key, value in given.items() if value is not None}
+    if asked and against is not None:
+        raise FgvcError(f"--{next(iter(asked))}: the deployed file that --against names has its own; leave it out")
+    return validate(Export, export.model_dump() | asked, where="fgvc export")
 
 
 def _deployed(

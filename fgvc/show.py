@@ -171,7 +171,7 @@ def contract(done: Exported) -> None:
     else:
         own = known.calibration
         _calibration(own.model_dump() | {"calibrated": own.calibrated, "fitted_images": own.images})
-    for warning in done.proven.warnings:
+    for warning in (*done.proven.warnings, *(f"no {file}: it {why}" for file, why in done.left_out.items())):
         console.print(f"warning: {warning}", markup=False)
     if done.around is not None and done.around.unproved:
         console.print(done.around.unproved, markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from fgvc.evaluate.agreement import FP16, INT8, Agreement, Bars, agree
 from fgvc.evaluate.calibration import measure, spread
 from fgvc.evaluate.subject import Answers, Subject, onnx_answers
 from fgvc.export.prove import Proven
-from fgvc.export.quantize import Int8
+from fgvc.export.quantize import LOWEST_OPSET, Int8, opset_of
 from fgvc.export.variant import Made, make_fp16, make_int8
 from fgvc.page.agreement import agreement_page
 from fgvc.serve.engine import Session, refuse_no_numbers
@@ -64,12 +64,12 @@ def make_variants(
 ) -> list[Beside]:
     """The files that are wanted, each compared with the float file on the validation part, or on train where there is none.
 
-    On up to 10,000 images; of validation with the calibration error that each has by the bundle's temperature. Writes
-    `<run>/reports/{int8,fp16}.html`, also where a file is refused. Raises FgvcError where one gives logits that are no numbers,
-    is not what the plain backbone becomes, or answers too differently.
+    On up to 10,000 images; of validation with the calibration error that each has by the bundle's temperature; without those
+    that `left_out` names. Writes `<run>/reports/{int8,fp16}.html`, also where a file is refused. Raises FgvcError where one gives
+    logits that are no numbers, is not what the plain backbone becomes, or answers too differently.
     """
     made = []
-    if wanted.int8 is not None:
+    if wanted.int8 is not None and not left_out(proven, wanted):
         made.append((make_int8(*proven.plain, _calibration(seen, wanted.int8.images), wanted.int8), INT8))
     if wanted.fp16:
         made.append((make_fp16(*proven.plain), FP16))
@@ -78,6 +78,14 @@ def make_variants(
     part: Split = "val" if len(seen.index.rows("val")) else "train"
     known = _ask(seen, proven.model, spread(seen.index.rows(part), len(seen.classes)))
     return [_judge(seen, one, known, part, _bars(bars, wanted.agreement), calibration) for one, bars in made]
+
+
+def left_out(proven: Proven, wanted: Variants) -> dict[str, str]:
+    """The wanted files that the deployed opset does not allow, and why."""
+    opset = opset_of(proven.plain[0].proto)
+    if wanted.int8 is None or opset >= LOWEST_OPSET:
+        return {}
+    return {"model.int8.onnx": f"needs opset {LOWEST_OPSET} or newer, and model.onnx is of opset {opset}"}
 
 
 def _judge(

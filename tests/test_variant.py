@@ -19,6 +19,7 @@ from fgvc import api, variant
 from fgvc.cli import main
 from fgvc.evaluate.agreement import FP16, INT8
 from fgvc.evaluate.subject import subject
+from fgvc.export import prove as proving
 from fgvc.export import variant as made
 from fgvc.export.bundle import load_bundle, write_bundle
 from fgvc.export.quantize import quantise
@@ -166,6 +167,42 @@ def test_a_file_that_answers_otherwise_is_refused_and_no_bundle_written(
     assert "Refused:" in page
     assert page.count("<figure>") == int(re.search(r"(\d+) of \1 images", page)[1])  # type: ignore[index]
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+
+
+def test_an_opset_without_scales_for_channels_leaves_int8_out_and_says_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(run), "-o", str(tmp_path / "b"), "--int8", "--opset", "11"])
+    assert not ended.value.code
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: no model.int8.onnx: it needs opset 13 or newer, and model.onnx is of opset 11" in said
+    bundle = load_bundle(tmp_path / "b")
+    assert onnx.load(bundle.model).opset_import[0].version == 11
+    assert "explain.onnx" in bundle.files
+    assert "model.int8.onnx" not in bundle.files
+    assert "opset 13 or newer" in bundle.contract["left_out"]["model.int8.onnx"]
+    assert api.verify(tmp_path / "b").passed
+
+
+def test_a_by_product_that_can_not_be_made_is_left_out_and_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> bytes:
+        raise FgvcError("no such operator\nand more")
+
+    monkeypatch.setattr(proving, "_explain", fails)
+    found = api.export(run, tmp_path / "b")
+    assert "explain.onnx" not in load_bundle(tmp_path / "b").files
+    assert found.proven.warnings[-1] == "the bundle has no explain.onnx, which can't be made: no such operator"
+    assert "no such operator" in found.proven.contract["explain"]
+
+
+def test_the_deployed_file_says_its_opset_itself(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FgvcError, match="--opset: the deployed file that --against names has its own"):
+        api.export(run, tmp_path / "b", against=tmp_path / "a.onnx", opset=12)
+    with pytest.raises(FgvcError, match=r"dynamo exporter writes opset 18 to 26; .* --exporter torchscript"):
+        api.export(run, tmp_path / "b", exporter="dynamo", opset=12)
 
 
 def test_wrong_wishes_are_named(run: Path) -> None:

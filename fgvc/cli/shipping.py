@@ -65,6 +65,13 @@ def export(
             help="Weights of 7 bits, for x86 CPUs without VNNI. Default: as the CPU here needs it.",
         ),
     ] = None,
+    exporter: Annotated[
+        Literal["dynamo", "torchscript"] | None,
+        typer.Option(help="Another of torch's than the recipe's; not with --against."),
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option(min=11, max=26, help="Another opset than the recipe's; not with --against.")
+    ] = None,
 ) -> None:
     """Strip, fuse, export and prove; writes no bundle where a proof fails."""
     from fgvc import api, show
@@ -73,7 +80,7 @@ def export(
     variants = api.Variants(int8=wanted, fp16=fp16, agreement=agreement)
     done = api.export(
         run, out, against=against, labels=labels, preprocess=preprocess, select=select, keep=keep, overwrite=overwrite,
-        variants=variants,
+        variants=variants, exporter=exporter, opset=opset,
     )  # fmt: skip
     show.contract(done)
 

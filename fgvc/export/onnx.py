@@ -27,13 +27,16 @@ from fgvc.types import FgvcError
 
 Exporter = Literal["dynamo", "torchscript"]
 BATCH: Mapping[int, str] = {0: "batch"}  # the default: batch dynamic, height and width fixed
+OPSETS: Mapping[Exporter, range] = {"dynamo": range(18, 27), "torchscript": range(7, 24)}  # that each of torch's writes
 
 
 class Export(Section):
     """How the ONNX file is made. Both settings change the graph (trap T3), so they are part of the contract."""
 
     exporter: Exporter = Field("dynamo", description="torch's: dynamo (by torch.export) | torchscript (the older one)")
-    opset: int = Field(20, ge=11, le=26, description="version of ONNX's operator set; 18 or newer for dynamo")
+    opset: int = Field(
+        20, ge=11, le=26, description="version of ONNX's operator set; 18 or newer for dynamo, up to 23 for torchscript"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +72,7 @@ def export_onnx(
     """
     if model.training:
         raise ValueError("export_onnx wants a model in eval mode")
-    if exporter == "dynamo" and opset < 18:
-        raise FgvcError(f"export.opset={opset}: dynamo writes opset 18 or newer; set export.exporter=torchscript")
+    refuse_opset(exporter, opset)
     example = torch.zeros(batch, 3, *size, dtype=next(model.parameters()).dtype)
     names: dict[str, Any] = {"input_names": [input_name], "output_names": list(output_names), "opset_version": opset}
     try:
@@ -78,16 +80,32 @@ def export_onnx(
             by = _by_dynamo if exporter == "dynamo" else _by_script
             proto = by(model, example, axes, names)
     except Exception as error:  # the exporters raise dozens of kinds
-        other = "torchscript" if exporter == "dynamo" else "dynamo"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FgvcError(
             f"export.exporter={exporter}, opset {opset}: torch can't export {type(model).__name__} at "
-            f"{size[0]}x{size[1]}: {reason}\ntry export.exporter={other}"
+            f"{size[0]}x{size[1]}: {reason}\n{_another(exporter, opset)}"
         ) from error
     _anonymise(proto)
     proto.ir_version = ir_version or proto.ir_version
     onnx.checker.check_model(proto, full_check=True)
     return proto
+
+
+def refuse_opset(exporter: Exporter, opset: int) -> None:
+    """Raise FgvcError where this exporter does not write that opset; call it before the long work."""
+    if opset not in (known := OPSETS[exporter]):
+        raise FgvcError(
+            f"export.opset={opset}: torch's {exporter} exporter writes opset {known[0]} to {known[-1]}; "
+            + _another(exporter, opset)
+        )
+
+
+def _another(exporter: Exporter, opset: int) -> str:
+    other: Exporter = "torchscript" if exporter == "dynamo" else "dynamo"
+    near = min(OPSETS[other], key=lambda known: abs(known - opset))
+    with_opset = "" if near == opset else f" and export.opset={near}"
+    also = "" if near == opset else f" --opset {near}"
+    return f"set export.exporter={other}{with_opset}; of a run that is there, fgvc export --exporter {other}{also}"
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
@@ -148,11 +166,10 @@ def interface_of(deployed: onnx.ModelProto, *, where: str) -> tuple[Interface, i
 
 def _exporters(deployed: onnx.ModelProto, opset: int) -> tuple[Exporter, ...]:
     """dynamo calls its nodes `node_...`, the older exporter `/module/Op`; a file renamed by a tool shows neither."""
-    if opset < 18:
-        return ("torchscript",)
     by_dynamo = sum(node.name.startswith("node_") for node in deployed.graph.node)
     by_script = sum(node.name.startswith("/") for node in deployed.graph.node)
-    return ("dynamo", "torchscript") if by_dynamo >= by_script else ("torchscript", "dynamo")
+    order: tuple[Exporter, ...] = ("dynamo", "torchscript") if by_dynamo >= by_script else ("torchscript", "dynamo")
+    return tuple(exporter for exporter in order if opset in OPSETS[exporter])
 
 
 def serialised(proto: onnx.ModelProto) -> bytes:
@@ -176,7 +193,8 @@ class Explain(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.plain.forward_features(x)
-        maps = torch.einsum("bchw,kc->bkhw", feature_map(self.plain, features, self.size), self.linear.weight)
+        # As a convolution, which every opset has; an einsum needs 12.
+        maps = nn.functional.conv2d(feature_map(self.plain, features, self.size), self.linear.weight[:, :, None, None])
         return self.plain.forward_head(features), maps
 
 

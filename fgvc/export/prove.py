@@ -21,6 +21,7 @@ from fgvc import __version__
 from fgvc.export.canonical import Merged, canonicalise, shared_initializers
 from fgvc.export.compare import Difference, compare, notes
 from fgvc.export.onnx import (
+    Explain,
     Export,
     Exporter,
     Interface,
@@ -163,7 +164,7 @@ def prove(
         "explain": made.reason,
         "against": hashlib.sha256(against.read_bytes()).hexdigest() if against else None,
     }
-    said = [*(notes(proto, target) if target is not None else ()), *_about(ties)]
+    said = [*(notes(proto, target) if target is not None else ()), *_about(ties), *made.warnings]
     return Proven(
         model=serialised(proto), explain=made.explain, contract=contract, numeric=numeric, structural=structural,
         behavioural=behavioural, warnings=tuple(said),
@@ -256,24 +257,38 @@ class _Made:
     proto: onnx.ModelProto
     explain: bytes | None
     reason: str  # why there is an explain.onnx, or none
+    warnings: tuple[str, ...] = ()
 
 
 def _make(plain: nn.Module, x: np.ndarray, *, interface: Interface, exporter: Exporter) -> _Made:
-    """The two files. `explain.onnx` must give the deployed file's logits, and its maps must add up to them."""
+    """The two files. The second is a by-product: where it can't be made there is none, and that is said."""
     shipped = deployed(plain)
     proto = export_onnx(shipped, exporter=exporter, **asdict(interface))
     model, reason = explain_model(shipped, size=interface.size)
     if model is None:
         return _Made(shipped=shipped, proto=proto, explain=None, reason=reason)
+    try:
+        explain = _explain(model, proto, x, interface=interface, exporter=exporter)
+    except FgvcError as error:
+        reason = f"can't be made: {str(error).partition(chr(10))[0]}"
+        warning = f"the bundle has no explain.onnx, which {reason}"
+        return _Made(shipped=shipped, proto=proto, explain=None, reason=reason, warnings=(warning,))
+    return _Made(shipped=shipped, proto=proto, explain=explain, reason=reason)
+
+
+def _explain(
+    model: Explain, proto: onnx.ModelProto, x: np.ndarray, *, interface: Interface, exporter: Exporter
+) -> bytes:
+    """`explain.onnx`. Raises FgvcError where it does not give the logits of `proto`, or its maps do not add up to them."""
     names = (*interface.output_names, "maps")
     explain = serialised(export_onnx(model, exporter=exporter, **asdict(replace(interface, output_names=names))))
     logits, maps = Session(explain).run(x)
     if not _apart(logits, Session(serialised(proto)).logits(x)) <= ONNX_TOLERANCE:
-        raise FgvcError("explain.onnx gives other logits than model.onnx")
+        raise FgvcError("it gives other logits than model.onnx")
     whole = maps.mean((2, 3)) + (0 if model.bias is None else model.bias.numpy())
     if not _apart(whole, logits) <= 10 * ONNX_TOLERANCE:
-        raise FgvcError("explain.onnx: its class activation maps do not add up to its logits")
-    return _Made(shipped=shipped, proto=proto, explain=explain, reason=reason)
+        raise FgvcError("its class activation maps do not add up to its logits")
+    return explain
 
 
 def untie(
@@ -332,13 +347,21 @@ def _exporter_against(
     """The exporter whose graph is the deployed one. Raises FgvcError with the shortest list of differences."""
     wanted = canonicalise(target, weights=None)
     accounts: list[tuple[Exporter, list[Difference]]] = []
+    failed: list[str] = []
     for exporter in exporters:
         # Ties would look like differences here, so they are broken first; what ships is judged by _structural.
-        proto = export_onnx(deployed(nudged(plain)[0]), exporter=exporter, **asdict(interface))
+        try:
+            proto = export_onnx(deployed(nudged(plain)[0]), exporter=exporter, **asdict(interface))
+        except FgvcError as error:  # the other may be the one that made the file
+            failed.append(str(error).partition("\n")[0])
+            continue
         found = compare(canonicalise(proto, weights=None), wanted)
         if not found:
             return exporter
         accounts.append((exporter, found))
+    if not accounts:
+        reasons = failed or [f"torch {versions()['torch']} does not write opset {interface.opset}"]
+        raise FgvcError(f"no drop-in of {where} can be made:\n  " + "\n  ".join(reasons))
     exporter, found = min(accounts, key=lambda account: len(account[1]))
     raise FgvcError(
         f"the export is no drop-in replacement of {where}; nearest with the {exporter} exporter of torch "

@@ -41,6 +41,7 @@ OPERATORS = (
     "Relu", "Reshape", "Squeeze", "Transpose",
 )  # fmt: skip
 WEIGHTED = ("Conv", "Gemm", "MatMul")
+LOWEST_OPSET = 13  # where DequantizeLinear takes a scale for each channel
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"})
 
 
@@ -78,6 +79,10 @@ def quantise(
     quantises a float convolution between two others itself, with one scale for all channels. Inputs and outputs are those
     of `model`. Raises FgvcError for what onnxruntime can't quantise.
     """
+    if (opset := opset_of(model)) < LOWEST_OPSET:
+        raise FgvcError(
+            f"int8: the graph is of opset {opset}; a scale for each channel needs opset {LOWEST_OPSET} or newer"
+        )
     layers = _layers(model)
     kept = {*layers[:first], *layers[-1:]}
     if kept.issuperset(layers):
@@ -108,6 +113,11 @@ def quantise(
         except Exception as error:  # onnxruntime raises what happens to fail
             raise FgvcError(f"onnxruntime can't quantise the graph: {type(error).__name__}: {error}") from error
         return _finished(onnx.load(out), model)
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Version of ONNX's own operators that a graph is written for."""
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def halve(model: onnx.ModelProto) -> onnx.ModelProto:

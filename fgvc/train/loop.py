@@ -21,6 +21,7 @@ from fgvc.data.stored import glance
 from fgvc.disk import write_atomic
 from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, evaluate
 from fgvc.evaluate.plot import plot_confusion, plot_curves
+from fgvc.export.onnx import refuse_opset
 from fgvc.finite import not_finite, suspicious
 from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe
@@ -57,6 +58,8 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
 
         process.first(claim)
         going = process.gather(going[0])
+        if going[0] == "new":
+            refuse_opset(recipe.export.exporter, recipe.export.opset)  # hours before it is exported
         if going[0] == "finished":
             _say_finished(out, events)
             return out

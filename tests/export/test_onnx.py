@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from pydantic import ValidationError
 from torch import nn
 
-from fgvc.export.onnx import Export, explain_model, export_onnx, interface_of, load_onnx, serialised
+from fgvc.export.onnx import OPSETS, Export, explain_model, export_onnx, interface_of, load_onnx, serialised
 from fgvc.export.reference import randomise
 from fgvc.model.backbone import deployed, plain_model
 from fgvc.serve.engine import Session
@@ -65,18 +65,48 @@ def test_the_exporter_is_recognised(exporter: str) -> None:
 
 def test_a_net_that_torch_cannot_export_is_one_error_and_no_noise(capfd: pytest.CaptureFixture[str]) -> None:
     resampling = trained("test_vit")  # made for 160 pixels: resamples its position embedding in the graph
-    with pytest.raises(FgvcError, match=r"exporter=torchscript, opset 20.*(?s:.*)try export.exporter=dynamo"):
+    with pytest.raises(FgvcError, match=r"exporter=torchscript, opset 20.*(?s:.*)\nset export.exporter=dynamo"):
         export_onnx(resampling, size=(64, 64), exporter="torchscript", opset=20)
     assert capfd.readouterr() == ("", "")
 
 
 def test_what_can_not_be_asked_for() -> None:
-    with pytest.raises(FgvcError, match="opset 18 or newer"):
+    with pytest.raises(
+        FgvcError, match=r"dynamo exporter writes opset 18 to 26; set export\.exporter=torchscript; .* --exporter"
+    ):
         export_onnx(trained(), size=(32, 32), exporter="dynamo", opset=17)
+    with pytest.raises(FgvcError, match=r"torchscript exporter writes opset 7 to 23; set export\.exporter=dynamo"):
+        export_onnx(trained(), size=(32, 32), exporter="torchscript", opset=24)
     with pytest.raises(ValueError, match="eval"):
         export_onnx(trained().train(), size=(32, 32), exporter="dynamo", opset=20)
     with pytest.raises(ValidationError):
         Export(exporter="other")
+
+
+SCRIPTED = [("torchscript", opset) for opset in range(11, 24)]
+BY_DYNAMO = [pytest.param("dynamo", opset, marks=pytest.mark.slow) for opset in (18, 22, 26)]  # some 10 s each
+
+
+@pytest.mark.parametrize(("exporter", "opset"), [*SCRIPTED, *BY_DYNAMO])
+def test_every_opset_that_may_be_asked_for_has_both_files(exporter: str, opset: int) -> None:
+    """Which operators there are depends on the opset: the maps are made by one that all have."""
+    net = trained("test_resnet" if opset % 2 else "test_efficientnet")
+    explain, _ = explain_model(net, size=(32, 32))
+    assert explain is not None
+    proto = export_onnx(net, size=(32, 32), exporter=exporter, opset=opset)
+    beside = export_onnx(explain, size=(32, 32), exporter=exporter, opset=opset, output_names=("logits", "maps"))
+    assert [made.opset_import[0].version for made in (proto, beside)] == [opset, opset]
+    z = Session(serialised(proto)).logits(IMAGES)
+    logits, maps = Session(serialised(beside)).run(IMAGES)
+    np.testing.assert_allclose(logits, z, rtol=1e-4, atol=1e-4 * np.abs(z).max())
+    whole = maps.mean((2, 3)) + explain.bias.numpy()
+    np.testing.assert_allclose(whole, z, rtol=1e-3, atol=1e-3 * np.abs(z).max())
+
+
+def test_every_opset_of_a_recipe_is_one_that_an_exporter_writes() -> None:
+    limits = Export.model_json_schema()["properties"]["opset"]
+    for opset in range(limits["minimum"], limits["maximum"] + 1):
+        assert any(opset in known for known in OPSETS.values())
 
 
 @pytest.mark.parametrize("backbone", ["test_efficientnet", "test_resnet", "repvgg_a0"])

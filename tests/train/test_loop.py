@@ -271,6 +271,15 @@ def test_sizes_that_the_net_can_not_take_are_named(tmp_path: Path, recipe_tree: 
         api.train(recipe(recipe_tree | {"model": {"backbone": "vit_tiny_patch16_224"}}), tmp_path / "run")
 
 
+def test_an_opset_that_the_exporter_does_not_write_is_refused_before_training(
+    tmp_path: Path, recipe_tree: dict
+) -> None:
+    for exporter, opset, other in (("dynamo", 17, "torchscript"), ("torchscript", 24, "dynamo")):
+        with pytest.raises(FgvcError, match=rf"export\.opset={opset}: .* set export\.exporter={other}"):
+            api.train(recipe(recipe_tree, export={"exporter": exporter, "opset": opset}), tmp_path / "run")
+        assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_more_images_a_step_than_there_are(tmp_path: Path, recipe_tree: dict) -> None:
     with pytest.raises(FgvcError, match="more than the 48 training images"):
         api.train(recipe(recipe_tree, train={"batch_size": 64}), tmp_path / "run")
