@@ -242,6 +242,8 @@ def export(
     refuse_target(out, overwrite=overwrite)
     if not 0 < keep <= 1:
         raise FgvcError(f"--keep {keep:g}: a share above 0 and up to 1, such as {KEEP}")
+    if against is not None and (exporter is not None or opset is not None):
+        raise FgvcError("--exporter and --opset: the deployed file that --against names has its own; leave them out")
     target, around = _deployed(run, against, labels=labels, preprocess=preprocess)
     seen = subject(run, select)
     recipe, index, chosen = seen.recipe, seen.index, seen.select
@@ -252,7 +254,7 @@ def export(
         num_classes=len(index.classes),
         kwargs=recipe.model.kwargs,
         size=recipe.image.size,
-        export=_as_asked(recipe.export, exporter, opset, against),
+        export=_as_asked(recipe.export, exporter, opset),
         against=target,
     )
     known = measured(run, "metrics.json")
@@ -282,11 +284,9 @@ def export(
     return Exported(out, chosen, proven, found, tuple(beside), against, around, without)
 
 
-def _as_asked(export: Export, exporter: Exporter | None, opset: int | None, against: Path | None) -> Export:
+def _as_asked(export: Export, exporter: Exporter | None, opset: int | None) -> Export:
     given = {"exporter": exporter, "opset": opset}
     asked = {key: value for key, value in given.items() if value is not None}
-    if asked and against is not None:
-        raise FgvcError(f"--{next(iter(asked))}: the deployed file that --against names has its own; leave it out")
     return validate(Export, export.model_dump() | asked, where="fgvc export")
 
 

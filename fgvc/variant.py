@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from fgvc.export.prove import Proven
 from fgvc.export.quantize import LOWEST_OPSET, Int8, opset_of
 from fgvc.export.variant import Made, make_fp16, make_int8
 from fgvc.page.agreement import agreement_page
-from fgvc.serve.engine import Session, refuse_no_numbers
+from fgvc.serve.engine import Session
 from fgvc.train.measured import leave
 from fgvc.types import FgvcError, Split
 
@@ -92,7 +91,9 @@ def _judge(
     seen: Subject, made: Made, known: Answers, part: Split, bars: Bars, calibration: Calibration | None
 ) -> Beside:
     said = _ask(seen, made.model, known.rows)
-    refuse_no_numbers(said.logits, Path(f"model.{made.variant}.onnx"))
+    if wild := int((~np.isfinite(said.logits).all(1)).sum()):
+        reason = f"gives logits that are no numbers (NaN or infinite) for {wild} of {len(said.rows)} {part} images"
+        raise FgvcError(f"model.{made.variant}.onnx is refused:\n  {reason}\n{ADVICE[made.variant]}")
     found = agree(known.rows, known.labels, known.logits, said.logits, part=part)
     failed = found.failed(bars)
     page = f"reports/{made.variant}.html"

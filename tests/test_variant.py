@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from fgvc import api, variant
 from fgvc.cli import main
 from fgvc.evaluate.agreement import FP16, INT8
-from fgvc.evaluate.subject import subject
+from fgvc.evaluate.subject import Answers, subject
 from fgvc.export import prove as proving
 from fgvc.export import variant as made
 from fgvc.export.bundle import load_bundle, write_bundle
@@ -167,6 +167,19 @@ def test_a_file_that_answers_otherwise_is_refused_and_no_bundle_written(
     assert "Refused:" in page
     assert page.count("<figure>") == int(re.search(r"(\d+) of \1 images", page)[1])  # type: ignore[index]
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+
+
+def test_logits_that_overflow_in_sixteen_bits_are_refused(
+    run: Path, done: api.Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = variant._ask
+    monkeypatch.setattr(variant, "_ask", lambda *given: broken_from(ask(*given), given[1] != done.proven.model))
+    with pytest.raises(FgvcError, match=r"model\.fp16\.onnx is refused:\n  gives logits that are no numbers .* for 1 of 12 val"):
+        variant.make_variants(subject(run), done.proven, api.Variants(fp16=True))
+
+
+def broken_from(answers: Answers, broken: bool) -> Answers:
+    return replace(answers, logits=np.where(np.arange(12)[:, None] == 3, np.inf, answers.logits)) if broken else answers
 
 
 def test_an_opset_without_scales_for_channels_leaves_int8_out_and_says_so(

@@ -28,9 +28,9 @@ class Watch:
         self.step, self.scaler = step, scaler
         self.uphill: list[Tensor] = []  # the losses of SAM's second pass, of this step
         self._weights = dict(step.named_parameters())
-        self._held = self._weights | dict(step.named_buffers())
-        if average is not None:
-            self._held |= {f"average.{name}": value for name, value in average.state_dict(keep_vars=True).items()}
+        self._moved = self._weights | dict(step.named_buffers())
+        averaged = {} if average is None else average.state_dict(keep_vars=True)
+        self._lasting = self._moved | {f"average.{name}": value for name, value in averaged.items()}
 
     def begin(self) -> None:
         """Forget what the step before gave."""
@@ -38,17 +38,17 @@ class Watch:
         self.step.probed.clear()
 
     def tensors(self, loss: Tensor | None = None) -> dict[str, Tensor]:
-        """The loss of a step, what its probes said, its gradients, and all that it has moved: weights, running statistics,
-        averages. Without the gradients where a scaler looks at them, and skips the step. Without a loss: what lasts."""
+        """The loss of a step, what its probes said, its gradients, and what it has moved: weights and running statistics.
+        Without the gradients where a scaler looks at them, and skips the step. Without a loss: all that lasts, averages too."""
         if loss is None:
-            return self._held
+            return self._lasting
         found = {"the loss": loss}
         found |= {f"the loss uphill (optim.sam), part {at}": value for at, value in enumerate(self.uphill)}
         found |= {f"a probe's logits, {at}": value for at, value in enumerate(self.step.probed)}
         if not self.scaler.is_enabled():
             graded = ((name, weight.grad) for name, weight in self._weights.items())
             found |= {f"the gradient of {name}": gradient for name, gradient in graded if gradient is not None}
-        return found | self._held
+        return found | self._moved
 
 
 def held(state: State) -> dict[str, Tensor]:
