@@ -82,7 +82,9 @@ class Deploy(_Normalised):
     mean: Triple | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
     std: Spread | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
     fill: tuple[Byte, Byte, Byte] = Field((128, 128, 128), description="RGB of the border that `pad` adds, 0-255")
-    labels: Path | None = Field(None, description="text file, one class a line: the deployed stack's label order")
+    labels: Path | None = Field(
+        None, description="the deployed stack's label order: a text file, one class a line, or a bundle's labels.json"
+    )
 
 
 class Preprocess(_Normalised):

@@ -7,21 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
+from fgvc.export.bundle import read_labels
 from fgvc.types import FgvcError, ImageIndex
 
 
 def reordered(index: ImageIndex, path: Path) -> ImageIndex:
-    """The same images with the classes numbered as in the file.
+    """The same images with the classes numbered as in the file: see `fgvc.export.bundle.read_labels`.
 
     Raises FgvcError where the file's classes are not exactly the data's.
     """
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FgvcError(f"deploy.labels: can't read {path}: {error}") from error
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise FgvcError(f"deploy.labels: {path}: given twice: {', '.join(twice[:5])}")
+        names = read_labels(path.expanduser())
+    except FgvcError as error:
+        raise FgvcError(f"deploy.labels: {error}") from error
     unknown, missing = sorted(set(names) - set(index.classes)), sorted(set(index.classes) - set(names))
     if unknown or missing:
         raise FgvcError(
@@ -30,7 +28,7 @@ def reordered(index: ImageIndex, path: Path) -> ImageIndex:
         )
     position = {name: number for number, name in enumerate(names)}
     order = np.array([position[name] for name in index.classes], dtype=np.int32)
-    return replace(index, classes=tuple(names), labels=order[index.labels])
+    return replace(index, classes=names, labels=order[index.labels])
 
 
 def first(index: ImageIndex, count: int) -> ImageIndex:

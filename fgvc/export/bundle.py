@@ -213,8 +213,10 @@ def read_labels(path: Path) -> tuple[str, ...]:
         except (OSError, UnicodeDecodeError) as error:
             raise FgvcError(f"{path}: can't read the labels: {error}") from error
         names = [line.strip() for line in text.splitlines() if line.strip()]
-    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise FgvcError(f"{path}: expected the names of the classes, each once")
+    if not names or not all(isinstance(name, str) for name in names):
+        raise FgvcError(f"{path}: expected the names of the classes")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise FgvcError(f"{path}: expected the names of the classes, each once; given twice: {', '.join(twice[:5])}")
     refuse_breaking(names, where=path)
     return tuple(names)
 

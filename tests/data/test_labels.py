@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fgvc.data.cub import CubData
-from fgvc.data.labels import first
+from fgvc.data.labels import first, reordered
 from fgvc.types import FgvcError
 
 
@@ -29,3 +30,21 @@ def test_the_first_classes_keep_their_images_boxes_and_splits(boxed: Path) -> No
 def test_more_classes_than_there_are_is_refused(boxed: Path) -> None:
     with pytest.raises(FgvcError, match="data.first_classes: 4, and the data have 3"):
         first(CubData(root=boxed).read(), 4)
+
+
+@pytest.mark.parametrize("form", ["json", "txt"])
+def test_a_deployed_order_is_a_list_or_a_bundles_labels(boxed: Path, tmp_path: Path, form: str) -> None:
+    whole = CubData(root=boxed).read()
+    names = list(whole.classes[::-1])
+    path = tmp_path / f"labels.{form}"
+    path.write_text(json.dumps(names) if form == "json" else "\n".join(names))
+    turned = reordered(whole, path)
+    assert turned.classes == tuple(names)
+    for row in range(len(whole)):
+        assert turned.classes[turned.labels[row]] == whole.classes[whole.labels[row]]
+    for wrong, said in (([*names, names[0]], f"given twice: {names[0]}"), (names[1:], "1 missing"), ([], "expected")):
+        path.write_text(json.dumps(wrong) if form == "json" else "\n".join(wrong))
+        with pytest.raises(FgvcError, match=f"deploy.labels: .*{said}"):
+            reordered(whole, path)
+    with pytest.raises(FgvcError, match="deploy.labels: .*nothing"):
+        reordered(whole, tmp_path / f"nothing.{form}")
