@@ -42,7 +42,7 @@ def check(report: Report) -> None:
     for name, counts in zip(SPLITS, report.counts, strict=True):
         if counts.any():
             table.add_row(name, str(counts.sum()), str((counts > 0).sum()), str(counts.min()), str(counts.max()))
-    console.print(f"recognised: {report.index.recognised}", markup=False)
+    console.print(f"recognised: {report.index.recognised}", markup=False, soft_wrap=True)
     console.print(table)
     _suspects(report)
     for warning in report.warnings:
@@ -115,7 +115,7 @@ def scores(result: Evaluation) -> None:
     if result.stored:
         console.print(f"every class and pair: {result.run / 'tables'}", markup=False)
     for error in result.unreadable:
-        console.print(f"skipped: {error}", markup=False)
+        console.print(f"skipped: {error}", markup=False, soft_wrap=True)
 
 
 def localisation(result: Localisation) -> None:
@@ -131,7 +131,7 @@ def localisation(result: Localisation) -> None:
     if result.stored:
         console.print(f"every class and part: {result.run / 'tables'}", markup=False)
     for error in result.unreadable:
-        console.print(f"skipped: {error}", markup=False)
+        console.print(f"skipped: {error}", markup=False, soft_wrap=True)
 
 
 def _calibration(found: Mapping[str, Any], area: float | None = None) -> None:
@@ -223,7 +223,7 @@ def versus(found: Versus, failed: Sequence[str]) -> None:
             table.add_row(escape(row["class"]), str(row["images"]), *shares, *flips)
         console.print(table)
     for error in found.unreadable:
-        console.print(f"skipped: {error}", markup=False)
+        console.print(f"skipped: {error}", markup=False, soft_wrap=True)
     for note in found.notes:
         console.print(f"warning: {note}", markup=False, soft_wrap=True)
     if found.differences:
