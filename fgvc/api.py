@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from fgvc.config import Preprocess, validate
+from fgvc.config import validate
 from fgvc.data import checks
 from fgvc.data.duplicates import LIKENESS
 from fgvc.data.loader import evaluation_loader
@@ -44,11 +44,11 @@ from fgvc.recipe import Recipe, Selected, load_recipe
 from fgvc.report.document import report
 from fgvc.train.events import as_csv
 from fgvc.train.forecast import Forecast, forecast
+from fgvc.train.images import read_index
 from fgvc.train.loop import train
 from fgvc.train.measured import leave, measured
 from fgvc.train.run import read_run, recorded_classes, recorded_preprocess
-from fgvc.train.session import read_index
-from fgvc.types import FgvcError, ImageIndex, NoNumbersError, Split
+from fgvc.types import FgvcError, NoNumbersError, Split
 from fgvc.variant import Beside, Variants, left_out, make_variants
 
 __all__ = [
@@ -158,19 +158,21 @@ def evaluate(
     select: Selected | None = None,
     device: str | None = None,
     views: Views | None = None,
+    root: Path | None = None,
 ) -> Evaluation:
     """Score a run's weights on `split` (default: val where there is one, else test), in fp32, on one process.
 
+    The images are those that the run recorded when it began; `root`: the folder where its set lies now, where that has moved.
     `device`: another than the run was trained on. `views`: average over flips or crops, or look again at what a technique
     attends to; no bundle does, so it is recorded under a key of its own.
     Writes `metrics.json`, `tables/{classes,confused,reliability,risk-coverage}-<split>.csv` and
     `plots/{confusion,reliability,risk-coverage}-<split>.png` into the run (`-<split>-<select>` for other weights than the
     recipe's selection), calibration by up to 10,000 of the images and without `views` only: the temperature and threshold are
     the run's own, fitted on its validation part, whatever is scored. Of a run that can't be written nothing is stored, and
-    stderr says so. Raises FgvcError where the part is empty.
+    stderr says so. Raises FgvcError where the part is empty, or a file of it is gone or has another size than when the run began.
     """
     measured(run, "metrics.json")  # can be added to
-    seen = subject(run, select, branches=views == "refined")
+    seen = subject(run, select, branches=views == "refined", root=root)
     index, preprocess, chosen = seen.index, seen.preprocess, seen.select
     part, rows = seen.part(split)
     spec = canvas(preprocess) if views is not None and "crops" in views else preprocess
@@ -228,6 +230,7 @@ def export(
     variants: Variants | None = None,
     exporter: Exporter | None = None,
     opset: int | None = None,
+    root: Path | None = None,
 ) -> Exported:
     """Strip and fuse a run's weights, export them as ONNX, prove the three levels of the contract and write the bundle.
 
@@ -236,8 +239,8 @@ def export(
     `keep`: share of the right answers that the threshold for "none of these" keeps, 1 for no threshold; it and the temperature
     are the run's own, see `fgvc.evaluate.temperature`, and checked on the exported file. `variants`: int8 and fp16 files to put
     beside it; one that the opset does not allow is left out. `exporter`, `opset`: others than the recipe's, where there is no
-    deployed file. Raises FgvcError where any proof fails, the deployed stack is known to feed or to read its model otherwise, or
-    logits are no numbers, and writes no bundle.
+    deployed file. `root`: as in `evaluate`. Raises FgvcError where any proof fails, the deployed stack is known to feed or to
+    read its model otherwise, logits are no numbers, or a file that is looked at is not what it was, and writes no bundle.
     """
     refuse_target(out, overwrite=overwrite)
     if not 0 < keep <= 1:
@@ -245,11 +248,11 @@ def export(
     if against is not None and (exporter is not None or opset is not None):
         raise FgvcError("--exporter and --opset: the deployed file that --against names has its own; leave them out")
     target, around = _deployed(run, against, labels=labels, preprocess=preprocess)
-    seen = subject(run, select)
+    seen = subject(run, select, root=root)
     recipe, index, chosen = seen.recipe, seen.index, seen.select
     proven = prove(
         seen.step.net,
-        _real_images(index, seen.preprocess),
+        _real_images(seen),
         backbone=recipe.model.backbone,
         num_classes=len(index.classes),
         kwargs=recipe.model.kwargs,
@@ -339,15 +342,16 @@ def compare(
     preprocess: Path | Sequence[Path] | None = None,
     certain: bool = False,
     max_pixels: int | None = None,
+    root: Path | None = None,
 ) -> Versus:
     """Ask two classifiers - runs, bundles or .onnx files - about the same images: what B gains over A, and what it breaks.
 
     `data`: a recipe, or a folder of class folders; by default the data of the first that is a run. `split`: by default val
     where there is one, else test. `labels`, `preprocess`: for .onnx files that have none beside them, one for whichever needs
-    it, or A's and B's. `certain`: refuse to assume a preprocessing, as a gate must. `max_pixels`: of a
-    picture, in place of the data's own limit. Raises FgvcError where their classes differ.
+    it, or A's and B's. `certain`: refuse to assume a preprocessing, as a gate must. `max_pixels`: of a picture, in place of the
+    data's own limit. `root`: where the set of the runs lies now. Raises FgvcError where their classes differ.
     """
-    sides = open_sides(a, b, labels=labels, preprocess=preprocess, certain=certain)
+    sides = open_sides(a, b, labels=labels, preprocess=preprocess, certain=certain, root=root)
     return ask(*sides, images_of(data, sides, split, max_pixels=max_pixels))
 
 
@@ -359,14 +363,14 @@ def _calibrated(seen: Subject, part: Split, sample: Sample, device: str | None) 
     return calibration(seen, given=given if part == PART else None, device=device).on(part, given)
 
 
-def _real_images(index: ImageIndex, preprocess: Preprocess) -> Iterable[np.ndarray]:
+def _real_images(seen: Subject) -> Iterable[np.ndarray]:
     """Up to 256 validation images, spread over the classes; training images where none of those can be read."""
     parts: tuple[Split, ...] = ("val", "train")
     for part in parts:
-        rows, last = index.rows(part), part == parts[-1]
+        rows, last = seen.rows(part), part == parts[-1]
         some = rows[np.linspace(0, len(rows) - 1, min(MAX_IMAGES, len(rows))).astype(int)]
         found = False
-        for batch in evaluation_loader(index, some, spec=preprocess, batch_size=32, workers=0, some=last):
+        for batch in evaluation_loader(seen.index, some, spec=seen.preprocess, batch_size=32, workers=0, some=last):
             found = True
             yield batch.images.numpy()
         if found:

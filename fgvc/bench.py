@@ -33,10 +33,11 @@ from fgvc.techniques import CONFIGS
 from fgvc.train.batch import Normalise, to_batch
 from fgvc.train.events import Events
 from fgvc.train.forecast import count_images
+from fgvc.train.images import read_index
 from fgvc.train.loop import take_step
 from fgvc.train.run import environment
 from fgvc.train.runtime import runtime
-from fgvc.train.session import Session, build_net, open_session, read_index
+from fgvc.train.session import Session, build_net, open_session
 from fgvc.types import FgvcError
 
 WARM_UP = 3

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fgvc.config import Preprocess
 from fgvc.data.loader import evaluation_loader
+from fgvc.data.record import NAME
 from fgvc.evaluate.font import ADVICE, writable
 from fgvc.image.decode import decode_row
 from fgvc.image.overlay import overlay
@@ -24,9 +25,11 @@ from fgvc.train import checkpoint
 from fgvc.train.batch import to_batch
 from fgvc.train.between import epoch_start
 from fgvc.train.events import Events
+from fgvc.train.images import fingerprint, recorded_images
+from fgvc.train.run import is_run, read_run
 from fgvc.train.runtime import runtime
-from fgvc.train.session import Session, fingerprint, open_session
-from fgvc.types import FgvcError, Target, View
+from fgvc.train.session import Session, open_session
+from fgvc.types import FgvcError, ImageIndex, Target, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +57,14 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FgvcError(f"{out}: can't make the folder: {error.strerror}") from error
+    index = _images_of(run, recipe)
     sheets: list[Path] = []
     notes: list[str] = []
     for name, kinds in arms.items():
         techniques = recipe.techniques.model_copy(update={kind: None for kind in CONFIGS if kind not in kinds})
         train = recipe.train.model_copy(update={"workers": 0})
         part = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
-        with runtime(part.train) as process, open_session(part, process, teachers=False) as session:
+        with runtime(part.train) as process, open_session(part, process, index=index, teachers=False) as session:
             remembered = run is not None and look_through(session, run)
             for kind, technique in session.step.techniques.items():
                 if name == kind and getattr(technique, "remembers_images", False) and not remembered:
@@ -76,6 +80,18 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
                 sheets.append(save_sheet(_evaluation_rows(session, names, images), out / "evaluation.png", font=font))
                 notes += [ADVICE] if names != list(session.index.classes) else []
     return Preview(tuple(sheets), tuple(notes))
+
+
+def _images_of(run: Path | None, recipe: Recipe) -> ImageIndex | None:
+    """Those that a run of the same data recorded, of which it may remember something; None: the data as they are now."""
+    if run is None or not (is_run(run) and (run / NAME).is_file()):
+        return None
+    theirs = read_run(run)
+    same = [
+        (one.data.root.expanduser().resolve(), one.data.model_dump(exclude={"root", "max_unreadable"}), one.deploy.labels)
+        for one in (recipe, theirs)
+    ]
+    return recorded_images(run, recipe).index if same[0] == same[1] else None
 
 
 def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) -> list[list[Cell]]:

@@ -75,7 +75,7 @@ def make_variants(
     if not made:
         return []
     part: Split = "val" if len(seen.index.rows("val")) else "train"
-    known = _ask(seen, proven.model, spread(seen.index.rows(part), len(seen.classes)))
+    known = _ask(seen, proven.model, spread(seen.rows(part), len(seen.classes)))
     return [_judge(seen, one, known, part, _bars(bars, wanted.agreement), calibration) for one, bars in made]
 
 
@@ -146,7 +146,7 @@ def _bars(bars: Bars, agreement: float | None) -> Bars:
 
 def _calibration(seen: Subject, count: int) -> Iterator[np.ndarray]:
     """Up to `count` train images, evenly over the classes, as serving sees them."""
-    rows = seen.index.rows("train")
+    rows = seen.rows("train")
     rows = rows[np.argsort(seen.index.labels[rows], kind="stable")]
     rows = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
     for batch in evaluation_loader(seen.index, rows, spec=seen.preprocess, batch_size=64, workers=0):

@@ -13,15 +13,16 @@ from fgvc.export.bundle import load_bundle
 from fgvc.model.teacher import AnyTeacher, BundleTeacher, RunTeacher, TimmTeacher
 from fgvc.recipe import Recipe
 from fgvc.train.checkpoint import read_progress
+from fgvc.train.images import read_index
 from fgvc.train.run import read_run
-from fgvc.train.session import read_index
-from fgvc.types import FgvcError
+from fgvc.types import FgvcError, ImageIndex
 
 
 def important(recipe: Recipe) -> dict[str, Any]:
     """The settings that may change a result."""
     unimportant: dict[str, Any] = {
         "log": True,
+        "data": {"root", "max_unreadable"},  # which images there are is compared by `data_digest`
         "cache_dir": True,
         "checkpoint": True,
         "train": {"workers", "device"},
@@ -38,7 +39,7 @@ def digest(recipe: Recipe) -> str:
     Raises FgvcError where one can't be read, or a teacher's training is not finished.
     """
     tree = important(recipe)
-    tree["data"] = _data(recipe)
+    tree["data"] = data_digest(recipe)
     tree["deploy"]["labels"] = None  # the order of the classes is in the data
     tree["model"]["weights"] = _weights(recipe.model.weights)
     for kind, config in recipe.techniques:
@@ -50,16 +51,20 @@ def digest(recipe: Recipe) -> str:
 _seen: dict[Any, str] = {}  # data stay as they are while a study goes on
 
 
-def _data(recipe: Recipe) -> str:
-    """Names, classes, parts and boxes; not the pixels."""
+def data_digest(recipe: Recipe) -> str:
+    """Of the images of a recipe, as they are listed now."""
     data = recipe.data, recipe.deploy.labels
     if data not in _seen:
-        index = read_index(recipe)
-        found = hashlib.sha256("\n".join([*index.classes, "", *index.paths.tolist()]).encode())
-        for column in (index.labels, index.splits, index.boxes):
-            found.update(b"" if column is None else column.tobytes())
-        _seen[data] = found.hexdigest()
+        _seen[data] = index_digest(read_index(recipe))
     return _seen[data]
+
+
+def index_digest(index: ImageIndex) -> str:
+    """Of names, classes, parts and boxes; not the pixels."""
+    found = hashlib.sha256("\n".join([*index.classes, "", *index.paths.tolist()]).encode())
+    for column in (index.labels, index.splits, index.boxes):
+        found.update(b"" if column is None else column.tobytes())
+    return found.hexdigest()
 
 
 def _weights(said: str) -> str:

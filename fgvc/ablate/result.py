@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fgvc import api
-from fgvc.ablate.identity import digest, important
+from fgvc.ablate.identity import data_digest, digest, important, index_digest
 from fgvc.ablate.study import Cell
 from fgvc.ablate.table import pack
 from fgvc.config import differences
+from fgvc.data.record import NAME, load
 from fgvc.evaluate.subject import Subject, subject
 from fgvc.export.onnx import Interface, export_onnx
 from fgvc.export.plain import strip
@@ -24,7 +25,7 @@ from fgvc.image.preprocess import described
 from fgvc.model.backbone import deployed
 from fgvc.train import checkpoint
 from fgvc.train.loop import train
-from fgvc.train.run import environment, read_run
+from fgvc.train.run import environment, is_run, read_run
 from fgvc.types import FgvcError
 
 Part = Literal["val", "test"]
@@ -72,14 +73,16 @@ def _values(row: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
 def trained(cell: Cell, run: Path) -> None:
     """Train what is not trained yet. Raises FgvcError where a run of other settings is there."""
     if not finished(cell, run):
-        begun = (run / "config.yaml").is_file()  # a run goes on with its own number of workers and the like
-        train(read_run(run) if begun else cell.recipe, run)
+        recipe = cell.recipe
+        if is_run(run):  # it goes on with its own number of workers and the like, with the data where the study has them
+            recipe = read_run(run).model_copy(update={"data": recipe.data})
+        train(recipe, run)
         gc.collect()  # nets lie in cycles
 
 
 def finished(cell: Cell, run: Path) -> bool:
-    """Whether the run's training is at its end. Raises FgvcError where it is one of other settings."""
-    if not (run / "config.yaml").is_file():
+    """Whether the run's training is at its end. Raises FgvcError where it is one of other settings, or of other images."""
+    if not is_run(run):
         return False
     if changed := differences(important(read_run(run)), important(cell.recipe)):
         rows = "\n".join(f"  {key}: {was!r} in the run, {now!r} now" for key, (was, now) in changed.items())
@@ -87,13 +90,19 @@ def finished(cell: Cell, run: Path) -> bool:
             f"{run}: was trained with other settings than the study's:\n{rows}\nChoose another --out, another name for "
             "the arm, or remove that folder"
         )
+    if (run / NAME).is_file() and index_digest(load(run / NAME, run).index) != data_digest(cell.recipe):
+        raise FgvcError(
+            f"{run}: was trained on other images than {cell.recipe.data.root} has now: restore the set as it was, or choose "
+            "another --out for a study of what it is now"
+        )
     return (run / "ckpt" / "last").exists() and checkpoint.read_progress(run / "ckpt").finished
 
 
 def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -> Result:
     """A line about one run on one part. `cost`: of its training steps, over those of the base arm's run."""
-    found = api.evaluate(run, part)
-    seen = subject(run)
+    root = cell.recipe.data.root
+    found = api.evaluate(run, part, root=root)
+    seen = subject(run, root=root)
     graph = contract(seen)
     row: Result = {
         "arm": cell.trial.arm,
@@ -104,7 +113,7 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -
         "right": pack(found.right),
     }
     if localise and seen.index.boxes is not None and len(seen.index.rows("val")):
-        row |= _looked(run, part)
+        row |= _looked(run, part, root)
     facts = environment()
     return row | {
         "epochs": cell.epochs,
@@ -119,9 +128,9 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -
     }
 
 
-def _looked(run: Path, part: Part) -> Result:
+def _looked(run: Path, part: Part, root: Path) -> Result:
     try:
-        found = api.localize(run, part)
+        found = api.localize(run, part, root=root)
     except FgvcError as error:
         return {"no_maps": str(error)}
     shares = {} if found.parts is None else {"parts_10": found.parts.map[0], "parts_20": found.parts.map[1]}

@@ -23,7 +23,7 @@ from fgvc.ablate.study import Budget, Cell, Plan, cells
 from fgvc.ablate.table import best_trials
 from fgvc.config import dump
 from fgvc.disk import alone, as_json, write_atomic, writing
-from fgvc.train.session import read_index
+from fgvc.train.images import read_index
 from fgvc.types import FgvcError
 
 

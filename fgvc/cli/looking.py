@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.cli.option import MEGAPIXELS, Channels, Device, Megapixels, Part, Run, Select
+from fgvc.cli.option import MEGAPIXELS, Channels, Device, Megapixels, Part, Root, Run, Select
 from fgvc.types import FgvcError
 
 
@@ -17,6 +17,7 @@ def evaluate(
     split: Part = None,
     select: Select = None,
     device: Device = None,
+    root: Root = None,
     views: Annotated[
         Literal["flip", "crops", "flip+crops", "refined"] | None,
         typer.Option(
@@ -28,7 +29,7 @@ def evaluate(
     """Score a run on a part of its data."""
     from fgvc import api, show
 
-    show.scores(api.evaluate(run, split, select=select, device=device, views=views))
+    show.scores(api.evaluate(run, split, select=select, device=device, root=root, views=views))
 
 
 def localize(
@@ -38,11 +39,14 @@ def localize(
     channels: Channels = None,
     select: Select = None,
     device: Device = None,
+    root: Root = None,
 ) -> None:
     """Where a run looks, beside the boxes and parts of its data: MaxBoxAcc, GT-known and Top-1 Loc, IoU, part coverage."""
     from fgvc import api, show
 
-    show.localisation(api.localize(run, split, method=method, channels=channels, select=select, device=device))
+    show.localisation(
+        api.localize(run, split, method=method, channels=channels, select=select, device=device, root=root)
+    )
 
 
 def report(
@@ -54,12 +58,15 @@ def report(
     split: Part = None,
     select: Select = None,
     device: Device = None,
+    root: Root = None,
     images: Annotated[int, typer.Option(min=1, max=50, help="Pictures in a section.")] = 10,
 ) -> None:
     """Write all that a run shows into one HTML file that needs nothing else."""
     from fgvc import api
 
-    print(api.report(runs, out, bundles=bundle or [], split=split, select=select, device=device, images=images))
+    print(
+        api.report(runs, out, bundles=bundle or [], split=split, select=select, device=device, root=root, images=images)
+    )
 
 
 def explain(
@@ -112,9 +119,10 @@ def compare(
     b: Annotated[Path, typer.Argument(help="What is to take its place: a run, a bundle, or an .onnx file.")],
     data: Annotated[
         str | None,
-        typer.Option(help="A folder of class folders, or a recipe; default: the data of A's run, or of B's."),
+        typer.Option(help="A folder of class folders, a recipe or a run; default: the data of A's run, or of B's."),
     ] = None,
     split: Part = None,
+    root: Root = None,
     labels: Annotated[
         list[Path] | None,
         typer.Option(
@@ -155,7 +163,7 @@ def compare(
         refuse_out(out)
     limit = None if megapixels is None else round(megapixels * 1e6)
     found = api.compare(
-        a, b, data=data, split=split, labels=labels, preprocess=preprocess, certain=gate.shut, max_pixels=limit
+        a, b, data=data, split=split, labels=labels, preprocess=preprocess, certain=gate.shut, max_pixels=limit, root=root
     )
     failed = gate.failures(found.paired)
     show.versus(found, failed)

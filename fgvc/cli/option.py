@@ -25,6 +25,9 @@ Channels = Annotated[
         min=0, help="How many channels scorecam, sscam and ablationcam try; 0: all. Default: 64, or what is cheap."
     ),
 ]
+Root = Annotated[
+    Path | None, typer.Option("--root", help="Where the run's data lie now; default: where its recipe says.")
+]
 Device = Annotated[str | None, typer.Option("--device", help="auto | cpu | cuda | mps; default: the recipe's.")]
 Megapixels = Annotated[
     float,

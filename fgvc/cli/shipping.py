@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.cli.option import MEGAPIXELS, Megapixels, Run, Select
+from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select
 from fgvc.types import FgvcError
 
 DeployedLabels = Annotated[
@@ -35,6 +35,7 @@ def export(
     labels: DeployedLabels = None,
     preprocess: DeployedPreprocess = None,
     select: Select = None,
+    root: Root = None,
     keep: Annotated[
         float,
         typer.Option(
@@ -80,7 +81,7 @@ def export(
     variants = api.Variants(int8=wanted, fp16=fp16, agreement=agreement)
     done = api.export(
         run, out, against=against, labels=labels, preprocess=preprocess, select=select, keep=keep, overwrite=overwrite,
-        variants=variants, exporter=exporter, opset=opset,
+        variants=variants, exporter=exporter, opset=opset, root=root,
     )  # fmt: skip
     show.contract(done)
 

@@ -56,6 +56,13 @@ def train(
         str, typer.Option(help="auto: go on with the unfinished run in --out | never | PATH of a run.")
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Lose the run that is in --out.")] = False,
+    recorded: Annotated[
+        bool,
+        typer.Option(
+            "--recorded",
+            help="Go on with the images that the run began with, whatever came to its data since; all must be there.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what a step costs and what conflicts; train nothing.")
     ] = False,
@@ -70,7 +77,9 @@ def train(
         show.forecast(api.forecast(recipe))
         return
     try:
-        run = api.train(recipe, out or Path("runs") / run_name(path), resume=resume, overwrite=overwrite)
+        run = api.train(
+            recipe, out or Path("runs") / run_name(path), resume=resume, overwrite=overwrite, recorded=recorded
+        )
     except KeyboardInterrupt as stop:
         done = str(stop) or "before the first step of this session"
         print(f"interrupted, {done}; the same command goes on from the last checkpoint", file=sys.stderr)

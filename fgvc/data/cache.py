@@ -99,8 +99,13 @@ class DecodeCache:
                 _build(index, rows, final, side=side, workers=workers, progress=progress)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise FgvcError(f"{folder}: the disk is full; free some space or set cache=none") from error
-                raise FgvcError(f"{folder}: can't write the decode cache: {error.strerror or error}") from error
+                    raise FgvcError(
+                        f"{folder}: the disk is full; free some space, name another place by cache_dir, or set cache=none"
+                    ) from error
+                raise FgvcError(
+                    f"{folder}: can't write the decode cache ({error.strerror or error}); name another place by cache_dir, or "
+                    "set cache=none"
+                ) from error
         return whole or given()
 
     @property
@@ -307,7 +312,7 @@ def _check_space(
     if needed > free:
         raise FgvcError(
             f"{folder}: the decode cache needs about {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: "
-            "free some space, use a smaller image.size or set cache=none"
+            "free some space, name another place by cache_dir, or set cache=none"
         )
 
 

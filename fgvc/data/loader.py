@@ -84,8 +84,9 @@ class BadFiles:
         fresh = [error for error in errors if self.found.setdefault(error.path, error) is error]
         if fresh and len(self.found) > self.limit * self.images:
             raise FgvcError(
-                f"{len(self.found)} of {self.images} images can't be read, data.max_unreadable={self.limit:g} allows "
-                f"fewer; mend or remove these, or raise that limit:\n{_names(self.found.values())}"
+                f"{len(self.found)} of {self.images} images can't be read, data.max_unreadable={self.limit:g} allows fewer. "
+                "Raise it, and the run goes on without them; or mend or remove them, and begin a new run:\n"
+                f"{_names(self.found.values())}"
             )
         return fresh
 

@@ -25,7 +25,8 @@ from fgvc.naming import relabelled
 from fgvc.recipe import load_recipe
 from fgvc.serve.engine import Session
 from fgvc.template import recipe_file
-from fgvc.train.session import read_index
+from fgvc.train.images import learnt, read_index, recorded_images
+from fgvc.train.run import is_run, read_run
 from fgvc.types import FgvcError, ImageIndex, Split
 
 FLIP = (  # columns of a table of flips
@@ -51,7 +52,7 @@ class Side:
     def answers(self, index: ImageIndex, rows: NDArray[np.int64], *, workers: int) -> Answers:
         """Its logits for these images, seen through its own preprocessing."""
         if self.subject is not None:
-            return replace(self.subject, index=index).answers(rows)
+            return self.subject.answers(rows, index=index)
         assert self.session is not None
         assert self.preprocess is not None
         return onnx_answers(self.session, index, rows, spec=self.preprocess, workers=workers)
@@ -124,10 +125,12 @@ def open_sides(
     labels: Path | Sequence[Path] | None = None,
     preprocess: Path | Sequence[Path] | None = None,
     certain: bool = False,
+    root: Path | None = None,
 ) -> tuple[Side, Side]:
     """Open both. `labels` and `preprocess` are for .onnx files that have no labels.json or preprocess.json beside them: one file
     is for whichever has none, two are A's and B's. Without a preprocessing such a file is assumed to see images as the other
-    side does, at its own size; unless it is to be `certain`.
+    side does, at its own size; unless it is to be `certain`. `root`: where the set of the first run lies now, and that of the
+    second if it is the same.
 
     Raises FgvcError where one can't be opened, something would have to be assumed that is to be certain, or their classes are
     not the same.
@@ -146,7 +149,8 @@ def open_sides(
                 f"{path}: nobody says how this model is fed and read, and what is only assumed is nothing to judge a release by: "
                 f"give {options}, as a bundle's {' and '.join(f'{name}.json' for name in unknown)}"
             )
-    first, second = (_open(path, **stated) for path, stated in zip((a, b), given, strict=True))
+    roots = _roots((a, b), root)
+    first, second = (_open(path, place, **stated) for path, place, stated in zip((a, b), roots, given, strict=True))
     for one, other in ((first, second), (second, first)):
         if missing := sorted(set(one.classes) - set(other.classes)):
             raise FgvcError(
@@ -182,8 +186,8 @@ def images_of(
 
 
 def _images_of(data: str | None, sides: Sequence[Side], split: Split | None) -> Images:
-    """The images to ask about: of a folder of class folders (all of it, or a part where it has parts), of a recipe, or by
-    default of the first side that is a run. `split` as for evaluation: by default val where there is one, else test.
+    """The images to ask about: of a folder of class folders (all of it, or a part where it has parts), of a recipe or a run, or
+    by default of the first side that is a run. `split` as for evaluation: by default val where there is one, else test.
 
     Raises FgvcError where there are none, or of classes that the sides do not know.
     """
@@ -193,16 +197,22 @@ def _images_of(data: str | None, sides: Sequence[Side], split: Split | None) -> 
             raise FgvcError("which images? Neither side is a run: give --data, a folder of class folders or a recipe")
         part, rows = run.part(split)
         return Images(index=run.index, rows=rows, part=part, workers=run.recipe.train.workers)
-    workers = 0
-    if Path(data).is_dir():
-        index = FolderData(root=Path(data), val_fraction=0, test_fraction=0).read()
+    workers, source = 0, Path(data)
+    if is_run(source):
+        recipe = read_run(source)
+        own = recorded_images(source, recipe)
+        index, workers, rows_of = own.index, recipe.train.workers, own.rows
+    elif source.is_dir():
+        index = FolderData(root=source, val_fraction=0, test_fraction=0).read()
+        rows_of = index.rows
         if split is None and len(index.rows("train")) == len(index):
             return _known(Images(index=index, rows=np.arange(len(index)), part="all"), sides[0])
     else:
         recipe = load_recipe(recipe_file(data))
         index, workers = read_index(recipe), recipe.train.workers
+        rows_of = index.rows
     chosen: Split = split or ("val" if len(index.rows("val")) else "test")
-    if not len(rows := index.rows(chosen)):
+    if not len(rows := rows_of(chosen)):
         raise FgvcError(f"{data}: has no {chosen} part")
     return _known(Images(index=index, rows=rows, part=chosen, workers=workers), sides[0])
 
@@ -255,7 +265,16 @@ def _differences(a: Side, b: Side) -> tuple[str, ...]:
     return (*differences(a.preprocess, b.preprocess), *relabelled(a.classes, b.classes))
 
 
-def _open(path: Path, *, labels: Path | None = None, preprocess: Path | None = None) -> Side:
+def _roots(paths: Sequence[Path], root: Path | None) -> list[Path | None]:
+    """For each side, where its set has moved to."""
+    own = [read_run(path).data.root.expanduser().resolve() if is_run(path) else None for path in paths]
+    first = next((place for place in own if place is not None), None)
+    if root is not None and first is None:
+        raise FgvcError(f"--root {root}: names where the set of a run lies now, and neither side is a run; give --data")
+    return [root if place == first else None for place in own]
+
+
+def _open(path: Path, root: Path | None, *, labels: Path | None = None, preprocess: Path | None = None) -> Side:
     if not path.exists():
         raise FgvcError(f"{path}: no such run, bundle or .onnx file")
     if path.is_file():
@@ -268,8 +287,8 @@ def _open(path: Path, *, labels: Path | None = None, preprocess: Path | None = N
         return Side(
             path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=Session(path)
         )  # fmt: skip
-    if (path / "config.yaml").is_file():
-        run = subject(path)
+    if is_run(path):
+        run = subject(path, root=root)
         side = Side(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, subject=run)
         return _calibrated(side, calibration(run).calibration)
     bundle = load_bundle(path)
@@ -334,8 +353,5 @@ def _learnt(side: Side, images: Images) -> str:
     """A warning where a run was trained on some of these images."""
     if side.subject is None:
         return ""
-    own = side.subject.index
-    places = own.root.resolve(), images.index.root.resolve()
-    trained = {str(places[0] / str(name)) for name in own.paths[own.rows("train")]}
-    count = sum(str(places[1] / str(name)) in trained for name in images.index.paths[images.rows])
+    count = learnt(side.subject.index, images.index, images.rows)
     return f"{side.path} was trained on {count} of these {len(images.rows)} images, which favours it" if count else ""

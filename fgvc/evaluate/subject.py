@@ -1,4 +1,4 @@
-"""A run opened to be looked at: its recipe, the weights that one of its selections names, and its data as they are now."""
+"""A run opened to be looked at: its recipe, the weights that one of its selections names, and the images that it recorded."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe, Selected
 from fgvc.serve.engine import Session
+from fgvc.train.images import RunImages, recorded_images
 from fgvc.train.run import read_run, recorded_classes, recorded_preprocess, selected_weights
 from fgvc.train.runtime import runtime
-from fgvc.train.session import build_net, read_index
+from fgvc.train.session import build_net
 from fgvc.train.step import StepModule
 from fgvc.types import FgvcError, ImageIndex, Split
 
@@ -65,20 +66,35 @@ class LoadedRun:
 class Subject(LoadedRun):
     """A run beside its data."""
 
-    index: ImageIndex
+    images: RunImages
+
+    @property
+    def index(self) -> ImageIndex:
+        return self.images.index
+
+    def rows(self, split: Split) -> NDArray[np.int64]:
+        """Of one part, maybe none. Raises FgvcError where a file of it is gone, or not the one that the run began with."""
+        return self.images.rows(split)
 
     def part(self, split: Split | None = None) -> tuple[Split, NDArray[np.int64]]:
-        """A part and its rows; by default validation, or test where there is none. Raises FgvcError where it is empty."""
+        """A part and its rows; by default validation, or test where there is none. Raises FgvcError where it is empty, or as
+        `rows` does."""
         chosen: Split = split or ("val" if len(self.index.rows("val")) else "test")
-        if not len(rows := self.index.rows(chosen)):
+        if not len(rows := self.rows(chosen)):
             raise FgvcError(f"{self.run}: its data has no {chosen} part")
         return chosen, rows
 
-    def answers(self, rows: NDArray[np.int64], *, device: str | None = None) -> Answers:
-        """The net's logits for images seen as in serving, in fp32. Unreadable ones are left out."""
+    def answers(
+        self, rows: NDArray[np.int64], *, index: ImageIndex | None = None, device: str | None = None
+    ) -> Answers:
+        """The net's logits for images seen as in serving, in fp32. Unreadable ones are left out. `index`: of other images."""
         seen, labels, logits, bad = [], [], [], []
         loader = evaluation_loader(
-            self.index, rows, spec=self.preprocess, batch_size=64, workers=self.recipe.train.workers
+            self.index if index is None else index,
+            rows,
+            spec=self.preprocess,
+            batch_size=64,
+            workers=self.recipe.train.workers,
         )
         with self.placed(device) as (where, layout), torch.inference_mode():
             for batch in loader:
@@ -103,18 +119,18 @@ def onnx_answers(
     return Answers(np.concatenate(seen), np.concatenate(labels), np.concatenate(logits), tuple(bad))
 
 
-def subject(run: Path, select: Selected | None = None, *, branches: bool = False) -> Subject:
-    """Open a run and its data; see `load_run`. Raises FgvcError, too, where the data's classes are no longer those that were
-    trained."""
-    return beside_data(load_run(run, select, branches=branches))
+def subject(run: Path, select: Selected | None = None, *, branches: bool = False, root: Path | None = None) -> Subject:
+    """Open a run and the images that it recorded; see `load_run`. `root`: where its set lies now. Raises FgvcError, too, where
+    the data's classes are no longer those that were trained."""
+    return beside_data(load_run(run, select, branches=branches), root)
 
 
-def beside_data(found: LoadedRun) -> Subject:
-    """An opened run, and its data; see `subject`."""
-    index = read_index(found.recipe)
-    if index.classes != found.classes:
-        raise FgvcError(f"{found.run}: the classes in {found.recipe.data.root} are not those that the run was trained on")
-    return Subject(**{field.name: getattr(found, field.name) for field in fields(found)}, index=index)
+def beside_data(found: LoadedRun, root: Path | None = None) -> Subject:
+    """An opened run, and its images; see `subject`."""
+    images = recorded_images(found.run, found.recipe, root)
+    if images.index.classes != found.classes:
+        raise FgvcError(f"{found.run}: the classes in {images.index.root} are not those that the run was trained on")
+    return Subject(**{field.name: getattr(found, field.name) for field in fields(found)}, images=images)
 
 
 def load_run(run: Path, select: Selected | None = None, *, branches: bool = False) -> LoadedRun:

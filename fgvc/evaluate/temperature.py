@@ -59,8 +59,8 @@ def recorded(run: LoadedRun) -> Calibration | None:
 
 
 def fitting_rows(seen: Subject) -> NDArray[np.int64]:
-    """The images that a run's temperature is fitted on."""
-    return spread(seen.index.rows(PART), len(seen.classes))
+    """The images that a run's temperature is fitted on. Raises FgvcError where they are not what they were."""
+    return spread(seen.rows(PART), len(seen.classes))
 
 
 def calibration(
@@ -74,12 +74,11 @@ def calibration(
     found = recorded(seen)
     if found is not None and keep in (None, found.keep):
         return Known(found)
-    rows = fitting_rows(seen)
-    if not len(rows):
+    if not len(seen.index.rows(PART)):
         return Known(None, "the data have no validation part, and a temperature is fitted on nothing else")
     if given is None:
         try:
-            answers = seen.answers(rows, device=device)
+            answers = seen.answers(fitting_rows(seen), device=device)
         except FgvcError as error:
             if found is not None:  # the temperature is known, and the new threshold can't be
                 raise

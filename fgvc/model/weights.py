@@ -41,10 +41,13 @@ class Weights:
     doubts: tuple[str, ...] = ()  # said loudly at the start of a run
 
 
-def load_weights(net: nn.Module, model: Model, *, stated: Collection[str] = ()) -> Weights:
+def load_weights(
+    net: nn.Module, model: Model, *, stated: Collection[str] = (), plain: Mapping[str, Tensor] | None = None
+) -> Weights:
     """Load `model.weights` into a plain net, in place; a head of another size stays as initialised.
 
     `stated`: which of mean and std are told elsewhere, so that nothing has to be assumed where a file does not tell them.
+    `plain`: what the file comes to without the re-parameterised blocks of its run.
     Raises FgvcError: no such file, not a safe file, not this architecture, values that are not finite, or no hub within reach.
     """
     config = pretrained_cfg(net)
@@ -63,10 +66,12 @@ def load_weights(net: nn.Module, model: Model, *, stated: Collection[str] = ()) 
         expects |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
     else:
         path = Path(model.weights).expanduser()
-        state, origin = _from_file(path), str(path)
+        state, origin = _from_file(path) if plain is None else dict(plain), str(path)
         sidecar = path.with_name(path.name + ".json")
         if sidecar.is_file():
             expects |= _sidecar(sidecar)
+        elif (run := run_of(path)) is not None:
+            expects |= _recorded(run / "preprocess.json")
         elif assumed := [key for key in ("mean", "std") if key not in stated]:
             doubt = (
                 f"{path.name} says nothing of its {' and '.join(assumed)}: timm's for {model.backbone} are assumed, "
@@ -112,6 +117,27 @@ def preprocess_for(deploy: Deploy, size: tuple[int, int], weights: Weights) -> P
             "fill": deploy.fill,
         }
     )
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run in whose checkpoint a file lies."""
+    run = path.parent.parent.parent
+    return run if path.parent.parent.name == "ckpt" and (run / "preprocess.json").is_file() else None
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """What a run says of its weights: mean and std in RGB and shares of white, as a sidecar."""
+    try:
+        spec = Preprocess.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FgvcError(f"{path}: can't be read, and says what the run's weights expect: {error}") from error
+
+    def shares(values: Triple) -> Triple:
+        a, b, c = (value / spec.input_range for value in (values[::-1] if spec.channel_order == "bgr" else values))
+        return (a, b, c)
+
+    known = {"mean": shares(spec.mean), "std": shares(spec.std), "interpolation": spec.interpolation}
+    return known | ({"crop_fraction": spec.crop_fraction} if spec.resize == "crop" else {})
 
 
 def _from_file(path: Path) -> dict[str, Tensor]:

@@ -40,7 +40,9 @@ class Checkpoint(Section):
 
     every_steps: int | None = Field(None, ge=1, description="beside the end of every epoch; counted in optimizer steps")
     keep: int = Field(
-        1, ge=0, description="older checkpoints that stay beside the last and the best, to go on from if those are damaged"
+        1,
+        ge=0,
+        description="older checkpoints that stay beside the last and the best, to go on from if those are damaged",
     )
 
 
@@ -187,7 +189,9 @@ def _newest(folder: Path, name: Name, read: Callable[[Path, _Kept], T], say: Say
             said = "; ".join(f"{of} is damaged ({why})" for of, why in failed.items())
             say(f"WARNING: {folder}: {said}. Using {path.name}, the newest checkpoint that is whole")
         elif path != link.resolve():
-            say(f"WARNING: {link}: missing, or it leads nowhere. Using {path.name}, the newest checkpoint that is whole")
+            say(
+                f"WARNING: {link}: missing, or it leads nowhere. Using {path.name}, the newest checkpoint that is whole"
+            )
         if kept.files is None and path not in _unsealed:
             _unsealed.add(path)
             say(f"{path}: written by an older fgvc, without digests; damage to it would not be noticed")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fgvc.data.loader import TrainBatch, evaluation_loader
+from fgvc.data.record import Record
 from fgvc.data.source import some
 from fgvc.data.stored import glance
 from fgvc.disk import write_atomic
@@ -29,8 +30,19 @@ from fgvc.train import checkpoint
 from fgvc.train.batch import to_batch
 from fgvc.train.between import epoch_start
 from fgvc.train.events import Events
+from fgvc.train.images import continued
 from fgvc.train.optim import learning_rate
-from fgvc.train.run import Going, continue_run, ended, opened, recorded_preprocess, refuse_changed, start_run
+from fgvc.train.run import (
+    Going,
+    begin_anew,
+    continue_run,
+    ended,
+    ending,
+    opened,
+    recorded_preprocess,
+    refuse_changed,
+    start_run,
+)  # fmt: skip
 from fgvc.train.runtime import rng_state, runtime, set_rng_state
 from fgvc.train.sam import perturbed
 from fgvc.train.session import Session, open_session, spread
@@ -41,19 +53,20 @@ from fgvc.types import Batch, Draws, FgvcError, NoNumbersError, View
 UNSCORED = 64  # training images that a net without a validation part is asked about
 
 
-def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = False) -> Path:
+def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = False, recorded: bool = False) -> Path:
     """Train to the end of the schedule, or to `train.max_steps`; returns `out`.
 
     Goes on from `out`'s last checkpoint if that run is unfinished: killed at any moment and started again, it ends (on CPU)
-    with the same bits as an uninterrupted one. A run that is finished by these settings stays as it is. Raises FgvcError for
-    what the user can mend, KeyboardInterrupt after saving.
+    with the same bits as an uninterrupted one, and with the images that it recorded when it began: it refuses a set that has
+    changed since. `recorded`: whatever has come to the set, as long as all of their files are there. A run that is finished by
+    these settings stays as it is. Raises FgvcError for what the user can mend, KeyboardInterrupt after saving.
     """
     with runtime(recipe.train) as process, ExitStack() as stack:
         events = Events(out, recipe.log, active=process.main)
         going: list[Going] = ["new"]
 
         def claim() -> None:  # for all ranks, as long as the first one lives
-            run = opened(out, recipe, resume=resume, overwrite=overwrite, say=events.say)
+            run = opened(out, recipe, resume=resume, overwrite=overwrite, recorded=recorded, say=events.say)
             going[0] = stack.enter_context(run)
 
         process.first(claim)
@@ -61,22 +74,26 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
         if going[0] == "new":
             refuse_opset(recipe.export.exporter, recipe.export.opset)  # hours before it is exported
         if going[0] == "finished":
-            _say_finished(out, events)
+            _say_finished(recipe, out, events)
             return out
-        preprocess = recorded_preprocess(out) if going[0] == "on" else None
-        built = open_session(recipe, process, preprocess=preprocess, notify=events.say, out=out)
-        with _memory_advice(recipe), built as session:
+        index, preprocess = None, None
+        if going[0] == "on":
+            index, preprocess = continued(out, recipe, recorded=recorded), recorded_preprocess(out)
+        built = open_session(recipe, process, index=index, preprocess=preprocess, notify=events.say, out=out)
+        with _memory_advice(recipe, out), built as session:
             _enter(session, out, events, goes_on=going[0] == "on")
             _introduce(session, events)
             _run(session, out, events)
     return out
 
 
-def _say_finished(out: Path, events: Events) -> None:
+def _say_finished(recipe: Recipe, out: Path, events: Events) -> None:
     """The same command on a run that is at its end, with what it lacks if it was killed after its last checkpoint."""
+    progress = checkpoint.read_progress(out / "ckpt", say=events.say)
     if events.active and not ended(out):
-        _end(out, events, checkpoint.read_progress(out / "ckpt", say=events.say))
-    events.say(f"{out}: this run is finished. To go on raise train.epochs; to lose it give --overwrite")
+        _end(out, events, progress)
+    how = f"To go on raise {ending(recipe, progress.step)}; to lose it give --overwrite"
+    events.say(f"{out}: this run is finished. {how}")
 
 
 def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> None:
@@ -87,7 +104,7 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
         "preprocess.json": session.preprocess.model_dump(mode="json"),
     }
     if not goes_on:
-        process.first(lambda: start_run(out, session.recipe, facts))
+        process.first(lambda: start_run(out, session.recipe, facts, Record.of(session.index)))
         if session.recipe.model.head == "probe":
             _fit_head(session, out, events)
         return
@@ -96,8 +113,9 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
     if done > session.total_steps or (done == session.total_steps and (finished or not state.progress.sums)):
         raise FgvcError(
             f"{out}: this run has made {done} steps, and the settings now end at {session.total_steps}: nothing is left to "
-            "do. Raise train.epochs or train.max_steps, or choose another --out"
+            f"do. Raise {ending(session.recipe, done)}, or choose another --out"
         )
+    _refuse_other_processes(state, session, out)
     was, state.progress.best = state.progress.best, checkpoint.best_score(out / "ckpt")
     if was is not None and state.progress.best is None:
         events.say(f"WARNING: {out}/ckpt/best: gone or damaged; the best of the epochs to come takes its place")
@@ -110,9 +128,20 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
     process.first(lambda: checkpoint.mend(out / "ckpt"))
     if finished:  # an extended run is unfinished from now on, whatever happens next
         _save(session, out)
-    process.first(lambda: continue_run(out, session.recipe))
+    process.first(lambda: continue_run(out, session.recipe, session.index))
     events.write("resume", step=session.progress.step)
     events.say(f"going on at step {session.progress.step} of {session.total_steps}")
+
+
+def _refuse_other_processes(state: checkpoint.State, session: Session, out: Path) -> None:
+    """Each process has random numbers of its own, and a share of each batch whose statistics its norms take."""
+    then, now = len(state.rest["rng"]), session.runtime.world
+    if then != now:
+        how = f"by torchrun --nproc-per-node={then} -m fgvc train ..." if then > 1 else "without torchrun"
+        raise FgvcError(
+            f"{out}: this run was trained by {then} process(es) and would go on by {now}: start it {how} (train.device=cpu where "
+            f"there are fewer GPUs). {begin_anew(out)}"
+        )
 
 
 def _fit_head(session: Session, out: Path, events: Events) -> None:
@@ -366,19 +395,19 @@ def _interruptible() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _memory_advice(recipe: Recipe) -> Iterator[None]:
+def _memory_advice(recipe: Recipe, out: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise FgvcError(
-                "a loading process was killed, most likely for want of memory; the last checkpoint is intact. "
-                f"Lower train.workers (now {recipe.train.workers}) or train.batch_size"
+                "a loading process was killed, most likely for want of memory. Lower train.workers "
+                f"(now {recipe.train.workers}): with the same command the run goes on"
             ) from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise FgvcError(
-            f"out of memory with train.batch_size={recipe.train.batch_size} at {recipe.image.size} px; "
-            "the last checkpoint is intact. "
-            f"Raise train.accumulate (now {recipe.train.accumulate}; the same steps in smaller parts), or lower image.size"
+            f"out of memory with train.batch_size={recipe.train.batch_size} at {recipe.image.size} px. "
+            f"Raise train.accumulate (now {recipe.train.accumulate}; the same steps in smaller parts), or lower image.size. "
+            f"{begin_anew(out)}"
         ) from error

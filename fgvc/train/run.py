@@ -1,4 +1,4 @@
-"""The folder of a run: `config.yaml env.json events.jsonl metrics.csv ckpt/ plots/ .lock`, and who may write to it."""
+"""The folder of a run: `config.yaml index.npz env.json events.jsonl metrics.csv ckpt/ plots/ .lock`, and who may write to it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fgvc import __version__
 from fgvc.config import Preprocess, differences, dump, load, validate
+from fgvc.data.record import NAME, Record
 from fgvc.data.source import some
 from fgvc.disk import (
     alone,
@@ -36,10 +37,15 @@ from fgvc.finite import not_finite
 from fgvc.naming import refuse_breaking
 from fgvc.recipe import Recipe, Selected
 from fgvc.train import checkpoint
+from fgvc.train.images import continued
 from fgvc.train.measured import clear, forget
-from fgvc.types import FgvcError
+from fgvc.types import FgvcError, ImageIndex
 
-MAY_CHANGE = ("train.epochs", "train.max_steps", "log.", "data.max_megapixels")  # when a run goes on
+MAY_CHANGE = (  # when a run goes on; where its images lie, as long as they are the same
+    "train.epochs", "train.max_steps", "train.workers", "train.device", "log.", "checkpoint.", "export.", "cache", "cache_dir",
+    "techniques.distill.cache", "data.root", "data.file", "data.download", "data.max_unreadable", "data.max_megapixels",
+    "deploy.labels",
+)  # fmt: skip
 LOCK = ".lock"  # of the process that trains
 PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "onnx", "onnxruntime", "onnxscript")
 
@@ -75,13 +81,19 @@ def held(out: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(
-    out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, say: checkpoint.Say | None = None
+    out: Path,
+    recipe: Recipe,
+    *,
+    resume: str = "auto",
+    overwrite: bool = False,
+    recorded: bool = False,
+    say: checkpoint.Say | None = None,
 ) -> Iterator[Going]:
     """`held`, and `open_run`; with the path of another run for `resume`, after a copy of that one was made."""
     if other := resume not in ("auto", "never"):
         if overwrite:
             raise FgvcError("--overwrite loses a run, --resume PATH goes on with one: give one of the two")
-        adopt(Path(resume), out, recipe)
+        adopt(Path(resume), out, recipe, recorded=recorded)
     with held(out):
         yield open_run(out, recipe, resume="auto" if other else resume, overwrite=overwrite, say=say)
 
@@ -121,9 +133,8 @@ def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = Non
     if refused:
         rows = "\n".join(f"  {key}: {a!r} in the run, {b!r} now" for key, (a, b) in refused.items())
         raise FgvcError(
-            f"{out}: this run was started with other settings:\n{rows}\n"
-            "Only train.epochs, train.max_steps and log may change; "
-            "choose another --out, or give --overwrite to lose the old run"
+            f"{out}: this run was started with other settings:\n{rows}\n{begin_anew(out)}, or give --overwrite to lose this "
+            f"run.\nWhat may change: {', '.join(key.rstrip('.') for key in MAY_CHANGE)}"
         )
     progress = checkpoint.read_progress(out / "ckpt", say=say)
     was, now = ((one.train.epochs, one.train.max_steps or 10**12) for one in (old, recipe))
@@ -131,13 +142,27 @@ def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = Non
         return "finished"
     if progress.finished and now[0] <= was[0] and now[1] <= was[1]:
         raise FgvcError(
-            f"{out}: this run is finished; give --overwrite to lose it, raise train.epochs to go on, "
-            "or choose another --out"
+            f"{out}: this run is finished; raise {ending(recipe, progress.step)} to go on, give --overwrite to lose it, or "
+            "choose another --out"
         )
     return "on"
 
 
-def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+def ending(recipe: Recipe, step: int) -> str:
+    """The setting that ends a run at this step."""
+    steps = recipe.train.max_steps
+    return "train.max_steps" if steps is not None and steps <= step else "train.epochs"
+
+
+def begin_anew(out: Path) -> str:
+    """How to train with other settings, those of MAY_CHANGE apart, what a run has learnt so far. A sentence without its dot."""
+    weights = out / "ckpt" / "last" / "net.safetensors"
+    if not weights.is_file():
+        return f"Nothing of {out} is saved yet: it starts anew with other settings"
+    return f"To go on from its weights with other settings, begin a new run: another --out and model.weights={weights}"
+
+
+def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any], images: Record) -> None:
     """Begin a new run in `out`: what an earlier run wrote there is removed, all else stays. Killed at any moment, `out` is one
     that `open_run` lets begin anew.
 
@@ -150,7 +175,7 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
             rename(out / "ckpt", gone)
         write_atomic(out / "config.yaml", dump(recipe))  # the mark of a run
         clear(out)
-        for name in (gone.name, "masks", "plots", "events.jsonl", "metrics.csv"):
+        for name in (gone.name, NAME, "masks", "plots", "events.jsonl", "metrics.csv"):
             remove(out / name)
         forget(out)
         for folder in ("ckpt", "plots"):
@@ -158,6 +183,7 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
         write_atomic(out / "env.json", as_json(environment() | {"command": sys.argv[1:]}))
         for name, value in facts.items():
             write_atomic(out / name, as_json(value))
+        write_atomic(out / NAME, images.dump())
 
 
 def recorded_preprocess(out: Path) -> Preprocess:
@@ -191,9 +217,11 @@ def refuse_changed(out: Path, facts: Mapping[str, Any]) -> None:
             )
 
 
-def continue_run(out: Path, recipe: Recipe) -> None:
-    """Go on with a run, from now on with these settings."""
+def continue_run(out: Path, recipe: Recipe, index: ImageIndex) -> None:
+    """Go on with a run, from now on with these settings. One of an earlier fgvc has its images recorded now."""
     forget(out)
+    if not (out / NAME).is_file():
+        write_atomic(out / NAME, Record.of(index).dump())
     write_atomic(out / "config.yaml", dump(recipe))
 
 
@@ -201,6 +229,10 @@ def ended(out: Path) -> bool:
     """Whether the run's last word is that it is finished; one that was killed after its last checkpoint has not said it."""
     lines = _history(out).decode(errors="replace").splitlines()
     return bool(lines) and '"event": "finished"' in lines[-1]
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
 
 
 def read_run(out: Path) -> Recipe:
@@ -266,9 +298,10 @@ def installed(package: str) -> str | None:
         return None
 
 
-def adopt(source: Path, out: Path, recipe: Recipe) -> None:
+def adopt(source: Path, out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
     """Copy another run, in full or not at all, so that it stays as it is; the same command once more leaves the copy as it is.
-    Raises FgvcError where it can't go on with this recipe, or can't be copied there."""
+    `recorded`: see `fgvc.train.images.continued`. Raises FgvcError where it can't go on with this recipe, or can't be copied
+    there."""
     source = source.parent.parent if source.parent.name == "ckpt" else source
     read_run(source)
     if source.resolve() == out.resolve():
@@ -283,7 +316,9 @@ def adopt(source: Path, out: Path, recipe: Recipe) -> None:
             return  # the same command once more
         raise FgvcError(f"{out}: not empty; --resume PATH copies the run into a new --out")
     if _check_continues(source, recipe) == "finished":
-        raise FgvcError(f"{source}: this run is finished; raise train.epochs to go on with it")
+        end = ending(recipe, checkpoint.read_progress(source / "ckpt").step)
+        raise FgvcError(f"{source}: this run is finished; raise {end} to go on with it")
+    continued(source, recipe, recorded=recorded)  # or a copy would be there that can't go on
     scratch = out.with_name(f".{out.name}.copy")
     try:
         make_folder(out.parent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,62 +12,46 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from fgvc.config import Preprocess
 from fgvc.data.cache import DecodeCache
-from fgvc.data.labels import first, reordered
 from fgvc.data.loader import TrainLoader, evaluation_loader, train_loader
 from fgvc.data.stored import refuse_shares
 from fgvc.image.augment import Augmenter
 from fgvc.loss import make_criterion
 from fgvc.model.backbone import Model, freeze, head_prefixes, memory_format, plain_model, refuse_size
+from fgvc.model.graft import Block, folded_state
 from fgvc.model.norm import reestimate_norms, running_norms, zero_gamma
 from fgvc.model.probe import zero_head
-from fgvc.model.weights import Weights, load_weights, preprocess_for, told, unlikely
-from fgvc.naming import sorting
+from fgvc.model.weights import Weights, load_weights, preprocess_for, run_of, told, unlikely
 from fgvc.recipe import Recipe
 from fgvc.techniques import build
 from fgvc.train.batch import Normalise
 from fgvc.train.checkpoint import Progress, State
+from fgvc.train.images import fingerprint, learnt_of_aside, read_index
 from fgvc.train.optim import Optim, make_ema, make_optimizer, make_schedule, make_swa
+from fgvc.train.run import read_run, recorded_classes
 from fgvc.train.runtime import Runtime, rng_state, set_rng_state
 from fgvc.train.step import StepModule
 from fgvc.train.teachers import Opener
 from fgvc.train.watch import Watch
-from fgvc.types import FgvcError, ImageIndex
+from fgvc.types import SPLITS, FgvcError, ImageIndex
 
 Notify = Callable[[str], None]
 
 
-def fingerprint(index: ImageIndex) -> str:
-    """SHA-256 of the images' names in their order: what is kept by row holds for this list only."""
-    return hashlib.sha256("\n".join(index.paths.tolist()).encode()).hexdigest()
-
-
-def read_index(recipe: Recipe) -> ImageIndex:
-    """The labelled images of a recipe, in the deployed stack's label order. Raises FgvcError where there is nothing to learn."""
-    index = recipe.data.read()
-    if recipe.deploy.labels is not None:
-        index = reordered(index, recipe.deploy.labels)
-    elif recipe.data.classes is None and (remark := sorting(index.classes)):
-        said = f"{index.recognised}; {remark}; deploy.labels states the deployed stack's order"
-        index = replace(index, recognised=said)
-    if recipe.data.first_classes is not None:
-        index = first(index, recipe.data.first_classes)
-    if len(index.classes) < 2:
-        raise FgvcError(f"data.root: {recipe.data.root}: {len(index.classes)} class found; a classifier needs two")
-    return index
-
-
-def training_index(recipe: Recipe) -> ImageIndex:
-    """What `read_index` gives, for training. Raises FgvcError also where a technique asks what these data do not have."""
-    index = read_index(recipe)
+def training_index(recipe: Recipe, index: ImageIndex | None = None) -> ImageIndex:
+    """What `read_index` gives, or `index` of a run that goes on, for training. Raises FgvcError where a technique asks what these
+    data do not have."""
+    index = read_index(recipe) if index is None else index
     for kind, config in recipe.techniques:
         if index.boxes is None and getattr(config, "needs_boxes", False):
             raise FgvcError(
@@ -117,7 +100,7 @@ def build_net(
     size = recipe.image.size
     net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs)
     model = recipe.model if pretrained else recipe.model.model_copy(update={"weights": "none"})
-    weights = load_weights(net, model, stated=told(recipe.deploy))
+    weights = load_weights(net, model, stated=told(recipe.deploy), plain=_folded(Path(model.weights).expanduser()))
     if pretrained:
         zero_gamma(net, model)
         if model.head == "zero":
@@ -149,6 +132,30 @@ def _kept_as_they_are(net: nn.Module, model: Model) -> list[nn.Module]:
     return [*(freeze(net, model.freeze) if model.freeze else []), *norms]
 
 
+def _folded(path: Path) -> dict[str, Tensor] | None:
+    """The plain net's weights in a checkpoint of a run whose blocks were re-parameterised; None: of any other file."""
+    if (run := run_of(path)) is None or not path.is_file():
+        return None
+    step = build_net(read_run(run), len(recorded_classes(run)), pretrained=False).step
+    if not any(isinstance(module, Block) for module in step.net.modules()):
+        return None
+    try:
+        step.net.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError) as error:
+        raise FgvcError(f"model.weights: {path}: does not fit the recipe of its run: {error}") from error
+    state = folded_state(step.net.eval())
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def _learnt_before(recipe: Recipe, index: ImageIndex) -> list[str]:
+    """A doubt where the first weights are of a run that was trained on what is to be validated or tested on."""
+    run = run_of(Path(recipe.model.weights).expanduser())
+    count = 0 if run is None else learnt_of_aside(run, index)
+    aside = int((index.splits != SPLITS.index("train")).sum())
+    known = f"{run}, whose weights this run begins with, was trained on {count} of the {aside} images that this run validates or"
+    return [f"{known} tests on: its scores will be too good"] if count else []
+
+
 def opener_of(
     recipe: Recipe,
     index: ImageIndex,
@@ -160,6 +167,7 @@ def opener_of(
     """What opens the teachers of a run. `preprocess`: that of a run which goes on; `out`: its folder."""
     return Opener(
         classes=index.classes,
+        index=index,
         device=device,
         averaged=recipe.ema is not None,
         rebuild=lambda other, classes: build_net(other, classes, pretrained=False).step.net,
@@ -268,10 +276,11 @@ class Session:
     def restore(self, state: State) -> None:
         """Continue exactly where `state` was captured. Raises FgvcError where it is of another set-up."""
         by_image = [kind for kind, one in self.step.techniques.items() if getattr(one, "remembers_images", False)]
-        if by_image and state.rest.get("images") != fingerprint(self.index):
+        known = state.rest.get("images")
+        if known != fingerprint(self.index) and (known is not None or by_image):
             raise FgvcError(
-                f"the images are no longer those that the run began with, and techniques.{by_image[0]} remembers something "
-                "of each; restore the data, or train anew"
+                f"the images in {self.index.root} are not those that the checkpoint was trained on; restore the set as it "
+                "was, or choose another --out for a new run"
             )
         try:
             self.step.net.load_state_dict(state.net)
@@ -286,12 +295,7 @@ class Session:
                 hook(state.rest["techniques"][kind])
         except (KeyError, ValueError, RuntimeError) as error:
             raise FgvcError(f"the checkpoint does not fit this recipe: {error}") from error
-        states = state.rest["rng"]
-        if len(states) != self.runtime.world:
-            raise FgvcError(
-                f"the checkpoint is of {len(states)} processes, this run has {self.runtime.world}: use as many"
-            )
-        set_rng_state(states[self.runtime.rank], self.runtime.device)
+        set_rng_state(state.rest["rng"][self.runtime.rank], self.runtime.device)
         self.progress = state.progress
         self.progress.finished = False
 
@@ -301,6 +305,7 @@ def open_session(
     recipe: Recipe,
     runtime: Runtime,
     *,
+    index: ImageIndex | None = None,
     preprocess: Preprocess | None = None,
     notify: Notify | None = None,
     out: Path | None = None,
@@ -308,16 +313,21 @@ def open_session(
 ) -> Iterator[Session]:
     """Build a run, ready for its first step. The loader's workers end with the context.
 
-    `preprocess`: that of a run which goes on; `model.weights` is then not read, the checkpoint replaces it. `out`: the run's
-    folder; `teachers`: False to look at views alone, without what teachers say of them.
+    `index`, `preprocess`: those of a run which goes on; `model.weights` is then not read, the checkpoint replaces it. `out`: the
+    run's folder; `teachers`: False to look at views alone, without what teachers say of them.
     """
-    index = training_index(recipe)
+    index = training_index(recipe, index)
     if recipe.selected == "best" and not len(index.rows("val")):
         raise FgvcError("select: best needs a validation part: give data.val_fraction a value above 0")
     torch.manual_seed(recipe.train.seed)
     opener = opener_of(recipe, index, runtime.device, preprocess=preprocess, out=out) if teachers else None
     built = build_net(
         recipe, len(index.classes), pretrained=preprocess is None, counts=class_counts(index), opener=opener
+    )
+    weights = (
+        built.weights
+        if preprocess is not None
+        else replace(built.weights, doubts=(*built.weights.doubts, *_learnt_before(recipe, index)))
     )
     step, preprocess = built.step, preprocess or built.preprocess
     layout = memory_format(step.net)
@@ -336,7 +346,7 @@ def open_session(
         runtime=runtime,
         index=index,
         preprocess=preprocess,
-        weights=built.weights,
+        weights=weights,
         loader=loader,
         step=step,
         wrapped=runtime.wrap(step, branches=len(step.branches) > 0),

@@ -42,7 +42,9 @@ def fit_head(session: Session) -> HeadFit:
 
     def fit() -> None:
         vectors, labels, rows = _features(session)
-        probe = fit_probe(vectors, labels, classes=len(session.index.classes), groups=rows, seed=session.recipe.train.seed)
+        probe = fit_probe(
+            vectors, labels, classes=len(session.index.classes), groups=rows, seed=session.recipe.train.seed
+        )
         put_head(net, torch.from_numpy(probe.weight), torch.from_numpy(probe.bias))
         loss = None if np.isnan(probe.loss) else round(probe.loss, 4)
         fits.append(HeadFit(len(np.unique(rows)), 1 + VIEWS, probe.strength, loss))

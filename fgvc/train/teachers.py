@@ -34,8 +34,9 @@ from fgvc.model.weights import load_weights, unlikely
 from fgvc.recipe import Recipe
 from fgvc.serve.engine import Engine, available_cpus
 from fgvc.train.checkpoint import read_progress
+from fgvc.train.images import learnt_of_aside
 from fgvc.train.run import read_run, recorded_preprocess, selected_weights
-from fgvc.types import FgvcError
+from fgvc.types import FgvcError, ImageIndex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,7 @@ class Opener:
     rebuild: Callable[[Recipe, int], nn.Module]  # the net of another recipe, of so many classes, without its weights
     preprocess: Preprocess | None = None  # of a run that goes on
     out: Path | None = None  # the student's folder
+    index: ImageIndex | None = None  # the student's images
 
     def __call__(self, wanted: AnyTeacher, joints: Joints, student: Preprocess) -> Teacher:
         """`student`: the preprocessing that its weights ask for. Raises FgvcError for a teacher that is not there, does not
@@ -125,6 +127,8 @@ class Opener:
             )
         if not read_progress(wanted.path / "ckpt").finished:
             warnings.append("WARNING: its training is not finished")
+        if self.index is not None and (seen := learnt_of_aside(wanted.path, self.index)):
+            warnings.append(f"WARNING: it was trained on {seen} of the images that this run validates or tests on")
         # As it would ship: grafted blocks are folded, and cost nothing.
         net = strip(trained, backbone=recipe.model.backbone, num_classes=len(labels), kwargs=recipe.model.kwargs)
         return self._of_net(

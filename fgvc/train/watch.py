@@ -91,5 +91,7 @@ def newest_finite(folder: Path) -> str:
     """Which checkpoint of a run is the newest that is whole and holds finite values alone, in words."""
     for path, state in checkpoint.whole(folder):
         if not not_finite(held(state)):
-            return f"The newest checkpoint that is finite is {path}, of step {state.progress.step}"
+            weights = f"model.weights={path / 'net.safetensors'}"
+            newest = f"The newest checkpoint that is finite is {path}, of step {state.progress.step}"
+            return f"{newest}; a new run may begin from its weights, {weights}"
     return f"There is no checkpoint in {folder} that is finite"
