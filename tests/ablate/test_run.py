@@ -18,6 +18,7 @@ from fgvc.ablate.study import Plan, read_study
 from fgvc.ablate.table import lines, pack
 from fgvc.cli import main
 from fgvc.evaluate.subject import subject
+from fgvc.train import checkpoint
 from fgvc.types import FgvcError
 
 ARMS = {
@@ -256,9 +257,10 @@ def test_the_test_part_is_not_read_of_a_run_that_is_not_finished_here(tmp_path: 
     run.adopt(study, here, there / "runs.csv")
     with pytest.raises(FgvcError, match="no finished run is here, only its result; copy"):
         run.read_test(study, here)
-    shutil.copytree(there / "runs/plain-1e-s0", here / "runs/plain-1e-s0")
-    meta = here / "runs/plain-1e-s0/ckpt/last/meta.json"
-    meta.write_text(meta.read_text().replace('"finished": true', '"finished": false'))
+    shutil.copytree(there / "runs/plain-1e-s0", here / "runs/plain-1e-s0", symlinks=True)
+    state = checkpoint.load(here / "runs/plain-1e-s0/ckpt")
+    state.progress.finished = False
+    checkpoint.save(here / "runs/plain-1e-s0/ckpt", state)
     with pytest.raises(FgvcError, match="no finished run is here"):
         run.read_test(study, here)
     assert not (here / "test.json").exists()
