@@ -125,13 +125,13 @@ def test_headers_below_the_limit_are_taken_in_any_pieces() -> None:
     ],
 )
 def test_whoever_says_nothing_whole_is_let_go(parts: list[bytes]) -> None:
-    found = play(*parts, seconds=0.05, wait=True)
+    found = play(*parts, seconds=0.3, wait=True)
     assert found.said.count(b"HTTP/1.1") == any(part.endswith(b"\r\n\r\n") for part in parts)
 
 
 def test_after_an_early_answer_and_the_rest_of_its_body_a_connection_may_rest_for_as_long_as_others() -> None:
     early = [b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 6\r\n\r\n", b"abcdef"]
-    found = play(*early, GET, seconds=0.02, pause=0.1)
+    found = play(*early, GET, seconds=0.3, pause=0.5)
     assert (found.said.count(b"200 OK"), found.cut) == (2, False)
     play(*early, keep_alive=1, wait=True)  # not for ever
 
