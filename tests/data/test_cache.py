@@ -192,13 +192,14 @@ print(found.folder.name)
 def builder(root: Path, delay: float) -> subprocess.Popen[str]:
     """Another process that builds the same cache, waiting after each image."""
     helper = root.parent / "tests_cache_index.py"
-    helper.write_text(
-        "import numpy as np\nfrom numpy.dtypes import StringDType\nfrom fgvc.types import ImageIndex\n"
-        "def index(root):\n"
-        "    paths = np.array([f'{n}.png' for n in range(6)], dtype=StringDType())\n"
-        "    return ImageIndex(root=root, classes=('a', 'b'), paths=paths, labels=np.zeros(6, np.int32),"
-        " splits=np.zeros(6, np.int8))\n"
-    )
+    if not helper.exists():  # else another process may be reading it
+        helper.write_text(
+            "import numpy as np\nfrom numpy.dtypes import StringDType\nfrom fgvc.types import ImageIndex\n"
+            "def index(root):\n"
+            "    paths = np.array([f'{n}.png' for n in range(6)], dtype=StringDType())\n"
+            "    return ImageIndex(root=root, classes=('a', 'b'), paths=paths, labels=np.zeros(6, np.int32),"
+            " splits=np.zeros(6, np.int8))\n"
+        )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root.parent), *sys.path])}
     command = [sys.executable, "-c", BUILD, str(root), str(delay)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fgvc.data.cub import CubData
+from fgvc.data.stored import refuse_shares
 from fgvc.types import SPLITS, FgvcError
 
 TABLES = {
@@ -118,3 +119,18 @@ def test_real_cub_keeps_the_official_split():
     assert all(index.path(row).is_file() for row in range(0, len(index), 97))
     plain = CubData(root=root, val_fraction=0).read()
     assert [len(plain.rows(split)) for split in SPLITS] == [1500, 0, 1389]
+
+
+def test_an_image_that_is_listed_twice_is_said(root):
+    lines = TABLES["images.txt"].replace("002.Blue Tit/d.jpg", "001.Red Kite/b.jpg")
+    (root / "images.txt").write_text(lines, encoding="utf-8")
+    (said,) = CubData(root=root, val_fraction=0).read().warnings
+    assert "1 rows name an image again, with two labels: images/001.Red Kite/b.jpg (001.Red Kite and 002.Blue Tit)" in said
+
+
+def test_boxes_in_shares_are_refused_where_they_are_used(root):
+    (root / "bounding_boxes.txt").write_text("7 0.1 0.2 0.5 0.4\n9 0 0 1 1\n12 0.5 0.5 0.4 0.4\n20 0 0 0.9 0.9\n")
+    with pytest.raises(FgvcError, match="are they shares"):
+        refuse_shares(CubData(root=root, val_fraction=0).read())
+    (root / "bounding_boxes.txt").write_text(TABLES["bounding_boxes.txt"])
+    refuse_shares(CubData(root=root, val_fraction=0).read())

@@ -194,3 +194,25 @@ def test_a_hundred_thousand_files_stay_below_40_mb_and_a_start(tmp_path):
     count, megabytes = _measure("folder", tmp_path)
     assert count == 10**5
     assert megabytes < 60
+
+
+def test_parts_have_the_names_that_folders_may_have(tmp_path):
+    text = "path,label,split\na.jpg,oak,Training\nb.jpg,ash,TRAIN\nc.jpg,oak,dev\nd.jpg,ash,Test Set\n"
+    index = write(tmp_path, text).read()
+    assert [SPLITS[s] for s in index.splits] == ["train", "train", "val", "test"]
+    with pytest.raises(FgvcError, match=r"line 2 has no split \(train, val or test\): 'left'"):
+        write(tmp_path, "path,label,split\na.jpg,oak,left\n").read()
+
+
+def test_rows_that_name_one_file_are_said(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real", target_is_directory=True)
+    text = "path,label,split\nreal/a.jpg,oak,train\n./real//a.jpg,ash,train\nlink/b.jpg,ash,train\nreal/b.jpg,ash,test\n"
+    index = write(tmp_path, text, val_fraction=0).read()
+    assert index.warnings == (
+        "1 rows name an image again, with two labels: ./real//a.jpg (oak and ash); remove one of each",
+        "1 rows name an image again, with two parts: real/b.jpg (train and test); remove one of each",
+    )
+    index = write(tmp_path, "path,label\na.jpg,oak\na.jpg,oak\nb.jpg,ash\n", val_fraction=0, test_fraction=0).read()
+    assert index.warnings == ("1 rows name an image again: a.jpg; remove them, unless it is to count twice",)
+    assert write(tmp_path, "path,label\na.jpg,oak\nb.jpg,ash\n").read().warnings == ()
