@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -141,11 +142,12 @@ def identity(folder: Path, name: Name = "last") -> str | None:
 
 
 def best_score(folder: Path) -> float | None:
-    """By which `ckpt/best` was chosen; None where there is none, or it is damaged."""
+    """By which `ckpt/best` was chosen; None where there is none, it is damaged, or the score was no number."""
     try:
-        return _kept((folder / "best").resolve()).progress.best
+        score = _kept((folder / "best").resolve()).progress.best
     except BROKEN:
         return None
+    return score if score is not None and math.isfinite(score) else None  # nothing is better than a NaN
 
 
 def mend(folder: Path) -> None:
