@@ -159,12 +159,13 @@ def evaluate(
     device: str | None = None,
     views: Views | None = None,
     root: Path | None = None,
+    max_pixels: int | None = None,
 ) -> Evaluation:
     """Score a run's weights on `split` (default: val where there is one, else test), in fp32, on one process.
 
     The images are those that the run recorded when it began; `root`: the folder where its set lies now, where that has moved.
-    `device`: another than the run was trained on. `views`: average over flips or crops, or look again at what a technique
-    attends to; no bundle does, so it is recorded under a key of its own.
+    `device`: another than the run was trained on. `max_pixels`: of a picture, in place of the recipe's limit. `views`: average
+    over flips or crops, or look again at what a technique attends to; no bundle does, so it is recorded under a key of its own.
     Writes `metrics.json`, `tables/{classes,confused,reliability,risk-coverage}-<split>.csv` and
     `plots/{confusion,reliability,risk-coverage}-<split>.png` into the run (`-<split>-<select>` for other weights than the
     recipe's selection), calibration by up to 10,000 of the images and without `views` only: the temperature and threshold are
@@ -172,7 +173,7 @@ def evaluate(
     stderr says so. Raises FgvcError where the part is empty, or a file of it is gone or has another size than when the run began.
     """
     measured(run, "metrics.json")  # can be added to
-    seen = subject(run, select, branches=views == "refined", root=root)
+    seen = subject(run, select, branches=views == "refined", root=root, max_pixels=max_pixels)
     index, preprocess, chosen = seen.index, seen.preprocess, seen.select
     part, rows = seen.part(split)
     spec = canvas(preprocess) if views is not None and "crops" in views else preprocess

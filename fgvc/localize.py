@@ -114,19 +114,20 @@ def localize(
     select: Selected | None = None,
     device: str | None = None,
     root: Path | None = None,
+    max_pixels: int | None = None,
 ) -> Localisation:
     """Measure where the class maps of a run's weights lie on `split` (default: val where there is one, else test), in what
     evaluation sees of each image. Thresholds are always those that suit the validation part best.
 
     `method`, `channels`: as those of `fgvc explain`; what an expensive one costs is said on stderr first. `root`: where the run's
-    set lies now, where it has moved. Writes
+    set lies now, where it has moved; `max_pixels`: of a picture, in place of the recipe's limit. Writes
     `localisation.json`, `tables/localisation-<split>.csv` (classes), `tables/parts-<split>.csv` and
     `plots/localisation-<split>.png` into the run; another method than gradcam and another selection than the recipe's are in the
     names. Of a run that can't be written nothing is stored, and stderr says so. Raises FgvcError where the data have no boxes or
     no validation part, or the net no such maps.
     """
     chosen_method = named(method)
-    seen = subject(run, select, root=root)
+    seen = subject(run, select, root=root, max_pixels=max_pixels)
     measured(run, RECORD)  # can be added to
     if seen.index.boxes is None:
         raise FgvcError(

@@ -8,7 +8,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.cli.option import MEGAPIXELS, Channels, Device, Megapixels, Part, Root, Run, Select
+from fgvc.cli.option import (
+    MEGAPIXELS,
+    Channels,
+    Device,
+    Megapixels,
+    OtherMegapixels,
+    Part,
+    Root,
+    Run,
+    Select,
+    pixels,
+)  # fmt: skip
 from fgvc.types import FgvcError
 
 
@@ -25,11 +36,13 @@ def evaluate(
             "no bundle does; recorded apart."
         ),
     ] = None,
+    megapixels: OtherMegapixels = None,
 ) -> None:
     """Score a run on a part of its data."""
     from fgvc import api, show
 
-    show.scores(api.evaluate(run, split, select=select, device=device, root=root, views=views))
+    limit = pixels(megapixels)
+    show.scores(api.evaluate(run, split, select=select, device=device, root=root, views=views, max_pixels=limit))
 
 
 def localize(
@@ -40,13 +53,17 @@ def localize(
     select: Select = None,
     device: Device = None,
     root: Root = None,
+    megapixels: OtherMegapixels = None,
 ) -> None:
     """Where a run looks, beside the boxes and parts of its data: MaxBoxAcc, GT-known and Top-1 Loc, IoU, part coverage."""
     from fgvc import api, show
 
     show.localisation(
-        api.localize(run, split, method=method, channels=channels, select=select, device=device, root=root)
-    )
+        api.localize(
+            run, split, method=method, channels=channels, select=select, device=device, root=root,
+            max_pixels=pixels(megapixels),
+        )
+    )  # fmt: skip
 
 
 def report(
@@ -60,13 +77,17 @@ def report(
     device: Device = None,
     root: Root = None,
     images: Annotated[int, typer.Option(min=1, max=50, help="Pictures in a section.")] = 10,
+    megapixels: OtherMegapixels = None,
 ) -> None:
     """Write all that a run shows into one HTML file that needs nothing else."""
     from fgvc import api
 
     print(
-        api.report(runs, out, bundles=bundle or [], split=split, select=select, device=device, root=root, images=images)
-    )
+        api.report(
+            runs, out, bundles=bundle or [], split=split, select=select, device=device, root=root, images=images,
+            max_pixels=pixels(megapixels),
+        )
+    )  # fmt: skip
 
 
 def explain(
@@ -146,12 +167,7 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="A page (.html) with the flipped images; a .csv of all beside it.")
     ] = None,
-    megapixels: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001, max=4000, help="Most pixels of a picture, in millions; default: of the recipe or run, else 50."
-        ),
-    ] = None,
+    megapixels: OtherMegapixels = None,
 ) -> None:
     """Two classifiers on the same images: gain, chance, and what breaks. Exit code 1 where a gate says no."""
     from fgvc import api, show
@@ -161,10 +177,10 @@ def compare(
     gate = Gate(max_negative_flips, min_gain)
     if out is not None:
         refuse_out(out)
-    limit = None if megapixels is None else round(megapixels * 1e6)
     found = api.compare(
-        a, b, data=data, split=split, labels=labels, preprocess=preprocess, certain=gate.shut, max_pixels=limit, root=root
-    )
+        a, b, data=data, split=split, labels=labels, preprocess=preprocess, certain=gate.shut, root=root,
+        max_pixels=pixels(megapixels),
+    )  # fmt: skip
     failed = gate.failures(found.paired)
     show.versus(found, failed)
     if out is not None:

@@ -39,6 +39,19 @@ Megapixels = Annotated[
     ),
 ]
 MEGAPIXELS = MAX_PIXELS / 1e6
+OtherMegapixels = Annotated[
+    float | None,
+    typer.Option(
+        "--megapixels",
+        min=0.001,
+        max=4000,
+        help="Most pixels of a picture, in millions; default: data.max_megapixels of the run or recipe, else 50.",
+    ),
+]
+
+
+def pixels(megapixels: float | None) -> int | None:
+    return None if megapixels is None else round(megapixels * 1e6)
 
 
 def recipe_path(config: str) -> Path:

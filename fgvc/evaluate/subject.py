@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -119,10 +119,21 @@ def onnx_answers(
     return Answers(np.concatenate(seen), np.concatenate(labels), np.concatenate(logits), tuple(bad))
 
 
-def subject(run: Path, select: Selected | None = None, *, branches: bool = False, root: Path | None = None) -> Subject:
-    """Open a run and the images that it recorded; see `load_run`. `root`: where its set lies now. Raises FgvcError, too, where
-    the data's classes are no longer those that were trained."""
-    return beside_data(load_run(run, select, branches=branches), root)
+def subject(
+    run: Path,
+    select: Selected | None = None,
+    *,
+    branches: bool = False,
+    root: Path | None = None,
+    max_pixels: int | None = None,
+) -> Subject:
+    """Open a run and the images that it recorded; see `load_run`. `root`: where its set lies now; `max_pixels`: of a picture, in
+    place of the recipe's limit. Raises FgvcError, too, where the data's classes are no longer those that were trained."""
+    found = load_run(run, select, branches=branches)
+    if max_pixels is not None:
+        data = found.recipe.data.model_copy(update={"max_megapixels": max_pixels / 1e6})
+        found = replace(found, recipe=found.recipe.model_copy(update={"data": data}))
+    return beside_data(found, root)
 
 
 def beside_data(found: LoadedRun, root: Path | None = None) -> Subject:

@@ -124,17 +124,19 @@ def report(
     device: str | None = None,
     images: int = 10,
     root: Path | None = None,
+    max_pixels: int | None = None,
 ) -> Path:
     """Score the runs on one part of their data (default: val, else test) and write the page; the same runs give the same bytes.
 
     `bundles`: what runs were exported to, each shown with the run whose logits it gives. `images`: pictures a section.
-    `root`: where the set of all these runs lies now, where it has moved.
+    `root`: where the set of all these runs lies now, where it has moved; `max_pixels`: of a picture, in place of
+    the recipes' limits.
     Raises FgvcError where runs have different classes, or a bundle holds none of the runs' weights.
     """
     refuse_file(out)
     if len({run.resolve() for run in runs}) < len(runs):
         raise FgvcError("the same run twice: name each run once")
-    subjects = [subject(run, select, root=root) for run in runs]
+    subjects = [subject(run, select, root=root, max_pixels=max_pixels) for run in runs]
     _refuse_other_classes(subjects)
     opened = [load_bundle(folder) for folder in bundles]
     parts = [seen.part(split) for seen in subjects]

@@ -38,7 +38,7 @@ def test_one_default() -> None:
     assert Limits().pixels == MAX_PIXELS
     for verb in (shipping.predict, shipping.serve):
         assert inspect.signature(verb).parameters["megapixels"].default * 1e6 == MAX_PIXELS
-    for verb in ("predict", "explain", "compare", "serve"):
+    for verb in ("eval", "localize", "report", "predict", "explain", "compare", "serve"):
         shown = CliRunner().invoke(app, [verb, "--help"], terminal_width=200, env={"TERM": "dumb"}).stdout
         assert "--megapixels" in shown
 
@@ -64,6 +64,8 @@ def test_every_verb_has_its_limit(recipe_tree: dict, colours: Path, tmp_path: Pa
     assert code == 0, said
     code, said = fgvc("eval", run, "--split", "test")
     assert (code, too_many in said) == (0, True), said
+    code, said = fgvc("eval", run, "--split", "test", "--megapixels", "0.003")
+    assert (code, "too many" in said) == (0, False), said
     # A run that goes on may have another limit, and what reads it then has it, too.
     code, said = fgvc("train", path, "train.max_steps=3", "data.max_megapixels=0.003", "--out", run)
     assert code == 0, said
