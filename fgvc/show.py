@@ -138,7 +138,8 @@ def _calibration(found: Mapping[str, Any], area: float | None = None) -> None:
     """`found`: as `Calibrated.numbers`. `area`: under the curve of risk and coverage."""
     table = _table("calibration", "result")
     said = f"{found['temperature']:.3f}, fitted on {found['fitted_images']} {found['fitted_on']} images"
-    table.add_row("temperature", "; ".join(filter(None, [said if found["calibrated"] else "not calibrated", found["note"]])))
+    words = filter(None, [said if found["calibrated"] else "not calibrated", found["note"]])
+    table.add_row("temperature", escape("; ".join(words)))
     before, after = (f"{100 * found[name]:.1f} %" for name in ("ece_before", "ece_after"))
     own = " (on images that it was not fitted on)"
     table.add_row("calibration error", f"{before}, with it {after}{own}" if found["calibrated"] else before)
@@ -167,7 +168,7 @@ def contract(done: Exported) -> None:
     console.print(table)
     known = done.calibration
     if known.calibration is None or known.calibration.images < FEWEST:
-        console.print(f"not calibrated: {known.reason}")
+        console.print(f"not calibrated: {known.reason}", markup=False, soft_wrap=True)
     else:
         own = known.calibration
         _calibration(own.model_dump() | {"calibrated": own.calibrated, "fitted_images": own.images})

@@ -17,7 +17,7 @@ from fgvc.evaluate.calibration import KEEP, Calibrated, calibrate, measure, spre
 from fgvc.evaluate.subject import LoadedRun, Subject, beside_data, onnx_answers
 from fgvc.serve.engine import Session, refuse_no_numbers
 from fgvc.train.measured import leave, measured_of
-from fgvc.types import FgvcError, Split
+from fgvc.types import FgvcError, NoNumbersError, Split
 
 RECORD = "calibration.json"  # in the run
 PART: Split = "val"
@@ -82,7 +82,7 @@ def calibration(
         except FgvcError as error:
             if found is not None:  # the temperature is known, and the new threshold can't be
                 raise
-            return Known(None, f"the validation part can't be read ({error})")
+            return _unread(seen, error)
         given = answers.logits, answers.labels
     refuse_no_numbers(given[0], seen.run)
     fitted = calibrate(*given, keep=KEEP if keep is None else keep, part=PART, known=found).known
@@ -98,8 +98,16 @@ def calibration_without_data(run: LoadedRun, *, device: str | None = None) -> Kn
         return Known(found)
     try:
         return calibration(beside_data(run), device=device)
+    except NoNumbersError:
+        raise
     except FgvcError as error:
-        return Known(None, f"nothing is kept in the run, and its validation part can't be asked ({error})")
+        return _unread(run, error)
+
+
+def _unread(run: LoadedRun, error: FgvcError) -> Known:
+    said = " ".join(line.strip() for line in str(error).splitlines()[:2])  # without advice, which is the verb's that was asked
+    advice = f"`fgvc eval {run.run} --split {PART} --root DIR` fits and keeps a temperature where the set lies in DIR now"
+    return Known(None, f"none is kept, and the validation part can't be read ({said}); {advice}")
 
 
 def refuse_other_file(seen: Subject, known: Known, model: bytes) -> None:

@@ -289,7 +289,13 @@ def test_a_run_whose_data_are_gone_keeps_its_temperature(
     api.explain(copy, [picture], tmp_path / "without")
     said = capsys.readouterr()
     assert said.out.endswith("\tnot calibrated\n")
-    assert "copy: its probabilities are not calibrated: nothing is kept in the run" in said.err
+    assert "copy: its probabilities are not calibrated: none is kept, and the validation part can't be read" in said.err
+    moved = tmp_path / "moved"
+    shutil.copytree(pictures, moved)
+    api.evaluate(copy, "val", root=moved)  # as the message says
+    api.explain(copy, [picture], tmp_path / "again")
+    assert capsys.readouterr().out.endswith("\tcalibrated\n")
+    assert kept(copy) == kept(run)
 
 
 def test_averaged_views_are_never_called_calibrated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
