@@ -125,9 +125,9 @@ def colours(
 def doubts(found: Colours, images: int) -> Iterator[str]:
     """What is odd about the colours of a set, in words. Many weights ask for a mean and std that are of no images (0.5, or 0 and
     1): where these are just what they ask for, images are odd only if they are unlike photographs, too."""
-    if found.expected is not None:
+    if found.expected is not None and found.expected.doubts:  # all images would be far from it
         yield from found.expected.doubts
-    if found.shift is not None and found.spread is not None and any(found.mean) and found.expected is not None:
+    elif found.shift is not None and found.spread is not None and any(found.mean) and found.expected is not None:
         usual = replace(found, expected=NATURAL) if found.expected.own else found
         assert usual.shift is not None
         assert usual.spread is not None

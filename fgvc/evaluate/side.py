@@ -135,6 +135,8 @@ def open_sides(
     Raises FgvcError where one can't be opened, something would have to be assumed that is to be certain, or their classes are
     not the same.
     """
+    if lost := [path for path in (a, b) if not path.exists()]:
+        raise FgvcError(f"{lost[0]}: no such run, bundle or .onnx file")
     given = [dict[str, Path](), dict[str, Path]()]
     for name, files in (("labels", labels), ("preprocess", preprocess)):
         for at, file in _meant(name, files, (a, b)):
@@ -275,8 +277,6 @@ def _roots(paths: Sequence[Path], root: Path | None) -> list[Path | None]:
 
 
 def _open(path: Path, root: Path | None, *, labels: Path | None = None, preprocess: Path | None = None) -> Side:
-    if not path.exists():
-        raise FgvcError(f"{path}: no such run, bundle or .onnx file")
     if path.is_file():
         stack = stack_of(path, labels=labels, preprocess=preprocess)
         if stack.labels is None:

@@ -21,7 +21,7 @@ from fgvc.types import FgvcError, NoNumbersError, Split
 
 RECORD = "calibration.json"  # in the run
 PART: Split = "val"
-SAME = 1e-3  # of a mean cross-entropy in nats; logits that are within 1e-4 move it by 2e-4 at most
+SAME = 1e-3  # of a mean cross-entropy in nats, by the largest logit; logits that are within 1e-4 of it move it by 2e-4 at most
 
 Given = tuple[NDArray[Any], NDArray[Any]]
 """Logits (N,K) and labels (N,)."""
@@ -122,7 +122,8 @@ def refuse_other_file(seen: Subject, known: Known, model: bytes) -> None:
         return
     refuse_no_numbers(said.logits, seen.run)
     own, found = known.calibration, measure(said.logits, said.labels, known.calibration)
-    if found.images == own.images and abs(found.nll - own.nll_before) > SAME:
+    apart = abs(found.nll - own.nll_before) / max(1.0, float(np.abs(said.logits).max()))
+    if found.images == own.images and apart > SAME:
         raise FgvcError(
             f"{seen.run}: the exported file has a loss of {found.nll:.4f} on validation, and the run {own.nll_before:.4f} when "
             f"its temperature was fitted: its probabilities would not be calibrated; remove {seen.run / RECORD} and export again"
