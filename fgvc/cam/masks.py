@@ -80,6 +80,15 @@ def select(
     return (chosen & says[:, None]).view_as(fine)
 
 
+def united(old: Tensor, maps: Tensor, region: Region, *, largest: float) -> Tensor:
+    """Masks `old` (B,h,w) and the region of maps (B,h,w) in [0,1], its highest cells first as long as the whole stays within a
+    share `largest` of the cells."""
+    new = select(maps, old.shape[1:], region) & ~old
+    room = int(largest * old.shape[1] * old.shape[2]) - old.flatten(1).sum(1)
+    rank = torch.where(new, maps, -1.0).flatten(1).argsort(1, descending=True).argsort(1)
+    return old | (new & (rank < room[:, None]).view_as(new))
+
+
 def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
     """(B,h,w) -> (B,H,W), bilinear; cells are areas, so the borders stay where they are."""
     return F.interpolate(maps[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]

@@ -42,6 +42,13 @@ class MaskRounds:
             self._open = number, np.load(self.path(number), mmap_mode="r")
         return np.unpackbits(self._open[1][rows], axis=1).view(np.bool_).reshape(-1, GRID, GRID)
 
+    def paint(self, number: int, image: NDArray[np.uint8], row: int, colour: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The image (H,W,3) of a row, whose cells of a round are changed to one colour in place."""
+        grid = self.grids(number, np.array([row]))[0]
+        down, across = (np.arange(side) * GRID // side for side in image.shape[:2])
+        image[grid[down][:, across]] = colour
+        return image
+
     def whole(self, number: int, *, epoch: int | None = None) -> Masks | None:
         """The masks of a round, if they are as they were written, before this epoch; None: any."""
         try:

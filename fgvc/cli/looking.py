@@ -55,7 +55,9 @@ def localize(
     root: Root = None,
     megapixels: OtherMegapixels = None,
 ) -> None:
-    """Where a run looks, beside the boxes and parts of its data: MaxBoxAcc, GT-known and Top-1 Loc, IoU, part coverage."""
+    """Where a run looks, beside the boxes and parts of its data: MaxBoxAcc, GT-known and Top-1 Loc, IoU, part coverage.
+
+    MaxBoxAcc is 1 to 3 points below wsolevaluation's for the same maps: boxes are half-open here, at 100 thresholds."""
     from fgvc import api, show
 
     show.localisation(

@@ -25,7 +25,11 @@ from fgvc.types import Output
 class ErasedCells(Region):
     """Half of the map and more may go: another classifier must live on the rest."""
 
-    area: tuple[float, float] = Field((0.0, 0.7), description="least and most share of the map")
+    area: tuple[float, float] = Field(
+        (0.0, 0.7),
+        description="least and most share of the map; of equal cells all go or none. The authors' code has no cap ([0, 0.999]): "
+        "there a flat map can lose nearly all its cells, and the other classifier learns from what says nothing",
+    )
 
 
 class AcolConfig(Section):

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fgvc.cam.maps import normalised
-from fgvc.cam.masks import Region, erase, select
-from fgvc.cam.offline import OfflineMethod
+from fgvc.cam.masks import Region, erase, united
+from fgvc.cam.offline import OfflineMethod, Rows
 from fgvc.cam.rounds import GRID, Grids, MaskRounds, Masks
 from fgvc.config import Section
 from fgvc.model.plan import Plan
@@ -132,12 +132,7 @@ class AePsl:
 
     def on_sample(self, image: NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
         number = int(self._round[0])
-        if not number or self._masks is None:
-            return image
-        grid = self._masks.grids(number, np.array([row]))[0]
-        down, across = (np.arange(side) * GRID // side for side in image.shape[:2])
-        image[grid[down][:, across]] = self._colour
-        return image
+        return image if not number or self._masks is None else self._masks.paint(number, image, row, self._colour)
 
     def _round_of(self, start: EpochStart) -> int:
         """Of the epoch that starts: 0 is the first. The loss so far may have stopped the rounds."""
@@ -149,15 +144,13 @@ class AePsl:
                 return number
         return reached
 
-    def _find(
-        self, start: EpochStart, rows: NDArray[np.int64], *, number: int
-    ) -> Iterator[tuple[NDArray[np.int64], Grids]]:
+    def _find(self, start: EpochStart, rows: Rows, *, number: int) -> Iterator[tuple[Rows, Grids]]:
         """What is erased of each image from now on: the regions of all rounds, within bounds."""
         assert self._masks is not None
         masks, self._empty = self._masks, 0
         spared = generator(SPARED, start.seed).random(start.images) >= self.config.probability
 
-        def erased(x: Tensor, part: NDArray[np.int64]) -> Tensor:
+        def erased(x: Tensor, part: Rows) -> Tensor:
             old = torch.from_numpy(masks.grids(number - 1, part)).to(x.device)
             return erase(x, F.interpolate(old[:, None].float(), x.shape[2:], mode="nearest-exact")[:, 0] > 0, "zero")
 
@@ -165,13 +158,7 @@ class AePsl:
             grids = masks.grids(number - 1, part)
             cells = F.adaptive_avg_pool2d(maps[:, None], GRID)[:, 0]
             self._empty += int((maps.flatten(1).amax(1) == 0).sum())
-            grids[readable] = self._united(torch.from_numpy(grids[readable]), normalised(cells)).numpy()
+            both = torch.from_numpy(grids[readable]), normalised(cells)
+            grids[readable] = united(*both, self.config.region, largest=self.config.largest).numpy()
             grids[spared[part]] = False
             yield part, grids
-
-    def _united(self, old: Tensor, maps: Tensor) -> Tensor:
-        """The old cells and the new region, its highest first as long as the whole stays within `largest`."""
-        new = select(maps, (GRID, GRID), self.config.region) & ~old
-        room = int(self.config.largest * GRID**2) - old.flatten(1).sum(1)
-        rank = torch.where(new, maps, -1.0).flatten(1).argsort(1, descending=True).argsort(1)
-        return old | (new & (rank < room[:, None]).view_as(new))

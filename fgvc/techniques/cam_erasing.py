@@ -44,7 +44,7 @@ class CamErasingConfig(Section):
         None, description="of the erased view's cross-entropy, for source: current alone; default: 1"
     )
     map: AnyMethod = Field("auto", description="cam | gradcam | gradcam++; auto: cam where the head allows it")
-    region: Region = Field(Region(), description="what is erased, of the map from smallest 0 to largest 1")
+    region: Region = Field(Region(), description="what is erased, of the map from 0 to 1; by an empty map nothing")
     fill: Fill = Field("zero", description=FILLS)
 
     @model_validator(mode="after")

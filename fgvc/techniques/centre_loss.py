@@ -23,7 +23,7 @@ class CentreLossConfig(Section):
     """Draw the features of each class together."""
 
     kind: Literal["centre_loss"] = "centre_loss"
-    centre: Scheduled = Field(0.003, description="weight of the distance to the class's centre (the paper's lambda)")
+    centre: Scheduled = Field(0.003, description="weight of half the squared distance to the class's centre (the paper's lambda)")
     rate: float = Field(0.5, gt=0, le=1, description="how fast the centres follow (the paper's alpha)")
 
     needs_whole_labels: ClassVar[bool] = True

@@ -21,7 +21,9 @@ class OverparamConfig(Where):
     """Several branches of a convolution's own size beside it, 1x1 and identity; step 0 is the pretrained function."""
 
     kind: Literal["overparam"] = "overparam"
-    branches: int = Field(4, ge=1, le=8, description="of the convolution's own size, beside itself")
+    branches: int = Field(
+        4, ge=1, le=8, description="of the convolution's own size, beside itself: 4 make five such paths; MobileOne's k = 4 is 3"
+    )
 
     def build(self) -> Overparam:
         return Overparam(self)

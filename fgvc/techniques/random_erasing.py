@@ -40,8 +40,8 @@ class RandomErasingConfig(Section):
     boxes: int = Field(1, ge=1, le=64, description="rectangles an image, which share the area")
     fill: Literal["zero", "mean", "random", "pixel"] = Field(
         "zero",
-        description="zero: the data set's mean colour (0 after normalisation; the paper's) | mean: the picture's own | "
-        "random: one normal colour | pixel: normal noise (timm's)",
+        description="zero: the data set's mean colour (0 after normalisation; the authors' code) | mean: the picture's own | "
+        "random: one normal colour | pixel: normal noise (timm's), a random value each, as the paper fills (uniform there)",
     )
 
     def build(self) -> RandomErasing:

@@ -30,8 +30,8 @@ class SnapmixConfig(Mixing):
     )
     one_class: Literal["once", "twice"] = Field(
         "once",
-        description="pairs of one class. once: their two weights add up, as for any pair | twice: each of the two is that sum, as "
-        "in the authors' code, so that such an image counts double. Their code also resizes pieces with corners aligned",
+        description="pairs of one class. once: their two weights add up, as for any pair | twice: each of the two is that sum, "
+        "as in the authors' code, so that such an image counts double. Their code also resizes pieces with corners aligned",
     )
 
     def build(self) -> Snapmix:

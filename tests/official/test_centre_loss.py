@@ -1,4 +1,4 @@
-"""Centre loss in pytorch-center-loss's form, which is not the paper's: twice the loss, and centres that move by their gradient."""
+"""Centre loss in pytorch-center-loss's form, which is not the paper's: twice the loss, centres that move by it."""
 
 from __future__ import annotations
 
