@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/python -m fgvc.demo demo
 
 check: install
-	$(BIN)/ruff check fgvc tests
+	$(BIN)/ruff check fgvc tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

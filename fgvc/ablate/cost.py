@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from fgvc.ablate.identity import digest
 from fgvc.ablate.study import Budget, Cell, Plan, Trial
 from fgvc.bench import interleaved, step_on_one_batch
 from fgvc.disk import alone, as_json, write_atomic
+from fgvc.export.bundle import read_json
 from fgvc.recipe import Recipe
 from fgvc.train.runtime import runtime
 from fgvc.train.session import open_session
@@ -45,7 +46,7 @@ def measured(
             if trial.name in found:
                 continue
             first = trial is plan.base  # its seconds are the unit of all others
-            with alone(out / "locks" / f"{trial.name}.cost", wait=patient or first) as mine:
+            with alone(out / "locks" / f"{trial.name}.cost", wait=math.inf if patient or first else 0.0) as mine:
                 if not mine:
                     continue
                 try:
@@ -70,7 +71,7 @@ def known(plan: Plan, out: Path) -> dict[str, Cost]:
 def adopt_costs(plan: Plan, out: Path, ratios: Mapping[str, float]) -> None:
     """Take the costs of trials from where they were measured, unless they are known here: so equal seconds are as many epochs
     as there."""
-    with alone(out / "locks" / "costs", wait=True):
+    with alone(out / "locks" / "costs", wait=math.inf):
         rows = _kept(out)
         for trial in plan.trials[1:]:
             if trial.name in ratios and rows.get(trial.name, {}).get("settings") != _settings(plan, trial):
@@ -88,7 +89,7 @@ def _one(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> 
     else:
         facts = {"ratio": ratio}
         notify(f"{trial.name}: an epoch costs {ratio:.2f} of {plan.base.name}'s")
-    with alone(out / "locks" / "costs", wait=True):
+    with alone(out / "locks" / "costs", wait=math.inf):
         rows = _kept(out) | {trial.name: facts | {"settings": _settings(plan, trial)}}
         write_atomic(out / "costs.json", as_json(rows))
     cost = _current(plan, trial, rows)
@@ -98,7 +99,7 @@ def _one(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> 
 
 def _kept(out: Path) -> dict[str, Any]:
     path = out / "costs.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, dict) if path.is_file() else {}
 
 
 def _current(plan: Plan, trial: Trial, rows: Mapping[str, Any]) -> Cost | None:

@@ -7,7 +7,7 @@ A run that has its line is never trained or measured again.
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +23,7 @@ from fgvc.ablate.study import Budget, Cell, Plan, cells
 from fgvc.ablate.table import best_trials
 from fgvc.config import dump
 from fgvc.disk import alone, as_json, write_atomic, writing
+from fgvc.export.bundle import read_json
 from fgvc.train.images import read_index
 from fgvc.types import FgvcError
 
@@ -129,7 +130,7 @@ def read_test(plan: Plan, out: Path) -> None:
     validation part.
     """
     _claim(plan, out)
-    with alone(out / "locks" / "test", wait=True):
+    with alone(out / "locks" / "test", wait=math.inf):
         _read_test(plan, out)
 
 
@@ -153,7 +154,7 @@ def _read_test(plan: Plan, out: Path) -> None:
     runs = {cell.name: {"recipe": digest(cell.recipe), "budgets": list(cell.budgets)} for cell in chosen}
     record = out / "test.json"
     if record.is_file():
-        before = json.loads(record.read_text(encoding="utf-8"))
+        before = read_json(record, dict)
         if before["runs"] != runs:
             raise FgvcError(
                 f"{record}: the test part was read on {before['read']}, of other runs than validation chooses now; it can't be "
@@ -180,7 +181,7 @@ def _chosen(plan: Plan, costs: dict[str, Cost], rows: Sequence[Result]) -> list[
 def _rows(plan: Plan, out: Path) -> list[Result]:
     """The results of this plan's runs. Raises FgvcError for one that is of other settings than the plan has now."""
     record = out / "test.json"
-    tested = json.loads(record.read_text(encoding="utf-8"))["runs"] if record.is_file() else {}
+    tested = read_json(record, dict)["runs"] if record.is_file() else {}
     found = []
     costs = known(plan, out)
     for cell in cells(plan, lengths(plan, costs)):
@@ -188,8 +189,8 @@ def _rows(plan: Plan, out: Path) -> list[Result]:
             path = _result(out, cell, part)
             if not path.is_file():
                 continue
-            row = json.loads(path.read_text(encoding="utf-8"))
-            if row["recipe"] != digest(cell.recipe):
+            row = read_json(path, dict)
+            if row.get("recipe") != digest(cell.recipe):
                 raise FgvcError(
                     f"{path}: this result is of other settings than the study has now; choose another --out or another name "
                     f"for the arm, or remove it and {out / 'runs' / cell.name}"
@@ -219,7 +220,7 @@ def _measured(out: Path, cell: Cell, *, looks: bool) -> bool:
         return False
     if not looks or not (out / "runs" / cell.name).is_dir():
         return True
-    return bool({"max_box_acc_v2", "no_maps"} & json.loads(path.read_text(encoding="utf-8")).keys())
+    return bool({"max_box_acc_v2", "no_maps"} & read_json(path, dict).keys())
 
 
 def _claim(plan: Plan, out: Path) -> None:

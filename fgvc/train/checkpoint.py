@@ -154,6 +154,7 @@ def mend(folder: Path) -> None:
     """Have `last` name the newest whole checkpoint; what is damaged is renamed to `damaged-step-...` and never deleted. The
     caller has the run to itself. Raises FgvcError where the system can't."""
     with writing(folder):
+        _own_names(folder)
         for path in _candidates(folder, "last"):
             try:
                 _kept(path)
@@ -165,7 +166,6 @@ def mend(folder: Path) -> None:
             return
         _sweep(folder)
         if _target(folder / "last") != path.name:
-            _own_names(folder)
             _publish(folder, last=path.name, best=_target(folder / "best"))
 
 
@@ -318,16 +318,22 @@ def _free(folder: Path, name: str) -> Path:
 
 def _own_names(folder: Path) -> None:
     """In a copy that was made without links `last` and `best` are checkpoints themselves: each gets a name of its own."""
-    places = [folder, *folder.glob(f"{LINKS}*")]
-    for path in [place / name for place in places for name in ("last", "best")]:
-        if path.is_dir() and not path.is_symlink():
-            try:
-                name = f"step-{_kept(path).progress.step:08d}"
-            except BROKEN:
-                name = "damaged-step-copy"
-            rename(path, _free(folder, name))
+    copies = [*(folder / name for name in ("last", "best")), *folder.glob(f"{LINKS}*/*")]
+    named: dict[str, str] = {}
+    for path in [path for path in copies if path.is_dir() and not path.is_symlink()]:
+        if path.parent.is_symlink():
+            continue
+        try:
+            name = f"step-{_kept(path).progress.step:08d}"
+        except BROKEN:
+            name = "damaged-step-copy"
+        rename(path, new := _free(folder, name))
+        if path.parent == folder:
+            named[path.name] = new.name
     if (folder / LINKS).is_dir() and not (folder / LINKS).is_symlink():
         remove(folder / LINKS)
+    if "last" in named:
+        _publish(folder, last=named["last"], best=named.get("best"))
 
 
 def _sweep(folder: Path) -> None:

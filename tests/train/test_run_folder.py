@@ -1,0 +1,309 @@
+"""Who may write into a run, and what is never lost there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fgvc import api, disk
+from fgvc.cli import main
+from fgvc.config import validate
+from fgvc.recipe import Recipe
+from fgvc.train import checkpoint
+from fgvc.train.measured import leave, measured
+from fgvc.train.run import held
+from fgvc.types import FgvcError
+
+HOLD = """
+import sys
+from pathlib import Path
+from fgvc.train.run import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def recipe(tree: dict, **sections: dict) -> Recipe:
+    return validate(Recipe, tree | {key: tree.get(key, {}) | value for key, value in sections.items()}, where="test")
+
+
+def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(run / "ckpt" / name / "net.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> tuple[dict, Path, Path]:
+    """A recipe, a run of it that stopped at step 8 of 18 with checkpoints at 4, 6 and 8, and an uninterrupted one."""
+    tree = {
+        "data": {"kind": "folder", "root": str(colours)},
+        "image": {"size": 32},
+        "model": {"backbone": "test_resnet"},
+        "train": {"epochs": 3, "batch_size": 8, "workers": 0, "device": "cpu"},
+        "ema": {"decay": 0.9},
+        "checkpoint": {"every_steps": 2},
+    }
+    place = tmp_path_factory.mktemp("made")
+    api.train(recipe(tree, train={"max_steps": 8}), place / "begun")
+    return tree, place / "begun", api.train(recipe(tree), place / "whole")
+
+
+@pytest.fixture
+def run(made: tuple[dict, Path, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made[1], tmp_path / "run", symlinks=True))
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """Another process that trains in `tmp_path/run`."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_the_second_process_says_who_holds_the_run_and_changes_nothing(
+    made: tuple[dict, Path, Path], run: Path, other: subprocess.Popen, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe_file = run.parent / "recipe.yaml"
+    recipe_file.write_text(json.dumps(made[0]))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", str(recipe_file), "--out", str(run), *more])
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert f"is being trained by process {other.pid} on {os.uname().nodename}, since 20" in said
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    other.kill()
+    other.communicate()
+    api.train(recipe(made[0]), run)  # the system let go of it
+    assert equal(weights(run), weights(made[2]))
+
+
+def test_a_child_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
+    """As a loading process does for some seconds after a SIGKILL."""
+    lock, (reading, writing) = tmp_path / "lock", os.pipe()
+    if not (parent := os.fork()):
+        with disk.alone(lock):
+            if not os.fork():
+                os.close(writing)
+                os.read(reading, 1)  # until the test ends
+            os._exit(0)
+    os.waitpid(parent, 0)
+    with disk.alone(lock) as mine:
+        assert mine
+        assert str(os.getpid()) in disk.holder(lock)
+        with disk.alone(lock) as twice:
+            assert not twice
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_lock_that_its_holder_removed_is_taken_anew(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with disk.alone(lock):
+        lock.unlink()
+        with disk.alone(lock) as mine:
+            assert mine, "of another file than the one that is gone"
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(disk.fcntl, "flock", refuse)
+    with pytest.raises(FgvcError, match=r"its file system knows no locks"), held(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def read_only(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    real = os.open
+
+    def refuse(path: Any, flags: int, *more: int, **named: Any) -> int:
+        if str(place) in str(path) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+def test_in_a_read_only_run_verbs_print_and_say_that_nothing_was_stored(
+    made: tuple[dict, Path, Path], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    read_only(monkeypatch, run)
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", str(run)])
+    assert not ended.value.code
+    said = capsys.readouterr()
+    assert "nothing was stored" in said.err
+    assert "top-1" in said.out
+    assert "tables" not in said.out
+    with pytest.raises(FgvcError, match="Read-only file system"):
+        api.train(recipe(made[0]), run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_left_is_merged_and_of_its_checkpoint_alone(made: tuple[dict, Path, Path], run: Path) -> None:
+    now = checkpoint.identity(run / "ckpt")
+    leave(run, {}, rows={"metrics.json": {"val.last": {"top1": 0.5}}}, identity="of another")
+    leave(run, {"tables/x.csv": "a\n"}, rows={"metrics.json": {"test.ema": {"top1": 0.25}}}, identity=now)
+    assert set(json.loads((run / "metrics.json").read_text())) == {"val.last", "test.ema"}
+    assert measured(run, "metrics.json") == {"test.ema": {"top1": 0.25}}
+    assert (run / "tables" / "x.csv").read_text() == "a\n"
+    api.evaluate(run, "val")
+    api.evaluate(run, "test", select="best")
+    assert measured(run, "metrics.json").keys() == {"test.ema", "val.ema", "test.best"}
+
+
+DAMAGE = {
+    "a link that is gone": lambda ckpt: (ckpt / "last").unlink(),
+    "a link that leads nowhere": lambda ckpt: shutil.rmtree((ckpt / "last").resolve()),
+    "both links": lambda ckpt: [(ckpt / name).unlink() for name in ("last", "links")],
+    "no meta.json": lambda ckpt: (ckpt / "last" / "meta.json").unlink(),
+    "no ema": lambda ckpt: (ckpt / "last" / "ema.safetensors").unlink(),
+    "one more file": lambda ckpt: shutil.copy(ckpt / "last" / "net.safetensors", ckpt / "last" / "more.safetensors"),
+    **{f"a bit of {name}": lambda ckpt, name=name: flip(ckpt / "last" / name) for name in (
+        "net.safetensors", "branches.safetensors", "ema.safetensors", "state.pt", "meta.json",
+    )},
+    "a cut state.pt": lambda ckpt: os.truncate(ckpt / "last" / "state.pt", 1000),
+}  # fmt: skip
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 2
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_last_checkpoint_is_passed_over_for_the_newest_whole_one(
+    made: tuple[dict, Path, Path], run: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGE[kind](run / "ckpt")
+    api.train(recipe(made[0]), run)
+    said = capfd.readouterr().err
+    assert "the newest checkpoint that is whole" in said
+    assert said.count("WARNING") == 1 + said.count("ckpt/best")
+    assert equal(weights(run), weights(made[2]))
+    assert equal(weights(run, "best"), weights(made[2], "best"))
+    assert (run / "metrics.csv").read_text() == (made[2] / "metrics.csv").read_text()
+
+
+def test_where_no_checkpoint_is_whole_that_is_said_and_nothing_deleted(made: tuple[dict, Path, Path], run: Path) -> None:
+    for path in (run / "ckpt").glob("step-*"):
+        flip(path / "state.pt")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(FgvcError, match=r"(?s)damaged checkpoint.*state\.pt: its SHA-256 is another.*no other is whole"):
+        api.train(recipe(made[0]), run)
+    (run / "ckpt" / "last").unlink()
+    with pytest.raises(FgvcError, match="no other is whole"):
+        api.train(recipe(made[0]), run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    api.train(recipe(made[0]), run, overwrite=True)
+    assert equal(weights(run), weights(made[2]))
+
+
+def test_a_damaged_best_is_said_by_every_reader(made: tuple[dict, Path, Path], run: Path) -> None:
+    flip(run / "ckpt" / "best" / "ema.safetensors")
+    with pytest.raises(FgvcError, match=r"ckpt/best: damaged checkpoint .*ema\.safetensors: its SHA-256 is another"):
+        api.evaluate(run, select="best")
+    with pytest.raises(FgvcError, match="ckpt/best: damaged checkpoint"):
+        api.export(run, run.parent / "bundle", select="best")
+    assert not (run.parent / "bundle").exists()
+
+
+def test_checkpoints_without_digests_are_read_and_that_is_said_once(
+    made: tuple[dict, Path, Path], run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for path in (run / "ckpt").glob("step-*/meta.json"):
+        tree = json.loads(path.read_text())
+        path.write_text(json.dumps({key: tree[key] for key in tree if key not in ("files", "sha256")}))
+    last, best = ((run / "ckpt" / name).resolve().name for name in ("last", "best"))
+    shutil.rmtree(run / "ckpt" / "links-1", ignore_errors=True)
+    for name, target in (("last", last), ("best", best)):  # as they were
+        (run / "ckpt" / name).unlink()
+        (run / "ckpt" / name).symlink_to(target)
+    (run / "ckpt" / "links").unlink()
+    shutil.rmtree(run / "ckpt" / "links-1.1", ignore_errors=True)
+    api.train(recipe(made[0]), run)
+    assert capfd.readouterr().err.count("without digests") == 1
+    assert equal(weights(run), weights(made[2]))
+    assert (run / "ckpt" / "last").readlink() == Path("links/last")
+
+
+def test_a_copy_without_links_goes_on(made: tuple[dict, Path, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(made[1], tmp_path / "run", symlinks=False))
+    assert not (run / "ckpt" / "last").is_symlink()
+    api.train(recipe(made[0]), run)
+    assert equal(weights(run), weights(made[2]))
+    assert equal(weights(run, "best"), weights(made[2], "best"))
+
+
+@pytest.mark.parametrize("keep", [0, 3])
+def test_older_checkpoints_are_kept_as_asked(tmp_path: Path, keep: int) -> None:
+    for step in range(1, 8):
+        net = {"w": torch.zeros(3)}
+        state = checkpoint.State(net, {}, None, {}, checkpoint.Progress(step=step))
+        checkpoint.save(tmp_path, state, best=step == 2, keep=keep)
+    kept = {int(path.name[5:]) for path in tmp_path.glob("step-*")}
+    assert kept == {2, 7, *range(7 - keep, 7)}
+
+
+def test_a_finished_run_that_was_killed_before_its_last_word_is_completed(
+    made: tuple[dict, Path, Path], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(made[2], tmp_path / "run", symlinks=True))
+    lines = (run / "events.jsonl").read_text().splitlines()
+    (run / "events.jsonl").write_text("\n".join(lines[:-1]))
+    (run / "plots" / "curves.png").unlink()
+    for _ in range(2):
+        api.train(recipe(made[0]), run)
+        events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
+        assert events.count("finished") == 1
+        assert (run / "plots" / "curves.png").is_file()
+    assert equal(weights(run), weights(made[2]))
+
+
+def test_a_copy_of_another_run_that_was_killed_midway_is_made_again(
+    made: tuple[dict, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "copy"
+
+    def half(source: Path, target: Path, **_: object) -> None:
+        target.mkdir()
+        shutil.copy(source / "config.yaml", target)
+        os._exit(9)
+
+    if not (pid := os.fork()):
+        monkeypatch.setattr(shutil, "copytree", half)
+        try:
+            api.train(recipe(made[0]), out, resume=str(made[1]))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert not out.exists()
+    api.train(recipe(made[0]), out, resume=str(made[1]))
+    assert equal(weights(out), weights(made[2]))
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
