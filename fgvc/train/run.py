@@ -210,7 +210,7 @@ def _recorded(out: Path, name: str) -> Any:
 def refuse_changed(out: Path, facts: Mapping[str, Any]) -> None:
     """Raise FgvcError where the run's classes or preprocessing are no longer what they were."""
     for name, value in facts.items():
-        if (out / name).is_file() and (out / name).read_text(encoding="utf-8") != as_json(value):
+        if (out / name).is_file() and (out / name).read_bytes() != as_json(value).encode(errors="backslashreplace"):
             raise FgvcError(
                 f"{out}: {name} of this run is not what the data give now, so its weights would be misread; "
                 "restore the data, or train anew in another --out"

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch
 
 from fgvc import disk
 from fgvc.config import validate
+from fgvc.data.folder import FolderData
+from fgvc.data.record import Record
 from fgvc.recipe import Recipe
 from fgvc.train import checkpoint
 from fgvc.train.checkpoint import Progress, State
-from fgvc.train.run import continue_run, opened, start_run
+from fgvc.train.run import NAME, continue_run, opened, start_run
 
 CHANGES = ("open", "write", "pwrite", "fsync", "replace", "symlink", "unlink", "mkdir", "rmdir", "ftruncate")
 KILLED = 77
@@ -128,19 +131,24 @@ def recipe(recipe_tree: dict) -> Recipe:
 FACTS = {"labels.json": ["a", "b"], "preprocess.json": {"size": [8, 8]}}
 
 
+@cache
+def images_of(root: Path) -> Record:
+    return Record.of(FolderData(root=root).read())
+
+
 def begun(out: Path, recipe: Recipe, *, overwrite: bool = False) -> None:
     """The first moments of a run, or its next ones."""
     with opened(out, recipe, overwrite=overwrite) as going:
         if going == "new":
-            start_run(out, recipe, FACTS)
+            start_run(out, recipe, FACTS, images_of(recipe.data.root))
             saved(out / "ckpt", 1, best=True)
         elif going == "on":
             checkpoint.mend(out / "ckpt")
-            continue_run(out, recipe)
+            continue_run(out, recipe, images_of(recipe.data.root).index)
 
 
 def content(out: Path) -> dict[str, bytes]:
-    names = ("config.yaml", *FACTS, "ckpt/last/net.safetensors", "ckpt/best/net.safetensors")
+    names = ("config.yaml", NAME, *FACTS, "ckpt/last/net.safetensors", "ckpt/best/net.safetensors")
     return {name: (out / name).read_bytes() for name in names}
 
 
