@@ -36,6 +36,7 @@ from fgvc.train.run import (
     Going,
     begin_anew,
     continue_run,
+    damaged,
     ended,
     ending,
     opened,
@@ -109,6 +110,8 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
             _fit_head(session, out, events)
         return
     state = checkpoint.load(out / "ckpt", say=lambda _: None)  # `open_run` has said it
+    if (why := damaged(out, state)) is not None:
+        raise FgvcError(why)
     finished, done = state.progress.finished, state.progress.step
     if done > session.total_steps or (done == session.total_steps and (finished or not state.progress.sums)):
         raise FgvcError(

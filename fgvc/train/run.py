@@ -207,6 +207,14 @@ def _recorded(out: Path, name: str) -> Any:
         raise FgvcError(f"{out}: the run was not started yet ({error})") from error
 
 
+def damaged(out: Path, state: checkpoint.State) -> str | None:
+    """Why preprocess.json can't be what the run began with, by its checkpoint, which has digests; None where all is well."""
+    known = state.rest.get("preprocess")
+    if known is None or recorded_preprocess(out).model_dump_json() == known:
+        return None
+    return f"{out / 'preprocess.json'}: not what the run began with, which was {known}; write that back"
+
+
 def refuse_changed(out: Path, facts: Mapping[str, Any]) -> None:
     """Raise FgvcError where the run's classes or preprocessing are no longer what they were."""
     for name, value in facts.items():
@@ -259,6 +267,8 @@ def selected_weights(out: Path, recipe: Recipe, select: Selected) -> Trained:
     if select == "swa" and recipe.swa is None:
         raise FgvcError(f"{out}: has no SWA; train with swa.start=0.75, or choose --select last")
     state = checkpoint.load(out / "ckpt", "best" if select == "best" else "last")
+    if (why := damaged(out, state)) is not None:
+        print(f"WARNING: {why}", file=sys.stderr)
     if select == "swa" and state.ema is None:
         raise FgvcError(f"{out}: SWA holds no epoch yet; train on to the end, or choose --select last")
     averaged = select in ("ema", "swa") or (select == "best" and recipe.selected != "last" and state.ema is not None)

@@ -268,6 +268,7 @@ class Session:
             "rng": self.runtime.gather(rng_state(self.runtime.device)),
             "techniques": {kind: hook() for kind, hook in self.step.hooks("state_dict")},
             "images": fingerprint(self.index),
+            "preprocess": self.preprocess.model_dump_json(),  # that a damaged preprocess.json is noticed
             "averaged": 0 if self.swa is None else int(self.swa.n_averaged),
         }
         ema = None if self.average is None else self.average.state_dict()

@@ -225,6 +225,17 @@ def test_where_no_checkpoint_is_whole_that_is_said_and_nothing_deleted(made: tup
     assert equal(weights(run), weights(made[2]))
 
 
+def test_a_changed_preprocessing_is_refused_by_training_and_said_by_readers(
+    made: tuple[dict, Path, Path], run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = run / "preprocess.json"
+    file.write_text(file.read_text().replace("0.5", "0.4", 1))
+    with pytest.raises(FgvcError, match=r"preprocess\.json: not what the run began with"):
+        api.train(recipe(made[0]), run)
+    api.evaluate(run)
+    assert "preprocess.json: not what the run began with" in capfd.readouterr().err
+
+
 def test_a_damaged_best_is_said_by_every_reader(made: tuple[dict, Path, Path], run: Path) -> None:
     flip(run / "ckpt" / "best" / "ema.safetensors")
     with pytest.raises(FgvcError, match=r"ckpt/best: damaged checkpoint .*ema\.safetensors: its SHA-256 is another"):
