@@ -383,3 +383,21 @@ def test_where_there_are_boxes_it_says_where_a_run_looks(
     true = api.localize(out / "runs/plain-1e-s0", "val").boxes["true"]
     for name in ("box_acc_v2", "max_box_acc_v2"):
         assert float(row[name]) == pytest.approx(getattr(true, name), abs=1e-6)
+
+
+def test_a_finished_run_is_not_measured_as_one_of_other_images(tmp_path: Path, recipe_tree: dict) -> None:
+    root = Path(shutil.copytree(recipe_tree["data"]["root"], tmp_path / "set"))
+    tree, out = recipe_tree | {"data": {"kind": "folder", "root": str(root)}}, tmp_path / "out"
+    assert run.ablate(plan(tmp_path, tree, {"plain": {}}, seeds=[0]), out) == []
+    first = (out / "results/plain-1e-s0.val.json").read_text()
+    moved, line = root.rename(tmp_path / "moved"), out / "results/plain-1e-s0.val.json"
+    line.unlink()
+    tree = tree | {"data": {"kind": "folder", "root": str(moved)}}
+    assert run.ablate(plan(tmp_path, tree, {"plain": {}}, seeds=[0]), out) == []
+    assert json.loads(line.read_text())["right"] == json.loads(first)["right"], "the same images, wherever they lie"
+    line.unlink()
+    shutil.copy(moved / "train/red/00.png", moved / "train/red/0new.png")
+    identity._seen.clear()  # another process
+    (failure,) = run.ablate(plan(tmp_path, tree, {"plain": {}}, seeds=[0]), out)
+    assert "was trained on other images" in failure.reason
+    assert not line.exists()
