@@ -39,6 +39,7 @@ from fgvc.train.run import (
     damaged,
     ended,
     ending,
+    note_settings,
     opened,
     recorded_preprocess,
     refuse_changed,
@@ -75,6 +76,7 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
         if going[0] == "new":
             refuse_opset(recipe.export.exporter, recipe.export.opset)  # hours before it is exported
         if going[0] == "finished":
+            process.first(lambda: note_settings(out, recipe, recorded=recorded))
             _say_finished(recipe, out, events)
             return out
         index, preprocess = None, None

@@ -233,6 +233,14 @@ def continue_run(out: Path, recipe: Recipe, index: ImageIndex) -> None:
     write_atomic(out / "config.yaml", dump(recipe))
 
 
+def note_settings(out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
+    """Give a finished run the settings that may change, such as where its images lie now; what was measured stays. Raises
+    FgvcError where they are other images."""
+    if recipe != read_run(out):
+        continued(out, recipe, recorded=recorded)
+        write_atomic(out / "config.yaml", dump(recipe))
+
+
 def ended(out: Path) -> bool:
     """Whether the run's last word is that it is finished; one that was killed after its last checkpoint has not said it."""
     lines = _history(out).decode(errors="replace").splitlines()

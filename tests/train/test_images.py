@@ -197,6 +197,20 @@ def test_a_set_that_moved_is_named(run: Path, tmp_path: Path, made: Recipe, pict
     assert api.evaluate(run, "test").scores.images == 7
 
 
+def test_a_finished_run_is_told_where_its_set_lies_now(run: Path, made: Recipe, pictures: Path, tmp_path: Path) -> None:
+    (run / "metrics.json").write_text("{}")
+    moved = pictures.rename(tmp_path / "elsewhere")
+    there = recipe(made.model_dump(mode="json"), data={"root": str(moved)})
+    api.train(there, run)
+    assert read_run(run).data.root == moved
+    assert (run / "metrics.json").exists(), "the weights are the same"
+    before = (run / "config.yaml").read_bytes()
+    add(moved)
+    with pytest.raises(FgvcError, match="1 added"):
+        api.train(recipe(there.model_dump(mode="json"), train={"workers": 1}), run)
+    assert (run / "config.yaml").read_bytes() == before
+
+
 def test_a_run_goes_on_with_the_recorded_images_only_where_it_is_told_to(
     run: Path, tmp_path: Path, made: Recipe, pictures: Path
 ) -> None:
