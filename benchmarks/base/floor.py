@@ -1,0 +1,59 @@
+"""The floor: logistic regression on the frozen net's features, learned from the whole train part and scored on test.
+
+    python benchmarks/base/floor.py cub50/plain data.root=CUB50 model.weights=FILE data.val_fraction=0
+
+Features are of images as evaluation sees them, and of two augmented views beside them with the second figure. Prints a CSV.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+from fgvc import api
+from fgvc.cli.option import recipe_path
+from fgvc.data.loader import augmented_views
+from fgvc.evaluate.features import features, frozen
+from fgvc.image.augment import Augmenter
+from fgvc.model.probe import fit_probe
+from fgvc.train.batch import Normalise
+from fgvc.train.session import read_index
+from fgvc.types import FgvcError
+
+
+def main(config: str, overrides: list[str]) -> None:
+    recipe = api.load_recipe(recipe_path(config), overrides)
+    if recipe.data.val_fraction:
+        raise FgvcError("data.val_fraction: the floor of the whole train part; give data.val_fraction=0")
+    index = read_index(recipe)
+    backbone = frozen(recipe, len(index.classes))
+    train, test = (features(recipe, backbone, index, index.rows(part)) for part in ("train", "test"))
+    spec, seed = backbone.spec, recipe.train.seed
+    normalise = Normalise(spec, torch.device("cpu"), torch.contiguous_format)
+    augmenter = Augmenter(recipe.augment, spec, seed=seed)
+    vectors, rows = [train.vectors], [train.rows]
+    with torch.inference_mode():
+        for raw in augmented_views(
+            index, train.rows, augmenter=augmenter, views=2, batch_size=64, seed=seed, workers=recipe.train.workers
+        ):
+            x = normalise(raw.images)
+            vectors.append(backbone.net.forward_head(backbone.net.forward_features(x), pre_logits=True).numpy())  # type: ignore[operator]
+            rows.append(raw.index.numpy())
+    print("views,images,strength,held-out loss,test images,test top-1 %,95 % interval half")
+    for views in (1, 3):
+        v, r = (train.vectors, train.rows) if views == 1 else (np.concatenate(vectors), np.concatenate(rows))
+        probe = fit_probe(v, index.labels[r], classes=len(index.classes), groups=r, seed=seed)
+        right = probe.logits(test.vectors).argmax(1) == index.labels[test.rows]
+        half = 196 * right.std() / np.sqrt(len(right))
+        top1 = 100 * right.mean()
+        print(views, len(train.rows), probe.strength, f"{probe.loss:.4f},{len(right)},{top1:.2f},{half:.2f}", sep=",")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "scikit-learn"))
+    print(f"# {recipe.model.backbone} {spec.size}, seed {seed}, {versions}, {platform.machine()}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
