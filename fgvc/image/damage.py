@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 
 import numpy as np
@@ -22,6 +22,7 @@ _FRAMES = {0xC0: "baseline", 0xC1: "baseline", 0xC2: "progressive"}  # with Huff
 _BEHIND = (b"\x00", b"\xa5", b"\x5b\x3c")  # bits to put behind the data: no byte of them begins a marker
 _TALLER = 4  # rows of blocks that a picture is made taller by
 _ZEROS = bytes(24)  # in compressed data: what a failed copy leaves
+_LEFT = 6  # bytes of a scan that nothing needs, from which its decoder has lost or won some on the way
 _LEAST = 0.02  # share of an uncompressed picture's rows that must be blank
 
 
@@ -63,7 +64,13 @@ class _Scan:
     low: int  # bits that are still to come
     end: int  # of its data, in the file
     breaks: list[tuple[int, int]]  # where restart markers are within it, and their numbers
-    dense: bool = True  # no flat blocks: 24 zeros in its data can't be
+    refines: bool  # adds a bit to what is there
+    symbol: int  # of AC coefficients, which has the first code, of zeros alone; 0 ends a block
+
+    @property
+    def dense(self) -> bool:
+        """Zeros are no flat blocks."""
+        return self.symbol != 0
 
 
 @dataclass(slots=True)
@@ -101,11 +108,12 @@ def _of_jpeg(content: bytes) -> str:
         restarts = [number for _, number in found.scans[0].breaks]
         if restarts != [number % 8 for number in range(-(-blocks // found.interval) - 1)]:
             return "parts of its data are missing, or out of order"
-    if found.kind == "baseline" and any(
-        scan.dense and _ZEROS in content[start : scan.end] for scan, start in zip(found.scans, found.starts, strict=True)
+    if any(
+        _zeroless(found, scan) and _ZEROS in content[start : scan.end]
+        for scan, start in zip(found.scans, found.starts, strict=True)
     ):
         return "has zeros in the place of some of its data"
-    return _ends(content, found)
+    return _ends(content, found) or _leaves(content, found)
 
 
 def _parsed(content: bytes) -> _Jpeg:
@@ -139,8 +147,8 @@ def _parsed(content: bytes) -> _Jpeg:
             components = tuple(body[1 + 2 * k] for k in range(body[0]))
             first, last, bits = body[1 + 2 * body[0] : 4 + 2 * body[0]]
             end, breaks = _scan_end(content, at)
-            dense = zeros.get(body[2] & 15, 0) != 0
-            scans.append(_Scan(components, first, last, bits & 15, end, breaks, dense))
+            symbol = zeros.get(body[2] & 15, 0)
+            scans.append(_Scan(components, first, last, bits & 15, end, breaks, bits >> 4 > 0, symbol))
             starts.append(at)
             at = end
     found.scans, found.starts = tuple(scans), tuple(starts)
@@ -158,16 +166,26 @@ def _zero_codes(tables: bytes) -> dict[int, int]:
 
 
 def _scan_end(content: bytes, at: int) -> tuple[int, list[tuple[int, int]]]:
-    """Where the next marker is that is no restart marker, and those on the way."""
+    """Where the next marker is that is no restart marker, and those on the way; each with the 0xFF that may fill up before it."""
     breaks = []
     while (at := content.find(b"\xff", at)) >= 0 and at + 1 < len(content):
-        code = content[at + 1]
+        behind = at + 1
+        while content[behind : behind + 1] == b"\xff":
+            behind += 1
+        code = content[behind] if behind < len(content) else 0
         if 0xD0 <= code <= 0xD7:
             breaks.append((at, code - 0xD0))
-        elif code not in (0, 0xFF):
+        elif code:
             return at, breaks
-        at += 1 if code == 0xFF else 2
+        at = behind + 1
     return len(content), breaks
+
+
+def _zeroless(found: _Jpeg, scan: _Scan) -> bool:
+    """Whether no picture gives so many zeros in a row: they would be one small coefficient after the other."""
+    if found.kind == "baseline":
+        return scan.dense
+    return scan.first > 0 and not scan.refines and scan.symbol & 15 != 0  # else a run of flat blocks, or bits that are all 0
 
 
 def _incomplete(found: _Jpeg) -> str:
@@ -198,13 +216,29 @@ def _ends(content: bytes, found: _Jpeg) -> str:
     if rows > 0 and differ.any():
         share = f"{1 - int(differ.any(axis=1).argmax()) / rows:.0%}"
         return "some of its data end early" if found.interval else f"its data end early: the lower {share} are filled up"
-    if scale == 1 or found.interval or taller < whole + _TALLER * down:
+    return ""
+
+
+def _leaves(content: bytes, found: _Jpeg) -> str:
+    """Whether the picture is there before its data end. What some cameras fill up with, one byte again and again, is no data."""
+    if found.kind != "baseline" or len(found.scans) > 1 or found.interval or not found.scans[0].dense:
         return ""
-    below = np.stack([picture[whole // 8 :] for picture in seen])
-    same: NDArray[np.bool_] = np.all(below == below[0], axis=(0, 3))
-    # With the codes of a flat picture the bits may not show.
-    more = found.scans[0].dense and same[: down // 8, : 3 * found.mcu[0] // 8].all()
-    return "has more data than its picture takes: bytes were lost or changed" if more else ""
+    start, end = found.starts[0], found.scans[0].end
+    data = content[start:end]
+    data = data.rstrip(data[-1:]) + data[-1:]
+    if len(data) < 4 * _LEFT:
+        return ""
+    without = content[:start] + data[: -_LEFT].rstrip(b"\xff")
+    # All of the last blocks is looked at, which a picture may not show.
+    across, down = found.mcu
+    whole = replace(
+        found, width=-(-found.width // across) * across, scans=(replace(found.scans[0], end=len(without)),)
+    )
+    for scale in (8, 1):  # the first is quick, but knows no details
+        seen = list(_decoded(without, whole, -(-found.height // down) * down, scale))
+        if len(seen) < len(_BEHIND) or any(not np.array_equal(picture, seen[0]) for picture in seen):
+            return ""
+    return "has more data than its picture takes: bytes were lost or changed"
 
 
 def _decoded(content: bytes, found: _Jpeg, height: int, scale: int) -> Iterator[NDArray[np.uint8]]:
@@ -216,7 +250,7 @@ def _decoded(content: bytes, found: _Jpeg, height: int, scale: int) -> Iterator[
             parts += [content[start:end], behind[: 64 if found.interval else None]]
             start = end
         whole = bytearray(b"".join([*parts, b"\xff\xd9" if len(found.scans) == 1 else content[start:]]))
-        struct.pack_into(">H", whole, found.height_at, height)
+        struct.pack_into(">HH", whole, found.height_at, height, found.width)
         try:
             with Image.open(BytesIO(whole), formats=["JPEG"]) as image:
                 if scale > 1:

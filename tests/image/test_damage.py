@@ -72,6 +72,42 @@ def test_flat_pictures_are_not_named(coding: str, colour: str) -> None:
     assert damage(jpeg(image, coding)) == ""
 
 
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("fill", [b"\xff" * 10, b"\0" * 4, b"\0", b"\xff"])
+def test_bytes_that_fill_up_before_the_end_mark_are_no_damage(coding: str, fill: bytes) -> None:
+    content = jpeg(drawn(), coding)
+    assert damage(content[:-2] + fill + content[-2:]) == ""
+
+
+def test_a_grey_picture_that_ends_flat_is_not_named() -> None:
+    image = drawn(168, 96).crop((0, 0, 168, 81))
+    image.paste("white", (0, 40, 168, 81))
+    for padding in (b"", b"\0\0\0\0"):
+        content = jpeg(image, "grey")
+        assert damage(content[:-2] + padding + content[-2:]) == ""
+
+
+@pytest.mark.parametrize("coding", ["baseline", "444", "422", "grey"])
+def test_changed_bytes_that_leave_some_over(coding: str) -> None:
+    """Half of a block too few is decoded from other bytes: nothing ends early, and some bytes are never read."""
+    content = jpeg(drawn(400, 300), coding)
+    start = content.index(b"\xff\xda") + 200
+    told = 0
+    for seed in range(12):
+        other = np.random.default_rng(seed).integers(1, 255, 64, dtype=np.uint8).tobytes()
+        changed = content[:start] + other + content[start + 64 :]
+        told += not read(changed) or damage(changed) != ""
+    assert told >= 6  # by chance, the others come out even
+
+
+def test_zeros_in_a_pass_of_a_progressive_file() -> None:
+    content = jpeg(drawn(400, 300), "progressive")
+    scan = [at for at in range(len(content)) if content.startswith(b"\xff\xda", at)][1]
+    zeroed = content[: scan + 60] + bytes(60) + content[scan + 120 :]
+    assert read(zeroed)
+    assert "zeros" in damage(zeroed)
+
+
 def test_what_follows_the_picture_does_not_matter() -> None:
     content = jpeg(drawn(), "baseline")
     assert damage(content + b"\0" * 500) == ""
