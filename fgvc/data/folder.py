@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from fgvc.data.source import Source, Strings, finish_splits, number_classes, part_of, some
+from fgvc.data.source import Source, Strings, finish_splits, number_classes, part_of, some, written_alike
 from fgvc.data.walk import ClassFolder, Walk, folders_in, loose_images
 from fgvc.image.suffix import counted
 from fgvc.types import SPLITS, FgvcError, ImageIndex, Split
@@ -37,6 +37,8 @@ class FolderData(Source):
         root = self.folder()
         parts = _parts(root)
         places = [ClassFolder(root, part, name) for part in parts or [""] for name in folders_in(root / part)]
+        if not parts and len(places) > 1:
+            _refuse_parts_in_classes(root, places)
         if self.classes is None:
             for part in parts or [""]:
                 _refuse_parts_as_classes(root / part, [place for place in places if place.part == part])
@@ -80,7 +82,7 @@ class FolderData(Source):
             splits=splits,
             max_pixels=self.max_pixels,
             recognised=f"{layout}: {len(labels)} images, {len(classes)} classes; {rule}",
-            warnings=tuple(_left_out(root, parts, without, others, walk)),
+            warnings=(*written_alike(classes), *_left_out(root, parts, without, others, walk)),
         )
 
 
@@ -114,6 +116,19 @@ def _parts(root: Path) -> dict[str, Split]:
     if alien:
         raise FgvcError(f"{root}: has {listed} and also {some(alien)}; move what is no part of the set elsewhere")
     return {name: split_of[name] for name in named}
+
+
+def _refuse_parts_in_classes(root: Path, places: list[ClassFolder]) -> None:
+    """Raise FgvcError for <class>/train/ and <class>/test/, which would be mixed, and drawn anew."""
+    for place in places:
+        split_of = {name: part_of(name) for name in folders_in(Path(place.path))}
+        if "train" in split_of.values() and len(set(split_of.values()) - {None}) > 1:
+            inside = ", ".join(f"{place.name}/{name}/" for name, part in split_of.items() if part is not None)
+            raise FgvcError(
+                f"{root}: has the parts within its classes ({inside}); fgvc reads train/<class>/ and test/<class>/: move the "
+                "folders, or list the images in a table with a column for the split (data.kind=csv); where these are variants of "
+                f"a set, set data.root={place.path} to learn from one of them"
+            )
 
 
 def _refuse_parts_as_classes(folder: Path, places: list[ClassFolder]) -> None:

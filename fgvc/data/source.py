@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -151,6 +152,16 @@ def number_classes(
             f"{where}: the set has classes that data.classes lacks: {some(unknown)}; add them or remove their images"
         )
     return order, np.array([number[name] for name in found], np.int32)
+
+
+def written_alike(classes: Sequence[str]) -> list[str]:
+    """A warning of classes whose names differ in capitals, spaces, dashes or forms of Unicode only."""
+    spellings: dict[str, list[str]] = {}
+    for name in classes:
+        plain = re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
+        spellings.setdefault(plain, []).append(name)
+    twice = [" and ".join(map(repr, names)) for names in spellings.values() if len(names) > 1]
+    return [f"classes whose names are all but the same, are they one? {some(twice)}"] if twice else []
 
 
 def finish_splits(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from fgvc.data.source import Source, Strings, finish_splits, number_classes, part_of, repeated, some
+from fgvc.data.source import Source, Strings, finish_splits, number_classes, part_of, repeated, some, written_alike
 from fgvc.data.splits import straddling
 from fgvc.types import SPLITS, FgvcError, ImageIndex
 
@@ -71,7 +71,7 @@ class CsvData(Source):
             max_pixels=self.max_pixels,
             groups=groups,
             recognised="; ".join([f"table {file.name}: {len(labels)} images, {len(classes)} classes", rule, *notes]),
-            warnings=repeated(root, paths, labels, splits, classes),
+            warnings=(*written_alike(classes), *repeated(root, paths, labels, splits, classes)),
         )
 
     def _encoding(self, file: Path) -> str:

@@ -186,6 +186,24 @@ def test_a_class_may_be_called_as_a_part_whatever_its_capitals(tmp_path, name):
     assert set(FolderData(root=tmp_path).read().classes) == {name, "bus", "car"}
 
 
+def test_parts_within_the_classes_are_refused_and_not_mixed(tmp_path):
+    """Whatever `classes` says: the test part would be drawn anew, with training images among it."""
+    touch(tmp_path, *(f"{leaf}/{part}/1.jpg" for leaf in ("rust", "scab") for part in ("Training", "test")))
+    for classes in (None, ["rust", "scab"]):
+        with pytest.raises(FgvcError, match=r"parts within its classes \(rust/Training/, rust/test/\).*kind=csv"):
+            FolderData(root=tmp_path, classes=classes).read()
+    touch(tmp_path / "days", "bus/test/1.jpg", "bus/may/1.jpg", "car/train/1.jpg")  # of one part, or of none
+    assert FolderData(root=tmp_path / "days").read().classes == ("bus", "car")
+
+
+def test_classes_that_are_written_in_two_ways_are_named(tmp_path):
+    touch(tmp_path, *(f"{name}/1.jpg" for name in ("Leaf rust", "leaf_rust", "scab", "caf\u00e9", "cafe\u0301")))
+    (warning,) = FolderData(root=tmp_path, test_fraction=0, val_fraction=0).read().warnings
+    assert "'Leaf rust' and 'leaf_rust'" in warning
+    assert "caf\u00e9" in warning
+    assert "scab" not in warning
+
+
 def test_variants_of_a_set_are_no_classes_unless_they_are_named(tmp_path):
     touch(tmp_path, *(f"{kind}/{leaf}/1.jpg" for kind in ("color", "grayscale") for leaf in ("rust", "scab")))
     with pytest.raises(FgvcError, match=r"same names \(rust, scab\).*data\.root=.*color.*data\.classes=\[color, grayscale\]"):
