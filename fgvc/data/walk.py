@@ -54,6 +54,7 @@ class Walk:
         self._linked: dict[str, list[tuple[ClassFolder, str]]] = {}  # real file -> who links to it, and by which name
         self._refused: list[str] = []  # links that were not followed
         self._again = 0
+        self._runs: list[str] = []
 
     def images(self, place: ClassFolder) -> Iterator[tuple[list[str], Counter[str]]]:
         """For the class folder and all below it: the images' paths relative to root, sorted, and the suffixes of other files."""
@@ -70,7 +71,11 @@ class Walk:
                 self._shared.append((first, place, full))
             images, below, others = [], [], Counter[str]()
             with os.scandir(full) as entries:
-                for entry in sorted(entries, key=lambda entry: entry.name):
+                listed = sorted(entries, key=lambda entry: entry.name)
+                if _is_run({entry.name for entry in listed}):
+                    self._runs.append(folder)
+                    continue
+                for entry in listed:
                     name = f"{folder}/{entry.name}"
                     if entry.name.startswith("."):
                         continue
@@ -114,6 +119,8 @@ class Walk:
     def warnings(self) -> list[str]:
         """What people should know of the links that there were."""
         found = []
+        if self._runs:
+            found.append(f"the pictures of runs of fgvc are no images of the set, and left out: {some(self._runs, 3)}")
         if self._refused:
             found.append(
                 f"{len(self._refused)} links lead to a folder above or to another class; they are not followed: "
@@ -134,6 +141,11 @@ class Walk:
             owner = self._walked.get(os.path.dirname(real)) if real.lower().endswith(SUFFIXES) else None
             first = owner or who[0][0]
             yield from ((first, other, link) for other, link in who if other is not first)
+
+
+def _is_run(names: set[str]) -> bool:
+    """Whether a folder of these files is a run of fgvc, begun now or by an earlier version."""
+    return "config.yaml" in names and not names.isdisjoint({".lock", "ckpt"})
 
 
 def _upwards(path: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -33,6 +34,7 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 META, LINKS = "meta.json", "links"
+OLDER = {"step", "epoch", "micro", "finished", "best", "history", "seconds"}  # in meta.json of every fgvc
 BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 
 
@@ -107,9 +109,14 @@ def save(folder: Path, state: State, *, best: bool = False, keep: int = 1) -> No
 
 
 def any_held(folder: Path) -> bool:
-    """Whether a `ckpt` folder holds a checkpoint, whole or not."""
-    places = [*folder.glob("step-*"), *folder.glob("damaged-*"), folder / "last", folder / "best"]
-    return any(path.is_dir() for path in places)
+    """Whether a `ckpt` folder holds a checkpoint, whole or not, by whatever name. Raises FgvcError where it is unreadable."""
+    try:
+        found = list(folder.iterdir()) if os.path.lexists(folder) else []
+    except OSError as error:
+        raise FgvcError(
+            f"{folder}: can't be read ({error.strerror}); make it readable (is its disk mounted?), or remove it to begin anew"
+        ) from error
+    return any(path.is_dir() and not path.name.startswith((".", LINKS)) for path in found)
 
 
 def read_progress(folder: Path, *, say: Say | None = None) -> Progress:
@@ -136,7 +143,7 @@ def whole(folder: Path) -> Iterator[tuple[Path, State]]:
 def identity(folder: Path, name: Name = "last") -> str | None:
     """What tells the checkpoint from all others: the SHA-256 of its meta.json. None where there is none."""
     try:
-        return _identity((folder / name).resolve())
+        return _identity(_led(folder / name))
     except OSError:
         return None
 
@@ -144,7 +151,7 @@ def identity(folder: Path, name: Name = "last") -> str | None:
 def best_score(folder: Path) -> float | None:
     """By which `ckpt/best` was chosen; None where there is none, it is damaged, or the score was no number."""
     try:
-        score = _kept((folder / "best").resolve()).progress.best
+        score = _kept(_led(folder / "best")).progress.best
     except BROKEN:
         return None
     return score if score is not None and math.isfinite(score) else None  # nothing is better than a NaN
@@ -190,7 +197,7 @@ def _newest(folder: Path, name: Name, read: Callable[[Path, _Kept], T], say: Say
         if failed:
             said = "; ".join(f"{of} is damaged ({why})" for of, why in failed.items())
             say(f"WARNING: {folder}: {said}. Using {path.name}, the newest checkpoint that is whole")
-        elif path != link.resolve():
+        elif path != _led(link):
             say(
                 f"WARNING: {link}: missing, or it leads nowhere. Using {path.name}, the newest checkpoint that is whole"
             )
@@ -210,7 +217,7 @@ _unsealed: set[Path] = set()  # of which it was said
 
 def _candidates(folder: Path, name: Name) -> list[Path]:
     """What to read, in turn: the one that is named; for `last` then all others, the newest first."""
-    named = (folder / name).resolve()
+    named = _led(folder / name)
     found = [named] if named.is_dir() else []
     return found if name == "best" else found + [path for path in _steps(folder) if path.resolve() != named]
 
@@ -245,7 +252,7 @@ def _kept(path: Path) -> _Kept:
     raw = (path / META).read_bytes()
     tree = json.loads(raw)
     own = {key: tree[key] for key in [one.name for one in fields(Progress)] if key in tree}
-    if own == tree:
+    if own == tree and own.keys() >= OLDER:
         return _Kept(Progress(**own), None)
     if tree.pop("sha256", None) is None or raw != _sealed(tree).encode():
         raise ValueError(f"{META}: its SHA-256 is another")
@@ -307,8 +314,16 @@ def _through(folder: Path, names: Mapping[str, str]) -> None:
 
 def _target(link: Path) -> str | None:
     """The name of the checkpoint that a link leads to, if that is there."""
-    path = link.resolve()
+    path = _led(link)
     return path.name if path.is_dir() and path.parent == link.parent.resolve() and path.name != link.name else None
+
+
+def _led(link: Path) -> Path:
+    """Where a link leads; to itself where it leads round in a circle."""
+    try:
+        return link.resolve()
+    except RuntimeError:  # Python 3.12 and older
+        return link
 
 
 def _free(folder: Path, name: str) -> Path:

@@ -261,7 +261,7 @@ def _pass(
 
 def _read(session: Session, losses: Mapping[str, Tensor], out: Path) -> dict[str, float]:
     """A step's losses, with one wait for the device. Raises FgvcError on all processes where the loss, the gradients or what
-    the step has moved are not finite on one."""
+    the step has moved are not finite on one, or where fp16 skips every step."""
     watched = session.watch.tensors(losses["loss"])
     doubt = session.runtime.anywhere(suspicious(watched.values()))
     values = torch.stack([value.to(doubt.device, torch.float32) for value in (doubt, *losses.values())]).tolist()
@@ -269,6 +269,9 @@ def _read(session: Session, losses: Mapping[str, Tensor], out: Path) -> dict[str
         terms = {f"its term {name}": value for name, value in losses.items() if name != "loss"}
         of_loss = {"the loss": losses["loss"]} | ({} if losses["loss"].isfinite() else terms)
         _refuse(session, out, of_loss | watched, f"step {session.progress.step}")
+    step = session.progress.step
+    if why := session.watch.skipped(step, last=step >= session.total_steps):
+        raise lost(why, out=out, recipe=session.recipe)
     return dict(zip(losses, values[1:], strict=True))
 
 

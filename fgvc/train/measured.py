@@ -20,6 +20,7 @@ from fgvc.types import FgvcError
 MEASURED = ("metrics.json", "localisation.json", "calibration.json")
 CHECKPOINT = "checkpoint"  # in each row: see `fgvc.train.checkpoint.identity`
 PATIENCE = 60.0  # seconds; a verb holds the lock for less than one
+_said: set[Path] = set()  # runs of which it was said that they can't be written
 
 
 def measured(run: Path, name: str) -> dict[str, Any]:
@@ -77,10 +78,13 @@ def leave(
                 write_atomic(run / name, as_json(merged))
             for name, content in files.items():
                 write_atomic(run / name, content)
+        _said.discard(run)
     except FgvcError as error:
         if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in UNWRITABLE:
             raise
-        print(f"{run}: can't be written ({error.__cause__.strerror}): nothing was stored there", file=sys.stderr)
+        if run not in _said:  # once for all that a verb finds
+            print(f"{run}: can't be written ({error.__cause__.strerror}): nothing was stored there", file=sys.stderr)
+            _said.add(run)
         return False
     return True
 

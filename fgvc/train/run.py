@@ -107,14 +107,20 @@ def open_run(
     `resume`: auto (go on if `out` holds a run), never (start anew; refuses an existing run unless `overwrite`).
     Raises FgvcError for a run that ends otherwise, a changed recipe, or a folder that is no run, or holds no whole checkpoint.
     """
-    if overwrite or not checkpoint.any_held(out / "ckpt"):  # killed before its first one: nothing is lost
+    if overwrite or not checkpoint.any_held(out / "ckpt"):
         _refuse_other(out)
+        if not overwrite and is_run(out):  # killed before its first one, or somebody has taken them away
+            (say or _warn)(f"{out / 'ckpt'}: holds no checkpoint: this run begins anew")
         return "new"
     if resume == "never":
         raise FgvcError(
             f"{out}: holds a run already; choose another --out, give --overwrite, or let it go on with --resume auto"
         )
     return _check_continues(out, recipe, say)
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _refuse_other(out: Path) -> None:
@@ -171,7 +177,7 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any], images: Recor
     with writing(out):
         make_folder(out)
         remove(gone := out / ".gone-ckpt")
-        if (out / "ckpt").exists():  # before the new settings are there, which are not those of its weights
+        if os.path.lexists(out / "ckpt"):  # before the new settings are there, which are not those of its weights
             rename(out / "ckpt", gone)
         write_atomic(out / "config.yaml", dump(recipe))  # the mark of a run
         clear(out)
@@ -320,7 +326,13 @@ def adopt(source: Path, out: Path, recipe: Recipe, *, recorded: bool = False) ->
     """Copy another run, in full or not at all, so that it stays as it is; the same command once more leaves the copy as it is.
     `recorded`: see `fgvc.train.images.continued`. Raises FgvcError where it can't go on with this recipe, or can't be copied
     there."""
-    source = source.parent.parent if source.parent.name == "ckpt" else source
+    if source.parent.name == "ckpt":
+        given, source = source, source.parent.parent
+        if given.resolve() != (source / "ckpt" / "last").resolve():
+            raise FgvcError(
+                f"{given}: a run goes on from its last checkpoint: --resume {source}. To train from others' weights, begin "
+                f"a new run with model.weights={given / 'net.safetensors'}"
+            )
     read_run(source)
     if source.resolve() == out.resolve():
         return
@@ -352,6 +364,10 @@ def _copy(source: Path, scratch: Path, out: Path) -> None:
     remove(scratch)  # of a process that was killed
     try:
         shutil.copytree(source, scratch, symlinks=True, ignore=shutil.ignore_patterns(LOCK))
+        for link in [path for path in scratch.iterdir() if path.is_symlink()]:  # what lies elsewhere is the source's own
+            remove(link)
+            there = source / link.name
+            shutil.copytree(there, link, symlinks=True) if there.is_dir() else shutil.copy2(there, link)
         for path in [*scratch.rglob("*"), scratch]:
             if not path.is_symlink():
                 sync(path)

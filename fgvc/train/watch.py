@@ -20,12 +20,15 @@ from fgvc.train.runtime import Runtime
 from fgvc.train.step import StepModule
 from fgvc.types import FgvcError
 
+LEAST_SCALE = 1e-4  # of the loss under fp16; fairseq gives up there, too
+
 
 class Watch:
     """What every step must leave finite, by name."""
 
     def __init__(self, step: StepModule, average: nn.Module | None, scaler: torch.amp.GradScaler) -> None:
         self.step, self.scaler = step, scaler
+        self._scale = scaler.get_scale()
         self.uphill: list[Tensor] = []  # the losses of SAM's second pass, of this step
         self._weights = dict(step.named_parameters())
         self._moved = self._weights | dict(step.named_buffers())
@@ -36,6 +39,20 @@ class Watch:
         """Forget what the step before gave."""
         self.uphill.clear()
         self.step.probed.clear()
+
+    def skipped(self, step: int, *, last: bool) -> str:
+        """Why nothing is learnt under fp16 although all is finite, since the scaler skips the steps; empty where that is not so.
+
+        Each skipped step halves its scale. It is at an end below LEAST_SCALE, where no gradient of use is left.
+        """
+        if not self.scaler.is_enabled():
+            return ""
+        scale = self.scaler.get_scale()
+        if scale < LEAST_SCALE:
+            return f"step {step}: the gradients overflow fp16 even at a loss scale of {scale:g}, so the steps are skipped"
+        if last and scale <= self._scale * 0.5**step:
+            return f"the gradients overflowed fp16 in all {step} steps, so each was skipped and nothing was learnt"
+        return ""
 
     def tensors(self, loss: Tensor | None = None) -> dict[str, Tensor]:
         """The loss of a step, what its probes said, its gradients, and what it has moved: weights and running statistics.

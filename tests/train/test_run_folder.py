@@ -157,7 +157,7 @@ def test_in_a_read_only_run_verbs_print_and_say_that_nothing_was_stored(
         main(["eval", str(run)])
     assert not ended.value.code
     said = capsys.readouterr()
-    assert "nothing was stored" in said.err
+    assert said.err.count("nothing was stored") == 1
     assert "top-1" in said.out
     assert "tables" not in said.out
     with pytest.raises(FgvcError, match="Read-only file system"):
@@ -245,6 +245,77 @@ def test_a_damaged_best_is_said_by_every_reader(made: tuple[dict, Path, Path], r
     assert not (run.parent / "bundle").exists()
 
 
+def test_a_checkpoint_by_a_name_of_its_own_is_not_lost(made: tuple[dict, Path, Path], run: Path) -> None:
+    mine = (run / "ckpt" / "last").resolve().rename(run / "ckpt" / "the good one")
+    for path in (run / "ckpt").glob("step-*"):
+        shutil.rmtree(path)
+    with pytest.raises(FgvcError, match="no checkpoint here"):
+        api.train(recipe(made[0]), run)
+    assert (mine / "net.safetensors").is_file()
+
+
+@pytest.mark.parametrize("what", ["a link to a disk that is away", "a file"])
+def test_checkpoints_that_can_not_be_looked_at_are_an_error_and_nothing_is_lost(
+    made: tuple[dict, Path, Path], run: Path, what: str
+) -> None:
+    away = (run / "ckpt").rename(run.parent / "away")
+    if what == "a file":
+        (run / "ckpt").write_text("")
+    else:
+        (run / "ckpt").symlink_to(run.parent / "disk")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(FgvcError, match=r"ckpt: can't be read .*or remove it to begin anew"):
+        api.train(recipe(made[0]), run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    if what != "a file":
+        away.rename(run.parent / "disk")
+        api.train(recipe(made[0]), run)
+        assert equal(weights(run), weights(made[2]))
+
+
+def test_a_run_whose_checkpoints_were_taken_away_says_that_it_begins_anew(
+    made: tuple[dict, Path, Path], run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run / "ckpt")
+    api.train(recipe(made[0]), run)
+    assert f"{run / 'ckpt'}: holds no checkpoint: this run begins anew" in capfd.readouterr().err
+    assert equal(weights(run), weights(made[2]))
+
+
+@pytest.mark.parametrize("name", ["last", "best", "links"])
+def test_a_link_that_leads_round_in_a_circle_is_one_that_leads_nowhere(
+    made: tuple[dict, Path, Path], run: Path, name: str
+) -> None:
+    (run / "ckpt" / name).unlink()
+    (run / "ckpt" / name).symlink_to(name)
+    assert checkpoint.identity(run / "ckpt", "best" if name == "best" else "last") is None
+    api.train(recipe(made[0]), run)
+    assert equal(weights(run), weights(made[2]))
+
+
+def test_a_meta_json_without_its_content_is_no_checkpoint_of_an_older_fgvc(
+    made: tuple[dict, Path, Path], run: Path
+) -> None:
+    (run / "ckpt" / "last" / "meta.json").write_text("{}")
+    api.train(recipe(made[0]), run)
+    assert equal(weights(run), weights(made[2]))
+
+
+@pytest.mark.parametrize("place", ["run", "runs/mine", "red/run"])
+def test_a_run_among_its_own_images_goes_on_without_its_own_pictures(
+    made: tuple[dict, Path, Path], tmp_path: Path, place: str
+) -> None:
+    data = Path(shutil.copytree(Path(made[0]["data"]["root"]) / "train", tmp_path / "data"))
+    run, own = data / place, {"kind": "folder", "root": str(data)}
+    api.train(recipe(made[0], data=own, train={"max_steps": 5}), run)
+    assert (run / "plots" / "confusion.png").is_file()
+    api.train(recipe(made[0], data=own, train={"max_steps": 6}), run)
+    index = recipe(made[0], data=own).data.read()
+    assert len(index) == 48
+    assert "runs of fgvc are no images of the set" in " ".join(index.warnings)
+    assert checkpoint.load(run / "ckpt").progress.step == 6
+
+
 def test_checkpoints_without_digests_are_read_and_that_is_said_once(
     made: tuple[dict, Path, Path], run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,6 +351,31 @@ def test_older_checkpoints_are_kept_as_asked(tmp_path: Path, keep: int) -> None:
         checkpoint.save(tmp_path, state, best=step == 2, keep=keep)
     kept = {int(path.name[5:]) for path in tmp_path.glob("step-*")}
     assert kept == {2, 7, *range(7 - keep, 7)}
+
+
+def test_a_copy_of_a_run_whose_checkpoints_lie_elsewhere_leaves_those_alone(
+    made: tuple[dict, Path, Path], run: Path, tmp_path: Path
+) -> None:
+    disk = (run / "ckpt").rename(tmp_path / "disk")
+    (run / "ckpt").symlink_to(disk)
+    before = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
+    copy = api.train(recipe(made[0]), tmp_path / "copy", resume=str(run))
+    assert equal(weights(copy), weights(made[2]))
+    assert {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()} == before
+    api.train(recipe(made[0]), run)  # on that disk
+    assert (run / "ckpt").is_symlink()
+    assert equal(weights(run), weights(made[2]))
+
+
+def test_a_copy_goes_on_from_the_last_checkpoint_and_does_not_pretend_otherwise(
+    made: tuple[dict, Path, Path], tmp_path: Path
+) -> None:
+    ckpt = made[1] / "ckpt"
+    older = next(path for path in ckpt.glob("step-*") if path != (ckpt / "last").resolve())
+    with pytest.raises(FgvcError, match="a run goes on from its last checkpoint"):
+        api.train(recipe(made[0]), tmp_path / "copy", resume=str(older))
+    assert not (tmp_path / "copy").exists()
+    assert equal(weights(api.train(recipe(made[0]), tmp_path / "copy", resume=str(ckpt / "last"))), weights(made[2]))
 
 
 def test_a_finished_run_that_was_killed_before_its_last_word_is_completed(

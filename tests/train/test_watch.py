@@ -108,10 +108,32 @@ def test_what_breaks_in_a_step_ends_the_run_before_a_checkpoint(
     text = str(error.value)
     assert "intact" not in text
     assert ". The newest checkpoint that is finite is" in text
-    assert "step-00000006, of step 6." in text
+    assert "step-00000006, of step 6; a new run may begin from its weights, model.weights=" in text
     assert "begin anew, in another --out or with --overwrite, with optim.lr=0.002 (it is 0.02)" in text
     assert finite(tmp_path / "run")
     assert checkpoint.load(tmp_path / "run" / "ckpt").progress.step == 6
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        (3, r"overflowed fp16 in all 3 steps, so each was skipped and nothing was learnt"),
+        (60, r"step 30: the gradients overflow fp16 even at a loss scale of 6\.10352e-05"),
+    ],
+)
+def test_a_run_whose_every_step_fp16_skips_is_no_success(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch, steps: int, reason: str
+) -> None:
+    real = loop._pass
+
+    def overflowing(session: Session, *given: object, **named: object) -> object:
+        made = real(session, *given, **named)
+        session.step.net.fc.weight.grad[0, 0] = INF
+        return made
+
+    monkeypatch.setattr(loop, "_pass", overflowing)
+    with pytest.raises(FgvcError, match=f"{reason}.*train.precision=bf16"):
+        api.train(recipe(recipe_tree, train={"precision": "fp16", "epochs": 99, "max_steps": steps}), tmp_path / "run")
 
 
 def test_a_run_that_broke_goes_on_from_its_newest_checkpoint_with_the_same_bits(
