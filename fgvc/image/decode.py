@@ -13,7 +13,7 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from fgvc.image.suffix import TGA
-from fgvc.image.upright import orientation_of, turned, turned_sides
+from fgvc.image.upright import UPRIGHT, orientation_of, turned, turned_sides
 from fgvc.types import MAX_PIXELS, ImageError, ImageIndex
 
 # What Pillow decodes by itself. Its full list also has formats that start other programs (EPS: ghostscript).
@@ -115,11 +115,14 @@ def _read(image: Image.Image) -> Picture:
         scale = next((s for s in (2, 4) if -(-stored[0] // s) * -(-stored[1] // s) <= MAX_PIXELS), 8)
         image.draft(None, (stored[0] // scale, stored[1] // scale))
     mode, bits = image.mode, _bits(image)
+    told = orientation_of(image) if image.format == "TIFF" else UPRIGHT
     image.load()
-    orientation = orientation_of(image)
+    orientation = left = orientation_of(image)
+    if told != UPRIGHT == left:  # Pillow turns a TIFF as it loads it
+        orientation, stored = told, turned_sides(image.size, told)
     extremes = image.getextrema() if bits > 8 and len(image.getbands()) == 1 else None
     return Picture(
-        image=turned(_rgb(image, bits), orientation),
+        image=turned(_rgb(image, bits), left),
         stored=stored,
         orientation=orientation,
         mode=mode,

@@ -13,11 +13,14 @@ ALL = range(1, 9)
 STORED = (60, 40)  # width, height
 
 
-def held(image: Image.Image, orientation: int) -> bytes:
+KINDS = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "TIFF, packed": {"compression": "tiff_lzw"}}
+
+
+def held(image: Image.Image, orientation: int, kind: str = "PNG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stream = BytesIO()
-    image.save(stream, "PNG", exif=exif)
+    image.save(stream, kind.partition(",")[0], exif=exif, **KINDS[kind])
     return stream.getvalue()
 
 
@@ -27,12 +30,13 @@ def extent(image: Image.Image) -> list[int]:
     return [left, top, right - left, bottom - top]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("orientation", ALL)
-def test_a_box_lies_where_pillow_puts_what_was_drawn_in_it(orientation: int) -> None:
+def test_a_box_lies_where_pillow_puts_what_was_drawn_in_it(orientation: int, kind: str) -> None:
     box = [7, 5, 20, 11]
     image = Image.new("RGB", STORED)
     ImageDraw.Draw(image).rectangle((7, 5, 26, 15), "white")
-    content = held(image, orientation)
+    content = held(image, orientation, kind)
     true = ImageOps.exif_transpose(Image.open(BytesIO(content)))
     picture = read_picture(content)
     assert (picture.stored, picture.orientation, picture.size) == (STORED, orientation, true.size)
