@@ -104,11 +104,14 @@ class Preprocess(_Normalised):
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
+LOWEST, HIGHEST = 0.05, 20.0  # temperatures that are tried; one of these two was not found
+
+
 class Calibration(Section):
     """How far the probabilities of a run and of its bundle can be believed: p = softmax(logits / temperature), and "none of
     these" where the largest p is below `threshold`. The rest says where both come from; figures `after` are cross-fitted."""
 
-    temperature: float = Field(ge=0.05, le=20, allow_inf_nan=False)
+    temperature: float = Field(ge=LOWEST, le=HIGHEST, allow_inf_nan=False)
     threshold: Share = Field(description="0: rejects nothing")
     keep: Share = Field(description="share of the right answers that the threshold was to keep")
     fitted_on: str = Field(description="part of the data")
@@ -124,8 +127,8 @@ class Calibration(Section):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the temperature was fitted: where it could not be it is 1, and `note` says why."""
-        return self.temperature != 1 or not self.note
+        """Whether the temperature was fitted: where it could not be it is 1, or at a bound, and `note` says why."""
+        return self.temperature not in (LOWEST, HIGHEST) and (self.temperature != 1 or not self.note)
 
 
 M = TypeVar("M", bound=BaseModel)

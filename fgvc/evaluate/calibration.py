@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.config import Calibration
+from fgvc.config import HIGHEST, LOWEST, Calibration
 
 BINS = 15  # of the calibration error (Guo et al. 2017)
 FEWEST = 50  # images; with fewer, the fit would be noise
-LOWEST, HIGHEST = 0.05, 20.0  # temperature
 KEEP = 0.95  # share of the right answers that the threshold is to keep
 MAX_IMAGES, MAX_LOGITS = 10_000, 20_000_000  # one temperature needs no more, and memory stays bounded
 

@@ -158,7 +158,7 @@ def test_no_calibration_of_what_is_no_number_or_no_image(
     show.contract(done)
     assert "not calibrated: none is kept, and the validation part can't be read (none of the 72 images" in capsys.readouterr().out
     assert load_bundle(known.bundle).calibration == known.calibration.calibration, "it is these weights', asked again or not"
-    assert known.calibration.calibrated
+    assert known.calibration.calibration is not None
 
 
 def test_next_to_no_right_answer_kept(

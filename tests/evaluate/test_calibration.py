@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from fgvc.config import HIGHEST, LOWEST
 from fgvc.evaluate.calibration import (
     BINS,
     FEWEST,
-    HIGHEST,
-    LOWEST,
     MAX_IMAGES,
     calibrate,
     confidence_of,
@@ -156,6 +155,8 @@ def test_what_can_not_be_fitted_is_said_and_left_alone() -> None:
     wrong = calibrate(9 * z, (z.argmax(1) + 1) % 6)
     assert wrong.temperature == HIGHEST
     assert "at the bound" in wrong.note
+    assert not wrong.calibrated
+    assert "not calibrated: at the bound" in wrong.source
     assert (wrong.threshold, wrong.kept, wrong.accuracy) == (0, 1, 0)
     z, y = honest(2000)
     assert fit_temperature(z / 100, y)[0] == LOWEST
