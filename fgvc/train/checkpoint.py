@@ -282,7 +282,7 @@ def _packed(tensors: Mapping[str, Tensor]) -> bytes:
 def _publish(folder: Path, *, last: str, best: str | None) -> None:
     """Have `last` and `best` name these from the same moment on."""
     if not (folder / LINKS).exists() and (before := _target(folder / "last")) is not None:
-        _swing(folder, last=before, best=_target(folder / "best"))  # the links of fgvc before 1.1 led straight there
+        _swing(folder, last=before, best=_target(folder / "best"))  # links of an earlier fgvc led straight there
     _swing(folder, last=last, best=best)
 
 

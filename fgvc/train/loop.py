@@ -124,7 +124,7 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
     was, state.progress.best = state.progress.best, checkpoint.best_score(out / "ckpt")
     if was is not None and state.progress.best is None:
         events.say(f"WARNING: {out}/ckpt/best: gone or damaged; the best of the epochs to come takes its place")
-    if wild := not_finite(held(state)):  # as fgvc before 1.1 saved them
+    if wild := not_finite(held(state)):  # as an earlier fgvc saved them
         reason = f"its checkpoint of step {done} holds values that are NaN or infinite: {some(wild)}"
         raise lost(reason, out=out, recipe=session.recipe)
     session.restore(state)
