@@ -228,7 +228,7 @@ def test_wrong_wishes_are_named(run: Path) -> None:
 def test_without_a_validation_part_train_images_judge(run: Path, done: api.Exported) -> None:
     seen = subject(run)
     splits = np.where(seen.index.splits == SPLITS.index("val"), SPLITS.index("test"), seen.index.splits)
-    seen = replace(seen, index=replace(seen.index, splits=splits))
+    seen = replace(seen, images=replace(seen.images, index=replace(seen.index, splits=splits)))
     (beside,) = variant.make_variants(seen, done.proven, api.Variants(fp16=True))
     assert (beside.agreement.part, beside.agreement.images) == ("train", 48)
 

@@ -120,7 +120,9 @@ def _read(image: Image.Image) -> Picture:
     orientation = left = orientation_of(image)
     if told != UPRIGHT == left:  # Pillow turns a TIFF as it loads it
         orientation, stored = told, turned_sides(image.size, told)
-    extremes = image.getextrema() if bits > 8 and len(image.getbands()) == 1 else None
+    single = bits > 8 and len(image.getbands()) == 1
+    whole = image.convert("I") if image.mode.startswith("I") else image  # Pillow knows no extremes of big-endian values
+    extremes = whole.getextrema() if single else None
     return Picture(
         image=turned(_rgb(image, bits), left),
         stored=stored,

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from fgvc import api
 from fgvc.ablate import identity
 from fgvc.config import validate
 from fgvc.recipe import Recipe
+from fgvc.train import checkpoint
 from fgvc.types import FgvcError
 
 
@@ -77,10 +78,9 @@ def test_a_teacher_and_first_weights_are_their_contents(
     assert before != digest(recipe_tree)
     assert digest(recipe_tree, **make[kind](copied)) == before
     other = Path(shutil.copytree(teacher, tmp_path / "other", symlinks=True))
-    tensors = load_file(net(other))
-    save_file(
-        {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, net(other)
-    )
+    state = checkpoint.load(other / "ckpt")
+    more = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in state.net.items()}
+    checkpoint.save(other / "ckpt", replace(state, net=more))
     assert digest(recipe_tree, **make[kind](other)) != before
 
 
@@ -88,8 +88,8 @@ def test_a_teacher_is_there_and_has_learnt_to_the_end(recipe_tree: dict, teacher
     asked = {"techniques": {"distill": {"teachers": [{"kind": "run", "path": str(teacher)}]}}}
     kept = {"techniques": {"distill": asked["techniques"]["distill"] | {"cache": "somewhere"}}}
     assert digest(recipe_tree, **asked) == digest(recipe_tree, **kept)
-    meta = teacher / "ckpt/last/meta.json"
-    meta.write_text(meta.read_text().replace('"finished": true', '"finished": false'))
+    state = checkpoint.load(teacher / "ckpt")
+    checkpoint.save(teacher / "ckpt", replace(state, progress=replace(state.progress, finished=False)))
     with pytest.raises(FgvcError, match="this teacher's training is not finished"):
         digest(recipe_tree, **asked)
     shutil.rmtree(teacher)

@@ -197,5 +197,5 @@ def test_the_contract_holds_with_dynamo_and_torchscript_is_refused() -> None:
     assert 0 < proven.numeric.folded_float64 <= 1e-9
     assert proven.behavioural.worst <= 1e-4
     assert proven.model.count(b"DeformConv") >= 8
-    with pytest.raises(FgvcError, match=r"(?s)deform_conv2d.*try export\.exporter=dynamo"):
+    with pytest.raises(FgvcError, match=r"(?s)deform_conv2d.*set export\.exporter=dynamo"):
         export_onnx(pair()[1].eval(), size=SIZE, exporter="torchscript", opset=20)

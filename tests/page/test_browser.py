@@ -36,10 +36,11 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-def compared(pictures: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def compared(pictures: Path, folder: Path) -> Path:
     """The second names what is darkest: every image flips."""
-    monkeypatch.setattr(small, "LABELS", NAMES)
-    a, b = (small.save_bundle(folder / (LONG + side), scale=scale) for side, scale in (("a", 10), ("b", -10)))
+    a, b = (
+        small.save_bundle(folder / (LONG + side), scale=scale, labels=NAMES) for side, scale in (("a", 10), ("b", -10))
+    )
     write_page(api.compare(a, b, data=str(pictures)), folder / "compare.html", failed=["9 negative flips, more than 0"])
     return folder / "compare.html"
 
@@ -54,8 +55,8 @@ def checked(pictures: Path, folder: Path) -> Path:
     return folder / "check.html"
 
 
-def test_phone_desk_and_paper(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = [compared(pictures, tmp_path, monkeypatch), checked(pictures, tmp_path)]
+def test_phone_desk_and_paper(pictures: Path, tmp_path: Path) -> None:
+    pages = [compared(pictures, tmp_path), checked(pictures, tmp_path)]
     for page in pages:
         assert page.read_text(encoding="utf-8").count('<img src="data:image/jpeg;base64,') >= 6
     with browser() as chrome:

@@ -53,7 +53,7 @@ def stages(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
         model.get_submodule(name).register_forward_hook(lambda _m, _x, f, name=name: seen.update({name: f}))
     with torch.no_grad():
         model.train().forward_features(x)
-    return [feature_map(model, seen[name]) for name in names]
+    return [feature_map(model, seen[name], x.shape[2:]) for name in names]
 
 
 @pytest.mark.parametrize("layout", NETS)
@@ -170,7 +170,7 @@ def test_stages_that_are_not_there_are_refused_by_name(settings: dict, said: str
 def test_a_layout_that_nobody_knows_is_refused_by_name() -> None:
     model = net()
     model.layer3.register_forward_hook(lambda _m, _x, f: None)
-    model.layer3[0].register_forward_hook(lambda _m, _x, f: f.permute(0, 2, 3, 1))
-    model.layer4.register_forward_pre_hook(lambda _m, x: (x[0].permute(0, 3, 1, 2),))
+    model.layer3[0].register_forward_hook(lambda _m, _x, f: f.permute(0, 2, 1, 3))
+    model.layer4.register_forward_pre_hook(lambda _m, x: (x[0].permute(0, 2, 1, 3),))
     with pytest.raises(FgvcError, match=r"techniques\.multiscale_head: stage -2 should have \d+ channels and gives"):
         made(model, batch())
