@@ -261,7 +261,7 @@ def export(
         export=_as_asked(recipe.export, exporter, opset),
         against=target,
     )
-    known = measured(run, "metrics.json")
+    known = measured(run, "metrics.json", (chosen, seen.identity))
     files: dict[str, Any] = {
         "model.onnx": proven.model,
         "labels.json": list(index.classes),

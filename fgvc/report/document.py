@@ -161,7 +161,7 @@ def report(
                 history=read_history(seen.run),
                 gallery=gallery(seen, answer, scores, calibrated.known, images=images, device=device),
                 certificate=proven.get(at),
-                localisation=localisation(seen.run),
+                localisation=localisation(seen.run, (seen.select, seen.identity)),
             )
         )
     with writing(out):

@@ -35,10 +35,11 @@ class Table:
     notes: tuple[str, ...]
 
 
-def localisation(run: Path) -> list[Table] | None:
-    """The tables of `<run>/localisation.json`; None where there is no such file. Raises FgvcError where it is broken."""
+def localisation(run: Path, loaded: tuple[str, str | None] | None = None) -> list[Table] | None:
+    """The tables of `<run>/localisation.json`; None where there is no such file. `loaded`: see `measured`. Raises
+    FgvcError where it is broken."""
     try:
-        return [table(key, numbers) for key, numbers in measured(run, "localisation.json").items()] or None
+        return [table(key, numbers) for key, numbers in measured(run, "localisation.json", loaded).items()] or None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         path = run / "localisation.json"
         raise FgvcError(f"{path}: not as fgvc wrote it ({error!r}); remove it and localize again") from error

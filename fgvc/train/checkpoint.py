@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
@@ -327,8 +328,8 @@ def _led(link: Path) -> Path:
 
 
 def _free(folder: Path, name: str) -> Path:
-    names = (f"{name}{suffix}" for suffix in ("", *(f".{number}" for number in range(1, 10_000))))
-    return next(folder / name for name in names if not (folder / name).exists())
+    names = chain([name], (f"{name}.{number}" for number in count(1)))
+    return next(folder / name for name in names if not os.path.lexists(folder / name))
 
 
 def _own_names(folder: Path) -> None:

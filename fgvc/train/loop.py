@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import DistError
 
 from fgvc.data.loader import TrainBatch, evaluation_loader
 from fgvc.data.record import Record
@@ -167,9 +168,10 @@ def _run(session: Session, out: Path, events: Events) -> None:
             for losses, count in _steps(session, events):
                 _log(session, _read(session, losses, out), count, events)
                 due = recipe.checkpoint.every_steps is not None and progress.step % recipe.checkpoint.every_steps == 0
-                if interrupted.is_set() or (due and not session.epoch_done):
+                stop = session.runtime.agreed(interrupted.is_set())  # a signal reaches each process in a step of its own
+                if stop or (due and not session.epoch_done):
                     _save(session, out)
-                if interrupted.is_set():
+                if stop:
                     raise KeyboardInterrupt(f"saved at step {progress.step}")
             _end_epoch(session, out, events)
     if session.runtime.main:
@@ -411,6 +413,11 @@ def _memory_advice(recipe: Recipe, out: Path) -> Iterator[None]:
             raise FgvcError(
                 "a loading process was killed, most likely for want of memory. Lower train.workers "
                 f"(now {recipe.train.workers}): with the same command the run goes on"
+            ) from error
+        if isinstance(error, DistError) or "/gloo/" in str(error):
+            raise FgvcError(
+                f"{out}: another process of this launch has ended, and none goes on alone: it says why unless it was killed. The "
+                f"same command goes on from the last checkpoint ({str(error).splitlines()[0][:200]})"
             ) from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise

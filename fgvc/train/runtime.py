@@ -102,6 +102,10 @@ class Runtime:
         dist.all_reduce(count)
         return count > 0
 
+    def agreed(self, flag: bool) -> bool:
+        """The same of what the processes know on their own."""
+        return bool(self.anywhere(torch.tensor(flag)))
+
     def same_buffers(self, net: nn.Module) -> None:
         """Give every process the first one's running statistics, which are those that are saved. DDP does so before each
         forward, but each process then adds its own images."""

@@ -211,6 +211,18 @@ def test_a_damaged_last_checkpoint_is_passed_over_for_the_newest_whole_one(
     assert (run / "metrics.csv").read_text() == (made[2] / "metrics.csv").read_text()
 
 
+def test_numbers_of_a_damaged_last_checkpoint_are_not_those_of_the_one_that_is_used_instead(
+    made: tuple[dict, Path, Path], run: Path
+) -> None:
+    api.evaluate(run, "val")
+    flip(run / "ckpt" / "last" / "net.safetensors")
+    api.export(run, run.parent / "bundle")
+    assert json.loads((run.parent / "bundle" / "metrics.json").read_text()) == {}
+    api.evaluate(run, "val")  # of the older one, and kept as such
+    api.export(run, run.parent / "again")
+    assert json.loads((run.parent / "again" / "metrics.json").read_text()).keys() == {"val"}
+
+
 def test_where_no_checkpoint_is_whole_that_is_said_and_nothing_deleted(made: tuple[dict, Path, Path], run: Path) -> None:
     for path in (run / "ckpt").glob("step-*"):
         flip(path / "state.pt")

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -354,6 +359,58 @@ def test_all_ranks_end_together(tmp_path: Path, two_ranks: Callable[[str, Path],
     assert well == ""
     assert "now: NaN or infinite, and not saved: sick." in sick
     assert "for 4 of 8 images" in score
+
+
+RECIPE = """
+data: {{kind: folder, root: {root}}}
+image: {{size: 32}}
+model: {{backbone: test_resnet}}
+train: {{epochs: 500, batch_size: 8, workers: 0, device: cpu}}
+checkpoint: {{every_steps: 2}}
+"""
+
+
+# As torchrun starts it, but that the two meet in a file: the session of pytest has no sockets.
+RANK = """
+import os
+from functools import partial
+from torch import distributed
+from fgvc.cli import main
+meet = {"init_method": f"file://{os.getcwd()}/meet", "rank": int(os.environ["RANK"]), "world_size": 2}
+distributed.init_process_group = partial(distributed.init_process_group, **meet)
+main(["train", "recipe.yaml", "--out", "run"])
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_what_ends_one_rank_ends_all_and_the_run_goes_on(tmp_path: Path, colours: Path, sent: int) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=colours))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+            env=environment | {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        while not (tmp_path / "run" / "ckpt" / "last" / "meta.json").exists():
+            assert all(rank.poll() is None for rank in ranks)
+            time.sleep(0.05)
+        ranks[1].send_signal(sent)
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    step = checkpoint.load(tmp_path / "run" / "ckpt").progress.step
+    if sent == signal.SIGINT:
+        assert [rank.returncode for rank in ranks] == [130, 130]
+        assert all(f"saved at step {step}" in text for text in said)
+    else:
+        assert ranks[0].returncode == 2
+        assert "another process of this launch has ended" in said[0]
+        assert "Traceback" not in said[0]
 
 
 def test_no_file_of_a_run_holds_a_bare_nan(tmp_path: Path, recipe_tree: dict) -> None:
