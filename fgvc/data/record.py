@@ -112,9 +112,8 @@ class Changes:
     gone: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()  # the file has another size
     relabelled: tuple[str, ...] = ()
-    moved: tuple[
-        str, ...
-    ] = ()  # to another part; not asked where files came or went, which moves others where parts are drawn
+    moved: tuple[str, ...] = ()  # to another part; not asked where files came or went, as drawn parts then move
+    annotated: tuple[str, ...] = ()  # with another box, other parts of the object, or in another group
     classes: str = ""  # what is new about the classes or their order
 
     def __bool__(self) -> bool:
@@ -124,7 +123,7 @@ class Changes:
         """One for each kind of change, with the first few files."""
         words = {
             "added": "added", "gone": "gone", "changed": "of another size", "relabelled": "with another label",
-            "moved": "in another part",
+            "moved": "in another part", "annotated": "with another box, other parts or another group",
         }  # fmt: skip
         found = [(word, getattr(self, name)) for name, word in words.items()]
         return [f"{len(paths)} {word}: {some(paths, 3)}" for word, paths in found if paths] + [self.classes] * bool(
@@ -146,8 +145,27 @@ def changes(record: Record, now: ImageIndex, *, files: bool = True) -> Changes:
         changed=tuple(then.paths[changed].tolist()),
         relabelled=tuple(then.paths[mine[labels[0] != labels[1]]].tolist()),
         moved=() if len(more) or len(missing) else tuple(then.paths[mine[apart]].tolist()),
+        annotated=tuple(then.paths[mine[_annotated(then, mine, now, theirs)]].tolist()),
         classes=_classes(then.classes, now.classes),
     )
+
+
+def _annotated(
+    then: ImageIndex, mine: NDArray[np.int64], now: ImageIndex, theirs: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Of each pair of rows, whether it has another box, other parts or another group."""
+    found = np.zeros(len(mine), bool)
+    for name in ("boxes", "parts", "groups"):
+        a, b = getattr(then, name), getattr(now, name)
+        if a is None and b is None:
+            continue
+        if a is None or b is None or a.shape[1:] != b.shape[1:]:
+            found[:] = True
+            continue
+        a, b = a[mine], b[theirs]
+        same = a == b if a.dtype.kind == "T" else (a == b) | (np.isnan(a) & np.isnan(b))
+        found |= ~same.reshape(len(mine), -1).all(axis=1)
+    return found
 
 
 def _classes(then: tuple[str, ...], now: tuple[str, ...]) -> str:

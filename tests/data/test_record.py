@@ -139,6 +139,19 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     assert any("a/00.png" in line for line in found.lines())
 
 
+@pytest.mark.parametrize("name", ["boxes", "parts", "groups"])
+def test_another_box_part_or_group_is_a_change(tmp_path: Path, name: str) -> None:
+    now = index(tmp_path)
+    record = Record.of(now)
+    assert not changes(record, now).annotated
+    column = getattr(now, name).copy()
+    column[5] = "other" if name == "groups" else 99
+    assert changes(record, replace(now, **{name: column})).annotated == ("a/05.png",)
+    found = changes(record, replace(now, **{name: None}))
+    assert len(found.annotated) == len(now)
+    assert f"{len(now)} with another box, other parts or another group" in found.lines()[-1]
+
+
 def test_the_order_of_rows_is_no_change_and_a_file_listed_twice_is_two_rows(tmp_path: Path) -> None:
     then = index(tmp_path / "set")
     twice = replace(then, paths=np.array(["a/01.png", *then.paths.tolist()[1:]], dtype=TEXT))
