@@ -210,7 +210,11 @@ def _recorded(out: Path, name: str) -> Any:
     try:
         return json.loads((out / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FgvcError(f"{out}: the run was not started yet ({error})") from error
+        if not checkpoint.any_held(out / "ckpt"):
+            raise FgvcError(f"{out}: the run was not started yet ({error})") from error
+        raise FgvcError(
+            f"{out / name}: gone or damaged ({error}); put a copy of it there: a bundle that was exported from this run has one"
+        ) from error
 
 
 def damaged(out: Path, state: checkpoint.State) -> str | None:

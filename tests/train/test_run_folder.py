@@ -248,6 +248,21 @@ def test_a_changed_preprocessing_is_refused_by_training_and_said_by_readers(
     assert "preprocess.json: not what the run began with" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["preprocess.json", "labels.json"])
+def test_what_is_recorded_of_the_net_and_is_gone_or_damaged_is_named(
+    made: tuple[dict, Path, Path], run: Path, name: str
+) -> None:
+    kept = (run / name).read_text()
+    for content in (None, kept[:-3]):
+        (run / name).unlink(missing_ok=True)
+        if content is not None:
+            (run / name).write_text(content)
+        with pytest.raises(FgvcError, match=f"{name}: gone or damaged .*put a copy of it there"):
+            api.evaluate(run, "val")
+    (run / name).write_text(kept)
+    api.evaluate(run, "val")
+
+
 def test_a_damaged_best_is_said_by_every_reader(made: tuple[dict, Path, Path], run: Path) -> None:
     flip(run / "ckpt" / "best" / "ema.safetensors")
     with pytest.raises(FgvcError, match=r"ckpt/best: damaged checkpoint .*ema\.safetensors: its SHA-256 is another"):
