@@ -14,7 +14,7 @@ from fgvc.data.loader import augmented_views, evaluation_loader
 from fgvc.image.augment import Augmenter
 from fgvc.model.probe import fit_probe, linear_head, put_head
 from fgvc.train.batch import to_batch
-from fgvc.train.session import Session
+from fgvc.train.session import Session, spread
 
 VIEWS = 2  # augmented ones of each image, beside the one that evaluation sees
 MAX_IMAGES = 20_000
@@ -58,8 +58,7 @@ def fit_head(session: Session) -> HeadFit:
 
 def _features(session: Session) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
     """What the classifier reads of each view (N,D), its label (N,) and row (N,)."""
-    rows = session.index.rows("train")
-    rows = rows[np.linspace(0, len(rows) - 1, min(MAX_IMAGES, len(rows))).astype(np.int64)]
+    rows = spread(session.index.rows("train"), MAX_IMAGES)
     net = session.step.net
     vectors, labels, seen = [], [], []
     net.eval()
