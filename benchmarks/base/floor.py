@@ -17,7 +17,7 @@ import torch
 from fgvc import api
 from fgvc.cli.option import recipe_path
 from fgvc.data.loader import augmented_views
-from fgvc.evaluate.features import features, frozen
+from fgvc.evaluate.features import features, frozen, pooled
 from fgvc.image.augment import Augmenter
 from fgvc.model.probe import fit_probe
 from fgvc.train.batch import Normalise
@@ -41,7 +41,7 @@ def main(config: str, overrides: list[str]) -> None:
             index, train.rows, augmenter=augmenter, views=2, batch_size=64, seed=seed, workers=recipe.train.workers
         ):
             x = normalise(raw.images)
-            vectors.append(backbone.net.forward_head(backbone.net.forward_features(x), pre_logits=True).numpy())  # type: ignore[operator]
+            vectors.append(pooled(backbone.net, x).numpy())
             rows.append(raw.index.numpy())
     print("views,images,strength,held-out loss,test images,test top-1 %,95 % interval half")
     for views in (1, 3):

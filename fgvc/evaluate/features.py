@@ -60,7 +60,7 @@ def frozen(recipe: Recipe, classes: int) -> Frozen:
     net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs).eval()
     spec = preprocess_for(recipe.deploy, recipe.image.size, load_weights(net, recipe.model))
     with torch.inference_mode():
-        if _pooled(net, torch.zeros(1, 3, *spec.size)).ndim != 2:
+        if pooled(net, torch.zeros(1, 3, *spec.size)).ndim != 2:
             raise FgvcError(f"model.backbone: {recipe.model.backbone} has no pooled features before its last layer")
     return Frozen(net, spec)
 
@@ -80,7 +80,7 @@ def features(
         net = backbone.net.to(process.device).to(memory_format=layout)
         for batch in evaluation_loader(index, rows, spec=backbone.spec, batch_size=64, workers=recipe.train.workers):
             x = batch.images.to(process.device, memory_format=layout)
-            vectors.append(_pooled(net, x).float().cpu().numpy())
+            vectors.append(pooled(net, x).float().cpu().numpy())
             seen.append(batch.index.numpy())
             done += len(batch.labels) + len(batch.bad)
             if progress:
@@ -88,6 +88,7 @@ def features(
     return Features(np.concatenate(seen), np.concatenate(vectors))
 
 
-def _pooled(net: nn.Module, x: Tensor) -> Tensor:
+def pooled(net: nn.Module, x: Tensor) -> Tensor:
+    """What a timm net's last layer reads of images (B,3,H,W): (B,D) where it pools first."""
     v: Tensor = net.forward_head(net.forward_features(x), pre_logits=True)  # type: ignore[operator]
     return v

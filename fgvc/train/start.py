@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fgvc.data.loader import augmented_views, evaluation_loader
+from fgvc.evaluate.features import pooled
 from fgvc.image.augment import Augmenter
 from fgvc.model.probe import fit_probe, linear_head, put_head
 from fgvc.train.batch import to_batch
@@ -65,8 +66,7 @@ def _features(session: Session) -> tuple[NDArray[np.float32], NDArray[np.int64],
     try:
         with torch.inference_mode():
             for x, y, row in _views(session, rows):
-                v: Tensor = net.forward_head(net.forward_features(x), pre_logits=True)  # type: ignore[operator]
-                vectors.append(v.flatten(1).float().cpu().numpy())
+                vectors.append(pooled(net, x).flatten(1).float().cpu().numpy())
                 labels.append(y.cpu().numpy())
                 seen.append(row.numpy())
     finally:
