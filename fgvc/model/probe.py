@@ -52,10 +52,10 @@ def fit_probe(
     than two classes have an image.
     """
     if not np.isfinite(vectors).all():
-        raise FgvcError("model.head: the frozen net's features have values that are no numbers; its weights are broken")
+        raise FgvcError("the frozen net's features have values that are no numbers; its weights are broken")
     present, y = np.unique(labels, return_inverse=True)
     if len(present) < 2:
-        raise FgvcError("model.head: a probe needs images of two classes or more")
+        raise FgvcError("a probe needs images of two classes or more")
     mean, spread = vectors.mean(axis=0, dtype=np.float64), vectors.std(axis=0, dtype=np.float64)
     varying = spread[spread > 0]
     spread = np.maximum(spread, FLOOR * float(np.median(varying)) if len(varying) else 1.0)

@@ -154,8 +154,7 @@ def _fit_head(session: Session, out: Path, events: Events) -> None:
     """Before the first step, and saved at once: a run that goes on never fits anew."""
     fit = fit_head(session)
     events.write("head", **asdict(fit))
-    held_out = "" if fit.held_out_loss is None else f", cross-entropy {fit.held_out_loss:.3f} where held out"
-    events.say(f"head: logistic regression on {fit.images} images, {fit.views} views each{held_out}")
+    events.say(f"head: {fit}")
     _save(session, out)
 
 
