@@ -9,9 +9,11 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fgvc.config import Deploy, Section, load
+from fgvc.data.auto import AutoData
 from fgvc.data.cub import CubData
 from fgvc.data.folder import FolderData
 from fgvc.data.named import NamedData
+from fgvc.data.source import Source
 from fgvc.data.table import CsvData
 from fgvc.export.onnx import Export
 from fgvc.image.augment import Augment
@@ -83,7 +85,8 @@ class Recipe(Section):
     """A run of fgvc. Every key can be overridden on the command line as section.key=value."""
 
     data: Annotated[
-        CubData | FolderData | CsvData | NamedData, Field(discriminator="kind", description="the labelled images")
+        AutoData | CubData | FolderData | CsvData | NamedData,
+        Field(discriminator="kind", description="the labelled images"),
     ]
     image: Image = Field(Image(), description="the network's input")
     deploy: Deploy = Field(Deploy(), description="preprocessing of the deployed stack")
@@ -108,6 +111,12 @@ class Recipe(Section):
     cache_dir: Path | None = Field(None, description="default: $XDG_CACHE_HOME/fgvc or ~/.cache/fgvc")
     export: Export = Field(Export(), description="how the ONNX file is written")
     log: Log = Field(Log(), description="how often to report")
+
+    @field_validator("data")
+    @classmethod
+    def _found(cls, data: Source) -> Source:
+        """`kind: auto` is decided once, here, so that what a run records reads the same set later. Raises FgvcError."""
+        return data.resolved() if isinstance(data, AutoData) else data
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

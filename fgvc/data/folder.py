@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -73,6 +74,8 @@ class FolderData(Source):
             f"class folders in {', '.join(f'{name}/' for name in parts)}" if parts else "one folder of class folders"
         )
         splits, rule = finish_splits(self, labels, splits, test_fraction=0 if parts else self.test_fraction)
+        if tables := tables_in(root):
+            rule += f"; {some(tables, 3)} beside them: not read"
         without = sorted({name for _, name in counts} - set(found))
         return ImageIndex(
             root=root,
@@ -84,6 +87,13 @@ class FolderData(Source):
             recognised=f"{layout}: {len(labels)} images, {len(classes)} classes; {rule}",
             warnings=(*written_alike(classes), *_left_out(root, parts, without, others, walk)),
         )
+
+
+def tables_in(root: Path) -> list[str]:
+    """Names of the CSV and TSV files in a folder, sorted."""
+    with os.scandir(root) as entries:
+        names = [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+    return sorted(name for name in names if name.lower().endswith((".csv", ".tsv")))
 
 
 def _left_out(root: Path, parts: dict[str, Split], without: list[str], others: Counter[str], walk: Walk) -> list[str]:

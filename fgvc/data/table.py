@@ -16,6 +16,7 @@ from fgvc.data.splits import straddling
 from fgvc.types import SPLITS, FgvcError, ImageIndex
 
 ENCODINGS = ("utf-8-sig", "gb18030", "cp1252", "latin-1")  # tried in this order; the last one reads any bytes
+_COLUMNS = ("path", "label", "split", "group")
 
 
 class CsvData(Source):
@@ -39,12 +40,14 @@ class CsvData(Source):
         """Read the table. Raises FgvcError with the line numbers of rows that can't be used."""
         root = self.folder()
         file = root / self.file.expanduser()
-        encoding = self._encoding(file)
+        encoding = encoding_of(file, self.encoding)
         rows = _Rows(file)
         with file.open(encoding=encoding, newline="") as stream:
             reader = csv.reader(stream, delimiter=self.delimiter)
             try:
-                rows.read(reader, self._columns(file, next(reader, [])))
+                header = next(reader, [])
+                columns = self._columns(file, header)
+                rows.read(reader, columns)
             except (csv.Error, UnicodeError) as error:
                 raise FgvcError(f"{file}:{reader.line_num}: {error}") from error
         found = sorted(rows.numbers)
@@ -61,6 +64,9 @@ class CsvData(Source):
         )
         guessed = not self.encoding and encoding not in ("utf-8-sig", "utf-16")
         notes = [f"NOT UTF-8: read as {encoding}; if names look wrong, set data.encoding"] if guessed else []
+        said = ", ".join(
+            f"{what} {header[at].strip()}" for what, at in zip(_COLUMNS, columns, strict=True) if at is not None
+        )
         paths = rows.paths.array()
         return ImageIndex(
             root=root,
@@ -70,38 +76,15 @@ class CsvData(Source):
             splits=splits,
             max_pixels=self.max_pixels,
             groups=groups,
-            recognised="; ".join([f"table {file.name}: {len(labels)} images, {len(classes)} classes", rule, *notes]),
+            recognised="; ".join([f"table {file.name} ({said}): {len(labels)} images, {len(classes)} classes", rule, *notes]),
             warnings=(*written_alike(classes), *repeated(root, paths, labels, splits, classes)),
         )
-
-    def _encoding(self, file: Path) -> str:
-        """The first encoding that reads the whole file."""
-        tried = (self.encoding,) if self.encoding else ENCODINGS
-        try:
-            with file.open("rb") as stream:
-                if not self.encoding and stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                    tried = ("utf-16",)
-                for encoding in tried:
-                    decoder = codecs.getincrementaldecoder(encoding)()
-                    stream.seek(0)
-                    try:
-                        while chunk := stream.read(1 << 20):
-                            decoder.decode(chunk)
-                        decoder.decode(b"", final=True)
-                    except UnicodeError:
-                        continue
-                    return encoding
-        except OSError as error:
-            raise FgvcError(f"{file}: can't read the table: {error.strerror}; it is named by data.file") from error
-        except LookupError:
-            raise FgvcError(f"data.encoding={self.encoding}: no encoding of that name; try utf-8 or gb18030") from None
-        raise FgvcError(f"{file}: is not {tried[0]} text; set data.encoding")
 
     def _columns(self, file: Path, header: list[str]) -> tuple[int, int, int | None, int | None]:
         """Positions of path, label, split and group in the header."""
         names = [name.strip() for name in header]
         places: list[int | None] = []
-        for setting in ("path_column", "label_column", "split_column", "group_column"):
+        for setting in (f"{what}_column" for what in _COLUMNS):
             name = getattr(self, setting)
             # By its value: a run's config.yaml says every setting, chosen or not.
             asked = setting in ("path_column", "label_column") or name != type(self).model_fields[setting].default
@@ -129,6 +112,30 @@ class CsvData(Source):
         untrained = [classes[k] for k in np.unique(labels) if not trained[k]]
         if untrained:
             raise FgvcError(f"{file}: classes without a train row: {some(untrained)}; add some or remove the others")
+
+
+def encoding_of(file: Path, wanted: str | None = None) -> str:
+    """The one that is wanted, else the first of ENCODINGS that reads the whole file. Raises FgvcError where none does."""
+    tried = (wanted,) if wanted else ENCODINGS
+    try:
+        with file.open("rb") as stream:
+            if not wanted and stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                tried = ("utf-16",)
+            for encoding in tried:
+                decoder = codecs.getincrementaldecoder(encoding)()
+                stream.seek(0)
+                try:
+                    while chunk := stream.read(1 << 20):
+                        decoder.decode(chunk)
+                    decoder.decode(b"", final=True)
+                except UnicodeError:
+                    continue
+                return encoding
+    except OSError as error:
+        raise FgvcError(f"{file}: can't read the table: {error.strerror}; it is named by data.file") from error
+    except LookupError:
+        raise FgvcError(f"data.encoding={wanted}: no encoding of that name; try utf-8 or gb18030") from None
+    raise FgvcError(f"{file}: is not {tried[0]} text; set data.encoding")
 
 
 class _Rows:

@@ -72,7 +72,7 @@ class Walk:
             images, below, others = [], [], Counter[str]()
             with os.scandir(full) as entries:
                 listed = sorted(entries, key=lambda entry: entry.name)
-                if _is_run({entry.name for entry in listed}):
+                if is_run_folder({entry.name for entry in listed}):
                     self._runs.append(folder)
                     continue
                 for entry in listed:
@@ -143,7 +143,7 @@ class Walk:
             yield from ((first, other, link) for other, link in who if other is not first)
 
 
-def _is_run(names: set[str]) -> bool:
+def is_run_folder(names: set[str]) -> bool:
     """Whether a folder of these files is a run of fgvc, begun now or by an earlier version."""
     return "config.yaml" in names and not names.isdisjoint({".lock", "ckpt"})
 
