@@ -162,7 +162,7 @@ def recipes(place: Path) -> dict[str, Recipe]:
 def result(run: Path) -> dict[str, str]:
     """All of a run that may not depend on how often it was killed, by SHA-256."""
     found: dict[str, str] = {}
-    for name in ("last", "best"):
+    for name in ("last", "best", "start"):
         for path in sorted((run / "ckpt" / name).iterdir()):
             content = path.read_bytes()
             if path.name == "meta.json":
@@ -237,7 +237,7 @@ def damage(case: Case, out: Path) -> str:
     rng, arm = case.rng, case.arm
     places = [path for path in out.rglob("*") if path.is_file() and not path.is_symlink() and path.name[0] != "."]
     places += [path for cache in CACHES for path in (arm.place / cache).rglob("*") if path.is_file()]
-    inside = [path for path in places if path.parent.name.startswith("step-")]
+    inside = [path for path in places if path.parent.name.startswith(("step-", "start"))]
     path = rng.choice(sorted(inside if rng.random() < 0.7 else places))
     kind = rng.choice(["bit", "bit", "bit", "bits", "cut", "empty", "gone", "extra", "last gone", "zeros"])
     content = bytearray(path.read_bytes())
@@ -293,9 +293,12 @@ def judge(case: Case, out: Path, log: Path, before: set[str], code: int) -> str:
         found, expected = result(out), case.arm.result
         if found == expected:
             return "same"
-        of_best = {key for key in expected if key.startswith("best/")} | {"last/meta.json"}
-        others = all(found.get(key) == expected[key] for key in expected.keys() - of_best)
-        return "best gone" if case.kind == "damage" and others and "ckpt/best: gone or damaged" in said else "SILENT"
+        for name, words in (("best", "ckpt/best: gone or damaged"), ("start", "ckpt/start: ")):
+            of_it = {key for key in expected if key.startswith(f"{name}/")} | ({"last/meta.json"} if name == "best" else set())
+            others = all(found.get(key) == expected[key] for key in expected.keys() - of_it)
+            if case.kind == "damage" and others and words in said:
+                return f"{name} gone"
+        return "SILENT"
     if case.kind != "damage":
         return "REFUSED"
     return "refused" if before <= checkpoints(out) else "LOST"

@@ -27,7 +27,8 @@ from fgvc.train.events import Log
 from fgvc.train.optim import Ema, Optim, Swa
 from fgvc.train.runtime import Train
 
-Selected = Literal["last", "best", "ema", "swa"]
+Shipped = Literal["last", "best", "ema", "swa"]
+Selected = Literal[Shipped, "start"]
 END = 1 - 1e-9  # of a run: its last step lies before 1
 
 
@@ -98,7 +99,7 @@ class Recipe(Section):
     ema: Ema | None = Field(None, description="moving average of the weights; null: off")
     swa: Swa | None = Field(None, description="mean of the weights at the last epochs' ends; null: off")
     techniques: Techniques = Field(Techniques(), description="technique -> settings")
-    select: Selected | None = Field(
+    select: Shipped | None = Field(
         None, description="which weights eval, export and predict use; default: ema or swa where it is on, else last"
     )
     select_by: Literal["top1", "top5", "macro_f1", "balanced_accuracy", "ece", "loss"] = Field(
@@ -181,7 +182,7 @@ class Recipe(Section):
         return self
 
     @property
-    def selected(self) -> Selected:
+    def selected(self) -> Shipped:
         return self.select or ("ema" if self.ema is not None else "swa" if self.swa is not None else "last")
 
 

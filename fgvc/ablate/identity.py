@@ -12,7 +12,7 @@ from typing import Any
 from fgvc.export.bundle import load_bundle
 from fgvc.model.teacher import AnyTeacher, BundleTeacher, RunTeacher, TimmTeacher
 from fgvc.recipe import Recipe
-from fgvc.train.checkpoint import read_progress
+from fgvc.train.checkpoint import read_progress, slot
 from fgvc.train.images import read_index
 from fgvc.train.run import read_run
 from fgvc.types import FgvcError, ImageIndex
@@ -80,9 +80,9 @@ def _teacher(wanted: AnyTeacher) -> dict[str, Any]:
             recipe = read_run(run)
             if not read_progress(run / "ckpt").finished:
                 raise FgvcError(f"{run}: this teacher's training is not finished; let it end first")
-            slot = run / "ckpt" / ("best" if (wanted.select or recipe.selected) == "best" else "last")
+            place = run / "ckpt" / slot(wanted.select or recipe.selected)
             facts["net"] = [recipe.model.backbone, recipe.model.kwargs]
-            facts["files"] = _of_files([run / "labels.json", run / "preprocess.json", *slot.glob("*.safetensors")])
+            facts["files"] = _of_files([run / "labels.json", run / "preprocess.json", *place.glob("*.safetensors")])
         case BundleTeacher(path=folder):
             facts["files"] = dict(load_bundle(folder).files)
         case TimmTeacher(weights=said):

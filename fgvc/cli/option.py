@@ -16,8 +16,8 @@ Part = Annotated[
     Literal["val", "test"] | None, typer.Option("--split", help="Default: val where there is one, else test.")
 ]
 Select = Annotated[
-    Literal["last", "best", "ema", "swa"] | None,
-    typer.Option("--select", help="Other weights than the recipe selects."),
+    Literal["last", "best", "ema", "swa", "start"] | None,
+    typer.Option("--select", help="Other weights than the recipe selects; start: those before the first step."),
 ]
 Channels = Annotated[
     int | None,

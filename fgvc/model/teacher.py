@@ -60,7 +60,7 @@ class RunTeacher(_Weighted):
 
     kind: Literal["run"] = "run"
     path: Path = Field(description="its folder")
-    select: Literal["last", "best", "ema", "swa"] | None = Field(
+    select: Literal["last", "best", "ema", "swa", "start"] | None = Field(
         None, description="which weights; default: those it ships"
     )
 

@@ -3,6 +3,7 @@
 A checkpoint is a folder `ckpt/step-00000123/` whose `meta.json` holds the SHA-256 of every file beside it and of itself.
 `ckpt/last` and `ckpt/best` are links that lead through `ckpt/links`, which is replaced in one step: so both always belong
 together, no name ever points at a half-written checkpoint, and the previous one stays until the next is safe on disk.
+`ckpt/start` is no link but the checkpoint of step 0 itself, so that no name can be lost on the way to it; it always stays.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from fgvc.config import Section
 from fgvc.disk import fill, make_folder, making, point, remove, rename, sync, writing
 from fgvc.types import FgvcError
 
-Name = Literal["last", "best"]
+Name = Literal["last", "best", "start"]
 Say = Callable[[str], None]
 T = TypeVar("T")
 
-META, LINKS = "meta.json", "links"
+META, LINKS, START = "meta.json", "links", "start"
 OLDER = {"step", "epoch", "micro", "finished", "best", "history", "seconds"}  # in meta.json of every fgvc
 BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 
@@ -46,7 +47,7 @@ class Checkpoint(Section):
     keep: int = Field(
         1,
         ge=0,
-        description="older checkpoints that stay beside the last and the best, to go on from if those are damaged",
+        description="older checkpoints that stay beside the last, the best and the start, to go on from if those are damaged",
     )
 
 
@@ -77,9 +78,9 @@ class State:
     identity: str | None = None  # of the checkpoint that it was read from
 
 
-def save(folder: Path, state: State, *, best: bool = False, keep: int = 1) -> None:
+def save(folder: Path, state: State, *, best: bool = False, keep: int = 1, start: bool = False) -> None:
     """Write a checkpoint into the run's `ckpt` folder and point `last` (and `best`) at it; of older ones that neither names the
-    newest `keep` stay. The caller has the run to itself.
+    newest `keep` stay. `start`: it is the first of a new run, and stays by that name. The caller has the run to itself.
 
     Raises FgvcError when the disk is full, with the earlier checkpoints untouched.
     """
@@ -87,7 +88,7 @@ def save(folder: Path, state: State, *, best: bool = False, keep: int = 1) -> No
         make_folder(folder)
         _own_names(folder)
         _sweep(folder)
-        target = _free(folder, f"step-{state.progress.step:08d}")
+        target = folder / START if start else _free(folder, f"step-{state.progress.step:08d}")
         chosen = target.name if best else _target(folder / "best")
         if first := _target(folder / "last") is None:  # a kill must not leave it without its names
             _publish(folder, last=target.name, best=chosen)
@@ -149,6 +150,20 @@ def identity(folder: Path, name: Name = "last") -> str | None:
         return None
 
 
+def slot(select: str) -> Name:
+    """In which checkpoint the weights lie that a selection names."""
+    return select if select in ("best", "start") else "last"  # type: ignore[return-value]
+
+
+def doubt(folder: Path, name: Name) -> str | None:
+    """Why the checkpoint of that name can't be read; None where it is whole."""
+    try:
+        _kept(_led(folder / name))
+    except BROKEN as error:
+        return "it is not there" if isinstance(error, FileNotFoundError) else str(error)
+    return None
+
+
 def best_score(folder: Path) -> float | None:
     """By which `ckpt/best` was chosen; None where there is none, it is damaged, or the score was no number."""
     try:
@@ -207,9 +222,14 @@ def _newest(folder: Path, name: Name, read: Callable[[Path, _Kept], T], say: Say
             say(f"{path}: written by an older fgvc, without digests; damage to it would not be noticed")
         return found
     if not failed:
-        raise FgvcError(f"{link}: no checkpoint here")
+        older = ": the run is of an earlier fgvc, which kept none, or it is gone" if name == "start" else ""
+        raise FgvcError(f"{link}: no checkpoint here{older}")
     said = "; ".join(f"{of}: {why}" for of, why in failed.items())
-    advice = "no other is whole. Train anew with --overwrite" if name == "last" else "choose --select last, or train on"
+    advice = {
+        "last": "no other is whole. Train anew with --overwrite",
+        "best": "choose --select last, or train on",
+        "start": "choose --select last, or put a copy of it there",
+    }[name]
     raise FgvcError(f"{link}: damaged checkpoint ({said}); {advice}")
 
 
@@ -217,10 +237,13 @@ _unsealed: set[Path] = set()  # of which it was said
 
 
 def _candidates(folder: Path, name: Name) -> list[Path]:
-    """What to read, in turn: the one that is named; for `last` then all others, the newest first."""
-    named = _led(folder / name)
-    found = [named] if named.is_dir() else []
-    return found if name == "best" else found + [path for path in _steps(folder) if path.resolve() != named]
+    """What to read, in turn: the one that is named; for `last` then all others, the newest first, the start at the end."""
+    first = _led(folder / name)
+    found = [first] if first.is_dir() else []
+    if name != "last":
+        return found
+    others = [*_steps(folder), *([folder / START] if (folder / START).is_dir() else [])]
+    return found + [path for path in others if path.resolve() != first]
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -361,13 +384,13 @@ def _sweep(folder: Path) -> None:
 def _leftovers(folder: Path) -> Iterator[Path]:
     for path in folder.glob(".*"):
         _, _, rest = path.name.removeprefix(".").partition(".")  # .<process>.<name>
-        lost = rest.startswith("step-") or path.name.startswith(".gone-")
+        lost = rest.startswith(("step-", START)) or path.name.startswith(".gone-")
         if path.is_symlink() or (path.is_dir() and lost):
             yield path
 
 
 def _prune(folder: Path, *, keep: int) -> None:
-    """Keep what `last` and `best` name and the newest `keep` of the others."""
+    """Keep the start, what `last` and `best` name, and the newest `keep` of the others."""
     named = {_target(folder / name) for name in ("last", "best")}
     for path in [path for path in _steps(folder) if path.name not in named][keep:]:
         gone = folder / f".gone-{path.name}"

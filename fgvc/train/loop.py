@@ -110,7 +110,8 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
     if not goes_on:
         process.first(lambda: start_run(out, session.recipe, facts, Record.of(session.index)))
         if session.recipe.model.head == "probe":
-            _fit_head(session, out, events)
+            _fit_head(session, events)
+        _save(session, out, start=True)  # a run that goes on never fits anew
         return
     state = checkpoint.load(out / "ckpt", say=lambda _: None)  # `open_run` has said it
     if (why := damaged(out, state)) is not None:
@@ -125,6 +126,8 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
     was, state.progress.best = state.progress.best, checkpoint.best_score(out / "ckpt")
     if was is not None and state.progress.best is None:
         events.say(f"WARNING: {out}/ckpt/best: gone or damaged; the best of the epochs to come takes its place")
+    if (why := checkpoint.doubt(out / "ckpt", "start")) is not None:
+        events.say(f"WARNING: {out}/ckpt/start: {why}; the run goes on without what it started from")
     if wild := not_finite(held(state)):  # as an earlier fgvc saved them
         reason = f"its checkpoint of step {done} holds values that are NaN or infinite: {some(wild)}"
         raise lost(reason, out=out, recipe=session.recipe)
@@ -150,12 +153,10 @@ def _refuse_other_processes(state: checkpoint.State, session: Session, out: Path
         )
 
 
-def _fit_head(session: Session, out: Path, events: Events) -> None:
-    """Before the first step, and saved at once: a run that goes on never fits anew."""
+def _fit_head(session: Session, events: Events) -> None:
     fit = fit_head(session)
     events.write("head", **asdict(fit))
     events.say(f"head: {fit}")
-    _save(session, out)
 
 
 def _run(session: Session, out: Path, events: Events) -> None:
@@ -362,11 +363,11 @@ def _validate(session: Session, out: Path) -> Scores | None:
     return scores if scored else None
 
 
-def _save(session: Session, out: Path, *, best: bool = False) -> None:
+def _save(session: Session, out: Path, *, best: bool = False, start: bool = False) -> None:
     state = session.capture()
     _refuse(session, out, held(state), f"step {session.progress.step}")
     if session.runtime.main:
-        checkpoint.save(out / "ckpt", state, best=best, keep=session.recipe.checkpoint.keep)
+        checkpoint.save(out / "ckpt", state, best=best, keep=session.recipe.checkpoint.keep, start=start)
     session.runtime.barrier()
 
 

@@ -27,20 +27,16 @@ def measured(run: Path, name: str, loaded: tuple[str, str | None] | None = None)
     """What one of MEASURED holds of the checkpoints that the run has now, by `<part>.<select>...`; empty where nothing was
     measured. `loaded`: the selection and identity of weights that were read, which is what the run has of these: where `last` is
     damaged they are of an older checkpoint. Raises FgvcError where it is not as fgvc writes it."""
-    names: tuple[checkpoint.Name, ...] = ("last", "best")
+    names: tuple[checkpoint.Name, ...] = ("last", "best", "start")
     now = {name: checkpoint.identity(run / "ckpt", name) for name in names}
     if loaded is not None:
-        now[_name(loaded[0])] = loaded[1]
+        now[checkpoint.slot(loaded[0])] = loaded[1]
 
     def current(key: str, row: Mapping[str, Any]) -> bool:
-        return CHECKPOINT not in row or row[CHECKPOINT] == now[_name("".join(key.split(".")[1:2]))]
+        return CHECKPOINT not in row or row[CHECKPOINT] == now[checkpoint.slot("".join(key.split(".")[1:2]))]
 
     found = {key: row for key, row in _rows(run / name).items() if current(key, row)}
     return {key: {name: value for name, value in row.items() if name != CHECKPOINT} for key, row in found.items()}
-
-
-def _name(select: str) -> checkpoint.Name:
-    return "best" if select == "best" else "last"
 
 
 def measured_of(run: Path, name: str, identity: str | None) -> dict[str, Any]:

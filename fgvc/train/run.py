@@ -284,7 +284,7 @@ def selected_weights(out: Path, recipe: Recipe, select: Selected) -> Trained:
         raise FgvcError(f"{out}: has no moving average; train with ema.decay=0.999, or choose --select last")
     if select == "swa" and recipe.swa is None:
         raise FgvcError(f"{out}: has no SWA; train with swa.start=0.75, or choose --select last")
-    state = checkpoint.load(out / "ckpt", "best" if select == "best" else "last")
+    state = checkpoint.load(out / "ckpt", checkpoint.slot(select))
     if (why := damaged(out, state)) is not None:
         print(f"WARNING: {why}", file=sys.stderr)
     if select == "swa" and state.ema is None:

@@ -53,7 +53,11 @@ def recipe(tmp_path: Path, recipe_tree: dict) -> Path:
 
 
 def weights(out: Path) -> dict[str, bytes]:
-    return {name: (out / "ckpt/last" / f"{name}.safetensors").read_bytes() for name in ("net", "branches", "ema")}
+    return {
+        f"{at} {name}": (out / "ckpt" / at / f"{name}.safetensors").read_bytes()
+        for at in ("last", "start")
+        for name in ("net", "branches", "ema")
+    }
 
 
 def test_sigkill_and_again(tmp_path: Path, recipe: Path) -> None:

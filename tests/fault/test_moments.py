@@ -98,12 +98,12 @@ def state(step: int, best: float = 0.0) -> State:
 def saved(folder: Path, step: int, *, best: bool) -> None:
     """As the loop does: on top of what is there."""
     score = float(step) if best else checkpoint.best_score(folder)
-    checkpoint.save(folder, state(step, score or 0.0), best=best)
+    checkpoint.save(folder, state(step, score or 0.0), best=best, start=step == 0)
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What both names lead to, and what there is at all."""
-    loaded = {name: checkpoint.load(folder, name, say=pytest.fail) for name in ("last", "best")}
+    """What the names lead to, and what there is at all."""
+    loaded = {name: checkpoint.load(folder, name, say=pytest.fail) for name in ("last", "best", "start")}
     return {name: (one.net["w"][0].item(), one.progress) for name, one in loaded.items()} | {
         "all": sorted(path.name.partition(".")[0] for path in folder.iterdir() if path.name.startswith("step-"))
     }
@@ -112,7 +112,7 @@ def facts(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("best", [True, False])
 def test_killed_at_any_moment_of_saving(tmp_path: Path, best: bool) -> None:
     start, end, here = tmp_path / "start", tmp_path / "end", tmp_path / "here"
-    for step in (1, 2, 3):
+    for step in (0, 1, 2, 3):
         saved(start, step, best=step == 2)
     shutil.copytree(start, end, symlinks=True)
     saved(end, 4, best=best)
@@ -130,13 +130,14 @@ def test_killed_at_any_moment_of_saving(tmp_path: Path, best: bool) -> None:
             {name: one[name] for name in ("last", "best")} for one in (before, after)
         ), f"both at once, or neither: change {at}"
         assert found["last"][1].best == found["best"][1].best, "the recorded score is that of the link"
+        assert found["start"] == before["start"]
         if found["last"] == before["last"]:
             saved(here, 4, best=best)  # the next process trains the step again
         saved(here, 5, best=False)
         assert facts(here)["last"][0] == 5
         assert facts(here)["best"] == after["best"]
         assert {path.name for path in here.iterdir() if not path.name.startswith("step-")} == {
-            "last", "best", "links", (here / "links").readlink().name,
+            "last", "best", "start", "links", (here / "links").readlink().name,
         }, "nothing of the killed process stays"  # fmt: skip
     assert moments > 40
 
@@ -159,15 +160,19 @@ def begun(out: Path, recipe: Recipe, *, overwrite: bool = False) -> None:
     with opened(out, recipe, overwrite=overwrite) as going:
         if going == "new":
             start_run(out, recipe, FACTS, images_of(recipe.data.root))
+            saved(out / "ckpt", 0, best=False)
             saved(out / "ckpt", 1, best=True)
         elif going == "on":
+            done = checkpoint.load(out / "ckpt").progress.step
             checkpoint.mend(out / "ckpt")
             continue_run(out, recipe, images_of(recipe.data.root).index)
+            if done == 0:
+                saved(out / "ckpt", 1, best=True)
 
 
 def content(out: Path) -> dict[str, bytes]:
-    names = ("config.yaml", NAME, *FACTS, "ckpt/last/net.safetensors", "ckpt/best/net.safetensors")
-    return {name: (out / name).read_bytes() for name in names}
+    weights = [f"ckpt/{name}/net.safetensors" for name in ("last", "best", "start")]
+    return {name: (out / name).read_bytes() for name in ("config.yaml", NAME, *FACTS, *weights)}
 
 
 @pytest.mark.parametrize("old", [None, "to be overwritten", "to go on with"])

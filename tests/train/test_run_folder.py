@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -224,7 +225,7 @@ def test_numbers_of_a_damaged_last_checkpoint_are_not_those_of_the_one_that_is_u
 
 
 def test_where_no_checkpoint_is_whole_that_is_said_and_nothing_deleted(made: tuple[dict, Path, Path], run: Path) -> None:
-    for path in (run / "ckpt").glob("step-*"):
+    for path in (run / "ckpt").glob("st*"):
         flip(path / "state.pt")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(FgvcError, match=r"(?s)damaged checkpoint.*state\.pt: its SHA-256 is another.*no other is whole"):
@@ -274,7 +275,7 @@ def test_a_damaged_best_is_said_by_every_reader(made: tuple[dict, Path, Path], r
 
 def test_a_checkpoint_by_a_name_of_its_own_is_not_lost(made: tuple[dict, Path, Path], run: Path) -> None:
     mine = (run / "ckpt" / "last").resolve().rename(run / "ckpt" / "the good one")
-    for path in (run / "ckpt").glob("step-*"):
+    for path in (run / "ckpt").glob("st*"):
         shutil.rmtree(path)
     with pytest.raises(FgvcError, match="no checkpoint here"):
         api.train(recipe(made[0]), run)
@@ -366,18 +367,87 @@ def test_a_copy_without_links_goes_on(made: tuple[dict, Path, Path], tmp_path: P
     run = Path(shutil.copytree(made[1], tmp_path / "run", symlinks=False))
     assert not (run / "ckpt" / "last").is_symlink()
     api.train(recipe(made[0]), run)
+    for name in ("last", "best", "start"):
+        assert equal(weights(run, name), weights(made[2], name))
+
+
+def begun_with(run: Path) -> list[Path]:
+    """All that is left of a run that was killed after its first checkpoint."""
+    for path in (run / "ckpt").glob("*"):
+        if path.name != "start":
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return list((run / "ckpt").iterdir())
+
+
+def test_a_run_goes_on_from_its_start_where_nothing_else_is_left(
+    made: tuple[dict, Path, Path], run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert begun_with(run) == [run / "ckpt" / "start"]
+    api.train(recipe(made[0]), run)
+    assert "Using start, the newest checkpoint that is whole" in capfd.readouterr().err
+    for name in ("last", "best", "start"):
+        assert equal(weights(run, name), weights(made[2], name))
+
+
+@pytest.mark.parametrize("sections", [{}, {"swa": {"start": 0.5}, "ema": None}, {"model": {"head": "zero"}}])
+def test_every_new_run_keeps_what_it_started_from(made: tuple[dict, Path, Path], tmp_path: Path, sections: dict) -> None:
+    one = recipe(made[0] | {key: value for key, value in sections.items() if value is None}, **{
+        key: value for key, value in sections.items() if value is not None
+    }, checkpoint={"keep": 0, "every_steps": 1})  # fmt: skip
+    run = api.train(one, tmp_path / "run")
+    state = checkpoint.load(run / "ckpt", "start")
+    assert (state.progress.step, state.progress.finished) == (0, False)
+    assert not equal(weights(run, "start"), weights(run))
+    assert (weights(run, "start")["fc.weight"].any().item()) == (one.model.head != "zero")
+    again = api.train(one, tmp_path / "again", resume="never")
+    assert equal(weights(again, "start"), weights(run, "start"))
+
+
+def test_the_start_is_looked_at_by_name(made: tuple[dict, Path, Path], tmp_path: Path) -> None:
+    """Its numbers are of what it holds, whatever becomes of the run."""
+    run = Path(shutil.copytree(made[2], tmp_path / "run", symlinks=True))
+    found = api.evaluate(run, "val", select="start")
+    assert (run / "tables" / "classes-val-start.csv").is_file()
+    assert measured(run, "metrics.json")["val.start"]["top1"] == pytest.approx(found.scores.top1)
+    begun = Path(shutil.copytree(made[2], tmp_path / "begun", symlinks=True))
+    begun_with(begun)
+    assert api.evaluate(begun, "val", select="last").scores.loss == found.scores.loss
+    done = api.export(run, tmp_path / "bundle", select="start")
+    assert json.loads((done.bundle / "metrics.json").read_text())["val"]["top1"] == pytest.approx(found.scores.top1)
+
+
+START = {
+    "damaged": (lambda ckpt: flip(ckpt / "start" / "net.safetensors"), r"net\.safetensors: its SHA-256 is another"),
+    "gone": (lambda ckpt: shutil.rmtree(ckpt / "start"), "it is not there"),
+}
+
+
+@pytest.mark.parametrize("kind", START)
+def test_without_its_start_a_run_goes_on_and_says_so(
+    made: tuple[dict, Path, Path], run: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Gone is it, too, in a run of an fgvc that kept none."""
+    lose, why = START[kind]
+    lose(run / "ckpt")
+    api.train(recipe(made[0]), run)
+    said = capfd.readouterr().err
+    assert re.search(f"WARNING: .*ckpt/start: {why}; the run goes on without what it started from", said)
     assert equal(weights(run), weights(made[2]))
-    assert equal(weights(run, "best"), weights(made[2], "best"))
+    assert (run / "ckpt" / "start").is_dir() == (kind == "damaged"), "what is damaged is not deleted"
+    advice = "damaged checkpoint .*put a copy" if kind == "damaged" else "of an earlier fgvc, which kept none, or it is gone"
+    with pytest.raises(FgvcError, match=f"ckpt/start: .*{advice}"):
+        api.evaluate(run, "val", select="start")
 
 
 @pytest.mark.parametrize("keep", [0, 3])
 def test_older_checkpoints_are_kept_as_asked(tmp_path: Path, keep: int) -> None:
-    for step in range(1, 8):
+    for step in range(8):
         net = {"w": torch.zeros(3)}
         state = checkpoint.State(net, {}, None, {}, checkpoint.Progress(step=step))
-        checkpoint.save(tmp_path, state, best=step == 2, keep=keep)
+        checkpoint.save(tmp_path, state, best=step == 2, keep=keep, start=step == 0)
     kept = {int(path.name[5:]) for path in tmp_path.glob("step-*")}
     assert kept == {2, 7, *range(7 - keep, 7)}
+    assert checkpoint.load(tmp_path, "start").progress.step == 0
 
 
 def test_a_copy_of_a_run_whose_checkpoints_lie_elsewhere_leaves_those_alone(
