@@ -151,6 +151,8 @@ class Recipe(Section):
             raise ValueError("train.precise_bn would change the frozen batch norms: set it or model.freeze to 0")
         if self.model.weights == "none" and self.model.head == "probe":
             raise ValueError("model.head: probe fits a head to pretrained features; set it to zero or timm with weights: none")
+        if self.model.weights == "none" and self.optim.l2_sp:
+            raise ValueError("optim.l2_sp: random weights are no place to stay near; set it to 0 with weights: none")
         if self.model.weights == "none" and self.model.batch_norm == "frozen":
             raise ValueError(
                 "model.batch_norm: random weights have no statistics to keep; set it to batch with weights: none"

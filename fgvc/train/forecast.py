@@ -19,7 +19,7 @@ from fgvc.recipe import Recipe
 from fgvc.train.optim import make_ema
 from fgvc.train.runtime import runtime
 from fgvc.train.sam import perturbed
-from fgvc.train.session import build_net, build_optimizer, class_counts, opener_of, training_index
+from fgvc.train.session import build_net, build_optimizer, class_counts, first_weights, opener_of, training_index
 from fgvc.types import Batch, FgvcError
 
 STEPS = 4  # spread over the run, since weights, rates and sizes may be scheduled
@@ -60,7 +60,7 @@ def forecast(recipe: Recipe) -> Forecast:
         step.follow(ema.module if ema is not None else None)
         step.attach_hooks()
         step.train()
-        optimizer, _ = build_optimizer(step, recipe)
+        optimizer, _ = build_optimizer(step, recipe, starts=first_weights(built, recipe))
         y = torch.arange(micro, device=process.device) % len(index.classes)
         passed = count_images(step.net, *step.joints.average)
         seconds = []

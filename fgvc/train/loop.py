@@ -36,6 +36,7 @@ from fgvc.train.optim import learning_rate
 from fgvc.train.run import (
     Going,
     begin_anew,
+    begun_with,
     continue_run,
     damaged,
     ended,
@@ -80,10 +81,11 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
             process.first(lambda: note_settings(out, recipe, recorded=recorded))
             _say_finished(recipe, out, events)
             return out
-        index, preprocess = None, None
+        known: dict[str, Any] = {}
         if going[0] == "on":
-            index, preprocess = continued(out, recipe, recorded=recorded), recorded_preprocess(out)
-        built = open_session(recipe, process, index=index, preprocess=preprocess, notify=events.say, out=out)
+            index = continued(out, recipe, recorded=recorded)
+            known = {"index": index, "preprocess": recorded_preprocess(out), "begun": begun_with(out, recipe)}
+        built = open_session(recipe, process, **known, notify=events.say, out=out)
         with _memory_advice(recipe, out), built as session:
             _enter(session, out, events, goes_on=going[0] == "on")
             _introduce(session, events)

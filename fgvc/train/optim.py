@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,13 +11,16 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from fgvc.config import Section
+from fgvc.train.l2_sp import pull
 from fgvc.train.sam import Sam
 from fgvc.types import FgvcError
+
+SIZED = ("lamb", "lars", "larc", "adamp", "sgdp")  # in the names of optimizers that look at a weight's size
 
 
 class Optim(Section):
@@ -43,6 +46,12 @@ class Optim(Section):
         0.9, ge=0, lt=1, description="of the optimizers that have one, such as sgd; Adam's betas are timm's"
     )
     weight_decay: float = Field(1e-4, ge=0, description="on weights of rank >= 2 only: never on norms and biases")
+    l2_sp: float = Field(
+        0.0,
+        ge=0,
+        description="in the place of weight_decay on what came from model.weights, norms and biases too: towards that, not to 0 "
+        "(L2-SP); 0: off",
+    )
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="after the warm-up, per step")
     milestones: tuple[float, ...] = Field((), description="of the step schedule: epochs after which the rate drops")
     drop: float = Field(0.1, gt=0, lt=1, description="of the step schedule: factor of one drop")
@@ -50,6 +59,14 @@ class Optim(Section):
     min_lr: float = Field(0.0, ge=0, description="where the cosine ends")
     clip_norm: float | None = Field(None, gt=0, description="cap on the norm of all gradients together")
     sam: Sam | None = Field(None, description="sharpness-aware minimisation; null: off. It doubles a step's time")
+
+    @model_validator(mode="after")
+    def _distance(self) -> Optim:
+        if self.l2_sp and any(part in self.name for part in SIZED):
+            raise ValueError(
+                f"l2_sp: {self.name} takes steps that depend on how large a weight is; use sgd, momentum, adamw or another"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps(self) -> Optim:
@@ -95,18 +112,24 @@ class Swa(Section):
 
 
 def make_optimizer(
-    step: nn.Module, optim: Optim, *, added: Mapping[str, str] | None = None, head: Sequence[str] = ()
+    step: nn.Module,
+    optim: Optim,
+    *,
+    added: Mapping[str, str] | None = None,
+    head: Sequence[str] = (),
+    starts: Mapping[str, Tensor] | None = None,
 ) -> Optimizer:
     """timm's optimizer over net and branches; no decay on tensors of rank < 2 nor where the model asks for none.
 
-    `added`: name -> "added" or "grafted", of the parameters that techniques brought; `head`: prefixes of the classifier's.
+    `added`: name -> "added" or "grafted", of the parameters that techniques brought; `head`: prefixes of the classifier's;
+    `starts`: name -> where `optim.l2_sp` draws a parameter to, see `fgvc.train.l2_sp`.
     Raises FgvcError for a name that timm does not know, and for settings that the optimizer refuses.
     """
     if optim.name not in list_optimizers():
         raise FgvcError(f"optim.name: timm has no optimizer {optim.name!r}; it has {', '.join(list_optimizers())}")
     try:
-        return create_optimizer_v2(
-            parameter_groups(step, optim, added=added, head=head),
+        optimizer = create_optimizer_v2(
+            parameter_groups(step, optim, added=added, head=head, drawn=starts or ()),
             opt=optim.name,
             lr=optim.lr,
             weight_decay=optim.weight_decay,
@@ -114,12 +137,22 @@ def make_optimizer(
         )
     except (TypeError, ValueError) as error:
         raise FgvcError(f"optim: {optim.name} refuses these settings: {error}") from error
+    if starts:
+        weights = dict(step.named_parameters())
+        pull(optimizer, {weights[name]: start for name, start in starts.items()})
+    return optimizer
 
 
 def parameter_groups(
-    step: nn.Module, optim: Optim, *, added: Mapping[str, str] | None = None, head: Sequence[str] = ()
+    step: nn.Module,
+    optim: Optim,
+    *,
+    added: Mapping[str, str] | None = None,
+    head: Sequence[str] = (),
+    drawn: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Parameters by weight decay and by `lr_scale`, a factor that timm's schedules apply. Frozen ones are left out.
+    """Parameters by weight decay (`optim.l2_sp` for those `drawn` to their start) and by `lr_scale`, a factor that timm's
+    schedules apply. Frozen ones are left out.
 
     The factor is head_lr_scale, added_lr_scale, grafted_lr_scale or layer_decay^(depth of the deepest layer - its own), as timm's
     `group_matcher` counts layers.
@@ -148,7 +181,7 @@ def parameter_groups(
             scale = optim.head_lr_scale
         else:
             scale = optim.layer_decay ** (deepest - layers.get(own, deepest))
-        decay = 0.0 if parameter.ndim < 2 or own in spared else optim.weight_decay
+        decay = optim.l2_sp if name in drawn else 0.0 if parameter.ndim < 2 or own in spared else optim.weight_decay
         group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
     return list(groups.values())

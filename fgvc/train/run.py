@@ -269,6 +269,18 @@ def read_run(out: Path) -> Recipe:
     return load(Recipe, config)
 
 
+def begun_with(out: Path, recipe: Recipe) -> checkpoint.State | None:
+    """What a run that goes on began with, where that decides how it goes on. Raises FgvcError where it is gone or damaged."""
+    if not recipe.optim.l2_sp:
+        return None
+    if (why := checkpoint.doubt(out / "ckpt", "start")) is not None:
+        raise FgvcError(
+            f"{out}: optim.l2_sp draws the weights to those that this run began with, and {out}/ckpt/start: {why}. Put a copy of "
+            f"it there. {begin_anew(out)}"
+        )
+    return checkpoint.load(out / "ckpt", "start")
+
+
 @dataclass(frozen=True, slots=True)
 class Trained:
     """Of one run: a net's weights, and those of the branches beside it."""

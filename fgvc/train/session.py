@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -80,6 +80,7 @@ class Built:
     step: StepModule
     weights: Weights
     preprocess: Preprocess
+    pretrained: tuple[str, ...]  # parameters of `step` whose values are those of `weights`
 
 
 def build_net(
@@ -107,6 +108,8 @@ def build_net(
             zero_head(net)
     else:
         weights = replace(weights, origin="of the checkpoint")
+    anew = head_prefixes(net) if model.head != "timm" else ()
+    given = {id(p) for name, p in net.named_parameters() if name not in weights.fresh and not name.startswith(anew)}
     epochs = recipe.train.epochs
     for trained in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
         refuse_size(net, trained, classes, recipe.model.backbone)
@@ -123,7 +126,7 @@ def build_net(
         frozen=_kept_as_they_are(net, recipe.model),
         opener=None if opener is None else partial(opener, student=preprocess),
     )
-    return Built(step, weights, preprocess)
+    return Built(step, weights, preprocess, tuple(name for name, p in step.named_parameters() if id(p) in given))
 
 
 def _kept_as_they_are(net: nn.Module, model: Model) -> list[nn.Module]:
@@ -176,10 +179,26 @@ def opener_of(
     )
 
 
-def build_optimizer(step: StepModule, recipe: Recipe) -> tuple[Optimizer, Optim]:
-    """The optimizer, and the settings with the rates that it really uses."""
+def first_weights(built: Built, recipe: Recipe, begun: State | None = None) -> dict[str, Tensor]:
+    """Where `optim.l2_sp` draws the parameters of a net to, by name: to the pretrained weights that it has now, or had in the
+    state that its run began with. Raises FgvcError where that state is of another recipe."""
+    if not recipe.optim.l2_sp:
+        return {}
+    weights = {name: weight for name, weight in built.step.named_parameters() if weight.requires_grad}
+    if begun is None:
+        return {name: weights[name].detach().clone() for name in built.pretrained if name in weights}
+    drawn = begun.rest.get("l2_sp", [])
+    if not drawn or any(name not in weights for name in drawn):
+        raise FgvcError("optim.l2_sp: ckpt/start is of a run of other settings; put that of this run there")
+    return {name: torch.empty_like(weights[name]).copy_(begun.net[name.removeprefix("net.")]) for name in drawn}
+
+
+def build_optimizer(
+    step: StepModule, recipe: Recipe, *, starts: Mapping[str, Tensor] | None = None
+) -> tuple[Optimizer, Optim]:
+    """The optimizer, and the settings with the rates that it really uses. `starts`: see `first_weights`."""
     optim = recipe.optim.scaled(recipe.train.batch_size)
-    return make_optimizer(step, optim, added=step.added, head=head_prefixes(step.net)), optim
+    return make_optimizer(step, optim, added=step.added, head=head_prefixes(step.net), starts=starts), optim
 
 
 @dataclass(slots=True)
@@ -202,6 +221,7 @@ class Session:
     swa: AveragedModel | None
     watch: Watch
     progress: Progress
+    drawn: tuple[str, ...]  # parameters that `optim.l2_sp` draws to their start
 
     @property
     def steps_per_epoch(self) -> int:
@@ -270,6 +290,7 @@ class Session:
             "images": fingerprint(self.index),
             "preprocess": self.preprocess.model_dump_json(),  # that a damaged preprocess.json is noticed
             "averaged": 0 if self.swa is None else int(self.swa.n_averaged),
+            "l2_sp": list(self.drawn),
         }
         ema = None if self.average is None else self.average.state_dict()
         return State(self.step.net.state_dict(), self.step.branches.state_dict(), ema, rest, self.progress)
@@ -308,14 +329,16 @@ def open_session(
     *,
     index: ImageIndex | None = None,
     preprocess: Preprocess | None = None,
+    begun: State | None = None,
     notify: Notify | None = None,
     out: Path | None = None,
     teachers: bool = True,
 ) -> Iterator[Session]:
     """Build a run, ready for its first step. The loader's workers end with the context.
 
-    `index`, `preprocess`: those of a run which goes on; `model.weights` is then not read, the checkpoint replaces it. `out`: the
-    run's folder; `teachers`: False to look at views alone, without what teachers say of them.
+    `index`, `preprocess`: those of a run which goes on; `model.weights` is then not read, the checkpoint replaces it. `begun`:
+    the state that such a run began with, for `optim.l2_sp`. `out`: the run's folder; `teachers`: False to look at views alone,
+    without what teachers say of them.
     """
     index = training_index(recipe, index)
     if recipe.selected == "best" and not len(index.rows("val")):
@@ -338,7 +361,8 @@ def open_session(
     step.follow(ema.module if ema is not None else None)
     step.attach_hooks()
     step.train()
-    optimizer, optim = build_optimizer(step, recipe)
+    starts = first_weights(built, recipe, begun)
+    optimizer, optim = build_optimizer(step, recipe, starts=starts)
     loader = _loader(recipe, runtime, index, step, preprocess, notify)
     torch.manual_seed(recipe.train.seed + runtime.rank)  # dropout differs between ranks
     scaler, average = runtime.scaler(), ema.module if ema is not None else swa.module if swa is not None else None
@@ -364,6 +388,7 @@ def open_session(
         swa=swa,
         watch=Watch(step, average, scaler),
         progress=Progress(),
+        drawn=tuple(starts),
     )
     try:
         yield session
