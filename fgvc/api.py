@@ -40,6 +40,8 @@ from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_f
 from fgvc.localize import Localisation, localize
 from fgvc.page.data import data_page
 from fgvc.preview import Preview, preview
+from fgvc.probing import IMAGES, Probing, Size
+from fgvc.probing import probe as run_probe
 from fgvc.recipe import Recipe, Selected, load_recipe
 from fgvc.report.document import report
 from fgvc.train.events import as_csv
@@ -52,9 +54,9 @@ from fgvc.types import FgvcError, NoNumbersError, Split
 from fgvc.variant import Beside, Variants, left_out, make_variants
 
 __all__ = [
-    "Bundle", "Evaluation", "Exported", "Forecast", "Int8", "Localisation", "Preview", "Recipe", "Variants", "Versus",
+    "Bundle", "Evaluation", "Exported", "Forecast", "Int8", "Localisation", "Preview", "Probing", "Recipe", "Variants", "Versus",
     "check", "compare", "evaluate", "explain", "export", "forecast", "load_bundle", "load_recipe", "localize", "preview",
-    "report", "train", "verify",
+    "probe", "report", "train", "verify",
 ]  # fmt: skip
 
 
@@ -137,6 +139,21 @@ def _write(out: Path, text: str) -> None:
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, text)
+
+
+def probe(
+    data: str,
+    overrides: Sequence[str] = (),
+    *,
+    starts: Sequence[str] = (),
+    sizes: Sequence[Size] = (),
+    crops: Sequence[float] = (),
+    images: int = IMAGES,
+) -> Probing:
+    """How far logistic regressions on frozen nets get with a set's images, see `fgvc.probing.probe`; what to make of it tells
+    `fgvc.advice.advise`. A bar on stderr where that is a terminal."""
+    with _bar() as tick:
+        return run_probe(data, overrides, starts=starts, sizes=sizes, crops=crops, images=images, progress=tick)
 
 
 @contextmanager

@@ -10,13 +10,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from fgvc.ablate.run import Estimate
+from fgvc.advice import advise, pixels, points
 from fgvc.api import Evaluation, Exported
 from fgvc.bench import Ratio
 from fgvc.data.checks import Report
 from fgvc.evaluate.calibration import FEWEST
+from fgvc.evaluate.learning_curve import FOLDS, SHARES
 from fgvc.evaluate.side import Versus
 from fgvc.export.verify import Comparison, Verification
 from fgvc.localize import Localisation
+from fgvc.probing import Probing
 from fgvc.report.localisation import COLUMNS
 from fgvc.report.localisation import table as localisation_table
 from fgvc.serve.engine import calibration_word
@@ -59,6 +62,57 @@ def _suspects(report: Report) -> None:
         place = f"{index.paths[one.row]} ({SPLITS[index.splits[one.row]]})"
         own, other = f"{index.classes[one.label]} {one.own:.1%}", f"{index.classes[one.suggested]} {one.other:.1%}"
         console.print(f"suspect: {place}: {own}, rather {other} (a probe says, not calibrated)", markup=False, soft_wrap=True)
+
+
+def probing(found: Probing) -> None:
+    """A net at one size and crop a row; then what it comes to."""
+    data, advice = found.data, advise(found)
+    console.print(f"recognised: {data.index.recognised}", markup=False, soft_wrap=True)
+    sample = f", a stratified sample of {data.available}" if len(data.rows) < data.available else ""
+    groups = "" if data.groups is None else ", by whole groups"
+    console.print(
+        f"{len(data.rows)} images to learn from{sample}; top-1 in %, by {FOLDS}-fold cross-validation within them{groups}; "
+        "the test part is not read",
+        soft_wrap=True,
+    )
+    learned = [str(len(own)) for own in reversed(data.folds[0].learned)]
+    table = _table("start", "px", "crop", *learned, "95 %", "ms", "GMAC")
+    for one in found.results:
+        whole = one.curve.accuracy()
+        shares = (f"{100 * one.curve.accuracy(share).value:.1f}" for share in sorted(SHARES))
+        mark = "*" * bool(one.learned)
+        macs = "" if one.macs is None else f"{one.macs / 1e9:.2g}"
+        interval = f"{100 * whole.low:.1f}-{100 * whole.high:.1f}"
+        name = escape(one.candidate.name) + mark
+        table.add_row(name, pixels(one), f"{one.crop:.3g}", *shares, interval, f"{1000 * one.seconds:.1f}", macs)
+    console.print(table)
+    legend = f"{', '.join(learned)}: images that a fold learns from; ms: of one image in a batch, {found.device}, "
+    legend += f"{found.threads} thread{'s' * (found.threads > 1)}"
+    legend += "; *: was trained on the images" * any(one.learned > 0 for one in found.results)
+    console.print(legend, soft_wrap=True)
+    if data.scarce:
+        console.print(f"{data.scarce} classes have too few images to hold one out: learned, never judged", soft_wrap=True)
+    for note in found.notes:
+        console.print(f"warning: {note}", markup=False, soft_wrap=True)
+    best = advice.best
+    console.print(
+        f"best within the deployed net's cost: {best.candidate.name}, {pixels(best)} px, crop {best.crop:.3g}. What limits it?",
+        markup=False,
+        soft_wrap=True,
+    )
+    for limit in advice.limits:
+        answer = {True: "yes", False: "no", None: "?"}[limit.limiting]
+        console.print(f"  {limit.what}: {answer}: {limit.text}", markup=False, soft_wrap=True)
+    if advice.command:
+        console.print(f"to go on:\n  {advice.command}", markup=False, soft_wrap=True)
+    else:
+        console.print("to go on, name the run or the weights: a bundle has nothing to train from")
+    if advice.teacher is not None and advice.teacher_gain is not None:
+        console.print(
+            f"a teacher, {points(advice.teacher_gain)}; in the recipe's techniques section:\n  {advice.teacher_line}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def forecast(found: Forecast) -> None:

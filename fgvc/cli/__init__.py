@@ -27,6 +27,7 @@ app.add_typer(of_data, name="data")
 VERBS: dict[str, Callable[..., None]] = {
     "recipes": training.recipes,
     "init": training.init,
+    "probe": data.probe,
     "train": training.train,
     "eval": looking.evaluate,
     "localize": looking.localize,

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from fgvc.cli.option import Config, Overrides, recipe_path
+from fgvc.types import FgvcError
 
 
 def demo(
@@ -76,3 +77,67 @@ def preview(
         print(f"warning: {note}", file=sys.stderr)
     for sheet in found.sheets:
         print(sheet)
+
+
+def probe(
+    source: Annotated[
+        str, typer.Argument(metavar="DATA", help="A folder or table of images, a recipe file, or a recipe's id.")
+    ],
+    overrides: Overrides = None,
+    start: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A net to try: NAME=FILE, NAME=hub or NAME=packaged, with timm's name; FILE; a run; a bundle. Several times; "
+            "the first, or the recipe's own, is what is deployed."
+        ),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of the input in pixels: 160, or 112x224 (height x width); several times. Default: the recipe's, else the "
+            "net's own."
+        ),
+    ] = None,
+    crop: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0.05, max=1, help="Share that the evaluation crop keeps; several times. Default: the net's own, and 1."
+        ),
+    ] = None,
+    images: Annotated[
+        int, typer.Option(min=10, help="Most images that are looked at; of more a stratified sample is drawn.")
+    ] = 3000,
+    json: Annotated[
+        str | None, typer.Option(metavar="FILE|-", help="All figures as JSON; - for stdout, and no table.")
+    ] = None,
+) -> None:
+    """How accurate frozen nets with a logistic regression are on a set, what limits that, and how to go on. Trains nothing.
+
+    Cross-validated within the images to learn from; the test part is not read."""
+    from fgvc import api, show
+    from fgvc.advice import summary
+    from fgvc.disk import as_json, refuse_file, write_atomic
+
+    out = None if json in (None, "-") else Path(str(json))
+    if out is not None:
+        refuse_file(out)
+    sizes = [_sides(text) for text in size or []]
+    found = api.probe(source, overrides or [], starts=start or [], sizes=sizes, crops=crop or [], images=images)
+    if out is not None:
+        write_atomic(out, as_json(summary(found)))
+    if json == "-":
+        print(as_json(summary(found)), end="")
+    else:
+        show.probing(found)
+
+
+def _sides(text: str) -> tuple[int, int]:
+    """Height and width of `160` or `112x224`."""
+    height, _, width = text.lower().partition("x")
+    try:
+        sides = int(height), int(width or height)
+    except ValueError:
+        raise FgvcError(f"--size {text}: a number of pixels such as 160, or height x width such as 112x224") from None
+    if min(sides) < 8 or max(sides) > 4096:
+        raise FgvcError(f"--size {text}: between 8 and 4096 pixels a side")
+    return sides

@@ -91,7 +91,7 @@ def compare(labels: NDArray[Any], a: NDArray[Any], b: NDArray[Any]) -> Paired:
     return Paired(labels=y, a_right=a_right, b_right=b_right, low=low, high=high, p=p)
 
 
-def gain_interval(wins: int, losses: int, images: int, *, level: float = LEVEL) -> tuple[float, float]:
+def gain_interval(wins: float, losses: float, images: float, *, level: float = LEVEL) -> tuple[float, float]:
     """The interval of (wins - losses) / images by inverting the score test of a paired difference (Tango, Statistics in
     Medicine 17, 1998): all differences that the counts do not contradict. Holds its level for few images and for no flip at
     all, where Wald's interval is a point."""
@@ -107,6 +107,14 @@ def gain_interval(wins: int, losses: int, images: int, *, level: float = LEVEL) 
     low = brentq(lambda d: score(d) - z, -edge, gain) if gain > -edge and score(-edge) > z else -1.0
     high = brentq(lambda d: score(d) + z, gain, edge) if gain < edge and score(edge) < -z else 1.0
     return float(low), float(high)
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` images (Wilson 1927): it stays within [0,1] and is right near its ends."""
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True, slots=True)

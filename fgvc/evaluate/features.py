@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,6 +20,10 @@ from fgvc.model.weights import load_weights, preprocess_for, told, unlikely
 from fgvc.recipe import Recipe
 from fgvc.train.runtime import runtime
 from fgvc.types import FgvcError, ImageIndex
+
+BATCH = 64
+Embed = Callable[[Tensor], NDArray[np.float32]]
+"""Images (B,3,H,W) on the host -> their features (B,D)."""
 
 
 def normalisation(recipe: Recipe) -> Normalisation | None:
@@ -41,6 +47,8 @@ def normalisation(recipe: Recipe) -> Normalisation | None:
 class Features:
     rows: NDArray[np.int64]  # (N,) of the index: those that could be read
     vectors: NDArray[np.float32]  # (N,D)
+    seconds: float  # of the net alone, for one image in batches of BATCH: the median
+    unreadable: tuple[str, ...]  # path and reason of those left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +82,47 @@ def features(
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
     """Pooled features of `rows` before the last layer, as evaluation sees images. Unreadable images are left out."""
-    seen, vectors, done = [], [], 0
-    with runtime(recipe.train) as process, torch.inference_mode():
-        layout = memory_format(backbone.net)
-        net = backbone.net.to(process.device).to(memory_format=layout)
-        for batch in evaluation_loader(index, rows, spec=backbone.spec, batch_size=64, workers=recipe.train.workers):
-            x = batch.images.to(process.device, memory_format=layout)
-            vectors.append(pooled(net, x).float().cpu().numpy())
-            seen.append(batch.index.numpy())
-            done += len(batch.labels) + len(batch.bad)
-            if progress:
-                progress(done, len(rows))
-    return Features(np.concatenate(seen), np.concatenate(vectors))
+    with runtime(recipe.train) as process:
+        embed = embedding(backbone.net, process.device)
+        workers = recipe.train.workers
+        return embedded(embed, index, rows, spec=backbone.spec, workers=workers, progress=progress)
+
+
+def embedding(net: nn.Module, device: torch.device) -> Embed:
+    """A timm net's pooled features, on a device, in eval mode. A map of one cell is a vector, too."""
+    layout = memory_format(net)
+    net = net.eval().to(device).to(memory_format=layout)
+
+    @torch.inference_mode()
+    def embed(x: Tensor) -> NDArray[np.float32]:
+        v = pooled(net, x.to(device, memory_format=layout)).float()
+        return (v.flatten(1) if v.shape[2:].numel() == 1 else v).cpu().numpy()
+
+    return embed
+
+
+def embedded(
+    embed: Embed,
+    index: ImageIndex,
+    rows: NDArray[np.int64],
+    *,
+    spec: Preprocess,
+    workers: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Features:
+    """What `embed` makes of `rows` as evaluation with `spec` sees them. Unreadable images are left out."""
+    seen, vectors, seconds, done = [], [], [], 0
+    bad: list[str] = []
+    for batch in evaluation_loader(index, rows, spec=spec, batch_size=BATCH, workers=workers):
+        started = time.perf_counter()
+        vectors.append(embed(batch.images))
+        seconds.append((time.perf_counter() - started) / len(batch.labels))
+        seen.append(batch.index.numpy())
+        bad += [str(error) for error in batch.bad]
+        done += len(batch.labels) + len(batch.bad)
+        if progress:
+            progress(done, len(rows))
+    return Features(np.concatenate(seen), np.concatenate(vectors), statistics.median(seconds), tuple(bad))
 
 
 def pooled(net: nn.Module, x: Tensor) -> Tensor:

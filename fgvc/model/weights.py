@@ -7,7 +7,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def load_weights(
     }
     if model.weights == "none":
         return Weights(origin="none: random weights", **expects)
+    doubts: tuple[str, ...] = ()
     if model.weights == "hub":
         state, origin = _from_hub(model, net), f"hub: {config.get('hf_hub_id') or model.backbone}"
     elif model.weights == "packaged":
@@ -67,19 +68,18 @@ def load_weights(
     else:
         path = Path(model.weights).expanduser()
         state, origin = _from_file(path) if plain is None else dict(plain), str(path)
-        sidecar = path.with_name(path.name + ".json")
-        if sidecar.is_file():
-            expects |= _sidecar(sidecar)
+        if (sidecar := read_sidecar(path)) is not None:
+            expects |= sidecar.expects
+            doubts = sidecar.doubts(model)
         elif (run := run_of(path)) is not None:
             expects |= _recorded(run / "preprocess.json")
         elif assumed := [key for key in ("mean", "std") if key not in stated]:
-            doubt = (
+            doubts = (
                 f"{path.name} says nothing of its {' and '.join(assumed)}: timm's for {model.backbone} are assumed, "
                 f"{', '.join(f'{key} {expects[key]}' for key in assumed)}. Give {' and '.join(assumed)} (in deploy; a teacher "
-                f'has its own), or a file {sidecar.name} beside it ({{"mean": [...], "std": [...]}})'
+                f'has its own), or a file {path.name}.json beside it ({{"mean": [...], "std": [...]}})',
             )
-            return _fill(net, state, model, origin=origin, doubts=(doubt,), expects=expects)
-    return _fill(net, state, model, origin=origin, doubts=(), expects=expects)
+    return _fill(net, state, model, origin=origin, doubts=doubts, expects=expects)
 
 
 def told(deploy: Deploy) -> list[str]:
@@ -207,7 +207,31 @@ def _from_package(model: Model, net: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _sidecar(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """What a file FILE.json says of the weights in FILE."""
+
+    path: Path
+    expects: Mapping[str, Any]  # mean, std, and interpolation and crop_fraction where they are given: as in Weights
+    backbone: str | None = None  # by timm's name
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # of timm.create_model
+
+    def doubts(self, model: Model) -> tuple[str, ...]:
+        """Where the recipe's net is another than the weights are of: they may fit, and lose accuracy all the same."""
+        other = {key: value for key, value in self.kwargs.items() if model.kwargs.get(key) != value}
+        found = []
+        if self.backbone is not None and self.backbone.partition(".")[0] != model.backbone.partition(".")[0]:
+            found.append(f"model.backbone={self.backbone}")
+        found += [f"model.kwargs.{key}={json.dumps(value)}" for key, value in other.items()]
+        asked = f"{self.path.name} says that the weights are of another net than the recipe's: set {' '.join(found)}"
+        return (asked,) if found else ()
+
+
+def read_sidecar(weights: Path) -> Sidecar | None:
+    """Of a weights file, where it has one. Raises FgvcError where that can't be read."""
+    path = weights.with_name(weights.name + ".json")
+    if not path.is_file():
+        return None
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         known: dict[str, Any] = {
@@ -223,11 +247,17 @@ def _sidecar(path: Path) -> dict[str, Any]:
             known["crop_fraction"] = float(said["crop_fraction"])
             if not 0 < known["crop_fraction"] <= 1:
                 raise ValueError("crop_fraction is a share in (0, 1]")
+        backbone, kwargs = said.get("backbone"), said.get("kwargs", {})
+        if backbone is not None and not (isinstance(backbone, str) and timm.is_model(backbone)):
+            raise ValueError(f"backbone: timm has no model {backbone!r}")
+        if not isinstance(kwargs, dict):
+            raise ValueError("kwargs: a mapping, of timm.create_model's arguments")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FgvcError(
-            f'{path}: expected {{"mean": [r, g, b], "std": [r, g, b]}}, white being 1: {error!r}'
+            f'{path}: expected {{"mean": [r, g, b], "std": [r, g, b]}}, white being 1, and if wanted "interpolation", '
+            f'"crop_fraction", "backbone" and "kwargs": {error!r}'
         ) from error
-    return known
+    return Sidecar(path, known, backbone, kwargs)
 
 
 def _fill(

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from fgvc.config import differences, dump, leaves
 from fgvc.disk import refuse_file, write_atomic, writing
 from fgvc.evaluate.calibration import Calibrated
+from fgvc.evaluate.compare import wilson
 from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, of_logits
 from fgvc.evaluate.subject import Answers, Subject, subject
 from fgvc.evaluate.temperature import calibration
@@ -232,14 +232,6 @@ def written(value: Any) -> str:
     if isinstance(value, Mapping) and value:
         return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip()
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` images (Wilson 1927): it stays within [0,1] and is right near its ends."""
-    z = 1.959964
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def duration(seconds: float) -> str:

@@ -126,10 +126,15 @@ def learnt(own: ImageIndex, index: ImageIndex, rows: NDArray[np.int64]) -> int:
 
 def learnt_of_aside(run: Path, index: ImageIndex) -> int:
     """How many of the validation and test images of `index` a run was trained on; 0 of a run without a record."""
+    return learnt_by(run, index, np.flatnonzero(index.splits != SPLITS.index("train")))
+
+
+def learnt_by(run: Path, index: ImageIndex, rows: NDArray[np.int64]) -> int:
+    """How many of these rows a run was trained on; 0 of a run without a record."""
     if not (run / NAME).is_file():
         return 0
     own = recording.load(run / NAME, load(Recipe, run / "config.yaml").data.root.expanduser()).index
-    return learnt(own, index, np.flatnonzero(index.splits != SPLITS.index("train")))
+    return learnt(own, index, rows)
 
 
 def _lost(record: Record, rows: NDArray[np.int64]) -> str:

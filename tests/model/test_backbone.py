@@ -111,6 +111,22 @@ def test_the_hub_without_a_network_is_a_clear_error(monkeypatch: pytest.MonkeyPa
         load_weights(net(), Model(backbone="test_resnet", weights="hub"))
 
 
+def test_a_sidecar_may_say_which_net_it_is_of(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(plain_model("test_resnet", 5).state_dict(), tmp_path / "w.safetensors")
+    said = {"mean": [0.5] * 3, "std": [0.5] * 3, "backbone": "test_resnet.r160_in1k", "kwargs": {"output_stride": 16}}
+    (tmp_path / "w.safetensors.json").write_text(json.dumps(said))
+    model = Model(backbone="test_resnet", kwargs={"output_stride": 16}, weights=str(tmp_path / "w.safetensors"))
+    assert not load_weights(plain_model("test_resnet", 5, model.kwargs), model).doubts
+    other = model.model_copy(update={"kwargs": {}})
+    (doubt,) = load_weights(plain_model("test_resnet", 5), other).doubts
+    assert "another net than the recipe's: set model.kwargs.output_stride=16" in doubt
+    for wrong in ({"backbone": "no_such_net"}, {"backbone": 3}, {"kwargs": ["a"]}):
+        (tmp_path / "w.safetensors.json").write_text(json.dumps(said | wrong))
+        with pytest.raises(FgvcError, match=next(iter(wrong))):
+            load_weights(plain_model("test_resnet", 5), model)
+
+
 def test_a_sidecar_says_mean_and_std(tmp_path: Path) -> None:
     saved(tmp_path / "w.safetensors")
     side = tmp_path / "w.safetensors.json"

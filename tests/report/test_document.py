@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fgvc import api
 from fgvc.config import leaves
+from fgvc.evaluate.compare import wilson
 from fgvc.evaluate.metrics import of_logits
 from fgvc.evaluate.subject import subject
 from fgvc.image.decode import decode
@@ -24,7 +25,7 @@ from fgvc.image.overlay import overlay
 from fgvc.image.preprocess import preprocess
 from fgvc.page.render import picture
 from fgvc.recipe import Recipe
-from fgvc.report.document import duration, report, wilson
+from fgvc.report.document import duration, report
 from fgvc.report.gallery import MISTAKES, gallery
 from fgvc.types import FgvcError
 from tests.conftest import paint

@@ -1,0 +1,325 @@
+"""`fgvc probe`: which images it judges by, what it ranks, and that its advice works as it is printed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from fgvc import api
+from fgvc.advice import advise, summary
+from fgvc.cli import main
+from fgvc.config import Deploy
+from fgvc.data.splits import fold_numbers
+from fgvc.evaluate.candidate import open_candidate
+from fgvc.model.backbone import plain_model
+from fgvc.model.probe import fit_probe
+from fgvc.recipe import load_recipe
+from fgvc.template import recipe_file
+from fgvc.types import FgvcError
+
+FAST = ("train.workers=0", "train.device=cpu")
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A weights file of a tiny net, with its sidecar."""
+    folder = tmp_path_factory.mktemp("weights")
+
+    def make(net: str = "test_resnet", *, name: str = "", seed: int = 0, **said: object) -> Path:
+        file = folder / f"{name or net}.safetensors"
+        torch.manual_seed(seed)
+        kwargs = said.get("kwargs", {})
+        assert isinstance(kwargs, dict)
+        save_file(plain_model(net, 7, kwargs).state_dict(), file)
+        sidecar = {"mean": [0.5] * 3, "std": [0.5] * 3} | said
+        file.with_name(file.name + ".json").write_text(json.dumps(sidecar))
+        return file
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def shades(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Colours that are hard to tell apart: 12 train, 8 val and 4 test pictures each."""
+    root = tmp_path_factory.mktemp("shades")
+    for k, colour in enumerate([(120, 100, 100), (113, 105, 100), (108, 100, 108)]):
+        for part, count in (("train", 12), ("val", 8), ("test", 4)):
+            for i in range(count):
+                paint(
+                    root / part / f"shade {k}" / f"{i:02d}.png",
+                    colour,
+                    seed=1000 * k + 100 * len(part) + i,
+                    size=(12, 12),
+                )
+    return root
+
+
+def paint(path: Path, colour: tuple[int, int, int], *, seed: int, size: tuple[int, int]) -> None:
+    pixels = np.clip(np.array(colour) + np.random.default_rng(seed).normal(0, 60, (*size, 3)), 0, 255)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def call(*arguments: object) -> None:
+    """The command line, which must end well."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(one) for one in arguments])
+    assert stop.value.code == 0
+
+
+@pytest.fixture
+def recipe(recipe_tree: dict, shades: Path, weights: Callable[..., Path], tmp_path: Path) -> Path:
+    recipe_tree["data"]["root"] = str(shades)
+    recipe_tree["model"]["weights"] = str(weights())
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe_tree))
+    return tmp_path / "mine.yaml"
+
+
+def test_the_images_are_those_of_train_and_validation(recipe: Path, shades: Path) -> None:
+    found = api.probe(str(recipe))
+    names = found.data.index.paths[found.data.rows].tolist()
+    assert len(names) == found.data.available == 60
+    assert {name.split("/")[0] for name in names} == {"train", "val"}
+    assert [(one.size, one.crop) for one in sorted(found.results, key=lambda one: one.crop)] == [
+        ((32, 32), 0.95),
+        ((32, 32), 1),
+    ]
+    assert found.results[0].accuracy >= found.results[1].accuracy
+
+
+def test_the_test_part_is_not_read(recipe: Path, shades: Path, tmp_path: Path) -> None:
+    spoiled = tmp_path / "set"
+    shutil.copytree(shades, spoiled)
+    for file in spoiled.glob("test/*/*"):
+        file.write_bytes(b"no picture")
+    whole, rest = summary(api.probe(str(recipe))), summary(api.probe(str(recipe), [f"data.root={spoiled}"]))
+    for one in (*whole["results"], *rest["results"]):
+        del one["seconds_per_image"]
+    assert rest["results"] == whole["results"]
+    assert not rest["notes"]
+    table = "\n".join(
+        [
+            "path,label,split",
+            *(f"{p.relative_to(spoiled)},{p.parent.name},{p.parts[-3]}" for p in spoiled.glob("*/*/*")),
+        ]
+    )
+    (spoiled / "set.csv").write_text(table)
+    by_table = api.probe(str(spoiled / "set.csv"), FAST, starts=[str(_weights_of(recipe))], sizes=[(32, 32)])
+    assert by_table.data.available == 60
+
+
+def _weights_of(recipe: Path) -> Path:
+    return Path(load_recipe(recipe).model.weights)
+
+
+def test_the_accuracy_is_that_of_a_loop_by_hand(recipe: Path) -> None:
+    found = api.probe(str(recipe), crops=[1.0])
+    assert len(found.results) == 1
+    result, data = found.results[0], found.data
+    start = open_candidate(str(_weights_of(recipe)), deploy=Deploy(), size=(32, 32))
+    loaded = load_recipe(recipe, ["deploy.crop_fraction=1"])
+    from fgvc.evaluate.features import features, frozen
+
+    x = features(loaded, frozen(loaded, 3), data.index, data.rows).vectors
+    y = data.index.labels[data.rows]
+    numbers = fold_numbers(y, folds=5, seed=0)
+    right = np.zeros(len(y), bool)
+    for number in range(5):
+        learn = numbers != number
+        fit = fit_probe(x[learn], y[learn], classes=3, strengths=(result.curve.strength,))
+        right[~learn] = fit.logits(x[~learn]).argmax(1) == y[~learn]
+    assert result.accuracy == right.mean()
+    assert result.macs == start.macs((32, 32))
+
+
+def test_a_larger_set_is_sampled_and_said(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("probe", recipe, "--images", 30, "--crop", 1)
+    said = capsys.readouterr().out
+    assert "30 images to learn from, a stratified sample of 60" in said
+    found = api.probe(str(recipe), images=30, crops=[1.0])
+    assert np.bincount(found.data.index.labels[found.data.rows]).tolist() == [10] * 3
+
+
+def test_classes_with_too_few_images_are_counted(recipe: Path, shades: Path, tmp_path: Path) -> None:
+    for file in shades.glob("train/*/*"):
+        alone = file.parent.name == "shade 0" and file.stem != "00"
+        if not alone:
+            (tmp_path / "set" / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "set" / file.parent.name)
+    settings = [f"data.root={tmp_path / 'set'}", "data.test_fraction=0"]
+    found = api.probe(str(recipe), settings, crops=[1.0])
+    assert found.data.scarce == 1
+    assert found.results[0].curve.judged.sum() == 24
+    for name in ("shade 1", "shade 2"):
+        for file in sorted((tmp_path / "set" / name).iterdir())[1:]:
+            file.unlink()
+    with pytest.raises(FgvcError, match="needs two images"):
+        api.probe(str(recipe), settings)
+
+
+def test_a_folder_and_the_command_to_go_on(
+    shades: Path, weights: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, wide = weights(), weights("test_resnet", name="b", backbone="test_resnet", seed=1)
+    asked = ["--start", f"test_resnet={small}", "--start", wide, "--size", 32, "--size", 48]
+    call("probe", shades, *FAST, *asked)
+    said = capsys.readouterr().out
+    assert "recognised: class folders in train/, val/, test/" in said
+    assert all(f"  {what}:" in said for what in ("images", "resolution", "start"))
+    command = said.split("to go on:\n")[1].splitlines()[0]
+    verb, action, name, *overrides = shlex.split(command)
+    assert (verb, action) == ("fgvc", "train")
+    trained = load_recipe(recipe_file(name), overrides)
+    assert trained.data.root == shades
+    assert trained.model.backbone == "test_resnet"
+    assert trained.model.weights in (str(small), str(wide))
+    assert trained.image.size == (32, 32), "what is deployed costs as much as the first at the first size"
+    assert trained.train.device == "cpu"
+    found = api.probe(str(shades), FAST, starts=[f"test_resnet={small}", str(wide)], sizes=[(32, 32), (48, 48)])
+    advice = advise(found)
+    larger = [one for one in found.results if one.size == (48, 48)]
+    if advice.teacher is not None:
+        assert advice.teacher.accuracy == max(one.accuracy for one in larger) > advice.best.accuracy
+        line = yaml.safe_load(advice.teacher_line)["distill.teachers"]
+        assert line == [
+            {"kind": "probe", "backbone": "test_resnet", "weights": advice.teacher.candidate.model.weights, "size": 48}
+        ]  # type: ignore[union-attr]
+    else:
+        assert max(one.accuracy for one in larger) <= advice.best.accuracy
+
+
+def test_the_command_of_a_recipe_says_what_is_new(recipe: Path, shades: Path) -> None:
+    own = advise(api.probe(str(recipe), crops=[0.95])).command
+    assert own == f"fgvc train {recipe}"
+    other = advise(api.probe(str(recipe), ["data.val_fraction=0.2"], crops=[0.5], sizes=[(48, 48)])).command
+    assert other == f"fgvc train {recipe} data.val_fraction=0.2 image.size=48 deploy.crop_fraction=0.5"
+
+
+def test_json(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("probe", recipe, "--crop", 1, "--json", "-")
+    said = json.loads(capsys.readouterr().out)
+    assert said["images"] == 60
+    assert said["results"][0]["top1"].keys() == {"0.25", "0.5", "1"}
+    assert said["results"][0]["seconds_per_image"] > 0
+    assert said["command"].startswith("fgvc train ")
+    call("probe", recipe, "--crop", 1, "--json", tmp_path / "p.json")
+    assert "GMAC" in capsys.readouterr().out
+    assert json.loads((tmp_path / "p.json").read_text())["results"][0]["top1"] == said["results"][0]["top1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shades: Path) -> tuple[Path, Path]:
+    """A run and its bundle."""
+    folder = tmp_path_factory.mktemp("trained")
+    tree = {
+        "data": {"kind": "folder", "root": str(shades)}, "image": {"size": 32}, "model": {"backbone": "test_resnet"},
+        "train": {"epochs": 1, "batch_size": 8, "workers": 0, "device": "cpu"},
+    }  # fmt: skip
+    (folder / "r.yaml").write_text(yaml.safe_dump(tree))
+    run = api.train(load_recipe(folder / "r.yaml"), folder / "run")
+    return run, api.export(run, folder / "bundle").bundle
+
+
+def test_a_run_and_its_bundle_have_the_same_features(trained: tuple[Path, Path], shades: Path, recipe: Path) -> None:
+    run, bundle = trained
+    a, b = (open_candidate(str(path), deploy=Deploy(), size=None) for path in trained)
+    assert a.spec == b.spec
+    x = torch.randn(3, 3, 32, 32)
+    np.testing.assert_allclose(a.embed(torch.device("cpu"))(x), b.embed(torch.device("cpu"))(x), atol=1e-4)
+    assert a.model is not None
+    assert a.run == run
+    np.testing.assert_allclose(
+        open_candidate(f"test_resnet={a.model.weights}", deploy=Deploy(), size=None).embed(torch.device("cpu"))(x),
+        a.embed(torch.device("cpu"))(x),
+        atol=1e-5,
+    )
+    found = api.probe(str(recipe), starts=[str(run), str(bundle)], crops=[1.0])
+    by_run = next(one for one in found.results if one.candidate.name == str(run))
+    assert by_run.learned == 36, "of train; validation was not learned from"
+    assert found.results[-1] is by_run
+    assert any("was trained on 36 of these 60 images" in note for note in found.notes)
+    assert any("not known" in note for note in found.notes)
+    with pytest.raises(FgvcError, match="48 x 48|takes images of"):
+        open_candidate(str(bundle), deploy=Deploy(), size=None).refuse_size((48, 48))
+
+
+def test_a_graph_without_a_linear_end(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copy(trained[1] / "preprocess.json", tmp_path)
+    model = onnx.load(trained[1] / "model.onnx")
+    name = model.graph.output[0].name
+    model.graph.node.append(onnx.helper.make_node("Softmax", [name], ["p"]))
+    model.graph.output[0].name = "p"
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(FgvcError, match=r"come from a Softmax, not from a Gemm.*name the run"):
+        open_candidate(str(tmp_path / "m.onnx"), deploy=Deploy(), size=None)
+
+
+def test_a_sidecar_tells_the_net_and_its_kwargs(weights: Callable[..., Path]) -> None:
+    file = weights("test_resnet", name="mine", backbone="test_resnet", kwargs={"stem_width": 8})
+    found = open_candidate(str(file), deploy=Deploy(), size=(32, 32))
+    assert found.model is not None
+    assert (found.model.backbone, found.model.kwargs) == ("test_resnet", {"stem_width": 8})
+    plain = weights("test_resnet", name="test_resnet.birds")
+    assert open_candidate(str(plain), deploy=Deploy(), size=(32, 32)).model.backbone == "test_resnet"  # type: ignore[union-attr]
+    with pytest.raises(FgvcError, match=r"weights of which net\? Give --start NAME="):
+        open_candidate(str(weights("test_resnet", name="unknown")), deploy=Deploy(), size=None)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("gone.safetensors", "no file gone.safetensors"),
+        ("test_resnet=gone.safetensors", "no file gone.safetensors"),
+        ("no_such_net=hub", "timm has no model 'no_such_net'"),
+        (".", "neither a run nor a bundle"),
+    ],
+)
+def test_a_start_that_is_none(shades: Path, start: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["probe", str(shades), "--start", start])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_weights_that_are_broken(shades: Path, weights: Callable[..., Path], tmp_path: Path) -> None:
+    state = plain_model("test_resnet", 3).state_dict()
+    save_file({key: value for key, value in state.items() if "layer4" not in key}, tmp_path / "w.safetensors")
+    with pytest.raises(FgvcError, match="does not fit"):
+        api.probe(str(shades), FAST, starts=[f"test_resnet={tmp_path / 'w.safetensors'}"])
+
+
+def test_images_that_cannot_be_read(recipe: Path, shades: Path, tmp_path: Path) -> None:
+    shutil.copytree(shades, tmp_path / "set")
+    (tmp_path / "set/train/shade 0/00.png").write_bytes(b"no picture")
+    found = api.probe(str(recipe), [f"data.root={tmp_path / 'set'}"])
+    assert len(found.data.rows) == 59
+    assert sum("skipped" in note for note in found.notes) == 1
+    with pytest.raises(FgvcError, match="1 of 60 images can't be read"):
+        api.probe(str(recipe), [f"data.root={tmp_path / 'set'}", "data.max_unreadable=0"])
+
+
+def test_real_birds(shared: Path) -> None:
+    """The figure for a few classes is far above chance, and more images help."""
+    start = f"tf_efficientnet_lite0={shared / 'weights/tf_efficientnet_lite0.safetensors'}"
+    found = api.probe(
+        str(shared / "data/cub50"), [*FAST, "data.first_classes=6"], starts=[start], sizes=[(96, 96)], crops=[1.0]
+    )
+    result = found.results[0]
+    assert len(found.data.rows) == 180
+    assert result.accuracy > 0.6
+    assert result.macs is not None
+    assert result.macs / (96 / 224) ** 2 == pytest.approx(0.39e9, rel=0.05), (
+        "published: 0.39 G multiply-adds at 224 pixels"
+    )
+    assert result.candidate.parameters == pytest.approx(4.65e6 - 1281 * 1000, rel=0.01)
