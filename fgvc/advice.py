@@ -36,7 +36,8 @@ class Advice:
 
     best: Result  # the most accurate that costs no more than the deployed net
     limits: tuple[Limit, ...]
-    command: str  # to go on with; empty where there is only a bundle, which has nothing to train from
+    command: str  # trains from it, or from the best of these that is no bundle; empty where all are
+    larger: bool  # whether a net that costs more was tried
     teacher: Result | None  # the most accurate that costs more, and names more images rightly
     teacher_gain: Share | None
 
@@ -59,20 +60,25 @@ class Advice:
 def advise(found: Probing) -> Advice:
     """By results of nets that were not trained on the images, where there are such."""
     honest = [one for one in found.results if not one.learned] or list(found.results)
-    best = max(
-        (one for one in honest if _affordable(one, found)), key=lambda one: one.accuracy, default=found.results[0]
-    )
+    affordable = [one for one in honest if _affordable(one, found)] or honest
+    best = max(affordable, key=_accuracy)
+    trained = max((one for one in affordable if one.candidate.model is not None), key=_accuracy, default=None)
     larger = [one for one in honest if not _affordable(one, found) and one.candidate.model is not None]
-    teacher = max(larger, key=lambda one: one.accuracy, default=None)
+    teacher = max(larger, key=_accuracy, default=None)
     if teacher is not None and teacher.accuracy <= best.accuracy:
         teacher = None
     return Advice(
         best=best,
         limits=(_images(best), _resolution(best, honest), _start(best, honest), *_ceiling(best)),
-        command=_command(found, best),
+        command="" if trained is None else _command(found, trained),
+        larger=len(larger) > 0,
         teacher=teacher,
         teacher_gain=None if teacher is None else teacher.curve.gain(best.curve),
     )
+
+
+def _accuracy(one: Result) -> float:
+    return one.accuracy
 
 
 def cost_ratio(one: Result, other: Result) -> float:
@@ -93,9 +99,7 @@ def _affordable(one: Result, found: Probing) -> bool:
 def _images(best: Result) -> Limit:
     gain = best.curve.gain(share=0.5)
     rising = gain.low > 0
-    said = (
-        "the curve still rises: more images will help" if rising else "within chance"
-    )
+    said = "the curve still rises: more images will help" if rising else "within chance"
     return Limit("images", rising, f"all of them instead of a half give {points(gain)}; {said}", gain)
 
 
@@ -104,7 +108,7 @@ def _resolution(best: Result, results: Iterable[Result]) -> Limit:
     if not own:
         a, b = best.size[0], 32 * math.ceil(1.3 * best.size[0] / 32)
         return Limit("resolution", None, f"not tried; give a larger size, such as --size {a} --size {b}")
-    larger = max(own, key=lambda one: one.accuracy)
+    larger = max(own, key=_accuracy)
     gain = larger.curve.gain(best.curve)
     costs = f"{pixels(larger)} instead of {pixels(best)} px, {cost_ratio(larger, best):.1f} x the cost"
     return Limit("resolution", gain.low > 0, f"{costs}: {points(gain)}", gain)
@@ -114,7 +118,7 @@ def _start(best: Result, results: Iterable[Result]) -> Limit:
     others = [one for one in results if one.candidate is not best.candidate]
     if not others:
         return Limit("start", None, "no other net was tried; name more by --start")
-    other = max(others, key=lambda one: one.accuracy)
+    other = max(others, key=_accuracy)
     gain = other.curve.gain(best.curve)
     costs = f"{other.candidate.name} at {pixels(other)} px, {cost_ratio(other, best):.1f} x the cost"
     return Limit("start", gain.low > 0, f"{costs}: {points(gain)}", gain)
@@ -154,8 +158,7 @@ def _flow(value: Any) -> str:
 def _command(found: Probing, best: Result) -> str:
     """`fgvc train` with this net, size and crop; as far as they are not the recipe's already."""
     model, data = best.candidate.model, found.data
-    if model is None:
-        return ""
+    assert model is not None
     if data.path is None:
         known = recipes()
         recipe = next(name for name in RECIPES if name in known)
@@ -176,8 +179,9 @@ def _command(found: Probing, best: Result) -> str:
         has = {"model.kwargs": {}}
     if best.crop == best.candidate.spec.crop_fraction:  # what the weights ask for anyway
         del wanted["deploy.crop_fraction"]
-    for key in ("mean", "std"):  # of other weights than the recipe's, which were seen as these ask
-        if getattr(own.deploy, key) is not None and best.candidate is not found.first:
+    recipes_own = all(getattr(model, key) == getattr(own.model, key) for key in ("backbone", "kwargs", "weights"))
+    for key in ("mean", "std"):  # other nets were fed as their weights ask
+        if getattr(own.deploy, key) is not None and not recipes_own:
             wanted[f"deploy.{key}"] = None
     settings |= {key: value for key, value in wanted.items() if has.get(key, ...) != value or key in given}
     kept = [text for text in data.overrides if text.partition("=")[0] not in settings]

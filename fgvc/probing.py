@@ -129,6 +129,10 @@ def probe(
                             learned=learned,
                         )
                     )
+    if not any(one.candidate is candidates[0] for one in results):
+        raise FgvcError(
+            "\n".join([f"{candidates[0].name}: could not be tried, and is what the others are held against:", *notes])
+        )
     results.sort(key=lambda result: (result.learned > 0, -result.accuracy))
     return Probing(
         data=given,
@@ -220,7 +224,8 @@ def _without(data: Data, seen: Features) -> Data:
 def _candidates(data: Data, starts: Sequence[str], sizes: Sequence[Size]) -> tuple[list[Candidate], list[str]]:
     """The recipe's own net and those named, and what to say of them."""
     recipe = data.recipe
-    size = sizes[0] if sizes else recipe.image.size if data.path is not None else None
+    stated = data.path is not None or any(text.startswith("image.size=") for text in data.overrides)
+    size = sizes[0] if sizes else recipe.image.size if stated else None
     found: list[Candidate] = []
     notes: list[str] = []
     if recipe.model.weights != "none":
@@ -260,18 +265,15 @@ def _told_apart(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def _sizes(candidate: Candidate, sizes: Sequence[Size], notes: list[str]) -> list[Size]:
-    """Those that it can take. Raises FgvcError where it can take none that is wanted."""
-    usable, refused = [], []
+    """Those that it can take, and else its own where it has but one; what it can't take is noted."""
+    usable = []
     for size in dict.fromkeys(sizes) if sizes else [candidate.spec.size]:
         try:
             candidate.refuse_size(size)
             usable.append(size)
         except FgvcError as error:
-            refused.append(str(error))
-    notes += refused
-    if not usable and not candidate.fixed:
-        raise FgvcError(some(refused))
-    return usable or [candidate.spec.size]
+            notes.append(str(error))
+    return usable or [candidate.spec.size] * candidate.fixed
 
 
 def _crops(candidate: Candidate, data: Data) -> list[float]:

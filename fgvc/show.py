@@ -113,6 +113,8 @@ def probing(found: Probing) -> None:
             markup=False,
             soft_wrap=True,
         )
+    elif advice.larger:
+        console.print("no teacher: of the nets that cost more none names more images rightly")
 
 
 def forecast(found: Forecast) -> None:

@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fgvc import api
-from fgvc.advice import advise, summary
+from fgvc.advice import Advice, advise, summary
 from fgvc.cli import main
 from fgvc.config import Deploy
 from fgvc.data.splits import fold_numbers
@@ -151,6 +152,33 @@ def test_a_larger_set_is_sampled_and_said(recipe: Path, capsys: pytest.CaptureFi
     assert np.bincount(found.data.index.labels[found.data.rows]).tolist() == [10] * 3
 
 
+def test_groups_are_held_out_as_a_whole(shades: Path, weights: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [
+        (file, file.parent.name, f"{file.parent.name} {int(file.stem) // 3}")
+        for file in sorted(shades.glob("train/*/*"))
+    ]
+    lines = ["file,class,plant_id", *(f"{file},{label},{plant}" for file, label, plant in rows)]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    found = api.probe(
+        str(tmp_path), [*FAST, "data.test_fraction=0"], starts=[str(weights())], sizes=[(32, 32)], crops=[1.0]
+    )
+    groups = found.data.groups
+    assert groups is not None
+    for fold in found.data.folds:
+        assert set(groups[fold.judged]).isdisjoint(groups[fold.learned[0]])
+    assert summary(found)["groups"] == 12
+    assert found.results[0].curve.groups is not None, "so the interval counts groups"
+
+
+def test_a_size_that_a_net_cannot_take(shades: Path, weights: Callable[..., Path]) -> None:
+    vit = weights("test_vit", name="test_vit", backbone="test_vit", kwargs={"dynamic_img_size": False})
+    found = api.probe(str(shades), FAST, starts=[str(weights()), str(vit)], sizes=[(32, 32)], crops=[1.0])
+    assert [one.candidate.name for one in found.results] == ["test_resnet"]
+    assert any("test_vit: can't take images of 32 x 32" in note for note in found.notes)
+    with pytest.raises(FgvcError, match=r"test_vit: could not be tried.*\n.*can't take images of 32 x 32"):
+        api.probe(str(shades), FAST, starts=[str(vit), str(weights())], sizes=[(32, 32)], crops=[1.0])
+
+
 def test_classes_with_too_few_images_are_counted(recipe: Path, shades: Path, tmp_path: Path) -> None:
     for file in shades.glob("train/*/*"):
         alone = file.parent.name == "shade 0" and file.stem != "00"
@@ -204,6 +232,44 @@ def test_the_command_of_a_recipe_says_what_is_new(recipe: Path, shades: Path) ->
     assert own == f"fgvc train {recipe}"
     other = advise(api.probe(str(recipe), ["data.val_fraction=0.2"], crops=[0.5], sizes=[(48, 48)])).command
     assert other == f"fgvc train {recipe} data.val_fraction=0.2 image.size=48 deploy.crop_fraction=0.5"
+
+
+def test_the_best_that_costs_no_more_is_chosen_and_a_larger_one_teaches(
+    shades: Path, weights: Callable[..., Path]
+) -> None:
+    """Of figures made by hand: a bundle has no weights to train from, and a run that knows the images advises nothing."""
+    starts = [str(weights()), str(weights("test_resnet", name="b", backbone="test_resnet", seed=1))]
+    found = api.probe(str(shades), FAST, starts=starts, sizes=[(32, 32), (48, 48)], crops=[1.0])
+    at = {(one.candidate.name, one.size[0]): one for one in found.results}
+
+    def said(**right: int) -> Advice:
+        """With so many of 60 named rightly; b48: by the second net at 48 pixels."""
+        names = {
+            "a32": ("test_resnet", 32),
+            "a48": ("test_resnet", 48),
+            "b32": ("test_resnet (b)", 32),
+            "b48": ("test_resnet (b)", 48),
+        }
+        results = []
+        for short, count in right.items():
+            one = at[names[short.rstrip("_")]]
+            curve = replace(one.curve, right=np.stack([np.arange(60) < count] * 3), judged=np.ones(60, bool))
+            learned = 30 if short.endswith("_") else 0
+            results.append(replace(one, curve=curve, learned=learned))
+        first = next(one.candidate for one in results if one.candidate.name == "test_resnet")
+        return advise(replace(found, results=tuple(results), first=first))
+
+    advice = said(a32=30, a48=40, b32=20, b48=50)
+    assert (advice.best.candidate.name, advice.best.size) == ("test_resnet", (32, 32))
+    assert advice.teacher is not None
+    assert advice.teacher.candidate.name == "test_resnet (b)"
+    assert {one.what: one.limiting for one in advice.limits} == {"images": False, "resolution": True, "start": True}
+    advice = said(a32=30, b32=40, b48=35)
+    assert advice.best.candidate.name == "test_resnet (b)"
+    assert (advice.teacher, advice.larger) == (None, True)
+    assert "b.safetensors" in advice.command
+    assert said(a32=30, b32_=60, b48_=60).best.accuracy == 0.5
+    assert said(a32=60).limits[-1].what == "ceiling"
 
 
 def test_json(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
