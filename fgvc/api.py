@@ -37,6 +37,7 @@ from fgvc.export.prove import MAX_IMAGES, Proven, prove
 from fgvc.export.quantize import Int8
 from fgvc.export.stack import Agreement, Stack, agreement, stack_of
 from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
+from fgvc.interpolate import Interpolation, interpolate
 from fgvc.localize import Localisation, localize
 from fgvc.page.data import data_page
 from fgvc.preview import Preview, preview
@@ -54,9 +55,9 @@ from fgvc.types import FgvcError, NoNumbersError, Split
 from fgvc.variant import Beside, Variants, left_out, make_variants
 
 __all__ = [
-    "Bundle", "Evaluation", "Exported", "Forecast", "Int8", "Localisation", "Preview", "Probing", "Recipe", "Variants", "Versus",
-    "check", "compare", "evaluate", "explain", "export", "forecast", "load_bundle", "load_recipe", "localize", "preview",
-    "probe", "report", "train", "verify",
+    "Bundle", "Evaluation", "Exported", "Forecast", "Int8", "Interpolation", "Localisation", "Preview", "Probing", "Recipe",
+    "Variants", "Versus", "check", "compare", "evaluate", "explain", "export", "forecast", "interpolate", "load_bundle",
+    "load_recipe", "localize", "preview", "probe", "report", "train", "verify",
 ]  # fmt: skip
 
 

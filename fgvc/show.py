@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from fgvc.evaluate.calibration import FEWEST
 from fgvc.evaluate.learning_curve import FOLDS, SHARES
 from fgvc.evaluate.side import Versus
 from fgvc.export.verify import Comparison, Verification
+from fgvc.interpolate import Interpolation
 from fgvc.localize import Localisation
 from fgvc.probing import Probing
 from fgvc.report.localisation import COLUMNS
@@ -172,6 +174,27 @@ def scores(result: Evaluation) -> None:
         console.print(f"every class and pair: {result.run / 'tables'}", markup=False)
     for error in result.unreadable:
         console.print(f"skipped: {error}", markup=False, soft_wrap=True)
+
+
+def interpolation(result: Interpolation) -> None:
+    """A share a row, the chosen one marked."""
+    table = _table("share", "top-1 %", "macro F1 %", "balanced %", "calibration error %", "loss", "")
+    for share, s in result.scores.items():
+        shares = () if s is None else (s.top1, s.macro_f1, s.balanced_accuracy, s.ece)
+        cells = ["no numbers", "", "", "", ""] if s is None else [*(f"{100 * one:.2f}" for one in shares), f"{s.loss:.4f}"]
+        table.add_row(f"{share:g}", *cells, "chosen" if share == result.share else "")
+    if result.scores:
+        images = next(s.images for s in result.scores.values() if s is not None)
+        console.print(f"validation, {images} images; 0: {result.run / 'ckpt' / 'start'}, 1: {result.select}", markup=False)
+        console.print(table)
+        why = f"the best {result.by} on validation, the smallest of equals: too good by the choice itself"
+    else:
+        why = "given; not scored"
+    console.print(f"share {result.share:g} ({why})", markup=False, soft_wrap=True)
+    for error in result.unreadable:
+        console.print(f"skipped: {error}", markup=False, soft_wrap=True)
+    command = shlex.join(["fgvc", "export", str(result.out), "-o", f"{result.out}-bundle"])
+    console.print(f"{result.out}: a run like others; next: {command}", markup=False, soft_wrap=True)
 
 
 def localisation(result: Localisation) -> None:

@@ -29,6 +29,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "init": training.init,
     "probe": data.probe,
     "train": training.train,
+    "interpolate": training.interpolate,
     "eval": looking.evaluate,
     "localize": looking.localize,
     "explain": looking.explain,

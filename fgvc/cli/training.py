@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.cli.option import Config, Overrides, recipe_path
+from fgvc.cli.option import Config, Device, Overrides, Root, Run, recipe_path
 from fgvc.disk import refuse_file, writing
 from fgvc.types import FgvcError
 
@@ -86,6 +86,22 @@ def train(
         sys.exit(130)
     if os.environ.get("RANK", "0") == "0":  # torchrun's
         print(run)
+
+
+def interpolate(
+    run: Run,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The new run's folder.")],
+    share: Annotated[
+        float | None,
+        typer.Option(help="From 0, the start, to 1, the end. Default: of 0, 0.1 ... 1 the one that validation likes best."),
+    ] = None,
+    root: Root = None,
+    device: Device = None,
+) -> None:
+    """Make a run of the net between a run's start and its end (WiSE-FT): near the start it knows more of other images."""
+    from fgvc import api, show
+
+    show.interpolation(api.interpolate(run, out, share=share, root=root, device=device))
 
 
 def ablate(

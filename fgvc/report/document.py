@@ -25,7 +25,7 @@ from fgvc.recipe import Recipe, Selected
 from fgvc.report.certificate import Certificate, certificates
 from fgvc.report.chart import Chart, calibration_charts, curves, terms
 from fgvc.report.gallery import Gallery, gallery
-from fgvc.report.history import History, read_history
+from fgvc.report.history import History, interpolated, read_history
 from fgvc.report.localisation import COLUMNS, Table, localisation
 from fgvc.serve.engine import refuse_no_numbers
 from fgvc.techniques import CONFIGS
@@ -73,6 +73,7 @@ class Chapter:
             "training time": duration(seconds) if seconds is not None else "",
             "started": self.history.started,
             "seed": str(recipe.train.seed),
+            "interpolated": interpolated(self.seen.run),
         }
 
     @property

@@ -82,6 +82,19 @@ def read_history(run: Path) -> History:
     )
 
 
+def interpolated(run: Path) -> str:
+    """Of a run that `fgvc interpolate` made: which share of which way, and how each share scored on validation; else empty.
+    Raises FgvcError where that is not as fgvc wrote it."""
+    with _as_written(path := run / "interpolation.json"):
+        if not (text := _text(path)):
+            return ""
+        tree = json.loads(text)
+        by = str(tree["by"])
+        scored = [f"{row['share']:g}: {row[by]:.4f}" for row in tree["scores"] if row.get(by) is not None]
+        chosen = f" (validation {by} by share: {', '.join(scored)})" if scored else " (given)"
+        return f"share {tree['share']:g} of the way from the start of {tree['run']} to its {tree['select']} weights{chosen}"
+
+
 @contextmanager
 def _as_written(path: Path) -> Iterator[None]:
     """Raises FgvcError in the place of what reading a broken file raises."""

@@ -47,6 +47,7 @@ MAY_CHANGE = (  # when a run goes on; where its images lie, as long as they are 
     "deploy.labels",
 )  # fmt: skip
 LOCK = ".lock"  # of the process that trains
+INTERPOLATION = "interpolation.json"  # of a run that `fgvc interpolate` made
 PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "onnx", "onnxruntime", "onnxscript")
 
 
@@ -151,6 +152,8 @@ def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = Non
             f"{out}: this run is finished; raise {ending(recipe, progress.step)} to go on, give --overwrite to lose it, or "
             "choose another --out"
         )
+    if (out / INTERPOLATION).is_file():
+        raise FgvcError(f"{out}: lies between two nets (fgvc interpolate): no training can go on from there. {begin_anew(out)}")
     return "on"
 
 
@@ -181,7 +184,7 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any], images: Recor
             rename(out / "ckpt", gone)
         write_atomic(out / "config.yaml", dump(recipe))  # the mark of a run
         clear(out)
-        for name in (gone.name, NAME, "masks", "plots", "events.jsonl", "metrics.csv"):
+        for name in (gone.name, NAME, INTERPOLATION, "masks", "plots", "events.jsonl", "metrics.csv"):
             remove(out / name)
         forget(out)
         for folder in ("ckpt", "plots"):

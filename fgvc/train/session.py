@@ -187,8 +187,8 @@ def first_weights(built: Built, recipe: Recipe, begun: State | None = None) -> d
     weights = {name: weight for name, weight in built.step.named_parameters() if weight.requires_grad}
     if begun is None:
         return {name: weights[name].detach().clone() for name in built.pretrained if name in weights}
-    drawn = begun.rest.get("l2_sp", [])
-    if not drawn or any(name not in weights for name in drawn):
+    drawn = [name for name in begun.rest.get("pretrained", ()) if name in weights]
+    if any(begun.net[name.removeprefix("net.")].shape != weights[name].shape for name in drawn) or not drawn:
         raise FgvcError("optim.l2_sp: ckpt/start is of a run of other settings; put that of this run there")
     return {name: torch.empty_like(weights[name]).copy_(begun.net[name.removeprefix("net.")]) for name in drawn}
 
@@ -221,7 +221,7 @@ class Session:
     swa: AveragedModel | None
     watch: Watch
     progress: Progress
-    drawn: tuple[str, ...]  # parameters that `optim.l2_sp` draws to their start
+    pretrained: tuple[str, ...]  # parameters of `step` whose values were those of `model.weights` when the run began
 
     @property
     def steps_per_epoch(self) -> int:
@@ -290,7 +290,7 @@ class Session:
             "images": fingerprint(self.index),
             "preprocess": self.preprocess.model_dump_json(),  # that a damaged preprocess.json is noticed
             "averaged": 0 if self.swa is None else int(self.swa.n_averaged),
-            "l2_sp": list(self.drawn),
+            "pretrained": list(self.pretrained),
         }
         ema = None if self.average is None else self.average.state_dict()
         return State(self.step.net.state_dict(), self.step.branches.state_dict(), ema, rest, self.progress)
@@ -317,6 +317,7 @@ class Session:
                 hook(state.rest["techniques"][kind])
         except (KeyError, ValueError, RuntimeError) as error:
             raise FgvcError(f"the checkpoint does not fit this recipe: {error}") from error
+        self.pretrained = tuple(state.rest.get("pretrained", ()))
         set_rng_state(state.rest["rng"][self.runtime.rank], self.runtime.device)
         self.progress = state.progress
         self.progress.finished = False
@@ -361,8 +362,7 @@ def open_session(
     step.follow(ema.module if ema is not None else None)
     step.attach_hooks()
     step.train()
-    starts = first_weights(built, recipe, begun)
-    optimizer, optim = build_optimizer(step, recipe, starts=starts)
+    optimizer, optim = build_optimizer(step, recipe, starts=first_weights(built, recipe, begun))
     loader = _loader(recipe, runtime, index, step, preprocess, notify)
     torch.manual_seed(recipe.train.seed + runtime.rank)  # dropout differs between ranks
     scaler, average = runtime.scaler(), ema.module if ema is not None else swa.module if swa is not None else None
@@ -388,7 +388,7 @@ def open_session(
         swa=swa,
         watch=Watch(step, average, scaler),
         progress=Progress(),
-        drawn=tuple(starts),
+        pretrained=built.pretrained,
     )
     try:
         yield session

@@ -116,8 +116,8 @@ def test_it_holds_what_came_from_the_weights_alone(pretrained: dict) -> None:
             plain = name.removeprefix("net.").replace(".origin.", ".")
             held = plain in given and not plain.startswith("fc.")
             assert decay[id(p)] == (ALPHA if held else 0.01 if p.ndim >= 2 else 0.0), name
-            assert held == (name in session.drawn)
-        assert {name.rpartition(".")[2] for name in session.drawn} == {"weight", "bias"}
+            assert held == (name in session.pretrained)
+        assert {name.rpartition(".")[2] for name in session.pretrained} == {"weight", "bias"}
 
 
 def test_a_head_that_the_weights_give_is_held_unless_it_is_replaced(tmp_path: Path, pretrained: dict) -> None:
@@ -126,9 +126,11 @@ def test_a_head_that_the_weights_give_is_held_unless_it_is_replaced(tmp_path: Pa
     for head in ("timm", "probe", "zero"):
         made = recipe(pretrained, model={"head": head, "freeze": 1})
         with runtime(made.train) as process, open_session(made, process) as session:
-            assert ("net.fc.weight" in session.drawn) == (head == "timm")
-            names = {name for name, p in session.step.named_parameters() if p.requires_grad}
-            assert set(session.drawn) <= names
+            assert ("net.fc.weight" in session.pretrained) == (head == "timm")
+            frozen = [p for p in session.step.parameters() if not p.requires_grad]
+            assert frozen
+            moved = {id(p) for group in session.optimizer.param_groups for p in group["params"]}
+            assert not moved & {id(p) for p in frozen}
 
 
 STEPS = {
@@ -165,7 +167,7 @@ def test_the_steps_of_a_run_are_the_formula(pretrained: dict, kind: str) -> None
                 assert math.sqrt(sum(g.square().sum() for g in slopes.values())) == pytest.approx(0.01, rel=1e-3)
             for name, slope in slopes.items():
                 p, w = session.step.get_parameter(name), expected[name]
-                decay = ALPHA * (w - start[name]) if name in session.drawn else 0.01 * w * (w.ndim >= 2)
+                decay = ALPHA * (w - start[name]) if name in session.pretrained else 0.01 * w * (w.ndim >= 2)
                 moving[name] = 0.9 * moving.get(name, 0.0) + slope + decay
                 expected[name] = w - rate[id(p)] * (slope + decay + 0.9 * moving[name])
                 torch.testing.assert_close(p.detach().double(), expected[name], rtol=2e-5, atol=2e-6)
@@ -220,7 +222,8 @@ def test_without_its_start_it_does_not_go_on(tmp_path: Path, pretrained: dict, d
         start.rename(tmp_path / "away")
         said = "optim.l2_sp draws the weights to those that this run began with, and .*ckpt/start: it is not there"
     if damage == "another's":
-        other = api.train(recipe(pretrained, train={"max_steps": 1}, optim={"l2_sp": 0}), tmp_path / "other")
+        wider = {"backbone": "test_efficientnet", "weights": "none"}
+        other = api.train(recipe(pretrained, train={"max_steps": 1}, optim={"l2_sp": 0}, model=wider), tmp_path / "other")
         (other / "ckpt" / "start").rename(start)
         said = "ckpt/start is of a run of other settings"
     before = {path: path.read_bytes() for path in (run / "ckpt").rglob("*.*") if path.is_file()}
