@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fgvc.evaluate.learning_curve import FOLDS, SHARES, Share
-from fgvc.probing import Probing, Result
+from fgvc.probing import Probing, Result, Size
 from fgvc.template import recipes
 
 RECIPES = ("any/good", "any/plain", "cub50/plain")  # for a folder or a table: the first that there is
@@ -106,11 +106,13 @@ def _images(best: Result) -> Limit:
 def _resolution(best: Result, results: Iterable[Result]) -> Limit:
     own = [one for one in results if one.candidate is best.candidate and math.prod(one.size) > math.prod(best.size)]
     if not own:
-        a, b = best.size[0], 32 * math.ceil(1.3 * best.size[0] / 32)
-        return Limit("resolution", None, f"not tried; give a larger size, such as --size {a} --size {b}")
+        height, width = best.size
+        more = 32 * math.ceil(1.3 * height / 32), 32 * math.ceil(1.3 * width / 32)
+        text = f"not tried; give a larger size, such as --size {sides(best.size)} --size {sides(more)}"
+        return Limit("resolution", None, text)
     larger = max(own, key=_accuracy)
     gain = larger.curve.gain(best.curve)
-    costs = f"{pixels(larger)} instead of {pixels(best)} px, {cost_ratio(larger, best):.1f} x the cost"
+    costs = f"{sides(larger.size)} instead of {sides(best.size)} px, {cost_ratio(larger, best):.1f} x the cost"
     return Limit("resolution", gain.low > 0, f"{costs}: {points(gain)}", gain)
 
 
@@ -120,7 +122,7 @@ def _start(best: Result, results: Iterable[Result]) -> Limit:
         return Limit("start", None, "no other net was tried; name more by --start")
     other = max(others, key=_accuracy)
     gain = other.curve.gain(best.curve)
-    costs = f"{other.candidate.name} at {pixels(other)} px, {cost_ratio(other, best):.1f} x the cost"
+    costs = f"{other.candidate.name} at {sides(other.size)} px, {cost_ratio(other, best):.1f} x the cost"
     return Limit("start", gain.low > 0, f"{costs}: {points(gain)}", gain)
 
 
@@ -139,9 +141,9 @@ def points(gain: Share) -> str:
     return f"{100 * gain.value:+.1f} points (95 %: {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
 
 
-def pixels(result: Result) -> str:
-    """160, or 112x224 (height and width)."""
-    height, width = result.size
+def sides(size: Size) -> str:
+    """160, or 112x224 (height and width): as `--size` reads it."""
+    height, width = size
     return str(height) if height == width else f"{height}x{width}"
 
 

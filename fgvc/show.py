@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fgvc.ablate.run import Estimate
-from fgvc.advice import advise, pixels, points
+from fgvc.advice import advise, points, sides
 from fgvc.api import Evaluation, Exported
 from fgvc.bench import Ratio
 from fgvc.data.checks import Report
@@ -79,6 +79,7 @@ def probing(found: Probing) -> None:
     )
     learned = [str(len(own)) for own in reversed(data.folds[0].learned)]
     table = _table("start", "px", "crop", *learned, "95 %", "ms", "GMAC")
+    table.columns[0].overflow = "fold"
     for one in found.results:
         whole = one.curve.accuracy()
         shares = (f"{100 * one.curve.accuracy(share).value:.1f}" for share in sorted(SHARES))
@@ -86,7 +87,7 @@ def probing(found: Probing) -> None:
         macs = "" if one.macs is None else f"{one.macs / 1e9:.2g}"
         interval = f"{100 * whole.low:.1f}-{100 * whole.high:.1f}"
         name = escape(one.candidate.name) + mark
-        table.add_row(name, pixels(one), f"{one.crop:.3g}", *shares, interval, f"{1000 * one.seconds:.1f}", macs)
+        table.add_row(name, sides(one.size), f"{one.crop:.3g}", *shares, interval, f"{1000 * one.seconds:.1f}", macs)
     console.print(table)
     legend = f"{', '.join(learned)}: images that a fold learns from; ms: of one image in a batch, {found.device}, "
     legend += f"{found.threads} thread{'s' * (found.threads > 1)}"
@@ -98,7 +99,8 @@ def probing(found: Probing) -> None:
         console.print(f"warning: {note}", markup=False, soft_wrap=True)
     best = advice.best
     console.print(
-        f"best within the deployed net's cost: {best.candidate.name}, {pixels(best)} px, crop {best.crop:.3g}. What limits it?",
+        f"best within the deployed net's cost: {best.candidate.name}, {sides(best.size)} px, crop {best.crop:.3g}. "
+        "What limits it?",
         markup=False,
         soft_wrap=True,
     )

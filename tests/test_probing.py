@@ -152,6 +152,13 @@ def test_a_larger_set_is_sampled_and_said(recipe: Path, capsys: pytest.CaptureFi
     assert np.bincount(found.data.index.labels[found.data.rows]).tolist() == [10] * 3
 
 
+def test_a_larger_size_is_proposed_as_the_option_reads_it(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("probe", recipe, "--crop", 1, "--size", "32x64")
+    said = capsys.readouterr().out
+    assert "such as --size 32x64 --size 64x96" in said
+    assert max(map(len, said.split("not read\n")[1].split("ms:")[0].splitlines()[:-1])) <= 80
+
+
 def test_groups_are_held_out_as_a_whole(shades: Path, weights: Callable[..., Path], tmp_path: Path) -> None:
     rows = [
         (file, file.parent.name, f"{file.parent.name} {int(file.stem) // 3}")
