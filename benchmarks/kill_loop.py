@@ -8,6 +8,7 @@ enumerated change on the disk (a write: in the middle of it), and after a random
 
     same      exit code 0, and every weight, score and state as in the uninterrupted run
     best gone after damage to the best checkpoint alone: the same, but for another best; the log says so
+    start gone after damage to the start alone: the same, but for that; the log says so
     refused   after damage alone: exit code 2 and a message that names the file; no checkpoint is gone
     LOST, SILENT, REFUSED, TRACEBACK: failures, and exit code 1 of this script
 
@@ -49,7 +50,7 @@ CHANGES = ("open", "write", "pwrite", "fsync", "replace", "symlink", "unlink", "
 ARMS = ("plain", "ema", "sam", "ae_psl", "distill")
 CACHES = ("pixels", "logits")
 COLUMNS = ("case", "arm", "kind", "moment", "outcome", "exit", "said", "seconds")
-GOOD = ("same", "best gone", "refused")
+GOOD = ("same", "best gone", "start gone", "refused")
 DEADLINE = 300.0
 
 
@@ -282,7 +283,7 @@ def unfinished(arm: Arm) -> Path:
 
 
 def checkpoints(run: Path) -> set[str]:
-    return {path.name.removeprefix("damaged-") for path in (run / "ckpt").glob("*step-*")}
+    return {path.name.removeprefix("damaged-") for kind in ("*step-*", "*start") for path in (run / "ckpt").glob(kind)}
 
 
 def judge(case: Case, out: Path, log: Path, before: set[str], code: int) -> str:

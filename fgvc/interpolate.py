@@ -90,11 +90,11 @@ def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float
 
 
 def _refuse_out(run: Path, out: Path) -> None:
+    refuse_place(out)
     if out.resolve() == run.resolve() or run.resolve() in out.resolve().parents:
         raise FgvcError(f"{out}: inside of {run}, which stays as it is; choose another --out")
     if out.exists() or out.is_symlink():
         raise FgvcError(f"{out}: exists already; remove it, or choose another --out")
-    refuse_place(out)
 
 
 def _refuse_headless(seen: LoadedRun, begun: State) -> None:

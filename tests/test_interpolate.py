@@ -235,6 +235,7 @@ def test_what_can_not_be_written_or_read_is_refused_and_nothing_is_written(made:
     refused(made, tmp_path / "there", "exists already; remove it, or choose another --out")
     (tmp_path / "file").write_text("")
     refused(made, tmp_path / "file" / "out", "can't write: Not a directory")
+    refused(made, tmp_path / ("n" * 300), "File name too long")
     refused(tmp_path / "there", tmp_path / "out", "not a run of fgvc")
     for share in (-0.1, 1.5, float("nan")):
         refused(made, tmp_path / "out", "from 0 .the start. to 1", share=share)

@@ -25,8 +25,8 @@ from fgvc.template import recipe_file, run_name
 from tests.serve.small import serving
 
 VERBS = (
-    "recipes", "init", "data", "train", "eval", "explain", "localize", "report", "compare", "export", "verify", "triton",
-    "predict", "serve",
+    "recipes", "init", "data", "train", "interpolate", "eval", "explain", "localize", "report", "compare", "export", "verify",
+    "triton", "predict", "serve",
 )  # fmt: skip
 
 

@@ -100,7 +100,12 @@ def test_it_goes_with_every_optimizer_whose_steps_do_not_depend_on_where_the_ori
     same = torch.allclose(*found, rtol=0, atol=1e-5)
     assert same == (not any(part in name for part in SIZED))
     if same:
-        Optim(name=name, l2_sp=0.1)
+        w, start, optimizer = pulled(Optim(name=name, lr=0.01, l2_sp=0.5))
+        before = w.detach().clone()
+        for _ in range(3):
+            w.grad = torch.zeros_like(w)
+            optimizer.step()
+        assert torch.dist(w, start) < torch.dist(before, start)
     else:
         with pytest.raises(ValueError, match=f"l2_sp: {name} takes steps that depend on how large a weight is"):
             Optim(name=name, l2_sp=0.1)
