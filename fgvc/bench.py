@@ -87,7 +87,7 @@ def interleaved(
 
 def bench_train(recipe: Recipe, *, pairs: int = 30) -> Ratio:
     """fgvc's step (uint8 batch on the host to updated weights) over a bare step on the ready float batch."""
-    with runtime(recipe.train) as process, open_session(recipe, process) as session:
+    with runtime(recipe.train) as process, open_session(recipe, process, teachers="to time") as session:
         raw = next(session.loader.epoch(0))
         ours = step_on_one_batch(session)
         x = Normalise(session.preprocess, process.device, memory_format(session.step.net))(raw.images)
@@ -115,7 +115,7 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
         ]
         try:
             with runtime(train) as process, ExitStack() as stack:
-                sessions = [stack.enter_context(open_session(arm, process)) for arm in arms]
+                sessions = [stack.enter_context(open_session(arm, process, teachers="to time")) for arm in arms]
                 steps = [step_on_one_batch(session) for session in sessions]
                 passed = count_images(sessions[0].step.net, *sessions[0].step.joints.average)
                 name = f"step: {kind or 'plain'} / plain ({_about(recipe)})"
@@ -135,11 +135,10 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
 
 def _bench_teachers(session: Session, plain: Callable[[], None], *, pairs: int) -> list[Ratio]:
     """What it takes to ask each teacher, other than the moving average, about a batch, over a plain step of that batch."""
-    teachers = [one for technique in session.step.techniques.values() for one in getattr(technique, "teachers", ())]
     batch = to_batch(next(session.loader.epoch(0)), session.normalise, session.train_size)
     return [
         interleaved(f"teacher: {one.name} / plain step", partial(one, batch.x, batch.finest), plain, pairs=pairs)
-        for one in teachers
+        for one in session.step.joints.teachers
         if one.size is not None
     ]
 
@@ -197,7 +196,7 @@ def bench_load(recipe: Recipe, *, workers: int, pairs: int = 12) -> Ratio:
     """
     train = recipe.train.model_copy(update={"workers": workers})
     recipe = recipe.model_copy(update={"train": train})
-    with runtime(train) as process, open_session(recipe, process) as session:
+    with runtime(train) as process, open_session(recipe, process, teachers="to time") as session:
         quiet = Events(Path(), recipe.log, active=False)
         held = cycle(list(islice(session.loader.epoch(0), BLOCK)))
         batches = chain.from_iterable(session.loader.epoch(number) for number in count(1))

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from fgvc.types import FgvcError
@@ -37,6 +46,23 @@ def _ordered_shares(value: tuple[float, float]) -> tuple[float, float]:
 
 ShareRange = Annotated[tuple[float, float], AfterValidator(_ordered_shares)]
 """Two shares in (0,1], between which something is drawn."""
+
+
+def _square(size: object) -> object:
+    if isinstance(size, int):
+        return size, size
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise ValueError(f"one number for a square, or [height, width]; not {size!r}")
+    return size
+
+
+def _possible_size(size: tuple[int, int]) -> tuple[int, int]:
+    if min(size) < 8 or max(size) > 4096:
+        raise ValueError(f"between 8 and 4096 pixels a side, not {size}")
+    return size
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(_square), AfterValidator(_possible_size)]  # height, width
 
 
 def possible_mean(mean: Triple, white: float) -> Triple:

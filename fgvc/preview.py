@@ -64,7 +64,7 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
         techniques = recipe.techniques.model_copy(update={kind: None for kind in CONFIGS if kind not in kinds})
         train = recipe.train.model_copy(update={"workers": 0})
         part = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
-        with runtime(part.train) as process, open_session(part, process, index=index, teachers=False) as session:
+        with runtime(part.train) as process, open_session(part, process, index=index, teachers="not") as session:
             remembered = run is not None and look_through(session, run)
             for kind, technique in session.step.techniques.items():
                 if name == kind and getattr(technique, "remembers_images", False) and not remembered:

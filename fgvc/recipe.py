@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fgvc.config import Deploy, Section, load
+from fgvc.config import Deploy, Section, Size, load
 from fgvc.data.auto import AutoData
 from fgvc.data.cub import CubData
 from fgvc.data.folder import FolderData
@@ -35,21 +35,12 @@ END = 1 - 1e-9  # of a run: its last step lies before 1
 class Image(Section):
     """The network's input."""
 
-    size: tuple[int, int] = Field((224, 224), description="one number for a square, or [height, width]; pixels")
+    size: Size = Field((224, 224), description="one number for a square, or [height, width]; pixels")
     train_scale: Scheduled = Field(
         1.0,
         description="side of training images in units of size, to 8 pixels: below 1 all along trains for a larger "
         "evaluation (FixRes), knots such as [[0, 0.6], [0.8, 1]] grow the images epoch by epoch",
     )
-
-    @field_validator("size", mode="before")
-    @classmethod
-    def _square(cls, size: object) -> object:
-        if isinstance(size, int):
-            return size, size
-        if not isinstance(size, list | tuple) or len(size) != 2:
-            raise ValueError(f"one number for a square, or [height, width]; not {size!r}")
-        return size
 
     @field_validator("train_scale")
     @classmethod
@@ -57,13 +48,6 @@ class Image(Section):
         if min(at(scale, share) for share in knots(scale)) <= 0:
             raise ValueError("above 0")
         return scale
-
-    @field_validator("size")
-    @classmethod
-    def _positive(cls, size: tuple[int, int]) -> tuple[int, int]:
-        if min(size) < 8 or max(size) > 4096:
-            raise ValueError(f"between 8 and 4096 pixels a side, not {size}")
-        return size
 
     def train_size(self, progress: float) -> tuple[int, int]:
         """Height and width of training images at a share of the run."""

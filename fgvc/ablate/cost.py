@@ -120,7 +120,7 @@ def _measure(recipe: Recipe, base: Recipe) -> tuple[float, float]:
     gc.collect()  # nets lie in cycles
     recipes = [_alone(one) for one in (recipe, base)]
     with runtime(recipes[0].train) as process, ExitStack() as stack:
-        sessions = [stack.enter_context(open_session(one, process)) for one in recipes]
+        sessions = [stack.enter_context(open_session(one, process, teachers="to time")) for one in recipes]
         mine, others = (step_on_one_batch(session) for session in sessions)
         found = interleaved("", mine, others, pairs=PAIRS, warm_up=1)
         steps, of_base = (session.steps_per_epoch for session in sessions)

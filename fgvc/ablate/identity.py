@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fgvc.export.bundle import load_bundle
-from fgvc.model.teacher import AnyTeacher, BundleTeacher, RunTeacher, TimmTeacher
+from fgvc.model.teacher import AnyTeacher, BundleTeacher, ProbeTeacher, RunTeacher, TimmTeacher
 from fgvc.recipe import Recipe
 from fgvc.train.checkpoint import read_progress, slot
 from fgvc.train.images import read_index
@@ -85,7 +85,7 @@ def _teacher(wanted: AnyTeacher) -> dict[str, Any]:
             facts["files"] = _of_files([run / "labels.json", run / "preprocess.json", *place.glob("*.safetensors")])
         case BundleTeacher(path=folder):
             facts["files"] = dict(load_bundle(folder).files)
-        case TimmTeacher(weights=said):
+        case TimmTeacher(weights=said) | ProbeTeacher(weights=said):
             facts["weights"] = _weights(said)
     return facts
 

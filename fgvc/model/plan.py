@@ -56,6 +56,7 @@ class Joints:
     recompute: bool = False  # activation checkpointing is on
     render: float = 1.0  # side of the rendered images in units of the network's input
     opener: Callable[[AnyTeacher, Joints], Teacher] | None = None  # None: the net is only rebuilt, nobody learns
+    teachers: list[Teacher] = field(default_factory=list)  # of all techniques, as they were opened
     average: list[nn.Module] = field(default_factory=list)  # the moving average, once there is one
     refusals: dict[Method, str | None] = field(default_factory=dict)
     _sites: tuple[list[Site], dict[str, str]] | None = None
@@ -243,9 +244,11 @@ class Plan:
         FgvcError for one that is not there, or can't teach these classes."""
         opener = self._joints.opener
         try:
-            return [] if opener is None else [opener(one, self._joints) for one in wanted]
+            found = [] if opener is None else [opener(one, self._joints) for one in wanted]
         except FgvcError as error:
             raise FgvcError(f"techniques.{self.kind}.teachers: {error}") from error
+        self._joints.teachers += found
+        return found
 
     def graft(self, site: Site, block: nn.Module) -> None:
         """Replace a convolution by a block that folds back into it."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fgvc.model.backbone import zeros_through
 from fgvc.types import FgvcError
 
 STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the fit against the penalty (scikit-learn's C)
@@ -131,6 +132,22 @@ def linear_head(net: nn.Module) -> nn.Linear | nn.Conv2d:
     raise FgvcError(
         f"model.head: the classifier of a {type(net).__name__} is no linear layer ({type(found).__name__}); set it to timm"
     )
+
+
+def refuse_unprobed(net: nn.Module, size: tuple[int, int], name: str) -> None:
+    """Raises FgvcError where the logits of the net called `name` are not a linear layer, with a bias, of its pooled features."""
+    try:
+        head = linear_head(net)
+        (_, vectors), (_, z) = zeros_through(net, size, pre_logits=True), zeros_through(net, size)
+        fits = head.bias is not None and torch.allclose(
+            nn.functional.linear(vectors.flatten(1), head.weight.flatten(1), head.bias), z, rtol=1e-3, atol=1e-4
+        )
+    except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError, FgvcError):
+        fits = False
+    if not fits:
+        raise FgvcError(
+            f"{name} has no linear head (with a bias) on pooled features, which is what can be fitted"
+        )
 
 
 def put_head(net: nn.Module, weight: Tensor, bias: Tensor) -> None:

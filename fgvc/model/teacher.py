@@ -6,7 +6,7 @@ A teacher is no module: it is in no checkpoint, no optimizer, no average and no 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.cam.maps import evaluating
-from fgvc.config import Preprocess, Section, Spread, Triple, possible_mean
+from fgvc.config import Preprocess, Section, Size, Spread, Triple, possible_mean
 from fgvc.model.backbone import Model, feature_map
+from fgvc.model.probe import linear_head
 from fgvc.types import FgvcError
 
 
@@ -26,19 +27,16 @@ class _Weighted(Section):
     weight: float = Field(1.0, gt=0, description="share in the mean of several teachers, in units of the others'")
 
 
-class TimmTeacher(_Weighted):
-    """Any timm classifier, fine-tuned elsewhere; its outputs must be this run's classes in this run's order."""
+class _OfTimm(_Weighted):
+    """Any timm classifier."""
 
-    kind: Literal["timm"] = "timm"
     backbone: Annotated[str, AfterValidator(Model._known)] = Field(description="by timm's name")
-    weights: str = Field(
-        description="as model.weights: a file, mostly; its head must have this run's number of outputs"
-    )
+    weights: str = Field(description="as model.weights")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to timm.create_model")
-    size: tuple[int, int] | None = Field(
-        None, description="height and width of its input; default: what timm's weights were trained at"
+    size: Size | None = Field(
+        None,
+        description="of its input: one number for a square, or [height, width]; default: what timm's weights were trained at",
     )
-
     mean: Triple | None = Field(None, description="of its input, RGB in [0,1]; default: as model.weights says")
     std: Spread | None = Field(None, description="likewise")
 
@@ -53,6 +51,23 @@ class TimmTeacher(_Weighted):
         if weights == "none":
             raise ValueError("a teacher of random weights has nothing to teach; give a file")
         return weights
+
+
+class TimmTeacher(_OfTimm):
+    """Any timm classifier, fine-tuned elsewhere; its outputs must be this run's classes in this run's order."""
+
+    kind: Literal["timm"] = "timm"
+    weights: str = Field(
+        description="as model.weights: a file, mostly; its head must have this run's number of outputs"
+    )
+
+
+class ProbeTeacher(_OfTimm):
+    """Any pretrained timm net, as it is: before the first step its head is fitted, by logistic regression, to the images that the
+    run learns from."""
+
+    kind: Literal["probe"] = "probe"
+    weights: str = Field(description="as model.weights, of whatever classes: their own head is dropped")
 
 
 class RunTeacher(_Weighted):
@@ -78,7 +93,9 @@ class EmaTeacher(_Weighted):
     kind: Literal["ema"] = "ema"
 
 
-AnyTeacher = Annotated[TimmTeacher | RunTeacher | BundleTeacher | EmaTeacher, Field(discriminator="kind")]
+AnyTeacher = Annotated[
+    TimmTeacher | ProbeTeacher | RunTeacher | BundleTeacher | EmaTeacher, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +104,33 @@ class Said:
 
     logits: Tensor  # (B,K) float32, in the order of the student's classes
     features: Tensor | None  # (B,C,h,w) float32: its last map, where it has one
+
+
+@dataclass(slots=True)
+class Probed:
+    """The net of a teacher whose linear head is fitted when a run begins, and kept in its checkpoints from then on."""
+
+    net: nn.Module  # in eval mode, on the run's device
+    spec: Preprocess  # of its input
+    origin: str  # SHA-256 of the net without its head, and of the preprocessing
+    fit: Mapping[str, Any] | None = None  # how it was fitted; None: it has not been
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it. Raises FgvcError where the head has not been fitted."""
+        if self.fit is None:
+            raise FgvcError("a teacher's head was never fitted")
+        head = linear_head(self.net).state_dict()
+        return {"origin": self.origin, "fit": dict(self.fit), "head": {key: value.cpu() for key, value in head.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the head from a checkpoint. Raises ValueError where it was fitted to another net."""
+        if state["origin"] != self.origin:
+            raise ValueError(
+                "a teacher is not the net that its head was fitted to when the run began: restore its weights file, and what "
+                "lies beside it"
+            )
+        linear_head(self.net).load_state_dict(state["head"])
+        self.fit = state["fit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +144,7 @@ class Teacher:
     convert: Callable[[Tensor], Tensor]  # from the student's normalisation to its own
     identity: Callable[[], str] | None = None  # SHA-256 of all that its answers depend on; None: they change
     notes: tuple[str, ...] = ()
+    probed: Probed | None = None  # where its head is fitted when a run begins
 
     def __call__(self, x: Tensor, finest: Tensor | None = None) -> Said:
         """`x` (B,3,H,W) as the student sees it; `finest`: the same pixels as they were rendered, where nothing has changed

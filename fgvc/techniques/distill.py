@@ -34,9 +34,11 @@ class DistillConfig(Section):
     kind: Literal["distill"] = "distill"
     teachers: tuple[AnyTeacher, ...] = Field(
         (EmaTeacher(),),
-        description="any of {kind: run, path: RUN}, {kind: bundle, path: BUNDLE}, {kind: timm, backbone: NAME, weights: FILE}, "
-        "{kind: ema} (the run's own average); of several the softened probabilities are averaged by their `weight`. A larger one "
-        "sees the larger render where nothing mixes or erases the images, else the student's pixels enlarged",
+        description="any of {kind: run, path: RUN}, {kind: bundle, path: BUNDLE}, {kind: timm, backbone: NAME, weights: FILE} "
+        "(trained on these classes), {kind: probe, backbone: NAME, weights: FILE, size: 224} (pretrained alone: before the first "
+        "step a head is fitted to its frozen features of the training images), {kind: ema} (the run's own average); of several "
+        "the softened probabilities are averaged by their `weight`. A larger one sees the larger render where nothing mixes or "
+        "erases the images, else the student's pixels enlarged",
     )
     method: Literal["kd", "dkd"] = Field(
         "kd", description="dkd needs whole labels: a step whose labels are mixed falls back to kd"
@@ -104,7 +106,7 @@ class Distill:
         if asked and all(teacher.channels is None for teacher in self.teachers):
             raise FgvcError(
                 f"techniques.distill.{asked[0]}: {self.teachers[0].name} gives logits, no features; set {asked[0]} to 0, or "
-                "give a teacher of kind run or timm"
+                "give a teacher of kind run, timm or probe"
             )
         if "attention" in asked and max(plan.map_shape[1:]) == 1:
             plan.note("the last map has one cell, whose attention (AT) says nothing: give larger images")

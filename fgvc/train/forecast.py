@@ -51,7 +51,7 @@ def forecast(recipe: Recipe) -> Forecast:
             raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {rows} training images")
         steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.max_steps or 10**12)
         torch.manual_seed(recipe.train.seed)
-        opener = opener_of(recipe, index, process.device)
+        opener = opener_of(recipe, index, process.device, timed=True)
         built = build_net(recipe, len(index.classes), counts=class_counts(index), opener=opener)
         step = built.step.to(process.device)
         layout = memory_format(step.net)

@@ -50,7 +50,7 @@ from fgvc.train.run import (
 from fgvc.train.runtime import rng_state, runtime, set_rng_state
 from fgvc.train.sam import perturbed
 from fgvc.train.session import Session, open_session, spread
-from fgvc.train.start import fit_head
+from fgvc.train.start import fit_head, fit_teachers
 from fgvc.train.watch import held, lost, refuse_not_finite
 from fgvc.types import Batch, Draws, FgvcError, NoNumbersError, View
 
@@ -111,8 +111,7 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
     }
     if not goes_on:
         process.first(lambda: start_run(out, session.recipe, facts, Record.of(session.index)))
-        if session.recipe.model.head == "probe":
-            _fit_head(session, events)
+        _fit_heads(session, events)
         _save(session, out, start=True)  # a run that goes on never fits anew
         return
     state = checkpoint.load(out / "ckpt", say=lambda _: None)  # `open_run` has said it
@@ -155,10 +154,15 @@ def _refuse_other_processes(state: checkpoint.State, session: Session, out: Path
         )
 
 
-def _fit_head(session: Session, events: Events) -> None:
-    fit = fit_head(session)
-    events.write("head", **asdict(fit))
-    events.say(f"head: {fit}")
+def _fit_heads(session: Session, events: Events) -> None:
+    """The run's own and its teachers'."""
+    if session.recipe.model.head == "probe":
+        fit = fit_head(session)
+        events.write("head", **asdict(fit))
+        events.say(f"head: {fit}")
+    for teacher, fit in fit_teachers(session).items():
+        events.write("teacher", name=teacher, **asdict(fit))
+        events.say(f"{teacher}: {fit}")
 
 
 def _run(session: Session, out: Path, events: Events) -> None:

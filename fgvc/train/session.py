@@ -30,7 +30,8 @@ from fgvc.loss import make_criterion
 from fgvc.model.backbone import Model, freeze, head_prefixes, memory_format, plain_model, refuse_size
 from fgvc.model.graft import Block, folded_state
 from fgvc.model.norm import reestimate_norms, running_norms, zero_gamma
-from fgvc.model.probe import zero_head
+from fgvc.model.probe import refuse_unprobed, zero_head
+from fgvc.model.teacher import Probed
 from fgvc.model.weights import Weights, load_weights, preprocess_for, run_of, told, unlikely
 from fgvc.recipe import Recipe
 from fgvc.techniques import build
@@ -41,7 +42,7 @@ from fgvc.train.optim import Optim, make_ema, make_optimizer, make_schedule, mak
 from fgvc.train.run import read_run, recorded_classes
 from fgvc.train.runtime import Runtime, rng_state, set_rng_state
 from fgvc.train.step import StepModule
-from fgvc.train.teachers import Opener
+from fgvc.train.teachers import Opened, Opener
 from fgvc.train.watch import Watch
 from fgvc.types import SPLITS, FgvcError, ImageIndex
 
@@ -113,6 +114,8 @@ def build_net(
     epochs = recipe.train.epochs
     for trained in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
         refuse_size(net, trained, classes, recipe.model.backbone)
+    if pretrained and model.head == "probe":
+        refuse_unprobed(net, size, f"model.head: {recipe.model.backbone}")
     preprocess = preprocess_for(recipe.deploy, size, weights)
     if pretrained:
         weights = replace(weights, doubts=(*weights.doubts, *unlikely(preprocess, weights)))
@@ -166,8 +169,9 @@ def opener_of(
     *,
     preprocess: Preprocess | None = None,
     out: Path | None = None,
+    timed: bool = False,
 ) -> Opener:
-    """What opens the teachers of a run. `preprocess`: that of a run which goes on; `out`: its folder."""
+    """What opens the teachers of a run. `preprocess`: that of a run which goes on; `out`: its folder; `timed`: see Opened."""
     return Opener(
         classes=index.classes,
         index=index,
@@ -176,6 +180,7 @@ def opener_of(
         rebuild=lambda other, classes: build_net(other, classes, pretrained=False).step.net,
         preprocess=preprocess,
         out=out,
+        timed=timed,
     )
 
 
@@ -250,6 +255,12 @@ class Session:
             return self.ema.module
         return self.swa.module if self.swa is not None and self.swa.n_averaged > 0 else None
 
+    @property
+    def probed(self) -> dict[str, Probed]:
+        """By teacher, the nets whose heads are fitted when the run begins."""
+        found = ((f"teacher {number}, {one.name}", one.probed) for number, one in enumerate(self.step.joints.teachers, 1))
+        return {name: probed for name, probed in found if probed is not None}
+
     def shipping(self) -> nn.Module:
         """The net whose weights would ship as things stand: the average where there is one and it is wanted."""
         return self.average if self.average is not None and self.recipe.selected != "last" else self.step.net
@@ -289,6 +300,7 @@ class Session:
             "techniques": {kind: hook() for kind, hook in self.step.hooks("state_dict")},
             "images": fingerprint(self.index),
             "preprocess": self.preprocess.model_dump_json(),  # that a damaged preprocess.json is noticed
+            "teachers": [one.state() for one in self.probed.values()],
             "averaged": 0 if self.swa is None else int(self.swa.n_averaged),
             "pretrained": list(self.pretrained),
         }
@@ -315,6 +327,8 @@ class Session:
             self.scaler.load_state_dict(state.rest["scaler"])
             for kind, hook in self.step.hooks("load_state_dict"):
                 hook(state.rest["techniques"][kind])
+            for one, kept in zip(self.probed.values(), state.rest.get("teachers", ()), strict=True):
+                one.restore(kept)
         except (KeyError, ValueError, RuntimeError) as error:
             raise FgvcError(f"the checkpoint does not fit this recipe: {error}") from error
         self.pretrained = tuple(state.rest.get("pretrained", ()))
@@ -333,22 +347,23 @@ def open_session(
     begun: State | None = None,
     notify: Notify | None = None,
     out: Path | None = None,
-    teachers: bool = True,
+    teachers: Opened = "to teach",
 ) -> Iterator[Session]:
     """Build a run, ready for its first step. The loader's workers end with the context.
 
     `index`, `preprocess`: those of a run which goes on; `model.weights` is then not read, the checkpoint replaces it. `begun`:
-    the state that such a run began with, for `optim.l2_sp`. `out`: the run's folder; `teachers`: False to look at views alone,
-    without what teachers say of them.
+    the state that such a run began with, for `optim.l2_sp`. `out`: the run's folder; `teachers`: what for they are opened, "not"
+    to look at views alone, without what teachers say of them.
     """
     index = training_index(recipe, index)
     if recipe.selected == "best" and not len(index.rows("val")):
         raise FgvcError("select: best needs a validation part: give data.val_fraction a value above 0")
     torch.manual_seed(recipe.train.seed)
-    opener = opener_of(recipe, index, runtime.device, preprocess=preprocess, out=out) if teachers else None
-    built = build_net(
-        recipe, len(index.classes), pretrained=preprocess is None, counts=class_counts(index), opener=opener
-    )
+    opener, counts = None, class_counts(index)
+    if teachers != "not":
+        timed = teachers == "to time"
+        opener = opener_of(recipe, index, runtime.device, preprocess=preprocess, out=out, timed=timed)
+    built = build_net(recipe, len(index.classes), pretrained=preprocess is None, counts=counts, opener=opener)
     weights = (
         built.weights
         if preprocess is not None

@@ -1,4 +1,4 @@
-"""What a run starts from: the head that is fitted to the frozen net before the first step."""
+"""What a run starts from: heads that are fitted to frozen nets before the first step, its own and those of its teachers."""
 
 from __future__ import annotations
 
@@ -54,6 +54,15 @@ def fit_head(session: Session) -> HeadFit:
     if session.ema is not None:
         session.ema.set(net)
     return fit
+
+
+def fit_teachers(session: Session) -> dict[str, HeadFit]:
+    """The same, by name, for each teacher whose head is to be fitted, from views at its own size, with its own mean and std."""
+    found = {}
+    for name, probed in session.probed.items():
+        found[name] = _fitted(session, probed.net, probed.spec, where=name)
+        probed.fit = asdict(found[name])
+    return found
 
 
 def _fitted(session: Session, net: nn.Module, spec: Preprocess, *, where: str) -> HeadFit:

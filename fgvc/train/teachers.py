@@ -8,19 +8,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fgvc.config import Preprocess
+from fgvc.data.source import some
 from fgvc.export.bundle import load_bundle
 from fgvc.export.plain import strip
-from fgvc.model.backbone import Model, deployed, feature_map, memory_format, plain_model, zeros_through
+from fgvc.model.backbone import Model, deployed, feature_map, memory_format, plain_model, refuse_size, zeros_through
 from fgvc.model.plan import Joints
+from fgvc.model.probe import linear_head, refuse_unprobed, zero_head
 from fgvc.model.teacher import (
     AnyTeacher,
     BundleTeacher,
     EmaTeacher,
+    Probed,
+    ProbeTeacher,
     RunTeacher,
     Said,
     Teacher,
@@ -30,13 +35,16 @@ from fgvc.model.teacher import (
     in_order,
     through,
 )
-from fgvc.model.weights import load_weights, unlikely
+from fgvc.model.weights import Weights, load_weights, run_of, unlikely
 from fgvc.recipe import Recipe
 from fgvc.serve.engine import Engine, available_cpus
 from fgvc.train.checkpoint import read_progress
 from fgvc.train.images import learnt_of_aside
 from fgvc.train.run import read_run, recorded_preprocess, selected_weights
 from fgvc.types import FgvcError, ImageIndex
+
+Opened = Literal["to teach", "to time", "not"]
+"""What for teachers are opened: to time a step, one whose head would be fitted has random weights and needs no file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +58,7 @@ class Opener:
     preprocess: Preprocess | None = None  # of a run that goes on
     out: Path | None = None  # the student's folder
     index: ImageIndex | None = None  # the student's images
+    timed: bool = False  # see Opened
 
     def __call__(self, wanted: AnyTeacher, joints: Joints, student: Preprocess) -> Teacher:
         """`student`: the preprocessing that its weights ask for. Raises FgvcError for a teacher that is not there, does not
@@ -62,6 +71,8 @@ class Opener:
                     return self._average(joints)
                 case TimmTeacher():
                     return self._timm(wanted, student)
+                case ProbeTeacher():
+                    return self._probe(wanted, student)
                 case RunTeacher():
                     return self._run(wanted, student)
                 case BundleTeacher():
@@ -81,14 +92,33 @@ class Opener:
         )
 
     def _timm(self, wanted: TimmTeacher, student: Preprocess) -> Teacher:
+        one = self._loaded(wanted, student)
+        if fresh := [key for key in one.weights.fresh if not key.endswith("num_batches_tracked")]:
+            raise FgvcError(
+                f"{one.weights.origin}: its head does not have {len(self.classes)} outputs, one for each class of this run; "
+                f"a teacher must be trained on these classes ({', '.join(fresh[:2])}), or be of kind: probe"
+            )
+        return self._of_timm(one, student, name=f"{wanted.backbone} of {one.weights.origin}")
+
+    def _probe(self, wanted: ProbeTeacher, student: Preprocess) -> Teacher:
+        if self.timed:
+            wanted = wanted.model_copy(update={"weights": "none"})
+        one = self._loaded(wanted, student)
+        refuse_size(one.net, one.spec.size, len(self.classes), wanted.backbone)
+        refuse_unprobed(one.net, one.spec.size, wanted.backbone)
+        last = set(map(id, linear_head(one.net).parameters()))
+        rest = {name for name, value in one.net.named_parameters() if id(value) not in last}
+        if lost := [name for name in one.weights.fresh if name in rest]:
+            raise FgvcError(f"{one.weights.origin}: lacks what comes before the last layer: {some(lost)}")
+        zero_head(one.net)  # that of the weights is of other classes, or random
+        origin = digest(one.net, one.model.backbone, one.model.kwargs, one.spec.model_dump())
+        name = f"{wanted.backbone} of {one.weights.origin}, frozen, its head fitted"
+        return self._of_timm(one, student, name=name, origin=origin)
+
+    def _loaded(self, wanted: TimmTeacher | ProbeTeacher, student: Preprocess) -> _Loaded:
         model = Model(backbone=wanted.backbone, kwargs=wanted.kwargs, weights=wanted.weights)
         net = plain_model(wanted.backbone, len(self.classes), wanted.kwargs)
         weights = load_weights(net, model, stated=[key for key in ("mean", "std") if getattr(wanted, key) is not None])
-        if fresh := [key for key in weights.fresh if not key.endswith("num_batches_tracked")]:
-            raise FgvcError(
-                f"{weights.origin}: its head does not have {len(self.classes)} outputs, one for each class of this run; "
-                f"a teacher must be trained on these classes ({', '.join(fresh[:2])})"
-            )
         size = wanted.size or tuple(net.pretrained_cfg["input_size"][1:])  # type: ignore[index]
         own = student.model_copy(
             update={
@@ -99,11 +129,15 @@ class Opener:
                 "size": size,
             }
         )
-        doubts = tuple(f"WARNING: {doubt}" for doubt in (*weights.doubts, *unlikely(own, weights)))
-        order = list(range(len(self.classes)))
-        return self._of_net(
-            net, model, student, own, order, name=f"{wanted.backbone} of {weights.origin}", notes=doubts
-        )
+        return _Loaded(net, model, weights, own)
+
+    def _of_timm(self, one: _Loaded, student: Preprocess, *, name: str, origin: str | None = None) -> Teacher:
+        doubts = [*one.weights.doubts, *unlikely(one.spec, one.weights)]
+        run = run_of(Path(one.model.weights).expanduser())
+        if run is not None and self.index is not None and (seen := learnt_of_aside(run, self.index)):
+            doubts.append(f"it was trained on {seen} of the images that this run validates or tests on")
+        notes, order = tuple(f"WARNING: {doubt}" for doubt in doubts), list(range(len(self.classes)))
+        return self._of_net(one.net, one.model, student, one.spec, order, name=name, notes=notes, origin=origin)
 
     def _run(self, wanted: RunTeacher, student: Preprocess) -> Teacher:
         if self.out is not None and wanted.path.resolve() == self.out.resolve():
@@ -151,10 +185,12 @@ class Opener:
         *,
         name: str,
         notes: tuple[str, ...],
+        origin: str | None = None,
     ) -> Teacher:
+        """`origin`: of a net whose head is still to be fitted, what it was before that."""
         net = deployed(net).requires_grad_(False)
         channels = _channels(net, own.size)  # and that the net takes the size
-        identity = cache(partial(digest, net, model.backbone, model.kwargs, own.model_dump(), order))
+        identity = partial(digest, net, model.backbone, model.kwargs, own.model_dump(), order)
         layout = memory_format(net)
         net.to(self.device).to(memory_format=layout)
 
@@ -168,8 +204,9 @@ class Opener:
             size=own.size,
             channels=channels,
             convert=conversion(student, own),
-            identity=identity,
+            identity=cache(identity) if origin is None else identity,
             notes=notes,
+            probed=None if origin is None else Probed(net, own, origin),
         )
 
     def _bundle(self, wanted: BundleTeacher, student: Preprocess) -> Teacher:
@@ -191,6 +228,16 @@ class Opener:
             convert=conversion(student, own),
             identity=lambda: hashlib.sha256(facts.encode()).hexdigest(),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A timm net with its weights, and the preprocessing of its input."""
+
+    net: nn.Module
+    model: Model
+    weights: Weights
+    spec: Preprocess
 
 
 def _channels(net: nn.Module, size: tuple[int, int]) -> int | None:
