@@ -10,8 +10,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from fgvc.ablate.result import Result
-from fgvc.ablate.study import Plan
-from fgvc.ablate.table import Line, boxes, lines, markdown, points
+from fgvc.ablate.study import Plan, Study
+from fgvc.ablate.table import Line, asked, boxes, lines, markdown, points
 from fgvc.disk import write_atomic
 from fgvc.page.render import chart, render
 from fgvc.train.events import as_csv
@@ -41,14 +41,15 @@ def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
     """Write the study's three files anew. `results`: of runs of this plan, one a run and part."""
     order = {(trial.arm, trial.number): number for number, trial in enumerate(plan.trials)}
 
-    def place(row: Result) -> tuple[int, int, int, int]:
-        return list(PARTS).index(row["part"]), order[row["arm"], row["trial"]], row["epochs"], row["seed"]
+    def place(row: Result) -> tuple[int, ...]:
+        arm, fold = order[row["arm"], row["trial"]], row.get("fold", 0)
+        return list(PARTS).index(row["part"]), arm, row["epochs"], row["seed"], fold
 
     rows = sorted(results, key=place)
     write_atomic(out / "runs.csv", as_csv(rows))
     base = plan.base.arm
     found = [
-        Section(f"{PARTS[part]}: {BUDGETS[budget]}", table, chart(drawn) if (drawn := forest(table)) else "")
+        Section(f"{_named(part, plan.study)}: {BUDGETS[budget]}", table, chart(drawn) if (drawn := forest(table)) else "")
         for part in reversed(PARTS)
         for budget in plan.study.budget
         if (table := lines(rows, part=part, budget=budget, base=base))
@@ -61,9 +62,18 @@ def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
     write_atomic(out / "table.md", f"# {plan.name}\n\n{warned}{text}")
     page = render(
         "ablate.html", title=plan.name, base=base, sections=found, graphs=graphs, feeds=feeds, nan=math.isnan,
-        points=points,
+        points=points, asked=asked,
     )  # fmt: skip
     write_atomic(out / "table.html", page)
+
+
+def _named(part: str, study: Study) -> str:
+    """A part of the data, and what the study makes of it where it has folds."""
+    if study.folds is None:
+        return PARTS[part]
+    numbers, count = study.folds
+    which = f"{count} folds" if len(numbers) == count else f"{len(numbers)} ({', '.join(map(str, numbers))}) of {count} folds"
+    return f"{PARTS[part]}, {which} of train, pooled" if part == "val" else f"{PARTS[part]}, mean over the nets of {which}"
 
 
 def _feeds(rows: Sequence[Result]) -> dict[str, list[str]]:

@@ -31,7 +31,7 @@ from fgvc.types import FgvcError
 Part = Literal["val", "test"]
 Result = dict[str, Any]  # a line of runs.csv
 NEEDED = ("arm", "trial", "part", "epochs", "seed", "recipe", "cost")
-COUNTS = ("trial", "seed", "images", "epochs")
+COUNTS = ("trial", "seed", "fold", "folds", "images", "epochs")
 WORDS = {
     "arm",
     "part",
@@ -108,6 +108,7 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -
         "arm": cell.trial.arm,
         "trial": cell.trial.number,
         "seed": cell.seed,
+        **({} if cell.fold is None else {"fold": cell.fold[0], "folds": cell.fold[1]}),
         "part": part,
         **{name: round(value, 6) for name, value in found.scores.numbers().items()},
         "right": pack(found.right),

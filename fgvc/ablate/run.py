@@ -20,7 +20,7 @@ from fgvc.ablate.identity import digest
 from fgvc.ablate.page import write_tables
 from fgvc.ablate.result import Part, Result, finished, measure, read_lines, trained
 from fgvc.ablate.study import Budget, Cell, Plan, cells
-from fgvc.ablate.table import best_trials
+from fgvc.ablate.table import best_trials, fold_of
 from fgvc.config import dump
 from fgvc.disk import alone, as_json, write_atomic, writing
 from fgvc.export.bundle import read_json
@@ -106,7 +106,7 @@ def adopt(plan: Plan, out: Path, table: Path) -> int:
     fitting: list[tuple[Cell, Result]] = []
     for trial in plan.trials:
         try:
-            made = [(Cell(trial, row["epochs"], row["seed"], ()), row) for row in offered]
+            made = [(Cell(trial, row["epochs"], row["seed"], fold_of(row), ()), row) for row in offered]
             fitting += [(cell, row) for cell, row in made if digest(cell.recipe) == row["recipe"]]
         except FgvcError as error:  # it can't be trained here, as its teacher is gone
             _say(f"{trial.name}: {error}")
@@ -115,7 +115,7 @@ def adopt(plan: Plan, out: Path, table: Path) -> int:
     _claim(plan, out)
     if plan.base.name in epoch:
         adopt_costs(plan, out, {name: cost / epoch[plan.base.name] for name, cost in epoch.items()})
-    wanted = [(cell, row) for cell, row in fitting if cell.seed in plan.study.seeds]
+    wanted = [(cell, row) for cell, row in fitting if cell.seed in plan.study.seeds and cell.fold in plan.study.parts]
     for cell, row in wanted:
         if not (path := _result(out, cell, row["part"])).is_file():
             named = {"arm": cell.trial.arm, "trial": cell.trial.number, "settings": cell.trial.overrides}

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from fgvc.train.runtime import Train
 from fgvc.types import FgvcError
 
 Budget = Literal["epochs", "seconds", "own"]
+Fold = tuple[int, int]  # which of how many
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+_=-]*")  # of an arm: it names a folder
 
 
@@ -31,6 +33,12 @@ class Study(Section):
     )
     seeds: tuple[int, ...] = Field(
         (0, 1, 2), min_length=1, description="each trains every arm once; arms are paired by it"
+    )
+    folds: tuple[tuple[int, ...], int] | None = Field(
+        None,
+        description="5: every run is repeated for each of 5 parts of train, which it validates on and does not learn from (as "
+        "data.fold: by whole groups where there are groups), and the answers of all parts are pooled; [[0, 1], 5]: for parts 0 "
+        "and 1 alone; null: the data's one validation part",
     )
     budget: tuple[Budget, ...] = Field(
         ("epochs",),
@@ -48,6 +56,26 @@ class Study(Section):
     @classmethod
     def _several(cls, budget: object) -> object:
         return (budget,) if isinstance(budget, str) else budget
+
+    @field_validator("folds", mode="before")
+    @classmethod
+    def _all(cls, folds: object) -> object:
+        return (tuple(range(folds)), folds) if isinstance(folds, int) else folds
+
+    @field_validator("folds")
+    @classmethod
+    def _of_several(cls, folds: tuple[tuple[int, ...], int] | None) -> tuple[tuple[int, ...], int] | None:
+        if folds is None:
+            return None
+        parts, count = folds
+        if count < 2 or not parts or len(set(parts)) < len(parts) or not 0 <= min(parts) <= max(parts) < count:
+            raise ValueError("how many there are, 2 or more, or [numbers, how many], such as 5 or [[0, 1], 5]; each number once")
+        return folds
+
+    @property
+    def parts(self) -> tuple[Fold | None, ...]:
+        """What `data.fold` is in turn; None: as the recipe has it."""
+        return (None,) if self.folds is None else tuple((number, self.folds[1]) for number in self.folds[0])
 
     @field_validator("seeds", "budget")
     @classmethod
@@ -76,7 +104,7 @@ class Study(Section):
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One way to set an arm; its recipe has the base's seed, and the epochs that it asks for itself."""
+    """One way to set an arm; its recipe has the base's seed, the study's first fold, and the epochs that it asks for itself."""
 
     arm: str
     number: int  # from 1
@@ -93,10 +121,11 @@ class Trial:
         """Its settings for people, much as the command line takes them."""
         return " ".join(f"{key}={json.dumps(value, default=str)}" for key, value in self.settings.items())
 
-    def lasting(self, epochs: int, seed: int) -> Recipe:
+    def lasting(self, epochs: int, seed: int, fold: Fold | None) -> Recipe:
         """The recipe of one run."""
         train = self.recipe.train.model_copy(update={"epochs": epochs, "seed": seed})
-        tree = self.recipe.model_copy(update={"train": train}).model_dump(mode="json")
+        data = self.recipe.data if fold is None else self.recipe.data.model_copy(update={"fold": fold})
+        tree = self.recipe.model_copy(update={"train": train, "data": data}).model_dump(mode="json")
         return validate(Recipe, tree, where=f"arm {self.name}, {epochs} epochs")  # some settings go with a length
 
 
@@ -125,15 +154,17 @@ class Cell:
     trial: Trial
     epochs: int
     seed: int
+    fold: Fold | None
     budgets: tuple[Budget, ...]
 
     @property
     def name(self) -> str:
-        return f"{self.trial.name}-{self.epochs}e-s{self.seed}"
+        part = "" if self.fold is None else f"-f{self.fold[0]}of{self.fold[1]}"
+        return f"{self.trial.name}-{self.epochs}e-s{self.seed}{part}"
 
     @property
     def recipe(self) -> Recipe:
-        return self.trial.lasting(self.epochs, self.seed)
+        return self.trial.lasting(self.epochs, self.seed, self.fold)
 
 
 def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
@@ -153,6 +184,10 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
         for number, own in enumerate(settings, 1):
             tree = copy.deepcopy(shared)
             merge(tree, own)
+            if study.folds is not None:
+                if section(tree, ("data",)).get("fold") is not None:
+                    raise FgvcError(f"{path}: arms.{arm}: data.fold says what validates, as the study's folds do; leave it out")
+                merge(tree, {"data.fold": study.parts[0]})
             recipe = validate(Recipe, tree, where=f"{path}: arms.{arm}", overrides=given)
             trials.append(Trial(arm, number, dict(leaves(own)), recipe))
     plan = Plan(path, study, given, tuple(trials))
@@ -161,15 +196,15 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
 
 
 def cells(plan: Plan, epochs: Mapping[tuple[str, Budget], int]) -> list[Cell]:
-    """The runs of all trials that `epochs` knows under a budget, seed by seed, so that every arm has one before any has two."""
+    """The runs of all trials that `epochs` knows under a budget, seed by seed and fold by fold, so that every arm has one before
+    any has two."""
     found = []
-    for seed in plan.study.seeds:
-        for trial in plan.trials:
-            lengths: dict[int, list[Budget]] = {}
-            for budget in plan.study.budget:
-                if (trial.name, budget) in epochs:
-                    lengths.setdefault(epochs[trial.name, budget], []).append(budget)
-            found += [Cell(trial, length, seed, tuple(budgets)) for length, budgets in lengths.items()]
+    for seed, fold, trial in product(plan.study.seeds, plan.study.parts, plan.trials):
+        lengths: dict[int, list[Budget]] = {}
+        for budget in plan.study.budget:
+            if (trial.name, budget) in epochs:
+                lengths.setdefault(epochs[trial.name, budget], []).append(budget)
+        found += [Cell(trial, length, seed, fold, tuple(budgets)) for length, budgets in lengths.items()]
     return found
 
 

@@ -1,4 +1,7 @@
-"""The lines of a study's runs as tables: means over seeds, and differences to the base arm that are paired by seed."""
+"""The lines of a study's runs as tables: means over seeds, and differences to the base arm that are paired by seed.
+
+Runs of one seed that validate on parts of train (folds) are judged together, as one that was asked about the images of all.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,7 @@ class Line:
     settings: str  # as overrides, over what all arms share
     epochs: int
     seeds: int
+    folds: int  # of which there are runs; 0: the study has none
     images: int
     top1: float  # mean over seeds
     spread: float  # standard deviation over seeds, NaN of one
@@ -70,17 +74,19 @@ def lines(rows: Iterable[Row], *, part: str, budget: str, base: str | None = Non
     if not chosen:
         return []
     first = base or next(iter(chosen))
-    of_base = _best(chosen[first])[1] if first in chosen else []
+    of_base = _best(chosen[first])[1] if first in chosen else []  # its runs
     whole = _mean(row["cost"] for row in of_base) if of_base else 1.0
     found = []
     for arm, trials in chosen.items():
-        number, mine = _best(trials)
+        number, runs = _best(trials)
+        mine = pooled(runs)
         tops = [float(row["top1"]) for row in mine]
         found.append(
             Line(
                 arm=arm, trial=number, trials=tried[arm], settings=str(mine[0]["settings"]), epochs=int(mine[0]["epochs"]),
                 seeds=len(mine), images=int(float(mine[0]["images"])), top1=statistics.mean(tops), spread=_spread(tops),
-                against=None if arm == first else paired(mine, of_base),
+                folds=len({fold_of(row) for row in runs} - {None}),
+                against=None if arm == first else paired(runs, of_base),
                 cost=_mean(row["cost"] for row in mine) / whole,
                 means={name: _mean(row.get(name) for row in mine) for name in MEASURED},
                 graphs=tuple(dict.fromkeys(str(row["graph"]) for row in mine)),
@@ -94,17 +100,45 @@ def best_trials(rows: Iterable[Row], *, budget: str) -> dict[str, int]:
     return {line.arm: line.trial for line in lines(rows, part="val", budget=budget)}
 
 
+def fold_of(row: Row) -> tuple[int, int] | None:
+    """Which part of how many a run validated on; None: the data's own validation part."""
+    return (int(row["fold"]), int(row["folds"])) if row.get("folds") else None
+
+
+def pooled(runs: Sequence[Row]) -> list[Row]:
+    """One row a seed: of the runs of its folds the means over all their images, which in a test part are the same."""
+    found: list[Row] = []
+    for own in _by_seed(runs).values():
+        if len(own) == 1:
+            found += own
+            continue
+        images = [int(float(row["images"])) for row in own]
+        known = [key for key in ("top1", *MEASURED) if all(row.get(key) not in (None, "") for row in own)]
+        means = {key: float(np.average([float(row[key]) for row in own], weights=images)) for key in known}
+        found.append({**own[0], **means, "images": sum(images) if own[0]["part"] == "val" else max(images)})
+    return found
+
+
+def _by_seed(runs: Iterable[Row]) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
+    for row in runs:
+        found.setdefault(int(row["seed"]), []).append(row)
+    return found
+
+
 def paired(mine: Sequence[Row], others: Sequence[Row]) -> Difference | None:
-    """Top-1 of two arms by the seeds that both have. Over seeds: mean d +- t(0.975, n-1) sd(d) / sqrt(n), d a seed's difference.
-    Over images: mean e +- z(0.975) sd(e) / sqrt(N), e one image's difference (1: right in mine alone), mean over the seeds."""
+    """Top-1 of two arms by the seeds, and folds, that both have. Over seeds: mean d +- t(0.975, n-1) sd(d) / sqrt(n), d a seed's
+    difference, over the images of all its folds. Over images: mean e +- z(0.975) sd(e) / sqrt(N), e one image's difference (1:
+    right in mine alone), mean over the seeds."""
     for rows in (mine, others):
-        if len({int(row["seed"]) for row in rows}) < len(rows):
-            raise ValueError("one row a seed; the same run twice would narrow the interval")
-    theirs = {int(row["seed"]): row for row in others}
-    pairs = [(row, theirs[int(row["seed"])]) for row in mine if int(row["seed"]) in theirs]
+        if len({_run(row) for row in rows}) < len(rows):
+            raise ValueError("one row a seed and fold; the same run twice would narrow the interval")
+    theirs = {_run(row): row for row in others}
+    pairs = [(row, theirs[_run(row)]) for row in mine if _run(row) in theirs]
     if not pairs:
         return None
-    apart = [_apart(row, other) for row, other in pairs]
+    seeds = _by_seed(row for row, _ in pairs)
+    apart = [_apart([(row, theirs[_run(row)]) for row in own]) for own in seeds.values()]
     mean, count = statistics.mean(apart), len(apart)
     found = None
     if count > 1 and (spread := _spread(apart)):
@@ -113,11 +147,20 @@ def paired(mine: Sequence[Row], others: Sequence[Row]) -> Difference | None:
     return Difference(mean, found, _over_images(pairs), count)
 
 
-def _apart(row: Row, other: Row) -> float:
-    """In whole images, where both were asked about as many: equal differences are to be equal in floating point, too."""
-    images, others = (int(float(one["images"])) for one in (row, other))
-    a, b = float(row["top1"]), float(other["top1"])
-    return (round(a * images) - round(b * images)) / images if images == others else a - b
+def _run(row: Row) -> tuple[int, tuple[int, int] | None]:
+    return int(row["seed"]), fold_of(row)
+
+
+def _apart(pairs: Sequence[tuple[Row, Row]]) -> float:
+    """Of one seed. In whole images, where both were asked about as many: equal differences are to be equal in floating point,
+    too."""
+    images = np.array([[int(float(row["images"])) for row in pair] for pair in pairs])  # (folds, 2)
+    right = np.array([[float(row["top1"]) for row in pair] for pair in pairs]) * images
+    if (images[:, 0] == images[:, 1]).all():
+        right = np.rint(right)
+        return float((right[:, 0] - right[:, 1]).sum() / images[:, 0].sum())
+    a, b = right.sum(axis=0) / images.sum(axis=0)
+    return float(a - b)
 
 
 def pack(right: NDArray[np.bool_]) -> str:
@@ -134,15 +177,18 @@ def _unpack(row: Row) -> NDArray[np.int64] | None:
 
 
 def _over_images(pairs: Sequence[tuple[Row, Row]]) -> Interval | None:
-    apart = []
+    """The images of a test part are the same in every fold; those that folds validate on are others in each."""
+    apart: dict[tuple[int, int] | None, list[NDArray[np.int64]]] = {}
     for row, other in pairs:
         a, b = _unpack(row), _unpack(other)
         if a is None or b is None or len(a) != len(b):
             return None
-        apart.append(a - b)
-    if len({len(one) for one in apart}) > 1 or len(apart[0]) < 2:
+        apart.setdefault(fold_of(row) if row["part"] == "val" else None, []).append(a - b)
+    if any(len({len(one) for one in own}) > 1 for own in apart.values()):
         return None
-    images = np.mean(apart, axis=0)
+    images = np.concatenate([np.mean(own, axis=0) for own in apart.values()])
+    if len(images) < 2:
+        return None
     half = float(norm.ppf((1 + CONFIDENCE) / 2)) * float(images.std(ddof=1)) / len(images) ** 0.5
     return Interval(float(images.mean()) - half, float(images.mean()) + half)
 
@@ -160,7 +206,7 @@ def markdown(found: Sequence[Line]) -> str:
             *(["BoxAccV2 %", "MaxBoxAccV2 (oracle) %", "parts in top 10 %"] if boxed else []), "graph"]  # fmt: skip
     body = [
         [
-            line.arm, _settings(line), str(line.epochs), str(line.seeds), _percent(line.top1, 2), _percent(line.spread, 2),
+            line.arm, _settings(line), str(line.epochs), asked(line), _percent(line.top1, 2), _percent(line.spread, 2),
             *_against(line.against), f"{line.cost:.2f}", _percent(line.means["ece"], 1), _number(line.means["loss"], 3),
             *([_percent(line.means[name], 1) for name in ("box_acc_v2", "max_box_acc_v2", "parts_10")] if boxed else []),
             ", ".join(graph[:12] for graph in line.graphs),
@@ -178,6 +224,11 @@ def _against(found: Difference | None) -> tuple[str, str, str]:
 
 def points(interval: Interval | None) -> str:
     return "" if interval is None else f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
+
+
+def asked(line: Line) -> str:
+    """How often an arm was trained."""
+    return f"{line.seeds} x {line.folds} folds" if line.folds else str(line.seeds)
 
 
 def _settings(line: Line) -> str:
@@ -203,7 +254,7 @@ def _by_arm(rows: Iterable[Row]) -> dict[str, dict[int, list[Row]]]:
 
 def _best(trials: Mapping[int, list[Row]]) -> tuple[int, list[Row]]:
     """Trials of more seeds come first: one lucky seed proves nothing."""
-    return max(trials.items(), key=lambda one: (len(one[1]), _mean(row["top1"] for row in one[1]), -one[0]))
+    return max(trials.items(), key=lambda one: (len(one[1]), _mean(row["top1"] for row in pooled(one[1])), -one[0]))
 
 
 def _mean(values: Iterable[Any]) -> float:

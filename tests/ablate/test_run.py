@@ -402,3 +402,61 @@ def test_a_finished_run_is_not_measured_as_one_of_other_images(tmp_path: Path, r
     (failure,) = run.ablate(plan(tmp_path, tree, {"plain": {}}, seeds=[0]), out)
     assert "was trained on other images" in failure.reason
     assert not line.exists()
+
+
+def test_folds_ask_about_each_image_of_train_once_and_leave_test_alone(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms, out = {"plain": {}, "fast": {"optim.lr": 0.05}}, tmp_path / "out"
+    real, calls = result.train, []
+
+    def stopped(*given: Any) -> Any:
+        calls.append(given[1].name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(result, "train", stopped)
+    study = plan(tmp_path, recipe_tree, arms, seeds=[0], folds=3)
+    with pytest.raises(KeyboardInterrupt):
+        run.ablate(study, out)
+    assert [(row["arm"], row["fold"]) for row in read(out)] == [("plain", "0"), ("plain", "1"), ("fast", "0")]
+    assert run.ablate(study, out) == []
+    assert len(calls) == 7, "three were done, one was stopped"
+
+    rows = read(out)
+    assert {row["part"] for row in rows} == {"val"}
+    assert [(row["arm"], row["fold"], row["folds"]) for row in rows] == [
+        (arm, fold, "3") for arm in arms for fold in ("0", "1", "2")
+    ]
+    asked: list[str] = []
+    right = []
+    for row in rows[:3]:
+        seen = subject(out / "runs" / f"plain-1e-s0-f{row['fold']}of3")
+        trained, judged = (set(seen.index.paths[seen.index.rows(part)].tolist()) for part in ("train", "val"))
+        assert not trained & judged
+        asked += sorted(judged)
+        said = seen.answers(seen.part("val")[1])
+        right += (said.logits.argmax(1) == said.labels).tolist()
+    root = Path(recipe_tree["data"]["root"])
+    whole = {file.relative_to(root).as_posix() for part in ("train", "val") for file in root.glob(f"{part}/*/*.png")}
+    assert (len(asked), set(asked)) == (len(whole), whole)
+    line = lines(rows, part="val", budget="epochs")[0]
+    assert (line.images, line.folds) == (60, 3)
+    assert line.top1 == pytest.approx(sum(right) / 60)
+    for name in ("table.md", "table.html"):
+        text = (out / name).read_text(encoding="utf-8")
+        assert "Validation, 3 folds of train, pooled: equal epochs" in text
+        assert "Test" not in text
+
+    # A study of less folds has the same runs; one that divides otherwise has others.
+    assert run.adopt(plan(tmp_path, recipe_tree, arms, seeds=[0], folds=[[1, 2], 3]), tmp_path / "two", out / "runs.csv") == 4
+    assert run.adopt(plan(tmp_path, recipe_tree, arms, seeds=[0], folds=4), tmp_path / "four", out / "runs.csv") == 0
+    assert run.adopt(plan(tmp_path, recipe_tree, arms, seeds=[0]), tmp_path / "none", out / "runs.csv") == 0
+
+    run.read_test(plan(tmp_path, recipe_tree, arms, seeds=[0], folds=3), out)
+    tested = [row for row in read(out) if row["part"] == "test"]
+    assert [(row["arm"], row["fold"], row["images"]) for row in tested] == [
+        (arm, fold, "12") for arm in arms for fold in ("0", "1", "2")
+    ]
+    assert "Test, mean over the nets of 3 folds: equal epochs" in (out / "table.md").read_text(encoding="utf-8")

@@ -112,6 +112,12 @@ def test_equal_seconds_give_a_dear_arm_fewer_epochs_and_share_runs(write: Any) -
         ({"arms": {"plain": {}, "picked": {"select": "best"}}}, "arms.picked: select: best lets validation choose"),
         ({"seeds": [1, 1]}, "seeds: each once"),
         ({"budget": "minutes"}, "budget"),
+        ({"folds": 1}, "folds: how many there are, 2 or more"),
+        ({"folds": [[0, 5], 5]}, "folds: how many there are"),
+        ({"folds": [[0, 0], 5]}, "folds: how many there are"),
+        ({"folds": [[], 5]}, "folds: how many there are"),
+        ({"folds": 5, "settings": {"data.fold": [0, 5]}}, "arms.plain: data.fold says what validates"),
+        ({"folds": 5, "arms": {"plain": {}, "odd": {"data": {"fold": [0, 5]}}}}, "arms.odd: data.fold says what validates"),
         ({"base": "nowhere"}, "nowhere: no such file, nor a recipe's id"),
     ],
 )
@@ -124,3 +130,17 @@ def test_epochs_of_their_own_are_a_budget(write: Any) -> None:
     plan = read_study(write(budget="own", seeds=[0], arms={"plain": {}, "long": {"train.epochs": 9}}))
     costs = {trial.name: Cost(1.0, 20.0) for trial in plan.trials}
     assert [cell.name for cell in cells(plan, lengths(plan, costs))] == ["plain-2e-s0", "long-9e-s0"]
+
+
+@pytest.mark.parametrize(("folds", "parts"), [(3, [(0, 3), (1, 3), (2, 3)]), ([[2, 0], 5], [(2, 5), (0, 5)])])
+def test_every_run_is_made_once_a_fold(write: Any, folds: Any, parts: list[tuple[int, int]]) -> None:
+    plan = read_study(write(seeds=[3, 4], folds=folds))
+    costs = {trial.name: Cost(1.0, 20.0) for trial in plan.trials}
+    found = cells(plan, lengths(plan, costs))
+    assert [(cell.seed, cell.fold, cell.trial.arm) for cell in found] == [
+        (seed, part, arm) for seed in (3, 4) for part in parts for arm in ("plain", "mixup")
+    ]
+    assert all(cell.recipe.data.fold == cell.fold for cell in found)
+    assert found[0].name == f"plain-2e-s3-f{parts[0][0]}of{parts[0][1]}"
+    assert len({cell.name for cell in found}) == len(found)
+    assert all(trial.recipe.data.fold == parts[0] for trial in plan.trials)

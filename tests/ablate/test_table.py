@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -176,7 +177,7 @@ def test_a_committed_csv_gives_the_same_table() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_differences_are_drawn_where_there_are_any(tmp_path: Path, seed: int) -> None:
     trials = [SimpleNamespace(arm=arm, number=1) for arm in ("plain", "other")]
-    plan = SimpleNamespace(name="s", trials=trials, base=trials[0], study=SimpleNamespace(budget=["epochs"]))
+    plan = SimpleNamespace(name="s", trials=trials, base=trials[0], study=SimpleNamespace(budget=["epochs"], folds=None))
     write_tables(cast(Plan, plan), tmp_path, [row("plain", 0, 0.5), row("other", seed, 0.6)])
     assert ("<figure>" in (tmp_path / "table.html").read_text(encoding="utf-8")) is (seed == 0)
 
@@ -184,7 +185,7 @@ def test_differences_are_drawn_where_there_are_any(tmp_path: Path, seed: int) ->
 def test_arms_that_are_not_fed_alike_are_named(tmp_path: Path) -> None:
     """Their weights ask for other means, where `deploy` says none: equal graphs, but one could not take the other's place."""
     trials = [SimpleNamespace(arm=arm, number=1) for arm in ("plain", "other")]
-    plan = SimpleNamespace(name="s", trials=trials, base=trials[0], study=SimpleNamespace(budget=["epochs"]))
+    plan = SimpleNamespace(name="s", trials=trials, base=trials[0], study=SimpleNamespace(budget=["epochs"], folds=None))
     half, imagenet = "mean (0.5, 0.5, 0.5)", "mean (0.485, 0.456, 0.406)"
     for feeds, warned in ((["", half], False), ([half, half], False), ([imagenet, half], True)):
         known = [row(arm, 0, 0.5, fed=fed) for arm, fed in zip(("plain", "other"), feeds, strict=True)]
@@ -193,3 +194,78 @@ def test_arms_that_are_not_fed_alike_are_named(tmp_path: Path) -> None:
             text = (tmp_path / file).read_text(encoding="utf-8")
             assert ("not fed alike" in text) is warned
             assert (imagenet in text) is warned
+
+
+def folded(arm: str, seed: int, right: dict[int, np.ndarray], **keys: Any) -> list[dict[str, Any]]:
+    """A row a fold of five, of the images of that fold which were right."""
+    return [
+        row(arm, seed, bits.mean(), images=len(bits), right=pack(bits), fold=fold, folds=5, loss=1.0 + fold, **keys)
+        for fold, bits in right.items()
+    ]
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=5), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_folds_are_judged_as_if_one_net_had_been_asked_about_all(sizes: list[int], seeds: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    cuts = np.cumsum(sizes)[:-1]
+    arms: dict[str, list[dict[str, Any]]] = {"other": [], "plain": []}
+    whole: dict[str, list[dict[str, Any]]] = {"other": [], "plain": []}
+    for arm, s in product(arms, range(seeds)):
+        bits = draw.random(sum(sizes)) < 0.6
+        arms[arm] += folded(arm, s, dict(enumerate(np.split(bits, cuts))))
+        whole[arm].append(row(arm, s, bits.mean(), images=len(bits), right=pack(bits)))
+    draw.shuffle(arms["other"])
+    found, expected = paired(arms["other"], arms["plain"]), paired(whole["other"], whole["plain"])
+    assert found is not None
+    assert expected is not None
+    assert (found.mean, found.seeds) == (pytest.approx(expected.mean, abs=1e-12), seeds)
+    assert found.over_images == pytest.approx(expected.over_images, abs=1e-12)
+    assert (found.over_seeds is None) == (expected.over_seeds is None)
+    if found.over_seeds is not None:
+        assert found.over_seeds == pytest.approx(expected.over_seeds, abs=1e-9)
+    pooled, alone = (lines([*of["plain"], *of["other"]], part="val", budget="epochs")[1] for of in (arms, whole))
+    assert (pooled.seeds, pooled.folds, pooled.images) == (seeds, len(sizes), sum(sizes))
+    assert (alone.folds, alone.images) == (0, sum(sizes))
+    assert pooled.top1 == pytest.approx(alone.top1, abs=1e-12)
+    assert pooled.means["loss"] == pytest.approx(np.average(1.0 + np.arange(len(sizes)), weights=sizes))
+
+
+def test_an_arm_that_lacks_folds_is_compared_on_those_that_it_has() -> None:
+    bits = [np.arange(10) < right for right in (5, 6, 7)]
+    plain = folded("plain", 0, dict(enumerate(bits)))
+    other = folded("other", 0, {0: np.arange(10) < 6, 2: np.arange(10) < 9})
+    found = paired(other, plain)
+    assert found is not None
+    assert found.mean == pytest.approx((1 + 2) / 20)
+    assert found.over_images is not None
+    assert sum(found.over_images) / 2 == pytest.approx(3 / 20)
+    table = lines([*plain, *other], part="val", budget="epochs")
+    assert [(line.seeds, line.folds, line.images) for line in table] == [(1, 3, 30), (1, 2, 20)]
+    assert "| 1 x 2 folds | 75.00 |" in markdown(table)
+    with pytest.raises(ValueError, match="one row a seed and fold"):
+        paired([*other, other[0]], plain)
+
+
+def test_nets_of_all_folds_are_asked_about_the_same_test_images() -> None:
+    draw = np.random.default_rng(0)
+    mine, theirs = draw.random((2, 2, 3, 40)) < 0.6  # seeds, folds, images
+    a, b = (
+        [one for seed in range(2) for one in folded(arm, seed, dict(enumerate(right[seed])), part="test")]
+        for arm, right in (("other", mine), ("plain", theirs))
+    )
+    found = paired(a, b)
+    assert found is not None
+    apart = (mine.astype(float) - theirs).mean((0, 1))
+    assert found.mean == pytest.approx(apart.mean())
+    error = scipy.stats.sem(apart)
+    assert found.over_images == pytest.approx((apart.mean() - 1.959964 * error, apart.mean() + 1.959964 * error), abs=1e-6)
+    line = lines(a, part="test", budget="epochs")[0]
+    assert (line.images, line.seeds, line.folds) == (40, 2, 3)
+    assert line.top1 == pytest.approx(mine.mean())
+
+
+def test_a_csv_of_folds_gives_the_same_table() -> None:
+    known = folded("plain", 0, {0: np.arange(9) < 4, 1: np.arange(8) < 4})
+    known += folded("other", 0, {0: np.arange(9) < 5, 1: np.arange(8) < 7})
+    read = list(csv.DictReader(io.StringIO(as_csv(known))))
+    assert markdown(lines(known, part="val", budget="epochs")) == markdown(lines(read, part="val", budget="epochs"))
