@@ -76,7 +76,7 @@ def relabelled(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
 
 def sorting(names: Sequence[str]) -> str:
     """A remark where these names are sorted, and other tools would have sorted them otherwise; else empty."""
-    as_text, as_timm = sorted(names), sorted(names, key=_natural)
+    as_text, as_timm = sorted(names), sorted(names, key=by_number)
     if as_text == as_timm or list(names) not in (as_text, as_timm):
         return ""
     start = max(0, next(k for k, (one, other) in enumerate(zip(as_text, as_timm, strict=True)) if one != other) - 1)
@@ -86,8 +86,9 @@ def sorting(names: Sequence[str]) -> str:
     return f"class order sorted by number ({timm}), as timm does; torchvision and Keras would sort as text ({text})"
 
 
-def _natural(name: str) -> list[str | int]:
-    """The key by which timm sorts the folders of classes: `timm.utils.misc.natural_key`. It ignores capitals, too."""
+def by_number(name: str) -> list[str | int]:
+    """The key that sorts 2 before 10, as timm sorts the folders of classes: `timm.utils.misc.natural_key`. It ignores capitals,
+    too."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name.lower())]
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from fgvc.data.source import Source, Strings, finish_splits, number_classes, part_of, some, written_alike
 from fgvc.data.walk import ClassFolder, Walk, folders_in, loose_images
 from fgvc.image.suffix import counted
+from fgvc.naming import by_number
 from fgvc.types import SPLITS, FgvcError, ImageIndex, Split
 
 
@@ -30,6 +31,12 @@ class FolderData(Source):
         ge=0,
         lt=1,
         description="share of all images set aside for test where the classes lie in one folder; 0: none",
+    )
+    group_size: int | None = Field(
+        None,
+        ge=2,
+        description="for photographs taken in a row, which are alike: by the numbers in their names, so many of a class in "
+        "turn are a group, which no split that fgvc makes divides, and no fold; null: no groups",
     )
 
     def read(self) -> ImageIndex:
@@ -73,16 +80,20 @@ class FolderData(Source):
         layout = (
             f"class folders in {', '.join(f'{name}/' for name in parts)}" if parts else "one folder of class folders"
         )
-        splits, rule = finish_splits(self, labels, splits, test_fraction=0 if parts else self.test_fraction)
+        names = paths.array()
+        groups = None if self.group_size is None else _runs(names, counts, self.group_size)
+        test_fraction = 0 if parts else self.test_fraction
+        splits, rule = finish_splits(self, labels, splits, test_fraction=test_fraction, groups=groups)
         if tables := tables_in(root):
             rule += f"; {some(tables, 3)} beside them: not read"
         without = sorted({name for _, name in counts} - set(found))
         return ImageIndex(
             root=root,
             classes=classes,
-            paths=paths.array(),
+            paths=names,
             labels=labels,
             splits=splits,
+            groups=groups,
             max_pixels=self.max_pixels,
             recognised=f"{layout}: {len(labels)} images, {len(classes)} classes; {rule}",
             warnings=(*written_alike(classes), *_left_out(root, parts, without, others, walk)),
@@ -94,6 +105,18 @@ def tables_in(root: Path) -> list[str]:
     with os.scandir(root) as entries:
         names = [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")]
     return sorted(name for name in names if name.lower().endswith((".csv", ".tsv")))
+
+
+def _runs(paths: np.ndarray, counts: dict[tuple[str, str], int], size: int) -> np.ndarray:
+    """(N,) the group of each image: of the `counts` images of a part and class, which follow one another in `paths`, each `size`
+    in the order of the numbers in their names."""
+    groups, start = Strings(), 0
+    for (part, name), count in counts.items():
+        own = paths[start : start + count].tolist()
+        rank = np.argsort(np.array(sorted(range(count), key=lambda row: by_number(own[row])), np.int64))
+        groups.extend([f"{part}/{name}/{place // size}" for place in rank.tolist()])
+        start += count
+    return groups.array()
 
 
 def _left_out(root: Path, parts: dict[str, Split], without: list[str], others: Counter[str], walk: Walk) -> list[str]:

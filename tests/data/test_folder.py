@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fgvc.config import validate
 from fgvc.data.folder import FolderData
 from fgvc.image.suffix import SUFFIXES
 from fgvc.serve.predict import expand
@@ -247,3 +248,35 @@ def test_predict_says_what_it_leaves_out(tmp_path, capsys):
     touch(tmp_path / "none", "2.heic")
     with pytest.raises(FgvcError, match=r"no picture below this folder; .*\.heic 1"):
         list(expand([tmp_path / "none"]))
+
+
+def test_photographs_in_a_row_are_groups_that_nothing_divides(tmp_path):
+    """Numbered without zeros, in two folders of a class, with gaps; some classes end in a group that is not full."""
+    numbers = {"a": [*range(1, 22), 100, 101], "b": [*range(8, 40)], "c": [7, 3, 11, 2]}
+    touch(tmp_path, *(f"{name}/DSC_{number}.png" for name, own in numbers.items() for number in own))
+    read = FolderData(root=tmp_path, group_size=4, test_fraction=0, fold=(1, 3)).read()
+    expected = {
+        f"{name}/DSC_{number}.png": (name, place // 4)
+        for name, own in numbers.items()
+        for place, number in enumerate(sorted(own))
+    }
+    groups: dict[str, set[tuple[str, int]]] = {}
+    for path, group in zip(read.paths.tolist(), read.groups.tolist(), strict=True):
+        groups.setdefault(group, set()).add(expected[path])
+    assert all(len(members) == 1 for members in groups.values())
+    assert len(groups) == len(set(expected.values())) == 6 + 8 + 1
+    for group in groups:
+        assert len(set(read.splits[read.groups == group].tolist())) == 1
+    assert set(read.splits.tolist()) == {0, 1}
+    assert "by group" in read.recognised
+    assert FolderData(root=tmp_path, test_fraction=0).read().groups is None
+    with pytest.raises(FgvcError, match="group_size"):
+        validate(FolderData, {"kind": "folder", "root": str(tmp_path), "group_size": 1}, where="test")
+
+
+def test_groups_are_of_a_part_and_a_class(tmp_path):
+    touch(tmp_path, *(f"train/{name}/{number:03d}.png" for name in "ab" for number in range(5)))
+    touch(tmp_path, *(f"test/{name}/{number:03d}.png" for name in "ab" for number in range(3)))
+    read = FolderData(root=tmp_path, group_size=8, val_fraction=0.5).read()
+    assert sorted(set(read.groups.tolist())) == ["test/a/0", "test/b/0", "train/a/0", "train/b/0"]
+    assert [int((read.splits == split).sum()) for split in range(3)] == [10, 0, 6], "a class keeps a row"
