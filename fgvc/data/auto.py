@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -58,6 +58,7 @@ class AutoData(Source):
         lt=1,
         description="share of all images set aside for test where the set has no splits; default 0.2; 0: none",
     )
+    group_size: int | None = Field(None, ge=2, description="of class folders: see kind: folder")
 
     def read(self) -> ImageIndex:
         """As the kind that was found does."""
@@ -125,33 +126,38 @@ class AutoData(Source):
         )
 
     def _cub(self, root: Path) -> CubData:
-        if self.test_fraction is not None:
+        if own := self._own():
             raise FgvcError(
-                f"data.test_fraction: {root} is in CUB-200-2011's layout, which has a test part; leave it out"
+                f"data.{own[0]}: {root} is in CUB-200-2011's layout, which has a test part and no groups; leave it out"
             )
         return CubData(root=root, **self._given())
 
     def _folders(self, root: Path) -> FolderData:
-        return FolderData(root=root, **self._given(), **self._share())
+        return FolderData(root=root, **self._given(*self._own()))
 
     def _table(self, root: Path, table: _Table) -> CsvData:
+        if self.group_size is not None:
+            raise FgvcError(
+                f"data.group_size: {table.file} says itself which images are a group, in a column; leave it out, or set "
+                "data.kind=folder"
+            )
         columns = {f"{name}_column": column for name, column in table.columns.items()}
         return CsvData(
             root=root,
             file=Path(table.file.name),
             delimiter=table.delimiter,
             **columns,
-            **self._given(),
-            **self._share(),
+            **self._given(*self._own()),
         )
 
-    def _given(self) -> dict[str, object]:
-        """The settings that all kinds have, as far as they were given."""
-        given = self.model_fields_set - {"kind", "root", "test_fraction"}
-        return {name: getattr(self, name) for name in given}
+    def _given(self, *own: str) -> dict[str, Any]:
+        """The settings that all kinds have, as far as they were given, and `own`."""
+        given = self.model_fields_set & Source.model_fields.keys() - {"root"}
+        return {name: getattr(self, name) for name in (*given, *own)}
 
-    def _share(self) -> dict[str, float]:
-        return {} if self.test_fraction is None else {"test_fraction": self.test_fraction}
+    def _own(self) -> list[str]:
+        """Those that were given and that some kinds alone have."""
+        return [name for name in ("test_fraction", "group_size") if getattr(self, name) is not None]
 
 
 class _FilesError(FgvcError):

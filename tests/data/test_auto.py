@@ -48,6 +48,16 @@ def test_class_folders(colours: Path, tmp_path: Path) -> None:
     assert found(colours, val_fraction=0.3) == FolderData(root=colours, val_fraction=0.3)
     put(tmp_path, "oak/1.jpg", "ash/deep/2.PNG", "notes/readme.txt")
     assert found(tmp_path, test_fraction=0.5) == FolderData(root=tmp_path, test_fraction=0.5)
+    assert found(tmp_path, group_size=8, fold=(0, 5)) == FolderData(root=tmp_path, group_size=8, fold=(0, 5))
+
+
+def test_groups_of_photographs_in_a_row_are_for_class_folders(boxed: Path, tmp_path: Path) -> None:
+    with pytest.raises(FgvcError, match=r"data.group_size: .*CUB"):
+        found(boxed, group_size=8)
+    put(tmp_path, "1.jpg", "2.jpg")
+    (tmp_path / "all.csv").write_text("path,label\n1.jpg,a\n2.jpg,b\n")
+    with pytest.raises(FgvcError, match=r"data.group_size: .*all.csv says itself"):
+        found(tmp_path, group_size=8)
 
 
 @pytest.mark.parametrize(
