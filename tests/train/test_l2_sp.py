@@ -237,6 +237,7 @@ def test_without_its_start_it_does_not_go_on(tmp_path: Path, pretrained: dict, d
     assert {path: path.read_bytes() for path in (run / "ckpt").rglob("*.*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_as_if_they_had_not_stopped(tmp_path: Path, pretrained: dict) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(dump(recipe(pretrained, train={"epochs": 1}, ema={"decay": 0.9})))

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -109,6 +110,8 @@ def test_select_chooses_the_weights(taught: tuple[Path, Path], tree) -> None:
     assert torch.equal(ema(x).logits, opened(tree, {"kind": "run", "path": taught[0]})(x).logits)
     assert not torch.equal(ema(x).logits, last(x).logits)
     assert ema.identity() != last.identity()
+    start = opened(tree, {"kind": "run", "path": taught[0], "select": "start"})
+    assert np.abs(start(x).logits.numpy() - last(x).logits.numpy()).max() > 0.01
 
 
 @pytest.mark.parametrize("kind", ["run", "bundle"])
