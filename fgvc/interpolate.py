@@ -23,12 +23,12 @@ from fgvc.recipe import Selected
 from fgvc.train import checkpoint
 from fgvc.train.checkpoint import State
 from fgvc.train.events import Events, Log
-from fgvc.train.run import INTERPOLATION, selected_weights
+from fgvc.train.run import INTERPOLATION, read_run, selected_weights
 from fgvc.types import FgvcError, NoNumbersError
 
 SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 COPIED = ("config.yaml", "labels.json", "preprocess.json", "env.json", "metrics.csv", "events.jsonl", NAME)
-SESSION = ("optimizer", "scaler", "rng")  # of a checkpoint: what training alone goes on with
+SESSION = ("optimizer", "scaler", "rng", "answers")  # of a checkpoint: what training goes on with, and what its net said
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,11 @@ class Interpolation:
 def interpolate(
     run: Path, out: Path, *, share: float | None = None, root: Path | None = None, device: str | None = None
 ) -> Interpolation:
-    """Write the net (1 - share) start + share end of a run, `ckpt/start` and the weights that it ships, as a finished run.
+    """Write the net (1 - share) start + share end of a run, `ckpt/start` and the weights that it ended with, as a finished run.
 
-    The share in [0,1] is the one of SHARES with the best `select_by` on the run's validation part, the smallest of several; or
-    it is given, and nothing is scored. Running statistics lie between those of both nets as weights do; integers are the end's.
+    Of a run whose best epoch ships, the end is that of its training: better nets may lie on the way there. The share in [0,1] is
+    the one of SHARES with the best `select_by` on the run's validation part, the smallest of several; or it is given, and nothing
+    is scored. Running statistics lie between those of both nets as weights do; integers are the end's.
     Blocks that are grafted stay so, and the way is one of their own weights. `root`: where the run's set lies now; `device`:
     another than it was trained on. Writes `interpolation.json` beside what a run has.
     Raises FgvcError where `out` is there already or inside of the run, the run's start is gone, damaged, or has no trained head,
@@ -59,7 +60,7 @@ def interpolate(
     _refuse_out(run, out)
     if share is not None and not 0 <= share <= 1:
         raise FgvcError(f"--share {share:g}: a number from 0 (the start) to 1 (the end)")
-    seen = load_run(run)
+    seen = load_run(run, read_run(run).end)
     begun, ended = (checkpoint.load(run / "ckpt", name) for name in ("start", checkpoint.slot(seen.select)))
     _refuse_headless(seen, begun)
     if ended.identity != seen.identity:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,6 +20,7 @@ from fgvc.image.augment import Augment
 from fgvc.image.mix import Mixing
 from fgvc.loss import Loss
 from fgvc.model.backbone import Model
+from fgvc.model.weights import run_of
 from fgvc.schedule import Scheduled, Value, at, knots
 from fgvc.techniques import Techniques
 from fgvc.train.checkpoint import Checkpoint
@@ -28,7 +29,8 @@ from fgvc.train.optim import Ema, Optim, Swa
 from fgvc.train.runtime import Train
 
 Shipped = Literal["last", "best", "ema", "swa"]
-Selected = Literal[Shipped, "start"]
+Selected = Literal[Shipped, "start", "floor"]
+CLIP = 1.0  # norm of the gradients at frozen statistics, whose first ones can be 40
 END = 1 - 1e-9  # of a run: its last step lies before 1
 
 
@@ -66,6 +68,27 @@ class Image(Section):
         return max(self.train_size(share) for share in knots(self.train_scale))
 
 
+PRETRAINED: Mapping[str, Mapping[str, Any]] = {
+    "model": {"head": "probe", "batch_norm": "frozen"},
+    "optim": {"name": "adamw", "lr": 1e-4, "weight_decay": 0.01},
+}
+
+
+def by_weights(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's tree with what it leaves open where its first weights are pretrained: docs/floor.md says why. Random weights
+    have the defaults of the settings themselves. An optimizer of the recipe's own, by name or rate, stays as it is."""
+    model, optim = tree.get("model"), tree.get("optim", {})
+    if not isinstance(model, Mapping) or not isinstance(optim, Mapping) or model.get("weights", "none") == "none":
+        return dict(tree)
+    head = "timm" if run_of(Path(str(model["weights"])).expanduser()) is not None else PRETRAINED["model"]["head"]
+    own = {} if {"name", "lr"} & optim.keys() else PRETRAINED["optim"]
+    return {
+        **tree,
+        "model": {**PRETRAINED["model"], "head": head, **model},
+        "optim": {"clip_norm": CLIP, **own, **optim},
+    }
+
+
 class Recipe(Section):
     """A run of fgvc. Every key can be overridden on the command line as section.key=value."""
 
@@ -84,7 +107,9 @@ class Recipe(Section):
     swa: Swa | None = Field(None, description="mean of the weights at the last epochs' ends; null: off")
     techniques: Techniques = Field(Techniques(), description="technique -> settings")
     select: Shipped | None = Field(
-        None, description="which weights eval, export and predict use; default: ema or swa where it is on, else last"
+        None,
+        description="which weights eval, export and predict use; best: of the start and all epochs' ends that which validation "
+        "likes best, the average where there is one. Default: best where there is a validation part, else ema or swa, else last",
     )
     select_by: Literal["top1", "top5", "macro_f1", "balanced_accuracy", "ece", "loss"] = Field(
         "top1", description="the validation score by which a checkpoint is the best (ece and loss: the smallest)"
@@ -102,6 +127,11 @@ class Recipe(Section):
     def _found(cls, data: Source) -> Source:
         """`kind: auto` is decided once, here, so that what a run records reads the same set later. Raises FgvcError."""
         return data.resolved() if isinstance(data, AutoData) else data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _open(cls, tree: Any) -> Any:
+        return by_weights(tree) if isinstance(tree, Mapping) else tree
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -125,6 +155,11 @@ class Recipe(Section):
                 "loss.class_weights and train.sampling: both balanced would favour rare classes twice over; set one of them "
                 "to none or uniform"
             )
+        if self.train.refit and not self.data.hold_out:
+            raise ValueError(
+                "train.refit: learns from validation images once these have judged, and data.hold_out: false leaves none; give "
+                "one of the two"
+            )
         if self.train.precise_bn == 1:
             raise ValueError("train.precise_bn: one image has no statistics; give some hundreds, or 0")
         if max(self.image.largest_train_size) > 4096:
@@ -133,6 +168,8 @@ class Recipe(Section):
             )
         if self.train.precise_bn and self.model.freeze:
             raise ValueError("train.precise_bn would change the frozen batch norms: set it or model.freeze to 0")
+        if self.train.max_steps == 0 and self.model.head != "probe":
+            raise ValueError("train.max_steps: 0 ships the start, whose head is not fitted; set model.head to probe")
         if self.model.weights == "none" and self.model.head == "probe":
             raise ValueError("model.head: probe fits a head to pretrained features; set it to zero or timm with weights: none")
         if self.model.weights == "none" and self.optim.l2_sp:
@@ -168,8 +205,23 @@ class Recipe(Section):
         return self
 
     @property
+    def chooses(self) -> bool:
+        """Whether validation chooses among the epochs, where there is a validation part."""
+        return self.select in (None, "best")
+
+    def resolved(self, *, validated: bool) -> Recipe:
+        """With what a run of this recipe selects."""
+        return self.model_copy(update={"select": self.select or ("best" if validated else self.selected)})
+
+    @property
     def selected(self) -> Shipped:
-        return self.select or ("ema" if self.ema is not None else "swa" if self.swa is not None else "last")
+        return self.select or self.end
+
+    @property
+    def end(self) -> Shipped:
+        """The weights that training ends with, where validation chooses nothing: the average where there is one."""
+        averaged: Shipped = "ema" if self.ema is not None else "swa" if self.swa is not None else "last"
+        return averaged if self.select in (None, "best") else self.select
 
 
 def conflicts(techniques: Section) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,10 @@ def header(path: Path) -> list[str]:
     return [line.removeprefix("#").strip() for line in lines[:top]]
 
 
-def commented(model: type[BaseModel], path: Path) -> str:
-    """The recipe in `path` with all the keys that it leaves at their defaults, each with its description."""
-    tree = read_tree(path)[0]
+def commented(model: type[BaseModel], path: Path, *, fill: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> str:
+    """The recipe in `path` with all the keys that it leaves at their defaults, each with its description. `fill`: gives the tree
+    those that depend on others of its keys."""
+    tree = fill(read_tree(path)[0])
     top = [f"# {line}".rstrip() for line in header(path)]
     return "\n".join([*top, "", *_section(model, tree, 0)]) + "\n"
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fgvc.config import differences, dump, load, validate
-from fgvc.recipe import Recipe, load_recipe
+from fgvc.recipe import Recipe, by_weights, load_recipe
 from fgvc.template import commented, recipes
 from fgvc.types import FgvcError
 
@@ -122,7 +122,7 @@ def test_differences_are_dotted_leaves() -> None:
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_loads_and_its_commented_form_says_the_same(name: str, tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
-    own.write_text(commented(Recipe, recipes()[name]))
+    own.write_text(commented(Recipe, recipes()[name], fill=by_weights))
     place = ["data.root=somewhere"]
     assert load_recipe(own, place) == load_recipe(recipes()[name], place)
     assert "root" not in yaml.safe_load(recipes()[name].read_text()).get("data", {}), (
@@ -139,7 +139,7 @@ def test_an_override_of_an_unknown_section_is_blamed_itself(file: Path) -> None:
 def test_init_of_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "broken.yaml").write_text(text)
     with pytest.raises(FgvcError, match=expected):
-        commented(Recipe, tmp_path / "broken.yaml")
+        commented(Recipe, tmp_path / "broken.yaml", fill=by_weights)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ TENTHS = [round(0.1 * at, 1) for at in range(11)]
 
 
 def recipe(tree: dict, **sections: dict) -> Recipe:
-    return validate(Recipe, tree | {k: tree.get(k, {}) | v for k, v in sections.items()}, where="test")
+    """It ships what training ends with."""
+    merged = tree | {"select": "ema" if "ema" in sections else "last"}
+    return validate(Recipe, merged | {k: tree.get(k, {}) | v for k, v in sections.items()}, where="test")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> dict:
     return {
         "data": {"kind": "folder", "root": str(colours)},
         "image": {"size": 32},
-        "model": {"backbone": "test_resnet", "weights": str(place / "start.safetensors"), "head": "probe"},
+        "model": {"backbone": "test_resnet", "weights": str(place / "start.safetensors"), "head": "probe", "batch_norm": "batch"},
         "train": {"epochs": 2, "batch_size": 8, "workers": 0, "device": "cpu"},
         "optim": {"lr": 0.02, "warmup_epochs": 0.5},
     }
@@ -278,3 +280,12 @@ def test_an_unfinished_run_is_taken_with_a_word(
     found = api.interpolate(tmp_path / "run", tmp_path / "between")
     assert "its training is not finished; its end is that of step 6" in capsys.readouterr().err
     assert checkpoint.read_progress(found.out / "ckpt").finished
+
+
+def test_the_way_leads_to_the_end_of_training_where_another_epoch_ships(tree: dict, tmp_path: Path) -> None:
+    one = recipe(tree, ema={"decay": 0.8})
+    run = api.train(one.model_copy(update={"select": None}), tmp_path / "run")
+    assert read_run(run).select == "best"
+    found = api.interpolate(run, tmp_path / "all", share=1)
+    assert found.select == "ema"
+    assert np.array_equal(logits(tmp_path / "all"), logits(run, "ema"))

@@ -227,7 +227,7 @@ def _comparable(plan: Plan) -> None:
                 raise FgvcError(
                     f"{plan.path}: arms.{trial.arm}: {key} differs from the base arm's; give it in settings"
                 )
-        if (trial.recipe.select == "best") != (first.select == "best"):
+        if trial.recipe.chooses != first.chooses:
             raise FgvcError(
                 f"{plan.path}: arms.{trial.arm}: select: best lets validation choose an epoch, in all arms or in none"
             )
@@ -239,5 +239,7 @@ def _comparable(plan: Plan) -> None:
             raise FgvcError(f"{plan.path}: arms.{trial.arm}: sets train.epochs, which goes with budget: own alone")
         if "train.seed" in trial.settings or trial.recipe.train.seed != Train().seed:
             raise FgvcError(f"{plan.path}: arms.{trial.arm}: sets train.seed; a study has seeds")
+        if trial.recipe.train.refit:
+            raise FgvcError(f"{plan.path}: arms.{trial.arm}: train.refit: a study compares; set it where you train what it chose")
         if trial.recipe.train.max_steps is not None:
             raise FgvcError(f"{plan.path}: arms.{trial.arm}: train.max_steps would break the budget; set train.epochs")

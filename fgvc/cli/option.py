@@ -16,8 +16,12 @@ Part = Annotated[
     Literal["val", "test"] | None, typer.Option("--split", help="Default: val where there is one, else test.")
 ]
 Select = Annotated[
-    Literal["last", "best", "ema", "swa", "start"] | None,
-    typer.Option("--select", help="Other weights than the recipe selects; start: those before the first step."),
+    Literal["last", "best", "ema", "swa", "start", "floor"] | None,
+    typer.Option(
+        "--select",
+        help="Other weights than the recipe selects; start: those before the first step; floor: the same with a head that is "
+        "fitted to the frozen net.",
+    ),
 ]
 Channels = Annotated[
     int | None,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.dtypes import StringDType
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fgvc.config import Section
 from fgvc.data.splits import carve, fold_numbers
@@ -38,6 +38,10 @@ class Source(Section):
         description="[i, n]: validate on part i (from 0) of n equal parts of train, stratified, by whole groups where there are "
         "groups, in the place of val_fraction and of the set's own validation part, which joins train; null: off",
     )
+    hold_out: bool = Field(
+        True,
+        description="false: no validation part; what it would be is learned from, too, a part of the set's own included",
+    )
     split_seed: int = Field(
         0, ge=0, description="seed of the splits that fgvc makes; apart from train.seed, so that all runs share them"
     )
@@ -58,6 +62,12 @@ class Source(Section):
     first_classes: int | None = Field(
         None, ge=2, description="only the first so many classes, for quick studies; null: all of them"
     )
+
+    @model_validator(mode="after")
+    def _something_to_hold_out(self) -> Source:
+        if self.fold is not None and not self.hold_out:
+            raise ValueError("fold: is the part to validate on, and hold_out: false leaves none; give one of the two")
+        return self
 
     @field_validator("fold")
     @classmethod
@@ -178,7 +188,9 @@ def finish_splits(
     if test_fraction:
         splits = carve(labels, splits, part="test", fraction=test_fraction, seed=seed, groups=groups)
         done.append(f"{test_fraction:.4g} of all for test")
-    if source.fold is not None:
+    if not source.hold_out:
+        splits = np.where(splits == SPLITS.index("val"), SPLITS.index("train"), splits).astype(np.int8)
+    elif source.fold is not None:
         splits = _with_fold(labels, splits, source.fold, seed, groups)
         done.append(f"part {source.fold[0]} of {source.fold[1]} of train for validation")
     elif source.val_fraction and not (splits == SPLITS.index("val")).any():
@@ -187,6 +199,8 @@ def finish_splits(
     if done:
         how = "by group" if groups is not None else "stratified"
         rule = f"set aside {how} with seed {seed}: {', '.join(done)}"
+    if not source.hold_out:
+        rule += "; no validation part, all of it is learned from"
     counts = ", ".join(f"{name} {int((splits == k).sum())}" for k, name in enumerate(SPLITS))
     return splits, f"{rule}; {counts}"
 
@@ -197,9 +211,7 @@ def _with_fold(
     """A copy of `splits` (N,) int8 in which validation is one part of what was train and validation."""
     val, train = SPLITS.index("val"), SPLITS.index("train")
     rows = np.flatnonzero((splits == val) | (splits == train))
-    numbers = fold_numbers(
-        labels[rows], folds=fold[1], seed=seed, groups=None if groups is None else groups[rows]
-    )
+    numbers = fold_numbers(labels[rows], folds=fold[1], seed=seed, groups=None if groups is None else groups[rows])
     folded = splits.copy()
     folded[rows] = np.where(numbers == fold[0], val, train)
     return folded
@@ -233,7 +245,9 @@ def repeated(
                 f"{paths[b]} ({' and '.join(str(classes[labels[n]] if what == 'labels' else SPLITS[splits[n]]) for n in (a, b))})"
                 for a, b in across
             ]
-            found.append(f"{len(across)} rows name an image again, with two {what}: {some(names, 3)}; remove one of each")
+            found.append(
+                f"{len(across)} rows name an image again, with two {what}: {some(names, 3)}; remove one of each"
+            )
     if rest := [paths[b] for a, b in twice if labels[a] == labels[b] and splits[a] == splits[b]]:
         found.append(f"{len(rest)} rows name an image again: {some(rest, 3)}; remove them, unless it is to count twice")
     return tuple(found)

@@ -41,13 +41,14 @@ class Model(Section):
         "timm",
         description="the classifier's first weights. probe: logistic regression on the frozen net's features, fitted before the "
         "first step, so that no arbitrary gradients distort the pretrained net (Kumar et al. 2022); zero: the same score for all "
-        "classes; timm: random",
+        "classes; timm: random, or those of model.weights where they have as many classes. Default with pretrained weights: "
+        "probe (timm where they are of a run of fgvc)",
     )
     batch_norm: Literal["frozen", "batch"] = Field(
         "batch",
         description="what the net's own batch norms normalise by in training. frozen: the running statistics of the pretrained "
         "weights, scale and shift are trained; batch: those of the batch, and the running ones follow. What techniques add or "
-        "graft has batch statistics in any case",
+        "graft has batch statistics in any case. Default with pretrained weights: frozen",
     )
     freeze: int = Field(
         0, ge=0, description="stages from the input on, stem included, whose weights and batch norms stay as loaded"

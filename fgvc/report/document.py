@@ -13,7 +13,7 @@ import yaml
 from fgvc.config import differences, dump, leaves
 from fgvc.disk import refuse_file, write_atomic, writing
 from fgvc.evaluate.calibration import Calibrated
-from fgvc.evaluate.compare import wilson
+from fgvc.evaluate.compare import Paired, compare, wilson
 from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, of_logits
 from fgvc.evaluate.subject import Answers, Subject, subject
 from fgvc.evaluate.temperature import calibration
@@ -29,6 +29,7 @@ from fgvc.report.history import History, interpolated, read_history
 from fgvc.report.localisation import COLUMNS, Table, localisation
 from fgvc.serve.engine import refuse_no_numbers
 from fgvc.techniques import CONFIGS
+from fgvc.train.run import has_floor
 from fgvc.types import FgvcError, Split
 
 SHARES = {
@@ -38,6 +39,7 @@ SHARES = {
     "balanced_accuracy": "balanced accuracy",
     "ece": "calibration error",
 }
+FLOOR = ("top-1 of the floor: logistic regression on the frozen net", "gain over the floor, 95 % interval")
 LISTED = 15  # classes shown at once; all others fold out
 NAMED = 50  # unreadable files listed
 
@@ -56,6 +58,7 @@ class Chapter:
     gallery: Gallery
     certificate: Certificate | None  # None: no bundle was given
     localisation: list[Table] | None  # None: not measured
+    over_floor: Paired | None  # A: the floor, B: the run, on the same images; None: it has no floor
 
     @property
     def facts(self) -> dict[str, str]:
@@ -94,6 +97,14 @@ class Chapter:
     def interval(self) -> str:
         low, high = wilson(self.scores.top1, self.scores.images)
         return f"{100 * low:.1f} to {100 * high:.1f}"
+
+    @property
+    def floor(self) -> tuple[str, str]:
+        """Top-1 of a logistic regression on the frozen net, and what the run gained over it; empty where there is none."""
+        if (pair := self.over_floor) is None:
+            return "", ""
+        gain = f"{100 * pair.gain:+.2f} points, {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
+        return f"{100 * pair.a_right.mean():.2f} %", gain
 
     @property
     def settings(self) -> list[tuple[str, str]]:
@@ -163,6 +174,7 @@ def report(
                 gallery=gallery(seen, answer, scores, calibrated.known, images=images, device=device),
                 certificate=proven.get(at),
                 localisation=localisation(seen.run, (seen.select, seen.identity)),
+                over_floor=_over_floor(seen, answer, parts[at][0], device=device, root=root, max_pixels=max_pixels),
             )
         )
     with writing(out):
@@ -189,6 +201,17 @@ def _page(chapters: Sequence[Chapter]) -> str:
     )
 
 
+def _over_floor(
+    seen: Subject, answers: Answers, part: Split, *, device: str | None, root: Path | None, max_pixels: int | None
+) -> Paired | None:
+    if not has_floor(seen.run):
+        return None
+    floor = subject(seen.run, "floor", root=root, max_pixels=max_pixels)
+    said = floor.answers(floor.rows(part), device=device)
+    refuse_no_numbers(said.logits, seen.run)
+    return compare(answers.labels, said.logits.argmax(1), answers.logits.argmax(1))
+
+
 def _refuse_other_classes(subjects: Sequence[Subject]) -> None:
     first = subjects[0]
     for other in subjects[1:]:
@@ -210,6 +233,9 @@ def _side_by_side(chapters: Sequence[Chapter]) -> list[Row]:
         rows.append(Row(label, cells, frozenset(at for at, value in enumerate(values) if value == best)))
         if key == "top1":
             rows.append(Row("top-1, 95 % interval", tuple(f"{chapter.interval} %" for chapter in chapters)))
+            if any(chapter.over_floor for chapter in chapters):
+                floors = zip(*(chapter.floor for chapter in chapters), strict=True)
+                rows += [Row(name, tuple(cell or "–" for cell in cells)) for name, cells in zip(FLOOR, floors, strict=True)]
     for label in chapters[0].facts:
         rows.append(Row(label, tuple(chapter.facts[label] or "–" for chapter in chapters)))
     return rows

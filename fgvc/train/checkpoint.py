@@ -76,6 +76,7 @@ class State:
     rest: Mapping[str, Any]  # optimizer, scaler, random generators, techniques, how many epochs SWA holds
     progress: Progress
     identity: str | None = None  # of the checkpoint that it was read from
+    floor: Mapping[str, Tensor] | None = None  # head of the logistic regression on the frozen net; in the start alone
 
 
 def save(folder: Path, state: State, *, best: bool = False, keep: int = 1, start: bool = False) -> None:
@@ -93,9 +94,10 @@ def save(folder: Path, state: State, *, best: bool = False, keep: int = 1, start
         if first := _target(folder / "last") is None:  # a kill must not leave it without its names
             _publish(folder, last=target.name, best=chosen)
         with making(target) as scratch:
+            parts = {"net": state.net, "branches": state.branches, "ema": state.ema, "floor": state.floor}
             files = {
                 f"{name}.safetensors": fill(scratch / f"{name}.safetensors", _packed(tensors))
-                for name, tensors in (("net", state.net), ("branches", state.branches), ("ema", state.ema))
+                for name, tensors in parts.items()
                 if tensors is not None
             }
             files["state.pt"] = fill(scratch / "state.pt", partial(torch.save, dict(state.rest)))
@@ -152,7 +154,7 @@ def identity(folder: Path, name: Name = "last") -> str | None:
 
 def slot(select: str) -> Name:
     """In which checkpoint the weights lie that a selection names."""
-    return select if select in ("best", "start") else "last"  # type: ignore[return-value]
+    return "best" if select == "best" else "start" if select in ("start", "floor") else "last"
 
 
 def doubt(folder: Path, name: Name) -> str | None:
@@ -264,6 +266,7 @@ def _state(path: Path, kept: _Kept, *, device: str) -> State:
         rest=torch.load(path / "state.pt", map_location="cpu", weights_only=True),
         progress=kept.progress,
         identity=_identity(path),
+        floor=load_file(floor, device) if (floor := path / "floor.safetensors").is_file() else None,
     )
 
 

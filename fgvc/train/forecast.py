@@ -49,7 +49,7 @@ def forecast(recipe: Recipe) -> Forecast:
         steps_per_epoch = rows // (micro * process.world) // recipe.train.accumulate
         if not steps_per_epoch:
             raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {rows} training images")
-        steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.max_steps or 10**12)
+        steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.last_step)
         torch.manual_seed(recipe.train.seed)
         opener = opener_of(recipe, index, process.device, timed=True)
         built = build_net(recipe, len(index.classes), counts=class_counts(index), opener=opener)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -16,25 +17,27 @@ import torch
 from torch import Tensor
 from torch.distributed import DistError
 
-from fgvc.data.loader import TrainBatch, evaluation_loader
+from fgvc.data.loader import TrainBatch
 from fgvc.data.record import Record
 from fgvc.data.source import some
 from fgvc.data.stored import glance
 from fgvc.disk import write_atomic
-from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, evaluate
+from fgvc.evaluate.metrics import SMALLER_IS_BETTER
 from fgvc.evaluate.plot import plot_confusion, plot_curves
 from fgvc.export.onnx import refuse_opset
 from fgvc.finite import not_finite, suspicious
-from fgvc.model.backbone import memory_format
 from fgvc.recipe import Recipe
 from fgvc.train import checkpoint
 from fgvc.train.batch import to_batch
 from fgvc.train.between import epoch_start
 from fgvc.train.events import Events
+from fgvc.train.floor import Floor, fit_floor, head_of, standing, start_with
 from fgvc.train.images import continued
 from fgvc.train.optim import learning_rate
+from fgvc.train.refit import refit_of
 from fgvc.train.run import (
     Going,
+    as_recorded,
     begin_anew,
     begun_with,
     continue_run,
@@ -43,28 +46,39 @@ from fgvc.train.run import (
     ending,
     note_settings,
     opened,
+    read_run,
     recorded_preprocess,
     refuse_changed,
     start_run,
 )  # fmt: skip
 from fgvc.train.runtime import rng_state, runtime, set_rng_state
 from fgvc.train.sam import perturbed
-from fgvc.train.session import Session, open_session, spread
-from fgvc.train.start import fit_head, fit_teachers
+from fgvc.train.session import Session, open_session
+from fgvc.train.start import fit_teachers
+from fgvc.train.validate import far_from_even, score
 from fgvc.train.watch import held, lost, refuse_not_finite
-from fgvc.types import Batch, Draws, FgvcError, NoNumbersError, View
-
-UNSCORED = 64  # training images that a net without a validation part is asked about
+from fgvc.types import Batch, Draws, FgvcError, View
 
 
 def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = False, recorded: bool = False) -> Path:
-    """Train to the end of the schedule, or to `train.max_steps`; returns `out`.
+    """Train to the end of the schedule, or to `train.max_steps`; returns `out`, or the folder of its refit (`train.refit`).
 
     Goes on from `out`'s last checkpoint if that run is unfinished: killed at any moment and started again, it ends (on CPU)
     with the same bits as an uninterrupted one, and with the images that it recorded when it began: it refuses a set that has
     changed since. `recorded`: whatever has come to the set, as long as all of their files are there. A run that is finished by
     these settings stays as it is. Raises FgvcError for what the user can mend, KeyboardInterrupt after saving.
     """
+    _train(recipe, out, resume=resume, overwrite=overwrite, recorded=recorded)
+    if not recipe.train.refit:
+        return out
+    again, folder, said = refit_of(out)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's
+        Events(out, recipe.log).say(f"{folder}: {said}")
+    _train(again, folder, resume="auto", overwrite=overwrite, recorded=recorded)
+    return folder
+
+
+def _train(recipe: Recipe, out: Path, *, resume: str, overwrite: bool, recorded: bool) -> None:
     with runtime(recipe.train) as process, ExitStack() as stack:
         events = Events(out, recipe.log, active=process.main)
         going: list[Going] = ["new"]
@@ -80,24 +94,27 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
         if going[0] == "finished":
             process.first(lambda: note_settings(out, recipe, recorded=recorded))
             _say_finished(recipe, out, events)
-            return out
+            return
         known: dict[str, Any] = {}
         if going[0] == "on":
+            recipe = as_recorded(recipe, read_run(out))
+            recipe = recipe.model_copy(update={"select": recipe.selected})  # an earlier fgvc chose by the recipe alone
             index = continued(out, recipe, recorded=recorded)
             known = {"index": index, "preprocess": recorded_preprocess(out), "begun": begun_with(out, recipe)}
         built = open_session(recipe, process, **known, notify=events.say, out=out)
         with _memory_advice(recipe, out), built as session:
             _enter(session, out, events, goes_on=going[0] == "on")
             _introduce(session, events)
+            if going[0] == "new":
+                _start(session, out, events)
             _run(session, out, events)
-    return out
 
 
 def _say_finished(recipe: Recipe, out: Path, events: Events) -> None:
     """The same command on a run that is at its end, with what it lacks if it was killed after its last checkpoint."""
     progress = checkpoint.read_progress(out / "ckpt", say=events.say)
     if events.active and not ended(out):
-        _end(out, events, progress)
+        _end(out, events, progress, recipe)
     how = f"To go on raise {ending(recipe, progress.step)}; to lose it give --overwrite"
     events.say(f"{out}: this run is finished. {how}")
 
@@ -111,14 +128,13 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
     }
     if not goes_on:
         process.first(lambda: start_run(out, session.recipe, facts, Record.of(session.index)))
-        _fit_heads(session, events)
-        _save(session, out, start=True)  # a run that goes on never fits anew
         return
     state = checkpoint.load(out / "ckpt", say=lambda _: None)  # `open_run` has said it
     if (why := damaged(out, state)) is not None:
         raise FgvcError(why)
     finished, done = state.progress.finished, state.progress.step
-    if done > session.total_steps or (done == session.total_steps and (finished or not state.progress.sums)):
+    over = done == session.total_steps > 0 and (finished or not state.progress.sums)
+    if done > session.total_steps or over:
         raise FgvcError(
             f"{out}: this run has made {done} steps, and the settings now end at {session.total_steps}: nothing is left to "
             f"do. Raise {ending(session.recipe, done)}, or choose another --out"
@@ -154,19 +170,31 @@ def _refuse_other_processes(state: checkpoint.State, session: Session, out: Path
         )
 
 
-def _fit_heads(session: Session, events: Events) -> None:
-    """The run's own and its teachers'."""
-    if session.recipe.model.head == "probe":
-        fit = fit_head(session)
-        events.write("head", **asdict(fit))
-        events.say(f"head: {fit}")
+def _start(session: Session, out: Path, events: Events) -> None:
+    """Before the first step, and saved at once: a run that goes on never fits anew."""
+    floor = fit_floor(session)
+    events.say(floor if isinstance(floor, str) else str(floor))
+    if isinstance(floor, Floor):
+        events.write("floor", **floor.facts)
+        if session.recipe.model.head == "probe":
+            start_with(session, floor)
     for teacher, fit in fit_teachers(session).items():
         events.write("teacher", name=teacher, **asdict(fit))
         events.say(f"{teacher}: {fit}")
+    scores = score(session, out)
+    if doubt := far_from_even(scores, session.recipe.model):
+        events.say(f"WARNING: {doubt}")
+    if session.validated:  # it is the first of those that validation chooses among
+        events.write("validated", step=0, **{f"val_{name}": value for name, value in scores.numbers().items()})
+        session.progress.best = scores.numbers()[session.recipe.select_by]
+    _save(session, out, start=True, best=session.validated, floor=floor if isinstance(floor, Floor) else None)
 
 
 def _run(session: Session, out: Path, events: Events) -> None:
     progress, recipe = session.progress, session.recipe
+    if not session.total_steps:  # the start ships
+        progress.finished = True
+        _save(session, out)
     with events.progress(session.total_steps, progress.step), _interruptible() as interrupted:
         while not progress.finished:
             for _, prepare in session.step.hooks("before_epoch"):
@@ -181,13 +209,17 @@ def _run(session: Session, out: Path, events: Events) -> None:
                     raise KeyboardInterrupt(f"saved at step {progress.step}")
             _end_epoch(session, out, events)
     if session.runtime.main:
-        _end(out, events, progress)
+        _end(out, events, progress, recipe)
 
 
-def _end(out: Path, events: Events, progress: checkpoint.Progress) -> None:
+def _end(out: Path, events: Events, progress: checkpoint.Progress, recipe: Recipe) -> None:
     """What follows the last checkpoint."""
     write_atomic(out / "plots" / "curves.png", plot_curves(progress.history))
-    events.write("finished", step=progress.step, seconds=round(progress.seconds, 1))
+    found = standing(out, recipe)
+    facts = {} if found is None else {"standing": found.facts}
+    events.write("finished", step=progress.step, seconds=round(progress.seconds, 1), **facts)
+    for line in [] if found is None else found.lines(recipe):
+        events.say(line)
 
 
 def _steps(session: Session, events: Events) -> Iterator[tuple[dict[str, Tensor], int]]:
@@ -316,7 +348,8 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
         session.average_epoch()
     _refuse(session, out, session.watch.tensors(), f"the end of epoch {progress.epoch + 1}, step {progress.step}")
     due = last or (progress.epoch + 1) % session.recipe.train.validate_every == 0
-    scores = _validate(session, out) if due else None
+    found = score(session, out) if due else None
+    scores = found if session.validated else None
     best = False
     if scores is not None:
         row |= {f"val_{name}": value for name, value in scores.numbers().items() if name != "images"}
@@ -338,39 +371,10 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
     events.say(f"epoch {int(row['epoch'])}/{session.recipe.train.epochs}: loss {row['loss']:.4f}{said}")
 
 
-def _validate(session: Session, out: Path) -> Scores | None:
-    """None without a validation part; then the net is asked about some training images, whether it gives numbers at all."""
-    rows, process = session.index.rows("val"), session.runtime
-    scored = len(rows) > 0
-    rows = rows if scored else spread(session.index.rows("train"), UNSCORED)
-    loader = evaluation_loader(
-        session.index,
-        rows,
-        spec=session.preprocess,
-        batch_size=64,
-        workers=session.recipe.train.workers if scored else 0,
-        rank=process.rank,
-        world=process.world,
-    )
-    net = session.shipping()
-    net.eval()
-    process.same_buffers(net)
-    try:
-        batches = ((batch.images, batch.labels) for batch in loader)
-        layout = memory_format(net)
-        scores = evaluate(net, batches, classes=len(session.index.classes), device=process.device, memory_format=layout)
-    except NoNumbersError as error:
-        part = "validation" if scored else "training"
-        raise lost(
-            f"step {session.progress.step}: of {part} images, {error}", out=out, recipe=session.recipe
-        ) from error
-    finally:
-        session.step.train()
-    return scores if scored else None
-
-
-def _save(session: Session, out: Path, *, best: bool = False, start: bool = False) -> None:
+def _save(session: Session, out: Path, *, best: bool = False, start: bool = False, floor: Floor | None = None) -> None:
     state = session.capture()
+    if floor is not None:
+        state.floor, state.rest = head_of(session.step.net, floor), {**state.rest, "floor": floor.record}
     _refuse(session, out, held(state), f"step {session.progress.step}")
     if session.runtime.main:
         checkpoint.save(out / "ckpt", state, best=best, keep=session.recipe.checkpoint.keep, start=start)

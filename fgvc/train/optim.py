@@ -26,7 +26,8 @@ SIZED = ("lamb", "lars", "larc", "adamp", "sgdp")  # in the names of optimizers 
 class Optim(Section):
     """How the weights move."""
 
-    name: str = Field("sgd", description="timm's name of the optimizer: sgd (Nesterov), momentum, adamw, ...")
+    name: str = Field("sgd", description="timm's name of the optimizer: sgd (Nesterov), momentum, adamw, ... Where neither name "
+        "nor lr is given and weights are pretrained: adamw, lr 1e-4, weight_decay 0.01")
     lr: float = Field(0.03, gt=0, description="peak learning rate")
     lr_for_batch: int | None = Field(
         None,
@@ -57,7 +58,9 @@ class Optim(Section):
     drop: float = Field(0.1, gt=0, lt=1, description="of the step schedule: factor of one drop")
     warmup_epochs: float = Field(1.0, ge=0, description="linear up to lr")
     min_lr: float = Field(0.0, ge=0, description="where the cosine ends")
-    clip_norm: float | None = Field(None, gt=0, description="cap on the norm of all gradients together")
+    clip_norm: float | None = Field(
+        None, gt=0, description="cap on the norm of all gradients together. Default with pretrained weights: 1"
+    )
     sam: Sam | None = Field(None, description="sharpness-aware minimisation; null: off. It doubles a step's time")
 
     @model_validator(mode="after")

@@ -135,6 +135,7 @@ def _refuse_other(out: Path) -> None:
 def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = None) -> Going:
     """Raises FgvcError where the run in `out` can't go on with this recipe."""
     old = read_run(out)
+    recipe = as_recorded(recipe, old)
     changed = differences(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
     refused = {key: pair for key, pair in changed.items() if not key.startswith(MAY_CHANGE)}
     if refused:
@@ -144,7 +145,7 @@ def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = Non
             f"run.\nWhat may change: {', '.join(key.rstrip('.') for key in MAY_CHANGE)}"
         )
     progress = checkpoint.read_progress(out / "ckpt", say=say)
-    was, now = ((one.train.epochs, one.train.max_steps or 10**12) for one in (old, recipe))
+    was, now = ((one.train.epochs, one.train.last_step) for one in (old, recipe))
     if progress.finished and was == now:
         return "finished"
     if progress.finished and now[0] <= was[0] and now[1] <= was[1]:
@@ -155,6 +156,11 @@ def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = Non
     if (out / INTERPOLATION).is_file():
         raise FgvcError(f"{out}: lies between two nets (fgvc interpolate): no training can go on from there. {begin_anew(out)}")
     return "on"
+
+
+def as_recorded(recipe: Recipe, recorded: Recipe) -> Recipe:
+    """With what the run that goes on has resolved of it."""
+    return recipe.model_copy(update={"select": recipe.select or recorded.select})
 
 
 def ending(recipe: Recipe, step: int) -> str:
@@ -249,6 +255,7 @@ def continue_run(out: Path, recipe: Recipe, index: ImageIndex) -> None:
 def note_settings(out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
     """Give a finished run the settings that may change, such as where its images lie now; what was measured stays. Raises
     FgvcError where they are other images."""
+    recipe = as_recorded(recipe, read_run(out))
     if recipe != read_run(out):
         continued(out, recipe, recorded=recorded)
         write_atomic(out / "config.yaml", dump(recipe))
@@ -304,14 +311,22 @@ def selected_weights(out: Path, recipe: Recipe, select: Selected) -> Trained:
         print(f"WARNING: {why}", file=sys.stderr)
     if select == "swa" and state.ema is None:
         raise FgvcError(f"{out}: SWA holds no epoch yet; train on to the end, or choose --select last")
+    if select == "floor" and state.floor is None:
+        raise FgvcError(f"{out}: has no floor: random first weights, a head that is not linear, or a run of an earlier fgvc")
     averaged = select in ("ema", "swa") or (select == "best" and recipe.selected != "last" and state.ema is not None)
-    trained = Trained((state.ema if averaged else state.net) or {}, state.branches, state.identity)
+    weights = {**((state.ema if averaged else state.net) or {}), **((state.floor or {}) if select == "floor" else {})}
+    trained = Trained(weights, state.branches, state.identity)
     if wild := not_finite(trained.weights):
         raise FgvcError(
             f"{out}: its weights ({select}) hold values that are NaN or infinite, so its answers mean nothing: {some(wild)}. "
             "Choose others with --select, or train anew with a lower optim.lr"
         )
     return trained
+
+
+def has_floor(out: Path) -> bool:
+    """Whether a logistic regression on the frozen net was fitted when the run began: `select: floor` then names it."""
+    return (out / "ckpt" / "start" / "floor.safetensors").is_file()
 
 
 def environment() -> dict[str, Any]:

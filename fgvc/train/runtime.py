@@ -27,12 +27,19 @@ class Train(Section):
     batch_size: int = Field(
         32, ge=2, description="images per optimizer step, over all processes and accumulated parts together"
     )
-    max_steps: int | None = Field(None, ge=1, description="stop early after so many steps, schedule unchanged")
+    max_steps: int | None = Field(
+        None, ge=0, description="stop early after so many steps, schedule unchanged; 0: the start ships (model.head: probe)"
+    )
     seed: int = Field(
         0, ge=0, description="of the head's first weights, the order, the augmentation, the techniques' draws"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="autocast; weights stay fp32, and so do all losses"
+    )
+    refit: bool = Field(
+        False,
+        description="once the run is finished, train again on the validation part as well, all else the same, in a folder of its "
+        "own beside it (NAME-refit): what ships then. Where no epoch was better than the start, only the head is fitted anew",
     )
     sampling: Literal["uniform", "balanced"] = Field(
         "uniform",
@@ -56,6 +63,11 @@ class Train(Section):
         1, ge=0, description="loading processes; 0 loads between steps. The images are the same for any number"
     )
     device: str = Field("auto", description="auto | cpu | cuda | cuda:N | mps")
+
+    @property
+    def last_step(self) -> int:
+        """No later one is made, whatever the epochs."""
+        return 10**12 if self.max_steps is None else self.max_steps
 
 
 @dataclass(frozen=True, slots=True)

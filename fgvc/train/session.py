@@ -206,6 +206,18 @@ def build_optimizer(
     return make_optimizer(step, optim, added=step.added, head=head_prefixes(step.net), starts=starts), optim
 
 
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a net says of images of the index."""
+
+    rows: NDArray[np.int64]  # (N,)
+    said: NDArray[np.int64]  # (N,) classes
+
+    def tensor(self) -> Tensor:
+        """(2,N) int64, as a checkpoint holds it."""
+        return torch.from_numpy(np.stack([self.rows, self.said]))
+
+
 @dataclass(slots=True)
 class Session:
     """One process of one run."""
@@ -227,6 +239,7 @@ class Session:
     watch: Watch
     progress: Progress
     pretrained: tuple[str, ...]  # parameters of `step` whose values were those of `model.weights` when the run began
+    answers: Tensor | None = None  # (2,N): see `Answers`; of validation, when it was last asked
 
     @property
     def steps_per_epoch(self) -> int:
@@ -236,12 +249,17 @@ class Session:
     def total_steps(self) -> int:
         """Where this run stops."""
         planned = self.steps_per_epoch * self.recipe.train.epochs
-        return min(planned, self.recipe.train.max_steps or planned)
+        return min(planned, self.recipe.train.last_step)
 
     @property
     def epoch_done(self) -> bool:
         """Whether every step of the epoch that `progress` is in has been made."""
         return self.progress.micro >= self.steps_per_epoch * self.recipe.train.accumulate
+
+    @property
+    def validated(self) -> bool:
+        """Whether there is a validation part."""
+        return len(self.index.rows("val")) > 0
 
     @property
     def train_size(self) -> tuple[int, int]:
@@ -301,6 +319,7 @@ class Session:
             "images": fingerprint(self.index),
             "preprocess": self.preprocess.model_dump_json(),  # that a damaged preprocess.json is noticed
             "teachers": [one.state() for one in self.probed.values()],
+            "answers": self.answers,
             "averaged": 0 if self.swa is None else int(self.swa.n_averaged),
             "pretrained": list(self.pretrained),
         }
@@ -333,7 +352,7 @@ class Session:
             raise FgvcError(f"the checkpoint does not fit this recipe: {error}") from error
         self.pretrained = tuple(state.rest.get("pretrained", ()))
         set_rng_state(state.rest["rng"][self.runtime.rank], self.runtime.device)
-        self.progress = state.progress
+        self.progress, self.answers = state.progress, state.rest.get("answers")
         self.progress.finished = False
 
 
@@ -356,8 +375,11 @@ def open_session(
     to look at views alone, without what teachers say of them.
     """
     index = training_index(recipe, index)
-    if recipe.selected == "best" and not len(index.rows("val")):
-        raise FgvcError("select: best needs a validation part: give data.val_fraction a value above 0")
+    validated = len(index.rows("val")) > 0
+    if not validated and (recipe.select == "best" or recipe.train.refit):
+        setting = "select: best" if recipe.select == "best" else "train.refit"
+        raise FgvcError(f"{setting} needs a validation part: give data.val_fraction a value above 0")
+    recipe = recipe.resolved(validated=validated)
     torch.manual_seed(recipe.train.seed)
     opener, counts = None, class_counts(index)
     if teachers != "not":

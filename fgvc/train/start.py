@@ -15,7 +15,7 @@ from fgvc.data.loader import augmented_views, evaluation_loader
 from fgvc.evaluate.features import pooled
 from fgvc.image.augment import Augmenter
 from fgvc.model.backbone import memory_format
-from fgvc.model.probe import fit_probe, linear_head, put_head
+from fgvc.model.probe import Probe, fit_probe, linear_head, put_head
 from fgvc.recipe import Recipe
 from fgvc.train.batch import Normalise, to_batch
 from fgvc.train.session import Session, spread
@@ -39,25 +39,11 @@ class HeadFit:
         return f"logistic regression on {self.images} images, {self.views} views each{held_out}"
 
 
-def fit_head(session: Session) -> HeadFit:
-    """Fit the plain head by logistic regression to the features of the training images (up to MAX_IMAGES, spread evenly) on
-    rank 0; all ranks and the moving average have it afterwards.
-
-    Raises FgvcError where the head is not linear, or no image can be read.
-    """
-    net = session.step.net
-    net.eval()
-    try:
-        fit = _fitted(session, net, session.preprocess, where="model.head")
-    finally:
-        session.step.train()
-    if session.ema is not None:
-        session.ema.set(net)
-    return fit
-
-
 def fit_teachers(session: Session) -> dict[str, HeadFit]:
-    """The same, by name, for each teacher whose head is to be fitted, from views at its own size, with its own mean and std."""
+    """Fit the head of each teacher that is to have one by logistic regression to its features of the training images, seen at its
+    own size, with its own mean and std, on rank 0; all ranks have it afterwards. What was fitted, by the teacher's name.
+
+    Raises FgvcError where no image can be read."""
     found = {}
     for name, probed in session.probed.items():
         found[name] = _fitted(session, probed.net, probed.spec, where=name)
@@ -67,24 +53,35 @@ def fit_teachers(session: Session) -> dict[str, HeadFit]:
 
 def _fitted(session: Session, net: nn.Module, spec: Preprocess, *, where: str) -> HeadFit:
     """`net`, in eval mode and on the device, gets its linear head fitted to what the run learns from. `where`: in errors."""
-    process, recipe = session.runtime, session.recipe
+    process = session.runtime
     fits: list[HeadFit] = []
 
     def fit() -> None:
-        rows = spread(session.index.rows("train"), MAX_IMAGES)
-        seen = view_features(net, spec, session.index, rows, recipe=recipe, device=process.device)
-        classes = len(session.index.classes)
-        try:
-            probe = fit_probe(seen.vectors, seen.labels, classes=classes, groups=seen.rows, seed=recipe.train.seed)
-        except FgvcError as error:
-            raise FgvcError(f"{where}: {error}") from error
+        probe, said, _ = fitted_probe(session, net, spec, where=where)
         put_head(net, torch.from_numpy(probe.weight), torch.from_numpy(probe.bias))
-        loss = None if np.isnan(probe.loss) else round(probe.loss, 4)
-        fits.append(HeadFit(len(np.unique(seen.rows)), 1 + VIEWS, probe.strength, loss))
+        fits.append(said)
 
     process.first(fit)
     process.same_tensors(linear_head(net).parameters())
     return HeadFit(**process.gather(asdict(fits[0]) if fits else {})[0])
+
+
+def fitted_probe(
+    session: Session, net: nn.Module, spec: Preprocess, *, where: str
+) -> tuple[Probe, HeadFit, ViewFeatures]:
+    """Logistic regression on what `net`, in eval mode and on the device, makes of the training images (up to MAX_IMAGES, spread
+    evenly), and the features that it learned from. `where`: in errors. Raises FgvcError where no image can be read."""
+    recipe, index = session.recipe, session.index
+    rows = spread(index.rows("train"), MAX_IMAGES)
+    seen = view_features(net, spec, index, rows, recipe=recipe, device=session.runtime.device)
+    try:
+        probe = fit_probe(
+            seen.vectors, seen.labels, classes=len(index.classes), groups=seen.rows, seed=recipe.train.seed
+        )
+    except FgvcError as error:
+        raise FgvcError(f"{where}: {error}") from error
+    loss = None if np.isnan(probe.loss) else round(probe.loss, 4)
+    return probe, HeadFit(len(np.unique(seen.rows)), 1 + VIEWS, probe.strength, loss), seen
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,12 @@ def digest(tree: dict, **sections: Any) -> str:
 
 @pytest.fixture
 def teacher(tmp_path: Path, recipe_tree: dict) -> Path:
-    tree = recipe_tree | {"train": recipe_tree["train"] | {"epochs": 1}, "export": {"exporter": "torchscript"}}
+    tree = recipe_tree | {"train": recipe_tree["train"] | {"epochs": 1}, "export": {"exporter": "torchscript"}, "select": "last"}
     return api.train(validate(Recipe, tree, where="test"), tmp_path / "teacher")
 
 
 def test_where_things_lie_and_how_a_run_is_kept_is_no_matter(tmp_path: Path, recipe_tree: dict) -> None:
+    recipe_tree = recipe_tree | {"select": "last"}
     moved = copy.deepcopy(recipe_tree)
     moved["data"]["root"] = str(shutil.copytree(recipe_tree["data"]["root"], tmp_path / "moved"))
     same = digest(recipe_tree)

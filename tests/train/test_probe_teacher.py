@@ -279,7 +279,7 @@ def test_what_comes_before_the_last_layer_must_be_in_the_file(tmp_path: Path, re
     lost = "head.norm.weight"
     save_file({key: value for key, value in state.items() if key != lost}, tmp_path / "part.safetensors")
     wanted = {"kind": "probe", "backbone": "test_convnext", "weights": str(tmp_path / "part.safetensors"), "size": 32}
-    with pytest.raises(FgvcError, match=rf"before the last layer: {lost}"):
+    with pytest.raises(FgvcError, match=lost):
         api.train(recipe(recipe_tree, wanted), tmp_path / "run")
 
 

@@ -57,6 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> tuple[dict,
         "model": {"backbone": "test_resnet"},
         "train": {"epochs": 3, "batch_size": 8, "workers": 0, "device": "cpu"},
         "ema": {"decay": 0.9},
+        "select": "ema",
         "checkpoint": {"every_steps": 2},
     }
     place = tmp_path_factory.mktemp("made")
@@ -389,7 +390,7 @@ def test_a_run_goes_on_from_its_start_where_nothing_else_is_left(
         assert equal(weights(run, name), weights(made[2], name))
 
 
-@pytest.mark.parametrize("sections", [{}, {"swa": {"start": 0.5}, "ema": None}, {"model": {"head": "zero"}}])
+@pytest.mark.parametrize("sections", [{}, {"swa": {"start": 0.5}, "ema": None, "select": None}, {"model": {"head": "zero"}}])
 def test_every_new_run_keeps_what_it_started_from(made: tuple[dict, Path, Path], tmp_path: Path, sections: dict) -> None:
     one = recipe(made[0] | {key: value for key, value in sections.items() if value is None}, **{
         key: value for key, value in sections.items() if value is not None

@@ -36,8 +36,9 @@ def pretrained(tmp_path: Path, recipe_tree: dict) -> dict:
     return recipe_tree | {"model": model, "optim": {"lr": 0.01, "clip_norm": 1}}
 
 
-def recipe(tree: dict, **sections: dict) -> Recipe:
-    return validate(Recipe, tree | {k: tree.get(k, {}) | v for k, v in sections.items()}, where="test")
+def recipe(tree: dict, **sections: object) -> Recipe:
+    merged = {k: tree.get(k, {}) | v if isinstance(v, dict) else v for k, v in sections.items()}
+    return validate(Recipe, tree | merged, where="test")
 
 
 def last(run: Path) -> dict[str, torch.Tensor]:
@@ -75,7 +76,7 @@ def test_a_run_that_goes_on_does_not_fit_anew(tmp_path: Path, pretrained: dict, 
     model = {"head": "probe", "batch_norm": "frozen"}
     api.train(recipe(pretrained, model=model, ema={"decay": 0.9}), tmp_path / "whole")
     api.train(recipe(pretrained, model=model, ema={"decay": 0.9}, train={"max_steps": 3}), tmp_path / "parts")
-    monkeypatch.setattr("fgvc.train.loop.fit_head", lambda session: pytest.fail("fitted again"))
+    monkeypatch.setattr("fgvc.train.loop.fit_floor", lambda session: pytest.fail("fitted again"))
     api.train(recipe(pretrained, model=model, ema={"decay": 0.9}), tmp_path / "parts")
     for name in ("net", "ema"):
         whole, parts = (load_file(tmp_path / run / "ckpt" / "last" / f"{name}.safetensors") for run in ("whole", "parts"))

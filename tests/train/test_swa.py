@@ -31,7 +31,7 @@ def recipe(tree: dict, **sections: object) -> Recipe:
 def swa(tree: dict, *, epochs: int = 4, start: float = 0.5, **sections: object) -> Recipe:
     sections["train"] = {"epochs": epochs} | sections.get("train", {})
     sections["optim"] = {"schedule": "constant", "lr": 0.05}
-    return recipe(tree, swa={"start": start}, **sections)
+    return recipe(tree, swa={"start": start}, **({"select": "swa"} | sections))
 
 
 def weights(run: Path, name: str, which: str = "last") -> Tensors:

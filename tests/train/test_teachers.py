@@ -55,6 +55,7 @@ def taught(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         "deploy": {"mean": [0.3, 0.4, 0.5], "std": [0.25, 0.5, 0.2], "channel_order": "bgr"},
         "techniques": {"acb": {}},
         "ema": {"decay": 0.9},
+        "select": "ema",
         "loss": {"label_smoothing": 0.0},
     }
     run = api.train(recipe(base(colours), **own), folder / "run")

@@ -1,0 +1,138 @@
+"""The floor: what it is fitted to and judged by, where it lies, and what is said of a result beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+
+from fgvc import api
+from fgvc.data.loader import evaluation_loader
+from fgvc.evaluate.compare import gain_interval
+from fgvc.model.backbone import plain_model
+from fgvc.train import checkpoint
+from fgvc.train.images import read_index
+from fgvc.train.run import read_run, recorded_preprocess
+from tests.train.test_start import pretrained, recipe  # noqa: F401
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    found = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [event for event in found if event["event"] == kind]
+
+
+def logits(run: Path, weights: dict[str, torch.Tensor], part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    one = read_run(run)
+    index = read_index(one)
+    net = plain_model(one.model.backbone, len(index.classes), one.model.kwargs).eval()
+    net.load_state_dict(weights)
+    batches = list(evaluation_loader(index, index.rows(part), spec=recorded_preprocess(run), batch_size=8, workers=0))
+    with torch.inference_mode():
+        return torch.cat([net(batch.images) for batch in batches]), torch.cat([batch.labels for batch in batches])
+
+
+@pytest.mark.parametrize("head", ["probe", "timm"])
+def test_it_is_a_net_that_is_scored_on_what_it_did_not_learn_from(tmp_path: Path, pretrained: dict, head: str) -> None:  # noqa: F811
+    run = api.train(recipe(pretrained, model={"head": head}, train={"max_steps": 2}), tmp_path / "run")
+    start = load_file(run / "ckpt" / "start" / "net.safetensors")
+    floor = load_file(run / "ckpt" / "start" / "floor.safetensors")
+    assert all(torch.equal(start[key], value) for key, value in floor.items()) == (head == "probe")
+    z, y = logits(run, start | floor, "val")
+    (said,) = events(run, "floor")
+    assert said["top1"] == pytest.approx(float((z.argmax(1) == y).float().mean()), abs=1e-6)
+    assert said["of"] == len(y)
+    assert api.evaluate(run, "val", select="floor").scores.top1 == pytest.approx(said["top1"], abs=1e-6)
+
+
+def test_the_result_stands_beside_it_by_the_same_images(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
+    run = api.train(recipe(pretrained, select="last"), tmp_path / "run")
+    floor = load_file(run / "ckpt" / "start" / "floor.safetensors")
+    z, y = logits(run, load_file(run / "ckpt" / "start" / "net.safetensors") | floor, "val")
+    z_end, _ = logits(run, load_file(run / "ckpt" / "last" / "net.safetensors"), "val")
+    a, b = (z.argmax(1) == y).numpy(), (z_end.argmax(1) == y).numpy()
+    low, high = gain_interval(int((b & ~a).sum()), int((a & ~b).sum()), len(y))
+    (said,) = events(run, "finished")
+    expected = {"top1": b.mean(), "floor": a.mean(), "gain": b.mean() - a.mean(), "low": low, "high": high}
+    assert said["standing"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_a_validation_part_it_is_judged_across_training_images(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
+    run = api.train(recipe(pretrained, data={"hold_out": False}, train={"max_steps": 1}), tmp_path / "run")
+    (said,) = events(run, "floor")
+    index = read_index(read_run(run))
+    assert said["of"] == len(index.rows("train"))
+    assert "standing" not in events(run, "finished")[0]
+    record = checkpoint.load(run / "ckpt", "start").rest["floor"]
+    assert record["labels"].tolist() == index.labels[record["answers"][0].numpy()].tolist()
+    assert said["top1"] == pytest.approx(float((record["answers"][1] == record["labels"]).float().mean()), abs=1e-6)
+    assert read_run(run).select == "last"
+
+
+def test_held_out_answers_are_those_of_scikit_learn(pretrained: dict) -> None:  # noqa: F811
+    """By hand: standardised features, five folds, whole images."""
+    from fgvc.data.splits import fold_numbers
+    from fgvc.train.floor import FOLDS, _across
+    from fgvc.train.runtime import runtime
+    from fgvc.train.session import open_session
+    from fgvc.train.start import ViewFeatures
+
+    one = recipe(pretrained, data={"hold_out": False})
+    rng = np.random.default_rng(3)
+    with runtime(one.train) as process, open_session(one, process) as session:
+        index = session.index
+        rows = np.repeat(index.rows("train"), 2)
+        labels = index.labels[rows].astype(np.int64)
+        vectors = (rng.normal(size=(len(rows), 6)) + labels[:, None] * np.array([1, 0, 0.5, 0, 0, 0])).astype(np.float32)
+        said = _across(session, ViewFeatures(vectors, labels, rows), 0.1)
+    fold = np.repeat(fold_numbers(index.labels[rows[::2]], folds=FOLDS, seed=one.data.split_seed), 2)
+    for number in range(FOLDS):
+        learn, held = fold != number, fold == number
+        mean, spread = vectors[learn].mean(0), vectors[learn].std(0)
+        x = (vectors - mean) / np.maximum(spread, 0.3 * np.median(spread))
+        expected = LogisticRegression(C=0.1, max_iter=500).fit(x[learn], labels[learn]).predict(x[held])
+        assert (said[held] == expected).mean() > 0.99
+
+
+def test_random_weights_and_nets_without_a_linear_head_have_none(tmp_path: Path, recipe_tree: dict) -> None:
+    run = api.train(recipe(recipe_tree, model={"weights": "none"}, train={"max_steps": 1}), tmp_path / "run")
+    assert not events(run, "floor")
+    assert not (run / "ckpt" / "start" / "floor.safetensors").exists()
+    with pytest.raises(Exception, match="has no floor"):
+        api.evaluate(run, "val", select="floor")
+
+
+def test_validation_chooses_among_the_start_and_the_epochs(tmp_path: Path, pretrained: dict, capfd) -> None:  # noqa: F811
+    harm = {"lr": 3.0, "warmup_epochs": 0}
+    ruin = recipe(pretrained, model={"head": "probe"}, optim=harm, select_by="loss")
+    run = api.train(ruin, tmp_path / "run")
+    assert read_run(run).select == "best"
+    assert checkpoint.load(run / "ckpt", "best").progress.step == 0
+    start = load_file(run / "ckpt" / "start" / "net.safetensors")
+    best = load_file(run / "ckpt" / "best" / "net.safetensors")
+    assert all(torch.equal(start[key], value) for key, value in best.items())
+    assert "the start ships, since no epoch was better" in capfd.readouterr().err
+    again = api.train(ruin, run)  # select is not given, and best by now
+    assert again == run
+
+
+def test_a_result_below_the_floor_names_the_setting(tmp_path: Path, pretrained: dict, capfd) -> None:  # noqa: F811
+    ruin = recipe(pretrained, optim={"lr": 1e-12}, model={"head": "zero"}, train={"max_steps": 1}, select="last")
+    api.train(ruin, tmp_path / "run")
+    assert "below the floor: model.head=probe and model.batch_norm=frozen" in capfd.readouterr().err
+
+
+def test_a_start_that_is_worse_than_no_answer_is_said(tmp_path: Path, pretrained: dict, capfd) -> None:  # noqa: F811
+    api.train(recipe(pretrained, model={"head": "zero"}, train={"max_steps": 1}), tmp_path / "zero")
+    assert "cross-entropy is" not in capfd.readouterr().err
+    weights = load_file(pretrained["model"]["weights"])
+    loud = {key: value * (400 if key.startswith("layer4") and key.endswith("weight") else 1) for key, value in weights.items()}
+    from safetensors.torch import save_file
+
+    save_file(loud, pretrained["model"]["weights"])
+    api.train(recipe(pretrained, model={"head": "timm"}, train={"max_steps": 1}, optim={"lr": 1e-9}), tmp_path / "timm")
+    assert "the start's cross-entropy is" in capfd.readouterr().err
