@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from fgvc.ablate.result import Result
 from fgvc.ablate.study import Plan, Study
-from fgvc.ablate.table import Line, asked, boxes, lines, markdown, points
+from fgvc.ablate.table import Line, asked, boxes, floored, lines, markdown, points
 from fgvc.disk import write_atomic
 from fgvc.page.render import chart, render
 from fgvc.train.events import as_csv
@@ -35,6 +35,10 @@ class Section:
     @property
     def boxes(self) -> bool:
         return boxes(self.found)
+
+    @property
+    def floored(self) -> bool:
+        return floored(self.found)
 
 
 def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:

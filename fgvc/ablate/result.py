@@ -25,7 +25,7 @@ from fgvc.image.preprocess import described
 from fgvc.model.backbone import deployed
 from fgvc.train import checkpoint
 from fgvc.train.loop import train
-from fgvc.train.run import as_recorded, environment, is_run, read_run
+from fgvc.train.run import as_recorded, environment, has_floor, is_run, read_run
 from fgvc.types import FgvcError
 
 Part = Literal["val", "test"]
@@ -36,6 +36,7 @@ WORDS = {
     "arm",
     "part",
     "right",
+    "floor_right",
     "no_maps",
     "select",
     "graph",
@@ -114,6 +115,9 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -
         **{name: round(value, 6) for name, value in found.scores.numbers().items()},
         "right": pack(found.right),
     }
+    if has_floor(run):
+        floor = api.evaluate(run, part, root=root, select="floor")
+        row |= {"floor": round(floor.scores.top1, 6), "floor_right": pack(floor.right)}
     if localise and seen.index.boxes is not None and len(seen.index.rows("val")):
         row |= _looked(run, part, root)
     facts = environment()

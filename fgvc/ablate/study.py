@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from fgvc.ablate.table import FLOOR
 from fgvc.config import Section, leaves, load, override, read_tree, section, validate
 from fgvc.recipe import Recipe
 from fgvc.template import recipe_file
@@ -92,6 +93,8 @@ class Study(Section):
         for name in arms:
             if not NAME.fullmatch(str(name)):
                 raise ValueError(f"{name!r}: a name of letters, digits, + - _ =, since it names a folder")
+            if name == FLOOR:
+                raise ValueError(f"{name!r}: is the line of the logistic regression on the frozen net; choose another name")
         return {str(name): trials if isinstance(trials, list) else [trials or {}] for name, trials in arms.items()}
 
     @field_validator("arms")

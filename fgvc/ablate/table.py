@@ -18,6 +18,7 @@ from scipy.stats import t as student
 
 CONFIDENCE = 0.95
 Row = Mapping[str, Any]  # of runs.csv: one run on one part; numbers may be text, as read from the file
+FLOOR = "floor"  # the line of the logistic regression on the frozen net that the base arm's runs began with
 MEASURED = ("macro_f1", "ece", "loss", "box_acc_v2", "max_box_acc_v2", "parts_10")  # beside top1
 
 
@@ -61,6 +62,7 @@ class Line:
     top1: float  # mean over seeds
     spread: float  # standard deviation over seeds, NaN of one
     against: Difference | None  # None: the base arm itself, or no seed in common with it
+    over_floor: Difference | None  # to the floor of the same runs; None: they have none
     cost: float  # seconds of training steps, over the base line's
     means: Mapping[str, float]  # of MEASURED, NaN: not measured
     graphs: tuple[str, ...]  # SHA-256 of the exported graphs: one, where the contract holds in every run
@@ -76,23 +78,45 @@ def lines(rows: Iterable[Row], *, part: str, budget: str, base: str | None = Non
     first = base or next(iter(chosen))
     of_base = _best(chosen[first])[1] if first in chosen else []  # its runs
     whole = _mean(row["cost"] for row in of_base) if of_base else 1.0
-    found = []
+    found = [_line(FLOOR, 0, 1, floors, against=paired(floors, of_base), cost=0.0)] if (floors := of_floor(of_base)) else []
     for arm, trials in chosen.items():
         number, runs = _best(trials)
-        mine = pooled(runs)
-        tops = [float(row["top1"]) for row in mine]
-        found.append(
-            Line(
-                arm=arm, trial=number, trials=tried[arm], settings=str(mine[0]["settings"]), epochs=int(mine[0]["epochs"]),
-                seeds=len(mine), images=int(float(mine[0]["images"])), top1=statistics.mean(tops), spread=_spread(tops),
-                folds=len({fold_of(row) for row in runs} - {None}),
-                against=None if arm == first else paired(runs, of_base),
-                cost=_mean(row["cost"] for row in mine) / whole,
-                means={name: _mean(row.get(name) for row in mine) for name in MEASURED},
-                graphs=tuple(dict.fromkeys(str(row["graph"]) for row in mine)),
-            )
-        )  # fmt: skip
+        against, over = None if arm == first else paired(runs, of_base), paired(runs, of_floor(runs))
+        cost = _mean(row["cost"] for row in pooled(runs)) / whole
+        found.append(_line(arm, number, tried[arm], runs, against=against, over_floor=over, cost=cost))
     return found
+
+
+def _line(
+    arm: str,
+    number: int,
+    tried: int,
+    runs: Sequence[Row],
+    *,
+    against: Difference | None,
+    over_floor: Difference | None = None,
+    cost: float,
+) -> Line:
+    mine = pooled(runs)
+    tops = [float(row["top1"]) for row in mine]
+    return Line(
+        arm=arm, trial=number, trials=tried, settings=str(mine[0]["settings"]), epochs=int(mine[0]["epochs"]),
+        seeds=len(mine), images=int(float(mine[0]["images"])), top1=statistics.mean(tops), spread=_spread(tops),
+        folds=len({fold_of(row) for row in runs} - {None}), against=against, over_floor=over_floor, cost=cost,
+        means={name: _mean(row.get(name) for row in mine) for name in MEASURED},
+        graphs=tuple(dict.fromkeys(str(row["graph"]) for row in mine if row["graph"])),
+    )  # fmt: skip
+
+
+def of_floor(runs: Sequence[Row]) -> list[Row]:
+    """The same runs by what their floor says of the same images, where they have one; nothing else of it is measured."""
+    kept = ("arm", "trial", "seed", "fold", "folds", "part", "images")
+    return [
+        {key: row[key] for key in kept if key in row}
+        | {"top1": row["floor"], "right": row.get("floor_right", ""), "settings": "", "epochs": 0, "cost": 0, "graph": ""}
+        for row in runs
+        if row.get("floor") not in (None, "")
+    ]
 
 
 def best_trials(rows: Iterable[Row], *, budget: str) -> dict[str, int]:
@@ -198,16 +222,23 @@ def boxes(found: Sequence[Line]) -> bool:
     return any(not math.isnan(line.means["max_box_acc_v2"]) for line in found)
 
 
+def floored(found: Sequence[Line]) -> bool:
+    """Whether any run had a floor."""
+    return any(line.over_floor is not None for line in found)
+
+
 def markdown(found: Sequence[Line]) -> str:
     """The table for people, in per cent and points."""
-    boxed = boxes(found)
-    head = ["arm", "settings", "epochs", "seeds", "top-1 %", "sd", "to the base, points", "over seeds", "over images", "cost",
+    boxed, beside = boxes(found), floored(found)
+    head = ["arm", "settings", "epochs", "seeds", "top-1 %", "sd", "to the base, points", "over seeds", "over images",
+            *(["to the floor, points", "over images"] if beside else []), "cost",
             "calibration error %", "loss",
             *(["BoxAccV2 %", "MaxBoxAccV2 (oracle) %", "parts in top 10 %"] if boxed else []), "graph"]  # fmt: skip
     body = [
         [
             line.arm, _settings(line), str(line.epochs), asked(line), _percent(line.top1, 2), _percent(line.spread, 2),
-            *_against(line.against), f"{line.cost:.2f}", _percent(line.means["ece"], 1), _number(line.means["loss"], 3),
+            *_against(line.against), *(_over_floor(line.over_floor) if beside else []), f"{line.cost:.2f}",
+            _percent(line.means["ece"], 1), _number(line.means["loss"], 3),
             *([_percent(line.means[name], 1) for name in ("box_acc_v2", "max_box_acc_v2", "parts_10")] if boxed else []),
             ", ".join(graph[:12] for graph in line.graphs),
         ]
@@ -220,6 +251,10 @@ def _against(found: Difference | None) -> tuple[str, str, str]:
     if found is None:
         return "", "", ""
     return f"{100 * found.mean:+.2f}", points(found.over_seeds), points(found.over_images)
+
+
+def _over_floor(found: Difference | None) -> tuple[str, str]:
+    return ("", "") if found is None else (f"{100 * found.mean:+.2f}", points(found.over_images))
 
 
 def points(interval: Interval | None) -> str:

@@ -269,3 +269,28 @@ def test_a_csv_of_folds_gives_the_same_table() -> None:
     known += folded("other", 0, {0: np.arange(9) < 5, 1: np.arange(8) < 7})
     read = list(csv.DictReader(io.StringIO(as_csv(known))))
     assert markdown(lines(known, part="val", budget="epochs")) == markdown(lines(read, part="val", budget="epochs"))
+
+
+def test_the_floor_is_a_line_and_every_arm_stands_beside_its_own() -> None:
+    draw = np.random.default_rng(1)
+    floor, plain, other = draw.random((3, 100)) < np.array([[0.6], [0.5], [0.8]])
+    facts = {"floor": floor.mean(), "floor_right": pack(floor)}
+    known = [row("plain", 0, plain.mean(), right=pack(plain), **facts), row("other", 0, other.mean(), right=pack(other), **facts)]
+    read = list(csv.DictReader(io.StringIO(as_csv(known))))
+    for rows_ in (known, read):
+        found = lines(rows_, part="val", budget="epochs")
+        assert [line.arm for line in found] == ["floor", "plain", "other"]
+        assert found[0].top1 == pytest.approx(floor.mean())
+        assert found[0].against is not None
+        assert found[0].against.mean == pytest.approx(floor.mean() - plain.mean())
+        for line, right in zip(found[1:], (plain, other), strict=True):
+            assert line.over_floor is not None
+            apart = right.astype(float) - floor
+            assert line.over_floor.mean == pytest.approx(apart.mean())
+            half = 1.959964 * scipy.stats.sem(apart)
+            assert line.over_floor.over_images == pytest.approx((apart.mean() - half, apart.mean() + half), abs=1e-6)
+        assert markdown(found).splitlines()[2].startswith("| floor | ")
+    assert best_trials(known, budget="epochs")["plain"] == 1
+    without = lines([row("plain", 0, 0.5), row("other", 0, 0.6)], part="val", budget="epochs")
+    assert [line.arm for line in without] == ["plain", "other"]
+    assert "floor" not in markdown(without)
