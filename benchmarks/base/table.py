@@ -1,0 +1,51 @@
+"""A table of cells, their folds pooled: what each gained over the floor of the same images, and over the first cell.
+
+    python benchmarks/base/table.py benchmarks/base/A-cub50.csv
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fgvc.evaluate.compare import gain_interval
+
+
+def main(table: Path) -> None:
+    with table.open(newline="") as stream:
+        rows = list(csv.DictReader(line for line in stream if not line.startswith("#")))
+    cells: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        cells.setdefault(row["cell"], []).append(row)
+    over = "over the floor (95 %)"
+    head = ["cell", "folds", "end %", over, "EMA %", over, "best share of the way %", "fresh probe %", "seconds"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for name, own in cells.items():
+        floor = _right(own, "floor_right")
+        said = [name, " ".join(row["fold"] for row in own)]
+        for key in ("end_right", "ema_right"):
+            right = _right(own, key) if all(row[key] for row in own) else None
+            said += ["", ""] if right is None else [f"{100 * right.mean():.2f}", _gain(floor, right)]
+        shares = [max(map(float, row["interpolated"].split())) for row in own if row["interpolated"]]
+        probes, seconds = [float(row["fresh_probe"]) for row in own], [float(row["seconds"]) for row in own]
+        said += [f"{np.mean(shares):.2f}" if shares else "", f"{np.mean(probes):.2f}", f"{np.mean(seconds):.0f}"]
+        print(f"| {' | '.join(said)} |")
+
+
+def _right(rows: list[dict[str, str]], key: str) -> np.ndarray:
+    """(N,) bool over the images of all folds."""
+    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(row[key]), np.uint8), count=int(row["held_out"])) for row in rows]
+    return np.concatenate(bits).astype(bool)
+
+
+def _gain(floor: np.ndarray, right: np.ndarray) -> str:
+    wins, losses = int((right & ~floor).sum()), int((floor & ~right).sum())
+    low, high = gain_interval(wins, losses, len(floor))
+    return f"{100 * (wins - losses) / len(floor):+.2f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
