@@ -192,7 +192,9 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
                     raise FgvcError(f"{path}: arms.{arm}: data.fold says what validates, as the study's folds do; leave it out")
                 merge(tree, {"data.fold": study.parts[0]})
             recipe = validate(Recipe, tree, where=f"{path}: arms.{arm}", overrides=given)
-            trials.append(Trial(arm, number, dict(leaves(own)), recipe))
+            # An epoch that validation chose is judged too well by it: the more epochs, the better.
+            ends = recipe.model_copy(update={"select": recipe.select or recipe.end})
+            trials.append(Trial(arm, number, dict(leaves(own)), ends))
     plan = Plan(path, study, given, tuple(trials))
     _comparable(plan)
     return plan
@@ -230,7 +232,7 @@ def _comparable(plan: Plan) -> None:
                 raise FgvcError(
                     f"{plan.path}: arms.{trial.arm}: {key} differs from the base arm's; give it in settings"
                 )
-        if trial.recipe.chooses != first.chooses:
+        if (trial.recipe.select == "best") != (first.select == "best"):
             raise FgvcError(
                 f"{plan.path}: arms.{trial.arm}: select: best lets validation choose an epoch, in all arms or in none"
             )

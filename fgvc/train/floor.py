@@ -25,6 +25,7 @@ from fgvc.train.session import Answers, Session
 from fgvc.train.start import HeadFit, ViewFeatures, fitted_probe, view_features
 from fgvc.types import FgvcError
 
+CHOSEN = "the epoch was chosen by these images, which flatters it a little"
 FOLDS = 5  # of the training images, where there is no validation part
 
 
@@ -152,8 +153,8 @@ class Standing:
             f"frozen net) {100 * pair.a_right.mean():.2f} %: {100 * pair.gain:+.2f} points, 95 % interval {100 * pair.low:+.1f} "
             f"to {100 * pair.high:+.1f}"
         )
-        if recipe.selected == "best" and not self.step:
-            said += "; the start ships, since no epoch was better"
+        if recipe.selected == "best":
+            said += "; " + (CHOSEN if self.step else "the start ships, since no epoch was better")
         return [said, *([f"WARNING: that is below the floor: {_mend(recipe)}"] if pair.gain < 0 else [])]
 
 

@@ -93,7 +93,7 @@ def _train(recipe: Recipe, out: Path, *, resume: str, overwrite: bool, recorded:
             refuse_opset(recipe.export.exporter, recipe.export.opset)  # hours before it is exported
         if going[0] == "finished":
             process.first(lambda: note_settings(out, recipe, recorded=recorded))
-            _say_finished(recipe, out, events)
+            _say_finished(read_run(out), out, events)
             return
         known: dict[str, Any] = {}
         if going[0] == "on":

@@ -109,7 +109,7 @@ def test_equal_seconds_give_a_dear_arm_fewer_epochs_and_share_runs(write: Any) -
         ({"arms": {"plain": {}, "a/b": {}}}, "arms: 'a/b': a name of letters"),
         ({"arms": {"plain": []}}, "plain: no trial"),
         ({"arms": {"plain": {}, "seeded": {"train.seed": 9}}}, "arms.seeded: sets train.seed"),
-        ({"arms": {"plain": {}, "picked": {"select": "last"}}}, "arms.picked: select: best lets validation choose"),
+        ({"arms": {"plain": {}, "picked": {"select": "best"}}}, "arms.picked: select: best lets validation choose"),
         ({"seeds": [1, 1]}, "seeds: each once"),
         ({"budget": "minutes"}, "budget"),
         ({"folds": 1}, "folds: how many there are, 2 or more"),
