@@ -61,6 +61,23 @@ def test_the_result_stands_beside_it_by_the_same_images(tmp_path: Path, pretrain
     assert said["standing"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_report_shows_it_on_any_part(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
+    run = api.train(recipe(pretrained, select="last"), tmp_path / "run")
+    start = load_file(run / "ckpt" / "start" / "net.safetensors")
+    floor = load_file(run / "ckpt" / "start" / "floor.safetensors")
+    (z, y), (z_end, _) = (
+        logits(run, weights, "test") for weights in (start | floor, load_file(run / "ckpt" / "last" / "net.safetensors"))
+    )
+    a, b = (z.argmax(1) == y).numpy(), (z_end.argmax(1) == y).numpy()
+    low, high = gain_interval(int((b & ~a).sum()), int((a & ~b).sum()), len(y))
+    gain = f"{100 * (b.mean() - a.mean()):+.2f} points, {100 * low:+.1f} to {100 * high:+.1f}"
+    page = api.report([run], tmp_path / "page.html", split="test").read_text(encoding="utf-8")
+    assert f"names {100 * a.mean():.2f} % of these images rightly. Over that this run has <b>{gain}</b>" in page
+    other = api.train(recipe(pretrained, select="last", train={"seed": 1}), tmp_path / "other")
+    both = api.report([run, other], tmp_path / "both.html", split="test").read_text(encoding="utf-8")
+    assert gain in both
+
+
 def test_without_a_validation_part_it_is_judged_across_training_images(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
     run = api.train(recipe(pretrained, data={"hold_out": False}, train={"max_steps": 1}), tmp_path / "run")
     (said,) = events(run, "floor")
