@@ -64,6 +64,7 @@ def tree(root: Path, **data: object) -> dict:
         "deploy": {"crop_fraction": 0.9},
         "model": {"backbone": "test_resnet"},
         "train": {"epochs": 1, "batch_size": 6, "workers": 0, "device": "cpu"},
+        "select": "last",
     }
 
 

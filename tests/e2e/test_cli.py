@@ -188,7 +188,7 @@ def test_data_check_with_everything(fgvc: Callable[..., Said], recipe: Path, col
 def test_eval(fgvc: Callable[..., Said], run: Path) -> None:
     said = fgvc("eval", run, "--split", "test").stdout
     assert "top-1" in said
-    assert 0.5 < json.loads((run / "metrics.json").read_text())["test.ema"]["top1"] <= 1
+    assert 0.5 < json.loads((run / "metrics.json").read_text())["test.best"]["top1"] <= 1
     last = fgvc("eval", run, "--split", "val", "--select", "last").stdout
     assert "last" in last
 

@@ -54,6 +54,7 @@ def trained(root: Path, out: Path, **data: Any) -> Path:
         "image": {"size": 64},
         "model": {"backbone": "test_resnet"},
         "train": {"epochs": 5, "batch_size": 8, "workers": 0, "device": "cpu"},
+        "select": "last",
         "optim": {"lr": 0.01, "warmup_epochs": 0.5},
         "export": {"exporter": "torchscript"},
     }
