@@ -70,7 +70,7 @@ class Image(Section):
 
 PRETRAINED: Mapping[str, Mapping[str, Any]] = {
     "model": {"head": "probe", "batch_norm": "frozen"},
-    "optim": {"name": "adamw", "lr": 1e-4, "weight_decay": 0.01},
+    "optim": {"name": "adamw", "lr": 3e-4, "weight_decay": 0.01},
 }
 
 

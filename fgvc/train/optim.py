@@ -27,7 +27,7 @@ class Optim(Section):
     """How the weights move."""
 
     name: str = Field("sgd", description="timm's name of the optimizer: sgd (Nesterov), momentum, adamw, ... Where neither name "
-        "nor lr is given and weights are pretrained: adamw, lr 1e-4, weight_decay 0.01")
+        "nor lr is given and weights are pretrained: adamw, lr 3e-4, weight_decay 0.01")
     lr: float = Field(0.03, gt=0, description="peak learning rate")
     lr_for_batch: int | None = Field(
         None,
