@@ -204,11 +204,6 @@ class Recipe(Section):
                 )
         return self
 
-    @property
-    def chooses(self) -> bool:
-        """Whether validation chooses among the epochs, where there is a validation part."""
-        return self.select in (None, "best")
-
     def resolved(self, *, validated: bool) -> Recipe:
         """With what a run of this recipe selects."""
         return self.model_copy(update={"select": self.select or ("best" if validated else self.selected)})

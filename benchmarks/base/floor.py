@@ -16,12 +16,10 @@ import torch
 
 from fgvc import api
 from fgvc.cli.option import recipe_path
-from fgvc.data.loader import augmented_views
-from fgvc.evaluate.features import features, frozen, pooled
-from fgvc.image.augment import Augmenter
+from fgvc.evaluate.features import features, frozen
 from fgvc.model.probe import fit_probe
-from fgvc.train.batch import Normalise
 from fgvc.train.session import read_index
+from fgvc.train.start import view_features
 from fgvc.types import FgvcError
 
 
@@ -33,19 +31,10 @@ def main(config: str, overrides: list[str]) -> None:
     backbone = frozen(recipe, len(index.classes))
     train, test = (features(recipe, backbone, index, index.rows(part)) for part in ("train", "test"))
     spec, seed = backbone.spec, recipe.train.seed
-    normalise = Normalise(spec, torch.device("cpu"), torch.contiguous_format)
-    augmenter = Augmenter(recipe.augment, spec, seed=seed)
-    vectors, rows = [train.vectors], [train.rows]
-    with torch.inference_mode():
-        for raw in augmented_views(
-            index, train.rows, augmenter=augmenter, views=2, batch_size=64, seed=seed, workers=recipe.train.workers
-        ):
-            x = normalise(raw.images)
-            vectors.append(pooled(backbone.net, x).numpy())
-            rows.append(raw.index.numpy())
+    seen = view_features(backbone.net, spec, index, train.rows, recipe=recipe, device=torch.device("cpu"))
     print("views,images,strength,held-out loss,test images,test top-1 %,95 % interval half")
     for views in (1, 3):
-        v, r = (train.vectors, train.rows) if views == 1 else (np.concatenate(vectors), np.concatenate(rows))
+        v, r = (train.vectors, train.rows) if views == 1 else (seen.vectors, seen.rows)
         probe = fit_probe(v, index.labels[r], classes=len(index.classes), groups=r, seed=seed)
         right = probe.logits(test.vectors).argmax(1) == index.labels[test.rows]
         half = 196 * right.std() / np.sqrt(len(right))

@@ -28,7 +28,7 @@ def important(recipe: Recipe) -> dict[str, Any]:
         "train": {"workers", "device"},
         "techniques": {"distill": {"cache"}},
     }
-    if not recipe.chooses:  # which may choose among the epochs that validate
+    if recipe.select != "best":  # which may choose among the epochs that validate
         unimportant["train"].add("validate_every")
     return recipe.model_dump(mode="json", exclude=unimportant)
 

@@ -25,7 +25,7 @@ from fgvc.image.preprocess import described
 from fgvc.model.backbone import deployed
 from fgvc.train import checkpoint
 from fgvc.train.loop import train
-from fgvc.train.run import as_recorded, environment, has_floor, is_run, read_run
+from fgvc.train.run import environment, has_floor, is_run, read_run
 from fgvc.types import FgvcError
 
 Part = Literal["val", "test"]
@@ -85,8 +85,7 @@ def finished(cell: Cell, run: Path) -> bool:
     """Whether the run's training is at its end. Raises FgvcError where it is one of other settings, or of other images."""
     if not is_run(run):
         return False
-    recorded = read_run(run)
-    if changed := differences(important(recorded), important(as_recorded(cell.recipe, recorded))):
+    if changed := differences(important(read_run(run)), important(cell.recipe)):
         rows = "\n".join(f"  {key}: {was!r} in the run, {now!r} now" for key, (was, now) in changed.items())
         raise FgvcError(
             f"{run}: was trained with other settings than the study's:\n{rows}\nChoose another --out, another name for "

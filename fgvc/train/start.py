@@ -105,30 +105,21 @@ def view_features(
 ) -> ViewFeatures:
     """Of `rows`, through `net` in eval mode and on the device; `spec` is the preprocessing that this net wants, `views` how many
     times each is augmented as the recipe says. Raises FgvcError where no image can be read."""
+    layout, workers, batch, seed = memory_format(net), recipe.train.workers, 64, recipe.train.seed
+    normalise, augmenter = Normalise(spec, device, layout), Augmenter(recipe.augment, spec, seed=seed)
+
+    def images() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for plain in evaluation_loader(index, rows, spec=spec, batch_size=batch, workers=workers):
+            yield plain.images.to(device, memory_format=layout), plain.labels, plain.index
+        for raw in augmented_views(
+            index, rows, augmenter=augmenter, views=views, batch_size=batch, seed=seed, workers=workers
+        ):
+            yield to_batch(raw, normalise).x, raw.labels, raw.index
+
     vectors, labels, seen = [], [], []
     with torch.inference_mode():
-        for x, y, row in _views(net, spec, index, rows, recipe, device, views):
+        for x, y, row in images():
             vectors.append(pooled(net, x).flatten(1).float().cpu().numpy())
             labels.append(y.cpu().numpy())
             seen.append(row.numpy())
     return ViewFeatures(np.concatenate(vectors), np.concatenate(labels), np.concatenate(seen))
-
-
-def _views(
-    net: nn.Module,
-    spec: Preprocess,
-    index: ImageIndex,
-    rows: NDArray[np.int64],
-    recipe: Recipe,
-    device: torch.device,
-    views: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images (B,3,H,W) on the device, labels (B,) and rows (B,)."""
-    layout, workers, batch, seed = memory_format(net), recipe.train.workers, 64, recipe.train.seed
-    for plain in evaluation_loader(index, rows, spec=spec, batch_size=batch, workers=workers):
-        yield plain.images.to(device, memory_format=layout), plain.labels, plain.index
-    normalise, augmenter = Normalise(spec, device, layout), Augmenter(recipe.augment, spec, seed=seed)
-    for raw in augmented_views(
-        index, rows, augmenter=augmenter, views=views, batch_size=batch, seed=seed, workers=workers
-    ):
-        yield to_batch(raw, normalise).x, raw.labels, raw.index
