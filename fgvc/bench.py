@@ -125,7 +125,7 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
             if kind is None or f"techniques.{kind}" not in str(error):
                 raise
             continue
-        images = recipe.train.batch_size * (pairs + WARM_UP)
+        images = sessions[0].batch * (pairs + WARM_UP)
         forwards = sum(rows for rows, _ in passed) / images
         backwards = sum(rows for rows, follows in passed if follows) / images
         answers = sum(teacher.median for teacher in asked)

@@ -45,6 +45,7 @@ def forecast(recipe: Recipe) -> Forecast:
     index = training_index(recipe)
     rows = len(index.rows("train"))
     with runtime(recipe.train) as process:
+        recipe = recipe.model_copy(update={"train": recipe.train.fitting(rows, process.world)})
         micro = recipe.train.batch_size // (process.world * recipe.train.accumulate)
         steps_per_epoch = rows // (micro * process.world) // recipe.train.accumulate
         if not steps_per_epoch:

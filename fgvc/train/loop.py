@@ -385,6 +385,8 @@ def _introduce(session: Session, events: Events) -> None:
     """Say what was built, once, in words."""
     recipe, index = session.recipe, session.index
     doubts = [*session.weights.doubts, *index.warnings]
+    if session.batch < recipe.train.batch_size:
+        doubts.append(f"train.batch_size: {recipe.train.batch_size} is more than there are: a step takes {session.batch} images")
     doubts += glance(index, index.rows("train")) if session.runtime.main else []
     for doubt in doubts:
         events.say(f"WARNING: {doubt}")
@@ -393,7 +395,7 @@ def _introduce(session: Session, events: Events) -> None:
         f"data: {index.recognised} ({parts} images, {len(index.classes)} classes)",
         f"model: {recipe.model.backbone}, weights {session.weights.origin}, input {session.preprocess.size}, "
         f"mean {session.preprocess.mean}, std {session.preprocess.std}",
-        f"training: {session.total_steps} steps of {recipe.train.batch_size} images on {session.runtime.device}, "
+        f"training: {session.total_steps} steps of {session.batch} images on {session.runtime.device}, "
         f"{session.runtime.world} process(es), {recipe.train.precision}; ships: {recipe.selected}",
         *session.step.joints.notes,
     ]

@@ -25,7 +25,9 @@ class Train(Section):
 
     epochs: int = Field(12, ge=1, description="passes over the training set; the schedule spans all of them")
     batch_size: int = Field(
-        32, ge=2, description="images per optimizer step, over all processes and accumulated parts together"
+        32,
+        ge=2,
+        description="images per optimizer step, over all processes and accumulated parts together; a smaller set is one step",
     )
     max_steps: int | None = Field(
         None, ge=0, description="stop early after so many steps, schedule unchanged; 0: the start ships (model.head: probe)"
@@ -63,6 +65,11 @@ class Train(Section):
         1, ge=0, description="loading processes; 0 loads between steps. The images are the same for any number"
     )
     device: str = Field("auto", description="auto | cpu | cuda | cuda:N | mps")
+
+    def fitting(self, images: int, world: int) -> Train:
+        """With a step that so many images to learn from can fill, in equal shares of `world` processes and accumulated parts."""
+        share = world * self.accumulate
+        return self.model_copy(update={"batch_size": min(self.batch_size, max(images, share) // share * share)})
 
     @property
     def last_step(self) -> int:

@@ -227,6 +227,7 @@ class Session:
     index: ImageIndex
     preprocess: Preprocess
     weights: Weights
+    batch: int  # images a step, of all processes: train.batch_size, or what a smaller set fills
     loader: TrainLoader
     step: StepModule
     wrapped: nn.Module  # what the loop calls: `step`, or DDP around it
@@ -380,6 +381,7 @@ def open_session(
         setting = "select: best" if recipe.select == "best" else "train.refit"
         raise FgvcError(f"{setting} needs a validation part: give data.val_fraction a value above 0")
     recipe = recipe.resolved(validated=validated)
+    fitting = recipe.model_copy(update={"train": recipe.train.fitting(len(index.rows("train")), runtime.world)})
     torch.manual_seed(recipe.train.seed)
     opener, counts = None, class_counts(index)
     if teachers != "not":
@@ -399,8 +401,8 @@ def open_session(
     step.follow(ema.module if ema is not None else None)
     step.attach_hooks()
     step.train()
-    optimizer, optim = build_optimizer(step, recipe, starts=first_weights(built, recipe, begun))
-    loader = _loader(recipe, runtime, index, step, preprocess, notify)
+    optimizer, optim = build_optimizer(step, fitting, starts=first_weights(built, recipe, begun))
+    loader = _loader(fitting, runtime, index, step, preprocess, notify)
     torch.manual_seed(recipe.train.seed + runtime.rank)  # dropout differs between ranks
     scaler, average = runtime.scaler(), ema.module if ema is not None else swa.module if swa is not None else None
     session = Session(
@@ -409,6 +411,7 @@ def open_session(
         index=index,
         preprocess=preprocess,
         weights=weights,
+        batch=fitting.train.batch_size,
         loader=loader,
         step=step,
         wrapped=runtime.wrap(step, branches=len(step.branches) > 0),

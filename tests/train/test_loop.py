@@ -280,16 +280,26 @@ def test_an_opset_that_the_exporter_does_not_write_is_refused_before_training(
         assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_more_images_a_step_than_there_are(tmp_path: Path, recipe_tree: dict) -> None:
-    with pytest.raises(FgvcError, match="more than the 48 training images"):
-        api.train(recipe(recipe_tree, train={"batch_size": 64}), tmp_path / "run")
+def test_a_set_of_fewer_images_than_a_batch_is_one_step(
+    tmp_path: Path, recipe_tree: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.train(recipe(recipe_tree, train={"batch_size": 64, "epochs": 2}), tmp_path / "run")
+    assert "train.batch_size: 64 is more than there are: a step takes 48 images" in capsys.readouterr().err
+    steps = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in steps if "step" in row) == 2
+    api.train(recipe(recipe_tree, train={"batch_size": 64, "epochs": 3}), tmp_path / "run")  # goes on
+
+
+def test_parts_of_a_step_that_would_be_empty_are_refused(tmp_path: Path, recipe_tree: dict) -> None:
+    with pytest.raises(FgvcError, match=r"train\.batch_size: 64 over 1 processes x train\.accumulate 64 leaves 1 image"):
+        api.train(recipe(recipe_tree, train={"batch_size": 64, "accumulate": 64}), tmp_path / "run")
 
 
 def test_overwrite_loses_nothing_where_the_new_run_is_refused(tmp_path: Path, recipe_tree: dict) -> None:
     run = api.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "run")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    with pytest.raises(FgvcError, match="more than the 48"):
-        api.train(recipe(recipe_tree, train={"batch_size": 64}), run, overwrite=True)
+    with pytest.raises(FgvcError, match="a batch norm needs two"):
+        api.train(recipe(recipe_tree, train={"batch_size": 8, "accumulate": 8}), run, overwrite=True)
     with pytest.raises(FgvcError, match="give one of the two"):
         api.train(recipe(recipe_tree), run, overwrite=True, resume=str(run))
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before

@@ -1,0 +1,166 @@
+"""Is the default recipe ever below the floor? `any/plain` from 5, 15 and all images a class, on several sets and nets.
+
+    python benchmarks/base/below.py below.csv --work /tmp/base --set cub50=CUB50 --set coffee=COFFEE --set drawn=DEMO \
+        --net lite0=FILE --net mobile=FILE --net mobile-inat=FILE
+    python benchmarks/base/below.py below.csv
+
+Of each train part a number of images a class is drawn, three times; the others validate (where images have groups, those of other
+groups alone). At full size five folds stand in for draws. The test part is not touched. What a run would ship, the best of its start
+and all epochs, is chosen by one half of the validating images and scored on the other, and the other way round, so that nothing is
+scored by what chose it. Rows come one by one; those that are there are left alone. Without --set the command prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from cells import _bits, _floor, _machine, _percent, _right
+from table import _gain
+
+from fgvc import api
+from fgvc.cli.option import recipe_path
+from fgvc.model.probe import put_head
+from fgvc.train.events import Events
+from fgvc.train.loop import take_step
+from fgvc.train.runtime import runtime
+from fgvc.train.session import open_session
+from fgvc.types import SPLITS
+
+SETS = {
+    "cub50": ["image.size=160"],
+    "coffee": ["image.size=[112, 224]", "deploy.resize=squash"],
+    "drawn": ["image.size=128"],
+}
+GROUPS = {"coffee": ["data.group_size=8"]}
+NETS = {
+    "lite0": ["model.backbone=tf_efficientnet_lite0"],
+    "mobile": ["model.backbone=mobilenetv2_100", "model.kwargs={pad_type: same}"],
+    "mobile-inat": ["model.backbone=mobilenetv2_100", "model.kwargs={pad_type: same}"],
+}
+SIZES, DRAWS, FOLDS = (5, 15, 0), 3, 5  # 0: all
+FIELDS = ("net", "set", "images", "draw", "learned", "held_out", "seconds", "floor", "epochs", "floor_right", "epochs_right")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--work", type=Path, help="where floors and drawn tables are kept")
+    parser.add_argument("--set", action="append", default=[], dest="sets", help="NAME=FOLDER")
+    parser.add_argument("--net", action="append", default=[], dest="nets", help="NAME=FILE")
+    parser.add_argument("--images", type=int, action="append", help="5, 15 or 0 for all")
+    parser.add_argument("overrides", nargs="*", help="of any/plain")
+    given = parser.parse_intermixed_args()
+    if not given.sets:
+        return _table(given.out)
+    torch.set_num_threads(1)
+    given.work.mkdir(parents=True, exist_ok=True)
+    if not given.out.exists():
+        given.out.write_text(f"# {_machine()}; any/plain {' '.join(given.overrides)}\n" + ",".join(FIELDS) + "\n")
+    for net, file in (pair.split("=", 1) for pair in given.nets):
+        for images in given.images or SIZES:
+            for name, root in (pair.split("=", 1) for pair in given.sets):
+                own = [*SETS[name], *NETS[net], f"model.weights={file}", "train.workers=0", "cache=disk", *given.overrides]
+                for draw in range(DRAWS if images else FOLDS):
+                    key = {"net": net, "set": name, "images": str(images or "all"), "draw": str(draw)}
+                    if any(key.items() <= row.items() for row in _rows(given.out)):
+                        continue
+                    data = [f"data.root={root}", *GROUPS.get(name, [])]
+                    if images:
+                        data = _drawn([*own, *data], given.work / f"{name}-{images}-{draw}.csv", images, draw)
+                    else:
+                        data.append(f"data.fold=[{draw}, {FOLDS}]")
+                    row = key | _run([*own, *data], given.work)
+                    with given.out.open("a", newline="") as stream:
+                        csv.DictWriter(stream, FIELDS).writerow(row)
+                    print({key: value for key, value in row.items() if "right" not in key}, flush=True)
+    return None
+
+
+def _drawn(overrides: list[str], table: Path, images: int, draw: int) -> list[str]:
+    """Settings of a table in which so many train images a class are drawn, and the rest of them validates."""
+    index = api.load_recipe(recipe_path("any/plain"), overrides).data.read()
+    rng = np.random.default_rng([images, draw])
+    train = np.flatnonzero(index.splits != SPLITS.index("test"))
+    order = rng.permutation(train)
+    taken = np.concatenate([order[index.labels[order] == k][:images] for k in range(len(index.classes))])
+    rest = np.setdiff1d(train, taken)
+    if index.groups is not None:
+        rest = rest[~np.isin(index.groups[rest], index.groups[taken])]
+    with table.open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["path", "label", "split"])
+        for part, own in (("train", np.sort(taken)), ("val", rest)):
+            rows.writerows([str(index.paths[i]), index.classes[index.labels[i]], part] for i in own)
+    return ["data.kind=csv", f"data.root={index.root}", f"data.file={table.resolve()}"]
+
+
+def _run(overrides: list[str], work: Path) -> dict[str, object]:
+    recipe, started = api.load_recipe(recipe_path("any/plain"), overrides), time.perf_counter()
+    with runtime(recipe.train) as process, open_session(recipe, process, out=work) as session:
+        net = session.step.net
+        weight, bias, floor, _ = _floor(session, work)
+        put_head(net, weight, bias)
+        if session.ema is not None:
+            session.ema.set(net)
+        found, events = [], Events(work, recipe.log, active=False)
+        for epoch in range(recipe.train.epochs):
+            session.progress.epoch, session.progress.micro = epoch, 0
+            micro_batches = session.loader.epoch(epoch)
+            for _ in range(session.steps_per_epoch):
+                session.schedule.step_update(session.progress.step)
+                take_step(session, micro_batches, events)
+                session.progress.step += 1
+            found.append(_right(session, session.average or net))
+        return {
+            "learned": len(session.index.rows("train")), "held_out": len(floor), "floor": _percent(floor),
+            "epochs": " ".join(_percent(right) for right in found), "floor_right": _bits(floor),
+            "epochs_right": " ".join(_bits(right) for right in found), "seconds": round(time.perf_counter() - started),
+        }  # fmt: skip
+
+
+def _rows(out: Path) -> list[dict[str, str]]:
+    with out.open(newline="") as stream:
+        return list(csv.DictReader(line for line in stream if not line.startswith("#")))
+
+
+def _chosen(floor: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    """(N,) bool: each half of the images by what the other half likes best of the start and the (E,N) epochs."""
+    candidates = np.concatenate([floor[None], epochs])
+    right = np.empty_like(floor)
+    half = np.random.default_rng(0).permutation(len(floor)) % 2 == 0
+    for judged in (half, ~half):
+        right[judged] = candidates[candidates[:, ~judged].mean(axis=1).argmax(), judged]
+    return right
+
+
+def _table(out: Path) -> None:
+    cells: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in _rows(out):
+        cells.setdefault((row["net"], row["set"], row["images"]), []).append(row)
+    head = ["net", "set", "images a class", "draws", "floor %", "shipped %", "over the floor (95 %)", "end %", "over the floor (95 %)"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    gains = []
+    for (net, name, images), rows in cells.items():
+        floors, chosen, ends = [], [], []
+        for row in rows:
+            bits = [
+                np.unpackbits(np.frombuffer(bytes.fromhex(one), np.uint8), count=int(row["held_out"])).astype(bool)
+                for one in (row["floor_right"], *row["epochs_right"].split())
+            ]
+            floors.append(bits[0])
+            chosen.append(_chosen(bits[0], np.stack(bits[1:])))
+            ends.append(bits[-1])
+        floor, shipped, end = (np.concatenate(parts) for parts in (floors, chosen, ends))
+        gains.append((shipped.mean() - floor.mean(), end.mean() - floor.mean()))
+        said = [net, name, images, str(len(rows)), _percent(floor), _percent(shipped), _gain(floor, shipped), _percent(end), _gain(floor, end)]
+        print(f"| {' | '.join(said)} |")
+    print(f"\nmean over {len(gains)} cells, points: shipped {100 * np.mean(gains, axis=0)[0]:+.2f}, end {100 * np.mean(gains, axis=0)[1]:+.2f}")
+
+
+if __name__ == "__main__":
+    main()
