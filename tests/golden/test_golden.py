@@ -1,7 +1,7 @@
 """What training computes, step by step, must not change while the code is moved: losses, weights and graphs of short runs.
 
-The figures were recorded by this file (`FGVC_WRITE_GOLDEN=1`). Where a change of behaviour is meant, record anew in a commit that says
-so. A run's random streams are named by constants, so that a renamed setting changes nothing here.
+The figures were recorded by this file (`FGVC_WRITE_GOLDEN=1`). Where a change of behaviour is meant, record anew in a commit that
+says so. A run's random streams are named by constants, so that a renamed setting changes nothing here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from threadpoolctl import threadpool_limits
 
 from fgvc import api
 from fgvc.config import validate
@@ -34,16 +35,33 @@ CNN, VIT = {"backbone": "test_resnet"}, {"backbone": "test_vit", "kwargs": {"img
 PRETRAINED = CNN | {"weights": "START"}
 RUNS = {
     "plain": {"model": CNN},
-    "vit": {"model": VIT, "optim": {"name": "adamw", "lr": 1e-5}, "techniques": {"attention_crop_drop": {}}},
+    "vit": {
+        "model": VIT, "optim": {"name": "adamw", "lr": 1e-5}, "techniques": {"attention_crop_drop": {}},
+    },
     "probe": {"model": PRETRAINED, "ema": {"decay": 0.9}},
-    "mixing": {"model": CNN, "techniques": {"mixup": {"probability": 0.4}, "snapmix": {"probability": 0.3}, "mosaic": {"probability": 0.2}}},
+    "mixing": {
+        "model": CNN,
+        "techniques": {"mixup": {"probability": 0.4}, "snapmix": {"probability": 0.3}, "mosaic": {"probability": 0.2}},
+    },
     "jigsaw": {"model": CNN, "techniques": {"dcl": {"grid": 4}, "adl": {}}, "loss": {"label_smoothing": 0.1}},
-    "erasing": {"model": CNN, "ema": {"decay": 0.9}, "techniques": {"cam_erasing": {}, "acol": {}, "random_erasing": {}, "dropblock": {}}},
+    "erasing": {
+        "model": CNN,
+        "ema": {"decay": 0.9}, "techniques": {"cam_erasing": {}, "acol": {}, "random_erasing": {}, "dropblock": {}},
+    },
     "rounds": {"model": CNN, "techniques": {"ae_psl": {"rounds": 2}, "hide_and_seek": {}, "spatial_dropout": {}}},
-    "heads": {"model": CNN, "techniques": {"multiscale_head": {}, "centre_loss": {}, "box_head": {}, "similar_smoothing": {}}},
-    "branches": {"model": CNN, "techniques": {"acb": {}}, "train": {"accumulate": 2, "recompute": True}, "optim": {"lr": 1e-3, "clip_norm": 1.0}},
+    "heads": {
+        "model": CNN,
+        "techniques": {"multiscale_head": {}, "centre_loss": {}, "box_head": {}, "similar_smoothing": {}},
+    },
+    "branches": {
+        "model": CNN,
+        "techniques": {"acb": {}}, "train": {"accumulate": 2, "recompute": True}, "optim": {"lr": 1e-3, "clip_norm": 1.0},
+    },
     "overparam": {"model": CNN, "techniques": {"overparam": {}}, "swa": {"start": 0.5}},
-    "sam": {"model": PRETRAINED, "ema": {"decay": 0.9}, "optim": {"name": "sgd", "lr": 1e-3, "sam": {}, "l2_sp": 0.01}},
+    "sam": {
+        "model": PRETRAINED,
+        "ema": {"decay": 0.9}, "optim": {"name": "sgd", "lr": 1e-3, "sam": {}, "l2_sp": 0.01},
+    },
     "distill": {
         "model": CNN,
         "ema": {"decay": 0.9},
@@ -87,12 +105,13 @@ def test_it_computes_what_it_did(name: str, boxed: Path, start: Path, tmp_path: 
     assert now["graph"] == was["graph"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Sums of several threads are rounded otherwise."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with threadpool_limits(1):
+        yield
     torch.set_num_threads(threads)
 
 
