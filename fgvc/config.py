@@ -87,7 +87,7 @@ class _Normalised(Section):
 
 
 class Deploy(_Normalised):
-    """The preprocessing of the deployed stack, which must not change either (DESIGN 7). Evaluation, bundle and serving
+    """The preprocessing of the deployed stack, which must not change either. Evaluation, bundle and serving
     follow it. What is left out is what the weights expect."""
 
     resize: Literal["crop", "pad", "squash"] = Field(

@@ -1,4 +1,7 @@
-"""How far a student is from what a teacher said (methods 11). Call with autocast off: half precision has no room for them."""
+"""Distillation losses: how far a student's outputs are from a teacher's. To be called with autocast off.
+
+In half precision the logarithms of small probabilities are infinite. What public code gets wrong here: docs/methods.md.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch.nn import functional as F
 
 
 def softened(logits: Sequence[Tensor], temperature: float, weights: Sequence[float] = (1.0,)) -> Tensor:
-    """log q (B,K), q = sum_i w_i softmax(z_i / T) / sum_i w_i, of z_i (B,K)."""
+    """log q (B,K), q = sum_i w_i softmax(z_i / T) / sum_i w_i, of z_i (B,K) (Hinton et al. 2015, arXiv:1503.02531, Eq. 1)."""
     logs = torch.stack([F.log_softmax(z.float() / temperature, 1) for z in logits])
     share = torch.tensor(weights, device=logs.device) / sum(weights)
     return torch.logsumexp(logs + share.log().view(-1, 1, 1), 0)
@@ -23,7 +26,7 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def decoupled(log_p: Tensor, log_q: Tensor, y: Tensor, *, alpha: float, beta: float) -> Tensor:
     """alpha KL(b_q || b_p) + beta KL(q' || p'), mean over the batch: b = [p_y, 1 - p_y], and p' what p is among the classes
-    that are not y. In logarithms, since 1 - p_y underflows."""
+    that are not y (DKD, Zhao et al., CVPR 2022, arXiv:2203.08679). In logarithms, since 1 - p_y underflows."""
     rest = F.one_hot(y, log_p.shape[1]) == 0
     target, others = [], []
     for log in (log_p, log_q):
@@ -35,14 +38,16 @@ def decoupled(log_p: Tensor, log_q: Tensor, y: Tensor, *, alpha: float, beta: fl
 
 
 def attention(ours: Tensor, theirs: Tensor) -> Tensor:
-    """1000 mean (a_s - a_t)^2, a = vec(mean_c f^2) over its norm, of f (B,C,h,w) pooled to the smaller of the two sizes."""
+    """1000 mean (a_s - a_t)^2, a = vec(mean_c f^2) over its norm, of f (B,C,h,w) pooled to the smaller of the two sizes (AT,
+    Zagoruyko & Komodakis, ICLR 2017, arXiv:1612.03928)."""
     a, b = (f.square().mean(1, keepdim=True) for f in (ours, theirs))
     a, b = (F.normalize(one.flatten(1), dim=1) for one in _matched(a, b))
     return 1000 * (a - b).square().mean()
 
 
 def hint(regressor: nn.Conv2d, ours: Tensor, theirs: Tensor) -> Tensor:
-    """mean (r(f_s) - f_t)^2, both (B,C,h,w) pooled to the smaller of the two sizes."""
+    """mean (r(f_s) - f_t)^2, both (B,C,h,w) pooled to the smaller of the two sizes (FitNets, Romero et al., ICLR 2015,
+    arXiv:1412.6550)."""
     f, theirs = _matched(ours.to(regressor.weight.dtype), theirs)
     return F.mse_loss(regressor(f), theirs.to(f.dtype))
 

@@ -1,4 +1,4 @@
-"""`fgvc localize`: where a run's class maps lie, beside the objects' boxes and parts that its data name (methods 9)."""
+"""`fgvc localize`: where a run's class maps lie, beside the objects' boxes and parts that its data name."""
 
 from __future__ import annotations
 

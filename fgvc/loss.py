@@ -38,13 +38,13 @@ class Criterion(nn.Module):
     """The base loss of one run: (logits (B,K), Target) -> scalar, in float32 whatever autocast says.
 
     A target's share is w_j c_j, c the weight of its class (1 where there are none), and t = sum_j w_j c_j smooth(onehot(y_j)).
-    cross_entropy: - sum_k t_k log p_k. focal: - sum_k t_k (1 - p_k)^gamma log p_k (Lin et al., ICCV 2017; methods 10), p the
-    softmax. bce: the sum over k of BCE(sigmoid(z_k), t'_k), t' = sum_j w_j smooth(onehot(y_j)) clipped to [0,1], times the
-    mean of the c_j by w_j. All are means over the batch.
+    cross_entropy: - sum_k t_k log p_k. focal: - sum_k t_k (1 - p_k)^gamma log p_k (Lin et al., ICCV 2017,
+    arXiv:1708.02002, Eq. 4), p the softmax. bce: the sum over k of BCE(sigmoid(z_k), t'_k), t' = sum_j w_j smooth(onehot(y_j))
+    clipped to [0,1], times the mean of the c_j by w_j. All are means over the batch.
 
-    bce is timm's BinaryCrossEntropy with `sum_classes`. Its default and "ResNet strikes back" (Wightman et al. 2021) take the
-    mean over K; summed, a logit's gradient is sigmoid(z) - t, as large as that of cross-entropy, so that a rate for one suits
-    the other.
+    bce is timm's BinaryCrossEntropy with `sum_classes`. Its default and "ResNet strikes back" (Wightman et al. 2021,
+    arXiv:2110.00476) take the mean over K; summed, a logit's gradient is sigmoid(z) - t, as large as that of cross-entropy, so
+    that a rate for one suits the other.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ def make_criterion(loss: Loss, counts: NDArray[np.int64] | None = None) -> Crite
 
 
 def cross_entropy(logits: Tensor, target: Target, label_smoothing: float = 0.0) -> Tensor:
-    """mean_b sum_j w_j CE(z, y_j), z (B,K), label smoothing applied to each one-hot before mixing (methods 7); in float32."""
+    """mean_b sum_j w_j CE(z, y_j), z (B,K), label smoothing applied to each one-hot before mixing, as timm does; in float32."""
     logits = logits.float()
     if len(target) == 1 and target[0][1] is None:
         return F.cross_entropy(logits, target[0][0], label_smoothing=label_smoothing)

@@ -220,7 +220,7 @@ class Recipe(Section):
 
 
 def conflicts(techniques: Section) -> list[str]:
-    """What may not go together (methods 16), each with what to change; a technique declares its own."""
+    """Techniques that can't go together, each with what to change; a technique declares its own."""
     chosen = _chosen(techniques)
     found = [
         f"techniques: {kind} and {other} can't go together: {advice}"

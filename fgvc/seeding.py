@@ -1,7 +1,7 @@
-"""Every random number outside the model comes from a key such as (seed, epoch, sample), never from a stream.
+"""Random generators by key: every random number outside the model comes from a key such as (seed, epoch, sample), no stream.
 
-So nothing depends on the number of workers, and a run continues in mid-epoch without replaying anything
-(traps T1 and T2). torch's global generator is left to the model's own dropout.
+So nothing depends on the number of workers, and a run continues in mid-epoch without replaying anything (docs/design.md says
+what goes wrong otherwise). torch's global generator is left to the model's own dropout.
 """
 
 from __future__ import annotations

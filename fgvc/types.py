@@ -95,7 +95,7 @@ class Batch:
 
 @dataclass(slots=True)
 class View:
-    """A copy of the batch that the network sees beside the main one (DESIGN 3)."""
+    """A copy of the batch that the network sees beside the main one."""
 
     name: str
     x: Tensor  # (V,3,H,W)

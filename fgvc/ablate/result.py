@@ -146,7 +146,7 @@ def _looked(run: Path, part: Part, root: Path) -> Result:
 
 
 def contract(seen: Subject) -> Structural:
-    """The second of the export's three proofs (DESIGN 1): the run's graph beside the independent plain model's. The other two
+    """The second of the export's three proofs (structural): the run's graph beside the independent plain model's. The other two
     are `fgvc export`'s, of the weights that are to ship."""
     recipe, classes = seen.recipe, len(seen.classes)
     backbone, kwargs, exporter = recipe.model.backbone, recipe.model.kwargs, recipe.export.exporter

@@ -1,4 +1,7 @@
-"""WS-DAN's attention branch (Hu et al. 2019; methods 2): learned maps, bilinear attention pooling, feature centres."""
+"""WS-DAN's attention branch (Hu et al. 2019, arXiv:1901.09891): learned maps, bilinear attention pooling, feature centres.
+
+Where this differs from public code: docs/methods.md.
+"""
 
 from __future__ import annotations
 

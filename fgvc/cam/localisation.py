@@ -1,4 +1,6 @@
-"""Does a map find the object and its parts? Boxes around what exceeds a threshold; parts inside a fixed area (methods 9).
+"""Localisation scores of maps: boxes around what exceeds a threshold, against the object's; parts inside a fixed area.
+
+MaxBoxAcc, its second version and GT-known Loc are those of Choe et al. (CVPR 2020, arXiv:2001.07437).
 
 Boxes are left, top, right, bottom in continuous pixels, half-open: pixel (column j, row i) covers [j, j+1) x [i, i+1), so that a
 single pixel has the box j, i, j+1, i+1 and the area 1. (wsolevaluation takes OpenCV's x + width for the last pixel's number and
@@ -24,7 +26,7 @@ from torchvision.ops import box_iou, complete_box_iou_loss, distance_box_iou_los
 from fgvc.cam.maps import normalised
 
 THRESHOLDS = np.arange(100) / 100  # of a map in [0,1]; a pixel counts where it is greater
-OVERLAPS = (0.3, 0.5, 0.7)  # IoU from which a box is right, of MaxBoxAccV2 (Choe et al., CVPR 2020)
+OVERLAPS = (0.3, 0.5, 0.7)  # IoU from which a box is right, of MaxBoxAccV2
 USUAL = OVERLAPS.index(0.5)  # of MaxBoxAcc, GT-known and Top-1 Loc
 SHARES = (0.1, 0.2)  # of the picture's area, for parts
 

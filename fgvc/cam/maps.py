@@ -1,4 +1,4 @@
-"""Where a network looks, from features that are there already: class maps for use inside the training step (methods 9).
+"""Where a network looks, from features that are there already: class maps for use inside the training step.
 
 No second pass through the backbone, no numpy, no change of mode outside: a gradient goes through the head alone, on a
 detached copy of the features, in float32, with dropout off.
@@ -54,18 +54,20 @@ class Mapper:
 
 
 def cam(f: Tensor, weight: Tensor, y: Tensor) -> Tensor:
-    """sum_k W[y,k] f_k: (B,h,w) from f (B,C,h,w), the classifier's weight (K,C) and labels (B,) (Zhou et al. 2016)."""
+    """sum_k W[y,k] f_k: (B,h,w) from f (B,C,h,w), the classifier's weight (K,C) and labels (B,) (Zhou et al., CVPR 2016,
+    arXiv:1512.04150)."""
     return torch.einsum("bchw,bc->bhw", f, weight[y])
 
 
 def grad_cam(f: Tensor, g: Tensor) -> Tensor:
-    """relu(sum_k mean_hw(g_k) f_k): (B,h,w) from f and g = dz_y/df, both (B,C,h,w) (Selvaraju et al. 2017)."""
+    """relu(sum_k mean_hw(g_k) f_k): (B,h,w) from f and g = dz_y/df, both (B,C,h,w) (Selvaraju et al., ICCV
+    2017, arXiv:1610.02391, Eq. 1 and 2)."""
     return torch.einsum("bchw,bc->bhw", f, g.mean((2, 3))).relu()
 
 
 def grad_cam_plus_plus(f: Tensor, g: Tensor) -> Tensor:
-    """relu(sum_k w_k f_k), w_k = sum_hw a relu(g), a = g^2 / (2 g^2 + sum_hw(f_k) g^3), 0 where g is (Chattopadhay et al.
-    2018, with the exponential's derivatives as powers of g); shapes as `grad_cam`."""
+    """relu(sum_k w_k f_k), w_k = sum_hw a relu(g), a = g^2 / (2 g^2 + sum_hw(f_k) g^3), 0 where g is (Chattopadhay et al.,
+    WACV 2018, arXiv:1710.11063, with the exponential's derivatives as powers of g); shapes as `grad_cam`."""
     # Without the common factor g^2: an epsilon beside it, as other code has it, outweighs the small gradients of large maps.
     below = 2 + f.sum((2, 3), keepdim=True) * g
     alpha = torch.where(g == 0, 0.0, 1 / torch.where(below.abs() < 1e-6, 1e-6, below))
@@ -82,7 +84,7 @@ def normalised(maps: Tensor) -> Tensor:
 
 
 def dominant(target: Target) -> Tensor:
-    """(B,) int64: of a mixed target, the label of most weight (methods 16)."""
+    """(B,) int64: of a mixed target, the label of most weight."""
     if len(target) == 1:
         return target[0][0]
     labels = torch.stack([y for y, _ in target])

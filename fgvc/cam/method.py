@@ -1,4 +1,4 @@
-"""Class maps that pytorch-grad-cam lacks or gets wrong, in its own interface (methods 9 has the formulas and its bugs).
+"""Class maps that pytorch-grad-cam lacks or gets wrong, in its own interface.
 
 A (C,h,w) is the tapped feature map of an image, g = dY/dA with Y the logit of the class, p its probability. The model of each
 is a `fgvc.cam.tap.Tap`. The library's own Score-CAM puts raw logits through a softmax over channels, which collapses onto one
@@ -28,7 +28,8 @@ Layout = Callable[[Tensor], Tensor]
 
 
 class CAM(BaseCAM):
-    """sum_k W[c,k] A_k (Zhou et al., CVPR 2016): of nets whose head is global average pooling and one linear layer."""
+    """sum_k W[c,k] A_k (Zhou et al., CVPR 2016, arXiv:1512.04150): of nets whose head is global average pooling and one linear
+    layer."""
 
     def __init__(self, model: Tap, layout: Layout, weight: Tensor) -> None:
         super().__init__(model, [model.features], layout, uses_gradients=False)
@@ -41,7 +42,7 @@ class CAM(BaseCAM):
 
 
 class GradCAMPlusPlus(BaseCAM):
-    """Chattopadhay et al., WACV 2018; see `fgvc.cam.maps.grad_cam_plus_plus`."""
+    """Grad-CAM++ (Chattopadhay et al., WACV 2018, arXiv:1710.11063); see `fgvc.cam.maps.grad_cam_plus_plus`."""
 
     def __init__(self, model: Tap, layout: Layout) -> None:
         super().__init__(model, [model.features], layout)
@@ -59,8 +60,9 @@ class GradCAMPlusPlus(BaseCAM):
 
 
 class SmoothGradCAMPlusPlus(BaseCAM):
-    """Omeiza et al., 2019: Grad-CAM++ with D1, D2, D3, the means of g, g^2, g^3 over noisy copies of the image, in the place of
-    the powers of g: a = D2 / (2 D2 + sum_hw(A) D3), w_k = sum_hw a relu(D1); A of the clean image.
+    """Smooth Grad-CAM++ (Omeiza et al. 2019, arXiv:1908.01224): Grad-CAM++ with D1, D2, D3, the means of g, g^2, g^3 over noisy
+    copies of the image, in the place of the powers of g: a = D2 / (2 D2 + sum_hw(A) D3), w_k = sum_hw a relu(D1); A of the clean
+    image.
 
     The noise is the same for every image, whatever stands beside it in a batch: maps do not depend on batches.
     """
@@ -88,11 +90,12 @@ class SmoothGradCAMPlusPlus(BaseCAM):
 
 
 class ScoreCAM(BaseCAM):
-    """w_k = p(x M_k), M_k = n(up(A_k)), n min-max; relu(up(sum w_k A_k)) (Wang et al., CVPRW 2020, as its authors' code has it).
+    """w_k = p(x M_k), M_k = n(up(A_k)), n min-max; relu(up(sum w_k A_k)).
 
-    p after the softmax over classes. Unlike the paper's text, that code subtracts no p of a black image, which is larger than
-    that of every masked one for many images' own class and would empty their maps; and has no second softmax over channels,
-    which would make weights of a share of 1 almost equal (issues 6 and 17 there). Flat channels have no mask and no weight.
+    Score-CAM (Wang et al., CVPRW 2020, arXiv:1910.01279) as its authors' code has it. p is after the softmax over classes. Unlike
+    the paper's text, that code subtracts no p of a black image, which for many images' own class is larger than that of every
+    masked one and would empty their maps; and it has no second softmax over channels, which would make weights of a share of 1
+    almost equal (haofanwang/Score-CAM, #6 and #17). Flat channels have no mask and no weight.
     """
 
     enlarged_first = True  # before the ReLU: see `fgvc.cam.offline.ClassMaps`
@@ -138,7 +141,8 @@ class ScoreCAM(BaseCAM):
 
 
 class SSCAM(ScoreCAM):
-    """Score-CAM with p(x (M_k + noise)) averaged over `samples` draws of normal noise (Wang et al., 2020, type 1).
+    """Score-CAM with p(x (M_k + noise)) averaged over `samples` draws of normal noise (SS-CAM, Wang et al. 2020,
+    arXiv:2006.14255, type 1).
 
     The same draws for every channel, so that channels differ by what they show alone.
     """
@@ -154,7 +158,8 @@ class SSCAM(ScoreCAM):
 
 
 class AblationCAM(ScoreCAM):
-    """w_k = Y - Y[A_k = 0]: how much the logit falls without the channel (Desai & Ramaswamy, WACV 2020).
+    """w_k = Y - Y[A_k = 0]: how much the logit falls without the channel (Ablation-CAM, Desai & Ramaswamy, WACV
+    2020; no arXiv).
 
     The paper divides that by Y: the same map where Y > 0, and where Y < 0 the map of what speaks against the class. Only what
     lies behind the feature map runs anew, usually the head alone. A flat channel counts: the logit may rest on it.
@@ -177,7 +182,8 @@ class AblationCAM(ScoreCAM):
 
 
 class KPCACAM(BaseCAM):
-    """The first component of the cells of A by kernel PCA, k(a, b) = tanh(a b / C + 1) (Karmani et al., 2024).
+    """The first component of the cells of A by kernel PCA, k(a, b) = tanh(a b / C + 1) (KPCA-CAM, Karmani et al.
+    2024, arXiv:2410.00267).
 
     The library's own solver starts at random where there are more than 200 cells. Of a component and its negative, which are one,
     both take that whose largest value is positive.
@@ -207,8 +213,8 @@ class KPCACAM(BaseCAM):
 
 
 class Finer:
-    """The logit of a class against those of the classes most like it (Finer-CAM, Zhang et al., CVPR 2025), for Grad-CAM:
-    what tells it from them. "Like": of the nearest logits, as in the paper's own code."""
+    """The logit of a class against those of the classes most like it (Finer-CAM, Zhang et al., CVPR 2025,
+    arXiv:2501.11309), for Grad-CAM: what tells it from them. "Like": of the nearest logits, as in the paper's own code."""
 
     def __init__(self, category: int, *, others: int = 3) -> None:
         self.category, self.others = category, others

@@ -1,7 +1,7 @@
 """Batches for training and evaluation.
 
 Nothing here depends on the number of workers or on what was loaded before: the order is drawn from (seed, epoch), a
-sample from (seed, epoch, row and how often it came before), and torch's global generator is left alone (traps T1 and T2).
+sample from (seed, epoch, row and how often it came before), and torch's global generator is left alone.
 """
 
 from __future__ import annotations
@@ -379,7 +379,7 @@ def _torch_loader(
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or every pass would draw from the global one (trap T2)
+        generator=torch.Generator(),  # or every pass would draw from the global one
     )
 
 

@@ -41,7 +41,7 @@ class Reliability:
 
 @dataclass(frozen=True, slots=True)
 class RiskCoverage:
-    """The surest answers first: how many of them are wrong (Geifman & El-Yaniv, NeurIPS 2017)."""
+    """The surest answers first: how many of them are wrong (Geifman & El-Yaniv, NeurIPS 2017, arXiv:1705.08500)."""
 
     coverage: Floats  # (N,) share of the images that get an answer, ascending to 1
     risk: Floats  # (N,) share of those answers that are wrong
@@ -161,11 +161,11 @@ def calibrate(
 ) -> Calibrated:
     """Fit on logits (N,K) of images with labels (N,) of `part`, which the network has not learnt from, and measure there.
 
-    Temperature scaling (Guo et al., ICML 2017): the one number that divides all logits so that the cross-entropy is least;
-    it changes no answer, only how sure it is. The threshold keeps at least `keep` of the right answers of new images of the
-    same kind, on average (split conformal, Angelopoulos & Bates 2023): nothing is known here of images of other classes, so
-    how many of those it rejects is not promised. `keep` in (0,1]; 1 rejects nothing. `known`: what was fitted here before; its
-    temperature stays, and its threshold where it keeps as much. Both have six decimals, as they are stored.
+    Temperature scaling (Guo et al., ICML 2017, arXiv:1706.04599): the number that divides all logits so that the cross-entropy
+    is least; it changes no answer, only how sure it is. The threshold keeps at least `keep` of the right answers of new images of
+    the same kind, on average (split conformal, Angelopoulos & Bates 2023, arXiv:2107.07511): nothing is known here of images of
+    other classes, so how many of those it rejects is not promised. `keep` in (0,1]; 1 rejects nothing. `known`: what was fitted
+    here before; its temperature stays, and its threshold where it keeps as much. Both have six decimals, as they are stored.
     """
     z, y, right = _checked(logits, labels)
     if not 0 < keep <= 1:

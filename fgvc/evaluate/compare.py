@@ -51,7 +51,7 @@ class Paired:
 
     @property
     def negative_flip_rate(self) -> float:
-        """NFR: negative flips over all images (Yan et al., CVPR 2021)."""
+        """NFR: negative flips over all images (Yan et al., CVPR 2021, arXiv:2011.09161)."""
         return float(self.negative.mean())
 
     def by_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:

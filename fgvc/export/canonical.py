@@ -1,8 +1,8 @@
 """From an ONNX file to its canonical form (structure.py), and what two canonical forms say about weights.
 
 Inner tensors are renamed by order of first use, walking from the graph's outputs, so neither names nor the order of
-storage matter. Metadata, node names and value_info are dropped, and so are the payloads of weights: nothing else
-(DESIGN 1). Constants hidden among the initializers, such as the bounds of a Clip or the axes of a ReduceMean, stay.
+storage matter. Metadata, node names and value_info are dropped, and so are the payloads of weights: nothing else.
+Constants hidden among the initializers, such as the bounds of a Clip or the axes of a ReduceMean, stay.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a plain model to an ONNX graph whose bytes depend on nothing but the weights and the versions (R21)."""
+"""From a plain model to an ONNX graph whose bytes depend on nothing but the weights and the versions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPSETS: Mapping[Exporter, range] = {"dynamo": range(18, 27), "torchscript": rang
 
 
 class Export(Section):
-    """How the ONNX file is made. Both settings change the graph (trap T3), so they are part of the contract."""
+    """How the ONNX file is made. Both settings change the graph, so they are part of the contract."""
 
     exporter: Exporter = Field("dynamo", description="torch's: dynamo (by torch.export) | torchscript (the older one)")
     opset: int = Field(

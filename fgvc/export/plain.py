@@ -1,4 +1,4 @@
-"""Stripping: from the network that was trained to the plain timm model that ships (DESIGN 1)."""
+"""Stripping: from the network that was trained to the plain timm model that ships."""
 
 from __future__ import annotations
 

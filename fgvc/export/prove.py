@@ -1,4 +1,4 @@
-"""Export with proof: the three levels of DESIGN 1. Whoever fails one gets no bundle."""
+"""Export with proof: numeric, structural, behavioural (docs/design.md). Where one fails, no bundle is written."""
 
 from __future__ import annotations
 

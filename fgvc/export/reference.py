@@ -75,7 +75,7 @@ def _two_draws(order: str) -> tuple[bytes, bytes]:
 def randomise(net: nn.Module, seed: int) -> None:
     """Distinct random values in every floating tensor of the state dict, in place: none zero, variances positive.
 
-    Fresh weights won't do: exporters merge equal tensors and drop zero biases, which changes the graph (traps T4, T14).
+    Fresh weights won't do: exporters merge equal tensors and drop zero biases, which changes the graph (`fgvc.export.ties`).
     Constants that are not in the state dict stay what they are: they are part of the graph.
     """
     rng = torch.Generator().manual_seed(seed)

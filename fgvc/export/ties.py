@@ -1,4 +1,8 @@
-"""Dead channels: equal or zero tensors, which the exporters merge or drop and so change the graph (traps T4, T14)."""
+"""Dead channels: equal or zero tensors, which the exporters merge or drop and so change the graph.
+
+torch's older exporter stores equal tensors once and puts Identity nodes at the other places; the newer one shares them, too, and
+drops a bias of zeros. So an untrained net, or one with dead channels, has another graph than the plain one for its weights alone.
+"""
 
 from __future__ import annotations
 

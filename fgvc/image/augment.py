@@ -140,7 +140,7 @@ class Augmenter:
 
 def _compose(augment: Augment, spec: Preprocess) -> Any:
     """albumentations' transforms that can do something (nothing is called in vain), with a record of what they did."""
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or the import asks the package index for news (trap T11)
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or the import asks the package index for news
     import albumentations as A
     import cv2
 

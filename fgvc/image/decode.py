@@ -1,4 +1,8 @@
-"""From a file or bytes to an upright RGB image, with limits that hold before a single pixel is decoded (trap T5)."""
+"""From a file or bytes to an upright RGB image, with limits that hold before a single pixel is decoded.
+
+A PNG of one bit a pixel can have 13,000 x 13,000 pixels in 20 kB; as RGB that takes half a gigabyte. Pillow by itself only
+warns of it.
+"""
 
 from __future__ import annotations
 

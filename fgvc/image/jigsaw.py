@@ -1,4 +1,4 @@
-"""The jigsaw of DCL's region confusion (methods 1): which patch goes where, and the picture cut up accordingly.
+"""The jigsaw of DCL's region confusion (Chen et al., CVPR 2019): which patch goes where, and the picture cut up so.
 
 A jigsaw is `source` (B, N*N) int64: cell t of the shuffled picture, counted row by row, shows cell source[t] of the
 original. It is always a permutation: rows are shuffled first, then the columns of the result. (The formula in the paper

@@ -1,4 +1,4 @@
-"""What the mixing techniques share (methods 7): who is mixed with whom, boxes, and targets of exact shares."""
+"""What the mixing techniques share: who is mixed with whom, boxes, and targets of exact shares."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def draws(batch: Batch, per: Literal["batch", "sample"]) -> int:
 
 def draw_boxes(rng: np.random.Generator, share: np.ndarray, size: tuple[int, int], *, least: int = 0) -> Tensor:
     """(n,4) int64 top, left, bottom, right for shares (n,) in [0,1] of an image of `size`: sides sqrt(share) of the image's,
-    of `least` pixels or more; the centre anywhere, what reaches outside is cut off (CutMix)."""
+    of `least` pixels or more; the centre anywhere, what reaches outside is cut off (CutMix, arXiv:1905.04899, Eq. 2)."""
     sides = np.maximum(np.rint(np.sqrt(share)[:, None] * size), least).astype(np.int64)
     return boxes_around(torch.from_numpy(rng.integers(0, size, (len(share), 2))), torch.from_numpy(sides), size)
 

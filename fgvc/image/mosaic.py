@@ -1,4 +1,4 @@
-"""Four images in one, by exact area (methods 7 and 15a): in the cells of a cross, or on a canvas as detectors do it."""
+"""Four images in one, by exact area: in the cells of a cross, or on a canvas as detectors do it."""
 
 from __future__ import annotations
 

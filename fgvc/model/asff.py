@@ -1,4 +1,4 @@
-"""ASFF: adaptively spatial feature fusion (Liu, Huang, Wang 2019, arXiv 1911.09516; methods 15a), of any number of stages.
+"""ASFF: adaptively spatial feature fusion (Liu, Huang, Wang 2019, arXiv:1911.09516), of any number of stages.
 
 Of training only, so it may have batch norms of its own.
 """

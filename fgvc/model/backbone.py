@@ -82,7 +82,7 @@ class Model(Section):
 
 
 def plain_model(backbone: str, num_classes: int, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
-    """THE definition of the deliverable (DESIGN 1): timm's own model with K outputs, random weights.
+    """What ships, by definition: timm's own model with K outputs, here with random weights.
 
     Raises FgvcError where timm refuses the name or the arguments.
     """
@@ -218,7 +218,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def memory_format(net: nn.Module) -> torch.memory_format:
     """`channels_last` (up to 1.4x faster for convolutions) unless the net would meet torch's crash with it:
-    a 1x1 convolution of stride > 1 on a 3-channel input (DESIGN 7)."""
+    a 1x1 convolution of stride > 1 on a 3-channel input, as in RepVGG's stem (torch 2.14, x86 CPUs)."""
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     crashes = any(c.in_channels <= 4 and max(c.kernel_size) == 1 and max(c.stride) > 1 for c in convs)
     spatial = any(max(c.kernel_size) > 1 and c.stride != c.kernel_size for c in convs)

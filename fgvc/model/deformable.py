@@ -1,5 +1,6 @@
-"""ResNets with deformable convolutions (Dai et al., ICCV 2017), as ordinary models of timm: meant as teachers, and
-deployable where the runtime knows ONNX's DeformConv (opset 19).
+"""ResNets with deformable convolutions (Dai et al., ICCV 2017, arXiv:1703.06211), as ordinary models of timm.
+
+Meant as teachers, and deployable where the runtime knows ONNX's DeformConv (opset 19).
 
 A deformable convolution reads every tap of its kernel at a place of its own, found by a small convolution. That one starts
 at zero, so with the weights of the plain ResNet the net starts as the plain ResNet. Importing this module registers the nets

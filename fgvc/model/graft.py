@@ -1,7 +1,7 @@
 """Grafts: a convolution of the timm net is replaced by a block of the same in/out shape, and folded back at the end.
 
 What can be grafted is found by running the net once and watching who reads each convolution's output; how a block's
-kernel and bias go back into the plain state dict is `folded_state` (DESIGN 1 and 2).
+kernel and bias go back into the plain state dict is `folded_state`. The rules are in docs/design.md.
 """
 
 from __future__ import annotations

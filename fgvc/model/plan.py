@@ -1,4 +1,4 @@
-"""Where a technique may touch the network, and nothing else (DESIGN 2): watch, gate, add, graft.
+"""Where a technique may touch the network, and nowhere else: tap, gate, add, graft (docs/design.md).
 
 `Plan` is offered during setup only; `Context` gives the services of one step. Both are scoped to one technique.
 """

@@ -1,4 +1,4 @@
-"""Networks to learn from (methods 11): which there can be, and what each is asked in a step.
+"""Networks to learn from: which there can be, and what each is asked in a step.
 
 A teacher is no module: it is in no checkpoint, no optimizer, no average and no DDP.
 """

@@ -58,7 +58,7 @@ class ConvNorm(nn.Module):
 
 
 class IdentityNorm(nn.Module):
-    """A batch norm of the input itself (methods 12.5). Only where the convolution `keeps_shape`."""
+    """A batch norm of the input itself (RepVGG, arXiv:2101.03697). Only where the convolution `keeps_shape`."""
 
     def __init__(self, conv: nn.Conv2d, like: nn.Module | None) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class IdentityNorm(nn.Module):
 
 
 class PointConvNorm(nn.Module):
-    """1x1 - BN - k x k - BN (methods 12.7): as many channels inside as come in, twice as many in a depthwise one."""
+    """1x1 - BN - k x k - BN (DBB, arXiv:2103.13425): as many channels inside as come in, twice as many in a depthwise one."""
 
     def __init__(self, conv: nn.Conv2d, like: nn.Module | None) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class PointConvNorm(nn.Module):
 
 
 class AverageNorm(nn.Module):
-    """Average over k x k - 1x1 - BN (methods 12.8); in a depthwise convolution without the 1x1 (12.6).
+    """Average over k x k - 1x1 - BN (DBB, arXiv:2103.13425); in a depthwise convolution without the 1x1.
 
     The paper has 1x1 - BN - average - BN. Averages and 1x1 can be swapped, and what a batch norm does to each channel, border
     included, the batch norm behind it undoes: the same function of the kernel, for less work.
@@ -122,8 +122,8 @@ class _PaddedPoint(nn.Module):
 
     The padding comes first: so the batch norm maps the border to what the folded 1x1 gives for zeros, its bias, in train
     and in eval mode, and the fold is exact. Zeros put between the two operations would not fold, and a border set from the
-    running statistics lags behind the batch's in training (DBB's official code, methods 12). The price: the batch
-    statistics count the border, too. The 1x1 starts as the identity where it can.
+    running statistics lags behind the batch's in training (as in DBB's official code). The price: the batch statistics
+    count the border, too. The 1x1 starts as the identity where it can.
     """
 
     def __init__(self, conv: nn.Conv2d, like: nn.Module | None, inner: int) -> None:

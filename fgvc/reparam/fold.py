@@ -1,4 +1,8 @@
-"""The algebra of folding (methods 12), in float64 on the CPU: half precision loses three digits in one fold."""
+"""The algebra of folding branches into one convolution, in float64 on the CPU: half precision keeps two or three digits.
+
+Transforms I to VI are those of the Diverse Branch Block (Ding et al., CVPR 2021, arXiv:2103.13425, section 3.2); see
+docs/methods.md.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ def exact(tensor: Tensor) -> Tensor:
 
 
 def fold_norm(weight: Tensor, norm: nn.BatchNorm2d, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The one convolution that equals a convolution followed by a batch norm in eval mode.
+    """The one convolution that equals a convolution followed by a batch norm in eval mode (Transform I).
 
     weight (out, in/groups, kh, kw), bias (out,) -> kernel of the same shape and bias (out,), both float64. Any
     stride, padding and groups: K' = K g/sqrt(var+eps), b' = beta + (b - mean) g/sqrt(var+eps).
@@ -33,7 +37,7 @@ def fold_norm(weight: Tensor, norm: nn.BatchNorm2d, bias: Tensor | None = None) 
 
 
 def embed(kernel: Tensor, size: int) -> Tensor:
-    """A smaller kernel (..., kh, kw), odd sides, in the middle of a size x size one (size odd), zero around it.
+    """A smaller kernel (..., kh, kw), odd sides, in the middle of a size x size one (size odd), zero around it (Transform VI).
 
     Equal to the small one where both read aligned: the small branch's padding is the big one's minus
     (size - kh) / 2 rows and (size - kw) / 2 columns.
@@ -46,7 +50,7 @@ def embed(kernel: Tensor, size: int) -> Tensor:
 
 
 def identity_kernel(channels: int, groups: int = 1) -> Tensor:
-    """The 1x1 convolution that changes nothing (methods 12.5): (channels, channels/groups, 1, 1), float64."""
+    """The 1x1 convolution that changes nothing: (channels, channels/groups, 1, 1), float64."""
     inside = torch.arange(channels) % (channels // groups)  # a channel's number within its group
     kernel = torch.zeros(channels, channels // groups, 1, 1, dtype=torch.float64)
     kernel[torch.arange(channels), inside] = 1
@@ -55,14 +59,14 @@ def identity_kernel(channels: int, groups: int = 1) -> Tensor:
 
 def averaged(point: Tensor, size: int) -> Tensor:
     """The convolution that averages over size x size, zeros of the border included, with a 1x1 behind or before it
-    (methods 12.6): (out, in/groups, 1, 1) -> (out, in/groups, size, size), float64. Of `identity_kernel`: averages alone."""
+    (Transform V): (out, in/groups, 1, 1) -> (out, in/groups, size, size), float64. Of `identity_kernel`: averages alone."""
     return exact(point).expand(-1, -1, size, size) / size**2
 
 
 def sequential(
     point: Tensor, inner_bias: Tensor, kernel: Tensor, bias: Tensor, *, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """The one convolution that equals a 1x1 followed by a k x k of as many groups (methods 12.7).
+    """The one convolution that equals a 1x1 followed by a k x k of as many groups (Transform III).
 
     point (inner, in/groups, 1, 1), inner_bias (inner,), kernel (out, inner/groups, k, k), bias (out,) ->
     (out, in/groups, k, k) and (out,), all float64. Exact where what the k x k reads around the image is `inner_bias`,

@@ -1,4 +1,4 @@
-"""The published blocks: which branches stand beside a convolution (methods 12).
+"""The published blocks: which branches stand beside a convolution.
 
 Each takes the convolution and `like`, the batch norm behind it, and raises FgvcError for a convolution with a `refusal`.
 """
@@ -20,13 +20,14 @@ from fgvc.types import FgvcError
 
 
 def acb(conv: nn.Conv2d, like: nn.Module | None = None) -> Branched:
-    """ACNet's (ICCV 2019): 1 x k and k x 1."""
+    """ACNet's (ICCV 2019, arXiv:1908.03930): 1 x k and k x 1."""
     side = _side(conv, 3)
     return Branched(conv, {"1xk": ConvNorm(conv, like, (1, side)), "kx1": ConvNorm(conv, like, (side, 1))})
 
 
 def dbb(conv: nn.Conv2d, like: nn.Module | None = None) -> Branched:
-    """The Diverse Branch Block (CVPR 2021): 1x1, 1x1 - k x k and average - 1x1; depthwise 1x1 - k x k and average."""
+    """The Diverse Branch Block (CVPR 2021, arXiv:2103.13425): 1x1, 1x1 - k x k and average - 1x1; depthwise 1x1 - k x k and
+    average."""
     _side(conv, 3)
     deep = PointConvNorm(conv, like)
     if is_depthwise(conv):
@@ -37,13 +38,14 @@ def dbb(conv: nn.Conv2d, like: nn.Module | None = None) -> Branched:
 
 
 def repvgg(conv: nn.Conv2d, like: nn.Module | None = None) -> Branched:
-    """RepVGG's (CVPR 2021), for any k: 1x1, and the identity where the convolution keeps the shape."""
+    """RepVGG's (CVPR 2021, arXiv:2101.03697), for any k: 1x1, and the identity where the convolution keeps the shape."""
     _side(conv, 3)
     return Branched(conv, {"1x1": ConvNorm(conv, like, (1, 1))} | _identity(conv, like))
 
 
 def overparam(conv: nn.Conv2d, like: nn.Module | None = None, *, branches: int = 4) -> Branched:
-    """MobileOne's (CVPR 2023): `branches` times k x k, 1x1 unless k is 1, and the identity where the shape is kept."""
+    """MobileOne's (CVPR 2023, arXiv:2206.04040): `branches` times k x k, 1x1 unless k is 1, and the identity where the shape is
+    kept."""
     side = _side(conv, 1)
     made: dict[str, nn.Module] = {f"kxk{number}": ConvNorm(conv, like, (side, side)) for number in range(branches)}
     if side > 1:

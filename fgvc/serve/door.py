@@ -1,4 +1,4 @@
-"""The way in: who can't be served is told so before anything else is done for him."""
+"""Load shedding: a request that can't be served is refused before anything else is done for it."""
 
 from __future__ import annotations
 

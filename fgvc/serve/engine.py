@@ -47,7 +47,7 @@ class Session:
     def __init__(self, model: Path | bytes, *, threads: int | None = None) -> None:
         """`threads`: None for all the CPUs that this process may use. Raises FgvcError for what is no such model."""
         options = onnxruntime.SessionOptions()
-        # Left alone, onnxruntime takes the host's cores, whatever the container's limits are (trap T7).
+        # Left alone, onnxruntime takes the host's cores, whatever the container's limits are.
         options.intra_op_num_threads = threads or available_cpus()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3

@@ -1,6 +1,6 @@
-"""What a request may cost: sizes, time and memory, each checked before it is spent. And who may ask at all.
+"""Limits on what a request may cost (size, time, memory), each checked before it is spent, and the API key.
 
-Bodies are cut off while they are read (trap T6: frameworks spool them whole before a handler could refuse).
+Bodies are cut off while they are read: FastAPI and Starlette spool a form whole before a handler could refuse it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The served models by name, each exchanged by one assignment: whoever is being answered keeps the one he began with."""
+"""The served models by name, each exchanged by one assignment: a request keeps the model that it began with."""
 
 from __future__ import annotations
 

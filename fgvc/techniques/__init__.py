@@ -1,4 +1,4 @@
-"""The registry: a technique is in fgvc when its config is in this union (DESIGN 4)."""
+"""The registry: a technique is in fgvc when its config is in this union."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ AnyConfig = Annotated[
 
 
 class Technique(Protocol):
-    """What every technique says of itself; its hooks are optional and found by name (DESIGN 4):
+    """What every technique says of itself; its hooks are optional and found by name (docs/design.md):
     setup, before_epoch, on_sample, mixes, draw, on_batch, views, views_after, losses, after_step, state_dict,
     load_state_dict.
 

@@ -1,4 +1,4 @@
-"""ACNet: Strengthening the Kernel Skeletons (Ding et al., ICCV 2019; methods 12), around any timm convolution it fits.
+"""ACNet's asymmetric branches (Ding et al., ICCV 2019, arXiv:1908.03930), around any timm convolution that can take them.
 
 Every square k x k convolution gets a 1 x k and a k x 1 branch beside it, each with its own batch norm. After stripping
 nothing is left: the branches are folded into the plain kernels, exactly.
@@ -25,7 +25,7 @@ class AcbConfig(Where):
 class Acb:
     """y = conv(x) + BN(conv_1xk(x)) + BN(conv_kx1(x)), the new gammas 0 at first."""
 
-    source: ClassVar[str] = "ACNet, ICCV 2019"
+    source: ClassVar[str] = "ACNet, Ding et al., ICCV 2019, arXiv:1908.03930"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
 

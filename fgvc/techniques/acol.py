@@ -1,7 +1,7 @@
-"""ACoL: Adversarial Complementary Learning (Zhang et al., CVPR 2018; methods 3), with the deployed classifier as the first.
+"""ACoL: Adversarial Complementary Learning (Zhang et al., CVPR 2018, arXiv:1804.06962).
 
-What the deployed classifier relies on is erased from the features, and another one must do without. After stripping
-nothing is left: the added classifiers go, or there were none.
+The deployed classifier is the first one. What it relies on is erased from the features, and another one must do without.
+After stripping nothing is left: the added classifiers go, or there were none.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class AcolConfig(Section):
 class Acol:
     """L = mean_k CE(head_k(f * keep_k), y); keep_1 = not region(map of the deployed head), keep_k+1 also loses head k's."""
 
-    source: ClassVar[str] = "Zhang et al., CVPR 2018"
+    source: ClassVar[str] = "Zhang et al., CVPR 2018, arXiv:1804.06962"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
     measures: ClassVar[tuple[str, ...]] = ("area",)

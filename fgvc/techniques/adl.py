@@ -1,4 +1,4 @@
-"""ADL: Attention-based Dropout Layer (Choe & Shim, CVPR 2019; methods 4).
+"""ADL: Attention-based Dropout Layer (Choe & Shim, CVPR 2019, arXiv:1908.10028).
 
 On named stages, features are either weighted by their own attention or lose their most attended part. After stripping
 nothing is left: it is the identity in evaluation.
@@ -46,7 +46,7 @@ class AdlConfig(Section):
 class Adl:
     """a = mean_c f; f' = f 1[a < gamma max a] with probability drop_rate, else f sigmoid(a)."""
 
-    source: ClassVar[str] = "Choe & Shim, CVPR 2019"
+    source: ClassVar[str] = "Choe & Shim, CVPR 2019, arXiv:1908.10028"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

@@ -1,8 +1,8 @@
-"""AE-PSL's adversarial erasing (Wei et al., CVPR 2017; methods 5): train, erase what the network looks at from the images,
-train on the rest, and again.
+"""AE-PSL's adversarial erasing (Wei et al., CVPR 2017, arXiv:1703.08448), in rounds.
 
-Masks are made between rounds with pytorch-grad-cam, kept in the run's folder, and applied before any geometry. After
-stripping nothing is left.
+The network is trained, what it looks at is erased from the images, it is trained on the rest, and so on. Masks are made
+between rounds with pytorch-grad-cam, kept in the run's folder, and applied before any geometry. After stripping nothing is
+left.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class AePslConfig(Section):
 class AePsl:
     """I_{t+1} = I_t outside of region(map of I_t by the net of round t), the data set's mean colour inside."""
 
-    source: ClassVar[str] = "Wei et al., CVPR 2017"
+    source: ClassVar[str] = "Wei et al., CVPR 2017, arXiv:1703.08448"
     forwards: ClassVar[str] = "0, and a pass over the images between rounds"
     leaves: ClassVar[str] = "nothing"
     remembers_images: ClassVar[bool] = True

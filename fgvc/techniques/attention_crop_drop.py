@@ -1,4 +1,4 @@
-"""Attention cropping and dropping as in WS-DAN (Hu et al., 2019; methods 2), with the deployed head left as it is.
+"""Attention cropping and dropping as in WS-DAN (Hu et al. 2019, arXiv:1901.09891), with the deployed head left as it is.
 
 A training-only branch learns attention maps. Each image is seen again cropped to what one attends to, and once more with
 that dropped; the deployed classifier learns from all three. After stripping nothing is left.
@@ -72,7 +72,7 @@ class AttentionCropDropConfig(Section):
 class AttentionCropDrop:
     """base = (CE + crop CE_crop + drop CE_drop) / (1 + crop + drop); terms: `pooled` = mean_v CE(BAP(v)), `centre`."""
 
-    source: ClassVar[str] = "Hu et al. 2019 (WS-DAN)"
+    source: ClassVar[str] = "WS-DAN, Hu et al. 2019, arXiv:1901.09891"
     forwards: ClassVar[str] = "2"
     leaves: ClassVar[str] = "nothing"
 
@@ -143,7 +143,7 @@ class AttentionCropDrop:
 
     def refine(self, output: Output, ctx: Context) -> Tensor:
         """For evaluation in two passes: the images again, cropped to the class map or the mean attention above 0.1 of its
-        maximum, widened by 0.05 (methods 2, item 6)."""
+        maximum, widened by 0.05, as in WS-DAN's second pass."""
         x, size = output.view.x, (output.view.x.shape[2], output.view.x.shape[3])
         by_class = self.config.guide == "cam"
         maps = normalised(output.map(self._method)) if by_class else self._attend(output, ctx)[0].mean(1)

@@ -1,6 +1,7 @@
-"""A box head: where the object is in the crop, learned by its overlap (Zheng et al., AAAI 2020; methods 15a).
+"""A box head: where the object is in the crop, learned by the overlap (Zheng et al., AAAI 2020, arXiv:1911.08287).
 
-The features must keep the object's place. For data with a box an image, such as CUB. After stripping nothing is left.
+The features must keep the object's place. For data with a box an image, such as CUB. `giou` is Rezatofighi et al.'s (CVPR 2019,
+arXiv:1902.09630); the confidence is learned as in Wu et al. 2019 (IoU-aware, arXiv:1912.05992). After stripping nothing is left.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class BoxHead:
     """(cx, cy, w, h) = sigmoid(W pool_5x5(relu(conv1x1(f)))) in shares of the crop; L = box (1 - CIoU) + confidence
     BCE(c, IoU), means over the samples that count."""
 
-    source: ClassVar[str] = "Zheng et al., AAAI 2020 (CIoU)"
+    source: ClassVar[str] = "CIoU, Zheng et al., AAAI 2020, arXiv:1911.08287"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
     measures: ClassVar[tuple[str, ...]] = ("iou",)

@@ -1,8 +1,9 @@
 """CAM-guided erasing of the input: what the network looks at is erased, so that it learns the remaining evidence.
 
-The map is that of the step itself, of the moving average, or of the epoch before (the first form of Cutout, DeVries &
-Taylor 2017, of which Cutout kept the random boxes; cf. AE-PSL, Wei et al., CVPR 2017; methods 5, 15a). What was erased when a
-map was recorded is not in that map, so the regions of one image change from epoch to epoch. After stripping nothing is left.
+The map is that of the step itself, of the moving average, or of the epoch before. The last is the first form of Cutout
+(DeVries & Taylor 2017, arXiv:1708.04552), which then kept random boxes; compare AE-PSL (Wei et al., CVPR 2017,
+arXiv:1703.08448). What was erased when a map was recorded is not in that map, so the regions of one image change from epoch to
+epoch. After stripping nothing is left.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class CamErasingConfig(Section):
 class CamErasing:
     """x' = x outside of region(map), `fill` inside."""
 
-    source: ClassVar[str] = "DeVries & Taylor 2017; Wei et al., CVPR 2017"
+    source: ClassVar[str] = "DeVries & Taylor 2017, arXiv:1708.04552; Wei et al., CVPR 2017, arXiv:1703.08448"
     forwards: ClassVar[str] = "1 (current), 1/3 (ema), 0 (previous_epoch)"
     leaves: ClassVar[str] = "nothing"
     remembers_images: bool

@@ -1,4 +1,4 @@
-"""Centre loss (Wen et al., ECCV 2016): the features of a class are drawn to its centre, which follows them.
+"""Centre loss (Wen et al., ECCV 2016; no arXiv): the features of a class are drawn to its centre, which follows them.
 
 The features are what the deployed head's last layer reads. After stripping nothing is left: the centres go.
 """
@@ -33,9 +33,10 @@ class CentreLossConfig(Section):
 
 
 class CentreLoss:
-    """L = mean_b |x_b - c_y|^2 / 2; then c_j -= rate * sum over y=j of (c_j - x) / (1 + n_j), once a step, of all its images."""
+    """L = mean_b |x_b - c_y|^2 / 2 (Eq. 2); then c_j -= rate * sum over y=j of (c_j - x) / (1 + n_j) (Eq. 4), once a step, of
+    all its images."""
 
-    source: ClassVar[str] = "Wen et al., ECCV 2016"
+    source: ClassVar[str] = "Wen et al., ECCV 2016 (no arXiv)"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

@@ -1,4 +1,4 @@
-"""CutMix (Yun et al., ICCV 2019; methods 7): a box of another image, and labels by exact area.
+"""CutMix (Yun et al., ICCV 2019, arXiv:1905.04899): a box of another image, and labels by exact area.
 
 Left after stripping: nothing, it only changes the batch.
 """
@@ -31,7 +31,7 @@ class CutmixConfig(Mixing):
 class Cutmix:
     """x' = x outside and x[p] inside of a box; loss = (1-a) CE(y) + a CE(y[p]), a the area that the box really covers."""
 
-    source: ClassVar[str] = "Yun et al., ICCV 2019"
+    source: ClassVar[str] = "Yun et al., ICCV 2019, arXiv:1905.04899"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

@@ -1,4 +1,4 @@
-"""Cutout (DeVries & Taylor 2017; methods 8): squares at random places are erased, clipped at the image's border.
+"""Cutout (DeVries & Taylor 2017, arXiv:1708.04552): squares at random places are erased, clipped at the image's border.
 
 Left after stripping: nothing, it only changes the batch. A random control of `cam_erasing`.
 """
@@ -35,7 +35,7 @@ class CutoutConfig(Section):
 class Cutout:
     """x' = fill where |row - cy| and |column - cx| are below half the length, (cy, cx) uniform over the image."""
 
-    source: ClassVar[str] = "DeVries & Taylor 2017"
+    source: ClassVar[str] = "DeVries & Taylor 2017, arXiv:1708.04552"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

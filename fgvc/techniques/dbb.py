@@ -1,4 +1,4 @@
-"""Diverse Branch Block (Ding et al., CVPR 2021; methods 12), around any timm convolution it fits.
+"""Diverse Branch Block (Ding et al., CVPR 2021, arXiv:2103.13425), around any timm convolution that can take it.
 
 Every square k x k convolution gets a 1x1, a 1x1 - k x k and an average - 1x1 branch beside it; a depthwise one a
 1x1 - k x k of twice its channels and an average. After stripping nothing is left: the branches are folded into the plain
@@ -26,7 +26,7 @@ class DbbConfig(Where):
 class Dbb:
     """y = conv(x) + BN(1x1(x)) + BN(kxk(BN(1x1(x)))) + BN(1x1(mean(x))), the last gammas 0 at first."""
 
-    source: ClassVar[str] = "Ding et al., CVPR 2021"
+    source: ClassVar[str] = "Ding et al., CVPR 2021, arXiv:2103.13425"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
 

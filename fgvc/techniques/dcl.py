@@ -1,4 +1,4 @@
-"""DCL: Destruction and Construction Learning (Chen et al., CVPR 2019; methods 1).
+"""DCL: Destruction and Construction Learning (Chen et al., CVPR 2019; no arXiv).
 
 Every image also comes as a jigsaw of itself with the same label. One added head tells original from destroyed, another
 says where each patch came from, against the exact permutation. Left after stripping: nothing, the deployed head alone
@@ -64,10 +64,10 @@ class DclConfig(Section):
 class Dcl:
     """z_d = W_d pool(f) and m = conv1x1(pool_N(f)); losses: CE(z_d), mean |m - place| over both copies of the batch.
 
-    The paper puts a ReLU on m; here it is linear, since its targets are shares of the side in (0,1).
+    The paper puts a ReLU on m; here it is linear, since its targets are shares of the side in (0,1). See docs/methods.md.
     """
 
-    source: ClassVar[str] = "Chen et al., CVPR 2019"
+    source: ClassVar[str] = "Chen et al., CVPR 2019 (no arXiv)"
     forwards: ClassVar[str] = "1"
     leaves: ClassVar[str] = "nothing"
     measures: ClassVar[tuple[str, ...]] = ("destroyed_accuracy", "location_chance")

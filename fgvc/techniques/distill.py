@@ -1,8 +1,9 @@
-"""Distillation (methods 11): learn from what other networks say of the same pixels, by their softened probabilities
-(Hinton et al. 2015), decoupled ones (DKD, Zhao et al., CVPR 2022), attention (AT, Zagoruyko & Komodakis, ICLR 2017) or
-features (FitNets, Romero et al., ICLR 2015).
+"""Distillation: learn from the outputs of other networks for the same pixels.
 
-After stripping nothing is left: teachers are outside of the net, and the hints' regressors are branches.
+By their softened probabilities (Hinton et al. 2015, arXiv:1503.02531), decoupled ones (DKD, Zhao et al., CVPR 2022,
+arXiv:2203.08679), attention (AT, Zagoruyko & Komodakis, ICLR 2017, arXiv:1612.03928) or features (FitNets, Romero et al.,
+ICLR 2015, arXiv:1412.6550); the formulas are in `fgvc.imitation`. After stripping nothing is left: teachers are outside of the
+net, and the hints' regressors are branches.
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ class DistillConfig(Section):
 class Distill:
     """`kd` = T^2 KL(q || p) or T^2 (alpha TCKD + beta NCKD), q the weighted mean of softmax(z_t / T), p = softmax(z_s / T)."""
 
-    source: ClassVar[str] = "Hinton et al. 2015; DKD: Zhao et al., CVPR 2022; AT: Zagoruyko & Komodakis, ICLR 2017"
+    source: ClassVar[str] = (
+        "Hinton et al. 2015, arXiv:1503.02531; DKD: Zhao et al., CVPR 2022, arXiv:2203.08679; AT: Zagoruyko & Komodakis, "
+        "ICLR 2017, arXiv:1612.03928; hints: Romero et al., ICLR 2015, arXiv:1412.6550"
+    )
     forwards: ClassVar[str] = "0 (and its teachers' own)"
     leaves: ClassVar[str] = "nothing"
     measures: ClassVar[tuple[str, ...]] = ("teacher_accuracy",)

@@ -1,6 +1,6 @@
-"""DropBlock (Ghiasi et al., NeurIPS 2018): squares of a stage's map are dropped at random places. The control of `adl`.
+"""DropBlock (Ghiasi et al., NeurIPS 2018, arXiv:1810.12890): squares of a stage's map are dropped at random places.
 
-Left after stripping: nothing, it is the identity in evaluation.
+The random control of `adl`. Left after stripping: nothing, it is the identity in evaluation.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class DropblockConfig(Section):
 
 
 class Dropblock:
-    """f' = f m |m| / sum m; m is 0 in every square whose corner was drawn, with the paper's probability
+    """f' = f m |m| / sum m; m is 0 in every square whose corner was drawn, with the paper's probability (Eq. 1)
     rate / b^2 * h w / ((h - b + 1)(w - b + 1))."""
 
-    source: ClassVar[str] = "Ghiasi et al., NeurIPS 2018"
+    source: ClassVar[str] = "Ghiasi et al., NeurIPS 2018, arXiv:1810.12890"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

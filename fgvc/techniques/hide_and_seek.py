@@ -1,7 +1,6 @@
-"""Hide-and-Seek (Singh & Lee, ICCV 2017; methods 5): cells of a grid are hidden at random. The random cousin of adversarial
-erasing.
+"""Hide-and-Seek (Singh & Lee, ICCV 2017, arXiv:1704.04232): cells of a grid are hidden at random.
 
-Left after stripping: nothing, it only changes the batch.
+The random counterpart of adversarial erasing. Left after stripping: nothing, it only changes the batch.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class HideAndSeekConfig(Section):
 class HideAndSeek:
     """Every cell is hidden by itself with probability `share`; at least one stays."""
 
-    source: ClassVar[str] = "Singh & Lee, ICCV 2017"
+    source: ClassVar[str] = "Singh & Lee, ICCV 2017, arXiv:1704.04232"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

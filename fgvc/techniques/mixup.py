@@ -1,4 +1,4 @@
-"""mixup (Zhang et al., ICLR 2018; methods 7): convex combinations of images and of their losses.
+"""mixup (Zhang et al., ICLR 2018, arXiv:1710.09412): convex combinations of images and of their losses.
 
 Left after stripping: nothing, it only changes the batch.
 """
@@ -31,7 +31,7 @@ class MixupConfig(Mixing):
 class Mixup:
     """x' = l x + (1-l) x[p]; loss = l CE(y) + (1-l) CE(y[p]), p a permutation of the batch."""
 
-    source: ClassVar[str] = "Zhang et al., ICLR 2018"
+    source: ClassVar[str] = "Zhang et al., ICLR 2018, arXiv:1710.09412"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

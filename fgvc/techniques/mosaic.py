@@ -1,6 +1,7 @@
-"""Mosaic for classification (methods 7): four images in one, labels by the exact area of each.
+"""Mosaic for classification: four images in one, labels by the exact area of each.
 
-Left after stripping: nothing, it only changes the batch.
+The mosaic of detectors (YOLOv4, Bochkovskiy et al. 2020, arXiv:2004.10934) keeps boxes; labels by area are fgvc's own. Left
+after stripping: nothing, it only changes the batch.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class MosaicConfig(Mixing):
 class Mosaic:
     """x' = four parts of x, x[p], x[q], x[r]; loss = sum_i a_i CE(y_i), a_i the exact share of the pixels."""
 
-    source: ClassVar[str] = "YOLOv4 (Bochkovskiy et al. 2020), here with labels by area"
+    source: ClassVar[str] = "YOLOv4, Bochkovskiy et al. 2020, arXiv:2004.10934; here with labels by area"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

@@ -1,4 +1,4 @@
-"""A multi-scale head: ASFF (Liu et al. 2019; methods 15a) over stages of the backbone, and a classifier on each stage.
+"""A multi-scale head: ASFF (Liu et al. 2019, arXiv:1911.09516) over stages of the backbone, and a classifier on each.
 
 Early stages learn directly to tell the classes, each where it sees best. After stripping nothing is left.
 """
@@ -53,7 +53,7 @@ class MultiscaleHeadConfig(Section):
 class MultiscaleHead:
     """L = fused CE(W pool(sum_l a_l r_l)) + each mean_l CE(W_l norm(pool(f_l))); a, r: see fgvc.model.asff."""
 
-    source: ClassVar[str] = "Liu et al. 2019 (ASFF)"
+    source: ClassVar[str] = "ASFF, Liu et al. 2019, arXiv:1911.09516"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

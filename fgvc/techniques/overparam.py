@@ -1,4 +1,4 @@
-"""MobileOne's over-parameterisation (Vasu et al., CVPR 2023; methods 12), around any timm convolution it fits.
+"""MobileOne's over-parameterisation (Vasu et al., CVPR 2023, arXiv:2206.04040), around any convolution that can take it.
 
 Every square convolution, 1x1 ones too, gets copies of its own size beside it, a 1x1 branch and, where it keeps channels
 and size, the identity, each with its own batch norm. After stripping nothing is left: the branches are folded into the
@@ -33,7 +33,7 @@ class Overparam:
     """y = conv(x) + sum_n BN(conv_n(x)) + BN(1x1(x)) + BN(x), the new gammas 0 at first; no BN(x) where channels or size
     change, and no separate 1x1 beside a 1x1."""
 
-    source: ClassVar[str] = "MobileOne, CVPR 2023"
+    source: ClassVar[str] = "MobileOne, Vasu et al., CVPR 2023, arXiv:2206.04040"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
 

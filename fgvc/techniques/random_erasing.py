@@ -1,4 +1,4 @@
-"""Random Erasing (Zhong et al., AAAI 2020; methods 8): a rectangle of random area and aspect is erased.
+"""Random Erasing (Zhong et al., AAAI 2020, arXiv:1708.04896): a rectangle of random area and aspect is erased.
 
 Left after stripping: nothing, it only changes the batch. A random control of `cam_erasing`.
 """
@@ -51,7 +51,7 @@ class RandomErasingConfig(Section):
 class RandomErasing:
     """h = sqrt(area aspect), w = sqrt(area / aspect), anywhere that it fits; drawn anew where it does not."""
 
-    source: ClassVar[str] = "Zhong et al., AAAI 2020"
+    source: ClassVar[str] = "Zhong et al., AAAI 2020, arXiv:1708.04896"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

@@ -1,4 +1,4 @@
-"""RepVGG's block (Ding et al., CVPR 2021; methods 12), around any timm convolution it fits.
+"""RepVGG's block (Ding et al., CVPR 2021, arXiv:2101.03697), around any timm convolution that can take it.
 
 Every square k x k convolution gets a 1x1 branch beside it and, where it keeps channels and size, the identity, each with
 its own batch norm. After stripping nothing is left: the branches are folded into the plain kernels, exactly.
@@ -25,7 +25,7 @@ class RepvggConfig(Where):
 class Repvgg:
     """y = conv(x) + BN(1x1(x)) + BN(x), the new gammas 0 at first; no BN(x) where channels or size change."""
 
-    source: ClassVar[str] = "Ding et al., CVPR 2021"
+    source: ClassVar[str] = "Ding et al., CVPR 2021, arXiv:2101.03697"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
 

@@ -1,4 +1,4 @@
-"""SaliencyMix (Uddin et al., ICLR 2021; methods 7): CutMix whose box lies where the other image stands out.
+"""SaliencyMix (Uddin et al., ICLR 2021, arXiv:2006.01791): CutMix whose box lies where the other image stands out.
 
 Left after stripping: nothing, it only changes the batch.
 """
@@ -36,7 +36,7 @@ class Saliencymix:
     Each image has a place of its own; the official code takes that of one for the whole batch.
     """
 
-    source: ClassVar[str] = "Uddin et al., ICLR 2021"
+    source: ClassVar[str] = "Uddin et al., ICLR 2021, arXiv:2006.01791"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

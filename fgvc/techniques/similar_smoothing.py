@@ -1,7 +1,7 @@
-"""Label smoothing by class similarity (methods 15a): a mistaken class costs less the more it looks like the right one.
+"""Label smoothing by class similarity: a mistaken class costs less the more it looks like the right one.
 
-Uniform smoothing (Szegedy et al., CVPR 2016) gives every wrong class the same share; here it goes to the classes whose mean
-features are alike. After stripping nothing is left: the means go.
+Uniform smoothing (Szegedy et al., CVPR 2016, arXiv:1512.00567, section 7) gives every wrong class the same share; here it goes to
+the classes whose mean features are alike. After stripping nothing is left: the means go.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SimilarSmoothing:
     """Term: sum_k S[y,k] CE(k) - CE(y), mean over images and over views by their weight; CE(y) + e times it is the
     cross-entropy with (1 - e) onehot(y) + e S[y]."""
 
-    source: ClassVar[str] = "after Szegedy et al., CVPR 2016"
+    source: ClassVar[str] = "after Szegedy et al., CVPR 2016, arXiv:1512.00567"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

@@ -1,7 +1,7 @@
-"""SnapMix (Huang et al., AAAI 2021; methods 7): a piece of another image, resized, and labels by what the net sees in both.
+"""SnapMix (Huang et al., AAAI 2021, arXiv:2012.04846): a piece of another image, resized; labels by class maps.
 
-The maps come from a forward of the clean images in eval mode, which leaves the batch norms alone. Left after stripping:
-nothing, it only changes the batch.
+Each label counts by its share of the class map, not of the area. The maps come from a forward of the clean images in eval mode,
+which leaves the batch norms alone. Left after stripping: nothing, it only changes the batch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Snapmix:
     once; the official code counts them twice.
     """
 
-    source: ClassVar[str] = "Huang et al., AAAI 2021"
+    source: ClassVar[str] = "Huang et al., AAAI 2021, arXiv:2012.04846"
     forwards: ClassVar[str] = "1 (no backward), in steps that mix so"
     leaves: ClassVar[str] = "nothing"
 

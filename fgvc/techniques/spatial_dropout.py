@@ -1,4 +1,4 @@
-"""Spatial dropout (Tompson et al., CVPR 2015): whole channels of a stage's output are dropped, per sample.
+"""Spatial dropout (Tompson et al., CVPR 2015, arXiv:1411.4280): whole channels of a stage's output are dropped, per sample.
 
 Left after stripping: nothing, it is the identity in evaluation.
 """
@@ -33,7 +33,7 @@ class SpatialDropoutConfig(Section):
 class SpatialDropout:
     """f'[b,c] = f[b,c] m[b,c] / (1 - rate), m ~ Bernoulli(1 - rate); maps (B,C,h,w), (B,h,w,C) or tokens (B,N,C)."""
 
-    source: ClassVar[str] = "Tompson et al., CVPR 2015"
+    source: ClassVar[str] = "Tompson et al., CVPR 2015, arXiv:1411.4280"
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 

@@ -1,4 +1,4 @@
-"""Optimizer, schedule and moving average: timm's, with the choices that methods 13 and 14 call right."""
+"""Optimizer, schedule and moving average: timm's, with the settings that docs/methods.md gives reasons for."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class Optim(Section):
         return self
 
     def scaled(self, batch_size: int) -> Optim:
-        """With the rates meant for `batch_size` images a step: linear (Goyal et al. 2017; methods 13), the square root
-        for optimizers that normalise the gradient."""
+        """With the rates meant for `batch_size` images a step: linear (Goyal et al. 2017, arXiv:1706.02677), the square
+        root for optimizers that normalise the gradient."""
         if self.lr_for_batch is None:
             return self
         factor = batch_size / self.lr_for_batch
@@ -102,8 +102,8 @@ class Ema(Section):
 
 
 class Swa(Section):
-    """Stochastic weight averaging (Izmailov et al., UAI 2018): the mean of the weights at the last epochs' ends. It gains
-    where these still move: with schedule: constant, or a min_lr above 0."""
+    """Stochastic weight averaging (Izmailov et al., UAI 2018, arXiv:1803.05407): the mean of the weights at the last epochs'
+    ends. It gains where these still move: with schedule: constant, or a min_lr above 0."""
 
     start: float = Field(0.75, ge=0, lt=1, description="share of the run after which every epoch's end is averaged")
     images: int = Field(
@@ -201,7 +201,7 @@ def make_schedule(optimizer: Optimizer, optim: Optim, *, steps_per_epoch: int, e
 
     The learning rate of step t (from 0) is lr (t+1) / (T_w+1) while t < T_w, then
     min + (lr - min) (1 + cos(pi (t - T_w) / (T - T_w))) / 2, or lr drop^(number of milestones <= t). timm evaluates its
-    cosine at t, not t - T_w, unless told `warmup_prefix`, and drops one step before a milestone (methods 13).
+    cosine at t, not t - T_w, unless told `warmup_prefix`, and drops one step before a milestone.
     """
     warm = round(optim.warmup_epochs * steps_per_epoch)
     first = optim.lr / (warm + 1)

@@ -1,6 +1,6 @@
-"""SAM, sharpness-aware minimisation (Foret et al., ICLR 2021; methods 15): the gradient is taken a small way uphill.
+"""SAM, sharpness-aware minimisation (Foret et al., ICLR 2021, arXiv:2010.01412): the gradient is taken a small way uphill.
 
-Its adaptive form (Kwon et al., ICML 2021) measures that way in units of each weight's size.
+Its adaptive form (Kwon et al., ICML 2021, arXiv:2102.11600) measures that way in units of each weight's size.
 """
 
 from __future__ import annotations

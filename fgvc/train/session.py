@@ -285,7 +285,7 @@ class Session:
         return self.average if self.average is not None and self.recipe.selected != "last" else self.step.net
 
     def average_epoch(self) -> None:
-        """Have SWA take in the epoch that just ended, if it is one of the last, with batch norms of its own (methods 15a).
+        """Have SWA take in the epoch that just ended, if it is one of the last, with batch norms of its own.
         Where a finished run was made longer and it holds one that is none of the last any more, it begins anew."""
         if self.swa is None or self.recipe.swa is None:
             return
@@ -299,7 +299,7 @@ class Session:
             self._reestimate(self.swa.module, self.recipe.swa.images)
 
     def reestimate_norms(self) -> None:
-        """Take the statistics of all batch norms, the EMA's too, from clean images (methods 1: BN pollution)."""
+        """Take the statistics of all batch norms, the EMA's too, from images as evaluation sees them."""
         for net in (self.step.net, *([self.ema.module] if self.ema is not None else [])):
             self._reestimate(net, self.recipe.train.precise_bn)
 

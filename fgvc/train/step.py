@@ -1,4 +1,4 @@
-"""One training step as one module: the only thing that DDP, autocast and compile wrap (DESIGN 3).
+"""One training step as one module: the only thing that DDP, autocast and compile wrap (docs/design.md).
 
 The order of phases is fixed here and the step knows no technique by name:
 on_batch -> views -> forward (shared group, own groups) -> views_after -> losses.
@@ -65,7 +65,7 @@ class StepModule(nn.Module):
         self._momenta = [norm.momentum for norm in self._norms]
         if recompute:
             _checkpoint_activations(net)
-            # Of the forward only: recomputed batch norms see the batch again and must not count it twice (methods 13).
+            # Of the forward only: recomputed batch norms see the batch again and must not count it twice.
             for norm in self._norms:
                 norm.momentum = 0.0
         self._handles: list[RemovableHandle] = []
@@ -245,7 +245,7 @@ class StepModule(nn.Module):
                 elif weights[name]:
                     losses[f"{kind}.{name}"] = term
                     total = total + weights[name] * term
-        if self.l1:  # methods 13: of weights only, as the decay
+        if self.l1:  # of weights of rank >= 2 only, as the decay
             weights_of_net = (p for p in self.net.parameters() if p.ndim >= 2 and p.requires_grad)
             losses["l1"] = torch.stack([p.abs().sum() for p in weights_of_net]).sum()
             total = total + self.l1 * losses["l1"]

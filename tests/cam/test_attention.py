@@ -1,4 +1,4 @@
-"""The attention branch against loops in float64 written from methods 2, and the odds of the choice of a map."""
+"""The attention branch against loops in float64 written from WS-DAN's formulas, and the odds of the choice of a map."""
 
 from __future__ import annotations
 

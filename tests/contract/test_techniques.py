@@ -1,4 +1,4 @@
-"""The contract of DESIGN 4, for every technique of the union: a new one is tested by being in it.
+"""What every technique owes, for each of the union: a new one is tested by being in it.
 
 Each trains on a tiny CNN and, where it does not refuse it by name, on a tiny ViT.
 """

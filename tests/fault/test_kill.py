@@ -1,4 +1,4 @@
-"""A run that is killed at any step and started again ends with the bits of an uninterrupted one (R6)."""
+"""A run that is killed at any step and started again ends with the bits of an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_with_a_wide_reach_every_cell_comes_from_everywhere_alike() -> None:
 @pytest.mark.parametrize(("reach", "stays"), [(1, 0.79), (2, 0.47), (3, 0.34)])
 def test_cells_stay_in_their_row_as_often_as_measured_elsewhere(reach: float, stays: float) -> None:
     found = draw_jigsaws(np.random.default_rng(2), 4000, grid=7, reach=reach)
-    assert (found // 7 == np.arange(49) // 7).mean() == pytest.approx(stays, abs=0.012)  # methods 1, N = 7
+    assert (found // 7 == np.arange(49) // 7).mean() == pytest.approx(stays, abs=0.012)  # N = 7
 
 
 def test_places_are_shares_of_the_side() -> None:

@@ -1,4 +1,4 @@
-"""A zoo of odd images, drawn in memory: what decode makes of each, and the whole chain against timm (R4)."""
+"""A zoo of odd images, drawn in memory: what decode makes of each, and the whole chain against timm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each branch's forward against the formula of methods 12, written out with torch's own operations, in train and eval mode."""
+"""Each branch's forward against its formula, written out with torch's own operations, in train and eval mode."""
 
 from collections.abc import Callable
 
@@ -86,7 +86,7 @@ def test_a_block_is_the_sum_of_its_formulas(
 
 @pytest.mark.parametrize("groups", [1, 8])
 def test_zeros_between_the_two_convolutions_would_not_fold(groups: int) -> None:
-    """The border that the 1x1's batch norm makes of zeros is its bias; only with it is the fold exact (methods 12.7)."""
+    """The border that the 1x1's batch norm makes of zeros is its bias; only with it is the fold exact."""
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False)
     branch = dbb(conv).branches["1x1-kxk"].double().eval()

@@ -113,7 +113,7 @@ def picture(colour: tuple[int, int, int] = (255, 0, 0), kind: str = "PNG", size:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of one bit a pixel: small on the wire (trap T5)."""
+    """A PNG of one bit a pixel: small on the wire."""
     content = io.BytesIO()
     Image.new("1", (width, height)).save(content, "PNG")
     return content.getvalue()

@@ -111,7 +111,7 @@ def test_a_box_is_the_partners_and_labels_are_its_exact_area(kind: str, per: str
 
 
 def test_cutmix_keeps_about_two_thirds_of_an_image_after_clipping() -> None:
-    """methods 7: shares of 0.5 on average as drawn, 0.68 of the own image after the edges have cut the boxes."""
+    """Shares of 0.5 on average as drawn, 0.68 of the own image after the edges have cut the boxes."""
     data, technique = batch(), CONFIGS["cutmix"]().build()
     kept = []
     for seed in range(4000):

@@ -39,7 +39,7 @@ def drawn(sides: tuple[int, int], *, seed: int = 0, count: int = COUNT, **settin
 
 
 def papers(sides: tuple[int, int], area: tuple[float, float], least: float) -> np.ndarray:
-    """(N,4) as `drawn`, by the loop of the paper's code (methods 8)."""
+    """(N,4) as `drawn`, by the loop of the paper's code."""
     rng, found = random.Random(3), []
     for _ in range(COUNT):
         for _ in range(100):
