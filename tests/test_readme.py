@@ -66,13 +66,3 @@ def test_the_tables_of_the_docs_are_those_of_the_csv_files() -> None:
         [sys.executable, ROOT / "docs/tables.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
-
-
-def test_no_place_of_a_developers_machine_is_in_the_project() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    names = [
-        ROOT / name for name in listed.stdout.split() if name.endswith((".py", ".md", ".toml", ".yaml", ".yml", ".csv"))
-    ]
-    for path in names:
-        if path.name != "test_readme.py":
-            assert not re.search(r"/work/|/root/|/home/\w", path.read_text(encoding="utf-8")), path

@@ -1,6 +1,6 @@
 """Is the default recipe ever below the floor? `any/plain` from 5, 15 and all images a class, on several sets and nets.
 
-    python benchmarks/base/below.py below.csv --work /tmp/base --set cub50=CUB50 --set coffee=COFFEE --set drawn=DEMO \
+    python benchmarks/base/below.py below.csv --work cells --set cub50=CUB50 --set coffee=COFFEE --set drawn=DEMO \
         --net lite0=FILE --net mobile=FILE --net mobile-inat=FILE
     python benchmarks/base/below.py below.csv
 

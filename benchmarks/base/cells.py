@@ -1,6 +1,6 @@
 """Cells of an experiment: short runs that differ in a few settings, each scored on the fold that it did not learn from.
 
-    python benchmarks/base/cells.py benchmarks/base/A-cub50.txt --work /tmp/base data.root=CUB50 model.weights=FILE
+    python benchmarks/base/cells.py benchmarks/base/A-cub50.txt --work cells data.root=CUB50 model.weights=FILE
 
 The file's first line is the recipe (and overrides that all cells share), the second one the folds; each line after that names a
 cell and its overrides (`folds=1`: of that fold alone; `learn=norms`: only scale, shift and head learn). Rows go to the CSV of the

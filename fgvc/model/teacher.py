@@ -1,6 +1,6 @@
 """Networks to learn from: which there can be, and what each is asked in a step.
 
-A teacher is no module: it is in no checkpoint, no optimizer, no average and no DDP.
+A teacher is no module: it is in no optimizer, no average and no DDP, and in a checkpoint only by a head that was fitted for it.
 """
 
 from __future__ import annotations

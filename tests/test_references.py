@@ -1,0 +1,95 @@
+"""Comments, docstrings and docs point only to what a reader has: papers, and files of this repository."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ("fgvc", "docs", "configs", "deploy", "benchmarks", "examples")
+TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".csv", ".html", ".svg", ".sh"}
+
+# Sections of documents that are not in the repository, by the ways in which they were cited.
+OUTSIDE = re.compile(
+    r"\b[Mm]ethod(?:s,?)? \d|\bDESIGN\b|\b[Tt]raps?,? T?\d|\bR\d+[,)]|\b[Ii]ssue \d|"
+    r"\b(?:ecosystem|style|peers|DESIGN)\.md\b|reference/methods"
+)
+MACHINE = re.compile(r"/work/|/root/|/home/\w")
+SCRATCH = re.compile(r"/tmp/")
+PLANS_THAT_RAN = {"benchmarks/base/E2-cub50.txt"}  # its cells keep logits in a folder of the machine that they ran on
+
+
+def texts(*folders: str) -> Iterator[tuple[str, str]]:
+    """Path below the root, and content, of every text file in the folders and of those at the root itself."""
+    own = Path(__file__)
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
+    for path in sorted(found):
+        if path != own and path.is_file() and (path.suffix in TEXT or path.name in ("Makefile", "Dockerfile")):
+            yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+
+
+def lines(pattern: re.Pattern[str], *folders: str) -> list[str]:
+    return [
+        f"{name}:{number}: {line.strip()}"
+        for name, text in texts(*folders)
+        if pattern.search(text)
+        for number, line in enumerate(text.splitlines(), start=1)
+        if pattern.search(line)
+    ]
+
+
+@pytest.mark.parametrize(
+    "cited", ["methods 9", "Methods, 12.5", "DESIGN 3", "trap T5", "traps T1 and T2", "(R21)", "(R9, R16)", "issue 25"]
+)
+def test_the_pattern_knows_how_such_documents_are_cited(cited: str) -> None:
+    assert OUTSIDE.search(f"a comment ({cited})")
+
+
+@pytest.mark.parametrize(
+    "fine", ["see docs/methods.md", "k = 4", "R50 of timm", "a trap: timm's tag", "two methods: 1. cam", "get(method, 1)"]
+)
+def test_the_pattern_lets_other_words_alone(fine: str) -> None:
+    assert not OUTSIDE.search(fine)
+
+
+def test_nothing_points_to_documents_outside_of_the_repository() -> None:
+    assert not lines(OUTSIDE, *SHIPPED, "tests")
+
+
+def test_no_place_of_a_developers_machine_is_in_the_project() -> None:
+    assert not lines(MACHINE, *SHIPPED, "tests")
+    found = lines(SCRATCH, *SHIPPED)
+    assert not [line for line in found if line.partition(":")[0] not in PLANS_THAT_RAN]
+
+
+def test_documents_that_the_code_names_are_there() -> None:
+    named = {
+        (name, document)
+        for name, text in texts("fgvc", "deploy", "benchmarks")
+        for document in re.findall(r"(?<![\w/])docs/[\w./-]+\.(?:md|csv|py)\b", text)
+    }
+    assert named
+    assert not [(name, document) for name, document in sorted(named) if not (ROOT / document).is_file()]
+
+
+@pytest.mark.parametrize("document", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_modules_that_the_documents_name_are_there(document: str) -> None:
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    assert not [name for name in re.findall(r"\bfgvc(?:\.[A-Za-z_]\w*)+", text) if not is_there(name.split("."))]
+
+
+def is_there(parts: list[str]) -> bool:
+    """Whether a dotted name is a module, or a word of one."""
+    place = ROOT
+    for at, part in enumerate(parts):
+        if (place / part).is_dir():
+            place = place / part
+        elif (file := place / f"{part}.py").is_file():
+            rest = parts[at + 1 :]
+            return not rest or re.search(rf"\b{rest[0]}\b", file.read_text(encoding="utf-8")) is not None
+        else:
+            return False
+    return True
