@@ -1,4 +1,4 @@
-"""What to do after `fgvc probe`: what limits the best net that costs no more than the deployed one, how to train from it, and
+"""Advice after `fgvc probe`: what limits the best net that costs no more than the deployed one, how to train from it, and
 which larger net could teach it."""
 
 from __future__ import annotations

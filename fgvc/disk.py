@@ -1,5 +1,4 @@
-"""The way to the disk: what must be on it before a name may point at it, what a user hears when it can't get there, and whose
-turn it is.
+"""Writing to the disk: files and folders that are whole or not there, locks, and errors that name what the system can't write.
 
 Every file of a run is written by `write_atomic`, `fill` or `append`, and every name of one is changed by the functions here.
 """

@@ -1,5 +1,7 @@
-"""`fgvc interpolate`: the net on the straight way from what a run started from to what it learnt (WiSE-FT: Wortsman et al.,
-"Robust fine-tuning of zero-shot models", CVPR 2022, arXiv:2109.01903)."""
+"""`fgvc interpolate`: a net between what a run started from and what it learnt, by linear interpolation of the weights.
+
+WiSE-FT (Wortsman et al., CVPR 2022, arXiv:2109.01903).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that users gave, where they have to fit: on a line, as the name of a file, beside another of the same name."""
+"""Names given by users, made to fit: on a line, as the name of a file, beside another of the same name."""
 
 from __future__ import annotations
 

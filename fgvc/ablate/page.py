@@ -1,4 +1,4 @@
-"""What a study leaves for people: `runs.csv`, `table.md` and `table.html`."""
+"""The tables of a study as files: `runs.csv`, `table.md` and `table.html`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a network looks, from features that are there already: class maps for use inside the training step.
+"""Class maps for use inside the training step, from features that are there already.
 
 No second pass through the backbone, no numpy, no change of mode outside: a gradient goes through the head alone, on a
 detached copy of the features, in float32, with dropout off.
@@ -67,7 +67,7 @@ def grad_cam(f: Tensor, g: Tensor) -> Tensor:
 
 def grad_cam_plus_plus(f: Tensor, g: Tensor) -> Tensor:
     """relu(sum_k w_k f_k), w_k = sum_hw a relu(g), a = g^2 / (2 g^2 + sum_hw(f_k) g^3), 0 where g is (Chattopadhay et al.,
-    WACV 2018, arXiv:1710.11063, with the exponential's derivatives as powers of g); shapes as `grad_cam`."""
+    WACV 2018, arXiv:1710.11063, Eq. 19, with the exponential's derivatives as powers of g); shapes as `grad_cam`."""
     # Without the common factor g^2: an epsilon beside it, as other code has it, outweighs the small gradients of large maps.
     below = 2 + f.sum((2, 3), keepdim=True) * g
     alpha = torch.where(g == 0, 0.0, 1 / torch.where(below.abs() < 1e-6, 1e-6, below))

@@ -1,4 +1,4 @@
-"""Class maps of many images, in no hurry: pytorch-grad-cam's methods and fgvc's own beside them, by name."""
+"""Class maps outside of the training step: pytorch-grad-cam's methods and fgvc's own beside them, by name."""
 
 from __future__ import annotations
 

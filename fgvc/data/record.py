@@ -1,4 +1,4 @@
-"""The images that a run is of: listed once, when it begins, and read by whoever opens the run. Imports no torch.
+"""The images that a run is of: listed once, when it begins, and read by every verb that opens the run. Imports no torch.
 
 A file `index.npz`: the columns of an ImageIndex without its root, each file's size, and a digest. A million images are some
 10 MB. Read it with `numpy.load(..., allow_pickle=False)`; text is one column of UTF-8 bytes and one of lengths.

@@ -1,4 +1,4 @@
-"""Where the demonstration set's beetles live: ground, leaves, twigs, grass and light, all drawn from random numbers.
+"""Backgrounds of the demonstration set: ground, leaves, twigs, grass and light, all drawn from random numbers.
 
 Pictures are drawn FINE times larger and then reduced. Only whole coordinates and 8-bit images are used, so that the
 same numbers give the same picture everywhere.

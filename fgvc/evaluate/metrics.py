@@ -1,4 +1,4 @@
-"""How good a net is on a part of the data: torchmetrics sums, right over any number of processes."""
+"""Scores of a net on a part of the data, summed by torchmetrics, right over any number of processes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A run's temperature and threshold: fitted once, on its validation part, and kept in its folder with the checkpoint's digest.
 
 `<run>/calibration.json` holds, under `val.<select>`, what a bundle's does, and the identity of the checkpoint whose weights it
-was fitted for. Whoever shows a probability of this run takes both numbers from there. No other part is ever fitted on.
+was fitted for. All that shows a probability of this run takes both numbers from there. No other part is ever fitted on.
 """
 
 from __future__ import annotations

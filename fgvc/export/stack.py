@@ -1,5 +1,7 @@
-"""What stands around a model where it is deployed: how it is fed, and what its outputs mean. Equal graphs give equal answers only
-where both agree. Imports no torch and no onnx."""
+"""Preprocessing and order of labels around a deployed model, and whether two models agree in them.
+
+Equal graphs give equal answers only where both agree. Imports no torch and no onnx.
+"""
 
 from __future__ import annotations
 

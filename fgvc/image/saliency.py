@@ -1,4 +1,4 @@
-"""Where an image stands out from its surroundings: fine-grained static saliency (Montabone and Soto, 2010), on device.
+"""Fine-grained static saliency (Montabone & Soto 2010; no arXiv): where an image stands out from its surroundings, on device.
 
 OpenCV has it in its contrib package, on the CPU and one image at a time. Here: the same differences between a place and the
 mean of square surroundings, on images reduced to a quarter, which is fine enough to say where the peak is.

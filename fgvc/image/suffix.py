@@ -1,4 +1,4 @@
-"""By which a file below a folder is taken for an image: of data sets, and where folders are predicted or explained."""
+"""Suffixes by which a file below a folder is taken for an image, in data sets and where folders are predicted or explained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one process of a distributed run must know of the others."""
+"""Gathering of tensors from all processes of a distributed run."""
 
 from __future__ import annotations
 

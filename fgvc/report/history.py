@@ -1,4 +1,4 @@
-"""What a run wrote down while it went: its epochs, rates, machine and time."""
+"""A run's history as it was recorded: its epochs, rates, machine and time."""
 
 from __future__ import annotations
 

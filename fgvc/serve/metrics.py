@@ -1,4 +1,4 @@
-"""What Prometheus scrapes. Labels are routes and models, never what a client sent: their number is bounded."""
+"""The server's metrics for Prometheus. Labels are routes and models, never what a client sent: their number is bounded."""
 
 from __future__ import annotations
 

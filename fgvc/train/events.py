@@ -1,4 +1,4 @@
-"""What a run leaves on disk while it goes, and what it says on the terminal: stderr only, stdout is for results."""
+"""A run's log: events and tables on disk, lines on the terminal (stderr alone, stdout is for results)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a run must not end below: a logistic regression on the frozen net, from exactly the images that the run learns from.
+"""The floor of a run: a logistic regression on the frozen net, from exactly the images that the run learns from.
 
-Anyone has it in minutes from embeddings and scikit-learn, so it stands beside every result. It is fitted before the first step,
-whatever head the run itself begins with, and lies in `ckpt/start`.
+A run should not end below it, since anyone has it in minutes from embeddings and scikit-learn: it stands beside every result. It
+is fitted before the first step, whatever head the run itself begins with, and lies in `ckpt/start`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which images there are: those of a recipe are drawn anew, those of a run are what it recorded when it began.
+"""The images of a recipe, which are listed anew, and those of a run, which are what it recorded when it began.
 
 A new draw of a set that has changed by one file moves others from part to part, so that what was trained on would be tested on.
 """

@@ -1,4 +1,4 @@
-"""What reading verbs leave in a run: numbers beside the checkpoint that they were measured of, tables, pictures, pages.
+"""Results of reading verbs in a run's folder: numbers beside the checkpoint that they were measured of, tables, pictures, pages.
 
 They may run beside training and beside each other: each takes a lock of its own for as long as it writes, and adds to what is
 there at that moment.

@@ -1,4 +1,4 @@
-"""Asking the net that would ship, between epochs and before the first step."""
+"""Validation of the net that would ship, between epochs and before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""That no step goes on, and no checkpoint is written, with values that are not finite; and what is said of it."""
+"""Checks that no step goes on, and no checkpoint is written, with values that are not finite; and the error for it."""
 
 from __future__ import annotations
 
