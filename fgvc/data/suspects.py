@@ -1,6 +1,8 @@
-"""Labels that look wrong, by what a probe says of images that it did not learn from. Confident learning (Northcutt et al., JAIR
-2021, arXiv:1911.00068; cleanlab) says how many, the probability of the label as given says which. The probe reads frozen features, so nothing is
-trained but a logistic regression per fold."""
+"""Labels that look wrong, by what a probe says of images that it did not learn from.
+
+Confident learning (Northcutt et al., JAIR 2021, arXiv:1911.00068; cleanlab) says how many, the probability of the label as given
+says which. The probe reads frozen features, so nothing is trained but a logistic regression per fold.
+"""
 
 from __future__ import annotations
 

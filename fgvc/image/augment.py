@@ -140,7 +140,7 @@ class Augmenter:
 
 def _compose(augment: Augment, spec: Preprocess) -> Any:
     """albumentations' transforms that can do something (nothing is called in vain), with a record of what they did."""
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or the import asks the package index for news
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or the import looks for a newer version on the network
     import albumentations as A
     import cv2
 

@@ -1,6 +1,6 @@
 """Limits on what a request may cost (size, time, memory), each checked before it is spent, and the API key.
 
-Bodies are cut off while they are read: FastAPI and Starlette spool a form whole before a handler could refuse it.
+Bodies are cut off while they are read: Starlette reads a form to its end before a handler could refuse it.
 """
 
 from __future__ import annotations
