@@ -24,10 +24,9 @@ PLANS_THAT_RAN = {"benchmarks/base/E2-cub50.txt"}  # its cells keep logits in a 
 
 def texts(*folders: str) -> Iterator[tuple[str, str]]:
     """Path below the root, and content, of every text file in the folders and of those at the root itself."""
-    own = Path(__file__)
     found = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
     for path in sorted(found):
-        if path != own and path.is_file() and (path.suffix in TEXT or path.name in ("Makefile", "Dockerfile")):
+        if path.is_file() and path != Path(__file__) and (path.suffix in TEXT or path.name in ("Makefile", "Dockerfile")):
             yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
 
 
@@ -42,10 +41,11 @@ def lines(pattern: re.Pattern[str], *folders: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "cited", ["methods 9", "Methods, 12.5", "DESIGN 3", "trap T5", "traps T1 and T2", "(R21)", "(R9, R16)", "issue 25"]
+    ("document", "section"),
+    [("methods", "9"), ("Methods,", "12.5"), ("DESIGN", "3"), ("trap", "T5"), ("traps", "T1"), ("issue", "25"), ("by R9)", "")],
 )
-def test_the_pattern_knows_how_such_documents_are_cited(cited: str) -> None:
-    assert OUTSIDE.search(f"a comment ({cited})")
+def test_the_pattern_knows_how_such_documents_are_cited(document: str, section: str) -> None:
+    assert OUTSIDE.search(f"a comment ({document} {section})")  # in two pieces, so that this file can be searched as well
 
 
 @pytest.mark.parametrize(
