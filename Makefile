@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: install
-	$(BIN)/python -m fgvc.demo demo
+	$(BIN)/python -m fgvc.cli.demo demo
 
 check: install
 	$(BIN)/ruff check fgvc tests benchmarks

@@ -40,10 +40,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fgvc import api, disk
-from fgvc.config import validate
-from fgvc.recipe import Recipe
-from fgvc.train.run import environment
+from fgvc import api
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.io import files as disk
+from fgvc.runs.folder import environment
 from fgvc.types import FgvcError
 
 CHANGES = ("open", "write", "pwrite", "fsync", "replace", "symlink", "unlink", "mkdir", "rmdir", "ftruncate")
@@ -55,7 +56,7 @@ DEADLINE = 300.0
 
 
 class Dying:
-    """The `os` of `fgvc.disk`, which counts what changes the disk and, before the change of this number, is killed."""
+    """The `os` of `fgvc.io.files`, which counts what changes the disk and, before the change of this number, is killed."""
 
     def __init__(self, at: int = 0, log: Path | None = None) -> None:
         self.at, self.count, self.log = at, 0, log

@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 
-from fgvc.config import validate
-from fgvc.export.onnx import Export, export_onnx, serialised
-from fgvc.export.plain import strip
-from fgvc.export.prove import versions
-from fgvc.export.reference import randomise
-from fgvc.model.backbone import deployed, plain_model
-from fgvc.recipe import Recipe
-from fgvc.serve.engine import Session
-from fgvc.techniques import CONFIGS
-from fgvc.train.session import Built, build_net
+from fgvc.config.section import validate
+from fgvc.exporting.onnx import Export, export_onnx, serialised
+from fgvc.reparam.plain import strip
+from fgvc.exporting.prove import versions
+from fgvc.exporting.reference import randomise
+from fgvc.models.backbone import deployed, plain_model
+from fgvc.config.recipe import Recipe
+from fgvc.runtime.engine import Session
+from fgvc.techniques.registry import CONFIGS
+from fgvc.training.session import Built, build_net
 from fgvc.types import Batch, FgvcError
 
 OUT = Path(__file__).parent / "results" / "architectures.csv"

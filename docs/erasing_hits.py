@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.cam.masks import shifted
+from fgvc.techniques.masks import shifted
 from fgvc.data.loader import train_loader
-from fgvc.image.augment import Augment, Augmenter
-from fgvc.preview import look_through
-from fgvc.train.batch import to_batch
-from fgvc.train.between import epoch_start
-from fgvc.train.events import Events
-from fgvc.train.run import environment, read_run
-from fgvc.train.runtime import runtime
-from fgvc.train.session import Session, open_session
+from fgvc.data.augment import Augment, Augmenter
+from fgvc.report.preview import look_through
+from fgvc.training.batch import to_batch
+from fgvc.training.between import epoch_start
+from fgvc.training.log import Events
+from fgvc.runs.folder import environment, read_run
+from fgvc.runs.distributed import runtime
+from fgvc.training.session import Session, open_session
 from fgvc.types import SPLITS, FgvcError
 
 PLACES = 20  # random ones for every region
@@ -150,7 +150,7 @@ def boxes_inside(session: Session, rows: np.ndarray, geometry: Tensor, size: tup
 
 def whole_inside(session: Session, rows: np.ndarray, size: tuple[int, int]) -> Tensor:
     """As `boxes_inside`, of whole images squashed to `size`."""
-    from fgvc.image.decode import decode
+    from fgvc.images.decode import decode
 
     sides = [decode(session.index.path(int(row))).size for row in rows]
     matrices = [[[w / size[1], 0.0, 0.0], [0.0, h / size[0], 0.0]] for w, h in sides]

@@ -20,12 +20,12 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from torch import nn
 
-from fgvc.bench import interleaved
-from fgvc.explain import open_run, writable
-from fgvc.image.decode import decode
-from fgvc.image.preprocess import fit, normalise
-from fgvc.serve.explain import explain_files
-from fgvc.serve.predict import expand
+from fgvc.studies.speed import interleaved
+from fgvc.report.explain import open_run, writable
+from fgvc.images.decode import decode
+from fgvc.images.preprocess import fit, normalise
+from fgvc.runtime.explain import explain_files
+from fgvc.runtime.predict import expand
 
 BATCH, COUNT, PAIRS = 16, 100, 12
 

@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from fgvc.train.run import read_run
+from fgvc.runs.folder import read_run
 
 PACKAGES = ("fgvc", "torch", "torchvision", "timm")
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from fgvc.explain import open_run, writable
-from fgvc.image.decode import decode
-from fgvc.image.overlay import overlay
-from fgvc.image.preprocess import fit, normalise
-from fgvc.image.sheet import Cell, save_sheet
+from fgvc.report.explain import open_run, writable
+from fgvc.images.decode import decode
+from fgvc.images.overlay import overlay
+from fgvc.images.preprocess import fit, normalise
+from fgvc.images.sheet import Cell, save_sheet
 
 EACH = 3  # pictures of a class
 

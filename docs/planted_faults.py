@@ -23,11 +23,11 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from fgvc import api
-from fgvc.data.checks import Report, check
-from fgvc.data.suspects import Suspects, suspects
-from fgvc.evaluate.features import features, frozen
-from fgvc.recipe import Recipe
-from fgvc.template import recipe_file
+from fgvc.data.quality.checks import Report, check
+from fgvc.data.quality.suspects import Suspects, suspects
+from fgvc.evaluation.features import features, frozen
+from fgvc.config.recipe import Recipe
+from fgvc.config.template import recipe_file
 from fgvc.types import FgvcError, ImageIndex
 
 COPIES = ("exact", "quality 60", "resized", "lighter", "mirrored")

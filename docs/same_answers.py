@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fgvc.evaluate.subject import subject
-from fgvc.export.bundle import load_bundle
-from fgvc.serve.engine import answers
-from fgvc.serve.predict import predict_files
+from fgvc.runs.subject import subject
+from fgvc.runtime.bundle import load_bundle
+from fgvc.runtime.engine import answers
+from fgvc.runtime.predict import predict_files
 
 TOLERANCE, TOP = 1e-4, 5
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from fgvc.ablate.page import forest
-from fgvc.ablate.table import Line, lines, markdown
-from fgvc.page.render import svg
+from fgvc.studies.page import forest
+from fgvc.studies.table import Line, lines, markdown
+from fgvc.report.render import svg
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(

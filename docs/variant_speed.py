@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fgvc.bench import interleaved, write_csv
-from fgvc.export.bundle import load_bundle
-from fgvc.serve.engine import Engine
+from fgvc.studies.speed import interleaved, write_csv
+from fgvc.runtime.bundle import load_bundle
+from fgvc.runtime.engine import Engine
 
 BLOCK, PAIRS = 10, 40
 

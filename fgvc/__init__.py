@@ -1,6 +1,6 @@
 """fgvc: raise the accuracy of the classifier you already deploy without changing a node of its graph.
 
-In Python: `from fgvc import api` to train, export and prove; `fgvc.export.bundle` and `fgvc.serve.engine`, which need no
+In Python: `from fgvc import api` to train, export and prove; `fgvc.runtime.bundle` and `fgvc.runtime.engine`, which need no
 torch, to predict.
 """
 

@@ -15,44 +15,44 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from fgvc.config import validate
-from fgvc.data import checks
-from fgvc.data.duplicates import LIKENESS
+from fgvc.config.recipe import Recipe, Selected, load_recipe
+from fgvc.config.section import validate
 from fgvc.data.loader import evaluation_loader
-from fgvc.data.suspects import suspects as find_suspects
-from fgvc.disk import refuse_file, write_atomic, writing
-from fgvc.evaluate import metrics
-from fgvc.evaluate.averaged import Views, averaged, canvas, refined
-from fgvc.evaluate.calibration import FEWEST, KEEP, Calibrated, spread
-from fgvc.evaluate.features import features, frozen, normalisation
-from fgvc.evaluate.plot import plot_calibration, plot_confusion
-from fgvc.evaluate.sample import Sample
-from fgvc.evaluate.side import Versus, ask, images_of, open_sides
-from fgvc.evaluate.subject import Subject, subject
-from fgvc.evaluate.temperature import PART, Known, calibration, refuse_other_file
-from fgvc.explain import explain
-from fgvc.export.bundle import Bundle, load_bundle, refuse_target, write_bundle
-from fgvc.export.onnx import Export, Exporter
-from fgvc.export.prove import MAX_IMAGES, Proven, prove
-from fgvc.export.quantize import Int8
-from fgvc.export.stack import Agreement, Stack, agreement, stack_of
-from fgvc.export.verify import Comparison, Verification, verify_bundle, verify_files
-from fgvc.interpolate import Interpolation, interpolate
-from fgvc.localize import Localisation, localize
-from fgvc.page.data import data_page
-from fgvc.preview import Preview, preview
-from fgvc.probing import IMAGES, Probing, Size
-from fgvc.probing import probe as run_probe
-from fgvc.recipe import Recipe, Selected, load_recipe
+from fgvc.data.quality import checks
+from fgvc.data.quality.duplicates import LIKENESS
+from fgvc.data.quality.suspects import suspects as find_suspects
+from fgvc.evaluation import metrics
+from fgvc.evaluation.calibration import FEWEST, KEEP, Calibrated, spread
+from fgvc.evaluation.features import features, frozen, normalisation
+from fgvc.evaluation.localize import Localisation, localize
+from fgvc.evaluation.plot import plot_calibration, plot_confusion
+from fgvc.evaluation.sample import Sample
+from fgvc.evaluation.side import Versus, ask, images_of, open_sides
+from fgvc.evaluation.temperature import PART, Known, calibration, refuse_other_file
+from fgvc.evaluation.tta import Views, averaged, canvas, refined
+from fgvc.exporting.onnx import Export, Exporter
+from fgvc.exporting.prove import MAX_IMAGES, Proven, prove
+from fgvc.exporting.quantize import Int8
+from fgvc.exporting.verify import Comparison, Verification, verify_bundle, verify_files
+from fgvc.io.files import refuse_file, write_atomic, writing
+from fgvc.report.data import data_page
 from fgvc.report.document import report
-from fgvc.train.events import as_csv
-from fgvc.train.forecast import Forecast, forecast
-from fgvc.train.images import read_index
-from fgvc.train.loop import train
-from fgvc.train.measured import leave, measured
-from fgvc.train.run import read_run, recorded_classes, recorded_preprocess
+from fgvc.report.explain import explain
+from fgvc.report.preview import Preview, preview
+from fgvc.runs.folder import read_run, recorded_classes, recorded_preprocess
+from fgvc.runs.images import read_index
+from fgvc.runs.measured import leave, measured
+from fgvc.runs.subject import Subject, subject
+from fgvc.runtime.bundle import Bundle, load_bundle, refuse_target, write_bundle
+from fgvc.runtime.stack import Agreement, Stack, agreement, stack_of
+from fgvc.studies.probe import IMAGES, Probing, Size
+from fgvc.studies.probe import probe as run_probe
+from fgvc.studies.variants import Beside, Variants, left_out, make_variants
+from fgvc.training.forecast import Forecast, forecast
+from fgvc.training.interpolate import Interpolation, interpolate
+from fgvc.training.log import as_csv
+from fgvc.training.trainer import train
 from fgvc.types import FgvcError, NoNumbersError, Split
-from fgvc.variant import Beside, Variants, left_out, make_variants
 
 __all__ = [
     "Bundle", "Evaluation", "Exported", "Forecast", "Int8", "Interpolation", "Localisation", "Preview", "Probing", "Recipe",
@@ -151,8 +151,8 @@ def probe(
     crops: Sequence[float] = (),
     images: int = IMAGES,
 ) -> Probing:
-    """How far logistic regressions on frozen nets get with a set's images, see `fgvc.probing.probe`; what to make of it tells
-    `fgvc.advice.advise`. A bar on stderr where that is a terminal."""
+    """How far logistic regressions on frozen nets get with a set's images, see `fgvc.studies.probe.probe`; what to make of it
+    tells `fgvc.studies.advice.advise`. A bar on stderr where that is a terminal."""
     with _bar() as tick:
         return run_probe(data, overrides, starts=starts, sizes=sizes, crops=crops, images=images, progress=tick)
 
@@ -256,7 +256,7 @@ def export(
     `against`: the deployed bundle or file that it must be a drop-in for: in its graph, and in how it is fed and read as far as
     that is known, by what lies beside the file or by what `labels` and `preprocess`, files as in a bundle, state of it.
     `keep`: share of the right answers that the threshold for "none of these" keeps, 1 for no threshold; it and the temperature
-    are the run's own, see `fgvc.evaluate.temperature`, and checked on the exported file. `variants`: int8 and fp16 files to put
+    are the run's own, see `fgvc.evaluation.temperature`, and checked on the exported file. `variants`: int8 and fp16 files to put
     beside it; one that the opset does not allow is left out. `exporter`, `opset`: others than the recipe's, where there is no
     deployed file. `root`: as in `evaluate`. Raises FgvcError where any proof fails, the deployed stack is known to feed or to
     read its model otherwise, logits are no numbers, or a file that is looked at is not what it was, and writes no bundle.

@@ -50,7 +50,7 @@ class ImageIndex:
     labels: np.ndarray  # (N,) int32 in [0, K)
     splits: np.ndarray  # (N,) int8: position in SPLITS
     groups: np.ndarray | None = None  # (N,) StringDType: rows of one group never straddle a split
-    # Both in pixels of the image as it is stored; fgvc.image.upright turns them with it where EXIF says how it was held.
+    # Both in pixels of the image as it is stored; fgvc.images.upright turns them with it where EXIF says how it was held.
     boxes: np.ndarray | None = None  # (N,4) float32: x, y, width, height
     parts: np.ndarray | None = None  # (N,P,3) float32: x, y, visible
     part_names: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ class Output:
     features: Tensor  # (V,C,h,w) or the backbone's own layout: output of forward_features
     logits: Tensor  # (V,K)
     taps: Mapping[str, Tensor] = field(default_factory=dict)  # the taps that techniques asked for, this view's rows
-    mapper: Callable[[Tensor, Target, Any, Sequence[int]], Tensor] = _no_maps  # that network's fgvc.cam.maps.Mapper
+    mapper: Callable[[Tensor, Target, Any, Sequence[int]], Tensor] = _no_maps  # that network's fgvc.models.class_maps.Mapper
     _maps: dict[str, Tensor] = field(default_factory=dict)
 
     def map(self, method: str) -> Tensor:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from fgvc import api, bench
-from fgvc.config import validate
-from fgvc.recipe import Recipe
-from fgvc.techniques import CONFIGS
-from fgvc.train.runtime import runtime
-from fgvc.train.session import open_session
+from fgvc import api
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.runs.distributed import runtime
+from fgvc.studies import speed as bench
+from fgvc.techniques.registry import CONFIGS
+from fgvc.training.session import open_session
 
 
 def recipe(tree: dict, **sections: object) -> Recipe:

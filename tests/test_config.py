@@ -8,9 +8,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from fgvc.config import differences, dump, load, validate
-from fgvc.recipe import Recipe, by_weights, load_recipe
-from fgvc.template import commented, recipes
+from fgvc.config.recipe import Recipe, by_weights, load_recipe
+from fgvc.config.section import differences, dump, load, validate
+from fgvc.config.template import commented, recipes
 from fgvc.types import FgvcError
 
 GOOD = """\

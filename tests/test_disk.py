@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fgvc.disk import as_json, replacing
-from fgvc.train.events import as_csv
+from fgvc.io.files import as_json, replacing
+from fgvc.training.log import as_csv
 from fgvc.types import FgvcError
 
 

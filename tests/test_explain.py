@@ -17,22 +17,22 @@ import torch
 from PIL import Image, ImageFont
 
 from fgvc import api
-from fgvc import explain as explaining
 from fgvc.cli import main
-from fgvc.config import Calibration, validate
-from fgvc.evaluate.subject import load_run, subject
-from fgvc.export.bundle import OPTIONAL, REQUIRED, write_bundle
-from fgvc.export.onnx import explain_model, export_onnx, serialised
-from fgvc.image.decode import decode
-from fgvc.image.overlay import overlay
-from fgvc.image.preprocess import fit, preprocess
-from fgvc.image.sheet import Cell
-from fgvc.model.backbone import deployed
-from fgvc.recipe import Recipe
-from fgvc.serve import explain as drawing
-from fgvc.serve.engine import Engine
-from fgvc.serve.explain import Seen, positive
-from fgvc.train import run as run_folder
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import Calibration, validate
+from fgvc.exporting.onnx import explain_model, export_onnx, serialised
+from fgvc.images.decode import decode
+from fgvc.images.overlay import overlay
+from fgvc.images.preprocess import fit, preprocess
+from fgvc.images.sheet import Cell
+from fgvc.models.backbone import deployed
+from fgvc.report import explain as explaining
+from fgvc.runs import folder as run_folder
+from fgvc.runs.subject import load_run, subject
+from fgvc.runtime import explain as drawing
+from fgvc.runtime.bundle import OPTIONAL, REQUIRED, write_bundle
+from fgvc.runtime.engine import Engine
+from fgvc.runtime.explain import Seen, positive
 from fgvc.types import FgvcError
 from tests.serve import small
 
@@ -297,8 +297,8 @@ def test_a_place_that_can_not_be_written_is_refused_before_the_work(
     run: Path, bundle: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("fgvc.explain.load_run", lambda *_: pytest.fail("it was opened"))
-    monkeypatch.setattr("fgvc.serve.explain.load_bundle", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr("fgvc.report.explain.load_run", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr("fgvc.runtime.explain.load_bundle", lambda *_: pytest.fail("it was opened"))
     for seen in (run, bundle):
         for out in (tmp_path / "file", tmp_path / "file/below/it", tmp_path / ("x" * 300)):
             assert fgvc("explain", seen, pictures, "--out", out) == 2
@@ -363,7 +363,7 @@ def test_logits_that_are_no_numbers_are_refused(
         found = whole(*given)
         return run_folder.Trained({key: value * torch.nan for key, value in found.weights.items()}, found.branches)
 
-    monkeypatch.setattr("fgvc.evaluate.subject.selected_weights", broken)
+    monkeypatch.setattr("fgvc.runs.subject.selected_weights", broken)
     with pytest.raises(FgvcError, match=r"first: gives logits that are no numbers"):
         api.explain(run, [pictures / "a"], tmp_path / "out")
 
@@ -382,7 +382,7 @@ def test_photographs_are_in_memory_one_by_one(
         most = max(most, sum(one() is not None for one in seen))
         return image
 
-    monkeypatch.setattr("fgvc.serve.predict.decode", watched)
+    monkeypatch.setattr("fgvc.runtime.predict.decode", watched)
     out = ["--out", tmp_path / "out"] if verb == "explain" else []
     assert fgvc(verb, bundle, colours / "test", *out) == 0
     assert most <= 2, "the one that was read before may still have a name"

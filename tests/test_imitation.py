@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fgvc.imitation import attention, decoupled, divergence, hint, softened
+from fgvc.techniques.distill.losses import attention, decoupled, divergence, hint, softened
 
 LOGITS = st.lists(st.lists(st.floats(-15, 15, width=32), min_size=4, max_size=4), min_size=1, max_size=3)
 

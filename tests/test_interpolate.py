@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from fgvc import api
 from fgvc.cli import main
-from fgvc.config import validate
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
 from fgvc.data.loader import evaluation_loader
-from fgvc.evaluate.subject import subject
-from fgvc.recipe import Recipe
-from fgvc.train import checkpoint
-from fgvc.train.run import read_run, recorded_preprocess
-from fgvc.train.session import read_index
+from fgvc.runs import checkpoint
+from fgvc.runs.folder import read_run, recorded_preprocess
+from fgvc.runs.subject import subject
+from fgvc.training.session import read_index
 from fgvc.types import FgvcError
 
 TENTHS = [round(0.1 * at, 1) for at in range(11)]
@@ -137,7 +137,7 @@ def test_of_equals_the_smallest_share_is_taken(made: Path, tmp_path: Path, monke
         tops = {0.2: 0.75, 0.5: 0.9, 0.6: 0.9, 1.0: 0.9}
         return replace(real(*given, **named), top1=tops.get(next(shares), 0.5))
 
-    monkeypatch.setattr("fgvc.interpolate.metrics.evaluate", scored)
+    monkeypatch.setattr("fgvc.training.interpolate.metrics.evaluate", scored)
     assert api.interpolate(made, tmp_path / "between").share == 0.5
 
 
@@ -258,14 +258,14 @@ def test_what_fails_midway_leaves_nothing(made: Path, tmp_path: Path, monkeypatc
             raise FgvcError("No space left on device")
         real(*given, start=start, **named)
 
-    monkeypatch.setattr("fgvc.interpolate.checkpoint.save", full)
+    monkeypatch.setattr("fgvc.training.interpolate.checkpoint.save", full)
     refused(made, tmp_path / "out", "No space left", share=0.5)
 
 
 def test_an_unfinished_run_is_taken_with_a_word(
     tree: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fgvc.train import loop
+    from fgvc.training import trainer as loop
 
     real, steps = loop.take_step, iter(range(99))
 

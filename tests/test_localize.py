@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import fgvc.cam.tap
-import fgvc.localize
+import fgvc.evaluation.localize
+import fgvc.models.feature_maps
 from fgvc import api
-from fgvc.cam.offline import ClassMaps
 from fgvc.cli import main
-from fgvc.evaluate.subject import Subject
-from fgvc.recipe import Recipe
+from fgvc.config.recipe import Recipe
+from fgvc.models.cam.offline import ClassMaps
+from fgvc.runs.subject import Subject
 from fgvc.types import SPLITS, FgvcError
 
 CLASSES = ("蓝", "green", "red")
@@ -125,7 +125,7 @@ def test_maps_that_show_the_object_find_it_where_the_data_say_it_is(own: Path, m
 def test_the_thresholds_come_from_validation(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps of validation images have a halo of 0.495 round the object, those of the test show it at 0.4 but for one pixel:
     what suits the one part is wrong on the other."""
-    look, parts = fgvc.localize.look, []
+    look, parts = fgvc.evaluation.localize.look, []
 
     def other(seen: Subject, part: np.ndarray, **options: Any) -> Any:
         parts.append(seen.index.splits[part])
@@ -144,7 +144,7 @@ def test_the_thresholds_come_from_validation(own: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(ClassMaps, "__call__", maps)
         return look(seen, part, **options)
 
-    monkeypatch.setattr(fgvc.localize, "look", other)
+    monkeypatch.setattr(fgvc.evaluation.localize, "look", other)
     found = api.localize(own, "test")
     assert sorted({SPLITS[split] for part in parts for split in part}) == ["test", "val"]
     assert found.chosen_from == "val"
@@ -227,7 +227,7 @@ def test_what_is_refused(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FgvcError, match="no method 'guess'; there are cam, gradcam"):
         api.localize(own, method="guess")
     with monkeypatch.context() as patch:
-        patch.setattr(fgvc.cam.tap, "refusal", lambda *_: "it reads the class token")
+        patch.setattr(fgvc.models.feature_maps, "refusal", lambda *_: "it reads the class token")
         with pytest.raises(FgvcError, match="no class maps: it reads the class token"):
             api.localize(own)
     (own.parent / "data" / "bounding_boxes.txt").unlink()
@@ -281,7 +281,7 @@ def test_another_selection_does_not_overwrite_the_tables(own: Path, monkeypatch:
 @pytest.mark.parametrize("broken", ["{", "[1]", '{"val.last.gradcam": 1}', "\x00"])
 def test_a_broken_record_is_named_before_the_work(own: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     (own / "localisation.json").write_text(broken)
-    monkeypatch.setattr(fgvc.localize, "look", lambda *_, **__: pytest.fail("it looked"))
+    monkeypatch.setattr(fgvc.evaluation.localize, "look", lambda *_, **__: pytest.fail("it looked"))
     with pytest.raises(FgvcError, match=r"localisation\.json: not as fgvc wrote it"):
         api.localize(own)
 

@@ -12,10 +12,10 @@ from timm.loss import BinaryCrossEntropy
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.config import validate
-from fgvc.loss import Criterion, Loss, cross_entropy, make_criterion
-from fgvc.recipe import Recipe
-from fgvc.train.session import build_net, class_counts, read_index
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.models.loss import Criterion, Loss, cross_entropy, make_criterion
+from fgvc.training.session import build_net, class_counts, read_index
 from fgvc.types import FgvcError, Target
 
 ROWS, CLASSES = 5, 4

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from timm.utils.misc import natural_key
 
-from fgvc.naming import one_line, refuse_breaking, relabelled, result_names, sorting, told_apart
+from fgvc.io.names import one_line, refuse_breaking, relabelled, result_names, sorting, told_apart
 from fgvc.types import FgvcError
 
 

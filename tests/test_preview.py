@@ -10,13 +10,14 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image, ImageFont
 
-from fgvc import api, preview
-from fgvc.config import Preprocess, validate
-from fgvc.evaluate import font
-from fgvc.image.decode import decode
-from fgvc.image.preprocess import fit
-from fgvc.image.preprocess import preprocess as prepared
-from fgvc.recipe import Recipe
+from fgvc import api
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import Preprocess, validate
+from fgvc.evaluation import font
+from fgvc.images.decode import decode
+from fgvc.images.preprocess import fit
+from fgvc.images.preprocess import preprocess as prepared
+from fgvc.report import preview
 from fgvc.types import FgvcError
 
 

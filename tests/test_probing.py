@@ -18,15 +18,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fgvc import api
-from fgvc.advice import Advice, advise, summary
 from fgvc.cli import main
-from fgvc.config import Deploy
+from fgvc.config.recipe import load_recipe
+from fgvc.config.section import Deploy
+from fgvc.config.template import recipe_file
 from fgvc.data.splits import fold_numbers
-from fgvc.evaluate.candidate import open_candidate
-from fgvc.model.backbone import plain_model
-from fgvc.model.probe import fit_probe
-from fgvc.recipe import load_recipe
-from fgvc.template import recipe_file
+from fgvc.models.backbone import plain_model
+from fgvc.models.probe import fit_probe
+from fgvc.studies.advice import Advice, advise, summary
+from fgvc.studies.candidate import open_candidate
 from fgvc.types import FgvcError
 
 FAST = ("train.workers=0", "train.device=cpu")
@@ -130,7 +130,7 @@ def test_the_accuracy_is_that_of_a_loop_by_hand(recipe: Path) -> None:
     result, data = found.results[0], found.data
     start = open_candidate(str(_weights_of(recipe)), deploy=Deploy(), size=(32, 32))
     loaded = load_recipe(recipe, ["deploy.crop_fraction=1"])
-    from fgvc.evaluate.features import features, frozen
+    from fgvc.evaluation.features import features, frozen
 
     x = features(loaded, frozen(loaded, 3), data.index, data.rows).vectors
     y = data.index.labels[data.rows]

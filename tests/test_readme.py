@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from fgvc.cli import main
-from fgvc.recipe import Techniques
-from fgvc.techniques import CONFIGS, build
+from fgvc.config.recipe import Techniques
+from fgvc.techniques.registry import CONFIGS, build
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from fgvc.schedule import Scheduled, at
+from fgvc.config.schedule import Scheduled, at
 
 
 class Holder(BaseModel):

@@ -15,18 +15,19 @@ import pytest
 import yaml
 from onnx import numpy_helper
 
-from fgvc import api, variant
+from fgvc import api
 from fgvc.cli import main
-from fgvc.evaluate.agreement import FP16, INT8
-from fgvc.evaluate.subject import Answers, subject
-from fgvc.export import prove as proving
-from fgvc.export import variant as made
-from fgvc.export.bundle import load_bundle, write_bundle
-from fgvc.export.onnx import serialised
-from fgvc.export.quantize import quantise
-from fgvc.image.decode import decode
-from fgvc.image.preprocess import preprocess
-from fgvc.serve.engine import Engine
+from fgvc.evaluation.agreement import FP16, INT8
+from fgvc.exporting import prove as proving
+from fgvc.exporting import variant as made
+from fgvc.exporting.onnx import serialised
+from fgvc.exporting.quantize import quantise
+from fgvc.images.decode import decode
+from fgvc.images.preprocess import preprocess
+from fgvc.runs.subject import Answers, subject
+from fgvc.runtime.bundle import load_bundle, write_bundle
+from fgvc.runtime.engine import Engine
+from fgvc.studies import variants as variant
 from fgvc.types import SPLITS, FgvcError
 
 SMALL = api.Int8(first=2, images=24)

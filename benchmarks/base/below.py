@@ -24,11 +24,11 @@ from table import _gain
 
 from fgvc import api
 from fgvc.cli.option import recipe_path
-from fgvc.model.probe import put_head
-from fgvc.train.events import Events
-from fgvc.train.loop import take_step
-from fgvc.train.runtime import runtime
-from fgvc.train.session import open_session
+from fgvc.models.probe import put_head
+from fgvc.runs.distributed import runtime
+from fgvc.training.log import Events
+from fgvc.training.session import open_session
+from fgvc.training.trainer import take_step
 from fgvc.types import SPLITS
 
 SETS = {

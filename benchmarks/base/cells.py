@@ -26,15 +26,15 @@ import torch
 
 from fgvc import api
 from fgvc.cli.option import recipe_path
+from fgvc.config.recipe import Recipe
 from fgvc.data.loader import evaluation_loader
-from fgvc.evaluate.features import pooled
-from fgvc.model.probe import fit_probe, linear_head, put_head
-from fgvc.recipe import Recipe
-from fgvc.train.events import Events
-from fgvc.train.loop import take_step
-from fgvc.train.runtime import runtime
-from fgvc.train.session import Session, open_session
-from fgvc.train.start import fit_teachers, view_features
+from fgvc.evaluation.features import pooled
+from fgvc.models.probe import fit_probe, linear_head, put_head
+from fgvc.runs.distributed import runtime
+from fgvc.training.log import Events
+from fgvc.training.session import Session, open_session
+from fgvc.training.start import fit_teachers, view_features
+from fgvc.training.trainer import take_step
 
 SHARES = (0.25, 0.5, 0.75)  # of the way from start to end
 _KEPT: dict[tuple[object, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}

@@ -16,10 +16,10 @@ import torch
 
 from fgvc import api
 from fgvc.cli.option import recipe_path
-from fgvc.evaluate.features import features, frozen
-from fgvc.model.probe import fit_probe
-from fgvc.train.session import read_index
-from fgvc.train.start import view_features
+from fgvc.evaluation.features import features, frozen
+from fgvc.models.probe import fit_probe
+from fgvc.training.session import read_index
+from fgvc.training.start import view_features
 from fgvc.types import FgvcError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fgvc.evaluate.compare import gain_interval
+from fgvc.evaluation.paired import gain_interval
 
 
 def main(table: Path) -> None:

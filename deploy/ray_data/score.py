@@ -21,12 +21,12 @@ import pyarrow as pa
 import ray
 from pyarrow import csv, parquet
 
-from fgvc.disk import replacing
-from fgvc.export.bundle import load_bundle
-from fgvc.image.decode import decode
-from fgvc.image.preprocess import preprocess
-from fgvc.serve.engine import Engine, answers
-from fgvc.serve.predict import expand
+from fgvc.io.files import replacing
+from fgvc.runtime.bundle import load_bundle
+from fgvc.images.decode import decode
+from fgvc.images.preprocess import preprocess
+from fgvc.runtime.engine import Engine, answers
+from fgvc.runtime.predict import expand
 from fgvc.types import FgvcError, ImageError
 
 SCHEMA = pa.schema(

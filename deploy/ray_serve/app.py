@@ -18,9 +18,9 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from fgvc.export.bundle import load_bundle
-from fgvc.image.decode import decode
-from fgvc.serve.engine import Engine
+from fgvc.runtime.bundle import load_bundle
+from fgvc.images.decode import decode
+from fgvc.runtime.engine import Engine
 from fgvc.types import MAX_PIXELS, FgvcError, ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")

@@ -16,10 +16,10 @@ import numpy as np
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
-from fgvc.export.bundle import Bundle, load_bundle
-from fgvc.image.preprocess import preprocess
-from fgvc.serve.engine import answers
-from fgvc.serve.predict import decoded, expand
+from fgvc.runtime.bundle import Bundle, load_bundle
+from fgvc.images.preprocess import preprocess
+from fgvc.runtime.engine import answers
+from fgvc.runtime.predict import decoded, expand
 from fgvc.types import FgvcError, ImageError
 
 

@@ -17,7 +17,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Another seed draws other pictures.")] = 0,
 ) -> None:
     """Draw the demonstration set: eight kinds of beetle that differ only in small parts."""
-    from fgvc.data.demo import draw_demo
+    from fgvc.data.drawn.beetles import draw_demo
 
     draw_demo(folder, seed=seed)
     print(folder)
@@ -47,7 +47,8 @@ def check(
     ] = "error",
 ) -> None:
     """Balance, unreadable files, copies and near copies, colours, and with --suspects labels that look wrong."""
-    from fgvc import api, show
+    from fgvc import api
+    from fgvc.cli import show
 
     recipe = api.load_recipe(recipe_path(config), overrides or [])
     report = api.check(recipe, suspects=suspects, likeness=likeness, page=out, table=csv)
@@ -114,9 +115,10 @@ def probe(
     """How accurate frozen nets with a logistic regression are on a set, what limits that, and how to go on. Trains nothing.
 
     Cross-validated within the images to learn from; the test part is not read."""
-    from fgvc import api, show
-    from fgvc.advice import summary
-    from fgvc.disk import as_json, refuse_file, write_atomic
+    from fgvc import api
+    from fgvc.cli import show
+    from fgvc.io.files import as_json, refuse_file, write_atomic
+    from fgvc.studies.advice import summary
 
     out = None if json in (None, "-") else Path(str(json))
     if out is not None:

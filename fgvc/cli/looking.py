@@ -39,7 +39,8 @@ def evaluate(
     megapixels: OtherMegapixels = None,
 ) -> None:
     """Score a run on a part of its data."""
-    from fgvc import api, show
+    from fgvc import api
+    from fgvc.cli import show
 
     limit = pixels(megapixels)
     show.scores(api.evaluate(run, split, select=select, device=device, root=root, views=views, max_pixels=limit))
@@ -58,7 +59,8 @@ def localize(
     """Where a run looks, beside the boxes and parts of its data: MaxBoxAcc, GT-known and Top-1 Loc, IoU, part coverage.
 
     MaxBoxAcc is 1 to 3 points below wsolevaluation's for the same maps: boxes are half-open here, at 100 thresholds."""
-    from fgvc import api, show
+    from fgvc import api
+    from fgvc.cli import show
 
     show.localisation(
         api.localize(
@@ -115,7 +117,7 @@ def explain(
     megapixels: Megapixels = MEGAPIXELS,
 ) -> None:
     """Show where a network looks: overlays, panels side by side, raw maps. Exit code 1 where an image could not be read."""
-    from fgvc.serve.explain import explain_bundles, is_bundle
+    from fgvc.runtime.explain import explain_bundles, is_bundle
 
     both = [seen, *([against] if against is not None else [])]
     if all(is_bundle(path) for path in both):
@@ -172,9 +174,10 @@ def compare(
     megapixels: OtherMegapixels = None,
 ) -> None:
     """Two classifiers on the same images: gain, chance, and what breaks. Exit code 1 where a gate says no."""
-    from fgvc import api, show
-    from fgvc.evaluate.compare import Gate
-    from fgvc.page.compare import refuse_out, write_page
+    from fgvc import api
+    from fgvc.cli import show
+    from fgvc.evaluation.paired import Gate
+    from fgvc.report.compare import refuse_out, write_page
 
     gate = Gate(max_negative_flips, min_gain)
     if out is not None:

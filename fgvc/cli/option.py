@@ -60,6 +60,6 @@ def pixels(megapixels: float | None) -> int | None:
 
 def recipe_path(config: str) -> Path:
     """Of a recipe by path or id."""
-    from fgvc.template import recipe_file
+    from fgvc.config.template import recipe_file
 
     return recipe_file(config)

@@ -75,7 +75,8 @@ def export(
     ] = None,
 ) -> None:
     """Strip, fuse, export and prove; writes no bundle where a proof fails."""
-    from fgvc import api, show
+    from fgvc import api
+    from fgvc.cli import show
 
     wanted = api.Int8(images=int8_images, first=int8_float, reduce_range=reduce_range) if int8 else None
     variants = api.Variants(int8=wanted, fp16=fp16, agreement=agreement)
@@ -93,7 +94,8 @@ def verify(
     preprocess: DeployedPreprocess = None,
 ) -> None:
     """Prove a bundle again, or say where it differs from what is deployed. Exit code 1 where it does."""
-    from fgvc import api, show
+    from fgvc import api
+    from fgvc.cli import show
 
     result = api.verify(path, against=against, labels=labels, preprocess=preprocess)
     show.verification(result)
@@ -112,8 +114,8 @@ def triton(
     ] = 1,
 ) -> None:
     """Put a bundle into the model repository of a Triton server (or KServe), queue bounded; see deploy/README.md."""
-    from fgvc.export.bundle import load_bundle
-    from fgvc.export.triton import write_model
+    from fgvc.exporting.triton import write_model
+    from fgvc.runtime.bundle import load_bundle
 
     print(write_model(load_bundle(bundle), repository, name=name, device=device, instances=instances))
 
@@ -129,7 +131,7 @@ def predict(
     megapixels: Megapixels = MEGAPIXELS,
 ) -> None:
     """Classify images with onnxruntime. Exit code 1 where an image could not be read."""
-    from fgvc.serve.predict import predict_files
+    from fgvc.runtime.predict import predict_files
 
     sys.exit(predict_files(bundle, paths, as_json=as_json, top_k=top_k, variant=variant, max_pixels=round(megapixels * 1e6)))
 
@@ -163,10 +165,10 @@ def serve(
 ) -> None:
     """Serve bundles over HTTP with onnxruntime: images at /v1/classify, tensors at /v2 (Open Inference Protocol)."""
     try:
-        from fgvc.serve.limits import MIB, Limits, read_key
-        from fgvc.serve.models import parse_places
-        from fgvc.serve.run import Settings
-        from fgvc.serve.run import serve as run
+        from fgvc.serving.limits import MIB, Limits, read_key
+        from fgvc.serving.models import parse_places
+        from fgvc.serving.server import Settings
+        from fgvc.serving.server import serve as run
     except ModuleNotFoundError as error:
         raise FgvcError(f"fgvc serve: {error.name} is not installed: pip install 'fgvc[serve]'") from error
 

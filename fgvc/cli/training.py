@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from fgvc.cli.option import Config, Device, Overrides, Root, Run, recipe_path
-from fgvc.disk import refuse_file, writing
+from fgvc.io.files import refuse_file, writing
 from fgvc.types import FgvcError
 
 
@@ -18,12 +18,12 @@ def recipes(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
 ) -> None:
     """List the recipes that come with fgvc."""
-    from fgvc import template
+    from fgvc.config import template
 
     if schema:
         import json
 
-        from fgvc.recipe import Recipe
+        from fgvc.config.recipe import Recipe
 
         print(json.dumps(Recipe.model_json_schema(), indent=1))
         return
@@ -36,8 +36,8 @@ def init(
     out: Annotated[Path, typer.Argument(help="The file to write.")],
 ) -> None:
     """Write a recipe out with every key explained, to own and change."""
-    from fgvc import template
-    from fgvc.recipe import Recipe, by_weights
+    from fgvc.config import template
+    from fgvc.config.recipe import Recipe, by_weights
 
     if out.exists():
         raise FgvcError(f"{out}: exists already; remove it, or choose another name")
@@ -68,8 +68,9 @@ def train(
     ] = False,
 ) -> None:
     """Train a run, or go on with one."""
-    from fgvc import api, show
-    from fgvc.template import run_name
+    from fgvc import api
+    from fgvc.cli import show
+    from fgvc.config.template import run_name
 
     path = recipe_path(config)
     recipe = api.load_recipe(path, overrides or [])
@@ -99,7 +100,8 @@ def interpolate(
     device: Device = None,
 ) -> None:
     """Make a run of the net between a run's start and its end (WiSE-FT): near the start it knows more of other images."""
-    from fgvc import api, show
+    from fgvc import api
+    from fgvc.cli import show
 
     show.interpolation(api.interpolate(run, out, share=share, root=root, device=device))
 
@@ -122,10 +124,10 @@ def ablate(
     ] = False,
 ) -> None:
     """Train what a study lists, seed by seed, and compare all arms with the first. Exit code 1 where a run failed."""
-    from fgvc import show
-    from fgvc.ablate import run
-    from fgvc.ablate.study import read_study
-    from fgvc.template import study_file
+    from fgvc.cli import show
+    from fgvc.config.template import study_file
+    from fgvc.studies import run
+    from fgvc.studies.study import read_study
 
     if test and (arm or seed or estimate):
         raise FgvcError(
@@ -180,15 +182,16 @@ def bench(
     if out is not None:
         refuse_file(out)
     if what == "serve":
-        from fgvc.serve.bench import bench_serve, show_figures, write_figures
+        from fgvc.studies.serving_speed import bench_serve, show_figures, write_figures
 
         figures = bench_serve(Path(config))
         show_figures(figures)
         if out is not None:
             write_figures(out, figures)
         return
-    from fgvc import api, show
-    from fgvc import bench as measure
+    from fgvc import api
+    from fgvc.cli import show
+    from fgvc.studies import speed as measure
 
     recipe = api.load_recipe(recipe_path(config), overrides or [])
     if each and what != "train":

@@ -31,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fgvc.disk import alone, remove, sync, write_atomic
-from fgvc.image.decode import read_picture
+from fgvc.images.decode import read_picture
+from fgvc.io.files import alone, remove, sync, write_atomic
 from fgvc.types import FgvcError, ImageError, ImageIndex
 
 _VERSION = 3

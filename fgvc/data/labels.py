@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fgvc.export.bundle import read_labels
+from fgvc.runtime.bundle import read_labels
 from fgvc.types import FgvcError, ImageIndex
 
 
 def reordered(index: ImageIndex, path: Path) -> ImageIndex:
-    """The same images with the classes numbered as in the file: see `fgvc.export.bundle.read_labels`.
+    """The same images with the classes numbered as in the file: see `fgvc.runtime.bundle.read_labels`.
 
     Raises FgvcError where the file's classes are not exactly the data's.
     """

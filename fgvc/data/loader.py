@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fgvc.config import Preprocess
+from fgvc.config.section import Preprocess
+from fgvc.data.augment import Augmenter
 from fgvc.data.cache import DecodeCache
-from fgvc.image.augment import Augmenter
-from fgvc.image.decode import read_picture
-from fgvc.image.preprocess import preprocess
-from fgvc.image.upright import turned_boxes, turned_points, turned_sides
-from fgvc.seeding import ORDER, SAMPLE, generator
+from fgvc.images.decode import read_picture
+from fgvc.images.preprocess import preprocess
+from fgvc.images.upright import turned_boxes, turned_points, turned_sides
+from fgvc.rng import ORDER, SAMPLE, generator
 from fgvc.types import FgvcError, ImageError, ImageIndex
 
 OnSample = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]

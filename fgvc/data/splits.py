@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fgvc.seeding import SPLIT, generator
+from fgvc.rng import SPLIT, generator
 from fgvc.types import SPLITS, Split
 
 

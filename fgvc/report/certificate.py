@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from fgvc.data.loader import evaluation_loader
-from fgvc.evaluate.subject import Answers, Subject
-from fgvc.export.bundle import Bundle
-from fgvc.export.prove import BATCH_TOLERANCE, FOLD_TOLERANCE, ONNX_TOLERANCE, SHIPPED_TOLERANCE
-from fgvc.image.preprocess import differences
-from fgvc.naming import relabelled
-from fgvc.serve.engine import Session
+from fgvc.exporting.prove import BATCH_TOLERANCE, FOLD_TOLERANCE, ONNX_TOLERANCE, SHIPPED_TOLERANCE
+from fgvc.images.preprocess import differences
+from fgvc.io.names import relabelled
+from fgvc.runs.subject import Answers, Subject
+from fgvc.runtime.bundle import Bundle
+from fgvc.runtime.engine import Session
 from fgvc.types import FgvcError
 
 IMAGES = 8  # asked of both

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 
-from fgvc.evaluate.calibration import BINS, Calibrated, Reliability
-from fgvc.evaluate.font import writable
-from fgvc.page.render import chart
-from fgvc.report.history import History
+from fgvc.evaluation.calibration import BINS, Calibrated, Reliability
+from fgvc.evaluation.font import writable
+from fgvc.report.render import chart
+from fgvc.runs.history import History
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444"]  # Okabe and Ito's, for all eyes
 SIZE = 4.6, 3.0  # inches

@@ -10,26 +10,26 @@ from typing import Any
 
 import yaml
 
-from fgvc.config import differences, dump, leaves
-from fgvc.disk import refuse_file, write_atomic, writing
-from fgvc.evaluate.calibration import Calibrated
-from fgvc.evaluate.compare import Paired, compare, wilson
-from fgvc.evaluate.metrics import SMALLER_IS_BETTER, Scores, of_logits
-from fgvc.evaluate.subject import Answers, Subject, subject
-from fgvc.evaluate.temperature import calibration
-from fgvc.export.bundle import load_bundle
-from fgvc.image.preprocess import described
-from fgvc.naming import told_apart
-from fgvc.page.render import render
-from fgvc.recipe import Recipe, Selected
+from fgvc.config.recipe import Recipe, Selected
+from fgvc.config.section import differences, dump, leaves
+from fgvc.evaluation.calibration import Calibrated
+from fgvc.evaluation.metrics import SMALLER_IS_BETTER, Scores, of_logits
+from fgvc.evaluation.paired import Paired, compare, wilson
+from fgvc.evaluation.temperature import calibration
+from fgvc.images.preprocess import described
+from fgvc.io.files import refuse_file, write_atomic, writing
+from fgvc.io.names import told_apart
 from fgvc.report.certificate import Certificate, certificates
 from fgvc.report.chart import Chart, calibration_charts, curves, terms
 from fgvc.report.gallery import Gallery, gallery
-from fgvc.report.history import History, interpolated, read_history
-from fgvc.report.localisation import COLUMNS, Table, localisation
-from fgvc.serve.engine import refuse_no_numbers
-from fgvc.techniques import CONFIGS
-from fgvc.train.run import has_floor
+from fgvc.report.localization import COLUMNS, Table, localisation
+from fgvc.report.render import render
+from fgvc.runs.folder import has_floor
+from fgvc.runs.history import History, interpolated, read_history
+from fgvc.runs.subject import Answers, Subject, subject
+from fgvc.runtime.bundle import load_bundle
+from fgvc.runtime.engine import refuse_no_numbers
+from fgvc.techniques.registry import CONFIGS
 from fgvc.types import FgvcError, Split
 
 SHARES = {

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fgvc.cam.offline import looking
-from fgvc.config import Calibration
+from fgvc.config.section import Calibration
 from fgvc.data.loader import evaluation_loader
-from fgvc.evaluate.metrics import Scores
-from fgvc.evaluate.subject import Answers, Subject
-from fgvc.image.decode import decode_row
-from fgvc.image.overlay import overlay
-from fgvc.image.preprocess import fit
-from fgvc.page.render import picture
-from fgvc.serve.engine import calibration_word, is_calibrated, probabilities
+from fgvc.evaluation.metrics import Scores
+from fgvc.images.decode import decode_row
+from fgvc.images.overlay import overlay
+from fgvc.images.preprocess import fit
+from fgvc.models.cam.offline import looking
+from fgvc.report.render import picture
+from fgvc.runs.subject import Answers, Subject
+from fgvc.runtime.engine import calibration_word, is_calibrated, probabilities
 from fgvc.types import FgvcError, ImageError
 
 SIDE = 224  # pixels of a picture's longer side

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from fgvc import api
-from fgvc.ablate import identity
-from fgvc.config import validate
-from fgvc.recipe import Recipe
-from fgvc.train import checkpoint
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.runs import checkpoint
+from fgvc.studies import identity
 from fgvc.types import FgvcError
 
 

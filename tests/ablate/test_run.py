@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from fgvc import api
-from fgvc.ablate import identity, result, run
-from fgvc.ablate.study import Plan, read_study
-from fgvc.ablate.table import lines, pack
 from fgvc.cli import main
-from fgvc.evaluate.subject import subject
-from fgvc.train import checkpoint
+from fgvc.runs import checkpoint
+from fgvc.runs.subject import subject
+from fgvc.studies import identity, result, run
+from fgvc.studies.study import Plan, read_study
+from fgvc.studies.table import lines, pack
 from fgvc.types import FgvcError
 
 ARMS = {
@@ -40,7 +40,7 @@ def plan(folder: Path, recipe_tree: dict, arms: dict[str, Any], **keys: Any) -> 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fgvc.ablate.cost.PAIRS", 1)
+    monkeypatch.setattr("fgvc.studies.cost.PAIRS", 1)
 
 
 def read(out: Path) -> list[dict[str, str]]:
@@ -334,7 +334,7 @@ def test_a_step_that_the_machine_cant_take_leaves_the_others_alone(
 
     study, out = plan(tmp_path, recipe_tree, {"plain": {}, "acb": {"techniques.acb": {}}}, seeds=[0]), tmp_path / "out"
     run.estimate(study, out, arms=["plain"])
-    monkeypatch.setattr("fgvc.ablate.cost.interleaved", out_of_memory)
+    monkeypatch.setattr("fgvc.studies.cost.interleaved", out_of_memory)
     (failure,) = run.ablate(study, out)
     assert (failure.run, failure.reason) == ("acb", "out of memory")
     assert [row["arm"] for row in read(out)] == ["plain"]

@@ -11,9 +11,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgvc.ablate.cost import Cost, hours, lengths
-from fgvc.ablate.study import cells, merge, read_study
-from fgvc.config import leaves
+from fgvc.config.section import leaves
+from fgvc.studies.cost import Cost, hours, lengths
+from fgvc.studies.study import cells, merge, read_study
 from fgvc.types import FgvcError
 
 trees = st.recursive(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fgvc.cam.attention import SCALE, BilinearAttention, _SignedRoot, pick
+from fgvc.techniques.attention_crop_drop.attention import SCALE, BilinearAttention, _SignedRoot, pick
 
 CHANNELS, MAPS, CLASSES = 3, 2, 4
 

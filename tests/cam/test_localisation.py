@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fgvc.cam.localisation import (
+from fgvc.evaluation.localization import (
     OVERLAPS,
     THRESHOLDS,
     Chosen,

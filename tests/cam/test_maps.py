@@ -12,7 +12,7 @@ from pytorch_grad_cam import GradCAM, GradCAMPlusPlus
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
-from fgvc.cam.maps import (
+from fgvc.models.class_maps import (
     Mapper,
     Method,
     cam,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from fgvc.cam.masks import Fill, Region, boxes, crop, enlarge, erase, inside, moved, select, shifted
+from fgvc.techniques.masks import Fill, Region, boxes, crop, enlarge, erase, inside, moved, select, shifted
 
 SEEDS = st.integers(0, 2**32)
 SIDES = st.integers(1, 40)

@@ -14,9 +14,10 @@ from sklearn.decomposition import KernelPCA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.cam import method, offline
-from fgvc.cam.maps import evaluating
-from fgvc.cam.offline import BY_CHANNEL, LIBRARY, METHODS, looking, named, offline_maps
+from fgvc.models.cam import methods as method
+from fgvc.models.cam import offline
+from fgvc.models.cam.offline import BY_CHANNEL, LIBRARY, METHODS, looking, named, offline_maps
+from fgvc.models.class_maps import evaluating
 from fgvc.types import FgvcError
 from tests.cam.net import CLASSES, made
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.cam.store import MapStore
+from fgvc.techniques.cam_erasing.store import MapStore
 
 SIZE, CELLS = (48, 64), (3, 4)  # pixels of a crop, cells of its map: 16 pixels each
 SEEDS = st.integers(0, 2**32)

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from fgvc import api
-from fgvc.config import validate
-from fgvc.export.plain import strip
-from fgvc.recipe import Recipe, conflicts
-from fgvc.techniques import CONFIGS, Techniques
-from fgvc.train.session import build_net
+from fgvc.config.recipe import Recipe, conflicts
+from fgvc.config.section import validate
+from fgvc.reparam.plain import strip
+from fgvc.techniques.registry import CONFIGS, Techniques
+from fgvc.training.session import build_net
 from fgvc.types import FgvcError
 
 FALLING = [[0, 1], [1, 0]]  # some steps are left to those that learn from whole labels

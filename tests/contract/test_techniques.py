@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from fgvc import api
-from fgvc.config import validate
-from fgvc.export.onnx import Export, Interface
-from fgvc.export.plain import strip
-from fgvc.export.prove import compare_structure, export_onnx
-from fgvc.export.reference import independent_plain
-from fgvc.model.backbone import deployed
-from fgvc.recipe import Recipe
-from fgvc.techniques import CONFIGS
-from fgvc.train.session import build_net
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.exporting.onnx import Export, Interface
+from fgvc.exporting.prove import compare_structure, export_onnx
+from fgvc.exporting.reference import independent_plain
+from fgvc.models.backbone import deployed
+from fgvc.reparam.plain import strip
+from fgvc.techniques.registry import CONFIGS
+from fgvc.training.session import build_net
 from fgvc.types import FgvcError
 
 NETS = {"cnn": "test_resnet", "vit": "test_vit"}

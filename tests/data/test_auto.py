@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fgvc.config import dump, load, override, validate
-from fgvc.data.auto import AutoData
-from fgvc.data.cub import CubData
-from fgvc.data.folder import FolderData
-from fgvc.data.source import Source
-from fgvc.data.table import CsvData
-from fgvc.recipe import Recipe
-from fgvc.train.images import read_index
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import dump, load, override, validate
+from fgvc.data.sources.auto import AutoData
+from fgvc.data.sources.cub import CubData
+from fgvc.data.sources.folder import FolderData
+from fgvc.data.sources.source import Source
+from fgvc.data.sources.table import CsvData
+from fgvc.runs.images import read_index
 from fgvc.types import FgvcError
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from fgvc.data import cache as module
 from fgvc.data.cache import DecodeCache, shrunk
-from fgvc.image.decode import decode
+from fgvc.images.decode import decode
 from fgvc.types import FgvcError, ImageError, ImageIndex
 
 

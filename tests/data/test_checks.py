@@ -7,10 +7,10 @@ import pytest
 from numpy.dtypes import StringDType
 from PIL import Image, ImageOps
 
-from fgvc.data.checks import COLUMNS, check, findings, with_suspects
-from fgvc.data.colour import Normalisation
-from fgvc.data.folder import FolderData
-from fgvc.data.suspects import Suspect, Suspects
+from fgvc.data.quality.checks import COLUMNS, check, findings, with_suspects
+from fgvc.data.quality.colour import Normalisation
+from fgvc.data.quality.suspects import Suspect, Suspects
+from fgvc.data.sources.folder import FolderData
 from fgvc.types import ImageIndex
 
 

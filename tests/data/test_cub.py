@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fgvc.data.cub import CubData
-from fgvc.data.stored import refuse_shares
+from fgvc.data.quality.stored import refuse_shares
+from fgvc.data.sources.cub import CubData
 from fgvc.types import SPLITS, FgvcError
 
 TABLES = {

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fgvc.data import demo
-from fgvc.data.cub import CubData
-from fgvc.data.demo import PARTS, TRAITS, draw_demo, draw_specimen, traits_of
+from fgvc.data.drawn import beetles as demo
+from fgvc.data.drawn.beetles import PARTS, TRAITS, draw_demo, draw_specimen, traits_of
+from fgvc.data.sources.cub import CubData
 from fgvc.types import FgvcError
 
 # Frozen: comparisons between techniques are made on these pictures. Another drawing needs another VERSION.

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from fgvc.data.duplicates import SIDE, Prints, alike, equal, gathered, groups, joined, links, print_of, unit
+from fgvc.data.quality.duplicates import SIDE, Prints, alike, equal, gathered, groups, joined, links, print_of, unit
 
 
 def drawn(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fgvc.config import validate
-from fgvc.data.folder import FolderData
-from fgvc.image.suffix import SUFFIXES
-from fgvc.serve.predict import expand
+from fgvc.config.section import validate
+from fgvc.data.sources.folder import FolderData
+from fgvc.images.suffix import SUFFIXES
+from fgvc.runtime.predict import expand
 from fgvc.types import SPLITS, FgvcError
 
 

@@ -9,12 +9,12 @@ import torch
 from numpy.dtypes import StringDType
 from PIL import Image, ImageDraw
 
-from fgvc.config import Preprocess
+from fgvc.config.section import Preprocess
+from fgvc.data.augment import Augment, Augmenter
 from fgvc.data.cache import DecodeCache
 from fgvc.data.loader import evaluation_loader, train_loader
-from fgvc.image.augment import Augment, Augmenter
-from fgvc.localize import in_input
-from fgvc.techniques.box_head import in_crop
+from fgvc.evaluation.localize import in_input
+from fgvc.techniques.box_head.technique import in_crop
 from fgvc.types import ImageIndex
 
 STORED = {3: (60, 40), 4: (60, 40), 5: (40, 60), 6: (40, 60), 7: (40, 60), 8: (40, 60), 1: (60, 40), 2: (60, 40)}
@@ -81,7 +81,7 @@ def test_evaluation_finds_box_and_parts_in_its_input(index: ImageIndex) -> None:
 
 
 def test_boxes_fit_a_reduced_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fgvc.image.decode.MAX_PIXELS", 3000)
+    monkeypatch.setattr("fgvc.images.decode.MAX_PIXELS", 3000)
     exif = Image.Exif()
     exif[0x0112] = 6
     scene = Image.new("RGB", (80, 120))  # stored; upright 120 x 80

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fgvc.data.cub import CubData
 from fgvc.data.labels import first, reordered
+from fgvc.data.sources.cub import CubData
 from fgvc.types import FgvcError
 
 

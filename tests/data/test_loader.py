@@ -18,12 +18,12 @@ from numpy.dtypes import StringDType
 from PIL import Image
 from scipy.stats import chisquare
 
-from fgvc.config import Preprocess
+from fgvc.config.section import Preprocess
+from fgvc.data.augment import Augment, Augmenter
 from fgvc.data.cache import DecodeCache
 from fgvc.data.loader import BadFiles, TrainBatch, TrainLoader, _Order, _turns, evaluation_loader, train_loader
-from fgvc.image.augment import Augment, Augmenter
-from fgvc.image.decode import decode
-from fgvc.image.preprocess import preprocess
+from fgvc.images.decode import decode
+from fgvc.images.preprocess import preprocess
 from fgvc.types import FgvcError, ImageError, ImageIndex
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -11,9 +11,9 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from fgvc import api
-from fgvc.config import validate
-from fgvc.data.named import NamedData
-from fgvc.recipe import Recipe
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.data.sources.named import NamedData
 from fgvc.types import FgvcError
 
 

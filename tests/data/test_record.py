@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fgvc.data import record as recording
-from fgvc.data.record import ABSENT, NAME, Record, changes
-from fgvc.data.source import TEXT
+from fgvc.data.sources.source import TEXT
+from fgvc.runs import record as recording
+from fgvc.runs.record import ABSENT, NAME, Record, changes
 from fgvc.types import FgvcError, ImageIndex
 
 
@@ -84,7 +84,7 @@ def test_the_bytes_and_the_digest_depend_on_the_images_alone(tmp_path: Path) -> 
 def test_it_is_read_without_torch_and_without_pickle(tmp_path: Path) -> None:
     path = write(Record.of(index(tmp_path / "set")), tmp_path)
     code = (
-        "import sys; from pathlib import Path; from fgvc.data.record import load; "
+        "import sys; from pathlib import Path; from fgvc.runs.record import load; "
         f"print(len(load(Path({str(path)!r}), Path('x')).index)); "
         "assert not {'torch', 'timm', 'cv2', 'albumentations'} & set(sys.modules)"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fgvc.data.suspects import suspects
+from fgvc.data.quality.suspects import suspects
 from fgvc.types import FgvcError
 
 

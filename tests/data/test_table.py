@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from fgvc.data.table import CsvData
+from fgvc.data.sources.table import CsvData
 from fgvc.types import SPLITS, FgvcError
 
 
@@ -151,8 +151,8 @@ def test_the_encoding_can_be_said(tmp_path):
 MEASURE = """
 import sys
 from pathlib import Path
-from fgvc.data.table import CsvData
-from fgvc.data.folder import FolderData
+from fgvc.data.sources.table import CsvData
+from fgvc.data.sources.folder import FolderData
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fgvc.data.folder import FolderData
+from fgvc.data.sources.folder import FolderData
 from fgvc.types import FgvcError
 from tests.data.test_folder import rows, touch
 

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fgvc.config import Calibration, Preprocess
-from fgvc.export.bundle import Bundle, load_bundle, write_bundle
+from fgvc.config.section import Calibration, Preprocess
+from fgvc.runtime.bundle import Bundle, load_bundle, write_bundle
 
 ROOT = Path(__file__).parents[2]
 SIZE = 8

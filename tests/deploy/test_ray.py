@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fgvc.image.decode import decode
-from fgvc.serve.engine import Engine
+from fgvc.images.decode import decode
+from fgvc.runtime.engine import Engine
 from tests.deploy.small import ROOT, bundle, script
 
 pytest.importorskip("ray", reason="needs the extra `ray`")

@@ -14,9 +14,9 @@ from google.protobuf import text_format
 from PIL import Image
 
 from fgvc.cli import main
-from fgvc.export.bundle import load_bundle
-from fgvc.export.triton import config, write_model
-from fgvc.serve.engine import Engine
+from fgvc.exporting.triton import config, write_model
+from fgvc.runtime.bundle import load_bundle
+from fgvc.runtime.engine import Engine
 from fgvc.types import FgvcError
 from tests.deploy.small import SIZE, bundle, network, script
 

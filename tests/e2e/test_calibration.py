@@ -16,12 +16,13 @@ import yaml
 from onnx import numpy_helper
 from PIL import Image
 
-from fgvc import api, show
-from fgvc.evaluate.calibration import calibrate
-from fgvc.evaluate.subject import subject
-from fgvc.export.bundle import load_bundle
-from fgvc.export.prove import Proven
-from fgvc.serve.predict import predict_files
+from fgvc import api
+from fgvc.cli import show
+from fgvc.evaluation.calibration import calibrate
+from fgvc.exporting.prove import Proven
+from fgvc.runs.subject import subject
+from fgvc.runtime.bundle import load_bundle
+from fgvc.runtime.predict import predict_files
 
 COLOURS = {"blue": (110, 110, 160), "green": (110, 150, 110), "red": (160, 110, 110)}
 

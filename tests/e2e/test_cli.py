@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from fgvc import api
 from fgvc.cli import main
-from fgvc.export.bundle import write_bundle
-from fgvc.model.backbone import plain_model
-from fgvc.template import recipe_file, run_name
+from fgvc.config.template import recipe_file, run_name
+from fgvc.models.backbone import plain_model
+from fgvc.runtime.bundle import write_bundle
 from tests.serve.small import serving
 
 VERBS = (
@@ -267,7 +267,7 @@ def test_predict_names_what_it_can_not_read(
 def test_predict_imports_nothing_of_training(bundle: Path, colours: Path) -> None:
     image = next((colours / "test").rglob("*.png"))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom fgvc.serve.predict import predict_files\n"
+        "import sys\nfrom pathlib import Path\nfrom fgvc.runtime.predict import predict_files\n"
         f"assert predict_files(Path({str(bundle)!r}), [Path({str(image)!r})]) == 0\n"
         "heavy = {'torch', 'torchvision', 'timm', 'albumentations', 'cv2', 'matplotlib', 'onnx'} & set(sys.modules)\n"
         "assert not heavy, heavy"

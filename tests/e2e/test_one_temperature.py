@@ -17,12 +17,13 @@ from PIL import Image
 from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
-from fgvc import api, show
+from fgvc import api
+from fgvc.cli import show
 from fgvc.data.loader import evaluation_loader
-from fgvc.evaluate.subject import onnx_answers, subject
-from fgvc.evaluate.temperature import RECORD, calibration
-from fgvc.serve.engine import Session
-from fgvc.serve.predict import predict_files
+from fgvc.evaluation.temperature import RECORD, calibration
+from fgvc.runs.subject import onnx_answers, subject
+from fgvc.runtime.engine import Session
+from fgvc.runtime.predict import predict_files
 from tests.serve.small import ask, service
 
 COLOURS = {"blue": (90, 90, 170), "green": (90, 160, 90), "red": (170, 90, 90)}
@@ -265,7 +266,7 @@ def test_a_damaged_record_is_refused_by_name(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_answers_otherwise_is_not_called_calibrated(run: Path, tmp_path: Path, bundle: Path) -> None:
-    from fgvc.evaluate.temperature import refuse_other_file
+    from fgvc.evaluation.temperature import refuse_other_file
 
     seen = subject(run)
     known, model = calibration(seen), (bundle / "model.onnx").read_bytes()

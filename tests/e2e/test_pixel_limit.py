@@ -13,8 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fgvc.cli import app, main, shipping
-from fgvc.recipe import load_recipe
-from fgvc.serve.limits import Limits
+from fgvc.config.recipe import load_recipe
+from fgvc.serving.limits import Limits
 from fgvc.types import MAX_PIXELS
 
 Ask = Callable[..., tuple[int, str]]

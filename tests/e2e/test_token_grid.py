@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fgvc import api
-from fgvc.config import validate
-from fgvc.evaluate.subject import load_run
-from fgvc.explain import explain
-from fgvc.export.onnx import explain_model
-from fgvc.export.plain import strip
-from fgvc.recipe import Recipe
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.exporting.onnx import explain_model
+from fgvc.reparam.plain import strip
+from fgvc.report.explain import explain
+from fgvc.runs.subject import load_run
 
 SIZE, CELLS = (64, 256), (4, 16)
 TECHNIQUES = {

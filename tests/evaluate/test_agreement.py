@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fgvc.evaluate.agreement import INT8, Bars, agree
+from fgvc.evaluation.agreement import INT8, Bars, agree
 from fgvc.types import FgvcError
 
 

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from fgvc import api
-from fgvc.config import Preprocess, validate
-from fgvc.evaluate.averaged import averaged, canvas, refined
-from fgvc.evaluate.subject import subject
-from fgvc.image.preprocess import preprocess
-from fgvc.recipe import Recipe
-from fgvc.train.measured import measured
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import Preprocess, validate
+from fgvc.evaluation.tta import averaged, canvas, refined
+from fgvc.images.preprocess import preprocess
+from fgvc.runs.measured import measured
+from fgvc.runs.subject import subject
 from fgvc.types import FgvcError
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from fgvc.config import HIGHEST, LOWEST
-from fgvc.evaluate.calibration import (
+from fgvc.config.section import HIGHEST, LOWEST
+from fgvc.evaluation.calibration import (
     BINS,
     FEWEST,
     MAX_IMAGES,
@@ -25,7 +25,7 @@ from fgvc.evaluate.calibration import (
     risk_coverage,
     spread,
 )
-from fgvc.evaluate.plot import plot_calibration
+from fgvc.evaluation.plot import plot_calibration
 
 
 def honest(count: int, *, classes: int = 6, scale: float = 1.5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from fgvc.evaluate.compare import Gate, Paired, compare, gain_interval
+from fgvc.evaluation.paired import Gate, Paired, compare, gain_interval
 from fgvc.types import FgvcError
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fgvc.evaluate.features import features, frozen, normalisation
-from fgvc.image.decode import decode
-from fgvc.image.preprocess import preprocess
-from fgvc.model.backbone import plain_model
-from fgvc.model.weights import load_weights, preprocess_for
-from fgvc.recipe import Recipe
+from fgvc.config.recipe import Recipe
+from fgvc.evaluation.features import features, frozen, normalisation
+from fgvc.images.decode import decode
+from fgvc.images.preprocess import preprocess
+from fgvc.models.backbone import plain_model
+from fgvc.models.weights import load_weights, preprocess_for
 from fgvc.types import FgvcError
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from fgvc.evaluate.compare import gain_interval
-from fgvc.evaluate.learning_curve import FOLDS, SHARES, Curve, learning_curve, make_folds, weight_of
-from fgvc.model.probe import fit_probe
+from fgvc.evaluation.learning_curve import FOLDS, SHARES, Curve, learning_curve, make_folds, weight_of
+from fgvc.evaluation.paired import gain_interval
+from fgvc.models.probe import fit_probe
 from fgvc.types import FgvcError
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fgvc.evaluate.calibration import confidence_of, reliability
-from fgvc.evaluate.metrics import BINS, Scores, evaluate, of_logits
-from fgvc.evaluate.plot import plot_confusion
+from fgvc.evaluation.calibration import confidence_of, reliability
+from fgvc.evaluation.metrics import BINS, Scores, evaluate, of_logits
+from fgvc.evaluation.plot import plot_confusion
 from fgvc.types import FgvcError
 
 CPU = torch.device("cpu")

@@ -12,12 +12,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from fgvc import api, show
-from fgvc.cli import main
-from fgvc.config import Calibration, Preprocess
-from fgvc.evaluate.side import open_sides
-from fgvc.export.bundle import read_labels, write_bundle
-from fgvc.page.compare import write_page
+from fgvc import api
+from fgvc.cli import main, show
+from fgvc.config.section import Calibration, Preprocess
+from fgvc.evaluation.side import open_sides
+from fgvc.report.compare import write_page
+from fgvc.runtime.bundle import read_labels, write_bundle
 from fgvc.types import FgvcError
 
 NAMES = ["红", "green", "blue"]  # the position is that of the channel

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from fgvc.config import Calibration, Preprocess
-from fgvc.export import bundle as bundles
-from fgvc.export.bundle import MANIFEST, load_bundle, refuse_target, write_bundle
+from fgvc.config.section import Calibration, Preprocess
+from fgvc.runtime import bundle as bundles
+from fgvc.runtime.bundle import MANIFEST, load_bundle, refuse_target, write_bundle
 from fgvc.types import FgvcError
 
 PREPROCESS = Preprocess(size=(32, 48), resize="pad")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from fgvc.export.canonical import canonicalise, weight_positions
-from fgvc.export.compare import Difference, compare, notes
+from fgvc.exporting.canonical import canonicalise, weight_positions
+from fgvc.exporting.difference import Difference, compare, notes
 from tests.export.small_graphs import MUTANTS, SOURCES, first, graph_of, holder, insert_live, model, port, put, tensor
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from fgvc.export.onnx import Export
-from fgvc.export.prove import prove
-from fgvc.model.backbone import plain_model
-from fgvc.techniques.acb import AcbConfig
-from fgvc.train.step import StepModule
+from fgvc.exporting.onnx import Export
+from fgvc.exporting.prove import prove
+from fgvc.models.backbone import plain_model
+from fgvc.runs.step import StepModule
+from fgvc.techniques.acb.technique import AcbConfig
 from fgvc.types import Batch, Draws, FgvcError
 
 SIZE, CLASSES = (64, 64), 10

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fgvc.export.onnx import Export
-from fgvc.export.prove import prove
-from fgvc.export.reference import randomise
-from fgvc.model.backbone import deployed, plain_model
-from fgvc.model.norm import reestimate_norms
-from fgvc.train.step import StepModule
+from fgvc.exporting.onnx import Export
+from fgvc.exporting.prove import prove
+from fgvc.exporting.reference import randomise
+from fgvc.models.backbone import deployed, plain_model
+from fgvc.models.norms import reestimate_norms
+from fgvc.runs.step import StepModule
 from fgvc.types import Batch, Draws
 
 SIZE, CLASSES = (64, 64), 5

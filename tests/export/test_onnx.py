@@ -9,10 +9,10 @@ from onnx import TensorProto, helper
 from pydantic import ValidationError
 from torch import nn
 
-from fgvc.export.onnx import OPSETS, Export, explain_model, export_onnx, interface_of, load_onnx, serialised
-from fgvc.export.reference import randomise
-from fgvc.model.backbone import deployed, plain_model
-from fgvc.serve.engine import Session
+from fgvc.exporting.onnx import OPSETS, Export, explain_model, export_onnx, interface_of, load_onnx, serialised
+from fgvc.exporting.reference import randomise
+from fgvc.models.backbone import deployed, plain_model
+from fgvc.runtime.engine import Session
 from fgvc.types import FgvcError
 
 BOTH = pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])

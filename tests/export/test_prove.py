@@ -11,18 +11,18 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from fgvc.config import Preprocess
-from fgvc.export.bundle import load_bundle, write_bundle
-from fgvc.export.onnx import Export, Interface, export_onnx, serialised
-from fgvc.export.plain import strip
-from fgvc.export.prove import Proven, compare_behaviour, compare_numbers, compare_structure, prove
-from fgvc.export.reference import independent_plain, randomise
-from fgvc.export.ties import degenerate, nudged
-from fgvc.export.verify import verify_bundle, verify_files
-from fgvc.model.backbone import deployed, plain_model
-from fgvc.model.graft import find_sites, graft
+from fgvc.config.section import Preprocess
+from fgvc.exporting.onnx import Export, Interface, export_onnx, serialised
+from fgvc.exporting.prove import Proven, compare_behaviour, compare_numbers, compare_structure, prove
+from fgvc.exporting.reference import independent_plain, randomise
+from fgvc.exporting.ties import degenerate, nudged
+from fgvc.exporting.verify import verify_bundle, verify_files
+from fgvc.models.backbone import deployed, plain_model
 from fgvc.reparam.block import refusal
+from fgvc.reparam.graft import find_sites, graft
 from fgvc.reparam.kinds import acb
+from fgvc.reparam.plain import strip
+from fgvc.runtime.bundle import load_bundle, write_bundle
 from fgvc.types import FgvcError
 
 SIZE = (32, 32)

@@ -12,11 +12,11 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from fgvc.export import quantize
-from fgvc.export.onnx import export_onnx, serialised
-from fgvc.export.quantize import halve, needs_reduced_range, quantise
-from fgvc.export.reference import randomise
-from fgvc.model.backbone import plain_model
+from fgvc.exporting import quantize
+from fgvc.exporting.onnx import export_onnx, serialised
+from fgvc.exporting.quantize import halve, needs_reduced_range, quantise
+from fgvc.exporting.reference import randomise
+from fgvc.models.backbone import plain_model
 from fgvc.types import FgvcError
 
 SIZE = (32, 32)
@@ -166,7 +166,8 @@ def test_equal_graphs_and_images_give_equal_bytes_in_any_process(tmp_path: Path,
     (tmp_path / "plain.onnx").write_bytes(serialised(plain))
     np.save(tmp_path / "images.npy", IMAGES[:4])
     code = (
-        "import sys, numpy, onnx\nfrom fgvc.export.onnx import serialised\nfrom fgvc.export.quantize import halve, quantise\n"
+        "import sys, numpy, onnx\nfrom fgvc.exporting.onnx import serialised\n"
+        "from fgvc.exporting.quantize import halve, quantise\n"
         "plain = onnx.load(sys.argv[1] + '/plain.onnx')\nimages = numpy.load(sys.argv[1] + '/images.npy')\n"
         "for name, made in (('int8', quantise(plain, [images], first=2)), ('fp16', halve(plain))):\n"
         "    open(f'{sys.argv[1]}/{name}.onnx', 'wb').write(serialised(made))\n"

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from fgvc import api, show
-from fgvc.cli import main
-from fgvc.config import Preprocess
-from fgvc.export.bundle import load_bundle, write_bundle
-from fgvc.export.stack import Stack, agreement, stack_of
+from fgvc import api
+from fgvc.cli import main, show
+from fgvc.config.section import Preprocess
+from fgvc.runtime.bundle import load_bundle, write_bundle
+from fgvc.runtime.stack import Stack, agreement, stack_of
 from fgvc.types import FgvcError
 from tests.serve.small import LABELS, SIZE, network, save_bundle
 

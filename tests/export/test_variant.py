@@ -11,11 +11,11 @@ import onnx
 import pytest
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from fgvc.export.onnx import Exporter, Interface, export_onnx, serialised
-from fgvc.export.quantize import Int8
-from fgvc.export.reference import Plain, independent_plain, randomise
-from fgvc.export.variant import Made, differences, make_fp16, make_int8, structure
-from fgvc.model.backbone import plain_model
+from fgvc.exporting.onnx import Exporter, Interface, export_onnx, serialised
+from fgvc.exporting.quantize import Int8
+from fgvc.exporting.reference import Plain, independent_plain, randomise
+from fgvc.exporting.variant import Made, differences, make_fp16, make_int8, structure
+from fgvc.models.backbone import plain_model
 from fgvc.types import FgvcError
 
 SIZE = (32, 32)
@@ -119,7 +119,7 @@ def test_ranges_and_weights_may_differ(both: tuple[Plain, Plain], int8: Made) ->
 def test_one_more_layer_in_float_is_refused(
     both: tuple[Plain, Plain], int8: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fgvc.export import variant
+    from fgvc.exporting import variant
 
     def careless(proto: ModelProto, images: Any, *, first: int, reduce_range: bool) -> ModelProto:
         more = 1 if proto is both[0].proto else 0

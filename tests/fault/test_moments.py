@@ -1,5 +1,5 @@
 """Killed before, or in the middle of, any change that saving or creating a run makes on the disk, the next process finds a whole
-state and ends with that of one that was never killed. Every change goes through `fgvc.disk`, whose `os` counts them here."""
+state and ends with that of one that was never killed. Every change goes through `fgvc.io.files`, whose `os` counts them here."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from typing import Any
 import pytest
 import torch
 
-from fgvc import disk
-from fgvc.config import dump, validate
-from fgvc.data.folder import FolderData
-from fgvc.data.record import Record
-from fgvc.recipe import Recipe
-from fgvc.train import checkpoint
-from fgvc.train.checkpoint import Progress, State
-from fgvc.train.run import NAME, continue_run, opened, start_run
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import dump, validate
+from fgvc.data.sources.folder import FolderData
+from fgvc.io import files as disk
+from fgvc.runs import checkpoint
+from fgvc.runs.checkpoint import Progress, State
+from fgvc.runs.folder import NAME, continue_run, opened, start_run
+from fgvc.runs.record import Record
 
 CHANGES = ("open", "write", "pwrite", "fsync", "replace", "symlink", "unlink", "mkdir", "rmdir", "ftruncate")
 KILLED = 77
 
 
 class Dying:
-    """The `os` of `fgvc.disk`: before its change number `at`, of a write in the middle of it, the process is gone."""
+    """The `os` of `fgvc.io.files`: before its change number `at`, of a write in the middle of it, the process is gone."""
 
     def __init__(self, at: int) -> None:
         self.at, self.count = at, 0
@@ -85,8 +85,8 @@ def dumped(recipe: str) -> str:
 @pytest.fixture(autouse=True)
 def alone_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)  # a forked process has none of the others
-    monkeypatch.setattr("fgvc.train.run.environment", dict)
-    monkeypatch.setattr("fgvc.train.run.dump", lambda recipe: dumped(recipe.model_dump_json()))
+    monkeypatch.setattr("fgvc.runs.folder.environment", dict)
+    monkeypatch.setattr("fgvc.runs.folder.dump", lambda recipe: dumped(recipe.model_dump_json()))
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # counted, but the machine itself does not die
 
 

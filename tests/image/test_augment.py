@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from fgvc.config import Preprocess
-from fgvc.image.augment import Augment, Augmenter
+from fgvc.config.section import Preprocess
+from fgvc.data.augment import Augment, Augmenter
 
 STILL = {"flip": 0, "brightness": 0, "contrast": 0, "saturation": 0}
 WHOLE = STILL | {"crop": "fit", "crop_scale": (1, 1)}
@@ -224,7 +224,7 @@ def test_greyscale_and_hue() -> None:
 
 
 def test_nothing_to_do_is_the_deployed_fit() -> None:
-    from fgvc.image.preprocess import fit
+    from fgvc.images.preprocess import fit
 
     spec = Preprocess(size=(40, 50), resize="squash", crop_fraction=1)
     image = photograph(120, 240)
@@ -267,7 +267,7 @@ def test_settings_are_checked_and_cheap_to_import() -> None:
     for wrong in ({"crop_scale": (0.5, 1.5)}, {"crop_scale": (0.9, 0.5)}, {"crop_ratio": (0, 1)}, {"flip": 2}):
         with pytest.raises(ValidationError):
             Augment(**wrong)
-    code = "import sys, fgvc.image.augment; assert not {'albumentations', 'cv2', 'torch'} & set(sys.modules)"
+    code = "import sys, fgvc.data.augment; assert not {'albumentations', 'cv2', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

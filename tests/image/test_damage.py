@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from fgvc.image.damage import damage
-from fgvc.image.decode import decode
+from fgvc.images.damage import damage
+from fgvc.images.decode import decode
 from fgvc.types import ImageError
 
 

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fgvc.image.decode import FORMATS, decode, read_picture
-from fgvc.image.suffix import SUFFIXES
+from fgvc.images.decode import FORMATS, decode, read_picture
+from fgvc.images.suffix import SUFFIXES
 from fgvc.types import ImageError
 
 
@@ -173,7 +173,7 @@ def test_mutated_files_give_an_image_or_an_image_error(data: bytes, draw: st.Dat
 
 def test_large_jpegs_are_reduced_by_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 1/2, 1/4 or 1/8, by their own size alone: no limit and no network's input changes what is seen."""
-    monkeypatch.setattr("fgvc.image.decode.MAX_PIXELS", 1000)
+    monkeypatch.setattr("fgvc.images.decode.MAX_PIXELS", 1000)
     for size, scale in (((40, 25), 1), ((41, 25), 2), ((80, 50), 2), ((81, 51), 4), ((200, 100), 8)):
         content = encoded(NOISE.resize(size), "JPEG")
         found = read_picture(content, max_pixels=size[0] * size[1])

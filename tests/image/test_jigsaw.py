@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgvc.image.jigsaw import cut, draw_jigsaws, inverse, places
+from fgvc.techniques.dcl.jigsaw import cut, draw_jigsaws, inverse, places
 from fgvc.types import FgvcError
 
 GRIDS = st.integers(2, 9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import ImageFont
 
-from fgvc.image import lettering
+from fgvc.images import lettering
 
 
 def test_names_that_the_font_lacks_become_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

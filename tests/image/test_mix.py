@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fgvc.image.mix import boxes_around, draw_boxes, inside, mixed_target, partners, pasted, share_of
+from fgvc.techniques.mixing import boxes_around, draw_boxes, inside, mixed_target, partners, pasted, share_of
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgvc.image.mosaic import cells, in_cells, on_canvas, shares
+from fgvc.techniques.mosaic.canvas import cells, in_cells, on_canvas, shares
 
 
 def flat(values: list[float], size: tuple[int, int]) -> list[torch.Tensor]:

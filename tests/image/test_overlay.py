@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from fgvc.image.overlay import heat, overlay
+from fgvc.images.overlay import heat, overlay
 
 GREY = Image.new("RGB", (8, 8), (100, 100, 100))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fgvc.image.saliency import RADII, REDUCED, peaks, saliency
+from fgvc.techniques.saliencymix.saliency import RADII, REDUCED, peaks, saliency
 
 
 def test_it_is_the_sum_of_differences_to_the_surroundings() -> None:

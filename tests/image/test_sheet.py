@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import ImageFont
 
-from fgvc.image.sheet import LETTERS, _lines
+from fgvc.images.sheet import LETTERS, _lines
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from fgvc.image.decode import read_picture
-from fgvc.image.upright import turned_boxes, turned_points, turned_sides
+from fgvc.images.decode import read_picture
+from fgvc.images.upright import turned_boxes, turned_points, turned_sides
 
 ALL = range(1, 9)
 STORED = (60, 40)  # width, height

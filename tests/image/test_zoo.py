@@ -10,9 +10,9 @@ import pytest
 import timm.data
 from PIL import Image
 
-from fgvc.config import Preprocess
-from fgvc.image.decode import decode
-from fgvc.image.preprocess import preprocess
+from fgvc.config.section import Preprocess
+from fgvc.images.decode import decode
+from fgvc.images.preprocess import preprocess
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

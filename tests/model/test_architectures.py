@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from fgvc.export.onnx import Export
-from fgvc.export.plain import strip
-from fgvc.export.prove import prove
-from fgvc.model.backbone import plain_model
-from fgvc.recipe import conflicts
-from fgvc.reparam.choice import Where
-from fgvc.techniques import CONFIGS, Techniques
-from fgvc.train.session import build_net
+from fgvc.config.recipe import conflicts
+from fgvc.exporting.onnx import Export
+from fgvc.exporting.prove import prove
+from fgvc.models.backbone import plain_model
+from fgvc.reparam.plain import strip
+from fgvc.techniques.branches import Where
+from fgvc.techniques.registry import CONFIGS, Techniques
+from fgvc.training.session import build_net
 
 PATH = Path(__file__).parents[2] / "docs" / "architectures.py"
 

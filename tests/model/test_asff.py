@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fgvc.model.asff import Asff, Resize
+from fgvc.techniques.multiscale_head.asff import Asff, Resize
 
 WIDTH = 3
 

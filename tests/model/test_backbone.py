@@ -13,10 +13,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fgvc.config import Deploy
-from fgvc.model.backbone import Model, deployed, feature_layout, feature_map, freeze, memory_format, plain_model
-from fgvc.model.norm import zero_gamma
-from fgvc.model.weights import load_weights, preprocess_for, told, unlikely
+from fgvc.config.section import Deploy
+from fgvc.models.backbone import Model, deployed, feature_layout, feature_map, freeze, memory_format, plain_model
+from fgvc.models.norms import zero_gamma
+from fgvc.models.weights import load_weights, preprocess_for, told, unlikely
 from fgvc.types import FgvcError
 
 HALF = (0.5, 0.5, 0.5)

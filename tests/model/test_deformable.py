@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fgvc.export.onnx import Export, export_onnx
-from fgvc.export.prove import prove
-from fgvc.model.backbone import Model, memory_format, plain_model
-from fgvc.model.deformable import Deformable, offsets
-from fgvc.model.graft import find_sites, graft
-from fgvc.model.weights import load_weights
+from fgvc.exporting.onnx import Export, export_onnx
+from fgvc.exporting.prove import prove
+from fgvc.models.backbone import Model, memory_format, plain_model
+from fgvc.models.deformable import Deformable, offsets
+from fgvc.models.weights import load_weights
 from fgvc.reparam.block import refusal
+from fgvc.reparam.graft import find_sites, graft
 from fgvc.reparam.kinds import acb
 from fgvc.types import FgvcError
 

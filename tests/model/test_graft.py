@@ -9,8 +9,8 @@ from timm.layers import BatchNormAct2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.model.graft import Site, find_sites, folded_state, graft
 from fgvc.reparam.block import refusal
+from fgvc.reparam.graft import Site, find_sites, folded_state, graft
 from fgvc.reparam.kinds import acb
 from fgvc.types import FgvcError
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.export.onnx import Export, Interface
-from fgvc.export.prove import compare_structure, export_onnx
-from fgvc.export.reference import independent_plain
-from fgvc.model.backbone import plain_model
-from fgvc.model.norm import running_norms
+from fgvc.exporting.onnx import Export, Interface
+from fgvc.exporting.prove import compare_structure, export_onnx
+from fgvc.exporting.reference import independent_plain
+from fgvc.models.backbone import plain_model
+from fgvc.models.norms import running_norms
 
 RATE = 0.4
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fgvc.model.logits import GEOMETRY, LogitFile
+from fgvc.techniques.distill.logits import GEOMETRY, LogitFile
 from fgvc.types import FgvcError
 
 N, K = 10, 4

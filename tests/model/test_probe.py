@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fgvc.model.probe import fit_probe, linear_head, put_head, zero_head
+from fgvc.models.probe import fit_probe, linear_head, put_head, zero_head
 from fgvc.types import FgvcError
 
 

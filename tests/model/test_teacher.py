@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.config import Preprocess
-from fgvc.image.preprocess import normalise
-from fgvc.model.teacher import Said, Teacher, conversion, digest, in_order, through
+from fgvc.config.section import Preprocess
+from fgvc.images.preprocess import normalise
+from fgvc.techniques.distill.teacher import Said, Teacher, conversion, digest, in_order, through
 from fgvc.types import FgvcError
 
 SPECS = [

@@ -7,8 +7,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fgvc.model.backbone import feature_layout, feature_map, scale_cells
-from fgvc.model.tokens import token_grid
+from fgvc.models.backbone import feature_layout, feature_map, scale_cells
+from fgvc.models.tokens import token_grid
 from fgvc.types import FgvcError
 
 DYNAMIC = {"dynamic_img_size": True}

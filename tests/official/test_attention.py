@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.cam.attention import SCALE, BilinearAttention, pick
-from fgvc.cam.masks import Region, boxes, crop, erase, select
+from fgvc.techniques.attention_crop_drop.attention import SCALE, BilinearAttention, pick
+from fgvc.techniques.masks import Region, boxes, crop, erase, select
 from tests.official.conftest import Arrays
 
 ATOL = 4.4e-14

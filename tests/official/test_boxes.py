@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fgvc.cam.localisation import OVERLAPS, THRESHOLDS, USUAL, Boxes, around, choose, compare, score
+from fgvc.evaluation.localization import OVERLAPS, THRESHOLDS, USUAL, Boxes, around, choose, compare, score
 from tests.official.conftest import Arrays
 
 W, H = 28, 20

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from fgvc.model.centre import class_sums
-from fgvc.model.plan import Context
-from fgvc.techniques.centre_loss import CentreLossConfig, Centres
+from fgvc.techniques.centre_loss.technique import CentreLossConfig, Centres
+from fgvc.techniques.centres import class_sums
+from fgvc.techniques.plan import Context
 from fgvc.types import Output, View
 from tests.official.conftest import Arrays
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.cam import offline
-from fgvc.cam.method import _noise
-from fgvc.cam.offline import looking
+from fgvc.models.cam import offline
+from fgvc.models.cam.methods import _noise
+from fgvc.models.cam.offline import looking
 from tests.official.conftest import Arrays
 
 METHODS = {"scorecam": "scorecam", "scorecam_signed": "scorecam", "sscam": "sscam"}

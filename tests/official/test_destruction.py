@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.image.jigsaw import cut, draw_jigsaws, places
-from fgvc.model.plan import Context
-from fgvc.techniques.dcl import DESTROYED, MAIN, DclConfig
+from fgvc.techniques.dcl.jigsaw import cut, draw_jigsaws, places
+from fgvc.techniques.dcl.technique import DESTROYED, MAIN, DclConfig
+from fgvc.techniques.plan import Context
 from fgvc.types import Output, View
 from tests.official.conftest import Arrays
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fgvc.cam.maps import Mapper, cam, normalised
-from fgvc.cam.masks import Region, select
-from fgvc.model.plan import Context
-from fgvc.techniques.acol import AcolConfig
-from fgvc.techniques.adl import AdlConfig
+from fgvc.models.class_maps import Mapper, cam, normalised
+from fgvc.techniques.acol.technique import AcolConfig
+from fgvc.techniques.adl.technique import AdlConfig
+from fgvc.techniques.masks import Region, select
+from fgvc.techniques.plan import Context
 from fgvc.types import Output, View
 from tests.official.conftest import Arrays
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.model.asff import Asff
+from fgvc.techniques.multiscale_head.asff import Asff
 from tests.official.conftest import Arrays
 
 NORM = ("weight", "bias", "mean", "var")

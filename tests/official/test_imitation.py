@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.imitation import attention, decoupled, divergence, softened
+from fgvc.techniques.distill.losses import attention, decoupled, divergence, softened
 from tests.official.conftest import Arrays
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.cam.maps import cam
-from fgvc.image.mix import boxes_around, boxes_of_partners, inside, mixed_target, pasted, share_of
-from fgvc.loss import cross_entropy
-from fgvc.model.plan import Context
-from fgvc.techniques.mixup import MixupConfig
-from fgvc.techniques.snapmix import SnapmixConfig, semantic
+from fgvc.models.class_maps import cam
+from fgvc.models.loss import cross_entropy
+from fgvc.techniques.mixing import boxes_around, boxes_of_partners, inside, mixed_target, pasted, share_of
+from fgvc.techniques.mixup.technique import MixupConfig
+from fgvc.techniques.plan import Context
+from fgvc.techniques.snapmix.technique import SnapmixConfig, semantic
 from fgvc.types import Batch, Output, View
 from tests.official.conftest import Arrays
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.train.sam import Sam, perturbed
+from fgvc.training.sam import Sam, perturbed
 from tests.official.conftest import Arrays
 
 PARTS = ("conv_weight", "conv_bias", "norm_weight", "norm_bias", "head_weight", "head_bias")

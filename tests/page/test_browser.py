@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from fgvc import api
-from fgvc.data.checks import check, with_suspects
-from fgvc.data.folder import FolderData
-from fgvc.data.suspects import Suspect, Suspects
-from fgvc.page.compare import write_page
-from fgvc.page.data import data_page
+from fgvc.data.quality.checks import check, with_suspects
+from fgvc.data.quality.suspects import Suspect, Suspects
+from fgvc.data.sources.folder import FolderData
+from fgvc.report.compare import write_page
+from fgvc.report.data import data_page
 from tests.page.browser import browser, pdf, problems
 from tests.serve import small
 

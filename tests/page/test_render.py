@@ -12,7 +12,7 @@ from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fgvc.page.render import ENVIRONMENT, breakable, chart, picture, render
+from fgvc.report.render import ENVIRONMENT, breakable, chart, picture, render
 
 
 def test_what_users_named_is_escaped_and_nothing_is_fetched() -> None:

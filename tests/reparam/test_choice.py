@@ -5,11 +5,11 @@ import timm
 import torch
 from torch import nn
 
-from fgvc.model.plan import Joints, Plan
-from fgvc.recipe import Techniques
+from fgvc.config.recipe import Techniques
 from fgvc.reparam.block import Branched
-from fgvc.techniques import CONFIGS, build
-from fgvc.train.step import StepModule
+from fgvc.runs.step import StepModule
+from fgvc.techniques.plan import Joints, Plan
+from fgvc.techniques.registry import CONFIGS, build
 from fgvc.types import FgvcError
 
 KINDS = ("acb", "dbb", "repvgg", "overparam")

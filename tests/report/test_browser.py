@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fgvc import api
-from fgvc.recipe import Recipe
+from fgvc.config.recipe import Recipe
 from fgvc.report.document import report
 from tests.page.browser import browser, pdf, problems
 

@@ -16,17 +16,17 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fgvc import api
-from fgvc.config import leaves
-from fgvc.evaluate.compare import wilson
-from fgvc.evaluate.metrics import of_logits
-from fgvc.evaluate.subject import subject
-from fgvc.image.decode import decode
-from fgvc.image.overlay import overlay
-from fgvc.image.preprocess import preprocess
-from fgvc.page.render import picture
-from fgvc.recipe import Recipe
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import leaves
+from fgvc.evaluation.metrics import of_logits
+from fgvc.evaluation.paired import wilson
+from fgvc.images.decode import decode
+from fgvc.images.overlay import overlay
+from fgvc.images.preprocess import preprocess
 from fgvc.report.document import duration, report
 from fgvc.report.gallery import MISTAKES, gallery
+from fgvc.report.render import picture
+from fgvc.runs.subject import subject
 from fgvc.types import FgvcError
 from tests.conftest import paint
 from tests.report.test_localisation import numbers

@@ -9,7 +9,7 @@ import pytest
 
 from fgvc.report import chart
 from fgvc.report.chart import curves, terms
-from fgvc.report.history import History, read_history
+from fgvc.runs.history import History, read_history
 from fgvc.types import FgvcError
 
 

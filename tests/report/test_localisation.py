@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fgvc.report.localisation import COLUMNS, MEASURES, localisation, table
+from fgvc.report.localization import COLUMNS, MEASURES, localisation, table
 from fgvc.types import FgvcError
 
 

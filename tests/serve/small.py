@@ -18,12 +18,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from fgvc.config import Calibration, Preprocess
-from fgvc.export.bundle import write_bundle
-from fgvc.serve.admission import Admission
-from fgvc.serve.app import Service, make_app
-from fgvc.serve.limits import Limits
-from fgvc.serve.models import Models
+from fgvc.config.section import Calibration, Preprocess
+from fgvc.runtime.bundle import write_bundle
+from fgvc.serving.admission import Admission
+from fgvc.serving.app import Service, make_app
+from fgvc.serving.limits import Limits
+from fgvc.serving.models import Models
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 8

@@ -1,4 +1,4 @@
-"""A server of a few lines that answers the page as told, with the routes of `fgvc.serve.app`."""
+"""A server of a few lines that answers the page as told, with the routes of `fgvc.serving.app`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image
 
-from fgvc.serve.page import CSP, PAGE
+from fgvc.serving.page import CSP, PAGE
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 LONG = "a_name_without_a_single_place_to_break_it_" * 3 + "x" * 90

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from fgvc.serve.admission import Admission
-from fgvc.serve.limits import Gone, Held, Limits, Refusal
+from fgvc.serving.admission import Admission
+from fgvc.serving.limits import Gone, Held, Limits, Refusal
 
 
 class Client:

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fgvc.config import Calibration
-from fgvc.serve.app import Direct, Service, make_app
-from fgvc.serve.engine import Engine
-from fgvc.serve.limits import Limits, read_key
-from fgvc.serve.page import CSP, PAGE
+from fgvc.config.section import Calibration
+from fgvc.runtime.engine import Engine
+from fgvc.serving.app import Direct, Service, make_app
+from fgvc.serving.limits import Limits, read_key
+from fgvc.serving.page import CSP, PAGE
 from fgvc.types import FgvcError
 from tests.serve.small import LABELS, ROOT, SIZE, ask, bomb, picture, save_bundle, service
 
@@ -343,7 +343,7 @@ def test_the_same_answers_as_the_engine_on_real_images(shared: Service) -> None:
 
 def test_it_imports_nothing_of_training_and_help_nothing_of_serving() -> None:
     heavy = {"torch", "torchvision", "timm", "albumentations", "cv2", "matplotlib", "onnx"}
-    for module, unwanted in (("fgvc.serve.run", heavy), ("fgvc.cli", heavy | {"fastapi", "uvicorn", "onnxruntime"})):
+    for module, unwanted in (("fgvc.serving.server", heavy), ("fgvc.cli", heavy | {"fastapi", "uvicorn", "onnxruntime"})):
         code = f"import sys, {module}; print({unwanted} & set(sys.modules))"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
         assert (done.stdout.strip(), done.stderr) == ("set()", "")

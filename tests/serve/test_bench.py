@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fgvc.serve import bench
-from fgvc.serve.bench import bench_serve, show_figures, write_figures
+from fgvc.studies import serving_speed as bench
+from fgvc.studies.serving_speed import bench_serve, show_figures, write_figures
 from fgvc.types import FgvcError
 from tests.serve.small import save_bundle
 

@@ -11,10 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from fgvc.cli import main
-from fgvc.config import Calibration, Preprocess
-from fgvc.export.bundle import Bundle, load_bundle, write_bundle
-from fgvc.serve.engine import Engine, Session, available_cpus, softmax
-from fgvc.serve.predict import predict_files
+from fgvc.config.section import Calibration, Preprocess
+from fgvc.runtime.bundle import Bundle, load_bundle, write_bundle
+from fgvc.runtime.engine import Engine, Session, available_cpus, softmax
+from fgvc.runtime.predict import predict_files
 from fgvc.types import FgvcError
 
 SIZE = 8
@@ -237,13 +237,13 @@ def test_cpus_by_the_quota_of_version_1(tmp_path: Path, place: str) -> None:
 
 @pytest.mark.usefixtures("eight")
 def test_the_session_takes_what_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fgvc.serve.engine.available_cpus", lambda: 3)
+    monkeypatch.setattr("fgvc.runtime.engine.available_cpus", lambda: 3)
     assert Session(network()).threads == 3
 
 
 def test_serving_imports_nothing_of_training() -> None:
     heavy = {"torch", "torchvision", "timm", "albumentations", "cv2", "matplotlib", "onnx"}
-    code = f"import sys, fgvc.serve.engine, fgvc.export.bundle; print({heavy} & set(sys.modules))"
+    code = f"import sys, fgvc.runtime.engine, fgvc.runtime.bundle; print({heavy} & set(sys.modules))"
     home = str(Path(__file__).resolve().parents[2])
     done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("set()", "")

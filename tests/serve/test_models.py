@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fgvc.serve import models as module
-from fgvc.serve.limits import Refusal
-from fgvc.serve.models import Models, parse_places
+from fgvc.serving import models as module
+from fgvc.serving.limits import Refusal
+from fgvc.serving.models import Models, parse_places
 from fgvc.types import FgvcError
 from tests.serve.small import SIZE, save_bundle
 

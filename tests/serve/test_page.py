@@ -16,7 +16,7 @@ from PIL import Image
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from fgvc.serve.page import CSP, PAGE
+from fgvc.serving.page import CSP, PAGE
 from tests.conftest import paint
 from tests.page.browser import browser
 from tests.serve.stub import NAMES, P, Stub, answer, png, serving

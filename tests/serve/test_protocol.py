@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fgvc.serve.limits import Refusal
-from fgvc.serve.models import Models, Served
-from fgvc.serve.protocol import HEADER_LENGTH, answer, infer, parse, unpack
+from fgvc.serving.limits import Refusal
+from fgvc.serving.models import Models, Served
+from fgvc.serving.protocol import HEADER_LENGTH, answer, infer, parse, unpack
 from tests.serve.small import SIZE, save_bundle
 
 SHAPE = [2, 3, SIZE, SIZE]

@@ -153,7 +153,7 @@ def test_bytes_that_are_no_request(server: Server, sent: bytes, status: bytes) -
 def test_slow_clients_are_let_go(tmp_path: Path) -> None:
     bundle = save_bundle(tmp_path / "a")
     code = (
-        "from pathlib import Path; from fgvc.serve.limits import Limits; from fgvc.serve.run import Settings, serve;"
+        "from pathlib import Path; from fgvc.serving.limits import Limits; from fgvc.serving.server import Settings, serve;"
         f"serve({{'a': Path({str(bundle)!r})}}, Settings(port=0, limits=Limits(stall_seconds=1)))"
     )
     with serving(tmp_path, code=code) as server:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from fgvc.serve.wire import Patient
+from fgvc.serving.wire import Patient
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 LIMIT = 64 << 10

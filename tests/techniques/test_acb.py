@@ -8,10 +8,10 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
 
-from fgvc.model.graft import folded_state
-from fgvc.model.plan import Joints, Plan
 from fgvc.reparam.block import Branched
-from fgvc.techniques.acb import AcbConfig
+from fgvc.reparam.graft import folded_state
+from fgvc.techniques.acb.technique import AcbConfig
+from fgvc.techniques.plan import Joints, Plan
 from fgvc.types import FgvcError
 
 

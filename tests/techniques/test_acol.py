@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.techniques.acol import AcolConfig
-from fgvc.techniques.mixup import MixupConfig
-from fgvc.train.step import StepModule
+from fgvc.runs.step import StepModule
+from fgvc.techniques.acol.technique import AcolConfig
+from fgvc.techniques.mixup.technique import MixupConfig
 from fgvc.types import Batch, Draws, FgvcError
 
 CLASSES, SIZE, CELLS = 5, (128, 128), 4

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.model.plan import Context, context_of
-from fgvc.techniques.adl import Adl, AdlConfig
-from fgvc.train.step import StepModule
+from fgvc.runs.step import StepModule
+from fgvc.techniques.adl.technique import Adl, AdlConfig
+from fgvc.techniques.plan import Context, context_of
 from fgvc.types import Batch, Draws, FgvcError
 
 CLASSES, SIZE = 3, (64, 64)

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from fgvc import api
-from fgvc.cam.rounds import GRID, MaskRounds
-from fgvc.config import validate
-from fgvc.recipe import Recipe
-from fgvc.techniques.ae_psl import AePsl, AePslConfig
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.techniques.ae_psl.rounds import GRID, MaskRounds
+from fgvc.techniques.ae_psl.technique import AePsl, AePslConfig
 from fgvc.types import EpochStart, FgvcError
 
 ROWS = np.array([1, 2, 4, 7])
@@ -238,7 +238,7 @@ def test_a_real_run_erases_where_the_network_looked(tmp_path: Path, recipe_tree:
 def test_errors_of_the_images_get_out_of_offline_maps() -> None:
     import timm
 
-    from fgvc.cam.offline import offline_maps
+    from fgvc.models.cam.offline import offline_maps
 
     def images() -> Iterator[tuple]:
         raise IndexError("row 7")
@@ -271,7 +271,7 @@ def test_images_that_came_later_move_no_memory_of_an_image(tmp_path: Path, recip
 def test_offline_maps_leave_the_net_as_it_was() -> None:
     import timm
 
-    from fgvc.cam.offline import offline_maps
+    from fgvc.models.cam.offline import offline_maps
 
     torch.manual_seed(0)
     net = timm.create_model("test_resnet", num_classes=3, drop_rate=0.5).train()

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.cam.attention import SCALE, BilinearAttention, pick
-from fgvc.techniques.attention_crop_drop import AttentionCropDrop, AttentionCropDropConfig
-from fgvc.techniques.mixup import MixupConfig
-from fgvc.train.step import StepModule
+from fgvc.runs.step import StepModule
+from fgvc.techniques.attention_crop_drop.attention import SCALE, BilinearAttention, pick
+from fgvc.techniques.attention_crop_drop.technique import AttentionCropDrop, AttentionCropDropConfig
+from fgvc.techniques.mixup.technique import MixupConfig
 from fgvc.types import Batch, Draws, FgvcError, Output, View
 
 SIDE, CELL, KIND = 64, 8, "attention_crop_drop"

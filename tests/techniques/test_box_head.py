@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fgvc.config import Preprocess, validate
-from fgvc.image.augment import Augment, Augmenter
-from fgvc.recipe import Recipe
-from fgvc.techniques.box_head import BoxHeadConfig, in_crop
-from fgvc.techniques.mixup import MixupConfig
-from fgvc.train.forecast import forecast
-from fgvc.train.runtime import runtime
-from fgvc.train.session import open_session
-from fgvc.train.step import StepModule
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import Preprocess, validate
+from fgvc.data.augment import Augment, Augmenter
+from fgvc.runs.distributed import runtime
+from fgvc.runs.step import StepModule
+from fgvc.techniques.box_head.technique import BoxHeadConfig, in_crop
+from fgvc.techniques.mixup.technique import MixupConfig
+from fgvc.training.forecast import forecast
+from fgvc.training.session import open_session
 from fgvc.types import Batch, FgvcError
 
 CLASSES, SIZE = 3, (48, 64)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.config import validate
-from fgvc.recipe import Recipe
-from fgvc.techniques.cam_erasing import CamErasing, CamErasingConfig
-from fgvc.techniques.mixup import MixupConfig
-from fgvc.train.step import StepModule
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.runs.step import StepModule
+from fgvc.techniques.cam_erasing.technique import CamErasing, CamErasingConfig
+from fgvc.techniques.mixup.technique import MixupConfig
 from fgvc.types import Batch, Draws, FgvcError
 
 SIDE, CELL = 64, 8

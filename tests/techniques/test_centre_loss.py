@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fgvc.techniques.centre_loss import CentreLossConfig
-from fgvc.techniques.mixup import MixupConfig
-from fgvc.train.step import StepModule
+from fgvc.runs.step import StepModule
+from fgvc.techniques.centre_loss.technique import CentreLossConfig
+from fgvc.techniques.mixup.technique import MixupConfig
 from fgvc.types import Batch, Draws
 
 CLASSES, SIZE = 5, (64, 64)

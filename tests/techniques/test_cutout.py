@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.model.plan import Context
-from fgvc.techniques.cutout import CutoutConfig
+from fgvc.techniques.cutout.technique import CutoutConfig
+from fgvc.techniques.plan import Context
 from fgvc.types import Batch
 
 COUNT = 4000

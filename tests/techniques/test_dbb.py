@@ -1,9 +1,9 @@
 import timm
 from torch import nn
 
-from fgvc.model.plan import Joints, Plan
 from fgvc.reparam.block import Branched
-from fgvc.techniques.dbb import DbbConfig
+from fgvc.techniques.dbb.technique import DbbConfig
+from fgvc.techniques.plan import Joints, Plan
 
 
 def set_up(name: str) -> tuple[nn.Module, list[str]]:

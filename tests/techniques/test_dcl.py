@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fgvc.image.jigsaw import cut
-from fgvc.techniques.dcl import DclConfig
-from fgvc.techniques.mixup import MixupConfig
-from fgvc.train.step import StepModule
+from fgvc.runs.step import StepModule
+from fgvc.techniques.dcl.jigsaw import cut
+from fgvc.techniques.dcl.technique import DclConfig
+from fgvc.techniques.mixup.technique import MixupConfig
 from fgvc.types import Batch, Draws, FgvcError
 
 SIZE, CLASSES, GRID = (32, 32), 5, 4

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.config import dump
-from fgvc.imitation import attention, decoupled, divergence, hint, softened
-from fgvc.model.plan import Joints
-from fgvc.model.teacher import AnyTeacher, Said, Teacher, through
-from fgvc.recipe import Recipe, load_recipe
-from fgvc.techniques.cutout import CutoutConfig
-from fgvc.techniques.distill import DistillConfig
-from fgvc.techniques.mixup import MixupConfig
-from fgvc.template import commented
-from fgvc.train.step import StepModule
+from fgvc.config.recipe import Recipe, load_recipe
+from fgvc.config.section import dump
+from fgvc.config.template import commented
+from fgvc.runs.step import StepModule
+from fgvc.techniques.cutout.technique import CutoutConfig
+from fgvc.techniques.distill.losses import attention, decoupled, divergence, hint, softened
+from fgvc.techniques.distill.teacher import AnyTeacher, Said, Teacher, through
+from fgvc.techniques.distill.technique import DistillConfig
+from fgvc.techniques.mixup.technique import MixupConfig
+from fgvc.techniques.plan import Joints
 from fgvc.types import Batch, EpochStart, FgvcError
 
 CLASSES, SIZE = 5, (64, 64)

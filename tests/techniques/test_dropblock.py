@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.model.plan import context_of
-from fgvc.techniques.dropblock import Dropblock, DropblockConfig
-from fgvc.train.step import StepModule
+from fgvc.runs.step import StepModule
+from fgvc.techniques.dropblock.technique import Dropblock, DropblockConfig
+from fgvc.techniques.plan import context_of
 from fgvc.types import Batch, Draws
 
 SIZE = (64, 64)

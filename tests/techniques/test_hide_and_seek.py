@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fgvc.model.plan import Context
-from fgvc.techniques.hide_and_seek import HideAndSeekConfig
+from fgvc.techniques.hide_and_seek.technique import HideAndSeekConfig
+from fgvc.techniques.plan import Context
 from fgvc.types import Batch
 
 COUNT = 4000

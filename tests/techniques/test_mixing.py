@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.model.backbone import plain_model
-from fgvc.techniques import CONFIGS
-from fgvc.techniques.mosaic import MosaicConfig
-from fgvc.techniques.snapmix import SnapmixConfig, semantic
-from fgvc.train.step import StepModule, _one_of
+from fgvc.models.backbone import plain_model
+from fgvc.runs.step import StepModule, _one_of
+from fgvc.techniques.mosaic.technique import MosaicConfig
+from fgvc.techniques.registry import CONFIGS
+from fgvc.techniques.snapmix.technique import SnapmixConfig, semantic
 from fgvc.types import Batch, Draws
 
 SIZE = (24, 32)

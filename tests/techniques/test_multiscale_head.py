@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.model.backbone import feature_map
-from fgvc.techniques.mixup import MixupConfig
-from fgvc.techniques.multiscale_head import MultiscaleHeadConfig
-from fgvc.train.step import StepModule
+from fgvc.models.backbone import feature_map
+from fgvc.runs.step import StepModule
+from fgvc.techniques.mixup.technique import MixupConfig
+from fgvc.techniques.multiscale_head.technique import MultiscaleHeadConfig
 from fgvc.types import Batch, Draws, FgvcError
 
 CLASSES, SIZE = 5, (72, 56)  # odd sides in the later stages

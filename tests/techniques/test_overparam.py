@@ -3,8 +3,8 @@ import timm
 from pydantic import ValidationError
 from torch import nn
 
-from fgvc.model.plan import Joints, Plan
-from fgvc.techniques.overparam import OverparamConfig
+from fgvc.techniques.overparam.technique import OverparamConfig
+from fgvc.techniques.plan import Joints, Plan
 
 
 def set_up(net: nn.Module, **settings: object) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 from timm.data.random_erasing import RandomErasing as TimmErasing
 from torch import Tensor
 
-from fgvc.model.plan import Context
-from fgvc.techniques.random_erasing import RandomErasingConfig
+from fgvc.techniques.plan import Context
+from fgvc.techniques.random_erasing.technique import RandomErasingConfig
 from fgvc.types import Batch
 
 COUNT = 3000

@@ -1,8 +1,8 @@
 import timm
 from torch import nn
 
-from fgvc.model.plan import Joints, Plan
-from fgvc.techniques.repvgg import RepvggConfig
+from fgvc.techniques.plan import Joints, Plan
+from fgvc.techniques.repvgg.technique import RepvggConfig
 
 
 def set_up(net: nn.Module) -> list[str]:

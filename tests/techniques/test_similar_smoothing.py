@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.loss import Criterion
-from fgvc.techniques.dcl import DclConfig
-from fgvc.techniques.mixup import MixupConfig
-from fgvc.techniques.similar_smoothing import Means, SimilarSmoothingConfig
-from fgvc.train.step import StepModule
+from fgvc.models.loss import Criterion
+from fgvc.runs.step import StepModule
+from fgvc.techniques.dcl.technique import DclConfig
+from fgvc.techniques.mixup.technique import MixupConfig
+from fgvc.techniques.similar_smoothing.technique import Means, SimilarSmoothingConfig
 from fgvc.types import Batch, Draws
 
 CLASSES, SIZE = 5, (64, 64)

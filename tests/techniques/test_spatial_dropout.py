@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 
-from fgvc.techniques.spatial_dropout import SpatialDropoutConfig
-from fgvc.train.step import StepModule
+from fgvc.runs.step import StepModule
+from fgvc.techniques.spatial_dropout.technique import SpatialDropoutConfig
 
 
 def made(name: str, stage: int = -1, rate: float = 0.25, **kwargs: object):

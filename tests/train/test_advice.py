@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from fgvc import api
-from fgvc.config import validate
-from fgvc.model.weights import load_weights
-from fgvc.recipe import Recipe
-from fgvc.train import checkpoint, loop
-from fgvc.train.run import begin_anew, read_run
-from fgvc.train.session import build_net
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.models.weights import load_weights
+from fgvc.runs import checkpoint
+from fgvc.runs.folder import begin_anew, read_run
+from fgvc.training import trainer as loop
+from fgvc.training.session import build_net
 from fgvc.types import FgvcError
 from tests.conftest import paint
 

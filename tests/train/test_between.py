@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fgvc.config import validate
-from fgvc.recipe import Recipe
-from fgvc.train.between import _replays
-from fgvc.train.runtime import runtime
-from fgvc.train.session import open_session
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.runs.distributed import runtime
+from fgvc.training.between import _replays
+from fgvc.training.session import open_session
 
 
 def facts(tree: dict, **sections: object) -> str | None:

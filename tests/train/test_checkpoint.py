@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fgvc.train import checkpoint
-from fgvc.train.checkpoint import Progress, State
+from fgvc.runs import checkpoint
+from fgvc.runs.checkpoint import Progress, State
 from fgvc.types import FgvcError
 
 

@@ -13,11 +13,11 @@ from sklearn.linear_model import LogisticRegression
 
 from fgvc import api
 from fgvc.data.loader import evaluation_loader
-from fgvc.evaluate.compare import gain_interval
-from fgvc.model.backbone import plain_model
-from fgvc.train import checkpoint
-from fgvc.train.images import read_index
-from fgvc.train.run import read_run, recorded_preprocess
+from fgvc.evaluation.paired import gain_interval
+from fgvc.models.backbone import plain_model
+from fgvc.runs import checkpoint
+from fgvc.runs.folder import read_run, recorded_preprocess
+from fgvc.runs.images import read_index
 from tests.train.test_start import pretrained, recipe  # noqa: F401
 
 
@@ -93,10 +93,10 @@ def test_without_a_validation_part_it_is_judged_across_training_images(tmp_path:
 def test_held_out_answers_are_those_of_scikit_learn(pretrained: dict) -> None:  # noqa: F811
     """By hand: standardised features, five folds, whole images."""
     from fgvc.data.splits import fold_numbers
-    from fgvc.train.floor import FOLDS, _across
-    from fgvc.train.runtime import runtime
-    from fgvc.train.session import open_session
-    from fgvc.train.start import ViewFeatures
+    from fgvc.runs.distributed import runtime
+    from fgvc.training.floor import FOLDS, _across
+    from fgvc.training.session import open_session
+    from fgvc.training.start import ViewFeatures
 
     one = recipe(pretrained, data={"hold_out": False})
     rng = np.random.default_rng(3)

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from fgvc import api
-from fgvc.config import dump, validate
-from fgvc.data import record as recording
-from fgvc.data.record import NAME, Record
-from fgvc.evaluate.subject import subject
-from fgvc.recipe import Recipe
-from fgvc.train.images import continued, read_index, recorded_images
-from fgvc.train.run import read_run
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import dump, validate
+from fgvc.runs import record as recording
+from fgvc.runs.folder import read_run
+from fgvc.runs.images import continued, read_index, recorded_images
+from fgvc.runs.record import NAME, Record
+from fgvc.runs.subject import subject
 from fgvc.types import FgvcError, ImageIndex
 from tests.conftest import COLOURS, paint
 

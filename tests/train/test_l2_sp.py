@@ -17,13 +17,13 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 
 from fgvc import api
-from fgvc.config import dump, validate
-from fgvc.recipe import Recipe
-from fgvc.train import loop
-from fgvc.train.events import Events, Log
-from fgvc.train.optim import SIZED, Optim, make_optimizer
-from fgvc.train.runtime import runtime
-from fgvc.train.session import open_session
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import dump, validate
+from fgvc.runs.distributed import runtime
+from fgvc.training import trainer as loop
+from fgvc.training.log import Events, Log
+from fgvc.training.optim import SIZED, Optim, make_optimizer
+from fgvc.training.session import open_session
 from fgvc.types import FgvcError
 
 ALPHA, RATE = 0.3, 0.05

@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fgvc import api
-from fgvc.config import Preprocess, validate
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import Preprocess, validate
 from fgvc.data.loader import TrainBatch, evaluation_loader
-from fgvc.disk import write_atomic
-from fgvc.model.backbone import plain_model
-from fgvc.model.norm import reestimate_norms
-from fgvc.recipe import Recipe
-from fgvc.techniques.centre_loss import CentreLoss
-from fgvc.train import loop
-from fgvc.train.batch import Normalise, to_batch
-from fgvc.train.events import Events, Log
-from fgvc.train.run import recorded_preprocess
-from fgvc.train.session import read_index
-from fgvc.train.step import StepModule
+from fgvc.io.files import write_atomic
+from fgvc.models.backbone import plain_model
+from fgvc.models.norms import reestimate_norms
+from fgvc.runs.folder import recorded_preprocess
+from fgvc.runs.step import StepModule
+from fgvc.techniques.centre_loss.technique import CentreLoss
+from fgvc.training import trainer as loop
+from fgvc.training.batch import Normalise, to_batch
+from fgvc.training.log import Events, Log
+from fgvc.training.session import read_index
 from fgvc.types import Batch, FgvcError
 
 

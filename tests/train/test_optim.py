@@ -10,11 +10,11 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from fgvc.model.backbone import head_prefixes
-from fgvc.techniques.acb import AcbConfig
-from fgvc.techniques.dcl import DclConfig
-from fgvc.train.optim import Ema, Optim, learning_rate, make_ema, make_optimizer, make_schedule
-from fgvc.train.step import StepModule
+from fgvc.models.backbone import head_prefixes
+from fgvc.runs.step import StepModule
+from fgvc.techniques.acb.technique import AcbConfig
+from fgvc.techniques.dcl.technique import DclConfig
+from fgvc.training.optim import Ema, Optim, learning_rate, make_ema, make_optimizer, make_schedule
 from fgvc.types import FgvcError
 
 

@@ -17,18 +17,18 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
 from fgvc import api
-from fgvc.ablate.identity import digest
-from fgvc.bench import bench_each
-from fgvc.config import Preprocess, validate
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import Preprocess, validate
+from fgvc.data.augment import Augmenter
 from fgvc.data.loader import augmented_views, evaluation_loader
-from fgvc.image.augment import Augmenter
-from fgvc.model.teacher import Teacher
-from fgvc.recipe import Recipe
-from fgvc.techniques import CONFIGS
-from fgvc.train.images import read_index
-from fgvc.train.runtime import runtime
-from fgvc.train.session import open_session
-from fgvc.train.start import fit_teachers
+from fgvc.runs.distributed import runtime
+from fgvc.runs.images import read_index
+from fgvc.studies.identity import digest
+from fgvc.studies.speed import bench_each
+from fgvc.techniques.distill.teacher import Teacher
+from fgvc.techniques.registry import CONFIGS
+from fgvc.training.session import open_session
+from fgvc.training.start import fit_teachers
 from fgvc.types import FgvcError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -64,7 +64,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def never(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fgvc.train.start._fitted", lambda *_, **__: pytest.fail("fitted"))
+    monkeypatch.setattr("fgvc.training.start._fitted", lambda *_, **__: pytest.fail("fitted"))
 
 
 def by_hand(weights: Path, one: Recipe, strength: float) -> Callable[[torch.Tensor], np.ndarray]:
@@ -195,11 +195,11 @@ def test_nothing_but_training_fits_or_needs_its_file(
 def test_an_estimate_of_a_study_does_not_fit(
     tmp_path: Path, recipe_tree: dict, teacher: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fgvc.ablate.run import estimate
-    from fgvc.ablate.study import read_study
+    from fgvc.studies.run import estimate
+    from fgvc.studies.study import read_study
 
     never(monkeypatch)
-    monkeypatch.setattr("fgvc.ablate.cost.PAIRS", 1)
+    monkeypatch.setattr("fgvc.studies.cost.PAIRS", 1)
     (tmp_path / "base.yaml").write_text(json.dumps(recipe_tree))
     arms = {"plain": {}, "taught": {"techniques.distill.teachers": [teacher | {"weights": "nowhere.safetensors"}]}}
     (tmp_path / "study.yaml").write_text(json.dumps({"base": "base.yaml", "arms": arms, "seeds": [0]}))
@@ -307,11 +307,11 @@ from pathlib import Path
 
 import torch
 
-from fgvc.config import validate
-from fgvc.recipe import Recipe
-from fgvc.train.runtime import Runtime
-from fgvc.train.session import open_session
-from fgvc.train.start import fit_teachers
+from fgvc.config.section import validate
+from fgvc.config.recipe import Recipe
+from fgvc.runs.distributed import Runtime
+from fgvc.training.session import open_session
+from fgvc.training.start import fit_teachers
 
 
 def known(rank, world):

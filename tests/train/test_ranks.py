@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fgvc.model.ranks import gathered
+from fgvc.techniques.ranks import gathered
 
 # `known` runs here, too.
 SCRIPT = '''
@@ -18,14 +18,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fgvc.cam.attention import BilinearAttention
-from fgvc.model.ranks import gathered
-from fgvc.techniques.attention_crop_drop import AttentionCropDropConfig
-from fgvc.techniques.cam_erasing import CamErasingConfig
-from fgvc.techniques.centre_loss import CentreLossConfig
-from fgvc.techniques.mixup import MixupConfig
-from fgvc.techniques.similar_smoothing import SimilarSmoothingConfig
-from fgvc.train.step import StepModule
+from fgvc.techniques.attention_crop_drop.attention import BilinearAttention
+from fgvc.techniques.ranks import gathered
+from fgvc.techniques.attention_crop_drop.technique import AttentionCropDropConfig
+from fgvc.techniques.cam_erasing.technique import CamErasingConfig
+from fgvc.techniques.centre_loss.technique import CentreLossConfig
+from fgvc.techniques.mixup.technique import MixupConfig
+from fgvc.techniques.similar_smoothing.technique import SimilarSmoothingConfig
+from fgvc.runs.step import StepModule
 from fgvc.types import Batch
 
 

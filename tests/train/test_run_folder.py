@@ -17,19 +17,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fgvc import api, disk
+from fgvc import api
 from fgvc.cli import main
-from fgvc.config import validate
-from fgvc.recipe import Recipe
-from fgvc.train import checkpoint
-from fgvc.train.measured import leave, measured
-from fgvc.train.run import held
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.io import files as disk
+from fgvc.runs import checkpoint
+from fgvc.runs.folder import held
+from fgvc.runs.measured import leave, measured
 from fgvc.types import FgvcError
 
 HOLD = """
 import sys
 from pathlib import Path
-from fgvc.train.run import held
+from fgvc.runs.folder import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

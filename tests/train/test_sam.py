@@ -14,17 +14,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from fgvc import api
-from fgvc.config import validate
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
 from fgvc.data.loader import TrainBatch
-from fgvc.model.norm import running_norms
-from fgvc.recipe import Recipe
-from fgvc.techniques.centre_loss import CentreLoss, Centres
-from fgvc.train import checkpoint, loop
-from fgvc.train.events import Events, Log
-from fgvc.train.runtime import runtime
-from fgvc.train.sam import Sam, perturbed
-from fgvc.train.session import Session, open_session
-from fgvc.train.step import StepModule
+from fgvc.models.norms import running_norms
+from fgvc.runs import checkpoint
+from fgvc.runs.distributed import runtime
+from fgvc.runs.step import StepModule
+from fgvc.techniques.centre_loss.technique import CentreLoss, Centres
+from fgvc.training import trainer as loop
+from fgvc.training.log import Events, Log
+from fgvc.training.sam import Sam, perturbed
+from fgvc.training.session import Session, open_session
 from fgvc.types import FgvcError
 
 NO_RHO = Sam.model_construct(rho=0.0, adaptive=False)
@@ -288,8 +289,8 @@ from torch.nn.parallel import DistributedDataParallel
 from types import SimpleNamespace
 
 from fgvc.train import checkpoint, loop
-from fgvc.train.sam import Sam, perturbed
-from fgvc.train.runtime import Runtime
+from fgvc.training.sam import Sam, perturbed
+from fgvc.runs.distributed import Runtime
 
 
 class Step(nn.Module):

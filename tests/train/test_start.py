@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fgvc import api
-from fgvc.config import validate
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.data.augment import Augment, Augmenter
 from fgvc.data.loader import augmented_views, evaluation_loader
-from fgvc.image.augment import Augment, Augmenter
-from fgvc.recipe import Recipe
-from fgvc.train.run import recorded_preprocess
-from fgvc.train.session import read_index
+from fgvc.runs.folder import recorded_preprocess
+from fgvc.training.session import read_index
 from fgvc.types import FgvcError
 
 
@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_does_not_fit_anew(tmp_path: Path, pretrained: dict, 
     model = {"head": "probe", "batch_norm": "frozen"}
     api.train(recipe(pretrained, model=model, ema={"decay": 0.9}), tmp_path / "whole")
     api.train(recipe(pretrained, model=model, ema={"decay": 0.9}, train={"max_steps": 3}), tmp_path / "parts")
-    monkeypatch.setattr("fgvc.train.loop.fit_floor", lambda session: pytest.fail("fitted again"))
+    monkeypatch.setattr("fgvc.training.trainer.fit_floor", lambda session: pytest.fail("fitted again"))
     api.train(recipe(pretrained, model=model, ema={"decay": 0.9}), tmp_path / "parts")
     for name in ("net", "ema"):
         whole, parts = (load_file(tmp_path / run / "ckpt" / "last" / f"{name}.safetensors") for run in ("whole", "parts"))
@@ -86,7 +86,7 @@ def test_a_run_that_goes_on_does_not_fit_anew(tmp_path: Path, pretrained: dict, 
 def test_the_first_checkpoint_holds_the_fitted_head_and_so_does_its_average(
     tmp_path: Path, pretrained: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fgvc.train.loop._run", lambda *_: None)
+    monkeypatch.setattr("fgvc.training.trainer._run", lambda *_: None)
     one = recipe(pretrained, model={"head": "probe"}, ema={"decay": 0.9})
     api.train(one, tmp_path / "run")
     assert clean_loss(one, tmp_path / "run") < 0.5

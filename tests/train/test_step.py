@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fgvc.loss import Criterion
-from fgvc.model.backbone import freeze
-from fgvc.model.plan import Joints, Plan
-from fgvc.techniques.dcl import DclConfig
-from fgvc.techniques.mixup import MixupConfig
-from fgvc.train.step import StepModule
+from fgvc.models.backbone import freeze
+from fgvc.models.loss import Criterion
+from fgvc.runs.step import StepModule
+from fgvc.techniques.dcl.technique import DclConfig
+from fgvc.techniques.mixup.technique import MixupConfig
+from fgvc.techniques.plan import Joints, Plan
 from fgvc.types import Batch, Draws, FgvcError, View
 
 SIZE, CLASSES = (32, 32), 5

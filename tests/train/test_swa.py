@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from fgvc import api
-from fgvc.config import validate
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
 from fgvc.data.loader import evaluation_loader
-from fgvc.model.backbone import plain_model
-from fgvc.model.norm import reestimate_norms
-from fgvc.recipe import Recipe
-from fgvc.train import loop
-from fgvc.train.run import recorded_preprocess
-from fgvc.train.session import Session, read_index
+from fgvc.models.backbone import plain_model
+from fgvc.models.norms import reestimate_norms
+from fgvc.runs.folder import recorded_preprocess
+from fgvc.training import trainer as loop
+from fgvc.training.session import Session, read_index
 from fgvc.types import FgvcError
 
 Tensors = dict[str, torch.Tensor]

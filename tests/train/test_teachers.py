@@ -16,15 +16,15 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from fgvc import api
-from fgvc.bench import bench_each
-from fgvc.config import validate
-from fgvc.evaluate.subject import subject
-from fgvc.model.backbone import plain_model
-from fgvc.model.panel import Panel
-from fgvc.model.plan import Context, Joints
-from fgvc.model.teacher import AnyTeacher, Said, Teacher
-from fgvc.recipe import Recipe
-from fgvc.train.session import build_net, opener_of, read_index
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.models.backbone import plain_model
+from fgvc.runs.subject import subject
+from fgvc.studies.speed import bench_each
+from fgvc.techniques.distill.ensemble import Panel
+from fgvc.techniques.distill.teacher import AnyTeacher, Said, Teacher
+from fgvc.techniques.plan import Context, Joints
+from fgvc.training.session import build_net, opener_of, read_index
 from fgvc.types import FgvcError, Output
 
 DEVICE = torch.device("cpu")
@@ -223,7 +223,7 @@ def test_a_run_may_not_overwrite_its_own_teacher(taught: tuple[Path, Path], tree
 
 
 def test_without_an_average_the_bench_leaves_it_out(tree) -> None:
-    from fgvc.techniques import CONFIGS
+    from fgvc.techniques.registry import CONFIGS
 
     alone = recipe(tree)
     others = pytest.MonkeyPatch()

@@ -18,13 +18,14 @@ import yaml
 
 from fgvc import api
 from fgvc.cli import main
-from fgvc.config import validate
-from fgvc.finite import not_finite, suspicious
-from fgvc.recipe import Recipe
-from fgvc.train import checkpoint, loop
-from fgvc.train.session import Session
-from fgvc.train.step import StepModule
-from fgvc.train.watch import held
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import validate
+from fgvc.models.finite import not_finite, suspicious
+from fgvc.runs import checkpoint
+from fgvc.runs.step import StepModule
+from fgvc.training import trainer as loop
+from fgvc.training.session import Session
+from fgvc.training.watch import held
 from fgvc.types import FgvcError
 
 NAN, INF = float("nan"), float("inf")
@@ -326,10 +327,10 @@ import torch
 from pathlib import Path
 from types import SimpleNamespace
 
-from fgvc.evaluate.metrics import evaluate
-from fgvc.train.optim import Optim
-from fgvc.train.runtime import Runtime
-from fgvc.train.watch import refuse_not_finite
+from fgvc.evaluation.metrics import evaluate
+from fgvc.training.optim import Optim
+from fgvc.runs.distributed import Runtime
+from fgvc.training.watch import refuse_not_finite
 from fgvc.types import FgvcError
 
 

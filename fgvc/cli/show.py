@@ -1,0 +1,353 @@
+"""Results on stdout, for people: what the command line prints."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fgvc.api import Evaluation, Exported
+from fgvc.data.quality.checks import Report
+from fgvc.evaluation.calibration import FEWEST
+from fgvc.evaluation.learning_curve import FOLDS, SHARES
+from fgvc.evaluation.localize import Localisation
+from fgvc.evaluation.side import Versus
+from fgvc.exporting.verify import Comparison, Verification
+from fgvc.report.localization import COLUMNS
+from fgvc.report.localization import table as localisation_table
+from fgvc.runtime.engine import calibration_word
+from fgvc.studies.advice import advise, points, sides
+from fgvc.studies.probe import Probing
+from fgvc.studies.run import Estimate
+from fgvc.studies.speed import Ratio
+from fgvc.studies.variants import Beside
+from fgvc.training.forecast import Forecast
+from fgvc.training.interpolate import Interpolation
+from fgvc.types import SPLITS
+
+console = Console(highlight=False)
+CONFUSED = 5  # pairs shown; all are in the run's tables
+SUSPECTS = 10  # labels shown; all are in the CSV file
+
+
+def _table(*columns: str) -> Table:
+    """Names on the left, numbers on the right; a table of two columns is a list of facts."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 or len(columns) == 2 else "right")
+    return table
+
+
+def check(report: Report) -> None:
+    table = _table("part", "images", "classes", "smallest class", "largest class")
+    for name, counts in zip(SPLITS, report.counts, strict=True):
+        if counts.any():
+            table.add_row(name, str(counts.sum()), str((counts > 0).sum()), str(counts.min()), str(counts.max()))
+    console.print(f"recognised: {report.index.recognised}", markup=False, soft_wrap=True)
+    console.print(table)
+    _suspects(report)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    for error in report.errors:
+        console.print(f"ERROR: {error}", markup=False, soft_wrap=True)
+    console.print("ok" if report.ok else "not ok: mend the errors above first")
+
+
+def _suspects(report: Report) -> None:
+    """The labels that fit least."""
+    index = report.index
+    for one in report.suspects.listed[:SUSPECTS] if report.suspects else ():
+        place = f"{index.paths[one.row]} ({SPLITS[index.splits[one.row]]})"
+        own, other = f"{index.classes[one.label]} {one.own:.1%}", f"{index.classes[one.suggested]} {one.other:.1%}"
+        console.print(f"suspect: {place}: {own}, rather {other} (a probe says, not calibrated)", markup=False, soft_wrap=True)
+
+
+def probing(found: Probing) -> None:
+    """A net at one size and crop a row; then what it comes to."""
+    data, advice = found.data, advise(found)
+    console.print(f"recognised: {data.index.recognised}", markup=False, soft_wrap=True)
+    sample = f", a stratified sample of {data.available}" if len(data.rows) < data.available else ""
+    groups = "" if data.groups is None else ", by whole groups"
+    console.print(
+        f"{len(data.rows)} images to learn from{sample}; top-1 in %, by {FOLDS}-fold cross-validation within them{groups}; "
+        "the test part is not read",
+        soft_wrap=True,
+    )
+    learned = [str(len(own)) for own in reversed(data.folds[0].learned)]
+    table = _table("start", "px", "crop", *learned, "95 %", "ms", "GMAC")
+    table.columns[0].overflow = "fold"
+    for one in found.results:
+        whole = one.curve.accuracy()
+        shares = (f"{100 * one.curve.accuracy(share).value:.1f}" for share in sorted(SHARES))
+        mark = "*" * bool(one.learned)
+        macs = "" if one.macs is None else f"{one.macs / 1e9:.2g}"
+        interval = f"{100 * whole.low:.1f}-{100 * whole.high:.1f}"
+        name = escape(one.candidate.name) + mark
+        table.add_row(name, sides(one.size), f"{one.crop:.3g}", *shares, interval, f"{1000 * one.seconds:.1f}", macs)
+    console.print(table)
+    legend = f"{', '.join(learned)}: images that a fold learns from; ms: of one image in a batch, {found.device}, "
+    legend += f"{found.threads} thread{'s' * (found.threads > 1)}"
+    legend += "; *: was trained on the images" * any(one.learned > 0 for one in found.results)
+    console.print(legend, soft_wrap=True)
+    if data.scarce:
+        console.print(f"{data.scarce} classes have too few images to hold one out: learned, never judged", soft_wrap=True)
+    for note in found.notes:
+        console.print(f"warning: {note}", markup=False, soft_wrap=True)
+    best = advice.best
+    console.print(
+        f"best within the deployed net's cost: {best.candidate.name}, {sides(best.size)} px, crop {best.crop:.3g}. "
+        "What limits it?",
+        markup=False,
+        soft_wrap=True,
+    )
+    for limit in advice.limits:
+        answer = {True: "yes", False: "no", None: "?"}[limit.limiting]
+        console.print(f"  {limit.what}: {answer}: {limit.text}", markup=False, soft_wrap=True)
+    if advice.command:
+        console.print(f"to go on:\n  {advice.command}", markup=False, soft_wrap=True)
+    else:
+        console.print("to go on, name the run or the weights: a bundle has nothing to train from")
+    if advice.teacher is not None and advice.teacher_gain is not None:
+        console.print(
+            f"a teacher, {points(advice.teacher_gain)}; in the recipe's techniques section:\n  {advice.teacher_line}",
+            markup=False,
+            soft_wrap=True,
+        )
+    elif advice.larger:
+        console.print("no teacher: of the nets that cost more none names more images rightly")
+
+
+def forecast(found: Forecast) -> None:
+    table = _table("what", "how much")
+    table.add_row("images", ", ".join(f"{count} {split}" for split, count in found.images.items()))
+    table.add_row("steps", str(found.steps))
+    table.add_row("forwards per step", f"{found.forwards:g}")
+    table.add_row("parameters in training", f"{found.parameters / 1e6:.2f} M")
+    table.add_row("step", f"{1000 * found.step_seconds:.0f} ms")
+    table.add_row("all steps", f"{found.hours:.2f} h without loading and validation")
+    table.add_row("peak memory", f"{found.peak_bytes / 2**30:.2f} GiB")
+    table.add_row("conflicts", "none")
+    console.print(table)
+    for kind, forwards in found.techniques.items():
+        console.print(f"technique {kind}: adds {forwards} forwards a step", markup=False)
+    for note in found.notes:
+        console.print(note, markup=False)
+
+
+def estimate(found: Estimate) -> None:
+    """A trial a row."""
+    budgets = list(dict.fromkeys(budget for _, budget in found.epochs))
+    table = _table("trial", "epoch, s", "of the base's", *(f"epochs ({budget})" for budget in budgets))
+    for name, cost in found.costs.items():
+        lengths = (str(found.epochs[name, budget]) for budget in budgets)
+        table.add_row(escape(name), f"{cost.epoch:.1f}", f"{cost.ratio:.2f}", *lengths)
+    console.print(table)
+    console.print(f"{found.done} runs are done, {len(found.cells)} to do: {found.hours:.2f} h of training steps")
+    console.print(
+        "without validation, and without what techniques do between epochs; teachers are asked, whatever is cached"
+    )
+    for failure in found.refused:
+        console.print(f"refused: {failure.run}: {failure.reason}", markup=False, soft_wrap=True)
+
+
+def scores(result: Evaluation) -> None:
+    table = _table(
+        "split", "weights", "images", "top-1 %", "top-5 %", "macro F1 %", "balanced %", "calibration error %", "loss"
+    )
+    s = result.scores
+    shares = (f"{100 * share:.2f}" for share in (s.top1, s.top5, s.macro_f1, s.balanced_accuracy, s.ece))
+    table.add_row(result.split, result.select, str(s.images), *shares, f"{s.loss:.4f}")
+    console.print(table)
+    pairs = s.confused(result.classes)[:CONFUSED]
+    if pairs:
+        table = _table("most confused", "with", "times", "there", "back")
+        for pair in pairs:
+            table.add_row(*(str(value) for value in pair.values()))
+        console.print(table)
+    if result.calibrated is not None:
+        _calibration(result.calibrated.numbers(), result.calibrated.curve.area)
+    elif result.split not in SPLITS:
+        console.print("not calibrated: no temperature is fitted for averaged views")
+    if result.stored:
+        console.print(f"every class and pair: {result.run / 'tables'}", markup=False)
+    for error in result.unreadable:
+        console.print(f"skipped: {error}", markup=False, soft_wrap=True)
+
+
+def interpolation(result: Interpolation) -> None:
+    """A share a row, the chosen one marked."""
+    table = _table("share", "top-1 %", "macro F1 %", "balanced %", "calibration error %", "loss", "")
+    for share, s in result.scores.items():
+        shares = () if s is None else (s.top1, s.macro_f1, s.balanced_accuracy, s.ece)
+        cells = ["no numbers", "", "", "", ""] if s is None else [*(f"{100 * one:.2f}" for one in shares), f"{s.loss:.4f}"]
+        table.add_row(f"{share:g}", *cells, "chosen" if share == result.share else "")
+    if result.scores:
+        images = next(s.images for s in result.scores.values() if s is not None)
+        console.print(f"validation, {images} images; 0: {result.run / 'ckpt' / 'start'}, 1: {result.select}", markup=False)
+        console.print(table)
+        why = f"the best {result.by} on validation, the smallest of equals: too good by the choice itself"
+    else:
+        why = "given; not scored"
+    console.print(f"share {result.share:g} ({why})", markup=False, soft_wrap=True)
+    for error in result.unreadable:
+        console.print(f"skipped: {error}", markup=False, soft_wrap=True)
+    command = shlex.join(["fgvc", "export", str(result.out), "-o", f"{result.out}-bundle"])
+    console.print(f"{result.out}: a run like others; next: {command}", markup=False, soft_wrap=True)
+
+
+def localisation(result: Localisation) -> None:
+    """A measure a row; whose map, a column."""
+    found = localisation_table(f"{result.split}.{result.select}.{result.method}", result.numbers())
+    table = _table("in %", *COLUMNS)
+    for text, cells in found.rows:
+        table.add_row(text, *cells)
+    console.print(f"{found.title}: {found.about}")
+    console.print(table)
+    for note in found.notes:
+        console.print(note)
+    if result.stored:
+        console.print(f"every class and part: {result.run / 'tables'}", markup=False)
+    for error in result.unreadable:
+        console.print(f"skipped: {error}", markup=False, soft_wrap=True)
+
+
+def _calibration(found: Mapping[str, Any], area: float | None = None) -> None:
+    """`found`: as `Calibrated.numbers`. `area`: under the curve of risk and coverage."""
+    table = _table("calibration", "result")
+    said = f"{found['temperature']:.3f}, fitted on {found['fitted_images']} {found['fitted_on']} images"
+    words = filter(None, [said if found["calibrated"] else "not calibrated", found["note"]])
+    table.add_row("temperature", escape("; ".join(words)))
+    before, after = (f"{100 * found[name]:.1f} %" for name in ("ece_before", "ece_after"))
+    own = " (on images that it was not fitted on)"
+    table.add_row("calibration error", f"{before}, with it {after}{own}" if found["calibrated"] else before)
+    table.add_row("none of these", f"below {100 * found['threshold']:.1f} %" if found["threshold"] else "never")
+    if found["threshold"]:
+        kept = f"keeps {100 * found['kept']:.1f} % of the right answers"
+        table.add_row("", f"{kept}; {100 * found['accuracy']:.1f} % of those given are right")
+    if area is not None:
+        table.add_row("risk-coverage area", f"{100 * area:.2f} %")
+    console.print(table)
+
+
+def contract(done: Exported) -> None:
+    numeric, behavioural, said = done.proven.numeric, done.proven.behavioural, done.proven.contract
+    table = _table("proof", "result")
+    table.add_row(
+        "numeric", f"fold {numeric.folded_float64:.1e} (float64), shipped {numeric.shipped_float32:.1e} (float32)"
+    )
+    nodes = said["proofs"]["structural"]["nodes"]
+    table.add_row(
+        "structural", f"{nodes} nodes, sha256 {done.proven.structural.sha256[:16]} = the plain {said['backbone']}'s"
+    )
+    table.add_row("behavioural", f"onnxruntime = torch on {behavioural.images} images, worst {behavioural.worst:.1e}")
+    for one in done.beside:
+        table.add_row(one.made.variant, _beside(one))
+    console.print(table)
+    known = done.calibration
+    if known.calibration is None or known.calibration.images < FEWEST:
+        console.print(f"not calibrated: {known.reason}", markup=False, soft_wrap=True)
+    else:
+        own = known.calibration
+        _calibration(own.model_dump() | {"calibrated": own.calibrated, "fitted_images": own.images})
+    for warning in (*done.proven.warnings, *(f"no {file}: it {why}" for file, why in done.left_out.items())):
+        console.print(f"warning: {warning}", markup=False)
+    if done.around is not None and done.around.unproved:
+        console.print(done.around.unproved, markup=False, soft_wrap=True)
+    graph = f"the graph of the plain {said['backbone']}"
+    if done.around is not None:
+        graph = f"the graph of {done.against}; whether it is a drop-in was not proved"
+        if not done.around.unproved:
+            graph = f"a drop-in replacement of {done.against}: graph, preprocessing and labels are the same"
+    console.print(f"{done.bundle}: {done.select} weights, {graph}", markup=False, soft_wrap=True)
+
+
+def _beside(one: Beside) -> str:
+    found, how = one.agreement, one.made.contract
+    same = f"{100 * found.share:.2f} % ({100 * found.low:.1f} to {100 * found.high:.1f})"
+    return (
+        f"{how['bytes'] / 1e6:.2f} of {how['float_bytes'] / 1e6:.2f} MB; same answer for {same} of {found.images} {found.part} "
+        f"images, top-1 {100 * found.top1:.2f} for {100 * found.top1_float:.2f} %"
+    )
+
+
+def versus(found: Versus, failed: Sequence[str]) -> None:
+    pair = found.paired
+    sides = (("A", found.a, pair.a_right), ("B", found.b, pair.b_right))
+    rejecting = any(side.threshold for _, side, _ in sides)
+    more = ("none of these", "right of those") if rejecting else ()
+    table = _table(f"{found.part}: {pair.images} images", "top-1 %", "right", *more)
+    for (name, side, right), counts in zip(sides, found.rejections(), strict=True):
+        held = ([str(n) for n in counts] if side.threshold else ["", ""]) if rejecting else []
+        table.add_row(escape(f"{name} {side.path}"), f"{100 * right.mean():.2f}", str(int(right.sum())), *held)
+    console.print(table)
+    if rejecting:
+        console.print('gain, flips and gates are of the classes named, those that "none of these" holds back included')
+    words = (f"{name} {calibration_word(side.calibrated)}" for name, side, _ in sides)
+    console.print(f"probabilities: {', '.join(words)}")
+    table = _table("B against A", "result")
+    low, high = 100 * pair.low, 100 * pair.high
+    table.add_row("gain", f"{100 * pair.gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")
+    table.add_row("chance", f"p = {pair.p:.2g} (McNemar, exact)")
+    share = 100 * pair.negative_flip_rate
+    table.add_row("negative flips", f"{int(pair.negative.sum())} ({share:.2f} %): was right, now wrong")
+    table.add_row("positive flips", f"{int(pair.positive.sum())}: was wrong, now right")
+    console.print(table)
+    changed = [row for row in pair.by_class(found.classes) if row["change"]]
+    if changed:
+        table = _table("most changed", "images", "A %", "B %", "change", "lost", "won")
+        for row in sorted(changed, key=lambda row: -abs(row["change"]))[:CONFUSED]:
+            shares = (f"{100 * row['a_recall']:.1f}", f"{100 * row['b_recall']:.1f}", f"{100 * row['change']:+.1f}")
+            flips = str(row["negative_flips"]), str(row["positive_flips"])
+            table.add_row(escape(row["class"]), str(row["images"]), *shares, *flips)
+        console.print(table)
+    for error in found.unreadable:
+        console.print(f"skipped: {error}", markup=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(f"warning: {note}", markup=False, soft_wrap=True)
+    if found.differences:
+        console.print("B is not a drop-in for A; A's against B's:")
+    for line in found.differences:
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+    for line in failed:
+        console.print(f"FAIL: {line}", markup=False)
+
+
+def verification(result: Comparison | Verification) -> None:
+    if isinstance(result, Verification):
+        for item in result.checks:
+            mark = {True: "ok  ", False: "FAIL", None: "skip"}[item.passed]
+            console.print(f"{mark} {item.name}: {item.detail}", markup=False)
+        return
+    for difference in (*result.differences, *result.around.differences):
+        console.print(str(difference), markup=False, soft_wrap=True)
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if result.around.unproved:
+        console.print(result.around.unproved, markup=False, soft_wrap=True)
+    console.print(f"{result.candidate} against {result.against}: {_standing(result)}", markup=False, soft_wrap=True)
+
+
+def _standing(result: Comparison) -> str:
+    if result.drop_in:
+        return "a drop-in replacement: graph, preprocessing and labels are the same"
+    if result.passed:
+        return "the graphs are the same; whether it is a drop-in was not proved"
+    parts = {
+        "graph": bool(result.differences),
+        "preprocessing": result.around.preprocess == "other",
+        "labels": result.around.labels == "other",
+    }
+    return f"NOT a drop-in: other {', '.join(part for part, differs in parts.items() if differs)}"
+
+
+def ratios(found: Sequence[Ratio]) -> None:
+    table = _table("ratio", "median", "95 % interval", "expected", "pairs", "seconds")
+    for r in found:
+        seconds = f"{r.a_seconds:.3f} / {r.b_seconds:.3f}"
+        expected = "" if r.expected is None else f"{r.expected:.3f}"
+        table.add_row(r.name, f"{r.median:.3f}", f"{r.low:.3f} to {r.high:.3f}", expected, str(r.pairs), seconds)
+    console.print(table)

@@ -1,0 +1,249 @@
+"""The root model of a run: everything that decides its result, in one frozen, validated tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fgvc.config.schedule import Scheduled, Value, at, knots
+from fgvc.config.section import Deploy, Section, Size, load
+from fgvc.data.augment import Augment
+from fgvc.data.sources.auto import AutoData
+from fgvc.data.sources.cub import CubData
+from fgvc.data.sources.folder import FolderData
+from fgvc.data.sources.named import NamedData
+from fgvc.data.sources.source import Source
+from fgvc.data.sources.table import CsvData
+from fgvc.exporting.onnx import Export
+from fgvc.models.backbone import Model
+from fgvc.models.loss import Loss
+from fgvc.models.weights import run_of
+from fgvc.runs.checkpoint import Checkpoint
+from fgvc.runs.distributed import Train
+from fgvc.techniques.mixing import Mixing
+from fgvc.techniques.registry import Techniques
+from fgvc.training.log import Log
+from fgvc.training.optim import Ema, Optim, Swa
+
+Shipped = Literal["last", "best", "ema", "swa"]
+Selected = Literal[Shipped, "start", "floor"]
+CLIP = 1.0  # norm of the gradients at frozen statistics, whose first ones can be 40
+END = 1 - 1e-9  # of a run: its last step lies before 1
+
+
+class Image(Section):
+    """The network's input."""
+
+    size: Size = Field((224, 224), description="one number for a square, or [height, width]; pixels")
+    train_scale: Scheduled = Field(
+        1.0,
+        description="side of training images in units of size, to 8 pixels: below 1 all along trains for a larger "
+        "evaluation (FixRes), knots such as [[0, 0.6], [0.8, 1]] grow the images epoch by epoch",
+    )
+
+    @field_validator("train_scale")
+    @classmethod
+    def _some(cls, scale: Value) -> Value:
+        if min(at(scale, share) for share in knots(scale)) <= 0:
+            raise ValueError("above 0")
+        return scale
+
+    def train_size(self, progress: float) -> tuple[int, int]:
+        """Height and width of training images at a share of the run."""
+        return self.scaled(at(self.train_scale, progress))
+
+    def scaled(self, scale: float) -> tuple[int, int]:
+        """Height and width at `scale` times the size, to 8 pixels."""
+        if scale == 1:
+            return self.size
+        height, width = (max(8, 8 * round(side * scale / 8)) for side in self.size)
+        return height, width
+
+    @property
+    def largest_train_size(self) -> tuple[int, int]:
+        """What training images are rendered at; smaller ones are its reduction."""
+        return max(self.train_size(share) for share in knots(self.train_scale))
+
+
+PRETRAINED: Mapping[str, Mapping[str, Any]] = {
+    "model": {"head": "probe", "batch_norm": "frozen"},
+    "optim": {"name": "adamw", "lr": 3e-4, "weight_decay": 0.01},
+}
+
+
+def by_weights(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's tree with what it leaves open where its first weights are pretrained: docs/floor.md says why. Random weights
+    have the defaults of the settings themselves. An optimizer of the recipe's own, by name or rate, stays as it is."""
+    model, optim = tree.get("model"), tree.get("optim", {})
+    if not isinstance(model, Mapping) or not isinstance(optim, Mapping) or model.get("weights", "none") == "none":
+        return dict(tree)
+    head = "timm" if run_of(Path(str(model["weights"])).expanduser()) is not None else PRETRAINED["model"]["head"]
+    own = {} if {"name", "lr"} & optim.keys() else PRETRAINED["optim"]
+    return {
+        **tree,
+        "model": {**PRETRAINED["model"], "head": head, **model},
+        "optim": {"clip_norm": CLIP, **own, **optim},
+    }
+
+
+class Recipe(Section):
+    """A run of fgvc. Every key can be overridden on the command line as section.key=value."""
+
+    data: Annotated[
+        AutoData | CubData | FolderData | CsvData | NamedData,
+        Field(discriminator="kind", description="the labelled images"),
+    ]
+    image: Image = Field(Image(), description="the network's input")
+    deploy: Deploy = Field(Deploy(), description="preprocessing of the deployed stack")
+    augment: Augment = Field(Augment(), description="what training does to each image")
+    model: Model = Field(description="the deployed network")
+    train: Train = Field(Train(), description="budget, seed, device")
+    optim: Optim = Field(Optim(), description="optimizer and schedule")
+    loss: Loss = Field(Loss(), description="classification loss")
+    ema: Ema | None = Field(None, description="moving average of the weights; null: off")
+    swa: Swa | None = Field(None, description="mean of the weights at the last epochs' ends; null: off")
+    techniques: Techniques = Field(Techniques(), description="technique -> settings")
+    select: Shipped | None = Field(
+        None,
+        description="which weights eval, export and predict use; best: of the start and all epochs' ends that which validation "
+        "likes best, the average where there is one. Default: best where there is a validation part, else ema or swa, else last",
+    )
+    select_by: Literal["top1", "top5", "macro_f1", "balanced_accuracy", "ece", "loss"] = Field(
+        "top1", description="the validation score by which a checkpoint is the best (ece and loss: the smallest)"
+    )
+    checkpoint: Checkpoint = Field(Checkpoint(), description="how often to save")
+    cache: Literal["none", "disk"] = Field(
+        "none", description="disk: decode every training image once, into one memory map"
+    )
+    cache_dir: Path | None = Field(None, description="default: $XDG_CACHE_HOME/fgvc or ~/.cache/fgvc")
+    export: Export = Field(Export(), description="how the ONNX file is written")
+    log: Log = Field(Log(), description="how often to report")
+
+    @field_validator("data")
+    @classmethod
+    def _found(cls, data: Source) -> Source:
+        """`kind: auto` is decided once, here, so that what a run records reads the same set later. Raises FgvcError."""
+        return data.resolved() if isinstance(data, AutoData) else data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _open(cls, tree: Any) -> Any:
+        return by_weights(tree) if isinstance(tree, Mapping) else tree
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.select == "ema" and self.ema is None:
+            raise ValueError("select: ema needs an `ema:` section, for example ema.decay=0.999")
+        if self.select == "swa" and self.swa is None:
+            raise ValueError("select: swa needs a `swa:` section, for example swa.start=0.75")
+        if self.ema is not None and self.swa is not None:
+            raise ValueError("ema and swa: a run has one average of its weights; set one of them to null")
+        if self.swa is not None and self.model.freeze:
+            raise ValueError(
+                "swa would change the frozen batch norms of the average: set model.freeze to 0, or use ema"
+            )
+        if self.optim.sam is not None and self.train.precision == "fp16":
+            raise ValueError(
+                "optim.sam: fp16 scales the loss step by step, and SAM takes two gradients in one; set train.precision "
+                "to bf16 or fp32"
+            )
+        if self.loss.class_weights == "balanced" and self.train.sampling == "balanced":
+            raise ValueError(
+                "loss.class_weights and train.sampling: both balanced would favour rare classes twice over; set one of them "
+                "to none or uniform"
+            )
+        if self.train.refit and not self.data.hold_out:
+            raise ValueError(
+                "train.refit: learns from validation images once these have judged, and data.hold_out: false leaves none; give "
+                "one of the two"
+            )
+        if self.train.precise_bn == 1:
+            raise ValueError("train.precise_bn: one image has no statistics; give some hundreds, or 0")
+        if max(self.image.largest_train_size) > 4096:
+            raise ValueError(
+                f"image.train_scale: training images of {self.image.largest_train_size} pixels; at most 4096"
+            )
+        if self.train.precise_bn and self.model.freeze:
+            raise ValueError("train.precise_bn would change the frozen batch norms: set it or model.freeze to 0")
+        if self.train.max_steps == 0 and self.model.head != "probe":
+            raise ValueError("train.max_steps: 0 ships the start, whose head is not fitted; set model.head to probe")
+        if self.model.weights == "none" and self.model.head == "probe":
+            raise ValueError("model.head: probe fits a head to pretrained features; set it to zero or timm with weights: none")
+        if self.model.weights == "none" and self.optim.l2_sp:
+            raise ValueError("optim.l2_sp: random weights are no place to stay near; set it to 0 with weights: none")
+        if self.model.weights == "none" and self.model.batch_norm == "frozen":
+            raise ValueError(
+                "model.batch_norm: random weights have no statistics to keep; set it to batch with weights: none"
+            )
+        if self.model.batch_norm == "frozen" and self.train.precise_bn:
+            raise ValueError(
+                "train.precise_bn would replace the statistics that model.batch_norm: frozen keeps; set it to 0, or "
+                "model.batch_norm to batch"
+            )
+        for problem in conflicts(self.techniques):
+            raise ValueError(problem)
+        for kind, config in _chosen(self.techniques).items():
+            if self.ema is None and getattr(config, "needs_ema", False):
+                raise ValueError(
+                    f"techniques.{kind}: asks the moving average of the weights, and there is no `ema:` section (SWA has "
+                    "none until its first epoch); give, for example, ema.decay=0.99"
+                )
+            if getattr(config, "needs_cross_entropy", False) and (
+                self.loss.kind != "cross_entropy" or self.loss.class_weights != "none"
+            ):
+                raise ValueError(
+                    f"techniques.{kind}: is made for the plain cross-entropy; set loss.kind to cross_entropy and "
+                    "loss.class_weights to none"
+                )
+            if (rounds := getattr(config, "needs_epochs", 1)) > self.train.epochs:
+                raise ValueError(
+                    f"techniques.{kind}.rounds: {rounds} rounds need as many epochs; train.epochs is {self.train.epochs}"
+                )
+        return self
+
+    def resolved(self, *, validated: bool) -> Recipe:
+        """With what a run of this recipe selects."""
+        return self.model_copy(update={"select": self.select or ("best" if validated else self.selected)})
+
+    @property
+    def selected(self) -> Shipped:
+        return self.select or self.end
+
+    @property
+    def end(self) -> Shipped:
+        """The weights that training ends with, where validation chooses nothing: the average where there is one."""
+        averaged: Shipped = "ema" if self.ema is not None else "swa" if self.swa is not None else "last"
+        return averaged if self.select in (None, "best") else self.select
+
+
+def conflicts(techniques: Section) -> list[str]:
+    """Techniques that can't go together, each with what to change; a technique declares its own."""
+    chosen = _chosen(techniques)
+    found = [
+        f"techniques: {kind} and {other} can't go together: {advice}"
+        for kind, config in chosen.items()
+        for other, advice in getattr(config, "conflicts", {}).items()
+        if other in chosen
+    ]
+    mixers = {kind: config for kind, config in chosen.items() if isinstance(config, Mixing)}
+    times = {min(time, END) for config in mixers.values() for time in (0.0, *knots(config.probability), END)}
+    if mixers and all(sum(config.share(time) for config in mixers.values()) >= 1 for time in times):
+        found += [
+            f"techniques.{kind}: learns from images of one label, and {' and '.join(mixers)} mixed in every step leave none; "
+            f"give, for example, techniques.{next(iter(mixers))}.probability=0.5"
+            for kind, config in chosen.items()
+            if getattr(config, "needs_whole_labels", False)
+        ]
+    return found
+
+
+def _chosen(techniques: Section) -> dict[str, Section]:
+    return {kind: config for kind in type(techniques).model_fields if (config := getattr(techniques, kind)) is not None}
+
+
+def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file with `a.b=value` overrides. Raises FgvcError naming file, line, key and the nearest valid key."""
+    return load(Recipe, Path(path), overrides)

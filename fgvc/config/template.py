@@ -1,0 +1,142 @@
+"""Recipes as files: find those that come with fgvc, and write one out with every key, its value and what it means."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from fgvc.config.section import models_in, read_tree, tag_of
+from fgvc.types import FgvcError
+
+WIDTH = 118
+STUDIES = "studies/"  # below configs/
+
+
+def recipes_folder() -> Path:
+    """In an installed wheel `fgvc/configs`, in a checkout `configs` beside the package."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def recipes() -> dict[str, Path]:
+    """Id (path under configs/ without suffix) -> file."""
+    return {name: path for name, path in _configs().items() if not name.startswith(STUDIES)}
+
+
+def studies() -> dict[str, Path]:
+    """Those for `fgvc ablate`, by id."""
+    return {name.removeprefix(STUDIES): path for name, path in _configs().items() if name.startswith(STUDIES)}
+
+
+def _configs() -> dict[str, Path]:
+    folder = recipes_folder()
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def recipe_file(name: str) -> Path:
+    """A recipe by path or by id. Raises FgvcError naming the ids."""
+    return _file(name, recipes(), "a recipe's id; `fgvc recipes` lists")
+
+
+def study_file(name: str) -> Path:
+    """A study by path or by id. Raises FgvcError naming the ids."""
+    return _file(name, studies(), "a study's id; there are")
+
+
+def _file(name: str, known: Mapping[str, Path], what: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in known:
+        return known[name]
+    raise FgvcError(f"{name}: no such file, nor {what}: {', '.join(known)}")
+
+
+def run_name(path: Path) -> str:
+    """What a run of this recipe is called: its id for one of fgvc's own (`cub50-plain`), else the file's name."""
+    own = {file.resolve(): name for name, file in recipes().items()}
+    return own.get(path.resolve(), path.stem).replace("/", "-")
+
+
+def header(path: Path) -> list[str]:
+    """The comment lines on top of a recipe, without the marks."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    top = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return [line.removeprefix("#").strip() for line in lines[:top]]
+
+
+def commented(model: type[BaseModel], path: Path, *, fill: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> str:
+    """The recipe in `path` with all the keys that it leaves at their defaults, each with its description. `fill`: gives the tree
+    those that depend on others of its keys."""
+    tree = fill(read_tree(path)[0])
+    top = [f"# {line}".rstrip() for line in header(path)]
+    return "\n".join([*top, "", *_section(model, tree, 0)]) + "\n"
+
+
+def _section(model: type[BaseModel], tree: Mapping[str, Any], depth: int) -> Iterator[str]:
+    """The keys of one section; a section that is switched off is shown as null with its description."""
+    pad = "  " * depth
+    for key, field in model.model_fields.items():
+        given = tree.get(key)
+        if given is not None and not isinstance(given, Mapping) and models_in(field.annotation):
+            raise FgvcError(f"{key}: a section of settings is expected, not {given!r}")
+        inner = _inner(field, given)
+        if inner is not None and (given is not None or not _optional(field)):
+            if depth == 0:
+                yield ""
+            yield from _comment(field, pad)
+            rows = list(_section(inner, given or {}, depth + 1))
+            optional = all(row.lstrip().startswith("#") for row in rows)
+            yield f"{pad}{key}: {{}}" if optional else f"{pad}{key}:"
+            yield from rows
+        elif inner is not None or models_in(field.annotation):
+            doc = (field.description or "").strip()
+            yield f"{pad}# {key}: {{...}}  ({doc})" if depth else f"\n# {doc}\n{key}: null"
+        else:
+            yield from _leaf(key, field, given, key in tree, pad)
+
+
+def _leaf(key: str, field: FieldInfo, given: Any, present: bool, pad: str) -> Iterator[str]:
+    if not present and field.is_required():
+        yield from _comment(field, pad)
+        yield f"{pad}# {key}: REQUIRED, or give it on the command line"
+        return
+    value = given if present else field.get_default(call_default_factory=True)
+    if isinstance(value, tuple | list):
+        value = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value]
+    text = (
+        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+        .strip()
+        .removesuffix("...")
+        .strip()
+    )
+    line = f"{pad}{key}: {text}"
+    if field.description and len(line) + len(field.description) + 4 <= WIDTH:
+        yield f"{line}  # {field.description}"
+    else:
+        yield from _comment(field, pad)
+        yield line
+
+
+def _comment(field: FieldInfo, pad: str) -> Iterator[str]:
+    for line in textwrap.wrap(field.description or "", WIDTH - len(pad) - 2):
+        yield f"{pad}# {line}"
+
+
+def _inner(field: FieldInfo, given: Any) -> type[BaseModel] | None:
+    """The section class of a field: for a union, the member that the given `kind` names."""
+    models = models_in(field.annotation)
+    if len(models) > 1 and isinstance(given, Mapping):
+        return next((m for m in models if tag_of(m) == given.get("kind")), None)
+    return models[0] if len(models) == 1 else None
+
+
+def _optional(field: FieldInfo) -> bool:
+    return field.default is None

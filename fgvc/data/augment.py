@@ -1,0 +1,226 @@
+"""Augmentation of training images: the crop through torch's antialiased resampling, the rest through albumentations.
+
+Pillow, which evaluation and serving use, resamples alike (values differ by 0.1 of a level on average, by 3 at most) but
+takes five times as long, and would be most of what a sample costs.
+
+The only module that imports albumentations. Coordinates are continuous: pixel (column j, row i) covers
+[j, j+1) x [i, i+1), so its centre is at (j + 0.5, i + 0.5) and an image of width W spans 0 to W.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field, field_validator
+
+from fgvc.config.section import Interpolation, Preprocess, Section
+from fgvc.rng import SAMPLE, generator
+
+Range = tuple[float, float]
+
+Window = tuple[int, int, int, int]
+"""left, top, right, bottom in whole pixels of the image: never empty, never outside it."""
+
+
+class Augment(Section):
+    """How training images are varied."""
+
+    crop: Literal["random_resized", "fit"] = Field(
+        "random_resized",
+        description="random_resized: a window of random area and aspect, stretched to size; "
+        "fit: a window of random area that keeps the deployed fit's geometry (whole 2:1 leaves with deploy.resize=pad)",
+    )
+    crop_scale: Range = Field((0.35, 1.0), description="the window's area as a share of the image (fit: of its canvas)")
+    crop_ratio: Range = Field((0.75, 4 / 3), description="width / height of the window of random_resized")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
+    vertical_flip: float = Field(0.0, ge=0, le=1, description="probability of an upside-down flip")
+    rotate: float = Field(0.0, ge=0, le=180, description="largest rotation in degrees, either way")
+    translate: float = Field(0.0, ge=0, lt=1, description="largest shift as a share of the size, either way")
+    zoom: float = Field(0.0, ge=0, lt=1, description="scale factor uniform in 1 +- this, after the crop")
+    shear: float = Field(0.0, ge=0, lt=90, description="largest horizontal shear in degrees, either way")
+    brightness: float = Field(0.2, ge=0, le=1, description="factor uniform in 1 +- this")
+    contrast: float = Field(0.2, ge=0, le=1, description="factor uniform in 1 +- this")
+    saturation: float = Field(0.2, ge=0, le=1, description="factor uniform in 1 +- this")
+    hue: float = Field(0.0, ge=0, le=0.5, description="shift uniform in +- this share of the colour circle")
+    grayscale: float = Field(0.0, ge=0, le=1, description="probability of dropping the colour")
+
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def _ordered(cls, value: Range) -> Range:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("give two numbers above 0, the smaller first")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _share(cls, value: Range) -> Range:
+        if value[1] > 1:
+            raise ValueError("a share of the image's area is at most 1")
+        return value
+
+    def shrink_to(self, size: tuple[int, int]) -> int:
+        """What an image's shorter side may shrink to before the smallest crop of `size` would have to be enlarged."""
+        return math.ceil(max(size) / math.sqrt(self.crop_scale[0]))
+
+
+class Augmenter:
+    """Draws sample (epoch, row, turn) of a run: a pure function of the image, the settings, the seed and these three.
+
+    Not for two threads at once: albumentations keeps the sample's random state in its transforms.
+    """
+
+    def __init__(self, augment: Augment, spec: Preprocess, seed: int) -> None:
+        self.augment, self.spec, self.seed = augment, spec, seed
+        self._compose = _compose(augment, spec)
+
+    def __call__(
+        self, image: NDArray[np.uint8], *, epoch: int, row: int, turn: int = 0
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """uint8 (H,W,3), and the float32 (2,3) matrix from crop coordinates to those of `image`, uint8 (h,w,3) RGB.
+
+        `turn`: how often this row came in the epoch before."""
+        rng = generator(SAMPLE, self.seed, epoch, row, *([1 + turn] if turn else []))  # a 1 there is the loader's
+        if self.augment.crop == "fit":
+            pixels, to_image = self._fit(image, rng)
+        else:
+            window = self._random_window(image.shape[1], image.shape[0], rng)
+            pixels = _resampled(image, window, self.spec.size, self.spec.interpolation)
+            to_image = _window_matrix(window, (0, 0, self.spec.size[1], self.spec.size[0]))
+        # One stream for all transforms. `set_random_seed` would hand each the same one: every flip of an image
+        # would go with its vertical flip and its greying.
+        self._compose.set_random_state(rng, random.Random(int(rng.integers(2**63))))
+        result = self._compose(image=pixels)
+        for name, params in result["applied_transforms"]:
+            to_image = to_image @ _inverse(name, params, self.spec.size)
+        return result["image"], to_image[:2].astype(np.float32)
+
+    def _random_window(self, width: int, height: int, rng: np.random.Generator) -> Window:
+        """As torchvision's RandomResizedCrop; drawn as shares of the image, so that a shrunk copy gives the same
+        window, but for the rounding."""
+        lowest, highest = self.augment.crop_ratio
+        for _ in range(10):
+            area = width * height * rng.uniform(*self.augment.crop_scale)
+            ratio = math.exp(rng.uniform(math.log(lowest), math.log(highest)))
+            w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if w <= width and h <= height:
+                left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+                break
+        else:  # the largest central window whose aspect is allowed
+            w, h = min(width, height * highest), min(height, width / lowest)
+            left, top = (width - w) / 2, (height - h) / 2
+        (x0, x1), (y0, y1) = _whole(left, left + w, width), _whole(top, top + h, height)
+        return x0, y0, x1, y1
+
+    def _fit(self, image: NDArray[np.uint8], rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+        """A window in the geometry of the deployed fit. Along either axis it lies within the image, or holds it whole
+        (pad) with `fill` around."""
+        (rows, columns), (h, w) = self.spec.size, image.shape[:2]
+        if self.spec.resize == "squash":
+            window = float(w), float(h)
+        else:
+            pixel = (min if self.spec.resize == "crop" else max)(w / columns, h / rows)
+            window = columns * pixel, rows * pixel
+        share = math.sqrt(rng.uniform(*self.augment.crop_scale))
+        spare = w - window[0] * share, h - window[1] * share
+        left, top = (rng.uniform(min(room, 0), max(room, 0)) for room in spare)
+        x0, x1, j0, j1 = _overlap(left, window[0] * share, w, columns)
+        y0, y1, i0, i1 = _overlap(top, window[1] * share, h, rows)
+        pixels = np.empty((rows, columns, 3), dtype=np.uint8)
+        pixels[:] = self.spec.fill
+        source = x0, y0, x1, y1
+        pixels[i0:i1, j0:j1] = _resampled(image, source, (i1 - i0, j1 - j0), self.spec.interpolation)
+        return pixels, _window_matrix(source, (j0, i0, j1, i1))
+
+
+def _compose(augment: Augment, spec: Preprocess) -> Any:
+    """albumentations' transforms that can do something (nothing is called in vain), with a record of what they did."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or the import looks for a newer version on the network
+    import albumentations as A
+    import cv2
+
+    cv2.setNumThreads(0)  # one image is too small to share out, and OpenCV's threads don't survive a fork
+    a = augment
+    found = []
+    if a.flip:
+        found.append(A.HorizontalFlip(p=a.flip))
+    if a.vertical_flip:
+        found.append(A.VerticalFlip(p=a.vertical_flip))
+    if a.rotate or a.translate or a.zoom or a.shear:
+        found.append(
+            A.Affine(
+                scale=(1 - a.zoom, 1 + a.zoom),
+                keep_ratio=True,
+                translate_percent=(-a.translate, a.translate),
+                rotate=(-a.rotate, a.rotate),
+                shear={"x": (-a.shear, a.shear), "y": (0.0, 0.0)},
+                fill=spec.fill,
+                p=1,
+            )
+        )
+    if a.brightness or a.contrast or a.saturation or a.hue:
+        factors = [(1 - amount, 1 + amount) for amount in (a.brightness, a.contrast, a.saturation)]
+        found.append(A.ColorJitter(*factors, hue=(-a.hue, a.hue), p=1))
+    if a.grayscale:
+        found.append(A.ToGray(p=a.grayscale))
+    return A.Compose(found, save_applied_params=True)
+
+
+def _resampled(
+    image: NDArray[np.uint8], window: Window, size: tuple[int, int], interpolation: Interpolation
+) -> NDArray[np.uint8]:
+    """uint8 (H,W,3): a window of `image`, antialiased; nothing outside it leaks in. torch has two of Pillow's filters."""
+    left, top, right, bottom = window
+    part = image[top:bottom, left:right]
+    if interpolation not in ("bilinear", "bicubic"):
+        filter_ = Image.Resampling[interpolation.upper()]
+        return np.asarray(Image.fromarray(part).resize((size[1], size[0]), filter_))
+    import torch
+
+    x = torch.from_numpy(part).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
+    x = torch.nn.functional.interpolate(x, size, mode=interpolation, antialias=True)
+    pixels: NDArray[np.uint8] = x[0].permute(1, 2, 0).numpy()
+    return pixels
+
+
+def _whole(start: float, stop: float, side: int) -> tuple[int, int]:
+    """An interval within 0 to `side`, rounded to whole pixels, at least one."""
+    first = min(round(start), side - 1)
+    return first, min(max(round(stop), first + 1), side)
+
+
+def _overlap(start: float, length: float, side: int, pixels: int) -> tuple[int, int, int, int]:
+    """One axis of a window that may reach over the image: whole pixels of the image, and of the crop that they fill."""
+    step = length / pixels
+    first, last = max(round(-start / step), 0), min(round((side - start) / step), pixels)
+    if first >= last:  # an image thinner than one pixel of the crop
+        first = min(first, pixels - 1)
+        return 0, side, first, first + 1
+    return *_whole(max(start + first * step, 0.0), start + last * step, side), first, last
+
+
+def _window_matrix(window: Window, pixels: Window) -> NDArray[np.float64]:
+    """3x3: the crop's rectangle `pixels` onto the image's `window`."""
+    sx, sy = (window[2] - window[0]) / (pixels[2] - pixels[0]), (window[3] - window[1]) / (pixels[3] - pixels[1])
+    return np.array([[sx, 0, window[0] - sx * pixels[0]], [0, sy, window[1] - sy * pixels[1]], [0, 0, 1]])
+
+
+def _inverse(name: str, params: dict[str, Any], size: tuple[int, int]) -> NDArray[np.float64]:
+    """3x3: where a transform that was applied took its pixels from."""
+    match name:
+        case "HorizontalFlip":
+            return np.array([[-1.0, 0, size[1]], [0, 1, 0], [0, 0, 1]])
+        case "VerticalFlip":
+            return np.array([[1.0, 0, 0], [0, -1, size[0]], [0, 0, 1]])
+        case "Affine":  # its matrix counts from the centre of the first pixel
+            centre = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
+            return centre @ np.linalg.inv(params["matrix"]) @ np.linalg.inv(centre)
+        case "ColorJitter" | "ToGray":
+            return np.eye(3)
+        case _:
+            raise NotImplementedError(f"the geometry of {name} is not known here")

@@ -1,0 +1,328 @@
+"""What is wrong with a set before any time is spent on it: every image is read once, and nothing is changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fgvc.data.quality.colour import Colours, Normalisation, colours, doubts, is_grey, moments
+from fgvc.data.quality.duplicates import (
+    LIKENESS,
+    Print,
+    Prints,
+    alike,
+    equal,
+    gathered,
+    groups,
+    joined,
+    links,
+    print_of,
+)
+from fgvc.data.quality.stored import Stored, judge, levels_of, misplaced
+from fgvc.data.quality.suspects import Suspects
+from fgvc.data.sources.source import some
+from fgvc.data.splits import group_codes, straddling
+from fgvc.images.damage import damage
+from fgvc.images.decode import Picture, read_content, read_picture
+from fgvc.types import SPLITS, ImageError, ImageIndex
+
+TINY = 32  # pixels of the shorter side
+IMBALANCE = 10.0  # largest class over smallest class of the train part from which a warning is given
+
+COLUMNS = ("finding", "number", "path", "split", "label", "suggested", "score", "detail")  # of the findings
+
+Rows = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The findings; rows are those of the index. `errors` spoil a result, `warnings` are for people to weigh."""
+
+    index: ImageIndex
+    counts: np.ndarray  # (3,K) int64: images by split and class
+    imbalance: float  # largest class over smallest class in train; inf where a class has none
+    missing: dict[str, tuple[str, ...]]  # by split that has images: the classes that have none in it
+    unreadable: tuple[tuple[int, str], ...]  # row, reason
+    tiny: tuple[int, ...]
+    sizes: np.ndarray  # (N,2) int32: width, height in pixels, upright; 0 where unreadable
+    duplicates: Rows  # rows of files that are equal byte for byte
+    near: Rows  # rows that show the same picture, not all of them equal byte for byte; where they are many, perhaps a chain
+    near_leaks: Rows  # pairs that show the same picture in two splits; for each row the likest
+    near_conflicts: Rows  # with two labels
+    straddling: tuple[str, ...]  # groups with rows in several splits
+    colours: Colours
+    stored: Stored
+    suspects: Suspects | None = None  # None: not looked for
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
+
+    @property
+    def leaks(self) -> Rows:
+        """The duplicates that lie in several splits."""
+        return self._several(self.duplicates, self.index.splits)
+
+    @property
+    def conflicts(self) -> Rows:
+        """The duplicates with several labels."""
+        return self._several(self.duplicates, self.index.labels)
+
+    def shown(self, rows: tuple[int, ...], count: int) -> list[int]:
+        """So many of a group: one of each split and label first, since the first rows may all be of one."""
+        seen = Counter[tuple[int, int]]()
+        ranked = []
+        for row in rows:
+            kind = int(self.index.splits[row]), int(self.index.labels[row])
+            ranked.append((seen[kind], row))
+            seen[kind] += 1
+        return [row for _, row in sorted(ranked)[:count]]
+
+    @property
+    def families(self) -> NDArray[np.int64]:
+        """(N,) number of the group of rows that belong together: by name, or because they show the same."""
+        told = [links(group_codes(self.index.groups))] if self.index.groups is not None else []
+        same = [np.array([(rows[0], row) for row in rows[1:]], np.int64) for rows in (*self.duplicates, *self.near)]
+        return joined(len(self.index), *told, *same)
+
+    def _several(self, found: Rows, column: np.ndarray) -> Rows:
+        return tuple(rows for rows in found if len(set(column[list(rows)].tolist())) > 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What reading one file gave."""
+
+    digest: bytes = b""  # 16 bytes of a readable image
+    picture: Picture | None = None  # None: unreadable; without its pixels, which would not fit in memory
+    levels: tuple[int, int] = (0, 0)  # as in Stored
+    damage: str = ""
+    moments: NDArray[np.float64] = field(default_factory=lambda: np.full((2, 3), np.nan))
+    print: Print | None = None
+    reason: str = ""
+
+
+def check(
+    index: ImageIndex,
+    *,
+    max_unreadable: float = 0.05,
+    expected: Normalisation | None = None,
+    likeness: float = LIKENESS,
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Decode every image in full; compare all files byte for byte, and all pictures with one another.
+
+    `expected`: the network's normalisation, to compare colours with; `likeness`: the correlation, in [-1,1], from which two
+    pictures are near copies. `progress(what, done, total)` is called while images are read, and while they are compared.
+    """
+    total = len(index)
+    digests, sizes = np.zeros((total, 2), np.uint64), np.zeros((total, 2), np.int32)
+    prints, seen_moments, grey = Prints.empty(total), np.full((total, 2, 3), np.nan), np.zeros(total, bool)
+    stored = Stored.empty(total)
+    unreadable: list[tuple[int, str]] = []
+    modes: Counter[str] = Counter()
+    for row, seen in enumerate(_read_all(index, workers)):
+        # An unreadable file is nobody's duplicate: its row number stands for its content.
+        digests[row] = np.frombuffer(seen.digest, np.uint64) if seen.digest else (row, 0)
+        seen_moments[row] = seen.moments
+        if seen.print is None or seen.picture is None:
+            unreadable.append((row, seen.reason))
+        else:
+            sizes[row] = seen.picture.size
+            stored.put(row, seen.picture, seen.levels, seen.damage)
+            prints.put(row, seen.print)
+            grey[row] = is_grey(seen.print.thumb)
+            modes[seen.picture.mode] += 1
+        if progress:
+            progress("reading", row + 1, total)
+    counts = np.zeros((len(SPLITS), len(index.classes)), np.int64)
+    np.add.at(counts, (index.splits, index.labels), 1)
+    duplicates = equal(digests)
+    near, across = _near(index, prints, np.flatnonzero(sizes[:, 0] > 0), duplicates, likeness, progress)
+    report = Report(
+        index=index,
+        counts=counts,
+        imbalance=float(counts[0].max() / counts[0].min()) if counts[0].min() else float("inf"),
+        missing={
+            split: tuple(index.classes[k] for k in np.flatnonzero(counts[s] == 0))
+            for s, split in enumerate(SPLITS)
+            if (counts[s] == 0).any() and (s == 0 or counts[s].any())
+        },
+        unreadable=tuple(unreadable),
+        tiny=tuple(np.flatnonzero((sizes.min(axis=1) < TINY) & (sizes.min(axis=1) > 0)).tolist()),
+        sizes=sizes,
+        duplicates=duplicates,
+        near=near,
+        near_leaks=across[0],
+        near_conflicts=across[1],
+        straddling=() if index.groups is None else tuple(straddling(index.groups, index.splits)),
+        colours=colours(seen_moments, grey, train=index.splits == 0, modes=modes, expected=expected),
+        stored=stored,
+    )
+    return _judge(report, max_unreadable)
+
+
+def with_suspects(report: Report, found: Suspects) -> Report:
+    """The report with the labels that a probe doubts, and what that means in words."""
+    text = (
+        f"about {found.wrong} labels look wrong; {len(found.listed)} images look more like another class than their own"
+    )
+    said = [text] if found.wrong else []
+    if found.unjudged:
+        said.append(f"{found.unjudged} labels were not judged: their classes are too small to hold an image out")
+    return replace(report, suspects=found, warnings=(*report.warnings, *said))
+
+
+def findings(report: Report) -> list[dict[str, object]]:
+    """Every finding that is about an image, a line each, to act upon. `number` joins the rows of one duplicate."""
+    index = report.index
+    lines: list[dict[str, object]] = []
+
+    def add(finding: str, row: int, *, number: int | str = "", detail: str = "") -> dict[str, object]:
+        label = index.classes[index.labels[row]]
+        line = {"finding": finding, "number": number, "path": str(index.paths[row]), "split": SPLITS[index.splits[row]]}
+        lines.append(line | {"label": label, "suggested": "", "score": "", "detail": detail})
+        return lines[-1]
+
+    for row, reason in report.unreadable:
+        add("unreadable", row, detail=reason)
+    for row, what in sorted(report.stored.damage.items()):
+        add("damaged", row, detail=what)
+    for row, what in misplaced(index, report.stored).items():
+        add("box", row, detail=what)
+    for row in report.tiny:
+        add("tiny", row, detail=" x ".join(map(str, report.sizes[row])))
+    kinds = [("duplicate", rows) for rows in report.duplicates] + [("near-duplicate", rows) for rows in report.near]
+    for number, (finding, rows) in enumerate(kinds, 1):
+        for row in rows:
+            add(finding, row, number=number)
+    for finding, several in (("flat", report.colours.flat), ("grey", report.colours.grey)):
+        for row in several:
+            add(finding, row)
+    for one in report.suspects.listed if report.suspects else ():
+        line = add("suspect", one.row)
+        line |= {"suggested": index.classes[one.suggested], "score": f"{one.own:.4f}"}
+        line["detail"] = f"{one.other:.4f} as suggested; not calibrated"
+    return lines
+
+
+def _near(
+    index: ImageIndex,
+    prints: Prints,
+    readable: NDArray[np.int64],
+    duplicates: Rows,
+    likeness: float,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[Rows, list[Rows]]:
+    """Groups of rows that show the same; and of pairs those of two splits, and those of two labels. What is equal byte for
+    byte is compared once, and joins its group afterwards."""
+    again = {row: rows[0] for rows in duplicates for row in rows[1:]}
+    rows = np.array([row for row in readable.tolist() if row not in again], np.int64)
+    found = alike(prints, rows, likeness=likeness, progress=partial(progress, "comparing") if progress else None)
+    numbers, across = gathered(found, len(index), index.splits, index.labels)
+    numbers = joined(len(index), links(numbers), np.array(list(again.items()), np.int64).reshape(-1, 2))
+    equal_files = set(duplicates)
+    near = tuple(group for group in groups(numbers) if group not in equal_files)
+    return near, [tuple(map(tuple, pairs.tolist())) for pairs in across]
+
+
+def _read_all(index: ImageIndex, workers: int | None) -> Iterator[_Seen]:
+    """In the order of rows; a bounded number of files is under way."""
+    window = 1024
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for start in range(0, len(index), window):
+            rows = range(start, min(start + window, len(index)))
+            yield from pool.map(lambda row: _read(index, row), rows)
+
+
+def _read(index: ImageIndex, row: int) -> _Seen:
+    path = index.path(row)
+    try:
+        content = read_content(path)
+        picture = read_picture(content, max_pixels=index.max_pixels, name=path)
+    except ImageError as error:
+        return _Seen(reason=error.reason)
+    return _Seen(
+        digest=hashlib.sha256(content).digest()[:16],
+        picture=replace(picture, image=Image.new("RGB", (1, 1))),
+        levels=levels_of(picture),
+        damage=damage(content),
+        moments=moments(picture.image),
+        print=print_of(picture.image),
+    )
+
+
+def _judge(report: Report, max_unreadable: float) -> Report:
+    """The report with its errors and warnings put in words."""
+    index, total = report.index, len(report.index)
+    errors: list[str] = []
+    warnings: list[str] = list(index.warnings)
+    for split, names in report.missing.items():
+        text = f"{len(names)} classes have no image in {split}: {some(names)}"
+        (errors if split == "train" else warnings).append(text)
+    for s, split in enumerate(SPLITS):
+        if not report.counts[s].any() and split != "train":
+            warnings.append(f"there is no {split} part")
+    if report.unreadable:
+        share = len(report.unreadable) / total
+        listed = some([f"{index.paths[row]} ({reason})" for row, reason in report.unreadable])
+        text = f"{len(report.unreadable)} of {total} files can't be read ({share:.2%}): {listed}"
+        (errors if share > max_unreadable else warnings).append(text)
+    _judge_copies(report, errors, warnings)
+    if report.straddling:
+        errors.append(f"{len(report.straddling)} groups have rows in more than one split: {some(report.straddling)}")
+    if report.imbalance > IMBALANCE and np.isfinite(report.imbalance):
+        warnings.append(f"the largest class has {report.imbalance:.3g} times the train images of the smallest")
+    if report.tiny:
+        listed = some([f"{index.paths[row]} ({' x '.join(map(str, report.sizes[row]))})" for row in report.tiny])
+        warnings.append(f"{len(report.tiny)} images are smaller than {TINY} pixels: {listed}")
+    if report.colours.flat:
+        listed = some([_place(index, row) for row in report.colours.flat])
+        warnings.append(f"{len(report.colours.flat)} images are of one colour and show nothing: {listed}")
+    for error, text in judge(index, report.stored):
+        (errors if error else warnings).append(text)
+    warnings += doubts(report.colours, total)
+    return replace(report, errors=tuple(errors), warnings=tuple(warnings))
+
+
+def _judge_copies(report: Report, errors: list[str], warnings: list[str]) -> None:
+    """Copies in two splits, or under two labels, spoil a result, however they were stored."""
+
+    def listed(found: Rows, sign: str) -> str:
+        return some([f" {sign} ".join(place(row) for row in report.shown(rows, 3)) for rows in found], 3)
+
+    def place(row: int) -> str:
+        index = report.index
+        return f"{index.paths[row]} ({SPLITS[index.splits[row]]}, {index.classes[index.labels[row]]})"
+
+    leaks, conflicts = report.leaks, report.conflicts
+    if leaks:
+        errors.append(f"{len(leaks)} images lie in more than one split, which flatters scores: {listed(leaks, '=')}")
+    if within := tuple(sorted(set(report.duplicates) - set(leaks))):
+        warnings.append(f"{len(within)} images occur more than once within a split: {listed(within, '=')}")
+    if conflicts:
+        errors.append(f"{len(conflicts)} images occur under different labels: {listed(conflicts, '=')}")
+    leaks, conflicts = report.near_leaks, report.near_conflicts
+    if leaks:
+        errors.append(f"{len(leaks)} pairs of near copies lie in two splits: {listed(leaks, '~')}")
+    crossing = {row for pair in leaks for row in pair}
+    if within := tuple(rows for rows in report.near if not crossing & set(rows)):
+        warnings.append(f"{len(within)} pictures occur in near copies within a split: {listed(within, '~')}")
+    if conflicts:
+        errors.append(f"{len(conflicts)} pairs of near copies have different labels: {listed(conflicts, '~')}")
+
+
+def _place(index: ImageIndex, row: int) -> str:
+    return f"{index.paths[row]} ({SPLITS[index.splits[row]]})"

@@ -1,0 +1,304 @@
+"""Finding out what a set is: CUB's tables, class folders, or one table of images. What was found is a kind like any other."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fgvc.data.sources.cub import CubData
+from fgvc.data.sources.folder import FolderData, tables_in
+from fgvc.data.sources.source import Source, part_of, some
+from fgvc.data.sources.table import CsvData, encoding_of
+from fgvc.data.sources.walk import folders_in, is_run_folder, loose_images
+from fgvc.images.suffix import SUFFIXES
+from fgvc.types import FgvcError, ImageIndex
+
+CUB = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
+PATHS = (
+    "path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_file", "image_name",
+    "images", "img", "img_path", "img_name", "relative_path", "rel_path", "picture", "photo",
+)  # fmt: skip
+NUMBERS = ("id", "image_id", "img_id")  # of images, which are files' names at times
+LABELS = (  # names before what may be numbers of them; two of one line are too many
+    ("label_name", "class_name", "category_name"),
+    ("label", "labels", "class", "category", "target", "species", "variety", "y"),
+    ("label_id", "class_id", "category_id"),
+)
+PARTS = ("split", "subset", "set", "part", "partition", "fold")
+GROUPS = (
+    "group", "group_id", "individual", "individual_id", "specimen", "specimen_id", "observation", "observation_id",
+    "plant", "plant_id", "animal", "animal_id", "patient", "patient_id",
+)  # fmt: skip
+DELIMITERS = ",\t;|"
+TRIED = 20  # rows whose files are looked for
+FOLDERS = 1000  # that are looked into, at most, for a first image
+
+
+class AutoData(Source):
+    """CUB-200-2011's layout, class folders, or one table of images, whichever lies in root; a recipe that was read has the kind
+    that was found, with its keys, in place of this one.
+
+    CUB's tables come first. Class folders come before a table which adds nothing: one without a column of labels, or whose labels
+    are the folders' names. Such a table is read instead where it has splits that the folders lack, or groups. One with other
+    labels is not decided upon.
+    """
+
+    kind: Literal["auto"] = "auto"
+    root: Path = Field(description="folder of the set, or its table (.csv or .tsv)")
+    test_fraction: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share of all images set aside for test where the set has no splits; default 0.2; 0: none",
+    )
+    group_size: int | None = Field(None, ge=2, description="of class folders: see kind: folder")
+
+    def read(self) -> ImageIndex:
+        """As the kind that was found does."""
+        return self.resolved().read()
+
+    def resolved(self) -> CubData | FolderData | CsvData:
+        """The same settings with the kind that the files are of. Only names, and the table, are read. Raises FgvcError where
+        there is none, or several would do."""
+        root = self.root.expanduser()
+        if root.is_file():
+            if not root.name.lower().endswith((".csv", ".tsv")):
+                raise FgvcError(f"{root}: data.root is a file, and no table (.csv or .tsv); name the set's folder")
+            return self._table(root.parent, _Table.of(root, root.parent))
+        root = self.folder()
+        if is_run_folder(set(os.listdir(root))):
+            raise FgvcError(f"{root}: is a run of fgvc, not a set of images; name the folder of the images")
+        for place in (root, root / "CUB_200_2011"):
+            if missing := [name for name in CUB if not (place / name).is_file()]:
+                if len(missing) < len(CUB) - 1:
+                    raise FgvcError(
+                        f"{place}: looks like CUB-200-2011's layout, but {missing[0]} is not there; add it, or {_say()}"
+                    )
+                continue
+            return self._cub(place)
+        return self._folder_or_table(root)
+
+    def _folder_or_table(self, root: Path) -> FolderData | CsvData:
+        tables, reasons = [], []
+        for name in tables_in(root):
+            try:
+                tables.append(_Table.of(root / name, root))
+            except _FilesError:  # it is of images, wherever they are: the folders may be no classes
+                raise
+            except FgvcError as error:
+                reasons.append(str(error))
+        folders = _ClassFolders.of(root)
+        if len(folders.names) >= 2 or folders.parts:
+            said = [folders.beside(table) for table in tables]
+            if all(one == "the same" for one in said):
+                return self._folders(root)
+            if said in (["more"], ["stored"]):
+                return self._table(root, tables[0])
+            other = next(table for table, one in zip(tables, said, strict=True) if one != "the same")
+            raise FgvcError(
+                f"{root}: has class folders ({some(folders.names, 3)}), and {other.file.name} says something else of their "
+                f"images; say which is right: data.kind=folder, or {other.setting}"
+            )
+        if len(tables) == 1:
+            return self._table(root, tables[0])
+        if tables:
+            raise FgvcError(
+                f"{root}: {len(tables)} tables name images and labels: {some([table.file.name for table in tables])}; say which "
+                f"one is right, such as {tables[0].setting}; or make them one, with a column `split` of train, val and test"
+            )
+        if folders.names and not reasons:  # one folder: of which the reader of class folders knows what to say
+            return self._folders(root)
+        loose = loose_images(root)
+        found = [*reasons, *[f"{loose} images lie in it and in no class folder"] * bool(loose)]
+        found += [f"{name}/ holds images, and is no class folder" for name in (*folders.names, *folders.flat)]
+        raise FgvcError(
+            f"{root}: no set of images that fgvc recognises. Looked for: CUB-200-2011's {', '.join(CUB)}; class folders with "
+            "images (train/<class>/ and test/<class>/, or <class>/); one table (.csv or .tsv) with a header, of images "
+            f"({', '.join(PATHS[:4])}, ...) and labels ({', '.join(LABELS[1][:4])}, ...). "
+            f"Found: {'; '.join(found) or 'none of these'}. Else {_say()}"
+        )
+
+    def _cub(self, root: Path) -> CubData:
+        if own := self._own():
+            raise FgvcError(
+                f"data.{own[0]}: {root} is in CUB-200-2011's layout, which has a test part and no groups; leave it out"
+            )
+        return CubData(root=root, **self._given())
+
+    def _folders(self, root: Path) -> FolderData:
+        return FolderData(root=root, **self._given(*self._own()))
+
+    def _table(self, root: Path, table: _Table) -> CsvData:
+        if self.group_size is not None:
+            raise FgvcError(
+                f"data.group_size: {table.file} says itself which images are a group, in a column; leave it out, or set "
+                "data.kind=folder"
+            )
+        columns = {f"{name}_column": column for name, column in table.columns.items()}
+        return CsvData(
+            root=root,
+            file=Path(table.file.name),
+            delimiter=table.delimiter,
+            **columns,
+            **self._given(*self._own()),
+        )
+
+    def _given(self, *own: str) -> dict[str, Any]:
+        """The settings that all kinds have, as far as they were given, and `own`."""
+        given = self.model_fields_set & Source.model_fields.keys() - {"root"}
+        return {name: getattr(self, name) for name in (*given, *own)}
+
+    def _own(self) -> list[str]:
+        """Those that were given and that some kinds alone have."""
+        return [name for name in ("test_fraction", "group_size") if getattr(self, name) is not None]
+
+
+class _FilesError(FgvcError):
+    """A table of images that are not where it says."""
+
+
+def _say() -> str:
+    return (
+        "say what it is: data.kind=folder, data.kind=cub, data.kind=csv data.file=FILE data.path_column=NAME "
+        "data.label_column=NAME, or data.kind=torchvision data.name=NAME"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A table whose columns are known."""
+
+    file: Path
+    encoding: str
+    delimiter: str
+    columns: dict[str, str]  # path, label, and split and group where there are such: the header's names
+
+    @classmethod
+    def of(cls, file: Path, root: Path) -> _Table:
+        """Raises FgvcError for what is no table of images below `root` and their labels."""
+        encoding = encoding_of(file)
+        delimiter, header = max(
+            ((mark, _row(file, encoding, mark)) for mark in DELIMITERS), key=lambda found: len(found[1])
+        )
+        named = {name.strip().lower().replace(" ", "_").replace("-", "_"): name.strip() for name in reversed(header)}
+        where = f"{file.name} (columns {some([name.strip() for name in header], 8)})"
+        advice = f"say which by data.kind=csv data.root={root} data.file={file.name} data.path_column=NAME data.label_column=NAME"
+        labels = next((own for line in LABELS if (own := [named[name] for name in line if name in named])), [])
+        if len(labels) != 1:
+            what = f"several columns may be the labels, {', '.join(labels)}" if labels else "no column of labels"
+            raise FgvcError(f"{where}: {what}; {advice}")
+        paths = [named[name] for name in (*PATHS, *NUMBERS) if name in named and named[name] not in labels]
+        if not paths:
+            raise FgvcError(f"{where}: no column of images; {advice}")
+        columns = {"label": labels[0], "path": paths[0]}
+        table = cls(file, encoding, delimiter, columns)
+        places = table._places(header)
+        first = [{name: row[at] for name, at in places.items()} for row in islice(table._rows(), TRIED)]
+        for name in paths:
+            if any((root / row[name].strip().replace("\\", "/")).is_file() for row in first):
+                columns["path"] = name
+                break
+        else:
+            message = (
+                f"{where}: none of the first {len(first)} files that column {paths[0]!r} names lies in {root}; give "
+                f"data.kind=csv data.file={file.absolute()} and as data.root the folder that they are relative to"
+            )
+            raise FgvcError(message) if set(paths) <= {named.get(name) for name in NUMBERS} else _FilesError(message)
+        for key, names in (("split", PARTS), ("group", GROUPS)):
+            found = [named[name] for name in names if name in named and named[name] not in columns.values()]
+            if key == "split":  # a set, a fold or a part may be something else
+                found = [name for name in found if name == "split" or all(part_of(row[name]) for row in first)]
+            if found:
+                columns[key] = found[0]
+        return table
+
+    @property
+    def setting(self) -> str:
+        """What chooses it on the command line."""
+        return f"data.kind=csv data.file={self.file.name} " + " ".join(
+            f"data.{key}_column={name!r}" if " " in name else f"data.{key}_column={name}"
+            for key, name in self.columns.items()
+        )
+
+    def labelled(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """The path's parts and the label of each row."""
+        header = _row(self.file, self.encoding, self.delimiter)
+        at = self._places(header)
+        for row in self._rows():
+            path = row[at[self.columns["path"]]].strip().replace("\\", "/")
+            yield PurePosixPath(os.path.normpath(path)).parts, row[at[self.columns["label"]]].strip()
+
+    @staticmethod
+    def _places(header: list[str]) -> dict[str, int]:
+        return {name.strip(): at for at, name in reversed(list(enumerate(header)))}
+
+    def _rows(self) -> Iterator[list[str]]:
+        """Below the header, those that have all fields."""
+        with self.file.open(encoding=self.encoding, newline="") as stream:
+            reader = csv.reader(stream, delimiter=self.delimiter)
+            width = len(next(reader, []))
+            try:
+                yield from (row for row in reader if len(row) >= width)
+            except csv.Error as error:
+                raise FgvcError(f"{self.file}:{reader.line_num}: {error}") from error
+
+
+def _row(file: Path, encoding: str, delimiter: str) -> list[str]:
+    """The header."""
+    with file.open(encoding=encoding, newline="") as stream:
+        try:
+            return next(csv.reader(stream, delimiter=delimiter), [])
+        except csv.Error as error:
+            raise FgvcError(f"{file}:1: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _ClassFolders:
+    """Folders that may be classes."""
+
+    parts: tuple[str, ...]  # folders of parts that hold class folders, such as train/
+    names: tuple[str, ...]  # of the class folders with images
+    flat: tuple[str, ...]  # folders called as parts are that hold images themselves: of no class
+
+    @classmethod
+    def of(cls, root: Path) -> _ClassFolders:
+        folders = folders_in(root)
+        named = [name for name in folders if part_of(name) is not None]
+        parts = [name for name in named if any(_holds_image(root / name / below) for below in folders_in(root / name))]
+        places = [root / name for name in parts] or [root]
+        names = sorted({name for place in places for name in folders_in(place) if _holds_image(place / name)})
+        if not parts and set(names) <= set(named):
+            return cls((), (), tuple(names))
+        return cls(tuple(parts), tuple(names), ())
+
+    def beside(self, table: _Table) -> Literal["the same", "more", "stored", "other"]:
+        """What a table says of these folders' images. more: the same labels, and splits that the folders lack, or groups; stored:
+        other labels for what lies in one folder, which is no class then."""
+        folders, agree = set(), True
+        for path, label in table.labelled():
+            inner = path[1:] if path and path[0] in self.parts else path
+            folder = inner[0] if len(inner) > 1 else ""
+            folders.add(folder)
+            agree &= folder == label
+        if agree:
+            return "more" if "group" in table.columns or ("split" in table.columns and not self.parts) else "the same"
+        return "stored" if len(folders) < 2 else "other"
+
+
+def _holds_image(folder: Path) -> bool:
+    """Whether an image lies in it or below, in none of its runs."""
+    for _, folders, files in islice(os.walk(folder, followlinks=True), FOLDERS):
+        if is_run_folder({*files, *folders}):
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if any(name.lower().endswith(SUFFIXES) and not name.startswith(".") for name in files):
+            return True
+    return False

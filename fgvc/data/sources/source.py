@@ -1,0 +1,259 @@
+"""What all kinds of data have in common: the settings of a set, and the columns an index is built from."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.dtypes import StringDType
+from pydantic import Field, field_validator, model_validator
+
+from fgvc.config.section import Section
+from fgvc.data.splits import carve, fold_numbers
+from fgvc.io.names import one_line, refuse_breaking
+from fgvc.types import MAX_PIXELS, SPLITS, FgvcError, Split
+
+TEXT = StringDType()
+_PARTS: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "validate", "validating", "dev", "development", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
+}
+_OF_PARTS = ("set", "data", "dataset", "split", "part", "images", "imgs")  # "train_set", "Training Images"
+
+
+class Source(Section):
+    """A labelled set on disk. Each kind adds `kind` and `read() -> ImageIndex`."""
+
+    root: Path = Field(description="folder of the set; image paths are relative to it")
+    val_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of the train part set aside for validation where the set has none; 0: none"
+    )
+    fold: tuple[int, int] | None = Field(
+        None,
+        description="[i, n]: validate on part i (from 0) of n equal parts of train, stratified, by whole groups where there are "
+        "groups, in the place of val_fraction and of the set's own validation part, which joins train; null: off",
+    )
+    hold_out: bool = Field(
+        True,
+        description="false: no validation part; what it would be is learned from, too, a part of the set's own included",
+    )
+    split_seed: int = Field(
+        0, ge=0, description="seed of the splits that fgvc makes; apart from train.seed, so that all runs share them"
+    )
+    max_unreadable: float = Field(
+        0.05, ge=0, le=1, description="share of unreadable files that is skipped and reported; above it training stops"
+    )
+    max_megapixels: float = Field(
+        MAX_PIXELS / 1e6,
+        gt=0,
+        le=4000,
+        description="most pixels of a picture, in millions; a larger one counts as unreadable. Where this is raised, JPEGs of "
+        "more than 50 are decoded at 1/2, 1/4 or 1/8 of their sides. An exported bundle does not know it: serve and predict have "
+        "--megapixels",
+    )
+    classes: list[str] | None = Field(
+        None, description="class names in the order of the outputs; default: the set's own order, else sorted"
+    )
+    first_classes: int | None = Field(
+        None, ge=2, description="only the first so many classes, for quick studies; null: all of them"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_hold_out(self) -> Source:
+        if self.fold is not None and not self.hold_out:
+            raise ValueError("fold: is the part to validate on, and hold_out: false leaves none; give one of the two")
+        return self
+
+    @field_validator("fold")
+    @classmethod
+    def _one_of_several(cls, fold: tuple[int, int] | None) -> tuple[int, int] | None:
+        if fold is not None and not 0 <= fold[0] < fold[1] >= 2:
+            raise ValueError("[i, n] with n of 2 or more and i from 0 to n - 1, for example [0, 5]")
+        return fold
+
+    @property
+    def max_pixels(self) -> int:
+        return round(self.max_megapixels * 1e6)
+
+    def folder(self) -> Path:
+        """`root`, which must exist."""
+        root = self.root.expanduser()
+        if not root.is_dir():
+            raise FgvcError(
+                f"{root}: data.root is {'not a folder' if root.exists() else 'not there'}; name the set's folder"
+            )
+        return root
+
+
+def part_of(name: str) -> Split | None:
+    """Which part a folder, or a cell of a table, names, in any capitals; None: none."""
+    words = re.findall("[a-z]+", name.lower()) if re.fullmatch("[A-Za-z _-]+", name.strip()) else []
+    while len(words) > 1 and words[-1] in _OF_PARTS:
+        words.pop()
+    joined = "".join(words).removesuffix("set")
+    return next((part for part, names in _PARTS.items() if joined in names), None)
+
+
+class Strings:
+    """A column of text that grows without keeping a Python object per row."""
+
+    def __init__(self) -> None:
+        self._chunks: list[np.ndarray] = []
+        self._fresh: list[str] = []
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, text: str) -> None:
+        self._length += 1
+        self._fresh.append(text)
+        if len(self._fresh) >= 65536:
+            self._flush()
+
+    def extend(self, texts: Sequence[str]) -> None:
+        for start in range(0, len(texts), 65536):
+            self._length += len(texts[start : start + 65536])
+            self._fresh += texts[start : start + 65536]
+            if len(self._fresh) >= 65536:
+                self._flush()
+
+    def array(self) -> np.ndarray:
+        """(N,) StringDType; ends the column."""
+        self._flush()
+        chunks, self._chunks = self._chunks, []
+        return np.concatenate(chunks) if chunks else np.empty(0, TEXT)
+
+    def _flush(self) -> None:
+        """Raises FgvcError for text that is not UTF-8, as some files' names."""
+        if self._fresh:
+            try:
+                self._chunks.append(np.array(self._fresh, dtype=TEXT))
+            except UnicodeEncodeError as error:
+                raise FgvcError(f"{one_line(error.object)}: the name is not UTF-8: rename the file") from error
+            self._fresh = []
+
+
+def number_classes(
+    found: Sequence[str], wanted: Sequence[str] | None, *, where: Path
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """The class order and, for each name in `found`, its number (len(found),) int32.
+
+    `wanted` may name classes without images; a name in `found` that it lacks is an error, and so is one with control characters.
+    """
+    order = tuple(found if wanted is None else wanted)
+    refuse_breaking(order, where=where)
+    if not order:
+        raise FgvcError(f"{where}: no labelled image found")
+    number = {name: k for k, name in enumerate(order)}
+    if len(number) < len(order):
+        twice = sorted({name for name in order if order.count(name) > 1})
+        raise FgvcError(
+            f"{where}: {'data.classes' if wanted is not None else 'the class list'} has {some(twice)} twice"
+        )
+    unknown = [name for name in found if name not in number]
+    if unknown:
+        raise FgvcError(
+            f"{where}: the set has classes that data.classes lacks: {some(unknown)}; add them or remove their images"
+        )
+    return order, np.array([number[name] for name in found], np.int32)
+
+
+def written_alike(classes: Sequence[str]) -> list[str]:
+    """A warning of classes whose names differ in capitals, spaces, dashes or forms of Unicode only."""
+    spellings: dict[str, list[str]] = {}
+    for name in classes:
+        plain = re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
+        spellings.setdefault(plain, []).append(name)
+    twice = [" and ".join(map(repr, names)) for names in spellings.values() if len(names) > 1]
+    return [f"classes whose names are all but the same, are they one? {some(twice)}"] if twice else []
+
+
+def finish_splits(
+    source: Source,
+    labels: np.ndarray,
+    splits: np.ndarray,
+    *,
+    test_fraction: float = 0.0,
+    groups: np.ndarray | None = None,
+) -> tuple[np.ndarray, str]:
+    """Set aside what the set has no part for; the splits (N,) int8 and the rule in words."""
+    rule = "splits as given"
+    seed, done = source.split_seed, []
+    if test_fraction:
+        splits = carve(labels, splits, part="test", fraction=test_fraction, seed=seed, groups=groups)
+        done.append(f"{test_fraction:.4g} of all for test")
+    if not source.hold_out:
+        splits = np.where(splits == SPLITS.index("val"), SPLITS.index("train"), splits).astype(np.int8)
+    elif source.fold is not None:
+        splits = _with_fold(labels, splits, source.fold, seed, groups)
+        done.append(f"part {source.fold[0]} of {source.fold[1]} of train for validation")
+    elif source.val_fraction and not (splits == SPLITS.index("val")).any():
+        splits = carve(labels, splits, part="val", fraction=source.val_fraction, seed=seed, groups=groups)
+        done.append(f"{source.val_fraction:.4g} of train for validation")
+    if done:
+        how = "by group" if groups is not None else "stratified"
+        rule = f"set aside {how} with seed {seed}: {', '.join(done)}"
+    if not source.hold_out:
+        rule += "; no validation part, all of it is learned from"
+    counts = ", ".join(f"{name} {int((splits == k).sum())}" for k, name in enumerate(SPLITS))
+    return splits, f"{rule}; {counts}"
+
+
+def _with_fold(
+    labels: np.ndarray, splits: np.ndarray, fold: tuple[int, int], seed: int, groups: np.ndarray | None
+) -> np.ndarray:
+    """A copy of `splits` (N,) int8 in which validation is one part of what was train and validation."""
+    val, train = SPLITS.index("val"), SPLITS.index("train")
+    rows = np.flatnonzero((splits == val) | (splits == train))
+    numbers = fold_numbers(labels[rows], folds=fold[1], seed=seed, groups=None if groups is None else groups[rows])
+    folded = splits.copy()
+    folded[rows] = np.where(numbers == fold[0], val, train)
+    return folded
+
+
+def repeated(
+    root: Path, paths: np.ndarray, labels: np.ndarray, splits: np.ndarray, classes: Sequence[str]
+) -> tuple[str, ...]:
+    """Warnings of rows (N,) that name one file, however it is written and by whichever link of a folder."""
+    real: dict[str, str] = {}  # of folders
+
+    def place(row: int) -> tuple[str, str]:
+        folder, name = os.path.split(str(paths[row]))
+        if folder not in real:
+            real[folder] = os.path.realpath(root / folder)
+        return real[folder], name
+
+    # By hashes first: a million names as Python objects would take hundreds of MB.
+    hashes = np.fromiter((hash(place(row)) for row in range(len(paths))), np.int64, len(paths))
+    order = np.argsort(hashes, kind="stable")
+    again = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    seen: dict[tuple[str, str], int] = {}
+    twice: list[tuple[int, int]] = []
+    for row in np.unique(order[[again, again + 1]]).tolist():
+        if (first := seen.setdefault(place(row), row)) != row:
+            twice.append((first, row))
+    found = []
+    for what, column in (("labels", labels), ("parts", splits)):
+        if across := [(a, b) for a, b in twice if column[a] != column[b]]:
+            names = [
+                f"{paths[b]} ({' and '.join(str(classes[labels[n]] if what == 'labels' else SPLITS[splits[n]]) for n in (a, b))})"
+                for a, b in across
+            ]
+            found.append(
+                f"{len(across)} rows name an image again, with two {what}: {some(names, 3)}; remove one of each"
+            )
+    if rest := [paths[b] for a, b in twice if labels[a] == labels[b] and splits[a] == splits[b]]:
+        found.append(f"{len(rest)} rows name an image again: {some(rest, 3)}; remove them, unless it is to count twice")
+    return tuple(found)
+
+
+def some(names: Sequence[object], limit: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(str(name) for name in names[:limit]) + more

@@ -1,0 +1,202 @@
+"""A CSV file of images: path, label and, if wanted, split and group."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+from array import array
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from fgvc.data.sources.source import (
+    Source,
+    Strings,
+    finish_splits,
+    number_classes,
+    part_of,
+    repeated,
+    some,
+    written_alike,
+)
+from fgvc.data.splits import straddling
+from fgvc.types import SPLITS, FgvcError, ImageIndex
+
+ENCODINGS = ("utf-8-sig", "gb18030", "cp1252", "latin-1")  # tried in this order; the last one reads any bytes
+_COLUMNS = ("path", "label", "split", "group")
+
+
+class CsvData(Source):
+    """A table with a header. Rows of one group (one animal, one plant, one day) never straddle a split."""
+
+    kind: Literal["csv"] = "csv"
+    file: Path = Field(description="the table; relative to root unless absolute")
+    path_column: str = Field("path", description="column of the image's path, relative to root")
+    label_column: str = Field("label", description="column of the class name")
+    split_column: str = Field("split", description="column of train, val or test; may be missing from the table")
+    group_column: str = Field("group", description="column of the group's name; may be missing from the table")
+    delimiter: str = Field(",", min_length=1, max_length=1, description="character between the fields")
+    encoding: str | None = Field(
+        None, description="default: UTF-8 (or UTF-16 with its mark), else GB 18030, else Windows-1252"
+    )
+    test_fraction: float = Field(
+        0.2, ge=0, lt=1, description="share of all rows set aside for test where there is no split column; 0: none"
+    )
+
+    def read(self) -> ImageIndex:
+        """Read the table. Raises FgvcError with the line numbers of rows that can't be used."""
+        root = self.folder()
+        file = root / self.file.expanduser()
+        encoding = encoding_of(file, self.encoding)
+        rows = _Rows(file)
+        with file.open(encoding=encoding, newline="") as stream:
+            reader = csv.reader(stream, delimiter=self.delimiter)
+            try:
+                header = next(reader, [])
+                columns = self._columns(file, header)
+                rows.read(reader, columns)
+            except (csv.Error, UnicodeError) as error:
+                raise FgvcError(f"{file}:{reader.line_num}: {error}") from error
+        found = sorted(rows.numbers)
+        classes, order = number_classes(found, self.classes, where=file)
+        remap = np.empty(len(found), np.int32)
+        remap[[rows.numbers[name] for name in found]] = order
+        labels = remap[np.frombuffer(rows.labels, np.int32)]
+        groups = None if rows.groups is None else rows.groups.array()
+        splits = np.zeros(len(labels), np.int8) if rows.splits is None else np.frombuffer(rows.splits, np.int8)
+        if rows.splits is not None:
+            self._check_splits(file, labels, splits, groups, classes)
+        splits, rule = finish_splits(
+            self, labels, splits, test_fraction=self.test_fraction if rows.splits is None else 0, groups=groups
+        )
+        guessed = not self.encoding and encoding not in ("utf-8-sig", "utf-16")
+        notes = [f"NOT UTF-8: read as {encoding}; if names look wrong, set data.encoding"] if guessed else []
+        said = ", ".join(
+            f"{what} {header[at].strip()}" for what, at in zip(_COLUMNS, columns, strict=True) if at is not None
+        )
+        paths = rows.paths.array()
+        return ImageIndex(
+            root=root,
+            classes=classes,
+            paths=paths,
+            labels=labels,
+            splits=splits,
+            max_pixels=self.max_pixels,
+            groups=groups,
+            recognised="; ".join([f"table {file.name} ({said}): {len(labels)} images, {len(classes)} classes", rule, *notes]),
+            warnings=(*written_alike(classes), *repeated(root, paths, labels, splits, classes)),
+        )
+
+    def _columns(self, file: Path, header: list[str]) -> tuple[int, int, int | None, int | None]:
+        """Positions of path, label, split and group in the header."""
+        names = [name.strip() for name in header]
+        places: list[int | None] = []
+        for setting in (f"{what}_column" for what in _COLUMNS):
+            name = getattr(self, setting)
+            # By its value: a run's config.yaml says every setting, chosen or not.
+            asked = setting in ("path_column", "label_column") or name != type(self).model_fields[setting].default
+            if names.count(name) > 1:
+                raise FgvcError(f"{file}:1: two columns are called {name!r}; rename one")
+            if name not in names and asked:
+                other = next((d for d in ",;\t|" if d != self.delimiter and len(names) == 1 and d in names[0]), None)
+                hint = f"set data.delimiter={other!r}" if other else f"set data.{setting}"
+                raise FgvcError(f"{file}:1: no column {name!r} in the header ({some(names, 20)}); {hint}")
+            places.append(names.index(name) if name in names else None)
+        path, label, split, group = places
+        assert path is not None
+        assert label is not None
+        return path, label, split, group
+
+    @staticmethod
+    def _check_splits(
+        file: Path, labels: np.ndarray, splits: np.ndarray, groups: np.ndarray | None, classes: tuple[str, ...]
+    ) -> None:
+        if groups is not None and (broken := straddling(groups, splits)):
+            raise FgvcError(
+                f"{file}: groups with rows in more than one split: {some(broken)}; give each group one split"
+            )
+        trained = np.bincount(labels[splits == SPLITS.index("train")], minlength=len(classes)) > 0
+        untrained = [classes[k] for k in np.unique(labels) if not trained[k]]
+        if untrained:
+            raise FgvcError(f"{file}: classes without a train row: {some(untrained)}; add some or remove the others")
+
+
+def encoding_of(file: Path, wanted: str | None = None) -> str:
+    """The one that is wanted, else the first of ENCODINGS that reads the whole file. Raises FgvcError where none does."""
+    tried = (wanted,) if wanted else ENCODINGS
+    try:
+        with file.open("rb") as stream:
+            if not wanted and stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                tried = ("utf-16",)
+            for encoding in tried:
+                decoder = codecs.getincrementaldecoder(encoding)()
+                stream.seek(0)
+                try:
+                    while chunk := stream.read(1 << 20):
+                        decoder.decode(chunk)
+                    decoder.decode(b"", final=True)
+                except UnicodeError:
+                    continue
+                return encoding
+    except OSError as error:
+        raise FgvcError(f"{file}: can't read the table: {error.strerror}; it is named by data.file") from error
+    except LookupError:
+        raise FgvcError(f"data.encoding={wanted}: no encoding of that name; try utf-8 or gb18030") from None
+    raise FgvcError(f"{file}: is not {tried[0]} text; set data.encoding")
+
+
+class _Rows:
+    """The columns, filled row by row."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.paths = Strings()
+        self.labels = array("i")
+        self.splits: array[int] | None = None
+        self.groups: Strings | None = None
+        self._codes: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}  # class name: number, by first occurrence
+
+    def _code(self, cell: str) -> int:
+        """The number of the part that a cell names; -1: it names none."""
+        if cell not in self._codes:
+            part = part_of(cell)
+            self._codes[cell] = -1 if part is None else SPLITS.index(part)
+        return self._codes[cell]
+
+    def read(self, reader: Any, columns: tuple[int, int, int | None, int | None]) -> None:
+        """Take the rows of a csv.reader; blank lines are skipped, all bad rows are named at the end."""
+        path_at, label_at, split_at, group_at = columns
+        needed = max(place for place in columns if place is not None) + 1
+        splits = self.splits = None if split_at is None else array("b")
+        groups = self.groups = None if group_at is None else Strings()
+        paths, labels, numbers = self.paths, self.labels, self.numbers
+        wrong: list[str] = []
+        for row in reader:
+            if len(row) < needed:
+                if any(row):
+                    wrong.append(f"line {reader.line_num} has {len(row)} of the {needed} fields")
+                continue
+            path, label = row[path_at].strip(), row[label_at].strip()
+            split = 0 if split_at is None else self._code(row[split_at])
+            if not path or not label or split < 0:
+                if any(field.strip() for field in row):
+                    what = (
+                        "path"
+                        if not path
+                        else "label"
+                        if not label
+                        else f"split (train, val or test): {row[split_at]!r}"
+                    )
+                    wrong.append(f"line {reader.line_num} has no {what}")
+                continue
+            paths.append(path.replace("\\", "/"))
+            labels.append(numbers.setdefault(label, len(numbers)))
+            if splits is not None:
+                splits.append(split)
+            if groups is not None:
+                groups.append(row[group_at].strip())
+        if wrong:
+            raise FgvcError(f"{self.file}: {len(wrong)} rows can't be used: {some(wrong)}")

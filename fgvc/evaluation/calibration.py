@@ -1,0 +1,328 @@
+"""How far a classifier's probabilities can be believed: temperature, calibration error, and when to say "none of these".
+
+Everything is fitted on logits of the validation part, by `calibrate`, so the network and its graph stay as they are; on any
+other part what was fitted is measured, by `measure`. Needs numpy and scipy, no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fgvc.config.section import HIGHEST, LOWEST, Calibration
+
+BINS = 15  # of the calibration error (Guo et al. 2017)
+FEWEST = 50  # images; with fewer, the fit would be noise
+KEEP = 0.95  # share of the right answers that the threshold is to keep
+MAX_IMAGES, MAX_LOGITS = 10_000, 20_000_000  # one temperature needs no more, and memory stays bounded
+
+Floats = NDArray[np.float64]
+Answered = tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]  # logits (N,K), labels (N,), whether the answer is right (N,)
+
+
+@dataclass(frozen=True, slots=True)
+class Reliability:
+    """Confidence against accuracy by confidence in (k/BINS, (k+1)/BINS]; empty bins are NaN."""
+
+    images: NDArray[np.int64]  # (BINS,)
+    confidence: Floats  # (BINS,) mean
+    accuracy: Floats  # (BINS,)
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error in [0,1]: mean |confidence - accuracy|, weighted by images."""
+        gaps = np.nan_to_num(np.abs(self.confidence - self.accuracy))
+        return float((gaps * self.images).sum() / max(1, self.images.sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class RiskCoverage:
+    """The surest answers first: how many of them are wrong (Geifman & El-Yaniv, NeurIPS 2017, arXiv:1705.08500)."""
+
+    coverage: Floats  # (N,) share of the images that get an answer, ascending to 1
+    risk: Floats  # (N,) share of those answers that are wrong
+    confidence: Floats  # (N,) of the least sure of them
+
+    @property
+    def area(self) -> float:
+        """AURC: the mean risk over all coverages. 0 is best; without any ranking it is the error rate."""
+        return float(self.risk.mean())
+
+    def rows(self, steps: int = 100) -> list[dict[str, float]]:
+        """For a table: the curve at `steps` coverages, evenly spread."""
+        at = np.unique(np.ceil(np.arange(1, steps + 1) / steps * len(self.risk)).astype(int)) - 1
+        columns = {"coverage": self.coverage, "risk": self.risk, "confidence": self.confidence}
+        return [{name: round(float(values[k]), 6) for name, values in columns.items()} for k in at]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """What N labelled images say of a classifier's confidence, its largest probability.
+
+    Where temperature and threshold were fitted on these images, `*_after`, `after`, `kept`, `coverage` and `accuracy` are
+    cross-fitted: fitted on one half, measured on the other, both ways; so no figure is measured where it was fitted.
+    """
+
+    images: int
+    known: Calibration | None  # whose temperature and threshold these are; None: of no one, they change nothing
+    temperature: float  # divides the logits
+    note: str  # why the temperature is 1, or what to think of it; empty: all is well
+    nll: float  # mean cross-entropy in nats, at temperature 1
+    nll_after: float
+    before: Reliability
+    after: Reliability
+    curve: RiskCoverage  # by calibrated confidence
+    keep: float  # share of the right answers that the threshold was to keep
+    threshold: float  # "none of these" below this calibrated confidence; 0: never
+    kept: float  # share of the right answers that it keeps
+    coverage: float  # share of the images that get an answer
+    accuracy: float  # of those answers; 0 where there is none
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the temperature was fitted."""
+        return self.known is not None and self.known.calibrated
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON: what the probabilities are worth on these images, and by what temperature and threshold."""
+        return {
+            "calibrated": self.calibrated,
+            "temperature": self.temperature,
+            "threshold": self.threshold,
+            "fitted_on": "" if self.known is None else self.known.fitted_on,
+            "fitted_images": 0 if self.known is None else self.known.images,
+            "images": self.images,
+            "ece_before": self.before.ece,
+            "ece_after": self.after.ece,
+            "nll_before": self.nll,
+            "nll_after": self.nll_after,
+            "kept": self.kept,
+            "coverage": self.coverage,
+            "accuracy": self.accuracy,
+            "note": self.note,
+        }
+
+    def stored(self, fitted_on: str) -> Calibration:
+        """What a run and its bundle keep of it, to six decimals."""
+        figures = {
+            "temperature": self.temperature,
+            "threshold": self.threshold,
+            "nll_before": self.nll,
+            "nll_after": self.nll_after,
+            "ece_before": self.before.ece,
+            "ece_after": self.after.ece,
+            "keep": self.keep,
+            "kept": self.kept,
+            "coverage": self.coverage,
+            "accuracy": self.accuracy,
+        }
+        return Calibration(
+            fitted_on=fitted_on,
+            images=self.images,
+            note=self.note,
+            **{name: round(value, 6) for name, value in figures.items()},
+        )
+
+    @property
+    def source(self) -> str:
+        """Where the temperature comes from, in words."""
+        if self.known is None or not self.known.calibrated:
+            return f"not calibrated: {self.note or 'no temperature was fitted'}"
+        return f"temperature {self.temperature:.3f}, fitted on {self.known.images} {self.known.fitted_on} images"
+
+    def curve_rows(self) -> list[dict[str, Any]]:
+        """Those of the curve, and whether its confidence is calibrated."""
+        return [row | {"calibrated": str(self.calibrated).lower()} for row in self.curve.rows()]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a bin, before and after, for a table; and whether the confidence after is calibrated."""
+        edges = np.arange(BINS + 1) / BINS
+        sides = (("before", self.before), ("after", self.after))
+        return [
+            {"above": round(edges[k], 6), "up_to": round(edges[k + 1], 6)}
+            | {
+                f"{name}_{column}": int(value) if column == "images" else round(float(value), 6) if of.images[k] else ""
+                for name, of in sides
+                for column, value in (
+                    ("images", of.images[k]), ("confidence", of.confidence[k]), ("accuracy", of.accuracy[k])
+                )
+            }
+            | {"calibrated": str(self.calibrated).lower()}
+            for k in range(BINS)
+        ]  # fmt: skip
+
+
+def calibrate(
+    logits: NDArray[Any], labels: NDArray[Any], *, keep: float = KEEP, part: str = "val", known: Calibration | None = None
+) -> Calibrated:
+    """Fit on logits (N,K) of images with labels (N,) of `part`, which the network has not learnt from, and measure there.
+
+    Temperature scaling (Guo et al., ICML 2017, arXiv:1706.04599): the number that divides all logits so that the cross-entropy
+    is least; it changes no answer, only how sure it is. The threshold keeps at least `keep` of the right answers of new images of
+    the same kind, on average (split conformal, Angelopoulos & Bates 2023, arXiv:2107.07511): nothing is known here of images of
+    other classes, so how many of those it rejects is not promised. `keep` in (0,1]; 1 rejects nothing. `known`: what was fitted
+    here before; its temperature stays, and its threshold where it keeps as much. Both have six decimals, as they are stored.
+    """
+    z, y, right = _checked(logits, labels)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep: a share above 0 and up to 1, not {keep}")
+    enough = len(y) >= FEWEST
+    temperature, note = fit_temperature(z, y) if enough else (1.0, f"{len(y)} images, fewer than {FEWEST}: not fitted")
+    temperature = known.temperature if known is not None else round(temperature, 6)
+    half = np.empty(len(y), dtype=np.int64)
+    half[np.argsort(y, kind="stable")] = np.arange(len(y)) % 2  # every class in both
+    confidence, losses, answered = np.empty(len(y)), np.empty(len(y)), np.ones(len(y), dtype=bool)
+    for fitted, other in ((half == 0, half == 1), (half == 1, half == 0)):
+        own = fit_temperature(z[fitted], y[fitted])[0] if enough else 1.0
+        confidence[other], losses[other] = confidence_of(z[other], own), _losses(z[other], y[other], own)
+        if enough:
+            bar = rejection_threshold(confidence_of(z[fitted], own)[right[fitted]], keep=keep)
+            answered[other] = confidence[other] >= bar
+    threshold = rejection_threshold(confidence_of(z, temperature)[right], keep=keep) if enough else 0.0
+    threshold = math.floor(threshold * 1e6) / 1e6  # rounded up it might reject one image more
+    if known is not None and known.keep == keep:
+        threshold = known.threshold
+    found = _measured(
+        (z, y, right), confidence, losses, answered, temperature=temperature, threshold=threshold, keep=keep, note=note
+    )
+    return replace(found, known=known if known is not None and known.keep == keep else found.stored(part))
+
+
+def measure(logits: NDArray[Any], labels: NDArray[Any], known: Calibration | None, *, why: str = "") -> Calibrated:
+    """What a temperature and threshold that were fitted elsewhere do for logits (N,K) of images with labels (N,). Nothing is
+    fitted here. `known` None: nothing was fitted, and `why`."""
+    z, y, right = _checked(logits, labels)
+    temperature, threshold, keep = (1.0, 0.0, 1.0) if known is None else (known.temperature, known.threshold, known.keep)
+    confidence = confidence_of(z, temperature)
+    note = why if known is None else "" if known.calibrated else known.note
+    found = _measured(
+        (z, y, right), confidence, _losses(z, y, temperature), confidence >= threshold, temperature=temperature,
+        threshold=threshold, keep=keep, note=note,
+    )  # fmt: skip
+    return replace(found, known=known)
+
+
+def _checked(logits: NDArray[Any], labels: NDArray[Any]) -> Answered:
+    z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels, dtype=np.int64)
+    if z.ndim != 2 or y.shape != z.shape[:1] or not len(y) or not np.isfinite(z).all():
+        raise ValueError(f"finite logits (N,K) and labels (N,), not {z.shape} and {y.shape}")
+    return z, y, z.argmax(1) == y
+
+
+def _measured(
+    given: Answered,
+    confidence: Floats,
+    losses: Floats,
+    answered: NDArray[np.bool_],
+    *,
+    temperature: float,
+    threshold: float,
+    keep: float,
+    note: str,
+) -> Calibrated:
+    """`confidence`, `losses` and `answered` (N,): of each image, by a temperature and threshold that do not know it."""
+    z, y, right = given
+    nll, nll_after = float(_losses(z, y, 1.0).mean()), float(losses.mean())
+    if nll_after > nll + 1e-9:
+        worse = f"no gain: on images that it was not fitted on the loss is {nll_after:.4f}, without it {nll:.4f}"
+        note = f"{note}; {worse}" if note else worse
+    return Calibrated(
+        images=len(y),
+        known=None,
+        temperature=temperature,
+        note=note,
+        nll=nll,
+        nll_after=nll_after,
+        before=reliability(confidence_of(z, 1.0), right),
+        after=reliability(confidence, right),
+        curve=risk_coverage(confidence_of(z, temperature), right),
+        keep=keep,
+        threshold=threshold,
+        kept=float(answered[right].mean()) if right.any() else 1.0,
+        coverage=float(answered.mean()),
+        accuracy=float(right[answered].mean()) if answered.any() else 0.0,
+    )
+
+
+def fit_temperature(z: Floats, y: NDArray[np.int64]) -> tuple[float, str]:
+    """The temperature of least cross-entropy in [LOWEST, HIGHEST], and a note where it can't be taken at its word.
+
+    The loss is convex in 1/T, so it has one minimum in log T. Where every answer is right it falls without end as T does:
+    nothing tells how unsure to be, and T stays 1.
+    """
+    from scipy.optimize import minimize_scalar  # slow to import, and training needs the constants above
+
+    if (z.argmax(1) == y).all():
+        return 1.0, f"all {len(y)} answers are right, which says nothing of how unsure to be: not fitted"
+    found = minimize_scalar(
+        lambda log_t: _losses(z, y, math.exp(log_t)).mean(),
+        bounds=(math.log(LOWEST), math.log(HIGHEST)),
+        method="bounded",
+        options={"xatol": 1e-6},
+    )
+    temperature = math.exp(float(found.x))
+    for end in (LOWEST, HIGHEST):  # the search comes near a bound, never upon it
+        if abs(temperature / end - 1) < 1e-3:
+            return end, f"at the bound of what is tried, {end:g}: do not rely on these probabilities"
+    return temperature, ""
+
+
+def rejection_threshold(confidence_when_right: NDArray[np.float64], *, keep: float) -> float:
+    """The largest confidence below which at most 1 - `keep` of new right answers fall, on average; 0 where none is known.
+
+    The k-th smallest of R confidences with k = floor((1 - keep)(R + 1)): a new one of the same distribution is below it with
+    probability k / (R + 1) at most.
+    """
+    right = len(confidence_when_right)
+    k = min(right, math.floor((1 - keep) * (right + 1) + 1e-9))  # 0.05 * 20 is 1, whatever floats say
+    return float(np.sort(confidence_when_right)[k - 1]) if k else 0.0
+
+
+def reliability(confidence: Floats, right: NDArray[np.bool_]) -> Reliability:
+    """Of confidences (N,) in [0,1] and whether the answers (N,) are right."""
+    return of_sums(binned(confidence, right))
+
+
+def binned(confidence: Floats, right: NDArray[np.bool_]) -> Floats:
+    """(3,BINS): how many images, and the sums of confidence and of right answers, by confidence; those of parts add up."""
+    at = np.clip(np.ceil(confidence * BINS).astype(int), 1, BINS) - 1
+    return np.stack([np.bincount(at, values, BINS) for values in (np.ones(len(at)), confidence, right)])
+
+
+def of_sums(sums: Floats) -> Reliability:
+    """What the sums of `binned` say."""
+    with np.errstate(invalid="ignore"):
+        return Reliability(sums[0].astype(np.int64), *(sums[1:] / sums[0]))
+
+
+def risk_coverage(confidence: Floats, right: NDArray[np.bool_]) -> RiskCoverage:
+    """Of confidences (N,) and whether the answers (N,) are right. Equal confidences share their mistakes evenly, so that the
+    order of the images decides nothing."""
+    order = np.argsort(-confidence, kind="stable")
+    _, group = np.unique(-confidence[order], return_inverse=True)
+    wrong = (np.bincount(group, weights=~right[order]) / np.bincount(group))[group]
+    count = np.arange(1, len(order) + 1)
+    return RiskCoverage(count / len(order), np.cumsum(wrong) / count, confidence[order])
+
+
+def confidence_of(z: Floats, temperature: float) -> Floats:
+    """(N,) largest probability of softmax(z / temperature), z (N,K)."""
+    s = z / temperature
+    return 1 / np.exp(s - s.max(1, keepdims=True)).sum(1)
+
+
+def spread(rows: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """As many of `rows`, evenly spread, as are needed and fit in memory with their logits."""
+    count = min(len(rows), MAX_IMAGES, max(FEWEST, MAX_LOGITS // classes))
+    return rows[np.linspace(0, len(rows) - 1, count).astype(int)]
+
+
+def _losses(z: Floats, y: NDArray[np.int64], temperature: float) -> Floats:
+    """(N,) cross-entropy in nats."""
+    s = z / temperature
+    s -= s.max(1, keepdims=True)
+    return np.log(np.exp(s).sum(1)) - s[np.arange(len(y)), y]

@@ -1,0 +1,131 @@
+"""What a frozen backbone makes of images: the vectors that its classifier would read."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import Preprocess
+from fgvc.data.loader import evaluation_loader
+from fgvc.data.quality.colour import Normalisation, normalisation_of
+from fgvc.models.backbone import memory_format, plain_model
+from fgvc.models.weights import load_weights, preprocess_for, told, unlikely
+from fgvc.runs.distributed import runtime
+from fgvc.types import FgvcError, ImageIndex
+
+BATCH = 64
+Embed = Callable[[Tensor], NDArray[np.float32]]
+"""Images (B,3,H,W) on the host -> their features (B,D)."""
+
+
+def normalisation(recipe: Recipe) -> Normalisation | None:
+    """What the network's input is normalised with, as R, G, B with white as 1. None where that is not within reach: weights
+    that are not there are no fault of the data. Nothing is fetched."""
+    model = recipe.model
+    if model.weights == "hub":  # timm knows what they expect
+        model = model.model_copy(update={"weights": "none"})
+    try:
+        net = plain_model(model.backbone, 2, model.kwargs)
+        weights = load_weights(net, model, stated=told(recipe.deploy))
+    except FgvcError:
+        return None
+    spec = preprocess_for(recipe.deploy, recipe.image.size, weights)
+    found = normalisation_of(spec)
+    own = np.allclose((found.mean, found.std), (weights.mean, weights.std), rtol=1e-3, atol=1e-4)
+    return replace(found, own=own, doubts=unlikely(spec, weights))
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    rows: NDArray[np.int64]  # (N,) of the index: those that could be read
+    vectors: NDArray[np.float32]  # (N,D)
+    seconds: float  # of the net alone, for one image in batches of BATCH: the median
+    unreadable: tuple[str, ...]  # path and reason of those left out
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A backbone with its first weights, and what turns images into its input."""
+
+    net: nn.Module
+    spec: Preprocess
+
+
+def frozen(recipe: Recipe, classes: int) -> Frozen:
+    """Raises FgvcError where the recipe's weights are random or not within reach, or the backbone has no pooled features."""
+    if recipe.model.weights == "none":
+        raise FgvcError(
+            "model.weights: features of random weights say nothing of labels; name weights, or leave this out"
+        )
+    net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs).eval()
+    spec = preprocess_for(recipe.deploy, recipe.image.size, load_weights(net, recipe.model))
+    with torch.inference_mode():
+        if pooled(net, torch.zeros(1, 3, *spec.size)).ndim != 2:
+            raise FgvcError(f"model.backbone: {recipe.model.backbone} has no pooled features before its last layer")
+    return Frozen(net, spec)
+
+
+def features(
+    recipe: Recipe,
+    backbone: Frozen,
+    index: ImageIndex,
+    rows: NDArray[np.int64],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Features:
+    """Pooled features of `rows` before the last layer, as evaluation sees images. Unreadable images are left out."""
+    with runtime(recipe.train) as process:
+        embed = embedding(backbone.net, process.device)
+        workers = recipe.train.workers
+        return embedded(embed, index, rows, spec=backbone.spec, workers=workers, progress=progress)
+
+
+def embedding(net: nn.Module, device: torch.device) -> Embed:
+    """A timm net's pooled features, on a device, in eval mode. A map of one cell is a vector, too."""
+    layout = memory_format(net)
+    net = net.eval().to(device).to(memory_format=layout)
+
+    @torch.inference_mode()
+    def embed(x: Tensor) -> NDArray[np.float32]:
+        v = pooled(net, x.to(device, memory_format=layout)).float()
+        return (v.flatten(1) if v.shape[2:].numel() == 1 else v).cpu().numpy()
+
+    return embed
+
+
+def embedded(
+    embed: Embed,
+    index: ImageIndex,
+    rows: NDArray[np.int64],
+    *,
+    spec: Preprocess,
+    workers: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Features:
+    """What `embed` makes of `rows` as evaluation with `spec` sees them. Unreadable images are left out."""
+    seen, vectors, seconds, done = [], [], [], 0
+    bad: list[str] = []
+    for batch in evaluation_loader(index, rows, spec=spec, batch_size=BATCH, workers=workers):
+        started = time.perf_counter()
+        vectors.append(embed(batch.images))
+        seconds.append((time.perf_counter() - started) / len(batch.labels))
+        seen.append(batch.index.numpy())
+        bad += [str(error) for error in batch.bad]
+        done += len(batch.labels) + len(batch.bad)
+        if progress:
+            progress(done, len(rows))
+    return Features(np.concatenate(seen), np.concatenate(vectors), statistics.median(seconds), tuple(bad))
+
+
+def pooled(net: nn.Module, x: Tensor) -> Tensor:
+    """What a timm net's last layer reads of images (B,3,H,W): (B,D) where it pools first."""
+    v: Tensor = net.forward_head(net.forward_features(x), pre_logits=True)  # type: ignore[operator]
+    return v

@@ -1,0 +1,152 @@
+"""Pictures of a run: curves, confusion matrix, calibration and localisation; each the bytes of a PNG file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+
+from fgvc.evaluation.calibration import BINS, Calibrated
+from fgvc.evaluation.font import writable
+from fgvc.evaluation.localization import OVERLAPS, THRESHOLDS, Chosen, Found, accuracy
+
+LABELLED = 60  # classes up to which every row of the matrix is named
+
+
+def plot_curves(history: Sequence[Mapping[str, float]]) -> bytes:
+    """Training loss, validation loss and accuracy over the epochs of `metrics.csv`."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    left.plot(epochs, [row["loss"] for row in history], marker=".", label="training (with its techniques)")
+    scored = [row for row in history if "val_loss" in row]
+    if scored:
+        left.plot([r["epoch"] for r in scored], [r["val_loss"] for r in scored], marker=".", label="validation")
+        for key, name in (("val_top1", "top-1"), ("val_macro_f1", "macro F1")):
+            right.plot([r["epoch"] for r in scored], [100 * r[key] for r in scored], marker=".", label=name)
+        right.set(xlabel="epoch", ylabel="%", title="validation")
+        right.legend()
+    else:
+        right.plot(epochs, [row["lr"] for row in history], marker=".")
+        right.set(xlabel="epoch", ylabel="learning rate", title="schedule (no validation part)")
+    left.set(xlabel="epoch", ylabel="loss", title="loss")
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return _png(figure)
+
+
+def plot_localisation(found: Mapping[str, Found], chosen: Mapping[str, Chosen], *, title: str) -> bytes:
+    """Share of boxes that are right over the map's threshold, at each IoU, with the threshold that validation chose; and the
+    same of a map that knows no image."""
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for number, overlap in enumerate(OVERLAPS):
+        for of, style in (("centre", ":"), ("true", "-")):
+            curve = 100 * accuracy(found[of].best, overlap)
+            axes.plot(THRESHOLDS, curve, style, color=f"C{number}", alpha=1 if of == "true" else 0.6)
+        step = chosen["true"].best[number]
+        place = THRESHOLDS[step], float(curve[step])
+        axes.plot(*place, "o", color=f"C{number}", markersize=7)
+        label = f"IoU ≥ {overlap}: {place[1]:.1f}"
+        side = "left" if place[0] < 0.5 else "right"
+        axes.annotate(label, place, (0, 7), textcoords="offset points", color=f"C{number}", ha=side, weight="bold")
+    axes.set(
+        xlabel="threshold of the map",
+        ylabel="images with a box that is right, %",
+        title=title,
+        xlim=(-0.02, 1),
+        ylim=(0, 108),
+    )
+    axes.grid(alpha=0.3)
+    for style, name in (
+        ("-", "the true class's map"),
+        (":", "a round map in the middle"),
+        ("o", "chosen on validation"),
+    ):
+        axes.plot([], [], style, color="0.4", label=name)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    return _png(figure)
+
+
+def plot_confusion(confusion: np.ndarray, classes: Sequence[str], *, title: str) -> bytes:
+    """Row-normalised confusion matrix (K,K): a row sums to 100 % of a true class."""
+    count = len(classes)
+    side = min(4 + 0.18 * count, 16)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    image = axes.imshow(100 * share, cmap="magma_r", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    if count <= LABELLED:
+        names, file = writable(classes)
+        font = FontProperties(fname=str(file), size=7)
+        axes.set_xticks(range(count), names, rotation=90, fontproperties=font)
+        axes.set_yticks(range(count), names, fontproperties=font)
+    return _png(figure)
+
+
+def plot_calibration(found: Calibrated, *, part: str) -> dict[str, bytes]:
+    """`reliability-<part>.png` and `risk-coverage-<part>.png`, by name."""
+    return {
+        f"reliability-{part}.png": _png(reliability_figure(found, title=part)),
+        f"risk-coverage-{part}.png": _png(risk_figure(found, title=part)),
+    }
+
+
+def reliability_figure(found: Calibrated, *, title: str) -> Figure:
+    """Accuracy and its gap to confidence, bin by bin, before and after the temperature; the images of each bin."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
+    left = 100 * np.arange(BINS) / BINS
+    width = 100 / BINS
+    mended = f"temperature {found.temperature:.2f}" if found.calibrated else "not calibrated"
+    sides = (("as trained", found.before), (mended, found.after))
+    for over, under, (name, side) in zip(upper, lower, sides, strict=True):
+        look = {"width": 0.92 * width, "align": "edge"}
+        bars = over.bar(left, 100 * side.accuracy, color="#8fb3d9", **look)
+        ends = left, left + 0.92 * width
+        sure = over.hlines(100 * side.confidence, *ends, color="#d1495b", linewidth=3)
+        over.vlines(left + 0.46 * width, 100 * side.confidence, 100 * side.accuracy, color="#d1495b", linewidth=1)
+        over.plot([0, 100], [0, 100], color="#1c1c1c", linewidth=1, linestyle="--")
+        over.set(title=f"{name}: calibration error {100 * side.ece:.1f} %", xlim=(0, 100), ylim=(0, 100))
+        under.bar(left, side.images, color="#8a8a8a", **look)
+        under.set_xlabel("confidence %")
+        over.grid(alpha=0.3)
+    upper[0].set_ylabel("right %")
+    upper[0].legend([bars, sure], ["right", "confidence"], loc="upper left")
+    lower[0].set_ylabel("images")
+    figure.suptitle(f"{title}: {found.images} images; {found.source}", wrap=True)
+    return figure
+
+
+def risk_figure(found: Calibrated, *, title: str) -> Figure:
+    """Wrong answers among those given, when only the surest are; where the threshold would be."""
+    curve = found.curve
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(100 * curve.coverage, 100 * curve.risk, color="#3b6ea5", label=f"area {100 * curve.area:.2f} %")
+    answered = int((curve.confidence >= found.threshold).sum())
+    if 0 < answered < found.images:
+        axes.plot(
+            100 * curve.coverage[answered - 1], 100 * curve.risk[answered - 1], "o", color="#d1495b",
+            label=f"threshold {100 * found.threshold:.0f} %, to keep {100 * found.keep:g} % of the right",
+        )  # fmt: skip
+    axes.set(xlabel="answered %, the surest first", ylabel="of these wrong %", title=f"{title}: {found.images} images")
+    axes.set(xlim=(0, 100), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(content, format="png", dpi=110)
+    return content.getvalue()

@@ -1,0 +1,357 @@
+"""One side of a comparison: a run, a bundle, or any .onnx file with labels, asked about images that need not be its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fgvc.config.recipe import load_recipe
+from fgvc.config.section import Calibration, Preprocess
+from fgvc.config.template import recipe_file
+from fgvc.data.quality.colour import NATURAL, other_units
+from fgvc.data.sources.folder import FolderData
+from fgvc.data.sources.source import some
+from fgvc.evaluation.calibration import MAX_LOGITS, confidence_of
+from fgvc.evaluation.paired import Paired, compare
+from fgvc.evaluation.temperature import calibration
+from fgvc.images.preprocess import described, differences
+from fgvc.io.names import relabelled
+from fgvc.runs.folder import is_run, read_run
+from fgvc.runs.images import learnt, read_index, recorded_images
+from fgvc.runs.subject import Answers, Subject, onnx_answers, subject
+from fgvc.runtime.bundle import load_bundle
+from fgvc.runtime.engine import Session
+from fgvc.runtime.stack import stack_of
+from fgvc.types import FgvcError, ImageIndex, Split
+
+FLIP = (  # columns of a table of flips
+    "path", "flip", "class", "a", "a_confidence", "b", "b_confidence", "a_calibrated", "b_calibrated"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """A classifier that can be asked."""
+
+    path: Path
+    kind: Literal["run", "bundle", "onnx"]
+    classes: tuple[str, ...]
+    preprocess: Preprocess | None  # None: nobody says
+    notes: tuple[str, ...] = ()  # what is taken for granted of how it is fed, or speaks against it
+    temperature: float = 1.0
+    threshold: float = 0.0  # "none of these" below this confidence; 0: never
+    calibrated: bool = False  # whether the temperature was fitted
+    session: Session | None = None
+    subject: Subject | None = None
+
+    def answers(self, index: ImageIndex, rows: NDArray[np.int64], *, workers: int) -> Answers:
+        """Its logits for these images, seen through its own preprocessing."""
+        if self.subject is not None:
+            return self.subject.answers(rows, index=index)
+        assert self.session is not None
+        assert self.preprocess is not None
+        return onnx_answers(self.session, index, rows, spec=self.preprocess, workers=workers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Images:
+    """What both sides are asked about."""
+
+    index: ImageIndex
+    rows: NDArray[np.int64]
+    part: str
+    workers: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Versus:
+    """Both sides' answers on the N images that could be read."""
+
+    a: Side
+    b: Side
+    part: str
+    classes: tuple[str, ...]  # A's order, in all numbers here
+    paths: tuple[Path, ...]  # (N,)
+    said: NDArray[np.int64]  # (2,N) classes
+    confidence: NDArray[np.float64]  # (2,N); by each side's temperature, see `Side.calibrated`
+    paired: Paired
+    unreadable: tuple[str, ...]
+    max_pixels: int  # of a picture that was read
+    notes: tuple[str, ...]  # what to think of before believing the figures
+    differences: tuple[str, ...]  # in how the sides are fed and read: B is no drop-in for A
+
+    @property
+    def rejected(self) -> NDArray[np.bool_]:
+        """(2,N) answered "none of these" in service. `paired` and the gates know nothing of it: they ask whether the class
+        that is named, held back or not, is right."""
+        return self.confidence < np.array([[self.a.threshold], [self.b.threshold]])
+
+    def rejections(self) -> list[tuple[int, int]]:
+        """For A and for B: how many images are answered "none of these", and how many of those it would have named rightly."""
+        right = np.stack([self.paired.a_right, self.paired.b_right])
+        return [(int(no.sum()), int((no & own).sum())) for no, own in zip(self.rejected, right, strict=True)]
+
+    def flips(self) -> list[dict[str, Any]]:
+        """One row an image that one side alone names rightly: negative flips first, those of which B is surest on top."""
+        names = self.classes
+        negative, positive = self.paired.negative, self.paired.positive
+        order = np.lexsort((-self.confidence[1], ~negative))
+        return [
+            {
+                "path": str(self.paths[n]),
+                "flip": "negative" if negative[n] else "positive",
+                "class": names[self.paired.labels[n]],
+                "a": names[self.said[0, n]],
+                "a_confidence": round(float(self.confidence[0, n]), 6),
+                "b": names[self.said[1, n]],
+                "b_confidence": round(float(self.confidence[1, n]), 6),
+                "a_calibrated": str(self.a.calibrated).lower(),
+                "b_calibrated": str(self.b.calibrated).lower(),
+            }
+            for n in order
+            if negative[n] or positive[n]
+        ]
+
+
+def open_sides(
+    a: Path,
+    b: Path,
+    *,
+    labels: Path | Sequence[Path] | None = None,
+    preprocess: Path | Sequence[Path] | None = None,
+    certain: bool = False,
+    root: Path | None = None,
+) -> tuple[Side, Side]:
+    """Open both. `labels` and `preprocess` are for .onnx files that have no labels.json or preprocess.json beside them: one file
+    is for whichever has none, two are A's and B's. Without a preprocessing such a file is assumed to see images as the other
+    side does, at its own size; unless it is to be `certain`. `root`: where the set of the first run lies now, and that of the
+    second if it is the same.
+
+    Raises FgvcError where one can't be opened, something would have to be assumed that is to be certain, or their classes are
+    not the same.
+    """
+    if lost := [path for path in (a, b) if not path.exists()]:
+        raise FgvcError(f"{lost[0]}: no such run, bundle or .onnx file")
+    given = [dict[str, Path](), dict[str, Path]()]
+    for name, files in (("labels", labels), ("preprocess", preprocess)):
+        for at, file in _meant(name, files, (a, b)):
+            given[at][name] = file
+    for path, stated in zip((a, b), given, strict=True):
+        unknown = [
+            name for name in ("preprocess", "labels") if name not in stated and not _beside(path, name).is_file()
+        ]
+        if certain and path.is_file() and unknown:
+            options = " and ".join(f"--{name} FILE" for name in unknown)
+            raise FgvcError(
+                f"{path}: nobody says how this model is fed and read, and what is only assumed is nothing to judge a release by: "
+                f"give {options}, as a bundle's {' and '.join(f'{name}.json' for name in unknown)}"
+            )
+    roots = _roots((a, b), root)
+    first, second = (_open(path, place, **stated) for path, place, stated in zip((a, b), roots, given, strict=True))
+    for one, other in ((first, second), (second, first)):
+        if missing := sorted(set(one.classes) - set(other.classes)):
+            raise FgvcError(
+                f"{one.path} and {other.path} do not know the same classes: {other.path} lacks {some(missing)} "
+                f"({len(missing)} of {len(one.classes)})"
+            )
+    return _seeing(first, second), _seeing(second, first)
+
+
+def _meant(name: str, given: Path | Sequence[Path] | None, sides: tuple[Path, Path]) -> list[tuple[int, Path]]:
+    """Which side (0 or 1) each file of an option is for. Raises FgvcError where one is for none."""
+    files = [given] if isinstance(given, Path) else list(given or ())
+    silent = [at for at, path in enumerate(sides) if path.is_file() and not _beside(path, name).is_file()]
+    if len(files) > 2:
+        raise FgvcError(f"--{name}: given {len(files)} times; once for A's, once for B's")
+    pairs = [(at, file) for file in files for at in silent] if len(files) == 1 else list(enumerate(files))
+    if files and (not pairs or any(at not in silent for at, _ in pairs)):
+        own = " and ".join(str(path) for at, path in enumerate(sides) if at not in silent)
+        raise FgvcError(f"--{name} {files[0]}: leave the option out where a side has its own, as {own}")
+    return pairs
+
+
+def _beside(path: Path, name: str) -> Path:
+    return path.parent / f"{name}.json"
+
+
+def images_of(
+    data: str | None, sides: Sequence[Side], split: Split | None = None, *, max_pixels: int | None = None
+) -> Images:
+    """The images to ask about, see `_images_of`. `max_pixels`: of a picture, in place of the data's own limit."""
+    found = _images_of(data, sides, split)
+    return found if max_pixels is None else replace(found, index=replace(found.index, max_pixels=max_pixels))
+
+
+def _images_of(data: str | None, sides: Sequence[Side], split: Split | None) -> Images:
+    """The images to ask about: of a folder of class folders (all of it, or a part where it has parts), of a recipe or a run, or
+    by default of the first side that is a run. `split` as for evaluation: by default val where there is one, else test.
+
+    Raises FgvcError where there are none, or of classes that the sides do not know.
+    """
+    run = next((side.subject for side in sides if side.subject is not None), None)
+    if data is None:
+        if run is None:
+            raise FgvcError("which images? Neither side is a run: give --data, a folder of class folders or a recipe")
+        part, rows = run.part(split)
+        return Images(index=run.index, rows=rows, part=part, workers=run.recipe.train.workers)
+    workers, source = 0, Path(data)
+    if is_run(source):
+        recipe = read_run(source)
+        own = recorded_images(source, recipe)
+        index, workers, rows_of = own.index, recipe.train.workers, own.rows
+    elif source.is_dir():
+        index = FolderData(root=source, val_fraction=0, test_fraction=0).read()
+        rows_of = index.rows
+        if split is None and len(index.rows("train")) == len(index):
+            return _known(Images(index=index, rows=np.arange(len(index)), part="all"), sides[0])
+    else:
+        recipe = load_recipe(recipe_file(data))
+        index, workers = read_index(recipe), recipe.train.workers
+        rows_of = index.rows
+    chosen: Split = split or ("val" if len(index.rows("val")) else "test")
+    if not len(rows := rows_of(chosen)):
+        raise FgvcError(f"{data}: has no {chosen} part")
+    return _known(Images(index=index, rows=rows, part=chosen, workers=workers), sides[0])
+
+
+def ask(a: Side, b: Side, images: Images) -> Versus:
+    """Show both the same files. Those that can't be read are left out of both. Raises FgvcError where a side gives logits that
+    are no numbers."""
+    order = {name: k for k, name in enumerate(a.classes)}
+    number = np.array([order.get(name, -1) for name in images.index.classes])
+    step = max(64, MAX_LOGITS // len(a.classes))
+    rows: list[NDArray[np.int64]] = []
+    said, confidence = [], []
+    unreadable: dict[str, None] = {}
+    for start in range(0, len(images.rows), step):
+        both = [
+            side.answers(images.index, images.rows[start : start + step], workers=images.workers) for side in (a, b)
+        ]
+        if not np.array_equal(both[0].rows, both[1].rows):
+            raise FgvcError("an image could be read once, and once not: leave the files alone while they are compared")
+        for side, answer in zip((a, b), both, strict=True):
+            _refuse_no_numbers(side, answer, images.index)
+        rows.append(both[0].rows)
+        numbers = [np.array([order[name] for name in side.classes]) for side in (a, b)]
+        said.append([own[answer.logits.argmax(1)] for own, answer in zip(numbers, both, strict=True)])
+        temperatures = a.temperature, b.temperature
+        confidence.append(
+            [confidence_of(x.logits.astype(np.float64), t) for x, t in zip(both, temperatures, strict=True)]
+        )
+        unreadable |= dict.fromkeys(both[0].unreadable)
+    seen, answers = np.concatenate(rows), np.concatenate(said, axis=1)
+    return Versus(
+        a=a,
+        b=b,
+        part=images.part,
+        classes=a.classes,
+        paths=tuple(images.index.path(row) for row in seen),
+        said=answers,
+        confidence=np.concatenate(confidence, axis=1),
+        paired=compare(number[images.index.labels[seen]], *answers),
+        unreadable=tuple(unreadable),
+        notes=(*a.notes, *b.notes, *filter(None, (_learnt(a, images), _learnt(b, images))), *images.index.warnings),
+        differences=_differences(a, b),
+        max_pixels=images.index.max_pixels,
+    )
+
+
+def _differences(a: Side, b: Side) -> tuple[str, ...]:
+    assert a.preprocess is not None
+    assert b.preprocess is not None
+    return (*differences(a.preprocess, b.preprocess), *relabelled(a.classes, b.classes))
+
+
+def _roots(paths: Sequence[Path], root: Path | None) -> list[Path | None]:
+    """For each side, where its set has moved to."""
+    own = [read_run(path).data.root.expanduser().resolve() if is_run(path) else None for path in paths]
+    first = next((place for place in own if place is not None), None)
+    if root is not None and first is None:
+        raise FgvcError(f"--root {root}: names where the set of a run lies now, and neither side is a run; give --data")
+    return [root if place == first else None for place in own]
+
+
+def _open(path: Path, root: Path | None, *, labels: Path | None = None, preprocess: Path | None = None) -> Side:
+    if path.is_file():
+        stack = stack_of(path, labels=labels, preprocess=preprocess)
+        if stack.labels is None:
+            raise FgvcError(f"{path}: which classes? There is no labels.json beside it: give --labels FILE")
+        spec = stack.preprocess
+        doubts = other_units(spec, NATURAL, "that of photographs") if spec is not None and not _raw(spec) else []
+        notes = tuple(f"{path}: {doubt}" for doubt in doubts)
+        return Side(
+            path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=Session(path)
+        )  # fmt: skip
+    if is_run(path):
+        run = subject(path, root=root)
+        side = Side(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, subject=run)
+        return _calibrated(side, calibration(run).calibration)
+    bundle = load_bundle(path)
+    side = Side(
+        path=path,
+        kind="bundle",
+        classes=bundle.labels,
+        preprocess=bundle.preprocess,
+        session=Session(bundle.model),
+    )
+    return _calibrated(side, bundle.calibration)
+
+
+def _calibrated(side: Side, known: Calibration | None) -> Side:
+    if known is None:
+        return side
+    return replace(side, temperature=known.temperature, threshold=known.threshold, calibrated=known.calibrated)
+
+
+def _raw(spec: Preprocess) -> bool:
+    """Whether pixels come to the net as they are: then it normalises them itself."""
+    return (spec.mean, spec.std) == ((0, 0, 0), (1, 1, 1))
+
+
+def _seeing(side: Side, other: Side) -> Side:
+    """The side with its preprocessing, checked against its model."""
+    if side.session is None:
+        return side
+    spec = side.preprocess or other.preprocess
+    if spec is None:
+        raise FgvcError(f"{side.path}: how does it see an image? Give --preprocess FILE, as a bundle's preprocess.json")
+    notes = side.notes
+    if side.preprocess is None:
+        size = tuple(own or theirs for own, theirs in zip(side.session.shape[2:], spec.size, strict=True))
+        spec = spec.model_copy(update={"size": size})
+        notes = (
+            f"{side.path} says nothing of its preprocessing; assumed, as {other.path}: {described(spec)} (else give --preprocess "
+            "FILE)",
+        )
+    outputs = side.session.logits(np.zeros((1, 3, *spec.size), np.float32)).shape
+    if outputs != (1, len(side.classes)):
+        raise FgvcError(f"{side.path}: gives {outputs[1:]} logits for {len(side.classes)} labels")
+    return replace(side, preprocess=spec, notes=notes)
+
+
+def _refuse_no_numbers(side: Side, answers: Answers, index: ImageIndex) -> None:
+    wrong = answers.rows[~np.isfinite(answers.logits).all(1)]
+    if len(wrong):
+        raise FgvcError(
+            f"{side.path}: gives logits that are no numbers (NaN or infinite) for {len(wrong)} of {len(answers.rows)} images, "
+            f"the first of them {index.path(wrong[0])}"
+        )
+
+
+def _known(images: Images, side: Side) -> Images:
+    if alien := sorted(set(images.index.classes) - set(side.classes)):
+        raise FgvcError(f"{images.index.root}: has classes that {side.path} does not know: {some(alien)}")
+    return images
+
+
+def _learnt(side: Side, images: Images) -> str:
+    """A warning where a run was trained on some of these images."""
+    if side.subject is None:
+        return ""
+    count = learnt(side.subject.index, images.index, images.rows)
+    return f"{side.path} was trained on {count} of these {len(images.rows)} images, which favours it" if count else ""

@@ -1,0 +1,116 @@
+"""The independent plain model that an export is compared with: built in a fresh process from name, K and kwargs only.
+
+`python -m fgvc.exporting.reference FOLDER` reads one JSON object from its input and writes `0.onnx` and `1.onnx` there:
+the same plain model with two draws of random weights. Where the two files differ, there the weights are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from fgvc.exporting.canonical import weight_positions
+from fgvc.exporting.onnx import Exporter, Interface, export_onnx, serialised
+from fgvc.models.backbone import deployed, plain_model
+from fgvc.types import FgvcError
+
+SEEDS = (1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A float graph, the exported one or the independent plain model's, and which of its initializers are weights."""
+
+    proto: onnx.ModelProto
+    weights: frozenset[int]  # positions in canonical form
+    size: tuple[int, int]  # height, width of the input
+
+
+def independent_plain(
+    *, backbone: str, num_classes: int, kwargs: Mapping[str, Any], interface: Interface, exporter: Exporter
+) -> tuple[onnx.ModelProto, frozenset[int]]:
+    """The plain model's ONNX graph, and the positions of its weights among the canonical form's initializers.
+
+    Takes one start of Python and two exports, once in a process for equal arguments. Raises FgvcError where the process fails.
+    """
+    order = {
+        "backbone": backbone,
+        "num_classes": num_classes,
+        "kwargs": dict(kwargs),
+        "interface": asdict(interface),
+        "exporter": exporter,
+        "seeds": SEEDS,
+    }
+    first, second = map(onnx.load_from_string, _two_draws(json.dumps(order)))
+    return first, weight_positions(first, second)
+
+
+@lru_cache(maxsize=4)
+def _two_draws(order: str) -> tuple[bytes, bytes]:
+    with tempfile.TemporaryDirectory(prefix="fgvc-reference-") as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "fgvc.exporting.reference", folder],
+            input=order, cwd=folder, env=_environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+            backbone = json.loads(order)["backbone"]
+            raise FgvcError(f"the independent plain model of {backbone!r} can't be exported:\n{tail}")
+        return Path(folder, "0.onnx").read_bytes(), Path(folder, "1.onnx").read_bytes()
+
+
+def randomise(net: nn.Module, seed: int) -> None:
+    """Distinct random values in every floating tensor of the state dict, in place: none zero, variances positive.
+
+    Fresh weights won't do: exporters merge equal tensors and drop zero biases, which changes the graph (`fgvc.exporting.ties`).
+    Constants that are not in the state dict stay what they are: they are part of the graph.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            if not value.is_floating_point():
+                continue
+            if value.ndim > 1:
+                fan_in = max(1, value[0].numel())
+                value.copy_(torch.randn(value.shape, generator=rng) / fan_in**0.5)
+            else:  # variances, scales, means, biases
+                value.copy_(torch.rand(value.shape, generator=rng) + 0.5)
+
+
+def _environment() -> dict[str, str]:
+    """This process's own, in which the child finds the same fgvc even if that is not installed."""
+    home = str(Path(__file__).resolve().parents[2])
+    if home in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        return dict(os.environ)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
+
+
+def main(arguments: Sequence[str]) -> None:
+    folder = Path(arguments[0])
+    order = json.load(sys.stdin)
+    interface = order["interface"] | {"axes": {int(dim): name for dim, name in order["interface"]["axes"].items()}}
+    for draw, seed in enumerate(order["seeds"]):
+        plain = plain_model(order["backbone"], order["num_classes"], order["kwargs"])
+        randomise(plain, seed)
+        proto = export_onnx(deployed(plain), exporter=order["exporter"], **interface)
+        (folder / f"{draw}.onnx").write_bytes(serialised(proto))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except FgvcError as error:
+        sys.exit(str(error))

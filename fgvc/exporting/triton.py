@@ -1,0 +1,108 @@
+"""`fgvc triton`: a bundle as a model of a Triton repository, which KServe's Triton runtime reads, too. No torch, no onnx.
+
+NAME/config.pbtxt      inputs and outputs as the ONNX file has them, instances, a bounded queue
+NAME/labels.txt        a class a line, for Triton's classification extension
+NAME/preprocess.json   what a client does before, and labels.json and calibration.json what it does after: Triton gets and
+                       gives tensors
+NAME/1/model.onnx      the bundle's, byte for byte
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import onnxruntime
+
+from fgvc.io.files import making
+from fgvc.runtime.bundle import NAME, Bundle
+from fgvc.runtime.engine import Engine
+from fgvc.types import FgvcError
+
+Device = Literal["auto", "cpu", "gpu"]
+TYPES = {"tensor(float)": "TYPE_FP32", "tensor(float16)": "TYPE_FP16", "tensor(double)": "TYPE_FP64"}
+LABELS = "labels.txt"
+CLIENT = ("preprocess.json", "labels.json", "calibration.json")  # the last one where the bundle has it
+MAX_BATCH = 16
+QUEUE = 64  # requests that wait; the next is refused
+DEADLINE = 2_000_000  # microseconds in the queue; then refused uncomputed
+
+_CONFIG = """\
+# Written by fgvc from {source}.
+name: {name}
+platform: "onnxruntime_onnx"
+max_batch_size: {max_batch}
+{tensors}
+version_policy {{ latest {{ num_versions: 1 }} }}
+instance_group [ {{ kind: KIND_{device}, count: {instances} }} ]
+# onnxruntime would take all of the host's cores, whatever the container's limit is. On CPUs give one instance a core.
+parameters {{ key: "intra_op_thread_count", value: {{ string_value: "1" }} }}
+"""
+_QUEUE = """\
+# Waiting is bounded: more requests than these are refused at once, those that waited too long uncomputed.
+dynamic_batching {{
+  default_queue_policy {{
+    max_queue_size: {queue}
+    timeout_action: REJECT
+    default_timeout_microseconds: {deadline}
+  }}
+}}
+"""
+
+
+def write_model(
+    bundle: Bundle, repository: Path, *, name: str | None = None, device: Device = "auto", instances: int = 1
+) -> Path:
+    """The new folder of a model in `repository`, whole or not at all. `name`: the bundle's folder's by default.
+
+    Raises FgvcError for a name that Triton or a URL can't carry, one that is there already, and a model that does not fit its
+    bundle.
+    """
+    name = bundle.folder.resolve().name if name is None else name
+    if not NAME.fullmatch(name):
+        raise FgvcError(f"{name!r}: not a model's name (letters, digits, `.`, `_`, `-`); give one with --name")
+    Engine(bundle, threads=1)
+    text = config(bundle, name=name, device=device, instances=instances)
+    with making(repository / name) as folder:
+        (folder / "config.pbtxt").write_text(text, encoding="utf-8")
+        (folder / LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
+        (folder / "1").mkdir()
+        shutil.copyfile(bundle.model, folder / "1" / "model.onnx")
+        for file in CLIENT:
+            if file in bundle.files:
+                shutil.copyfile(bundle.folder / file, folder / file)
+    return repository / name
+
+
+def config(bundle: Bundle, *, name: str, device: Device, instances: int) -> str:
+    """The text of config.pbtxt. Where the graph fixes its batch, Triton can't batch: the queue's bounds, which are the batcher's,
+    fall away, and the sizes begin with the batch."""
+    session = onnxruntime.InferenceSession(str(bundle.model), providers=["CPUExecutionProvider"])
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    batched = not isinstance(inputs[0].shape[0], int)
+    text = _CONFIG.format(
+        source=f"the bundle whose model.onnx has the SHA-256 {bundle.files['model.onnx']}",
+        name=_quoted(name),
+        max_batch=MAX_BATCH if batched else 0,
+        tensors="\n".join(
+            [_tensor("input", one, batched=batched) for one in inputs]
+            + [_tensor("output", one, batched=batched, labels=one is outputs[0]) for one in outputs]
+        ),
+        device=device.upper(),
+        instances=instances,
+    )
+    return text + (_QUEUE.format(queue=QUEUE, deadline=DEADLINE) if batched else "")
+
+
+def _tensor(kind: str, one: onnxruntime.NodeArg, *, batched: bool, labels: bool = False) -> str:
+    if one.type not in TYPES:
+        raise FgvcError(f"{one.name}: {one.type}; expected one of {', '.join(TYPES)}")
+    dims = [size if isinstance(size, int) else -1 for size in (one.shape[1:] if batched else one.shape)]
+    named = f", label_filename: {_quoted(LABELS)}" if labels else ""
+    return f"{kind} [ {{ name: {_quoted(one.name)}, data_type: {TYPES[one.type]}, dims: {dims}{named} }} ]"
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format: an ONNX file may call its tensors anything."""
+    return '"' + "".join(chr(b) if 32 <= b < 127 and b not in b'"\\' else f"\\{b:03o}" for b in text.encode()) + '"'

@@ -1,0 +1,146 @@
+"""Checks on files alone: one ONNX file against another, and a bundle against what its contract says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fgvc.exporting.canonical import canonicalise
+from fgvc.exporting.difference import Difference, compare, notes
+from fgvc.exporting.onnx import Interface, load_onnx
+from fgvc.exporting.prove import compare_structure, versions
+from fgvc.exporting.reference import Plain, independent_plain
+from fgvc.exporting.variant import differences, structure
+from fgvc.runtime.bundle import Bundle, load_bundle
+from fgvc.runtime.engine import Engine
+from fgvc.runtime.stack import Agreement, agreement, stack_of
+from fgvc.types import FgvcError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Whether a file may take the place of a deployed one. Notes differ without making a difference."""
+
+    candidate: Path
+    against: Path
+    differences: tuple[Difference, ...]  # of the graphs
+    notes: tuple[str, ...]
+    around: Agreement  # of how both are fed and read
+
+    @property
+    def passed(self) -> bool:
+        """Nothing is known to differ."""
+        return not self.differences and not self.around.differences
+
+    @property
+    def drop_in(self) -> bool:
+        """All is known to be the same: graph, preprocessing and labels."""
+        return self.passed and not self.around.unproved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    name: str
+    passed: bool | None  # None: could not be made here
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    folder: Path
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+
+def verify_files(
+    candidate: Path, against: Path, *, labels: Path | None = None, preprocess: Path | None = None
+) -> Comparison:
+    """Compare two bundles or .onnx files in canonical form, every floating-point initializer of rank >= 1 counting as a weight;
+    and what is known of how they are fed and read. `labels`, `preprocess`: of `against`, where none lie beside it."""
+    ours, theirs = stack_of(candidate), stack_of(against, labels=labels, preprocess=preprocess)
+    graphs = load_onnx(ours.model), load_onnx(theirs.model)
+    differences = compare(*(canonicalise(graph, weights=None) for graph in graphs))
+    return Comparison(
+        candidate=candidate,
+        against=against,
+        differences=tuple(differences),
+        notes=tuple(notes(*graphs)),
+        around=agreement(ours, theirs),
+    )
+
+
+def verify_bundle(folder: Path) -> Verification:
+    """A bundle's bytes against its manifest, its graph against its contract's hash and, where the versions that made
+    it are installed, against a new independent plain model.
+
+    Raises FgvcError where the bundle can't be loaded at all, a changed byte among the reasons.
+    """
+    bundle = load_bundle(folder)
+    contract = bundle.contract
+    try:
+        stored, made_by = str(contract["sha256"]), dict(contract["versions"])
+        positions = frozenset(int(k) for k in contract["weights"])
+        recipe = {key: contract[key] for key in ("backbone", "num_classes", "kwargs", "exporter")}
+        fields = dict(contract["interface"])
+        fields["axes"] = {int(dim): str(name) for dim, name in fields["axes"].items()}
+        interface = Interface(**fields | {key: tuple(fields[key]) for key in ("size", "output_names")})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FgvcError(f"{folder / 'contract.json'}: not a contract of this version of fgvc ({error!r})") from error
+    proto = load_onnx(bundle.model)
+    found = canonicalise(proto, weights=positions).sha256
+    Engine(bundle)
+    checks = [
+        Check(name="manifest", passed=True, detail=f"{len(bundle.files)} files are those that were exported"),
+        Check(name="loads", passed=True, detail="onnxruntime runs the model at the bundle's size, with its labels"),
+        Check(name="contract", passed=found == stored, detail=f"structure {found[:16]}, in the contract {stored[:16]}"),
+    ]
+    here = versions()
+    shaping = ("torch", "timm", "onnx", "onnxscript")
+    others = [f"{name} {here[name]}, was {made_by.get(name)}" for name in shaping if made_by.get(name) != here[name]]
+    reference: Plain | None = None
+    if others:
+        checks.append(Check(name="independent plain", passed=None, detail=f"not compared: {'; '.join(others)}"))
+    else:
+        plain_proto, expected = independent_plain(**recipe, interface=interface)
+        reference = Plain(plain_proto, expected, interface.size)
+        structural = compare_structure(proto, plain_proto, expected)
+        lines = [str(difference) for difference in structural.differences]
+        if expected != positions:
+            lines.append("the contract counts other initializers as weights")
+        plain = f"a plain {recipe['backbone']}, made anew, has the same graph"
+        checks.append(Check(name="independent plain", passed=not lines, detail="; ".join(lines) or plain))
+    exported = Plain(proto, positions, interface.size)
+    same_tool = here["onnxruntime"] == made_by.get("onnxruntime")  # its quantiser shapes these graphs
+    for variant in ("int8", "fp16"):
+        if f"model.{variant}.onnx" in bundle.files:
+            checks.append(_variant(bundle, variant, exported, reference if same_tool else None))
+    return Verification(folder=folder, checks=tuple(checks))
+
+
+def _variant(bundle: Bundle, variant: Literal["int8", "fp16"], exported: Plain, reference: Plain | None) -> Check:
+    """Whether a smaller file runs, is the graph that its contract names and, with `reference`, what a plain model becomes.
+
+    Its agreement needs the images: of that, only what was measured at export can be said.
+    """
+    Engine(bundle, variant=variant)
+    proto, said = load_onnx(bundle.variant(variant)), bundle.contract.get(variant, {})
+    try:
+        stored, measured = str(said["sha256"]), said["agreement"]
+        share, images, bar = float(measured["share"]), int(measured["images"]), float(measured["bars"]["agreement"])
+    except (KeyError, TypeError, ValueError) as error:
+        return Check(name=variant, passed=False, detail=f"contract.json says nothing of it ({error!r})")
+    found = structure(proto, exported).sha256
+    faults = [] if found == stored else [f"structure {found[:16]}, in the contract {stored[:16]}"]
+    if reference is not None:
+        faults += differences(variant, proto, exported, reference, said)
+    if share < bar:
+        faults.append(f"agrees on {100 * share:.2f} % of the images, below its bar of {100 * bar:g} %")
+    again = "as a plain model's becomes" if reference is not None else "not compared with a plain model's (versions)"
+    fine = (
+        f"structure {found[:16]}, {again}; at export {100 * share:.2f} % of {images} images had the float file's answer"
+    )
+    return Check(name=variant, passed=not faults, detail="; ".join(faults) or fine)

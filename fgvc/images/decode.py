@@ -1,0 +1,206 @@
+"""From a file or bytes to an upright RGB image, with limits that hold before a single pixel is decoded.
+
+A PNG of one bit a pixel can have 13,000 x 13,000 pixels in 20 kB; as RGB that takes half a gigabyte. Pillow by itself only
+warns of it.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+import warnings
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from fgvc.images.suffix import TGA
+from fgvc.images.upright import UPRIGHT, orientation_of, turned, turned_sides
+from fgvc.types import MAX_PIXELS, ImageError, ImageIndex
+
+# What Pillow decodes by itself. Its full list also has formats that start other programs (EPS: ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded picture, and how its file stores it."""
+
+    image: Image.Image  # RGB, upright; reduced where it has more than MAX_PIXELS as a JPEG
+    stored: tuple[int, int]  # width and height in the file: what boxes are in pixels of
+    orientation: int  # EXIF's, see fgvc.images.upright
+    mode: str  # in Pillow's words
+    bits: int = 8  # of a value of a channel
+    extremes: tuple[float, float] | None = None  # smallest and largest value as stored, where they have more than 8 bits
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height upright, whatever it was reduced by."""
+        return turned_sides(self.stored, self.orientation)
+
+
+def decode(
+    source: Path | bytes, *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """An RGB image: first frame, EXIF orientation applied, transparency on white, the upper 8 bits of more.
+
+    A JPEG of more than MAX_PIXELS, where `max_pixels` lets it in, is decoded at 1/2, 1/4 or 1/8 of its sides, the largest of
+    at most MAX_PIXELS: whoever reads it, so that training, evaluation and serving see the same. `formats` narrows FORMATS (MPO,
+    of cameras with two lenses, counts as JPEG). Colour profiles are ignored, as by every stack that trains on pixels.
+    Raises ImageError; its reason begins with one of: missing, a directory, not a file, not readable, empty, not an image,
+    format not accepted, too many pixels (with how many, and the limit), truncated, corrupt.
+    """
+    return read_picture(source, max_pixels=max_pixels, formats=formats).image
+
+
+def decode_row(index: ImageIndex, row: int) -> Image.Image:
+    """An image of a set, under the set's limit. Raises ImageError as `decode` does."""
+    return decode(index.path(row), max_pixels=index.max_pixels)
+
+
+def read_picture(
+    source: Path | bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] | None = None,
+    name: Path | None = None,
+) -> Picture:
+    """What `decode` gives, and what the file says of it. `name`: of the file that bytes are of."""
+    where = source if isinstance(source, Path) else (name or "(bytes)")
+    _hush_metadata()
+    _allow(max_pixels)
+    try:
+        with _open(source, where) as stream, Image.open(stream, formats=_accepted(where, formats)) as image:
+            _refuse_large(image, max_pixels, where)
+            return _read(image)
+    except (ImageError, MemoryError):
+        raise
+    except FileNotFoundError:
+        reason = "missing"
+    except PermissionError:
+        reason = "not readable"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        count = re.search(r"\d+", str(error))  # of Pillow's own limit, above ours: how many there are, it says in words only
+        reason = _too_many(f"{int(count[0]) / 1e6:.4g}" if count else "more", max_pixels)
+    except (UnidentifiedImageError, UserWarning):
+        reason = "format not accepted" if formats else "not an image"
+    except OSError as error:
+        reason = "truncated" if "truncated" in str(error) else "corrupt"
+    except Exception:  # the parsers meet hostile bytes with whatever falls out: struct, zlib, Index, Overflow...
+        reason = "corrupt"
+    raise ImageError(where, reason) from None
+
+
+def _accepted(where: object, formats: tuple[str, ...] | None) -> tuple[str, ...]:
+    named = (*FORMATS, "TGA") if str(where).lower().endswith(TGA) else FORMATS
+    return named if formats is None else tuple(kind for kind in named if kind in formats)
+
+
+def _allow(pixels: int) -> None:
+    """Pillow has a limit of its own, for the process; it is raised to ours where somebody raised that above it."""
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = pixels
+
+
+def _refuse_large(image: Image.Image, limit: int, where: object) -> None:
+    if (pixels := image.width * image.height) > limit:
+        digits = next((d for d in range(1, 7) if round(pixels / 1e6, d) > limit / 1e6), 6)
+        raise ImageError(where, _too_many(f"{image.width} x {image.height} = {pixels / 1e6:.{digits}f}", limit))
+
+
+def _too_many(found: str, limit: int) -> str:
+    return f"too many pixels: {found} megapixels, the limit is {limit / 1e6:g}; data.max_megapixels or --megapixels raise it"
+
+
+def _read(image: Image.Image) -> Picture:
+    stored = image.size
+    if image.format in ("JPEG", "MPO") and stored[0] * stored[1] > MAX_PIXELS:
+        scale = next((s for s in (2, 4) if -(-stored[0] // s) * -(-stored[1] // s) <= MAX_PIXELS), 8)
+        image.draft(None, (stored[0] // scale, stored[1] // scale))
+    mode, bits = image.mode, _bits(image)
+    told = orientation_of(image) if image.format == "TIFF" else UPRIGHT
+    image.load()
+    orientation = left = orientation_of(image)
+    if told != UPRIGHT == left:  # Pillow turns a TIFF as it loads it
+        orientation, stored = told, turned_sides(image.size, told)
+    single = bits > 8 and len(image.getbands()) == 1
+    whole = image.convert("I") if image.mode.startswith("I") else image  # Pillow knows no extremes of big-endian values
+    extremes = whole.getextrema() if single else None
+    return Picture(
+        image=turned(_rgb(image, bits), left),
+        stored=stored,
+        orientation=orientation,
+        mode=mode,
+        bits=bits,
+        extremes=None if extremes is None else (float(extremes[0]), float(extremes[1])),  # type: ignore[arg-type]
+    )
+
+
+def _bits(image: Image.Image) -> int:
+    """Of a value as the file stores it. Pillow scales what is no 8 or 16 bits to these, but for the 12 bits of a TIFF."""
+    tiles = getattr(image, "tile", [])
+    raw = " ".join(str(part) for tile in tiles for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],)))
+    if "I;12" in raw:
+        return 12
+    if image.mode.startswith("I;16") or ";16" in raw or (image.mode == "I" and image.format == "PPM"):
+        return 16
+    return 32 if image.mode in ("I", "F") else 8
+
+
+def _hush_metadata() -> None:
+    """Pillow warns of odd EXIF, which is no error here, not even where warnings are errors.
+
+    One filter for good, for Pillow's format modules only: `catch_warnings` swaps the process's filters back and forth
+    and so is not safe among threads. Warnings about size come from another module and are not touched.
+    """
+    module = r"PIL\.\w+ImagePlugin"
+    if not any(action == "ignore" and where and where.pattern == module for action, _, _, where, _ in warnings.filters):
+        warnings.filterwarnings("ignore", category=UserWarning, module=module)
+
+
+def _open(source: Path | bytes, where: object) -> BinaryIO:
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError(where, "empty")
+        return BytesIO(source)
+    status = source.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(source, "a directory")
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
+        raise ImageError(source, "not a file")
+    if status.st_size == 0:
+        raise ImageError(source, "empty")
+    return source.open("rb")
+
+
+def read_content(path: Path) -> bytes:
+    """All bytes of a file. Raises ImageError as `decode` does of one that can't be read."""
+    try:
+        with _open(path, path) as stream:
+            return stream.read()
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        reason = "missing"
+    except PermissionError:
+        reason = "not readable"
+    except (OSError, ValueError):
+        reason = "corrupt"
+    raise ImageError(path, reason) from None
+
+
+def _rgb(image: Image.Image, bits: int) -> Image.Image:
+    """A detached RGB copy."""
+    if image.mode.startswith("I"):  # I;16*, and I as Pillow's readers of 16-bit grey give it
+        grey = image if image.mode == "I" else image.convert("I")
+        share = 1 / 16 if bits == 12 else 1 / 256
+        return grey.point(lambda value: value * share).convert("L").convert("RGB")
+    if image.mode == "F":
+        _, highest = image.getextrema()
+        unit = isinstance(highest, (int, float)) and highest <= 1  # floats are a share of white, or 0-255
+        return (image.point(lambda value: value * 255.0) if unit else image).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,146 @@
+"""From an RGB image to the network's input: the one place for evaluation, export and serving. Pillow and numpy only.
+
+The resampling is Pillow's own, antialiased, so a crop here equals torchvision's `Resize` + `CenterCrop` bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fgvc.config.section import Interpolation, Preprocess, Triple
+
+Box = tuple[float, float, float, float]
+"""left, top, right, bottom in continuous pixels: pixel (column j, row i) covers [j, j+1) x [i, i+1)."""
+
+# A resized image of more than this many times the network's input is never built as a whole (a 1 x 10,000,000 strip).
+_LARGEST_RESIZED = 16
+# By how much two normalisations may put a pixel apart, relative to max(1, |value|): a hundredth of a grey level, usually.
+_SAME = 1e-4
+
+
+def preprocess(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
+    """(3,H,W) float32, C-contiguous, from an RGB image of any size."""
+    return normalise(fit(image, spec), spec)
+
+
+def normalise(pixels: NDArray[np.uint8], spec: Preprocess) -> NDArray[np.float32]:
+    """uint8 RGB (...,H,W,3) to float32 (...,3,H,W): channel order, range, mean and std of `spec`."""
+    if spec.channel_order == "bgr":
+        pixels = pixels[..., ::-1]
+    x = np.ascontiguousarray(np.moveaxis(pixels, -1, -3), dtype=np.float32)
+    if spec.input_range == 1:
+        x /= np.float32(255)
+    x -= np.asarray(spec.mean, dtype=np.float32).reshape(3, 1, 1)
+    x /= np.asarray(spec.std, dtype=np.float32).reshape(3, 1, 1)
+    return x
+
+
+def fit(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
+    """uint8 (H,W,3). The image goes onto a canvas of size / crop_fraction - so that it covers it (crop), lies whole in
+    its middle (pad) or fills it (squash) - and the centre of the canvas is kept."""
+    height, width = spec.size
+    (rows, columns), (top, left) = _layout((image.height, image.width), spec)
+    if spec.resize == "pad":
+        kept = Image.new("RGB", (width, height), spec.fill)
+        kept.paste(render(image, (0, 0, *image.size), (rows, columns), spec.interpolation), (-left, -top))
+        return np.asarray(kept)
+    if rows * columns > _LARGEST_RESIZED * math.prod(_canvas(spec)):
+        y, x = image.height / rows, image.width / columns
+        box = left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height)
+        return np.asarray(render(image, box, spec.size, spec.interpolation))
+    resized = render(image, (0, 0, *image.size), (rows, columns), spec.interpolation)
+    return np.asarray(resized.crop((left, top, left + width, top + height)))
+
+
+def placed(points: NDArray[np.float64], image: tuple[int, int], spec: Preprocess) -> NDArray[np.float64]:
+    """Points (...,2), x and y in continuous pixels of an image of (height, width), as `fit` lays them in the network's
+    input; some may lie outside of it."""
+    (rows, columns), (top, left) = _layout(image, spec)
+    return points * (columns / image[1], rows / image[0]) - (left, top)
+
+
+def differences(ours: Preprocess, theirs: Preprocess) -> list[str]:
+    """What `theirs` does otherwise with some image, key by key in the words of preprocess.json, ours before theirs. Empty where
+    both make the same input of every image: settings that come to the same are no difference (a range with its mean and std, a
+    crop fraction that gives the same canvas), nor is what has no effect (the fill, unless both pad)."""
+    mine, other = ours.model_dump(), theirs.model_dump()
+    changed = {key for key in ("size", "resize", "interpolation", "channel_order") if mine[key] != other[key]}
+    canvases = (
+        _canvas(ours) != _canvas(theirs) if ours.size == theirs.size else ours.crop_fraction != theirs.crop_fraction
+    )
+    changed |= {"crop_fraction"} if canvases else set()
+    changed |= {"fill"} if ours.resize == theirs.resize == "pad" and ours.fill != theirs.fill else set()
+    for key in ("mean", "std"):
+        mine[key], other[key] = _as_rgb(mine[key], ours), _as_rgb(other[key], theirs)
+    if not np.allclose(_black_and_white(ours), _black_and_white(theirs), rtol=_SAME, atol=_SAME):
+        changed |= {key for key in ("input_range", "mean", "std") if mine[key] != other[key]}
+    return [
+        f"{key}{' of R, G, B' * (key in ('mean', 'std'))}: {_written(mine[key])} against {_written(other[key])}"
+        for key in mine
+        if key in changed
+    ]
+
+
+def described(spec: Preprocess) -> str:
+    """All of a preprocessing on one line."""
+    settings = {key: value for key, value in spec.model_dump().items() if key != "fill" or spec.resize == "pad"}
+    return ", ".join(f"{key} {_written(value)}" for key, value in settings.items())
+
+
+def _written(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(_written(part) for part in value)})"
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+
+def _as_rgb(values: Triple, spec: Preprocess) -> Triple:
+    return values[::-1] if spec.channel_order == "bgr" else values
+
+
+def _black_and_white(spec: Preprocess) -> NDArray[np.float64]:
+    """(2,3): what the normalisation, an affine function, makes of a black and of a white pixel; R, G, B."""
+    mean, std = (np.array(_as_rgb(values, spec)) for values in (spec.mean, spec.std))
+    return (np.array([[0], [spec.input_range]]) - mean) / std
+
+
+def _canvas(spec: Preprocess) -> tuple[int, int]:
+    """Height and width of what the centre is cut from."""
+    return int(spec.size[0] / spec.crop_fraction), int(spec.size[1] / spec.crop_fraction)
+
+
+def _layout(image: tuple[int, int], spec: Preprocess) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of the whole image after resizing; and where in it, from the top and the left, the network's input
+    begins: below 0 where it is padded."""
+    canvas = _canvas(spec)
+    resized = resized_size(image, canvas, spec)
+    if spec.resize == "pad":
+        top, left = (_centre(whole, side) for whole, side in zip(canvas, spec.size, strict=True))
+        return resized, (top - (canvas[0] - resized[0]) // 2, left - (canvas[1] - resized[1]) // 2)
+    return resized, (_centre(resized[0], spec.size[0]), _centre(resized[1], spec.size[1]))
+
+
+def resized_size(image: tuple[int, int], canvas: tuple[int, int], spec: Preprocess) -> tuple[int, int]:
+    """Height and width of the whole image after resizing, for its (height, width) and the canvas'."""
+    (h, w), (rows, columns) = image, canvas
+    if spec.resize == "squash":
+        return canvas
+    if spec.resize == "pad":
+        scale = min(rows / h, columns / w)
+        return max(1, round(h * scale)), max(1, round(w * scale))
+    if rows * w >= columns * h:  # the height decides; the other side is cut off, not rounded, as torchvision does
+        return rows, int(rows * w / h)
+    return int(columns * h / w), columns
+
+
+def render(image: Image.Image, box: Box, size: tuple[int, int], interpolation: Interpolation) -> Image.Image:
+    """The part of `image` within `box`, resampled to `size` = (height, width); nothing outside it leaks in."""
+    filter_ = Image.Resampling[interpolation.upper()]
+    return image.resize((size[1], size[0]), filter_, box=box, reducing_gap=None)
+
+
+def _centre(whole: int, part: int) -> int:
+    return round((whole - part) / 2)  # ties to even, as torchvision

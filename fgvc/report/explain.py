@@ -1,0 +1,132 @@
+"""`fgvc explain` of runs: any method of `fgvc.models.cam.offline` through the trained net; drawn by `fgvc.runtime.explain`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ImageFont
+
+from fgvc.config.recipe import Selected
+from fgvc.config.section import Calibration, Preprocess
+from fgvc.evaluation import font
+from fgvc.evaluation.temperature import calibration_without_data
+from fgvc.images.sheet import LETTERS
+from fgvc.models.cam.offline import ClassMaps, looking, named
+from fgvc.runs.subject import load_run
+from fgvc.runtime import explain as drawing
+from fgvc.runtime.engine import is_rejected, probabilities, refuse_no_numbers
+from fgvc.runtime.explain import BundleLooker, Floats, Seen, is_bundle, telling
+from fgvc.runtime.predict import expand
+from fgvc.types import MAX_PIXELS, FgvcError
+
+
+@dataclass(frozen=True, slots=True)
+class RunLooker:
+    """A run's net that is asked where it looks; see `fgvc.runtime.explain.Looker`."""
+
+    folder: Path
+    labels: tuple[str, ...]
+    spec: Preprocess
+    methods: tuple[str, ...]
+    calibration: Calibration | None
+    look: ClassMaps
+    where: torch.device
+    layout: torch.memory_format
+
+    def __call__(self, x: Floats, label: int | None) -> list[Seen]:
+        images = torch.from_numpy(x).to(self.where, memory_format=self.layout)
+        logits = self.look.logits(images).float().cpu().numpy()
+        refuse_no_numbers(logits, self.folder)
+        p = probabilities(logits, self.calibration)
+        chosen = p.argmax(1) if label is None else np.full(len(p), label)
+        found = {method: self.look(images, torch.from_numpy(chosen), method) for method in self.methods}
+        return [
+            Seen(
+                int(chosen[at]), p[at],
+                {method: maps[at].numpy() for method, (maps, _) in found.items()},
+                {method: raw[at].numpy() for method, (_, raw) in found.items()},
+                rejected=is_rejected(p[at], self.calibration),
+            )
+            for at in range(len(p))
+        ]  # fmt: skip
+
+
+def explain(
+    run: Path,
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    methods: Sequence[str] = ("gradcam",),
+    against: Path | None = None,
+    target: str = drawing.PREDICTED,
+    select: Selected | None = None,
+    device: str | None = None,
+    channels: int | None = None,
+    batch: int = 16,
+    overwrite: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> int:
+    """Write overlays, panels and raw maps of pictures (files, or folders of them) by each method into `out`; see
+    `fgvc.runtime.explain` for what is written. Returns 0, or 1 where a picture could not be read. The data that the run was
+    trained on need not be there.
+
+    `against`: a second run, or a bundle, side by side. `target`: a class by name instead of the predicted one. `channels`: so
+    many of the most active, for methods that try them one by one; 0: all. `select`, `device`: as in `evaluate`. `overwrite`:
+    what explain wrote into `out` before. `max_pixels`: of a picture that is read.
+    Raises FgvcError, before anything is written, for a method, class or path that does not exist, and for a net that can't
+    have such a map.
+    """
+    chosen = tuple(dict.fromkeys(named(method) for method in methods))
+    files = list(expand(paths))
+    drawing.refuse_out(out, overwrite=overwrite)
+    with ExitStack() as stack:
+        lookers: list[RunLooker | BundleLooker] = []
+        for path in (run, *([against] if against is not None else [])):
+            if is_bundle(path):
+                if chosen != ("cam",):
+                    raise FgvcError(f"{path}: a bundle holds class activation maps alone; compare it by --method cam")
+                lookers.append(telling(path))
+            else:
+                opened = open_run(path, chosen, select=select, device=device, channels=channels)
+                lookers.append(stack.enter_context(opened))
+        return drawing.explain_files(lookers, files, out, target=target, batch=batch, write=writable, max_pixels=max_pixels)
+
+
+@contextmanager
+def open_run(
+    run: Path,
+    methods: tuple[str, ...],
+    *,
+    select: Selected | None = None,
+    device: str | None = None,
+    channels: int | None = None,
+) -> Iterator[RunLooker]:
+    """The net of a run, on its device; the cost of expensive methods is said on stderr first."""
+    seen = load_run(run, select)
+    known = calibration_without_data(seen, device=device)
+    if not known.calibrated:
+        print(f"{run}: its probabilities are not calibrated: {known.reason}", file=sys.stderr)
+    with seen.placed(device) as (where, layout), ExitStack() as stack:
+        try:
+            look = stack.enter_context(looking(seen.step.net, seen.preprocess.size, methods, channels=channels))
+        except FgvcError as error:
+            raise FgvcError(f"{run}: {error}") from error
+        for method in methods:
+            if (cost := look.cost(method)) is not None:
+                print(f"{run}: {method}: {cost}", file=sys.stderr)
+        yield RunLooker(
+            folder=run, labels=seen.classes, spec=seen.preprocess, methods=methods, calibration=known.calibration, look=look,
+            where=where, layout=layout,
+        )  # fmt: skip
+
+
+def writable(names: Sequence[str]) -> tuple[list[str], ImageFont.FreeTypeFont]:
+    """See `fgvc.evaluation.font`."""
+    written, path = font.writable(names)
+    return written, ImageFont.truetype(str(path), LETTERS)

@@ -1,0 +1,188 @@
+"""`fgvc data preview`: contact sheets of what the network will really see, technique by technique."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFont
+from torch import Tensor
+
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import Preprocess
+from fgvc.data.loader import evaluation_loader
+from fgvc.evaluation.font import ADVICE, writable
+from fgvc.images.decode import decode_row
+from fgvc.images.overlay import overlay
+from fgvc.images.sheet import LETTERS, Cell, save_sheet
+from fgvc.runs import checkpoint
+from fgvc.runs.distributed import runtime
+from fgvc.runs.folder import is_run, read_run
+from fgvc.runs.images import fingerprint, recorded_images
+from fgvc.runs.record import NAME
+from fgvc.techniques.registry import CONFIGS
+from fgvc.training.batch import to_batch
+from fgvc.training.between import epoch_start
+from fgvc.training.log import Events
+from fgvc.training.session import Session, open_session
+from fgvc.types import FgvcError, ImageIndex, Target, View
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """The sheets that were written, and what the user should know of them."""
+
+    sheets: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: Path | None = None) -> Preview:
+    """Write `evaluation.png`, `input.png` (crops and augmentation alone), and a sheet for each technique alone and for
+    all together.
+
+    A row is one sample of the first step of `epoch` (from 0), with the run's own seed, crops and draws: the original, then
+    every view that the step makes of it, with its target, then the maps and masks behind them. `run`: a run with the same
+    backbone and classes, whose trained weights look; else those that training starts with do. Raises FgvcError for all
+    that training refuses.
+    """
+    chosen = [kind for kind in CONFIGS if getattr(recipe.techniques, kind) is not None]
+    arms: dict[str, list[str]] = {"input": [], **{kind: [kind] for kind in chosen}}
+    if len(chosen) > 1:
+        arms["all"] = chosen
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FgvcError(f"{out}: can't make the folder: {error.strerror}") from error
+    index = _images_of(run, recipe)
+    sheets: list[Path] = []
+    notes: list[str] = []
+    for name, kinds in arms.items():
+        techniques = recipe.techniques.model_copy(update={kind: None for kind in CONFIGS if kind not in kinds})
+        train = recipe.train.model_copy(update={"workers": 0})
+        part = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
+        with runtime(part.train) as process, open_session(part, process, index=index, teachers="not") as session:
+            remembered = run is not None and look_through(session, run)
+            for kind, technique in session.step.techniques.items():
+                if name == kind and getattr(technique, "remembers_images", False) and not remembered:
+                    notes.append(
+                        f"{kind}.png: {kind} works with what a run remembers of each image, and shows nothing here; give "
+                        "--run with a run of these very images"
+                    )
+            names, path = writable(session.index.classes)
+            font = ImageFont.truetype(str(path), LETTERS)
+            sheets.append(save_sheet(_step_rows(session, names, images, epoch), out / f"{name}.png", font=font))
+            if name == "input":
+                notes += session.index.warnings
+                sheets.append(save_sheet(_evaluation_rows(session, names, images), out / "evaluation.png", font=font))
+                notes += [ADVICE] if names != list(session.index.classes) else []
+    return Preview(tuple(sheets), tuple(notes))
+
+
+def _images_of(run: Path | None, recipe: Recipe) -> ImageIndex | None:
+    """Those that a run of the same data recorded, of which it may remember something; None: the data as they are now."""
+    if run is None or not (is_run(run) and (run / NAME).is_file()):
+        return None
+    theirs = read_run(run)
+    same = [
+        (one.data.root.expanduser().resolve(), one.data.model_dump(exclude={"root", "max_unreadable"}), one.deploy.labels)
+        for one in (recipe, theirs)
+    ]
+    return recorded_images(run, recipe).index if same[0] == same[1] else None
+
+
+def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) -> list[list[Cell]]:
+    """One row a sample: the original, then the views of one real step."""
+    raw = next(session.loader.epoch(epoch))
+    session.progress.epoch = epoch
+    batch = to_batch(raw, session.normalise, session.train_size)
+    number = epoch * session.steps_per_epoch
+    progress = number / (session.steps_per_epoch * session.recipe.train.epochs)
+    draws = session.step.draw(batch, progress, seed=session.recipe.train.seed, step=number)
+    _, views = session.step(batch, draws)
+    found = {
+        f"{kind}: {name}": (views[0].x if x is None else x, maps)
+        for kind, context in session.step.contexts.items()
+        for name, (x, maps) in context.shown.items()
+    }
+    rows = []
+    for at, row in enumerate(batch.index[:images].tolist()):
+        original = decode_row(session.index, row)
+        cells = [Cell(original, f"original: {names[int(batch.labels[at])]}")]
+        for kind, change in session.step.hooks("on_sample"):
+            changed = np.any(change(np.array(original), row) != np.asarray(original), axis=2)
+            cells.append(Cell(overlay(original, changed), f"{kind}: before the crop"))
+        cells += [_view_cell(view, at, session.preprocess, names) for view in views]
+        cells += [
+            Cell(overlay(_picture(x[at], session.preprocess), maps[at].detach().cpu().numpy()), name)
+            for name, (x, maps) in found.items()
+        ]
+        rows.append(cells)
+    return rows
+
+
+def look_through(session: Session, run: Path) -> bool:
+    """Give a session the weights that a run trained; branches as far as both have them. Whether it is of the same images, so
+    that what techniques remember of each was given, too."""
+    state, labels = checkpoint.load(run / "ckpt"), run / "labels.json"
+    if labels.is_file() and json.loads(labels.read_text(encoding="utf-8")) != list(session.index.classes):
+        raise FgvcError(f"{run}: its classes are not those of {session.recipe.data.root}")
+    branches = session.step.branches.state_dict()
+    try:
+        session.step.net.load_state_dict(state.net)
+        session.step.branches.load_state_dict(branches | {k: v for k, v in state.branches.items() if k in branches})
+    except RuntimeError as error:
+        raise FgvcError(
+            f"{run}: its weights do not fit this recipe's net and techniques; give the recipe that it was trained with, "
+            f"without re-parameterised blocks ({str(error).splitlines()[-1].strip()})"
+        ) from error
+    remembered = state.rest.get("images") == fingerprint(session.index)
+    if remembered:
+        for kind, hook in session.step.hooks("load_state_dict"):
+            if kind in state.rest["techniques"]:
+                hook(state.rest["techniques"][kind])
+    session.progress.micro = 1  # in mid-epoch: nothing is made for a next round
+    quiet = Events(run, session.recipe.log, active=False)
+    for _, prepare in session.step.hooks("before_epoch"):
+        prepare(epoch_start(session, run, quiet, stop=threading.Event()))
+    if session.ema is not None:
+        session.ema.module.load_state_dict(state.ema or state.net)
+    return remembered
+
+
+def _evaluation_rows(session: Session, names: Sequence[str], images: int) -> list[list[Cell]]:
+    """Images of the validation part (else test, else train) beside what evaluation and serving make of them."""
+    index = session.index
+    part = next(rows for split in ("val", "test", "train") if len(rows := index.rows(split)))
+    spread = part[np.linspace(0, len(part) - 1, min(images, len(part))).astype(int)]
+    loader = evaluation_loader(index, spread, spec=session.preprocess, batch_size=len(spread), workers=0)
+    cells = []
+    for batch in loader:
+        for x, y, row in zip(batch.images, batch.labels.tolist(), batch.index.tolist(), strict=True):
+            original = Cell(decode_row(index, row), f"original: {names[y]}")
+            cells.append([original, Cell(_picture(x, session.preprocess), "evaluation")])
+    return cells
+
+
+def _view_cell(view: View, at: int, spec: Preprocess, names: Sequence[str]) -> Cell:
+    said = _target(view.target, at, names) if view.classifies else "not classified"
+    return Cell(_picture(view.x[at], spec), f"{view.name.removeprefix('after:')}: {said}")
+
+
+def _target(target: Target, at: int, names: Sequence[str]) -> str:
+    shares: dict[str, float] = {}
+    for labels, weights in target:
+        name = names[int(labels[at])]
+        shares[name] = shares.get(name, 0.0) + (1.0 if weights is None else float(weights[at]))
+    return " + ".join(f"{share:.2f} {name}" for name, share in shares.items() if share > 0.005)
+
+
+def _picture(x: Tensor, spec: Preprocess) -> Image.Image:
+    """An input of the network (3,H,W) as it looks: the inverse of `fgvc.images.preprocess.normalise`."""
+    pixels = x.detach().float().cpu().numpy().transpose(1, 2, 0)
+    pixels = (pixels * np.array(spec.std) + np.array(spec.mean)) * 255 / spec.input_range
+    pixels = pixels[..., ::-1] if spec.channel_order == "bgr" else pixels
+    return Image.fromarray(np.round(pixels.clip(0, 255)).astype(np.uint8))

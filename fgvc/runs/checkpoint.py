@@ -1,0 +1,401 @@
+"""Checkpoints that survive a kill at any moment, and damage that is noticed.
+
+A checkpoint is a folder `ckpt/step-00000123/` whose `meta.json` holds the SHA-256 of every file beside it and of itself.
+`ckpt/last` and `ckpt/best` are links that lead through `ckpt/links`, which is replaced in one step: so both always belong
+together, no name ever points at a half-written checkpoint, and the previous one stays until the next is safe on disk.
+`ckpt/start` is no link but the checkpoint of step 0 itself, so that no name can be lost on the way to it; it always stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from itertools import chain, count
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal, TypeVar
+
+import safetensors.torch
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fgvc.config.section import Section
+from fgvc.io.files import fill, make_folder, making, point, remove, rename, sync, writing
+from fgvc.types import FgvcError
+
+Name = Literal["last", "best", "start"]
+Say = Callable[[str], None]
+T = TypeVar("T")
+
+META, LINKS, START = "meta.json", "links", "start"
+OLDER = {"step", "epoch", "micro", "finished", "best", "history", "seconds"}  # in meta.json of every fgvc
+BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
+
+
+class Checkpoint(Section):
+    """How often a run saves what it needs to continue, and how much of that stays."""
+
+    every_steps: int | None = Field(None, ge=1, description="beside the end of every epoch; counted in optimizer steps")
+    keep: int = Field(
+        1,
+        ge=0,
+        description="older checkpoints that stay beside the last, the best and the start, to go on from if those are damaged",
+    )
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run is, in words that JSON can hold."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # of the next step, from 0
+    micro: int = 0  # micro-batches of that epoch already used
+    finished: bool = False
+    best: float | None = None  # validation score of ckpt/best
+    history: list[dict[str, float]] = field(default_factory=list)  # one row an epoch: metrics.csv
+    sums: dict[str, float] = field(default_factory=dict)  # running sums of this epoch's losses
+    counts: dict[str, int] = field(default_factory=dict)  # of the steps that had them
+    seconds: float = 0.0  # of training so far, over all sessions
+
+
+@dataclass(slots=True)
+class State:
+    """What one checkpoint holds. Weights as safetensors; the rest with torch.load(weights_only=True)."""
+
+    net: Mapping[str, Tensor]  # the trained net, unfused
+    branches: Mapping[str, Tensor]  # never ships
+    ema: Mapping[str, Tensor] | None  # the average of the weights: the EMA, or SWA's once it holds an epoch
+    rest: Mapping[str, Any]  # optimizer, scaler, random generators, techniques, how many epochs SWA holds
+    progress: Progress
+    identity: str | None = None  # of the checkpoint that it was read from
+    floor: Mapping[str, Tensor] | None = None  # head of the logistic regression on the frozen net; in the start alone
+
+
+def save(folder: Path, state: State, *, best: bool = False, keep: int = 1, start: bool = False) -> None:
+    """Write a checkpoint into the run's `ckpt` folder and point `last` (and `best`) at it; of older ones that neither names the
+    newest `keep` stay. `start`: it is the first of a new run, and stays by that name. The caller has the run to itself.
+
+    Raises FgvcError when the disk is full, with the earlier checkpoints untouched.
+    """
+    try:
+        make_folder(folder)
+        _own_names(folder)
+        _sweep(folder)
+        target = folder / START if start else _free(folder, f"step-{state.progress.step:08d}")
+        chosen = target.name if best else _target(folder / "best")
+        if first := _target(folder / "last") is None:  # a kill must not leave it without its names
+            _publish(folder, last=target.name, best=chosen)
+        with making(target) as scratch:
+            parts = {"net": state.net, "branches": state.branches, "ema": state.ema, "floor": state.floor}
+            files = {
+                f"{name}.safetensors": fill(scratch / f"{name}.safetensors", _packed(tensors))
+                for name, tensors in parts.items()
+                if tensors is not None
+            }
+            files["state.pt"] = fill(scratch / "state.pt", partial(torch.save, dict(state.rest)))
+            fill(scratch / META, _sealed(asdict(state.progress) | {"files": files}))
+        if not first:
+            _publish(folder, last=target.name, best=chosen)
+        _prune(folder, keep=keep)
+    except (FgvcError, OSError, RuntimeError, SafetensorError) as error:
+        raise FgvcError(
+            f"{folder}: can't save a checkpoint ({error}); the earlier one is intact. "
+            "Free some space and run the same command again"
+        ) from error
+
+
+def any_held(folder: Path) -> bool:
+    """Whether a `ckpt` folder holds a checkpoint, whole or not, by whatever name. Raises FgvcError where it is unreadable."""
+    try:
+        found = list(folder.iterdir()) if os.path.lexists(folder) else []
+    except OSError as error:
+        raise FgvcError(
+            f"{folder}: can't be read ({error.strerror}); make it readable (is its disk mounted?), or remove it to begin anew"
+        ) from error
+    return any(path.is_dir() and not path.name.startswith((".", LINKS)) for path in found)
+
+
+def read_progress(folder: Path, *, say: Say | None = None) -> Progress:
+    """How far a run is by its newest whole checkpoint; see `load`. Raises FgvcError where there is none."""
+    return _newest(folder, "last", lambda path, kept: kept.progress, say)
+
+
+def load(folder: Path, name: Name = "last", *, device: torch.device | str = "cpu", say: Say | None = None) -> State:
+    """Read the checkpoint that `ckpt/<name>` points at, each file checked by its SHA-256. Where `last` is damaged or gone it is
+    the newest whole one, and `say` (by default stderr) is told so. Raises FgvcError where there is none."""
+    return _newest(folder, name, partial(_state, device=str(device)), say)
+
+
+def whole(folder: Path) -> Iterator[tuple[Path, State]]:
+    """The checkpoints of a `ckpt` folder that are whole, and their places: the last, then the newest first."""
+    for path in _candidates(folder, "last"):
+        try:
+            state = _state(path, _kept(path), device="cpu")
+        except BROKEN:
+            continue
+        yield path, state
+
+
+def identity(folder: Path, name: Name = "last") -> str | None:
+    """What tells the checkpoint from all others: the SHA-256 of its meta.json. None where there is none."""
+    try:
+        return _identity(_led(folder / name))
+    except OSError:
+        return None
+
+
+def slot(select: str) -> Name:
+    """In which checkpoint the weights lie that a selection names."""
+    return "best" if select == "best" else "start" if select in ("start", "floor") else "last"
+
+
+def doubt(folder: Path, name: Name) -> str | None:
+    """Why the checkpoint of that name can't be read; None where it is whole."""
+    try:
+        _kept(_led(folder / name))
+    except BROKEN as error:
+        return "it is not there" if isinstance(error, FileNotFoundError) else str(error)
+    return None
+
+
+def best_score(folder: Path) -> float | None:
+    """By which `ckpt/best` was chosen; None where there is none, it is damaged, or the score was no number."""
+    try:
+        score = _kept(_led(folder / "best")).progress.best
+    except BROKEN:
+        return None
+    return score if score is not None and math.isfinite(score) else None  # nothing is better than a NaN
+
+
+def mend(folder: Path) -> None:
+    """Have `last` name the newest whole checkpoint; what is damaged is renamed to `damaged-step-...` and never deleted. The
+    caller has the run to itself. Raises FgvcError where the system can't."""
+    with writing(folder):
+        _own_names(folder)
+        for path in _candidates(folder, "last"):
+            try:
+                _kept(path)
+            except BROKEN:
+                rename(path, _free(folder, f"damaged-{path.name}"))
+            else:
+                break
+        else:
+            return
+        _sweep(folder)
+        if _target(folder / "last") != path.name:
+            _publish(folder, last=path.name, best=_target(folder / "best"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What meta.json says, all of it true."""
+
+    progress: Progress
+    files: Mapping[str, str] | None  # name -> SHA-256; None in a checkpoint of an older fgvc, which took none
+
+
+def _newest(folder: Path, name: Name, read: Callable[[Path, _Kept], T], say: Say | None) -> T:
+    say = say or partial(print, file=sys.stderr, flush=True)
+    link, failed = folder / name, {}
+    for path in _candidates(folder, name):
+        try:
+            kept = _kept(path)
+            found = read(path, kept)
+        except BROKEN as error:
+            failed[path.name] = str(error)
+            continue
+        if failed:
+            said = "; ".join(f"{of} is damaged ({why})" for of, why in failed.items())
+            say(f"WARNING: {folder}: {said}. Using {path.name}, the newest checkpoint that is whole")
+        elif path != _led(link):
+            say(
+                f"WARNING: {link}: missing, or it leads nowhere. Using {path.name}, the newest checkpoint that is whole"
+            )
+        if kept.files is None and path not in _unsealed:
+            _unsealed.add(path)
+            say(f"{path}: written by an older fgvc, without digests; damage to it would not be noticed")
+        return found
+    if not failed:
+        older = ": the run is of an earlier fgvc, which kept none, or it is gone" if name == "start" else ""
+        raise FgvcError(f"{link}: no checkpoint here{older}")
+    said = "; ".join(f"{of}: {why}" for of, why in failed.items())
+    advice = {
+        "last": "no other is whole. Train anew with --overwrite",
+        "best": "choose --select last, or train on",
+        "start": "choose --select last, or put a copy of it there",
+    }[name]
+    raise FgvcError(f"{link}: damaged checkpoint ({said}); {advice}")
+
+
+_unsealed: set[Path] = set()  # of which it was said
+
+
+def _candidates(folder: Path, name: Name) -> list[Path]:
+    """What to read, in turn: the one that is named; for `last` then all others, the newest first, the start at the end."""
+    first = _led(folder / name)
+    found = [first] if first.is_dir() else []
+    if name != "last":
+        return found
+    others = [*_steps(folder), *([folder / START] if (folder / START).is_dir() else [])]
+    return found + [path for path in others if path.resolve() != first]
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The newest first: of one step the last that was written."""
+    found = [(path.name.removeprefix("step-").partition("."), path) for path in folder.glob("step-*") if path.is_dir()]
+    numbered = [((int(step), int(again or 0)), path) for (step, _, again), path in found if step.isdigit()]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def _state(path: Path, kept: _Kept, *, device: str) -> State:
+    ema = path / "ema.safetensors"
+    averaged = ema.is_file() if kept.files is None else ema.name in kept.files
+    load_file = safetensors.torch.load_file
+    return State(
+        net=load_file(path / "net.safetensors", device),
+        branches=load_file(path / "branches.safetensors", device),
+        ema=load_file(ema, device) if averaged else None,
+        rest=torch.load(path / "state.pt", map_location="cpu", weights_only=True),
+        progress=kept.progress,
+        identity=_identity(path),
+        floor=load_file(floor, device) if (floor := path / "floor.safetensors").is_file() else None,
+    )
+
+
+def _identity(path: Path) -> str:
+    return hashlib.sha256((path / META).read_bytes()).hexdigest()
+
+
+def _kept(path: Path) -> _Kept:
+    """Raises one of BROKEN where a file is not what was written."""
+    raw = (path / META).read_bytes()
+    tree = json.loads(raw)
+    own = {key: tree[key] for key in [one.name for one in fields(Progress)] if key in tree}
+    if own == tree and own.keys() >= OLDER:
+        return _Kept(Progress(**own), None)
+    if tree.pop("sha256", None) is None or raw != _sealed(tree).encode():
+        raise ValueError(f"{META}: its SHA-256 is another")
+    files = tree["files"]
+    there = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {META}
+    if missing := sorted(files.keys() - there):
+        raise ValueError(f"{missing[0]} is gone")
+    if alien := sorted(there - files.keys()):
+        raise ValueError(f"{alien[0]} was not written with it")
+    for name, expected in files.items():
+        with (path / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise ValueError(f"{name}: its SHA-256 is another")
+    return _Kept(Progress(**own), files)
+
+
+def _sealed(tree: Mapping[str, Any]) -> str:
+    """JSON that holds its own SHA-256."""
+    digest = hashlib.sha256(json.dumps(tree, indent=1).encode()).hexdigest()
+    return json.dumps({**tree, "sha256": digest}, indent=1, allow_nan=False) + "\n"
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({key: value.detach().contiguous() for key, value in tensors.items()})
+
+
+def _publish(folder: Path, *, last: str, best: str | None) -> None:
+    """Have `last` and `best` name these from the same moment on."""
+    if not (folder / LINKS).exists() and (before := _target(folder / "last")) is not None:
+        _swing(folder, last=before, best=_target(folder / "best"))  # links of an earlier fgvc led straight there
+    _swing(folder, last=last, best=best)
+
+
+def _swing(folder: Path, *, last: str, best: str | None) -> None:
+    new = _free(folder, LINKS + "-1")
+    make_folder(new)
+    named = {"last": last, "best": best} if best is not None else {"last": last}
+    for name, target in named.items():
+        point(new / name, f"../{target}")
+    sync(new)
+    if (folder / LINKS).exists():  # or the names would lead nowhere meanwhile
+        _through(folder, named)
+    point(folder / LINKS, new.name)
+    _through(folder, named)
+    if best is None:
+        remove(folder / "best")
+    sync(folder)
+    for path in folder.glob(f"{LINKS}-*"):
+        if path.name != new.name:
+            remove(path)
+
+
+def _through(folder: Path, names: Mapping[str, str]) -> None:
+    for name in names:
+        link, through = folder / name, f"{LINKS}/{name}"
+        if not link.is_symlink() or str(link.readlink()) != through:
+            point(link, through)
+
+
+def _target(link: Path) -> str | None:
+    """The name of the checkpoint that a link leads to, if that is there."""
+    path = _led(link)
+    return path.name if path.is_dir() and path.parent == link.parent.resolve() and path.name != link.name else None
+
+
+def _led(link: Path) -> Path:
+    """Where a link leads; to itself where it leads round in a circle."""
+    try:
+        return link.resolve()
+    except RuntimeError:  # Python 3.12 and older
+        return link
+
+
+def _free(folder: Path, name: str) -> Path:
+    names = chain([name], (f"{name}.{number}" for number in count(1)))
+    return next(folder / name for name in names if not os.path.lexists(folder / name))
+
+
+def _own_names(folder: Path) -> None:
+    """In a copy that was made without links `last` and `best` are checkpoints themselves: each gets a name of its own."""
+    copies = [*(folder / name for name in ("last", "best")), *folder.glob(f"{LINKS}*/*")]
+    named: dict[str, str] = {}
+    for path in [path for path in copies if path.is_dir() and not path.is_symlink()]:
+        if path.parent.is_symlink():
+            continue
+        try:
+            name = f"step-{_kept(path).progress.step:08d}"
+        except BROKEN:
+            name = "damaged-step-copy"
+        rename(path, new := _free(folder, name))
+        if path.parent == folder:
+            named[path.name] = new.name
+    if (folder / LINKS).is_dir() and not (folder / LINKS).is_symlink():
+        remove(folder / LINKS)
+    if "last" in named:
+        _publish(folder, last=named["last"], best=named.get("best"))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process left behind: checkpoints that never got their name, or had lost it for good."""
+    for path in _leftovers(folder):
+        remove(path)
+
+
+def _leftovers(folder: Path) -> Iterator[Path]:
+    for path in folder.glob(".*"):
+        _, _, rest = path.name.removeprefix(".").partition(".")  # .<process>.<name>
+        lost = rest.startswith(("step-", START)) or path.name.startswith(".gone-")
+        if path.is_symlink() or (path.is_dir() and lost):
+            yield path
+
+
+def _prune(folder: Path, *, keep: int) -> None:
+    """Keep the start, what `last` and `best` name, and the newest `keep` of the others."""
+    named = {_target(folder / name) for name in ("last", "best")}
+    for path in [path for path in _steps(folder) if path.name not in named][keep:]:
+        gone = folder / f".gone-{path.name}"
+        rename(path, gone)  # so that no name is ever half a checkpoint's
+        remove(gone)

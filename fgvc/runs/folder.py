@@ -1,0 +1,419 @@
+"""The folder of a run: `config.yaml index.npz env.json events.jsonl metrics.csv ckpt/ plots/ .lock`, and who may write to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fgvc import __version__
+from fgvc.config.recipe import Recipe, Selected
+from fgvc.config.section import Preprocess, differences, dump, load, validate
+from fgvc.data.sources.source import some
+from fgvc.io.files import (
+    alone,
+    as_json,
+    holder,
+    make_folder,
+    remove,
+    remove_empty,
+    rename,
+    sync,
+    write_atomic,
+    writing,
+)
+from fgvc.io.names import refuse_breaking
+from fgvc.models.finite import not_finite
+from fgvc.runs import checkpoint
+from fgvc.runs.images import continued
+from fgvc.runs.measured import clear, forget
+from fgvc.runs.record import NAME, Record
+from fgvc.types import FgvcError, ImageIndex
+
+MAY_CHANGE = (  # when a run goes on; where its images lie, as long as they are the same
+    "train.epochs", "train.max_steps", "train.refit", "train.workers", "train.device", "log.", "checkpoint.", "export.", "cache",
+    "cache_dir", "techniques.distill.cache", "data.root", "data.file", "data.download", "data.max_unreadable",
+    "data.max_megapixels", "deploy.labels",
+)  # fmt: skip
+LOCK = ".lock"  # of the process that trains
+INTERPOLATION = "interpolation.json"  # of a run that `fgvc interpolate` made
+PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "onnx", "onnxruntime", "onnxscript")
+
+
+Going = Literal["new", "on", "finished"]
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """This process alone trains in `out`, for as long as the context lasts or the process lives. Where no run has
+    come to be, nothing of this stays.
+
+    Raises FgvcError that says who has it, or why no lock can be had.
+    """
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    with writing(out):
+        make_folder(out)
+    try:
+        with alone(lock := out / LOCK) as mine:
+            if not mine:
+                raise FgvcError(f"{out}: is being trained by {holder(lock)}; wait for it, or choose another --out")
+            try:
+                if (out / "config.yaml").is_file():
+                    clear(out)
+                yield
+            finally:
+                if not (out / "config.yaml").is_file():
+                    remove(lock)
+    finally:
+        for path in made:
+            remove_empty(path)
+
+
+@contextmanager
+def opened(
+    out: Path,
+    recipe: Recipe,
+    *,
+    resume: str = "auto",
+    overwrite: bool = False,
+    recorded: bool = False,
+    say: checkpoint.Say | None = None,
+) -> Iterator[Going]:
+    """`held`, and `open_run`; with the path of another run for `resume`, after a copy of that one was made."""
+    if other := resume not in ("auto", "never"):
+        if overwrite:
+            raise FgvcError("--overwrite loses a run, --resume PATH goes on with one: give one of the two")
+        adopt(Path(resume), out, recipe, recorded=recorded)
+    with held(out):
+        yield open_run(out, recipe, resume="auto" if other else resume, overwrite=overwrite, say=say)
+
+
+def open_run(
+    out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, say: checkpoint.Say | None = None
+) -> Going:
+    """Whether the run in `out` is a new one, goes on from its checkpoint, or is at its end, as these settings have it. Destroys
+    nothing and writes nothing; the caller holds `out`.
+
+    `resume`: auto (go on if `out` holds a run), never (start anew; refuses an existing run unless `overwrite`).
+    Raises FgvcError for a run that ends otherwise, a changed recipe, or a folder that is no run, or holds no whole checkpoint.
+    """
+    if overwrite or not checkpoint.any_held(out / "ckpt"):
+        _refuse_other(out)
+        if not overwrite and is_run(out):  # killed before its first one, or somebody has taken them away
+            (say or _warn)(f"{out / 'ckpt'}: holds no checkpoint: this run begins anew")
+        return "new"
+    if resume == "never":
+        raise FgvcError(
+            f"{out}: holds a run already; choose another --out, give --overwrite, or let it go on with --resume auto"
+        )
+    return _check_continues(out, recipe, say)
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _refuse_other(out: Path) -> None:
+    """Raise FgvcError where something else than a run is in the folder."""
+    if (out / "config.yaml").is_file() or not out.is_dir():
+        return
+    if any(not path.name.startswith(".") for path in out.iterdir()):
+        raise FgvcError(f"{out}: not empty and not a run of fgvc; choose another --out")
+
+
+def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = None) -> Going:
+    """Raises FgvcError where the run in `out` can't go on with this recipe."""
+    old = read_run(out)
+    recipe = as_recorded(recipe, old)
+    changed = differences(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    refused = {key: pair for key, pair in changed.items() if not key.startswith(MAY_CHANGE)}
+    if refused:
+        rows = "\n".join(f"  {key}: {a!r} in the run, {b!r} now" for key, (a, b) in refused.items())
+        raise FgvcError(
+            f"{out}: this run was started with other settings:\n{rows}\n{begin_anew(out)}, or give --overwrite to lose this "
+            f"run.\nWhat may change: {', '.join(key.rstrip('.') for key in MAY_CHANGE)}"
+        )
+    progress = checkpoint.read_progress(out / "ckpt", say=say)
+    was, now = ((one.train.epochs, one.train.last_step) for one in (old, recipe))
+    if progress.finished and was == now:
+        return "finished"
+    if progress.finished and now[0] <= was[0] and now[1] <= was[1]:
+        raise FgvcError(
+            f"{out}: this run is finished; raise {ending(recipe, progress.step)} to go on, give --overwrite to lose it, or "
+            "choose another --out"
+        )
+    if (out / INTERPOLATION).is_file():
+        raise FgvcError(f"{out}: lies between two nets (fgvc interpolate): no training can go on from there. {begin_anew(out)}")
+    return "on"
+
+
+def as_recorded(recipe: Recipe, recorded: Recipe) -> Recipe:
+    """With what the run that goes on has resolved of it."""
+    return recipe.model_copy(update={"select": recipe.select or recorded.select})
+
+
+def ending(recipe: Recipe, step: int) -> str:
+    """The setting that ends a run at this step."""
+    steps = recipe.train.max_steps
+    return "train.max_steps" if steps is not None and steps <= step else "train.epochs"
+
+
+def begin_anew(out: Path) -> str:
+    """How to train with other settings, those of MAY_CHANGE apart, what a run has learnt so far. A sentence without its dot."""
+    weights = out / "ckpt" / "last" / "net.safetensors"
+    if not weights.is_file():
+        return f"Nothing of {out} is saved yet: it starts anew with other settings"
+    return f"To go on from its weights with other settings, begin a new run: another --out and model.weights={weights}"
+
+
+def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any], images: Record) -> None:
+    """Begin a new run in `out`: what an earlier run wrote there is removed, all else stays. Killed at any moment, `out` is one
+    that `open_run` lets begin anew.
+
+    `facts`: file name -> what JSON is to hold; `refuse_changed` compares them when the run goes on.
+    """
+    with writing(out):
+        make_folder(out)
+        remove(gone := out / ".gone-ckpt")
+        if os.path.lexists(out / "ckpt"):  # before the new settings are there, which are not those of its weights
+            rename(out / "ckpt", gone)
+        write_atomic(out / "config.yaml", dump(recipe))  # the mark of a run
+        clear(out)
+        for name in (gone.name, NAME, INTERPOLATION, "masks", "plots", "events.jsonl", "metrics.csv"):
+            remove(out / name)
+        forget(out)
+        for folder in ("ckpt", "plots"):
+            make_folder(out / folder)
+        write_atomic(out / "env.json", as_json(environment() | {"command": sys.argv[1:]}))
+        for name, value in facts.items():
+            write_atomic(out / name, as_json(value))
+        write_atomic(out / NAME, images.dump())
+
+
+def recorded_preprocess(out: Path) -> Preprocess:
+    """What turned images into the input of this run's net from its start. Raises FgvcError where that is not recorded."""
+    return validate(Preprocess, _recorded(out, "preprocess.json"), where=str(out / "preprocess.json"))
+
+
+def recorded_classes(out: Path) -> tuple[str, ...]:
+    """The names of this run's classes, in the order of its net's outputs. Raises FgvcError where they are not recorded."""
+    found = _recorded(out, "labels.json")
+    if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
+        raise FgvcError(f"{out / 'labels.json'}: expected a list of class names")
+    refuse_breaking(found, where=out / "labels.json")
+    return tuple(found)
+
+
+def _recorded(out: Path, name: str) -> Any:
+    try:
+        return json.loads((out / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if not checkpoint.any_held(out / "ckpt"):
+            raise FgvcError(f"{out}: the run was not started yet ({error})") from error
+        raise FgvcError(
+            f"{out / name}: gone or damaged ({error}); put a copy of it there: a bundle that was exported from this run has one"
+        ) from error
+
+
+def damaged(out: Path, state: checkpoint.State) -> str | None:
+    """Why preprocess.json can't be what the run began with, by its checkpoint, which has digests; None where all is well."""
+    known = state.rest.get("preprocess")
+    if known is None or recorded_preprocess(out).model_dump_json() == known:
+        return None
+    return f"{out / 'preprocess.json'}: not what the run began with, which was {known}; write that back"
+
+
+def refuse_changed(out: Path, facts: Mapping[str, Any]) -> None:
+    """Raise FgvcError where the run's classes or preprocessing are no longer what they were."""
+    for name, value in facts.items():
+        if (out / name).is_file() and (out / name).read_bytes() != as_json(value).encode(errors="backslashreplace"):
+            raise FgvcError(
+                f"{out}: {name} of this run is not what the data give now, so its weights would be misread; "
+                "restore the data, or train anew in another --out"
+            )
+
+
+def continue_run(out: Path, recipe: Recipe, index: ImageIndex) -> None:
+    """Go on with a run, from now on with these settings. One of an earlier fgvc has its images recorded now."""
+    forget(out)
+    if not (out / NAME).is_file():
+        write_atomic(out / NAME, Record.of(index).dump())
+    write_atomic(out / "config.yaml", dump(recipe))
+
+
+def note_settings(out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
+    """Give a finished run the settings that may change, such as where its images lie now; what was measured stays. Raises
+    FgvcError where they are other images."""
+    recipe = as_recorded(recipe, read_run(out))
+    if recipe != read_run(out):
+        continued(out, recipe, recorded=recorded)
+        write_atomic(out / "config.yaml", dump(recipe))
+
+
+def ended(out: Path) -> bool:
+    """Whether the run's last word is that it is finished; one that was killed after its last checkpoint has not said it."""
+    lines = _history(out).decode(errors="replace").splitlines()
+    return bool(lines) and '"event": "finished"' in lines[-1]
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def read_run(out: Path) -> Recipe:
+    """The resolved recipe of a run. Raises FgvcError where the folder is none."""
+    config = out / "config.yaml"
+    if not config.is_file():
+        raise FgvcError(f"{out}: not a run of fgvc (no config.yaml)")
+    return load(Recipe, config)
+
+
+def begun_with(out: Path, recipe: Recipe) -> checkpoint.State | None:
+    """What a run that goes on began with, where that decides how it goes on. Raises FgvcError where it is gone or damaged."""
+    if not recipe.optim.l2_sp:
+        return None
+    if (why := checkpoint.doubt(out / "ckpt", "start")) is not None:
+        raise FgvcError(
+            f"{out}: optim.l2_sp draws the weights to those that this run began with, and {out}/ckpt/start: {why}. Put a copy of "
+            f"it there. {begin_anew(out)}"
+        )
+    return checkpoint.load(out / "ckpt", "start")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Of one run: a net's weights, and those of the branches beside it."""
+
+    weights: Mapping[str, Tensor]
+    branches: Mapping[str, Tensor]
+    identity: str | None = None  # of the checkpoint that they are from
+
+
+def selected_weights(out: Path, recipe: Recipe, select: Selected) -> Trained:
+    """The weights of a run that `select` names. Raises FgvcError where it has none, or they are not finite."""
+    if select == "ema" and recipe.ema is None:
+        raise FgvcError(f"{out}: has no moving average; train with ema.decay=0.999, or choose --select last")
+    if select == "swa" and recipe.swa is None:
+        raise FgvcError(f"{out}: has no SWA; train with swa.start=0.75, or choose --select last")
+    state = checkpoint.load(out / "ckpt", checkpoint.slot(select))
+    if (why := damaged(out, state)) is not None:
+        print(f"WARNING: {why}", file=sys.stderr)
+    if select == "swa" and state.ema is None:
+        raise FgvcError(f"{out}: SWA holds no epoch yet; train on to the end, or choose --select last")
+    if select == "floor" and state.floor is None:
+        raise FgvcError(f"{out}: has no floor: random first weights, a head that is not linear, or a run of an earlier fgvc")
+    averaged = select in ("ema", "swa") or (select == "best" and recipe.selected != "last" and state.ema is not None)
+    weights = {**((state.ema if averaged else state.net) or {}), **((state.floor or {}) if select == "floor" else {})}
+    trained = Trained(weights, state.branches, state.identity)
+    if wild := not_finite(trained.weights):
+        raise FgvcError(
+            f"{out}: its weights ({select}) hold values that are NaN or infinite, so its answers mean nothing: {some(wild)}. "
+            "Choose others with --select, or train anew with a lower optim.lr"
+        )
+    return trained
+
+
+def has_floor(out: Path) -> bool:
+    """Whether a logistic regression on the frozen net was fitted when the run began: `select: floor` then names it."""
+    return (out / "ckpt" / "start" / "floor.safetensors").is_file()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for env.json and for every measured table."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "fgvc": __version__,
+        "python": platform.python_version(),
+        **{name: installed(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def adopt(source: Path, out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
+    """Copy another run, in full or not at all, so that it stays as it is; the same command once more leaves the copy as it is.
+    `recorded`: see `fgvc.runs.images.continued`. Raises FgvcError where it can't go on with this recipe, or can't be copied
+    there."""
+    if source.parent.name == "ckpt":
+        given, source = source, source.parent.parent
+        if given.resolve() != (source / "ckpt" / "last").resolve():
+            raise FgvcError(
+                f"{given}: a run goes on from its last checkpoint: --resume {source}. To train from others' weights, begin "
+                f"a new run with model.weights={given / 'net.safetensors'}"
+            )
+    read_run(source)
+    if source.resolve() == out.resolve():
+        return
+    places = {"a file": out.is_file(), "the working folder": out.resolve() == Path.cwd()}
+    places[f"inside of {source}"] = source.resolve() in out.resolve().parents
+    if wrong := [place for place, is_so in places.items() if is_so]:
+        raise FgvcError(f"{out}: {wrong[0]}: the run can't be copied there; choose another --out")
+    out = out.resolve()
+    if out.exists() and any(path.name != LOCK for path in out.iterdir()):
+        if _history(source) and _history(out).startswith(_history(source)):
+            return  # the same command once more
+        raise FgvcError(f"{out}: not empty; --resume PATH copies the run into a new --out")
+    if _check_continues(source, recipe) == "finished":
+        end = ending(recipe, checkpoint.read_progress(source / "ckpt").step)
+        raise FgvcError(f"{source}: this run is finished; raise {end} to go on with it")
+    continued(source, recipe, recorded=recorded)  # or a copy would be there that can't go on
+    scratch = out.with_name(f".{out.name}.copy")
+    try:
+        make_folder(out.parent)
+        with alone(lock := scratch.with_suffix(".lock")) as mine:
+            if not mine:
+                raise FgvcError(f"{out}: {holder(lock)} copies a run there; choose another --out")
+            _copy(source, scratch, out)
+    except OSError as error:  # copytree's own has a list instead of a reason
+        raise FgvcError(f"{out}: can't copy {source} there: {error.strerror or error}") from error
+
+
+def _copy(source: Path, scratch: Path, out: Path) -> None:
+    remove(scratch)  # of a process that was killed
+    try:
+        shutil.copytree(source, scratch, symlinks=True, ignore=shutil.ignore_patterns(LOCK))
+        for link in [path for path in scratch.iterdir() if path.is_symlink()]:  # what lies elsewhere is the source's own
+            remove(link)
+            there = source / link.name
+            shutil.copytree(there, link, symlinks=True) if there.is_dir() else shutil.copy2(there, link)
+        for path in [*scratch.rglob("*"), scratch]:
+            if not path.is_symlink():
+                sync(path)
+        if out.is_dir():
+            remove(out / LOCK)  # of a process that was killed
+        os.replace(scratch, out)
+        sync(out.parent)
+    finally:
+        remove(scratch)
+        remove(scratch.with_suffix(".lock"))
+
+
+def _history(run: Path) -> bytes:
+    events = run / "events.jsonl"
+    return events.read_bytes() if events.is_file() else b""

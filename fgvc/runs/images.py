@@ -1,0 +1,173 @@
+"""The images of a recipe, which are listed anew, and those of a run, which are what it recorded when it began.
+
+A new draw of a set that has changed by one file moves others from part to part, so that what was trained on would be tested on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fgvc.config.recipe import Recipe
+from fgvc.config.section import load
+from fgvc.data.labels import first, reordered
+from fgvc.data.sources.source import some
+from fgvc.io.names import sorting
+from fgvc.runs import checkpoint
+from fgvc.runs import record as recording
+from fgvc.runs.record import NAME, Record, changes
+from fgvc.types import SPLITS, FgvcError, ImageIndex, Split
+
+
+def read_index(recipe: Recipe) -> ImageIndex:
+    """The labelled images of a recipe, in the deployed stack's label order. Raises FgvcError where there is nothing to learn."""
+    index = recipe.data.read()
+    if recipe.deploy.labels is not None:
+        index = reordered(index, recipe.deploy.labels)
+    elif recipe.data.classes is None and (remark := sorting(index.classes)):
+        said = f"{index.recognised}; {remark}; deploy.labels states the deployed stack's order"
+        index = replace(index, recognised=said)
+    if recipe.data.first_classes is not None:
+        index = first(index, recipe.data.first_classes)
+    if len(index.classes) < 2:
+        raise FgvcError(f"data.root: {recipe.data.root}: {len(index.classes)} class found; a classifier needs two")
+    return index
+
+
+def fingerprint(index: ImageIndex) -> str:
+    """SHA-256 of the images' names in their order: what is kept by row holds for this list only."""
+    return hashlib.sha256("\n".join(index.paths.tolist()).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class RunImages:
+    """The images of a run, to be looked at below wherever they lie now."""
+
+    run: Path
+    index: ImageIndex
+    record: Record | None  # None: of an earlier fgvc, which kept none
+
+    def rows(self, split: Split) -> NDArray[np.int64]:
+        """Rows of one part. Raises FgvcError where a file of these is gone, or is another than the run began with."""
+        rows = self.index.rows(split)
+        if self.record is not None and (said := _lost(self.record, rows)):
+            raise FgvcError(
+                f"{self.run}: of the {len(rows)} {split} images that it began with, in {self.index.root}:\n{said}\n"
+                "Restore them, or name the folder where the set lies now (--root DIR)"
+            )
+        return rows
+
+
+def recorded_images(run: Path, recipe: Recipe, root: Path | None = None) -> RunImages:
+    """The images of a run, for verbs that read it. `root`: where its set lies now, else where its recipe says.
+
+    Says in one line where the set has changed, or where the run has no record. Raises FgvcError where the record is damaged, or
+    without one where the images are not those that its checkpoint knows.
+    """
+    if root is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
+    place = recipe.data.root.expanduser()
+    if not (run / NAME).is_file():
+        return RunImages(run, _unrecorded(run, recipe), None)
+    record = recording.load(run / NAME, place, max_pixels=recipe.data.max_pixels)
+    if said := _news(record, recipe):
+        print(f"{run}: {said}", file=sys.stderr)
+    return RunImages(run, record.index, record)
+
+
+def continued(run: Path, recipe: Recipe, *, recorded: bool = False) -> ImageIndex:
+    """The images of a run that trains on: as they were recorded, and with all the files that were there.
+
+    `recorded`: whatever has come to the set since. Raises FgvcError where the set is another, with the first few differences.
+    """
+    if not (run / NAME).is_file():
+        if recorded:
+            raise FgvcError(
+                f"{run}: has no record of its images: it was begun by an earlier fgvc; leave --recorded out"
+            )
+        return read_index(recipe)  # its names are compared with those that the checkpoint knows
+    root = recipe.data.root.expanduser()
+    record = recording.load(run / NAME, root, max_pixels=recipe.data.max_pixels)
+    if recorded:
+        if said := _lost(record, np.arange(len(record.index))):
+            raise FgvcError(
+                f"{run}: --recorded goes on with the images that the run began with, and in {root}:\n{said}\n"
+                "Restore them, or name the folder where the set lies now (data.root=DIR)"
+            )
+        return record.index
+    try:
+        found = changes(record, read_index(recipe)).lines()
+    except FgvcError as error:
+        raise FgvcError(
+            f"{error}\n{run}: this run can't go on without its images: restore them, or name the folder where the set lies now "
+            "(data.root=DIR)"
+        ) from error
+    if found:
+        listed = "\n".join(f"  {line}" for line in found)
+        raise FgvcError(
+            f"{run}: the images in {root} are not those that this run began with:\n{listed}\n"
+            "Restore the set, or give --recorded to go on with the recorded images, all of whose files must be there; or choose "
+            "another --out for a new run"
+        )
+    return record.index
+
+
+def learnt(own: ImageIndex, index: ImageIndex, rows: NDArray[np.int64]) -> int:
+    """How many of these rows of `index` are among the training images of `own`, by where the files lie."""
+    places = own.root.resolve(), index.root.resolve()
+    trained = {str(places[0] / name) for name in own.paths[own.rows("train")].tolist()}
+    return sum(str(places[1] / name) in trained for name in index.paths[rows].tolist())
+
+
+def learnt_of_aside(run: Path, index: ImageIndex) -> int:
+    """How many of the validation and test images of `index` a run was trained on; 0 of a run without a record."""
+    return learnt_by(run, index, np.flatnonzero(index.splits != SPLITS.index("train")))
+
+
+def learnt_by(run: Path, index: ImageIndex, rows: NDArray[np.int64]) -> int:
+    """How many of these rows a run was trained on; 0 of a run without a record."""
+    if not (run / NAME).is_file():
+        return 0
+    own = recording.load(run / NAME, load(Recipe, run / "config.yaml").data.root.expanduser()).index
+    return learnt(own, index, rows)
+
+
+def _lost(record: Record, rows: NDArray[np.int64]) -> str:
+    """Lines about the files of these rows that are not what they were; empty where all are."""
+    words = ("gone", "of another size than then")
+    found = [(record.index.paths[lost].tolist(), word) for lost, word in zip(record.lost(rows), words, strict=True)]
+    return "\n".join(f"  {len(paths)} {word}: {some(paths, 3)}" for paths, word in found if paths)
+
+
+def _news(record: Record, recipe: Recipe) -> str:
+    """What to know of a set that is listed otherwise now; empty where it is not."""
+    if not recipe.data.root.expanduser().is_dir():
+        return ""  # all is gone, which whoever asks for rows will hear
+    try:
+        found = changes(record, read_index(recipe), files=False).lines()
+    except FgvcError as error:
+        found = [str(error).splitlines()[0]]
+    return f"the data have changed since it began ({'; '.join(found)}); what was recorded then is used" if found else ""
+
+
+def _unrecorded(run: Path, recipe: Recipe) -> ImageIndex:
+    index = read_index(recipe)
+    known = checkpoint.load(run / "ckpt").rest.get("images")
+    if known is not None and known != fingerprint(index):
+        raise FgvcError(
+            f"{run}: the images in {index.root} are not those that it was trained on, and it has no record of which were in "
+            "which part: restore the set as it was, or name the folder where it lies now (--root DIR)"
+        )
+    doubt = (
+        "they have the names that it was trained on" if known is not None else "whether any came or went is not known"
+    )
+    print(
+        f"{run}: has no record of its images (an earlier fgvc began it): they were divided into parts anew; {doubt}",
+        file=sys.stderr,
+    )
+    return index

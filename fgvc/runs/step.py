@@ -1,0 +1,324 @@
+"""One training step as one module: the only thing that DDP, autocast and compile wrap (docs/design.md).
+
+The order of phases is fixed here and the step knows no technique by name:
+on_batch -> views -> forward (shared group, own groups) -> views_after -> losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fgvc.config.schedule import at
+from fgvc.models.class_maps import Mapper, evaluating
+from fgvc.models.loss import cross_entropy
+from fgvc.models.norms import momenta, own_statistics, running_norms
+from fgvc.rng import STEP, generator
+from fgvc.techniques.distill.teacher import AnyTeacher, Teacher
+from fgvc.techniques.plan import FEATURES, Context, Joints, Plan, context_of
+from fgvc.types import Batch, Draws, FgvcError, Output, Target, View
+
+MAIN = "main"
+
+
+class StepModule(nn.Module):
+    """The backbone with everything that training adds to it.
+
+    `net` is the (grafted) timm model, `branches` what is stripped. Both are ordinary submodules, so their parameters reach
+    the optimizer and DDP; they are separate parts of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        techniques: Mapping[str, Any],
+        *,
+        size: tuple[int, int],
+        criterion: Callable[[Tensor, Target], Tensor] = cross_entropy,
+        l1: float = 0.0,
+        frozen: Sequence[nn.Module] = (),
+        recompute: bool = False,
+        opener: Callable[[AnyTeacher, Joints], Teacher] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self._frozen = tuple(frozen)  # modules of `net` that stay in eval mode
+        self.l1 = l1
+        plain = {id(parameter) for parameter in net.parameters()}
+        self.techniques = dict(techniques)
+        self.criterion = criterion
+        self.joints = Joints(net=net, size=size, recompute=recompute, opener=opener)
+        for kind, setup in self.hooks("setup"):
+            setup(Plan(kind, self.joints))
+        self.branches = self.joints.branches
+        new = (name for name, value in self.named_parameters() if id(value) not in plain)
+        self.added = {name: "added" if name.startswith("branches.") else "grafted" for name in new}
+        self._recompute = recompute
+        self._norms = running_norms(net) if recompute else []
+        self._momenta = [norm.momentum for norm in self._norms]
+        if recompute:
+            _checkpoint_activations(net)
+            # Of the forward only: recomputed batch norms see the batch again and must not count it twice.
+            for norm in self._norms:
+                norm.momentum = 0.0
+        self._handles: list[RemovableHandle] = []
+        self._taps: dict[str, Tensor] = {}
+        self._fired: set[tuple[str, str]] = set()
+        self._group: list[View] = []
+        self._groups: list[list[View]] = []  # all of this step
+        self._inside = False  # False in the backward, where checkpointed parts of the net run once more
+        self.contexts: dict[str, Context] = {}
+        self.probed: list[Tensor] = []  # what probes said since this was last emptied, (B,K) logits
+        self._mapper = Mapper(net)
+        # In a list, so that it is no submodule: it has its own place in a checkpoint.
+        self._average = self.joints.average
+
+    def hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
+        """The techniques that have this hook, in the union's order."""
+        found = ((kind, getattr(technique, name, None)) for kind, technique in self.techniques.items())
+        return [(kind, hook) for kind, hook in found if hook is not None]
+
+    def draw(self, batch: Batch, progress: float, *, seed: int, step: int, part: int = 0, rank: int = 0) -> Draws:
+        """All random numbers of one step. Each technique has a stream of its own: what it draws does not depend on what
+        else is switched on, so runs with and without another technique can be compared step by step. Of the techniques
+        that mix one at most draws, the same one in all parts and on all ranks."""
+        mixers = {kind: mixes(progress) for kind, mixes in self.hooks("mixes")}
+        mixer = _one_of(mixers, generator(STEP, seed, step, 0, 0, crc32(b"which one mixes")).random())
+        drawn = {}
+        for kind, draw in self.hooks("draw"):
+            if kind not in mixers or kind == mixer:
+                drawn[kind] = draw(generator(STEP, seed, step, part, rank, crc32(kind.encode())), batch)
+        return Draws(progress, drawn)
+
+    def forward(
+        self, batch: Batch, draws: Draws, views: Sequence[View] | None = None
+    ) -> tuple[dict[str, Tensor], list[View]]:
+        """Losses and the views that they were taken on.
+
+        `batch.x` (B,3,H,W) float32 normalised. The dict holds "loss" (the scalar to minimise), "base", every named term,
+        unweighted, and what techniques measure. Given the views of an earlier call, makes none anew (SAM's second pass):
+        on_batch, views and views_after see a batch once, and `Context.again` tells the other hooks.
+        Raises FgvcError where a declared tap or gate did not fire, or a technique returns an undeclared term.
+        """
+        probe, again = cache(lambda of: self._probe(of, batch)), views is not None
+        self.contexts = {
+            kind: context_of(kind, self.joints, draws, probe, batch, again=again) for kind in self.techniques
+        }
+        self._groups, self._inside = [], True
+        with momenta(self._norms, self._momenta):
+            losses, made = self._forward(batch, draws, views)
+        self._inside = False
+        return losses, made
+
+    def _forward(
+        self, batch: Batch, draws: Draws, views: Sequence[View] | None
+    ) -> tuple[dict[str, Tensor], list[View]]:
+        if views is None:
+            early, late = self._early_views(batch), None
+        else:
+            early, late = (
+                [v for v in views if not v.name.startswith("after:")],
+                [v for v in views if v.name.startswith("after:")],
+            )
+        outputs = self._run([v for v in early if v.bn == "shared"])
+        for view in early:
+            if view.bn == "own":
+                outputs |= self._run([view])
+        if late is None:
+            late = self._late_views(batch, outputs)
+        for view in late:
+            outputs |= self._run([view])
+        return self._losses(outputs, draws.progress), [*early, *late]
+
+    def follow(self, average: nn.Module | None) -> None:
+        """The moving average of the net, for techniques that ask it."""
+        self._average[:] = [] if average is None else [average]
+
+    def _probe(self, of: str, batch: Batch) -> Output:
+        net = self.net if of == "net" else self._average[0]
+        with torch.no_grad(), evaluating(net):
+            features = net.forward_features(batch.x_clean)  # type: ignore[operator]
+            logits = net.forward_head(features)  # type: ignore[operator]
+        self.probed.append(logits)
+        view = View(of, batch.x_clean, [(batch.labels, None)])
+        return Output(view, features, logits, mapper=self._mapper if of == "net" else Mapper(net))
+
+    def look(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """For evaluation in two passes: the logits of x, and how to make the crops that a technique would look at again.
+        Raises FgvcError where none of them refines."""
+        refiners = self.hooks("refine")
+        if not refiners:
+            raise FgvcError("--views refined needs a technique that looks twice, such as attention_crop_drop")
+        kind, refine = refiners[0]
+        features = self.net.forward_features(x)  # type: ignore[operator]
+        logits = self.net.forward_head(features)  # type: ignore[operator]
+        output = Output(View(MAIN, x, [(logits.argmax(1), None)]), features, logits, mapper=self._mapper)
+        return logits, lambda: refine(output, context_of(kind, self.joints, Draws(1.0), size=x.shape[2:]))
+
+    def train(self, mode: bool = True) -> StepModule:
+        """As ever, but what is frozen stays in eval mode: its batch norms keep their statistics."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    def attach_hooks(self) -> None:
+        """Make taps and gates live. Called once, after any copy of the net (EMA) is taken: a copy has none."""
+        for name in sorted(self.joints.taps):
+            self._handles.append(self.net.get_submodule(name).register_forward_hook(self._tap_hook(name)))
+        for kind, name, gate in self.joints.gates:
+            if name == FEATURES:
+                continue
+            self._handles.append(self.net.get_submodule(name).register_forward_hook(self._gate_hook(kind, name, gate)))
+
+    def detach_hooks(self) -> None:
+        """Remove them: what is left is the network alone."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _early_views(self, batch: Batch) -> list[View]:
+        mixed = batch
+        for kind, on_batch in self.hooks("on_batch"):
+            mixed = on_batch(mixed, self.contexts[kind])
+        views = [View(MAIN, mixed.x, mixed.target)]
+        for kind, make in self.hooks("views"):
+            views += _named(kind, make(mixed, self.contexts[kind]))
+        return views
+
+    def _late_views(self, batch: Batch, outputs: Mapping[str, Output]) -> list[View]:
+        views = []
+        for kind, make in self.hooks("views_after"):
+            for view in _named(f"after:{kind}", make(batch, outputs, self.contexts[kind])):
+                if view.bn == "shared":
+                    raise FgvcError(
+                        f"{view.name}: a view made from outputs can't share the clean forward; use bn='own'"
+                    )
+                views.append(view)
+        return views
+
+    def _run(self, group: list[View]) -> dict[str, Output]:
+        """One forward of the views of a group, concatenated; their rows are handed back apart."""
+        x = group[0].x if len(group) == 1 else torch.cat([view.x for view in group])
+        self._group, self._taps, self._fired = group, {}, set()
+        self._groups.append(group)
+        own = group[0].bn == "own"
+        with own_statistics(self.net, recompute=self._recompute) if own else nullcontext():
+            features = self.net.forward_features(x)  # type: ignore[operator]
+            for kind, name, gate in self.joints.gates:
+                if name == FEATURES and self.net.training:
+                    features = self._gated(features, gate, self.contexts[kind], group)
+                    self._fired.add((f"gate of {kind}", name))
+            logits = self.net.forward_head(features)  # type: ignore[operator]
+        self._check_fired()
+        if len(group) == 1:  # nothing to slice, whose backward would fill and add a whole map
+            return {group[0].name: Output(group[0], features, logits, dict(self._taps), self._mapper)}
+        outputs, start = {}, 0
+        for view in group:
+            rows = slice(start, start := start + len(view.x))
+            taps = {name: tap[rows] for name, tap in self._taps.items()}
+            outputs[view.name] = Output(view, features[rows], logits[rows], taps, self._mapper)
+        return outputs
+
+    def _losses(self, outputs: Mapping[str, Output], progress: float) -> dict[str, Tensor]:
+        classify = [o for o in outputs.values() if o.view.classifies]
+        base = sum(o.view.weight * self.criterion(o.logits, o.view.target) for o in classify)
+        losses: dict[str, Tensor] = {"base": base / sum(o.view.weight for o in classify)}  # type: ignore[dict-item]
+        total = losses["base"]
+        for kind, hook in self.hooks("losses"):
+            weights = {name: at(value, progress) for name, value in self.techniques[kind].weights.items()}
+            measures = getattr(self.techniques[kind], "measures", ())
+            if not any(weights.values()):
+                continue
+            for name, term in hook(outputs, self.contexts[kind]).items():
+                if name in measures:
+                    losses[f"{kind}.{name}"] = term.detach()
+                elif name not in weights:
+                    raise FgvcError(f"techniques.{kind}: the loss term {name!r} has no weight in its config")
+                elif weights[name]:
+                    losses[f"{kind}.{name}"] = term
+                    total = total + weights[name] * term
+        if self.l1:  # of weights of rank >= 2 only, as the decay
+            weights_of_net = (p for p in self.net.parameters() if p.ndim >= 2 and p.requires_grad)
+            losses["l1"] = torch.stack([p.abs().sum() for p in weights_of_net]).sum()
+            total = total + self.l1 * losses["l1"]
+        return losses | {"loss": total}
+
+    def _tap_hook(self, name: str) -> Callable[..., None]:
+        def record(module: nn.Module, _args: Any, output: Tensor) -> None:
+            if self.net.training and self._inside:
+                self._taps[name] = output
+                self._fired.add(("tap", name))
+
+        return record
+
+    def _gate_hook(
+        self, kind: str, name: str, gate: Callable[[Tensor, Context], Tensor]
+    ) -> Callable[..., Tensor | None]:
+        def change(module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+            if not self.net.training:
+                return None
+            self._fired.add((f"gate of {kind}", name))
+            group = self._group if self._inside else self._recomputed(len(output))
+            return self._gated(output, gate, self.contexts[kind], group)
+
+        return change
+
+    def _gated(
+        self, output: Tensor, gate: Callable[[Tensor, Context], Tensor], context: Context, group: Sequence[View]
+    ) -> Tensor:
+        context = context.sized(group[0].x.shape[2:])
+        if all(view.gated for view in group):
+            return gate(output, context)
+        parts = output.split([len(view.x) for view in group])
+        pairs = zip(group, parts, strict=True)
+        return torch.cat([gate(part, context) if view.gated else part for view, part in pairs])
+
+    def _recomputed(self, rows: int) -> list[View]:
+        """Which group a recomputed part belongs to, by its number of rows. Raises FgvcError where that does not tell."""
+        fits = [group for group in self._groups if sum(len(view.x) for view in group) == rows]
+        if len({tuple((len(view.x), view.gated) for view in group) for group in fits}) != 1:
+            raise FgvcError(
+                "train.recompute: gated and ungated views of the same size can't be told apart in the backward; "
+                "set train.recompute=false, or put the views into the shared statistics (bn: shared)"
+            )
+        return fits[0]
+
+    def _check_fired(self) -> None:
+        if not self.net.training:
+            return
+        declared = {("tap", name) for name in self.joints.taps}
+        declared |= {(f"gate of {kind}", name) for kind, name, _ in self.joints.gates}
+        for what, name in sorted(declared - self._fired):
+            raise FgvcError(f"the {what} at {name!r} did not fire: this backbone's forward never calls that module")
+
+
+def _one_of(shares: Mapping[str, float], drawn: float) -> str | None:
+    """Which of them `drawn`, uniform in [0,1), falls to: each has its share, divided by their sum where that is above 1."""
+    drawn *= max(1.0, sum(shares.values()))
+    for kind, share in shares.items():
+        if drawn < share:
+            return kind
+        drawn -= share
+    return None
+
+
+def _named(kind: str, views: Sequence[View]) -> list[View]:
+    for view in views:
+        view.name = view.name if view.name.startswith(f"{kind}.") else f"{kind}.{view.name}"
+    return [view for view in views if view.weight != 0]
+
+
+def _checkpoint_activations(net: nn.Module) -> None:
+    """timm's activation checkpointing. Raises FgvcError where the backbone has none."""
+    try:
+        net.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError, TypeError) as error:
+        raise FgvcError(f"train.recompute: timm can't checkpoint a {type(net).__name__}; set it to false") from error

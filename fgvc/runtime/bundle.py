@@ -1,0 +1,265 @@
+"""The exported folder: all that a server needs, each file's SHA-256 in the manifest. Imports no torch and no onnx."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from fgvc.config.section import Calibration, Preprocess, validate
+from fgvc.io.files import sync
+from fgvc.io.names import refuse_breaking
+from fgvc.types import FgvcError
+
+MANIFEST = "manifest.json"
+REQUIRED = ("model.onnx", "labels.json", "preprocess.json", "contract.json", "metrics.json")
+OPTIONAL = ("explain.onnx", "calibration.json", "model.int8.onnx", "model.fp16.onnx")
+Variant = Literal["float", "int8", "fp16"]
+FORMAT = 1
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no separator, no leading dot: neither `..` nor an absolute path
+EXTERNAL = b"\n\x08location\x12"  # how an ONNX tensor says that its data lie in another file (StringStringEntryProto)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A bundle whose files are those of its manifest."""
+
+    folder: Path
+    labels: tuple[str, ...]  # the position is the class number
+    preprocess: Preprocess
+    contract: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    files: Mapping[str, str]  # name -> SHA-256
+    calibration: Calibration | None  # None: as the logits are, and nothing is rejected
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model.onnx"
+
+    def variant(self, name: Variant) -> Path:
+        """The file of one variant. Raises FgvcError where the bundle does not have it."""
+        file = "model.onnx" if name == "float" else f"model.{name}.onnx"
+        if file not in self.files:
+            raise FgvcError(f"{self.folder}: has no {file}; export the run with --{name}")
+        return self.folder / file
+
+    @property
+    def explain(self) -> Path | None:
+        return self.folder / "explain.onnx" if "explain.onnx" in self.files else None
+
+
+def write_bundle(
+    folder: Path, *, files: Mapping[str, bytes | BaseModel | Mapping[str, Any] | list[Any]], overwrite: bool = False
+) -> None:
+    """Write all files and their manifest, or nothing: the folder appears by one rename, when all is on the disk.
+
+    What is not bytes is written as JSON. Raises FgvcError where `folder` holds something else than a bundle, or a
+    bundle and `overwrite` is not given.
+    """
+    contents = {name: _encode(name, value) for name, value in files.items()}
+    if wrong := [name for name in contents if name not in REQUIRED + OPTIONAL]:
+        raise FgvcError(f"a bundle has no file {wrong[0]!r}; it holds {', '.join(REQUIRED + OPTIONAL)}")
+    if missing := [name for name in REQUIRED if name not in contents]:
+        raise FgvcError(f"a bundle needs {missing[0]}")
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    contents[MANIFEST] = _manifest(hashes)
+    folder = Path(os.path.abspath(folder))
+    refuse_target(folder, overwrite=overwrite)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise FgvcError(f"{folder}: can't write the bundle: {error.strerror}") from error
+    try:
+        for name, content in contents.items():
+            with open(new / name, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        new.chmod(0o777 & ~_umask())  # mkdtemp's folder is its owner's alone; a server is often someone else
+        sync(new)
+        _swap_in(new, folder)
+    except OSError as error:
+        raise FgvcError(f"{folder}: can't write the bundle: {error.strerror}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def refuse_target(folder: Path, *, overwrite: bool) -> None:
+    """Raise FgvcError where a bundle may not be written; call it before the long work of an export."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise FgvcError(f"{folder}: is not a folder; name another place for the bundle")
+    entries = {entry.name for entry in folder.iterdir()}
+    if not entries:
+        return
+    if MANIFEST not in entries or not entries <= {MANIFEST, *REQUIRED, *OPTIONAL}:
+        raise FgvcError(f"{folder}: holds something else than a bundle; name another place")
+    if not overwrite:
+        raise FgvcError(f"{folder}: holds a bundle already; name another place, or say --overwrite")
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle, every byte of it checked against the manifest.
+
+    Raises FgvcError that names the file: changed, missing, not in the manifest, a link, a name that leads elsewhere.
+    """
+    if not folder.is_dir():
+        raise FgvcError(f"{folder}: no such bundle (a folder with a {MANIFEST})")
+    hashes = _read_manifest(folder)
+    present = {entry.name: entry for entry in os.scandir(folder)}
+    for name, entry in present.items():
+        if entry.is_symlink() or not entry.is_file(follow_symlinks=False):
+            raise FgvcError(f"{folder / name}: not a plain file; a bundle holds no links and no folders")
+        if name not in hashes and name != MANIFEST:
+            raise FgvcError(f"{folder / name}: not in the manifest; export the bundle again")
+    for name, expected in hashes.items():
+        if name not in present:
+            raise FgvcError(f"{folder / name}: missing; export the bundle again")
+        content = _read(folder / name)
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise FgvcError(f"{folder / name}: is not the file that was exported (its SHA-256 is another)")
+        if name.endswith(".onnx") and EXTERNAL in content:
+            raise FgvcError(f"{folder / name}: keeps weights in another file, which a bundle never does")
+    labels = read_json(folder / "labels.json", list)
+    contract = read_json(folder / "contract.json", dict)
+    if not labels or not all(isinstance(label, str) for label in labels):
+        raise FgvcError(f"{folder / 'labels.json'}: expected a list of class names")
+    refuse_breaking(labels, where=folder / "labels.json")
+    if contract.get("num_classes") != len(labels):
+        raise FgvcError(f"{folder / 'labels.json'}: {len(labels)} names for {contract.get('num_classes')} classes")
+    return Bundle(
+        folder=folder,
+        labels=tuple(labels),
+        preprocess=read_preprocess(folder / "preprocess.json"),
+        contract=contract,
+        metrics=read_json(folder / "metrics.json", dict),
+        files=hashes,
+        calibration=_calibration(folder) if "calibration.json" in hashes else None,
+    )
+
+
+def _calibration(folder: Path) -> Calibration:
+    tree = read_json(folder / "calibration.json", dict)
+    return validate(Calibration, tree, where=str(folder / "calibration.json"))
+
+
+def _read_manifest(folder: Path) -> dict[str, str]:
+    path = folder / MANIFEST
+    if path.is_symlink():
+        raise FgvcError(f"{path}: not a plain file; a bundle holds no links and no folders")
+    tree = read_json(folder / MANIFEST, dict)
+    hashes = tree.get("files")
+    if tree.get("format") != FORMAT or not isinstance(hashes, dict):
+        raise FgvcError(f"{path}: not the manifest of a bundle that this version of fgvc reads (format {FORMAT})")
+    for name, digest in hashes.items():
+        if not NAME.fullmatch(name) or name == MANIFEST:
+            raise FgvcError(f"{path}: {name!r} is not the name of a file in a bundle")
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise FgvcError(f"{path}: no SHA-256 for {name}")
+    if len({name.casefold() for name in hashes}) < len(hashes):
+        raise FgvcError(f"{path}: two names differ in case only")
+    if missing := [name for name in REQUIRED if name not in hashes]:
+        raise FgvcError(f"{path}: does not list {missing[0]}")
+    if _read(path) != _manifest(hashes):
+        raise FgvcError(f"{path}: is not as fgvc wrote it; export the bundle again")
+    return hashes
+
+
+def _manifest(hashes: Mapping[str, str]) -> bytes:
+    return _encode(MANIFEST, {"format": FORMAT, "files": dict(sorted(hashes.items()))})
+
+
+def _encode(name: str, value: object) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    tree = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    try:
+        return (json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise FgvcError(f"{name}: can't be written as JSON: {error}") from error
+
+
+def read_preprocess(path: Path) -> Preprocess:
+    """A whole preprocess.json. Raises FgvcError where a key is missing, too: a default would be a guess at what somebody's
+    stack does."""
+    tree = read_json(path, dict)
+    missing = [key for key in Preprocess.model_fields if key not in tree]
+    if missing and set(tree) <= set(Preprocess.model_fields):  # else a key may be misspelt
+        raise FgvcError(
+            f"{path}: says nothing of {', '.join(missing)}; a preprocessing is stated as a whole, with all the keys of a "
+            "bundle's preprocess.json"
+        )
+    return validate(Preprocess, tree, where=str(path))
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Class names in the order of the outputs: a JSON list, or a text file with one a line."""
+    if path.suffix == ".json":
+        names = read_json(path, list)
+    else:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FgvcError(f"{path}: can't read the labels: {error}") from error
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise FgvcError(f"{path}: expected the names of the classes")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise FgvcError(f"{path}: expected the names of the classes, each once; given twice: {', '.join(twice[:5])}")
+    refuse_breaking(names, where=path)
+    return tuple(names)
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """A list or a dict. Raises FgvcError where the file holds something else, or can't be read."""
+    try:
+        tree = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise FgvcError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(tree, kind):
+        raise FgvcError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}")
+    return tree
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise FgvcError(
+            f"{path}: missing" + (f"; is {path.parent} a bundle?" if path.name == MANIFEST else "")
+        ) from error
+    except OSError as error:
+        raise FgvcError(f"{path}: can't be read: {error.strerror}") from error
+
+
+def _swap_in(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`; an old bundle is moved aside first and comes back if that fails."""
+    if folder.exists() and any(folder.iterdir()):
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+        os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            os.rename(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(new, folder)
+    sync(folder.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

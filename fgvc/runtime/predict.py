@@ -1,0 +1,110 @@
+"""`fgvc predict`: files in, one line a picture out. onnxruntime and Pillow only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL.Image import Image
+
+from fgvc.config.section import Preprocess
+from fgvc.images.decode import decode
+from fgvc.images.preprocess import preprocess
+from fgvc.images.suffix import SUFFIXES, counted, suffix_of
+from fgvc.io.names import one_line
+from fgvc.runtime.bundle import Variant, load_bundle
+from fgvc.runtime.engine import NONE, Answer, Engine, answers, calibration_word
+from fgvc.types import MAX_PIXELS, FgvcError, ImageError
+
+BATCH = 16  # bounds memory; on CPUs a larger one is no faster
+
+
+def predict_files(
+    bundle: Path, paths: Iterable[Path], *, as_json: bool = False, top_k: int = 1, variant: Variant = "float",
+    max_pixels: int = MAX_PIXELS,
+) -> int:
+    """Print one line a picture: its path, classes with their probabilities, and whether these are calibrated. Returns 0, or 1
+    where a picture could not be read (said on stderr, or in its JSON line).
+
+    Raises FgvcError for a path that does not exist and for a damaged bundle, before anything is printed; and for logits that
+    are no numbers, when it comes to them.
+    """
+    files = list(expand(paths))
+    engine = Engine(load_bundle(bundle), variant=variant)
+    failed = 0
+    for path, result in _classify(engine, files, top_k, max_pixels):
+        if isinstance(result, ImageError):
+            failed += 1
+            print(f"error: {result}", file=sys.stderr)
+            if as_json:
+                print(json.dumps({"path": str(path), "error": result.reason}, ensure_ascii=False, allow_nan=False))
+        elif as_json:
+            rows = [{"label": p.label, "index": p.index, "probability": p.probability} for p in result.predictions]
+            row = {
+                "path": str(path), "rejected": result.rejected, "calibrated": result.calibrated, "predictions": rows
+            }  # fmt: skip
+            print(json.dumps(row, ensure_ascii=False, allow_nan=False))
+        else:
+            names = [f"{p.label} {100 * p.probability:.1f} %" for p in result.predictions]
+            said = [f"{NONE} ({', '.join(names)})"] if result.rejected else names
+            print("\t".join([one_line(path), *said, calibration_word(result.calibrated)]))
+    return 1 if failed else 0
+
+
+def expand(paths: Iterable[Path]) -> Iterator[Path]:
+    """Files as given; folders by the pictures below them, in order of name, hidden ones left out as in a data set. Raises
+    FgvcError for what is not there."""
+    for path in paths:
+        try:
+            kind = "folder" if path.is_dir() else "file" if path.exists() else ""
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise FgvcError(f"{path}: {error.strerror}") from error
+        if not kind:
+            raise FgvcError(f"{path}: no such file or folder")
+        if kind == "file":
+            yield path
+            continue
+        files = sorted(p for p in path.rglob("*") if _shown(p, path) and p.is_file())
+        found = [p for p in files if p.name.lower().endswith(SUFFIXES)]
+        others = Counter(suffix_of(p.name) for p in files if not p.name.lower().endswith(SUFFIXES))
+        left = f"{others.total()} files are of other types than fgvc reads: {counted(others)}" if others else ""
+        if not found:
+            raise FgvcError(f"{path}: no picture below this folder" + f"; {left}" * bool(left))
+        if left:
+            print(f"warning: {path}: {left}; they are left out", file=sys.stderr)
+        yield from found
+
+
+def _shown(path: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _classify(
+    engine: Engine, files: Iterable[Path], top_k: int, max_pixels: int
+) -> Iterator[tuple[Path, Answer | ImageError]]:
+    """Pictures are reduced to the network's input one by one: a batch of photographs would not fit in memory."""
+    rest = iter(files)
+    while batch := list(islice(rest, BATCH)):
+        read = [_input(path, engine.bundle.preprocess, max_pixels) for path in batch]  # a file may be named twice
+        good = [x for x in read if not isinstance(x, ImageError)]
+        said = iter(answers(engine.bundle, engine.logits(np.stack(good)), top_k=top_k) if good else [])
+        for path, x in zip(batch, read, strict=True):
+            yield path, x if isinstance(x, ImageError) else next(said)
+
+
+def _input(path: Path, spec: Preprocess, max_pixels: int) -> np.ndarray | ImageError:
+    image = decoded(path, max_pixels)
+    return image if isinstance(image, ImageError) else preprocess(image, spec)
+
+
+def decoded(path: Path, max_pixels: int = MAX_PIXELS) -> Image | ImageError:
+    """The picture, or why there is none, for those who go on with the others."""
+    try:
+        return decode(path, max_pixels=max_pixels)
+    except ImageError as error:
+        return error

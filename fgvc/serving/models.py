@@ -1,0 +1,148 @@
+"""The served models by name, each exchanged by one assignment: a request keeps the model that it began with."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgvc.images.preprocess import differences
+from fgvc.io.names import relabelled
+from fgvc.runtime.bundle import MANIFEST, Bundle, load_bundle
+from fgvc.runtime.engine import Engine
+from fgvc.runtime.explain import BundleLooker
+from fgvc.serving.limits import Refusal
+from fgvc.types import FgvcError
+
+VERSION = "1"
+_NAME = re.compile(r"[^\s/=?#%\\\x00-\x1f][^/=?#%\\\x00-\x1f]*")
+_ATTEMPTS, _PAUSE = 5, 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A model that is ready to answer."""
+
+    name: str
+    engine: Engine
+    looker: BundleLooker | None  # None: the bundle has no explain.onnx
+    digest: str  # SHA-256 of the manifest, which has those of all files
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.engine.bundle.labels
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return (3, *self.engine.bundle.preprocess.size)
+
+
+class Models:
+    """Bundles by name. Their places are the command line's alone: no client value ever reaches a path."""
+
+    def __init__(self, places: Mapping[str, Path], *, threads: int, any_bundle: bool = False) -> None:
+        """Loads all. `any_bundle`: a reload takes a bundle of other labels or another preprocessing, too. Raises FgvcError for
+        the first that can't be served."""
+        self._places, self._threads, self._any_bundle = dict(places), threads, any_bundle
+        self._reloading = threading.Lock()
+        self._refused: dict[str, str] = {}  # name -> the digest that was found bad, said once
+        self._served = {name: _load(name, folder, threads) for name, folder in places.items()}
+        self.reloads = dict.fromkeys(places, 0)
+        self.failures = dict.fromkeys(places, 0)
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter(list(self._served.values()))
+
+    def get(self, name: str | None) -> Served:
+        """None: the first of the command line. Raises Refusal (404)."""
+        if name is None:
+            return next(iter(self._served.values()))
+        served = self._served.get(name)
+        if served is None:
+            raise Refusal(404, f"no model {name!r} here; there are: {', '.join(self._served)}")
+        return served
+
+    def reload(self, *, changed_only: bool = False) -> None:
+        """Load the bundles again, checked and warmed, and put each in its old one's place. What can't be loaded, or is fed or
+        read otherwise than the old one, leaves that where it is; this is said on stderr and counted. `changed_only`: leave out
+        manifests that were seen before."""
+        with self._reloading:
+            for name, folder in self._places.items():
+                digest = _digest(folder)
+                if changed_only and digest in (self._served[name].digest, self._refused.get(name)):
+                    continue
+                try:
+                    loaded = _load(name, folder, self._threads)
+                    if not self._any_bundle:
+                        _refuse_other(loaded.engine.bundle, self._served[name].engine.bundle)
+                    self._served[name] = loaded
+                except Exception as error:  # whatever is wrong with the new one, the old one is right
+                    self.failures[name] += 1
+                    self._refused[name] = digest
+                    _say(f"{name}: not reloaded, the old one goes on: {str(error) or type(error).__name__}")
+                else:
+                    self.reloads[name] += 1
+                    self._refused.pop(name, None)
+                    _say(f"{name}: reloaded")
+
+
+def parse_places(texts: Sequence[str]) -> dict[str, Path]:
+    """[NAME=]BUNDLE, ... Raises FgvcError for names that are given twice, or that no address can hold."""
+    places: dict[str, Path] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        folder = Path(rest if equals else text)
+        if not equals or "/" in name:  # a folder's own name may have a "="
+            folder = Path(text)
+            name = folder.absolute().name
+        if not _NAME.fullmatch(name):
+            raise FgvcError(f"{text}: {name!r} is no name for a model; say NAME={folder}")
+        if name in places:
+            raise FgvcError(f"{text}: a second model named {name!r}; say OTHER={folder}")
+        places[name] = folder
+    return places
+
+
+def _refuse_other(new: Bundle, old: Bundle) -> None:
+    """Raise FgvcError where a bundle is no drop-in for the one that is served: clients that send tensors prepare them as the
+    old one says, and whoever reads answers by their number reads them in its order."""
+    found = [*differences(new.preprocess, old.preprocess), *relabelled(new.labels, old.labels)]
+    if found:
+        raise FgvcError(
+            f"not a drop-in, the new one's against the old one's: {'; '.join(found)} (start with --any-bundle to take it)"
+        )
+
+
+def _load(name: str, folder: Path, threads: int) -> Served:
+    """A bundle that is replaced meanwhile (by a rename, which leaves a moment without any) is loaded again."""
+    for attempt in range(_ATTEMPTS):
+        digest = _digest(folder)
+        try:
+            bundle = load_bundle(folder)
+            engine = Engine(bundle, threads=threads)
+            looker = None if bundle.explain is None else BundleLooker(folder, threads=threads)
+        except FgvcError:
+            if (digest and digest == _digest(folder)) or attempt == _ATTEMPTS - 1:
+                raise
+        else:
+            if digest == _digest(folder):
+                return Served(name=name, engine=engine, looker=looker, digest=digest)
+        time.sleep(_PAUSE)
+    raise FgvcError(f"{folder}: changes while it is read")
+
+
+def _digest(folder: Path) -> str:
+    """Of the manifest; empty where there is none."""
+    try:
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,202 @@
+"""The Open Inference Protocol v2 with the binary tensor extension, as Triton speaks it: one float32 input, the logits out.
+
+The specification's text has slips; what counts is that tritonclient works unmodified.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import chain
+from reprlib import repr  # bounded: a client's own megabytes don't come back
+from typing import Any
+
+import numpy as np
+
+from fgvc.serving.limits import Refusal, length_of
+from fgvc.serving.models import VERSION, Served
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+# More than any sensible request has. Parsing holds Python's lock, and what it makes takes up to 20 times the bytes.
+_JSON_BYTES, _CONTAINERS, _QUOTES = 16 << 20, 200_000, 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """An inference request that holds."""
+
+    x: np.ndarray  # (B,3,H,W) float32
+    id: str | None
+    binary: bool  # whether the logits go back as bytes
+
+
+def server_metadata() -> dict[str, Any]:
+    return {"name": "fgvc", "version": version("fgvc"), "extensions": ["binary_tensor_data", "model_repository"]}
+
+
+def model_metadata(served: Served) -> dict[str, Any]:
+    session = served.engine.session
+    return {
+        "name": served.name,
+        "versions": [VERSION],
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": session.input, "datatype": "FP32", "shape": [-1, *served.input_shape]}],
+        "outputs": [{"name": session.outputs[0], "datatype": "FP32", "shape": [-1, len(served.labels)]}],
+    }
+
+
+def infer(
+    served: Served, body: bytes, headers: Mapping[str, str], *, batch: int, limit: int
+) -> tuple[bytes, int | None]:
+    """The answer to a request's body, and how long its JSON is where bytes follow. `limit`: of an unpacked body.
+
+    Raises Refusal: 400, 413, 415.
+    """
+    query = parse(served, unpack(body, headers.get("content-encoding"), limit), headers.get(HEADER_LENGTH), batch=batch)
+    return answer(served, query, served.engine.logits(query.x))
+
+
+def unpack(body: bytes, encoding: str | None, limit: int) -> bytes:
+    """Undo gzip or deflate, into `limit` bytes at most."""
+    if encoding in (None, "", "identity"):
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise Refusal(415, f"Content-Encoding {repr(encoding)}: gzip, deflate or none is understood")
+    stream = zlib.decompressobj(wbits=47 if encoding == "gzip" else 15)
+    try:
+        content = stream.decompress(body, limit)
+    except zlib.error:
+        raise Refusal(400, f"the body is not {encoding}") from None
+    if stream.unconsumed_tail:
+        raise Refusal(413, f"the unpacked body has more than {limit} bytes")
+    if not stream.eof or stream.unused_data:
+        raise Refusal(400, f"the body is not all of one {encoding} stream")
+    return content
+
+
+def parse(served: Served, body: bytes, header_length: str | None, *, batch: int) -> Query:
+    """Raises Refusal (400) for whatever is not a request that this model takes."""
+    length = len(body)
+    if header_length is not None:
+        given = length_of(header_length)
+        if given is None or given > length:
+            raise Refusal(400, f"{HEADER_LENGTH} is not a length within the body")
+        length = given
+    tree = _json(body[:length])
+    session = served.engine.session
+    inputs = tree.get("inputs")
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        raise Refusal(400, f"expected one input, {session.input!r}")
+    tensor = inputs[0]
+    if tensor.get("name") != session.input:
+        raise Refusal(400, f"unexpected input {repr(tensor.get('name'))}, the model has {session.input!r}")
+    if tensor.get("datatype") != "FP32":
+        raise Refusal(400, f"input {session.input!r}: datatype FP32 is expected, not {repr(tensor.get('datatype'))}")
+    shape = _shape(tensor.get("shape"), served, batch)
+    size = _parameters(tensor).get("binary_data_size")
+    if size is None:
+        if header_length is not None and length != len(body):
+            raise Refusal(400, "bytes follow the JSON, but no input says that they are its own")
+        values = _numbers(tensor.get("data"))
+    else:
+        values = _bytes(memoryview(body)[length:], size)
+    if values.size != math.prod(shape):
+        raise Refusal(400, f"input {session.input!r}: {values.size} values for shape {list(shape)}")
+    if not np.isfinite(values).all():
+        raise Refusal(400, f"input {session.input!r}: has values that are not finite")
+    name = tree.get("id")
+    if name is not None and not isinstance(name, str):
+        raise Refusal(400, "id: expected a string")
+    return Query(values.reshape(shape), name, _wants_bytes(tree, session.outputs[0]))
+
+
+def answer(served: Served, query: Query, logits: np.ndarray) -> tuple[bytes, int | None]:
+    """The body for logits (B,K), and the length of its JSON where bytes follow."""
+    output: dict[str, Any] = {"name": served.engine.session.outputs[0], "datatype": "FP32", "shape": list(logits.shape)}
+    content = b""
+    if query.binary:
+        content = np.ascontiguousarray(logits, dtype="<f4").tobytes()
+        output["parameters"] = {"binary_data_size": len(content)}
+    elif np.isfinite(logits).all():
+        output["data"] = logits.ravel().tolist()
+    else:
+        raise Refusal(400, "the logits are not finite, which JSON can't hold; the input is far out of range")
+    tree = {"model_name": served.name, "model_version": VERSION, "outputs": [output]}
+    if query.id is not None:
+        tree["id"] = query.id
+    head = json.dumps(tree).encode()
+    return head + content, len(head) if query.binary else None
+
+
+def _json(text: bytes) -> dict[str, Any]:
+    if len(text) > _JSON_BYTES:
+        raise Refusal(413, f"the JSON has more than {_JSON_BYTES} bytes; send large tensors as bytes")
+    if text.count(b"[") + text.count(b"{") > _CONTAINERS or text.count(b'"') > _QUOTES:
+        raise Refusal(400, "the JSON has too many parts; send large tensors as bytes")
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        raise Refusal(400, "the request is not valid JSON") from None
+    if not isinstance(tree, dict):
+        raise Refusal(400, "expected a JSON object")
+    return tree
+
+
+def _shape(given: Any, served: Served, batch: int) -> tuple[int, ...]:
+    expected = served.input_shape
+    if (
+        not isinstance(given, list)
+        or [type(n) for n in given] != [int] * 4
+        or tuple(given[1:]) != expected
+        or not 1 <= given[0] <= batch
+    ):
+        wanted = ",".join(map(str, expected))
+        raise Refusal(400, f"expected the shape [B,{wanted}] with B from 1 to {batch}")
+    return tuple(given)
+
+
+def _numbers(data: Any) -> np.ndarray:
+    """Values, nested in lists or not, row by row."""
+    if not isinstance(data, list):
+        raise Refusal(400, "the input's data: expected a list of numbers")
+    while (kinds := set(map(type, data))) == {list}:
+        data = list(chain.from_iterable(data))
+    if not kinds <= {int, float}:
+        raise Refusal(400, "the input's data: expected numbers alone, all nested as deep")
+    try:
+        with np.errstate(over="ignore"):  # what is too large for float32 is then not finite
+            return np.array(data, dtype=np.float32)
+    except OverflowError:
+        raise Refusal(400, "the input's data: a number is too large") from None
+
+
+def _bytes(content: memoryview, size: Any) -> np.ndarray:
+    if type(size) is not int or size != len(content) or size % 4:
+        raise Refusal(400, f"binary_data_size is {repr(size)}, {len(content)} bytes follow the JSON; 4 make a value")
+    values = np.frombuffer(content, dtype="<f4")
+    return values if values.flags.aligned else values.copy()  # behind JSON of any length floats may lie across words
+
+
+def _wants_bytes(tree: Mapping[str, Any], name: str) -> bool:
+    requested = tree.get("outputs")
+    if requested is None:
+        return bool(_parameters(tree).get("binary_data_output", False))
+    if not isinstance(requested, list) or len(requested) != 1 or not isinstance(requested[0], dict):
+        raise Refusal(400, f"outputs: the model has one, {name!r}")
+    if requested[0].get("name") != name:
+        raise Refusal(400, f"unexpected output {repr(requested[0].get('name'))}, the model has {name!r}")
+    parameters = _parameters(requested[0])
+    if parameters.get("classification"):
+        raise Refusal(400, "outputs: the classification extension is not offered; see /v1/classify")
+    return bool(parameters.get("binary_data", _parameters(tree).get("binary_data_output", False)))
+
+
+def _parameters(of: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = of.get("parameters") or {}
+    if not isinstance(found, dict):
+        raise Refusal(400, "parameters: expected a JSON object")
+    return found

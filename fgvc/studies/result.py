@@ -1,0 +1,161 @@
+"""One run of a study, trained and measured; each result is a small file that is written once."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from fgvc import api
+from fgvc.config.section import differences
+from fgvc.exporting.onnx import Interface, export_onnx
+from fgvc.exporting.prove import Structural, compare_structure, untie
+from fgvc.exporting.reference import independent_plain
+from fgvc.images.preprocess import described
+from fgvc.models.backbone import deployed
+from fgvc.reparam.plain import strip
+from fgvc.runs import checkpoint
+from fgvc.runs.folder import environment, has_floor, is_run, read_run
+from fgvc.runs.record import NAME, load
+from fgvc.runs.subject import Subject, subject
+from fgvc.studies.identity import data_digest, digest, important, index_digest
+from fgvc.studies.study import Cell
+from fgvc.studies.table import pack
+from fgvc.training.trainer import train
+from fgvc.types import FgvcError
+
+Part = Literal["val", "test"]
+Result = dict[str, Any]  # a line of runs.csv
+NEEDED = ("arm", "trial", "part", "epochs", "seed", "recipe", "cost")
+COUNTS = ("trial", "seed", "fold", "folds", "images", "epochs")
+WORDS = {
+    "arm",
+    "part",
+    "right",
+    "floor_right",
+    "no_maps",
+    "select",
+    "graph",
+    "plain",
+    "fed",
+    "settings",
+    "recipe",
+    "fgvc",
+    "torch",
+    "timm",
+    "cpu",
+}
+
+
+def read_lines(table: Path) -> list[Result]:
+    """The lines of a runs.csv as they were before they were written there. Raises FgvcError where it is no such file."""
+    try:
+        rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+        found = [{key: row[key] for key in NEEDED} | dict(_values(row)) for row in rows]
+        if wrong := [row for row in found if not (row["epochs"] and 0 < float(row["cost"]) < math.inf)]:
+            raise ValueError(f"epochs {wrong[0]['epochs']!r}, cost {wrong[0]['cost']!r}")
+        return found
+    except (OSError, KeyError, ValueError) as error:
+        raise FgvcError(f"{table}: no runs.csv of a study: {error}") from error
+
+
+def _values(row: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    for key, text in row.items():
+        if key in WORDS:
+            yield key, text
+        elif text and key != "budget":  # which follows from the plan
+            yield key, int(text) if key in COUNTS else float(text)
+
+
+def trained(cell: Cell, run: Path) -> None:
+    """Train what is not trained yet. Raises FgvcError where a run of other settings is there."""
+    if not finished(cell, run):
+        recipe = cell.recipe
+        if is_run(run):  # it goes on with its own number of workers and the like, with the data where the study has them
+            recipe = read_run(run).model_copy(update={"data": recipe.data})
+        train(recipe, run)
+        gc.collect()  # nets lie in cycles
+
+
+def finished(cell: Cell, run: Path) -> bool:
+    """Whether the run's training is at its end. Raises FgvcError where it is one of other settings, or of other images."""
+    if not is_run(run):
+        return False
+    if changed := differences(important(read_run(run)), important(cell.recipe)):
+        rows = "\n".join(f"  {key}: {was!r} in the run, {now!r} now" for key, (was, now) in changed.items())
+        raise FgvcError(
+            f"{run}: was trained with other settings than the study's:\n{rows}\nChoose another --out, another name for "
+            "the arm, or remove that folder"
+        )
+    if (run / NAME).is_file() and index_digest(load(run / NAME, run).index) != data_digest(cell.recipe):
+        raise FgvcError(
+            f"{run}: was trained on other images than {cell.recipe.data.root} has now: restore the set as it was, or choose "
+            "another --out for a study of what it is now"
+        )
+    return (run / "ckpt" / "last").exists() and checkpoint.read_progress(run / "ckpt").finished
+
+
+def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -> Result:
+    """A line about one run on one part. `cost`: of its training steps, over those of the base arm's run."""
+    root = cell.recipe.data.root
+    found = api.evaluate(run, part, root=root)
+    seen = subject(run, root=root)
+    graph = contract(seen)
+    row: Result = {
+        "arm": cell.trial.arm,
+        "trial": cell.trial.number,
+        "seed": cell.seed,
+        **({} if cell.fold is None else {"fold": cell.fold[0], "folds": cell.fold[1]}),
+        "part": part,
+        **{name: round(value, 6) for name, value in found.scores.numbers().items()},
+        "right": pack(found.right),
+    }
+    if has_floor(run):
+        floor = api.evaluate(run, part, root=root, select="floor")
+        row |= {"floor": round(floor.scores.top1, 6), "floor_right": pack(floor.right)}
+    if localise and seen.index.boxes is not None and len(seen.index.rows("val")):
+        row |= _looked(run, part, root)
+    facts = environment()
+    return row | {
+        "epochs": cell.epochs,
+        "cost": round(cost, 4),
+        "select": seen.select,
+        "graph": graph.sha256,
+        "plain": graph.reference_sha256,
+        "fed": described(seen.preprocess),
+        "settings": cell.trial.overrides,
+        "recipe": digest(cell.recipe),
+        **{key: facts[key] for key in ("fgvc", "torch", "timm", "cpu")},
+    }
+
+
+def _looked(run: Path, part: Part, root: Path) -> Result:
+    try:
+        found = api.localize(run, part, root=root)
+    except FgvcError as error:
+        return {"no_maps": str(error)}
+    shares = {} if found.parts is None else {"parts_10": found.parts.map[0], "parts_20": found.parts.map[1]}
+    true = found.boxes["true"]
+    facts = {"gt_known_loc": true.gt_known_loc, "top1_loc": true.top1_loc, "box_acc_v2": true.box_acc_v2}
+    facts |= {"max_box_acc_v2": true.max_box_acc_v2}
+    return {name: round(value, 6) for name, value in (facts | shares).items()}
+
+
+def contract(seen: Subject) -> Structural:
+    """The second of the export's three proofs (structural): the run's graph beside the independent plain model's. The other two
+    are `fgvc export`'s, of the weights that are to ship."""
+    recipe, classes = seen.recipe, len(seen.classes)
+    backbone, kwargs, exporter = recipe.model.backbone, recipe.model.kwargs, recipe.export.exporter
+    plain = strip(seen.step.net.cpu(), backbone=backbone, num_classes=classes, kwargs=kwargs)
+    interface = Interface(size=recipe.image.size, opset=recipe.export.opset)
+    against = independent_plain(
+        backbone=backbone, num_classes=classes, kwargs=kwargs, interface=interface, exporter=exporter
+    )
+    found = compare_structure(export_onnx(deployed(plain), exporter=exporter, **asdict(interface)), *against)
+    if found.passed:
+        return found
+    return untie(plain, found, *against, interface=interface, exporter=exporter)[1]

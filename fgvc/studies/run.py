@@ -1,0 +1,263 @@
+"""`fgvc ablate`: train and measure what a study asks for and has not got yet, and write its tables.
+
+Its folder: `study.yaml`; `costs.json`, what a step of each trial costs; `runs/`, each a run of fgvc like any other; `results/`, a
+file for each line of the tables; `test.json`, what was chosen when the test part was read; `runs.csv`, `table.md`, `table.html`.
+A run that has its line is never trained or measured again.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from fgvc.config.section import dump
+from fgvc.io.files import alone, as_json, write_atomic, writing
+from fgvc.runs.images import read_index
+from fgvc.runtime.bundle import read_json
+from fgvc.studies.cost import Cost, adopt_costs, hours, known, lengths, measured
+from fgvc.studies.identity import digest
+from fgvc.studies.page import write_tables
+from fgvc.studies.result import Part, Result, finished, measure, read_lines, trained
+from fgvc.studies.study import Budget, Cell, Plan, cells
+from fgvc.studies.table import best_trials, fold_of
+from fgvc.types import FgvcError
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    run: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What is left to do, before it is done."""
+
+    costs: dict[str, Cost]
+    epochs: dict[tuple[str, Budget], int]  # by trial and budget
+    cells: list[Cell]  # those that have no result yet
+    done: int
+    hours: float  # of training steps; those of runs that have begun are counted in full
+    refused: list[Failure]  # trials that can't be trained
+    looks: bool  # whether it is measured where the runs look
+
+
+def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> Estimate:
+    """Measure the steps of the trials (some seconds each) and count what is left. `arms`, `seeds`: only these.
+
+    Raises FgvcError where results are there of other settings, or the base can't be trained.
+    """
+    wanted = _wanted(plan, arms, seeds)
+    index = read_index(plan.base.recipe)
+    if not len(index.rows("val")):
+        raise FgvcError(f"{plan.path}: the data have no validation part to choose by; give data.val_fraction above 0")
+    _claim(plan, out)
+    _rows(plan, out)  # are of these settings
+    trials = [plan.base, *(trial for trial in plan.trials[1:] if not arms or {trial.arm, trial.name} & set(arms))]
+    said = measured(plan, out, trials, _say)
+    refused = [Failure(name, str(error)) for name, error in said.items() if isinstance(error, FgvcError)]
+    costs = {name: cost for name, cost in said.items() if isinstance(cost, Cost)}
+    epochs = lengths(plan, costs)
+    asked = [cell for cell in cells(plan, epochs) if cell.trial.name in costs and wanted(cell)]
+    looks = plan.study.localise and index.boxes is not None
+    left = [cell for cell in asked if not _measured(out, cell, looks=looks)]
+    shown = {
+        (name, budget): epochs[name, budget] for name, budget in epochs if budget in plan.study.budget and name in costs
+    }
+    return Estimate(costs, shown, left, len(asked) - len(left), hours(left, costs), refused, looks)
+
+
+def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Failure]:
+    """Train and measure on validation all runs that have no result, and write the tables after each. Killed at any time and
+    started again it goes on from the last checkpoint; started twice, the two share the work. `arms`, `seeds`: only these.
+
+    A run that fails is reported and left out; it is tried again the next time. Raises KeyboardInterrupt after saving.
+    """
+    todo = estimate(plan, out, arms=arms, seeds=seeds)
+    failures = list(todo.refused)
+    _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {todo.hours:.1f} h of training steps")
+    for number, cell in enumerate(todo.cells, 1):
+        with alone(out / "locks" / cell.name) as mine:
+            if not mine or _measured(out, cell, looks=todo.looks):  # another process has it
+                continue
+            _say(f"[{number}/{len(todo.cells)}] {cell.name}")
+            try:
+                trained(cell, out / "runs" / cell.name)
+                _measure(plan, out, cell, "val", todo.costs)
+            except (FgvcError, RuntimeError, OSError) as error:  # the others go on
+                failures.append(Failure(cell.name, str(error)))
+                _say(f"{cell.name} FAILED: {error}")
+        write_tables(plan, out, _rows(plan, out))
+    write_tables(plan, out, _rows(plan, out))
+    return failures
+
+
+def adopt(plan: Plan, out: Path, table: Path) -> int:
+    """Take the lines of a runs.csv, as another machine or another study wrote it, for results of the runs that have these
+    settings, whatever the arm was called there; returns how many runs there were. Lines of the test part are shown once
+    `read_test` has chosen their runs. Where it has a run of the base, the costs of the arms are taken over, too, unless they
+    are known here. Raises FgvcError where it is no such file."""
+    offered = [row for row in read_lines(table) if row["part"] in get_args(Part)]
+    fitting: list[tuple[Cell, Result]] = []
+    for trial in plan.trials:
+        try:
+            made = [(Cell(trial, row["epochs"], row["seed"], fold_of(row), ()), row) for row in offered]
+            fitting += [(cell, row) for cell, row in made if digest(cell.recipe) == row["recipe"]]
+        except FgvcError as error:  # it can't be trained here, as its teacher is gone
+            _say(f"{trial.name}: {error}")
+    # A line's cost is that of the whole run, over the base's there, which may have been another, shorter or longer.
+    epoch = {cell.trial.name: row["cost"] / cell.epochs for cell, row in fitting}
+    _claim(plan, out)
+    if plan.base.name in epoch:
+        adopt_costs(plan, out, {name: cost / epoch[plan.base.name] for name, cost in epoch.items()})
+    wanted = [(cell, row) for cell, row in fitting if cell.seed in plan.study.seeds and cell.fold in plan.study.parts]
+    for cell, row in wanted:
+        if not (path := _result(out, cell, row["part"])).is_file():
+            named = {"arm": cell.trial.arm, "trial": cell.trial.number, "settings": cell.trial.overrides}
+            write_atomic(path, as_json(row | named))
+    return len({cell.name for cell, _ in wanted})
+
+
+def read_test(plan: Plan, out: Path) -> None:
+    """Score on the test part, once, the trial of each arm that validation chose, and record that it was read.
+
+    Raises FgvcError where runs are missing, or where it was read before of other runs: a test part that helps to choose is a
+    validation part.
+    """
+    _claim(plan, out)
+    with alone(out / "locks" / "test", wait=math.inf):
+        _read_test(plan, out)
+
+
+def _read_test(plan: Plan, out: Path) -> None:
+    todo = estimate(plan, out)
+    if missing := [*(cell.name for cell in todo.cells), *(failure.run for failure in todo.refused)]:
+        raise FgvcError(
+            f"{out}: {len(missing)} runs are missing, such as {missing[0]}: finish the study first, or take an arm that can't "
+            "be trained out of it"
+        )
+    if not len(read_index(plan.base.recipe).rows("test")):
+        raise FgvcError(f"{plan.path}: the data have no test part")
+    chosen = _chosen(plan, todo.costs, _rows(plan, out))
+    unread = [cell for cell in chosen if not _result(out, cell, "test").is_file()]
+    for cell in unread:
+        if not finished(cell, run := out / "runs" / cell.name):
+            raise FgvcError(
+                f"{run}: no finished run is here, only its result; copy the run from where it was trained, or remove "
+                f"{_result(out, cell, 'val')} to train it here"
+            )
+    runs = {cell.name: {"recipe": digest(cell.recipe), "budgets": list(cell.budgets)} for cell in chosen}
+    record = out / "test.json"
+    if record.is_file():
+        before = read_json(record, dict)
+        if before["runs"] != runs:
+            raise FgvcError(
+                f"{record}: the test part was read on {before['read']}, of other runs than validation chooses now; it can't be "
+                "read again for a new choice. Compare new arms in a study of its own, in another --out"
+            )
+    else:
+        write_atomic(record, as_json({"read": time.strftime("%Y-%m-%d %H:%M:%S"), "runs": runs}))
+    for cell in unread:
+        _say(f"test: {cell.name}")
+        _measure(plan, out, cell, "test", todo.costs)
+    write_tables(plan, out, _rows(plan, out))
+
+
+def _chosen(plan: Plan, costs: dict[str, Cost], rows: Sequence[Result]) -> list[Cell]:
+    """The runs of the trials that validation chose, each with the budgets under which it was chosen."""
+    best = {budget: best_trials(rows, budget=budget) for budget in plan.study.budget}
+    found = []
+    for cell in cells(plan, lengths(plan, costs)):
+        under = tuple(budget for budget in cell.budgets if best[budget][cell.trial.arm] == cell.trial.number)
+        found += [replace(cell, budgets=under)] if under else []
+    return found
+
+
+def _rows(plan: Plan, out: Path) -> list[Result]:
+    """The results of this plan's runs. Raises FgvcError for one that is of other settings than the plan has now."""
+    record = out / "test.json"
+    tested = read_json(record, dict)["runs"] if record.is_file() else {}
+    found = []
+    costs = known(plan, out)
+    for cell in cells(plan, lengths(plan, costs)):
+        for part in get_args(Part):
+            path = _result(out, cell, part)
+            if not path.is_file():
+                continue
+            row = read_json(path, dict)
+            if row.get("recipe") != digest(cell.recipe):
+                raise FgvcError(
+                    f"{path}: this result is of other settings than the study has now; choose another --out or another name "
+                    f"for the arm, or remove it and {out / 'runs' / cell.name}"
+                )
+            budgets = cell.budgets if part == "val" else tested.get(cell.name, {}).get("budgets", ())
+            if cell.trial.name in costs:  # over the base of this study, whoever wrote the line
+                row |= {"cost": round(_whole(plan, cell, costs), 4)}
+            found += [row | {"budget": "+".join(budgets)}] if budgets else []
+    return found
+
+
+def _measure(plan: Plan, out: Path, cell: Cell, part: Part, costs: dict[str, Cost]) -> None:
+    whole = _whole(plan, cell, costs)
+    row = measure(cell, out / "runs" / cell.name, part, cost=whole, localise=plan.study.localise)
+    write_atomic(_result(out, cell, part), as_json(row))
+
+
+def _whole(plan: Plan, cell: Cell, costs: Mapping[str, Cost]) -> float:
+    """What a run's training steps cost, over those of the base arm's run."""
+    return cell.epochs * costs[cell.trial.name].ratio / plan.base.recipe.train.epochs
+
+
+def _measured(out: Path, cell: Cell, *, looks: bool) -> bool:
+    """Whether the run's line is there, with where it looks if the study has come to ask for that and the run is at hand."""
+    path = _result(out, cell, "val")
+    if not path.is_file():
+        return False
+    if not looks or not (out / "runs" / cell.name).is_dir():
+        return True
+    return bool({"max_box_acc_v2", "no_maps"} & read_json(path, dict).keys())
+
+
+def _claim(plan: Plan, out: Path) -> None:
+    """Make the study's folder, its mark first. Raises FgvcError where something else is there."""
+    mark, title = out / "study.yaml", f"# fgvc ablate {plan.name}"
+    if mark.is_file():
+        first = mark.read_text(encoding="utf-8").partition("\n")[0]
+        if first != title:
+            raise FgvcError(f"{out}: the folder of another study ({first.removeprefix('# ')}); choose another --out")
+    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise FgvcError(f"{out}: not empty and not the folder of a study; choose another --out")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_atomic(mark, "\n".join([title, *(f"# {text}" for text in plan.overrides), dump(plan.study)]))
+    with writing(out):
+        for folder in (out / "runs", out / "results", out / "locks"):
+            folder.mkdir(exist_ok=True)
+
+
+def _wanted(plan: Plan, arms: Sequence[str], seeds: Sequence[int]) -> Callable[[Cell], bool]:
+    """Whether a run is of these arms (or trials) and seeds; () for all. Raises FgvcError for one that the study has not."""
+    known = {name for trial in plan.trials for name in (trial.name, trial.arm)}
+    if unknown := [arm for arm in arms if arm not in known]:
+        raise FgvcError(f"--arm {unknown[0]}: the study has {', '.join(dict.fromkeys(t.arm for t in plan.trials))}")
+    if strange := [seed for seed in seeds if seed not in plan.study.seeds]:
+        raise FgvcError(f"--seed {strange[0]}: the study has {', '.join(map(str, plan.study.seeds))}")
+
+    def wanted(cell: Cell) -> bool:
+        named = not arms or cell.trial.arm in arms or cell.trial.name in arms
+        return named and (not seeds or cell.seed in seeds)
+
+    return wanted
+
+
+def _result(out: Path, cell: Cell, part: Part) -> Path:
+    return out / "results" / f"{cell.name}.{part}.json"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,37 @@
+"""ACNet's asymmetric branches (Ding et al., ICCV 2019, arXiv:1908.03930), around any timm convolution that can take them.
+
+Every square k x k convolution gets a 1 x k and a k x 1 branch beside it, each with its own batch norm. After stripping
+nothing is left: the branches are folded into the plain kernels, exactly.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from fgvc.reparam.kinds import acb
+from fgvc.techniques.branches import Where, graft_chosen
+from fgvc.techniques.plan import Plan
+
+
+class AcbConfig(Where):
+    """Asymmetric branches beside square convolutions; step 0 is the pretrained function."""
+
+    kind: Literal["acb"] = "acb"
+
+    def build(self) -> Acb:
+        return Acb(self)
+
+
+class Acb:
+    """y = conv(x) + BN(conv_1xk(x)) + BN(conv_kx1(x)), the new gammas 0 at first."""
+
+    source: ClassVar[str] = "ACNet, Ding et al., ICCV 2019, arXiv:1908.03930"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing: folded into the plain kernels"
+
+    def __init__(self, config: AcbConfig) -> None:
+        self.config = config
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where a pattern fits no convolution, or nothing can be grafted."""
+        graft_chosen(plan, self.config, acb)

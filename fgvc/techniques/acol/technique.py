@@ -1,0 +1,113 @@
+"""ACoL: Adversarial Complementary Learning (Zhang et al., CVPR 2018, arXiv:1804.06962).
+
+The deployed classifier is the first one. What it relies on is erased from the features, and another one must do without.
+After stripping nothing is left: the added classifiers go, or there were none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fgvc.config.schedule import Scheduled
+from fgvc.config.section import Section
+from fgvc.models.class_maps import dominant, normalised
+from fgvc.models.loss import cross_entropy
+from fgvc.techniques.masks import Region, select
+from fgvc.techniques.plan import AnyMethod, Context, Plan
+from fgvc.types import Output
+
+
+class ErasedCells(Region):
+    """Half of the map and more may go: another classifier must live on the rest."""
+
+    area: tuple[float, float] = Field(
+        (0.0, 0.7),
+        description="least and most share of the map; of equal cells all go or none. The authors' code has no cap ([0, 0.999]): "
+        "there a flat map can lose nearly all its cells, and the other classifier learns from what says nothing",
+    )
+
+
+class AcolConfig(Section):
+    """Erase from the features what the classifier looks at, and classify the rest."""
+
+    kind: Literal["acol"] = "acol"
+    erased: Scheduled = Field(1.0, description="weight of the cross-entropy of the erased features")
+    heads: int = Field(1, ge=1, le=4, description="in a chain: each erases what it looks at for the next")
+    shared: bool = Field(False, description="the deployed classifier itself classifies the rest; nothing is added")
+    hidden: int = Field(
+        0, ge=0, description="channels of two 3x3 convolutions in each added classifier (paper: 1024); 0: a 1x1 alone"
+    )
+    map: AnyMethod = Field(
+        "auto", description="of the deployed classifier: cam | gradcam | gradcam++; auto: cam if it can"
+    )
+    region: ErasedCells = Field(ErasedCells(), description="what is erased, of the map from smallest 0 to largest 1")
+
+    @model_validator(mode="after")
+    def _shares_or_adds(self) -> AcolConfig:
+        if self.shared and self.hidden:
+            raise ValueError("hidden is of added classifiers, and with shared: true there are none")
+        return self
+
+    def build(self) -> Acol:
+        return Acol(self)
+
+
+class Acol:
+    """L = mean_k CE(head_k(f * keep_k), y); keep_1 = not region(map of the deployed head), keep_k+1 also loses head k's."""
+
+    source: ClassVar[str] = "Zhang et al., CVPR 2018, arXiv:1804.06962"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+    measures: ClassVar[tuple[str, ...]] = ("area",)
+
+    def __init__(self, config: AcolConfig) -> None:
+        self.config = config
+        self.weights: Mapping[str, Scheduled] = {"erased": config.erased}
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where this backbone has no class map."""
+        self._method = plan.map(self.config.map)
+        if not self.config.shared:
+            for number in range(self.config.heads):
+                plan.add(f"head{number}", _head(plan.map_shape[0], self.config.hidden, plan.classes))
+
+    def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
+        """`erased`; measured: `area`, the share of the map's cells that the last classifier does not see."""
+        main = outputs["main"]
+        target, f = main.view.target, ctx.grid(main.features)
+        maps = normalised(main.map(self._method))
+        keep = ~select(maps, f.shape[2:], self.config.region)
+        ctx.show("map", maps)
+        terms = []
+        for number in range(self.config.heads):
+            if self.config.shared:
+                seen = ctx.scaled(main.features, keep)
+                terms.append(cross_entropy(ctx.head(seen), target))
+            else:
+                said = ctx.branches[f"head{number}"](f * keep[:, None])
+                terms.append(cross_entropy(said.mean((2, 3)), target))
+            if number + 1 < self.config.heads:
+                if self.config.shared:
+                    maps = main.mapper(seen, target, self._method, main.view.x.shape[2:])
+                else:
+                    maps = said.detach()[torch.arange(len(said)), dominant(target)].float()
+                rest = keep & ~select(normalised(maps) * keep, f.shape[2:], self.config.region)
+                keep = torch.where(rest.any(2, keepdim=True).any(1, keepdim=True), rest, keep)  # something must be left
+        ctx.show("erased", ~keep)
+        return {"erased": torch.stack(terms).mean(), "area": 1 - keep.float().mean()}
+
+
+def _head(channels: int, hidden: int, classes: int) -> nn.Module:
+    """(B,C,h,w) -> class maps (B,K,h,w), whose mean are the logits."""
+    if not hidden:
+        return nn.Conv2d(channels, classes, 1)
+    return nn.Sequential(
+        nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(hidden, classes, 1),
+    )  # fmt: skip

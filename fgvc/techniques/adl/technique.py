@@ -1,0 +1,82 @@
+"""ADL: Attention-based Dropout Layer (Choe & Shim, CVPR 2019, arXiv:1908.10028).
+
+On named stages, features are either weighted by their own attention or lose their most attended part. After stripping
+nothing is left: it is the identity in evaluation.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fgvc.config.schedule import ScheduledShare, at
+from fgvc.config.section import Section
+from fgvc.techniques.plan import Context, Plan, Stages
+from fgvc.types import Batch
+
+
+class AdlConfig(Section):
+    """Drop what a stage attends to most, or weight it by its attention."""
+
+    kind: Literal["adl"] = "adl"
+    stages: Stages = ("features",)
+    drop_rate: ScheduledShare = Field(
+        0.25,
+        description="how often the most attended part is dropped. Its authors' for localisation is 0.75, which costs accuracy",
+    )
+    threshold: ScheduledShare = Field(
+        0.9, description="the most attended part: above this share of the map's maximum (gamma)"
+    )
+    per: Literal["batch", "sample"] = Field("batch", description="one draw a batch and stage (the paper), or a sample")
+    unattended: Literal["keep", "drop"] = Field(
+        "keep",
+        description="a map whose mean over channels is nowhere above 0, or all alike, has no most attended part. keep: it loses "
+        "nothing | drop: as in its authors' code, where a map of zeros loses everything, and one below 0 nothing",
+    )
+
+    def build(self) -> Adl:
+        return Adl(self)
+
+
+class Adl:
+    """a = mean_c f; f' = f 1[a < gamma max a] with probability drop_rate, else f sigmoid(a)."""
+
+    source: ClassVar[str] = "Choe & Shim, CVPR 2019, arXiv:1908.10028"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: AdlConfig) -> None:
+        self.config = config
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where a stage has no map, or no classifier reads it."""
+        for number, stage in enumerate(self.config.stages):
+            name = plan.cells(stage)
+            plan.gate(name, partial(self._gate, number))
+            if plan.can_be_negative(name):
+                plan.note(
+                    f"WARNING: {name} can be negative, and the mean over its channels is then no attention; the paper's "
+                    "layers come after a ReLU. Choose another of `stages`"
+                )
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> Tensor:
+        """(stages, 1 or B) float32, uniform in [0,1)."""
+        count = 1 if self.config.per == "batch" else len(batch.labels)
+        return torch.from_numpy(rng.random((len(self.config.stages), count), dtype=np.float32))
+
+    def _gate(self, number: int, f: Tensor, ctx: Context) -> Tensor:
+        a = ctx.grid(f).float().mean(1)
+        highest = a.amax((1, 2), keepdim=True)
+        rest = a < at(self.config.threshold, ctx.progress) * highest
+        if self.config.unattended == "keep":
+            rest |= (highest <= 0) | ~rest.any(2, keepdim=True).any(1, keepdim=True)
+        drawn = ctx.draw[number].to(f.device, non_blocking=True)
+        drops = drawn[torch.arange(len(f), device=f.device) % len(drawn)] < at(self.config.drop_rate, ctx.progress)
+        chosen = torch.where(drops[:, None, None], rest, a.sigmoid())
+        ctx.show(f"dropped at {self.config.stages[number]}", ~rest)
+        return ctx.scaled(f, chosen)

@@ -1,0 +1,164 @@
+"""AE-PSL's adversarial erasing (Wei et al., CVPR 2017, arXiv:1703.08448), in rounds.
+
+The network is trained, what it looks at is erased from the images, it is trained on the rest, and so on. Masks are made
+between rounds with pytorch-grad-cam, kept in the run's folder, and applied before any geometry. After stripping nothing is
+left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from fgvc.config.section import Section
+from fgvc.models.cam.offline import OfflineMethod, Rows
+from fgvc.models.class_maps import normalised
+from fgvc.rng import SPARED, generator
+from fgvc.techniques.ae_psl.rounds import GRID, Grids, MaskRounds, Masks
+from fgvc.techniques.masks import Region, erase, united
+from fgvc.techniques.plan import Plan
+from fgvc.types import EpochStart, FgvcError
+
+CHUNK = 32  # images a forward
+
+
+class Added(Region):
+    """The paper's: the upper fifth of the map's range."""
+
+    value: float = Field(0.8, ge=0, description="see rule")
+    area: tuple[float, float] = Field((0.0, 0.2), description="least and most share of the image in one round")
+
+
+class AePslConfig(Section):
+    """Erase round after round what the network has learned to look at."""
+
+    kind: Literal["ae_psl"] = "ae_psl"
+    rounds: int = Field(
+        3, ge=2, description="of training; the run's epochs are divided among them, nothing is erased in the first"
+    )
+    map: OfflineMethod = Field("GradCAM", description="of pytorch-grad-cam")
+    region: Added = Field(Added(), description="what a round adds, of the map from smallest 0 to largest 1")
+    largest: float = Field(0.4, gt=0, lt=1, description="share of an image that all rounds together may erase")
+    probability: float = Field(
+        1.0, gt=0, le=1, description="share of the images that are erased; which ones is drawn once"
+    )
+    stop: float | None = Field(
+        2.0, gt=1, description="no further round once the loss ends a round above this many times the first round's"
+    )
+
+    @property
+    def needs_epochs(self) -> int:
+        return self.rounds
+
+    def build(self) -> AePsl:
+        return AePsl(self)
+
+
+class AePsl:
+    """I_{t+1} = I_t outside of region(map of I_t by the net of round t), the data set's mean colour inside."""
+
+    source: ClassVar[str] = "Wei et al., CVPR 2017, arXiv:1703.08448"
+    forwards: ClassVar[str] = "0, and a pass over the images between rounds"
+    leaves: ClassVar[str] = "nothing"
+    remembers_images: ClassVar[bool] = True
+
+    def __init__(self, config: AePslConfig) -> None:
+        self.config = config
+        self._round = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see it change
+        self._masks: MaskRounds | None = None
+        self._empty = 0  # maps of a round
+        self._kept: Masks | None = None  # of the round, for the checkpoint
+        self._colour = np.zeros(3, dtype=np.uint8)
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where this backbone has no class map."""
+        plan.map("gradcam")
+
+    def before_epoch(self, start: EpochStart) -> None:
+        """Between two rounds make the masks of the next one; go on where that was interrupted. Those of a round that has begun
+        are in the checkpoint, too: a file that is gone or damaged is written anew. Raises FgvcError where it is not, as in a
+        checkpoint of an older fgvc."""
+        # Workers are forked after the first call: only the round, which changes later, is shared with them.
+        first = self._masks is None
+        masks = self._masks = self._masks or MaskRounds(start.folder / "masks")
+        self._colour = np.array(start.colour, dtype=np.uint8)
+        begun = int(self._round[0])
+        if first and begun:
+            start.first(lambda: self._have(start, begun))
+        number = begun
+        if start.fresh:  # one round after the other, and none back, whatever becomes of the schedule
+            number += self._round_of(start) > number
+
+        def make() -> None:
+            if masks.whole(number, epoch=start.number) is None:
+                start.say(f"ae_psl: masks of round {number}")
+                find = partial(self._find, start, number=number)
+                masks.make(number, epoch=start.number, images=start.images, rows=start.rows, find=find)
+                if self._empty:
+                    start.say(f"ae_psl: {self._empty} maps were empty, by which nothing was erased")
+
+        if number > begun:
+            start.first(make)
+            self._kept = masks.whole(number)
+        self._round[0] = number
+
+    def _have(self, start: EpochStart, number: int) -> None:
+        """The masks that training went on with, as they were."""
+        assert self._masks is not None
+        path, there = self._masks.path(number), self._masks.whole(number)
+        if self._kept is None:
+            if not path.is_file():
+                raise FgvcError(f"{path}: the masks of this round are gone; restore them, or start anew")
+            self._kept = np.load(path)
+        elif there is None or not np.array_equal(there, self._kept):
+            start.say(f"{path}: gone or damaged; written anew from the checkpoint")
+            self._masks.put(number, self._kept, epoch=-1)
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = {} if self._kept is None else {"masks": torch.from_numpy(self._kept)}
+        return {"round": int(self._round[0]), **kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._round[0] = state["round"]
+        self._kept = state["masks"].numpy() if "masks" in state else None
+
+    def on_sample(self, image: NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
+        number = int(self._round[0])
+        return image if not number or self._masks is None else self._masks.paint(number, image, row, self._colour)
+
+    def _round_of(self, start: EpochStart) -> int:
+        """Of the epoch that starts: 0 is the first. The loss so far may have stopped the rounds."""
+        ends = [-(-number * start.epochs // self.config.rounds) for number in range(1, self.config.rounds)]
+        reached = sum(end <= start.number for end in ends)
+        losses = [start.losses[end - 1] for end in ends[:reached]]
+        for number, loss in enumerate(losses[1:], start=1):
+            if self.config.stop is not None and loss > self.config.stop * losses[0]:
+                return number
+        return reached
+
+    def _find(self, start: EpochStart, rows: Rows, *, number: int) -> Iterator[tuple[Rows, Grids]]:
+        """What is erased of each image from now on: the regions of all rounds, within bounds."""
+        assert self._masks is not None
+        masks, self._empty = self._masks, 0
+        spared = generator(SPARED, start.seed).random(start.images) >= self.config.probability
+
+        def erased(x: Tensor, part: Rows) -> Tensor:
+            old = torch.from_numpy(masks.grids(number - 1, part)).to(x.device)
+            return erase(x, F.interpolate(old[:, None].float(), x.shape[2:], mode="nearest-exact")[:, 0] > 0, "zero")
+
+        for part, readable, maps in start.maps(rows, self.config.map, erased, CHUNK):
+            grids = masks.grids(number - 1, part)
+            cells = F.adaptive_avg_pool2d(maps[:, None], GRID)[:, 0]
+            self._empty += int((maps.flatten(1).amax(1) == 0).sum())
+            both = torch.from_numpy(grids[readable]), normalised(cells)
+            grids[readable] = united(*both, self.config.region, largest=self.config.largest).numpy()
+            grids[spared[part]] = False
+            yield part, grids

@@ -1,0 +1,165 @@
+"""Attention cropping and dropping as in WS-DAN (Hu et al. 2019, arXiv:1901.09891), with the deployed head left as it is.
+
+A training-only branch learns attention maps. Each image is seen again cropped to what one attends to, and once more with
+that dropped; the deployed classifier learns from all three. After stripping nothing is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self, cast
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fgvc.config.schedule import Scheduled, at, ever
+from fgvc.config.section import Section, ShareRange
+from fgvc.models.class_maps import normalised
+from fgvc.models.loss import cross_entropy
+from fgvc.techniques.attention_crop_drop.attention import SCALE, BilinearAttention, pick
+from fgvc.techniques.centres import Noted
+from fgvc.techniques.masks import FILLS, Fill, Region, boxes, crop, erase, moved, select, shifted
+from fgvc.techniques.plan import AnyMethod, Context, Plan
+from fgvc.types import Batch, Output, View
+
+MAIN = "main"
+
+
+class AttentionCropDropConfig(Section):
+    """Look closer at what is attended to, and drop it."""
+
+    kind: Literal["attention_crop_drop"] = "attention_crop_drop"
+    guide: Literal["attention", "cam", "random"] = Field(
+        "attention",
+        description="attention: the learned maps | cam: the deployed head's class map | random: the same boxes and regions as "
+        "with attention, elsewhere (the control)",
+    )
+    maps: int = Field(32, ge=1, description="number of attention maps (M)")
+    map: AnyMethod = Field("auto", description="for guide: cam; auto: cam if the head allows it, else gradcam")
+    crop: Scheduled = Field(1.0, description="weight of the cropped view's cross-entropy")
+    drop: Scheduled = Field(1.0, description="weight of the dropped view's cross-entropy")
+    crop_threshold: ShareRange = Field((0.4, 0.6), description="share of the maximum; a box goes around what is above")
+    drop_threshold: ShareRange = Field((0.2, 0.5), description="share of the maximum; what is above is dropped")
+    padding: float = Field(0.1, ge=0, le=1, description="of the box on every side, as a share of the image's side")
+    largest_drop: float = Field(0.5, gt=0, lt=1, description="share of the image that may be dropped")
+    fill: Fill = Field("zero", description=FILLS)
+    render: float = Field(1.5, ge=1, le=4, description="crops are cut from images of so many times the size")
+    pooled: Scheduled = Field(1.0, description="weight of the branch's own classifier, on every view")
+    scale: float = Field(
+        SCALE, gt=0, description="before it. WS-DAN's 100 suits its rate of 0.001: logits move by the rate x its square"
+    )
+    centre: Scheduled = Field(1.0, description="weight of the distance to the class's feature centre")
+    centre_rate: float = Field(
+        0.05, gt=0, le=1, description="beta, towards a class's mean; WS-DAN's code: its last image"
+    )
+
+    @model_validator(mode="after")
+    def _guided(self) -> Self:
+        if self.guide != "cam" and not self.learns:
+            raise ValueError("pooled and centre are 0, and nothing trains the maps: give one of them, or guide: cam")
+        return self
+
+    @property
+    def learns(self) -> bool:
+        return ever(self.pooled) or ever(self.centre)
+
+    def build(self) -> AttentionCropDrop:
+        return AttentionCropDrop(self)
+
+
+class AttentionCropDrop:
+    """base = (CE + crop CE_crop + drop CE_drop) / (1 + crop + drop); terms: `pooled` = mean_v CE(BAP(v)), `centre`."""
+
+    source: ClassVar[str] = "WS-DAN, Hu et al. 2019, arXiv:1901.09891"
+    forwards: ClassVar[str] = "2"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: AttentionCropDropConfig) -> None:
+        self.config = config
+        self.weights: Mapping[str, Scheduled] = {"pooled": config.pooled, "centre": config.centre}
+        self._noted = Noted()
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where the features are no map, or `guide: cam` has none."""
+        channels, *cells = plan.map_shape
+        plan.need_cells(cells)
+        if self.config.guide == "cam":
+            self._method = plan.map(self.config.map)
+        if self.config.learns:
+            plan.add("attention", BilinearAttention(channels, self.config.maps, plan.classes, scale=self.config.scale))
+        if ever(self.config.crop):
+            plan.render(self.config.render)
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, Any]:
+        """For crop and drop (B,4) float32: threshold, which map, how far down and across instead; and a seed."""
+        drawn: dict[str, Any] = {"seed": int(rng.integers(2**63))}
+        for what, bounds in (("crop", self.config.crop_threshold), ("drop", self.config.drop_threshold)):
+            numbers = rng.random((len(batch.labels), 4), dtype=np.float32)
+            numbers[:, 0] = rng.uniform(*bounds, len(numbers))
+            drawn[what] = torch.from_numpy(numbers)
+        return drawn
+
+    def views_after(self, batch: Batch, outputs: Mapping[str, Output], ctx: Context) -> list[View]:
+        """Crops are cut from the finer render, unless the main view is mixed or erased."""
+        main, views = outputs[MAIN], []
+        if at(self.config.centre, ctx.progress):
+            self._noted.add(self._attend(main, ctx)[1], main.view.target, ctx)
+        x, size = main.view.x, (main.view.x.shape[2], main.view.x.shape[3])
+        for what, largest in (("crop", 1.0), ("drop", self.config.largest_drop)):
+            if not (weight := at(getattr(self.config, what), ctx.progress)):
+                continue
+            drawn = ctx.draw[what].to(x.device, non_blocking=True)
+            maps = self._guide(main, drawn[:, 1], ctx)
+            mask = select(maps, size, Region.model_construct(area=(0.0, largest)), values=drawn[:, 0])
+            if what == "crop":
+                box = boxes(mask, self.config.padding)
+                box = moved(box, drawn[:, 2:], size) if self.config.guide == "random" else box
+                seen = crop(batch.finest if x is batch.x_clean else x, box, size, pixels=size)
+            else:
+                mask = shifted(mask, drawn[:, 2:]) if self.config.guide == "random" else mask
+                ctx.show("dropped", mask)
+                seen = erase(x, mask, self.config.fill, seed=ctx.draw["seed"])
+            ctx.show(f"map for {what}", maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12))
+            views.append(View(what, seen, main.view.target, weight, bn="own"))
+        return views
+
+    def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
+        """`pooled` over all views, `centre` of the main one where its labels are whole."""
+        seen = [o for name, o in outputs.items() if name == MAIN or name.startswith("after:attention_crop_drop.")]
+        branch, vectors = cast("BilinearAttention", ctx.branches["attention"]), [self._attend(o, ctx)[1] for o in seen]
+        logits = branch.logits(torch.cat(vectors)).split([len(vector) for vector in vectors])
+        terms = [cross_entropy(z, o.view.target) for z, o in zip(logits, seen, strict=True)]
+        losses = {"pooled": torch.stack(terms).mean()}
+        if len(target := seen[0].view.target) == 1:
+            losses["centre"] = branch.distance(vectors[0], target[0][0])
+        return losses
+
+    def after_step(self, ctx: Context) -> None:
+        """Move the centres by this step's features, those of all ranks and parts together."""
+        if noted := self._noted.take():
+            cast("BilinearAttention", ctx.branches["attention"]).follow(*noted, rate=self.config.centre_rate)
+
+    def refine(self, output: Output, ctx: Context) -> Tensor:
+        """For evaluation in two passes: the images again, cropped to the class map or the mean attention above 0.1 of its
+        maximum, widened by 0.05, as in WS-DAN's second pass."""
+        x, size = output.view.x, (output.view.x.shape[2], output.view.x.shape[3])
+        by_class = self.config.guide == "cam"
+        maps = normalised(output.map(self._method)) if by_class else self._attend(output, ctx)[0].mean(1)
+        return crop(
+            x, boxes(select(maps, size, Region.model_construct(value=0.1, area=(0.0, 1.0))), 0.05), size, pixels=size
+        )
+
+    def _guide(self, main: Output, which: Tensor, ctx: Context) -> Tensor:
+        """(B,h,w): the class map, or for each sample one attention map with probability ~ sqrt of its sum."""
+        if self.config.guide == "cam":
+            return normalised(main.map(self._method))
+        return pick(self._attend(main, ctx)[0].detach(), which)
+
+    def _attend(self, output: Output, ctx: Context) -> tuple[Tensor, Tensor]:
+        """The branch on one view, once a step: maps and pooled features."""
+        if output.view.name not in ctx.kept:
+            own = output.view.bn == "own"
+            ctx.kept[output.view.name] = ctx.branches["attention"](ctx.grid(output.features), own=own)
+        return cast("tuple[Tensor, Tensor]", ctx.kept[output.view.name])

@@ -1,0 +1,99 @@
+"""Which convolutions of a backbone grow branches, and what the user is told of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from pydantic import Field
+from torch import nn
+
+from fgvc.config.section import Section
+from fgvc.reparam.block import Branched, refusal
+from fgvc.reparam.graft import Block
+from fgvc.techniques.plan import Plan
+from fgvc.types import FgvcError
+
+SHOWN = 4  # names listed of those left alone for one reason
+
+
+class Where(Section):
+    """Convolutions by their names in the timm net."""
+
+    kind: str  # of the technique, each of which narrows it; here so that it is written first
+    include: tuple[str, ...] = Field(
+        ("*",), description="which convolutions, by their name in the timm net; * and ? stand for anything"
+    )
+    exclude: tuple[str, ...] = Field((), description="which of those to leave alone, e.g. [conv_stem]")
+
+
+def graft_chosen(
+    plan: Plan, where: Where, make: Callable[[nn.Conv2d, nn.Module | None], Branched], *, smallest: int = 3
+) -> None:
+    """Graft what `make` gives onto every convolution that is chosen and can be folded back, and note all others.
+
+    `make` takes the convolution and the batch norm behind it. `smallest`: the least side of a kernel. Raises FgvcError
+    where a pattern fits no convolution, nothing can be grafted, or another technique was there first.
+    """
+    names = [site.name for site in plan.sites] + list(plan.refused)
+    chosen = _chosen(plan.kind, where, names)
+    left = {name: reason for name, reason in plan.refused.items() if name in chosen}
+    left |= dict.fromkeys((name for name in names if name not in chosen), "not selected by include and exclude")
+    _refuse_taken(plan, chosen)
+    grown: dict[str, list[str]] = {}
+    for site in plan.sites:
+        if site.name not in chosen:
+            continue
+        conv = plan.module(site.name)
+        if reason := refusal(conv, smallest):  # type: ignore[arg-type]
+            left[site.name] = reason
+            continue
+        block = make(conv, plan.module(site.norm) if site.norm else None)  # type: ignore[arg-type]
+        plan.graft(site, block)
+        grown.setdefault(", ".join(block.branches), []).append(site.name)
+    if not grown:
+        raise FgvcError(
+            f"techniques.{plan.kind}: no convolution of this backbone can take its branches "
+            f"({'; '.join(_grouped(left)) or 'it has none'}); remove techniques.{plan.kind} or choose another backbone"
+        )
+    for branches, sites in grown.items():
+        plan.note(f"{len(sites)} of {len(names)} convolutions grew branches: {branches}")
+    for line in _grouped(left):
+        plan.note(f"left alone: {line}")
+
+
+def _chosen(kind: str, where: Where, names: list[str]) -> set[str]:
+    for key, patterns in (("include", where.include), ("exclude", where.exclude)):
+        for pattern in patterns:
+            if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
+                raise FgvcError(
+                    f"techniques.{kind}.{key}: {pattern!r} fits none of the backbone's {len(names)} convolutions, "
+                    f"such as {', '.join(names[:SHOWN])}"
+                )
+    included = {name for name in names if _fits(name, where.include)}
+    return {name for name in included if not _fits(name, where.exclude)}
+
+
+def _refuse_taken(plan: Plan, chosen: set[str]) -> None:
+    taken = [site.name for site in plan.sites if site.name in chosen and isinstance(plan.module(site.name), Block)]
+    if taken:
+        raise FgvcError(
+            f"techniques.{plan.kind}: {len(taken)} of its convolutions were replaced by another technique already: "
+            f"{_listed(taken)}; keep the two apart with include and exclude, or remove one"
+        )
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _grouped(left: dict[str, str]) -> list[str]:
+    """One line a reason, with its first few names."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [f"{len(names)} ({reason}): {_listed(names)}" for reason, names in by_reason.items()]
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"

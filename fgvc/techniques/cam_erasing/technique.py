@@ -1,0 +1,138 @@
+"""CAM-guided erasing of the input: what the network looks at is erased, so that it learns the remaining evidence.
+
+The map is that of the step itself, of the moving average, or of the epoch before. The last is the first form of Cutout
+(DeVries & Taylor 2017, arXiv:1708.04552), which then kept random boxes; compare AE-PSL (Wei et al., CVPR 2017,
+arXiv:1703.08448). What was erased when a map was recorded is not in that map, so the regions of one image change from epoch to
+epoch. After stripping nothing is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fgvc.config.schedule import Scheduled, at
+from fgvc.config.section import Section
+from fgvc.models.class_maps import normalised
+from fgvc.techniques.cam_erasing.store import MapStore
+from fgvc.techniques.masks import FILLS, Fill, Region, erase, select
+from fgvc.techniques.plan import AnyMethod, Context, Plan
+from fgvc.techniques.ranks import gathered
+from fgvc.types import Batch, Output, View
+
+
+class CamErasingConfig(Section):
+    """Erase from the image what the network looks at."""
+
+    kind: Literal["cam_erasing"] = "cam_erasing"
+    source: Literal["current", "ema", "previous_epoch"] = Field(
+        "current",
+        description="of the map. current: this step's, on a view of its own; ema: of the average, by one forward without "
+        "gradient; previous_epoch: recorded one epoch ago, for no forward at all",
+    )
+    probability: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="of erasing an image; default: 1 with `current`, whose view is beside the whole image, else 0.5",
+    )
+    weight: Scheduled | None = Field(
+        None, description="of the erased view's cross-entropy, for source: current alone; default: 1"
+    )
+    map: AnyMethod = Field("auto", description="cam | gradcam | gradcam++; auto: cam where the head allows it")
+    region: Region = Field(Region(), description="what is erased, of the map from 0 to 1; by an empty map nothing")
+    fill: Fill = Field("zero", description=FILLS)
+
+    @model_validator(mode="after")
+    def _weighs(self) -> Self:
+        if self.weight is not None and self.source != "current":
+            raise ValueError(f"weight is of the view that source: current adds; with {self.source} give a probability")
+        return self
+
+    @property
+    def needs_ema(self) -> bool:
+        return self.source == "ema"
+
+    def build(self) -> CamErasing:
+        return CamErasing(self)
+
+
+class CamErasing:
+    """x' = x outside of region(map), `fill` inside."""
+
+    source: ClassVar[str] = "DeVries & Taylor 2017, arXiv:1708.04552; Wei et al., CVPR 2017, arXiv:1703.08448"
+    forwards: ClassVar[str] = "1 (current), 1/3 (ema), 0 (previous_epoch)"
+    leaves: ClassVar[str] = "nothing"
+    remembers_images: bool
+
+    def __init__(self, config: CamErasingConfig) -> None:
+        self.config = config
+        self.remembers_images = config.source == "previous_epoch"
+        self._store: MapStore | None = None
+        self._new: list[tuple[Tensor, Tensor, Tensor, tuple[int, int]]] = []  # of the parts of one step
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where this backbone has no class map."""
+        self._method = plan.map(self.config.map)
+        if self.config.source == "previous_epoch":
+            self._store = MapStore(plan.map_shape[1:])
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:
+        """Which samples are erased, (B,) bool, and the seed of a fill of noise."""
+        share = self.config.probability
+        share = (1.0 if self.config.source == "current" else 0.5) if share is None else share
+        return torch.from_numpy(rng.random(len(batch.labels)) < share), int(rng.integers(2**63))
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        """Erased at once where the map is there before the forward."""
+        if self.config.source == "ema":
+            return replace(batch, x=self._erased(batch.x, normalised(ctx.probe("ema").map(self._method)), ctx))
+        if self._store is not None:
+            maps = self._store.recall(batch.index, batch.geometry, batch.x.shape[2:]).to(batch.x.device)
+            # Not stretched again: what was looked at most may lie outside of the new crop.
+            return replace(batch, x=self._erased(batch.x, maps, ctx, maximum=1.0))
+        return batch
+
+    def views_after(self, batch: Batch, outputs: dict[str, Output], ctx: Context) -> list[View]:
+        main = outputs["main"]
+        if self._store is not None:
+            height, width = main.view.x.shape[2:]
+            if len(main.view.target) == 1:
+                maps = main.map(self._method)
+            else:  # mixed: of the image's own label all the same
+                maps = main.mapper(main.features, [(batch.labels, None)], self._method, batch.x.shape[2:])
+            self._new.append((batch.index, batch.geometry, normalised(maps), (height, width)))
+        weight = at(1.0 if self.config.weight is None else self.config.weight, ctx.progress)
+        if self.config.source != "current" or not weight:
+            return []
+        x = self._erased(main.view.x, normalised(main.map(self._method)), ctx)
+        return [View("erased", x, main.view.target, weight, bn="own")]
+
+    def after_step(self, ctx: Context) -> None:
+        """Record this step's maps for the next epoch, those of all ranks."""
+        for index, geometry, maps, size in self._new:
+            assert self._store is not None
+            device = maps.device
+            rows, matrices = gathered(index.to(device)), gathered(geometry.to(device))
+            self._store.record(rows, matrices, gathered(maps), size)
+        self._new.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._store is None else self._store.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._store is not None:
+            self._store.load_state_dict(state)
+
+    def _erased(self, x: Tensor, maps: Tensor, ctx: Context, maximum: float | None = None) -> Tensor:
+        """`maps` (B,h,w) in [0,1]."""
+        chosen, seed = ctx.draw
+        mask = select(maps, x.shape[2:], self.config.region, maximum=maximum) & chosen.to(x.device)[:, None, None]
+        ctx.show("map", maps, x)
+        ctx.show("erased", mask, x)
+        return erase(x, mask, self.config.fill, seed=seed)

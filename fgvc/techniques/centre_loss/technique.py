@@ -1,0 +1,80 @@
+"""Centre loss (Wen et al., ECCV 2016; no arXiv): the features of a class are drawn to its centre, which follows them.
+
+The features are what the deployed head's last layer reads. After stripping nothing is left: the centres go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fgvc.config.schedule import Scheduled
+from fgvc.config.section import Section
+from fgvc.techniques.centres import Noted, class_sums
+from fgvc.techniques.plan import Context, Plan
+from fgvc.types import Output
+
+
+class CentreLossConfig(Section):
+    """Draw the features of each class together."""
+
+    kind: Literal["centre_loss"] = "centre_loss"
+    centre: Scheduled = Field(0.003, description="weight of half the squared distance to the class's centre (the paper's lambda)")
+    rate: float = Field(0.5, gt=0, le=1, description="how fast the centres follow (the paper's alpha)")
+
+    needs_whole_labels: ClassVar[bool] = True
+
+    def build(self) -> CentreLoss:
+        return CentreLoss(self)
+
+
+class CentreLoss:
+    """L = mean_b |x_b - c_y|^2 / 2 (Eq. 2); then c_j -= rate * sum over y=j of (c_j - x) / (1 + n_j) (Eq. 4), once a step, of
+    all its images."""
+
+    source: ClassVar[str] = "Wen et al., ECCV 2016 (no arXiv)"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: CentreLossConfig) -> None:
+        self.config = config
+        self.weights: Mapping[str, Scheduled] = {"centre": config.centre}
+        self._noted = Noted()
+
+    def setup(self, plan: Plan) -> None:
+        plan.add("centres", Centres(plan.classes, plan.pooled_width))
+
+    def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
+        """`centre`, of the main view; none where its labels are mixed. Notes what the centres follow, on every rank."""
+        main = outputs["main"]
+        x = ctx.pooled(main.features).float()
+        self._noted.add(x, main.view.target, ctx)
+        if len(main.view.target) > 1:
+            return {}
+        centres = cast("Centres", ctx.branches["centres"]).of
+        return {"centre": (x - centres[main.view.target[0][0]]).square().sum(1).mean() / 2}
+
+    def after_step(self, ctx: Context) -> None:
+        """Move the centres by this step's features, those of all ranks and parts together."""
+        if noted := self._noted.take():
+            cast("Centres", ctx.branches["centres"]).follow(*noted, rate=self.config.rate)
+
+
+class Centres(nn.Module):
+    """One point of the features' space a class, from 0."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("of", torch.zeros(classes, width))
+        self.of: Tensor
+
+    @torch.no_grad()
+    def follow(self, x: Tensor, labels: Tensor, *, rate: float) -> None:
+        """By x (B,D) of labels (B,), each in [0,K), or -1: left out."""
+        present, counts, sums = class_sums(x, labels)
+        centres = self.of[present]
+        self.of[present] = centres - rate * (counts[:, None] * centres - sums) / (1 + counts[:, None])

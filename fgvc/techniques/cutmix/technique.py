@@ -1,0 +1,52 @@
+"""CutMix (Yun et al., ICCV 2019, arXiv:1905.04899): a box of another image, and labels by exact area.
+
+Left after stripping: nothing, it only changes the batch.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from fgvc.techniques.mixing import Mixing, boxes_of_partners, draw_boxes, draws, partners
+from fgvc.techniques.plan import Context
+from fgvc.types import Batch
+
+
+class CutmixConfig(Mixing):
+    """Put a box of another image into each."""
+
+    kind: Literal["cutmix"] = "cutmix"
+    alpha: float = Field(
+        1.0, gt=0, description="the box's share of the image, before edges cut it, ~ Beta(alpha, alpha)"
+    )
+
+    def build(self) -> Cutmix:
+        return Cutmix(self)
+
+
+class Cutmix:
+    """x' = x outside and x[p] inside of a box; loss = (1-a) CE(y) + a CE(y[p]), a the area that the box really covers."""
+
+    source: ClassVar[str] = "Yun et al., ICCV 2019, arXiv:1905.04899"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: CutmixConfig) -> None:
+        self.config = config
+        self.mixes = config.share
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Boxes (1 or B,4) int64 in pixels, partners (B,) int64."""
+        share = rng.beta(self.config.alpha, self.config.alpha, draws(batch, self.config.per))
+        box = draw_boxes(rng, share, (batch.x.shape[2], batch.x.shape[3]))
+        return box, partners(rng, batch.labels, self.config.pairing)
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        if ctx.draw is None:
+            return batch
+        box, order = (part.to(batch.x.device, non_blocking=True) for part in ctx.draw)
+        return boxes_of_partners(batch, box, order)

@@ -1,0 +1,60 @@
+"""Cutout (DeVries & Taylor 2017, arXiv:1708.04552): squares at random places are erased, clipped at the image's border.
+
+Left after stripping: nothing, it only changes the batch. A random control of `cam_erasing`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fgvc.config.section import Section
+from fgvc.techniques.masks import FILLS, Fill, erase, inside, sparing
+from fgvc.techniques.plan import Context
+from fgvc.types import Batch
+
+
+class CutoutConfig(Section):
+    """Erase squares at random places."""
+
+    kind: Literal["cutout"] = "cutout"
+    probability: float = Field(1.0, ge=0, le=1, description="of cutting into an image")
+    length: float = Field(0.25, gt=0, lt=1, description="side of a square as a share of the image's shorter side")
+    holes: int = Field(1, ge=1, le=64, description="squares an image; they may overlap")
+    fill: Fill = Field("zero", description=FILLS)
+
+    def build(self) -> Cutout:
+        return Cutout(self)
+
+
+class Cutout:
+    """x' = fill where |row - cy| and |column - cx| are below half the length, (cy, cx) uniform over the image."""
+
+    source: ClassVar[str] = "DeVries & Taylor 2017, arXiv:1708.04552"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: CutoutConfig) -> None:
+        self.config = config
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:
+        """(B,holes,4) float32: left, top, right, bottom in pixels, empty for an image that is spared; a seed."""
+        height, width = batch.x.shape[2:]
+        shape = len(batch.labels), self.config.holes
+        shorter = min(height, width)
+        side = max(min(round(self.config.length * shorter), shorter - 1), 1)
+        top, left = (rng.integers(extent, size=shape) - side // 2 for extent in (height, width))
+        boxes = np.stack([left, top, left + side, top + side], axis=-1).astype(np.float32)
+        boxes[rng.random(shape[0]) >= self.config.probability] = 0
+        return torch.from_numpy(boxes), int(rng.integers(2**63))
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        boxes, seed = ctx.draw
+        mask = sparing(inside(boxes.to(batch.x.device, non_blocking=True), batch.x.shape[2:]))
+        ctx.show("erased", mask, batch.x)
+        return replace(batch, x=erase(batch.x, mask, self.config.fill, seed=seed))

@@ -1,0 +1,38 @@
+"""Diverse Branch Block (Ding et al., CVPR 2021, arXiv:2103.13425), around any timm convolution that can take it.
+
+Every square k x k convolution gets a 1x1, a 1x1 - k x k and an average - 1x1 branch beside it; a depthwise one a
+1x1 - k x k of twice its channels and an average. After stripping nothing is left: the branches are folded into the plain
+kernels, exactly.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from fgvc.reparam.kinds import dbb
+from fgvc.techniques.branches import Where, graft_chosen
+from fgvc.techniques.plan import Plan
+
+
+class DbbConfig(Where):
+    """Branches of several scales and depths beside square convolutions; step 0 is the pretrained function."""
+
+    kind: Literal["dbb"] = "dbb"
+
+    def build(self) -> Dbb:
+        return Dbb(self)
+
+
+class Dbb:
+    """y = conv(x) + BN(1x1(x)) + BN(kxk(BN(1x1(x)))) + BN(1x1(mean(x))), the last gammas 0 at first."""
+
+    source: ClassVar[str] = "Ding et al., CVPR 2021, arXiv:2103.13425"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing: folded into the plain kernels"
+
+    def __init__(self, config: DbbConfig) -> None:
+        self.config = config
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where a pattern fits no convolution, or nothing can be grafted."""
+        graft_chosen(plan, self.config, dbb)

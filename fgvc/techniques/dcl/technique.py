@@ -1,0 +1,132 @@
+"""DCL: Destruction and Construction Learning (Chen et al., CVPR 2019; no arXiv).
+
+Every image also comes as a jigsaw of itself with the same label. One added head tells original from destroyed, another
+says where each patch came from, against the exact permutation. Left after stripping: nothing, the deployed head alone
+classifies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fgvc.config.schedule import Scheduled, at
+from fgvc.config.section import Section
+from fgvc.models.loss import cross_entropy
+from fgvc.techniques.dcl.jigsaw import cut, draw_jigsaws, places
+from fgvc.techniques.plan import Context, Plan
+from fgvc.types import Batch, FgvcError, Output, View
+
+MAIN, DESTROYED = "main", "dcl.destroyed"
+
+
+class DclConfig(Section):
+    """A jigsaw of every image, and two heads that see through it."""
+
+    kind: Literal["dcl"] = "dcl"
+    grid: int = Field(7, ge=2, le=32, description="N: the image is cut into N x N patches")
+    reach: float = Field(
+        2.0,
+        gt=0,
+        description="k: along either axis a patch moves less than 2k cells, the paper's bound: rows are shuffled, then columns. "
+        "The authors' code has no bound: tiles are shuffled as they stream by; a tenth stay (here a fifth), some go far",
+    )
+    classify: Scheduled = Field(1.0, description="weight of the jigsaw's cross-entropy beside the image's own")
+    destroyed: Scheduled = Field(1.0, description="weight of telling original from destroyed (beta)")
+    location: Scheduled = Field(
+        1.0,
+        description="weight of the L1 error of the patches' places (gamma; paper: 0.01 for rigid things like cars). Row and "
+        "column of the exact permutation; the authors' code has one number a patch, and guesses the jigsaw's by brightness",
+    )
+    head: Literal["2-way", "2K-way"] = Field(
+        "2-way", description="what the destroyed head tells: original or destroyed, or that and the class"
+    )
+    bn: Literal["shared", "own"] = Field(
+        "shared", description="shared: jigsaws are in the statistics of the batch norms (paper); own: they are not"
+    )
+
+    @model_validator(mode="after")
+    def _moves(self) -> DclConfig:
+        if self.reach <= 0.5:
+            raise ValueError("reach: with 0.5 or less no patch ever moves")
+        return self
+
+    def build(self) -> Dcl:
+        return Dcl(self)
+
+
+class Dcl:
+    """z_d = W_d pool(f) and m = conv1x1(pool_N(f)); losses: CE(z_d), mean |m - place| over both copies of the batch.
+
+    The paper puts a ReLU on m; here it is linear, since its targets are shares of the side in (0,1). See docs/methods.md.
+    """
+
+    source: ClassVar[str] = "Chen et al., CVPR 2019 (no arXiv)"
+    forwards: ClassVar[str] = "1"
+    leaves: ClassVar[str] = "nothing"
+    measures: ClassVar[tuple[str, ...]] = ("destroyed_accuracy", "location_chance")
+
+    def __init__(self, config: DclConfig) -> None:
+        self.config = config
+        self.weights: Mapping[str, Scheduled] = {"destroyed": config.destroyed, "location": config.location}
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where the patches would be empty or the features are no map."""
+        n, (channels, *cells), width = self.config.grid, plan.map_shape, plan.pooled_width
+        if min(plan.size) < n:
+            raise FgvcError(f"techniques.dcl.grid: {n} patches a side do not fit into {min(plan.size)} pixels")
+        if min(cells) < n:
+            plan.note(
+                f"the {cells[0]} x {cells[1]} features are coarser than the grid of {n} x {n}: neighbours share a cell"
+            )
+        ways = 2 if self.config.head == "2-way" else 2 * plan.classes
+        plan.add("destroyed", nn.Linear(width, ways))
+        plan.add("location", nn.Conv2d(channels, 2, 1))
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> Tensor:
+        """(B, N*N) int64: see fgvc.techniques.dcl.jigsaw."""
+        jigsaws = draw_jigsaws(rng, len(batch.labels), grid=self.config.grid, reach=self.config.reach)
+        return torch.from_numpy(jigsaws)
+
+    def views(self, batch: Batch, ctx: Context) -> list[View]:
+        """The jigsaw of the clean image, whatever is mixed elsewhere."""
+        classify = at(self.config.classify, ctx.progress)
+        if not classify and not any(at(weight, ctx.progress) for weight in self.weights.values()):
+            return []
+        x = cut(batch.x_clean, ctx.draw.to(batch.x.device, non_blocking=True))
+        target = [(batch.labels, None)]
+        return [View("destroyed", x, target, classify or 1.0, classifies=classify > 0, bn=self.config.bn)]
+
+    def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
+        """`destroyed` and `location`; measured: the accuracy of the one, and the error that the other would have if it
+        always answered with the cell itself."""
+        if DESTROYED not in outputs:
+            return {}
+        pair = outputs[MAIN], outputs[DESTROYED]
+        told = [ctx.branches["destroyed"](ctx.pooled(half.features)).float() for half in pair]
+        cells = [F.adaptive_avg_pool2d(ctx.grid(half.features), self.config.grid) for half in pair]
+        found = [ctx.branches["location"](cell).float() for cell in cells]
+        moved = places(ctx.draw.to(found[0].device, non_blocking=True))
+        home = places(torch.arange(self.config.grid**2, device=moved.device)[None])
+        ways = told[0].shape[1] // 2
+        right = torch.cat([z.argmax(1) // ways == copy for copy, z in enumerate(told)])
+        return {
+            "destroyed": (_cross_entropy(told[0], pair[0], 0) + _cross_entropy(told[1], pair[1], 1)) / 2,
+            "location": ((found[0] - home).abs().mean() + (found[1] - moved).abs().mean()) / 2,
+            "destroyed_accuracy": right.float().mean(),
+            "location_chance": (moved - home).abs().mean() / 2,
+        }
+
+
+def _cross_entropy(z: Tensor, half: Output, copy: int) -> Tensor:
+    """`copy`: 0 for the original, 1 for the destroyed half; with 2K ways, in the half's own class target."""
+    ways = z.shape[1] // 2
+    if ways == 1:
+        return F.cross_entropy(z, torch.full((len(z),), copy, device=z.device))
+    return cross_entropy(z, [(y + copy * ways, w) for y, w in half.view.target])

@@ -1,0 +1,211 @@
+"""Networks to learn from: which there can be, and what each is asked in a step.
+
+A teacher is no module: it is in no optimizer, no average and no DDP, and in a checkpoint only by a head that was fitted for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, Field, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fgvc.config.section import Preprocess, Section, Size, Spread, Triple, possible_mean
+from fgvc.models.backbone import Model, feature_map
+from fgvc.models.class_maps import evaluating
+from fgvc.models.probe import linear_head
+from fgvc.types import FgvcError
+
+
+class _Weighted(Section):
+    weight: float = Field(1.0, gt=0, description="share in the mean of several teachers, in units of the others'")
+
+
+class _OfTimm(_Weighted):
+    """Any timm classifier."""
+
+    backbone: Annotated[str, AfterValidator(Model._known)] = Field(description="by timm's name")
+    weights: str = Field(description="as model.weights")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to timm.create_model")
+    size: Size | None = Field(
+        None,
+        description="of its input: one number for a square, or [height, width]; default: what timm's weights were trained at",
+    )
+    mean: Triple | None = Field(None, description="of its input, RGB in [0,1]; default: as model.weights says")
+    std: Spread | None = Field(None, description="likewise")
+
+    @field_validator("mean")
+    @classmethod
+    def _within_range(cls, mean: Triple | None) -> Triple | None:
+        return mean if mean is None else possible_mean(mean, 1)
+
+    @field_validator("weights")
+    @classmethod
+    def _trained(cls, weights: str) -> str:
+        if weights == "none":
+            raise ValueError("a teacher of random weights has nothing to teach; give a file")
+        return weights
+
+
+class TimmTeacher(_OfTimm):
+    """Any timm classifier, fine-tuned elsewhere; its outputs must be this run's classes in this run's order."""
+
+    kind: Literal["timm"] = "timm"
+    weights: str = Field(
+        description="as model.weights: a file, mostly; its head must have this run's number of outputs"
+    )
+
+
+class ProbeTeacher(_OfTimm):
+    """Any pretrained timm net, as it is: before the first step its head is fitted, by logistic regression, to the images that the
+    run learns from."""
+
+    kind: Literal["probe"] = "probe"
+    weights: str = Field(description="as model.weights, of whatever classes: their own head is dropped")
+
+
+class RunTeacher(_Weighted):
+    """An earlier run of fgvc on the same classes."""
+
+    kind: Literal["run"] = "run"
+    path: Path = Field(description="its folder")
+    select: Literal["last", "best", "ema", "swa", "start"] | None = Field(
+        None, description="which weights; default: those it ships"
+    )
+
+
+class BundleTeacher(_Weighted):
+    """An exported bundle, on onnxruntime: on the CPU, and logits alone."""
+
+    kind: Literal["bundle"] = "bundle"
+    path: Path = Field(description="its folder")
+
+
+class EmaTeacher(_Weighted):
+    """The moving average of the net that learns."""
+
+    kind: Literal["ema"] = "ema"
+
+
+AnyTeacher = Annotated[
+    TimmTeacher | ProbeTeacher | RunTeacher | BundleTeacher | EmaTeacher, Field(discriminator="kind")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a teacher made of a batch, without gradient."""
+
+    logits: Tensor  # (B,K) float32, in the order of the student's classes
+    features: Tensor | None  # (B,C,h,w) float32: its last map, where it has one
+
+
+@dataclass(slots=True)
+class Probed:
+    """The net of a teacher whose linear head is fitted when a run begins, and kept in its checkpoints from then on."""
+
+    net: nn.Module  # in eval mode, on the run's device
+    spec: Preprocess  # of its input
+    origin: str  # SHA-256 of the net without its head, and of the preprocessing
+    fit: Mapping[str, Any] | None = None  # how it was fitted; None: it has not been
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it. Raises FgvcError where the head has not been fitted."""
+        if self.fit is None:
+            raise FgvcError("a teacher's head was never fitted")
+        head = linear_head(self.net).state_dict()
+        return {"origin": self.origin, "fit": dict(self.fit), "head": {key: value.cpu() for key, value in head.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the head from a checkpoint. Raises ValueError where it was fitted to another net."""
+        if state["origin"] != self.origin:
+            raise ValueError(
+                "a teacher is not the net that its head was fitted to when the run began: restore its weights file, and what "
+                "lies beside it"
+            )
+        linear_head(self.net).load_state_dict(state["head"])
+        self.fit = state["fit"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher:
+    """A network that is asked about the pixels that the student sees, in eval mode and in float32."""
+
+    name: str  # for people
+    answer: Callable[[Tensor], Said]  # of images (B,3,H,W) as the teacher's own normalisation makes them
+    size: tuple[int, int] | None  # height and width that it takes; None: whatever the student sees
+    channels: int | None  # of its features; None: logits alone
+    convert: Callable[[Tensor], Tensor]  # from the student's normalisation to its own
+    identity: Callable[[], str] | None = None  # SHA-256 of all that its answers depend on; None: they change
+    notes: tuple[str, ...] = ()
+    probed: Probed | None = None  # where its head is fitted when a run begins
+
+    def __call__(self, x: Tensor, finest: Tensor | None = None) -> Said:
+        """`x` (B,3,H,W) as the student sees it; `finest`: the same pixels as they were rendered, where nothing has changed
+        them since. A teacher of another size gets `finest`, else x, brought to its size by an antialiased bicubic."""
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            seen, x = x if finest is None else finest, x.float()
+            if self.size is not None and tuple(x.shape[2:]) != self.size:
+                x = seen.float()
+                if tuple(x.shape[2:]) != self.size:
+                    x = F.interpolate(x, self.size, mode="bicubic", antialias=True)
+            return self.answer(self.convert(x))
+
+
+def conversion(student: Preprocess, own: Preprocess) -> Callable[[Tensor], Tensor]:
+    """From images (B,3,H,W) normalised as `student` says to the same pixels as `own` has them; no change, no copy."""
+    said = [(spec.mean, spec.std, spec.input_range, spec.channel_order) for spec in (student, own)]
+    if said[0] == said[1]:
+        return lambda x: x
+    flip = student.channel_order != own.channel_order
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (student.mean, student.std))
+    mean, std = (mean.flip(0), std.flip(0)) if flip else (mean, std)
+    to_mean, to_std = (torch.tensor(values, dtype=torch.float64) for values in (own.mean, own.std))
+    unit = own.input_range / student.input_range
+    scale, shift = unit * std / to_std, (unit * mean - to_mean) / to_std
+
+    def convert(x: Tensor) -> Tensor:
+        x = x.flip(1) if flip else x
+        return x * scale.to(x).view(3, 1, 1) + shift.to(x).view(3, 1, 1)
+
+    return convert
+
+
+def through(net: nn.Module, x: Tensor, *, maps: bool) -> Said:
+    """A timm net's logits and, with `maps`, its last feature map; the net's modes come back as they were."""
+    with evaluating(net):
+        features = net.forward_features(x)  # type: ignore[operator]
+        logits = net.forward_head(features)  # type: ignore[operator]
+    return Said(logits.float(), feature_map(net, features, x.shape[2:]).float() if maps else None)
+
+
+def in_order(theirs: tuple[str, ...], ours: tuple[str, ...], *, where: str) -> list[int]:
+    """For each of our classes the position that it has with them. Raises FgvcError naming the first differences."""
+    if set(theirs) != set(ours) or len(theirs) != len(ours):
+        lacks, more = (sorted(set(a) - set(b)) for a, b in ((ours, theirs), (theirs, ours)))
+        said = [
+            f"{what} {', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            for what, names in (("it lacks", lacks), ("it has besides", more))
+            if names
+        ]
+        raise FgvcError(
+            f"{where}: its {len(theirs)} classes are not this run's {len(ours)}: {'; '.join(said)}. "
+            "A teacher must know the same classes by the same names"
+        )
+    place = {name: at for at, name in enumerate(theirs)}
+    return [place[name] for name in ours]
+
+
+def digest(net: nn.Module, *more: object) -> str:
+    """SHA-256 of a net's weights, and of whatever else decides its answers."""
+    found = hashlib.sha256(repr(more).encode())
+    for name, value in net.state_dict().items():
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -1,0 +1,158 @@
+"""Distillation: learn from the outputs of other networks for the same pixels.
+
+By their softened probabilities (Hinton et al. 2015, arXiv:1503.02531), decoupled ones (DKD, Zhao et al., CVPR 2022,
+arXiv:2203.08679), attention (AT, Zagoruyko & Komodakis, ICLR 2017, arXiv:1612.03928) or features (FitNets, Romero et al.,
+ICLR 2015, arXiv:1412.6550); the formulas are in `fgvc.techniques.distill.losses`. After stripping nothing is left: teachers are outside of the
+net, and the hints' regressors are branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from fgvc.config.schedule import Scheduled, at, ever
+from fgvc.config.section import Section
+from fgvc.models.class_maps import dominant
+from fgvc.techniques.distill.ensemble import Panel
+from fgvc.techniques.distill.losses import attention, decoupled, divergence, hint, softened
+from fgvc.techniques.distill.teacher import AnyTeacher, EmaTeacher, Said, Teacher
+from fgvc.techniques.plan import Context, Plan
+from fgvc.types import Batch, EpochStart, FgvcError, Output
+
+MAIN = "main"
+
+
+class DistillConfig(Section):
+    """Learn from teachers, on the very pixels of the main view."""
+
+    kind: Literal["distill"] = "distill"
+    teachers: tuple[AnyTeacher, ...] = Field(
+        (EmaTeacher(),),
+        description="any of {kind: run, path: RUN}, {kind: bundle, path: BUNDLE}, {kind: timm, backbone: NAME, weights: FILE} "
+        "(trained on these classes), {kind: probe, backbone: NAME, weights: FILE, size: 224} (pretrained alone: before the first "
+        "step a head is fitted to its frozen features of the training images), {kind: ema} (the run's own average); of several "
+        "the softened probabilities are averaged by their `weight`. A larger one sees the larger render where nothing mixes or "
+        "erases the images, else the student's pixels enlarged",
+    )
+    method: Literal["kd", "dkd"] = Field(
+        "kd", description="dkd needs whole labels: a step whose labels are mixed falls back to kd"
+    )
+    kd: Scheduled = Field(
+        1.0,
+        description="weight of T^2 KL(teacher || student), of either method. A loss of a CE + b KD is CE + (b/a) KD here and a "
+        "times the rate: 0.1 and 0.9 are kd: 9. A warm-up is knots such as [[0, 0], [0.1, 1]]",
+    )
+    temperature: float = Field(4.0, gt=0, description="T, of both softmaxes; of dkd on ImageNet its authors take 1")
+    alpha: float = Field(1.0, ge=0, description="of dkd: weight of target against all the rest")
+    beta: float = Field(
+        8.0, ge=0, description="of dkd: weight of the classes among the rest. 8 is its authors' for CIFAR-100; ImageNet: 0.5"
+    )
+    attention: Scheduled = Field(
+        0.0, description="weight of 1000 mean (a_s - a_t)^2 of the last maps' attention (AT), squared, then pooled to one size"
+    )
+    hints: Scheduled = Field(
+        0.0, description="weight of mean (r(f_s) - f_t)^2 of the last maps, r a learned 1x1 convolution "
+        "(mdistiller, a library, has 100)"
+    )
+    cache: Path | None = Field(
+        None,
+        description="folder where teachers' logits are kept (4 (K + 7) bytes an image and epoch), for later runs with the same "
+        "teacher, images, augmentation and seed; used in steps where nothing mixes or erases the images",
+    )
+
+    @field_validator("teachers")
+    @classmethod
+    def _some(cls, teachers: tuple[AnyTeacher, ...]) -> tuple[AnyTeacher, ...]:
+        if not teachers:
+            raise ValueError("give at least one, for example [{kind: run, path: runs/large}], or [{kind: ema}]")
+        return teachers
+
+    @property
+    def needs_ema(self) -> bool:
+        return any(isinstance(teacher, EmaTeacher) for teacher in self.teachers)
+
+    def build(self) -> Distill:
+        return Distill(self)
+
+
+class Distill:
+    """`kd` = T^2 KL(q || p) or T^2 (alpha TCKD + beta NCKD), q the weighted mean of softmax(z_t / T), p = softmax(z_s / T)."""
+
+    source: ClassVar[str] = (
+        "Hinton et al. 2015, arXiv:1503.02531; DKD: Zhao et al., CVPR 2022, arXiv:2203.08679; AT: Zagoruyko & Komodakis, "
+        "ICLR 2017, arXiv:1612.03928; hints: Romero et al., ICLR 2015, arXiv:1412.6550"
+    )
+    forwards: ClassVar[str] = "0 (and its teachers' own)"
+    leaves: ClassVar[str] = "nothing"
+    measures: ClassVar[tuple[str, ...]] = ("teacher_accuracy",)
+
+    def __init__(self, config: DistillConfig) -> None:
+        self.config = config
+        self.weights: Mapping[str, Scheduled] = {"kd": config.kd, "attention": config.attention, "hints": config.hints}
+        self.teachers: list[Teacher] = []  # empty where a trained net is only rebuilt
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where a teacher can't teach, or none has the features that AT and hints ask for."""
+        self.teachers = plan.teachers(self.config.teachers)
+        self._panel = Panel(self.teachers, cache=self.config.cache, classes=plan.classes)
+        for teacher in self.teachers:
+            plan.note("; ".join([f"teacher {teacher.name}", *teacher.notes]))
+            if teacher.size is not None:  # in whole eights of pixels, as images are rendered
+                plan.render(max(8 * -(-theirs // 8) / own for theirs, own in zip(teacher.size, plan.size, strict=True)))
+        asked = [term for term in ("attention", "hints") if self.teachers and ever(self.weights[term])]
+        if asked and all(teacher.channels is None for teacher in self.teachers):
+            raise FgvcError(
+                f"techniques.distill.{asked[0]}: {self.teachers[0].name} gives logits, no features; set {asked[0]} to 0, or "
+                "give a teacher of kind run, timm or probe"
+            )
+        if "attention" in asked and max(plan.map_shape[1:]) == 1:
+            plan.note("the last map has one cell, whose attention (AT) says nothing: give larger images")
+        if ever(self.config.hints):
+            for number, teacher in enumerate(self.teachers):
+                if teacher.channels is not None:
+                    plan.add(f"hint{number}", nn.Conv2d(plan.map_shape[0], teacher.channels, 1))
+
+    def before_epoch(self, start: EpochStart) -> None:
+        self._panel.open(start)
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, list[Said]]:
+        """Nothing random: a place for the answers, which hold for a second pass over the same views (SAM)."""
+        return {}
+
+    def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
+        """`kd`, `attention`, `hints`; measured: how often the teachers' mean is right on these images."""
+        if not self.teachers:
+            return {}
+        main, config, terms = outputs[MAIN], self.config, {}
+        wanted = {name for name, weight in self.weights.items() if at(weight, ctx.progress)}
+        if not ctx.again:
+            ctx.draw["said"] = self._panel.ask(main, ctx, features=bool(wanted - {"kd"}))
+        said = ctx.draw["said"]
+        with torch.autocast(main.logits.device.type, enabled=False):
+            shares = [teacher.weight for teacher in config.teachers]
+            log_q = softened([one.logits for one in said], config.temperature, shares)
+            if "kd" in wanted:
+                log_p, target = softened([main.logits], config.temperature), main.view.target
+                whole = len(target) == 1 and target[0][1] is None
+                if config.method == "dkd" and whole:
+                    kl = decoupled(log_p, log_q, target[0][0], alpha=config.alpha, beta=config.beta)
+                else:
+                    kl = divergence(log_p, log_q)
+                terms["kd"] = config.temperature**2 * kl
+            pairs = {number: one.features for number, one in enumerate(said) if one.features is not None}
+            if "attention" in wanted:
+                f = ctx.grid(main.features).float()
+                terms["attention"] = torch.stack([attention(f, theirs) for theirs in pairs.values()]).mean()
+            if "hints" in wanted:
+                regressors = {number: cast("nn.Conv2d", ctx.branches[f"hint{number}"]) for number in pairs}
+                found = [hint(regressors[n], ctx.grid(main.features), theirs) for n, theirs in pairs.items()]
+                terms["hints"] = torch.stack(found).mean()
+        right = log_q.argmax(1) == dominant(main.view.target)
+        return terms | {"teacher_accuracy": right.float().mean()}

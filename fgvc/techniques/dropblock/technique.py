@@ -1,0 +1,75 @@
+"""DropBlock (Ghiasi et al., NeurIPS 2018, arXiv:1810.12890): squares of a stage's map are dropped at random places.
+
+The random control of `adl`. Left after stripping: nothing, it is the identity in evaluation.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from fgvc.config.schedule import Scheduled, Value, at, ever
+from fgvc.config.section import Section
+from fgvc.techniques.plan import Context, Plan, Stages
+from fgvc.types import Batch
+
+
+class DropblockConfig(Section):
+    """Drop squares of a stage's map at random places."""
+
+    kind: Literal["dropblock"] = "dropblock"
+    stages: Stages = ("features",)
+    rate: Scheduled = Field(
+        ((0.0, 0.0), (1.0, 0.1)), description="share of the map that is dropped, about; the paper lets it grow from 0"
+    )
+    block: int = Field(
+        7, ge=1, description="side of a square in cells of the map; at most half of the map's side is used"
+    )
+
+    @field_validator("rate")
+    @classmethod
+    def _some_left(cls, rate: Value) -> Value:
+        if ever(rate, above=0.9):
+            raise ValueError("at most 0.9: something must be left")
+        return rate
+
+    def build(self) -> Dropblock:
+        return Dropblock(self)
+
+
+class Dropblock:
+    """f' = f m |m| / sum m; m is 0 in every square whose corner was drawn, with the paper's probability (Eq. 1)
+    rate / b^2 * h w / ((h - b + 1)(w - b + 1))."""
+
+    source: ClassVar[str] = "Ghiasi et al., NeurIPS 2018, arXiv:1810.12890"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: DropblockConfig) -> None:
+        self.config = config
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where a stage has no map, or no classifier reads it."""
+        for number, stage in enumerate(self.config.stages):
+            plan.gate(plan.cells(stage), partial(self._gate, number))
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> list[int]:
+        """One seed a stage: how many cells there are is known in the forward only."""
+        return [int(seed) for seed in rng.integers(2**63, size=len(self.config.stages))]
+
+    def _gate(self, number: int, f: Tensor, ctx: Context) -> Tensor:
+        b, _, h, w = ctx.grid(f).shape
+        block = max(min(self.config.block, h // 2, w // 2), 1)
+        corners = h - block + 1, w - block + 1
+        gamma = at(self.config.rate, ctx.progress) / block**2 * h * w / (corners[0] * corners[1])
+        rng = torch.Generator().manual_seed(ctx.draw[number])  # on the CPU: the same numbers on every device
+        drawn = (torch.rand(b, 1, *corners, generator=rng) < gamma).to(f.device).float()
+        keep = 1 - F.max_pool2d(F.pad(drawn, [block - 1] * 4), block, stride=1)[:, 0]
+        ctx.show(f"dropped at {self.config.stages[number]}", keep == 0)
+        return ctx.scaled(f, keep * (keep.numel() / keep.sum().clamp_min(1)))

@@ -1,0 +1,53 @@
+"""mixup (Zhang et al., ICLR 2018, arXiv:1710.09412): convex combinations of images and of their losses.
+
+Left after stripping: nothing, it only changes the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fgvc.techniques.mixing import Mixing, draws, mixed_target, partners
+from fgvc.techniques.plan import Context
+from fgvc.types import Batch
+
+
+class MixupConfig(Mixing):
+    """Mix each image with another one of its batch."""
+
+    kind: Literal["mixup"] = "mixup"
+    alpha: float = Field(0.2, gt=0, description="lambda ~ Beta(alpha, alpha)")
+
+    def build(self) -> Mixup:
+        return Mixup(self)
+
+
+class Mixup:
+    """x' = l x + (1-l) x[p]; loss = l CE(y) + (1-l) CE(y[p]), p a permutation of the batch."""
+
+    source: ClassVar[str] = "Zhang et al., ICLR 2018, arXiv:1710.09412"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: MixupConfig) -> None:
+        self.config = config
+        self.mixes = config.share
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
+        """lambda (B,) float32 in [0,1], partners (B,) int64."""
+        share = rng.beta(self.config.alpha, self.config.alpha, draws(batch, self.config.per)).astype(np.float32)
+        order = partners(rng, batch.labels, self.config.pairing)
+        return torch.from_numpy(np.broadcast_to(share, len(order)).copy()), order
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        if ctx.draw is None:
+            return batch
+        share, order = (part.to(batch.x.device, non_blocking=True) for part in ctx.draw)
+        x = torch.lerp(batch.x[order], batch.x, share.to(batch.x.dtype).view(-1, 1, 1, 1))
+        return replace(batch, x=x, target=mixed_target(batch.target, [(None, share), (order, 1 - share)]))

@@ -1,0 +1,112 @@
+"""Mosaic for classification: four images in one, labels by the exact area of each.
+
+The mosaic of detectors (YOLOv4, Bochkovskiy et al. 2020, arXiv:2004.10934) keeps boxes; labels by area are fgvc's own. Left
+after stripping: nothing, it only changes the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from fgvc.config.section import ShareRange
+from fgvc.techniques.mixing import Mixing, draws, mixed_target, partners
+from fgvc.techniques.mosaic.canvas import CELLS, in_cells, on_canvas, shares
+from fgvc.techniques.plan import Context
+from fgvc.types import Batch
+
+
+class MosaicConfig(Mixing):
+    """Put each image and three others together to one."""
+
+    kind: Literal["mosaic"] = "mosaic"
+    until: float = Field(
+        0.8, gt=0, le=1, description="share of the run after which none is made: the last epochs see whole images"
+    )
+    style: Literal["cells", "canvas"] = Field(
+        "cells",
+        description="cells: each image, reduced, fills its part of a cross | canvas: as detectors do it, in full size on a "
+        "canvas twice as large, of which a window is seen",
+    )
+    split: ShareRange = Field((0.3, 0.7), description="cells: where the cross lies, as shares of the sides")
+    scale: tuple[float, float] = Field((0.5, 1.5), description="canvas: scale of the window")
+    shift: float = Field(0.1, ge=0, le=0.3, description="canvas: the window's largest shift, as a share of the sides")
+
+    @field_validator("split")
+    @classmethod
+    def _open(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[1] >= 1:
+            raise ValueError("below 1, so that all four have a part")
+        return value
+
+    @field_validator("scale")
+    @classmethod
+    def _sensible(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0.5 <= value[0] <= value[1] <= 2:
+            raise ValueError("two numbers from 0.5 to 2, the smaller first")
+        return value
+
+    def share(self, progress: float) -> float:
+        return super().share(progress) if progress < self.until else 0.0
+
+    def build(self) -> Mosaic:
+        return Mosaic(self)
+
+
+class Mosaic:
+    """x' = four parts of x, x[p], x[q], x[r]; loss = sum_i a_i CE(y_i), a_i the exact share of the pixels."""
+
+    source: ClassVar[str] = "YOLOv4, Bochkovskiy et al. 2020, arXiv:2004.10934; here with labels by area"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: MosaicConfig) -> None:
+        self.config = config
+        self.mixes = config.share
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, Any]:
+        """`orders` (3,B) int64; cells: `split` (n,2) int64 rows and columns of the first cell, `windows` (n,4,2) in [0,1);
+        canvas: `middle` (n,2), `scale` (n,), `shift` (n,2). n is 1 or B."""
+        count = draws(batch, self.config.per)
+        orders = [partners(rng, batch.labels, self.config.pairing) for _ in range(CELLS - 1)]
+        drawn: dict[str, Any] = {"orders": torch.stack(orders)}
+        if self.config.style == "cells":
+            sides = np.array(batch.x.shape[2:])
+            split = np.rint(rng.uniform(*self.config.split, (count, 2)) * sides).clip(1, sides - 1).astype(np.int64)
+            return drawn | {"split": split, "windows": rng.random((count, CELLS, 2))}
+        largest = self.config.shift
+        for name, low, high, shape in (
+            ("middle", 0.5, 1.5, (count, 2)),
+            ("scale", *self.config.scale, (count,)),
+            ("shift", 0.5 - largest, 0.5 + largest, (count, 2)),
+        ):
+            drawn[name] = torch.from_numpy(rng.uniform(low, high, shape).astype(np.float32))
+        return drawn
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        if ctx.draw is None:
+            return batch
+        orders = ctx.draw["orders"].to(batch.x.device, non_blocking=True)
+        pictures = [batch.x, *(batch.x[order] for order in orders)]
+        if self.config.style == "cells":
+            x, parts = _in_cells(pictures, ctx.draw["split"], ctx.draw["windows"])
+        else:
+            numbers = (ctx.draw[name].to(batch.x.device, non_blocking=True) for name in ("middle", "scale", "shift"))
+            x, parts = on_canvas(pictures, *numbers)
+        return replace(batch, x=x, target=mixed_target(batch.target, list(zip([None, *orders], parts, strict=True))))
+
+
+def _in_cells(pictures: list[Tensor], split: np.ndarray, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The mosaics, and the share (4,B) float32 of each picture."""
+    x, size = pictures[0], pictures[0].shape[2:]
+    groups = [slice(None)] if len(split) == 1 else [slice(b, b + 1) for b in range(len(split))]
+    found = torch.empty_like(x)
+    for rows, (y, z), at_ in zip(groups, split.tolist(), windows.tolist(), strict=True):
+        found[rows] = in_cells([picture[rows] for picture in pictures], (y, z), at_)
+    parts = torch.tensor([shares((y, z), size) for y, z in split.tolist()], device=x.device)
+    return found, parts.T.expand(CELLS, len(x))

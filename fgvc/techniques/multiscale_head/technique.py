@@ -1,0 +1,107 @@
+"""A multi-scale head: ASFF (Liu et al. 2019, arXiv:1911.09516) over stages of the backbone, and a classifier on each.
+
+Early stages learn directly to tell the classes, each where it sees best. After stripping nothing is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fgvc.config.schedule import Scheduled, at, ever
+from fgvc.config.section import Section
+from fgvc.models.loss import cross_entropy
+from fgvc.techniques.multiscale_head.asff import Asff
+from fgvc.techniques.plan import FEATURES, Context, Plan, Stages
+from fgvc.types import FgvcError, Output
+
+WIDEST = 256  # channels of the fused map unless told: its 3x3 convolutions are what a step pays for
+
+
+class MultiscaleHeadConfig(Section):
+    """Classify a fusion of several stages, and each of them alone."""
+
+    kind: Literal["multiscale_head"] = "multiscale_head"
+    stages: Stages = (-3, -2, -1)
+    level: int | Literal["features"] | None = Field(
+        None, description="of `stages` the one to whose size the others are brought; null: the middle one"
+    )
+    width: int | None = Field(
+        None, ge=1, description=f"channels of the fused map; null: those of the stage at `level`, up to {WIDEST}"
+    )
+    fused: Scheduled = Field(1.0, description="weight of the cross-entropy of the fused stages' classifier")
+    each: Scheduled = Field(
+        0.3, description="weight of the mean cross-entropy of a classifier on each stage (deep supervision)"
+    )
+
+    @model_validator(mode="after")
+    def _fuses(self) -> Self:
+        if len(self.stages) < 2:
+            raise ValueError("stages: to fuse there must be two or more")
+        if self.level is not None and self.level not in self.stages:
+            raise ValueError(f"level: {self.level} is not one of stages {list(self.stages)}")
+        return self
+
+    def build(self) -> MultiscaleHead:
+        return MultiscaleHead(self)
+
+
+class MultiscaleHead:
+    """L = fused CE(W pool(sum_l a_l r_l)) + each mean_l CE(W_l norm(pool(f_l))); a, r: see asff.py."""
+
+    source: ClassVar[str] = "ASFF, Liu et al. 2019, arXiv:1911.09516"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: MultiscaleHeadConfig) -> None:
+        self.config = config
+        self.weights: Mapping[str, Scheduled] = {"fused": config.fused, "each": config.each}
+        self.measures = tuple(f"share_of_{stage}" for stage in config.stages)
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where a stage is no map that fgvc knows, or named twice."""
+        stages = self.config.stages
+        self._names = [plan.stage(stage) for stage in stages]
+        if len(set(self._names)) < len(stages):
+            raise FgvcError(f"techniques.{plan.kind}.stages: {list(stages)} names a stage twice: {self._names}")
+        shapes = [plan.shape_at(name) for name in self._names]
+        for stage, (channels, *_) in zip(stages, shapes, strict=True):
+            if stage != FEATURES and channels != (told := plan.stage_channels(stage)):
+                raise FgvcError(
+                    f"techniques.{plan.kind}: stage {stage} should have {told} channels and gives {channels}: a layout that "
+                    "fgvc does not know; leave it out"
+                )
+        if ever(self.config.fused) or ever(self.config.each):
+            for name in self._names:
+                if name != FEATURES:
+                    plan.tap(name)
+        if ever(self.config.fused):
+            level = len(stages) // 2 if self.config.level is None else stages.index(self.config.level)
+            width = self.config.width or min(shapes[level][0], WIDEST)
+            plan.add("fusion", Asff(shapes, level=level, width=width))
+            plan.add("fused", nn.Linear(width, plan.classes))
+        if ever(self.config.each):
+            # Of a residual stream the scale can be anything.
+            heads = [nn.Sequential(nn.LayerNorm(c), nn.Linear(c, plan.classes)) for c, *_ in shapes]
+            plan.add("each", nn.ModuleList(heads))
+
+    def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
+        """`fused` and `each`; measured: `share_of_<stage>`, the mean weight of each stage in the fusion."""
+        main = outputs["main"]
+        target, losses = main.view.target, {}
+        maps = [ctx.grid(main.features if name == FEATURES else main.taps[name]) for name in self._names]
+        if at(self.config.fused, ctx.progress):
+            fused, weights = ctx.branches["fusion"](maps)
+            losses["fused"] = cross_entropy(ctx.branches["fused"](fused.mean((2, 3))), target)
+            for name, stage, share in zip(self.measures, self.config.stages, weights.unbind(1), strict=True):
+                losses[name] = share.mean()
+                ctx.show(f"weight of stage {stage}", share)
+        if at(self.config.each, ctx.progress):
+            heads = cast("nn.ModuleList", ctx.branches["each"])
+            terms = [cross_entropy(head(f.mean((2, 3))), target) for head, f in zip(heads, maps, strict=True)]
+            losses["each"] = torch.stack(terms).mean()
+        return losses

@@ -1,0 +1,45 @@
+"""MobileOne's over-parameterisation (Vasu et al., CVPR 2023, arXiv:2206.04040), around any convolution that can take it.
+
+Every square convolution, 1x1 ones too, gets copies of its own size beside it, a 1x1 branch and, where it keeps channels
+and size, the identity, each with its own batch norm. After stripping nothing is left: the branches are folded into the
+plain kernels, exactly.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from fgvc.reparam.kinds import overparam
+from fgvc.techniques.branches import Where, graft_chosen
+from fgvc.techniques.plan import Plan
+
+
+class OverparamConfig(Where):
+    """Several branches of a convolution's own size beside it, 1x1 and identity; step 0 is the pretrained function."""
+
+    kind: Literal["overparam"] = "overparam"
+    branches: int = Field(
+        4, ge=1, le=8, description="of the convolution's own size, beside itself: 4 make five such paths; MobileOne's k = 4 is 3"
+    )
+
+    def build(self) -> Overparam:
+        return Overparam(self)
+
+
+class Overparam:
+    """y = conv(x) + sum_n BN(conv_n(x)) + BN(1x1(x)) + BN(x), the new gammas 0 at first; no BN(x) where channels or size
+    change, and no separate 1x1 beside a 1x1."""
+
+    source: ClassVar[str] = "MobileOne, Vasu et al., CVPR 2023, arXiv:2206.04040"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing: folded into the plain kernels"
+
+    def __init__(self, config: OverparamConfig) -> None:
+        self.config = config
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where a pattern fits no convolution, or nothing can be grafted."""
+        graft_chosen(plan, self.config, partial(overparam, branches=self.config.branches), smallest=1)

@@ -1,0 +1,324 @@
+"""Where a technique may touch the network, and nowhere else: tap, gate, add, graft (docs/design.md).
+
+`Plan` is offered during setup only; `Context` gives the services of one step. Both are scoped to one technique.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor, nn
+
+from fgvc.models.backbone import feature_map, modules_behind, scale_cells, zeros_through
+from fgvc.models.class_maps import Method, evaluating, refusal
+from fgvc.models.norms import own_statistics
+from fgvc.reparam.graft import Site, find_sites, graft
+from fgvc.techniques.distill.teacher import AnyTeacher, Teacher
+from fgvc.types import Batch, Draws, FgvcError, Output
+
+Gate = Callable[[Tensor, "Context"], Tensor]
+FEATURES: Literal["features"] = "features"  # the gate that needs no hook: on the output of forward_features
+AnyMethod = Literal["auto", "cam", "gradcam", "gradcam++"]
+
+
+def _distinct(stages: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(stages)) < len(stages):
+        raise ValueError("each stage once")
+    return stages
+
+
+Stages = Annotated[
+    tuple[int | Literal["features"], ...],
+    Field(
+        min_length=1,
+        description="features: what the classifier reads; or stages of timm's feature_info, negative ones from the end",
+    ),
+    AfterValidator(_distinct),
+]
+
+
+@dataclass(slots=True)
+class Joints:
+    """What all techniques together asked for: read by the step, stripped at export."""
+
+    net: nn.Module
+    size: tuple[int, int]
+    branches: nn.ModuleDict = field(default_factory=nn.ModuleDict)  # by technique; never inside the backbone
+    taps: set[str] = field(default_factory=set)  # module names
+    gates: list[tuple[str, str, Gate]] = field(default_factory=list)  # technique, module name, gate
+    notes: list[str] = field(default_factory=list)
+    recompute: bool = False  # activation checkpointing is on
+    render: float = 1.0  # side of the rendered images in units of the network's input
+    opener: Callable[[AnyTeacher, Joints], Teacher] | None = None  # None: the net is only rebuilt, nobody learns
+    teachers: list[Teacher] = field(default_factory=list)  # of all techniques, as they were opened
+    average: list[nn.Module] = field(default_factory=list)  # the moving average, once there is one
+    refusals: dict[Method, str | None] = field(default_factory=dict)
+    _sites: tuple[list[Site], dict[str, str]] | None = None
+    _shapes: tuple[tuple[int, int, int], int] | None = None
+
+    def sites(self) -> tuple[list[Site], dict[str, str]]:
+        """Found once, on the plain net: later grafts do not hide sites from each other."""
+        if self._sites is None:
+            self._sites = find_sites(self.net, self.size)
+        return self._sites
+
+    def shapes(self) -> tuple[tuple[int, int, int], int]:
+        """(C,h,w) of the feature map and the width of the pooled features, from one forward of zeros."""
+        if self._shapes is None:
+            features, pooled = zeros_through(self.net, self.size, pre_logits=True)
+            _, channels, height, width = feature_map(self.net, features, self.size).shape
+            self._shapes = (channels, height, width), pooled.shape[1]
+        return self._shapes
+
+
+class Plan:
+    """The setup-time view that one technique has of the network. Every refusal is an FgvcError that names the technique."""
+
+    def __init__(self, kind: str, joints: Joints) -> None:
+        self.kind, self._joints = kind, joints
+
+    @property
+    def sites(self) -> list[Site]:
+        """Convolutions that can be replaced and folded back."""
+        return self._joints.sites()[0]
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Convolutions that can't, and why."""
+        return self._joints.sites()[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        return self._joints.size
+
+    @property
+    def classes(self) -> int:
+        return int(self._joints.net.num_classes)  # type: ignore[arg-type]
+
+    @property
+    def map_shape(self) -> tuple[int, int, int]:
+        """(C,h,w) of what `Context.grid` gives. Raises FgvcError where the features are no map."""
+        return self._joints.shapes()[0]
+
+    @property
+    def pooled_width(self) -> int:
+        """D of what `Context.pooled` gives."""
+        return self._joints.shapes()[1]
+
+    def module(self, name: str) -> nn.Module:
+        return self._joints.net.get_submodule(name)
+
+    def stage(self, number: int | Literal["features"]) -> str:
+        """Name of the last block of a `feature_info` stage (negative numbers count from the end), or FEATURES.
+
+        Hooks sit on blocks: under activation checkpointing timm never calls the stage module itself.
+        """
+        if number == FEATURES:
+            return FEATURES
+        info = list(getattr(self._joints.net, "feature_info", None) or [])
+        if not -len(info) <= number < len(info):
+            raise FgvcError(f"techniques.{self.kind}: stage {number}: this backbone has {len(info)} stages")
+        name = str(info[number]["module"])
+        if not name:
+            raise FgvcError(f"techniques.{self.kind}: stage {number}: timm does not name its module; choose another")
+        module = self.module(name)
+        while isinstance(module, nn.Sequential) and len(module):
+            last = list(module._modules)[-1]
+            name, module = f"{name}.{last}", module[-1]
+        return name
+
+    def stage_channels(self, number: int) -> int:
+        """Channels of a `feature_info` stage's output."""
+        self.stage(number)
+        return int(list(self._joints.net.feature_info)[number]["num_chs"])  # type: ignore[arg-type]
+
+    def shape_at(self, module: str) -> tuple[int, int, int]:
+        """(C,h,w) of what `Context.grid` makes of this module's output, or of FEATURES. Raises FgvcError where that is no map."""
+        with torch.no_grad(), self._noise_through(module) as (f, _):
+            _, channels, height, width = self._map(module, f).shape
+        return channels, height, width
+
+    def _map(self, module: str, f: Tensor) -> Tensor:
+        try:
+            return feature_map(self._joints.net, f, self.size)
+        except FgvcError as error:
+            raise FgvcError(f"techniques.{self.kind}: {module}: {error}") from error
+
+    def norms_after(self, module: str) -> int:
+        """Batch norms that come behind a module, in the order of registration."""
+        behind = modules_behind(self._joints.net, module)
+        return sum(isinstance(other, nn.modules.batchnorm._BatchNorm) for other in behind)
+
+    def cells(self, stage: int | Literal["features"]) -> str:
+        """The name of a stage, or FEATURES, for a gate on the cells of its map. Raises FgvcError where these are no map, or
+        the classifier does not read them."""
+        name, net = self.stage(stage), self._joints.net
+        with torch.enable_grad(), self._noise_through(name) as (f, features):
+            self.need_cells(self._map(name, f).shape[2:])
+            read = net.forward_head(features, pre_logits=True)  # type: ignore[operator]
+            # Not of the plain sum: a layer norm's has no gradient.
+            signs = torch.linspace(-1, 1, read.numel(), device=read.device).view_as(read)
+            (gradient,) = torch.autograd.grad((read * signs).sum(), f, allow_unused=True)
+            if gradient is None or not feature_map(net, gradient, self.size).abs().max() > 0:
+                raise FgvcError(
+                    f"techniques.{self.kind}: the classifier of a {type(net).__name__} does not read the map at {name} "
+                    "(a class token alone, most likely); choose an earlier stage"
+                )
+        return name
+
+    def need_cells(self, cells: Sequence[int]) -> None:
+        """Raises FgvcError where a map of these sides is one cell: all of it is the most, and nothing is more than the rest."""
+        if max(cells) == 1:
+            height, width = self.size
+            raise FgvcError(
+                f"techniques.{self.kind}: at {height} x {width} pixels the map is one cell, which tells no place from another; "
+                "raise image.size, or choose an earlier stage where there is a choice"
+            )
+
+    def can_be_negative(self, module: str) -> bool:
+        """Whether this module (or forward_features) gives values below 0, by a forward of noise."""
+        with torch.no_grad(), self._noise_through(module) as (f, _):
+            return bool((f < 0).any())
+
+    @contextmanager
+    def _noise_through(self, module: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this module (or forward_features) gives for two images of noise in eval mode, and the features."""
+        net, seen = self._joints.net, []
+        hooked = [] if module == FEATURES else [self.module(module)]
+        handles = [part.register_forward_hook(lambda _m, _x, f: seen.append(f)) for part in hooked]
+        rng, weight = torch.Generator().manual_seed(0), next(net.parameters())
+        x = torch.randn(2, 3, *self.size, generator=rng).to(weight).requires_grad_(torch.is_grad_enabled())
+        with evaluating(net):
+            try:
+                features = net.forward_features(x)  # type: ignore[operator]
+            finally:
+                for handle in handles:
+                    handle.remove()
+            if hooked and not seen:
+                raise FgvcError(f"techniques.{self.kind}: this backbone's forward never calls {module!r}")
+            yield (seen[0] if hooked else features), features
+
+    def tap(self, module: str) -> None:
+        """Record this module's output in every forward: `Output.taps[module]`."""
+        self.module(module)
+        self._joints.taps.add(module)
+
+    def gate(self, module: str, gate: Gate) -> None:
+        """Change this module's output, or that of forward_features (FEATURES), in train mode, for the views that are gated;
+        identity in eval mode."""
+        if module != FEATURES:
+            self.module(module)
+        self._joints.gates.append((self.kind, module, gate))
+
+    def add(self, name: str, module: nn.Module) -> None:
+        """A training-only module, later `ctx.branches[name]`."""
+        branches = self._joints.branches
+        own = branches[self.kind] if self.kind in branches else nn.ModuleDict()
+        branches[self.kind] = own
+        own.add_module(name, module)
+
+    def map(self, method: AnyMethod) -> Method:
+        """Which class map `Output.map` can be asked for; auto: the closed form where there is one, else gradcam. Raises
+        FgvcError where this backbone has none."""
+        self.need_cells(self.map_shape[1:])
+        for wanted in ("cam", "gradcam") if method == "auto" else (method,):
+            if wanted not in self._joints.refusals:
+                self._joints.refusals[wanted] = refusal(self._joints.net, self.size, wanted)
+            if (reason := self._joints.refusals[wanted]) is None:
+                return wanted
+        raise FgvcError(f"techniques.{self.kind}: no {method} map: {reason}")
+
+    def render(self, scale: float) -> None:
+        """Have the crops rendered at this many times the input's side or more: `Batch.render`."""
+        self._joints.render = max(self._joints.render, scale)
+
+    def teachers(self, wanted: Sequence[AnyTeacher]) -> list[Teacher]:
+        """Networks to learn from, opened; none where a trained net is only rebuilt, for which they may be gone. Raises
+        FgvcError for one that is not there, or can't teach these classes."""
+        opener = self._joints.opener
+        try:
+            found = [] if opener is None else [opener(one, self._joints) for one in wanted]
+        except FgvcError as error:
+            raise FgvcError(f"techniques.{self.kind}.teachers: {error}") from error
+        self._joints.teachers += found
+        return found
+
+    def graft(self, site: Site, block: nn.Module) -> None:
+        """Replace a convolution by a block that folds back into it."""
+        graft(self._joints.net, site, block)
+
+    def note(self, text: str) -> None:
+        """One line for the user: what was done, what was left alone."""
+        self._joints.notes.append(f"{self.kind}: {text}")
+
+
+def _no_probe(of: str) -> Output:
+    raise FgvcError(f"there is no {of} to ask outside of a training step")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Read-only services of one step, for one technique."""
+
+    draw: Any  # what its own `draw` returned
+    progress: float
+    branches: Mapping[str, nn.Module]
+    # All three take features as forward_features gives them, and leave the running statistics of a norm in the head alone.
+    head: Callable[[Tensor], Tensor]  # -> logits (B,K), through the deployed head
+    pooled: Callable[[Tensor], Tensor]  # -> (B,D), what the deployed head's last layer reads
+    grid: Callable[..., Tensor]  # -> (B,C,h,w), whatever the layout; of images of this step's size, see `sized`
+    # One forward of the clean images through the "net" or the "ema", without gradient and in eval mode, once a step.
+    probe: Callable[[str], Output] = _no_probe
+    batch: Batch | None = None  # the clean one, where there is a step
+    scaled: Callable[[Tensor, Tensor], Tensor] = torch.mul  # features, (B,h,w) weights of cells -> features
+    again: bool = False  # a second pass over the same batch (SAM): what is noted for after_step was noted in the first
+    kept: dict[str, Any] = field(default_factory=dict)  # of one hook, for a later one of the same step
+    shown: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+
+    def sized(self, size: Sequence[int]) -> Context:
+        """The same, for images of another size (height, width) than the step's."""
+        return replace(self, grid=partial(self.grid, size=size))
+
+    def show(self, name: str, maps: Tensor, x: Tensor | None = None) -> None:
+        """For previews and studies: what was found, (B,h,w) float in [0,1] or bool, on images x (B,3,H,W), None: those of
+        the main view. The first of a name in a step stays: gates speak once for every group of views."""
+        self.shown.setdefault(name, (x, maps.detach()))
+
+
+def context_of(
+    kind: str,
+    joints: Joints,
+    draws: Draws,
+    probe: Callable[[str], Output] = _no_probe,
+    batch: Batch | None = None,
+    *,
+    size: Sequence[int] | None = None,
+    again: bool = False,
+) -> Context:
+    """`size`: of the images (height, width); None: the batch's, or where there is none, that of the plan."""
+    branches = dict(joints.branches[kind].named_children()) if kind in joints.branches else {}
+    size = size or (joints.size if batch is None else batch.x.shape[2:])
+
+    def head(features: Tensor, *, pre_logits: bool = False) -> Tensor:
+        with own_statistics(joints.net, recompute=joints.recompute):
+            return cast("Tensor", joints.net.forward_head(features, pre_logits=pre_logits))  # type: ignore[operator]
+
+    return Context(
+        draw=draws.of.get(kind),
+        progress=draws.progress,
+        branches=branches,
+        head=head,
+        pooled=partial(head, pre_logits=True),
+        grid=partial(feature_map, joints.net, size=size),
+        probe=probe,
+        batch=batch,
+        scaled=partial(scale_cells, joints.net),
+        again=again,
+    )

@@ -1,0 +1,88 @@
+"""Random Erasing (Zhong et al., AAAI 2020, arXiv:1708.04896): a rectangle of random area and aspect is erased.
+
+Left after stripping: nothing, it only changes the batch. A random control of `cam_erasing`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from fgvc.config.section import Section, ShareRange
+from fgvc.techniques.masks import erase, inside, sparing
+from fgvc.techniques.plan import Context
+from fgvc.types import Batch
+
+TRIES = {"original": 100, "timm": 10}
+
+
+class RandomErasingConfig(Section):
+    """Erase a rectangle of random area and aspect."""
+
+    kind: Literal["random_erasing"] = "random_erasing"
+    statistics: Literal["original", "timm"] = Field(
+        "original",
+        description="of the aspect. original: uniform in [aspect, 1/aspect], so mostly tall boxes; timm: log-uniform there",
+    )
+    probability: float = Field(0.5, ge=0, le=1, description="of erasing from an image")
+    area: ShareRange = Field(
+        (0.02, 0.2),
+        description="share of the image, uniform (paper: 0.02 to 0.4; small parts matter on fine-grained data)",
+    )
+    aspect: float = Field(0.3, gt=0, le=1, description="least height / width; its inverse is the largest")
+    boxes: int = Field(1, ge=1, le=64, description="rectangles an image, which share the area")
+    fill: Literal["zero", "mean", "random", "pixel"] = Field(
+        "zero",
+        description="zero: the data set's mean colour (0 after normalisation; the authors' code) | mean: the picture's own | "
+        "random: one normal colour | pixel: normal noise (timm's), a random value each, as the paper fills (uniform there)",
+    )
+
+    def build(self) -> RandomErasing:
+        return RandomErasing(self)
+
+
+class RandomErasing:
+    """h = sqrt(area aspect), w = sqrt(area / aspect), anywhere that it fits; drawn anew where it does not."""
+
+    source: ClassVar[str] = "Zhong et al., AAAI 2020, arXiv:1708.04896"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: RandomErasingConfig) -> None:
+        self.config = config
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:
+        """(B,boxes,4) float32: left, top, right, bottom in pixels, empty where nothing is erased; a seed."""
+        found = np.zeros((len(batch.labels), self.config.boxes, 4), dtype=np.float32)
+        for image in np.flatnonzero(rng.random(len(found)) < self.config.probability):
+            for box in range(self.config.boxes):
+                found[image, box] = self._box(rng, *batch.x.shape[2:])
+        return torch.from_numpy(found), int(rng.integers(2**63))
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        boxes, seed = ctx.draw
+        mask = sparing(inside(boxes.to(batch.x.device, non_blocking=True), batch.x.shape[2:]))
+        ctx.show("erased", mask, batch.x)
+        fill = self.config.fill
+        return replace(batch, x=erase(batch.x, mask, "noise" if fill == "pixel" else fill, seed=seed))
+
+    def _box(self, rng: np.random.Generator, height: int, width: int) -> NDArray[np.float32]:
+        least = self.config.aspect
+        for _ in range(TRIES[self.config.statistics]):
+            area = rng.uniform(*self.config.area) * height * width / self.config.boxes
+            if self.config.statistics == "original":
+                aspect = rng.uniform(least, 1 / least)
+            else:
+                aspect = math.exp(rng.uniform(math.log(least), -math.log(least)))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < h < height and 0 < w < width:
+                top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+                return np.array([left, top, left + w, top + h], dtype=np.float32)
+        return np.zeros(4, dtype=np.float32)

@@ -1,0 +1,37 @@
+"""RepVGG's block (Ding et al., CVPR 2021, arXiv:2101.03697), around any timm convolution that can take it.
+
+Every square k x k convolution gets a 1x1 branch beside it and, where it keeps channels and size, the identity, each with
+its own batch norm. After stripping nothing is left: the branches are folded into the plain kernels, exactly.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from fgvc.reparam.kinds import repvgg
+from fgvc.techniques.branches import Where, graft_chosen
+from fgvc.techniques.plan import Plan
+
+
+class RepvggConfig(Where):
+    """1x1 and identity branches beside square convolutions; step 0 is the pretrained function."""
+
+    kind: Literal["repvgg"] = "repvgg"
+
+    def build(self) -> Repvgg:
+        return Repvgg(self)
+
+
+class Repvgg:
+    """y = conv(x) + BN(1x1(x)) + BN(x), the new gammas 0 at first; no BN(x) where channels or size change."""
+
+    source: ClassVar[str] = "Ding et al., CVPR 2021, arXiv:2101.03697"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing: folded into the plain kernels"
+
+    def __init__(self, config: RepvggConfig) -> None:
+        self.config = config
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where a pattern fits no convolution, or nothing can be grafted."""
+        graft_chosen(plan, self.config, repvgg)

@@ -1,0 +1,61 @@
+"""SaliencyMix (Uddin et al., ICLR 2021, arXiv:2006.01791): CutMix whose box lies where the other image stands out.
+
+Left after stripping: nothing, it only changes the batch.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fgvc.techniques.mixing import Mixing, boxes_around, boxes_of_partners, draws, partners
+from fgvc.techniques.plan import Context
+from fgvc.techniques.saliencymix.saliency import peaks, saliency
+from fgvc.types import Batch
+
+
+class SaliencymixConfig(Mixing):
+    """Put the part of another image that stands out into each, where it was."""
+
+    kind: Literal["saliencymix"] = "saliencymix"
+    alpha: float = Field(
+        1.0, gt=0, description="the box's share of the image, before edges cut it, ~ Beta(alpha, alpha)"
+    )
+
+    def build(self) -> Saliencymix:
+        return Saliencymix(self)
+
+
+class Saliencymix:
+    """x' = x outside and x[p] inside of a box around the most salient place of x[p]; labels by the exact area.
+
+    Each image has a place of its own; the official code takes that of one for the whole batch.
+    """
+
+    source: ClassVar[str] = "Uddin et al., ICLR 2021, arXiv:2006.01791"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: SaliencymixConfig) -> None:
+        self.config = config
+        self.mixes = config.share
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sides (1 or B,2) int64 in pixels, partners (B,) int64."""
+        share = rng.beta(self.config.alpha, self.config.alpha, draws(batch, self.config.per))
+        sides = np.rint(np.sqrt(share)[:, None] * batch.x.shape[2:]).astype(np.int64)
+        return torch.from_numpy(sides), partners(rng, batch.labels, self.config.pairing)
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        if ctx.draw is None:
+            return batch
+        size = (batch.x.shape[2], batch.x.shape[3])
+        sides, order = (part.to(batch.x.device, non_blocking=True) for part in ctx.draw)
+        maps = saliency(batch.x)
+        ctx.show("saliency", maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12), batch.x)
+        box = boxes_around(peaks(maps, size)[order], sides.expand(len(order), 2), size)
+        return boxes_of_partners(batch, box, order)

@@ -1,0 +1,116 @@
+"""Label smoothing by class similarity: a mistaken class costs less the more it looks like the right one.
+
+Uniform smoothing (Szegedy et al., CVPR 2016, arXiv:1512.00567, section 7) gives every wrong class the same share; here it goes to
+the classes whose mean features are alike. After stripping nothing is left: the means go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fgvc.config.schedule import ScheduledShare
+from fgvc.config.section import Section
+from fgvc.techniques.centres import Noted, class_sums
+from fgvc.techniques.plan import Context, Plan
+from fgvc.types import Output, Target
+
+
+class SimilarSmoothingConfig(Section):
+    """Smooth labels towards the classes that look alike."""
+
+    kind: Literal["similar_smoothing"] = "similar_smoothing"
+    similar: ScheduledShare = Field(
+        0.1,
+        description="share e of a label that goes to other classes: target = (1 - e) one-hot + e S. loss.label_smoothing stays "
+        "beside it, (1 - l - e) one-hot + l / K + e S: set that to 0 to have this alone",
+    )
+    temperature: float = Field(0.1, gt=0, description="of the softmax over cosines: low, and only the most alike share")
+    rate: float = Field(0.1, gt=0, le=1, description="how fast a class's mean features follow those of a step")
+
+    needs_whole_labels: ClassVar[bool] = True  # for the means
+    needs_cross_entropy: ClassVar[bool] = True  # of the base loss, without weights of classes
+
+    def build(self) -> SimilarSmoothing:
+        return SimilarSmoothing(self)
+
+
+class SimilarSmoothing:
+    """Term: sum_k S[y,k] CE(k) - CE(y), mean over images and over views by their weight; CE(y) + e times it is the
+    cross-entropy with (1 - e) onehot(y) + e S[y]."""
+
+    source: ClassVar[str] = "after Szegedy et al., CVPR 2016, arXiv:1512.00567"
+    forwards: ClassVar[str] = "0"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: SimilarSmoothingConfig) -> None:
+        self.config = config
+        self.weights: Mapping[str, ScheduledShare] = {"similar": config.similar}
+        self._noted = Noted()
+
+    def setup(self, plan: Plan) -> None:
+        plan.add("means", Means(plan.classes, plan.pooled_width))
+        plan.note("beside loss.label_smoothing, which smooths evenly; set that to 0 to have similarity alone")
+
+    def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
+        """`similar`, over the views that classify. Notes what the means follow, on every rank."""
+        main = outputs["main"]
+        with torch.no_grad():
+            self._noted.add(ctx.pooled(main.features).float(), main.view.target, ctx)
+        means = cast("Means", ctx.branches["means"])
+        seen = [output for output in outputs.values() if output.view.classifies]
+        terms = [o.view.weight * _moved(o.logits.float(), o.view.target, means, self.config.temperature) for o in seen]
+        return {"similar": torch.stack(terms).sum() / sum(o.view.weight for o in seen)}
+
+    def after_step(self, ctx: Context) -> None:
+        """Move the means by this step's features, those of all ranks and parts together."""
+        if noted := self._noted.take():
+            cast("Means", ctx.branches["means"]).follow(*noted, rate=self.config.rate)
+
+
+class Means(nn.Module):
+    """The mean features of each class, as a moving average."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("of", torch.zeros(classes, width))
+        self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
+        self.of: Tensor
+        self.seen: Tensor
+
+    @torch.no_grad()
+    def follow(self, x: Tensor, labels: Tensor, *, rate: float) -> None:
+        """By x (B,D) of labels (B,), each in [0,K), or -1: left out. The first of a class is taken as it is."""
+        present, counts, sums = class_sums(x, labels)
+        fresh = (sums / counts[:, None]).to(self.of)
+        old = torch.where(self.seen[present, None], self.of[present], fresh)
+        self.of[present] = torch.lerp(old, fresh, rate)
+        self.seen[present] = True
+
+    @torch.no_grad()
+    def similar(self, labels: Tensor, temperature: float) -> Tensor:
+        """S (B,K), rows of sum 1, float32. A class not seen yet has the share of even smoothing, 1 / (K - 1), as label too;
+        the classes seen divide the rest among them, by the softmax of cosine / temperature; the label has none."""
+        with torch.autocast(self.of.device.type, enabled=False):
+            directions = F.normalize(self.of.float(), dim=1)
+            cosines = directions[labels] @ directions.T
+        others = F.one_hot(labels, len(self.of)) == 0
+        even = others / (len(self.of) - 1)
+        known = others & self.seen & self.seen[labels, None]
+        shares = (cosines / temperature).masked_fill(~known, -torch.inf).softmax(1)
+        return torch.where(known, shares * (even * known).sum(1, keepdim=True), even)
+
+
+def _moved(logits: Tensor, target: Target, means: Means, temperature: float) -> Tensor:
+    """mean_b sum_j w_j (sum_k S[y_j,k] CE(k) - CE(y_j)); logits (B,K) float32."""
+    log_p = logits.log_softmax(1)
+    terms = []
+    for y, w in target:
+        moved = F.one_hot(y, logits.shape[1]) - means.similar(y, temperature)
+        terms.append((moved * log_p).sum(1) * (1.0 if w is None else w))
+    return torch.stack(terms).sum(0).mean()

@@ -1,0 +1,90 @@
+"""SnapMix (Huang et al., AAAI 2021, arXiv:2012.04846): a piece of another image, resized; labels by class maps.
+
+Each label counts by its share of the class map, not of the area. The maps come from a forward of the clean images in eval mode,
+which leaves the batch norms alone. Left after stripping: nothing, it only changes the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from fgvc.techniques.mixing import Mixing, draw_boxes, draws, inside, mixed_target, partners, pasted
+from fgvc.techniques.plan import AnyMethod, Context, Plan
+from fgvc.types import Batch
+
+
+class SnapmixConfig(Mixing):
+    """Put a piece of another image into each; labels by their share of the class maps, not of the area."""
+
+    kind: Literal["snapmix"] = "snapmix"
+    alpha: float = Field(5.0, gt=0, description="shares of both boxes, before edges cut them, ~ Beta(alpha, alpha)")
+    map: AnyMethod = Field(
+        "auto", description="cam (the paper's) | gradcam | gradcam++; auto: cam if the head allows it"
+    )
+    one_class: Literal["once", "twice"] = Field(
+        "once",
+        description="pairs of one class. once: their two weights add up, as for any pair | twice: each of the two is that sum, "
+        "as in the authors' code, so that such an image counts double. Their code also resizes pieces with corners aligned",
+    )
+
+    def build(self) -> Snapmix:
+        return Snapmix(self)
+
+
+class Snapmix:
+    """loss = (1 - sum_to S_a) CE(y_a) + (sum_of S_b) CE(y_b), S the class map above its minimum, with sum 1.
+
+    The two weights need not add up to one: two pieces of sky say little, two heads much. Pairs of one class are counted
+    once; the official code counts them twice.
+    """
+
+    source: ClassVar[str] = "Huang et al., AAAI 2021, arXiv:2012.04846"
+    forwards: ClassVar[str] = "1 (no backward), in steps that mix so"
+    leaves: ClassVar[str] = "nothing"
+
+    def __init__(self, config: SnapmixConfig) -> None:
+        self.config = config
+        self.mixes = config.share
+
+    def setup(self, plan: Plan) -> None:
+        """Raises FgvcError where this backbone has no class map."""
+        self._method = plan.map(self.config.map)
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes to paste into and boxes to take from, (1 or B,4) int64 in pixels; partners (B,) int64."""
+        size, count = (batch.x.shape[2], batch.x.shape[3]), draws(batch, self.config.per)
+        to, of = (
+            draw_boxes(rng, rng.beta(self.config.alpha, self.config.alpha, count), size, least=1) for _ in range(2)
+        )
+        return to, of, partners(rng, batch.labels, self.config.pairing)
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        if ctx.draw is None:
+            return batch
+        size = (batch.x.shape[2], batch.x.shape[3])
+        to, of, order = (part.to(batch.x.device, non_blocking=True) for part in ctx.draw)
+        maps = semantic(ctx.probe("net").map(self._method), size)
+        ctx.show("map", maps / maps.amax((1, 2), keepdim=True), batch.x_clean)
+        own = 1 - (maps * inside(to, size)[:, 0]).sum((1, 2))
+        theirs = (maps[order] * inside(of, size)[:, 0]).sum((1, 2))
+        if self.config.one_class == "twice":
+            same = batch.labels == batch.labels[order]
+            own, theirs = torch.where(same, own + theirs, own), torch.where(same, own + theirs, theirs)
+        x = pasted(batch.x, batch.x[order], to=to, of=of)
+        return replace(batch, x=x, target=mixed_target(batch.target, [(None, own), (order, theirs)]))
+
+
+def semantic(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B,H,W) float32 >= 0 with sum 1, from class maps (B,h,w): brought to the image's size, less their minimum. A map that is
+    flat or not finite counts every pixel alike."""
+    large = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    above = large - large.amin((1, 2), keepdim=True)
+    total = above.sum((1, 2), keepdim=True)
+    return torch.where(torch.isfinite(total) & (total > 0), above / total, 1 / (size[0] * size[1]))

@@ -1,0 +1,104 @@
+"""A run's log: events and tables on disk, lines on the terminal (stderr alone, stdout is for results)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fgvc.config.section import Section
+from fgvc.io.files import append, finite_or_none, write_atomic
+
+
+class Log(Section):
+    """How often a run says how it is going; may change on resume."""
+
+    every_steps: int = Field(10, ge=1, description="steps between two lines of events.jsonl")
+    every_seconds: float = Field(20.0, gt=0, description="between two plain lines where there is no terminal")
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """`columns` and all others that any row has, in the order of their first appearance; what a row lacks is left empty, and so
+    is a number that is none."""
+    text = io.StringIO()
+    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(finite_or_none(row) for row in rows)
+    return text.getvalue()
+
+
+class Events:
+    """`events.jsonl` (append-only, one object a line), `metrics.csv`, and one progress line. Silent on ranks other than 0."""
+
+    def __init__(self, run: Path, log: Log, *, active: bool = True) -> None:
+        self.run, self.log, self.active = run, log, active
+        self.console = Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._spoke = 0.0
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one event; a torn last line of a killed run is closed first."""
+        if not self.active:
+            return
+        event = finite_or_none({"event": kind, "time": round(time.time(), 3), **values})
+        append(self.run / "events.jsonl", json.dumps(event, default=str, allow_nan=False).encode())
+
+    def table(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Write metrics.csv anew from the whole history."""
+        if not self.active or not rows:
+            return
+        lines = [{key: f"{value:.6g}" for key, value in row.items() if math.isfinite(value)} for row in rows]
+        write_atomic(self.run / "metrics.csv", as_csv(lines))
+
+    def say(self, text: str) -> None:
+        if self.active:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self, total: int, done: int, what: str = "training") -> Iterator[None]:
+        """One live bar on a terminal, a plain line every few seconds elsewhere. Within another, a second bar in it."""
+        if self._bar is not None:
+            training, self._task = self._task, self._bar.add_task(what, total=total, completed=done)
+            yield
+            self._bar.remove_task(self._task)
+            self._task = training
+        elif self.active and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                self._bar, self._task = bar, bar.add_task(what, total=total, completed=done)
+                yield
+                self._bar = None
+        else:
+            self._spoke = time.monotonic()
+            yield
+
+    def done(self, count: int, total: int) -> None:
+        """Move the innermost bar, or say a line every few seconds."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=count)
+        elif self.active and time.monotonic() - self._spoke >= self.log.every_seconds:
+            self._spoke = time.monotonic()
+            print(f"{count}/{total}", file=sys.stderr, flush=True)
+
+    def step(self, step: int, total: int, *, epoch: int, loss: float, lr: float, rate: float) -> None:
+        """Called at every logged step: `rate` in images/s over all ranks."""
+        self.write("step", step=step, epoch=epoch, loss=round(loss, 6), lr=lr, images_per_second=round(rate, 2))
+        text = f"epoch {epoch + 1} loss {loss:.3f} lr {lr:.2g} {rate:.0f} img/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif self.active and time.monotonic() - self._spoke >= self.log.every_seconds:
+            self._spoke = time.monotonic()
+            print(f"step {step}/{total} {text}", file=sys.stderr, flush=True)

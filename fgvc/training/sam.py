@@ -1,0 +1,70 @@
+"""SAM, sharpness-aware minimisation (Foret et al., ICLR 2021, arXiv:2010.01412): the gradient is taken a small way uphill.
+
+Its adaptive form (Kwon et al., ICML 2021, arXiv:2102.11600) measures that way in units of each weight's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from fgvc.config.section import Section
+from fgvc.models.norms import own_statistics
+
+
+class Sam(Section):
+    """Sharpness-aware minimisation: two forwards and backwards a step, of the same batch."""
+
+    rho: float = Field(0.05, gt=0, description="how far uphill; some ten times as much where it is adaptive")
+    adaptive: bool = Field(
+        False,
+        description="ASAM: in units of each weight's size, T = |w| for every parameter (the usual code's form), so that rescaled "
+        "layers are alike; see eta for its authors' form",
+    )
+    eta: float | None = Field(
+        None,
+        ge=0,
+        description="of ASAM: null: T = |w| for all. A number: as in its authors' code (0.01 there), T = |w| + eta for weights, "
+        "those of norms too, and 1 for biases, so that parameters near 0 move as well",
+    )
+
+
+@contextmanager
+def perturbed(step: nn.Module, sam: Sam) -> Iterator[None]:
+    """The weights w at w + e for a second pass, without gradients, and running statistics that rest.
+
+    e = rho g / |g|, or rho T^2 g / |T g| where it is adaptive, T as of `Sam.eta`, with the gradients g that are there and the
+    norm over all of them together. On every way out w is back, bit for bit, so that no checkpoint ever holds w + e.
+    """
+    named = [(name, weight) for name, weight in step.named_parameters() if weight.grad is not None]
+    weights = [weight for _, weight in named]
+    kept = [weight.detach().clone() for weight in weights]
+    try:
+        _climb(named, sam)
+        with own_statistics(step, recompute=False):
+            yield
+    finally:
+        with torch.no_grad():
+            for weight, old in zip(weights, kept, strict=True):
+                weight.copy_(old)
+
+
+@torch.no_grad()
+def _climb(named: Sequence[tuple[str, nn.Parameter]], sam: Sam) -> None:
+    climbs = [(name, w, w.grad) for name, w in named if w.grad is not None]
+    length = get_total_norm([g * _unit(name, w, sam) if sam.adaptive else g for name, w, g in climbs])
+    for name, w, g in climbs:
+        w.add_((g * _unit(name, w, sam).square() if sam.adaptive else g) * (sam.rho / (length + 1e-12)))
+        w.grad = None
+
+
+def _unit(name: str, w: Tensor, sam: Sam) -> Tensor:
+    """ASAM's T of one parameter."""
+    if sam.eta is None:
+        return w.abs()
+    return w.abs() + sam.eta if name.endswith("weight") else torch.ones_like(w)

@@ -1,0 +1,114 @@
+"""Checks that no step goes on, and no checkpoint is written, with values that are not finite; and the error for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgvc.config.recipe import Recipe
+from fgvc.data.sources.source import some
+from fgvc.models.finite import not_finite, suspicious
+from fgvc.runs import checkpoint
+from fgvc.runs.checkpoint import State
+from fgvc.runs.distributed import Runtime
+from fgvc.runs.step import StepModule
+from fgvc.training.optim import Optim
+from fgvc.types import FgvcError
+
+LEAST_SCALE = 1e-4  # of the loss under fp16; fairseq gives up there, too
+
+
+class Watch:
+    """What every step must leave finite, by name."""
+
+    def __init__(self, step: StepModule, average: nn.Module | None, scaler: torch.amp.GradScaler) -> None:
+        self.step, self.scaler = step, scaler
+        self._scale = scaler.get_scale()
+        self.uphill: list[Tensor] = []  # the losses of SAM's second pass, of this step
+        self._weights = dict(step.named_parameters())
+        self._moved = self._weights | dict(step.named_buffers())
+        averaged = {} if average is None else average.state_dict(keep_vars=True)
+        self._lasting = self._moved | {f"average.{name}": value for name, value in averaged.items()}
+
+    def begin(self) -> None:
+        """Forget what the step before gave."""
+        self.uphill.clear()
+        self.step.probed.clear()
+
+    def skipped(self, step: int, *, last: bool) -> str:
+        """Why nothing is learnt under fp16 although all is finite, since the scaler skips the steps; empty where that is not so.
+
+        Each skipped step halves its scale. It is at an end below LEAST_SCALE, where no gradient of use is left.
+        """
+        if not self.scaler.is_enabled():
+            return ""
+        scale = self.scaler.get_scale()
+        if scale < LEAST_SCALE:
+            return f"step {step}: the gradients overflow fp16 even at a loss scale of {scale:g}, so the steps are skipped"
+        if last and scale <= self._scale * 0.5**step:
+            return f"the gradients overflowed fp16 in all {step} steps, so each was skipped and nothing was learnt"
+        return ""
+
+    def tensors(self, loss: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss of a step, what its probes said, its gradients, and what it has moved: weights and running statistics.
+        Without the gradients where a scaler looks at them, and skips the step. Without a loss: all that lasts, averages too."""
+        if loss is None:
+            return self._lasting
+        found = {"the loss": loss}
+        found |= {f"the loss uphill (optim.sam), part {at}": value for at, value in enumerate(self.uphill)}
+        found |= {f"a probe's logits, {at}": value for at, value in enumerate(self.step.probed)}
+        if not self.scaler.is_enabled():
+            graded = ((name, weight.grad) for name, weight in self._weights.items())
+            found |= {f"the gradient of {name}": gradient for name, gradient in graded if gradient is not None}
+        return found | self._moved
+
+
+def held(state: State) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name."""
+    parts = {"net": state.net, "branches": state.branches, "average": state.ema, **state.rest}
+    return dict(_leaves("", parts))
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+        return
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in pairs:
+        yield from _leaves(f"{name}.{key}" if name else str(key), inner)
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], *, when: str, out: Path, recipe: Recipe, process: Runtime) -> None:
+    """Raises FgvcError on all processes where one of them holds a value here that is not finite. Waits for the device."""
+    if bool(process.anywhere(suspicious(tensors.values()))):
+        names = list(dict.fromkeys(chain(*process.gather(not_finite(tensors)))))
+        if names:
+            raise lost(f"{when}: NaN or infinite, and not saved: {some(names)}", out=out, recipe=recipe)
+
+
+def lost(reason: str, *, out: Path, recipe: Recipe) -> FgvcError:
+    """The error that ends such a run: what there is to go back to, and what may help."""
+    optim = recipe.optim
+    ways = [f"optim.lr={min(optim.lr / 10, Optim().lr):g} (it is {optim.lr:g})"]
+    ways += ["optim.clip_norm=1"] * (optim.clip_norm is None)
+    ways += ["train.precision=bf16"] * (recipe.train.precision == "fp16")
+    ways += [f"optim.sam.rho={optim.sam.rho / 2:g} (it is {optim.sam.rho:g})"] if optim.sam is not None else []
+    return FgvcError(
+        f"{out}: {reason}. {newest_finite(out / 'ckpt')}. The same settings lead here again, and "
+        f"a run that goes on keeps them: begin anew, in another --out or with --overwrite, with {', '.join(ways)}"
+    )
+
+
+def newest_finite(folder: Path) -> str:
+    """Which checkpoint of a run is the newest that is whole and holds finite values alone, in words."""
+    for path, state in checkpoint.whole(folder):
+        if not not_finite(held(state)):
+            weights = f"model.weights={path / 'net.safetensors'}"
+            newest = f"The newest checkpoint that is finite is {path}, of step {state.progress.step}"
+            return f"{newest}; a new run may begin from its weights, {weights}"
+    return f"There is no checkpoint in {folder} that is finite"
