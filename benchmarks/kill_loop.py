@@ -41,11 +41,11 @@ import torch
 from PIL import Image
 
 from fgvc import api
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
+from fgvc.errors import FgvcError
 from fgvc.io import files as disk
 from fgvc.runs.folder import environment
-from fgvc.types import FgvcError
 
 CHANGES = ("open", "write", "pwrite", "fsync", "replace", "symlink", "unlink", "mkdir", "rmdir", "ftruncate")
 ARMS = ("plain", "ema", "sam", "ae_psl", "distill")

@@ -23,17 +23,19 @@ from typing import Any
 
 import torch
 
-from fgvc.config.section import validate
-from fgvc.exporting.onnx import Export, export_onnx, serialised
+from fgvc.config.loading import validate
+from fgvc.config.exporting import Export
+from fgvc.exporting.onnx import export_onnx, serialised
 from fgvc.reparam.plain import strip
 from fgvc.exporting.prove import versions
 from fgvc.exporting.reference import randomise
 from fgvc.models.backbone import deployed, plain_model
 from fgvc.config.recipe import Recipe
 from fgvc.runtime.engine import Session
-from fgvc.techniques.registry import CONFIGS
-from fgvc.training.session import Built, build_net
-from fgvc.types import Batch, FgvcError
+from fgvc.config.techniques import settings_by_kind
+from fgvc.runs.build import Built, build_net
+from fgvc.errors import FgvcError
+from fgvc.techniques.api import Batch
 
 OUT = Path(__file__).parent / "results" / "architectures.csv"
 ONNX = "ONNX"
@@ -165,7 +167,7 @@ def main() -> int:
     about = {name: versions()[name] for name in ("torch", "timm", "onnxruntime")}
     for backbone in chosen:
         started, family = time.monotonic(), BACKBONES[backbone][0]
-        for technique in (*CONFIGS, ONNX):
+        for technique in (*settings_by_kind(), ONNX):
             if (backbone, technique) not in rows:
                 result, detail = tried(backbone, technique)
                 values = (backbone, family, str(SIZE), technique, result, detail, *about.values())
@@ -180,7 +182,7 @@ def main() -> int:
 
 def write(rows: Mapping[tuple[str, str], dict[str, str]]) -> None:
     """In the order of the lists above; of what has left them nothing stays."""
-    known = [(backbone, technique) for backbone in BACKBONES for technique in (ONNX, *CONFIGS)]
+    known = [(backbone, technique) for backbone in BACKBONES for technique in (ONNX, *settings_by_kind())]
     OUT.parent.mkdir(parents=True, exist_ok=True)
     with OUT.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from fgvc.techniques.masks import shifted
 from fgvc.data.loader import train_loader
-from fgvc.data.augment import Augment, Augmenter
+from fgvc.config.data import Augment
+from fgvc.data.augment import Augmenter
 from fgvc.report.preview import look_through
 from fgvc.training.batch import to_batch
 from fgvc.training.between import epoch_start
@@ -33,7 +34,8 @@ from fgvc.training.log import Events
 from fgvc.runs.folder import environment, read_run
 from fgvc.runs.distributed import runtime
 from fgvc.training.session import Session, open_session
-from fgvc.types import SPLITS, FgvcError
+from fgvc.config.data import SPLITS
+from fgvc.errors import FgvcError
 
 PLACES = 20  # random ones for every region
 WHOLE = Augment(crop="fit", crop_scale=(1, 1), flip=0, brightness=0, contrast=0, saturation=0)

@@ -28,7 +28,9 @@ from fgvc.data.quality.suspects import Suspects, suspects
 from fgvc.evaluation.features import features, frozen
 from fgvc.config.recipe import Recipe
 from fgvc.config.template import recipe_file
-from fgvc.types import FgvcError, ImageIndex
+from fgvc.data.index import ImageIndex
+from fgvc.errors import FgvcError
+from fgvc.data.sources.read import read_source
 
 COPIES = ("exact", "quality 60", "resized", "lighter", "mirrored")
 DAMAGE = ("cut in half", "end missing", "empty", "a web page", "second half zero")
@@ -74,7 +76,7 @@ def study(source: Path, weights: str, seeds: list[int]) -> list[dict[str, object
                 recipe_file("coffee-leaf5/plain"),
                 [f"data.root={root}", f"model.weights={weights}", "train.workers=0", "train.device=cpu"],
             )
-            index = recipe.data.read()
+            index = read_source(recipe.data)
             report = check(index)
             lines.append(judge(report, doubted(recipe, report, known), planted, seed=seed))
             print(", ".join(f"{key} {value}" for key, value in lines[-1].items()), flush=True)

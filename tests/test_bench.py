@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from fgvc import api
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
+from fgvc.config.techniques import settings_by_kind
 from fgvc.runs.distributed import runtime
 from fgvc.studies import speed as bench
-from fgvc.techniques.registry import CONFIGS
 from fgvc.training.session import open_session
 
 
@@ -64,7 +64,7 @@ def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, 
     found = bench.bench_each(recipe(boxed_tree, **sections, techniques=chosen), pairs=1)
     expected = {ratio.name.split()[1]: ratio.expected for ratio in found}
     more = {"dcl": 2, "cam_erasing": 4 / 3, "snapmix": 4 / 3, "distill": 4 / 3, "attention_crop_drop": 3}
-    assert expected == {kind: pytest.approx(more.get(kind, 1)) for kind in ("plain", *CONFIGS)}
+    assert expected == {kind: pytest.approx(more.get(kind, 1)) for kind in ("plain", *settings_by_kind())}
     bench.write_csv(tmp_path / "each.csv", found)
     with (tmp_path / "each.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -8,10 +8,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from fgvc.config.recipe import Recipe, by_weights, load_recipe
-from fgvc.config.section import differences, dump, load, validate
+from fgvc.config.loading import differences, dump, load, validate
+from fgvc.config.recipe import Recipe, by_weights
 from fgvc.config.template import commented, recipes
-from fgvc.types import FgvcError
+from fgvc.data.recipe import load_recipe
+from fgvc.errors import FgvcError
 
 GOOD = """\
 data:

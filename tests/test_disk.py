@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fgvc.errors import FgvcError
 from fgvc.io.files import as_json, replacing
-from fgvc.training.log import as_csv
-from fgvc.types import FgvcError
+from fgvc.io.tables import as_csv
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from PIL import Image, ImageFont
 
 from fgvc import api
 from fgvc.cli import main
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import Calibration, validate
+from fgvc.config.runtime import Calibration
+from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import explain_model, export_onnx, serialised
 from fgvc.images.decode import decode
 from fgvc.images.overlay import overlay
@@ -33,7 +35,6 @@ from fgvc.runtime import explain as drawing
 from fgvc.runtime.bundle import OPTIONAL, REQUIRED, write_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.explain import Seen, positive
-from fgvc.types import FgvcError
 from tests.serve import small
 
 METHODS = ("cam", "gradcam", "scorecam")

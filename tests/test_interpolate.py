@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from fgvc import api
 from fgvc.cli import main
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
 from fgvc.data.loader import evaluation_loader
+from fgvc.errors import FgvcError
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run, recorded_preprocess
 from fgvc.runs.subject import subject
 from fgvc.training.session import read_index
-from fgvc.types import FgvcError
 
 TENTHS = [round(0.1 * at, 1) for at in range(11)]
 

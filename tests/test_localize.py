@@ -19,10 +19,11 @@ import fgvc.evaluation.localize
 import fgvc.models.feature_maps
 from fgvc import api
 from fgvc.cli import main
+from fgvc.config.data import SPLITS
 from fgvc.config.recipe import Recipe
+from fgvc.errors import FgvcError
 from fgvc.models.cam.offline import ClassMaps
 from fgvc.runs.subject import Subject
-from fgvc.types import SPLITS, FgvcError
 
 CLASSES = ("蓝", "green", "red")
 COLOURS = ((60, 80, 250), (70, 250, 80), (250, 70, 60))

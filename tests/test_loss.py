@@ -12,11 +12,14 @@ from timm.loss import BinaryCrossEntropy
 from torch import Tensor
 from torch.nn import functional as F
 
+from fgvc.config.loading import validate
+from fgvc.config.models import Loss
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
-from fgvc.models.loss import Criterion, Loss, cross_entropy, make_criterion
-from fgvc.training.session import build_net, class_counts, read_index
-from fgvc.types import FgvcError, Target
+from fgvc.errors import FgvcError
+from fgvc.models.loss import Criterion, cross_entropy, make_criterion
+from fgvc.models.target import Target
+from fgvc.runs.build import build_net, class_counts
+from fgvc.training.session import read_index
 
 ROWS, CLASSES = 5, 4
 WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 3.0])

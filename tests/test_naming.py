@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from timm.utils.misc import natural_key
 
+from fgvc.errors import FgvcError
 from fgvc.io.names import one_line, refuse_breaking, relabelled, result_names, sorting, told_apart
-from fgvc.types import FgvcError
 
 
 def test_names_of_results_never_collide() -> None:

@@ -11,14 +11,15 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image, ImageFont
 
 from fgvc import api
+from fgvc.config.images import Preprocess
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import Preprocess, validate
+from fgvc.errors import FgvcError
 from fgvc.evaluation import font
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import fit
 from fgvc.images.preprocess import preprocess as prepared
 from fgvc.report import preview
-from fgvc.types import FgvcError
 
 
 def recipe(tree: dict, **sections: object) -> Recipe:

@@ -19,15 +19,15 @@ from safetensors.torch import save_file
 
 from fgvc import api
 from fgvc.cli import main
-from fgvc.config.recipe import load_recipe
-from fgvc.config.section import Deploy
+from fgvc.config.images import Deploy
 from fgvc.config.template import recipe_file
+from fgvc.data.recipe import load_recipe
 from fgvc.data.splits import fold_numbers
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import plain_model
 from fgvc.models.probe import fit_probe
 from fgvc.studies.advice import Advice, advise, summary
 from fgvc.studies.candidate import open_candidate
-from fgvc.types import FgvcError
 
 FAST = ("train.workers=0", "train.device=cpu")
 

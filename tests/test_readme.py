@@ -13,7 +13,8 @@ import yaml
 
 from fgvc.cli import main
 from fgvc.config.recipe import Techniques
-from fgvc.techniques.registry import CONFIGS, build
+from fgvc.config.techniques import settings_by_kind
+from fgvc.techniques.registry import build
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -56,9 +57,9 @@ def test_all_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_technique_is_in_the_table() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for kind in CONFIGS:
+    for kind in settings_by_kind():
         assert f"| `{kind}` |" in text
-    assert set(build(Techniques(**{kind: {} for kind in CONFIGS}))) == set(CONFIGS)
+    assert set(build(Techniques(**{kind: {} for kind in settings_by_kind()}))) == set(settings_by_kind())
 
 
 def test_the_tables_of_the_docs_are_those_of_the_csv_files() -> None:

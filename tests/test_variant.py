@@ -17,6 +17,8 @@ from onnx import numpy_helper
 
 from fgvc import api
 from fgvc.cli import main
+from fgvc.config.data import SPLITS
+from fgvc.errors import FgvcError
 from fgvc.evaluation.agreement import FP16, INT8
 from fgvc.exporting import prove as proving
 from fgvc.exporting import variant as made
@@ -28,7 +30,6 @@ from fgvc.runs.subject import Answers, subject
 from fgvc.runtime.bundle import load_bundle, write_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.studies import variants as variant
-from fgvc.types import SPLITS, FgvcError
 
 SMALL = api.Int8(first=2, images=24)
 

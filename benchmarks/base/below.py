@@ -24,12 +24,12 @@ from table import _gain
 
 from fgvc import api
 from fgvc.cli.option import recipe_path
+from fgvc.config.data import SPLITS
 from fgvc.models.probe import put_head
 from fgvc.runs.distributed import runtime
 from fgvc.training.log import Events
 from fgvc.training.session import open_session
 from fgvc.training.trainer import take_step
-from fgvc.types import SPLITS
 
 SETS = {
     "cub50": ["image.size=160"],

@@ -16,11 +16,11 @@ import torch
 
 from fgvc import api
 from fgvc.cli.option import recipe_path
+from fgvc.errors import FgvcError
 from fgvc.evaluation.features import features, frozen
 from fgvc.models.probe import fit_probe
 from fgvc.training.session import read_index
 from fgvc.training.start import view_features
-from fgvc.types import FgvcError
 
 
 def main(config: str, overrides: list[str]) -> None:

@@ -27,7 +27,7 @@ from fgvc.images.decode import decode
 from fgvc.images.preprocess import preprocess
 from fgvc.runtime.engine import Engine, answers
 from fgvc.runtime.predict import expand
-from fgvc.types import FgvcError, ImageError
+from fgvc.errors import FgvcError, ImageError
 
 SCHEMA = pa.schema(
     {

@@ -21,7 +21,8 @@ from starlette.responses import JSONResponse
 from fgvc.runtime.bundle import load_bundle
 from fgvc.images.decode import decode
 from fgvc.runtime.engine import Engine
-from fgvc.types import MAX_PIXELS, FgvcError, ImageError
+from fgvc.config.images import MAX_PIXELS
+from fgvc.errors import FgvcError, ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_BODY = 10 * 2**20  # bytes

@@ -20,7 +20,7 @@ from fgvc.runtime.bundle import Bundle, load_bundle
 from fgvc.images.preprocess import preprocess
 from fgvc.runtime.engine import answers
 from fgvc.runtime.predict import decoded, expand
-from fgvc.types import FgvcError, ImageError
+from fgvc.errors import FgvcError, ImageError
 
 
 def logits(client: InferenceServerClient, model: str, x: np.ndarray) -> np.ndarray:

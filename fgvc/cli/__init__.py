@@ -13,7 +13,7 @@ import typer
 
 from fgvc import __version__
 from fgvc.cli import data, looking, shipping, training
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from fgvc.cli.option import Config, Overrides, recipe_path
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 
 def demo(

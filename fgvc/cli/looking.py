@@ -20,7 +20,7 @@ from fgvc.cli.option import (
     Select,
     pixels,
 )  # fmt: skip
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 
 def evaluate(

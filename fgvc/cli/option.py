@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.types import MAX_PIXELS
+from fgvc.config.images import MAX_PIXELS
 
 Config = Annotated[str, typer.Argument(help="A recipe file, or the id of one that comes with fgvc.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 DeployedLabels = Annotated[
     Path | None,

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fgvc.api import Evaluation, Exported
+from fgvc.api import Exported
+from fgvc.config.data import SPLITS
 from fgvc.data.quality.checks import Report
 from fgvc.evaluation.calibration import FEWEST
+from fgvc.evaluation.evaluate import Evaluation
 from fgvc.evaluation.learning_curve import FOLDS, SHARES
 from fgvc.evaluation.localize import Localisation
 from fgvc.evaluation.side import Versus
@@ -27,7 +29,6 @@ from fgvc.studies.speed import Ratio
 from fgvc.studies.variants import Beside
 from fgvc.training.forecast import Forecast
 from fgvc.training.interpolate import Interpolation
-from fgvc.types import SPLITS
 
 console = Console(highlight=False)
 CONFUSED = 5  # pairs shown; all are in the run's tables

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from fgvc.cli.option import Config, Device, Overrides, Root, Run, recipe_path
+from fgvc.errors import FgvcError
 from fgvc.io.files import refuse_file, writing
-from fgvc.types import FgvcError
 
 
 def recipes(

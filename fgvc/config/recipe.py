@@ -2,70 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from fgvc.config.schedule import Scheduled, Value, at, knots
-from fgvc.config.section import Deploy, Section, Size, load
-from fgvc.data.augment import Augment
-from fgvc.data.sources.auto import AutoData
-from fgvc.data.sources.cub import CubData
-from fgvc.data.sources.folder import FolderData
-from fgvc.data.sources.named import NamedData
-from fgvc.data.sources.source import Source
-from fgvc.data.sources.table import CsvData
-from fgvc.exporting.onnx import Export
-from fgvc.models.backbone import Model
-from fgvc.models.loss import Loss
-from fgvc.models.weights import run_of
-from fgvc.runs.checkpoint import Checkpoint
-from fgvc.runs.distributed import Train
-from fgvc.techniques.mixing import Mixing
-from fgvc.techniques.registry import Techniques
-from fgvc.training.log import Log
-from fgvc.training.optim import Ema, Optim, Swa
+from fgvc.config.data import Augment, AutoData, CsvData, CubData, FolderData, NamedData
+from fgvc.config.exporting import Export
+from fgvc.config.images import Deploy, Image
+from fgvc.config.models import Loss, Model, run_of
+from fgvc.config.schedule import knots
+from fgvc.config.section import Section
+from fgvc.config.techniques import Mixing, Techniques, chosen
+from fgvc.config.training import Checkpoint, Ema, Log, Optim, Swa, Train
 
 Shipped = Literal["last", "best", "ema", "swa"]
 Selected = Literal[Shipped, "start", "floor"]
 CLIP = 1.0  # norm of the gradients at frozen statistics, whose first ones can be 40
 END = 1 - 1e-9  # of a run: its last step lies before 1
-
-
-class Image(Section):
-    """The network's input."""
-
-    size: Size = Field((224, 224), description="one number for a square, or [height, width]; pixels")
-    train_scale: Scheduled = Field(
-        1.0,
-        description="side of training images in units of size, to 8 pixels: below 1 all along trains for a larger "
-        "evaluation (FixRes), knots such as [[0, 0.6], [0.8, 1]] grow the images epoch by epoch",
-    )
-
-    @field_validator("train_scale")
-    @classmethod
-    def _some(cls, scale: Value) -> Value:
-        if min(at(scale, share) for share in knots(scale)) <= 0:
-            raise ValueError("above 0")
-        return scale
-
-    def train_size(self, progress: float) -> tuple[int, int]:
-        """Height and width of training images at a share of the run."""
-        return self.scaled(at(self.train_scale, progress))
-
-    def scaled(self, scale: float) -> tuple[int, int]:
-        """Height and width at `scale` times the size, to 8 pixels."""
-        if scale == 1:
-            return self.size
-        height, width = (max(8, 8 * round(side * scale / 8)) for side in self.size)
-        return height, width
-
-    @property
-    def largest_train_size(self) -> tuple[int, int]:
-        """What training images are rendered at; smaller ones are its reduction."""
-        return max(self.train_size(share) for share in knots(self.train_scale))
 
 
 PRETRAINED: Mapping[str, Mapping[str, Any]] = {
@@ -121,12 +76,6 @@ class Recipe(Section):
     cache_dir: Path | None = Field(None, description="default: $XDG_CACHE_HOME/fgvc or ~/.cache/fgvc")
     export: Export = Field(Export(), description="how the ONNX file is written")
     log: Log = Field(Log(), description="how often to report")
-
-    @field_validator("data")
-    @classmethod
-    def _found(cls, data: Source) -> Source:
-        """`kind: auto` is decided once, here, so that what a run records reads the same set later. Raises FgvcError."""
-        return data.resolved() if isinstance(data, AutoData) else data
 
     @model_validator(mode="before")
     @classmethod
@@ -185,7 +134,7 @@ class Recipe(Section):
             )
         for problem in conflicts(self.techniques):
             raise ValueError(problem)
-        for kind, config in _chosen(self.techniques).items():
+        for kind, config in chosen(self.techniques).items():
             if self.ema is None and getattr(config, "needs_ema", False):
                 raise ValueError(
                     f"techniques.{kind}: asks the moving average of the weights, and there is no `ema:` section (SWA has "
@@ -221,29 +170,20 @@ class Recipe(Section):
 
 def conflicts(techniques: Section) -> list[str]:
     """Techniques that can't go together, each with what to change; a technique declares its own."""
-    chosen = _chosen(techniques)
+    configs = chosen(techniques)
     found = [
         f"techniques: {kind} and {other} can't go together: {advice}"
-        for kind, config in chosen.items()
+        for kind, config in configs.items()
         for other, advice in getattr(config, "conflicts", {}).items()
-        if other in chosen
+        if other in configs
     ]
-    mixers = {kind: config for kind, config in chosen.items() if isinstance(config, Mixing)}
+    mixers = {kind: config for kind, config in configs.items() if isinstance(config, Mixing)}
     times = {min(time, END) for config in mixers.values() for time in (0.0, *knots(config.probability), END)}
     if mixers and all(sum(config.share(time) for config in mixers.values()) >= 1 for time in times):
         found += [
             f"techniques.{kind}: learns from images of one label, and {' and '.join(mixers)} mixed in every step leave none; "
             f"give, for example, techniques.{next(iter(mixers))}.probability=0.5"
-            for kind, config in chosen.items()
+            for kind, config in configs.items()
             if getattr(config, "needs_whole_labels", False)
         ]
     return found
-
-
-def _chosen(techniques: Section) -> dict[str, Section]:
-    return {kind: config for kind in type(techniques).model_fields if (config := getattr(techniques, kind)) is not None}
-
-
-def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe file with `a.b=value` overrides. Raises FgvcError naming file, line, key and the nearest valid key."""
-    return load(Recipe, Path(path), overrides)

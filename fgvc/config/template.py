@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fgvc.config.section import models_in, read_tree, tag_of
-from fgvc.types import FgvcError
+from fgvc.config.loading import models_in, read_tree, tag_of
+from fgvc.errors import FgvcError
 
 WIDTH = 118
 STUDIES = "studies/"  # below configs/

@@ -12,61 +12,18 @@ from __future__ import annotations
 import math
 import os
 import random
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field, field_validator
 
-from fgvc.config.section import Interpolation, Preprocess, Section
+from fgvc.config.data import Augment
+from fgvc.config.images import Interpolation, Preprocess
 from fgvc.rng import SAMPLE, generator
-
-Range = tuple[float, float]
 
 Window = tuple[int, int, int, int]
 """left, top, right, bottom in whole pixels of the image: never empty, never outside it."""
-
-
-class Augment(Section):
-    """How training images are varied."""
-
-    crop: Literal["random_resized", "fit"] = Field(
-        "random_resized",
-        description="random_resized: a window of random area and aspect, stretched to size; "
-        "fit: a window of random area that keeps the deployed fit's geometry (whole 2:1 leaves with deploy.resize=pad)",
-    )
-    crop_scale: Range = Field((0.35, 1.0), description="the window's area as a share of the image (fit: of its canvas)")
-    crop_ratio: Range = Field((0.75, 4 / 3), description="width / height of the window of random_resized")
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
-    vertical_flip: float = Field(0.0, ge=0, le=1, description="probability of an upside-down flip")
-    rotate: float = Field(0.0, ge=0, le=180, description="largest rotation in degrees, either way")
-    translate: float = Field(0.0, ge=0, lt=1, description="largest shift as a share of the size, either way")
-    zoom: float = Field(0.0, ge=0, lt=1, description="scale factor uniform in 1 +- this, after the crop")
-    shear: float = Field(0.0, ge=0, lt=90, description="largest horizontal shear in degrees, either way")
-    brightness: float = Field(0.2, ge=0, le=1, description="factor uniform in 1 +- this")
-    contrast: float = Field(0.2, ge=0, le=1, description="factor uniform in 1 +- this")
-    saturation: float = Field(0.2, ge=0, le=1, description="factor uniform in 1 +- this")
-    hue: float = Field(0.0, ge=0, le=0.5, description="shift uniform in +- this share of the colour circle")
-    grayscale: float = Field(0.0, ge=0, le=1, description="probability of dropping the colour")
-
-    @field_validator("crop_scale", "crop_ratio")
-    @classmethod
-    def _ordered(cls, value: Range) -> Range:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("give two numbers above 0, the smaller first")
-        return value
-
-    @field_validator("crop_scale")
-    @classmethod
-    def _share(cls, value: Range) -> Range:
-        if value[1] > 1:
-            raise ValueError("a share of the image's area is at most 1")
-        return value
-
-    def shrink_to(self, size: tuple[int, int]) -> int:
-        """What an image's shorter side may shrink to before the smallest crop of `size` would have to be enlarged."""
-        return math.ceil(max(size) / math.sqrt(self.crop_scale[0]))
 
 
 class Augmenter:

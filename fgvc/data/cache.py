@@ -31,9 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fgvc.data.index import ImageIndex
+from fgvc.errors import FgvcError, ImageError
 from fgvc.images.decode import read_picture
 from fgvc.io.files import alone, remove, sync, write_atomic
-from fgvc.types import FgvcError, ImageError, ImageIndex
 
 _VERSION = 3
 _LOCK = "building"  # held by whoever builds; a folder whose lock is free was left behind by a crash

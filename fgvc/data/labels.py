@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fgvc.data.index import ImageIndex
+from fgvc.errors import FgvcError
 from fgvc.runtime.bundle import read_labels
-from fgvc.types import FgvcError, ImageIndex
 
 
 def reordered(index: ImageIndex, path: Path) -> ImageIndex:

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fgvc.config.section import Preprocess
+from fgvc.config.images import Preprocess
 from fgvc.data.augment import Augmenter
 from fgvc.data.cache import DecodeCache
+from fgvc.data.index import ImageIndex
+from fgvc.errors import FgvcError, ImageError
 from fgvc.images.decode import read_picture
 from fgvc.images.preprocess import preprocess
 from fgvc.images.upright import turned_boxes, turned_points, turned_sides
 from fgvc.rng import ORDER, SAMPLE, generator
-from fgvc.types import FgvcError, ImageError, ImageIndex
 
 OnSample = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
 """(h,w,3) uint8 image and its row -> image of the same size, in a worker, before any geometry. Workers are forked once:

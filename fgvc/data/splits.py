@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fgvc.config.data import SPLITS, Split
 from fgvc.rng import SPLIT, generator
-from fgvc.types import SPLITS, Split
 
 
 def carve(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 Floats = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.config.section import HIGHEST, LOWEST, Calibration
+from fgvc.config.runtime import HIGHEST, LOWEST, Calibration
 
 BINS = 15  # of the calibration error (Guo et al. 2017)
 FEWEST = 50  # images; with fewer, the fit would be noise

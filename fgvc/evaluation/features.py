@@ -12,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fgvc.config.images import Preprocess
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import Preprocess
+from fgvc.data.index import ImageIndex
 from fgvc.data.loader import evaluation_loader
 from fgvc.data.quality.colour import Normalisation, normalisation_of
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import memory_format, plain_model
 from fgvc.models.weights import load_weights, preprocess_for, told, unlikely
 from fgvc.runs.distributed import runtime
-from fgvc.types import FgvcError, ImageIndex
 
 BATCH = 64
 Embed = Callable[[Tensor], NDArray[np.float32]]

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from fgvc.data.splits import fold_numbers, group_codes, stratified
+from fgvc.errors import FgvcError
 from fgvc.evaluation.paired import gain_interval, wilson
 from fgvc.models.probe import fit_probe
-from fgvc.types import FgvcError
 
 FOLDS = 5
 SHARES = (1.0, 0.5, 0.25)  # of the images that a fold learns from, each within the one before

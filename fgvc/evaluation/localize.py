@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from fgvc.config.data import Split
+from fgvc.config.images import Preprocess
 from fgvc.config.recipe import Selected
-from fgvc.config.section import Preprocess
 from fgvc.data.loader import EvaluationBatch, evaluation_loader
 from fgvc.data.quality.stored import refuse_shares
+from fgvc.errors import FgvcError
 from fgvc.evaluation.localization import (
     OVERLAPS,
     SHARES,
@@ -38,13 +40,12 @@ from fgvc.evaluation.localization import (
 )
 from fgvc.evaluation.plot import plot_localisation
 from fgvc.images.preprocess import placed
+from fgvc.io.tables import as_csv
 from fgvc.models.cam.offline import ClassMaps, looking, named
 from fgvc.models.class_maps import normalised
 from fgvc.runs.measured import leave, measured
 from fgvc.runs.subject import Subject, subject
 from fgvc.runtime.engine import refuse_no_numbers
-from fgvc.training.log import as_csv
-from fgvc.types import FgvcError, Split
 
 BATCH = 32
 RECORD = "localisation.json"  # in the run

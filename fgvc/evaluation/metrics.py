@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation.calibration import BINS, binned, of_sums
-from fgvc.types import FgvcError, NoNumbersError
 
 SMALLER_IS_BETTER = ("loss", "ece")
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
 
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 LEVEL = 0.95  # of the interval
 LIMIT = re.compile(r"(\d+)|(\d+(?:\.\d+)?) ?%")

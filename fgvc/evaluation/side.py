@@ -10,24 +10,26 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.config.recipe import load_recipe
-from fgvc.config.section import Calibration, Preprocess
+from fgvc.config.data import FolderData, Split
+from fgvc.config.images import Preprocess
+from fgvc.config.runtime import Calibration
 from fgvc.config.template import recipe_file
+from fgvc.data.index import ImageIndex
 from fgvc.data.quality.colour import NATURAL, other_units
-from fgvc.data.sources.folder import FolderData
-from fgvc.data.sources.source import some
+from fgvc.data.recipe import load_recipe
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import MAX_LOGITS, confidence_of
 from fgvc.evaluation.paired import Paired, compare
 from fgvc.evaluation.temperature import calibration
 from fgvc.images.preprocess import described, differences
-from fgvc.io.names import relabelled
+from fgvc.io.names import relabelled, some
 from fgvc.runs.folder import is_run, read_run
 from fgvc.runs.images import learnt, read_index, recorded_images
 from fgvc.runs.subject import Answers, Subject, onnx_answers, subject
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import Session
 from fgvc.runtime.stack import stack_of
-from fgvc.types import FgvcError, ImageIndex, Split
 
 FLIP = (  # columns of a table of flips
     "path", "flip", "class", "a", "a_confidence", "b", "b_confidence", "a_calibrated", "b_calibrated"
@@ -205,7 +207,7 @@ def _images_of(data: str | None, sides: Sequence[Side], split: Split | None) -> 
         own = recorded_images(source, recipe)
         index, workers, rows_of = own.index, recipe.train.workers, own.rows
     elif source.is_dir():
-        index = FolderData(root=source, val_fraction=0, test_fraction=0).read()
+        index = read_source(FolderData(root=source, val_fraction=0, test_fraction=0))
         rows_of = index.rows
         if split is None and len(index.rows("train")) == len(index):
             return _known(Images(index=index, rows=np.arange(len(index)), part="all"), sides[0])

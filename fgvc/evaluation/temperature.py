@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.config.section import Calibration, validate
+from fgvc.config.data import Split
+from fgvc.config.loading import validate
+from fgvc.config.runtime import Calibration
+from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation.calibration import KEEP, Calibrated, calibrate, measure, spread
 from fgvc.runs.measured import leave, measured_of
 from fgvc.runs.subject import LoadedRun, Subject, beside_data, onnx_answers
 from fgvc.runtime.engine import Session, refuse_no_numbers
-from fgvc.types import FgvcError, NoNumbersError, Split
 
 RECORD = "calibration.json"  # in the run
 PART: Split = "val"

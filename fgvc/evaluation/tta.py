@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fgvc.config.section import Preprocess
+from fgvc.config.images import Preprocess
 
 Views = Literal["flip", "crops", "flip+crops", "refined"]
 

@@ -19,8 +19,8 @@ import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx import numpy_helper as onnx_numpy
 
+from fgvc.errors import FgvcError
 from fgvc.exporting.structure import Attribute, Canonical, Function, Graph, Initializer, Node, Port, Tensor, digest
-from fgvc.types import FgvcError
 
 _PREVIEW = 8  # tensors up to this size are shown by value
 

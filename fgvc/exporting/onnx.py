@@ -11,32 +11,20 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
-from pydantic import Field
 from torch import Tensor, nn
 
-from fgvc.config.section import Section
+from fgvc.config.exporting import OPSETS, Exporter
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map
 from fgvc.models.class_maps import closed_form
-from fgvc.types import FgvcError
 
-Exporter = Literal["dynamo", "torchscript"]
 BATCH: Mapping[int, str] = {0: "batch"}  # the default: batch dynamic, height and width fixed
-OPSETS: Mapping[Exporter, range] = {"dynamo": range(18, 27), "torchscript": range(7, 24)}  # that each of torch's writes
-
-
-class Export(Section):
-    """How the ONNX file is made. Both settings change the graph, so they are part of the contract."""
-
-    exporter: Exporter = Field("dynamo", description="torch's: dynamo (by torch.export) | torchscript (the older one)")
-    opset: int = Field(
-        20, ge=11, le=26, description="version of ONNX's operator set; 18 or newer for dynamo, up to 23 for torchscript"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

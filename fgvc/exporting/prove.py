@@ -18,25 +18,16 @@ import torch
 from torch import nn
 
 from fgvc import __version__
+from fgvc.config.exporting import Export, Exporter
+from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import Merged, canonicalise, shared_initializers
 from fgvc.exporting.difference import Difference, compare, notes
-from fgvc.exporting.onnx import (
-    Explain,
-    Export,
-    Exporter,
-    Interface,
-    explain_model,
-    export_onnx,
-    interface_of,
-    load_onnx,
-    serialised,
-)
+from fgvc.exporting.onnx import Explain, Interface, explain_model, export_onnx, interface_of, load_onnx, serialised
 from fgvc.exporting.reference import Plain, independent_plain
 from fgvc.exporting.ties import nudged
 from fgvc.models.backbone import deployed, memory_format
 from fgvc.reparam.plain import strip
 from fgvc.runtime.engine import Session
-from fgvc.types import FgvcError
 
 FOLD_TOLERANCE = 1e-9  # float64, relative to max |logit|
 SHIPPED_TOLERANCE = 1e-4  # float32, relative to max |logit|

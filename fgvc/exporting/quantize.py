@@ -26,7 +26,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 IMAGES = 200  # to calibrate with
 FIRST = 6  # layers that stay in float: the first lose most and cost little (docs/measurements.md)

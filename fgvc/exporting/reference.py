@@ -22,10 +22,11 @@ import onnx
 import torch
 from torch import nn
 
+from fgvc.config.exporting import Exporter
+from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import weight_positions
-from fgvc.exporting.onnx import Exporter, Interface, export_onnx, serialised
+from fgvc.exporting.onnx import Interface, export_onnx, serialised
 from fgvc.models.backbone import deployed, plain_model
-from fgvc.types import FgvcError
 
 SEEDS = (1, 2)
 

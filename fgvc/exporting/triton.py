@@ -15,10 +15,10 @@ from typing import Literal
 
 import onnxruntime
 
+from fgvc.errors import FgvcError
 from fgvc.io.files import making
 from fgvc.runtime.bundle import NAME, Bundle
 from fgvc.runtime.engine import Engine
-from fgvc.types import FgvcError
 
 Device = Literal["auto", "cpu", "gpu"]
 TYPES = {"tensor(float)": "TYPE_FP32", "tensor(float16)": "TYPE_FP16", "tensor(double)": "TYPE_FP64"}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise
 from fgvc.exporting.difference import compare
 from fgvc.exporting.onnx import serialised
@@ -20,7 +21,6 @@ from fgvc.exporting.quantize import Int8, halve, needs_reduced_range, quantise
 from fgvc.exporting.reference import Plain
 from fgvc.exporting.structure import Canonical
 from fgvc.runtime.bundle import Variant
-from fgvc.types import FgvcError
 
 NOISE = 2  # images; ranges do not shape a graph
 SIGNED = frozenset({"int8", "int32"})

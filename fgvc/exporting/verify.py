@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise
 from fgvc.exporting.difference import Difference, compare, notes
 from fgvc.exporting.onnx import Interface, load_onnx
@@ -15,7 +16,6 @@ from fgvc.exporting.variant import differences, structure
 from fgvc.runtime.bundle import Bundle, load_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.stack import Agreement, agreement, stack_of
-from fgvc.types import FgvcError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,9 +16,10 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from fgvc.config.images import MAX_PIXELS
+from fgvc.errors import ImageError
 from fgvc.images.suffix import TGA
 from fgvc.images.upright import UPRIGHT, orientation_of, turned, turned_sides
-from fgvc.types import MAX_PIXELS, ImageError, ImageIndex
 
 # What Pillow decodes by itself. Its full list also has formats that start other programs (EPS: ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -52,11 +53,6 @@ def decode(
     format not accepted, too many pixels (with how many, and the limit), truncated, corrupt.
     """
     return read_picture(source, max_pixels=max_pixels, formats=formats).image
-
-
-def decode_row(index: ImageIndex, row: int) -> Image.Image:
-    """An image of a set, under the set's limit. Raises ImageError as `decode` does."""
-    return decode(index.path(row), max_pixels=index.max_pixels)
 
 
 def read_picture(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fgvc.config.section import Interpolation, Preprocess, Triple
+from fgvc.config.images import Interpolation, Preprocess, Triple
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom in continuous pixels: pixel (column j, row i) covers [j, j+1) x [i, i+1)."""

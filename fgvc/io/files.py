@@ -22,7 +22,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 Content = str | bytes | Callable[[BinaryIO], object]
 """Text (UTF-8), bytes, or what writes to an open file from its beginning to its end."""

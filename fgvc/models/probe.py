@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import zeros_through
-from fgvc.types import FgvcError
 
 STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the fit against the penalty (scikit-learn's C)
 FOLDS = 3

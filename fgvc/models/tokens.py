@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 Size = tuple[int, int]  # height, width
 

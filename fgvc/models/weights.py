@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fgvc.config.section import Deploy, Interpolation, Preprocess, Triple, possible_mean
+from fgvc.config.images import Deploy, Interpolation, Preprocess, Triple, possible_mean
+from fgvc.config.models import Model, run_of
 from fgvc.data.quality.colour import NATURAL, OFF, Normalisation, normalisation_of, other_units
-from fgvc.data.sources.source import some
-from fgvc.models.backbone import Model, head_prefixes, plain_model, pretrained_cfg
+from fgvc.errors import FgvcError
+from fgvc.io.names import some
+from fgvc.models.backbone import head_prefixes, plain_model, pretrained_cfg
 from fgvc.models.deformable import offsets
 from fgvc.models.finite import not_finite
-from fgvc.types import FgvcError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +118,6 @@ def preprocess_for(deploy: Deploy, size: tuple[int, int], weights: Weights) -> P
             "fill": deploy.fill,
         }
     )
-
-
-def run_of(path: Path) -> Path | None:
-    """The folder of the run in whose checkpoint a file lies."""
-    run = path.parent.parent.parent
-    return run if path.parent.parent.name == "ckpt" and (run / "preprocess.json").is_file() else None
 
 
 def _recorded(path: Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from timm.layers.padding import pad_same_arg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fgvc.errors import FgvcError
 from fgvc.reparam.fold import embed, exact
-from fgvc.types import FgvcError
 
 Pads = tuple[int, int, int, int]  # left, right, top, bottom, as F.pad takes them
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 
 def exact(tensor: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 from torchvision.ops import DeformConv2d
 
+from fgvc.errors import FgvcError
 from fgvc.reparam.fold import exact
-from fgvc.types import FgvcError
 
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # exact types: a subclass may do anything with its weight
 KINDS = (nn.Conv2d, CondConv2d, DeformConv2d)  # what counts as a convolution, and is refused by name

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fgvc.errors import FgvcError
 from fgvc.reparam.block import Branched, refusal
 from fgvc.reparam.branches import (
     AverageNorm,
@@ -16,7 +17,6 @@ from fgvc.reparam.branches import (
     is_depthwise,
     keeps_shape,
 )
-from fgvc.types import FgvcError
 
 
 def acb(conv: nn.Conv2d, like: nn.Module | None = None) -> Branched:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import plain_model
 from fgvc.models.finite import not_finite
 from fgvc.reparam.graft import folded_state
-from fgvc.types import FgvcError
 
 # Every per-module dictionary in which torch keeps what runs beside `forward`.
 HOOKS = {

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fgvc.data.index import ImageIndex, decode_row
 from fgvc.evaluation.agreement import Agreement, Bars
 from fgvc.exporting.variant import Made
-from fgvc.images.decode import decode_row
 from fgvc.report.render import picture, render
-from fgvc.types import ImageIndex
 
 SHOWN = 60  # images
 

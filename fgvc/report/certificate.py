@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from fgvc.data.loader import evaluation_loader
+from fgvc.errors import FgvcError
 from fgvc.exporting.prove import BATCH_TOLERANCE, FOLD_TOLERANCE, ONNX_TOLERANCE, SHIPPED_TOLERANCE
 from fgvc.images.preprocess import differences
 from fgvc.io.names import relabelled
 from fgvc.runs.subject import Answers, Subject
 from fgvc.runtime.bundle import Bundle
 from fgvc.runtime.engine import Session
-from fgvc.types import FgvcError
 
 IMAGES = 8  # asked of both
 SAME = 1e-3  # of logits, relative to max(1, |logit|): ten times what the proofs allow; other weights are hundreds away

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fgvc.errors import FgvcError
 from fgvc.evaluation.side import FLIP, Versus
 from fgvc.images.decode import decode
 from fgvc.io.files import refuse_file, write_atomic, writing
+from fgvc.io.tables import as_csv
 from fgvc.report.render import picture, render
-from fgvc.training.log import as_csv
-from fgvc.types import FgvcError
 
 SHOWN = 60  # images; all flips are in the table beside the page
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fgvc.config.data import SPLITS
+from fgvc.data.index import decode_row
 from fgvc.data.quality.checks import Report
 from fgvc.data.quality.suspects import Suspect
-from fgvc.images.decode import decode_row
 from fgvc.report.render import picture, render
-from fgvc.types import SPLITS
 
 SUSPECTS = 60  # labels shown
 GROUPS = 60  # groups of copies shown, of all kinds together

@@ -10,8 +10,11 @@ from typing import Any
 
 import yaml
 
+from fgvc.config.data import Split
+from fgvc.config.loading import differences, dump, leaves
 from fgvc.config.recipe import Recipe, Selected
-from fgvc.config.section import differences, dump, leaves
+from fgvc.config.techniques import chosen
+from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import Calibrated
 from fgvc.evaluation.metrics import SMALLER_IS_BETTER, Scores, of_logits
 from fgvc.evaluation.paired import Paired, compare, wilson
@@ -29,8 +32,6 @@ from fgvc.runs.history import History, interpolated, read_history
 from fgvc.runs.subject import Answers, Subject, subject
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import refuse_no_numbers
-from fgvc.techniques.registry import CONFIGS
-from fgvc.types import FgvcError, Split
 
 SHARES = {
     "top1": "top-1",
@@ -69,7 +70,7 @@ class Chapter:
         done = f"{epochs} of {recipe.train.epochs}"
         return {
             "network": f"{recipe.model.backbone} at {size}",
-            "techniques": ", ".join(kind for kind in CONFIGS if getattr(recipe.techniques, kind) is not None) or "none",
+            "techniques": ", ".join(chosen(recipe.techniques)) or "none",
             "preprocessing": described(self.seen.preprocess),
             "weights": self.seen.select,
             "epochs": done + ("" if seconds is not None else ", not finished"),

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from PIL import ImageFont
 
+from fgvc.config.images import MAX_PIXELS, Preprocess
 from fgvc.config.recipe import Selected
-from fgvc.config.section import Calibration, Preprocess
+from fgvc.config.runtime import Calibration
+from fgvc.errors import FgvcError
 from fgvc.evaluation import font
 from fgvc.evaluation.temperature import calibration_without_data
 from fgvc.images.sheet import LETTERS
@@ -23,7 +25,6 @@ from fgvc.runtime import explain as drawing
 from fgvc.runtime.engine import is_rejected, probabilities, refuse_no_numbers
 from fgvc.runtime.explain import BundleLooker, Floats, Seen, is_bundle, telling
 from fgvc.runtime.predict import expand
-from fgvc.types import MAX_PIXELS, FgvcError
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fgvc.config.section import Calibration
+from fgvc.config.runtime import Calibration
+from fgvc.data.index import decode_row
 from fgvc.data.loader import evaluation_loader
+from fgvc.errors import FgvcError, ImageError
 from fgvc.evaluation.metrics import Scores
-from fgvc.images.decode import decode_row
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit
 from fgvc.models.cam.offline import looking
 from fgvc.report.render import picture
 from fgvc.runs.subject import Answers, Subject
 from fgvc.runtime.engine import calibration_word, is_calibrated, probabilities
-from fgvc.types import FgvcError, ImageError
 
 SIDE = 224  # pixels of a picture's longer side
 PAIRS = 8  # of classes

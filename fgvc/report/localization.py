@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fgvc.errors import FgvcError
 from fgvc.runs.measured import measured
-from fgvc.types import FgvcError
 
 COLUMNS = ("true class's map", "predicted class's", "middle", "chance")
 OF = ("true", "predicted", "centre")  # the first three of these

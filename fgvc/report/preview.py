@@ -12,24 +12,26 @@ import numpy as np
 from PIL import Image, ImageFont
 from torch import Tensor
 
+from fgvc.config.images import Preprocess
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import Preprocess
+from fgvc.config.techniques import settings_by_kind
+from fgvc.data.index import ImageIndex, decode_row
 from fgvc.data.loader import evaluation_loader
+from fgvc.errors import FgvcError
 from fgvc.evaluation.font import ADVICE, writable
-from fgvc.images.decode import decode_row
 from fgvc.images.overlay import overlay
 from fgvc.images.sheet import LETTERS, Cell, save_sheet
+from fgvc.models.target import Target
 from fgvc.runs import checkpoint
 from fgvc.runs.distributed import runtime
 from fgvc.runs.folder import is_run, read_run
 from fgvc.runs.images import fingerprint, recorded_images
 from fgvc.runs.record import NAME
-from fgvc.techniques.registry import CONFIGS
+from fgvc.techniques.api import View
 from fgvc.training.batch import to_batch
 from fgvc.training.between import epoch_start
 from fgvc.training.log import Events
 from fgvc.training.session import Session, open_session
-from fgvc.types import FgvcError, ImageIndex, Target, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
     backbone and classes, whose trained weights look; else those that training starts with do. Raises FgvcError for all
     that training refuses.
     """
-    chosen = [kind for kind in CONFIGS if getattr(recipe.techniques, kind) is not None]
+    chosen = [kind for kind in settings_by_kind() if getattr(recipe.techniques, kind) is not None]
     arms: dict[str, list[str]] = {"input": [], **{kind: [kind] for kind in chosen}}
     if len(chosen) > 1:
         arms["all"] = chosen
@@ -61,7 +63,7 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
     sheets: list[Path] = []
     notes: list[str] = []
     for name, kinds in arms.items():
-        techniques = recipe.techniques.model_copy(update={kind: None for kind in CONFIGS if kind not in kinds})
+        techniques = recipe.techniques.model_copy(update={kind: None for kind in settings_by_kind() if kind not in kinds})
         train = recipe.train.model_copy(update={"workers": 0})
         part = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
         with runtime(part.train) as process, open_session(part, process, index=index, teachers="not") as session:

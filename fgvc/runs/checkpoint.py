@@ -23,13 +23,11 @@ from typing import Any, Literal, TypeVar
 
 import safetensors.torch
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fgvc.config.section import Section
+from fgvc.errors import FgvcError
 from fgvc.io.files import fill, make_folder, making, point, remove, rename, sync, writing
-from fgvc.types import FgvcError
 
 Name = Literal["last", "best", "start"]
 Say = Callable[[str], None]
@@ -38,17 +36,6 @@ T = TypeVar("T")
 META, LINKS, START = "meta.json", "links", "start"
 OLDER = {"step", "epoch", "micro", "finished", "best", "history", "seconds"}  # in meta.json of every fgvc
 BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
-
-
-class Checkpoint(Section):
-    """How often a run saves what it needs to continue, and how much of that stays."""
-
-    every_steps: int | None = Field(None, ge=1, description="beside the end of every epoch; counted in optimizer steps")
-    keep: int = Field(
-        1,
-        ge=0,
-        description="older checkpoints that stay beside the last, the best and the start, to go on from if those are damaged",
-    )
 
 
 @dataclass(slots=True)

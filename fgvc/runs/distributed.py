@@ -12,69 +12,11 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fgvc.config.section import Section
-from fgvc.types import FgvcError
-
-
-class Train(Section):
-    """The budget of a run and the machine's part of it."""
-
-    epochs: int = Field(12, ge=1, description="passes over the training set; the schedule spans all of them")
-    batch_size: int = Field(
-        32,
-        ge=2,
-        description="images per optimizer step, over all processes and accumulated parts together; a smaller set is one step",
-    )
-    max_steps: int | None = Field(
-        None, ge=0, description="stop early after so many steps, schedule unchanged; 0: the start ships (model.head: probe)"
-    )
-    seed: int = Field(
-        0, ge=0, description="of the head's first weights, the order, the augmentation, the techniques' draws"
-    )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="autocast; weights stay fp32, and so do all losses"
-    )
-    refit: bool = Field(
-        False,
-        description="once the run is finished, train again on the validation part as well, all else the same, in a folder of its "
-        "own beside it (NAME-refit): what ships then. Where no epoch was better than the start, only the head is fitted anew",
-    )
-    sampling: Literal["uniform", "balanced"] = Field(
-        "uniform",
-        description="of an epoch's images. uniform: each once; balanced: as many, drawn with replacement so that every class "
-        "comes equally often",
-    )
-    accumulate: int = Field(1, ge=1, description="parts that a step's images are split into, to save memory")
-    recompute: bool = Field(
-        False, description="activation checkpointing: less memory, about a third more time, the same result"
-    )
-    validate_every: int = Field(
-        1, ge=1, description="epochs from one validation to the next; the last is always followed by one"
-    )
-    precise_bn: int = Field(
-        0,
-        ge=0,
-        description="at the end, take the batch norms' statistics anew from so many training images as evaluation sees "
-        "them (0: keep those of training, jigsaws and all)",
-    )
-    workers: int = Field(
-        1, ge=0, description="loading processes; 0 loads between steps. The images are the same for any number"
-    )
-    device: str = Field("auto", description="auto | cpu | cuda | cuda:N | mps")
-
-    def fitting(self, images: int, world: int) -> Train:
-        """With a step that so many images to learn from can fill, in equal shares of `world` processes and accumulated parts."""
-        share = world * self.accumulate
-        return self.model_copy(update={"batch_size": min(self.batch_size, max(images, share) // share * share)})
-
-    @property
-    def last_step(self) -> int:
-        """No later one is made, whatever the epochs."""
-        return 10**12 if self.max_steps is None else self.max_steps
+from fgvc.config.training import Train
+from fgvc.errors import FgvcError
 
 
 @dataclass(frozen=True, slots=True)

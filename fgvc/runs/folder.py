@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from fgvc import __version__
+from fgvc.config.images import Preprocess
+from fgvc.config.loading import differences, dump, load, validate
 from fgvc.config.recipe import Recipe, Selected
-from fgvc.config.section import Preprocess, differences, dump, load, validate
-from fgvc.data.sources.source import some
+from fgvc.data.index import ImageIndex
+from fgvc.errors import FgvcError
 from fgvc.io.files import (
     alone,
     as_json,
@@ -33,13 +35,12 @@ from fgvc.io.files import (
     write_atomic,
     writing,
 )
-from fgvc.io.names import refuse_breaking
+from fgvc.io.names import refuse_breaking, some
 from fgvc.models.finite import not_finite
 from fgvc.runs import checkpoint
 from fgvc.runs.images import continued
 from fgvc.runs.measured import clear, forget
 from fgvc.runs.record import NAME, Record
-from fgvc.types import FgvcError, ImageIndex
 
 MAY_CHANGE = (  # when a run goes on; where its images lie, as long as they are the same
     "train.epochs", "train.max_steps", "train.refit", "train.workers", "train.device", "log.", "checkpoint.", "export.", "cache",

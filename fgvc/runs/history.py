@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 OWN = ("epoch", "step", "lr", "base", "loss")  # columns of metrics.csv that are no technique's
 MACHINE = ("system", "cpu", "cores", "accelerator")

@@ -13,20 +13,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fgvc.config.data import SPLITS, Split
+from fgvc.config.loading import load
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import load
+from fgvc.data.index import ImageIndex
 from fgvc.data.labels import first, reordered
-from fgvc.data.sources.source import some
-from fgvc.io.names import sorting
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError
+from fgvc.io.names import some, sorting
 from fgvc.runs import checkpoint
 from fgvc.runs import record as recording
 from fgvc.runs.record import NAME, Record, changes
-from fgvc.types import SPLITS, FgvcError, ImageIndex, Split
 
 
 def read_index(recipe: Recipe) -> ImageIndex:
     """The labelled images of a recipe, in the deployed stack's label order. Raises FgvcError where there is nothing to learn."""
-    index = recipe.data.read()
+    index = read_source(recipe.data)
     if recipe.deploy.labels is not None:
         index = reordered(index, recipe.deploy.labels)
     elif recipe.data.classes is None and (remark := sorting(index.classes)):

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fgvc.errors import FgvcError
 from fgvc.io.files import UNWRITABLE, Content, alone, as_json, holder, remove, sweep, write_atomic
 from fgvc.runs import checkpoint
-from fgvc.types import FgvcError
 
 MEASURED = ("metrics.json", "localisation.json", "calibration.json")
 CHECKPOINT = "checkpoint"  # in each row: see `fgvc.runs.checkpoint.identity`

@@ -20,8 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.data.sources.source import Strings, some
-from fgvc.types import MAX_PIXELS, FgvcError, ImageIndex
+from fgvc.config.images import MAX_PIXELS
+from fgvc.data.index import ImageIndex
+from fgvc.data.sources.columns import Strings
+from fgvc.errors import FgvcError
+from fgvc.io.names import some
 
 NAME = "index.npz"
 ABSENT = -1  # in place of a size: there was no such file

@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fgvc.config.schedule import at
+from fgvc.errors import FgvcError
 from fgvc.models.class_maps import Mapper, evaluating
 from fgvc.models.loss import cross_entropy
 from fgvc.models.norms import momenta, own_statistics, running_norms
+from fgvc.models.target import Target
 from fgvc.rng import STEP, generator
-from fgvc.techniques.distill.teacher import AnyTeacher, Teacher
-from fgvc.techniques.plan import FEATURES, Context, Joints, Plan, context_of
-from fgvc.types import Batch, Draws, FgvcError, Output, Target, View
+from fgvc.techniques.api import Batch, Draws, Output, View
+from fgvc.techniques.distill.settings import AnyTeacher
+from fgvc.techniques.distill.teacher import Teacher
+from fgvc.techniques.plan import Context, Joints, Plan, context_of
+from fgvc.techniques.settings import FEATURES
 
 MAIN = "main"
 

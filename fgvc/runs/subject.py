@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fgvc.config.data import Split
+from fgvc.config.images import Preprocess
 from fgvc.config.recipe import Recipe, Selected
-from fgvc.config.section import Preprocess
+from fgvc.data.index import ImageIndex
 from fgvc.data.loader import evaluation_loader
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import memory_format
+from fgvc.runs.build import build_net
 from fgvc.runs.distributed import runtime
 from fgvc.runs.folder import read_run, recorded_classes, recorded_preprocess, selected_weights
 from fgvc.runs.images import RunImages, recorded_images
 from fgvc.runs.step import StepModule
 from fgvc.runtime.engine import Session
-from fgvc.training.session import build_net
-from fgvc.types import FgvcError, ImageIndex, Split
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from fgvc.config.section import Calibration, Preprocess, validate
+from fgvc.config.images import Preprocess
+from fgvc.config.loading import validate
+from fgvc.config.runtime import Calibration
+from fgvc.errors import FgvcError
 from fgvc.io.files import sync
 from fgvc.io.names import refuse_breaking
-from fgvc.types import FgvcError
 
 MANIFEST = "manifest.json"
 REQUIRED = ("model.onnx", "labels.json", "preprocess.json", "contract.json", "metrics.json")

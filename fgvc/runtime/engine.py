@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime
 
-from fgvc.config.section import Calibration
+from fgvc.config.runtime import Calibration
+from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.images.preprocess import preprocess
 from fgvc.runtime.bundle import Bundle, Variant
-from fgvc.types import FgvcError, NoNumbersError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -33,7 +33,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
-from fgvc.config.section import Calibration, Preprocess
+from fgvc.config.images import MAX_PIXELS, Preprocess
+from fgvc.config.runtime import Calibration
+from fgvc.errors import FgvcError, ImageError
 from fgvc.images.lettering import writable
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit, normalise
@@ -51,7 +53,6 @@ from fgvc.runtime.engine import (
     refuse_no_numbers,
 )
 from fgvc.runtime.predict import decoded, expand
-from fgvc.types import MAX_PIXELS, FgvcError, ImageError
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]  # (H,W,3)

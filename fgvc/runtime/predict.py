@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from PIL.Image import Image
 
-from fgvc.config.section import Preprocess
+from fgvc.config.images import MAX_PIXELS, Preprocess
+from fgvc.errors import FgvcError, ImageError
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import preprocess
 from fgvc.images.suffix import SUFFIXES, counted, suffix_of
 from fgvc.io.names import one_line
 from fgvc.runtime.bundle import Variant, load_bundle
 from fgvc.runtime.engine import NONE, Answer, Engine, answers, calibration_word
-from fgvc.types import MAX_PIXELS, FgvcError, ImageError
 
 BATCH = 16  # bounds memory; on CPUs a larger one is no faster
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from fgvc.config.section import Preprocess
+from fgvc.config.images import Preprocess
+from fgvc.errors import FgvcError
 from fgvc.images.preprocess import described, differences
 from fgvc.io.names import few, relabelled, sorting
 from fgvc.runtime.bundle import load_bundle, read_labels, read_preprocess
-from fgvc.types import FgvcError
 
 T = TypeVar("T")
 Verdict = Literal["the same", "other", "not known"]

@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fgvc.errors import ImageError
 from fgvc.images.decode import decode
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit
@@ -36,7 +37,6 @@ from fgvc.serving.metrics import CONTENT_TYPE, GONE, Metered, Metrics
 from fgvc.serving.middleware import Door
 from fgvc.serving.models import VERSION, Models, Served
 from fgvc.serving.page import CSP, PAGE
-from fgvc.types import ImageError
 
 T = TypeVar("T")
 

@@ -18,7 +18,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fgvc.types import MAX_PIXELS, FgvcError
+from fgvc.config.images import MAX_PIXELS
+from fgvc.errors import FgvcError
 
 MIB = 1 << 20
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")

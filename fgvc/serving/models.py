@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fgvc.errors import FgvcError
 from fgvc.images.preprocess import differences
 from fgvc.io.names import relabelled
 from fgvc.runtime.bundle import MANIFEST, Bundle, load_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.explain import BundleLooker
 from fgvc.serving.limits import Refusal
-from fgvc.types import FgvcError
 
 VERSION = "1"
 _NAME = re.compile(r"[^\s/=?#%\\\x00-\x1f][^/=?#%\\\x00-\x1f]*")

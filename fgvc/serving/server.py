@@ -20,13 +20,13 @@ import prometheus_client
 import uvicorn
 from starlette.types import ASGIApp
 
+from fgvc.errors import FgvcError
 from fgvc.runtime.engine import available_cpus
 from fgvc.serving.admission import Admission
 from fgvc.serving.app import Service, make_app
 from fgvc.serving.limits import Limits
 from fgvc.serving.models import Models
 from fgvc.serving.wire import Patient
-from fgvc.types import FgvcError
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
 _KEEP_ALIVE = 75  # seconds; load balancers hold a connection for a minute, and must be the first to close it

@@ -15,17 +15,18 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fgvc.config.section import Deploy, Preprocess
+from fgvc.config.images import Deploy, Preprocess
+from fgvc.config.models import Model, run_of
+from fgvc.errors import FgvcError
 from fgvc.evaluation.features import Embed, embedding, pooled
-from fgvc.models.backbone import Model, plain_model, pretrained_cfg
-from fgvc.models.weights import load_weights, preprocess_for, read_sidecar, run_of, told, unlikely
+from fgvc.models.backbone import plain_model, pretrained_cfg
+from fgvc.models.weights import load_weights, preprocess_for, read_sidecar, told, unlikely
 from fgvc.reparam.plain import strip
 from fgvc.runs.folder import is_run
 from fgvc.runs.subject import load_run
 from fgvc.runtime.bundle import MANIFEST
 from fgvc.runtime.engine import Session
 from fgvc.runtime.stack import stack_of
-from fgvc.types import FgvcError
 
 WRITE = "NAME=FILE, NAME=hub, NAME=packaged, FILE, RUN or BUNDLE, NAME being timm's name of the net"
 PASSED = ("Add", "Identity", "Reshape", "Flatten", "Squeeze")  # between the last layer and the logits

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fgvc.config.recipe import Recipe
+from fgvc.errors import FgvcError
 from fgvc.io.files import alone, as_json, write_atomic
 from fgvc.runs.distributed import runtime
 from fgvc.runtime.bundle import read_json
@@ -18,7 +19,6 @@ from fgvc.studies.identity import digest
 from fgvc.studies.speed import interleaved, step_on_one_batch
 from fgvc.studies.study import Budget, Cell, Plan, Trial
 from fgvc.training.session import open_session
-from fgvc.types import FgvcError
 
 PAIRS = 8
 

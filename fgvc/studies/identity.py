@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fgvc.config.recipe import Recipe
+from fgvc.data.index import ImageIndex
+from fgvc.errors import FgvcError
 from fgvc.runs.checkpoint import read_progress, slot
 from fgvc.runs.folder import read_run
 from fgvc.runs.images import read_index
 from fgvc.runtime.bundle import load_bundle
-from fgvc.techniques.distill.teacher import AnyTeacher, BundleTeacher, ProbeTeacher, RunTeacher, TimmTeacher
-from fgvc.types import FgvcError, ImageIndex
+from fgvc.techniques.distill.settings import AnyTeacher, BundleTeacher, ProbeTeacher, RunTeacher, TimmTeacher
 
 
 def important(recipe: Recipe) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from fgvc.io.files import write_atomic
+from fgvc.io.tables import as_csv
 from fgvc.report.render import chart, render
 from fgvc.studies.result import Result
 from fgvc.studies.study import Plan, Study
 from fgvc.studies.table import Line, asked, boxes, floored, lines, markdown, points
-from fgvc.training.log import as_csv
 
 PARTS = {"val": "Validation", "test": "Test"}
 BUDGETS = {

@@ -13,17 +13,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fgvc.config.recipe import Recipe, load_recipe
-from fgvc.config.section import Preprocess, override, validate
+from fgvc.config.data import SPLITS
+from fgvc.config.images import Preprocess
+from fgvc.config.loading import override, validate
+from fgvc.config.recipe import Recipe
 from fgvc.config.template import recipe_file
-from fgvc.data.sources.source import some
+from fgvc.data.index import ImageIndex
+from fgvc.data.recipe import decide, load_recipe
 from fgvc.data.splits import stratified
+from fgvc.errors import FgvcError
 from fgvc.evaluation.features import Features, embedded
 from fgvc.evaluation.learning_curve import Curve, Fold, learning_curve, make_folds
+from fgvc.io.names import some
 from fgvc.runs.distributed import runtime
 from fgvc.runs.images import learnt_by, read_index
 from fgvc.studies.candidate import WRITE, Candidate, of_weights, open_candidate
-from fgvc.types import SPLITS, FgvcError, ImageIndex
 
 IMAGES = 3000
 WHOLE = 1.0  # share of the image that the evaluation crop keeps
@@ -175,7 +179,7 @@ def _read(data: str, overrides: Sequence[str], images: int) -> Data:
         tree: dict[str, Any] = {"data": {"kind": "auto", "root": data}, "model": {"backbone": "resnet18"}}
         for text in overrides:
             override(tree, text)
-        recipe = validate(Recipe, tree, where=data, overrides=overrides)
+        recipe = decide(validate(Recipe, tree, where=data, overrides=overrides))
     else:
         path = recipe_file(data)
         recipe = load_recipe(path, overrides)

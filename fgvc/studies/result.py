@@ -10,8 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from fgvc import api
-from fgvc.config.section import differences
+from fgvc.config.loading import differences
+from fgvc.errors import FgvcError
+from fgvc.evaluation.evaluate import evaluate
+from fgvc.evaluation.localize import localize
 from fgvc.exporting.onnx import Interface, export_onnx
 from fgvc.exporting.prove import Structural, compare_structure, untie
 from fgvc.exporting.reference import independent_plain
@@ -26,7 +28,6 @@ from fgvc.studies.identity import data_digest, digest, important, index_digest
 from fgvc.studies.study import Cell
 from fgvc.studies.table import pack
 from fgvc.training.trainer import train
-from fgvc.types import FgvcError
 
 Part = Literal["val", "test"]
 Result = dict[str, Any]  # a line of runs.csv
@@ -102,7 +103,7 @@ def finished(cell: Cell, run: Path) -> bool:
 def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -> Result:
     """A line about one run on one part. `cost`: of its training steps, over those of the base arm's run."""
     root = cell.recipe.data.root
-    found = api.evaluate(run, part, root=root)
+    found = evaluate(run, part, root=root)
     seen = subject(run, root=root)
     graph = contract(seen)
     row: Result = {
@@ -115,7 +116,7 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -
         "right": pack(found.right),
     }
     if has_floor(run):
-        floor = api.evaluate(run, part, root=root, select="floor")
+        floor = evaluate(run, part, root=root, select="floor")
         row |= {"floor": round(floor.scores.top1, 6), "floor_right": pack(floor.right)}
     if localise and seen.index.boxes is not None and len(seen.index.rows("val")):
         row |= _looked(run, part, root)
@@ -135,7 +136,7 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -
 
 def _looked(run: Path, part: Part, root: Path) -> Result:
     try:
-        found = api.localize(run, part, root=root)
+        found = localize(run, part, root=root)
     except FgvcError as error:
         return {"no_maps": str(error)}
     shares = {} if found.parts is None else {"parts_10": found.parts.map[0], "parts_20": found.parts.map[1]}

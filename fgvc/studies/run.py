@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from fgvc.config.section import dump
+from fgvc.config.loading import dump
+from fgvc.errors import FgvcError
 from fgvc.io.files import alone, as_json, write_atomic, writing
 from fgvc.runs.images import read_index
 from fgvc.runtime.bundle import read_json
@@ -25,7 +26,6 @@ from fgvc.studies.page import write_tables
 from fgvc.studies.result import Part, Result, finished, measure, read_lines, trained
 from fgvc.studies.study import Budget, Cell, Plan, cells
 from fgvc.studies.table import best_trials, fold_of
-from fgvc.types import FgvcError
 
 
 @dataclass(frozen=True, slots=True)

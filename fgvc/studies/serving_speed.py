@@ -27,12 +27,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from fgvc.errors import FgvcError
 from fgvc.images.decode import decode
 from fgvc.io.files import writing
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.serving.protocol import HEADER_LENGTH
-from fgvc.types import FgvcError
 
 ROUNDS = 12  # of every measurement in turn
 BLOCK = 40  # images in one of them

@@ -24,21 +24,22 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 
 from fgvc.config.recipe import Recipe
+from fgvc.config.techniques import settings_by_kind
+from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import export_onnx
 from fgvc.exporting.prove import MAX_IMAGES, prove
 from fgvc.models.backbone import deployed, memory_format, plain_model
 from fgvc.models.class_maps import Mapper, Method, refusal
 from fgvc.models.weights import load_weights
+from fgvc.runs.build import build_net
 from fgvc.runs.distributed import runtime
 from fgvc.runs.folder import environment
 from fgvc.runs.images import read_index
-from fgvc.techniques.registry import CONFIGS
 from fgvc.training.batch import Normalise, to_batch
 from fgvc.training.forecast import count_images
 from fgvc.training.log import Events
-from fgvc.training.session import Session, build_net, open_session
+from fgvc.training.session import Session, open_session
 from fgvc.training.trainer import take_step
-from fgvc.types import FgvcError
 
 WARM_UP = 3
 BLOCK = 15  # steps
@@ -104,11 +105,11 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
     row before. Techniques that refuse are left out.
     """
     train = recipe.train.model_copy(update={"workers": 0})
-    none = {kind: None for kind in CONFIGS}
+    none = {kind: None for kind in settings_by_kind()}
     found = []
-    for kind in (None, *CONFIGS):
+    for kind in (None, *settings_by_kind()):
         gc.collect()  # nets lie in cycles that nothing else would break soon: 7 GB in the end
-        chosen = none if kind is None else none | {kind: getattr(recipe.techniques, kind) or CONFIGS[kind]()}
+        chosen = none if kind is None else none | {kind: getattr(recipe.techniques, kind) or settings_by_kind()[kind]()}
         arms = [
             recipe.model_copy(update={"train": train, "techniques": recipe.techniques.model_copy(update=techniques)})
             for techniques in (chosen, none)
@@ -145,7 +146,7 @@ def _bench_teachers(session: Session, plain: Callable[[], None], *, pairs: int) 
 
 def bench_maps(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
     """What each kind of class map costs, from features that are there, over a plain step of the same batch: 0.03 is the bar."""
-    none = recipe.techniques.model_copy(update={kind: None for kind in CONFIGS})
+    none = recipe.techniques.model_copy(update={kind: None for kind in settings_by_kind()})
     train = recipe.train.model_copy(update={"workers": 0})
     plain = recipe.model_copy(update={"train": train, "techniques": none})
     found = []

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.config.section import Calibration
+from fgvc.config.data import Split
+from fgvc.config.runtime import Calibration
 from fgvc.data.loader import evaluation_loader
+from fgvc.errors import FgvcError
 from fgvc.evaluation.agreement import FP16, INT8, Agreement, Bars, agree
 from fgvc.evaluation.calibration import measure, spread
 from fgvc.exporting.prove import Proven
@@ -20,7 +22,6 @@ from fgvc.report.agreement import agreement_page
 from fgvc.runs.measured import leave
 from fgvc.runs.subject import Answers, Subject, onnx_answers
 from fgvc.runtime.engine import Session
-from fgvc.types import FgvcError, Split
 
 LISTED = 20  # images in contract.json; all are on the page
 ADVICE = {

@@ -5,26 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
-from pydantic import Field
 from torch import nn
 
-from fgvc.config.section import Section
+from fgvc.errors import FgvcError
 from fgvc.reparam.block import Branched, refusal
 from fgvc.reparam.graft import Block
 from fgvc.techniques.plan import Plan
-from fgvc.types import FgvcError
+from fgvc.techniques.settings import Where
 
 SHOWN = 4  # names listed of those left alone for one reason
-
-
-class Where(Section):
-    """Convolutions by their names in the timm net."""
-
-    kind: str  # of the technique, each of which narrows it; here so that it is written first
-    include: tuple[str, ...] = Field(
-        ("*",), description="which convolutions, by their name in the timm net; * and ? stand for anything"
-    )
-    exclude: tuple[str, ...] = Field((), description="which of those to leave alone, e.g. [conv_stem]")
 
 
 def graft_chosen(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fgvc.models.target import Target
 from fgvc.techniques.plan import Context
 from fgvc.techniques.ranks import gathered
-from fgvc.types import Target
 
 
 class Noted:

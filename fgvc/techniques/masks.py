@@ -3,47 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.config.section import Section
-
-Fill = Literal["zero", "mean", "random", "noise", "blur"]
-FILLS = (
-    "zero: the data set's mean colour (0 after normalisation) | mean: the picture's own mean colour | "
-    "random: one normal colour | noise: normal noise | blur: the picture itself, blurred"
-)
-
-
-class Region(Section):
-    """Which part of a map counts: above a threshold, within bounds of area."""
-
-    rule: Literal["share", "quantile", "mean+std"] = Field(
-        "share",
-        description="above `value` times the map's maximum; the `value`-quantile; the mean + `value` x the deviation",
-    )
-    value: float = Field(0.6, ge=0, description="see rule")
-    area: tuple[float, float] = Field(
-        (0.0, 0.3),
-        description="least and most share of the picture: the map's highest part of that size; of equal values all go or none",
-    )
-
-    @model_validator(mode="after")
-    def _share(self) -> Self:
-        if self.rule != "mean+std" and self.value > 1:
-            raise ValueError(f"value: {self.value:g} of a {self.rule}: at most 1")
-        return self
-
-    @field_validator("area")
-    @classmethod
-    def _bounds(cls, area: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= area[0] <= area[1] < 1 or area[1] == 0:
-            raise ValueError("two shares in [0, 1), the smaller first; all of a picture may not go")
-        return area
+from fgvc.techniques.settings import Fill, Region
 
 
 def select(

@@ -8,36 +8,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.config.schedule import ScheduledShare, at
-from fgvc.config.section import Section
-from fgvc.types import Batch, Target
+from fgvc.models.target import Target
+from fgvc.techniques.api import Batch
 
 Part = tuple[Tensor | None, Tensor]
 """Which rows (B,) int64 a share comes from, None: the images' own; and the share (B,) float32."""
-
-
-class Mixing(Section):
-    """The settings that all techniques have which mix images and their labels."""
-
-    probability: ScheduledShare = Field(
-        1.0,
-        description="share of the steps that mix so. A step has one mixing technique at most: where the shares of those that "
-        "are on add up to more than 1, each is divided by the sum",
-    )
-    per: Literal["batch", "sample"] = Field(
-        "batch", description="one draw for the whole batch (the papers), or one a sample"
-    )
-    pairing: Literal["any", "other_class"] = Field(
-        "any", description="other_class: with an image of another class where the batch has one"
-    )
-
-    def share(self, progress: float) -> float:
-        """Of the steps at `progress` in [0,1) those that mix so, where nothing else mixes."""
-        return at(self.probability, progress)
 
 
 def partners(rng: np.random.Generator, labels: Tensor, pairing: Literal["any", "other_class"]) -> Tensor:

@@ -9,38 +9,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map, modules_behind, scale_cells, zeros_through
 from fgvc.models.class_maps import Method, evaluating, refusal
 from fgvc.models.norms import own_statistics
 from fgvc.reparam.graft import Site, find_sites, graft
-from fgvc.techniques.distill.teacher import AnyTeacher, Teacher
-from fgvc.types import Batch, Draws, FgvcError, Output
+from fgvc.techniques.api import Batch, Draws, Output
+from fgvc.techniques.distill.settings import AnyTeacher
+from fgvc.techniques.distill.teacher import Teacher
+from fgvc.techniques.settings import FEATURES, AnyMethod
 
 Gate = Callable[[Tensor, "Context"], Tensor]
-FEATURES: Literal["features"] = "features"  # the gate that needs no hook: on the output of forward_features
-AnyMethod = Literal["auto", "cam", "gradcam", "gradcam++"]
-
-
-def _distinct(stages: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(stages)) < len(stages):
-        raise ValueError("each stage once")
-    return stages
-
-
-Stages = Annotated[
-    tuple[int | Literal["features"], ...],
-    Field(
-        min_length=1,
-        description="features: what the classifier reads; or stages of timm's feature_info, negative ones from the end",
-    ),
-    AfterValidator(_distinct),
-]
 
 
 @dataclass(slots=True)

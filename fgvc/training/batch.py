@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.config.section import Preprocess
-from fgvc.types import Batch
+from fgvc.config.images import Preprocess
+from fgvc.techniques.api import Batch
 
 if TYPE_CHECKING:
     from fgvc.data.loader import TrainBatch

@@ -16,11 +16,12 @@ from torch import Tensor
 from fgvc import __version__
 from fgvc.data.cache import stamps
 from fgvc.data.loader import evaluation_loader
-from fgvc.models.cam.offline import OfflineMethod, Rows, offline_maps
+from fgvc.models.cam.offline import Rows, offline_maps
 from fgvc.runs.folder import installed
+from fgvc.techniques.api import EpochStart
+from fgvc.techniques.settings import OfflineMethod
 from fgvc.training.log import Events
 from fgvc.training.session import Session
-from fgvc.types import EpochStart
 
 LOADING = ("torch", "albumentations", "numpy", "pillow")
 

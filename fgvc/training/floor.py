@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from fgvc.config.recipe import Recipe
 from fgvc.data.splits import fold_numbers
+from fgvc.errors import FgvcError
 from fgvc.evaluation.paired import Paired, compare
 from fgvc.models.probe import Probe, fit_probe, linear_head, put_head
 from fgvc.runs import checkpoint
 from fgvc.training.session import Answers, Session
 from fgvc.training.start import HeadFit, ViewFeatures, fitted_probe, view_features
-from fgvc.types import FgvcError
 
 CHOSEN = "the epoch was chosen by these images, which flatters it a little"
 FOLDS = 5  # of the training images, where there is no validation part

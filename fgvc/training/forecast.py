@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from fgvc.config.recipe import Recipe
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import memory_format
+from fgvc.runs.build import build_net, class_counts
 from fgvc.runs.distributed import runtime
+from fgvc.techniques.api import Batch
 from fgvc.training.optim import make_ema
 from fgvc.training.sam import perturbed
-from fgvc.training.session import build_net, build_optimizer, class_counts, first_weights, opener_of, training_index
-from fgvc.types import Batch, FgvcError
+from fgvc.training.session import build_optimizer, first_weights, opener_of, training_index
 
 STEPS = 4  # spread over the run, since weights, rates and sizes may be scheduled
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fgvc import __version__
 from fgvc.config.recipe import Selected
+from fgvc.config.training import Log
 from fgvc.data.loader import evaluation_loader
+from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation import metrics
 from fgvc.io.files import as_json, fill, making, refuse_place
 from fgvc.models.backbone import head_prefixes
@@ -25,8 +27,7 @@ from fgvc.runs.checkpoint import State
 from fgvc.runs.folder import INTERPOLATION, read_run, selected_weights
 from fgvc.runs.record import NAME
 from fgvc.runs.subject import LoadedRun, Subject, beside_data, load_run
-from fgvc.training.log import Events, Log
-from fgvc.types import FgvcError, NoNumbersError
+from fgvc.training.log import Events
 
 SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 COPIED = ("config.yaml", "labels.json", "preprocess.json", "env.json", "metrics.csv", "events.jsonl", NAME)

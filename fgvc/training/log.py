@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import sys
@@ -13,30 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fgvc.config.section import Section
+from fgvc.config.training import Log
 from fgvc.io.files import append, finite_or_none, write_atomic
-
-
-class Log(Section):
-    """How often a run says how it is going; may change on resume."""
-
-    every_steps: int = Field(10, ge=1, description="steps between two lines of events.jsonl")
-    every_seconds: float = Field(20.0, gt=0, description="between two plain lines where there is no terminal")
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
-    """`columns` and all others that any row has, in the order of their first appearance; what a row lacks is left empty, and so
-    is a number that is none."""
-    text = io.StringIO()
-    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
-    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(finite_or_none(row) for row in rows)
-    return text.getvalue()
+from fgvc.io.tables import as_csv
 
 
 class Events:

@@ -9,29 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from fgvc.config.section import Section
+from fgvc.config.training import Sam
 from fgvc.models.norms import own_statistics
-
-
-class Sam(Section):
-    """Sharpness-aware minimisation: two forwards and backwards a step, of the same batch."""
-
-    rho: float = Field(0.05, gt=0, description="how far uphill; some ten times as much where it is adaptive")
-    adaptive: bool = Field(
-        False,
-        description="ASAM: in units of each weight's size, T = |w| for every parameter (the usual code's form), so that rescaled "
-        "layers are alike; see eta for its authors' form",
-    )
-    eta: float | None = Field(
-        None,
-        ge=0,
-        description="of ASAM: null: T = |w| for all. A number: as in its authors' code (0.01 there), T = |w| + eta for weights, "
-        "those of norms too, and 1 for biases, so that parameters near 0 move as well",
-    )
 
 
 @contextmanager

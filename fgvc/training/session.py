@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -21,30 +18,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from fgvc.config.data import SPLITS
+from fgvc.config.images import Preprocess
+from fgvc.config.models import run_of
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import Preprocess
+from fgvc.config.training import Optim
 from fgvc.data.augment import Augmenter
 from fgvc.data.cache import DecodeCache
+from fgvc.data.index import ImageIndex
 from fgvc.data.loader import TrainLoader, evaluation_loader, train_loader
 from fgvc.data.quality.stored import refuse_shares
-from fgvc.models.backbone import Model, freeze, head_prefixes, memory_format, plain_model, refuse_size
-from fgvc.models.loss import make_criterion
-from fgvc.models.norms import reestimate_norms, running_norms, zero_gamma
-from fgvc.models.probe import refuse_unprobed, zero_head
-from fgvc.models.weights import Weights, load_weights, preprocess_for, run_of, told, unlikely
-from fgvc.reparam.graft import Block, folded_state
+from fgvc.data.recipe import decide
+from fgvc.errors import FgvcError
+from fgvc.models.backbone import head_prefixes, memory_format
+from fgvc.models.norms import reestimate_norms, running_norms
+from fgvc.models.weights import Weights
+from fgvc.runs.build import Built, build_net, class_counts, refuse_names
 from fgvc.runs.checkpoint import Progress, State
 from fgvc.runs.distributed import Runtime, rng_state, set_rng_state
-from fgvc.runs.folder import read_run, recorded_classes
 from fgvc.runs.images import fingerprint, learnt_of_aside, read_index
 from fgvc.runs.step import StepModule
 from fgvc.techniques.distill.teacher import Probed
-from fgvc.techniques.registry import build
 from fgvc.training.batch import Normalise
-from fgvc.training.optim import Optim, make_ema, make_optimizer, make_schedule, make_swa
+from fgvc.training.optim import make_ema, make_optimizer, make_schedule, make_swa
 from fgvc.training.teachers import Opened, Opener
 from fgvc.training.watch import Watch
-from fgvc.types import SPLITS, FgvcError, ImageIndex
 
 Notify = Callable[[str], None]
 
@@ -52,6 +50,7 @@ Notify = Callable[[str], None]
 def training_index(recipe: Recipe, index: ImageIndex | None = None) -> ImageIndex:
     """What `read_index` gives, or `index` of a run that goes on, for training. Raises FgvcError where a technique asks what these
     data do not have."""
+    refuse_names(recipe)
     index = read_index(recipe) if index is None else index
     for kind, config in recipe.techniques:
         if index.boxes is None and getattr(config, "needs_boxes", False):
@@ -64,93 +63,9 @@ def training_index(recipe: Recipe, index: ImageIndex | None = None) -> ImageInde
     return index
 
 
-def class_counts(index: ImageIndex) -> NDArray[np.int64]:
-    """(K,): training images by class."""
-    return np.bincount(index.labels[index.rows("train")], minlength=len(index.classes))
-
-
 def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """Up to `count` of the rows, evenly over all of them."""
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)]
-
-
-@dataclass(slots=True)
-class Built:
-    """The network side of a recipe, before any training."""
-
-    step: StepModule
-    weights: Weights
-    preprocess: Preprocess
-    pretrained: tuple[str, ...]  # parameters of `step` whose values are those of `weights`
-
-
-def build_net(
-    recipe: Recipe,
-    classes: int,
-    *,
-    pretrained: bool = True,
-    counts: NDArray[np.int64] | None = None,
-    opener: Opener | None = None,
-) -> Built:
-    """The plain model with its first weights, grafted and wrapped with what the techniques add; hooks not yet attached.
-
-    `pretrained=False` skips `model.weights`: for loading a checkpoint, whose run folder records the preprocessing.
-    `counts` (K,): training images by class, for a loss that weighs classes. `opener`: of teachers. Both are for a net that is
-    to learn; without an opener what techniques add for teachers is left out.
-    Raises FgvcError where the backbone can't take the image size, or a technique refuses the backbone.
-    """
-    size = recipe.image.size
-    net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs)
-    model = recipe.model if pretrained else recipe.model.model_copy(update={"weights": "none"})
-    weights = load_weights(net, model, stated=told(recipe.deploy), plain=_folded(Path(model.weights).expanduser()))
-    if pretrained:
-        zero_gamma(net, model)
-        if model.head == "zero":
-            zero_head(net)
-    else:
-        weights = replace(weights, origin="of the checkpoint")
-    anew = head_prefixes(net) if model.head != "timm" else ()
-    given = {id(p) for name, p in net.named_parameters() if name not in weights.fresh and not name.startswith(anew)}
-    epochs = recipe.train.epochs
-    for trained in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
-        refuse_size(net, trained, classes, recipe.model.backbone)
-    if pretrained and model.head == "probe":
-        refuse_unprobed(net, size, f"model.head: {recipe.model.backbone}")
-    preprocess = preprocess_for(recipe.deploy, size, weights)
-    if pretrained:
-        weights = replace(weights, doubts=(*weights.doubts, *unlikely(preprocess, weights)))
-    step = StepModule(
-        net,
-        build(recipe.techniques),
-        size=size,
-        criterion=make_criterion(recipe.loss, counts),
-        l1=recipe.loss.l1,
-        recompute=recipe.train.recompute,
-        frozen=_kept_as_they_are(net, recipe.model),
-        opener=None if opener is None else partial(opener, student=preprocess),
-    )
-    return Built(step, weights, preprocess, tuple(name for name, p in step.named_parameters() if id(p) in given))
-
-
-def _kept_as_they_are(net: nn.Module, model: Model) -> list[nn.Module]:
-    """Modules of a plain net that stay in eval mode while it learns."""
-    norms = running_norms(net) if model.batch_norm == "frozen" else []
-    return [*(freeze(net, model.freeze) if model.freeze else []), *norms]
-
-
-def _folded(path: Path) -> dict[str, Tensor] | None:
-    """The plain net's weights in a checkpoint of a run whose blocks were re-parameterised; None: of any other file."""
-    if (run := run_of(path)) is None or not path.is_file():
-        return None
-    step = build_net(read_run(run), len(recorded_classes(run)), pretrained=False).step
-    if not any(isinstance(module, Block) for module in step.net.modules()):
-        return None
-    try:
-        step.net.load_state_dict(load_file(path))
-    except (RuntimeError, SafetensorError) as error:
-        raise FgvcError(f"model.weights: {path}: does not fit the recipe of its run: {error}") from error
-    state = folded_state(step.net.eval())
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
 def _learnt_before(recipe: Recipe, index: ImageIndex) -> list[str]:
@@ -380,7 +295,7 @@ def open_session(
     if not validated and (recipe.select == "best" or recipe.train.refit):
         setting = "select: best" if recipe.select == "best" else "train.refit"
         raise FgvcError(f"{setting} needs a validation part: give data.val_fraction a value above 0")
-    recipe = recipe.resolved(validated=validated)
+    recipe = decide(recipe).resolved(validated=validated)
     fitting = recipe.model_copy(update={"train": recipe.train.fitting(len(index.rows("train")), runtime.world)})
     torch.manual_seed(recipe.train.seed)
     opener, counts = None, class_counts(index)

@@ -10,16 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fgvc.config.images import Preprocess
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import Preprocess
 from fgvc.data.augment import Augmenter
+from fgvc.data.index import ImageIndex
 from fgvc.data.loader import augmented_views, evaluation_loader
+from fgvc.errors import FgvcError
 from fgvc.evaluation.features import pooled
 from fgvc.models.backbone import memory_format
 from fgvc.models.probe import Probe, fit_probe, linear_head, put_head
 from fgvc.training.batch import Normalise, to_batch
 from fgvc.training.session import Session, spread
-from fgvc.types import FgvcError, ImageIndex
 
 VIEWS = 2  # augmented ones of each image, beside the one that evaluation sees
 MAX_IMAGES = 20_000

@@ -13,35 +13,31 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fgvc.config.images import Preprocess
+from fgvc.config.models import Model, run_of
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import Preprocess
-from fgvc.data.sources.source import some
-from fgvc.models.backbone import Model, deployed, feature_map, memory_format, plain_model, refuse_size, zeros_through
+from fgvc.data.index import ImageIndex
+from fgvc.errors import FgvcError
+from fgvc.io.names import some
+from fgvc.models.backbone import deployed, feature_map, memory_format, plain_model, refuse_size, zeros_through
 from fgvc.models.probe import linear_head, refuse_unprobed, zero_head
-from fgvc.models.weights import Weights, load_weights, run_of, unlikely
+from fgvc.models.weights import Weights, load_weights, unlikely
 from fgvc.reparam.plain import strip
 from fgvc.runs.checkpoint import read_progress
 from fgvc.runs.folder import read_run, recorded_preprocess, selected_weights
 from fgvc.runs.images import learnt_of_aside
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import Engine, available_cpus
-from fgvc.techniques.distill.teacher import (
+from fgvc.techniques.distill.settings import (
     AnyTeacher,
     BundleTeacher,
     EmaTeacher,
-    Probed,
     ProbeTeacher,
     RunTeacher,
-    Said,
-    Teacher,
     TimmTeacher,
-    conversion,
-    digest,
-    in_order,
-    through,
 )
+from fgvc.techniques.distill.teacher import Probed, Said, Teacher, conversion, digest, in_order, through
 from fgvc.techniques.plan import Joints
-from fgvc.types import FgvcError, ImageIndex
 
 Opened = Literal["to teach", "to time", "not"]
 """What for teachers are opened: to time a step, one whose head would be fitted has random weights and needs no file."""

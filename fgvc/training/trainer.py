@@ -20,11 +20,13 @@ from torch.distributed import DistError
 from fgvc.config.recipe import Recipe
 from fgvc.data.loader import TrainBatch
 from fgvc.data.quality.stored import glance
-from fgvc.data.sources.source import some
+from fgvc.data.recipe import decide
+from fgvc.errors import FgvcError
 from fgvc.evaluation.metrics import SMALLER_IS_BETTER
 from fgvc.evaluation.plot import plot_confusion, plot_curves
 from fgvc.exporting.onnx import refuse_opset
 from fgvc.io.files import write_atomic
+from fgvc.io.names import some
 from fgvc.models.finite import not_finite, suspicious
 from fgvc.runs import checkpoint
 from fgvc.runs.distributed import rng_state, runtime, set_rng_state
@@ -46,6 +48,7 @@ from fgvc.runs.folder import (
 )
 from fgvc.runs.images import continued
 from fgvc.runs.record import Record
+from fgvc.techniques.api import Batch, Draws, View
 from fgvc.training.batch import to_batch
 from fgvc.training.between import epoch_start
 from fgvc.training.floor import Floor, fit_floor, head_of, standing, start_with
@@ -57,7 +60,6 @@ from fgvc.training.session import Session, open_session
 from fgvc.training.start import fit_teachers
 from fgvc.training.validate import far_from_even, score
 from fgvc.training.watch import held, lost, refuse_not_finite
-from fgvc.types import Batch, Draws, FgvcError, View
 
 
 def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = False, recorded: bool = False) -> Path:
@@ -68,6 +70,7 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
     changed since. `recorded`: whatever has come to the set, as long as all of their files are there. A run that is finished by
     these settings stays as it is. Raises FgvcError for what the user can mend, KeyboardInterrupt after saving.
     """
+    recipe = decide(recipe)
     _train(recipe, out, resume=resume, overwrite=overwrite, recorded=recorded)
     if not recipe.train.refit:
         return out

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fgvc.config.models import Model
 from fgvc.data.loader import evaluation_loader
+from fgvc.errors import NoNumbersError
 from fgvc.evaluation.metrics import Scores, evaluate
-from fgvc.models.backbone import Model, memory_format
+from fgvc.models.backbone import memory_format
 from fgvc.training.session import Session, spread
 from fgvc.training.watch import lost
-from fgvc.types import NoNumbersError
 
 UNSCORED = 64  # training images that a net without a validation part is asked about
 FAR = 1.2  # times ln K: a start whose cross-entropy is above that is worse than no answer

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fgvc.config.recipe import Recipe
-from fgvc.data.sources.source import some
+from fgvc.config.training import Optim
+from fgvc.errors import FgvcError
+from fgvc.io.names import some
 from fgvc.models.finite import not_finite, suspicious
 from fgvc.runs import checkpoint
 from fgvc.runs.checkpoint import State
 from fgvc.runs.distributed import Runtime
 from fgvc.runs.step import StepModule
-from fgvc.training.optim import Optim
-from fgvc.types import FgvcError
 
 LEAST_SCALE = 1e-4  # of the loss under fp16; fairseq gives up there, too
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from fgvc import api
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
+from fgvc.errors import FgvcError
 from fgvc.runs import checkpoint
 from fgvc.studies import identity
-from fgvc.types import FgvcError
 
 
 def digest(tree: dict, **sections: Any) -> str:

@@ -15,12 +15,12 @@ import yaml
 
 from fgvc import api
 from fgvc.cli import main
+from fgvc.errors import FgvcError
 from fgvc.runs import checkpoint
 from fgvc.runs.subject import subject
 from fgvc.studies import identity, result, run
 from fgvc.studies.study import Plan, read_study
 from fgvc.studies.table import lines, pack
-from fgvc.types import FgvcError
 
 ARMS = {
     "plain": [{}, {"optim.lr": 0.05}],

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fgvc.techniques.attention_crop_drop.attention import SCALE, BilinearAttention, _SignedRoot, pick
+from fgvc.techniques.attention_crop_drop.attention import BilinearAttention, _SignedRoot, pick
+from fgvc.techniques.attention_crop_drop.settings import SCALE
 
 CHANNELS, MAPS, CLASSES = 3, 2, 4
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from fgvc.techniques.masks import Fill, Region, boxes, crop, enlarge, erase, inside, moved, select, shifted
+from fgvc.techniques.masks import boxes, crop, enlarge, erase, inside, moved, select, shifted
+from fgvc.techniques.settings import Fill, Region
 
 SEEDS = st.integers(0, 2**32)
 SIDES = st.integers(1, 40)

@@ -14,11 +14,11 @@ from sklearn.decomposition import KernelPCA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fgvc.errors import FgvcError
 from fgvc.models.cam import methods as method
 from fgvc.models.cam import offline
 from fgvc.models.cam.offline import BY_CHANNEL, LIBRARY, METHODS, looking, named, offline_maps
 from fgvc.models.class_maps import evaluating
-from fgvc.types import FgvcError
 from tests.cam.net import CLASSES, made
 
 SIZE = (64, 96)  # height, width

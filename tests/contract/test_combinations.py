@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from fgvc import api
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe, conflicts
-from fgvc.config.section import validate
+from fgvc.config.techniques import Techniques, settings_by_kind
+from fgvc.errors import FgvcError
 from fgvc.reparam.plain import strip
-from fgvc.techniques.registry import CONFIGS, Techniques
-from fgvc.training.session import build_net
-from fgvc.types import FgvcError
+from fgvc.runs.build import build_net
 
 FALLING = [[0, 1], [1, 0]]  # some steps are left to those that learn from whole labels
 SETTINGS: dict[str, list[dict]] = {
@@ -41,7 +41,7 @@ SETTINGS: dict[str, list[dict]] = {
     "overparam": [{"include": ["layer[34].*"], "branches": 2}],
 }
 FACTORS: dict[str, list] = {
-    **{kind: [None, *SETTINGS.get(kind, [{}])] for kind in CONFIGS},
+    **{kind: [None, *SETTINGS.get(kind, [{}])] for kind in settings_by_kind()},
     "accumulate": [1, 2],
     "recompute": [False, True],
     "ema": [None, {"decay": 0.9}],
@@ -57,10 +57,10 @@ Row = tuple[int, ...]
 @cache
 def permitted(row: Row) -> bool:
     said = {kind: levels[at] for (kind, levels), at in zip(FACTORS.items(), row, strict=True)}
-    chosen = Techniques(**{kind: said[kind] for kind in CONFIGS})
+    chosen = Techniques(**{kind: said[kind] for kind in settings_by_kind()})
     refused = [
-        any(getattr(getattr(chosen, kind), "needs_ema", False) for kind in CONFIGS) and not said["ema"],
-        any(getattr(getattr(chosen, kind), "needs_cross_entropy", False) for kind in CONFIGS) and said["loss"],
+        any(getattr(getattr(chosen, kind), "needs_ema", False) for kind in settings_by_kind()) and not said["ema"],
+        any(getattr(getattr(chosen, kind), "needs_cross_entropy", False) for kind in settings_by_kind()) and said["loss"],
         said["ema"] and said["swa"],
         said["sampling"] == "balanced" and "class_weights" in said["loss"],
     ]
@@ -203,7 +203,7 @@ def test_a_combination_trains_resumes_and_strips(row: Row, precision: str, tmp_p
     said = {key: levels[at] for (key, levels), at in zip(FACTORS.items(), row, strict=True)}
     tree = boxed_tree | {
         "image": {"size": 64},  # two by two cells: class maps of one cell say nothing
-        "techniques": {kind: said[kind] for kind in CONFIGS if said[kind] is not None},
+        "techniques": {kind: said[kind] for kind in settings_by_kind() if said[kind] is not None},
         "train": boxed_tree["train"]
         | {key: said[key] for key in ("accumulate", "recompute", "sampling")}
         | {"precision": precision, "batch_size": 16},

@@ -14,21 +14,23 @@ import torch
 from safetensors.torch import load_file
 
 from fgvc import api
+from fgvc.config.exporting import Export
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
-from fgvc.exporting.onnx import Export, Interface
+from fgvc.config.techniques import settings_by_kind
+from fgvc.errors import FgvcError
+from fgvc.exporting.onnx import Interface
 from fgvc.exporting.prove import compare_structure, export_onnx
 from fgvc.exporting.reference import independent_plain
 from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
-from fgvc.techniques.registry import CONFIGS
-from fgvc.training.session import build_net
-from fgvc.types import FgvcError
+from fgvc.runs.build import build_net
+from fgvc.techniques.registry import made_of
 
 NETS = {"cnn": "test_resnet", "vit": "test_vit"}
 KWARGS = {"cnn": {}, "vit": {"img_size": 64}}
 SIZE = (64, 64)  # two by two cells of the CNN's map: class maps of one cell say nothing
-CASES = [(kind, net) for kind in [None, *CONFIGS] for net in NETS]
+CASES = [(kind, net) for kind in [None, *settings_by_kind()] for net in NETS]
 
 
 def recipe(tree: dict, kind: str | None, net: str, **train: object) -> Recipe:
@@ -86,7 +88,7 @@ def test_the_loss_is_finite_and_falls(trained) -> None:
 
 def test_it_changes_what_is_learned(trained) -> None:
     made, run, plain = trained
-    kind = next((k for k in CONFIGS if getattr(made.techniques, k) is not None), None)
+    kind = next((k for k in settings_by_kind() if getattr(made.techniques, k) is not None), None)
     if kind is None:
         assert all(torch.equal(a, weights(plain, "net")[k]) for k, a in weights(run, "net").items()), "the same twice"
     else:
@@ -136,10 +138,10 @@ def reference_of(backbone: str):
     )
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", settings_by_kind())
 def test_it_says_what_it_is(kind: str) -> None:
-    config = CONFIGS[kind]
-    technique = config().build()
+    config = settings_by_kind()[kind]
+    technique = made_of(config())
     assert technique.source
     assert technique.forwards
     assert technique.leaves

@@ -6,15 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from fgvc.config.data import AutoData, CsvData, CubData, FolderData, Source
+from fgvc.config.loading import dump, load, override, validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import dump, load, override, validate
-from fgvc.data.sources.auto import AutoData
-from fgvc.data.sources.cub import CubData
-from fgvc.data.sources.folder import FolderData
-from fgvc.data.sources.source import Source
-from fgvc.data.sources.table import CsvData
+from fgvc.errors import FgvcError
 from fgvc.runs.images import read_index
-from fgvc.types import FgvcError
 
 
 def put(root: Path, *names: str) -> None:

@@ -18,8 +18,9 @@ from PIL import Image
 
 from fgvc.data import cache as module
 from fgvc.data.cache import DecodeCache, shrunk
+from fgvc.data.index import ImageIndex
+from fgvc.errors import FgvcError, ImageError
 from fgvc.images.decode import decode
-from fgvc.types import FgvcError, ImageError, ImageIndex
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:

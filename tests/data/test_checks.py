@@ -7,11 +7,12 @@ import pytest
 from numpy.dtypes import StringDType
 from PIL import Image, ImageOps
 
+from fgvc.config.data import FolderData
+from fgvc.data.index import ImageIndex
 from fgvc.data.quality.checks import COLUMNS, check, findings, with_suspects
 from fgvc.data.quality.colour import Normalisation
 from fgvc.data.quality.suspects import Suspect, Suspects
-from fgvc.data.sources.folder import FolderData
-from fgvc.types import ImageIndex
+from fgvc.data.sources.read import read_source
 
 
 def drawn(number, size=(48, 40)):
@@ -119,7 +120,7 @@ def test_an_index_from_disk(tmp_path):
         for i in range(10):
             (tmp_path / f"class{k}").mkdir(exist_ok=True)
             (tmp_path / f"class{k}" / f"{i}.png").write_bytes(picture(10 * k + i))
-    index = FolderData(root=tmp_path).read()
+    index = read_source(FolderData(root=tmp_path))
     report = check(index)
     assert report.ok
     assert report.counts.sum() == 30

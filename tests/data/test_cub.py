@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fgvc.config.data import SPLITS, CubData
 from fgvc.data.quality.stored import refuse_shares
-from fgvc.data.sources.cub import CubData
-from fgvc.types import SPLITS, FgvcError
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError
 
 TABLES = {
     "classes.txt": "1 001.Red Kite\n2 002.Blue Tit\n",
@@ -28,7 +29,7 @@ def root(tmp_path):
 
 
 def test_columns_follow_images_txt_whatever_the_order_of_the_other_tables(root):
-    index = CubData(root=root, val_fraction=0).read()
+    index = read_source(CubData(root=root, val_fraction=0))
     assert index.classes == ("001.Red Kite", "002.Blue Tit")
     assert index.paths.tolist()[0] == "images/001.Red Kite/a 1.jpg"
     assert index.labels.tolist() == [0, 0, 1, 1]
@@ -40,7 +41,7 @@ def test_columns_follow_images_txt_whatever_the_order_of_the_other_tables(root):
 
 
 def test_class_order_can_be_given(root):
-    index = CubData(root=root, classes=["002.Blue Tit", "001.Red Kite"]).read()
+    index = read_source(CubData(root=root, classes=["002.Blue Tit", "001.Red Kite"]))
     assert index.classes == ("002.Blue Tit", "001.Red Kite")
     assert index.labels.tolist() == [1, 1, 0, 0]
 
@@ -48,7 +49,7 @@ def test_class_order_can_be_given(root):
 def test_boxes_and_parts_are_optional(root):
     for name in ("bounding_boxes.txt", "parts/part_locs.txt"):
         (root / name).unlink()
-    index = CubData(root=root).read()
+    index = read_source(CubData(root=root))
     assert index.boxes is None
     assert index.parts is None
     assert index.part_names == ()
@@ -80,18 +81,18 @@ def test_a_malformed_table_is_named_with_its_line(root, table, old, new, words):
     assert old in text
     (root / table).write_text(text.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(FgvcError, match=words):
-        CubData(root=root).read()
+        read_source(CubData(root=root))
 
 
 def test_missing_places_are_named(root):
     with pytest.raises(FgvcError, match=r"data\.root is not there"):
-        CubData(root=root / "nowhere").read()
+        read_source(CubData(root=root / "nowhere"))
     (root / "train_test_split.txt").unlink()
     with pytest.raises(FgvcError, match=r"train_test_split\.txt: not there"):
-        CubData(root=root).read()
+        read_source(CubData(root=root))
     (root / "images.txt").write_bytes(b"1 \xff\xfe.jpg\n")
     with pytest.raises(FgvcError, match="not UTF-8"):
-        CubData(root=root).read()
+        read_source(CubData(root=root))
 
 
 def test_the_folder_above_is_recognised(tmp_path, root):
@@ -99,14 +100,14 @@ def test_the_folder_above_is_recognised(tmp_path, root):
     below.mkdir(parents=True)
     (below / "images.txt").write_text("1 a\n")
     with pytest.raises(FgvcError, match=r"set data\.root=.*CUB_200_2011"):
-        CubData(root=tmp_path / "above").read()
+        read_source(CubData(root=tmp_path / "above"))
 
 
 def test_real_cub_keeps_the_official_split():
     if "FGVC_SHARED" not in os.environ:
         pytest.skip("FGVC_SHARED names no folder with cub50")
     root = Path(os.environ["FGVC_SHARED"]) / "data" / "cub50"
-    index = CubData(root=root).read()
+    index = read_source(CubData(root=root))
     assert (len(index), len(index.classes), index.parts.shape) == (2889, 50, (2889, 15, 3))
     assert [len(index.rows(split)) for split in SPLITS] == [1350, 150, 1389]
     assert set(np.bincount(index.labels[index.rows("val")]).tolist()) == {3}
@@ -117,20 +118,20 @@ def test_real_cub_keeps_the_official_split():
     # Every path's own folder is the class that its label says.
     assert all(str(p).split("/")[1] == index.classes[k] for p, k in zip(index.paths, index.labels, strict=True))
     assert all(index.path(row).is_file() for row in range(0, len(index), 97))
-    plain = CubData(root=root, val_fraction=0).read()
+    plain = read_source(CubData(root=root, val_fraction=0))
     assert [len(plain.rows(split)) for split in SPLITS] == [1500, 0, 1389]
 
 
 def test_an_image_that_is_listed_twice_is_said(root):
     lines = TABLES["images.txt"].replace("002.Blue Tit/d.jpg", "001.Red Kite/b.jpg")
     (root / "images.txt").write_text(lines, encoding="utf-8")
-    (said,) = CubData(root=root, val_fraction=0).read().warnings
+    (said,) = read_source(CubData(root=root, val_fraction=0)).warnings
     assert "1 rows name an image again, with two labels: images/001.Red Kite/b.jpg (001.Red Kite and 002.Blue Tit)" in said
 
 
 def test_boxes_in_shares_are_refused_where_they_are_used(root):
     (root / "bounding_boxes.txt").write_text("7 0.1 0.2 0.5 0.4\n9 0 0 1 1\n12 0.5 0.5 0.4 0.4\n20 0 0 0.9 0.9\n")
     with pytest.raises(FgvcError, match="are they shares"):
-        refuse_shares(CubData(root=root, val_fraction=0).read())
+        refuse_shares(read_source(CubData(root=root, val_fraction=0)))
     (root / "bounding_boxes.txt").write_text(TABLES["bounding_boxes.txt"])
-    refuse_shares(CubData(root=root, val_fraction=0).read())
+    refuse_shares(read_source(CubData(root=root, val_fraction=0)))

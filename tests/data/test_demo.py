@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fgvc.config.data import CubData
 from fgvc.data.drawn import beetles as demo
 from fgvc.data.drawn.beetles import PARTS, TRAITS, draw_demo, draw_specimen, traits_of
-from fgvc.data.sources.cub import CubData
-from fgvc.types import FgvcError
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError
 
 # Frozen: comparisons between techniques are made on these pictures. Another drawing needs another VERSION.
 GOLDEN = {
@@ -85,7 +86,7 @@ def test_the_set_has_cubs_layout_and_each_picture_hangs_on_its_own_key(tmp_path)
     draw_demo(
         tmp_path / "a", train_per_class=2, test_per_class=1, progress=lambda done, total: seen.append((done, total))
     )
-    index = CubData(root=tmp_path / "a", val_fraction=0).read()
+    index = read_source(CubData(root=tmp_path / "a", val_fraction=0))
     assert seen == [(i, 24) for i in range(1, 25)]
     assert index.classes[0] == "001.Rhino_Spotted_Collared"
     assert index.classes[7] == "008.Stag_Barred_Tipped"
@@ -99,7 +100,7 @@ def test_the_set_has_cubs_layout_and_each_picture_hangs_on_its_own_key(tmp_path)
             assert y + h <= image.height + 0.2
     # Another number of training pictures moves no test picture.
     draw_demo(tmp_path / "b", train_per_class=1, test_per_class=1)
-    other = CubData(root=tmp_path / "b", val_fraction=0).read()
+    other = read_source(CubData(root=tmp_path / "b", val_fraction=0))
     tests = [[i.path(row).read_bytes() for row in i.rows("test")] for i in (index, other)]
     assert tests[0] == tests[1]
     assert len(set(tests[0])) == 8

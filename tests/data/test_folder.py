@@ -4,11 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fgvc.config.section import validate
-from fgvc.data.sources.folder import FolderData
+from fgvc.config.data import SPLITS, FolderData
+from fgvc.config.loading import validate
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError
 from fgvc.images.suffix import SUFFIXES
 from fgvc.runtime.predict import expand
-from fgvc.types import SPLITS, FgvcError
 
 
 def touch(root, *files):
@@ -28,7 +29,7 @@ def rows(index):
 @pytest.mark.parametrize("val", ["val", "valid", "validation"])
 def test_parts_as_given(tmp_path, val):
     touch(tmp_path, "train/b/1.jpg", "train/a/1.JPG", "train/a/2.png", f"{val}/a/3.webp", "test/b/4.jpeg")
-    index = FolderData(root=tmp_path).read()
+    index = read_source(FolderData(root=tmp_path))
     assert index.classes == ("a", "b")
     assert rows(index) == [
         ("train", "a", "train/a/1.JPG"),
@@ -42,22 +43,22 @@ def test_parts_as_given(tmp_path, val):
 
 def test_validation_is_taken_from_train_where_there_is_none(tmp_path):
     touch(tmp_path, *(f"train/{k}/{i}.jpg" for k in "abc" for i in range(20)), *(f"test/{k}/0.jpg" for k in "abc"))
-    index = FolderData(root=tmp_path, val_fraction=0.1).read()
+    index = read_source(FolderData(root=tmp_path, val_fraction=0.1))
     assert [len(index.rows(split)) for split in SPLITS] == [54, 6, 3]
     assert all(path.startswith("test/") for path in index.paths[index.rows("test")].tolist())
     assert np.bincount(index.labels[index.rows("val")]).tolist() == [2, 2, 2]
-    assert len(FolderData(root=tmp_path, val_fraction=0).read().rows("val")) == 0
+    assert len(read_source(FolderData(root=tmp_path, val_fraction=0)).rows("val")) == 0
 
 
 def test_one_folder_is_split_in_three_the_same_way_whatever_the_disk_says(tmp_path):
     files = [f"{k}/{i:02d}.jpg" for k in ("oak", "ash") for i in range(50)]
-    one = FolderData(root=touch(tmp_path / "one", *files)).read()
-    two = FolderData(root=touch(tmp_path / "two", *reversed(files))).read()
+    one = read_source(FolderData(root=touch(tmp_path / "one", *files)))
+    two = read_source(FolderData(root=touch(tmp_path / "two", *reversed(files))))
     assert rows(one) == rows(two)
     assert one.classes == ("ash", "oak")
     assert [len(one.rows(split)) for split in SPLITS] == [72, 8, 20]
     assert np.bincount(one.labels[one.rows("test")]).tolist() == [10, 10]
-    other = FolderData(root=tmp_path / "one", split_seed=1).read()
+    other = read_source(FolderData(root=tmp_path / "one", split_seed=1))
     assert rows(other) != rows(one)
 
 
@@ -73,7 +74,7 @@ def test_folders_below_a_class_belong_to_it_and_the_rest_is_left_out(tmp_path):
         ".git/x.jpg",
     )
     (tmp_path / "empty").mkdir()
-    index = FolderData(root=tmp_path, val_fraction=0, test_fraction=0).read()
+    index = read_source(FolderData(root=tmp_path, val_fraction=0, test_fraction=0))
     assert rows(index) == [
         ("train", "a", "a/day1/left/1.jpg"),
         ("train", "a", "a/day2/1.jpg"),
@@ -86,23 +87,23 @@ def test_folders_below_a_class_belong_to_it_and_the_rest_is_left_out(tmp_path):
 def test_a_link_to_a_folder_above_ends(tmp_path):
     touch(tmp_path, "a/1.jpg", "b/1.jpg")
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
-    assert len(FolderData(root=tmp_path).read()) == 2
+    assert len(read_source(FolderData(root=tmp_path))) == 2
 
 
 def test_explicit_class_order_may_name_classes_without_images(tmp_path):
     touch(tmp_path, "a/1.jpg", "b/1.jpg")
-    index = FolderData(root=tmp_path, classes=["z", "b", "a"]).read()
+    index = read_source(FolderData(root=tmp_path, classes=["z", "b", "a"]))
     assert index.classes == ("z", "b", "a")
     assert index.labels.tolist() == [2, 1]
     with pytest.raises(FgvcError, match=r"data\.classes lacks: b"):
-        FolderData(root=tmp_path, classes=["a", "z"]).read()
+        read_source(FolderData(root=tmp_path, classes=["a", "z"]))
     with pytest.raises(FgvcError, match=r"data\.classes has a twice"):
-        FolderData(root=tmp_path, classes=["a", "b", "a"]).read()
+        read_source(FolderData(root=tmp_path, classes=["a", "b", "a"]))
 
 
 def test_a_class_may_be_called_train(tmp_path):
     touch(tmp_path, "train/1.jpg", "bus/1.jpg")
-    assert FolderData(root=tmp_path).read().classes == ("bus", "train")
+    assert read_source(FolderData(root=tmp_path)).classes == ("bus", "train")
 
 
 @pytest.mark.parametrize(
@@ -121,14 +122,14 @@ def test_a_class_may_be_called_train(tmp_path):
 )
 def test_what_is_no_layout_is_said(tmp_path, files, words):
     with pytest.raises(FgvcError, match=words):
-        FolderData(root=touch(tmp_path, *files)).read()
+        read_source(FolderData(root=touch(tmp_path, *files)))
 
 
 def test_a_real_set():
     if "FGVC_SHARED" not in os.environ:
         pytest.skip("FGVC_SHARED names no folder with coffee-leaf5")
     root = Path(os.environ["FGVC_SHARED"]) / "data" / "coffee-leaf5"
-    index = FolderData(root=root, val_fraction=0).read()
+    index = read_source(FolderData(root=root, val_fraction=0))
     assert index.classes == ("cercospora", "healthy", "leaf_miner", "phoma", "rust")
     for split in ("train", "test"):
         files = {f.relative_to(root).as_posix() for f in (root / split).glob("*/*.jpg")}
@@ -139,12 +140,12 @@ def test_names_that_are_not_utf8_or_break_lines_are_refused_by_name(tmp_path):
     touch(tmp_path / "a", "x/1.jpg", f"y/{os.fsdecode(b'caf')}.jpg")
     (tmp_path / "a/y" / os.fsdecode(b"caf\xe9.jpg")).touch()
     with pytest.raises(FgvcError, match=r"y/caf\\udce9\.jpg: the name is not UTF-8: rename the file"):
-        FolderData(root=tmp_path / "a").read()
+        read_source(FolderData(root=tmp_path / "a"))
     for name in (b"two\nlines", b"caf\xe9", b"a\tb"):
         root = tmp_path / os.fsdecode(name)
         touch(root, "x/1.jpg", f"{os.fsdecode(name)}/1.jpg")
         with pytest.raises(FgvcError, match="the class '.*rename it|the name is not UTF-8"):
-            FolderData(root=root).read()
+            read_source(FolderData(root=root))
 
 
 def test_predict_and_explain_take_the_files_that_a_data_set_takes(tmp_path):
@@ -158,7 +159,7 @@ def test_predict_and_explain_take_the_files_that_a_data_set_takes(tmp_path):
         "a/.trash/1.jpg",
         "a/b/1.png",
     )
-    index = FolderData(root=tmp_path, test_fraction=0, val_fraction=0).read()
+    index = read_source(FolderData(root=tmp_path, test_fraction=0, val_fraction=0))
     assert sorted(expand([tmp_path])) == sorted(tmp_path / path for path in index.paths.tolist())
     assert len(index) == len(SUFFIXES) + 2
 
@@ -175,7 +176,7 @@ def test_predict_and_explain_take_the_files_that_a_data_set_takes(tmp_path):
 )
 def test_parts_by_other_usual_names(tmp_path, train, val, test):
     touch(tmp_path, f"{train}/a/1.jpg", f"{train}/b/1.jpg", f"{val}/a/2.jpg", f"{test}/b/3.jpg")
-    index = FolderData(root=tmp_path).read()
+    index = read_source(FolderData(root=tmp_path))
     assert index.classes == ("a", "b")
     assert [len(index.rows(split)) for split in SPLITS] == [2, 1, 1]
     assert f"{train}/, {val}/, {test}/" in index.recognised
@@ -184,7 +185,7 @@ def test_parts_by_other_usual_names(tmp_path, train, val, test):
 @pytest.mark.parametrize("name", ["train", "Test", "Training", "dev"])
 def test_a_class_may_be_called_as_a_part_whatever_its_capitals(tmp_path, name):
     touch(tmp_path, f"{name}/1.jpg", "bus/1.jpg", "car/deep/1.jpg")
-    assert set(FolderData(root=tmp_path).read().classes) == {name, "bus", "car"}
+    assert set(read_source(FolderData(root=tmp_path)).classes) == {name, "bus", "car"}
 
 
 def test_parts_within_the_classes_are_refused_and_not_mixed(tmp_path):
@@ -192,14 +193,14 @@ def test_parts_within_the_classes_are_refused_and_not_mixed(tmp_path):
     touch(tmp_path, *(f"{leaf}/{part}/1.jpg" for leaf in ("rust", "scab") for part in ("Training", "test")))
     for classes in (None, ["rust", "scab"]):
         with pytest.raises(FgvcError, match=r"parts within its classes \(rust/Training/, rust/test/\).*kind=csv"):
-            FolderData(root=tmp_path, classes=classes).read()
+            read_source(FolderData(root=tmp_path, classes=classes))
     touch(tmp_path / "days", "bus/test/1.jpg", "bus/may/1.jpg", "car/train/1.jpg")  # of one part, or of none
-    assert FolderData(root=tmp_path / "days").read().classes == ("bus", "car")
+    assert read_source(FolderData(root=tmp_path / "days")).classes == ("bus", "car")
 
 
 def test_classes_that_are_written_in_two_ways_are_named(tmp_path):
     touch(tmp_path, *(f"{name}/1.jpg" for name in ("Leaf rust", "leaf_rust", "scab", "caf\u00e9", "cafe\u0301")))
-    (warning,) = FolderData(root=tmp_path, test_fraction=0, val_fraction=0).read().warnings
+    (warning,) = read_source(FolderData(root=tmp_path, test_fraction=0, val_fraction=0)).warnings
     assert "'Leaf rust' and 'leaf_rust'" in warning
     assert "caf\u00e9" in warning
     assert "scab" not in warning
@@ -208,22 +209,22 @@ def test_classes_that_are_written_in_two_ways_are_named(tmp_path):
 def test_variants_of_a_set_are_no_classes_unless_they_are_named(tmp_path):
     touch(tmp_path, *(f"{kind}/{leaf}/1.jpg" for kind in ("color", "grayscale") for leaf in ("rust", "scab")))
     with pytest.raises(FgvcError, match=r"same names \(rust, scab\).*data\.root=.*color.*data\.classes=\[color, grayscale\]"):
-        FolderData(root=tmp_path).read()
-    assert FolderData(root=tmp_path, classes=["color", "grayscale"]).read().classes == ("color", "grayscale")
-    assert FolderData(root=tmp_path / "color").read().classes == ("rust", "scab")
+        read_source(FolderData(root=tmp_path))
+    assert read_source(FolderData(root=tmp_path, classes=["color", "grayscale"])).classes == ("color", "grayscale")
+    assert read_source(FolderData(root=tmp_path / "color")).classes == ("rust", "scab")
     touch(tmp_path / "in", *(f"train/{kind}/{leaf}/1.jpg" for kind in ("color", "grey") for leaf in ("rust", "scab")))
     with pytest.raises(FgvcError, match="same names"):
-        FolderData(root=tmp_path / "in").read()
+        read_source(FolderData(root=tmp_path / "in"))
     touch(tmp_path / "one", "raw/rust/1.jpg", "raw/scab/1.jpg")
     with pytest.raises(FgvcError, match=r"its only folder raw/ .*data\.root=.*one/raw"):
-        FolderData(root=tmp_path / "one").read()
+        read_source(FolderData(root=tmp_path / "one"))
     touch(tmp_path / "days", "rust/monday/1.jpg", "rust/friday/1.jpg", "scab/may/1.jpg")
-    assert FolderData(root=tmp_path / "days").read().classes == ("rust", "scab")
+    assert read_source(FolderData(root=tmp_path / "days")).classes == ("rust", "scab")
 
 
 def test_what_is_left_out_is_counted_by_suffix(tmp_path):
     touch(tmp_path, "a/1.jpg", "a/2.HEIC", "a/3.heic", "a/noname", "b/1.jfif", "b/x.svg", "b/.hidden.heic", "3.png")
-    index = FolderData(root=tmp_path).read()
+    index = read_source(FolderData(root=tmp_path))
     assert index.paths.tolist() == ["a/1.jpg", "b/1.jfif"]
     assert index.warnings == (
         "4 files are of other types than fgvc reads, and left out: .heic 2, .svg 1, no suffix 1",
@@ -235,10 +236,10 @@ def test_what_is_left_out_is_counted_by_suffix(tmp_path):
 def test_a_class_that_would_end_empty_is_an_error(tmp_path, files):
     touch(tmp_path, "a/1.jpg", "b/1.jpg", *files)
     with pytest.raises(FgvcError, match=r"1 class folders would end empty.*c/ \((\.heic|\.npy|no suffix) 2\)"):
-        FolderData(root=tmp_path).read()
+        read_source(FolderData(root=tmp_path))
     touch(tmp_path / "parts", "train/a/1.jpg", "train/b/1.jpg", "test/a/1.jpg", *(f"test/b/{file[2:]}" for file in files))
     with pytest.raises(FgvcError, match="test/b/"):
-        FolderData(root=tmp_path / "parts").read()
+        read_source(FolderData(root=tmp_path / "parts"))
 
 
 def test_predict_says_what_it_leaves_out(tmp_path, capsys):
@@ -254,7 +255,7 @@ def test_photographs_in_a_row_are_groups_that_nothing_divides(tmp_path):
     """Numbered without zeros, in two folders of a class, with gaps; some classes end in a group that is not full."""
     numbers = {"a": [*range(1, 22), 100, 101], "b": [*range(8, 40)], "c": [7, 3, 11, 2]}
     touch(tmp_path, *(f"{name}/DSC_{number}.png" for name, own in numbers.items() for number in own))
-    read = FolderData(root=tmp_path, group_size=4, test_fraction=0, fold=(1, 3)).read()
+    read = read_source(FolderData(root=tmp_path, group_size=4, test_fraction=0, fold=(1, 3)))
     expected = {
         f"{name}/DSC_{number}.png": (name, place // 4)
         for name, own in numbers.items()
@@ -269,7 +270,7 @@ def test_photographs_in_a_row_are_groups_that_nothing_divides(tmp_path):
         assert len(set(read.splits[read.groups == group].tolist())) == 1
     assert set(read.splits.tolist()) == {0, 1}
     assert "by group" in read.recognised
-    assert FolderData(root=tmp_path, test_fraction=0).read().groups is None
+    assert read_source(FolderData(root=tmp_path, test_fraction=0)).groups is None
     with pytest.raises(FgvcError, match="group_size"):
         validate(FolderData, {"kind": "folder", "root": str(tmp_path), "group_size": 1}, where="test")
 
@@ -277,6 +278,6 @@ def test_photographs_in_a_row_are_groups_that_nothing_divides(tmp_path):
 def test_groups_are_of_a_part_and_a_class(tmp_path):
     touch(tmp_path, *(f"train/{name}/{number:03d}.png" for name in "ab" for number in range(5)))
     touch(tmp_path, *(f"test/{name}/{number:03d}.png" for name in "ab" for number in range(3)))
-    read = FolderData(root=tmp_path, group_size=8, val_fraction=0.5).read()
+    read = read_source(FolderData(root=tmp_path, group_size=8, val_fraction=0.5))
     assert sorted(set(read.groups.tolist())) == ["test/a/0", "test/b/0", "train/a/0", "train/b/0"]
     assert [int((read.splits == split).sum()) for split in range(3)] == [10, 0, 6], "a class keeps a row"

@@ -9,13 +9,14 @@ import torch
 from numpy.dtypes import StringDType
 from PIL import Image, ImageDraw
 
-from fgvc.config.section import Preprocess
-from fgvc.data.augment import Augment, Augmenter
+from fgvc.config.data import Augment
+from fgvc.config.images import Preprocess
+from fgvc.data.augment import Augmenter
 from fgvc.data.cache import DecodeCache
+from fgvc.data.index import ImageIndex
 from fgvc.data.loader import evaluation_loader, train_loader
 from fgvc.evaluation.localize import in_input
 from fgvc.techniques.box_head.technique import in_crop
-from fgvc.types import ImageIndex
 
 STORED = {3: (60, 40), 4: (60, 40), 5: (40, 60), 6: (40, 60), 7: (40, 60), 8: (40, 60), 1: (60, 40), 2: (60, 40)}
 BOX = (12, 6, 20, 14)  # of the upright picture of 60 x 40

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fgvc.config.data import CubData
 from fgvc.data.labels import first, reordered
-from fgvc.data.sources.cub import CubData
-from fgvc.types import FgvcError
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError
 
 
 def test_the_first_classes_keep_their_images_boxes_and_splits(boxed: Path) -> None:
-    whole = CubData(root=boxed, val_fraction=0.25).read()
+    whole = read_source(CubData(root=boxed, val_fraction=0.25))
     some = first(whole, 2)
     assert some.classes == whole.classes[:2]
     kept = [row for row in range(len(whole)) if whole.labels[row] < 2]
@@ -29,12 +30,12 @@ def test_the_first_classes_keep_their_images_boxes_and_splits(boxed: Path) -> No
 
 def test_more_classes_than_there_are_is_refused(boxed: Path) -> None:
     with pytest.raises(FgvcError, match="data.first_classes: 4, and the data have 3"):
-        first(CubData(root=boxed).read(), 4)
+        first(read_source(CubData(root=boxed)), 4)
 
 
 @pytest.mark.parametrize("form", ["json", "txt"])
 def test_a_deployed_order_is_a_list_or_a_bundles_labels(boxed: Path, tmp_path: Path, form: str) -> None:
-    whole = CubData(root=boxed).read()
+    whole = read_source(CubData(root=boxed))
     names = list(whole.classes[::-1])
     path = tmp_path / f"labels.{form}"
     path.write_text(json.dumps(names) if form == "json" else "\n".join(names))

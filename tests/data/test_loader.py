@@ -18,13 +18,15 @@ from numpy.dtypes import StringDType
 from PIL import Image
 from scipy.stats import chisquare
 
-from fgvc.config.section import Preprocess
-from fgvc.data.augment import Augment, Augmenter
+from fgvc.config.data import Augment
+from fgvc.config.images import Preprocess
+from fgvc.data.augment import Augmenter
 from fgvc.data.cache import DecodeCache
+from fgvc.data.index import ImageIndex
 from fgvc.data.loader import BadFiles, TrainBatch, TrainLoader, _Order, _turns, evaluation_loader, train_loader
+from fgvc.errors import FgvcError, ImageError
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import preprocess
-from fgvc.types import FgvcError, ImageError, ImageIndex
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 SPEC = Preprocess(size=(24, 32))

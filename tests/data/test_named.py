@@ -11,10 +11,11 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from fgvc import api
+from fgvc.config.data import NamedData
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
-from fgvc.data.sources.named import NamedData
-from fgvc.types import FgvcError
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError
 
 
 def picture(path: Path) -> None:
@@ -79,7 +80,7 @@ EXPECTED = {  # classes, train, val, test
 def test_images_labels_and_the_official_splits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     LAYOUTS[name](tmp_path)
     monkeypatch.setattr(datasets.Flowers102, "_check_integrity", lambda self: True)  # of the real files' sums
-    index = NamedData(root=tmp_path, name=name).read()
+    index = read_source(NamedData(root=tmp_path, name=name))
     classes, *sizes = EXPECTED[name]
     assert [len(index.rows(split)) for split in ("train", "val", "test")] == sizes
     assert all(index.path(row).is_file() for row in range(len(index)))
@@ -98,7 +99,7 @@ def test_images_labels_and_the_official_splits(name: str, tmp_path: Path, monkey
 def test_what_is_not_there_comes_with_instructions(name: str, tmp_path: Path) -> None:
     said = "put cars_train/, cars_test/" if name == "stanford_cars" else "data.download=true"
     with pytest.raises(FgvcError, match=rf"(?s){name}, part train.*: Dataset not found.*{said}"):
-        NamedData(root=tmp_path, name=name).read()
+        read_source(NamedData(root=tmp_path, name=name))
 
 
 def test_a_download_without_a_network_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +110,7 @@ def test_a_download_without_a_network_is_a_clear_error(tmp_path: Path, monkeypat
     with pytest.raises(
         FgvcError, match="Network is unreachable; without a network, copy the set to .*fgvc-aircraft-2013b"
     ):
-        NamedData(root=tmp_path / "new", name="aircraft", download=True).read()
+        read_source(NamedData(root=tmp_path / "new", name="aircraft", download=True))
 
 
 def test_a_recipe_names_one(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fgvc.data.sources.source import TEXT
+from fgvc.data.index import ImageIndex
+from fgvc.data.sources.columns import TEXT
+from fgvc.errors import FgvcError
 from fgvc.runs import record as recording
 from fgvc.runs.record import ABSENT, NAME, Record, changes
-from fgvc.types import FgvcError, ImageIndex
 
 
 def index(root: Path, count: int = 12) -> ImageIndex:

@@ -8,9 +8,9 @@ import pytest
 from numpy.dtypes import StringDType
 from PIL import Image
 
+from fgvc.data.index import ImageIndex
 from fgvc.data.quality.checks import check, findings
 from fgvc.data.quality.stored import glance
-from fgvc.types import ImageIndex
 
 SIDE = 40
 

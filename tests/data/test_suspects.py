@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fgvc.data.quality.suspects import suspects
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 
 def clusters(images: int = 200, classes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from fgvc.data.sources.table import CsvData
-from fgvc.types import SPLITS, FgvcError
+from fgvc.config.data import SPLITS, CsvData
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError
 
 
 def write(root, text, written="utf-8", **settings):
@@ -118,7 +119,7 @@ def test_settings_are_honoured(tmp_path):
     with pytest.raises(ValidationError):
         write(tmp_path, "", delimiter=", ")
     with pytest.raises(FgvcError, match=r"can't read the table.*data\.file"):
-        CsvData(root=tmp_path, file="none.csv").read()
+        read_source(CsvData(root=tmp_path, file="none.csv"))
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,8 @@ def test_the_encoding_can_be_said(tmp_path):
 MEASURE = """
 import sys
 from pathlib import Path
-from fgvc.data.sources.table import CsvData
-from fgvc.data.sources.folder import FolderData
+from fgvc.config.data import CsvData
+from fgvc.config.data import FolderData
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

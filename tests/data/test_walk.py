@@ -4,13 +4,14 @@ import os
 
 import pytest
 
-from fgvc.data.sources.folder import FolderData
-from fgvc.types import FgvcError
+from fgvc.config.data import FolderData
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError
 from tests.data.test_folder import rows, touch
 
 
 def read(root):
-    return FolderData(root=root, val_fraction=0, test_fraction=0).read()
+    return read_source(FolderData(root=root, val_fraction=0, test_fraction=0))
 
 
 def paths(index, name):

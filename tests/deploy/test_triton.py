@@ -14,10 +14,10 @@ from google.protobuf import text_format
 from PIL import Image
 
 from fgvc.cli import main
+from fgvc.errors import FgvcError
 from fgvc.exporting.triton import config, write_model
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import Engine
-from fgvc.types import FgvcError
 from tests.deploy.small import SIZE, bundle, network, script
 
 

@@ -13,9 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fgvc.cli import app, main, shipping
-from fgvc.config.recipe import load_recipe
+from fgvc.config.images import MAX_PIXELS
+from fgvc.data.recipe import load_recipe
 from fgvc.serving.limits import Limits
-from fgvc.types import MAX_PIXELS
 
 Ask = Callable[..., tuple[int, str]]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fgvc import api
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
 from fgvc.exporting.onnx import explain_model
 from fgvc.reparam.plain import strip
 from fgvc.report.explain import explain

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fgvc.errors import FgvcError
 from fgvc.evaluation.agreement import INT8, Bars, agree
-from fgvc.types import FgvcError
 
 
 def test_figures_worked_by_hand() -> None:

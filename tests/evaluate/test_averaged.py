@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 
 from fgvc import api
+from fgvc.config.images import Preprocess
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import Preprocess, validate
+from fgvc.errors import FgvcError
 from fgvc.evaluation.tta import averaged, canvas, refined
 from fgvc.images.preprocess import preprocess
 from fgvc.runs.measured import measured
 from fgvc.runs.subject import subject
-from fgvc.types import FgvcError
 
 
 def net(x: torch.Tensor) -> torch.Tensor:

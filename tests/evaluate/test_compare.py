@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
+from fgvc.errors import FgvcError
 from fgvc.evaluation.paired import Gate, Paired, compare, gain_interval
-from fgvc.types import FgvcError
 
 
 def table(both: int, lost: int, won: int, neither: int) -> Paired:

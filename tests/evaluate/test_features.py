@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from fgvc.config.recipe import Recipe
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError
 from fgvc.evaluation.features import features, frozen, normalisation
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import preprocess
 from fgvc.models.backbone import plain_model
 from fgvc.models.weights import load_weights, preprocess_for
-from fgvc.types import FgvcError
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def weighted(recipe_tree: dict, tmp_path: Path) -> Recipe:
 
 
 def test_they_are_the_nets_pooled_vectors(weighted: Recipe) -> None:
-    index = weighted.data.read()
+    index = read_source(weighted.data)
     seen: list[tuple[int, int]] = []
     rows = np.array([3, 50, 10, 40])
     found = features(

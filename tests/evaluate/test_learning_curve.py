@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from fgvc.errors import FgvcError
 from fgvc.evaluation.learning_curve import FOLDS, SHARES, Curve, learning_curve, make_folds, weight_of
 from fgvc.evaluation.paired import gain_interval
 from fgvc.models.probe import fit_probe
-from fgvc.types import FgvcError
 
 
 def blobs(classes: int = 4, images: int = 25, *, spread: float = 1.5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import confidence_of, reliability
 from fgvc.evaluation.metrics import BINS, Scores, evaluate, of_logits
 from fgvc.evaluation.plot import plot_confusion
-from fgvc.types import FgvcError
 
 CPU = torch.device("cpu")
 NAMES = ["a", "b", "c", "d", "e", "f", "g"]

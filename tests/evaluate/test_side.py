@@ -14,11 +14,12 @@ from PIL import Image
 
 from fgvc import api
 from fgvc.cli import main, show
-from fgvc.config.section import Calibration, Preprocess
+from fgvc.config.images import Preprocess
+from fgvc.config.runtime import Calibration
+from fgvc.errors import FgvcError
 from fgvc.evaluation.side import open_sides
 from fgvc.report.compare import write_page
 from fgvc.runtime.bundle import read_labels, write_bundle
-from fgvc.types import FgvcError
 
 NAMES = ["红", "green", "blue"]  # the position is that of the channel
 PLAIN = Preprocess(size=(8, 8), resize="squash", crop_fraction=1.0, mean=(0, 0, 0), std=(1, 1, 1))

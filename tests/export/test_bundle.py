@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from fgvc.config.section import Calibration, Preprocess
+from fgvc.config.images import Preprocess
+from fgvc.config.runtime import Calibration
+from fgvc.errors import FgvcError
 from fgvc.runtime import bundle as bundles
 from fgvc.runtime.bundle import MANIFEST, load_bundle, refuse_target, write_bundle
-from fgvc.types import FgvcError
 
 PREPROCESS = Preprocess(size=(32, 48), resize="pad")
 

@@ -13,9 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise, shared_initializers, weight_positions
 from fgvc.exporting.difference import compare
-from fgvc.types import FgvcError
 from tests.export.small_graphs import SOURCES, export, first, graph_of, model, net, port, tensor
 
 

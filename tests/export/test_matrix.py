@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from fgvc.exporting.onnx import Export
+from fgvc.config.exporting import Export
+from fgvc.errors import FgvcError
 from fgvc.exporting.prove import prove
 from fgvc.models.backbone import plain_model
 from fgvc.runs.step import StepModule
-from fgvc.techniques.acb.technique import AcbConfig
-from fgvc.types import Batch, Draws, FgvcError
+from fgvc.techniques.acb.settings import AcbSettings
+from fgvc.techniques.api import Batch, Draws
+from fgvc.techniques.registry import made_of
 
 SIZE, CLASSES = (64, 64), 10
 COLUMNS = (
@@ -46,7 +48,7 @@ def trained(backbone: str, kwargs: dict) -> tuple[torch.nn.Module, int]:
     torch.manual_seed(0)
     net = plain_model(backbone, CLASSES, kwargs)
     try:
-        step = StepModule(net, {"acb": AcbConfig().build()}, size=SIZE)
+        step = StepModule(net, {"acb": made_of(AcbSettings())}, size=SIZE)
     except FgvcError:  # nothing to graft: a ViT, or a net that re-parameterises itself
         step = StepModule(plain_model(backbone, CLASSES, kwargs), {}, size=SIZE)
     step.train()

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fgvc.exporting.onnx import Export
+from fgvc.config.exporting import Export
 from fgvc.exporting.prove import prove
 from fgvc.exporting.reference import randomise
 from fgvc.models.backbone import deployed, plain_model
 from fgvc.models.norms import reestimate_norms
 from fgvc.runs.step import StepModule
-from fgvc.types import Batch, Draws
+from fgvc.techniques.api import Batch, Draws
 
 SIZE, CLASSES = (64, 64), 5
 

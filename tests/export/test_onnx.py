@@ -9,11 +9,12 @@ from onnx import TensorProto, helper
 from pydantic import ValidationError
 from torch import nn
 
-from fgvc.exporting.onnx import OPSETS, Export, explain_model, export_onnx, interface_of, load_onnx, serialised
+from fgvc.config.exporting import OPSETS, Export
+from fgvc.errors import FgvcError
+from fgvc.exporting.onnx import explain_model, export_onnx, interface_of, load_onnx, serialised
 from fgvc.exporting.reference import randomise
 from fgvc.models.backbone import deployed, plain_model
 from fgvc.runtime.engine import Session
-from fgvc.types import FgvcError
 
 BOTH = pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 IMAGES = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from fgvc.errors import FgvcError
 from fgvc.exporting.reference import randomise
 from fgvc.models.backbone import plain_model
 from fgvc.reparam.block import Branched, refusal
 from fgvc.reparam.graft import find_sites, graft
 from fgvc.reparam.kinds import acb
 from fgvc.reparam.plain import HOOKS, strip
-from fgvc.types import FgvcError
 
 RECIPE = {"backbone": "test_resnet", "num_classes": 5, "kwargs": {}}
 

@@ -11,8 +11,10 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from fgvc.config.section import Preprocess
-from fgvc.exporting.onnx import Export, Interface, export_onnx, serialised
+from fgvc.config.exporting import Export
+from fgvc.config.images import Preprocess
+from fgvc.errors import FgvcError
+from fgvc.exporting.onnx import Interface, export_onnx, serialised
 from fgvc.exporting.prove import Proven, compare_behaviour, compare_numbers, compare_structure, prove
 from fgvc.exporting.reference import independent_plain, randomise
 from fgvc.exporting.ties import degenerate, nudged
@@ -23,7 +25,6 @@ from fgvc.reparam.graft import find_sites, graft
 from fgvc.reparam.kinds import acb
 from fgvc.reparam.plain import strip
 from fgvc.runtime.bundle import load_bundle, write_bundle
-from fgvc.types import FgvcError
 
 SIZE = (32, 32)
 RECIPE: dict[str, Any] = {"backbone": "test_efficientnet", "num_classes": 5, "kwargs": {}}

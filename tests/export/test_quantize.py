@@ -12,12 +12,12 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
+from fgvc.errors import FgvcError
 from fgvc.exporting import quantize
 from fgvc.exporting.onnx import export_onnx, serialised
 from fgvc.exporting.quantize import halve, needs_reduced_range, quantise
 from fgvc.exporting.reference import randomise
 from fgvc.models.backbone import plain_model
-from fgvc.types import FgvcError
 
 SIZE = (32, 32)
 IMAGES = np.random.default_rng(0).normal(size=(24, 3, *SIZE)).astype(np.float32)

@@ -11,10 +11,10 @@ import pytest
 
 from fgvc import api
 from fgvc.cli import main, show
-from fgvc.config.section import Preprocess
+from fgvc.config.images import Preprocess
+from fgvc.errors import FgvcError
 from fgvc.runtime.bundle import load_bundle, write_bundle
 from fgvc.runtime.stack import Stack, agreement, stack_of
-from fgvc.types import FgvcError
 from tests.serve.small import LABELS, SIZE, network, save_bundle
 
 FED = Preprocess(size=(SIZE, SIZE), resize="squash", crop_fraction=1.0, mean=(0, 0, 0), std=(1, 1, 1))

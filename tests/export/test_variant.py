@@ -11,12 +11,13 @@ import onnx
 import pytest
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from fgvc.exporting.onnx import Exporter, Interface, export_onnx, serialised
+from fgvc.config.exporting import Exporter
+from fgvc.errors import FgvcError
+from fgvc.exporting.onnx import Interface, export_onnx, serialised
 from fgvc.exporting.quantize import Int8
 from fgvc.exporting.reference import Plain, independent_plain, randomise
 from fgvc.exporting.variant import Made, differences, make_fp16, make_int8, structure
 from fgvc.models.backbone import plain_model
-from fgvc.types import FgvcError
 
 SIZE = (32, 32)
 IMAGES = np.random.default_rng(0).normal(size=(20, 3, *SIZE)).astype(np.float32)

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
+from fgvc.config.data import FolderData
+from fgvc.config.loading import dump, validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import dump, validate
-from fgvc.data.sources.folder import FolderData
+from fgvc.data.sources.read import read_source
 from fgvc.io import files as disk
 from fgvc.runs import checkpoint
 from fgvc.runs.checkpoint import Progress, State
@@ -152,7 +153,7 @@ FACTS = {"labels.json": ["a", "b"], "preprocess.json": {"size": [8, 8]}}
 
 @cache
 def images_of(root: Path) -> Record:
-    return Record.of(FolderData(root=root).read())
+    return Record.of(read_source(FolderData(root=root)))
 
 
 def begun(out: Path, recipe: Recipe, *, overwrite: bool = False) -> None:

@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
 
 from fgvc import api
+from fgvc.config.exporting import Export
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
 from fgvc.exporting.canonical import canonicalise
-from fgvc.exporting.onnx import Export
 from fgvc.exporting.prove import export_onnx
 from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
-from fgvc.training.session import build_net
+from fgvc.runs.build import build_net
 
 HERE = Path(__file__).parent
 STEPS = 20

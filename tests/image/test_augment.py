@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from fgvc.config.section import Preprocess
-from fgvc.data.augment import Augment, Augmenter
+from fgvc.config.data import Augment
+from fgvc.config.images import Preprocess
+from fgvc.data.augment import Augmenter
 
 STILL = {"flip": 0, "brightness": 0, "contrast": 0, "saturation": 0}
 WHOLE = STILL | {"crop": "fit", "crop_scale": (1, 1)}

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from fgvc.errors import ImageError
 from fgvc.images.damage import damage
 from fgvc.images.decode import decode
-from fgvc.types import ImageError
 
 
 def drawn(width: int = 160, height: int = 120, seed: int = 0) -> Image.Image:

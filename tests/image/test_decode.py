@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from fgvc.errors import ImageError
 from fgvc.images.decode import FORMATS, decode, read_picture
 from fgvc.images.suffix import SUFFIXES
-from fgvc.types import ImageError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

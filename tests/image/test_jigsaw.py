@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fgvc.errors import FgvcError
 from fgvc.techniques.dcl.jigsaw import cut, draw_jigsaws, inverse, places
-from fgvc.types import FgvcError
 
 GRIDS = st.integers(2, 9)
 REACHES = st.floats(0.6, 12)

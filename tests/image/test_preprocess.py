@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fgvc.config.section import Preprocess
+from fgvc.config.images import Preprocess
 from fgvc.images.preprocess import described, differences, fit, normalise, placed, preprocess, render, resized_size
 
 TORCHVISION = {"bilinear": 2, "bicubic": 3, "nearest": 0, "lanczos": 1, "box": 4, "hamming": 5}

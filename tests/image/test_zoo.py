@@ -10,7 +10,7 @@ import pytest
 import timm.data
 from PIL import Image
 
-from fgvc.config.section import Preprocess
+from fgvc.config.images import Preprocess
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import preprocess
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from fgvc.config.exporting import Export
 from fgvc.config.recipe import conflicts
-from fgvc.exporting.onnx import Export
+from fgvc.config.techniques import Techniques, settings_by_kind
 from fgvc.exporting.prove import prove
 from fgvc.models.backbone import plain_model
 from fgvc.reparam.plain import strip
-from fgvc.techniques.branches import Where
-from fgvc.techniques.registry import CONFIGS, Techniques
-from fgvc.training.session import build_net
+from fgvc.runs.build import build_net
+from fgvc.techniques.settings import Where
 
 PATH = Path(__file__).parents[2] / "docs" / "architectures.py"
 
@@ -49,8 +49,8 @@ def together(backbone: str) -> list[str]:
     Of those that give convolutions branches only one, as their defaults all take every convolution: the backbones take
     turns.
     """
-    applies = [kind for kind in CONFIGS if said(backbone).get(kind) == "yes"]
-    branched = [kind for kind in applies if issubclass(CONFIGS[kind], Where)]
+    applies = [kind for kind in settings_by_kind() if said(backbone).get(kind) == "yes"]
+    branched = [kind for kind in applies if issubclass(settings_by_kind()[kind], Where)]
     turn = list(ARCHITECTURES.BACKBONES).index(backbone)
     others = {kind for at, kind in enumerate(branched) if at != turn % len(branched)}
     chosen: list[str] = []
@@ -123,7 +123,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backbone", ARCHITECTURES.BACKBONES)
 def test_the_table_is_true(backbone: str) -> None:
     table = said(backbone)
-    assert set(table) == {ARCHITECTURES.ONNX, *CONFIGS}, "run docs/architectures.py, then docs/tables.py"
+    assert set(table) == {ARCHITECTURES.ONNX, *settings_by_kind()}, "run docs/architectures.py, then docs/tables.py"
     assert set(table.values()) <= {"yes", "no"}
     found = {kind: ARCHITECTURES.tried(backbone, kind) for kind in table}
     assert {kind: result for kind, (result, _) in found.items()} == table, found

@@ -13,11 +13,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fgvc.config.section import Deploy
-from fgvc.models.backbone import Model, deployed, feature_layout, feature_map, freeze, memory_format, plain_model
+from fgvc.config.images import Deploy
+from fgvc.config.models import Model
+from fgvc.errors import FgvcError
+from fgvc.models.backbone import deployed, feature_layout, feature_map, freeze, memory_format, plain_model
 from fgvc.models.norms import zero_gamma
 from fgvc.models.weights import load_weights, preprocess_for, told, unlikely
-from fgvc.types import FgvcError
 
 HALF = (0.5, 0.5, 0.5)
 

@@ -13,15 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fgvc.exporting.onnx import Export, export_onnx
+from fgvc.config.exporting import Export
+from fgvc.config.models import Model
+from fgvc.errors import FgvcError
+from fgvc.exporting.onnx import export_onnx
 from fgvc.exporting.prove import prove
-from fgvc.models.backbone import Model, memory_format, plain_model
+from fgvc.models.backbone import memory_format, plain_model
 from fgvc.models.deformable import Deformable, offsets
 from fgvc.models.weights import load_weights
 from fgvc.reparam.block import refusal
 from fgvc.reparam.graft import find_sites, graft
 from fgvc.reparam.kinds import acb
-from fgvc.types import FgvcError
 
 SIZE = (64, 64)
 

@@ -9,10 +9,10 @@ from timm.layers import BatchNormAct2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fgvc.errors import FgvcError
 from fgvc.reparam.block import refusal
 from fgvc.reparam.graft import Site, find_sites, folded_state, graft
 from fgvc.reparam.kinds import acb
-from fgvc.types import FgvcError
 
 SIZE = (64, 64)
 TINY = {

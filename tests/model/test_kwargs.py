@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.exporting.onnx import Export, Interface
+from fgvc.config.exporting import Export
+from fgvc.exporting.onnx import Interface
 from fgvc.exporting.prove import compare_structure, export_onnx
 from fgvc.exporting.reference import independent_plain
 from fgvc.models.backbone import plain_model

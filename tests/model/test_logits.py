@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from fgvc.errors import FgvcError
 from fgvc.techniques.distill.logits import GEOMETRY, LogitFile
-from fgvc.types import FgvcError
 
 N, K = 10, 4
 

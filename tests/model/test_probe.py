@@ -12,8 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from fgvc.errors import FgvcError
 from fgvc.models.probe import fit_probe, linear_head, put_head, zero_head
-from fgvc.types import FgvcError
 
 
 def blobs(classes: int, *, images: int = 40, width: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.config.section import Preprocess
+from fgvc.config.images import Preprocess
+from fgvc.errors import FgvcError
 from fgvc.images.preprocess import normalise
 from fgvc.techniques.distill.teacher import Said, Teacher, conversion, digest, in_order, through
-from fgvc.types import FgvcError
 
 SPECS = [
     Preprocess(size=(8, 8)),

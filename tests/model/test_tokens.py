@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_layout, feature_map, scale_cells
 from fgvc.models.tokens import token_grid
-from fgvc.types import FgvcError
 
 DYNAMIC = {"dynamic_img_size": True}
 SMALL = {"depth": 1, "embed_dim": 48, "num_heads": 3}

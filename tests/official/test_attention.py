@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.techniques.attention_crop_drop.attention import SCALE, BilinearAttention, pick
-from fgvc.techniques.masks import Region, boxes, crop, erase, select
+from fgvc.techniques.attention_crop_drop.attention import BilinearAttention, pick
+from fgvc.techniques.attention_crop_drop.settings import SCALE
+from fgvc.techniques.masks import boxes, crop, erase, select
+from fgvc.techniques.settings import Region
 from tests.official.conftest import Arrays
 
 ATOL = 4.4e-14

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from fgvc.techniques.centre_loss.technique import CentreLossConfig, Centres
+from fgvc.techniques.api import Output, View
+from fgvc.techniques.centre_loss.settings import CentreLossSettings
+from fgvc.techniques.centre_loss.technique import Centres
 from fgvc.techniques.centres import class_sums
 from fgvc.techniques.plan import Context
-from fgvc.types import Output, View
+from fgvc.techniques.registry import made_of
 from tests.official.conftest import Arrays
 
 
@@ -17,7 +19,7 @@ def test_known_twice_the_loss_and_a_step_by_the_gradient(official: Callable[[str
     a = official("centre_loss")
     centres = Centres(5, 6).double()
     centres.of.copy_(a["centres"])
-    technique = CentreLossConfig(rate=a.number("centre_rate")).build()
+    technique = made_of(CentreLossSettings(rate=a.number("centre_rate")))
     x = a["features"].clone().requires_grad_()
     main = Output(View("main", torch.zeros(12, 3, 1, 1), [(a["labels"], None)]), x, torch.zeros(12, 5))
     same = lambda f: f  # noqa: E731

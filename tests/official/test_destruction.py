@@ -11,10 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fgvc.techniques.api import Output, View
 from fgvc.techniques.dcl.jigsaw import cut, draw_jigsaws, places
-from fgvc.techniques.dcl.technique import DESTROYED, MAIN, DclConfig
+from fgvc.techniques.dcl.settings import DclSettings
+from fgvc.techniques.dcl.technique import DESTROYED, MAIN
 from fgvc.techniques.plan import Context
-from fgvc.types import Output, View
+from fgvc.techniques.registry import made_of
 from tests.official.conftest import Arrays
 
 
@@ -43,7 +45,7 @@ def test_known_the_law_of_drawing(official: Callable[[str], Arrays]) -> None:
     share, far = stays(a["sources"])
     assert share == pytest.approx(0.097, abs=5e-4)
     assert far == 6
-    ours = torch.from_numpy(draw_jigsaws(np.random.default_rng(0), 400, grid=7, reach=DclConfig().reach))
+    ours = torch.from_numpy(draw_jigsaws(np.random.default_rng(0), 400, grid=7, reach=DclSettings().reach))
     share, far = stays(ours)
     assert share == pytest.approx(0.219, abs=0.01)
     assert far == 3
@@ -84,7 +86,7 @@ def test_classes_and_the_destroyed_head(head: str, official: Callable[[str], Arr
         draw=a["jigsaws"], progress=0.0, branches={"destroyed": own, "location": location}, head=lambda f: f,
         pooled=lambda f: f.mean((2, 3)), grid=lambda f, size=None: f,
     )  # fmt: skip
-    terms = DclConfig(grid=4, head=head).build().losses(halves, ctx)
+    terms = made_of(DclSettings(grid=4, head=head)).losses(halves, ctx)
     torch.testing.assert_close(terms["destroyed"].detach().double(), a[f"destroyed_loss_{kind}"], rtol=0, atol=8.4e-7)
     logits = torch.stack([half.logits for half in halves.values()], 1).flatten(0, 1)
     torch.testing.assert_close(logits.detach(), a["logits"], rtol=0, atol=1e-12)

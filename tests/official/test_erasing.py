@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fgvc.models.class_maps import Mapper, cam, normalised
-from fgvc.techniques.acol.technique import AcolConfig
-from fgvc.techniques.adl.technique import AdlConfig
-from fgvc.techniques.masks import Region, select
+from fgvc.techniques.acol.settings import AcolSettings
+from fgvc.techniques.adl.settings import AdlSettings
+from fgvc.techniques.api import Output, View
+from fgvc.techniques.masks import select
 from fgvc.techniques.plan import Context
-from fgvc.types import Output, View
+from fgvc.techniques.registry import made_of
+from fgvc.techniques.settings import Region
 from tests.official.conftest import Arrays
 
 
@@ -44,7 +46,7 @@ def context(draw: object = None, branches: dict | None = None) -> Context:
 def erased(a: Arrays, area: tuple[float, float] | None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """ACoL's term, the cells that stay, and d(CE(A) + CE(B)) / d features."""
     settings = {} if area is None else {"region": {"value": a.number("threshold"), "area": area}}
-    technique = AcolConfig.model_validate({"map": "cam", **settings}).build()
+    technique = made_of(AcolSettings.model_validate({"map": "cam", **settings}))
     technique._method = "cam"
     head, other = Head(a["weight_a"]), nn.Conv2d(8, 5, 1).double()
     with torch.no_grad():
@@ -86,7 +88,7 @@ def test_known_acol_s_cap(official: Callable[[str], Arrays]) -> None:
     """Row 5 would lose 36 of 42 cells, all of one plateau: with the cap it keeps all."""
     a = official("acol")
     _, kept, _ = erased(a, None)
-    assert AcolConfig().region.area[1] == 0.7
+    assert AcolSettings().region.area[1] == 0.7
     assert torch.equal(kept[:5], a["kept"][:5])
     assert kept[5].all()
     assert int((~a["kept"][5]).sum()) == 36
@@ -125,7 +127,7 @@ def test_adl_weighs(official: Callable[[str], Arrays]) -> None:
 
 
 def gated(a: Arrays, *, drops: bool, threshold: float, **settings: object) -> tuple[Tensor, Tensor]:
-    technique = AdlConfig(drop_rate=1.0 if drops else 0.0, threshold=threshold, **settings).build()
+    technique = made_of(AdlSettings(drop_rate=1.0 if drops else 0.0, threshold=threshold, **settings))
     draw = technique.draw(SimpleNamespace(random=lambda shape, dtype: torch.full(shape, 0.5).numpy()), None)  # type: ignore[arg-type]
     f = a["features"].clone().requires_grad_()
     y = technique._gate(0, f, context(draw))

@@ -11,11 +11,13 @@ from torch.nn import functional as F
 
 from fgvc.models.class_maps import cam
 from fgvc.models.loss import cross_entropy
+from fgvc.techniques.api import Batch, Output, View
 from fgvc.techniques.mixing import boxes_around, boxes_of_partners, inside, mixed_target, pasted, share_of
-from fgvc.techniques.mixup.technique import MixupConfig
+from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.plan import Context
-from fgvc.techniques.snapmix.technique import SnapmixConfig, semantic
-from fgvc.types import Batch, Output, View
+from fgvc.techniques.registry import made_of
+from fgvc.techniques.snapmix.settings import SnapmixSettings
+from fgvc.techniques.snapmix.technique import semantic
 from tests.official.conftest import Arrays
 
 
@@ -31,7 +33,7 @@ def context(draw: object, **services: object) -> Context:
 def test_mixup(official: Callable[[str], Arrays]) -> None:
     a = official("mixup")
     share = a["share"].repeat(6)
-    mixed = MixupConfig(alpha=1.0).build().on_batch(batch(a["images"], a["labels"]), context((share, a["partners"])))
+    mixed = made_of(MixupSettings(alpha=1.0)).on_batch(batch(a["images"], a["labels"]), context((share, a["partners"])))
     torch.testing.assert_close(mixed.x, a["mixed"], rtol=0, atol=4.4e-15)
     assert torch.equal(mixed.target[1][0], a["partner_labels"])
     z = a["logits"].clone().requires_grad_()
@@ -73,7 +75,7 @@ def of_draw(a: Arrays, draw: int, **settings: object) -> Batch:
     output = Output(
         View("net", a["images"], [(a["labels"], None)]), a["features"], torch.zeros(6, 4), mapper=lambda *_: maps
     )
-    technique = SnapmixConfig(**settings).build()
+    technique = made_of(SnapmixSettings(**settings))
     technique._method = "cam"
     draws = a["box_to"][draw][None], a["box_of"][draw][None], a["partners"][draw]
     return technique.on_batch(batch(a["images"], a["labels"]), context(draws, probe=lambda of: output))
@@ -81,7 +83,7 @@ def of_draw(a: Arrays, draw: int, **settings: object) -> Batch:
 
 def test_snapmix_s_maps(official: Callable[[str], Arrays]) -> None:
     a = official("snapmix")
-    assert SnapmixConfig().alpha == a.number("alpha")
+    assert SnapmixSettings().alpha == a.number("alpha")
     maps = semantic(cam(a["features"], a["classifier_weight"], a["labels"]), (16, 16))
     torch.testing.assert_close(maps, a["maps"], rtol=0, atol=1e-6)
 

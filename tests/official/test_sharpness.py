@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.training.sam import Sam, perturbed
+from fgvc.config.training import Sam
+from fgvc.training.sam import perturbed
 from tests.official.conftest import Arrays
 
 PARTS = ("conv_weight", "conv_bias", "norm_weight", "norm_bias", "head_weight", "head_bias")

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from fgvc import api
+from fgvc.config.data import FolderData
 from fgvc.data.quality.checks import check, with_suspects
 from fgvc.data.quality.suspects import Suspect, Suspects
-from fgvc.data.sources.folder import FolderData
+from fgvc.data.sources.read import read_source
 from fgvc.report.compare import write_page
 from fgvc.report.data import data_page
 from tests.page.browser import browser, pdf, problems
@@ -46,7 +47,7 @@ def compared(pictures: Path, folder: Path) -> Path:
 
 
 def checked(pictures: Path, folder: Path) -> Path:
-    index = FolderData(root=pictures, val_fraction=0, test_fraction=0.3).read()
+    index = read_source(FolderData(root=pictures, val_fraction=0, test_fraction=0.3))
     report = with_suspects(check(index), Suspects((Suspect(row=1, label=0, suggested=1, own=0.04, other=0.93),), 1))
     assert report.near
     assert report.unreadable

@@ -10,12 +10,12 @@ import pytest
 from numpy.dtypes import StringDType
 from PIL import Image
 
+from fgvc.data.index import ImageIndex
 from fgvc.data.quality.checks import Report, check, with_suspects
 from fgvc.data.quality.colour import Normalisation
 from fgvc.data.quality.suspects import Suspect, Suspects
 from fgvc.report import data
 from fgvc.report.data import data_page
-from fgvc.types import ImageIndex
 
 
 @pytest.fixture

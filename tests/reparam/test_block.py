@@ -5,9 +5,9 @@ import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
+from fgvc.errors import FgvcError
 from fgvc.reparam.block import Branched, refusal
 from fgvc.reparam.kinds import acb
-from fgvc.types import FgvcError
 
 
 def test_the_origin_keeps_the_convolutions_own_parameters() -> None:

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from fgvc.config.recipe import Techniques
+from fgvc.config.techniques import settings_by_kind
+from fgvc.errors import FgvcError
 from fgvc.reparam.block import Branched
 from fgvc.runs.step import StepModule
 from fgvc.techniques.plan import Joints, Plan
-from fgvc.techniques.registry import CONFIGS, build
-from fgvc.types import FgvcError
+from fgvc.techniques.registry import build, made_of
 
 KINDS = ("acb", "dbb", "repvgg", "overparam")
 
@@ -18,7 +19,7 @@ KINDS = ("acb", "dbb", "repvgg", "overparam")
 def set_up(net: nn.Module, kind: str, **settings: object) -> list[str]:
     """The notes of one technique."""
     joints = Joints(net, (64, 64))
-    CONFIGS[kind](**settings).build().setup(Plan(kind, joints))
+    made_of(settings_by_kind()[kind](**settings)).setup(Plan(kind, joints))
     return joints.notes
 
 

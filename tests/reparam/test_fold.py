@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from fgvc.errors import FgvcError
 from fgvc.reparam.fold import averaged, embed, exact, fold_norm, identity_kernel, sequential
-from fgvc.types import FgvcError
 
 
 def randomised(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:

@@ -13,9 +13,9 @@ from timm.layers.conv2d_same import conv2d_same
 from torch import nn
 from torch.nn import functional as F
 
+from fgvc.errors import FgvcError
 from fgvc.reparam.block import Branched
 from fgvc.reparam.kinds import acb, dbb, overparam, repvgg
-from fgvc.types import FgvcError
 
 KINDS: dict[str, Callable[..., Branched]] = {"acb": acb, "dbb": dbb, "repvgg": repvgg, "overparam": overparam}
 EVERY = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)

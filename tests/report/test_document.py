@@ -16,8 +16,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fgvc import api
+from fgvc.config.loading import leaves
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import leaves
+from fgvc.errors import FgvcError
 from fgvc.evaluation.metrics import of_logits
 from fgvc.evaluation.paired import wilson
 from fgvc.images.decode import decode
@@ -27,7 +28,6 @@ from fgvc.report.document import duration, report
 from fgvc.report.gallery import MISTAKES, gallery
 from fgvc.report.render import picture
 from fgvc.runs.subject import subject
-from fgvc.types import FgvcError
 from tests.conftest import paint
 from tests.report.test_localisation import numbers
 

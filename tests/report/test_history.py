@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fgvc.errors import FgvcError
 from fgvc.report import chart
 from fgvc.report.chart import curves, terms
 from fgvc.runs.history import History, read_history
-from fgvc.types import FgvcError
 
 
 def written(run: Path, events: list[dict], table: str = "", environment: dict | None = None) -> History:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from fgvc.errors import FgvcError
 from fgvc.report.localization import COLUMNS, MEASURES, localisation, table
-from fgvc.types import FgvcError
 
 
 def numbers(**changes: Any) -> dict[str, Any]:

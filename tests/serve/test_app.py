@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fgvc.config.section import Calibration
+from fgvc.config.runtime import Calibration
+from fgvc.errors import FgvcError
 from fgvc.runtime.engine import Engine
 from fgvc.serving.app import Direct, Service, make_app
 from fgvc.serving.limits import Limits, read_key
 from fgvc.serving.page import CSP, PAGE
-from fgvc.types import FgvcError
 from tests.serve.small import LABELS, ROOT, SIZE, ask, bomb, picture, save_bundle, service
 
 CALIBRATION = Calibration(

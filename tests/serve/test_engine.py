@@ -11,11 +11,12 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from fgvc.cli import main
-from fgvc.config.section import Calibration, Preprocess
+from fgvc.config.images import Preprocess
+from fgvc.config.runtime import Calibration
+from fgvc.errors import FgvcError
 from fgvc.runtime.bundle import Bundle, load_bundle, write_bundle
 from fgvc.runtime.engine import Engine, Session, available_cpus, softmax
 from fgvc.runtime.predict import predict_files
-from fgvc.types import FgvcError
 
 SIZE = 8
 # Logits are the mean red, green and blue of the image, times ten.

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fgvc.errors import FgvcError
 from fgvc.serving import models as module
 from fgvc.serving.limits import Refusal
 from fgvc.serving.models import Models, parse_places
-from fgvc.types import FgvcError
 from tests.serve.small import SIZE, save_bundle
 
 X = np.ones((1, 3, SIZE, SIZE), np.float32)

@@ -8,16 +8,17 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
 
+from fgvc.errors import FgvcError
 from fgvc.reparam.block import Branched
 from fgvc.reparam.graft import folded_state
-from fgvc.techniques.acb.technique import AcbConfig
+from fgvc.techniques.acb.settings import AcbSettings
 from fgvc.techniques.plan import Joints, Plan
-from fgvc.types import FgvcError
+from fgvc.techniques.registry import made_of
 
 
-def set_up(net: nn.Module, config: AcbConfig, size: tuple[int, int] = (64, 64)) -> Joints:
+def set_up(net: nn.Module, config: AcbSettings, size: tuple[int, int] = (64, 64)) -> Joints:
     joints = Joints(net, size)
-    config.build().setup(Plan("acb", joints))
+    made_of(config).setup(Plan("acb", joints))
     return joints
 
 
@@ -29,7 +30,7 @@ def test_grafts_every_square_convolution_and_says_what_it_left_alone() -> None:
     net = timm.create_model("resnet10t", num_classes=3)
     expected = [name for name, module in net.named_modules() if getattr(module, "kernel_size", 0) == (3, 3)
                 and isinstance(module, nn.Conv2d)]  # fmt: skip
-    joints = set_up(net, AcbConfig())
+    joints = set_up(net, AcbSettings())
     assert blocks(net) == expected
     assert len(expected) == 11
     assert joints.notes == [
@@ -40,7 +41,7 @@ def test_grafts_every_square_convolution_and_says_what_it_left_alone() -> None:
 
 def test_include_and_exclude() -> None:
     net = timm.create_model("resnet10t", num_classes=3)
-    joints = set_up(net, AcbConfig(include=("layer1.*", "layer2.*"), exclude=("*.conv2",)))
+    joints = set_up(net, AcbSettings(include=("layer1.*", "layer2.*"), exclude=("*.conv2",)))
     assert blocks(net) == ["layer1.0.conv1", "layer2.0.conv1"]
     assert any("not selected by include and exclude" in note for note in joints.notes)
 
@@ -48,7 +49,7 @@ def test_include_and_exclude() -> None:
 @pytest.mark.parametrize("key", ["include", "exclude"])
 def test_a_pattern_that_fits_nothing_is_a_mistake(key: str) -> None:
     with pytest.raises(FgvcError, match=rf"techniques\.acb\.{key}: 'layer9\.\*' fits none .* conv1\.0"):
-        set_up(timm.create_model("resnet10t"), AcbConfig(**{key: ("layer9.*",)}))
+        set_up(timm.create_model("resnet10t"), AcbSettings(**{key: ("layer9.*",)}))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_a_pattern_that_fits_nothing_is_a_mistake(key: str) -> None:
     ],
 )
 def test_a_backbone_without_any_eligible_convolution_is_refused(name: str, kwargs: dict, reason: str) -> None:
-    config = AcbConfig(include=("*downsample*",)) if name == "resnet10t" else AcbConfig()
+    config = AcbSettings(include=("*downsample*",)) if name == "resnet10t" else AcbSettings()
     with pytest.raises(FgvcError, match=rf"no convolution .*{reason}.*remove techniques\.acb"):
         set_up(timm.create_model(name, **kwargs), config)
 
@@ -69,7 +70,7 @@ def test_five_steps_move_the_branches_and_the_folded_kernels() -> None:
     torch.manual_seed(0)
     net = timm.create_model("test_efficientnet", num_classes=3)
     before = {key: value.clone().double() for key, value in net.state_dict().items()}
-    set_up(net, AcbConfig())
+    set_up(net, AcbSettings())
     start = {key: value.clone() for key, value in net.state_dict().items()}
     optimizer = torch.optim.SGD(net.train().parameters(), lr=0.02)
     for _ in range(5):
@@ -96,8 +97,8 @@ def test_five_steps_move_the_branches_and_the_folded_kernels() -> None:
 
 def test_settings_are_checked() -> None:
     with pytest.raises(ValidationError):
-        AcbConfig.model_validate({"includes": ["*"]})
-    assert AcbConfig.model_validate(AcbConfig(exclude=("a",)).model_dump(mode="json")) == AcbConfig(exclude=("a",))
+        AcbSettings.model_validate({"includes": ["*"]})
+    assert AcbSettings.model_validate(AcbSettings(exclude=("a",)).model_dump(mode="json")) == AcbSettings(exclude=("a",))
 
 
 @pytest.mark.skipif("FGVC_SHARED" not in os.environ, reason="needs the shared weights")
@@ -110,7 +111,7 @@ def test_pretrained_lite0_keeps_its_function() -> None:
     net.load_state_dict(weights, strict=True)
     x = torch.rand(4, 3, 128, 128) * 2 - 1
     expected = net.eval()(x)
-    joints = set_up(net, AcbConfig(), (128, 128))
+    joints = set_up(net, AcbSettings(), (128, 128))
     assert joints.notes[0] == "acb: 17 of 49 convolutions grew branches: 1xk, kx1"
     assert sum(net.get_submodule(name).same for name in blocks(net)) == 5
     assert torch.equal(net(x), expected)

@@ -13,11 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from fgvc import api
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
+from fgvc.errors import FgvcError
 from fgvc.techniques.ae_psl.rounds import GRID, MaskRounds
-from fgvc.techniques.ae_psl.technique import AePsl, AePslConfig
-from fgvc.types import EpochStart, FgvcError
+from fgvc.techniques.ae_psl.settings import AePslSettings
+from fgvc.techniques.ae_psl.technique import AePsl
+from fgvc.techniques.api import EpochStart
+from fgvc.techniques.registry import made_of
 
 ROWS = np.array([1, 2, 4, 7])
 
@@ -44,7 +47,7 @@ def start(folder: Path, number: int, losses: list[float], maps=corner, **changed
 
 def technique(**settings: object) -> AePsl:
     settings = {"rounds": 3, "region": {"value": 0.8, "area": (0.0, 0.2)}} | settings
-    return AePslConfig.model_validate(settings).build()
+    return made_of(AePslSettings.model_validate(settings))
 
 
 def erased(made: AePsl, row: int) -> NDArray[np.bool_]:

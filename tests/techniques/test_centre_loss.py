@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fgvc.runs.step import StepModule
-from fgvc.techniques.centre_loss.technique import CentreLossConfig
-from fgvc.techniques.mixup.technique import MixupConfig
-from fgvc.types import Batch, Draws
+from fgvc.techniques.api import Batch, Draws
+from fgvc.techniques.centre_loss.settings import CentreLossSettings
+from fgvc.techniques.mixup.settings import MixupSettings
+from fgvc.techniques.registry import made_of
 
 CLASSES, SIZE = 5, (64, 64)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # losses are taken in float32
@@ -28,7 +29,7 @@ def batch(labels: list[int], seed: int = 1) -> Batch:
 
 
 def made(model: nn.Module, **settings: object) -> StepModule:
-    return StepModule(model, {"centre_loss": CentreLossConfig(**settings).build()}, size=SIZE).double().train()
+    return StepModule(model, {"centre_loss": made_of(CentreLossSettings(**settings))}, size=SIZE).double().train()
 
 
 def after(step: StepModule) -> Tensor:
@@ -107,7 +108,7 @@ def test_parts_of_a_step_move_the_centres_once_together() -> None:
 
 
 def test_mixed_images_have_no_centre_and_move_none() -> None:
-    techniques = {"mixup": MixupConfig().build(), "centre_loss": CentreLossConfig().build()}
+    techniques = {"mixup": made_of(MixupSettings()), "centre_loss": made_of(CentreLossSettings())}
     step = StepModule(net(), techniques, size=SIZE).double().train()
     mix = (torch.full((4,), 0.6), torch.tensor([1, 2, 3, 0]))
     losses, _ = step(batch([0, 1, 2, 3]), Draws(0.0, {"mixup": mix}))

@@ -2,14 +2,15 @@ import timm
 from torch import nn
 
 from fgvc.reparam.block import Branched
-from fgvc.techniques.dbb.technique import DbbConfig
+from fgvc.techniques.dbb.settings import DbbSettings
 from fgvc.techniques.plan import Joints, Plan
+from fgvc.techniques.registry import made_of
 
 
 def set_up(name: str) -> tuple[nn.Module, list[str]]:
     net = timm.create_model(name, num_classes=3)
     joints = Joints(net, (64, 64))
-    DbbConfig().build().setup(Plan("dbb", joints))
+    made_of(DbbSettings()).setup(Plan("dbb", joints))
     return net, joints.notes
 
 

@@ -13,17 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.config.recipe import Recipe, load_recipe
-from fgvc.config.section import dump
+from fgvc.config.loading import dump
+from fgvc.config.recipe import Recipe
 from fgvc.config.template import commented
+from fgvc.data.recipe import load_recipe
+from fgvc.errors import FgvcError
 from fgvc.runs.step import StepModule
-from fgvc.techniques.cutout.technique import CutoutConfig
+from fgvc.techniques.api import Batch, EpochStart
+from fgvc.techniques.cutout.settings import CutoutSettings
 from fgvc.techniques.distill.losses import attention, decoupled, divergence, hint, softened
-from fgvc.techniques.distill.teacher import AnyTeacher, Said, Teacher, through
-from fgvc.techniques.distill.technique import DistillConfig
-from fgvc.techniques.mixup.technique import MixupConfig
+from fgvc.techniques.distill.settings import AnyTeacher, DistillSettings
+from fgvc.techniques.distill.teacher import Said, Teacher, through
+from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.plan import Joints
-from fgvc.types import Batch, EpochStart, FgvcError
+from fgvc.techniques.registry import made_of
 
 CLASSES, SIZE = 5, (64, 64)
 RUN, OTHER = {"kind": "run", "path": "a"}, {"kind": "run", "path": "b", "weight": 3.0}
@@ -73,7 +76,7 @@ class Desk:
 
 def made(desk: Desk | None, data: Batch, *more: object, **settings: object) -> tuple[StepModule, dict[str, Tensor]]:
     settings = {"teachers": [RUN]} | settings
-    techniques = {config.kind: config.build() for config in (*more, DistillConfig(**settings))}
+    techniques = {config.kind: made_of(config) for config in (*more, DistillSettings(**settings))}
     step = StepModule(net(), techniques, size=SIZE, opener=desk).train()
     return step, step(data, step.draw(data, 0.0, seed=1, step=2))[0]
 
@@ -133,8 +136,8 @@ def test_a_larger_teacher_sees_the_render_and_asks_for_it() -> None:
 
 def test_mixed_pixels_are_the_teachers_too_and_dkd_falls_back_to_kd() -> None:
     desk, data = Desk(size=(96, 96)), batch(render=96)
-    techniques = {"mixup": MixupConfig(alpha=1.0).build()}
-    techniques["distill"] = DistillConfig(teachers=[RUN], method="dkd", beta=3).build()
+    techniques = {"mixup": made_of(MixupSettings(alpha=1.0))}
+    techniques["distill"] = made_of(DistillSettings(teachers=[RUN], method="dkd", beta=3))
     step = StepModule(net(), techniques, size=SIZE, opener=desk).train()
     losses, views = step(data, step.draw(data, 0.0, seed=1, step=2))
     mixed = views[0].x
@@ -147,14 +150,14 @@ def test_mixed_pixels_are_the_teachers_too_and_dkd_falls_back_to_kd() -> None:
 
 def test_erased_pixels_are_the_teachers_too() -> None:
     desk, data = Desk(), batch()
-    made(desk, data, CutoutConfig(probability=1.0))
+    made(desk, data, CutoutSettings(probability=1.0))
     assert desk.asked[0] is not data.x
     assert not torch.equal(desk.asked[0], data.x)
 
 
 def test_the_second_pass_on_the_same_views_needs_no_other_answer() -> None:
     desk, data = Desk(size=(96, 96)), batch(render=96)
-    step = StepModule(net(), {"distill": DistillConfig(teachers=[RUN]).build()}, size=SIZE, opener=desk).train()
+    step = StepModule(net(), {"distill": made_of(DistillSettings(teachers=[RUN]))}, size=SIZE, opener=desk).train()
     draws = step.draw(data, 0.0, seed=0, step=0)
     first, views = step(data, draws)
     second, _ = step(data, draws, views)
@@ -174,7 +177,7 @@ def test_the_moving_average_teaches() -> None:
         answer = lambda x: through(joints.average[0], x, maps=True)  # noqa: E731
         return Teacher(name="ema", answer=answer, size=None, channels=1, convert=lambda x: x)
 
-    techniques = {"distill": DistillConfig(attention=1.0).build()}
+    techniques = {"distill": made_of(DistillSettings(attention=1.0))}
     step = StepModule(net(), techniques, size=SIZE, opener=opener).train()
     step.follow(average)
     losses, _ = step(data, step.draw(data, 0.0, seed=0, step=0))
@@ -233,8 +236,8 @@ def epoch(folder: Path, *, number: int = 0, replays: str | None = "images") -> E
 
 
 def with_cache(desk: Desk, folder: Path, start: EpochStart, data: Batch, **settings: object) -> Tensor:
-    config = DistillConfig(**{"teachers": [RUN], "cache": folder} | settings)
-    step = StepModule(net(), {"distill": config.build()}, size=SIZE, opener=desk).train()
+    config = DistillSettings(**{"teachers": [RUN], "cache": folder} | settings)
+    step = StepModule(net(), {"distill": made_of(config)}, size=SIZE, opener=desk).train()
     step.techniques["distill"].before_epoch(start)
     return step(data, step.draw(data, 0.0, seed=0, step=0))[0]["distill.kd"]
 
@@ -276,8 +279,8 @@ def test_what_was_kept_for_something_else_is_not_read(tmp_path: Path, other: str
 def test_mixed_images_are_neither_kept_nor_read(tmp_path: Path) -> None:
     desk, data = Desk(), batch()
     techniques = {
-        "mixup": MixupConfig(alpha=1.0).build(),
-        "distill": DistillConfig(teachers=[RUN], cache=tmp_path).build(),
+        "mixup": made_of(MixupSettings(alpha=1.0)),
+        "distill": made_of(DistillSettings(teachers=[RUN], cache=tmp_path)),
     }
     step = StepModule(net(), techniques, size=SIZE, opener=desk).train()
     techniques["distill"].before_epoch(epoch(tmp_path))

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.runs.step import StepModule
-from fgvc.techniques.dropblock.technique import Dropblock, DropblockConfig
+from fgvc.techniques.api import Batch, Draws
+from fgvc.techniques.dropblock.settings import DropblockSettings
+from fgvc.techniques.dropblock.technique import Dropblock
 from fgvc.techniques.plan import context_of
-from fgvc.types import Batch, Draws
+from fgvc.techniques.registry import made_of
 
 SIZE = (64, 64)
 
@@ -25,7 +27,7 @@ def net(name: str = "test_resnet", **kwargs: object) -> nn.Module:
 
 
 def made(model: nn.Module | None = None, **settings: object) -> tuple[StepModule, Dropblock]:
-    technique = DropblockConfig(**settings).build()
+    technique = made_of(DropblockSettings(**settings))
     return StepModule(model or net(), {"dropblock": technique}, size=SIZE), technique
 
 

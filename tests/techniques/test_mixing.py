@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fgvc.config.techniques import settings_by_kind
 from fgvc.models.backbone import plain_model
 from fgvc.runs.step import StepModule, _one_of
-from fgvc.techniques.mosaic.technique import MosaicConfig
-from fgvc.techniques.registry import CONFIGS
-from fgvc.techniques.snapmix.technique import SnapmixConfig, semantic
-from fgvc.types import Batch, Draws
+from fgvc.techniques.api import Batch, Draws
+from fgvc.techniques.mosaic.settings import MosaicSettings
+from fgvc.techniques.registry import made_of
+from fgvc.techniques.snapmix.settings import SnapmixSettings
+from fgvc.techniques.snapmix.technique import semantic
 
 SIZE = (24, 32)
 MIXING = ("mixup", "cutmix", "snapmix", "saliencymix", "mosaic")
@@ -63,7 +65,7 @@ class Pooled(nn.Module):
 def mixed(kind: str, data: Batch, seed: int = 0, **settings: object) -> tuple[Batch, object]:
     """The batch after one technique, and what it drew."""
     spy = Spy()
-    step = StepModule(Pooled(), {kind: CONFIGS[kind](**settings).build(), "spy": spy}, size=SIZE).train()
+    step = StepModule(Pooled(), {kind: made_of(settings_by_kind()[kind](**settings)), "spy": spy}, size=SIZE).train()
     draws = step.draw(data, 0.0, seed=seed, step=0)
     step(data, draws)
     return spy.batch, draws.of.get(kind)
@@ -112,7 +114,7 @@ def test_a_box_is_the_partners_and_labels_are_its_exact_area(kind: str, per: str
 
 def test_cutmix_keeps_about_two_thirds_of_an_image_after_clipping() -> None:
     """Shares of 0.5 on average as drawn, 0.68 of the own image after the edges have cut the boxes."""
-    data, technique = batch(), CONFIGS["cutmix"]().build()
+    data, technique = batch(), made_of(settings_by_kind()["cutmix"]())
     kept = []
     for seed in range(4000):
         box, _ = technique.draw(np.random.default_rng(seed), data)
@@ -127,7 +129,7 @@ def test_saliencymix_takes_the_spot_of_each_partner() -> None:
     spots = [(2, 2), (20, 28), (10, 14), (2, 28)]
     for b, (i, j) in enumerate(spots):
         data.x[b, :, i - 2 : i + 2, j - 2 : j + 2] = b + 1
-    step = StepModule(Pooled(), {"saliencymix": CONFIGS["saliencymix"]().build(), "spy": (spy := Spy())}, size=SIZE)
+    step = StepModule(Pooled(), {"saliencymix": made_of(settings_by_kind()["saliencymix"]()), "spy": (spy := Spy())}, size=SIZE)
     order = torch.tensor([1, 2, 3, 0])
     step.train()(data, Draws(0.0, {"saliencymix": (torch.tensor([[8, 8]]), order)}))
     for b in range(4):
@@ -145,7 +147,7 @@ def test_snapmix_is_its_formula() -> None:
     f = net.forward_features(data.x).detach().double()
     maps = torch.einsum("bchw,bc->bhw", f, net.fc.weight.detach().double()[data.labels])
     large = F.interpolate(maps[:, None], SIZE, mode="bilinear", align_corners=False)[:, 0]
-    step = StepModule(net, {"snapmix": SnapmixConfig().build(), "spy": (spy := Spy())}, size=SIZE).train()
+    step = StepModule(net, {"snapmix": made_of(SnapmixSettings()), "spy": (spy := Spy())}, size=SIZE).train()
     before = net.norm.running_mean.clone()
     to, of, order = torch.tensor([[2, 3, 14, 20]]), torch.tensor([[8, 1, 24, 9]]), torch.tensor([3, 0, 5, 1, 2, 4])
     draws = Draws(0.0, {"snapmix": (to, of, order)})
@@ -175,7 +177,7 @@ def test_mosaic_has_four_labels_and_ends_before_the_run_does(style: str) -> None
     assert len(found.target) == 4
     for (y, _), order in zip(found.target[1:], drawn["orders"], strict=True):
         assert torch.equal(y, batch().labels[order])
-    technique = MosaicConfig(until=0.75, probability=[[0, 1], [0.5, 0.5]]).build()
+    technique = made_of(MosaicSettings(until=0.75, probability=[[0, 1], [0.5, 0.5]]))
     assert [technique.mixes(progress) for progress in (0, 0.5, 0.74, 0.75, 1)] == [1, 0.5, 0.5, 0, 0]
 
 
@@ -192,7 +194,7 @@ def test_one_of_those_that_mix_is_drawn_by_its_share() -> None:
     assert _one_of({}, 0.0) is None
     assert _one_of({"a": 0.0}, 0.0) is None
     techniques = {
-        kind: CONFIGS[kind](probability=p).build() for kind, p in zip(MIXING, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True)
+        kind: made_of(settings_by_kind()[kind](probability=p)) for kind, p in zip(MIXING, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True)
     }
     step, data, counts = StepModule(Pooled(), techniques, size=SIZE), batch(), Counter()
     for number in range(1500):
@@ -207,7 +209,7 @@ def test_one_of_those_that_mix_is_drawn_by_its_share() -> None:
 
 def test_a_probe_is_made_once_and_only_in_steps_that_ask_it() -> None:
     net = plain_model("test_resnet", 3)
-    step = StepModule(net, {"snapmix": SnapmixConfig().build()}, size=(64, 64)).train()
+    step = StepModule(net, {"snapmix": made_of(SnapmixSettings())}, size=(64, 64)).train()
     passed, inner = [], net.forward_features
     net.forward_features = lambda x: passed.append(net.training) or inner(x)
     data = batch()

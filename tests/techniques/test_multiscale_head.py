@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map
 from fgvc.runs.step import StepModule
-from fgvc.techniques.mixup.technique import MixupConfig
-from fgvc.techniques.multiscale_head.technique import MultiscaleHeadConfig
-from fgvc.types import Batch, Draws, FgvcError
+from fgvc.techniques.api import Batch, Draws
+from fgvc.techniques.mixup.settings import MixupSettings
+from fgvc.techniques.multiscale_head.settings import MultiscaleHeadSettings
+from fgvc.techniques.registry import made_of
 
 CLASSES, SIZE = 5, (72, 56)  # odd sides in the later stages
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # losses are taken in float32
@@ -38,7 +40,7 @@ def batch(count: int = 3, size: tuple[int, int] = SIZE) -> Batch:
 def made(
     model: nn.Module, data: Batch, *, recompute: bool = False, progress: float = 0.0, **settings: object
 ) -> tuple[StepModule, dict[str, Tensor]]:
-    technique = MultiscaleHeadConfig(**settings).build()
+    technique = made_of(MultiscaleHeadSettings(**settings))
     size = (data.x.shape[2], data.x.shape[3])
     torch.manual_seed(3)
     step = StepModule(model, {"multiscale_head": technique}, size=size, recompute=recompute).double().train()
@@ -136,7 +138,7 @@ def test_recomputed_activations_change_nothing(layout: str) -> None:
 
 
 def test_mixed_images_teach_with_both_labels() -> None:
-    techniques = {"mixup": MixupConfig(alpha=1.0).build(), "multiscale_head": MultiscaleHeadConfig().build()}
+    techniques = {"mixup": made_of(MixupSettings(alpha=1.0)), "multiscale_head": made_of(MultiscaleHeadSettings())}
     step = StepModule(net(), techniques, size=SIZE).double().train()
     step.attach_hooks()
     losses, views = step(batch(4), step.draw(batch(4), 0.0, seed=1, step=2))

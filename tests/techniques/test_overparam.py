@@ -3,13 +3,14 @@ import timm
 from pydantic import ValidationError
 from torch import nn
 
-from fgvc.techniques.overparam.technique import OverparamConfig
+from fgvc.techniques.overparam.settings import OverparamSettings
 from fgvc.techniques.plan import Joints, Plan
+from fgvc.techniques.registry import made_of
 
 
 def set_up(net: nn.Module, **settings: object) -> list[str]:
     joints = Joints(net, (64, 64))
-    OverparamConfig(**settings).build().setup(Plan("overparam", joints))
+    made_of(OverparamSettings(**settings)).setup(Plan("overparam", joints))
     return joints.notes
 
 
@@ -23,7 +24,7 @@ def test_points_are_taken_too() -> None:
 
 
 def test_the_number_of_branches_is_bounded() -> None:
-    assert OverparamConfig().branches == 4
+    assert OverparamSettings().branches == 4
     for count in (0, 9):
         with pytest.raises(ValidationError, match="branches"):
-            OverparamConfig(branches=count)
+            OverparamSettings(branches=count)

@@ -2,12 +2,13 @@ import timm
 from torch import nn
 
 from fgvc.techniques.plan import Joints, Plan
-from fgvc.techniques.repvgg.technique import RepvggConfig
+from fgvc.techniques.registry import made_of
+from fgvc.techniques.repvgg.settings import RepvggSettings
 
 
 def set_up(net: nn.Module) -> list[str]:
     joints = Joints(net, (64, 64))
-    RepvggConfig().build().setup(Plan("repvgg", joints))
+    made_of(RepvggSettings()).setup(Plan("repvgg", joints))
     return joints.notes
 
 

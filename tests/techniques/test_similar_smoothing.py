@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from fgvc.models.loss import Criterion
 from fgvc.runs.step import StepModule
-from fgvc.techniques.dcl.technique import DclConfig
-from fgvc.techniques.mixup.technique import MixupConfig
-from fgvc.techniques.similar_smoothing.technique import Means, SimilarSmoothingConfig
-from fgvc.types import Batch, Draws
+from fgvc.techniques.api import Batch, Draws
+from fgvc.techniques.dcl.settings import DclSettings
+from fgvc.techniques.mixup.settings import MixupSettings
+from fgvc.techniques.registry import made_of
+from fgvc.techniques.similar_smoothing.settings import SimilarSmoothingSettings
+from fgvc.techniques.similar_smoothing.technique import Means
 
 CLASSES, SIZE = 5, (64, 64)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # losses are taken in float32
@@ -33,7 +35,7 @@ def batch(labels: list[int], seed: int = 1) -> Batch:
 
 
 def made(more: dict | None = None, smoothing: float = 0.0, **settings: object) -> StepModule:
-    techniques = (more or {}) | {"similar_smoothing": SimilarSmoothingConfig(**settings).build()}
+    techniques = (more or {}) | {"similar_smoothing": made_of(SimilarSmoothingSettings(**settings))}
     criterion = Criterion(label_smoothing=smoothing)
     return StepModule(net(), techniques, size=SIZE, criterion=criterion).double().train()
 
@@ -120,7 +122,7 @@ def test_means_follow_the_features_and_the_first_is_taken_as_it_is() -> None:
 
 
 def test_mixed_labels_are_smoothed_each_and_move_no_mean() -> None:
-    step = made({"mixup": MixupConfig().build()}, similar=0.4)
+    step = made({"mixup": made_of(MixupSettings())}, similar=0.4)
     share, order = torch.tensor([0.7, 0.2, 0.5, 1.0]), torch.tensor([1, 2, 3, 0])
     losses, views = step(batch([0, 1, 2, 3]), Draws(0.0, {"mixup": (share, order)}))
     log_p = net().train()(views[0].x).detach().log_softmax(1)
@@ -134,7 +136,7 @@ def test_mixed_labels_are_smoothed_each_and_move_no_mean() -> None:
 
 
 def test_every_view_that_classifies_is_smoothed_by_its_weight() -> None:
-    step = made({"dcl": DclConfig(grid=2, bn="own").build()}, similar=0.4)
+    step = made({"dcl": made_of(DclSettings(grid=2, bn="own"))}, similar=0.4)
     data = batch([0, 1, 2, 3])
     losses, views = step(data, step.draw(data, 0.0, seed=1, step=2))
     seen = [view for view in views if view.classifies]

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from fgvc import api
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
+from fgvc.errors import FgvcError
 from fgvc.models.weights import load_weights
 from fgvc.runs import checkpoint
+from fgvc.runs.build import build_net
 from fgvc.runs.folder import begin_anew, read_run
 from fgvc.training import trainer as loop
-from fgvc.training.session import build_net
-from fgvc.types import FgvcError
 from tests.conftest import paint
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
 from fgvc.runs.distributed import runtime
 from fgvc.training.between import _replays
 from fgvc.training.session import open_session

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fgvc.errors import FgvcError
 from fgvc.runs import checkpoint
 from fgvc.runs.checkpoint import Progress, State
-from fgvc.types import FgvcError
 
 
 def state(step: int, *, size: int = 1000) -> State:

@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from fgvc import api
+from fgvc.config.loading import dump, validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import dump, validate
+from fgvc.data.index import ImageIndex
+from fgvc.errors import FgvcError
 from fgvc.runs import record as recording
 from fgvc.runs.folder import read_run
 from fgvc.runs.images import continued, read_index, recorded_images
 from fgvc.runs.record import NAME, Record
 from fgvc.runs.subject import subject
-from fgvc.types import FgvcError, ImageIndex
 from tests.conftest import COLOURS, paint
 
 TREE = {

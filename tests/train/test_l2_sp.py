@@ -17,14 +17,15 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 
 from fgvc import api
+from fgvc.config.loading import dump, validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import dump, validate
+from fgvc.config.training import SIZED, Log, Optim
+from fgvc.errors import FgvcError
 from fgvc.runs.distributed import runtime
 from fgvc.training import trainer as loop
-from fgvc.training.log import Events, Log
-from fgvc.training.optim import SIZED, Optim, make_optimizer
+from fgvc.training.log import Events
+from fgvc.training.optim import make_optimizer
 from fgvc.training.session import open_session
-from fgvc.types import FgvcError
 
 ALPHA, RATE = 0.3, 0.05
 ELSEWHERE = ("bnb", "fused", "adahessian", "kron")  # for GPUs, second derivatives, or minutes of compiling

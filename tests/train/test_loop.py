@@ -12,20 +12,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fgvc import api
+from fgvc.config.images import Preprocess
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import Preprocess, validate
+from fgvc.config.training import Log
 from fgvc.data.loader import TrainBatch, evaluation_loader
+from fgvc.errors import FgvcError
 from fgvc.io.files import write_atomic
 from fgvc.models.backbone import plain_model
 from fgvc.models.norms import reestimate_norms
 from fgvc.runs.folder import recorded_preprocess
 from fgvc.runs.step import StepModule
+from fgvc.techniques.api import Batch
 from fgvc.techniques.centre_loss.technique import CentreLoss
 from fgvc.training import trainer as loop
 from fgvc.training.batch import Normalise, to_batch
-from fgvc.training.log import Events, Log
+from fgvc.training.log import Events
 from fgvc.training.session import read_index
-from fgvc.types import Batch, FgvcError
 
 
 def recipe(tree: dict, **sections: object) -> Recipe:

@@ -17,19 +17,20 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
 from fgvc import api
+from fgvc.config.images import Preprocess
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import Preprocess, validate
+from fgvc.config.techniques import settings_by_kind
 from fgvc.data.augment import Augmenter
 from fgvc.data.loader import augmented_views, evaluation_loader
+from fgvc.errors import FgvcError
 from fgvc.runs.distributed import runtime
 from fgvc.runs.images import read_index
 from fgvc.studies.identity import digest
 from fgvc.studies.speed import bench_each
 from fgvc.techniques.distill.teacher import Teacher
-from fgvc.techniques.registry import CONFIGS
 from fgvc.training.session import open_session
 from fgvc.training.start import fit_teachers
-from fgvc.types import FgvcError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -182,8 +183,8 @@ def test_nothing_but_training_fits_or_needs_its_file(
     assert "test_efficientnet" in " ".join(api.forecast(one).notes)
     assert api.preview(one, tmp_path / "sheets", images=2).sheets
     assert api.preview(one, tmp_path / "sheets2", images=2, run=run).sheets
-    for kind in set(CONFIGS) - {"distill"}:
-        monkeypatch.delitem(CONFIGS, kind)
+    for kind in set(settings_by_kind()) - {"distill"}:
+        monkeypatch.delitem(settings_by_kind(), kind)
     assert [ratio.name.split(":")[0] for ratio in bench_each(one, pairs=6)] == ["step", "teacher", "step"]
     assert api.evaluate(run, "test").scores.images == 12
     assert api.export(run, tmp_path / "bundle").proven.structural.passed

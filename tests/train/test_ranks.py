@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 from fgvc.techniques.attention_crop_drop.attention import BilinearAttention
 from fgvc.techniques.ranks import gathered
-from fgvc.techniques.attention_crop_drop.technique import AttentionCropDropConfig
-from fgvc.techniques.cam_erasing.technique import CamErasingConfig
-from fgvc.techniques.centre_loss.technique import CentreLossConfig
-from fgvc.techniques.mixup.technique import MixupConfig
-from fgvc.techniques.similar_smoothing.technique import SimilarSmoothingConfig
+from fgvc.techniques.attention_crop_drop.technique import AttentionCropDropSettings
+from fgvc.techniques.cam_erasing.technique import CamErasingSettings
+from fgvc.techniques.centre_loss.technique import CentreLossSettings
+from fgvc.techniques.mixup.technique import MixupSettings
+from fgvc.techniques.similar_smoothing.technique import SimilarSmoothingSettings
 from fgvc.runs.step import StepModule
 from fgvc.types import Batch
 
@@ -62,9 +62,9 @@ def batch(number, rank, world):
 def known(rank, world):
     """What is known after four steps, of which the third is mixed, and after one update by given vectors."""
     torch.manual_seed(0)
-    crop, erase = AttentionCropDropConfig(maps=2, centre_rate=0.3), CamErasingConfig(source="previous_epoch", probability=0)
-    techniques = {"cam_erasing": erase.build(), "mixup": MixupConfig().build(), "attention_crop_drop": crop.build()}
-    techniques |= {"centre_loss": CentreLossConfig().build(), "similar_smoothing": SimilarSmoothingConfig().build()}
+    crop, erase = AttentionCropDropSettings(maps=2, centre_rate=0.3), CamErasingSettings(source="previous_epoch", probability=0)
+    techniques = {"cam_erasing": made_of(erase), "mixup": made_of(MixupSettings()), "attention_crop_drop": made_of(crop)}
+    techniques |= {"centre_loss": made_of(CentreLossSettings()), "similar_smoothing": made_of(SimilarSmoothingSettings())}
     step = StepModule(Pooled(), techniques, size=(32, 32)).train()
     step.branches.eval()
     for number in range(4):

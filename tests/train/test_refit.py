@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from fgvc import api
+from fgvc.config.data import SPLITS
+from fgvc.errors import FgvcError
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run
 from fgvc.runs.record import NAME, load
-from fgvc.types import SPLITS, FgvcError
 from tests.train.test_start import pretrained, recipe  # noqa: F401
 
 

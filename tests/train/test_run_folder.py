@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 
 from fgvc import api
 from fgvc.cli import main
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
+from fgvc.errors import FgvcError
 from fgvc.io import files as disk
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import held
 from fgvc.runs.measured import leave, measured
-from fgvc.types import FgvcError
 
 HOLD = """
 import sys

@@ -14,19 +14,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from fgvc import api
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
+from fgvc.config.training import Log, Sam
 from fgvc.data.loader import TrainBatch
+from fgvc.errors import FgvcError
 from fgvc.models.norms import running_norms
 from fgvc.runs import checkpoint
 from fgvc.runs.distributed import runtime
 from fgvc.runs.step import StepModule
 from fgvc.techniques.centre_loss.technique import CentreLoss, Centres
 from fgvc.training import trainer as loop
-from fgvc.training.log import Events, Log
-from fgvc.training.sam import Sam, perturbed
+from fgvc.training.log import Events
+from fgvc.training.sam import perturbed
 from fgvc.training.session import Session, open_session
-from fgvc.types import FgvcError
 
 NO_RHO = Sam.model_construct(rho=0.0, adaptive=False)
 

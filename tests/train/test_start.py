@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fgvc import api
+from fgvc.config.data import Augment
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
-from fgvc.data.augment import Augment, Augmenter
+from fgvc.data.augment import Augmenter
 from fgvc.data.loader import augmented_views, evaluation_loader
+from fgvc.errors import FgvcError
 from fgvc.runs.folder import recorded_preprocess
 from fgvc.training.session import read_index
-from fgvc.types import FgvcError
 
 
 @pytest.fixture

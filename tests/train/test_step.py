@@ -11,13 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import freeze
 from fgvc.models.loss import Criterion
 from fgvc.runs.step import StepModule
-from fgvc.techniques.dcl.technique import DclConfig
-from fgvc.techniques.mixup.technique import MixupConfig
+from fgvc.techniques.api import Batch, Draws, View
+from fgvc.techniques.dcl.settings import DclSettings
+from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.plan import Joints, Plan
-from fgvc.types import Batch, Draws, FgvcError, View
+from fgvc.techniques.registry import made_of
 
 SIZE, CLASSES = (32, 32), 5
 NO_DRAWS = Draws(0.0)
@@ -207,7 +209,7 @@ def test_a_term_without_a_weight_is_an_error() -> None:
 def test_mixup_is_its_formula_in_float64() -> None:
     share, order = torch.tensor([0.3, 0.3, 0.3, 0.3], dtype=torch.float64), torch.tensor([2, 0, 3, 1])
     step = StepModule(
-        net().double(), {"mixup": MixupConfig().build()}, size=SIZE, criterion=Criterion(label_smoothing=0.1)
+        net().double(), {"mixup": made_of(MixupSettings())}, size=SIZE, criterion=Criterion(label_smoothing=0.1)
     )
     data = batch()
     data.x = data.x_clean = data.x.double()
@@ -258,7 +260,7 @@ def test_frozen_stages_keep_their_weights_and_statistics(name: str, stages: int,
 
 def test_what_a_technique_draws_does_not_depend_on_the_others() -> None:
     def drawn(*kinds: str, step: int = 3) -> dict:
-        made = {"mixup": MixupConfig().build(), "dcl": DclConfig(grid=2).build()}
+        made = {"mixup": made_of(MixupSettings()), "dcl": made_of(DclSettings(grid=2))}
         return (
             StepModule(net(), {kind: made[kind] for kind in kinds}, size=SIZE).draw(batch(), 0.0, seed=1, step=step).of
         )

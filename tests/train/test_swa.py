@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from fgvc import api
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
 from fgvc.data.loader import evaluation_loader
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import plain_model
 from fgvc.models.norms import reestimate_norms
 from fgvc.runs.folder import recorded_preprocess
 from fgvc.training import trainer as loop
 from fgvc.training.session import Session, read_index
-from fgvc.types import FgvcError
 
 Tensors = dict[str, torch.Tensor]
 

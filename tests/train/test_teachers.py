@@ -16,16 +16,19 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from fgvc import api
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import plain_model
+from fgvc.runs.build import build_net
 from fgvc.runs.subject import subject
 from fgvc.studies.speed import bench_each
+from fgvc.techniques.api import Output
 from fgvc.techniques.distill.ensemble import Panel
-from fgvc.techniques.distill.teacher import AnyTeacher, Said, Teacher
+from fgvc.techniques.distill.settings import AnyTeacher
+from fgvc.techniques.distill.teacher import Said, Teacher
 from fgvc.techniques.plan import Context, Joints
-from fgvc.training.session import build_net, opener_of, read_index
-from fgvc.types import FgvcError, Output
+from fgvc.training.session import opener_of, read_index
 
 DEVICE = torch.device("cpu")
 LARGE, SMALL = (64, 64), (32, 32)
@@ -223,13 +226,13 @@ def test_a_run_may_not_overwrite_its_own_teacher(taught: tuple[Path, Path], tree
 
 
 def test_without_an_average_the_bench_leaves_it_out(tree) -> None:
-    from fgvc.techniques.registry import CONFIGS
+    from fgvc.config.techniques import settings_by_kind
 
     alone = recipe(tree)
     others = pytest.MonkeyPatch()
     with others.context() as patch:
-        for kind in set(CONFIGS) - {"distill", "mixup"}:
-            patch.delitem(CONFIGS, kind)
+        for kind in set(settings_by_kind()) - {"distill", "mixup"}:
+            patch.delitem(settings_by_kind(), kind)
         assert [ratio.name.split()[1] for ratio in bench_each(alone, pairs=6)] == ["plain", "mixup"]
 
 

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from fgvc.api import load_recipe, train
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 
 def test_what_is_odd_about_the_data_is_said_and_kept(recipe_tree: dict, colours: Path, tmp_path: Path, capfd) -> None:

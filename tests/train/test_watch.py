@@ -18,15 +18,15 @@ import yaml
 
 from fgvc import api
 from fgvc.cli import main
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.section import validate
+from fgvc.errors import FgvcError
 from fgvc.models.finite import not_finite, suspicious
 from fgvc.runs import checkpoint
 from fgvc.runs.step import StepModule
 from fgvc.training import trainer as loop
 from fgvc.training.session import Session
 from fgvc.training.watch import held
-from fgvc.types import FgvcError
 
 NAN, INF = float("nan"), float("inf")
 

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from fgvc.data.drawn.scenery import FINE, Colour, Point, background, expose, fill, foreground, hsv, mix
+from fgvc.errors import FgvcError
 from fgvc.rng import DEMO, generator
-from fgvc.types import FgvcError
 
 VERSION = 1
 TRAITS = (("Rhino", "Stag"), ("Spotted", "Barred"), ("Collared", "Tipped"))

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fgvc.config.data import SPLITS
+from fgvc.data.index import ImageIndex
 from fgvc.data.quality.colour import Colours, Normalisation, colours, doubts, is_grey, moments
 from fgvc.data.quality.duplicates import (
     LIKENESS,
@@ -29,11 +31,11 @@ from fgvc.data.quality.duplicates import (
 )
 from fgvc.data.quality.stored import Stored, judge, levels_of, misplaced
 from fgvc.data.quality.suspects import Suspects
-from fgvc.data.sources.source import some
 from fgvc.data.splits import group_codes, straddling
+from fgvc.errors import ImageError
 from fgvc.images.damage import damage
 from fgvc.images.decode import Picture, read_content, read_picture
-from fgvc.types import SPLITS, ImageError, ImageIndex
+from fgvc.io.names import some
 
 TINY = 32  # pixels of the shorter side
 IMBALANCE = 10.0  # largest class over smallest class of the train part from which a warning is given

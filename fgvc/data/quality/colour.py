@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageStat
 
-from fgvc.config.section import Preprocess, Triple
+from fgvc.config.images import Preprocess, Triple
 
 FAR = 1.0  # standard deviations of the weights by which the mean of a channel may differ
 RATIO = 4.0  # how many times wider or narrower than the weights' a channel may spread

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.data.sources.source import some
+from fgvc.data.index import ImageIndex
+from fgvc.errors import FgvcError, ImageError
 from fgvc.images.damage import damage
 from fgvc.images.decode import Picture, read_content, read_picture
 from fgvc.images.upright import UPRIGHT, turned_sides
-from fgvc.types import FgvcError, ImageError, ImageIndex
+from fgvc.io.names import some
 
 MOST = 0.95  # share of the images by which a set is judged
 DARK, LIGHT = 31, 240  # levels of 255, which all but a thousandth of the pixels are below, or above

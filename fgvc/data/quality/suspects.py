@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 FOLDS, ROUNDS = 5, 3  # rounds of other folds, whose probabilities are averaged
 STRENGTH = 0.01  # of the fit against the penalty (scikit-learn's C); see docs/measurements.md

@@ -10,15 +10,14 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import Field
-
-from fgvc.data.sources.cub import CubData
-from fgvc.data.sources.folder import FolderData, tables_in
-from fgvc.data.sources.source import Source, part_of, some
-from fgvc.data.sources.table import CsvData, encoding_of
+from fgvc.config.data import AutoData, CsvData, CubData, FolderData, Source
+from fgvc.data.sources.columns import part_of
+from fgvc.data.sources.folder import tables_in
+from fgvc.data.sources.table import encoding_of
 from fgvc.data.sources.walk import folders_in, is_run_folder, loose_images
+from fgvc.errors import FgvcError
 from fgvc.images.suffix import SUFFIXES
-from fgvc.types import FgvcError, ImageIndex
+from fgvc.io.names import some
 
 CUB = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
 PATHS = (
@@ -40,124 +39,106 @@ DELIMITERS = ",\t;|"
 TRIED = 20  # rows whose files are looked for
 FOLDERS = 1000  # that are looked into, at most, for a first image
 
+def resolved(data: AutoData) -> CubData | FolderData | CsvData:
+    """The same settings with the kind that the files are of. Only names, and the table, are read. Raises FgvcError where
+    there is none, or several would do."""
+    root = data.root.expanduser()
+    if root.is_file():
+        if not root.name.lower().endswith((".csv", ".tsv")):
+            raise FgvcError(f"{root}: data.root is a file, and no table (.csv or .tsv); name the set's folder")
+        return _table(data, root.parent, _Table.of(root, root.parent))
+    root = data.folder()
+    if is_run_folder(set(os.listdir(root))):
+        raise FgvcError(f"{root}: is a run of fgvc, not a set of images; name the folder of the images")
+    for place in (root, root / "CUB_200_2011"):
+        if missing := [name for name in CUB if not (place / name).is_file()]:
+            if len(missing) < len(CUB) - 1:
+                raise FgvcError(
+                    f"{place}: looks like CUB-200-2011's layout, but {missing[0]} is not there; add it, or {_say()}"
+                )
+            continue
+        return _cub(data, place)
+    return _folder_or_table(data, root)
 
-class AutoData(Source):
-    """CUB-200-2011's layout, class folders, or one table of images, whichever lies in root; a recipe that was read has the kind
-    that was found, with its keys, in place of this one.
 
-    CUB's tables come first. Class folders come before a table which adds nothing: one without a column of labels, or whose labels
-    are the folders' names. Such a table is read instead where it has splits that the folders lack, or groups. One with other
-    labels is not decided upon.
-    """
-
-    kind: Literal["auto"] = "auto"
-    root: Path = Field(description="folder of the set, or its table (.csv or .tsv)")
-    test_fraction: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="share of all images set aside for test where the set has no splits; default 0.2; 0: none",
-    )
-    group_size: int | None = Field(None, ge=2, description="of class folders: see kind: folder")
-
-    def read(self) -> ImageIndex:
-        """As the kind that was found does."""
-        return self.resolved().read()
-
-    def resolved(self) -> CubData | FolderData | CsvData:
-        """The same settings with the kind that the files are of. Only names, and the table, are read. Raises FgvcError where
-        there is none, or several would do."""
-        root = self.root.expanduser()
-        if root.is_file():
-            if not root.name.lower().endswith((".csv", ".tsv")):
-                raise FgvcError(f"{root}: data.root is a file, and no table (.csv or .tsv); name the set's folder")
-            return self._table(root.parent, _Table.of(root, root.parent))
-        root = self.folder()
-        if is_run_folder(set(os.listdir(root))):
-            raise FgvcError(f"{root}: is a run of fgvc, not a set of images; name the folder of the images")
-        for place in (root, root / "CUB_200_2011"):
-            if missing := [name for name in CUB if not (place / name).is_file()]:
-                if len(missing) < len(CUB) - 1:
-                    raise FgvcError(
-                        f"{place}: looks like CUB-200-2011's layout, but {missing[0]} is not there; add it, or {_say()}"
-                    )
-                continue
-            return self._cub(place)
-        return self._folder_or_table(root)
-
-    def _folder_or_table(self, root: Path) -> FolderData | CsvData:
-        tables, reasons = [], []
-        for name in tables_in(root):
-            try:
-                tables.append(_Table.of(root / name, root))
-            except _FilesError:  # it is of images, wherever they are: the folders may be no classes
-                raise
-            except FgvcError as error:
-                reasons.append(str(error))
-        folders = _ClassFolders.of(root)
-        if len(folders.names) >= 2 or folders.parts:
-            said = [folders.beside(table) for table in tables]
-            if all(one == "the same" for one in said):
-                return self._folders(root)
-            if said in (["more"], ["stored"]):
-                return self._table(root, tables[0])
-            other = next(table for table, one in zip(tables, said, strict=True) if one != "the same")
-            raise FgvcError(
-                f"{root}: has class folders ({some(folders.names, 3)}), and {other.file.name} says something else of their "
-                f"images; say which is right: data.kind=folder, or {other.setting}"
-            )
-        if len(tables) == 1:
-            return self._table(root, tables[0])
-        if tables:
-            raise FgvcError(
-                f"{root}: {len(tables)} tables name images and labels: {some([table.file.name for table in tables])}; say which "
-                f"one is right, such as {tables[0].setting}; or make them one, with a column `split` of train, val and test"
-            )
-        if folders.names and not reasons:  # one folder: of which the reader of class folders knows what to say
-            return self._folders(root)
-        loose = loose_images(root)
-        found = [*reasons, *[f"{loose} images lie in it and in no class folder"] * bool(loose)]
-        found += [f"{name}/ holds images, and is no class folder" for name in (*folders.names, *folders.flat)]
+def _folder_or_table(data: AutoData, root: Path) -> FolderData | CsvData:
+    tables, reasons = [], []
+    for name in tables_in(root):
+        try:
+            tables.append(_Table.of(root / name, root))
+        except _FilesError:  # it is of images, wherever they are: the folders may be no classes
+            raise
+        except FgvcError as error:
+            reasons.append(str(error))
+    folders = _ClassFolders.of(root)
+    if len(folders.names) >= 2 or folders.parts:
+        said = [folders.beside(table) for table in tables]
+        if all(one == "the same" for one in said):
+            return _folders(data, root)
+        if said in (["more"], ["stored"]):
+            return _table(data, root, tables[0])
+        other = next(table for table, one in zip(tables, said, strict=True) if one != "the same")
         raise FgvcError(
-            f"{root}: no set of images that fgvc recognises. Looked for: CUB-200-2011's {', '.join(CUB)}; class folders with "
-            "images (train/<class>/ and test/<class>/, or <class>/); one table (.csv or .tsv) with a header, of images "
-            f"({', '.join(PATHS[:4])}, ...) and labels ({', '.join(LABELS[1][:4])}, ...). "
-            f"Found: {'; '.join(found) or 'none of these'}. Else {_say()}"
+            f"{root}: has class folders ({some(folders.names, 3)}), and {other.file.name} says something else of their "
+            f"images; say which is right: data.kind=folder, or {other.setting}"
         )
-
-    def _cub(self, root: Path) -> CubData:
-        if own := self._own():
-            raise FgvcError(
-                f"data.{own[0]}: {root} is in CUB-200-2011's layout, which has a test part and no groups; leave it out"
-            )
-        return CubData(root=root, **self._given())
-
-    def _folders(self, root: Path) -> FolderData:
-        return FolderData(root=root, **self._given(*self._own()))
-
-    def _table(self, root: Path, table: _Table) -> CsvData:
-        if self.group_size is not None:
-            raise FgvcError(
-                f"data.group_size: {table.file} says itself which images are a group, in a column; leave it out, or set "
-                "data.kind=folder"
-            )
-        columns = {f"{name}_column": column for name, column in table.columns.items()}
-        return CsvData(
-            root=root,
-            file=Path(table.file.name),
-            delimiter=table.delimiter,
-            **columns,
-            **self._given(*self._own()),
+    if len(tables) == 1:
+        return _table(data, root, tables[0])
+    if tables:
+        raise FgvcError(
+            f"{root}: {len(tables)} tables name images and labels: {some([table.file.name for table in tables])}; say which "
+            f"one is right, such as {tables[0].setting}; or make them one, with a column `split` of train, val and test"
         )
+    if folders.names and not reasons:  # one folder: of which the reader of class folders knows what to say
+        return _folders(data, root)
+    loose = loose_images(root)
+    found = [*reasons, *[f"{loose} images lie in it and in no class folder"] * bool(loose)]
+    found += [f"{name}/ holds images, and is no class folder" for name in (*folders.names, *folders.flat)]
+    raise FgvcError(
+        f"{root}: no set of images that fgvc recognises. Looked for: CUB-200-2011's {', '.join(CUB)}; class folders with "
+        "images (train/<class>/ and test/<class>/, or <class>/); one table (.csv or .tsv) with a header, of images "
+        f"({', '.join(PATHS[:4])}, ...) and labels ({', '.join(LABELS[1][:4])}, ...). "
+        f"Found: {'; '.join(found) or 'none of these'}. Else {_say()}"
+    )
 
-    def _given(self, *own: str) -> dict[str, Any]:
-        """The settings that all kinds have, as far as they were given, and `own`."""
-        given = self.model_fields_set & Source.model_fields.keys() - {"root"}
-        return {name: getattr(self, name) for name in (*given, *own)}
 
-    def _own(self) -> list[str]:
-        """Those that were given and that some kinds alone have."""
-        return [name for name in ("test_fraction", "group_size") if getattr(self, name) is not None]
+def _cub(data: AutoData, root: Path) -> CubData:
+    if own := _own(data):
+        raise FgvcError(
+            f"data.{own[0]}: {root} is in CUB-200-2011's layout, which has a test part and no groups; leave it out"
+        )
+    return CubData(root=root, **_given(data))
+
+
+def _folders(data: AutoData, root: Path) -> FolderData:
+    return FolderData(root=root, **_given(data, *_own(data)))
+
+
+def _table(data: AutoData, root: Path, table: _Table) -> CsvData:
+    if data.group_size is not None:
+        raise FgvcError(
+            f"data.group_size: {table.file} says itself which images are a group, in a column; leave it out, or set "
+            "data.kind=folder"
+        )
+    columns = {f"{name}_column": column for name, column in table.columns.items()}
+    return CsvData(
+        root=root,
+        file=Path(table.file.name),
+        delimiter=table.delimiter,
+        **columns,
+        **_given(data, *_own(data)),
+    )
+
+
+def _given(data: AutoData, *own: str) -> dict[str, Any]:
+    """The settings that all kinds have, as far as they were given, and `own`."""
+    given = data.model_fields_set & Source.model_fields.keys() - {"root"}
+    return {name: getattr(data, name) for name in (*given, *own)}
+
+
+def _own(data: AutoData) -> list[str]:
+    """Those that were given and that some kinds alone have."""
+    return [name for name in ("test_fraction", "group_size") if getattr(data, name) is not None]
 
 
 class _FilesError(FgvcError):

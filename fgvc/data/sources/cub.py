@@ -7,54 +7,51 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from fgvc.data.sources.source import TEXT, Source, finish_splits, number_classes, repeated, some
-from fgvc.types import SPLITS, FgvcError, ImageIndex
+from fgvc.config.data import SPLITS, CubData
+from fgvc.data.index import ImageIndex
+from fgvc.data.sources.columns import TEXT, finish_splits, number_classes, repeated
+from fgvc.errors import FgvcError
+from fgvc.io.names import some
 
 
-class CubData(Source):
-    """Files in CUB's layout. The official test part stays; validation is taken from the official train part."""
-
-    kind: Literal["cub"] = "cub"
-
-    def read(self) -> ImageIndex:
-        """Read the tables. Raises FgvcError with the file and line of what is malformed, or the missing ids."""
-        root = self.folder()
-        if not (root / "images.txt").is_file() and (root / "CUB_200_2011" / "images.txt").is_file():
-            raise FgvcError(f"{root}: the set lies in its folder CUB_200_2011; set data.root={root / 'CUB_200_2011'}")
-        row_of, paths = _numbered(root / "images.txt")
-        class_of, names = _numbered(root / "classes.txt")
-        classes, order = number_classes(names, self.classes, where=root / "classes.txt")
-        labels = order[_references(root / "image_class_labels.txt", row_of, class_of, "a class of classes.txt")]
-        train = _references(root / "train_test_split.txt", row_of, {0: 0, 1: 1}, "1 (train) or 0 (test)")
-        splits = np.where(train == 1, SPLITS.index("train"), SPLITS.index("test")).astype(np.int8)
-        splits, rule = finish_splits(self, labels, splits)
-        boxes, parts = None, None
-        part_names: tuple[str, ...] = ()
-        if (root / "bounding_boxes.txt").is_file():
-            boxes = _numbers(root / "bounding_boxes.txt", row_of, None, 4)[:, 0]
-        if (root / "parts" / "part_locs.txt").is_file():
-            part_of, part_list = _numbered(root / "parts" / "parts.txt")
-            parts, part_names = _numbers(root / "parts" / "part_locs.txt", row_of, part_of, 3), tuple(part_list)
-        found = [f"{len(paths)} images", f"{len(classes)} classes"]
-        found += ["boxes"] * (boxes is not None) + [f"{len(part_names)} parts"] * (parts is not None)
-        files = np.array([f"images/{path}" for path in paths], dtype=TEXT)
-        return ImageIndex(
-            root=root,
-            classes=classes,
-            paths=files,
-            labels=labels.astype(np.int32),
-            splits=splits,
-            max_pixels=self.max_pixels,
-            boxes=boxes,
-            parts=parts,
-            part_names=part_names,
-            recognised=f"CUB layout: {', '.join(found)}; official test part kept; {rule}",
-            warnings=repeated(root, files, labels, splits, classes),
-        )
+def read(data: CubData) -> ImageIndex:
+    """Read the tables. Raises FgvcError with the file and line of what is malformed, or the missing ids."""
+    root = data.folder()
+    if not (root / "images.txt").is_file() and (root / "CUB_200_2011" / "images.txt").is_file():
+        raise FgvcError(f"{root}: the set lies in its folder CUB_200_2011; set data.root={root / 'CUB_200_2011'}")
+    row_of, paths = _numbered(root / "images.txt")
+    class_of, names = _numbered(root / "classes.txt")
+    classes, order = number_classes(names, data.classes, where=root / "classes.txt")
+    labels = order[_references(root / "image_class_labels.txt", row_of, class_of, "a class of classes.txt")]
+    train = _references(root / "train_test_split.txt", row_of, {0: 0, 1: 1}, "1 (train) or 0 (test)")
+    splits = np.where(train == 1, SPLITS.index("train"), SPLITS.index("test")).astype(np.int8)
+    splits, rule = finish_splits(data, labels, splits)
+    boxes, parts = None, None
+    part_names: tuple[str, ...] = ()
+    if (root / "bounding_boxes.txt").is_file():
+        boxes = _numbers(root / "bounding_boxes.txt", row_of, None, 4)[:, 0]
+    if (root / "parts" / "part_locs.txt").is_file():
+        part_of, part_list = _numbered(root / "parts" / "parts.txt")
+        parts, part_names = _numbers(root / "parts" / "part_locs.txt", row_of, part_of, 3), tuple(part_list)
+    found = [f"{len(paths)} images", f"{len(classes)} classes"]
+    found += ["boxes"] * (boxes is not None) + [f"{len(part_names)} parts"] * (parts is not None)
+    files = np.array([f"images/{path}" for path in paths], dtype=TEXT)
+    return ImageIndex(
+        root=root,
+        classes=classes,
+        paths=files,
+        labels=labels.astype(np.int32),
+        splits=splits,
+        max_pixels=data.max_pixels,
+        boxes=boxes,
+        parts=parts,
+        part_names=part_names,
+        recognised=f"CUB layout: {', '.join(found)}; official test part kept; {rule}",
+        warnings=repeated(root, files, labels, splits, classes),
+    )
 
 
 def _lines(file: Path, columns: int) -> Iterator[tuple[int, list[str]]]:

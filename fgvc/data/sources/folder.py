@@ -5,99 +5,77 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
-from fgvc.data.sources.source import Source, Strings, finish_splits, number_classes, part_of, some, written_alike
+from fgvc.config.data import SPLITS, FolderData, Split
+from fgvc.data.index import ImageIndex
+from fgvc.data.sources.columns import Strings, finish_splits, number_classes, part_of, written_alike
 from fgvc.data.sources.walk import ClassFolder, Walk, folders_in, loose_images
+from fgvc.errors import FgvcError
 from fgvc.images.suffix import counted
-from fgvc.io.names import by_number
-from fgvc.types import SPLITS, FgvcError, ImageIndex, Split
+from fgvc.io.names import by_number, some
 
 
-class FolderData(Source):
-    """train/<class>/..., with val/ (or valid/, validation/) and test/ beside it; or <class>/... straight away.
-
-    Parts may be called by other usual names (training, dev, testing), in any capitals. Images in folders below a class belong to
-    the class, and so do those behind links, unless these lead to another class or a folder above. Hidden files and files of
-    other types are left out, and what was left out is said.
-    """
-
-    kind: Literal["folder"] = "folder"
-    test_fraction: float = Field(
-        0.2,
-        ge=0,
-        lt=1,
-        description="share of all images set aside for test where the classes lie in one folder; 0: none",
-    )
-    group_size: int | None = Field(
-        None,
-        ge=2,
-        description="for photographs taken in a row, which are alike: by the numbers in their names, so many of a class in "
-        "turn are a group, which no split that fgvc makes divides, and no fold; null: no groups",
-    )
-
-    def read(self) -> ImageIndex:
-        """List the images. Raises FgvcError where the layout isn't one of the two, a part has classes of its own, the files of a
-        class are all of other types, or two classes are the same files."""
-        root = self.folder()
-        parts = _parts(root)
-        places = [ClassFolder(root, part, name) for part in parts or [""] for name in folders_in(root / part)]
-        if not parts and len(places) > 1:
-            _refuse_parts_in_classes(root, places)
-        if self.classes is None:
-            for part in parts or [""]:
-                _refuse_parts_as_classes(root / part, [place for place in places if place.part == part])
-        walk = Walk(places)
-        paths = Strings()
-        counts: dict[tuple[str, str], int] = {}  # (folder of the part or "", class): images
-        others: Counter[str] = Counter()
-        empty: dict[str, Counter[str]] = {}
-        for place in places:
-            before, dropped = len(paths), Counter[str]()
-            for files, rest in walk.images(place):
-                paths.extend(files)
-                dropped += rest
-            counts[place.part, place.name] = len(paths) - before
-            others += dropped
-            if dropped and len(paths) == before:
-                empty[str(place)] = dropped
-        if empty:
-            listed = some([f"{name}/ ({counted(dropped)})" for name, dropped in empty.items()])
-            raise FgvcError(
-                f"{root}: {len(empty)} class folders would end empty, since all their files are of other types than fgvc reads: "
-                f"{listed}; save these as JPEG or PNG, or move what is no class out of {root}"
-            )
-        walk.refuse_shared()
-        found = _classes(root, counts, parts, self.classes)
-        classes, order = number_classes(found, self.classes, where=root)
-        number = dict(zip(found, order.tolist(), strict=True))
-        size = list(counts.values())
-        labels = np.repeat(np.array([number.get(name, 0) for _, name in counts], np.int32), size)
-        splits = np.repeat(np.array([SPLITS.index(parts.get(part, "train")) for part, _ in counts], np.int8), size)
-        layout = (
-            f"class folders in {', '.join(f'{name}/' for name in parts)}" if parts else "one folder of class folders"
+def read(data: FolderData) -> ImageIndex:
+    """List the images. Raises FgvcError where the layout isn't one of the two, a part has classes of its own, the files of a
+    class are all of other types, or two classes are the same files."""
+    root = data.folder()
+    parts = _parts(root)
+    places = [ClassFolder(root, part, name) for part in parts or [""] for name in folders_in(root / part)]
+    if not parts and len(places) > 1:
+        _refuse_parts_in_classes(root, places)
+    if data.classes is None:
+        for part in parts or [""]:
+            _refuse_parts_as_classes(root / part, [place for place in places if place.part == part])
+    walk = Walk(places)
+    paths = Strings()
+    counts: dict[tuple[str, str], int] = {}  # (folder of the part or "", class): images
+    others: Counter[str] = Counter()
+    empty: dict[str, Counter[str]] = {}
+    for place in places:
+        before, dropped = len(paths), Counter[str]()
+        for files, rest in walk.images(place):
+            paths.extend(files)
+            dropped += rest
+        counts[place.part, place.name] = len(paths) - before
+        others += dropped
+        if dropped and len(paths) == before:
+            empty[str(place)] = dropped
+    if empty:
+        listed = some([f"{name}/ ({counted(dropped)})" for name, dropped in empty.items()])
+        raise FgvcError(
+            f"{root}: {len(empty)} class folders would end empty, since all their files are of other types than fgvc reads: "
+            f"{listed}; save these as JPEG or PNG, or move what is no class out of {root}"
         )
-        names = paths.array()
-        groups = None if self.group_size is None else _runs(names, counts, self.group_size)
-        test_fraction = 0 if parts else self.test_fraction
-        splits, rule = finish_splits(self, labels, splits, test_fraction=test_fraction, groups=groups)
-        if tables := tables_in(root):
-            rule += f"; {some(tables, 3)} beside them: not read"
-        without = sorted({name for _, name in counts} - set(found))
-        return ImageIndex(
-            root=root,
-            classes=classes,
-            paths=names,
-            labels=labels,
-            splits=splits,
-            groups=groups,
-            max_pixels=self.max_pixels,
-            recognised=f"{layout}: {len(labels)} images, {len(classes)} classes; {rule}",
-            warnings=(*written_alike(classes), *_left_out(root, parts, without, others, walk)),
-        )
+    walk.refuse_shared()
+    found = _classes(root, counts, parts, data.classes)
+    classes, order = number_classes(found, data.classes, where=root)
+    number = dict(zip(found, order.tolist(), strict=True))
+    size = list(counts.values())
+    labels = np.repeat(np.array([number.get(name, 0) for _, name in counts], np.int32), size)
+    splits = np.repeat(np.array([SPLITS.index(parts.get(part, "train")) for part, _ in counts], np.int8), size)
+    layout = (
+        f"class folders in {', '.join(f'{name}/' for name in parts)}" if parts else "one folder of class folders"
+    )
+    names = paths.array()
+    groups = None if data.group_size is None else _runs(names, counts, data.group_size)
+    test_fraction = 0 if parts else data.test_fraction
+    splits, rule = finish_splits(data, labels, splits, test_fraction=test_fraction, groups=groups)
+    if tables := tables_in(root):
+        rule += f"; {some(tables, 3)} beside them: not read"
+    without = sorted({name for _, name in counts} - set(found))
+    return ImageIndex(
+        root=root,
+        classes=classes,
+        paths=names,
+        labels=labels,
+        splits=splits,
+        groups=groups,
+        max_pixels=data.max_pixels,
+        recognised=f"{layout}: {len(labels)} images, {len(classes)} classes; {rule}",
+        warnings=(*written_alike(classes), *_left_out(root, parts, without, others, walk)),
+    )
 
 
 def tables_in(root: Path) -> list[str]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from fgvc.data.sources.source import Source, Strings, finish_splits, number_classes
-from fgvc.types import SPLITS, FgvcError, ImageIndex, Split
-
-Name = Literal["flowers102", "oxford_pets", "aircraft", "stanford_cars"]
+from fgvc.config.data import SPLITS, Name, NamedData, Split
+from fgvc.data.index import ImageIndex
+from fgvc.data.sources.columns import Strings, finish_splits, number_classes
+from fgvc.errors import FgvcError
 
 # torchvision's class, its parts, and the folder that it makes below root.
 _SETS: dict[Name, tuple[str, dict[str, Split], str]] = {
@@ -26,58 +25,49 @@ _CARS = (
     "cars_test_annos_withlabels.mat into {folder}"
 )
 
-
-class NamedData(Source):
-    """Flowers102, Oxford-IIIT Pet, FGVC Aircraft or Stanford Cars, with their own splits. CUB-200-2011 is `kind: cub`."""
-
-    kind: Literal["torchvision"] = "torchvision"
-    name: Name = Field(description="flowers102 | oxford_pets | aircraft | stanford_cars")
-    download: bool = Field(
-        False, description="fetch the set into root where it is not there (stanford_cars: impossible)"
+def read(data: NamedData) -> ImageIndex:
+    """Read torchvision's lists. Raises FgvcError where the set is not there, and says how to get it."""
+    if data.download:
+        data.root.expanduser().mkdir(parents=True, exist_ok=True)
+    root = data.folder()
+    paths, labels, splits = Strings(), [], []
+    names: list[str] = []
+    for part, split in _SETS[data.name][1].items():
+        found = _open(data, root, part)
+        files, own = _rows(found)
+        paths.extend([Path(os.path.relpath(file, root)).as_posix() for file in files])
+        labels.append(np.array(own, np.int32))
+        splits.append(np.full(len(own), SPLITS.index(split), np.int8))
+        names = [str(name) for name in getattr(found, "classes", [])] or names
+    numbers = np.concatenate(labels)
+    names = names or [f"{number + 1:03d}" for number in range(int(numbers.max(initial=-1)) + 1)]
+    classes, order = number_classes(names, data.classes, where=root)
+    numbers = order[numbers]
+    carved, rule = finish_splits(data, numbers, np.concatenate(splits))
+    return ImageIndex(
+        root=root,
+        classes=classes,
+        paths=paths.array(),
+        labels=numbers,
+        splits=carved,
+        max_pixels=data.max_pixels,
+        recognised=f"torchvision's {_SETS[data.name][0]}: {len(numbers)} images, {len(classes)} classes; {rule}",
     )
 
-    def read(self) -> ImageIndex:
-        """Read torchvision's lists. Raises FgvcError where the set is not there, and says how to get it."""
-        if self.download:
-            self.root.expanduser().mkdir(parents=True, exist_ok=True)
-        root = self.folder()
-        paths, labels, splits = Strings(), [], []
-        names: list[str] = []
-        for part, split in _SETS[self.name][1].items():
-            found = self._open(root, part)
-            files, own = _rows(found)
-            paths.extend([Path(os.path.relpath(file, root)).as_posix() for file in files])
-            labels.append(np.array(own, np.int32))
-            splits.append(np.full(len(own), SPLITS.index(split), np.int8))
-            names = [str(name) for name in getattr(found, "classes", [])] or names
-        numbers = np.concatenate(labels)
-        names = names or [f"{number + 1:03d}" for number in range(int(numbers.max(initial=-1)) + 1)]
-        classes, order = number_classes(names, self.classes, where=root)
-        numbers = order[numbers]
-        carved, rule = finish_splits(self, numbers, np.concatenate(splits))
-        return ImageIndex(
-            root=root,
-            classes=classes,
-            paths=paths.array(),
-            labels=numbers,
-            splits=carved,
-            max_pixels=self.max_pixels,
-            recognised=f"torchvision's {_SETS[self.name][0]}: {len(numbers)} images, {len(classes)} classes; {rule}",
-        )
 
-    def _open(self, root: Path, part: str) -> Any:
-        from torchvision import datasets
+def _open(data: NamedData, root: Path, part: str) -> Any:
+    from torchvision import datasets
 
-        kind, _, folder = _SETS[self.name]
-        cars = self.name == "stanford_cars"
-        try:
-            return getattr(datasets, kind)(root, split=part, download=self.download and not cars)
-        except Exception as error:  # torchvision, urllib and scipy raise what they like
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            hint = _CARS.format(folder=root / folder) if cars else "download it with data.download=true"
-            if self.download and not cars:
-                hint = f"without a network, copy the set to {root / folder}"
-            raise FgvcError(f"{root}: {self.name}, part {part}: {reason}; {hint}") from error
+    kind, _, folder = _SETS[data.name]
+    cars = data.name == "stanford_cars"
+    try:
+        return getattr(datasets, kind)(root, split=part, download=data.download and not cars)
+    except Exception as error:  # torchvision, urllib and scipy raise what they like
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = _CARS.format(folder=root / folder) if cars else "download it with data.download=true"
+        if data.download and not cars:
+            hint = f"without a network, copy the set to {root / folder}"
+        raise FgvcError(f"{root}: {data.name}, part {part}: {reason}; {hint}") from error
 
 
 def _rows(found: Any) -> tuple[list[str], list[int]]:

@@ -6,121 +6,97 @@ import codecs
 import csv
 from array import array
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from fgvc.data.sources.source import (
-    Source,
-    Strings,
-    finish_splits,
-    number_classes,
-    part_of,
-    repeated,
-    some,
-    written_alike,
-)
+from fgvc.config.data import SPLITS, CsvData
+from fgvc.data.index import ImageIndex
+from fgvc.data.sources.columns import Strings, finish_splits, number_classes, part_of, repeated, written_alike
 from fgvc.data.splits import straddling
-from fgvc.types import SPLITS, FgvcError, ImageIndex
+from fgvc.errors import FgvcError
+from fgvc.io.names import some
 
 ENCODINGS = ("utf-8-sig", "gb18030", "cp1252", "latin-1")  # tried in this order; the last one reads any bytes
 _COLUMNS = ("path", "label", "split", "group")
 
-
-class CsvData(Source):
-    """A table with a header. Rows of one group (one animal, one plant, one day) never straddle a split."""
-
-    kind: Literal["csv"] = "csv"
-    file: Path = Field(description="the table; relative to root unless absolute")
-    path_column: str = Field("path", description="column of the image's path, relative to root")
-    label_column: str = Field("label", description="column of the class name")
-    split_column: str = Field("split", description="column of train, val or test; may be missing from the table")
-    group_column: str = Field("group", description="column of the group's name; may be missing from the table")
-    delimiter: str = Field(",", min_length=1, max_length=1, description="character between the fields")
-    encoding: str | None = Field(
-        None, description="default: UTF-8 (or UTF-16 with its mark), else GB 18030, else Windows-1252"
+def read(data: CsvData) -> ImageIndex:
+    """Read the table. Raises FgvcError with the line numbers of rows that can't be used."""
+    root = data.folder()
+    file = root / data.file.expanduser()
+    encoding = encoding_of(file, data.encoding)
+    rows = _Rows(file)
+    with file.open(encoding=encoding, newline="") as stream:
+        reader = csv.reader(stream, delimiter=data.delimiter)
+        try:
+            header = next(reader, [])
+            columns = _columns(data, file, header)
+            rows.read(reader, columns)
+        except (csv.Error, UnicodeError) as error:
+            raise FgvcError(f"{file}:{reader.line_num}: {error}") from error
+    found = sorted(rows.numbers)
+    classes, order = number_classes(found, data.classes, where=file)
+    remap = np.empty(len(found), np.int32)
+    remap[[rows.numbers[name] for name in found]] = order
+    labels = remap[np.frombuffer(rows.labels, np.int32)]
+    groups = None if rows.groups is None else rows.groups.array()
+    splits = np.zeros(len(labels), np.int8) if rows.splits is None else np.frombuffer(rows.splits, np.int8)
+    if rows.splits is not None:
+        _check_splits(file, labels, splits, groups, classes)
+    splits, rule = finish_splits(
+        data, labels, splits, test_fraction=data.test_fraction if rows.splits is None else 0, groups=groups
     )
-    test_fraction: float = Field(
-        0.2, ge=0, lt=1, description="share of all rows set aside for test where there is no split column; 0: none"
+    guessed = not data.encoding and encoding not in ("utf-8-sig", "utf-16")
+    notes = [f"NOT UTF-8: read as {encoding}; if names look wrong, set data.encoding"] if guessed else []
+    said = ", ".join(
+        f"{what} {header[at].strip()}" for what, at in zip(_COLUMNS, columns, strict=True) if at is not None
+    )
+    paths = rows.paths.array()
+    return ImageIndex(
+        root=root,
+        classes=classes,
+        paths=paths,
+        labels=labels,
+        splits=splits,
+        max_pixels=data.max_pixels,
+        groups=groups,
+        recognised="; ".join([f"table {file.name} ({said}): {len(labels)} images, {len(classes)} classes", rule, *notes]),
+        warnings=(*written_alike(classes), *repeated(root, paths, labels, splits, classes)),
     )
 
-    def read(self) -> ImageIndex:
-        """Read the table. Raises FgvcError with the line numbers of rows that can't be used."""
-        root = self.folder()
-        file = root / self.file.expanduser()
-        encoding = encoding_of(file, self.encoding)
-        rows = _Rows(file)
-        with file.open(encoding=encoding, newline="") as stream:
-            reader = csv.reader(stream, delimiter=self.delimiter)
-            try:
-                header = next(reader, [])
-                columns = self._columns(file, header)
-                rows.read(reader, columns)
-            except (csv.Error, UnicodeError) as error:
-                raise FgvcError(f"{file}:{reader.line_num}: {error}") from error
-        found = sorted(rows.numbers)
-        classes, order = number_classes(found, self.classes, where=file)
-        remap = np.empty(len(found), np.int32)
-        remap[[rows.numbers[name] for name in found]] = order
-        labels = remap[np.frombuffer(rows.labels, np.int32)]
-        groups = None if rows.groups is None else rows.groups.array()
-        splits = np.zeros(len(labels), np.int8) if rows.splits is None else np.frombuffer(rows.splits, np.int8)
-        if rows.splits is not None:
-            self._check_splits(file, labels, splits, groups, classes)
-        splits, rule = finish_splits(
-            self, labels, splits, test_fraction=self.test_fraction if rows.splits is None else 0, groups=groups
-        )
-        guessed = not self.encoding and encoding not in ("utf-8-sig", "utf-16")
-        notes = [f"NOT UTF-8: read as {encoding}; if names look wrong, set data.encoding"] if guessed else []
-        said = ", ".join(
-            f"{what} {header[at].strip()}" for what, at in zip(_COLUMNS, columns, strict=True) if at is not None
-        )
-        paths = rows.paths.array()
-        return ImageIndex(
-            root=root,
-            classes=classes,
-            paths=paths,
-            labels=labels,
-            splits=splits,
-            max_pixels=self.max_pixels,
-            groups=groups,
-            recognised="; ".join([f"table {file.name} ({said}): {len(labels)} images, {len(classes)} classes", rule, *notes]),
-            warnings=(*written_alike(classes), *repeated(root, paths, labels, splits, classes)),
-        )
 
-    def _columns(self, file: Path, header: list[str]) -> tuple[int, int, int | None, int | None]:
-        """Positions of path, label, split and group in the header."""
-        names = [name.strip() for name in header]
-        places: list[int | None] = []
-        for setting in (f"{what}_column" for what in _COLUMNS):
-            name = getattr(self, setting)
-            # By its value: a run's config.yaml says every setting, chosen or not.
-            asked = setting in ("path_column", "label_column") or name != type(self).model_fields[setting].default
-            if names.count(name) > 1:
-                raise FgvcError(f"{file}:1: two columns are called {name!r}; rename one")
-            if name not in names and asked:
-                other = next((d for d in ",;\t|" if d != self.delimiter and len(names) == 1 and d in names[0]), None)
-                hint = f"set data.delimiter={other!r}" if other else f"set data.{setting}"
-                raise FgvcError(f"{file}:1: no column {name!r} in the header ({some(names, 20)}); {hint}")
-            places.append(names.index(name) if name in names else None)
-        path, label, split, group = places
-        assert path is not None
-        assert label is not None
-        return path, label, split, group
+def _columns(data: CsvData, file: Path, header: list[str]) -> tuple[int, int, int | None, int | None]:
+    """Positions of path, label, split and group in the header."""
+    names = [name.strip() for name in header]
+    places: list[int | None] = []
+    for setting in (f"{what}_column" for what in _COLUMNS):
+        name = getattr(data, setting)
+        # By its value: a run's config.yaml says every setting, chosen or not.
+        asked = setting in ("path_column", "label_column") or name != type(data).model_fields[setting].default
+        if names.count(name) > 1:
+            raise FgvcError(f"{file}:1: two columns are called {name!r}; rename one")
+        if name not in names and asked:
+            other = next((d for d in ",;\t|" if d != data.delimiter and len(names) == 1 and d in names[0]), None)
+            hint = f"set data.delimiter={other!r}" if other else f"set data.{setting}"
+            raise FgvcError(f"{file}:1: no column {name!r} in the header ({some(names, 20)}); {hint}")
+        places.append(names.index(name) if name in names else None)
+    path, label, split, group = places
+    assert path is not None
+    assert label is not None
+    return path, label, split, group
 
-    @staticmethod
-    def _check_splits(
-        file: Path, labels: np.ndarray, splits: np.ndarray, groups: np.ndarray | None, classes: tuple[str, ...]
-    ) -> None:
-        if groups is not None and (broken := straddling(groups, splits)):
-            raise FgvcError(
-                f"{file}: groups with rows in more than one split: {some(broken)}; give each group one split"
-            )
-        trained = np.bincount(labels[splits == SPLITS.index("train")], minlength=len(classes)) > 0
-        untrained = [classes[k] for k in np.unique(labels) if not trained[k]]
-        if untrained:
-            raise FgvcError(f"{file}: classes without a train row: {some(untrained)}; add some or remove the others")
+
+def _check_splits(
+    file: Path, labels: np.ndarray, splits: np.ndarray, groups: np.ndarray | None, classes: tuple[str, ...]
+) -> None:
+    if groups is not None and (broken := straddling(groups, splits)):
+        raise FgvcError(
+            f"{file}: groups with rows in more than one split: {some(broken)}; give each group one split"
+        )
+    trained = np.bincount(labels[splits == SPLITS.index("train")], minlength=len(classes)) > 0
+    untrained = [classes[k] for k in np.unique(labels) if not trained[k]]
+    if untrained:
+        raise FgvcError(f"{file}: classes without a train row: {some(untrained)}; add some or remove the others")
 
 
 def encoding_of(file: Path, wanted: str | None = None) -> str:

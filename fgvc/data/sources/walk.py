@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgvc.data.sources.source import some
+from fgvc.errors import FgvcError
 from fgvc.images.suffix import SUFFIXES, suffix_of
-from fgvc.types import FgvcError
+from fgvc.io.names import some
 
 
 @dataclass(frozen=True, slots=True)

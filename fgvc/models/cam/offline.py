@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map
 from fgvc.models.class_maps import closed_form, evaluating, normalised
 from fgvc.models.feature_maps import Tap, tap, without_gradients
-from fgvc.types import FgvcError
 
 Rows = NDArray[np.int64]
-OfflineMethod = Literal["GradCAM", "GradCAMPlusPlus", "HiResCAM", "XGradCAM", "LayerCAM"]  # as AE-PSL's recipes say it
 
 LIBRARY = {  # pytorch-grad-cam's, as it has them
     "gradcam": "GradCAM",

@@ -6,20 +6,12 @@ nothing is left: the branches are folded into the plain kernels, exactly.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from fgvc.reparam.kinds import acb
-from fgvc.techniques.branches import Where, graft_chosen
+from fgvc.techniques.acb.settings import AcbSettings
+from fgvc.techniques.branches import graft_chosen
 from fgvc.techniques.plan import Plan
-
-
-class AcbConfig(Where):
-    """Asymmetric branches beside square convolutions; step 0 is the pretrained function."""
-
-    kind: Literal["acb"] = "acb"
-
-    def build(self) -> Acb:
-        return Acb(self)
 
 
 class Acb:
@@ -29,7 +21,7 @@ class Acb:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
 
-    def __init__(self, config: AcbConfig) -> None:
+    def __init__(self, config: AcbSettings) -> None:
         self.config = config
 
     def setup(self, plan: Plan) -> None:

@@ -7,54 +7,18 @@ After stripping nothing is left: the added classifiers go, or there were none.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fgvc.config.schedule import Scheduled
-from fgvc.config.section import Section
 from fgvc.models.class_maps import dominant, normalised
 from fgvc.models.loss import cross_entropy
-from fgvc.techniques.masks import Region, select
-from fgvc.techniques.plan import AnyMethod, Context, Plan
-from fgvc.types import Output
-
-
-class ErasedCells(Region):
-    """Half of the map and more may go: another classifier must live on the rest."""
-
-    area: tuple[float, float] = Field(
-        (0.0, 0.7),
-        description="least and most share of the map; of equal cells all go or none. The authors' code has no cap ([0, 0.999]): "
-        "there a flat map can lose nearly all its cells, and the other classifier learns from what says nothing",
-    )
-
-
-class AcolConfig(Section):
-    """Erase from the features what the classifier looks at, and classify the rest."""
-
-    kind: Literal["acol"] = "acol"
-    erased: Scheduled = Field(1.0, description="weight of the cross-entropy of the erased features")
-    heads: int = Field(1, ge=1, le=4, description="in a chain: each erases what it looks at for the next")
-    shared: bool = Field(False, description="the deployed classifier itself classifies the rest; nothing is added")
-    hidden: int = Field(
-        0, ge=0, description="channels of two 3x3 convolutions in each added classifier (paper: 1024); 0: a 1x1 alone"
-    )
-    map: AnyMethod = Field(
-        "auto", description="of the deployed classifier: cam | gradcam | gradcam++; auto: cam if it can"
-    )
-    region: ErasedCells = Field(ErasedCells(), description="what is erased, of the map from smallest 0 to largest 1")
-
-    @model_validator(mode="after")
-    def _shares_or_adds(self) -> AcolConfig:
-        if self.shared and self.hidden:
-            raise ValueError("hidden is of added classifiers, and with shared: true there are none")
-        return self
-
-    def build(self) -> Acol:
-        return Acol(self)
+from fgvc.techniques.acol.settings import AcolSettings
+from fgvc.techniques.api import Output
+from fgvc.techniques.masks import select
+from fgvc.techniques.plan import Context, Plan
 
 
 class Acol:
@@ -65,7 +29,7 @@ class Acol:
     leaves: ClassVar[str] = "nothing"
     measures: ClassVar[tuple[str, ...]] = ("area",)
 
-    def __init__(self, config: AcolConfig) -> None:
+    def __init__(self, config: AcolSettings) -> None:
         self.config = config
         self.weights: Mapping[str, Scheduled] = {"erased": config.erased}
 

@@ -7,40 +7,16 @@ nothing is left: it is the identity in evaluation.
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from fgvc.config.schedule import ScheduledShare, at
-from fgvc.config.section import Section
-from fgvc.techniques.plan import Context, Plan, Stages
-from fgvc.types import Batch
-
-
-class AdlConfig(Section):
-    """Drop what a stage attends to most, or weight it by its attention."""
-
-    kind: Literal["adl"] = "adl"
-    stages: Stages = ("features",)
-    drop_rate: ScheduledShare = Field(
-        0.25,
-        description="how often the most attended part is dropped. Its authors' for localisation is 0.75, which costs accuracy",
-    )
-    threshold: ScheduledShare = Field(
-        0.9, description="the most attended part: above this share of the map's maximum (gamma)"
-    )
-    per: Literal["batch", "sample"] = Field("batch", description="one draw a batch and stage (the paper), or a sample")
-    unattended: Literal["keep", "drop"] = Field(
-        "keep",
-        description="a map whose mean over channels is nowhere above 0, or all alike, has no most attended part. keep: it loses "
-        "nothing | drop: as in its authors' code, where a map of zeros loses everything, and one below 0 nothing",
-    )
-
-    def build(self) -> Adl:
-        return Adl(self)
+from fgvc.config.schedule import at
+from fgvc.techniques.adl.settings import AdlSettings
+from fgvc.techniques.api import Batch
+from fgvc.techniques.plan import Context, Plan
 
 
 class Adl:
@@ -50,7 +26,7 @@ class Adl:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: AdlConfig) -> None:
+    def __init__(self, config: AdlSettings) -> None:
         self.config = config
 
     def setup(self, plan: Plan) -> None:

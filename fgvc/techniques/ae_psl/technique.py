@@ -9,57 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.config.section import Section
-from fgvc.models.cam.offline import OfflineMethod, Rows
+from fgvc.errors import FgvcError
+from fgvc.models.cam.offline import Rows
 from fgvc.models.class_maps import normalised
 from fgvc.rng import SPARED, generator
 from fgvc.techniques.ae_psl.rounds import GRID, Grids, MaskRounds, Masks
-from fgvc.techniques.masks import Region, erase, united
+from fgvc.techniques.ae_psl.settings import AePslSettings
+from fgvc.techniques.api import EpochStart
+from fgvc.techniques.masks import erase, united
 from fgvc.techniques.plan import Plan
-from fgvc.types import EpochStart, FgvcError
 
 CHUNK = 32  # images a forward
-
-
-class Added(Region):
-    """The paper's: the upper fifth of the map's range."""
-
-    value: float = Field(0.8, ge=0, description="see rule")
-    area: tuple[float, float] = Field((0.0, 0.2), description="least and most share of the image in one round")
-
-
-class AePslConfig(Section):
-    """Erase round after round what the network has learned to look at."""
-
-    kind: Literal["ae_psl"] = "ae_psl"
-    rounds: int = Field(
-        3, ge=2, description="of training; the run's epochs are divided among them, nothing is erased in the first"
-    )
-    map: OfflineMethod = Field("GradCAM", description="of pytorch-grad-cam")
-    region: Added = Field(Added(), description="what a round adds, of the map from smallest 0 to largest 1")
-    largest: float = Field(0.4, gt=0, lt=1, description="share of an image that all rounds together may erase")
-    probability: float = Field(
-        1.0, gt=0, le=1, description="share of the images that are erased; which ones is drawn once"
-    )
-    stop: float | None = Field(
-        2.0, gt=1, description="no further round once the loss ends a round above this many times the first round's"
-    )
-
-    @property
-    def needs_epochs(self) -> int:
-        return self.rounds
-
-    def build(self) -> AePsl:
-        return AePsl(self)
 
 
 class AePsl:
@@ -70,7 +38,7 @@ class AePsl:
     leaves: ClassVar[str] = "nothing"
     remembers_images: ClassVar[bool] = True
 
-    def __init__(self, config: AePslConfig) -> None:
+    def __init__(self, config: AePslSettings) -> None:
         self.config = config
         self._round = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see it change
         self._masks: MaskRounds | None = None

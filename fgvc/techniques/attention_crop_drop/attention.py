@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.models.norms import own_statistics
+from fgvc.techniques.attention_crop_drop.settings import SCALE
 from fgvc.techniques.centres import class_sums
-
-# Of the normalised vector before its classifier. WS-DAN's is 100 at a rate of 0.001; the logits move by the rate times its
-# square, and at the rates of 0.01 and more that are usual here 100 throws them about.
-SCALE = 20.0
 
 
 class _SignedRoot(torch.autograd.Function):

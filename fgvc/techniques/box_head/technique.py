@@ -7,11 +7,10 @@ arXiv:1902.09630); the confidence is learned as in Wu et al. 2019 (IoU-aware, ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import (
@@ -22,45 +21,16 @@ from torchvision.ops import (
     generalized_box_iou_loss,
 )
 
-from fgvc.config.schedule import Scheduled, Value, ever
-from fgvc.config.section import Section
+from fgvc.config.schedule import Scheduled, ever
+from fgvc.errors import FgvcError
+from fgvc.techniques.api import Batch, Output
+from fgvc.techniques.box_head.settings import BoxHeadSettings
 from fgvc.techniques.masks import inside
 from fgvc.techniques.plan import Context, Plan
-from fgvc.types import Batch, FgvcError, Output
 
 LOSSES = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
 CELLS = 5  # a side of what the last layer reads: a mean over the whole map would forget the place
 LEAST = 0.01  # share of the crop's side that a found box has at least: a side of 0 has no aspect
-
-
-class BoxHeadConfig(Section):
-    """Find the object's box in the crop; for data with boxes. Steps that mix labels are left out."""
-
-    kind: Literal["box_head"] = "box_head"
-    needs_boxes: ClassVar[bool] = True
-    needs_whole_labels: ClassVar[bool] = True
-    loss: Literal["giou", "diou", "ciou"] = Field(
-        "ciou",
-        description="1 - IoU, and: giou: the empty share of the hull | diou: the centres' distance | ciou: and aspect",
-    )
-    hidden: int = Field(64, ge=1, description="channels of the 1x1 convolution before the last layer")
-    visible: float = Field(
-        0.25, gt=0, le=1, description="least share of the box's area in the crop; else it is left out"
-    )
-    box: Scheduled = Field(1.0, description="weight of the box's loss")
-    confidence: Scheduled = Field(
-        1.0, description="weight of telling the found box's IoU beforehand (IoU-aware confidence)"
-    )
-
-    @field_validator("box")
-    @classmethod
-    def _learns(cls, box: Value) -> Value:
-        if not ever(box):
-            raise ValueError("with 0 nothing finds the box; take the technique out instead")
-        return box
-
-    def build(self) -> BoxHead:
-        return BoxHead(self)
 
 
 class BoxHead:
@@ -72,7 +42,7 @@ class BoxHead:
     leaves: ClassVar[str] = "nothing"
     measures: ClassVar[tuple[str, ...]] = ("iou",)
 
-    def __init__(self, config: BoxHeadConfig) -> None:
+    def __init__(self, config: BoxHeadSettings) -> None:
         self.config = config
         self.weights: Mapping[str, Scheduled] = {"box": config.box, "confidence": config.confidence}
 

@@ -9,57 +9,20 @@ epoch. After stripping nothing is left.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from fgvc.config.schedule import Scheduled, at
-from fgvc.config.section import Section
+from fgvc.config.schedule import at
 from fgvc.models.class_maps import normalised
+from fgvc.techniques.api import Batch, Output, View
+from fgvc.techniques.cam_erasing.settings import CamErasingSettings
 from fgvc.techniques.cam_erasing.store import MapStore
-from fgvc.techniques.masks import FILLS, Fill, Region, erase, select
-from fgvc.techniques.plan import AnyMethod, Context, Plan
+from fgvc.techniques.masks import erase, select
+from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.ranks import gathered
-from fgvc.types import Batch, Output, View
-
-
-class CamErasingConfig(Section):
-    """Erase from the image what the network looks at."""
-
-    kind: Literal["cam_erasing"] = "cam_erasing"
-    source: Literal["current", "ema", "previous_epoch"] = Field(
-        "current",
-        description="of the map. current: this step's, on a view of its own; ema: of the average, by one forward without "
-        "gradient; previous_epoch: recorded one epoch ago, for no forward at all",
-    )
-    probability: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="of erasing an image; default: 1 with `current`, whose view is beside the whole image, else 0.5",
-    )
-    weight: Scheduled | None = Field(
-        None, description="of the erased view's cross-entropy, for source: current alone; default: 1"
-    )
-    map: AnyMethod = Field("auto", description="cam | gradcam | gradcam++; auto: cam where the head allows it")
-    region: Region = Field(Region(), description="what is erased, of the map from 0 to 1; by an empty map nothing")
-    fill: Fill = Field("zero", description=FILLS)
-
-    @model_validator(mode="after")
-    def _weighs(self) -> Self:
-        if self.weight is not None and self.source != "current":
-            raise ValueError(f"weight is of the view that source: current adds; with {self.source} give a probability")
-        return self
-
-    @property
-    def needs_ema(self) -> bool:
-        return self.source == "ema"
-
-    def build(self) -> CamErasing:
-        return CamErasing(self)
 
 
 class CamErasing:
@@ -70,7 +33,7 @@ class CamErasing:
     leaves: ClassVar[str] = "nothing"
     remembers_images: bool
 
-    def __init__(self, config: CamErasingConfig) -> None:
+    def __init__(self, config: CamErasingSettings) -> None:
         self.config = config
         self.remembers_images = config.source == "previous_epoch"
         self._store: MapStore | None = None

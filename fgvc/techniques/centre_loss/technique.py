@@ -6,30 +6,16 @@ The features are what the deployed head's last layer reads. After stripping noth
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fgvc.config.schedule import Scheduled
-from fgvc.config.section import Section
+from fgvc.techniques.api import Output
+from fgvc.techniques.centre_loss.settings import CentreLossSettings
 from fgvc.techniques.centres import Noted, class_sums
 from fgvc.techniques.plan import Context, Plan
-from fgvc.types import Output
-
-
-class CentreLossConfig(Section):
-    """Draw the features of each class together."""
-
-    kind: Literal["centre_loss"] = "centre_loss"
-    centre: Scheduled = Field(0.003, description="weight of half the squared distance to the class's centre (the paper's lambda)")
-    rate: float = Field(0.5, gt=0, le=1, description="how fast the centres follow (the paper's alpha)")
-
-    needs_whole_labels: ClassVar[bool] = True
-
-    def build(self) -> CentreLoss:
-        return CentreLoss(self)
 
 
 class CentreLoss:
@@ -40,7 +26,7 @@ class CentreLoss:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: CentreLossConfig) -> None:
+    def __init__(self, config: CentreLossSettings) -> None:
         self.config = config
         self.weights: Mapping[str, Scheduled] = {"centre": config.centre}
         self._noted = Noted()

@@ -5,27 +5,15 @@ Left after stripping: nothing, it only changes the batch.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
-from pydantic import Field
 from torch import Tensor
 
-from fgvc.techniques.mixing import Mixing, boxes_of_partners, draw_boxes, draws, partners
+from fgvc.techniques.api import Batch
+from fgvc.techniques.cutmix.settings import CutmixSettings
+from fgvc.techniques.mixing import boxes_of_partners, draw_boxes, draws, partners
 from fgvc.techniques.plan import Context
-from fgvc.types import Batch
-
-
-class CutmixConfig(Mixing):
-    """Put a box of another image into each."""
-
-    kind: Literal["cutmix"] = "cutmix"
-    alpha: float = Field(
-        1.0, gt=0, description="the box's share of the image, before edges cut it, ~ Beta(alpha, alpha)"
-    )
-
-    def build(self) -> Cutmix:
-        return Cutmix(self)
 
 
 class Cutmix:
@@ -35,7 +23,7 @@ class Cutmix:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: CutmixConfig) -> None:
+    def __init__(self, config: CutmixSettings) -> None:
         self.config = config
         self.mixes = config.share
 

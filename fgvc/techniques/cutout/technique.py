@@ -6,30 +6,16 @@ Left after stripping: nothing, it only changes the batch. A random control of `c
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from fgvc.config.section import Section
-from fgvc.techniques.masks import FILLS, Fill, erase, inside, sparing
+from fgvc.techniques.api import Batch
+from fgvc.techniques.cutout.settings import CutoutSettings
+from fgvc.techniques.masks import erase, inside, sparing
 from fgvc.techniques.plan import Context
-from fgvc.types import Batch
-
-
-class CutoutConfig(Section):
-    """Erase squares at random places."""
-
-    kind: Literal["cutout"] = "cutout"
-    probability: float = Field(1.0, ge=0, le=1, description="of cutting into an image")
-    length: float = Field(0.25, gt=0, lt=1, description="side of a square as a share of the image's shorter side")
-    holes: int = Field(1, ge=1, le=64, description="squares an image; they may overlap")
-    fill: Fill = Field("zero", description=FILLS)
-
-    def build(self) -> Cutout:
-        return Cutout(self)
 
 
 class Cutout:
@@ -39,7 +25,7 @@ class Cutout:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: CutoutConfig) -> None:
+    def __init__(self, config: CutoutSettings) -> None:
         self.config = config
 
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:

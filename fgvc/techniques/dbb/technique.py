@@ -7,20 +7,12 @@ kernels, exactly.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from fgvc.reparam.kinds import dbb
-from fgvc.techniques.branches import Where, graft_chosen
+from fgvc.techniques.branches import graft_chosen
+from fgvc.techniques.dbb.settings import DbbSettings
 from fgvc.techniques.plan import Plan
-
-
-class DbbConfig(Where):
-    """Branches of several scales and depths beside square convolutions; step 0 is the pretrained function."""
-
-    kind: Literal["dbb"] = "dbb"
-
-    def build(self) -> Dbb:
-        return Dbb(self)
 
 
 class Dbb:
@@ -30,7 +22,7 @@ class Dbb:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
 
-    def __init__(self, config: DbbConfig) -> None:
+    def __init__(self, config: DbbSettings) -> None:
         self.config = config
 
     def setup(self, plan: Plan) -> None:

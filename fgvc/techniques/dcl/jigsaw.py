@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 
 def draw_jigsaws(rng: np.random.Generator, count: int, *, grid: int, reach: float) -> NDArray[np.int64]:

@@ -8,57 +8,22 @@ classifies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.config.schedule import Scheduled, at
-from fgvc.config.section import Section
+from fgvc.errors import FgvcError
 from fgvc.models.loss import cross_entropy
+from fgvc.techniques.api import Batch, Output, View
 from fgvc.techniques.dcl.jigsaw import cut, draw_jigsaws, places
+from fgvc.techniques.dcl.settings import DclSettings
 from fgvc.techniques.plan import Context, Plan
-from fgvc.types import Batch, FgvcError, Output, View
 
 MAIN, DESTROYED = "main", "dcl.destroyed"
-
-
-class DclConfig(Section):
-    """A jigsaw of every image, and two heads that see through it."""
-
-    kind: Literal["dcl"] = "dcl"
-    grid: int = Field(7, ge=2, le=32, description="N: the image is cut into N x N patches")
-    reach: float = Field(
-        2.0,
-        gt=0,
-        description="k: along either axis a patch moves less than 2k cells, the paper's bound: rows are shuffled, then columns. "
-        "The authors' code has no bound: tiles are shuffled as they stream by; a tenth stay (here a fifth), some go far",
-    )
-    classify: Scheduled = Field(1.0, description="weight of the jigsaw's cross-entropy beside the image's own")
-    destroyed: Scheduled = Field(1.0, description="weight of telling original from destroyed (beta)")
-    location: Scheduled = Field(
-        1.0,
-        description="weight of the L1 error of the patches' places (gamma; paper: 0.01 for rigid things like cars). Row and "
-        "column of the exact permutation; the authors' code has one number a patch, and guesses the jigsaw's by brightness",
-    )
-    head: Literal["2-way", "2K-way"] = Field(
-        "2-way", description="what the destroyed head tells: original or destroyed, or that and the class"
-    )
-    bn: Literal["shared", "own"] = Field(
-        "shared", description="shared: jigsaws are in the statistics of the batch norms (paper); own: they are not"
-    )
-
-    @model_validator(mode="after")
-    def _moves(self) -> DclConfig:
-        if self.reach <= 0.5:
-            raise ValueError("reach: with 0.5 or less no patch ever moves")
-        return self
-
-    def build(self) -> Dcl:
-        return Dcl(self)
 
 
 class Dcl:
@@ -72,7 +37,7 @@ class Dcl:
     leaves: ClassVar[str] = "nothing"
     measures: ClassVar[tuple[str, ...]] = ("destroyed_accuracy", "location_chance")
 
-    def __init__(self, config: DclConfig) -> None:
+    def __init__(self, config: DclSettings) -> None:
         self.config = config
         self.weights: Mapping[str, Scheduled] = {"destroyed": config.destroyed, "location": config.location}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fgvc.techniques.api import EpochStart, Output
 from fgvc.techniques.distill.logits import LogitFile, open_logits
 from fgvc.techniques.distill.teacher import Said, Teacher
 from fgvc.techniques.plan import Context
-from fgvc.types import EpochStart, Output
 
 
 class Panel:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fgvc.errors import FgvcError
 from fgvc.io.files import replacing, sync
-from fgvc.types import FgvcError
 
 GEOMETRY = 6  # numbers that say which crop it was
 CHUNK = 1 << 20  # numbers written at once

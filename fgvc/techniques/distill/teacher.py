@@ -8,94 +8,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.config.section import Preprocess, Section, Size, Spread, Triple, possible_mean
-from fgvc.models.backbone import Model, feature_map
+from fgvc.config.images import Preprocess
+from fgvc.errors import FgvcError
+from fgvc.models.backbone import feature_map
 from fgvc.models.class_maps import evaluating
 from fgvc.models.probe import linear_head
-from fgvc.types import FgvcError
-
-
-class _Weighted(Section):
-    weight: float = Field(1.0, gt=0, description="share in the mean of several teachers, in units of the others'")
-
-
-class _OfTimm(_Weighted):
-    """Any timm classifier."""
-
-    backbone: Annotated[str, AfterValidator(Model._known)] = Field(description="by timm's name")
-    weights: str = Field(description="as model.weights")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to timm.create_model")
-    size: Size | None = Field(
-        None,
-        description="of its input: one number for a square, or [height, width]; default: what timm's weights were trained at",
-    )
-    mean: Triple | None = Field(None, description="of its input, RGB in [0,1]; default: as model.weights says")
-    std: Spread | None = Field(None, description="likewise")
-
-    @field_validator("mean")
-    @classmethod
-    def _within_range(cls, mean: Triple | None) -> Triple | None:
-        return mean if mean is None else possible_mean(mean, 1)
-
-    @field_validator("weights")
-    @classmethod
-    def _trained(cls, weights: str) -> str:
-        if weights == "none":
-            raise ValueError("a teacher of random weights has nothing to teach; give a file")
-        return weights
-
-
-class TimmTeacher(_OfTimm):
-    """Any timm classifier, fine-tuned elsewhere; its outputs must be this run's classes in this run's order."""
-
-    kind: Literal["timm"] = "timm"
-    weights: str = Field(
-        description="as model.weights: a file, mostly; its head must have this run's number of outputs"
-    )
-
-
-class ProbeTeacher(_OfTimm):
-    """Any pretrained timm net, as it is: before the first step its head is fitted, by logistic regression, to the images that the
-    run learns from."""
-
-    kind: Literal["probe"] = "probe"
-    weights: str = Field(description="as model.weights, of whatever classes: their own head is dropped")
-
-
-class RunTeacher(_Weighted):
-    """An earlier run of fgvc on the same classes."""
-
-    kind: Literal["run"] = "run"
-    path: Path = Field(description="its folder")
-    select: Literal["last", "best", "ema", "swa", "start"] | None = Field(
-        None, description="which weights; default: those it ships"
-    )
-
-
-class BundleTeacher(_Weighted):
-    """An exported bundle, on onnxruntime: on the CPU, and logits alone."""
-
-    kind: Literal["bundle"] = "bundle"
-    path: Path = Field(description="its folder")
-
-
-class EmaTeacher(_Weighted):
-    """The moving average of the net that learns."""
-
-    kind: Literal["ema"] = "ema"
-
-
-AnyTeacher = Annotated[
-    TimmTeacher | ProbeTeacher | RunTeacher | BundleTeacher | EmaTeacher, Field(discriminator="kind")
-]
 
 
 @dataclass(frozen=True, slots=True)

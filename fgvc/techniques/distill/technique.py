@@ -2,84 +2,30 @@
 
 By their softened probabilities (Hinton et al. 2015, arXiv:1503.02531), decoupled ones (DKD, Zhao et al., CVPR 2022,
 arXiv:2203.08679), attention (AT, Zagoruyko & Komodakis, ICLR 2017, arXiv:1612.03928) or features (FitNets, Romero et al.,
-ICLR 2015, arXiv:1412.6550); the formulas are in `fgvc.techniques.distill.losses`. After stripping nothing is left: teachers are outside of the
-net, and the hints' regressors are branches.
+ICLR 2015, arXiv:1412.6550); the formulas are in losses.py. After stripping nothing is left: teachers are outside of the net, and
+the hints' regressors are branches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from fgvc.config.schedule import Scheduled, at, ever
-from fgvc.config.section import Section
+from fgvc.errors import FgvcError
 from fgvc.models.class_maps import dominant
+from fgvc.techniques.api import Batch, EpochStart, Output
 from fgvc.techniques.distill.ensemble import Panel
 from fgvc.techniques.distill.losses import attention, decoupled, divergence, hint, softened
-from fgvc.techniques.distill.teacher import AnyTeacher, EmaTeacher, Said, Teacher
+from fgvc.techniques.distill.settings import DistillSettings
+from fgvc.techniques.distill.teacher import Said, Teacher
 from fgvc.techniques.plan import Context, Plan
-from fgvc.types import Batch, EpochStart, FgvcError, Output
 
 MAIN = "main"
-
-
-class DistillConfig(Section):
-    """Learn from teachers, on the very pixels of the main view."""
-
-    kind: Literal["distill"] = "distill"
-    teachers: tuple[AnyTeacher, ...] = Field(
-        (EmaTeacher(),),
-        description="any of {kind: run, path: RUN}, {kind: bundle, path: BUNDLE}, {kind: timm, backbone: NAME, weights: FILE} "
-        "(trained on these classes), {kind: probe, backbone: NAME, weights: FILE, size: 224} (pretrained alone: before the first "
-        "step a head is fitted to its frozen features of the training images), {kind: ema} (the run's own average); of several "
-        "the softened probabilities are averaged by their `weight`. A larger one sees the larger render where nothing mixes or "
-        "erases the images, else the student's pixels enlarged",
-    )
-    method: Literal["kd", "dkd"] = Field(
-        "kd", description="dkd needs whole labels: a step whose labels are mixed falls back to kd"
-    )
-    kd: Scheduled = Field(
-        1.0,
-        description="weight of T^2 KL(teacher || student), of either method. A loss of a CE + b KD is CE + (b/a) KD here and a "
-        "times the rate: 0.1 and 0.9 are kd: 9. A warm-up is knots such as [[0, 0], [0.1, 1]]",
-    )
-    temperature: float = Field(4.0, gt=0, description="T, of both softmaxes; of dkd on ImageNet its authors take 1")
-    alpha: float = Field(1.0, ge=0, description="of dkd: weight of target against all the rest")
-    beta: float = Field(
-        8.0, ge=0, description="of dkd: weight of the classes among the rest. 8 is its authors' for CIFAR-100; ImageNet: 0.5"
-    )
-    attention: Scheduled = Field(
-        0.0, description="weight of 1000 mean (a_s - a_t)^2 of the last maps' attention (AT), squared, then pooled to one size"
-    )
-    hints: Scheduled = Field(
-        0.0, description="weight of mean (r(f_s) - f_t)^2 of the last maps, r a learned 1x1 convolution "
-        "(mdistiller, a library, has 100)"
-    )
-    cache: Path | None = Field(
-        None,
-        description="folder where teachers' logits are kept (4 (K + 7) bytes an image and epoch), for later runs with the same "
-        "teacher, images, augmentation and seed; used in steps where nothing mixes or erases the images",
-    )
-
-    @field_validator("teachers")
-    @classmethod
-    def _some(cls, teachers: tuple[AnyTeacher, ...]) -> tuple[AnyTeacher, ...]:
-        if not teachers:
-            raise ValueError("give at least one, for example [{kind: run, path: runs/large}], or [{kind: ema}]")
-        return teachers
-
-    @property
-    def needs_ema(self) -> bool:
-        return any(isinstance(teacher, EmaTeacher) for teacher in self.teachers)
-
-    def build(self) -> Distill:
-        return Distill(self)
 
 
 class Distill:
@@ -93,7 +39,7 @@ class Distill:
     leaves: ClassVar[str] = "nothing"
     measures: ClassVar[tuple[str, ...]] = ("teacher_accuracy",)
 
-    def __init__(self, config: DistillConfig) -> None:
+    def __init__(self, config: DistillSettings) -> None:
         self.config = config
         self.weights: Mapping[str, Scheduled] = {"kd": config.kd, "attention": config.attention, "hints": config.hints}
         self.teachers: list[Teacher] = []  # empty where a trained net is only rebuilt

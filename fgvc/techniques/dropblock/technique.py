@@ -6,41 +6,17 @@ The random control of `adl`. Left after stripping: nothing, it is the identity i
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.config.schedule import Scheduled, Value, at, ever
-from fgvc.config.section import Section
-from fgvc.techniques.plan import Context, Plan, Stages
-from fgvc.types import Batch
-
-
-class DropblockConfig(Section):
-    """Drop squares of a stage's map at random places."""
-
-    kind: Literal["dropblock"] = "dropblock"
-    stages: Stages = ("features",)
-    rate: Scheduled = Field(
-        ((0.0, 0.0), (1.0, 0.1)), description="share of the map that is dropped, about; the paper lets it grow from 0"
-    )
-    block: int = Field(
-        7, ge=1, description="side of a square in cells of the map; at most half of the map's side is used"
-    )
-
-    @field_validator("rate")
-    @classmethod
-    def _some_left(cls, rate: Value) -> Value:
-        if ever(rate, above=0.9):
-            raise ValueError("at most 0.9: something must be left")
-        return rate
-
-    def build(self) -> Dropblock:
-        return Dropblock(self)
+from fgvc.config.schedule import at
+from fgvc.techniques.api import Batch
+from fgvc.techniques.dropblock.settings import DropblockSettings
+from fgvc.techniques.plan import Context, Plan
 
 
 class Dropblock:
@@ -51,7 +27,7 @@ class Dropblock:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: DropblockConfig) -> None:
+    def __init__(self, config: DropblockSettings) -> None:
         self.config = config
 
     def setup(self, plan: Plan) -> None:

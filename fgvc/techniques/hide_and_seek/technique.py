@@ -6,37 +6,17 @@ The random counterpart of adversarial erasing. Left after stripping: nothing, it
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.config.section import Section
-from fgvc.techniques.masks import FILLS, Fill, erase, sparing
+from fgvc.techniques.api import Batch
+from fgvc.techniques.hide_and_seek.settings import HideAndSeekSettings
+from fgvc.techniques.masks import erase, sparing
 from fgvc.techniques.plan import Context
-from fgvc.types import Batch
-
-
-class HideAndSeekConfig(Section):
-    """Hide random cells of a grid laid over the image."""
-
-    kind: Literal["hide_and_seek"] = "hide_and_seek"
-    probability: float = Field(0.5, ge=0, le=1, description="of hiding anything in an image (paper: 1)")
-    grid: int = Field(
-        4,
-        ge=2,
-        le=32,
-        description="cells a side, so that they grow with the image. The authors' code (and wsolevaluation's grid_size) has the "
-        "side of a cell in pixels instead, drawn from none, 16, 32, 44 and 56 of 224: 14 to 4 cells a side",
-    )
-    share: float = Field(0.5, gt=0, lt=1, description="probability of hiding a cell")
-    fill: Fill = Field("zero", description=f"{FILLS}; the paper's is zero")
-
-    def build(self) -> HideAndSeek:
-        return HideAndSeek(self)
 
 
 class HideAndSeek:
@@ -46,7 +26,7 @@ class HideAndSeek:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: HideAndSeekConfig) -> None:
+    def __init__(self, config: HideAndSeekSettings) -> None:
         self.config = config
 
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:

@@ -6,26 +6,16 @@ Left after stripping: nothing, it only changes the batch.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from fgvc.techniques.mixing import Mixing, draws, mixed_target, partners
+from fgvc.techniques.api import Batch
+from fgvc.techniques.mixing import draws, mixed_target, partners
+from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.plan import Context
-from fgvc.types import Batch
-
-
-class MixupConfig(Mixing):
-    """Mix each image with another one of its batch."""
-
-    kind: Literal["mixup"] = "mixup"
-    alpha: float = Field(0.2, gt=0, description="lambda ~ Beta(alpha, alpha)")
-
-    def build(self) -> Mixup:
-        return Mixup(self)
 
 
 class Mixup:
@@ -35,7 +25,7 @@ class Mixup:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: MixupConfig) -> None:
+    def __init__(self, config: MixupSettings) -> None:
         self.config = config
         self.mixes = config.share
 

@@ -6,48 +6,19 @@ Early stages learn directly to tell the classes, each where it sees best. After 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self, cast
+from typing import ClassVar, cast
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fgvc.config.schedule import Scheduled, at, ever
-from fgvc.config.section import Section
+from fgvc.errors import FgvcError
 from fgvc.models.loss import cross_entropy
+from fgvc.techniques.api import Output
 from fgvc.techniques.multiscale_head.asff import Asff
-from fgvc.techniques.plan import FEATURES, Context, Plan, Stages
-from fgvc.types import FgvcError, Output
-
-WIDEST = 256  # channels of the fused map unless told: its 3x3 convolutions are what a step pays for
-
-
-class MultiscaleHeadConfig(Section):
-    """Classify a fusion of several stages, and each of them alone."""
-
-    kind: Literal["multiscale_head"] = "multiscale_head"
-    stages: Stages = (-3, -2, -1)
-    level: int | Literal["features"] | None = Field(
-        None, description="of `stages` the one to whose size the others are brought; null: the middle one"
-    )
-    width: int | None = Field(
-        None, ge=1, description=f"channels of the fused map; null: those of the stage at `level`, up to {WIDEST}"
-    )
-    fused: Scheduled = Field(1.0, description="weight of the cross-entropy of the fused stages' classifier")
-    each: Scheduled = Field(
-        0.3, description="weight of the mean cross-entropy of a classifier on each stage (deep supervision)"
-    )
-
-    @model_validator(mode="after")
-    def _fuses(self) -> Self:
-        if len(self.stages) < 2:
-            raise ValueError("stages: to fuse there must be two or more")
-        if self.level is not None and self.level not in self.stages:
-            raise ValueError(f"level: {self.level} is not one of stages {list(self.stages)}")
-        return self
-
-    def build(self) -> MultiscaleHead:
-        return MultiscaleHead(self)
+from fgvc.techniques.multiscale_head.settings import WIDEST, MultiscaleHeadSettings
+from fgvc.techniques.plan import Context, Plan
+from fgvc.techniques.settings import FEATURES
 
 
 class MultiscaleHead:
@@ -57,7 +28,7 @@ class MultiscaleHead:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: MultiscaleHeadConfig) -> None:
+    def __init__(self, config: MultiscaleHeadSettings) -> None:
         self.config = config
         self.weights: Mapping[str, Scheduled] = {"fused": config.fused, "each": config.each}
         self.measures = tuple(f"share_of_{stage}" for stage in config.stages)

@@ -8,25 +8,12 @@ plain kernels, exactly.
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar
 
 from fgvc.reparam.kinds import overparam
-from fgvc.techniques.branches import Where, graft_chosen
+from fgvc.techniques.branches import graft_chosen
+from fgvc.techniques.overparam.settings import OverparamSettings
 from fgvc.techniques.plan import Plan
-
-
-class OverparamConfig(Where):
-    """Several branches of a convolution's own size beside it, 1x1 and identity; step 0 is the pretrained function."""
-
-    kind: Literal["overparam"] = "overparam"
-    branches: int = Field(
-        4, ge=1, le=8, description="of the convolution's own size, beside itself: 4 make five such paths; MobileOne's k = 4 is 3"
-    )
-
-    def build(self) -> Overparam:
-        return Overparam(self)
 
 
 class Overparam:
@@ -37,7 +24,7 @@ class Overparam:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
 
-    def __init__(self, config: OverparamConfig) -> None:
+    def __init__(self, config: OverparamSettings) -> None:
         self.config = config
 
     def setup(self, plan: Plan) -> None:

@@ -7,45 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
-from fgvc.config.section import Section, ShareRange
+from fgvc.techniques.api import Batch
 from fgvc.techniques.masks import erase, inside, sparing
 from fgvc.techniques.plan import Context
-from fgvc.types import Batch
+from fgvc.techniques.random_erasing.settings import RandomErasingSettings
 
 TRIES = {"original": 100, "timm": 10}
-
-
-class RandomErasingConfig(Section):
-    """Erase a rectangle of random area and aspect."""
-
-    kind: Literal["random_erasing"] = "random_erasing"
-    statistics: Literal["original", "timm"] = Field(
-        "original",
-        description="of the aspect. original: uniform in [aspect, 1/aspect], so mostly tall boxes; timm: log-uniform there",
-    )
-    probability: float = Field(0.5, ge=0, le=1, description="of erasing from an image")
-    area: ShareRange = Field(
-        (0.02, 0.2),
-        description="share of the image, uniform (paper: 0.02 to 0.4; small parts matter on fine-grained data)",
-    )
-    aspect: float = Field(0.3, gt=0, le=1, description="least height / width; its inverse is the largest")
-    boxes: int = Field(1, ge=1, le=64, description="rectangles an image, which share the area")
-    fill: Literal["zero", "mean", "random", "pixel"] = Field(
-        "zero",
-        description="zero: the data set's mean colour (0 after normalisation; the authors' code) | mean: the picture's own | "
-        "random: one normal colour | pixel: normal noise (timm's), a random value each, as the paper fills (uniform there)",
-    )
-
-    def build(self) -> RandomErasing:
-        return RandomErasing(self)
 
 
 class RandomErasing:
@@ -55,7 +29,7 @@ class RandomErasing:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: RandomErasingConfig) -> None:
+    def __init__(self, config: RandomErasingSettings) -> None:
         self.config = config
 
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:

@@ -6,20 +6,12 @@ its own batch norm. After stripping nothing is left: the branches are folded int
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from fgvc.reparam.kinds import repvgg
-from fgvc.techniques.branches import Where, graft_chosen
+from fgvc.techniques.branches import graft_chosen
 from fgvc.techniques.plan import Plan
-
-
-class RepvggConfig(Where):
-    """1x1 and identity branches beside square convolutions; step 0 is the pretrained function."""
-
-    kind: Literal["repvgg"] = "repvgg"
-
-    def build(self) -> Repvgg:
-        return Repvgg(self)
+from fgvc.techniques.repvgg.settings import RepvggSettings
 
 
 class Repvgg:
@@ -29,7 +21,7 @@ class Repvgg:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
 
-    def __init__(self, config: RepvggConfig) -> None:
+    def __init__(self, config: RepvggSettings) -> None:
         self.config = config
 
     def setup(self, plan: Plan) -> None:

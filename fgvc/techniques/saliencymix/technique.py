@@ -5,29 +5,17 @@ Left after stripping: nothing, it only changes the batch.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from fgvc.techniques.mixing import Mixing, boxes_around, boxes_of_partners, draws, partners
+from fgvc.techniques.api import Batch
+from fgvc.techniques.mixing import boxes_around, boxes_of_partners, draws, partners
 from fgvc.techniques.plan import Context
 from fgvc.techniques.saliencymix.saliency import peaks, saliency
-from fgvc.types import Batch
-
-
-class SaliencymixConfig(Mixing):
-    """Put the part of another image that stands out into each, where it was."""
-
-    kind: Literal["saliencymix"] = "saliencymix"
-    alpha: float = Field(
-        1.0, gt=0, description="the box's share of the image, before edges cut it, ~ Beta(alpha, alpha)"
-    )
-
-    def build(self) -> Saliencymix:
-        return Saliencymix(self)
+from fgvc.techniques.saliencymix.settings import SaliencymixSettings
 
 
 class Saliencymix:
@@ -40,7 +28,7 @@ class Saliencymix:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: SaliencymixConfig) -> None:
+    def __init__(self, config: SaliencymixSettings) -> None:
         self.config = config
         self.mixes = config.share
 

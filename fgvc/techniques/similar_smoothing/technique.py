@@ -7,37 +7,18 @@ the classes whose mean features are alike. After stripping nothing is left: the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.config.schedule import ScheduledShare
-from fgvc.config.section import Section
+from fgvc.models.target import Target
+from fgvc.techniques.api import Output
 from fgvc.techniques.centres import Noted, class_sums
 from fgvc.techniques.plan import Context, Plan
-from fgvc.types import Output, Target
-
-
-class SimilarSmoothingConfig(Section):
-    """Smooth labels towards the classes that look alike."""
-
-    kind: Literal["similar_smoothing"] = "similar_smoothing"
-    similar: ScheduledShare = Field(
-        0.1,
-        description="share e of a label that goes to other classes: target = (1 - e) one-hot + e S. loss.label_smoothing stays "
-        "beside it, (1 - l - e) one-hot + l / K + e S: set that to 0 to have this alone",
-    )
-    temperature: float = Field(0.1, gt=0, description="of the softmax over cosines: low, and only the most alike share")
-    rate: float = Field(0.1, gt=0, le=1, description="how fast a class's mean features follow those of a step")
-
-    needs_whole_labels: ClassVar[bool] = True  # for the means
-    needs_cross_entropy: ClassVar[bool] = True  # of the base loss, without weights of classes
-
-    def build(self) -> SimilarSmoothing:
-        return SimilarSmoothing(self)
+from fgvc.techniques.similar_smoothing.settings import SimilarSmoothingSettings
 
 
 class SimilarSmoothing:
@@ -48,7 +29,7 @@ class SimilarSmoothing:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: SimilarSmoothingConfig) -> None:
+    def __init__(self, config: SimilarSmoothingSettings) -> None:
         self.config = config
         self.weights: Mapping[str, ScheduledShare] = {"similar": config.similar}
         self._noted = Noted()

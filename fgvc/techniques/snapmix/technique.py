@@ -7,35 +7,17 @@ which leaves the batch norms alone. Left after stripping: nothing, it only chang
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.techniques.mixing import Mixing, draw_boxes, draws, inside, mixed_target, partners, pasted
-from fgvc.techniques.plan import AnyMethod, Context, Plan
-from fgvc.types import Batch
-
-
-class SnapmixConfig(Mixing):
-    """Put a piece of another image into each; labels by their share of the class maps, not of the area."""
-
-    kind: Literal["snapmix"] = "snapmix"
-    alpha: float = Field(5.0, gt=0, description="shares of both boxes, before edges cut them, ~ Beta(alpha, alpha)")
-    map: AnyMethod = Field(
-        "auto", description="cam (the paper's) | gradcam | gradcam++; auto: cam if the head allows it"
-    )
-    one_class: Literal["once", "twice"] = Field(
-        "once",
-        description="pairs of one class. once: their two weights add up, as for any pair | twice: each of the two is that sum, "
-        "as in the authors' code, so that such an image counts double. Their code also resizes pieces with corners aligned",
-    )
-
-    def build(self) -> Snapmix:
-        return Snapmix(self)
+from fgvc.techniques.api import Batch
+from fgvc.techniques.mixing import draw_boxes, draws, inside, mixed_target, partners, pasted
+from fgvc.techniques.plan import Context, Plan
+from fgvc.techniques.snapmix.settings import SnapmixSettings
 
 
 class Snapmix:
@@ -49,7 +31,7 @@ class Snapmix:
     forwards: ClassVar[str] = "1 (no backward), in steps that mix so"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: SnapmixConfig) -> None:
+    def __init__(self, config: SnapmixSettings) -> None:
         self.config = config
         self.mixes = config.share
 

@@ -5,29 +5,15 @@ Left after stripping: nothing, it is the identity in evaluation.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from fgvc.config.section import Section
+from fgvc.techniques.api import Batch
 from fgvc.techniques.plan import Context, Plan
-from fgvc.types import Batch
-
-
-class SpatialDropoutConfig(Section):
-    """Drop whole channels of one stage's output."""
-
-    kind: Literal["spatial_dropout"] = "spatial_dropout"
-    rate: float = Field(
-        0.1, gt=0, lt=1, description="share of the channels that is dropped; the others grow by 1/(1-rate)"
-    )
-    stage: int = Field(-1, description="of timm's feature_info; negative numbers count from the end")
-
-    def build(self) -> SpatialDropout:
-        return SpatialDropout(self)
+from fgvc.techniques.spatial_dropout.settings import SpatialDropoutSettings
 
 
 class SpatialDropout:
@@ -37,7 +23,7 @@ class SpatialDropout:
     forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing"
 
-    def __init__(self, config: SpatialDropoutConfig) -> None:
+    def __init__(self, config: SpatialDropoutSettings) -> None:
         self.config = config
         self._channels = 0
 

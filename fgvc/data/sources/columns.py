@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.dtypes import StringDType
-from pydantic import Field, field_validator, model_validator
 
-from fgvc.config.section import Section
+from fgvc.config.data import SPLITS, Source, Split
 from fgvc.data.splits import carve, fold_numbers
-from fgvc.io.names import one_line, refuse_breaking
-from fgvc.types import MAX_PIXELS, SPLITS, FgvcError, Split
+from fgvc.errors import FgvcError
+from fgvc.io.names import one_line, refuse_breaking, some
 
 TEXT = StringDType()
 _PARTS: dict[Split, tuple[str, ...]] = {
@@ -24,70 +23,6 @@ _PARTS: dict[Split, tuple[str, ...]] = {
     "test": ("test", "testing", "tst"),
 }
 _OF_PARTS = ("set", "data", "dataset", "split", "part", "images", "imgs")  # "train_set", "Training Images"
-
-
-class Source(Section):
-    """A labelled set on disk. Each kind adds `kind` and `read() -> ImageIndex`."""
-
-    root: Path = Field(description="folder of the set; image paths are relative to it")
-    val_fraction: float = Field(
-        0.1, ge=0, lt=1, description="share of the train part set aside for validation where the set has none; 0: none"
-    )
-    fold: tuple[int, int] | None = Field(
-        None,
-        description="[i, n]: validate on part i (from 0) of n equal parts of train, stratified, by whole groups where there are "
-        "groups, in the place of val_fraction and of the set's own validation part, which joins train; null: off",
-    )
-    hold_out: bool = Field(
-        True,
-        description="false: no validation part; what it would be is learned from, too, a part of the set's own included",
-    )
-    split_seed: int = Field(
-        0, ge=0, description="seed of the splits that fgvc makes; apart from train.seed, so that all runs share them"
-    )
-    max_unreadable: float = Field(
-        0.05, ge=0, le=1, description="share of unreadable files that is skipped and reported; above it training stops"
-    )
-    max_megapixels: float = Field(
-        MAX_PIXELS / 1e6,
-        gt=0,
-        le=4000,
-        description="most pixels of a picture, in millions; a larger one counts as unreadable. Where this is raised, JPEGs of "
-        "more than 50 are decoded at 1/2, 1/4 or 1/8 of their sides. An exported bundle does not know it: serve and predict have "
-        "--megapixels",
-    )
-    classes: list[str] | None = Field(
-        None, description="class names in the order of the outputs; default: the set's own order, else sorted"
-    )
-    first_classes: int | None = Field(
-        None, ge=2, description="only the first so many classes, for quick studies; null: all of them"
-    )
-
-    @model_validator(mode="after")
-    def _something_to_hold_out(self) -> Source:
-        if self.fold is not None and not self.hold_out:
-            raise ValueError("fold: is the part to validate on, and hold_out: false leaves none; give one of the two")
-        return self
-
-    @field_validator("fold")
-    @classmethod
-    def _one_of_several(cls, fold: tuple[int, int] | None) -> tuple[int, int] | None:
-        if fold is not None and not 0 <= fold[0] < fold[1] >= 2:
-            raise ValueError("[i, n] with n of 2 or more and i from 0 to n - 1, for example [0, 5]")
-        return fold
-
-    @property
-    def max_pixels(self) -> int:
-        return round(self.max_megapixels * 1e6)
-
-    def folder(self) -> Path:
-        """`root`, which must exist."""
-        root = self.root.expanduser()
-        if not root.is_dir():
-            raise FgvcError(
-                f"{root}: data.root is {'not a folder' if root.exists() else 'not there'}; name the set's folder"
-            )
-        return root
 
 
 def part_of(name: str) -> Split | None:
@@ -251,9 +186,3 @@ def repeated(
     if rest := [paths[b] for a, b in twice if labels[a] == labels[b] and splits[a] == splits[b]]:
         found.append(f"{len(rest)} rows name an image again: {some(rest, 3)}; remove them, unless it is to count twice")
     return tuple(found)
-
-
-def some(names: Sequence[object], limit: int = 5) -> str:
-    """The first few of a list, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(str(name) for name in names[:limit]) + more

@@ -1,77 +1,19 @@
-"""The vocabulary shared by every part of fgvc. Imports no torch, so that prediction can use it.
+"""What a technique is given and gives: batches, views of them, and what the network said of these.
 
-Tensor legend: x (B,3,H,W) images, f (B,C,h,w) feature maps, z (B,K) logits, y (B,) labels.
-"""
+Shapes: x (B,3,H,W) images, f (B,C,h,w) feature maps, z (B,K) logits, y (B,) labels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
-MAX_PIXELS = 50_000_000  # of a picture, as its file says: the limit of every verb, unless a setting or an option says another
-
-
-class FgvcError(Exception):
-    """A mistake that fgvc can name: the message says what, where and what to do. The command line exits with 2."""
-
-
-class NoNumbersError(FgvcError):
-    """Logits that are NaN or infinite, of which an arg-max would name a class all the same."""
-
-
-class ImageError(FgvcError):
-    """One image that can't be read; `reason` is short enough for a table."""
-
-    def __init__(self, path: object, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = str(path), reason
-
-    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
-        return ImageError, (self.path, self.reason)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageIndex:
-    """A labelled set of images as columns (N rows), not as N objects: a million rows fit in some 100 MB and
-    workers that fork share them without copying (numpy's strings carry no reference counts)."""
-
-    root: Path
-    classes: tuple[str, ...]  # the position is the class number, in training, in the bundle and in every report
-    paths: np.ndarray  # (N,) numpy StringDType: relative to root, "/" as separator
-    labels: np.ndarray  # (N,) int32 in [0, K)
-    splits: np.ndarray  # (N,) int8: position in SPLITS
-    groups: np.ndarray | None = None  # (N,) StringDType: rows of one group never straddle a split
-    # Both in pixels of the image as it is stored; fgvc.images.upright turns them with it where EXIF says how it was held.
-    boxes: np.ndarray | None = None  # (N,4) float32: x, y, width, height
-    parts: np.ndarray | None = None  # (N,P,3) float32: x, y, visible
-    part_names: tuple[str, ...] = ()
-    recognised: str = ""  # one line for people: what layout was found, and which split rule applies
-    warnings: tuple[str, ...] = ()  # a line each: what was left out of the set, or is odd about its files
-    max_pixels: int = MAX_PIXELS  # of an image that is read
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def rows(self, split: Split) -> np.ndarray:
-        """Row numbers (int64, ascending) of one split."""
-        return np.flatnonzero(self.splits == SPLITS.index(split))
-
-    def path(self, row: int) -> Path:
-        return self.root / str(self.paths[row])
-
-
-Target = Sequence[tuple["Tensor", "Tensor | None"]]
-"""A soft label as a list of (labels (B,) int64, weights (B,) float32); the loss is sum_j weight_j * CE(label_j).
-None stands for weights of one. Weights need not sum to one (SnapMix)."""
+from fgvc.errors import FgvcError
+from fgvc.models.target import Target
 
 
 @dataclass(slots=True)

@@ -1,0 +1,204 @@
+"""Settings of data: the kinds of sets, their splits, and what training does to each image."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fgvc.config.images import MAX_PIXELS
+from fgvc.config.section import Section
+from fgvc.errors import FgvcError
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+Range = tuple[float, float]
+
+
+class Augment(Section):
+    """How training images are varied."""
+
+    crop: Literal["random_resized", "fit"] = Field(
+        "random_resized",
+        description="random_resized: a window of random area and aspect, stretched to size; "
+        "fit: a window of random area that keeps the deployed fit's geometry (whole 2:1 leaves with deploy.resize=pad)",
+    )
+    crop_scale: Range = Field((0.35, 1.0), description="the window's area as a share of the image (fit: of its canvas)")
+    crop_ratio: Range = Field((0.75, 4 / 3), description="width / height of the window of random_resized")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
+    vertical_flip: float = Field(0.0, ge=0, le=1, description="probability of an upside-down flip")
+    rotate: float = Field(0.0, ge=0, le=180, description="largest rotation in degrees, either way")
+    translate: float = Field(0.0, ge=0, lt=1, description="largest shift as a share of the size, either way")
+    zoom: float = Field(0.0, ge=0, lt=1, description="scale factor uniform in 1 +- this, after the crop")
+    shear: float = Field(0.0, ge=0, lt=90, description="largest horizontal shear in degrees, either way")
+    brightness: float = Field(0.2, ge=0, le=1, description="factor uniform in 1 +- this")
+    contrast: float = Field(0.2, ge=0, le=1, description="factor uniform in 1 +- this")
+    saturation: float = Field(0.2, ge=0, le=1, description="factor uniform in 1 +- this")
+    hue: float = Field(0.0, ge=0, le=0.5, description="shift uniform in +- this share of the colour circle")
+    grayscale: float = Field(0.0, ge=0, le=1, description="probability of dropping the colour")
+
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def _ordered(cls, value: Range) -> Range:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("give two numbers above 0, the smaller first")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _share(cls, value: Range) -> Range:
+        if value[1] > 1:
+            raise ValueError("a share of the image's area is at most 1")
+        return value
+
+    def shrink_to(self, size: tuple[int, int]) -> int:
+        """What an image's shorter side may shrink to before the smallest crop of `size` would have to be enlarged."""
+        return math.ceil(max(size) / math.sqrt(self.crop_scale[0]))
+
+
+class Source(Section):
+    """A labelled set on disk. Each kind adds `kind`; fgvc.data.sources.read reads it."""
+
+    root: Path = Field(description="folder of the set; image paths are relative to it")
+    val_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of the train part set aside for validation where the set has none; 0: none"
+    )
+    fold: tuple[int, int] | None = Field(
+        None,
+        description="[i, n]: validate on part i (from 0) of n equal parts of train, stratified, by whole groups where there are "
+        "groups, in the place of val_fraction and of the set's own validation part, which joins train; null: off",
+    )
+    hold_out: bool = Field(
+        True,
+        description="false: no validation part; what it would be is learned from, too, a part of the set's own included",
+    )
+    split_seed: int = Field(
+        0, ge=0, description="seed of the splits that fgvc makes; apart from train.seed, so that all runs share them"
+    )
+    max_unreadable: float = Field(
+        0.05, ge=0, le=1, description="share of unreadable files that is skipped and reported; above it training stops"
+    )
+    max_megapixels: float = Field(
+        MAX_PIXELS / 1e6,
+        gt=0,
+        le=4000,
+        description="most pixels of a picture, in millions; a larger one counts as unreadable. Where this is raised, JPEGs of "
+        "more than 50 are decoded at 1/2, 1/4 or 1/8 of their sides. An exported bundle does not know it: serve and predict have "
+        "--megapixels",
+    )
+    classes: list[str] | None = Field(
+        None, description="class names in the order of the outputs; default: the set's own order, else sorted"
+    )
+    first_classes: int | None = Field(
+        None, ge=2, description="only the first so many classes, for quick studies; null: all of them"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_hold_out(self) -> Source:
+        if self.fold is not None and not self.hold_out:
+            raise ValueError("fold: is the part to validate on, and hold_out: false leaves none; give one of the two")
+        return self
+
+    @field_validator("fold")
+    @classmethod
+    def _one_of_several(cls, fold: tuple[int, int] | None) -> tuple[int, int] | None:
+        if fold is not None and not 0 <= fold[0] < fold[1] >= 2:
+            raise ValueError("[i, n] with n of 2 or more and i from 0 to n - 1, for example [0, 5]")
+        return fold
+
+    @property
+    def max_pixels(self) -> int:
+        return round(self.max_megapixels * 1e6)
+
+    def folder(self) -> Path:
+        """`root`, which must exist."""
+        root = self.root.expanduser()
+        if not root.is_dir():
+            raise FgvcError(
+                f"{root}: data.root is {'not a folder' if root.exists() else 'not there'}; name the set's folder"
+            )
+        return root
+
+
+Name = Literal["flowers102", "oxford_pets", "aircraft", "stanford_cars"]
+
+
+class CubData(Source):
+    """Files in CUB's layout. The official test part stays; validation is taken from the official train part."""
+
+    kind: Literal["cub"] = "cub"
+
+
+class FolderData(Source):
+    """train/<class>/..., with val/ (or valid/, validation/) and test/ beside it; or <class>/... straight away.
+
+    Parts may be called by other usual names (training, dev, testing), in any capitals. Images in folders below a class belong to
+    the class, and so do those behind links, unless these lead to another class or a folder above. Hidden files and files of
+    other types are left out, and what was left out is said.
+    """
+
+    kind: Literal["folder"] = "folder"
+    test_fraction: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="share of all images set aside for test where the classes lie in one folder; 0: none",
+    )
+    group_size: int | None = Field(
+        None,
+        ge=2,
+        description="for photographs taken in a row, which are alike: by the numbers in their names, so many of a class in "
+        "turn are a group, which no split that fgvc makes divides, and no fold; null: no groups",
+    )
+
+
+class CsvData(Source):
+    """A table with a header. Rows of one group (one animal, one plant, one day) never straddle a split."""
+
+    kind: Literal["csv"] = "csv"
+    file: Path = Field(description="the table; relative to root unless absolute")
+    path_column: str = Field("path", description="column of the image's path, relative to root")
+    label_column: str = Field("label", description="column of the class name")
+    split_column: str = Field("split", description="column of train, val or test; may be missing from the table")
+    group_column: str = Field("group", description="column of the group's name; may be missing from the table")
+    delimiter: str = Field(",", min_length=1, max_length=1, description="character between the fields")
+    encoding: str | None = Field(
+        None, description="default: UTF-8 (or UTF-16 with its mark), else GB 18030, else Windows-1252"
+    )
+    test_fraction: float = Field(
+        0.2, ge=0, lt=1, description="share of all rows set aside for test where there is no split column; 0: none"
+    )
+
+
+class NamedData(Source):
+    """Flowers102, Oxford-IIIT Pet, FGVC Aircraft or Stanford Cars, with their own splits. CUB-200-2011 is `kind: cub`."""
+
+    kind: Literal["torchvision"] = "torchvision"
+    name: Name = Field(description="flowers102 | oxford_pets | aircraft | stanford_cars")
+    download: bool = Field(
+        False, description="fetch the set into root where it is not there (stanford_cars: impossible)"
+    )
+
+
+class AutoData(Source):
+    """CUB-200-2011's layout, class folders, or one table of images, whichever lies in root; a recipe that was read has the kind
+    that was found, with its keys, in place of this one.
+
+    CUB's tables come first. Class folders come before a table which adds nothing: one without a column of labels, or whose labels
+    are the folders' names. Such a table is read instead where it has splits that the folders lack, or groups. One with other
+    labels is not decided upon.
+    """
+
+    kind: Literal["auto"] = "auto"
+    root: Path = Field(description="folder of the set, or its table (.csv or .tsv)")
+    test_fraction: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share of all images set aside for test where the set has no splits; default 0.2; 0: none",
+    )
+    group_size: int | None = Field(None, ge=2, description="of class folders: see kind: folder")

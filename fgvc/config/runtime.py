@@ -1,0 +1,36 @@
+"""What a bundle holds beside the network."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from fgvc.config.section import Section
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+LOWEST, HIGHEST = 0.05, 20.0  # temperatures that are tried; one of these two was not found
+
+
+class Calibration(Section):
+    """How far the probabilities of a run and of its bundle can be believed: p = softmax(logits / temperature), and "none of
+    these" where the largest p is below `threshold`. The rest says where both come from; figures `after` are cross-fitted."""
+
+    temperature: float = Field(ge=LOWEST, le=HIGHEST, allow_inf_nan=False)
+    threshold: Share = Field(description="0: rejects nothing")
+    keep: Share = Field(description="share of the right answers that the threshold was to keep")
+    fitted_on: str = Field(description="part of the data")
+    images: int = Field(ge=1, description="of that part")
+    nll_before: float = Field(ge=0, allow_inf_nan=False, description="mean cross-entropy in nats")
+    nll_after: float = Field(ge=0, allow_inf_nan=False)
+    ece_before: Share = Field(description="expected calibration error, 15 bins")
+    ece_after: Share
+    kept: Share = Field(description="share of the right answers that get through")
+    coverage: Share = Field(description="share of the images that get an answer")
+    accuracy: Share = Field(description="of those answers")
+    note: str = Field("", description="why the temperature is 1, or what to think of it")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the temperature was fitted: where it could not be it is 1, or at a bound, and `note` says why."""
+        return self.temperature not in (LOWEST, HIGHEST) and (self.temperature != 1 or not self.note)

@@ -1,0 +1,112 @@
+"""Which techniques there are: fgvc's own by name, and those of installed packages."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, create_model
+
+from fgvc.config.schedule import ScheduledShare, at
+from fgvc.config.section import Section
+from fgvc.errors import FgvcError
+
+GROUP = "fgvc.techniques"  # of entry points: kind = "package.module:Settings"
+# In the order of the hooks: maps of the clean image are erased before images are mixed, random boxes after it.
+OWN = {
+    "ae_psl": "fgvc.techniques.ae_psl.settings:AePslSettings",
+    "cam_erasing": "fgvc.techniques.cam_erasing.settings:CamErasingSettings",
+    "mixup": "fgvc.techniques.mixup.settings:MixupSettings",
+    "cutmix": "fgvc.techniques.cutmix.settings:CutmixSettings",
+    "snapmix": "fgvc.techniques.snapmix.settings:SnapmixSettings",
+    "saliencymix": "fgvc.techniques.saliencymix.settings:SaliencymixSettings",
+    "mosaic": "fgvc.techniques.mosaic.settings:MosaicSettings",
+    "cutout": "fgvc.techniques.cutout.settings:CutoutSettings",
+    "random_erasing": "fgvc.techniques.random_erasing.settings:RandomErasingSettings",
+    "hide_and_seek": "fgvc.techniques.hide_and_seek.settings:HideAndSeekSettings",
+    "dcl": "fgvc.techniques.dcl.settings:DclSettings",
+    "attention_crop_drop": "fgvc.techniques.attention_crop_drop.settings:AttentionCropDropSettings",
+    "acol": "fgvc.techniques.acol.settings:AcolSettings",
+    "centre_loss": "fgvc.techniques.centre_loss.settings:CentreLossSettings",
+    "similar_smoothing": "fgvc.techniques.similar_smoothing.settings:SimilarSmoothingSettings",
+    "adl": "fgvc.techniques.adl.settings:AdlSettings",
+    "dropblock": "fgvc.techniques.dropblock.settings:DropblockSettings",
+    "spatial_dropout": "fgvc.techniques.spatial_dropout.settings:SpatialDropoutSettings",
+    "multiscale_head": "fgvc.techniques.multiscale_head.settings:MultiscaleHeadSettings",
+    "box_head": "fgvc.techniques.box_head.settings:BoxHeadSettings",
+    "distill": "fgvc.techniques.distill.settings:DistillSettings",
+    "acb": "fgvc.techniques.acb.settings:AcbSettings",
+    "dbb": "fgvc.techniques.dbb.settings:DbbSettings",
+    "repvgg": "fgvc.techniques.repvgg.settings:RepvggSettings",
+    "overparam": "fgvc.techniques.overparam.settings:OverparamSettings",
+}
+
+
+class TechniqueSettings(Section):
+    """Settings of a technique, which say by `kind` what it is called in recipes, and where the class is that does it: imported
+    when a net is built, so that settings can be read without torch."""
+
+    technique: ClassVar[str]  # "package.module:Class", made from these settings alone
+    kind: str = ""
+
+
+class Mixing(TechniqueSettings):
+    """The settings that all techniques have which mix images and their labels."""
+
+    probability: ScheduledShare = Field(
+        1.0,
+        description="share of the steps that mix so. A step has one mixing technique at most: where the shares of those that "
+        "are on add up to more than 1, each is divided by the sum",
+    )
+    per: Literal["batch", "sample"] = Field(
+        "batch", description="one draw for the whole batch (the papers), or one a sample"
+    )
+    pairing: Literal["any", "other_class"] = Field(
+        "any", description="other_class: with an image of another class where the batch has one"
+    )
+
+    def share(self, progress: float) -> float:
+        """Of the steps at `progress` in [0,1) those that mix so, where nothing else mixes."""
+        return at(self.probability, progress)
+
+
+def named(reference: str) -> Any:
+    """What "package.module:name" names. Raises ImportError or AttributeError."""
+    module, _, name = reference.partition(":")
+    return getattr(import_module(module), name)
+
+
+@cache
+def settings_by_kind() -> dict[str, type[TechniqueSettings]]:
+    """By kind, in the order of the hooks; those of installed packages come last. Raises FgvcError for one that can't be read, has
+    another kind than its name, or takes a name that is taken."""
+    own = {kind: named(reference) for kind, reference in OWN.items()}
+    for point in entry_points(group=GROUP):
+        where = f"entry point {point.name} of {point.dist.name if point.dist else GROUP}"
+        try:
+            found = point.load()
+        except (ImportError, AttributeError) as error:
+            raise FgvcError(f"{where}: {point.value} can't be imported: {error}; mend the package, or remove it") from error
+        if not (isinstance(found, type) and issubclass(found, TechniqueSettings)):
+            raise FgvcError(f"{where}: {point.value} is no TechniqueSettings (fgvc.config.techniques)")
+        if found.model_fields["kind"].default != point.name:
+            raise FgvcError(f"{where}: its kind is {found.model_fields['kind'].default!r}; give both one name")
+        if point.name in own:
+            raise FgvcError(f"{where}: there is a technique of that name already; choose another")
+        own[point.name] = found
+    return own
+
+
+_fields: dict[str, Any] = {
+    kind: (own | None, Field(None, description=own.__doc__)) for kind, own in settings_by_kind().items()
+}
+Techniques = create_model(
+    "Techniques", __base__=Section, __doc__="Technique -> its settings; null removes one.", **_fields
+)
+
+
+def chosen(techniques: Section) -> dict[str, TechniqueSettings]:
+    """The techniques that a recipe asks for, by kind, in the order of the hooks."""
+    return {kind: own for kind in settings_by_kind() if (own := getattr(techniques, kind)) is not None}

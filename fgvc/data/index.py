@@ -1,0 +1,48 @@
+"""The labelled images of a set, as columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fgvc.config.data import SPLITS, Split
+from fgvc.config.images import MAX_PIXELS
+from fgvc.images.decode import decode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageIndex:
+    """A labelled set of images as columns (N rows), not as N objects: a million rows fit in some 100 MB and
+    workers that fork share them without copying (numpy's strings carry no reference counts)."""
+
+    root: Path
+    classes: tuple[str, ...]  # the position is the class number, in training, in the bundle and in every report
+    paths: np.ndarray  # (N,) numpy StringDType: relative to root, "/" as separator
+    labels: np.ndarray  # (N,) int32 in [0, K)
+    splits: np.ndarray  # (N,) int8: position in SPLITS
+    groups: np.ndarray | None = None  # (N,) StringDType: rows of one group never straddle a split
+    # Both in pixels of the image as it is stored; fgvc.images.upright turns them with it where EXIF says how it was held.
+    boxes: np.ndarray | None = None  # (N,4) float32: x, y, width, height
+    parts: np.ndarray | None = None  # (N,P,3) float32: x, y, visible
+    part_names: tuple[str, ...] = ()
+    recognised: str = ""  # one line for people: what layout was found, and which split rule applies
+    warnings: tuple[str, ...] = ()  # a line each: what was left out of the set, or is odd about its files
+    max_pixels: int = MAX_PIXELS  # of an image that is read
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, split: Split) -> np.ndarray:
+        """Row numbers (int64, ascending) of one split."""
+        return np.flatnonzero(self.splits == SPLITS.index(split))
+
+    def path(self, row: int) -> Path:
+        return self.root / str(self.paths[row])
+
+
+def decode_row(index: ImageIndex, row: int) -> Image.Image:
+    """An image of a set, under the set's limit. Raises ImageError as `decode` does."""
+    return decode(index.path(row), max_pixels=index.max_pixels)

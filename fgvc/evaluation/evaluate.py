@@ -1,0 +1,119 @@
+"""Score a run on a part of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fgvc.config.data import Split
+from fgvc.config.recipe import Selected
+from fgvc.data.loader import evaluation_loader
+from fgvc.errors import FgvcError, NoNumbersError
+from fgvc.evaluation import metrics
+from fgvc.evaluation.calibration import Calibrated, spread
+from fgvc.evaluation.plot import plot_calibration, plot_confusion
+from fgvc.evaluation.sample import Sample
+from fgvc.evaluation.temperature import PART, calibration
+from fgvc.evaluation.tta import Views, averaged, canvas, refined
+from fgvc.io.tables import as_csv
+from fgvc.runs.measured import leave, measured
+from fgvc.runs.subject import Subject, subject
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores of one run's selected weights on one split; also in `<run>/metrics.json` under `<split>.<select>`.
+
+    With averaged views the split is called `<split>-<views>`.
+    """
+
+    run: Path
+    split: str
+    select: Selected
+    scores: metrics.Scores
+    right: NDArray[np.bool_]  # (N,) of the readable images, in the order of the data
+    unreadable: tuple[str, ...]
+    classes: tuple[str, ...]
+    calibrated: Calibrated | None  # None with averaged views, which no bundle has: their probabilities are not calibrated
+    stored: bool = True  # in the run; not where that can't be written
+
+
+def evaluate(
+    run: Path,
+    split: Literal["val", "test"] | None = None,
+    *,
+    select: Selected | None = None,
+    device: str | None = None,
+    views: Views | None = None,
+    root: Path | None = None,
+    max_pixels: int | None = None,
+) -> Evaluation:
+    """Score a run's weights on `split` (default: val where there is one, else test), in fp32, on one process.
+
+    The images are those that the run recorded when it began; `root`: the folder where its set lies now, where that has moved.
+    `device`: another than the run was trained on. `max_pixels`: of a picture, in place of the recipe's limit. `views`: average
+    over flips or crops, or look again at what a technique attends to; no bundle does, so it is recorded under a key of its own.
+    Writes `metrics.json`, `tables/{classes,confused,reliability,risk-coverage}-<split>.csv` and
+    `plots/{confusion,reliability,risk-coverage}-<split>.png` into the run (`-<split>-<select>` for other weights than the
+    recipe's selection), calibration by up to 10,000 of the images and without `views` only: the temperature and threshold are
+    the run's own, fitted on its validation part, whatever is scored. Of a run that can't be written nothing is stored, and
+    stderr says so. Raises FgvcError where the part is empty, or a file of it is gone or has another size than when the run began.
+    """
+    measured(run, "metrics.json")  # can be added to
+    seen = subject(run, select, branches=views == "refined", root=root, max_pixels=max_pixels)
+    index, preprocess, chosen = seen.index, seen.preprocess, seen.select
+    part, rows = seen.part(split)
+    spec = canvas(preprocess) if views is not None and "crops" in views else preprocess
+    if spec is not preprocess and spec.size == preprocess.size:
+        raise FgvcError(
+            f"--views {views}: the deployed crop is the whole canvas here, so all crops are the same; use flip"
+        )
+    with seen.placed(device) as (where, layout):
+        net = seen.step.net
+        unreadable: list[str] = []
+        loader = evaluation_loader(index, rows, spec=spec, batch_size=64, workers=seen.recipe.train.workers)
+        scored = net if views is None else averaged(net, views, preprocess.size)
+        if views == "refined":
+            scored = refined(seen.step.look, net)
+        sample = Sample(scored, spread(rows, len(index.classes)) if views is None else rows[:0])
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in loader:
+                unreadable.extend(str(error) for error in batch.bad)
+                sample.see(batch)
+                yield batch.images, batch.labels
+
+        try:
+            scores = metrics.evaluate(sample, batches(), classes=len(index.classes), device=where, memory_format=layout)
+        except NoNumbersError as error:
+            raise NoNumbersError(f"{run}: {chosen}, {part}: {error}; train anew with a lower optim.lr") from error
+    found = _calibrated(seen, part, sample, device) if views is None else None
+    name = part if views is None else f"{part}-{views}"
+    title = f"{part}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
+    stem = "-".join([name, *seen.apart])
+    files = {f"plots/confusion-{stem}.png": plot_confusion(scores.confusion, index.classes, title=title)}
+    tables: dict[str, Any] = {
+        "classes": scores.by_class(index.classes), "confused": scores.confused(index.classes)
+    }  # fmt: skip
+    if found is not None:
+        files |= {f"plots/{file}": picture for file, picture in plot_calibration(found, part=stem).items()}
+        tables |= {"reliability": found.rows(), "risk-coverage": found.curve_rows()}
+    files |= {f"tables/{table}-{stem}.csv": as_csv(lines).encode() for table, lines in tables.items()}
+    unfitted = {"calibrated": False, "note": "no temperature is fitted for averaged views"}
+    numbers = scores.numbers() | {"calibration": unfitted if found is None else found.numbers()}
+    stored = leave(run, files, rows={"metrics.json": {f"{name}.{chosen}": numbers}}, identity=seen.identity)
+    return Evaluation(run, name, chosen, scores, sample.right, tuple(unreadable), index.classes, found, stored)
+
+
+def _calibrated(seen: Subject, part: Split, sample: Sample, device: str | None) -> Calibrated | None:
+    """What the run's temperature does for the sample. None where none of its images can be read."""
+    given = sample.answers
+    if not len(given[1]):
+        return None
+    return calibration(seen, given=given if part == PART else None, device=device).on(part, given)

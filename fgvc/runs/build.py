@@ -1,0 +1,130 @@
+"""The net of a run and its training step, built from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.optim import list_optimizers
+from torch import Tensor, nn
+
+from fgvc.config.images import Preprocess
+from fgvc.config.models import Model, run_of
+from fgvc.config.recipe import Recipe
+from fgvc.config.techniques import chosen
+from fgvc.data.index import ImageIndex
+from fgvc.errors import FgvcError
+from fgvc.models.backbone import freeze, head_prefixes, plain_model, refuse_size, refuse_unknown
+from fgvc.models.loss import make_criterion
+from fgvc.models.norms import running_norms, zero_gamma
+from fgvc.models.probe import refuse_unprobed, zero_head
+from fgvc.models.weights import Weights, load_weights, preprocess_for, told, unlikely
+from fgvc.reparam.graft import Block, folded_state
+from fgvc.runs.folder import read_run, recorded_classes
+from fgvc.runs.step import StepModule
+from fgvc.techniques.distill.teacher import Teacher
+from fgvc.techniques.registry import build
+
+
+def class_counts(index: ImageIndex) -> NDArray[np.int64]:
+    """(K,): training images by class."""
+    return np.bincount(index.labels[index.rows("train")], minlength=len(index.classes))
+
+
+def refuse_names(recipe: Recipe) -> None:
+    """Raise FgvcError for names that timm does not know: of backbones and of the optimizer."""
+    refuse_unknown(recipe.model.backbone, key="model.backbone")
+    for kind, own in chosen(recipe.techniques).items():
+        for number, teacher in enumerate(getattr(own, "teachers", ())):
+            if (backbone := getattr(teacher, "backbone", None)) is not None:
+                refuse_unknown(backbone, key=f"techniques.{kind}.teachers.{number}.backbone")
+    if recipe.optim.name not in list_optimizers():
+        near = get_close_matches(recipe.optim.name, list_optimizers(), n=3, cutoff=0.5)
+        hint = f"; nearest: {', '.join(near)}" if near else f"; it has {', '.join(list_optimizers())}"
+        raise FgvcError(f"optim.name: timm has no optimizer {recipe.optim.name!r}{hint}")
+
+
+@dataclass(slots=True)
+class Built:
+    """The network side of a recipe, before any training."""
+
+    step: StepModule
+    weights: Weights
+    preprocess: Preprocess
+    pretrained: tuple[str, ...]  # parameters of `step` whose values are those of `weights`
+
+
+def build_net(
+    recipe: Recipe,
+    classes: int,
+    *,
+    pretrained: bool = True,
+    counts: NDArray[np.int64] | None = None,
+    opener: Callable[..., Teacher] | None = None,
+) -> Built:
+    """The plain model with its first weights, grafted and wrapped with what the techniques add; hooks not yet attached.
+
+    `pretrained=False` skips `model.weights`: for loading a checkpoint, whose run folder records the preprocessing.
+    `counts` (K,): training images by class, for a loss that weighs classes. `opener`: of teachers. Both are for a net that is
+    to learn; without an opener what techniques add for teachers is left out.
+    Raises FgvcError where the backbone can't take the image size, or a technique refuses the backbone.
+    """
+    size = recipe.image.size
+    net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs)
+    model = recipe.model if pretrained else recipe.model.model_copy(update={"weights": "none"})
+    weights = load_weights(net, model, stated=told(recipe.deploy), plain=_folded(Path(model.weights).expanduser()))
+    if pretrained:
+        zero_gamma(net, model)
+        if model.head == "zero":
+            zero_head(net)
+    else:
+        weights = replace(weights, origin="of the checkpoint")
+    anew = head_prefixes(net) if model.head != "timm" else ()
+    given = {id(p) for name, p in net.named_parameters() if name not in weights.fresh and not name.startswith(anew)}
+    epochs = recipe.train.epochs
+    for trained in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
+        refuse_size(net, trained, classes, recipe.model.backbone)
+    if pretrained and model.head == "probe":
+        refuse_unprobed(net, size, f"model.head: {recipe.model.backbone}")
+    preprocess = preprocess_for(recipe.deploy, size, weights)
+    if pretrained:
+        weights = replace(weights, doubts=(*weights.doubts, *unlikely(preprocess, weights)))
+    step = StepModule(
+        net,
+        build(recipe.techniques),
+        size=size,
+        criterion=make_criterion(recipe.loss, counts),
+        l1=recipe.loss.l1,
+        recompute=recipe.train.recompute,
+        frozen=_kept_as_they_are(net, recipe.model),
+        opener=None if opener is None else partial(opener, student=preprocess),
+    )
+    return Built(step, weights, preprocess, tuple(name for name, p in step.named_parameters() if id(p) in given))
+
+
+def _kept_as_they_are(net: nn.Module, model: Model) -> list[nn.Module]:
+    """Modules of a plain net that stay in eval mode while it learns."""
+    norms = running_norms(net) if model.batch_norm == "frozen" else []
+    return [*(freeze(net, model.freeze) if model.freeze else []), *norms]
+
+
+def _folded(path: Path) -> dict[str, Tensor] | None:
+    """The plain net's weights in a checkpoint of a run whose blocks were re-parameterised; None: of any other file."""
+    if (run := run_of(path)) is None or not path.is_file():
+        return None
+    step = build_net(read_run(run), len(recorded_classes(run)), pretrained=False).step
+    if not any(isinstance(module, Block) for module in step.net.modules()):
+        return None
+    try:
+        step.net.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError) as error:
+        raise FgvcError(f"model.weights: {path}: does not fit the recipe of its run: {error}") from error
+    state = folded_state(step.net.eval())
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}

@@ -1,0 +1,15 @@
+"""Settings of `acb`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from fgvc.techniques.settings import Where
+
+
+class AcbSettings(Where):
+    """Asymmetric branches beside square convolutions; step 0 is the pretrained function."""
+
+    technique: ClassVar[str] = "fgvc.techniques.acb.technique:Acb"
+
+    kind: Literal["acb"] = "acb"

@@ -1,0 +1,39 @@
+"""Settings of `box_head`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from fgvc.config.schedule import Scheduled, Value, ever
+from fgvc.config.techniques import TechniqueSettings
+
+
+class BoxHeadSettings(TechniqueSettings):
+    """Find the object's box in the crop; for data with boxes. Steps that mix labels are left out."""
+
+    technique: ClassVar[str] = "fgvc.techniques.box_head.technique:BoxHead"
+
+    kind: Literal["box_head"] = "box_head"
+    needs_boxes: ClassVar[bool] = True
+    needs_whole_labels: ClassVar[bool] = True
+    loss: Literal["giou", "diou", "ciou"] = Field(
+        "ciou",
+        description="1 - IoU, and: giou: the empty share of the hull | diou: the centres' distance | ciou: and aspect",
+    )
+    hidden: int = Field(64, ge=1, description="channels of the 1x1 convolution before the last layer")
+    visible: float = Field(
+        0.25, gt=0, le=1, description="least share of the box's area in the crop; else it is left out"
+    )
+    box: Scheduled = Field(1.0, description="weight of the box's loss")
+    confidence: Scheduled = Field(
+        1.0, description="weight of telling the found box's IoU beforehand (IoU-aware confidence)"
+    )
+
+    @field_validator("box")
+    @classmethod
+    def _learns(cls, box: Value) -> Value:
+        if not ever(box):
+            raise ValueError("with 0 nothing finds the box; take the technique out instead")
+        return box

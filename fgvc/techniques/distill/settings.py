@@ -1,0 +1,140 @@
+"""Settings of distillation, and of its teachers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from fgvc.config.images import Spread, Triple, possible_mean
+from fgvc.config.schedule import Scheduled
+from fgvc.config.section import Section, Size
+from fgvc.config.techniques import TechniqueSettings
+
+
+class _Weighted(Section):
+    weight: float = Field(1.0, gt=0, description="share in the mean of several teachers, in units of the others'")
+
+
+class _OfTimm(_Weighted):
+    """Any timm classifier."""
+
+    backbone: str = Field(description="by timm's name")
+    weights: str = Field(description="as model.weights")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to timm.create_model")
+    size: Size | None = Field(
+        None,
+        description="of its input: one number for a square, or [height, width]; default: what timm's weights were trained at",
+    )
+    mean: Triple | None = Field(None, description="of its input, RGB in [0,1]; default: as model.weights says")
+    std: Spread | None = Field(None, description="likewise")
+
+    @field_validator("mean")
+    @classmethod
+    def _within_range(cls, mean: Triple | None) -> Triple | None:
+        return mean if mean is None else possible_mean(mean, 1)
+
+    @field_validator("weights")
+    @classmethod
+    def _trained(cls, weights: str) -> str:
+        if weights == "none":
+            raise ValueError("a teacher of random weights has nothing to teach; give a file")
+        return weights
+
+
+class TimmTeacher(_OfTimm):
+    """Any timm classifier, fine-tuned elsewhere; its outputs must be this run's classes in this run's order."""
+
+    kind: Literal["timm"] = "timm"
+    weights: str = Field(
+        description="as model.weights: a file, mostly; its head must have this run's number of outputs"
+    )
+
+
+class ProbeTeacher(_OfTimm):
+    """Any pretrained timm net, as it is: before the first step its head is fitted, by logistic regression, to the images that the
+    run learns from."""
+
+    kind: Literal["probe"] = "probe"
+    weights: str = Field(description="as model.weights, of whatever classes: their own head is dropped")
+
+
+class RunTeacher(_Weighted):
+    """An earlier run of fgvc on the same classes."""
+
+    kind: Literal["run"] = "run"
+    path: Path = Field(description="its folder")
+    select: Literal["last", "best", "ema", "swa", "start"] | None = Field(
+        None, description="which weights; default: those it ships"
+    )
+
+
+class BundleTeacher(_Weighted):
+    """An exported bundle, on onnxruntime: on the CPU, and logits alone."""
+
+    kind: Literal["bundle"] = "bundle"
+    path: Path = Field(description="its folder")
+
+
+class EmaTeacher(_Weighted):
+    """The moving average of the net that learns."""
+
+    kind: Literal["ema"] = "ema"
+
+
+AnyTeacher = Annotated[
+    TimmTeacher | ProbeTeacher | RunTeacher | BundleTeacher | EmaTeacher, Field(discriminator="kind")
+]
+
+
+class DistillSettings(TechniqueSettings):
+    """Learn from teachers, on the very pixels of the main view."""
+
+    technique: ClassVar[str] = "fgvc.techniques.distill.technique:Distill"
+
+    kind: Literal["distill"] = "distill"
+    teachers: tuple[AnyTeacher, ...] = Field(
+        (EmaTeacher(),),
+        description="any of {kind: run, path: RUN}, {kind: bundle, path: BUNDLE}, {kind: timm, backbone: NAME, weights: FILE} "
+        "(trained on these classes), {kind: probe, backbone: NAME, weights: FILE, size: 224} (pretrained alone: before the first "
+        "step a head is fitted to its frozen features of the training images), {kind: ema} (the run's own average); of several "
+        "the softened probabilities are averaged by their `weight`. A larger one sees the larger render where nothing mixes or "
+        "erases the images, else the student's pixels enlarged",
+    )
+    method: Literal["kd", "dkd"] = Field(
+        "kd", description="dkd needs whole labels: a step whose labels are mixed falls back to kd"
+    )
+    kd: Scheduled = Field(
+        1.0,
+        description="weight of T^2 KL(teacher || student), of either method. A loss of a CE + b KD is CE + (b/a) KD here and a "
+        "times the rate: 0.1 and 0.9 are kd: 9. A warm-up is knots such as [[0, 0], [0.1, 1]]",
+    )
+    temperature: float = Field(4.0, gt=0, description="T, of both softmaxes; of dkd on ImageNet its authors take 1")
+    alpha: float = Field(1.0, ge=0, description="of dkd: weight of target against all the rest")
+    beta: float = Field(
+        8.0, ge=0, description="of dkd: weight of the classes among the rest. 8 is its authors' for CIFAR-100; ImageNet: 0.5"
+    )
+    attention: Scheduled = Field(
+        0.0, description="weight of 1000 mean (a_s - a_t)^2 of the last maps' attention (AT), squared, then pooled to one size"
+    )
+    hints: Scheduled = Field(
+        0.0, description="weight of mean (r(f_s) - f_t)^2 of the last maps, r a learned 1x1 convolution "
+        "(mdistiller, a library, has 100)"
+    )
+    cache: Path | None = Field(
+        None,
+        description="folder where teachers' logits are kept (4 (K + 7) bytes an image and epoch), for later runs with the same "
+        "teacher, images, augmentation and seed; used in steps where nothing mixes or erases the images",
+    )
+
+    @field_validator("teachers")
+    @classmethod
+    def _some(cls, teachers: tuple[AnyTeacher, ...]) -> tuple[AnyTeacher, ...]:
+        if not teachers:
+            raise ValueError("give at least one, for example [{kind: run, path: runs/large}], or [{kind: ema}]")
+        return teachers
+
+    @property
+    def needs_ema(self) -> bool:
+        return any(isinstance(teacher, EmaTeacher) for teacher in self.teachers)

@@ -1,0 +1,20 @@
+"""Settings of `saliencymix`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from fgvc.config.techniques import Mixing
+
+
+class SaliencymixSettings(Mixing):
+    """Put the part of another image that stands out into each, where it was."""
+
+    technique: ClassVar[str] = "fgvc.techniques.saliencymix.technique:Saliencymix"
+
+    kind: Literal["saliencymix"] = "saliencymix"
+    alpha: float = Field(
+        1.0, gt=0, description="the box's share of the image, before edges cut it, ~ Beta(alpha, alpha)"
+    )
