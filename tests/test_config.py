@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fgvc.config.recipe import Recipe, by_weights
 from fgvc.config.template import commented, recipes
 from fgvc.data.recipe import load_recipe
 from fgvc.errors import FgvcError
+from fgvc.runs.build import refuse_names
 
 GOOD = """\
 data:
@@ -79,8 +81,21 @@ def test_a_wrong_kind_of_data(file: Path) -> None:
     assert "'cub', 'folder', 'csv'" in refusal(file, "data.kind=cup")
 
 
-def test_an_unknown_backbone_names_near_ones(file: Path) -> None:
-    assert "timm has no model 'mobilenetv2'; near: " in refusal(file, "model.backbone=mobilenetv2")
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.backbone=mobilenetv2", "model.backbone: timm has no model 'mobilenetv2'; nearest: mobilenetv2_"),
+        ("optim.name=adamv", "optim.name: timm has no optimizer 'adamv'; nearest: adam"),
+        (
+            "techniques.distill.teachers=[{kind: timm, backbone: resnet5, weights: a.pth}]",
+            "techniques.distill.teachers.0.backbone: timm has no model 'resnet5'; nearest: resnet",
+        ),
+    ],
+)
+def test_names_that_only_timm_knows_are_refused_before_data_are_read(file: Path, setting: str, message: str) -> None:
+    recipe = load(Recipe, file, [setting])
+    with pytest.raises(FgvcError, match=re.escape(message)):
+        refuse_names(recipe)
 
 
 def test_ema_must_be_on_to_be_selected(file: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.cli.option import Config, Overrides, recipe_path
+from fgvc.cli.option import Config, Overrides, recipe_of
 from fgvc.errors import FgvcError
 
 
@@ -47,10 +47,10 @@ def check(
     ] = "error",
 ) -> None:
     """Balance, unreadable files, copies and near copies, colours, and with --suspects labels that look wrong."""
+    recipe = recipe_of(config, overrides)
     from fgvc import api
     from fgvc.cli import show
 
-    recipe = api.load_recipe(recipe_path(config), overrides or [])
     report = api.check(recipe, suspects=suspects, likeness=likeness, page=out, table=csv)
     show.check(report)
     for written in filter(None, (out, csv)):
@@ -70,9 +70,9 @@ def preview(
     ] = None,
 ) -> None:
     """Contact sheets of what the network will really see, technique by technique: images, targets, maps and masks."""
+    recipe = recipe_of(config, overrides)
     from fgvc import api
 
-    recipe = api.load_recipe(recipe_path(config), overrides or [])
     found = api.preview(recipe, out, images=images, epoch=epoch - 1, run=run)
     for note in found.notes:
         print(f"warning: {note}", file=sys.stderr)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fgvc.config.images import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from fgvc.config.recipe import Recipe
 
 Config = Annotated[str, typer.Argument(help="A recipe file, or the id of one that comes with fgvc.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")]
@@ -63,3 +66,10 @@ def recipe_path(config: str) -> Path:
     from fgvc.config.template import recipe_file
 
     return recipe_file(config)
+
+
+def recipe_of(config: str, overrides: list[str] | None) -> Recipe:
+    """A recipe by path or id, with what the command line changes. Needs no torch: mistakes are told at once."""
+    from fgvc.data.recipe import load_recipe
+
+    return load_recipe(recipe_path(config), overrides or [])

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.cli.option import Config, Device, Overrides, Root, Run, recipe_path
+from fgvc.cli.option import Config, Device, Overrides, Root, Run, recipe_of, recipe_path
 from fgvc.errors import FgvcError
 from fgvc.io.files import refuse_file, writing
 
@@ -68,18 +68,17 @@ def train(
     ] = False,
 ) -> None:
     """Train a run, or go on with one."""
+    recipe = recipe_of(config, overrides)
     from fgvc import api
     from fgvc.cli import show
     from fgvc.config.template import run_name
 
-    path = recipe_path(config)
-    recipe = api.load_recipe(path, overrides or [])
     if dry_run:
         show.forecast(api.forecast(recipe))
         return
     try:
         run = api.train(
-            recipe, out or Path("runs") / run_name(path), resume=resume, overwrite=overwrite, recorded=recorded
+            recipe, out or Path("runs") / run_name(recipe_path(config)), resume=resume, overwrite=overwrite, recorded=recorded
         )
     except KeyboardInterrupt as stop:
         done = str(stop) or "before the first step of this session"
@@ -189,11 +188,10 @@ def bench(
         if out is not None:
             write_figures(out, figures)
         return
-    from fgvc import api
+    recipe = recipe_of(config, overrides)
     from fgvc.cli import show
     from fgvc.studies import speed as measure
 
-    recipe = api.load_recipe(recipe_path(config), overrides or [])
     if each and what != "train":
         raise FgvcError("--each goes with `fgvc bench train`")
     if what == "train":

@@ -9,6 +9,8 @@ import pytest
 from fgvc.config.data import AutoData, CsvData, CubData, FolderData, Source
 from fgvc.config.loading import dump, load, override, validate
 from fgvc.config.recipe import Recipe
+from fgvc.data.recipe import decide
+from fgvc.data.sources.auto import resolved
 from fgvc.errors import FgvcError
 from fgvc.runs.images import read_index
 
@@ -21,7 +23,7 @@ def put(root: Path, *names: str) -> None:
 
 
 def found(root: Path, **settings: object) -> Source:
-    return AutoData(root=root, **settings).resolved()
+    return resolved(AutoData(root=root, **settings))
 
 
 def test_the_cub_layout(boxed: Path, tmp_path: Path) -> None:
@@ -167,13 +169,13 @@ def test_one_folder_is_told_as_class_folders_are(tmp_path: Path) -> None:
 
 def test_a_recipe_holds_what_was_found(recipe_tree: dict, colours: Path, tmp_path: Path) -> None:
     override(recipe_tree, "data.kind=auto")
-    recipe = validate(Recipe, recipe_tree, where="test")
+    recipe = decide(validate(Recipe, recipe_tree, where="test"))
     assert recipe.data == FolderData(root=colours)
     (tmp_path / "config.yaml").write_text(dump(recipe))
     assert "auto" not in (tmp_path / "config.yaml").read_text().split("image:")[0]
     assert load(Recipe, tmp_path / "config.yaml") == recipe
     assert "class folders in train/, val/, test/" in read_index(recipe).recognised
     with pytest.raises(FgvcError, match="no such|not there"):
-        validate(Recipe, recipe_tree | {"data": {"kind": "auto", "root": str(tmp_path / "gone")}}, where="test")
+        decide(validate(Recipe, recipe_tree | {"data": {"kind": "auto", "root": str(tmp_path / "gone")}}, where="test"))
     kinds = Recipe.model_json_schema()["properties"]["data"]["discriminator"]["mapping"]
     assert set(kinds) == {"auto", "cub", "folder", "csv", "torchvision"}
