@@ -108,7 +108,6 @@ def step_of(built: Built) -> dict[str, torch.Tensor]:
     losses["loss"].backward()
     for kind, after in step.hooks("after_step"):
         after(step.contexts[kind])
-    step.detach_hooks()
     wild = [name for name, value in losses.items() if not value.isfinite().all()]
     wild += [name for name, p in step.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     if wild:

@@ -69,7 +69,7 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
         with runtime(part.train) as process, open_session(part, process, index=index, teachers="not") as session:
             remembered = run is not None and look_through(session, run)
             for kind, technique in session.step.techniques.items():
-                if name == kind and getattr(technique, "remembers_images", False) and not remembered:
+                if name == kind and technique.remembers_images and not remembered:
                     notes.append(
                         f"{kind}.png: {kind} works with what a run remembers of each image, and shows nothing here; give "
                         "--run with a run of these very images"
@@ -171,7 +171,7 @@ def _evaluation_rows(session: Session, names: Sequence[str], images: int) -> lis
 
 def _view_cell(view: View, at: int, spec: Preprocess, names: Sequence[str]) -> Cell:
     said = _target(view.target, at, names) if view.classifies else "not classified"
-    return Cell(_picture(view.x[at], spec), f"{view.name.removeprefix('after:')}: {said}")
+    return Cell(_picture(view.x[at], spec), f"{view.name}: {said}")
 
 
 def _target(target: Target, at: int, names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from zlib import crc32
 
@@ -23,7 +23,7 @@ from fgvc.models.loss import cross_entropy
 from fgvc.models.norms import momenta, own_statistics, running_norms
 from fgvc.models.target import Target
 from fgvc.rng import STEP, generator
-from fgvc.techniques.api import Batch, Draws, Output, View
+from fgvc.techniques.api import Batch, Draws, Output, Technique, View, overrides
 from fgvc.techniques.distill.settings import AnyTeacher
 from fgvc.techniques.distill.teacher import Teacher
 from fgvc.techniques.plan import Context, Joints, Plan, context_of
@@ -42,7 +42,7 @@ class StepModule(nn.Module):
     def __init__(
         self,
         net: nn.Module,
-        techniques: Mapping[str, Any],
+        techniques: Mapping[str, Technique],
         *,
         size: tuple[int, int],
         criterion: Callable[[Tensor, Target], Tensor] = cross_entropy,
@@ -76,7 +76,6 @@ class StepModule(nn.Module):
         self._taps: dict[str, Tensor] = {}
         self._fired: set[tuple[str, str]] = set()
         self._group: list[View] = []
-        self._groups: list[list[View]] = []  # all of this step
         self._inside = False  # False in the backward, where checkpointed parts of the net run once more
         self.contexts: dict[str, Context] = {}
         self.probed: list[Tensor] = []  # what probes said since this was last emptied, (B,K) logits
@@ -85,9 +84,8 @@ class StepModule(nn.Module):
         self._average = self.joints.average
 
     def hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
-        """The techniques that have this hook, in the union's order."""
-        found = ((kind, getattr(technique, name, None)) for kind, technique in self.techniques.items())
-        return [(kind, hook) for kind, hook in found if hook is not None]
+        """The techniques that do something in this hook, in their order."""
+        return [(kind, getattr(one, name)) for kind, one in self.techniques.items() if overrides(one, name)]
 
     def draw(self, batch: Batch, progress: float, *, seed: int, step: int, part: int = 0, rank: int = 0) -> Draws:
         """All random numbers of one step. Each technique has a stream of its own: what it draws does not depend on what
@@ -115,7 +113,7 @@ class StepModule(nn.Module):
         self.contexts = {
             kind: context_of(kind, self.joints, draws, probe, batch, again=again) for kind in self.techniques
         }
-        self._groups, self._inside = [], True
+        self._inside = True
         with momenta(self._norms, self._momenta):
             losses, made = self._forward(batch, draws, views)
         self._inside = False
@@ -127,10 +125,7 @@ class StepModule(nn.Module):
         if views is None:
             early, late = self._early_views(batch), None
         else:
-            early, late = (
-                [v for v in views if not v.name.startswith("after:")],
-                [v for v in views if v.name.startswith("after:")],
-            )
+            early, late = ([v for v in views if v.stage == stage] for stage in ("before", "after"))
         outputs = self._run([v for v in early if v.bn == "shared"])
         for view in early:
             if view.bn == "own":
@@ -182,12 +177,6 @@ class StepModule(nn.Module):
                 continue
             self._handles.append(self.net.get_submodule(name).register_forward_hook(self._gate_hook(kind, name, gate)))
 
-    def detach_hooks(self) -> None:
-        """Remove them: what is left is the network alone."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
     def _early_views(self, batch: Batch) -> list[View]:
         mixed = batch
         for kind, on_batch in self.hooks("on_batch"):
@@ -200,7 +189,8 @@ class StepModule(nn.Module):
     def _late_views(self, batch: Batch, outputs: Mapping[str, Output]) -> list[View]:
         views = []
         for kind, make in self.hooks("views_after"):
-            for view in _named(f"after:{kind}", make(batch, outputs, self.contexts[kind])):
+            for view in _named(kind, make(batch, outputs, self.contexts[kind])):
+                view.stage = "after"
                 if view.bn == "shared":
                     raise FgvcError(
                         f"{view.name}: a view made from outputs can't share the clean forward; use bn='own'"
@@ -212,10 +202,11 @@ class StepModule(nn.Module):
         """One forward of the views of a group, concatenated; their rows are handed back apart."""
         x = group[0].x if len(group) == 1 else torch.cat([view.x for view in group])
         self._group, self._taps, self._fired = group, {}, set()
-        self._groups.append(group)
         own = group[0].bn == "own"
         with own_statistics(self.net, recompute=self._recompute) if own else nullcontext():
             features = self.net.forward_features(x)  # type: ignore[operator]
+            if self._recompute and features.requires_grad:
+                features.register_hook(partial(self._enter, group))
             for kind, name, gate in self.joints.gates:
                 if name == FEATURES and self.net.training:
                     features = self._gated(features, gate, self.contexts[kind], group)
@@ -238,7 +229,7 @@ class StepModule(nn.Module):
         total = losses["base"]
         for kind, hook in self.hooks("losses"):
             weights = {name: at(value, progress) for name, value in self.techniques[kind].weights.items()}
-            measures = getattr(self.techniques[kind], "measures", ())
+            measures = self.techniques[kind].measures
             if not any(weights.values()):
                 continue
             for name, term in hook(outputs, self.contexts[kind]).items():
@@ -270,8 +261,7 @@ class StepModule(nn.Module):
             if not self.net.training:
                 return None
             self._fired.add((f"gate of {kind}", name))
-            group = self._group if self._inside else self._recomputed(len(output))
-            return self._gated(output, gate, self.contexts[kind], group)
+            return self._gated(output, gate, self.contexts[kind], self._group)
 
         return change
 
@@ -285,15 +275,10 @@ class StepModule(nn.Module):
         pairs = zip(group, parts, strict=True)
         return torch.cat([gate(part, context) if view.gated else part for view, part in pairs])
 
-    def _recomputed(self, rows: int) -> list[View]:
-        """Which group a recomputed part belongs to, by its number of rows. Raises FgvcError where that does not tell."""
-        fits = [group for group in self._groups if sum(len(view.x) for view in group) == rows]
-        if len({tuple((len(view.x), view.gated) for view in group) for group in fits}) != 1:
-            raise FgvcError(
-                "train.recompute: gated and ungated views of the same size can't be told apart in the backward; "
-                "set train.recompute=false, or put the views into the shared statistics (bn: shared)"
-            )
-        return fits[0]
+    def _enter(self, group: list[View], _gradient: Tensor) -> None:
+        """The backward reaches the features of a group: what is recomputed from here on is of its views. Autograd goes back
+        through one group after the other, the last first, since the nodes of a forward are newer than those of the one before."""
+        self._group = group
 
     def _check_fired(self) -> None:
         if not self.net.training:

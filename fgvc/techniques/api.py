@@ -6,14 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fgvc.config.schedule import Scheduled
 from fgvc.errors import FgvcError
 from fgvc.models.target import Target
+
+if TYPE_CHECKING:
+    from fgvc.techniques.plan import Context, Plan
 
 
 @dataclass(slots=True)
@@ -46,6 +52,7 @@ class View:
     classifies: bool = True
     bn: Literal["shared", "own"] = "shared"  # shared: one forward with the clean images; own: its batch statistics
     gated: bool = True  # whether gates act on it
+    stage: Literal["before", "after"] = "before"  # before: made from the batch; after: from what the network said of it
 
 
 def _no_maps(features: Tensor, target: Target, method: Any, size: Sequence[int]) -> Tensor:
@@ -106,3 +113,87 @@ class Draws:
 
     progress: float  # share of the whole schedule that is done, in [0, 1)
     of: Mapping[str, Any] = field(default_factory=dict)  # by technique: whatever its `draw` returned
+    state: dict[str, dict[str, Any]] = field(default_factory=dict)  # by technique: see `Context.state`
+
+
+class Technique:
+    """What adds to training and leaves the deployed graph as it is.
+
+    A subclass says what it is by the attributes below, and overrides the hooks that it needs; the order of a step is
+    `on_batch`, `views`, the forward, `views_after`, `losses`, the update, `after_step`. A public method that is no hook and has no
+    leading underscore is an error when the class is made: it would be a hook with a slip in its name, which nobody calls.
+    docs/techniques.md walks through one.
+    """
+
+    source: ClassVar[str] = ""  # the paper
+    forwards: ClassVar[str] = "0"  # what it adds to a step, in forwards of the backbone
+    leaves: ClassVar[str] = "nothing"  # what is left in the deployed graph's weights
+    measures: tuple[str, ...] = ()  # terms of `losses` that are reported and not minimised
+    weights: Mapping[str, Scheduled] = {}  # term of `losses` -> its weight
+    remembers_images: bool = False  # whether what it keeps from epoch to epoch is by row of the set
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, value in vars(cls).items():
+            if callable(value) and not name.startswith("_") and not hasattr(Technique, name):
+                near = get_close_matches(name, HOOKS, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(HOOKS)}"
+                raise TypeError(f"{cls.__name__}.{name}: no hook of a technique; {hint} What is its own begins with _")
+
+    def setup(self, plan: Plan) -> None:
+        """Once, when the net is built: taps, gates, added modules, grafts, notes for the user. Raises FgvcError, naming the
+        technique, where this backbone or input can't have it."""
+
+    def before_epoch(self, start: EpochStart) -> None:
+        """At the start of every epoch, that of a resumed session included."""
+
+    def on_sample(self, image: NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
+        """In the worker: the whole image (H,W,3) of a row of the index, before it is cropped."""
+        return image
+
+    def mixes(self, progress: float) -> float:
+        """The share of the steps at `progress` in [0,1) in which it mixes images and their labels. It draws in those steps
+        only (`Context.draw` is None in the others), and no other that mixes does."""
+        return 0.0
+
+    def draw(self, rng: np.random.Generator, batch: Batch) -> Any:
+        """All that is random in a step, from a stream of its own; later `Context.draw`."""
+        return None
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        """The batch of the main view, changed: `x` and `target`."""
+        return batch
+
+    def views(self, batch: Batch, ctx: Context) -> list[View]:
+        """More views, from the batch."""
+        return []
+
+    def views_after(self, batch: Batch, outputs: Mapping[str, Output], ctx: Context) -> list[View]:
+        """More views, from what the network said; with batch statistics of their own (bn="own")."""
+        return []
+
+    def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
+        """Terms by name, each a scalar: those of `weights` are minimised, those of `measures` reported."""
+        return {}
+
+    def after_step(self, ctx: Context) -> None:
+        """After the update: statistics that follow the features, maps for the next epoch."""
+
+    def refine(self, output: Output, ctx: Context) -> Tensor:
+        """For an evaluation in two passes: the images (B,3,H,W) again, as cropped to what it attends to."""
+        return output.view.x
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on must know."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+
+
+HOOKS = tuple(name for name, value in vars(Technique).items() if callable(value) and not name.startswith("_"))
+
+
+def overrides(technique: Technique, hook: str) -> bool:
+    """Whether a technique does something in this hook."""
+    return getattr(type(technique), hook, None) is not getattr(Technique, hook)

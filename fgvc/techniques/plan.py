@@ -263,7 +263,8 @@ class Context:
     batch: Batch | None = None  # the clean one, where there is a step
     scaled: Callable[[Tensor, Tensor], Tensor] = torch.mul  # features, (B,h,w) weights of cells -> features
     again: bool = False  # a second pass over the same batch (SAM): what is noted for after_step was noted in the first
-    kept: dict[str, Any] = field(default_factory=dict)  # of one hook, for a later one of the same step
+    state: dict[str, Any] = field(default_factory=dict)  # of one hook for later ones of the step, its second pass included
+    cache: dict[str, Any] = field(default_factory=dict)  # of one hook for later ones of this pass alone, whose graph it may hold
     shown: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
     def sized(self, size: Sequence[int]) -> Context:
@@ -305,4 +306,5 @@ def context_of(
         batch=batch,
         scaled=partial(scale_cells, joints.net),
         again=again,
+        state=draws.state.setdefault(kind, {}),
     )

@@ -244,7 +244,7 @@ class Session:
 
     def restore(self, state: State) -> None:
         """Continue exactly where `state` was captured. Raises FgvcError where it is of another set-up."""
-        by_image = [kind for kind, one in self.step.techniques.items() if getattr(one, "remembers_images", False)]
+        by_image = [kind for kind, one in self.step.techniques.items() if one.remembers_images]
         known = state.rest.get("images")
         if known != fingerprint(self.index) and (known is not None or by_image):
             raise FgvcError(

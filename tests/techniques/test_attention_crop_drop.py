@@ -22,7 +22,7 @@ from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.registry import made_of
 
 SIDE, CELL, KIND = 64, 8, "attention_crop_drop"
-CROP, DROP = f"after:{KIND}.crop", f"after:{KIND}.drop"
+CROP, DROP = f"{KIND}.crop", f"{KIND}.drop"
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 

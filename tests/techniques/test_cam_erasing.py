@@ -96,7 +96,7 @@ def test_of_the_current_map_an_erased_view_is_added() -> None:
     losses, views = step(data, draws(data, [True, True, False, True]))
     assert [(view.name, view.weight, view.bn) for view in views] == [
         ("main", 1.0, "shared"),
-        ("after:cam_erasing.erased", 0.5, "own"),
+        ("cam_erasing.erased", 0.5, "own"),
     ]
     assert torch.equal(views[0].x, data.x_clean)
     for b in range(4):

@@ -83,7 +83,8 @@ def run(step: StepModule, draws: Draws = NO_DRAWS, views=None):
     step.train()
     losses, made = step(batch(), draws, views)
     losses["loss"].backward()
-    step.detach_hooks()
+    for handle in step._handles:
+        handle.remove()
     return losses, made
 
 
@@ -116,7 +117,7 @@ def test_a_view_of_its_own_leaves_the_clean_forward_and_the_running_statistics_a
     probe = Probe(**{which: {"bn": "own"}})
     step = StepModule(net(), {"probe": probe}, size=SIZE, criterion=Criterion(label_smoothing=0.1))
     losses, views = run(step)
-    assert [v.name for v in views] == ["main", "probe.flip" if which == "early" else "after:probe.dark"]
+    assert [v.name for v in views] == ["main", "probe.flip" if which == "early" else "probe.dark"]
     for name, value in buffers(model).items():
         assert torch.equal(value, step.net.get_buffer(name)), name
     twin = net().train()

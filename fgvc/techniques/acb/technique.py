@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from typing_extensions import override
+
 from fgvc.reparam.kinds import acb
 from fgvc.techniques.acb.settings import AcbSettings
+from fgvc.techniques.api import Technique
 from fgvc.techniques.branches import graft_chosen
 from fgvc.techniques.plan import Plan
 
 
-class Acb:
+class Acb(Technique):
     """y = conv(x) + BN(conv_1xk(x)) + BN(conv_kx1(x)), the new gammas 0 at first."""
 
     source: ClassVar[str] = "ACNet, Ding et al., ICCV 2019, arXiv:1908.03930"
-    forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
 
     def __init__(self, config: AcbSettings) -> None:
         self.config = config
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where a pattern fits no convolution, or nothing can be grafted."""
         graft_chosen(plan, self.config, acb)

@@ -11,28 +11,27 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from fgvc.config.schedule import Scheduled
 from fgvc.models.class_maps import dominant, normalised
 from fgvc.models.loss import cross_entropy
 from fgvc.techniques.acol.settings import AcolSettings
-from fgvc.techniques.api import Output
+from fgvc.techniques.api import Output, Technique
 from fgvc.techniques.masks import select
 from fgvc.techniques.plan import Context, Plan
 
 
-class Acol:
+class Acol(Technique):
     """L = mean_k CE(head_k(f * keep_k), y); keep_1 = not region(map of the deployed head), keep_k+1 also loses head k's."""
 
     source: ClassVar[str] = "Zhang et al., CVPR 2018, arXiv:1804.06962"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
-    measures: ClassVar[tuple[str, ...]] = ("area",)
+    measures = ("area",)
 
     def __init__(self, config: AcolSettings) -> None:
         self.config = config
-        self.weights: Mapping[str, Scheduled] = {"erased": config.erased}
+        self.weights = {"erased": config.erased}
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where this backbone has no class map."""
         self._method = plan.map(self.config.map)
@@ -40,6 +39,7 @@ class Acol:
             for number in range(self.config.heads):
                 plan.add(f"head{number}", _head(plan.map_shape[0], self.config.hidden, plan.classes))
 
+    @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """`erased`; measured: `area`, the share of the map's cells that the last classifier does not see."""
         main = outputs["main"]

@@ -12,23 +12,23 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fgvc.config.schedule import at
 from fgvc.techniques.adl.settings import AdlSettings
-from fgvc.techniques.api import Batch
+from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.plan import Context, Plan
 
 
-class Adl:
+class Adl(Technique):
     """a = mean_c f; f' = f 1[a < gamma max a] with probability drop_rate, else f sigmoid(a)."""
 
     source: ClassVar[str] = "Choe & Shim, CVPR 2019, arXiv:1908.10028"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: AdlSettings) -> None:
         self.config = config
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where a stage has no map, or no classifier reads it."""
         for number, stage in enumerate(self.config.stages):
@@ -40,6 +40,7 @@ class Adl:
                     "layers come after a ReLU. Choose another of `stages`"
                 )
 
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> Tensor:
         """(stages, 1 or B) float32, uniform in [0,1)."""
         count = 1 if self.config.per == "batch" else len(batch.labels)

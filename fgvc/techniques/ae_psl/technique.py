@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fgvc.errors import FgvcError
 from fgvc.models.cam.offline import Rows
@@ -23,20 +24,19 @@ from fgvc.models.class_maps import normalised
 from fgvc.rng import SPARED, generator
 from fgvc.techniques.ae_psl.rounds import GRID, Grids, MaskRounds, Masks
 from fgvc.techniques.ae_psl.settings import AePslSettings
-from fgvc.techniques.api import EpochStart
+from fgvc.techniques.api import EpochStart, Technique
 from fgvc.techniques.masks import erase, united
 from fgvc.techniques.plan import Plan
 
 CHUNK = 32  # images a forward
 
 
-class AePsl:
+class AePsl(Technique):
     """I_{t+1} = I_t outside of region(map of I_t by the net of round t), the data set's mean colour inside."""
 
     source: ClassVar[str] = "Wei et al., CVPR 2017, arXiv:1703.08448"
     forwards: ClassVar[str] = "0, and a pass over the images between rounds"
-    leaves: ClassVar[str] = "nothing"
-    remembers_images: ClassVar[bool] = True
+    remembers_images = True
 
     def __init__(self, config: AePslSettings) -> None:
         self.config = config
@@ -46,10 +46,12 @@ class AePsl:
         self._kept: Masks | None = None  # of the round, for the checkpoint
         self._colour = np.zeros(3, dtype=np.uint8)
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where this backbone has no class map."""
         plan.map("gradcam")
 
+    @override
     def before_epoch(self, start: EpochStart) -> None:
         """Between two rounds make the masks of the next one; go on where that was interrupted. Those of a round that has begun
         are in the checkpoint, too: a file that is gone or damaged is written anew. Raises FgvcError where it is not, as in a
@@ -90,14 +92,17 @@ class AePsl:
             start.say(f"{path}: gone or damaged; written anew from the checkpoint")
             self._masks.put(number, self._kept, epoch=-1)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         kept = {} if self._kept is None else {"masks": torch.from_numpy(self._kept)}
         return {"round": int(self._round[0]), **kept}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._round[0] = state["round"]
         self._kept = state["masks"].numpy() if "masks" in state else None
 
+    @override
     def on_sample(self, image: NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
         number = int(self._round[0])
         return image if not number or self._masks is None else self._masks.paint(number, image, row, self._colour)

@@ -12,11 +12,12 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fgvc.config.schedule import Scheduled, at, ever
+from fgvc.config.schedule import at, ever
 from fgvc.models.class_maps import normalised
 from fgvc.models.loss import cross_entropy
-from fgvc.techniques.api import Batch, Output, View
+from fgvc.techniques.api import Batch, Output, Technique, View
 from fgvc.techniques.attention_crop_drop.attention import BilinearAttention, pick
 from fgvc.techniques.attention_crop_drop.settings import AttentionCropDropSettings
 from fgvc.techniques.centres import Noted
@@ -27,18 +28,18 @@ from fgvc.techniques.settings import Region
 MAIN = "main"
 
 
-class AttentionCropDrop:
+class AttentionCropDrop(Technique):
     """base = (CE + crop CE_crop + drop CE_drop) / (1 + crop + drop); terms: `pooled` = mean_v CE(BAP(v)), `centre`."""
 
     source: ClassVar[str] = "WS-DAN, Hu et al. 2019, arXiv:1901.09891"
     forwards: ClassVar[str] = "2"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: AttentionCropDropSettings) -> None:
         self.config = config
-        self.weights: Mapping[str, Scheduled] = {"pooled": config.pooled, "centre": config.centre}
+        self.weights = {"pooled": config.pooled, "centre": config.centre}
         self._noted = Noted()
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where the features are no map, or `guide: cam` has none."""
         channels, *cells = plan.map_shape
@@ -50,6 +51,7 @@ class AttentionCropDrop:
         if ever(self.config.crop):
             plan.render(self.config.render)
 
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, Any]:
         """For crop and drop (B,4) float32: threshold, which map, how far down and across instead; and a seed."""
         drawn: dict[str, Any] = {"seed": int(rng.integers(2**63))}
@@ -59,6 +61,7 @@ class AttentionCropDrop:
             drawn[what] = torch.from_numpy(numbers)
         return drawn
 
+    @override
     def views_after(self, batch: Batch, outputs: Mapping[str, Output], ctx: Context) -> list[View]:
         """Crops are cut from the finer render, unless the main view is mixed or erased."""
         main, views = outputs[MAIN], []
@@ -83,9 +86,10 @@ class AttentionCropDrop:
             views.append(View(what, seen, main.view.target, weight, bn="own"))
         return views
 
+    @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """`pooled` over all views, `centre` of the main one where its labels are whole."""
-        seen = [o for name, o in outputs.items() if name == MAIN or name.startswith("after:attention_crop_drop.")]
+        seen = [o for name, o in outputs.items() if name == MAIN or name.startswith("attention_crop_drop.")]
         branch, vectors = cast("BilinearAttention", ctx.branches["attention"]), [self._attend(o, ctx)[1] for o in seen]
         logits = branch.logits(torch.cat(vectors)).split([len(vector) for vector in vectors])
         terms = [cross_entropy(z, o.view.target) for z, o in zip(logits, seen, strict=True)]
@@ -94,11 +98,13 @@ class AttentionCropDrop:
             losses["centre"] = branch.distance(vectors[0], target[0][0])
         return losses
 
+    @override
     def after_step(self, ctx: Context) -> None:
         """Move the centres by this step's features, those of all ranks and parts together."""
         if noted := self._noted.take():
             cast("BilinearAttention", ctx.branches["attention"]).follow(*noted, rate=self.config.centre_rate)
 
+    @override
     def refine(self, output: Output, ctx: Context) -> Tensor:
         """For evaluation in two passes: the images again, cropped to the class map or the mean attention above 0.1 of its
         maximum, widened by 0.05, as in WS-DAN's second pass."""
@@ -117,7 +123,7 @@ class AttentionCropDrop:
 
     def _attend(self, output: Output, ctx: Context) -> tuple[Tensor, Tensor]:
         """The branch on one view, once a step: maps and pooled features."""
-        if output.view.name not in ctx.kept:
+        if output.view.name not in ctx.cache:
             own = output.view.bn == "own"
-            ctx.kept[output.view.name] = ctx.branches["attention"](ctx.grid(output.features), own=own)
-        return cast("tuple[Tensor, Tensor]", ctx.kept[output.view.name])
+            ctx.cache[output.view.name] = ctx.branches["attention"](ctx.grid(output.features), own=own)
+        return cast("tuple[Tensor, Tensor]", ctx.cache[output.view.name])

@@ -20,10 +20,11 @@ from torchvision.ops import (
     distance_box_iou_loss,
     generalized_box_iou_loss,
 )
+from typing_extensions import override
 
-from fgvc.config.schedule import Scheduled, ever
+from fgvc.config.schedule import ever
 from fgvc.errors import FgvcError
-from fgvc.techniques.api import Batch, Output
+from fgvc.techniques.api import Batch, Output, Technique
 from fgvc.techniques.box_head.settings import BoxHeadSettings
 from fgvc.techniques.masks import inside
 from fgvc.techniques.plan import Context, Plan
@@ -33,19 +34,18 @@ CELLS = 5  # a side of what the last layer reads: a mean over the whole map woul
 LEAST = 0.01  # share of the crop's side that a found box has at least: a side of 0 has no aspect
 
 
-class BoxHead:
+class BoxHead(Technique):
     """(cx, cy, w, h) = sigmoid(W pool_5x5(relu(conv1x1(f)))) in shares of the crop; L = box (1 - CIoU) + confidence
     BCE(c, IoU), means over the samples that count."""
 
     source: ClassVar[str] = "CIoU, Zheng et al., AAAI 2020, arXiv:1911.08287"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
-    measures: ClassVar[tuple[str, ...]] = ("iou",)
+    measures = ("iou",)
 
     def __init__(self, config: BoxHeadSettings) -> None:
         self.config = config
-        self.weights: Mapping[str, Scheduled] = {"box": config.box, "confidence": config.confidence}
+        self.weights = {"box": config.box, "confidence": config.confidence}
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where the features are no map."""
         channels, *cells = plan.map_shape
@@ -54,6 +54,7 @@ class BoxHead:
         told = 5 if ever(self.config.confidence) else 4
         plan.add("box", nn.Sequential(*layers, nn.Linear(self.config.hidden * pooled[0] * pooled[1], told)))
 
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> Tensor:
         """Nothing random: (B,4) float32, each object's box in its crop; NaN where too little of it is seen, or none is known.
 
@@ -64,6 +65,7 @@ class BoxHead:
         found, seen = in_crop(batch.boxes, batch.geometry, batch.x.shape[2:])
         return torch.where((seen >= self.config.visible)[:, None], found, torch.nan)
 
+    @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """`box` and `confidence`; measured: `iou`, the mean over the samples that count. Nothing where none does."""
         main = outputs["main"]

@@ -8,16 +8,18 @@ epoch. After stripping nothing is left.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fgvc.config.schedule import at
 from fgvc.models.class_maps import normalised
-from fgvc.techniques.api import Batch, Output, View
+from fgvc.techniques.api import Batch, Output, Technique, View
 from fgvc.techniques.cam_erasing.settings import CamErasingSettings
 from fgvc.techniques.cam_erasing.store import MapStore
 from fgvc.techniques.masks import erase, select
@@ -25,13 +27,11 @@ from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.ranks import gathered
 
 
-class CamErasing:
+class CamErasing(Technique):
     """x' = x outside of region(map), `fill` inside."""
 
     source: ClassVar[str] = "DeVries & Taylor 2017, arXiv:1708.04552; Wei et al., CVPR 2017, arXiv:1703.08448"
     forwards: ClassVar[str] = "1 (current), 1/3 (ema), 0 (previous_epoch)"
-    leaves: ClassVar[str] = "nothing"
-    remembers_images: bool
 
     def __init__(self, config: CamErasingSettings) -> None:
         self.config = config
@@ -39,18 +39,21 @@ class CamErasing:
         self._store: MapStore | None = None
         self._new: list[tuple[Tensor, Tensor, Tensor, tuple[int, int]]] = []  # of the parts of one step
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where this backbone has no class map."""
         self._method = plan.map(self.config.map)
         if self.config.source == "previous_epoch":
             self._store = MapStore(plan.map_shape[1:])
 
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:
         """Which samples are erased, (B,) bool, and the seed of a fill of noise."""
         share = self.config.probability
         share = (1.0 if self.config.source == "current" else 0.5) if share is None else share
         return torch.from_numpy(rng.random(len(batch.labels)) < share), int(rng.integers(2**63))
 
+    @override
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         """Erased at once where the map is there before the forward."""
         if self.config.source == "ema":
@@ -61,7 +64,8 @@ class CamErasing:
             return replace(batch, x=self._erased(batch.x, maps, ctx, maximum=1.0))
         return batch
 
-    def views_after(self, batch: Batch, outputs: dict[str, Output], ctx: Context) -> list[View]:
+    @override
+    def views_after(self, batch: Batch, outputs: Mapping[str, Output], ctx: Context) -> list[View]:
         main = outputs["main"]
         if self._store is not None:
             height, width = main.view.x.shape[2:]
@@ -76,6 +80,7 @@ class CamErasing:
         x = self._erased(main.view.x, normalised(main.map(self._method)), ctx)
         return [View("erased", x, main.view.target, weight, bn="own")]
 
+    @override
     def after_step(self, ctx: Context) -> None:
         """Record this step's maps for the next epoch, those of all ranks."""
         for index, geometry, maps, size in self._new:
@@ -85,9 +90,11 @@ class CamErasing:
             self._store.record(rows, matrices, gathered(maps), size)
         self._new.clear()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {} if self._store is None else self._store.state_dict()
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._store is not None:
             self._store.load_state_dict(state)

@@ -10,30 +10,30 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from fgvc.config.schedule import Scheduled
-from fgvc.techniques.api import Output
+from fgvc.techniques.api import Output, Technique
 from fgvc.techniques.centre_loss.settings import CentreLossSettings
 from fgvc.techniques.centres import Noted, class_sums
 from fgvc.techniques.plan import Context, Plan
 
 
-class CentreLoss:
+class CentreLoss(Technique):
     """L = mean_b |x_b - c_y|^2 / 2 (Eq. 2); then c_j -= rate * sum over y=j of (c_j - x) / (1 + n_j) (Eq. 4), once a step, of
     all its images."""
 
     source: ClassVar[str] = "Wen et al., ECCV 2016 (no arXiv)"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: CentreLossSettings) -> None:
         self.config = config
-        self.weights: Mapping[str, Scheduled] = {"centre": config.centre}
+        self.weights = {"centre": config.centre}
         self._noted = Noted()
 
+    @override
     def setup(self, plan: Plan) -> None:
         plan.add("centres", Centres(plan.classes, plan.pooled_width))
 
+    @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """`centre`, of the main view; none where its labels are mixed. Notes what the centres follow, on every rank."""
         main = outputs["main"]
@@ -44,6 +44,7 @@ class CentreLoss:
         centres = cast("Centres", ctx.branches["centres"]).of
         return {"centre": (x - centres[main.view.target[0][0]]).square().sum(1).mean() / 2}
 
+    @override
     def after_step(self, ctx: Context) -> None:
         """Move the centres by this step's features, those of all ranks and parts together."""
         if noted := self._noted.take():

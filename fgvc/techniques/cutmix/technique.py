@@ -9,30 +9,34 @@ from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import override
 
-from fgvc.techniques.api import Batch
+from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.cutmix.settings import CutmixSettings
 from fgvc.techniques.mixing import boxes_of_partners, draw_boxes, draws, partners
 from fgvc.techniques.plan import Context
 
 
-class Cutmix:
+class Cutmix(Technique):
     """x' = x outside and x[p] inside of a box; loss = (1-a) CE(y) + a CE(y[p]), a the area that the box really covers."""
 
     source: ClassVar[str] = "Yun et al., ICCV 2019, arXiv:1905.04899"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: CutmixSettings) -> None:
         self.config = config
-        self.mixes = config.share
 
+    @override
+    def mixes(self, progress: float) -> float:
+        return self.config.share(progress)
+
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
         """Boxes (1 or B,4) int64 in pixels, partners (B,) int64."""
         share = rng.beta(self.config.alpha, self.config.alpha, draws(batch, self.config.per))
         box = draw_boxes(rng, share, (batch.x.shape[2], batch.x.shape[3]))
         return box, partners(rng, batch.labels, self.config.pairing)
 
+    @override
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         if ctx.draw is None:
             return batch

@@ -11,23 +11,23 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fgvc.techniques.api import Batch
+from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.cutout.settings import CutoutSettings
 from fgvc.techniques.masks import erase, inside, sparing
 from fgvc.techniques.plan import Context
 
 
-class Cutout:
+class Cutout(Technique):
     """x' = fill where |row - cy| and |column - cx| are below half the length, (cy, cx) uniform over the image."""
 
     source: ClassVar[str] = "DeVries & Taylor 2017, arXiv:1708.04552"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: CutoutSettings) -> None:
         self.config = config
 
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:
         """(B,holes,4) float32: left, top, right, bottom in pixels, empty for an image that is spared; a seed."""
         height, width = batch.x.shape[2:]
@@ -39,6 +39,7 @@ class Cutout:
         boxes[rng.random(shape[0]) >= self.config.probability] = 0
         return torch.from_numpy(boxes), int(rng.integers(2**63))
 
+    @override
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         boxes, seed = ctx.draw
         mask = sparing(inside(boxes.to(batch.x.device, non_blocking=True), batch.x.shape[2:]))

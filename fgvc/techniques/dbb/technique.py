@@ -9,22 +9,25 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from typing_extensions import override
+
 from fgvc.reparam.kinds import dbb
+from fgvc.techniques.api import Technique
 from fgvc.techniques.branches import graft_chosen
 from fgvc.techniques.dbb.settings import DbbSettings
 from fgvc.techniques.plan import Plan
 
 
-class Dbb:
+class Dbb(Technique):
     """y = conv(x) + BN(1x1(x)) + BN(kxk(BN(1x1(x)))) + BN(1x1(mean(x))), the last gammas 0 at first."""
 
     source: ClassVar[str] = "Ding et al., CVPR 2021, arXiv:2103.13425"
-    forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
 
     def __init__(self, config: DbbSettings) -> None:
         self.config = config
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where a pattern fits no convolution, or nothing can be grafted."""
         graft_chosen(plan, self.config, dbb)

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from fgvc.config.schedule import Scheduled, at
+from fgvc.config.schedule import at
 from fgvc.errors import FgvcError
 from fgvc.models.loss import cross_entropy
-from fgvc.techniques.api import Batch, Output, View
+from fgvc.techniques.api import Batch, Output, Technique, View
 from fgvc.techniques.dcl.jigsaw import cut, draw_jigsaws, places
 from fgvc.techniques.dcl.settings import DclSettings
 from fgvc.techniques.plan import Context, Plan
@@ -26,7 +27,7 @@ from fgvc.techniques.plan import Context, Plan
 MAIN, DESTROYED = "main", "dcl.destroyed"
 
 
-class Dcl:
+class Dcl(Technique):
     """z_d = W_d pool(f) and m = conv1x1(pool_N(f)); losses: CE(z_d), mean |m - place| over both copies of the batch.
 
     The paper puts a ReLU on m; here it is linear, since its targets are shares of the side in (0,1). See docs/methods.md.
@@ -34,13 +35,13 @@ class Dcl:
 
     source: ClassVar[str] = "Chen et al., CVPR 2019 (no arXiv)"
     forwards: ClassVar[str] = "1"
-    leaves: ClassVar[str] = "nothing"
-    measures: ClassVar[tuple[str, ...]] = ("destroyed_accuracy", "location_chance")
+    measures = ("destroyed_accuracy", "location_chance")
 
     def __init__(self, config: DclSettings) -> None:
         self.config = config
-        self.weights: Mapping[str, Scheduled] = {"destroyed": config.destroyed, "location": config.location}
+        self.weights = {"destroyed": config.destroyed, "location": config.location}
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where the patches would be empty or the features are no map."""
         n, (channels, *cells), width = self.config.grid, plan.map_shape, plan.pooled_width
@@ -54,11 +55,13 @@ class Dcl:
         plan.add("destroyed", nn.Linear(width, ways))
         plan.add("location", nn.Conv2d(channels, 2, 1))
 
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> Tensor:
         """(B, N*N) int64: see fgvc.techniques.dcl.jigsaw."""
         jigsaws = draw_jigsaws(rng, len(batch.labels), grid=self.config.grid, reach=self.config.reach)
         return torch.from_numpy(jigsaws)
 
+    @override
     def views(self, batch: Batch, ctx: Context) -> list[View]:
         """The jigsaw of the clean image, whatever is mixed elsewhere."""
         classify = at(self.config.classify, ctx.progress)
@@ -68,6 +71,7 @@ class Dcl:
         target = [(batch.labels, None)]
         return [View("destroyed", x, target, classify or 1.0, classifies=classify > 0, bn=self.config.bn)]
 
+    @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """`destroyed` and `location`; measured: the accuracy of the one, and the error that the other would have if it
         always answered with the cell itself."""

@@ -11,24 +11,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from fgvc.config.schedule import Scheduled, at, ever
+from fgvc.config.schedule import at, ever
 from fgvc.errors import FgvcError
 from fgvc.models.class_maps import dominant
-from fgvc.techniques.api import Batch, EpochStart, Output
+from fgvc.techniques.api import EpochStart, Output, Technique
 from fgvc.techniques.distill.ensemble import Panel
 from fgvc.techniques.distill.losses import attention, decoupled, divergence, hint, softened
 from fgvc.techniques.distill.settings import DistillSettings
-from fgvc.techniques.distill.teacher import Said, Teacher
+from fgvc.techniques.distill.teacher import Teacher
 from fgvc.techniques.plan import Context, Plan
 
 MAIN = "main"
 
 
-class Distill:
+class Distill(Technique):
     """`kd` = T^2 KL(q || p) or T^2 (alpha TCKD + beta NCKD), q the weighted mean of softmax(z_t / T), p = softmax(z_s / T)."""
 
     source: ClassVar[str] = (
@@ -36,14 +36,14 @@ class Distill:
         "ICLR 2017, arXiv:1612.03928; hints: Romero et al., ICLR 2015, arXiv:1412.6550"
     )
     forwards: ClassVar[str] = "0 (and its teachers' own)"
-    leaves: ClassVar[str] = "nothing"
-    measures: ClassVar[tuple[str, ...]] = ("teacher_accuracy",)
+    measures = ("teacher_accuracy",)
 
     def __init__(self, config: DistillSettings) -> None:
         self.config = config
-        self.weights: Mapping[str, Scheduled] = {"kd": config.kd, "attention": config.attention, "hints": config.hints}
+        self.weights = {"kd": config.kd, "attention": config.attention, "hints": config.hints}
         self.teachers: list[Teacher] = []  # empty where a trained net is only rebuilt
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where a teacher can't teach, or none has the features that AT and hints ask for."""
         self.teachers = plan.teachers(self.config.teachers)
@@ -65,22 +65,20 @@ class Distill:
                 if teacher.channels is not None:
                     plan.add(f"hint{number}", nn.Conv2d(plan.map_shape[0], teacher.channels, 1))
 
+    @override
     def before_epoch(self, start: EpochStart) -> None:
         self._panel.open(start)
 
-    def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, list[Said]]:
-        """Nothing random: a place for the answers, which hold for a second pass over the same views (SAM)."""
-        return {}
-
+    @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """`kd`, `attention`, `hints`; measured: how often the teachers' mean is right on these images."""
         if not self.teachers:
             return {}
         main, config, terms = outputs[MAIN], self.config, {}
         wanted = {name for name, weight in self.weights.items() if at(weight, ctx.progress)}
-        if not ctx.again:
-            ctx.draw["said"] = self._panel.ask(main, ctx, features=bool(wanted - {"kd"}))
-        said = ctx.draw["said"]
+        if "answers" not in ctx.state:
+            ctx.state["answers"] = self._panel.ask(main, ctx, features=bool(wanted - {"kd"}))
+        said = ctx.state["answers"]
         with torch.autocast(main.logits.device.type, enabled=False):
             shares = [teacher.weight for teacher in config.teachers]
             log_q = softened([one.logits for one in said], config.temperature, shares)

@@ -12,29 +12,30 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fgvc.config.schedule import at
-from fgvc.techniques.api import Batch
+from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.dropblock.settings import DropblockSettings
 from fgvc.techniques.plan import Context, Plan
 
 
-class Dropblock:
+class Dropblock(Technique):
     """f' = f m |m| / sum m; m is 0 in every square whose corner was drawn, with the paper's probability (Eq. 1)
     rate / b^2 * h w / ((h - b + 1)(w - b + 1))."""
 
     source: ClassVar[str] = "Ghiasi et al., NeurIPS 2018, arXiv:1810.12890"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: DropblockSettings) -> None:
         self.config = config
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where a stage has no map, or no classifier reads it."""
         for number, stage in enumerate(self.config.stages):
             plan.gate(plan.cells(stage), partial(self._gate, number))
 
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> list[int]:
         """One seed a stage: how many cells there are is known in the forward only."""
         return [int(seed) for seed in rng.integers(2**63, size=len(self.config.stages))]

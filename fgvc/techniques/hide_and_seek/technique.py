@@ -12,23 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
-from fgvc.techniques.api import Batch
+from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.hide_and_seek.settings import HideAndSeekSettings
 from fgvc.techniques.masks import erase, sparing
 from fgvc.techniques.plan import Context
 
 
-class HideAndSeek:
+class HideAndSeek(Technique):
     """Every cell is hidden by itself with probability `share`; at least one stays."""
 
     source: ClassVar[str] = "Singh & Lee, ICCV 2017, arXiv:1704.04232"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: HideAndSeekSettings) -> None:
         self.config = config
 
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:
         """(B,grid,grid) bool: which cells are hidden; a seed."""
         numbers = rng.random((len(batch.labels), self.config.grid, self.config.grid))
@@ -37,6 +37,7 @@ class HideAndSeek:
         hidden &= (rng.random(len(hidden)) < self.config.probability)[:, None, None]
         return torch.from_numpy(hidden), int(rng.integers(2**63))
 
+    @override
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         hidden, seed = ctx.draw
         cells = hidden.to(batch.x.device, non_blocking=True).float()[:, None]

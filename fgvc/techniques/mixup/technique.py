@@ -11,30 +11,34 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fgvc.techniques.api import Batch
+from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.mixing import draws, mixed_target, partners
 from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.plan import Context
 
 
-class Mixup:
+class Mixup(Technique):
     """x' = l x + (1-l) x[p]; loss = l CE(y) + (1-l) CE(y[p]), p a permutation of the batch."""
 
     source: ClassVar[str] = "Zhang et al., ICLR 2018, arXiv:1710.09412"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: MixupSettings) -> None:
         self.config = config
-        self.mixes = config.share
 
+    @override
+    def mixes(self, progress: float) -> float:
+        return self.config.share(progress)
+
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
         """lambda (B,) float32 in [0,1], partners (B,) int64."""
         share = rng.beta(self.config.alpha, self.config.alpha, draws(batch, self.config.per)).astype(np.float32)
         order = partners(rng, batch.labels, self.config.pairing)
         return torch.from_numpy(np.broadcast_to(share, len(order)).copy()), order
 
+    @override
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         if ctx.draw is None:
             return batch

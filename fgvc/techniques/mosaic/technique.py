@@ -12,25 +12,28 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fgvc.techniques.api import Batch
+from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.mixing import draws, mixed_target, partners
 from fgvc.techniques.mosaic.canvas import CELLS, in_cells, on_canvas, shares
 from fgvc.techniques.mosaic.settings import MosaicSettings
 from fgvc.techniques.plan import Context
 
 
-class Mosaic:
+class Mosaic(Technique):
     """x' = four parts of x, x[p], x[q], x[r]; loss = sum_i a_i CE(y_i), a_i the exact share of the pixels."""
 
     source: ClassVar[str] = "YOLOv4, Bochkovskiy et al. 2020, arXiv:2004.10934; here with labels by area"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: MosaicSettings) -> None:
         self.config = config
-        self.mixes = config.share
 
+    @override
+    def mixes(self, progress: float) -> float:
+        return self.config.share(progress)
+
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, Any]:
         """`orders` (3,B) int64; cells: `split` (n,2) int64 rows and columns of the first cell, `windows` (n,4,2) in [0,1);
         canvas: `middle` (n,2), `scale` (n,), `shift` (n,2). n is 1 or B."""
@@ -50,6 +53,7 @@ class Mosaic:
             drawn[name] = torch.from_numpy(rng.uniform(low, high, shape).astype(np.float32))
         return drawn
 
+    @override
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         if ctx.draw is None:
             return batch

@@ -10,29 +10,29 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from fgvc.config.schedule import Scheduled, at, ever
+from fgvc.config.schedule import at, ever
 from fgvc.errors import FgvcError
 from fgvc.models.loss import cross_entropy
-from fgvc.techniques.api import Output
+from fgvc.techniques.api import Output, Technique
 from fgvc.techniques.multiscale_head.asff import Asff
 from fgvc.techniques.multiscale_head.settings import WIDEST, MultiscaleHeadSettings
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.settings import FEATURES
 
 
-class MultiscaleHead:
+class MultiscaleHead(Technique):
     """L = fused CE(W pool(sum_l a_l r_l)) + each mean_l CE(W_l norm(pool(f_l))); a, r: see asff.py."""
 
     source: ClassVar[str] = "ASFF, Liu et al. 2019, arXiv:1911.09516"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: MultiscaleHeadSettings) -> None:
         self.config = config
-        self.weights: Mapping[str, Scheduled] = {"fused": config.fused, "each": config.each}
+        self.weights = {"fused": config.fused, "each": config.each}
         self.measures = tuple(f"share_of_{stage}" for stage in config.stages)
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where a stage is no map that fgvc knows, or named twice."""
         stages = self.config.stages
@@ -60,6 +60,7 @@ class MultiscaleHead:
             heads = [nn.Sequential(nn.LayerNorm(c), nn.Linear(c, plan.classes)) for c, *_ in shapes]
             plan.add("each", nn.ModuleList(heads))
 
+    @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """`fused` and `each`; measured: `share_of_<stage>`, the mean weight of each stage in the fusion."""
         main = outputs["main"]

@@ -10,23 +10,26 @@ from __future__ import annotations
 from functools import partial
 from typing import ClassVar
 
+from typing_extensions import override
+
 from fgvc.reparam.kinds import overparam
+from fgvc.techniques.api import Technique
 from fgvc.techniques.branches import graft_chosen
 from fgvc.techniques.overparam.settings import OverparamSettings
 from fgvc.techniques.plan import Plan
 
 
-class Overparam:
+class Overparam(Technique):
     """y = conv(x) + sum_n BN(conv_n(x)) + BN(1x1(x)) + BN(x), the new gammas 0 at first; no BN(x) where channels or size
     change, and no separate 1x1 beside a 1x1."""
 
     source: ClassVar[str] = "MobileOne, Vasu et al., CVPR 2023, arXiv:2206.04040"
-    forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
 
     def __init__(self, config: OverparamSettings) -> None:
         self.config = config
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where a pattern fits no convolution, or nothing can be grafted."""
         graft_chosen(plan, self.config, partial(overparam, branches=self.config.branches), smallest=1)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
-from fgvc.techniques.api import Batch
+from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.masks import erase, inside, sparing
 from fgvc.techniques.plan import Context
 from fgvc.techniques.random_erasing.settings import RandomErasingSettings
@@ -22,16 +23,15 @@ from fgvc.techniques.random_erasing.settings import RandomErasingSettings
 TRIES = {"original": 100, "timm": 10}
 
 
-class RandomErasing:
+class RandomErasing(Technique):
     """h = sqrt(area aspect), w = sqrt(area / aspect), anywhere that it fits; drawn anew where it does not."""
 
     source: ClassVar[str] = "Zhong et al., AAAI 2020, arXiv:1708.04896"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: RandomErasingSettings) -> None:
         self.config = config
 
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:
         """(B,boxes,4) float32: left, top, right, bottom in pixels, empty where nothing is erased; a seed."""
         found = np.zeros((len(batch.labels), self.config.boxes, 4), dtype=np.float32)
@@ -40,6 +40,7 @@ class RandomErasing:
                 found[image, box] = self._box(rng, *batch.x.shape[2:])
         return torch.from_numpy(found), int(rng.integers(2**63))
 
+    @override
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         boxes, seed = ctx.draw
         mask = sparing(inside(boxes.to(batch.x.device, non_blocking=True), batch.x.shape[2:]))

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from typing_extensions import override
+
 from fgvc.reparam.kinds import repvgg
+from fgvc.techniques.api import Technique
 from fgvc.techniques.branches import graft_chosen
 from fgvc.techniques.plan import Plan
 from fgvc.techniques.repvgg.settings import RepvggSettings
 
 
-class Repvgg:
+class Repvgg(Technique):
     """y = conv(x) + BN(1x1(x)) + BN(x), the new gammas 0 at first; no BN(x) where channels or size change."""
 
     source: ClassVar[str] = "Ding et al., CVPR 2021, arXiv:2101.03697"
-    forwards: ClassVar[str] = "0"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
 
     def __init__(self, config: RepvggSettings) -> None:
         self.config = config
 
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where a pattern fits no convolution, or nothing can be grafted."""
         graft_chosen(plan, self.config, repvgg)

@@ -10,34 +10,38 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fgvc.techniques.api import Batch
+from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.mixing import boxes_around, boxes_of_partners, draws, partners
 from fgvc.techniques.plan import Context
 from fgvc.techniques.saliencymix.saliency import peaks, saliency
 from fgvc.techniques.saliencymix.settings import SaliencymixSettings
 
 
-class Saliencymix:
+class Saliencymix(Technique):
     """x' = x outside and x[p] inside of a box around the most salient place of x[p]; labels by the exact area.
 
     Each image has a place of its own; the official code takes that of one for the whole batch.
     """
 
     source: ClassVar[str] = "Uddin et al., ICLR 2021, arXiv:2006.01791"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: SaliencymixSettings) -> None:
         self.config = config
-        self.mixes = config.share
 
+    @override
+    def mixes(self, progress: float) -> float:
+        return self.config.share(progress)
+
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sides (1 or B,2) int64 in pixels, partners (B,) int64."""
         share = rng.beta(self.config.alpha, self.config.alpha, draws(batch, self.config.per))
         sides = np.rint(np.sqrt(share)[:, None] * batch.x.shape[2:]).astype(np.int64)
         return torch.from_numpy(sides), partners(rng, batch.labels, self.config.pairing)
 
+    @override
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         if ctx.draw is None:
             return batch

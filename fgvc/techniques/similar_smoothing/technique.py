@@ -12,32 +12,33 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fgvc.config.schedule import ScheduledShare
 from fgvc.models.target import Target
-from fgvc.techniques.api import Output
+from fgvc.techniques.api import Output, Technique
 from fgvc.techniques.centres import Noted, class_sums
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.similar_smoothing.settings import SimilarSmoothingSettings
 
 
-class SimilarSmoothing:
+class SimilarSmoothing(Technique):
     """Term: sum_k S[y,k] CE(k) - CE(y), mean over images and over views by their weight; CE(y) + e times it is the
     cross-entropy with (1 - e) onehot(y) + e S[y]."""
 
     source: ClassVar[str] = "after Szegedy et al., CVPR 2016, arXiv:1512.00567"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: SimilarSmoothingSettings) -> None:
         self.config = config
         self.weights: Mapping[str, ScheduledShare] = {"similar": config.similar}
         self._noted = Noted()
 
+    @override
     def setup(self, plan: Plan) -> None:
         plan.add("means", Means(plan.classes, plan.pooled_width))
         plan.note("beside loss.label_smoothing, which smooths evenly; set that to 0 to have similarity alone")
 
+    @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """`similar`, over the views that classify. Notes what the means follow, on every rank."""
         main = outputs["main"]
@@ -48,6 +49,7 @@ class SimilarSmoothing:
         terms = [o.view.weight * _moved(o.logits.float(), o.view.target, means, self.config.temperature) for o in seen]
         return {"similar": torch.stack(terms).sum() / sum(o.view.weight for o in seen)}
 
+    @override
     def after_step(self, ctx: Context) -> None:
         """Move the means by this step's features, those of all ranks and parts together."""
         if noted := self._noted.take():

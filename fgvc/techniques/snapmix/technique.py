@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
-from fgvc.techniques.api import Batch
+from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.mixing import draw_boxes, draws, inside, mixed_target, partners, pasted
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.snapmix.settings import SnapmixSettings
 
 
-class Snapmix:
+class Snapmix(Technique):
     """loss = (1 - sum_to S_a) CE(y_a) + (sum_of S_b) CE(y_b), S the class map above its minimum, with sum 1.
 
     The two weights need not add up to one: two pieces of sky say little, two heads much. Pairs of one class are counted
@@ -29,16 +30,20 @@ class Snapmix:
 
     source: ClassVar[str] = "Huang et al., AAAI 2021, arXiv:2012.04846"
     forwards: ClassVar[str] = "1 (no backward), in steps that mix so"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: SnapmixSettings) -> None:
         self.config = config
-        self.mixes = config.share
 
+    @override
+    def mixes(self, progress: float) -> float:
+        return self.config.share(progress)
+
+    @override
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where this backbone has no class map."""
         self._method = plan.map(self.config.map)
 
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes to paste into and boxes to take from, (1 or B,4) int64 in pixels; partners (B,) int64."""
         size, count = (batch.x.shape[2], batch.x.shape[3]), draws(batch, self.config.per)
@@ -47,6 +52,7 @@ class Snapmix:
         )
         return to, of, partners(rng, batch.labels, self.config.pairing)
 
+    @override
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         if ctx.draw is None:
             return batch

@@ -10,23 +10,23 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fgvc.techniques.api import Batch
+from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.spatial_dropout.settings import SpatialDropoutSettings
 
 
-class SpatialDropout:
+class SpatialDropout(Technique):
     """f'[b,c] = f[b,c] m[b,c] / (1 - rate), m ~ Bernoulli(1 - rate); maps (B,C,h,w), (B,h,w,C) or tokens (B,N,C)."""
 
     source: ClassVar[str] = "Tompson et al., CVPR 2015, arXiv:1411.4280"
-    forwards: ClassVar[str] = "0"
-    leaves: ClassVar[str] = "nothing"
 
     def __init__(self, config: SpatialDropoutSettings) -> None:
         self.config = config
         self._channels = 0
 
+    @override
     def setup(self, plan: Plan) -> None:
         name = plan.stage(self.config.stage)
         self._channels = plan.stage_channels(self.config.stage)
@@ -37,6 +37,7 @@ class SpatialDropout:
                 "in training (Li et al., CVPR 2019). Choose a later stage, or set train.precise_bn"
             )
 
+    @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> Tensor:
         """(B,C) float32: 0 or 1/(1-rate)."""
         keep = rng.random((len(batch.labels), self._channels)) >= self.config.rate
