@@ -131,7 +131,6 @@ def forecast(found: Forecast) -> None:
     table.add_row("step", f"{1000 * found.step_seconds:.0f} ms")
     table.add_row("all steps", f"{found.hours:.2f} h without loading and validation")
     table.add_row("peak memory", f"{found.peak_bytes / 2**30:.2f} GiB")
-    table.add_row("conflicts", "none")
     console.print(table)
     for kind, forwards in found.techniques.items():
         console.print(f"technique {kind}: adds {forwards} forwards a step", markup=False)

@@ -64,7 +64,7 @@ def train(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what a step costs and what conflicts; train nothing.")
+        bool, typer.Option("--dry-run", help="Say what a step costs; train nothing.")
     ] = False,
 ) -> None:
     """Train a run, or go on with one."""

@@ -135,19 +135,19 @@ class Recipe(Section):
         for problem in conflicts(self.techniques):
             raise ValueError(problem)
         for kind, config in chosen(self.techniques).items():
-            if self.ema is None and getattr(config, "needs_ema", False):
+            if self.ema is None and config.requires.average:
                 raise ValueError(
                     f"techniques.{kind}: asks the moving average of the weights, and there is no `ema:` section (SWA has "
                     "none until its first epoch); give, for example, ema.decay=0.99"
                 )
-            if getattr(config, "needs_cross_entropy", False) and (
+            if config.requires.cross_entropy and (
                 self.loss.kind != "cross_entropy" or self.loss.class_weights != "none"
             ):
                 raise ValueError(
                     f"techniques.{kind}: is made for the plain cross-entropy; set loss.kind to cross_entropy and "
                     "loss.class_weights to none"
                 )
-            if (rounds := getattr(config, "needs_epochs", 1)) > self.train.epochs:
+            if (rounds := config.requires.epochs) > self.train.epochs:
                 raise ValueError(
                     f"techniques.{kind}.rounds: {rounds} rounds need as many epochs; train.epochs is {self.train.epochs}"
                 )
@@ -169,21 +169,15 @@ class Recipe(Section):
 
 
 def conflicts(techniques: Section) -> list[str]:
-    """Techniques that can't go together, each with what to change; a technique declares its own."""
+    """Techniques that learn from images of one label beside others that leave none, each with what to change."""
     configs = chosen(techniques)
-    found = [
-        f"techniques: {kind} and {other} can't go together: {advice}"
-        for kind, config in configs.items()
-        for other, advice in getattr(config, "conflicts", {}).items()
-        if other in configs
-    ]
     mixers = {kind: config for kind, config in configs.items() if isinstance(config, Mixing)}
     times = {min(time, END) for config in mixers.values() for time in (0.0, *knots(config.probability), END)}
-    if mixers and all(sum(config.share(time) for config in mixers.values()) >= 1 for time in times):
-        found += [
-            f"techniques.{kind}: learns from images of one label, and {' and '.join(mixers)} mixed in every step leave none; "
-            f"give, for example, techniques.{next(iter(mixers))}.probability=0.5"
-            for kind, config in configs.items()
-            if getattr(config, "needs_whole_labels", False)
-        ]
-    return found
+    if not mixers or any(sum(config.share(time) for config in mixers.values()) < 1 for time in times):
+        return []
+    return [
+        f"techniques.{kind}: learns from images of one label, and {' and '.join(mixers)} mixed in every step leave none; "
+        f"give, for example, techniques.{next(iter(mixers))}.probability=0.5"
+        for kind, config in configs.items()
+        if config.requires.whole_labels
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -44,12 +45,28 @@ OWN = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Requires:
+    """What a technique can't do without."""
+
+    average: bool = False  # the moving average of the weights: an `ema:` section
+    boxes: bool = False  # of the objects, in the data
+    whole_labels: bool = False  # images of one label, in some steps at least
+    cross_entropy: bool = False  # as the base loss, all classes alike
+    epochs: int = 1  # as many, or more
+
+
 class TechniqueSettings(Section):
     """Settings of a technique, which say by `kind` what it is called in recipes, and where the class is that does it: imported
     when a net is built, so that settings can be read without torch."""
 
     technique: ClassVar[str]  # "package.module:Class", made from these settings alone
     kind: str = ""
+
+    @property
+    def requires(self) -> Requires:
+        """What these settings need of the rest of a recipe, and of the data."""
+        return Requires()
 
 
 class Mixing(TechniqueSettings):

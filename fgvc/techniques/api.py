@@ -119,10 +119,9 @@ class Draws:
 class Technique:
     """What adds to training and leaves the deployed graph as it is.
 
-    A subclass says what it is by the attributes below, and overrides the hooks that it needs; the order of a step is
-    `on_batch`, `views`, the forward, `views_after`, `losses`, the update, `after_step`. A public method that is no hook and has no
-    leading underscore is an error when the class is made: it would be a hook with a slip in its name, which nobody calls.
-    docs/techniques.md walks through one.
+    A subclass says what it is by the attributes below, and overrides the hooks that it needs. The order of a step is `on_batch`,
+    `views`, the forward, `views_after`, `losses`, the update, `after_step`. A public method that is no hook is an error when the
+    class is made: it would be a hook with a slip in its name, which nobody calls. docs/techniques.md walks through one.
     """
 
     source: ClassVar[str] = ""  # the paper

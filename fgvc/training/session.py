@@ -22,6 +22,7 @@ from fgvc.config.data import SPLITS
 from fgvc.config.images import Preprocess
 from fgvc.config.models import run_of
 from fgvc.config.recipe import Recipe
+from fgvc.config.techniques import chosen
 from fgvc.config.training import Optim
 from fgvc.data.augment import Augmenter
 from fgvc.data.cache import DecodeCache
@@ -52,14 +53,15 @@ def training_index(recipe: Recipe, index: ImageIndex | None = None) -> ImageInde
     data do not have."""
     refuse_names(recipe)
     index = read_index(recipe) if index is None else index
-    for kind, config in recipe.techniques:
-        if index.boxes is None and getattr(config, "needs_boxes", False):
+    for kind, config in chosen(recipe.techniques).items():
+        if not config.requires.boxes:
+            continue
+        if index.boxes is None:
             raise FgvcError(
                 f"techniques.{kind}: learns from the object's box in each image, and the data in {recipe.data.root} have no "
                 f"boxes; give data in the CUB layout with bounding_boxes.txt, or set techniques.{kind}=null"
             )
-        if getattr(config, "needs_boxes", False):
-            refuse_shares(index)
+        refuse_shares(index)
     return index
 
 

@@ -58,9 +58,10 @@ Row = tuple[int, ...]
 def permitted(row: Row) -> bool:
     said = {kind: levels[at] for (kind, levels), at in zip(FACTORS.items(), row, strict=True)}
     chosen = Techniques(**{kind: said[kind] for kind in settings_by_kind()})
+    on = [one for kind in settings_by_kind() if (one := getattr(chosen, kind)) is not None]
     refused = [
-        any(getattr(getattr(chosen, kind), "needs_ema", False) for kind in settings_by_kind()) and not said["ema"],
-        any(getattr(getattr(chosen, kind), "needs_cross_entropy", False) for kind in settings_by_kind()) and said["loss"],
+        any(one.requires.average for one in on) and not said["ema"],
+        any(one.requires.cross_entropy for one in on) and said["loss"],
         said["ema"] and said["swa"],
         said["sampling"] == "balanced" and "class_weights" in said["loss"],
     ]

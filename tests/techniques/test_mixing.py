@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fgvc.config.techniques import settings_by_kind
 from fgvc.models.backbone import plain_model
 from fgvc.runs.step import StepModule, _one_of
-from fgvc.techniques.api import Batch, Draws
+from fgvc.techniques.api import Batch, Draws, Technique
 from fgvc.techniques.mosaic.settings import MosaicSettings
 from fgvc.techniques.registry import made_of
 from fgvc.techniques.snapmix.settings import SnapmixSettings
@@ -29,7 +29,7 @@ def batch(count: int = 6, seed: int = 0) -> Batch:
     return Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(count, 2, 3))
 
 
-class Spy:
+class Spy(Technique):
     """What the others made of the batch."""
 
     source = forwards = leaves = "nothing"

@@ -15,7 +15,7 @@ from fgvc.errors import FgvcError
 from fgvc.models.backbone import freeze
 from fgvc.models.loss import Criterion
 from fgvc.runs.step import StepModule
-from fgvc.techniques.api import Batch, Draws, View
+from fgvc.techniques.api import Batch, Draws, Technique, View
 from fgvc.techniques.dcl.settings import DclSettings
 from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.plan import Joints, Plan
@@ -41,7 +41,7 @@ def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.named_buffers()}
 
 
-class Probe:
+class Probe(Technique):
     """A technique that uses every hook; `weights` and `view_weight` switch its parts."""
 
     def __init__(self, **options: object) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
-from fgvc.config.techniques import TechniqueSettings
+from fgvc.config.techniques import Requires, TechniqueSettings
 from fgvc.techniques.settings import OfflineMethod, Region
 
 
@@ -37,5 +38,6 @@ class AePslSettings(TechniqueSettings):
     )
 
     @property
-    def needs_epochs(self) -> int:
-        return self.rounds
+    @override
+    def requires(self) -> Requires:
+        return Requires(epochs=self.rounds)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
+from typing_extensions import override
 
 from fgvc.config.schedule import Scheduled, Value, ever
-from fgvc.config.techniques import TechniqueSettings
+from fgvc.config.techniques import Requires, TechniqueSettings
 
 
 class BoxHeadSettings(TechniqueSettings):
@@ -16,8 +17,6 @@ class BoxHeadSettings(TechniqueSettings):
     technique: ClassVar[str] = "fgvc.techniques.box_head.technique:BoxHead"
 
     kind: Literal["box_head"] = "box_head"
-    needs_boxes: ClassVar[bool] = True
-    needs_whole_labels: ClassVar[bool] = True
     loss: Literal["giou", "diou", "ciou"] = Field(
         "ciou",
         description="1 - IoU, and: giou: the empty share of the hull | diou: the centres' distance | ciou: and aspect",
@@ -37,3 +36,8 @@ class BoxHeadSettings(TechniqueSettings):
         if not ever(box):
             raise ValueError("with 0 nothing finds the box; take the technique out instead")
         return box
+
+    @property
+    @override
+    def requires(self) -> Requires:
+        return Requires(boxes=True, whole_labels=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
+from typing_extensions import override
 
 from fgvc.config.schedule import Scheduled
-from fgvc.config.techniques import TechniqueSettings
+from fgvc.config.techniques import Requires, TechniqueSettings
 from fgvc.techniques.settings import FILLS, AnyMethod, Fill, Region
 
 
@@ -42,5 +43,6 @@ class CamErasingSettings(TechniqueSettings):
         return self
 
     @property
-    def needs_ema(self) -> bool:
-        return self.source == "ema"
+    @override
+    def requires(self) -> Requires:
+        return Requires(average=self.source == "ema")

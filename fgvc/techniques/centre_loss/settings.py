@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from fgvc.config.schedule import Scheduled
-from fgvc.config.techniques import TechniqueSettings
+from fgvc.config.techniques import Requires, TechniqueSettings
 
 
 class CentreLossSettings(TechniqueSettings):
@@ -19,4 +20,7 @@ class CentreLossSettings(TechniqueSettings):
     centre: Scheduled = Field(0.003, description="weight of half the squared distance to the class's centre (the paper's lambda)")
     rate: float = Field(0.5, gt=0, le=1, description="how fast the centres follow (the paper's alpha)")
 
-    needs_whole_labels: ClassVar[bool] = True
+    @property
+    @override
+    def requires(self) -> Requires:
+        return Requires(whole_labels=True)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
+from typing_extensions import override
 
 from fgvc.config.images import Spread, Triple, possible_mean
 from fgvc.config.schedule import Scheduled
 from fgvc.config.section import Section, Size
-from fgvc.config.techniques import TechniqueSettings
+from fgvc.config.techniques import Requires, TechniqueSettings
 
 
 class _Weighted(Section):
@@ -136,5 +137,6 @@ class DistillSettings(TechniqueSettings):
         return teachers
 
     @property
-    def needs_ema(self) -> bool:
-        return any(isinstance(teacher, EmaTeacher) for teacher in self.teachers)
+    @override
+    def requires(self) -> Requires:
+        return Requires(average=any(isinstance(teacher, EmaTeacher) for teacher in self.teachers))

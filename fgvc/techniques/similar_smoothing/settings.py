@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from fgvc.config.schedule import ScheduledShare
-from fgvc.config.techniques import TechniqueSettings
+from fgvc.config.techniques import Requires, TechniqueSettings
 
 
 class SimilarSmoothingSettings(TechniqueSettings):
@@ -24,5 +25,7 @@ class SimilarSmoothingSettings(TechniqueSettings):
     temperature: float = Field(0.1, gt=0, description="of the softmax over cosines: low, and only the most alike share")
     rate: float = Field(0.1, gt=0, le=1, description="how fast a class's mean features follow those of a step")
 
-    needs_whole_labels: ClassVar[bool] = True  # for the means
-    needs_cross_entropy: ClassVar[bool] = True  # of the base loss, without weights of classes
+    @property
+    @override
+    def requires(self) -> Requires:
+        return Requires(whole_labels=True, cross_entropy=True)
