@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/python -m fgvc.cli.demo demo
 
 check: install
-	$(BIN)/ruff check fgvc tests benchmarks
+	$(BIN)/ruff check fgvc tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -14,7 +14,8 @@ from fgvc.config.images import Deploy, Image
 from fgvc.config.models import Loss, Model, run_of
 from fgvc.config.schedule import knots
 from fgvc.config.section import Section
-from fgvc.config.techniques import Mixing, Techniques, chosen
+from fgvc.config.technique import Mixing
+from fgvc.config.techniques import Techniques, chosen
 from fgvc.config.training import Checkpoint, Ema, Log, Optim, Swa, Train
 
 Shipped = Literal["last", "best", "ema", "swa"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fgvc.config.section import Section
-from fgvc.config.techniques import TechniqueSettings, chosen, named
+from fgvc.config.technique import TechniqueSettings
+from fgvc.config.techniques import chosen, named
 from fgvc.techniques.api import Technique
 
 

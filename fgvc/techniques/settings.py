@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from fgvc.config.section import Section
-from fgvc.config.techniques import TechniqueSettings
+from fgvc.config.technique import TechniqueSettings
 
 Fill = Literal["zero", "mean", "random", "noise", "blur"]
 FILLS = (

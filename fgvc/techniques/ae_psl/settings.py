@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
-from fgvc.config.techniques import Requires, TechniqueSettings
+from fgvc.config.technique import Requires, TechniqueSettings
 from fgvc.techniques.settings import OfflineMethod, Region
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from fgvc.config.schedule import Scheduled, ever
 from fgvc.config.section import ShareRange
-from fgvc.config.techniques import TechniqueSettings
+from fgvc.config.technique import TechniqueSettings
 from fgvc.techniques.settings import FILLS, AnyMethod, Fill
 
 SCALE = 20.0  # of the pooled features

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from typing_extensions import override
 
 from fgvc.config.schedule import Scheduled, Value, ever
-from fgvc.config.techniques import Requires, TechniqueSettings
+from fgvc.config.technique import Requires, TechniqueSettings
 
 
 class BoxHeadSettings(TechniqueSettings):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from fgvc.config.schedule import Scheduled
-from fgvc.config.techniques import Requires, TechniqueSettings
+from fgvc.config.technique import Requires, TechniqueSettings
 from fgvc.techniques.settings import FILLS, AnyMethod, Fill, Region
 
 

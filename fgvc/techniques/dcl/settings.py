@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from fgvc.config.schedule import Scheduled
-from fgvc.config.techniques import TechniqueSettings
+from fgvc.config.technique import TechniqueSettings
 
 
 class DclSettings(TechniqueSettings):

@@ -11,7 +11,7 @@ from typing_extensions import override
 from fgvc.config.images import Spread, Triple, possible_mean
 from fgvc.config.schedule import Scheduled
 from fgvc.config.section import Section, Size
-from fgvc.config.techniques import Requires, TechniqueSettings
+from fgvc.config.technique import Requires, TechniqueSettings
 
 
 class _Weighted(Section):

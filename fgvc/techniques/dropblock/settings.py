@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from fgvc.config.schedule import Scheduled, Value, ever
-from fgvc.config.techniques import TechniqueSettings
+from fgvc.config.technique import TechniqueSettings
 from fgvc.techniques.settings import Stages
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from fgvc.config.section import ShareRange
-from fgvc.config.techniques import Mixing
+from fgvc.config.technique import Mixing
 
 
 class MosaicSettings(Mixing):

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from fgvc.config.schedule import Scheduled
-from fgvc.config.techniques import TechniqueSettings
+from fgvc.config.technique import TechniqueSettings
 from fgvc.techniques.settings import Stages
 
 WIDEST = 256  # channels of the fused map unless told: its 3x3 convolutions are what a step pays for

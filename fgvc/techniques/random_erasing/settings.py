@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from fgvc.config.section import ShareRange
-from fgvc.config.techniques import TechniqueSettings
+from fgvc.config.technique import TechniqueSettings
 
 
 class RandomErasingSettings(TechniqueSettings):

@@ -8,7 +8,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from fgvc.config.schedule import ScheduledShare
-from fgvc.config.techniques import Requires, TechniqueSettings
+from fgvc.config.technique import Requires, TechniqueSettings
 
 
 class SimilarSmoothingSettings(TechniqueSettings):

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fgvc.config.techniques import Mixing
+from fgvc.config.technique import Mixing
 from fgvc.techniques.settings import AnyMethod
 
 

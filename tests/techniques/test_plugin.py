@@ -1,0 +1,110 @@
+"""An installed package adds a technique: examples/technique_plugin is installed, trained with, exported and proved."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+
+from fgvc.config import techniques
+from fgvc.errors import FgvcError
+from fgvc.techniques.api import Technique
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+import json, sys
+from pathlib import Path
+from fgvc import api
+from fgvc.config.loading import validate
+from fgvc.config.recipe import Recipe
+out = Path(sys.argv[1])
+recipe = validate(Recipe, json.loads((out / "recipe.json").read_text()), where="test")
+run = api.train(recipe, out / "run")
+done = api.export(run, out / "bundle")
+assert api.verify(out / "bundle").passed
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("site")
+    how = ["--no-index", "--no-deps", "--no-build-isolation", "--quiet", "--target", str(target)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *how, str(ROOT / "examples/technique_plugin")], check=True)
+    return target
+
+
+def python(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(installed), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
+    )
+
+
+def test_it_trains_exports_and_leaves_nothing(installed: Path, recipe_tree: dict, tmp_path: Path) -> None:
+    tree = recipe_tree | {
+        "techniques": {"confidence_penalty": {"beta": 0.5}, "mixup": {}},
+        "export": {"exporter": "torchscript"},
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(tree))
+    done = python(installed, "-c", RUN, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "confidence_penalty.penalty" in (tmp_path / "run/metrics.csv").read_text()
+
+
+def test_its_term_is_log_k_less_the_entropy(installed: Path) -> None:
+    code = (
+        "import torch\nfrom types import SimpleNamespace as N\n"
+        "from fgvc_confidence_penalty.settings import ConfidencePenaltySettings as S\n"
+        "from fgvc_confidence_penalty.technique import ConfidencePenalty as C\n"
+        "z = torch.tensor([[0., 0., 0.], [50., 0., 0.]])\n"
+        "print(C(S()).losses({'main': N(logits=z)}, None)['penalty'].item())"
+    )
+    done = python(installed, "-c", code)
+    assert float(done.stdout) == pytest.approx(math.log(3) / 2, rel=1e-6)
+
+
+def test_recipes_know_it_and_its_mistakes(installed: Path) -> None:
+    schema = json.loads(python(installed, "-m", "fgvc", "recipes", "--schema").stdout)
+    assert "confidence_penalty" in schema["$defs"]["Techniques"]["properties"]
+    wrong = python(installed, "-m", "fgvc", "train", "demo/plain", "data.root=x", "techniques.confidence_penalty.betta=1")
+    assert wrong.returncode == 2
+    assert "did you mean 'beta'?" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mixup", "fgvc.techniques.mixup.settings:MixupSettings", "there is a technique of that name already"),
+        ("other", "fgvc.techniques.mixup.settings:MixupSettings", "its kind is 'mixup'; give both one name"),
+        ("other", "fgvc.techniques.mixup.technique:Mixup", "is no TechniqueSettings"),
+        ("other", "fgvc.nowhere:Settings", "can't be imported"),
+        ("other", "fgvc.techniques.mixup.settings:Nothing", "can't be imported"),
+    ],
+)
+def test_an_entry_point_that_is_none_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setattr(techniques, "entry_points", lambda group: [EntryPoint(name, value, group)])
+    with pytest.raises(FgvcError, match=rf"entry point {name} .*{message}"):
+        techniques.settings_by_kind.__wrapped__()
+
+
+def test_a_hook_with_a_slip_in_its_name_is_an_error_when_the_class_is_made() -> None:
+    with pytest.raises(TypeError, match=r"Slip\.view_after: no hook of a technique; did you mean views_after\?"):
+
+        class Slip(Technique):
+            def view_after(self, batch: object, outputs: object, ctx: object) -> list[object]:
+                return []
+
+    class Own(Technique):
+        names = ("attributes", "are free")
+
+        def _own(self) -> torch.Tensor:
+            return torch.zeros(1)
