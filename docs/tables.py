@@ -4,7 +4,8 @@ A table stands between `<!-- table: FILE.csv -->` and `<!-- end -->`; FILE is be
 `<!-- table: FILE.csv columns: a,b -->` it has these columns only. `<!-- matrix: FILE.csv -->` is for lines of backbone, family,
 technique, result and detail: a row for each backbone, a column for each technique, reasons as notes below. Of the runs of a
 study, `<!-- study: FILE.csv part: test budget: epochs -->` is the table of its arms, `<!-- trials: FILE.csv ... -->` that of all
-trials, and `<!-- forest: FILE.csv ... -->` a picture of the arms' differences to the first.
+trials, and `<!-- forest: FILE.csv ... -->` a picture of the arms' differences to the first. From the code come
+`<!-- techniques -->`, what each technique says of itself, and `<!-- layers -->`, the packages and which of them import which.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import re
 import sys
 from pathlib import Path
 
+import grimp
 from matplotlib import rc_context
 
+from fgvc.config.techniques import named, settings_by_kind
+from fgvc.report.render import svg
 from fgvc.studies.page import forest
 from fgvc.studies.table import Line, lines, markdown
-from fgvc.report.render import svg
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(
-    r"(<!-- (?P<kind>table|matrix|study|trials|forest): (?P<file>\S+)(?: columns: (?P<columns>\S+))?"
+    r"(<!-- (?P<kind>techniques|layers|table|matrix|study|trials|forest)(?:: (?P<file>\S+))?(?: columns: (?P<columns>\S+))?"
     r"(?: part: (?P<part>\S+) budget: (?P<budget>\S+))? -->\n).*?(?P<end><!-- end -->)",
     re.DOTALL,
 )
@@ -87,9 +90,39 @@ def drawn(m: re.Match[str]) -> bytes | None:
         return svg(figure, Description=digest)
 
 
+def techniques() -> str:
+    """What each technique says of itself."""
+    rows = [("technique", "what it does", "source", "forwards it adds to a step", "what it leaves behind"), ("---",) * 5]
+    for kind, settings in settings_by_kind().items():
+        made = named(settings.technique)
+        does = (settings.__doc__ or "").strip().replace("\n    ", " ").rstrip(".")
+        rows.append((f"`{kind}`", does, made.source, made.forwards, made.leaves))
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+
+
+def layers() -> str:
+    """The packages as a graph that GitHub draws: an arrow where one imports another, and no third one in between does so."""
+    graph = grimp.build_graph("fgvc", include_external_packages=False, exclude_type_checking_imports=True)
+    rooms = sorted(graph.find_children("fgvc"))
+    of = {module: ".".join(module.split(".")[:2]) for module in graph.modules}
+    edges = {(of[a], of[b]) for a in graph.modules for b in graph.find_modules_directly_imported_by(a)}
+    below: dict[str, set[str]] = {room: {b for a, b in edges if a == room and b != room and b in rooms} for room in rooms}
+
+    def reach(room: str) -> set[str]:
+        return below[room].union(*(reach(other) for other in below[room]))
+
+    lines = ["```mermaid", "flowchart TD"]
+    for room in rooms:
+        through = set().union(*(reach(other) for other in below[room]))
+        lines += [f"  {room.removeprefix('fgvc.')} --> {other.removeprefix('fgvc.')}" for other in sorted(below[room] - through)]
+    return "\n".join([*lines, "```", ""])
+
+
 def block(m: re.Match[str]) -> str:
-    path = DOCS / "results" / m["file"]
+    path = DOCS / "results" / (m["file"] or "")
     made = {
+        "techniques": techniques,
+        "layers": layers,
         "matrix": lambda: matrix(path),
         "table": lambda: table(path, m["columns"]),
         "study": lambda: markdown(study(path, m["part"], m["budget"])),
@@ -103,7 +136,7 @@ def block(m: re.Match[str]) -> str:
 
 def main(arguments: list[str]) -> int:
     stale: dict[Path, bytes] = {}
-    for path in sorted(DOCS.glob("*.md")):
+    for path in [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         if (filled := BLOCK.sub(block, text)) != text:
             stale[path] = filled.encode()
@@ -111,7 +144,7 @@ def main(arguments: list[str]) -> int:
         stale |= {place(m): content for m in forests if (content := drawn(m)) is not None}
     check = "--check" in arguments
     for path, content in stale.items():
-        print(f"{path.relative_to(DOCS)}: {'out of date' if check else 'written'}")
+        print(f"{path.relative_to(DOCS.parent)}: {'out of date' if check else 'written'}")
         if not check:
             path.write_bytes(content)
     return 1 if stale and check else 0
