@@ -7,6 +7,7 @@ for. `fgvc.runtime` predicts, and needs no torch.
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,9 +67,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 def __getattr__(name: str) -> Any:
     if name in VERBS:
-        from fgvc import api
-
-        return getattr(api, name)
+        return getattr(import_module("fgvc.api"), name)
     raise AttributeError(f"module 'fgvc' has no attribute {name!r}")
 
 
