@@ -1,7 +1,7 @@
 """fgvc: raise the accuracy of the classifier you already deploy without changing a node of its graph.
 
-In Python: `fgvc.train`, `evaluate`, `export`, `verify` and the others of `fgvc.api`, which is imported when one of them is first asked
-for. `fgvc.runtime` predicts, and needs no torch.
+In Python: `fgvc.train`, `evaluate`, `export`, `verify` and the others of `fgvc.api`, which is imported when one of them is first
+asked for. `fgvc.runtime` predicts, and needs no torch.
 """
 
 from __future__ import annotations
