@@ -27,7 +27,7 @@ from fgvc.config.loading import validate
 from fgvc.config.exporting import Export
 from fgvc.exporting.onnx import export_onnx, serialised
 from fgvc.reparam.plain import strip
-from fgvc.exporting.prove import versions
+from fgvc.exporting.reference import versions
 from fgvc.exporting.reference import randomise
 from fgvc.models.backbone import deployed, plain_model
 from fgvc.config.recipe import Recipe

@@ -11,6 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing of the user's is read or filled; the processes of one session share what they make."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
+
+
 COLOURS = {"blue": (60, 80, 200), "green": (70, 170, 80), "red": (200, 70, 60)}
 
 

@@ -34,7 +34,7 @@ from PIL import Image
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError, ImageError
 from fgvc.images.decode import read_picture
-from fgvc.io.files import alone, remove, sync, write_atomic
+from fgvc.io.files import alone, cache_folder, remove, sync, write_atomic
 
 _VERSION = 3
 _LOCK = "building"  # held by whoever builds; a folder whose lock is free was left behind by a crash
@@ -88,7 +88,7 @@ class DecodeCache:
         and then. Raises FgvcError when there is no room for it.
         """
         rows = np.unique(np.asarray(rows, dtype=np.int64))
-        folder = _default_folder() if folder is None else folder.expanduser()
+        folder = cache_folder() if folder is None else folder.expanduser()
         final = folder / _key(index, rows, side)
         given = partial(cls, final, index, side=side)
         whole = _whole(given, final, progress)
@@ -189,10 +189,6 @@ def shrunk(image: Image.Image, side: int) -> Image.Image:
         return image
     width, height = (max(1, round(length * scale)) for length in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _default_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fgvc"
 
 
 def _key(index: ImageIndex, rows: NDArray[np.int64], side: int) -> str:

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import Merged, canonicalise, shared_initializers
 from fgvc.exporting.difference import Difference, compare, notes
 from fgvc.exporting.onnx import Explain, Interface, explain_model, export_onnx, interface_of, load_onnx, serialised
-from fgvc.exporting.reference import Plain, independent_plain
+from fgvc.exporting.reference import Plain, cached_plain, versions
 from fgvc.exporting.ties import nudged
 from fgvc.models.backbone import deployed, memory_format
 from fgvc.reparam.plain import strip
@@ -126,9 +125,9 @@ def prove(
     sample, images = _peek(images)
     target, interface, exporter = _shape_of(plain, against, size=size, num_classes=num_classes, export=export)
     with ThreadPoolExecutor(1) as pool:  # the independent model is made meanwhile, in its own process
-        future = pool.submit(independent_plain, **recipe, interface=interface, exporter=exporter)
+        future = pool.submit(cached_plain, **recipe, interface=interface, exporter=exporter)
         made = _make(plain, sample, interface=interface, exporter=exporter)
-        reference, positions = future.result()
+        reference, positions, made_when = future.result()
     structural = compare_structure(made.proto, reference, positions)
     ties: tuple[str, ...] = ()
     if not structural.passed:
@@ -149,6 +148,7 @@ def prove(
         "exporter": exporter,
         "interface": asdict(replace(interface, ir_version=proto.ir_version)),
         "sha256": structural.sha256,
+        "reference": made_when,
         "weights": sorted(positions),
         "proofs": _figures(numeric, behavioural, proto),
         "ties_broken": list(ties),
@@ -161,12 +161,6 @@ def prove(
         behavioural=behavioural, warnings=tuple(said),
         plain=(Plain(proto, positions, interface.size), Plain(reference, positions, interface.size)),
     )  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Of what shapes a graph. `2.14.1+cu130` and `2.14.1+cpu` export alike."""
-    names = ("torch", "timm", "onnx", "onnxscript", "onnxruntime")
-    return {name: metadata.version(name).partition("+")[0] for name in names}
 
 
 def compare_numbers(trained: nn.Module, exact: nn.Module, shipped: nn.Module, x: np.ndarray) -> Numeric:

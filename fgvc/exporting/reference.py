@@ -6,17 +6,21 @@ the same plain model with two draws of random weights. Where the two files diffe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import torch
@@ -26,9 +30,14 @@ from fgvc.config.exporting import Exporter
 from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import weight_positions
 from fgvc.exporting.onnx import Interface, export_onnx, serialised
+from fgvc.io.files import cache_folder, make_folder, write_atomic
 from fgvc.models.backbone import deployed, plain_model
 
 SEEDS = (1, 2)
+
+
+KEPT = 8  # graphs in the cache: an older one gives way
+SOURCES = ("exporting/*.py", "models/backbone.py", "models/class_maps.py", "models/deformable.py", "models/tokens.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,34 @@ def independent_plain(
 
     Takes one start of Python and two exports, once in a process for equal arguments. Raises FgvcError where the process fails.
     """
+    return _told_apart(_two_draws(_order(backbone, num_classes, kwargs, interface, exporter)))
+
+
+def cached_plain(
+    *, backbone: str, num_classes: int, kwargs: Mapping[str, Any], interface: Interface, exporter: Exporter
+) -> tuple[onnx.ModelProto, frozenset[int], Literal["cached", "fresh"]]:
+    """The same, from the cache where an earlier export made it with equal arguments, versions of the packages that shape a graph,
+    and sources of fgvc; and whether that was so. Both draws are kept with their SHA-256: what is damaged is made anew."""
+    order = _order(backbone, num_classes, kwargs, interface, exporter)
+    key = hashlib.sha256(json.dumps([order, sorted(versions().items()), _sources()]).encode()).hexdigest()
+    folder = cache_folder() / "plain" / key[:32]
+    if (draws := _kept(folder)) is not None:
+        return *_told_apart(draws), "cached"
+    draws = _two_draws(order)
+    with suppress(FgvcError, OSError):  # a disk that is full costs the next export half a minute, and this one nothing
+        _keep(folder, draws)
+    return *_told_apart(draws), "fresh"
+
+
+def versions() -> dict[str, str]:
+    """Of what shapes a graph. `2.14.1+cu130` and `2.14.1+cpu` export alike."""
+    names = ("torch", "timm", "onnx", "onnxscript", "onnxruntime")
+    return {name: metadata.version(name).partition("+")[0] for name in names}
+
+
+def _order(
+    backbone: str, num_classes: int, kwargs: Mapping[str, Any], interface: Interface, exporter: Exporter
+) -> str:
     order = {
         "backbone": backbone,
         "num_classes": num_classes,
@@ -55,8 +92,44 @@ def independent_plain(
         "exporter": exporter,
         "seeds": SEEDS,
     }
-    first, second = map(onnx.load_from_string, _two_draws(json.dumps(order)))
+    return json.dumps(order)
+
+
+def _told_apart(draws: tuple[bytes, bytes]) -> tuple[onnx.ModelProto, frozenset[int]]:
+    first, second = map(onnx.load_from_string, draws)
     return first, weight_positions(first, second)
+
+
+@cache
+def _sources() -> str:
+    """SHA-256 of the code that decides what a plain model's file looks like."""
+    home, found = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in home.glob(pattern)):
+        found.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def _kept(folder: Path) -> tuple[bytes, bytes] | None:
+    """What the cache has, if it is whole; it counts as used now."""
+    try:
+        hashes = json.loads((folder / "sha256.json").read_text(encoding="utf-8"))
+        first, second = ((folder / f"{draw}.onnx").read_bytes() for draw in range(2))
+        if [hashlib.sha256(content).hexdigest() for content in (first, second)] != hashes:
+            return None
+        os.utime(folder)
+    except (OSError, ValueError):
+        return None
+    return first, second
+
+
+def _keep(folder: Path, draws: tuple[bytes, bytes]) -> None:
+    """Put two draws into the cache, the hashes last, and let go of those that were not used for longest."""
+    make_folder(folder)
+    hashes = [write_atomic(folder / f"{draw}.onnx", content) for draw, content in enumerate(draws)]
+    write_atomic(folder / "sha256.json", json.dumps(hashes).encode())
+    others = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in others[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @lru_cache(maxsize=4)

@@ -10,8 +10,8 @@ from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise
 from fgvc.exporting.difference import Difference, compare, notes
 from fgvc.exporting.onnx import Interface, load_onnx
-from fgvc.exporting.prove import compare_structure, versions
-from fgvc.exporting.reference import Plain, independent_plain
+from fgvc.exporting.prove import compare_structure
+from fgvc.exporting.reference import Plain, independent_plain, versions
 from fgvc.exporting.variant import differences, structure
 from fgvc.runtime.bundle import Bundle, load_bundle
 from fgvc.runtime.engine import Engine

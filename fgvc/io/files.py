@@ -34,6 +34,11 @@ _SCRATCH = re.compile(r"\.\d+\.")
 _held: set[int] = set()  # locks of this process
 
 
+def cache_folder() -> Path:
+    """Where what can be made anew is kept for the next time: `$XDG_CACHE_HOME/fgvc`, or `~/.cache/fgvc`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fgvc"
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -16,7 +16,7 @@ from fgvc.evaluation.evaluate import evaluate
 from fgvc.evaluation.localize import localize
 from fgvc.exporting.onnx import Interface, export_onnx
 from fgvc.exporting.prove import Structural, compare_structure, untie
-from fgvc.exporting.reference import independent_plain
+from fgvc.exporting.reference import cached_plain
 from fgvc.images.preprocess import described
 from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
@@ -153,10 +153,10 @@ def contract(seen: Subject) -> Structural:
     backbone, kwargs, exporter = recipe.model.backbone, recipe.model.kwargs, recipe.export.exporter
     plain = strip(seen.step.net.cpu(), backbone=backbone, num_classes=classes, kwargs=kwargs)
     interface = Interface(size=recipe.image.size, opset=recipe.export.opset)
-    against = independent_plain(
+    reference, positions, _ = cached_plain(
         backbone=backbone, num_classes=classes, kwargs=kwargs, interface=interface, exporter=exporter
     )
-    found = compare_structure(export_onnx(deployed(plain), exporter=exporter, **asdict(interface)), *against)
+    found = compare_structure(export_onnx(deployed(plain), exporter=exporter, **asdict(interface)), reference, positions)
     if found.passed:
         return found
-    return untie(plain, found, *against, interface=interface, exporter=exporter)[1]
+    return untie(plain, found, reference, positions, interface=interface, exporter=exporter)[1]
