@@ -22,7 +22,7 @@ from fgvc.cli import main
 from fgvc.config.template import recipe_file, run_name
 from fgvc.models.backbone import plain_model
 from fgvc.runtime.bundle import write_bundle
-from tests.serve.small import serving
+from tests.serving.small import serving
 
 VERBS = (
     "recipes", "init", "data", "train", "interpolate", "eval", "explain", "localize", "report", "compare", "export", "verify",

@@ -24,7 +24,7 @@ from fgvc.evaluation.temperature import RECORD, calibration
 from fgvc.runs.subject import onnx_answers, subject
 from fgvc.runtime.engine import Session
 from fgvc.runtime.predict import predict_files
-from tests.serve.small import ask, service
+from tests.serving.small import ask, service
 
 COLOURS = {"blue": (90, 90, 170), "green": (90, 160, 90), "red": (170, 90, 90)}
 

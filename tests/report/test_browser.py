@@ -10,7 +10,7 @@ import pytest
 from fgvc import api
 from fgvc.config.recipe import Recipe
 from fgvc.report.document import report
-from tests.page.browser import browser, pdf, problems
+from tests.report.browser import browser, pdf, problems
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1", "localhost", "::1"])  # where selenium's driver listens
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.train.test_start import pretrained, recipe  # noqa: F401
 
 from fgvc import api
 from fgvc.config.data import SPLITS
@@ -14,7 +15,6 @@ from fgvc.errors import FgvcError
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run
 from fgvc.runs.record import NAME, load
-from tests.train.test_start import pretrained, recipe  # noqa: F401
 
 
 def splits(run: Path) -> dict[str, set[str]]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fgvc.serving.limits import Refusal
 from fgvc.serving.models import Models, Served
 from fgvc.serving.protocol import HEADER_LENGTH, answer, infer, parse, unpack
-from tests.serve.small import SIZE, save_bundle
+from tests.serving.small import SIZE, save_bundle
 
 SHAPE = [2, 3, SIZE, SIZE]
 X = np.random.default_rng(0).random(SHAPE, dtype=np.float32)

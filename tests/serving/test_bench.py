@@ -12,7 +12,7 @@ import pytest
 from fgvc.errors import FgvcError
 from fgvc.studies import serving_speed as bench
 from fgvc.studies.serving_speed import bench_serve, show_figures, write_figures
-from tests.serve.small import save_bundle
+from tests.serving.small import save_bundle
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1", "localhost", "::1"])
 

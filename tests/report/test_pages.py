@@ -14,8 +14,8 @@ from fgvc.data.quality.suspects import Suspect, Suspects
 from fgvc.data.sources.read import read_source
 from fgvc.report.compare import write_page
 from fgvc.report.data import data_page
-from tests.page.browser import browser, pdf, problems
-from tests.serve import small
+from tests.report.browser import browser, pdf, problems
+from tests.serving import small
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1", "localhost", "::1"])  # where selenium's driver listens
 

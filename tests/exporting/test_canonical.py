@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise, shared_initializers, weight_positions
 from fgvc.exporting.difference import compare
-from tests.export.small_graphs import SOURCES, export, first, graph_of, model, net, port, tensor
+from tests.exporting.small_graphs import SOURCES, export, first, graph_of, model, net, port, tensor
 
 
 def sha(m: ModelProto, weights=None) -> str:

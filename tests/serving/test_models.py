@@ -12,7 +12,7 @@ from fgvc.errors import FgvcError
 from fgvc.serving import models as module
 from fgvc.serving.limits import Refusal
 from fgvc.serving.models import Models, parse_places
-from tests.serve.small import SIZE, save_bundle
+from tests.serving.small import SIZE, save_bundle
 
 X = np.ones((1, 3, SIZE, SIZE), np.float32)
 

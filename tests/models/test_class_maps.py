@@ -24,7 +24,7 @@ from fgvc.models.class_maps import (
     normalised,
     refusal,
 )
-from tests.cam.net import CLASSES, made
+from tests.models.net import CLASSES, made
 
 SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1,) * 4, "num_heads": (1, 1, 2, 2)}
 VIT = {"img_size": 64, "global_pool": "avg"}

@@ -72,7 +72,8 @@ def test_what_is_damaged_is_made_anew(folder: Path, name: str, damage: str) -> N
 def test_a_few_are_kept_and_a_place_that_cannot_be_written_is_no_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(reference, "_two_draws", lambda order, made=reference._two_draws(ORDER): made)
+    made = reference._two_draws(ORDER)
+    monkeypatch.setattr(reference, "_two_draws", lambda order: made)
     for classes in range(KEPT + 3):
         cached_plain(**WANTED | {"num_classes": classes})
     assert len(list(folder.iterdir())) == KEPT

@@ -35,7 +35,7 @@ from fgvc.runtime import explain as drawing
 from fgvc.runtime.bundle import OPTIONAL, REQUIRED, write_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.explain import Seen, positive
-from tests.serve import small
+from tests.serving import small
 
 METHODS = ("cam", "gradcam", "scorecam")
 

@@ -85,7 +85,7 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
 SAVER = """
 import sys; from pathlib import Path
 sys.path.insert(0, {here!r})
-from tests.train.test_checkpoint import state
+from tests.training.test_checkpoint import state
 from fgvc.train import checkpoint
 folder = Path({folder!r}); step = int(sys.argv[1])
 print("ready", flush=True)

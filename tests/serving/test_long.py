@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.corpus import corpus
-from tests.serve.small import picture, save_bundle, serving
+from tests.serving.corpus import corpus
+from tests.serving.small import picture, save_bundle, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.allow_hosts(["127.0.0.1"]), pytest.mark.timeout(900)]
 COUNT, WARM = 10_000, 500

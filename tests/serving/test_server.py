@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from fgvc.cli import main
-from tests.serve.corpus import corpus
-from tests.serve.small import LABELS, SIZE, Server, bomb, picture, save_bundle, serving
+from tests.serving.corpus import corpus
+from tests.serving.small import LABELS, SIZE, Server, bomb, picture, save_bundle, serving
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1", "localhost", "::1"])
 X = np.random.default_rng(0).random((2, 3, SIZE, SIZE), dtype=np.float32)

@@ -15,7 +15,7 @@ from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.runtime.bundle import load_bundle, write_bundle
 from fgvc.runtime.stack import Stack, agreement, stack_of
-from tests.serve.small import LABELS, SIZE, network, save_bundle
+from tests.serving.small import LABELS, SIZE, network, save_bundle
 
 FED = Preprocess(size=(SIZE, SIZE), resize="squash", crop_fraction=1.0, mean=(0, 0, 0), std=(1, 1, 1))
 TURNED = LABELS[::-1]

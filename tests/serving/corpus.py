@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 
-from tests.serve.small import SIZE, bomb, picture
+from tests.serving.small import SIZE, bomb, picture
 
 
 def corpus(count: int) -> Iterator[tuple[str, bytes, dict[str, str]]]:

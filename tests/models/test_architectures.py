@@ -34,7 +34,7 @@ def script(path: Path = PATH) -> ModuleType:
 
 ARCHITECTURES = script()
 FEW = ["resnet18d", "legacy_seresnet18", "repvgg_a0", "mobilenetv3_small_100", "resnet18_deform"]
-# Those of other families than the matrix of tests/export/test_matrix.py has.
+# Those of other families than the matrix of tests/exporting/test_matrix.py has.
 OTHERS = ["skresnet18", "cspdarknet53", "mobileone_s0", "repvit_m1", "swin_tiny_patch4_window7_224"]
 
 

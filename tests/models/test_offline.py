@@ -19,7 +19,7 @@ from fgvc.models.cam import methods as method
 from fgvc.models.cam import offline
 from fgvc.models.cam.offline import BY_CHANNEL, LIBRARY, METHODS, looking, named, offline_maps
 from fgvc.models.class_maps import evaluating
-from tests.cam.net import CLASSES, made
+from tests.models.net import CLASSES, made
 
 SIZE = (64, 96)  # height, width
 NETS: dict[str, dict] = {

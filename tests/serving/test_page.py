@@ -18,8 +18,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from fgvc.serving.page import CSP, PAGE
 from tests.conftest import paint
-from tests.page.browser import browser
-from tests.serve.stub import NAMES, P, Stub, answer, png, serving
+from tests.report.browser import browser
+from tests.serving.stub import NAMES, P, Stub, answer, png, serving
 
 pytestmark = pytest.mark.allow_hosts(
     ["127.0.0.1", "localhost", "::1"]

@@ -21,7 +21,7 @@ from fgvc.runtime.engine import Engine
 from fgvc.serving.app import Direct, Service, make_app
 from fgvc.serving.limits import Limits, read_key
 from fgvc.serving.page import CSP, PAGE
-from tests.serve.small import LABELS, ROOT, SIZE, ask, bomb, picture, save_bundle, service
+from tests.serving.small import LABELS, ROOT, SIZE, ask, bomb, picture, save_bundle, service
 
 CALIBRATION = Calibration(
     temperature=2.0, threshold=0.5, keep=0.95, fitted_on="val", images=80, nll_before=1, nll_after=1, ece_before=0.2,

@@ -8,7 +8,18 @@ from onnx import helper
 
 from fgvc.exporting.canonical import canonicalise, weight_positions
 from fgvc.exporting.difference import Difference, compare, notes
-from tests.export.small_graphs import MUTANTS, SOURCES, first, graph_of, holder, insert_live, model, port, put, tensor
+from tests.exporting.small_graphs import (
+    MUTANTS,
+    SOURCES,
+    first,
+    graph_of,
+    holder,
+    insert_live,
+    model,
+    port,
+    put,
+    tensor,
+)
 
 
 def differences(candidate, reference, weights=None, **kwargs):
