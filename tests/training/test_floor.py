@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
-from tests.train.test_start import pretrained, recipe  # noqa: F401
+from tests.training.test_start import pretrained, recipe  # noqa: F401
 
 from fgvc import api
 from fgvc.data.loader import evaluation_loader

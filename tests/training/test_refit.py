@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.train.test_start import pretrained, recipe  # noqa: F401
+from tests.training.test_start import pretrained, recipe  # noqa: F401
 
 from fgvc import api
 from fgvc.config.data import SPLITS
