@@ -23,18 +23,17 @@ from typing import Any
 
 import torch
 
-from fgvc.config.loading import validate
 from fgvc.config.exporting import Export
-from fgvc.exporting.onnx import export_onnx, serialised
-from fgvc.reparam.plain import strip
-from fgvc.exporting.reference import versions
-from fgvc.exporting.reference import randomise
-from fgvc.models.backbone import deployed, plain_model
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.runtime.engine import Session
 from fgvc.config.techniques import settings_by_kind
-from fgvc.runs.build import Built, build_net
 from fgvc.errors import FgvcError
+from fgvc.exporting.onnx import export_onnx, serialised
+from fgvc.exporting.reference import randomise, versions
+from fgvc.models.backbone import deployed, plain_model
+from fgvc.reparam.plain import strip
+from fgvc.runs.build import Built, build_net
+from fgvc.runtime.engine import Session
 from fgvc.techniques.api import Batch
 
 OUT = Path(__file__).parent / "results" / "architectures.csv"
@@ -108,6 +107,8 @@ def step_of(built: Built) -> dict[str, torch.Tensor]:
     losses["loss"].backward()
     for kind, after in step.hooks("after_step"):
         after(step.contexts[kind])
+    for handle in step._handles:  # a net that is looked at once: nothing of it goes on
+        handle.remove()
     wild = [name for name, value in losses.items() if not value.isfinite().all()]
     wild += [name for name, p in step.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     if wild:

@@ -16,11 +16,12 @@ from fgvc.models import deformable  # noqa: F401 - registers its nets with timm
 from fgvc.models.tokens import token_grid
 
 
-def refuse_unknown(backbone: str, *, key: str) -> None:
-    """Raise FgvcError where timm has no such model, with those of the nearest names."""
+def refuse_unknown(backbone: str, *, key: str = "") -> None:
+    """Raise FgvcError where timm has no such model, with those of the nearest names. `key`: where the name was given."""
     if not timm.is_model(backbone):
         near = get_close_matches(backbone, timm.list_models(), n=3, cutoff=0.5)
-        raise FgvcError(f"{key}: timm has no model {backbone!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise FgvcError(f"{key}: " * bool(key) + f"timm has no model {backbone!r}{hint}")
 
 
 def plain_model(backbone: str, num_classes: int, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
@@ -28,6 +29,7 @@ def plain_model(backbone: str, num_classes: int, kwargs: Mapping[str, Any] | Non
 
     Raises FgvcError where timm refuses the name or the arguments.
     """
+    refuse_unknown(backbone)
     try:
         return timm.create_model(backbone, pretrained=False, num_classes=num_classes, **dict(kwargs or {}))
     except (TypeError, RuntimeError, ValueError, AssertionError, KeyError) as error:

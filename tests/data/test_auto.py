@@ -11,6 +11,7 @@ from fgvc.config.loading import dump, load, override, validate
 from fgvc.config.recipe import Recipe
 from fgvc.data.recipe import decide
 from fgvc.data.sources.auto import resolved
+from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
 from fgvc.runs.images import read_index
 
@@ -84,7 +85,7 @@ def test_a_table_by_the_usual_names(tmp_path: Path, header: str, columns: dict[s
     expected = CsvData(root=tmp_path, file=Path("list.tsv"), **columns)
     assert found(tmp_path) == expected
     assert found(tmp_path / "list.tsv") == expected
-    assert expected.read().classes == ("oak",)
+    assert read_source(expected).classes == ("oak",)
 
 
 def test_the_path_column_is_the_one_whose_files_are_there(tmp_path: Path) -> None:
@@ -130,9 +131,9 @@ def test_folders_beside_a_table(tmp_path: Path, files: tuple[str, ...], table: s
     data = found(tmp_path)
     assert data.kind == kind
     if kind == "folder":
-        assert "labels.csv beside them: not read" in data.read().recognised
+        assert "labels.csv beside them: not read" in read_source(data).recognised
     else:
-        assert "table labels.csv (path path, label label" in data.read().recognised
+        assert "table labels.csv (path path, label label" in read_source(data).recognised
 
 
 def test_several_tables_are_not_decided_upon(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_nothing_that_is_recognised(tmp_path: Path) -> None:
 def test_one_folder_is_told_as_class_folders_are(tmp_path: Path) -> None:
     put(tmp_path, "images/oak/1.jpg", "images/ash/2.jpg")
     with pytest.raises(FgvcError, match=r"data\.root=.*images"):
-        found(tmp_path).read()
+        read_source(found(tmp_path))
 
 
 def test_a_recipe_holds_what_was_found(recipe_tree: dict, colours: Path, tmp_path: Path) -> None:

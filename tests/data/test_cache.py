@@ -195,7 +195,7 @@ def builder(root: Path, delay: float) -> subprocess.Popen[str]:
     helper = root.parent / "tests_cache_index.py"
     if not helper.exists():  # else another process may be reading it
         helper.write_text(
-            "import numpy as np\nfrom numpy.dtypes import StringDType\nfrom fgvc.types import ImageIndex\n"
+            "import numpy as np\nfrom numpy.dtypes import StringDType\nfrom fgvc.data.index import ImageIndex\n"
             "def index(root):\n"
             "    paths = np.array([f'{n}.png' for n in range(6)], dtype=StringDType())\n"
             "    return ImageIndex(root=root, classes=('a', 'b'), paths=paths, labels=np.zeros(6, np.int32),"

@@ -26,7 +26,7 @@ def test_splits_as_given(tmp_path):
         "label, path ,split\noak,a.jpg,train\nash,sub\\b.jpg,Validation\nash,c.jpg,train\n\n"
         '"oak","d, e.jpg",test\noak,f.jpg,valid\n'
     )
-    index = write(tmp_path, text).read()
+    index = read_source(write(tmp_path, text))
     assert index.classes == ("ash", "oak")
     assert rows(index) == [
         ("train", "oak", "a.jpg"),
@@ -40,22 +40,22 @@ def test_splits_as_given(tmp_path):
 
 def test_without_a_split_column_the_set_is_split_in_three(tmp_path):
     text = "path,label\n" + "".join(f"{k}{i}.jpg,{k}\n" for i in range(100) for k in "xy")
-    index = write(tmp_path, text).read()
+    index = read_source(write(tmp_path, text))
     assert [len(index.rows(split)) for split in SPLITS] == [144, 16, 40]
     assert np.bincount(index.labels[index.rows("test")]).tolist() == [20, 20]
-    assert [len(write(tmp_path, text, test_fraction=0, val_fraction=0).read().rows(s)) for s in SPLITS] == [200, 0, 0]
+    assert [len(read_source(write(tmp_path, text, test_fraction=0, val_fraction=0)).rows(s)) for s in SPLITS] == [200, 0, 0]
 
 
 def test_settings_that_a_run_has_written_down_are_as_if_they_were_not_given(tmp_path):
     text = "path,label\n" + "".join(f"{k}{i}.jpg,{k}\n" for i in range(20) for k in "xy")
     first = write(tmp_path, text)
     again = CsvData.model_validate(first.model_dump(mode="json"))
-    assert rows(again.read()) == rows(first.read())
+    assert rows(read_source(again)) == rows(read_source(first))
 
 
 def test_groups_stay_together(tmp_path):
     text = "path,label,group\n" + "".join(f"{i}.jpg,{'xy'[i // 4 % 2]},plant {i // 4}\n" for i in range(400))
-    index = write(tmp_path, text).read()
+    index = read_source(write(tmp_path, text))
     where = {}
     for group, split in zip(index.groups.tolist(), index.splits.tolist(), strict=True):
         where.setdefault(group, set()).add(split)
@@ -65,7 +65,7 @@ def test_groups_stay_together(tmp_path):
 
 def test_validation_taken_from_given_train_rows_respects_groups(tmp_path):
     lines = [f"{i}.jpg,{'xy'[i % 2]},{'test' if i >= 80 else 'train'},g{i // 8}\n" for i in range(96)]
-    index = write(tmp_path, "path,label,split,group\n" + "".join(lines), val_fraction=0.2).read()
+    index = read_source(write(tmp_path, "path,label,split,group\n" + "".join(lines), val_fraction=0.2))
     assert index.rows("test").tolist() == list(range(80, 96))
     held = index.rows("val")
     assert len(held) == 16
@@ -96,12 +96,12 @@ def test_validation_taken_from_given_train_rows_respects_groups(tmp_path):
 )
 def test_mistakes_are_named_with_their_line(tmp_path, text, words):
     with pytest.raises(FgvcError, match=words):
-        write(tmp_path, text).read()
+        read_source(write(tmp_path, text))
 
 
 def test_settings_are_honoured(tmp_path):
     text = "img\tspecies\tfold\tplant\na.jpg\tx\ttrain\tp\nb.jpg\tx\ttest\tq\n"
-    index = write(
+    index = read_source(write(
         tmp_path,
         text,
         delimiter="\t",
@@ -109,13 +109,13 @@ def test_settings_are_honoured(tmp_path):
         label_column="species",
         split_column="fold",
         group_column="plant",
-    ).read()
+    ))
     assert rows(index) == [("train", "x", "a.jpg"), ("test", "x", "b.jpg")]
     assert index.groups.tolist() == ["p", "q"]
     with pytest.raises(FgvcError, match="no column 'fold'"):  # asked for by name, so its absence is a mistake
-        write(tmp_path, "path,label\na.jpg,x\n", split_column="fold").read()
+        read_source(write(tmp_path, "path,label\na.jpg,x\n", split_column="fold"))
     with pytest.raises(FgvcError, match=r"data\.classes lacks: x"):
-        write(tmp_path, "path,label\na.jpg,x\n", classes=["y"]).read()
+        read_source(write(tmp_path, "path,label\na.jpg,x\n", classes=["y"]))
     with pytest.raises(ValidationError):
         write(tmp_path, "", delimiter=", ")
     with pytest.raises(FgvcError, match=r"can't read the table.*data\.file"):
@@ -133,27 +133,27 @@ def test_settings_are_honoured(tmp_path):
     ],
 )
 def test_encodings(tmp_path, encoding, label, notice):
-    index = write(tmp_path, f"path,label\na.jpg,{label}\n", encoding).read()
+    index = read_source(write(tmp_path, f"path,label\na.jpg,{label}\n", encoding))
     assert index.classes == (label,)
     assert (notice or "NOT UTF-8") in index.recognised if notice else "NOT UTF-8" not in index.recognised
 
 
 def test_the_encoding_can_be_said(tmp_path):
     text = "path,label\na.jpg,déjà\n"
-    assert write(tmp_path, text, "cp1252", encoding="cp1252").read().classes == ("déjà",)
-    index = write(tmp_path, b"path,label\n\x81.jpg,a\n").read()
+    assert read_source(write(tmp_path, text, "cp1252", encoding="cp1252")).classes == ("déjà",)
+    index = read_source(write(tmp_path, b"path,label\n\x81.jpg,a\n"))
     assert list(index.paths) == ["\x81.jpg"]  # undefined in cp1252: latin-1
     with pytest.raises(FgvcError, match=r"is not utf-8 text; set data\.encoding"):
-        write(tmp_path, text, "cp1252", encoding="utf-8").read()
+        read_source(write(tmp_path, text, "cp1252", encoding="utf-8"))
     with pytest.raises(FgvcError, match="no encoding of that name"):
-        write(tmp_path, text, encoding="utf-9").read()
+        read_source(write(tmp_path, text, encoding="utf-9"))
 
 
 MEASURE = """
 import sys
 from pathlib import Path
-from fgvc.config.data import CsvData
-from fgvc.config.data import FolderData
+from fgvc.config.data import CsvData, FolderData
+from fgvc.data.sources.read import read_source
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -161,7 +161,7 @@ def peak():
 
 before = peak()
 source = CsvData(root=sys.argv[2], file="set.csv") if sys.argv[1] == "csv" else FolderData(root=sys.argv[2])
-index = source.read()
+index = read_source(source)
 print(len(index), peak() - before)
 """
 
@@ -199,21 +199,21 @@ def test_a_hundred_thousand_files_stay_below_40_mb_and_a_start(tmp_path):
 
 def test_parts_have_the_names_that_folders_may_have(tmp_path):
     text = "path,label,split\na.jpg,oak,Training\nb.jpg,ash,TRAIN\nc.jpg,oak,dev\nd.jpg,ash,Test Set\n"
-    index = write(tmp_path, text).read()
+    index = read_source(write(tmp_path, text))
     assert [SPLITS[s] for s in index.splits] == ["train", "train", "val", "test"]
     with pytest.raises(FgvcError, match=r"line 2 has no split \(train, val or test\): 'left'"):
-        write(tmp_path, "path,label,split\na.jpg,oak,left\n").read()
+        read_source(write(tmp_path, "path,label,split\na.jpg,oak,left\n"))
 
 
 def test_rows_that_name_one_file_are_said(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real", target_is_directory=True)
     text = "path,label,split\nreal/a.jpg,oak,train\n./real//a.jpg,ash,train\nlink/b.jpg,ash,train\nreal/b.jpg,ash,test\n"
-    index = write(tmp_path, text, val_fraction=0).read()
+    index = read_source(write(tmp_path, text, val_fraction=0))
     assert index.warnings == (
         "1 rows name an image again, with two labels: ./real//a.jpg (oak and ash); remove one of each",
         "1 rows name an image again, with two parts: real/b.jpg (train and test); remove one of each",
     )
-    index = write(tmp_path, "path,label\na.jpg,oak\na.jpg,oak\nb.jpg,ash\n", val_fraction=0, test_fraction=0).read()
+    index = read_source(write(tmp_path, "path,label\na.jpg,oak\na.jpg,oak\nb.jpg,ash\n", val_fraction=0, test_fraction=0))
     assert index.warnings == ("1 rows name an image again: a.jpg; remove them, unless it is to count twice",)
-    assert write(tmp_path, "path,label\na.jpg,oak\nb.jpg,ash\n").read().warnings == ()
+    assert read_source(write(tmp_path, "path,label\na.jpg,oak\nb.jpg,ash\n")).warnings == ()

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from fgvc.cli import app, main, shipping
 from fgvc.config.images import MAX_PIXELS
 from fgvc.data.recipe import load_recipe
+from fgvc.data.sources.read import read_source
 from fgvc.serving.limits import Limits
 
 Ask = Callable[..., tuple[int, str]]
@@ -55,7 +56,7 @@ def test_every_verb_has_its_limit(recipe_tree: dict, colours: Path, tmp_path: Pa
     path, run, bundle = tmp_path / "r.yaml", tmp_path / "run", tmp_path / "bundle"
     data = {"kind": "folder", "root": str(root), "max_megapixels": 0.002, "max_unreadable": 0.1}
     path.write_text(yaml.safe_dump(recipe_tree | {"data": data, "image": {"size": 64}}))
-    assert load_recipe(path).data.read().max_pixels == 2000
+    assert read_source(load_recipe(path).data).max_pixels == 2000
     too_many = "red/00.png: too many pixels: 60 x 40 = 0.0024 megapixels, the limit is 0.002"
     code, said = fgvc("data", "check", path)
     assert "too many pixels: 60 x 40 = 0.0024 megapixels, the limit is 0.002; data.max_megapixels" in said

@@ -86,7 +86,7 @@ SAVER = """
 import sys; from pathlib import Path
 sys.path.insert(0, {here!r})
 from tests.training.test_checkpoint import state
-from fgvc.train import checkpoint
+from fgvc.runs import checkpoint
 folder = Path({folder!r}); step = int(sys.argv[1])
 print("ready", flush=True)
 while True:

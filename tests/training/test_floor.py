@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
-from tests.training.test_start import pretrained, recipe  # noqa: F401
 
 from fgvc import api
 from fgvc.data.loader import evaluation_loader
@@ -19,6 +18,7 @@ from fgvc.models.backbone import plain_model
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run, recorded_preprocess
 from fgvc.runs.images import read_index
+from tests.training.test_start import pretrained, recipe  # noqa: F401
 
 
 def events(run: Path, kind: str) -> list[dict]:

@@ -19,6 +19,7 @@ from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
+from fgvc.evaluation import metrics
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run, recorded_preprocess
 from fgvc.runs.subject import subject
@@ -131,7 +132,7 @@ def test_validation_chooses_the_share(tree: dict, tmp_path: Path, by: str) -> No
 
 
 def test_of_equals_the_smallest_share_is_taken(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, shares = api.metrics.evaluate, iter(TENTHS)
+    real, shares = metrics.evaluate, iter(TENTHS)
 
     def scored(*given: object, **named: object) -> object:
         tops = {0.2: 0.75, 0.5: 0.9, 0.6: 0.9, 1.0: 0.9}

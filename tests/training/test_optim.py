@@ -149,11 +149,6 @@ def test_the_warm_up_of_the_average_depends_on_the_step_alone() -> None:
     assert ema.get_decay(10**9) == 0.999
 
 
-def test_an_unknown_optimizer_is_named() -> None:
-    with pytest.raises(FgvcError, match=r"optim\.name: timm has no optimizer 'sdg'"):
-        make_optimizer(nn.Linear(1, 1), Optim(name="sdg"))
-
-
 def test_settings_that_the_optimizer_refuses_are_named() -> None:
     with pytest.raises(FgvcError, match="optim: sgd refuses these settings: Nesterov"):
         make_optimizer(nn.Linear(1, 1), Optim(momentum=0.0))

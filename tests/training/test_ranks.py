@@ -26,7 +26,7 @@ from fgvc.techniques.centre_loss.technique import CentreLossSettings
 from fgvc.techniques.mixup.technique import MixupSettings
 from fgvc.techniques.similar_smoothing.technique import SimilarSmoothingSettings
 from fgvc.runs.step import StepModule
-from fgvc.types import Batch
+from fgvc.techniques.api import Batch
 
 
 class Pooled(nn.Module):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.test_start import pretrained, recipe  # noqa: F401
 
 from fgvc import api
 from fgvc.config.data import SPLITS
@@ -15,6 +14,7 @@ from fgvc.errors import FgvcError
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run
 from fgvc.runs.record import NAME, load
+from tests.training.test_start import pretrained, recipe  # noqa: F401
 
 
 def splits(run: Path) -> dict[str, set[str]]:

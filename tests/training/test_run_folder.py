@@ -21,6 +21,7 @@ from fgvc import api
 from fgvc.cli import main
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
+from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
 from fgvc.io import files as disk
 from fgvc.runs import checkpoint
@@ -340,7 +341,7 @@ def test_a_run_among_its_own_images_goes_on_without_its_own_pictures(
     api.train(recipe(made[0], data=own, train={"max_steps": 5}), run)
     assert (run / "plots" / "confusion.png").is_file()
     api.train(recipe(made[0], data=own, train={"max_steps": 6}), run)
-    index = recipe(made[0], data=own).data.read()
+    index = read_source(recipe(made[0], data=own).data)
     assert len(index) == 48
     assert "runs of fgvc are no images of the set" in " ".join(index.warnings)
     assert checkpoint.load(run / "ckpt").progress.step == 6

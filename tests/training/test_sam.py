@@ -289,7 +289,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from types import SimpleNamespace
 
-from fgvc.train import checkpoint, loop
+from fgvc.runs import checkpoint
+from fgvc.training import trainer as loop
 from fgvc.training.sam import Sam, perturbed
 from fgvc.runs.distributed import Runtime
 

@@ -309,16 +309,26 @@ def test_recomputed_activations_change_neither_gradients_nor_statistics(name: st
             torch.testing.assert_close(again.net.get_buffer(key), value, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_recomputed_gates_know_their_views_or_say_that_they_do_not() -> None:
-    def made(**early: object) -> StepModule:
-        probe = Probe(early=early, gate=True)
-        return StepModule(net(), {"probe": probe}, size=SIZE, recompute=True)
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [
+        ({"bn": "shared", "gated": False}, None),
+        ({"bn": "own", "gated": False}, None),
+        (None, {"bn": "own", "gated": False}),
+        ({"bn": "own", "gated": False}, {"bn": "own"}),
+        ({"bn": "own"}, {"bn": "own", "gated": False}),
+    ],
+)
+def test_recomputed_gates_know_their_views(early: dict | None, late: dict | None) -> None:
+    """Views of one size, gated and not: in the backward each gate is asked for the views that it was asked for before."""
 
-    draws = Draws(0.0, {"probe": torch.tensor(0.5)})  # a tensor is saved, so the gate itself is recomputed
-    losses, _ = run(made(bn="shared", gated=False), draws)
-    twin, _ = run(
-        StepModule(net(), {"probe": Probe(early={"bn": "shared", "gated": False}, gate=True)}, size=SIZE), draws
-    )
-    torch.testing.assert_close(losses["loss"], twin["loss"])
-    with pytest.raises(FgvcError, match=r"train\.recompute: gated and ungated views"):
-        run(made(bn="own", gated=False), draws)
+    def gradients(recompute: bool) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        probe = Probe(early=early, late=late, gate=True)
+        step = StepModule(net(), {"probe": probe}, size=SIZE, recompute=recompute)
+        draws = Draws(0.0, {"probe": torch.tensor(0.5)})  # a tensor is saved, so the gate itself is recomputed
+        return run(step, draws)[0], [p.grad for p in step.net.parameters()]
+
+    (losses, again), (expected, plainly) = gradients(True), gradients(False)
+    torch.testing.assert_close(losses["loss"], expected["loss"])
+    for ours, theirs in zip(again, plainly, strict=True):
+        torch.testing.assert_close(ours, theirs)

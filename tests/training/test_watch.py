@@ -331,7 +331,7 @@ from fgvc.evaluation.metrics import evaluate
 from fgvc.training.optim import Optim
 from fgvc.runs.distributed import Runtime
 from fgvc.training.watch import refuse_not_finite
-from fgvc.types import FgvcError
+from fgvc.errors import FgvcError
 
 
 def known(rank, world):
