@@ -20,13 +20,14 @@ from torch.nn import functional as F
 
 from fgvc.techniques.attention_crop_drop.attention import BilinearAttention
 from fgvc.techniques.ranks import gathered
-from fgvc.techniques.attention_crop_drop.technique import AttentionCropDropSettings
-from fgvc.techniques.cam_erasing.technique import CamErasingSettings
-from fgvc.techniques.centre_loss.technique import CentreLossSettings
-from fgvc.techniques.mixup.technique import MixupSettings
-from fgvc.techniques.similar_smoothing.technique import SimilarSmoothingSettings
+from fgvc.techniques.attention_crop_drop.settings import AttentionCropDropSettings
+from fgvc.techniques.cam_erasing.settings import CamErasingSettings
+from fgvc.techniques.centre_loss.settings import CentreLossSettings
+from fgvc.techniques.mixup.settings import MixupSettings
+from fgvc.techniques.similar_smoothing.settings import SimilarSmoothingSettings
 from fgvc.runs.step import StepModule
 from fgvc.techniques.api import Batch
+from fgvc.techniques.registry import made_of
 
 
 class Pooled(nn.Module):
