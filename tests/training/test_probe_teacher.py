@@ -308,7 +308,7 @@ from pathlib import Path
 
 import torch
 
-from fgvc.config.section import validate
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.runs.distributed import Runtime
 from fgvc.training.session import open_session
