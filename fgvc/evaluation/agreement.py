@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from fgvc.errors import FgvcError
+from fgvc.evaluation.paired import wilson
 
 Floats = NDArray[np.float32]
 
@@ -87,7 +87,7 @@ def agree(rows: NDArray[np.int64], labels: NDArray[np.int64], z: Floats, z_varia
         raise FgvcError(f"no {part} images to compare the files on")
     a, b = z.argmax(1), z_variant.argmax(1)
     same = int((a == b).sum())
-    low, high = binomtest(same, count).proportion_ci(method="wilson")
+    low, high = wilson(same / count, count)
     apart = z_variant.astype(np.float64) - z
     found = [
         Disagreement(

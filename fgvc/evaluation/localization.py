@@ -92,7 +92,7 @@ def around_each(maps: Tensor) -> list[Boxes]:
     return [around(one) for one in normalised(maps).cpu().numpy()]
 
 
-def compare(boxes: Sequence[Boxes], true: Tensor) -> Found:
+def compare_boxes(boxes: Sequence[Boxes], true: Tensor) -> Found:
     """The boxes of N maps beside the N objects' (N,4)."""
     steps = len(THRESHOLDS)
     largest, best = torch.zeros(2, len(true), steps, dtype=torch.float64)

@@ -33,7 +33,7 @@ from fgvc.evaluation.localization import (
     around_each,
     centre_map,
     choose,
-    compare,
+    compare_boxes,
     covered,
     joined,
     score,
@@ -211,7 +211,7 @@ def _look(
     true, points = in_input(batch, seen.preprocess)
     boxed = (true[:, 2] > true[:, 0]) & (true[:, 3] > true[:, 1])
     kept = boxed.nonzero()[:, 0].tolist()
-    found = {name: compare([boxes[at] for at in kept], true[boxed]) for name, boxes in of.items()}
+    found = {name: compare_boxes([boxes[at] for at in kept], true[boxed]) for name, boxes in of.items()}
     parts: dict[str, Tensor] = {}
     if points is not None:
         both: dict[str, Tensor] = {"true": maps, "centre": centre[0].expand(len(maps), -1, -1)}

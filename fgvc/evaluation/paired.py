@@ -75,7 +75,7 @@ class Paired:
         ]
 
 
-def compare(labels: NDArray[Any], a: NDArray[Any], b: NDArray[Any]) -> Paired:
+def compare_answers(labels: NDArray[Any], a: NDArray[Any], b: NDArray[Any]) -> Paired:
     """Of N images with labels (N,), the classes (N,) that A and B name. Raises FgvcError without any image.
 
     p: McNemar's test, exact and two-sided: of the images on which one alone is right, is either one right as often? Exact

@@ -20,7 +20,7 @@ from fgvc.data.recipe import load_recipe
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import MAX_LOGITS, confidence_of
-from fgvc.evaluation.paired import Paired, compare
+from fgvc.evaluation.paired import Paired, compare_answers
 from fgvc.evaluation.temperature import calibration
 from fgvc.images.preprocess import described, differences
 from fgvc.io.names import relabelled, some
@@ -255,7 +255,7 @@ def ask(a: Side, b: Side, images: Images) -> Versus:
         paths=tuple(images.index.path(row) for row in seen),
         said=answers,
         confidence=np.concatenate(confidence, axis=1),
-        paired=compare(number[images.index.labels[seen]], *answers),
+        paired=compare_answers(number[images.index.labels[seen]], *answers),
         unreadable=tuple(unreadable),
         notes=(*a.notes, *b.notes, *filter(None, (_learnt(a, images), _learnt(b, images))), *images.index.warnings),
         differences=_differences(a, b),

@@ -68,7 +68,7 @@ def weight_positions(a: ModelProto, b: ModelProto) -> frozenset[int]:
         raise FgvcError(
             "two exports of the plain network with different random weights have different graphs, so they can't say "
             "which initializers are weights: a weight is a scalar, or the draws were degenerate (equal or zero rows "
-            "make the exporter merge or drop initializers). Look at compare() of the two"
+            "make the exporter merge or drop initializers). Look at compare_graphs() of the two"
         )
     pairs = zip(canonicalise(a, weights=()).initializers, canonicalise(b, weights=()).initializers, strict=True)
     return frozenset(k for k, (x, y) in enumerate(pairs) if x.tensor.digest != y.tensor.digest)

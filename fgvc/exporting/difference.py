@@ -39,7 +39,7 @@ class Difference:
         return f"{self.kind}: {self.where}: {self.candidate or 'nothing'}; in the reference: {there}"
 
 
-def compare(candidate: Canonical, reference: Canonical, *, limit: int = 50) -> list[Difference]:
+def compare_graphs(candidate: Canonical, reference: Canonical, *, limit: int = 50) -> list[Difference]:
     """Empty if and only if the two hashes are equal. At most `limit` differences, then one that says how many more.
 
     Both canonical forms have to come from the same `weights`, or weights count as differences.

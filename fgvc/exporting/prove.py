@@ -20,7 +20,7 @@ from fgvc import __version__
 from fgvc.config.exporting import Export, Exporter
 from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import Merged, canonicalise, shared_initializers
-from fgvc.exporting.difference import Difference, compare, notes
+from fgvc.exporting.difference import Difference, compare_graphs, notes
 from fgvc.exporting.onnx import Explain, Interface, explain_model, export_onnx, interface_of, load_onnx, serialised
 from fgvc.exporting.reference import Plain, cached_plain, versions
 from fgvc.exporting.ties import nudged
@@ -190,7 +190,7 @@ def compare_structure(candidate: onnx.ModelProto, reference: onnx.ModelProto, po
     return Structural(
         sha256=ours.sha256,
         reference_sha256=theirs.sha256,
-        differences=tuple(compare(blank, plain) or compare(ours, theirs)),
+        differences=tuple(compare_graphs(blank, plain) or compare_graphs(ours, theirs)),
         merged=tuple(shared_initializers(blank, plain)),
     )
 
@@ -340,7 +340,7 @@ def _exporter_against(
         except FgvcError as error:  # the other may be the one that made the file
             failed.append(str(error).partition("\n")[0])
             continue
-        found = compare(canonicalise(proto, weights=None), wanted)
+        found = compare_graphs(canonicalise(proto, weights=None), wanted)
         if not found:
             return exporter
         accounts.append((exporter, found))

@@ -15,7 +15,7 @@ import onnx
 
 from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise
-from fgvc.exporting.difference import compare
+from fgvc.exporting.difference import compare_graphs
 from fgvc.exporting.onnx import serialised
 from fgvc.exporting.quantize import Int8, halve, needs_reduced_range, quantise
 from fgvc.exporting.reference import Plain
@@ -65,7 +65,7 @@ def differences(
         theirs = quantise(reference.proto, [noise], first=how["float_layers"], reduce_range=how["reduce_range"])
     else:
         theirs = halve(reference.proto)
-    found = compare(structure(proto, exported), structure(theirs, reference))
+    found = compare_graphs(structure(proto, exported), structure(theirs, reference))
     return [str(difference) for difference in found]
 
 

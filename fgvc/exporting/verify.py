@@ -8,7 +8,7 @@ from typing import Literal
 
 from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise
-from fgvc.exporting.difference import Difference, compare, notes
+from fgvc.exporting.difference import Difference, compare_graphs, notes
 from fgvc.exporting.onnx import Interface, load_onnx
 from fgvc.exporting.prove import compare_structure
 from fgvc.exporting.reference import Plain, independent_plain, versions
@@ -63,7 +63,7 @@ def verify_files(
     and what is known of how they are fed and read. `labels`, `preprocess`: of `against`, where none lie beside it."""
     ours, theirs = stack_of(candidate), stack_of(against, labels=labels, preprocess=preprocess)
     graphs = load_onnx(ours.model), load_onnx(theirs.model)
-    differences = compare(*(canonicalise(graph, weights=None) for graph in graphs))
+    differences = compare_graphs(*(canonicalise(graph, weights=None) for graph in graphs))
     return Comparison(
         candidate=candidate,
         against=against,

@@ -17,7 +17,7 @@ from fgvc.config.techniques import chosen
 from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import Calibrated
 from fgvc.evaluation.metrics import SMALLER_IS_BETTER, Scores, of_logits
-from fgvc.evaluation.paired import Paired, compare, wilson
+from fgvc.evaluation.paired import Paired, compare_answers, wilson
 from fgvc.evaluation.temperature import calibration
 from fgvc.images.preprocess import described
 from fgvc.io.files import refuse_file, write_atomic, writing
@@ -210,7 +210,7 @@ def _over_floor(
     floor = subject(seen.run, "floor", root=root, max_pixels=max_pixels)
     said = floor.answers(floor.rows(part), device=device)
     refuse_no_numbers(said.logits, seen.run)
-    return compare(answers.labels, said.logits.argmax(1), answers.logits.argmax(1))
+    return compare_answers(answers.labels, said.logits.argmax(1), answers.logits.argmax(1))
 
 
 def _refuse_other_classes(subjects: Sequence[Subject]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from fgvc.images.sheet import LETTERS, Cell, save_sheet
 from fgvc.models.target import Target
 from fgvc.runs import checkpoint
 from fgvc.runs.distributed import runtime
-from fgvc.runs.folder import is_run, read_run
+from fgvc.runs.folder import is_run, read_run, recorded_classes
 from fgvc.runs.images import fingerprint, recorded_images
 from fgvc.runs.record import NAME
 from fgvc.techniques.api import View
@@ -129,8 +128,8 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
 def look_through(session: Session, run: Path) -> bool:
     """Give a session the weights that a run trained; branches as far as both have them. Whether it is of the same images, so
     that what techniques remember of each was given, too."""
-    state, labels = checkpoint.load(run / "ckpt"), run / "labels.json"
-    if labels.is_file() and json.loads(labels.read_text(encoding="utf-8")) != list(session.index.classes):
+    state = checkpoint.load(run / "ckpt")
+    if recorded_classes(run) != session.index.classes:
         raise FgvcError(f"{run}: its classes are not those of {session.recipe.data.root}")
     branches = session.step.branches.state_dict()
     try:

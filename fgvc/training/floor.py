@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fgvc.config.recipe import Recipe
 from fgvc.data.splits import fold_numbers
 from fgvc.errors import FgvcError
-from fgvc.evaluation.paired import Paired, compare
+from fgvc.evaluation.paired import Paired, compare_answers
 from fgvc.models.probe import Probe, fit_probe, linear_head, put_head
 from fgvc.runs import checkpoint
 from fgvc.training.session import Answers, Session
@@ -180,4 +180,4 @@ def standing(out: Path, recipe: Recipe) -> Standing | None:
         return None
     ours, theirs, labels = floor["answers"].numpy(), result.numpy(), floor["labels"].numpy()
     _, a, b = np.intersect1d(ours[0], theirs[0], return_indices=True)
-    return Standing(compare(labels[a], ours[1, a], theirs[1, b]), state.progress.step) if len(a) else None
+    return Standing(compare_answers(labels[a], ours[1, a], theirs[1, b]), state.progress.step) if len(a) else None

@@ -94,7 +94,6 @@ def opener_of(
         index=index,
         device=device,
         averaged=recipe.ema is not None,
-        rebuild=lambda other, classes: build_net(other, classes, pretrained=False).step.net,
         preprocess=preprocess,
         out=out,
         timed=timed,

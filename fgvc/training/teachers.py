@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 
 from fgvc.config.images import Preprocess
 from fgvc.config.models import Model, run_of
-from fgvc.config.recipe import Recipe
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
 from fgvc.io.names import some
@@ -24,8 +21,8 @@ from fgvc.models.probe import linear_head, refuse_unprobed, zero_head
 from fgvc.models.weights import Weights, load_weights, unlikely
 from fgvc.reparam.plain import strip
 from fgvc.runs.checkpoint import read_progress
-from fgvc.runs.folder import read_run, recorded_preprocess, selected_weights
 from fgvc.runs.images import learnt_of_aside
+from fgvc.runs.subject import load_run
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import Engine, available_cpus
 from fgvc.techniques.distill.settings import (
@@ -50,7 +47,6 @@ class Opener:
     classes: tuple[str, ...]  # the student's
     device: torch.device
     averaged: bool  # whether the student has a moving average
-    rebuild: Callable[[Recipe, int], nn.Module]  # the net of another recipe, of so many classes, without its weights
     preprocess: Preprocess | None = None  # of a run that goes on
     out: Path | None = None  # the student's folder
     index: ImageIndex | None = None  # the student's images
@@ -138,18 +134,9 @@ class Opener:
     def _run(self, wanted: RunTeacher, student: Preprocess) -> Teacher:
         if self.out is not None and wanted.path.resolve() == self.out.resolve():
             raise FgvcError(f"{wanted.path}: is this run's own folder; kind: ema learns from its own average")
-        recipe, own = read_run(wanted.path), recorded_preprocess(wanted.path)
-        try:
-            labels = tuple(json.loads((wanted.path / "labels.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise FgvcError(f"{wanted.path}: labels.json can't be read ({error})") from error
+        loaded = load_run(wanted.path, wanted.select)
+        recipe, labels = loaded.recipe, loaded.classes
         order = in_order(labels, self.classes, where=str(wanted.path))
-        trained = self.rebuild(recipe, len(labels)).eval()
-        chosen = wanted.select or recipe.selected
-        try:
-            trained.load_state_dict(selected_weights(wanted.path, recipe, chosen).weights)
-        except RuntimeError as error:
-            raise FgvcError(f"{wanted.path}: its checkpoint does not fit its recipe: {error}") from error
         smoothing, warnings = recipe.loss.label_smoothing, []
         if smoothing:
             warnings.append(
@@ -160,14 +147,14 @@ class Opener:
         if self.index is not None and (seen := learnt_of_aside(wanted.path, self.index)):
             warnings.append(f"WARNING: it was trained on {seen} of the images that this run validates or tests on")
         # As it would ship: grafted blocks are folded, and cost nothing.
-        net = strip(trained, backbone=recipe.model.backbone, num_classes=len(labels), kwargs=recipe.model.kwargs)
+        net = strip(loaded.step.net, backbone=recipe.model.backbone, num_classes=len(labels), kwargs=recipe.model.kwargs)
         return self._of_net(
             net,
             recipe.model,
             student,
-            own,
+            loaded.preprocess,
             order,
-            name=f"{wanted.path} ({recipe.model.backbone}, {chosen})",
+            name=f"{wanted.path} ({recipe.model.backbone}, {loaded.select})",
             notes=tuple(warnings),
         )
 

@@ -15,7 +15,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise, shared_initializers, weight_positions
-from fgvc.exporting.difference import compare
+from fgvc.exporting.difference import compare_graphs
 from tests.exporting.small_graphs import SOURCES, export, first, graph_of, model, net, port, tensor
 
 
@@ -203,7 +203,7 @@ def test_which_output_of_a_node_is_left_out() -> None:
     forms = [canonicalise(top(outputs), weights=None) for outputs in (["t", ""], ["", "t"], ["t", "unread"])]
     assert len({form.sha256 for form in forms}) == 3
     for other in forms[1:]:
-        assert next(d.kind for d in compare(other, forms[0])) == "topology"
+        assert next(d.kind for d in compare_graphs(other, forms[0])) == "topology"
 
 
 def test_initializers_that_old_files_list_as_inputs() -> None:
@@ -212,7 +212,7 @@ def test_initializers_that_old_files_list_as_inputs() -> None:
     old.graph.input.insert(0, port("fc.b", [5]))
     form = canonicalise(old, weights=None)
     assert [p.name for p in form.graph.inputs] == ["input"]
-    (found,) = compare(form, canonicalise(new, weights=None))
+    (found,) = compare_graphs(form, canonicalise(new, weights=None))
     assert (found.kind, found.candidate) == ("initializer", "also a graph input")
 
 
@@ -401,7 +401,7 @@ def test_random_graphs_are_equal_exactly_when_isomorphic(plan: Plan, data: st.Da
     ]
     # Unused constants are part of the file; with equal plans for nodes they're the same on both sides.
     assert (forms[0].sha256 == forms[1].sha256) == isomorphic(plan, outputs, other, others)
-    found = compare(*forms)
+    found = compare_graphs(*forms)
     assert (found == []) == (forms[0].sha256 == forms[1].sha256)
     assert not any("not found" in d.where for d in found)
 
@@ -414,7 +414,7 @@ def test_random_graphs_with_dead_nodes_survive_any_disguise(plan: Plan, seed: in
     candidate = disguise(reference, seed)
     forms = [canonicalise(m, weights=None) for m in (candidate, reference)]
     assert forms[0].sha256 == forms[1].sha256
-    assert compare(*forms) == []
+    assert compare_graphs(*forms) == []
 
 
 @settings(max_examples=200, deadline=None)
@@ -445,6 +445,6 @@ def test_one_random_mutation_of_a_random_graph_is_seen(plan: Plan, seed: int, ho
         node.attribute.append(helper.make_attribute("alpha", 0.5))
     forms = [canonicalise(disguise(candidate, seed), weights=None), canonicalise(reference, weights=None)]
     assert forms[0].sha256 != forms[1].sha256
-    found = compare(*forms)
+    found = compare_graphs(*forms)
     assert found
     assert not any("not found" in d.where for d in found)

@@ -7,7 +7,7 @@ import pytest
 from onnx import helper
 
 from fgvc.exporting.canonical import canonicalise, weight_positions
-from fgvc.exporting.difference import Difference, compare, notes
+from fgvc.exporting.difference import Difference, compare_graphs, notes
 from tests.exporting.small_graphs import (
     MUTANTS,
     SOURCES,
@@ -24,7 +24,7 @@ from tests.exporting.small_graphs import (
 
 def differences(candidate, reference, weights=None, **kwargs):
     forms = [canonicalise(m, weights=weights) for m in (candidate, reference)]
-    return compare(*forms, **kwargs)
+    return compare_graphs(*forms, **kwargs)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -38,14 +38,14 @@ def test_mutant(source: str, name: str) -> None:
     mutate(candidate)
     for blanked in (weights, None):
         forms = [canonicalise(m, weights=blanked) for m in (candidate, reference)]
-        found = compare(*forms)
+        found = compare_graphs(*forms)
         account = "\n".join(map(str, found))
         assert forms[0].sha256 != forms[1].sha256
         assert [d for d in found if d.kind in (kind or d.kind) and mentions in str(d)], account
         assert len(found) <= 3, account
         assert "not found" not in account
         # The other way round the same places differ.
-        assert {d.kind for d in compare(*reversed(forms))} == {d.kind for d in found}, account
+        assert {d.kind for d in compare_graphs(*reversed(forms))} == {d.kind for d in found}, account
 
 
 @pytest.mark.parametrize("source", SOURCES)

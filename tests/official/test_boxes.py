@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fgvc.evaluation.localization import OVERLAPS, THRESHOLDS, USUAL, Boxes, around, choose, compare, score
+from fgvc.evaluation.localization import OVERLAPS, THRESHOLDS, USUAL, Boxes, around, choose, compare_boxes, score
 from tests.official.conftest import Arrays
 
 W, H = 28, 20
@@ -66,7 +66,7 @@ def test_every_box_is_one_of_theirs_and_so_is_its_iou(official: Callable[[str], 
 
 def test_known_the_scores_are_lower_by_half_open_boxes(official: Callable[[str], Arrays]) -> None:
     a = official("maxboxacc")
-    beside = compare(found(a), a["true_boxes"])
+    beside = compare_boxes(found(a), a["true_boxes"])
     scores = score(beside, torch.ones(7, dtype=torch.bool), choose(beside))
     assert scores.max_box_acc == pytest.approx(a.number("max_box_acc")) == pytest.approx(4 / 7)
     assert scores.max_box_acc_v2 == pytest.approx(0.619, abs=5e-4)
