@@ -21,7 +21,7 @@ from fgvc.evaluation.localization import (
     around_each,
     centre_map,
     choose,
-    compare,
+    compare_boxes,
     covered,
     highest,
     joined,
@@ -38,7 +38,7 @@ def painted(*blocks: tuple[int, int, int, int, float], size: tuple[int, int] = (
 
 
 def beside(maps: torch.Tensor, *true: tuple[float, float, float, float]) -> Found:
-    return compare(around_each(maps), torch.tensor(true, dtype=torch.float64))
+    return compare_boxes(around_each(maps), torch.tensor(true, dtype=torch.float64))
 
 
 def at(tau: float) -> int:
