@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -92,3 +94,31 @@ def is_there(parts: list[str]) -> bool:
         else:
             return False
     return True
+
+
+def renames() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("renames", ROOT / "docs" / "renames.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_was_renamed_is_there() -> None:
+    assert not [(old, new) for old, new in renames().names().items() if not is_there(new.split("."))]
+
+
+def test_scripts_are_put_right() -> None:
+    module = renames()
+    script = (
+        "from fgvc.config import Section, load\nfrom fgvc.train import checkpoint\nfrom fgvc import disk\n"
+        "from fgvc.types import FgvcError\nimport fgvc.serve.engine\nfgvc.serve.engine.Engine\n'fgvc.train.loop.take_step'\n"
+    )
+    after = module.rewritten(script, module.names())
+    assert after == (
+        "from fgvc.config.section import Section\nfrom fgvc.config.loading import load\nfrom fgvc.runs import checkpoint\n"
+        "from fgvc.io import files as disk\nfrom fgvc.errors import FgvcError\nimport fgvc.runtime.engine\n"
+        "fgvc.runtime.engine.Engine\n'fgvc.training.trainer.take_step'\n"
+    )
+    assert module.rewritten(after, module.names()) == after
