@@ -1,3 +1,3 @@
-from fgvc.cli import main
+from fgvc.cli.app import main
 
 main()

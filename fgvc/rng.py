@@ -18,10 +18,5 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
-def seed_of(*key: int) -> int:
-    """One 32-bit seed for a key, for libraries that want an integer."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
 # First element of every key: two uses never share a stream.
 ORDER, SAMPLE, STEP, SPLIT, DEMO, SPARED = range(6)

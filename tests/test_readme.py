@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fgvc.cli import main
+from fgvc.cli.app import main
 from fgvc.config.recipe import Techniques
 from fgvc.config.techniques import settings_by_kind
 from fgvc.techniques.registry import build

@@ -86,7 +86,7 @@ def serve_extra() -> list[str]:
 def test_the_entry_point_is_a_verb_with_these_options() -> None:
     import typer.main
 
-    from fgvc.cli import app
+    from fgvc.cli.app import app
 
     (install,) = (rest for word, rest in instructions() if word == "RUN")
     assert "'.[serve]'" in install

@@ -13,7 +13,7 @@ import pytest
 from google.protobuf import text_format
 from PIL import Image
 
-from fgvc.cli import main
+from fgvc.cli.app import main
 from fgvc.errors import FgvcError
 from fgvc.exporting.triton import config, write_model
 from fgvc.runtime.bundle import load_bundle
@@ -134,7 +134,7 @@ def test_the_verb_twice_gives_the_same_bytes_and_needs_no_torch(
         written.append({p.relative_to(repository): p.read_bytes() for p in repository.rglob("*") if p.is_file()})
     assert written[0] == written[1]
     code = (
-        "import sys\nfrom fgvc.cli import main\n"
+        "import sys\nfrom fgvc.cli.app import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
         "assert not {'torch', 'onnx', 'timm', 'tritonclient'} & set(sys.modules)"
     )

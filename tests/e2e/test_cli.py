@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import save_file
 
 from fgvc import api
-from fgvc.cli import main
+from fgvc.cli.app import main
 from fgvc.config.template import recipe_file, run_name
 from fgvc.models.backbone import plain_model
 from fgvc.runtime.bundle import write_bundle
@@ -82,7 +82,7 @@ def bundle(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_is_light(fgvc: Callable[..., Said]) -> None:
     code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom fgvc.cli import app\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom fgvc.cli.app import app\n"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
         "heavy = {'torch', 'timm', 'onnx', 'onnxruntime', 'albumentations', 'matplotlib', 'cv2', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy"

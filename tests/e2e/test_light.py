@@ -11,7 +11,7 @@ import pytest
 HEAVY = {"torch", "timm", "onnx", "onnxruntime", "sklearn", "matplotlib", "albumentations"}
 CODE = f"""
 import sys
-from fgvc.cli import main
+from fgvc.cli.app import main
 try:
     main(sys.argv[1:])
 except SystemExit as end:

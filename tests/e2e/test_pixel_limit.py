@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from fgvc.cli import app, main, shipping
+from fgvc.cli import shipping
+from fgvc.cli.app import app, main
 from fgvc.config.images import MAX_PIXELS
 from fgvc.data.recipe import load_recipe
 from fgvc.data.sources.read import read_source

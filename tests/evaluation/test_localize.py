@@ -18,7 +18,7 @@ from torch import Tensor
 import fgvc.evaluation.localize
 import fgvc.models.feature_maps
 from fgvc import api
-from fgvc.cli import main
+from fgvc.cli.app import main
 from fgvc.config.data import SPLITS
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError

@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from fgvc import api
-from fgvc.cli import main, show
+from fgvc.cli import show
+from fgvc.cli.app import main
 from fgvc.config.images import Preprocess
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageFont
 
 from fgvc import api
-from fgvc.cli import main
+from fgvc.cli.app import main
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.runtime import Calibration
@@ -159,7 +159,8 @@ def test_a_named_class(run: Path, pictures: Path, tmp_path: Path, capsys: pytest
 
 
 def test_a_bundle_says_what_its_run_says_without_torch(run: Path, bundle: Path, pictures: Path, tmp_path: Path) -> None:
-    line = f"from fgvc.cli import main; main(['explain', {str(bundle)!r}, {str(pictures)!r}, '--out', {str(tmp_path / 'b')!r}])"
+    given = ["explain", str(bundle), str(pictures), "--out", str(tmp_path / "b")]
+    line = f"from fgvc.cli.app import main; main({given!r})"
     heavy = "import sys; heavy = {'torch', 'torchvision', 'timm', 'albumentations', 'cv2', 'matplotlib'}"
     code = f"{heavy}\ntry:\n    {line}\nexcept SystemExit as e:\n    assert e.code == 1\nassert not heavy & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from fgvc.cli import main
+from fgvc.cli.app import main
 from fgvc.config.images import Preprocess
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fgvc import api
-from fgvc.cli import main, show
+from fgvc.cli import show
+from fgvc.cli.app import main
 from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.runtime.bundle import load_bundle, write_bundle

@@ -343,7 +343,7 @@ def test_the_same_answers_as_the_engine_on_real_images(shared: Service) -> None:
 
 def test_it_imports_nothing_of_training_and_help_nothing_of_serving() -> None:
     heavy = {"torch", "torchvision", "timm", "albumentations", "cv2", "matplotlib", "onnx"}
-    for module, unwanted in (("fgvc.serving.server", heavy), ("fgvc.cli", heavy | {"fastapi", "uvicorn", "onnxruntime"})):
+    for module, unwanted in (("fgvc.serving.server", heavy), ("fgvc.cli.app", heavy | {"fastapi", "uvicorn", "onnxruntime"})):
         code = f"import sys, {module}; print({unwanted} & set(sys.modules))"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
         assert (done.stdout.strip(), done.stderr) == ("set()", "")

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from fgvc.cli import main
+from fgvc.cli.app import main
 from tests.serving.corpus import corpus
 from tests.serving.small import LABELS, SIZE, Server, bomb, picture, save_bundle, serving
 

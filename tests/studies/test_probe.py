@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fgvc import api
-from fgvc.cli import main
+from fgvc.cli.app import main
 from fgvc.config.images import Deploy
 from fgvc.config.template import recipe_file
 from fgvc.data.recipe import load_recipe

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from fgvc import api
-from fgvc.cli import main
+from fgvc.cli.app import main
 from fgvc.errors import FgvcError
 from fgvc.runs import checkpoint
 from fgvc.runs.subject import subject

@@ -16,7 +16,7 @@ import yaml
 from onnx import numpy_helper
 
 from fgvc import api
-from fgvc.cli import main
+from fgvc.cli.app import main
 from fgvc.config.data import SPLITS
 from fgvc.errors import FgvcError
 from fgvc.evaluation.agreement import FP16, INT8

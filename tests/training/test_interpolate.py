@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fgvc import api
-from fgvc.cli import main
+from fgvc.cli.app import main
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.data.loader import evaluation_loader

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from fgvc import api
-from fgvc.cli import main
+from fgvc.cli.app import main
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
@@ -377,7 +377,7 @@ RANK = """
 import os
 from functools import partial
 from torch import distributed
-from fgvc.cli import main
+from fgvc.cli.app import main
 meet = {"init_method": f"file://{os.getcwd()}/meet", "rank": int(os.environ["RANK"]), "world_size": 2}
 distributed.init_process_group = partial(distributed.init_process_group, **meet)
 main(["train", "recipe.yaml", "--out", "run"])

@@ -25,11 +25,6 @@ def draw_jigsaws(rng: np.random.Generator, count: int, *, grid: int, reach: floa
     return np.asarray(row * grid + column, dtype=np.int64).reshape(count, grid * grid)
 
 
-def inverse(source: Tensor) -> Tensor:
-    """The jigsaw that puts the pieces back: cuts (B, N*N) of `cut(cut(x, source), inverse(source))` equal those of x."""
-    return torch.argsort(source, dim=1)
-
-
 def cut(x: Tensor, source: Tensor) -> Tensor:
     """`x` (B,C,H,W) of any size as a shuffled copy. Patches are floor(H/N) x floor(W/N) pixels; what remains at the right
     and the lower border stays where it is. Raises FgvcError where a patch would be empty."""

@@ -1,0 +1,77 @@
+"""The command line. Results go to stdout, everything else to stderr. Exit codes: 0 fine, 1 a check said no, 2 a mistake that
+fgvc can name. Heavy packages are imported inside the verb that needs them, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from fgvc import __version__
+from fgvc.cli import data, looking, shipping, training
+from fgvc.errors import FgvcError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Raise the accuracy of the classifier you already deploy without changing a node of its ONNX graph.",
+)
+of_data = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+app.add_typer(of_data, name="data")
+
+VERBS: dict[str, Callable[..., None]] = {
+    "recipes": training.recipes,
+    "init": training.init,
+    "probe": data.probe,
+    "train": training.train,
+    "interpolate": training.interpolate,
+    "eval": looking.evaluate,
+    "localize": looking.localize,
+    "explain": looking.explain,
+    "report": looking.report,
+    "compare": looking.compare,
+    "ablate": training.ablate,
+    "export": shipping.export,
+    "verify": shipping.verify,
+    "predict": shipping.predict,
+    "serve": shipping.serve,
+    "triton": shipping.triton,
+    "bench": training.bench,
+}
+OF_DATA: dict[str, Callable[..., None]] = {"demo": data.demo, "check": data.check, "preview": data.preview}
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fgvc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Those of fgvc itself, before a verb."""
+
+
+for group, verbs in ((app, VERBS), (of_data, OF_DATA)):
+    for name, verb in verbs.items():
+        group.command(name)(verb)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: named mistakes become one message and exit code 2. `arguments`: those of the process by default."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be UTF-8; JSON reads what this writes instead
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        app(arguments)
+    except FgvcError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
