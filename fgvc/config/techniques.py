@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import Field, create_model
+from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer
 
 from fgvc.config.section import Section
 from fgvc.config.technique import TechniqueSettings
@@ -59,23 +59,34 @@ def settings_by_kind() -> dict[str, type[TechniqueSettings]]:
         where = f"entry point {point.name} of {point.dist.name if point.dist else GROUP}"
         try:
             found = point.load()
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever a package does when it is imported
             raise FgvcError(f"{where}: {point.value} can't be imported: {error}; mend the package, or remove it") from error
         if not (isinstance(found, type) and issubclass(found, TechniqueSettings)):
             raise FgvcError(f"{where}: {point.value} is no TechniqueSettings (fgvc.config.techniques)")
         if found.model_fields["kind"].default != point.name:
             raise FgvcError(f"{where}: its kind is {found.model_fields['kind'].default!r}; give both one name")
+        if ":" not in getattr(found, "technique", ""):
+            raise FgvcError(f"{where}: {point.value} has no `technique`, the class that does it as 'package.module:Class'")
         if point.name in own:
             raise FgvcError(f"{where}: there is a technique of that name already; choose another")
         own[point.name] = found
     return own
 
 
+class _Recorded(Section):
+    """One of an installed package that is off leaves no trace in what a run records: the run is read, and is the same run, where
+    the package is not installed."""
+
+    @model_serializer(mode="wrap")
+    def _without(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {kind: own for kind, own in handler(self).items() if own is not None or kind in OWN}
+
+
 _fields: dict[str, Any] = {
     kind: (own | None, Field(None, description=own.__doc__)) for kind, own in settings_by_kind().items()
 }
 Techniques = create_model(
-    "Techniques", __base__=Section, __doc__="Technique -> its settings; null removes one.", **_fields
+    "Techniques", __base__=_Recorded, __doc__="Technique -> its settings; null removes one.", **_fields
 )
 
 

@@ -230,13 +230,15 @@ class StepModule(nn.Module):
         for kind, hook in self.hooks("losses"):
             weights = {name: at(value, progress) for name, value in self.techniques[kind].weights.items()}
             measures = self.techniques[kind].measures
-            if not any(weights.values()):
+            if weights and not any(weights.values()):
                 continue
             for name, term in hook(outputs, self.contexts[kind]).items():
                 if name in measures:
                     losses[f"{kind}.{name}"] = term.detach()
                 elif name not in weights:
-                    raise FgvcError(f"techniques.{kind}: the loss term {name!r} has no weight in its config")
+                    raise FgvcError(f"techniques.{kind}: the loss term {name!r} is neither in `weights` nor in `measures`")
+                elif term.ndim:
+                    raise FgvcError(f"techniques.{kind}: the loss term {name!r} has shape {tuple(term.shape)}; give a scalar")
                 elif weights[name]:
                     losses[f"{kind}.{name}"] = term
                     total = total + weights[name] * term

@@ -97,7 +97,11 @@ class Plan:
         return self._joints.shapes()[1]
 
     def module(self, name: str) -> nn.Module:
-        return self._joints.net.get_submodule(name)
+        """A module of the net. Raises FgvcError where there is none of that name."""
+        try:
+            return self._joints.net.get_submodule(name)
+        except AttributeError as error:
+            raise FgvcError(f"techniques.{self.kind}: this backbone has no module {name!r}") from error
 
     def stage(self, number: int | Literal["features"]) -> str:
         """Name of the last block of a `feature_info` stage (negative numbers count from the end), or FEATURES.

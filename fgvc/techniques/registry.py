@@ -5,6 +5,7 @@ from __future__ import annotations
 from fgvc.config.section import Section
 from fgvc.config.technique import TechniqueSettings
 from fgvc.config.techniques import chosen, named
+from fgvc.errors import FgvcError
 from fgvc.techniques.api import Technique
 
 
@@ -14,6 +15,10 @@ def build(techniques: Section) -> dict[str, Technique]:
 
 
 def made_of(settings: TechniqueSettings) -> Technique:
-    """What does it."""
-    technique: Technique = named(settings.technique)(settings)
+    """What does it. Raises FgvcError where its class is not where its settings say."""
+    try:
+        made = named(settings.technique)
+    except (ImportError, AttributeError) as error:
+        raise FgvcError(f"techniques.{settings.kind}: {settings.technique} can't be imported: {error}") from error
+    technique: Technique = made(settings)
     return technique

@@ -9,13 +9,20 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 from fgvc.config import techniques
+from fgvc.config.loading import validate
+from fgvc.config.recipe import Recipe
+from fgvc.config.technique import TechniqueSettings
+from fgvc.data.recipe import decide
 from fgvc.errors import FgvcError
+from fgvc.runs.folder import read_run
 from fgvc.techniques.api import Technique
+from fgvc.techniques.registry import made_of
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -108,3 +115,22 @@ def test_a_hook_with_a_slip_in_its_name_is_an_error_when_the_class_is_made() -> 
 
         def _own(self) -> torch.Tensor:
             return torch.zeros(1)
+
+
+def test_a_package_that_is_installed_and_not_used_leaves_no_trace(installed: Path, recipe_tree: dict, tmp_path: Path) -> None:
+    tree = recipe_tree | {"techniques": {"mixup": {}}, "train": {**recipe_tree["train"], "max_steps": 1}}
+    (tmp_path / "recipe.json").write_text(json.dumps(tree))
+    code = RUN.partition("done = ")[0]
+    done = python(installed, "-c", code, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "confidence_penalty" not in (tmp_path / "run/config.yaml").read_text()
+    assert read_run(tmp_path / "run") == decide(validate(Recipe, tree, where="here")).resolved(validated=True)
+
+
+def test_the_class_that_settings_name_must_be_there() -> None:
+    class Lost(TechniqueSettings):
+        technique: ClassVar[str] = "fgvc.nowhere:Lost"
+        kind: str = "lost"
+
+    with pytest.raises(FgvcError, match=r"techniques\.lost: fgvc\.nowhere:Lost can't be imported"):
+        made_of(Lost())

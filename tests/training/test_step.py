@@ -332,3 +332,35 @@ def test_recomputed_gates_know_their_views(early: dict | None, late: dict | None
     torch.testing.assert_close(losses["loss"], expected["loss"])
     for ours, theirs in zip(again, plainly, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+class Measuring(Technique):
+    """Minimises nothing."""
+
+    measures = ("norm",)
+
+    def losses(self, outputs, ctx):
+        return {"norm": outputs["main"].logits.norm()}
+
+
+def test_what_is_only_measured_is_reported_and_not_minimised() -> None:
+    losses, _ = run(StepModule(net(), {"measuring": Measuring()}, size=SIZE))
+    assert losses["measuring.norm"] > 0
+    assert torch.equal(losses["loss"], losses["base"])
+
+
+def test_a_term_that_is_no_scalar_and_a_module_that_is_not_there_are_named() -> None:
+    class Rows(Measuring):
+        weights = {"rows": 1.0}
+
+        def losses(self, outputs, ctx):
+            return {"rows": outputs["main"].logits.norm(dim=1)}
+
+    class Elsewhere(Technique):
+        def setup(self, plan) -> None:
+            plan.tap("layer9")
+
+    with pytest.raises(FgvcError, match=r"techniques\.rows: the loss term 'rows' has shape \(\d+,\); give a scalar"):
+        run(StepModule(net(), {"rows": Rows()}, size=SIZE))
+    with pytest.raises(FgvcError, match=r"techniques\.elsewhere: this backbone has no module 'layer9'"):
+        StepModule(net(), {"elsewhere": Elsewhere()}, size=SIZE)
