@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import timm
@@ -203,7 +204,7 @@ def test_a_term_is_weighted_and_its_branch_learns() -> None:
 def test_a_term_without_a_weight_is_an_error() -> None:
     probe = Probe(term=1.0)
     probe.losses = lambda outputs, ctx: {"other": torch.zeros(())}
-    with pytest.raises(FgvcError, match="'other' has no weight"):
+    with pytest.raises(FgvcError, match="'other' is neither"):
         run(StepModule(net(), {"probe": probe}, size=SIZE))
 
 
@@ -351,7 +352,7 @@ def test_what_is_only_measured_is_reported_and_not_minimised() -> None:
 
 def test_a_term_that_is_no_scalar_and_a_module_that_is_not_there_are_named() -> None:
     class Rows(Measuring):
-        weights = {"rows": 1.0}
+        weights: ClassVar = {"rows": 1.0}
 
         def losses(self, outputs, ctx):
             return {"rows": outputs["main"].logits.norm(dim=1)}
