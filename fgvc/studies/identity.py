@@ -85,7 +85,8 @@ def _teacher(wanted: AnyTeacher) -> dict[str, Any]:
             facts["net"] = [recipe.model.backbone, recipe.model.kwargs]
             facts["files"] = _of_files([run / "labels.json", run / "preprocess.json", *place.glob("*.safetensors")])
         case BundleTeacher(path=folder):
-            facts["files"] = dict(load_bundle(folder).files)
+            files = load_bundle(folder).files  # without how it was proved, which may be fresh or by a kept graph
+            facts["files"] = {name: digest for name, digest in files.items() if name != "contract.json"}
         case TimmTeacher(weights=said) | ProbeTeacher(weights=said):
             facts["weights"] = _weights(said)
     return facts
