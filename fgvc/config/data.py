@@ -14,8 +14,6 @@ from fgvc.errors import FgvcError
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-
-
 Range = tuple[float, float]
 
 

@@ -11,8 +11,6 @@ from fgvc.config.schedule import Scheduled, Value, at, knots
 from fgvc.config.section import Section, Size
 
 MAX_PIXELS = 50_000_000  # of a picture, as its file says: the limit of every verb, unless a setting or an option says another
-
-
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Triple = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -22,8 +22,6 @@ Shipped = Literal["last", "best", "ema", "swa"]
 Selected = Literal[Shipped, "start", "floor"]
 CLIP = 1.0  # norm of the gradients at frozen statistics, whose first ones can be 40
 END = 1 - 1e-9  # of a run: its last step lies before 1
-
-
 PRETRAINED: Mapping[str, Mapping[str, Any]] = {
     "model": {"head": "probe", "batch_norm": "frozen"},
     "optim": {"name": "adamw", "lr": 3e-4, "weight_decay": 0.01},

@@ -1,7 +1,4 @@
-"""Recipes on disk: YAML, dotted overrides, and errors that name the file, the line, the key and the nearest valid key.
-
-Torch-free: prediction reads its sections from here. The root model of a run is `fgvc.config.recipe.Recipe`.
-"""
+"""What the settings of all packages are made of: sections, and values that several have. No torch here, or in any settings."""
 
 from __future__ import annotations
 

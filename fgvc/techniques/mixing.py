@@ -10,12 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
+from fgvc.config.technique import Mixing
 from fgvc.models.target import Target
-from fgvc.techniques.api import Batch
+from fgvc.techniques.api import Batch, Technique
 
 Part = tuple[Tensor | None, Tensor]
 """Which rows (B,) int64 a share comes from, None: the images' own; and the share (B,) float32."""
+
+
+class MixingTechnique(Technique):
+    """One that mixes images and their labels, in the share of the steps that its settings name; a subclass narrows `config`."""
+
+    config: Mixing
+
+    def __init__(self, config: Mixing) -> None:
+        self.config = config
+
+    @override
+    def mixes(self, progress: float) -> float:
+        return self.config.share(progress)
 
 
 def partners(rng: np.random.Generator, labels: Tensor, pairing: Literal["any", "other_class"]) -> Tensor:

@@ -61,15 +61,12 @@ Stages = Annotated[
     ),
     AfterValidator(_distinct),
 ]
-
-
 OfflineMethod = Literal["GradCAM", "GradCAMPlusPlus", "HiResCAM", "XGradCAM", "LayerCAM"]  # as AE-PSL's recipes say it
 
 
 class Where(TechniqueSettings):
     """Convolutions by their names in the timm net."""
 
-    kind: str  # of the technique, each of which narrows it; here so that it is written first
     include: tuple[str, ...] = Field(
         ("*",), description="which convolutions, by their name in the timm net; * and ? stand for anything"
     )

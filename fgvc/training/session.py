@@ -29,7 +29,6 @@ from fgvc.data.cache import DecodeCache
 from fgvc.data.index import ImageIndex
 from fgvc.data.loader import TrainLoader, evaluation_loader, train_loader
 from fgvc.data.quality.stored import refuse_shares
-from fgvc.data.recipe import decide
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import head_prefixes, memory_format
 from fgvc.models.norms import reestimate_norms, running_norms
@@ -296,7 +295,7 @@ def open_session(
     if not validated and (recipe.select == "best" or recipe.train.refit):
         setting = "select: best" if recipe.select == "best" else "train.refit"
         raise FgvcError(f"{setting} needs a validation part: give data.val_fraction a value above 0")
-    recipe = decide(recipe).resolved(validated=validated)
+    recipe = recipe.resolved(validated=validated)
     fitting = recipe.model_copy(update={"train": recipe.train.fitting(len(index.rows("train")), runtime.world)})
     torch.manual_seed(recipe.train.seed)
     opener, counts = None, class_counts(index)

@@ -1,4 +1,4 @@
-"""What all kinds of data have in common: the settings of a set, and the columns an index is built from."""
+"""What the readers of all kinds of data share: the columns that an index is built from, class numbers, splits."""
 
 from __future__ import annotations
 

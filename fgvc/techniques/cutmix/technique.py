@@ -11,23 +11,18 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
-from fgvc.techniques.api import Batch, Technique
+from fgvc.techniques.api import Batch
 from fgvc.techniques.cutmix.settings import CutmixSettings
-from fgvc.techniques.mixing import boxes_of_partners, draw_boxes, draws, partners
+from fgvc.techniques.mixing import MixingTechnique, boxes_of_partners, draw_boxes, draws, partners
 from fgvc.techniques.plan import Context
 
 
-class Cutmix(Technique):
+class Cutmix(MixingTechnique):
     """x' = x outside and x[p] inside of a box; loss = (1-a) CE(y) + a CE(y[p]), a the area that the box really covers."""
 
     source: ClassVar[str] = "Yun et al., ICCV 2019, arXiv:1905.04899"
 
-    def __init__(self, config: CutmixSettings) -> None:
-        self.config = config
-
-    @override
-    def mixes(self, progress: float) -> float:
-        return self.config.share(progress)
+    config: CutmixSettings
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -13,23 +13,18 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fgvc.techniques.api import Batch, Technique
-from fgvc.techniques.mixing import draws, mixed_target, partners
+from fgvc.techniques.api import Batch
+from fgvc.techniques.mixing import MixingTechnique, draws, mixed_target, partners
 from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.plan import Context
 
 
-class Mixup(Technique):
+class Mixup(MixingTechnique):
     """x' = l x + (1-l) x[p]; loss = l CE(y) + (1-l) CE(y[p]), p a permutation of the batch."""
 
     source: ClassVar[str] = "Zhang et al., ICLR 2018, arXiv:1710.09412"
 
-    def __init__(self, config: MixupSettings) -> None:
-        self.config = config
-
-    @override
-    def mixes(self, progress: float) -> float:
-        return self.config.share(progress)
+    config: MixupSettings
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:

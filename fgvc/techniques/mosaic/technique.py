@@ -14,24 +14,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fgvc.techniques.api import Batch, Technique
-from fgvc.techniques.mixing import draws, mixed_target, partners
+from fgvc.techniques.api import Batch
+from fgvc.techniques.mixing import MixingTechnique, draws, mixed_target, partners
 from fgvc.techniques.mosaic.canvas import CELLS, in_cells, on_canvas, shares
 from fgvc.techniques.mosaic.settings import MosaicSettings
 from fgvc.techniques.plan import Context
 
 
-class Mosaic(Technique):
+class Mosaic(MixingTechnique):
     """x' = four parts of x, x[p], x[q], x[r]; loss = sum_i a_i CE(y_i), a_i the exact share of the pixels."""
 
     source: ClassVar[str] = "YOLOv4, Bochkovskiy et al. 2020, arXiv:2004.10934; here with labels by area"
 
-    def __init__(self, config: MosaicSettings) -> None:
-        self.config = config
-
-    @override
-    def mixes(self, progress: float) -> float:
-        return self.config.share(progress)
+    config: MosaicSettings
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, Any]:

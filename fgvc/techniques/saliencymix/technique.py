@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fgvc.techniques.api import Batch, Technique
-from fgvc.techniques.mixing import boxes_around, boxes_of_partners, draws, partners
+from fgvc.techniques.api import Batch
+from fgvc.techniques.mixing import MixingTechnique, boxes_around, boxes_of_partners, draws, partners
 from fgvc.techniques.plan import Context
 from fgvc.techniques.saliencymix.saliency import peaks, saliency
 from fgvc.techniques.saliencymix.settings import SaliencymixSettings
 
 
-class Saliencymix(Technique):
+class Saliencymix(MixingTechnique):
     """x' = x outside and x[p] inside of a box around the most salient place of x[p]; labels by the exact area.
 
     Each image has a place of its own; the official code takes that of one for the whole batch.
@@ -27,12 +27,7 @@ class Saliencymix(Technique):
 
     source: ClassVar[str] = "Uddin et al., ICLR 2021, arXiv:2006.01791"
 
-    def __init__(self, config: SaliencymixSettings) -> None:
-        self.config = config
-
-    @override
-    def mixes(self, progress: float) -> float:
-        return self.config.share(progress)
+    config: SaliencymixSettings
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:

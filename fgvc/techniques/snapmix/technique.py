@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from fgvc.techniques.api import Batch, Technique
-from fgvc.techniques.mixing import draw_boxes, draws, inside, mixed_target, partners, pasted
+from fgvc.techniques.api import Batch
+from fgvc.techniques.mixing import MixingTechnique, draw_boxes, draws, inside, mixed_target, partners, pasted
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.snapmix.settings import SnapmixSettings
 
 
-class Snapmix(Technique):
+class Snapmix(MixingTechnique):
     """loss = (1 - sum_to S_a) CE(y_a) + (sum_of S_b) CE(y_b), S the class map above its minimum, with sum 1.
 
     The two weights need not add up to one: two pieces of sky say little, two heads much. Pairs of one class are counted
@@ -31,12 +31,7 @@ class Snapmix(Technique):
     source: ClassVar[str] = "Huang et al., AAAI 2021, arXiv:2012.04846"
     forwards: ClassVar[str] = "1 (no backward), in steps that mix so"
 
-    def __init__(self, config: SnapmixSettings) -> None:
-        self.config = config
-
-    @override
-    def mixes(self, progress: float) -> float:
-        return self.config.share(progress)
+    config: SnapmixSettings
 
     @override
     def setup(self, plan: Plan) -> None:
