@@ -19,17 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cells import _bits, _floor, _machine, _percent, _right
-from table import _gain
+from cells import bits, epochs, fitted_floor, machine, percent, right_of
+from table import gain
 
 from fgvc import api
 from fgvc.cli.option import recipe_path
 from fgvc.config.data import SPLITS
 from fgvc.models.probe import put_head
 from fgvc.runs.distributed import runtime
-from fgvc.training.log import Events
 from fgvc.training.session import open_session
-from fgvc.training.trainer import take_step
 
 SETS = {
     "cub50": ["image.size=160"],
@@ -60,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(1)
     given.work.mkdir(parents=True, exist_ok=True)
     if not given.out.exists():
-        given.out.write_text(f"# {_machine()}; any/plain {' '.join(given.overrides)}\n" + ",".join(FIELDS) + "\n")
+        given.out.write_text(f"# {machine()}; any/plain {' '.join(given.overrides)}\n" + ",".join(FIELDS) + "\n")
     for net, file in (pair.split("=", 1) for pair in given.nets):
         for images in given.images or SIZES:
             for name, root in (pair.split("=", 1) for pair in given.sets):
@@ -103,23 +101,15 @@ def _run(overrides: list[str], work: Path) -> dict[str, object]:
     recipe, started = api.load_recipe(recipe_path("any/plain"), overrides), time.perf_counter()
     with runtime(recipe.train) as process, open_session(recipe, process, out=work) as session:
         net = session.step.net
-        weight, bias, floor, _ = _floor(session, work)
+        weight, bias, floor, _ = fitted_floor(session, work)
         put_head(net, weight, bias)
         if session.ema is not None:
             session.ema.set(net)
-        found, events = [], Events(work, recipe.log, active=False)
-        for epoch in range(recipe.train.epochs):
-            session.progress.epoch, session.progress.micro = epoch, 0
-            micro_batches = session.loader.epoch(epoch)
-            for _ in range(session.steps_per_epoch):
-                session.schedule.step_update(session.progress.step)
-                take_step(session, micro_batches, events)
-                session.progress.step += 1
-            found.append(_right(session, session.average or net))
+        found = [right_of(session, session.average or net) for _ in epochs(session, work)]
         return {
-            "learned": len(session.index.rows("train")), "held_out": len(floor), "floor": _percent(floor),
-            "epochs": " ".join(_percent(right) for right in found), "floor_right": _bits(floor),
-            "epochs_right": " ".join(_bits(right) for right in found), "seconds": round(time.perf_counter() - started),
+            "learned": len(session.index.rows("train")), "held_out": len(floor), "floor": percent(floor),
+            "epochs": " ".join(percent(right) for right in found), "floor_right": bits(floor),
+            "epochs_right": " ".join(bits(right) for right in found), "seconds": round(time.perf_counter() - started),
         }  # fmt: skip
 
 
@@ -158,8 +148,8 @@ def _table(out: Path) -> None:
             ends.append(bits[-1])
         floor, shipped, end = (np.concatenate(parts) for parts in (floors, chosen, ends))
         gains.append((shipped.mean() - floor.mean(), end.mean() - floor.mean()))
-        said = [net, name, images, str(len(rows)), _percent(floor), _percent(shipped), _gain(floor, shipped)]
-        said += [_percent(end), _gain(floor, end)]
+        said = [net, name, images, str(len(rows)), percent(floor), percent(shipped), gain(floor, shipped)]
+        said += [percent(end), gain(floor, end)]
         print(f"| {' | '.join(said)} |")
     shipped, end = 100 * np.mean(gains, axis=0)
     print(f"\nmean over {len(gains)} cells, points: shipped {shipped:+.2f}, end {end:+.2f}")

@@ -18,6 +18,7 @@ import platform
 import re
 import shlex
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def main() -> None:
     torch.set_num_threads(1)
     out = given.plan.with_suffix(".csv")
     if not out.exists():
-        out.write_text(f"# {_machine()}\n" + ",".join(FIELDS) + "\n")
+        out.write_text(f"# {machine()}\n" + ",".join(FIELDS) + "\n")
     for fold in (int(part) for part in folds.split()):
         for line in cells:
             name, _, own = line.partition(":")
@@ -92,7 +93,7 @@ def _run(recipe: Recipe, work: Path, *, norms: bool) -> dict[str, object]:
             kept |= {id(p) for p in linear_head(net).parameters()}
             for parameter in net.parameters():
                 parameter.requires_grad_(id(parameter) in kept)
-        weight, bias, floor, frozen_probe = _floor(session, work)
+        weight, bias, floor, frozen_probe = fitted_floor(session, work)
         if recipe.model.head == "probe":
             put_head(net, weight, bias)
             if session.ema is not None:
@@ -100,31 +101,37 @@ def _run(recipe: Recipe, work: Path, *, norms: bool) -> dict[str, object]:
         for teacher, fit in fit_teachers(session).items():
             print(f"{teacher}: {fit}", flush=True)
         first = {key: value.detach().clone() for key, value in net.state_dict().items()}
-        at_start, scores, losses = _right(session, net), [], []
-        events = Events(work, recipe.log, active=False)
-        for epoch in range(recipe.train.epochs):
-            session.progress.epoch, session.progress.micro = epoch, 0
-            micro_batches = session.loader.epoch(epoch)
-            total = 0.0
-            for _ in range(session.steps_per_epoch):
-                session.schedule.step_update(session.progress.step)
-                found, _ = take_step(session, micro_batches, events)
-                session.progress.step += 1
-                total += float(found["loss"])
-            losses.append(total / session.steps_per_epoch)
-            end, ema = _right(session, net), _right(session, session.average)
+        at_start, scores, losses = right_of(session, net), [], []
+        for loss in epochs(session, work):
+            losses.append(loss)
+            end, ema = right_of(session, net), right_of(session, session.average)
             scores.append(f"{100 * end.mean():.2f}" + ("" if ema is None else f"/{100 * ema.mean():.2f}"))
         row: dict[str, object] = {
             "learned": len(session.index.rows("train")), "held_out": len(end),
-            "floor": _percent(floor), "start": _percent(at_start), "epochs": " ".join(scores), "end": _percent(end),
-            "ema": "" if ema is None else _percent(ema), "fresh_probe_of_frozen": frozen_probe,
+            "floor": percent(floor), "start": percent(at_start), "epochs": " ".join(scores), "end": percent(end),
+            "ema": "" if ema is None else percent(ema), "fresh_probe_of_frozen": frozen_probe,
             "train_loss": " ".join(f"{loss:.3f}" for loss in losses),
         }  # fmt: skip
         last = {key: value.detach().clone() for key, value in (session.average or net).state_dict().items()}
         row |= _between(session, first, last, net)
         row |= {"fresh_probe": _fresh_probe(session, net), "seconds": round(time.perf_counter() - started)}
-        row |= {"floor_right": _bits(floor), "end_right": _bits(end), "ema_right": "" if ema is None else _bits(ema)}
+        row |= {"floor_right": bits(floor), "end_right": bits(end), "ema_right": "" if ema is None else bits(ema)}
         return row
+
+
+def epochs(session: Session, work: Path) -> Iterator[float]:
+    """Train, one epoch after the other: the mean loss of each."""
+    events = Events(work, session.recipe.log, active=False)
+    for epoch in range(session.recipe.train.epochs):
+        session.progress.epoch, session.progress.micro = epoch, 0
+        micro_batches = session.loader.epoch(epoch)
+        total = 0.0
+        for _ in range(session.steps_per_epoch):
+            session.schedule.step_update(session.progress.step)
+            found, _ = take_step(session, micro_batches, events)
+            session.progress.step += 1
+            total += float(found["loss"])
+        yield total / session.steps_per_epoch
 
 
 def _between(
@@ -144,16 +151,16 @@ def _between(
         net.load_state_dict(
             {key: torch.lerp(first[key], value, share) if value.is_floating_point() else value for key, value in last.items()}
         )
-        found[share] = _right(session, net)
+        found[share] = right_of(session, net)
     net.load_state_dict(last)
     best = max(SHARES, key=lambda share: found[share].mean())
     return {
-        "change": f"{change:.4f}", "interpolated": " ".join(_percent(found[share]) for share in SHARES),
-        "interpolated_right": f"{best}:{_bits(found[best])}",
+        "change": f"{change:.4f}", "interpolated": " ".join(percent(found[share]) for share in SHARES),
+        "interpolated_right": f"{best}:{bits(found[best])}",
     }  # fmt: skip
 
 
-def _floor(session: Session, work: Path) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, str]:
+def fitted_floor(session: Session, work: Path) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, str]:
     """The head that is fitted to the frozen net (with two augmented views), its answers on the fold; and the accuracy of one that
     is fitted to the evaluation view alone, to stand beside the fresh probe."""
     recipe, net, index = session.recipe, session.step.net, session.index
@@ -175,14 +182,14 @@ def _floor(session: Session, work: Path) -> tuple[torch.Tensor, torch.Tensor, np
         again = (plain.logits(held).argmax(1) == truth).mean()
         np.savez(file, weight=probe.weight, bias=probe.bias, right=right, again=again)
     found = np.load(file)
-    return torch.from_numpy(found["weight"]), torch.from_numpy(found["bias"]), found["right"], _percent(found["again"])
+    return torch.from_numpy(found["weight"]), torch.from_numpy(found["bias"]), found["right"], percent(found["again"])
 
 
 def _fresh_probe(session: Session, net: torch.nn.Module) -> str:
     vectors, labels = _features(session, net, "train")
     probe = fit_probe(vectors, labels, classes=len(session.index.classes), seed=session.recipe.train.seed)
     held, truth = _features(session, net, "val")
-    return _percent(probe.logits(held).argmax(1) == truth)
+    return percent(probe.logits(held).argmax(1) == truth)
 
 
 def _features(session: Session, net: torch.nn.Module, part: str) -> tuple[np.ndarray, np.ndarray]:
@@ -208,7 +215,7 @@ def _batches(session: Session, part: str) -> list[tuple[torch.Tensor, torch.Tens
     return _KEPT[key]
 
 
-def _right(session: Session, net: torch.nn.Module | None) -> np.ndarray | None:
+def right_of(session: Session, net: torch.nn.Module | None) -> np.ndarray | None:
     """(N,) bool on the fold, in the order of the index."""
     if net is None:
         return None
@@ -218,15 +225,15 @@ def _right(session: Session, net: torch.nn.Module | None) -> np.ndarray | None:
     return z.argmax(1).numpy() == labels
 
 
-def _percent(right: np.ndarray) -> str:
+def percent(right: np.ndarray) -> str:
     return f"{100 * right.mean():.2f}"
 
 
-def _bits(right: np.ndarray) -> str:
+def bits(right: np.ndarray) -> str:
     return np.packbits(right).tobytes().hex()
 
 
-def _machine() -> str:
+def machine() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "scikit-learn"))
     return f"{versions}, {platform.machine()}, one thread a process; test is not read"
 

@@ -28,7 +28,7 @@ def main(table: Path) -> None:
         said = [name, " ".join(row["fold"] for row in own)]
         for key in ("end_right", "ema_right"):
             right = _right(own, key) if all(row[key] for row in own) else None
-            said += ["", ""] if right is None else [f"{100 * right.mean():.2f}", _gain(floor, right)]
+            said += ["", ""] if right is None else [f"{100 * right.mean():.2f}", gain(floor, right)]
         shares = [max(map(float, row["interpolated"].split())) for row in own if row["interpolated"]]
         probes, seconds = [float(row["fresh_probe"]) for row in own], [float(row["seconds"]) for row in own]
         said += [f"{np.mean(shares):.2f}" if shares else "", f"{np.mean(probes):.2f}", f"{np.mean(seconds):.0f}"]
@@ -41,7 +41,7 @@ def _right(rows: list[dict[str, str]], key: str) -> np.ndarray:
     return np.concatenate(bits).astype(bool)
 
 
-def _gain(floor: np.ndarray, right: np.ndarray) -> str:
+def gain(floor: np.ndarray, right: np.ndarray) -> str:
     wins, losses = int((right & ~floor).sum()), int((floor & ~right).sum())
     low, high = gain_interval(wins, losses, len(floor))
     return f"{100 * (wins - losses) / len(floor):+.2f} ({100 * low:+.1f} to {100 * high:+.1f})"
