@@ -25,6 +25,7 @@ from table import gain
 from fgvc import api
 from fgvc.cli.option import recipe_path
 from fgvc.config.data import SPLITS
+from fgvc.data.sources.read import read_source
 from fgvc.models.probe import put_head
 from fgvc.runs.distributed import runtime
 from fgvc.training.session import open_session
@@ -81,7 +82,7 @@ def main() -> None:
 
 def _drawn(overrides: list[str], table: Path, images: int, draw: int) -> list[str]:
     """Settings of a table in which so many train images a class are drawn, and the rest of them validates."""
-    index = api.load_recipe(recipe_path("any/plain"), overrides).data.read()
+    index = read_source(api.load_recipe(recipe_path("any/plain"), overrides).data)
     rng = np.random.default_rng([images, draw])
     train = np.flatnonzero(index.splits != SPLITS.index("test"))
     order = rng.permutation(train)
