@@ -32,7 +32,7 @@ from fgvc.exporting.onnx import export_onnx, serialised
 from fgvc.exporting.reference import randomise, versions
 from fgvc.models.backbone import deployed, plain_model
 from fgvc.reparam.plain import strip
-from fgvc.runs.build import Built, build_net
+from fgvc.runs.build import BuiltNet, build_net
 from fgvc.runtime.engine import Session
 from fgvc.techniques.api import Batch
 
@@ -88,7 +88,7 @@ def recipe(backbone: str, kwargs: Mapping[str, Any], *techniques: str) -> Recipe
     return validate(Recipe, tree, where="architectures")
 
 
-def step_of(built: Built) -> dict[str, torch.Tensor]:
+def step_of(built: BuiltNet) -> dict[str, torch.Tensor]:
     """The losses of one training step on random images, after its backward; at half of the run, so that schedules have begun.
     Raises FgvcError where anything is not finite."""
     step = built.step
@@ -99,7 +99,7 @@ def step_of(built: Built) -> dict[str, torch.Tensor]:
     x = torch.randn(IMAGES, 3, SIZE, SIZE, generator=rng)
     y = torch.randint(0, CLASSES, (IMAGES,), generator=rng)
     geometry = torch.eye(2, 3).repeat(IMAGES, 1, 1)
-    larger = round(SIZE * step.joints.render)
+    larger = round(SIZE * step.attachments.render)
     render = torch.randn(IMAGES, 3, larger, larger, generator=rng) if larger > SIZE else None
     boxes = torch.tensor([8.0, 8.0, 40.0, 40.0]).repeat(IMAGES, 1)  # x, y, width, height: what box_head learns
     batch = Batch(x, [(y, None)], x, y, torch.arange(IMAGES), geometry, render, boxes)
@@ -146,7 +146,7 @@ def tried(backbone: str, technique: str) -> tuple[str, str]:
         return "no" if refused else "failed", brief(str(error), technique)
     except Exception as error:  # a defect: it is written down and the script goes on
         return "failed", f"{type(error).__name__}: {brief(str(error), technique)}"
-    return "yes", brief(next(iter(built.step.joints.notes), ""), technique)
+    return "yes", brief(next(iter(built.step.attachments.notes), ""), technique)
 
 
 def brief(message: str, technique: str) -> str:

@@ -23,19 +23,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.techniques.masks import shifted
-from fgvc.data.loader import train_loader
-from fgvc.config.data import Augment
+from fgvc.config.data import SPLITS, Augment
 from fgvc.data.augment import Augmenter
+from fgvc.data.loader import train_loader
+from fgvc.errors import FgvcError
 from fgvc.report.preview import look_through
+from fgvc.runs.distributed import runtime
+from fgvc.runs.folder import environment, read_run
+from fgvc.techniques.masks import shifted
 from fgvc.training.batch import to_batch
 from fgvc.training.between import epoch_start
 from fgvc.training.log import Events
-from fgvc.runs.folder import environment, read_run
-from fgvc.runs.distributed import runtime
 from fgvc.training.session import Session, open_session
-from fgvc.config.data import SPLITS
-from fgvc.errors import FgvcError
 
 PLACES = 20  # random ones for every region
 WHOLE = Augment(crop="fit", crop_scale=(1, 1), flip=0, brightness=0, contrast=0, saturation=0)

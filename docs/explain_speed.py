@@ -20,12 +20,12 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from torch import nn
 
-from fgvc.studies.speed import interleaved
-from fgvc.report.explain import open_run, writable
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import fit, normalise
+from fgvc.report.explain import open_run, writable
 from fgvc.runtime.explain import explain_files
 from fgvc.runtime.predict import expand
+from fgvc.studies.speed import interleaved
 
 BATCH, COUNT, PAIRS = 16, 100, 12
 
@@ -34,20 +34,20 @@ def main(run: Path, folder: Path) -> None:
     files = list(expand([folder]))
     files = [files[at] for at in np.linspace(0, len(files) - 1, COUNT).astype(int)]
     with (
-        open_run(run, ("gradcam",)) as looker,
+        open_run(run, ("gradcam",)) as explainer,
         tempfile.TemporaryDirectory() as tmp,
     ):
-        spec, net = looker.spec, copy.deepcopy(looker.look.net)
+        spec, net = explainer.spec, copy.deepcopy(explainer.look.net)
         for parameter in net.parameters():
             parameter.requires_grad_(True)  # as whoever uses the library has them
         last = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)][-1]
         crops = [fit(decode(path), spec) for path in files]
         x = torch.from_numpy(np.stack([normalise(crop, spec) for crop in crops]))
-        batches = [part.to(memory_format=looker.layout) for part in x.split(BATCH)]
+        batches = [part.to(memory_format=explainer.layout) for part in x.split(BATCH)]
 
         def ours() -> None:
             for part in (same.view_as(same) for same in batches):  # other tensors: nothing is remembered of these
-                looker.look(part, looker.look.logits(part).argmax(1), "gradcam")
+                explainer.look(part, explainer.look.logits(part).argmax(1), "gradcam")
 
         def theirs() -> None:
             for part in batches:
@@ -55,7 +55,7 @@ def main(run: Path, folder: Path) -> None:
 
         def ours_to_files() -> None:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-                explain_files([looker], files, Path(tmp) / "ours", target="predicted", batch=BATCH, write=writable)
+                explain_files([explainer], files, Path(tmp) / "ours", target="predicted", batch=BATCH, write=writable)
 
         def theirs_to_files() -> None:
             (Path(tmp) / "theirs").mkdir(exist_ok=True)
@@ -63,14 +63,14 @@ def main(run: Path, folder: Path) -> None:
                 some = [fit(decode(path), spec) for path in files[start : start + BATCH]]
                 part = torch.from_numpy(np.stack([normalise(crop, spec) for crop in some]))
                 for at, (crop, found) in enumerate(
-                    zip(some, cam(part.to(memory_format=looker.layout), None), strict=True)
+                    zip(some, cam(part.to(memory_format=explainer.layout), None), strict=True)
                 ):
                     drawn = show_cam_on_image(np.float32(crop) / 255, found, use_rgb=True)
                     Image.fromarray(drawn).save(Path(tmp) / "theirs" / f"{start + at}.png")
 
         def apart() -> float:
             """The largest difference of the two maps of any pixel of the first batch: it must be the same that is timed."""
-            found = looker.look(batches[0], net(batches[0]).argmax(1), "gradcam")[0].numpy()
+            found = explainer.look(batches[0], net(batches[0]).argmax(1), "gradcam")[0].numpy()
             return float(np.abs(found - cam(batches[0], None)).max())
 
         for name, a, b in (("maps", ours, theirs), ("files", ours_to_files, theirs_to_files)):

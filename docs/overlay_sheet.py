@@ -11,25 +11,25 @@ from pathlib import Path
 
 from PIL import Image
 
-from fgvc.report.explain import open_run, writable
 from fgvc.images.decode import decode
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit, normalise
 from fgvc.images.sheet import Cell, save_sheet
+from fgvc.report.explain import open_run, writable
 
 EACH = 3  # pictures of a class
 
 
 def main(run: Path, folder: Path, out: Path) -> None:
     rows = []
-    with open_run(run, ("gradcam",)) as looker:
-        names, font = writable(looker.labels)
-        for name, kind in zip(names, looker.labels, strict=True):
+    with open_run(run, ("gradcam",)) as explainer:
+        names, font = writable(explainer.labels)
+        for name, kind in zip(names, explainer.labels, strict=True):
             files = sorted(path for path in (folder / kind).iterdir() if path.is_file())
             row = []
             for third in range(EACH):
-                crop = fit(decode(files[len(files) * (2 * third + 1) // (2 * EACH)]), looker.spec)
-                (seen,) = looker(normalise(crop, looker.spec)[None], None)
+                crop = fit(decode(files[len(files) * (2 * third + 1) // (2 * EACH)]), explainer.spec)
+                (seen,) = explainer(normalise(crop, explainer.spec)[None], None)
                 taken = f"taken for {names[seen.label]} {100 * seen.p[seen.label]:.0f} %"
                 row.append(Cell(Image.fromarray(crop), name))
                 row.append(Cell(overlay(Image.fromarray(crop), seen.maps["gradcam"]), taken))

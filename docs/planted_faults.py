@@ -23,14 +23,14 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from fgvc import api
-from fgvc.data.quality.checks import Report, check
-from fgvc.data.quality.suspects import Suspects, suspects
-from fgvc.evaluation.features import features, frozen
 from fgvc.config.recipe import Recipe
 from fgvc.config.template import recipe_file
 from fgvc.data.index import ImageIndex
-from fgvc.errors import FgvcError
+from fgvc.data.quality.checks import Report, check
+from fgvc.data.quality.suspects import Suspects, suspects
 from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError
+from fgvc.evaluation.features import features, frozen
 
 COPIES = ("exact", "quality 60", "resized", "lighter", "mirrored")
 DAMAGE = ("cut in half", "end missing", "empty", "a web page", "second half zero")

@@ -57,7 +57,7 @@ def main() -> None:
 
     opened, bundle = subject(options.run), load_bundle(options.bundle)
     assert opened.classes == bundle.labels
-    _, rows = opened.part("test")
+    _, rows = opened.rows_of("test")
     rows = rows[np.linspace(0, len(rows) - 1, options.images).round().astype(int)]
     evaluated = opened.answers(rows)
     assert not evaluated.unreadable

@@ -15,8 +15,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from fgvc.studies.speed import interleaved, write_csv
 from fgvc.runs.distributed import keep_freed_memory
+from fgvc.studies.speed import interleaved, write_csv
 
 BACKBONE, SIZE, BATCH, CLASSES, PAIRS = "tf_efficientnet_lite0", 160, 32, 50, 30
 GLIBC = {-4: 65536, -1: 128 << 10}  # mallopt(3): M_MMAP_MAX and M_TRIM_THRESHOLD as a process finds them

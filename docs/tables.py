@@ -3,7 +3,7 @@
 A table stands between `<!-- table: FILE.csv -->` and `<!-- end -->`; FILE is below docs/results/. With
 `<!-- table: FILE.csv columns: a,b -->` it has these columns only. `<!-- matrix: FILE.csv -->` is for lines of backbone, family,
 technique, result and detail: a row for each backbone, a column for each technique, reasons as notes below. Of the runs of a
-study, `<!-- study: FILE.csv part: test budget: epochs -->` is the table of its arms, `<!-- trials: FILE.csv ... -->` that of all
+study, `<!-- study: FILE.csv split: test budget: epochs -->` is the table of its arms, `<!-- trials: FILE.csv ... -->` that of all
 trials, and `<!-- forest: FILE.csv ... -->` a picture of the arms' differences to the first. From the code come
 `<!-- techniques -->`, what each technique says of itself, and `<!-- layers -->`, the packages and which of them import which.
 """
@@ -27,7 +27,7 @@ from fgvc.studies.table import Line, lines, markdown
 DOCS = Path(__file__).parent
 BLOCK = re.compile(
     r"(<!-- (?P<kind>techniques|layers|table|matrix|study|trials|forest)(?:: (?P<file>\S+))?(?: columns: (?P<columns>\S+))?"
-    r"(?: part: (?P<part>\S+) budget: (?P<budget>\S+))? -->\n).*?(?P<end><!-- end -->)",
+    r"(?: split: (?P<split>\S+) budget: (?P<budget>\S+))? -->\n).*?(?P<end><!-- end -->)",
     re.DOTALL,
 )
 
@@ -63,24 +63,24 @@ def matrix(path: Path) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in shown) + (f"\n{below}" if below else "")
 
 
-def study(path: Path, part: str, budget: str, *, apart: bool = False) -> list[Line]:
+def study(path: Path, split: str, budget: str, *, apart: bool = False) -> list[Line]:
     """The arms of a study beside its first; `apart`: every trial is an arm of its own."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     if apart:
         rows = [row | {"arm": f"{row['arm']} {row['trial']}", "trial": "1"} for row in rows]
-    return lines(rows, part=part, budget=budget)
+    return lines(rows, split=split, budget=budget)
 
 
 def place(m: re.Match[str]) -> Path:
     """Of the picture of a study."""
-    return DOCS / "pictures" / f"{Path(m['file']).stem}-{m['part']}-{m['budget']}.svg"
+    return DOCS / "pictures" / f"{Path(m['file']).stem}-{m['split']}-{m['budget']}.svg"
 
 
 def drawn(m: re.Match[str]) -> bytes | None:
     """The picture of a study anew; None where that which is there is of these numbers. The numbers' hash is in the file, as its
     bytes differ between matplotlib's versions."""
-    found = study(DOCS / "results" / m["file"], m["part"], m["budget"])
+    found = study(DOCS / "results" / m["file"], m["split"], m["budget"])
     digest = hashlib.sha256(markdown(found).encode()).hexdigest()
     if place(m).is_file() and digest in place(m).read_text(encoding="utf-8"):
         return None
@@ -125,8 +125,8 @@ def block(m: re.Match[str]) -> str:
         "layers": layers,
         "matrix": lambda: matrix(path),
         "table": lambda: table(path, m["columns"]),
-        "study": lambda: markdown(study(path, m["part"], m["budget"])),
-        "trials": lambda: markdown(study(path, m["part"], m["budget"], apart=True)),
+        "study": lambda: markdown(study(path, m["split"], m["budget"])),
+        "trials": lambda: markdown(study(path, m["split"], m["budget"], apart=True)),
         "forest": lambda: (
             f"![Differences to the first arm with their intervals]({place(m).relative_to(DOCS).as_posix()})\n"
         ),

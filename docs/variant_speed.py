@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fgvc.studies.speed import interleaved, write_csv
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import Engine
+from fgvc.studies.speed import interleaved, write_csv
 
 BLOCK, PAIRS = 10, 40
 

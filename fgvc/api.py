@@ -27,9 +27,9 @@ from fgvc.evaluation.calibration import FEWEST, KEEP
 from fgvc.evaluation.evaluate import Evaluation, evaluate
 from fgvc.evaluation.features import features, frozen, normalisation
 from fgvc.evaluation.localize import Localisation, localize
-from fgvc.evaluation.side import Versus, ask, images_of, open_sides
-from fgvc.evaluation.temperature import Known, calibration, refuse_other_file
-from fgvc.exporting.prove import MAX_IMAGES, Proven, prove
+from fgvc.evaluation.side import PairedAnswers, ask, images_of, open_sides
+from fgvc.evaluation.temperature import RunCalibration, calibration, refuse_other_file
+from fgvc.exporting.prove import MAX_IMAGES, ProvedExport, prove
 from fgvc.exporting.quantize import Int8
 from fgvc.exporting.verify import Comparison, Verification, verify_bundle, verify_files
 from fgvc.io.files import refuse_file, write_atomic, writing
@@ -44,17 +44,17 @@ from fgvc.runs.measured import measured
 from fgvc.runs.subject import Subject, subject
 from fgvc.runtime.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.runtime.stack import Agreement, Stack, agreement, stack_of
-from fgvc.studies.probe import IMAGES, Probing, Size
+from fgvc.studies.probe import IMAGES, ProbeResults, Size
 from fgvc.studies.probe import probe as run_probe
-from fgvc.studies.variants import Beside, Variants, left_out, make_variants
+from fgvc.studies.variants import SmallerFile, Variants, left_out, make_variants
 from fgvc.training.forecast import Forecast, forecast
 from fgvc.training.interpolate import Interpolation, interpolate
 from fgvc.training.trainer import train
 
 __all__ = [
-    "Bundle", "Evaluation", "Exported", "Forecast", "Int8", "Interpolation", "Localisation", "Preview", "Probing", "Recipe",
-    "Variants", "Versus", "check", "compare", "evaluate", "explain", "export", "forecast", "interpolate", "load_bundle",
-    "load_recipe", "localize", "preview", "probe", "report", "train", "verify",
+    "Bundle", "Evaluation", "Exported", "Forecast", "Int8", "Interpolation", "Localisation", "PairedAnswers", "Preview",
+    "ProbeResults", "Recipe", "Variants", "check", "compare", "evaluate", "explain", "export", "forecast", "interpolate",
+    "load_bundle", "load_recipe", "localize", "preview", "probe", "report", "train", "verify",
 ]  # fmt: skip
 
 
@@ -64,9 +64,9 @@ class Exported:
 
     bundle: Path
     select: Selected
-    proven: Proven
-    calibration: Known  # the run's; in the bundle where there are FEWEST images or more
-    beside: tuple[Beside, ...] = ()
+    proven: ProvedExport
+    calibration: RunCalibration  # the run's; in the bundle where there are FEWEST images or more
+    beside: tuple[SmallerFile, ...] = ()
     against: Path | None = None  # the deployed bundle or file that it was held against
     around: Agreement | None = None  # how it is fed and read beside that
     left_out: Mapping[str, str] = field(default_factory=dict)  # wanted files that the opset does not allow, and why
@@ -129,7 +129,7 @@ def probe(
     sizes: Sequence[Size] = (),
     crops: Sequence[float] = (),
     images: int = IMAGES,
-) -> Probing:
+) -> ProbeResults:
     """How far logistic regressions on frozen nets get with a set's images, see `fgvc.studies.probe.probe`; what to make of it
     tells `fgvc.studies.advice.advise`. A bar on stderr where that is a terminal."""
     with _bar() as tick:
@@ -274,7 +274,7 @@ def compare(
     certain: bool = False,
     max_pixels: int | None = None,
     root: Path | None = None,
-) -> Versus:
+) -> PairedAnswers:
     """Ask two classifiers - runs, bundles or .onnx files - about the same images: what B gains over A, and what it breaks.
 
     `data`: a recipe, or a folder of class folders; by default the data of the first that is a run. `split`: by default val
@@ -288,9 +288,9 @@ def compare(
 
 def _real_images(seen: Subject) -> Iterable[np.ndarray]:
     """Up to 256 validation images, spread over the classes; training images where none of those can be read."""
-    parts: tuple[Split, ...] = ("val", "train")
-    for part in parts:
-        rows, last = seen.rows(part), part == parts[-1]
+    splits: tuple[Split, ...] = ("val", "train")
+    for split in splits:
+        rows, last = seen.rows(split), split == splits[-1]
         some = rows[np.linspace(0, len(rows) - 1, min(MAX_IMAGES, len(rows))).astype(int)]
         found = False
         for batch in evaluation_loader(seen.index, some, spec=seen.preprocess, batch_size=32, workers=0, some=last):

@@ -10,6 +10,10 @@ from types import ModuleType
 
 import pytest
 
+from fgvc.config.loading import models_in, validate
+from fgvc.config.recipe import Recipe
+from fgvc.errors import FgvcError
+
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("fgvc", "docs", "configs", "deploy", "benchmarks", "examples")
 TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".csv", ".html", ".svg", ".sh"}
@@ -122,3 +126,35 @@ def test_scripts_are_put_right() -> None:
         "fgvc.runtime.engine.Engine\n'fgvc.training.trainer.take_step'\n"
     )
     assert module.rewritten(after, module.names()) == after
+
+
+def test_keys_are_put_right_in_recipes_and_overrides() -> None:
+    module = renames()
+    recipe = (
+        "optim:\n  # clip_norm is below\n  clip_norm: 1  # norm\ntrain: {accumulate: 2, recompute: true}\n"
+        "data: {clip_norm: 3}\n"
+    )
+    assert module.with_keys(recipe, module.keys(), recipe=True) == (
+        "optim:\n  # clip_norm is below\n  clip_grad: 1  # norm\ntrain: {grad_accum_steps: 2, grad_checkpointing: true}\n"
+        "data: {clip_norm: 3}\n"
+    )
+    plan = "plain: optim.clip_norm=1 train.accumulate=2 train.accumulated=1 'deploy.crop_fraction=.9'\n"
+    assert module.with_keys(plan, module.keys(), recipe=False) == (
+        "plain: optim.clip_grad=1 train.grad_accum_steps=2 train.accumulated=1 'deploy.crop_pct=.9'\n"
+    )
+
+
+def test_the_table_of_renamed_keys_is_the_sections_own() -> None:
+    """An error names the new key of each, and no other."""
+    fields = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    own = {
+        f"{section}.{old}": f"{section}.{new}"
+        for section, annotation in fields.items()
+        for model in models_in(annotation)
+        for old, new in model.renamed.items()
+    }
+    assert own == renames().keys()
+    for old, new in own.items():
+        section, _, key = old.partition(".")
+        with pytest.raises(FgvcError, match=rf"{re.escape(old)}: is called '{new.partition('.')[2]}' now"):
+            validate(Recipe, {section: {key: 1}}, where="recipe")

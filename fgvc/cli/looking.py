@@ -14,10 +14,10 @@ from fgvc.cli.option import (
     Device,
     Megapixels,
     OtherMegapixels,
-    Part,
     Root,
     Run,
     Select,
+    SplitOption,
     pixels,
 )  # fmt: skip
 from fgvc.errors import FgvcError
@@ -25,7 +25,7 @@ from fgvc.errors import FgvcError
 
 def evaluate(
     run: Run,
-    split: Part = None,
+    split: SplitOption = None,
     select: Select = None,
     device: Device = None,
     root: Root = None,
@@ -48,7 +48,7 @@ def evaluate(
 
 def localize(
     run: Run,
-    split: Part = None,
+    split: SplitOption = None,
     method: Annotated[str, typer.Option(help="That makes the class maps; see `fgvc explain`.")] = "gradcam",
     channels: Channels = None,
     select: Select = None,
@@ -76,7 +76,7 @@ def report(
     bundle: Annotated[
         list[Path] | None, typer.Option(help="A bundle that a run was exported to; as many as there are.")
     ] = None,
-    split: Part = None,
+    split: SplitOption = None,
     select: Select = None,
     device: Device = None,
     root: Root = None,
@@ -146,7 +146,7 @@ def compare(
         str | None,
         typer.Option(help="A folder of class folders, a recipe or a run; default: the data of A's run, or of B's."),
     ] = None,
-    split: Part = None,
+    split: SplitOption = None,
     root: Root = None,
     labels: Annotated[
         list[Path] | None,

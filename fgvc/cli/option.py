@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Config = Annotated[str, typer.Argument(help="A recipe file, or the id of one that comes with fgvc.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")]
 Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
-Part = Annotated[
+SplitOption = Annotated[
     Literal["val", "test"] | None, typer.Option("--split", help="Default: val where there is one, else test.")
 ]
 Select = Annotated[

@@ -17,16 +17,16 @@ from fgvc.evaluation.calibration import FEWEST
 from fgvc.evaluation.evaluate import Evaluation
 from fgvc.evaluation.learning_curve import FOLDS, SHARES
 from fgvc.evaluation.localize import Localisation
-from fgvc.evaluation.side import Versus
+from fgvc.evaluation.side import PairedAnswers
 from fgvc.exporting.verify import Comparison, Verification
 from fgvc.report.localization import COLUMNS
 from fgvc.report.localization import table as localisation_table
 from fgvc.runtime.engine import calibration_word
 from fgvc.studies.advice import advise, points, sides
-from fgvc.studies.probe import Probing
+from fgvc.studies.probe import ProbeResults
 from fgvc.studies.run import Estimate
 from fgvc.studies.speed import Ratio
-from fgvc.studies.variants import Beside
+from fgvc.studies.variants import SmallerFile
 from fgvc.training.forecast import Forecast
 from fgvc.training.interpolate import Interpolation
 
@@ -44,7 +44,7 @@ def _table(*columns: str) -> Table:
 
 
 def check(report: Report) -> None:
-    table = _table("part", "images", "classes", "smallest class", "largest class")
+    table = _table("split", "images", "classes", "smallest class", "largest class")
     for name, counts in zip(SPLITS, report.counts, strict=True):
         if counts.any():
             table.add_row(name, str(counts.sum()), str((counts > 0).sum()), str(counts.min()), str(counts.max()))
@@ -67,7 +67,7 @@ def _suspects(report: Report) -> None:
         console.print(f"suspect: {place}: {own}, rather {other} (a probe says, not calibrated)", markup=False, soft_wrap=True)
 
 
-def probing(found: Probing) -> None:
+def probing(found: ProbeResults) -> None:
     """A net at one size and crop a row; then what it comes to."""
     data, advice = found.data, advise(found)
     console.print(f"recognised: {data.index.recognised}", markup=False, soft_wrap=True)
@@ -265,21 +265,21 @@ def contract(done: Exported) -> None:
     console.print(f"{done.bundle}: {done.select} weights, {graph}", markup=False, soft_wrap=True)
 
 
-def _beside(one: Beside) -> str:
+def _beside(one: SmallerFile) -> str:
     found, how = one.agreement, one.made.contract
     same = f"{100 * found.share:.2f} % ({100 * found.low:.1f} to {100 * found.high:.1f})"
     return (
-        f"{how['bytes'] / 1e6:.2f} of {how['float_bytes'] / 1e6:.2f} MB; same answer for {same} of {found.images} {found.part} "
+        f"{how['bytes'] / 1e6:.2f} of {how['float_bytes'] / 1e6:.2f} MB; same answer for {same} of {found.images} {found.split} "
         f"images, top-1 {100 * found.top1:.2f} for {100 * found.top1_float:.2f} %"
     )
 
 
-def versus(found: Versus, failed: Sequence[str]) -> None:
+def versus(found: PairedAnswers, failed: Sequence[str]) -> None:
     pair = found.paired
     sides = (("A", found.a, pair.a_right), ("B", found.b, pair.b_right))
     rejecting = any(side.threshold for _, side, _ in sides)
     more = ("none of these", "right of those") if rejecting else ()
-    table = _table(f"{found.part}: {pair.images} images", "top-1 %", "right", *more)
+    table = _table(f"{found.split}: {pair.images} images", "top-1 %", "right", *more)
     for (name, side, right), counts in zip(sides, found.rejections(), strict=True):
         held = ([str(n) for n in counts] if side.threshold else ["", ""]) if rejecting else []
         table.add_row(escape(f"{name} {side.path}"), f"{100 * right.mean():.2f}", str(int(right.sum())), *held)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -31,7 +32,9 @@ def possible_mean(mean: Triple, white: float) -> Triple:
 
 
 class _Normalised(Section):
-    """What a mean is held against."""
+    """What deploy.* and a bundle's preprocessing share."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"crop_fraction": "crop_pct"}
 
     @field_validator("mean", check_fields=False)
     @classmethod
@@ -45,10 +48,10 @@ class Deploy(_Normalised):
 
     resize: Literal["crop", "pad", "squash"] = Field(
         "crop",
-        description="crop: shorter side to size / crop_fraction, then the centre; pad: longer side to size, "
+        description="crop: shorter side to size / crop_pct, then the centre; pad: longer side to size, "
         "then a border of `fill`; squash: both sides to size, whatever the aspect",
     )
-    crop_fraction: float | None = Field(
+    crop_pct: float | None = Field(
         None,
         gt=0,
         le=1,
@@ -71,7 +74,7 @@ class Preprocess(_Normalised):
 
     size: tuple[int, int] = Field(description="height, width of the network's input in pixels")
     resize: Literal["crop", "pad", "squash"] = "crop"
-    crop_fraction: float = Field(0.875, gt=0, le=1)
+    crop_pct: float = Field(0.875, gt=0, le=1)
     interpolation: Interpolation = "bicubic"
     channel_order: Literal["rgb", "bgr"] = "rgb"
     input_range: Literal[1, 255] = 1

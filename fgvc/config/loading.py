@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -11,7 +10,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from fgvc.config.section import Section
 from fgvc.errors import FgvcError
+from fgvc.io.names import nearest
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -143,7 +144,7 @@ def _explain(
     overridden: Mapping[tuple[str, ...], str],
 ) -> str:
     """One validation error as one line for people."""
-    loc, fields = _key_path(model, tree, tuple(row["loc"]))
+    loc, models = _key_path(model, tree, tuple(row["loc"]))
     names = tuple(str(part) for part in loc)
     source = where
     for end in range(len(names), 0, -1):
@@ -157,30 +158,67 @@ def _explain(
         if names[:end] in lines:
             source = f"{where}:{lines[names[:end]]}"
             break
-    message = row["msg"].removeprefix("Value error, ")
-    if row["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(names[-1], fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(sorted(fields))}"
-        message = f"unknown key; {hint}"
-    elif row["type"] == "missing":
-        message = "missing; give it a value"
-    elif row["type"] not in ("value_error", "union_tag_invalid", "union_tag_not_found"):
-        message = f"{message}, not {row['input']!r}"
+    message = _unknown(names[-1], models) if row["type"] == "extra_forbidden" else _in_words(row)
     return f"{source}: {'.'.join(names) or 'recipe'}: {message}"
+
+
+def _unknown(key: str, models: Iterable[type[BaseModel]]) -> str:
+    """Why `key` is none of the sections that may stand there."""
+    renamed = {old: new for m in models if issubclass(m, Section) for old, new in m.renamed.items()}
+    if key in renamed:
+        return f"is called {renamed[key]!r} now"
+    fields = sorted({name for m in models for name in m.model_fields})
+    near = nearest(key, fields)
+    return "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(fields)}")
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    """What a value must be, and what was given."""
+    kind, limits = row["type"], row.get("ctx", {})
+    if kind == "missing":
+        return "missing; give it a value"
+    if kind in ("value_error", "union_tag_invalid", "union_tag_not_found"):  # these say what was given
+        return str(row["msg"]).removeprefix("Value error, ")
+    must = _MUST[kind].format(**limits) if kind in _MUST else str(row["msg"]).replace("Input should be", "must be", 1)
+    return f"{must} (got {row['input']!r})"
+
+
+_MUST = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "finite_number": "must be a finite number",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "literal_error": "must be {expected}",
+    "model_type": "must be a mapping of keys",
+    "model_attributes_type": "must be a mapping of keys",
+    "dict_type": "must be a mapping of keys",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "path_type": "must be a path",
+}
+"""Of pydantic's kinds of error, in this project's words; others keep pydantic's."""
 
 
 def _key_path(
     model: type[BaseModel], tree: Mapping[str, Any], loc: tuple[str | int, ...]
-) -> tuple[list[str | int], list[str]]:
-    """Pydantic's location without the tags that it adds for unions, and the keys that are valid at its end."""
+) -> tuple[list[str | int], list[type[BaseModel]]]:
+    """Pydantic's location without the tags that it adds for unions, and the sections that hold its end."""
     path: list[str | int] = []
-    fields: list[str] = list(model.model_fields)
+    valid: list[type[BaseModel]] = [model]
     models: list[type[BaseModel]] = [model]
     for part in loc:
         tagged = [m for m in models if tag_of(m) == part]
         if tagged and len(models) > 1:
-            models = tagged
-            fields = list(tagged[0].model_fields)
+            models = valid = tagged
             continue
         if isinstance(part, int):  # of a list
             path.append(part)
@@ -193,9 +231,8 @@ def _key_path(
             break
         items = get_args(field.annotation) if get_origin(field.annotation) is tuple else ()
         models = models_in(field.annotation) or (models_in(items[0]) if items else [])
-        if models:
-            fields = list(dict.fromkeys(name for m in models for name in m.model_fields))
-    return path, fields
+        valid = models or valid
+    return path, valid
 
 
 def tag_of(model: type[BaseModel]) -> object:

@@ -60,7 +60,7 @@ class Model(Section):
         "batch",
         description="what the net's own batch norms normalise by in training. frozen: the running statistics of the pretrained "
         "weights, scale and shift are trained; batch: those of the batch, and the running ones follow. What techniques add or "
-        "graft has batch statistics in any case. Default with pretrained weights: frozen",
+        "replace has batch statistics in any case. Default with pretrained weights: frozen",
     )
     freeze: int = Field(
         0, ge=0, description="stages from the input on, stem included, whose weights and batch norms stay as loaded"

@@ -39,7 +39,7 @@ def by_weights(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **tree,
         "model": {**PRETRAINED["model"], "head": head, **model},
-        "optim": {"clip_norm": CLIP, **own, **optim},
+        "optim": {"clip_grad": CLIP, **own, **optim},
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +17,9 @@ class Section(BaseModel):
     """A part of a recipe: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Keys that had another name: old name -> today's. An error names the new one; nothing is read under the old."""
 
 
 def _ordered_shares(value: tuple[float, float]) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,6 +33,8 @@ SIZED = ("lamb", "lars", "larc", "adamp", "sgdp")  # in the names of optimizers 
 class Optim(Section):
     """How the weights move."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"clip_norm": "clip_grad", "grafted_lr_scale": "replaced_lr_scale"}
+
     name: str = Field("sgd", description="timm's name of the optimizer: sgd (Nesterov), momentum, adamw, ... Where neither name "
         "nor lr is given and weights are pretrained: adamw, lr 3e-4, weight_decay 0.01")
     lr: float = Field(0.03, gt=0, description="peak learning rate")
@@ -43,10 +46,11 @@ class Optim(Section):
     )
     head_lr_scale: float = Field(1.0, gt=0, description="learning rate of the classifier, in units of lr")
     added_lr_scale: float = Field(1.0, gt=0, description="of the heads that techniques add, in units of lr")
-    grafted_lr_scale: float = Field(
+    replaced_lr_scale: float = Field(
         0.1,
         gt=0,
-        description="of what techniques graft beside pretrained kernels, in units of lr: at 1 the first steps can undo them",
+        description="of what techniques put beside pretrained kernels (acb, dbb, ...), in units of lr: at 1 the first steps can "
+        "undo them",
     )
     layer_decay: float = Field(1.0, gt=0, le=1, description="a layer's rate is this times that of the layer above it")
     momentum: float = Field(
@@ -64,7 +68,7 @@ class Optim(Section):
     drop: float = Field(0.1, gt=0, lt=1, description="of the step schedule: factor of one drop")
     warmup_epochs: float = Field(1.0, ge=0, description="linear up to lr")
     min_lr: float = Field(0.0, ge=0, description="where the cosine ends")
-    clip_norm: float | None = Field(
+    clip_grad: float | None = Field(
         None, gt=0, description="cap on the norm of all gradients together. Default with pretrained weights: 1"
     )
     sam: Sam | None = Field(None, description="sharpness-aware minimisation; null: off. It doubles a step's time")
@@ -123,6 +127,8 @@ class Swa(Section):
 class Train(Section):
     """The budget of a run and the machine's part of it."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"accumulate": "grad_accum_steps", "recompute": "grad_checkpointing"}
+
     epochs: int = Field(12, ge=1, description="passes over the training set; the schedule spans all of them")
     batch_size: int = Field(
         32,
@@ -148,8 +154,8 @@ class Train(Section):
         description="of an epoch's images. uniform: each once; balanced: as many, drawn with replacement so that every class "
         "comes equally often",
     )
-    accumulate: int = Field(1, ge=1, description="parts that a step's images are split into, to save memory")
-    recompute: bool = Field(
+    grad_accum_steps: int = Field(1, ge=1, description="parts that a step's images are split into, to save memory")
+    grad_checkpointing: bool = Field(
         False, description="activation checkpointing: less memory, about a third more time, the same result"
     )
     validate_every: int = Field(
@@ -168,7 +174,7 @@ class Train(Section):
 
     def fitting(self, images: int, world: int) -> Train:
         """With a step that so many images to learn from can fill, in equal shares of `world` processes and accumulated parts."""
-        share = world * self.accumulate
+        share = world * self.grad_accum_steps
         return self.model_copy(update={"batch_size": min(self.batch_size, max(images, share) // share * share)})
 
     @property

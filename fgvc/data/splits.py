@@ -13,18 +13,18 @@ from fgvc.rng import SPLIT, generator
 
 
 def carve(
-    labels: np.ndarray, splits: np.ndarray, *, part: Split, fraction: float, seed: int, groups: np.ndarray | None = None
+    labels: np.ndarray, splits: np.ndarray, *, split: Split, fraction: float, seed: int, groups: np.ndarray | None = None
 ) -> np.ndarray:
-    """A copy of `splits` (N,) int8 in which a share of the train rows has moved to `part`."""
+    """A copy of `splits` (N,) int8 in which a share of the train rows has moved to `split`."""
     train = np.flatnonzero(splits == SPLITS.index("train"))
-    held = stratified(labels[train], fraction, seed=seed, part=part, groups=None if groups is None else groups[train])
+    held = stratified(labels[train], fraction, seed=seed, split=split, groups=None if groups is None else groups[train])
     carved = splits.copy()
-    carved[train[held]] = SPLITS.index(part)
+    carved[train[held]] = SPLITS.index(split)
     return carved
 
 
 def stratified(
-    labels: np.ndarray, fraction: float, *, seed: int, part: Split, groups: np.ndarray | None = None
+    labels: np.ndarray, fraction: float, *, seed: int, split: Split, groups: np.ndarray | None = None
 ) -> np.ndarray:
     """Mask (N,) of the rows to set aside: `fraction` of every class, rounded so that the total is right as well.
 
@@ -32,7 +32,7 @@ def stratified(
     move (an empty name is a group of its own), and the shares are met as closely as the groups allow.
     """
     labels = np.asarray(labels)
-    rng = generator(SPLIT, seed, SPLITS.index(part))
+    rng = generator(SPLIT, seed, SPLITS.index(split))
     if groups is not None:
         return _by_group(labels, fraction, group_codes(groups), rng)
     counts = np.bincount(labels) if len(labels) else np.zeros(1, np.int64)

@@ -41,7 +41,7 @@ class Agreement:
     """Over N images. All shares in [0,1]."""
 
     images: int
-    part: str  # val, or train where there is no other
+    split: str  # val, or train where there is no other
     share: float  # of the images with the same arg-max
     low: float  # 95 % interval of the share (Wilson 1927)
     high: float
@@ -61,7 +61,7 @@ class Agreement:
         found = []
         if self.share < bars.agreement:
             found.append(
-                f"answers as the float file for {100 * self.share:.2f} % of {self.images} {self.part} images (95 % interval "
+                f"answers as the float file for {100 * self.share:.2f} % of {self.images} {self.split} images (95 % interval "
                 f"{100 * self.low:.1f} to {100 * self.high:.1f}), at least {100 * bars.agreement:g} % are asked for"
             )
         if self.loss > bars.loss + 1e-12:
@@ -73,18 +73,18 @@ class Agreement:
 
     def numbers(self) -> dict[str, Any]:
         """For contract.json."""
-        names = ("images", "part", "share", "low", "high", "top1_float", "top1", "worst", "typical", "spread")
+        names = ("images", "split", "share", "low", "high", "top1_float", "top1", "worst", "typical", "spread")
         return {name: getattr(self, name) for name in names}
 
 
-def agree(rows: NDArray[np.int64], labels: NDArray[np.int64], z: Floats, z_variant: Floats, *, part: str) -> Agreement:
+def agree(rows: NDArray[np.int64], labels: NDArray[np.int64], z: Floats, z_variant: Floats, *, split: str) -> Agreement:
     """Of images `rows` (N,) with `labels` (N,): logits (N,K) of the float file and of the variant.
 
     Raises FgvcError without any image.
     """
     count = len(rows)
     if not count:
-        raise FgvcError(f"no {part} images to compare the files on")
+        raise FgvcError(f"no {split} images to compare the files on")
     a, b = z.argmax(1), z_variant.argmax(1)
     same = int((a == b).sum())
     low, high = wilson(same / count, count)
@@ -98,7 +98,7 @@ def agree(rows: NDArray[np.int64], labels: NDArray[np.int64], z: Floats, z_varia
     ]  # fmt: skip
     return Agreement(
         images=count,
-        part=part,
+        split=split,
         share=same / count,
         low=float(low),
         high=float(high),

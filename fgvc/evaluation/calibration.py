@@ -157,7 +157,7 @@ class Calibrated:
 
 
 def calibrate(
-    logits: NDArray[Any], labels: NDArray[Any], *, keep: float = KEEP, part: str = "val", known: Calibration | None = None
+    logits: NDArray[Any], labels: NDArray[Any], *, keep: float = KEEP, split: str = "val", known: Calibration | None = None
 ) -> Calibrated:
     """Fit on logits (N,K) of images with labels (N,) of `part`, which the network has not learnt from, and measure there.
 
@@ -189,7 +189,7 @@ def calibrate(
     found = _measured(
         (z, y, right), confidence, losses, answered, temperature=temperature, threshold=threshold, keep=keep, note=note
     )
-    return replace(found, known=known if known is not None and known.keep == keep else found.stored(part))
+    return replace(found, known=known if known is not None and known.keep == keep else found.stored(split))
 
 
 def measure(logits: NDArray[Any], labels: NDArray[Any], known: Calibration | None, *, why: str = "") -> Calibrated:

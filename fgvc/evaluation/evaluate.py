@@ -19,7 +19,7 @@ from fgvc.evaluation import metrics
 from fgvc.evaluation.calibration import Calibrated, spread
 from fgvc.evaluation.plot import plot_calibration, plot_confusion
 from fgvc.evaluation.sample import Sample
-from fgvc.evaluation.temperature import PART, calibration
+from fgvc.evaluation.temperature import FITTED_ON, calibration
 from fgvc.evaluation.tta import Views, averaged, canvas, refined
 from fgvc.io.tables import as_csv
 from fgvc.runs.measured import leave, measured
@@ -68,7 +68,7 @@ def evaluate(
     measured(run, "metrics.json")  # can be added to
     seen = subject(run, select, branches=views == "refined", root=root, max_pixels=max_pixels)
     index, preprocess, chosen = seen.index, seen.preprocess, seen.select
-    part, rows = seen.part(split)
+    scored, rows = seen.rows_of(split)
     spec = canvas(preprocess) if views is not None and "crops" in views else preprocess
     if spec is not preprocess and spec.size == preprocess.size:
         raise FgvcError(
@@ -78,10 +78,10 @@ def evaluate(
         net = seen.step.net
         unreadable: list[str] = []
         loader = evaluation_loader(index, rows, spec=spec, batch_size=64, workers=seen.recipe.train.workers)
-        scored = net if views is None else averaged(net, views, preprocess.size)
+        classifier = net if views is None else averaged(net, views, preprocess.size)
         if views == "refined":
-            scored = refined(seen.step.look, net)
-        sample = Sample(scored, spread(rows, len(index.classes)) if views is None else rows[:0])
+            classifier = refined(seen.step.look, net)
+        sample = Sample(classifier, spread(rows, len(index.classes)) if views is None else rows[:0])
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in loader:
@@ -92,17 +92,17 @@ def evaluate(
         try:
             scores = metrics.evaluate(sample, batches(), classes=len(index.classes), device=where, memory_format=layout)
         except NoNumbersError as error:
-            raise NoNumbersError(f"{run}: {chosen}, {part}: {error}; train anew with a lower optim.lr") from error
-    found = _calibrated(seen, part, sample, device) if views is None else None
-    name = part if views is None else f"{part}-{views}"
-    title = f"{part}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
+            raise NoNumbersError(f"{run}: {chosen}, {scored}: {error}; train anew with a lower optim.lr") from error
+    found = _calibrated(seen, scored, sample, device) if views is None else None
+    name = scored if views is None else f"{scored}-{views}"
+    title = f"{scored}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
     stem = "-".join([name, *seen.apart])
     files = {f"plots/confusion-{stem}.png": plot_confusion(scores.confusion, index.classes, title=title)}
     tables: dict[str, Any] = {
         "classes": scores.by_class(index.classes), "confused": scores.confused(index.classes)
     }  # fmt: skip
     if found is not None:
-        files |= {f"plots/{file}": picture for file, picture in plot_calibration(found, part=stem).items()}
+        files |= {f"plots/{file}": picture for file, picture in plot_calibration(found, split=stem).items()}
         tables |= {"reliability": found.rows(), "risk-coverage": found.curve_rows()}
     files |= {f"tables/{table}-{stem}.csv": as_csv(lines).encode() for table, lines in tables.items()}
     unfitted = {"calibrated": False, "note": "no temperature is fitted for averaged views"}
@@ -111,9 +111,9 @@ def evaluate(
     return Evaluation(run, name, chosen, scores, sample.right, tuple(unreadable), index.classes, found, stored)
 
 
-def _calibrated(seen: Subject, part: Split, sample: Sample, device: str | None) -> Calibrated | None:
+def _calibrated(seen: Subject, split: Split, sample: Sample, device: str | None) -> Calibrated | None:
     """What the run's temperature does for the sample. None where none of its images can be read."""
     given = sample.answers
     if not len(given[1]):
         return None
-    return calibration(seen, given=given if part == PART else None, device=device).on(part, given)
+    return calibration(seen, given=given if split == FITTED_ON else None, device=device).on(split, given)

@@ -83,7 +83,7 @@ def make_folds(labels: Labels, groups: NDArray[np.str_] | None, *, seed: int) ->
         for _ in SHARES[1:]:  # half of what was taken before
             last = learned[-1]
             own = None if groups is None else groups[last]
-            learned.append(last[stratified(labels[last], 0.5, seed=seed + number, part="val", groups=own)])
+            learned.append(last[stratified(labels[last], 0.5, seed=seed + number, split="val", groups=own)])
         if len(judged):
             folds.append(Fold(judged, tuple(learned)))
     if not folds:

@@ -35,7 +35,7 @@ Boxes = list[NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class MapBoxes:
     """What N maps find at each of the T thresholds, beside the N objects' boxes. All float64."""
 
     true: Tensor  # (N,4)
@@ -45,7 +45,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class Thresholds:
     """Numbers of thresholds, each the first of those at which most boxes are right."""
 
     largest: int  # by the box around the largest component at IoU 0.5
@@ -92,7 +92,7 @@ def around_each(maps: Tensor) -> list[Boxes]:
     return [around(one) for one in normalised(maps).cpu().numpy()]
 
 
-def compare_boxes(boxes: Sequence[Boxes], true: Tensor) -> Found:
+def compare_boxes(boxes: Sequence[Boxes], true: Tensor) -> MapBoxes:
     """The boxes of N maps beside the N objects' (N,4)."""
     steps = len(THRESHOLDS)
     largest, best = torch.zeros(2, len(true), steps, dtype=torch.float64)
@@ -102,12 +102,12 @@ def compare_boxes(boxes: Sequence[Boxes], true: Tensor) -> Found:
         for step, (level, iou) in enumerate(zip(levels, overlaps.split([len(level) for level in levels]), strict=True)):
             if len(level):
                 kept[at, step], largest[at, step], best[at, step] = torch.from_numpy(level[0]), iou[0], iou.max()
-    return Found(true.double(), kept, largest, best)
+    return MapBoxes(true.double(), kept, largest, best)
 
 
-def joined(found: Sequence[Found]) -> Found:
+def joined(found: Sequence[MapBoxes]) -> MapBoxes:
     """Those of several batches as one."""
-    return Found(*(torch.cat([getattr(one, field.name) for one in found]) for field in fields(Found)))
+    return MapBoxes(*(torch.cat([getattr(one, field.name) for one in found]) for field in fields(MapBoxes)))
 
 
 def accuracy(iou: Tensor, overlap: float) -> Tensor:
@@ -115,13 +115,13 @@ def accuracy(iou: Tensor, overlap: float) -> Tensor:
     return (iou >= overlap).double().mean(0)
 
 
-def choose(found: Found) -> Chosen:
+def choose(found: MapBoxes) -> Thresholds:
     """The thresholds at which these images' boxes are right most often."""
     best = tuple(int(accuracy(found.best, overlap).argmax()) for overlap in OVERLAPS)
-    return Chosen(int(accuracy(found.largest, OVERLAPS[USUAL]).argmax()), best)
+    return Thresholds(int(accuracy(found.largest, OVERLAPS[USUAL]).argmax()), best)
 
 
-def score(found: Found, right: Tensor, chosen: Chosen) -> BoxScores:
+def score(found: MapBoxes, right: Tensor, chosen: Thresholds) -> BoxScores:
     """Score N >= 1 images; `right` (N,) bool: whether each one's class was said right."""
     located = found.largest[:, chosen.largest] >= OVERLAPS[USUAL]
     curves = [accuracy(found.best, overlap) for overlap in OVERLAPS]

@@ -27,8 +27,8 @@ from fgvc.evaluation.localization import (
     USUAL,
     Boxes,
     BoxScores,
-    Chosen,
-    Found,
+    MapBoxes,
+    Thresholds,
     around,
     around_each,
     centre_map,
@@ -94,14 +94,14 @@ class Localisation:
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class Localizations:
     """What was found in N readable images of one part; of M of them the crop has a box."""
 
     labels: Tensor  # (N,)
     right: Tensor  # (N,) bool
     boxed: Tensor  # (N,) bool
     silent: Tensor  # (N,) bool
-    found: Mapping[str, Found]  # of the M
+    found: Mapping[str, MapBoxes]  # of the M
     parts: Mapping[str, Tensor]  # (N,P,2) float64: how much of a part lies in each of SHARES, NaN: unseen
     unreadable: tuple[str, ...]
 
@@ -136,7 +136,7 @@ def localize(
             "bounding_boxes.txt"
         )
     refuse_shares(seen.index)
-    part, rows = seen.part(split)
+    part, rows = seen.rows_of(split)
     if not len(validation := seen.rows("val")):
         raise FgvcError(f"{run}: its data has no val part, on whose images the thresholds of the maps are chosen")
     looked = look(seen, rows, method=chosen_method, channels=channels, device=device)
@@ -144,7 +144,7 @@ def localize(
     if part != "val":
         source = look(seen, validation, method=chosen_method, channels=channels, device=device)
     of_map = choose(source.found["true"])
-    chosen: dict[str, Chosen] = {"true": of_map, "predicted": of_map, "centre": choose(source.found["centre"])}
+    chosen: dict[str, Thresholds] = {"true": of_map, "predicted": of_map, "centre": choose(source.found["centre"])}
     name = "-".join([part, *[chosen_method] * (chosen_method != "gradcam"), *seen.apart])
     tables: dict[str, list[Row]] = {"localisation": by_class(looked, seen.classes, of_map)}
     if looked.parts:
@@ -167,7 +167,7 @@ def localize(
 
 def look(
     seen: Subject, rows: NDArray[np.int64], *, method: str, channels: int | None = None, device: str | None = None
-) -> Looked:
+) -> Localizations:
     """Maps of every readable image, beside its box and parts. Raises FgvcError where the net has no such maps or gives logits
     that are no numbers, or not one image has a box in the crop."""
     loader = evaluation_loader(
@@ -195,7 +195,7 @@ def look(
 
 def _look(
     seen: Subject, batch: EvaluationBatch, x: Tensor, look: ClassMaps, method: str, centre: tuple[Tensor, Boxes]
-) -> Looked:
+) -> Localizations:
     """One batch; its images `x` on the net's device."""
     logits = look.logits(x).float().cpu()
     refuse_no_numbers(logits.numpy(), seen.run)
@@ -220,7 +220,7 @@ def _look(
             for name, which in both.items()
         }
     silent = normalised(maps).amax((1, 2)) == 0
-    return Looked(batch.labels, right, boxed, silent, found, parts, tuple(str(error) for error in batch.bad))
+    return Localizations(batch.labels, right, boxed, silent, found, parts, tuple(str(error) for error in batch.bad))
 
 
 def in_input(batch: EvaluationBatch, spec: Preprocess) -> tuple[Tensor, Tensor | None]:
@@ -243,9 +243,9 @@ def in_input(batch: EvaluationBatch, spec: Preprocess) -> tuple[Tensor, Tensor |
     )
 
 
-def _joined(looked: Sequence[Looked]) -> Looked:
+def _joined(looked: Sequence[Localizations]) -> Localizations:
     """Those of several batches as one."""
-    return Looked(
+    return Localizations(
         labels=torch.cat([one.labels for one in looked]),
         right=torch.cat([one.right for one in looked]),
         boxed=torch.cat([one.boxed for one in looked]),
@@ -256,7 +256,7 @@ def _joined(looked: Sequence[Looked]) -> Looked:
     )
 
 
-def coverage(looked: Looked) -> Coverage | None:
+def coverage(looked: Localizations) -> Coverage | None:
     """Over all parts that can be seen; None without any."""
     if not looked.parts or not (visible := int(looked.parts["true"][:, :, 0].isfinite().sum())):
         return None
@@ -264,7 +264,7 @@ def coverage(looked: Looked) -> Coverage | None:
     return Coverage(visible, whole, centre)
 
 
-def by_class(looked: Looked, classes: Sequence[str], chosen: Chosen) -> list[Row]:
+def by_class(looked: Localizations, classes: Sequence[str], chosen: Thresholds) -> list[Row]:
     """One row a class; empty where there is nothing to tell."""
     iou = torch.full((len(looked.labels),), torch.nan, dtype=torch.float64)
     iou[looked.boxed] = looked.found["true"].largest[:, chosen.largest]
@@ -286,7 +286,7 @@ def by_class(looked: Looked, classes: Sequence[str], chosen: Chosen) -> list[Row
     return rows
 
 
-def by_part(looked: Looked, names: Sequence[str]) -> list[Row]:
+def by_part(looked: Localizations, names: Sequence[str]) -> list[Row]:
     """One row a part: how often it can be seen, and lies in the highest 10 and 20 % of the maps, and of a round map in the
     middle. Chance has 10 and 20 %."""
     rows: list[Row] = []

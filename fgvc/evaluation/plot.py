@@ -12,7 +12,7 @@ from matplotlib.font_manager import FontProperties
 
 from fgvc.evaluation.calibration import BINS, Calibrated
 from fgvc.evaluation.font import writable
-from fgvc.evaluation.localization import OVERLAPS, THRESHOLDS, Chosen, Found, accuracy
+from fgvc.evaluation.localization import OVERLAPS, THRESHOLDS, MapBoxes, Thresholds, accuracy
 
 LABELLED = 60  # classes up to which every row of the matrix is named
 
@@ -41,7 +41,7 @@ def plot_curves(history: Sequence[Mapping[str, float]]) -> bytes:
     return _png(figure)
 
 
-def plot_localisation(found: Mapping[str, Found], chosen: Mapping[str, Chosen], *, title: str) -> bytes:
+def plot_localisation(found: Mapping[str, MapBoxes], chosen: Mapping[str, Thresholds], *, title: str) -> bytes:
     """Share of boxes that are right over the map's threshold, at each IoU, with the threshold that validation chose; and the
     same of a map that knows no image."""
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
@@ -92,11 +92,11 @@ def plot_confusion(confusion: np.ndarray, classes: Sequence[str], *, title: str)
     return _png(figure)
 
 
-def plot_calibration(found: Calibrated, *, part: str) -> dict[str, bytes]:
-    """`reliability-<part>.png` and `risk-coverage-<part>.png`, by name."""
+def plot_calibration(found: Calibrated, *, split: str) -> dict[str, bytes]:
+    """`reliability-<split>.png` and `risk-coverage-<split>.png`, by name."""
     return {
-        f"reliability-{part}.png": _png(reliability_figure(found, title=part)),
-        f"risk-coverage-{part}.png": _png(risk_figure(found, title=part)),
+        f"reliability-{split}.png": _png(reliability_figure(found, title=split)),
+        f"risk-coverage-{split}.png": _png(risk_figure(found, title=split)),
     }
 
 

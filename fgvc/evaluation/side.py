@@ -37,7 +37,7 @@ FLIP = (  # columns of a table of flips
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
+class Classifier:
     """A classifier that can be asked."""
 
     path: Path
@@ -66,21 +66,21 @@ class Images:
 
     index: ImageIndex
     rows: NDArray[np.int64]
-    part: str
+    split: str
     workers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Versus:
+class PairedAnswers:
     """Both sides' answers on the N images that could be read."""
 
-    a: Side
-    b: Side
-    part: str
+    a: Classifier
+    b: Classifier
+    split: str
     classes: tuple[str, ...]  # A's order, in all numbers here
     paths: tuple[Path, ...]  # (N,)
     said: NDArray[np.int64]  # (2,N) classes
-    confidence: NDArray[np.float64]  # (2,N); by each side's temperature, see `Side.calibrated`
+    confidence: NDArray[np.float64]  # (2,N); by each side's temperature, see `Classifier.calibrated`
     paired: Paired
     unreadable: tuple[str, ...]
     max_pixels: int  # of a picture that was read
@@ -128,7 +128,7 @@ def open_sides(
     preprocess: Path | Sequence[Path] | None = None,
     certain: bool = False,
     root: Path | None = None,
-) -> tuple[Side, Side]:
+) -> tuple[Classifier, Classifier]:
     """Open both. `labels` and `preprocess` are for .onnx files that have no labels.json or preprocess.json beside them: one file
     is for whichever has none, two are A's and B's. Without a preprocessing such a file is assumed to see images as the other
     side does, at its own size; unless it is to be `certain`. `root`: where the set of the first run lies now, and that of the
@@ -182,14 +182,14 @@ def _beside(path: Path, name: str) -> Path:
 
 
 def images_of(
-    data: str | None, sides: Sequence[Side], split: Split | None = None, *, max_pixels: int | None = None
+    data: str | None, sides: Sequence[Classifier], split: Split | None = None, *, max_pixels: int | None = None
 ) -> Images:
     """The images to ask about, see `_images_of`. `max_pixels`: of a picture, in place of the data's own limit."""
     found = _images_of(data, sides, split)
     return found if max_pixels is None else replace(found, index=replace(found.index, max_pixels=max_pixels))
 
 
-def _images_of(data: str | None, sides: Sequence[Side], split: Split | None) -> Images:
+def _images_of(data: str | None, sides: Sequence[Classifier], split: Split | None) -> Images:
     """The images to ask about: of a folder of class folders (all of it, or a part where it has parts), of a recipe or a run, or
     by default of the first side that is a run. `split` as for evaluation: by default val where there is one, else test.
 
@@ -199,8 +199,8 @@ def _images_of(data: str | None, sides: Sequence[Side], split: Split | None) -> 
     if data is None:
         if run is None:
             raise FgvcError("which images? Neither side is a run: give --data, a folder of class folders or a recipe")
-        part, rows = run.part(split)
-        return Images(index=run.index, rows=rows, part=part, workers=run.recipe.train.workers)
+        split, rows = run.rows_of(split)
+        return Images(index=run.index, rows=rows, split=split, workers=run.recipe.train.workers)
     workers, source = 0, Path(data)
     if is_run(source):
         recipe = read_run(source)
@@ -210,7 +210,7 @@ def _images_of(data: str | None, sides: Sequence[Side], split: Split | None) -> 
         index = read_source(FolderData(root=source, val_fraction=0, test_fraction=0))
         rows_of = index.rows
         if split is None and len(index.rows("train")) == len(index):
-            return _known(Images(index=index, rows=np.arange(len(index)), part="all"), sides[0])
+            return _known(Images(index=index, rows=np.arange(len(index)), split="all"), sides[0])
     else:
         recipe = load_recipe(recipe_file(data))
         index, workers = read_index(recipe), recipe.train.workers
@@ -218,10 +218,10 @@ def _images_of(data: str | None, sides: Sequence[Side], split: Split | None) -> 
     chosen: Split = split or ("val" if len(index.rows("val")) else "test")
     if not len(rows := rows_of(chosen)):
         raise FgvcError(f"{data}: has no {chosen} part")
-    return _known(Images(index=index, rows=rows, part=chosen, workers=workers), sides[0])
+    return _known(Images(index=index, rows=rows, split=chosen, workers=workers), sides[0])
 
 
-def ask(a: Side, b: Side, images: Images) -> Versus:
+def ask(a: Classifier, b: Classifier, images: Images) -> PairedAnswers:
     """Show both the same files. Those that can't be read are left out of both. Raises FgvcError where a side gives logits that
     are no numbers."""
     order = {name: k for k, name in enumerate(a.classes)}
@@ -247,10 +247,10 @@ def ask(a: Side, b: Side, images: Images) -> Versus:
         )
         unreadable |= dict.fromkeys(both[0].unreadable)
     seen, answers = np.concatenate(rows), np.concatenate(said, axis=1)
-    return Versus(
+    return PairedAnswers(
         a=a,
         b=b,
-        part=images.part,
+        split=images.split,
         classes=a.classes,
         paths=tuple(images.index.path(row) for row in seen),
         said=answers,
@@ -263,7 +263,7 @@ def ask(a: Side, b: Side, images: Images) -> Versus:
     )
 
 
-def _differences(a: Side, b: Side) -> tuple[str, ...]:
+def _differences(a: Classifier, b: Classifier) -> tuple[str, ...]:
     assert a.preprocess is not None
     assert b.preprocess is not None
     return (*differences(a.preprocess, b.preprocess), *relabelled(a.classes, b.classes))
@@ -278,7 +278,7 @@ def _roots(paths: Sequence[Path], root: Path | None) -> list[Path | None]:
     return [root if place == first else None for place in own]
 
 
-def _open(path: Path, root: Path | None, *, labels: Path | None = None, preprocess: Path | None = None) -> Side:
+def _open(path: Path, root: Path | None, *, labels: Path | None = None, preprocess: Path | None = None) -> Classifier:
     if path.is_file():
         stack = stack_of(path, labels=labels, preprocess=preprocess)
         if stack.labels is None:
@@ -286,15 +286,15 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
         spec = stack.preprocess
         doubts = other_units(spec, NATURAL, "that of photographs") if spec is not None and not _raw(spec) else []
         notes = tuple(f"{path}: {doubt}" for doubt in doubts)
-        return Side(
+        return Classifier(
             path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=Session(path)
         )  # fmt: skip
     if is_run(path):
         run = subject(path, root=root)
-        side = Side(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, subject=run)
+        side = Classifier(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, subject=run)
         return _calibrated(side, calibration(run).calibration)
     bundle = load_bundle(path)
-    side = Side(
+    side = Classifier(
         path=path,
         kind="bundle",
         classes=bundle.labels,
@@ -304,7 +304,7 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
     return _calibrated(side, bundle.calibration)
 
 
-def _calibrated(side: Side, known: Calibration | None) -> Side:
+def _calibrated(side: Classifier, known: Calibration | None) -> Classifier:
     if known is None:
         return side
     return replace(side, temperature=known.temperature, threshold=known.threshold, calibrated=known.calibrated)
@@ -315,7 +315,7 @@ def _raw(spec: Preprocess) -> bool:
     return (spec.mean, spec.std) == ((0, 0, 0), (1, 1, 1))
 
 
-def _seeing(side: Side, other: Side) -> Side:
+def _seeing(side: Classifier, other: Classifier) -> Classifier:
     """The side with its preprocessing, checked against its model."""
     if side.session is None:
         return side
@@ -336,7 +336,7 @@ def _seeing(side: Side, other: Side) -> Side:
     return replace(side, preprocess=spec, notes=notes)
 
 
-def _refuse_no_numbers(side: Side, answers: Answers, index: ImageIndex) -> None:
+def _refuse_no_numbers(side: Classifier, answers: Answers, index: ImageIndex) -> None:
     wrong = answers.rows[~np.isfinite(answers.logits).all(1)]
     if len(wrong):
         raise FgvcError(
@@ -345,13 +345,13 @@ def _refuse_no_numbers(side: Side, answers: Answers, index: ImageIndex) -> None:
         )
 
 
-def _known(images: Images, side: Side) -> Images:
+def _known(images: Images, side: Classifier) -> Images:
     if alien := sorted(set(images.index.classes) - set(side.classes)):
         raise FgvcError(f"{images.index.root}: has classes that {side.path} does not know: {some(alien)}")
     return images
 
 
-def _learnt(side: Side, images: Images) -> str:
+def _learnt(side: Classifier, images: Images) -> str:
     """A warning where a run was trained on some of these images."""
     if side.subject is None:
         return ""

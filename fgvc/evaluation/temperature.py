@@ -22,7 +22,7 @@ from fgvc.runs.subject import LoadedRun, Subject, beside_data, onnx_answers
 from fgvc.runtime.engine import Session, refuse_no_numbers
 
 RECORD = "calibration.json"  # in the run
-PART: Split = "val"
+FITTED_ON: Split = "val"
 SAME = 1e-3  # of a mean cross-entropy in nats, by the largest logit; logits that are within 1e-4 of it move it by 2e-4 at most
 
 Given = tuple[NDArray[Any], NDArray[Any]]
@@ -30,7 +30,7 @@ Given = tuple[NDArray[Any], NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class RunCalibration:
     """A run's calibration, or why it has none."""
 
     calibration: Calibration | None
@@ -46,28 +46,28 @@ class Known:
         """Why none was; empty where one was."""
         return "" if self.calibrated else self.why if self.calibration is None else self.calibration.note
 
-    def on(self, part: str, given: Given) -> Calibrated:
+    def on(self, split: str, given: Given) -> Calibrated:
         """What it does for a part of the data; cross-fitted where that is the part that it was fitted on."""
         own = self.calibration
-        if own is not None and own.fitted_on == part:
-            return calibrate(*given, keep=own.keep, part=part, known=own)
+        if own is not None and own.fitted_on == split:
+            return calibrate(*given, keep=own.keep, split=split, known=own)
         return measure(*given, own, why=self.why)
 
 
 def recorded(run: LoadedRun) -> Calibration | None:
     """What is kept of these very weights. Raises FgvcError where the file is not as fgvc wrote it."""
-    row = measured_of(run.run, RECORD, run.identity).get(key := f"{PART}.{run.select}")
+    row = measured_of(run.run, RECORD, run.identity).get(key := f"{FITTED_ON}.{run.select}")
     return None if row is None else validate(Calibration, row, where=f"{run.run / RECORD}: {key}")
 
 
 def fitting_rows(seen: Subject) -> NDArray[np.int64]:
     """The images that a run's temperature is fitted on. Raises FgvcError where they are not what they were."""
-    return spread(seen.rows(PART), len(seen.classes))
+    return spread(seen.rows(FITTED_ON), len(seen.classes))
 
 
 def calibration(
     seen: Subject, *, keep: float | None = None, given: Given | None = None, device: str | None = None
-) -> Known:
+) -> RunCalibration:
     """What is kept of the run's weights; where nothing is, it is fitted on the validation part, and kept.
 
     `keep`: share of the right answers that the threshold must keep; None: what the kept one keeps. `given`: what the net says of
@@ -75,9 +75,9 @@ def calibration(
     """
     found = recorded(seen)
     if found is not None and keep in (None, found.keep):
-        return Known(found)
-    if not len(seen.index.rows(PART)):
-        return Known(None, "the data have no validation part, and a temperature is fitted on nothing else")
+        return RunCalibration(found)
+    if not len(seen.index.rows(FITTED_ON)):
+        return RunCalibration(None, "the data have no validation part, and a temperature is fitted on nothing else")
     if given is None:
         try:
             answers = seen.answers(fitting_rows(seen), device=device)
@@ -87,17 +87,17 @@ def calibration(
             return _unread(seen, error)
         given = answers.logits, answers.labels
     refuse_no_numbers(given[0], seen.run)
-    fitted = calibrate(*given, keep=KEEP if keep is None else keep, part=PART, known=found).known
+    fitted = calibrate(*given, keep=KEEP if keep is None else keep, split=FITTED_ON, known=found).known
     assert fitted is not None
-    row = {f"{PART}.{seen.select}": fitted.model_dump(mode="json")}
+    row = {f"{FITTED_ON}.{seen.select}": fitted.model_dump(mode="json")}
     leave(seen.run, {}, rows={RECORD: row}, identity=seen.identity)
-    return Known(fitted)
+    return RunCalibration(fitted)
 
 
-def calibration_without_data(run: LoadedRun, *, device: str | None = None) -> Known:
+def calibration_without_data(run: LoadedRun, *, device: str | None = None) -> RunCalibration:
     """The same of a run whose data need not be there: then it has what is kept, or nothing."""
     if (found := recorded(run)) is not None:
-        return Known(found)
+        return RunCalibration(found)
     try:
         return calibration(beside_data(run), device=device)
     except NoNumbersError:
@@ -106,13 +106,13 @@ def calibration_without_data(run: LoadedRun, *, device: str | None = None) -> Kn
         return _unread(run, error)
 
 
-def _unread(run: LoadedRun, error: FgvcError) -> Known:
+def _unread(run: LoadedRun, error: FgvcError) -> RunCalibration:
     said = " ".join(line.strip() for line in str(error).splitlines()[:2])  # without advice, which is the verb's that was asked
-    advice = f"`fgvc eval {run.run} --split {PART} --root DIR` fits and keeps a temperature where the set lies in DIR now"
-    return Known(None, f"none is kept, and the validation part can't be read ({said}); {advice}")
+    advice = f"`fgvc eval {run.run} --split {FITTED_ON} --root DIR` fits and keeps a temperature where the set lies in DIR now"
+    return RunCalibration(None, f"none is kept, and the validation part can't be read ({said}); {advice}")
 
 
-def refuse_other_file(seen: Subject, known: Known, model: bytes) -> None:
+def refuse_other_file(seen: Subject, known: RunCalibration, model: bytes) -> None:
     """Raise FgvcError where an exported file does not say of the validation part what the run said when its temperature was
     fitted, or says what are no numbers."""
     if known.calibration is None:

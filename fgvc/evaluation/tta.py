@@ -18,8 +18,8 @@ Views = Literal["flip", "crops", "flip+crops", "refined"]
 
 def canvas(spec: Preprocess) -> Preprocess:
     """What to load for crops: the whole canvas that the deployed centre crop is cut from (to a pixel of rounding)."""
-    height, width = (int(side / spec.crop_fraction) for side in spec.size)
-    return spec.model_copy(update={"size": (height, width), "crop_fraction": 1.0})
+    height, width = (int(side / spec.crop_pct) for side in spec.size)
+    return spec.model_copy(update={"size": (height, width), "crop_pct": 1.0})
 
 
 def averaged(net: Callable[[Tensor], Tensor], views: Views, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:

@@ -20,7 +20,17 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from onnx import numpy_helper as onnx_numpy
 
 from fgvc.errors import FgvcError
-from fgvc.exporting.structure import Attribute, Canonical, Function, Graph, Initializer, Node, Port, Tensor, digest
+from fgvc.exporting.structure import (
+    Attribute,
+    Canonical,
+    Function,
+    Graph,
+    Initializer,
+    Node,
+    Tensor,
+    TensorSpec,
+    digest,
+)
 
 _PREVIEW = 8  # tensors up to this size are shown by value
 
@@ -180,7 +190,7 @@ class _Build:
         values = [self.ref(_name(p), scope) for p in graph.output]
         self.unused(scope)
         nodes += sorted((self.dead_node(graph.node[k], k, scope) for k in dead), key=lambda node: node.outputs)
-        out_ports = [Port(p.name, p.dtype, p.dims, value) for p, value in zip(typed, values, strict=True)]
+        out_ports = [TensorSpec(p.name, p.dtype, p.dims, value) for p, value in zip(typed, values, strict=True)]
         return Graph(tuple(in_ports), tuple(out_ports), tuple(nodes))
 
     def define(self, scope: _Scope, name: str, ref: str) -> None:
@@ -253,14 +263,14 @@ class _Build:
             raise FgvcError(f"attribute {stored.name!r} has the type {kind}, which can't be compared")
         return Attribute(stored.name, kind, value)
 
-    def port(self, stored: ValueInfoProto | str, ref: str, *, named: bool) -> Port:
+    def port(self, stored: ValueInfoProto | str, ref: str, *, named: bool) -> TensorSpec:
         if isinstance(stored, str) or (not named and not stored.HasField("type")):
-            return Port("", "?", None, ref)
+            return TensorSpec("", "?", None, ref)
         if not stored.type.HasField("tensor_type"):
             raise FgvcError(f"{stored.name!r} is not a tensor: only tensors can be inputs and outputs")
         kind = stored.type.tensor_type
         dims = tuple(self.dim(d) for d in kind.shape.dim) if kind.HasField("shape") else None
-        return Port(stored.name if named else "", _dtype(kind.elem_type), dims, ref)
+        return TensorSpec(stored.name if named else "", _dtype(kind.elem_type), dims, ref)
 
     def dim(self, dim: onnx.TensorShapeProto.Dimension) -> int | str:
         if dim.HasField("dim_value"):

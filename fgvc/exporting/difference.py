@@ -17,7 +17,7 @@ from typing import Literal
 
 from onnx import ModelProto
 
-from fgvc.exporting.structure import Attribute, Canonical, Function, Graph, Initializer, Node, Port, Tensor
+from fgvc.exporting.structure import Attribute, Canonical, Function, Graph, Initializer, Node, Tensor, TensorSpec
 
 Kind = Literal["input", "output", "opset", "node", "attribute", "topology", "initializer", "constant", "function", "ir"]
 Pair = tuple[Node | None, Node | None]
@@ -192,9 +192,9 @@ class _Walk:
     def ordered(self, graph: Graph) -> list[Node]:
         return sorted(graph.nodes, key=lambda n: n.stored_index) if self.stored_order else list(graph.nodes)
 
-    def ports(self, kind: Kind, ours: Sequence[Port], theirs: Sequence[Port], inside: str) -> None:
+    def ports(self, kind: Kind, ours: Sequence[TensorSpec], theirs: Sequence[TensorSpec], inside: str) -> None:
         if len(ours) == len(theirs):
-            pairs: list[tuple[Port | None, Port | None]] = list(zip(ours, theirs, strict=True))
+            pairs: list[tuple[TensorSpec | None, TensorSpec | None]] = list(zip(ours, theirs, strict=True))
         else:
             by_name = {p.name: p for p in ours}, {p.name: p for p in theirs}
             pairs = [(by_name[0].get(name), by_name[1].get(name)) for name in dict.fromkeys([*by_name[1], *by_name[0]])]

@@ -165,7 +165,7 @@ def serialised(proto: onnx.ModelProto) -> bytes:
     return proto.SerializeToString(deterministic=True)
 
 
-class Explain(nn.Module):
+class ExplainNet(nn.Module):
     """Logits (B,K) and class activation maps (B,K,h,w): `maps.mean((2, 3)) + bias == logits`. Same weights as the
     plain model; never the deployed file."""
 
@@ -186,10 +186,10 @@ class Explain(nn.Module):
         return self.plain.forward_head(features), maps
 
 
-def explain_model(plain: nn.Module, *, size: tuple[int, int]) -> tuple[Explain | None, str]:
+def explain_model(plain: nn.Module, *, size: tuple[int, int]) -> tuple[ExplainNet | None, str]:
     """The net that `explain.onnx` is made of, or None where its class maps have no closed form; and the reason."""
     linear, reason = closed_form(plain, size)
-    return (None if linear is None else Explain(plain, linear, size).eval()), reason
+    return (None if linear is None else ExplainNet(plain, linear, size).eval()), reason
 
 
 def _by_dynamo(model: nn.Module, example: Tensor, axes: Mapping[int, str], names: dict[str, Any]) -> onnx.ModelProto:

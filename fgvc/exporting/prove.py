@@ -21,7 +21,7 @@ from fgvc.config.exporting import Export, Exporter
 from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import Merged, canonicalise, shared_initializers
 from fgvc.exporting.difference import Difference, compare_graphs, notes
-from fgvc.exporting.onnx import Explain, Interface, explain_model, export_onnx, interface_of, load_onnx, serialised
+from fgvc.exporting.onnx import ExplainNet, Interface, explain_model, export_onnx, interface_of, load_onnx, serialised
 from fgvc.exporting.reference import Plain, cached_plain, versions
 from fgvc.exporting.ties import nudged
 from fgvc.models.backbone import deployed, memory_format
@@ -89,7 +89,7 @@ class Behavioural:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Proven:
+class ProvedExport:
     """An export that passed. `contract` is what contract.json says."""
 
     model: bytes
@@ -112,8 +112,8 @@ def prove(
     size: tuple[int, int],
     export: Export,
     against: Path | None = None,
-) -> Proven:
-    """Strip and fold the trained `net` (its grafts still in it), export it and prove it.
+) -> ProvedExport:
+    """Strip and fold the trained `net` (its replaced modules still in it), export it and prove it.
 
     `images`: batches (B,3,H,W) float32 of real images, of which the first 256 images are used.
     `against`: a deployed ONNX file, from which I/O names, axes, opset and exporter come, and with which the result
@@ -156,7 +156,7 @@ def prove(
         "against": hashlib.sha256(against.read_bytes()).hexdigest() if against else None,
     }
     said = [*(notes(proto, target) if target is not None else ()), *_about(ties), *made.warnings]
-    return Proven(
+    return ProvedExport(
         model=serialised(proto), explain=made.explain, contract=contract, numeric=numeric, structural=structural,
         behavioural=behavioural, warnings=tuple(said),
         plain=(Plain(proto, positions, interface.size), Plain(reference, positions, interface.size)),
@@ -262,7 +262,7 @@ def _make(plain: nn.Module, x: np.ndarray, *, interface: Interface, exporter: Ex
 
 
 def _explain(
-    model: Explain, proto: onnx.ModelProto, x: np.ndarray, *, interface: Interface, exporter: Exporter
+    model: ExplainNet, proto: onnx.ModelProto, x: np.ndarray, *, interface: Interface, exporter: Exporter
 ) -> bytes:
     """`explain.onnx`. Raises FgvcError where it does not give the logits of `proto`, or its maps do not add up to them."""
     names = (*interface.output_names, "maps")

@@ -44,7 +44,7 @@ class Initializer:
 
 
 @dataclass(frozen=True, slots=True)
-class Port:
+class TensorSpec:
     """A graph input or output. A dynamic axis is "?k": its name is free, which axes share one is not."""
 
     name: str  # "" inside subgraphs and functions, where names mean nothing
@@ -76,8 +76,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     nodes: tuple[Node, ...]  # live nodes, inputs before users; then those that no output depends on
 
 

@@ -27,7 +27,7 @@ SIGNED = frozenset({"int8", "int32"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class VariantFile:
     """A file beside model.onnx. `contract`: how it was made and what it is."""
 
     variant: Variant
@@ -35,7 +35,7 @@ class Made:
     contract: Mapping[str, Any]
 
 
-def make_int8(exported: Plain, reference: Plain, images: Iterable[np.ndarray], settings: Int8) -> Made:
+def make_int8(exported: Plain, reference: Plain, images: Iterable[np.ndarray], settings: Int8) -> VariantFile:
     """`images`: batches (B,3,H,W) float32 of the train part. Raises FgvcError where the graph is not what the plain model's
     becomes, with the differences."""
     reduce = needs_reduced_range() if settings.reduce_range is None else settings.reduce_range
@@ -48,7 +48,7 @@ def make_int8(exported: Plain, reference: Plain, images: Iterable[np.ndarray], s
     return _made("int8", proto, exported, reference, how)
 
 
-def make_fp16(exported: Plain, reference: Plain) -> Made:
+def make_fp16(exported: Plain, reference: Plain) -> VariantFile:
     """Raises FgvcError where the graph is not what the plain model's becomes, with the differences."""
     return _made("fp16", halve(exported.proto), exported, reference, {})
 
@@ -106,7 +106,7 @@ def _ranged(form: Canonical) -> set[str]:
     return {ref for ref, those in roles.items() if those == {True}}
 
 
-def _made(variant: Variant, proto: onnx.ModelProto, exported: Plain, reference: Plain, how: Mapping[str, Any]) -> Made:
+def _made(variant: Variant, proto: onnx.ModelProto, exported: Plain, reference: Plain, how: Mapping[str, Any]) -> VariantFile:
     if found := differences(variant, proto, exported, reference, how):
         raise FgvcError(f"model.{variant}.onnx is not what the plain model becomes:\n  " + "\n  ".join(found))
     model = serialised(proto)
@@ -118,7 +118,7 @@ def _made(variant: Variant, proto: onnx.ModelProto, exported: Plain, reference: 
         "nodes": len(proto.graph.node),
         "operators": dict(sorted(_integer_operators(proto).items())) if variant == "int8" else {},
     }
-    return Made(variant=variant, model=model, contract=contract)
+    return VariantFile(variant=variant, model=model, contract=contract)
 
 
 def _integer_operators(proto: onnx.ModelProto) -> Counter[str]:

@@ -40,7 +40,7 @@ def normalise(pixels: NDArray[np.uint8], spec: Preprocess) -> NDArray[np.float32
 
 
 def fit(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
-    """uint8 (H,W,3). The image goes onto a canvas of size / crop_fraction - so that it covers it (crop), lies whole in
+    """uint8 (H,W,3). The image goes onto a canvas of size / crop_pct - so that it covers it (crop), lies whole in
     its middle (pad) or fills it (squash) - and the centre of the canvas is kept."""
     height, width = spec.size
     (rows, columns), (top, left) = _layout((image.height, image.width), spec)
@@ -70,9 +70,9 @@ def differences(ours: Preprocess, theirs: Preprocess) -> list[str]:
     mine, other = ours.model_dump(), theirs.model_dump()
     changed = {key for key in ("size", "resize", "interpolation", "channel_order") if mine[key] != other[key]}
     canvases = (
-        _canvas(ours) != _canvas(theirs) if ours.size == theirs.size else ours.crop_fraction != theirs.crop_fraction
+        _canvas(ours) != _canvas(theirs) if ours.size == theirs.size else ours.crop_pct != theirs.crop_pct
     )
-    changed |= {"crop_fraction"} if canvases else set()
+    changed |= {"crop_pct"} if canvases else set()
     changed |= {"fill"} if ours.resize == theirs.resize == "pad" and ours.fill != theirs.fill else set()
     for key in ("mean", "std"):
         mine[key], other[key] = _as_rgb(mine[key], ours), _as_rgb(other[key], theirs)
@@ -109,7 +109,7 @@ def _black_and_white(spec: Preprocess) -> NDArray[np.float64]:
 
 def _canvas(spec: Preprocess) -> tuple[int, int]:
     """Height and width of what the centre is cut from."""
-    return int(spec.size[0] / spec.crop_fraction), int(spec.size[1] / spec.crop_fraction)
+    return int(spec.size[0] / spec.crop_pct), int(spec.size[1] / spec.crop_pct)
 
 
 def _layout(image: tuple[int, int], spec: Preprocess) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -14,6 +14,28 @@ LONGEST = 200  # bytes of a result's name: file systems take 255, with what is p
 BREAKING = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, halves of characters, and ends of lines
 
 
+def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """Those of `known` that are at most a third of the name's length of edits away (Levenshtein, a swap of neighbours one edit;
+    two at least are allowed), nearest first, `count` at most. Capitals count as small letters."""
+    farthest = max(2, len(name) // 3)
+    away = {other: _edits(name.lower(), other.lower()) for other in known if abs(len(other) - len(name)) <= farthest}
+    return sorted((other for other, edits in away.items() if edits <= farthest), key=lambda other: (away[other], other))[:count]
+
+
+def _edits(a: str, b: str) -> int:
+    """Insertions, deletions, substitutions and swaps of neighbours from `a` to `b` (optimal string alignment)."""
+    before: list[int] = []
+    last = list(range(len(b) + 1))
+    for i, own in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (own != other)))
+            if i > 1 and j > 1 and own == b[j - 2] and a[i - 2] == other:
+                row[j] = min(row[j], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1]
+
+
 def refuse_breaking(names: Iterable[str], *, where: Path) -> None:
     """Raise FgvcError for the name of a class that would not stay on its line of a table, or can't be written as UTF-8."""
     for name in names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, Literal, cast
 
 import timm
@@ -12,6 +11,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from fgvc.errors import FgvcError
+from fgvc.io.names import nearest
 from fgvc.models import deformable  # noqa: F401 - registers its nets with timm
 from fgvc.models.tokens import token_grid
 
@@ -19,7 +19,7 @@ from fgvc.models.tokens import token_grid
 def refuse_unknown(backbone: str, *, key: str = "") -> None:
     """Raise FgvcError where timm has no such model, with those of the nearest names. `key`: where the name was given."""
     if not timm.is_model(backbone):
-        near = get_close_matches(backbone, timm.list_models(), n=3, cutoff=0.5)
+        near = nearest(backbone, timm.list_models(), 3)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise FgvcError(f"{key}: " * bool(key) + f"timm has no model {backbone!r}{hint}")
 

@@ -20,7 +20,7 @@ from fgvc.models.target import Target
 Method = Literal["cam", "gradcam", "gradcam++"]
 
 
-class Mapper:
+class ClassMapper:
     """Class maps of one network: `mapper(features, target, method, size)`."""
 
     def __init__(self, net: nn.Module) -> None:

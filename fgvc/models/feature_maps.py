@@ -1,4 +1,4 @@
-"""Where a classifier is tapped for its class maps: the last features, or what the last block of a ViT reads."""
+"""Where a classifier is hooked for its class maps: the last features, or what the last block of a ViT reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fgvc.models.backbone import feature_map
 from fgvc.models.class_maps import evaluating, refusal
 
 
-class Tap(nn.Module):
+class FeatureNet(nn.Module):
     """A timm classifier whose feature map passes through a module of its own, `features`, for the hooks of pytorch-grad-cam.
 
     Gradients end there, so that none is computed of the backbone before it. Logits are those of the net.
@@ -25,7 +25,7 @@ class Tap(nn.Module):
         super().__init__()
         self.net: Any = net
         self.inside, self.features = inside, nn.Identity()
-        self.tapped = torch.empty(0)  # what the last forward read: (B,...), in the net's own layout
+        self.hooked = torch.empty(0)  # what the last forward read: (B,...), in the net's own layout
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Tap(nn.Module):
             return self.net(x)
 
     def _begin(self, features: Tensor) -> Tensor:
-        self.tapped = features.detach()
+        self.hooked = features.detach()
         return self.features(features.detach().requires_grad_())
 
     def _last(self, x: Tensor) -> Tensor:
@@ -53,18 +53,18 @@ class Tap(nn.Module):
         return self._seen[1]
 
 
-def tap(net: nn.Module, size: tuple[int, int]) -> Tap:
+def feature_net(net: nn.Module, size: tuple[int, int]) -> FeatureNet:
     """The last features; of ViTs that read the class token alone, what the last block reads, where the patches still count.
 
     Raises FgvcError for a net that has neither.
     """
     reason = refusal(net, size, "gradcam")
     if reason is None:
-        return Tap(net)
+        return FeatureNet(net)
     inside = _last_norm(net)
     if inside is None:
         raise FgvcError(f"no class maps: {reason}")
-    found = Tap(net, inside)
+    found = FeatureNet(net, inside)
     weight = next(net.parameters())
     rng = torch.Generator().manual_seed(0)
     x = torch.rand(1, 3, *size, generator=rng).to(weight)

@@ -36,7 +36,7 @@ class Weights:
     mean: Triple
     std: Triple
     interpolation: str
-    crop_fraction: float
+    crop_pct: float
     fresh: tuple[str, ...] = ()  # parameters that the file does not give (the head, usually)
     unused: tuple[str, ...] = ()  # keys of the file without a place
     doubts: tuple[str, ...] = ()  # said loudly at the start of a run
@@ -56,7 +56,7 @@ def load_weights(
         "mean": tuple(config["mean"]),
         "std": tuple(config["std"]),
         "interpolation": config.get("interpolation", "bicubic"),
-        "crop_fraction": float(config.get("crop_pct") or 0.875),
+        "crop_pct": float(config.get("crop_pct") or 0.875),
     }
     if model.weights == "none":
         return Weights(origin="none: random weights", **expects)
@@ -109,7 +109,7 @@ def preprocess_for(deploy: Deploy, size: tuple[int, int], weights: Weights) -> P
         {
             "size": size,
             "resize": deploy.resize,
-            "crop_fraction": deploy.crop_fraction or (weights.crop_fraction if deploy.resize == "crop" else 1.0),
+            "crop_pct": deploy.crop_pct or (weights.crop_pct if deploy.resize == "crop" else 1.0),
             "interpolation": deploy.interpolation or weights.interpolation,
             "channel_order": deploy.channel_order,
             "input_range": deploy.input_range,
@@ -132,7 +132,7 @@ def _recorded(path: Path) -> dict[str, Any]:
         return (a, b, c)
 
     known = {"mean": shares(spec.mean), "std": shares(spec.std), "interpolation": spec.interpolation}
-    return known | ({"crop_fraction": spec.crop_fraction} if spec.resize == "crop" else {})
+    return known | ({"crop_pct": spec.crop_pct} if spec.resize == "crop" else {})
 
 
 def _from_file(path: Path) -> dict[str, Tensor]:
@@ -207,7 +207,7 @@ class Sidecar:
     """What a file FILE.json says of the weights in FILE."""
 
     path: Path
-    expects: Mapping[str, Any]  # mean, std, and interpolation and crop_fraction where they are given: as in Weights
+    expects: Mapping[str, Any]  # mean, std, and interpolation and crop_pct where they are given: as in Weights
     backbone: str | None = None  # by timm's name
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # of timm.create_model
 
@@ -239,9 +239,11 @@ def read_sidecar(weights: Path) -> Sidecar | None:
         if "interpolation" in said:
             known["interpolation"] = TypeAdapter(Interpolation).validate_python(said["interpolation"])
         if "crop_fraction" in said:
-            known["crop_fraction"] = float(said["crop_fraction"])
-            if not 0 < known["crop_fraction"] <= 1:
-                raise ValueError("crop_fraction is a share in (0, 1]")
+            raise ValueError("crop_fraction is called crop_pct now")
+        if "crop_pct" in said:
+            known["crop_pct"] = float(said["crop_pct"])
+            if not 0 < known["crop_pct"] <= 1:
+                raise ValueError("crop_pct is a share in (0, 1]")
         backbone, kwargs = said.get("backbone"), said.get("kwargs", {})
         if backbone is not None and not (isinstance(backbone, str) and timm.is_model(backbone)):
             raise ValueError(f"backbone: timm has no model {backbone!r}")
@@ -250,7 +252,7 @@ def read_sidecar(weights: Path) -> Sidecar | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FgvcError(
             f'{path}: expected {{"mean": [r, g, b], "std": [r, g, b]}}, white being 1, and if wanted "interpolation", '
-            f'"crop_fraction", "backbone" and "kwargs": {error!r}'
+            f'"crop_pct", "backbone" and "kwargs": {error!r}'
         ) from error
     return Sidecar(path, known, backbone, kwargs)
 

@@ -59,7 +59,7 @@ class Branched(nn.Module):
     eval mode. Raises FgvcError for a convolution with a `refusal`.
     """
 
-    norm: str | None = None  # set by fgvc.reparam.graft: where the folded bias goes
+    norm: str | None = None  # set by fgvc.reparam.replace: where the folded bias goes
 
     def __init__(self, conv: nn.Conv2d, branches: Mapping[str, nn.Module]) -> None:
         super().__init__()

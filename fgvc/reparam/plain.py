@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import plain_model
 from fgvc.models.finite import not_finite
-from fgvc.reparam.graft import folded_state
+from fgvc.reparam.replace import folded_state
 
 # Every per-module dictionary in which torch keeps what runs beside `forward`.
 HOOKS = {
@@ -31,7 +31,7 @@ def strip(
     kwargs: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """A fresh plain model in eval mode that holds what `net` learned, its grafted blocks folded. `net` stays as it is.
+    """A fresh plain model in eval mode that holds what `net` learned, its re-parameterised blocks folded. `net` stays as it is.
 
     The plain model is defined by name, K and kwargs alone; the trained object itself is never exported.
     Raises FgvcError for whatever training left behind: a branch, a hook, a parametrization, a value that is not finite.
@@ -63,7 +63,7 @@ def refuse_live_hooks(net: nn.Module, plain: nn.Module) -> None:
         raise FgvcError(
             "the trained network is not plain, a leaked hook:\n  "
             + "\n  ".join(leaks)
-            + "\nremove its handle before export; a technique's gates and taps must not outlive training"
+            + "\nremove its handle before export; a technique's gates and hooks must not outlive training"
         )
 
 

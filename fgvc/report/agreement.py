@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from fgvc.data.index import ImageIndex, decode_row
 from fgvc.evaluation.agreement import Agreement, Bars
-from fgvc.exporting.variant import Made
+from fgvc.exporting.variant import VariantFile
 from fgvc.report.render import picture, render
 
 SHOWN = 60  # images
 
 
-def agreement_page(index: ImageIndex, made: Made, found: Agreement, bars: Bars, failed: Sequence[str]) -> str:
+def agreement_page(index: ImageIndex, made: VariantFile, found: Agreement, bars: Bars, failed: Sequence[str]) -> str:
     """`failed`: the bars that are missed, in words; empty: the file was written."""
     return render(
         "agreement.html",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgvc.errors import FgvcError
-from fgvc.evaluation.side import FLIP, Versus
+from fgvc.evaluation.side import FLIP, PairedAnswers
 from fgvc.images.decode import decode
 from fgvc.io.files import refuse_file, write_atomic, writing
 from fgvc.io.tables import as_csv
@@ -28,7 +28,7 @@ def _beside(out: Path) -> tuple[Path, Path]:
     return out.with_suffix(".csv"), out.with_name(f"{out.stem}-classes.csv")
 
 
-def write_page(found: Versus, out: Path, *, failed: Sequence[str] = ()) -> None:
+def write_page(found: PairedAnswers, out: Path, *, failed: Sequence[str] = ()) -> None:
     """Write `out`, and beside it a .csv of all flips and a -classes.csv. `failed`: what a gate said."""
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Copies:
+class DuplicateGroup:
     """A group of images that show the same."""
 
     fault: str  # what makes it an error; "" for a mere repetition
@@ -40,7 +40,7 @@ class Copies:
 
 
 @dataclass(frozen=True, slots=True)
-class Doubt:
+class LabelDoubt:
     """One label that looks wrong."""
 
     figure: Figure
@@ -63,7 +63,7 @@ def data_page(report: Report) -> str:
         classes=_classes(report),
         sizes=_sizes(report.sizes[report.sizes[:, 0] > 0]),
         copies=[
-            Copies(fault, tuple(_figure(report, row) for row in report.shown(rows, COPIES)), len(rows[COPIES:]))
+            DuplicateGroup(fault, tuple(_figure(report, row) for row in report.shown(rows, COPIES)), len(rows[COPIES:]))
             for rows, fault in copies[:GROUPS]
         ],
         all_copies=len(copies),
@@ -101,8 +101,8 @@ def _figure(report: Report, row: int) -> Figure:
     return Figure(address, str(index.paths[row]), SPLITS[index.splits[row]], index.classes[index.labels[row]])
 
 
-def _doubt(report: Report, one: Suspect) -> Doubt:
-    return Doubt(_figure(report, one.row), report.index.classes[one.suggested], one.own, one.other)
+def _doubt(report: Report, one: Suspect) -> LabelDoubt:
+    return LabelDoubt(_figure(report, one.row), report.index.classes[one.suggested], one.own, one.other)
 
 
 def _classes(report: Report) -> list[tuple[str, list[int], list[float]]]:

@@ -46,7 +46,7 @@ NAMED = 50  # unreadable files listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chapter:
+class RunChapter:
     """All that the page shows of one run."""
 
     name: str
@@ -152,22 +152,22 @@ def report(
     subjects = [subject(run, select, root=root, max_pixels=max_pixels) for run in runs]
     _refuse_other_classes(subjects)
     opened = [load_bundle(folder) for folder in bundles]
-    parts = [seen.part(split) for seen in subjects]
-    if len({part for part, _ in parts}) > 1:
+    splits = [seen.rows_of(split) for seen in subjects]
+    if len({split for split, _ in splits}) > 1:
         raise FgvcError("not all of the runs have a validation part: give --split test")
-    answers = [seen.answers(rows, device=device) for seen, (_, rows) in zip(subjects, parts, strict=True)]
+    answers = [seen.answers(rows, device=device) for seen, (_, rows) in zip(subjects, splits, strict=True)]
     for run, answer in zip(runs, answers, strict=True):
         refuse_no_numbers(answer.logits, run)
     proven = certificates(opened, subjects, answers)
     chapters = []
     for at, (name, seen, answer) in enumerate(zip(told_apart(runs), subjects, answers, strict=True)):
         scores = of_logits(answer.logits, answer.labels)
-        calibrated = calibration(seen, device=device).on(parts[at][0], (answer.logits, answer.labels))
+        calibrated = calibration(seen, device=device).on(splits[at][0], (answer.logits, answer.labels))
         chapters.append(
-            Chapter(
+            RunChapter(
                 name=name,
                 seen=seen,
-                split=parts[at][0],
+                split=splits[at][0],
                 answers=answer,
                 scores=scores,
                 calibrated=calibrated,
@@ -175,7 +175,7 @@ def report(
                 gallery=gallery(seen, answer, scores, calibrated.known, images=images, device=device),
                 certificate=proven.get(at),
                 localisation=localisation(seen.run, (seen.select, seen.identity)),
-                over_floor=_over_floor(seen, answer, parts[at][0], device=device, root=root, max_pixels=max_pixels),
+                over_floor=_over_floor(seen, answer, splits[at][0], device=device, root=root, max_pixels=max_pixels),
             )
         )
     with writing(out):
@@ -184,7 +184,7 @@ def report(
     return out
 
 
-def _page(chapters: Sequence[Chapter]) -> str:
+def _page(chapters: Sequence[RunChapter]) -> str:
     names = [chapter.name for chapter in chapters]
     paths = [{str(chapter.seen.index.paths[row]) for row in chapter.answers.rows} for chapter in chapters]
     return render(
@@ -203,12 +203,12 @@ def _page(chapters: Sequence[Chapter]) -> str:
 
 
 def _over_floor(
-    seen: Subject, answers: Answers, part: Split, *, device: str | None, root: Path | None, max_pixels: int | None
+    seen: Subject, answers: Answers, split: Split, *, device: str | None, root: Path | None, max_pixels: int | None
 ) -> Paired | None:
     if not has_floor(seen.run):
         return None
     floor = subject(seen.run, "floor", root=root, max_pixels=max_pixels)
-    said = floor.answers(floor.rows(part), device=device)
+    said = floor.answers(floor.rows(split), device=device)
     refuse_no_numbers(said.logits, seen.run)
     return compare_answers(answers.labels, said.logits.argmax(1), answers.logits.argmax(1))
 
@@ -225,7 +225,7 @@ def _refuse_other_classes(subjects: Sequence[Subject]) -> None:
             )
 
 
-def _side_by_side(chapters: Sequence[Chapter]) -> list[Row]:
+def _side_by_side(chapters: Sequence[RunChapter]) -> list[Row]:
     rows = []
     for key, label in {**SHARES, "loss": "log loss"}.items():
         values = [float(getattr(chapter.scores, key)) for chapter in chapters]
@@ -250,8 +250,8 @@ def _differing(recipes: Sequence[Recipe]) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
     return tree
 
 

@@ -23,13 +23,13 @@ from fgvc.models.cam.offline import ClassMaps, looking, named
 from fgvc.runs.subject import load_run
 from fgvc.runtime import explain as drawing
 from fgvc.runtime.engine import is_rejected, probabilities, refuse_no_numbers
-from fgvc.runtime.explain import BundleLooker, Floats, Seen, is_bundle, telling
+from fgvc.runtime.explain import BundleExplainer, Explanation, Floats, is_bundle, telling
 from fgvc.runtime.predict import expand
 
 
 @dataclass(frozen=True, slots=True)
-class RunLooker:
-    """A run's net that is asked where it looks; see `fgvc.runtime.explain.Looker`."""
+class RunExplainer:
+    """A run's net that is asked where it looks; see `fgvc.runtime.explain.Explainer`."""
 
     folder: Path
     labels: tuple[str, ...]
@@ -40,7 +40,7 @@ class RunLooker:
     where: torch.device
     layout: torch.memory_format
 
-    def __call__(self, x: Floats, label: int | None) -> list[Seen]:
+    def __call__(self, x: Floats, label: int | None) -> list[Explanation]:
         images = torch.from_numpy(x).to(self.where, memory_format=self.layout)
         logits = self.look.logits(images).float().cpu().numpy()
         refuse_no_numbers(logits, self.folder)
@@ -48,7 +48,7 @@ class RunLooker:
         chosen = p.argmax(1) if label is None else np.full(len(p), label)
         found = {method: self.look(images, torch.from_numpy(chosen), method) for method in self.methods}
         return [
-            Seen(
+            Explanation(
                 int(chosen[at]), p[at],
                 {method: maps[at].numpy() for method, (maps, _) in found.items()},
                 {method: raw[at].numpy() for method, (_, raw) in found.items()},
@@ -87,16 +87,16 @@ def explain(
     files = list(expand(paths))
     drawing.refuse_out(out, overwrite=overwrite)
     with ExitStack() as stack:
-        lookers: list[RunLooker | BundleLooker] = []
+        explainers: list[RunExplainer | BundleExplainer] = []
         for path in (run, *([against] if against is not None else [])):
             if is_bundle(path):
                 if chosen != ("cam",):
                     raise FgvcError(f"{path}: a bundle holds class activation maps alone; compare it by --method cam")
-                lookers.append(telling(path))
+                explainers.append(telling(path))
             else:
                 opened = open_run(path, chosen, select=select, device=device, channels=channels)
-                lookers.append(stack.enter_context(opened))
-        return drawing.explain_files(lookers, files, out, target=target, batch=batch, write=writable, max_pixels=max_pixels)
+                explainers.append(stack.enter_context(opened))
+        return drawing.explain_files(explainers, files, out, target=target, batch=batch, write=writable, max_pixels=max_pixels)
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def open_run(
     select: Selected | None = None,
     device: str | None = None,
     channels: int | None = None,
-) -> Iterator[RunLooker]:
+) -> Iterator[RunExplainer]:
     """The net of a run, on its device; the cost of expensive methods is said on stderr first."""
     seen = load_run(run, select)
     known = calibration_without_data(seen, device=device)
@@ -121,7 +121,7 @@ def open_run(
         for method in methods:
             if (cost := look.cost(method)) is not None:
                 print(f"{run}: {method}: {cost}", file=sys.stderr)
-        yield RunLooker(
+        yield RunExplainer(
             folder=run, labels=seen.classes, spec=seen.preprocess, methods=methods, calibration=known.calibration, look=look,
             where=where, layout=layout,
         )  # fmt: skip

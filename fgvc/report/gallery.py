@@ -29,7 +29,7 @@ TRIED = 20  # files, before a class has no example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shot:
+class ExplainedImage:
     """An image as the net sees it, and what it said."""
 
     picture: str  # data address
@@ -55,15 +55,15 @@ class Pair:
     classes: tuple[str, str]
     examples: tuple[str | None, str | None]
     counts: tuple[int, int]  # the first taken for the second, and back
-    shots: tuple[tuple[Shot, ...], tuple[Shot, ...]]
+    shots: tuple[tuple[ExplainedImage, ...], tuple[ExplainedImage, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gallery:
     """`unmapped`: why there are no maps; empty where there are. `word`: whether the probabilities are calibrated."""
 
-    worst: tuple[Shot, ...]
-    uncertain: tuple[Shot, ...]
+    worst: tuple[ExplainedImage, ...]
+    uncertain: tuple[ExplainedImage, ...]
     pairs: tuple[Pair, ...]
     unmapped: str
     word: str
@@ -113,7 +113,7 @@ def gallery(
     )
 
 
-def _of(shots: Mapping[int, Shot], wanted: Iterable[np.int64]) -> tuple[Shot, ...]:
+def _of(shots: Mapping[int, ExplainedImage], wanted: Iterable[np.int64]) -> tuple[ExplainedImage, ...]:
     return tuple(shots[int(at)] for at in wanted)
 
 
@@ -123,12 +123,12 @@ def _surest(which: np.ndarray, share: np.ndarray) -> np.ndarray:
     return found[np.argsort(-share[found], kind="stable")[:MISTAKES]]
 
 
-def _shot(seen: Subject, answers: Answers, p: np.ndarray, at: int, maps: Mapping[int, np.ndarray]) -> Shot:
+def _shot(seen: Subject, answers: Answers, p: np.ndarray, at: int, maps: Mapping[int, np.ndarray]) -> ExplainedImage:
     row, label = int(answers.rows[at]), int(answers.labels[at])
     order = np.argsort(-p, kind="stable")[:2]
     first, second = int(order[0]), int(order[-1])
     image = _crop(seen, row)
-    return Shot(
+    return ExplainedImage(
         picture=picture(image, side=SIDE),
         map=picture(overlay(image, maps[row]), side=SIDE) if row in maps else None,
         empty=row in maps and not maps[row].any(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +20,13 @@ from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import chosen
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
+from fgvc.io.names import nearest
 from fgvc.models.backbone import freeze, head_prefixes, plain_model, refuse_size, refuse_unknown
 from fgvc.models.loss import make_criterion
 from fgvc.models.norms import running_norms, zero_gamma
 from fgvc.models.probe import refuse_unprobed, zero_head
 from fgvc.models.weights import Weights, load_weights, preprocess_for, told, unlikely
-from fgvc.reparam.graft import Block, folded_state
+from fgvc.reparam.replace import Block, folded_state
 from fgvc.runs.folder import read_run, recorded_classes
 from fgvc.runs.step import StepModule
 from fgvc.techniques.distill.teacher import Teacher
@@ -46,13 +46,13 @@ def refuse_names(recipe: Recipe) -> None:
             if (backbone := getattr(teacher, "backbone", None)) is not None:
                 refuse_unknown(backbone, key=f"techniques.{kind}.teachers.{number}.backbone")
     if recipe.optim.name not in list_optimizers():
-        near = get_close_matches(recipe.optim.name, list_optimizers(), n=3, cutoff=0.5)
+        near = nearest(recipe.optim.name, list_optimizers(), 3)
         hint = f"; nearest: {', '.join(near)}" if near else f"; it has {', '.join(list_optimizers())}"
         raise FgvcError(f"optim.name: timm has no optimizer {recipe.optim.name!r}{hint}")
 
 
 @dataclass(slots=True)
-class Built:
+class BuiltNet:
     """The network side of a recipe, before any training."""
 
     step: StepModule
@@ -68,8 +68,8 @@ def build_net(
     pretrained: bool = True,
     counts: NDArray[np.int64] | None = None,
     opener: Callable[..., Teacher] | None = None,
-) -> Built:
-    """The plain model with its first weights, grafted and wrapped with what the techniques add; hooks not yet attached.
+) -> BuiltNet:
+    """The plain model with its first weights, and what the techniques add to it and replace in it; hooks not yet attached.
 
     `pretrained=False` skips `model.weights`: for loading a checkpoint, whose run folder records the preprocessing.
     `counts` (K,): training images by class, for a loss that weighs classes. `opener`: of teachers. Both are for a net that is
@@ -102,11 +102,11 @@ def build_net(
         size=size,
         criterion=make_criterion(recipe.loss, counts),
         l1=recipe.loss.l1,
-        recompute=recipe.train.recompute,
+        grad_checkpointing=recipe.train.grad_checkpointing,
         frozen=_kept_as_they_are(net, recipe.model),
         opener=None if opener is None else partial(opener, student=preprocess),
     )
-    return Built(step, weights, preprocess, tuple(name for name, p in step.named_parameters() if id(p) in given))
+    return BuiltNet(step, weights, preprocess, tuple(name for name, p in step.named_parameters() if id(p) in given))
 
 
 def _kept_as_they_are(net: nn.Module, model: Model) -> list[nn.Module]:

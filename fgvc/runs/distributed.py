@@ -107,10 +107,10 @@ def runtime(train: Train) -> Iterator[Runtime]:
     device = _device(train.device, local)
     if device.type == "cpu":
         keep_freed_memory()
-    if train.batch_size % (world * train.accumulate):
+    if train.batch_size % (world * train.grad_accum_steps):
         raise FgvcError(
             f"train.batch_size: {train.batch_size} images do not split over {world} processes "
-            f"x train.accumulate {train.accumulate}"
+            f"x train.grad_accum_steps {train.grad_accum_steps}"
         )
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fgvc.config.images import MAX_PIXELS
 from fgvc.data.index import ImageIndex
-from fgvc.data.sources.columns import Strings
+from fgvc.data.sources.columns import StringColumn
 from fgvc.errors import FgvcError
 from fgvc.io.names import some
 
@@ -234,7 +234,7 @@ def _joined(facts: Mapping[str, Any], columns: Mapping[str, np.ndarray], root: P
 
 def _texts(blob: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     text, ends = blob.tobytes(), np.cumsum(lengths, dtype=np.int64).tolist()
-    column = Strings()
+    column = StringColumn()
     for start, end in zip([0, *ends], ends, strict=False):
         column.append(text[start:end].decode())
     return column.array()

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fgvc.config.schedule import at
 from fgvc.errors import FgvcError
-from fgvc.models.class_maps import Mapper, evaluating
+from fgvc.models.class_maps import ClassMapper, evaluating
 from fgvc.models.loss import cross_entropy
 from fgvc.models.norms import momenta, own_statistics, running_norms
 from fgvc.models.target import Target
@@ -26,7 +26,7 @@ from fgvc.rng import STEP, generator
 from fgvc.techniques.api import Batch, Draws, Output, Technique, View, overrides
 from fgvc.techniques.distill.settings import AnyTeacher
 from fgvc.techniques.distill.teacher import Teacher
-from fgvc.techniques.plan import Context, Joints, Plan, context_of
+from fgvc.techniques.plan import Attachments, Context, Plan, context_of
 from fgvc.techniques.settings import FEATURES
 
 MAIN = "main"
@@ -35,8 +35,8 @@ MAIN = "main"
 class StepModule(nn.Module):
     """The backbone with everything that training adds to it.
 
-    `net` is the (grafted) timm model, `branches` what is stripped. Both are ordinary submodules, so their parameters reach
-    the optimizer and DDP; they are separate parts of the checkpoint.
+    `net` is the timm model, some of its modules replaced; `branches` is what is stripped. Both are ordinary submodules, so
+    their parameters reach the optimizer and DDP; they are separate parts of the checkpoint.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class StepModule(nn.Module):
         criterion: Callable[[Tensor, Target], Tensor] = cross_entropy,
         l1: float = 0.0,
         frozen: Sequence[nn.Module] = (),
-        recompute: bool = False,
-        opener: Callable[[AnyTeacher, Joints], Teacher] | None = None,
+        grad_checkpointing: bool = False,
+        opener: Callable[[AnyTeacher, Attachments], Teacher] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -58,30 +58,30 @@ class StepModule(nn.Module):
         plain = {id(parameter) for parameter in net.parameters()}
         self.techniques = dict(techniques)
         self.criterion = criterion
-        self.joints = Joints(net=net, size=size, recompute=recompute, opener=opener)
+        self.attachments = Attachments(net=net, size=size, grad_checkpointing=grad_checkpointing, opener=opener)
         for kind, setup in self.hooks("setup"):
-            setup(Plan(kind, self.joints))
-        self.branches = self.joints.branches
+            setup(Plan(kind, self.attachments))
+        self.branches = self.attachments.branches
         new = (name for name, value in self.named_parameters() if id(value) not in plain)
-        self.added = {name: "added" if name.startswith("branches.") else "grafted" for name in new}
-        self._recompute = recompute
-        self._norms = running_norms(net) if recompute else []
+        self.added = {name: "added" if name.startswith("branches.") else "replaced" for name in new}
+        self._grad_checkpointing = grad_checkpointing
+        self._norms = running_norms(net) if grad_checkpointing else []
         self._momenta = [norm.momentum for norm in self._norms]
-        if recompute:
+        if grad_checkpointing:
             _checkpoint_activations(net)
             # Of the forward only: recomputed batch norms see the batch again and must not count it twice.
             for norm in self._norms:
                 norm.momentum = 0.0
         self._handles: list[RemovableHandle] = []
-        self._taps: dict[str, Tensor] = {}
+        self._hooked: dict[str, Tensor] = {}
         self._fired: set[tuple[str, str]] = set()
         self._group: list[View] = []
         self._inside = False  # False in the backward, where checkpointed parts of the net run once more
         self.contexts: dict[str, Context] = {}
         self.probed: list[Tensor] = []  # what probes said since this was last emptied, (B,K) logits
-        self._mapper = Mapper(net)
+        self._mapper = ClassMapper(net)
         # In a list, so that it is no submodule: it has its own place in a checkpoint.
-        self._average = self.joints.average
+        self._average = self.attachments.average
 
     def hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
         """The techniques that do something in this hook, in their order."""
@@ -107,11 +107,11 @@ class StepModule(nn.Module):
         `batch.x` (B,3,H,W) float32 normalised. The dict holds "loss" (the scalar to minimise), "base", every named term,
         unweighted, and what techniques measure. Given the views of an earlier call, makes none anew (SAM's second pass):
         on_batch, views and views_after see a batch once, and `Context.again` tells the other hooks.
-        Raises FgvcError where a declared tap or gate did not fire, or a technique returns an undeclared term.
+        Raises FgvcError where a declared hook or gate did not fire, or a technique returns an undeclared term.
         """
         probe, again = cache(lambda of: self._probe(of, batch)), views is not None
         self.contexts = {
-            kind: context_of(kind, self.joints, draws, probe, batch, again=again) for kind in self.techniques
+            kind: context_of(kind, self.attachments, draws, probe, batch, again=again) for kind in self.techniques
         }
         self._inside = True
         with momenta(self._norms, self._momenta):
@@ -147,7 +147,7 @@ class StepModule(nn.Module):
             logits = net.forward_head(features)  # type: ignore[operator]
         self.probed.append(logits)
         view = View(of, batch.x_clean, [(batch.labels, None)])
-        return Output(view, features, logits, mapper=self._mapper if of == "net" else Mapper(net))
+        return Output(view, features, logits, mapper=self._mapper if of == "net" else ClassMapper(net))
 
     def look(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         """For evaluation in two passes: the logits of x, and how to make the crops that a technique would look at again.
@@ -159,7 +159,7 @@ class StepModule(nn.Module):
         features = self.net.forward_features(x)  # type: ignore[operator]
         logits = self.net.forward_head(features)  # type: ignore[operator]
         output = Output(View(MAIN, x, [(logits.argmax(1), None)]), features, logits, mapper=self._mapper)
-        return logits, lambda: refine(output, context_of(kind, self.joints, Draws(1.0), size=x.shape[2:]))
+        return logits, lambda: refine(output, context_of(kind, self.attachments, Draws(1.0), size=x.shape[2:]))
 
     def train(self, mode: bool = True) -> StepModule:
         """As ever, but what is frozen stays in eval mode: its batch norms keep their statistics."""
@@ -169,10 +169,10 @@ class StepModule(nn.Module):
         return self
 
     def attach_hooks(self) -> None:
-        """Make taps and gates live. Called once, after any copy of the net (EMA) is taken: a copy has none."""
-        for name in sorted(self.joints.taps):
+        """Make hooks and gates live. Called once, after any copy of the net (EMA) is taken: a copy has none."""
+        for name in sorted(self.attachments.hooked):
             self._handles.append(self.net.get_submodule(name).register_forward_hook(self._tap_hook(name)))
-        for kind, name, gate in self.joints.gates:
+        for kind, name, gate in self.attachments.gates:
             if name == FEATURES:
                 continue
             self._handles.append(self.net.get_submodule(name).register_forward_hook(self._gate_hook(kind, name, gate)))
@@ -201,25 +201,25 @@ class StepModule(nn.Module):
     def _run(self, group: list[View]) -> dict[str, Output]:
         """One forward of the views of a group, concatenated; their rows are handed back apart."""
         x = group[0].x if len(group) == 1 else torch.cat([view.x for view in group])
-        self._group, self._taps, self._fired = group, {}, set()
+        self._group, self._hooked, self._fired = group, {}, set()
         own = group[0].bn == "own"
-        with own_statistics(self.net, recompute=self._recompute) if own else nullcontext():
+        with own_statistics(self.net, recompute=self._grad_checkpointing) if own else nullcontext():
             features = self.net.forward_features(x)  # type: ignore[operator]
-            if self._recompute and features.requires_grad:
+            if self._grad_checkpointing and features.requires_grad:
                 features.register_hook(partial(self._enter, group))
-            for kind, name, gate in self.joints.gates:
+            for kind, name, gate in self.attachments.gates:
                 if name == FEATURES and self.net.training:
                     features = self._gated(features, gate, self.contexts[kind], group)
                     self._fired.add((f"gate of {kind}", name))
             logits = self.net.forward_head(features)  # type: ignore[operator]
         self._check_fired()
         if len(group) == 1:  # nothing to slice, whose backward would fill and add a whole map
-            return {group[0].name: Output(group[0], features, logits, dict(self._taps), self._mapper)}
+            return {group[0].name: Output(group[0], features, logits, dict(self._hooked), self._mapper)}
         outputs, start = {}, 0
         for view in group:
             rows = slice(start, start := start + len(view.x))
-            taps = {name: tap[rows] for name, tap in self._taps.items()}
-            outputs[view.name] = Output(view, features[rows], logits[rows], taps, self._mapper)
+            hooked = {name: output[rows] for name, output in self._hooked.items()}
+            outputs[view.name] = Output(view, features[rows], logits[rows], hooked, self._mapper)
         return outputs
 
     def _losses(self, outputs: Mapping[str, Output], progress: float) -> dict[str, Tensor]:
@@ -251,8 +251,8 @@ class StepModule(nn.Module):
     def _tap_hook(self, name: str) -> Callable[..., None]:
         def record(module: nn.Module, _args: Any, output: Tensor) -> None:
             if self.net.training and self._inside:
-                self._taps[name] = output
-                self._fired.add(("tap", name))
+                self._hooked[name] = output
+                self._fired.add(("hook", name))
 
         return record
 
@@ -285,8 +285,8 @@ class StepModule(nn.Module):
     def _check_fired(self) -> None:
         if not self.net.training:
             return
-        declared = {("tap", name) for name in self.joints.taps}
-        declared |= {(f"gate of {kind}", name) for kind, name, _ in self.joints.gates}
+        declared = {("hook", name) for name in self.attachments.hooked}
+        declared |= {(f"gate of {kind}", name) for kind, name, _ in self.attachments.gates}
         for what, name in sorted(declared - self._fired):
             raise FgvcError(f"the {what} at {name!r} did not fire: this backbone's forward never calls that module")
 
@@ -312,4 +312,4 @@ def _checkpoint_activations(net: nn.Module) -> None:
     try:
         net.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AssertionError, AttributeError, TypeError) as error:
-        raise FgvcError(f"train.recompute: timm can't checkpoint a {type(net).__name__}; set it to false") from error
+        raise FgvcError(f"train.grad_checkpointing: timm can't checkpoint a {type(net).__name__}; set it to false") from error

@@ -78,7 +78,7 @@ class Subject(LoadedRun):
         """Of one part, maybe none. Raises FgvcError where a file of it is gone, or not the one that the run began with."""
         return self.images.rows(split)
 
-    def part(self, split: Split | None = None) -> tuple[Split, NDArray[np.int64]]:
+    def rows_of(self, split: Split | None = None) -> tuple[Split, NDArray[np.int64]]:
         """A part and its rows; by default validation, or test where there is none. Raises FgvcError where it is empty, or as
         `rows` does."""
         chosen: Split = split or ("val" if len(self.index.rows("val")) else "test")

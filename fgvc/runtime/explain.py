@@ -19,7 +19,6 @@ and the same of a second network with `against_` before the name, its overlays i
 
 from __future__ import annotations
 
-import difflib
 import math
 import shutil
 import sys
@@ -41,7 +40,7 @@ from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit, normalise
 from fgvc.images.sheet import FAST, Cell, save_sheet
 from fgvc.io.files import refuse_place, replacing, writing
-from fgvc.io.names import one_line, result_names, told_apart
+from fgvc.io.names import nearest, one_line, result_names, told_apart
 from fgvc.runtime.bundle import MANIFEST, load_bundle
 from fgvc.runtime.engine import (
     NONE,
@@ -65,7 +64,7 @@ ADVICE = "no font here can write some names, which appear as numbers; install on
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Explanation:
     """What one network said of one picture, and where it looked."""
 
     label: int  # the class whose maps these are
@@ -75,7 +74,7 @@ class Seen:
     rejected: bool = False  # "none of these", by the network's threshold
 
 
-class Looker(Protocol):
+class Explainer(Protocol):
     """A network that can be asked where it looks."""
 
     @property
@@ -88,11 +87,11 @@ class Looker(Protocol):
     def methods(self) -> tuple[str, ...]: ...
     @property
     def calibration(self) -> Calibration | None: ...
-    def __call__(self, x: Floats, label: int | None) -> list[Seen]:
+    def __call__(self, x: Floats, label: int | None) -> list[Explanation]:
         """Of pictures x (B,3,H,W) and a class; None: of each one's most probable class."""
 
 
-class BundleLooker:
+class BundleExplainer:
     """The class activation maps of a bundle's `explain.onnx`: sum_k W[c,k] A_k, no gradient and no torch."""
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
@@ -109,7 +108,7 @@ class BundleLooker:
         self._session = Session(bundle.explain, threads=threads)
         self.calibration = bundle.calibration
 
-    def __call__(self, x: Floats, label: int | None) -> list[Seen]:
+    def __call__(self, x: Floats, label: int | None) -> list[Explanation]:
         logits, maps = self._session.run(x)
         refuse_no_numbers(logits, self.folder)
         seen = []
@@ -117,16 +116,16 @@ class BundleLooker:
             chosen = int(p.argmax()) if label is None else label
             raw = np.ascontiguousarray(own[chosen])
             maps_of = {"cam": positive(raw, (x.shape[2], x.shape[3]))}
-            seen.append(Seen(chosen, p, maps_of, {"cam": raw}, rejected=is_rejected(p, self.calibration)))
+            seen.append(Explanation(chosen, p, maps_of, {"cam": raw}, rejected=is_rejected(p, self.calibration)))
         return seen
 
 
-def telling(folder: Path) -> BundleLooker:
+def telling(folder: Path) -> BundleExplainer:
     """A bundle whose maps can tell one place from another. Raises FgvcError where they have one cell, or there are none."""
-    looker = BundleLooker(folder)
-    if looker(np.zeros((1, 3, *looker.spec.size), np.float32), None)[0].raw["cam"].shape == (1, 1):
+    explainer = BundleExplainer(folder)
+    if explainer(np.zeros((1, 3, *explainer.spec.size), np.float32), None)[0].raw["cam"].shape == (1, 1):
         raise FgvcError(f"{folder}: {SINGLE_CELL}")
-    return looker
+    return explainer
 
 
 def is_bundle(folder: Path) -> bool:
@@ -153,8 +152,8 @@ def explain_bundles(
         )
     files = list(expand(paths))
     refuse_out(out, overwrite=overwrite)
-    lookers = [telling(folder) for folder in bundles]
-    return explain_files(lookers, files, out, target=target, batch=batch, write=writable, max_pixels=max_pixels)
+    explainers = [telling(folder) for folder in bundles]
+    return explain_files(explainers, files, out, target=target, batch=batch, write=writable, max_pixels=max_pixels)
 
 
 def refuse_out(out: Path, *, overwrite: bool) -> None:
@@ -170,7 +169,7 @@ def refuse_out(out: Path, *, overwrite: bool) -> None:
 
 
 def explain_files(
-    lookers: Sequence[Looker], files: Sequence[Path], out: Path, *, target: str, batch: int, write: Writing,
+    explainers: Sequence[Explainer], files: Sequence[Path], out: Path, *, target: str, batch: int, write: Writing,
     max_pixels: int = MAX_PIXELS,
 ) -> int:
     """Write the results of all pictures into `out` in the place of older ones, print one line each: its path, answers, panel, and
@@ -180,13 +179,13 @@ def explain_files(
     `target`: a class by name, or `predicted`: each picture's most probable one by each network. `batch`: pictures a forward.
     Raises FgvcError for a class that a network does not have, before anything is written.
     """
-    wanted = [None if target == PREDICTED else _position(looker, target) for looker in lookers]
-    titles = told_apart([looker.folder for looker in lookers])
-    names = list(dict.fromkeys([*(name for looker in lookers for name in looker.labels), *titles]))
+    wanted = [None if target == PREDICTED else _position(explainer, target) for explainer in explainers]
+    titles = told_apart([explainer.folder for explainer in explainers])
+    names = list(dict.fromkeys([*(name for explainer in explainers for name in explainer.labels), *titles]))
     written, font = write(names)
     if written != names:
         print(f"warning: {ADVICE}", file=sys.stderr)
-    sheet = _Drawer(out, lookers, titles, dict(zip(names, written, strict=True)), font)
+    sheet = _Drawer(out, explainers, titles, dict(zip(names, written, strict=True)), font)
     for folder in RESULTS:
         if (out / folder).exists():
             with writing(out / folder):
@@ -194,31 +193,31 @@ def explain_files(
     failed = 0
     rest = iter(zip(files, result_names(files), strict=True))
     while some := list(islice(rest, batch)):
-        read = [_crops(path, lookers, max_pixels) for path, _ in some]
+        read = [_crops(path, explainers, max_pixels) for path, _ in some]
         good = [crops for crops in read if not isinstance(crops, ImageError)]
-        each = zip(*good, strict=True) if good else [()] * len(lookers)
-        answers = zip(*map(look, lookers, each, wanted), strict=True)
+        each = zip(*good, strict=True) if good else [()] * len(explainers)
+        answers = zip(*map(look, explainers, each, wanted), strict=True)
         for (path, name), crops in zip(some, read, strict=True):
             if isinstance(crops, ImageError):
                 failed += 1
                 print(f"error: {crops}", file=sys.stderr)
                 continue
             seen = next(answers)
-            panel = sheet.draw(path, name, list(zip(seen, map(Image.fromarray, crops), strict=True)))
-            for title, looker, one in zip(titles, lookers, seen, strict=True):
-                for method in (method for method in looker.methods if not one.maps[method].any()):
-                    about = f"{one_line(title)}: {method} of {one_line(looker.labels[one.label])}"
+            ensemble = sheet.draw(path, name, list(zip(seen, map(Image.fromarray, crops), strict=True)))
+            for title, explainer, one in zip(titles, explainers, seen, strict=True):
+                for method in (method for method in explainer.methods if not one.maps[method].any()):
+                    about = f"{one_line(title)}: {method} of {one_line(explainer.labels[one.label])}"
                     print(f"{one_line(path)}: {about}: an empty map: {silence(one.raw[method])}", file=sys.stderr)
-            said = (_answer(looker.labels, one) for looker, one in zip(lookers, seen, strict=True))
-            words = (calibration_word(is_calibrated(looker.calibration)) for looker in lookers)
-            print("\t".join([one_line(path), *said, one_line(panel), *words]))
+            said = (_answer(explainer.labels, one) for explainer, one in zip(explainers, seen, strict=True))
+            words = (calibration_word(is_calibrated(explainer.calibration)) for explainer in explainers)
+            print("\t".join([one_line(path), *said, one_line(ensemble), *words]))
     return 1 if failed else 0
 
 
-def _crops(path: Path, lookers: Sequence[Looker], max_pixels: int) -> list[Pixels] | ImageError:
+def _crops(path: Path, explainers: Sequence[Explainer], max_pixels: int) -> list[Pixels] | ImageError:
     """A picture as each network sees it. One by one: a batch of photographs as they are would not fit in memory."""
     image = decoded(path, max_pixels)
-    return image if isinstance(image, ImageError) else [fit(image, looker.spec) for looker in lookers]
+    return image if isinstance(image, ImageError) else [fit(image, explainer.spec) for explainer in explainers]
 
 
 def positive(raw: Floats, size: tuple[int, int]) -> Floats:
@@ -242,35 +241,35 @@ def silence(raw: Floats) -> str:
 @dataclass(frozen=True, slots=True)
 class _Drawer:
     out: Path
-    lookers: Sequence[Looker]
-    titles: Sequence[str]  # of the lookers
+    explainers: Sequence[Explainer]
+    titles: Sequence[str]  # of the explainers
     written: Mapping[str, str]  # a name -> as the font can write it
     font: ImageFont.FreeTypeFont
 
-    def draw(self, path: Path, name: str, seen: Sequence[tuple[Seen, Image.Image]]) -> Path:
+    def draw(self, path: Path, name: str, seen: Sequence[tuple[Explanation, Image.Image]]) -> Path:
         """Write all of one picture; returns the panel's path."""
         rows: list[list[Cell]] = []
         arrays: dict[str, np.ndarray] = {"path": np.array(str(path))}
-        for number, (looker, (one, picture)) in enumerate(zip(self.lookers, seen, strict=True)):
-            overlays = {method: overlay(picture, one.maps[method]) for method in looker.methods}
+        for number, (explainer, (one, picture)) in enumerate(zip(self.explainers, seen, strict=True)):
+            overlays = {method: overlay(picture, one.maps[method]) for method in explainer.methods}
             for method, drawn in overlays.items():
                 folder = self.out / "overlays" / (method if number == 0 else f"{method}-against")
                 with replacing(_ready(folder / f"{name}.png")) as scratch:
                     drawn.save(scratch, compress_level=FAST)
             rows += self._rows(number, one, picture, overlays)
             prefix = "" if number == 0 else "against_"
-            arrays |= {f"{prefix}{key}": value for key, value in _arrays(looker, one).items()}
+            arrays |= {f"{prefix}{key}": value for key, value in _arrays(explainer, one).items()}
         with replacing(_ready(self.out / "maps" / f"{name}.npz")) as scratch:
             np.savez(scratch, allow_pickle=False, **arrays)
         return save_sheet(rows, _ready(self.out / "panels" / f"{name}.png"), font=self.font)
 
     def _rows(
-        self, number: int, one: Seen, picture: Image.Image, overlays: Mapping[str, Image.Image]
+        self, number: int, one: Explanation, picture: Image.Image, overlays: Mapping[str, Image.Image]
     ) -> Iterator[list[Cell]]:
         """The picture with what the network takes it for, then the overlays; broken into rows of about one length."""
-        of = f"{self.written[self.titles[number]]}: " if len(self.lookers) > 1 else ""
-        looker = self.lookers[number]
-        labels, word = [self.written[label] for label in looker.labels], calibration_word(is_calibrated(looker.calibration))
+        of = f"{self.written[self.titles[number]]}: " if len(self.explainers) > 1 else ""
+        explainer = self.explainers[number]
+        labels, word = [self.written[label] for label in explainer.labels], calibration_word(is_calibrated(explainer.calibration))
         cells = [Cell(picture, f"{of}{_answer(labels, one, int(one.p.argmax()))}, {word}")]
         for method, drawn in overlays.items():
             empty = "" if one.maps[method].any() else f" (empty: {silence(one.raw[method])})"
@@ -279,40 +278,40 @@ class _Drawer:
         return (cells[at : at + columns] for at in range(0, len(cells), columns))
 
 
-def _answer(labels: Sequence[str], one: Seen, k: int | None = None) -> str:
+def _answer(labels: Sequence[str], one: Explanation, k: int | None = None) -> str:
     """Class `k`, by default that of the maps, and how probable it is; of the most probable one, whether it is given at all."""
     k = one.label if k is None else k
     share = _share(labels, one, k)
     return f"{NONE} ({share})" if one.rejected and k == one.p.argmax() else share
 
 
-def _share(labels: Sequence[str], one: Seen, k: int) -> str:
+def _share(labels: Sequence[str], one: Explanation, k: int) -> str:
     return f"{labels[k]} {100 * one.p[k]:.1f} %"
 
 
-def _arrays(looker: Looker, one: Seen) -> dict[str, np.ndarray]:
+def _arrays(explainer: Explainer, one: Explanation) -> dict[str, np.ndarray]:
     return {
-        "methods": np.array(looker.methods), "classes": np.array(looker.labels), "p": one.p, "label": np.array(one.label),
-        "rejected": np.array(one.rejected), "calibrated": np.array(is_calibrated(looker.calibration)),
-        "temperature": np.array(looker.calibration.temperature if looker.calibration else 1.0),
-        "maps": np.stack([one.maps[method] for method in looker.methods]),
-        **{f"raw_{method}": one.raw[method] for method in looker.methods},
+        "methods": np.array(explainer.methods), "classes": np.array(explainer.labels), "p": one.p, "label": np.array(one.label),
+        "rejected": np.array(one.rejected), "calibrated": np.array(is_calibrated(explainer.calibration)),
+        "temperature": np.array(explainer.calibration.temperature if explainer.calibration else 1.0),
+        "maps": np.stack([one.maps[method] for method in explainer.methods]),
+        **{f"raw_{method}": one.raw[method] for method in explainer.methods},
     }  # fmt: skip
 
 
-def look(looker: Looker, crops: Sequence[Pixels], label: int | None) -> list[Seen]:
+def look(explainer: Explainer, crops: Sequence[Pixels], label: int | None) -> list[Explanation]:
     """What the network says of each picture, cut and reduced for it."""
-    return looker(np.stack([normalise(crop, looker.spec) for crop in crops]), label) if len(crops) else []
+    return explainer(np.stack([normalise(crop, explainer.spec) for crop in crops]), label) if len(crops) else []
 
 
-def _position(looker: Looker, name: str) -> int:
-    if name not in looker.labels:
-        near = difflib.get_close_matches(name, looker.labels, n=3)
+def _position(explainer: Explainer, name: str) -> int:
+    if name not in explainer.labels:
+        near = nearest(name, explainer.labels, 3)
         raise FgvcError(
-            f"--target: {looker.folder} has no class {name!r}; "
+            f"--target: {explainer.folder} has no class {name!r}; "
             + (f"near: {', '.join(near)}" if near else "or `predicted`")
         )
-    return looker.labels.index(name)
+    return explainer.labels.index(name)
 
 
 def _ready(path: Path) -> Path:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from fgvc.serving.limits import Gone, Refusal
+from fgvc.serving.limits import ClientGone, Refusal
 
 T = TypeVar("T")
 
@@ -137,7 +137,7 @@ class Admission:
 async def _left(request: Request, job: _Job) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    job.fail(Gone())
+    job.fail(ClientGone())
 
 
 def _queue_full() -> Refusal:

@@ -32,10 +32,10 @@ from fgvc.images.preprocess import fit
 from fgvc.runtime.explain import PREDICTED, look
 from fgvc.serving import protocol
 from fgvc.serving.admission import Admission
-from fgvc.serving.limits import FORMATS, Courtesy, Gone, Held, Keyed, Limits, Refusal
-from fgvc.serving.metrics import CONTENT_TYPE, GONE, Metered, Metrics
-from fgvc.serving.middleware import Door
-from fgvc.serving.models import VERSION, Models, Served
+from fgvc.serving.limits import FORMATS, ApiKeyMiddleware, BodyBudget, ClientGone, DrainMiddleware, Limits, Refusal
+from fgvc.serving.metrics import CONTENT_TYPE, GONE, Metrics, MetricsMiddleware
+from fgvc.serving.middleware import LoadSheddingMiddleware
+from fgvc.serving.models import VERSION, LoadedModel, ModelRegistry
 from fgvc.serving.page import CSP, PAGE
 
 T = TypeVar("T")
@@ -46,9 +46,9 @@ PAGE_HEADERS = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosni
 class Service:
     """All that the routes share."""
 
-    def __init__(self, models: Models, admission: Admission, limits: Limits) -> None:
+    def __init__(self, models: ModelRegistry, admission: Admission, limits: Limits) -> None:
         self.models, self.admission, self.limits = models, admission, limits
-        self.held = Held(limits)
+        self.held = BodyBudget(limits)
         self.metrics = Metrics(models, admission)
 
     async def compute(self, request: Request, limit: int, work: Callable[[bytes], T]) -> T:
@@ -69,7 +69,7 @@ router = APIRouter()
 
 
 def make_app(service: Service, *, key: str | None = None) -> ASGIApp:
-    """The whole server as an ASGI application. `key`: what clients must bring, see `limits.Keyed`."""
+    """The whole server as an ASGI application. `key`: what clients must bring, see `limits.ApiKeyMiddleware`."""
     app = FastAPI(
         title="fgvc",
         version=protocol.server_metadata()["version"],
@@ -81,12 +81,12 @@ def make_app(service: Service, *, key: str | None = None) -> ASGIApp:
     app.include_router(router)
     for kind, handle in HANDLERS:
         app.add_exception_handler(kind, handle)
-    direct = Direct(app)
-    inner = Metered(direct if key is None else Keyed(direct, key), service.metrics)
-    return Courtesy(Door(inner, service.admission, service.metrics))
+    direct = FastPathMiddleware(app)
+    inner = MetricsMiddleware(direct if key is None else ApiKeyMiddleware(direct, key), service.metrics)
+    return DrainMiddleware(LoadSheddingMiddleware(inner, service.admission, service.metrics))
 
 
-class Direct:
+class FastPathMiddleware:
     """Leads the two requests that a server is there for to their routes, past what FastAPI does for any: together it costs
     a twentieth of a small network's time. What is not plain, and all else, goes the usual way."""
 
@@ -170,7 +170,7 @@ async def list_models(request: Request) -> Response:
             "name": served.name,
             "versions": [VERSION],
             "classes": len(served.labels),
-            "explain": served.looker is not None,
+            "explain": served.explainer is not None,
         }
         for served in _of(request).models
     ]
@@ -213,7 +213,7 @@ async def infer(request: Request, model: str, version: str = VERSION) -> Respons
     return Response(content, media_type="application/octet-stream", headers={protocol.HEADER_LENGTH: str(length)})
 
 
-def _find(service: Service, model: str, version: str) -> Served:
+def _find(service: Service, model: str, version: str) -> LoadedModel:
     if version != VERSION:
         raise Refusal(404, f"model {model!r} has version {VERSION} only")
     return service.models.get(model)
@@ -299,8 +299,8 @@ async def explain(
     `X-Map: empty` where nothing speaks for the class."""
     service = _of(request)
     served = service.models.get(model)
-    form, looker = _is_form(request), served.looker
-    if looker is None:
+    form, explainer = _is_form(request), served.explainer
+    if explainer is None:
         raise Refusal(409, f"model {served.name!r} has no explain.onnx in its bundle")
     if target != PREDICTED and target not in served.labels:
         raise Refusal(400, f"model {served.name!r} has no class {target!r}")
@@ -308,8 +308,8 @@ async def explain(
 
     def work(body: bytes) -> tuple[bytes, int, bool]:
         image = _decode(_only_file(request, body) if form else body, service.limits)
-        crop = fit(image, looker.spec)
-        (seen,) = look(looker, [crop], label)
+        crop = fit(image, explainer.spec)
+        (seen,) = look(explainer, [crop], label)
         content = BytesIO()
         overlay(Image.fromarray(crop), seen.maps["cam"]).save(content, "PNG", compress_level=1)
         return content.getvalue(), seen.label, not seen.maps["cam"].any()
@@ -398,6 +398,6 @@ async def _broken(request: Request, error: Exception) -> Response:
 
 
 HANDLERS: tuple[tuple[type[Exception], Callable[[Request, Exception], Awaitable[Response]]], ...] = (
-    (Refusal, _refused), (Gone, _gone), (MemoryError, _out_of_memory), (HTTPException, _http_error),
+    (Refusal, _refused), (ClientGone, _gone), (MemoryError, _out_of_memory), (HTTPException, _http_error),
     (RequestValidationError, _invalid), (Exception, _broken),
 )  # fmt: skip

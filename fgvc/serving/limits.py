@@ -54,11 +54,11 @@ class Refusal(Exception):
         return JSONResponse({"error": self.message}, self.status, headers)
 
 
-class Gone(Exception):
+class ClientGone(Exception):
     """The client went away."""
 
 
-class Held:
+class BodyBudget:
     """Bytes of bodies in memory, of all requests together. For the event loop's thread alone."""
 
     def __init__(self, limits: Limits) -> None:
@@ -90,7 +90,7 @@ class Held:
                     bound.reschedule(min(now() + stall, deadline))
                     message = await request.receive()
                     if message["type"] != "http.request":
-                        raise Gone
+                        raise ClientGone
                     part, more = message.get("body", b""), bool(message.get("more_body", False))
                     size += len(part)
                     if size > limit:
@@ -112,7 +112,7 @@ def _too_large(limit: int) -> Refusal:
     return Refusal(413, f"the body has more than {limit} bytes")
 
 
-class Courtesy:
+class DrainMiddleware:
     """Lets a client that is still sending read why it is refused: an unread rest of its body is swallowed, within bounds, before
     the connection closes. Closing at once would reset it, and the answer might be lost."""
 
@@ -157,7 +157,7 @@ class Courtesy:
         await self._app(scope, watched, polite)
 
 
-class Keyed:
+class ApiKeyMiddleware:
     """Answers 401 where a request does not bring the key: `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:

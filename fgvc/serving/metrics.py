@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fgvc.serving.admission import Admission
-from fgvc.serving.models import Models
+from fgvc.serving.models import ModelRegistry
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"  # whatever has no route, or came to none
@@ -22,7 +22,7 @@ _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 class Metrics:
     """A registry of its own, so that a process may have several."""
 
-    def __init__(self, models: Models, admission: Admission) -> None:
+    def __init__(self, models: ModelRegistry, admission: Admission) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "fgvc_requests", "Answered requests, by route and status.", ("route", "code"), registry=self._registry
@@ -50,7 +50,7 @@ class Metrics:
 class _State(Collector):
     """What others know at the moment of a scrape."""
 
-    def __init__(self, models: Models, admission: Admission) -> None:
+    def __init__(self, models: ModelRegistry, admission: Admission) -> None:
         self._models, self._admission = models, admission
 
     def collect(self) -> Iterator[Metric]:
@@ -70,7 +70,7 @@ class _State(Collector):
         yield from (reloads, failures, about)
 
 
-class Metered:
+class MetricsMiddleware:
     """Counts and times every request."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

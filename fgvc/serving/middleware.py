@@ -9,7 +9,7 @@ from fgvc.serving.limits import Refusal
 from fgvc.serving.metrics import OTHER, Metrics
 
 
-class Door:
+class LoadSheddingMiddleware:
     """Turns work away at the price of a few lines: asked for five times what it can do, a server says so four times for each
     answer."""
 

@@ -16,7 +16,7 @@ from fgvc.images.preprocess import differences
 from fgvc.io.names import relabelled
 from fgvc.runtime.bundle import MANIFEST, Bundle, load_bundle
 from fgvc.runtime.engine import Engine
-from fgvc.runtime.explain import BundleLooker
+from fgvc.runtime.explain import BundleExplainer
 from fgvc.serving.limits import Refusal
 
 VERSION = "1"
@@ -25,12 +25,12 @@ _ATTEMPTS, _PAUSE = 5, 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class LoadedModel:
     """A model that is ready to answer."""
 
     name: str
     engine: Engine
-    looker: BundleLooker | None  # None: the bundle has no explain.onnx
+    explainer: BundleExplainer | None  # None: the bundle has no explain.onnx
     digest: str  # SHA-256 of the manifest, which has those of all files
 
     @property
@@ -42,7 +42,7 @@ class Served:
         return (3, *self.engine.bundle.preprocess.size)
 
 
-class Models:
+class ModelRegistry:
     """Bundles by name. Their places are the command line's alone: no client value ever reaches a path."""
 
     def __init__(self, places: Mapping[str, Path], *, threads: int, any_bundle: bool = False) -> None:
@@ -55,10 +55,10 @@ class Models:
         self.reloads = dict.fromkeys(places, 0)
         self.failures = dict.fromkeys(places, 0)
 
-    def __iter__(self) -> Iterator[Served]:
+    def __iter__(self) -> Iterator[LoadedModel]:
         return iter(list(self._served.values()))
 
-    def get(self, name: str | None) -> Served:
+    def get(self, name: str | None) -> LoadedModel:
         """None: the first of the command line. Raises Refusal (404)."""
         if name is None:
             return next(iter(self._served.values()))
@@ -118,20 +118,20 @@ def _refuse_other(new: Bundle, old: Bundle) -> None:
         )
 
 
-def _load(name: str, folder: Path, threads: int) -> Served:
+def _load(name: str, folder: Path, threads: int) -> LoadedModel:
     """A bundle that is replaced meanwhile (by a rename, which leaves a moment without any) is loaded again."""
     for attempt in range(_ATTEMPTS):
         digest = _digest(folder)
         try:
             bundle = load_bundle(folder)
             engine = Engine(bundle, threads=threads)
-            looker = None if bundle.explain is None else BundleLooker(folder, threads=threads)
+            explainer = None if bundle.explain is None else BundleExplainer(folder, threads=threads)
         except FgvcError:
             if (digest and digest == _digest(folder)) or attempt == _ATTEMPTS - 1:
                 raise
         else:
             if digest == _digest(folder):
-                return Served(name=name, engine=engine, looker=looker, digest=digest)
+                return LoadedModel(name=name, engine=engine, explainer=explainer, digest=digest)
         time.sleep(_PAUSE)
     raise FgvcError(f"{folder}: changes while it is read")
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fgvc.serving.limits import Refusal, length_of
-from fgvc.serving.models import VERSION, Served
+from fgvc.serving.models import VERSION, LoadedModel
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 # More than any sensible request has. Parsing holds Python's lock, and what it makes takes up to 20 times the bytes.
@@ -26,7 +26,7 @@ _JSON_BYTES, _CONTAINERS, _QUOTES = 16 << 20, 200_000, 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
+class InferenceRequest:
     """An inference request that holds."""
 
     x: np.ndarray  # (B,3,H,W) float32
@@ -38,7 +38,7 @@ def server_metadata() -> dict[str, Any]:
     return {"name": "fgvc", "version": version("fgvc"), "extensions": ["binary_tensor_data", "model_repository"]}
 
 
-def model_metadata(served: Served) -> dict[str, Any]:
+def model_metadata(served: LoadedModel) -> dict[str, Any]:
     session = served.engine.session
     return {
         "name": served.name,
@@ -50,7 +50,7 @@ def model_metadata(served: Served) -> dict[str, Any]:
 
 
 def infer(
-    served: Served, body: bytes, headers: Mapping[str, str], *, batch: int, limit: int
+    served: LoadedModel, body: bytes, headers: Mapping[str, str], *, batch: int, limit: int
 ) -> tuple[bytes, int | None]:
     """The answer to a request's body, and how long its JSON is where bytes follow. `limit`: of an unpacked body.
 
@@ -78,7 +78,7 @@ def unpack(body: bytes, encoding: str | None, limit: int) -> bytes:
     return content
 
 
-def parse(served: Served, body: bytes, header_length: str | None, *, batch: int) -> Query:
+def parse(served: LoadedModel, body: bytes, header_length: str | None, *, batch: int) -> InferenceRequest:
     """Raises Refusal (400) for whatever is not a request that this model takes."""
     length = len(body)
     if header_length is not None:
@@ -111,10 +111,10 @@ def parse(served: Served, body: bytes, header_length: str | None, *, batch: int)
     name = tree.get("id")
     if name is not None and not isinstance(name, str):
         raise Refusal(400, "id: expected a string")
-    return Query(values.reshape(shape), name, _wants_bytes(tree, session.outputs[0]))
+    return InferenceRequest(values.reshape(shape), name, _wants_bytes(tree, session.outputs[0]))
 
 
-def answer(served: Served, query: Query, logits: np.ndarray) -> tuple[bytes, int | None]:
+def answer(served: LoadedModel, query: InferenceRequest, logits: np.ndarray) -> tuple[bytes, int | None]:
     """The body for logits (B,K), and the length of its JSON where bytes follow."""
     output: dict[str, Any] = {"name": served.engine.session.outputs[0], "datatype": "FP32", "shape": list(logits.shape)}
     content = b""
@@ -146,7 +146,7 @@ def _json(text: bytes) -> dict[str, Any]:
     return tree
 
 
-def _shape(given: Any, served: Served, batch: int) -> tuple[int, ...]:
+def _shape(given: Any, served: LoadedModel, batch: int) -> tuple[int, ...]:
     expected = served.input_shape
     if (
         not isinstance(given, list)

@@ -25,8 +25,8 @@ from fgvc.runtime.engine import available_cpus
 from fgvc.serving.admission import Admission
 from fgvc.serving.app import Service, make_app
 from fgvc.serving.limits import Limits
-from fgvc.serving.models import Models
-from fgvc.serving.wire import Patient
+from fgvc.serving.models import ModelRegistry
+from fgvc.serving.wire import BoundedH11Protocol
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
 _KEEP_ALIVE = 75  # seconds; load balancers hold a connection for a minute, and must be the first to close it
@@ -55,12 +55,12 @@ def serve(places: Mapping[str, Path], settings: Settings) -> int:
     _give_back_memory()
     prometheus_client.disable_created_metrics()  # a second line for each that nobody reads
     with _bind(settings.host, settings.port) as listener:
-        models = Models(places, threads=settings.threads, any_bundle=settings.any_bundle)
+        models = ModelRegistry(places, threads=settings.threads, any_bundle=settings.any_bundle)
         concurrency = settings.concurrency or max(1, available_cpus() // settings.threads)
         admission = Admission(concurrency=concurrency, queue=settings.queue)
         app = make_app(Service(models, admission, settings.limits), key=settings.key)
         for served in models:
-            extra = "" if served.looker is None else ", explain"
+            extra = "" if served.explainer is None else ", explain"
             print(f"{served.name}: {len(served.labels)} classes{extra}", file=sys.stderr)
         print(
             f"{concurrency} at a time with {settings.threads} thread(s) each, {settings.queue} waiting; "
@@ -88,7 +88,7 @@ def _give_back_memory() -> None:
 
 def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
-        app, http=partial(Patient, seconds=settings.limits.stall_seconds),  # type: ignore[arg-type]
+        app, http=partial(BoundedH11Protocol, seconds=settings.limits.stall_seconds),  # type: ignore[arg-type]
         loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
         proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=3,  # more than limits.Courtesy lingers
     )  # fmt: skip
@@ -97,7 +97,7 @@ def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
 class _Server(uvicorn.Server):
     """Drains before uvicorn closes its sockets, so that probes are answered as long as requests are."""
 
-    def __init__(self, config: uvicorn.Config, models: Models, admission: Admission, settings: Settings) -> None:
+    def __init__(self, config: uvicorn.Config, models: ModelRegistry, admission: Admission, settings: Settings) -> None:
         super().__init__(config)
         self._models, self._admission, self._settings = models, admission, settings
         self._background: set[asyncio.Task[None]] = set()

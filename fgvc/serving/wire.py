@@ -18,7 +18,7 @@ _HEAD_BYTES = 64 << 10  # of a request's line and headers
 _UNREAD_BYTES = 512 << 10  # of a body, for a moment: the application is waiting for them
 
 
-class Patient(HttpToolsProtocol):
+class BoundedH11Protocol(HttpToolsProtocol):
     """Not for ever, and not for headers of any size: uvicorn would wait and collect without end."""
 
     def __init__(

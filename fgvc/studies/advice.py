@@ -13,7 +13,7 @@ import yaml
 
 from fgvc.config.template import recipes
 from fgvc.evaluation.learning_curve import FOLDS, SHARES, Share
-from fgvc.studies.probe import Probing, Result, Size
+from fgvc.studies.probe import ProbeResults, Result, Size
 
 RECIPES = ("any/good", "any/plain", "cub50/plain")  # for a folder or a table: the first that there is
 CEILING = 0.99
@@ -21,7 +21,7 @@ SAME_MACS, SAME_SECONDS = 1.05, 1.25  # times the deployed net's cost that are n
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class Limitation:
     """Whether something holds the accuracy down."""
 
     what: str  # images, resolution, start or ceiling
@@ -35,7 +35,7 @@ class Advice:
     """What is made of a probing."""
 
     best: Result  # the most accurate that costs no more than the deployed net
-    limits: tuple[Limit, ...]
+    limits: tuple[Limitation, ...]
     command: str  # trains from it, or from the best of these that is no bundle; empty where all are
     larger: bool  # whether a net that costs more was tried
     teacher: Result | None  # the most accurate that costs more, and names more images rightly
@@ -57,7 +57,7 @@ class Advice:
         return f"distill.teachers: [{_flow(wanted)}]"
 
 
-def advise(found: Probing) -> Advice:
+def advise(found: ProbeResults) -> Advice:
     """By results of nets that were not trained on the images, where there are such."""
     honest = [one for one in found.results if not one.learned] or list(found.results)
     affordable = [one for one in honest if _affordable(one, found)] or honest
@@ -88,7 +88,7 @@ def cost_ratio(one: Result, other: Result) -> float:
     return one.seconds / other.seconds
 
 
-def _affordable(one: Result, found: Probing) -> bool:
+def _affordable(one: Result, found: ProbeResults) -> bool:
     """Whether it costs no more than the deployed net at the size that it is deployed at."""
     own = [result for result in found.results if result.candidate is found.first]
     first = min(own, key=lambda result: (result.size != found.first.spec.size, math.prod(result.size)))
@@ -96,37 +96,37 @@ def _affordable(one: Result, found: Probing) -> bool:
     return cost_ratio(one, first) <= (SAME_MACS if counted else SAME_SECONDS)
 
 
-def _images(best: Result) -> Limit:
+def _images(best: Result) -> Limitation:
     gain = best.curve.gain(share=0.5)
     rising = gain.low > 0
     said = "the curve still rises: more images will help" if rising else "within chance"
-    return Limit("images", rising, f"all of them instead of a half give {points(gain)}; {said}", gain)
+    return Limitation("images", rising, f"all of them instead of a half give {points(gain)}; {said}", gain)
 
 
-def _resolution(best: Result, results: Iterable[Result]) -> Limit:
+def _resolution(best: Result, results: Iterable[Result]) -> Limitation:
     own = [one for one in results if one.candidate is best.candidate and math.prod(one.size) > math.prod(best.size)]
     if not own:
         height, width = best.size
         more = 32 * math.ceil(1.3 * height / 32), 32 * math.ceil(1.3 * width / 32)
         text = f"not tried; give a larger size, such as --size {sides(best.size)} --size {sides(more)}"
-        return Limit("resolution", None, text)
+        return Limitation("resolution", None, text)
     larger = max(own, key=_accuracy)
     gain = larger.curve.gain(best.curve)
     costs = f"{sides(larger.size)} instead of {sides(best.size)} px, {cost_ratio(larger, best):.1f} x the cost"
-    return Limit("resolution", gain.low > 0, f"{costs}: {points(gain)}", gain)
+    return Limitation("resolution", gain.low > 0, f"{costs}: {points(gain)}", gain)
 
 
-def _start(best: Result, results: Iterable[Result]) -> Limit:
+def _start(best: Result, results: Iterable[Result]) -> Limitation:
     others = [one for one in results if one.candidate is not best.candidate]
     if not others:
-        return Limit("start", None, "no other net was tried; name more by --start")
+        return Limitation("start", None, "no other net was tried; name more by --start")
     other = max(others, key=_accuracy)
     gain = other.curve.gain(best.curve)
     costs = f"{other.candidate.name} at {sides(other.size)} px, {cost_ratio(other, best):.1f} x the cost"
-    return Limit("start", gain.low > 0, f"{costs}: {points(gain)}", gain)
+    return Limitation("start", gain.low > 0, f"{costs}: {points(gain)}", gain)
 
 
-def _ceiling(best: Result) -> list[Limit]:
+def _ceiling(best: Result) -> list[Limitation]:
     accuracy = best.curve.accuracy()
     if accuracy.high < CEILING:
         return []
@@ -134,7 +134,7 @@ def _ceiling(best: Result) -> list[Limit]:
     text = f"{wrong} of {count} are named wrongly: nothing is left to gain"
     if wrong:
         text = f"{wrong} of {count} are named wrongly: look at these labels first (fgvc data check --suspects)"
-    return [Limit("ceiling", True, text)]
+    return [Limitation("ceiling", True, text)]
 
 
 def points(gain: Share) -> str:
@@ -157,7 +157,7 @@ def _flow(value: Any) -> str:
     return text.strip().removesuffix("...").strip()
 
 
-def _command(found: Probing, best: Result) -> str:
+def _command(found: ProbeResults, best: Result) -> str:
     """`fgvc train` with this net, size and crop; as far as they are not the recipe's already."""
     model, data = best.candidate.model, found.data
     assert model is not None
@@ -170,17 +170,17 @@ def _command(found: Probing, best: Result) -> str:
     own, given = data.recipe, {text.partition("=")[0] for text in data.overrides}
     wanted: dict[str, Any] = {
         "model.backbone": model.backbone, "model.kwargs": dict(model.kwargs), "model.weights": model.weights,
-        "image.size": _written(best), "deploy.crop_fraction": best.crop,
+        "image.size": _written(best), "deploy.crop_pct": best.crop,
     }  # fmt: skip
     has = {
         "model.backbone": own.model.backbone, "model.kwargs": dict(own.model.kwargs), "model.weights": own.model.weights,
         "image.size": own.image.size[0] if own.image.size[0] == own.image.size[1] else list(own.image.size),
-        "deploy.crop_fraction": own.deploy.crop_fraction,
+        "deploy.crop_pct": own.deploy.crop_pct,
     }  # fmt: skip
     if data.path is None:
         has = {"model.kwargs": {}}
-    if best.crop == best.candidate.spec.crop_fraction:  # what the weights ask for anyway
-        del wanted["deploy.crop_fraction"]
+    if best.crop == best.candidate.spec.crop_pct:  # what the weights ask for anyway
+        del wanted["deploy.crop_pct"]
     recipes_own = all(getattr(model, key) == getattr(own.model, key) for key in ("backbone", "kwargs", "weights"))
     for key in ("mean", "std"):  # other nets were fed as their weights ask
         if getattr(own.deploy, key) is not None and not recipes_own:
@@ -191,7 +191,7 @@ def _command(found: Probing, best: Result) -> str:
     return " ".join(["fgvc train", shlex.quote(recipe), *map(shlex.quote, texts)])
 
 
-def summary(found: Probing) -> dict[str, Any]:
+def summary(found: ProbeResults) -> dict[str, Any]:
     """All of it, for JSON."""
     advice, data = advise(found), found.data
     return {

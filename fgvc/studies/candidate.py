@@ -139,9 +139,9 @@ def _model(text: str, path: Path) -> Model:
 
 def _told_by_name(text: str, file: Path) -> str:
     """`mobilenetv2_100` of mobilenetv2_100.birds.safetensors; with timm's own tag where it is one."""
-    parts = file.name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        name = ".".join(parts[:end])
+    splits = file.name.split(".")
+    for end in range(len(splits) - 1, 0, -1):
+        name = ".".join(splits[:end])
         if timm.is_model_pretrained(name) or (end == 1 and timm.is_model(name)):
             return name
     raise FgvcError(

@@ -16,7 +16,7 @@ from fgvc.studies.result import Result
 from fgvc.studies.study import Plan, Study
 from fgvc.studies.table import Line, asked, boxes, floored, lines, markdown, points
 
-PARTS = {"val": "Validation", "test": "Test"}
+NAMES = {"val": "Validation", "test": "Test"}
 BUDGETS = {
     "epochs": "equal epochs",
     "seconds": "equal seconds of training steps",
@@ -47,16 +47,16 @@ def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
 
     def place(row: Result) -> tuple[int, ...]:
         arm, fold = order[row["arm"], row["trial"]], row.get("fold", 0)
-        return list(PARTS).index(row["part"]), arm, row["epochs"], row["seed"], fold
+        return list(NAMES).index(row["split"]), arm, row["epochs"], row["seed"], fold
 
     rows = sorted(results, key=place)
     write_atomic(out / "runs.csv", as_csv(rows))
     base = plan.base.arm
     found = [
-        Section(f"{_named(part, plan.study)}: {BUDGETS[budget]}", table, chart(drawn) if (drawn := forest(table)) else "")
-        for part in reversed(PARTS)
+        Section(f"{_named(split, plan.study)}: {BUDGETS[budget]}", table, chart(drawn) if (drawn := forest(table)) else "")
+        for split in reversed(NAMES)
         for budget in plan.study.budget
-        if (table := lines(rows, part=part, budget=budget, base=base))
+        if (table := lines(rows, split=split, budget=budget, base=base))
     ]
     text = "".join(f"## {section.title}\n\n{markdown(section.found)}\n" for section in found)
     graphs = sorted({row["graph"] for row in rows})
@@ -71,13 +71,13 @@ def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
     write_atomic(out / "table.html", page)
 
 
-def _named(part: str, study: Study) -> str:
+def _named(split: str, study: Study) -> str:
     """A part of the data, and what the study makes of it where it has folds."""
     if study.folds is None:
-        return PARTS[part]
+        return NAMES[split]
     numbers, count = study.folds
     which = f"{count} folds" if len(numbers) == count else f"{len(numbers)} ({', '.join(map(str, numbers))}) of {count} folds"
-    return f"{PARTS[part]}, {which} of train, pooled" if part == "val" else f"{PARTS[part]}, mean over the nets of {which}"
+    return f"{NAMES[split]}, {which} of train, pooled" if split == "val" else f"{NAMES[split]}, mean over the nets of {which}"
 
 
 def _feeds(rows: Sequence[Result]) -> dict[str, list[str]]:

@@ -73,7 +73,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probing:
+class ProbeResults:
     """What was found."""
 
     data: Data
@@ -93,7 +93,7 @@ def probe(
     crops: Sequence[float] = (),
     images: int = IMAGES,
     progress: Progress | None = None,
-) -> Probing:
+) -> ProbeResults:
     """Judge nets by logistic regression on their frozen features, cross-validated within the images to learn from.
 
     `data`: a folder or a table (`data.kind: auto`), a recipe or its id. `starts`: nets, see `fgvc.studies.candidate.WRITE`,
@@ -115,7 +115,7 @@ def probe(
             strength = None
             for size in _sizes(candidate, sizes, notes):
                 for crop in crops or _crops(candidate, given):
-                    spec = candidate.spec.model_copy(update={"size": size, "crop_fraction": crop})
+                    spec = candidate.spec.model_copy(update={"size": size, "crop_pct": crop})
                     seen = _seen(candidate, spec, given, process.device, progress)
                     if not results:
                         given = _without(given, seen)
@@ -138,7 +138,7 @@ def probe(
             "\n".join([f"{candidates[0].name}: could not be tried, and is what the others are held against:", *notes])
         )
     results.sort(key=lambda result: (result.learned > 0, -result.accuracy))
-    return Probing(
+    return ProbeResults(
         data=given,
         results=tuple(results),
         first=candidates[0],
@@ -151,7 +151,7 @@ def probe(
 def _seen(
     candidate: Candidate, spec: Preprocess, data: Data, device: torch.device, progress: Progress | None
 ) -> Features:
-    what = f"{candidate.name}, {spec.size[0]} px, crop {spec.crop_fraction:g}"
+    what = f"{candidate.name}, {spec.size[0]} px, crop {spec.crop_pct:g}"
     return embedded(
         candidate.embed(device),
         data.index,
@@ -190,7 +190,7 @@ def _read(data: str, overrides: Sequence[str], images: int) -> Data:
     rows = learning
     if len(learning) > images:
         rows = learning[
-            stratified(index.labels[learning], images / len(learning), seed=recipe.data.split_seed, part="train")
+            stratified(index.labels[learning], images / len(learning), seed=recipe.data.split_seed, split="train")
         ]
     found = Data(
         given=data,
@@ -282,5 +282,5 @@ def _sizes(candidate: Candidate, sizes: Sequence[Size], notes: list[str]) -> lis
 
 def _crops(candidate: Candidate, data: Data) -> list[float]:
     """By default the net's own crop and the whole image; of a deployed stack that states its crop, that one."""
-    own = candidate.spec.crop_fraction
-    return [own] if data.recipe.deploy.crop_fraction is not None else list(dict.fromkeys([own, WHOLE]))
+    own = candidate.spec.crop_pct
+    return [own] if data.recipe.deploy.crop_pct is not None else list(dict.fromkeys([own, WHOLE]))

@@ -29,13 +29,13 @@ from fgvc.studies.study import Cell
 from fgvc.studies.table import pack
 from fgvc.training.trainer import train
 
-Part = Literal["val", "test"]
+ScoredSplit = Literal["val", "test"]
 Result = dict[str, Any]  # a line of runs.csv
-NEEDED = ("arm", "trial", "part", "epochs", "seed", "recipe", "cost")
+NEEDED = ("arm", "trial", "split", "epochs", "seed", "recipe", "cost")
 COUNTS = ("trial", "seed", "fold", "folds", "images", "epochs")
 WORDS = {
     "arm",
-    "part",
+    "split",
     "right",
     "floor_right",
     "no_maps",
@@ -100,10 +100,10 @@ def finished(cell: Cell, run: Path) -> bool:
     return (run / "ckpt" / "last").exists() and checkpoint.read_progress(run / "ckpt").finished
 
 
-def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -> Result:
+def measure(cell: Cell, run: Path, split: ScoredSplit, *, cost: float, localise: bool) -> Result:
     """A line about one run on one part. `cost`: of its training steps, over those of the base arm's run."""
     root = cell.recipe.data.root
-    found = evaluate(run, part, root=root)
+    found = evaluate(run, split, root=root)
     seen = subject(run, root=root)
     graph = contract(seen)
     row: Result = {
@@ -111,15 +111,15 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -
         "trial": cell.trial.number,
         "seed": cell.seed,
         **({} if cell.fold is None else {"fold": cell.fold[0], "folds": cell.fold[1]}),
-        "part": part,
+        "split": split,
         **{name: round(value, 6) for name, value in found.scores.numbers().items()},
         "right": pack(found.right),
     }
     if has_floor(run):
-        floor = evaluate(run, part, root=root, select="floor")
+        floor = evaluate(run, split, root=root, select="floor")
         row |= {"floor": round(floor.scores.top1, 6), "floor_right": pack(floor.right)}
     if localise and seen.index.boxes is not None and len(seen.index.rows("val")):
-        row |= _looked(run, part, root)
+        row |= _looked(run, split, root)
     facts = environment()
     return row | {
         "epochs": cell.epochs,
@@ -134,9 +134,9 @@ def measure(cell: Cell, run: Path, part: Part, *, cost: float, localise: bool) -
     }
 
 
-def _looked(run: Path, part: Part, root: Path) -> Result:
+def _looked(run: Path, split: ScoredSplit, root: Path) -> Result:
     try:
-        found = localize(run, part, root=root)
+        found = localize(run, split, root=root)
     except FgvcError as error:
         return {"no_maps": str(error)}
     shares = {} if found.parts is None else {"parts_10": found.parts.map[0], "parts_20": found.parts.map[1]}

@@ -23,7 +23,7 @@ from fgvc.runtime.bundle import read_json
 from fgvc.studies.cost import Cost, adopt_costs, hours, known, lengths, measured
 from fgvc.studies.identity import digest
 from fgvc.studies.page import write_tables
-from fgvc.studies.result import Part, Result, finished, measure, read_lines, trained
+from fgvc.studies.result import Result, ScoredSplit, finished, measure, read_lines, trained
 from fgvc.studies.study import Budget, Cell, Plan, cells
 from fgvc.studies.table import best_trials, fold_of
 
@@ -102,7 +102,7 @@ def adopt(plan: Plan, out: Path, table: Path) -> int:
     settings, whatever the arm was called there; returns how many runs there were. Lines of the test part are shown once
     `read_test` has chosen their runs. Where it has a run of the base, the costs of the arms are taken over, too, unless they
     are known here. Raises FgvcError where it is no such file."""
-    offered = [row for row in read_lines(table) if row["part"] in get_args(Part)]
+    offered = [row for row in read_lines(table) if row["split"] in get_args(ScoredSplit)]
     fitting: list[tuple[Cell, Result]] = []
     for trial in plan.trials:
         try:
@@ -115,9 +115,9 @@ def adopt(plan: Plan, out: Path, table: Path) -> int:
     _claim(plan, out)
     if plan.base.name in epoch:
         adopt_costs(plan, out, {name: cost / epoch[plan.base.name] for name, cost in epoch.items()})
-    wanted = [(cell, row) for cell, row in fitting if cell.seed in plan.study.seeds and cell.fold in plan.study.parts]
+    wanted = [(cell, row) for cell, row in fitting if cell.seed in plan.study.seeds and cell.fold in plan.study.each_fold]
     for cell, row in wanted:
-        if not (path := _result(out, cell, row["part"])).is_file():
+        if not (path := _result(out, cell, row["split"])).is_file():
             named = {"arm": cell.trial.arm, "trial": cell.trial.number, "settings": cell.trial.overrides}
             write_atomic(path, as_json(row | named))
     return len({cell.name for cell, _ in wanted})
@@ -185,8 +185,8 @@ def _rows(plan: Plan, out: Path) -> list[Result]:
     found = []
     costs = known(plan, out)
     for cell in cells(plan, lengths(plan, costs)):
-        for part in get_args(Part):
-            path = _result(out, cell, part)
+        for split in get_args(ScoredSplit):
+            path = _result(out, cell, split)
             if not path.is_file():
                 continue
             row = read_json(path, dict)
@@ -195,17 +195,17 @@ def _rows(plan: Plan, out: Path) -> list[Result]:
                     f"{path}: this result is of other settings than the study has now; choose another --out or another name "
                     f"for the arm, or remove it and {out / 'runs' / cell.name}"
                 )
-            budgets = cell.budgets if part == "val" else tested.get(cell.name, {}).get("budgets", ())
+            budgets = cell.budgets if split == "val" else tested.get(cell.name, {}).get("budgets", ())
             if cell.trial.name in costs:  # over the base of this study, whoever wrote the line
                 row |= {"cost": round(_whole(plan, cell, costs), 4)}
             found += [row | {"budget": "+".join(budgets)}] if budgets else []
     return found
 
 
-def _measure(plan: Plan, out: Path, cell: Cell, part: Part, costs: dict[str, Cost]) -> None:
+def _measure(plan: Plan, out: Path, cell: Cell, split: ScoredSplit, costs: dict[str, Cost]) -> None:
     whole = _whole(plan, cell, costs)
-    row = measure(cell, out / "runs" / cell.name, part, cost=whole, localise=plan.study.localise)
-    write_atomic(_result(out, cell, part), as_json(row))
+    row = measure(cell, out / "runs" / cell.name, split, cost=whole, localise=plan.study.localise)
+    write_atomic(_result(out, cell, split), as_json(row))
 
 
 def _whole(plan: Plan, cell: Cell, costs: Mapping[str, Cost]) -> float:
@@ -255,8 +255,8 @@ def _wanted(plan: Plan, arms: Sequence[str], seeds: Sequence[int]) -> Callable[[
     return wanted
 
 
-def _result(out: Path, cell: Cell, part: Part) -> Path:
-    return out / "results" / f"{cell.name}.{part}.json"
+def _result(out: Path, cell: Cell, split: ScoredSplit) -> Path:
+    return out / "results" / f"{cell.name}.{split}.json"
 
 
 def _say(text: str) -> None:

@@ -29,7 +29,7 @@ from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import export_onnx
 from fgvc.exporting.prove import MAX_IMAGES, prove
 from fgvc.models.backbone import deployed, memory_format, plain_model
-from fgvc.models.class_maps import Mapper, Method, refusal
+from fgvc.models.class_maps import ClassMapper, Method, refusal
 from fgvc.models.weights import load_weights
 from fgvc.runs.build import build_net
 from fgvc.runs.distributed import runtime
@@ -118,7 +118,7 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
             with runtime(train) as process, ExitStack() as stack:
                 sessions = [stack.enter_context(open_session(arm, process, teachers="to time")) for arm in arms]
                 steps = [step_on_one_batch(session) for session in sessions]
-                passed = count_images(sessions[0].step.net, *sessions[0].step.joints.average)
+                passed = count_images(sessions[0].step.net, *sessions[0].step.attachments.average)
                 name = f"step: {kind or 'plain'} / plain ({_about(recipe)})"
                 ratio = interleaved(name, steps[0], steps[1], pairs=pairs)
                 asked = _bench_teachers(sessions[0], steps[1], pairs=pairs)
@@ -139,7 +139,7 @@ def _bench_teachers(session: Session, plain: Callable[[], None], *, pairs: int) 
     batch = to_batch(next(session.loader.epoch(0)), session.normalise, session.train_size)
     return [
         interleaved(f"teacher: {one.name} / plain step", partial(one, batch.x, batch.finest), plain, pairs=pairs)
-        for one in session.step.joints.teachers
+        for one in session.step.attachments.teachers
         if one.size is not None
     ]
 
@@ -157,7 +157,7 @@ def bench_maps(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
             features = net.forward_features(batch.x)  # type: ignore[operator]
         for method in get_args(Method):
             if refusal(net, recipe.image.size, method) is None:
-                make = partial(Mapper(net), features, batch.target, method, batch.x.shape[2:])
+                make = partial(ClassMapper(net), features, batch.target, method, batch.x.shape[2:])
                 name = f"map: {method} / plain step ({_about(recipe)})"
                 found.append(interleaved(name, make, step, pairs=pairs))
     return found
@@ -234,7 +234,7 @@ def write_csv(path: Path, ratios: Sequence[Ratio]) -> None:
 def step_on_one_batch(session: Session) -> Callable[[], None]:
     """The run's own step, on one batch that is held; what is scheduled is at half of its way, and what is drawn for a step is
     drawn anew for each."""
-    raw = list(islice(session.loader.epoch(0), session.recipe.train.accumulate))
+    raw = list(islice(session.loader.epoch(0), session.recipe.train.grad_accum_steps))
     quiet = Events(Path(), session.recipe.log, active=False)
     session.progress.epoch = session.recipe.train.epochs // 2
     numbers = cycle(range(session.total_steps // 2, session.total_steps))
@@ -248,7 +248,7 @@ def step_on_one_batch(session: Session) -> Callable[[], None]:
 
 def _bare_step(session: Session, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
     recipe, device = session.recipe, session.runtime.device
-    if recipe.train.accumulate > 1 or session.runtime.world > 1:
+    if recipe.train.grad_accum_steps > 1 or session.runtime.world > 1:
         raise FgvcError("bench: the bare step has no accumulation and one process")
     if recipe.optim.sam is not None or recipe.loss.kind != "cross_entropy":
         raise FgvcError("bench: the bare step knows neither SAM nor other losses than cross-entropy")

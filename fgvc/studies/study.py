@@ -70,13 +70,13 @@ class Study(Section):
     def _of_several(cls, folds: tuple[tuple[int, ...], int] | None) -> tuple[tuple[int, ...], int] | None:
         if folds is None:
             return None
-        parts, count = folds
-        if count < 2 or not parts or len(set(parts)) < len(parts) or not 0 <= min(parts) <= max(parts) < count:
+        numbers, count = folds
+        if count < 2 or not numbers or len(set(numbers)) < len(numbers) or not 0 <= min(numbers) <= max(numbers) < count:
             raise ValueError("how many there are, 2 or more, or [numbers, how many], such as 5 or [[0, 1], 5]; each number once")
         return folds
 
     @property
-    def parts(self) -> tuple[Fold | None, ...]:
+    def each_fold(self) -> tuple[Fold | None, ...]:
         """What `data.fold` is in turn; None: as the recipe has it."""
         return (None,) if self.folds is None else tuple((number, self.folds[1]) for number in self.folds[0])
 
@@ -164,8 +164,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        part = "" if self.fold is None else f"-f{self.fold[0]}of{self.fold[1]}"
-        return f"{self.trial.name}-{self.epochs}e-s{self.seed}{part}"
+        fold = "" if self.fold is None else f"-f{self.fold[0]}of{self.fold[1]}"
+        return f"{self.trial.name}-{self.epochs}e-s{self.seed}{fold}"
 
     @property
     def recipe(self) -> Recipe:
@@ -192,7 +192,7 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
             if study.folds is not None:
                 if section(tree, ("data",)).get("fold") is not None:
                     raise FgvcError(f"{path}: arms.{arm}: data.fold says what validates, as the study's folds do; leave it out")
-                merge(tree, {"data.fold": study.parts[0]})
+                merge(tree, {"data.fold": study.each_fold[0]})
             recipe = decide(validate(Recipe, tree, where=f"{path}: arms.{arm}", overrides=given))
             # An epoch that validation chose is judged too well by it: the more epochs, the better.
             ends = recipe.model_copy(update={"select": recipe.select or recipe.end})
@@ -206,7 +206,7 @@ def cells(plan: Plan, epochs: Mapping[tuple[str, Budget], int]) -> list[Cell]:
     """The runs of all trials that `epochs` knows under a budget, seed by seed and fold by fold, so that every arm has one before
     any has two."""
     found = []
-    for seed, fold, trial in product(plan.study.seeds, plan.study.parts, plan.trials):
+    for seed, fold, trial in product(plan.study.seeds, plan.study.each_fold, plan.trials):
         lengths: dict[int, list[Budget]] = {}
         for budget in plan.study.budget:
             if (trial.name, budget) in epochs:

@@ -68,11 +68,11 @@ class Line:
     graphs: tuple[str, ...]  # SHA-256 of the exported graphs: one, where the contract holds in every run
 
 
-def lines(rows: Iterable[Row], *, part: str, budget: str, base: str | None = None) -> list[Line]:
+def lines(rows: Iterable[Row], *, split: str, budget: str, base: str | None = None) -> list[Line]:
     """The table of one part and budget. `base`: an arm's name, by default the first row's. Arms keep the order of the rows."""
     meant = [row for row in rows if budget in str(row["budget"]).split("+")]
     tried = {arm: len(trials) for arm, trials in _by_arm(meant).items()}
-    chosen = _by_arm(row for row in meant if row["part"] == part)
+    chosen = _by_arm(row for row in meant if row["split"] == split)
     if not chosen:
         return []
     first = base or next(iter(chosen))
@@ -110,7 +110,7 @@ def _line(
 
 def of_floor(runs: Sequence[Row]) -> list[Row]:
     """The same runs by what their floor says of the same images, where they have one; nothing else of it is measured."""
-    kept = ("arm", "trial", "seed", "fold", "folds", "part", "images")
+    kept = ("arm", "trial", "seed", "fold", "folds", "split", "images")
     return [
         {key: row[key] for key in kept if key in row}
         | {"top1": row["floor"], "right": row.get("floor_right", ""), "settings": "", "epochs": 0, "cost": 0, "graph": ""}
@@ -121,7 +121,7 @@ def of_floor(runs: Sequence[Row]) -> list[Row]:
 
 def best_trials(rows: Iterable[Row], *, budget: str) -> dict[str, int]:
     """Arm -> the trial of the highest mean top-1 on validation under a budget; of equals the first."""
-    return {line.arm: line.trial for line in lines(rows, part="val", budget=budget)}
+    return {line.arm: line.trial for line in lines(rows, split="val", budget=budget)}
 
 
 def fold_of(row: Row) -> tuple[int, int] | None:
@@ -139,7 +139,7 @@ def pooled(runs: Sequence[Row]) -> list[Row]:
         images = [int(float(row["images"])) for row in own]
         known = [key for key in ("top1", *MEASURED) if all(row.get(key) not in (None, "") for row in own)]
         means = {key: float(np.average([float(row[key]) for row in own], weights=images)) for key in known}
-        found.append({**own[0], **means, "images": sum(images) if own[0]["part"] == "val" else max(images)})
+        found.append({**own[0], **means, "images": sum(images) if own[0]["split"] == "val" else max(images)})
     return found
 
 
@@ -207,7 +207,7 @@ def _over_images(pairs: Sequence[tuple[Row, Row]]) -> Interval | None:
         a, b = _unpack(row), _unpack(other)
         if a is None or b is None or len(a) != len(b):
             return None
-        apart.setdefault(fold_of(row) if row["part"] == "val" else None, []).append(a - b)
+        apart.setdefault(fold_of(row) if row["split"] == "val" else None, []).append(a - b)
     if any(len({len(one) for one in own}) > 1 for own in apart.values()):
         return None
     images = np.concatenate([np.mean(own, axis=0) for own in apart.values()])

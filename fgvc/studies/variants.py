@@ -15,9 +15,9 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
 from fgvc.evaluation.agreement import FP16, INT8, Agreement, Bars, agree
 from fgvc.evaluation.calibration import measure, spread
-from fgvc.exporting.prove import Proven
+from fgvc.exporting.prove import ProvedExport
 from fgvc.exporting.quantize import LOWEST_OPSET, Int8, opset_of
-from fgvc.exporting.variant import Made, make_fp16, make_int8
+from fgvc.exporting.variant import VariantFile, make_fp16, make_int8
 from fgvc.report.agreement import agreement_page
 from fgvc.runs.measured import leave
 from fgvc.runs.subject import Answers, Subject, onnx_answers
@@ -47,10 +47,10 @@ class Variants:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beside:
+class SmallerFile:
     """A smaller file that passed. `section`: of contract.json."""
 
-    made: Made
+    made: VariantFile
     agreement: Agreement
     section: Mapping[str, Any]
 
@@ -60,8 +60,8 @@ class Beside:
 
 
 def make_variants(
-    seen: Subject, proven: Proven, wanted: Variants, calibration: Calibration | None = None
-) -> list[Beside]:
+    seen: Subject, proven: ProvedExport, wanted: Variants, calibration: Calibration | None = None
+) -> list[SmallerFile]:
     """The files that are wanted, each compared with the float file on the validation part, or on train where there is none.
 
     On up to 10,000 images; of validation with the calibration error that each has by the bundle's temperature; without those
@@ -75,12 +75,12 @@ def make_variants(
         made.append((make_fp16(*proven.plain), FP16))
     if not made:
         return []
-    part: Split = "val" if len(seen.index.rows("val")) else "train"
-    known = _ask(seen, proven.model, spread(seen.rows(part), len(seen.classes)))
-    return [_judge(seen, one, known, part, _bars(bars, wanted.agreement), calibration) for one, bars in made]
+    split: Split = "val" if len(seen.index.rows("val")) else "train"
+    known = _ask(seen, proven.model, spread(seen.rows(split), len(seen.classes)))
+    return [_judge(seen, one, known, split, _bars(bars, wanted.agreement), calibration) for one, bars in made]
 
 
-def left_out(proven: Proven, wanted: Variants) -> dict[str, str]:
+def left_out(proven: ProvedExport, wanted: Variants) -> dict[str, str]:
     """The wanted files that the deployed opset does not allow, and why."""
     opset = opset_of(proven.plain[0].proto)
     if wanted.int8 is None or opset >= LOWEST_OPSET:
@@ -89,13 +89,13 @@ def left_out(proven: Proven, wanted: Variants) -> dict[str, str]:
 
 
 def _judge(
-    seen: Subject, made: Made, known: Answers, part: Split, bars: Bars, calibration: Calibration | None
-) -> Beside:
+    seen: Subject, made: VariantFile, known: Answers, split: Split, bars: Bars, calibration: Calibration | None
+) -> SmallerFile:
     said = _ask(seen, made.model, known.rows)
     if wild := int((~np.isfinite(said.logits).all(1)).sum()):
-        reason = f"gives logits that are no numbers (NaN or infinite) for {wild} of {len(said.rows)} {part} images"
+        reason = f"gives logits that are no numbers (NaN or infinite) for {wild} of {len(said.rows)} {split} images"
         raise FgvcError(f"model.{made.variant}.onnx is refused:\n  {reason}\n{ADVICE[made.variant]}")
-    found = agree(known.rows, known.labels, known.logits, said.logits, part=part)
+    found = agree(known.rows, known.labels, known.logits, said.logits, split=split)
     failed = found.failed(bars)
     page = f"reports/{made.variant}.html"
     stored = leave(seen.run, {page: agreement_page(seen.index, made, found, bars, failed)})
@@ -107,18 +107,18 @@ def _judge(
         **made.contract,
         "agreement": {
             **found.numbers(),
-            **_errors(known, said, part, calibration),
+            **_errors(known, said, split, calibration),
             "bars": {"agreement": bars.agreement, "loss": bars.loss},
             "differing": len(found.differing),
             "worst_images": _listed(seen, found),
         },
     }
-    return Beside(made=made, agreement=found, section=section)
+    return SmallerFile(made=made, agreement=found, section=section)
 
 
-def _errors(known: Answers, said: Answers, part: Split, calibration: Calibration | None) -> dict[str, float]:
+def _errors(known: Answers, said: Answers, split: Split, calibration: Calibration | None) -> dict[str, float]:
     """Calibration error of the float file and of the smaller one, by the one temperature that the bundle has for both."""
-    if calibration is None or calibration.fitted_on != part:
+    if calibration is None or calibration.fitted_on != split:
         return {}
     sides = {"ece_float": known, "ece": said}
     return {name: measure(one.logits, one.labels, calibration).after.ece for name, one in sides.items()}

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fgvc.config.schedule import Scheduled
 from fgvc.errors import FgvcError
+from fgvc.io.names import nearest
 from fgvc.models.target import Target
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Output:
     view: View
     features: Tensor  # (V,C,h,w) or the backbone's own layout: output of forward_features
     logits: Tensor  # (V,K)
-    taps: Mapping[str, Tensor] = field(default_factory=dict)  # the taps that techniques asked for, this view's rows
+    hooked: Mapping[str, Tensor] = field(default_factory=dict)  # what the modules that techniques hook gave, this view's rows
     mapper: Callable[[Tensor, Target, Any, Sequence[int]], Tensor] = _no_maps  # that network's fgvc.models.class_maps.Mapper
     _maps: dict[str, Tensor] = field(default_factory=dict)
 
@@ -135,12 +135,12 @@ class Technique:
         super().__init_subclass__(**options)
         for name, value in vars(cls).items():
             if callable(value) and not name.startswith("_") and not hasattr(Technique, name):
-                near = get_close_matches(name, HOOKS, n=1, cutoff=0.5)
+                near = nearest(name, HOOKS)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(HOOKS)}"
                 raise TypeError(f"{cls.__name__}.{name}: no hook of a technique; {hint} What is its own begins with _")
 
     def setup(self, plan: Plan) -> None:
-        """Once, when the net is built: taps, gates, added modules, grafts, notes for the user. Raises FgvcError, naming the
+        """Once, when the net is built: hooks, gates, added and replaced modules, notes for the user. Raises FgvcError, naming the
         technique, where this backbone or input can't have it."""
 
     def before_epoch(self, start: EpochStart) -> None:

@@ -9,20 +9,20 @@ from torch import nn
 
 from fgvc.errors import FgvcError
 from fgvc.reparam.block import Branched, refusal
-from fgvc.reparam.graft import Block
+from fgvc.reparam.replace import Block
 from fgvc.techniques.plan import Plan
-from fgvc.techniques.settings import Where
+from fgvc.techniques.settings import ConvSelection
 
 SHOWN = 4  # names listed of those left alone for one reason
 
 
 def graft_chosen(
-    plan: Plan, where: Where, make: Callable[[nn.Conv2d, nn.Module | None], Branched], *, smallest: int = 3
+    plan: Plan, where: ConvSelection, make: Callable[[nn.Conv2d, nn.Module | None], Branched], *, smallest: int = 3
 ) -> None:
     """Graft what `make` gives onto every convolution that is chosen and can be folded back, and note all others.
 
     `make` takes the convolution and the batch norm behind it. `smallest`: the least side of a kernel. Raises FgvcError
-    where a pattern fits no convolution, nothing can be grafted, or another technique was there first.
+    where a pattern fits no convolution, nothing can be replaced, or another technique was there first.
     """
     names = [site.name for site in plan.sites] + list(plan.refused)
     chosen = _chosen(plan.kind, where, names)
@@ -38,7 +38,7 @@ def graft_chosen(
             left[site.name] = reason
             continue
         block = make(conv, plan.module(site.norm) if site.norm else None)  # type: ignore[arg-type]
-        plan.graft(site, block)
+        plan.replace(site, block)
         grown.setdefault(", ".join(block.branches), []).append(site.name)
     if not grown:
         raise FgvcError(
@@ -51,7 +51,7 @@ def graft_chosen(
         plan.note(f"left alone: {line}")
 
 
-def _chosen(kind: str, where: Where, names: list[str]) -> set[str]:
+def _chosen(kind: str, where: ConvSelection, names: list[str]) -> set[str]:
     for key, patterns in (("include", where.include), ("exclude", where.exclude)):
         for pattern in patterns:
             if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):

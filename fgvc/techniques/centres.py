@@ -10,7 +10,7 @@ from fgvc.techniques.plan import Context
 from fgvc.techniques.ranks import gathered
 
 
-class Noted:
+class FeatureBuffer:
     """The features of one step and their labels, those of all its parts, until what follows them moves."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a technique may touch the network, and nowhere else: tap, gate, add, graft (docs/design.md).
+"""Where a technique may touch the network, and nowhere else: hook, gate, add, replace (docs/design.md).
 
 `Plan` is offered during setup only; `Context` gives the services of one step. Both are scoped to one technique.
 """
@@ -18,7 +18,7 @@ from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map, modules_behind, scale_cells, zeros_through
 from fgvc.models.class_maps import Method, evaluating, refusal
 from fgvc.models.norms import own_statistics
-from fgvc.reparam.graft import Site, find_sites, graft
+from fgvc.reparam.replace import Site, find_sites, replace_conv
 from fgvc.techniques.api import Batch, Draws, Output
 from fgvc.techniques.distill.settings import AnyTeacher
 from fgvc.techniques.distill.teacher import Teacher
@@ -28,18 +28,18 @@ Gate = Callable[[Tensor, "Context"], Tensor]
 
 
 @dataclass(slots=True)
-class Joints:
+class Attachments:
     """What all techniques together asked for: read by the step, stripped at export."""
 
     net: nn.Module
     size: tuple[int, int]
     branches: nn.ModuleDict = field(default_factory=nn.ModuleDict)  # by technique; never inside the backbone
-    taps: set[str] = field(default_factory=set)  # module names
+    hooked: set[str] = field(default_factory=set)  # module names
     gates: list[tuple[str, str, Gate]] = field(default_factory=list)  # technique, module name, gate
     notes: list[str] = field(default_factory=list)
-    recompute: bool = False  # activation checkpointing is on
+    grad_checkpointing: bool = False  # activation checkpointing is on
     render: float = 1.0  # side of the rendered images in units of the network's input
-    opener: Callable[[AnyTeacher, Joints], Teacher] | None = None  # None: the net is only rebuilt, nobody learns
+    opener: Callable[[AnyTeacher, Attachments], Teacher] | None = None  # None: the net is only rebuilt, nobody learns
     teachers: list[Teacher] = field(default_factory=list)  # of all techniques, as they were opened
     average: list[nn.Module] = field(default_factory=list)  # the moving average, once there is one
     refusals: dict[Method, str | None] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Joints:
     _shapes: tuple[tuple[int, int, int], int] | None = None
 
     def sites(self) -> tuple[list[Site], dict[str, str]]:
-        """Found once, on the plain net: later grafts do not hide sites from each other."""
+        """Found once, on the plain net: replacing one does not hide sites from each other."""
         if self._sites is None:
             self._sites = find_sites(self.net, self.size)
         return self._sites
@@ -64,42 +64,42 @@ class Joints:
 class Plan:
     """The setup-time view that one technique has of the network. Every refusal is an FgvcError that names the technique."""
 
-    def __init__(self, kind: str, joints: Joints) -> None:
-        self.kind, self._joints = kind, joints
+    def __init__(self, kind: str, attachments: Attachments) -> None:
+        self.kind, self._attachments = kind, attachments
 
     @property
     def sites(self) -> list[Site]:
         """Convolutions that can be replaced and folded back."""
-        return self._joints.sites()[0]
+        return self._attachments.sites()[0]
 
     @property
     def refused(self) -> dict[str, str]:
         """Convolutions that can't, and why."""
-        return self._joints.sites()[1]
+        return self._attachments.sites()[1]
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the input in pixels."""
-        return self._joints.size
+        return self._attachments.size
 
     @property
     def classes(self) -> int:
-        return int(self._joints.net.num_classes)  # type: ignore[arg-type]
+        return int(self._attachments.net.num_classes)  # type: ignore[arg-type]
 
     @property
     def map_shape(self) -> tuple[int, int, int]:
         """(C,h,w) of what `Context.grid` gives. Raises FgvcError where the features are no map."""
-        return self._joints.shapes()[0]
+        return self._attachments.shapes()[0]
 
     @property
     def pooled_width(self) -> int:
         """D of what `Context.pooled` gives."""
-        return self._joints.shapes()[1]
+        return self._attachments.shapes()[1]
 
     def module(self, name: str) -> nn.Module:
         """A module of the net. Raises FgvcError where there is none of that name."""
         try:
-            return self._joints.net.get_submodule(name)
+            return self._attachments.net.get_submodule(name)
         except AttributeError as error:
             raise FgvcError(f"techniques.{self.kind}: this backbone has no module {name!r}") from error
 
@@ -110,7 +110,7 @@ class Plan:
         """
         if number == FEATURES:
             return FEATURES
-        info = list(getattr(self._joints.net, "feature_info", None) or [])
+        info = list(getattr(self._attachments.net, "feature_info", None) or [])
         if not -len(info) <= number < len(info):
             raise FgvcError(f"techniques.{self.kind}: stage {number}: this backbone has {len(info)} stages")
         name = str(info[number]["module"])
@@ -125,7 +125,7 @@ class Plan:
     def stage_channels(self, number: int) -> int:
         """Channels of a `feature_info` stage's output."""
         self.stage(number)
-        return int(list(self._joints.net.feature_info)[number]["num_chs"])  # type: ignore[arg-type]
+        return int(list(self._attachments.net.feature_info)[number]["num_chs"])  # type: ignore[arg-type]
 
     def shape_at(self, module: str) -> tuple[int, int, int]:
         """(C,h,w) of what `Context.grid` makes of this module's output, or of FEATURES. Raises FgvcError where that is no map."""
@@ -135,19 +135,19 @@ class Plan:
 
     def _map(self, module: str, f: Tensor) -> Tensor:
         try:
-            return feature_map(self._joints.net, f, self.size)
+            return feature_map(self._attachments.net, f, self.size)
         except FgvcError as error:
             raise FgvcError(f"techniques.{self.kind}: {module}: {error}") from error
 
     def norms_after(self, module: str) -> int:
         """Batch norms that come behind a module, in the order of registration."""
-        behind = modules_behind(self._joints.net, module)
+        behind = modules_behind(self._attachments.net, module)
         return sum(isinstance(other, nn.modules.batchnorm._BatchNorm) for other in behind)
 
     def cells(self, stage: int | Literal["features"]) -> str:
         """The name of a stage, or FEATURES, for a gate on the cells of its map. Raises FgvcError where these are no map, or
         the classifier does not read them."""
-        name, net = self.stage(stage), self._joints.net
+        name, net = self.stage(stage), self._attachments.net
         with torch.enable_grad(), self._noise_through(name) as (f, features):
             self.need_cells(self._map(name, f).shape[2:])
             read = net.forward_head(features, pre_logits=True)  # type: ignore[operator]
@@ -178,7 +178,7 @@ class Plan:
     @contextmanager
     def _noise_through(self, module: str) -> Iterator[tuple[Tensor, Tensor]]:
         """What this module (or forward_features) gives for two images of noise in eval mode, and the features."""
-        net, seen = self._joints.net, []
+        net, seen = self._attachments.net, []
         hooked = [] if module == FEATURES else [self.module(module)]
         handles = [part.register_forward_hook(lambda _m, _x, f: seen.append(f)) for part in hooked]
         rng, weight = torch.Generator().manual_seed(0), next(net.parameters())
@@ -193,21 +193,21 @@ class Plan:
                 raise FgvcError(f"techniques.{self.kind}: this backbone's forward never calls {module!r}")
             yield (seen[0] if hooked else features), features
 
-    def tap(self, module: str) -> None:
-        """Record this module's output in every forward: `Output.taps[module]`."""
+    def hook(self, module: str) -> None:
+        """Record this module's output in every forward: `Output.hooked[module]`."""
         self.module(module)
-        self._joints.taps.add(module)
+        self._attachments.hooked.add(module)
 
     def gate(self, module: str, gate: Gate) -> None:
         """Change this module's output, or that of forward_features (FEATURES), in train mode, for the views that are gated;
         identity in eval mode."""
         if module != FEATURES:
             self.module(module)
-        self._joints.gates.append((self.kind, module, gate))
+        self._attachments.gates.append((self.kind, module, gate))
 
     def add(self, name: str, module: nn.Module) -> None:
         """A training-only module, later `ctx.branches[name]`."""
-        branches = self._joints.branches
+        branches = self._attachments.branches
         own = branches[self.kind] if self.kind in branches else nn.ModuleDict()
         branches[self.kind] = own
         own.add_module(name, module)
@@ -217,34 +217,34 @@ class Plan:
         FgvcError where this backbone has none."""
         self.need_cells(self.map_shape[1:])
         for wanted in ("cam", "gradcam") if method == "auto" else (method,):
-            if wanted not in self._joints.refusals:
-                self._joints.refusals[wanted] = refusal(self._joints.net, self.size, wanted)
-            if (reason := self._joints.refusals[wanted]) is None:
+            if wanted not in self._attachments.refusals:
+                self._attachments.refusals[wanted] = refusal(self._attachments.net, self.size, wanted)
+            if (reason := self._attachments.refusals[wanted]) is None:
                 return wanted
         raise FgvcError(f"techniques.{self.kind}: no {method} map: {reason}")
 
     def render(self, scale: float) -> None:
         """Have the crops rendered at this many times the input's side or more: `Batch.render`."""
-        self._joints.render = max(self._joints.render, scale)
+        self._attachments.render = max(self._attachments.render, scale)
 
     def teachers(self, wanted: Sequence[AnyTeacher]) -> list[Teacher]:
         """Networks to learn from, opened; none where a trained net is only rebuilt, for which they may be gone. Raises
         FgvcError for one that is not there, or can't teach these classes."""
-        opener = self._joints.opener
+        opener = self._attachments.opener
         try:
-            found = [] if opener is None else [opener(one, self._joints) for one in wanted]
+            found = [] if opener is None else [opener(one, self._attachments) for one in wanted]
         except FgvcError as error:
             raise FgvcError(f"techniques.{self.kind}.teachers: {error}") from error
-        self._joints.teachers += found
+        self._attachments.teachers += found
         return found
 
-    def graft(self, site: Site, block: nn.Module) -> None:
+    def replace(self, site: Site, block: nn.Module) -> None:
         """Replace a convolution by a block that folds back into it."""
-        graft(self._joints.net, site, block)
+        replace_conv(self._attachments.net, site, block)
 
     def note(self, text: str) -> None:
         """One line for the user: what was done, what was left alone."""
-        self._joints.notes.append(f"{self.kind}: {text}")
+        self._attachments.notes.append(f"{self.kind}: {text}")
 
 
 def _no_probe(of: str) -> Output:
@@ -283,7 +283,7 @@ class Context:
 
 def context_of(
     kind: str,
-    joints: Joints,
+    attachments: Attachments,
     draws: Draws,
     probe: Callable[[str], Output] = _no_probe,
     batch: Batch | None = None,
@@ -292,12 +292,12 @@ def context_of(
     again: bool = False,
 ) -> Context:
     """`size`: of the images (height, width); None: the batch's, or where there is none, that of the plan."""
-    branches = dict(joints.branches[kind].named_children()) if kind in joints.branches else {}
-    size = size or (joints.size if batch is None else batch.x.shape[2:])
+    branches = dict(attachments.branches[kind].named_children()) if kind in attachments.branches else {}
+    size = size or (attachments.size if batch is None else batch.x.shape[2:])
 
     def head(features: Tensor, *, pre_logits: bool = False) -> Tensor:
-        with own_statistics(joints.net, recompute=joints.recompute):
-            return cast("Tensor", joints.net.forward_head(features, pre_logits=pre_logits))  # type: ignore[operator]
+        with own_statistics(attachments.net, recompute=attachments.grad_checkpointing):
+            return cast("Tensor", attachments.net.forward_head(features, pre_logits=pre_logits))  # type: ignore[operator]
 
     return Context(
         draw=draws.of.get(kind),
@@ -305,10 +305,10 @@ def context_of(
         branches=branches,
         head=head,
         pooled=partial(head, pre_logits=True),
-        grid=partial(feature_map, joints.net, size=size),
+        grid=partial(feature_map, attachments.net, size=size),
         probe=probe,
         batch=batch,
-        scaled=partial(scale_cells, joints.net),
+        scaled=partial(scale_cells, attachments.net),
         again=again,
         state=draws.state.setdefault(kind, {}),
     )

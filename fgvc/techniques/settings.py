@@ -64,7 +64,7 @@ Stages = Annotated[
 OfflineMethod = Literal["GradCAM", "GradCAMPlusPlus", "HiResCAM", "XGradCAM", "LayerCAM"]  # as AE-PSL's recipes say it
 
 
-class Where(TechniqueSettings):
+class ConvSelection(TechniqueSettings):
     """Convolutions by their names in the timm net."""
 
     include: tuple[str, ...] = Field(

@@ -29,7 +29,7 @@ LOADING = ("torch", "albumentations", "numpy", "pillow")
 def epoch_start(session: Session, out: Path, events: Events, *, stop: threading.Event) -> EpochStart:
     """What techniques may use before an epoch. Once `stop` is set, making maps ends with KeyboardInterrupt."""
     spec, progress = session.preprocess, session.progress
-    whole = spec.model_copy(update={"resize": "squash", "crop_fraction": 1.0})
+    whole = spec.model_copy(update={"resize": "squash", "crop_pct": 1.0})
     rgb = [round(255 * mean / spec.input_range) for mean in spec.mean]
     red, green, blue = rgb[::-1] if spec.channel_order == "bgr" else rgb
 
@@ -73,7 +73,7 @@ def _replays(session: Session) -> str | None:
     files = stamps(session.index, session.index.rows("train"))
     settings = recipe.model_dump(mode="json", include={"data", "deploy", "image", "augment", "cache"})
     facts = [
-        __version__, settings, recipe.train.seed, session.step.joints.render, session.train_size, files,
+        __version__, settings, recipe.train.seed, session.step.attachments.render, session.train_size, files,
         session.preprocess.model_dump(mode="json"), {name: installed(name) for name in LOADING},
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

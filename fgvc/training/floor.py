@@ -132,7 +132,7 @@ def head_of(net: nn.Module, floor: Floor) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class FloorComparison:
     """A run's result beside its floor, on the images of its validation part that both could read."""
 
     pair: Paired  # A: the floor, B: what the run ships
@@ -167,7 +167,7 @@ def _mend(recipe: Recipe) -> str:
     return "a lower optim.lr keeps more of what the frozen net knows"
 
 
-def standing(out: Path, recipe: Recipe) -> Standing | None:
+def standing(out: Path, recipe: Recipe) -> FloorComparison | None:
     """What the weights that a run ships gained over its floor on validation, by the answers that its checkpoints hold: nothing is
     computed anew. None where it has no floor, no validation part, or its checkpoints are of an earlier fgvc."""
     try:
@@ -180,4 +180,4 @@ def standing(out: Path, recipe: Recipe) -> Standing | None:
         return None
     ours, theirs, labels = floor["answers"].numpy(), result.numpy(), floor["labels"].numpy()
     _, a, b = np.intersect1d(ours[0], theirs[0], return_indices=True)
-    return Standing(compare_answers(labels[a], ours[1, a], theirs[1, b]), state.progress.step) if len(a) else None
+    return FloorComparison(compare_answers(labels[a], ours[1, a], theirs[1, b]), state.progress.step) if len(a) else None

@@ -48,8 +48,8 @@ def forecast(recipe: Recipe) -> Forecast:
     rows = len(index.rows("train"))
     with runtime(recipe.train) as process:
         recipe = recipe.model_copy(update={"train": recipe.train.fitting(rows, process.world)})
-        micro = recipe.train.batch_size // (process.world * recipe.train.accumulate)
-        steps_per_epoch = rows // (micro * process.world) // recipe.train.accumulate
+        micro = recipe.train.batch_size // (process.world * recipe.train.grad_accum_steps)
+        steps_per_epoch = rows // (micro * process.world) // recipe.train.grad_accum_steps
         if not steps_per_epoch:
             raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {rows} training images")
         steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.last_step)
@@ -65,7 +65,7 @@ def forecast(recipe: Recipe) -> Forecast:
         step.train()
         optimizer, _ = build_optimizer(step, recipe, starts=first_weights(built, recipe))
         y = torch.arange(micro, device=process.device) % len(index.classes)
-        passed = count_images(step.net, *step.joints.average)
+        passed = count_images(step.net, *step.attachments.average)
         seconds = []
         for number, progress in enumerate([0.0, *((at + 0.5) / STEPS for at in range(STEPS))]):
             size = recipe.image.train_size(progress)
@@ -87,7 +87,7 @@ def forecast(recipe: Recipe) -> Forecast:
             optimizer.zero_grad(set_to_none=True)
             if process.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - started) * recipe.train.accumulate)
+            seconds.append((time.perf_counter() - started) * recipe.train.grad_accum_steps)
         mean = statistics.mean(seconds[1:])  # the first one sets up kernels and the optimizer
         return Forecast(
             images={split: len(index.rows(split)) for split in ("train", "val", "test")},
@@ -98,7 +98,7 @@ def forecast(recipe: Recipe) -> Forecast:
             hours=mean * steps / 3600,
             peak_bytes=_peak(process.device),
             techniques={kind: technique.forwards for kind, technique in step.techniques.items()},
-            notes=(*built.weights.doubts, *step.joints.notes),
+            notes=(*built.weights.doubts, *step.attachments.notes),
         )
 
 

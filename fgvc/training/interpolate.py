@@ -55,7 +55,7 @@ def interpolate(
     Of a run whose best epoch ships, the end is that of its training: better nets may lie on the way there. The share in [0,1] is
     the one of SHARES with the best `select_by` on the run's validation part, the smallest of several; or it is given, and nothing
     is scored. Running statistics lie between those of both nets as weights do; integers are the end's.
-    Blocks that are grafted stay so, and the way is one of their own weights. `root`: where the run's set lies now; `device`:
+    Re-parameterised blocks stay so, and the way is one of their own weights. `root`: where the run's set lies now; `device`:
     another than it was trained on. Writes `interpolation.json` beside what a run has.
     Raises FgvcError where `out` is there already or inside of the run, the run's start is gone, damaged, or has no trained head,
     and where there is no validation part and no share; then nothing is written.

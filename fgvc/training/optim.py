@@ -29,7 +29,7 @@ def make_optimizer(
 ) -> Optimizer:
     """timm's optimizer over net and branches; no decay on tensors of rank < 2 nor where the model asks for none.
 
-    `added`: name -> "added" or "grafted", of the parameters that techniques brought; `head`: prefixes of the classifier's;
+    `added`: name -> "added" or "replaced", of the parameters that techniques brought; `head`: prefixes of the classifier's;
     `starts`: name -> where `optim.l2_sp` draws a parameter to, see `fgvc.training.l2_sp`.
     Raises FgvcError for settings that the optimizer refuses.
     """
@@ -60,8 +60,8 @@ def parameter_groups(
     """Parameters by weight decay (`optim.l2_sp` for those `drawn` to their start) and by `lr_scale`, a factor that timm's
     schedules apply. Frozen ones are left out.
 
-    The factor is head_lr_scale, added_lr_scale, grafted_lr_scale or layer_decay^(depth of the deepest layer - its own), as timm's
-    `group_matcher` counts layers.
+    The factor is head_lr_scale, added_lr_scale, replaced_lr_scale or layer_decay^(depth of the deepest layer - its own), as
+    timm's `group_matcher` counts layers.
     """
     net = getattr(step, "net", step)
     no_decay = getattr(net, "no_weight_decay", None)
@@ -82,7 +82,7 @@ def parameter_groups(
         own = name.removeprefix("net.") if net is not step else name
         kind = (added or {}).get(name)
         if kind is not None:
-            scale = optim.grafted_lr_scale if kind == "grafted" else optim.added_lr_scale
+            scale = optim.replaced_lr_scale if kind == "replaced" else optim.added_lr_scale
         elif own.startswith(tuple(head)):
             scale = optim.head_lr_scale
         else:

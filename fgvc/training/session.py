@@ -33,16 +33,16 @@ from fgvc.errors import FgvcError
 from fgvc.models.backbone import head_prefixes, memory_format
 from fgvc.models.norms import reestimate_norms, running_norms
 from fgvc.models.weights import Weights
-from fgvc.runs.build import Built, build_net, class_counts, refuse_names
+from fgvc.runs.build import BuiltNet, build_net, class_counts, refuse_names
 from fgvc.runs.checkpoint import Progress, State
 from fgvc.runs.distributed import Runtime, rng_state, set_rng_state
 from fgvc.runs.images import fingerprint, learnt_of_aside, read_index
 from fgvc.runs.step import StepModule
-from fgvc.techniques.distill.teacher import Probed
+from fgvc.techniques.distill.teacher import ProbedNet
 from fgvc.training.batch import Normalise
 from fgvc.training.optim import make_ema, make_optimizer, make_schedule, make_swa
-from fgvc.training.teachers import Opened, Opener
-from fgvc.training.watch import Watch
+from fgvc.training.teachers import Opened, TeacherLoader
+from fgvc.training.watch import FiniteCheck
 
 Notify = Callable[[str], None]
 
@@ -86,9 +86,9 @@ def opener_of(
     preprocess: Preprocess | None = None,
     out: Path | None = None,
     timed: bool = False,
-) -> Opener:
+) -> TeacherLoader:
     """What opens the teachers of a run. `preprocess`: that of a run which goes on; `out`: its folder; `timed`: see Opened."""
-    return Opener(
+    return TeacherLoader(
         classes=index.classes,
         index=index,
         device=device,
@@ -99,7 +99,7 @@ def opener_of(
     )
 
 
-def first_weights(built: Built, recipe: Recipe, begun: State | None = None) -> dict[str, Tensor]:
+def first_weights(built: BuiltNet, recipe: Recipe, begun: State | None = None) -> dict[str, Tensor]:
     """Where `optim.l2_sp` draws the parameters of a net to, by name: to the pretrained weights that it has now, or had in the
     state that its run began with. Raises FgvcError where that state is of another recipe."""
     if not recipe.optim.l2_sp:
@@ -152,14 +152,14 @@ class Session:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     swa: AveragedModel | None
-    watch: Watch
+    watch: FiniteCheck
     progress: Progress
     pretrained: tuple[str, ...]  # parameters of `step` whose values were those of `model.weights` when the run began
     answers: Tensor | None = None  # (2,N): see `Answers`; of validation, when it was last asked
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.loader.steps_per_epoch // self.recipe.train.accumulate
+        return self.loader.steps_per_epoch // self.recipe.train.grad_accum_steps
 
     @property
     def total_steps(self) -> int:
@@ -170,7 +170,7 @@ class Session:
     @property
     def epoch_done(self) -> bool:
         """Whether every step of the epoch that `progress` is in has been made."""
-        return self.progress.micro >= self.steps_per_epoch * self.recipe.train.accumulate
+        return self.progress.micro >= self.steps_per_epoch * self.recipe.train.grad_accum_steps
 
     @property
     def validated(self) -> bool:
@@ -190,9 +190,9 @@ class Session:
         return self.swa.module if self.swa is not None and self.swa.n_averaged > 0 else None
 
     @property
-    def probed(self) -> dict[str, Probed]:
+    def probed(self) -> dict[str, ProbedNet]:
         """By teacher, the nets whose heads are fitted when the run begins."""
-        found = ((f"teacher {number}, {one.name}", one.probed) for number, one in enumerate(self.step.joints.teachers, 1))
+        found = ((f"teacher {number}, {one.name}", one.probed) for number, one in enumerate(self.step.attachments.teachers, 1))
         return {name: probed for name, probed in found if probed is not None}
 
     def shipping(self) -> nn.Module:
@@ -335,13 +335,13 @@ def open_session(
         schedule=make_schedule(
             optimizer,
             optim,
-            steps_per_epoch=loader.steps_per_epoch // recipe.train.accumulate,
+            steps_per_epoch=loader.steps_per_epoch // recipe.train.grad_accum_steps,
             epochs=recipe.train.epochs,
         ),
         scaler=scaler,
         ema=ema,
         swa=swa,
-        watch=Watch(step, average, scaler),
+        watch=FiniteCheck(step, average, scaler),
         progress=Progress(),
         pretrained=built.pretrained,
     )
@@ -361,13 +361,13 @@ def _loader(
 ) -> TrainLoader:
     """This rank's training images, rendered at the largest size that an epoch or a technique asks for."""
     rows = index.rows("train")
-    micro = recipe.train.batch_size // (runtime.world * recipe.train.accumulate)
+    micro = recipe.train.batch_size // (runtime.world * recipe.train.grad_accum_steps)
     if micro < 2 and any(isinstance(module, _BatchNorm) for module in step.modules()):
         raise FgvcError(
-            f"train.batch_size: {recipe.train.batch_size} over {runtime.world} processes x train.accumulate "
-            f"{recipe.train.accumulate} leaves {micro} image a forward, and a batch norm needs two"
+            f"train.batch_size: {recipe.train.batch_size} over {runtime.world} processes x train.grad_accum_steps "
+            f"{recipe.train.grad_accum_steps} leaves {micro} image a forward, and a batch norm needs two"
         )
-    side = max(recipe.image.largest_train_size, recipe.image.scaled(step.joints.render))
+    side = max(recipe.image.largest_train_size, recipe.image.scaled(step.attachments.render))
     if max(side) > 4096:
         raise FgvcError(f"images would have to be rendered at {side} pixels for a technique or a teacher; at most 4096")
     rendered = preprocess.model_copy(update={"size": side})
@@ -385,7 +385,7 @@ def _loader(
         max_unreadable=recipe.data.max_unreadable,
         balanced=recipe.train.sampling == "balanced",
     )
-    if loader.steps_per_epoch < recipe.train.accumulate:
+    if loader.steps_per_epoch < recipe.train.grad_accum_steps:
         loader.close()
         raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {len(rows)} training images")
     return loader

@@ -33,15 +33,15 @@ from fgvc.techniques.distill.settings import (
     RunTeacher,
     TimmTeacher,
 )
-from fgvc.techniques.distill.teacher import Probed, Said, Teacher, conversion, digest, in_order, through
-from fgvc.techniques.plan import Joints
+from fgvc.techniques.distill.teacher import ProbedNet, Teacher, TeacherOutput, conversion, digest, in_order, through
+from fgvc.techniques.plan import Attachments
 
 Opened = Literal["to teach", "to time", "not"]
 """What for teachers are opened: to time a step, one whose head would be fitted has random weights and needs no file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Opener:
+class TeacherLoader:
     """Opens what the student of one run is to learn from. Each process opens its own."""
 
     classes: tuple[str, ...]  # the student's
@@ -52,7 +52,7 @@ class Opener:
     index: ImageIndex | None = None  # the student's images
     timed: bool = False  # see Opened
 
-    def __call__(self, wanted: AnyTeacher, joints: Joints, student: Preprocess) -> Teacher:
+    def __call__(self, wanted: AnyTeacher, attachments: Attachments, student: Preprocess) -> Teacher:
         """`student`: the preprocessing that its weights ask for. Raises FgvcError for a teacher that is not there, does not
         know the student's classes, or has no trained head."""
         student = self.preprocess or student
@@ -60,7 +60,7 @@ class Opener:
         with torch.random.fork_rng(devices):  # or the student's own branches would start with other weights
             match wanted:
                 case EmaTeacher():
-                    return self._average(joints)
+                    return self._average(attachments)
                 case TimmTeacher():
                     return self._timm(wanted, student)
                 case ProbeTeacher():
@@ -70,11 +70,11 @@ class Opener:
                 case BundleTeacher():
                     return self._bundle(wanted, student)
 
-    def _average(self, joints: Joints) -> Teacher:
+    def _average(self, attachments: Attachments) -> Teacher:
         if not self.averaged:
             raise FgvcError("kind: ema is the moving average, and there is no `ema:` section; give ema.decay=0.99")
-        channels = _channels(joints.net, joints.size)
-        average = joints.average  # filled once the average is made, and changed in place by every step
+        channels = _channels(attachments.net, attachments.size)
+        average = attachments.average  # filled once the average is made, and changed in place by every step
         return Teacher(
             name="its own moving average",
             answer=lambda x: through(average[0], x, maps=channels is not None),
@@ -146,7 +146,7 @@ class Opener:
             warnings.append("WARNING: its training is not finished")
         if self.index is not None and (seen := learnt_of_aside(wanted.path, self.index)):
             warnings.append(f"WARNING: it was trained on {seen} of the images that this run validates or tests on")
-        # As it would ship: grafted blocks are folded, and cost nothing.
+        # As it would ship: re-parameterised blocks are folded, and cost nothing.
         net = strip(loaded.step.net, backbone=recipe.model.backbone, num_classes=len(labels), kwargs=recipe.model.kwargs)
         return self._of_net(
             net,
@@ -177,9 +177,9 @@ class Opener:
         layout = memory_format(net)
         net.to(self.device).to(memory_format=layout)
 
-        def answer(x: Tensor) -> Said:
+        def answer(x: Tensor) -> TeacherOutput:
             said = through(net, x.contiguous(memory_format=layout), maps=channels is not None)
-            return Said(said.logits[:, order], said.features)
+            return TeacherOutput(said.logits[:, order], said.features)
 
         return Teacher(
             name=f"{name}, {own.size[0]} x {own.size[1]} px",
@@ -189,7 +189,7 @@ class Opener:
             convert=conversion(student, own),
             identity=cache(identity) if origin is None else identity,
             notes=notes,
-            probed=None if origin is None else Probed(net, own, origin),
+            probed=None if origin is None else ProbedNet(net, own, origin),
         )
 
     def _bundle(self, wanted: BundleTeacher, student: Preprocess) -> Teacher:
@@ -199,9 +199,9 @@ class Opener:
         engine = Engine(bundle, threads=min(torch.get_num_threads(), available_cpus()))
         facts = f"{bundle.files['model.onnx']} {own.model_dump()} {order}"
 
-        def answer(x: Tensor) -> Said:
+        def answer(x: Tensor) -> TeacherOutput:
             logits = torch.from_numpy(engine.logits(x.contiguous().cpu().numpy()))
-            return Said(logits[:, order].to(x.device), None)
+            return TeacherOutput(logits[:, order].to(x.device), None)
 
         return Teacher(
             name=f"{wanted.path} (a bundle), {own.size[0]} x {own.size[1]} px",

@@ -227,7 +227,7 @@ def _end(out: Path, events: Events, progress: checkpoint.Progress, recipe: Recip
 
 def _steps(session: Session, events: Events) -> Iterator[tuple[dict[str, Tensor], int]]:
     """The rest of the epoch that `progress` is in: yields each optimizer step's losses and number of images."""
-    progress, parts = session.progress, session.recipe.train.accumulate
+    progress, parts = session.progress, session.recipe.train.grad_accum_steps
     micro_batches = session.loader.epoch(progress.epoch, start=progress.micro)
     for _ in range(progress.micro // parts, session.steps_per_epoch):
         if progress.step >= session.total_steps:
@@ -242,10 +242,10 @@ def _steps(session: Session, events: Events) -> Iterator[tuple[dict[str, Tensor]
 
 
 def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Events) -> tuple[dict[str, Tensor], int]:
-    """Forward, backward and update on one batch, in `train.accumulate` parts; with SAM the parts are gone through again, from
-    weights a small way uphill. The losses are those of the first time."""
+    """Forward, backward and update on one batch, in `train.grad_accum_steps` parts; with SAM the parts are gone through again,
+    from weights a small way uphill. The losses are those of the first time."""
     recipe, process, step = session.recipe, session.runtime, session.step
-    parts, sam = recipe.train.accumulate, recipe.optim.sam
+    parts, sam = recipe.train.grad_accum_steps, recipe.optim.sam
     again: list[tuple[Mapping[str, Any], Batch, Draws, list[View]]] = []
     session.optimizer.zero_grad(set_to_none=True)
     session.watch.begin()
@@ -276,9 +276,9 @@ def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Eve
                 set_rng_state(state, process.device)  # the net's own dropout draws the same
                 uphill, _ = _pass(session, batch, draws, views, last=part == parts - 1)
                 session.watch.uphill.append(uphill["loss"].detach())
-    if recipe.optim.clip_norm is not None:
+    if recipe.optim.clip_grad is not None:
         session.scaler.unscale_(session.optimizer)
-        torch.nn.utils.clip_grad_norm_(step.parameters(), recipe.optim.clip_norm)
+        torch.nn.utils.clip_grad_norm_(step.parameters(), recipe.optim.clip_grad)
     session.scaler.step(session.optimizer)
     session.scaler.update()
     if session.ema is not None:
@@ -293,7 +293,7 @@ def _pass(
     session: Session, batch: Batch, draws: Draws, views: list[View] | None = None, *, last: bool
 ) -> tuple[dict[str, Tensor], list[View]]:
     """Forward and backward of one part of a batch; in the last one the ranks add up their gradients."""
-    parts, process = session.recipe.train.accumulate, session.runtime
+    parts, process = session.recipe.train.grad_accum_steps, session.runtime
     synchronise = nullcontext() if last or process.world == 1 else session.wrapped.no_sync()  # type: ignore[operator]
     with synchronise:
         with process.autocast():
@@ -400,7 +400,7 @@ def _introduce(session: Session, events: Events) -> None:
         f"mean {session.preprocess.mean}, std {session.preprocess.std}",
         f"training: {session.total_steps} steps of {session.batch} images on {session.runtime.device}, "
         f"{session.runtime.world} process(es), {recipe.train.precision}; ships: {recipe.selected}",
-        *session.step.joints.notes,
+        *session.step.attachments.notes,
     ]
     for line in lines:
         events.say(line)
@@ -438,6 +438,7 @@ def _memory_advice(recipe: Recipe, out: Path) -> Iterator[None]:
             raise
         raise FgvcError(
             f"out of memory with train.batch_size={recipe.train.batch_size} at {recipe.image.size} px. "
-            f"Raise train.accumulate (now {recipe.train.accumulate}; the same steps in smaller parts), or lower image.size. "
+            f"Raise train.grad_accum_steps (now {recipe.train.grad_accum_steps}; the same steps in smaller parts), "
+            "or lower image.size. "
             f"{begin_anew(out)}"
         ) from error

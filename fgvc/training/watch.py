@@ -23,7 +23,7 @@ from fgvc.runs.step import StepModule
 LEAST_SCALE = 1e-4  # of the loss under fp16; fairseq gives up there, too
 
 
-class Watch:
+class FiniteCheck:
     """What every step must leave finite, by name."""
 
     def __init__(self, step: StepModule, average: nn.Module | None, scaler: torch.amp.GradScaler) -> None:
@@ -95,7 +95,7 @@ def lost(reason: str, *, out: Path, recipe: Recipe) -> FgvcError:
     """The error that ends such a run: what there is to go back to, and what may help."""
     optim = recipe.optim
     ways = [f"optim.lr={min(optim.lr / 10, Optim().lr):g} (it is {optim.lr:g})"]
-    ways += ["optim.clip_norm=1"] * (optim.clip_norm is None)
+    ways += ["optim.clip_grad=1"] * (optim.clip_grad is None)
     ways += ["train.precision=bf16"] * (recipe.train.precision == "fp16")
     ways += [f"optim.sam.rho={optim.sam.rho / 2:g} (it is {optim.sam.rho:g})"] if optim.sam is not None else []
     return FgvcError(

@@ -65,7 +65,7 @@ def test_an_unknown_technique(file: Path) -> None:
 
 
 def test_a_bad_value_in_an_override_names_the_override(file: Path) -> None:
-    assert refusal(file, "optim.lr=-1") == "override 'optim.lr=-1': optim.lr: Input should be greater than 0, not -1"
+    assert refusal(file, "optim.lr=-1") == "override 'optim.lr=-1': optim.lr: must be above 0 (got -1)"
 
 
 def test_several_errors_come_together(file: Path) -> None:
@@ -188,10 +188,10 @@ def test_values_that_no_image_could_have(section: str, value: dict, said: str) -
         (["deploy.mean=[.inf,0.5,0.5]"], "outside of 0..1"),
         (["deploy.input_range=255", "deploy.mean=[256,1,1]"], "outside of 0..255"),
         (["deploy.input_range=255", "deploy.mean=[-1,1,1]"], "outside of 0..255"),
-        (["deploy.std=[0.2,0,0.2]"], "deploy.std.1: Input should be greater than 0"),
-        (["deploy.std=[0.2,-0.2,0.2]"], "deploy.std.1: Input should be greater than 0"),
-        (["deploy.std=[0.2,.inf,0.2]"], "deploy.std.1: Input should be a finite number"),
-        (["deploy.std=[0.2,.nan,0.2]"], "deploy.std.1: Input should be"),
+        (["deploy.std=[0.2,0,0.2]"], "deploy.std.1: must be above 0 \\(got"),
+        (["deploy.std=[0.2,-0.2,0.2]"], "deploy.std.1: must be above 0 \\(got"),
+        (["deploy.std=[0.2,.inf,0.2]"], "deploy.std.1: must be a finite number"),
+        (["deploy.std=[0.2,.nan,0.2]"], "deploy.std.1: must be"),
     ],
 )
 def test_a_mean_that_no_picture_has_is_refused(file: Path, overrides: list[str], said: str) -> None:
@@ -205,10 +205,23 @@ def test_the_ends_of_the_range_are_means(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"), [({"mean": [124, 116, 104]}, "outside of 0..1"), ({"std": [0.2, 0.2, 0]}, "greater than 0")]
+    ("setting", "said"), [({"mean": [124, 116, 104]}, "outside of 0..1"), ({"std": [0.2, 0.2, 0]}, "above 0")]
 )
 def test_a_teacher_has_a_mean_and_std_that_can_be_too(file: Path, setting: dict, said: str) -> None:
     teacher = {"kind": "timm", "backbone": "test_resnet", "weights": "w.safetensors"} | setting
     tree = yaml.safe_load(GOOD) | {"techniques": {"distill": {"teachers": [teacher]}}}
     with pytest.raises(FgvcError, match=said):
         validate(Recipe, tree, where="recipe")
+
+
+def test_a_value_that_cannot_be_says_what_it_must_be_and_what_was_given(file: Path) -> None:
+    for given, said in {
+        "image.train_scale=0": "image.train_scale: must be above 0 (got 0)",
+        "train.epochs=0": "train.epochs: must be at least 1 (got 0)",
+        "train.seed=1.5": "train.seed: must be a whole number (got 1.5)",
+        "optim.layer_decay=2": "optim.layer_decay: must be at most 1 (got 2)",
+        "ema.decay=1": "ema.decay: must be below 1 (got 1)",
+        "deploy.resize=cut": "deploy.resize: must be 'crop', 'pad' or 'squash' (got 'cut')",
+        "optim=adamw": "optim: must be a mapping of keys (got 'adamw')",
+    }.items():
+        assert refusal(file, given).split(": ", 1)[1] == said

@@ -42,8 +42,8 @@ SETTINGS: dict[str, list[dict]] = {
 }
 FACTORS: dict[str, list] = {
     **{kind: [None, *SETTINGS.get(kind, [{}])] for kind in settings_by_kind()},
-    "accumulate": [1, 2],
-    "recompute": [False, True],
+    "grad_accum_steps": [1, 2],
+    "grad_checkpointing": [False, True],
     "ema": [None, {"decay": 0.9}],
     "sam": [None, {"rho": 0.05}],
     "swa": [None, {"start": 0.4}],
@@ -206,7 +206,7 @@ def test_a_combination_trains_resumes_and_strips(row: Row, precision: str, tmp_p
         "image": {"size": 64},  # two by two cells: class maps of one cell say nothing
         "techniques": {kind: said[kind] for kind in settings_by_kind() if said[kind] is not None},
         "train": boxed_tree["train"]
-        | {key: said[key] for key in ("accumulate", "recompute", "sampling")}
+        | {key: said[key] for key in ("grad_accum_steps", "grad_checkpointing", "sampling")}
         | {"precision": precision, "batch_size": 16},
         **{key: said[key] for key in ("ema", "swa", "loss")},
         "optim": boxed_tree["optim"] | {"sam": said["sam"]},

@@ -227,7 +227,7 @@ def test_greyscale_and_hue() -> None:
 def test_nothing_to_do_is_the_deployed_fit() -> None:
     from fgvc.images.preprocess import fit
 
-    spec = Preprocess(size=(40, 50), resize="squash", crop_fraction=1)
+    spec = Preprocess(size=(40, 50), resize="squash", crop_pct=1)
     image = photograph(120, 240)
     pixels, _ = Augmenter(Augment(**WHOLE), spec, seed=0)(image, epoch=0, row=0)
     assert_alike(pixels, fit(Image.fromarray(image), spec))

@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from fgvc.data.quality.duplicates import SIDE, Prints, alike, equal, gathered, groups, joined, links, print_of, unit
+from fgvc.data.quality.duplicates import (
+    SIDE,
+    Fingerprints,
+    alike,
+    equal,
+    gathered,
+    groups,
+    joined,
+    links,
+    print_of,
+    unit,
+)
 
 
 def drawn(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
@@ -26,8 +37,8 @@ def again(image: Image.Image, quality: int = 90) -> Image.Image:
     return Image.open(stream).convert("RGB")
 
 
-def prints_of(images: list[Image.Image]) -> Prints:
-    prints = Prints.empty(len(images))
+def prints_of(images: list[Image.Image]) -> Fingerprints:
+    prints = Fingerprints.empty(len(images))
     for row, image in enumerate(images):
         prints.put(row, print_of(image))
     return prints
@@ -37,7 +48,7 @@ def found(images: list[Image.Image]) -> list[list[int]]:
     return pairs_of(prints_of(images), np.arange(len(images)))
 
 
-def pairs_of(prints: Prints, rows: np.ndarray, **options: float) -> list[list[int]]:
+def pairs_of(prints: Fingerprints, rows: np.ndarray, **options: float) -> list[list[int]]:
     parts = [pairs for pairs, _ in alike(prints, rows, **options)]
     return np.unique(np.concatenate([np.empty((0, 2), np.int64), *parts]), axis=0).tolist()
 
@@ -93,7 +104,7 @@ def test_other_pictures_of_like_composition_are_not_copies() -> None:
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=200), st.integers(0, 40))
 def test_every_pair_within_the_distance_is_looked_at(hashes: list[int], distance: int) -> None:
-    prints = Prints.empty(len(hashes))
+    prints = Fingerprints.empty(len(hashes))
     prints.hashes[:] = hashes
     prints.mirrored[:] = [value ^ (2**64 - 1) for value in hashes]  # nothing is like its own mirror image
     pairs = pairs_of(prints, np.arange(len(hashes)), distance=distance, likeness=-1)
@@ -110,7 +121,7 @@ def test_rows_that_are_not_asked_for_are_left_out() -> None:
 def test_thousands_of_frames_of_one_camera_take_no_more_than_their_links() -> None:
     """Every two are alike: five million pairs, of which no more is kept than what joins them."""
     frames, rng = 3200, np.random.default_rng(0)
-    prints = Prints.empty(frames)
+    prints = Fingerprints.empty(frames)
     base = np.asarray(drawn(0).resize((SIDE, SIDE)))
     prints.hashes[:] = 7
     prints.mirrored[:] = 2**63

@@ -54,7 +54,7 @@ def index(tmp_path: Path) -> ImageIndex:
 @pytest.mark.parametrize("cached", [False, True])
 def test_training_finds_the_box_in_its_crop(index: ImageIndex, tmp_path: Path, cached: bool) -> None:
     cache = DecodeCache.open(index, np.arange(8), side=30, folder=tmp_path / "cache") if cached else None
-    spec = Preprocess(size=(40, 60), resize="squash", crop_fraction=1)
+    spec = Preprocess(size=(40, 60), resize="squash", crop_pct=1)
     augmenter = Augmenter(Augment(flip=0.5, crop="fit", crop_scale=(1, 1), brightness=0, contrast=0, saturation=0), spec, 0)
     source = train_loader(index, np.arange(8), augmenter=augmenter, batch_size=8, seed=0, workers=0, cache=cache)
     batch = next(source.epoch(0))
@@ -71,7 +71,7 @@ def test_training_finds_the_box_in_its_crop(index: ImageIndex, tmp_path: Path, c
 
 
 def test_evaluation_finds_box_and_parts_in_its_input(index: ImageIndex) -> None:
-    spec = Preprocess(size=(80, 120), resize="squash", crop_fraction=1)
+    spec = Preprocess(size=(80, 120), resize="squash", crop_pct=1)
     (batch,) = evaluation_loader(index, np.arange(8), spec=spec, batch_size=8, workers=0)
     assert batch.sizes.tolist() == [[40, 60]] * 8
     boxes, parts = in_input(batch, spec)
@@ -92,7 +92,7 @@ def test_boxes_fit_a_reduced_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         root=tmp_path, classes=("a", "b"), paths=np.array(["1.jpg"], StringDType()), labels=np.zeros(1, np.int32),
         splits=np.zeros(1, np.int8), boxes=np.array([[40, 24, 28, 40]], np.float32),
     )  # fmt: skip
-    spec = Preprocess(size=(40, 60), resize="squash", crop_fraction=1, mean=(0, 0, 0), std=(1, 1, 1))
+    spec = Preprocess(size=(40, 60), resize="squash", crop_pct=1, mean=(0, 0, 0), std=(1, 1, 1))
     (batch,) = evaluation_loader(index, np.arange(1), spec=spec, batch_size=1, workers=0)
     assert batch.sizes.tolist() == [[80, 120]]
     (left, top, right, bottom) = in_input(batch, spec)[0][0].round().int().tolist()

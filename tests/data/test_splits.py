@@ -17,7 +17,7 @@ def names(texts):
 
 @given(labels_, fractions, seeds)
 def test_every_class_gives_floor_or_ceiling_and_keeps_a_row(labels, fraction, seed):
-    held = stratified(labels, fraction, seed=seed, part="val")
+    held = stratified(labels, fraction, seed=seed, split="val")
     for k in np.unique(labels):
         n, taken = (labels == k).sum(), held[labels == k].sum()
         assert np.floor(n * fraction + 1e-9 * n) >= taken - 1
@@ -29,29 +29,29 @@ def test_every_class_gives_floor_or_ceiling_and_keeps_a_row(labels, fraction, se
 def test_the_total_is_rounded_once_unless_classes_run_out_of_rows(labels, fraction, seed):
     counts = np.bincount(labels)
     at_most = np.minimum(np.ceil(counts * fraction - 1e-9), np.maximum(counts - 1, 0)).sum()
-    total = stratified(labels, fraction, seed=seed, part="val").sum()
+    total = stratified(labels, fraction, seed=seed, split="val").sum()
     # Half a row may go either way, where the share is exactly x.5.
     assert abs(total - min(len(labels) * fraction, at_most)) <= 0.5 + 1e-6
 
 
 def test_worked_quotas():
     tens = np.repeat([0, 1, 2], 10)
-    assert np.bincount(tens[stratified(tens, 0.1, seed=3, part="val")]).tolist() == [1, 1, 1]
+    assert np.bincount(tens[stratified(tens, 0.1, seed=3, split="val")]).tolist() == [1, 1, 1]
     fives = np.repeat(np.arange(8), 5)  # half a row each: four of the eight classes give one
-    given_ = np.bincount(fives[stratified(fives, 0.1, seed=3, part="val")], minlength=8)
+    given_ = np.bincount(fives[stratified(fives, 0.1, seed=3, split="val")], minlength=8)
     assert sorted(given_.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]
     thirty = np.repeat(np.arange(50), 30)  # CUB: 30 * 0.1 is exactly three, whatever floating point says
-    assert set(np.bincount(thirty[stratified(thirty, 0.1, seed=0, part="val")]).tolist()) == {3}
-    assert not stratified(np.arange(9), 0.9, seed=0, part="test").any()
-    assert stratified(np.array([], np.int32), 0.5, seed=0, part="val").shape == (0,)
+    assert set(np.bincount(thirty[stratified(thirty, 0.1, seed=0, split="val")]).tolist()) == {3}
+    assert not stratified(np.arange(9), 0.9, seed=0, split="test").any()
+    assert stratified(np.array([], np.int32), 0.5, seed=0, split="val").shape == (0,)
 
 
 def test_the_same_key_gives_the_same_rows_and_another_key_others():
     labels = np.repeat(np.arange(4), 100)
-    first = stratified(labels, 0.3, seed=7, part="val")
-    np.testing.assert_array_equal(first, stratified(labels, 0.3, seed=7, part="val"))
-    assert (first != stratified(labels, 0.3, seed=8, part="val")).any()
-    assert (first != stratified(labels, 0.3, seed=7, part="test")).any()
+    first = stratified(labels, 0.3, seed=7, split="val")
+    np.testing.assert_array_equal(first, stratified(labels, 0.3, seed=7, split="val"))
+    assert (first != stratified(labels, 0.3, seed=8, split="val")).any()
+    assert (first != stratified(labels, 0.3, seed=7, split="test")).any()
     # Frozen: a published split may not move with a new version.
     assert np.flatnonzero(first)[:6].tolist() == FROZEN
 
@@ -62,7 +62,7 @@ FROZEN = [2, 13, 16, 20, 27, 28]
 @given(labels_, st.lists(st.integers(0, 20), min_size=200, max_size=200), fractions, seeds)
 def test_groups_stay_whole_and_no_class_leaves_train(labels, codes, fraction, seed):
     groups = names([f"g{code}" if code else "" for code in codes[: len(labels)]])
-    held = stratified(labels, fraction, seed=seed, part="val", groups=groups)
+    held = stratified(labels, fraction, seed=seed, split="val", groups=groups)
     assert straddling(groups, held.astype(np.int8)) == []
     assert set(labels[~held]) == set(labels)
 
@@ -71,7 +71,7 @@ def test_groups_stay_whole_and_no_class_leaves_train(labels, codes, fraction, se
 def test_with_one_class_per_group_the_share_is_met_within_half_a_group(blocks, fraction, seed):
     labels = np.concatenate([np.full(size, k, np.int32) for k, size in blocks])
     groups = names([f"g{i}" for i, (_, size) in enumerate(blocks) for _ in range(size)])
-    held = stratified(labels, fraction, seed=seed, part="val", groups=groups)
+    held = stratified(labels, fraction, seed=seed, split="val", groups=groups)
     for k in np.unique(labels):
         sizes = [size for kk, size in blocks if kk == k]
         n, taken = (labels == k).sum(), held[labels == k].sum()
@@ -86,7 +86,7 @@ def test_rows_without_a_group_are_free():
     assert codes[1] == codes[3]
     assert len(set(codes.tolist())) == 4
     labels = np.zeros(1000, np.int32)
-    held = stratified(labels, 0.25, seed=0, part="val", groups=names([""] * 1000))
+    held = stratified(labels, 0.25, seed=0, split="val", groups=names([""] * 1000))
     assert held.sum() == 250
 
 
@@ -96,11 +96,11 @@ def test_straddling_names_groups():
     assert straddling(names([]), np.array([], np.int8)) == []
 
 
-@pytest.mark.parametrize("part", ["val", "test"])
-def test_carve_takes_from_train_only(part):
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_carve_takes_from_train_only(split):
     splits = np.repeat(np.array([0, 2], np.int8), 100)
     labels = np.tile(np.arange(4, dtype=np.int32), 50)
-    carved = carve(labels, splits, part=part, fraction=0.2, seed=1)
+    carved = carve(labels, splits, split=split, fraction=0.2, seed=1)
     assert (splits == np.repeat([0, 2], 100)).all()  # the argument is left alone
     assert (carved[100:] == 2).all()
     assert (carved[:100] != 0).sum() == 20

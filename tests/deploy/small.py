@@ -49,7 +49,7 @@ def bundle(
     labels: tuple[str, ...] = ("red", "green", "蓝"),
     calibration: Calibration | None = CALIBRATION,
 ) -> Bundle:
-    plain = Preprocess(size=(SIZE, SIZE), resize="squash", crop_fraction=1.0, mean=(0, 0, 0), std=(1, 1, 1))
+    plain = Preprocess(size=(SIZE, SIZE), resize="squash", crop_pct=1.0, mean=(0, 0, 0), std=(1, 1, 1))
     files = {
         "model.onnx": network() if model is None else model,
         "labels.json": list(labels),

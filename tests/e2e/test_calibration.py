@@ -19,7 +19,7 @@ from PIL import Image
 from fgvc import api
 from fgvc.cli import show
 from fgvc.evaluation.calibration import calibrate
-from fgvc.exporting.prove import Proven
+from fgvc.exporting.prove import ProvedExport
 from fgvc.runs.subject import subject
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.predict import predict_files
@@ -137,7 +137,7 @@ def test_no_calibration_of_what_is_no_number_or_no_image(
     shutil.copytree(run, bare, symlinks=True)
     (bare / "calibration.json").unlink()
 
-    def prove(net: object, images: Iterable[np.ndarray], **_: object) -> Proven:
+    def prove(net: object, images: Iterable[np.ndarray], **_: object) -> ProvedExport:
         seen.extend(images)
         return exported.proven
 
@@ -175,7 +175,7 @@ def test_next_to_no_right_answer_kept(
 
 def test_a_run_and_its_bundle_say_the_same(run: Path, exported: api.Exported, pictures: Path) -> None:
     found = api.compare(run, exported.bundle)
-    assert (found.part, found.paired.images, found.paired.p) == ("val", 72, 1)
+    assert (found.split, found.paired.images, found.paired.p) == ("val", 72, 1)
     assert found.flips() == []
     assert found.notes == ()
     np.testing.assert_array_equal(*found.said)

@@ -42,7 +42,7 @@ def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_maps_and_what_gates_drop_lie_on_the_pictures_grid(run: Path) -> None:
     step = load_run(run).step
-    assert step.joints.shapes()[0][1:] == CELLS
+    assert step.attachments.shapes()[0][1:] == CELLS
 
 
 @pytest.mark.parametrize("method", ["cam", "gradcam", "ablationcam"])

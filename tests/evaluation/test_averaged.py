@@ -41,7 +41,7 @@ def test_flips_and_crops_are_the_mean_of_their_probabilities() -> None:
 @pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
 @pytest.mark.parametrize("size", [(300, 200), (120, 260)])
 def test_the_centre_of_the_canvas_is_the_deployed_crop(resize: str, size: tuple[int, int]) -> None:
-    spec = Preprocess(size=(160, 128), resize=resize, crop_fraction=0.875)
+    spec = Preprocess(size=(160, 128), resize=resize, crop_pct=0.875)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     seen: list[torch.Tensor] = []
 

@@ -201,6 +201,6 @@ def test_tables_and_plots() -> None:
     rows = found.rows()
     assert sum(row["before_images"] for row in rows) == sum(row["after_images"] for row in rows) == 200
     assert rows[0]["before_accuracy"] == ""
-    drawn = plot_calibration(found, part="val")
+    drawn = plot_calibration(found, split="val")
     assert drawn.keys() == {"reliability-val.png", "risk-coverage-val.png"}
     assert all(picture.startswith(b"\x89PNG") for picture in drawn.values())

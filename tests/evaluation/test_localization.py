@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as hnp
 from fgvc.evaluation.localization import (
     OVERLAPS,
     THRESHOLDS,
-    Chosen,
-    Found,
+    MapBoxes,
+    Thresholds,
     accuracy,
     around,
     around_each,
@@ -37,7 +37,7 @@ def painted(*blocks: tuple[int, int, int, int, float], size: tuple[int, int] = (
     return found
 
 
-def beside(maps: torch.Tensor, *true: tuple[float, float, float, float]) -> Found:
+def beside(maps: torch.Tensor, *true: tuple[float, float, float, float]) -> MapBoxes:
     return compare_boxes(around_each(maps), torch.tensor(true, dtype=torch.float64))
 
 
@@ -127,7 +127,7 @@ def test_thresholds_by_hand() -> None:
     assert choose(found).best == (0, choose(found).largest, choose(found).largest)
 
 
-def two_images() -> Found:
+def two_images() -> MapBoxes:
     """The first is right (IoU 1) up to tau 0.39, then 4 / 16; the second 0.6 up to 0.69, then 0.4."""
     first = painted((0, 0, 4, 4, 0.395), (0, 0, 2, 2, 1.0))
     second = painted((0, 0, 10, 6, 0.695), (0, 0, 10, 4, 1.0))
@@ -151,7 +151,7 @@ def test_scores_by_hand() -> None:
 
 
 def test_thresholds_of_other_images_do_not_reach_the_maximum() -> None:
-    scores = score(two_images(), torch.tensor([True, True]), Chosen(at(0.5), (at(0.5), at(0.5), at(0.9))))
+    scores = score(two_images(), torch.tensor([True, True]), Thresholds(at(0.5), (at(0.5), at(0.5), at(0.9))))
     assert (scores.tau, scores.gt_known_loc, scores.top1_loc) == (0.5, 0.5, 0.5)
     assert scores.box_acc_v2 == pytest.approx((0.5 + 0.5 + 0) / 3)
     assert scores.max_box_acc == 1

@@ -62,7 +62,7 @@ def tree(root: Path, **data: object) -> dict:
     return {
         "data": {"kind": "cub", "root": str(root), "val_fraction": 0.4, **data},
         "image": {"size": 40},
-        "deploy": {"crop_fraction": 0.9},
+        "deploy": {"crop_pct": 0.9},
         "model": {"backbone": "test_resnet"},
         "train": {"epochs": 1, "batch_size": 6, "workers": 0, "device": "cpu"},
         "select": "last",

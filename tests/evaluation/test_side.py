@@ -23,7 +23,7 @@ from fgvc.report.compare import write_page
 from fgvc.runtime.bundle import read_labels, write_bundle
 
 NAMES = ["红", "green", "blue"]  # the position is that of the channel
-PLAIN = Preprocess(size=(8, 8), resize="squash", crop_fraction=1.0, mean=(0, 0, 0), std=(1, 1, 1))
+PLAIN = Preprocess(size=(8, 8), resize="squash", crop_pct=1.0, mean=(0, 0, 0), std=(1, 1, 1))
 
 
 def network(order: list[int], *, lost: int | None = None, scale: float = 1) -> bytes:
@@ -87,7 +87,7 @@ def test_classes_in_another_order_are_the_same_classes(pictures: Path, tmp_path:
     assert found.paired.a_right.all()
     assert found.paired.b_right.all()
     assert found.flips() == []
-    assert found.part == "all"
+    assert found.split == "all"
     assert [error.rpartition(": ")[2] for error in found.unreadable] == ["not an image"]
 
 

@@ -15,15 +15,15 @@ from fgvc.config.exporting import Export
 from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import Interface, export_onnx, serialised
-from fgvc.exporting.prove import Proven, compare_behaviour, compare_numbers, compare_structure, prove
+from fgvc.exporting.prove import ProvedExport, compare_behaviour, compare_numbers, compare_structure, prove
 from fgvc.exporting.reference import independent_plain, randomise
 from fgvc.exporting.ties import degenerate, nudged
 from fgvc.exporting.verify import verify_bundle, verify_files
 from fgvc.models.backbone import deployed, plain_model
 from fgvc.reparam.block import refusal
-from fgvc.reparam.graft import find_sites, graft
 from fgvc.reparam.kinds import acb
 from fgvc.reparam.plain import strip
+from fgvc.reparam.replace import find_sites, replace_conv
 from fgvc.runtime.bundle import load_bundle, write_bundle
 
 SIZE = (32, 32)
@@ -40,22 +40,22 @@ def trained(branches: int = 0) -> nn.Module:
     for site in sites[:branches]:
         block = acb(net.get_submodule(site.name))
         randomise(block, 4)
-        graft(net, site, block)
+        replace_conv(net, site, block)
     return net.eval()
 
 
 @pytest.fixture(scope="module")
-def by_dynamo() -> Proven:
+def by_dynamo() -> ProvedExport:
     return prove(trained(branches=2), iter(BATCHES), **RECIPE, size=SIZE, export=Export())
 
 
 @pytest.fixture(scope="module")
-def by_script() -> Proven:
+def by_script() -> ProvedExport:
     return prove(trained(branches=2), iter(BATCHES), **RECIPE, size=SIZE, export=Export(exporter="torchscript"))
 
 
 @pytest.fixture(params=["by_dynamo", "by_script"])
-def proven(request: pytest.FixtureRequest) -> Proven:
+def proven(request: pytest.FixtureRequest) -> ProvedExport:
     return request.getfixturevalue(request.param)
 
 
@@ -65,7 +65,7 @@ def references() -> dict[str, tuple[onnx.ModelProto, frozenset[int]]]:
     return {e: independent_plain(**RECIPE, interface=interface, exporter=e) for e in ("dynamo", "torchscript")}
 
 
-def test_a_trained_net_with_branches_passes_all_three(proven: Proven) -> None:
+def test_a_trained_net_with_branches_passes_all_three(proven: ProvedExport) -> None:
     assert 0 < proven.numeric.folded_float64 <= 1e-9
     assert 0 < proven.numeric.shipped_float32 <= 1e-4
     assert proven.structural.passed
@@ -81,7 +81,7 @@ def test_a_trained_net_with_branches_passes_all_three(proven: Proven) -> None:
     assert b"acb" not in proven.model.lower()
 
 
-def test_what_ships_computes_what_was_trained(proven: Proven) -> None:
+def test_what_ships_computes_what_was_trained(proven: ProvedExport) -> None:
     session = onnxruntime.InferenceSession(proven.model)
     with torch.no_grad():
         z = trained(branches=2).double()(torch.from_numpy(BATCHES[0]).double()).numpy()
@@ -89,7 +89,7 @@ def test_what_ships_computes_what_was_trained(proven: Proven) -> None:
     np.testing.assert_allclose(said, z, rtol=0, atol=1e-4 * np.abs(z).max())
 
 
-def bundle_files(proven: Proven, **contract: object) -> dict[str, Any]:
+def bundle_files(proven: ProvedExport, **contract: object) -> dict[str, Any]:
     return {
         "model.onnx": proven.model,
         "labels.json": list("abcde"),
@@ -99,14 +99,14 @@ def bundle_files(proven: Proven, **contract: object) -> dict[str, Any]:
     }
 
 
-def test_a_bundle_can_be_proved_again(by_script: Proven, tmp_path: Path) -> None:
+def test_a_bundle_can_be_proved_again(by_script: ProvedExport, tmp_path: Path) -> None:
     write_bundle(tmp_path / "b", files=bundle_files(by_script))
     verified = verify_bundle(tmp_path / "b")
     assert verified.passed
     assert {check.name: check.passed for check in verified.checks}["independent plain"] is True
 
 
-def test_a_bundle_whose_graph_is_not_its_contracts_fails(by_script: Proven, tmp_path: Path) -> None:
+def test_a_bundle_whose_graph_is_not_its_contracts_fails(by_script: ProvedExport, tmp_path: Path) -> None:
     versions = dict(by_script.contract["versions"]) | {"torch": "1.0"}
     stale = bundle_files(by_script, versions=versions, sha256="0" * 64)
     write_bundle(tmp_path / "b", files=stale)

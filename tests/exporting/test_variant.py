@@ -16,7 +16,7 @@ from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import Interface, export_onnx, serialised
 from fgvc.exporting.quantize import Int8
 from fgvc.exporting.reference import Plain, independent_plain, randomise
-from fgvc.exporting.variant import Made, differences, make_fp16, make_int8, structure
+from fgvc.exporting.variant import VariantFile, differences, make_fp16, make_int8, structure
 from fgvc.models.backbone import plain_model
 
 SIZE = (32, 32)
@@ -37,11 +37,11 @@ def both() -> tuple[Plain, Plain]:
 
 
 @pytest.fixture(scope="module")
-def int8(both: tuple[Plain, Plain]) -> Made:
+def int8(both: tuple[Plain, Plain]) -> VariantFile:
     return make_int8(*both, [IMAGES[:12], IMAGES[12:]], Int8(first=2, reduce_range=False))
 
 
-def test_both_are_what_the_plain_net_becomes(both: tuple[Plain, Plain], int8: Made) -> None:
+def test_both_are_what_the_plain_net_becomes(both: tuple[Plain, Plain], int8: VariantFile) -> None:
     contract = int8.contract
     assert contract["images"] == 20
     assert contract["operators"]["Conv"] == sum(n.op_type == "Conv" for n in both[0].proto.graph.node) - 2
@@ -99,14 +99,14 @@ def one_scale_for_all(proto: ModelProto) -> None:
 
 
 @pytest.mark.parametrize("change_one", [leave_out, other_axis, asymmetric, another_type, one_scale_for_all])
-def test_another_graph_is_told(change_one: Callable[[ModelProto], None], both: tuple[Plain, Plain], int8: Made) -> None:
+def test_another_graph_is_told(change_one: Callable[[ModelProto], None], both: tuple[Plain, Plain], int8: VariantFile) -> None:
     proto = onnx.load_from_string(int8.model)
     change_one(proto)
     assert differences("int8", proto, *both, int8.contract)
     assert structure(proto, both[0]).sha256 != int8.contract["sha256"]
 
 
-def test_ranges_and_weights_may_differ(both: tuple[Plain, Plain], int8: Made) -> None:
+def test_ranges_and_weights_may_differ(both: tuple[Plain, Plain], int8: VariantFile) -> None:
     proto = onnx.load_from_string(int8.model)
     change(proto, lambda name, v: name.endswith("weight_quantized"), lambda v: -v)
     change(proto, lambda name, v: name.endswith("weight_scale"), lambda v: 2 * v)
@@ -118,7 +118,7 @@ def test_ranges_and_weights_may_differ(both: tuple[Plain, Plain], int8: Made) ->
 
 
 def test_one_more_layer_in_float_is_refused(
-    both: tuple[Plain, Plain], int8: Made, monkeypatch: pytest.MonkeyPatch
+    both: tuple[Plain, Plain], int8: VariantFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fgvc.exporting import variant
 

@@ -55,7 +55,8 @@ RUNS = {
     },
     "branches": {
         "model": CNN,
-        "techniques": {"acb": {}}, "train": {"accumulate": 2, "recompute": True}, "optim": {"lr": 1e-3, "clip_norm": 1.0},
+        "techniques": {"acb": {}}, "train": {"grad_accum_steps": 2, "grad_checkpointing": True},
+        "optim": {"lr": 1e-3, "clip_grad": 1.0},
     },
     "overparam": {"model": CNN, "techniques": {"overparam": {}}, "swa": {"start": 0.5}},
     "sam": {

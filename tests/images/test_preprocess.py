@@ -25,7 +25,7 @@ def textured(height: int, width: int, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize("interpolation", TORCHVISION)
 @pytest.mark.parametrize(("size", "fraction"), [(32, 0.875), (33, 0.9), (24, 1.0), (160, 0.95)])
 def test_crop_equals_torchvision_bit_for_bit(interpolation: str, size: int, fraction: float) -> None:
-    spec = Preprocess(size=(size, size), crop_fraction=fraction, interpolation=interpolation)
+    spec = Preprocess(size=(size, size), crop_pct=fraction, interpolation=interpolation)
     mode = T.functional._interpolation_modes_from_int(TORCHVISION[interpolation])
     reference = T.Compose([T.Resize(int(size / fraction), mode), T.CenterCrop(size)])
     for height, width in [(40, 40), (51, 77), (130, 41), (256, 341), (37, 36), (3, 2)]:
@@ -36,7 +36,7 @@ def test_crop_equals_torchvision_bit_for_bit(interpolation: str, size: int, frac
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(8, 40), st.sampled_from([0.7, 0.875, 0.9, 0.95, 1.0]))
 def test_crop_equals_torchvision_for_any_shape(height: int, width: int, size: int, fraction: float) -> None:
-    spec = Preprocess(size=(size, size), crop_fraction=fraction, interpolation="bilinear")
+    spec = Preprocess(size=(size, size), crop_pct=fraction, interpolation="bilinear")
     image = textured(height, width)
     expected = np.asarray(T.Compose([T.Resize(int(size / fraction)), T.CenterCrop(size)])(image)).astype(int)
     found = fit(image, spec).astype(int)
@@ -68,7 +68,7 @@ def test_normalise_leaves_its_input_alone() -> None:
 
 def test_pad_keeps_the_whole_leaf() -> None:
     leaf = Image.new("RGB", (200, 100), (255, 0, 0))
-    found = fit(leaf, Preprocess(size=(40, 40), resize="pad", crop_fraction=1, fill=(1, 2, 3)))
+    found = fit(leaf, Preprocess(size=(40, 40), resize="pad", crop_pct=1, fill=(1, 2, 3)))
     assert (found[10:30] == (255, 0, 0)).all()
     assert (found[:10] == (1, 2, 3)).all()
     assert (found[30:] == (1, 2, 3)).all()
@@ -76,7 +76,7 @@ def test_pad_keeps_the_whole_leaf() -> None:
 
 def test_pad_then_crop_fraction_keeps_the_centre() -> None:
     tall = Image.new("RGB", (10, 40), (0, 255, 0))
-    found = fit(tall, Preprocess(size=(20, 20), resize="pad", crop_fraction=0.5, fill=(9, 9, 9)))
+    found = fit(tall, Preprocess(size=(20, 20), resize="pad", crop_pct=0.5, fill=(9, 9, 9)))
     assert (found[:, 5:15] == (0, 255, 0)).all()  # canvas 40 x 40: 10 columns wide, cut to the middle 20 x 20
     assert (found[:, :5] == 9).all()
     assert (found[:, 15:] == 9).all()
@@ -84,7 +84,7 @@ def test_pad_then_crop_fraction_keeps_the_centre() -> None:
 
 def test_squash_fills_whatever_the_aspect() -> None:
     image = textured(50, 100)
-    found = fit(image, Preprocess(size=(20, 30), resize="squash", crop_fraction=1, interpolation="bilinear"))
+    found = fit(image, Preprocess(size=(20, 30), resize="squash", crop_pct=1, interpolation="bilinear"))
     np.testing.assert_array_equal(found, np.asarray(image.resize((30, 20), Image.Resampling.BILINEAR)))
 
 
@@ -100,7 +100,7 @@ def test_crop_covers_the_canvas_and_keeps_one_side(h: int, w: int, rows: int, co
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 100_000), (100_000, 1), (2, 4000), (999, 1)])
 def test_extreme_shapes(resize: str, height: int, width: int) -> None:
     image = Image.new("RGB", (width, height), (10, 200, 30))
-    found = fit(image, Preprocess(size=(24, 40), resize=resize, crop_fraction=0.875))
+    found = fit(image, Preprocess(size=(24, 40), resize=resize, crop_pct=0.875))
     assert found.shape == (24, 40, 3)
     assert (found == (10, 200, 30)).all(-1).any()
 
@@ -123,7 +123,7 @@ def test_preprocess_feeds_torch_without_a_copy() -> None:
 def test_a_point_lies_where_its_dot_is_found(
     resize: str, fraction: float, size: tuple[int, int], height: int, width: int
 ) -> None:
-    spec = Preprocess(size=size, resize=resize, crop_fraction=fraction, interpolation="bilinear", fill=(0, 0, 0))
+    spec = Preprocess(size=size, resize=resize, crop_pct=fraction, interpolation="bilinear", fill=(0, 0, 0))
     for x, y in [(0.5, 0.5), (0.48, 0.53), (0.51, 0.47)]:
         point = np.array([x * width, y * height])
         inside = placed(point, (height, width), spec)
@@ -140,27 +140,27 @@ def test_a_point_lies_where_its_dot_is_found(
 
 def test_corners_by_hand() -> None:
     corners = np.array([(0.0, 0.0), (200.0, 100.0)])
-    plain = {"size": (40, 40), "crop_fraction": 1}
+    plain = {"size": (40, 40), "crop_pct": 1}
     for resize, expected in {
         "crop": [(-20, 0), (60, 40)],
         "pad": [(0, 10), (40, 30)],
         "squash": [(0, 0), (40, 40)],
     }.items():
         np.testing.assert_array_equal(placed(corners, (100, 200), Preprocess(resize=resize, **plain)), expected)
-    half = Preprocess(size=(40, 40), resize="pad", crop_fraction=0.5)  # a canvas of 80 x 80, its middle kept
+    half = Preprocess(size=(40, 40), resize="pad", crop_pct=0.5)  # a canvas of 80 x 80, its middle kept
     np.testing.assert_array_equal(placed(corners, (100, 200), half), [(-20, 0), (60, 40)])
 
 
 IMAGENET = Preprocess(size=(20, 20))
-PAD = Preprocess(size=(20, 20), resize="pad", crop_fraction=1.0)
+PAD = Preprocess(size=(20, 20), resize="pad", crop_pct=1.0)
 
 
 @pytest.mark.parametrize(
     ("one", "changed", "keys"),
     [
         (IMAGENET, {"fill": (0, 0, 0)}, []),  # nothing pads
-        (IMAGENET, {"crop_fraction": 0.88}, []),  # 22 pixels, as 20 / 0.875
-        (IMAGENET, {"crop_fraction": 0.8}, ["crop_fraction"]),
+        (IMAGENET, {"crop_pct": 0.88}, []),  # 22 pixels, as 20 / 0.875
+        (IMAGENET, {"crop_pct": 0.8}, ["crop_pct"]),
         (IMAGENET, {"input_range": 255, "mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}, []),
         (IMAGENET, {"input_range": 255}, ["input_range"]),
         (IMAGENET, {"mean": (0.5, 0.456, 0.406)}, ["mean"]),
@@ -177,7 +177,7 @@ PAD = Preprocess(size=(20, 20), resize="pad", crop_fraction=1.0)
             ["channel_order"],
         ),
         (PAD, {"fill": (0, 0, 0)}, ["fill"]),
-        (PAD, {"crop_fraction": 0.5}, ["crop_fraction"]),
+        (PAD, {"crop_pct": 0.5}, ["crop_pct"]),
     ],
 )
 def test_only_what_makes_another_input_is_a_difference(one: Preprocess, changed: dict, keys: list[str]) -> None:

@@ -130,7 +130,7 @@ def test_sixteen_bits_keep_the_upper_eight() -> None:
 
 
 def test_the_whole_chain_equals_timm_on_the_zoo() -> None:
-    spec = Preprocess(size=(48, 48), crop_fraction=0.875, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
+    spec = Preprocess(size=(48, 48), crop_pct=0.875, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
     reference = timm.data.create_transform(
         48, interpolation="bicubic", crop_pct=0.875, mean=spec.mean, std=spec.std, is_training=False
     )

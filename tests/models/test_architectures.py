@@ -18,7 +18,7 @@ from fgvc.exporting.prove import prove
 from fgvc.models.backbone import plain_model
 from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net
-from fgvc.techniques.settings import Where
+from fgvc.techniques.settings import ConvSelection
 
 PATH = Path(__file__).parents[2] / "docs" / "architectures.py"
 
@@ -50,7 +50,7 @@ def together(backbone: str) -> list[str]:
     turns.
     """
     applies = [kind for kind in settings_by_kind() if said(backbone).get(kind) == "yes"]
-    branched = [kind for kind in applies if issubclass(settings_by_kind()[kind], Where)]
+    branched = [kind for kind in applies if issubclass(settings_by_kind()[kind], ConvSelection)]
     turn = list(ARCHITECTURES.BACKBONES).index(backbone)
     others = {kind for at, kind in enumerate(branched) if at != turn % len(branched)}
     chosen: list[str] = []

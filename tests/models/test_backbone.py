@@ -135,7 +135,7 @@ def test_a_sidecar_says_mean_and_std(tmp_path: Path) -> None:
     found = load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors")))
     assert (found.mean, found.std, found.interpolation, found.doubts) == (HALF, (0.25,) * 3, "bilinear", ())
     good = {"mean": HALF, "std": HALF}
-    for bad in ({}, good | {"interpolation": "area"}, good | {"crop_fraction": 90}, good | {"crop_fraction": "x"}):
+    for bad in ({}, good | {"interpolation": "area"}, good | {"crop_pct": 90}, good | {"crop_pct": "x"}):
         side.write_text(json.dumps(bad))
         with pytest.raises(FgvcError, match="expected"):
             load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors")))
@@ -169,11 +169,11 @@ def test_packaged_weights_are_of_one_net() -> None:
 
 def test_deploy_wins_over_the_weights_and_knows_its_units() -> None:
     found = load_weights(net(), Model(backbone="test_resnet"))
-    own = preprocess_for(Deploy(mean=(0.1, 0.2, 0.3), crop_fraction=0.5), (32, 32), found)
-    assert (own.mean, own.crop_fraction, own.std) == ((0.1, 0.2, 0.3), 0.5, found.std)
+    own = preprocess_for(Deploy(mean=(0.1, 0.2, 0.3), crop_pct=0.5), (32, 32), found)
+    assert (own.mean, own.crop_pct, own.std) == ((0.1, 0.2, 0.3), 0.5, found.std)
     bytes_bgr = preprocess_for(Deploy(input_range=255, channel_order="bgr"), (32, 32), found)
     assert bytes_bgr.mean == pytest.approx([255 * m for m in reversed(found.mean)])
-    assert preprocess_for(Deploy(resize="pad"), (32, 32), found).crop_fraction == 1.0, "the whole object stays"
+    assert preprocess_for(Deploy(resize="pad"), (32, 32), found).crop_pct == 1.0, "the whole object stays"
 
 
 @pytest.mark.parametrize(

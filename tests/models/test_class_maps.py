@@ -13,7 +13,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
 from fgvc.models.class_maps import (
-    Mapper,
+    ClassMapper,
     Method,
     cam,
     closed_form,
@@ -68,7 +68,7 @@ def test_gradient_maps_are_those_of_pytorch_grad_cam(name: str) -> None:
     for method, kind, scale in (("gradcam", GradCAM, 1), ("gradcam++", GradCAMPlusPlus, 1000)):
         with torch.no_grad():  # theirs adds 1e-6 to the square of the gradient, which must be much larger
             net.get_classifier().weight *= scale
-        found = Mapper(net)(features, [(labels, None)], method, (size, size))
+        found = ClassMapper(net)(features, [(labels, None)], method, (size, size))
         expected = theirs(kind, net, net.get_submodule(layer), x, labels, RESHAPE.get(name))
         assert found.shape == expected.shape
         assert found.dtype == torch.float32
@@ -85,7 +85,7 @@ def test_cam_is_its_formula_and_grad_cam_up_to_scale_and_relu() -> None:
     for b, y in enumerate(labels.tolist()):
         for k in range(512):
             expected[b] += float(weight[y, k]) * features[b, k].double()
-    found = Mapper(net)(features, [(labels, None)], "cam")
+    found = ClassMapper(net)(features, [(labels, None)], "cam")
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert found.amin() < 0 < found.amax()
     torch.testing.assert_close(theirs(GradCAM, net, net.layer4, x, labels), found.relu() / 9, rtol=1e-4, atol=1e-5)
@@ -142,7 +142,7 @@ def test_grad_cam_is_its_formula(seed: int) -> None:
 def test_training_is_not_disturbed(name: str) -> None:
     net, labels = made(name, drop_rate=0.5), torch.tensor([4, 0, 2])
     expected = {
-        m: Mapper(net)(net.forward_features(pictures(96)), [(labels, None)], m) for m in ("gradcam", "gradcam++")
+        m: ClassMapper(net)(net.forward_features(pictures(96)), [(labels, None)], m) for m in ("gradcam", "gradcam++")
     }
     net.train()
     list(net.children())[1].eval()  # a frozen part among those that train
@@ -156,7 +156,7 @@ def test_training_is_not_disturbed(name: str) -> None:
     assert features.requires_grad
     for method, maps in expected.items():
         with torch.no_grad() if method == "gradcam" else torch.enable_grad():
-            found = Mapper(net)(features, [(labels, None)], method)
+            found = ClassMapper(net)(features, [(labels, None)], method)
         torch.testing.assert_close(found, maps, msg="dropout, or the batch's own statistics")
     with evaluating(net):
         assert not any(module.training for module in net.modules())
@@ -175,7 +175,7 @@ def test_modes_come_back_even_after_an_error() -> None:
     net.layer1.eval()
     modes = [module.training for module in net.modules()]
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
-        Mapper(net)(net.forward_features(pictures(64)), [(torch.tensor([0, 99, 0]), None)], "gradcam")
+        ClassMapper(net)(net.forward_features(pictures(64)), [(torch.tensor([0, 99, 0]), None)], "gradcam")
     assert [module.training for module in net.modules()] == modes
 
 
@@ -183,8 +183,8 @@ def test_modes_come_back_even_after_an_error() -> None:
 def test_features_made_in_inference_mode_have_maps_too(method: Method) -> None:
     net, target = made("resnet18"), [(torch.tensor([4, 0, 2]), None)]
     with torch.inference_mode():
-        found = Mapper(net)(net.forward_features(pictures(96)), target, method)
-    torch.testing.assert_close(found, Mapper(net)(net.forward_features(pictures(96)), target, method))
+        found = ClassMapper(net)(net.forward_features(pictures(96)), target, method)
+    torch.testing.assert_close(found, ClassMapper(net)(net.forward_features(pictures(96)), target, method))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -192,9 +192,9 @@ def test_maps_under_autocast_are_in_float32(method: Method) -> None:
     net, target = made("resnet18"), [(torch.tensor([4, 0, 2]), None)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = net.forward_features(pictures(96)).bfloat16()
-        found = Mapper(net)(features, target, method)
+        found = ClassMapper(net)(features, target, method)
     assert found.dtype == torch.float32
-    assert torch.equal(found, Mapper(net)(features.float(), target, method))
+    assert torch.equal(found, ClassMapper(net)(features.float(), target, method))
     assert features.dtype == torch.bfloat16
 
 
@@ -248,10 +248,10 @@ def test_where_cam_is_closed_form_grad_cam_says_the_same(name: str) -> None:
     _, kwargs, _ = NETS[name]
     net = made(name, **kwargs | ({"fc_norm": False} if name == "test_vit" else {}))
     features, target = net.forward_features(pictures(64)), [(torch.tensor([1, 3, 3]), None)]
-    found = Mapper(net)(features, target, "cam", (64, 64))
+    found = ClassMapper(net)(features, target, "cam", (64, 64))
     assert found.amin() < 0 < found.amax()
     torch.testing.assert_close(
-        Mapper(net)(features, target, "gradcam", (64, 64)), found.relu() / found[0].numel(), rtol=1e-4, atol=1e-5
+        ClassMapper(net)(features, target, "gradcam", (64, 64)), found.relu() / found[0].numel(), rtol=1e-4, atol=1e-5
     )
 
 
@@ -282,5 +282,5 @@ def test_a_mixed_target_is_mapped_by_its_dominant_label() -> None:
     net, x = made("resnet18"), pictures(96)
     labels, others = torch.tensor([4, 0, 2]), torch.tensor([1, 1, 1])
     weight = torch.tensor([0.9, 0.2, 0.6])
-    mixed = Mapper(net)(net.forward_features(x), [(labels, weight), (others, 1 - weight)], "gradcam")
-    assert torch.equal(mixed, Mapper(net)(net.forward_features(x), [(torch.tensor([4, 1, 2]), None)], "gradcam"))
+    mixed = ClassMapper(net)(net.forward_features(x), [(labels, weight), (others, 1 - weight)], "gradcam")
+    assert torch.equal(mixed, ClassMapper(net)(net.forward_features(x), [(torch.tensor([4, 1, 2]), None)], "gradcam"))

@@ -22,8 +22,8 @@ from fgvc.models.backbone import memory_format, plain_model
 from fgvc.models.deformable import Deformable, offsets
 from fgvc.models.weights import load_weights
 from fgvc.reparam.block import refusal
-from fgvc.reparam.graft import find_sites, graft
 from fgvc.reparam.kinds import acb
+from fgvc.reparam.replace import find_sites, replace_conv
 
 SIZE = (64, 64)
 
@@ -183,7 +183,7 @@ def trained() -> nn.Module:
     torch.manual_seed(3)
     sites = [site for site in find_sites(net, SIZE)[0] if refusal(net.get_submodule(site.name)) is None]
     for site in [sites[1], next(site for site in sites if site.name.endswith("offset"))]:
-        graft(net, site, acb(net.get_submodule(site.name)))
+        replace_conv(net, site, acb(net.get_submodule(site.name)))
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if parameter.ndim == 1 or "offset" in name:

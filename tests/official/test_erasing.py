@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fgvc.models.class_maps import Mapper, cam, normalised
+from fgvc.models.class_maps import ClassMapper, cam, normalised
 from fgvc.techniques.acol.settings import AcolSettings
 from fgvc.techniques.adl.settings import AdlSettings
 from fgvc.techniques.api import Output, View
@@ -54,7 +54,7 @@ def erased(a: Arrays, area: tuple[float, float] | None) -> tuple[dict[str, Tenso
         other.bias.copy_(a["bias_b"])
     f = a["features"].clone().requires_grad_()
     logits, target = head.forward_head(f), [(a["labels"], None)]
-    main = Output(View("main", torch.zeros(6, 3, 6, 7), target), f, logits, mapper=Mapper(head))
+    main = Output(View("main", torch.zeros(6, 3, 6, 7), target), f, logits, mapper=ClassMapper(head))
     ctx = context(branches={"head0": other})
     terms = technique.losses({"main": main}, ctx)
     loss = nn.functional.cross_entropy(logits, a["labels"]) + terms["erased"]

@@ -10,7 +10,7 @@ from fgvc.config.techniques import settings_by_kind
 from fgvc.errors import FgvcError
 from fgvc.reparam.block import Branched
 from fgvc.runs.step import StepModule
-from fgvc.techniques.plan import Joints, Plan
+from fgvc.techniques.plan import Attachments, Plan
 from fgvc.techniques.registry import build, made_of
 
 KINDS = ("acb", "dbb", "repvgg", "overparam")
@@ -18,9 +18,9 @@ KINDS = ("acb", "dbb", "repvgg", "overparam")
 
 def set_up(net: nn.Module, kind: str, **settings: object) -> list[str]:
     """The notes of one technique."""
-    joints = Joints(net, (64, 64))
-    made_of(settings_by_kind()[kind](**settings)).setup(Plan(kind, joints))
-    return joints.notes
+    attachments = Attachments(net, (64, 64))
+    made_of(settings_by_kind()[kind](**settings)).setup(Plan(kind, attachments))
+    return attachments.notes
 
 
 def blocks(net: nn.Module) -> list[str]:

@@ -9,9 +9,9 @@ from fgvc.errors import FgvcError
 from fgvc.exporting.reference import randomise
 from fgvc.models.backbone import plain_model
 from fgvc.reparam.block import Branched, refusal
-from fgvc.reparam.graft import find_sites, graft
 from fgvc.reparam.kinds import acb
 from fgvc.reparam.plain import HOOKS, strip
+from fgvc.reparam.replace import find_sites, replace_conv
 
 RECIPE = {"backbone": "test_resnet", "num_classes": 5, "kwargs": {}}
 
@@ -23,14 +23,14 @@ def net() -> nn.Module:
     return made.eval()
 
 
-def grafted(net: nn.Module, count: int = 2) -> nn.Module:
+def replaced(net: nn.Module, count: int = 2) -> nn.Module:
     sites = [s for s in find_sites(net, (32, 32))[0] if refusal(net.get_submodule(s.name)) is None][:count]
     assert len(sites) == count
     for site in sites:
         like = None if site.norm is None else net.get_submodule(site.norm)
         block = acb(net.get_submodule(site.name), like=like)
         randomise(block, 4)
-        graft(net, site, block)
+        replace_conv(net, site, block)
     return net.eval()
 
 
@@ -43,7 +43,7 @@ def test_a_plain_net_comes_back_bit_for_bit(net: nn.Module) -> None:
 
 
 def test_grafts_are_folded_and_the_net_stays_as_it_was(net: nn.Module) -> None:
-    trained = grafted(net)
+    trained = replaced(net)
     before = copy.deepcopy(trained.state_dict())
     exact = strip(trained, **RECIPE, dtype=torch.float64)
     assert list(exact.state_dict()) == list(plain_model("test_resnet", 5).state_dict())
@@ -101,7 +101,7 @@ def test_a_leaked_hook_is_named_with_its_module(net: nn.Module, register: str, k
 
 
 def test_a_hook_inside_a_grafted_block_is_found(net: nn.Module) -> None:
-    trained = grafted(net, 1)
+    trained = replaced(net, 1)
     block = next(m for m in trained.modules() if isinstance(m, Branched))
     block.branches["1xk"].register_forward_hook(spy)
     with pytest.raises(FgvcError, match=r"1xk \(\w+\): forward hook spy"):

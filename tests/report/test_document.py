@@ -153,7 +153,7 @@ def test_the_same_run_gives_the_same_bytes(run: Path, text: str, tmp_path: Path)
 
 def test_worst_and_most_uncertain_by_their_definitions(run: Path) -> None:
     seen = subject(run)
-    answers = seen.answers(seen.part()[1])
+    answers = seen.answers(seen.rows_of()[1])
     scores = of_logits(answers.logits, answers.labels)
     found = gallery(seen, answers, scores, None, images=5)
     z, y = torch.from_numpy(answers.logits), torch.from_numpy(answers.labels)
@@ -183,7 +183,7 @@ def test_maps_are_grad_cam_of_the_class_that_is_said(run: Path, data: Path, tmp_
         model, size = {"backbone": "test_vit", "kwargs": kwargs}, {"size": 64}
         run = trained(data, tmp_path / "vit", model=model, image=size)
     seen = subject(run)
-    answers = seen.answers(seen.part()[1])
+    answers = seen.answers(seen.rows_of()[1])
     found = gallery(seen, answers, of_logits(answers.logits, answers.labels), None, images=4)
     assert found.unmapped == ""
     net, away = seen.step.net, []

@@ -34,7 +34,7 @@ from fgvc.runs.subject import load_run, subject
 from fgvc.runtime import explain as drawing
 from fgvc.runtime.bundle import OPTIONAL, REQUIRED, write_bundle
 from fgvc.runtime.engine import Engine
-from fgvc.runtime.explain import Seen, positive
+from fgvc.runtime.explain import Explanation, positive
 from tests.serving import small
 
 METHODS = ("cam", "gradcam", "scorecam")
@@ -111,9 +111,9 @@ def test_a_run_side_by_side_with_another(
     for folder in (*METHODS, *(f"{method}-against" for method in METHODS)):
         assert {path.stem for path in (out / "overlays" / folder).iterdir()} == names
     assert {path.name for path in (out / "panels").iterdir()} == {f"{name}.png" for name in names}
-    panel = decode(out / "panels/leaf.png")
-    assert panel.width == 4 * (160 + 6) + 6, "the picture and three maps"
-    assert panel.height > 2 * 64, "a row for each run"
+    ensemble = decode(out / "panels/leaf.png")
+    assert ensemble.width == 4 * (160 + 6) + 6, "the picture and three maps"
+    assert ensemble.height > 2 * 64, "a row for each run"
     with np.load(out / "maps/leaf-2.npz", allow_pickle=False) as found:
         assert str(found["path"]) == str(pictures / "b/leaf.png")
         assert tuple(found["methods"]) == METHODS
@@ -251,20 +251,20 @@ def test_an_empty_map_is_said_and_why(
         "it is not",
     ]
 
-    def look(own: Any, x: np.ndarray, label: int | None) -> list[Seen]:
+    def look(own: Any, x: np.ndarray, label: int | None) -> list[Explanation]:
         p, size = np.array([0.2, 0.5, 0.3]), x.shape[2:]
-        return [Seen(1, p, {"cam": np.zeros(size, np.float32)}, {"cam": np.float32(raw)}) for raw in raws[: len(x)]]
+        return [Explanation(1, p, {"cam": np.zeros(size, np.float32)}, {"cam": np.float32(raw)}) for raw in raws[: len(x)]]
 
-    monkeypatch.setattr(explaining.RunLooker, "__call__", look)
+    monkeypatch.setattr(explaining.RunExplainer, "__call__", look)
     files = [pictures / "a" / "leaf.png", pictures / "b" / "leaf.png"]
     for first in (0, 2):
         raws[:2], whys[:2] = raws[first : first + 2], whys[first : first + 2]
         assert api.explain(run, files, tmp_path / f"out{first}", methods=["cam"]) == 0
         said = [line for line in capsys.readouterr().err.splitlines() if "empty map" in line]
-        for file, line, panel, why in zip(files, said, captions[-2:], whys, strict=False):
+        for file, line, ensemble, why in zip(files, said, captions[-2:], whys, strict=False):
             assert line.startswith(f"{file}: ")
             assert "cam of green: an empty map: " + why in line
-            assert f"(empty: {why}" in panel[-1]
+            assert f"(empty: {why}" in ensemble[-1]
 
 
 def test_the_data_need_not_be_there(run: Path, pictures: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def network(batch: int | str = "batch", size: int = SIZE, classes: int = 3) -> b
 
 
 def bundle(folder: Path, model: bytes, calibration: Calibration | None = None) -> Bundle:
-    plain = Preprocess(size=(SIZE, SIZE), resize="squash", crop_fraction=1.0, mean=(0, 0, 0), std=(1, 1, 1))
+    plain = Preprocess(size=(SIZE, SIZE), resize="squash", crop_pct=1.0, mean=(0, 0, 0), std=(1, 1, 1))
     files = {
         "model.onnx": model,
         "labels.json": ["red", "green", "blue"],

@@ -18,7 +18,7 @@ from fgvc.runtime.bundle import load_bundle, write_bundle
 from fgvc.runtime.stack import Stack, agreement, stack_of
 from tests.serving.small import LABELS, SIZE, network, save_bundle
 
-FED = Preprocess(size=(SIZE, SIZE), resize="squash", crop_fraction=1.0, mean=(0, 0, 0), std=(1, 1, 1))
+FED = Preprocess(size=(SIZE, SIZE), resize="squash", crop_pct=1.0, mean=(0, 0, 0), std=(1, 1, 1))
 TURNED = LABELS[::-1]
 
 
@@ -89,9 +89,9 @@ def test_all_missing_keys_are_named_and_impossible_ones_refused(lone: Path, tmp_
     for tree, said in (
         (
             {"size": [8, 8], "mean": [0, 0, 0]},
-            "resize, crop_fraction, interpolation, channel_order, input_range, std, fill",
+            "resize, crop_pct, interpolation, channel_order, input_range, std, fill",
         ),
-        ({}, "size, resize, crop_fraction"),
+        ({}, "size, resize, crop_pct"),
         ({"sise": [8, 8]}, "did you mean 'size'"),
         (FED.model_dump() | {"mean": [124, 116, 104]}, "outside of 0..1"),
         (FED.model_dump() | {"std": [0, 1, 1]}, "greater than 0"),

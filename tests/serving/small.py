@@ -24,7 +24,7 @@ from fgvc.runtime.bundle import write_bundle
 from fgvc.serving.admission import Admission
 from fgvc.serving.app import Service, make_app
 from fgvc.serving.limits import Limits
-from fgvc.serving.models import Models
+from fgvc.serving.models import ModelRegistry
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 8
@@ -79,7 +79,7 @@ def save_bundle(
     preprocess: Mapping[str, Any] | None = None,
 ) -> Path:
     """A bundle of `network`, in the place of an older one. `preprocess`: what it does otherwise."""
-    seen = {"size": (SIZE, SIZE), "resize": "squash", "crop_fraction": 1.0, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    seen = {"size": (SIZE, SIZE), "resize": "squash", "crop_pct": 1.0, "mean": (0, 0, 0), "std": (1, 1, 1)}
     files: dict[str, Any] = {
         "model.onnx": network(scale, delay=delay),
         "labels.json": list(labels),
@@ -94,7 +94,7 @@ def save_bundle(
 
 
 def service(places: dict[str, Path], limits: Limits | None = None) -> Service:
-    return Service(Models(places, threads=1), Admission(concurrency=1, queue=4), limits or Limits())
+    return Service(ModelRegistry(places, threads=1), Admission(concurrency=1, queue=4), limits or Limits())
 
 
 def ask(shared: Service, method: str, path: str, *, key: str | None = None, **options: Any) -> httpx.Response:

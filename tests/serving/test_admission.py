@@ -11,7 +11,7 @@ import pytest
 from starlette.requests import Request
 
 from fgvc.serving.admission import Admission
-from fgvc.serving.limits import Gone, Held, Limits, Refusal
+from fgvc.serving.limits import BodyBudget, ClientGone, Limits, Refusal
 
 
 class Client:
@@ -109,7 +109,7 @@ def test_a_client_that_leaves_frees_its_place() -> None:
         second, third = begin(admission, work, client), begin(admission, work)
         await until(lambda: admission.full)
         client.leave()
-        with pytest.raises(Gone):
+        with pytest.raises(ClientGone):
             await second
         assert admission.waiting == 1
         work.may_end.set()
@@ -125,7 +125,7 @@ def test_a_thread_stays_taken_until_it_really_ends() -> None:
         first = begin(admission, work, client)
         await until(lambda: work.calls == 1)
         client.leave()
-        with pytest.raises(Gone):
+        with pytest.raises(ClientGone):
             await first
         second = begin(admission, work)
         await asyncio.sleep(0.05)
@@ -145,7 +145,7 @@ def test_errors_of_work_reach_who_asked_and_free_the_thread() -> None:
             await admission.run(fail, Client().request, deadline=soon())
         left = Client()
         left.leave()
-        with pytest.raises(Gone):  # nobody asks for this error, and nothing complains that it was never fetched
+        with pytest.raises(ClientGone):  # nobody asks for this error, and nothing complains that it was never fetched
             await admission.run(work, left.request, deadline=soon())
         work.may_end.set()
         assert await admission.run(lambda: 1, Client().request, deadline=soon()) == 1
@@ -168,7 +168,7 @@ def test_who_was_there_is_served_while_the_server_drains_and_nobody_else() -> No
     play(scene)
 
 
-async def read(held: Held, client: Client, *, limit: int = 100, deadline: float | None = None) -> bytes:
+async def read(held: BodyBudget, client: Client, *, limit: int = 100, deadline: float | None = None) -> bytes:
     async with held.body(client.request, limit=limit, deadline=deadline or soon()) as body:
         assert held.bytes == len(body)
         return body
@@ -176,7 +176,7 @@ async def read(held: Held, client: Client, *, limit: int = 100, deadline: float 
 
 def test_bodies_that_stall_drip_or_break_off() -> None:
     async def scene() -> None:
-        held = Held(Limits(stall_seconds=0.05))
+        held = BodyBudget(Limits(stall_seconds=0.05))
         client = Client(b"ab", b"cd")
         client.end()
         assert await read(held, client) == b"abcd"
@@ -193,7 +193,7 @@ def test_bodies_that_stall_drip_or_break_off() -> None:
 
         client = Client(b"ab")
         client.leave()
-        with pytest.raises(Gone):
+        with pytest.raises(ClientGone):
             await read(held, client)
         with pytest.raises(Refusal) as caught:
             await read(held, Client(b"ab", b"c" * 99))

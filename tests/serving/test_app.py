@@ -18,7 +18,7 @@ from PIL import Image
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.runtime.engine import Engine
-from fgvc.serving.app import Direct, Service, make_app
+from fgvc.serving.app import FastPathMiddleware, Service, make_app
 from fgvc.serving.limits import Limits, read_key
 from fgvc.serving.page import CSP, PAGE
 from tests.serving.small import LABELS, ROOT, SIZE, ask, bomb, picture, save_bundle, service
@@ -161,7 +161,7 @@ def test_the_direct_way_answers_as_the_usual_one(shared: Service, monkeypatch: p
     both = []
     for direct in (True, False):
         if not direct:
-            monkeypatch.setattr(Direct, "_find", lambda self, scope: None)
+            monkeypatch.setattr(FastPathMiddleware, "_find", lambda self, scope: None)
         answers = []
         for path, body in asked:
             found = ask(shared, "POST", path, content=body)

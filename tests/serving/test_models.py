@@ -11,13 +11,13 @@ import pytest
 from fgvc.errors import FgvcError
 from fgvc.serving import models as module
 from fgvc.serving.limits import Refusal
-from fgvc.serving.models import Models, parse_places
+from fgvc.serving.models import ModelRegistry, parse_places
 from tests.serving.small import SIZE, save_bundle
 
 X = np.ones((1, 3, SIZE, SIZE), np.float32)
 
 
-def scale(models: Models, name: str) -> float:
+def scale(models: ModelRegistry, name: str) -> float:
     return round(float(models.get(name).engine.logits(X)[0, 0]), 3)
 
 
@@ -45,7 +45,7 @@ def test_a_new_bundle_takes_the_place_and_a_bad_one_does_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"a": save_bundle(tmp_path / "a", 1), "b": save_bundle(tmp_path / "b", 1)}
-    models = Models(places, threads=1)
+    models = ModelRegistry(places, threads=1)
     kept = models.get("a")
     save_bundle(places["a"], 2)
     assert scale(models, "a") == 1
@@ -65,7 +65,7 @@ def test_a_new_bundle_takes_the_place_and_a_bad_one_does_not(
 
     save_bundle(places["a"], 4, explain=False)
     models.reload(changed_only=True)
-    assert (scale(models, "a"), models.get("a").looker) == (4, None)
+    assert (scale(models, "a"), models.get("a").explainer) == (4, None)
     assert models.get(None).name == "a"
     with pytest.raises(Refusal, match="no model 'c' here; there are: a, b"):
         models.get("c")
@@ -85,7 +85,7 @@ def test_a_bundle_that_is_fed_or_read_otherwise_takes_no_place_unless_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
 ) -> None:
     folder = save_bundle(tmp_path / "a", 1)
-    models, told = Models({"a": folder}, threads=1), Models({"a": folder}, threads=1, any_bundle=True)
+    models, told = ModelRegistry({"a": folder}, threads=1), ModelRegistry({"a": folder}, threads=1, any_bundle=True)
     save_bundle(folder, 2, **change)
     for changed_only in (True, True, False):
         models.reload(changed_only=changed_only)
@@ -104,7 +104,7 @@ def test_a_bundle_that_is_fed_or_read_otherwise_takes_no_place_unless_told(
 
 
 def test_the_same_preprocessing_in_other_words_takes_the_place(tmp_path: Path) -> None:
-    models = Models({"a": save_bundle(tmp_path / "a", 1)}, threads=1)
+    models = ModelRegistry({"a": save_bundle(tmp_path / "a", 1)}, threads=1)
     save_bundle(tmp_path / "a", 2, preprocess={"input_range": 255, "std": (255, 255, 255), "fill": (0, 0, 0)})
     models.reload()
     assert (scale(models, "a"), models.failures["a"]) == (2, 0)
@@ -127,13 +127,13 @@ def test_a_bundle_that_is_replaced_while_it_is_read_is_read_again(
 
     monkeypatch.setattr(module, "load_bundle", load)
     monkeypatch.setattr(module, "_PAUSE", 0)
-    assert scale(Models({"a": folder}, threads=1), "a") == 2
+    assert scale(ModelRegistry({"a": folder}, threads=1), "a") == 2
     assert calls == 2
 
 
 def test_a_moment_without_a_bundle_is_waited_for_and_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, aside = save_bundle(tmp_path / "a", 1), tmp_path / "aside"
-    models = Models({"a": folder}, threads=1)
+    models = ModelRegistry({"a": folder}, threads=1)
     save_bundle(folder, 2).rename(aside)
     monkeypatch.setattr(module.time, "sleep", lambda seconds: aside.exists() and aside.rename(folder))
     models.reload()
@@ -146,7 +146,7 @@ def test_a_moment_without_a_bundle_is_waited_for_and_no_longer(tmp_path: Path, m
 
 def test_no_error_of_a_new_bundle_ends_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_bundle(tmp_path / "a", 1)
-    models = Models({"a": folder}, threads=1)
+    models = ModelRegistry({"a": folder}, threads=1)
     save_bundle(folder, 2)
     for error in (MemoryError(), RuntimeError("onnxruntime's own"), PermissionError(13, "no")):
 
@@ -164,4 +164,4 @@ def test_a_bundle_that_can_not_be_loaded_is_named(tmp_path: Path) -> None:
     folder = save_bundle(tmp_path / "a")
     break_model(folder)
     with pytest.raises(FgvcError, match=r"model\.onnx: is not the file that was exported"):
-        Models({"a": folder}, threads=1)
+        ModelRegistry({"a": folder}, threads=1)

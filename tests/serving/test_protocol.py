@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fgvc.serving.limits import Refusal
-from fgvc.serving.models import Models, Served
+from fgvc.serving.models import LoadedModel, ModelRegistry
 from fgvc.serving.protocol import HEADER_LENGTH, answer, infer, parse, unpack
 from tests.serving.small import SIZE, save_bundle
 
@@ -22,9 +22,9 @@ X = np.random.default_rng(0).random(SHAPE, dtype=np.float32)
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+def served(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = save_bundle(tmp_path_factory.mktemp("bundle") / "a")
-    return Models({"a": folder}, threads=1).get("a")
+    return ModelRegistry({"a": folder}, threads=1).get("a")
 
 
 def request(**changed: Any) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def as_bytes(x: np.ndarray, **changed: Any) -> tuple[bytes, str]:
     return head + content, str(len(head))
 
 
-def refusal(served: Served, body: bytes, length: str | None = None) -> str:
+def refusal(served: LoadedModel, body: bytes, length: str | None = None) -> str:
     with pytest.raises(Refusal) as caught:
         parse(served, body, length, batch=4)
     assert caught.value.status in (400, 413)
@@ -48,7 +48,7 @@ def refusal(served: Served, body: bytes, length: str | None = None) -> str:
 
 
 @pytest.mark.parametrize("data", [X.ravel().tolist(), X.tolist(), X.reshape(2, -1).tolist()])
-def test_numbers_nested_or_not(served: Served, data: list) -> None:
+def test_numbers_nested_or_not(served: LoadedModel, data: list) -> None:
     query = parse(served, json.dumps(request(data=data) | {"id": "7"}).encode(), None, batch=4)
     np.testing.assert_array_equal(query.x, X)
     assert (query.id, query.binary) == ("7", False)
@@ -62,7 +62,7 @@ def test_numbers_nested_or_not(served: Served, data: list) -> None:
 
 
 @pytest.mark.parametrize("encoding", [None, "gzip", "deflate"])
-def test_bytes_in_and_bytes_out(served: Served, encoding: str | None) -> None:
+def test_bytes_in_and_bytes_out(served: LoadedModel, encoding: str | None) -> None:
     body, length = as_bytes(X, name="input")
     tree = json.loads(body[: int(length)]) | {"parameters": {"binary_data_output": True}}
     head = json.dumps(tree).encode()
@@ -85,7 +85,7 @@ def test_bytes_in_and_bytes_out(served: Served, encoding: str | None) -> None:
         ([{"name": "logits", "parameters": {"binary_data": False}}], False),
     ],
 )
-def test_the_output_is_as_asked(served: Served, outputs: list, binary: bool) -> None:
+def test_the_output_is_as_asked(served: LoadedModel, outputs: list, binary: bool) -> None:
     assert parse(served, json.dumps(request() | {"outputs": outputs}).encode(), None, batch=4).binary is binary
 
 
@@ -117,7 +117,7 @@ def test_the_output_is_as_asked(served: Served, outputs: list, binary: bool) -> 
         ({"parameters": [1]}, "expected a JSON object"),
     ],
 )
-def test_inputs_that_do_not_fit(served: Served, changed: dict, said: str) -> None:
+def test_inputs_that_do_not_fit(served: LoadedModel, changed: dict, said: str) -> None:
     assert said in refusal(served, json.dumps(request(**changed)).encode())
 
 
@@ -129,11 +129,11 @@ def test_inputs_that_do_not_fit(served: Served, changed: dict, said: str) -> Non
         request() | {"outputs": [{"name": "logits", "parameters": {"classification": 3}}]}, request() | {"parameters": 1},
     ],
 )  # fmt: skip
-def test_requests_that_are_none(served: Served, tree: Any) -> None:
+def test_requests_that_are_none(served: LoadedModel, tree: Any) -> None:
     refusal(served, json.dumps(tree).encode())
 
 
-def test_lengths_that_lie(served: Served) -> None:
+def test_lengths_that_lie(served: LoadedModel) -> None:
     body, length = as_bytes(X)
     assert parse(served, body, length, batch=4).x.shape == X.shape
     for wrong in ("-1", "x", "", "1e3", "٣", str(len(body) + 1), "9" * 5000, str(int(length) + 4), "0"):
@@ -147,7 +147,7 @@ def test_lengths_that_lie(served: Served) -> None:
     refusal(served, *as_bytes(np.full_like(X, np.inf)))
 
 
-def test_json_that_would_grow(served: Served) -> None:
+def test_json_that_would_grow(served: LoadedModel) -> None:
     assert "too many parts" in refusal(served, b"[" + b"[]," * 300_000 + b"[]]")
     assert "too many parts" in refusal(served, b"[" + b'"ab",' * 300_000 + b"1]")
     assert "not valid JSON" in refusal(served, b"[" * 100_000)
@@ -156,7 +156,7 @@ def test_json_that_would_grow(served: Served) -> None:
     assert len(message) < 200  # a client's own megabytes don't come back
 
 
-def test_logits_that_json_can_not_hold(served: Served) -> None:
+def test_logits_that_json_can_not_hold(served: LoadedModel) -> None:
     query = parse(served, json.dumps(request()).encode(), None, batch=4)
     with pytest.raises(Refusal, match="not finite"):
         answer(served, query, np.full((2, 3), np.inf, np.float32))
@@ -191,14 +191,14 @@ KEYS = st.sampled_from(["name", "datatype", "shape", "data", "parameters"])
     added=st.dictionaries(st.sampled_from(["id", "outputs", "parameters"]), JSON),
 )
 @example(changed={}, added={"id": "\ud800"})
-def test_any_json_is_answered_or_refused(served: Served, changed: dict, added: dict) -> None:
+def test_any_json_is_answered_or_refused(served: LoadedModel, changed: dict, added: dict) -> None:
     body = json.dumps(request(**changed) | added).encode()
     assert answered_or_refused(served, body, {})
 
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_any_flipped_byte_is_answered_or_refused(served: Served, data: st.DataObject) -> None:
+def test_any_flipped_byte_is_answered_or_refused(served: LoadedModel, data: st.DataObject) -> None:
     body, length = as_bytes(X[:1])
     changed = bytearray(body)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -206,7 +206,7 @@ def test_any_flipped_byte_is_answered_or_refused(served: Served, data: st.DataOb
     assert answered_or_refused(served, bytes(changed), {HEADER_LENGTH: length})
 
 
-def answered_or_refused(served: Served, body: bytes, headers: dict[str, str]) -> bool:
+def answered_or_refused(served: LoadedModel, body: bytes, headers: dict[str, str]) -> bool:
     try:
         content, length = infer(served, body, headers, batch=4, limit=1 << 20)
     except Refusal as error:

@@ -129,7 +129,7 @@ def test_the_accuracy_is_that_of_a_loop_by_hand(recipe: Path) -> None:
     assert len(found.results) == 1
     result, data = found.results[0], found.data
     start = open_candidate(str(_weights_of(recipe)), deploy=Deploy(), size=(32, 32))
-    loaded = load_recipe(recipe, ["deploy.crop_fraction=1"])
+    loaded = load_recipe(recipe, ["deploy.crop_pct=1"])
     from fgvc.evaluation.features import features, frozen
 
     x = features(loaded, frozen(loaded, 3), data.index, data.rows).vectors
@@ -238,7 +238,7 @@ def test_the_command_of_a_recipe_says_what_is_new(recipe: Path, shades: Path) ->
     own = advise(api.probe(str(recipe), crops=[0.95])).command
     assert own == f"fgvc train {recipe}"
     other = advise(api.probe(str(recipe), ["data.val_fraction=0.2"], crops=[0.5], sizes=[(48, 48)])).command
-    assert other == f"fgvc train {recipe} data.val_fraction=0.2 image.size=48 deploy.crop_fraction=0.5"
+    assert other == f"fgvc train {recipe} data.val_fraction=0.2 image.size=48 deploy.crop_pct=0.5"
 
 
 def test_the_best_that_costs_no_more_is_chosen_and_a_larger_one_teaches(

@@ -93,7 +93,7 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
     assert len(rows) == 6
     assert float(rows[0]["top1"]) == pytest.approx(api.evaluate(out / "runs/plain-1e-s0", "val").scores.top1, abs=1e-6)
     seen = subject(out / "runs/plain-1e-s0")
-    said = seen.answers(seen.part("val")[1])
+    said = seen.answers(seen.rows_of("val")[1])
     assert rows[0]["right"] == pack(said.logits.argmax(1) == said.labels)
     done = api.export(out / "runs/acb-1e-s0", tmp_path / "bundle")
     shown = json.loads((tmp_path / "bundle/metrics.json").read_text())
@@ -111,7 +111,7 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
     calls.clear()
     run.read_test(smaller, out)
     assert calls == []
-    tested = [row for row in read(out) if row["part"] == "test"]
+    tested = [row for row in read(out) if row["split"] == "test"]
     validated = {row["trial"]: float(row["top1"]) for row in lines_of(rows, "plain")}
     best = max(validated, key=lambda trial: (validated[trial], -int(trial)))
     assert [(row["arm"], row["trial"]) for row in tested] == [("plain", best)] * 2 + [("acb", "1")] * 2
@@ -132,7 +132,7 @@ def lines_of(rows: list[dict[str, str]], arm: str, seed: str = "") -> list[dict[
     found = []
     for trial in sorted({row["trial"] for row in rows}):
         mine = [row for row in rows if row["trial"] == trial]
-        found.append({"trial": trial, "top1": lines(mine, part="val", budget="epochs")[0].top1})
+        found.append({"trial": trial, "top1": lines(mine, split="val", budget="epochs")[0].top1})
     return found
 
 
@@ -274,10 +274,10 @@ def test_a_test_part_that_was_read_elsewhere_is_not_read_again(tmp_path: Path, r
     study = plan(tmp_path, recipe_tree, {"plain": {}, "lr": {"optim.lr": 0.06}}, seeds=[0])
     assert run.adopt(study, here, there / "runs.csv") == 1
     run.ablate(study, here)
-    assert [row["part"] for row in read(here)] == ["val", "val"]  # not before validation has chosen
+    assert [row["split"] for row in read(here)] == ["val", "val"]  # not before validation has chosen
     run.read_test(study, here)  # of plain's run there is no folder here
-    (theirs,) = [row for row in read(there) if row["part"] == "test"]
-    mine = {row["arm"]: row for row in read(here) if row["part"] == "test"}
+    (theirs,) = [row for row in read(there) if row["split"] == "test"]
+    mine = {row["arm"]: row for row in read(here) if row["split"] == "test"}
     assert mine["plain"] == {key: theirs.get(key, "") for key in mine["plain"]}
     assert mine["lr"]["right"] != ""
 
@@ -425,7 +425,7 @@ def test_folds_ask_about_each_image_of_train_once_and_leave_test_alone(
     assert len(calls) == 7, "three were done, one was stopped"
 
     rows = read(out)
-    assert {row["part"] for row in rows} == {"val"}
+    assert {row["split"] for row in rows} == {"val"}
     assert [(row["arm"], row["fold"], row["folds"]) for row in rows] == [
         (arm, fold, "3") for arm in arms for fold in ("0", "1", "2")
     ]
@@ -433,15 +433,15 @@ def test_folds_ask_about_each_image_of_train_once_and_leave_test_alone(
     right = []
     for row in rows[:3]:
         seen = subject(out / "runs" / f"plain-1e-s0-f{row['fold']}of3")
-        trained, judged = (set(seen.index.paths[seen.index.rows(part)].tolist()) for part in ("train", "val"))
+        trained, judged = (set(seen.index.paths[seen.index.rows(split)].tolist()) for split in ("train", "val"))
         assert not trained & judged
         asked += sorted(judged)
-        said = seen.answers(seen.part("val")[1])
+        said = seen.answers(seen.rows_of("val")[1])
         right += (said.logits.argmax(1) == said.labels).tolist()
     root = Path(recipe_tree["data"]["root"])
-    whole = {file.relative_to(root).as_posix() for part in ("train", "val") for file in root.glob(f"{part}/*/*.png")}
+    whole = {file.relative_to(root).as_posix() for split in ("train", "val") for file in root.glob(f"{split}/*/*.png")}
     assert (len(asked), set(asked)) == (len(whole), whole)
-    line = lines(rows, part="val", budget="epochs")[0]
+    line = lines(rows, split="val", budget="epochs")[0]
     assert (line.images, line.folds) == (60, 3)
     assert line.top1 == pytest.approx(sum(right) / 60)
     for name in ("table.md", "table.html"):
@@ -455,7 +455,7 @@ def test_folds_ask_about_each_image_of_train_once_and_leave_test_alone(
     assert run.adopt(plan(tmp_path, recipe_tree, arms, seeds=[0]), tmp_path / "none", out / "runs.csv") == 0
 
     run.read_test(plan(tmp_path, recipe_tree, arms, seeds=[0], folds=3), out)
-    tested = [row for row in read(out) if row["part"] == "test"]
+    tested = [row for row in read(out) if row["split"] == "test"]
     assert [(row["arm"], row["fold"], row["images"]) for row in tested] == [
         (arm, fold, "12") for arm in arms for fold in ("0", "1", "2")
     ]

@@ -58,7 +58,7 @@ def test_what_happens_in_some_steps_happens_in_some_that_are_timed(recipe_tree: 
 
 
 def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, boxed_tree: dict) -> None:
-    train = boxed_tree["train"] | {"accumulate": 2}
+    train = boxed_tree["train"] | {"grad_accum_steps": 2}
     sections = {"train": train, "image": {"size": 64}, "ema": {"decay": 0.9}}
     chosen = {"dcl": {"grid": 4, "bn": "own"}, "cam_erasing": {"source": "ema"}}
     found = bench.bench_each(recipe(boxed_tree, **sections, techniques=chosen), pairs=1)
@@ -110,7 +110,7 @@ def test_the_others_run_and_name_what_they_compare(tmp_path: Path, recipe_tree: 
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"train": {"accumulate": 2}}, "no accumulation"),
+        ({"train": {"grad_accum_steps": 2}}, "no accumulation"),
         ({"optim": {"sam": {}}}, "neither SAM"),
         ({"loss": {"kind": "bce"}}, "other losses"),
     ],

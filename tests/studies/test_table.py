@@ -27,7 +27,7 @@ PLAIN, OTHER = (0.70, 0.68, 0.69), (0.73, 0.70, 0.72)  # apart by 3, 2 and 3 poi
 
 def row(arm: str, seed: int, top1: float, **keys: Any) -> dict[str, Any]:
     return {
-        "arm": arm, "trial": 1, "budget": "epochs", "seed": seed, "part": "val", "images": 100, "top1": top1, "ece": 0.05,
+        "arm": arm, "trial": 1, "budget": "epochs", "seed": seed, "split": "val", "images": 100, "top1": top1, "ece": 0.05,
         "loss": 1.2, "macro_f1": top1, "epochs": 12, "cost": 1.0, "graph": "a" * 64, "settings": "optim.lr=0.5",
     } | keys  # fmt: skip
 
@@ -74,16 +74,16 @@ def test_one_seed_has_no_interval_and_no_verdict() -> None:
 
 
 def test_a_table_has_a_line_an_arm_and_the_base_is_compared_with_nothing() -> None:
-    plain, other = lines(rows(), part="val", budget="epochs")
+    plain, other = lines(rows(), split="val", budget="epochs")
     assert (plain.arm, plain.against, plain.seeds) == ("plain", None, 3)
     assert plain.top1 == pytest.approx(0.69)
     assert plain.spread == pytest.approx(0.01)
     assert other.against is not None
     assert other.cost == 2.0
     assert other.graphs == ("a" * 64,)
-    assert lines(rows(), part="test", budget="epochs") == []
-    assert lines(rows(), part="val", budget="seconds") == []
-    assert len(lines(rows(budget="epochs+seconds"), part="val", budget="seconds")) == 2
+    assert lines(rows(), split="test", budget="epochs") == []
+    assert lines(rows(), split="val", budget="seconds") == []
+    assert len(lines(rows(budget="epochs+seconds"), split="val", budget="seconds")) == 2
 
 
 def test_validation_chooses_the_trial_and_few_seeds_do_not_win() -> None:
@@ -91,7 +91,7 @@ def test_validation_chooses_the_trial_and_few_seeds_do_not_win() -> None:
     trials += [row("other", seed, 0.6 + 0.1 * number, trial=number) for number in (1, 2) for seed in range(2)]
     trials += [row("other", 0, 0.99, trial=3)]  # one seed so far
     assert best_trials(trials, budget="epochs") == {"plain": 1, "other": 2}
-    line = lines(trials, part="val", budget="epochs")[1]
+    line = lines(trials, split="val", budget="epochs")[1]
     assert (line.trial, line.trials, line.top1) == (2, 3, pytest.approx(0.8))
 
 
@@ -150,27 +150,27 @@ def test_bits_of_a_cell_survive_a_csv_whatever_they_look_like() -> None:
 
 def test_the_test_part_chooses_nothing_and_says_how_many_were_tried() -> None:
     known = [row("plain", 0, 0.5), row("other", 0, 0.6, trial=1), row("other", 0, 0.7, trial=2)]
-    known += [row("plain", 0, 0.4, part="test"), row("other", 0, 0.3, part="test", trial=2)]
-    line = lines(known, part="test", budget="epochs")[1]
+    known += [row("plain", 0, 0.4, split="test"), row("other", 0, 0.3, split="test", trial=2)]
+    line = lines(known, split="test", budget="epochs")[1]
     assert (line.trial, line.trials, line.top1) == (2, 2, pytest.approx(0.3))
 
 
 def test_costs_are_in_units_of_the_trial_of_the_base_that_was_chosen() -> None:
     known = [row("plain", 0, 0.5), row("plain", 0, 0.6, trial=2, cost=2.0), row("other", 0, 0.6, cost=3.0)]
-    assert [line.cost for line in lines(known, part="val", budget="epochs")] == [1.0, 1.5]
+    assert [line.cost for line in lines(known, split="val", budget="epochs")] == [1.0, 1.5]
 
 
 def test_a_committed_csv_gives_the_same_table() -> None:
-    known = rows() + rows(part="test", box_acc_v2=0.5, max_box_acc_v2=0.6, parts_10=0.3)
+    known = rows() + rows(split="test", box_acc_v2=0.5, max_box_acc_v2=0.6, parts_10=0.3)
     read = list(csv.DictReader(io.StringIO(as_csv(known))))
-    for part in ("val", "test"):
-        table = markdown(lines(known, part=part, budget="epochs"))
-        assert table == markdown(lines(read, part=part, budget="epochs"))
+    for split in ("val", "test"):
+        table = markdown(lines(known, split=split, budget="epochs"))
+        assert table == markdown(lines(read, split=split, budget="epochs"))
         for words in ("| BoxAccV2 % | MaxBoxAccV2 (oracle) % |", "| 50.0 | 60.0 | 30.0 |"):  # by val's thresholds; by its own
-            assert (words in table) is (part == "test")
+            assert (words in table) is (split == "test")
     assert (
         "| other | `optim.lr=0.5` | 12 | 3 | 71.67 | 1.53 | +2.67 | +1.2 to +4.1 |  | 2.00 | 5.0 | 1.200 | aaaaaaaaaaaa |"
-        in markdown(lines(read, part="val", budget="epochs"))
+        in markdown(lines(read, split="val", budget="epochs"))
     )
 
 
@@ -223,7 +223,7 @@ def test_folds_are_judged_as_if_one_net_had_been_asked_about_all(sizes: list[int
     assert (found.over_seeds is None) == (expected.over_seeds is None)
     if found.over_seeds is not None:
         assert found.over_seeds == pytest.approx(expected.over_seeds, abs=1e-9)
-    pooled, alone = (lines([*of["plain"], *of["other"]], part="val", budget="epochs")[1] for of in (arms, whole))
+    pooled, alone = (lines([*of["plain"], *of["other"]], split="val", budget="epochs")[1] for of in (arms, whole))
     assert (pooled.seeds, pooled.folds, pooled.images) == (seeds, len(sizes), sum(sizes))
     assert (alone.folds, alone.images) == (0, sum(sizes))
     assert pooled.top1 == pytest.approx(alone.top1, abs=1e-12)
@@ -239,7 +239,7 @@ def test_an_arm_that_lacks_folds_is_compared_on_those_that_it_has() -> None:
     assert found.mean == pytest.approx((1 + 2) / 20)
     assert found.over_images is not None
     assert sum(found.over_images) / 2 == pytest.approx(3 / 20)
-    table = lines([*plain, *other], part="val", budget="epochs")
+    table = lines([*plain, *other], split="val", budget="epochs")
     assert [(line.seeds, line.folds, line.images) for line in table] == [(1, 3, 30), (1, 2, 20)]
     assert "| 1 x 2 folds | 75.00 |" in markdown(table)
     with pytest.raises(ValueError, match="one row a seed and fold"):
@@ -250,7 +250,7 @@ def test_nets_of_all_folds_are_asked_about_the_same_test_images() -> None:
     draw = np.random.default_rng(0)
     mine, theirs = draw.random((2, 2, 3, 40)) < 0.6  # seeds, folds, images
     a, b = (
-        [one for seed in range(2) for one in folded(arm, seed, dict(enumerate(right[seed])), part="test")]
+        [one for seed in range(2) for one in folded(arm, seed, dict(enumerate(right[seed])), split="test")]
         for arm, right in (("other", mine), ("plain", theirs))
     )
     found = paired(a, b)
@@ -259,7 +259,7 @@ def test_nets_of_all_folds_are_asked_about_the_same_test_images() -> None:
     assert found.mean == pytest.approx(apart.mean())
     error = scipy.stats.sem(apart)
     assert found.over_images == pytest.approx((apart.mean() - 1.959964 * error, apart.mean() + 1.959964 * error), abs=1e-6)
-    line = lines(a, part="test", budget="epochs")[0]
+    line = lines(a, split="test", budget="epochs")[0]
     assert (line.images, line.seeds, line.folds) == (40, 2, 3)
     assert line.top1 == pytest.approx(mine.mean())
 
@@ -268,7 +268,7 @@ def test_a_csv_of_folds_gives_the_same_table() -> None:
     known = folded("plain", 0, {0: np.arange(9) < 4, 1: np.arange(8) < 4})
     known += folded("other", 0, {0: np.arange(9) < 5, 1: np.arange(8) < 7})
     read = list(csv.DictReader(io.StringIO(as_csv(known))))
-    assert markdown(lines(known, part="val", budget="epochs")) == markdown(lines(read, part="val", budget="epochs"))
+    assert markdown(lines(known, split="val", budget="epochs")) == markdown(lines(read, split="val", budget="epochs"))
 
 
 def test_the_floor_is_a_line_and_every_arm_stands_beside_its_own() -> None:
@@ -278,7 +278,7 @@ def test_the_floor_is_a_line_and_every_arm_stands_beside_its_own() -> None:
     known = [row("plain", 0, plain.mean(), right=pack(plain), **facts), row("other", 0, other.mean(), right=pack(other), **facts)]
     read = list(csv.DictReader(io.StringIO(as_csv(known))))
     for rows_ in (known, read):
-        found = lines(rows_, part="val", budget="epochs")
+        found = lines(rows_, split="val", budget="epochs")
         assert [line.arm for line in found] == ["floor", "plain", "other"]
         assert found[0].top1 == pytest.approx(floor.mean())
         assert found[0].against is not None
@@ -291,6 +291,6 @@ def test_the_floor_is_a_line_and_every_arm_stands_beside_its_own() -> None:
             assert line.over_floor.over_images == pytest.approx((apart.mean() - half, apart.mean() + half), abs=1e-6)
         assert markdown(found).splitlines()[2].startswith("| floor | ")
     assert best_trials(known, budget="epochs")["plain"] == 1
-    without = lines([row("plain", 0, 0.5), row("other", 0, 0.6)], part="val", budget="epochs")
+    without = lines([row("plain", 0, 0.5), row("other", 0, 0.6)], split="val", budget="epochs")
     assert [line.arm for line in without] == ["plain", "other"]
     assert "floor" not in markdown(without)

@@ -77,7 +77,7 @@ def test_the_report_is_what_one_finds_by_hand(done: api.Exported, colours: Path,
     section = bundle.contract[kind]
     found = section["agreement"]
     assert found["images"] == len(paths) == 12
-    assert found["part"] == "val"
+    assert found["split"] == "val"
     assert found["share"] == (z.argmax(1) == said.argmax(1)).mean()
     assert found["top1"] == (said.argmax(1) == labels).mean()
     assert found["top1_float"] == (z.argmax(1) == labels).mean()
@@ -232,7 +232,7 @@ def test_without_a_validation_part_train_images_judge(run: Path, done: api.Expor
     splits = np.where(seen.index.splits == SPLITS.index("val"), SPLITS.index("test"), seen.index.splits)
     seen = replace(seen, images=replace(seen.images, index=replace(seen.index, splits=splits)))
     (beside,) = variant.make_variants(seen, done.proven, api.Variants(fp16=True))
-    assert (beside.agreement.part, beside.agreement.images) == ("train", 48)
+    assert (beside.agreement.split, beside.agreement.images) == ("train", 48)
 
 
 def test_the_command_lines_defaults_are_those_of_python(monkeypatch: pytest.MonkeyPatch) -> None:

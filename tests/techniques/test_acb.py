@@ -10,16 +10,16 @@ from torch.nn import functional as F
 
 from fgvc.errors import FgvcError
 from fgvc.reparam.block import Branched
-from fgvc.reparam.graft import folded_state
+from fgvc.reparam.replace import folded_state
 from fgvc.techniques.acb.settings import AcbSettings
-from fgvc.techniques.plan import Joints, Plan
+from fgvc.techniques.plan import Attachments, Plan
 from fgvc.techniques.registry import made_of
 
 
-def set_up(net: nn.Module, config: AcbSettings, size: tuple[int, int] = (64, 64)) -> Joints:
-    joints = Joints(net, size)
-    made_of(config).setup(Plan("acb", joints))
-    return joints
+def set_up(net: nn.Module, config: AcbSettings, size: tuple[int, int] = (64, 64)) -> Attachments:
+    attachments = Attachments(net, size)
+    made_of(config).setup(Plan("acb", attachments))
+    return attachments
 
 
 def blocks(net: nn.Module) -> list[str]:
@@ -30,10 +30,10 @@ def test_grafts_every_square_convolution_and_says_what_it_left_alone() -> None:
     net = timm.create_model("resnet10t", num_classes=3)
     expected = [name for name, module in net.named_modules() if getattr(module, "kernel_size", 0) == (3, 3)
                 and isinstance(module, nn.Conv2d)]  # fmt: skip
-    joints = set_up(net, AcbSettings())
+    attachments = set_up(net, AcbSettings())
     assert blocks(net) == expected
     assert len(expected) == 11
-    assert joints.notes == [
+    assert attachments.notes == [
         "acb: 11 of 14 convolutions grew branches: 1xk, kx1",
         "acb: left alone: 3 (1x1 kernel): layer2.0.downsample.1, layer3.0.downsample.1, layer4.0.downsample.1",
     ]
@@ -41,9 +41,9 @@ def test_grafts_every_square_convolution_and_says_what_it_left_alone() -> None:
 
 def test_include_and_exclude() -> None:
     net = timm.create_model("resnet10t", num_classes=3)
-    joints = set_up(net, AcbSettings(include=("layer1.*", "layer2.*"), exclude=("*.conv2",)))
+    attachments = set_up(net, AcbSettings(include=("layer1.*", "layer2.*"), exclude=("*.conv2",)))
     assert blocks(net) == ["layer1.0.conv1", "layer2.0.conv1"]
-    assert any("not selected by include and exclude" in note for note in joints.notes)
+    assert any("not selected by include and exclude" in note for note in attachments.notes)
 
 
 @pytest.mark.parametrize("key", ["include", "exclude"])
@@ -111,8 +111,8 @@ def test_pretrained_lite0_keeps_its_function() -> None:
     net.load_state_dict(weights, strict=True)
     x = torch.rand(4, 3, 128, 128) * 2 - 1
     expected = net.eval()(x)
-    joints = set_up(net, AcbSettings(), (128, 128))
-    assert joints.notes[0] == "acb: 17 of 49 convolutions grew branches: 1xk, kx1"
+    attachments = set_up(net, AcbSettings(), (128, 128))
+    assert attachments.notes[0] == "acb: 17 of 49 convolutions grew branches: 1xk, kx1"
     assert sum(net.get_submodule(name).same for name in blocks(net)) == 5
     assert torch.equal(net(x), expected)
     plain = timm.create_model("tf_efficientnet_lite0").double().eval()

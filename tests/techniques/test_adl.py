@@ -46,7 +46,7 @@ def made(model: nn.Module | None = None, **settings: object) -> tuple[StepModule
 
 
 def context(step: StepModule, draw: Tensor, progress: float = 0.0) -> Context:
-    return context_of("adl", step.joints, Draws(progress, {"adl": draw}), {})
+    return context_of("adl", step.attachments, Draws(progress, {"adl": draw}), {})
 
 
 def expected(cells: Tensor, drops: list[bool], gamma: float = 0.9) -> Tensor:
@@ -160,7 +160,7 @@ def test_rate_and_threshold_follow_their_schedules() -> None:
 @pytest.mark.parametrize("stage", ["features", -2])
 def test_the_step_trains_through_the_gate_and_evaluation_does_not(stage: int | str) -> None:
     step, technique = made(stages=(stage,), drop_rate=1.0)
-    name = step.joints.gates[0][1]
+    name = step.attachments.gates[0][1]
     step.attach_hooks()
     losses, _ = step.train()(batch(), Draws(0.0, {"adl": torch.zeros(1, 1)}))
     twin = net().train()
@@ -181,13 +181,13 @@ def test_the_step_trains_through_the_gate_and_evaluation_does_not(stage: int | s
 
 
 def test_features_that_can_be_negative_are_a_warning() -> None:
-    assert not made(stages=("features", -2))[0].joints.notes, "they follow a ReLU"
+    assert not made(stages=("features", -2))[0].attachments.notes, "they follow a ReLU"
     for name, kwargs, stages in (
         ("test_convnext", {}, ("features",)),
         ("test_efficientnet", {}, (-1,)),
         ("test_vit", {"img_size": 64, "global_pool": "avg"}, ("features",)),
     ):
-        (note,) = made(net(name, **kwargs), stages=stages)[0].joints.notes
+        (note,) = made(net(name, **kwargs), stages=stages)[0].attachments.notes
         assert note.startswith("adl: WARNING: ")
         assert "can be negative" in note
 
@@ -196,7 +196,7 @@ def test_a_head_that_reads_the_class_token_alone_refuses_features_but_not_blocks
     with pytest.raises(FgvcError, match=r"techniques\.adl: .*class token alone"):
         made(net("test_vit", img_size=64))
     step, _ = made(net("test_vit", img_size=64), stages=(-2,))
-    assert [name for _, name, _ in step.joints.gates] == ["blocks.4"]
+    assert [name for _, name, _ in step.attachments.gates] == ["blocks.4"]
     with pytest.raises(FgvcError, match=r"techniques\.adl: stage 9: this backbone has 5 stages"):
         made(stages=(9,))
 

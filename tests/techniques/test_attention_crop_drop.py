@@ -195,7 +195,7 @@ def test_crops_are_cut_from_the_finer_render_unless_the_image_is_mixed() -> None
     data = batch(x)
     data.render = torch.rand(3, 3, 96, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     step, _ = made(render=1.5)
-    assert step.joints.render == 1.5
+    assert step.attachments.render == 1.5
     _, views = step(data, draws(3))
     fine = enlarged(x[0])
     box = box_of(fine >= 0.5 * fine.max(), 0.1)
@@ -369,7 +369,7 @@ def test_views_and_terms_of_weight_0_are_not_made() -> None:
     technique = made_of(AttentionCropDropSettings(guide="cam", crop=0, drop=0, pooled=0, centre=0))
     step = StepModule(Pooled(), {KIND: technique}, size=(x.shape[2], x.shape[3])).double().train()
     assert not len(step.branches), "nothing would train them, and nothing asks them"
-    assert step.joints.render == 1, "the images stay what they are without the technique"
+    assert step.attachments.render == 1, "the images stay what they are without the technique"
     losses, views = step(batch(x), draws(3))
     assert [view.name for view in views] == ["main"]
     assert set(losses) == {"base", "loss"}

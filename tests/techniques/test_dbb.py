@@ -3,15 +3,15 @@ from torch import nn
 
 from fgvc.reparam.block import Branched
 from fgvc.techniques.dbb.settings import DbbSettings
-from fgvc.techniques.plan import Joints, Plan
+from fgvc.techniques.plan import Attachments, Plan
 from fgvc.techniques.registry import made_of
 
 
 def set_up(name: str) -> tuple[nn.Module, list[str]]:
     net = timm.create_model(name, num_classes=3)
-    joints = Joints(net, (64, 64))
-    made_of(DbbSettings()).setup(Plan("dbb", joints))
-    return net, joints.notes
+    attachments = Attachments(net, (64, 64))
+    made_of(DbbSettings()).setup(Plan("dbb", attachments))
+    return net, attachments.notes
 
 
 def test_square_convolutions_get_three_branches() -> None:

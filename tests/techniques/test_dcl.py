@@ -136,4 +136,4 @@ def test_a_grid_that_does_not_fit_is_refused_by_name_and_a_coarse_map_is_told() 
     with pytest.raises(FgvcError, match=r"techniques\.dcl\.grid: 32 patches a side do not fit into 24 pixels"):
         StepModule(net(), {"dcl": made_of(DclSettings(grid=32))}, size=(24, 40))
     step = StepModule(net(), {"dcl": made_of(DclSettings(grid=7))}, size=SIZE)
-    assert any("coarser than the grid of 7 x 7" in note for note in step.joints.notes)
+    assert any("coarser than the grid of 7 x 7" in note for note in step.attachments.notes)

@@ -23,9 +23,9 @@ from fgvc.techniques.api import Batch, EpochStart
 from fgvc.techniques.cutout.settings import CutoutSettings
 from fgvc.techniques.distill.losses import attention, decoupled, divergence, hint, softened
 from fgvc.techniques.distill.settings import AnyTeacher, DistillSettings
-from fgvc.techniques.distill.teacher import Said, Teacher, through
+from fgvc.techniques.distill.teacher import Teacher, TeacherOutput, through
 from fgvc.techniques.mixup.settings import MixupSettings
-from fgvc.techniques.plan import Joints
+from fgvc.techniques.plan import Attachments
 from fgvc.techniques.registry import made_of
 
 CLASSES, SIZE = 5, (64, 64)
@@ -55,7 +55,7 @@ class Desk:
         self.identities = [f"teacher {number}" for number in range(9)]
         self.opened = 0
 
-    def __call__(self, wanted: AnyTeacher, joints: Joints) -> Teacher:
+    def __call__(self, wanted: AnyTeacher, attachments: Attachments) -> Teacher:
         self.opened += 1
         identity = self.identities[self.opened]
         return Teacher(
@@ -67,11 +67,11 @@ class Desk:
             identity=lambda: identity,
         )
 
-    def answer(self, seed: int, x: Tensor) -> Said:
+    def answer(self, seed: int, x: Tensor) -> TeacherOutput:
         self.asked.append(x)
         weight = torch.randn(3, CLASSES, generator=torch.Generator().manual_seed(seed))
         features = None if self.channels is None else F.avg_pool2d(x, 8) * seed
-        return Said(40 * x.mean((2, 3)) @ weight, features)
+        return TeacherOutput(40 * x.mean((2, 3)) @ weight, features)
 
 
 def made(desk: Desk | None, data: Batch, *more: object, **settings: object) -> tuple[StepModule, dict[str, Tensor]]:
@@ -104,11 +104,11 @@ def test_the_term_is_of_the_main_view_and_its_teachers(method: str) -> None:
 def test_attention_and_hints_are_means_over_the_teachers_that_have_features() -> None:
     desk, data = Desk(), batch()
     answer = desk.answer
-    desk.answer = lambda seed, x: Said(answer(seed, x).logits, None) if seed == 2 else answer(seed, x)
+    desk.answer = lambda seed, x: TeacherOutput(answer(seed, x).logits, None) if seed == 2 else answer(seed, x)
 
-    def some(wanted: AnyTeacher, joints: Joints) -> Teacher:
+    def some(wanted: AnyTeacher, attachments: Attachments) -> Teacher:
         desk.channels = None if desk.opened == 1 else 3
-        return desk(wanted, joints)
+        return desk(wanted, attachments)
 
     step, losses = made(some, data, teachers=[RUN, OTHER, RUN], kd=0, attention=0.5, hints=100)
     f = net().train().forward_features(data.x).detach()
@@ -129,9 +129,9 @@ def test_a_larger_teacher_sees_the_render_and_asks_for_it() -> None:
     step, _ = made(desk, data)
     expected = F.interpolate(data.render, (100, 90), mode="bicubic", antialias=True)
     torch.testing.assert_close(desk.asked[0], expected, rtol=0, atol=0)
-    assert step.joints.render == 104 / 64  # in whole eights
+    assert step.attachments.render == 104 / 64  # in whole eights
     small, _ = made(Desk(size=(32, 32)), batch())
-    assert small.joints.render == 1
+    assert small.attachments.render == 1
 
 
 def test_mixed_pixels_are_the_teachers_too_and_dkd_falls_back_to_kd() -> None:
@@ -173,8 +173,8 @@ def test_the_moving_average_teaches() -> None:
     average, data = net(seed=7).eval(), batch()
     before = copy.deepcopy(average.state_dict())
 
-    def opener(wanted: AnyTeacher, joints: Joints) -> Teacher:
-        answer = lambda x: through(joints.average[0], x, maps=True)  # noqa: E731
+    def opener(wanted: AnyTeacher, attachments: Attachments) -> Teacher:
+        answer = lambda x: through(attachments.average[0], x, maps=True)  # noqa: E731
         return Teacher(name="ema", answer=answer, size=None, channels=1, convert=lambda x: x)
 
     techniques = {"distill": made_of(DistillSettings(attention=1.0))}

@@ -33,7 +33,7 @@ def made(model: nn.Module | None = None, **settings: object) -> tuple[StepModule
 
 def gated(f: Tensor, *, draw: int = 1, progress: float = 0.0, **settings: object) -> Tensor:
     step, technique = made(**settings)
-    return technique._gate(0, f, context_of("dropblock", step.joints, Draws(progress, {"dropblock": [draw]}), {}))
+    return technique._gate(0, f, context_of("dropblock", step.attachments, Draws(progress, {"dropblock": [draw]}), {}))
 
 
 def in_whole_squares(dropped: np.ndarray, block: int) -> bool:
@@ -125,7 +125,7 @@ def test_tokens_and_channels_last_lose_the_same_cells() -> None:
     f = torch.rand(3, 6, 4, 4) + 1
     expected = gated(f, rate=0.4, block=2)
     step, technique = made(net("test_vit", img_size=64), stages=(-2,), rate=0.4, block=2)
-    context = context_of("dropblock", step.joints, Draws(0.0, {"dropblock": [1]}), {})
+    context = context_of("dropblock", step.attachments, Draws(0.0, {"dropblock": [1]}), {})
     first = torch.rand(3, 1, 6)
     tokens = technique._gate(0, torch.cat([first, f.flatten(2).transpose(1, 2)], 1), context)
     assert torch.equal(tokens[:, :1], first)
@@ -144,7 +144,7 @@ def test_the_step_trains_through_the_mask_and_evaluation_does_not() -> None:
     mask = gated(torch.ones(4, 1, 4, 4), rate=0.3, block=2, draw=draws.of["dropblock"][0])
     assert (mask == 0).any()
     twin = net().train()
-    twin.get_submodule(step.joints.gates[0][1]).register_forward_hook(lambda _m, _x, f: f * mask)
+    twin.get_submodule(step.attachments.gates[0][1]).register_forward_hook(lambda _m, _x, f: f * mask)
     torch.testing.assert_close(losses["loss"], F.cross_entropy(twin(x), y))
     step.eval()
     plain = net().eval()

@@ -38,12 +38,12 @@ def batch(count: int = 3, size: tuple[int, int] = SIZE) -> Batch:
 
 
 def made(
-    model: nn.Module, data: Batch, *, recompute: bool = False, progress: float = 0.0, **settings: object
+    model: nn.Module, data: Batch, *, grad_checkpointing: bool = False, progress: float = 0.0, **settings: object
 ) -> tuple[StepModule, dict[str, Tensor]]:
     technique = made_of(MultiscaleHeadSettings(**settings))
     size = (data.x.shape[2], data.x.shape[3])
     torch.manual_seed(3)
-    step = StepModule(model, {"multiscale_head": technique}, size=size, recompute=recompute).double().train()
+    step = StepModule(model, {"multiscale_head": technique}, size=size, grad_checkpointing=grad_checkpointing).double().train()
     step.attach_hooks()
     return step, step(data, Draws(progress))[0]
 
@@ -116,7 +116,7 @@ def test_what_has_no_weight_is_not_built() -> None:
     assert set(step.branches["multiscale_head"]) == {"fusion", "fused"}
     step, losses = made(net(), batch(), each=0, fused=0)
     assert not step.branches
-    assert not step.joints.taps
+    assert not step.attachments.hooked
     assert set(losses) == {"base", "loss"}
     step, losses = made(net(), batch(), each=((0.0, 0.0), (1.0, 1.0)))
     assert "multiscale_head.each" not in losses
@@ -127,8 +127,8 @@ def test_what_has_no_weight_is_not_built() -> None:
 def test_recomputed_activations_change_nothing(layout: str) -> None:
     name, kwargs, _ = NETS[layout]
     data, found = batch(size=(64, 64)), []
-    for recompute in (False, True):
-        step, losses = made(net(name, **kwargs), data, recompute=recompute)
+    for grad_checkpointing in (False, True):
+        step, losses = made(net(name, **kwargs), data, grad_checkpointing=grad_checkpointing)
         losses["loss"].backward()
         found.append((losses, {key: p.grad for key, p in step.named_parameters()}))
     (plain, expected), (again, gradients) = found

@@ -4,14 +4,14 @@ from pydantic import ValidationError
 from torch import nn
 
 from fgvc.techniques.overparam.settings import OverparamSettings
-from fgvc.techniques.plan import Joints, Plan
+from fgvc.techniques.plan import Attachments, Plan
 from fgvc.techniques.registry import made_of
 
 
 def set_up(net: nn.Module, **settings: object) -> list[str]:
-    joints = Joints(net, (64, 64))
-    made_of(OverparamSettings(**settings)).setup(Plan("overparam", joints))
-    return joints.notes
+    attachments = Attachments(net, (64, 64))
+    made_of(OverparamSettings(**settings)).setup(Plan("overparam", attachments))
+    return attachments.notes
 
 
 def test_points_are_taken_too() -> None:

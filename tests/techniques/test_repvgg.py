@@ -1,15 +1,15 @@
 import timm
 from torch import nn
 
-from fgvc.techniques.plan import Joints, Plan
+from fgvc.techniques.plan import Attachments, Plan
 from fgvc.techniques.registry import made_of
 from fgvc.techniques.repvgg.settings import RepvggSettings
 
 
 def set_up(net: nn.Module) -> list[str]:
-    joints = Joints(net, (64, 64))
-    made_of(RepvggSettings()).setup(Plan("repvgg", joints))
-    return joints.notes
+    attachments = Attachments(net, (64, 64))
+    made_of(RepvggSettings()).setup(Plan("repvgg", attachments))
+    return attachments.notes
 
 
 def test_the_identity_stands_where_the_shape_is_kept() -> None:

@@ -160,7 +160,7 @@ def test_a_second_call_with_the_views_counts_the_batch_once() -> None:
 def test_its_state_is_in_the_checkpoint_and_it_says_what_stays_beside_it() -> None:
     step = made()
     assert set(step.branches.state_dict()) == {"similar_smoothing.means.of", "similar_smoothing.means.seen"}
-    assert "loss.label_smoothing" in step.joints.notes[0]
+    assert "loss.label_smoothing" in step.attachments.notes[0]
     step = made(similar=0.0)
     losses, _ = step(batch([0, 1, 2, 3]), Draws(0.0))
     assert set(losses) == {"base", "loss"}

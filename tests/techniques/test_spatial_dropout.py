@@ -38,6 +38,6 @@ def test_channels_are_dropped_whole_and_the_mean_stays(layout: str) -> None:
 
 
 def test_norms_behind_it_are_a_warning() -> None:
-    assert not made("test_resnet")[0].joints.notes
-    assert "batch norms come after layer2" in made("test_resnet", stage=2)[0].joints.notes[0]
-    assert not made("test_vit", img_size=32)[0].joints.notes, "layer norms have no running statistics"
+    assert not made("test_resnet")[0].attachments.notes
+    assert "batch norms come after layer2" in made("test_resnet", stage=2)[0].attachments.notes[0]
+    assert not made("test_vit", img_size=32)[0].attachments.notes, "layer norms have no running statistics"

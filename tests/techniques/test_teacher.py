@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.images.preprocess import normalise
-from fgvc.techniques.distill.teacher import Said, Teacher, conversion, digest, in_order, through
+from fgvc.techniques.distill.teacher import Teacher, TeacherOutput, conversion, digest, in_order, through
 
 SPECS = [
     Preprocess(size=(8, 8)),
@@ -30,9 +30,9 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[Tensor] = []
 
-    def __call__(self, x: Tensor) -> Said:
+    def __call__(self, x: Tensor) -> TeacherOutput:
         self.asked.append(x)
-        return Said(x.mean((2, 3)), None)
+        return TeacherOutput(x.mean((2, 3)), None)
 
 
 def teacher(answer: Recorder, size: tuple[int, int] | None, convert=lambda x: x) -> Teacher:

@@ -66,7 +66,7 @@ def test_what_does_not_change_a_run_may_change(run: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "setting",
     [
-        "train.accumulate=2", "train.batch_size=4", "image.size=48", "optim.lr=0.001", "optim.clip_norm=1",
+        "train.grad_accum_steps=2", "train.batch_size=4", "image.size=48", "optim.lr=0.001", "optim.clip_grad=1",
         "train.precision=bf16", "data.val_fraction=0.2", "data.split_seed=1", "data.first_classes=2",
     ],
 )  # fmt: skip
@@ -125,7 +125,7 @@ def test_its_normalisation_is_read_in_other_units(run: Path, order: str, white: 
 
 def test_re_parameterised_blocks_are_folded(tmp_path: Path, begun: Path) -> None:
     made = recipe(read_run(begun).model_dump(mode="json"), techniques={"acb": {}}, train={"max_steps": 2})
-    run = api.train(made, tmp_path / "grafted")
+    run = api.train(made, tmp_path / "replaced")
     weights = run / "ckpt/last/net.safetensors"
     assert load_file(weights).keys() != build_net(read_run(begun), 3).step.net.state_dict().keys()
     plain = recipe(read_run(begun).model_dump(mode="json"), model={"weights": str(weights)})

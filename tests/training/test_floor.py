@@ -26,12 +26,12 @@ def events(run: Path, kind: str) -> list[dict]:
     return [event for event in found if event["event"] == kind]
 
 
-def logits(run: Path, weights: dict[str, torch.Tensor], part: str) -> tuple[torch.Tensor, torch.Tensor]:
+def logits(run: Path, weights: dict[str, torch.Tensor], split: str) -> tuple[torch.Tensor, torch.Tensor]:
     one = read_run(run)
     index = read_index(one)
     net = plain_model(one.model.backbone, len(index.classes), one.model.kwargs).eval()
     net.load_state_dict(weights)
-    batches = list(evaluation_loader(index, index.rows(part), spec=recorded_preprocess(run), batch_size=8, workers=0))
+    batches = list(evaluation_loader(index, index.rows(split), spec=recorded_preprocess(run), batch_size=8, workers=0))
     with torch.inference_mode():
         return torch.cat([net(batch.images) for batch in batches]), torch.cat([batch.labels for batch in batches])
 

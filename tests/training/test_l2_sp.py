@@ -113,7 +113,7 @@ def test_it_goes_with_every_optimizer_whose_steps_do_not_depend_on_where_the_ori
 
 
 def test_it_holds_what_came_from_the_weights_alone(pretrained: dict) -> None:
-    """Norms and biases of the backbone, too; not the head, nor what techniques add or graft."""
+    """Norms and biases of the backbone, too; not the head, nor what techniques add or replace."""
     made = recipe(pretrained, techniques={"acb": {}, "dcl": {"grid": 2}}, model={"head": "probe"})
     given = set(load_file(made.model.weights))
     with runtime(made.train) as process, open_session(made, process) as session:
@@ -141,13 +141,13 @@ def test_a_head_that_the_weights_give_is_held_unless_it_is_replaced(tmp_path: Pa
 
 STEPS = {
     "plain": {},
-    "accumulate": {"train": {"accumulate": 2}},
-    "clip": {"optim": {"clip_norm": 0.01}},
+    "grad_accum_steps": {"train": {"grad_accum_steps": 2}},
+    "clip": {"optim": {"clip_grad": 0.01}},
     "sam": {"optim": {"sam": {}}},
     "ema": {"ema": {"decay": 0.5, "warmup": False}},
     "fp16": {"train": {"precision": "fp16"}},
     "layer decay": {"optim": {"layer_decay": 0.5, "head_lr_scale": 3.0}},
-    "frozen statistics, recomputed": {"train": {"recompute": True}, "model": {"batch_norm": "frozen"}},
+    "frozen statistics, recomputed": {"train": {"grad_checkpointing": True}, "model": {"batch_norm": "frozen"}},
 }
 
 

@@ -58,7 +58,7 @@ def test_the_average_watches_and_does_not_steer(tmp_path: Path, recipe_tree: dic
 def test_accumulated_parts_are_one_batch_where_no_norm_mixes_images(tmp_path: Path, recipe_tree: dict) -> None:
     tree = recipe_tree | {"model": {"backbone": "test_vit", "kwargs": {"img_size": 32}}}
     api.train(recipe(tree), tmp_path / "whole")
-    api.train(recipe(tree, train={"accumulate": 4}), tmp_path / "parts")
+    api.train(recipe(tree, train={"grad_accum_steps": 4}), tmp_path / "parts")
     same(net(tmp_path / "whole"), net(tmp_path / "parts"), rtol=1e-3, atol=2e-5)
 
 
@@ -77,7 +77,7 @@ def test_the_cache_changes_nothing_where_nothing_is_shrunk(tmp_path: Path, recip
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_learns_and_keeps_fp32_weights(tmp_path: Path, recipe_tree: dict, precision: str) -> None:
     tree = recipe(
-        recipe_tree, train={"precision": precision}, optim={"lr": 0.02, "clip_norm": 1.0}, techniques={"acb": {}}
+        recipe_tree, train={"precision": precision}, optim={"lr": 0.02, "clip_grad": 1.0}, techniques={"acb": {}}
     )
     run = api.train(tree, tmp_path / "run")
     assert {v.dtype for v in net(run).values() if v.is_floating_point()} == {torch.float32}
@@ -106,7 +106,7 @@ def test_other_losses_and_sampling_learn(tmp_path: Path, recipe_tree: dict, sect
 def test_a_term_of_some_steps_is_averaged_over_those(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = recipe(recipe_tree, techniques={"centre_loss": {}}, train={"accumulate": 2})
+    made = recipe(recipe_tree, techniques={"centre_loss": {}}, train={"grad_accum_steps": 2})
     numbers = iter(range(1, 100))
 
     def losses(step: StepModule, outputs: dict, progress: float) -> dict[str, torch.Tensor]:
@@ -131,7 +131,7 @@ def test_clipping_bounds_the_step(tmp_path: Path, recipe_tree: dict) -> None:
         "optim": {"name": "momentum", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0}
     }
     start = api.train(recipe(tree, train={"max_steps": 1}, optim={"lr": 1e-12}), tmp_path / "start")
-    end = api.train(recipe(tree, train={"max_steps": 1}, optim={"clip_norm": 0.01}), tmp_path / "end")
+    end = api.train(recipe(tree, train={"max_steps": 1}, optim={"clip_grad": 0.01}), tmp_path / "end")
     parameters = [k for k in net(start) if "running" not in k and "num_batches" not in k]
     moved = sum(float((net(end)[k] - net(start)[k]).square().sum()) for k in parameters) ** 0.5
     assert moved == pytest.approx(0.01, rel=1e-3)
@@ -155,7 +155,7 @@ def test_out_of_memory_names_the_way_out(tmp_path: Path, recipe_tree: dict, monk
         return real(*arguments)
 
     monkeypatch.setattr(loop, "to_batch", greedy)
-    with pytest.raises(FgvcError, match="out of memory with train.batch_size=8.*Raise train.accumulate"):
+    with pytest.raises(FgvcError, match="out of memory with train.batch_size=8.*Raise train.grad_accum_steps"):
         api.train(small, run)
     monkeypatch.undo()
     assert json.loads((run / "ckpt/last/meta.json").read_text())["step"] == 2
@@ -294,15 +294,15 @@ def test_a_set_of_fewer_images_than_a_batch_is_one_step(
 
 
 def test_parts_of_a_step_that_would_be_empty_are_refused(tmp_path: Path, recipe_tree: dict) -> None:
-    with pytest.raises(FgvcError, match=r"train\.batch_size: 64 over 1 processes x train\.accumulate 64 leaves 1 image"):
-        api.train(recipe(recipe_tree, train={"batch_size": 64, "accumulate": 64}), tmp_path / "run")
+    with pytest.raises(FgvcError, match=r"train\.batch_size: 64 over 1 processes x train\.grad_accum_steps 64 leaves 1 image"):
+        api.train(recipe(recipe_tree, train={"batch_size": 64, "grad_accum_steps": 64}), tmp_path / "run")
 
 
 def test_overwrite_loses_nothing_where_the_new_run_is_refused(tmp_path: Path, recipe_tree: dict) -> None:
     run = api.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "run")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     with pytest.raises(FgvcError, match="a batch norm needs two"):
-        api.train(recipe(recipe_tree, train={"batch_size": 8, "accumulate": 8}), run, overwrite=True)
+        api.train(recipe(recipe_tree, train={"batch_size": 8, "grad_accum_steps": 8}), run, overwrite=True)
     with pytest.raises(FgvcError, match="give one of the two"):
         api.train(recipe(recipe_tree), run, overwrite=True, resume=str(run))
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
@@ -488,14 +488,14 @@ def test_sizes_between_the_knots_are_tried_before_training(tmp_path: Path, recip
 
 def test_parts_of_one_image_are_refused_where_norms_need_two(tmp_path: Path, recipe_tree: dict) -> None:
     with pytest.raises(FgvcError, match="leaves 1 image a forward"):
-        api.train(recipe(recipe_tree, train={"batch_size": 4, "accumulate": 4}), tmp_path / "run")
+        api.train(recipe(recipe_tree, train={"batch_size": 4, "grad_accum_steps": 4}), tmp_path / "run")
 
 
 def test_parts_of_one_image_are_refused_where_only_a_branch_has_a_norm(tmp_path: Path, recipe_tree: dict) -> None:
     sections = {
         "model": {"backbone": "test_convnext"},
         "image": {"size": 64},
-        "train": {"batch_size": 2, "accumulate": 2},
+        "train": {"batch_size": 2, "grad_accum_steps": 2},
     }
     api.train(recipe(recipe_tree, **sections, checkpoint={}), tmp_path / "plain")
     with pytest.raises(FgvcError, match="leaves 1 image a forward"):

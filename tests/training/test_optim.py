@@ -77,7 +77,7 @@ def scales(step: nn.Module, optim: Optim, **options: object) -> dict[str, float]
 def test_head_and_what_techniques_add_have_rates_of_their_own() -> None:
     net = timm.create_model("test_resnet", num_classes=3)
     step = StepModule(net, {"acb": made_of(AcbSettings()), "dcl": made_of(DclSettings(grid=2))}, size=(32, 32))
-    optim = Optim(head_lr_scale=10, added_lr_scale=5, grafted_lr_scale=0.2)
+    optim = Optim(head_lr_scale=10, added_lr_scale=5, replaced_lr_scale=0.2)
     found = scales(step, optim, added=step.added, head=head_prefixes(net))
     plain = set(timm.create_model("test_resnet", num_classes=3).state_dict())
     for name, scale in found.items():
@@ -86,7 +86,7 @@ def test_head_and_what_techniques_add_have_rates_of_their_own() -> None:
         expected = 10 if own.startswith("fc.") else 1 if kept else 5 if name.startswith("branches.") else 0.2
         assert scale == pytest.approx(expected), name
     assert step.added["branches.dcl.location.weight"] == "added"
-    assert "grafted" in step.added.values()
+    assert "replaced" in step.added.values()
 
 
 def test_deeper_layers_learn_faster() -> None:

@@ -74,7 +74,7 @@ def by_hand(weights: Path, one: Recipe, strength: float) -> Callable[[torch.Tens
     net = timm.create_model("test_efficientnet", num_classes=0).eval()
     net.load_state_dict({k: v for k, v in load_file(weights).items() if not k.startswith("classifier.")})
     # Cropped as for the student, whose timm weights say 0.95 and bilinear.
-    spec = Preprocess(size=(64, 64), mean=MEAN, std=STD, crop_fraction=0.95, interpolation="bilinear")
+    spec = Preprocess(size=(64, 64), mean=MEAN, std=STD, crop_pct=0.95, interpolation="bilinear")
     rows, seed = index.rows("train"), one.train.seed
     plain = list(evaluation_loader(index, rows, spec=spec, batch_size=16, workers=0))
     augmenter = Augmenter(one.augment, spec, seed=seed)
@@ -100,7 +100,7 @@ def test_it_says_what_logistic_regression_on_its_features_says(
 ) -> None:
     one = recipe(recipe_tree, teacher)
     with runtime(one.train) as process, open_session(one, process) as session:
-        opened, student = session.step.joints.teachers[0], session.preprocess
+        opened, student = session.step.attachments.teachers[0], session.preprocess
         assert not opened(torch.zeros(2, 3, 64, 64)).logits.any(), "the head of the weights file is dropped"
         (name, fit), *others = fit_teachers(session).items()
         assert not others
@@ -257,7 +257,7 @@ def test_any_net_with_a_linear_head_teaches(tmp_path: Path, recipe_tree: dict, b
     with runtime(one.train) as process, open_session(one, process) as session:
         (fit,) = fit_teachers(session).values()
         assert fit.images == 48
-        opened = session.step.joints.teachers[0]
+        opened = session.step.attachments.teachers[0]
         assert not [note for note in opened.notes if "says nothing of its mean" in note]
         assert opened(torch.randn(3, 3, *(opened.size or (0, 0)))).logits.abs().max() > 0
 
@@ -293,7 +293,7 @@ def test_weights_of_a_run_that_saw_what_is_set_aside_are_warned_of(tmp_path: Pat
     wanted = {"kind": "probe", "backbone": "test_resnet", "weights": file, "size": 32}
     one = recipe(plain | {"data": everything | {"test_fraction": 0.25, "val_fraction": 0}}, wanted)
     with runtime(one.train) as process, open_session(one, process) as session:
-        assert "trained on 12 of the images" in " ".join(session.step.joints.teachers[0].notes)
+        assert "trained on 12 of the images" in " ".join(session.step.attachments.teachers[0].notes)
 
 
 def test_random_weights_have_nothing_to_teach(recipe_tree: dict, teacher: dict) -> None:
@@ -322,7 +322,8 @@ def known(rank, world):
         fits = fit_teachers(session)
         x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         (state,) = session.capture().rest["teachers"]
-        return {"said": session.step.joints.teachers[0](x).logits, "fits": [str(fit) for fit in fits.values()], **state["head"]}
+        said = session.step.attachments.teachers[0](x).logits
+        return {"said": said, "fits": [str(fit) for fit in fits.values()], **state["head"]}
 """
 
 

@@ -138,13 +138,13 @@ ATTENTION = {"attention_crop_drop": {"maps": 4}}
     ("techniques", "train"),
     [
         (MANY, {}),
-        (MANY, {"accumulate": 2}),
-        (MANY, {"recompute": True}),
+        (MANY, {"grad_accum_steps": 2}),
+        (MANY, {"grad_checkpointing": True}),
         (MANY, {"precision": "bf16"}),
         (ATTENTION, {}),
         ({"mixup": {}}, {}),
     ],
-    ids=["many", "accumulate", "recompute", "bf16", "attention", "mixup"],
+    ids=["many", "grad_accum_steps", "grad_checkpointing", "bf16", "attention", "mixup"],
 )
 def test_without_a_way_to_go_it_is_the_plain_step_bit_for_bit(recipe_tree: dict, techniques: dict, train: dict) -> None:
     """Dropout, views, gates, centres and running statistics: the second pass sees all as the first and counts nothing."""
@@ -162,8 +162,8 @@ def test_without_a_way_to_go_it_is_the_plain_step_bit_for_bit(recipe_tree: dict,
     assert said == again
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_is_that_of_an_explicit_sam(recipe_tree: dict, accumulate: int) -> None:
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_a_step_is_that_of_an_explicit_sam(recipe_tree: dict, grad_accum_steps: int) -> None:
     """A ViT in float64 (no batch norm): one perturbation for the whole batch, however many parts."""
     optim = {
         "name": "momentum",
@@ -176,11 +176,11 @@ def test_a_step_is_that_of_an_explicit_sam(recipe_tree: dict, accumulate: int) -
     made = recipe(
         recipe_tree | {"optim": optim},
         model={"backbone": "test_vit", "kwargs": {"img_size": 32}},
-        train={"accumulate": accumulate},
+        train={"grad_accum_steps": grad_accum_steps},
         loss={"label_smoothing": 0.0},
     )
     with runtime(made.train) as process, open_session(made, process) as session:
-        raws = [raw for _, raw in zip(range(accumulate), session.loader.epoch(0), strict=False)]
+        raws = [raw for _, raw in zip(range(grad_accum_steps), session.loader.epoch(0), strict=False)]
         session.schedule.step_update(0)
         twin = copy.deepcopy(session.step.net).double()
         x = torch.cat([session.normalise(raw.images) for raw in raws]).double()
@@ -310,7 +310,7 @@ def known(rank, world):
     process = Runtime(torch.device("cpu"), rank, world, "fp32")
     session = SimpleNamespace(
         runtime=process, wrapped=process.wrap(step, branches=False), scaler=process.scaler(),
-        recipe=SimpleNamespace(train=SimpleNamespace(accumulate=2)),
+        recipe=SimpleNamespace(train=SimpleNamespace(grad_accum_steps=2)),
     )
     rng = torch.Generator().manual_seed(1)
     x, y = torch.randn(8, 4, dtype=torch.float64, generator=rng), torch.randint(3, (8,), generator=rng)

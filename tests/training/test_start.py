@@ -34,7 +34,7 @@ def pretrained(tmp_path: Path, recipe_tree: dict) -> dict:
     save_file(net.state_dict(), tmp_path / "start.safetensors")
     (tmp_path / "start.safetensors.json").write_text(json.dumps({"mean": [0.5] * 3, "std": [0.5] * 3}))
     model = {"backbone": "test_resnet", "weights": str(tmp_path / "start.safetensors")}
-    return recipe_tree | {"model": model, "optim": {"lr": 0.01, "clip_norm": 1}}
+    return recipe_tree | {"model": model, "optim": {"lr": 0.01, "clip_grad": 1}}
 
 
 def recipe(tree: dict, **sections: object) -> Recipe:

@@ -1,4 +1,4 @@
-"""The step against plain cross-entropy, and its joints against a technique that touches every one of them."""
+"""The step against plain cross-entropy, and its attachments against a technique that touches every one of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fgvc.runs.step import StepModule
 from fgvc.techniques.api import Batch, Draws, Technique, View
 from fgvc.techniques.dcl.settings import DclSettings
 from fgvc.techniques.mixup.settings import MixupSettings
-from fgvc.techniques.plan import Joints, Plan
+from fgvc.techniques.plan import Attachments, Plan
 from fgvc.techniques.registry import made_of
 
 SIZE, CLASSES = (32, 32), 5
@@ -46,15 +46,15 @@ class Probe(Technique):
     """A technique that uses every hook; `weights` and `view_weight` switch its parts."""
 
     def __init__(self, **options: object) -> None:
-        self.o = SimpleNamespace(early=None, late=None, gate=None, tap=None, term=0.0, view_weight=1.0, **{})
+        self.o = SimpleNamespace(early=None, late=None, gate=None, hook=None, term=0.0, view_weight=1.0, **{})
         self.o.__dict__.update(options)
         self.weights = {"norm": self.o.term}
         self.seen: dict = {}
 
     def setup(self, plan) -> None:
         plan.add("scale", nn.Linear(1, 1))
-        if self.o.tap:
-            plan.tap(self.o.tap)
+        if self.o.hook:
+            plan.hook(self.o.hook)
         if self.o.gate:
             plan.gate(plan.stage(-1), lambda f, ctx: f * ctx.draw)
 
@@ -177,20 +177,20 @@ def test_a_gate_acts_in_training_on_gated_views_only() -> None:
 
 
 def test_a_tap_records_what_its_module_gave() -> None:
-    probe = Probe(tap="layer2", term=1.0)
+    probe = Probe(hook="layer2", term=1.0)
     run(StepModule(net(), {"probe": probe}, size=SIZE))
     seen = []
     twin = net().train()
     twin.layer2.register_forward_hook(lambda m, a, out: seen.append(out))
     twin(batch().x)
-    torch.testing.assert_close(probe.seen["outputs"]["main"].taps["layer2"], seen[0])
+    torch.testing.assert_close(probe.seen["outputs"]["main"].hooked["layer2"], seen[0])
 
 
 def test_a_tap_that_does_not_fire_is_an_error() -> None:
     model = net()
     model.spare = nn.Conv2d(3, 3, 1)
     with pytest.raises(FgvcError, match="'spare' did not fire"):
-        run(StepModule(model, {"probe": Probe(tap="spare")}, size=SIZE))
+        run(StepModule(model, {"probe": Probe(hook="spare")}, size=SIZE))
 
 
 def test_a_term_is_weighted_and_its_branch_learns() -> None:
@@ -288,13 +288,13 @@ def test_l1_is_the_sum_of_the_weights_and_pulls_them_to_zero() -> None:
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
 @pytest.mark.parametrize("view", [None, "shared", "own"])
 def test_recomputed_activations_change_neither_gradients_nor_statistics(name: str, view: str | None) -> None:
-    def made(recompute: bool) -> tuple[StepModule, dict]:
+    def made(grad_checkpointing: bool) -> tuple[StepModule, dict]:
         torch.manual_seed(0)
         kwargs = {"img_size": 32} if name == "test_vit" else {}
         model = timm.create_model(name, num_classes=CLASSES, drop_rate=0.2, **kwargs)
-        tap = Plan("probe", Joints(model, SIZE)).stage(0)
-        probe = Probe(early={"bn": view} if view else None, gate=True, tap=tap)
-        step = StepModule(model, {"probe": probe}, size=SIZE, recompute=recompute)
+        hook = Plan("probe", Attachments(model, SIZE)).stage(0)
+        probe = Probe(early={"bn": view} if view else None, gate=True, hook=hook)
+        step = StepModule(model, {"probe": probe}, size=SIZE, grad_checkpointing=grad_checkpointing)
         torch.manual_seed(1)
         losses = None
         for _ in range(2):
@@ -323,9 +323,9 @@ def test_recomputed_activations_change_neither_gradients_nor_statistics(name: st
 def test_recomputed_gates_know_their_views(early: dict | None, late: dict | None) -> None:
     """Views of one size, gated and not: in the backward each gate is asked for the views that it was asked for before."""
 
-    def gradients(recompute: bool) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    def gradients(grad_checkpointing: bool) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         probe = Probe(early=early, late=late, gate=True)
-        step = StepModule(net(), {"probe": probe}, size=SIZE, recompute=recompute)
+        step = StepModule(net(), {"probe": probe}, size=SIZE, grad_checkpointing=grad_checkpointing)
         draws = Draws(0.0, {"probe": torch.tensor(0.5)})  # a tensor is saved, so the gate itself is recomputed
         return run(step, draws)[0], [p.grad for p in step.net.parameters()]
 
@@ -359,7 +359,7 @@ def test_a_term_that_is_no_scalar_and_a_module_that_is_not_there_are_named() -> 
 
     class Elsewhere(Technique):
         def setup(self, plan) -> None:
-            plan.tap("layer9")
+            plan.hook("layer9")
 
     with pytest.raises(FgvcError, match=r"techniques\.rows: the loss term 'rows' has shape \(\d+,\); give a scalar"):
         run(StepModule(net(), {"rows": Rows()}, size=SIZE))

@@ -24,10 +24,10 @@ from fgvc.runs.build import build_net
 from fgvc.runs.subject import subject
 from fgvc.studies.speed import bench_each
 from fgvc.techniques.api import Output
-from fgvc.techniques.distill.ensemble import Panel
+from fgvc.techniques.distill.ensemble import TeacherEnsemble
 from fgvc.techniques.distill.settings import AnyTeacher
-from fgvc.techniques.distill.teacher import Said, Teacher
-from fgvc.techniques.plan import Context, Joints
+from fgvc.techniques.distill.teacher import Teacher, TeacherOutput
+from fgvc.techniques.plan import Attachments, Context
 from fgvc.training.session import opener_of, read_index
 
 DEVICE = torch.device("cpu")
@@ -51,7 +51,7 @@ def base(colours: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def taught(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run of a larger input, another normalisation, grafted branches and an average; and its bundle."""
+    """A run of a larger input, another normalisation, re-parameterised branches and an average; and its bundle."""
     folder = tmp_path_factory.mktemp("teachers")
     own = {
         "image": {"size": 64},
@@ -79,7 +79,7 @@ def opened(tree: dict, wanted: dict, *, out: Path | None = None, classes: tuple[
     if classes is not None:
         opener = replace(opener, classes=classes)
     settings = TypeAdapter(AnyTeacher).validate_python(wanted)
-    return opener(settings, Joints(net=built.step.net, size=made.image.size), built.preprocess)
+    return opener(settings, Attachments(net=built.step.net, size=made.image.size), built.preprocess)
 
 
 def pictures(size: int) -> torch.Tensor:
@@ -159,15 +159,15 @@ def test_with_sam_each_teacher_is_asked_once_a_part(
 ) -> None:
     seen = []
 
-    def ask(panel: Panel, main: Output, ctx: Context, *, features: bool) -> list[Said]:
+    def ask(ensemble: TeacherEnsemble, main: Output, ctx: Context, *, features: bool) -> list[TeacherOutput]:
         seen.append(ctx.again)
-        return asked(panel, main, ctx, features=features)
+        return asked(ensemble, main, ctx, features=features)
 
-    asked = Panel.ask
-    monkeypatch.setattr(Panel, "ask", ask)
+    asked = TeacherEnsemble.ask
+    monkeypatch.setattr(TeacherEnsemble, "ask", ask)
     teachers = {"distill": {"teachers": [{"kind": "run", "path": str(taught[0])}]}}
     made = recipe(tree, techniques=teachers, optim=tree["optim"] | {"sam": {}})
-    made = made.model_copy(update={"train": made.train.model_copy(update={"accumulate": 2, "max_steps": 3})})
+    made = made.model_copy(update={"train": made.train.model_copy(update={"grad_accum_steps": 2, "max_steps": 3})})
     api.train(made, tmp_path / "run")
     assert seen == [False] * 6
 
@@ -210,10 +210,10 @@ def test_opening_draws_nothing(taught: tuple[Path, Path], tree) -> None:
     made = recipe(tree)
     index = read_index(made)
     built = build_net(made, len(index.classes))
-    opener, joints = opener_of(made, index, DEVICE), Joints(net=built.step.net, size=SMALL)
+    opener, attachments = opener_of(made, index, DEVICE), Attachments(net=built.step.net, size=SMALL)
     before = torch.get_rng_state()
     for kind, path in zip(("run", "bundle"), taught, strict=True):
-        opener(TypeAdapter(AnyTeacher).validate_python({"kind": kind, "path": path}), joints, built.preprocess)
+        opener(TypeAdapter(AnyTeacher).validate_python({"kind": kind, "path": path}), attachments, built.preprocess)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -19,8 +19,8 @@ from fgvc.data.index import ImageIndex
 from fgvc.data.quality.colour import Colours, Normalisation, colours, doubts, is_grey, moments
 from fgvc.data.quality.duplicates import (
     LIKENESS,
-    Print,
-    Prints,
+    Fingerprint,
+    Fingerprints,
     alike,
     equal,
     gathered,
@@ -29,7 +29,7 @@ from fgvc.data.quality.duplicates import (
     links,
     print_of,
 )
-from fgvc.data.quality.stored import Stored, judge, levels_of, misplaced
+from fgvc.data.quality.stored import StoredFacts, judge, levels_of, misplaced
 from fgvc.data.quality.suspects import Suspects
 from fgvc.data.splits import group_codes, straddling
 from fgvc.errors import ImageError
@@ -62,7 +62,7 @@ class Report:
     near_conflicts: Rows  # with two labels
     straddling: tuple[str, ...]  # groups with rows in several splits
     colours: Colours
-    stored: Stored
+    stored: StoredFacts
     suspects: Suspects | None = None  # None: not looked for
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -111,7 +111,7 @@ class _Seen:
     levels: tuple[int, int] = (0, 0)  # as in Stored
     damage: str = ""
     moments: NDArray[np.float64] = field(default_factory=lambda: np.full((2, 3), np.nan))
-    print: Print | None = None
+    print: Fingerprint | None = None
     reason: str = ""
 
 
@@ -131,8 +131,8 @@ def check(
     """
     total = len(index)
     digests, sizes = np.zeros((total, 2), np.uint64), np.zeros((total, 2), np.int32)
-    prints, seen_moments, grey = Prints.empty(total), np.full((total, 2, 3), np.nan), np.zeros(total, bool)
-    stored = Stored.empty(total)
+    prints, seen_moments, grey = Fingerprints.empty(total), np.full((total, 2, 3), np.nan), np.zeros(total, bool)
+    stored = StoredFacts.empty(total)
     unreadable: list[tuple[int, str]] = []
     modes: Counter[str] = Counter()
     for row, seen in enumerate(_read_all(index, workers)):
@@ -222,7 +222,7 @@ def findings(report: Report) -> list[dict[str, object]]:
 
 def _near(
     index: ImageIndex,
-    prints: Prints,
+    prints: Fingerprints,
     readable: NDArray[np.int64],
     duplicates: Rows,
     likeness: float,

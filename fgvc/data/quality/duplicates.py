@@ -24,7 +24,7 @@ _PART = 2048  # thumbnails that a block is compared with at a time: 25 MB
 
 
 @dataclass(frozen=True, slots=True)
-class Print:
+class Fingerprint:
     """What is kept of one image to compare it with others."""
 
     hash: int  # 64 bits
@@ -33,7 +33,7 @@ class Print:
 
 
 @dataclass(frozen=True, slots=True)
-class Prints:
+class Fingerprints:
     """The prints of N images as columns: 3 kB an image."""
 
     hashes: NDArray[np.uint64]  # (N,)
@@ -41,23 +41,23 @@ class Prints:
     thumbs: NDArray[np.uint8]  # (N,SIDE,SIDE,3)
 
     @classmethod
-    def empty(cls, images: int) -> Prints:
+    def empty(cls, images: int) -> Fingerprints:
         return cls(
             np.zeros(images, np.uint64), np.zeros(images, np.uint64), np.zeros((images, SIDE, SIDE, 3), np.uint8)
         )
 
-    def put(self, row: int, one: Print) -> None:
+    def put(self, row: int, one: Fingerprint) -> None:
         self.hashes[row], self.mirrored[row], self.thumbs[row] = one.hash, one.mirrored, one.thumb
 
 
-def print_of(image: Image.Image) -> Print:
+def print_of(image: Image.Image) -> Fingerprint:
     """The print of an RGB image of any size and aspect."""
     from imagehash import phash
 
     small = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
     hashes = (np.packbits(phash(view).hash).tobytes() for view in (small, ImageOps.mirror(small)))
     upright, mirrored = (int.from_bytes(bits, "big") for bits in hashes)
-    return Print(upright, mirrored, np.asarray(small))
+    return Fingerprint(upright, mirrored, np.asarray(small))
 
 
 def equal(digests: NDArray[np.uint64]) -> tuple[tuple[int, ...], ...]:
@@ -69,7 +69,7 @@ def equal(digests: NDArray[np.uint64]) -> tuple[tuple[int, ...], ...]:
 
 
 def alike(
-    prints: Prints,
+    prints: Fingerprints,
     rows: NDArray[np.int64],
     *,
     distance: int = DISTANCE,

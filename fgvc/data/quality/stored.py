@@ -25,11 +25,11 @@ FLAT = 16  # levels between the darkest and the lightest thousandth
 MARGIN = 0.02  # of a picture's side, or two pixels, that a box may reach beyond it
 SAMPLE = 32  # images that training looks at
 
-Found = tuple[bool, str]  # whether it is an error, and what it is
+MapBoxes = tuple[bool, str]  # whether it is an error, and what it is
 
 
 @dataclass(slots=True)
-class Stored:
+class StoredFacts:
     """What reading N images told of their files; of those that can't be read 0, NaN or ""."""
 
     sides: NDArray[np.int32]  # (N,2) width and height, as stored
@@ -41,7 +41,7 @@ class Stored:
     damage: dict[int, str] = field(default_factory=dict)  # row: what
 
     @classmethod
-    def empty(cls, images: int) -> Stored:
+    def empty(cls, images: int) -> StoredFacts:
         return cls(
             np.zeros((images, 2), np.int32), np.ones(images, np.int8), [""] * images, np.zeros(images, np.int8),
             np.full((images, 2), np.nan), np.zeros((images, 2), np.int16),
@@ -67,7 +67,7 @@ def glance(index: ImageIndex, rows: NDArray[np.int64]) -> list[str]:
     """What is wrong with a few of these images, spread over all, a line each: what can be known before they are trained on.
     `fgvc data check` looks at all."""
     few = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64)]
-    part = Stored.empty(len(few))
+    part = StoredFacts.empty(len(few))
 
     def look(at: int) -> None:
         path = index.path(int(few[at]))
@@ -94,7 +94,7 @@ def _rows(index: ImageIndex, rows: NDArray[np.int64]) -> ImageIndex:
     )  # fmt: skip
 
 
-def judge(index: ImageIndex, stored: Stored) -> Iterator[Found]:
+def judge(index: ImageIndex, stored: StoredFacts) -> Iterator[MapBoxes]:
     """All that is wrong, of the rows that could be read."""
     if stored.damage:
         listed = some([f"{index.paths[row]} ({what})" for row, what in sorted(stored.damage.items())])
@@ -103,7 +103,7 @@ def judge(index: ImageIndex, stored: Stored) -> Iterator[Found]:
     yield from _boxes(index, stored)
 
 
-def _ranges(stored: Stored) -> Iterator[Found]:
+def _ranges(stored: StoredFacts) -> Iterator[MapBoxes]:
     """Sets that are decoded to black, to white, or to one colour."""
     read = stored.bits > 0
     told = np.zeros(len(read), bool)
@@ -133,7 +133,9 @@ def _words(mode: str, bits: int) -> str:
     return f"{mode} with {bits} bits a value" if bits > 8 else mode
 
 
-def _integers(stored: Stored, rows: NDArray[np.bool_], mode: str, bits: int) -> Iterator[tuple[NDArray[np.bool_], bool, str]]:
+def _integers(
+    stored: StoredFacts, rows: NDArray[np.bool_], mode: str, bits: int
+) -> Iterator[tuple[NDArray[np.bool_], bool, str]]:
     """Of 12 bits, 16, or 32, which are read as 16: (rows that it spoils, whether it is an error, what)."""
     full = 4095 if bits == 12 else 65535
     low, high = stored.extremes[:, 0], stored.extremes[:, 1]
@@ -157,7 +159,7 @@ def _integers(stored: Stored, rows: NDArray[np.bool_], mode: str, bits: int) -> 
         )  # fmt: skip
 
 
-def _floats(stored: Stored, rows: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.bool_], bool, str]]:
+def _floats(stored: StoredFacts, rows: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.bool_], bool, str]]:
     low, high = stored.extremes[:, 0], stored.extremes[:, 1]
     kind = f"{int(rows.sum())} images hold floats (F), {low[rows].min():.6g} to {high[rows].max():.6g}"
     rule = "read as shares of white where an image has none above 1, else as 0 to 255"
@@ -172,7 +174,7 @@ def _floats(stored: Stored, rows: NDArray[np.bool_]) -> Iterator[tuple[NDArray[n
         yield shares, False, f"{kind}, {rule}: {shares.sum()} are shares of white, the others are not. Save all as 0 to 1"
 
 
-def _boxes(index: ImageIndex, stored: Stored) -> Iterator[Found]:
+def _boxes(index: ImageIndex, stored: StoredFacts) -> Iterator[MapBoxes]:
     read = np.flatnonzero(stored.bits > 0)
     if not len(read):
         return
@@ -216,7 +218,7 @@ def _and_parts(index: ImageIndex) -> str:
 
 
 def _namer(
-    index: ImageIndex, read: NDArray[np.int64], stored: Stored
+    index: ImageIndex, read: NDArray[np.int64], stored: StoredFacts
 ) -> Callable[[NDArray[np.bool_]], str]:
     """What names the rows of a mask over `read`, with their boxes and sides."""
 
@@ -251,7 +253,7 @@ def in_shares(places: NDArray[np.float32]) -> bool:
     return bool(np.isfinite(places).any()) and bool(np.nanmax(places) <= 1.01)
 
 
-def misplaced(index: ImageIndex, stored: Stored) -> dict[int, str]:
+def misplaced(index: ImageIndex, stored: StoredFacts) -> dict[int, str]:
     """Rows whose box does not fit their image, and how."""
     read = np.flatnonzero(stored.bits > 0)
     if index.boxes is None or not len(read):

@@ -34,7 +34,7 @@ def part_of(name: str) -> Split | None:
     return next((part for part, names in _PARTS.items() if joined in names), None)
 
 
-class Strings:
+class StringColumn:
     """A column of text that grows without keeping a Python object per row."""
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ def finish_splits(
     rule = "splits as given"
     seed, done = source.split_seed, []
     if test_fraction:
-        splits = carve(labels, splits, part="test", fraction=test_fraction, seed=seed, groups=groups)
+        splits = carve(labels, splits, split="test", fraction=test_fraction, seed=seed, groups=groups)
         done.append(f"{test_fraction:.4g} of all for test")
     if not source.hold_out:
         splits = np.where(splits == SPLITS.index("val"), SPLITS.index("train"), splits).astype(np.int8)
@@ -129,7 +129,7 @@ def finish_splits(
         splits = _with_fold(labels, splits, source.fold, seed, groups)
         done.append(f"part {source.fold[0]} of {source.fold[1]} of train for validation")
     elif source.val_fraction and not (splits == SPLITS.index("val")).any():
-        splits = carve(labels, splits, part="val", fraction=source.val_fraction, seed=seed, groups=groups)
+        splits = carve(labels, splits, split="val", fraction=source.val_fraction, seed=seed, groups=groups)
         done.append(f"{source.val_fraction:.4g} of train for validation")
     if done:
         how = "by group" if groups is not None else "stratified"

@@ -10,7 +10,7 @@ import numpy as np
 
 from fgvc.config.data import SPLITS, FolderData, Split
 from fgvc.data.index import ImageIndex
-from fgvc.data.sources.columns import Strings, finish_splits, number_classes, part_of, written_alike
+from fgvc.data.sources.columns import StringColumn, finish_splits, number_classes, part_of, written_alike
 from fgvc.data.sources.walk import ClassFolder, Walk, folders_in, loose_images
 from fgvc.errors import FgvcError
 from fgvc.images.suffix import counted
@@ -29,7 +29,7 @@ def read(data: FolderData) -> ImageIndex:
         for part in parts or [""]:
             _refuse_parts_as_classes(root / part, [place for place in places if place.part == part])
     walk = Walk(places)
-    paths = Strings()
+    paths = StringColumn()
     counts: dict[tuple[str, str], int] = {}  # (folder of the part or "", class): images
     others: Counter[str] = Counter()
     empty: dict[str, Counter[str]] = {}
@@ -88,7 +88,7 @@ def tables_in(root: Path) -> list[str]:
 def _runs(paths: np.ndarray, counts: dict[tuple[str, str], int], size: int) -> np.ndarray:
     """(N,) the group of each image: of the `counts` images of a part and class, which follow one another in `paths`, each `size`
     in the order of the numbers in their names."""
-    groups, start = Strings(), 0
+    groups, start = StringColumn(), 0
     for (part, name), count in counts.items():
         own = paths[start : start + count].tolist()
         rank = np.argsort(np.array(sorted(range(count), key=lambda row: by_number(own[row])), np.int64))

@@ -10,7 +10,7 @@ import numpy as np
 
 from fgvc.config.data import SPLITS, Name, NamedData, Split
 from fgvc.data.index import ImageIndex
-from fgvc.data.sources.columns import Strings, finish_splits, number_classes
+from fgvc.data.sources.columns import StringColumn, finish_splits, number_classes
 from fgvc.errors import FgvcError
 
 # torchvision's class, its parts, and the folder that it makes below root.
@@ -30,7 +30,7 @@ def read(data: NamedData) -> ImageIndex:
     if data.download:
         data.root.expanduser().mkdir(parents=True, exist_ok=True)
     root = data.folder()
-    paths, labels, splits = Strings(), [], []
+    paths, labels, splits = StringColumn(), [], []
     names: list[str] = []
     for part, split in _SETS[data.name][1].items():
         found = _open(data, root, part)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fgvc.config.data import SPLITS, CsvData
 from fgvc.data.index import ImageIndex
-from fgvc.data.sources.columns import Strings, finish_splits, number_classes, part_of, repeated, written_alike
+from fgvc.data.sources.columns import StringColumn, finish_splits, number_classes, part_of, repeated, written_alike
 from fgvc.data.splits import straddling
 from fgvc.errors import FgvcError
 from fgvc.io.names import some
@@ -128,10 +128,10 @@ class _Rows:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.paths = Strings()
+        self.paths = StringColumn()
         self.labels = array("i")
         self.splits: array[int] | None = None
-        self.groups: Strings | None = None
+        self.groups: StringColumn | None = None
         self._codes: dict[str, int] = {}
         self.numbers: dict[str, int] = {}  # class name: number, by first occurrence
 
@@ -147,7 +147,7 @@ class _Rows:
         path_at, label_at, split_at, group_at = columns
         needed = max(place for place in columns if place is not None) + 1
         splits = self.splits = None if split_at is None else array("b")
-        groups = self.groups = None if group_at is None else Strings()
+        groups = self.groups = None if group_at is None else StringColumn()
         paths, labels, numbers = self.paths, self.labels, self.numbers
         wrong: list[str] = []
         for row in reader:

@@ -1,7 +1,7 @@
 """Class maps that pytorch-grad-cam lacks or gets wrong, in its own interface.
 
-A (C,h,w) is the tapped feature map of an image, g = dY/dA with Y the logit of the class, p its probability. The model of each
-is a `fgvc.models.feature_maps.Tap`. The library's own Score-CAM puts raw logits through a softmax over channels, which
+A (C,h,w) is the hooked feature map of an image, g = dY/dA with Y the logit of the class, p its probability. The model of each
+is a `fgvc.models.feature_maps.FeatureNet`. The library's own Score-CAM puts raw logits through a softmax over channels, which
 collapses onto one of them, and holds an image a channel in memory; its Ablation-CAM swaps a layer of the live net, ablates to
 -1e7, and divides by a logit that may be negative; its Grad-CAM++ adds an epsilon that outweighs small gradients; its KPCA-CAM
 is another in each run.
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from fgvc.models.backbone import feature_map
 from fgvc.models.class_maps import grad_cam_plus_plus, normalised
-from fgvc.models.feature_maps import Tap
+from fgvc.models.feature_maps import FeatureNet
 
 Floats = NDArray[np.float32]
 Layout = Callable[[Tensor], Tensor]
@@ -32,7 +32,7 @@ class CAM(BaseCAM):
     """sum_k W[c,k] A_k (Zhou et al., CVPR 2016, arXiv:1512.04150): of nets whose head is global average pooling and one linear
     layer."""
 
-    def __init__(self, model: Tap, layout: Layout, weight: Tensor) -> None:
+    def __init__(self, model: FeatureNet, layout: Layout, weight: Tensor) -> None:
         super().__init__(model, [model.features], layout, uses_gradients=False)
         self.weight = weight.detach()  # (K,C)
 
@@ -45,7 +45,7 @@ class CAM(BaseCAM):
 class GradCAMPlusPlus(BaseCAM):
     """Grad-CAM++ (Chattopadhay et al., WACV 2018, arXiv:1710.11063); see `fgvc.models.class_maps.grad_cam_plus_plus`."""
 
-    def __init__(self, model: Tap, layout: Layout) -> None:
+    def __init__(self, model: FeatureNet, layout: Layout) -> None:
         super().__init__(model, [model.features], layout)
 
     def get_cam_image(
@@ -68,7 +68,7 @@ class SmoothGradCAMPlusPlus(BaseCAM):
     The noise is the same for every image, whatever stands beside it in a batch: maps do not depend on batches.
     """
 
-    def __init__(self, model: Tap, layout: Layout, *, samples: int, sigma: float) -> None:
+    def __init__(self, model: FeatureNet, layout: Layout, *, samples: int, sigma: float) -> None:
         """`samples`: noisy copies. `sigma`: of the noise, as a share of each image's range."""
         super().__init__(model, [model.features], layout)
         self.samples, self.sigma = samples, sigma
@@ -101,7 +101,7 @@ class ScoreCAM(BaseCAM):
 
     enlarged_first = True  # before the ReLU: see `fgvc.models.cam.offline.ClassMaps`
 
-    def __init__(self, model: Tap, layout: Layout, *, channels: int, batch: int) -> None:
+    def __init__(self, model: FeatureNet, layout: Layout, *, channels: int, batch: int) -> None:
         """`channels`: so many that are tried, of the highest mean activation; the others have weight 0. `batch`: images a
         forward."""
         super().__init__(model, [model.features], layout, uses_gradients=False)
@@ -148,7 +148,7 @@ class SSCAM(ScoreCAM):
     The same draws for every channel, so that channels differ by what they show alone.
     """
 
-    def __init__(self, model: Tap, layout: Layout, *, channels: int, batch: int, samples: int, sigma: float) -> None:
+    def __init__(self, model: FeatureNet, layout: Layout, *, channels: int, batch: int, samples: int, sigma: float) -> None:
         super().__init__(model, layout, channels=channels, batch=batch)
         self.samples, self.sigma = samples, sigma
 
@@ -172,7 +172,7 @@ class AblationCAM(ScoreCAM):
         return most_active(maps, self.channels)
 
     def scores(self, x: Tensor, row: int, label: int, maps: Floats, chosen: NDArray[np.int64]) -> Tensor:
-        features = self.model.tapped[row : row + 1]
+        features = self.model.hooked[row : row + 1]
         logit = self.model.behind(x, features)[:, label].double()
         falls = []
         for part in torch.from_numpy(chosen).split(self.batch):
@@ -190,7 +190,7 @@ class KPCACAM(BaseCAM):
     both take that whose largest value is positive.
     """
 
-    def __init__(self, model: Tap, layout: Layout) -> None:
+    def __init__(self, model: FeatureNet, layout: Layout) -> None:
         super().__init__(model, [model.features], layout, uses_gradients=False)
 
     def get_cam_image(
@@ -213,7 +213,7 @@ class KPCACAM(BaseCAM):
         return np.float32(sign * first).reshape(len(first), *activations.shape[2:])
 
 
-class Finer:
+class FinerTarget:
     """The logit of a class against those of the classes most like it (Finer-CAM, Zhang et al., CVPR 2025,
     arXiv:2501.11309), for Grad-CAM: what tells it from them. "Like": of the nearest logits, as in the paper's own code."""
 

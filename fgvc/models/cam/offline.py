@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map
 from fgvc.models.class_maps import closed_form, evaluating, normalised
-from fgvc.models.feature_maps import Tap, tap, without_gradients
+from fgvc.models.feature_maps import FeatureNet, feature_net, without_gradients
 
 Rows = NDArray[np.int64]
 
@@ -54,7 +54,7 @@ SIGMA = {
 class ClassMaps:
     """Maps of one net by the methods it was made for; see `looking`."""
 
-    def __init__(self, model: Tap, size: tuple[int, int], methods: Sequence[str], *, channels: int | None) -> None:
+    def __init__(self, model: FeatureNet, size: tuple[int, int], methods: Sequence[str], *, channels: int | None) -> None:
         """`channels`: so many of the most active, for methods that try them one by one; 0: all; None: CHANNELS, or all where
         only the head has to run for each. Raises FgvcError for a method that this net can't have."""
         self.net: nn.Module = model.net
@@ -66,7 +66,7 @@ class ClassMaps:
         with torch.no_grad():
             weight = next(model.net.parameters())
             model(torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device))
-        _, self.width, *cells = feature_map(model.net, model.tapped, size).shape  # channels there are
+        _, self.width, *cells = feature_map(model.net, model.hooked, size).shape  # channels there are
         self.cells: tuple[int, ...] = tuple(cells)  # (h,w) of every map before it is enlarged
         self._channels = channels
 
@@ -80,9 +80,9 @@ class ClassMaps:
         of, (B,h,w) float32, signed where the method is, without any scaling."""
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-        from fgvc.models.cam.methods import Finer
+        from fgvc.models.cam.methods import FinerTarget
 
-        target = Finer if method == "finercam" else ClassifierOutputTarget
+        target = FinerTarget if method == "finercam" else ClassifierOutputTarget
         cam = self._made(method, x.shape[2:])
         kept: list[np.ndarray] = []
         whole = cam.get_cam_image
@@ -165,7 +165,7 @@ def _tapped(
     net: nn.Module, size: tuple[int, int], methods: Sequence[str], channels: int | None = None
 ) -> Iterator[ClassMaps]:
     names = [named(method) for method in methods]
-    model = tap(net, size)
+    model = feature_net(net, size)
     with evaluating(net), without_gradients(net):
         yield ClassMaps(model, size, names, channels=channels)
 

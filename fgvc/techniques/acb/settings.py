@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from fgvc.techniques.settings import Where
+from fgvc.techniques.settings import ConvSelection
 
 
-class AcbSettings(Where):
+class AcbSettings(ConvSelection):
     """Asymmetric branches beside square convolutions; step 0 is the pretrained function."""
 
     technique: ClassVar[str] = "fgvc.techniques.acb.technique:Acb"

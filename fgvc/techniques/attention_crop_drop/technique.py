@@ -20,7 +20,7 @@ from fgvc.models.loss import cross_entropy
 from fgvc.techniques.api import Batch, Output, Technique, View
 from fgvc.techniques.attention_crop_drop.attention import BilinearAttention, pick
 from fgvc.techniques.attention_crop_drop.settings import AttentionCropDropSettings
-from fgvc.techniques.centres import Noted
+from fgvc.techniques.centres import FeatureBuffer
 from fgvc.techniques.masks import boxes, crop, erase, moved, select, shifted
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.settings import Region
@@ -37,7 +37,7 @@ class AttentionCropDrop(Technique):
     def __init__(self, config: AttentionCropDropSettings) -> None:
         self.config = config
         self.weights = {"pooled": config.pooled, "centre": config.centre}
-        self._noted = Noted()
+        self._noted = FeatureBuffer()
 
     @override
     def setup(self, plan: Plan) -> None:

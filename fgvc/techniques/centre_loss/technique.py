@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from fgvc.techniques.api import Output, Technique
 from fgvc.techniques.centre_loss.settings import CentreLossSettings
-from fgvc.techniques.centres import Noted, class_sums
+from fgvc.techniques.centres import FeatureBuffer, class_sums
 from fgvc.techniques.plan import Context, Plan
 
 
@@ -27,7 +27,7 @@ class CentreLoss(Technique):
     def __init__(self, config: CentreLossSettings) -> None:
         self.config = config
         self.weights = {"centre": config.centre}
-        self._noted = Noted()
+        self._noted = FeatureBuffer()
 
     @override
     def setup(self, plan: Plan) -> None:

@@ -29,5 +29,5 @@ class Dbb(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where a pattern fits no convolution, or nothing can be grafted."""
+        """Raises FgvcError where a pattern fits no convolution, or nothing can be replaced."""
         graft_chosen(plan, self.config, dbb)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from fgvc.techniques.api import EpochStart, Output
 from fgvc.techniques.distill.logits import LogitFile, open_logits
-from fgvc.techniques.distill.teacher import Said, Teacher
+from fgvc.techniques.distill.teacher import Teacher, TeacherOutput
 from fgvc.techniques.plan import Context
 
 
-class Panel:
+class TeacherEnsemble:
     """Teachers, and for each its file of logits where they can be kept."""
 
     def __init__(self, teachers: Sequence[Teacher], *, cache: Path | None, classes: int) -> None:
@@ -30,7 +30,7 @@ class Panel:
         if not any(self._files) and start.number == 0:
             start.say("distill.cache: nothing is kept: teachers change, or a technique changes images as they load")
 
-    def ask(self, main: Output, ctx: Context, *, features: bool) -> list[Said]:
+    def ask(self, main: Output, ctx: Context, *, features: bool) -> list[TeacherOutput]:
         """Of the main view's pixels; where these are the clean ones, of their finest render, or of the file."""
         batch, x, answers = ctx.batch, main.view.x, []
         clean = batch if batch is not None and x is batch.x_clean else None
@@ -39,7 +39,7 @@ class Panel:
             known = None
             if clean is not None and file is not None and not (features and teacher.channels):
                 known = file.recall(clean.index, clean.geometry)
-            said = Said(known.to(x.device), None) if known is not None else teacher(x, finest)
+            said = TeacherOutput(known.to(x.device), None) if known is not None else teacher(x, finest)
             if clean is not None and file is not None and known is None:
                 file.keep(clean.index, clean.geometry, said.logits)
             answers.append(said)

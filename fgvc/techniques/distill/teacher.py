@@ -22,7 +22,7 @@ from fgvc.models.probe import linear_head
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class TeacherOutput:
     """What a teacher made of a batch, without gradient."""
 
     logits: Tensor  # (B,K) float32, in the order of the student's classes
@@ -30,7 +30,7 @@ class Said:
 
 
 @dataclass(slots=True)
-class Probed:
+class ProbedNet:
     """The net of a teacher whose linear head is fitted when a run begins, and kept in its checkpoints from then on."""
 
     net: nn.Module  # in eval mode, on the run's device
@@ -61,15 +61,15 @@ class Teacher:
     """A network that is asked about the pixels that the student sees, in eval mode and in float32."""
 
     name: str  # for people
-    answer: Callable[[Tensor], Said]  # of images (B,3,H,W) as the teacher's own normalisation makes them
+    answer: Callable[[Tensor], TeacherOutput]  # of images (B,3,H,W) as the teacher's own normalisation makes them
     size: tuple[int, int] | None  # height and width that it takes; None: whatever the student sees
     channels: int | None  # of its features; None: logits alone
     convert: Callable[[Tensor], Tensor]  # from the student's normalisation to its own
     identity: Callable[[], str] | None = None  # SHA-256 of all that its answers depend on; None: they change
     notes: tuple[str, ...] = ()
-    probed: Probed | None = None  # where its head is fitted when a run begins
+    probed: ProbedNet | None = None  # where its head is fitted when a run begins
 
-    def __call__(self, x: Tensor, finest: Tensor | None = None) -> Said:
+    def __call__(self, x: Tensor, finest: Tensor | None = None) -> TeacherOutput:
         """`x` (B,3,H,W) as the student sees it; `finest`: the same pixels as they were rendered, where nothing has changed
         them since. A teacher of another size gets `finest`, else x, brought to its size by an antialiased bicubic."""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -100,12 +100,12 @@ def conversion(student: Preprocess, own: Preprocess) -> Callable[[Tensor], Tenso
     return convert
 
 
-def through(net: nn.Module, x: Tensor, *, maps: bool) -> Said:
+def through(net: nn.Module, x: Tensor, *, maps: bool) -> TeacherOutput:
     """A timm net's logits and, with `maps`, its last feature map; the net's modes come back as they were."""
     with evaluating(net):
         features = net.forward_features(x)  # type: ignore[operator]
         logits = net.forward_head(features)  # type: ignore[operator]
-    return Said(logits.float(), feature_map(net, features, x.shape[2:]).float() if maps else None)
+    return TeacherOutput(logits.float(), feature_map(net, features, x.shape[2:]).float() if maps else None)
 
 
 def in_order(theirs: tuple[str, ...], ours: tuple[str, ...], *, where: str) -> list[int]:

@@ -19,7 +19,7 @@ from fgvc.config.schedule import at, ever
 from fgvc.errors import FgvcError
 from fgvc.models.class_maps import dominant
 from fgvc.techniques.api import EpochStart, Output, Technique
-from fgvc.techniques.distill.ensemble import Panel
+from fgvc.techniques.distill.ensemble import TeacherEnsemble
 from fgvc.techniques.distill.losses import attention, decoupled, divergence, hint, softened
 from fgvc.techniques.distill.settings import DistillSettings
 from fgvc.techniques.distill.teacher import Teacher
@@ -47,7 +47,7 @@ class Distill(Technique):
     def setup(self, plan: Plan) -> None:
         """Raises FgvcError where a teacher can't teach, or none has the features that AT and hints ask for."""
         self.teachers = plan.teachers(self.config.teachers)
-        self._panel = Panel(self.teachers, cache=self.config.cache, classes=plan.classes)
+        self._panel = TeacherEnsemble(self.teachers, cache=self.config.cache, classes=plan.classes)
         for teacher in self.teachers:
             plan.note("; ".join([f"teacher {teacher.name}", *teacher.notes]))
             if teacher.size is not None:  # in whole eights of pixels, as images are rendered

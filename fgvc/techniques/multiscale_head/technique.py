@@ -49,7 +49,7 @@ class MultiscaleHead(Technique):
         if ever(self.config.fused) or ever(self.config.each):
             for name in self._names:
                 if name != FEATURES:
-                    plan.tap(name)
+                    plan.hook(name)
         if ever(self.config.fused):
             level = len(stages) // 2 if self.config.level is None else stages.index(self.config.level)
             width = self.config.width or min(shapes[level][0], WIDEST)
@@ -65,7 +65,7 @@ class MultiscaleHead(Technique):
         """`fused` and `each`; measured: `share_of_<stage>`, the mean weight of each stage in the fusion."""
         main = outputs["main"]
         target, losses = main.view.target, {}
-        maps = [ctx.grid(main.features if name == FEATURES else main.taps[name]) for name in self._names]
+        maps = [ctx.grid(main.features if name == FEATURES else main.hooked[name]) for name in self._names]
         if at(self.config.fused, ctx.progress):
             fused, weights = ctx.branches["fusion"](maps)
             losses["fused"] = cross_entropy(ctx.branches["fused"](fused.mean((2, 3))), target)

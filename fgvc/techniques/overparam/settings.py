@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fgvc.techniques.settings import Where
+from fgvc.techniques.settings import ConvSelection
 
 
-class OverparamSettings(Where):
+class OverparamSettings(ConvSelection):
     """Several branches of a convolution's own size beside it, 1x1 and identity; step 0 is the pretrained function."""
 
     technique: ClassVar[str] = "fgvc.techniques.overparam.technique:Overparam"

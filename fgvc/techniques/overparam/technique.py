@@ -31,5 +31,5 @@ class Overparam(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where a pattern fits no convolution, or nothing can be grafted."""
+        """Raises FgvcError where a pattern fits no convolution, or nothing can be replaced."""
         graft_chosen(plan, self.config, partial(overparam, branches=self.config.branches), smallest=1)

@@ -28,5 +28,5 @@ class Repvgg(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where a pattern fits no convolution, or nothing can be grafted."""
+        """Raises FgvcError where a pattern fits no convolution, or nothing can be replaced."""
         graft_chosen(plan, self.config, repvgg)

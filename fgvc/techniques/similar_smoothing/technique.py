@@ -17,7 +17,7 @@ from typing_extensions import override
 from fgvc.config.schedule import ScheduledShare
 from fgvc.models.target import Target
 from fgvc.techniques.api import Output, Technique
-from fgvc.techniques.centres import Noted, class_sums
+from fgvc.techniques.centres import FeatureBuffer, class_sums
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.similar_smoothing.settings import SimilarSmoothingSettings
 
@@ -31,7 +31,7 @@ class SimilarSmoothing(Technique):
     def __init__(self, config: SimilarSmoothingSettings) -> None:
         self.config = config
         self.weights: Mapping[str, ScheduledShare] = {"similar": config.similar}
-        self._noted = Noted()
+        self._noted = FeatureBuffer()
 
     @override
     def setup(self, plan: Plan) -> None:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from fgvc.errors import FgvcError
 from fgvc.reparam.block import refusal
-from fgvc.reparam.graft import Site, find_sites, folded_state, graft
 from fgvc.reparam.kinds import acb
+from fgvc.reparam.replace import Site, find_sites, folded_state, replace_conv
 
 SIZE = (64, 64)
 TINY = {
@@ -38,12 +38,12 @@ def tiny(name: str) -> nn.Module:
     return net
 
 
-def grafted(net: nn.Module) -> list[Site]:
+def replaced(net: nn.Module) -> list[Site]:
     """Put ACNet's branches wherever one fits."""
     sites = [site for site in find_sites(net, SIZE)[0] if refusal(net.get_submodule(site.name)) is None]
     for site in sites:
         like = net.get_submodule(site.norm) if site.norm else None
-        graft(net, site, acb(net.get_submodule(site.name), like))
+        replace_conv(net, site, acb(net.get_submodule(site.name), like))
     return sites
 
 
@@ -200,7 +200,7 @@ def test_sites_under_activation_checkpointing() -> None:
 def test_step_zero_is_the_plain_net_bit_for_bit(name: str, training: bool) -> None:
     plain = tiny(name).train(training)
     net = copy.deepcopy(plain)
-    assert grafted(net)
+    assert replaced(net)
     assert all(module.training == training for module in net.modules())
     x = torch.randn(4, 3, *SIZE)
     torch.manual_seed(2)
@@ -213,7 +213,7 @@ def test_step_zero_is_the_plain_net_bit_for_bit(name: str, training: bool) -> No
 def test_folded_state_is_the_trained_net(name: str) -> None:
     """Level 1 of the contract: float64, strict load into timm's own model, within 1e-9 of max |logit|."""
     net = tiny(name)
-    sites = grafted(net)
+    sites = replaced(net)
     train(net, 5)
     x = torch.randn(4, 3, *SIZE, dtype=torch.float64)
     before = copy.deepcopy(net.state_dict())
@@ -237,7 +237,7 @@ def test_the_bias_goes_into_the_running_mean_or_the_own_bias() -> None:
     for biased in (False, True):
         net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=biased), nn.BatchNorm2d(4)).eval()
         block = acb(net[0])
-        graft(net, Site("0", "1"), block)
+        replace_conv(net, Site("0", "1"), block)
         nn.init.constant_(block.branches["1xk"].norm.bias, 2.0)
         own = net[0].origin.bias.detach().clone().double() if biased else None
         state = folded_state(net)
@@ -268,14 +268,14 @@ def test_folding_in_train_mode_is_refused() -> None:
 
 def test_a_second_graft_at_the_same_place_is_refused() -> None:
     net = tiny("resnet10t")
-    site = grafted(net)[0]
-    with pytest.raises(FgvcError, match=r"conv1\.0.*Branched is grafted here already"):
-        graft(net, site, acb(nn.Conv2d(3, 24, 3, padding=1)))
+    site = replaced(net)[0]
+    with pytest.raises(FgvcError, match=r"conv1\.0.*Branched replaces it already"):
+        replace_conv(net, site, acb(nn.Conv2d(3, 24, 3, padding=1)))
     with pytest.raises(FgvcError, match="already"):  # nor inside a block
-        graft(net, Site(f"{site.name}.origin", None), acb(nn.Conv2d(3, 24, 3, padding=1)))
+        replace_conv(net, Site(f"{site.name}.origin", None), acb(nn.Conv2d(3, 24, 3, padding=1)))
 
 
 def test_a_block_that_cannot_fold_is_refused() -> None:
     net = tiny("resnet10t")
     with pytest.raises(TypeError, match="fold"):
-        graft(net, find_sites(net, SIZE)[0][0], nn.Conv2d(3, 24, 3, padding=1))
+        replace_conv(net, find_sites(net, SIZE)[0][0], nn.Conv2d(3, 24, 3, padding=1))

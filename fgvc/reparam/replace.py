@@ -1,6 +1,6 @@
 """Grafts: a convolution of the timm net is replaced by a block of the same in/out shape, and folded back at the end.
 
-What can be grafted is found by running the net once and watching who reads each convolution's output; how a block's
+What can be replaced is found by running the net once and watching who reads each convolution's output; how a block's
 kernel and bias go back into the plain state dict is `folded_state`. The rules are in docs/design.md.
 """
 
@@ -40,7 +40,7 @@ class Site:
 class Block(Protocol):
     """What takes a convolution's place: an nn.Module that also owes its plain equivalent."""
 
-    norm: str | None  # set by `graft`: the batch norm that takes the folded bias; None: the convolution's own bias does
+    norm: str | None  # set by `replace_conv`: the batch norm that takes the folded bias; None: the convolution's own bias does
 
     def fold(self) -> tuple[Tensor, Tensor | None]:
         """The equal convolution in eval mode: kernel (out, in/groups, k, k) and bias (out,), float64 on the CPU."""
@@ -48,7 +48,7 @@ class Block(Protocol):
 
 
 def find_sites(net: nn.Module, size: tuple[int, int]) -> tuple[list[Site], dict[str, str]]:
-    """Which convolutions can be grafted, in the order of `named_modules`, and for all others: name -> why not.
+    """Which convolutions can be replaced, in the order of `named_modules`, and for all others: name -> why not.
 
     Runs one eval-mode forward of a (2,3,*size) example on a copy: flags, buffers, hooks and gradients of `net` and
     torch's generators stay as they are.
@@ -75,14 +75,14 @@ def find_sites(net: nn.Module, size: tuple[int, int]) -> tuple[list[Site], dict[
     return sites, refused
 
 
-def graft(net: nn.Module, site: Site, block: nn.Module) -> None:
-    """Put `block` where `site`'s convolution is. Raises FgvcError where something is grafted already."""
+def replace_conv(net: nn.Module, site: Site, block: nn.Module) -> None:
+    """Put `block` where `site`'s convolution is. Raises FgvcError where something was replaced already."""
     path = site.name.split(".")
     for end in range(1, len(path) + 1):
         present = net.get_submodule(".".join(path[:end]))
         if isinstance(present, Block):
             raise FgvcError(
-                f"{site.name}: {type(present).__name__} is grafted here already: two techniques replace the same "
+                f"{site.name}: {type(present).__name__} replaces it already: two techniques replace the same "
                 "convolution; remove one, or keep them apart with include and exclude"
             )
     conv = net.get_submodule(site.name)
