@@ -19,7 +19,7 @@ from pathlib import Path
 import grimp
 from matplotlib import rc_context
 
-from fgvc.config.techniques import named, settings_by_kind
+from fgvc.config.techniques import load_object, settings_by_kind
 from fgvc.report.render import svg
 from fgvc.studies.page import forest
 from fgvc.studies.table import Line, lines, markdown
@@ -94,7 +94,7 @@ def techniques() -> str:
     """What each technique says of itself."""
     rows = [("technique", "what it does", "source", "forwards it adds to a step", "what it leaves behind"), ("---",) * 5]
     for kind, settings in settings_by_kind().items():
-        made = named(settings.technique)
+        made = load_object(settings.technique)
         does = (settings.__doc__ or "").strip().replace("\n    ", " ").rstrip(".")
         rows.append((f"`{kind}`", does, made.source, made.forwards, made.leaves))
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)

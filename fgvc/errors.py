@@ -1,18 +1,18 @@
-"""Mistakes that fgvc can name."""
+"""The package's exceptions."""
 
 from __future__ import annotations
 
 
 class FgvcError(Exception):
-    """A mistake that fgvc can name: the message says what, where and what to do. The command line exits with 2."""
+    """An error for the user: its message says what is wrong, where, and what to do. The command line exits with 2."""
 
 
 class NoNumbersError(FgvcError):
-    """Logits that are NaN or infinite, of which an arg-max would name a class all the same."""
+    """Logits are NaN or infinite, so that their arg-max would be meaningless."""
 
 
 class ImageError(FgvcError):
-    """One image that can't be read; `reason` is short enough for a table."""
+    """An image that can't be read; `reason` is short enough for a table."""
 
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path}: {reason}")

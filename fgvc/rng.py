@@ -1,7 +1,7 @@
-"""Random generators by key: every random number outside the model comes from a key such as (seed, epoch, sample), no stream.
+"""Keyed random generators: every random number outside of the model is a function of a key such as (seed, epoch, sample).
 
-So nothing depends on the number of workers, and a run continues in mid-epoch without replaying anything (docs/design.md says
-what goes wrong otherwise). torch's global generator is left to the model's own dropout.
+No generator is shared, so results don't depend on the number of workers, and a run resumes in mid-epoch without replaying
+anything (docs/design.md says what goes wrong otherwise). torch's global generator is left to the model's own dropout.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def generator(*key: int) -> np.random.Generator:
-    """An independent generator for a key of non-negative integers; the same key gives the same stream for ever.
+    """An independent generator for a key of non-negative integers; equal keys give equal streams.
 
     numpy pads short keys with zeros: keys that start with the same constant below should have the same length, or end in
     something else than 0.

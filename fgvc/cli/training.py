@@ -37,11 +37,11 @@ def init(
 ) -> None:
     """Write a recipe out with every key explained, to own and change."""
     from fgvc.config import template
-    from fgvc.config.recipe import Recipe, by_weights
+    from fgvc.config.recipe import Recipe, with_weight_defaults
 
     if out.exists():
         raise FgvcError(f"{out}: exists already; remove it, or choose another name")
-    text = template.commented(Recipe, template.recipe_file(recipe), fill=by_weights)
+    text = template.commented(Recipe, template.recipe_file(recipe), fill=with_weight_defaults)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Settings of data: the kinds of sets, their splits, and what training does to each image."""
+"""Settings of data: kinds of sets, their splits, and the augmentation of training images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Range = tuple[float, float]
 
 
 class Augment(Section):
-    """How training images are varied."""
+    """Augmentation of training images."""
 
     crop: Literal["random_resized", "fit"] = Field(
         "random_resized",
@@ -54,25 +54,25 @@ class Augment(Section):
         return value
 
     def shrink_to(self, size: tuple[int, int]) -> int:
-        """What an image's shorter side may shrink to before the smallest crop of `size` would have to be enlarged."""
+        """Least shorter side, in pixels, of a shrunk image whose smallest crop fills `size` without being enlarged."""
         return math.ceil(max(size) / math.sqrt(self.crop_scale[0]))
 
 
 class Source(Section):
-    """A labelled set on disk. Each kind adds `kind`; fgvc.data.sources.read reads it."""
+    """Settings that all kinds of sets share. Each kind adds `kind`; fgvc.data.sources.read reads it."""
 
     root: Path = Field(description="folder of the set; image paths are relative to it")
     val_fraction: float = Field(
-        0.1, ge=0, lt=1, description="share of the train part set aside for validation where the set has none; 0: none"
+        0.1, ge=0, lt=1, description="share of the train split set aside for validation if the set has no val split; 0: none"
     )
     fold: tuple[int, int] | None = Field(
         None,
-        description="[i, n]: validate on part i (from 0) of n equal parts of train, stratified, by whole groups where there are "
-        "groups, in the place of val_fraction and of the set's own validation part, which joins train; null: off",
+        description="[i, n]: validate on fold i (from 0) of n equal folds of train, stratified, by whole groups where there are "
+        "groups, in place of val_fraction and of the set's own validation split, which joins train; null: off",
     )
     hold_out: bool = Field(
         True,
-        description="false: no validation part; what it would be is learned from, too, a part of the set's own included",
+        description="false: no validation split; train keeps its images, and takes those of the set's own validation split",
     )
     split_seed: int = Field(
         0, ge=0, description="seed of the splits that fgvc makes; apart from train.seed, so that all runs share them"
@@ -85,7 +85,7 @@ class Source(Section):
         gt=0,
         le=4000,
         description="most pixels of a picture, in millions; a larger one counts as unreadable. Where this is raised, JPEGs of "
-        "more than 50 are decoded at 1/2, 1/4 or 1/8 of their sides. An exported bundle does not know it: serve and predict have "
+        "more than 50 are decoded at 1/2, 1/4 or 1/8 of their sides. It is no part of an exported bundle: serve and predict have "
         "--megapixels",
     )
     classes: list[str] | None = Field(
@@ -96,14 +96,14 @@ class Source(Section):
     )
 
     @model_validator(mode="after")
-    def _something_to_hold_out(self) -> Source:
+    def _fold_is_held_out(self) -> Source:
         if self.fold is not None and not self.hold_out:
-            raise ValueError("fold: is the part to validate on, and hold_out: false leaves none; give one of the two")
+            raise ValueError("fold: names the validation split, and hold_out: false leaves none; give one of the two")
         return self
 
     @field_validator("fold")
     @classmethod
-    def _one_of_several(cls, fold: tuple[int, int] | None) -> tuple[int, int] | None:
+    def _valid_fold(cls, fold: tuple[int, int] | None) -> tuple[int, int] | None:
         if fold is not None and not 0 <= fold[0] < fold[1] >= 2:
             raise ValueError("[i, n] with n of 2 or more and i from 0 to n - 1, for example [0, 5]")
         return fold
@@ -113,7 +113,7 @@ class Source(Section):
         return round(self.max_megapixels * 1e6)
 
     def folder(self) -> Path:
-        """`root`, which must exist."""
+        """`root` with ~ expanded. Raises FgvcError if it is no folder."""
         root = self.root.expanduser()
         if not root.is_dir():
             raise FgvcError(
@@ -126,17 +126,17 @@ Name = Literal["flowers102", "oxford_pets", "aircraft", "stanford_cars"]
 
 
 class CubData(Source):
-    """Files in CUB's layout. The official test part stays; validation is taken from the official train part."""
+    """Files in CUB's layout. The official test split stays; validation is taken from the official train split."""
 
     kind: Literal["cub"] = "cub"
 
 
 class FolderData(Source):
-    """train/<class>/..., with val/ (or valid/, validation/) and test/ beside it; or <class>/... straight away.
+    """Class folders: <class>/..., or train/<class>/... with val/ (or valid/, validation/) and test/ beside it.
 
-    Parts may be called by other usual names (training, dev, testing), in any capitals. Images in folders below a class belong to
+    Splits may have other usual names (training, dev, testing), in any capitals. Images in folders below a class belong to
     the class, and so do those behind links, unless these lead to another class or a folder above. Hidden files and files of
-    other types are left out, and what was left out is said.
+    other types are left out, with a warning.
     """
 
     kind: Literal["folder"] = "folder"
@@ -183,12 +183,11 @@ class NamedData(Source):
 
 
 class AutoData(Source):
-    """CUB-200-2011's layout, class folders, or one table of images, whichever lies in root; a recipe that was read has the kind
-    that was found, with its keys, in place of this one.
+    """CUB-200-2011's layout, class folders, or one table of images, whichever lies in root.
 
-    CUB's tables come first. Class folders come before a table which adds nothing: one without a column of labels, or whose labels
-    are the folders' names. Such a table is read instead where it has splits that the folders lack, or groups. One with other
-    labels is not decided upon.
+    `fgvc.data.recipe.load_recipe` replaces these settings by those of the detected kind. CUB's tables come first. Class folders
+    come before a table that adds nothing: one without a column of labels, or whose labels are the folders' names. Such a table is
+    read instead if it has splits that the folders lack, or groups. A table with other labels is an error that asks for the kind.
     """
 
     kind: Literal["auto"] = "auto"

@@ -1,4 +1,4 @@
-"""Settings of images: how large they may be, how the deployed stack prepares them, and the size of the input."""
+"""Settings of images: the largest picture, the preprocessing of the deployed stack, and the size of the network's input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 def possible_mean(mean: Triple, white: float) -> Triple:
-    """The mean itself. Raises ValueError where pixels from 0 to `white` can't have it: its units are others."""
+    """`mean`, checked: raises ValueError if pixels from 0 to `white` can't have this mean, as it is in other units."""
     if all(0 <= value <= white for value in mean):
         return mean
     advice = "give it in units of 0..1"
@@ -32,7 +32,7 @@ def possible_mean(mean: Triple, white: float) -> Triple:
 
 
 class _Normalised(Section):
-    """What deploy.* and a bundle's preprocessing share."""
+    """Keys and checks that deploy.* and a bundle's preprocessing share."""
 
     renamed: ClassVar[Mapping[str, str]] = {"crop_fraction": "crop_pct"}
 
@@ -43,8 +43,9 @@ class _Normalised(Section):
 
 
 class Deploy(_Normalised):
-    """The preprocessing of the deployed stack, which must not change either. Evaluation, bundle and serving
-    follow it. What is left out is what the weights expect."""
+    """Preprocessing of the deployed stack, which must not change either.
+
+    Evaluation, bundle and serving follow it. Keys that are left out take the values that the weights expect."""
 
     resize: Literal["crop", "pad", "squash"] = Field(
         "crop",
@@ -70,7 +71,7 @@ class Deploy(_Normalised):
 
 
 class Preprocess(_Normalised):
-    """`Deploy` with nothing left open: what turns an image into the network's input, as stored in a bundle."""
+    """Preprocessing with every value resolved, from an image to the network's input, as stored in a bundle."""
 
     size: tuple[int, int] = Field(description="height, width of the network's input in pixels")
     resize: Literal["crop", "pad", "squash"] = "crop"
@@ -95,17 +96,17 @@ class Image(Section):
 
     @field_validator("train_scale")
     @classmethod
-    def _some(cls, scale: Value) -> Value:
-        if min(at(scale, share) for share in knots(scale)) <= 0:
-            raise ValueError("above 0")
+    def _positive(cls, scale: Value) -> Value:
+        if (least := min(at(scale, share) for share in knots(scale))) <= 0:
+            raise ValueError(f"must be above 0 (got {least:g})")
         return scale
 
     def train_size(self, progress: float) -> tuple[int, int]:
-        """Height and width of training images at a share of the run."""
+        """Height and width of training images at `progress` in [0,1] of the run."""
         return self.scaled(at(self.train_scale, progress))
 
     def scaled(self, scale: float) -> tuple[int, int]:
-        """Height and width at `scale` times the size, to 8 pixels."""
+        """Height and width at `scale` times the size, rounded to multiples of 8 pixels."""
         if scale == 1:
             return self.size
         height, width = (max(8, 8 * round(side * scale / 8)) for side in self.size)
@@ -113,5 +114,5 @@ class Image(Section):
 
     @property
     def largest_train_size(self) -> tuple[int, int]:
-        """What training images are rendered at; smaller ones are its reduction."""
+        """Height and width at which training images are rendered; smaller ones are reduced from it."""
         return max(self.train_size(share) for share in knots(self.train_scale))

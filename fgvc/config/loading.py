@@ -1,4 +1,4 @@
-"""Recipes on disk: YAML, dotted overrides, and errors that name the file, the line, the key and the nearest valid key."""
+"""Reading and writing of recipes: YAML, dotted overrides, and errors with file, line, key and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def validate(
     lines: Mapping[tuple[str, ...], int] | None = None,
     overrides: Iterable[str] = (),
 ) -> M:
-    """Validate a nested mapping; errors as in `load`."""
+    """Validate a nested mapping; `where` is its name in messages, `lines` the line of each key. Errors as in `load`."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -47,24 +47,24 @@ def validate(
 
 
 def dump(model: BaseModel) -> str:
-    """A resolved recipe as YAML that `load` reads back to an equal model."""
+    """Settings as YAML, which `load` reads back to an equal model."""
     return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (old, new) for every leaf in which two nested mappings differ."""
-    found: dict[str, tuple[Any, Any]] = {}
+    changed: dict[str, tuple[Any, Any]] = {}
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found |= differences(a, b, f"{prefix}{key}.")
+            changed |= differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found[f"{prefix}{key}"] = (a, b)
-    return found
+            changed[f"{prefix}{key}"] = (a, b)
+    return changed
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in a nested mapping that is none itself, or empty."""
+    """Dotted key and value of every leaf of a nested mapping; an empty mapping is a leaf."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from leaves(value, f"{prefix}{key}.")
@@ -73,7 +73,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The tree of a YAML file and the line of every key. Raises FgvcError for what is no readable mapping."""
+    """The tree of a YAML file and the line (from 1) of every key. Raises FgvcError if it is no readable mapping."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -84,14 +84,14 @@ def read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
 
 
 def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The YAML tree and the line (from 1) of every key."""
+    """Tree and lines of `read_tree`, from the file's text."""
     lines: dict[tuple[str, ...], int] = {}
 
-    def walk(node: yaml.Node | None, trail: tuple[str, ...]) -> None:
+    def walk(node: yaml.Node | None, keys: tuple[str, ...]) -> None:
         if not isinstance(node, yaml.MappingNode):
             return
         for key, value in node.value:
-            at = (*trail, str(key.value))
+            at = (*keys, str(key.value))
             if at in lines:
                 line, key_path = key.start_mark.line + 1, ".".join(at)
                 raise FgvcError(f"{path}:{line}: {key_path}: given twice, first on line {lines[at]}: remove one")
@@ -113,21 +113,21 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...],
     return tree, lines
 
 
-def override(tree: dict[str, Any], given: str) -> None:
-    """Put one `section.key=value` into a tree, in place. Raises FgvcError for what is not written so."""
-    dotted, equals, text = given.partition("=")
+def override(tree: dict[str, Any], assignment: str) -> None:
+    """Set one `section.key=value` in a tree, in place. Raises FgvcError if it is malformed."""
+    dotted, equals, text = assignment.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
-        raise FgvcError(f"override {given!r}: write it as section.key=value")
+        raise FgvcError(f"override {assignment!r}: write it as section.key=value")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise FgvcError(f"override {given!r}: the value is not valid YAML") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
+        raise FgvcError(f"override {assignment!r}: the value is not valid YAML") from error
     section(tree, keys[:-1])[keys[-1]] = value
 
 
 def section(tree: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """The section under `keys`, made where there is none; what is no section there gives way."""
+    """The section under `keys`, created if missing; a value in its place is replaced."""
     for key in keys:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
@@ -143,9 +143,9 @@ def _explain(
     lines: Mapping[tuple[str, ...], int],
     overridden: Mapping[tuple[str, ...], str],
 ) -> str:
-    """One validation error as one line for people."""
+    """One of pydantic's errors as a line: file and line or override, key path, message."""
     loc, models = _key_path(model, tree, tuple(row["loc"]))
-    names = tuple(str(part) for part in loc)
+    names = tuple(str(key) for key in loc)
     source = where
     for end in range(len(names), 0, -1):
         deeper = next((text for keys, text in overridden.items() if keys[:end] == names[:end]), None)
@@ -163,7 +163,7 @@ def _explain(
 
 
 def _unknown(key: str, models: Iterable[type[BaseModel]]) -> str:
-    """Why `key` is none of the sections that may stand there."""
+    """The message for a key that none of the section classes `models` has."""
     renamed = {old: new for m in models if issubclass(m, Section) for old, new in m.renamed.items()}
     if key in renamed:
         return f"is called {renamed[key]!r} now"
@@ -173,11 +173,11 @@ def _unknown(key: str, models: Iterable[type[BaseModel]]) -> str:
 
 
 def _in_words(row: Mapping[str, Any]) -> str:
-    """What a value must be, and what was given."""
+    """The message for an invalid value: what it must be, and what it is."""
     kind, limits = row["type"], row.get("ctx", {})
     if kind == "missing":
         return "missing; give it a value"
-    if kind in ("value_error", "union_tag_invalid", "union_tag_not_found"):  # these say what was given
+    if kind in ("value_error", "union_tag_invalid", "union_tag_not_found"):  # their messages name the value
         return str(row["msg"]).removeprefix("Value error, ")
     must = _MUST[kind].format(**limits) if kind in _MUST else str(row["msg"]).replace("Input should be", "must be", 1)
     return f"{must} (got {row['input']!r})"
@@ -205,28 +205,28 @@ _MUST = {
     "list_type": "must be a list",
     "path_type": "must be a path",
 }
-"""Of pydantic's kinds of error, in this project's words; others keep pydantic's."""
+"""pydantic's error types in this project's words; other types keep pydantic's message."""
 
 
 def _key_path(
     model: type[BaseModel], tree: Mapping[str, Any], loc: tuple[str | int, ...]
 ) -> tuple[list[str | int], list[type[BaseModel]]]:
-    """Pydantic's location without the tags that it adds for unions, and the sections that hold its end."""
+    """pydantic's location of an error without its tags of unions, and the section classes that may hold the last key."""
     path: list[str | int] = []
     valid: list[type[BaseModel]] = [model]
     models: list[type[BaseModel]] = [model]
-    for part in loc:
-        tagged = [m for m in models if tag_of(m) == part]
-        if tagged and len(models) > 1:
-            models = valid = tagged
+    for key in loc:
+        members = [m for m in models if tag_of(m) == key]
+        if members and len(models) > 1:
+            models = valid = members
             continue
-        if isinstance(part, int):  # of a list
-            path.append(part)
+        if isinstance(key, int):  # of a list
+            path.append(key)
             continue
-        field = next((m.model_fields[part] for m in models if isinstance(part, str) and part in m.model_fields), None)
-        if field is None and (not models or str(part).startswith(("function-", "constrained-"))):
+        field = next((m.model_fields[key] for m in models if isinstance(key, str) and key in m.model_fields), None)
+        if field is None and (not models or str(key).startswith(("function-", "constrained-"))):
             continue
-        path.append(part)
+        path.append(key)
         if field is None:
             break
         items = get_args(field.annotation) if get_origin(field.annotation) is tuple else ()
@@ -236,12 +236,13 @@ def _key_path(
 
 
 def tag_of(model: type[BaseModel]) -> object:
+    """The value of `kind` that selects a section class in a union; None if it has no `kind`."""
     kind = model.model_fields.get("kind")
     return kind.default if isinstance(kind, FieldInfo) else None
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The section classes that an annotation admits: itself, or the members of a union."""
+    """The section classes in an annotation: the class itself, or the members of a union."""
     if get_origin(annotation) is Annotated:
         return models_in(get_args(annotation)[0])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -1,4 +1,4 @@
-"""Settings of the network: the backbone, its first weights, the loss."""
+"""Settings of the network: backbone, first weights, loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Loss(Section):
 
 
 class Model(Section):
-    """Which network is deployed, and where its first weights come from."""
+    """The deployed network and its first weights."""
 
     backbone: str = Field(
         description="any timm image classifier, by timm's name; and resnet18_deform and resnet50_deform, of fgvc's own"
@@ -68,24 +68,24 @@ class Model(Section):
 
     @field_validator("zero_gamma", mode="before")
     @classmethod
-    def _yaml(cls, value: object) -> object:
+    def _yes_or_no(cls, value: object) -> object:
         """YAML reads yes and no as true and false."""
         return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
     @field_validator("kwargs")
     @classmethod
-    def _not_ours(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        taken = {"num_classes", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & set(
+    def _free_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        refused = {"num_classes", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & set(
             kwargs
         )
-        if taken:
+        if refused:
             raise ValueError(
-                f"{', '.join(sorted(taken))} can't be given here: classes come from data, weights from model.weights"
+                f"{', '.join(sorted(refused))} can't be given here: classes come from data, weights from model.weights"
             )
         return kwargs
 
 
 def run_of(path: Path) -> Path | None:
-    """The folder of the run in whose checkpoint a file lies."""
+    """The folder of the run that a file is a checkpoint of; None for other files."""
     run = path.parent.parent.parent
     return run if path.parent.parent.name == "ckpt" and (run / "preprocess.json").is_file() else None

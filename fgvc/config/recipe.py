@@ -1,4 +1,4 @@
-"""The root model of a run: everything that decides its result, in one frozen, validated tree."""
+"""The recipe of a run: all settings that decide its result, as one frozen, validated tree."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ PRETRAINED: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def by_weights(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's tree with what it leaves open where its first weights are pretrained: docs/floor.md says why. Random weights
-    have the defaults of the settings themselves. An optimizer of the recipe's own, by name or rate, stays as it is."""
+def with_weight_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's tree with the defaults for pretrained first weights filled in, if it has these; docs/floor.md says why.
+
+    Random weights have the defaults of the settings themselves. An optimizer that the recipe names, or gives a rate, is kept."""
     model, optim = tree.get("model"), tree.get("optim", {})
     if not isinstance(model, Mapping) or not isinstance(optim, Mapping) or model.get("weights", "none") == "none":
         return dict(tree)
     head = "timm" if run_of(Path(str(model["weights"])).expanduser()) is not None else PRETRAINED["model"]["head"]
-    own = {} if {"name", "lr"} & optim.keys() else PRETRAINED["optim"]
+    optimizer = {} if {"name", "lr"} & optim.keys() else PRETRAINED["optim"]
     return {
         **tree,
         "model": {**PRETRAINED["model"], "head": head, **model},
-        "optim": {"clip_grad": CLIP, **own, **optim},
+        "optim": {"clip_grad": CLIP, **optimizer, **optim},
     }
 
 
@@ -62,8 +63,8 @@ class Recipe(Section):
     techniques: Techniques = Field(Techniques(), description="technique -> settings")
     select: Shipped | None = Field(
         None,
-        description="which weights eval, export and predict use; best: of the start and all epochs' ends that which validation "
-        "likes best, the average where there is one. Default: best where there is a validation part, else ema or swa, else last",
+        description="which weights eval, export and predict use; best: of the start and all epochs' ends the best by validation, "
+        "the average where there is one. Default: best where there is a validation split, else ema or swa, else last",
     )
     select_by: Literal["top1", "top5", "macro_f1", "balanced_accuracy", "ece", "loss"] = Field(
         "top1", description="the validation score by which a checkpoint is the best (ece and loss: the smallest)"
@@ -78,8 +79,8 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _open(cls, tree: Any) -> Any:
-        return by_weights(tree) if isinstance(tree, Mapping) else tree
+    def _weight_defaults(cls, tree: Any) -> Any:
+        return with_weight_defaults(tree) if isinstance(tree, Mapping) else tree
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -105,8 +106,7 @@ class Recipe(Section):
             )
         if self.train.refit and not self.data.hold_out:
             raise ValueError(
-                "train.refit: learns from validation images once these have judged, and data.hold_out: false leaves none; give "
-                "one of the two"
+                "train.refit: trains again on validation images too, and data.hold_out: false leaves none; give one of the two"
             )
         if self.train.precise_bn == 1:
             raise ValueError("train.precise_bn: one image has no statistics; give some hundreds, or 0")
@@ -136,7 +136,7 @@ class Recipe(Section):
         for kind, config in chosen(self.techniques).items():
             if self.ema is None and config.requires.average:
                 raise ValueError(
-                    f"techniques.{kind}: asks the moving average of the weights, and there is no `ema:` section (SWA has "
+                    f"techniques.{kind}: needs the moving average of the weights, and there is no `ema:` section (SWA has "
                     "none until its first epoch); give, for example, ema.decay=0.99"
                 )
             if config.requires.cross_entropy and (
@@ -153,22 +153,23 @@ class Recipe(Section):
         return self
 
     def resolved(self, *, validated: bool) -> Recipe:
-        """With what a run of this recipe selects."""
+        """A copy with `select` resolved; `validated`: whether there is a validation split."""
         return self.model_copy(update={"select": self.select or ("best" if validated else self.selected)})
 
     @property
     def selected(self) -> Shipped:
+        """`select`, or the weights that training ends with."""
         return self.select or self.end
 
     @property
     def end(self) -> Shipped:
-        """The weights that training ends with, where validation chooses nothing: the average where there is one."""
+        """The weights that training ends with: the average if there is one, else the last."""
         averaged: Shipped = "ema" if self.ema is not None else "swa" if self.swa is not None else "last"
         return averaged if self.select in (None, "best") else self.select
 
 
 def conflicts(techniques: Section) -> list[str]:
-    """Techniques that learn from images of one label beside others that leave none, each with what to change."""
+    """Messages on techniques that need images of one label while others mix all labels in some step."""
     configs = chosen(techniques)
     mixers = {kind: config for kind, config in configs.items() if isinstance(config, Mixing)}
     times = {min(time, END) for config in mixers.values() for time in (0.0, *knots(config.probability), END)}

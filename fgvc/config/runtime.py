@@ -1,4 +1,4 @@
-"""What a bundle holds beside the network."""
+"""Calibration of a run's and a bundle's probabilities."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pydantic import Field
 from fgvc.config.section import Section
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-LOWEST, HIGHEST = 0.05, 20.0  # temperatures that are tried; one of these two was not found
+LOWEST, HIGHEST = 0.05, 20.0  # bounds of the fitted temperature; at a bound the fit has failed
 
 
 class Calibration(Section):
-    """How far the probabilities of a run and of its bundle can be believed: p = softmax(logits / temperature), and "none of
-    these" where the largest p is below `threshold`. The rest says where both come from; figures `after` are cross-fitted."""
+    """Temperature and rejection threshold of a run or bundle, and the figures of their fit.
+
+    p = softmax(logits / temperature); the answer is "none of these" if the largest p is below `threshold`. Figures `after` are
+    cross-fitted."""
 
     temperature: float = Field(ge=LOWEST, le=HIGHEST, allow_inf_nan=False)
     threshold: Share = Field(description="0: rejects nothing")
     keep: Share = Field(description="share of the right answers that the threshold was to keep")
-    fitted_on: str = Field(description="part of the data")
-    images: int = Field(ge=1, description="of that part")
+    fitted_on: str = Field(description="split of the data")
+    images: int = Field(ge=1, description="of that split")
     nll_before: float = Field(ge=0, allow_inf_nan=False, description="mean cross-entropy in nats")
     nll_after: float = Field(ge=0, allow_inf_nan=False)
     ece_before: Share = Field(description="expected calibration error, 15 bins")
@@ -32,5 +34,5 @@ class Calibration(Section):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the temperature was fitted: where it could not be it is 1, or at a bound, and `note` says why."""
+        """Whether the temperature was fitted; if it couldn't be, it is 1 or at a bound, and `note` says why."""
         return self.temperature not in (LOWEST, HIGHEST) and (self.temperature != 1 or not self.note)

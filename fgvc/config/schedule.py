@@ -1,4 +1,4 @@
-"""Settings that may change in the course of a run."""
+"""Values of settings that change in the course of a run."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def _share(value: Value) -> Value:
 
 
 ScheduledShare = Annotated[Scheduled, AfterValidator(_share)]
-"""The same, of values up to 1."""
+"""A `Scheduled` whose values are at most 1."""
 
 
 def ever(value: Value, *, above: float = 0) -> bool:
-    """Whether the value is above a bound at some time."""
+    """Whether the value is above a bound at any time of the run."""
     return any(at(value, share) > above for share in knots(value))
 
 
@@ -46,7 +46,7 @@ def knots(value: Value) -> list[float]:
 
 
 def at(value: Value, progress: float) -> float:
-    """The value at `progress` in [0,1]: before the first knot and after the last it is theirs."""
+    """The value at `progress` in [0,1]; constant before the first knot and after the last."""
     if not isinstance(value, tuple):
         return value
     shares, values = zip(*value, strict=True)

@@ -1,4 +1,4 @@
-"""What the settings of all packages are made of: sections, and values that several have. No torch here, or in any settings."""
+"""Base class of all settings, and types of values that several settings share. Settings modules don't import torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pydantic import (
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, and an unknown key is an error."""
+    """A section of a recipe: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Keys that had another name: old name -> today's. An error names the new one; nothing is read under the old."""
+    """Former name of a key -> its name today. The former name is an error that names today's."""
 
 
 def _ordered_shares(value: tuple[float, float]) -> tuple[float, float]:
@@ -29,7 +29,7 @@ def _ordered_shares(value: tuple[float, float]) -> tuple[float, float]:
 
 
 ShareRange = Annotated[tuple[float, float], AfterValidator(_ordered_shares)]
-"""Two shares in (0,1], between which something is drawn."""
+"""Bounds of a uniform draw: two shares in (0,1]."""
 
 
 def _square(size: object) -> object:

@@ -1,4 +1,4 @@
-"""What all techniques' settings have: what they are called, what does them, what they need."""
+"""Base classes of techniques' settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fgvc.config.section import Section
 
 @dataclass(frozen=True, slots=True)
 class Requires:
-    """What a technique can't do without."""
+    """Requirements of a technique on the recipe and the data."""
 
     average: bool = False  # the moving average of the weights: an `ema:` section
     boxes: bool = False  # of the objects, in the data
@@ -23,20 +23,22 @@ class Requires:
 
 
 class TechniqueSettings(Section):
-    """Settings of a technique, which say by `kind` what it is called in recipes, and where the class is that does it: imported
-    when a net is built, so that settings can be read without torch."""
+    """Settings of a technique; `kind` is its name in recipes.
+
+    The class that implements it is named by its import path and imported when a net is built, so that settings can be read
+    without torch."""
 
     technique: ClassVar[str]  # "package.module:Class", made from these settings alone
     kind: str = ""
 
     @property
     def requires(self) -> Requires:
-        """What these settings need of the rest of a recipe, and of the data."""
+        """Requirements of these settings on the rest of the recipe and on the data."""
         return Requires()
 
 
 class Mixing(TechniqueSettings):
-    """The settings that all techniques have which mix images and their labels."""
+    """Settings that all techniques share which mix images and their labels."""
 
     probability: ScheduledShare = Field(
         1.0,
@@ -51,5 +53,5 @@ class Mixing(TechniqueSettings):
     )
 
     def share(self, progress: float) -> float:
-        """Of the steps at `progress` in [0,1) those that mix so, where nothing else mixes."""
+        """Share of the steps at `progress` in [0,1) that mix so, if no other technique mixes."""
         return at(self.probability, progress)

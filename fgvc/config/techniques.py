@@ -1,4 +1,4 @@
-"""Which techniques there are: fgvc's own by name, and those of installed packages."""
+"""The settings class of every technique: fgvc's own, and those of installed packages (entry points)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fgvc.errors import FgvcError
 
 GROUP = "fgvc.techniques"  # of entry points: kind = "package.module:Settings"
 # In the order of the hooks: maps of the clean image are erased before images are mixed, random boxes after it.
-OWN = {
+BUILT_IN = {
     "ae_psl": "fgvc.techniques.ae_psl.settings:AePslSettings",
     "cam_erasing": "fgvc.techniques.cam_erasing.settings:CamErasingSettings",
     "mixup": "fgvc.techniques.mixup.settings:MixupSettings",
@@ -44,46 +44,49 @@ OWN = {
 }
 
 
-def named(reference: str) -> Any:
-    """What "package.module:name" names. Raises ImportError or AttributeError."""
+def load_object(reference: str) -> Any:
+    """Import the object that "package.module:name" names. Raises ImportError or AttributeError."""
     module, _, name = reference.partition(":")
     return getattr(import_module(module), name)
 
 
 @cache
 def settings_by_kind() -> dict[str, type[TechniqueSettings]]:
-    """By kind, in the order of the hooks; those of installed packages come last. Raises FgvcError for one that can't be read, has
-    another kind than its name, or takes a name that is taken."""
-    own = {kind: named(reference) for kind, reference in OWN.items()}
+    """The settings classes by kind, in the order of the hooks, those of installed packages last.
+
+    Raises FgvcError for an entry point that can't be imported, is no settings class, has another `kind` than its name, or has the
+    name of another technique."""
+    classes = {kind: load_object(reference) for kind, reference in BUILT_IN.items()}
     for point in entry_points(group=GROUP):
         where = f"entry point {point.name} of {point.dist.name if point.dist else GROUP}"
         try:
-            found = point.load()
-        except Exception as error:  # whatever a package does when it is imported
+            settings = point.load()
+        except Exception as error:  # an import may raise anything
             raise FgvcError(f"{where}: {point.value} can't be imported: {error}; mend the package, or remove it") from error
-        if not (isinstance(found, type) and issubclass(found, TechniqueSettings)):
+        if not (isinstance(settings, type) and issubclass(settings, TechniqueSettings)):
             raise FgvcError(f"{where}: {point.value} is no TechniqueSettings (fgvc.config.techniques)")
-        if found.model_fields["kind"].default != point.name:
-            raise FgvcError(f"{where}: its kind is {found.model_fields['kind'].default!r}; give both one name")
-        if ":" not in getattr(found, "technique", ""):
+        if settings.model_fields["kind"].default != point.name:
+            raise FgvcError(f"{where}: its kind is {settings.model_fields['kind'].default!r}; give both one name")
+        if ":" not in getattr(settings, "technique", ""):
             raise FgvcError(f"{where}: {point.value} has no `technique`, the class that does it as 'package.module:Class'")
-        if point.name in own:
+        if point.name in classes:
             raise FgvcError(f"{where}: there is a technique of that name already; choose another")
-        own[point.name] = found
-    return own
+        classes[point.name] = settings
+    return classes
 
 
 class _Recorded(Section):
-    """One of an installed package that is off leaves no trace in what a run records: the run is read, and is the same run, where
-    the package is not installed."""
+    """Base of `Techniques`: techniques of installed packages that are off are not dumped.
+
+    So a run that doesn't use them can be read, and is the same run, where these packages are not installed."""
 
     @model_serializer(mode="wrap")
     def _without(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {kind: own for kind, own in handler(self).items() if own is not None or kind in OWN}
+        return {kind: settings for kind, settings in handler(self).items() if settings is not None or kind in BUILT_IN}
 
 
 _fields: dict[str, Any] = {
-    kind: (own | None, Field(None, description=own.__doc__)) for kind, own in settings_by_kind().items()
+    kind: (settings | None, Field(None, description=settings.__doc__)) for kind, settings in settings_by_kind().items()
 }
 Techniques = create_model(
     "Techniques", __base__=_Recorded, __doc__="Technique -> its settings; null removes one.", **_fields
@@ -91,5 +94,5 @@ Techniques = create_model(
 
 
 def chosen(techniques: Section) -> dict[str, TechniqueSettings]:
-    """The techniques that a recipe asks for, by kind, in the order of the hooks."""
-    return {kind: own for kind in settings_by_kind() if (own := getattr(techniques, kind)) is not None}
+    """Settings of the techniques that a recipe enables, by kind, in the order of the hooks."""
+    return {kind: settings for kind in settings_by_kind() if (settings := getattr(techniques, kind)) is not None}

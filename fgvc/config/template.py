@@ -1,4 +1,4 @@
-"""Recipes as files: find those that come with fgvc, and write one out with every key, its value and what it means."""
+"""Files of recipes: those that come with fgvc, and a recipe written out with every key, value and description."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ STUDIES = "studies/"  # below configs/
 
 
 def recipes_folder() -> Path:
-    """In an installed wheel `fgvc/configs`, in a checkout `configs` beside the package."""
+    """The folder of fgvc's recipes: `fgvc/configs` in an installed wheel, `configs` beside the package in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def recipes() -> dict[str, Path]:
-    """Id (path under configs/ without suffix) -> file."""
+    """fgvc's recipes: id (path under configs/ without suffix) -> file."""
     return {name: path for name, path in _configs().items() if not name.startswith(STUDIES)}
 
 
 def studies() -> dict[str, Path]:
-    """Those for `fgvc ablate`, by id."""
+    """fgvc's studies, for `fgvc ablate`: id -> file."""
     return {name.removeprefix(STUDIES): path for name, path in _configs().items() if name.startswith(STUDIES)}
 
 
@@ -41,58 +41,57 @@ def _configs() -> dict[str, Path]:
 
 
 def recipe_file(name: str) -> Path:
-    """A recipe by path or by id. Raises FgvcError naming the ids."""
+    """The file of a recipe, by path or id. Raises FgvcError listing the ids."""
     return _file(name, recipes(), "a recipe's id; `fgvc recipes` lists")
 
 
 def study_file(name: str) -> Path:
-    """A study by path or by id. Raises FgvcError naming the ids."""
+    """The file of a study, by path or id. Raises FgvcError listing the ids."""
     return _file(name, studies(), "a study's id; there are")
 
 
-def _file(name: str, known: Mapping[str, Path], what: str) -> Path:
+def _file(name: str, files: Mapping[str, Path], otherwise: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if name in known:
-        return known[name]
-    raise FgvcError(f"{name}: no such file, nor {what}: {', '.join(known)}")
+    if name in files:
+        return files[name]
+    raise FgvcError(f"{name}: no such file, nor {otherwise}: {', '.join(files)}")
 
 
 def run_name(path: Path) -> str:
-    """What a run of this recipe is called: its id for one of fgvc's own (`cub50-plain`), else the file's name."""
-    own = {file.resolve(): name for name, file in recipes().items()}
-    return own.get(path.resolve(), path.stem).replace("/", "-")
+    """The default name of a recipe's runs: the id if it is one of fgvc's (`cub50-plain`), else the file's name."""
+    ids = {file.resolve(): name for name, file in recipes().items()}
+    return ids.get(path.resolve(), path.stem).replace("/", "-")
 
 
 def header(path: Path) -> list[str]:
-    """The comment lines on top of a recipe, without the marks."""
+    """The comment lines at the top of a recipe, without `#`."""
     lines = path.read_text(encoding="utf-8").splitlines()
     top = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return [line.removeprefix("#").strip() for line in lines[:top]]
 
 
 def commented(model: type[BaseModel], path: Path, *, fill: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> str:
-    """The recipe in `path` with all the keys that it leaves at their defaults, each with its description. `fill`: gives the tree
-    those that depend on others of its keys."""
+    """The recipe in `path` with every key and its description. `fill` adds the defaults that depend on other keys."""
     tree = fill(read_tree(path)[0])
     top = [f"# {line}".rstrip() for line in header(path)]
     return "\n".join([*top, "", *_section(model, tree, 0)]) + "\n"
 
 
 def _section(model: type[BaseModel], tree: Mapping[str, Any], depth: int) -> Iterator[str]:
-    """The keys of one section; a section that is switched off is shown as null with its description."""
+    """The lines of a section; a subsection that is off is null, with its description."""
     pad = "  " * depth
     for key, field in model.model_fields.items():
-        given = tree.get(key)
-        if given is not None and not isinstance(given, Mapping) and models_in(field.annotation):
-            raise FgvcError(f"{key}: a section of settings is expected, not {given!r}")
-        inner = _inner(field, given)
-        if inner is not None and (given is not None or not _optional(field)):
+        value = tree.get(key)
+        if value is not None and not isinstance(value, Mapping) and models_in(field.annotation):
+            raise FgvcError(f"{key}: a section of settings is expected, not {value!r}")
+        inner = _inner(field, value)
+        if inner is not None and (value is not None or not _optional(field)):
             if depth == 0:
                 yield ""
             yield from _comment(field, pad)
-            rows = list(_section(inner, given or {}, depth + 1))
+            rows = list(_section(inner, value or {}, depth + 1))
             optional = all(row.lstrip().startswith("#") for row in rows)
             yield f"{pad}{key}: {{}}" if optional else f"{pad}{key}:"
             yield from rows
@@ -100,15 +99,16 @@ def _section(model: type[BaseModel], tree: Mapping[str, Any], depth: int) -> Ite
             doc = (field.description or "").strip()
             yield f"{pad}# {key}: {{...}}  ({doc})" if depth else f"\n# {doc}\n{key}: null"
         else:
-            yield from _leaf(key, field, given, key in tree, pad)
+            yield from _leaf(key, field, value, key in tree, pad)
 
 
-def _leaf(key: str, field: FieldInfo, given: Any, present: bool, pad: str) -> Iterator[str]:
+def _leaf(key: str, field: FieldInfo, value: Any, present: bool, pad: str) -> Iterator[str]:
     if not present and field.is_required():
         yield from _comment(field, pad)
         yield f"{pad}# {key}: REQUIRED, or give it on the command line"
         return
-    value = given if present else field.get_default(call_default_factory=True)
+    if not present:
+        value = field.get_default(call_default_factory=True)
     if isinstance(value, tuple | list):
         value = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value]
     text = (
@@ -130,11 +130,11 @@ def _comment(field: FieldInfo, pad: str) -> Iterator[str]:
         yield f"{pad}# {line}"
 
 
-def _inner(field: FieldInfo, given: Any) -> type[BaseModel] | None:
-    """The section class of a field: for a union, the member that the given `kind` names."""
+def _inner(field: FieldInfo, value: Any) -> type[BaseModel] | None:
+    """The section class of a field; of a union, the member that the `kind` of `value` names."""
     models = models_in(field.annotation)
-    if len(models) > 1 and isinstance(given, Mapping):
-        return next((m for m in models if tag_of(m) == given.get("kind")), None)
+    if len(models) > 1 and isinstance(value, Mapping):
+        return next((m for m in models if tag_of(m) == value.get("kind")), None)
     return models[0] if len(models) == 1 else None
 
 

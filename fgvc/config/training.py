@@ -11,7 +11,7 @@ from fgvc.config.section import Section
 
 
 class Sam(Section):
-    """Sharpness-aware minimisation: two forwards and backwards a step, of the same batch."""
+    """Sharpness-aware minimisation: two forward and backward passes a step, on the same batch."""
 
     rho: float = Field(0.05, gt=0, description="how far uphill; some ten times as much where it is adaptive")
     adaptive: bool = Field(
@@ -27,11 +27,11 @@ class Sam(Section):
     )
 
 
-SIZED = ("lamb", "lars", "larc", "adamp", "sgdp")  # in the names of optimizers that look at a weight's size
+SIZED = ("lamb", "lars", "larc", "adamp", "sgdp")  # in the names of optimizers whose steps depend on a weight's norm
 
 
 class Optim(Section):
-    """How the weights move."""
+    """Optimizer, learning rates, regularisation and schedule."""
 
     renamed: ClassVar[Mapping[str, str]] = {"clip_norm": "clip_grad", "grafted_lr_scale": "replaced_lr_scale"}
 
@@ -75,7 +75,7 @@ class Optim(Section):
 
     @model_validator(mode="after")
     def _distance(self) -> Optim:
-        if self.l2_sp and any(part in self.name for part in SIZED):
+        if self.l2_sp and any(name in self.name for name in SIZED):
             raise ValueError(
                 f"l2_sp: {self.name} takes steps that depend on how large a weight is; use sgd, momentum, adamw or another"
             )
@@ -90,18 +90,18 @@ class Optim(Section):
         return self
 
     def scaled(self, batch_size: int) -> Optim:
-        """With the rates meant for `batch_size` images a step: linear (Goyal et al. 2017, arXiv:1706.02677), the square
-        root for optimizers that normalise the gradient."""
+        """A copy with the learning rates of `batch_size` images a step: linear (Goyal et al. 2017, arXiv:1706.02677), or by the
+        square root for optimizers that normalise the gradient."""
         if self.lr_for_batch is None:
             return self
         factor = batch_size / self.lr_for_batch
-        if any(part in self.name for part in ("ada", "lamb")):  # timm's rule
+        if any(name in self.name for name in ("ada", "lamb")):  # timm's rule
             factor **= 0.5
         return self.model_copy(update={"lr": self.lr * factor, "min_lr": self.min_lr * factor, "lr_for_batch": None})
 
 
 class Ema(Section):
-    """Moving average of the weights; what it averages is what ships when `select` is ema."""
+    """Exponential moving average of the weights, which ships if `select` is ema."""
 
     decay: float = Field(
         0.999, gt=0, lt=1, description="time constant 1 / (1 - decay) steps; keep it well under the run's length"
@@ -125,7 +125,7 @@ class Swa(Section):
 
 
 class Train(Section):
-    """The budget of a run and the machine's part of it."""
+    """Budget, precision and machine of a run."""
 
     renamed: ClassVar[Mapping[str, str]] = {"accumulate": "grad_accum_steps", "recompute": "grad_checkpointing"}
 
@@ -133,7 +133,7 @@ class Train(Section):
     batch_size: int = Field(
         32,
         ge=2,
-        description="images per optimizer step, over all processes and accumulated parts together; a smaller set is one step",
+        description="images per optimizer step, of all processes and micro-batches together; a smaller set is one step",
     )
     max_steps: int | None = Field(
         None, ge=0, description="stop early after so many steps, schedule unchanged; 0: the start ships (model.head: probe)"
@@ -146,7 +146,7 @@ class Train(Section):
     )
     refit: bool = Field(
         False,
-        description="once the run is finished, train again on the validation part as well, all else the same, in a folder of its "
+        description="once the run has finished, train again on the validation split as well, all else equal, in a folder of its "
         "own beside it (NAME-refit): what ships then. Where no epoch was better than the start, only the head is fitted anew",
     )
     sampling: Literal["uniform", "balanced"] = Field(
@@ -154,7 +154,7 @@ class Train(Section):
         description="of an epoch's images. uniform: each once; balanced: as many, drawn with replacement so that every class "
         "comes equally often",
     )
-    grad_accum_steps: int = Field(1, ge=1, description="parts that a step's images are split into, to save memory")
+    grad_accum_steps: int = Field(1, ge=1, description="micro-batches that a step's images are divided into, to save memory")
     grad_checkpointing: bool = Field(
         False, description="activation checkpointing: less memory, about a third more time, the same result"
     )
@@ -173,18 +173,18 @@ class Train(Section):
     device: str = Field("auto", description="auto | cpu | cuda | cuda:N | mps")
 
     def fitting(self, images: int, world: int) -> Train:
-        """With a step that so many images to learn from can fill, in equal shares of `world` processes and accumulated parts."""
+        """A copy whose batch size `images` training images can fill, in equal shares of `world` processes and micro-batches."""
         share = world * self.grad_accum_steps
         return self.model_copy(update={"batch_size": min(self.batch_size, max(images, share) // share * share)})
 
     @property
     def last_step(self) -> int:
-        """No later one is made, whatever the epochs."""
+        """The number of optimizer steps after which training stops, whatever the epochs."""
         return 10**12 if self.max_steps is None else self.max_steps
 
 
 class Checkpoint(Section):
-    """How often a run saves what it needs to continue, and how much of that stays."""
+    """Interval and number of the checkpoints that a run keeps."""
 
     every_steps: int | None = Field(None, ge=1, description="beside the end of every epoch; counted in optimizer steps")
     keep: int = Field(
@@ -195,7 +195,7 @@ class Checkpoint(Section):
 
 
 class Log(Section):
-    """How often a run says how it is going; may change on resume."""
+    """Intervals of a run's reports; may change on resume."""
 
     every_steps: int = Field(10, ge=1, description="steps between two lines of events.jsonl")
     every_seconds: float = Field(20.0, gt=0, description="between two plain lines where there is no terminal")

@@ -34,7 +34,7 @@ from PIL import Image
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError, ImageError
 from fgvc.images.decode import read_picture
-from fgvc.io.files import alone, cache_folder, remove, sync, write_atomic
+from fgvc.io.files import cache_folder, file_lock, remove, sync, write_atomic
 
 _VERSION = 3
 _LOCK = "building"  # held by whoever builds; a folder whose lock is free was left behind by a crash
@@ -174,7 +174,7 @@ def _whole(given: Callable[[], DecodeCache], final: Path, progress: Progress | N
 def _move_away(given: Callable[[], DecodeCache], final: Path) -> None:
     """Remove a damaged cache, unless another process has just built it anew."""
     if final.exists():
-        with alone(lock := final.with_suffix(".lock"), wait=math.inf):
+        with file_lock(lock := final.with_suffix(".lock"), wait=math.inf):
             if final.exists() and _whole(given, final, None) is None:
                 away = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".damaged", dir=final.parent))
                 os.replace(final, away)
@@ -228,7 +228,7 @@ def _build(
         return shrunk(picture.image, side), picture.size, picture.orientation
 
     try:
-        with alone(building / _LOCK), ThreadPoolExecutor(max(1, workers)) as pool:
+        with file_lock(building / _LOCK), ThreadPoolExecutor(max(1, workers)) as pool:
             _check_space(final.parent, rows, load, pool)
             if progress is not None:
                 progress(f"decoding {len(rows):,} images once, into {final.parent}")
@@ -316,7 +316,7 @@ def _check_space(
 def _remove_leftovers(folder: Path) -> None:
     """Folders of builders that were killed: their lock is free."""
     for lock in folder.glob(f"*.tmp/{_LOCK}"):
-        with contextlib.suppress(OSError, FgvcError), alone(lock) as dead:
+        with contextlib.suppress(OSError, FgvcError), file_lock(lock) as dead:
             if dead:
                 shutil.rmtree(lock.parent, ignore_errors=True)
 

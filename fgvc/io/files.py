@@ -1,6 +1,6 @@
-"""Writing to the disk: files and folders that are whole or not there, locks, and errors that name what the system can't write.
+"""Atomic writes of files and folders, file locks, and errors that name the path that can't be written.
 
-Every file of a run is written by `write_atomic`, `fill` or `append`, and every name of one is changed by the functions here.
+Every file of a run is written by `write_atomic`, `fill` or `append`, and renamed or deleted by the functions here.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from typing import Any, BinaryIO
 from fgvc.errors import FgvcError
 
 Content = str | bytes | Callable[[BinaryIO], object]
-"""Text (UTF-8), bytes, or what writes to an open file from its beginning to its end."""
+"""Content of a file: text (UTF-8), bytes, or a function that writes all of it to an open file."""
 
 BUFFER = 1 << 20
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _SCRATCH = re.compile(r"\.\d+\.")
-_held: set[int] = set()  # locks of this process
+_lock_handles: set[int] = set()  # of the locks that this process holds
 
 
 def cache_folder() -> Path:
-    """Where what can be made anew is kept for the next time: `$XDG_CACHE_HOME/fgvc`, or `~/.cache/fgvc`."""
+    """The user's cache folder, for what can be recomputed: `$XDG_CACHE_HOME/fgvc`, or `~/.cache/fgvc`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fgvc"
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -50,7 +50,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises FgvcError naming the file where the system can't write it."""
+    """Raise FgvcError naming the file for an OSError in the block."""
     try:
         yield
     except OSError as error:
@@ -58,8 +58,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def refuse_place(path: Path) -> None:
-    """Raise FgvcError where no file or folder can come to be: a file where its folder must be, a name that is too long, or no
-    right to write. Call it before the long work."""
+    """Raise FgvcError if nothing can be created at `path`: a parent is a file, the name is too long, or the right to write is
+    missing. Call it before long work."""
     with writing(path):
         with suppress(FileNotFoundError):
             os.stat(path)
@@ -69,15 +69,15 @@ def refuse_place(path: Path) -> None:
 
 
 def refuse_file(out: Path) -> None:
-    """The same of a file, where it may not be a folder."""
+    """Raise FgvcError if no file can be written at `out`: it is a folder, or `refuse_place` refuses it."""
     if out.is_dir():
         raise FgvcError(f"{out}: is a folder; name a file to write")
     refuse_place(out)
 
 
 def write_atomic(path: Path, content: Content) -> str:
-    """Replace a file so that a reader, a kill or a power cut never leaves half of it; its folder is made where it is missing.
-    Returns the SHA-256 of what was written. Raises FgvcError where the system can't write it, the old file intact."""
+    """Replace a file atomically: no reader, kill or power cut ever leaves half of it. A missing folder is created.
+    Returns the SHA-256 of the content. Raises FgvcError if it can't be written; the old file stays intact."""
     scratch = _beside(path)
     try:
         with writing(path):
@@ -92,26 +92,26 @@ def write_atomic(path: Path, content: Content) -> str:
 
 
 def fill(path: Path, content: Content) -> str:
-    """Write a file that nobody looks for yet, as in a folder of `making`, and wait until it is on the disk. Returns the SHA-256
-    of what was written."""
+    """Write a file that nobody reads yet, such as one in a folder of `making`, and wait until it is on the disk. Returns the
+    SHA-256 of the content."""
     with _Hashing(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)) as file:
         if callable(content):
             with io.BufferedWriter(file, BUFFER) as stream:
                 content(stream)
                 stream.flush()
-                return file.done()
+                return file.finish()
         # The names of folders need not be UTF-8.
         file.write(content if isinstance(content, bytes) else content.encode("utf-8", errors="backslashreplace"))
-        return file.done()
+        return file.finish()
 
 
 def as_json(value: Any) -> str:
-    """The text of a JSON file, which has no NaN and no infinity: where there is no number, there is null."""
+    """`value` as the text of a JSON file; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(finite_or_none(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def finite_or_none(value: Any) -> Any:
-    """The same tree, None in the place of numbers that are not finite."""
+    """A copy of a nested value with None in place of numbers that are not finite."""
     if isinstance(value, Mapping):
         return {key: finite_or_none(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -121,7 +121,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 class _Hashing(io.RawIOBase):
-    """An open file that takes the SHA-256 of all that is written to it."""
+    """A raw file that computes the SHA-256 of all that is written to it."""
 
     def __init__(self, handle: int) -> None:
         self._handle, self._digest = handle, hashlib.sha256()
@@ -135,7 +135,8 @@ class _Hashing(io.RawIOBase):
         _put(self._handle, view)
         return len(view)
 
-    def done(self) -> str:
+    def finish(self) -> str:
+        """Wait until the file is on the disk; its SHA-256."""
         os.fsync(self._handle)
         return self._digest.hexdigest()
 
@@ -152,7 +153,7 @@ def _put(handle: int, data: memoryview | bytes) -> None:
 
 
 def append(path: Path, line: bytes) -> None:
-    """Add a line to a file; a torn last line, as a kill leaves it, is closed first. Raises FgvcError where the system can't."""
+    """Append a line to a file; a last line that a kill left incomplete is ended first. Raises FgvcError on a failed write."""
     with writing(path):
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -164,7 +165,7 @@ def append(path: Path, line: bytes) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, unless it is there."""
+    """Create a folder and its missing parents."""
     if not folder.is_dir():
         make_folder(folder.parent)
         with suppress(FileExistsError):
@@ -172,7 +173,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link, or a folder and all in it, if it is there."""
+    """Delete a file, a link, or a folder with its content; a missing path is no error."""
     if path.is_dir() and not path.is_symlink():
         for entry in list(path.iterdir()):
             remove(entry)
@@ -183,13 +184,13 @@ def remove(path: Path) -> None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Delete a folder, unless something is in it."""
+    """Delete a folder if it is empty."""
     with suppress(OSError):
         os.rmdir(folder)
 
 
-def point(link: Path, target: str) -> None:
-    """Make `link` a link to `target` in one step, in the place of another link."""
+def replace_link(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target` atomically, in place of an older link."""
     scratch = _beside(link)
     remove(scratch)
     os.symlink(target, scratch, target_is_directory=True)
@@ -197,21 +198,21 @@ def point(link: Path, target: str) -> None:
 
 
 def rename(path: Path, new: Path) -> None:
-    """Give a file or folder another name, on the disk when this returns."""
+    """Rename a file or folder, and wait until the new name is on the disk."""
     os.replace(path, new)
     sync(new.parent)
 
 
 def sweep(folder: Path) -> None:
-    """Remove files that killed processes were writing in this folder. Nobody may be writing there."""
+    """Remove the temporary files that killed processes left in a folder. Nobody may be writing there."""
     for path in [path for path in folder.glob(".*") if _SCRATCH.match(path.name) and not path.is_dir()]:
         remove(path)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place beside `path`, of the same suffix, for a library to write the new file to: it takes the name once it is whole.
-    Raises FgvcError where the system can't write it, the old file intact."""
+    """A temporary path with the suffix of `path`, for a library to write to; it replaces `path` when the block ends.
+    Raises FgvcError if it can't be written. The old file stays intact on an error."""
     scratch = _beside(path)
     try:
         with writing(path):
@@ -228,8 +229,8 @@ def _beside(path: Path) -> Path:
 
 @contextmanager
 def making(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, to `fill` with files: it takes the name once it is whole and on the disk, or goes. Raises
-    FgvcError where something has that name already, or the system can't write it."""
+    """A temporary folder to `fill` with files; it becomes `folder` when the block ends, or is deleted on an error. Raises
+    FgvcError if `folder` exists already or can't be written."""
     if os.path.lexists(folder):
         raise FgvcError(f"{folder}: exists already; remove it, or choose another name")
     scratch = folder.with_name(f".{os.getpid()}.{folder.name}")
@@ -247,33 +248,33 @@ def making(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(path: Path, *, wait: float = 0.0) -> Iterator[bool]:
-    """Whether this process has the lock file to itself; `wait`: seconds to try for, math.inf for as long as it takes. The
-    system lets go of it when the process ends, however it ends. The file tells who has it: see `holder`.
+def file_lock(path: Path, *, wait: float = 0.0) -> Iterator[bool]:
+    """Lock a file; yields whether this process got the lock. `wait`: seconds to try for, math.inf for as long as it takes.
 
-    Raises FgvcError where the file can't be made or the file system knows no locks.
+    The system releases the lock when the process ends, however it ends. The file's text names its holder: see `holder`.
+    Raises FgvcError if the file can't be created or the file system has no locks.
     """
     with writing(path):
-        handle = _locked(path, time.monotonic() + wait)
+        handle = _acquire(path, time.monotonic() + wait)
     if handle is None:
         yield False
         return
-    _held.add(handle)
+    _lock_handles.add(handle)
     try:
         yield True
     finally:
-        if handle in _held:
-            _held.remove(handle)
+        if handle in _lock_handles:
+            _lock_handles.remove(handle)
             os.ftruncate(handle, 0)
             os.close(handle)
 
 
-def _locked(path: Path, until: float) -> int | None:
+def _acquire(path: Path, until: float) -> int | None:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # what it says of its holder stays
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # keeps the text that names its holder
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _still(path, handle):  # not removed meanwhile by a holder that let go
+            if _same_file(path, handle):  # not removed meanwhile by a holder that released it
                 os.ftruncate(handle, 0)
                 since = time.strftime("%Y-%m-%d %H:%M:%S")
                 os.pwrite(handle, f"process {os.getpid()} on {platform.node()}, since {since}\n".encode(), 0)
@@ -291,28 +292,29 @@ def _locked(path: Path, until: float) -> int | None:
             raise
 
 
-def _still(path: Path, handle: int) -> bool:
+def _same_file(path: Path, handle: int) -> bool:
+    """Whether `path` still names the file that is open as `handle`."""
     try:
-        there, mine = os.stat(path), os.fstat(handle)
+        on_disk, opened = os.stat(path), os.fstat(handle)
     except FileNotFoundError:
         return False
-    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+    return (on_disk.st_dev, on_disk.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def holder(path: Path) -> str:
-    """Who has the lock file, in words: process, machine and since when."""
+    """The holder of a lock file, in words: process, machine and time of locking."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
     except OSError:
         return "another process"
 
 
-def _let_go() -> None:
-    """In a forked process: a lock is of the process that took it, and goes when that one ends, whatever its children do."""
-    for handle in _held:
+def _release_in_child() -> None:
+    """Close the locks in a forked child: a lock belongs to the process that took it and ends with that process."""
+    for handle in _lock_handles:
         with suppress(OSError):
             os.close(handle)
-    _held.clear()
+    _lock_handles.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_release_in_child)

@@ -1,4 +1,4 @@
-"""Tables as text."""
+"""Tables as CSV text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fgvc.io.files import finite_or_none
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
-    """`columns` and all others that any row has, in the order of their first appearance; what a row lacks is left empty, and so
-    is a number that is none."""
+    """Rows as CSV text: `columns` first, then all other keys in order of appearance; empty for missing values and numbers that
+    are not finite."""
     text = io.StringIO()
     columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fgvc.errors import FgvcError
-from fgvc.io.files import fill, make_folder, making, point, remove, rename, sync, writing
+from fgvc.io.files import fill, make_folder, making, remove, rename, replace_link, sync, writing
 
 Name = Literal["last", "best", "start"]
 Say = Callable[[str], None]
@@ -305,11 +305,11 @@ def _swing(folder: Path, *, last: str, best: str | None) -> None:
     make_folder(new)
     named = {"last": last, "best": best} if best is not None else {"last": last}
     for name, target in named.items():
-        point(new / name, f"../{target}")
+        replace_link(new / name, f"../{target}")
     sync(new)
     if (folder / LINKS).exists():  # or the names would lead nowhere meanwhile
         _through(folder, named)
-    point(folder / LINKS, new.name)
+    replace_link(folder / LINKS, new.name)
     _through(folder, named)
     if best is None:
         remove(folder / "best")
@@ -323,7 +323,7 @@ def _through(folder: Path, names: Mapping[str, str]) -> None:
     for name in names:
         link, through = folder / name, f"{LINKS}/{name}"
         if not link.is_symlink() or str(link.readlink()) != through:
-            point(link, through)
+            replace_link(link, through)
 
 
 def _target(link: Path) -> str | None:

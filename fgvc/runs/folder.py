@@ -24,8 +24,8 @@ from fgvc.config.recipe import Recipe, Selected
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
 from fgvc.io.files import (
-    alone,
     as_json,
+    file_lock,
     holder,
     make_folder,
     remove,
@@ -66,7 +66,7 @@ def held(out: Path) -> Iterator[None]:
     with writing(out):
         make_folder(out)
     try:
-        with alone(lock := out / LOCK) as mine:
+        with file_lock(lock := out / LOCK) as mine:
             if not mine:
                 raise FgvcError(f"{out}: is being trained by {holder(lock)}; wait for it, or choose another --out")
             try:
@@ -387,7 +387,7 @@ def adopt(source: Path, out: Path, recipe: Recipe, *, recorded: bool = False) ->
     scratch = out.with_name(f".{out.name}.copy")
     try:
         make_folder(out.parent)
-        with alone(lock := scratch.with_suffix(".lock")) as mine:
+        with file_lock(lock := scratch.with_suffix(".lock")) as mine:
             if not mine:
                 raise FgvcError(f"{out}: {holder(lock)} copies a run there; choose another --out")
             _copy(source, scratch, out)

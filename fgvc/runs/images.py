@@ -20,7 +20,7 @@ from fgvc.data.index import ImageIndex
 from fgvc.data.labels import first, reordered
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
-from fgvc.io.names import some, sorting
+from fgvc.io.names import some, sort_order_remark
 from fgvc.runs import checkpoint
 from fgvc.runs import record as recording
 from fgvc.runs.record import NAME, Record, changes
@@ -31,7 +31,7 @@ def read_index(recipe: Recipe) -> ImageIndex:
     index = read_source(recipe.data)
     if recipe.deploy.labels is not None:
         index = reordered(index, recipe.deploy.labels)
-    elif recipe.data.classes is None and (remark := sorting(index.classes)):
+    elif recipe.data.classes is None and (remark := sort_order_remark(index.classes)):
         said = f"{index.recognised}; {remark}; deploy.labels states the deployed stack's order"
         index = replace(index, recognised=said)
     if recipe.data.first_classes is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fgvc.errors import FgvcError
-from fgvc.io.files import UNWRITABLE, Content, alone, as_json, holder, remove, sweep, write_atomic
+from fgvc.io.files import UNWRITABLE, Content, as_json, file_lock, holder, remove, sweep, write_atomic
 from fgvc.runs import checkpoint
 
 MEASURED = ("metrics.json", "localisation.json", "calibration.json")
@@ -108,7 +108,7 @@ def clear(run: Path) -> None:
 
 @contextmanager
 def _mine(run: Path) -> Iterator[None]:
-    with alone(lock := run / ".measured.lock", wait=PATIENCE) as mine:
+    with file_lock(lock := run / ".measured.lock", wait=PATIENCE) as mine:
         if not mine:
             raise FgvcError(f"{run}: {holder(lock)} writes there for more than {PATIENCE:g} s; try again")
         yield

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.images.preprocess import described, differences
-from fgvc.io.names import few, relabelled, sorting
+from fgvc.io.names import few, relabelled, sort_order_remark
 from fgvc.runtime.bundle import load_bundle, read_labels, read_preprocess
 
 T = TypeVar("T")
@@ -116,5 +116,5 @@ def _said(known: Preprocess | tuple[str, ...] | None) -> str:
         return "the same for both"
     if isinstance(known, Preprocess):
         return described(known)
-    remark = sorting(known)
+    remark = sort_order_remark(known)
     return few(known) + f"; {remark}" * bool(remark)

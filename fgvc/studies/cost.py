@@ -12,7 +12,7 @@ from typing import Any
 
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
-from fgvc.io.files import alone, as_json, write_atomic
+from fgvc.io.files import as_json, file_lock, write_atomic
 from fgvc.runs.distributed import runtime
 from fgvc.runtime.bundle import read_json
 from fgvc.studies.identity import digest
@@ -46,7 +46,7 @@ def measured(
             if trial.name in found:
                 continue
             first = trial is plan.base  # its seconds are the unit of all others
-            with alone(out / "locks" / f"{trial.name}.cost", wait=math.inf if patient or first else 0.0) as mine:
+            with file_lock(out / "locks" / f"{trial.name}.cost", wait=math.inf if patient or first else 0.0) as mine:
                 if not mine:
                     continue
                 try:
@@ -71,7 +71,7 @@ def known(plan: Plan, out: Path) -> dict[str, Cost]:
 def adopt_costs(plan: Plan, out: Path, ratios: Mapping[str, float]) -> None:
     """Take the costs of trials from where they were measured, unless they are known here: so equal seconds are as many epochs
     as there."""
-    with alone(out / "locks" / "costs", wait=math.inf):
+    with file_lock(out / "locks" / "costs", wait=math.inf):
         rows = _kept(out)
         for trial in plan.trials[1:]:
             if trial.name in ratios and rows.get(trial.name, {}).get("settings") != _settings(plan, trial):
@@ -89,7 +89,7 @@ def _one(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> 
     else:
         facts = {"ratio": ratio}
         notify(f"{trial.name}: an epoch costs {ratio:.2f} of {plan.base.name}'s")
-    with alone(out / "locks" / "costs", wait=math.inf):
+    with file_lock(out / "locks" / "costs", wait=math.inf):
         rows = _kept(out) | {trial.name: facts | {"settings": _settings(plan, trial)}}
         write_atomic(out / "costs.json", as_json(rows))
     cost = _current(plan, trial, rows)

@@ -17,7 +17,7 @@ from typing import get_args
 
 from fgvc.config.loading import dump
 from fgvc.errors import FgvcError
-from fgvc.io.files import alone, as_json, write_atomic, writing
+from fgvc.io.files import as_json, file_lock, write_atomic, writing
 from fgvc.runs.images import read_index
 from fgvc.runtime.bundle import read_json
 from fgvc.studies.cost import Cost, adopt_costs, hours, known, lengths, measured
@@ -82,7 +82,7 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
     failures = list(todo.refused)
     _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {todo.hours:.1f} h of training steps")
     for number, cell in enumerate(todo.cells, 1):
-        with alone(out / "locks" / cell.name) as mine:
+        with file_lock(out / "locks" / cell.name) as mine:
             if not mine or _measured(out, cell, looks=todo.looks):  # another process has it
                 continue
             _say(f"[{number}/{len(todo.cells)}] {cell.name}")
@@ -130,7 +130,7 @@ def read_test(plan: Plan, out: Path) -> None:
     validation part.
     """
     _claim(plan, out)
-    with alone(out / "locks" / "test", wait=math.inf):
+    with file_lock(out / "locks" / "test", wait=math.inf):
         _read_test(plan, out)
 
 

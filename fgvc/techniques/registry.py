@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fgvc.config.section import Section
 from fgvc.config.technique import TechniqueSettings
-from fgvc.config.techniques import chosen, named
+from fgvc.config.techniques import chosen, load_object
 from fgvc.errors import FgvcError
 from fgvc.techniques.api import Technique
 
@@ -17,7 +17,7 @@ def build(techniques: Section) -> dict[str, Technique]:
 def made_of(settings: TechniqueSettings) -> Technique:
     """What does it. Raises FgvcError where its class is not where its settings say."""
     try:
-        made = named(settings.technique)
+        made = load_object(settings.technique)
     except (ImportError, AttributeError) as error:
         raise FgvcError(f"techniques.{settings.kind}: {settings.technique} can't be imported: {error}") from error
     technique: Technique = made(settings)

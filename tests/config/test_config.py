@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from fgvc.config.loading import differences, dump, load, validate
-from fgvc.config.recipe import Recipe, by_weights
+from fgvc.config.recipe import Recipe, with_weight_defaults
 from fgvc.config.template import commented, recipes
 from fgvc.data.recipe import load_recipe
 from fgvc.errors import FgvcError
@@ -84,7 +84,7 @@ def test_a_wrong_kind_of_data(file: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("model.backbone=mobilenetv2", "model.backbone: timm has no model 'mobilenetv2'; nearest: mobilenetv2_"),
+        ("model.backbone=mobilenetv2_10", "model.backbone: timm has no model 'mobilenetv2_10'; nearest: mobilenetv2_100"),
         ("optim.name=adamv", "optim.name: timm has no optimizer 'adamv'; nearest: adam"),
         (
             "techniques.distill.teachers=[{kind: timm, backbone: resnet5, weights: a.pth}]",
@@ -139,7 +139,7 @@ def test_differences_are_dotted_leaves() -> None:
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_loads_and_its_commented_form_says_the_same(name: str, tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
-    own.write_text(commented(Recipe, recipes()[name], fill=by_weights))
+    own.write_text(commented(Recipe, recipes()[name], fill=with_weight_defaults))
     place = ["data.root=somewhere"]
     if "kind: auto" in own.read_text():  # finds out what is there
         for folder in ("a", "b"):
@@ -161,14 +161,14 @@ def test_an_override_of_an_unknown_section_is_blamed_itself(file: Path) -> None:
 def test_init_of_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "broken.yaml").write_text(text)
     with pytest.raises(FgvcError, match=expected):
-        commented(Recipe, tmp_path / "broken.yaml", fill=by_weights)
+        commented(Recipe, tmp_path / "broken.yaml", fill=with_weight_defaults)
 
 
 @pytest.mark.parametrize(
     ("section", "value", "said"),
     [
-        ("deploy", {"std": [0.2, 0, 0.2]}, r"deploy.std.1: .*greater than 0"),
-        ("deploy", {"fill": [0, 256, 0]}, r"deploy.fill.1: .*less than or equal to 255"),
+        ("deploy", {"std": [0.2, 0, 0.2]}, r"deploy.std.1: must be above 0"),
+        ("deploy", {"fill": [0, 256, 0]}, r"deploy.fill.1: must be at most 255"),
         ("image", {"size": "abc"}, r"image.size: one number for a square, or \[height, width\]; not 'abc'"),
     ],
 )
@@ -188,8 +188,8 @@ def test_values_that_no_image_could_have(section: str, value: dict, said: str) -
         (["deploy.mean=[.inf,0.5,0.5]"], "outside of 0..1"),
         (["deploy.input_range=255", "deploy.mean=[256,1,1]"], "outside of 0..255"),
         (["deploy.input_range=255", "deploy.mean=[-1,1,1]"], "outside of 0..255"),
-        (["deploy.std=[0.2,0,0.2]"], "deploy.std.1: must be above 0 \\(got"),
-        (["deploy.std=[0.2,-0.2,0.2]"], "deploy.std.1: must be above 0 \\(got"),
+        (["deploy.std=[0.2,0,0.2]"], "deploy.std.1: must be above 0 (got"),
+        (["deploy.std=[0.2,-0.2,0.2]"], "deploy.std.1: must be above 0 (got"),
         (["deploy.std=[0.2,.inf,0.2]"], "deploy.std.1: must be a finite number"),
         (["deploy.std=[0.2,.nan,0.2]"], "deploy.std.1: must be"),
     ],

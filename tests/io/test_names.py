@@ -9,7 +9,7 @@ import pytest
 from timm.utils.misc import natural_key
 
 from fgvc.errors import FgvcError
-from fgvc.io.names import one_line, refuse_breaking, relabelled, result_names, sorting, told_apart
+from fgvc.io.names import one_line, refuse_breaking, relabelled, result_names, sort_order_remark, told_apart
 
 
 def test_names_of_results_never_collide() -> None:
@@ -70,16 +70,16 @@ def test_outputs_that_mean_other_classes_are_named() -> None:
 )
 def test_it_is_said_where_timm_would_sort_otherwise(names: list[str]) -> None:
     as_text, as_timm = sorted(names), sorted(names, key=natural_key)
-    assert "sorted as text" in sorting(as_text)
-    assert ", ".join(as_timm) in sorting(as_text)
-    assert "sorted by number" in sorting(as_timm)
+    assert "sorted as text" in sort_order_remark(as_text)
+    assert ", ".join(as_timm) in sort_order_remark(as_text)
+    assert "sorted by number" in sort_order_remark(as_timm)
 
 
 def test_an_order_of_ones_own_is_no_remark() -> None:
-    assert sorting(["2", "10", "1"]) == ""
+    assert sort_order_remark(["2", "10", "1"]) == ""
 
 
 def test_names_that_sort_alike_everywhere_are_no_remark() -> None:
-    assert sorting(["001.Albatross", "002.Auklet", "010.Bunting"]) == ""
-    assert sorting(["healthy", "phoma", "rust"]) == ""
-    assert sorting([]) == ""
+    assert sort_order_remark(["001.Albatross", "002.Auklet", "010.Bunting"]) == ""
+    assert sort_order_remark(["healthy", "phoma", "rust"]) == ""
+    assert sort_order_remark([]) == ""

@@ -14,7 +14,7 @@ from fgvc.data.sources.columns import StringColumn, finish_splits, number_classe
 from fgvc.data.sources.walk import ClassFolder, Walk, folders_in, loose_images
 from fgvc.errors import FgvcError
 from fgvc.images.suffix import counted
-from fgvc.io.names import by_number, some
+from fgvc.io.names import natural_key, some
 
 
 def read(data: FolderData) -> ImageIndex:
@@ -91,7 +91,7 @@ def _runs(paths: np.ndarray, counts: dict[tuple[str, str], int], size: int) -> n
     groups, start = StringColumn(), 0
     for (part, name), count in counts.items():
         own = paths[start : start + count].tolist()
-        rank = np.argsort(np.array(sorted(range(count), key=lambda row: by_number(own[row])), np.int64))
+        rank = np.argsort(np.array(sorted(range(count), key=lambda row: natural_key(own[row])), np.int64))
         groups.extend([f"{part}/{name}/{place // size}" for place in rank.tolist()])
         start += count
     return groups.array()
