@@ -22,7 +22,8 @@ from torch import nn
 
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import fit, normalise
-from fgvc.report.explain import open_run, writable
+from fgvc.report.explain import explaining
+from fgvc.runs.loaded import load_run
 from fgvc.runtime.explain import explain_files
 from fgvc.runtime.predict import expand
 from fgvc.studies.speed import interleaved
@@ -34,7 +35,7 @@ def main(run: Path, folder: Path) -> None:
     files = list(expand([folder]))
     files = [files[at] for at in np.linspace(0, len(files) - 1, COUNT).astype(int)]
     with (
-        open_run(run, ("gradcam",)) as explainer,
+        explaining(load_run(run), ("gradcam",)) as explainer,
         tempfile.TemporaryDirectory() as tmp,
     ):
         spec, net = explainer.spec, copy.deepcopy(explainer.look.net)
@@ -55,7 +56,7 @@ def main(run: Path, folder: Path) -> None:
 
         def ours_to_files() -> None:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-                explain_files([explainer], files, Path(tmp) / "ours", target="predicted", batch=BATCH, write=writable)
+                explain_files([explainer], files, Path(tmp) / "ours", target="predicted", batch=BATCH)
 
         def theirs_to_files() -> None:
             (Path(tmp) / "theirs").mkdir(exist_ok=True)

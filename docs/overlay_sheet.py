@@ -12,17 +12,19 @@ from pathlib import Path
 from PIL import Image
 
 from fgvc.images.decode import decode
+from fgvc.images.lettering import writable
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit, normalise
 from fgvc.images.sheet import Cell, save_sheet
-from fgvc.report.explain import open_run, writable
+from fgvc.report.explain import explaining
+from fgvc.runs.loaded import load_run
 
 EACH = 3  # pictures of a class
 
 
 def main(run: Path, folder: Path, out: Path) -> None:
     rows = []
-    with open_run(run, ("gradcam",)) as explainer:
+    with explaining(load_run(run), ("gradcam",)) as explainer:
         names, font = writable(explainer.labels)
         for name, kind in zip(names, explainer.labels, strict=True):
             files = sorted(path for path in (folder / kind).iterdir() if path.is_file())

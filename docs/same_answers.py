@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fgvc.runs.subject import subject
+from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import answers
 from fgvc.runtime.predict import predict_files
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    opened, bundle = subject(options.run), load_bundle(options.bundle)
+    opened, bundle = load_run(options.run), load_bundle(options.bundle)
     assert opened.classes == bundle.labels
     _, rows = opened.rows_of("test")
     rows = rows[np.linspace(0, len(rows) - 1, options.images).round().astype(int)]

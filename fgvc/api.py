@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -23,32 +23,34 @@ from fgvc.data.quality.duplicates import LIKENESS
 from fgvc.data.quality.suspects import suspects as find_suspects
 from fgvc.data.recipe import load_recipe
 from fgvc.errors import FgvcError
+from fgvc.evaluation import evaluate as evaluation
+from fgvc.evaluation import localize as localization
 from fgvc.evaluation.calibration import FEWEST, KEEP
-from fgvc.evaluation.evaluate import Evaluation, evaluate
+from fgvc.evaluation.evaluate import Evaluation
 from fgvc.evaluation.features import features, frozen, normalisation
-from fgvc.evaluation.localize import Localisation, localize
+from fgvc.evaluation.localize import Localisation
 from fgvc.evaluation.side import PairedAnswers, ask, images_of, open_sides
 from fgvc.evaluation.temperature import RunCalibration, calibration, refuse_other_file
+from fgvc.evaluation.tta import Views
 from fgvc.exporting.prove import MAX_IMAGES, ProvedExport, prove
 from fgvc.exporting.quantize import Int8
 from fgvc.exporting.verify import Comparison, Verification, verify_bundle, verify_files
 from fgvc.io.files import refuse_file, write_atomic, writing
 from fgvc.io.tables import as_csv
+from fgvc.report import document
 from fgvc.report.data import data_page
-from fgvc.report.document import report
 from fgvc.report.explain import explain
 from fgvc.report.preview import Preview, preview
-from fgvc.runs.folder import read_run, recorded_classes, recorded_preprocess
 from fgvc.runs.images import read_index
-from fgvc.runs.measured import measured
-from fgvc.runs.subject import Subject, subject
+from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runtime.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.runtime.stack import Agreement, Stack, agreement, stack_of
 from fgvc.studies.probe import IMAGES, ProbeResults, Size
 from fgvc.studies.probe import probe as run_probe
 from fgvc.studies.variants import SmallerFile, Variants, left_out, make_variants
+from fgvc.training import interpolate as interpolation
 from fgvc.training.forecast import Forecast, forecast
-from fgvc.training.interpolate import Interpolation, interpolate
+from fgvc.training.interpolate import Interpolation
 from fgvc.training.trainer import train
 
 __all__ = [
@@ -148,6 +150,67 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
+def evaluate(
+    run: Path,
+    split: Literal["val", "test"] | None = None,
+    *,
+    select: Selected | None = None,
+    device: str | None = None,
+    views: Views | None = None,
+    root: Path | None = None,
+    max_pixels: int | None = None,
+) -> Evaluation:
+    """Score a run's weights, see `fgvc.evaluation.evaluate.evaluate`. `select`: others than it ships; `root`: where its set lies
+    now, where that has moved; `max_pixels`: of a picture, in place of the recipe's limit."""
+    opened = load_run(run, select, branches=views == "refined", root=root, max_pixels=max_pixels)
+    return evaluation.evaluate(opened, split, device=device, views=views)
+
+
+def localize(
+    run: Path,
+    split: Split | None = None,
+    *,
+    method: str = "gradcam",
+    channels: int | None = None,
+    select: Selected | None = None,
+    device: str | None = None,
+    root: Path | None = None,
+    max_pixels: int | None = None,
+) -> Localisation:
+    """Measure where a run's class maps lie, see `fgvc.evaluation.localize.localize`; `select`, `root`, `max_pixels`: as in
+    `evaluate`."""
+    opened = load_run(run, select, root=root, max_pixels=max_pixels)
+    return localization.localize(opened, split, method=method, channels=channels, device=device)
+
+
+def report(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    bundles: Sequence[Path] = (),
+    split: Split | None = None,
+    select: Selected | None = None,
+    device: str | None = None,
+    images: int = 10,
+    root: Path | None = None,
+    max_pixels: int | None = None,
+) -> Path:
+    """Write all that runs show into one page, see `fgvc.report.document.report`; `select`, `root`, `max_pixels`: as in
+    `evaluate`, for all of them."""
+    refuse_file(out)
+    opened = [load_run(run, select, root=root, max_pixels=max_pixels) for run in runs]
+    return document.report(
+        opened, out, bundles=[load_bundle(bundle) for bundle in bundles], split=split, device=device, images=images
+    )
+
+
+def interpolate(
+    run: Path, out: Path, *, share: float | None = None, root: Path | None = None, device: str | None = None
+) -> Interpolation:
+    """Write a net between a run's start and its end, see `fgvc.training.interpolate.interpolate`; `root`: as in `evaluate`."""
+    return interpolation.interpolate(load_run(run, "end", root=root), out, share=share, device=device)
+
+
 def export(
     run: Path,
     out: Path,
@@ -178,12 +241,12 @@ def export(
         raise FgvcError(f"--keep {keep:g}: a share above 0 and up to 1, such as {KEEP}")
     if against is not None and (exporter is not None or opset is not None):
         raise FgvcError("--exporter and --opset: the deployed file that --against names has its own; leave them out")
-    target, around = _deployed(run, against, labels=labels, preprocess=preprocess)
-    seen = subject(run, select, root=root)
-    recipe, index, chosen = seen.recipe, seen.index, seen.select
+    opened = load_run(run, select, root=root)
+    target, around = _deployed(opened, against, labels=labels, preprocess=preprocess)
+    recipe, index, chosen = opened.recipe, opened.index, opened.select
     proven = prove(
-        seen.step.net,
-        _real_images(seen),
+        opened.step.net,
+        _real_images(opened),
         backbone=recipe.model.backbone,
         num_classes=len(index.classes),
         kwargs=recipe.model.kwargs,
@@ -191,11 +254,11 @@ def export(
         export=_as_asked(recipe.export, exporter, opset),
         against=target,
     )
-    known = measured(run, "metrics.json", (chosen, seen.identity))
+    known = opened.measured("metrics.json")
     files: dict[str, Any] = {
         "model.onnx": proven.model,
         "labels.json": list(index.classes),
-        "preprocess.json": seen.preprocess,
+        "preprocess.json": opened.preprocess,
         "contract.json": dict(proven.contract) | {"deployed": around.numbers if around is not None else None},
         "metrics.json": {
             key.partition(".")[0]: row
@@ -205,11 +268,11 @@ def export(
     }
     if proven.explain is not None:
         files["explain.onnx"] = proven.explain
-    found = calibration(seen, keep=keep)
-    refuse_other_file(seen, found, proven.model)
+    found = calibration(opened, keep=keep)
+    refuse_other_file(opened, found, proven.model)
     if found.calibration is not None and found.calibration.images >= FEWEST:
         files["calibration.json"] = found.calibration
-    beside = make_variants(seen, proven, variants or Variants(), found.calibration)
+    beside = make_variants(opened, proven, variants or Variants(), found.calibration)
     files |= {one.file: one.made.model for one in beside}
     files["contract.json"] |= {one.made.variant: one.section for one in beside}
     if without := left_out(proven, variants or Variants()):
@@ -225,7 +288,7 @@ def _as_asked(export: Export, exporter: Exporter | None, opset: int | None) -> E
 
 
 def _deployed(
-    run: Path, against: Path | None, *, labels: Path | None, preprocess: Path | None
+    run: LoadedRun, against: Path | None, *, labels: Path | None, preprocess: Path | None
 ) -> tuple[Path | None, Agreement | None]:
     """The deployed file, and how what stands around it agrees with the run. Raises FgvcError where that differs: before the
     long work of an export."""
@@ -235,13 +298,12 @@ def _deployed(
                 "--labels and --preprocess tell how a deployed model is read and fed: name it with --against"
             )
         return None, None
-    read_run(run)
     theirs = stack_of(against, labels=labels, preprocess=preprocess)
-    ours = Stack(path=run, preprocess=recorded_preprocess(run), labels=recorded_classes(run))
+    ours = Stack(path=run.folder, preprocess=run.preprocess, labels=run.classes)
     found = agreement(ours, theirs)
     if found.differences:
         raise FgvcError(
-            f"{run} is not a drop-in for {against}, the run's against the deployed:\n  "
+            f"{run.folder} is not a drop-in for {against}, the run's against the deployed:\n  "
             + "\n  ".join(found.differences)
             + "\nTrain it as it will be fed and read (the recipe's deploy section, image.size and deploy.labels), or deploy the "
             "bundle with a preprocessing and labels of its own: export without --against"
@@ -286,14 +348,14 @@ def compare(
     return ask(*sides, images_of(data, sides, split, max_pixels=max_pixels))
 
 
-def _real_images(seen: Subject) -> Iterable[np.ndarray]:
+def _real_images(run: LoadedRun) -> Iterable[np.ndarray]:
     """Up to 256 validation images, spread over the classes; training images where none of those can be read."""
     splits: tuple[Split, ...] = ("val", "train")
     for split in splits:
-        rows, last = seen.rows(split), split == splits[-1]
+        rows, last = run.rows(split), split == splits[-1]
         some = rows[np.linspace(0, len(rows) - 1, min(MAX_IMAGES, len(rows))).astype(int)]
         found = False
-        for batch in evaluation_loader(seen.index, some, spec=seen.preprocess, batch_size=32, workers=0, some=last):
+        for batch in evaluation_loader(run.index, some, spec=run.preprocess, batch_size=32, workers=0, some=last):
             found = True
             yield batch.images.numpy()
         if found:

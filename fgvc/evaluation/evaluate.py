@@ -22,8 +22,7 @@ from fgvc.evaluation.sample import Sample
 from fgvc.evaluation.temperature import FITTED_ON, calibration
 from fgvc.evaluation.tta import Views, averaged, canvas, refined
 from fgvc.io.tables import as_csv
-from fgvc.runs.measured import leave, measured
-from fgvc.runs.subject import Subject, subject
+from fgvc.runs.loaded import LoadedRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,42 +44,34 @@ class Evaluation:
 
 
 def evaluate(
-    run: Path,
-    split: Literal["val", "test"] | None = None,
-    *,
-    select: Selected | None = None,
-    device: str | None = None,
-    views: Views | None = None,
-    root: Path | None = None,
-    max_pixels: int | None = None,
+    run: LoadedRun, split: Literal["val", "test"] | None = None, *, device: str | None = None, views: Views | None = None
 ) -> Evaluation:
     """Score a run's weights on `split` (default: val where there is one, else test), in fp32, on one process.
 
-    The images are those that the run recorded when it began; `root`: the folder where its set lies now, where that has moved.
-    `device`: another than the run was trained on. `max_pixels`: of a picture, in place of the recipe's limit. `views`: average
-    over flips or crops, or look again at what a technique attends to; no bundle does, so it is recorded under a key of its own.
+    The images are those that the run recorded when it began. `device`: another than the run was trained on. `views`: average over
+    flips or crops, or look again at what a technique attends to (`refined`, of a run that was opened with its branches); no
+    bundle does, so it is recorded under a key of its own.
     Writes `metrics.json`, `tables/{classes,confused,reliability,risk-coverage}-<split>.csv` and
     `plots/{confusion,reliability,risk-coverage}-<split>.png` into the run (`-<split>-<select>` for other weights than the
     recipe's selection), calibration by up to 10,000 of the images and without `views` only: the temperature and threshold are
     the run's own, fitted on its validation part, whatever is scored. Of a run that can't be written nothing is stored, and
     stderr says so. Raises FgvcError where the part is empty, or a file of it is gone or has another size than when the run began.
     """
-    measured(run, "metrics.json")  # can be added to
-    seen = subject(run, select, branches=views == "refined", root=root, max_pixels=max_pixels)
-    index, preprocess, chosen = seen.index, seen.preprocess, seen.select
-    scored, rows = seen.rows_of(split)
+    run.measured("metrics.json")  # can be added to
+    index, preprocess, chosen = run.index, run.preprocess, run.select
+    scored, rows = run.rows_of(split)
     spec = canvas(preprocess) if views is not None and "crops" in views else preprocess
     if spec is not preprocess and spec.size == preprocess.size:
         raise FgvcError(
             f"--views {views}: the deployed crop is the whole canvas here, so all crops are the same; use flip"
         )
-    with seen.placed(device) as (where, layout):
-        net = seen.step.net
+    with run.placed(device) as (where, layout):
+        net = run.step.net
         unreadable: list[str] = []
-        loader = evaluation_loader(index, rows, spec=spec, batch_size=64, workers=seen.recipe.train.workers)
+        loader = evaluation_loader(index, rows, spec=spec, batch_size=64, workers=run.recipe.train.workers)
         classifier = net if views is None else averaged(net, views, preprocess.size)
         if views == "refined":
-            classifier = refined(seen.step.look, net)
+            classifier = refined(run.step.look, net)
         sample = Sample(classifier, spread(rows, len(index.classes)) if views is None else rows[:0])
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -92,11 +83,11 @@ def evaluate(
         try:
             scores = metrics.evaluate(sample, batches(), classes=len(index.classes), device=where, memory_format=layout)
         except NoNumbersError as error:
-            raise NoNumbersError(f"{run}: {chosen}, {scored}: {error}; train anew with a lower optim.lr") from error
-    found = _calibrated(seen, scored, sample, device) if views is None else None
+            raise NoNumbersError(f"{run.folder}: {chosen}, {scored}: {error}; train anew with a lower optim.lr") from error
+    found = _calibrated(run, scored, sample, device) if views is None else None
     name = scored if views is None else f"{scored}-{views}"
     title = f"{scored}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
-    stem = "-".join([name, *seen.apart])
+    stem = "-".join([name, *run.suffix])
     files = {f"plots/confusion-{stem}.png": plot_confusion(scores.confusion, index.classes, title=title)}
     tables: dict[str, Any] = {
         "classes": scores.by_class(index.classes), "confused": scores.confused(index.classes)
@@ -107,13 +98,13 @@ def evaluate(
     files |= {f"tables/{table}-{stem}.csv": as_csv(lines).encode() for table, lines in tables.items()}
     unfitted = {"calibrated": False, "note": "no temperature is fitted for averaged views"}
     numbers = scores.numbers() | {"calibration": unfitted if found is None else found.numbers()}
-    stored = leave(run, files, rows={"metrics.json": {f"{name}.{chosen}": numbers}}, identity=seen.identity)
-    return Evaluation(run, name, chosen, scores, sample.right, tuple(unreadable), index.classes, found, stored)
+    stored = run.leave(files, {"metrics.json": {f"{name}.{chosen}": numbers}})
+    return Evaluation(run.folder, name, chosen, scores, sample.right, tuple(unreadable), index.classes, found, stored)
 
 
-def _calibrated(seen: Subject, split: Split, sample: Sample, device: str | None) -> Calibrated | None:
+def _calibrated(run: LoadedRun, split: Split, sample: Sample, device: str | None) -> Calibrated | None:
     """What the run's temperature does for the sample. None where none of its images can be read."""
     given = sample.answers
     if not len(given[1]):
         return None
-    return calibration(seen, given=given if split == FITTED_ON else None, device=device).on(split, given)
+    return calibration(run, given=given if split == FITTED_ON else None, device=device).on(split, given)

@@ -43,8 +43,7 @@ from fgvc.images.preprocess import placed
 from fgvc.io.tables import as_csv
 from fgvc.models.cam.offline import ClassMaps, looking, named
 from fgvc.models.class_maps import normalised
-from fgvc.runs.measured import leave, measured
-from fgvc.runs.subject import Subject, subject
+from fgvc.runs.loaded import LoadedRun
 from fgvc.runtime.engine import refuse_no_numbers
 
 BATCH = 32
@@ -107,98 +106,93 @@ class Localizations:
 
 
 def localize(
-    run: Path,
+    run: LoadedRun,
     split: Split | None = None,
     *,
     method: str = "gradcam",
     channels: int | None = None,
-    select: Selected | None = None,
     device: str | None = None,
-    root: Path | None = None,
-    max_pixels: int | None = None,
 ) -> Localisation:
     """Measure where the class maps of a run's weights lie on `split` (default: val where there is one, else test), in what
     evaluation sees of each image. Thresholds are always those that suit the validation part best.
 
-    `method`, `channels`: as those of `fgvc explain`; what an expensive one costs is said on stderr first. `root`: where the run's
-    set lies now, where it has moved; `max_pixels`: of a picture, in place of the recipe's limit. Writes
+    `method`, `channels`: as those of `fgvc explain`; what an expensive one costs is said on stderr first. Writes
     `localisation.json`, `tables/localisation-<split>.csv` (classes), `tables/parts-<split>.csv` and
     `plots/localisation-<split>.png` into the run; another method than gradcam and another selection than the recipe's are in the
     names. Of a run that can't be written nothing is stored, and stderr says so. Raises FgvcError where the data have no boxes or
     no validation part, or the net no such maps.
     """
     chosen_method = named(method)
-    seen = subject(run, select, root=root, max_pixels=max_pixels)
-    measured(run, RECORD)  # can be added to
-    if seen.index.boxes is None:
+    run.measured(RECORD)  # can be added to
+    if run.index.boxes is None:
         raise FgvcError(
-            f"{run}: its data name no boxes ({seen.index.recognised}); localisation needs a set in CUB layout with "
+            f"{run.folder}: its data name no boxes ({run.index.recognised}); localisation needs a set in CUB layout with "
             "bounding_boxes.txt"
         )
-    refuse_shares(seen.index)
-    part, rows = seen.rows_of(split)
-    if not len(validation := seen.rows("val")):
-        raise FgvcError(f"{run}: its data has no val part, on whose images the thresholds of the maps are chosen")
-    looked = look(seen, rows, method=chosen_method, channels=channels, device=device)
+    refuse_shares(run.index)
+    split, rows = run.rows_of(split)
+    if not len(validation := run.rows("val")):
+        raise FgvcError(f"{run.folder}: its data has no val part, on whose images the thresholds of the maps are chosen")
+    looked = look(run, rows, method=chosen_method, channels=channels, device=device)
     source = looked
-    if part != "val":
-        source = look(seen, validation, method=chosen_method, channels=channels, device=device)
+    if split != "val":
+        source = look(run, validation, method=chosen_method, channels=channels, device=device)
     of_map = choose(source.found["true"])
     chosen: dict[str, Thresholds] = {"true": of_map, "predicted": of_map, "centre": choose(source.found["centre"])}
-    name = "-".join([part, *[chosen_method] * (chosen_method != "gradcam"), *seen.apart])
-    tables: dict[str, list[Row]] = {"localisation": by_class(looked, seen.classes, of_map)}
+    name = "-".join([split, *[chosen_method] * (chosen_method != "gradcam"), *run.suffix])
+    tables: dict[str, list[Row]] = {"localisation": by_class(looked, run.classes, of_map)}
     if looked.parts:
-        tables["parts"] = by_part(looked, seen.index.part_names)
+        tables["parts"] = by_part(looked, run.index.part_names)
     result = Localisation(
-        run=run, split=part, select=seen.select, method=chosen_method, images=len(looked.labels),
+        run=run.folder, split=split, select=run.select, method=chosen_method, images=len(looked.labels),
         top1=float(looked.right.double().mean()), left_out=int((~looked.boxed).sum()), silent=int(looked.silent.sum()),
         chosen_from="val", boxes={of: score(looked.found[of], looked.right[looked.boxed], chosen[of]) for of in OF},
-        parts=coverage(looked), tables=tuple(run / "tables" / f"{table}-{name}.csv" for table in tables),
+        parts=coverage(looked), tables=tuple(run.folder / "tables" / f"{table}-{name}.csv" for table in tables),
         unreadable=looked.unreadable,
     )  # fmt: skip
     true = result.boxes["true"]
     shares = f"BoxAccV2 {100 * true.box_acc_v2:.1f} % by val's thresholds, MaxBoxAccV2 (oracle) {100 * true.max_box_acc_v2:.1f} %"
-    title = f"{part}: {shares}; {true.images} images ({chosen_method})"
+    title = f"{split}: {shares}; {true.images} images ({chosen_method})"
     files = {f"plots/localisation-{name}.png": plot_localisation(looked.found, chosen, title=title)}
     files |= {f"tables/{table}-{name}.csv": as_csv(lines).encode() for table, lines in tables.items()}
-    measured_now = {RECORD: {f"{part}.{seen.select}.{chosen_method}": result.numbers()}}
-    return replace(result, stored=leave(run, files, rows=measured_now, identity=seen.identity))
+    measured_now = {RECORD: {f"{split}.{run.select}.{chosen_method}": result.numbers()}}
+    return replace(result, stored=run.leave(files, measured_now))
 
 
 def look(
-    seen: Subject, rows: NDArray[np.int64], *, method: str, channels: int | None = None, device: str | None = None
+    run: LoadedRun, rows: NDArray[np.int64], *, method: str, channels: int | None = None, device: str | None = None
 ) -> Localizations:
     """Maps of every readable image, beside its box and parts. Raises FgvcError where the net has no such maps or gives logits
     that are no numbers, or not one image has a box in the crop."""
     loader = evaluation_loader(
-        seen.index, rows, spec=seen.preprocess, batch_size=BATCH, workers=seen.recipe.train.workers
+        run.index, rows, spec=run.preprocess, batch_size=BATCH, workers=run.recipe.train.workers
     )
     console = Console(stderr=True)
     total, silent = -(-len(rows) // BATCH), not console.is_terminal
-    centre = centre_map(seen.preprocess.size)
+    centre = centre_map(run.preprocess.size)
     around_centre = around(centre.numpy())
     with (
-        seen.placed(device) as (where, layout),
-        looking(seen.step.net, seen.preprocess.size, [method], channels=channels) as maps,
+        run.placed(device) as (where, layout),
+        looking(run.step.net, run.preprocess.size, [method], channels=channels) as maps,
     ):
         if (cost := maps.cost(method)) is not None:
-            print(f"{seen.run}: {method} of {len(rows)} images: {cost}", file=sys.stderr)
+            print(f"{run.folder}: {method} of {len(rows)} images: {cost}", file=sys.stderr)
         looked = [
-            _look(seen, batch, batch.images.to(where, memory_format=layout), maps, method, (centre, around_centre))
+            _look(run, batch, batch.images.to(where, memory_format=layout), maps, method, (centre, around_centre))
             for batch in track(loader, "maps", total=total, console=console, transient=True, disable=silent)
         ]
     whole = _joined(looked)
     if not whole.boxed.any():
-        raise FgvcError(f"{seen.run}: none of its {len(whole.boxed)} images has a box in what evaluation sees of it")
+        raise FgvcError(f"{run.folder}: none of its {len(whole.boxed)} images has a box in what evaluation sees of it")
     return whole
 
 
 def _look(
-    seen: Subject, batch: EvaluationBatch, x: Tensor, look: ClassMaps, method: str, centre: tuple[Tensor, Boxes]
+    run: LoadedRun, batch: EvaluationBatch, x: Tensor, look: ClassMaps, method: str, centre: tuple[Tensor, Boxes]
 ) -> Localizations:
     """One batch; its images `x` on the net's device."""
     logits = look.logits(x).float().cpu()
-    refuse_no_numbers(logits.numpy(), seen.run)
+    refuse_no_numbers(logits.numpy(), run.folder)
     said = logits.argmax(1)
     right = said == batch.labels
     maps, _ = look(x, batch.labels, method)
@@ -208,7 +202,7 @@ def _look(
         others, _ = look(x[wrong.to(x.device)], said[wrong], method)
         for at, boxes in zip(wrong.tolist(), around_each(others), strict=True):
             of["predicted"][at] = boxes
-    true, points = in_input(batch, seen.preprocess)
+    true, points = in_input(batch, run.preprocess)
     boxed = (true[:, 2] > true[:, 0]) & (true[:, 3] > true[:, 1])
     kept = boxed.nonzero()[:, 0].tolist()
     found = {name: compare_boxes([boxes[at] for at in kept], true[boxed]) for name, boxes in of.items()}

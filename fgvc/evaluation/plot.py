@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from fgvc.evaluation.calibration import BINS, Calibrated
-from fgvc.evaluation.font import writable
 from fgvc.evaluation.localization import OVERLAPS, THRESHOLDS, MapBoxes, Thresholds, accuracy
+from fgvc.images.lettering import writable
 
 LABELLED = 60  # classes up to which every row of the matrix is named
 
@@ -85,10 +85,10 @@ def plot_confusion(confusion: np.ndarray, classes: Sequence[str], *, title: str)
     figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true", title=title)
     if count <= LABELLED:
-        names, file = writable(classes)
-        font = FontProperties(fname=str(file), size=7)
-        axes.set_xticks(range(count), names, rotation=90, fontproperties=font)
-        axes.set_yticks(range(count), names, fontproperties=font)
+        names, font = writable(classes)
+        properties = FontProperties(fname=str(font.path), size=7)
+        axes.set_xticks(range(count), names, rotation=90, fontproperties=properties)
+        axes.set_yticks(range(count), names, fontproperties=properties)
     return _png(figure)
 
 

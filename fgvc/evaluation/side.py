@@ -26,7 +26,7 @@ from fgvc.images.preprocess import described, differences
 from fgvc.io.names import relabelled, some
 from fgvc.runs.folder import is_run, read_run
 from fgvc.runs.images import learnt, read_index, recorded_images
-from fgvc.runs.subject import Answers, Subject, onnx_answers, subject
+from fgvc.runs.loaded import Answers, LoadedRun, load_run, onnx_answers
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import Session
 from fgvc.runtime.stack import stack_of
@@ -49,12 +49,12 @@ class Classifier:
     threshold: float = 0.0  # "none of these" below this confidence; 0: never
     calibrated: bool = False  # whether the temperature was fitted
     session: Session | None = None
-    subject: Subject | None = None
+    run: LoadedRun | None = None
 
     def answers(self, index: ImageIndex, rows: NDArray[np.int64], *, workers: int) -> Answers:
         """Its logits for these images, seen through its own preprocessing."""
-        if self.subject is not None:
-            return self.subject.answers(rows, index=index)
+        if self.run is not None:
+            return self.run.answers(rows, index=index)
         assert self.session is not None
         assert self.preprocess is not None
         return onnx_answers(self.session, index, rows, spec=self.preprocess, workers=workers)
@@ -195,7 +195,7 @@ def _images_of(data: str | None, sides: Sequence[Classifier], split: Split | Non
 
     Raises FgvcError where there are none, or of classes that the sides do not know.
     """
-    run = next((side.subject for side in sides if side.subject is not None), None)
+    run = next((side.run for side in sides if side.run is not None), None)
     if data is None:
         if run is None:
             raise FgvcError("which images? Neither side is a run: give --data, a folder of class folders or a recipe")
@@ -290,8 +290,8 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
             path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=Session(path)
         )  # fmt: skip
     if is_run(path):
-        run = subject(path, root=root)
-        side = Classifier(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, subject=run)
+        run = load_run(path, root=root)
+        side = Classifier(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, run=run)
         return _calibrated(side, calibration(run).calibration)
     bundle = load_bundle(path)
     side = Classifier(
@@ -353,7 +353,7 @@ def _known(images: Images, side: Classifier) -> Images:
 
 def _learnt(side: Classifier, images: Images) -> str:
     """A warning where a run was trained on some of these images."""
-    if side.subject is None:
+    if side.run is None:
         return ""
-    count = learnt(side.subject.index, images.index, images.rows)
+    count = learnt(side.run.index, images.index, images.rows)
     return f"{side.path} was trained on {count} of these {len(images.rows)} images, which favours it" if count else ""

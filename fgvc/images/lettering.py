@@ -1,48 +1,77 @@
-"""A font that can write class names, found by Pillow alone: where servers draw there is no matplotlib to ask.
-
-With matplotlib, `fgvc.evaluation.font` looks through all fonts of the machine; this knows a few by name.
-"""
+"""A font that can write class names. Pillow alone looks for it, since where servers draw there is no matplotlib to ask."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 from PIL import ImageFont
 
 from fgvc.images.sheet import LETTERS
 
-FONTS = (
-    "DejaVuSans.ttf", "Arial.ttf", "Helvetica.ttc",
-    "NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "SourceHanSansSC-Regular.otf", "wqy-microhei.ttc",
-    "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "msyh.ttc", "PingFang.ttc", "Arial Unicode.ttf",
-)  # fmt: skip
+ADVICE = (
+    "no font here can write some class names, which appear as numbers; install one, such as Debian's fonts-noto-cjk"
+)
+SUFFIXES = (".ttf", ".otf", ".ttc")
 NOWHERE = "\U0010fffe"  # no font has this one, and draws for it what it draws for all that it lacks
 
 
 def writable(names: Sequence[str]) -> tuple[list[str], ImageFont.FreeTypeFont]:
-    """The names as they can be written, and the font. Where no font has all the characters, names become numbers."""
-    found = [font for name in FONTS if (font := _font(name)) is not None]
-    plain = found[0] if found else _own()
-    for font in found or [plain]:
-        if all(_writes(font, name) for name in names):
-            return list(names), font
-    return [name if _writes(plain, name) else f"#{at}" for at, name in enumerate(names)], plain
+    """The names as they can be written, and the font: the first that has all their characters. Where there is none, names
+    become numbers."""
+    characters = frozenset(character for name in names for character in name if not character.isspace())
+    font = font_for(characters)
+    if font is not None:
+        return list(names), font
+    plain = next(fonts())
+    return [name if _writes(plain, frozenset(name.split())) else f"#{at}" for at, name in enumerate(names)], plain
 
 
-def _font(name: str) -> ImageFont.FreeTypeFont | None:
-    try:
-        return ImageFont.truetype(name, LETTERS)  # searches the system's folders
-    except OSError:
-        return None
+@cache
+def font_for(characters: frozenset[str]) -> ImageFont.FreeTypeFont | None:
+    """The first font that has all the characters; None: there is none."""
+    return next((font for font in fonts() if _writes(font, characters)), None)
 
 
-def _own() -> ImageFont.FreeTypeFont:
-    """Pillow's, which has no letters but those of English."""
+def fonts() -> Iterator[ImageFont.FreeTypeFont]:
+    """The machine's fonts: DejaVu Sans before others, and Pillow's own last, which has no letters but those of English."""
+    for path in files():
+        try:
+            yield ImageFont.truetype(str(path), LETTERS)
+        except OSError:
+            continue
     font = ImageFont.load_default(LETTERS)
     assert isinstance(font, ImageFont.FreeTypeFont), "every wheel of Pillow has FreeType"
-    return font
+    yield font
 
 
-def _writes(font: ImageFont.FreeTypeFont, text: str) -> bool:
+@cache
+def files() -> tuple[Path, ...]:
+    """Font files: what matplotlib brings along, and those in the folders in which Pillow searches."""
+    fonts = [path for folder in _folders() for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    lettered = [path for path in fonts if not path.name.startswith("LastResort")]  # a box for every character there is
+    return tuple(sorted(lettered, key=lambda path: path.name != "DejaVuSans.ttf"))
+
+
+def _folders() -> list[Path]:
+    folders = []
+    if (matplotlib := find_spec("matplotlib")) is not None and matplotlib.origin is not None:
+        folders.append(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf")
+    if sys.platform == "win32":
+        folders.append(Path(os.environ.get("WINDIR", "C:/Windows")) / "fonts")
+    elif sys.platform == "darwin":
+        folders += [Path("/Library/Fonts"), Path("/System/Library/Fonts"), Path.home() / "Library/Fonts"]
+    else:
+        shares = os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share"
+        home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local/share")
+        folders += [Path(share) / "fonts" for share in [home, *shares.split(":")] if share]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _writes(font: ImageFont.FreeTypeFont, characters: frozenset[str]) -> bool:
     lacking = bytes(font.getmask(NOWHERE))
-    return all(bytes(font.getmask(character)) != lacking for character in set(text) if not character.isspace())
+    return all(bytes(font.getmask(character)) != lacking for text in characters for character in text)

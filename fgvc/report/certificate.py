@@ -13,7 +13,7 @@ from fgvc.errors import FgvcError
 from fgvc.exporting.prove import BATCH_TOLERANCE, FOLD_TOLERANCE, ONNX_TOLERANCE, SHIPPED_TOLERANCE
 from fgvc.images.preprocess import differences
 from fgvc.io.names import relabelled
-from fgvc.runs.subject import Answers, Subject
+from fgvc.runs.loaded import Answers, LoadedRun
 from fgvc.runtime.bundle import Bundle
 from fgvc.runtime.engine import Session
 
@@ -99,7 +99,7 @@ class Certificate:
 
 
 def certificates(
-    bundles: Sequence[Bundle], subjects: Sequence[Subject], answers: Sequence[Answers]
+    bundles: Sequence[Bundle], runs: Sequence[LoadedRun], answers: Sequence[Answers]
 ) -> dict[int, Certificate]:
     """The position of a run -> the certificate of the bundle that gives its logits.
 
@@ -108,32 +108,32 @@ def certificates(
     found: dict[int, Certificate] = {}
     for bundle in bundles:
         away = {
-            at: _distance(bundle, seen, answer)
-            for at, (seen, answer) in enumerate(zip(subjects, answers, strict=True))
-            if not _apart(bundle, seen)
+            at: _distance(bundle, run, answer)
+            for at, (run, answer) in enumerate(zip(runs, answers, strict=True))
+            if not _apart(bundle, run)
         }
         if not away:
             raise FgvcError(
                 f"{bundle.folder}: other classes or another preprocessing than the run's: not exported from it; the bundle's "
-                f"against {subjects[0].run}'s: {'; '.join(_apart(bundle, subjects[0]))}"
+                f"against {runs[0].folder}'s: {'; '.join(_apart(bundle, runs[0]))}"
             )
         nearest = min(away, key=lambda at: away[at].worst)
         if not away[nearest].worst <= SAME:
             raise FgvcError(
                 f"{bundle.folder}: not these weights: its logits are {away[nearest].worst:.2g} away from those of "
-                f"{subjects[nearest].run} ({subjects[nearest].select}); export again, or give the --select of its export"
+                f"{runs[nearest].folder} ({runs[nearest].select}); export again, or give the --select of its export"
             )
         found[nearest] = away[nearest]
     return found
 
 
-def _apart(bundle: Bundle, seen: Subject) -> list[str]:
-    return [*differences(bundle.preprocess, seen.preprocess), *relabelled(bundle.labels, seen.classes)]
+def _apart(bundle: Bundle, run: LoadedRun) -> list[str]:
+    return [*differences(bundle.preprocess, run.preprocess), *relabelled(bundle.labels, run.classes)]
 
 
-def _distance(bundle: Bundle, seen: Subject, answer: Answers) -> Certificate:
+def _distance(bundle: Bundle, run: LoadedRun, answer: Answers) -> Certificate:
     at = np.unique(np.linspace(0, len(answer.rows) - 1, min(IMAGES, len(answer.rows))).astype(int))
-    loader = evaluation_loader(seen.index, answer.rows[at], spec=seen.preprocess, batch_size=IMAGES, workers=0)
+    loader = evaluation_loader(run.index, answer.rows[at], spec=run.preprocess, batch_size=IMAGES, workers=0)
     x = np.concatenate([batch.images.numpy() for batch in loader])
     z, said = answer.logits[at], Session(bundle.model).logits(x)
     return Certificate(bundle, float((np.abs(z - said) / np.maximum(1, np.abs(z))).max()), len(at))

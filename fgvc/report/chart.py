@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +12,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 
 from fgvc.evaluation.calibration import BINS, Calibrated, Reliability
-from fgvc.evaluation.font import writable
+from fgvc.images.lettering import writable
 from fgvc.report.render import chart
 from fgvc.runs.history import History
 
@@ -147,5 +146,4 @@ def _plain(axes: Axes) -> None:
 
 
 def _font(names: Sequence[str]) -> FontProperties:
-    path: Path = writable(names)[1]
-    return FontProperties(fname=str(path), size=8)
+    return FontProperties(fname=str(writable(names)[1].path), size=8)

@@ -12,7 +12,7 @@ import yaml
 
 from fgvc.config.data import Split
 from fgvc.config.loading import differences, dump, leaves
-from fgvc.config.recipe import Recipe, Selected
+from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import chosen
 from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import Calibrated
@@ -29,8 +29,8 @@ from fgvc.report.localization import COLUMNS, Table, localisation
 from fgvc.report.render import render
 from fgvc.runs.folder import has_floor
 from fgvc.runs.history import History, interpolated, read_history
-from fgvc.runs.subject import Answers, Subject, subject
-from fgvc.runtime.bundle import load_bundle
+from fgvc.runs.loaded import Answers, LoadedRun
+from fgvc.runtime.bundle import Bundle
 from fgvc.runtime.engine import refuse_no_numbers
 
 SHARES = {
@@ -50,7 +50,7 @@ class RunChapter:
     """All that the page shows of one run."""
 
     name: str
-    seen: Subject
+    run: LoadedRun
     split: Split
     answers: Answers
     scores: Scores
@@ -64,26 +64,26 @@ class RunChapter:
     @property
     def facts(self) -> dict[str, str]:
         """What was scored, and what it took; the same for every run, so that they can stand side by side."""
-        recipe, epochs = self.seen.recipe, len(self.history.epochs)
+        recipe, epochs = self.run.recipe, len(self.history.epochs)
         size = " × ".join(str(side) for side in recipe.image.size)
         seconds = self.history.seconds
         done = f"{epochs} of {recipe.train.epochs}"
         return {
             "network": f"{recipe.model.backbone} at {size}",
             "techniques": ", ".join(chosen(recipe.techniques)) or "none",
-            "preprocessing": described(self.seen.preprocess),
-            "weights": self.seen.select,
+            "preprocessing": described(self.run.preprocess),
+            "weights": self.run.select,
             "epochs": done + ("" if seconds is not None else ", not finished"),
             "training time": duration(seconds) if seconds is not None else "",
             "started": self.history.started,
             "seed": str(recipe.train.seed),
-            "interpolated": interpolated(self.seen.run),
+            "interpolated": interpolated(self.run.folder),
         }
 
     @property
     def classes(self) -> list[dict[str, Any]]:
         """Rows of `Scores.by_class`, the worst recall first; classes without an image last."""
-        rows = self.scores.by_class(self.seen.classes)
+        rows = self.scores.by_class(self.run.classes)
         return sorted(rows, key=lambda row: (row["recall"] == "", row["recall"] or 0.0, -int(row["images"])))
 
     @property
@@ -110,12 +110,12 @@ class RunChapter:
     @property
     def settings(self) -> list[tuple[str, str]]:
         """Key and value of what is not fgvc's default."""
-        own = self.seen.recipe.model_dump(mode="json", exclude_defaults=True)
+        own = self.run.recipe.model_dump(mode="json", exclude_defaults=True)
         return [(key, written(value)) for key, value in leaves(own)]
 
     @property
     def config(self) -> str:
-        return dump(self.seen.recipe)
+        return dump(self.run.recipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,54 +128,48 @@ class Row:
 
 
 def report(
-    runs: Sequence[Path],
+    runs: Sequence[LoadedRun],
     out: Path,
     *,
-    bundles: Sequence[Path] = (),
+    bundles: Sequence[Bundle] = (),
     split: Split | None = None,
-    select: Selected | None = None,
     device: str | None = None,
     images: int = 10,
-    root: Path | None = None,
-    max_pixels: int | None = None,
 ) -> Path:
     """Score the runs on one part of their data (default: val, else test) and write the page; the same runs give the same bytes.
 
     `bundles`: what runs were exported to, each shown with the run whose logits it gives. `images`: pictures a section.
-    `root`: where the set of all these runs lies now, where it has moved; `max_pixels`: of a picture, in place of
-    the recipes' limits.
     Raises FgvcError where runs have different classes, or a bundle holds none of the runs' weights.
     """
     refuse_file(out)
-    if len({run.resolve() for run in runs}) < len(runs):
+    folders = [run.folder for run in runs]
+    if len({folder.resolve() for folder in folders}) < len(runs):
         raise FgvcError("the same run twice: name each run once")
-    subjects = [subject(run, select, root=root, max_pixels=max_pixels) for run in runs]
-    _refuse_other_classes(subjects)
-    opened = [load_bundle(folder) for folder in bundles]
-    splits = [seen.rows_of(split) for seen in subjects]
+    _refuse_other_classes(runs)
+    splits = [run.rows_of(split) for run in runs]
     if len({split for split, _ in splits}) > 1:
         raise FgvcError("not all of the runs have a validation part: give --split test")
-    answers = [seen.answers(rows, device=device) for seen, (_, rows) in zip(subjects, splits, strict=True)]
+    answers = [run.answers(rows, device=device) for run, (_, rows) in zip(runs, splits, strict=True)]
     for run, answer in zip(runs, answers, strict=True):
-        refuse_no_numbers(answer.logits, run)
-    proven = certificates(opened, subjects, answers)
+        refuse_no_numbers(answer.logits, run.folder)
+    proven = certificates(bundles, runs, answers)
     chapters = []
-    for at, (name, seen, answer) in enumerate(zip(told_apart(runs), subjects, answers, strict=True)):
+    for at, (name, run, answer) in enumerate(zip(told_apart(folders), runs, answers, strict=True)):
         scores = of_logits(answer.logits, answer.labels)
-        calibrated = calibration(seen, device=device).on(splits[at][0], (answer.logits, answer.labels))
+        calibrated = calibration(run, device=device).on(splits[at][0], (answer.logits, answer.labels))
         chapters.append(
             RunChapter(
                 name=name,
-                seen=seen,
+                run=run,
                 split=splits[at][0],
                 answers=answer,
                 scores=scores,
                 calibrated=calibrated,
-                history=read_history(seen.run),
-                gallery=gallery(seen, answer, scores, calibrated.known, images=images, device=device),
+                history=read_history(run.folder),
+                gallery=gallery(run, answer, scores, calibrated.known, images=images, device=device),
                 certificate=proven.get(at),
-                localisation=localisation(seen.run, (seen.select, seen.identity)),
-                over_floor=_over_floor(seen, answer, splits[at][0], device=device, root=root, max_pixels=max_pixels),
+                localisation=localisation(run),
+                over_floor=_over_floor(run, answer, splits[at][0], device=device),
             )
         )
     with writing(out):
@@ -186,15 +180,15 @@ def report(
 
 def _page(chapters: Sequence[RunChapter]) -> str:
     names = [chapter.name for chapter in chapters]
-    paths = [{str(chapter.seen.index.paths[row]) for row in chapter.answers.rows} for chapter in chapters]
+    paths = [{str(chapter.run.index.paths[row]) for row in chapter.answers.rows} for chapter in chapters]
     return render(
         "report.html",
         title=f"Report: {names[0]}" if len(names) == 1 else f"Report: {len(names)} runs",
         chapters=chapters,
         rows=_side_by_side(chapters),
-        same_images=all(seen == paths[0] for seen in paths),
+        same_images=all(own == paths[0] for own in paths),
         curves=curves(names, [chapter.history for chapter in chapters]),
-        differing=_differing([chapter.seen.recipe for chapter in chapters]),
+        differing=_differing([chapter.run.recipe for chapter in chapters]),
         shares=SHARES,
         listed=LISTED,
         named=NAMED,
@@ -202,26 +196,23 @@ def _page(chapters: Sequence[RunChapter]) -> str:
     )
 
 
-def _over_floor(
-    seen: Subject, answers: Answers, split: Split, *, device: str | None, root: Path | None, max_pixels: int | None
-) -> Paired | None:
-    if not has_floor(seen.run):
+def _over_floor(run: LoadedRun, answers: Answers, split: Split, *, device: str | None) -> Paired | None:
+    if not has_floor(run.folder):
         return None
-    floor = subject(seen.run, "floor", root=root, max_pixels=max_pixels)
-    said = floor.answers(floor.rows(split), device=device)
-    refuse_no_numbers(said.logits, seen.run)
-    return compare_answers(answers.labels, said.logits.argmax(1), answers.logits.argmax(1))
+    floor = run.selecting("floor").answers(run.rows(split), device=device)
+    refuse_no_numbers(floor.logits, run.folder)
+    return compare_answers(answers.labels, floor.logits.argmax(1), answers.logits.argmax(1))
 
 
-def _refuse_other_classes(subjects: Sequence[Subject]) -> None:
-    first = subjects[0]
-    for other in subjects[1:]:
+def _refuse_other_classes(runs: Sequence[LoadedRun]) -> None:
+    first = runs[0]
+    for other in runs[1:]:
         if other.classes != first.classes:
             apart = sorted(set(first.classes) ^ set(other.classes))
             why = f"{apart[0]!r} is in one alone" if apart else "the same names in another order"
             raise FgvcError(
-                f"{first.run} and {other.run} have different classes ({len(first.classes)} and {len(other.classes)}; {why}): "
-                "one report compares runs on the same classes; make one for each"
+                f"{first.folder} and {other.folder} have different classes ({len(first.classes)} and {len(other.classes)}; "
+                f"{why}): one report compares runs on the same classes; make one for each"
             )
 
 

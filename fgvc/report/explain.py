@@ -10,17 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ImageFont
 
 from fgvc.config.images import MAX_PIXELS, Preprocess
 from fgvc.config.recipe import Selected
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
-from fgvc.evaluation import font
 from fgvc.evaluation.temperature import calibration_without_data
-from fgvc.images.sheet import LETTERS
 from fgvc.models.cam.offline import ClassMaps, looking, named
-from fgvc.runs.subject import load_run
+from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runtime import explain as drawing
 from fgvc.runtime.engine import is_rejected, probabilities, refuse_no_numbers
 from fgvc.runtime.explain import BundleExplainer, Explanation, Floats, is_bundle, telling
@@ -94,40 +91,29 @@ def explain(
                     raise FgvcError(f"{path}: a bundle holds class activation maps alone; compare it by --method cam")
                 explainers.append(telling(path))
             else:
-                opened = open_run(path, chosen, select=select, device=device, channels=channels)
+                opened = explaining(load_run(path, select), chosen, device=device, channels=channels)
                 explainers.append(stack.enter_context(opened))
-        return drawing.explain_files(explainers, files, out, target=target, batch=batch, write=writable, max_pixels=max_pixels)
+        return drawing.explain_files(explainers, files, out, target=target, batch=batch, max_pixels=max_pixels)
 
 
 @contextmanager
-def open_run(
-    run: Path,
-    methods: tuple[str, ...],
-    *,
-    select: Selected | None = None,
-    device: str | None = None,
-    channels: int | None = None,
+def explaining(
+    run: LoadedRun, methods: tuple[str, ...], *, device: str | None = None, channels: int | None = None
 ) -> Iterator[RunExplainer]:
     """The net of a run, on its device; the cost of expensive methods is said on stderr first."""
-    seen = load_run(run, select)
-    known = calibration_without_data(seen, device=device)
+    known = calibration_without_data(run, device=device)
     if not known.calibrated:
-        print(f"{run}: its probabilities are not calibrated: {known.reason}", file=sys.stderr)
-    with seen.placed(device) as (where, layout), ExitStack() as stack:
+        print(f"{run.folder}: its probabilities are not calibrated: {known.reason}", file=sys.stderr)
+    with run.placed(device) as (where, layout), ExitStack() as stack:
         try:
-            look = stack.enter_context(looking(seen.step.net, seen.preprocess.size, methods, channels=channels))
+            look = stack.enter_context(looking(run.step.net, run.preprocess.size, methods, channels=channels))
         except FgvcError as error:
-            raise FgvcError(f"{run}: {error}") from error
+            raise FgvcError(f"{run.folder}: {error}") from error
         for method in methods:
             if (cost := look.cost(method)) is not None:
-                print(f"{run}: {method}: {cost}", file=sys.stderr)
+                print(f"{run.folder}: {method}: {cost}", file=sys.stderr)
         yield RunExplainer(
-            folder=run, labels=seen.classes, spec=seen.preprocess, methods=methods, calibration=known.calibration, look=look,
+            folder=run.folder, labels=run.classes, spec=run.preprocess, methods=methods, calibration=known.calibration, look=look,
             where=where, layout=layout,
         )  # fmt: skip
 
-
-def writable(names: Sequence[str]) -> tuple[list[str], ImageFont.FreeTypeFont]:
-    """See `fgvc.evaluation.font`."""
-    written, path = font.writable(names)
-    return written, ImageFont.truetype(str(path), LETTERS)

@@ -19,7 +19,7 @@ from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit
 from fgvc.models.cam.offline import looking
 from fgvc.report.render import picture
-from fgvc.runs.subject import Answers, Subject
+from fgvc.runs.loaded import Answers, LoadedRun
 from fgvc.runtime.engine import calibration_word, is_calibrated, probabilities
 
 SIDE = 224  # pixels of a picture's longer side
@@ -70,7 +70,7 @@ class Gallery:
 
 
 def gallery(
-    seen: Subject,
+    run: LoadedRun,
     answers: Answers,
     scores: Scores,
     known: Calibration | None,
@@ -85,7 +85,7 @@ def gallery(
     best = np.sort(p, axis=1)[:, -2:]
     worst = np.argsort(own, kind="stable")[:images]
     uncertain = np.argsort(best[:, -1] - best[:, 0], kind="stable")[:images]
-    classes = seen.classes
+    classes = run.classes
     number = {name: at for at, name in enumerate(classes)}
     pairs = [(number[str(row["class"])], number[str(row["other"])]) for row in scores.confused(classes)]
     pairs = pairs[: min(PAIRS, images)]
@@ -93,9 +93,9 @@ def gallery(
         (a, b): _surest((answers.labels == a) & (said == b), p[:, b]) for pair in pairs for a, b in (pair, pair[::-1])
     }
     wanted = np.unique(np.concatenate([worst, uncertain, *mistakes.values()]))
-    maps, unmapped = _maps(seen, answers.rows[wanted], said[wanted], device)
-    shots = {int(at): _shot(seen, answers, p[at], int(at), maps) for at in wanted}
-    examples = {label: _example(seen, label) for pair in pairs for label in pair}
+    maps, unmapped = _maps(run, answers.rows[wanted], said[wanted], device)
+    shots = {int(at): _shot(run, answers, p[at], int(at), maps) for at in wanted}
+    examples = {label: _example(run, label) for pair in pairs for label in pair}
     return Gallery(
         worst=_of(shots, worst),
         uncertain=_of(shots, uncertain),
@@ -123,56 +123,56 @@ def _surest(which: np.ndarray, share: np.ndarray) -> np.ndarray:
     return found[np.argsort(-share[found], kind="stable")[:MISTAKES]]
 
 
-def _shot(seen: Subject, answers: Answers, p: np.ndarray, at: int, maps: Mapping[int, np.ndarray]) -> ExplainedImage:
+def _shot(run: LoadedRun, answers: Answers, p: np.ndarray, at: int, maps: Mapping[int, np.ndarray]) -> ExplainedImage:
     row, label = int(answers.rows[at]), int(answers.labels[at])
     order = np.argsort(-p, kind="stable")[:2]
     first, second = int(order[0]), int(order[-1])
-    image = _crop(seen, row)
+    image = _crop(run, row)
     return ExplainedImage(
         picture=picture(image, side=SIDE),
         map=picture(overlay(image, maps[row]), side=SIDE) if row in maps else None,
         empty=row in maps and not maps[row].any(),
-        path=str(seen.index.paths[row]),
-        true=seen.classes[label],
-        said=seen.classes[first],
+        path=str(run.index.paths[row]),
+        true=run.classes[label],
+        said=run.classes[first],
         true_share=float(p[label]),
         said_share=float(p[first]),
-        other=seen.classes[second],
+        other=run.classes[second],
         other_share=float(p[second]),
     )
 
 
-def _crop(seen: Subject, row: int) -> Image.Image:
+def _crop(run: LoadedRun, row: int) -> Image.Image:
     """What the net is shown of an image, at the size of the report's pictures."""
-    height, width = seen.preprocess.size
+    height, width = run.preprocess.size
     scale = SIDE / max(height, width)
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    return Image.fromarray(fit(decode_row(seen.index, row), seen.preprocess.model_copy(update={"size": size})))
+    return Image.fromarray(fit(decode_row(run.index, row), run.preprocess.model_copy(update={"size": size})))
 
 
-def _example(seen: Subject, label: int) -> str | None:
+def _example(run: LoadedRun, label: int) -> str | None:
     """The first picture of a class in the training part that can be read."""
-    rows = seen.index.rows("train")
-    for row in rows[seen.index.labels[rows] == label][:TRIED]:
+    rows = run.index.rows("train")
+    for row in rows[run.index.labels[rows] == label][:TRIED]:
         try:
-            return picture(_crop(seen, int(row)), side=SIDE)
+            return picture(_crop(run, int(row)), side=SIDE)
         except ImageError:
             continue
     return None
 
 
 def _maps(
-    seen: Subject, rows: np.ndarray, targets: np.ndarray, device: str | None
+    run: LoadedRun, rows: np.ndarray, targets: np.ndarray, device: str | None
 ) -> tuple[dict[int, np.ndarray], str]:
     """For every row, its Grad-CAM (H,W) in [0,1] of the target class; or none, and why."""
     of = dict(zip(rows.tolist(), targets.tolist(), strict=True))
     found: dict[int, np.ndarray] = {}
-    with seen.placed(device) as (where, layout), ExitStack() as stack:
+    with run.placed(device) as (where, layout), ExitStack() as stack:
         try:
-            look = stack.enter_context(looking(seen.step.net, seen.preprocess.size, ["gradcam"]))
+            look = stack.enter_context(looking(run.step.net, run.preprocess.size, ["gradcam"]))
         except FgvcError as error:
             return {}, str(error)
-        for batch in evaluation_loader(seen.index, rows, spec=seen.preprocess, batch_size=32, workers=0):
+        for batch in evaluation_loader(run.index, rows, spec=run.preprocess, batch_size=32, workers=0):
             labels = torch.tensor([of[row] for row in batch.index.tolist()])
             maps, _ = look(batch.images.to(where, memory_format=layout), labels, "gradcam")
             found |= dict(zip(batch.index.tolist(), maps.numpy(), strict=True))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fgvc.errors import FgvcError
-from fgvc.runs.measured import measured
+from fgvc.runs.loaded import LoadedRun
 
 COLUMNS = ("true class's map", "predicted class's", "middle", "chance")
 OF = ("true", "predicted", "centre")  # the first three of these
@@ -35,13 +34,12 @@ class Table:
     notes: tuple[str, ...]
 
 
-def localisation(run: Path, loaded: tuple[str, str | None] | None = None) -> list[Table] | None:
-    """The tables of `<run>/localisation.json`; None where there is no such file. `loaded`: see `measured`. Raises
-    FgvcError where it is broken."""
+def localisation(run: LoadedRun) -> list[Table] | None:
+    """The tables of `<run>/localisation.json`; None where there is no such file. Raises FgvcError where it is broken."""
     try:
-        return [table(key, numbers) for key, numbers in measured(run, "localisation.json", loaded).items()] or None
+        return [table(key, numbers) for key, numbers in run.measured("localisation.json").items()] or None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        path = run / "localisation.json"
+        path = run.folder / "localisation.json"
         raise FgvcError(f"{path}: not as fgvc wrote it ({error!r}); remove it and localize again") from error
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from fgvc.config.images import Preprocess
@@ -17,9 +17,9 @@ from fgvc.config.techniques import settings_by_kind
 from fgvc.data.index import ImageIndex, decode_row
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
-from fgvc.evaluation.font import ADVICE, writable
+from fgvc.images.lettering import ADVICE, writable
 from fgvc.images.overlay import overlay
-from fgvc.images.sheet import LETTERS, Cell, save_sheet
+from fgvc.images.sheet import Cell, save_sheet
 from fgvc.models.target import Target
 from fgvc.runs import checkpoint
 from fgvc.runs.distributed import runtime
@@ -73,8 +73,7 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
                         f"{kind}.png: {kind} works with what a run remembers of each image, and shows nothing here; give "
                         "--run with a run of these very images"
                     )
-            names, path = writable(session.index.classes)
-            font = ImageFont.truetype(str(path), LETTERS)
+            names, font = writable(session.index.classes)
             sheets.append(save_sheet(_step_rows(session, names, images, epoch), out / f"{name}.png", font=font))
             if name == "input":
                 notes += session.index.warnings

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,7 @@ from PIL import Image, ImageFont
 from fgvc.config.images import MAX_PIXELS, Preprocess
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError, ImageError
-from fgvc.images.lettering import writable
+from fgvc.images.lettering import ADVICE, writable
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit, normalise
 from fgvc.images.sheet import FAST, Cell, save_sheet
@@ -55,12 +55,10 @@ from fgvc.runtime.predict import decoded, expand
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]  # (H,W,3)
-Writing = Callable[[Sequence[str]], tuple[list[str], ImageFont.FreeTypeFont]]
 PREDICTED = "predicted"
 RESULTS = ("maps", "overlays", "panels")  # folders
 SINGLE_CELL = "no class maps: the feature map is a single cell; train at a larger image.size"
 COLUMNS = 6  # pictures in a row of a panel, at most
-ADVICE = "no font here can write some names, which appear as numbers; install one, such as Debian's fonts-noto-cjk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +151,7 @@ def explain_bundles(
     files = list(expand(paths))
     refuse_out(out, overwrite=overwrite)
     explainers = [telling(folder) for folder in bundles]
-    return explain_files(explainers, files, out, target=target, batch=batch, write=writable, max_pixels=max_pixels)
+    return explain_files(explainers, files, out, target=target, batch=batch, max_pixels=max_pixels)
 
 
 def refuse_out(out: Path, *, overwrite: bool) -> None:
@@ -169,7 +167,7 @@ def refuse_out(out: Path, *, overwrite: bool) -> None:
 
 
 def explain_files(
-    explainers: Sequence[Explainer], files: Sequence[Path], out: Path, *, target: str, batch: int, write: Writing,
+    explainers: Sequence[Explainer], files: Sequence[Path], out: Path, *, target: str, batch: int,
     max_pixels: int = MAX_PIXELS,
 ) -> int:
     """Write the results of all pictures into `out` in the place of older ones, print one line each: its path, answers, panel, and
@@ -182,7 +180,7 @@ def explain_files(
     wanted = [None if target == PREDICTED else _position(explainer, target) for explainer in explainers]
     titles = told_apart([explainer.folder for explainer in explainers])
     names = list(dict.fromkeys([*(name for explainer in explainers for name in explainer.labels), *titles]))
-    written, font = write(names)
+    written, font = writable(names)
     if written != names:
         print(f"warning: {ADVICE}", file=sys.stderr)
     sheet = _Drawer(out, explainers, titles, dict(zip(names, written, strict=True)), font)
@@ -203,14 +201,14 @@ def explain_files(
                 print(f"error: {crops}", file=sys.stderr)
                 continue
             seen = next(answers)
-            ensemble = sheet.draw(path, name, list(zip(seen, map(Image.fromarray, crops), strict=True)))
+            panel = sheet.draw(path, name, list(zip(seen, map(Image.fromarray, crops), strict=True)))
             for title, explainer, one in zip(titles, explainers, seen, strict=True):
                 for method in (method for method in explainer.methods if not one.maps[method].any()):
                     about = f"{one_line(title)}: {method} of {one_line(explainer.labels[one.label])}"
                     print(f"{one_line(path)}: {about}: an empty map: {silence(one.raw[method])}", file=sys.stderr)
             said = (_answer(explainer.labels, one) for explainer, one in zip(explainers, seen, strict=True))
             words = (calibration_word(is_calibrated(explainer.calibration)) for explainer in explainers)
-            print("\t".join([one_line(path), *said, one_line(ensemble), *words]))
+            print("\t".join([one_line(path), *said, one_line(panel), *words]))
     return 1 if failed else 0
 
 

@@ -23,7 +23,7 @@ from fgvc.models.backbone import plain_model, pretrained_cfg
 from fgvc.models.weights import load_weights, preprocess_for, read_sidecar, told, unlikely
 from fgvc.reparam.plain import strip
 from fgvc.runs.folder import is_run
-from fgvc.runs.subject import load_run
+from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import MANIFEST
 from fgvc.runtime.engine import Session
 from fgvc.runtime.stack import stack_of
@@ -139,9 +139,9 @@ def _model(text: str, path: Path) -> Model:
 
 def _told_by_name(text: str, file: Path) -> str:
     """`mobilenetv2_100` of mobilenetv2_100.birds.safetensors; with timm's own tag where it is one."""
-    splits = file.name.split(".")
-    for end in range(len(splits) - 1, 0, -1):
-        name = ".".join(splits[:end])
+    words = file.name.split(".")
+    for end in range(len(words) - 1, 0, -1):
+        name = ".".join(words[:end])
         if timm.is_model_pretrained(name) or (end == 1 and timm.is_model(name)):
             return name
     raise FgvcError(

@@ -22,8 +22,8 @@ from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import environment, has_floor, is_run, read_run
+from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runs.record import NAME, load
-from fgvc.runs.subject import Subject, subject
 from fgvc.studies.identity import data_digest, digest, important, index_digest
 from fgvc.studies.study import Cell
 from fgvc.studies.table import pack
@@ -100,12 +100,11 @@ def finished(cell: Cell, run: Path) -> bool:
     return (run / "ckpt" / "last").exists() and checkpoint.read_progress(run / "ckpt").finished
 
 
-def measure(cell: Cell, run: Path, split: ScoredSplit, *, cost: float, localise: bool) -> Result:
-    """A line about one run on one part. `cost`: of its training steps, over those of the base arm's run."""
-    root = cell.recipe.data.root
-    found = evaluate(run, split, root=root)
-    seen = subject(run, root=root)
-    graph = contract(seen)
+def measure(cell: Cell, folder: Path, split: ScoredSplit, *, cost: float, localise: bool) -> Result:
+    """A line about one run on one split. `cost`: of its training steps, over those of the base arm's run."""
+    run = load_run(folder, root=cell.recipe.data.root)
+    found = evaluate(run, split)
+    graph = contract(run)
     row: Result = {
         "arm": cell.trial.arm,
         "trial": cell.trial.number,
@@ -115,28 +114,28 @@ def measure(cell: Cell, run: Path, split: ScoredSplit, *, cost: float, localise:
         **{name: round(value, 6) for name, value in found.scores.numbers().items()},
         "right": pack(found.right),
     }
-    if has_floor(run):
-        floor = evaluate(run, split, root=root, select="floor")
+    if has_floor(folder):
+        floor = evaluate(run.selecting("floor"), split)
         row |= {"floor": round(floor.scores.top1, 6), "floor_right": pack(floor.right)}
-    if localise and seen.index.boxes is not None and len(seen.index.rows("val")):
-        row |= _looked(run, split, root)
+    if localise and run.index.boxes is not None and len(run.index.rows("val")):
+        row |= _looked(run, split)
     facts = environment()
     return row | {
         "epochs": cell.epochs,
         "cost": round(cost, 4),
-        "select": seen.select,
+        "select": run.select,
         "graph": graph.sha256,
         "plain": graph.reference_sha256,
-        "fed": described(seen.preprocess),
+        "fed": described(run.preprocess),
         "settings": cell.trial.overrides,
         "recipe": digest(cell.recipe),
         **{key: facts[key] for key in ("fgvc", "torch", "timm", "cpu")},
     }
 
 
-def _looked(run: Path, split: ScoredSplit, root: Path) -> Result:
+def _looked(run: LoadedRun, split: ScoredSplit) -> Result:
     try:
-        found = localize(run, split, root=root)
+        found = localize(run, split)
     except FgvcError as error:
         return {"no_maps": str(error)}
     shares = {} if found.parts is None else {"parts_10": found.parts.map[0], "parts_20": found.parts.map[1]}
@@ -146,12 +145,12 @@ def _looked(run: Path, split: ScoredSplit, root: Path) -> Result:
     return {name: round(value, 6) for name, value in (facts | shares).items()}
 
 
-def contract(seen: Subject) -> Structural:
+def contract(run: LoadedRun) -> Structural:
     """The second of the export's three proofs (structural): the run's graph beside the independent plain model's. The other two
     are `fgvc export`'s, of the weights that are to ship."""
-    recipe, classes = seen.recipe, len(seen.classes)
+    recipe, classes = run.recipe, len(run.classes)
     backbone, kwargs, exporter = recipe.model.backbone, recipe.model.kwargs, recipe.export.exporter
-    plain = strip(seen.step.net.cpu(), backbone=backbone, num_classes=classes, kwargs=kwargs)
+    plain = strip(run.step.net.cpu(), backbone=backbone, num_classes=classes, kwargs=kwargs)
     interface = Interface(size=recipe.image.size, opset=recipe.export.opset)
     reference, positions, _ = cached_plain(
         backbone=backbone, num_classes=classes, kwargs=kwargs, interface=interface, exporter=exporter

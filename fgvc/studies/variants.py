@@ -19,8 +19,8 @@ from fgvc.exporting.prove import ProvedExport
 from fgvc.exporting.quantize import LOWEST_OPSET, Int8, opset_of
 from fgvc.exporting.variant import VariantFile, make_fp16, make_int8
 from fgvc.report.agreement import agreement_page
+from fgvc.runs.loaded import Answers, LoadedRun, onnx_answers
 from fgvc.runs.measured import leave
-from fgvc.runs.subject import Answers, Subject, onnx_answers
 from fgvc.runtime.engine import Session
 
 LISTED = 20  # images in contract.json; all are on the page
@@ -60,7 +60,7 @@ class SmallerFile:
 
 
 def make_variants(
-    seen: Subject, proven: ProvedExport, wanted: Variants, calibration: Calibration | None = None
+    run: LoadedRun, proven: ProvedExport, wanted: Variants, calibration: Calibration | None = None
 ) -> list[SmallerFile]:
     """The files that are wanted, each compared with the float file on the validation part, or on train where there is none.
 
@@ -70,14 +70,14 @@ def make_variants(
     """
     made = []
     if wanted.int8 is not None and not left_out(proven, wanted):
-        made.append((make_int8(*proven.plain, _calibration(seen, wanted.int8.images), wanted.int8), INT8))
+        made.append((make_int8(*proven.plain, _calibration(run, wanted.int8.images), wanted.int8), INT8))
     if wanted.fp16:
         made.append((make_fp16(*proven.plain), FP16))
     if not made:
         return []
-    split: Split = "val" if len(seen.index.rows("val")) else "train"
-    known = _ask(seen, proven.model, spread(seen.rows(split), len(seen.classes)))
-    return [_judge(seen, one, known, split, _bars(bars, wanted.agreement), calibration) for one, bars in made]
+    split: Split = "val" if len(run.index.rows("val")) else "train"
+    known = _ask(run, proven.model, spread(run.rows(split), len(run.classes)))
+    return [_judge(run, one, known, split, _bars(bars, wanted.agreement), calibration) for one, bars in made]
 
 
 def left_out(proven: ProvedExport, wanted: Variants) -> dict[str, str]:
@@ -89,19 +89,19 @@ def left_out(proven: ProvedExport, wanted: Variants) -> dict[str, str]:
 
 
 def _judge(
-    seen: Subject, made: VariantFile, known: Answers, split: Split, bars: Bars, calibration: Calibration | None
+    run: LoadedRun, made: VariantFile, known: Answers, split: Split, bars: Bars, calibration: Calibration | None
 ) -> SmallerFile:
-    said = _ask(seen, made.model, known.rows)
+    said = _ask(run, made.model, known.rows)
     if wild := int((~np.isfinite(said.logits).all(1)).sum()):
         reason = f"gives logits that are no numbers (NaN or infinite) for {wild} of {len(said.rows)} {split} images"
         raise FgvcError(f"model.{made.variant}.onnx is refused:\n  {reason}\n{ADVICE[made.variant]}")
     found = agree(known.rows, known.labels, known.logits, said.logits, split=split)
     failed = found.failed(bars)
     page = f"reports/{made.variant}.html"
-    stored = leave(seen.run, {page: agreement_page(seen.index, made, found, bars, failed)})
+    stored = leave(run.folder, {page: agreement_page(run.index, made, found, bars, failed)})
     if failed:
-        lines = [*failed, *(_line(seen, one) for one in _listed(seen, found)[:5])]
-        advice, all_of = ADVICE[made.variant], f"\nall: {seen.run / page}" if stored else ""
+        lines = [*failed, *(_line(run, one) for one in _listed(run, found)[:5])]
+        advice, all_of = ADVICE[made.variant], f"\nall: {run.folder / page}" if stored else ""
         raise FgvcError(f"model.{made.variant}.onnx is refused:\n  " + "\n  ".join(lines) + f"\n{advice}" + all_of)
     section = {
         **made.contract,
@@ -110,7 +110,7 @@ def _judge(
             **_errors(known, said, split, calibration),
             "bars": {"agreement": bars.agreement, "loss": bars.loss},
             "differing": len(found.differing),
-            "worst_images": _listed(seen, found),
+            "worst_images": _listed(run, found),
         },
     }
     return SmallerFile(made=made, agreement=found, section=section)
@@ -124,8 +124,8 @@ def _errors(known: Answers, said: Answers, split: Split, calibration: Calibratio
     return {name: measure(one.logits, one.labels, calibration).after.ece for name, one in sides.items()}
 
 
-def _listed(seen: Subject, found: Agreement) -> list[dict[str, Any]]:
-    names, paths = seen.classes, seen.index.paths
+def _listed(run: LoadedRun, found: Agreement) -> list[dict[str, Any]]:
+    names, paths = run.classes, run.index.paths
     return [
         {
             "path": str(paths[one.row]), "label": names[one.label], "float": names[one.by_float],
@@ -135,7 +135,7 @@ def _listed(seen: Subject, found: Agreement) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _line(seen: Subject, row: Mapping[str, Any]) -> str:
+def _line(run: LoadedRun, row: Mapping[str, Any]) -> str:
     return (
         f"{row['path']} ({row['label']}): {row['float']} becomes {row['variant']}, by a margin of {row['margin']:.3f}"
     )
@@ -145,14 +145,14 @@ def _bars(bars: Bars, agreement: float | None) -> Bars:
     return bars if agreement is None else replace(bars, agreement=agreement)
 
 
-def _calibration(seen: Subject, count: int) -> Iterator[np.ndarray]:
+def _calibration(run: LoadedRun, count: int) -> Iterator[np.ndarray]:
     """Up to `count` train images, evenly over the classes, as serving sees them."""
-    rows = seen.rows("train")
-    rows = rows[np.argsort(seen.index.labels[rows], kind="stable")]
+    rows = run.rows("train")
+    rows = rows[np.argsort(run.index.labels[rows], kind="stable")]
     rows = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-    for batch in evaluation_loader(seen.index, rows, spec=seen.preprocess, batch_size=64, workers=0):
+    for batch in evaluation_loader(run.index, rows, spec=run.preprocess, batch_size=64, workers=0):
         yield batch.images.numpy()
 
 
-def _ask(seen: Subject, model: bytes, rows: NDArray[np.int64]) -> Answers:
-    return onnx_answers(Session(model), seen.index, rows, spec=seen.preprocess, workers=seen.recipe.train.workers)
+def _ask(run: LoadedRun, model: bytes, rows: NDArray[np.int64]) -> Answers:
+    return onnx_answers(Session(model), run.index, rows, spec=run.preprocess, workers=run.recipe.train.workers)

@@ -24,9 +24,9 @@ from fgvc.io.files import as_json, fill, making, refuse_place
 from fgvc.models.backbone import head_prefixes
 from fgvc.runs import checkpoint
 from fgvc.runs.checkpoint import State
-from fgvc.runs.folder import INTERPOLATION, read_run, selected_weights
+from fgvc.runs.folder import INTERPOLATION, selected_weights
+from fgvc.runs.loaded import LoadedRun
 from fgvc.runs.record import NAME
-from fgvc.runs.subject import LoadedRun, Subject, beside_data, load_run
 from fgvc.training.log import Events
 
 SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(11))
@@ -48,39 +48,40 @@ class Interpolation:
 
 
 def interpolate(
-    run: Path, out: Path, *, share: float | None = None, root: Path | None = None, device: str | None = None
+    run: LoadedRun, out: Path, *, share: float | None = None, device: str | None = None
 ) -> Interpolation:
     """Write the net (1 - share) start + share end of a run, `ckpt/start` and the weights that it ended with, as a finished run.
+    The run is opened with the latter (`select` "end").
 
     Of a run whose best epoch ships, the end is that of its training: better nets may lie on the way there. The share in [0,1] is
     the one of SHARES with the best `select_by` on the run's validation part, the smallest of several; or it is given, and nothing
     is scored. Running statistics lie between those of both nets as weights do; integers are the end's.
-    Re-parameterised blocks stay so, and the way is one of their own weights. `root`: where the run's set lies now; `device`:
-    another than it was trained on. Writes `interpolation.json` beside what a run has.
+    Re-parameterised blocks stay so, and the way is one of their own weights. `device`: another than it was trained on. Writes
+    `interpolation.json` beside what a run has.
     Raises FgvcError where `out` is there already or inside of the run, the run's start is gone, damaged, or has no trained head,
     and where there is no validation part and no share; then nothing is written.
     """
-    _refuse_out(run, out)
+    folder = run.folder
+    _refuse_out(folder, out)
     if share is not None and not 0 <= share <= 1:
         raise FgvcError(f"--share {share:g}: a number from 0 (the start) to 1 (the end)")
-    seen = load_run(run, read_run(run).end)
-    begun, ended = (checkpoint.load(run / "ckpt", name) for name in ("start", checkpoint.slot(seen.select)))
-    _refuse_headless(seen, begun)
-    if ended.identity != seen.identity:
-        raise FgvcError(f"{run}: has trained on while it was read; try again")
+    begun, ended = (checkpoint.load(folder / "ckpt", name) for name in ("start", checkpoint.slot(run.select)))
+    _refuse_headless(run, begun)
+    if ended.identity != run.identity:
+        raise FgvcError(f"{folder}: has trained on while it was read; try again")
     if not ended.progress.finished:
-        print(f"WARNING: {run}: its training is not finished; its end is that of step {ended.progress.step}", file=sys.stderr)
-    ends = selected_weights(run, seen.recipe, "start").weights, selected_weights(run, seen.recipe, seen.select).weights
+        print(f"WARNING: {folder}: its training is not finished; its end is that of step {ended.progress.step}", file=sys.stderr)
+    ends = selected_weights(folder, run.recipe, "start").weights, selected_weights(folder, run.recipe, run.select).weights
     if ends[0].keys() != ends[1].keys():
-        raise FgvcError(f"{run}: its ckpt/start is of a run of other settings; put that of this run there")
+        raise FgvcError(f"{folder}: its ckpt/start is of a run of other settings; put that of this run there")
     scores: dict[float, metrics.Scores | None] = {}
     unreadable: tuple[str, ...] = ()
-    by = seen.recipe.select_by
+    by = run.recipe.select_by
     if share is None:
-        scores, unreadable = _scored(beside_data(seen, root), ends, device)
-        share = _chosen(scores, by, run)
-    found = Interpolation(run, out, seen.select, share, by, scores, unreadable)
-    _write(found, begun, ended, between(*ends, share), seen.recipe.log)
+        scores, unreadable = _scored(run, ends, device)
+        share = _chosen(scores, by, folder)
+    found = Interpolation(folder, out, run.select, share, by, scores, unreadable)
+    _write(found, begun, ended, between(*ends, share), run.recipe.log)
     return found
 
 
@@ -93,42 +94,42 @@ def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float
     }
 
 
-def _refuse_out(run: Path, out: Path) -> None:
+def _refuse_out(folder: Path, out: Path) -> None:
     refuse_place(out)
-    if out.resolve() == run.resolve() or run.resolve() in out.resolve().parents:
-        raise FgvcError(f"{out}: inside of {run}, which stays as it is; choose another --out")
+    if out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents:
+        raise FgvcError(f"{out}: inside of {folder}, which stays as it is; choose another --out")
     if out.exists() or out.is_symlink():
         raise FgvcError(f"{out}: exists already; remove it, or choose another --out")
 
 
-def _refuse_headless(seen: LoadedRun, begun: State) -> None:
+def _refuse_headless(run: LoadedRun, begun: State) -> None:
     """Raise FgvcError where what the run started from had a head that had learnt nothing."""
-    net, head = seen.step.net, seen.recipe.model.head
+    net, head = run.step.net, run.recipe.model.head
     names = {f"net.{name}" for name, _ in net.named_parameters() if name.startswith(head_prefixes(net))}
     if head != "probe" and not names <= set(begun.rest.get("pretrained", ())):
         raise FgvcError(
-            f"{seen.run}: it started from a head without training (model.head: {head}), so nothing on the way from there is of "
-            "use. Train with model.head=probe, which fits a head before the first step, and interpolate that run"
+            f"{run.folder}: it started from a head without training (model.head: {head}), so nothing on the way from there "
+            "is of use. Train with model.head=probe, which fits a head before the first step, and interpolate that run"
         )
 
 
 def _scored(
-    seen: Subject, ends: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], device: str | None
+    run: LoadedRun, ends: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], device: str | None
 ) -> tuple[dict[float, metrics.Scores | None], tuple[str, ...]]:
     """What the net of each share scores on validation, as evaluation has it; and what of that can't be read."""
-    if not len(rows := seen.rows("val")):
-        raise FgvcError(f"{seen.run}: its data has no validation part to choose the share by; give it: --share 0.5")
+    if not len(rows := run.rows("val")):
+        raise FgvcError(f"{run.folder}: its data has no validation part to choose the share by; give it: --share 0.5")
     scores: dict[float, metrics.Scores | None] = {}
     unreadable: dict[str, None] = {}
-    console, net, classes = Console(stderr=True), seen.step.net, len(seen.classes)
-    workers = seen.recipe.train.workers
+    console, net, classes = Console(stderr=True), run.step.net, len(run.classes)
+    workers = run.recipe.train.workers
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in evaluation_loader(seen.index, rows, spec=seen.preprocess, batch_size=64, workers=workers):
+        for batch in evaluation_loader(run.index, rows, spec=run.preprocess, batch_size=64, workers=workers):
             unreadable.update(dict.fromkeys(str(error) for error in batch.bad))
             yield batch.images, batch.labels
 
-    with seen.placed(device) as (where, layout):
+    with run.placed(device) as (where, layout):
         for share in track(SHARES, "shares", console=console, transient=True, disable=not console.is_terminal):
             net.load_state_dict(between(*ends, share))
             try:
@@ -138,12 +139,12 @@ def _scored(
     return scores, tuple(unreadable)
 
 
-def _chosen(scores: Mapping[float, metrics.Scores | None], by: str, run: Path) -> float:
+def _chosen(scores: Mapping[float, metrics.Scores | None], by: str, folder: Path) -> float:
     """The share of the best score; of several the smallest, which is nearest to the pretrained net."""
     sign = 1 if by in metrics.SMALLER_IS_BETTER else -1
     ranked = [(sign * found.numbers()[by], share) for share, found in scores.items() if found is not None]
     if not ranked:
-        raise FgvcError(f"{run}: none of the nets from its start to its end gives numbers; train anew with a lower optim.lr")
+        raise FgvcError(f"{folder}: none of the nets from its start to its end gives numbers; train anew with a lower optim.lr")
     return min(ranked)[1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from fgvc.runs.images import fingerprint, learnt_of_aside, read_index
 from fgvc.runs.step import StepModule
 from fgvc.techniques.distill.teacher import ProbedNet
 from fgvc.training.batch import Normalise
+from fgvc.training.means import RunningMeans
 from fgvc.training.optim import make_ema, make_optimizer, make_schedule, make_swa
 from fgvc.training.teachers import Opened, TeacherLoader
 from fgvc.training.watch import FiniteCheck
@@ -156,6 +157,7 @@ class Session:
     progress: Progress
     pretrained: tuple[str, ...]  # parameters of `step` whose values were those of `model.weights` when the run began
     answers: Tensor | None = None  # (2,N): see `Answers`; of validation, when it was last asked
+    means: RunningMeans = field(default_factory=RunningMeans)  # of this epoch's losses
 
     @property
     def steps_per_epoch(self) -> int:
@@ -240,6 +242,7 @@ class Session:
             "pretrained": list(self.pretrained),
         }
         ema = None if self.average is None else self.average.state_dict()
+        self.progress.sums, self.progress.counts = self.means.read()
         return State(self.step.net.state_dict(), self.step.branches.state_dict(), ema, rest, self.progress)
 
     def restore(self, state: State) -> None:
@@ -270,6 +273,7 @@ class Session:
         set_rng_state(state.rest["rng"][self.runtime.rank], self.runtime.device)
         self.progress, self.answers = state.progress, state.rest.get("answers")
         self.progress.finished = False
+        self.means.restore(self.progress.sums, self.progress.counts)
 
 
 @contextmanager

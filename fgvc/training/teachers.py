@@ -22,7 +22,7 @@ from fgvc.models.weights import Weights, load_weights, unlikely
 from fgvc.reparam.plain import strip
 from fgvc.runs.checkpoint import read_progress
 from fgvc.runs.images import learnt_of_aside
-from fgvc.runs.subject import load_run
+from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import Engine, available_cpus
 from fgvc.techniques.distill.settings import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -53,6 +52,7 @@ from fgvc.training.batch import to_batch
 from fgvc.training.between import epoch_start
 from fgvc.training.floor import Floor, fit_floor, head_of, standing, start_with
 from fgvc.training.log import Events
+from fgvc.training.means import RunningMeans
 from fgvc.training.optim import learning_rate
 from fgvc.training.refit import refit_of
 from fgvc.training.sam import perturbed
@@ -203,7 +203,8 @@ def _run(session: Session, out: Path, events: Events) -> None:
             for _, prepare in session.step.hooks("before_epoch"):
                 prepare(epoch_start(session, out, events, stop=interrupted))
             for losses, count in _steps(session, events):
-                _log(session, _read(session, losses, out), count, events)
+                _refuse_step(session, losses, out)
+                _log(session, losses, count, events)
                 due = recipe.checkpoint.every_steps is not None and progress.step % recipe.checkpoint.every_steps == 0
                 stop = session.runtime.agreed(interrupted.is_set())  # a signal reaches each process in a step of its own
                 if stop or (due and not session.epoch_done):
@@ -302,37 +303,31 @@ def _pass(
     return losses, made
 
 
-def _read(session: Session, losses: Mapping[str, Tensor], out: Path) -> dict[str, float]:
-    """A step's losses, with one wait for the device. Raises FgvcError on all processes where the loss, the gradients or what
-    the step has moved are not finite on one, or where fp16 skips every step."""
+def _refuse_step(session: Session, losses: Mapping[str, Tensor], out: Path) -> None:
+    """Raise FgvcError on all processes where the loss, the gradients or what the step has moved are not finite on one, or where
+    fp16 skips every step. The one value that a step waits for: none may go on, or be saved, with numbers that are none."""
     watched = session.watch.tensors(losses["loss"])
-    doubt = session.runtime.anywhere(suspicious(watched.values()))
-    values = torch.stack([value.to(doubt.device, torch.float32) for value in (doubt, *losses.values())]).tolist()
-    if values[0]:
+    if session.runtime.anywhere(suspicious(watched.values())):
         terms = {f"its term {name}": value for name, value in losses.items() if name != "loss"}
         of_loss = {"the loss": losses["loss"]} | ({} if losses["loss"].isfinite() else terms)
         _refuse(session, out, of_loss | watched, f"step {session.progress.step}")
     step = session.progress.step
     if why := session.watch.skipped(step, last=step >= session.total_steps):
         raise lost(why, out=out, recipe=session.recipe)
-    return dict(zip(losses, values[1:], strict=True))
 
 
 def _refuse(session: Session, out: Path, tensors: Mapping[str, Tensor], when: str) -> None:
     refuse_not_finite(tensors, when=when, out=out, recipe=session.recipe, process=session.runtime)
 
 
-def _log(session: Session, losses: Mapping[str, float], images: int, events: Events) -> None:
+def _log(session: Session, losses: Mapping[str, Tensor], images: int, events: Events) -> None:
     """Sums for the epoch's row, and a line every few steps."""
     progress = session.progress
-    for name, value in losses.items():
-        if math.isfinite(value):  # a measure of no image is none
-            progress.sums[name] = progress.sums.get(name, 0.0) + value
-            progress.counts[name] = progress.counts.get(name, 0) + 1
+    session.means.add(losses)
     if progress.step % events.log.every_steps == 0 or progress.step == session.total_steps:
         rate = progress.step * images / max(progress.seconds, 1e-9)
         lr = learning_rate(session.optimizer)
-        events.step(progress.step, session.total_steps, epoch=progress.epoch, loss=losses["loss"], lr=lr, rate=rate)
+        events.step(progress.step, session.total_steps, epoch=progress.epoch, loss=float(losses["loss"]), lr=lr, rate=rate)
 
 
 def _end_epoch(session: Session, out: Path, events: Events) -> None:
@@ -343,7 +338,7 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
         "step": progress.step,
         "lr": learning_rate(session.optimizer),
     }
-    row |= {name: value / progress.counts[name] for name, value in progress.sums.items()}
+    row |= session.means.means()
     last = progress.step >= session.total_steps
     if session.recipe.train.precise_bn and last:
         session.reestimate_norms()
@@ -365,7 +360,8 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
             write_atomic(out / "plots" / "confusion.png", picture)
     progress.history = [old for old in progress.history if old["epoch"] != row["epoch"]] + [row]
     if session.epoch_done:  # not so where train.max_steps ends the run in mid-epoch
-        progress.epoch, progress.micro, progress.sums, progress.counts = progress.epoch + 1, 0, {}, {}
+        progress.epoch, progress.micro = progress.epoch + 1, 0
+        session.means = RunningMeans()
     progress.finished = last
     events.write("epoch", **row)
     events.table(progress.history)

@@ -20,7 +20,7 @@ from fgvc import api
 from fgvc.cli import show
 from fgvc.evaluation.calibration import calibrate
 from fgvc.exporting.prove import ProvedExport
-from fgvc.runs.subject import subject
+from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.predict import predict_files
 
@@ -82,7 +82,7 @@ def test_the_bundle_holds_what_validation_says(
 ) -> None:
     stored = load_bundle(exported.bundle).calibration
     assert stored is not None
-    answers = subject(run).answers(subject(run).index.rows("val"))
+    answers = load_run(run).answers(load_run(run).index.rows("val"))
     by_torch = calibrate(answers.logits, answers.labels)
     assert stored.temperature == pytest.approx(by_torch.temperature, rel=1e-3)
     assert stored.threshold == pytest.approx(by_torch.threshold, abs=1e-4)

@@ -21,7 +21,7 @@ from fgvc import api
 from fgvc.cli import show
 from fgvc.data.loader import evaluation_loader
 from fgvc.evaluation.temperature import RECORD, calibration
-from fgvc.runs.subject import onnx_answers, subject
+from fgvc.runs.loaded import load_run, onnx_answers
 from fgvc.runtime.engine import Session
 from fgvc.runtime.predict import predict_files
 from tests.serving.small import ask, service
@@ -109,7 +109,7 @@ def calibration_error(z: np.ndarray, right: np.ndarray, t: float) -> float:
 
 
 def test_a_smaller_file_says_what_the_temperature_is_worth_for_it(run: Path, bundle: Path) -> None:
-    opened, seen = api.load_bundle(bundle), subject(run)
+    opened, seen = api.load_bundle(bundle), load_run(run)
     assert opened.calibration is not None
     found = opened.contract["fp16"]["agreement"]
     for name, model in (("ece_float", opened.model), ("ece", opened.variant("fp16"))):
@@ -119,7 +119,7 @@ def test_a_smaller_file_says_what_the_temperature_is_worth_for_it(run: Path, bun
 
 
 def test_the_temperature_is_that_of_least_loss_on_validation(run: Path, bundle: Path) -> None:
-    seen = subject(run)
+    seen = load_run(run)
     answers = seen.answers(seen.index.rows("val"))
     z, y = torch.from_numpy(answers.logits).double(), torch.from_numpy(answers.labels)
     least = minimize_scalar(lambda t: F.cross_entropy(z / t, y).item(), bounds=(0.05, 20), options={"xatol": 1e-9})
@@ -138,7 +138,7 @@ def test_all_ways_say_one_probability_and_that_it_is_calibrated(
     temperature = api.evaluate(run, "test").calibrated
     assert temperature is not None
     assert temperature.calibrated
-    seen = subject(run)
+    seen = load_run(run)
     (row,) = np.flatnonzero([seen.index.path(n) == picture for n in range(len(seen.index))])
     logits = seen.answers(np.array([row])).logits[0].astype(np.float64)
     expected = F.softmax(torch.from_numpy(logits / temperature.temperature), 0).numpy()
@@ -184,7 +184,7 @@ def test_on_test_the_temperature_is_validations_to_the_last_bit(run: Path, bundl
     stored = api.load_bundle(bundle).calibration
     assert stored is not None
     assert [stored.temperature, stored.threshold] == numbers
-    seen = subject(run)
+    seen = load_run(run)
     answers = seen.answers(seen.index.rows("test"))
     z, right = answers.logits.astype(np.float64), answers.logits.argmax(1) == answers.labels
     tested = api.evaluate(run, "test").calibrated
@@ -246,9 +246,9 @@ def test_other_weights_have_a_temperature_of_their_own(run: Path, tmp_path: Path
     tree = json.loads((copy / RECORD).read_text())
     tree["val.last"] |= {"checkpoint": "0" * 64, "temperature": 7.0}
     (copy / RECORD).write_text(json.dumps(tree))
-    assert calibration(subject(copy)).calibration == calibration(subject(run)).calibration
+    assert calibration(load_run(copy)).calibration == calibration(load_run(run)).calibration
     assert kept(copy) == kept(run)
-    both = [subject(copy, select) for select in ("last", "best")]
+    both = [load_run(copy, select) for select in ("last", "best")]
     found = [calibration(one).calibration for one in both]
     assert set(json.loads((copy / RECORD).read_text())) == {"val.last", "val.best"}
     assert (both[0].identity == both[1].identity) == (found[0] == found[1])
@@ -268,7 +268,7 @@ def test_a_damaged_record_is_refused_by_name(run: Path, tmp_path: Path) -> None:
 def test_a_file_that_answers_otherwise_is_not_called_calibrated(run: Path, tmp_path: Path, bundle: Path) -> None:
     from fgvc.evaluation.temperature import refuse_other_file
 
-    seen = subject(run)
+    seen = load_run(run)
     known, model = calibration(seen), (bundle / "model.onnx").read_bytes()
     refuse_other_file(seen, known, model)
     assert known.calibration is not None
@@ -311,7 +311,7 @@ def test_averaged_views_are_never_called_calibrated(run: Path, capsys: pytest.Ca
 
 def test_the_pictures_read_are_those_of_the_loader(run: Path) -> None:
     """The temperature is of what serving sees: the evaluation's own loader, in its order."""
-    seen = subject(run)
+    seen = load_run(run)
     rows = seen.index.rows("val")
     batches = evaluation_loader(seen.index, rows, spec=seen.preprocess, batch_size=64, workers=0)
     with torch.inference_mode():

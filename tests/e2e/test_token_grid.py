@@ -14,7 +14,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.exporting.onnx import explain_model
 from fgvc.reparam.plain import strip
 from fgvc.report.explain import explain
-from fgvc.runs.subject import load_run
+from fgvc.runs.loaded import load_run
 
 SIZE, CELLS = (64, 256), (4, 16)
 TECHNIQUES = {

@@ -16,8 +16,8 @@ from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.evaluation.tta import averaged, canvas, refined
 from fgvc.images.preprocess import preprocess
+from fgvc.runs.loaded import load_run
 from fgvc.runs.measured import measured
-from fgvc.runs.subject import subject
 
 
 def net(x: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_a_second_pass_over_the_attended_crop(tmp_path: Path, recipe_tree: dict,
     plain, twice = api.evaluate(run), api.evaluate(run, views="refined")
     assert (plain.split, twice.split) == ("val", "val-refined")
     assert (twice.scores.loss != plain.scores.loss) or guide == "attention", "the mean attention may be the whole image"
-    step = subject(run, "last", branches=True).step
+    step = load_run(run, "last", branches=True).step
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits, crops = step.look(x)

@@ -23,7 +23,7 @@ from fgvc.config.data import SPLITS
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.models.cam.offline import ClassMaps
-from fgvc.runs.subject import Subject
+from fgvc.runs.loaded import LoadedRun
 
 CLASSES = ("蓝", "green", "red")
 COLOURS = ((60, 80, 250), (70, 250, 80), (250, 70, 60))
@@ -128,7 +128,7 @@ def test_the_thresholds_come_from_validation(own: Path, monkeypatch: pytest.Monk
     what suits the one part is wrong on the other."""
     look, parts = fgvc.evaluation.localize.look, []
 
-    def other(seen: Subject, part: np.ndarray, **options: Any) -> Any:
+    def other(seen: LoadedRun, part: np.ndarray, **options: Any) -> Any:
         parts.append(seen.index.splits[part])
         validation = parts[-1][0] == SPLITS.index("val")
 

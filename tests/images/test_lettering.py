@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from PIL import ImageFont
 
 from fgvc.images import lettering
 
 
-def test_names_that_the_font_lacks_become_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lettering, "FONTS", ("no such font.ttf",))
-    names, font = lettering.writable(["sparrow", "麻雀", "Black-throated 2.5 %"])
-    assert names == ["sparrow", "#1", "Black-throated 2.5 %"]
+@pytest.fixture(autouse=True)
+def _anew() -> Iterator[None]:
+    lettering.font_for.cache_clear()
+    yield
+    lettering.font_for.cache_clear()
+
+
+def test_names_that_no_font_can_write_become_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = next(path for path in lettering.files() if path.name == "DejaVuSans.ttf")
+    monkeypatch.setattr(lettering, "files", lambda: (own,))
+    names, font = lettering.writable(["sparrow", "麻雀", "Spatz Ärger", "воробей", "Black-throated 2.5 %"])
+    assert names == ["sparrow", "#1", "Spatz Ärger", "воробей", "Black-throated 2.5 %"]
+    assert Path(str(font.path)).name == "DejaVuSans.ttf"
+
+
+def test_without_any_file_it_is_pillows_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    monkeypatch.setattr(lettering, "files", lambda: (tmp_path / "broken.ttf", tmp_path / "gone.ttf"))
+    names, font = lettering.writable(["sparrow", "麻雀"])
+    assert names == ["sparrow", "#1"]
     assert isinstance(font, ImageFont.FreeTypeFont)
 
 
-def test_the_first_font_that_has_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib import font_manager
-
-    own = font_manager.findfont("DejaVu Sans")  # which matplotlib brings along
-    monkeypatch.setattr(lettering, "FONTS", ("no such font.ttf", own))
-    assert lettering.writable(["Spatz Ärger", "воробей"])[0] == ["Spatz Ärger", "воробей"]
-    assert lettering.writable(["麻雀"])[0] == ["#0"]
+def test_boxes_are_not_taken_for_letters() -> None:
+    """matplotlib brings a font that has a box for every character."""
+    assert not any(path.name.startswith("LastResort") for path in lettering.files())
+    assert not Path(str(lettering.writable(["麻雀"])[1].path)).name.startswith("LastResort")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fgvc import api
+from fgvc.api import report
 from fgvc.config.recipe import Recipe
-from fgvc.report.document import report
 from tests.report.browser import browser, pdf, problems
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1", "localhost", "::1"])  # where selenium's driver listens

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fgvc import api
+from fgvc.api import report
 from fgvc.config.loading import leaves
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
@@ -24,10 +25,10 @@ from fgvc.evaluation.paired import wilson
 from fgvc.images.decode import decode
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import preprocess
-from fgvc.report.document import duration, report
+from fgvc.report.document import duration
 from fgvc.report.gallery import MISTAKES, gallery
 from fgvc.report.render import picture
-from fgvc.runs.subject import subject
+from fgvc.runs.loaded import load_run
 from tests.conftest import paint
 from tests.report.test_localisation import numbers
 
@@ -117,13 +118,13 @@ def test_the_numbers_are_those_of_eval(run: Path, text: str) -> None:
         assert f"{100 * share:.2f} %" in said
     assert f"{found.loss:.4f}" in said
     assert f"{found.images} images" in said
-    for row in found.by_class(subject(run).classes):
+    for row in found.by_class(load_run(run).classes):
         cells = [cell.strip() for cell in page.row(str(row["class"]))]
         expected = [f"{100 * row[key]:.1f}" if row[key] != "" else "" for key in ("recall", "precision", "f1")]
         assert cells[1:5] == [str(row["images"]), *expected]
         assert cells[5].startswith(str(row["taken_for"]))
-    assert [row[0] for row in page.rows if row[:1] and row[0] in subject(run).classes] == [
-        row["class"] for row in sorted(found.by_class(subject(run).classes), key=lambda row: row["recall"])
+    assert [row[0] for row in page.rows if row[:1] and row[0] in load_run(run).classes] == [
+        row["class"] for row in sorted(found.by_class(load_run(run).classes), key=lambda row: row["recall"])
     ]
 
 
@@ -131,7 +132,7 @@ def test_nothing_is_fetched_run_or_left_unescaped(run: Path, text: str) -> None:
     page = Page(text)
     assert not page.tags & {"script", "link", "iframe", "object", "i"}
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
-    for name in subject(run).classes:
+    for name in load_run(run).classes:
         assert name in "".join(page.texts)
     kinds = set()
     for address in page.addresses:
@@ -152,7 +153,7 @@ def test_the_same_run_gives_the_same_bytes(run: Path, text: str, tmp_path: Path)
 
 
 def test_worst_and_most_uncertain_by_their_definitions(run: Path) -> None:
-    seen = subject(run)
+    seen = load_run(run)
     answers = seen.answers(seen.rows_of()[1])
     scores = of_logits(answers.logits, answers.labels)
     found = gallery(seen, answers, scores, None, images=5)
@@ -182,7 +183,7 @@ def test_maps_are_grad_cam_of_the_class_that_is_said(run: Path, data: Path, tmp_
         kwargs = {"global_pool": "token", "img_size": 64}
         model, size = {"backbone": "test_vit", "kwargs": kwargs}, {"size": 64}
         run = trained(data, tmp_path / "vit", model=model, image=size)
-    seen = subject(run)
+    seen = load_run(run)
     answers = seen.answers(seen.rows_of()[1])
     found = gallery(seen, answers, of_logits(answers.logits, answers.labels), None, images=4)
     assert found.unmapped == ""

@@ -30,7 +30,7 @@ from fgvc.images.sheet import Cell
 from fgvc.models.backbone import deployed
 from fgvc.report import explain as explaining
 from fgvc.runs import folder as run_folder
-from fgvc.runs.subject import load_run, subject
+from fgvc.runs.loaded import load_run
 from fgvc.runtime import explain as drawing
 from fgvc.runtime.bundle import OPTIONAL, REQUIRED, write_bundle
 from fgvc.runtime.engine import Engine
@@ -111,9 +111,9 @@ def test_a_run_side_by_side_with_another(
     for folder in (*METHODS, *(f"{method}-against" for method in METHODS)):
         assert {path.stem for path in (out / "overlays" / folder).iterdir()} == names
     assert {path.name for path in (out / "panels").iterdir()} == {f"{name}.png" for name in names}
-    ensemble = decode(out / "panels/leaf.png")
-    assert ensemble.width == 4 * (160 + 6) + 6, "the picture and three maps"
-    assert ensemble.height > 2 * 64, "a row for each run"
+    panel = decode(out / "panels/leaf.png")
+    assert panel.width == 4 * (160 + 6) + 6, "the picture and three maps"
+    assert panel.height > 2 * 64, "a row for each run"
     with np.load(out / "maps/leaf-2.npz", allow_pickle=False) as found:
         assert str(found["path"]) == str(pictures / "b/leaf.png")
         assert tuple(found["methods"]) == METHODS
@@ -121,7 +121,7 @@ def test_a_run_side_by_side_with_another(
         assert found["maps"].dtype == found["raw_cam"].dtype == np.float32
         assert found["maps"].min() == 0
         assert found["maps"].max() <= 1 + 1e-6
-        seen = subject(run)
+        seen = load_run(run)
         picture = decode(pictures / "b/leaf.png")
         x = torch.from_numpy(preprocess(picture, seen.preprocess))[None]
         with torch.no_grad():
@@ -146,7 +146,7 @@ def test_the_same_command_writes_the_same_bytes(run: Path, pictures: Path, tmp_p
 
 
 def test_a_named_class(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    labels = subject(run).classes
+    labels = load_run(run).classes
     for label in labels:
         assert api.explain(run, [pictures / "a"], tmp_path / label, target=label) == 0
         with np.load(tmp_path / label / "maps/leaf.npz", allow_pickle=False) as found:
@@ -261,10 +261,10 @@ def test_an_empty_map_is_said_and_why(
         raws[:2], whys[:2] = raws[first : first + 2], whys[first : first + 2]
         assert api.explain(run, files, tmp_path / f"out{first}", methods=["cam"]) == 0
         said = [line for line in capsys.readouterr().err.splitlines() if "empty map" in line]
-        for file, line, ensemble, why in zip(files, said, captions[-2:], whys, strict=False):
+        for file, line, panel, why in zip(files, said, captions[-2:], whys, strict=False):
             assert line.startswith(f"{file}: ")
             assert "cam of green: an empty map: " + why in line
-            assert f"(empty: {why}" in ensemble[-1]
+            assert f"(empty: {why}" in panel[-1]
 
 
 def test_the_data_need_not_be_there(run: Path, pictures: Path, tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_logits_that_are_no_numbers_are_refused(
         found = whole(*given)
         return run_folder.Trained({key: value * torch.nan for key, value in found.weights.items()}, found.branches)
 
-    monkeypatch.setattr("fgvc.runs.subject.selected_weights", broken)
+    monkeypatch.setattr("fgvc.runs.loaded.selected_weights", broken)
     with pytest.raises(FgvcError, match=r"first: gives logits that are no numbers"):
         api.explain(run, [pictures / "a"], tmp_path / "out")
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from fgvc.errors import FgvcError
 from fgvc.report.localization import COLUMNS, MEASURES, localisation, table
+from fgvc.runs.loaded import LoadedRun
+from fgvc.runs.measured import measured
 
 
 def numbers(**changes: Any) -> dict[str, Any]:
@@ -55,12 +58,13 @@ def test_without_parts() -> None:
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    assert localisation(tmp_path) is None
+    run = cast("LoadedRun", SimpleNamespace(folder=tmp_path, measured=lambda file: measured(tmp_path, file)))
+    assert localisation(run) is None
     whole = {"val.last.cam": numbers()}
     (tmp_path / "localisation.json").write_text(json.dumps(whole))
-    assert localisation(tmp_path) == [table("val.last.cam", numbers())]
+    assert localisation(run) == [table("val.last.cam", numbers())]
     broken = [{"val": numbers()}, {"val.last.cam": numbers(boxes=1)}, {"val.last.cam": numbers(top1=None)}]
     for text in ("{", "[1]", '{"val": 1}', "\x00", '{"val.last.cam": {}}', *map(json.dumps, broken)):
         (tmp_path / "localisation.json").write_text(text)
         with pytest.raises(FgvcError, match=r"localisation\.json: not as fgvc wrote it"):
-            localisation(tmp_path)
+            localisation(run)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
-from PIL import Image, ImageFont
+from PIL import Image
 
 from fgvc import api
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
-from fgvc.evaluation import font
+from fgvc.images import lettering
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import fit
 from fgvc.images.preprocess import preprocess as prepared
@@ -89,21 +89,6 @@ def test_targets_are_written_as_shares() -> None:
     assert preview._target([(y, share), (other, 1 - share)], 1, "abc") == "1.00 b"
 
 
-def test_names_that_no_font_can_write_become_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    font.font_for.cache_clear()
-    own = [entry for entry in font.font_manager.fontManager.ttflist if "DejaVuSans.ttf" in entry.fname]
-    monkeypatch.setattr(font.font_manager.fontManager, "ttflist", own)
-    names, path = font.writable(["sparrow", "麻雀", "Spatz Ärger"])
-    assert (names, path.name) == (["sparrow", "#1", "Spatz Ärger"], "DejaVuSans.ttf")
-    font.font_for.cache_clear()
-
-
-def test_boxes_are_not_taken_for_letters() -> None:
-    """matplotlib brings a font that has a box for every character."""
-    font.font_for.cache_clear()
-    assert not font.writable(["麻雀"])[1].name.startswith("LastResort")
-
-
 def draw_font(path: Path, characters: str) -> None:
     """A font whose every letter is a square as high as its number."""
     glyphs = {}
@@ -131,13 +116,11 @@ def test_a_font_is_taken_that_has_every_character_of_chinese_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe_tree: dict
 ) -> None:
     draw_font(tmp_path / "Sparrow.ttf", "麻雀originalevuto:0123456789. +ptm")
-    own = [entry for entry in font.font_manager.fontManager.ttflist if "DejaVuSans.ttf" in entry.fname]
-    monkeypatch.setattr(font.font_manager.fontManager, "ttflist", own)  # whatever else this machine has
-    font.font_manager.fontManager.addfont(tmp_path / "Sparrow.ttf")
-    font.font_for.cache_clear()
-    names, path = font.writable(["麻雀", "original"])
+    own = next(path for path in lettering.files() if path.name == "DejaVuSans.ttf")
+    monkeypatch.setattr(lettering, "files", lambda: (own, tmp_path / "Sparrow.ttf"))  # whatever else this machine has
+    lettering.font_for.cache_clear()
+    names, written = lettering.writable(["麻雀", "original"])
     assert names == ["麻雀", "original"]
-    written = ImageFont.truetype(str(path), 20)
     assert written.getmask("麻").getbbox() != written.getmask("雀").getbbox(), "letters, not boxes for unknown ones"
     root = tmp_path / "birds"
     for split, count in (("train", 8), ("val", 2)):
@@ -148,7 +131,7 @@ def test_a_font_is_taken_that_has_every_character_of_chinese_names(
                 Image.new("RGB", (40, 40), (100 * number + 10 * i, 90, 90)).save(place)
     made = recipe(recipe_tree, data={"kind": "folder", "root": str(root)})
     assert api.preview(made, tmp_path / "sheets").notes == (), "no advice: the names could be written"
-    font.font_for.cache_clear()
+    lettering.font_for.cache_clear()
 
 
 def test_a_folder_that_can_not_be_made_is_named(tmp_path: Path, recipe_tree: dict) -> None:

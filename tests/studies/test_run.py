@@ -17,7 +17,7 @@ from fgvc import api
 from fgvc.cli.app import main
 from fgvc.errors import FgvcError
 from fgvc.runs import checkpoint
-from fgvc.runs.subject import subject
+from fgvc.runs.loaded import load_run
 from fgvc.studies import identity, result, run
 from fgvc.studies.study import Plan, read_study
 from fgvc.studies.table import lines, pack
@@ -92,7 +92,7 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
     rows = read(out)
     assert len(rows) == 6
     assert float(rows[0]["top1"]) == pytest.approx(api.evaluate(out / "runs/plain-1e-s0", "val").scores.top1, abs=1e-6)
-    seen = subject(out / "runs/plain-1e-s0")
+    seen = load_run(out / "runs/plain-1e-s0")
     said = seen.answers(seen.rows_of("val")[1])
     assert rows[0]["right"] == pack(said.logits.argmax(1) == said.labels)
     done = api.export(out / "runs/acb-1e-s0", tmp_path / "bundle")
@@ -432,7 +432,7 @@ def test_folds_ask_about_each_image_of_train_once_and_leave_test_alone(
     asked: list[str] = []
     right = []
     for row in rows[:3]:
-        seen = subject(out / "runs" / f"plain-1e-s0-f{row['fold']}of3")
+        seen = load_run(out / "runs" / f"plain-1e-s0-f{row['fold']}of3")
         trained, judged = (set(seen.index.paths[seen.index.rows(split)].tolist()) for split in ("train", "val"))
         assert not trained & judged
         asked += sorted(judged)

@@ -26,7 +26,7 @@ from fgvc.exporting.onnx import serialised
 from fgvc.exporting.quantize import quantise
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import preprocess
-from fgvc.runs.subject import Answers, subject
+from fgvc.runs.loaded import Answers, load_run
 from fgvc.runtime.bundle import load_bundle, write_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.studies import variants as variant
@@ -177,7 +177,7 @@ def test_logits_that_overflow_in_sixteen_bits_are_refused(
     ask = variant._ask
     monkeypatch.setattr(variant, "_ask", lambda *given: broken_from(ask(*given), given[1] != done.proven.model))
     with pytest.raises(FgvcError, match=r"model\.fp16\.onnx is refused:\n  gives logits that are no numbers .* for 1 of 12 val"):
-        variant.make_variants(subject(run), done.proven, api.Variants(fp16=True))
+        variant.make_variants(load_run(run), done.proven, api.Variants(fp16=True))
 
 
 def broken_from(answers: Answers, broken: bool) -> Answers:
@@ -228,7 +228,7 @@ def test_wrong_wishes_are_named(run: Path) -> None:
 
 
 def test_without_a_validation_part_train_images_judge(run: Path, done: api.Exported) -> None:
-    seen = subject(run)
+    seen = load_run(run)
     splits = np.where(seen.index.splits == SPLITS.index("val"), SPLITS.index("test"), seen.index.splits)
     seen = replace(seen, images=replace(seen.images, index=replace(seen.index, splits=splits)))
     (beside,) = variant.make_variants(seen, done.proven, api.Variants(fp16=True))

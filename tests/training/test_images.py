@@ -20,8 +20,8 @@ from fgvc.errors import FgvcError
 from fgvc.runs import record as recording
 from fgvc.runs.folder import read_run
 from fgvc.runs.images import continued, read_index, recorded_images
+from fgvc.runs.loaded import load_run
 from fgvc.runs.record import NAME, Record
-from fgvc.runs.subject import subject
 from tests.conftest import COLOURS, paint
 
 TREE = {
@@ -101,9 +101,9 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 def test_no_change_of_a_folder_moves_an_image_of_a_run(
     run: Path, tmp_path: Path, made: Recipe, pictures: Path, change: Callable[[Path], object]
 ) -> None:
-    before = parts(subject(run).index)
+    before = parts(load_run(run).index)
     change(pictures)
-    assert parts(subject(run).index) == before
+    assert parts(load_run(run).index) == before
     with pytest.raises(FgvcError, match=r"are not those that this run began with|can't go on without its images"):
         continued(run, made)
 
@@ -141,7 +141,7 @@ def test_no_change_of_a_table_moves_an_image_of_a_run(
 def test_a_picture_less_gives_the_same_score_of_the_same_pictures(
     run: Path, tmp_path: Path, made: Recipe, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    index = subject(run).index
+    index = load_run(run).index
     before = api.evaluate(run, "test")
     trained = index.path(index.rows("train")[0])
     trained.unlink()
@@ -160,7 +160,7 @@ def test_a_picture_less_gives_the_same_score_of_the_same_pictures(
 def test_a_reader_refuses_a_file_of_its_part_and_no_other(
     run: Path, tmp_path: Path, made: Recipe, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index = subject(run).index
+    index = load_run(run).index
     lost = index.path(index.rows("test")[0])
     if how == "gone":
         lost.unlink()

@@ -22,7 +22,7 @@ from fgvc.errors import FgvcError
 from fgvc.evaluation import metrics
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run, recorded_preprocess
-from fgvc.runs.subject import subject
+from fgvc.runs.loaded import load_run
 from fgvc.training.session import read_index
 
 TENTHS = [round(0.1 * at, 1) for at in range(11)]
@@ -66,7 +66,7 @@ def by_hand(run: Path, share: float, end: str = "ema") -> dict[str, torch.Tensor
 
 
 def logits(run: Path, select: str | None = None) -> np.ndarray:
-    seen = subject(run, select)
+    seen = load_run(run, select)
     return seen.answers(seen.rows("val")).logits
 
 

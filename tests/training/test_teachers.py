@@ -21,7 +21,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import plain_model
 from fgvc.runs.build import build_net
-from fgvc.runs.subject import subject
+from fgvc.runs.loaded import load_run
 from fgvc.studies.speed import bench_each
 from fgvc.techniques.api import Output
 from fgvc.techniques.distill.ensemble import TeacherEnsemble
@@ -88,7 +88,7 @@ def pictures(size: int) -> torch.Tensor:
 
 def test_a_run_and_its_bundle_say_what_the_shipped_net_says_of_those_pixels(taught: tuple[Path, Path], tree) -> None:
     run, bundle = taught
-    pixels, trained = pictures(64), subject(run, "ema").step
+    pixels, trained = pictures(64), load_run(run, "ema").step
     x = (pixels.flip(3) / 255 - torch.tensor([0.3, 0.4, 0.5])) / torch.tensor([0.25, 0.5, 0.2])
     with torch.no_grad():
         features = trained.net.forward_features(x.permute(0, 3, 1, 2))
@@ -275,8 +275,8 @@ def test_from_an_earlier_run_and_its_bundle_to_a_bundle_of_ones_own(
     shutil.rmtree(bundle)
     assert api.evaluate(student, "test").scores.images == 12
     assert api.export(student, tmp_path / "own").proven.structural.passed
-    assert api.preview(subject(student).recipe, tmp_path / "sheets", images=2, run=student).sheets
-    step = subject(student, "last", branches=True).step
+    assert api.preview(load_run(student).recipe, tmp_path / "sheets", images=2, run=student).sheets
+    step = load_run(student, "last", branches=True).step
     assert not len(step.branches)
     with pytest.raises(FgvcError, match=r"techniques\.distill\.teachers: .*not a run of fgvc"):
         api.train(made.model_copy(update={"train": made.train.model_copy(update={"epochs": 3})}), student)

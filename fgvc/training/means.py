@@ -1,0 +1,44 @@
+"""Means of a step's losses over an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class RunningMeans:
+    """Sums of scalars and how many were finite, on the device that they come from: nothing is waited for until they are read.
+
+    A value that is not finite is left out: a measure of no image is none. Sums are float64 (float32 on devices without it).
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """One step's scalars, by name; which there are may differ from step to step."""
+        for name, scalar in values.items():
+            value = scalar.detach().float()
+            if value.device.type != "mps":
+                value = value.double()
+            finite = value.isfinite()
+            self._sums[name] = self._sums.get(name, 0) + torch.where(finite, value, 0)
+            self._counts[name] = self._counts.get(name, 0) + finite.long()
+
+    def restore(self, sums: Mapping[str, float], counts: Mapping[str, int]) -> None:
+        """Go on from what `read` gave."""
+        self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
+        self._counts = {name: torch.tensor(counts[name]) for name in sums}
+
+    def read(self) -> tuple[dict[str, float], dict[str, int]]:
+        """Sum and count of each, of those that were finite at least once. Waits for the device."""
+        counts = {name: int(count) for name, count in self._counts.items()}
+        return {name: float(self._sums[name]) for name in counts if counts[name]}, {n: c for n, c in counts.items() if c}
+
+    def means(self) -> dict[str, float]:
+        """Waits for the device."""
+        sums, counts = self.read()
+        return {name: value / counts[name] for name, value in sums.items()}
