@@ -65,7 +65,7 @@ def study(run: Path) -> list[dict[str, str]]:
     found: dict[str, list[np.ndarray]] = {}
     with runtime(recipe.train) as process, open_session(recipe, process) as session:
         if session.index.boxes is None or not len(session.index.rows("val")):
-            raise FgvcError(f"{run}: needs data with boxes and a validation part")
+            raise FgvcError(f"{run}: needs data with boxes and a validation split")
         look_through(session, run)
         validation = np.where(session.index.splits == SPLITS.index("val"), SPLITS.index("train"), SPLITS.index("test"))
         session.index = replace(session.index, splits=validation.astype(np.int8))

@@ -3,7 +3,7 @@
     python docs/planted_faults.py COFFEE --weights LITE0 --seeds 0 1 2 3 4 --out docs/results/planted-faults.csv
 
 Each seed makes a copy of a folder set with `train/<class>/` and `test/<class>/`, and spoils it: 30 images are stored again in
-the other part (6 as they are; 6 at JPEG quality 60; 6 at 80 % of their size, 6 lighter by 10 % and 6 mirrored, at quality 90),
+the other split (6 as they are; 6 at JPEG quality 60; 6 at 80 % of their size, 6 lighter by 10 % and 6 mirrored, at quality 90),
 20 images move to another class, and 5 files are damaged. Then it does what the verb does.
 """
 
@@ -92,16 +92,16 @@ def plant(source: Path, out: Path, *, seed: int) -> Planted:
     classes = sorted({Path(path).parent.name for path in paths})
     copies = []
     for number, path in enumerate(chosen[:30]):
-        part, name, file = Path(path).parts
-        again = Path({"train": "test", "test": "train"}[part], name, f"again-{file}")
+        split, name, file = Path(path).parts
+        again = Path({"train": "test", "test": "train"}[split], name, f"again-{file}")
         kind = COPIES[number % len(COPIES)]
         (out / again).write_bytes(copy((out / path).read_bytes(), kind))
         copies.append((kind, path, str(again)))
     swapped = []
     for path in chosen[30:50]:
-        part, name, file = Path(path).parts
+        split, name, file = Path(path).parts
         other = str(rng.choice([one for one in classes if one != name]))
-        swapped.append(str(Path(part, other, f"moved-{file}")))
+        swapped.append(str(Path(split, other, f"moved-{file}")))
         (out / path).rename(out / swapped[-1])
     for kind, path in zip(DAMAGE, chosen[50:], strict=True):
         (out / path).write_bytes(damage((out / path).read_bytes(), kind))

@@ -4,7 +4,7 @@
         --out docs/results/same-answers.csv
 
 --serve: `fgvc serve BUNDLE`; --ray: deploy/ray_serve/app.py with the same bundle; each is left out where it is not named.
-The images are spread evenly over the test part. A way agrees where its first class is that of `fgvc eval` on every image and no
+The images are spread evenly over the test split. A way agrees where its first class is that of `fgvc eval` on every image and no
 probability among the first five differs by more than 1e-4; exit code 1 where one does not.
 """
 

@@ -4,8 +4,8 @@
         --net lite0=FILE --net mobile=FILE --net mobile-inat=FILE
     python benchmarks/base/below.py below.csv
 
-Of each train part a number of images a class is drawn, three times; the others validate (where images have groups, those of
-other groups alone). At full size five folds stand in for draws. The test part is not touched. What a run would ship, the best of
+Of each train split a number of images a class is drawn, three times; the others validate (where images have groups, those of
+other groups alone). At full size five folds stand in for draws. The test split is not touched. What a run would ship, the best of
 its start and all epochs, is chosen by one half of the validating images and scored on the other, and the other way round, so that
 nothing is scored by what chose it. Rows come one by one; those that are there are left alone. Without --set the table is printed.
 """
@@ -93,8 +93,8 @@ def _drawn(overrides: list[str], table: Path, images: int, draw: int) -> list[st
     with table.open("w", newline="") as stream:
         rows = csv.writer(stream)
         rows.writerow(["path", "label", "split"])
-        for part, own in (("train", np.sort(taken)), ("val", rest)):
-            rows.writerows([str(index.paths[i]), index.classes[index.labels[i]], part] for i in own)
+        for split, own in (("train", np.sort(taken)), ("val", rest)):
+            rows.writerows([str(index.paths[i]), index.classes[index.labels[i]], split] for i in own)
     return ["data.kind=csv", f"data.root={index.root}", f"data.file={table.resolve()}"]
 
 

@@ -6,7 +6,7 @@ The file's first line is the recipe (and overrides that all cells share), the se
 cell and its overrides (`folds=1`: of that fold alone; `learn=norms`: only scale, shift and head learn). Rows go to the CSV of the
 same name beside it as they come; those that are there are left alone, so a killed command goes on. The steps are the product's
 own; what is measured beside them (the floor, each epoch, the way from start to end, a fresh probe on the tuned net) is read from
-the fold alone. The test part is not touched.
+the fold alone. The test split is not touched.
 """
 
 from __future__ import annotations
@@ -192,9 +192,9 @@ def _fresh_probe(session: Session, net: torch.nn.Module) -> str:
     return percent(probe.logits(held).argmax(1) == truth)
 
 
-def _features(session: Session, net: torch.nn.Module, part: str) -> tuple[np.ndarray, np.ndarray]:
+def _features(session: Session, net: torch.nn.Module, split: str) -> tuple[np.ndarray, np.ndarray]:
     net.eval()
-    batches = _batches(session, part)
+    batches = _batches(session, split)
     with torch.inference_mode():
         vectors = [
             pooled(net, x.to(memory_format=session.normalise.memory_format)).flatten(1).float().numpy() for x, _ in batches
@@ -203,12 +203,12 @@ def _features(session: Session, net: torch.nn.Module, part: str) -> tuple[np.nda
     return np.concatenate(vectors), np.concatenate([labels.numpy() for _, labels in batches])
 
 
-def _batches(session: Session, part: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(session: Session, split: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Images as evaluation sees them; those of the last cell's fold are kept."""
-    rows = session.index.rows(part)
-    key = (part, str(session.index.root), session.preprocess.model_dump_json(), rows.tobytes())
+    rows = session.index.rows(split)
+    key = (split, str(session.index.root), session.preprocess.model_dump_json(), rows.tobytes())
     if key not in _KEPT:
-        for old in [old for old in _KEPT if old[0] == part]:
+        for old in [old for old in _KEPT if old[0] == split]:
             del _KEPT[old]
         loader = evaluation_loader(session.index, rows, spec=session.preprocess, batch_size=64, workers=0)
         _KEPT[key] = [(batch.images, batch.labels) for batch in loader]

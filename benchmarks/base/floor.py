@@ -1,4 +1,4 @@
-"""The floor: logistic regression on the frozen net's features, learned from the whole train part and scored on test.
+"""The floor: logistic regression on the frozen net's features, learned from the whole train split and scored on test.
 
     python benchmarks/base/floor.py cub50/plain data.root=CUB50 model.weights=FILE data.val_fraction=0
 
@@ -26,10 +26,10 @@ from fgvc.training.start import view_features
 def main(config: str, overrides: list[str]) -> None:
     recipe = api.load_recipe(recipe_path(config), overrides)
     if recipe.data.val_fraction:
-        raise FgvcError("data.val_fraction: the floor of the whole train part; give data.val_fraction=0")
+        raise FgvcError("data.val_fraction: the floor of the whole train split; give data.val_fraction=0")
     index = read_index(recipe)
     backbone = frozen(recipe, len(index.classes))
-    train, test = (features(recipe, backbone, index, index.rows(part)) for part in ("train", "test"))
+    train, test = (features(recipe, backbone, index, index.rows(split)) for split in ("train", "test"))
     spec, seed = backbone.spec, recipe.train.seed
     seen = view_features(backbone.net, spec, index, train.rows, recipe=recipe, device=torch.device("cpu"))
     print("views,images,strength,held-out loss,test images,test top-1 %,95 % interval half")

@@ -114,7 +114,7 @@ def probe(
 ) -> None:
     """How accurate frozen nets with a logistic regression are on a set, what limits that, and how to go on. Trains nothing.
 
-    Cross-validated within the images to learn from; the test part is not read."""
+    Cross-validated within the images to learn from; the test split is not read."""
     from fgvc import api
     from fgvc.cli import show
     from fgvc.io.files import as_json, refuse_file, write_atomic

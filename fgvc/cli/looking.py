@@ -38,7 +38,7 @@ def evaluate(
     ] = None,
     megapixels: OtherMegapixels = None,
 ) -> None:
-    """Score a run on a part of its data."""
+    """Score a run on one split of its data."""
     from fgvc import api
     from fgvc.cli import show
 

@@ -75,7 +75,7 @@ def probing(found: ProbeResults) -> None:
     groups = "" if data.groups is None else ", by whole groups"
     console.print(
         f"{len(data.rows)} images to learn from{sample}; top-1 in %, by {FOLDS}-fold cross-validation within them{groups}; "
-        "the test part is not read",
+        "the test split is not read",
         soft_wrap=True,
     )
     learned = [str(len(own)) for own in reversed(data.folds[0].learned)]

@@ -130,7 +130,7 @@ def ablate(
 
     if test and (arm or seed or estimate):
         raise FgvcError(
-            "--test reads the test part for all that validation chose: it goes without --arm, --seed and --estimate"
+            "--test reads the test split for all that validation chose: it goes without --arm, --seed and --estimate"
         )
     path = study_file(study)
     plan, place = read_study(path, overrides or []), out or Path("studies") / path.stem

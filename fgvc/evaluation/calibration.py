@@ -1,7 +1,7 @@
 """How far a classifier's probabilities can be believed: temperature, calibration error, and when to say "none of these".
 
-Everything is fitted on logits of the validation part, by `calibrate`, so the network and its graph stay as they are; on any
-other part what was fitted is measured, by `measure`. Needs numpy and scipy, no torch.
+Everything is fitted on logits of the validation split, by `calibrate`, so the network and its graph stay as they are; on any
+other split what was fitted is measured, by `measure`. Needs numpy and scipy, no torch.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Calibrated:
 def calibrate(
     logits: NDArray[Any], labels: NDArray[Any], *, keep: float = KEEP, split: str = "val", known: Calibration | None = None
 ) -> Calibrated:
-    """Fit on logits (N,K) of images with labels (N,) of `part`, which the network has not learnt from, and measure there.
+    """Fit on logits (N,K) of images with labels (N,) of `split`, which the network has not learnt from, and measure there.
 
     Temperature scaling (Guo et al., ICML 2017, arXiv:1706.04599): the number that divides all logits so that the cross-entropy
     is least; it changes no answer, only how sure it is. The threshold keeps at least `keep` of the right answers of new images of

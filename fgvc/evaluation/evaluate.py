@@ -1,4 +1,4 @@
-"""Score a run on a part of its images."""
+"""Scores of a run on one split of its images."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def evaluate(
     Writes `metrics.json`, `tables/{classes,confused,reliability,risk-coverage}-<split>.csv` and
     `plots/{confusion,reliability,risk-coverage}-<split>.png` into the run (`-<split>-<select>` for other weights than the
     recipe's selection), calibration by up to 10,000 of the images and without `views` only: the temperature and threshold are
-    the run's own, fitted on its validation part, whatever is scored. Of a run that can't be written nothing is stored, and
-    stderr says so. Raises FgvcError where the part is empty, or a file of it is gone or has another size than when the run began.
+    the run's own, fitted on its validation split, whatever is scored. Of a run that can't be written nothing is stored, and
+    stderr says so. Raises FgvcError where the split is empty, or a file of it is gone or of another size than when the run began.
     """
     run.measured("metrics.json")  # can be added to
     index, preprocess, chosen = run.index, run.preprocess, run.select

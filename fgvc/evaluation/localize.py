@@ -114,13 +114,13 @@ def localize(
     device: str | None = None,
 ) -> Localisation:
     """Measure where the class maps of a run's weights lie on `split` (default: val where there is one, else test), in what
-    evaluation sees of each image. Thresholds are always those that suit the validation part best.
+    evaluation sees of each image. Thresholds are always those that suit the validation split best.
 
     `method`, `channels`: as those of `fgvc explain`; what an expensive one costs is said on stderr first. Writes
     `localisation.json`, `tables/localisation-<split>.csv` (classes), `tables/parts-<split>.csv` and
     `plots/localisation-<split>.png` into the run; another method than gradcam and another selection than the recipe's are in the
     names. Of a run that can't be written nothing is stored, and stderr says so. Raises FgvcError where the data have no boxes or
-    no validation part, or the net no such maps.
+    no validation split, or the net no such maps.
     """
     chosen_method = named(method)
     run.measured(RECORD)  # can be added to
@@ -132,7 +132,7 @@ def localize(
     refuse_shares(run.index)
     split, rows = run.rows_of(split)
     if not len(validation := run.rows("val")):
-        raise FgvcError(f"{run.folder}: its data has no val part, on whose images the thresholds of the maps are chosen")
+        raise FgvcError(f"{run.folder}: its data has no val split, on whose images the thresholds of the maps are chosen")
     looked = look(run, rows, method=chosen_method, channels=channels, device=device)
     source = looked
     if split != "val":

@@ -1,4 +1,4 @@
-"""Scores of a net on a part of the data, summed by torchmetrics, right over any number of processes."""
+"""Scores of a net on one split of the data, summed by torchmetrics, right over any number of processes."""
 
 from __future__ import annotations
 
@@ -123,12 +123,12 @@ def evaluate(
             confidence, said = z.softmax(1).max(1)
             bins += binned(confidence.cpu().double().numpy(), (said == labels).cpu().numpy())
             loss.update(nn.functional.cross_entropy(z, labels), weight=len(y))
-    with warnings.catch_warnings():  # a process may have no share of a small part; its zeros are right
+    with warnings.catch_warnings():  # a process may have no share of a small split; its zeros are right
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
         values, mean_loss = metrics.compute(), float(loss.compute())
     confusion = values["confusion"].cpu().numpy()
     if not confusion.sum():
-        raise FgvcError("nothing to evaluate: no readable image in this part of the data")
+        raise FgvcError("nothing to evaluate: no readable image in this split of the data")
     if dist.is_available() and dist.is_initialized():
         shared = torch.from_numpy(bins).to(device)
         dist.all_reduce(shared)

@@ -32,7 +32,7 @@ def plot_curves(history: Sequence[Mapping[str, float]]) -> bytes:
         right.legend()
     else:
         right.plot(epochs, [row["lr"] for row in history], marker=".")
-        right.set(xlabel="epoch", ylabel="learning rate", title="schedule (no validation part)")
+        right.set(xlabel="epoch", ylabel="learning rate", title="schedule (no validation split)")
     left.set(xlabel="epoch", ylabel="loss", title="loss")
     left.legend()
     for axes in (left, right):

@@ -190,8 +190,8 @@ def images_of(
 
 
 def _images_of(data: str | None, sides: Sequence[Classifier], split: Split | None) -> Images:
-    """The images to ask about: of a folder of class folders (all of it, or a part where it has parts), of a recipe or a run, or
-    by default of the first side that is a run. `split` as for evaluation: by default val where there is one, else test.
+    """The images to compare on: of a folder of class folders (all of it, or one split where it has splits), of a recipe or a run,
+    or by default of the first side that is a run. `split` as for evaluation: by default val where there is one, else test.
 
     Raises FgvcError where there are none, or of classes that the sides do not know.
     """
@@ -217,7 +217,7 @@ def _images_of(data: str | None, sides: Sequence[Classifier], split: Split | Non
         rows_of = index.rows
     chosen: Split = split or ("val" if len(index.rows("val")) else "test")
     if not len(rows := rows_of(chosen)):
-        raise FgvcError(f"{data}: has no {chosen} part")
+        raise FgvcError(f"{data}: has no {chosen} split")
     return _known(Images(index=index, rows=rows, split=chosen, workers=workers), sides[0])
 
 

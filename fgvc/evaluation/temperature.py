@@ -1,7 +1,7 @@
-"""A run's temperature and threshold: fitted once, on its validation part, and kept in its folder with the checkpoint's digest.
+"""A run's temperature and threshold: fitted once, on its validation split, and kept in its folder with the checkpoint's digest.
 
 `<run>/calibration.json` holds, under `val.<select>`, what a bundle's does, and the identity of the checkpoint whose weights it
-was fitted for. All that shows a probability of this run takes both numbers from there. No other part is ever fitted on.
+was fitted for. All that shows a probability of this run takes both numbers from there. No other split is ever fitted on.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def fitting_rows(run: LoadedRun) -> NDArray[np.int64]:
 def calibration(
     run: LoadedRun, *, keep: float | None = None, given: Given | None = None, device: str | None = None
 ) -> RunCalibration:
-    """What is kept of the run's weights; where nothing is, it is fitted on the validation part, and kept.
+    """What is kept of the run's weights; where nothing is, it is fitted on the validation split, and kept.
 
     `keep`: share of the right answers that the threshold must keep; None: what the kept one keeps. `given`: what the net says of
     `fitting_rows`, where that is at hand. Raises FgvcError for logits that are no numbers.
@@ -77,7 +77,7 @@ def calibration(
     if found is not None and keep in (None, found.keep):
         return RunCalibration(found)
     if not len(run.index.rows(FITTED_ON)):
-        return RunCalibration(None, "the data have no validation part, and a temperature is fitted on nothing else")
+        return RunCalibration(None, "the data have no validation split, and a temperature is fitted on nothing else")
     if given is None:
         try:
             answers = run.answers(fitting_rows(run), device=device)
@@ -109,11 +109,11 @@ def calibration_without_data(run: LoadedRun, *, device: str | None = None) -> Ru
 def _unread(run: LoadedRun, error: FgvcError) -> RunCalibration:
     said = " ".join(line.strip() for line in str(error).splitlines()[:2])  # without advice, which is the verb's that was asked
     advice = f"`fgvc eval {run.folder} --split {FITTED_ON} --root DIR` fits and keeps a temperature where the set lies in DIR now"
-    return RunCalibration(None, f"none is kept, and the validation part can't be read ({said}); {advice}")
+    return RunCalibration(None, f"none is kept, and the validation split can't be read ({said}); {advice}")
 
 
 def refuse_other_file(run: LoadedRun, known: RunCalibration, model: bytes) -> None:
-    """Raise FgvcError where an exported file does not say of the validation part what the run said when its temperature was
+    """Raise FgvcError where an exported file does not say of the validation split what the run said when its temperature was
     fitted, or says what are no numbers."""
     if known.calibration is None:
         return

@@ -136,7 +136,7 @@ def report(
     device: str | None = None,
     images: int = 10,
 ) -> Path:
-    """Score the runs on one part of their data (default: val, else test) and write the page; the same runs give the same bytes.
+    """Score the runs on one split of their data (default: val, else test) and write the page; the same runs give the same bytes.
 
     `bundles`: what runs were exported to, each shown with the run whose logits it gives. `images`: pictures a section.
     Raises FgvcError where runs have different classes, or a bundle holds none of the runs' weights.
@@ -148,7 +148,7 @@ def report(
     _refuse_other_classes(runs)
     splits = [run.rows_of(split) for run in runs]
     if len({split for split, _ in splits}) > 1:
-        raise FgvcError("not all of the runs have a validation part: give --split test")
+        raise FgvcError("not all of the runs have a validation split: give --split test")
     answers = [run.answers(rows, device=device) for run, (_, rows) in zip(runs, splits, strict=True)]
     for run, answer in zip(runs, answers, strict=True):
         refuse_no_numbers(answer.logits, run.folder)

@@ -50,7 +50,7 @@ class ExplainedImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Two classes that are taken for one another. `examples`: a picture of each from the training part, or None."""
+    """Two classes that are taken for one another. `examples`: a picture of each from the training split, or None."""
 
     classes: tuple[str, str]
     examples: tuple[str | None, str | None]
@@ -151,7 +151,7 @@ def _crop(run: LoadedRun, row: int) -> Image.Image:
 
 
 def _example(run: LoadedRun, label: int) -> str | None:
-    """The first picture of a class in the training part that can be read."""
+    """The first picture of a class in the training split that can be read."""
     rows = run.index.rows("train")
     for row in rows[run.index.labels[rows] == label][:TRIED]:
         try:

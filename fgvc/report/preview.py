@@ -30,7 +30,7 @@ from fgvc.techniques.api import View
 from fgvc.training.batch import to_batch
 from fgvc.training.between import epoch_start
 from fgvc.training.log import Events
-from fgvc.training.session import Session, open_session
+from fgvc.training.session import Session, open_session, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
     for name, kinds in arms.items():
         techniques = recipe.techniques.model_copy(update={kind: None for kind in settings_by_kind() if kind not in kinds})
         train = recipe.train.model_copy(update={"workers": 0})
-        part = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
-        with runtime(part.train) as process, open_session(part, process, index=index, teachers="not") as session:
+        arm = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
+        with runtime(arm.train) as process, open_session(arm, process, index=index, teachers="not") as session:
             remembered = run is not None and look_through(session, run)
             for kind, technique in session.step.techniques.items():
                 if name == kind and technique.remembers_images and not remembered:
@@ -154,11 +154,10 @@ def look_through(session: Session, run: Path) -> bool:
 
 
 def _evaluation_rows(session: Session, names: Sequence[str], images: int) -> list[list[Cell]]:
-    """Images of the validation part (else test, else train) beside what evaluation and serving make of them."""
+    """Images of the validation split (else test, else train) beside what evaluation and serving make of them."""
     index = session.index
-    part = next(rows for split in ("val", "test", "train") if len(rows := index.rows(split)))
-    spread = part[np.linspace(0, len(part) - 1, min(images, len(part))).astype(int)]
-    loader = evaluation_loader(index, spread, spec=session.preprocess, batch_size=len(spread), workers=0)
+    rows = spread(next(rows for split in ("val", "test", "train") if len(rows := index.rows(split))), images)
+    loader = evaluation_loader(index, rows, spec=session.preprocess, batch_size=len(rows), workers=0)
     cells = []
     for batch in loader:
         for x, y, row in zip(batch.images, batch.labels.tolist(), batch.index.tolist(), strict=True):

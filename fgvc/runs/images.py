@@ -1,6 +1,6 @@
 """The images of a recipe, which are listed anew, and those of a run, which are what it recorded when it began.
 
-A new draw of a set that has changed by one file moves others from part to part, so that what was trained on would be tested on.
+A new draw of a set that has changed by one file moves others from split to split, so that what was trained on would be tested on.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RunImages:
     record: Record | None  # None: of an earlier fgvc, which kept none
 
     def rows(self, split: Split) -> NDArray[np.int64]:
-        """Rows of one part. Raises FgvcError where a file of these is gone, or is another than the run began with."""
+        """Rows of one split. Raises FgvcError where a file of these is gone, or is another than the run began with."""
         rows = self.index.rows(split)
         if self.record is not None and (said := _lost(self.record, rows)):
             raise FgvcError(
@@ -163,13 +163,13 @@ def _unrecorded(run: Path, recipe: Recipe) -> ImageIndex:
     if known is not None and known != fingerprint(index):
         raise FgvcError(
             f"{run}: the images in {index.root} are not those that it was trained on, and it has no record of which were in "
-            "which part: restore the set as it was, or name the folder where it lies now (--root DIR)"
+            "which split: restore the set as it was, or name the folder where it lies now (--root DIR)"
         )
     doubt = (
         "they have the names that it was trained on" if known is not None else "whether any came or went is not known"
     )
     print(
-        f"{run}: has no record of its images (an earlier fgvc began it): they were divided into parts anew; {doubt}",
+        f"{run}: has no record of its images (an earlier fgvc began it): they were divided into splits anew; {doubt}",
         file=sys.stderr,
     )
     return index

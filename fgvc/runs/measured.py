@@ -24,7 +24,7 @@ _said: set[Path] = set()  # runs of which it was said that they can't be written
 
 
 def measured(run: Path, name: str, loaded: tuple[str, str | None] | None = None) -> dict[str, Any]:
-    """What one of MEASURED holds of the checkpoints that the run has now, by `<part>.<select>...`; empty where nothing was
+    """What one of MEASURED holds of the checkpoints that the run has now, by `<split>.<select>...`; empty where nothing was
     measured. `loaded`: the selection and identity of weights that were read, which is what the run has of these: where `last` is
     damaged they are of an older checkpoint. Raises FgvcError where it is not as fgvc writes it."""
     names: tuple[checkpoint.Name, ...] = ("last", "best", "start")

@@ -115,7 +115,7 @@ class Changes:
     gone: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()  # the file has another size
     relabelled: tuple[str, ...] = ()
-    moved: tuple[str, ...] = ()  # to another part; not asked where files came or went, as drawn parts then move
+    moved: tuple[str, ...] = ()  # to another split; not checked where files came or went, as drawn splits then move
     annotated: tuple[str, ...] = ()  # with another box, other parts of the object, or in another group
     classes: str = ""  # what is new about the classes or their order
 
@@ -126,7 +126,7 @@ class Changes:
         """One for each kind of change, with the first few files."""
         words = {
             "added": "added", "gone": "gone", "changed": "of another size", "relabelled": "with another label",
-            "moved": "in another part", "annotated": "with another box, other parts or another group",
+            "moved": "in another split", "annotated": "with another box, other parts or another group",
         }  # fmt: skip
         found = [(word, getattr(self, name)) for name, word in words.items()]
         return [f"{len(paths)} {word}: {some(paths, 3)}" for word, paths in found if paths] + [self.classes] * bool(

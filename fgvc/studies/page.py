@@ -26,7 +26,7 @@ BUDGETS = {
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One part under one budget."""
+    """A table's place: one split under one budget."""
 
     title: str
     found: list[Line]
@@ -42,7 +42,7 @@ class Section:
 
 
 def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
-    """Write the study's three files anew. `results`: of runs of this plan, one a run and part."""
+    """Write the study's three files anew. `results`: of runs of this plan, one a run and split."""
     order = {(trial.arm, trial.number): number for number, trial in enumerate(plan.trials)}
 
     def place(row: Result) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
 
 
 def _named(split: str, study: Study) -> str:
-    """A part of the data, and what the study makes of it where it has folds."""
+    """A split of the data, and what the study makes of it where it has folds."""
     if study.folds is None:
         return NAMES[split]
     numbers, count = study.folds

@@ -186,7 +186,7 @@ def _read(data: str, overrides: Sequence[str], images: int) -> Data:
     index = read_index(recipe)
     learning = np.flatnonzero(index.splits != SPLITS.index("test"))
     if not len(learning):
-        raise FgvcError(f"{data}: no images to learn from: all of them are in the test part")
+        raise FgvcError(f"{data}: no images to learn from: all of them are in the test split")
     rows = learning
     if len(learning) > images:
         rows = learning[

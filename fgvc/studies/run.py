@@ -1,7 +1,7 @@
 """`fgvc ablate`: train and measure what a study asks for and has not got yet, and write its tables.
 
 Its folder: `study.yaml`; `costs.json`, what a step of each trial costs; `runs/`, each a run of fgvc like any other; `results/`, a
-file for each line of the tables; `test.json`, what was chosen when the test part was read; `runs.csv`, `table.md`, `table.html`.
+file for each line of the tables; `test.json`, what was chosen when the test split was read; `runs.csv`, `table.md`, `table.html`.
 A run that has its line is never trained or measured again.
 """
 
@@ -55,7 +55,7 @@ def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence
     wanted = _wanted(plan, arms, seeds)
     index = read_index(plan.base.recipe)
     if not len(index.rows("val")):
-        raise FgvcError(f"{plan.path}: the data have no validation part to choose by; give data.val_fraction above 0")
+        raise FgvcError(f"{plan.path}: the data have no validation split to choose by; give data.val_fraction above 0")
     _claim(plan, out)
     _rows(plan, out)  # are of these settings
     trials = [plan.base, *(trial for trial in plan.trials[1:] if not arms or {trial.arm, trial.name} & set(arms))]
@@ -99,7 +99,7 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
 
 def adopt(plan: Plan, out: Path, table: Path) -> int:
     """Take the lines of a runs.csv, as another machine or another study wrote it, for results of the runs that have these
-    settings, whatever the arm was called there; returns how many runs there were. Lines of the test part are shown once
+    settings, whatever the arm was called there; returns how many runs there were. Lines of the test split are shown once
     `read_test` has chosen their runs. Where it has a run of the base, the costs of the arms are taken over, too, unless they
     are known here. Raises FgvcError where it is no such file."""
     offered = [row for row in read_lines(table) if row["split"] in get_args(ScoredSplit)]
@@ -124,10 +124,10 @@ def adopt(plan: Plan, out: Path, table: Path) -> int:
 
 
 def read_test(plan: Plan, out: Path) -> None:
-    """Score on the test part, once, the trial of each arm that validation chose, and record that it was read.
+    """Score on the test split, once, the trial of each arm that validation chose, and record that it was read.
 
-    Raises FgvcError where runs are missing, or where it was read before of other runs: a test part that helps to choose is a
-    validation part.
+    Raises FgvcError where runs are missing, or where it was read before of other runs: a test split that helps to choose is a
+    validation split.
     """
     _claim(plan, out)
     with file_lock(out / "locks" / "test", wait=math.inf):
@@ -142,7 +142,7 @@ def _read_test(plan: Plan, out: Path) -> None:
             "be trained out of it"
         )
     if not len(read_index(plan.base.recipe).rows("test")):
-        raise FgvcError(f"{plan.path}: the data have no test part")
+        raise FgvcError(f"{plan.path}: the data have no test split")
     chosen = _chosen(plan, todo.costs, _rows(plan, out))
     unread = [cell for cell in chosen if not _result(out, cell, "test").is_file()]
     for cell in unread:
@@ -157,7 +157,7 @@ def _read_test(plan: Plan, out: Path) -> None:
         before = read_json(record, dict)
         if before["runs"] != runs:
             raise FgvcError(
-                f"{record}: the test part was read on {before['read']}, of other runs than validation chooses now; it can't be "
+                f"{record}: the test split was read on {before['read']}, of other runs than validation chooses now; it can't be "
                 "read again for a new choice. Compare new arms in a study of its own, in another --out"
             )
     else:

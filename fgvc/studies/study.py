@@ -39,9 +39,9 @@ class Study(Section):
     )
     folds: tuple[tuple[int, ...], int] | None = Field(
         None,
-        description="5: every run is repeated for each of 5 parts of train, which it validates on and does not learn from (as "
-        "data.fold: by whole groups where there are groups), and the answers of all parts are pooled; [[0, 1], 5]: for parts 0 "
-        "and 1 alone; null: the data's one validation part",
+        description="5: every run is repeated for each of 5 folds of train, which it validates on and does not learn from (as "
+        "data.fold: by whole groups where there are groups), and the answers of all folds are pooled; [[0, 1], 5]: for folds 0 "
+        "and 1 alone; null: the data's one validation split",
     )
     budget: tuple[Budget, ...] = Field(
         ("epochs",),

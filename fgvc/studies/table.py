@@ -1,6 +1,6 @@
 """The lines of a study's runs as tables: means over seeds, and differences to the base arm that are paired by seed.
 
-Runs of one seed that validate on parts of train (folds) are judged together, as one that was asked about the images of all.
+Runs of one seed that validate on folds of train are judged together, as one that was asked about the images of all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
-Row = Mapping[str, Any]  # of runs.csv: one run on one part; numbers may be text, as read from the file
+Row = Mapping[str, Any]  # of runs.csv: one run on one split; numbers may be text, as read from the file
 FLOOR = "floor"  # the line of the logistic regression on the frozen net that the base arm's runs began with
 MEASURED = ("macro_f1", "ece", "loss", "box_acc_v2", "max_box_acc_v2", "parts_10")  # beside top1
 
@@ -69,7 +69,7 @@ class Line:
 
 
 def lines(rows: Iterable[Row], *, split: str, budget: str, base: str | None = None) -> list[Line]:
-    """The table of one part and budget. `base`: an arm's name, by default the first row's. Arms keep the order of the rows."""
+    """The table of one split and budget. `base`: an arm's name, by default the first row's. Arms keep the order of the rows."""
     meant = [row for row in rows if budget in str(row["budget"]).split("+")]
     tried = {arm: len(trials) for arm, trials in _by_arm(meant).items()}
     chosen = _by_arm(row for row in meant if row["split"] == split)
@@ -125,12 +125,12 @@ def best_trials(rows: Iterable[Row], *, budget: str) -> dict[str, int]:
 
 
 def fold_of(row: Row) -> tuple[int, int] | None:
-    """Which part of how many a run validated on; None: the data's own validation part."""
+    """Which fold of how many a run validated on; None: the data's own validation split."""
     return (int(row["fold"]), int(row["folds"])) if row.get("folds") else None
 
 
 def pooled(runs: Sequence[Row]) -> list[Row]:
-    """One row a seed: of the runs of its folds the means over all their images, which in a test part are the same."""
+    """One row a seed: of the runs of its folds the means over all their images, which in a test split are the same."""
     found: list[Row] = []
     for own in _by_seed(runs).values():
         if len(own) == 1:
@@ -201,7 +201,7 @@ def _unpack(row: Row) -> NDArray[np.int64] | None:
 
 
 def _over_images(pairs: Sequence[tuple[Row, Row]]) -> Interval | None:
-    """The images of a test part are the same in every fold; those that folds validate on are others in each."""
+    """The images of a test split are the same in every fold; those that folds validate on are others in each."""
     apart: dict[tuple[int, int] | None, list[NDArray[np.int64]]] = {}
     for row, other in pairs:
         a, b = _unpack(row), _unpack(other)

@@ -62,7 +62,7 @@ class SmallerFile:
 def make_variants(
     run: LoadedRun, proven: ProvedExport, wanted: Variants, calibration: Calibration | None = None
 ) -> list[SmallerFile]:
-    """The files that are wanted, each compared with the float file on the validation part, or on train where there is none.
+    """The files that are wanted, each compared with the float file on the validation split, or on train where there is none.
 
     On up to 10,000 images; of validation with the calibration error that each has by the bundle's temperature; without those
     that `left_out` names. Writes `<run>/reports/{int8,fp16}.html`, also where a file is refused. Raises FgvcError where one gives

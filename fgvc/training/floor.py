@@ -26,7 +26,7 @@ from fgvc.training.session import Answers, Session
 from fgvc.training.start import HeadFit, ViewFeatures, fitted_probe, view_features
 
 CHOSEN = "the epoch was chosen by these images, which flatters it a little"
-FOLDS = 5  # of the training images, where there is no validation part
+FOLDS = 5  # of the training images, where there is no validation split
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Floor:
     probe: Probe
     answers: Answers  # of validation, or of each training image by the fold that did not learn from it
     labels: NDArray[np.int64]  # (N,)
-    folds: int | None  # None: there is a validation part
+    folds: int | None  # None: there is a validation split
 
     @property
     def top1(self) -> float:
@@ -133,7 +133,7 @@ def head_of(net: nn.Module, floor: Floor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class FloorComparison:
-    """A run's result beside its floor, on the images of its validation part that both could read."""
+    """A run's result beside its floor, on the images of its validation split that both could read."""
 
     pair: Paired  # A: the floor, B: what the run ships
     step: int  # of the weights that it ships
@@ -169,7 +169,7 @@ def _mend(recipe: Recipe) -> str:
 
 def standing(out: Path, recipe: Recipe) -> FloorComparison | None:
     """What the weights that a run ships gained over its floor on validation, by the answers that its checkpoints hold: nothing is
-    computed anew. None where it has no floor, no validation part, or its checkpoints are of an earlier fgvc."""
+    computed anew. None where it has no floor, no validation split, or its checkpoints are of an earlier fgvc."""
     try:
         floor = checkpoint.load(out / "ckpt", "start", say=lambda _: None).rest.get("floor")
         state = checkpoint.load(out / "ckpt", checkpoint.slot(recipe.selected), say=lambda _: None)

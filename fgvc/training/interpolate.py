@@ -54,12 +54,12 @@ def interpolate(
     The run is opened with the latter (`select` "end").
 
     Of a run whose best epoch ships, the end is that of its training: better nets may lie on the way there. The share in [0,1] is
-    the one of SHARES with the best `select_by` on the run's validation part, the smallest of several; or it is given, and nothing
-    is scored. Running statistics lie between those of both nets as weights do; integers are the end's.
+    the one of SHARES with the best `select_by` on the run's validation split, the smallest of several; or it is given, and
+    nothing is scored. Running statistics lie between those of both nets as weights do; integers are the end's.
     Re-parameterised blocks stay so, and the way is one of their own weights. `device`: another than it was trained on. Writes
     `interpolation.json` beside what a run has.
     Raises FgvcError where `out` is there already or inside of the run, the run's start is gone, damaged, or has no trained head,
-    and where there is no validation part and no share; then nothing is written.
+    and where there is no validation split and no share; then nothing is written.
     """
     folder = run.folder
     _refuse_out(folder, out)
@@ -118,7 +118,7 @@ def _scored(
 ) -> tuple[dict[float, metrics.Scores | None], tuple[str, ...]]:
     """What the net of each share scores on validation, as evaluation has it; and what of that can't be read."""
     if not len(rows := run.rows("val")):
-        raise FgvcError(f"{run.folder}: its data has no validation part to choose the share by; give it: --share 0.5")
+        raise FgvcError(f"{run.folder}: its data has no validation split to choose the share by; give it: --share 0.5")
     scores: dict[float, metrics.Scores | None] = {}
     unreadable: dict[str, None] = {}
     console, net, classes = Console(stderr=True), run.step.net, len(run.classes)

@@ -176,7 +176,7 @@ class Session:
 
     @property
     def validated(self) -> bool:
-        """Whether there is a validation part."""
+        """Whether there is a validation split."""
         return len(self.index.rows("val")) > 0
 
     @property
@@ -298,7 +298,7 @@ def open_session(
     validated = len(index.rows("val")) > 0
     if not validated and (recipe.select == "best" or recipe.train.refit):
         setting = "select: best" if recipe.select == "best" else "train.refit"
-        raise FgvcError(f"{setting} needs a validation part: give data.val_fraction a value above 0")
+        raise FgvcError(f"{setting} needs a validation split: give data.val_fraction a value above 0")
     recipe = recipe.resolved(validated=validated)
     fitting = recipe.model_copy(update={"train": recipe.train.fitting(len(index.rows("train")), runtime.world)})
     torch.manual_seed(recipe.train.seed)

@@ -389,9 +389,9 @@ def _introduce(session: Session, events: Events) -> None:
     doubts += glance(index, index.rows("train")) if session.runtime.main else []
     for doubt in doubts:
         events.say(f"WARNING: {doubt}")
-    parts = ", ".join(f"{len(index.rows(split))} {split}" for split in ("train", "val", "test"))
+    counts = ", ".join(f"{len(index.rows(split))} {split}" for split in ("train", "val", "test"))
     lines = [
-        f"data: {index.recognised} ({parts} images, {len(index.classes)} classes)",
+        f"data: {index.recognised} ({counts} images, {len(index.classes)} classes)",
         f"model: {recipe.model.backbone}, weights {session.weights.origin}, input {session.preprocess.size}, "
         f"mean {session.preprocess.mean}, std {session.preprocess.std}",
         f"training: {session.total_steps} steps of {session.batch} images on {session.runtime.device}, "

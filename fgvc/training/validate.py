@@ -17,12 +17,12 @@ from fgvc.models.backbone import memory_format
 from fgvc.training.session import Session, spread
 from fgvc.training.watch import lost
 
-UNSCORED = 64  # training images that a net without a validation part is asked about
+UNSCORED = 64  # training images that a net without a validation split is asked about
 FAR = 1.2  # times ln K: a start whose cross-entropy is above that is worse than no answer
 
 
 def score(session: Session, out: Path) -> Scores:
-    """Of what would ship, on the validation part, whose answers the session keeps; without one on some training images, whether
+    """Of what would ship, on the validation split, whose answers the session keeps; without one on some training images, whether
     the net gives numbers at all."""
     rows, process, held_out = session.index.rows("val"), session.runtime, session.validated
     rows = rows if held_out else spread(session.index.rows("train"), UNSCORED)
@@ -59,9 +59,9 @@ def score(session: Session, out: Path) -> Scores:
             memory_format=memory_format(net),
         )
     except NoNumbersError as error:
-        part = "validation" if held_out else "training"
+        split = "validation" if held_out else "training"
         raise lost(
-            f"step {session.progress.step}: of {part} images, {error}", out=out, recipe=session.recipe
+            f"step {session.progress.step}: of {split} images, {error}", out=out, recipe=session.recipe
         ) from error
     finally:
         session.step.train()

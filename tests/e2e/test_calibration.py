@@ -157,7 +157,8 @@ def test_no_calibration_of_what_is_no_number_or_no_image(
     assert done.calibration.calibration is None
     assert load_bundle(done.bundle).calibration is None
     show.contract(done)
-    assert "not calibrated: none is kept, and the validation part can't be read (none of the 72 images" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not calibrated: none is kept, and the validation split can't be read (none of the 72 images" in out
     assert load_bundle(known.bundle).calibration == known.calibration.calibration, "it is these weights', asked again or not"
     assert known.calibration.calibration is not None
 

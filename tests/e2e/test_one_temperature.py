@@ -197,7 +197,7 @@ def test_on_test_the_temperature_is_validations_to_the_last_bit(run: Path, bundl
 
 
 def test_other_test_labels_change_no_fitted_number(run: Path, bundle: Path, tmp_path: Path) -> None:
-    """The same training and validation pictures, the test part's in one another's folders; the test part is read first."""
+    """The same training and validation pictures, the test split's in one another's folders; the test split is read first."""
     poisoned = trained(draw(tmp_path / "pictures", test=2), tmp_path / "runs/run")
     wrong = api.evaluate(poisoned, "test")
     assert wrong.scores.top1 != api.evaluate(run, "test").scores.top1
@@ -222,12 +222,12 @@ def test_without_validation_nothing_is_ever_fitted(
     picture = next((tmp_path / "pictures/test/red").iterdir())
     api.explain(bare, [picture], tmp_path / "out")
     said = capsys.readouterr()
-    assert "not calibrated; the data have no validation part" in said.out
-    assert "bare: its probabilities are not calibrated: the data have no validation part" in said.err
+    assert "not calibrated; the data have no validation split" in said.out
+    assert "bare: its probabilities are not calibrated: the data have no validation split" in said.err
     assert said.out.rstrip("\n").endswith("\tnot calibrated")
     exported = api.export(bare, tmp_path / "bundle")
     show.contract(exported)
-    assert "not calibrated: the data have no validation part" in capsys.readouterr().out
+    assert "not calibrated: the data have no validation split" in capsys.readouterr().out
     assert exported.calibration.calibration is None
     predict_files(exported.bundle, [picture], as_json=True)
     assert json.loads(capsys.readouterr().out)["calibrated"] is False
@@ -236,7 +236,7 @@ def test_without_validation_nothing_is_ever_fitted(
     answer = ask(service({"b": exported.bundle}), "POST", "/v1/classify", content=picture.read_bytes()).json()
     assert answer["calibrated"] is False
     page = api.report([bare], tmp_path / "page.html", images=1).read_text(encoding="utf-8")
-    assert "The probabilities on this page are not calibrated: the data have no validation part" in page
+    assert "The probabilities on this page are not calibrated: the data have no validation split" in page
     assert not any((place / RECORD).exists() for place in (bare, exported.bundle))
 
 
@@ -291,7 +291,7 @@ def test_a_run_whose_data_are_gone_keeps_its_temperature(
     api.explain(copy, [picture], tmp_path / "without")
     said = capsys.readouterr()
     assert said.out.endswith("\tnot calibrated\n")
-    assert "copy: its probabilities are not calibrated: none is kept, and the validation part can't be read" in said.err
+    assert "copy: its probabilities are not calibrated: none is kept, and the validation split can't be read" in said.err
     moved = tmp_path / "moved"
     shutil.copytree(pictures, moved)
     api.evaluate(copy, "val", root=moved)  # as the message says

@@ -46,7 +46,7 @@ def test_one_default() -> None:
 
 
 def test_every_verb_has_its_limit(recipe_tree: dict, colours: Path, tmp_path: Path, fgvc: Ask) -> None:
-    """Pictures are of 1,920 pixels, and one in ten of the test part of 2,400."""
+    """Pictures are of 1,920 pixels, and one in ten of the test split of 2,400."""
     root = tmp_path / "set"
     for file in sorted(colours.rglob("*.png")):
         place = root / file.relative_to(colours)

@@ -239,7 +239,7 @@ def test_what_is_refused(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_validation_no_threshold_can_be_chosen(own: Path) -> None:
     recipe = own / "config.yaml"
     recipe.write_text(recipe.read_text().replace("val_fraction: 0.4", "val_fraction: 0.0"))
-    with pytest.raises(FgvcError, match="no val part"):
+    with pytest.raises(FgvcError, match="no val split"):
         api.localize(own, "test")
 
 

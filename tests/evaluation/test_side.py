@@ -252,7 +252,7 @@ def test_sides_that_can_not_be_compared_are_refused(pictures: Path, tmp_path: Pa
         open_sides(bare, bare, labels=tmp_path / "two.txt", preprocess=a / "preprocess.json")
     with pytest.raises(FgvcError, match="which images"):
         api.compare(a, a)
-    with pytest.raises(FgvcError, match="no test part"):
+    with pytest.raises(FgvcError, match="no test split"):
         api.compare(a, a, data=str(pictures), split="test")
     (tmp_path / "alien" / "violet").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "alien" / "violet" / "1.png")

@@ -72,7 +72,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes whose names must be escaped or need a font; one picture of the validation part is broken."""
+    """Three classes whose names must be escaped or need a font; one picture of the validation split is broken."""
     root = tmp_path_factory.mktemp("named")
     for number, (name, colour) in enumerate(zip(NAMES, COLOURS, strict=True)):
         for split, count in (("train", 12), ("val", 6), ("test", 4)):

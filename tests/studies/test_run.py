@@ -1,4 +1,4 @@
-"""Studies that are really run, on coloured pictures: they go on, share, fail in parts, and read the test part once."""
+"""Studies that are really run, on coloured pictures: they go on, share, fail in parts, and read the test split once."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
         assert "acb" in text
         assert done.proven.structural.sha256[:12] in text
 
-    # The test part: not before all is there; then by validation's choice, once.
+    # The test split: not before all is there; then by validation's choice, once.
     with pytest.raises(FgvcError, match="2 runs are missing"):
         run.read_test(study, out)
     smaller = plan(tmp_path, recipe_tree, {name: ARMS[name] for name in ("plain", "acb")})
@@ -116,13 +116,13 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
     best = max(validated, key=lambda trial: (validated[trial], -int(trial)))
     assert [(row["arm"], row["trial"]) for row in tested] == [("plain", best)] * 2 + [("acb", "1")] * 2
 
-    monkeypatch.setattr(run, "measure", lambda *_, **__: pytest.fail("the test part was read twice"))
+    monkeypatch.setattr(run, "measure", lambda *_, **__: pytest.fail("the test split was read twice"))
     run.read_test(smaller, out)
     record = out / "test.json"
     other = json.loads(record.read_text())
     other["runs"]["acb-1e-s0"]["recipe"] = "another"
     record.write_text(json.dumps(other))
-    with pytest.raises(FgvcError, match="the test part was read on"):
+    with pytest.raises(FgvcError, match="the test split was read on"):
         run.read_test(smaller, out)
 
 
@@ -358,7 +358,7 @@ def test_a_folder_of_something_else_is_not_written_to(tmp_path: Path, recipe_tre
 
 def test_a_study_needs_images_to_choose_by(tmp_path: Path, boxed_tree: dict) -> None:
     study = plan(tmp_path, boxed_tree, {"plain": {"techniques": {}}}, settings={"data.val_fraction": 0})
-    with pytest.raises(FgvcError, match=r"no validation part.*data.val_fraction"):
+    with pytest.raises(FgvcError, match=r"no validation split.*data.val_fraction"):
         run.ablate(study, tmp_path / "out")
 
 

@@ -70,7 +70,7 @@ def test_every_round_adds_what_the_network_looks_at_now(tmp_path: Path) -> None:
     assert (first & ~second).sum() == 0
     assert second.sum() == 2 * first.sum(), "what was erased can't be looked at again"
     assert not erased(made, 4).any(), "unreadable"
-    assert not erased(made, 3).any(), "not of the training part"
+    assert not erased(made, 3).any(), "not of the training split"
 
 
 def test_empty_maps_are_counted_and_erase_nothing(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def logits(run: Path, select: str | None = None) -> np.ndarray:
 
 
 def answers(run: Path, weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and labels of the validation part by timm alone."""
+    """Logits and labels of the validation split by timm alone."""
     net, index = timm.create_model("test_resnet", num_classes=3).eval(), read_index(read_run(run))
     net.load_state_dict(weights)
     with torch.inference_mode():
@@ -222,7 +222,7 @@ def test_without_validation_the_share_is_asked_for(
     with pytest.raises(SystemExit) as ended:
         main(["interpolate", str(run), "-o", str(tmp_path / "out")])
     assert ended.value.code == 2
-    assert "no validation part to choose the share by; give it: --share 0.5" in capsys.readouterr().err
+    assert "no validation split to choose the share by; give it: --share 0.5" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     shutil.rmtree(tmp_path / "set")  # with a share no image is looked at
     with pytest.raises(SystemExit) as ended:

@@ -184,7 +184,7 @@ def test_best_needs_a_validation_part(tmp_path: Path, recipe_tree: dict, colours
     shutil.copytree(colours / "train", root / "train")
     shutil.copytree(colours / "test", root / "test")
     tree = recipe_tree | {"data": {"kind": "folder", "root": str(root), "val_fraction": 0.0}, "select": "best"}
-    with pytest.raises(FgvcError, match="select: best needs a validation part"):
+    with pytest.raises(FgvcError, match="select: best needs a validation split"):
         api.train(recipe(tree), tmp_path / "run")
 
 

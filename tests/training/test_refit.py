@@ -76,6 +76,6 @@ def test_what_contradicts_is_refused(pretrained: dict, sections: dict, said: str
 def test_without_a_validation_part_there_is_nothing_to_add(tmp_path: Path, pretrained: dict, colours: Path) -> None:  # noqa: F811
     alone = {"kind": "folder", "root": str(colours / "train"), "val_fraction": 0.0, "test_fraction": 0.0}
     one = recipe(pretrained | {"data": alone}, train={"refit": True})
-    with pytest.raises(FgvcError, match=r"train\.refit needs a validation part"):
+    with pytest.raises(FgvcError, match=r"train\.refit needs a validation split"):
         api.train(one, tmp_path / "run")
     assert not (tmp_path / "run").exists()

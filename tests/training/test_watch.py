@@ -169,7 +169,7 @@ def test_a_rate_beyond_all_bounds_is_no_success(
     """Weights of 1e28 are finite, and so is the loss of the only step: what the net then says is not."""
     root = tmp_path / "set"
     root.mkdir()
-    (root / "train").symlink_to(colours / "train")  # without a validation part of its own
+    (root / "train").symlink_to(colours / "train")  # without a validation split of its own
     tree = recipe_tree | {"data": {"kind": "folder", "root": str(root), **data}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(SystemExit) as ended:
