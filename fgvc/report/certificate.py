@@ -10,7 +10,7 @@ import numpy as np
 
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
-from fgvc.exporting.prove import BATCH_TOLERANCE, FOLD_TOLERANCE, ONNX_TOLERANCE, SHIPPED_TOLERANCE
+from fgvc.exporting.proofs import BATCH_TOLERANCE, FOLD_TOLERANCE, ONNX_TOLERANCE, SHIPPED_TOLERANCE
 from fgvc.images.preprocess import differences
 from fgvc.io.names import relabelled
 from fgvc.runs.loaded import Answers, LoadedRun

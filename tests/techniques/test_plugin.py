@@ -22,7 +22,7 @@ from fgvc.data.recipe import decide
 from fgvc.errors import FgvcError
 from fgvc.runs.folder import read_run
 from fgvc.techniques.api import Technique
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -133,4 +133,4 @@ def test_the_class_that_settings_name_must_be_there() -> None:
         kind: str = "lost"
 
     with pytest.raises(FgvcError, match=r"techniques\.lost: fgvc\.nowhere:Lost can't be imported"):
-        made_of(Lost())
+        build_technique(Lost())

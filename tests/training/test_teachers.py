@@ -160,7 +160,7 @@ def test_with_sam_each_teacher_is_asked_once_a_part(
     seen = []
 
     def ask(ensemble: TeacherEnsemble, main: Output, ctx: Context, *, features: bool) -> list[TeacherOutput]:
-        seen.append(ctx.again)
+        seen.append(ctx.second_pass)
         return asked(ensemble, main, ctx, features=features)
 
     asked = TeacherEnsemble.ask
