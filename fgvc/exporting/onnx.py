@@ -172,7 +172,7 @@ class ExplainNet(nn.Module):
     """
 
     def __init__(self, plain: nn.Module, linear: nn.Linear, size: tuple[int, int]) -> None:
-        """`size`: height and width of the images."""
+        """Wrap `plain`, whose classifier is `linear`; `size`: height and width of the images."""
         super().__init__()
         self.plain: Any = plain
         self.linear, self.size = linear, size

@@ -1,4 +1,4 @@
-"""Checks on files alone: one ONNX file against another, and a bundle against what its contract says."""
+"""Checks of files alone: one ONNX file against another, and a bundle against its contract."""
 
 from __future__ import annotations
 

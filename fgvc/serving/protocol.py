@@ -136,7 +136,7 @@ def _json(text: bytes) -> dict[str, Any]:
     if len(text) > _JSON_BYTES:
         raise Refusal(413, f"the JSON has more than {_JSON_BYTES} bytes; send large tensors as bytes")
     if text.count(b"[") + text.count(b"{") > _CONTAINERS or text.count(b'"') > _QUOTES:
-        raise Refusal(400, "the JSON has too many parts; send large tensors as bytes")
+        raise Refusal(400, "the JSON has too many elements; send large tensors as bytes")
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):

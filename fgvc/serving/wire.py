@@ -19,7 +19,7 @@ _UNREAD_BYTES = 512 << 10  # of a body, for a moment: the application is waiting
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with bounds on the time and the size of headers: without, it waits and collects without end."""
+    """uvicorn's protocol with bounds on the time and the size of headers, for which it would wait and collect without end."""
 
     def __init__(
         self, config: Config, server_state: ServerState, app_state: dict[str, Any], *, seconds: float, **others: Any

@@ -38,8 +38,8 @@ def boxes_of_masks(mask: Tensor, padding: float = 0.0) -> Tensor:
 
 
 def moved(box: Tensor, where: Tensor, size: Sequence[int]) -> Tensor:
-    """Boxes (B,4) of the same width and height, at places (B,2) of [0,1): shares of the way down and across that each has
-    in a picture of `size`."""
+    """Move boxes (B,4), whose sides stay, to places (B,2) in [0,1): shares of the way down and across that each can go in a
+    picture of `size`."""
     width, height = box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]
     top, left = where[:, 0] * (size[0] - height), where[:, 1] * (size[1] - width)
     return torch.stack([left, top, left + width, top + height], dim=1)

@@ -46,7 +46,7 @@ def partners(rng: np.random.Generator, labels: Tensor, pairing: Literal["any", "
     return torch.from_numpy((rng.random((count, count)) - (y[:, None] == y)).argmax(1))
 
 
-def draws(batch: Batch, per: Literal["batch", "sample"]) -> int:
+def draw_count(batch: Batch, per: Literal["batch", "sample"]) -> int:
     """Number of draws that a step needs: 1, or B."""
     return 1 if per == "batch" else len(batch.labels)
 

@@ -18,7 +18,7 @@ from fgvc.techniques.centres import class_sums
 
 
 class _SignedRoot(torch.autograd.Function):
-    """sign(p) sqrt(|p| + 1e-12), with a gradient of 0 at 0; in half of the passes that autograd would make of it."""
+    """Signed square root, sign(p) sqrt(|p| + 1e-12), with a gradient of 0 at 0; in half of the passes of autograd's own."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class _SignedRoot(torch.autograd.Function):
 
 
 class BilinearAttention(nn.Module):
-    """A = relu(bn(conv1x1(f))); v = ssqrt(mean_hw(A_m f_c)) over all M*C; z = W (s v / |v|). In float32."""
+    """Attention branch: A = relu(bn(conv1x1(f))); v = ssqrt(mean_hw(A_m f_c)) over all M*C; z = W (s v / |v|). In float32."""
 
     def __init__(self, channels: int, maps: int, classes: int, *, scale: float = SCALE) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class BilinearAttention(nn.Module):
         self.centres: Tensor
 
     def forward(self, f: Tensor, *, own_statistics: bool = False) -> tuple[Tensor, Tensor]:
-        """f (B,C,h,w) -> maps A (B,M,h,w) >= 0, v (B,M*C). `own_statistics`: by those of this batch, the running ones stay."""
+        """Attend to f (B,C,h,w): maps A (B,M,h,w) >= 0, v (B,M*C). `own_statistics`: of this batch; the running ones stay."""
         statistics = norms.own_statistics(self, recompute=False) if own_statistics else nullcontext()
         with torch.autocast(f.device.type, enabled=False), statistics:
             f = f.to(self.conv.weight.dtype)

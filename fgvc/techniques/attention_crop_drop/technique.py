@@ -43,7 +43,7 @@ class AttentionCropDrop(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where the features are no map, or `guide: cam` has none."""
+        """Add the branch. Raises FgvcError where the features are no map, or `guide: cam` has none."""
         channels, *cells = plan.map_shape
         plan.need_cells(cells)
         if self.config.guide == "cam":
@@ -90,7 +90,7 @@ class AttentionCropDrop(Technique):
 
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
-        """`pooled` over all views, `centre` of the main one where its labels are whole."""
+        """Compute `pooled` over all views, `centre` of the main one where its labels are whole."""
         views = [o for name, o in outputs.items() if name == MAIN or name.startswith("attention_crop_drop.")]
         branch, vectors = cast("BilinearAttention", ctx.branches["attention"]), [self._attend(o, ctx)[1] for o in views]
         logits = branch.logits(torch.cat(vectors)).split([len(vector) for vector in vectors])

@@ -32,7 +32,7 @@ class MapStore:
             self._maps = torch.cat([self._maps, self._maps.new_zeros(more, *shape)])
             self._to_image = torch.cat([self._to_image, self._to_image.new_zeros(more, 2, 3)])
         self._maps[rows] = (maps.cpu() * 255).round().to(torch.uint8)
-        self._to_image[rows] = _of_shares(geometry.cpu(), size)
+        self._to_image[rows] = _on_shares(geometry.cpu(), size)
 
     def recall(self, rows: Tensor, geometry: Tensor, size: Sequence[int]) -> Tensor:
         """Recorded maps, resampled to new crops of `size` of the same images: (B,H/4,W/4) in [0,1]; 0 where the recorded crop did
@@ -44,7 +44,7 @@ class MapStore:
         recorded = recorded[self._to_image[rows[recorded]].abs().sum((1, 2)) > 0]
         if not len(recorded):
             return recalled
-        now, then = _square(_of_shares(geometry[recorded], size)), _square(self._to_image[rows[recorded]])
+        now, then = _square(_on_shares(geometry[recorded], size)), _square(self._to_image[rows[recorded]])
         shares = torch.linalg.solve(then.double(), now.double())[:, :2].float()  # of the new crop to those of the old
         across, down = ((torch.arange(side) + 0.5) / side for side in (width, height))
         new = torch.stack(torch.meshgrid(down, across, indexing="ij")[::-1], dim=-1)
@@ -62,7 +62,7 @@ class MapStore:
         self._maps, self._to_image = state["maps"].clone(), state["to_image"].clone()
 
 
-def _of_shares(geometry: Tensor, size: Sequence[int]) -> Tensor:
+def _on_shares(geometry: Tensor, size: Sequence[int]) -> Tensor:
     """Convert matrices on pixels of a crop of `size` to matrices on shares of its sides."""
     return geometry * torch.tensor([size[1], size[0], 1.0])
 

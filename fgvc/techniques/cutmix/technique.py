@@ -14,7 +14,7 @@ from typing_extensions import override
 from fgvc.techniques.api import Batch
 from fgvc.techniques.boxes import draw_boxes
 from fgvc.techniques.cutmix.settings import CutmixSettings
-from fgvc.techniques.mixing import MixingTechnique, boxes_of_partners, draws, partners
+from fgvc.techniques.mixing import MixingTechnique, boxes_of_partners, draw_count, partners
 from fgvc.techniques.plan import Context
 
 
@@ -28,7 +28,7 @@ class Cutmix(MixingTechnique):
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
         """Draw boxes (1 or B,4) int64 in pixels, partners (B,) int64."""
-        share = rng.beta(self.config.alpha, self.config.alpha, draws(batch, self.config.per))
+        share = rng.beta(self.config.alpha, self.config.alpha, draw_count(batch, self.config.per))
         box = draw_boxes(rng, share, (batch.x.shape[2], batch.x.shape[3]))
         return box, partners(rng, batch.labels, self.config.pairing)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fgvc.techniques.api import Batch
-from fgvc.techniques.mixing import MixingTechnique, draws, mixed_target, partners
+from fgvc.techniques.mixing import MixingTechnique, draw_count, mixed_target, partners
 from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.plan import Context
 
@@ -29,7 +29,7 @@ class Mixup(MixingTechnique):
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
         """Draw lambda (B,) float32 in [0,1] and partners (B,) int64."""
-        share = rng.beta(self.config.alpha, self.config.alpha, draws(batch, self.config.per)).astype(np.float32)
+        share = rng.beta(self.config.alpha, self.config.alpha, draw_count(batch, self.config.per)).astype(np.float32)
         order = partners(rng, batch.labels, self.config.pairing)
         return torch.from_numpy(np.broadcast_to(share, len(order)).copy()), order
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fgvc.techniques.api import Batch
-from fgvc.techniques.mixing import MixingTechnique, draws, mixed_target, partners
+from fgvc.techniques.mixing import MixingTechnique, draw_count, mixed_target, partners
 from fgvc.techniques.mosaic.canvas import CELLS, in_cells, on_canvas, shares
 from fgvc.techniques.mosaic.settings import MosaicSettings
 from fgvc.techniques.plan import Context
@@ -32,7 +32,7 @@ class Mosaic(MixingTechnique):
     def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, Any]:
         """Draw `orders` (3,B) int64; cells: `split` (n,2) int64 rows and columns of the first cell, `windows` (n,4,2) in [0,1);
         canvas: `middle` (n,2), `scale` (n,), `shift` (n,2). n is 1 or B."""
-        count = draws(batch, self.config.per)
+        count = draw_count(batch, self.config.per)
         orders = [partners(rng, batch.labels, self.config.pairing) for _ in range(CELLS - 1)]
         drawn: dict[str, Any] = {"orders": torch.stack(orders)}
         if self.config.style == "cells":

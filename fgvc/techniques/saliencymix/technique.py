@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from fgvc.techniques.api import Batch
 from fgvc.techniques.boxes import boxes_around
-from fgvc.techniques.mixing import MixingTechnique, boxes_of_partners, draws, partners
+from fgvc.techniques.mixing import MixingTechnique, boxes_of_partners, draw_count, partners
 from fgvc.techniques.plan import Context
 from fgvc.techniques.saliencymix.saliency import peaks, saliency
 from fgvc.techniques.saliencymix.settings import SaliencymixSettings
@@ -33,7 +33,7 @@ class Saliencymix(MixingTechnique):
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
         """Draw sides (1 or B,2) int64, height and width in pixels, and partners (B,) int64."""
-        share = rng.beta(self.config.alpha, self.config.alpha, draws(batch, self.config.per))
+        share = rng.beta(self.config.alpha, self.config.alpha, draw_count(batch, self.config.per))
         sides = np.rint(np.sqrt(share)[:, None] * batch.x.shape[2:]).astype(np.int64)
         return torch.from_numpy(sides), partners(rng, batch.labels, self.config.pairing)
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from fgvc.techniques.api import Batch
 from fgvc.techniques.boxes import draw_boxes, inside
-from fgvc.techniques.mixing import MixingTechnique, draws, mixed_target, partners, pasted
+from fgvc.techniques.mixing import MixingTechnique, draw_count, mixed_target, partners, pasted
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.snapmix.settings import SnapmixSettings
 
@@ -36,13 +36,13 @@ class Snapmix(MixingTechnique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where this backbone has no class map."""
+        """Choose the class map. Raises FgvcError where this backbone has none."""
         self._method = plan.map(self.config.map)
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Draw boxes to paste into and boxes to take from, (1 or B,4) int64 in pixels; partners (B,) int64."""
-        size, count = (batch.x.shape[2], batch.x.shape[3]), draws(batch, self.config.per)
+        size, count = (batch.x.shape[2], batch.x.shape[3]), draw_count(batch, self.config.per)
         to, of = (
             draw_boxes(rng, rng.beta(self.config.alpha, self.config.alpha, count), size, least=1) for _ in range(2)
         )
