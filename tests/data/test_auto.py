@@ -31,7 +31,7 @@ def test_the_cub_layout(boxed: Path, tmp_path: Path) -> None:
     assert found(boxed) == CubData(root=boxed)
     (tmp_path / "CUB_200_2011").symlink_to(boxed)  # as its archive unpacks
     assert found(tmp_path) == CubData(root=tmp_path / "CUB_200_2011")
-    with pytest.raises(FgvcError, match=r"test_fraction: .* has a test part"):
+    with pytest.raises(FgvcError, match=r"test_fraction: .* has a test split"):
         found(boxed, test_fraction=0.3)
 
 
@@ -55,7 +55,7 @@ def test_groups_of_photographs_in_a_row_are_for_class_folders(boxed: Path, tmp_p
         found(boxed, group_size=8)
     put(tmp_path, "1.jpg", "2.jpg")
     (tmp_path / "all.csv").write_text("path,label\n1.jpg,a\n2.jpg,b\n")
-    with pytest.raises(FgvcError, match=r"data.group_size: .*all.csv says itself"):
+    with pytest.raises(FgvcError, match=r"data.group_size: .*all.csv has the groups in a column"):
         found(tmp_path, group_size=8)
 
 
