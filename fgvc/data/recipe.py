@@ -12,10 +12,10 @@ from fgvc.data.sources.read import resolved
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file with `a.b=value` overrides. Raises FgvcError naming file, line, key and the nearest valid key."""
-    return decide(load(Recipe, Path(path), overrides))
+    return resolve_data(load(Recipe, Path(path), overrides))
 
 
-def decide(recipe: Recipe) -> Recipe:
+def resolve_data(recipe: Recipe) -> Recipe:
     """A recipe with `data.kind: auto` replaced by the kind that its files are of.
 
     Called once, before anything is recorded, so that the recorded recipe reads the same set later. Raises FgvcError if no kind

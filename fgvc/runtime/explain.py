@@ -40,7 +40,7 @@ from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit, normalise
 from fgvc.images.sheet import FAST, Cell, save_sheet
 from fgvc.io.files import refuse_place, replacing, writing
-from fgvc.io.names import nearest, one_line, result_names, told_apart
+from fgvc.io.names import nearest, one_line, result_names, distinct_names
 from fgvc.runtime.bundle import MANIFEST, load_bundle
 from fgvc.runtime.engine import (
     NONE,
@@ -180,7 +180,7 @@ def explain_files(
     Raises FgvcError for a class that a network does not have, before anything is written.
     """
     positions = [None if target == PREDICTED else _position(explainer, target) for explainer in explainers]
-    titles = told_apart([explainer.folder for explainer in explainers])
+    titles = distinct_names([explainer.folder for explainer in explainers])
     names = list(dict.fromkeys([*(name for explainer in explainers for name in explainer.labels), *titles]))
     written, font = writable(names)
     if written != names:

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.images.preprocess import described, differences
-from fgvc.io.names import few, relabelled, sort_order_remark
+from fgvc.io.names import few, label_differences, sort_order_remark
 from fgvc.runtime.bundle import load_bundle, read_labels, read_preprocess
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ def stack_of(path: Path, *, labels: Path | None = None, preprocess: Path | None 
 def agreement(ours: Stack, theirs: Stack) -> Agreement:
     """Compare the stack of a model with the deployed one's."""
     preprocess = _differences(ours.preprocess, theirs.preprocess, differences)
-    labels = _differences(ours.labels, theirs.labels, relabelled)
+    labels = _differences(ours.labels, theirs.labels, label_differences)
     return Agreement(
         preprocess=_verdict(preprocess),
         labels=_verdict(labels),

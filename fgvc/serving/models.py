@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fgvc.errors import FgvcError
 from fgvc.images.preprocess import differences
-from fgvc.io.names import relabelled
+from fgvc.io.names import label_differences
 from fgvc.runtime.bundle import MANIFEST, Bundle, load_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.explain import BundleExplainer
@@ -113,7 +113,7 @@ def parse_places(texts: Sequence[str]) -> dict[str, Path]:
 def _refuse_other(new: Bundle, old: Bundle) -> None:
     """Raise FgvcError where a bundle is no drop-in for the one that is served: clients prepare tensors by the old preprocessing,
     and may read logits by the old order of classes."""
-    mismatches = [*differences(new.preprocess, old.preprocess), *relabelled(new.labels, old.labels)]
+    mismatches = [*differences(new.preprocess, old.preprocess), *label_differences(new.labels, old.labels)]
     if mismatches:
         raise FgvcError(
             f"not a drop-in, the new one's against the old one's: {'; '.join(mismatches)} (start with --any-bundle to take it)"

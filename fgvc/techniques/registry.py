@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from fgvc.config.section import Section
 from fgvc.config.technique import TechniqueSettings
-from fgvc.config.techniques import chosen, load_object
+from fgvc.config.techniques import enabled_techniques, load_object
 from fgvc.errors import FgvcError
 from fgvc.techniques.api import Technique
 
 
 def build(techniques: Section) -> dict[str, Technique]:
     """Build a recipe's techniques, by kind, in the order of their hooks: the order of the YAML never matters."""
-    return {kind: build_technique(settings) for kind, settings in chosen(techniques).items()}
+    return {kind: build_technique(settings) for kind, settings in enabled_techniques(techniques).items()}
 
 
 def build_technique(settings: TechniqueSettings) -> Technique:

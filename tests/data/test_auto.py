@@ -9,7 +9,7 @@ import pytest
 from fgvc.config.data import AutoData, CsvData, CubData, FolderData, Source
 from fgvc.config.loading import dump, load, override, validate
 from fgvc.config.recipe import Recipe
-from fgvc.data.recipe import decide
+from fgvc.data.recipe import resolve_data
 from fgvc.data.sources.auto import resolved
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
@@ -170,13 +170,13 @@ def test_one_folder_is_told_as_class_folders_are(tmp_path: Path) -> None:
 
 def test_a_recipe_holds_what_was_found(recipe_tree: dict, colours: Path, tmp_path: Path) -> None:
     override(recipe_tree, "data.kind=auto")
-    recipe = decide(validate(Recipe, recipe_tree, where="test"))
+    recipe = resolve_data(validate(Recipe, recipe_tree, where="test"))
     assert recipe.data == FolderData(root=colours)
     (tmp_path / "config.yaml").write_text(dump(recipe))
     assert "auto" not in (tmp_path / "config.yaml").read_text().split("image:")[0]
     assert load(Recipe, tmp_path / "config.yaml") == recipe
     assert "class folders in train/, val/, test/" in read_index(recipe).recognised
     with pytest.raises(FgvcError, match="no such|not there"):
-        decide(validate(Recipe, recipe_tree | {"data": {"kind": "auto", "root": str(tmp_path / "gone")}}, where="test"))
+        resolve_data(validate(Recipe, recipe_tree | {"data": {"kind": "auto", "root": str(tmp_path / "gone")}}, where="test"))
     kinds = Recipe.model_json_schema()["properties"]["data"]["discriminator"]["mapping"]
     assert set(kinds) == {"auto", "cub", "folder", "csv", "torchvision"}

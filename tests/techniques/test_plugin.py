@@ -18,7 +18,7 @@ from fgvc.config import techniques
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.technique import TechniqueSettings
-from fgvc.data.recipe import decide
+from fgvc.data.recipe import resolve_data
 from fgvc.errors import FgvcError
 from fgvc.runs.folder import read_run
 from fgvc.techniques.api import Technique
@@ -124,7 +124,7 @@ def test_a_package_that_is_installed_and_not_used_leaves_no_trace(installed: Pat
     done = python(installed, "-c", code, str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "confidence_penalty" not in (tmp_path / "run/config.yaml").read_text()
-    assert read_run(tmp_path / "run") == decide(validate(Recipe, tree, where="here")).resolved(validated=True)
+    assert read_run(tmp_path / "run") == resolve_data(validate(Recipe, tree, where="here")).resolved(validated=True)
 
 
 def test_the_class_that_settings_name_must_be_there() -> None:

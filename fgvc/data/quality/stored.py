@@ -62,7 +62,7 @@ def levels_of(picture: Picture) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def glance(index: ImageIndex, rows: NDArray[np.int64]) -> list[str]:
+def spot_check(index: ImageIndex, rows: NDArray[np.int64]) -> list[str]:
     """Faults of a sample of these images, a line each, as a check before training; `fgvc data check` looks at all."""
     sample = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64)]
     facts = StoredFacts.empty(len(sample))
