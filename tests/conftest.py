@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
@@ -11,13 +16,97 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.processes import plain_draws, start
+from tests.trained import Once
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """What several tests look at, made once a session for all the workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return Once((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once")
+
 
 @pytest.fixture(scope="session", autouse=True)
-def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _caches_of_their_own(once: Once) -> None:
     """Nothing of the user's is read or filled; the processes of one session share what they make."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
+    os.environ["XDG_CACHE_HOME"] = str(once.place.parent / "cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _the_machine_does_not_die() -> Iterator[None]:
+    """Files are not waited for until they are on the disk, which only a power cut could tell; handles must be open, as always.
+    The processes that tests start do wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: os.fstat(handle) and None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def painted() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Runs and scores write their charts without painting them, which takes as long as the steps of a tiny run: within
+    `with painted():` they are painted. The functions that paint are tested where they are called by themselves."""
+    if "fgvc.api" not in sys.modules:  # nothing trains in this session
+        yield nullcontext
+        return
+    from fgvc.evaluation import evaluate
+    from fgvc.training import trainer
+
+    stream = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(stream, "png")
+    blank = stream.getvalue()
+
+    def calibration(found: object, *, split: str) -> dict[str, bytes]:
+        return {f"{name}-{split}.png": blank for name in ("reliability", "risk-coverage")}
+
+    charts = [(trainer, "plot_curves"), (trainer, "plot_confusion"), (evaluate, "plot_confusion")]
+    real = {(module, name): getattr(module, name) for module, name in [*charts, (evaluate, "plot_calibration")]}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in charts:
+            patch.setattr(module, name, lambda *_, **__: blank)
+        patch.setattr(evaluate, "plot_calibration", calibration)
+
+        @contextmanager
+        def for_real() -> Iterator[None]:
+            with pytest.MonkeyPatch.context() as inner:
+                for (module, name), function in real.items():
+                    inner.setattr(module, name, function)
+                yield
+
+        yield for_real
+
+
+@pytest.fixture(scope="session", autouse=True)
+def new_python(once: Once) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """The independent plain graph is made once a session for equal arguments, in a forked process (tests/processes.py): within
+    `with new_python():` it is made each time, in a new Python that first imports torch, as the product does."""
+    if "fgvc.exporting.reference" not in sys.modules:  # nothing exports in this session
+        yield nullcontext
+        return
+    from fgvc.exporting import reference
+
+    real = reference._two_draws.__wrapped__
+
+    def draws(order: str) -> tuple[bytes, bytes]:
+        folder = once.made(f"draws/{hashlib.sha256(order.encode()).hexdigest()}", lambda folder: forked(order, folder))
+        first, second = ((folder / f"{draw}.onnx").read_bytes() for draw in (0, 1))
+        return first, second
+
+    def forked(order: str, folder: Path) -> None:
+        if start(folder, plain_draws, order, folder).wait().returncode:
+            real(order)  # raises what the product says of it
+            raise AssertionError((folder / "stderr").read_text())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_two_draws", draws)
+
+        @contextmanager
+        def for_real() -> Iterator[None]:
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(reference, "_two_draws", real)
+                yield
+
+        yield for_real
 
 
 COLOURS = {"blue": (60, 80, 200), "green": (70, 170, 80), "red": (200, 70, 60)}
@@ -41,20 +130,25 @@ def paint(path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, 
 
 
 @pytest.fixture(scope="session")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder set of three colours: 16 train, 4 val and 4 test pictures each."""
-    root = tmp_path_factory.mktemp("colours")
+def colours(once: Once) -> Path:
+    """A folder set of three colours: 16 train, 4 val and 4 test pictures each. For reading, as all that is shared."""
+    return once.made("colours", _paint_colours)
+
+
+def _paint_colours(root: Path) -> None:
     for number, (name, colour) in enumerate(COLOURS.items()):
         for split, count in (("train", 16), ("val", 4), ("test", 4)):
             for i in range(count):
                 paint(root / split / name / f"{i:02d}.png", colour, seed=1000 * number + 100 * len(split) + i)
-    return root
 
 
 @pytest.fixture(scope="session")
-def boxed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def boxed(once: Once) -> Path:
     """The same three colours in the CUB layout, 20 train and 4 test pictures each: a box of the colour on noise of another."""
-    root = tmp_path_factory.mktemp("boxed")
+    return once.made("boxed", _paint_boxed)
+
+
+def _paint_boxed(root: Path) -> None:
     tables: dict[str, list[str]] = {
         "classes": [f"{number} {name}" for number, name in enumerate(COLOURS, 1)],
         **{name: [] for name in ("images", "image_class_labels", "train_test_split", "bounding_boxes")},
@@ -75,7 +169,6 @@ def boxed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tables["bounding_boxes"].append(f"{number} {left} {top} {width} {height}")
     for table, lines in tables.items():
         (root / f"{table}.txt").write_text("\n".join(lines) + "\n")
-    return root
 
 
 @pytest.fixture
@@ -86,11 +179,12 @@ def boxed_tree(recipe_tree: dict, boxed: Path) -> dict:
 
 @pytest.fixture
 def recipe_tree(colours: Path) -> dict:
-    """A recipe that trains in seconds; tests change what they are about."""
+    """A recipe that trains and is exported in a second each; tests change what they are about."""
     return {
         "data": {"kind": "folder", "root": str(colours)},
         "image": {"size": 32},
         "model": {"backbone": "test_resnet"},
         "train": {"epochs": 2, "batch_size": 8, "workers": 0, "device": "cpu"},
         "optim": {"lr": 0.02, "warmup_epochs": 0.5},
+        "export": {"exporter": "torchscript"},
     }

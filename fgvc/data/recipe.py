@@ -1,4 +1,4 @@
-"""Reading of recipes with the kind of their data resolved."""
+"""Recipes with their data: read from a file, the kind of the set decided."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from pathlib import Path
 
 from fgvc.config.loading import load
 from fgvc.config.recipe import Recipe
-from fgvc.data.sources.read import resolved
+from fgvc.data.sources.read import decided
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file with `a.b=value` overrides. Raises FgvcError naming file, line, key and the nearest valid key."""
-    return resolve_data(load(Recipe, Path(path), overrides))
+    return decide(load(Recipe, Path(path), overrides))
 
 
-def resolve_data(recipe: Recipe) -> Recipe:
-    """A recipe with `data.kind: auto` replaced by the kind that its files are of.
-
-    Called once, before anything is recorded, so that the recorded recipe reads the same set later. Raises FgvcError if no kind
-    fits, or several do."""
-    data = resolved(recipe.data)
+def decide(recipe: Recipe) -> Recipe:
+    """With the kind that its files are of, where the recipe leaves that to them (`data.kind: auto`): once, before anything is
+    recorded, so that what is recorded reads the same set later. Raises FgvcError where no kind fits, or several do."""
+    data = decided(recipe.data)
     return recipe if data is recipe.data else recipe.model_copy(update={"data": data})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 from fgvc.exporting import reference
 from fgvc.exporting.onnx import Interface, serialised
-from fgvc.exporting.reference import CACHED_GRAPHS, cached_plain, independent_plain
+from fgvc.exporting.reference import KEPT, cached_plain, independent_plain
 
 WANTED: dict[str, Any] = {
     "backbone": "test_resnet",
@@ -20,7 +22,7 @@ WANTED: dict[str, Any] = {
 }
 
 
-REQUEST = reference._request(**WANTED)
+ORDER = reference._order(**WANTED)
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +31,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "fgvc" / "plain"
 
 
-def test_the_second_time_it_is_the_same_from_the_cache(folder: Path) -> None:
-    proto, positions, made = cached_plain(**WANTED)
-    assert made == "fresh"
-    again, others, made = cached_plain(**WANTED)
-    assert made == "cached"
-    fresh, expected = independent_plain(**WANTED)
+def test_the_second_time_it_is_the_same_from_the_cache(
+    folder: Path, new_python: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with new_python():
+        proto, positions, made = cached_plain(**WANTED)
+        assert made == "fresh"
+        again, others, made = cached_plain(**WANTED)
+        assert made == "cached"
+    fresh, expected = independent_plain(**WANTED)  # by another process
     assert serialised(again) == serialised(proto) == serialised(fresh)
     assert others == positions == expected
 
@@ -72,11 +77,11 @@ def test_what_is_damaged_is_made_anew(folder: Path, name: str, damage: str) -> N
 def test_a_few_are_kept_and_a_place_that_cannot_be_written_is_no_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made = reference._two_draws(REQUEST)
-    monkeypatch.setattr(reference, "_two_draws", lambda request: made)
-    for classes in range(CACHED_GRAPHS + 3):
+    made = reference._two_draws(ORDER)
+    monkeypatch.setattr(reference, "_two_draws", lambda order: made)
+    for classes in range(KEPT + 3):
         cached_plain(**WANTED | {"num_classes": classes})
-    assert len(list(folder.iterdir())) == CACHED_GRAPHS
+    assert len(list(folder.iterdir())) == KEPT
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cached_plain(**WANTED)[2] == "fresh"

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.processes import fgvc
+
 DEADLINE = 120.0
 
 
@@ -20,8 +22,11 @@ def command(recipe: Path, out: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "fgvc", "train", str(recipe), *overrides, "--out", str(out)]
 
 
+QUIET = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return os.environ | QUIET
 
 
 def steps_done(out: Path) -> int:
@@ -63,24 +68,21 @@ def weights(out: Path) -> dict[str, bytes]:
 def test_sigkill_and_again(tmp_path: Path, recipe: Path) -> None:
     whole = tmp_path / "whole"
     # another number of workers draws the same images
-    subprocess.run(command(recipe, whole, "train.workers=2"), check=True, env=environment(), capture_output=True)
+    uninterrupted = fgvc(tmp_path / "said", "train", recipe, "train.workers=2", "--out", whole, env=QUIET)
     killed = tmp_path / "killed"
     for at in (4, 17):
-        child = subprocess.Popen(
-            command(recipe, killed), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        child = fgvc(tmp_path / f"said{at}", "train", recipe, "--out", killed, env=QUIET)
         until = time.monotonic() + DEADLINE
-        while steps_done(killed) < at and child.poll() is None and time.monotonic() < until:
+        while steps_done(killed) < at and child.returncode is None and time.monotonic() < until:
             time.sleep(0.005)
-        assert child.poll() is None, f"it ended before it could be killed: {child.stderr.read()!r}"
+        assert child.returncode is None, f"it ended before it could be killed: {child.stderr}"
         child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stderr.close()
-        child.stdout.close()
+        assert child.wait().returncode == -signal.SIGKILL
         assert steps_done(killed) < 36
-    last = subprocess.run(command(recipe, killed), env=environment(), capture_output=True, text=True, check=False)
+    last = fgvc(tmp_path / "last", "train", recipe, "--out", killed, env=QUIET).wait()
     assert last.returncode == 0, last.stderr
     assert "going on at step" in last.stderr
+    assert uninterrupted.wait().returncode == 0, uninterrupted.stderr
     assert weights(killed) == weights(whole)
     assert (killed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.processes import script
 
 MEET = """
 if __name__ == "__main__":
@@ -35,20 +34,14 @@ def two_ranks() -> Callable[[str, Path], AbstractContextManager[Path]]:
 
 @contextmanager
 def _two_ranks(code: str, place: Path) -> Iterator[Path]:
-    script = place / "ranks.py"
-    script.write_text(code + MEET)
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(script), str(place)]
-    started = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
+    file = place / "ranks.py"
+    file.write_text(code + MEET)
+    started = [script(place / f"said{rank}", file, place, rank, env={"GLOO_SOCKET_IFNAME": "lo"}) for rank in (0, 1)]
     try:
-        yield script
+        yield file
         for process in started:
-            _, said = process.communicate(timeout=120)
-            assert process.returncode == 0, said
+            assert process.wait().returncode == 0, process.stderr
     finally:
         for process in started:
-            process.kill()
+            process.process.kill()
             process.wait()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from fgvc.errors import FgvcError
 from fgvc.runs import checkpoint
 from fgvc.runs.checkpoint import Progress, State
+from tests.processes import start
 
 
 def state(step: int, *, size: int = 1000) -> State:
@@ -82,34 +81,27 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-SAVER = """
-import sys; from pathlib import Path
-sys.path.insert(0, {here!r})
-from tests.training.test_checkpoint import state
-from fgvc.runs import checkpoint
-folder = Path({folder!r}); step = int(sys.argv[1])
-print("ready", flush=True)
-while True:
-    step += 1
-    checkpoint.save(folder, state(step, size=200_000), best=step % 3 == 0)
-    print(step, flush=True)
-"""
+def save_on(folder: Path, step: int) -> None:
+    print("ready", flush=True)
+    while True:
+        step += 1
+        checkpoint.save(folder, state(step, size=200_000), best=step % 3 == 0)
 
 
 def test_killed_at_any_moment_the_last_checkpoint_loads(tmp_path: Path) -> None:
-    here, step = str(Path(__file__).parents[2]), 0
+    tmp_path, said, step = tmp_path / "ckpt", tmp_path / "said", 0
     checkpoint.save(tmp_path, state(0, size=200_000))
     for kill in range(4):
-        command = [sys.executable, "-c", SAVER.format(here=here, folder=str(tmp_path)), str(step)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=here)
-        assert child.stdout is not None
-        child.stdout.readline()
+        child = start(said, save_on, tmp_path, step)
+        while not ((said / "stdout").is_file() and child.stdout):
+            assert child.returncode is None, child.stderr
+            time.sleep(0.005)
         for _ in range(8):
             time.sleep(0.013 * (1 + kill))
             assert checkpoint_is_whole(tmp_path)
         child.send_signal(signal.SIGKILL)
-        child.stdout.close()
-        child.wait()
+        assert child.wait().returncode == -signal.SIGKILL
+        (said / "stdout").unlink()
         loaded = checkpoint.load(tmp_path)
         assert loaded.progress.step >= step
         assert torch.equal(loaded.net["w"], torch.full((200_000,), float(loaded.progress.step)))

@@ -46,6 +46,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> dict:
         "model": {"backbone": "test_resnet", "weights": str(place / "start.safetensors"), "head": "probe", "batch_norm": "batch"},
         "train": {"epochs": 2, "batch_size": 8, "workers": 0, "device": "cpu"},
         "optim": {"lr": 0.02, "warmup_epochs": 0.5},
+        "export": {"exporter": "torchscript"},
     }
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -27,6 +24,7 @@ from fgvc.runs.step import StepModule
 from fgvc.training import trainer as loop
 from fgvc.training.session import Session
 from fgvc.training.watch import held
+from tests.processes import script
 
 NAN, INF = float("nan"), float("inf")
 
@@ -387,23 +385,21 @@ main(["train", "recipe.yaml", "--out", "run"])
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_what_ends_one_rank_ends_all_and_the_run_goes_on(tmp_path: Path, colours: Path, sent: int) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=colours))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    (tmp_path / "rank.py").write_text(RANK)
+    known = {"WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-            env=environment | {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank},
-        )
+        script(tmp_path / rank, tmp_path / "rank.py", env=known | {"RANK": rank, "LOCAL_RANK": rank}, cwd=tmp_path)
         for rank in "01"
-    ]  # fmt: skip
+    ]
     try:
         while not list((tmp_path / "run" / "ckpt").glob("step-*/meta.json")):  # it trains
-            assert all(rank.poll() is None for rank in ranks)
+            assert all(rank.returncode is None for rank in ranks)
             time.sleep(0.05)
         ranks[1].send_signal(sent)
-        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+        said = [rank.wait().stderr for rank in ranks]
     finally:
         for rank in ranks:
-            rank.kill()
+            rank.process.kill()
             rank.wait()
     step = checkpoint.load(tmp_path / "run" / "ckpt").progress.step
     if sent == signal.SIGINT:

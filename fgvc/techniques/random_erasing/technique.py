@@ -16,8 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fgvc.techniques.api import Batch, Technique
-from fgvc.techniques.boxes import inside
-from fgvc.techniques.masks import erase, sparing
+from fgvc.techniques.masks import erase, inside, sparing
 from fgvc.techniques.plan import Context
 from fgvc.techniques.random_erasing.settings import RandomErasingSettings
 
@@ -25,7 +24,7 @@ TRIES = {"original": 100, "timm": 10}
 
 
 class RandomErasing(Technique):
-    """Random erasing: h = sqrt(area aspect), w = sqrt(area / aspect), anywhere that it fits; drawn anew where it does not."""
+    """h = sqrt(area aspect), w = sqrt(area / aspect), anywhere that it fits; drawn anew where it does not."""
 
     source: ClassVar[str] = "Zhong et al., AAAI 2020, arXiv:1708.04896"
 
@@ -34,12 +33,12 @@ class RandomErasing(Technique):
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:
-        """Draw boxes (B,boxes,4) float32 in pixels, empty where nothing is erased; and a seed."""
-        boxes = np.zeros((len(batch.labels), self.config.boxes, 4), dtype=np.float32)
-        for image in np.flatnonzero(rng.random(len(boxes)) < self.config.probability):
+        """(B,boxes,4) float32: left, top, right, bottom in pixels, empty where nothing is erased; a seed."""
+        found = np.zeros((len(batch.labels), self.config.boxes, 4), dtype=np.float32)
+        for image in np.flatnonzero(rng.random(len(found)) < self.config.probability):
             for box in range(self.config.boxes):
-                boxes[image, box] = self._box(rng, *batch.x.shape[2:])
-        return torch.from_numpy(boxes), int(rng.integers(2**63))
+                found[image, box] = self._box(rng, *batch.x.shape[2:])
+        return torch.from_numpy(found), int(rng.integers(2**63))
 
     @override
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:

@@ -1,0 +1,117 @@
+"""Processes of their own for tests, like those of `python -m fgvc ...`: to be killed, or to train beside another one.
+
+A new Python imports torch and timm for five seconds before it does anything. Those that are started here are forked from one
+server a session and worker, a new Python that has imported them and has done nothing else. Some tests start a real `python -m
+fgvc` all the same (tests/fault, tests/techniques/test_plugin.py, tests/deploy).
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "fgvc.api", "fgvc.cli.app", "fgvc.exporting.reference", "fgvc.training.trainer",
+        "albumentations", "matplotlib.backends.backend_agg", "torchmetrics.functional.classification",  # imported where needed
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Started:
+    """A process that runs, or has run. What it prints lies in two files, complete when it has ended."""
+
+    process: ForkServerProcess
+    folder: Path
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """As that of `subprocess.Popen`: None while it runs, negative where a signal ended it."""
+        return self.process.exitcode
+
+    @property
+    def stdout(self) -> str:
+        return (self.folder / "stdout").read_text(encoding="utf-8")
+
+    @property
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text(encoding="utf-8")
+
+    def wait(self, timeout: float = 120.0) -> Started:
+        self.process.join(timeout)
+        assert self.returncode is not None, f"it runs for more than {timeout} s: {self.stderr}"
+        return self
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def start(
+    folder: Path, function: Callable[..., object], *arguments: Any, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Started:
+    """`function(*arguments)` in a new process, by the environment of this one and `env`; `folder` takes what it prints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **(env or {})}
+    process = _context.Process(target=_run, args=(folder, environment, cwd or Path.cwd(), function, arguments))
+    process.start()
+    return Started(process, folder)
+
+
+def fgvc(folder: Path, *arguments: object, env: Mapping[str, str] | None = None) -> Started:
+    """`python -m fgvc ARGUMENTS...` in a new process."""
+    return start(folder, _command, [str(argument) for argument in arguments], env=env)
+
+
+def script(
+    folder: Path, file: Path, *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Started:
+    """`python FILE ARGUMENTS...` in a new process."""
+    return start(folder, _script, file, [str(argument) for argument in arguments], env=env, cwd=cwd)
+
+
+def _command(arguments: Sequence[str]) -> None:
+    from fgvc.cli.app import main
+
+    main(list(arguments))
+
+
+def _script(file: Path, arguments: Sequence[str]) -> None:
+    sys.argv = [str(file), *arguments]
+    runpy.run_path(str(file), run_name="__main__")
+
+
+def _run(
+    folder: Path, env: Mapping[str, str], place: Path, function: Callable[..., object], arguments: Sequence[Any]
+) -> None:
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        handle = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.dup2(handle, number)
+        os.close(handle)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(place)
+    os.fsync = lambda handle: None  # a process may be killed; the machine is not
+    function(*arguments)
+
+
+def plain_draws(order: str, folder: Path) -> None:
+    """`python -m fgvc.exporting.reference FOLDER` with the order as its input."""
+    from fgvc.exporting.reference import main
+
+    sys.stdin = io.StringIO(order)
+    main([str(folder)])
