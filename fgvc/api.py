@@ -32,7 +32,8 @@ from fgvc.evaluation.localize import Localisation
 from fgvc.evaluation.side import PairedAnswers, ask, images_of, open_sides
 from fgvc.evaluation.temperature import RunCalibration, calibration, refuse_other_file
 from fgvc.evaluation.tta import Views
-from fgvc.exporting.prove import MAX_IMAGES, ProvedExport, prove
+from fgvc.exporting.proofs import MAX_IMAGES
+from fgvc.exporting.prove import ProvedExport, prove
 from fgvc.exporting.quantize import Int8
 from fgvc.exporting.verify import Comparison, Verification, verify_bundle, verify_files
 from fgvc.io.files import refuse_file, write_atomic, writing

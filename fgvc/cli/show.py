@@ -63,7 +63,7 @@ def _suspects(report: Report) -> None:
     index = report.index
     for one in report.suspects.listed[:SUSPECTS] if report.suspects else ():
         place = f"{index.paths[one.row]} ({SPLITS[index.splits[one.row]]})"
-        own, other = f"{index.classes[one.label]} {one.own:.1%}", f"{index.classes[one.suggested]} {one.other:.1%}"
+        own, other = f"{index.classes[one.label]} {one.p_label:.1%}", f"{index.classes[one.suggested]} {one.p_suggested:.1%}"
         console.print(f"suspect: {place}: {own}, rather {other} (a probe says, not calibrated)", markup=False, soft_wrap=True)
 
 

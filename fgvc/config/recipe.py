@@ -15,7 +15,7 @@ from fgvc.config.models import Loss, Model, run_of
 from fgvc.config.schedule import knots
 from fgvc.config.section import Section
 from fgvc.config.technique import Mixing
-from fgvc.config.techniques import Techniques, chosen
+from fgvc.config.techniques import Techniques, enabled_techniques
 from fgvc.config.training import Checkpoint, Ema, Log, Optim, Swa, Train
 
 Shipped = Literal["last", "best", "ema", "swa"]
@@ -133,7 +133,7 @@ class Recipe(Section):
             )
         for problem in conflicts(self.techniques):
             raise ValueError(problem)
-        for kind, config in chosen(self.techniques).items():
+        for kind, config in enabled_techniques(self.techniques).items():
             if self.ema is None and config.requires.average:
                 raise ValueError(
                     f"techniques.{kind}: needs the moving average of the weights, and there is no `ema:` section (SWA has "
@@ -170,7 +170,7 @@ class Recipe(Section):
 
 def conflicts(techniques: Section) -> list[str]:
     """Messages on techniques that need images of one label while others mix all labels in some step."""
-    configs = chosen(techniques)
+    configs = enabled_techniques(techniques)
     mixers = {kind: config for kind, config in configs.items() if isinstance(config, Mixing)}
     times = {min(time, END) for config in mixers.values() for time in (0.0, *knots(config.probability), END)}
     if not mixers or any(sum(config.share(time) for config in mixers.values()) < 1 for time in times):

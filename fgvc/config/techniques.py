@@ -93,6 +93,6 @@ Techniques = create_model(
 )
 
 
-def chosen(techniques: Section) -> dict[str, TechniqueSettings]:
+def enabled_techniques(techniques: Section) -> dict[str, TechniqueSettings]:
     """Settings of the techniques that a recipe enables, by kind, in the order of the hooks."""
     return {kind: settings for kind in settings_by_kind() if (settings := getattr(techniques, kind)) is not None}

@@ -27,7 +27,7 @@ Window = tuple[int, int, int, int]
 
 
 class Augmenter:
-    """Draws sample (epoch, row, turn) of a run: a pure function of the image, the settings, the seed and these three.
+    """Augments sample (epoch, row, turn) of a run: a pure function of the image, the settings, the seed and these three.
 
     Not for two threads at once: albumentations keeps the sample's random state in its transforms.
     """
@@ -39,9 +39,9 @@ class Augmenter:
     def __call__(
         self, image: NDArray[np.uint8], *, epoch: int, row: int, turn: int = 0
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """uint8 (H,W,3), and the float32 (2,3) matrix from crop coordinates to those of `image`, uint8 (h,w,3) RGB.
+        """Augment uint8 (h,w,3) RGB to uint8 (H,W,3); also returns the float32 (2,3) matrix from crop to image coordinates.
 
-        `turn`: how often this row came in the epoch before."""
+        `turn`: number of earlier samples of this row in the epoch."""
         rng = generator(SAMPLE, self.seed, epoch, row, *([1 + turn] if turn else []))  # a 1 there is the loader's
         if self.augment.crop == "fit":
             pixels, to_image = self._fit(image, rng)
@@ -58,8 +58,8 @@ class Augmenter:
         return result["image"], to_image[:2].astype(np.float32)
 
     def _random_window(self, width: int, height: int, rng: np.random.Generator) -> Window:
-        """As torchvision's RandomResizedCrop; drawn as shares of the image, so that a shrunk copy gives the same
-        window, but for the rounding."""
+        """The window of torchvision's RandomResizedCrop, drawn as shares of the image, so that a shrunk copy gives the same one
+        but for rounding."""
         lowest, highest = self.augment.crop_ratio
         for _ in range(10):
             area = width * height * rng.uniform(*self.augment.crop_scale)
@@ -75,8 +75,9 @@ class Augmenter:
         return x0, y0, x1, y1
 
     def _fit(self, image: NDArray[np.uint8], rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-        """A window in the geometry of the deployed fit. Along either axis it lies within the image, or holds it whole
-        (pad) with `fill` around."""
+        """Crop a random window in the geometry of the deployed fit; also returns the matrix (3,3) as `__call__`.
+
+        Along either axis the window lies within the image, or holds all of it (pad) with `fill` around."""
         (rows, columns), (h, w) = self.spec.size, image.shape[:2]
         if self.spec.resize == "squash":
             window = float(w), float(h)
@@ -96,20 +97,20 @@ class Augmenter:
 
 
 def _compose(augment: Augment, spec: Preprocess) -> Any:
-    """albumentations' transforms that can do something (nothing is called in vain), with a record of what they did."""
+    """albumentations' transforms that the settings turn on, as one that records the parameters it applied."""
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or the import looks for a newer version on the network
     import albumentations as A
     import cv2
 
     cv2.setNumThreads(0)  # one image is too small to share out, and OpenCV's threads don't survive a fork
     a = augment
-    found = []
+    transforms = []
     if a.flip:
-        found.append(A.HorizontalFlip(p=a.flip))
+        transforms.append(A.HorizontalFlip(p=a.flip))
     if a.vertical_flip:
-        found.append(A.VerticalFlip(p=a.vertical_flip))
+        transforms.append(A.VerticalFlip(p=a.vertical_flip))
     if a.rotate or a.translate or a.zoom or a.shear:
-        found.append(
+        transforms.append(
             A.Affine(
                 scale=(1 - a.zoom, 1 + a.zoom),
                 keep_ratio=True,
@@ -122,24 +123,26 @@ def _compose(augment: Augment, spec: Preprocess) -> Any:
         )
     if a.brightness or a.contrast or a.saturation or a.hue:
         factors = [(1 - amount, 1 + amount) for amount in (a.brightness, a.contrast, a.saturation)]
-        found.append(A.ColorJitter(*factors, hue=(-a.hue, a.hue), p=1))
+        transforms.append(A.ColorJitter(*factors, hue=(-a.hue, a.hue), p=1))
     if a.grayscale:
-        found.append(A.ToGray(p=a.grayscale))
-    return A.Compose(found, save_applied_params=True)
+        transforms.append(A.ToGray(p=a.grayscale))
+    return A.Compose(transforms, save_applied_params=True)
 
 
 def _resampled(
     image: NDArray[np.uint8], window: Window, size: tuple[int, int], interpolation: Interpolation
 ) -> NDArray[np.uint8]:
-    """uint8 (H,W,3): a window of `image`, antialiased; nothing outside it leaks in. torch has two of Pillow's filters."""
+    """A window of `image` resized to uint8 (H,W,3), antialiased; pixels outside of it have no influence.
+
+    torch has two of Pillow's filters."""
     left, top, right, bottom = window
-    part = image[top:bottom, left:right]
+    region = image[top:bottom, left:right]
     if interpolation not in ("bilinear", "bicubic"):
         filter_ = Image.Resampling[interpolation.upper()]
-        return np.asarray(Image.fromarray(part).resize((size[1], size[0]), filter_))
+        return np.asarray(Image.fromarray(region).resize((size[1], size[0]), filter_))
     import torch
 
-    x = torch.from_numpy(part).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
+    x = torch.from_numpy(region).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
     x = torch.nn.functional.interpolate(x, size, mode=interpolation, antialias=True)
     pixels: NDArray[np.uint8] = x[0].permute(1, 2, 0).numpy()
     return pixels
@@ -152,7 +155,7 @@ def _whole(start: float, stop: float, side: int) -> tuple[int, int]:
 
 
 def _overlap(start: float, length: float, side: int, pixels: int) -> tuple[int, int, int, int]:
-    """One axis of a window that may reach over the image: whole pixels of the image, and of the crop that they fill."""
+    """One axis of a window that may reach beyond the image: whole pixels of the image, and of the crop they fill."""
     step = length / pixels
     first, last = max(round(-start / step), 0), min(round((side - start) / step), pixels)
     if first >= last:  # an image thinner than one pixel of the crop
@@ -162,13 +165,13 @@ def _overlap(start: float, length: float, side: int, pixels: int) -> tuple[int, 
 
 
 def _window_matrix(window: Window, pixels: Window) -> NDArray[np.float64]:
-    """3x3: the crop's rectangle `pixels` onto the image's `window`."""
+    """3x3 matrix from the crop's rectangle `pixels` to the image's `window`."""
     sx, sy = (window[2] - window[0]) / (pixels[2] - pixels[0]), (window[3] - window[1]) / (pixels[3] - pixels[1])
     return np.array([[sx, 0, window[0] - sx * pixels[0]], [0, sy, window[1] - sy * pixels[1]], [0, 0, 1]])
 
 
 def _inverse(name: str, params: dict[str, Any], size: tuple[int, int]) -> NDArray[np.float64]:
-    """3x3: where a transform that was applied took its pixels from."""
+    """3x3 matrix from the coordinates after an applied transform to those before it."""
     match name:
         case "HorizontalFlip":
             return np.array([[-1.0, 0, size[1]], [0, 1, 0], [0, 0, 1]])
@@ -180,4 +183,4 @@ def _inverse(name: str, params: dict[str, Any], size: tuple[int, int]) -> NDArra
         case "ColorJitter" | "ToGray":
             return np.eye(3)
         case _:
-            raise NotImplementedError(f"the geometry of {name} is not known here")
+            raise NotImplementedError(f"no inverse geometry for {name}")

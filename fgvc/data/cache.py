@@ -1,9 +1,9 @@
-"""Decoded training images on disk: every image decoded and shrunk once, all in one memory-mapped file.
+"""Cache of decoded training images on disk: every image decoded and shrunk once, all in one memory-mapped file.
 
 A cache is a folder <key>/ with `pixels.bin` (uint8 RGB, image after image) and `index.npz`. The key covers the paths,
-sizes and times of the files and the shrinking, so a changed data set makes a new cache. A cache is built beside its
-place and then renamed: it is there in full or not at all, and of two builders the first wins. Every image has its CRC-32: one
-that is damaged is decoded from its file as if there were no cache, and the next opening builds the cache anew.
+sizes and times of the files and the shrinking, so a changed data set makes a new cache. A cache is built in a temporary folder
+that is then renamed: it exists in full or not at all, and of two builders the first wins. Every image has its CRC-32: a damaged
+one is decoded from its file, and the next opening rebuilds the cache.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from fgvc.images.decode import read_picture
 from fgvc.io.files import cache_folder, file_lock, remove, sync, write_atomic
 
 _VERSION = 3
-_LOCK = "building"  # held by whoever builds; a folder whose lock is free was left behind by a crash
-_DAMAGED = "damaged"  # a file that says so
+_LOCK = "building"  # held by the process that builds; a folder whose lock is free was left behind by a crash
+_DAMAGED = "damaged"  # name of the file that marks a damaged cache
 _QUIET_SECONDS = 10
 _SAMPLE = 200  # images decoded to estimate the space needed
 
-# Of a damaged index.npz: its zip, or an array in it.
+# What reading a damaged index.npz raises: its zip, or an array in it.
 BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 Progress = Callable[[str], None]
@@ -51,10 +51,10 @@ Decoded = tuple[Image.Image, tuple[int, int], int]
 
 
 class DecodeCache:
-    """Read access. Can be pickled, and shared by forked workers (the pages are shared too)."""
+    """Read access to a cache. Can be pickled, and shared by forked workers (the pages are shared too)."""
 
     def __init__(self, folder: Path, index: ImageIndex, *, side: int) -> None:
-        """Raises one of BROKEN where the cache is not as it was built."""
+        """Open a built cache. Raises one of BROKEN if it is damaged."""
         self.folder, self._index, self._side = folder, index, side
         if (folder / _DAMAGED).exists():
             raise ValueError("an image of it is damaged")
@@ -82,7 +82,7 @@ class DecodeCache:
         workers: int = 2,
         progress: Progress | None = None,
     ) -> DecodeCache:
-        """The cache of these rows under `folder` (default: fgvc's own in the user's cache), built now if not there.
+        """The cache of these rows under `folder` (default: fgvc's folder in the user's cache), built if missing.
 
         Images whose shorter side is above `side` are shrunk to it; none is enlarged. `progress` gets a line of text now
         and then. Raises FgvcError when there is no room for it.
@@ -90,13 +90,13 @@ class DecodeCache:
         rows = np.unique(np.asarray(rows, dtype=np.int64))
         folder = cache_folder() if folder is None else folder.expanduser()
         final = folder / _key(index, rows, side)
-        given = partial(cls, final, index, side=side)
-        whole = _whole(given, final, progress)
-        if whole is None:
+        open_cache = partial(cls, final, index, side=side)
+        cache = _open_whole(open_cache, final, progress)
+        if cache is None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 _remove_leftovers(folder)
-                _move_away(given, final)
+                _remove_damaged(open_cache, final)
                 _build(index, rows, final, side=side, workers=workers, progress=progress)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -107,7 +107,7 @@ class DecodeCache:
                     f"{folder}: can't write the decode cache ({error.strerror or error}); name another place by cache_dir, or "
                     "set cache=none"
                 ) from error
-        return whole or given()
+        return cache or open_cache()
 
     @property
     def bad(self) -> list[ImageError]:
@@ -117,7 +117,7 @@ class DecodeCache:
     def image(self, row: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
         """The shrunk image of a row, uint8 (h,w,3) RGB, and the original's (width, height).
 
-        Its pixels are the file's own: don't write. Raises ImageError as `decode` did.
+        The pixels are those of the memory map: don't write. Raises ImageError as `decode` did.
         """
         if row in self._bad:
             raise ImageError(self._index.path(row), self._bad[row])
@@ -133,16 +133,16 @@ class DecodeCache:
         return pixels.reshape(height, width, 3), (original[0], original[1])
 
     def _decoded(self, row: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-        """What the cache held of an image before it was damaged."""
+        """An image decoded from its file, in place of its damaged copy in the cache."""
         if not (self.folder / _DAMAGED).exists():
             print(f"{self.folder}: damaged; what is damaged is decoded anew, and all of it at the next start", file=sys.stderr)
-            with contextlib.suppress(FgvcError):  # where it can't be written: said each time
+            with contextlib.suppress(FgvcError):  # if it can't be written, the message comes again
                 write_atomic(self.folder / _DAMAGED, b"")
         picture = read_picture(self._index.path(row), max_pixels=self._index.max_pixels)
         return np.array(shrunk(picture.image, self._side)), picture.size
 
     def orientation(self, row: int) -> int:
-        """How the original was held, in EXIF's words; the image here is upright."""
+        """EXIF orientation (1 to 8) of the original; the cached image is upright."""
         return int(self._orientations[self._at(row)])
 
     def _at(self, row: int) -> int:
@@ -152,30 +152,30 @@ class DecodeCache:
         return at
 
     def close(self) -> None:
-        """Let go of the file; the next `image` opens it again."""
+        """Close the memory map; the next `image` opens it again."""
         self._pixels = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pixels": None}  # or the whole file would be pickled
 
 
-def _whole(given: Callable[[], DecodeCache], final: Path, progress: Progress | None) -> DecodeCache | None:
-    """The cache that is there; None where there is none, or it is damaged."""
+def _open_whole(open_cache: Callable[[], DecodeCache], final: Path, progress: Progress | None) -> DecodeCache | None:
+    """An existing cache; None if it is missing or damaged."""
     if not final.exists():
         return None
     try:
-        return given()
+        return open_cache()
     except BROKEN as error:
         if progress is not None:
             progress(f"{final}: the decode cache is damaged ({error}); it is built anew")
         return None
 
 
-def _move_away(given: Callable[[], DecodeCache], final: Path) -> None:
-    """Remove a damaged cache, unless another process has just built it anew."""
+def _remove_damaged(open_cache: Callable[[], DecodeCache], final: Path) -> None:
+    """Remove a damaged cache, unless another process has just rebuilt it."""
     if final.exists():
         with file_lock(lock := final.with_suffix(".lock"), wait=math.inf):
-            if final.exists() and _whole(given, final, None) is None:
+            if final.exists() and _open_whole(open_cache, final, None) is None:
                 away = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".damaged", dir=final.parent))
                 os.replace(final, away)
                 shutil.rmtree(away)
@@ -183,7 +183,7 @@ def _move_away(given: Callable[[], DecodeCache], final: Path) -> None:
 
 
 def shrunk(image: Image.Image, side: int) -> Image.Image:
-    """`image` with its shorter side at most `side`, by a filter that keeps detail."""
+    """`image` with its shorter side at most `side` (Lanczos)."""
     scale = side / min(image.size)
     if scale >= 1:
         return image
@@ -195,9 +195,9 @@ def _key(index: ImageIndex, rows: NDArray[np.int64], side: int) -> str:
     return stamps(index, rows, f"{_VERSION} {side} {index.max_pixels}")[:24]
 
 
-def stamps(index: ImageIndex, rows: NDArray[np.int64], more: str = "") -> str:
-    """SHA-256 of the rows' files, by their names, sizes and times of change, and of `more`."""
-    digest = hashlib.sha256(f"{more} {index.root.resolve()}".encode())
+def stamps(index: ImageIndex, rows: NDArray[np.int64], salt: str = "") -> str:
+    """SHA-256 over names, sizes and times of change of the rows' files, and over `salt`."""
+    digest = hashlib.sha256(f"{salt} {index.root.resolve()}".encode())
     for row in rows.tolist():
         path = str(index.paths[row])
         try:
@@ -256,13 +256,13 @@ def _write(
     orientations = np.ones(len(rows), dtype=np.int8)
     sums = np.zeros(len(rows), dtype=np.uint32)
     bad_rows, bad_reasons, last = [], [], time.monotonic()
-    for at, found in enumerate(images):
+    for at, decoded in enumerate(images):
         offsets[at] = pixels.tell()
-        if isinstance(found, ImageError):
+        if isinstance(decoded, ImageError):
             bad_rows.append(int(rows[at]))
-            bad_reasons.append(found.reason)
+            bad_reasons.append(decoded.reason)
         else:
-            image, original, orientations[at] = found
+            image, original, orientations[at] = decoded
             sizes[at] = *image.size, *original
             content = image.tobytes()
             sums[at] = zlib.crc32(content)
@@ -285,7 +285,7 @@ def _write(
 def _in_order(
     pool: ThreadPoolExecutor, load: Callable[[int], Decoded | ImageError], rows: list[int]
 ) -> Iterator[Decoded | ImageError]:
-    """Results in the order of `rows`, with only a few in memory (`pool.map` would start all at once)."""
+    """Results of `load` in the order of `rows`, with only a few in memory (`pool.map` would start all at once)."""
     waiting: deque[Future[Decoded | ImageError]] = deque()
     try:
         for row in rows:
@@ -303,7 +303,7 @@ def _check_space(
     folder: Path, rows: NDArray[np.int64], load: Callable[[int], Decoded | ImageError], pool: ThreadPoolExecutor
 ) -> None:
     sample = rows[np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)), dtype=np.int64)] if len(rows) else rows
-    loaded = [found[0].size for found in _in_order(pool, load, sample.tolist()) if not isinstance(found, ImageError)]
+    loaded = [decoded[0].size for decoded in _in_order(pool, load, sample.tolist()) if not isinstance(decoded, ImageError)]
     needed = int(1.1 * 3 * sum(w * h for w, h in loaded) / max(1, len(sample)) * len(rows))
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -314,7 +314,7 @@ def _check_space(
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Folders of builders that were killed: their lock is free."""
+    """Delete the folders of builders that were killed: their lock is free."""
     for lock in folder.glob(f"*.tmp/{_LOCK}"):
         with contextlib.suppress(OSError, FgvcError), file_lock(lock) as dead:
             if dead:

@@ -24,12 +24,12 @@ class ImageIndex:
     labels: np.ndarray  # (N,) int32 in [0, K)
     splits: np.ndarray  # (N,) int8: position in SPLITS
     groups: np.ndarray | None = None  # (N,) StringDType: rows of one group never straddle a split
-    # Both in pixels of the image as it is stored; fgvc.images.upright turns them with it where EXIF says how it was held.
+    # Both in pixels of the image as stored; fgvc.images.upright turns them with the image by its EXIF orientation.
     boxes: np.ndarray | None = None  # (N,4) float32: x, y, width, height
     parts: np.ndarray | None = None  # (N,P,3) float32: x, y, visible
     part_names: tuple[str, ...] = ()
-    recognised: str = ""  # one line for people: what layout was found, and which split rule applies
-    warnings: tuple[str, ...] = ()  # a line each: what was left out of the set, or is odd about its files
+    recognised: str = ""  # one line for people: the detected layout and the rule of the splits
+    warnings: tuple[str, ...] = ()  # a line each: files that were left out, or are suspicious
     max_pixels: int = MAX_PIXELS  # of an image that is read
 
     def __len__(self) -> int:
@@ -44,5 +44,5 @@ class ImageIndex:
 
 
 def decode_row(index: ImageIndex, row: int) -> Image.Image:
-    """An image of a set, under the set's limit. Raises ImageError as `decode` does."""
+    """The decoded image of a row, under the set's limit of pixels. Raises ImageError as `decode` does."""
     return decode(index.path(row), max_pixels=index.max_pixels)

@@ -1,4 +1,4 @@
-"""Which classes there are, and in which order: the label order of a deployed stack, and parts of a set for quick studies."""
+"""Changes of a set's classes: the label order of a deployed stack, and the first classes only, for quick studies."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fgvc.runtime.bundle import read_labels
 
 
 def reordered(index: ImageIndex, path: Path) -> ImageIndex:
-    """The same images with the classes numbered as in the file: see `fgvc.runtime.bundle.read_labels`.
+    """The index with its classes numbered as in a file that `fgvc.runtime.bundle.read_labels` reads.
 
-    Raises FgvcError where the file's classes are not exactly the data's.
+    Raises FgvcError if the file's classes are not exactly the data's.
     """
     try:
         names = read_labels(path.expanduser())
@@ -32,12 +32,12 @@ def reordered(index: ImageIndex, path: Path) -> ImageIndex:
     return replace(index, classes=names, labels=order[index.labels])
 
 
-def first(index: ImageIndex, count: int) -> ImageIndex:
-    """The images of the first `count` classes; the splits stay as they are. Raises FgvcError where there are fewer classes."""
+def first_classes(index: ImageIndex, count: int) -> ImageIndex:
+    """The index of the images of the first `count` classes, with the same splits. Raises FgvcError if there are fewer classes."""
     if count > len(index.classes):
         raise FgvcError(f"data.first_classes: {count}, and the data have {len(index.classes)}")
-    kept = index.labels < count
-    columns = ("paths", "labels", "splits", "groups", "boxes", "parts")
-    changed = {name: column[kept] for name in columns if (column := getattr(index, name)) is not None}
-    said = f"{index.recognised}; the first {count} classes: {kept.sum()} images"
-    return replace(index, classes=index.classes[:count], recognised=said, **changed)
+    mask = index.labels < count
+    names = ("paths", "labels", "splits", "groups", "boxes", "parts")
+    columns = {name: column[mask] for name in names if (column := getattr(index, name)) is not None}
+    recognised = f"{index.recognised}; the first {count} classes: {mask.sum()} images"
+    return replace(index, classes=index.classes[:count], recognised=recognised, **columns)

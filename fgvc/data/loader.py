@@ -1,7 +1,7 @@
-"""Batches for training and evaluation.
+"""Loaders of batches for training and evaluation.
 
 Nothing here depends on the number of workers or on what was loaded before: the order is drawn from (seed, epoch), a
-sample from (seed, epoch, row and how often it came before), and torch's global generator is left alone.
+sample from (seed, epoch, row, turn), and torch's global generator is left alone.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fgvc.images.upright import turned_boxes, turned_points, turned_sides
 from fgvc.rng import ORDER, SAMPLE, generator
 
 OnSample = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
-"""(h,w,3) uint8 image and its row -> image of the same size, in a worker, before any geometry. Workers are forked once:
-what changes during training must be read from disk or shared memory."""
+"""Hook from a (h,w,3) uint8 image and its row to an image of the same size; called in a worker, before any geometry. Workers
+are forked once: what changes during training must be read from disk or shared memory."""
 
 Sides = tuple[int, int]  # width, height
-Key = tuple[int, int, int]  # epoch, row, how often that row came in the epoch before
+Key = tuple[int, int, int]  # epoch, row, turn: number of earlier samples of that row in the epoch
 
-BEFORE = 2**31  # the first of the epoch numbers that stand for views before training
+BEFORE = 2**31  # first epoch number of the views that are drawn before training
 
 _NAMED = 50  # unreadable files listed in a message
 _SUBSTITUTES = 50  # rows tried in place of an unreadable one
@@ -41,14 +41,14 @@ _SUBSTITUTES = 50  # rows tried in place of an unreadable one
 
 @dataclass(slots=True)
 class TrainBatch:
-    """Augmented images, not yet normalised."""
+    """A batch of augmented images, not yet normalised."""
 
     images: Tensor  # (B,H,W,3) uint8 RGB
     labels: Tensor  # (B,) int64
     index: Tensor  # (B,) int64: rows of the ImageIndex
     geometry: Tensor  # (B,2,3) float32: crop -> original, in continuous pixels (a pixel's centre is at + 0.5)
-    bad: list[ImageError]  # unreadable files met for the first time
-    boxes: Tensor | None = None  # (B,4) float32: x, y, width, height in the original, upright; NaN where there is none
+    bad: list[ImageError]  # unreadable files that no earlier batch reported
+    boxes: Tensor | None = None  # (B,4) float32: x, y, width, height in the original, upright; NaN for an image without box
 
     def pin_memory(self) -> TrainBatch:
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
@@ -58,7 +58,7 @@ class TrainBatch:
 
 @dataclass(slots=True)
 class EvaluationBatch:
-    """Images as serving would see them."""
+    """A batch of images, preprocessed as in serving."""
 
     images: Tensor  # (B,3,H,W) float32, normalised
     labels: Tensor  # (B,) int64
@@ -74,20 +74,20 @@ class EvaluationBatch:
 
 
 class BadFiles:
-    """Unreadable files, each counted once, up to a share of the set."""
+    """Collects the unreadable files of a set, each once; above a share of the set they are an error."""
 
     def __init__(self, *, limit: float, images: int) -> None:
         self.limit, self.images = limit, images
-        self.found: dict[str, ImageError] = {}
+        self.errors: dict[str, ImageError] = {}
 
     def add(self, errors: Iterable[ImageError]) -> list[ImageError]:
-        """Those not seen before. Raises FgvcError with the whole list once there are too many."""
-        fresh = [error for error in errors if self.found.setdefault(error.path, error) is error]
-        if fresh and len(self.found) > self.limit * self.images:
+        """Record errors; returns those of files that are new. Raises FgvcError with the whole list once there are too many."""
+        fresh = [error for error in errors if self.errors.setdefault(error.path, error) is error]
+        if fresh and len(self.errors) > self.limit * self.images:
             raise FgvcError(
-                f"{len(self.found)} of {self.images} images can't be read, data.max_unreadable={self.limit:g} allows fewer. "
+                f"{len(self.errors)} of {self.images} images can't be read, data.max_unreadable={self.limit:g} allows fewer. "
                 "Raise it, and the run goes on without them; or mend or remove them, and begin a new run:\n"
-                f"{_names(self.found.values())}"
+                f"{_names(self.errors.values())}"
             )
         return fresh
 
@@ -112,10 +112,10 @@ def train_loader(
     max_unreadable: float = 0.05,
     balanced: bool = False,
 ) -> TrainLoader:
-    """Endless, resumable epochs over `rows` in batches of `batch_size` for this rank. Close it after use.
+    """A loader of resumable epochs over `rows` in batches of `batch_size` for this rank. Close it after use.
 
     `balanced`: an epoch has as many samples, drawn with replacement so that every class comes equally often on average;
-    an image that comes again is augmented anew.
+    a repeated image is augmented differently.
     """
     samples = _Samples(index, np.asarray(rows, dtype=np.int64), augmenter, seed, cache, tuple(on_sample))
     labels = index.labels[samples.rows] if balanced else None
@@ -134,26 +134,27 @@ def augmented_views(
     seed: int,
     workers: int,
 ) -> Iterator[TrainBatch]:
-    """Each of `rows` `views` times, augmented as no epoch of training augments it. An unreadable file is replaced as there."""
+    """Batches of `views` augmented views of each of `rows`, of random numbers that no epoch of training draws. An unreadable file
+    is replaced as in training."""
     samples = _Samples(index, np.asarray(rows, dtype=np.int64), augmenter, seed, None, ())
     keys: list[Key] = [(BEFORE + view, row, 0) for view in range(views) for row in samples.rows.tolist()]
     yield from _each(_torch_loader(samples, [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)], workers))
 
 
 class TrainLoader:
-    """What `train_loader` returns."""
+    """Epochs of training batches, from any batch on; made by `train_loader`."""
 
     def __init__(self, loader: DataLoader[TrainBatch], order: _Order, *, limit: float) -> None:
-        self.steps_per_epoch = len(order.rows) // (order.batch_size * order.world)  # what is left over differs by epoch
+        self.steps_per_epoch = len(order.rows) // (order.batch_size * order.world)  # an epoch's last, incomplete step is dropped
         self.bad = BadFiles(limit=limit, images=len(order.rows))
         self._order = order
         self._loader: DataLoader[TrainBatch] | None = loader
         self._running: Iterator[TrainBatch] | None = None
 
     def epoch(self, number: int, start: int = 0) -> Iterator[TrainBatch]:
-        """The micro-batches of one epoch from `start` on; ends the epoch before, if it still ran.
+        """The micro-batches of an epoch from number `start` on; an unfinished earlier epoch ends.
 
-        An unreadable file is replaced by another row, drawn from (seed, epoch, row). Raises FgvcError when there are
+        An unreadable file is replaced by another row, drawn from (seed, epoch, row). Raises FgvcError if there are
         too many of them.
         """
         self._stop()
@@ -162,7 +163,7 @@ class TrainLoader:
         return self._running
 
     def close(self) -> None:
-        """End the workers."""
+        """End the worker processes."""
         self._stop()
         self._loader = None  # the last reference: torch's iterator ends its workers when it goes
 
@@ -190,22 +191,22 @@ def evaluation_loader(
     world: int = 1,
     some: bool = True,
 ) -> Iterator[EvaluationBatch]:
-    """This rank's share of `rows`, each image once and in order, decoded from the original and preprocessed as in
-    serving. Unreadable ones are left out and reported. Raises FgvcError where none can be read, if there must be `some`."""
+    """Batches of this rank's share of `rows`, each image once and in order, decoded from the original and preprocessed as in
+    serving. Unreadable ones are left out and reported; with `some`, FgvcError is raised if none can be read."""
     mine = np.asarray(rows, dtype=np.int64)[rank::world]
     batches = [mine[at : at + batch_size].tolist() for at in range(0, len(mine), batch_size)]
-    held: EvaluationBatch | None = None
+    pending: EvaluationBatch | None = None
     errors: list[ImageError] = []
     for batch in _each(_torch_loader(_Originals(index, spec), batches, workers)):
         if not len(batch.labels):  # all bad: reported with the batch before or after
-            (errors if held is None else held.bad).extend(batch.bad)
+            (errors if pending is None else pending.bad).extend(batch.bad)
             continue
-        if held is not None:
-            yield held
+        if pending is not None:
+            yield pending
         batch.bad[:0] = errors
-        held, errors = batch, []
-    if held is not None:
-        yield held
+        pending, errors = batch, []
+    if pending is not None:
+        yield pending
     elif errors and some:
         raise FgvcError(f"none of the {len(mine)} images to evaluate can be read; the first: {errors[0]}")
 
@@ -213,7 +214,7 @@ def evaluation_loader(
 class _Order:
     """Batches of keys for one rank: a pure function of seed, epoch and start.
 
-    Without `labels` a permutation of `rows`; with those of the rows, as many rows with replacement, each with probability
+    Without `labels` a permutation of `rows`; with `labels` as many rows drawn with replacement, each with probability
     1 / (classes that occur * rows of its class).
     """
 
@@ -235,7 +236,7 @@ class _Order:
             self.share = 1 / (np.count_nonzero(counts) * counts[labels])
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """A step's rows over all ranks are consecutive in the order, whatever the number of ranks."""
+        """The batches of this rank. A step's rows over all ranks are consecutive in the order, whatever the number of ranks."""
         epoch = self.epoch
         rng = generator(ORDER, self.seed, epoch)
         if self.share is None:
@@ -250,16 +251,16 @@ class _Order:
 
 
 def _turns(order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each element, how many equal ones come before it."""
+    """Number of earlier elements equal to each element, (N,)."""
     by_row = np.argsort(order, kind="stable")
-    first = np.searchsorted(order, order, sorter=by_row)  # where an element's own run of equals begins
+    first = np.searchsorted(order, order, sorter=by_row)  # where the run of equal elements begins
     turns = np.empty(len(order), np.int64)
     turns[by_row] = np.arange(len(order)) - first[by_row]
     return turns
 
 
 class _Samples(Dataset[TrainBatch]):
-    """Loads and augments one batch at a time."""
+    """Dataset that loads and augments a batch of keys at a time."""
 
     def __init__(
         self,
@@ -274,7 +275,7 @@ class _Samples(Dataset[TrainBatch]):
         self.cache, self.on_sample = cache, on_sample
 
     def __getitems__(self, keys: list[Key]) -> TrainBatch | FgvcError:
-        """An error that ends training is returned: raised in a worker it would reach the user as a traceback."""
+        """The batch of some keys. An error that ends training is returned: raised in a worker it would come as a traceback."""
         height, width = self.augmenter.spec.size
         images = np.empty((len(keys), height, width, 3), dtype=np.uint8)
         geometry = np.empty((len(keys), 2, 3), dtype=np.float32)
@@ -295,21 +296,21 @@ class _Samples(Dataset[TrainBatch]):
             scale = np.array([[original[0] / image.shape[1]], [original[1] / image.shape[0]]], dtype=np.float32)
             geometry[at] = scale * to_image
         labels = torch.from_numpy(self.index.labels[taken].astype(np.int64))
-        found = None if boxes is None else torch.from_numpy(boxes)
-        rows, matrices = torch.from_numpy(taken), torch.from_numpy(geometry)
-        return TrainBatch(torch.from_numpy(images), labels, rows, matrices, bad, found)
+        return TrainBatch(
+            torch.from_numpy(images), labels, torch.from_numpy(taken), torch.from_numpy(geometry), bad,
+            None if boxes is None else torch.from_numpy(boxes),
+        )  # fmt: skip
 
     def _readable(self, epoch: int, row: int, bad: list[ImageError]) -> tuple[int, NDArray[np.uint8], Sides, int]:
-        """The row's image, or another's in its place: row, image, the original's (width, height) upright, and its EXIF
-        orientation."""
+        """Row, image, upright (width, height) of the original, EXIF orientation; of another row if the file is unreadable."""
         substitutes: np.random.Generator | None = None
-        drawn = row
+        requested = row
         for _ in range(_SUBSTITUTES):
             try:
                 return (row, *self._load(row))
             except ImageError as error:
                 bad.append(error)
-                substitutes = substitutes or generator(SAMPLE, self.seed, epoch, drawn, 1)
+                substitutes = substitutes or generator(SAMPLE, self.seed, epoch, requested, 1)
                 row = int(substitutes.choice(self.rows))
         names = _names({error.path: error for error in bad}.values())
         raise FgvcError(f"{_SUBSTITUTES} images in turn can't be read:\n{names}")
@@ -327,7 +328,7 @@ class _Samples(Dataset[TrainBatch]):
 
 
 class _Originals(Dataset[EvaluationBatch]):
-    """Decodes and preprocesses one batch at a time."""
+    """Dataset that decodes and preprocesses a batch of rows at a time."""
 
     def __init__(self, index: ImageIndex, spec: Preprocess) -> None:
         self.index, self.spec = index, spec
@@ -357,12 +358,12 @@ class _Originals(Dataset[EvaluationBatch]):
         index = np.array(read, dtype=np.int64)
         labels = torch.from_numpy(self.index.labels[index].astype(np.int64))
         pixels, originals = torch.from_numpy(images[: len(read)]), torch.from_numpy(sizes[: len(read)])
-        found, places = (None if one is None else one[: len(read)] for one in (boxes, parts))
-        return EvaluationBatch(pixels, labels, torch.from_numpy(index), originals, bad, found, places)
+        boxes, parts = (None if column is None else column[: len(read)] for column in (boxes, parts))
+        return EvaluationBatch(pixels, labels, torch.from_numpy(index), originals, bad, boxes, parts)
 
 
 def _box(index: ImageIndex, row: int, size: Sides, orientation: int) -> NDArray[np.float32]:
-    """(4,): the box of a row in its image upright, cut at its borders; `size` of that image. NaN: none, or none within it."""
+    """The box (4,) of a row in its upright image of `size`, clipped to it; NaN if there is none, or none within the image."""
     assert index.boxes is not None
     return turned_boxes(index.boxes[row], orientation, turned_sides(size, orientation)).astype(np.float32)
 

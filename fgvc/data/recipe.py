@@ -1,4 +1,4 @@
-"""Recipes with their data: read from a file, the kind of the set decided."""
+"""Reading of recipes with the kind of their data resolved."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from pathlib import Path
 
 from fgvc.config.loading import load
 from fgvc.config.recipe import Recipe
-from fgvc.data.sources.read import decided
+from fgvc.data.sources.read import resolved
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file with `a.b=value` overrides. Raises FgvcError naming file, line, key and the nearest valid key."""
-    return decide(load(Recipe, Path(path), overrides))
+    return resolve_data(load(Recipe, Path(path), overrides))
 
 
-def decide(recipe: Recipe) -> Recipe:
-    """With the kind that its files are of, where the recipe leaves that to them (`data.kind: auto`): once, before anything is
-    recorded, so that what is recorded reads the same set later. Raises FgvcError where no kind fits, or several do."""
-    data = decided(recipe.data)
+def resolve_data(recipe: Recipe) -> Recipe:
+    """A recipe with `data.kind: auto` replaced by the kind that its files are of.
+
+    Called once, before anything is recorded, so that the recorded recipe reads the same set later. Raises FgvcError if no kind
+    fits, or several do."""
+    data = resolved(recipe.data)
     return recipe if data is recipe.data else recipe.model_copy(update={"data": data})

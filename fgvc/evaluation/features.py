@@ -41,7 +41,7 @@ def normalisation(recipe: Recipe) -> Normalisation | None:
     spec = preprocess_for(recipe.deploy, recipe.image.size, weights)
     found = normalisation_of(spec)
     own = np.allclose((found.mean, found.std), (weights.mean, weights.std), rtol=1e-3, atol=1e-4)
-    return replace(found, own=own, doubts=unlikely(spec, weights))
+    return replace(found, from_weights=own, doubts=unlikely(spec, weights))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from fgvc.evaluation.calibration import MAX_LOGITS, confidence_of
 from fgvc.evaluation.paired import Paired, compare_answers
 from fgvc.evaluation.temperature import calibration
 from fgvc.images.preprocess import described, differences
-from fgvc.io.names import relabelled, some
+from fgvc.io.names import label_differences, some
 from fgvc.runs.folder import is_run, read_run
 from fgvc.runs.images import learnt, read_index, recorded_images
 from fgvc.runs.loaded import Answers, LoadedRun, load_run, onnx_answers
@@ -266,7 +266,7 @@ def ask(a: Classifier, b: Classifier, images: Images) -> PairedAnswers:
 def _differences(a: Classifier, b: Classifier) -> tuple[str, ...]:
     assert a.preprocess is not None
     assert b.preprocess is not None
-    return (*differences(a.preprocess, b.preprocess), *relabelled(a.classes, b.classes))
+    return (*differences(a.preprocess, b.preprocess), *label_differences(a.classes, b.classes))
 
 
 def _roots(paths: Sequence[Path], root: Path | None) -> list[Path | None]:

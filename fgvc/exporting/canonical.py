@@ -1,4 +1,4 @@
-"""From an ONNX file to its canonical form (structure.py), and what two canonical forms say about weights.
+"""Canonical form (structure.py) of an ONNX file, and finding weights by comparing two canonical forms.
 
 Inner tensors are renamed by order of first use, walking from the graph's outputs, so neither names nor the order of
 storage matter. Metadata, node names and value_info are dropped, and so are the payloads of weights: nothing else.
@@ -34,27 +34,27 @@ from fgvc.exporting.structure import (
 
 _PREVIEW = 8  # tensors up to this size are shown by value
 
-# A field that is in neither line is refused, so that nothing a file says can escape the comparison unseen.
-_KEPT = {
+# A field in neither table is refused, so that no content of a file escapes the comparison.
+_COMPARED = {
     ModelProto: {"ir_version", "opset_import", "graph", "functions"},
     GraphProto: {"node", "initializer", "input", "output"},
     NodeProto: {"input", "output", "op_type", "domain", "overload", "attribute"},
     FunctionProto: {"name", "domain", "overload", "input", "output", "attribute", "attribute_proto", "node"}
     | {"opset_import"},
 }
-_DROPPED = {
+_IGNORED = {
     "name", "doc_string", "metadata_props", "value_info",
     "producer_name", "producer_version", "model_version", "domain",
 }  # fmt: skip
 
 
 def canonicalise(model: ModelProto, *, weights: Collection[int] | None) -> Canonical:
-    """The canonical form of `model`.
+    """Canonical form of `model`.
 
     weights: positions, among `Canonical.initializers`, of those whose payload is blanked; None: every one that may be.
-    Only floating-point initializers of rank >= 1 may be, whatever is asked for.
+    Only floating-point initializers of rank >= 1 may be, whatever `weights` has.
     Raises FgvcError for external data, for what isn't a graph (a cycle, a tensor that nobody produces or two do)
-    and for what this comparison wouldn't see (sparse initializers, quantization annotations, training graphs).
+    and for what this comparison does not cover (sparse initializers, quantization annotations, training graphs).
     """
     _refuse_unknown(model)
     build = _Build(weights)
@@ -69,7 +69,7 @@ def canonicalise(model: ModelProto, *, weights: Collection[int] | None) -> Canon
 
 
 def weight_positions(a: ModelProto, b: ModelProto) -> frozenset[int]:
-    """Which initializers are weights, told from two exports of one plain network with two draws of random weights:
+    """Positions of the weights among the initializers, from two exports of one plain network with two draws of random weights:
     the floating-point ones of rank >= 1 whose payloads differ. Equal ones are constants of the graph.
 
     Raises FgvcError if the two exports differ in anything else.
@@ -86,8 +86,11 @@ def weight_positions(a: ModelProto, b: ModelProto) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """A degenerate weight's trace in the graph: `references` are what the plain export has there (stored names and
-    positions); `candidate` is the one initializer that serves them all, or None where the exporter dropped a bias."""
+    """Initializers that the exporter merged, or dropped, because a weight is degenerate.
+
+    `references` are those of the plain export (stored names), with their `positions`; `candidate` is the initializer that
+    replaces them all, or None where the exporter dropped a bias.
+    """
 
     candidate: str | None
     references: tuple[str, ...]
@@ -99,23 +102,23 @@ class Merged:
 
 
 def shared_initializers(candidate: Canonical, reference: Canonical) -> list[Merged]:
-    """What the exporter merged or dropped in `candidate` because of equal or zero payloads (dead channels).
+    """Initializers that the exporter merged or dropped in `candidate` because of equal or zero payloads (dead channels).
 
     Walks both graphs in parallel from the outputs, through the Identity nodes that the TorchScript exporter puts
-    between a merged initializer and its second user. Where the two graphs part for another reason the walk ends.
+    between a merged initializer and its second user. Where the two graphs differ for another reason the walk ends.
     """
-    makers = [_makers(c.graph) for c in (candidate, reference)]
+    producers = [_producers(c.graph) for c in (candidate, reference)]
     served: dict[str | None, set[str]] = {}
     todo = [(c.value, r.value) for c, r in zip(candidate.graph.outputs, reference.graph.outputs, strict=False)]
-    seen: set[tuple[str, str]] = set()
+    visited: set[tuple[str, str]] = set()
     while todo:
         pair = todo.pop()
-        if pair in seen:
+        if pair in visited:
             continue
-        seen.add(pair)
-        c, r = (_through_identity(ref, made) for ref, made in zip(pair, makers, strict=True))
-        if r in makers[1] and c in makers[0]:
-            (node_c, slot_c), (node_r, slot_r) = makers[0][c], makers[1][r]
+        visited.add(pair)
+        c, r = (_through_identity(ref, by_ref) for ref, by_ref in zip(pair, producers, strict=True))
+        if r in producers[1] and c in producers[0]:
+            (node_c, slot_c), (node_r, slot_r) = producers[0][c], producers[1][r]
             if node_c.op == node_r.op and slot_c == slot_r:
                 absent = [""] * (len(node_r.inputs) - len(node_c.inputs))
                 todo.extend(zip([*node_c.inputs, *absent], node_r.inputs, strict=False))
@@ -125,26 +128,26 @@ def shared_initializers(candidate: Canonical, reference: Canonical) -> list[Merg
     merged = []
     for c_ref, r_refs in served.items():
         if c_ref is None or len(r_refs) > 1:
-            found = sorted(stored[1][ref] for ref in r_refs)
+            places = sorted(stored[1][ref] for ref in r_refs)
             name = None if c_ref is None else stored[0][c_ref][1]
-            merged.append(Merged(name, tuple(n for _, n in found), tuple(k for k, _ in found)))
+            merged.append(Merged(name, tuple(n for _, n in places), tuple(k for k, _ in places)))
     return sorted(merged, key=lambda m: m.positions)
 
 
-def _makers(graph: Graph) -> dict[str, tuple[Node, int]]:
+def _producers(graph: Graph) -> dict[str, tuple[Node, int]]:
     return {ref: (node, slot) for node in graph.nodes for slot, ref in enumerate(node.outputs) if ref}
 
 
-def _through_identity(ref: str, made: Mapping[str, tuple[Node, int]]) -> str:
-    """The initializer behind a chain of Identity nodes, or `ref` itself."""
+def _through_identity(ref: str, producers: Mapping[str, tuple[Node, int]]) -> str:
+    """Initializer behind a chain of Identity nodes, or `ref` itself."""
     end = ref
-    while end in made and made[end][0].op == "Identity":
-        end = made[end][0].inputs[0]
+    while end in producers and producers[end][0].op == "Identity":
+        end = producers[end][0].inputs[0]
     return end if end.startswith("w") else ref
 
 
 class _Scope:
-    """The names that a graph's nodes can read: its own, then those of the graphs around it."""
+    """Names that a graph's nodes can read: those of the graph, then those of the graphs around it."""
 
     def __init__(self, graph: GraphProto | FunctionProto, parent: _Scope | None) -> None:
         self.parent = parent
@@ -167,7 +170,7 @@ class _Scope:
 
 
 class _Build:
-    """One pass over a model or function: hands out canonical names in the order of first use."""
+    """One pass over a model or function, which assigns canonical names in the order of first use."""
 
     def __init__(self, weights: Collection[int] | None) -> None:
         self.weights = weights
@@ -209,16 +212,16 @@ class _Build:
     def initializer(self, stored: TensorProto, overridable: bool) -> Initializer:
         position = len(self.initializers)
         blank = self.weights is None or position in self.weights
-        made = Initializer(f"w{position}", _tensor(stored, blank=blank), overridable, stored.name)
-        self.initializers.append(made)
-        return made
+        initializer = Initializer(f"w{position}", _tensor(stored, blank=blank), overridable, stored.name)
+        self.initializers.append(initializer)
+        return initializer
 
     def unused(self, scope: _Scope) -> None:
-        """Initializers that no output depends on. Shape before payload, so that the order is that of any weights."""
-        left = {name: _tensor(t, blank=False) for name, t in scope.stored.items() if name not in scope.refs}
-        for name in sorted(left, key=lambda n: (left[n].dtype, left[n].dims, left[n].digest)):
-            made = self.initializer(scope.stored[name], name in scope.overridable)
-            scope.refs[name] = f"w:{made.tensor.dtype}{list(made.tensor.dims)}:{made.tensor.digest}"
+        """Add the initializers that no output depends on. Shape before payload, so that the order is that of any weights."""
+        tensors = {name: _tensor(t, blank=False) for name, t in scope.stored.items() if name not in scope.refs}
+        for name in sorted(tensors, key=lambda n: (tensors[n].dtype, tensors[n].dims, tensors[n].digest)):
+            initializer = self.initializer(scope.stored[name], name in scope.overridable)
+            scope.refs[name] = f"w:{initializer.tensor.dtype}{list(initializer.tensor.dims)}:{initializer.tensor.digest}"
 
     def node(self, node: NodeProto, index: int, scope: _Scope) -> Node:
         op, inputs = _op(node), tuple(self.ref(name, scope) for name in node.input)
@@ -229,7 +232,7 @@ class _Build:
         return Node(op, attributes, inputs, outputs, node.name, index, tuple(node.output))
 
     def dead_node(self, node: NodeProto, index: int, scope: _Scope) -> Node:
-        """Named by its content: among dead nodes there is no first use that every order of storage agrees on."""
+        """Canonical form of a dead node, named by its content: it has no first use that every order of storage agrees on."""
         if any(_subgraphs(a) for a in node.attribute):
             raise FgvcError(f"node {node.name!r} ({node.op_type}) has subgraphs and no output depends on it: remove it")
         op, inputs = _op(node), tuple(self.ref(name, scope) for name in node.input)
@@ -254,11 +257,11 @@ class _Build:
         elif kind in {"graph", "graphs"} and scope is not None:
             value = tuple(self.graph(g, scope) for g in _subgraphs(stored))
         elif kind in {"int", "float", "string"}:
-            one: dict[str, Any] = {"int": stored.i, "float": stored.f, "string": stored.s}
-            value = _text(one[kind])
+            scalars: dict[str, Any] = {"int": stored.i, "float": stored.f, "string": stored.s}
+            value = _text(scalars[kind])
         elif kind in {"ints", "floats", "strings"}:
-            many: Sequence[Any] = {"ints": stored.ints, "floats": stored.floats, "strings": stored.strings}[kind]
-            value = "[" + ", ".join(map(_text, many)) + "]"
+            elements: Sequence[Any] = {"ints": stored.ints, "floats": stored.floats, "strings": stored.strings}[kind]
+            value = "[" + ", ".join(map(_text, elements)) + "]"
         else:
             raise FgvcError(f"attribute {stored.name!r} has the type {kind}, which can't be compared")
         return Attribute(stored.name, kind, value)
@@ -282,7 +285,7 @@ class _Build:
 def _order(graph: GraphProto | FunctionProto) -> tuple[list[int], list[int]]:
     """Positions of the nodes that outputs depend on, depth first from the outputs through the inputs in their order,
     every node after what it reads; then the others, also after what they read."""
-    maker: dict[str, int] = {name: k for k, node in enumerate(graph.node) for name in node.output if name}
+    producer: dict[str, int] = {name: k for k, node in enumerate(graph.node) for name in node.output if name}
     done: dict[int, bool] = {}  # False while the walk is still below the node
     order: list[int] = []
 
@@ -292,7 +295,7 @@ def _order(graph: GraphProto | FunctionProto) -> tuple[list[int], list[int]]:
         while stack:
             k, names = stack[-1]
             for name in names:
-                below = maker.get(name)
+                below = producer.get(name)
                 if below is None or done.get(below):
                     continue
                 if below in done:
@@ -306,7 +309,7 @@ def _order(graph: GraphProto | FunctionProto) -> tuple[list[int], list[int]]:
                 stack.pop()
 
     for port in graph.output:
-        root = maker.get(_name(port))
+        root = producer.get(_name(port))
         if root is not None and root not in done:
             visit(root)
     live = len(order)
@@ -317,15 +320,15 @@ def _order(graph: GraphProto | FunctionProto) -> tuple[list[int], list[int]]:
 
 
 def _reads(node: NodeProto) -> list[str]:
-    """The names a node reads: its inputs, then what its subgraphs take from around them, by order of first use."""
+    """Names that a node reads: its inputs, then those that its subgraphs read from outside of them, by order of first use."""
     names = [name for name in node.input if name]
     for attribute in sorted(node.attribute, key=lambda a: a.name):
         for graph in _subgraphs(attribute):
-            own = {p.name for p in graph.input} | {t.name for t in graph.initializer}
-            own |= {name for inner in graph.node for name in inner.output}
-            inner_reads = (name for part in _order(graph) for k in part for name in _reads(graph.node[k]))
-            names += [name for name in inner_reads if name not in own]
-            names += [port.name for port in graph.output if port.name not in own]
+            local = {p.name for p in graph.input} | {t.name for t in graph.initializer}
+            local |= {name for inner in graph.node for name in inner.output}
+            inner_reads = (name for order in _order(graph) for k in order for name in _reads(graph.node[k]))
+            names += [name for name in inner_reads if name not in local]
+            names += [port.name for port in graph.output if port.name not in local]
     return names
 
 
@@ -345,7 +348,7 @@ def _function(stored: FunctionProto) -> Function:
 
 
 def _tensor(stored: TensorProto, *, blank: bool) -> Tensor:
-    """Read through numpy, so that raw and typed storage of the same values agree."""
+    """Canonical tensor, read through numpy, so that raw and typed storage of the same values agree."""
     if stored.data_location == TensorProto.EXTERNAL or stored.external_data:
         raise FgvcError(
             f"tensor {stored.name!r} keeps its values in another file, which can't be compared: load the model with "
@@ -367,9 +370,9 @@ def _tensor(stored: TensorProto, *, blank: bool) -> Tensor:
 
 
 def _refuse_unknown(message: ModelProto | GraphProto | NodeProto | FunctionProto) -> None:
-    for known, _ in message.ListFields():
-        if known.name not in _KEPT[type(message)] | _DROPPED:
-            raise FgvcError(f"the file uses {known.full_name}, which this comparison does not cover")
+    for field, _ in message.ListFields():
+        if field.name not in _COMPARED[type(message)] | _IGNORED:
+            raise FgvcError(f"the file uses {field.full_name}, which this comparison does not cover")
 
 
 def _op(node: NodeProto) -> str:
@@ -391,5 +394,5 @@ def _dtype(number: int) -> str:
 
 
 def _text(value: float | bytes) -> str:
-    """Exact: nine digits tell any two 32-bit floats apart."""
+    """Exact text of a value: nine digits distinguish any two 32-bit floats."""
     return f"{value:.9g}" if isinstance(value, float) else repr(value).removeprefix("b")

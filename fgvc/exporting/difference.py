@@ -1,4 +1,4 @@
-"""Where two graphs differ, in words: one inserted node is one line, not a hundred.
+"""Readable differences between two graphs: one inserted node is one line, not a hundred.
 
 Canonical names shift behind every inserted node, so the comparison aligns the two lists of nodes first and then follows
 each edge through that alignment. It tries the canonical order and the order of storage and keeps the shorter account:
@@ -25,7 +25,7 @@ Pair = tuple[Node | None, Node | None]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One place. An empty side means that this side has no such thing."""
+    """A difference in one place. An empty side means that this side has no such thing."""
 
     kind: Kind
     where: str
@@ -40,33 +40,33 @@ class Difference:
 
 
 def compare_graphs(candidate: Canonical, reference: Canonical, *, limit: int = 50) -> list[Difference]:
-    """Empty if and only if the two hashes are equal. At most `limit` differences, then one that says how many more.
+    """List the differences: none if and only if the two hashes are equal; at most `limit`, then one that says how many more.
 
     Both canonical forms have to come from the same `weights`, or weights count as differences.
     """
     if candidate.sha256 == reference.sha256:
         return []
     accounts = [_account(candidate, reference, stored_order=choice) for choice in (False, True)]
-    found = min(accounts, key=len)
-    if not found:  # the hash is the judge: never silent where it differs
+    differences = min(accounts, key=len)
+    if not differences:  # the hash is the judge: never silent where it differs
         return [Difference("topology", "graph, at a place not found", candidate.sha256, reference.sha256)]
-    left = len(found) - limit
-    return found if left <= 0 else [*found[:limit], Difference(found[limit].kind, f"... and {left} more")]
+    rest = len(differences) - limit
+    return differences if rest <= 0 else [*differences[:limit], Difference(differences[limit].kind, f"... and {rest} more")]
 
 
 def notes(candidate: ModelProto, reference: ModelProto) -> list[str]:
-    """What differs without making a difference: the producer, its version, and the names of what lies inside."""
-    found = []
+    """Differences that do not matter: the producer, its version, and the names of nodes, inner tensors and initializers."""
+    lines = []
     for label, attribute in (("producer", "producer_name"), ("producer version", "producer_version")):
         c, r = getattr(candidate, attribute), getattr(reference, attribute)
         if c != r:
-            found.append(f"{label}: {c or 'none'}; in the reference: {r or 'none'}")
+            lines.append(f"{label}: {c or 'none'}; in the reference: {r or 'none'}")
     for (label, names_c), (_, names_r) in zip(_names(candidate), _names(reference), strict=True):
         sides = ((names_c - names_r, "the candidate"), (names_r - names_c, "the reference"))
         only = [f"{len(names)} only in {side}, such as {min(names)!r}" for names, side in sides if names]
         if only:
-            found.append(f"names of {label}: {'; '.join(only)}")
-    return found
+            lines.append(f"names of {label}: {'; '.join(only)}")
+    return lines
 
 
 def _names(model: ModelProto) -> list[tuple[str, set[str]]]:
@@ -91,25 +91,25 @@ def _account(candidate: Canonical, reference: Canonical, *, stored_order: bool) 
     walk.graph(candidate.graph, reference.graph, "")
     walk.unused()
     walk.constants()
-    walk.found += _functions(candidate.functions, reference.functions, stored_order)
-    return walk.found
+    walk.differences += _functions(candidate.functions, reference.functions, stored_order)
+    return walk.differences
 
 
 def _functions(ours: Iterable[Function], theirs: Iterable[Function], stored_order: bool) -> list[Difference]:
-    found: list[Difference] = []
+    differences: list[Difference] = []
     by_name = {f.name: f for f in ours}, {f.name: f for f in theirs}
     for name in sorted(by_name[0].keys() | by_name[1].keys()):
         c, r = (side.get(name) for side in by_name)
         if c is None or r is None:
-            found.append(Difference("function", f"function {name}", *("defined" if f else "" for f in (c, r))))
+            differences.append(Difference("function", f"function {name}", *("defined" if f else "" for f in (c, r))))
         elif c != r:
             walk = _Walk((), (), stored_order)
             walk.graph(c.body, r.body, f"function {name}: ")
             signatures = [_signature(f) for f in (c, r)]
-            if signatures[0] != signatures[1] or not walk.found:
-                found.append(Difference("function", f"function {name}", *signatures))
-            found += walk.found
-    return found
+            if signatures[0] != signatures[1] or not walk.differences:
+                differences.append(Difference("function", f"function {name}", *signatures))
+            differences += walk.differences
+    return differences
 
 
 def _signature(function: Function) -> str:
@@ -118,57 +118,57 @@ def _signature(function: Function) -> str:
 
 
 class _Side:
-    """What the words for one of the two graphs need."""
+    """Descriptions of the nodes and tensors of one of the two graphs."""
 
     def __init__(self, initializers: Sequence[Initializer]) -> None:
         self.weights = {w.name: w for w in initializers}
-        self.makers: dict[str, str] = {}  # reference -> its producer
+        self.producers: dict[str, str] = {}  # reference -> its producer
         self.readers: dict[str, list[str]] = {}
-        self.alone: set[str] = set()  # made by nodes that the other side doesn't have
+        self.unmatched: set[str] = set()  # outputs of nodes that the other side doesn't have
 
     def enter(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
             for slot, ref in enumerate(node.outputs):
-                self.makers[ref] = _label(node) + (f" output {slot}" if slot else "")
+                self.producers[ref] = _label(node) + (f" output {slot}" if slot else "")
             for ref in node.inputs:
                 self.readers.setdefault(ref, []).append(_label(node))
 
-    def say(self, ref: str) -> str:
+    def describe(self, ref: str) -> str:
         if ref in self.weights:
             weight = self.weights[ref]
             return f"initializer {weight.stored_name!r} {weight.tensor}"
         if ref.startswith("i"):
             return f"graph input {ref[1:]}"
-        return self.makers.get(ref, f"initializer {ref[2:].partition(':')[0]}" if ref.startswith("w:") else ref)
+        return self.producers.get(ref, f"initializer {ref[2:].partition(':')[0]}" if ref.startswith("w:") else ref)
 
-    def say_all(self, refs: Sequence[str]) -> str:
-        return ", ".join(self.say(ref) or "nothing" for ref in refs) or "nothing"
+    def describe_all(self, refs: Sequence[str]) -> str:
+        return ", ".join(self.describe(ref) or "nothing" for ref in refs) or "nothing"
 
-    def say_node(self, node: Node) -> str:
-        reads = self.say_all(node.inputs)
+    def describe_node(self, node: Node) -> str:
+        reads = self.describe_all(node.inputs)
         return f"{_label(node)} (reads {reads}; read by {', '.join(self.users(node)) or 'no node'})"
 
     def users(self, node: Node) -> list[str]:
         return [label for ref in node.outputs for label in self.readers.get(ref, [])][:3]
 
     def signature(self, node: Node) -> Hashable:
-        """What one node says of itself, with the shapes of its initializers: distinctive, so that nodes align well."""
+        """Key to align a node by: its operator, attributes and shapes of initializers, which make it distinctive."""
         shapes = tuple((w.tensor.dtype, w.tensor.dims) for ref in node.inputs if (w := self.weights.get(ref)))
         return node.op, tuple(a for a in node.attributes if not a.kind.startswith("graph")), shapes
 
 
 class _Walk:
-    """One account of the differences. `same` maps references of the candidate to the reference's, as far as inputs,
-    aligned nodes and the initializers in equal places tell that the two are one and the same tensor."""
+    """One comparison, which collects the differences. `same` maps references of the candidate to the reference's, as far as
+    inputs, aligned nodes and the initializers in equal places show that the two are the same tensor."""
 
     def __init__(self, ours: Sequence[Initializer], theirs: Sequence[Initializer], stored_order: bool) -> None:
         self.ours, self.theirs, self.stored_order = _Side(ours), _Side(theirs), stored_order
-        self.found: list[Difference] = []
+        self.differences: list[Difference] = []
         self.same: dict[str, str] = {"": ""}
         self.used: set[str] = set()  # the reference's initializers that `same` leads to
 
     def add(self, kind: Kind, where: str, candidate: object, reference: object) -> None:
-        self.found.append(Difference(kind, where, str(candidate), str(reference)))
+        self.differences.append(Difference(kind, where, str(candidate), str(reference)))
 
     def graph(self, ours: Graph, theirs: Graph, inside: str) -> None:
         self.ours.enter(ours.nodes)
@@ -179,14 +179,14 @@ class _Walk:
             if c and r:
                 self.same.update((a, b) for a, b in zip(c.outputs, r.outputs, strict=False) if a and b)
             else:
-                self.ours.alone.update(filter(None, c.outputs if c else ()))
-                self.theirs.alone.update(filter(None, r.outputs if r else ()))
+                self.ours.unmatched.update(filter(None, c.outputs if c else ()))
+                self.theirs.unmatched.update(filter(None, r.outputs if r else ()))
         for c, r in pairs:
             if c and r and c.op == r.op:
                 self.node(c, r, inside)
             else:
                 where = inside + ("other operator" if c and r else "extra node" if c else "missing node")
-                self.add("node", where, self.ours.say_node(c) if c else "", self.theirs.say_node(r) if r else "")
+                self.add("node", where, self.ours.describe_node(c) if c else "", self.theirs.describe_node(r) if r else "")
         self.ports("output", ours.outputs, theirs.outputs, inside)
 
     def ordered(self, graph: Graph) -> list[Node]:
@@ -204,13 +204,14 @@ class _Walk:
             if c and r and kind == "input":
                 self.same[c.value] = r.value
             elif c and r and not self.agree(c.value, r.value):
-                self.add(kind, f"{inside}graph output {r.name!r} is", self.ours.say(c.value), self.theirs.say(r.value))
+                self.add(kind, f"{inside}graph output {r.name!r} is", self.ours.describe(c.value), self.theirs.describe(r.value))
 
     def agree(self, ours: str, theirs: str) -> bool:
-        """Also where one side's producer is a node that the other side lacks: that has a line of its own."""
+        """Whether two references are the same tensor; also where one's producer is a node that the other side lacks: that has a
+        line of its own."""
         if _is_weight(ours) and _is_weight(theirs):
             return self.weights(ours, theirs)
-        return self.same.get(ours) == theirs or ours in self.ours.alone or theirs in self.theirs.alone
+        return self.same.get(ours) == theirs or ours in self.ours.unmatched or theirs in self.theirs.unmatched
 
     def weights(self, ours: str, theirs: str) -> bool:
         """Whether two initializers in equal places may be the same one; the first such place settles it."""
@@ -230,8 +231,8 @@ class _Walk:
                 continue
             if all(_is_weight(ref) or not ref for ref in (a, b)):
                 shared = " (shared with another place on one side only)" if a and b else ""
-                says = self.ours.say(a) if a else "", self.theirs.say(b) if b else ""
-                self.add("initializer", f"{where} input {slot}{shared}", *says)
+                texts = self.ours.describe(a) if a else "", self.theirs.describe(b) if b else ""
+                self.add("initializer", f"{where} input {slot}{shared}", *texts)
             else:
                 wrong.append((a, b))
         if wrong:
@@ -239,7 +240,7 @@ class _Walk:
             # Initializers that nothing has paired yet are as good as equal here.
             mapped = (self.same.get(a, "w" if _is_weight(a) else "?") for a in ours)
             swapped = sorted(mapped) == sorted("w" if _is_weight(b) and b not in self.used else b for b in theirs)
-            reads = (self.ours.say_all(ours), self.theirs.say_all(theirs))
+            reads = (self.ours.describe_all(ours), self.theirs.describe_all(theirs))
             self.add("topology", where + (" reads its inputs in another order" if swapped else " reads"), *reads)
         shown = [[bool(ref) for ref in node.outputs] for node in (c, r)]
         if shown[0] != shown[1]:
@@ -260,19 +261,19 @@ class _Walk:
                 self.add(kind, f"{where} {name}", _value(a) if a else "", _value(b) if b else "")
 
     def unused(self) -> None:
-        """Initializers that no node of the graph reads; a dead node's are among them."""
+        """Compare the initializers that no node of the graph reads; a dead node's are among them."""
         counts = [
             Counter((w.tensor, w.overridable) for w in side.weights.values() if w.name not in side.readers)
             for side in (self.ours, self.theirs)
         ]
-        for (tensor, _), many in (counts[0] - counts[1]).items():
-            self.add("initializer", "used by no output", f"{many} x {tensor}", "")
-        for (tensor, _), many in (counts[1] - counts[0]).items():
-            self.add("initializer", "used by no output", "", f"{many} x {tensor}")
+        for (tensor, _), number in (counts[0] - counts[1]).items():
+            self.add("initializer", "used by no output", f"{number} x {tensor}", "")
+        for (tensor, _), number in (counts[1] - counts[0]).items():
+            self.add("initializer", "used by no output", "", f"{number} x {tensor}")
 
     def constants(self) -> None:
-        """Compares the initializers in equal places. Where their numbers shifted, `weights` blanked other ones than it
-        meant to: there only those are judged that can't be weights."""
+        """Compare the initializers in equal places. Where their numbers shifted, `weights` blanked others than intended: there
+        only those are judged that can't be weights."""
         ours, theirs = self.ours.weights, self.theirs.weights
         pairs = [(ours[c], theirs[r]) for c, r in self.same.items() if c in ours and r in theirs]
         shifted = any(c.name != r.name for c, r in pairs) or len(ours) != len(theirs)
@@ -283,8 +284,8 @@ class _Walk:
             if (c.tensor.dtype, c.tensor.dims) != (r.tensor.dtype, r.tensor.dims):
                 self.add("initializer", where, c.tensor, r.tensor)
             elif c.overridable != r.overridable:
-                says = ["also a graph input" if w.overridable else "not a graph input" for w in (c, r)]
-                self.add("initializer", where, *says)
+                texts = ["also a graph input" if w.overridable else "not a graph input" for w in (c, r)]
+                self.add("initializer", where, *texts)
             elif c.tensor != r.tensor and not (shifted and c.tensor.blankable):
                 self.add("constant", where, *(f"{w.tensor}" + _blank(w.tensor) for w in (c, r)))
 
@@ -295,8 +296,8 @@ def _align(
     sign_ours: Callable[[Node], Hashable],
     sign_theirs: Callable[[Node], Hashable],
 ) -> list[Pair]:
-    """Pairs nodes that say the same of themselves, then in what is left between those nodes of the same operator, then
-    what stands in the same place. A node without partner is paired with None."""
+    """Pair nodes of equal signature, then in what is left between those nodes of the same operator, then those in the same
+    place. A node without partner is paired with None."""
     pairs: list[Pair] = []
     for a, b, equal in _blocks([sign_ours(n) for n in ours], [sign_theirs(n) for n in theirs]):
         if equal:
@@ -309,7 +310,7 @@ def _align(
 
 
 def _blocks(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> Iterator[tuple[slice, slice, bool]]:
-    """Slices that are equal on both sides, and what lies between. The common ends go first: SequenceMatcher looks for
+    """Slices that are equal on both sides, and those between them. The common ends go first: SequenceMatcher looks for
     the longest match, which in a run of equal layers may be one that is shifted by a layer."""
     short = min(len(ours), len(theirs))
     head = next((k for k in range(short) if ours[k] != theirs[k]), short)

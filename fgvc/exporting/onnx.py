@@ -1,4 +1,4 @@
-"""From a plain model to an ONNX graph whose bytes depend on nothing but the weights and the versions."""
+"""Export of a plain model to an ONNX graph whose bytes depend on nothing but the weights and the versions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BATCH: Mapping[int, str] = {0: "batch"}  # the default: batch dynamic, height an
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interface:
-    """What a serving stack sees of a classifier's graph: the keyword arguments of `export_onnx` but the exporter."""
+    """Interface of a classifier's graph to a serving stack: the keyword arguments of `export_onnx` but the exporter."""
 
     size: tuple[int, int]  # height, width of the input
     opset: int = 20
@@ -52,7 +52,7 @@ def export_onnx(
     batch: int = 2,
     ir_version: int | None = None,
 ) -> onnx.ModelProto:
-    """`model` (in eval mode) as ONNX, quietly, without a trace of the machine that made it.
+    """Export `model` (in eval mode) to ONNX, quietly, without a trace of the machine.
 
     `axes` names the dynamic dimensions of the input (B,3,H,W); `batch` is B of the example, and stays where 0 is not
     in `axes`. `ir_version`: None for the exporter's own. Equal weights give equal bytes.
@@ -81,23 +81,23 @@ def export_onnx(
 
 def refuse_opset(exporter: Exporter, opset: int) -> None:
     """Raise FgvcError where this exporter does not write that opset; call it before the long work."""
-    if opset not in (known := OPSETS[exporter]):
+    if opset not in (opsets := OPSETS[exporter]):
         raise FgvcError(
-            f"export.opset={opset}: torch's {exporter} exporter writes opset {known[0]} to {known[-1]}; "
+            f"export.opset={opset}: torch's {exporter} exporter writes opset {opsets[0]} to {opsets[-1]}; "
             + _another(exporter, opset)
         )
 
 
 def _another(exporter: Exporter, opset: int) -> str:
     other: Exporter = "torchscript" if exporter == "dynamo" else "dynamo"
-    near = min(OPSETS[other], key=lambda known: abs(known - opset))
+    near = min(OPSETS[other], key=lambda candidate: abs(candidate - opset))
     with_opset = "" if near == opset else f" and export.opset={near}"
     also = "" if near == opset else f" --opset {near}"
     return f"set export.exporter={other}{with_opset}; of a run that is there, fgvc export --exporter {other}{also}"
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
-    """An ONNX file, all in one. Raises FgvcError: not there, not ONNX, weights kept in other files."""
+    """Load an ONNX file. Raises FgvcError where it is missing, not ONNX, or has its weights in other files."""
     try:
         proto = onnx.load_from_string(path.read_bytes())
     except OSError as error:
@@ -113,7 +113,7 @@ def load_onnx(path: Path) -> onnx.ModelProto:
 
 
 def interface_of(deployed: onnx.ModelProto, *, where: str) -> tuple[Interface, int, tuple[Exporter, ...]]:
-    """A deployed classifier's interface, its number of classes K, and the exporters to try, the likelier first.
+    """Interface of a deployed classifier, its number of classes K, and the exporters to try, the likelier first.
 
     A height or width that is dynamic comes out as 0 in `size`. Raises FgvcError for what is no image classifier.
     """
@@ -153,7 +153,7 @@ def interface_of(deployed: onnx.ModelProto, *, where: str) -> tuple[Interface, i
 
 
 def _exporters(deployed: onnx.ModelProto, opset: int) -> tuple[Exporter, ...]:
-    """dynamo calls its nodes `node_...`, the older exporter `/module/Op`; a file renamed by a tool shows neither."""
+    """Exporters that may have made a file: dynamo names its nodes `node_...`, the older one `/module/Op`, other tools neither."""
     by_dynamo = sum(node.name.startswith("node_") for node in deployed.graph.node)
     by_script = sum(node.name.startswith("/") for node in deployed.graph.node)
     order: tuple[Exporter, ...] = ("dynamo", "torchscript") if by_dynamo >= by_script else ("torchscript", "dynamo")
@@ -161,16 +161,18 @@ def _exporters(deployed: onnx.ModelProto, opset: int) -> tuple[Exporter, ...]:
 
 
 def serialised(proto: onnx.ModelProto) -> bytes:
-    """The file's bytes; the same for equal protos, in any process."""
+    """Bytes of the file; the same for equal protos, in any process."""
     return proto.SerializeToString(deterministic=True)
 
 
 class ExplainNet(nn.Module):
-    """Logits (B,K) and class activation maps (B,K,h,w): `maps.mean((2, 3)) + bias == logits`. Same weights as the
-    plain model; never the deployed file."""
+    """Net that returns logits (B,K) and class activation maps (B,K,h,w): `maps.mean((2, 3)) + bias == logits`.
+
+    It has the weights of the plain model, and is never the deployed file.
+    """
 
     def __init__(self, plain: nn.Module, linear: nn.Linear, size: tuple[int, int]) -> None:
-        """`size`: height and width of the images."""
+        """Wrap `plain`, whose classifier is `linear`; `size`: height and width of the images."""
         super().__init__()
         self.plain: Any = plain
         self.linear, self.size = linear, size
@@ -187,7 +189,7 @@ class ExplainNet(nn.Module):
 
 
 def explain_model(plain: nn.Module, *, size: tuple[int, int]) -> tuple[ExplainNet | None, str]:
-    """The net that `explain.onnx` is made of, or None where its class maps have no closed form; and the reason."""
+    """Net that `explain.onnx` is exported from, or None where its class maps have no closed form; and the reason."""
     linear, reason = closed_form(plain, size)
     return (None if linear is None else ExplainNet(plain, linear, size).eval()), reason
 
@@ -216,8 +218,8 @@ def _anonymise(proto: onnx.ModelProto) -> None:
     graphs = [proto.graph]
     while graphs:
         graph = graphs.pop()
-        parts = (graph.node, graph.initializer, graph.input, graph.output, graph.value_info)
-        for item in (graph, *(item for part in parts for item in part)):
+        repeated = (graph.node, graph.initializer, graph.input, graph.output, graph.value_info)
+        for item in (graph, *(item for items in repeated for item in items)):
             item.doc_string = ""
             del item.metadata_props[:]
         attributes = [attribute for node in graph.node for attribute in node.attribute]
@@ -226,16 +228,16 @@ def _anonymise(proto: onnx.ModelProto) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Both exporters warn and print, the older one from C++, where only the file descriptors can be redirected."""
+    """Silence the exporters: both warn and print, the older one from C++, where only file descriptors can be redirected."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         sink = stack.enter_context(tempfile.TemporaryFile())
         for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
             stream.flush()
-            kept = os.dup(number)
-            stack.callback(os.close, kept)
-            stack.callback(os.dup2, kept, number)
+            duplicate = os.dup(number)
+            stack.callback(os.close, duplicate)
+            stack.callback(os.dup2, duplicate, number)
             os.dup2(sink.fileno(), number)
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))

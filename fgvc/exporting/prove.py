@@ -1,10 +1,10 @@
-"""Export with proof: numeric, structural, behavioural (docs/design.md). Where one fails, no bundle is written."""
+"""Export with proof (docs/design.md): where one of the three fails, nothing is exported."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -19,78 +19,29 @@ from torch import nn
 from fgvc import __version__
 from fgvc.config.exporting import Export, Exporter
 from fgvc.errors import FgvcError
-from fgvc.exporting.canonical import Merged, canonicalise, shared_initializers
+from fgvc.exporting.canonical import canonicalise
 from fgvc.exporting.difference import Difference, compare_graphs, notes
 from fgvc.exporting.onnx import ExplainNet, Interface, explain_model, export_onnx, interface_of, load_onnx, serialised
+from fgvc.exporting.proofs import (
+    ONNX_TOLERANCE,
+    Behavioural,
+    Numeric,
+    Structural,
+    compare_behaviour,
+    compare_numbers,
+    compare_structure,
+    largest_error,
+)
 from fgvc.exporting.reference import Plain, cached_plain, versions
 from fgvc.exporting.ties import nudged
-from fgvc.models.backbone import deployed, memory_format
+from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
 from fgvc.runtime.engine import Session
-
-FOLD_TOLERANCE = 1e-9  # float64, relative to max |logit|
-SHIPPED_TOLERANCE = 1e-4  # float32, relative to max |logit|
-ONNX_TOLERANCE = 1e-4  # per logit, relative to max(1, |logit|)
-BATCH_TOLERANCE = 1e-5
-MAX_IMAGES = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Numeric:
-    """The trained net with its branches, in float64, against the plain one: max |difference| / max |logit|."""
-
-    folded_float64: float
-    shipped_float32: float
-    images: int
-
-    @property
-    def passed(self) -> bool:
-        return self.folded_float64 <= FOLD_TOLERANCE and self.shipped_float32 <= SHIPPED_TOLERANCE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Structural:
-    """The canonical hash against the independent plain model's, and where the two graphs part."""
-
-    sha256: str
-    reference_sha256: str
-    differences: tuple[Difference, ...] = ()
-    merged: tuple[Merged, ...] = ()  # what the exporter merged or dropped because of equal or zero weights
-
-    @property
-    def passed(self) -> bool:
-        return self.sha256 == self.reference_sha256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Disagreement:
-    """An image for which onnxruntime and torch name different classes."""
-
-    image: int
-    torch_class: int
-    onnx_class: int
-    margin: float  # between torch's two best logits
-    excused: bool  # the margin is within twice the tolerance
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Behavioural:
-    """onnxruntime against torch on real images. `worst`: max |difference| / max(1, |logit|)."""
-
-    images: int
-    worst: float
-    worst_batch: float | None  # the same, batch 1 against batch 8; None where the batch is fixed or there is one image
-    disagreements: tuple[Disagreement, ...]
-
-    @property
-    def passed(self) -> bool:
-        batches = self.worst_batch is None or self.worst_batch <= BATCH_TOLERANCE
-        return batches and self.worst <= ONNX_TOLERANCE and all(d.excused for d in self.disagreements)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProvedExport:
-    """An export that passed. `contract` is what contract.json says."""
+    """An export that passed all proofs. `contract` is the content of contract.json."""
 
     model: bytes
     explain: bytes | None
@@ -117,30 +68,30 @@ def prove(
 
     `images`: batches (B,3,H,W) float32 of real images, of which the first 256 images are used.
     `against`: a deployed ONNX file, from which I/O names, axes, opset and exporter come, and with which the result
-    must agree. Raises FgvcError at the first proof that fails, with all that it found.
+    must agree. Raises FgvcError at the first proof that fails, with all of its differences.
     """
     trained = copy.deepcopy(net).cpu().eval()
     recipe: dict[str, Any] = {"backbone": backbone, "num_classes": num_classes, "kwargs": dict(kwargs)}
     plain, exact = (strip(trained, **recipe, dtype=dtype) for dtype in (torch.float32, torch.float64))
     sample, images = _peek(images)
-    target, interface, exporter = _shape_of(plain, against, size=size, num_classes=num_classes, export=export)
-    with ThreadPoolExecutor(1) as pool:  # the independent model is made meanwhile, in its own process
+    target, interface, exporter = _target(plain, against, size=size, num_classes=num_classes, export=export)
+    with ThreadPoolExecutor(1) as pool:  # the independent model is exported meanwhile, in its own process
         future = pool.submit(cached_plain, **recipe, interface=interface, exporter=exporter)
-        made = _make(plain, sample, interface=interface, exporter=exporter)
-        reference, positions, made_when = future.result()
-    structural = compare_structure(made.proto, reference, positions)
+        exported = _export(plain, sample, interface=interface, exporter=exporter)
+        reference, positions, origin = future.result()
+    structural = compare_structure(exported.proto, reference, positions)
     ties: tuple[str, ...] = ()
     if not structural.passed:
         against_plain = (structural, reference, positions)
         plain, structural, ties = untie(plain, *against_plain, interface=interface, exporter=exporter)
-        made = _make(plain, sample, interface=interface, exporter=exporter)
-    proto, shipped = made.proto, made.shipped
+        exported = _export(plain, sample, interface=interface, exporter=exporter)
+    proto, shipped = exported.proto, exported.shipped
     numeric = compare_numbers(trained.double(), deployed(exact), shipped, sample)
     if not numeric.passed:
-        raise FgvcError(_misfolded(numeric))
+        raise FgvcError(numeric.failure)
     behavioural = compare_behaviour(serialised(proto), shipped, images)
     if not behavioural.passed:
-        raise FgvcError(_misbehaviour(behavioural))
+        raise FgvcError(behavioural.failure)
     contract = {
         "fgvc": __version__,
         "versions": versions(),
@@ -148,96 +99,23 @@ def prove(
         "exporter": exporter,
         "interface": asdict(replace(interface, ir_version=proto.ir_version)),
         "sha256": structural.sha256,
-        "reference": made_when,
+        "reference": origin,
         "weights": sorted(positions),
         "proofs": _figures(numeric, behavioural, proto),
         "ties_broken": list(ties),
-        "explain": made.reason,
+        "explain": exported.reason,
         "against": hashlib.sha256(against.read_bytes()).hexdigest() if against else None,
     }
-    said = [*(notes(proto, target) if target is not None else ()), *_about(ties), *made.warnings]
+    warnings = (*(notes(proto, target) if target is not None else ()), *_tie_warnings(ties), *exported.warnings)
     return ProvedExport(
-        model=serialised(proto), explain=made.explain, contract=contract, numeric=numeric, structural=structural,
-        behavioural=behavioural, warnings=tuple(said),
+        model=serialised(proto), explain=exported.explain, contract=contract, numeric=numeric, structural=structural,
+        behavioural=behavioural, warnings=warnings,
         plain=(Plain(proto, positions, interface.size), Plain(reference, positions, interface.size)),
     )  # fmt: skip
 
 
-def compare_numbers(trained: nn.Module, exact: nn.Module, shipped: nn.Module, x: np.ndarray) -> Numeric:
-    """Level 1. `trained` and `exact` are float64, `shipped` float32, all in eval mode; x (B,3,H,W) float32."""
-    images = torch.from_numpy(x)
-    threads = torch.get_num_threads()
-    # torch splits a grouped float64 convolution into one small job a group: with threads lite0 takes 20 s, not 0.4.
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            z = trained(images.double())
-            scale = float(z.abs().max().clamp_min(1e-30))
-            folded = float((exact(images.double()) - z).abs().max()) / scale
-            float32 = float((shipped(images).double() - z).abs().max()) / scale
-    finally:
-        torch.set_num_threads(threads)
-    return Numeric(folded_float64=folded, shipped_float32=float32, images=len(x))
-
-
-def compare_structure(candidate: onnx.ModelProto, reference: onnx.ModelProto, positions: frozenset[int]) -> Structural:
-    """Level 2."""
-    ours, theirs = (canonicalise(model, weights=positions) for model in (candidate, reference))
-    if ours.sha256 == theirs.sha256:
-        return Structural(sha256=ours.sha256, reference_sha256=theirs.sha256)
-    # Where positions have shifted they point at other tensors: to say what differs, all weights are left out.
-    blank, plain = (canonicalise(model, weights=None) for model in (candidate, reference))
-    return Structural(
-        sha256=ours.sha256,
-        reference_sha256=theirs.sha256,
-        differences=tuple(compare_graphs(blank, plain) or compare_graphs(ours, theirs)),
-        merged=tuple(shared_initializers(blank, plain)),
-    )
-
-
-def compare_behaviour(model: bytes, shipped: nn.Module, images: Iterable[np.ndarray]) -> Behavioural:
-    """Level 3, on at most 256 images in batches (B,3,H,W) float32."""
-    session = Session(model, threads=torch.get_num_threads())
-    layout = memory_format(shipped)  # twice as fast for depthwise convolutions
-    shipped = copy.deepcopy(shipped).to(memory_format=layout)
-    seen, worst, found = 0, 0.0, list[Disagreement]()
-    worst_batch: float | None = None
-    for batch in images:
-        x = np.ascontiguousarray(batch[: MAX_IMAGES - seen], dtype=np.float32)
-        with torch.no_grad():
-            z = shipped(torch.from_numpy(x).contiguous(memory_format=layout)).numpy()
-        said = session.logits(x)
-        worst = float(np.maximum(worst, _apart(said, z)))  # unlike max(), never loses a NaN
-        found += _disagreements(said, z, seen)
-        if session.shape[0] is None and len(x) > 1 and worst_batch is None:
-            together = session.logits(x[:8])
-            alone = np.concatenate([session.logits(x[k : k + 1]) for k in range(len(together))])
-            worst_batch = _apart(alone, together)
-        seen += len(x)
-        if seen >= MAX_IMAGES:
-            break
-    return Behavioural(images=seen, worst=worst, worst_batch=worst_batch, disagreements=tuple(found))
-
-
-def _apart(a: np.ndarray, b: np.ndarray) -> float:
-    return float((np.abs(a.astype(np.float64) - b) / np.maximum(1.0, np.abs(b))).max())
-
-
-def _disagreements(said: np.ndarray, z: np.ndarray, first: int) -> Iterator[Disagreement]:
-    for row in np.flatnonzero(said.argmax(1) != z.argmax(1)):
-        second, best = np.sort(z[row].astype(np.float64))[-2:]
-        margin = best - second
-        yield Disagreement(
-            image=first + int(row),
-            torch_class=int(z[row].argmax()),
-            onnx_class=int(said[row].argmax()),
-            margin=float(margin),
-            excused=bool(margin <= 2 * ONNX_TOLERANCE * max(1.0, abs(best))),
-        )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Made:
+class _Exported:
     shipped: nn.Module  # what `proto` was exported from
     proto: onnx.ModelProto
     explain: bytes | None
@@ -245,49 +123,49 @@ class _Made:
     warnings: tuple[str, ...] = ()
 
 
-def _make(plain: nn.Module, x: np.ndarray, *, interface: Interface, exporter: Exporter) -> _Made:
-    """The two files. The second is a by-product: where it can't be made there is none, and that is said."""
+def _export(plain: nn.Module, x: np.ndarray, *, interface: Interface, exporter: Exporter) -> _Exported:
+    """Export model.onnx and, as a by-product, explain.onnx: where that can't be made there is none, and `reason` says why."""
     shipped = deployed(plain)
     proto = export_onnx(shipped, exporter=exporter, **asdict(interface))
     model, reason = explain_model(shipped, size=interface.size)
     if model is None:
-        return _Made(shipped=shipped, proto=proto, explain=None, reason=reason)
+        return _Exported(shipped=shipped, proto=proto, explain=None, reason=reason)
     try:
         explain = _explain(model, proto, x, interface=interface, exporter=exporter)
     except FgvcError as error:
         reason = f"can't be made: {str(error).partition(chr(10))[0]}"
         warning = f"the bundle has no explain.onnx, which {reason}"
-        return _Made(shipped=shipped, proto=proto, explain=None, reason=reason, warnings=(warning,))
-    return _Made(shipped=shipped, proto=proto, explain=explain, reason=reason)
+        return _Exported(shipped=shipped, proto=proto, explain=None, reason=reason, warnings=(warning,))
+    return _Exported(shipped=shipped, proto=proto, explain=explain, reason=reason)
 
 
 def _explain(
     model: ExplainNet, proto: onnx.ModelProto, x: np.ndarray, *, interface: Interface, exporter: Exporter
 ) -> bytes:
-    """`explain.onnx`. Raises FgvcError where it does not give the logits of `proto`, or its maps do not add up to them."""
+    """Export explain.onnx. Raises FgvcError where its logits are not those of `proto`, or its maps do not add up to them."""
     names = (*interface.output_names, "maps")
     explain = serialised(export_onnx(model, exporter=exporter, **asdict(replace(interface, output_names=names))))
     logits, maps = Session(explain).run(x)
-    if not _apart(logits, Session(serialised(proto)).logits(x)) <= ONNX_TOLERANCE:
+    if not largest_error(logits, Session(serialised(proto)).logits(x)) <= ONNX_TOLERANCE:
         raise FgvcError("it gives other logits than model.onnx")
     whole = maps.mean((2, 3)) + (0 if model.bias is None else model.bias.numpy())
-    if not _apart(whole, logits) <= 10 * ONNX_TOLERANCE:
+    if not largest_error(whole, logits) <= 10 * ONNX_TOLERANCE:
         raise FgvcError("its class activation maps do not add up to its logits")
     return explain
 
 
 def untie(
     plain: nn.Module,
-    found: Structural,
+    structural: Structural,
     reference: onnx.ModelProto,
     positions: frozenset[int],
     *,
     interface: Interface,
     exporter: Exporter,
 ) -> tuple[nn.Module, Structural, tuple[str, ...]]:
-    """The plain model with its dead channels told apart, its structure now the independent one's, and what was moved.
+    """Plain model whose dead channels are made distinct, its structure, which is the independent one's, and what was moved.
 
-    Raises FgvcError with the differences first found where that does not help.
+    Raises FgvcError with the differences in `structural` where that does not help.
     """
     for strength in (1, 64):  # the second is for rules with a tolerance: multiplying by 1.0000001 is dropped too
         moved, ties = nudged(plain, strength=strength)
@@ -297,15 +175,15 @@ def untie(
         again = compare_structure(proto, reference, positions)
         if again.passed:
             return moved, again, ties
-    lines = [str(difference) for difference in found.differences]
-    lines += [f"because of equal or zero weights, {merged}" for merged in found.merged]
+    lines = [str(difference) for difference in structural.differences]
+    lines += [f"because of equal or zero weights, {merged}" for merged in structural.merged]
     raise FgvcError("the export is not the graph of the independent plain model:\n  " + "\n  ".join(lines))
 
 
-def _shape_of(
+def _target(
     plain: nn.Module, against: Path | None, *, size: tuple[int, int], num_classes: int, export: Export
 ) -> tuple[onnx.ModelProto | None, Interface, Exporter]:
-    """What the export is to look like: the deployed file, its interface and exporter, or what the recipe says."""
+    """Target of the export: the deployed file, its interface and exporter, or those of the recipe."""
     if against is None:
         return None, Interface(size=size, opset=export.opset), export.exporter
     target, where = load_onnx(against), str(against)
@@ -337,25 +215,25 @@ def _exporter_against(
         # Ties would look like differences here, so they are broken first; what ships is judged by _structural.
         try:
             proto = export_onnx(deployed(nudged(plain)[0]), exporter=exporter, **asdict(interface))
-        except FgvcError as error:  # the other may be the one that made the file
+        except FgvcError as error:  # the other exporter may have made the file
             failed.append(str(error).partition("\n")[0])
             continue
-        found = compare_graphs(canonicalise(proto, weights=None), wanted)
-        if not found:
+        differences = compare_graphs(canonicalise(proto, weights=None), wanted)
+        if not differences:
             return exporter
-        accounts.append((exporter, found))
+        accounts.append((exporter, differences))
     if not accounts:
         reasons = failed or [f"torch {versions()['torch']} does not write opset {interface.opset}"]
         raise FgvcError(f"no drop-in of {where} can be made:\n  " + "\n  ".join(reasons))
-    exporter, found = min(accounts, key=lambda account: len(account[1]))
+    exporter, differences = min(accounts, key=lambda account: len(account[1]))
     raise FgvcError(
         f"the export is no drop-in replacement of {where}; nearest with the {exporter} exporter of torch "
-        f"{versions()['torch']}:\n  " + "\n  ".join(map(str, found))
+        f"{versions()['torch']}:\n  " + "\n  ".join(map(str, differences))
     )
 
 
 def _peek(images: Iterable[np.ndarray]) -> tuple[np.ndarray, Iterable[np.ndarray]]:
-    """Up to 8 images of the first batch, and all batches."""
+    """Up to 8 images of the first batch that has any, and all batches."""
     batches = iter(images)
     first = next((batch for batch in batches if len(batch)), None)
     if first is None:
@@ -372,32 +250,8 @@ def _figures(numeric: Numeric, behavioural: Behavioural, proto: onnx.ModelProto)
     }
 
 
-def _about(ties: tuple[str, ...]) -> tuple[str, ...]:
+def _tie_warnings(ties: tuple[str, ...]) -> tuple[str, ...]:
     if not ties:
         return ()
     listed = ", ".join(ties[:3]) + (", ..." if len(ties) > 3 else "")
     return (f"dead channels: one value in each of {len(ties)} tensors was moved by about one last place ({listed})",)
-
-
-def _misfolded(numeric: Numeric) -> str:
-    return (
-        "the plain network does not compute what the trained one does: relative to max |logit| the folded state "
-        f"differs by {numeric.folded_float64:.2g} in float64 (at most {FOLD_TOLERANCE:g}) and by "
-        f"{numeric.shipped_float32:.2g} as shipped (at most {SHIPPED_TOLERANCE:g}). Something that acts in eval mode "
-        "was not folded, or the weights are far out of scale"
-    )
-
-
-def _misbehaviour(behavioural: Behavioural) -> str:
-    lines = [
-        f"onnxruntime does not compute what torch does: the logits of {behavioural.images} images differ by up to "
-        f"{behavioural.worst:.2g} of max(1, |logit|) (at most {ONNX_TOLERANCE:g})"
-    ]
-    if behavioural.worst_batch is not None:
-        lines.append(f"batch 1 and batch 8 differ by {behavioural.worst_batch:.2g} (at most {BATCH_TOLERANCE:g})")
-    lines += [
-        f"image {d.image}: class {d.onnx_class} in onnxruntime, {d.torch_class} in torch, by a margin of {d.margin:.2g}"
-        for d in behavioural.disagreements
-        if not d.excused
-    ][:10]
-    return "\n  ".join(lines)

@@ -1,4 +1,4 @@
-"""The int8 and the fp16 file of a bundle, made from its proven float graph by onnxruntime's own tools.
+"""Quantisation of a bundle's proven float graph to int8 and fp16, by onnxruntime's own tools.
 
 What is quantised depends on the operators alone, never on weights or images: so the plain backbone's graph, quantised in
 the same way, must come out the same (variant.py checks it).
@@ -33,9 +33,9 @@ FIRST = 6  # layers that stay in float: the first lose most and cost little (doc
 BATCH = 16
 LARGEST = 127  # of a signed 8-bit weight; -128 is not used, so that zero is in the middle
 REDUCED = 64
-SMALLEST_SCALE = 0.6  # of a channel's weights, over the scale that leaves none out
+SMALLEST_SCALE = 0.6  # of a channel's weights, over the scale that clips none
 SCALES = 100  # tried for each channel
-# What is cheap in int8 or passes it on. Softmax, norms and GELU of a ViT stay in float: eight bits are too few for them.
+# Operators that are cheap in int8 or pass it on. Softmax, norms and GELU of a ViT stay in float: eight bits are too few for them.
 OPERATORS = (
     "Add", "AveragePool", "Clip", "Concat", "Conv", "Flatten", "Gemm", "GlobalAveragePool", "MatMul", "MaxPool", "Mul",
     "Relu", "Reshape", "Squeeze", "Transpose",
@@ -47,9 +47,9 @@ VNNI = frozenset({"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int8:
-    """How the int8 file is made."""
+    """Settings of the int8 file."""
 
-    images: int = IMAGES  # of the train part, to calibrate with
+    images: int = IMAGES  # of the train split, to calibrate with
     first: int = FIRST  # layers that stay in float
     reduce_range: bool | None = None  # weights of 7 bits; None: where this CPU would need it
 
@@ -72,7 +72,7 @@ def needs_reduced_range(*, cpuinfo: Path = Path("/proc/cpuinfo"), machine: str |
 def quantise(
     model: onnx.ModelProto, images: Iterable[np.ndarray], *, first: int = FIRST, reduce_range: bool = False
 ) -> onnx.ModelProto:
-    """`model` in int8: QuantizeLinear and DequantizeLinear around what onnxruntime then runs in integers.
+    """Quantise `model` to int8: QuantizeLinear and DequantizeLinear around what onnxruntime then runs in integers.
 
     Weights are signed and have a scale for each channel; activations are unsigned, in the mean range of the batches (B,3,H,W)
     float32 of `images`. The `first` layers with weights, and the last, stay in float. Layers in the middle can't: onnxruntime
@@ -84,14 +84,14 @@ def quantise(
             f"int8: the graph is of opset {opset}; a scale for each channel needs opset {LOWEST_OPSET} or newer"
         )
     layers = _layers(model)
-    kept = {*layers[:first], *layers[-1:]}
-    if kept.issuperset(layers):
+    float_layers = {*layers[:first], *layers[-1:]}
+    if float_layers.issuperset(layers):
         raise FgvcError(
             f"int8: the network has {len(layers)} layers, and the first {first} and the last stay in float; name fewer "
             "(--int8-float)"
         )
     ready = copy.deepcopy(model)
-    scales = _scale_weights(ready, kept, REDUCED if reduce_range else LARGEST)
+    scales = _scale_weights(ready, float_layers, REDUCED if reduce_range else LARGEST)
     add_pre_process_metadata(ready)  # the exporter has inferred the shapes and folded the constants
     with tempfile.TemporaryDirectory(prefix="fgvc-int8-") as folder, _quiet():
         out = Path(folder, "int8.onnx")
@@ -106,7 +106,7 @@ def quantise(
                 reduce_range=reduce_range,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=sorted(kept),
+                nodes_to_exclude=sorted(float_layers),
                 calibrate_method=CalibrationMethod.MinMax,
                 extra_options={"TensorQuantOverrides": scales, "CalibMovingAverage": True},
             )
@@ -121,32 +121,32 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def halve(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` in float16, its inputs and outputs in float32 as before. Raises FgvcError for what can't be converted."""
+    """Convert `model` to float16, its inputs and outputs in float32 as before. Raises FgvcError for what can't be converted."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     with _quiet():
         try:
-            made = convert_float_to_float16(copy.deepcopy(model), keep_io_types=True)
+            converted = convert_float_to_float16(copy.deepcopy(model), keep_io_types=True)
         except Exception as error:
             raise FgvcError(f"the graph can't be converted to fp16: {type(error).__name__}: {error}") from error
-    return _finished(made, model)
+    return _finished(converted, model)
 
 
-def _finished(made: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
-    """Nodes in an order that ONNX allows, and no trace of how it was made: equal input gives equal bytes."""
-    ONNXModel(made).topological_sort()
-    del made.metadata_props[:]
-    del made.graph.value_info[:]  # float16's are those of the float graph
-    made.graph.name, made.producer_name, made.producer_version = model.graph.name, "fgvc", ""
+def _finished(proto: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
+    """Sort the nodes as ONNX demands and remove traces of how the graph was made: equal input gives equal bytes."""
+    ONNXModel(proto).topological_sort()
+    del proto.metadata_props[:]
+    del proto.graph.value_info[:]  # float16's are those of the float graph
+    proto.graph.name, proto.producer_name, proto.producer_version = model.graph.name, "fgvc", ""
     try:
-        onnx.checker.check_model(made, full_check=True)
+        onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
-        raise FgvcError(f"what came out is no valid graph: {error}") from error
-    return made
+        raise FgvcError(f"the result is no valid graph: {error}") from error
+    return proto
 
 
 class _Reader(CalibrationDataReader):
-    """Batches in the size that the graph takes; the last is filled up with its own images."""
+    """Calibration batches of the size that the graph takes; the last is filled up with its own images."""
 
     def __init__(self, model: onnx.ModelProto, images: Iterable[np.ndarray]) -> None:
         port = _input(model)
@@ -167,7 +167,7 @@ class _Reader(CalibrationDataReader):
 
 
 def _layers(model: onnx.ModelProto) -> list[str]:
-    """Nodes with weights, as they are stored: each after those that it depends on."""
+    """Names of the nodes with weights, in the order of storage: each after those that it depends on."""
     stored = {tensor.name for tensor in model.graph.initializer}
     return [node.name for node in model.graph.node if node.op_type in WEIGHTED and not stored.isdisjoint(node.input)]
 
@@ -177,18 +177,18 @@ def _input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
     return next(port for port in model.graph.input if port.name not in stored)
 
 
-def _scale_weights(model: onnx.ModelProto, kept: Collection[str], largest: int) -> dict[str, list[dict[str, Any]]]:
-    """A scale for each output channel of each convolution that is to be quantised, for onnxruntime's TensorQuantOverrides.
-    Cuts the weights in `model` to what they can say.
+def _scale_weights(model: onnx.ModelProto, float_layers: Collection[str], largest: int) -> dict[str, list[dict[str, Any]]]:
+    """Compute a scale for each output channel of each convolution that is to be quantised, for onnxruntime's
+    TensorQuantOverrides, and clip the weights in `model` to its range.
 
     onnxruntime's own scale takes the largest weight to 127. Of SCALES values from there downwards, this takes the one with
     the smallest ||e||^2 + (sum of e)^2, e being the rounding error: the second term is what the channel's mean input makes of it,
     which after a ReLU is most of the input. A kernel of nine weights gains most.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    found: dict[str, list[dict[str, Any]]] = {}
+    overrides: dict[str, list[dict[str, Any]]] = {}
     for node in model.graph.node:
-        if node.op_type != "Conv" or node.name in kept or node.input[1] not in stored:
+        if node.op_type != "Conv" or node.name in float_layers or node.input[1] not in stored:
             continue
         tensor = stored[node.input[1]]
         weights = onnx_numpy.to_array(tensor)
@@ -197,12 +197,12 @@ def _scale_weights(model: onnx.ModelProto, kept: Collection[str], largest: int) 
         limit = largest * scales[:, None]
         tensor.CopyFrom(onnx_numpy.from_array(np.clip(flat, -limit, limit).reshape(weights.shape), tensor.name))
         common = {"axis": 0, "zero_point": np.int8(0), "quant_type": QuantType.QInt8}
-        found[tensor.name] = [common | {"scale": scale} for scale in scales]
-    return found
+        overrides[tensor.name] = [common | {"scale": scale} for scale in scales]
+    return overrides
 
 
 def _best_scales(weights: NDArray[np.float64], largest: int) -> NDArray[np.float32]:
-    """(C,) for weights (C,N)."""
+    """Scale (C,) of each channel of weights (C,N) by the least cost (see `_scale_weights`)."""
     widest = np.abs(weights).max(1) / largest
     widest[widest == 0] = 1.0  # a dead channel
     best, least = widest, np.full(len(weights), np.inf)
@@ -217,7 +217,7 @@ def _best_scales(weights: NDArray[np.float64], largest: int) -> NDArray[np.float
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Both tools warn of what is known here: on the root logger, on stdout, and by numpy."""
+    """Silence both tools' warnings on the root logger, on stdout, and by numpy."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,7 +1,7 @@
-"""The independent plain model that an export is compared with: built in a fresh process from name, K and kwargs only.
+"""Export of the independent plain model: built in a fresh process from name, K and kwargs only.
 
 `python -m fgvc.exporting.reference FOLDER` reads one JSON object from its input and writes `0.onnx` and `1.onnx` there:
-the same plain model with two draws of random weights. Where the two files differ, there the weights are.
+the same plain model with two draws of random weights. Initializers that differ between the two files are weights.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ from fgvc.io.files import cache_folder, make_folder, write_atomic
 from fgvc.models.backbone import deployed, plain_model
 
 SEEDS = (1, 2)
-
-
-KEPT = 8  # graphs in the cache: an older one gives way
+CACHED_GRAPHS = 8  # at most; the one that was not used for longest is removed
 SOURCES = ("exporting/*.py", "models/backbone.py", "models/class_maps.py", "models/deformable.py", "models/tokens.py")
 
 
@@ -52,39 +50,42 @@ class Plain:
 def independent_plain(
     *, backbone: str, num_classes: int, kwargs: Mapping[str, Any], interface: Interface, exporter: Exporter
 ) -> tuple[onnx.ModelProto, frozenset[int]]:
-    """The plain model's ONNX graph, and the positions of its weights among the canonical form's initializers.
+    """ONNX graph of the plain model, and the positions of its weights among the canonical form's initializers.
 
     Takes one start of Python and two exports, once in a process for equal arguments. Raises FgvcError where the process fails.
     """
-    return _told_apart(_two_draws(_order(backbone, num_classes, kwargs, interface, exporter)))
+    return _with_positions(_two_draws(_request(backbone, num_classes, kwargs, interface, exporter)))
 
 
 def cached_plain(
     *, backbone: str, num_classes: int, kwargs: Mapping[str, Any], interface: Interface, exporter: Exporter
 ) -> tuple[onnx.ModelProto, frozenset[int], Literal["cached", "fresh"]]:
-    """The same, from the cache where an earlier export made it with equal arguments, versions of the packages that shape a graph,
-    and sources of fgvc; and whether that was so. Both draws are kept with their SHA-256: what is damaged is made anew."""
-    order = _order(backbone, num_classes, kwargs, interface, exporter)
-    key = hashlib.sha256(json.dumps([order, sorted(versions().items()), _sources()]).encode()).hexdigest()
+    """The result of `independent_plain`, from the cache where there is one, and whether it was cached or made fresh.
+
+    A cached one was made with equal arguments, versions of the packages that shape a graph, and sources of fgvc. Both draws are
+    stored with their SHA-256: a damaged one is made anew.
+    """
+    request = _request(backbone, num_classes, kwargs, interface, exporter)
+    key = hashlib.sha256(json.dumps([request, sorted(versions().items()), _sources()]).encode()).hexdigest()
     folder = cache_folder() / "plain" / key[:32]
-    if (draws := _kept(folder)) is not None:
-        return *_told_apart(draws), "cached"
-    draws = _two_draws(order)
+    if (draws := _read_cache(folder)) is not None:
+        return *_with_positions(draws), "cached"
+    draws = _two_draws(request)
     with suppress(FgvcError, OSError):  # a disk that is full costs the next export half a minute, and this one nothing
-        _keep(folder, draws)
-    return *_told_apart(draws), "fresh"
+        _write_cache(folder, draws)
+    return *_with_positions(draws), "fresh"
 
 
 def versions() -> dict[str, str]:
-    """Of what shapes a graph. `2.14.1+cu130` and `2.14.1+cpu` export alike."""
+    """Versions of the packages that shape a graph. `2.14.1+cu130` and `2.14.1+cpu` export alike."""
     names = ("torch", "timm", "onnx", "onnxscript", "onnxruntime")
     return {name: metadata.version(name).partition("+")[0] for name in names}
 
 
-def _order(
+def _request(
     backbone: str, num_classes: int, kwargs: Mapping[str, Any], interface: Interface, exporter: Exporter
 ) -> str:
-    order = {
+    request = {
         "backbone": backbone,
         "num_classes": num_classes,
         "kwargs": dict(kwargs),
@@ -92,10 +93,10 @@ def _order(
         "exporter": exporter,
         "seeds": SEEDS,
     }
-    return json.dumps(order)
+    return json.dumps(request)
 
 
-def _told_apart(draws: tuple[bytes, bytes]) -> tuple[onnx.ModelProto, frozenset[int]]:
+def _with_positions(draws: tuple[bytes, bytes]) -> tuple[onnx.ModelProto, frozenset[int]]:
     first, second = map(onnx.load_from_string, draws)
     return first, weight_positions(first, second)
 
@@ -103,14 +104,14 @@ def _told_apart(draws: tuple[bytes, bytes]) -> tuple[onnx.ModelProto, frozenset[
 @cache
 def _sources() -> str:
     """SHA-256 of the code that decides what a plain model's file looks like."""
-    home, found = Path(__file__).parents[1], hashlib.sha256()
+    home, sha256 = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(path for pattern in SOURCES for path in home.glob(pattern)):
-        found.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
-    return found.hexdigest()
+        sha256.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
+    return sha256.hexdigest()
 
 
-def _kept(folder: Path) -> tuple[bytes, bytes] | None:
-    """What the cache has, if it is whole; it counts as used now."""
+def _read_cache(folder: Path) -> tuple[bytes, bytes] | None:
+    """Both draws from a folder of the cache if they are undamaged, else None; they count as used now."""
     try:
         hashes = json.loads((folder / "sha256.json").read_text(encoding="utf-8"))
         first, second = ((folder / f"{draw}.onnx").read_bytes() for draw in range(2))
@@ -122,26 +123,26 @@ def _kept(folder: Path) -> tuple[bytes, bytes] | None:
     return first, second
 
 
-def _keep(folder: Path, draws: tuple[bytes, bytes]) -> None:
-    """Put two draws into the cache, the hashes last, and let go of those that were not used for longest."""
+def _write_cache(folder: Path, draws: tuple[bytes, bytes]) -> None:
+    """Write two draws into the cache, the hashes last, and remove those that were not used for longest."""
     make_folder(folder)
     hashes = [write_atomic(folder / f"{draw}.onnx", content) for draw, content in enumerate(draws)]
     write_atomic(folder / "sha256.json", json.dumps(hashes).encode())
     others = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    for old in others[KEPT:]:
+    for old in others[CACHED_GRAPHS:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 @lru_cache(maxsize=4)
-def _two_draws(order: str) -> tuple[bytes, bytes]:
+def _two_draws(request: str) -> tuple[bytes, bytes]:
     with tempfile.TemporaryDirectory(prefix="fgvc-reference-") as folder:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "fgvc.exporting.reference", folder],
-            input=order, cwd=folder, env=_environment(), capture_output=True, text=True, check=False,
+            input=request, cwd=folder, env=_environment(), capture_output=True, text=True, check=False,
         )  # fmt: skip
-        if done.returncode:
-            tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-            backbone = json.loads(order)["backbone"]
+        if process.returncode:
+            tail = "\n".join(process.stderr.strip().splitlines()[-5:])
+            backbone = json.loads(request)["backbone"]
             raise FgvcError(f"the independent plain model of {backbone!r} can't be exported:\n{tail}")
         return Path(folder, "0.onnx").read_bytes(), Path(folder, "1.onnx").read_bytes()
 
@@ -165,7 +166,7 @@ def randomise(net: nn.Module, seed: int) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """This process's own, in which the child finds the same fgvc even if that is not installed."""
+    """Environment in which the child process finds the same fgvc, even if that is not installed."""
     home = str(Path(__file__).resolve().parents[2])
     if home in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         return dict(os.environ)
@@ -173,13 +174,14 @@ def _environment() -> dict[str, str]:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Export both draws into the folder that `arguments` names; the request comes by standard input."""
     folder = Path(arguments[0])
-    order = json.load(sys.stdin)
-    interface = order["interface"] | {"axes": {int(dim): name for dim, name in order["interface"]["axes"].items()}}
-    for draw, seed in enumerate(order["seeds"]):
-        plain = plain_model(order["backbone"], order["num_classes"], order["kwargs"])
+    request = json.load(sys.stdin)
+    interface = request["interface"] | {"axes": {int(dim): name for dim, name in request["interface"]["axes"].items()}}
+    for draw, seed in enumerate(request["seeds"]):
+        plain = plain_model(request["backbone"], request["num_classes"], request["kwargs"])
         randomise(plain, seed)
-        proto = export_onnx(deployed(plain), exporter=order["exporter"], **interface)
+        proto = export_onnx(deployed(plain), exporter=request["exporter"], **interface)
         (folder / f"{draw}.onnx").write_bytes(serialised(proto))
 
 

@@ -19,7 +19,7 @@ FLOATING = frozenset({"float", "float16", "bfloat16", "double"})
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """dtype as ONNX names it, in lower case; digest: SHA-256 of the payload, None where it is blanked."""
+    """A constant tensor. dtype: as ONNX names it, in lower case; digest: SHA-256 of the payload, None where it is blanked."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -92,7 +92,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Canonical:
-    """`initializers` are those of the whole model: of subgraphs too, where they are first used."""
+    """Canonical form of a model. `initializers` are those of subgraphs too, where they are first used."""
 
     ir_version: int
     opset: tuple[tuple[str, int], ...]  # (domain, version), sorted; the default domain is "ai.onnx"
@@ -105,11 +105,11 @@ class Canonical:
         return digest("fgvc-canonical-1", self)
 
 
-def digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(_plain(parts), separators=(",", ":")).encode()).hexdigest()
+def digest(*values: object) -> str:
+    return hashlib.sha256(json.dumps(_plain(values), separators=(",", ":")).encode()).hexdigest()
 
 
-def _plain(part: Any) -> Any:
-    if is_dataclass(part):
-        return [_plain(getattr(part, f.name)) for f in fields(part) if f.compare]
-    return [_plain(p) for p in part] if isinstance(part, tuple | list) else part
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return [_plain(getattr(value, f.name)) for f in fields(value) if f.compare]
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value

@@ -19,7 +19,7 @@ ULP = 2.0**-23
 
 
 def degenerate(plain: nn.Module) -> dict[str, int]:
-    """Keys of the state dict whose tensors may be merged or dropped -> how many steps keep them apart from the rest.
+    """Keys of the state dict whose tensors may be merged or dropped, and the number of steps that makes each distinct.
 
     Looks at the tensors themselves and at what a batch norm becomes when it is folded into the convolution before it.
     """
@@ -42,7 +42,7 @@ def degenerate(plain: nn.Module) -> dict[str, int]:
 
 
 def nudged(plain: nn.Module, *, strength: int = 1) -> tuple[nn.Module, tuple[str, ...]]:
-    """A copy of `plain` in which the first element of every degenerate tensor has moved, by a few units in its last
+    """Copy of `plain` in which the first element of every degenerate tensor has moved, by a few units in its last
     place or, where it is zero, by some 1e-12; and the keys that moved. `strength` multiplies the move.
 
     It changes no logit by more than the rounding to float32 does; the numeric proof of what ships is made after it.
@@ -69,16 +69,16 @@ def _floats(plain: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _folded_norms(plain: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
     """Name, scale (C,) and shift (C,) of every batch norm in eval mode, as float32 like the exporters' own folding."""
-    found = []
+    norms = []
     norm: Any
     for name, norm in plain.named_modules():
         if getattr(norm, "running_var", None) is not None and getattr(norm, "weight", None) is not None:
             scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
-            found.append((name, scale, (norm.bias - norm.running_mean * scale).detach()))
-    return found
+            norms.append((name, scale, (norm.bias - norm.running_mean * scale).detach()))
+    return norms
 
 
 def _reach(plain: nn.Module) -> dict[str, float]:
-    """For a batch norm's bias, how large the term is that folding adds to it: a smaller move would be rounded away."""
+    """Size of the term that folding adds to each batch norm's bias: a smaller move would be rounded away."""
     state = plain.state_dict()
     return {f"{name}.bias": abs(float(state[f"{name}.bias"][0] - shift[0])) for name, _, shift in _folded_norms(plain)}

@@ -54,7 +54,7 @@ dynamic_batching {{
 def write_model(
     bundle: Bundle, repository: Path, *, name: str | None = None, device: Device = "auto", instances: int = 1
 ) -> Path:
-    """The new folder of a model in `repository`, whole or not at all. `name`: the bundle's folder's by default.
+    """Write a model into `repository`, whole or not at all, and return its folder. `name`: the bundle's folder's by default.
 
     Raises FgvcError for a name that Triton or a URL can't carry, one that is there already, and a model that does not fit its
     bundle.
@@ -76,7 +76,7 @@ def write_model(
 
 
 def config(bundle: Bundle, *, name: str, device: Device, instances: int) -> str:
-    """The text of config.pbtxt. Where the graph fixes its batch, Triton can't batch: the queue's bounds, which are the batcher's,
+    """Text of config.pbtxt. Where the graph fixes its batch, Triton can't batch: the queue's bounds, which are the batcher's,
     fall away, and the sizes begin with the batch."""
     session = onnxruntime.InferenceSession(str(bundle.model), providers=["CPUExecutionProvider"])
     inputs, outputs = session.get_inputs(), session.get_outputs()
@@ -86,8 +86,8 @@ def config(bundle: Bundle, *, name: str, device: Device, instances: int) -> str:
         name=_quoted(name),
         max_batch=MAX_BATCH if batched else 0,
         tensors="\n".join(
-            [_tensor("input", one, batched=batched) for one in inputs]
-            + [_tensor("output", one, batched=batched, labels=one is outputs[0]) for one in outputs]
+            [_tensor("input", port, batched=batched) for port in inputs]
+            + [_tensor("output", port, batched=batched, labels=port is outputs[0]) for port in outputs]
         ),
         device=device.upper(),
         instances=instances,
@@ -95,14 +95,14 @@ def config(bundle: Bundle, *, name: str, device: Device, instances: int) -> str:
     return text + (_QUEUE.format(queue=QUEUE, deadline=DEADLINE) if batched else "")
 
 
-def _tensor(kind: str, one: onnxruntime.NodeArg, *, batched: bool, labels: bool = False) -> str:
-    if one.type not in TYPES:
-        raise FgvcError(f"{one.name}: {one.type}; expected one of {', '.join(TYPES)}")
-    dims = [size if isinstance(size, int) else -1 for size in (one.shape[1:] if batched else one.shape)]
+def _tensor(kind: str, port: onnxruntime.NodeArg, *, batched: bool, labels: bool = False) -> str:
+    if port.type not in TYPES:
+        raise FgvcError(f"{port.name}: {port.type}; expected one of {', '.join(TYPES)}")
+    dims = [size if isinstance(size, int) else -1 for size in (port.shape[1:] if batched else port.shape)]
     named = f", label_filename: {_quoted(LABELS)}" if labels else ""
-    return f"{kind} [ {{ name: {_quoted(one.name)}, data_type: {TYPES[one.type]}, dims: {dims}{named} }} ]"
+    return f"{kind} [ {{ name: {_quoted(port.name)}, data_type: {TYPES[port.type]}, dims: {dims}{named} }} ]"
 
 
 def _quoted(text: str) -> str:
-    """A string of protobuf's text format: an ONNX file may call its tensors anything."""
+    """Quote a string in protobuf's text format: an ONNX file may call its tensors anything."""
     return '"' + "".join(chr(b) if 32 <= b < 127 and b not in b'"\\' else f"\\{b:03o}" for b in text.encode()) + '"'

@@ -36,8 +36,10 @@ class VariantFile:
 
 
 def make_int8(exported: Plain, reference: Plain, images: Iterable[np.ndarray], settings: Int8) -> VariantFile:
-    """`images`: batches (B,3,H,W) float32 of the train part. Raises FgvcError where the graph is not what the plain model's
-    becomes, with the differences."""
+    """Make the int8 file; `images`: batches (B,3,H,W) float32 of the train split, to calibrate with.
+
+    Raises FgvcError where the graph is not what the plain model's becomes, with the differences.
+    """
     reduce = needs_reduced_range() if settings.reduce_range is None else settings.reduce_range
     counted = _Counted(images)
     proto = quantise(exported.proto, counted, first=settings.first, reduce_range=reduce)
@@ -45,18 +47,18 @@ def make_int8(exported: Plain, reference: Plain, images: Iterable[np.ndarray], s
         "calibration": "mean of the extremes", "images": counted.images, "float_layers": settings.first, "reduce_range": reduce,
         "activations": "uint8, per tensor", "weights": "int8, per channel",
     }  # fmt: skip
-    return _made("int8", proto, exported, reference, how)
+    return _checked("int8", proto, exported, reference, how)
 
 
 def make_fp16(exported: Plain, reference: Plain) -> VariantFile:
-    """Raises FgvcError where the graph is not what the plain model's becomes, with the differences."""
-    return _made("fp16", halve(exported.proto), exported, reference, {})
+    """Make the fp16 file. Raises FgvcError where the graph is not what the plain model's becomes, with the differences."""
+    return _checked("fp16", halve(exported.proto), exported, reference, {})
 
 
 def differences(
     variant: Variant, proto: onnx.ModelProto, exported: Plain, reference: Plain, how: Mapping[str, Any]
 ) -> list[str]:
-    """Where `proto`, made of `exported`, is not the graph that `reference` becomes in the same way. `how`: as in the contract.
+    """Differences of `proto`, made from `exported`, from what `reference` becomes in the same way. `how`: as in the contract.
 
     The reference's ranges come from noise: which nodes are quantised does not depend on them.
     """
@@ -65,24 +67,23 @@ def differences(
         theirs = quantise(reference.proto, [noise], first=how["float_layers"], reduce_range=how["reduce_range"])
     else:
         theirs = halve(reference.proto)
-    found = compare_graphs(structure(proto, exported), structure(theirs, reference))
-    return [str(difference) for difference in found]
+    return [str(difference) for difference in compare_graphs(structure(proto, exported), structure(theirs, reference))]
 
 
 def structure(proto: onnx.ModelProto, source: Plain) -> Canonical:
-    """The canonical form of a variant of `source`, with the payloads blanked that training and calibration decide.
+    """Canonical form of a variant of `source`, with the payloads blanked that training and calibration decide.
 
-    Weights that stayed floating-point are found by the names that they have in `source`: both tools keep these, where positions
-    shift. What a QuantizeLinear or DequantizeLinear reads is blanked by its role (see `_ranged`).
+    Weights that stayed floating-point are recognised by the names that they have in `source`: both tools keep these, where
+    positions shift. What a QuantizeLinear or DequantizeLinear reads is blanked by its role (see `_ranged`).
     """
-    names = [made.stored_name for made in canonicalise(source.proto, weights=()).initializers]
+    names = [initializer.stored_name for initializer in canonicalise(source.proto, weights=()).initializers]
     weights = {names[position] for position in source.weights}
-    whole = canonicalise(proto, weights=()).initializers
-    form = canonicalise(proto, weights={k for k, made in enumerate(whole) if made.stored_name in weights})
+    initializers = canonicalise(proto, weights=()).initializers
+    form = canonicalise(proto, weights={k for k, w in enumerate(initializers) if w.stored_name in weights})
     ranged = _ranged(form)
     blanked = (
-        replace(made, tensor=replace(made.tensor, digest=None)) if made.name in ranged else made
-        for made in form.initializers
+        replace(w, tensor=replace(w.tensor, digest=None)) if w.name in ranged else w
+        for w in form.initializers
     )
     return replace(form, initializers=tuple(blanked))
 
@@ -94,7 +95,7 @@ def _ranged(form: Canonical) -> set[str]:
     integer kernels are slow or wrong. Types and shapes stay too: an uint8 in place of an int8, a scale for each channel in place
     of one; and attributes, the axis of the channels among them.
     """
-    initializers = {made.name: made.tensor for made in form.initializers}
+    initializers = {w.name: w.tensor for w in form.initializers}
     roles: dict[str, set[bool]] = {}
     for node in form.graph.nodes:
         linear = node.op in ("QuantizeLinear", "DequantizeLinear")
@@ -106,9 +107,12 @@ def _ranged(form: Canonical) -> set[str]:
     return {ref for ref, those in roles.items() if those == {True}}
 
 
-def _made(variant: Variant, proto: onnx.ModelProto, exported: Plain, reference: Plain, how: Mapping[str, Any]) -> VariantFile:
-    if found := differences(variant, proto, exported, reference, how):
-        raise FgvcError(f"model.{variant}.onnx is not what the plain model becomes:\n  " + "\n  ".join(found))
+def _checked(
+    variant: Variant, proto: onnx.ModelProto, exported: Plain, reference: Plain, how: Mapping[str, Any]
+) -> VariantFile:
+    """File of `proto`. Raises FgvcError with the differences where it is not what `reference` becomes."""
+    if faults := differences(variant, proto, exported, reference, how):
+        raise FgvcError(f"model.{variant}.onnx is not what the plain model becomes:\n  " + "\n  ".join(faults))
     model = serialised(proto)
     contract = {
         **how,
@@ -122,7 +126,7 @@ def _made(variant: Variant, proto: onnx.ModelProto, exported: Plain, reference: 
 
 
 def _integer_operators(proto: onnx.ModelProto) -> Counter[str]:
-    """How many nodes of each kind have all that they read from a DequantizeLinear: these may run in integers."""
+    """Number of nodes of each operator that read from DequantizeLinear alone: these may run in integers."""
     ready = {name for node in proto.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
     skipped = ("QuantizeLinear", "DequantizeLinear")
     nodes = [node for node in proto.graph.node if node.op_type not in skipped and node.input]
@@ -130,7 +134,7 @@ def _integer_operators(proto: onnx.ModelProto) -> Counter[str]:
 
 
 class _Counted:
-    """Batches, and how many images they had."""
+    """Batches whose images are counted as they pass."""
 
     def __init__(self, batches: Iterable[np.ndarray]) -> None:
         self.batches, self.images = batches, 0

@@ -1,4 +1,4 @@
-"""Checks on files alone: one ONNX file against another, and a bundle against what its contract says."""
+"""Checks of files alone: one ONNX file against another, and a bundle against its contract."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise
 from fgvc.exporting.difference import Difference, compare_graphs, notes
 from fgvc.exporting.onnx import Interface, load_onnx
-from fgvc.exporting.prove import compare_structure
+from fgvc.exporting.proofs import compare_structure
 from fgvc.exporting.reference import Plain, independent_plain, versions
 from fgvc.exporting.variant import differences, structure
 from fgvc.runtime.bundle import Bundle, load_bundle
@@ -20,7 +20,7 @@ from fgvc.runtime.stack import Agreement, agreement, stack_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Whether a file may take the place of a deployed one. Notes differ without making a difference."""
+    """Comparison of a file with the deployed one that it is to replace. Notes are differences that do not matter."""
 
     candidate: Path
     against: Path
@@ -30,12 +30,12 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Nothing is known to differ."""
+        """Whether nothing is known to differ."""
         return not self.differences and not self.around.differences
 
     @property
     def drop_in(self) -> bool:
-        """All is known to be the same: graph, preprocessing and labels."""
+        """Whether all is known to be the same: graph, preprocessing and labels."""
         return self.passed and not self.around.unproved
 
 
@@ -74,15 +74,15 @@ def verify_files(
 
 
 def verify_bundle(folder: Path) -> Verification:
-    """A bundle's bytes against its manifest, its graph against its contract's hash and, where the versions that made
-    it are installed, against a new independent plain model.
+    """Check a bundle: its bytes against its manifest, its graph against its contract's hash and, where the versions that made it
+    are installed, against a new independent plain model.
 
     Raises FgvcError where the bundle can't be loaded at all, a changed byte among the reasons.
     """
     bundle = load_bundle(folder)
     contract = bundle.contract
     try:
-        stored, made_by = str(contract["sha256"]), dict(contract["versions"])
+        stored, then = str(contract["sha256"]), dict(contract["versions"])
         positions = frozenset(int(k) for k in contract["weights"])
         recipe = {key: contract[key] for key in ("backbone", "num_classes", "kwargs", "exporter")}
         fields = dict(contract["interface"])
@@ -91,19 +91,19 @@ def verify_bundle(folder: Path) -> Verification:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FgvcError(f"{folder / 'contract.json'}: not a contract of this version of fgvc ({error!r})") from error
     proto = load_onnx(bundle.model)
-    found = canonicalise(proto, weights=positions).sha256
+    sha256 = canonicalise(proto, weights=positions).sha256
     Engine(bundle)
     checks = [
         Check(name="manifest", passed=True, detail=f"{len(bundle.files)} files are those that were exported"),
         Check(name="loads", passed=True, detail="onnxruntime runs the model at the bundle's size, with its labels"),
-        Check(name="contract", passed=found == stored, detail=f"structure {found[:16]}, in the contract {stored[:16]}"),
+        Check(name="contract", passed=sha256 == stored, detail=f"structure {sha256[:16]}, in the contract {stored[:16]}"),
     ]
-    here = versions()
+    now = versions()
     shaping = ("torch", "timm", "onnx", "onnxscript")
-    others = [f"{name} {here[name]}, was {made_by.get(name)}" for name in shaping if made_by.get(name) != here[name]]
+    mismatches = [f"{name} {now[name]}, was {then.get(name)}" for name in shaping if then.get(name) != now[name]]
     reference: Plain | None = None
-    if others:
-        checks.append(Check(name="independent plain", passed=None, detail=f"not compared: {'; '.join(others)}"))
+    if mismatches:
+        checks.append(Check(name="independent plain", passed=None, detail=f"not compared: {'; '.join(mismatches)}"))
     else:
         plain_proto, expected = independent_plain(**recipe, interface=interface)
         reference = Plain(plain_proto, expected, interface.size)
@@ -114,7 +114,7 @@ def verify_bundle(folder: Path) -> Verification:
         plain = f"a plain {recipe['backbone']}, made anew, has the same graph"
         checks.append(Check(name="independent plain", passed=not lines, detail="; ".join(lines) or plain))
     exported = Plain(proto, positions, interface.size)
-    same_tool = here["onnxruntime"] == made_by.get("onnxruntime")  # its quantiser shapes these graphs
+    same_tool = now["onnxruntime"] == then.get("onnxruntime")  # its quantiser shapes these graphs
     for variant in ("int8", "fp16"):
         if f"model.{variant}.onnx" in bundle.files:
             checks.append(_variant(bundle, variant, exported, reference if same_tool else None))
@@ -122,25 +122,25 @@ def verify_bundle(folder: Path) -> Verification:
 
 
 def _variant(bundle: Bundle, variant: Literal["int8", "fp16"], exported: Plain, reference: Plain | None) -> Check:
-    """Whether a smaller file runs, is the graph that its contract names and, with `reference`, what a plain model becomes.
+    """Check whether a smaller file runs, is the graph that its contract names and, with `reference`, what a plain model becomes.
 
-    Its agreement needs the images: of that, only what was measured at export can be said.
+    Its agreement needs the images: only what was measured at export is repeated.
     """
     Engine(bundle, variant=variant)
-    proto, said = load_onnx(bundle.variant(variant)), bundle.contract.get(variant, {})
+    proto, contract = load_onnx(bundle.variant(variant)), bundle.contract.get(variant, {})
     try:
-        stored, measured = str(said["sha256"]), said["agreement"]
+        stored, measured = str(contract["sha256"]), contract["agreement"]
         share, images, bar = float(measured["share"]), int(measured["images"]), float(measured["bars"]["agreement"])
     except (KeyError, TypeError, ValueError) as error:
-        return Check(name=variant, passed=False, detail=f"contract.json says nothing of it ({error!r})")
-    found = structure(proto, exported).sha256
-    faults = [] if found == stored else [f"structure {found[:16]}, in the contract {stored[:16]}"]
+        return Check(name=variant, passed=False, detail=f"contract.json has no entry for it ({error!r})")
+    sha256 = structure(proto, exported).sha256
+    faults = [] if sha256 == stored else [f"structure {sha256[:16]}, in the contract {stored[:16]}"]
     if reference is not None:
-        faults += differences(variant, proto, exported, reference, said)
+        faults += differences(variant, proto, exported, reference, contract)
     if share < bar:
         faults.append(f"agrees on {100 * share:.2f} % of the images, below its bar of {100 * bar:g} %")
     again = "as a plain model's becomes" if reference is not None else "not compared with a plain model's (versions)"
     fine = (
-        f"structure {found[:16]}, {again}; at export {100 * share:.2f} % of {images} images had the float file's answer"
+        f"structure {sha256[:16]}, {again}; at export {100 * share:.2f} % of {images} images had the float file's answer"
     )
     return Check(name=variant, passed=not faults, detail="; ".join(faults) or fine)

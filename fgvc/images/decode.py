@@ -1,4 +1,4 @@
-"""From a file or bytes to an upright RGB image, with limits that hold before a single pixel is decoded.
+"""Decoding of a file or bytes to an upright RGB image, with limits that are checked before any pixel is decoded.
 
 A PNG of one bit a pixel can have 13,000 x 13,000 pixels in 20 kB; as RGB that takes half a gigabyte. Pillow by itself only
 warns of it.
@@ -28,27 +28,27 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "J
 class Picture:
     """A decoded picture, and how its file stores it."""
 
-    image: Image.Image  # RGB, upright; reduced where it has more than MAX_PIXELS as a JPEG
-    stored: tuple[int, int]  # width and height in the file: what boxes are in pixels of
+    image: Image.Image  # RGB, upright; reduced if it is a JPEG of more than MAX_PIXELS
+    stored: tuple[int, int]  # width and height in the file; boxes are in these pixels
     orientation: int  # EXIF's, see fgvc.images.upright
-    mode: str  # in Pillow's words
+    mode: str  # Pillow's
     bits: int = 8  # of a value of a channel
-    extremes: tuple[float, float] | None = None  # smallest and largest value as stored, where they have more than 8 bits
+    extremes: tuple[float, float] | None = None  # smallest and largest stored value, of one channel with more than 8 bits
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height upright, whatever it was reduced by."""
+        """Width and height upright, before any reduction."""
         return turned_sides(self.stored, self.orientation)
 
 
 def decode(
     source: Path | bytes, *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """An RGB image: first frame, EXIF orientation applied, transparency on white, the upper 8 bits of more.
+    """Decode to an RGB image: first frame, EXIF orientation applied, transparency on white, the upper 8 bits of more.
 
-    A JPEG of more than MAX_PIXELS, where `max_pixels` lets it in, is decoded at 1/2, 1/4 or 1/8 of its sides, the largest of
-    at most MAX_PIXELS: whoever reads it, so that training, evaluation and serving see the same. `formats` narrows FORMATS (MPO,
-    of cameras with two lenses, counts as JPEG). Colour profiles are ignored, as by every stack that trains on pixels.
+    A JPEG of more than MAX_PIXELS, if `max_pixels` allows it, is decoded at 1/2, 1/4 or 1/8 of its sides, the largest of
+    at most MAX_PIXELS, so that training, evaluation and serving see the same. `formats` narrows FORMATS (MPO, of cameras with
+    two lenses, counts as JPEG). Colour profiles are ignored, as by every stack that trains on pixels.
     Raises ImageError; its reason begins with one of: missing, a directory, not a file, not readable, empty, not an image,
     format not accepted, too many pixels (with how many, and the limit), truncated, corrupt.
     """
@@ -62,7 +62,7 @@ def read_picture(
     formats: tuple[str, ...] | None = None,
     name: Path | None = None,
 ) -> Picture:
-    """What `decode` gives, and what the file says of it. `name`: of the file that bytes are of."""
+    """Decode as `decode` does; returns the image and how it is stored. `name`: the file that bytes come from, for messages."""
     where = source if isinstance(source, Path) else (name or "(bytes)")
     _hush_metadata()
     _allow(max_pixels)
@@ -77,13 +77,13 @@ def read_picture(
     except PermissionError:
         reason = "not readable"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        count = re.search(r"\d+", str(error))  # of Pillow's own limit, above ours: how many there are, it says in words only
+        count = re.search(r"\d+", str(error))  # Pillow's own limit, above ours: only its message has the count
         reason = _too_many(f"{int(count[0]) / 1e6:.4g}" if count else "more", max_pixels)
     except (UnidentifiedImageError, UserWarning):
         reason = "format not accepted" if formats else "not an image"
     except OSError as error:
         reason = "truncated" if "truncated" in str(error) else "corrupt"
-    except Exception:  # the parsers meet hostile bytes with whatever falls out: struct, zlib, Index, Overflow...
+    except Exception:  # hostile bytes make the parsers raise anything: struct, zlib, Index, Overflow...
         reason = "corrupt"
     raise ImageError(where, reason) from None
 
@@ -94,7 +94,7 @@ def _accepted(where: object, formats: tuple[str, ...] | None) -> tuple[str, ...]
 
 
 def _allow(pixels: int) -> None:
-    """Pillow has a limit of its own, for the process; it is raised to ours where somebody raised that above it."""
+    """Raise Pillow's own limit of the process to `pixels`, if that is larger."""
     if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = pixels
 
@@ -105,8 +105,8 @@ def _refuse_large(image: Image.Image, limit: int, where: object) -> None:
         raise ImageError(where, _too_many(f"{image.width} x {image.height} = {pixels / 1e6:.{digits}f}", limit))
 
 
-def _too_many(found: str, limit: int) -> str:
-    return f"too many pixels: {found} megapixels, the limit is {limit / 1e6:g}; data.max_megapixels or --megapixels raise it"
+def _too_many(count: str, limit: int) -> str:
+    return f"too many pixels: {count} megapixels, the limit is {limit / 1e6:g}; data.max_megapixels or --megapixels raise it"
 
 
 def _read(image: Image.Image) -> Picture:
@@ -115,16 +115,16 @@ def _read(image: Image.Image) -> Picture:
         scale = next((s for s in (2, 4) if -(-stored[0] // s) * -(-stored[1] // s) <= MAX_PIXELS), 8)
         image.draft(None, (stored[0] // scale, stored[1] // scale))
     mode, bits = image.mode, _bits(image)
-    told = orientation_of(image) if image.format == "TIFF" else UPRIGHT
+    before = orientation_of(image) if image.format == "TIFF" else UPRIGHT
     image.load()
-    orientation = left = orientation_of(image)
-    if told != UPRIGHT == left:  # Pillow turns a TIFF as it loads it
-        orientation, stored = told, turned_sides(image.size, told)
+    orientation = after = orientation_of(image)
+    if before != UPRIGHT == after:  # Pillow turns a TIFF as it loads it
+        orientation, stored = before, turned_sides(image.size, before)
     single = bits > 8 and len(image.getbands()) == 1
-    whole = image.convert("I") if image.mode.startswith("I") else image  # Pillow knows no extremes of big-endian values
+    whole = image.convert("I") if image.mode.startswith("I") else image  # Pillow has no extremes of big-endian values
     extremes = whole.getextrema() if single else None
     return Picture(
-        image=turned(_rgb(image, bits), left),
+        image=turned(_rgb(image, bits), after),
         stored=stored,
         orientation=orientation,
         mode=mode,
@@ -134,9 +134,9 @@ def _read(image: Image.Image) -> Picture:
 
 
 def _bits(image: Image.Image) -> int:
-    """Of a value as the file stores it. Pillow scales what is no 8 or 16 bits to these, but for the 12 bits of a TIFF."""
+    """Bits of a value as the file stores it. Pillow scales other numbers of bits to 8 or 16, but for the 12 bits of a TIFF."""
     tiles = getattr(image, "tile", [])
-    raw = " ".join(str(part) for tile in tiles for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],)))
+    raw = " ".join(str(item) for tile in tiles for item in (tile[3] if isinstance(tile[3], tuple) else (tile[3],)))
     if "I;12" in raw:
         return 12
     if image.mode.startswith("I;16") or ";16" in raw or (image.mode == "I" and image.format == "PPM"):
@@ -145,10 +145,10 @@ def _bits(image: Image.Image) -> int:
 
 
 def _hush_metadata() -> None:
-    """Pillow warns of odd EXIF, which is no error here, not even where warnings are errors.
+    """Ignore Pillow's warnings of odd EXIF, also where warnings are errors.
 
-    One filter for good, for Pillow's format modules only: `catch_warnings` swaps the process's filters back and forth
-    and so is not safe among threads. Warnings about size come from another module and are not touched.
+    One permanent filter, for Pillow's format modules only: `catch_warnings` replaces the filters of the whole process, which is
+    not safe with threads. Warnings about size come from another module and stay.
     """
     module = r"PIL\.\w+ImagePlugin"
     if not any(action == "ignore" and where and where.pattern == module for action, _, _, where, _ in warnings.filters):
@@ -171,7 +171,7 @@ def _open(source: Path | bytes, where: object) -> BinaryIO:
 
 
 def read_content(path: Path) -> bytes:
-    """All bytes of a file. Raises ImageError as `decode` does of one that can't be read."""
+    """All bytes of a file. Raises ImageError as `decode` does if it can't be read."""
     try:
         with _open(path, path) as stream:
             return stream.read()

@@ -1,4 +1,4 @@
-"""A font that can write class names. Pillow alone looks for it, since where servers draw there is no matplotlib to ask."""
+"""Fonts that can write class names, found by Pillow alone, since servers, which draw too, don't install matplotlib."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ADVICE = (
     "no font here can write some class names, which appear as numbers; install one, such as Debian's fonts-noto-cjk"
 )
 SUFFIXES = (".ttf", ".otf", ".ttc")
-NOWHERE = "\U0010fffe"  # no font has this one, and draws for it what it draws for all that it lacks
+MISSING = "\U0010fffe"  # in no font: drawn as every character that a font lacks
 
 
 def writable(names: Sequence[str]) -> tuple[list[str], ImageFont.FreeTypeFont]:
-    """The names as they can be written, and the font: the first that has all their characters. Where there is none, names
-    become numbers."""
+    """The names as a font can write them, and that font: the first with all characters. If there is none, names become numbers.
+    """
     characters = frozenset(character for name in names for character in name if not character.isspace())
     font = font_for(characters)
     if font is not None:
@@ -33,12 +33,12 @@ def writable(names: Sequence[str]) -> tuple[list[str], ImageFont.FreeTypeFont]:
 
 @cache
 def font_for(characters: frozenset[str]) -> ImageFont.FreeTypeFont | None:
-    """The first font that has all the characters; None: there is none."""
+    """The first font that has all the characters, or None."""
     return next((font for font in fonts() if _writes(font, characters)), None)
 
 
 def fonts() -> Iterator[ImageFont.FreeTypeFont]:
-    """The machine's fonts: DejaVu Sans before others, and Pillow's own last, which has no letters but those of English."""
+    """The machine's fonts: DejaVu Sans first, and last Pillow's own, which has English letters only."""
     for path in files():
         try:
             yield ImageFont.truetype(str(path), LETTERS)
@@ -51,7 +51,7 @@ def fonts() -> Iterator[ImageFont.FreeTypeFont]:
 
 @cache
 def files() -> tuple[Path, ...]:
-    """Font files: what matplotlib brings along, and those in the folders in which Pillow searches."""
+    """Font files: those in matplotlib's package, and in the folders that Pillow searches."""
     fonts = [path for folder in _folders() for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
     lettered = [path for path in fonts if not path.name.startswith("LastResort")]  # a box for every character there is
     return tuple(sorted(lettered, key=lambda path: path.name != "DejaVuSans.ttf"))
@@ -73,5 +73,5 @@ def _folders() -> list[Path]:
 
 
 def _writes(font: ImageFont.FreeTypeFont, characters: frozenset[str]) -> bool:
-    lacking = bytes(font.getmask(NOWHERE))
-    return all(bytes(font.getmask(character)) != lacking for text in characters for character in text)
+    missing_glyph = bytes(font.getmask(MISSING))
+    return all(bytes(font.getmask(character)) != missing_glyph for text in characters for character in text)

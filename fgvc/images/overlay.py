@@ -1,4 +1,4 @@
-"""Maps and masks in colour over a picture. Pillow and numpy alone: servers draw them too."""
+"""Maps and masks in colour over a picture, by Pillow and numpy alone, since servers draw them too."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ HEAT = (
 _HEAT = np.array([list(bytes.fromhex(colour)) for colour in HEAT.split()], dtype=float)
 
 
-def overlay(picture: Image.Image, found: np.ndarray) -> Image.Image:
-    """A map (h,w) in [0,1] as colours over an RGB picture, smoothly enlarged to it; of a mask (bool) the cells in red."""
-    if found.dtype == bool:
-        colours, share = np.full((*found.shape, 3), MASKED, dtype=np.uint8), 0.6 * found
+def overlay(picture: Image.Image, values: np.ndarray) -> Image.Image:
+    """An RGB picture with a map (h,w) in [0,1] over it as colours, smoothly enlarged; of a mask (bool) with its cells in red."""
+    if values.dtype == bool:
+        colours, share = np.full((*values.shape, 3), MASKED, dtype=np.uint8), 0.6 * values
         resample = Image.Resampling.NEAREST
     else:
-        colours, share = heat(found), np.full(found.shape, 0.55)
+        colours, share = heat(values), np.full(values.shape, 0.55)
         resample = Image.Resampling.BILINEAR
     over = Image.fromarray(colours).resize(picture.size, resample)
     return Image.composite(over, picture, Image.fromarray(np.uint8(255 * share)).resize(picture.size, resample))
 
 
 def heat(values: np.ndarray) -> np.ndarray:
-    """Colours (...,3) uint8 of values in [0,1]; what lies outside is cut off."""
+    """Colours (...,3) uint8 of values, clipped to [0,1]."""
     anchors = np.linspace(0, 1, len(_HEAT))
     return np.stack([np.interp(values, anchors, channel) for channel in _HEAT.T], axis=-1).round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""From an RGB image to the network's input: the one place for evaluation, export and serving. Pillow and numpy only.
+"""Preprocessing of an RGB image to the network's input, shared by evaluation, export and serving. Pillow and numpy only.
 
 The resampling is Pillow's own, antialiased, so a crop here equals torchvision's `Resize` + `CenterCrop` bit for bit.
 """
@@ -18,17 +18,17 @@ Box = tuple[float, float, float, float]
 
 # A resized image of more than this many times the network's input is never built as a whole (a 1 x 10,000,000 strip).
 _LARGEST_RESIZED = 16
-# By how much two normalisations may put a pixel apart, relative to max(1, |value|): a hundredth of a grey level, usually.
+# Tolerance between the values of two normalisations, relative to max(1, |value|): a hundredth of a grey level, usually.
 _SAME = 1e-4
 
 
 def preprocess(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
-    """(3,H,W) float32, C-contiguous, from an RGB image of any size."""
+    """The network's input (3,H,W), float32 and C-contiguous, from an RGB image of any size."""
     return normalise(fit(image, spec), spec)
 
 
 def normalise(pixels: NDArray[np.uint8], spec: Preprocess) -> NDArray[np.float32]:
-    """uint8 RGB (...,H,W,3) to float32 (...,3,H,W): channel order, range, mean and std of `spec`."""
+    """Convert uint8 RGB (...,H,W,3) to float32 (...,3,H,W) by channel order, range, mean and std of `spec`."""
     if spec.channel_order == "bgr":
         pixels = pixels[..., ::-1]
     x = np.ascontiguousarray(np.moveaxis(pixels, -1, -3), dtype=np.float32)
@@ -40,14 +40,16 @@ def normalise(pixels: NDArray[np.uint8], spec: Preprocess) -> NDArray[np.float32
 
 
 def fit(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
-    """uint8 (H,W,3). The image goes onto a canvas of size / crop_pct - so that it covers it (crop), lies whole in
-    its middle (pad) or fills it (squash) - and the centre of the canvas is kept."""
+    """The image resized and cropped to uint8 (H,W,3).
+
+    It is laid onto a canvas of size / crop_pct - covering it (crop), whole in its middle (pad) or filling it (squash) - and the
+    centre of the canvas is the result."""
     height, width = spec.size
     (rows, columns), (top, left) = _layout((image.height, image.width), spec)
     if spec.resize == "pad":
-        kept = Image.new("RGB", (width, height), spec.fill)
-        kept.paste(render(image, (0, 0, *image.size), (rows, columns), spec.interpolation), (-left, -top))
-        return np.asarray(kept)
+        canvas = Image.new("RGB", (width, height), spec.fill)
+        canvas.paste(render(image, (0, 0, *image.size), (rows, columns), spec.interpolation), (-left, -top))
+        return np.asarray(canvas)
     if rows * columns > _LARGEST_RESIZED * math.prod(_canvas(spec)):
         y, x = image.height / rows, image.width / columns
         box = left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height)
@@ -57,16 +59,17 @@ def fit(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
 
 
 def placed(points: NDArray[np.float64], image: tuple[int, int], spec: Preprocess) -> NDArray[np.float64]:
-    """Points (...,2), x and y in continuous pixels of an image of (height, width), as `fit` lays them in the network's
-    input; some may lie outside of it."""
+    """Map points (...,2), x and y in continuous pixels of an image of (height, width), to pixels of the network's input, as
+    `fit` does; some may lie outside of it."""
     (rows, columns), (top, left) = _layout(image, spec)
     return points * (columns / image[1], rows / image[0]) - (left, top)
 
 
 def differences(ours: Preprocess, theirs: Preprocess) -> list[str]:
-    """What `theirs` does otherwise with some image, key by key in the words of preprocess.json, ours before theirs. Empty where
-    both make the same input of every image: settings that come to the same are no difference (a range with its mean and std, a
-    crop fraction that gives the same canvas), nor is what has no effect (the fill, unless both pad)."""
+    """Differences between two preprocessings, by the keys of preprocess.json, ours before theirs; empty if there are none.
+
+    Settings with the same effect do not differ (a range with its mean and std, a crop_pct that gives the same canvas), nor do
+    settings without effect (the fill, unless both pad)."""
     mine, other = ours.model_dump(), theirs.model_dump()
     changed = {key for key in ("size", "resize", "interpolation", "channel_order") if mine[key] != other[key]}
     canvases = (
@@ -86,14 +89,14 @@ def differences(ours: Preprocess, theirs: Preprocess) -> list[str]:
 
 
 def described(spec: Preprocess) -> str:
-    """All of a preprocessing on one line."""
+    """All settings of a preprocessing on one line."""
     settings = {key: value for key, value in spec.model_dump().items() if key != "fill" or spec.resize == "pad"}
     return ", ".join(f"{key} {_written(value)}" for key, value in settings.items())
 
 
 def _written(value: object) -> str:
     if isinstance(value, tuple):
-        return f"({', '.join(_written(part) for part in value)})"
+        return f"({', '.join(_written(item) for item in value)})"
     return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
@@ -102,19 +105,19 @@ def _as_rgb(values: Triple, spec: Preprocess) -> Triple:
 
 
 def _black_and_white(spec: Preprocess) -> NDArray[np.float64]:
-    """(2,3): what the normalisation, an affine function, makes of a black and of a white pixel; R, G, B."""
+    """The normalised values (2,3) of a black and a white pixel, R, G, B, which determine the affine function."""
     mean, std = (np.array(_as_rgb(values, spec)) for values in (spec.mean, spec.std))
     return (np.array([[0], [spec.input_range]]) - mean) / std
 
 
 def _canvas(spec: Preprocess) -> tuple[int, int]:
-    """Height and width of what the centre is cut from."""
+    """Height and width of the canvas whose centre is the network's input."""
     return int(spec.size[0] / spec.crop_pct), int(spec.size[1] / spec.crop_pct)
 
 
 def _layout(image: tuple[int, int], spec: Preprocess) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width of the whole image after resizing; and where in it, from the top and the left, the network's input
-    begins: below 0 where it is padded."""
+    """Height and width of the whole image after resizing, and the top and left of the network's input in it: below 0 if it is
+    padded."""
     canvas = _canvas(spec)
     resized = resized_size(image, canvas, spec)
     if spec.resize == "pad":
@@ -124,7 +127,7 @@ def _layout(image: tuple[int, int], spec: Preprocess) -> tuple[tuple[int, int], 
 
 
 def resized_size(image: tuple[int, int], canvas: tuple[int, int], spec: Preprocess) -> tuple[int, int]:
-    """Height and width of the whole image after resizing, for its (height, width) and the canvas'."""
+    """Height and width of the whole image after resizing, from its (height, width) and the canvas's."""
     (h, w), (rows, columns) = image, canvas
     if spec.resize == "squash":
         return canvas
@@ -137,10 +140,10 @@ def resized_size(image: tuple[int, int], canvas: tuple[int, int], spec: Preproce
 
 
 def render(image: Image.Image, box: Box, size: tuple[int, int], interpolation: Interpolation) -> Image.Image:
-    """The part of `image` within `box`, resampled to `size` = (height, width); nothing outside it leaks in."""
+    """The region `box` of an image, resampled to `size` = (height, width); pixels outside of it have no influence."""
     filter_ = Image.Resampling[interpolation.upper()]
     return image.resize((size[1], size[0]), filter_, box=box, reducing_gap=None)
 
 
-def _centre(whole: int, part: int) -> int:
-    return round((whole - part) / 2)  # ties to even, as torchvision
+def _centre(outer: int, inner: int) -> int:
+    return round((outer - inner) / 2)  # ties to even, as torchvision

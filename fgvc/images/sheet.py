@@ -1,4 +1,4 @@
-"""Contact sheets: pictures in rows, a caption below each. Pillow alone: servers draw them too."""
+"""Contact sheets, pictures in rows with a caption below each, by Pillow alone, since servers draw them too."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from fgvc.io.files import replacing
 MARGIN, LINE = 6, 15  # pixels
 LETTERS = LINE - 4  # pixels: the size of a font that fits
 FAST = 1  # compression of a PNG: a third of the default's time, a tenth larger
-NARROWEST, LARGEST = 160, 256  # pixels: of a column; what a picture is reduced to
+NARROWEST, LARGEST = 160, 256  # pixels: least width of a column, largest side of a picture
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A picture and what is written below it."""
+    """A picture and its caption."""
 
     picture: Image.Image
     caption: str
 
 
 def save_sheet(rows: Sequence[Sequence[Cell]], path: Path, *, font: ImageFont.FreeTypeFont) -> Path:
-    """Lay the cells out in columns of one width, captions broken into lines, and write the file, in the format of its name.
-    Raises FgvcError where it can't be written."""
-    shown = [[(_reduced(cell.picture), cell.caption) for cell in row] for row in rows]
-    width = max(NARROWEST, *(picture.width for row in shown for picture, _ in row))
-    blocks = [[(picture, _lines(caption, font, width)) for picture, caption in row] for row in shown]
+    """Write a sheet of cells in columns of one width, captions broken into lines, in the format of the file's suffix.
+    Raises FgvcError if it can't be written."""
+    reduced = [[(_reduced(cell.picture), cell.caption) for cell in row] for row in rows]
+    width = max(NARROWEST, *(picture.width for row in reduced for picture, _ in row))
+    blocks = [[(picture, _lines(caption, font, width)) for picture, caption in row] for row in reduced]
     heights = [max(picture.height + LINE * len(lines) for picture, lines in row) + MARGIN for row in blocks]
     columns = max(len(row) for row in blocks)
     sheet = Image.new("RGB", ((width + MARGIN) * columns + MARGIN, sum(heights) + MARGIN), "white")
@@ -53,8 +53,8 @@ def _reduced(picture: Image.Image) -> Image.Image:
 
 
 def _lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Broken where a line would be wider than `width` pixels: behind the last space, _ or - in it, or anywhere where it has none,
-    as Chinese."""
+    """Break a text into lines of at most `width` pixels: after the last space, _ or - of a line, or anywhere if it has none, as
+    Chinese."""
     lines = [""]
     for character in text:
         line = lines[-1]

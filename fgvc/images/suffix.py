@@ -1,10 +1,10 @@
-"""Suffixes by which a file below a folder is taken for an image, in data sets and where folders are predicted or explained."""
+"""Suffixes of image files, by which files below a folder are taken for images."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-TGA = (".tga", ".icb", ".vda", ".vst")  # no bytes tell these from others, so that the name must
+TGA = (".tga", ".icb", ".vda", ".vst")  # no bytes identify this format, so the name must
 
 SUFFIXES = (  # in lower case
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".jpg_large", ".jpg_small", ".jpg_orig", ".mpo",
@@ -14,13 +14,13 @@ SUFFIXES = (  # in lower case
 
 
 def suffix_of(name: str) -> str:
-    """In lower case; "no suffix"."""
+    """The suffix of a file's name in lower case, or "no suffix"."""
     stem, dot, suffix = name.rpartition(".")
     return f".{suffix.lower()}" if stem and dot else "no suffix"
 
 
 def counted(suffixes: Counter[str]) -> str:
-    """In words, the most frequent first."""
-    listed = sorted(suffixes.items(), key=lambda one: (-one[1], one[0]))
+    """Counts of suffixes in words, the most frequent first."""
+    listed = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
     more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
     return ", ".join(f"{suffix} {count}" for suffix, count in listed[:8]) + more

@@ -1,5 +1,4 @@
-"""The eight ways in which a camera may have stored a picture, by its EXIF orientation; and how pixels, points and boxes are
-turned upright. Pillow and numpy only.
+"""EXIF orientation: pixels, points and boxes of a stored picture turned upright. Pillow and numpy only.
 
 Sides are (width, height) in pixels; points are continuous: pixel (column j, row i) covers [j, j+1) x [i, i+1).
 """
@@ -26,26 +25,26 @@ _TURNS = {
 
 
 def orientation_of(image: Image.Image) -> int:
-    """1 to 8; 1 where the file says nothing, or nonsense."""
+    """The EXIF orientation of a picture, 1 to 8; 1 if it has none or an invalid one."""
     try:
-        found = image.getexif().get(_TAG, UPRIGHT)
-    except Exception:  # broken metadata must not cost a good picture
+        value = image.getexif().get(_TAG, UPRIGHT)
+    except Exception:  # broken metadata must not lose a good picture
         return UPRIGHT
-    return found if isinstance(found, int) and found in _TURNS else UPRIGHT
+    return value if isinstance(value, int) and value in _TURNS else UPRIGHT
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """The picture upright."""
+    """The upright picture of a stored one."""
     return image if orientation == UPRIGHT else image.transpose(_TURNS[orientation])
 
 
 def turned_sides(sides: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """Width and height upright, of those as stored; and the other way round."""
+    """The upright (width, height) of the stored ones, and the other way round."""
     return (sides[1], sides[0]) if orientation >= 5 else sides
 
 
 def turned_points(points: NDArray[Any], orientation: int, stored: tuple[int, int]) -> NDArray[Any]:
-    """Points (...,2), x and y in the picture as it is stored with these sides, where they lie in the upright one."""
+    """Map points (...,2), x and y in the stored picture with the sides `stored`, to the upright one."""
     if orientation == UPRIGHT:
         return points
     (x, y), (width, height) = (points[..., 0], points[..., 1]), stored
@@ -62,8 +61,8 @@ def turned_points(points: NDArray[Any], orientation: int, stored: tuple[int, int
 
 
 def turned_boxes(boxes: NDArray[Any], orientation: int, stored: tuple[int, int]) -> NDArray[Any]:
-    """Boxes (...,4) left, top, width, height of the picture as it is stored, turned with it and cut at its borders; NaN where
-    nothing of a box lies in the picture, or none is known."""
+    """Map boxes (...,4) left, top, width, height in the stored picture to the upright one, clipped to it; NaN if nothing of a box
+    lies in the picture, or the box is unknown."""
     first = turned_points(boxes[..., :2], orientation, stored)
     second = turned_points(boxes[..., :2] + boxes[..., 2:], orientation, stored)
     low, high = np.minimum(first, second), np.maximum(first, second)

@@ -56,7 +56,7 @@ def one_line(path: Path | str) -> str:
     )
 
 
-def told_apart(folders: Sequence[Path]) -> list[str]:
+def distinct_names(folders: Sequence[Path]) -> list[str]:
     """The folders' names, with as many of the folders above them as make the names distinct."""
     paths = [folder.resolve().parts for folder in folders]
     names: list[str] = []
@@ -82,7 +82,7 @@ def result_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def relabelled(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
+def label_differences(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
     """Differences between the class lists of two classifiers, in words, ours before theirs; empty if the lists are equal."""
     if tuple(ours) == tuple(theirs):
         return []

@@ -10,9 +10,9 @@ import numpy as np
 
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
-from fgvc.exporting.prove import BATCH_TOLERANCE, FOLD_TOLERANCE, ONNX_TOLERANCE, SHIPPED_TOLERANCE
+from fgvc.exporting.proofs import BATCH_TOLERANCE, FOLD_TOLERANCE, ONNX_TOLERANCE, SHIPPED_TOLERANCE
 from fgvc.images.preprocess import differences
-from fgvc.io.names import relabelled
+from fgvc.io.names import label_differences
 from fgvc.runs.loaded import Answers, LoadedRun
 from fgvc.runtime.bundle import Bundle
 from fgvc.runtime.engine import Session
@@ -128,7 +128,7 @@ def certificates(
 
 
 def _apart(bundle: Bundle, run: LoadedRun) -> list[str]:
-    return [*differences(bundle.preprocess, run.preprocess), *relabelled(bundle.labels, run.classes)]
+    return [*differences(bundle.preprocess, run.preprocess), *label_differences(bundle.labels, run.classes)]
 
 
 def _distance(bundle: Bundle, run: LoadedRun, answer: Answers) -> Certificate:

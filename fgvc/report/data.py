@@ -102,7 +102,7 @@ def _figure(report: Report, row: int) -> Figure:
 
 
 def _doubt(report: Report, one: Suspect) -> LabelDoubt:
-    return LabelDoubt(_figure(report, one.row), report.index.classes[one.suggested], one.own, one.other)
+    return LabelDoubt(_figure(report, one.row), report.index.classes[one.suggested], one.p_label, one.p_suggested)
 
 
 def _classes(report: Report) -> list[tuple[str, list[int], list[float]]]:

@@ -13,7 +13,7 @@ import yaml
 from fgvc.config.data import Split
 from fgvc.config.loading import differences, dump, leaves
 from fgvc.config.recipe import Recipe
-from fgvc.config.techniques import chosen
+from fgvc.config.techniques import enabled_techniques
 from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import Calibrated
 from fgvc.evaluation.metrics import SMALLER_IS_BETTER, Scores, of_logits
@@ -21,7 +21,7 @@ from fgvc.evaluation.paired import Paired, compare_answers, wilson
 from fgvc.evaluation.temperature import calibration
 from fgvc.images.preprocess import described
 from fgvc.io.files import refuse_file, write_atomic, writing
-from fgvc.io.names import told_apart
+from fgvc.io.names import distinct_names
 from fgvc.report.certificate import Certificate, certificates
 from fgvc.report.chart import Chart, calibration_charts, curves, terms
 from fgvc.report.gallery import Gallery, gallery
@@ -70,7 +70,7 @@ class RunChapter:
         done = f"{epochs} of {recipe.train.epochs}"
         return {
             "network": f"{recipe.model.backbone} at {size}",
-            "techniques": ", ".join(chosen(recipe.techniques)) or "none",
+            "techniques": ", ".join(enabled_techniques(recipe.techniques)) or "none",
             "preprocessing": described(self.run.preprocess),
             "weights": self.run.select,
             "epochs": done + ("" if seconds is not None else ", not finished"),
@@ -154,7 +154,7 @@ def report(
         refuse_no_numbers(answer.logits, run.folder)
     proven = certificates(bundles, runs, answers)
     chapters = []
-    for at, (name, run, answer) in enumerate(zip(told_apart(folders), runs, answers, strict=True)):
+    for at, (name, run, answer) in enumerate(zip(distinct_names(folders), runs, answers, strict=True)):
         scores = of_logits(answer.logits, answer.labels)
         calibrated = calibration(run, device=device).on(splits[at][0], (answer.logits, answer.labels))
         chapters.append(

@@ -20,7 +20,7 @@ from fgvc.models.cam.offline import ClassMaps, looking, named
 from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runtime import explain as drawing
 from fgvc.runtime.engine import is_rejected, probabilities, refuse_no_numbers
-from fgvc.runtime.explain import BundleExplainer, Explanation, Floats, is_bundle, telling
+from fgvc.runtime.explain import BundleExplainer, Explanation, Floats, is_bundle, load_explainer
 from fgvc.runtime.predict import expand
 
 
@@ -89,7 +89,7 @@ def explain(
             if is_bundle(path):
                 if chosen != ("cam",):
                     raise FgvcError(f"{path}: a bundle holds class activation maps alone; compare it by --method cam")
-                explainers.append(telling(path))
+                explainers.append(load_explainer(path))
             else:
                 opened = explaining(load_run(path, select), chosen, device=device, channels=channels)
                 explainers.append(stack.enter_context(opened))

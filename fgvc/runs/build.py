@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fgvc.config.images import Preprocess
 from fgvc.config.models import Model, run_of
 from fgvc.config.recipe import Recipe
-from fgvc.config.techniques import chosen
+from fgvc.config.techniques import enabled_techniques
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
 from fgvc.io.names import nearest
@@ -41,7 +41,7 @@ def class_counts(index: ImageIndex) -> NDArray[np.int64]:
 def refuse_names(recipe: Recipe) -> None:
     """Raise FgvcError for names that timm does not know: of backbones and of the optimizer."""
     refuse_unknown(recipe.model.backbone, key="model.backbone")
-    for kind, own in chosen(recipe.techniques).items():
+    for kind, own in enabled_techniques(recipe.techniques).items():
         for number, teacher in enumerate(getattr(own, "teachers", ())):
             if (backbone := getattr(teacher, "backbone", None)) is not None:
                 refuse_unknown(backbone, key=f"techniques.{kind}.teachers.{number}.backbone")

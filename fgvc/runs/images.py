@@ -17,7 +17,7 @@ from fgvc.config.data import SPLITS, Split
 from fgvc.config.loading import load
 from fgvc.config.recipe import Recipe
 from fgvc.data.index import ImageIndex
-from fgvc.data.labels import first, reordered
+from fgvc.data.labels import first_classes, reordered
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
 from fgvc.io.names import some, sort_order_remark
@@ -35,7 +35,7 @@ def read_index(recipe: Recipe) -> ImageIndex:
         said = f"{index.recognised}; {remark}; deploy.labels states the deployed stack's order"
         index = replace(index, recognised=said)
     if recipe.data.first_classes is not None:
-        index = first(index, recipe.data.first_classes)
+        index = first_classes(index, recipe.data.first_classes)
     if len(index.classes) < 2:
         raise FgvcError(f"data.root: {recipe.data.root}: {len(index.classes)} class found; a classifier needs two")
     return index

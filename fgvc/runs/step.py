@@ -106,12 +106,12 @@ class StepModule(nn.Module):
 
         `batch.x` (B,3,H,W) float32 normalised. The dict holds "loss" (the scalar to minimise), "base", every named term,
         unweighted, and what techniques measure. Given the views of an earlier call, makes none anew (SAM's second pass):
-        on_batch, views and views_after see a batch once, and `Context.again` tells the other hooks.
+        on_batch, views and views_after see a batch once, and `Context.second_pass` tells the other hooks.
         Raises FgvcError where a declared hook or gate did not fire, or a technique returns an undeclared term.
         """
-        probe, again = cache(lambda of: self._probe(of, batch)), views is not None
+        probe, second_pass = cache(lambda of: self._probe(of, batch)), views is not None
         self.contexts = {
-            kind: context_of(kind, self.attachments, draws, probe, batch, again=again) for kind in self.techniques
+            kind: context_of(kind, self.attachments, draws, probe, batch, second_pass=second_pass) for kind in self.techniques
         }
         self._inside = True
         with momenta(self._norms, self._momenta):

@@ -1,4 +1,4 @@
-"""The exported folder: all that a server needs, each file's SHA-256 in the manifest. Imports no torch and no onnx."""
+"""Bundles: folders with all that a server needs, and each file's SHA-256 in a manifest. Imports no torch and no onnx."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXTERNAL = b"\n\x08location\x12"  # how an ONNX tensor says that its data lie in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """A bundle whose files are those of its manifest."""
+    """A bundle on disk, whose files were checked against its manifest."""
 
     folder: Path
     labels: tuple[str, ...]  # the position is the class number
@@ -41,14 +41,14 @@ class Bundle:
     contract: Mapping[str, Any]
     metrics: Mapping[str, Any]
     files: Mapping[str, str]  # name -> SHA-256
-    calibration: Calibration | None  # None: as the logits are, and nothing is rejected
+    calibration: Calibration | None  # None: temperature 1, and nothing is rejected
 
     @property
     def model(self) -> Path:
         return self.folder / "model.onnx"
 
     def variant(self, name: Variant) -> Path:
-        """The file of one variant. Raises FgvcError where the bundle does not have it."""
+        """Path of one variant's file. Raises FgvcError where the bundle does not have it."""
         file = "model.onnx" if name == "float" else f"model.{name}.onnx"
         if file not in self.files:
             raise FgvcError(f"{self.folder}: has no {file}; export the run with --{name}")
@@ -108,7 +108,7 @@ def refuse_target(folder: Path, *, overwrite: bool) -> None:
     if MANIFEST not in entries or not entries <= {MANIFEST, *REQUIRED, *OPTIONAL}:
         raise FgvcError(f"{folder}: holds something else than a bundle; name another place")
     if not overwrite:
-        raise FgvcError(f"{folder}: holds a bundle already; name another place, or say --overwrite")
+        raise FgvcError(f"{folder}: holds a bundle already; name another place, or give --overwrite")
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -193,7 +193,7 @@ def _encode(name: str, value: object) -> bytes:
 
 
 def read_preprocess(path: Path) -> Preprocess:
-    """A whole preprocess.json. Raises FgvcError where a key is missing, too: a default would be a guess at what somebody's
+    """Read a whole preprocess.json. Raises FgvcError where a key is missing, too: a default would be a guess at what somebody's
     stack does."""
     tree = read_json(path, dict)
     missing = [key for key in Preprocess.model_fields if key not in tree]
@@ -206,7 +206,7 @@ def read_preprocess(path: Path) -> Preprocess:
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
-    """Class names in the order of the outputs: a JSON list, or a text file with one a line."""
+    """Read class names in the order of the outputs: a JSON list, or a text file with one a line."""
     if path.suffix == ".json":
         names = read_json(path, list)
     else:
@@ -217,14 +217,14 @@ def read_labels(path: Path) -> tuple[str, ...]:
         names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names or not all(isinstance(name, str) for name in names):
         raise FgvcError(f"{path}: expected the names of the classes")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise FgvcError(f"{path}: expected the names of the classes, each once; given twice: {', '.join(twice[:5])}")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise FgvcError(f"{path}: expected the names of the classes, each once; given twice: {', '.join(duplicates[:5])}")
     refuse_breaking(names, where=path)
     return tuple(names)
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """A list or a dict. Raises FgvcError where the file holds something else, or can't be read."""
+    """Read a JSON file that holds a `kind`: list or dict. Raises FgvcError where it holds something else, or can't be read."""
     try:
         tree = json.loads(_read(path))
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""A bundle's network on onnxruntime: images in, class probabilities out. The same code serves prediction, the server
+"""Running a bundle's network on onnxruntime: images in, class probabilities out. The same code serves prediction, the server
 and the export's own proof."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fgvc.runtime.bundle import Bundle, Variant
 if TYPE_CHECKING:
     from PIL import Image
 
-NONE = "none of these"  # said of an image whose best class is less probable than the bundle's threshold
+NONE = "none of these"  # shown for an image whose best class is less probable than the bundle's threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +34,19 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a bundle says of one image."""
+    """Classification of one image by a bundle."""
 
     predictions: tuple[Prediction, ...]  # the most probable classes, best first, whether rejected or not
     rejected: bool  # "none of these": the best is below the bundle's threshold
-    calibrated: bool  # whether the probabilities are by a temperature that was fitted
+    calibrated: bool  # whether the probabilities are by a fitted temperature
 
 
 class Session:
     """An ONNX classifier: one input (B,3,H,W) float32, the logits (B,K) its first output. Safe to share by threads."""
 
     def __init__(self, model: Path | bytes, *, threads: int | None = None) -> None:
-        """`threads`: None for all the CPUs that this process may use. Raises FgvcError for what is no such model."""
+        """Load a model. `threads`: None for all the CPUs that this process may use. Raises FgvcError for what is no
+        such model."""
         options = onnxruntime.SessionOptions()
         # Left alone, onnxruntime takes the host's cores, whatever the container's limits are.
         options.intra_op_num_threads = threads or available_cpus()
@@ -67,7 +68,8 @@ class Session:
         self.shape: tuple[int | None, ...] = tuple(d if isinstance(d, int) else None for d in inputs[0].shape)
 
     def run(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
-        """All outputs for x (B,3,H,W) float32, row by row; where the graph fixes its batch, in pieces of that size."""
+        """Run the network: all outputs for x (B,3,H,W) float32, row by row; where the graph fixes its batch, in
+        pieces of that size."""
         if any(fixed is not None and fixed != n for fixed, n in zip(self.shape[1:], x.shape[1:], strict=True)):
             raise FgvcError(f"the network takes images of shape {self.shape[1:]}, not {x.shape[1:]}")
         fixed = self.shape[0]
@@ -81,15 +83,15 @@ class Session:
         return tuple(np.concatenate(outputs) for outputs in zip(*pieces, strict=True))
 
     def logits(self, x: np.ndarray) -> np.ndarray:
-        """(B,K) float32 for x (B,3,H,W) float32."""
+        """Logits (B,K) float32 for x (B,3,H,W) float32."""
         return self.run(x)[0]
 
 
 class Engine:
-    """Classifies images as the bundle's own preprocessing and labels say."""
+    """Classifier of images by a bundle's own network, preprocessing and labels."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, variant: Variant = "float") -> None:
-        """Raises FgvcError where the bundle has no such variant, or it does not fit the image size or labels."""
+        """Load the network. Raises FgvcError where the bundle has no such variant, or it does not fit the size or the labels."""
         self.bundle = bundle
         model = bundle.variant(variant)
         self.session = Session(model, threads=threads)
@@ -102,13 +104,15 @@ class Engine:
             raise FgvcError(f"{model}: gives {warm.shape[1:]} logits for {len(bundle.labels)} labels")
 
     def logits(self, x: np.ndarray) -> np.ndarray:
-        """(B,K) float32 for preprocessed x (B,3,H,W) float32."""
+        """Logits (B,K) float32 for preprocessed x (B,3,H,W) float32."""
         return self.session.logits(x)
 
     def classify(self, images: Sequence[Image.Image], *, top_k: int = 5) -> list[Answer]:
-        """For each RGB image its `top_k` most probable classes, best first; equal ones in the labels' order. By the bundle's
-        temperature and threshold, where it has them: an image may be of none of the classes. Raises FgvcError where the
-        network gives logits that are no numbers."""
+        """Classify RGB images: the `top_k` most probable classes of each, best first; equal ones in the labels' order.
+
+        By the bundle's temperature and threshold, where it has them: an image may be of none of the classes. Raises FgvcError
+        where the network gives logits that are no numbers.
+        """
         if not images:
             return []
         x = np.stack([preprocess(image, self.bundle.preprocess) for image in images])
@@ -116,54 +120,54 @@ class Engine:
 
 
 def answers(bundle: Bundle, logits: np.ndarray, *, top_k: int = 5) -> list[Answer]:
-    """What logits (B,K) say by the bundle's labels and calibration, wherever they were computed; see `Engine.classify`."""
+    """Classifications from logits (B,K), by the bundle's labels and calibration; see `Engine.classify`."""
     refuse_no_numbers(logits, bundle.folder)
-    known = bundle.calibration
-    p = probabilities(logits, known)
+    calibration = bundle.calibration
+    p = probabilities(logits, calibration)
     best = np.argsort(-p, axis=1, kind="stable")[:, :top_k]
     return [
         Answer(
             tuple(Prediction(bundle.labels[k], int(k), float(row[k])) for k in order),
-            rejected=is_rejected(row, known),
-            calibrated=is_calibrated(known),
+            rejected=is_rejected(row, calibration),
+            calibrated=is_calibrated(calibration),
         )
         for row, order in zip(p, best, strict=True)
     ]
 
 
-def probabilities(logits: np.ndarray, known: Calibration | None) -> np.ndarray:
-    """p (B,K) float64 of logits (B,K), by the temperature that was fitted for them, where one was."""
-    return softmax(logits.astype(np.float64) / (known.temperature if known else 1.0))
+def probabilities(logits: np.ndarray, calibration: Calibration | None) -> np.ndarray:
+    """Probabilities p (B,K) float64 of logits (B,K), by the fitted temperature, where there is one."""
+    return softmax(logits.astype(np.float64) / (calibration.temperature if calibration else 1.0))
 
 
-def is_rejected(p: np.ndarray, known: Calibration | None) -> bool:
+def is_rejected(p: np.ndarray, calibration: Calibration | None) -> bool:
     """"None of these": whether the largest of p (K,) is below the threshold."""
-    return known is not None and bool(p.max() < known.threshold)
+    return calibration is not None and bool(p.max() < calibration.threshold)
 
 
-def is_calibrated(known: Calibration | None) -> bool:
-    return known is not None and known.calibrated
+def is_calibrated(calibration: Calibration | None) -> bool:
+    return calibration is not None and calibration.calibrated
 
 
 def calibration_word(calibrated: bool) -> str:
-    """What stands beside a probability."""
+    """Words shown beside a probability."""
     return "calibrated" if calibrated else "not calibrated"
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
-    """p (B,K) float64 of logits z (B,K)."""
+    """Softmax p (B,K) float64 of logits z (B,K)."""
     e = np.exp(z.astype(np.float64) - z.max(axis=1, keepdims=True))
     return e / e.sum(axis=1, keepdims=True)
 
 
-def refuse_no_numbers(z: np.ndarray, whose: Path) -> None:
+def refuse_no_numbers(z: np.ndarray, where: Path) -> None:
     """Raise NoNumbersError where logits z (B,K) are not all finite: an arg-max would name a class all the same."""
     if not np.isfinite(z).all():
-        raise NoNumbersError(f"{whose}: gives logits that are no numbers (NaN or infinite); train or export it again")
+        raise NoNumbersError(f"{where}: gives logits that are no numbers (NaN or infinite); train or export it again")
 
 
 def available_cpus(*, root: Path = Path("/")) -> int:
-    """CPUs that this process may really use: its affinity, cut by the quota of its control groups (versions 1 and 2).
+    """Number of CPUs that this process may really use: its affinity, cut by the quota of its control groups (versions 1 and 2).
 
     At least 1; a quota of 1.5 CPUs counts as 1, because a second thread would be throttled half of the time.
     """
@@ -186,9 +190,9 @@ def _quotas(root: Path) -> list[float]:
             mounts, read = [root / "sys/fs/cgroup" / name for name in dict.fromkeys((controllers, "cpu"))], _quota_v1
         else:
             continue
-        parts = [part for part in path.split("/") if part and part != ".."]
+        names = [name for name in path.split("/") if name and name != ".."]
         # In a container the path may be the host's, of which only the top is mounted: every level that exists counts.
-        folders = [mount.joinpath(*parts[:depth]) for mount in mounts for depth in range(len(parts) + 1)]
+        folders = [mount.joinpath(*names[:depth]) for mount in mounts for depth in range(len(names) + 1)]
         quotas += [quota for folder in folders if (quota := read(folder)) is not None]
     return quotas
 

@@ -1,7 +1,7 @@
-"""`fgvc explain`: where networks look, as pictures and numbers. Bundles with onnxruntime and Pillow alone; what runs are looked
-at with is in `fgvc.report.explain`, and drawn here, too.
+"""`fgvc explain`: class activation maps of pictures, as overlays and numbers. Bundles need onnxruntime and Pillow alone; the
+maps of runs come from `fgvc.report.explain`, and are drawn here, too.
 
-Of every picture NAME, below the folder of results:
+For every picture NAME, below the folder of results:
 `overlays/METHOD/NAME.png`   the map over the picture as the network saw it (its crop);
 `panels/NAME.png`            the picture and all overlays side by side, a row for each network;
 `maps/NAME.npz`              the numbers, to be read by `numpy.load` without pickle:
@@ -13,7 +13,7 @@ Of every picture NAME, below the folder of results:
   label ()                   int64, the class whose maps these are: a position in `classes`
   rejected ()                bool: "none of these", by the threshold of the run or bundle
   maps (M,H,W)               float32 in [0,1]: negative parts cut off, smallest 0, largest 1, enlarged to the network's input
-  raw_METHOD (h,w)           float32: what `maps` was made of, unscaled, signed for methods that are; a cell of the feature map
+  raw_METHOD (h,w)           float32: the map before scaling, signed for methods that are; one value a cell of the feature map
 and the same of a second network with `against_` before the name, its overlays in `overlays/METHOD-against`.
 """
 
@@ -40,7 +40,7 @@ from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit, normalise
 from fgvc.images.sheet import FAST, Cell, save_sheet
 from fgvc.io.files import refuse_place, replacing, writing
-from fgvc.io.names import nearest, one_line, result_names, told_apart
+from fgvc.io.names import distinct_names, nearest, one_line, result_names
 from fgvc.runtime.bundle import MANIFEST, load_bundle
 from fgvc.runtime.engine import (
     NONE,
@@ -63,7 +63,7 @@ COLUMNS = 6  # pictures in a row of a panel, at most
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What one network said of one picture, and where it looked."""
+    """Probabilities of one network for one picture, and its class activation maps."""
 
     label: int  # the class whose maps these are
     p: NDArray[np.float64]  # (K,)
@@ -73,7 +73,7 @@ class Explanation:
 
 
 class Explainer(Protocol):
-    """A network that can be asked where it looks."""
+    """A network with class activation maps."""
 
     @property
     def folder(self) -> Path: ...
@@ -86,14 +86,14 @@ class Explainer(Protocol):
     @property
     def calibration(self) -> Calibration | None: ...
     def __call__(self, x: Floats, label: int | None) -> list[Explanation]:
-        """Of pictures x (B,3,H,W) and a class; None: of each one's most probable class."""
+        """Explain pictures x (B,3,H,W) for a class; None: for each one's most probable class."""
 
 
 class BundleExplainer:
-    """The class activation maps of a bundle's `explain.onnx`: sum_k W[c,k] A_k, no gradient and no torch."""
+    """Class activation maps of a bundle's `explain.onnx`: sum_k W[c,k] A_k, no gradient and no torch."""
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        """`threads`: as of `Session`. Raises FgvcError for a bundle without `explain.onnx`."""
+        """Load the bundle. `threads`: as of `Session`. Raises FgvcError for a bundle without `explain.onnx`."""
         bundle = load_bundle(folder)
         if bundle.explain is None:
             why = str(bundle.contract.get("explain", "")).strip()
@@ -109,17 +109,17 @@ class BundleExplainer:
     def __call__(self, x: Floats, label: int | None) -> list[Explanation]:
         logits, maps = self._session.run(x)
         refuse_no_numbers(logits, self.folder)
-        seen = []
-        for p, own in zip(probabilities(logits, self.calibration), maps, strict=True):
-            chosen = int(p.argmax()) if label is None else label
-            raw = np.ascontiguousarray(own[chosen])
-            maps_of = {"cam": positive(raw, (x.shape[2], x.shape[3]))}
-            seen.append(Explanation(chosen, p, maps_of, {"cam": raw}, rejected=is_rejected(p, self.calibration)))
-        return seen
+        explanations = []
+        for p, class_maps in zip(probabilities(logits, self.calibration), maps, strict=True):
+            k = int(p.argmax()) if label is None else label
+            raw = np.ascontiguousarray(class_maps[k])
+            scaled, rejected = positive(raw, (x.shape[2], x.shape[3])), is_rejected(p, self.calibration)
+            explanations.append(Explanation(k, p, {"cam": scaled}, {"cam": raw}, rejected=rejected))
+        return explanations
 
 
-def telling(folder: Path) -> BundleExplainer:
-    """A bundle whose maps can tell one place from another. Raises FgvcError where they have one cell, or there are none."""
+def load_explainer(folder: Path) -> BundleExplainer:
+    """Load a bundle's explainer. Raises FgvcError where it has no maps, or they have a single cell."""
     explainer = BundleExplainer(folder)
     if explainer(np.zeros((1, 3, *explainer.spec.size), np.float32), None)[0].raw["cam"].shape == (1, 1):
         raise FgvcError(f"{folder}: {SINGLE_CELL}")
@@ -141,8 +141,10 @@ def explain_bundles(
     overwrite: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> int:
-    """`fgvc explain` of one bundle, or two side by side; see `explain_files`. Raises FgvcError for other methods than cam, and
-    see `refuse_out`."""
+    """Run `fgvc explain` for one bundle, or two side by side; see `explain_files`.
+
+    Raises FgvcError for other methods than cam, and as `refuse_out` does.
+    """
     if other := [method for method in methods if method.lower() != "cam"]:
         raise FgvcError(
             f"{other[0]}: a bundle holds class activation maps alone (--method cam); for other methods explain the run that "
@@ -150,19 +152,19 @@ def explain_bundles(
         )
     files = list(expand(paths))
     refuse_out(out, overwrite=overwrite)
-    explainers = [telling(folder) for folder in bundles]
+    explainers = [load_explainer(folder) for folder in bundles]
     return explain_files(explainers, files, out, target=target, batch=batch, max_pixels=max_pixels)
 
 
 def refuse_out(out: Path, *, overwrite: bool) -> None:
-    """Raise FgvcError, before the long work, where no results can be written, or where `out` is not empty: old ones must not
-    stand among the new. `overwrite`: those of an earlier explain are to go."""
+    """Raise FgvcError, before the long work, where no results can be written, or where `out` is not empty: old results must not
+    stand among the new. `overwrite`: results of an earlier explain may be replaced."""
     refuse_place(out)
     with writing(out):
-        found = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
-    if alien := [name for name in found if name not in RESULTS]:
-        raise FgvcError(f"{out}: holds {alien[0]}, which is no result of explain; choose another --out")
-    if found and not overwrite:
+        entries = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
+    if others := [name for name in entries if name not in RESULTS]:
+        raise FgvcError(f"{out}: holds {others[0]}, which is no result of explain; choose another --out")
+    if entries and not overwrite:
         raise FgvcError(f"{out}: holds results already; choose another --out, or give --overwrite to lose them")
 
 
@@ -170,65 +172,65 @@ def explain_files(
     explainers: Sequence[Explainer], files: Sequence[Path], out: Path, *, target: str, batch: int,
     max_pixels: int = MAX_PIXELS,
 ) -> int:
-    """Write the results of all pictures into `out` in the place of older ones, print one line each: its path, answers, panel, and
-    whether each network's probabilities are calibrated. Returns 0, or 1 where a picture could not be read (said on stderr; the
-    rest is done).
+    """Write the results of all pictures into `out`, in the place of older ones, and print a line for each: its path, answers,
+    panel, and whether each network's probabilities are calibrated. Returns 0, or 1 where a picture could not be read (reported
+    on stderr; the rest is done).
 
     `target`: a class by name, or `predicted`: each picture's most probable one by each network. `batch`: pictures a forward.
     Raises FgvcError for a class that a network does not have, before anything is written.
     """
-    wanted = [None if target == PREDICTED else _position(explainer, target) for explainer in explainers]
-    titles = told_apart([explainer.folder for explainer in explainers])
+    positions = [None if target == PREDICTED else _position(explainer, target) for explainer in explainers]
+    titles = distinct_names([explainer.folder for explainer in explainers])
     names = list(dict.fromkeys([*(name for explainer in explainers for name in explainer.labels), *titles]))
     written, font = writable(names)
     if written != names:
         print(f"warning: {ADVICE}", file=sys.stderr)
-    sheet = _Drawer(out, explainers, titles, dict(zip(names, written, strict=True)), font)
+    drawer = _Drawer(out, explainers, titles, dict(zip(names, written, strict=True)), font)
     for folder in RESULTS:
         if (out / folder).exists():
             with writing(out / folder):
                 shutil.rmtree(out / folder)
     failed = 0
     rest = iter(zip(files, result_names(files), strict=True))
-    while some := list(islice(rest, batch)):
-        read = [_crops(path, explainers, max_pixels) for path, _ in some]
+    while chunk := list(islice(rest, batch)):
+        read = [_crops(path, explainers, max_pixels) for path, _ in chunk]
         good = [crops for crops in read if not isinstance(crops, ImageError)]
-        each = zip(*good, strict=True) if good else [()] * len(explainers)
-        answers = zip(*map(look, explainers, each, wanted), strict=True)
-        for (path, name), crops in zip(some, read, strict=True):
+        inputs = zip(*good, strict=True) if good else [()] * len(explainers)
+        by_picture = zip(*map(explain_crops, explainers, inputs, positions), strict=True)
+        for (path, name), crops in zip(chunk, read, strict=True):
             if isinstance(crops, ImageError):
                 failed += 1
                 print(f"error: {crops}", file=sys.stderr)
                 continue
-            seen = next(answers)
-            panel = sheet.draw(path, name, list(zip(seen, map(Image.fromarray, crops), strict=True)))
-            for title, explainer, one in zip(titles, explainers, seen, strict=True):
-                for method in (method for method in explainer.methods if not one.maps[method].any()):
-                    about = f"{one_line(title)}: {method} of {one_line(explainer.labels[one.label])}"
-                    print(f"{one_line(path)}: {about}: an empty map: {silence(one.raw[method])}", file=sys.stderr)
-            said = (_answer(explainer.labels, one) for explainer, one in zip(explainers, seen, strict=True))
+            explanations = next(by_picture)
+            panel = drawer.draw(path, name, list(zip(explanations, map(Image.fromarray, crops), strict=True)))
+            for title, explainer, explanation in zip(titles, explainers, explanations, strict=True):
+                for method in (method for method in explainer.methods if not explanation.maps[method].any()):
+                    about = f"{one_line(title)}: {method} of {one_line(explainer.labels[explanation.label])}"
+                    print(f"{one_line(path)}: {about}: an empty map: {why_empty(explanation.raw[method])}", file=sys.stderr)
+            answers = (_answer(e.labels, explanation) for e, explanation in zip(explainers, explanations, strict=True))
             words = (calibration_word(is_calibrated(explainer.calibration)) for explainer in explainers)
-            print("\t".join([one_line(path), *said, one_line(panel), *words]))
+            print("\t".join([one_line(path), *answers, one_line(panel), *words]))
     return 1 if failed else 0
 
 
 def _crops(path: Path, explainers: Sequence[Explainer], max_pixels: int) -> list[Pixels] | ImageError:
-    """A picture as each network sees it. One by one: a batch of photographs as they are would not fit in memory."""
+    """Crops of a picture for each network. One picture at a time: a batch of whole photographs would not fit in memory."""
     image = decoded(path, max_pixels)
     return image if isinstance(image, ImageError) else [fit(image, explainer.spec) for explainer in explainers]
 
 
 def positive(raw: Floats, size: tuple[int, int]) -> Floats:
-    """A map (h,w) as pytorch-grad-cam shows it: (H,W) in [0,1], what speaks against the class cut off, bilinearly enlarged,
-    smallest 0 and largest 1; 0 everywhere where it is flat."""
+    """Scale a map (h,w) as pytorch-grad-cam does: (H,W) in [0,1], negative values cut off, bilinearly enlarged, smallest 0 and
+    largest 1; 0 everywhere where it is flat."""
     cut = Image.fromarray(np.float32(raw).clip(min=0))
     large = np.asarray(cut.resize((size[1], size[0]), Image.Resampling.BILINEAR))
     lowest, span = large.min(), np.ptp(large)
     return (large - lowest) / span if span > 1e-6 * large.max() else np.zeros_like(large)
 
 
-def silence(raw: Floats) -> str:
-    """Why a map is empty, from what it was made of (h,w)."""
+def why_empty(raw: Floats) -> str:
+    """Reason why a map is empty, from its raw values (h,w)."""
     if not np.isfinite(raw).all():
         return "it is not finite"
     if not raw.any():
@@ -238,67 +240,70 @@ def silence(raw: Floats) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Drawer:
+    """Writer of the results of each picture."""
+
     out: Path
     explainers: Sequence[Explainer]
     titles: Sequence[str]  # of the explainers
     written: Mapping[str, str]  # a name -> as the font can write it
     font: ImageFont.FreeTypeFont
 
-    def draw(self, path: Path, name: str, seen: Sequence[tuple[Explanation, Image.Image]]) -> Path:
-        """Write all of one picture; returns the panel's path."""
+    def draw(self, path: Path, name: str, explanations: Sequence[tuple[Explanation, Image.Image]]) -> Path:
+        """Write all results of one picture; returns the panel's path."""
         rows: list[list[Cell]] = []
         arrays: dict[str, np.ndarray] = {"path": np.array(str(path))}
-        for number, (explainer, (one, picture)) in enumerate(zip(self.explainers, seen, strict=True)):
-            overlays = {method: overlay(picture, one.maps[method]) for method in explainer.methods}
+        for number, (explainer, (explanation, picture)) in enumerate(zip(self.explainers, explanations, strict=True)):
+            overlays = {method: overlay(picture, explanation.maps[method]) for method in explainer.methods}
             for method, drawn in overlays.items():
                 folder = self.out / "overlays" / (method if number == 0 else f"{method}-against")
                 with replacing(_ready(folder / f"{name}.png")) as scratch:
                     drawn.save(scratch, compress_level=FAST)
-            rows += self._rows(number, one, picture, overlays)
+            rows += self._rows(number, explanation, picture, overlays)
             prefix = "" if number == 0 else "against_"
-            arrays |= {f"{prefix}{key}": value for key, value in _arrays(explainer, one).items()}
+            arrays |= {f"{prefix}{key}": value for key, value in _arrays(explainer, explanation).items()}
         with replacing(_ready(self.out / "maps" / f"{name}.npz")) as scratch:
             np.savez(scratch, allow_pickle=False, **arrays)
         return save_sheet(rows, _ready(self.out / "panels" / f"{name}.png"), font=self.font)
 
     def _rows(
-        self, number: int, one: Explanation, picture: Image.Image, overlays: Mapping[str, Image.Image]
+        self, number: int, explanation: Explanation, picture: Image.Image, overlays: Mapping[str, Image.Image]
     ) -> Iterator[list[Cell]]:
-        """The picture with what the network takes it for, then the overlays; broken into rows of about one length."""
+        """Cells of the picture with its most probable class, then of the overlays, in rows of about one length."""
         of = f"{self.written[self.titles[number]]}: " if len(self.explainers) > 1 else ""
         explainer = self.explainers[number]
         labels, word = [self.written[label] for label in explainer.labels], calibration_word(is_calibrated(explainer.calibration))
-        cells = [Cell(picture, f"{of}{_answer(labels, one, int(one.p.argmax()))}, {word}")]
+        cells = [Cell(picture, f"{of}{_answer(labels, explanation, int(explanation.p.argmax()))}, {word}")]
         for method, drawn in overlays.items():
-            empty = "" if one.maps[method].any() else f" (empty: {silence(one.raw[method])})"
-            cells.append(Cell(drawn, f"{method}: {_share(labels, one, one.label)}, {word}{empty}"))
+            empty = "" if explanation.maps[method].any() else f" (empty: {why_empty(explanation.raw[method])})"
+            cells.append(Cell(drawn, f"{method}: {_share(labels, explanation, explanation.label)}, {word}{empty}"))
         columns = math.ceil(len(cells) / math.ceil(len(cells) / COLUMNS))
         return (cells[at : at + columns] for at in range(0, len(cells), columns))
 
 
-def _answer(labels: Sequence[str], one: Explanation, k: int | None = None) -> str:
-    """Class `k`, by default that of the maps, and how probable it is; of the most probable one, whether it is given at all."""
-    k = one.label if k is None else k
-    share = _share(labels, one, k)
-    return f"{NONE} ({share})" if one.rejected and k == one.p.argmax() else share
+def _answer(labels: Sequence[str], explanation: Explanation, k: int | None = None) -> str:
+    """Class `k`, by default that of the maps, and its probability; "none of these" where it is the best one and rejected."""
+    k = explanation.label if k is None else k
+    share = _share(labels, explanation, k)
+    return f"{NONE} ({share})" if explanation.rejected and k == explanation.p.argmax() else share
 
 
-def _share(labels: Sequence[str], one: Explanation, k: int) -> str:
-    return f"{labels[k]} {100 * one.p[k]:.1f} %"
+def _share(labels: Sequence[str], explanation: Explanation, k: int) -> str:
+    return f"{labels[k]} {100 * explanation.p[k]:.1f} %"
 
 
-def _arrays(explainer: Explainer, one: Explanation) -> dict[str, np.ndarray]:
+def _arrays(explainer: Explainer, explanation: Explanation) -> dict[str, np.ndarray]:
     return {
-        "methods": np.array(explainer.methods), "classes": np.array(explainer.labels), "p": one.p, "label": np.array(one.label),
-        "rejected": np.array(one.rejected), "calibrated": np.array(is_calibrated(explainer.calibration)),
+        "methods": np.array(explainer.methods), "classes": np.array(explainer.labels), "p": explanation.p,
+        "label": np.array(explanation.label), "rejected": np.array(explanation.rejected),
+        "calibrated": np.array(is_calibrated(explainer.calibration)),
         "temperature": np.array(explainer.calibration.temperature if explainer.calibration else 1.0),
-        "maps": np.stack([one.maps[method] for method in explainer.methods]),
-        **{f"raw_{method}": one.raw[method] for method in explainer.methods},
+        "maps": np.stack([explanation.maps[method] for method in explainer.methods]),
+        **{f"raw_{method}": explanation.raw[method] for method in explainer.methods},
     }  # fmt: skip
 
 
-def look(explainer: Explainer, crops: Sequence[Pixels], label: int | None) -> list[Explanation]:
-    """What the network says of each picture, cut and reduced for it."""
+def explain_crops(explainer: Explainer, crops: Sequence[Pixels], label: int | None) -> list[Explanation]:
+    """Explain crops (H,W,3) of pictures that were made for this network."""
     return explainer(np.stack([normalise(crop, explainer.spec) for crop in crops]), label) if len(crops) else []
 
 
@@ -313,7 +318,7 @@ def _position(explainer: Explainer, name: str) -> int:
 
 
 def _ready(path: Path) -> Path:
-    """The same path, its folder there."""
+    """Make the folder of `path`, and return `path`."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     return path

@@ -29,7 +29,7 @@ def predict_files(
     max_pixels: int = MAX_PIXELS,
 ) -> int:
     """Print one line a picture: its path, classes with their probabilities, and whether these are calibrated. Returns 0, or 1
-    where a picture could not be read (said on stderr, or in its JSON line).
+    where a picture could not be read (reported on stderr, or in its JSON line).
 
     Raises FgvcError for a path that does not exist and for a damaged bundle, before anything is printed; and for logits that
     are no numbers, when it comes to them.
@@ -51,14 +51,14 @@ def predict_files(
             print(json.dumps(row, ensure_ascii=False, allow_nan=False))
         else:
             names = [f"{p.label} {100 * p.probability:.1f} %" for p in result.predictions]
-            said = [f"{NONE} ({', '.join(names)})"] if result.rejected else names
-            print("\t".join([one_line(path), *said, calibration_word(result.calibrated)]))
+            columns = [f"{NONE} ({', '.join(names)})"] if result.rejected else names
+            print("\t".join([one_line(path), *columns, calibration_word(result.calibrated)]))
     return 1 if failed else 0
 
 
 def expand(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files as given; folders by the pictures below them, in order of name, hidden ones left out as in a data set. Raises
-    FgvcError for what is not there."""
+    """Expand paths: files as given; folders to the pictures below them, in order of name, hidden ones left out as in a
+    data set. Raises FgvcError for what is not there."""
     for path in paths:
         try:
             kind = "folder" if path.is_dir() else "file" if path.exists() else ""
@@ -70,31 +70,31 @@ def expand(paths: Iterable[Path]) -> Iterator[Path]:
             yield path
             continue
         files = sorted(p for p in path.rglob("*") if _shown(p, path) and p.is_file())
-        found = [p for p in files if p.name.lower().endswith(SUFFIXES)]
+        pictures = [p for p in files if p.name.lower().endswith(SUFFIXES)]
         others = Counter(suffix_of(p.name) for p in files if not p.name.lower().endswith(SUFFIXES))
-        left = f"{others.total()} files are of other types than fgvc reads: {counted(others)}" if others else ""
-        if not found:
-            raise FgvcError(f"{path}: no picture below this folder" + f"; {left}" * bool(left))
-        if left:
-            print(f"warning: {path}: {left}; they are left out", file=sys.stderr)
-        yield from found
+        skipped = f"{others.total()} files are of other types than fgvc reads: {counted(others)}" if others else ""
+        if not pictures:
+            raise FgvcError(f"{path}: no picture below this folder" + f"; {skipped}" * bool(skipped))
+        if skipped:
+            print(f"warning: {path}: {skipped}; they are left out", file=sys.stderr)
+        yield from pictures
 
 
 def _shown(path: Path, folder: Path) -> bool:
-    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not any(name.startswith(".") for name in path.relative_to(folder).parts)
 
 
 def _classify(
     engine: Engine, files: Iterable[Path], top_k: int, max_pixels: int
 ) -> Iterator[tuple[Path, Answer | ImageError]]:
-    """Pictures are reduced to the network's input one by one: a batch of photographs would not fit in memory."""
+    """Classify pictures, which are reduced to the network's input one by one: a batch of photographs would not fit in memory."""
     rest = iter(files)
     while batch := list(islice(rest, BATCH)):
         read = [_input(path, engine.bundle.preprocess, max_pixels) for path in batch]  # a file may be named twice
         good = [x for x in read if not isinstance(x, ImageError)]
-        said = iter(answers(engine.bundle, engine.logits(np.stack(good)), top_k=top_k) if good else [])
+        results = iter(answers(engine.bundle, engine.logits(np.stack(good)), top_k=top_k) if good else [])
         for path, x in zip(batch, read, strict=True):
-            yield path, x if isinstance(x, ImageError) else next(said)
+            yield path, x if isinstance(x, ImageError) else next(results)
 
 
 def _input(path: Path, spec: Preprocess, max_pixels: int) -> np.ndarray | ImageError:
@@ -103,7 +103,7 @@ def _input(path: Path, spec: Preprocess, max_pixels: int) -> np.ndarray | ImageE
 
 
 def decoded(path: Path, max_pixels: int = MAX_PIXELS) -> Image | ImageError:
-    """The picture, or why there is none, for those who go on with the others."""
+    """Decode a picture; an error is returned, so that the others can be processed."""
     try:
         return decode(path, max_pixels=max_pixels)
     except ImageError as error:

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.images.preprocess import described, differences
-from fgvc.io.names import few, relabelled, sort_order_remark
+from fgvc.io.names import few, label_differences, sort_order_remark
 from fgvc.runtime.bundle import load_bundle, read_labels, read_preprocess
 
 T = TypeVar("T")
@@ -22,21 +22,21 @@ Verdict = Literal["the same", "other", "not known"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """What is known around one model."""
+    """A model's file with the preprocessing and labels that belong to it, as far as they are known."""
 
     path: Path  # a run, a bundle or an .onnx file
-    preprocess: Preprocess | None  # None: nobody says
-    labels: tuple[str, ...] | None  # None: nobody says
+    preprocess: Preprocess | None  # None: not known
+    labels: tuple[str, ...] | None  # None: not known
 
     @property
     def model(self) -> Path:
-        """The file of a bundle, or the file itself."""
+        """Path of the bundle's model, or of the file itself."""
         return self.path / "model.onnx" if self.path.is_dir() else self.path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Whether a model that takes another's place is fed as that one, and its outputs mean the same."""
+    """Whether a model has the preprocessing and labels of the deployed one that it is to replace."""
 
     preprocess: Verdict
     labels: Verdict
@@ -45,12 +45,12 @@ class Agreement:
 
     @property
     def numbers(self) -> Mapping[str, str]:
-        """For contract.json."""
+        """Verdicts for contract.json."""
         return {"preprocess": self.preprocess, "labels": self.labels}
 
 
 def stack_of(path: Path, *, labels: Path | None = None, preprocess: Path | None = None) -> Stack:
-    """Around a bundle's model; or around an .onnx file by what lies beside it, else by what `labels` and `preprocess` state.
+    """Stack of a bundle's model; or of an .onnx file by the files beside it, else by `labels` and `preprocess`.
 
     Raises FgvcError for a bundle or a file that can't be read, a preprocessing that is stated in part, and an option for what
     is known already.
@@ -65,29 +65,29 @@ def stack_of(path: Path, *, labels: Path | None = None, preprocess: Path | None 
     if path.is_dir():
         bundle = load_bundle(path)
         return Stack(path=path, preprocess=bundle.preprocess, labels=bundle.labels)
-    names, seen = (beside[key] if beside[key].is_file() else stated[key] for key in ("labels", "preprocess"))
+    labels_file, preprocess_file = (beside[key] if beside[key].is_file() else stated[key] for key in ("labels", "preprocess"))
     return Stack(
         path=path,
-        preprocess=read_preprocess(seen) if seen is not None else None,
-        labels=read_labels(names) if names is not None else None,
+        preprocess=read_preprocess(preprocess_file) if preprocess_file is not None else None,
+        labels=read_labels(labels_file) if labels_file is not None else None,
     )
 
 
 def agreement(ours: Stack, theirs: Stack) -> Agreement:
-    """Of the model that is to take a place, and the deployed one."""
-    fed = _apart(ours.preprocess, theirs.preprocess, differences)
-    read = _apart(ours.labels, theirs.labels, relabelled)
+    """Compare the stack of a model with the deployed one's."""
+    preprocess = _differences(ours.preprocess, theirs.preprocess, differences)
+    labels = _differences(ours.labels, theirs.labels, label_differences)
     return Agreement(
-        preprocess=_verdict(fed),
-        labels=_verdict(read),
-        differences=(*(fed or ()), *(read or ())),
+        preprocess=_verdict(preprocess),
+        labels=_verdict(labels),
+        differences=(*(preprocess or ()), *(labels or ())),
         unproved=_unproved(ours, theirs),
     )
 
 
-def _apart(mine: T | None, other: T | None, apart: Callable[[T, T], list[str]]) -> list[str] | None:
-    """None: not known."""
-    return None if mine is None or other is None else apart(mine, other)
+def _differences(mine: T | None, other: T | None, compare: Callable[[T, T], list[str]]) -> list[str] | None:
+    """Differences, or None where one of the two is not known."""
+    return None if mine is None or other is None else compare(mine, other)
 
 
 def _verdict(lines: list[str] | None) -> Verdict:
@@ -95,26 +95,26 @@ def _verdict(lines: list[str] | None) -> Verdict:
 
 
 def _unproved(ours: Stack, theirs: Stack) -> str:
-    """Names of classes are shown: whoever knows the other stack sees whether its order is this one."""
-    told, options = [], []
-    for key, what in (("preprocess", "its preprocessing"), ("labels", "the order of its labels")):
+    """Line on what is not known. It shows the class names: whoever knows the other stack can compare its order."""
+    gaps, options = [], []
+    for key, subject in (("preprocess", "its preprocessing"), ("labels", "the order of its labels")):
         sides = {side.path: getattr(side, key) for side in (ours, theirs)}
-        silent = [str(path) for path, value in sides.items() if value is None]
-        if not silent:
+        incomplete = [str(path) for path, value in sides.items() if value is None]
+        if not incomplete:
             continue
-        known = next((value for value in sides.values() if value is not None), None)
-        told.append(f"{' and '.join(silent)}: says nothing of {what} (assumed: {_said(known)})")
+        stated = next((value for value in sides.values() if value is not None), None)
+        gaps.append(f"{' and '.join(incomplete)}: says nothing of {subject} (assumed: {_assumption(stated)})")
         options += [f"--{key} FILE"] if getattr(theirs, key) is None else []
-    if not told:
+    if not gaps:
         return ""
     hint = f"; state it with {' and '.join(options)}, or name a bundle" if options else "; name a bundle"
-    return f"not proved: {'; '.join(told)}{hint}"
+    return f"not proved: {'; '.join(gaps)}{hint}"
 
 
-def _said(known: Preprocess | tuple[str, ...] | None) -> str:
-    if known is None:
+def _assumption(value: Preprocess | tuple[str, ...] | None) -> str:
+    if value is None:
         return "the same for both"
-    if isinstance(known, Preprocess):
-        return described(known)
-    remark = sort_order_remark(known)
-    return few(known) + f"; {remark}" * bool(remark)
+    if isinstance(value, Preprocess):
+        return described(value)
+    remark = sort_order_remark(value)
+    return few(value) + f"; {remark}" * bool(remark)

@@ -1,4 +1,4 @@
-"""Bounded admission: so many requests are computed, so many wait, the rest are refused at once.
+"""Bounded admission: a few requests are computed, a few wait, all others are refused at once.
 
 Without a bound an overloaded server answers nobody: each request waits longer than its client does.
 """
@@ -27,7 +27,7 @@ class _Job:
     answer: asyncio.Future[Any]
 
     def fail(self, error: Exception) -> None:
-        """No more answer than this, unless there is one."""
+        """Answer with an error, unless there is an answer already."""
         if not self.answer.done():
             self.answer.set_exception(error)
 
@@ -44,8 +44,8 @@ class Admission:
         self.running = 0  # in threads; also of clients who no longer wait: a thread can't be stopped
         self.draining = False
         self._waiting: deque[_Job] = deque()
-        self._asked: set[_Job] = set()  # whose answers somebody waits for
-        self._taken: SimpleQueue[_Job | None] = SimpleQueue()  # by the threads
+        self._awaited: set[_Job] = set()  # their answers are awaited
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # for the threads
         for number in range(concurrency):
             Thread(target=self._compute, name=f"fgvc-infer-{number}", daemon=True).start()
 
@@ -58,12 +58,12 @@ class Admission:
         return self.running >= self.concurrency and self.waiting >= self.queue
 
     def refusal(self) -> Refusal | None:
-        """Why nothing more is accepted, if so."""
+        """Refusal of the next request, or None where it would be accepted."""
         return _shutting_down() if self.draining else _queue_full() if self.full else None
 
     @contextmanager
     def arrival(self) -> Iterator[None]:
-        """Around a request, from before its body is read: who can't be served need not send it.
+        """Count a request as in flight, from before its body is read: a client that can't be served need not send it.
 
         Raises Refusal (503) where the queue is full, or the server is about to stop.
         """
@@ -76,46 +76,46 @@ class Admission:
             self.in_flight -= 1
 
     async def run(self, work: Callable[[], T], request: Request, *, deadline: float) -> T:
-        """What `work` returns, in a thread. `request`: its body read, so that all that may come is its client's leaving.
+        """Run `work` in a thread and return its result. `request`: its body read, so that all that may come is a disconnect.
 
-        Raises Refusal (503) where the queue is full and (504) past `deadline`, a time of the event loop's clock, and Gone. A
-        job that waits is then dropped; one that runs goes on, and its thread is taken until it ends.
+        Raises Refusal (503) where the queue is full and (504) past `deadline`, a time of the event loop's clock, and ClientGone.
+        A job that waits is then dropped; one that runs goes on, and its thread is taken until it ends.
         """
         if self.full:
             raise _queue_full()
         loop = asyncio.get_running_loop()
         job = _Job(work, loop.create_future())
-        self._asked.add(job)
+        self._awaited.add(job)
         self._waiting.append(job)
         self._start()
-        left = loop.create_task(_left(request, job))
-        late = loop.call_at(deadline, job.fail, _too_late())
+        disconnect = loop.create_task(_fail_on_disconnect(request, job))
+        timeout = loop.call_at(deadline, job.fail, _too_late())
         try:
             return await job.answer
         finally:
-            left.cancel()
-            late.cancel()
-            self._asked.discard(job)
+            disconnect.cancel()
+            timeout.cancel()
+            self._awaited.discard(job)
             if job in self._waiting:
                 self._waiting.remove(job)
 
     def abandon(self) -> None:
-        """Refuse whoever still waits for an answer."""
-        for job in self._asked:
+        """Refuse all requests that still wait for an answer."""
+        for job in self._awaited:
             job.fail(_shutting_down())
 
     def close(self) -> None:
         for _ in range(self.concurrency):
-            self._taken.put(None)
+            self._jobs.put(None)
 
     def _start(self) -> None:
         while self._waiting and self.running < self.concurrency:
             self.running += 1
-            self._taken.put(self._waiting.popleft())
+            self._jobs.put(self._waiting.popleft())
 
     def _compute(self) -> None:
-        """A thread's life."""
-        while (job := self._taken.get()) is not None:
+        """Run jobs in a thread until it is told to stop by None."""
+        while (job := self._jobs.get()) is not None:
             result, error = None, None
             try:
                 result = job.work()
@@ -134,7 +134,7 @@ class Admission:
         self._start()
 
 
-async def _left(request: Request, job: _Job) -> None:
+async def _fail_on_disconnect(request: Request, job: _Job) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     job.fail(ClientGone())

@@ -1,4 +1,4 @@
-"""The server's routes: the Open Inference Protocol v2 for tensors, `/v1` for images, and what operators ask for.
+"""The server's routes: the Open Inference Protocol v2 for tensors, `/v1` for images, health and metrics.
 
 Heavy work is done in Admission's threads, JSON and images included: the event loop only moves bytes.
 """
@@ -15,13 +15,11 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl, quote
 
 from fastapi import APIRouter, FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from PIL import Image
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -29,11 +27,12 @@ from fgvc.errors import ImageError
 from fgvc.images.decode import decode
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit
-from fgvc.runtime.explain import PREDICTED, look
+from fgvc.runtime.explain import PREDICTED, explain_crops
 from fgvc.serving import protocol
 from fgvc.serving.admission import Admission
-from fgvc.serving.limits import FORMATS, ApiKeyMiddleware, BodyBudget, ClientGone, DrainMiddleware, Limits, Refusal
-from fgvc.serving.metrics import CONTENT_TYPE, GONE, Metrics, MetricsMiddleware
+from fgvc.serving.handlers import HANDLERS, broken
+from fgvc.serving.limits import FORMATS, ApiKeyMiddleware, BodyBudget, DrainMiddleware, Limits, Refusal
+from fgvc.serving.metrics import CONTENT_TYPE, Metrics, MetricsMiddleware
 from fgvc.serving.middleware import LoadSheddingMiddleware
 from fgvc.serving.models import VERSION, LoadedModel, ModelRegistry
 from fgvc.serving.page import CSP, PAGE
@@ -44,24 +43,35 @@ PAGE_HEADERS = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosni
 
 
 class Service:
-    """All that the routes share."""
+    """State that the routes share."""
 
     def __init__(self, models: ModelRegistry, admission: Admission, limits: Limits) -> None:
         self.models, self.admission, self.limits = models, admission, limits
-        self.held = BodyBudget(limits)
+        self.bodies = BodyBudget(limits)
         self.metrics = Metrics(models, admission)
 
     async def compute(self, request: Request, limit: int, work: Callable[[bytes], T]) -> T:
-        """`work` of the request's body, under all bounds: of bytes, time, threads and queue. Raises Refusal and Gone."""
+        """Run `work` on the request's body, within bounds of bytes, time, threads and queue. Raises Refusal and ClientGone."""
         deadline = asyncio.get_running_loop().time() + self.limits.seconds
         with self.admission.arrival():
-            async with self.held.body(request, limit=limit, deadline=deadline) as body:
-                return await self.admission.run(partial(_in_memory, work, body), request, deadline=deadline)
+            async with self.bodies.body(request, limit=limit, deadline=deadline) as body:
+                return await self.admission.run(partial(_with_memory_errors, work, body), request, deadline=deadline)
 
 
-def _of(request: Request) -> Service:
-    """Not by FastAPI's Depends: solving dependencies costs more than all else that the event loop does for a request."""
+def _service(request: Request) -> Service:
+    """Service of the application. Not by FastAPI's Depends: solving dependencies costs more than all else that the event
+    loop does for a request."""
     return request.app.state.service
+
+
+def _with_memory_errors(work: Callable[[bytes], T], body: bytes) -> T:
+    """Run `work` with a MemoryError for what onnxruntime could not allocate: it has no error of its own for that."""
+    try:
+        return work(body)
+    except Exception as error:
+        if type(error).__module__.startswith("onnxruntime") and "alloc" in str(error).lower():
+            raise MemoryError(str(error)) from error
+        raise
 
 
 ModelName = Annotated[str | None, Query(description="Default: the first of the command line.")]
@@ -69,7 +79,7 @@ router = APIRouter()
 
 
 def make_app(service: Service, *, key: str | None = None) -> ASGIApp:
-    """The whole server as an ASGI application. `key`: what clients must bring, see `limits.ApiKeyMiddleware`."""
+    """The whole server as an ASGI application. `key`: that clients must send, see `limits.ApiKeyMiddleware`."""
     app = FastAPI(
         title="fgvc",
         version=protocol.server_metadata()["version"],
@@ -87,8 +97,8 @@ def make_app(service: Service, *, key: str | None = None) -> ASGIApp:
 
 
 class FastPathMiddleware:
-    """Leads the two requests that a server is there for to their routes, past what FastAPI does for any: together it costs
-    a twentieth of a small network's time. What is not plain, and all else, goes the usual way."""
+    """Middleware that calls the routes of the two main requests directly, past FastAPI's general processing, which costs a
+    twentieth of a small network's time. Unusual forms of them, and all other requests, go the usual way."""
 
     _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 
@@ -97,10 +107,10 @@ class FastPathMiddleware:
         self._routes = {route.name: route for route in router.routes if isinstance(route, APIRoute)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        found = self._find(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if found is None:
+        match = self._match(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if match is None:
             return await self._app(scope, receive, send)
-        route, endpoint, options = found
+        route, endpoint, options = match
         scope["app"], scope["route"] = self._app, route
         request = Request(scope, receive)
         try:
@@ -108,33 +118,33 @@ class FastPathMiddleware:
         except Exception as error:
             handle = next(handle for kind, handle in HANDLERS if isinstance(error, kind))
             await (await handle(request, error))(scope, receive, send)
-            if handle is _broken:
+            if handle is broken:
                 raise
         else:
             await response(scope, receive, send)
 
-    def _find(self, scope: Scope) -> tuple[APIRoute, Callable[..., Awaitable[Response]], dict[str, Any]] | None:
-        """Route, function and arguments."""
+    def _match(self, scope: Scope) -> tuple[APIRoute, Callable[..., Awaitable[Response]], dict[str, Any]] | None:
+        """Route, function and arguments of a main request, or None."""
         if scope["path"] == "/v1/classify":
             query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
             top_k = query.pop("top_k", "5")
             if query.keys() <= {"model"} and top_k.isdecimal() and len(top_k) < 6 and int(top_k):
                 return self._routes["classify"], classify, {"model": query.get("model"), "top_k": int(top_k)}
-        elif found := self._INFER.fullmatch(scope["path"]):
-            return self._routes["infer"], infer, {"model": found[1], "version": found[2] or VERSION}
+        elif path := self._INFER.fullmatch(scope["path"]):
+            return self._routes["infer"], infer, {"model": path[1], "version": path[2] or VERSION}
         return None
 
 
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
-    """A picture in, its classes and heat map out."""
+    """Page to classify a picture and show its heat map."""
     return Response(PAGE, media_type="text/html", headers=PAGE_HEADERS)
 
 
-# What operators ask for
+# Health and metrics
 
 
-@router.head("/v2/health/live", include_in_schema=False)  # some monitors ask so
+@router.head("/v2/health/live", include_in_schema=False)  # some monitors send HEAD
 @router.get("/v2/health/live")
 async def live() -> Response:
     """200 as long as the process answers, also while it shuts down."""
@@ -145,13 +155,13 @@ async def live() -> Response:
 @router.get("/v2/health/ready")
 async def ready(request: Request) -> Response:
     """503 from the moment that the process was asked to stop."""
-    return Response(status_code=503 if _of(request).admission.draining else 200)
+    return Response(status_code=503 if _service(request).admission.draining else 200)
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """For Prometheus."""
-    return Response(_of(request).metrics.text(), media_type=CONTENT_TYPE)
+    """Metrics for Prometheus."""
+    return Response(_service(request).metrics.text(), media_type=CONTENT_TYPE)
 
 
 # Tensors
@@ -164,7 +174,7 @@ async def server_metadata() -> Response:
 
 @router.get("/v2/models")
 async def list_models(request: Request) -> Response:
-    """All models: name, versions, how many classes, whether /v1/explain has its heat map."""
+    """List the models: name, versions, how many classes, whether /v1/explain has its heat map."""
     rows = [
         {
             "name": served.name,
@@ -172,36 +182,36 @@ async def list_models(request: Request) -> Response:
             "classes": len(served.labels),
             "explain": served.explainer is not None,
         }
-        for served in _of(request).models
+        for served in _service(request).models
     ]
     return JSONResponse({"models": rows})
 
 
 @router.post("/v2/repository/index")
 async def repository_index(request: Request) -> Response:
-    """The same as Triton lists it. Nothing is ever loaded over HTTP."""
-    rows = [{"name": served.name, "version": VERSION, "state": "READY", "reason": ""} for served in _of(request).models]
+    """List the models in Triton's form. Nothing is ever loaded over HTTP."""
+    rows = [{"name": served.name, "version": VERSION, "state": "READY", "reason": ""} for served in _service(request).models]
     return JSONResponse(rows)
 
 
 @router.get("/v2/models/{model}")
 @router.get("/v2/models/{model}/versions/{version}", name="version_metadata")
 async def model_metadata(request: Request, model: str, version: str = VERSION) -> Response:
-    return JSONResponse(protocol.model_metadata(_find(_of(request), model, version)))
+    return JSONResponse(protocol.model_metadata(_find(_service(request), model, version)))
 
 
 @router.get("/v2/models/{model}/ready")
 @router.get("/v2/models/{model}/versions/{version}/ready", name="version_ready")
 async def model_ready(request: Request, model: str, version: str = VERSION) -> Response:
-    _find(_of(request), model, version)
-    return Response(status_code=503 if _of(request).admission.draining else 200)
+    _find(_service(request), model, version)
+    return Response(status_code=503 if _service(request).admission.draining else 200)
 
 
 @router.post("/v2/models/{model}/infer")
 @router.post("/v2/models/{model}/versions/{version}/infer", name="version_infer")
 async def infer(request: Request, model: str, version: str = VERSION) -> Response:
     """Preprocessed images in, logits out, as JSON or bytes."""
-    service = _of(request)
+    service = _service(request)
     served, limits = _find(service, model, version), service.limits
 
     def work(body: bytes) -> tuple[bytes, int | None]:
@@ -256,9 +266,9 @@ async def classify(
     model: ModelName = None,
     top_k: Annotated[int, Query(ge=1, description="How many classes to name.")] = 5,
 ) -> Response:
-    """The most probable classes, by the bundle's temperature; `rejected`: none of these, by its threshold; `calibrated`: whether
+    """Most probable classes, by the bundle's temperature; `rejected`: none of these, by its threshold; `calibrated`: whether
     that temperature was fitted."""
-    service, arrived = _of(request), time.perf_counter()
+    service, arrived = _service(request), time.perf_counter()
     served = service.models.get(model)
     form = _is_form(request)
 
@@ -295,9 +305,9 @@ async def explain(
     model: ModelName = None,
     target: Annotated[str, Query(description="A class by name; default: the most probable one.")] = PREDICTED,
 ) -> Response:
-    """Where the network looks: the class activation map over the picture as the network sees it, PNG; with the header
-    `X-Map: empty` where nothing speaks for the class."""
-    service = _of(request)
+    """Heat map: the class activation map over the picture as the network sees it, PNG; with the header
+    `X-Map: empty` where it is 0 everywhere."""
+    service = _service(request)
     served = service.models.get(model)
     form, explainer = _is_form(request), served.explainer
     if explainer is None:
@@ -309,10 +319,10 @@ async def explain(
     def work(body: bytes) -> tuple[bytes, int, bool]:
         image = _decode(_only_file(request, body) if form else body, service.limits)
         crop = fit(image, explainer.spec)
-        (seen,) = look(explainer, [crop], label)
+        (explanation,) = explain_crops(explainer, [crop], label)
         content = BytesIO()
-        overlay(Image.fromarray(crop), seen.maps["cam"]).save(content, "PNG", compress_level=1)
-        return content.getvalue(), seen.label, not seen.maps["cam"].any()
+        overlay(Image.fromarray(crop), explanation.maps["cam"]).save(content, "PNG", compress_level=1)
+        return content.getvalue(), explanation.label, not explanation.maps["cam"].any()
 
     png, shown, empty = await service.compute(request, service.limits.image_bytes, work)
     headers = {"X-Target-Index": str(shown), "X-Target-Label": quote(served.labels[shown])}
@@ -321,12 +331,12 @@ async def explain(
 
 
 def _is_form(request: Request) -> bool:
-    """Else the body is the picture, whatever type it is said to be: its first bytes decide."""
+    """Whether the body is a form; else it is the picture, whatever its Content-Type: its first bytes decide."""
     return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
 def _only_file(request: Request, body: bytes) -> bytes:
-    """The file of a form that holds one. Raises Refusal (400)."""
+    """File of a form that holds one. Raises Refusal (400)."""
 
     async def stream() -> AsyncIterator[bytes]:
         yield body
@@ -351,53 +361,3 @@ def _decode(content: bytes, limits: Limits) -> Image.Image:
         if error.reason == "format not accepted":
             raise Refusal(415, f"the picture is none of {', '.join(FORMATS)}") from None
         raise Refusal(422, f"the picture can't be used: {error.reason}") from None
-
-
-# Errors
-
-
-def _in_memory(work: Callable[[bytes], T], body: bytes) -> T:
-    """onnxruntime has no error of its own for what it could not allocate."""
-    try:
-        return work(body)
-    except Exception as error:
-        if type(error).__module__.startswith("onnxruntime") and "alloc" in str(error).lower():
-            raise MemoryError(str(error)) from error
-        raise
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    if error.reason:
-        _of(request).metrics.rejected.labels(error.reason).inc()
-    return error.response()
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-    _of(request).metrics.rejected.labels("gone").inc()
-    return Response(status_code=GONE)
-
-
-async def _out_of_memory(request: Request, error: Exception) -> Response:
-    return await _refused(request, Refusal(503, "not enough memory for this request", reason="out_of_memory"))
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
-
-
-async def _invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    return JSONResponse({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 400)
-
-
-async def _broken(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": "internal error"}, 500)  # what it was goes to stderr
-
-
-HANDLERS: tuple[tuple[type[Exception], Callable[[Request, Exception], Awaitable[Response]]], ...] = (
-    (Refusal, _refused), (ClientGone, _gone), (MemoryError, _out_of_memory), (HTTPException, _http_error),
-    (RequestValidationError, _invalid), (Exception, _broken),
-)  # fmt: skip

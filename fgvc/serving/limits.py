@@ -24,7 +24,7 @@ from fgvc.errors import FgvcError
 MIB = 1 << 20
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 OPEN_PATHS = frozenset({"/", "/v2/health/live", "/v2/health/ready"})  # what probes and a browser's first visit need
-_SMALL = 512 << 10  # an unread rest that is cheaper to swallow than a new connection
+_SMALL = 512 << 10  # an unread rest that is cheaper to read than a new connection
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 64 * MIB
 
 
@@ -42,46 +42,46 @@ class Limits:
 
 
 class Refusal(Exception):
-    """A request that gets no answer; `reason` is short, for the metrics."""
+    """Refusal of a request; `reason` is short, for the metrics."""
 
     def __init__(self, status: int, message: str, *, reason: str = "") -> None:
         super().__init__(message)
         self.status, self.message, self.reason = status, message, reason
 
     def response(self) -> JSONResponse:
-        """As Triton words errors; a server that is only busy says when to come again."""
+        """Error response in Triton's form; of a server that is only busy, with Retry-After."""
         headers = {"Retry-After": "1"} if self.status == 503 else None
         return JSONResponse({"error": self.message}, self.status, headers)
 
 
 class ClientGone(Exception):
-    """The client went away."""
+    """The client disconnected."""
 
 
 class BodyBudget:
-    """Bytes of bodies in memory, of all requests together. For the event loop's thread alone."""
+    """Budget of the bytes of bodies in memory, of all requests together. For the event loop's thread alone."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits, self.bytes = limits, 0
 
     @asynccontextmanager
     async def body(self, request: Request, *, limit: int, deadline: float) -> AsyncIterator[bytes]:
-        """A request's body, of at most `limit` bytes; `deadline`: when all must be there, on the event loop's clock.
+        """Read a request's body, of at most `limit` bytes; `deadline`: when all must be there, on the event loop's clock.
 
-        Raises Refusal (413, 408, 503) and Gone, as soon as there is a reason.
+        Raises Refusal (413, 408, 503) and ClientGone, as soon as there is a reason.
         """
         if (length_of(request.headers.get("content-length")) or 0) > limit:
             raise _too_large(limit)
-        parts: list[bytes] = []
+        chunks: list[bytes] = []
         try:
-            await self._read(request, parts, limit, deadline)
-            parts[:] = [b"".join(parts)]  # which returns a single one as it is
-            yield parts[0]
+            await self._read(request, chunks, limit, deadline)
+            chunks[:] = [b"".join(chunks)]  # which returns a single one as it is
+            yield chunks[0]
         finally:
-            self.bytes -= sum(map(len, parts))
+            self.bytes -= sum(map(len, chunks))
 
-    async def _read(self, request: Request, parts: list[bytes], limit: int, deadline: float) -> None:
-        """Until the body's end, into `parts`, whose bytes are counted as held."""
+    async def _read(self, request: Request, chunks: list[bytes], limit: int, deadline: float) -> None:
+        """Read to the body's end, into `chunks`, whose bytes are counted."""
         now, stall = asyncio.get_running_loop().time, self._limits.stall_seconds
         size, more = 0, True
         try:
@@ -91,20 +91,20 @@ class BodyBudget:
                     message = await request.receive()
                     if message["type"] != "http.request":
                         raise ClientGone
-                    part, more = message.get("body", b""), bool(message.get("more_body", False))
-                    size += len(part)
+                    chunk, more = message.get("body", b""), bool(message.get("more_body", False))
+                    size += len(chunk)
                     if size > limit:
                         raise _too_large(limit)
-                    if self.bytes + len(part) > self._limits.held_bytes:
+                    if self.bytes + len(chunk) > self._limits.held_bytes:
                         raise Refusal(503, "too many requests are sending data; try again", reason="memory")
-                    self.bytes += len(part)
-                    parts.append(part)
+                    self.bytes += len(chunk)
+                    chunks.append(chunk)
         except TimeoutError:
             raise Refusal(408, "the body did not arrive in time", reason="slow") from None
 
 
 def length_of(text: str | None) -> int | None:
-    """A header's number of bytes; None for what is none. Of any number of digits, which Python's int would refuse."""
+    """Number of bytes that a header gives; None where it is no number. Of any number of digits, which int() would refuse."""
     return int(text) if text and len(text) < 19 and text.isascii() and text.isdecimal() else None
 
 
@@ -113,8 +113,8 @@ def _too_large(limit: int) -> Refusal:
 
 
 class DrainMiddleware:
-    """Lets a client that is still sending read why it is refused: an unread rest of its body is swallowed, within bounds, before
-    the connection closes. Closing at once would reset it, and the answer might be lost."""
+    """Middleware that reads the rest of a refused request's body, within bounds, before the connection closes: closing at once
+    would reset it while the client still sends, and the answer might be lost."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -126,14 +126,14 @@ class DrainMiddleware:
         rest, chunked, closing = length_of(headers.get("content-length")) or 0, "transfer-encoding" in headers, False
         unread = rest > 0 or chunked
 
-        async def watched() -> Message:
+        async def receive_counted() -> Message:
             nonlocal rest, unread
             message = await receive()
             rest -= len(message.get("body", b""))
             unread = unread and message["type"] == "http.request" and bool(message.get("more_body", False))
             return message
 
-        async def polite(message: Message) -> None:
+        async def send_and_drain(message: Message) -> None:
             nonlocal closing
             if message["type"] == "http.response.start":
                 closing = unread and (chunked or rest > _SMALL or message["status"] == 408)
@@ -141,24 +141,24 @@ class DrainMiddleware:
                     message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
             elif closing and not message.get("more_body", False):
                 await send({**message, "more_body": True})
-                await swallow()
+                await drain()
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        async def swallow() -> None:
-            seen = 0
+        async def drain() -> None:
+            size = 0
             try:
                 async with asyncio.timeout(_LINGER_SECONDS):
-                    while unread and seen < _LINGER_BYTES:
-                        seen += len((await watched()).get("body", b""))
+                    while unread and size < _LINGER_BYTES:
+                        size += len((await receive_counted()).get("body", b""))
             except TimeoutError:
                 pass
 
-        await self._app(scope, watched, polite)
+        await self._app(scope, receive_counted, send_and_drain)
 
 
 class ApiKeyMiddleware:
-    """Answers 401 where a request does not bring the key: `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+    """Middleware that answers 401 where a request does not have the key: `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app, self._key = app, key.encode()
@@ -167,19 +167,19 @@ class ApiKeyMiddleware:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        given = headers.get("x-api-key", "")
+        key = headers.get("x-api-key", "")
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
-            given = token.strip()
+            key = token.strip()
         # In constant time: how long it takes tells nothing of how much was right.
-        if hmac.compare_digest(given.encode("latin-1"), self._key):
+        if hmac.compare_digest(key.encode("latin-1"), self._key):
             return await self._app(scope, receive, send)
         refused = JSONResponse({"error": "no valid API key"}, 401, {"WWW-Authenticate": "Bearer"})
         await refused(scope, receive, send)
 
 
 def read_key(path: Path | None) -> str | None:
-    """The key that clients must bring: a file's content, else FGVC_API_KEY; None: anybody may ask.
+    """Read the key that requests need: a file's content, else FGVC_API_KEY; None: no key is needed.
 
     Raises FgvcError for one that is empty, or that no header can hold: a mistake must not open the server.
     """

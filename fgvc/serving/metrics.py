@@ -1,4 +1,4 @@
-"""The server's metrics for Prometheus. Labels are routes and models, never what a client sent: their number is bounded."""
+"""The server's metrics for Prometheus. Labels are routes and models, never a client's text: their number is bounded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
 class Metrics:
-    """A registry of its own, so that a process may have several."""
+    """Metrics in a registry of their own, so that a process may have several."""
 
     def __init__(self, models: ModelRegistry, admission: Admission) -> None:
         self._registry = CollectorRegistry()
@@ -48,7 +48,7 @@ class Metrics:
 
 
 class _State(Collector):
-    """What others know at the moment of a scrape."""
+    """Collector of the state of models and admission at the moment of a scrape."""
 
     def __init__(self, models: ModelRegistry, admission: Admission) -> None:
         self._models, self._admission = models, admission
@@ -71,7 +71,7 @@ class _State(Collector):
 
 
 class MetricsMiddleware:
-    """Counts and times every request."""
+    """Middleware that counts and times every request."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -81,14 +81,14 @@ class MetricsMiddleware:
             return await self._app(scope, receive, send)
         started, code = time.perf_counter(), 500
 
-        async def noted(message: Message) -> None:
+        async def send_counted(message: Message) -> None:
             nonlocal code
             if message["type"] == "http.response.start":
                 code = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, send_counted)
         finally:
             route = getattr(scope.get("route"), "path", OTHER)  # the template, not what the client wrote
             self._metrics.requests.labels(route, str(code)).inc()

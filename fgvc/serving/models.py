@@ -1,4 +1,4 @@
-"""The served models by name, each exchanged by one assignment: a request keeps the model that it began with."""
+"""Registry of the served models. Each is exchanged by one assignment: a request keeps the model that it began with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fgvc.errors import FgvcError
 from fgvc.images.preprocess import differences
-from fgvc.io.names import relabelled
+from fgvc.io.names import label_differences
 from fgvc.runtime.bundle import MANIFEST, Bundle, load_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.explain import BundleExplainer
@@ -26,7 +26,7 @@ _ATTEMPTS, _PAUSE = 5, 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model that is ready to answer."""
+    """A served model, loaded and warmed."""
 
     name: str
     engine: Engine
@@ -46,11 +46,11 @@ class ModelRegistry:
     """Bundles by name. Their places are the command line's alone: no client value ever reaches a path."""
 
     def __init__(self, places: Mapping[str, Path], *, threads: int, any_bundle: bool = False) -> None:
-        """Loads all. `any_bundle`: a reload takes a bundle of other labels or another preprocessing, too. Raises FgvcError for
-        the first that can't be served."""
+        """Load all bundles. `any_bundle`: a reload takes a bundle of other labels or another preprocessing, too. Raises
+        FgvcError for the first that can't be served."""
         self._places, self._threads, self._any_bundle = dict(places), threads, any_bundle
         self._reloading = threading.Lock()
-        self._refused: dict[str, str] = {}  # name -> the digest that was found bad, said once
+        self._refused: dict[str, str] = {}  # name -> digest of a bundle that was refused; logged once
         self._served = {name: _load(name, folder, threads) for name, folder in places.items()}
         self.reloads = dict.fromkeys(places, 0)
         self.failures = dict.fromkeys(places, 0)
@@ -59,7 +59,7 @@ class ModelRegistry:
         return iter(list(self._served.values()))
 
     def get(self, name: str | None) -> LoadedModel:
-        """None: the first of the command line. Raises Refusal (404)."""
+        """Look up a model; None: the first of the command line. Raises Refusal (404)."""
         if name is None:
             return next(iter(self._served.values()))
         served = self._served.get(name)
@@ -68,9 +68,11 @@ class ModelRegistry:
         return served
 
     def reload(self, *, changed_only: bool = False) -> None:
-        """Load the bundles again, checked and warmed, and put each in its old one's place. What can't be loaded, or is fed or
-        read otherwise than the old one, leaves that where it is; this is said on stderr and counted. `changed_only`: leave out
-        manifests that were seen before."""
+        """Load the bundles again, checked and warmed, and put each in its old one's place.
+
+        A new one that can't be loaded, or has another preprocessing or other labels, is refused, and the old one stays; this is
+        logged on stderr and counted. `changed_only`: leave out manifests that were loaded or refused before.
+        """
         with self._reloading:
             for name, folder in self._places.items():
                 digest = _digest(folder)
@@ -84,15 +86,15 @@ class ModelRegistry:
                 except Exception as error:  # whatever is wrong with the new one, the old one is right
                     self.failures[name] += 1
                     self._refused[name] = digest
-                    _say(f"{name}: not reloaded, the old one goes on: {str(error) or type(error).__name__}")
+                    _log(f"{name}: not reloaded, the old one goes on: {str(error) or type(error).__name__}")
                 else:
                     self.reloads[name] += 1
                     self._refused.pop(name, None)
-                    _say(f"{name}: reloaded")
+                    _log(f"{name}: reloaded")
 
 
 def parse_places(texts: Sequence[str]) -> dict[str, Path]:
-    """[NAME=]BUNDLE, ... Raises FgvcError for names that are given twice, or that no address can hold."""
+    """Parse [NAME=]BUNDLE, ... Raises FgvcError for names that are given twice, or that no address can hold."""
     places: dict[str, Path] = {}
     for text in texts:
         name, equals, rest = text.partition("=")
@@ -101,7 +103,7 @@ def parse_places(texts: Sequence[str]) -> dict[str, Path]:
             folder = Path(text)
             name = folder.absolute().name
         if not _NAME.fullmatch(name):
-            raise FgvcError(f"{text}: {name!r} is no name for a model; say NAME={folder}")
+            raise FgvcError(f"{text}: {name!r} is no name for a model; give NAME={folder}")
         if name in places:
             raise FgvcError(f"{text}: a second model named {name!r}; say OTHER={folder}")
         places[name] = folder
@@ -109,17 +111,17 @@ def parse_places(texts: Sequence[str]) -> dict[str, Path]:
 
 
 def _refuse_other(new: Bundle, old: Bundle) -> None:
-    """Raise FgvcError where a bundle is no drop-in for the one that is served: clients that send tensors prepare them as the
-    old one says, and whoever reads answers by their number reads them in its order."""
-    found = [*differences(new.preprocess, old.preprocess), *relabelled(new.labels, old.labels)]
-    if found:
+    """Raise FgvcError where a bundle is no drop-in for the one that is served: clients prepare tensors by the old preprocessing,
+    and may read logits by the old order of classes."""
+    mismatches = [*differences(new.preprocess, old.preprocess), *label_differences(new.labels, old.labels)]
+    if mismatches:
         raise FgvcError(
-            f"not a drop-in, the new one's against the old one's: {'; '.join(found)} (start with --any-bundle to take it)"
+            f"not a drop-in, the new one's against the old one's: {'; '.join(mismatches)} (start with --any-bundle to take it)"
         )
 
 
 def _load(name: str, folder: Path, threads: int) -> LoadedModel:
-    """A bundle that is replaced meanwhile (by a rename, which leaves a moment without any) is loaded again."""
+    """Load a bundle; one that is replaced meanwhile (by a rename, which leaves a moment without any) is loaded again."""
     for attempt in range(_ATTEMPTS):
         digest = _digest(folder)
         try:
@@ -137,12 +139,12 @@ def _load(name: str, folder: Path, threads: int) -> LoadedModel:
 
 
 def _digest(folder: Path) -> str:
-    """Of the manifest; empty where there is none."""
+    """SHA-256 of the manifest; empty where there is none."""
     try:
         return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     except OSError:
         return ""
 
 
-def _say(message: str) -> None:
+def _log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

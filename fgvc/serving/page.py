@@ -1,7 +1,7 @@
-"""The page at `/`: one file, with its style and script inside, that asks nothing of any other host.
+"""The page at `/`: one file, with its style and script inside, that loads nothing from any other host.
 
-The browser is told so by a policy that names both by their hashes: whatever else gets into the page, by a class name or a
-proxy, neither runs nor loads. Scripts cannot write markup either (trusted types).
+A policy names both by their hashes: whatever else gets into the page, by a class name or a proxy, neither runs nor loads.
+Scripts cannot write markup either (trusted types).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PAGE = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
 
 
 def _source(tag: str) -> str:
-    """The hash of the page's one element `tag`, as a Content-Security-Policy names it."""
+    """Hash of the page's one element `tag`, as a Content-Security-Policy names it."""
     [content] = re.findall(rf"<{tag}>(.*?)</{tag}>", PAGE, flags=re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 

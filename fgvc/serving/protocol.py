@@ -21,13 +21,13 @@ from fgvc.serving.limits import Refusal, length_of
 from fgvc.serving.models import VERSION, LoadedModel
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-# More than any sensible request has. Parsing holds Python's lock, and what it makes takes up to 20 times the bytes.
+# More than any sensible request has. Parsing holds Python's lock, and its result takes up to 20 times the bytes.
 _JSON_BYTES, _CONTAINERS, _QUOTES = 16 << 20, 200_000, 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """An inference request that holds."""
+    """A valid inference request."""
 
     x: np.ndarray  # (B,3,H,W) float32
     id: str | None
@@ -52,12 +52,12 @@ def model_metadata(served: LoadedModel) -> dict[str, Any]:
 def infer(
     served: LoadedModel, body: bytes, headers: Mapping[str, str], *, batch: int, limit: int
 ) -> tuple[bytes, int | None]:
-    """The answer to a request's body, and how long its JSON is where bytes follow. `limit`: of an unpacked body.
+    """Answer a request: the response's body, and the length of its JSON where bytes follow. `limit`: of an unpacked body.
 
     Raises Refusal: 400, 413, 415.
     """
-    query = parse(served, unpack(body, headers.get("content-encoding"), limit), headers.get(HEADER_LENGTH), batch=batch)
-    return answer(served, query, served.engine.logits(query.x))
+    request = parse(served, unpack(body, headers.get("content-encoding"), limit), headers.get(HEADER_LENGTH), batch=batch)
+    return answer(served, request, served.engine.logits(request.x))
 
 
 def unpack(body: bytes, encoding: str | None, limit: int) -> bytes:
@@ -79,13 +79,13 @@ def unpack(body: bytes, encoding: str | None, limit: int) -> bytes:
 
 
 def parse(served: LoadedModel, body: bytes, header_length: str | None, *, batch: int) -> InferenceRequest:
-    """Raises Refusal (400) for whatever is not a request that this model takes."""
+    """Parse a request's body. Raises Refusal (400) for whatever this model does not take."""
     length = len(body)
     if header_length is not None:
-        given = length_of(header_length)
-        if given is None or given > length:
+        declared = length_of(header_length)
+        if declared is None or declared > length:
             raise Refusal(400, f"{HEADER_LENGTH} is not a length within the body")
-        length = given
+        length = declared
     tree = _json(body[:length])
     session = served.engine.session
     inputs = tree.get("inputs")
@@ -100,7 +100,7 @@ def parse(served: LoadedModel, body: bytes, header_length: str | None, *, batch:
     size = _parameters(tensor).get("binary_data_size")
     if size is None:
         if header_length is not None and length != len(body):
-            raise Refusal(400, "bytes follow the JSON, but no input says that they are its own")
+            raise Refusal(400, "bytes follow the JSON, but no input has a binary_data_size")
         values = _numbers(tensor.get("data"))
     else:
         values = _bytes(memoryview(body)[length:], size)
@@ -114,11 +114,11 @@ def parse(served: LoadedModel, body: bytes, header_length: str | None, *, batch:
     return InferenceRequest(values.reshape(shape), name, _wants_bytes(tree, session.outputs[0]))
 
 
-def answer(served: LoadedModel, query: InferenceRequest, logits: np.ndarray) -> tuple[bytes, int | None]:
-    """The body for logits (B,K), and the length of its JSON where bytes follow."""
+def answer(served: LoadedModel, request: InferenceRequest, logits: np.ndarray) -> tuple[bytes, int | None]:
+    """Response's body for logits (B,K), and the length of its JSON where bytes follow."""
     output: dict[str, Any] = {"name": served.engine.session.outputs[0], "datatype": "FP32", "shape": list(logits.shape)}
     content = b""
-    if query.binary:
+    if request.binary:
         content = np.ascontiguousarray(logits, dtype="<f4").tobytes()
         output["parameters"] = {"binary_data_size": len(content)}
     elif np.isfinite(logits).all():
@@ -126,17 +126,17 @@ def answer(served: LoadedModel, query: InferenceRequest, logits: np.ndarray) -> 
     else:
         raise Refusal(400, "the logits are not finite, which JSON can't hold; the input is far out of range")
     tree = {"model_name": served.name, "model_version": VERSION, "outputs": [output]}
-    if query.id is not None:
-        tree["id"] = query.id
+    if request.id is not None:
+        tree["id"] = request.id
     head = json.dumps(tree).encode()
-    return head + content, len(head) if query.binary else None
+    return head + content, len(head) if request.binary else None
 
 
 def _json(text: bytes) -> dict[str, Any]:
     if len(text) > _JSON_BYTES:
         raise Refusal(413, f"the JSON has more than {_JSON_BYTES} bytes; send large tensors as bytes")
     if text.count(b"[") + text.count(b"{") > _CONTAINERS or text.count(b'"') > _QUOTES:
-        raise Refusal(400, "the JSON has too many parts; send large tensors as bytes")
+        raise Refusal(400, "the JSON has too many elements; send large tensors as bytes")
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):
@@ -146,21 +146,21 @@ def _json(text: bytes) -> dict[str, Any]:
     return tree
 
 
-def _shape(given: Any, served: LoadedModel, batch: int) -> tuple[int, ...]:
+def _shape(shape: Any, served: LoadedModel, batch: int) -> tuple[int, ...]:
     expected = served.input_shape
     if (
-        not isinstance(given, list)
-        or [type(n) for n in given] != [int] * 4
-        or tuple(given[1:]) != expected
-        or not 1 <= given[0] <= batch
+        not isinstance(shape, list)
+        or [type(n) for n in shape] != [int] * 4
+        or tuple(shape[1:]) != expected
+        or not 1 <= shape[0] <= batch
     ):
         wanted = ",".join(map(str, expected))
         raise Refusal(400, f"expected the shape [B,{wanted}] with B from 1 to {batch}")
-    return tuple(given)
+    return tuple(shape)
 
 
 def _numbers(data: Any) -> np.ndarray:
-    """Values, nested in lists or not, row by row."""
+    """Values of nested or flat lists, row by row."""
     if not isinstance(data, list):
         raise Refusal(400, "the input's data: expected a list of numbers")
     while (kinds := set(map(type, data))) == {list}:
@@ -195,8 +195,8 @@ def _wants_bytes(tree: Mapping[str, Any], name: str) -> bool:
     return bool(parameters.get("binary_data", _parameters(tree).get("binary_data_output", False)))
 
 
-def _parameters(of: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = of.get("parameters") or {}
-    if not isinstance(found, dict):
+def _parameters(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    parameters = tree.get("parameters") or {}
+    if not isinstance(parameters, dict):
         raise Refusal(400, "parameters: expected a JSON object")
-    return found
+    return parameters

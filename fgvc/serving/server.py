@@ -26,7 +26,7 @@ from fgvc.serving.admission import Admission
 from fgvc.serving.app import Service, make_app
 from fgvc.serving.limits import Limits
 from fgvc.serving.models import ModelRegistry
-from fgvc.serving.wire import BoundedH11Protocol
+from fgvc.serving.wire import BoundedHttpProtocol
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
 _KEEP_ALIVE = 75  # seconds; load balancers hold a connection for a minute, and must be the first to close it
@@ -34,7 +34,7 @@ _KEEP_ALIVE = 75  # seconds; load balancers hold a connection for a minute, and 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What `fgvc serve` is told."""
+    """Settings of `fgvc serve`."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -79,8 +79,8 @@ def serve(places: Mapping[str, Path], settings: Settings) -> int:
 
 
 def _give_back_memory() -> None:
-    """Blocks as large as those of large pictures go back to the system when they are freed. glibc learns to keep them: four
-    pictures of 40 megapixels would leave a gigabyte with the process for good."""
+    """Return blocks of the size of large pictures to the system when they are freed. glibc learns to keep them: four pictures of
+    40 megapixels would leave a gigabyte with the process for good."""
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
         ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, 16 << 20)
@@ -88,20 +88,20 @@ def _give_back_memory() -> None:
 
 def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
-        app, http=partial(BoundedH11Protocol, seconds=settings.limits.stall_seconds),  # type: ignore[arg-type]
+        app, http=partial(BoundedHttpProtocol, seconds=settings.limits.stall_seconds),  # type: ignore[arg-type]
         loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=3,  # more than limits.Courtesy lingers
+        proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=3,  # more than DrainMiddleware takes
     )  # fmt: skip
 
 
 class _Server(uvicorn.Server):
-    """Drains before uvicorn closes its sockets, so that probes are answered as long as requests are."""
+    """Server that drains before uvicorn closes its sockets, so that probes are answered as long as requests are."""
 
     def __init__(self, config: uvicorn.Config, models: ModelRegistry, admission: Admission, settings: Settings) -> None:
         super().__init__(config)
         self._models, self._admission, self._settings = models, admission, settings
         self._background: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None  # None: not yet
+        self._loop: asyncio.AbstractEventLoop | None = None  # None: not started
         self.cut = 0  # requests that were not answered
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -115,7 +115,8 @@ class _Server(uvicorn.Server):
         print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, a second one ends at once. uvicorn's own would raise it again, and exit with it."""
+        """Drain at the first signal, end at once at a second one. uvicorn's own handler would raise the signal again, and exit
+        with it."""
         if self._admission.draining or self._loop is None:
             self.should_exit = self.force_exit = True
             self.cut = self._admission.in_flight
@@ -148,9 +149,9 @@ class _Server(uvicorn.Server):
 
 def _bind(host: str, port: int) -> socket.socket:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # "localhost" is both; clients that know one of them know this one.
-        family, kind, number, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+        family, kind, number, _, address = min(addresses, key=lambda entry: entry[0] != socket.AF_INET)
         listener = socket.socket(family, kind, number)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""HTTP as bytes: uvicorn's protocol on httptools, with the bounds that it lacks.
+"""The HTTP protocol: uvicorn's on httptools, with the bounds that it lacks.
 
 On h11, uvicorn's other parser, a tensor of 300 kB took 1.6 ms more of the CPU, a tenth of what a small network takes.
 """
@@ -18,13 +18,13 @@ _HEAD_BYTES = 64 << 10  # of a request's line and headers
 _UNREAD_BYTES = 512 << 10  # of a body, for a moment: the application is waiting for them
 
 
-class BoundedH11Protocol(HttpToolsProtocol):
-    """Not for ever, and not for headers of any size: uvicorn would wait and collect without end."""
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with bounds on the time and the size of headers, for which it would wait and collect without end."""
 
     def __init__(
         self, config: Config, server_state: ServerState, app_state: dict[str, Any], *, seconds: float, **others: Any
     ) -> None:
-        """`seconds`: for a request's headers, and for the rest of one that has its answer already."""
+        """Bounds: `seconds` for a request's headers, and for the rest of one that has its answer already."""
         super().__init__(config, server_state, app_state, **others)
         self._seconds = seconds
         self._due: asyncio.TimerHandle | None = None
@@ -74,7 +74,7 @@ class BoundedH11Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """uvicorn's without two copies, and with more room: at its 64 KiB each part of a tensor cost two more system calls."""
+        """Collect the body without uvicorn's two copies, and with more room: at its 64 KiB a tensor cost more system calls."""
         cycle = self.cycle
         if cycle.response_complete:
             return
@@ -88,18 +88,20 @@ class BoundedH11Protocol(HttpToolsProtocol):
         cycle.message_event.set()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """An offer to speak another protocol, such as h2c, which Java's own client makes with every request, is passed over.
-        httptools would take what follows the headers, the body too, for that protocol's: it reads all again without the offer."""
+        """Ignore an offer to speak another protocol, such as h2c, which Java's own client makes with every request.
+
+        httptools would take what follows the headers, the body too, for that protocol's: it reads all again without the offer.
+        """
         error = sys.exception()
         assert isinstance(error, httptools.HttpParserUpgrade)
         if not self._data:  # pipelined behind another: not for any number of times
             return self.send_400_response("One offer at a time.")
         rest, self._data = self._data[error.args[0] :], b""
         line = self.parser.get_method() + b" " + self.url + b" HTTP/1.1\r\n"
-        kept = [name + b": " + value + b"\r\n" for name, value in self.headers if name != b"upgrade"]
+        headers = [name + b": " + value + b"\r\n" for name, value in self.headers if name != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
-        super().data_received(b"".join([line, *kept, b"\r\n", rest]))
+        super().data_received(b"".join([line, *headers, b"\r\n", rest]))
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -112,7 +114,7 @@ class BoundedH11Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _count(self, size: int) -> None:
-        """Raises ValueError, which httptools turns into the error of a request that is none: uvicorn answers 400, and closes."""
+        """Count bytes of the headers. Raises ValueError, upon which uvicorn answers 400, and closes."""
         self._head += size
         if self._head > _HEAD_BYTES:
             raise ValueError("the headers are too long")

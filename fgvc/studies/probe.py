@@ -19,7 +19,7 @@ from fgvc.config.loading import override, validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.template import recipe_file
 from fgvc.data.index import ImageIndex
-from fgvc.data.recipe import decide, load_recipe
+from fgvc.data.recipe import load_recipe, resolve_data
 from fgvc.data.splits import stratified
 from fgvc.errors import FgvcError
 from fgvc.evaluation.features import Features, embedded
@@ -179,7 +179,7 @@ def _read(data: str, overrides: Sequence[str], images: int) -> Data:
         tree: dict[str, Any] = {"data": {"kind": "auto", "root": data}, "model": {"backbone": "resnet18"}}
         for text in overrides:
             override(tree, text)
-        recipe = decide(validate(Recipe, tree, where=data, overrides=overrides))
+        recipe = resolve_data(validate(Recipe, tree, where=data, overrides=overrides))
     else:
         path = recipe_file(data)
         recipe = load_recipe(path, overrides)

@@ -15,7 +15,8 @@ from fgvc.errors import FgvcError
 from fgvc.evaluation.evaluate import evaluate
 from fgvc.evaluation.localize import localize
 from fgvc.exporting.onnx import Interface, export_onnx
-from fgvc.exporting.prove import Structural, compare_structure, untie
+from fgvc.exporting.proofs import Structural, compare_structure
+from fgvc.exporting.prove import untie
 from fgvc.exporting.reference import cached_plain
 from fgvc.images.preprocess import described
 from fgvc.models.backbone import deployed

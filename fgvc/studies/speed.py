@@ -27,7 +27,8 @@ from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import settings_by_kind
 from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import export_onnx
-from fgvc.exporting.prove import MAX_IMAGES, prove
+from fgvc.exporting.proofs import MAX_IMAGES
+from fgvc.exporting.prove import prove
 from fgvc.models.backbone import deployed, memory_format, plain_model
 from fgvc.models.class_maps import ClassMapper, Method, refusal
 from fgvc.models.weights import load_weights

@@ -18,7 +18,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.config.section import Section
 from fgvc.config.template import recipe_file
 from fgvc.config.training import Train
-from fgvc.data.recipe import decide
+from fgvc.data.recipe import resolve_data
 from fgvc.errors import FgvcError
 from fgvc.studies.table import FLOOR
 
@@ -131,7 +131,7 @@ class Trial:
         train = self.recipe.train.model_copy(update={"epochs": epochs, "seed": seed})
         data = self.recipe.data if fold is None else self.recipe.data.model_copy(update={"fold": fold})
         tree = self.recipe.model_copy(update={"train": train, "data": data}).model_dump(mode="json")
-        return decide(validate(Recipe, tree, where=f"arm {self.name}, {epochs} epochs"))  # some settings go with a length
+        return resolve_data(validate(Recipe, tree, where=f"arm {self.name}, {epochs} epochs"))  # some settings go with a length
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
                 if section(tree, ("data",)).get("fold") is not None:
                     raise FgvcError(f"{path}: arms.{arm}: data.fold says what validates, as the study's folds do; leave it out")
                 merge(tree, {"data.fold": study.each_fold[0]})
-            recipe = decide(validate(Recipe, tree, where=f"{path}: arms.{arm}", overrides=given))
+            recipe = resolve_data(validate(Recipe, tree, where=f"{path}: arms.{arm}", overrides=given))
             # An epoch that validation chose is judged too well by it: the more epochs, the better.
             ends = recipe.model_copy(update={"select": recipe.select or recipe.end})
             trials.append(Trial(arm, number, dict(leaves(own)), ends))

@@ -1,4 +1,4 @@
-"""What a technique is given and gives: batches, views of them, and what the network said of these.
+"""The interface of a technique: its base class, and the batches, views and outputs that its hooks take and return.
 
 Shapes: x (B,3,H,W) images, f (B,C,h,w) feature maps, z (B,K) logits, y (B,) labels."""
 
@@ -43,7 +43,7 @@ class Batch:
 
 @dataclass(slots=True)
 class View:
-    """A copy of the batch that the network sees beside the main one."""
+    """A variant of the batch that goes through the network beside the main one."""
 
     name: str
     x: Tensor  # (V,3,H,W)
@@ -52,26 +52,26 @@ class View:
     classifies: bool = True
     bn: Literal["shared", "own"] = "shared"  # shared: one forward with the clean images; own: its batch statistics
     gated: bool = True  # whether gates act on it
-    stage: Literal["before", "after"] = "before"  # before: made from the batch; after: from what the network said of it
+    stage: Literal["before", "after"] = "before"  # before: made from the batch; after: from the network's outputs
 
 
 def _no_maps(features: Tensor, target: Target, method: Any, size: Sequence[int]) -> Tensor:
-    raise FgvcError("an output that was made by hand has no class maps")
+    raise FgvcError("an output that was built without a mapper has no class maps")
 
 
 @dataclass(slots=True)
 class Output:
-    """What a network said about one view."""
+    """Outputs of a network for one view."""
 
     view: View
     features: Tensor  # (V,C,h,w) or the backbone's own layout: output of forward_features
     logits: Tensor  # (V,K)
-    hooked: Mapping[str, Tensor] = field(default_factory=dict)  # what the modules that techniques hook gave, this view's rows
+    hooked: Mapping[str, Tensor] = field(default_factory=dict)  # outputs of the hooked modules, this view's rows
     mapper: Callable[[Tensor, Target, Any, Sequence[int]], Tensor] = _no_maps  # that network's fgvc.models.class_maps.Mapper
     _maps: dict[str, Tensor] = field(default_factory=dict)
 
     def map(self, method: str) -> Tensor:
-        """(V,h,w) float32, detached: the map of each sample's class (of most weight). Made once, whoever asks."""
+        """Class map (V,h,w) float32, detached, of each sample's class (of most weight). Computed once a method."""
         if method not in self._maps:
             self._maps[method] = self.mapper(self.features, self.view.target, method, self.view.x.shape[2:])
         return self._maps[method]
@@ -81,14 +81,16 @@ Maps = Callable[
     [np.ndarray, Any, "Callable[[Tensor, np.ndarray], Tensor]", int],
     "Iterator[tuple[np.ndarray, np.ndarray, Tensor]]",
 ]
-"""Rows of the index, a method of pytorch-grad-cam, what to do to images (B,3,H,W) of rows (B,) first, images at a time ->
-rows (B,), which of them could be read (B,) bool, and the maps (R,H,W) in [0,1] of those: of the whole image and its label,
-by the net as it is."""
+"""Class maps of training images, by the net as it is, of the whole image and its label.
+
+Takes rows of the index, a method of pytorch-grad-cam, a change to images (B,3,H,W) of rows (B,) before their forward, and the
+images a forward. Yields rows (B,), which of them could be read (B,) bool, and the maps (R,H,W) in [0,1] of those.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class EpochStart:
-    """What a technique may know and do before an epoch, the first one of a resumed session included."""
+    """State of a run before an epoch, and services for a technique to prepare by; before the first of a resumed session too."""
 
     number: int  # of the epoch, from 0
     epochs: int
@@ -100,36 +102,36 @@ class EpochStart:
     losses: Sequence[float]  # base loss of every epoch so far, the same on all ranks
     colour: tuple[int, int, int]  # the mean colour that the normalisation assumes
     maps: Maps
-    first: Callable[[Callable[[], None]], None]  # do something on rank 0, while the others wait
-    say: Callable[[str], None]
-    # The same for runs whose loaders give the same images in this epoch; None: nobody can say.
+    first: Callable[[Callable[[], None]], None]  # call something on rank 0, while the others wait
+    say: Callable[[str], None]  # one line in the run's log
+    # A key that is the same for runs whose loaders give the same images in this epoch; None: that can't be told.
     replays: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """All that is random or scheduled in one step, fixed before the forward so that nothing in it depends on the order
-    of calls (recomputation under activation checkpointing and SAM's second pass read the same numbers)."""
+    """All that is random or scheduled in one step, fixed before the forward so that nothing depends on the order of calls:
+    recomputation under activation checkpointing and SAM's second pass read the same numbers."""
 
-    progress: float  # share of the whole schedule that is done, in [0, 1)
-    of: Mapping[str, Any] = field(default_factory=dict)  # by technique: whatever its `draw` returned
+    progress: float  # share of the training that is done, in [0, 1)
+    of: Mapping[str, Any] = field(default_factory=dict)  # by technique: the value of its `draw`
     state: dict[str, dict[str, Any]] = field(default_factory=dict)  # by technique: see `Context.state`
 
 
 class Technique:
-    """What adds to training and leaves the deployed graph as it is.
+    """Base class of a technique: an addition to training that leaves the deployed graph as it is.
 
-    A subclass says what it is by the attributes below, and overrides the hooks that it needs. The order of a step is `on_batch`,
+    A subclass describes itself by the attributes below, and overrides the hooks that it needs. The order of a step is `on_batch`,
     `views`, the forward, `views_after`, `losses`, the update, `after_step`. A public method that is no hook is an error when the
     class is made: it would be a hook with a slip in its name, which nobody calls. docs/techniques.md walks through one.
     """
 
     source: ClassVar[str] = ""  # the paper
     forwards: ClassVar[str] = "0"  # what it adds to a step, in forwards of the backbone
-    leaves: ClassVar[str] = "nothing"  # what is left in the deployed graph's weights
+    leaves: ClassVar[str] = "nothing"  # what it leaves in the deployed graph's weights
     measures: tuple[str, ...] = ()  # terms of `losses` that are reported and not minimised
     weights: Mapping[str, Scheduled] = {}  # term of `losses` -> its weight
-    remembers_images: bool = False  # whether what it keeps from epoch to epoch is by row of the set
+    remembers_images: bool = False  # whether its state from epoch to epoch is by row of the image index
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -137,62 +139,66 @@ class Technique:
             if callable(value) and not name.startswith("_") and not hasattr(Technique, name):
                 near = nearest(name, HOOKS)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(HOOKS)}"
-                raise TypeError(f"{cls.__name__}.{name}: no hook of a technique; {hint} What is its own begins with _")
+                raise TypeError(f"{cls.__name__}.{name}: no hook of a technique; {hint} Its own methods begin with _")
 
     def setup(self, plan: Plan) -> None:
-        """Once, when the net is built: hooks, gates, added and replaced modules, notes for the user. Raises FgvcError, naming the
-        technique, where this backbone or input can't have it."""
+        """Attach to the net, once, when it is built: hooks, gates, added and replaced modules, notes for the user.
+
+        Raises FgvcError, naming the technique, where this backbone or input can't have it.
+        """
 
     def before_epoch(self, start: EpochStart) -> None:
-        """At the start of every epoch, that of a resumed session included."""
+        """Prepare an epoch; called before each, the first of a resumed session included."""
 
     def on_sample(self, image: NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
-        """In the worker: the whole image (H,W,3) of a row of the index, before it is cropped."""
+        """Change the whole image (H,W,3) of a row of the index before it is cropped; called in the loader's workers."""
         return image
 
     def mixes(self, progress: float) -> float:
-        """The share of the steps at `progress` in [0,1) in which it mixes images and their labels. It draws in those steps
-        only (`Context.draw` is None in the others), and no other that mixes does."""
+        """Share of the steps at `progress` in [0,1) in which it mixes images and their labels.
+
+        It draws in those steps only (`Context.draw` is None in the others), and no other technique that mixes does.
+        """
         return 0.0
 
     def draw(self, rng: np.random.Generator, batch: Batch) -> Any:
-        """All that is random in a step, from a stream of its own; later `Context.draw`."""
+        """Draw all that is random in a step, from a stream of its own; later `Context.draw`."""
         return None
 
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
-        """The batch of the main view, changed: `x` and `target`."""
+        """Change the batch of the main view: `x` and `target`."""
         return batch
 
     def views(self, batch: Batch, ctx: Context) -> list[View]:
-        """More views, from the batch."""
+        """Add views made from the batch."""
         return []
 
     def views_after(self, batch: Batch, outputs: Mapping[str, Output], ctx: Context) -> list[View]:
-        """More views, from what the network said; with batch statistics of their own (bn="own")."""
+        """Add views made from the network's outputs; with batch statistics of their own (bn="own")."""
         return []
 
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
-        """Terms by name, each a scalar: those of `weights` are minimised, those of `measures` reported."""
+        """Compute terms by name, each a scalar: those of `weights` are minimised, those of `measures` reported."""
         return {}
 
     def after_step(self, ctx: Context) -> None:
-        """After the update: statistics that follow the features, maps for the next epoch."""
+        """Update statistics that follow the features, or maps for the next epoch; called after the optimizer's step."""
 
     def refine(self, output: Output, ctx: Context) -> Tensor:
-        """For an evaluation in two passes: the images (B,3,H,W) again, as cropped to what it attends to."""
+        """Crop the images (B,3,H,W) to what it attends to, for an evaluation in two passes."""
         return output.view.x
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on must know."""
+        """State that a resumed run needs."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
 
 
 HOOKS = tuple(name for name, value in vars(Technique).items() if callable(value) and not name.startswith("_"))
 
 
 def overrides(technique: Technique, hook: str) -> bool:
-    """Whether a technique does something in this hook."""
+    """Whether a technique implements this hook."""
     return getattr(type(technique), hook, None) is not getattr(Technique, hook)

@@ -1,4 +1,4 @@
-"""Which convolutions of a backbone grow branches, and what the user is told of the rest."""
+"""Adding branches to the selected convolutions of a backbone, and notes on those left alone."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from fgvc.reparam.replace import Block
 from fgvc.techniques.plan import Plan
 from fgvc.techniques.settings import ConvSelection
 
-SHOWN = 4  # names listed of those left alone for one reason
+SHOWN = 4  # names listed of the convolutions left alone for one reason
 
 
-def graft_chosen(
+def add_branches(
     plan: Plan, where: ConvSelection, make: Callable[[nn.Conv2d, nn.Module | None], Branched], *, smallest: int = 3
 ) -> None:
-    """Graft what `make` gives onto every convolution that is chosen and can be folded back, and note all others.
+    """Replace every selected convolution that can be folded back by the block that `make` returns, and note all others.
 
     `make` takes the convolution and the batch norm behind it. `smallest`: the least side of a kernel. Raises FgvcError
-    where a pattern fits no convolution, nothing can be replaced, or another technique was there first.
+    where a pattern fits no convolution, nothing can be replaced, or another technique has replaced one already.
     """
     names = [site.name for site in plan.sites] + list(plan.refused)
-    chosen = _chosen(plan.kind, where, names)
-    left = {name: reason for name, reason in plan.refused.items() if name in chosen}
-    left |= dict.fromkeys((name for name in names if name not in chosen), "not selected by include and exclude")
-    _refuse_taken(plan, chosen)
-    grown: dict[str, list[str]] = {}
+    selected = _select(plan.kind, where, names)
+    unchanged = {name: reason for name, reason in plan.refused.items() if name in selected}
+    unchanged |= dict.fromkeys((name for name in names if name not in selected), "not selected by include and exclude")
+    _refuse_replaced(plan, selected)
+    sites_by_branches: dict[str, list[str]] = {}
     for site in plan.sites:
-        if site.name not in chosen:
+        if site.name not in selected:
             continue
         conv = plan.module(site.name)
         if reason := refusal(conv, smallest):  # type: ignore[arg-type]
-            left[site.name] = reason
+            unchanged[site.name] = reason
             continue
         block = make(conv, plan.module(site.norm) if site.norm else None)  # type: ignore[arg-type]
         plan.replace(site, block)
-        grown.setdefault(", ".join(block.branches), []).append(site.name)
-    if not grown:
+        sites_by_branches.setdefault(", ".join(block.branches), []).append(site.name)
+    if not sites_by_branches:
         raise FgvcError(
             f"techniques.{plan.kind}: no convolution of this backbone can take its branches "
-            f"({'; '.join(_grouped(left)) or 'it has none'}); remove techniques.{plan.kind} or choose another backbone"
+            f"({'; '.join(_grouped(unchanged)) or 'it has none'}); remove techniques.{plan.kind} or choose another backbone"
         )
-    for branches, sites in grown.items():
+    for branches, sites in sites_by_branches.items():
         plan.note(f"{len(sites)} of {len(names)} convolutions grew branches: {branches}")
-    for line in _grouped(left):
+    for line in _grouped(unchanged):
         plan.note(f"left alone: {line}")
 
 
-def _chosen(kind: str, where: ConvSelection, names: list[str]) -> set[str]:
+def _select(kind: str, where: ConvSelection, names: list[str]) -> set[str]:
     for key, patterns in (("include", where.include), ("exclude", where.exclude)):
         for pattern in patterns:
             if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
@@ -63,12 +63,12 @@ def _chosen(kind: str, where: ConvSelection, names: list[str]) -> set[str]:
     return {name for name in included if not _fits(name, where.exclude)}
 
 
-def _refuse_taken(plan: Plan, chosen: set[str]) -> None:
-    taken = [site.name for site in plan.sites if site.name in chosen and isinstance(plan.module(site.name), Block)]
-    if taken:
+def _refuse_replaced(plan: Plan, selected: set[str]) -> None:
+    replaced = [site.name for site in plan.sites if site.name in selected and isinstance(plan.module(site.name), Block)]
+    if replaced:
         raise FgvcError(
-            f"techniques.{plan.kind}: {len(taken)} of its convolutions were replaced by another technique already: "
-            f"{_listed(taken)}; keep the two apart with include and exclude, or remove one"
+            f"techniques.{plan.kind}: {len(replaced)} of its convolutions were replaced by another technique already: "
+            f"{_listed(replaced)}; keep the two apart with include and exclude, or remove one"
         )
 
 
@@ -76,10 +76,10 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _grouped(left: dict[str, str]) -> list[str]:
-    """One line a reason, with its first few names."""
+def _grouped(unchanged: dict[str, str]) -> list[str]:
+    """One line for each reason, with its first few names."""
     by_reason: dict[str, list[str]] = {}
-    for name, reason in left.items():
+    for name, reason in unchanged.items():
         by_reason.setdefault(reason, []).append(name)
     return [f"{len(names)} ({reason}): {_listed(names)}" for reason, names in by_reason.items()]
 

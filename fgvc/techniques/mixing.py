@@ -1,4 +1,4 @@
-"""What the mixing techniques share: who is mixed with whom, boxes, and targets of exact shares."""
+"""Shared code of the mixing techniques: drawing partners, pasting boxes, and targets of exact shares."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from typing_extensions import override
 from fgvc.config.technique import Mixing
 from fgvc.models.target import Target
 from fgvc.techniques.api import Batch, Technique
+from fgvc.techniques.boxes import area_share, inside
 
-Part = tuple[Tensor | None, Tensor]
-"""Which rows (B,) int64 a share comes from, None: the images' own; and the share (B,) float32."""
+Source = tuple[Tensor | None, Tensor]
+"""Rows (B,) int64 of a share's images, None: the image's own; and the share (B,) float32."""
 
 
 class MixingTechnique(Technique):
-    """One that mixes images and their labels, in the share of the steps that its settings name; a subclass narrows `config`."""
+    """Base class of techniques that mix images and their labels, in the share of the steps that their settings name.
+
+    A subclass narrows `config`.
+    """
 
     config: Mixing
 
@@ -34,7 +38,7 @@ class MixingTechnique(Technique):
 
 
 def partners(rng: np.random.Generator, labels: Tensor, pairing: Literal["any", "other_class"]) -> Tensor:
-    """(B,) int64: a permutation of the batch; of another class: rows drawn alike from all that have another label."""
+    """Draw a partner (B,) int64 for each row: a permutation of the batch, or uniformly among the rows of another label."""
     count = len(labels)
     if pairing == "any":
         return torch.from_numpy(rng.permutation(count))
@@ -42,67 +46,40 @@ def partners(rng: np.random.Generator, labels: Tensor, pairing: Literal["any", "
     return torch.from_numpy((rng.random((count, count)) - (y[:, None] == y)).argmax(1))
 
 
-def draws(batch: Batch, per: Literal["batch", "sample"]) -> int:
-    """How many draws a step needs: 1, or B."""
+def draw_count(batch: Batch, per: Literal["batch", "sample"]) -> int:
+    """Number of draws that a step needs: 1, or B."""
     return 1 if per == "batch" else len(batch.labels)
 
 
-def draw_boxes(rng: np.random.Generator, share: np.ndarray, size: tuple[int, int], *, least: int = 0) -> Tensor:
-    """(n,4) int64 top, left, bottom, right for shares (n,) in [0,1] of an image of `size`: sides sqrt(share) of the image's,
-    of `least` pixels or more; the centre anywhere, what reaches outside is cut off (CutMix, arXiv:1905.04899, Eq. 2)."""
-    sides = np.maximum(np.rint(np.sqrt(share)[:, None] * size), least).astype(np.int64)
-    return boxes_around(torch.from_numpy(rng.integers(0, size, (len(share), 2))), torch.from_numpy(sides), size)
-
-
-def boxes_around(centres: Tensor, sides: Tensor, size: tuple[int, int]) -> Tensor:
-    """(n,4) int64 top, left, bottom, right, cut off at the edges, from centres and sides (n,2) int64, down and across."""
-    first, bound = centres - sides // 2, torch.tensor(size, device=centres.device)
-    return torch.cat([first.clamp(min=0), torch.minimum(first + sides, bound)], dim=1)
-
-
-def inside(box: Tensor, size: tuple[int, int]) -> Tensor:
-    """(n,1,H,W) bool: what lies in boxes (n,4)."""
-    y, x = (torch.arange(side, device=box.device) for side in size)
-    top, left, bottom, right = box.unbind(1)
-    rows = (y >= top[:, None]) & (y < bottom[:, None])
-    columns = (x >= left[:, None]) & (x < right[:, None])
-    return (rows[:, :, None] & columns[:, None])[:, None]
-
-
-def share_of(box: Tensor, size: tuple[int, int]) -> Tensor:
-    """(n,) float32: the share of the image that boxes (n,4) cover, exactly."""
-    return ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])).float() / (size[0] * size[1])
-
-
 def pasted(x: Tensor, source: Tensor, *, to: Tensor, of: Tensor) -> Tensor:
-    """x (B,3,H,W) with what `source` has in its boxes `of`, bilinearly resized, in the boxes `to`; both (1,4) or (B,4), none
-    empty. As torch's `interpolate` of each piece: nothing outside of the piece leaks into it."""
+    """Paste the pieces in boxes `of` of `source`, bilinearly resized, into boxes `to` of x (B,3,H,W); both (1,4) or (B,4) int64,
+    none empty. As torch's `interpolate` of each piece: nothing outside of the piece leaks into it."""
     size = (x.shape[2], x.shape[3])
     grid = []
     for axis, side in enumerate(size):
         at = torch.arange(side, device=x.device) + 0.5
-        (start, end), (first, last) = ((b[:, axis, None], b[:, axis + 2, None]) for b in (to, of))
-        seen = first + (at - start) * ((last - first) / (end - start))
+        (start, end), (first, last) = ((box[:, 1 - axis, None], box[:, 3 - axis, None]) for box in (to, of))
+        place = first + (at - start) * ((last - first) / (end - start))
         # Continuous coordinates: the middle of the piece's first pixel is at first + 0.5.
-        grid.append(2 * seen.clamp(first + 0.5, last - 0.5) / side - 1)
+        grid.append(2 * place.clamp(first + 0.5, last - 0.5) / side - 1)
     rows, columns = grid
     where = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=-1).to(x.dtype)
     moved = F.grid_sample(source, where.expand(len(x), -1, -1, -1), align_corners=False, padding_mode="border")
-    return torch.where(inside(to, size), moved, x)
+    return torch.where(inside(to[:, None], size)[:, None], moved, x)
 
 
 def boxes_of_partners(batch: Batch, box: Tensor, order: Tensor) -> Batch:
-    """Each image with what its partner `order` (B,) has in the boxes (1 or B,4), at the same place; labels by exact area."""
+    """Paste the boxes (1 or B,4) of each image's partner `order` (B,) into it, at the same place; labels by exact area."""
     size = (batch.x.shape[2], batch.x.shape[3])
-    theirs = share_of(box, size).expand(len(order))
-    x = torch.where(inside(box, size), batch.x[order], batch.x)
+    theirs = area_share(box, size).expand(len(order))
+    x = torch.where(inside(box[:, None], size)[:, None], batch.x[order], batch.x)
     return replace(batch, x=x, target=mixed_target(batch.target, [(None, 1 - theirs), (order, theirs)]))
 
 
-def mixed_target(target: Target, parts: Sequence[Part]) -> list[tuple[Tensor, Tensor]]:
-    """The labels of images that were mixed of others, each with its share; the target may be mixed already."""
+def mixed_target(target: Target, sources: Sequence[Source]) -> list[tuple[Tensor, Tensor]]:
+    """Target of images that were mixed of others: the labels of each, by its share; `target` may be mixed already."""
     return [
         ((y if order is None else y[order]), share if w is None else (w if order is None else w[order]) * share)
-        for order, share in parts
+        for order, share in sources
         for y, w in target
     ]

@@ -1,6 +1,6 @@
-"""Where a technique may touch the network, and nowhere else: hook, gate, add, replace (docs/design.md).
+"""The only ways by which a technique may touch the network: hook, gate, add, replace (docs/design.md).
 
-`Plan` is offered during setup only; `Context` gives the services of one step. Both are scoped to one technique.
+`Plan` is for the setup alone, `Context` for one step. Both belong to one technique.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Gate = Callable[[Tensor, "Context"], Tensor]
 
 @dataclass(slots=True)
 class Attachments:
-    """What all techniques together asked for: read by the step, stripped at export."""
+    """All that the techniques of a net attach to it: read by the step, stripped at export."""
 
     net: nn.Module
     size: tuple[int, int]
@@ -47,13 +47,13 @@ class Attachments:
     _shapes: tuple[tuple[int, int, int], int] | None = None
 
     def sites(self) -> tuple[list[Site], dict[str, str]]:
-        """Found once, on the plain net: replacing one does not hide sites from each other."""
+        """Replaceable convolutions, and why others are not; looked for once, on the plain net, before any is replaced."""
         if self._sites is None:
             self._sites = find_sites(self.net, self.size)
         return self._sites
 
     def shapes(self) -> tuple[tuple[int, int, int], int]:
-        """(C,h,w) of the feature map and the width of the pooled features, from one forward of zeros."""
+        """Shape (C,h,w) of the feature map and width of the pooled features, from one forward of zeros."""
         if self._shapes is None:
             features, pooled = zeros_through(self.net, self.size, pre_logits=True)
             _, channels, height, width = feature_map(self.net, features, self.size).shape
@@ -62,7 +62,7 @@ class Attachments:
 
 
 class Plan:
-    """The setup-time view that one technique has of the network. Every refusal is an FgvcError that names the technique."""
+    """View of the network for one technique, during its setup. Every refusal is an FgvcError that names the technique."""
 
     def __init__(self, kind: str, attachments: Attachments) -> None:
         self.kind, self._attachments = kind, attachments
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def refused(self) -> dict[str, str]:
-        """Convolutions that can't, and why."""
+        """Convolutions that can't be replaced, and why."""
         return self._attachments.sites()[1]
 
     @property
@@ -88,12 +88,12 @@ class Plan:
 
     @property
     def map_shape(self) -> tuple[int, int, int]:
-        """(C,h,w) of what `Context.grid` gives. Raises FgvcError where the features are no map."""
+        """Shape (C,h,w) of what `Context.grid` returns. Raises FgvcError where the features are no map."""
         return self._attachments.shapes()[0]
 
     @property
     def pooled_width(self) -> int:
-        """D of what `Context.pooled` gives."""
+        """Width D of what `Context.pooled` returns."""
         return self._attachments.shapes()[1]
 
     def module(self, name: str) -> nn.Module:
@@ -128,7 +128,7 @@ class Plan:
         return int(list(self._attachments.net.feature_info)[number]["num_chs"])  # type: ignore[arg-type]
 
     def shape_at(self, module: str) -> tuple[int, int, int]:
-        """(C,h,w) of what `Context.grid` makes of this module's output, or of FEATURES. Raises FgvcError where that is no map."""
+        """Shape (C,h,w) of `Context.grid` of this module's output, or of FEATURES. Raises FgvcError where that is no map."""
         with torch.no_grad(), self._noise_through(module) as (f, _):
             _, channels, height, width = self._map(module, f).shape
         return channels, height, width
@@ -140,20 +140,22 @@ class Plan:
             raise FgvcError(f"techniques.{self.kind}: {module}: {error}") from error
 
     def norms_after(self, module: str) -> int:
-        """Batch norms that come behind a module, in the order of registration."""
+        """Number of batch norms after a module, in the order of registration."""
         behind = modules_behind(self._attachments.net, module)
         return sum(isinstance(other, nn.modules.batchnorm._BatchNorm) for other in behind)
 
     def cells(self, stage: int | Literal["features"]) -> str:
-        """The name of a stage, or FEATURES, for a gate on the cells of its map. Raises FgvcError where these are no map, or
-        the classifier does not read them."""
+        """Name of a stage, or FEATURES, for a gate on the cells of its map.
+
+        Raises FgvcError where these are no map, or the classifier does not read them.
+        """
         name, net = self.stage(stage), self._attachments.net
         with torch.enable_grad(), self._noise_through(name) as (f, features):
             self.need_cells(self._map(name, f).shape[2:])
-            read = net.forward_head(features, pre_logits=True)  # type: ignore[operator]
+            pooled = net.forward_head(features, pre_logits=True)  # type: ignore[operator]
             # Not of the plain sum: a layer norm's has no gradient.
-            signs = torch.linspace(-1, 1, read.numel(), device=read.device).view_as(read)
-            (gradient,) = torch.autograd.grad((read * signs).sum(), f, allow_unused=True)
+            signs = torch.linspace(-1, 1, pooled.numel(), device=pooled.device).view_as(pooled)
+            (gradient,) = torch.autograd.grad((pooled * signs).sum(), f, allow_unused=True)
             if gradient is None or not feature_map(net, gradient, self.size).abs().max() > 0:
                 raise FgvcError(
                     f"techniques.{self.kind}: the classifier of a {type(net).__name__} does not read the map at {name} "
@@ -162,7 +164,7 @@ class Plan:
         return name
 
     def need_cells(self, cells: Sequence[int]) -> None:
-        """Raises FgvcError where a map of these sides is one cell: all of it is the most, and nothing is more than the rest."""
+        """Refuse a map of these sides if it is one cell: there no place stands out. Raises FgvcError."""
         if max(cells) == 1:
             height, width = self.size
             raise FgvcError(
@@ -171,16 +173,16 @@ class Plan:
             )
 
     def can_be_negative(self, module: str) -> bool:
-        """Whether this module (or forward_features) gives values below 0, by a forward of noise."""
+        """Whether this module (or forward_features) returns values below 0, by a forward of noise."""
         with torch.no_grad(), self._noise_through(module) as (f, _):
             return bool((f < 0).any())
 
     @contextmanager
     def _noise_through(self, module: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """What this module (or forward_features) gives for two images of noise in eval mode, and the features."""
-        net, seen = self._attachments.net, []
-        hooked = [] if module == FEATURES else [self.module(module)]
-        handles = [part.register_forward_hook(lambda _m, _x, f: seen.append(f)) for part in hooked]
+        """Output of this module (or of forward_features) for two images of noise in eval mode, and the features."""
+        net, outputs = self._attachments.net, list[Tensor]()
+        modules = [] if module == FEATURES else [self.module(module)]
+        handles = [m.register_forward_hook(lambda _m, _x, f: outputs.append(f)) for m in modules]
         rng, weight = torch.Generator().manual_seed(0), next(net.parameters())
         x = torch.randn(2, 3, *self.size, generator=rng).to(weight).requires_grad_(torch.is_grad_enabled())
         with evaluating(net):
@@ -189,9 +191,9 @@ class Plan:
             finally:
                 for handle in handles:
                     handle.remove()
-            if hooked and not seen:
+            if modules and not outputs:
                 raise FgvcError(f"techniques.{self.kind}: this backbone's forward never calls {module!r}")
-            yield (seen[0] if hooked else features), features
+            yield (outputs[0] if modules else features), features
 
     def hook(self, module: str) -> None:
         """Record this module's output in every forward: `Output.hooked[module]`."""
@@ -206,59 +208,63 @@ class Plan:
         self._attachments.gates.append((self.kind, module, gate))
 
     def add(self, name: str, module: nn.Module) -> None:
-        """A training-only module, later `ctx.branches[name]`."""
+        """Add a training-only module, later `ctx.branches[name]`."""
         branches = self._attachments.branches
-        own = branches[self.kind] if self.kind in branches else nn.ModuleDict()
-        branches[self.kind] = own
-        own.add_module(name, module)
+        modules = branches[self.kind] if self.kind in branches else nn.ModuleDict()
+        branches[self.kind] = modules
+        modules.add_module(name, module)
 
     def map(self, method: AnyMethod) -> Method:
-        """Which class map `Output.map` can be asked for; auto: the closed form where there is one, else gradcam. Raises
-        FgvcError where this backbone has none."""
+        """Method by which `Output.map` can compute class maps; auto: the closed form where there is one, else gradcam.
+
+        Raises FgvcError where this backbone has none.
+        """
         self.need_cells(self.map_shape[1:])
-        for wanted in ("cam", "gradcam") if method == "auto" else (method,):
-            if wanted not in self._attachments.refusals:
-                self._attachments.refusals[wanted] = refusal(self._attachments.net, self.size, wanted)
-            if (reason := self._attachments.refusals[wanted]) is None:
-                return wanted
+        for candidate in ("cam", "gradcam") if method == "auto" else (method,):
+            if candidate not in self._attachments.refusals:
+                self._attachments.refusals[candidate] = refusal(self._attachments.net, self.size, candidate)
+            if (reason := self._attachments.refusals[candidate]) is None:
+                return candidate
         raise FgvcError(f"techniques.{self.kind}: no {method} map: {reason}")
 
     def render(self, scale: float) -> None:
-        """Have the crops rendered at this many times the input's side or more: `Batch.render`."""
+        """Render the crops at this many times the input's side or more: `Batch.render`."""
         self._attachments.render = max(self._attachments.render, scale)
 
     def teachers(self, wanted: Sequence[AnyTeacher]) -> list[Teacher]:
-        """Networks to learn from, opened; none where a trained net is only rebuilt, for which they may be gone. Raises
-        FgvcError for one that is not there, or can't teach these classes."""
+        """Open teachers; none where a trained net is only rebuilt, for which they may be gone.
+
+        Raises FgvcError for one that is not there, or can't teach these classes.
+        """
         opener = self._attachments.opener
         try:
-            found = [] if opener is None else [opener(one, self._attachments) for one in wanted]
+            teachers = [] if opener is None else [opener(settings, self._attachments) for settings in wanted]
         except FgvcError as error:
             raise FgvcError(f"techniques.{self.kind}.teachers: {error}") from error
-        self._attachments.teachers += found
-        return found
+        self._attachments.teachers += teachers
+        return teachers
 
     def replace(self, site: Site, block: nn.Module) -> None:
         """Replace a convolution by a block that folds back into it."""
         replace_conv(self._attachments.net, site, block)
 
     def note(self, text: str) -> None:
-        """One line for the user: what was done, what was left alone."""
+        """Add one line for the user: what was done, what was left alone."""
         self._attachments.notes.append(f"{self.kind}: {text}")
 
 
 def _no_probe(of: str) -> Output:
-    raise FgvcError(f"there is no {of} to ask outside of a training step")
+    raise FgvcError(f"there is no {of} to probe outside of a training step")
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
     """Read-only services of one step, for one technique."""
 
-    draw: Any  # what its own `draw` returned
+    draw: Any  # the value of its `draw`
     progress: float
     branches: Mapping[str, nn.Module]
-    # All three take features as forward_features gives them, and leave the running statistics of a norm in the head alone.
+    # All three take features as forward_features returns them, and leave the running statistics of a norm in the head alone.
     head: Callable[[Tensor], Tensor]  # -> logits (B,K), through the deployed head
     pooled: Callable[[Tensor], Tensor]  # -> (B,D), what the deployed head's last layer reads
     grid: Callable[..., Tensor]  # -> (B,C,h,w), whatever the layout; of images of this step's size, see `sized`
@@ -266,18 +272,20 @@ class Context:
     probe: Callable[[str], Output] = _no_probe
     batch: Batch | None = None  # the clean one, where there is a step
     scaled: Callable[[Tensor, Tensor], Tensor] = torch.mul  # features, (B,h,w) weights of cells -> features
-    again: bool = False  # a second pass over the same batch (SAM): what is noted for after_step was noted in the first
-    state: dict[str, Any] = field(default_factory=dict)  # of one hook for later ones of the step, its second pass included
-    cache: dict[str, Any] = field(default_factory=dict)  # of one hook for later ones of this pass alone, whose graph it may hold
+    second_pass: bool = False  # over the same batch (SAM): what after_step needs was collected in the first
+    state: dict[str, Any] = field(default_factory=dict)  # from one hook to later ones of the step, its second pass included
+    cache: dict[str, Any] = field(default_factory=dict)  # from one hook to later ones of this pass alone, whose graph it may hold
     shown: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
     def sized(self, size: Sequence[int]) -> Context:
-        """The same, for images of another size (height, width) than the step's."""
+        """This context for images of another size (height, width) than the step's."""
         return replace(self, grid=partial(self.grid, size=size))
 
     def show(self, name: str, maps: Tensor, x: Tensor | None = None) -> None:
-        """For previews and studies: what was found, (B,h,w) float in [0,1] or bool, on images x (B,3,H,W), None: those of
-        the main view. The first of a name in a step stays: gates speak once for every group of views."""
+        """Record maps (B,h,w), float in [0,1] or bool, on images x (B,3,H,W), for previews and studies; x None: the main view.
+
+        The first of a name in a step stays: gates are called once for every group of views.
+        """
         self.shown.setdefault(name, (x, maps.detach()))
 
 
@@ -289,9 +297,10 @@ def context_of(
     batch: Batch | None = None,
     *,
     size: Sequence[int] | None = None,
-    again: bool = False,
+    second_pass: bool = False,
 ) -> Context:
-    """`size`: of the images (height, width); None: the batch's, or where there is none, that of the plan."""
+    """Context of one technique for one step. `size`: of the images (height, width); None: the batch's, or without one, the
+    plan's."""
     branches = dict(attachments.branches[kind].named_children()) if kind in attachments.branches else {}
     size = size or (attachments.size if batch is None else batch.x.shape[2:])
 
@@ -309,6 +318,6 @@ def context_of(
         probe=probe,
         batch=batch,
         scaled=partial(scale_cells, attachments.net),
-        again=again,
+        second_pass=second_pass,
         state=draws.state.setdefault(kind, {}),
     )

@@ -17,7 +17,7 @@ FILLS = (
 
 
 class Region(Section):
-    """Which part of a map counts: above a threshold, within bounds of area."""
+    """Region of a map: above a threshold, within bounds of area."""
 
     rule: Literal["share", "quantile", "mean+std"] = Field(
         "share",
@@ -26,7 +26,7 @@ class Region(Section):
     value: float = Field(0.6, ge=0, description="see rule")
     area: tuple[float, float] = Field(
         (0.0, 0.3),
-        description="least and most share of the picture: the map's highest part of that size; of equal values all go or none",
+        description="least and most share of the picture: the map's highest region of that size; of equal values all go or none",
     )
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from fgvc.config.data import SPLITS
 from fgvc.config.images import Preprocess
 from fgvc.config.models import run_of
 from fgvc.config.recipe import Recipe
-from fgvc.config.techniques import chosen
+from fgvc.config.techniques import enabled_techniques
 from fgvc.config.training import Optim
 from fgvc.data.augment import Augmenter
 from fgvc.data.cache import DecodeCache
@@ -53,7 +53,7 @@ def training_index(recipe: Recipe, index: ImageIndex | None = None) -> ImageInde
     data do not have."""
     refuse_names(recipe)
     index = read_index(recipe) if index is None else index
-    for kind, config in chosen(recipe.techniques).items():
+    for kind, config in enabled_techniques(recipe.techniques).items():
         if not config.requires.boxes:
             continue
         if index.boxes is None:

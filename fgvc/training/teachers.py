@@ -33,7 +33,15 @@ from fgvc.techniques.distill.settings import (
     RunTeacher,
     TimmTeacher,
 )
-from fgvc.techniques.distill.teacher import ProbedNet, Teacher, TeacherOutput, conversion, digest, in_order, through
+from fgvc.techniques.distill.teacher import (
+    ProbedNet,
+    Teacher,
+    TeacherOutput,
+    conversion,
+    digest,
+    in_order,
+    teacher_output,
+)
 from fgvc.techniques.plan import Attachments
 
 Opened = Literal["to teach", "to time", "not"]
@@ -77,7 +85,7 @@ class TeacherLoader:
         average = attachments.average  # filled once the average is made, and changed in place by every step
         return Teacher(
             name="its own moving average",
-            answer=lambda x: through(average[0], x, maps=channels is not None),
+            forward=lambda x: teacher_output(average[0], x, maps=channels is not None),
             size=None,
             channels=channels,
             convert=lambda x: x,
@@ -178,12 +186,12 @@ class TeacherLoader:
         net.to(self.device).to(memory_format=layout)
 
         def answer(x: Tensor) -> TeacherOutput:
-            said = through(net, x.contiguous(memory_format=layout), maps=channels is not None)
+            said = teacher_output(net, x.contiguous(memory_format=layout), maps=channels is not None)
             return TeacherOutput(said.logits[:, order], said.features)
 
         return Teacher(
             name=f"{name}, {own.size[0]} x {own.size[1]} px",
-            answer=answer,
+            forward=answer,
             size=own.size,
             channels=channels,
             convert=conversion(student, own),
@@ -205,7 +213,7 @@ class TeacherLoader:
 
         return Teacher(
             name=f"{wanted.path} (a bundle), {own.size[0]} x {own.size[1]} px",
-            answer=answer,
+            forward=answer,
             size=own.size,
             channels=None,
             convert=conversion(student, own),

@@ -18,8 +18,8 @@ from torch.distributed import DistError
 
 from fgvc.config.recipe import Recipe
 from fgvc.data.loader import TrainBatch
-from fgvc.data.quality.stored import glance
-from fgvc.data.recipe import decide
+from fgvc.data.quality.stored import spot_check
+from fgvc.data.recipe import resolve_data
 from fgvc.errors import FgvcError
 from fgvc.evaluation.metrics import SMALLER_IS_BETTER
 from fgvc.evaluation.plot import plot_confusion, plot_curves
@@ -70,7 +70,7 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
     changed since. `recorded`: whatever has come to the set, as long as all of their files are there. A run that is finished by
     these settings stays as it is. Raises FgvcError for what the user can mend, KeyboardInterrupt after saving.
     """
-    recipe = decide(recipe)
+    recipe = resolve_data(recipe)
     _train(recipe, out, resume=resume, overwrite=overwrite, recorded=recorded)
     if not recipe.train.refit:
         return out
@@ -386,7 +386,7 @@ def _introduce(session: Session, events: Events) -> None:
     doubts = [*session.weights.doubts, *index.warnings]
     if session.batch < recipe.train.batch_size:
         doubts.append(f"train.batch_size: {recipe.train.batch_size} is more than there are: a step takes {session.batch} images")
-    doubts += glance(index, index.rows("train")) if session.runtime.main else []
+    doubts += spot_check(index, index.rows("train")) if session.runtime.main else []
     for doubt in doubts:
         events.say(f"WARNING: {doubt}")
     counts = ", ".join(f"{len(index.rows(split))} {split}" for split in ("train", "val", "test"))

@@ -149,7 +149,7 @@ NONSENSE = [
     ("cutout", {"holes": 5000}, "less than or equal to 64"),
     ("multiscale_head", {"stages": [-1]}, "two or more"),
     ("multiscale_head", {"stages": [-2, -1], "level": -3}, "not one of stages"),
-    ("box_head", {"box": 0}, "nothing finds the box"),
+    ("box_head", {"box": 0}, "nothing trains the box"),
     ("box_head", {"visible": 0}, "greater than 0"),
     ("distill", {"teachers": []}, r"give at least one, for example \[\{kind: run"),
     ("distill", {}, "asks the moving average of the weights, and there is no `ema:` section"),

@@ -19,13 +19,13 @@ from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import settings_by_kind
 from fgvc.errors import FgvcError
-from fgvc.exporting.onnx import Interface
-from fgvc.exporting.prove import compare_structure, export_onnx
+from fgvc.exporting.onnx import Interface, export_onnx
+from fgvc.exporting.proofs import compare_structure
 from fgvc.exporting.reference import independent_plain
 from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 NETS = {"cnn": "test_resnet", "vit": "test_vit"}
 KWARGS = {"cnn": {}, "vit": {"img_size": 64}}
@@ -141,7 +141,7 @@ def reference_of(backbone: str):
 @pytest.mark.parametrize("kind", settings_by_kind())
 def test_it_says_what_it_is(kind: str) -> None:
     config = settings_by_kind()[kind]
-    technique = made_of(config())
+    technique = build_technique(config())
     assert technique.source
     assert technique.forwards
     assert technique.leaves

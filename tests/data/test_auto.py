@@ -9,7 +9,7 @@ import pytest
 from fgvc.config.data import AutoData, CsvData, CubData, FolderData, Source
 from fgvc.config.loading import dump, load, override, validate
 from fgvc.config.recipe import Recipe
-from fgvc.data.recipe import decide
+from fgvc.data.recipe import resolve_data
 from fgvc.data.sources.auto import resolved
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
@@ -31,7 +31,7 @@ def test_the_cub_layout(boxed: Path, tmp_path: Path) -> None:
     assert found(boxed) == CubData(root=boxed)
     (tmp_path / "CUB_200_2011").symlink_to(boxed)  # as its archive unpacks
     assert found(tmp_path) == CubData(root=tmp_path / "CUB_200_2011")
-    with pytest.raises(FgvcError, match=r"test_fraction: .* has a test part"):
+    with pytest.raises(FgvcError, match=r"test_fraction: .* has a test split"):
         found(boxed, test_fraction=0.3)
 
 
@@ -55,7 +55,7 @@ def test_groups_of_photographs_in_a_row_are_for_class_folders(boxed: Path, tmp_p
         found(boxed, group_size=8)
     put(tmp_path, "1.jpg", "2.jpg")
     (tmp_path / "all.csv").write_text("path,label\n1.jpg,a\n2.jpg,b\n")
-    with pytest.raises(FgvcError, match=r"data.group_size: .*all.csv says itself"):
+    with pytest.raises(FgvcError, match=r"data.group_size: .*all.csv has the groups in a column"):
         found(tmp_path, group_size=8)
 
 
@@ -170,13 +170,13 @@ def test_one_folder_is_told_as_class_folders_are(tmp_path: Path) -> None:
 
 def test_a_recipe_holds_what_was_found(recipe_tree: dict, colours: Path, tmp_path: Path) -> None:
     override(recipe_tree, "data.kind=auto")
-    recipe = decide(validate(Recipe, recipe_tree, where="test"))
+    recipe = resolve_data(validate(Recipe, recipe_tree, where="test"))
     assert recipe.data == FolderData(root=colours)
     (tmp_path / "config.yaml").write_text(dump(recipe))
     assert "auto" not in (tmp_path / "config.yaml").read_text().split("image:")[0]
     assert load(Recipe, tmp_path / "config.yaml") == recipe
     assert "class folders in train/, val/, test/" in read_index(recipe).recognised
     with pytest.raises(FgvcError, match="no such|not there"):
-        decide(validate(Recipe, recipe_tree | {"data": {"kind": "auto", "root": str(tmp_path / "gone")}}, where="test"))
+        resolve_data(validate(Recipe, recipe_tree | {"data": {"kind": "auto", "root": str(tmp_path / "gone")}}, where="test"))
     kinds = Recipe.model_json_schema()["properties"]["data"]["discriminator"]["mapping"]
     assert set(kinds) == {"auto", "cub", "folder", "csv", "torchvision"}

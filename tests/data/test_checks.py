@@ -190,9 +190,9 @@ def test_what_the_weights_ask_for_makes_no_picture_odd(tmp_path, value):
     """A mean of 0 and a std of 1, which some of timm's weights ask for, are those of no images."""
     rows = [(0, i % 2, saved(drawn(i).point(value))) for i in range(8)]
     index = build(tmp_path, rows)
-    asked = Normalisation((0.0,) * 3, (1.0,) * 3, own=True)
+    asked = Normalisation((0.0,) * 3, (1.0,) * 3, from_weights=True)
     assert not [line for line in check(index, expected=asked).warnings if "normalisation" in line]
-    stated = replace(asked, own=False)
+    stated = replace(asked, from_weights=False)
     assert any("deploy.std" in line for line in check(index, expected=stated).warnings)
     said = check(index, expected=replace(stated, doubts=("std is in other units",))).warnings
     assert "std is in other units" in said
@@ -201,7 +201,7 @@ def test_what_the_weights_ask_for_makes_no_picture_odd(tmp_path, value):
 
 def test_pictures_unlike_photographs_are_odd_whatever_the_weights_ask_for(tmp_path):
     rows = [(0, i % 2, saved(drawn(i).point(lambda v: 200 + v // 8))) for i in range(8)]
-    asked = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), own=True)
+    asked = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), from_weights=True)
     said = "\n".join(check(build(tmp_path, rows), expected=asked).warnings)
     assert "red is 1." in said
     assert "lighter" in said
@@ -241,7 +241,7 @@ def test_what_is_no_file_is_unreadable_and_does_not_wait(tmp_path):
 def test_findings_are_lines_to_act_upon(tmp_path):
     rows = [(0, 0, picture(1)), (0, 1, picture(1)), (2, 1, b""), (2, 0, picture(3, (20, 90)))]
     report = check(build(tmp_path, rows), max_unreadable=1)
-    report = with_suspects(report, Suspects((Suspect(row=3, label=0, suggested=1, own=0.0123, other=0.9),), 1))
+    report = with_suspects(report, Suspects((Suspect(row=3, label=0, suggested=1, p_label=0.0123, p_suggested=0.9),), 1))
     lines = findings(report)
     assert all(tuple(line) == COLUMNS for line in lines)
     assert [(line["finding"], line["path"], line["split"], line["label"]) for line in lines] == [

@@ -17,11 +17,11 @@ from fgvc.data.quality.duplicates import (
     Fingerprints,
     alike,
     equal,
+    fingerprint,
     gathered,
     groups,
     joined,
     links,
-    print_of,
     unit,
 )
 
@@ -40,7 +40,7 @@ def again(image: Image.Image, quality: int = 90) -> Image.Image:
 def prints_of(images: list[Image.Image]) -> Fingerprints:
     prints = Fingerprints.empty(len(images))
     for row, image in enumerate(images):
-        prints.put(row, print_of(image))
+        prints.put(row, fingerprint(image))
     return prints
 
 
@@ -72,8 +72,8 @@ def test_a_photograph_stored_again_is_found(how: str) -> None:
 def test_the_hash_is_imagehashs_own() -> None:
     image = drawn(0)
     small = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    assert f"{print_of(image).hash:016x}" == str(imagehash.phash(small))
-    assert print_of(ImageOps.mirror(image)).hash.bit_count() == print_of(image).mirrored.bit_count()
+    assert f"{fingerprint(image).hash:016x}" == str(imagehash.phash(small))
+    assert fingerprint(ImageOps.mirror(image)).hash.bit_count() == fingerprint(image).mirrored.bit_count()
 
 
 def test_likeness_is_the_correlation_of_centred_channels() -> None:

@@ -114,7 +114,7 @@ def test_a_class_may_be_called_train(tmp_path):
             "test: classes that train/ has no images of: b, c",
         ),
         (["test/a/1.jpg", "val/a/1.jpg"], "has val/, test/ but no train/"),
-        (["train/a/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"], "two names for one part"),
+        (["train/a/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"], "two names for one split"),
         (["train/a/1.jpg", "extra/a/1.jpg"], "and also extra/"),
         (["a/readme.txt", "b/readme.txt"], r"2 class folders would end empty.*a/ \(.txt 1\)"),
         (["1.jpg", "2.jpg"], "no folders in it"),
@@ -192,7 +192,7 @@ def test_parts_within_the_classes_are_refused_and_not_mixed(tmp_path):
     """Whatever `classes` says: the test part would be drawn anew, with training images among it."""
     touch(tmp_path, *(f"{leaf}/{part}/1.jpg" for leaf in ("rust", "scab") for part in ("Training", "test")))
     for classes in (None, ["rust", "scab"]):
-        with pytest.raises(FgvcError, match=r"parts within its classes \(rust/Training/, rust/test/\).*kind=csv"):
+        with pytest.raises(FgvcError, match=r"split folders within its classes \(rust/Training/, rust/test/\).*kind=csv"):
             read_source(FolderData(root=tmp_path, classes=classes))
     touch(tmp_path / "days", "bus/test/1.jpg", "bus/may/1.jpg", "car/train/1.jpg")  # of one part, or of none
     assert read_source(FolderData(root=tmp_path / "days")).classes == ("bus", "car")

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from fgvc.config.data import CubData
-from fgvc.data.labels import first, reordered
+from fgvc.data.labels import first_classes, reordered
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
 
 
 def test_the_first_classes_keep_their_images_boxes_and_splits(boxed: Path) -> None:
     whole = read_source(CubData(root=boxed, val_fraction=0.25))
-    some = first(whole, 2)
+    some = first_classes(whole, 2)
     assert some.classes == whole.classes[:2]
     kept = [row for row in range(len(whole)) if whole.labels[row] < 2]
     assert len(some) == len(kept) == 48
@@ -30,7 +30,7 @@ def test_the_first_classes_keep_their_images_boxes_and_splits(boxed: Path) -> No
 
 def test_more_classes_than_there_are_is_refused(boxed: Path) -> None:
     with pytest.raises(FgvcError, match="data.first_classes: 4, and the data have 3"):
-        first(read_source(CubData(root=boxed)), 4)
+        first_classes(read_source(CubData(root=boxed)), 4)
 
 
 @pytest.mark.parametrize("form", ["json", "txt"])

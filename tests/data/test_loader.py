@@ -244,7 +244,7 @@ def test_bad_files_are_replaced_and_named_once(index: ImageIndex, workers: int) 
     source.close()
     bad = sorted((Path(error.path).name, error.reason) for batch in batches for error in batch.bad)
     assert bad == [("11.png", "empty"), ("3.png", "truncated")]
-    assert {Path(path).name for path in source.bad.found} == {"3.png", "11.png"}
+    assert {Path(path).name for path in source.bad.errors} == {"3.png", "11.png"}
     assert all(batch.images.shape == (4, 24, 32, 3) for batch in batches)
     rows = torch.cat([batch.index for batch in batches])
     assert not {3, 11} & set(rows.tolist())

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fgvc.data.index import ImageIndex
 from fgvc.data.quality.checks import check, findings
-from fgvc.data.quality.stored import glance
+from fgvc.data.quality.stored import spot_check
 
 SIDE = 40
 
@@ -62,7 +62,7 @@ def test_a_set_that_decodes_to_nothing_is_an_error(tmp_path, suffix, stored, wor
     assert [text for text in check(index).errors if "near copies" not in text], words
 
     assert any(re.search(words, text) for text in check(index).errors), check(index).errors
-    assert any(re.search(words, text) for text in glance(index, index.rows("train"))) or "12" in words
+    assert any(re.search(words, text) for text in spot_check(index, index.rows("train"))) or "12" in words
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_set_that_decodes_to_nothing_is_an_error(tmp_path, suffix, stored, wor
 def test_a_set_that_is_well_stored_is_none(tmp_path, suffix, stored):
     index = build(tmp_path, [stored(array) for array in ARRAYS], suffix)
     assert check(index).errors == ()
-    assert glance(index, index.rows("train")) == []
+    assert spot_check(index, index.rows("train")) == []
 
 
 def test_one_dark_picture_spoils_no_set(tmp_path):
@@ -107,7 +107,7 @@ def test_damaged_files_are_named_in_report_table_and_training(tmp_path):
     report = check(index)
     assert any("1 images are damaged, though they can be decoded: 6.jpg (its data end early" in w for w in report.warnings)
     assert [line["path"] for line in findings(report) if line["finding"] == "damaged"] == ["6.jpg"]
-    said = glance(index, np.arange(7))
+    said = spot_check(index, np.arange(7))
     assert len(said) == 1
     assert "of 7 images looked at: 1 images are damaged" in said[0]
 

@@ -25,8 +25,8 @@ def test_swapped_labels_come_first_with_their_true_class() -> None:
     found = suspects(x, given, rows=rows, families=np.arange(len(x))).listed
     assert {one.row - 1000 for one in found[:12]} == set(wrong.tolist())
     assert all(one.suggested == true[one.row - 1000] and one.label == given[one.row - 1000] for one in found[:12])
-    assert all(one.own < 0.5 < one.other for one in found[:12])
-    assert [one.own for one in found] == sorted(one.own for one in found)
+    assert all(one.p_label < 0.5 < one.p_suggested for one in found[:12])
+    assert [one.p_label for one in found] == sorted(one.p_label for one in found)
     assert found == suspects(x, given, rows=rows, families=np.arange(len(x))).listed
 
 

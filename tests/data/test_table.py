@@ -212,7 +212,7 @@ def test_rows_that_name_one_file_are_said(tmp_path):
     index = read_source(write(tmp_path, text, val_fraction=0))
     assert index.warnings == (
         "1 rows name an image again, with two labels: ./real//a.jpg (oak and ash); remove one of each",
-        "1 rows name an image again, with two parts: real/b.jpg (train and test); remove one of each",
+        "1 rows name an image again, with two splits: real/b.jpg (train and test); remove one of each",
     )
     index = read_source(write(tmp_path, "path,label\na.jpg,oak\na.jpg,oak\nb.jpg,ash\n", val_fraction=0, test_fraction=0))
     assert index.warnings == ("1 rows name an image again: a.jpg; remove them, unless it is to count twice",)

@@ -89,7 +89,7 @@ def test_the_same_file_in_two_classes_or_parts_is_said(tmp_path):
     assert "into two classes" in " ".join(read(root).warnings)
     root = touch(tmp_path / "two", "train/a/1.jpg", "train/b/1.jpg", "test/a/2.jpg")
     (root / "test" / "a" / "copy.jpg").symlink_to("../../train/a/1.jpg")
-    assert "into two parts" in " ".join(read(root).warnings)
+    assert "into two splits" in " ".join(read(root).warnings)
     store = touch(tmp_path / "store", "x.jpg")
     root = touch(tmp_path / "three", "a/1.jpg", "b/2.jpg")
     for place in ("a/x.jpg", "b/x.jpg"):

@@ -77,7 +77,7 @@ def test_it_is_told_whether_the_weights_ask_for_it(weighted: Recipe) -> None:
     ):
         found = normalisation(Recipe.model_validate(tree | {"deploy": deploy}))
         assert found is not None
-        assert (found.own, len(found.doubts)) == (own, doubts), deploy
+        assert (found.from_weights, len(found.doubts)) == (own, doubts), deploy
 
 
 def test_weights_out_of_reach_are_no_fault_of_the_data(recipe_tree: dict) -> None:

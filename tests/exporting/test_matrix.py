@@ -21,7 +21,7 @@ from fgvc.models.backbone import plain_model
 from fgvc.runs.step import StepModule
 from fgvc.techniques.acb.settings import AcbSettings
 from fgvc.techniques.api import Batch, Draws
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 SIZE, CLASSES = (64, 64), 10
 COLUMNS = (
@@ -48,7 +48,7 @@ def trained(backbone: str, kwargs: dict) -> tuple[torch.nn.Module, int]:
     torch.manual_seed(0)
     net = plain_model(backbone, CLASSES, kwargs)
     try:
-        step = StepModule(net, {"acb": made_of(AcbSettings())}, size=SIZE)
+        step = StepModule(net, {"acb": build_technique(AcbSettings())}, size=SIZE)
     except FgvcError:  # nothing to graft: a ViT, or a net that re-parameterises itself
         step = StepModule(plain_model(backbone, CLASSES, kwargs), {}, size=SIZE)
     step.train()

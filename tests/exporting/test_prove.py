@@ -15,7 +15,8 @@ from fgvc.config.exporting import Export
 from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import Interface, export_onnx, serialised
-from fgvc.exporting.prove import ProvedExport, compare_behaviour, compare_numbers, compare_structure, prove
+from fgvc.exporting.proofs import compare_behaviour, compare_numbers, compare_structure
+from fgvc.exporting.prove import ProvedExport, prove
 from fgvc.exporting.reference import independent_plain, randomise
 from fgvc.exporting.ties import degenerate, nudged
 from fgvc.exporting.verify import verify_bundle, verify_files

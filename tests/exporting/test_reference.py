@@ -11,7 +11,7 @@ import pytest
 
 from fgvc.exporting import reference
 from fgvc.exporting.onnx import Interface, serialised
-from fgvc.exporting.reference import KEPT, cached_plain, independent_plain
+from fgvc.exporting.reference import CACHED_GRAPHS, cached_plain, independent_plain
 
 WANTED: dict[str, Any] = {
     "backbone": "test_resnet",
@@ -22,7 +22,7 @@ WANTED: dict[str, Any] = {
 }
 
 
-ORDER = reference._order(**WANTED)
+REQUEST = reference._request(**WANTED)
 
 
 @pytest.fixture(autouse=True)
@@ -77,11 +77,11 @@ def test_what_is_damaged_is_made_anew(folder: Path, name: str, damage: str) -> N
 def test_a_few_are_kept_and_a_place_that_cannot_be_written_is_no_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made = reference._two_draws(ORDER)
-    monkeypatch.setattr(reference, "_two_draws", lambda order: made)
-    for classes in range(KEPT + 3):
+    made = reference._two_draws(REQUEST)
+    monkeypatch.setattr(reference, "_two_draws", lambda request: made)
+    for classes in range(CACHED_GRAPHS + 3):
         cached_plain(**WANTED | {"num_classes": classes})
-    assert len(list(folder.iterdir())) == KEPT
+    assert len(list(folder.iterdir())) == CACHED_GRAPHS
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cached_plain(**WANTED)[2] == "fresh"

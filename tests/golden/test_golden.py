@@ -23,7 +23,7 @@ from fgvc.config.exporting import Export
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.exporting.canonical import canonicalise
-from fgvc.exporting.prove import export_onnx
+from fgvc.exporting.onnx import export_onnx
 from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net

@@ -9,7 +9,7 @@ import pytest
 from timm.utils.misc import natural_key
 
 from fgvc.errors import FgvcError
-from fgvc.io.names import one_line, refuse_breaking, relabelled, result_names, sort_order_remark, told_apart
+from fgvc.io.names import distinct_names, label_differences, one_line, refuse_breaking, result_names, sort_order_remark
 
 
 def test_names_of_results_never_collide() -> None:
@@ -34,11 +34,11 @@ def test_one_line_stays_one_and_one_column() -> None:
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert told_apart([Path("runs/a/plain"), Path("runs/b/plain")]) == ["a/plain", "b/plain"]
-    assert told_apart([Path("x/plain"), Path("x/dcl")]) == ["plain", "dcl"]
-    assert told_apart([Path("p/a/run"), Path("q/a/run"), Path("q/b/run")]) == ["p/a/run", "q/a/run", "q/b/run"]
+    assert distinct_names([Path("runs/a/plain"), Path("runs/b/plain")]) == ["a/plain", "b/plain"]
+    assert distinct_names([Path("x/plain"), Path("x/dcl")]) == ["plain", "dcl"]
+    assert distinct_names([Path("p/a/run"), Path("q/a/run"), Path("q/b/run")]) == ["p/a/run", "q/a/run", "q/b/run"]
     monkeypatch.chdir(tmp_path)
-    assert told_apart([Path()]) == [tmp_path.name]
+    assert distinct_names([Path()]) == [tmp_path.name]
 
 
 @pytest.mark.parametrize("name", ["leaf\nrust", "leaf\trust", "leaf\x1b[31m", "leaf\u2029", "leaf\udce9"])
@@ -52,15 +52,15 @@ def test_other_names_of_classes_are_taken() -> None:
 
 
 def test_outputs_that_mean_other_classes_are_named() -> None:
-    assert relabelled(("a", "b"), ["a", "b"]) == []
-    (turned,) = relabelled(["a", "b", "c"], ["c", "b", "a"])
+    assert label_differences(("a", "b"), ["a", "b"]) == []
+    (turned,) = label_differences(["a", "b", "c"], ["c", "b", "a"])
     assert turned == "labels: 2 of 3 outputs mean another class, the first of them output 0: 'a' against 'c'"
-    (other,) = relabelled(["a", "b"], ["b", "c", "d"])
+    (other,) = label_differences(["a", "b"], ["b", "c", "d"])
     assert other == "labels: 2 classes against 3; those that the other lacks: a against c, d"
-    (subset,) = relabelled(["a", "b"], ["a"])
+    (subset,) = label_differences(["a", "b"], ["a"])
     assert subset.endswith("those that the other lacks: b against none")
     numbers = [str(n) for n in range(1, 13)]
-    (sorted_apart,) = relabelled(sorted(numbers), numbers)
+    (sorted_apart,) = label_differences(sorted(numbers), numbers)
     assert "output 1: '10' against '2'" in sorted_apart
     assert "sorted as text (1, 10, 11, 12, 2, ...)" in sorted_apart
 

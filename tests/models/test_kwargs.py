@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.config.exporting import Export
-from fgvc.exporting.onnx import Interface
-from fgvc.exporting.prove import compare_structure, export_onnx
+from fgvc.exporting.onnx import Interface, export_onnx
+from fgvc.exporting.proofs import compare_structure
 from fgvc.exporting.reference import independent_plain
 from fgvc.models.backbone import plain_model
 from fgvc.models.norms import running_norms

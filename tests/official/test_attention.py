@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from fgvc.techniques.attention_crop_drop.attention import BilinearAttention, pick
 from fgvc.techniques.attention_crop_drop.settings import SCALE
-from fgvc.techniques.masks import boxes, crop, erase, select
+from fgvc.techniques.boxes import boxes_of_masks, crop
+from fgvc.techniques.masks import erase, select
 from fgvc.techniques.settings import Region
 from tests.official.conftest import Arrays
 
@@ -144,7 +145,7 @@ def test_boxes_and_known_their_ends(what: str, official: Callable[[str], Arrays]
         box = a[f"{what}_{kind}_box"]
         if kind == "full":
             assert torch.equal(torch.stack([theirs_of(one, padding) for one in mask]), box)
-        ours = boxes(mask, padding)[:, [1, 0, 3, 2]]
+        ours = boxes_of_masks(mask, padding)[:, [1, 0, 3, 2]]
         assert 0 < (ours - box).abs().max() <= most + 1e-4
 
 
@@ -163,7 +164,7 @@ def test_pixels_of_a_crop_and_known_aligned_corners(what: str, kind: str, offici
     ours = crop(a["images"], box[:, [1, 0, 3, 2]], SIZE, pixels=SIZE)
     assert 0 < (ours - theirs).abs().max() <= 0.084
     theta, padding = thetas(a, what)
-    own = boxes(select(a[f"map_{kind}"][:, 0], SIZE, WHOLE, values=theta), padding)
+    own = boxes_of_masks(select(a[f"map_{kind}"][:, 0], SIZE, WHOLE, values=theta), padding)
     apart = (crop(a["images"], own, SIZE, pixels=SIZE) - theirs).abs().max()
     assert apart <= 0.475 or kind == "low"
     assert apart < 1.56

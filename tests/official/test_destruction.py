@@ -16,7 +16,7 @@ from fgvc.techniques.dcl.jigsaw import cut, draw_jigsaws, places
 from fgvc.techniques.dcl.settings import DclSettings
 from fgvc.techniques.dcl.technique import DESTROYED, MAIN
 from fgvc.techniques.plan import Context
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 from tests.official.conftest import Arrays
 
 
@@ -86,7 +86,7 @@ def test_classes_and_the_destroyed_head(head: str, official: Callable[[str], Arr
         draw=a["jigsaws"], progress=0.0, branches={"destroyed": own, "location": location}, head=lambda f: f,
         pooled=lambda f: f.mean((2, 3)), grid=lambda f, size=None: f,
     )  # fmt: skip
-    terms = made_of(DclSettings(grid=4, head=head)).losses(halves, ctx)
+    terms = build_technique(DclSettings(grid=4, head=head)).losses(halves, ctx)
     torch.testing.assert_close(terms["destroyed"].detach().double(), a[f"destroyed_loss_{kind}"], rtol=0, atol=8.4e-7)
     logits = torch.stack([half.logits for half in halves.values()], 1).flatten(0, 1)
     torch.testing.assert_close(logits.detach(), a["logits"], rtol=0, atol=1e-12)

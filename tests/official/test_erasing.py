@@ -15,7 +15,7 @@ from fgvc.techniques.adl.settings import AdlSettings
 from fgvc.techniques.api import Output, View
 from fgvc.techniques.masks import select
 from fgvc.techniques.plan import Context
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 from fgvc.techniques.settings import Region
 from tests.official.conftest import Arrays
 
@@ -46,7 +46,7 @@ def context(draw: object = None, branches: dict | None = None) -> Context:
 def erased(a: Arrays, area: tuple[float, float] | None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """ACoL's term, the cells that stay, and d(CE(A) + CE(B)) / d features."""
     settings = {} if area is None else {"region": {"value": a.number("threshold"), "area": area}}
-    technique = made_of(AcolSettings.model_validate({"map": "cam", **settings}))
+    technique = build_technique(AcolSettings.model_validate({"map": "cam", **settings}))
     technique._method = "cam"
     head, other = Head(a["weight_a"]), nn.Conv2d(8, 5, 1).double()
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_adl_weighs(official: Callable[[str], Arrays]) -> None:
 
 
 def gated(a: Arrays, *, drops: bool, threshold: float, **settings: object) -> tuple[Tensor, Tensor]:
-    technique = made_of(AdlSettings(drop_rate=1.0 if drops else 0.0, threshold=threshold, **settings))
+    technique = build_technique(AdlSettings(drop_rate=1.0 if drops else 0.0, threshold=threshold, **settings))
     draw = technique.draw(SimpleNamespace(random=lambda shape, dtype: torch.full(shape, 0.5).numpy()), None)  # type: ignore[arg-type]
     f = a["features"].clone().requires_grad_()
     y = technique._gate(0, f, context(draw))

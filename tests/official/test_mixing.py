@@ -12,13 +12,16 @@ from torch.nn import functional as F
 from fgvc.models.class_maps import cam
 from fgvc.models.loss import cross_entropy
 from fgvc.techniques.api import Batch, Output, View
-from fgvc.techniques.mixing import boxes_around, boxes_of_partners, inside, mixed_target, pasted, share_of
+from fgvc.techniques.boxes import area_share, boxes_around, inside
+from fgvc.techniques.mixing import boxes_of_partners, mixed_target, pasted
 from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.plan import Context
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 from fgvc.techniques.snapmix.settings import SnapmixSettings
 from fgvc.techniques.snapmix.technique import semantic
 from tests.official.conftest import Arrays
+
+XYXY = [1, 0, 3, 2]  # the recorded boxes are top, left, bottom, right
 
 
 def batch(x: Tensor, y: Tensor) -> Batch:
@@ -33,7 +36,7 @@ def context(draw: object, **services: object) -> Context:
 def test_mixup(official: Callable[[str], Arrays]) -> None:
     a = official("mixup")
     share = a["share"].repeat(6)
-    mixed = made_of(MixupSettings(alpha=1.0)).on_batch(batch(a["images"], a["labels"]), context((share, a["partners"])))
+    mixed = build_technique(MixupSettings(alpha=1.0)).on_batch(batch(a["images"], a["labels"]), context((share, a["partners"])))
     torch.testing.assert_close(mixed.x, a["mixed"], rtol=0, atol=4.4e-15)
     assert torch.equal(mixed.target[1][0], a["partner_labels"])
     z = a["logits"].clone().requires_grad_()
@@ -46,10 +49,10 @@ def test_mixup(official: Callable[[str], Arrays]) -> None:
 @pytest.mark.parametrize("draw", range(3))
 def test_cutmix(draw: int, official: Callable[[str], Arrays]) -> None:
     a = official("cutmix")
-    box = a["box"][draw][None]
+    box = a["box"][draw][None, XYXY]
     mixed = boxes_of_partners(batch(a["images"], a["labels"]), box, a["partners"][draw])
     assert torch.equal(mixed.x, a[f"mixed_{draw}"])
-    torch.testing.assert_close(1 - share_of(box, (16, 16))[0].double(), a["share"][draw], rtol=0, atol=1e-6)
+    torch.testing.assert_close(1 - area_share(box, (16, 16))[0].double(), a["share"][draw], rtol=0, atol=1e-6)
     logits = mixed.x.mean((2, 3)) @ a["head_weight"].T
     torch.testing.assert_close(logits, a["logits"][draw], rtol=0, atol=1e-6)
     torch.testing.assert_close(cross_entropy(logits, mixed.target).double(), a["loss"][draw], rtol=0, atol=9.2e-7)
@@ -61,13 +64,13 @@ def test_known_the_sides_of_cutmix_s_boxes(official: Callable[[str], Arrays]) ->
     size = a["box_size"]
     exact = (1 - a["box_share_drawn"]).sqrt()[:, None] * size
     sides = exact.round().long()
-    ours = boxes_around(a["box_centres"], sides, tuple(size.tolist()))
+    ours = boxes_around(a["box_centres"], sides, tuple(size.tolist()))[:, XYXY]
     assert int((ours - a["boxes"]).abs().max()) == 1
     theirs = exact.long() // 2 * 2
     alike = (sides == theirs).all(1)
     assert int(alike.sum()) == 18
     assert torch.equal(ours[alike], a["boxes"][alike])
-    assert torch.equal(boxes_around(a["box_centres"], theirs, tuple(size.tolist())), a["boxes"])
+    assert torch.equal(boxes_around(a["box_centres"], theirs, tuple(size.tolist()))[:, XYXY], a["boxes"])
 
 
 def of_draw(a: Arrays, draw: int, **settings: object) -> Batch:
@@ -75,9 +78,9 @@ def of_draw(a: Arrays, draw: int, **settings: object) -> Batch:
     output = Output(
         View("net", a["images"], [(a["labels"], None)]), a["features"], torch.zeros(6, 4), mapper=lambda *_: maps
     )
-    technique = made_of(SnapmixSettings(**settings))
+    technique = build_technique(SnapmixSettings(**settings))
     technique._method = "cam"
-    draws = a["box_to"][draw][None], a["box_of"][draw][None], a["partners"][draw]
+    draws = a["box_to"][draw][None, XYXY], a["box_of"][draw][None, XYXY], a["partners"][draw]
     return technique.on_batch(batch(a["images"], a["labels"]), context(draws, probe=lambda of: output))
 
 
@@ -112,8 +115,8 @@ def test_snapmix_s_pixels(draw: int, official: Callable[[str], Arrays]) -> None:
     a = official("snapmix")
     mixed, theirs = of_draw(a, draw).x, a[f"mixed_{draw}"]
     to, of = a["box_to"][draw], a["box_of"][draw]
-    (box,) = inside(to[None], (16, 16))
-    assert torch.equal(mixed[:, :, ~box[0]], theirs[:, :, ~box[0]])
+    (box,) = inside(to[None, None, XYXY], (16, 16))
+    assert torch.equal(mixed[:, :, ~box], theirs[:, :, ~box])
     source = a["images"][a["partners"][draw]]
     for aligned, wanted, atol in ((False, mixed, 3.5e-5), (True, theirs, 1e-12)):
         piece, by_hand = source[:, :, of[0] : of[2], of[1] : of[3]], a["images"].clone()
@@ -121,7 +124,7 @@ def test_snapmix_s_pixels(draw: int, official: Callable[[str], Arrays]) -> None:
         by_hand[:, :, to[0] : to[2], to[1] : to[3]] = F.interpolate(piece, size, mode="bilinear", align_corners=aligned)
         torch.testing.assert_close(by_hand, wanted, rtol=0, atol=atol)
     assert 0.01 < (mixed - theirs).abs().max() < 1
-    assert torch.equal(pasted(a["images"], source, to=to[None], of=of[None]), mixed)
+    assert torch.equal(pasted(a["images"], source, to=to[None, XYXY], of=of[None, XYXY]), mixed)
 
 
 def test_targets_of_a_mixed_batch_name_both(official: Callable[[str], Arrays]) -> None:

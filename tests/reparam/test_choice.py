@@ -11,7 +11,7 @@ from fgvc.errors import FgvcError
 from fgvc.reparam.block import Branched
 from fgvc.runs.step import StepModule
 from fgvc.techniques.plan import Attachments, Plan
-from fgvc.techniques.registry import build, made_of
+from fgvc.techniques.registry import build, build_technique
 
 KINDS = ("acb", "dbb", "repvgg", "overparam")
 
@@ -19,7 +19,7 @@ KINDS = ("acb", "dbb", "repvgg", "overparam")
 def set_up(net: nn.Module, kind: str, **settings: object) -> list[str]:
     """The notes of one technique."""
     attachments = Attachments(net, (64, 64))
-    made_of(settings_by_kind()[kind](**settings)).setup(Plan(kind, attachments))
+    build_technique(settings_by_kind()[kind](**settings)).setup(Plan(kind, attachments))
     return attachments.notes
 
 

@@ -37,7 +37,7 @@ def report(tmp_path: Path) -> Report:
         recognised="made by hand",
     )
     found = check(index, max_unreadable=1, expected=Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
-    return with_suspects(found, Suspects((Suspect(row=3, label=1, suggested=0, own=0.04, other=0.93),), 1))
+    return with_suspects(found, Suspects((Suspect(row=3, label=1, suggested=0, p_label=0.04, p_suggested=0.93),), 1))
 
 
 def test_all_findings_are_there_with_their_images(report: Report) -> None:

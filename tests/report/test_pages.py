@@ -48,7 +48,7 @@ def compared(pictures: Path, folder: Path) -> Path:
 
 def checked(pictures: Path, folder: Path) -> Path:
     index = read_source(FolderData(root=pictures, val_fraction=0, test_fraction=0.3))
-    report = with_suspects(check(index), Suspects((Suspect(row=1, label=0, suggested=1, own=0.04, other=0.93),), 1))
+    report = with_suspects(check(index), Suspects((Suspect(row=1, label=0, suggested=1, p_label=0.04, p_suggested=0.93),), 1))
     assert report.near
     assert report.unreadable
     assert report.tiny

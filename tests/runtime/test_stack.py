@@ -94,7 +94,7 @@ def test_all_missing_keys_are_named_and_impossible_ones_refused(lone: Path, tmp_
         ({}, "size, resize, crop_pct"),
         ({"sise": [8, 8]}, "did you mean 'size'"),
         (FED.model_dump() | {"mean": [124, 116, 104]}, "outside of 0..1"),
-        (FED.model_dump() | {"std": [0, 1, 1]}, "greater than 0"),
+        (FED.model_dump() | {"std": [0, 1, 1]}, "must be above 0"),
     ):
         path.write_text(json.dumps(tree))
         with pytest.raises(FgvcError, match=said):

@@ -161,7 +161,7 @@ def test_the_direct_way_answers_as_the_usual_one(shared: Service, monkeypatch: p
     both = []
     for direct in (True, False):
         if not direct:
-            monkeypatch.setattr(FastPathMiddleware, "_find", lambda self, scope: None)
+            monkeypatch.setattr(FastPathMiddleware, "_match", lambda self, scope: None)
         answers = []
         for path, body in asked:
             found = ask(shared, "POST", path, content=body)
@@ -206,7 +206,7 @@ def test_bytes_without_a_declared_length_are_cut_off_while_they_come(tmp_path: P
 
     found = ask(small, "POST", "/v1/classify", content=endless())
     assert (found.status_code, found.headers.get("connection")) == (413, "close")
-    assert small.held.bytes == 0
+    assert small.bodies.bytes == 0
     # What is not read is swallowed, so that the client reads its answer; see limits.Courtesy.
     assert sent < 65 << 20
 
@@ -242,7 +242,7 @@ def test_all_bodies_together_are_bounded(tmp_path: Path) -> None:
     small = service({"a": save_bundle(tmp_path / "a")}, Limits(held_bytes=500))
     found = ask(small, "POST", "/v1/classify", content=b"x" * 501)
     assert (found.status_code, found.headers["retry-after"]) == (503, "1")
-    assert small.held.bytes == 0
+    assert small.bodies.bytes == 0
     assert ask(small, "POST", "/v1/classify", content=picture()).status_code == 200
     assert b'fgvc_rejected_total{reason="memory"} 1.0' in small.metrics.text()
 

@@ -148,8 +148,8 @@ def test_lengths_that_lie(served: LoadedModel) -> None:
 
 
 def test_json_that_would_grow(served: LoadedModel) -> None:
-    assert "too many parts" in refusal(served, b"[" + b"[]," * 300_000 + b"[]]")
-    assert "too many parts" in refusal(served, b"[" + b'"ab",' * 300_000 + b"1]")
+    assert "too many elements" in refusal(served, b"[" + b"[]," * 300_000 + b"[]]")
+    assert "too many elements" in refusal(served, b"[" + b'"ab",' * 300_000 + b"1]")
     assert "not valid JSON" in refusal(served, b"[" * 100_000)
     assert "send large tensors as bytes" in refusal(served, b"1" * (17 << 20))
     message = refusal(served, json.dumps(request(name="x" * 1_000_000)).encode())

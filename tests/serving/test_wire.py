@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from fgvc.serving.wire import BoundedH11Protocol
+from fgvc.serving.wire import BoundedHttpProtocol
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 LIMIT = 64 << 10
@@ -63,7 +63,7 @@ def play(
 
     async def scene() -> Transport:
         config = Config(app, log_config=None, access_log=False, ws="none", timeout_keep_alive=keep_alive)
-        protocol, transport = BoundedH11Protocol(config, ServerState(), {}, seconds=seconds), Transport()
+        protocol, transport = BoundedHttpProtocol(config, ServerState(), {}, seconds=seconds), Transport()
         protocol.connection_made(transport)
         for part in parts:
             if not transport.is_closing():

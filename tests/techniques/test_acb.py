@@ -13,12 +13,12 @@ from fgvc.reparam.block import Branched
 from fgvc.reparam.replace import folded_state
 from fgvc.techniques.acb.settings import AcbSettings
 from fgvc.techniques.plan import Attachments, Plan
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 
 def set_up(net: nn.Module, config: AcbSettings, size: tuple[int, int] = (64, 64)) -> Attachments:
     attachments = Attachments(net, size)
-    made_of(config).setup(Plan("acb", attachments))
+    build_technique(config).setup(Plan("acb", attachments))
     return attachments
 
 

@@ -15,7 +15,7 @@ from fgvc.runs.step import StepModule
 from fgvc.techniques.acol.settings import AcolSettings
 from fgvc.techniques.api import Batch, Draws
 from fgvc.techniques.mixup.settings import MixupSettings
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 CLASSES, SIZE, CELLS = 5, (128, 128), 4
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # losses are taken in float32
@@ -63,7 +63,7 @@ def painted(cells: Tensor) -> Batch:
 
 def made(model: nn.Module, data: Batch, **settings: object) -> tuple[StepModule, dict[str, Tensor]]:
     size = (data.x.shape[2], data.x.shape[3])
-    step = StepModule(model, {"acol": made_of(AcolSettings(**settings))}, size=size).double().train()
+    step = StepModule(model, {"acol": build_technique(AcolSettings(**settings))}, size=size).double().train()
     return step, step(data, Draws(0.0))[0]
 
 
@@ -174,7 +174,7 @@ def test_of_a_mixed_image_the_label_of_most_weight_says_what_is_erased() -> None
 
 
 def test_it_goes_with_mixup() -> None:
-    techniques = {"mixup": made_of(MixupSettings(alpha=1.0)), "acol": made_of(AcolSettings())}
+    techniques = {"mixup": build_technique(MixupSettings(alpha=1.0)), "acol": build_technique(AcolSettings())}
     step = StepModule(net(), techniques, size=SIZE).double().train()
     losses, views = step(batch(4), step.draw(batch(4), 0.0, seed=1, step=2))
     mixed = batch(4)
@@ -198,7 +198,7 @@ def test_hidden_gives_the_papers_classifier_and_none_is_shared() -> None:
 def test_a_net_without_class_maps_is_refused_by_name() -> None:
     vit = timm.create_model("test_vit", num_classes=CLASSES, img_size=32)
     with pytest.raises(FgvcError, match=r"techniques\.acol: no auto map: .*class token alone"):
-        StepModule(vit, {"acol": made_of(AcolSettings())}, size=(32, 32))
+        StepModule(vit, {"acol": build_technique(AcolSettings())}, size=(32, 32))
 
 
 def test_a_weight_of_zero_makes_no_term() -> None:
@@ -208,7 +208,7 @@ def test_a_weight_of_zero_makes_no_term() -> None:
 
 def test_something_is_left_for_the_last_classifier() -> None:
     cells = torch.tensor([[[10.0, 9, 1, 1], [9, 9, 1, 1], [9, 9, 9, 9], [9, 1, 0, 0]]], dtype=torch.float64)
-    step = StepModule(Pooled(), {"acol": made_of(AcolSettings(heads=2))}, size=(32, 32)).double().train()
+    step = StepModule(Pooled(), {"acol": build_technique(AcolSettings(heads=2))}, size=(32, 32)).double().train()
     with torch.no_grad():  # head0 likes whatever is left alike
         step.branches["acol"]["head0"].weight.zero_()
         step.branches["acol"]["head0"].weight[0, 0] = 1.0

@@ -18,7 +18,7 @@ from fgvc.techniques.adl.settings import AdlSettings
 from fgvc.techniques.adl.technique import Adl
 from fgvc.techniques.api import Batch, Draws
 from fgvc.techniques.plan import Context, context_of
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 CLASSES, SIZE = 3, (64, 64)
 SWIN = {"window_size": 2, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
@@ -41,7 +41,7 @@ def batch(size: int = 4) -> Batch:
 
 
 def made(model: nn.Module | None = None, **settings: object) -> tuple[StepModule, Adl]:
-    technique = made_of(AdlSettings(**settings))
+    technique = build_technique(AdlSettings(**settings))
     return StepModule(model or net(), {"adl": technique}, size=SIZE), technique
 
 
@@ -138,7 +138,7 @@ def test_views_of_one_forward_share_the_draws(per: str) -> None:
 
 
 def test_draws_are_uniform_and_every_stage_has_its_own() -> None:
-    technique = made_of(AdlSettings(stages=(1, "features"), per="sample"))
+    technique = build_technique(AdlSettings(stages=(1, "features"), per="sample"))
     draw = technique.draw(np.random.default_rng(0), SimpleNamespace(labels=torch.zeros(4000)))
     assert draw.shape == (2, 4000)
     for row in draw:

@@ -20,7 +20,7 @@ from fgvc.techniques.ae_psl.rounds import GRID, MaskRounds
 from fgvc.techniques.ae_psl.settings import AePslSettings
 from fgvc.techniques.ae_psl.technique import AePsl
 from fgvc.techniques.api import EpochStart
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 ROWS = np.array([1, 2, 4, 7])
 
@@ -47,7 +47,7 @@ def start(folder: Path, number: int, losses: list[float], maps=corner, **changed
 
 def technique(**settings: object) -> AePsl:
     settings = {"rounds": 3, "region": {"value": 0.8, "area": (0.0, 0.2)}} | settings
-    return made_of(AePslSettings.model_validate(settings))
+    return build_technique(AePslSettings.model_validate(settings))
 
 
 def erased(made: AePsl, row: int) -> NDArray[np.bool_]:
@@ -176,25 +176,25 @@ def test_a_damaged_round_that_nobody_trained_with_is_made_anew(tmp_path: Path, k
 def test_a_torn_line_of_a_killed_round_is_made_anew_and_those_of_another_net_do_not_count(tmp_path: Path) -> None:
     rounds, asked = MaskRounds(tmp_path), []
 
-    def find(rows: NDArray[np.int64]) -> Iterator[tuple]:
+    def erase(rows: NDArray[np.int64]) -> Iterator[tuple]:
         asked.append(rows.tolist())
         for row in rows:
             yield np.array([row]), np.full((1, GRID, GRID), row % 2 == 0)
 
     def dying(rows: NDArray[np.int64]) -> Iterator[tuple]:
-        yield from list(find(rows))[:3]
+        yield from list(erase(rows))[:3]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        rounds.make(1, epoch=4, images=9, rows=ROWS, find=dying)
+        rounds.make(1, epoch=4, images=9, rows=ROWS, erase=dying)
     partial = tmp_path / "round-1.partial"
     partial.write_bytes(partial.read_bytes()[:-20])
-    rounds.make(1, epoch=4, images=9, rows=ROWS, find=find)
+    rounds.make(1, epoch=4, images=9, rows=ROWS, erase=erase)
     assert asked == [ROWS.tolist(), ROWS.tolist()[2:]]
     assert rounds.grids(1, np.arange(9)).any((1, 2)).tolist() == [row in (2, 4) for row in range(9)]
     with pytest.raises(KeyboardInterrupt):
-        rounds.make(1, epoch=4, images=9, rows=ROWS, find=dying)
-    rounds.make(1, epoch=5, images=9, rows=ROWS, find=find)
+        rounds.make(1, epoch=4, images=9, rows=ROWS, erase=dying)
+    rounds.make(1, epoch=5, images=9, rows=ROWS, erase=erase)
     assert asked[-1] == ROWS.tolist()
     assert rounds.whole(1, epoch=5) is not None
     assert rounds.whole(1, epoch=4) is None

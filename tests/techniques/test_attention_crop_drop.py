@@ -19,7 +19,7 @@ from fgvc.techniques.attention_crop_drop.attention import BilinearAttention, pic
 from fgvc.techniques.attention_crop_drop.settings import SCALE, AttentionCropDropSettings
 from fgvc.techniques.attention_crop_drop.technique import AttentionCropDrop
 from fgvc.techniques.mixup.settings import MixupSettings
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 SIDE, CELL, KIND = 64, 8, "attention_crop_drop"
 CROP, DROP = f"{KIND}.crop", f"{KIND}.drop"
@@ -48,7 +48,7 @@ class Pooled(nn.Module):
 
 def made(model: nn.Module | None = None, **settings: object) -> tuple[StepModule, AttentionCropDrop]:
     """Two attention maps: channels 0 and 1 of `Pooled`, as they are (the norm in eval mode)."""
-    technique = made_of(AttentionCropDropSettings(**{"maps": 2, "render": 1, **settings}))
+    technique = build_technique(AttentionCropDropSettings(**{"maps": 2, "render": 1, **settings}))
     step = StepModule(model or Pooled(), {KIND: technique}, size=(SIDE, SIDE)).double().train()
     if model is None:
         step.branches.eval()
@@ -200,7 +200,7 @@ def test_crops_are_cut_from_the_finer_render_unless_the_image_is_mixed() -> None
     fine = enlarged(x[0])
     box = box_of(fine >= 0.5 * fine.max(), 0.1)
     np.testing.assert_allclose(views[1].x[0, 1], crop_of(data.render[0, 1].numpy(), box), atol=1e-4)
-    techniques = {"mixup": made_of(MixupSettings()), KIND: step.techniques[KIND]}
+    techniques = {"mixup": build_technique(MixupSettings()), KIND: step.techniques[KIND]}
     both = StepModule(step.net, techniques, size=(SIDE, SIDE)).double().train()
     both.branches[KIND].load_state_dict(step.branches[KIND].state_dict())
     both.branches.eval()
@@ -213,7 +213,7 @@ def test_crops_are_cut_from_the_finer_render_unless_the_image_is_mixed() -> None
 
 
 def test_draws_are_uniform_within_their_bounds() -> None:
-    technique = made_of(AttentionCropDropSettings(crop_threshold=(0.4, 0.6), drop_threshold=(0.2, 0.5)))
+    technique = build_technique(AttentionCropDropSettings(crop_threshold=(0.4, 0.6), drop_threshold=(0.2, 0.5)))
     count = 4000
     drawn = technique.draw(np.random.default_rng(0), SimpleNamespace(labels=torch.zeros(count)))
     columns = []
@@ -353,11 +353,11 @@ def test_the_parts_of_a_step_move_the_centres_once_as_the_whole_batch() -> None:
 
 def test_one_cell_is_refused_by_name() -> None:
     with pytest.raises(FgvcError, match="techniques.attention_crop_drop: at 8 x 8 pixels the map is one cell"):
-        StepModule(Pooled(), {KIND: made_of(AttentionCropDropSettings())}, size=(8, 8))
+        StepModule(Pooled(), {KIND: build_technique(AttentionCropDropSettings())}, size=(8, 8))
 
 
 def test_without_a_branch_a_step_has_no_centres_to_move() -> None:
-    technique = made_of(AttentionCropDropSettings(guide="cam", pooled=0, centre=0))
+    technique = build_technique(AttentionCropDropSettings(guide="cam", pooled=0, centre=0))
     x = scene(SPOTS)
     step = StepModule(Pooled(), {KIND: technique}, size=(x.shape[2], x.shape[3])).double().train()
     step(batch(x), draws(3))
@@ -366,7 +366,7 @@ def test_without_a_branch_a_step_has_no_centres_to_move() -> None:
 
 def test_views_and_terms_of_weight_0_are_not_made() -> None:
     x = scene(SPOTS)
-    technique = made_of(AttentionCropDropSettings(guide="cam", crop=0, drop=0, pooled=0, centre=0))
+    technique = build_technique(AttentionCropDropSettings(guide="cam", crop=0, drop=0, pooled=0, centre=0))
     step = StepModule(Pooled(), {KIND: technique}, size=(x.shape[2], x.shape[3])).double().train()
     assert not len(step.branches), "nothing would train them, and nothing asks them"
     assert step.attachments.render == 1, "the images stay what they are without the technique"
@@ -389,7 +389,7 @@ def test_guided_by_the_class_map_it_crops_where_the_class_is() -> None:
     model = Pooled()
     with torch.no_grad():
         model.fc.weight.copy_(torch.eye(3)[[1, 0, 2]])  # label 1 reads channel 0
-    technique = made_of(AttentionCropDropSettings(guide="cam", render=1))
+    technique = build_technique(AttentionCropDropSettings(guide="cam", render=1))
     step = StepModule(model, {KIND: technique}, size=(SIDE, SIDE)).double().train()
     _, views = step(batch(x, [1, 1, 0]), draws(3))
     for b in range(2):

@@ -25,7 +25,7 @@ from fgvc.techniques.api import Batch
 from fgvc.techniques.box_head.settings import BoxHeadSettings
 from fgvc.techniques.box_head.technique import in_crop
 from fgvc.techniques.mixup.settings import MixupSettings
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 from fgvc.training.forecast import forecast
 from fgvc.training.session import open_session
 
@@ -49,7 +49,7 @@ def batch(boxes: list | Tensor, geometry: list | None = None, size: tuple[int, i
 
 def made(data: Batch, model: nn.Module | None = None, **chosen: object) -> tuple[StepModule, dict[str, Tensor]]:
     size = (data.x.shape[2], data.x.shape[3])
-    step = StepModule(model or net(), {"box_head": made_of(BoxHeadSettings(**chosen))}, size=size).train()
+    step = StepModule(model or net(), {"box_head": build_technique(BoxHeadSettings(**chosen))}, size=size).train()
     return step, step(data, step.draw(data, 0.0, seed=0, step=0))[0]
 
 
@@ -183,7 +183,7 @@ def test_the_confidence_does_not_teach_the_box() -> None:
 
 
 def test_mixed_images_and_batches_without_a_box_are_left_out() -> None:
-    techniques = {"mixup": made_of(MixupSettings(alpha=1.0)), "box_head": made_of(BoxHeadSettings())}
+    techniques = {"mixup": build_technique(MixupSettings(alpha=1.0)), "box_head": build_technique(BoxHeadSettings())}
     step = StepModule(net(), techniques, size=SIZE).train()
     data = batch([BOX] * 4)
     losses, _ = step(data, step.draw(data, 0.0, seed=0, step=0))
@@ -229,7 +229,7 @@ def test_it_finds_a_bright_square() -> None:
     constant = max(
         sum(overlaps([32 - s, 32 - s, 32 + s, 32 + s], t, "diou")[1] for t in truth) / len(truth) for s in range(4, 32)
     )
-    step = StepModule(net(), {"box_head": made_of(BoxHeadSettings())}, size=(64, 64)).train()
+    step = StepModule(net(), {"box_head": build_technique(BoxHeadSettings())}, size=(64, 64)).train()
     optimizer = torch.optim.AdamW(step.parameters(), lr=3e-3)
     for number in range(60):
         data = drawn(32)

@@ -21,7 +21,7 @@ from fgvc.techniques.api import Batch, Draws
 from fgvc.techniques.cam_erasing.settings import CamErasingSettings
 from fgvc.techniques.cam_erasing.technique import CamErasing
 from fgvc.techniques.mixup.settings import MixupSettings
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 SIDE, CELL = 64, 8
 MOST = {"value": 0.6, "area": (0.0, 0.99)}
@@ -66,7 +66,7 @@ def spot(row: int, column: int, cells: int = 1) -> Tensor:
 
 
 def made(model: nn.Module | None = None, size: int = SIDE, **settings: object) -> tuple[StepModule, CamErasing]:
-    technique = made_of(CamErasingSettings(**{"region": MOST, **settings}))
+    technique = build_technique(CamErasingSettings(**{"region": MOST, **settings}))
     return StepModule(model or Pooled(), {"cam_erasing": technique}, size=(size, size)).double().train(), technique
 
 
@@ -245,7 +245,7 @@ def test_parts_of_a_step_are_all_recorded_and_a_later_map_replaces_the_first() -
 def test_as_many_images_are_erased_as_it_says(source: str) -> None:
     data = SimpleNamespace(labels=torch.zeros(2000))
     for probability, expected in ((None, 1.0 if source == "current" else 0.5), (0.0, 0.0), (0.3, 0.3), (1.0, 1.0)):
-        technique = made_of(CamErasingSettings(source=source, probability=probability))
+        technique = build_technique(CamErasingSettings(source=source, probability=probability))
         chosen, _ = technique.draw(np.random.default_rng(0), data)
         assert float(chosen.double().mean()) == pytest.approx(expected, abs=0.05 if 0 < expected < 1 else 0)
 
@@ -281,7 +281,8 @@ def test_a_weight_of_0_builds_no_view_and_follows_its_schedule() -> None:
 
 
 def mixing(source: str, share: list[float]) -> tuple[StepModule, CamErasing, Batch, Draws]:
-    techniques = {"cam_erasing": made_of(CamErasingSettings(source=source, region=MOST)), "mixup": made_of(MixupSettings())}
+    erasing = build_technique(CamErasingSettings(source=source, region=MOST))
+    techniques = {"cam_erasing": erasing, "mixup": build_technique(MixupSettings())}
     step = StepModule(Pooled(), techniques, size=(SIDE, SIDE)).double().train()
     data, mixed = batch(), (torch.tensor(share, dtype=torch.float64), torch.tensor([1, 2, 3, 0]))
     return step, techniques["cam_erasing"], data, Draws(0.0, {**draws(data).of, "mixup": mixed})

@@ -11,7 +11,7 @@ from fgvc.runs.step import StepModule
 from fgvc.techniques.api import Batch, Draws
 from fgvc.techniques.centre_loss.settings import CentreLossSettings
 from fgvc.techniques.mixup.settings import MixupSettings
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 CLASSES, SIZE = 5, (64, 64)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # losses are taken in float32
@@ -29,13 +29,13 @@ def batch(labels: list[int], seed: int = 1) -> Batch:
 
 
 def made(model: nn.Module, **settings: object) -> StepModule:
-    return StepModule(model, {"centre_loss": made_of(CentreLossSettings(**settings))}, size=SIZE).double().train()
+    return StepModule(model, {"centre_loss": build_technique(CentreLossSettings(**settings))}, size=SIZE).double().train()
 
 
 def after(step: StepModule) -> Tensor:
     for kind, hook in step.hooks("after_step"):
         hook(step.contexts[kind])
-    return step.branches["centre_loss"]["centres"].of
+    return step.branches["centre_loss"]["centres"].values
 
 
 def features(model: nn.Module, data: Batch) -> Tensor:
@@ -57,7 +57,7 @@ def moved(centres: list[list[float]], x: Tensor, labels: list[int], rate: float)
 def test_term_and_centres_are_their_formulas_step_by_step(name: str, kwargs: dict) -> None:
     step = made(net(name, **kwargs), rate=0.3, centre=0.7)
     twin = net(name, **kwargs)
-    centres = step.branches["centre_loss"]["centres"].of.tolist()
+    centres = step.branches["centre_loss"]["centres"].values.tolist()
     assert not any(map(any, centres))
     for seed, labels in enumerate([[0, 3, 3, 3], [3, 0, 1, 1], [2, 2, 2, 2]]):  # twice and more in one batch
         data = batch(labels, seed)
@@ -76,17 +76,17 @@ def test_by_hand_a_centre_never_overtakes_its_features() -> None:
     """One image at 1 with the rate 1: half of the way; four of them: four fifths."""
     step = made(net(), rate=1.0)
     centres = step.branches["centre_loss"]["centres"]
-    width = centres.of.shape[1]
+    width = centres.values.shape[1]
     x = torch.ones(5, width, dtype=torch.float64)
     centres.follow(x, torch.tensor([0, 1, 1, 1, 1]), rate=1.0)
-    assert centres.of[:, 0].tolist() == pytest.approx([1 / 2, 4 / 5, 0, 0, 0])
+    assert centres.values[:, 0].tolist() == pytest.approx([1 / 2, 4 / 5, 0, 0, 0])
     centres.follow(x, torch.full((5,), -1), rate=1.0)
-    assert centres.of[:, 0].tolist() == pytest.approx([1 / 2, 4 / 5, 0, 0, 0])
+    assert centres.values[:, 0].tolist() == pytest.approx([1 / 2, 4 / 5, 0, 0, 0])
 
 
 def test_the_gradient_draws_features_and_not_the_centres() -> None:
     step = made(net())
-    centres = step.branches["centre_loss"]["centres"].of
+    centres = step.branches["centre_loss"]["centres"].values
     losses, _ = step(batch([0, 1, 2, 3]), Draws(0.0))
     losses["centre_loss.centre"].backward()
     assert next(step.net.parameters()).grad.abs().max() > 0
@@ -108,7 +108,7 @@ def test_parts_of_a_step_move_the_centres_once_together() -> None:
 
 
 def test_mixed_images_have_no_centre_and_move_none() -> None:
-    techniques = {"mixup": made_of(MixupSettings()), "centre_loss": made_of(CentreLossSettings())}
+    techniques = {"mixup": build_technique(MixupSettings()), "centre_loss": build_technique(CentreLossSettings())}
     step = StepModule(net(), techniques, size=SIZE).double().train()
     mix = (torch.full((4,), 0.6), torch.tensor([1, 2, 3, 0]))
     losses, _ = step(batch([0, 1, 2, 3]), Draws(0.0, {"mixup": mix}))
@@ -129,7 +129,7 @@ def test_a_second_call_with_the_views_counts_the_batch_once() -> None:
 
 def test_the_centres_are_in_the_checkpoint_and_a_weight_of_zero_stops_them() -> None:
     step = made(net(), centre=((0.0, 0.0), (0.5, 0.0), (1.0, 1.0)))
-    assert set(step.branches.state_dict()) == {"centre_loss.centres.of"}
+    assert set(step.branches.state_dict()) == {"centre_loss.centres.values"}
     losses, _ = step(batch([0, 1, 2, 3]), Draws(0.25))
     assert set(losses) == {"base", "loss"}
     assert not after(step).any()

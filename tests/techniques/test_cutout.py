@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fgvc.techniques.api import Batch
 from fgvc.techniques.cutout.settings import CutoutSettings
 from fgvc.techniques.plan import Context
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 COUNT = 4000
 
@@ -38,7 +38,7 @@ def context(draw: object) -> Context:
 def cut(data: Batch, boxes: list, *, seed: int = 5, **settings: object) -> Tensor:
     before, clean = data.x.clone(), data.x_clean.clone()
     ctx = context((torch.tensor(boxes, dtype=torch.float32), seed))
-    out = made_of(CutoutSettings(**settings)).on_batch(data, ctx)
+    out = build_technique(CutoutSettings(**settings)).on_batch(data, ctx)
     assert torch.equal(data.x, before), "the input is not changed in place"
     assert torch.equal(out.x_clean, clean), "the clean image stays"
     shown = ctx.shown["erased"][1]
@@ -92,7 +92,7 @@ def test_noise_is_normal() -> None:
 
 @pytest.mark.parametrize(("sides", "length", "side"), [((12, 16), 0.25, 3), ((16, 12), 0.5, 6), ((9, 9), 0.05, 1)])
 def test_centres_are_uniform_over_the_picture(sides: tuple[int, int], length: float, side: int) -> None:
-    boxes, _ = made_of(CutoutSettings(length=length)).draw(np.random.default_rng(0), blank(COUNT, sides))
+    boxes, _ = build_technique(CutoutSettings(length=length)).draw(np.random.default_rng(0), blank(COUNT, sides))
     left, top, right, bottom = boxes[:, 0].T
     assert boxes.shape == (COUNT, 1, 4)
     assert boxes.dtype == torch.float32
@@ -108,7 +108,7 @@ def test_centres_are_uniform_over_the_picture(sides: tuple[int, int], length: fl
 
 def test_clipped_at_the_border_the_erased_share_is_its_expectation() -> None:
     height, width, side = 12, 16, 5
-    technique = made_of(CutoutSettings(length=side / 12))
+    technique = build_technique(CutoutSettings(length=side / 12))
     data = batch(COUNT, (height, width))
     out = technique.on_batch(data, context(technique.draw(np.random.default_rng(1), data))).x
     shares = (out == 0).all(1).double().mean((1, 2))
@@ -123,7 +123,7 @@ def test_clipped_at_the_border_the_erased_share_is_its_expectation() -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_as_many_pictures_are_cut_as_it_says(probability: float) -> None:
-    technique = made_of(CutoutSettings(probability=probability, holes=2))
+    technique = build_technique(CutoutSettings(probability=probability, holes=2))
     data = batch(COUNT // 4)
     out = technique.on_batch(data, context(technique.draw(np.random.default_rng(2), data))).x
     share = float((out != data.x).flatten(1).any(1).double().mean())
@@ -133,13 +133,13 @@ def test_as_many_pictures_are_cut_as_it_says(probability: float) -> None:
 
 
 def test_holes_are_drawn_one_by_one() -> None:
-    boxes, _ = made_of(CutoutSettings(holes=3)).draw(np.random.default_rng(0), blank(COUNT, (32, 32)))
+    boxes, _ = build_technique(CutoutSettings(holes=3)).draw(np.random.default_rng(0), blank(COUNT, (32, 32)))
     assert boxes.shape == (COUNT, 3, 4)
     assert abs(np.corrcoef(boxes[:, 0, 0], boxes[:, 1, 0])[0, 1]) < 0.06
 
 
 def test_the_same_key_draws_the_same_and_seeds_differ() -> None:
-    technique = made_of(CutoutSettings(fill="noise"))
+    technique = build_technique(CutoutSettings(fill="noise"))
     first, again, other = (technique.draw(np.random.default_rng(seed), batch()) for seed in (0, 0, 1))
     assert torch.equal(first[0], again[0])
     assert first[1] == again[1] != other[1]
@@ -157,7 +157,7 @@ def test_blur_is_of_the_picture_itself() -> None:
 
 
 def test_never_everything_is_erased() -> None:
-    technique = made_of(CutoutSettings(length=0.97))
+    technique = build_technique(CutoutSettings(length=0.97))
     data = batch(COUNT // 4, (12, 12))
     out = technique.on_batch(data, context(technique.draw(np.random.default_rng(0), data))).x
     assert (out != 0).flatten(1).any(1).all()

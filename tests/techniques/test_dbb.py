@@ -4,13 +4,13 @@ from torch import nn
 from fgvc.reparam.block import Branched
 from fgvc.techniques.dbb.settings import DbbSettings
 from fgvc.techniques.plan import Attachments, Plan
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 
 def set_up(name: str) -> tuple[nn.Module, list[str]]:
     net = timm.create_model(name, num_classes=3)
     attachments = Attachments(net, (64, 64))
-    made_of(DbbSettings()).setup(Plan("dbb", attachments))
+    build_technique(DbbSettings()).setup(Plan("dbb", attachments))
     return net, attachments.notes
 
 

@@ -15,7 +15,7 @@ from fgvc.techniques.api import Batch, Draws
 from fgvc.techniques.dcl.jigsaw import cut
 from fgvc.techniques.dcl.settings import DclSettings
 from fgvc.techniques.mixup.settings import MixupSettings
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 SIZE, CLASSES, GRID = (32, 32), 5, 4
 
@@ -32,8 +32,8 @@ def batch(size: int = 4) -> Batch:
 
 
 def made(settings: dict, progress: float = 0.0, **others: object) -> tuple[StepModule, dict, list, Draws]:
-    techniques = {kind: made_of(config) for kind, config in others.items()}
-    techniques["dcl"] = made_of(DclSettings(grid=GRID, **settings))
+    techniques = {kind: build_technique(config) for kind, config in others.items()}
+    techniques["dcl"] = build_technique(DclSettings(grid=GRID, **settings))
     step = StepModule(net(), techniques, size=SIZE).double()
     step.train()
     rng = np.random.default_rng(3)
@@ -104,7 +104,7 @@ def test_classes_of_a_mixed_image_share_the_2k_ways() -> None:
 
 
 def test_the_heads_see_through_the_jigsaw_and_the_net_alone_classifies() -> None:
-    step = StepModule(net(), {"dcl": made_of(DclSettings(grid=2, bn="own"))}, size=(64, 64)).double().train()
+    step = StepModule(net(), {"dcl": build_technique(DclSettings(grid=2, bn="own"))}, size=(64, 64)).double().train()
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     large = Batch(**{name: getattr(batch(), name) for name in Batch.__slots__} | {"x": x, "x_clean": x})
     draws = Draws(0.0, {kind: draw(np.random.default_rng(3), large) for kind, draw in step.hooks("draw")})
@@ -134,6 +134,6 @@ def test_weights_follow_their_schedule_and_no_view_is_built_for_nothing() -> Non
 
 def test_a_grid_that_does_not_fit_is_refused_by_name_and_a_coarse_map_is_told() -> None:
     with pytest.raises(FgvcError, match=r"techniques\.dcl\.grid: 32 patches a side do not fit into 24 pixels"):
-        StepModule(net(), {"dcl": made_of(DclSettings(grid=32))}, size=(24, 40))
-    step = StepModule(net(), {"dcl": made_of(DclSettings(grid=7))}, size=SIZE)
+        StepModule(net(), {"dcl": build_technique(DclSettings(grid=32))}, size=(24, 40))
+    step = StepModule(net(), {"dcl": build_technique(DclSettings(grid=7))}, size=SIZE)
     assert any("coarser than the grid of 7 x 7" in note for note in step.attachments.notes)

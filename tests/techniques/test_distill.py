@@ -23,10 +23,10 @@ from fgvc.techniques.api import Batch, EpochStart
 from fgvc.techniques.cutout.settings import CutoutSettings
 from fgvc.techniques.distill.losses import attention, decoupled, divergence, hint, softened
 from fgvc.techniques.distill.settings import AnyTeacher, DistillSettings
-from fgvc.techniques.distill.teacher import Teacher, TeacherOutput, through
+from fgvc.techniques.distill.teacher import Teacher, TeacherOutput, teacher_output
 from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.plan import Attachments
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 CLASSES, SIZE = 5, (64, 64)
 RUN, OTHER = {"kind": "run", "path": "a"}, {"kind": "run", "path": "b", "weight": 3.0}
@@ -60,7 +60,7 @@ class Desk:
         identity = self.identities[self.opened]
         return Teacher(
             name=f"{wanted.kind} {self.opened}",
-            answer=partial(self.answer, self.opened),
+            forward=partial(self.answer, self.opened),
             size=self.size,
             channels=self.channels,
             convert=lambda x: x,
@@ -76,7 +76,7 @@ class Desk:
 
 def made(desk: Desk | None, data: Batch, *more: object, **settings: object) -> tuple[StepModule, dict[str, Tensor]]:
     settings = {"teachers": [RUN]} | settings
-    techniques = {config.kind: made_of(config) for config in (*more, DistillSettings(**settings))}
+    techniques = {config.kind: build_technique(config) for config in (*more, DistillSettings(**settings))}
     step = StepModule(net(), techniques, size=SIZE, opener=desk).train()
     return step, step(data, step.draw(data, 0.0, seed=1, step=2))[0]
 
@@ -136,8 +136,8 @@ def test_a_larger_teacher_sees_the_render_and_asks_for_it() -> None:
 
 def test_mixed_pixels_are_the_teachers_too_and_dkd_falls_back_to_kd() -> None:
     desk, data = Desk(size=(96, 96)), batch(render=96)
-    techniques = {"mixup": made_of(MixupSettings(alpha=1.0))}
-    techniques["distill"] = made_of(DistillSettings(teachers=[RUN], method="dkd", beta=3))
+    techniques = {"mixup": build_technique(MixupSettings(alpha=1.0))}
+    techniques["distill"] = build_technique(DistillSettings(teachers=[RUN], method="dkd", beta=3))
     step = StepModule(net(), techniques, size=SIZE, opener=desk).train()
     losses, views = step(data, step.draw(data, 0.0, seed=1, step=2))
     mixed = views[0].x
@@ -157,7 +157,7 @@ def test_erased_pixels_are_the_teachers_too() -> None:
 
 def test_the_second_pass_on_the_same_views_needs_no_other_answer() -> None:
     desk, data = Desk(size=(96, 96)), batch(render=96)
-    step = StepModule(net(), {"distill": made_of(DistillSettings(teachers=[RUN]))}, size=SIZE, opener=desk).train()
+    step = StepModule(net(), {"distill": build_technique(DistillSettings(teachers=[RUN]))}, size=SIZE, opener=desk).train()
     draws = step.draw(data, 0.0, seed=0, step=0)
     first, views = step(data, draws)
     second, _ = step(data, draws, views)
@@ -174,10 +174,10 @@ def test_the_moving_average_teaches() -> None:
     before = copy.deepcopy(average.state_dict())
 
     def opener(wanted: AnyTeacher, attachments: Attachments) -> Teacher:
-        answer = lambda x: through(attachments.average[0], x, maps=True)  # noqa: E731
-        return Teacher(name="ema", answer=answer, size=None, channels=1, convert=lambda x: x)
+        answer = lambda x: teacher_output(attachments.average[0], x, maps=True)  # noqa: E731
+        return Teacher(name="ema", forward=answer, size=None, channels=1, convert=lambda x: x)
 
-    techniques = {"distill": made_of(DistillSettings(attention=1.0))}
+    techniques = {"distill": build_technique(DistillSettings(attention=1.0))}
     step = StepModule(net(), techniques, size=SIZE, opener=opener).train()
     step.follow(average)
     losses, _ = step(data, step.draw(data, 0.0, seed=0, step=0))
@@ -237,7 +237,7 @@ def epoch(folder: Path, *, number: int = 0, replays: str | None = "images") -> E
 
 def with_cache(desk: Desk, folder: Path, start: EpochStart, data: Batch, **settings: object) -> Tensor:
     config = DistillSettings(**{"teachers": [RUN], "cache": folder} | settings)
-    step = StepModule(net(), {"distill": made_of(config)}, size=SIZE, opener=desk).train()
+    step = StepModule(net(), {"distill": build_technique(config)}, size=SIZE, opener=desk).train()
     step.techniques["distill"].before_epoch(start)
     return step(data, step.draw(data, 0.0, seed=0, step=0))[0]["distill.kd"]
 
@@ -279,8 +279,8 @@ def test_what_was_kept_for_something_else_is_not_read(tmp_path: Path, other: str
 def test_mixed_images_are_neither_kept_nor_read(tmp_path: Path) -> None:
     desk, data = Desk(), batch()
     techniques = {
-        "mixup": made_of(MixupSettings(alpha=1.0)),
-        "distill": made_of(DistillSettings(teachers=[RUN], cache=tmp_path)),
+        "mixup": build_technique(MixupSettings(alpha=1.0)),
+        "distill": build_technique(DistillSettings(teachers=[RUN], cache=tmp_path)),
     }
     step = StepModule(net(), techniques, size=SIZE, opener=desk).train()
     techniques["distill"].before_epoch(epoch(tmp_path))

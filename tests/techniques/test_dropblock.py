@@ -16,7 +16,7 @@ from fgvc.techniques.api import Batch, Draws
 from fgvc.techniques.dropblock.settings import DropblockSettings
 from fgvc.techniques.dropblock.technique import Dropblock
 from fgvc.techniques.plan import context_of
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 SIZE = (64, 64)
 
@@ -27,7 +27,7 @@ def net(name: str = "test_resnet", **kwargs: object) -> nn.Module:
 
 
 def made(model: nn.Module | None = None, **settings: object) -> tuple[StepModule, Dropblock]:
-    technique = made_of(DropblockSettings(**settings))
+    technique = build_technique(DropblockSettings(**settings))
     return StepModule(model or net(), {"dropblock": technique}, size=SIZE), technique
 
 

@@ -11,7 +11,7 @@ import torch
 from fgvc.techniques.api import Batch
 from fgvc.techniques.hide_and_seek.settings import HideAndSeekSettings
 from fgvc.techniques.plan import Context
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 COUNT = 4000
 
@@ -28,7 +28,7 @@ def context(draw: object) -> Context:
 
 def cells(seed: int = 0, **settings: object) -> np.ndarray:
     """(N,grid,grid) bool: what is hidden."""
-    technique = made_of(HideAndSeekSettings(**{"probability": 1, **settings}))
+    technique = build_technique(HideAndSeekSettings(**{"probability": 1, **settings}))
     return technique.draw(np.random.default_rng(seed), batch(COUNT, (2, 2)))[0].numpy()
 
 
@@ -38,7 +38,7 @@ def test_the_drawn_cells_are_hidden_to_the_pixel(sides: tuple[int, int], grid: i
     before = data.x.clone()
     hidden = torch.rand(3, grid, grid, generator=torch.Generator().manual_seed(2)) < 0.5
     hidden[2] = False
-    out = made_of(HideAndSeekSettings(grid=grid)).on_batch(data, context((hidden, 0)))
+    out = build_technique(HideAndSeekSettings(grid=grid)).on_batch(data, context((hidden, 0)))
     for b in range(3):
         for i in range(sides[0]):
             for j in range(sides[1]):
@@ -79,13 +79,13 @@ def test_as_many_pictures_lose_something_as_it_says(probability: float) -> None:
     share = float(cells(probability=probability).reshape(COUNT, -1).any(1).mean())
     assert share == pytest.approx(probability, abs=0.03)
     if not probability:
-        data, technique = batch(), made_of(HideAndSeekSettings(probability=0))
+        data, technique = batch(), build_technique(HideAndSeekSettings(probability=0))
         assert torch.equal(technique.on_batch(data, context(technique.draw(np.random.default_rng(0), data))).x, data.x)
 
 
 @pytest.mark.parametrize("fill", ["zero", "mean", "random", "noise"])
 def test_fills(fill: str) -> None:
-    data, technique = batch(), made_of(HideAndSeekSettings(grid=2, fill=fill))
+    data, technique = batch(), build_technique(HideAndSeekSettings(grid=2, fill=fill))
     hidden = torch.tensor([[[True, False], [False, False]], [[False, False], [False, True]]])
     out, again, other = (technique.on_batch(data, context((hidden, seed))).x for seed in (1, 1, 2))
     parts = [out[0, :, :6, :8].flatten(1), out[1, :, 6:, 8:].flatten(1)]
@@ -106,7 +106,7 @@ def test_fills(fill: str) -> None:
 
 
 def test_draws_of_a_batch_that_is_mixed_leave_its_target_alone() -> None:
-    data, technique = batch(), made_of(HideAndSeekSettings(probability=1))
+    data, technique = batch(), build_technique(HideAndSeekSettings(probability=1))
     share = torch.tensor([0.3, 0.6])
     data.target = [(data.labels, share), (data.labels + 1, 1 - share)]
     out = technique.on_batch(data, context(technique.draw(np.random.default_rng(0), data)))
@@ -115,7 +115,7 @@ def test_draws_of_a_batch_that_is_mixed_leave_its_target_alone() -> None:
 
 
 def test_a_grid_finer_than_the_picture_leaves_a_pixel() -> None:
-    technique = made_of(HideAndSeekSettings(probability=1, grid=32, share=0.95))
+    technique = build_technique(HideAndSeekSettings(probability=1, grid=32, share=0.95))
     data = batch(200, (8, 8))
     out = technique.on_batch(data, context(technique.draw(np.random.default_rng(0), data))).x
     assert (out != 0).flatten(1).any(1).all()

@@ -28,7 +28,7 @@ def sample(*rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_what_is_kept_comes_back_with_the_same_bits(tmp_path: Path) -> None:
     index, geometry, logits = sample(7, 0, 3)
-    opened(tmp_path / "cache" / "epoch").keep(index, geometry, logits)
+    opened(tmp_path / "cache" / "epoch").record(index, geometry, logits)
     again = opened(tmp_path / "cache" / "epoch")
     assert torch.equal(again.recall(index, geometry), logits)
     assert torch.equal(again.recall(index[1:], geometry[1:]), logits[1:])
@@ -38,13 +38,13 @@ def test_what_is_kept_comes_back_with_the_same_bits(tmp_path: Path) -> None:
 def test_one_unknown_row_and_the_batch_is_asked_anew(tmp_path: Path) -> None:
     file, (index, geometry, logits) = opened(tmp_path / "f"), sample(7, 0, 3)
     assert file.recall(index, geometry) is None
-    file.keep(index[:2], geometry[:2], logits[:2])
+    file.record(index[:2], geometry[:2], logits[:2])
     assert file.recall(index, geometry) is None
 
 
 def test_another_crop_of_the_same_image_is_not_known(tmp_path: Path) -> None:
     file, (index, geometry, logits) = opened(tmp_path / "f"), sample(5, 6)
-    file.keep(index, geometry, logits)
+    file.record(index, geometry, logits)
     geometry[1, 0, 2] += 0.25
     assert file.recall(index, geometry) is None
 
@@ -52,7 +52,7 @@ def test_another_crop_of_the_same_image_is_not_known(tmp_path: Path) -> None:
 def test_an_image_that_stands_in_for_another_in_its_own_batch_is_not_mistaken(tmp_path: Path) -> None:
     file, (index, geometry, logits) = opened(tmp_path / "f"), sample(5, 5)
     geometry[1] += 1
-    file.keep(index, geometry, logits)
+    file.record(index, geometry, logits)
     assert file.recall(index, geometry) is None
     assert torch.equal(file.recall(index[1:], geometry[1:]), logits[1:])
 
@@ -60,7 +60,7 @@ def test_an_image_that_stands_in_for_another_in_its_own_batch_is_not_mistaken(tm
 @pytest.mark.parametrize("written", range(GEOMETRY + K))
 def test_a_row_that_was_written_in_part_is_not_known(tmp_path: Path, written: int) -> None:
     file, (index, geometry, logits) = opened(tmp_path / "f"), sample(2)
-    file.keep(index, geometry, logits)
+    file.record(index, geometry, logits)
     rows = np.memmap(tmp_path / "f", dtype=np.float32, mode="r+", shape=(N, GEOMETRY + K + 1))
     rows[2, written:] = np.nan
     rows.flush()
@@ -70,7 +70,7 @@ def test_a_row_that_was_written_in_part_is_not_known(tmp_path: Path, written: in
 @pytest.mark.parametrize("byte", range(4 * (GEOMETRY + K + 1)))
 def test_a_row_with_a_flipped_bit_is_not_known(tmp_path: Path, byte: int) -> None:
     file, (index, geometry, logits) = opened(tmp_path / "f"), sample(2, 3)
-    file.keep(index, geometry, logits)
+    file.record(index, geometry, logits)
     content = np.memmap(tmp_path / "f", dtype=np.uint8, mode="r+")
     content[2 * 4 * (GEOMETRY + K + 1) + byte] ^= 1 << byte % 8
     content.flush()
@@ -80,7 +80,7 @@ def test_a_row_with_a_flipped_bit_is_not_known(tmp_path: Path, byte: int) -> Non
 
 def test_a_file_cut_short_is_made_anew_and_a_whole_one_stays(tmp_path: Path) -> None:
     index, geometry, logits = sample(2)
-    opened(tmp_path / "f").keep(index, geometry, logits)
+    opened(tmp_path / "f").record(index, geometry, logits)
     assert opened(tmp_path / "f").recall(index, geometry) is not None
     content = (tmp_path / "f").read_bytes()
     (tmp_path / "f").write_bytes(content[:-5])
@@ -92,5 +92,5 @@ def test_a_place_that_can_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FgvcError, match=r"file/f: can't write"):
         LogitFile.make(tmp_path / "file" / "f", (N, K))
-    with pytest.raises(FgvcError, match=r"nothing: can't keep logits here"):
+    with pytest.raises(FgvcError, match=r"nothing: can't cache logits here"):
         LogitFile(tmp_path / "nothing", (N, K))

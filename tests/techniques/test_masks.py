@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from fgvc.techniques.masks import boxes, crop, enlarge, erase, inside, moved, select, shifted
+from fgvc.techniques.boxes import boxes_of_masks, crop, inside, moved
+from fgvc.techniques.masks import enlarge, erase, select, shifted
 from fgvc.techniques.settings import Fill, Region
 
 SEEDS = st.integers(0, 2**32)
@@ -167,16 +168,16 @@ def test_boxes_by_hand() -> None:
     mask[1, 0, 0] = mask[1, 9, 4] = True  # two parts: around both
     mask[2, 9, 19] = True
     tight = [[6, 2, 7, 5], [0, 0, 5, 10], [19, 9, 20, 10], [0, 0, 20, 10]]
-    assert boxes(mask).tolist() == tight
-    assert boxes(mask, 0.1).tolist() == [[4, 1, 9, 6], [0, 0, 7, 10], [17, 8, 20, 10], [0, 0, 20, 10]]
-    assert boxes(mask).dtype == torch.float32
+    assert boxes_of_masks(mask).tolist() == tight
+    assert boxes_of_masks(mask, 0.1).tolist() == [[4, 1, 9, 6], [0, 0, 7, 10], [17, 8, 20, 10], [0, 0, 20, 10]]
+    assert boxes_of_masks(mask).dtype == torch.float32
 
 
 @settings(deadline=None)
 @given(SIDES, SIDES, st.floats(0, 1), SEEDS)
 def test_boxes_hold_their_mask_and_stay_in_the_picture(height: int, width: int, padding: float, seed: int) -> None:
     mask = torch.stack([noise(seed, height, width) > level for level in (-9, 1, 2, 9)])
-    for (left, top, right, bottom), own in zip(boxes(mask, padding).tolist(), mask, strict=True):
+    for (left, top, right, bottom), own in zip(boxes_of_masks(mask, padding).tolist(), mask, strict=True):
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
         outside = own.clone()

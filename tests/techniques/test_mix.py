@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fgvc.techniques.mixing import boxes_around, draw_boxes, inside, mixed_target, partners, pasted, share_of
+from fgvc.techniques.boxes import area_share, boxes_around, draw_boxes, inside
+from fgvc.techniques.mixing import mixed_target, partners, pasted
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -40,26 +41,26 @@ def test_boxes_lie_inside_and_have_the_sides_that_the_edges_leave(
 ) -> None:
     box = draw_boxes(rng(seed), np.array(share), (height, width), least=1)
     assert box.shape == (len(share), 4)
-    for (top, left, bottom, right), part in zip(box.tolist(), share, strict=True):
+    for (left, top, right, bottom), area in zip(box.tolist(), share, strict=True):
         assert 0 <= top < bottom <= height
         assert 0 <= left < right <= width
-        assert bottom - top <= max(1, round(height * part**0.5))
+        assert bottom - top <= max(1, round(height * area**0.5))
         if top > 0 and bottom < height:
-            assert bottom - top == max(1, round(height * part**0.5))
-    found = inside(box, (height, width))
-    assert found.shape == (len(share), 1, height, width)
-    for mask, (top, left, bottom, right), covered in zip(
-        found, box.tolist(), share_of(box, (height, width)), strict=True
+            assert bottom - top == max(1, round(height * area**0.5))
+    masks = inside(box[:, None], (height, width))
+    assert masks.shape == (len(share), height, width)
+    for mask, (left, top, right, bottom), covered in zip(
+        masks, box.tolist(), area_share(box, (height, width)), strict=True
     ):
         by_hand = torch.zeros(height, width, dtype=torch.bool)
         by_hand[top:bottom, left:right] = True
-        assert torch.equal(mask[0], by_hand)
+        assert torch.equal(mask, by_hand)
         assert float(covered) == pytest.approx(int(by_hand.sum()) / (height * width))
 
 
 def test_boxes_by_hand() -> None:
     centres, sides = torch.tensor([[0, 5], [9, 0], [4, 4]]), torch.tensor([[4, 3], [4, 1], [0, 6]])
-    assert boxes_around(centres, sides, (10, 6)).tolist() == [[0, 4, 2, 6], [7, 0, 10, 1], [4, 1, 4, 6]]
+    assert boxes_around(centres, sides, (10, 6)).tolist() == [[4, 0, 6, 2], [0, 7, 1, 10], [1, 4, 6, 4]]
 
 
 @settings(deadline=None, max_examples=40)
@@ -71,7 +72,7 @@ def test_a_piece_is_pasted_as_torch_would_resize_it(seed: int, one: bool) -> Non
     found = pasted(x, source, to=to, of=of)
     expected = x.clone()
     for b in range(3):
-        (t, left, u, r), (p, q, s, z) = to[0 if one else b].tolist(), of[0 if one else b].tolist()
+        (left, t, r, u), (q, p, z, s) = to[0 if one else b].tolist(), of[0 if one else b].tolist()
         piece = source[b : b + 1, :, p:s, q:z]
         expected[b, :, t:u, left:r] = F.interpolate(piece, (u - t, r - left), mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

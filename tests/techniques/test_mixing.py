@@ -15,7 +15,7 @@ from fgvc.models.backbone import plain_model
 from fgvc.runs.step import StepModule, _one_of
 from fgvc.techniques.api import Batch, Draws, Technique
 from fgvc.techniques.mosaic.settings import MosaicSettings
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 from fgvc.techniques.snapmix.settings import SnapmixSettings
 from fgvc.techniques.snapmix.technique import semantic
 
@@ -65,7 +65,7 @@ class Pooled(nn.Module):
 def mixed(kind: str, data: Batch, seed: int = 0, **settings: object) -> tuple[Batch, object]:
     """The batch after one technique, and what it drew."""
     spy = Spy()
-    step = StepModule(Pooled(), {kind: made_of(settings_by_kind()[kind](**settings)), "spy": spy}, size=SIZE).train()
+    step = StepModule(Pooled(), {kind: build_technique(settings_by_kind()[kind](**settings)), "spy": spy}, size=SIZE).train()
     draws = step.draw(data, 0.0, seed=seed, step=0)
     step(data, draws)
     return spy.batch, draws.of.get(kind)
@@ -114,11 +114,11 @@ def test_a_box_is_the_partners_and_labels_are_its_exact_area(kind: str, per: str
 
 def test_cutmix_keeps_about_two_thirds_of_an_image_after_clipping() -> None:
     """Shares of 0.5 on average as drawn, 0.68 of the own image after the edges have cut the boxes."""
-    data, technique = batch(), made_of(settings_by_kind()["cutmix"]())
+    data, technique = batch(), build_technique(settings_by_kind()["cutmix"]())
     kept = []
     for seed in range(4000):
         box, _ = technique.draw(np.random.default_rng(seed), data)
-        top, left, bottom, right = box[0].tolist()
+        left, top, right, bottom = box[0].tolist()
         kept.append(1 - (bottom - top) * (right - left) / (SIZE[0] * SIZE[1]))
     assert np.mean(kept) == pytest.approx(0.68, abs=0.02)
 
@@ -129,7 +129,8 @@ def test_saliencymix_takes_the_spot_of_each_partner() -> None:
     spots = [(2, 2), (20, 28), (10, 14), (2, 28)]
     for b, (i, j) in enumerate(spots):
         data.x[b, :, i - 2 : i + 2, j - 2 : j + 2] = b + 1
-    step = StepModule(Pooled(), {"saliencymix": made_of(settings_by_kind()["saliencymix"]()), "spy": (spy := Spy())}, size=SIZE)
+    technique = build_technique(settings_by_kind()["saliencymix"]())
+    step = StepModule(Pooled(), {"saliencymix": technique, "spy": (spy := Spy())}, size=SIZE)
     order = torch.tensor([1, 2, 3, 0])
     step.train()(data, Draws(0.0, {"saliencymix": (torch.tensor([[8, 8]]), order)}))
     for b in range(4):
@@ -147,9 +148,9 @@ def test_snapmix_is_its_formula() -> None:
     f = net.forward_features(data.x).detach().double()
     maps = torch.einsum("bchw,bc->bhw", f, net.fc.weight.detach().double()[data.labels])
     large = F.interpolate(maps[:, None], SIZE, mode="bilinear", align_corners=False)[:, 0]
-    step = StepModule(net, {"snapmix": made_of(SnapmixSettings()), "spy": (spy := Spy())}, size=SIZE).train()
+    step = StepModule(net, {"snapmix": build_technique(SnapmixSettings()), "spy": (spy := Spy())}, size=SIZE).train()
     before = net.norm.running_mean.clone()
-    to, of, order = torch.tensor([[2, 3, 14, 20]]), torch.tensor([[8, 1, 24, 9]]), torch.tensor([3, 0, 5, 1, 2, 4])
+    to, of, order = torch.tensor([[3, 2, 20, 14]]), torch.tensor([[1, 8, 9, 24]]), torch.tensor([3, 0, 5, 1, 2, 4])
     draws = Draws(0.0, {"snapmix": (to, of, order)})
     step(data, draws)
     own, theirs = weights(spy.batch)
@@ -177,7 +178,7 @@ def test_mosaic_has_four_labels_and_ends_before_the_run_does(style: str) -> None
     assert len(found.target) == 4
     for (y, _), order in zip(found.target[1:], drawn["orders"], strict=True):
         assert torch.equal(y, batch().labels[order])
-    technique = made_of(MosaicSettings(until=0.75, probability=[[0, 1], [0.5, 0.5]]))
+    technique = build_technique(MosaicSettings(until=0.75, probability=[[0, 1], [0.5, 0.5]]))
     assert [technique.mixes(progress) for progress in (0, 0.5, 0.74, 0.75, 1)] == [1, 0.5, 0.5, 0, 0]
 
 
@@ -193,9 +194,8 @@ def test_one_of_those_that_mix_is_drawn_by_its_share() -> None:
     assert [_one_of({"a": 1, "b": 3}, u) for u in (0, 0.249, 0.251, 0.999)] == ["a", "a", "b", "b"]
     assert _one_of({}, 0.0) is None
     assert _one_of({"a": 0.0}, 0.0) is None
-    techniques = {
-        kind: made_of(settings_by_kind()[kind](probability=p)) for kind, p in zip(MIXING, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True)
-    }
+    shares = zip(MIXING, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True)
+    techniques = {kind: build_technique(settings_by_kind()[kind](probability=p)) for kind, p in shares}
     step, data, counts = StepModule(Pooled(), techniques, size=SIZE), batch(), Counter()
     for number in range(1500):
         first, second = (step.draw(data, 0.0, seed=1, step=number, part=p, rank=p) for p in (0, 1))
@@ -209,7 +209,7 @@ def test_one_of_those_that_mix_is_drawn_by_its_share() -> None:
 
 def test_a_probe_is_made_once_and_only_in_steps_that_ask_it() -> None:
     net = plain_model("test_resnet", 3)
-    step = StepModule(net, {"snapmix": made_of(SnapmixSettings())}, size=(64, 64)).train()
+    step = StepModule(net, {"snapmix": build_technique(SnapmixSettings())}, size=(64, 64)).train()
     passed, inner = [], net.forward_features
     net.forward_features = lambda x: passed.append(net.training) or inner(x)
     data = batch()

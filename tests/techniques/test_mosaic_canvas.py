@@ -40,7 +40,7 @@ def test_a_cell_shows_a_window_of_the_whole_picture_reduced_to_cover_it() -> Non
     assert (left[0, :4].diff() > 0).all(), "the picture's own order"
     small = in_cells([ramp] * 4, (4, 4), [(0.5, 0.5)] * 4)[0, 0]
     torch.testing.assert_close(small[0, 1:3], torch.tensor([2.5, 4.5])), "half of the size: the mean of two columns"
-    assert cells((1, 2), (4, 6)) == [(0, 0, 1, 2), (0, 2, 1, 6), (1, 0, 4, 2), (1, 2, 4, 6)]
+    assert cells((1, 2), (4, 6)) == [(0, 0, 2, 1), (2, 0, 6, 1), (0, 1, 2, 4), (2, 1, 6, 4)]
 
 
 @pytest.mark.parametrize("one", [True, False])

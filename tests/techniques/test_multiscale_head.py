@@ -14,7 +14,7 @@ from fgvc.runs.step import StepModule
 from fgvc.techniques.api import Batch, Draws
 from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.multiscale_head.settings import MultiscaleHeadSettings
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 CLASSES, SIZE = 5, (72, 56)  # odd sides in the later stages
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # losses are taken in float32
@@ -40,7 +40,7 @@ def batch(count: int = 3, size: tuple[int, int] = SIZE) -> Batch:
 def made(
     model: nn.Module, data: Batch, *, grad_checkpointing: bool = False, progress: float = 0.0, **settings: object
 ) -> tuple[StepModule, dict[str, Tensor]]:
-    technique = made_of(MultiscaleHeadSettings(**settings))
+    technique = build_technique(MultiscaleHeadSettings(**settings))
     size = (data.x.shape[2], data.x.shape[3])
     torch.manual_seed(3)
     step = StepModule(model, {"multiscale_head": technique}, size=size, grad_checkpointing=grad_checkpointing).double().train()
@@ -138,7 +138,8 @@ def test_recomputed_activations_change_nothing(layout: str) -> None:
 
 
 def test_mixed_images_teach_with_both_labels() -> None:
-    techniques = {"mixup": made_of(MixupSettings(alpha=1.0)), "multiscale_head": made_of(MultiscaleHeadSettings())}
+    settings = (MixupSettings(alpha=1.0), MultiscaleHeadSettings())
+    techniques = {technique.kind: build_technique(technique) for technique in settings}
     step = StepModule(net(), techniques, size=SIZE).double().train()
     step.attach_hooks()
     losses, views = step(batch(4), step.draw(batch(4), 0.0, seed=1, step=2))

@@ -5,12 +5,12 @@ from torch import nn
 
 from fgvc.techniques.overparam.settings import OverparamSettings
 from fgvc.techniques.plan import Attachments, Plan
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 
 def set_up(net: nn.Module, **settings: object) -> list[str]:
     attachments = Attachments(net, (64, 64))
-    made_of(OverparamSettings(**settings)).setup(Plan("overparam", attachments))
+    build_technique(OverparamSettings(**settings)).setup(Plan("overparam", attachments))
     return attachments.notes
 
 

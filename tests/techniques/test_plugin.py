@@ -18,11 +18,11 @@ from fgvc.config import techniques
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.technique import TechniqueSettings
-from fgvc.data.recipe import decide
+from fgvc.data.recipe import resolve_data
 from fgvc.errors import FgvcError
 from fgvc.runs.folder import read_run
 from fgvc.techniques.api import Technique
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -124,7 +124,7 @@ def test_a_package_that_is_installed_and_not_used_leaves_no_trace(installed: Pat
     done = python(installed, "-c", code, str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "confidence_penalty" not in (tmp_path / "run/config.yaml").read_text()
-    assert read_run(tmp_path / "run") == decide(validate(Recipe, tree, where="here")).resolved(validated=True)
+    assert read_run(tmp_path / "run") == resolve_data(validate(Recipe, tree, where="here")).resolved(validated=True)
 
 
 def test_the_class_that_settings_name_must_be_there() -> None:
@@ -133,4 +133,4 @@ def test_the_class_that_settings_name_must_be_there() -> None:
         kind: str = "lost"
 
     with pytest.raises(FgvcError, match=r"techniques\.lost: fgvc\.nowhere:Lost can't be imported"):
-        made_of(Lost())
+        build_technique(Lost())

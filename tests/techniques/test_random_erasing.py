@@ -14,7 +14,7 @@ from torch import Tensor
 from fgvc.techniques.api import Batch
 from fgvc.techniques.plan import Context
 from fgvc.techniques.random_erasing.settings import RandomErasingSettings
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 COUNT = 3000
 
@@ -33,7 +33,7 @@ def drawn(sides: tuple[int, int], *, seed: int = 0, count: int = COUNT, **settin
     """(N,4): top, left, height, width of the first rectangle of every picture that has one."""
     x, y = torch.empty(count, 3, *sides, device="meta"), torch.zeros(count, dtype=torch.int64)
     data = Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(count, 2, 3))
-    boxes, _ = made_of(RandomErasingSettings(**{"probability": 1, **settings})).draw(np.random.default_rng(seed), data)
+    boxes, _ = build_technique(RandomErasingSettings(**{"probability": 1, **settings})).draw(np.random.default_rng(seed), data)
     left, top, right, bottom = boxes[:, 0].double().numpy().T
     found = np.stack([top, left, bottom - top, right - left], axis=1)
     return found[right > left]
@@ -135,7 +135,7 @@ def test_never_everything_is_erased(statistics: str) -> None:
 def test_what_was_drawn_is_erased_and_nothing_else(fill: str) -> None:
     data = batch()
     before = data.x.clone()
-    technique = made_of(RandomErasingSettings(fill=fill))
+    technique = build_technique(RandomErasingSettings(fill=fill))
 
     def erased(seed: int) -> Tensor:
         boxes = torch.tensor([[[3.0, 2, 9, 5], [8, 4, 10, 12]], [[0, 0, 0, 0], [0, 0, 0, 0]]])
@@ -166,7 +166,7 @@ def test_what_was_drawn_is_erased_and_nothing_else(fill: str) -> None:
 def test_a_batch_goes_through_and_its_clean_images_stay() -> None:
     data = batch(16)
     clean = data.x_clean.clone()
-    technique = made_of(RandomErasingSettings(probability=1))
+    technique = build_technique(RandomErasingSettings(probability=1))
     out = technique.on_batch(data, context(technique.draw(np.random.default_rng(0), data)))
     assert (out.x == 0).flatten(1).any(1).all()
     assert torch.equal(out.x_clean, clean)
@@ -178,7 +178,7 @@ def test_as_many_pictures_lose_something_as_it_says(probability: float) -> None:
     share = len(drawn((64, 64), probability=probability)) / COUNT
     assert share == pytest.approx(probability, abs=4 * math.sqrt(0.21 / COUNT) if probability == 0.3 else 0)
     if not probability:
-        data, technique = batch(), made_of(RandomErasingSettings(probability=0))
+        data, technique = batch(), build_technique(RandomErasingSettings(probability=0))
         assert torch.equal(technique.on_batch(data, context(technique.draw(np.random.default_rng(0), data))).x, data.x)
 
 

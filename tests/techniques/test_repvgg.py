@@ -2,13 +2,13 @@ import timm
 from torch import nn
 
 from fgvc.techniques.plan import Attachments, Plan
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 from fgvc.techniques.repvgg.settings import RepvggSettings
 
 
 def set_up(net: nn.Module) -> list[str]:
     attachments = Attachments(net, (64, 64))
-    made_of(RepvggSettings()).setup(Plan("repvgg", attachments))
+    build_technique(RepvggSettings()).setup(Plan("repvgg", attachments))
     return attachments.notes
 
 

@@ -10,14 +10,14 @@ import timm
 import torch
 
 from fgvc.runs.step import StepModule
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 from fgvc.techniques.spatial_dropout.settings import SpatialDropoutSettings
 
 
 def made(name: str, stage: int = -1, rate: float = 0.25, **kwargs: object):
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=3, **kwargs)
-    technique = made_of(SpatialDropoutSettings(stage=stage, rate=rate))
+    technique = build_technique(SpatialDropoutSettings(stage=stage, rate=rate))
     return StepModule(net, {"spatial_dropout": technique}, size=(32, 32)), technique
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.images.preprocess import normalise
-from fgvc.techniques.distill.teacher import Teacher, TeacherOutput, conversion, digest, in_order, through
+from fgvc.techniques.distill.teacher import Teacher, TeacherOutput, conversion, digest, in_order, teacher_output
 
 SPECS = [
     Preprocess(size=(8, 8)),
@@ -36,7 +36,7 @@ class Recorder:
 
 
 def teacher(answer: Recorder, size: tuple[int, int] | None, convert=lambda x: x) -> Teacher:
-    return Teacher(name="t", answer=answer, size=size, channels=None, convert=convert)
+    return Teacher(name="t", forward=answer, size=size, channels=None, convert=convert)
 
 
 @pytest.mark.parametrize(("student", "own"), list(itertools.product(SPECS, SPECS)))
@@ -79,7 +79,7 @@ def test_it_answers_in_float32_without_gradient_and_is_left_as_it_was() -> None:
     net.get_submodule("layer1").eval()
     modes = [module.training for module in net.modules()]
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    one = Teacher(name="t", answer=lambda x: through(net, x, maps=True), size=None, channels=1, convert=lambda x: x)
+    one = Teacher(name="t", forward=lambda x: teacher_output(net, x, maps=True), size=None, channels=1, convert=lambda x: x)
     with torch.autocast("cpu", torch.bfloat16):
         said = one(torch.randn(3, 3, 32, 32, requires_grad=True))
     assert said.logits.dtype == said.features.dtype == torch.float32

@@ -16,7 +16,7 @@ from fgvc.models.backbone import head_prefixes
 from fgvc.runs.step import StepModule
 from fgvc.techniques.acb.settings import AcbSettings
 from fgvc.techniques.dcl.settings import DclSettings
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 from fgvc.training.optim import learning_rate, make_ema, make_optimizer, make_schedule
 
 
@@ -76,7 +76,7 @@ def scales(step: nn.Module, optim: Optim, **options: object) -> dict[str, float]
 
 def test_head_and_what_techniques_add_have_rates_of_their_own() -> None:
     net = timm.create_model("test_resnet", num_classes=3)
-    step = StepModule(net, {"acb": made_of(AcbSettings()), "dcl": made_of(DclSettings(grid=2))}, size=(32, 32))
+    step = StepModule(net, {"acb": build_technique(AcbSettings()), "dcl": build_technique(DclSettings(grid=2))}, size=(32, 32))
     optim = Optim(head_lr_scale=10, added_lr_scale=5, replaced_lr_scale=0.2)
     found = scales(step, optim, added=step.added, head=head_prefixes(net))
     plain = set(timm.create_model("test_resnet", num_classes=3).state_dict())

@@ -27,7 +27,7 @@ from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.similar_smoothing.settings import SimilarSmoothingSettings
 from fgvc.runs.step import StepModule
 from fgvc.techniques.api import Batch
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 
 class Pooled(nn.Module):
@@ -64,8 +64,8 @@ def known(rank, world):
     """What is known after four steps, of which the third is mixed, and after one update by given vectors."""
     torch.manual_seed(0)
     crop, erase = AttentionCropDropSettings(maps=2, centre_rate=0.3), CamErasingSettings(source="previous_epoch", probability=0)
-    techniques = {"cam_erasing": made_of(erase), "mixup": made_of(MixupSettings()), "attention_crop_drop": made_of(crop)}
-    techniques |= {"centre_loss": made_of(CentreLossSettings()), "similar_smoothing": made_of(SimilarSmoothingSettings())}
+    settings = (erase, MixupSettings(), crop, CentreLossSettings(), SimilarSmoothingSettings())
+    techniques = {technique.kind: build_technique(technique) for technique in settings}
     step = StepModule(Pooled(), techniques, size=(32, 32)).train()
     step.branches.eval()
     for number in range(4):
@@ -82,7 +82,7 @@ def known(rank, world):
     branch.follow(gathered(v[rows]), gathered(y[rows]), rate=0.5)
     store = techniques["cam_erasing"].state_dict()
     centres = step.branches["attention_crop_drop"]["attention"].centres
-    drawn_to, alike = step.branches["centre_loss"]["centres"].of, step.branches["similar_smoothing"]["means"].of
+    drawn_to, alike = step.branches["centre_loss"]["centres"].values, step.branches["similar_smoothing"]["means"].values
     store |= {"drawn to": drawn_to, "alike": alike}
     return {"centres": centres, "given": branch.centres, "rows": gathered(batch(0, rank, world).index), **store}
 '''

@@ -20,7 +20,7 @@ from fgvc.techniques.api import Batch, Draws, Technique, View
 from fgvc.techniques.dcl.settings import DclSettings
 from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.plan import Attachments, Plan
-from fgvc.techniques.registry import made_of
+from fgvc.techniques.registry import build_technique
 
 SIZE, CLASSES = (32, 32), 5
 NO_DRAWS = Draws(0.0)
@@ -211,7 +211,7 @@ def test_a_term_without_a_weight_is_an_error() -> None:
 def test_mixup_is_its_formula_in_float64() -> None:
     share, order = torch.tensor([0.3, 0.3, 0.3, 0.3], dtype=torch.float64), torch.tensor([2, 0, 3, 1])
     step = StepModule(
-        net().double(), {"mixup": made_of(MixupSettings())}, size=SIZE, criterion=Criterion(label_smoothing=0.1)
+        net().double(), {"mixup": build_technique(MixupSettings())}, size=SIZE, criterion=Criterion(label_smoothing=0.1)
     )
     data = batch()
     data.x = data.x_clean = data.x.double()
@@ -262,7 +262,7 @@ def test_frozen_stages_keep_their_weights_and_statistics(name: str, stages: int,
 
 def test_what_a_technique_draws_does_not_depend_on_the_others() -> None:
     def drawn(*kinds: str, step: int = 3) -> dict:
-        made = {"mixup": made_of(MixupSettings()), "dcl": made_of(DclSettings(grid=2))}
+        made = {"mixup": build_technique(MixupSettings()), "dcl": build_technique(DclSettings(grid=2))}
         return (
             StepModule(net(), {kind: made[kind] for kind in kinds}, size=SIZE).draw(batch(), 0.0, seed=1, step=step).of
         )

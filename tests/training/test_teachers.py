@@ -160,11 +160,11 @@ def test_with_sam_each_teacher_is_asked_once_a_part(
     seen = []
 
     def ask(ensemble: TeacherEnsemble, main: Output, ctx: Context, *, features: bool) -> list[TeacherOutput]:
-        seen.append(ctx.again)
+        seen.append(ctx.second_pass)
         return asked(ensemble, main, ctx, features=features)
 
-    asked = TeacherEnsemble.ask
-    monkeypatch.setattr(TeacherEnsemble, "ask", ask)
+    asked = TeacherEnsemble.outputs
+    monkeypatch.setattr(TeacherEnsemble, "outputs", ask)
     teachers = {"distill": {"teachers": [{"kind": "run", "path": str(taught[0])}]}}
     made = recipe(tree, techniques=teachers, optim=tree["optim"] | {"sam": {}})
     made = made.model_copy(update={"train": made.train.model_copy(update={"grad_accum_steps": 2, "max_steps": 3})})

@@ -11,9 +11,9 @@ from fgvc.config.technique import TechniqueSettings
 
 
 class ConfidencePenaltySettings(TechniqueSettings):
-    """Answers of little entropy cost something, so that the net stays unsure where it has reason to be."""
+    """Penalise outputs of low entropy, so that the net is less overconfident."""
 
     technique: ClassVar[str] = "fgvc_confidence_penalty.technique:ConfidencePenalty"
 
     kind: Literal["confidence_penalty"] = "confidence_penalty"
-    beta: Scheduled = Field(0.1, description="weight of log K less the entropy of the answers (the paper tries 0.1 to 8)")
+    beta: Scheduled = Field(0.1, description="weight of log K less the entropy of the outputs (the paper tries 0.1 to 8)")

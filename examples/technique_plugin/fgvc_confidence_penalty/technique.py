@@ -16,7 +16,7 @@ from fgvc_confidence_penalty.settings import ConfidencePenaltySettings
 
 
 class ConfidencePenalty(Technique):
-    """log K - H(p), p = softmax(z): 0 where all classes are alike, log K where one is certain."""
+    """Confidence penalty: log K - H(p), p = softmax(z): 0 where all classes are alike, log K where one is certain."""
 
     source: ClassVar[str] = "Pereyra et al. 2017, arXiv:1701.06548"
 

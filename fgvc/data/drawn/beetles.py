@@ -1,10 +1,10 @@
 """The demonstration set: drawn beetles in CUB layout, whose classes differ only in three small parts.
 
-A class is a combination of three traits: what the head bears (a horn, or a stag's two jaws), the marks on the wings
-(spots or bars) and where the wings have a band (behind the neck, or at their tip). All else - pose, articulation,
-size, place, colours, light, background, clutter, what lies in front - is drawn without knowing the class: the same
-key with another trait gives the same picture except for that part. Frozen, so that results stay comparable: a change
-of what is drawn needs a new VERSION (tests/data/test_demo.py holds the pictures' hashes).
+A class is a combination of three traits: the head (a horn, or a stag's two jaws), the marks on the wings (spots or bars) and the
+band on the wings (behind the neck, or at their tip). All else - pose, articulation, size, place, colours, light, background,
+clutter, foreground - is drawn independently of the class: the same key with another trait gives the same picture except for that
+part. Frozen, so that results stay comparable: a change of the drawing needs a new VERSION (tests/data/test_demo.py holds the
+pictures' hashes).
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ CUB_FILES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Specimen:
+    """A drawn picture with its annotations."""
+
     image: Image.Image  # RGB
     box: tuple[float, float, float, float]  # x, y, width, height in pixels, clipped to the image
     parts: tuple[tuple[float, float, int], ...]  # x, y, visible; one per name in PARTS
@@ -110,7 +112,7 @@ def _draw_into(
 
 
 def traits_of(label: int) -> tuple[int, int, int]:
-    """Which of the two words of each of TRAITS a class has: the bits of its number, the first trait highest."""
+    """The index of a class's word in each of TRAITS: the bits of its number, the first trait highest."""
     return label >> 2 & 1, label >> 1 & 1, label & 1
 
 
@@ -128,7 +130,7 @@ def draw_specimen(key: Sequence[int], traits: tuple[int, int, int], size: tuple[
     pen = _Pen(canvas, _pose(rng, width, height), (math.cos(light), math.sin(light)))
     body = _beetle(rng, pen, traits)
     front = foreground(rng, canvas, [body[0], pen.place(-0.2, 0), body[2]])  # horn, marks, collar
-    across, down = zip(*pen.drawn, strict=True)
+    across, down = zip(*pen.points, strict=True)
     x0, x1 = max(0.0, min(across) / FINE), min(float(width), max(across) / FINE)
     y0, y1 = max(0.0, min(down) / FINE), min(float(height), max(down) / FINE)
     parts = tuple(
@@ -144,18 +146,18 @@ def _visible(front: Image.Image, x: float, y: float) -> bool:
 
 
 class _Pen:
-    """Draws in body coordinates: u towards the head, v to the left, the body is 1 long; remembers where it drew."""
+    """Draws in body coordinates: u towards the head, v to the left, the body is 1 long; records the points it drew."""
 
     def __init__(self, canvas: Image.Image, place: Callable[[float, float], Point], light: Point) -> None:
         self.draw, self.place, self.light = ImageDraw.Draw(canvas), place, light
         self.canvas = canvas
-        self.drawn: list[Point] = []
+        self.points: list[Point] = []
         (x0, y0), (x1, y1) = place(0, 0), place(-0.5, 0)
         self.unit = 2 * math.hypot(x1 - x0, y1 - y0)  # canvas pixels per body length
 
     def shape(self, points: Sequence[Point], colour: Colour) -> list[Point]:
         placed = [self.place(u, v) for u, v in points]
-        self.drawn += placed
+        self.points += placed
         fill(self.draw, placed, colour)
         return placed
 
@@ -197,7 +199,7 @@ class _Pen:
 
 
 def _beetle(rng: np.random.Generator, pen: _Pen, traits: tuple[int, int, int]) -> list[Point]:
-    """Draw the animal; return where its PARTS are on the canvas."""
+    """Draw the animal; returns the places of its PARTS on the canvas."""
     hue, pale = rng.random(), bool(rng.random() < 0.5)
     wing = hsv(hue, rng.uniform(0.45, 0.95), rng.uniform(0.45, 0.9))
     shield = hsv(
@@ -270,7 +272,7 @@ def _marks(rng: np.random.Generator, pen: _Pen, side: int, bars: int, colour: Co
 def _band(
     rng: np.random.Generator, pen: _Pen, tipped: int, colour: Colour, wing: Callable[[float], float]
 ) -> tuple[Point, Point]:
-    """A stripe across both wings; where it may lie, in front and at the tip."""
+    """Draw a stripe across both wings; returns its two possible places, in front and at the tip."""
     wide = 0.065 * rng.uniform(0.9, 1.15)
     middle = -0.46 if tipped else 0.075
     steps = [middle + wide * (k / 4 - 1) for k in range(9)]
@@ -292,7 +294,7 @@ def _legs(rng: np.random.Generator, pen: _Pen, side: int, colour: Colour) -> Non
 
 
 def _shadow(pen: _Pen) -> None:
-    """A soft shade on the ground, away from the light."""
+    """Draw a soft shadow on the ground, away from the light."""
     w, h = pen.canvas.width // FINE, pen.canvas.height // FINE
     mask = Image.new("L", (w, h))
     shift = 0.07 * pen.unit
@@ -307,7 +309,7 @@ def _shadow(pen: _Pen) -> None:
 
 
 def _pose(rng: np.random.Generator, width: int, height: int) -> Callable[[float, float], Point]:
-    """Body to canvas: bend of neck and abdomen, tilt, mirror, turn, size and place."""
+    """A random map from body to canvas coordinates: bend of neck and abdomen, tilt, mirror, turn, size and place."""
     short = min(width, height) * FINE
     scale = short * rng.uniform(0.54, 0.65)
     turn, mirror, tilt = rng.uniform(-0.75, 0.75) - math.pi / 2, rng.choice([-1.0, 1.0]), rng.uniform(0.82, 1.0)

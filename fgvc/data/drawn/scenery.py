@@ -64,7 +64,7 @@ def _strewn_leaf(rng: np.random.Generator, draw: ImageDraw.ImageDraw, size: tupl
 def _leaf(
     rng: np.random.Generator, draw: ImageDraw.ImageDraw, place: Point, long: float, wide: float, colour: Colour
 ) -> list[Point]:
-    """A veined leaf, `long` from its middle to its tip and `wide` times as wide; returns its outline."""
+    """Draw a veined leaf, `long` from its middle to its tip and `wide` times as wide; returns its outline."""
     (x, y), turn, curl = place, rng.uniform(0, 2 * math.pi), rng.uniform(-0.5, 0.5)
 
     def at(t: float, w: float) -> Point:
@@ -85,7 +85,7 @@ def _leaf(
 
 
 def _twig(rng: np.random.Generator, draw: ImageDraw.ImageDraw, size: tuple[int, int]) -> None:
-    """A dry, forked stalk: at a glance, an antenna."""
+    """Draw a dry, forked stalk, which resembles an antenna."""
     x, y, turn = rng.uniform(0, size[0]), rng.uniform(0, size[1]), rng.uniform(0, 2 * math.pi)
     colour = hsv(rng.uniform(0.04, 0.12), rng.uniform(0.2, 0.6), rng.uniform(0.15, 0.5))
     long, thick = min(size) * rng.uniform(0.1, 0.3), round(min(size) * rng.uniform(0.008, 0.016))
@@ -98,7 +98,7 @@ def _twig(rng: np.random.Generator, draw: ImageDraw.ImageDraw, size: tuple[int, 
 
 
 def _seed(rng: np.random.Generator, draw: ImageDraw.ImageDraw, size: tuple[int, int]) -> None:
-    """A round grain: at a glance, a spot or the tip of an antenna."""
+    """Draw a round grain, which resembles a spot or the tip of an antenna."""
     x, y, radius = rng.uniform(0, size[0]), rng.uniform(0, size[1]), min(size) * rng.uniform(0.01, 0.03)
     colour = hsv(rng.uniform(0, 0.2), rng.uniform(0.2, 0.8), rng.uniform(0.15, 0.9))
     for share, tone in ((1.0, mix(colour, (0, 0, 0), 0.4)), (0.8, colour), (0.3, mix(colour, (255, 255, 255), 0.4))):
@@ -107,9 +107,9 @@ def _seed(rng: np.random.Generator, draw: ImageDraw.ImageDraw, size: tuple[int, 
 
 
 def foreground(rng: np.random.Generator, canvas: Image.Image, places: Sequence[Point]) -> Image.Image:
-    """Blades of grass across the picture and, in one of four, a leaf on one of `places`.
+    """Draw blades of grass across the picture and, in one of four, a leaf on one of `places`; returns the mask of both.
 
-    Returns what they cover, as a mask. The leaf is what keeps the best classifier from being right every time.
+    The leaf keeps even the best classifier from being always right.
     """
     front, draw = Image.new("L", canvas.size), ImageDraw.Draw(canvas)
     cover = ImageDraw.Draw(front)
@@ -138,7 +138,7 @@ def foreground(rng: np.random.Generator, canvas: Image.Image, places: Sequence[P
 
 
 def expose(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """Light that falls off across the picture, a colour cast and the sensor's noise."""
+    """The image with light that falls off across it, a colour cast and a sensor's noise."""
     fall = Image.fromarray(rng.integers(150, 256, (3, 3), dtype=np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
     image = ImageChops.multiply(image, Image.merge("RGB", [fall] * 3))
     gain, cast = rng.uniform(0.95, 1.45), rng.uniform(0.92, 1.08, 3)
@@ -152,7 +152,7 @@ def fill(draw: ImageDraw.ImageDraw, points: Sequence[Point], colour: Colour | in
 
 
 def whole(point: Point) -> tuple[int, int]:
-    """Canvas points are rounded, so that the last bit of a platform's sine can't change a picture."""
+    """A canvas point, rounded, so that the last bit of a platform's sine can't change a picture."""
     return round(point[0]), round(point[1])
 
 
@@ -162,7 +162,7 @@ def hsv(hue: float, saturation: float, value: float) -> Colour:
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
-    """`share` of b in a."""
+    """The colour between a (share 0) and b (share 1)."""
     return (
         round(a[0] + (b[0] - a[0]) * share),
         round(a[1] + (b[1] - a[1]) * share),

@@ -1,4 +1,4 @@
-"""What is wrong with a set before any time is spent on it: every image is read once, and nothing is changed."""
+"""Check of a set before training: reads every image once and reports faults; changes nothing."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from fgvc.data.quality.duplicates import (
     Fingerprints,
     alike,
     equal,
+    fingerprint,
     gathered,
     groups,
     joined,
     links,
-    print_of,
 )
 from fgvc.data.quality.stored import StoredFacts, judge, levels_of, misplaced
 from fgvc.data.quality.suspects import Suspects
@@ -38,7 +38,7 @@ from fgvc.images.decode import Picture, read_content, read_picture
 from fgvc.io.names import some
 
 TINY = 32  # pixels of the shorter side
-IMBALANCE = 10.0  # largest class over smallest class of the train part from which a warning is given
+IMBALANCE = 10.0  # largest class over smallest class of the train split, from which there is a warning
 
 COLUMNS = ("finding", "number", "path", "split", "label", "suggested", "score", "detail")  # of the findings
 
@@ -47,7 +47,7 @@ Rows = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """The findings; rows are those of the index. `errors` spoil a result, `warnings` are for people to weigh."""
+    """Findings on a set; rows are those of the index. `errors` spoil a result, `warnings` may not matter."""
 
     index: ImageIndex
     counts: np.ndarray  # (3,K) int64: images by split and class
@@ -57,13 +57,13 @@ class Report:
     tiny: tuple[int, ...]
     sizes: np.ndarray  # (N,2) int32: width, height in pixels, upright; 0 where unreadable
     duplicates: Rows  # rows of files that are equal byte for byte
-    near: Rows  # rows that show the same picture, not all of them equal byte for byte; where they are many, perhaps a chain
-    near_leaks: Rows  # pairs that show the same picture in two splits; for each row the likest
-    near_conflicts: Rows  # with two labels
+    near: Rows  # rows that show the same picture, not all of them equal byte for byte; many rows may be a chain
+    near_leaks: Rows  # pairs that show the same picture in two splits; for each row the most similar
+    near_conflicts: Rows  # such pairs with two labels
     straddling: tuple[str, ...]  # groups with rows in several splits
     colours: Colours
     stored: StoredFacts
-    suspects: Suspects | None = None  # None: not looked for
+    suspects: Suspects | None = None  # None: not computed
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -82,36 +82,36 @@ class Report:
         return self._several(self.duplicates, self.index.labels)
 
     def shown(self, rows: tuple[int, ...], count: int) -> list[int]:
-        """So many of a group: one of each split and label first, since the first rows may all be of one."""
-        seen = Counter[tuple[int, int]]()
+        """At most `count` rows of a group: one of each split and label first, since the first rows may all have the same."""
+        repeats = Counter[tuple[int, int]]()
         ranked = []
         for row in rows:
             kind = int(self.index.splits[row]), int(self.index.labels[row])
-            ranked.append((seen[kind], row))
-            seen[kind] += 1
+            ranked.append((repeats[kind], row))
+            repeats[kind] += 1
         return [row for _, row in sorted(ranked)[:count]]
 
     @property
     def families(self) -> NDArray[np.int64]:
-        """(N,) number of the group of rows that belong together: by name, or because they show the same."""
-        told = [links(group_codes(self.index.groups))] if self.index.groups is not None else []
+        """Numbers (N,) of the groups of rows that belong together: by the data's groups, or as copies of one picture."""
+        named = [links(group_codes(self.index.groups))] if self.index.groups is not None else []
         same = [np.array([(rows[0], row) for row in rows[1:]], np.int64) for rows in (*self.duplicates, *self.near)]
-        return joined(len(self.index), *told, *same)
+        return joined(len(self.index), *named, *same)
 
-    def _several(self, found: Rows, column: np.ndarray) -> Rows:
-        return tuple(rows for rows in found if len(set(column[list(rows)].tolist())) > 1)
+    def _several(self, groups: Rows, column: np.ndarray) -> Rows:
+        return tuple(rows for rows in groups if len(set(column[list(rows)].tolist())) > 1)
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """What reading one file gave."""
+class _FileFacts:
+    """Facts of one file, read once."""
 
     digest: bytes = b""  # 16 bytes of a readable image
     picture: Picture | None = None  # None: unreadable; without its pixels, which would not fit in memory
-    levels: tuple[int, int] = (0, 0)  # as in Stored
+    levels: tuple[int, int] = (0, 0)  # as in StoredFacts
     damage: str = ""
     moments: NDArray[np.float64] = field(default_factory=lambda: np.full((2, 3), np.nan))
-    print: Fingerprint | None = None
+    fingerprint: Fingerprint | None = None
     reason: str = ""
 
 
@@ -124,29 +124,29 @@ def check(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Decode every image in full; compare all files byte for byte, and all pictures with one another.
+    """Decode every image in full, and compare all files byte for byte and all pictures with one another.
 
     `expected`: the network's normalisation, to compare colours with; `likeness`: the correlation, in [-1,1], from which two
-    pictures are near copies. `progress(what, done, total)` is called while images are read, and while they are compared.
+    pictures are near copies. `progress(step, done, total)` is called while images are read, and while they are compared.
     """
     total = len(index)
     digests, sizes = np.zeros((total, 2), np.uint64), np.zeros((total, 2), np.int32)
-    prints, seen_moments, grey = Fingerprints.empty(total), np.full((total, 2, 3), np.nan), np.zeros(total, bool)
+    prints, image_moments, grey = Fingerprints.empty(total), np.full((total, 2, 3), np.nan), np.zeros(total, bool)
     stored = StoredFacts.empty(total)
     unreadable: list[tuple[int, str]] = []
     modes: Counter[str] = Counter()
-    for row, seen in enumerate(_read_all(index, workers)):
-        # An unreadable file is nobody's duplicate: its row number stands for its content.
-        digests[row] = np.frombuffer(seen.digest, np.uint64) if seen.digest else (row, 0)
-        seen_moments[row] = seen.moments
-        if seen.print is None or seen.picture is None:
-            unreadable.append((row, seen.reason))
+    for row, facts in enumerate(_read_all(index, workers)):
+        # An unreadable file is no duplicate: its row number stands for its content.
+        digests[row] = np.frombuffer(facts.digest, np.uint64) if facts.digest else (row, 0)
+        image_moments[row] = facts.moments
+        if facts.fingerprint is None or facts.picture is None:
+            unreadable.append((row, facts.reason))
         else:
-            sizes[row] = seen.picture.size
-            stored.put(row, seen.picture, seen.levels, seen.damage)
-            prints.put(row, seen.print)
-            grey[row] = is_grey(seen.print.thumb)
-            modes[seen.picture.mode] += 1
+            sizes[row] = facts.picture.size
+            stored.put(row, facts.picture, facts.levels, facts.damage)
+            prints.put(row, facts.fingerprint)
+            grey[row] = is_grey(facts.fingerprint.thumb)
+            modes[facts.picture.mode] += 1
         if progress:
             progress("reading", row + 1, total)
     counts = np.zeros((len(SPLITS), len(index.classes)), np.int64)
@@ -170,25 +170,25 @@ def check(
         near_leaks=across[0],
         near_conflicts=across[1],
         straddling=() if index.groups is None else tuple(straddling(index.groups, index.splits)),
-        colours=colours(seen_moments, grey, train=index.splits == 0, modes=modes, expected=expected),
+        colours=colours(image_moments, grey, train=index.splits == 0, modes=modes, expected=expected),
         stored=stored,
     )
     return _judge(report, max_unreadable)
 
 
-def with_suspects(report: Report, found: Suspects) -> Report:
-    """The report with the labels that a probe doubts, and what that means in words."""
+def with_suspects(report: Report, suspects: Suspects) -> Report:
+    """The report with the labels that a probe doubts, and warnings of them."""
     text = (
-        f"about {found.wrong} labels look wrong; {len(found.listed)} images look more like another class than their own"
+        f"about {suspects.wrong} labels look wrong; {len(suspects.listed)} images look more like another class than their own"
     )
-    said = [text] if found.wrong else []
-    if found.unjudged:
-        said.append(f"{found.unjudged} labels were not judged: their classes are too small to hold an image out")
-    return replace(report, suspects=found, warnings=(*report.warnings, *said))
+    warnings = [text] if suspects.wrong else []
+    if suspects.unjudged:
+        warnings.append(f"{suspects.unjudged} labels were not judged: their classes are too small to hold an image out")
+    return replace(report, suspects=suspects, warnings=(*report.warnings, *warnings))
 
 
 def findings(report: Report) -> list[dict[str, object]]:
-    """Every finding that is about an image, a line each, to act upon. `number` joins the rows of one duplicate."""
+    """A row for every finding about an image, with COLUMNS. `number` joins the rows of one group of duplicates."""
     index = report.index
     lines: list[dict[str, object]] = []
 
@@ -200,10 +200,10 @@ def findings(report: Report) -> list[dict[str, object]]:
 
     for row, reason in report.unreadable:
         add("unreadable", row, detail=reason)
-    for row, what in sorted(report.stored.damage.items()):
-        add("damaged", row, detail=what)
-    for row, what in misplaced(index, report.stored).items():
-        add("box", row, detail=what)
+    for row, detail in sorted(report.stored.damage.items()):
+        add("damaged", row, detail=detail)
+    for row, detail in misplaced(index, report.stored).items():
+        add("box", row, detail=detail)
     for row in report.tiny:
         add("tiny", row, detail=" x ".join(map(str, report.sizes[row])))
     kinds = [("duplicate", rows) for rows in report.duplicates] + [("near-duplicate", rows) for rows in report.near]
@@ -213,10 +213,10 @@ def findings(report: Report) -> list[dict[str, object]]:
     for finding, several in (("flat", report.colours.flat), ("grey", report.colours.grey)):
         for row in several:
             add(finding, row)
-    for one in report.suspects.listed if report.suspects else ():
-        line = add("suspect", one.row)
-        line |= {"suggested": index.classes[one.suggested], "score": f"{one.own:.4f}"}
-        line["detail"] = f"{one.other:.4f} as suggested; not calibrated"
+    for suspect in report.suspects.listed if report.suspects else ():
+        line = add("suspect", suspect.row)
+        line |= {"suggested": index.classes[suspect.suggested], "score": f"{suspect.p_label:.4f}"}
+        line["detail"] = f"{suspect.p_suggested:.4f} as suggested; not calibrated"
     return lines
 
 
@@ -228,20 +228,21 @@ def _near(
     likeness: float,
     progress: Callable[[str, int, int], None] | None,
 ) -> tuple[Rows, list[Rows]]:
-    """Groups of rows that show the same; and of pairs those of two splits, and those of two labels. What is equal byte for
-    byte is compared once, and joins its group afterwards."""
-    again = {row: rows[0] for rows in duplicates for row in rows[1:]}
-    rows = np.array([row for row in readable.tolist() if row not in again], np.int64)
-    found = alike(prints, rows, likeness=likeness, progress=partial(progress, "comparing") if progress else None)
-    numbers, across = gathered(found, len(index), index.splits, index.labels)
-    numbers = joined(len(index), links(numbers), np.array(list(again.items()), np.int64).reshape(-1, 2))
+    """Groups of rows that show the same picture, and the pairs of two splits and of two labels among them.
+
+    Of files that are equal byte for byte one is compared; the others join its group afterwards."""
+    first = {row: rows[0] for rows in duplicates for row in rows[1:]}
+    rows = np.array([row for row in readable.tolist() if row not in first], np.int64)
+    similar = alike(prints, rows, likeness=likeness, progress=partial(progress, "comparing") if progress else None)
+    numbers, across = gathered(similar, len(index), index.splits, index.labels)
+    numbers = joined(len(index), links(numbers), np.array(list(first.items()), np.int64).reshape(-1, 2))
     equal_files = set(duplicates)
     near = tuple(group for group in groups(numbers) if group not in equal_files)
     return near, [tuple(map(tuple, pairs.tolist())) for pairs in across]
 
 
-def _read_all(index: ImageIndex, workers: int | None) -> Iterator[_Seen]:
-    """In the order of rows; a bounded number of files is under way."""
+def _read_all(index: ImageIndex, workers: int | None) -> Iterator[_FileFacts]:
+    """Facts of all files in the order of rows; a bounded number of them is in memory."""
     window = 1024
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for start in range(0, len(index), window):
@@ -249,25 +250,25 @@ def _read_all(index: ImageIndex, workers: int | None) -> Iterator[_Seen]:
             yield from pool.map(lambda row: _read(index, row), rows)
 
 
-def _read(index: ImageIndex, row: int) -> _Seen:
+def _read(index: ImageIndex, row: int) -> _FileFacts:
     path = index.path(row)
     try:
         content = read_content(path)
         picture = read_picture(content, max_pixels=index.max_pixels, name=path)
     except ImageError as error:
-        return _Seen(reason=error.reason)
-    return _Seen(
+        return _FileFacts(reason=error.reason)
+    return _FileFacts(
         digest=hashlib.sha256(content).digest()[:16],
         picture=replace(picture, image=Image.new("RGB", (1, 1))),
         levels=levels_of(picture),
         damage=damage(content),
         moments=moments(picture.image),
-        print=print_of(picture.image),
+        fingerprint=fingerprint(picture.image),
     )
 
 
 def _judge(report: Report, max_unreadable: float) -> Report:
-    """The report with its errors and warnings put in words."""
+    """The report with its errors and warnings in words."""
     index, total = report.index, len(report.index)
     errors: list[str] = []
     warnings: list[str] = list(index.warnings)
@@ -276,7 +277,7 @@ def _judge(report: Report, max_unreadable: float) -> Report:
         (errors if split == "train" else warnings).append(text)
     for s, split in enumerate(SPLITS):
         if not report.counts[s].any() and split != "train":
-            warnings.append(f"there is no {split} part")
+            warnings.append(f"there is no {split} split")
     if report.unreadable:
         share = len(report.unreadable) / total
         listed = some([f"{index.paths[row]} ({reason})" for row, reason in report.unreadable])
@@ -300,10 +301,10 @@ def _judge(report: Report, max_unreadable: float) -> Report:
 
 
 def _judge_copies(report: Report, errors: list[str], warnings: list[str]) -> None:
-    """Copies in two splits, or under two labels, spoil a result, however they were stored."""
+    """Add the messages on copies: in two splits, or under two labels, they spoil a result, however they are stored."""
 
-    def listed(found: Rows, sign: str) -> str:
-        return some([f" {sign} ".join(place(row) for row in report.shown(rows, 3)) for rows in found], 3)
+    def listed(groups: Rows, sign: str) -> str:
+        return some([f" {sign} ".join(place(row) for row in report.shown(rows, 3)) for rows in groups], 3)
 
     def place(row: int) -> str:
         index = report.index

@@ -1,4 +1,4 @@
-"""What colours a set has, beside what its weights were trained to expect."""
+"""Colours of a set, compared with the normalisation that its weights expect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fgvc.config.images import Preprocess, Triple
 
 FAR = 1.0  # standard deviations of the weights by which the mean of a channel may differ
 RATIO = 4.0  # how many times wider or narrower than the weights' a channel may spread
-OFF = 10.0  # times that a mean or a std may be larger or smaller than the usual one
+OFF = 10.0  # factor by which a mean or a std may be larger or smaller than the usual one
 FLAT = 0.01  # standard deviation, white being 1, below which an image shows nothing
 _GREY = 2  # levels of 255 between channels that JPEG leaves in a grey image
 
@@ -26,15 +26,15 @@ class Normalisation:
 
     mean: Triple
     std: Triple
-    own: bool = False  # just what the weights ask for: then nobody can have got it wrong
-    doubts: tuple[str, ...] = ()  # what speaks against it, whatever the images are
+    from_weights: bool = False  # exactly what the weights ask for, so that no setting can be wrong
+    doubts: tuple[str, ...] = ()  # reasons against it, whatever the images are
 
 
 NATURAL = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet's photographs
 
 
 def normalisation_of(spec: Preprocess) -> Normalisation:
-    """What a preprocessing normalises with."""
+    """The normalisation of a preprocessing, in units where white is 1."""
 
     def plain(values: Triple) -> Triple:
         r, g, b = (value / spec.input_range for value in values)
@@ -44,36 +44,36 @@ def normalisation_of(spec: Preprocess) -> Normalisation:
 
 
 def other_units(spec: Preprocess, usual: Normalisation, whose: str) -> list[str]:
-    """Where a mean or a std is so far off the usual that it is in other units, mostly, in words. A mean of 0 says that nothing is
-    taken off, in any units."""
+    """Doubts about a mean or std that is so far from the usual one that it is probably in other units. A mean of 0 subtracts
+    nothing in any units."""
     ours = normalisation_of(spec)
-    found = []
+    doubts = []
     for key, values, expected in (("mean", ours.mean, usual.mean), ("std", ours.std, usual.std)):
-        shares = [value / known for value, known in zip(values, expected, strict=True) if value and known]
-        worst = max(shares, key=lambda share: abs(math.log(share)), default=1.0)
+        ratios = [value / usual_value for value, usual_value in zip(values, expected, strict=True) if value and usual_value]
+        worst = max(ratios, key=lambda ratio: abs(math.log(ratio)), default=1.0)
         if not 1 / OFF <= worst <= OFF:
-            times, way = (worst, "larger") if worst > 1 else (1 / worst, "smaller")
-            found.append(
-                f"{key} {getattr(spec, key)}, where white is {spec.input_range}, is {times:.3g} times {way} than {whose}, "
+            factor, way = (worst, "larger") if worst > 1 else (1 / worst, "smaller")
+            doubts.append(
+                f"{key} {getattr(spec, key)}, where white is {spec.input_range}, is {factor:.3g} times {way} than {whose}, "
                 f"{expected} where white is 1: is it in other units? See input_range"
             )
-    return found
+    return doubts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Colours:
-    """Mean and spread are those of all pixels of the readable training images, each image counting the same."""
+    """Colours of a set; mean and std are of all pixels of the readable training images, each image counting the same."""
 
     mean: Triple
     std: Triple
     expected: Normalisation | None
-    modes: tuple[tuple[str, int], ...]  # how files store colour, and how many do, the most frequent first
+    modes: tuple[tuple[str, int], ...]  # Pillow's colour modes of the files and their counts, the most frequent first
     grey: tuple[int, ...]  # rows whose three channels are equal
     flat: tuple[int, ...]  # rows of one colour
 
     @property
     def shift(self) -> Triple | None:
-        """How much lighter than expected, per channel, in standard deviations of the weights."""
+        """Difference of the mean to the expected one, per channel, in expected standard deviations; None without expectation."""
         if self.expected is None:
             return None
         r, g, b = ((m - e) / s for m, e, s in zip(self.mean, self.expected.mean, self.expected.std, strict=True))
@@ -81,37 +81,37 @@ class Colours:
 
     @property
     def spread(self) -> Triple | None:
-        """How many times wider than expected each channel spreads."""
+        """Standard deviation over the expected one, per channel; None without expectation."""
         if self.expected is None:
             return None
-        r, g, b = (own / s for own, s in zip(self.std, self.expected.std, strict=True))
+        r, g, b = (std / s for std, s in zip(self.std, self.expected.std, strict=True))
         return r, g, b
 
 
 def moments(image: Image.Image) -> NDArray[np.float64]:
-    """(2,3): the mean of an RGB image's channels and of their squares, white being 1; from its histogram."""
+    """The means of an RGB image's channels and of their squares, (2,3), white being 1; from its histogram."""
     stat = ImageStat.Stat(image)
     return np.stack([np.asarray(stat.sum) / 255, np.asarray(stat.sum2) / 255**2]) / stat.count[0]
 
 
 def is_grey(pixels: NDArray[np.uint8]) -> bool:
-    """Whether the channels of (h,w,3) are equal."""
+    """Whether the channels of an image (h,w,3) are equal, but for JPEG's rounding."""
     levels = pixels.astype(np.int16)
     return bool((levels.max(axis=2) - levels.min(axis=2)).max() <= _GREY)
 
 
 def colours(
-    seen: NDArray[np.float64],
+    image_moments: NDArray[np.float64],
     grey: NDArray[np.bool_],
     *,
     train: NDArray[np.bool_],
     modes: Counter[str],
     expected: Normalisation | None,
 ) -> Colours:
-    """The moments (N,2,3) of all images summed up, NaN where one can't be read; `train` (N,): what the network learns from."""
-    read = ~np.isnan(seen[:, 0, 0])
-    mean, square = seen[read & train].mean(axis=0) if (read & train).any() else np.zeros((2, 3))
-    narrow = (seen[:, 1] - seen[:, 0] ** 2).max(axis=1) < FLAT**2
+    """The colours of a set by the moments (N,2,3) of its images, NaN for unreadable ones; `train` (N,): the training images."""
+    read = ~np.isnan(image_moments[:, 0, 0])
+    mean, square = image_moments[read & train].mean(axis=0) if (read & train).any() else np.zeros((2, 3))
+    narrow = (image_moments[:, 1] - image_moments[:, 0] ** 2).max(axis=1) < FLAT**2
     return Colours(
         mean=_triple(mean),
         std=_triple(np.sqrt(np.maximum(square - mean**2, 0))),
@@ -122,34 +122,36 @@ def colours(
     )
 
 
-def doubts(found: Colours, images: int) -> Iterator[str]:
-    """What is odd about the colours of a set, in words. Many weights ask for a mean and std that are of no images (0.5, or 0 and
-    1): where these are just what they ask for, images are odd only if they are unlike photographs, too."""
-    if found.expected is not None and found.expected.doubts:  # all images would be far from it
-        yield from found.expected.doubts
-    elif found.shift is not None and found.spread is not None and any(found.mean) and found.expected is not None:
-        usual = replace(found, expected=NATURAL) if found.expected.own else found
+def doubts(colours: Colours, images: int) -> Iterator[str]:
+    """Doubts about the colours of a set, in words.
+
+    Many weights ask for a mean and std of no images (0.5, or 0 and 1). If the normalisation is exactly what they ask for,
+    images are doubtful only if they are unlike photographs, too."""
+    if colours.expected is not None and colours.expected.doubts:  # all images would be far from it
+        yield from colours.expected.doubts
+    elif colours.shift is not None and colours.spread is not None and any(colours.mean) and colours.expected is not None:
+        usual = replace(colours, expected=NATURAL) if colours.expected.from_weights else colours
         assert usual.shift is not None
         assert usual.spread is not None
         mean, std = (
-            ("?", "?") if found.expected.own else (", or deploy.mean of other data?", ", or deploy.std of other data?")
+            ("?", "?") if colours.expected.from_weights else (", or deploy.mean of other data?", ", or deploy.std of other data?")
         )
         for k, channel in enumerate(("red", "green", "blue")):
-            shift, spread = found.shift[k], found.spread[k]
+            shift, spread = colours.shift[k], colours.spread[k]
             if min(abs(shift), abs(usual.shift[k])) > FAR:
                 yield (
                     f"{channel} is {abs(shift):.2f} standard deviations {'lighter' if shift > 0 else 'darker'} than the "
                     f"network's normalisation expects: inverted images, another range{mean}"
                 )
-            if not any(1 / RATIO <= one <= RATIO for one in (spread, usual.spread[k])):
+            if not any(1 / RATIO <= ratio <= RATIO for ratio in (spread, usual.spread[k])):
                 yield (
                     f"{channel} spreads {spread:.2g} times as wide as the network's normalisation expects: another range{std}"
                 )
-    if len(found.modes) > 1:
-        listed = ", ".join(f"{mode} {count}" for mode, count in found.modes)
+    if len(colours.modes) > 1:
+        listed = ", ".join(f"{mode} {count}" for mode, count in colours.modes)
         yield f"files store colour in several ways, which a network may learn instead of the classes: {listed}"
-    if found.grey:
-        yield f"{len(found.grey)} of {images} images are grey, without any colour"
+    if colours.grey:
+        yield f"{len(colours.grey)} of {images} images are grey, without any colour"
 
 
 def _triple(values: NDArray[np.float64]) -> Triple:

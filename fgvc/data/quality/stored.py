@@ -1,5 +1,4 @@
-"""How the files of a set store their pictures, and where a network would see something else than people do: too few of the bits
-are used, boxes lie elsewhere, data were lost."""
+"""Checks of how files store pictures and boxes: unused bits, values out of range, damaged data, boxes outside of images."""
 
 from __future__ import annotations
 
@@ -18,19 +17,19 @@ from fgvc.images.decode import Picture, read_content, read_picture
 from fgvc.images.upright import UPRIGHT, turned_sides
 from fgvc.io.names import some
 
-MOST = 0.95  # share of the images by which a set is judged
-DARK, LIGHT = 31, 240  # levels of 255, which all but a thousandth of the pixels are below, or above
-DARK_DEEP = 63  # the same of pictures with more than 8 bits, where it means that the upper two are never used
+MOST = 0.95  # share of the images from which a fault is one of the set
+DARK, LIGHT = 31, 240  # levels of 255 that all but a thousandth of the pixels are below, or above
+DARK_DEEP = 63  # as DARK, of pictures with more than 8 bits: their upper two bits are never used
 FLAT = 16  # levels between the darkest and the lightest thousandth
 MARGIN = 0.02  # of a picture's side, or two pixels, that a box may reach beyond it
-SAMPLE = 32  # images that training looks at
+SAMPLE = 32  # images that are checked before training
 
-MapBoxes = tuple[bool, str]  # whether it is an error, and what it is
+Fault = tuple[bool, str]  # whether it is an error (else a warning), and the message
 
 
 @dataclass(slots=True)
 class StoredFacts:
-    """What reading N images told of their files; of those that can't be read 0, NaN or ""."""
+    """Facts of how N images are stored; 0, NaN or "" for unreadable ones."""
 
     sides: NDArray[np.int32]  # (N,2) width and height, as stored
     orientation: NDArray[np.int8]  # (N,) EXIF's
@@ -38,7 +37,7 @@ class StoredFacts:
     bits: NDArray[np.int8]  # (N,) of a value
     extremes: NDArray[np.float64]  # (N,2) smallest and largest value, where they have more than 8 bits and one channel
     levels: NDArray[np.int16]  # (N,2) of 255, decoded: all but a thousandth of the pixels lie between
-    damage: dict[int, str] = field(default_factory=dict)  # row: what
+    damage: dict[int, str] = field(default_factory=dict)  # row -> description
 
     @classmethod
     def empty(cls, images: int) -> StoredFacts:
@@ -47,46 +46,44 @@ class StoredFacts:
             np.full((images, 2), np.nan), np.zeros((images, 2), np.int16),
         )  # fmt: skip
 
-    def put(self, row: int, picture: Picture, levels: tuple[int, int], broken: str) -> None:
+    def put(self, row: int, picture: Picture, levels: tuple[int, int], damage: str) -> None:
         self.sides[row], self.orientation[row], self.mode[row] = picture.stored, picture.orientation, picture.mode
         self.bits[row], self.levels[row] = picture.bits, levels
         if picture.extremes is not None:
             self.extremes[row] = picture.extremes
-        if broken:
-            self.damage[row] = broken
+        if damage:
+            self.damage[row] = damage
 
 
 def levels_of(picture: Picture) -> tuple[int, int]:
-    """Levels of 255 that all but a thousandth of the values of all channels are not below, and not above."""
+    """The 0.1 and 99.9 percentiles of the values of all channels, in levels of 255."""
     counts = np.asarray(picture.image.histogram()).reshape(3, 256).sum(axis=0)
     low, high = np.searchsorted(counts.cumsum(), (0.001 * counts.sum(), 0.999 * counts.sum()))
     return int(low), int(high)
 
 
-def glance(index: ImageIndex, rows: NDArray[np.int64]) -> list[str]:
-    """What is wrong with a few of these images, spread over all, a line each: what can be known before they are trained on.
-    `fgvc data check` looks at all."""
-    few = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64)]
-    part = StoredFacts.empty(len(few))
+def spot_check(index: ImageIndex, rows: NDArray[np.int64]) -> list[str]:
+    """Faults of a sample of these images, a line each, as a check before training; `fgvc data check` looks at all."""
+    sample = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64)]
+    facts = StoredFacts.empty(len(sample))
 
     def look(at: int) -> None:
-        path = index.path(int(few[at]))
+        path = index.path(int(sample[at]))
         try:
             content = read_content(path)
             picture = read_picture(content, max_pixels=index.max_pixels, name=path)
         except ImageError:
-            return  # counted, and reported, where it is trained on
-        part.put(at, picture, levels_of(picture), damage(content))
+            return  # training counts and reports it
+        facts.put(at, picture, levels_of(picture), damage(content))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(look, range(len(few))))
-    seen = _rows(index, few)
-    found = [text for _, text in judge(seen, part)]
-    return [f"of {len(few)} images looked at: {text} (fgvc data check looks at all)" for text in found]
+        list(pool.map(look, range(len(sample))))
+    faults = judge(_subset(index, sample), facts)
+    return [f"of {len(sample)} images looked at: {text} (fgvc data check looks at all)" for _, text in faults]
 
 
-def _rows(index: ImageIndex, rows: NDArray[np.int64]) -> ImageIndex:
-    """A part of the set, for those who need paths, boxes and parts alone."""
+def _subset(index: ImageIndex, rows: NDArray[np.int64]) -> ImageIndex:
+    """Some rows of an index, with paths, labels, splits, boxes and parts."""
     return ImageIndex(
         root=index.root, classes=index.classes, paths=index.paths[rows], labels=index.labels[rows],
         splits=index.splits[rows], boxes=None if index.boxes is None else index.boxes[rows],
@@ -94,26 +91,26 @@ def _rows(index: ImageIndex, rows: NDArray[np.int64]) -> ImageIndex:
     )  # fmt: skip
 
 
-def judge(index: ImageIndex, stored: StoredFacts) -> Iterator[MapBoxes]:
-    """All that is wrong, of the rows that could be read."""
+def judge(index: ImageIndex, stored: StoredFacts) -> Iterator[Fault]:
+    """The faults of the readable rows."""
     if stored.damage:
-        listed = some([f"{index.paths[row]} ({what})" for row, what in sorted(stored.damage.items())])
+        listed = some([f"{index.paths[row]} ({text})" for row, text in sorted(stored.damage.items())])
         yield False, f"{len(stored.damage)} images are damaged, though they can be decoded: {listed}"
     yield from _ranges(stored)
     yield from _boxes(index, stored)
 
 
-def _ranges(stored: StoredFacts) -> Iterator[MapBoxes]:
-    """Sets that are decoded to black, to white, or to one colour."""
+def _ranges(stored: StoredFacts) -> Iterator[Fault]:
+    """Faults of values: images that are decoded to black, to white, or to one colour."""
     read = stored.bits > 0
-    told = np.zeros(len(read), bool)
+    reported = np.zeros(len(read), bool)
     deep = read & (stored.bits > 8)
     for mode, bits in sorted({(stored.mode[row], int(stored.bits[row])) for row in np.flatnonzero(deep)}):
-        rows = deep & (stored.bits == bits) & np.array([one == mode for one in stored.mode])
+        rows = deep & (stored.bits == bits) & np.array([row_mode == mode for row_mode in stored.mode])
         for spoilt, error, text in _floats(stored, rows) if mode == "F" else _integers(stored, rows, mode, bits):
-            told |= spoilt
+            reported |= spoilt
             yield error, text
-    rest = read & ~told
+    rest = read & ~reported
     if 2 * rest.sum() <= read.sum() or not rest.any():
         return
     low, high = stored.levels[rest].T
@@ -136,20 +133,20 @@ def _words(mode: str, bits: int) -> str:
 def _integers(
     stored: StoredFacts, rows: NDArray[np.bool_], mode: str, bits: int
 ) -> Iterator[tuple[NDArray[np.bool_], bool, str]]:
-    """Of 12 bits, 16, or 32, which are read as 16: (rows that it spoils, whether it is an error, what)."""
+    """Faults of integers of 12, 16, or 32 bits (read as 16): (spoilt rows (N,), whether it is an error, message)."""
     full = 4095 if bits == 12 else 65535
     low, high = stored.extremes[:, 0], stored.extremes[:, 1]
-    known = rows & np.isfinite(high)
-    if not known.any():
+    finite = rows & np.isfinite(high)
+    if not finite.any():
         return
-    span = f"{low[known].min():.6g} to {high[known].max():.6g}"
-    kind = f"{int(known.sum())} images hold integers of {bits} bits ({mode}), {span}, and are read as 0 to {full}"
-    beyond = known & ((high > full) | (low < 0))
+    span = f"{low[finite].min():.6g} to {high[finite].max():.6g}"
+    kind = f"{int(finite.sum())} images hold integers of {bits} bits ({mode}), {span}, and are read as 0 to {full}"
+    beyond = finite & ((high > full) | (low < 0))
     if beyond.any():
-        many = bool(beyond.sum() > (1 - MOST) * known.sum())
+        many = bool(beyond.sum() > (1 - MOST) * finite.sum())
         yield beyond, many, f"{kind}: what is beyond is cut off in {beyond.sum()} of them"
-    dark = known & ~beyond & (stored.levels[:, 1] <= DARK_DEEP)
-    if dark.sum() >= MOST * (known & ~beyond).sum() > 0:
+    dark = finite & ~beyond & (stored.levels[:, 1] <= DARK_DEEP)
+    if dark.sum() >= MOST * (finite & ~beyond).sum() > 0:
         used = max(8, int(np.ceil(np.log2(high[dark].max() + 1))))
         advice = "save them with 8 bits" if used == 8 else f"multiply all values by {2 ** max(0, 16 - used)}, or save 8 bits"
         yield (
@@ -160,6 +157,7 @@ def _integers(
 
 
 def _floats(stored: StoredFacts, rows: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.bool_], bool, str]]:
+    """Faults of floats, as of `_integers`."""
     low, high = stored.extremes[:, 0], stored.extremes[:, 1]
     kind = f"{int(rows.sum())} images hold floats (F), {low[rows].min():.6g} to {high[rows].max():.6g}"
     rule = "read as shares of white where an image has none above 1, else as 0 to 255"
@@ -174,7 +172,8 @@ def _floats(stored: StoredFacts, rows: NDArray[np.bool_]) -> Iterator[tuple[NDAr
         yield shares, False, f"{kind}, {rule}: {shares.sum()} are shares of white, the others are not. Save all as 0 to 1"
 
 
-def _boxes(index: ImageIndex, stored: StoredFacts) -> Iterator[MapBoxes]:
+def _boxes(index: ImageIndex, stored: StoredFacts) -> Iterator[Fault]:
+    """Faults of boxes and parts: in other units, outside of their image, or in pixels of the turned image."""
     read = np.flatnonzero(stored.bits > 0)
     if not len(read):
         return
@@ -209,8 +208,8 @@ def _boxes(index: ImageIndex, stored: StoredFacts) -> Iterator[MapBoxes]:
         parts = index.parts[read].astype(np.float64)
         away = (parts[..., 2] > 0) & ((parts[..., :2] < -2) | (parts[..., :2] > sides[:, None] + 2)).any(axis=-1)
         if away.any():
-            which: NDArray[np.bool_] = np.any(away, axis=1)
-            yield False, f"{which.sum()} images have parts outside: {_namer(index, read, stored)(which)}"
+            images: NDArray[np.bool_] = np.any(away, axis=1)
+            yield False, f"{images.sum()} images have parts outside: {_namer(index, read, stored)(images)}"
 
 
 def _and_parts(index: ImageIndex) -> str:
@@ -220,10 +219,10 @@ def _and_parts(index: ImageIndex) -> str:
 def _namer(
     index: ImageIndex, read: NDArray[np.int64], stored: StoredFacts
 ) -> Callable[[NDArray[np.bool_]], str]:
-    """What names the rows of a mask over `read`, with their boxes and sides."""
+    """A function that lists the rows of a mask over `read`, with their boxes and sides."""
 
-    def named(which: NDArray[np.bool_]) -> str:
-        rows: Sequence[int] = read[which].tolist()
+    def named(mask: NDArray[np.bool_]) -> str:
+        rows: Sequence[int] = read[mask].tolist()
         texts = []
         for row in rows[:6]:
             box = "" if index.boxes is None else "box " + " ".join(f"{side:g}" for side in index.boxes[row]) + " of "
@@ -234,7 +233,7 @@ def _namer(
 
 
 def _misfits(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(N,) of boxes (N,4) in pictures of `sides` (N,2): which have no area in it, and which of the others reach beyond it."""
+    """Masks (N,) of the boxes (N,4) without area in their picture of `sides` (N,2), and of the others that reach beyond it."""
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     outside = (np.minimum(high, sides) <= np.maximum(low, 0)).any(axis=1)
     margin = np.maximum(2, MARGIN * sides)
@@ -254,19 +253,19 @@ def in_shares(places: NDArray[np.float32]) -> bool:
 
 
 def misplaced(index: ImageIndex, stored: StoredFacts) -> dict[int, str]:
-    """Rows whose box does not fit their image, and how."""
+    """Rows whose box does not fit their image -> description."""
     read = np.flatnonzero(stored.bits > 0)
     if index.boxes is None or not len(read):
         return {}
     outside, beyond = _misfits(index.boxes[read].astype(np.float64), stored.sides[read].astype(np.float64))
-    what = {int(row): "outside, or empty" for row in read[outside]} | {int(row): "cut at the border" for row in read[beyond]}
+    faults = {int(row): "outside, or empty" for row in read[outside]} | {int(row): "cut at the border" for row in read[beyond]}
     return {
         row: f"{text}: {' '.join(f'{side:g}' for side in index.boxes[row])} of {' x '.join(map(str, stored.sides[row]))}"
-        for row, text in sorted(what.items())
+        for row, text in sorted(faults.items())
     }
 
 
 def refuse_shares(index: ImageIndex) -> None:
-    """Raise FgvcError where no box could be used."""
+    """Raise FgvcError if the boxes look like shares of the image's sides."""
     if index.boxes is not None and in_shares(index.boxes):
         raise FgvcError(f"{index.root}: {SHARES}")

@@ -1,7 +1,7 @@
-"""Labels that look wrong, by what a probe says of images that it did not learn from.
+"""Labels that look wrong, by the probabilities of a probe on images that it did not learn from.
 
-Confident learning (Northcutt et al., JAIR 2021, arXiv:1911.00068; cleanlab) says how many, the probability of the label as given
-says which. The probe reads frozen features, so nothing is trained but a logistic regression per fold.
+Confident learning (Northcutt et al., JAIR 2021, arXiv:1911.00068; cleanlab) estimates their number; images are ranked by the
+probability of their label. The probe reads frozen features, so nothing is trained but a logistic regression per fold.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class Suspect:
     """An image whose label may be wrong."""
 
     row: int  # of the index
-    label: int  # as given
+    label: int
     suggested: int  # the likeliest other class
-    own: float  # probability of the label, by a probe that has not seen the image; low is suspect
-    other: float  # of the suggested class
+    p_label: float  # probability of the label, by a probe that did not learn from the image; low is suspect
+    p_suggested: float  # probability of the suggested class
 
 
 @dataclass(frozen=True, slots=True)
 class Suspects:
-    """What was found."""
+    """The suspects of a set, and the estimated number of wrong labels."""
 
-    listed: tuple[Suspect, ...]  # where the probe finds another class likelier; the least likely labels first
-    wrong: int  # how many labels of the set are wrong, by confident learning
+    listed: tuple[Suspect, ...]  # images with a likelier class than their label; the least likely labels first
+    wrong: int  # number of wrong labels in the set, by confident learning
     unjudged: int = 0  # images of classes too small to hold any out
 
 
@@ -48,8 +48,8 @@ def suspects(
 ) -> Suspects:
     """The images whose labels look wrong; features (N,D) and labels (N,) of `rows` (N,).
 
-    `families` (N,): rows of one number never lie on both sides of a fold, since a copy of an image would vouch for its label.
-    Raises FgvcError where there are too few images to hold any out.
+    `families` (N,): rows of one number never lie on both sides of a fold, since a copy of an image would confirm its label.
+    Raises FgvcError if there are too few images to hold any out.
     """
     from cleanlab.count import num_label_issues
     from cleanlab.rank import get_label_quality_scores
@@ -58,9 +58,9 @@ def suspects(
         raise FgvcError("suspects: the features have values that are no numbers; the weights are broken")
     kept = _several_families(labels, families)
     present, y = np.unique(labels[kept], return_inverse=True)
-    p, rounds = _held_out(features[kept], y, families[kept], seed)
-    known = rounds > 0
-    kept, y, p = kept[known], y[known], p[known] / rounds[known, None]
+    p, rounds = _held_out_probabilities(features[kept], y, families[kept], seed)
+    scored = rounds > 0
+    kept, y, p = kept[scored], y[scored], p[scored] / rounds[scored, None]
     if len(np.unique(y)) < 2:
         raise FgvcError(
             f"suspects: {len(labels)} readable images of {len(np.unique(labels))} classes are too few to hold some of them out: "
@@ -75,8 +75,8 @@ def suspects(
             row=int(rows[kept[at]]),
             label=int(present[y[at]]),
             suggested=int(present[best[at]]),
-            own=float(score[at]),
-            other=float(other[at, best[at]]),
+            p_label=float(score[at]),
+            p_suggested=float(other[at, best[at]]),
         )
         for at in order[other[order, best[order]] > score[order]]
     )
@@ -84,17 +84,17 @@ def suspects(
 
 
 def _several_families(labels: NDArray[np.int32], families: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Positions of the images whose class has two families or more: of another class nothing is left when it is held out."""
+    """Positions of the images whose class has two families or more, so that one can be held out."""
     pairs = np.unique(np.stack([labels.astype(np.int64), families], axis=1), axis=0)
     present, counts = np.unique(pairs[:, 0], return_counts=True)
     return np.flatnonzero(np.isin(labels, present[counts > 1]))
 
 
-def _held_out(
+def _held_out_probabilities(
     features: NDArray[np.float32], y: NDArray[np.int64], families: NDArray[np.int64], seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """(N,K) probabilities of every image by probes that have seen neither it nor its family, summed over rounds; and in how
-    many (N,) they knew its class."""
+    """Probabilities (N,K) of every image by probes that did not learn from its family, summed over rounds, and the number of
+    rounds (N,) in which the probe knew its class."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.pipeline import make_pipeline
@@ -113,8 +113,8 @@ def _held_out(
                     continue
                 probe = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=300))
                 probe.fit(features[learn], y[learn])
-                told = judge[np.isin(y[judge], probe[-1].classes_)]
-                if len(told):
-                    p[np.ix_(told, probe[-1].classes_)] += probe.predict_proba(features[told])
-                    rounds[told] += 1
+                scored = judge[np.isin(y[judge], probe[-1].classes_)]
+                if len(scored):
+                    p[np.ix_(scored, probe[-1].classes_)] += probe.predict_proba(features[scored])
+                    rounds[scored] += 1
     return p, rounds

@@ -1,4 +1,4 @@
-"""Finding out what a set is: CUB's tables, class folders, or one table of images. What was found is a kind like any other."""
+"""Detection of a set's kind: CUB's tables, class folders, or one table of images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from fgvc.config.data import AutoData, CsvData, CubData, FolderData, Source
-from fgvc.data.sources.columns import part_of
+from fgvc.data.sources.columns import split_named
 from fgvc.data.sources.folder import tables_in
 from fgvc.data.sources.table import encoding_of
 from fgvc.data.sources.walk import folders_in, is_run_folder, loose_images
@@ -30,18 +30,19 @@ LABELS = (  # names before what may be numbers of them; two of one line are too 
     ("label", "labels", "class", "category", "target", "species", "variety", "y"),
     ("label_id", "class_id", "category_id"),
 )
-PARTS = ("split", "subset", "set", "part", "partition", "fold")
+SPLIT_COLUMNS = ("split", "subset", "set", "part", "partition", "fold")
 GROUPS = (
     "group", "group_id", "individual", "individual_id", "specimen", "specimen_id", "observation", "observation_id",
     "plant", "plant_id", "animal", "animal_id", "patient", "patient_id",
 )  # fmt: skip
 DELIMITERS = ",\t;|"
-TRIED = 20  # rows whose files are looked for
-FOLDERS = 1000  # that are looked into, at most, for a first image
+TRIED = 20  # rows of a table whose files are looked for
+FOLDERS = 1000  # looked into at most for a first image
+
 
 def resolved(data: AutoData) -> CubData | FolderData | CsvData:
-    """The same settings with the kind that the files are of. Only names, and the table, are read. Raises FgvcError where
-    there is none, or several would do."""
+    """The settings of the kind that the files are of. Only names and the table are read. Raises FgvcError if no kind fits, or
+    several do."""
     root = data.root.expanduser()
     if root.is_file():
         if not root.name.lower().endswith((".csv", ".tsv")):
@@ -54,7 +55,7 @@ def resolved(data: AutoData) -> CubData | FolderData | CsvData:
         if missing := [name for name in CUB if not (place / name).is_file()]:
             if len(missing) < len(CUB) - 1:
                 raise FgvcError(
-                    f"{place}: looks like CUB-200-2011's layout, but {missing[0]} is not there; add it, or {_say()}"
+                    f"{place}: looks like CUB-200-2011's layout, but {missing[0]} is not there; add it, or {_KINDS}"
                 )
             continue
         return _cub(data, place)
@@ -71,13 +72,13 @@ def _folder_or_table(data: AutoData, root: Path) -> FolderData | CsvData:
         except FgvcError as error:
             reasons.append(str(error))
     folders = _ClassFolders.of(root)
-    if len(folders.names) >= 2 or folders.parts:
-        said = [folders.beside(table) for table in tables]
-        if all(one == "the same" for one in said):
+    if len(folders.names) >= 2 or folders.splits:
+        relations = [folders.compare(table) for table in tables]
+        if all(relation == "the same" for relation in relations):
             return _folders(data, root)
-        if said in (["more"], ["stored"]):
+        if relations in (["more"], ["stored"]):
             return _table(data, root, tables[0])
-        other = next(table for table, one in zip(tables, said, strict=True) if one != "the same")
+        other = next(table for table, relation in zip(tables, relations, strict=True) if relation != "the same")
         raise FgvcError(
             f"{root}: has class folders ({some(folders.names, 3)}), and {other.file.name} says something else of their "
             f"images; say which is right: data.kind=folder, or {other.setting}"
@@ -89,36 +90,35 @@ def _folder_or_table(data: AutoData, root: Path) -> FolderData | CsvData:
             f"{root}: {len(tables)} tables name images and labels: {some([table.file.name for table in tables])}; say which "
             f"one is right, such as {tables[0].setting}; or make them one, with a column `split` of train, val and test"
         )
-    if folders.names and not reasons:  # one folder: of which the reader of class folders knows what to say
+    if folders.names and not reasons:  # one folder: the reader of class folders has the message
         return _folders(data, root)
     loose = loose_images(root)
-    found = [*reasons, *[f"{loose} images lie in it and in no class folder"] * bool(loose)]
-    found += [f"{name}/ holds images, and is no class folder" for name in (*folders.names, *folders.flat)]
+    contents = [*reasons, *[f"{loose} images lie in it and in no class folder"] * bool(loose)]
+    contents += [f"{name}/ holds images, and is no class folder" for name in (*folders.names, *folders.flat)]
     raise FgvcError(
         f"{root}: no set of images that fgvc recognises. Looked for: CUB-200-2011's {', '.join(CUB)}; class folders with "
         "images (train/<class>/ and test/<class>/, or <class>/); one table (.csv or .tsv) with a header, of images "
         f"({', '.join(PATHS[:4])}, ...) and labels ({', '.join(LABELS[1][:4])}, ...). "
-        f"Found: {'; '.join(found) or 'none of these'}. Else {_say()}"
+        f"Found: {'; '.join(contents) or 'none of these'}. Else {_KINDS}"
     )
 
 
 def _cub(data: AutoData, root: Path) -> CubData:
-    if own := _own(data):
+    if names := _some_kinds_settings(data):
         raise FgvcError(
-            f"data.{own[0]}: {root} is in CUB-200-2011's layout, which has a test part and no groups; leave it out"
+            f"data.{names[0]}: {root} is in CUB-200-2011's layout, which has a test split and no groups; leave it out"
         )
-    return CubData(root=root, **_given(data))
+    return CubData(root=root, **_settings(data))
 
 
 def _folders(data: AutoData, root: Path) -> FolderData:
-    return FolderData(root=root, **_given(data, *_own(data)))
+    return FolderData(root=root, **_settings(data, *_some_kinds_settings(data)))
 
 
 def _table(data: AutoData, root: Path, table: _Table) -> CsvData:
     if data.group_size is not None:
         raise FgvcError(
-            f"data.group_size: {table.file} says itself which images are a group, in a column; leave it out, or set "
-            "data.kind=folder"
+            f"data.group_size: {table.file} has the groups in a column; leave it out, or set data.kind=folder"
         )
     columns = {f"{name}_column": column for name, column in table.columns.items()}
     return CsvData(
@@ -126,55 +126,54 @@ def _table(data: AutoData, root: Path, table: _Table) -> CsvData:
         file=Path(table.file.name),
         delimiter=table.delimiter,
         **columns,
-        **_given(data, *_own(data)),
+        **_settings(data, *_some_kinds_settings(data)),
     )
 
 
-def _given(data: AutoData, *own: str) -> dict[str, Any]:
-    """The settings that all kinds have, as far as they were given, and `own`."""
-    given = data.model_fields_set & Source.model_fields.keys() - {"root"}
-    return {name: getattr(data, name) for name in (*given, *own)}
+def _settings(data: AutoData, *more: str) -> dict[str, Any]:
+    """The settings that the user gave among those of all kinds, and those named by `more`."""
+    names = data.model_fields_set & Source.model_fields.keys() - {"root"}
+    return {name: getattr(data, name) for name in (*names, *more)}
 
 
-def _own(data: AutoData) -> list[str]:
-    """Those that were given and that some kinds alone have."""
+def _some_kinds_settings(data: AutoData) -> list[str]:
+    """The names of the settings that the user gave among those that only some kinds have."""
     return [name for name in ("test_fraction", "group_size") if getattr(data, name) is not None]
 
 
 class _FilesError(FgvcError):
-    """A table of images that are not where it says."""
+    """The images of a table are not where it says."""
 
 
-def _say() -> str:
-    return (
-        "say what it is: data.kind=folder, data.kind=cub, data.kind=csv data.file=FILE data.path_column=NAME "
-        "data.label_column=NAME, or data.kind=torchvision data.name=NAME"
-    )
+_KINDS = (
+    "say what it is: data.kind=folder, data.kind=cub, data.kind=csv data.file=FILE data.path_column=NAME "
+    "data.label_column=NAME, or data.kind=torchvision data.name=NAME"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """A table whose columns are known."""
+    """A table of images with the names of its columns."""
 
     file: Path
     encoding: str
     delimiter: str
-    columns: dict[str, str]  # path, label, and split and group where there are such: the header's names
+    columns: dict[str, str]  # path, label, and optionally split and group -> the header's name
 
     @classmethod
     def of(cls, file: Path, root: Path) -> _Table:
-        """Raises FgvcError for what is no table of images below `root` and their labels."""
+        """Detect the columns of a table. Raises FgvcError if it isn't one of images below `root` with their labels."""
         encoding = encoding_of(file)
         delimiter, header = max(
-            ((mark, _row(file, encoding, mark)) for mark in DELIMITERS), key=lambda found: len(found[1])
+            ((mark, _header(file, encoding, mark)) for mark in DELIMITERS), key=lambda candidate: len(candidate[1])
         )
         named = {name.strip().lower().replace(" ", "_").replace("-", "_"): name.strip() for name in reversed(header)}
         where = f"{file.name} (columns {some([name.strip() for name in header], 8)})"
         advice = f"say which by data.kind=csv data.root={root} data.file={file.name} data.path_column=NAME data.label_column=NAME"
-        labels = next((own for line in LABELS if (own := [named[name] for name in line if name in named])), [])
+        labels = next((matches for line in LABELS if (matches := [named[name] for name in line if name in named])), [])
         if len(labels) != 1:
-            what = f"several columns may be the labels, {', '.join(labels)}" if labels else "no column of labels"
-            raise FgvcError(f"{where}: {what}; {advice}")
+            reason = f"several columns may be the labels, {', '.join(labels)}" if labels else "no column of labels"
+            raise FgvcError(f"{where}: {reason}; {advice}")
         paths = [named[name] for name in (*PATHS, *NUMBERS) if name in named and named[name] not in labels]
         if not paths:
             raise FgvcError(f"{where}: no column of images; {advice}")
@@ -192,25 +191,25 @@ class _Table:
                 f"data.kind=csv data.file={file.absolute()} and as data.root the folder that they are relative to"
             )
             raise FgvcError(message) if set(paths) <= {named.get(name) for name in NUMBERS} else _FilesError(message)
-        for key, names in (("split", PARTS), ("group", GROUPS)):
-            found = [named[name] for name in names if name in named and named[name] not in columns.values()]
+        for key, names in (("split", SPLIT_COLUMNS), ("group", GROUPS)):
+            matches = [named[name] for name in names if name in named and named[name] not in columns.values()]
             if key == "split":  # a set, a fold or a part may be something else
-                found = [name for name in found if name == "split" or all(part_of(row[name]) for row in first)]
-            if found:
-                columns[key] = found[0]
+                matches = [name for name in matches if name == "split" or all(split_named(row[name]) for row in first)]
+            if matches:
+                columns[key] = matches[0]
         return table
 
     @property
     def setting(self) -> str:
-        """What chooses it on the command line."""
+        """The overrides that select this table on the command line."""
         return f"data.kind=csv data.file={self.file.name} " + " ".join(
             f"data.{key}_column={name!r}" if " " in name else f"data.{key}_column={name}"
             for key, name in self.columns.items()
         )
 
     def labelled(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """The path's parts and the label of each row."""
-        header = _row(self.file, self.encoding, self.delimiter)
+        """The components of the path and the label of each row."""
+        header = _header(self.file, self.encoding, self.delimiter)
         at = self._places(header)
         for row in self._rows():
             path = row[at[self.columns["path"]]].strip().replace("\\", "/")
@@ -221,7 +220,7 @@ class _Table:
         return {name.strip(): at for at, name in reversed(list(enumerate(header)))}
 
     def _rows(self) -> Iterator[list[str]]:
-        """Below the header, those that have all fields."""
+        """The rows below the header that have all fields."""
         with self.file.open(encoding=self.encoding, newline="") as stream:
             reader = csv.reader(stream, delimiter=self.delimiter)
             width = len(next(reader, []))
@@ -231,8 +230,8 @@ class _Table:
                 raise FgvcError(f"{self.file}:{reader.line_num}: {error}") from error
 
 
-def _row(file: Path, encoding: str, delimiter: str) -> list[str]:
-    """The header."""
+def _header(file: Path, encoding: str, delimiter: str) -> list[str]:
+    """The first row of a table, its header."""
     with file.open(encoding=encoding, newline="") as stream:
         try:
             return next(csv.reader(stream, delimiter=delimiter), [])
@@ -244,37 +243,39 @@ def _row(file: Path, encoding: str, delimiter: str) -> list[str]:
 class _ClassFolders:
     """Folders that may be classes."""
 
-    parts: tuple[str, ...]  # folders of parts that hold class folders, such as train/
+    splits: tuple[str, ...]  # split folders that hold class folders, such as train/
     names: tuple[str, ...]  # of the class folders with images
-    flat: tuple[str, ...]  # folders called as parts are that hold images themselves: of no class
+    flat: tuple[str, ...]  # split folders that hold images themselves: of no class
 
     @classmethod
     def of(cls, root: Path) -> _ClassFolders:
         folders = folders_in(root)
-        named = [name for name in folders if part_of(name) is not None]
-        parts = [name for name in named if any(_holds_image(root / name / below) for below in folders_in(root / name))]
-        places = [root / name for name in parts] or [root]
+        named = [name for name in folders if split_named(name) is not None]
+        splits = [name for name in named if any(_holds_image(root / name / below) for below in folders_in(root / name))]
+        places = [root / name for name in splits] or [root]
         names = sorted({name for place in places for name in folders_in(place) if _holds_image(place / name)})
-        if not parts and set(names) <= set(named):
+        if not splits and set(names) <= set(named):
             return cls((), (), tuple(names))
-        return cls(tuple(parts), tuple(names), ())
+        return cls(tuple(splits), tuple(names), ())
 
-    def beside(self, table: _Table) -> Literal["the same", "more", "stored", "other"]:
-        """What a table says of these folders' images. more: the same labels, and splits that the folders lack, or groups; stored:
-        other labels for what lies in one folder, which is no class then."""
+    def compare(self, table: _Table) -> Literal["the same", "more", "stored", "other"]:
+        """Compare a table's labels with these folders.
+
+        the same: the labels are the folders' names; more: they are, and the table has splits that the folders lack, or groups;
+        stored: other labels, of images in one folder, which is no class then; other: all else."""
         folders, agree = set(), True
         for path, label in table.labelled():
-            inner = path[1:] if path and path[0] in self.parts else path
+            inner = path[1:] if path and path[0] in self.splits else path
             folder = inner[0] if len(inner) > 1 else ""
             folders.add(folder)
             agree &= folder == label
         if agree:
-            return "more" if "group" in table.columns or ("split" in table.columns and not self.parts) else "the same"
+            return "more" if "group" in table.columns or ("split" in table.columns and not self.splits) else "the same"
         return "stored" if len(folders) < 2 else "other"
 
 
 def _holds_image(folder: Path) -> bool:
-    """Whether an image lies in it or below, in none of its runs."""
+    """Whether an image lies in a folder or below it, runs of fgvc excepted."""
     for _, folders, files in islice(os.walk(folder, followlinks=True), FOLDERS):
         if is_run_folder({*files, *folders}):
             folders.clear()

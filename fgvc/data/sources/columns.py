@@ -1,4 +1,4 @@
-"""What the readers of all kinds of data share: the columns that an index is built from, class numbers, splits."""
+"""Functions that all readers of sets share: columns of an index, class numbers, splits."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fgvc.errors import FgvcError
 from fgvc.io.names import one_line, refuse_breaking, some
 
 TEXT = StringDType()
-_PARTS: dict[Split, tuple[str, ...]] = {
+_SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training", "trn"),
     "val": ("val", "valid", "validation", "validate", "validating", "dev", "development", "eval", "evaluation"),
     "test": ("test", "testing", "tst"),
 }
-_OF_PARTS = ("set", "data", "dataset", "split", "part", "images", "imgs")  # "train_set", "Training Images"
+_SPLIT_SUFFIXES = ("set", "data", "dataset", "split", "part", "images", "imgs")  # "train_set", "Training Images"
 
 
-def part_of(name: str) -> Split | None:
-    """Which part a folder, or a cell of a table, names, in any capitals; None: none."""
+def split_named(name: str) -> Split | None:
+    """The split that the name of a folder, or a cell of a table, stands for, in any capitals; None if it stands for none."""
     words = re.findall("[a-z]+", name.lower()) if re.fullmatch("[A-Za-z _-]+", name.strip()) else []
-    while len(words) > 1 and words[-1] in _OF_PARTS:
+    while len(words) > 1 and words[-1] in _SPLIT_SUFFIXES:
         words.pop()
     joined = "".join(words).removesuffix("set")
-    return next((part for part, names in _PARTS.items() if joined in names), None)
+    return next((split for split, names in _SPLIT_NAMES.items() if joined in names), None)
 
 
 class StringColumn:
@@ -65,7 +65,7 @@ class StringColumn:
         return np.concatenate(chunks) if chunks else np.empty(0, TEXT)
 
     def _flush(self) -> None:
-        """Raises FgvcError for text that is not UTF-8, as some files' names."""
+        """Move new texts into a chunk. Raises FgvcError for text that is not UTF-8, as some files' names."""
         if self._fresh:
             try:
                 self._chunks.append(np.array(self._fresh, dtype=TEXT))
@@ -75,13 +75,14 @@ class StringColumn:
 
 
 def number_classes(
-    found: Sequence[str], wanted: Sequence[str] | None, *, where: Path
+    names: Sequence[str], setting: Sequence[str] | None, *, where: Path
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """The class order and, for each name in `found`, its number (len(found),) int32.
+    """The class order and the number of each of `names` in it, (len(names),) int32.
 
-    `wanted` may name classes without images; a name in `found` that it lacks is an error, and so is one with control characters.
+    `setting` is `data.classes`, which may list classes without images; FgvcError is raised for a name that it lacks, for names
+    that occur twice or have control characters, and if there are none.
     """
-    order = tuple(found if wanted is None else wanted)
+    order = tuple(names if setting is None else setting)
     refuse_breaking(order, where=where)
     if not order:
         raise FgvcError(f"{where}: no labelled image found")
@@ -89,18 +90,18 @@ def number_classes(
     if len(number) < len(order):
         twice = sorted({name for name in order if order.count(name) > 1})
         raise FgvcError(
-            f"{where}: {'data.classes' if wanted is not None else 'the class list'} has {some(twice)} twice"
+            f"{where}: {'data.classes' if setting is not None else 'the class list'} has {some(twice)} twice"
         )
-    unknown = [name for name in found if name not in number]
+    unknown = [name for name in names if name not in number]
     if unknown:
         raise FgvcError(
             f"{where}: the set has classes that data.classes lacks: {some(unknown)}; add them or remove their images"
         )
-    return order, np.array([number[name] for name in found], np.int32)
+    return order, np.array([number[name] for name in names], np.int32)
 
 
 def written_alike(classes: Sequence[str]) -> list[str]:
-    """A warning of classes whose names differ in capitals, spaces, dashes or forms of Unicode only."""
+    """A warning of classes whose names differ only in capitals, spaces, dashes or forms of Unicode, if there are any."""
     spellings: dict[str, list[str]] = {}
     for name in classes:
         plain = re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
@@ -117,25 +118,25 @@ def finish_splits(
     test_fraction: float = 0.0,
     groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, str]:
-    """Set aside what the set has no part for; the splits (N,) int8 and the rule in words."""
+    """Set aside the splits that the set lacks; returns the splits (N,) int8 and the rule in words."""
     rule = "splits as given"
-    seed, done = source.split_seed, []
+    seed, shares = source.split_seed, []
     if test_fraction:
         splits = carve(labels, splits, split="test", fraction=test_fraction, seed=seed, groups=groups)
-        done.append(f"{test_fraction:.4g} of all for test")
+        shares.append(f"{test_fraction:.4g} of all for test")
     if not source.hold_out:
         splits = np.where(splits == SPLITS.index("val"), SPLITS.index("train"), splits).astype(np.int8)
     elif source.fold is not None:
         splits = _with_fold(labels, splits, source.fold, seed, groups)
-        done.append(f"part {source.fold[0]} of {source.fold[1]} of train for validation")
+        shares.append(f"fold {source.fold[0]} of {source.fold[1]} of train for validation")
     elif source.val_fraction and not (splits == SPLITS.index("val")).any():
         splits = carve(labels, splits, split="val", fraction=source.val_fraction, seed=seed, groups=groups)
-        done.append(f"{source.val_fraction:.4g} of train for validation")
-    if done:
+        shares.append(f"{source.val_fraction:.4g} of train for validation")
+    if shares:
         how = "by group" if groups is not None else "stratified"
-        rule = f"set aside {how} with seed {seed}: {', '.join(done)}"
+        rule = f"set aside {how} with seed {seed}: {', '.join(shares)}"
     if not source.hold_out:
-        rule += "; no validation part, all of it is learned from"
+        rule += "; no validation split, its images are learned from"
     counts = ", ".join(f"{name} {int((splits == k).sum())}" for k, name in enumerate(SPLITS))
     return splits, f"{rule}; {counts}"
 
@@ -143,7 +144,7 @@ def finish_splits(
 def _with_fold(
     labels: np.ndarray, splits: np.ndarray, fold: tuple[int, int], seed: int, groups: np.ndarray | None
 ) -> np.ndarray:
-    """A copy of `splits` (N,) int8 in which validation is one part of what was train and validation."""
+    """A copy of `splits` (N,) int8 in which validation is one fold of the former train and validation rows."""
     val, train = SPLITS.index("val"), SPLITS.index("train")
     rows = np.flatnonzero((splits == val) | (splits == train))
     numbers = fold_numbers(labels[rows], folds=fold[1], seed=seed, groups=None if groups is None else groups[rows])
@@ -155,8 +156,8 @@ def _with_fold(
 def repeated(
     root: Path, paths: np.ndarray, labels: np.ndarray, splits: np.ndarray, classes: Sequence[str]
 ) -> tuple[str, ...]:
-    """Warnings of rows (N,) that name one file, however it is written and by whichever link of a folder."""
-    real: dict[str, str] = {}  # of folders
+    """Warnings of rows (N,) that name the same file, also by another spelling of the path or by a link of a folder."""
+    real: dict[str, str] = {}  # real paths of folders
 
     def place(row: int) -> tuple[str, str]:
         folder, name = os.path.split(str(paths[row]))
@@ -167,22 +168,19 @@ def repeated(
     # By hashes first: a million names as Python objects would take hundreds of MB.
     hashes = np.fromiter((hash(place(row)) for row in range(len(paths))), np.int64, len(paths))
     order = np.argsort(hashes, kind="stable")
-    again = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    seen: dict[tuple[str, str], int] = {}
+    equal_hashes = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    first_rows: dict[tuple[str, str], int] = {}
     twice: list[tuple[int, int]] = []
-    for row in np.unique(order[[again, again + 1]]).tolist():
-        if (first := seen.setdefault(place(row), row)) != row:
+    for row in np.unique(order[[equal_hashes, equal_hashes + 1]]).tolist():
+        if (first := first_rows.setdefault(place(row), row)) != row:
             twice.append((first, row))
-    found = []
-    for what, column in (("labels", labels), ("parts", splits)):
+    warnings = []
+    for attribute, column, values in (("labels", labels, classes), ("splits", splits, SPLITS)):
         if across := [(a, b) for a, b in twice if column[a] != column[b]]:
-            names = [
-                f"{paths[b]} ({' and '.join(str(classes[labels[n]] if what == 'labels' else SPLITS[splits[n]]) for n in (a, b))})"
-                for a, b in across
-            ]
-            found.append(
-                f"{len(across)} rows name an image again, with two {what}: {some(names, 3)}; remove one of each"
+            names = [f"{paths[b]} ({values[column[a]]} and {values[column[b]]})" for a, b in across]
+            warnings.append(
+                f"{len(across)} rows name an image again, with two {attribute}: {some(names, 3)}; remove one of each"
             )
     if rest := [paths[b] for a, b in twice if labels[a] == labels[b] and splits[a] == splits[b]]:
-        found.append(f"{len(rest)} rows name an image again: {some(rest, 3)}; remove them, unless it is to count twice")
-    return tuple(found)
+        warnings.append(f"{len(rest)} rows name an image again: {some(rest, 3)}; remove them, unless it is to count twice")
+    return tuple(warnings)

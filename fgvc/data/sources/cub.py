@@ -1,4 +1,4 @@
-"""The layout of CUB-200-2011: tables of numbered images, with an official split, boxes and parts.
+"""Reader of CUB-200-2011's layout: tables of numbered images, with an official split, boxes and parts.
 
 Wah, Branson, Welinder, Perona, Belongie: The Caltech-UCSD Birds-200-2011 Dataset, CNS-TR-2011-001.
 """
@@ -18,7 +18,7 @@ from fgvc.io.names import some
 
 
 def read(data: CubData) -> ImageIndex:
-    """Read the tables. Raises FgvcError with the file and line of what is malformed, or the missing ids."""
+    """Read the tables. Raises FgvcError with file and line of a malformed row, or with the missing ids."""
     root = data.folder()
     if not (root / "images.txt").is_file() and (root / "CUB_200_2011" / "images.txt").is_file():
         raise FgvcError(f"{root}: the set lies in its folder CUB_200_2011; set data.root={root / 'CUB_200_2011'}")
@@ -36,8 +36,8 @@ def read(data: CubData) -> ImageIndex:
     if (root / "parts" / "part_locs.txt").is_file():
         part_of, part_list = _numbered(root / "parts" / "parts.txt")
         parts, part_names = _numbers(root / "parts" / "part_locs.txt", row_of, part_of, 3), tuple(part_list)
-    found = [f"{len(paths)} images", f"{len(classes)} classes"]
-    found += ["boxes"] * (boxes is not None) + [f"{len(part_names)} parts"] * (parts is not None)
+    contents = [f"{len(paths)} images", f"{len(classes)} classes"]
+    contents += ["boxes"] * (boxes is not None) + [f"{len(part_names)} parts"] * (parts is not None)
     files = np.array([f"images/{path}" for path in paths], dtype=TEXT)
     return ImageIndex(
         root=root,
@@ -49,13 +49,13 @@ def read(data: CubData) -> ImageIndex:
         boxes=boxes,
         parts=parts,
         part_names=part_names,
-        recognised=f"CUB layout: {', '.join(found)}; official test part kept; {rule}",
+        recognised=f"CUB layout: {', '.join(contents)}; official test split kept; {rule}",
         warnings=repeated(root, files, labels, splits, classes),
     )
 
 
 def _lines(file: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of every line that isn't blank; the last field may hold spaces."""
+    """Line number and fields of every line that isn't blank; the last field may hold spaces."""
     try:
         with file.open(encoding="utf-8-sig") as stream:
             for number, line in enumerate(stream, 1):
@@ -82,7 +82,7 @@ def _whole(text: str, file: Path, line: int) -> int:
 
 
 def _numbered(file: Path) -> tuple[dict[int, int], list[str]]:
-    """A table `id text`: the row of every id, and the texts."""
+    """Read a table `id text`: the row of every id, and the texts."""
     row_of: dict[int, int] = {}
     texts: list[str] = []
     for line, (number, text) in _lines(file, 2):
@@ -94,26 +94,26 @@ def _numbered(file: Path) -> tuple[dict[int, int], list[str]]:
     return row_of, texts
 
 
-def _references(file: Path, row_of: dict[int, int], target_of: dict[int, int], what: str) -> np.ndarray:
-    """A table `image-id id`: for every image (N,) int64 the row of what it refers to."""
-    found = np.full(len(row_of), -1, np.int64)
+def _references(file: Path, row_of: dict[int, int], target_of: dict[int, int], expected: str) -> np.ndarray:
+    """Read a table `image-id id`: (N,) int64, the row in another table that each image refers to."""
+    rows = np.full(len(row_of), -1, np.int64)
     for line, (number, target) in _lines(file, 2):
-        row = _row(number, row_of, file, line)
-        if found[row] >= 0:
+        row = _image_row(number, row_of, file, line)
+        if rows[row] >= 0:
             raise FgvcError(f"{file}:{line}: image id {number} occurs a second time")
         value = target_of.get(_whole(target, file, line))
         if value is None:
-            raise FgvcError(f"{file}:{line}: {target} is not {what}")
-        found[row] = value
-    _complete(found >= 0, list(row_of), file)
-    return found
+            raise FgvcError(f"{file}:{line}: {target} is not {expected}")
+        rows[row] = value
+    _complete(rows >= 0, list(row_of), file)
+    return rows
 
 
 def _numbers(file: Path, row_of: dict[int, int], part_of: dict[int, int] | None, width: int) -> np.ndarray:
-    """A table `image-id [part-id] number...`: (N, parts or 1, width) float32."""
-    found = np.full((len(row_of), len(part_of) if part_of else 1, width), np.nan, np.float32)
+    """Read a table `image-id [part-id] number...`: (N, parts or 1, width) float32."""
+    table = np.full((len(row_of), len(part_of) if part_of else 1, width), np.nan, np.float32)
     for line, fields in _lines(file, 1 + width + (part_of is not None)):
-        row, part = _row(fields[0], row_of, file, line), 0
+        row, part = _image_row(fields[0], row_of, file, line), 0
         if part_of is not None:
             number = part_of.get(_whole(fields[1], file, line))
             if number is None:
@@ -125,17 +125,17 @@ def _numbers(file: Path, row_of: dict[int, int], part_of: dict[int, int] | None,
             raise FgvcError(f"{file}:{line}: {width} numbers expected, found {' '.join(fields[-width:])!r}") from None
         if not all(map(np.isfinite, values)):
             raise FgvcError(f"{file}:{line}: {' '.join(fields[-width:])!r} is not finite")
-        if not np.isnan(found[row, part, 0]):
+        if not np.isnan(table[row, part, 0]):
             raise FgvcError(
                 f"{file}:{line}: image id {fields[0]} occurs a second time"
                 + (f" for part {fields[1]}" * (part_of is not None))
             )
-        found[row, part] = values
-    _complete(np.all(~np.isnan(found[:, :, 0]), axis=1), list(row_of), file)
-    return found
+        table[row, part] = values
+    _complete(np.all(~np.isnan(table[:, :, 0]), axis=1), list(row_of), file)
+    return table
 
 
-def _row(number: str, row_of: dict[int, int], file: Path, line: int) -> int:
+def _image_row(number: str, row_of: dict[int, int], file: Path, line: int) -> int:
     row = row_of.get(_whole(number, file, line))
     if row is None:
         raise FgvcError(f"{file}:{line}: image id {number} is not in images.txt")

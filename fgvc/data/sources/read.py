@@ -1,4 +1,4 @@
-"""From the settings of a set to its images."""
+"""Reading of a set by its settings, whatever its kind."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from fgvc.data.sources import auto, cub, folder, named, table
 from fgvc.errors import FgvcError
 
 
-def decided(data: Source) -> Source:
-    """The same settings with the kind that the files are of, where that was left to them (`kind: auto`). Raises FgvcError."""
+def resolved(data: Source) -> Source:
+    """The settings with `kind: auto` replaced by the kind that the files are of. Raises FgvcError if none fits, or several do."""
     return auto.resolved(data) if isinstance(data, AutoData) else data
 
 
 def read_source(data: Source) -> ImageIndex:
-    """The labelled images of a set, split. Raises FgvcError for what is missing or malformed, with file and line."""
-    match decided(data):
-        case CubData() as found:
-            return cub.read(found)
-        case FolderData() as found:
-            return folder.read(found)
-        case CsvData() as found:
-            return table.read(found)
-        case NamedData() as found:
-            return named.read(found)
+    """The index of a set's labelled images. Raises FgvcError, with file and line, if something is missing or malformed."""
+    match resolved(data):
+        case CubData() as source:
+            return cub.read(source)
+        case FolderData() as source:
+            return folder.read(source)
+        case CsvData() as source:
+            return table.read(source)
+        case NamedData() as source:
+            return named.read(source)
         case other:
             raise FgvcError(f"data: no reader for {type(other).__name__}")

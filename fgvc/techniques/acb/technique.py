@@ -13,12 +13,12 @@ from typing_extensions import override
 from fgvc.reparam.kinds import acb
 from fgvc.techniques.acb.settings import AcbSettings
 from fgvc.techniques.api import Technique
-from fgvc.techniques.branches import graft_chosen
+from fgvc.techniques.branches import add_branches
 from fgvc.techniques.plan import Plan
 
 
 class Acb(Technique):
-    """y = conv(x) + BN(conv_1xk(x)) + BN(conv_kx1(x)), the new gammas 0 at first."""
+    """Asymmetric branches: y = conv(x) + BN(conv_1xk(x)) + BN(conv_kx1(x)), the new gammas 0 at first."""
 
     source: ClassVar[str] = "ACNet, Ding et al., ICCV 2019, arXiv:1908.03930"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
@@ -28,5 +28,5 @@ class Acb(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where a pattern fits no convolution, or nothing can be replaced."""
-        graft_chosen(plan, self.config, acb)
+        """Add the branches. Raises FgvcError where a pattern fits no convolution, or nothing can be replaced."""
+        add_branches(plan, self.config, acb)

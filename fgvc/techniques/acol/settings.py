@@ -12,7 +12,7 @@ from fgvc.techniques.settings import AnyMethod, Region
 
 
 class ErasedCells(Region):
-    """Half of the map and more may go: another classifier must live on the rest."""
+    """Region to erase: half of the map and more, since another classifier must live on the rest."""
 
     area: tuple[float, float] = Field(
         (0.0, 0.7),
@@ -22,13 +22,13 @@ class ErasedCells(Region):
 
 
 class AcolSettings(TechniqueSettings):
-    """Erase from the features what the classifier looks at, and classify the rest."""
+    """Erase from the features the region that the classifier relies on, and classify the rest."""
 
     technique: ClassVar[str] = "fgvc.techniques.acol.technique:Acol"
 
     kind: Literal["acol"] = "acol"
     erased: Scheduled = Field(1.0, description="weight of the cross-entropy of the erased features")
-    heads: int = Field(1, ge=1, le=4, description="in a chain: each erases what it looks at for the next")
+    heads: int = Field(1, ge=1, le=4, description="in a chain: each erases the region it relies on for the next")
     shared: bool = Field(False, description="the deployed classifier itself classifies the rest; nothing is added")
     hidden: int = Field(
         0, ge=0, description="channels of two 3x3 convolutions in each added classifier (paper: 1024); 0: a 1x1 alone"

@@ -22,7 +22,8 @@ from fgvc.techniques.plan import Context, Plan
 
 
 class Acol(Technique):
-    """L = mean_k CE(head_k(f * keep_k), y); keep_1 = not region(map of the deployed head), keep_k+1 also loses head k's."""
+    """Adversarial erasing of features: L = mean_k CE(head_k(f * keep_k), y); keep_1 = not region(map of the deployed head),
+    keep_k+1 also loses head k's."""
 
     source: ClassVar[str] = "Zhang et al., CVPR 2018, arXiv:1804.06962"
     measures = ("area",)
@@ -33,7 +34,7 @@ class Acol(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where this backbone has no class map."""
+        """Add the classifiers. Raises FgvcError where this backbone has no class map."""
         self._method = plan.map(self.config.map)
         if not self.config.shared:
             for number in range(self.config.heads):
@@ -41,7 +42,7 @@ class Acol(Technique):
 
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
-        """`erased`; measured: `area`, the share of the map's cells that the last classifier does not see."""
+        """Compute `erased`; measured: `area`, the share of the map's cells that the last classifier does not see."""
         main = outputs["main"]
         target, f = main.view.target, ctx.grid(main.features)
         maps = normalised(main.map(self._method))
@@ -50,16 +51,16 @@ class Acol(Technique):
         terms = []
         for number in range(self.config.heads):
             if self.config.shared:
-                seen = ctx.scaled(main.features, keep)
-                terms.append(cross_entropy(ctx.head(seen), target))
+                features = ctx.scaled(main.features, keep)
+                terms.append(cross_entropy(ctx.head(features), target))
             else:
-                said = ctx.branches[f"head{number}"](f * keep[:, None])
-                terms.append(cross_entropy(said.mean((2, 3)), target))
+                class_maps = ctx.branches[f"head{number}"](f * keep[:, None])
+                terms.append(cross_entropy(class_maps.mean((2, 3)), target))
             if number + 1 < self.config.heads:
                 if self.config.shared:
-                    maps = main.mapper(seen, target, self._method, main.view.x.shape[2:])
+                    maps = main.mapper(features, target, self._method, main.view.x.shape[2:])
                 else:
-                    maps = said.detach()[torch.arange(len(said)), dominant(target)].float()
+                    maps = class_maps.detach()[torch.arange(len(class_maps)), dominant(target)].float()
                 rest = keep & ~select(normalised(maps) * keep, f.shape[2:], self.config.region)
                 keep = torch.where(rest.any(2, keepdim=True).any(1, keepdim=True), rest, keep)  # something must be left
         ctx.show("erased", ~keep)
@@ -67,7 +68,7 @@ class Acol(Technique):
 
 
 def _head(channels: int, hidden: int, classes: int) -> nn.Module:
-    """(B,C,h,w) -> class maps (B,K,h,w), whose mean are the logits."""
+    """Classifier of f (B,C,h,w): class maps (B,K,h,w), whose means are the logits."""
     if not hidden:
         return nn.Conv2d(channels, classes, 1)
     return nn.Sequential(

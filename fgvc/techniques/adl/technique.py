@@ -1,6 +1,6 @@
 """ADL: Attention-based Dropout Layer (Choe & Shim, CVPR 2019, arXiv:1908.10028).
 
-On named stages, features are either weighted by their own attention or lose their most attended part. After stripping
+On named stages, features are either weighted by their own attention or lose their most attended region. After stripping
 nothing is left: it is the identity in evaluation.
 """
 
@@ -21,7 +21,7 @@ from fgvc.techniques.plan import Context, Plan
 
 
 class Adl(Technique):
-    """a = mean_c f; f' = f 1[a < gamma max a] with probability drop_rate, else f sigmoid(a)."""
+    """Attention-based dropout: a = mean_c f; f' = f 1[a < gamma max a] with probability drop_rate, else f sigmoid(a)."""
 
     source: ClassVar[str] = "Choe & Shim, CVPR 2019, arXiv:1908.10028"
 
@@ -30,7 +30,7 @@ class Adl(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where a stage has no map, or no classifier reads it."""
+        """Add the gates. Raises FgvcError where a stage has no map, or the classifier does not read it."""
         for number, stage in enumerate(self.config.stages):
             name = plan.cells(stage)
             plan.gate(name, partial(self._gate, number))
@@ -42,18 +42,18 @@ class Adl(Technique):
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> Tensor:
-        """(stages, 1 or B) float32, uniform in [0,1)."""
+        """Draw (stages, 1 or B) float32, uniform in [0,1)."""
         count = 1 if self.config.per == "batch" else len(batch.labels)
         return torch.from_numpy(rng.random((len(self.config.stages), count), dtype=np.float32))
 
     def _gate(self, number: int, f: Tensor, ctx: Context) -> Tensor:
-        a = ctx.grid(f).float().mean(1)
-        highest = a.amax((1, 2), keepdim=True)
-        rest = a < at(self.config.threshold, ctx.progress) * highest
+        attention = ctx.grid(f).float().mean(1)
+        highest = attention.amax((1, 2), keepdim=True)
+        rest = attention < at(self.config.threshold, ctx.progress) * highest
         if self.config.unattended == "keep":
             rest |= (highest <= 0) | ~rest.any(2, keepdim=True).any(1, keepdim=True)
-        drawn = ctx.draw[number].to(f.device, non_blocking=True)
-        drops = drawn[torch.arange(len(f), device=f.device) % len(drawn)] < at(self.config.drop_rate, ctx.progress)
-        chosen = torch.where(drops[:, None, None], rest, a.sigmoid())
+        numbers = ctx.draw[number].to(f.device, non_blocking=True)
+        drops = numbers[torch.arange(len(f), device=f.device) % len(numbers)] < at(self.config.drop_rate, ctx.progress)
+        weights = torch.where(drops[:, None, None], rest, attention.sigmoid())
         ctx.show(f"dropped at {self.config.stages[number]}", ~rest)
-        return ctx.scaled(f, chosen)
+        return ctx.scaled(f, weights)

@@ -12,14 +12,14 @@ from fgvc.techniques.settings import OfflineMethod, Region
 
 
 class Added(Region):
-    """The paper's: the upper fifth of the map's range."""
+    """Region that a round adds: the upper fifth of the map's range, as in the paper."""
 
     value: float = Field(0.8, ge=0, description="see rule")
     area: tuple[float, float] = Field((0.0, 0.2), description="least and most share of the image in one round")
 
 
 class AePslSettings(TechniqueSettings):
-    """Erase round after round what the network has learned to look at."""
+    """Erase, round after round, the regions of the image that the network relies on."""
 
     technique: ClassVar[str] = "fgvc.techniques.ae_psl.technique:AePsl"
 

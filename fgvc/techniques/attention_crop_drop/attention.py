@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.models.norms import own_statistics
+from fgvc.models import norms
 from fgvc.techniques.attention_crop_drop.settings import SCALE
 from fgvc.techniques.centres import class_sums
 
 
 class _SignedRoot(torch.autograd.Function):
-    """sign(p) sqrt(|p| + 1e-12), with a gradient of 0 at 0; in half of the passes that autograd would make of it."""
+    """Signed square root, sign(p) sqrt(|p| + 1e-12), with a gradient of 0 at 0; in half of the passes of autograd's own."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class _SignedRoot(torch.autograd.Function):
 
 
 class BilinearAttention(nn.Module):
-    """A = relu(bn(conv1x1(f))); v = ssqrt(mean_hw(A_m f_c)) over all M*C; z = W (s v / |v|). In float32."""
+    """Attention branch: A = relu(bn(conv1x1(f))); v = ssqrt(mean_hw(A_m f_c)) over all M*C; z = W (s v / |v|). In float32."""
 
     def __init__(self, channels: int, maps: int, classes: int, *, scale: float = SCALE) -> None:
         super().__init__()
@@ -44,10 +44,9 @@ class BilinearAttention(nn.Module):
         self.register_buffer("centres", torch.zeros(classes, maps * channels))
         self.centres: Tensor
 
-    def forward(self, f: Tensor, *, own: bool = False) -> tuple[Tensor, Tensor]:
-        """f (B,C,h,w) -> maps A (B,M,h,w) >= 0, v (B,M*C). `own`: as in views of their own batch statistics, the running
-        ones stay."""
-        statistics = own_statistics(self, recompute=False) if own else nullcontext()
+    def forward(self, f: Tensor, *, own_statistics: bool = False) -> tuple[Tensor, Tensor]:
+        """Attend to f (B,C,h,w): maps A (B,M,h,w) >= 0, v (B,M*C). `own_statistics`: of this batch; the running ones stay."""
+        statistics = norms.own_statistics(self, recompute=False) if own_statistics else nullcontext()
         with torch.autocast(f.device.type, enabled=False), statistics:
             f = f.to(self.conv.weight.dtype)
             attention = self.norm(self.conv(f)).relu()
@@ -55,28 +54,29 @@ class BilinearAttention(nn.Module):
             return attention, _SignedRoot.apply(torch.bmm(attention.flatten(2), cells).flatten(1) / cells.shape[1])
 
     def logits(self, vector: Tensor) -> Tensor:
-        """z (N,K) of v (N,M*C). The length divides z instead of v: these rows are long, and every pass over them tells."""
+        """Logits z (N,K) of v (N,M*C). The length divides z instead of v: these rows are long, and every pass over them tells."""
         with torch.autocast(vector.device.type, enabled=False):
             return self.classifier(vector) * (self.scale / vector.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
     def distance(self, vector: Tensor, labels: Tensor) -> Tensor:
-        """sum_b |v_b / |v_b| - c_y / |c_y||^2 / B, from lengths and products; a vector of zeros has length 0."""
+        """Mean squared distance to the centres, sum_b |v_b / |v_b| - c_y / |c_y||^2 / B, from lengths and products; a vector of
+        zeros has length 0."""
         centres = self.centres[labels]
         v, c, product = vector.norm(dim=1), centres.norm(dim=1), (vector[:, None] @ centres[:, :, None]).flatten()
         return ((v > 0).float() + (c > 0).float() - 2 * product / (v * c).clamp_min(1e-12)).mean()
 
     @torch.no_grad()
     def follow(self, vector: Tensor, labels: Tensor, *, rate: float) -> None:
-        """c_y += rate * (mean of the v / |v| of class y - c_y / |c_y|), once for every class that is there; label -1: left
-        out."""
+        """Move the centres: c_y += rate * (mean of the v / |v| of class y - c_y / |c_y|), once for every class that
+        is there; label -1: left out."""
         present, counts, sums = class_sums(F.normalize(vector, dim=1), labels)
         centres = self.centres[present]
         self.centres[present] = centres + rate * (sums / counts[:, None] - F.normalize(centres, dim=1))
 
 
 def pick(attention: Tensor, which: Tensor) -> Tensor:
-    """(B,h,w): of the maps (B,M,h,w) one a sample, with probability proportional to the square root of its sum; `which` (B,)
-    uniform in [0,1) decides."""
+    """Pick one map (B,h,w) a sample of the maps (B,M,h,w), with probability proportional to the square root of its
+    sum; `which` (B,) uniform in [0,1) decides."""
     mass = attention.sum((2, 3)).sqrt().cumsum(1)
-    chosen = (mass <= which[:, None] * mass[:, -1:]).sum(1).clamp(max=attention.shape[1] - 1)
-    return attention[torch.arange(len(attention), device=attention.device), chosen]
+    picked = (mass <= which[:, None] * mass[:, -1:]).sum(1).clamp(max=attention.shape[1] - 1)
+    return attention[torch.arange(len(attention), device=attention.device), picked]

@@ -15,7 +15,7 @@ SCALE = 20.0  # of the pooled features
 
 
 class AttentionCropDropSettings(TechniqueSettings):
-    """Look closer at what is attended to, and drop it."""
+    """Train also on crops of the attended region, and on images without it."""
 
     technique: ClassVar[str] = "fgvc.techniques.attention_crop_drop.technique:AttentionCropDrop"
 
@@ -53,7 +53,3 @@ class AttentionCropDropSettings(TechniqueSettings):
     @property
     def learns(self) -> bool:
         return ever(self.pooled) or ever(self.centre)
-
-
-# Of the normalised vector before its classifier. WS-DAN's is 100 at a rate of 0.001; the logits move by the rate times its
-# square, and at the rates of 0.01 and more that are usual here 100 throws them about.

@@ -20,8 +20,9 @@ from fgvc.models.loss import cross_entropy
 from fgvc.techniques.api import Batch, Output, Technique, View
 from fgvc.techniques.attention_crop_drop.attention import BilinearAttention, pick
 from fgvc.techniques.attention_crop_drop.settings import AttentionCropDropSettings
+from fgvc.techniques.boxes import boxes_of_masks, crop, moved
 from fgvc.techniques.centres import FeatureBuffer
-from fgvc.techniques.masks import boxes, crop, erase, moved, select, shifted
+from fgvc.techniques.masks import erase, select, shifted
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.settings import Region
 
@@ -29,7 +30,8 @@ MAIN = "main"
 
 
 class AttentionCropDrop(Technique):
-    """base = (CE + crop CE_crop + drop CE_drop) / (1 + crop + drop); terms: `pooled` = mean_v CE(BAP(v)), `centre`."""
+    """Attention cropping and dropping: base = (CE + crop CE_crop + drop CE_drop) / (1 + crop + drop); terms: `pooled` =
+    mean_v CE(BAP(v)), `centre`."""
 
     source: ClassVar[str] = "WS-DAN, Hu et al. 2019, arXiv:1901.09891"
     forwards: ClassVar[str] = "2"
@@ -37,11 +39,11 @@ class AttentionCropDrop(Technique):
     def __init__(self, config: AttentionCropDropSettings) -> None:
         self.config = config
         self.weights = {"pooled": config.pooled, "centre": config.centre}
-        self._noted = FeatureBuffer()
+        self._buffer = FeatureBuffer()
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where the features are no map, or `guide: cam` has none."""
+        """Add the branch. Raises FgvcError where the features are no map, or `guide: cam` has none."""
         channels, *cells = plan.map_shape
         plan.need_cells(cells)
         if self.config.guide == "cam":
@@ -53,77 +55,76 @@ class AttentionCropDrop(Technique):
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, Any]:
-        """For crop and drop (B,4) float32: threshold, which map, how far down and across instead; and a seed."""
+        """Draw for crop and drop (B,4) float32: threshold, which map, how far down and across instead; and a seed."""
         drawn: dict[str, Any] = {"seed": int(rng.integers(2**63))}
-        for what, bounds in (("crop", self.config.crop_threshold), ("drop", self.config.drop_threshold)):
+        for view, bounds in (("crop", self.config.crop_threshold), ("drop", self.config.drop_threshold)):
             numbers = rng.random((len(batch.labels), 4), dtype=np.float32)
             numbers[:, 0] = rng.uniform(*bounds, len(numbers))
-            drawn[what] = torch.from_numpy(numbers)
+            drawn[view] = torch.from_numpy(numbers)
         return drawn
 
     @override
     def views_after(self, batch: Batch, outputs: Mapping[str, Output], ctx: Context) -> list[View]:
-        """Crops are cut from the finer render, unless the main view is mixed or erased."""
+        """Cropped and dropped view. Crops are cut from the finer render, unless the main view is mixed or erased."""
         main, views = outputs[MAIN], []
         if at(self.config.centre, ctx.progress):
-            self._noted.add(self._attend(main, ctx)[1], main.view.target, ctx)
+            self._buffer.add(self._attend(main, ctx)[1], main.view.target, ctx)
         x, size = main.view.x, (main.view.x.shape[2], main.view.x.shape[3])
-        for what, largest in (("crop", 1.0), ("drop", self.config.largest_drop)):
-            if not (weight := at(getattr(self.config, what), ctx.progress)):
+        for name, largest in (("crop", 1.0), ("drop", self.config.largest_drop)):
+            if not (weight := at(getattr(self.config, name), ctx.progress)):
                 continue
-            drawn = ctx.draw[what].to(x.device, non_blocking=True)
+            drawn = ctx.draw[name].to(x.device, non_blocking=True)
             maps = self._guide(main, drawn[:, 1], ctx)
             mask = select(maps, size, Region.model_construct(area=(0.0, largest)), values=drawn[:, 0])
-            if what == "crop":
-                box = boxes(mask, self.config.padding)
+            if name == "crop":
+                box = boxes_of_masks(mask, self.config.padding)
                 box = moved(box, drawn[:, 2:], size) if self.config.guide == "random" else box
-                seen = crop(batch.finest if x is batch.x_clean else x, box, size, pixels=size)
+                view_x = crop(batch.finest if x is batch.x_clean else x, box, size, pixels=size)
             else:
                 mask = shifted(mask, drawn[:, 2:]) if self.config.guide == "random" else mask
                 ctx.show("dropped", mask)
-                seen = erase(x, mask, self.config.fill, seed=ctx.draw["seed"])
-            ctx.show(f"map for {what}", maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12))
-            views.append(View(what, seen, main.view.target, weight, bn="own"))
+                view_x = erase(x, mask, self.config.fill, seed=ctx.draw["seed"])
+            ctx.show(f"map for {name}", maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12))
+            views.append(View(name, view_x, main.view.target, weight, bn="own"))
         return views
 
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
-        """`pooled` over all views, `centre` of the main one where its labels are whole."""
-        seen = [o for name, o in outputs.items() if name == MAIN or name.startswith("attention_crop_drop.")]
-        branch, vectors = cast("BilinearAttention", ctx.branches["attention"]), [self._attend(o, ctx)[1] for o in seen]
+        """Compute `pooled` over all views, `centre` of the main one where its labels are whole."""
+        views = [o for name, o in outputs.items() if name == MAIN or name.startswith("attention_crop_drop.")]
+        branch, vectors = cast("BilinearAttention", ctx.branches["attention"]), [self._attend(o, ctx)[1] for o in views]
         logits = branch.logits(torch.cat(vectors)).split([len(vector) for vector in vectors])
-        terms = [cross_entropy(z, o.view.target) for z, o in zip(logits, seen, strict=True)]
+        terms = [cross_entropy(z, o.view.target) for z, o in zip(logits, views, strict=True)]
         losses = {"pooled": torch.stack(terms).mean()}
-        if len(target := seen[0].view.target) == 1:
+        if len(target := views[0].view.target) == 1:
             losses["centre"] = branch.distance(vectors[0], target[0][0])
         return losses
 
     @override
     def after_step(self, ctx: Context) -> None:
-        """Move the centres by this step's features, those of all ranks and parts together."""
-        if noted := self._noted.take():
-            cast("BilinearAttention", ctx.branches["attention"]).follow(*noted, rate=self.config.centre_rate)
+        """Move the centres by this step's features, those of all ranks and micro-batches together."""
+        if features := self._buffer.take():
+            cast("BilinearAttention", ctx.branches["attention"]).follow(*features, rate=self.config.centre_rate)
 
     @override
     def refine(self, output: Output, ctx: Context) -> Tensor:
-        """For evaluation in two passes: the images again, cropped to the class map or the mean attention above 0.1 of its
-        maximum, widened by 0.05, as in WS-DAN's second pass."""
+        """Crop the images for an evaluation in two passes: to the class map or the mean attention above 0.1 of its maximum,
+        widened by 0.05, as in WS-DAN's second pass."""
         x, size = output.view.x, (output.view.x.shape[2], output.view.x.shape[3])
         by_class = self.config.guide == "cam"
         maps = normalised(output.map(self._method)) if by_class else self._attend(output, ctx)[0].mean(1)
-        return crop(
-            x, boxes(select(maps, size, Region.model_construct(value=0.1, area=(0.0, 1.0))), 0.05), size, pixels=size
-        )
+        mask = select(maps, size, Region.model_construct(value=0.1, area=(0.0, 1.0)))
+        return crop(x, boxes_of_masks(mask, 0.05), size, pixels=size)
 
     def _guide(self, main: Output, which: Tensor, ctx: Context) -> Tensor:
-        """(B,h,w): the class map, or for each sample one attention map with probability ~ sqrt of its sum."""
+        """Class map (B,h,w), or for each sample one attention map with probability ~ sqrt of its sum."""
         if self.config.guide == "cam":
             return normalised(main.map(self._method))
         return pick(self._attend(main, ctx)[0].detach(), which)
 
     def _attend(self, output: Output, ctx: Context) -> tuple[Tensor, Tensor]:
-        """The branch on one view, once a step: maps and pooled features."""
+        """Maps and pooled features of one view by the branch, computed once a step."""
         if output.view.name not in ctx.cache:
-            own = output.view.bn == "own"
-            ctx.cache[output.view.name] = ctx.branches["attention"](ctx.grid(output.features), own=own)
+            branch, own_statistics = ctx.branches["attention"], output.view.bn == "own"
+            ctx.cache[output.view.name] = branch(ctx.grid(output.features), own_statistics=own_statistics)
         return cast("tuple[Tensor, Tensor]", ctx.cache[output.view.name])

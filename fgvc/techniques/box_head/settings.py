@@ -12,7 +12,7 @@ from fgvc.config.technique import Requires, TechniqueSettings
 
 
 class BoxHeadSettings(TechniqueSettings):
-    """Find the object's box in the crop; for data with boxes. Steps that mix labels are left out."""
+    """Predict the object's box in the crop; for data with boxes. Steps that mix labels are left out."""
 
     technique: ClassVar[str] = "fgvc.techniques.box_head.technique:BoxHead"
 
@@ -27,14 +27,14 @@ class BoxHeadSettings(TechniqueSettings):
     )
     box: Scheduled = Field(1.0, description="weight of the box's loss")
     confidence: Scheduled = Field(
-        1.0, description="weight of telling the found box's IoU beforehand (IoU-aware confidence)"
+        1.0, description="weight of predicting the box's IoU (IoU-aware confidence)"
     )
 
     @field_validator("box")
     @classmethod
     def _learns(cls, box: Value) -> Value:
         if not ever(box):
-            raise ValueError("with 0 nothing finds the box; take the technique out instead")
+            raise ValueError("with 0 nothing trains the box; take the technique out instead")
         return box
 
     @property

@@ -1,4 +1,4 @@
-"""A box head: where the object is in the crop, learned by the overlap (Zheng et al., AAAI 2020, arXiv:1911.08287).
+"""Box head: predicts the object's box in the crop, trained by the overlap (Zheng et al., AAAI 2020, arXiv:1911.08287).
 
 The features must keep the object's place. For data with a box an image, such as CUB. `giou` is Rezatofighi et al.'s (CVPR 2019,
 arXiv:1902.09630); the confidence is learned as in Wu et al. 2019 (IoU-aware, arXiv:1912.05992). After stripping nothing is left.
@@ -26,17 +26,17 @@ from fgvc.config.schedule import ever
 from fgvc.errors import FgvcError
 from fgvc.techniques.api import Batch, Output, Technique
 from fgvc.techniques.box_head.settings import BoxHeadSettings
-from fgvc.techniques.masks import inside
+from fgvc.techniques.boxes import inside
 from fgvc.techniques.plan import Context, Plan
 
 LOSSES = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
 CELLS = 5  # a side of what the last layer reads: a mean over the whole map would forget the place
-LEAST = 0.01  # share of the crop's side that a found box has at least: a side of 0 has no aspect
+LEAST = 0.01  # least side of a predicted box, as a share of the crop's: a side of 0 has no aspect
 
 
 class BoxHead(Technique):
-    """(cx, cy, w, h) = sigmoid(W pool_5x5(relu(conv1x1(f)))) in shares of the crop; L = box (1 - CIoU) + confidence
-    BCE(c, IoU), means over the samples that count."""
+    """Box head: (cx, cy, w, h) = sigmoid(W pool_5x5(relu(conv1x1(f)))) in shares of the crop; L = box (1 - CIoU)
+    + confidence BCE(c, IoU), means over the samples that count."""
 
     source: ClassVar[str] = "CIoU, Zheng et al., AAAI 2020, arXiv:1911.08287"
     measures = ("iou",)
@@ -47,56 +47,60 @@ class BoxHead(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where the features are no map."""
+        """Add the head. Raises FgvcError where the features are no map."""
         channels, *cells = plan.map_shape
         pooled = min(CELLS, cells[0]), min(CELLS, cells[1])
         layers = [nn.Conv2d(channels, self.config.hidden, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(pooled), nn.Flatten()]
-        told = 5 if ever(self.config.confidence) else 4
-        plan.add("box", nn.Sequential(*layers, nn.Linear(self.config.hidden * pooled[0] * pooled[1], told)))
+        outputs = 5 if ever(self.config.confidence) else 4
+        plan.add("box", nn.Sequential(*layers, nn.Linear(self.config.hidden * pooled[0] * pooled[1], outputs)))
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> Tensor:
-        """Nothing random: (B,4) float32, each object's box in its crop; NaN where too little of it is seen, or none is known.
+        """Compute (nothing is random) each object's box (B,4) float32 in its crop; NaN where too little of it is visible, or none
+        is known.
 
         Here, since the second pass over the views of a step has no other hook with the batch.
         """
         if batch.boxes is None:
             raise FgvcError("techniques.box_head: this batch has no boxes")
-        found, seen = in_crop(batch.boxes, batch.geometry, batch.x.shape[2:])
-        return torch.where((seen >= self.config.visible)[:, None], found, torch.nan)
+        boxes, visible = in_crop(batch.boxes, batch.geometry, batch.x.shape[2:])
+        return torch.where((visible >= self.config.visible)[:, None], boxes, torch.nan)
 
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
-        """`box` and `confidence`; measured: `iou`, the mean over the samples that count. Nothing where none does."""
+        """Compute `box` and `confidence`; measured: `iou`, the mean over the samples that count. Nothing where none does."""
         main = outputs["main"]
         rows = ctx.draw[:, 0].isfinite().nonzero()[:, 0]  # on the host: the device is not waited for
         if len(main.view.target) > 1 or not len(rows):
             return {}
         height, width = main.view.x.shape[2:]
         device = main.view.x.device
-        said = ctx.branches["box"](ctx.grid(main.features))[rows.to(device, non_blocking=True)].float()
-        places, sides = said[:, :2].sigmoid(), LEAST + (1 - LEAST) * said[:, 2:4].sigmoid()
-        pixels = said.new_tensor([width, height, width, height])
-        found = box_convert(torch.cat([places, sides], dim=1) * pixels, "cxcywh", "xyxy")
+        raw = ctx.branches["box"](ctx.grid(main.features))[rows.to(device, non_blocking=True)].float()
+        centres, sides = raw[:, :2].sigmoid(), LEAST + (1 - LEAST) * raw[:, 2:4].sigmoid()
+        pixels = raw.new_tensor([width, height, width, height])
+        predicted = box_convert(torch.cat([centres, sides], dim=1) * pixels, "cxcywh", "xyxy")
         boxes = ctx.draw.to(device, non_blocking=True)
         true = ctx.draw[rows].to(device, non_blocking=True)
-        iou = box_iou(found.detach(), true).diagonal()
+        iou = box_iou(predicted.detach(), true).diagonal()
         ctx.show("box", inside(boxes[:, None], (height, width)))
-        losses = {"box": LOSSES[self.config.loss](found, true, reduction="mean"), "iou": iou.mean()}
-        if said.shape[1] == 5:
-            losses["confidence"] = F.binary_cross_entropy_with_logits(said[:, 4], iou)
+        losses = {"box": LOSSES[self.config.loss](predicted, true, reduction="mean"), "iou": iou.mean()}
+        if raw.shape[1] == 5:
+            losses["confidence"] = F.binary_cross_entropy_with_logits(raw[:, 4], iou)
         return losses
 
 
 def in_crop(boxes: Tensor, geometry: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Boxes (B,4) x, y, width, height in the original, and matrices (B,2,3) crop -> original, both upright -> left, top, right,
-    bottom in a crop of `size` (height, width), float32, clipped to it: the hull of the turned corners; and the share (B,) of
-    the hull's area that lies in the crop, NaN where a box is empty or not known."""
-    matrix, boxes = geometry.double(), boxes.double()
+    """Boxes (B,4) float32 of x1, y1, x2, y2 in crops of `size` (height, width), clipped to them; and the share (B,) of each box's
+    area that lies in the crop, NaN where it is empty or not known.
+
+    From boxes (B,4) of x, y, width, height in the original, and matrices (B,2,3) crop -> original, both upright; a turned box
+    becomes the hull of its corners.
+    """
+    matrices, boxes = geometry.double(), boxes.double()
     shares = boxes.new_tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
     corners = boxes[:, None, :2] + shares * boxes[:, None, 2:]
-    back = torch.linalg.inv(matrix[:, :, :2])
-    placed = torch.einsum("bij,bnj->bni", back, corners - matrix[:, None, :, 2])
+    back = torch.linalg.inv(matrices[:, :, :2])
+    placed = torch.einsum("bij,bnj->bni", back, corners - matrices[:, None, :, 2])
     hull = torch.cat([placed.amin(1), placed.amax(1)], dim=1)
     height, width = size
     clipped = hull.clamp(min=0).minimum(hull.new_tensor([width, height, width, height]))

@@ -13,7 +13,7 @@ from fgvc.techniques.settings import FILLS, AnyMethod, Fill, Region
 
 
 class CamErasingSettings(TechniqueSettings):
-    """Erase from the image what the network looks at."""
+    """Erase from the image the region that the network relies on."""
 
     technique: ClassVar[str] = "fgvc.techniques.cam_erasing.technique:CamErasing"
 

@@ -1,4 +1,4 @@
-"""Maps that one epoch leaves for the next: compact, one a sample, wherever the next crop of that sample will lie."""
+"""Compact storage of each sample's map for the next epoch, whose crop may lie elsewhere."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FINENESS = 4  # pixels of the input to one of what is recalled
+FINENESS = 4  # pixels of the input to one of a recalled map
 
 
 class MapStore:
-    """(h,w) bytes and a 2x3 matrix for every row of the index that was recorded. On the CPU."""
+    """Map of (h,w) bytes and a 2x3 matrix for every recorded row of the index. On the CPU."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         h, w = shape
@@ -21,7 +21,8 @@ class MapStore:
         self._to_image = torch.zeros(0, 2, 3)  # from shares of the recorded crop's sides to pixels of the original
 
     def record(self, rows: Tensor, geometry: Tensor, maps: Tensor, size: Sequence[int]) -> None:
-        """Maps (B,h,w) in [0,1] of crops of `size` (height, width) in pixels, whose matrices (B,2,3) lead to the original."""
+        """Record maps (B,h,w) in [0,1] of crops of `size` (height, width) in pixels, with matrices (B,2,3) to the
+        original."""
         shape = self._maps.shape[1:]
         if maps.shape[1:] != shape:  # training at several sizes
             maps = F.interpolate(maps[:, None], shape, mode="bilinear", align_corners=False)[:, 0]
@@ -31,28 +32,28 @@ class MapStore:
             self._maps = torch.cat([self._maps, self._maps.new_zeros(more, *shape)])
             self._to_image = torch.cat([self._to_image, self._to_image.new_zeros(more, 2, 3)])
         self._maps[rows] = (maps.cpu() * 255).round().to(torch.uint8)
-        self._to_image[rows] = _of_shares(geometry.cpu(), size)
+        self._to_image[rows] = _on_shares(geometry.cpu(), size)
 
     def recall(self, rows: Tensor, geometry: Tensor, size: Sequence[int]) -> Tensor:
-        """(B,H/4,W/4) in [0,1]: the recorded maps as they lie in new crops of the same images, of `size`; 0 where the recorded
-        crop did not reach, and for samples that were never recorded."""
+        """Recorded maps, resampled to new crops of `size` of the same images: (B,H/4,W/4) in [0,1]; 0 where the recorded crop did
+        not reach, and for samples that were never recorded."""
         rows, geometry = rows.cpu(), geometry.cpu()
         height, width = (max(side // FINENESS, 1) for side in size)
-        found = torch.zeros(len(rows), height, width)
-        known = torch.nonzero(rows < len(self._maps))[:, 0]
-        known = known[self._to_image[rows[known]].abs().sum((1, 2)) > 0]
-        if not len(known):
-            return found
-        now, then = _square(_of_shares(geometry[known], size)), _square(self._to_image[rows[known]])
+        recalled = torch.zeros(len(rows), height, width)
+        recorded = torch.nonzero(rows < len(self._maps))[:, 0]
+        recorded = recorded[self._to_image[rows[recorded]].abs().sum((1, 2)) > 0]
+        if not len(recorded):
+            return recalled
+        now, then = _square(_on_shares(geometry[recorded], size)), _square(self._to_image[rows[recorded]])
         shares = torch.linalg.solve(then.double(), now.double())[:, :2].float()  # of the new crop to those of the old
         across, down = ((torch.arange(side) + 0.5) / side for side in (width, height))
         new = torch.stack(torch.meshgrid(down, across, indexing="ij")[::-1], dim=-1)
         with torch.autocast("cpu", enabled=False):
             old = torch.einsum("bij,hwj->bhwi", shares[:, :, :2], new) + shares[:, None, None, :, 2]
-        maps = self._maps[rows[known]].float()[:, None] / 255
+        maps = self._maps[rows[recorded]].float()[:, None] / 255
         reached = ((old >= 0) & (old <= 1)).all(-1)
-        found[known] = F.grid_sample(maps, 2 * old - 1, padding_mode="border", align_corners=False)[:, 0] * reached
-        return found
+        recalled[recorded] = F.grid_sample(maps, 2 * old - 1, padding_mode="border", align_corners=False)[:, 0] * reached
+        return recalled
 
     def state_dict(self) -> dict[str, Any]:
         return {"maps": self._maps, "to_image": self._to_image}
@@ -61,8 +62,8 @@ class MapStore:
         self._maps, self._to_image = state["maps"].clone(), state["to_image"].clone()
 
 
-def _of_shares(geometry: Tensor, size: Sequence[int]) -> Tensor:
-    """From matrices on pixels of a crop of `size` to those on shares of its sides."""
+def _on_shares(geometry: Tensor, size: Sequence[int]) -> Tensor:
+    """Convert matrices on pixels of a crop of `size` to matrices on shares of its sides."""
     return geometry * torch.tensor([size[1], size[0], 1.0])
 
 

@@ -1,4 +1,4 @@
-"""CAM-guided erasing of the input: what the network looks at is erased, so that it learns the remaining evidence.
+"""CAM-guided erasing: the image region that the network relies on is erased, so that it learns the remaining evidence.
 
 The map is that of the step itself, of the moving average, or of the epoch before. The last is the first form of Cutout
 (DeVries & Taylor 2017, arXiv:1708.04552), which then kept random boxes; compare AE-PSL (Wei et al., CVPR 2017,
@@ -28,7 +28,7 @@ from fgvc.techniques.ranks import gathered
 
 
 class CamErasing(Technique):
-    """x' = x outside of region(map), `fill` inside."""
+    """CAM-guided erasing: x' = x outside of region(map), `fill` inside."""
 
     source: ClassVar[str] = "DeVries & Taylor 2017, arXiv:1708.04552; Wei et al., CVPR 2017, arXiv:1703.08448"
     forwards: ClassVar[str] = "1 (current), 1/3 (ema), 0 (previous_epoch)"
@@ -37,30 +37,30 @@ class CamErasing(Technique):
         self.config = config
         self.remembers_images = config.source == "previous_epoch"
         self._store: MapStore | None = None
-        self._new: list[tuple[Tensor, Tensor, Tensor, tuple[int, int]]] = []  # of the parts of one step
+        self._new: list[tuple[Tensor, Tensor, Tensor, tuple[int, int]]] = []  # of the micro-batches of one step
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where this backbone has no class map."""
+        """Choose the class map. Raises FgvcError where this backbone has none."""
         self._method = plan.map(self.config.map)
         if self.config.source == "previous_epoch":
             self._store = MapStore(plan.map_shape[1:])
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:
-        """Which samples are erased, (B,) bool, and the seed of a fill of noise."""
+        """Draw which samples are erased, (B,) bool, and the seed of a fill of noise."""
         share = self.config.probability
         share = (1.0 if self.config.source == "current" else 0.5) if share is None else share
         return torch.from_numpy(rng.random(len(batch.labels)) < share), int(rng.integers(2**63))
 
     @override
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
-        """Erased at once where the map is there before the forward."""
+        """Erase where the map is there before the forward."""
         if self.config.source == "ema":
             return replace(batch, x=self._erased(batch.x, normalised(ctx.probe("ema").map(self._method)), ctx))
         if self._store is not None:
             maps = self._store.recall(batch.index, batch.geometry, batch.x.shape[2:]).to(batch.x.device)
-            # Not stretched again: what was looked at most may lie outside of the new crop.
+            # Not stretched again: the map's maximum may lie outside of the new crop.
             return replace(batch, x=self._erased(batch.x, maps, ctx, maximum=1.0))
         return batch
 
@@ -100,9 +100,9 @@ class CamErasing(Technique):
             self._store.load_state_dict(state)
 
     def _erased(self, x: Tensor, maps: Tensor, ctx: Context, maximum: float | None = None) -> Tensor:
-        """`maps` (B,h,w) in [0,1]."""
-        chosen, seed = ctx.draw
-        mask = select(maps, x.shape[2:], self.config.region, maximum=maximum) & chosen.to(x.device)[:, None, None]
+        """Erase the regions of `maps` (B,h,w) in [0,1] from the drawn samples of x (B,3,H,W)."""
+        drawn, seed = ctx.draw
+        mask = select(maps, x.shape[2:], self.config.region, maximum=maximum) & drawn.to(x.device)[:, None, None]
         ctx.show("map", maps, x)
         ctx.show("erased", mask, x)
         return erase(x, mask, self.config.fill, seed=seed)

@@ -14,13 +14,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from fgvc.techniques.api import Batch, Technique
+from fgvc.techniques.boxes import inside
 from fgvc.techniques.cutout.settings import CutoutSettings
-from fgvc.techniques.masks import erase, inside, sparing
+from fgvc.techniques.masks import erase, sparing
 from fgvc.techniques.plan import Context
 
 
 class Cutout(Technique):
-    """x' = fill where |row - cy| and |column - cx| are below half the length, (cy, cx) uniform over the image."""
+    """Cutout: x' = fill where |row - cy| and |column - cx| are below half the length, (cy, cx) uniform over the image."""
 
     source: ClassVar[str] = "DeVries & Taylor 2017, arXiv:1708.04552"
 
@@ -29,7 +30,7 @@ class Cutout(Technique):
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:
-        """(B,holes,4) float32: left, top, right, bottom in pixels, empty for an image that is spared; a seed."""
+        """Draw boxes (B,holes,4) float32 in pixels, empty for an image that is spared; and a seed."""
         height, width = batch.x.shape[2:]
         shape = len(batch.labels), self.config.holes
         shorter = min(height, width)

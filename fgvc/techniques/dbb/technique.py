@@ -13,13 +13,13 @@ from typing_extensions import override
 
 from fgvc.reparam.kinds import dbb
 from fgvc.techniques.api import Technique
-from fgvc.techniques.branches import graft_chosen
+from fgvc.techniques.branches import add_branches
 from fgvc.techniques.dbb.settings import DbbSettings
 from fgvc.techniques.plan import Plan
 
 
 class Dbb(Technique):
-    """y = conv(x) + BN(1x1(x)) + BN(kxk(BN(1x1(x)))) + BN(1x1(mean(x))), the last gammas 0 at first."""
+    """Diverse branches: y = conv(x) + BN(1x1(x)) + BN(kxk(BN(1x1(x)))) + BN(1x1(mean(x))), the last gammas 0 at first."""
 
     source: ClassVar[str] = "Ding et al., CVPR 2021, arXiv:2103.13425"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
@@ -29,5 +29,5 @@ class Dbb(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where a pattern fits no convolution, or nothing can be replaced."""
-        graft_chosen(plan, self.config, dbb)
+        """Add the branches. Raises FgvcError where a pattern fits no convolution, or nothing can be replaced."""
+        add_branches(plan, self.config, dbb)

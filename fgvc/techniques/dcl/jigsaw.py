@@ -1,4 +1,4 @@
-"""The jigsaw of DCL's region confusion (Chen et al., CVPR 2019): which patch goes where, and the picture cut up so.
+"""The jigsaw of DCL's region confusion (Chen et al., CVPR 2019): drawing permutations of patches, and applying them.
 
 A jigsaw is `source` (B, N*N) int64: cell t of the shuffled picture, counted row by row, shows cell source[t] of the
 original. It is always a permutation: rows are shuffled first, then the columns of the result. (The formula in the paper
@@ -16,7 +16,7 @@ from fgvc.errors import FgvcError
 
 
 def draw_jigsaws(rng: np.random.Generator, count: int, *, grid: int, reach: float) -> NDArray[np.int64]:
-    """`count` independent jigsaws of grid x grid cells, (count, grid^2); along each axis a cell moves less than
+    """Draw `count` independent jigsaws of grid x grid cells, (count, grid^2); along each axis a cell moves less than
     2 * `reach` cells (paper: k). Every row and column is ordered by i + U(-reach, reach)."""
     noise = rng.uniform(-reach, reach, size=(2, count, grid, grid))
     along_row, along_column = np.argsort(np.arange(grid) + noise, axis=-1)
@@ -26,8 +26,11 @@ def draw_jigsaws(rng: np.random.Generator, count: int, *, grid: int, reach: floa
 
 
 def cut(x: Tensor, source: Tensor) -> Tensor:
-    """`x` (B,C,H,W) of any size as a shuffled copy. Patches are floor(H/N) x floor(W/N) pixels; what remains at the right
-    and the lower border stays where it is. Raises FgvcError where a patch would be empty."""
+    """Shuffle the patches of `x` (B,C,H,W) of any size, in a copy.
+
+    Patches are floor(H/N) x floor(W/N) pixels; what remains at the right and the lower border stays where it is. Raises FgvcError
+    where a patch would be empty.
+    """
     (b, c, height, width), n = x.shape, round(source.shape[1] ** 0.5)
     h, w = height // n, width // n
     if not h or not w:
@@ -40,7 +43,7 @@ def cut(x: Tensor, source: Tensor) -> Tensor:
 
 
 def places(source: Tensor) -> Tensor:
-    """(B,2,N,N) float32: row and column where each cell's content comes from, as its centre's share of the side."""
+    """Source row and column (B,2,N,N) float32 of each cell, as its centre's share of the side."""
     n = round(source.shape[1] ** 0.5)
     place = torch.stack([source // n, source % n], dim=1).float()
     return ((place + 0.5) / n).view(len(source), 2, n, n)

@@ -11,7 +11,7 @@ from fgvc.config.technique import TechniqueSettings
 
 
 class DclSettings(TechniqueSettings):
-    """A jigsaw of every image, and two heads that see through it."""
+    """Train also on a jigsaw of every image, with heads that detect it and locate its patches."""
 
     technique: ClassVar[str] = "fgvc.techniques.dcl.technique:Dcl"
 
@@ -31,7 +31,7 @@ class DclSettings(TechniqueSettings):
         "column of the exact permutation; the authors' code has one number a patch, and guesses the jigsaw's by brightness",
     )
     head: Literal["2-way", "2K-way"] = Field(
-        "2-way", description="what the destroyed head tells: original or destroyed, or that and the class"
+        "2-way", description="classes of the destroyed head: original or destroyed, or that and the class"
     )
     bn: Literal["shared", "own"] = Field(
         "shared", description="shared: jigsaws are in the statistics of the batch norms (paper); own: they are not"

@@ -28,7 +28,7 @@ MAIN, DESTROYED = "main", "dcl.destroyed"
 
 
 class Dcl(Technique):
-    """z_d = W_d pool(f) and m = conv1x1(pool_N(f)); losses: CE(z_d), mean |m - place| over both copies of the batch.
+    """Destruction and construction: z_d = W_d pool(f), m = conv1x1(pool_N(f)); losses CE(z_d), mean |m - place| over both copies.
 
     The paper puts a ReLU on m; here it is linear, since its targets are shares of the side in (0,1). See docs/methods.md.
     """
@@ -43,7 +43,7 @@ class Dcl(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where the patches would be empty or the features are no map."""
+        """Add the two heads. Raises FgvcError where the patches would be empty or the features are no map."""
         n, (channels, *cells), width = self.config.grid, plan.map_shape, plan.pooled_width
         if min(plan.size) < n:
             raise FgvcError(f"techniques.dcl.grid: {n} patches a side do not fit into {min(plan.size)} pixels")
@@ -57,13 +57,13 @@ class Dcl(Technique):
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> Tensor:
-        """(B, N*N) int64: see fgvc.techniques.dcl.jigsaw."""
+        """Draw jigsaws (B, N*N) int64: see fgvc.techniques.dcl.jigsaw."""
         jigsaws = draw_jigsaws(rng, len(batch.labels), grid=self.config.grid, reach=self.config.reach)
         return torch.from_numpy(jigsaws)
 
     @override
     def views(self, batch: Batch, ctx: Context) -> list[View]:
-        """The jigsaw of the clean image, whatever is mixed elsewhere."""
+        """Add the jigsaw of the clean image, whatever is mixed elsewhere."""
         classify = at(self.config.classify, ctx.progress)
         if not classify and not any(at(weight, ctx.progress) for weight in self.weights.values()):
             return []
@@ -73,29 +73,29 @@ class Dcl(Technique):
 
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
-        """`destroyed` and `location`; measured: the accuracy of the one, and the error that the other would have if it
-        always answered with the cell itself."""
+        """Compute `destroyed` and `location`; measured: the accuracy of the first, and the error that the second would have if it
+        always predicted the cell itself."""
         if DESTROYED not in outputs:
             return {}
-        pair = outputs[MAIN], outputs[DESTROYED]
-        told = [ctx.branches["destroyed"](ctx.pooled(half.features)).float() for half in pair]
-        cells = [F.adaptive_avg_pool2d(ctx.grid(half.features), self.config.grid) for half in pair]
-        found = [ctx.branches["location"](cell).float() for cell in cells]
-        moved = places(ctx.draw.to(found[0].device, non_blocking=True))
+        copies = outputs[MAIN], outputs[DESTROYED]
+        logits = [ctx.branches["destroyed"](ctx.pooled(output.features)).float() for output in copies]
+        cells = [F.adaptive_avg_pool2d(ctx.grid(output.features), self.config.grid) for output in copies]
+        predicted = [ctx.branches["location"](cell).float() for cell in cells]
+        moved = places(ctx.draw.to(predicted[0].device, non_blocking=True))
         home = places(torch.arange(self.config.grid**2, device=moved.device)[None])
-        ways = told[0].shape[1] // 2
-        right = torch.cat([z.argmax(1) // ways == copy for copy, z in enumerate(told)])
+        ways = logits[0].shape[1] // 2
+        right = torch.cat([z.argmax(1) // ways == copy for copy, z in enumerate(logits)])
         return {
-            "destroyed": (_cross_entropy(told[0], pair[0], 0) + _cross_entropy(told[1], pair[1], 1)) / 2,
-            "location": ((found[0] - home).abs().mean() + (found[1] - moved).abs().mean()) / 2,
+            "destroyed": (_cross_entropy(logits[0], copies[0], 0) + _cross_entropy(logits[1], copies[1], 1)) / 2,
+            "location": ((predicted[0] - home).abs().mean() + (predicted[1] - moved).abs().mean()) / 2,
             "destroyed_accuracy": right.float().mean(),
             "location_chance": (moved - home).abs().mean() / 2,
         }
 
 
-def _cross_entropy(z: Tensor, half: Output, copy: int) -> Tensor:
-    """`copy`: 0 for the original, 1 for the destroyed half; with 2K ways, in the half's own class target."""
+def _cross_entropy(z: Tensor, output: Output, copy: int) -> Tensor:
+    """Cross-entropy of z (B,2 or 2K) for `copy`: 0 the original, 1 the destroyed one; with 2K ways also for the class target."""
     ways = z.shape[1] // 2
     if ways == 1:
         return F.cross_entropy(z, torch.full((len(z),), copy, device=z.device))
-    return cross_entropy(z, [(y + copy * ways, w) for y, w in half.view.target])
+    return cross_entropy(z, [(y + copy * ways, w) for y, w in output.view.target])

@@ -54,8 +54,7 @@ class TimmTeacher(_OfTimm):
 
 
 class ProbeTeacher(_OfTimm):
-    """Any pretrained timm net, as it is: before the first step its head is fitted, by logistic regression, to the images that the
-    run learns from."""
+    """A pretrained timm net whose head is fitted before the first step, by logistic regression, to the training images."""
 
     kind: Literal["probe"] = "probe"
     weights: str = Field(description="as model.weights, of whatever classes: their own head is dropped")
@@ -79,7 +78,7 @@ class BundleTeacher(_Weighted):
 
 
 class EmaTeacher(_Weighted):
-    """The moving average of the net that learns."""
+    """The moving average of the student's weights."""
 
     kind: Literal["ema"] = "ema"
 
@@ -90,7 +89,7 @@ AnyTeacher = Annotated[
 
 
 class DistillSettings(TechniqueSettings):
-    """Learn from teachers, on the very pixels of the main view."""
+    """Learn from the outputs of teachers for the pixels of the main view."""
 
     technique: ClassVar[str] = "fgvc.techniques.distill.technique:Distill"
 

@@ -29,7 +29,8 @@ MAIN = "main"
 
 
 class Distill(Technique):
-    """`kd` = T^2 KL(q || p) or T^2 (alpha TCKD + beta NCKD), q the weighted mean of softmax(z_t / T), p = softmax(z_s / T)."""
+    """Distillation: `kd` = T^2 KL(q || p) or T^2 (alpha TCKD + beta NCKD), q the weighted mean of softmax(z_t / T), p =
+    softmax(z_s / T)."""
 
     source: ClassVar[str] = (
         "Hinton et al. 2015, arXiv:1503.02531; DKD: Zhao et al., CVPR 2022, arXiv:2203.08679; AT: Zagoruyko & Komodakis, "
@@ -45,20 +46,20 @@ class Distill(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where a teacher can't teach, or none has the features that AT and hints ask for."""
+        """Open the teachers. Raises FgvcError where one can't teach, or none has the features that AT and hints need."""
         self.teachers = plan.teachers(self.config.teachers)
-        self._panel = TeacherEnsemble(self.teachers, cache=self.config.cache, classes=plan.classes)
+        self._ensemble = TeacherEnsemble(self.teachers, cache=self.config.cache, classes=plan.classes)
         for teacher in self.teachers:
             plan.note("; ".join([f"teacher {teacher.name}", *teacher.notes]))
             if teacher.size is not None:  # in whole eights of pixels, as images are rendered
-                plan.render(max(8 * -(-theirs // 8) / own for theirs, own in zip(teacher.size, plan.size, strict=True)))
-        asked = [term for term in ("attention", "hints") if self.teachers and ever(self.weights[term])]
-        if asked and all(teacher.channels is None for teacher in self.teachers):
+                plan.render(max(8 * -(-theirs // 8) / ours for theirs, ours in zip(teacher.size, plan.size, strict=True)))
+        feature_terms = [term for term in ("attention", "hints") if self.teachers and ever(self.weights[term])]
+        if feature_terms and all(teacher.channels is None for teacher in self.teachers):
             raise FgvcError(
-                f"techniques.distill.{asked[0]}: {self.teachers[0].name} gives logits, no features; set {asked[0]} to 0, or "
-                "give a teacher of kind run, timm or probe"
+                f"techniques.distill.{feature_terms[0]}: {self.teachers[0].name} gives logits, no features; set "
+                f"{feature_terms[0]} to 0, or give a teacher of kind run, timm or probe"
             )
-        if "attention" in asked and max(plan.map_shape[1:]) == 1:
+        if "attention" in feature_terms and max(plan.map_shape[1:]) == 1:
             plan.note("the last map has one cell, whose attention (AT) says nothing: give larger images")
         if ever(self.config.hints):
             for number, teacher in enumerate(self.teachers):
@@ -67,21 +68,21 @@ class Distill(Technique):
 
     @override
     def before_epoch(self, start: EpochStart) -> None:
-        self._panel.open(start)
+        self._ensemble.open(start)
 
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
-        """`kd`, `attention`, `hints`; measured: how often the teachers' mean is right on these images."""
+        """Compute `kd`, `attention`, `hints`; measured: how often the teachers' mean is right on these images."""
         if not self.teachers:
             return {}
         main, config, terms = outputs[MAIN], self.config, {}
         wanted = {name for name, weight in self.weights.items() if at(weight, ctx.progress)}
-        if "answers" not in ctx.state:
-            ctx.state["answers"] = self._panel.ask(main, ctx, features=bool(wanted - {"kd"}))
-        said = ctx.state["answers"]
+        if "teacher_outputs" not in ctx.state:
+            ctx.state["teacher_outputs"] = self._ensemble.outputs(main, ctx, features=bool(wanted - {"kd"}))
+        teacher_outputs = ctx.state["teacher_outputs"]
         with torch.autocast(main.logits.device.type, enabled=False):
             shares = [teacher.weight for teacher in config.teachers]
-            log_q = softened([one.logits for one in said], config.temperature, shares)
+            log_q = softened([output.logits for output in teacher_outputs], config.temperature, shares)
             if "kd" in wanted:
                 log_p, target = softened([main.logits], config.temperature), main.view.target
                 whole = len(target) == 1 and target[0][1] is None
@@ -90,13 +91,13 @@ class Distill(Technique):
                 else:
                     kl = divergence(log_p, log_q)
                 terms["kd"] = config.temperature**2 * kl
-            pairs = {number: one.features for number, one in enumerate(said) if one.features is not None}
+            features = {number: o.features for number, o in enumerate(teacher_outputs) if o.features is not None}
             if "attention" in wanted:
                 f = ctx.grid(main.features).float()
-                terms["attention"] = torch.stack([attention(f, theirs) for theirs in pairs.values()]).mean()
+                terms["attention"] = torch.stack([attention(f, theirs) for theirs in features.values()]).mean()
             if "hints" in wanted:
-                regressors = {number: cast("nn.Conv2d", ctx.branches[f"hint{number}"]) for number in pairs}
-                found = [hint(regressors[n], ctx.grid(main.features), theirs) for n, theirs in pairs.items()]
-                terms["hints"] = torch.stack(found).mean()
+                regressors = {number: cast("nn.Conv2d", ctx.branches[f"hint{number}"]) for number in features}
+                hints = [hint(regressors[n], ctx.grid(main.features), theirs) for n, theirs in features.items()]
+                terms["hints"] = torch.stack(hints).mean()
         right = log_q.argmax(1) == dominant(main.view.target)
         return terms | {"teacher_accuracy": right.float().mean()}

@@ -21,7 +21,7 @@ from fgvc.techniques.plan import Context, Plan
 
 
 class Dropblock(Technique):
-    """f' = f m |m| / sum m; m is 0 in every square whose corner was drawn, with the paper's probability (Eq. 1)
+    """DropBlock: f' = f m |m| / sum m; m is 0 in every square whose corner was drawn, with the paper's probability (Eq. 1)
     rate / b^2 * h w / ((h - b + 1)(w - b + 1))."""
 
     source: ClassVar[str] = "Ghiasi et al., NeurIPS 2018, arXiv:1810.12890"
@@ -31,13 +31,13 @@ class Dropblock(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where a stage has no map, or no classifier reads it."""
+        """Add the gates. Raises FgvcError where a stage has no map, or the classifier does not read it."""
         for number, stage in enumerate(self.config.stages):
             plan.gate(plan.cells(stage), partial(self._gate, number))
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> list[int]:
-        """One seed a stage: how many cells there are is known in the forward only."""
+        """Draw one seed a stage: how many cells there are is known in the forward only."""
         return [int(seed) for seed in rng.integers(2**63, size=len(self.config.stages))]
 
     def _gate(self, number: int, f: Tensor, ctx: Context) -> Tensor:
@@ -46,7 +46,7 @@ class Dropblock(Technique):
         corners = h - block + 1, w - block + 1
         gamma = at(self.config.rate, ctx.progress) / block**2 * h * w / (corners[0] * corners[1])
         rng = torch.Generator().manual_seed(ctx.draw[number])  # on the CPU: the same numbers on every device
-        drawn = (torch.rand(b, 1, *corners, generator=rng) < gamma).to(f.device).float()
-        keep = 1 - F.max_pool2d(F.pad(drawn, [block - 1] * 4), block, stride=1)[:, 0]
+        squares = (torch.rand(b, 1, *corners, generator=rng) < gamma).to(f.device).float()
+        keep = 1 - F.max_pool2d(F.pad(squares, [block - 1] * 4), block, stride=1)[:, 0]
         ctx.show(f"dropped at {self.config.stages[number]}", keep == 0)
         return ctx.scaled(f, keep * (keep.numel() / keep.sum().clamp_min(1)))

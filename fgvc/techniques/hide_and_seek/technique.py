@@ -21,7 +21,7 @@ from fgvc.techniques.plan import Context
 
 
 class HideAndSeek(Technique):
-    """Every cell is hidden by itself with probability `share`; at least one stays."""
+    """Hide-and-Seek: every cell is hidden independently with probability `share`; at least one stays."""
 
     source: ClassVar[str] = "Singh & Lee, ICCV 2017, arXiv:1704.04232"
 
@@ -30,7 +30,7 @@ class HideAndSeek(Technique):
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:
-        """(B,grid,grid) bool: which cells are hidden; a seed."""
+        """Draw which cells are hidden, (B,grid,grid) bool; and a seed."""
         numbers = rng.random((len(batch.labels), self.config.grid, self.config.grid))
         hidden = numbers < self.config.share
         hidden &= numbers < numbers.max((1, 2), keepdims=True)

@@ -11,7 +11,7 @@ from fgvc.config.technique import Mixing
 
 
 class MosaicSettings(Mixing):
-    """Put each image and three others together to one."""
+    """Put each image and three others together into one."""
 
     technique: ClassVar[str] = "fgvc.techniques.mosaic.technique:Mosaic"
 
@@ -21,7 +21,7 @@ class MosaicSettings(Mixing):
     )
     style: Literal["cells", "canvas"] = Field(
         "cells",
-        description="cells: each image, reduced, fills its part of a cross | canvas: as detectors do it, in full size on a "
+        description="cells: each image, reduced, fills its cell of a cross | canvas: as detectors do it, in full size on a "
         "canvas twice as large, of which a window is seen",
     )
     split: ShareRange = Field((0.3, 0.7), description="cells: where the cross lies, as shares of the sides")
@@ -32,7 +32,7 @@ class MosaicSettings(Mixing):
     @classmethod
     def _open(cls, value: tuple[float, float]) -> tuple[float, float]:
         if value[1] >= 1:
-            raise ValueError("below 1, so that all four have a part")
+            raise ValueError("below 1, so that all four have a cell")
         return value
 
     @field_validator("scale")

@@ -15,14 +15,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from fgvc.techniques.api import Batch
-from fgvc.techniques.mixing import MixingTechnique, draws, mixed_target, partners
+from fgvc.techniques.mixing import MixingTechnique, draw_count, mixed_target, partners
 from fgvc.techniques.mosaic.canvas import CELLS, in_cells, on_canvas, shares
 from fgvc.techniques.mosaic.settings import MosaicSettings
 from fgvc.techniques.plan import Context
 
 
 class Mosaic(MixingTechnique):
-    """x' = four parts of x, x[p], x[q], x[r]; loss = sum_i a_i CE(y_i), a_i the exact share of the pixels."""
+    """Mosaic: x' = pieces of x, x[p], x[q], x[r]; loss = sum_i a_i CE(y_i), a_i the exact share of the pixels."""
 
     source: ClassVar[str] = "YOLOv4, Bochkovskiy et al. 2020, arXiv:2004.10934; here with labels by area"
 
@@ -30,9 +30,9 @@ class Mosaic(MixingTechnique):
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> dict[str, Any]:
-        """`orders` (3,B) int64; cells: `split` (n,2) int64 rows and columns of the first cell, `windows` (n,4,2) in [0,1);
+        """Draw `orders` (3,B) int64; cells: `split` (n,2) int64 rows and columns of the first cell, `windows` (n,4,2) in [0,1);
         canvas: `middle` (n,2), `scale` (n,), `shift` (n,2). n is 1 or B."""
-        count = draws(batch, self.config.per)
+        count = draw_count(batch, self.config.per)
         orders = [partners(rng, batch.labels, self.config.pairing) for _ in range(CELLS - 1)]
         drawn: dict[str, Any] = {"orders": torch.stack(orders)}
         if self.config.style == "cells":
@@ -55,19 +55,19 @@ class Mosaic(MixingTechnique):
         orders = ctx.draw["orders"].to(batch.x.device, non_blocking=True)
         pictures = [batch.x, *(batch.x[order] for order in orders)]
         if self.config.style == "cells":
-            x, parts = _in_cells(pictures, ctx.draw["split"], ctx.draw["windows"])
+            x, areas = _in_cells(pictures, ctx.draw["split"], ctx.draw["windows"])
         else:
             numbers = (ctx.draw[name].to(batch.x.device, non_blocking=True) for name in ("middle", "scale", "shift"))
-            x, parts = on_canvas(pictures, *numbers)
-        return replace(batch, x=x, target=mixed_target(batch.target, list(zip([None, *orders], parts, strict=True))))
+            x, areas = on_canvas(pictures, *numbers)
+        return replace(batch, x=x, target=mixed_target(batch.target, list(zip([None, *orders], areas, strict=True))))
 
 
 def _in_cells(pictures: list[Tensor], split: np.ndarray, windows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The mosaics, and the share (4,B) float32 of each picture."""
+    """Mosaics (B,3,H,W), and each picture's share (4,B) float32."""
     x, size = pictures[0], pictures[0].shape[2:]
     groups = [slice(None)] if len(split) == 1 else [slice(b, b + 1) for b in range(len(split))]
-    found = torch.empty_like(x)
-    for rows, (y, z), at_ in zip(groups, split.tolist(), windows.tolist(), strict=True):
-        found[rows] = in_cells([picture[rows] for picture in pictures], (y, z), at_)
-    parts = torch.tensor([shares((y, z), size) for y, z in split.tolist()], device=x.device)
-    return found, parts.T.expand(CELLS, len(x))
+    mosaic = torch.empty_like(x)
+    for rows, (y, z), places in zip(groups, split.tolist(), windows.tolist(), strict=True):
+        mosaic[rows] = in_cells([picture[rows] for picture in pictures], (y, z), places)
+    areas = torch.tensor([shares((y, z), size) for y, z in split.tolist()], device=x.device)
+    return mosaic, areas.T.expand(CELLS, len(x))

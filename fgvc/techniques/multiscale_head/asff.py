@@ -16,27 +16,27 @@ Shape = tuple[int, int, int]  # C, h, w
 
 
 class Asff(nn.Module):
-    """fused = sum_l a_l r_l at every cell, a = softmax over l of conv1x1_l(r_l); r_l is stage l at the size of one of them
-    and in `width` channels."""
+    """Fusion of stages: fused = sum_l a_l r_l at every cell, a = softmax over l of conv1x1_l(r_l); r_l is stage l at the
+    size of one of them and in `width` channels."""
 
     def __init__(self, shapes: Sequence[Shape], *, level: int, width: int) -> None:
-        """`shapes` of the stages in any order, `level` the position of the one whose size counts."""
+        """Fuse stages of these `shapes`, in any order, at the size of the one at position `level`."""
         super().__init__()
         self.level = level
         self.resize = nn.ModuleList(Resize(shape, shapes[level], width) for shape in shapes)
         self.weigh = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in shapes)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Maps (B,C_l,h_l,w_l) -> fused (B,width,H,W) and weights (B,L,H,W), which sum to 1 over L."""
+        """Fuse maps (B,C_l,h_l,w_l) -> fused (B,width,H,W) and weights (B,L,H,W), which sum to 1 over L."""
         size = maps[self.level].shape[2:]
         resized = [resize(f, size) for resize, f in zip(self.resize, maps, strict=True)]
         weights = torch.cat([weigh(r) for weigh, r in zip(self.weigh, resized, strict=True)], dim=1).softmax(1)
-        parts = [weight[:, None] * r for weight, r in zip(weights.unbind(1), resized, strict=True)]
-        return torch.stack(parts).sum(0), weights
+        terms = [weight[:, None] * r for weight, r in zip(weights.unbind(1), resized, strict=True)]
+        return torch.stack(terms).sum(0), weights
 
 
 class Resize(nn.Module):
-    """One stage at another one's size, after conv, BN and ReLU, which give all stages one scale.
+    """Resize one stage to another one's size, after conv, BN and ReLU, which give all stages one scale.
 
     Coarser or as large: a 1x1 convolution, then the nearest cell. 2^k times finer: k - 1 max-pools, then a 3x3 convolution,
     all of stride 2. Sides that are no such multiples are brought to the exact size at the end.
@@ -52,7 +52,7 @@ class Resize(nn.Module):
         self.norm = nn.BatchNorm2d(width)
 
     def forward(self, f: Tensor, size: Sequence[int]) -> Tensor:
-        """f (B,C,h,w) -> (B,width,H,W)."""
+        """Resize f (B,C,h,w) -> (B,width,H,W)."""
         for _ in range(self.halvings - 1):
             f = F.max_pool2d(f, 3, stride=2, padding=1)
         f = self.norm(self.conv(f)).relu()

@@ -10,7 +10,7 @@ from fgvc.config.schedule import Scheduled
 from fgvc.config.technique import TechniqueSettings
 from fgvc.techniques.settings import Stages
 
-WIDEST = 256  # channels of the fused map unless told: its 3x3 convolutions are what a step pays for
+WIDEST = 256  # channels of the fused map by default: its 3x3 convolutions are what a step pays for
 
 
 class MultiscaleHeadSettings(TechniqueSettings):

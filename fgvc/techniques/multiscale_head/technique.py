@@ -1,4 +1,4 @@
-"""A multi-scale head: ASFF (Liu et al. 2019, arXiv:1911.09516) over stages of the backbone, and a classifier on each.
+"""Multi-scale head: ASFF (Liu et al. 2019, arXiv:1911.09516) over stages of the backbone, and a classifier on each.
 
 Early stages learn directly to tell the classes, each where it sees best. After stripping nothing is left.
 """
@@ -23,7 +23,7 @@ from fgvc.techniques.settings import FEATURES
 
 
 class MultiscaleHead(Technique):
-    """L = fused CE(W pool(sum_l a_l r_l)) + each mean_l CE(W_l norm(pool(f_l))); a, r: see asff.py."""
+    """Multi-scale head: L = fused CE(W pool(sum_l a_l r_l)) + each mean_l CE(W_l norm(pool(f_l))); a, r: see asff.py."""
 
     source: ClassVar[str] = "ASFF, Liu et al. 2019, arXiv:1911.09516"
 
@@ -34,16 +34,16 @@ class MultiscaleHead(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where a stage is no map that fgvc knows, or named twice."""
+        """Add hooks and heads. Raises FgvcError where a stage is no map that fgvc knows, or named twice."""
         stages = self.config.stages
         self._names = [plan.stage(stage) for stage in stages]
         if len(set(self._names)) < len(stages):
             raise FgvcError(f"techniques.{plan.kind}.stages: {list(stages)} names a stage twice: {self._names}")
         shapes = [plan.shape_at(name) for name in self._names]
         for stage, (channels, *_) in zip(stages, shapes, strict=True):
-            if stage != FEATURES and channels != (told := plan.stage_channels(stage)):
+            if stage != FEATURES and channels != (expected := plan.stage_channels(stage)):
                 raise FgvcError(
-                    f"techniques.{plan.kind}: stage {stage} should have {told} channels and gives {channels}: a layout that "
+                    f"techniques.{plan.kind}: stage {stage} should have {expected} channels and gives {channels}: a layout that "
                     "fgvc does not know; leave it out"
                 )
         if ever(self.config.fused) or ever(self.config.each):
@@ -62,7 +62,7 @@ class MultiscaleHead(Technique):
 
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
-        """`fused` and `each`; measured: `share_of_<stage>`, the mean weight of each stage in the fusion."""
+        """Compute `fused` and `each`; measured: `share_of_<stage>`, the mean weight of each stage in the fusion."""
         main = outputs["main"]
         target, losses = main.view.target, {}
         maps = [ctx.grid(main.features if name == FEATURES else main.hooked[name]) for name in self._names]

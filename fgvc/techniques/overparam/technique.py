@@ -14,14 +14,14 @@ from typing_extensions import override
 
 from fgvc.reparam.kinds import overparam
 from fgvc.techniques.api import Technique
-from fgvc.techniques.branches import graft_chosen
+from fgvc.techniques.branches import add_branches
 from fgvc.techniques.overparam.settings import OverparamSettings
 from fgvc.techniques.plan import Plan
 
 
 class Overparam(Technique):
-    """y = conv(x) + sum_n BN(conv_n(x)) + BN(1x1(x)) + BN(x), the new gammas 0 at first; no BN(x) where channels or size
-    change, and no separate 1x1 beside a 1x1."""
+    """Parallel branches: y = conv(x) + sum_n BN(conv_n(x)) + BN(1x1(x)) + BN(x), the new gammas 0 at first; no BN(x)
+    where channels or size change, and no separate 1x1 beside a 1x1."""
 
     source: ClassVar[str] = "MobileOne, Vasu et al., CVPR 2023, arXiv:2206.04040"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
@@ -31,5 +31,5 @@ class Overparam(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where a pattern fits no convolution, or nothing can be replaced."""
-        graft_chosen(plan, self.config, partial(overparam, branches=self.config.branches), smallest=1)
+        """Add the branches. Raises FgvcError where a pattern fits no convolution, or nothing can be replaced."""
+        add_branches(plan, self.config, partial(overparam, branches=self.config.branches), smallest=1)

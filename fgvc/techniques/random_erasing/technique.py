@@ -16,7 +16,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from fgvc.techniques.api import Batch, Technique
-from fgvc.techniques.masks import erase, inside, sparing
+from fgvc.techniques.boxes import inside
+from fgvc.techniques.masks import erase, sparing
 from fgvc.techniques.plan import Context
 from fgvc.techniques.random_erasing.settings import RandomErasingSettings
 
@@ -24,7 +25,7 @@ TRIES = {"original": 100, "timm": 10}
 
 
 class RandomErasing(Technique):
-    """h = sqrt(area aspect), w = sqrt(area / aspect), anywhere that it fits; drawn anew where it does not."""
+    """Random erasing: h = sqrt(area aspect), w = sqrt(area / aspect), anywhere that it fits; drawn anew where it does not."""
 
     source: ClassVar[str] = "Zhong et al., AAAI 2020, arXiv:1708.04896"
 
@@ -33,12 +34,12 @@ class RandomErasing(Technique):
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, int]:
-        """(B,boxes,4) float32: left, top, right, bottom in pixels, empty where nothing is erased; a seed."""
-        found = np.zeros((len(batch.labels), self.config.boxes, 4), dtype=np.float32)
-        for image in np.flatnonzero(rng.random(len(found)) < self.config.probability):
+        """Draw boxes (B,boxes,4) float32 in pixels, empty where nothing is erased; and a seed."""
+        boxes = np.zeros((len(batch.labels), self.config.boxes, 4), dtype=np.float32)
+        for image in np.flatnonzero(rng.random(len(boxes)) < self.config.probability):
             for box in range(self.config.boxes):
-                found[image, box] = self._box(rng, *batch.x.shape[2:])
-        return torch.from_numpy(found), int(rng.integers(2**63))
+                boxes[image, box] = self._box(rng, *batch.x.shape[2:])
+        return torch.from_numpy(boxes), int(rng.integers(2**63))
 
     @override
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:

@@ -12,13 +12,14 @@ from typing_extensions import override
 
 from fgvc.reparam.kinds import repvgg
 from fgvc.techniques.api import Technique
-from fgvc.techniques.branches import graft_chosen
+from fgvc.techniques.branches import add_branches
 from fgvc.techniques.plan import Plan
 from fgvc.techniques.repvgg.settings import RepvggSettings
 
 
 class Repvgg(Technique):
-    """y = conv(x) + BN(1x1(x)) + BN(x), the new gammas 0 at first; no BN(x) where channels or size change."""
+    """1x1 and identity branches: y = conv(x) + BN(1x1(x)) + BN(x), the new gammas 0 at first; no BN(x) where channels or
+    size change."""
 
     source: ClassVar[str] = "Ding et al., CVPR 2021, arXiv:2101.03697"
     leaves: ClassVar[str] = "nothing: folded into the plain kernels"
@@ -28,5 +29,5 @@ class Repvgg(Technique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where a pattern fits no convolution, or nothing can be replaced."""
-        graft_chosen(plan, self.config, repvgg)
+        """Add the branches. Raises FgvcError where a pattern fits no convolution, or nothing can be replaced."""
+        add_branches(plan, self.config, repvgg)

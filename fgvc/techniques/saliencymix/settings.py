@@ -10,7 +10,7 @@ from fgvc.config.technique import Mixing
 
 
 class SaliencymixSettings(Mixing):
-    """Put the part of another image that stands out into each, where it was."""
+    """Put a box around the most salient place of another image into each, at the same place."""
 
     technique: ClassVar[str] = "fgvc.techniques.saliencymix.technique:Saliencymix"
 

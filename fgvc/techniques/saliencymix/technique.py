@@ -13,14 +13,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from fgvc.techniques.api import Batch
-from fgvc.techniques.mixing import MixingTechnique, boxes_around, boxes_of_partners, draws, partners
+from fgvc.techniques.boxes import boxes_around
+from fgvc.techniques.mixing import MixingTechnique, boxes_of_partners, draw_count, partners
 from fgvc.techniques.plan import Context
 from fgvc.techniques.saliencymix.saliency import peaks, saliency
 from fgvc.techniques.saliencymix.settings import SaliencymixSettings
 
 
 class Saliencymix(MixingTechnique):
-    """x' = x outside and x[p] inside of a box around the most salient place of x[p]; labels by the exact area.
+    """SaliencyMix: x' = x outside and x[p] inside of a box around the most salient place of x[p]; labels by the exact area.
 
     Each image has a place of its own; the official code takes that of one for the whole batch.
     """
@@ -31,8 +32,8 @@ class Saliencymix(MixingTechnique):
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sides (1 or B,2) int64 in pixels, partners (B,) int64."""
-        share = rng.beta(self.config.alpha, self.config.alpha, draws(batch, self.config.per))
+        """Draw sides (1 or B,2) int64, height and width in pixels, and partners (B,) int64."""
+        share = rng.beta(self.config.alpha, self.config.alpha, draw_count(batch, self.config.per))
         sides = np.rint(np.sqrt(share)[:, None] * batch.x.shape[2:]).astype(np.int64)
         return torch.from_numpy(sides), partners(rng, batch.labels, self.config.pairing)
 
@@ -41,7 +42,7 @@ class Saliencymix(MixingTechnique):
         if ctx.draw is None:
             return batch
         size = (batch.x.shape[2], batch.x.shape[3])
-        sides, order = (part.to(batch.x.device, non_blocking=True) for part in ctx.draw)
+        sides, order = (drawn.to(batch.x.device, non_blocking=True) for drawn in ctx.draw)
         maps = saliency(batch.x)
         ctx.show("saliency", maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12), batch.x)
         box = boxes_around(peaks(maps, size)[order], sides.expand(len(order), 2), size)

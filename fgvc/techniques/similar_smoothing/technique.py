@@ -1,4 +1,4 @@
-"""Label smoothing by class similarity: a mistaken class costs less the more it looks like the right one.
+"""Label smoothing by class similarity: more of the label goes to classes that look alike.
 
 Uniform smoothing (Szegedy et al., CVPR 2016, arXiv:1512.00567, section 7) gives every wrong class the same share; here it goes to
 the classes whose mean features are alike. After stripping nothing is left: the means go.
@@ -23,15 +23,15 @@ from fgvc.techniques.similar_smoothing.settings import SimilarSmoothingSettings
 
 
 class SimilarSmoothing(Technique):
-    """Term: sum_k S[y,k] CE(k) - CE(y), mean over images and over views by their weight; CE(y) + e times it is the
-    cross-entropy with (1 - e) onehot(y) + e S[y]."""
+    """Smoothing by similarity: term sum_k S[y,k] CE(k) - CE(y), mean over images and over views by their weight; CE(y) + e times
+    it is the cross-entropy with (1 - e) onehot(y) + e S[y]."""
 
     source: ClassVar[str] = "after Szegedy et al., CVPR 2016, arXiv:1512.00567"
 
     def __init__(self, config: SimilarSmoothingSettings) -> None:
         self.config = config
         self.weights: Mapping[str, ScheduledShare] = {"similar": config.similar}
-        self._noted = FeatureBuffer()
+        self._buffer = FeatureBuffer()
 
     @override
     def setup(self, plan: Plan) -> None:
@@ -40,20 +40,20 @@ class SimilarSmoothing(Technique):
 
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
-        """`similar`, over the views that classify. Notes what the means follow, on every rank."""
+        """Compute `similar`, over the views that classify. Collects features for the means, on every rank."""
         main = outputs["main"]
         with torch.no_grad():
-            self._noted.add(ctx.pooled(main.features).float(), main.view.target, ctx)
+            self._buffer.add(ctx.pooled(main.features).float(), main.view.target, ctx)
         means = cast("Means", ctx.branches["means"])
-        seen = [output for output in outputs.values() if output.view.classifies]
-        terms = [o.view.weight * _moved(o.logits.float(), o.view.target, means, self.config.temperature) for o in seen]
-        return {"similar": torch.stack(terms).sum() / sum(o.view.weight for o in seen)}
+        views = [output for output in outputs.values() if output.view.classifies]
+        terms = [o.view.weight * _smoothing(o.logits.float(), o.view.target, means, self.config.temperature) for o in views]
+        return {"similar": torch.stack(terms).sum() / sum(o.view.weight for o in views)}
 
     @override
     def after_step(self, ctx: Context) -> None:
-        """Move the means by this step's features, those of all ranks and parts together."""
-        if noted := self._noted.take():
-            cast("Means", ctx.branches["means"]).follow(*noted, rate=self.config.rate)
+        """Move the means by this step's features, those of all ranks and micro-batches together."""
+        if features := self._buffer.take():
+            cast("Means", ctx.branches["means"]).follow(*features, rate=self.config.rate)
 
 
 class Means(nn.Module):
@@ -61,36 +61,39 @@ class Means(nn.Module):
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
-        self.register_buffer("of", torch.zeros(classes, width))
-        self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
-        self.of: Tensor
-        self.seen: Tensor
+        self.register_buffer("values", torch.zeros(classes, width))
+        self.register_buffer("initialised", torch.zeros(classes, dtype=torch.bool))
+        self.values: Tensor
+        self.initialised: Tensor
 
     @torch.no_grad()
     def follow(self, x: Tensor, labels: Tensor, *, rate: float) -> None:
-        """By x (B,D) of labels (B,), each in [0,K), or -1: left out. The first of a class is taken as it is."""
+        """Move the means towards x (B,D) of labels (B,), each in [0,K), or -1: left out. A class's first sets its mean."""
         present, counts, sums = class_sums(x, labels)
-        fresh = (sums / counts[:, None]).to(self.of)
-        old = torch.where(self.seen[present, None], self.of[present], fresh)
-        self.of[present] = torch.lerp(old, fresh, rate)
-        self.seen[present] = True
+        fresh = (sums / counts[:, None]).to(self.values)
+        old = torch.where(self.initialised[present, None], self.values[present], fresh)
+        self.values[present] = torch.lerp(old, fresh, rate)
+        self.initialised[present] = True
 
     @torch.no_grad()
     def similar(self, labels: Tensor, temperature: float) -> Tensor:
-        """S (B,K), rows of sum 1, float32. A class not seen yet has the share of even smoothing, 1 / (K - 1), as label too;
-        the classes seen divide the rest among them, by the softmax of cosine / temperature; the label has none."""
-        with torch.autocast(self.of.device.type, enabled=False):
-            directions = F.normalize(self.of.float(), dim=1)
+        """Shares S (B,K) float32 of the other classes, rows of sum 1.
+
+        A class without a mean yet has the share of even smoothing, 1 / (K - 1), as has every class where the label has none;
+        the others divide the rest by the softmax of cosine / temperature. The label's share is 0.
+        """
+        with torch.autocast(self.values.device.type, enabled=False):
+            directions = F.normalize(self.values.float(), dim=1)
             cosines = directions[labels] @ directions.T
-        others = F.one_hot(labels, len(self.of)) == 0
-        even = others / (len(self.of) - 1)
-        known = others & self.seen & self.seen[labels, None]
-        shares = (cosines / temperature).masked_fill(~known, -torch.inf).softmax(1)
-        return torch.where(known, shares * (even * known).sum(1, keepdim=True), even)
+        others = F.one_hot(labels, len(self.values)) == 0
+        even = others / (len(self.values) - 1)
+        comparable = others & self.initialised & self.initialised[labels, None]
+        shares = (cosines / temperature).masked_fill(~comparable, -torch.inf).softmax(1)
+        return torch.where(comparable, shares * (even * comparable).sum(1, keepdim=True), even)
 
 
-def _moved(logits: Tensor, target: Target, means: Means, temperature: float) -> Tensor:
-    """mean_b sum_j w_j (sum_k S[y_j,k] CE(k) - CE(y_j)); logits (B,K) float32."""
+def _smoothing(logits: Tensor, target: Target, means: Means, temperature: float) -> Tensor:
+    """Smoothing term of one view: mean_b sum_j w_j (sum_k S[y_j,k] CE(k) - CE(y_j)); logits (B,K) float32."""
     log_p = logits.log_softmax(1)
     terms = []
     for y, w in target:

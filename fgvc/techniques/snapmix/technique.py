@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from fgvc.techniques.api import Batch
-from fgvc.techniques.mixing import MixingTechnique, draw_boxes, draws, inside, mixed_target, partners, pasted
+from fgvc.techniques.boxes import draw_boxes, inside
+from fgvc.techniques.mixing import MixingTechnique, draw_count, mixed_target, partners, pasted
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.snapmix.settings import SnapmixSettings
 
 
 class Snapmix(MixingTechnique):
-    """loss = (1 - sum_to S_a) CE(y_a) + (sum_of S_b) CE(y_b), S the class map above its minimum, with sum 1.
+    """SnapMix: loss = (1 - sum_to S_a) CE(y_a) + (sum_of S_b) CE(y_b), S the class map above its minimum, with sum 1.
 
     The two weights need not add up to one: two pieces of sky say little, two heads much. Pairs of one class are counted
     once; the official code counts them twice.
@@ -35,13 +36,13 @@ class Snapmix(MixingTechnique):
 
     @override
     def setup(self, plan: Plan) -> None:
-        """Raises FgvcError where this backbone has no class map."""
+        """Choose the class map. Raises FgvcError where this backbone has none."""
         self._method = plan.map(self.config.map)
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes to paste into and boxes to take from, (1 or B,4) int64 in pixels; partners (B,) int64."""
-        size, count = (batch.x.shape[2], batch.x.shape[3]), draws(batch, self.config.per)
+        """Draw boxes to paste into and boxes to take from, (1 or B,4) int64 in pixels; partners (B,) int64."""
+        size, count = (batch.x.shape[2], batch.x.shape[3]), draw_count(batch, self.config.per)
         to, of = (
             draw_boxes(rng, rng.beta(self.config.alpha, self.config.alpha, count), size, least=1) for _ in range(2)
         )
@@ -52,21 +53,22 @@ class Snapmix(MixingTechnique):
         if ctx.draw is None:
             return batch
         size = (batch.x.shape[2], batch.x.shape[3])
-        to, of, order = (part.to(batch.x.device, non_blocking=True) for part in ctx.draw)
+        to, of, order = (drawn.to(batch.x.device, non_blocking=True) for drawn in ctx.draw)
         maps = semantic(ctx.probe("net").map(self._method), size)
         ctx.show("map", maps / maps.amax((1, 2), keepdim=True), batch.x_clean)
-        own = 1 - (maps * inside(to, size)[:, 0]).sum((1, 2))
-        theirs = (maps[order] * inside(of, size)[:, 0]).sum((1, 2))
+        weight = 1 - (maps * inside(to[:, None], size)).sum((1, 2))
+        partner_weight = (maps[order] * inside(of[:, None], size)).sum((1, 2))
         if self.config.one_class == "twice":
             same = batch.labels == batch.labels[order]
-            own, theirs = torch.where(same, own + theirs, own), torch.where(same, own + theirs, theirs)
+            total = weight + partner_weight
+            weight, partner_weight = torch.where(same, total, weight), torch.where(same, total, partner_weight)
         x = pasted(batch.x, batch.x[order], to=to, of=of)
-        return replace(batch, x=x, target=mixed_target(batch.target, [(None, own), (order, theirs)]))
+        return replace(batch, x=x, target=mixed_target(batch.target, [(None, weight), (order, partner_weight)]))
 
 
 def semantic(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B,H,W) float32 >= 0 with sum 1, from class maps (B,h,w): brought to the image's size, less their minimum. A map that is
-    flat or not finite counts every pixel alike."""
+    """Semantic percent maps (B,H,W) float32 >= 0 with sum 1, from class maps (B,h,w): brought to the image's size, less their
+    minimum. A map that is flat or not finite counts every pixel alike."""
     large = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
     above = large - large.amin((1, 2), keepdim=True)
     total = above.sum((1, 2), keepdim=True)

@@ -18,7 +18,8 @@ from fgvc.techniques.spatial_dropout.settings import SpatialDropoutSettings
 
 
 class SpatialDropout(Technique):
-    """f'[b,c] = f[b,c] m[b,c] / (1 - rate), m ~ Bernoulli(1 - rate); maps (B,C,h,w), (B,h,w,C) or tokens (B,N,C)."""
+    """Spatial dropout: f'[b,c] = f[b,c] m[b,c] / (1 - rate), m ~ Bernoulli(1 - rate), of maps (B,C,h,w), (B,h,w,C)
+    or tokens (B,N,C)."""
 
     source: ClassVar[str] = "Tompson et al., CVPR 2015, arXiv:1411.4280"
 
@@ -39,7 +40,7 @@ class SpatialDropout(Technique):
 
     @override
     def draw(self, rng: np.random.Generator, batch: Batch) -> Tensor:
-        """(B,C) float32: 0 or 1/(1-rate)."""
+        """Draw (B,C) float32: 0 or 1/(1-rate)."""
         keep = rng.random((len(batch.labels), self._channels)) >= self.config.rate
         return torch.from_numpy((keep / (1 - self.config.rate)).astype(np.float32))
 
