@@ -53,7 +53,7 @@ def canonicalise(model: ModelProto, *, weights: Collection[int] | None) -> Canon
 
     weights: positions, among `Canonical.initializers`, of those whose payload is blanked; None: every one that may be.
     Only floating-point initializers of rank >= 1 may be, whatever `weights` has.
-    Raises FgvcError for external data, for what isn't a graph (a cycle, a tensor that nobody produces or two do)
+    Raises FgvcError for external data, for what isn't a graph (a cycle, a tensor that no node produces, or two)
     and for what this comparison does not cover (sparse initializers, quantization annotations, training graphs).
     """
     _refuse_unknown(model)

@@ -57,7 +57,7 @@ class Int8:
 def needs_reduced_range(*, cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> bool:
     """Whether 8-bit products overflow on this CPU: x86 without VNNI adds pairs of them in 16 bits.
 
-    Where it can't be told, on x86 without /proc/cpuinfo, they are taken to.
+    On x86 without /proc/cpuinfo, where that can't be read, they are assumed to.
     """
     if (machine or platform.machine()).lower() not in {"x86_64", "amd64", "i386", "i686"}:
         return False

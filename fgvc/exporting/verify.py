@@ -26,7 +26,7 @@ class Comparison:
     against: Path
     differences: tuple[Difference, ...]  # of the graphs
     notes: tuple[str, ...]
-    around: Agreement  # of how both are fed and read
+    around: Agreement  # of preprocessing and labels
 
     @property
     def passed(self) -> bool:
@@ -59,8 +59,10 @@ class Verification:
 def verify_files(
     candidate: Path, against: Path, *, labels: Path | None = None, preprocess: Path | None = None
 ) -> Comparison:
-    """Compare two bundles or .onnx files in canonical form, every floating-point initializer of rank >= 1 counting as a weight;
-    and what is known of how they are fed and read. `labels`, `preprocess`: of `against`, where none lie beside it."""
+    """Compare two bundles or .onnx files: their graphs in canonical form, and their preprocessing and labels as far as known.
+
+    Every floating-point initializer of rank >= 1 counts as a weight. `labels`, `preprocess`: of `against`, where it has none.
+    """
     ours, theirs = stack_of(candidate), stack_of(against, labels=labels, preprocess=preprocess)
     graphs = load_onnx(ours.model), load_onnx(theirs.model)
     differences = compare_graphs(*(canonicalise(graph, weights=None) for graph in graphs))

@@ -28,7 +28,7 @@ OPTIONAL = ("explain.onnx", "calibration.json", "model.int8.onnx", "model.fp16.o
 Variant = Literal["float", "int8", "fp16"]
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no separator, no leading dot: neither `..` nor an absolute path
-EXTERNAL = b"\n\x08location\x12"  # how an ONNX tensor says that its data lie in another file (StringStringEntryProto)
+EXTERNAL = b"\n\x08location\x12"  # marks an ONNX tensor whose data lie in another file (StringStringEntryProto)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,8 +193,8 @@ def _encode(name: str, value: object) -> bytes:
 
 
 def read_preprocess(path: Path) -> Preprocess:
-    """Read a whole preprocess.json. Raises FgvcError where a key is missing, too: a default would be a guess at what somebody's
-    stack does."""
+    """Read a whole preprocess.json. Raises FgvcError where a key is missing, too: a default would be a guess at the stack's
+    preprocessing."""
     tree = read_json(path, dict)
     missing = [key for key in Preprocess.model_fields if key not in tree]
     if missing and set(tree) <= set(Preprocess.model_fields):  # else a key may be misspelt

@@ -58,7 +58,7 @@ def predict_files(
 
 def expand(paths: Iterable[Path]) -> Iterator[Path]:
     """Expand paths: files as given; folders to the pictures below them, in order of name, hidden ones left out as in a
-    data set. Raises FgvcError for what is not there."""
+    data set. Raises FgvcError for a path that does not exist."""
     for path in paths:
         try:
             kind = "folder" if path.is_dir() else "file" if path.exists() else ""

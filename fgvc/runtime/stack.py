@@ -41,7 +41,7 @@ class Agreement:
     preprocess: Verdict
     labels: Verdict
     differences: tuple[str, ...]  # in words, ours before theirs
-    unproved: str  # on one line, what is not known and what is assumed of it; empty where all is known
+    unproved: str  # one line on what is not known and therefore assumed; empty where all is known
 
     @property
     def numbers(self) -> Mapping[str, str]:
@@ -95,7 +95,7 @@ def _verdict(lines: list[str] | None) -> Verdict:
 
 
 def _unproved(ours: Stack, theirs: Stack) -> str:
-    """Line on what is not known. It shows the class names: whoever knows the other stack can compare its order."""
+    """Line on what is not known, with the assumed values, which can then be compared with the other stack."""
     gaps, options = [], []
     for key, subject in (("preprocess", "its preprocessing"), ("labels", "the order of its labels")):
         sides = {side.path: getattr(side, key) for side in (ours, theirs)}

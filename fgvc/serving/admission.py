@@ -1,6 +1,6 @@
 """Bounded admission: a few requests are computed, a few wait, all others are refused at once.
 
-Without a bound an overloaded server answers nobody: each request waits longer than its client does.
+Without a bound an overloaded server answers no request in time: each waits longer than its client does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Job:
 class Admission:
     """A few threads and a short queue before them, first come first served. For the event loop's thread alone.
 
-    The threads are plain ones: concurrent.futures' locks and futures cost more than what is left of a request's path.
+    The threads are plain ones: concurrent.futures' locks and futures cost more than the rest of a request's path.
     """
 
     def __init__(self, *, concurrency: int, queue: int) -> None:
@@ -121,7 +121,7 @@ class Admission:
                 result = job.work()
             except Exception as caught:
                 error = caught
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed, and no request waits any more
                 job.answer.get_loop().call_soon_threadsafe(self._finish, job, result, error)
             del job, result, error
 

@@ -171,7 +171,7 @@ class ApiKeyMiddleware:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             key = token.strip()
-        # In constant time: how long it takes tells nothing of how much was right.
+        # In constant time, which does not depend on how much of the key was right.
         if hmac.compare_digest(key.encode("latin-1"), self._key):
             return await self._app(scope, receive, send)
         refused = JSONResponse({"error": "no valid API key"}, 401, {"WWW-Authenticate": "Bearer"})

@@ -105,7 +105,7 @@ def parse_places(texts: Sequence[str]) -> dict[str, Path]:
         if not _NAME.fullmatch(name):
             raise FgvcError(f"{text}: {name!r} is no name for a model; give NAME={folder}")
         if name in places:
-            raise FgvcError(f"{text}: a second model named {name!r}; say OTHER={folder}")
+            raise FgvcError(f"{text}: a second model named {name!r}; give OTHER={folder}")
         places[name] = folder
     return places
 

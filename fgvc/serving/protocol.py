@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 with the binary tensor extension, as Triton speaks it: one float32 input, the logits out.
+"""The Open Inference Protocol v2 with the binary tensor extension, as in Triton: one float32 input, the logits out.
 
 The specification's text has slips; what counts is that tritonclient works unmodified.
 """

@@ -41,8 +41,8 @@ class Settings:
     threads: int = 1  # of onnxruntime in a request: on CPUs requests side by side give more than threads within one
     concurrency: int | None = None  # None: available CPUs / threads
     queue: int = 32
-    grace: float = 20.0  # seconds from SIGTERM until what is left is cut off
-    poll: float = 0.0  # seconds between looks at the manifests; 0: reload on SIGHUP only
+    grace: float = 20.0  # seconds from SIGTERM until the remaining requests are cut off
+    poll: float = 0.0  # seconds between checks of the manifests; 0: reload on SIGHUP only
     any_bundle: bool = False  # a reload takes one of other labels or another preprocessing, too
     key: str | None = None
     limits: Limits = field(default_factory=Limits)
@@ -53,7 +53,7 @@ def serve(places: Mapping[str, Path], settings: Settings) -> int:
     be loaded and an address that can't be had, before anything is answered."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can be answered: by default it would end the process
     _give_back_memory()
-    prometheus_client.disable_created_metrics()  # a second line for each that nobody reads
+    prometheus_client.disable_created_metrics()  # an unneeded second line for each
     with _bind(settings.host, settings.port) as listener:
         models = ModelRegistry(places, threads=settings.threads, any_bundle=settings.any_bundle)
         concurrency = settings.concurrency or max(1, available_cpus() // settings.threads)
@@ -72,7 +72,7 @@ def serve(places: Mapping[str, Path], settings: Settings) -> int:
     admission.close()
     if server.cut:
         print(f"{server.cut} request(s) were cut off after {settings.grace:g} s", file=sys.stderr)
-    if admission.running:  # for nobody: a thread that still computes would hold the process
+    if admission.running:  # without a client: a thread that still computes would hold the process
         sys.stderr.flush()
         os._exit(1 if server.cut else 0)
     return 1 if server.cut else 0

@@ -123,7 +123,7 @@ class Technique:
 
     A subclass describes itself by the attributes below, and overrides the hooks that it needs. The order of a step is `on_batch`,
     `views`, the forward, `views_after`, `losses`, the update, `after_step`. A public method that is no hook is an error when the
-    class is made: it would be a hook with a slip in its name, which nobody calls. docs/techniques.md walks through one.
+    class is made: it would be a misspelt hook, which is never called. docs/techniques.md walks through one.
     """
 
     source: ClassVar[str] = ""  # the paper

@@ -39,7 +39,7 @@ class Attachments:
     notes: list[str] = field(default_factory=list)
     grad_checkpointing: bool = False  # activation checkpointing is on
     render: float = 1.0  # side of the rendered images in units of the network's input
-    opener: Callable[[AnyTeacher, Attachments], Teacher] | None = None  # None: the net is only rebuilt, nobody learns
+    opener: Callable[[AnyTeacher, Attachments], Teacher] | None = None  # None: the net is only rebuilt, not trained
     teachers: list[Teacher] = field(default_factory=list)  # of all techniques, as they were opened
     average: list[nn.Module] = field(default_factory=list)  # the moving average, once there is one
     refusals: dict[Method, str | None] = field(default_factory=dict)

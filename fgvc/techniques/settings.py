@@ -61,7 +61,7 @@ Stages = Annotated[
     ),
     AfterValidator(_distinct),
 ]
-OfflineMethod = Literal["GradCAM", "GradCAMPlusPlus", "HiResCAM", "XGradCAM", "LayerCAM"]  # as AE-PSL's recipes say it
+OfflineMethod = Literal["GradCAM", "GradCAMPlusPlus", "HiResCAM", "XGradCAM", "LayerCAM"]  # pytorch-grad-cam's names, for ae_psl
 
 
 class ConvSelection(TechniqueSettings):

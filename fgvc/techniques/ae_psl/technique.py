@@ -1,8 +1,8 @@
 """Adversarial erasing in rounds: AE-PSL (Wei et al., CVPR 2017, arXiv:1703.08448).
 
-The network is trained, what it looks at is erased from the images, it is trained on the rest, and so on. Masks are made
-between rounds with pytorch-grad-cam, kept in the run's folder, and applied before any geometry. After stripping nothing is
-left.
+The network is trained, the regions that it relies on are erased from the images, it is trained on the rest, and so on. Masks are
+made between rounds with pytorch-grad-cam, stored in the run's folder, and applied before any geometry. After stripping nothing
+is left.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class BilinearAttention(nn.Module):
             return attention, _SignedRoot.apply(torch.bmm(attention.flatten(2), cells).flatten(1) / cells.shape[1])
 
     def logits(self, vector: Tensor) -> Tensor:
-        """Logits z (N,K) of v (N,M*C). The length divides z instead of v: these rows are long, and every pass over them tells."""
+        """Logits z (N,K) of v (N,M*C). The length divides z instead of v: these rows are long, and every pass over them costs."""
         with torch.autocast(vector.device.type, enabled=False):
             return self.classifier(vector) * (self.scale / vector.norm(dim=1, keepdim=True).clamp_min(1e-12))
 

@@ -1,7 +1,7 @@
 """Attention cropping and dropping as in WS-DAN (Hu et al. 2019, arXiv:1901.09891), with the deployed head left as it is.
 
-A training-only branch learns attention maps. Each image is seen again cropped to what one attends to, and once more with
-that dropped; the deployed classifier learns from all three. After stripping nothing is left.
+A training-only branch learns attention maps. Each image is trained on again cropped to the region of one map, and once
+more with that region dropped; the deployed classifier learns from all three. After stripping nothing is left.
 """
 
 from __future__ import annotations

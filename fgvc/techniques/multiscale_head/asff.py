@@ -1,6 +1,6 @@
 """ASFF: adaptively spatial feature fusion (Liu, Huang, Wang 2019, arXiv:1911.09516), of any number of stages.
 
-Of training only, so it may have batch norms of its own.
+It is for training only, so it may have batch norms.
 """
 
 from __future__ import annotations

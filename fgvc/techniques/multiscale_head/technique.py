@@ -1,6 +1,6 @@
 """Multi-scale head: ASFF (Liu et al. 2019, arXiv:1911.09516) over stages of the backbone, and a classifier on each.
 
-Early stages learn directly to tell the classes, each where it sees best. After stripping nothing is left.
+Early stages are supervised directly, each at its own resolution. After stripping nothing is left.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SaliencyMix (Uddin et al., ICLR 2021, arXiv:2006.01791): CutMix whose box lies where the other image stands out.
+"""SaliencyMix (Uddin et al., ICLR 2021, arXiv:2006.01791): CutMix whose box lies at the most salient place of the other image.
 
 Left after stripping: nothing, it only changes the batch.
 """
@@ -23,7 +23,7 @@ from fgvc.techniques.saliencymix.settings import SaliencymixSettings
 class Saliencymix(MixingTechnique):
     """SaliencyMix: x' = x outside and x[p] inside of a box around the most salient place of x[p]; labels by the exact area.
 
-    Each image has a place of its own; the official code takes that of one for the whole batch.
+    Each image has its own place; the official code uses that of one image for the whole batch.
     """
 
     source: ClassVar[str] = "Uddin et al., ICLR 2021, arXiv:2006.01791"

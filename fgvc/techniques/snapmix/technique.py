@@ -25,8 +25,8 @@ from fgvc.techniques.snapmix.settings import SnapmixSettings
 class Snapmix(MixingTechnique):
     """SnapMix: loss = (1 - sum_to S_a) CE(y_a) + (sum_of S_b) CE(y_b), S the class map above its minimum, with sum 1.
 
-    The two weights need not add up to one: two pieces of sky say little, two heads much. Pairs of one class are counted
-    once; the official code counts them twice.
+    The two weights need not add up to one: those of two pieces of sky are small, those of two heads large. Pairs of one class
+    are counted once; the official code counts them twice.
     """
 
     source: ClassVar[str] = "Huang et al., AAAI 2021, arXiv:2012.04846"
