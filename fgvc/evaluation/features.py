@@ -19,7 +19,7 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.data.quality.colour import Normalisation, normalisation_of
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import memory_format, plain_model
-from fgvc.models.weights import load_weights, preprocess_for, told, unlikely
+from fgvc.models.weights import load_weights, preprocess_for, stated_keys, unlikely
 from fgvc.runs.distributed import runtime
 
 BATCH = 64
@@ -35,7 +35,7 @@ def normalisation(recipe: Recipe) -> Normalisation | None:
         model = model.model_copy(update={"weights": "none"})
     try:
         net = plain_model(model.backbone, 2, model.kwargs)
-        weights = load_weights(net, model, stated=told(recipe.deploy))
+        weights = load_weights(net, model, stated=stated_keys(recipe.deploy))
     except FgvcError:
         return None
     spec = preprocess_for(recipe.deploy, recipe.image.size, weights)

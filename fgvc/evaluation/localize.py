@@ -41,7 +41,7 @@ from fgvc.evaluation.localization import (
 from fgvc.evaluation.plot import plot_localisation
 from fgvc.images.preprocess import placed
 from fgvc.io.tables import as_csv
-from fgvc.models.cam.offline import ClassMaps, looking, named
+from fgvc.models.cam.offline import ClassMaps, class_maps_of, method_name
 from fgvc.models.class_maps import normalised
 from fgvc.runs.loaded import LoadedRun
 from fgvc.runtime.engine import refuse_no_numbers
@@ -122,7 +122,7 @@ def localize(
     names. Of a run that can't be written nothing is stored, and stderr says so. Raises FgvcError where the data have no boxes or
     no validation split, or the net no such maps.
     """
-    chosen_method = named(method)
+    chosen_method = method_name(method)
     run.measured(RECORD)  # can be added to
     if run.index.boxes is None:
         raise FgvcError(
@@ -173,7 +173,7 @@ def look(
     around_centre = around(centre.numpy())
     with (
         run.placed(device) as (where, layout),
-        looking(run.step.net, run.preprocess.size, [method], channels=channels) as maps,
+        class_maps_of(run.step.net, run.preprocess.size, [method], channels=channels) as maps,
     ):
         if (cost := maps.cost(method)) is not None:
             print(f"{run.folder}: {method} of {len(rows)} images: {cost}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The plain model: what is deployed, and the one definition of it; its feature layout."""
+"""The plain model, which is deployed: how it is built, its feature layout, and its stages."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fgvc.models.tokens import token_grid
 
 
 def refuse_unknown(backbone: str, *, key: str = "") -> None:
-    """Raise FgvcError where timm has no such model, with those of the nearest names. `key`: where the name was given."""
+    """Raise FgvcError with the nearest names if timm has no such model. `key`: the setting with the name, for the message."""
     if not timm.is_model(backbone):
-        near = nearest(backbone, timm.list_models(), 3)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
+        suggestions = nearest(backbone, timm.list_models(), 3)
+        hint = f"; nearest: {', '.join(suggestions)}" if suggestions else ""
         raise FgvcError(f"{key}: " * bool(key) + f"timm has no model {backbone!r}{hint}")
 
 
 def plain_model(backbone: str, num_classes: int, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
-    """What ships, by definition: timm's own model with K outputs, here with random weights.
+    """The model that ships, by definition: timm's own model with K outputs, here with random weights.
 
-    Raises FgvcError where timm refuses the name or the arguments.
+    Raises FgvcError if timm refuses the name or the arguments.
     """
     refuse_unknown(backbone)
     try:
@@ -37,8 +37,8 @@ def plain_model(backbone: str, num_classes: int, kwargs: Mapping[str, Any] | Non
 
 
 def deployed(model: nn.Module) -> nn.Module:
-    """The form in which a plain model ships: eval mode, and fused where timm itself re-parameterises the net
-    (RepVGG, MobileOne, FastViT...). A copy where anything changes; the argument only goes to eval mode."""
+    """The form in which a plain model ships: in eval mode, and fused if timm itself re-parameterises the net
+    (RepVGG, MobileOne, FastViT...). A copy if anything is fused; the argument itself only goes to eval mode."""
     default = torch.get_default_dtype()
     # Some of timm's nets (RepViT, LeViT...) fuse into modules of the default dtype, whatever their own, and in place.
     torch.set_default_dtype(next((p.dtype for p in model.parameters() if p.is_floating_point()), default))
@@ -50,7 +50,7 @@ def deployed(model: nn.Module) -> nn.Module:
 
 
 def feature_layout(net: nn.Module, features: Tensor) -> Literal["NCHW", "NHWC", "tokens"]:
-    """The layout of what `forward_features` gave. Raises FgvcError where it is none that fgvc knows."""
+    """The layout of the output of `forward_features`. Raises FgvcError if it is unknown."""
     if isinstance(features, Tensor) and features.ndim == 4:
         declared = getattr(net, "output_fmt", None)
         if declared is not None and str(declared).upper().endswith("NHWC"):
@@ -65,10 +65,10 @@ def feature_layout(net: nn.Module, features: Tensor) -> Literal["NCHW", "NHWC", 
 
 
 def feature_map(net: nn.Module, features: Tensor, size: Sequence[int] | None = None) -> Tensor:
-    """Features as (B,C,h,w), whatever the backbone's own layout; a view where possible.
+    """Features in the layout (B,C,h,w), whatever the backbone's; a view where possible.
 
-    `size`: height and width of the input in pixels, which tells how tokens lie (`fgvc.models.tokens.token_grid`); nothing else
-    needs it. Raises FgvcError where tokens form no grid, or, without `size`, might form several.
+    `size`: height and width of the input in pixels, from which the grid of tokens follows (`fgvc.models.tokens.token_grid`); only
+    tokens need it. Raises FgvcError if tokens form no grid, or, without `size`, may form several.
     """
     layout = feature_layout(net, features)
     if layout == "NCHW":
@@ -81,7 +81,7 @@ def feature_map(net: nn.Module, features: Tensor, size: Sequence[int] | None = N
 
 
 def scale_cells(net: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
-    """Features, in the backbone's own layout, times a weight (B,h,w) for every cell of their map; prefix tokens stay."""
+    """Features, in the backbone's layout, times the weights (B,h,w) of the cells of their map; prefix tokens stay."""
     layout, weights = feature_layout(net, features), weights.to(features.dtype)
     if layout == "NCHW":
         return features * weights[:, None]
@@ -93,16 +93,16 @@ def scale_cells(net: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
 
 
 def head_prefixes(net: nn.Module) -> tuple[str, ...]:
-    """How the names of the classifier's parameters begin, as timm records it; () where it does not."""
-    named = pretrained_cfg(net).get("classifier") or ()
-    return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
+    """The prefixes of the names of the classifier's parameters, as timm records them; () if it doesn't."""
+    names = pretrained_cfg(net).get("classifier") or ()
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
 def freeze(net: nn.Module, stages: int) -> list[nn.Module]:
-    """Take the gradient from all that comes before the end of the `stages`-th stage, as timm's feature_info counts them
-    (in ResNets the stem is the first). Returns the modules that must stay in eval mode, too.
+    """Freeze the parameters of the first stages, as timm's feature_info counts them (in ResNets the stem is the first). Returns
+    the modules that must stay in eval mode, too.
 
-    Raises FgvcError where the net has no more stages than that, or does not tell.
+    Raises FgvcError if no stage remains to train, or timm does not know the net's stages.
     """
     info = list(getattr(net, "feature_info", None) or [])
     if not info:
@@ -113,22 +113,22 @@ def freeze(net: nn.Module, stages: int) -> list[nn.Module]:
     if not last:
         raise FgvcError(f"model.freeze: timm does not name the end of stage {stages} of a {type(net).__name__}")
     behind = {id(module) for module in modules_behind(net, last)}
-    still = [m for m in net.modules() if all(id(part) not in behind for part in m.modules() if _is_leaf(part))]
-    for module in (*still, net):  # the net's own are position and class tokens: part of the stem
+    frozen = [m for m in net.modules() if all(id(leaf) not in behind for leaf in m.modules() if _is_leaf(leaf))]
+    for module in (*frozen, net):  # the net's direct parameters are position and class tokens, which belong to the stem
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
-    return still
+    return frozen
 
 
 def modules_behind(net: nn.Module, name: str) -> list[nn.Module]:
-    """The modules that come after the one of this name and all that is in it, in the order of registration."""
+    """The modules after the one called `name` and its submodules, in the order of registration."""
     named = list(net.named_modules())
-    end = max(at for at, (own, _) in enumerate(named) if f"{own}.".startswith(f"{name}."))
+    end = max(at for at, (path, _) in enumerate(named) if f"{path}.".startswith(f"{name}."))
     return [module for _, module in named[end + 1 :]]
 
 
 def zeros_through(net: nn.Module, size: tuple[int, int], *, pre_logits: bool = False) -> tuple[Tensor, Tensor]:
-    """What one image of zeros gives in eval mode: the features, and the head's logits or what its last layer reads."""
+    """The outputs for one image of zeros in eval mode: features, and logits or (`pre_logits`) the input of the last layer."""
     training, weight = net.training, next(net.parameters())
     net.eval()
     try:
@@ -142,8 +142,9 @@ def zeros_through(net: nn.Module, size: tuple[int, int], *, pre_logits: bool = F
 
 
 def refuse_size(net: nn.Module, size: tuple[int, int], classes: int, name: str) -> None:
-    """One forward of zeros: raises FgvcError now, not after the data are read, where the backbone called `name` can't take the
-    size, or gives no row of logits."""
+    """Raise FgvcError if the backbone called `name` can't take images of this size, or doesn't return a row of logits.
+
+    By a forward pass of zeros, before data are read."""
     try:
         _, z = zeros_through(net, size)
     except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
@@ -161,8 +162,8 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def memory_format(net: nn.Module) -> torch.memory_format:
-    """`channels_last` (up to 1.4x faster for convolutions) unless the net would meet torch's crash with it:
-    a 1x1 convolution of stride > 1 on a 3-channel input, as in RepVGG's stem (torch 2.14, x86 CPUs)."""
+    """`channels_last` for convolutional nets (up to 1.4x faster), unless torch would crash with it: in a 1x1 convolution of
+    stride > 1 on a 3-channel input, as in RepVGG's stem (torch 2.14, x86 CPUs)."""
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     crashes = any(c.in_channels <= 4 and max(c.kernel_size) == 1 and max(c.stride) > 1 for c in convs)
     spatial = any(max(c.kernel_size) > 1 and c.stride != c.kernel_size for c in convs)
@@ -170,5 +171,5 @@ def memory_format(net: nn.Module) -> torch.memory_format:
 
 
 def pretrained_cfg(net: nn.Module) -> Mapping[str, Any]:
-    """What timm knows of the weights that a net may have, its preprocessing and its head's name."""
+    """timm's record of a net's pretrained weights: their preprocessing, their place, and the name of the head."""
     return cast("Mapping[str, Any]", net.pretrained_cfg)

@@ -1,6 +1,6 @@
-"""Class maps for use inside the training step, from features that are there already.
+"""Class maps inside the training step, computed from the step's features.
 
-No second pass through the backbone, no numpy, no change of mode outside: a gradient goes through the head alone, on a
+Without a second pass through the backbone, numpy, or a lasting change of mode: gradients go through the head alone, on a
 detached copy of the features, in float32, with dropout off.
 """
 
@@ -27,10 +27,10 @@ class ClassMapper:
         self.net = net
 
     def __call__(self, features: Tensor, target: Target, method: Method, size: Sequence[int] | None = None) -> Tensor:
-        """(B,h,w) float32, detached: of the class of most weight, from features as `forward_features` gives them.
+        """Maps (B,h,w), float32 and detached, of the class of most weight, from the output of `forward_features`.
 
-        `size`: of the images, as of `feature_map`. cam is signed; the gradient methods are >= 0. All are raw: see
-        `normalised`.
+        `size`: of the images, as in `feature_map`. Maps of cam are signed, those of the gradient methods >= 0; none is
+        scaled: see `normalised`.
         """
         labels = dominant(target)
         weight = next(self.net.parameters())
@@ -46,7 +46,7 @@ class ClassMapper:
         return maps.float()
 
     def _gradients(self, features: Tensor, labels: Tensor) -> Tensor:
-        """d z_y / d features, of the shape of the features."""
+        """The gradients d z_y / d features, of the shape of the features."""
         with torch.inference_mode(False), torch.enable_grad(), evaluating(self.net):
             leaf = features.clone().requires_grad_()
             logits = self.net.forward_head(leaf)  # type: ignore[operator]
@@ -55,37 +55,38 @@ class ClassMapper:
 
 
 def cam(f: Tensor, weight: Tensor, y: Tensor) -> Tensor:
-    """sum_k W[y,k] f_k: (B,h,w) from f (B,C,h,w), the classifier's weight (K,C) and labels (B,) (Zhou et al., CVPR 2016,
+    """CAM: sum_k W[y,k] f_k, (B,h,w), from f (B,C,h,w), the classifier's weight (K,C) and labels (B,) (Zhou et al., CVPR 2016,
     arXiv:1512.04150)."""
     return torch.einsum("bchw,bc->bhw", f, weight[y])
 
 
 def grad_cam(f: Tensor, g: Tensor) -> Tensor:
-    """relu(sum_k mean_hw(g_k) f_k): (B,h,w) from f and g = dz_y/df, both (B,C,h,w) (Selvaraju et al., ICCV
+    """Grad-CAM: relu(sum_k mean_hw(g_k) f_k), (B,h,w), from f and g = dz_y/df, both (B,C,h,w) (Selvaraju et al., ICCV
     2017, arXiv:1610.02391, Eq. 1 and 2)."""
     return torch.einsum("bchw,bc->bhw", f, g.mean((2, 3))).relu()
 
 
 def grad_cam_plus_plus(f: Tensor, g: Tensor) -> Tensor:
-    """relu(sum_k w_k f_k), w_k = sum_hw a relu(g), a = g^2 / (2 g^2 + sum_hw(f_k) g^3), 0 where g is (Chattopadhay et al.,
-    WACV 2018, arXiv:1710.11063, Eq. 19, with the exponential's derivatives as powers of g); shapes as `grad_cam`."""
-    # Without the common factor g^2: an epsilon beside it, as other code has it, outweighs the small gradients of large maps.
-    below = 2 + f.sum((2, 3), keepdim=True) * g
-    alpha = torch.where(g == 0, 0.0, 1 / torch.where(below.abs() < 1e-6, 1e-6, below))
+    """Grad-CAM++: relu(sum_k w_k f_k), w_k = sum_hw a relu(g), a = g^2 / (2 g^2 + sum_hw(f_k) g^3), 0 where g is (Chattopadhay et
+    al., WACV 2018, arXiv:1710.11063, Eq. 19, with the exponential's derivatives as powers of g); shapes as `grad_cam`."""
+    # Without the common factor g^2: an epsilon beside it, as in other code, outweighs the small gradients of large maps.
+    denominator = 2 + f.sum((2, 3), keepdim=True) * g
+    alpha = torch.where(g == 0, 0.0, 1 / torch.where(denominator.abs() < 1e-6, 1e-6, denominator))
     return torch.einsum("bchw,bc->bhw", f, (alpha * g.relu()).sum((2, 3))).relu()
 
 
 def normalised(maps: Tensor) -> Tensor:
-    """(B,h,w) -> the same in [0,1], smallest 0 and largest 1. A map that is flat or not finite becomes 0 everywhere: it says
-    nothing, and nothing may be erased by it."""
+    """Scale each map of (B,h,w) to [0,1], its smallest value to 0 and its largest to 1.
+
+    A map that is flat or not finite becomes 0, so that nothing is erased by it."""
     lowest, highest = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     span = highest - lowest
-    says = torch.isfinite(span) & (span > 1e-6 * torch.maximum(highest.abs(), lowest.abs()))
-    return torch.where(says, (maps - lowest) / span, 0.0)
+    varies = torch.isfinite(span) & (span > 1e-6 * torch.maximum(highest.abs(), lowest.abs()))
+    return torch.where(varies, (maps - lowest) / span, 0.0)
 
 
 def dominant(target: Target) -> Tensor:
-    """(B,) int64: of a mixed target, the label of most weight."""
+    """The label of most weight of a mixed target, (B,) int64."""
     if len(target) == 1:
         return target[0][0]
     labels = torch.stack([y for y, _ in target])
@@ -94,10 +95,10 @@ def dominant(target: Target) -> Tensor:
 
 
 def closed_form(net: nn.Module, size: tuple[int, int]) -> tuple[nn.Linear | None, str]:
-    """The classifier where its class maps are `cam`, or None; and the reason.
+    """The linear classifier if the class maps are `cam` in closed form, or None; and the reason.
 
-    So it is where the head is exactly global average pooling and one linear layer. That is decided by numbers, not by
-    names: on random features `forward_head(F) == mean_hw(F) W^T + b`.
+    They are if the head is exactly global average pooling and one linear layer, which is checked numerically: on random features
+    `forward_head(F) == mean_hw(F) W^T + b`.
     """
     linear = net.get_classifier()  # type: ignore[operator]
     if not isinstance(linear, nn.Linear):
@@ -115,17 +116,17 @@ def closed_form(net: nn.Module, size: tuple[int, int]) -> tuple[nn.Linear | None
             return None, str(error)
         if pooled.shape[1] != linear.in_features:
             return None, f"the classifier reads {linear.in_features} values, the last feature map has {pooled.shape[1]}"
-        expected, said = linear(pooled), net.forward_head(features)  # type: ignore[operator]
+        expected, logits = linear(pooled), net.forward_head(features)  # type: ignore[operator]
         read = net.forward_head(features, pre_logits=True)  # type: ignore[operator]  # some classifiers start at zero
         scale = (pooled.abs() @ weight.abs().T).max().clamp_min(1e-30)
-        same = said.shape == expected.shape and (said - expected).abs().max() <= 1e-5 * scale
+        same = logits.shape == expected.shape and (logits - expected).abs().max() <= 1e-5 * scale
         if not same or read.shape != pooled.shape or not torch.allclose(read, pooled, rtol=1e-4, atol=1e-5):
             return None, "the head is more than global average pooling and a linear layer"
     return linear, "closed-form class activation maps"
 
 
 def refusal(net: nn.Module, size: tuple[int, int], method: Method) -> str | None:
-    """Why this net can have no such map; None where it can."""
+    """The reason why a net can't have maps of a method, or None."""
     if method == "cam":
         linear, reason = closed_form(net, size)
         return None if linear is not None else f"{reason}; use gradcam"
@@ -152,7 +153,7 @@ def refusal(net: nn.Module, size: tuple[int, int], method: Method) -> str | None
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every module's own mode comes back."""
+    """Set eval mode within the block, and restore every module's mode."""
     modes = [(module, module.training) for module in net.modules()]
     try:
         net.eval()
@@ -163,6 +164,6 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def _noise_like(values: Tensor) -> Tensor:
-    """Two rows of fixed noise in [0,1) for every row of `values`."""
+    """Two rows of fixed noise in [0,1), shaped as rows of `values`."""
     rng = torch.Generator().manual_seed(0)
     return torch.rand(2, *values.shape[1:], generator=rng).to(values)

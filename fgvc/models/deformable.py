@@ -1,10 +1,10 @@
 """ResNets with deformable convolutions (Dai et al., ICCV 2017, arXiv:1703.06211), as ordinary models of timm.
 
-Meant as teachers, and deployable where the runtime knows ONNX's DeformConv (opset 19).
+Meant as teachers, and deployable if the runtime has ONNX's DeformConv (opset 19).
 
-A deformable convolution reads every tap of its kernel at a place of its own, found by a small convolution. That one starts
+A deformable convolution reads every tap of its kernel at an offset that a small convolution computes. That one starts
 at zero, so with the weights of the plain ResNet the net starts as the plain ResNet. Importing this module registers the nets
-with timm, as timm's own modules do; fgvc.models.backbone does.
+with timm, as timm's own modules do; fgvc.models.backbone imports it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ DEFORMED = ("layer3", "layer4")
 
 
 class Deformable(DeformConv2d):
-    """A deformable convolution in place of `conv`, whose weight it takes over: its key in the state dict stays.
+    """A deformable convolution in place of `conv`, whose weight and key in the state dict it takes over.
 
-    x (B,C,H,W) -> (B,C',H',W') as `conv` gives it. `offset` gives (dy, dx) for each of the kernel's taps, (B,2kk,H',W').
+    x (B,C,H,W) -> (B,C',H',W'), as `conv`. `offset` computes (dy, dx) for each of the kernel's taps, (B,2kk,H',W').
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -44,21 +44,21 @@ class Deformable(DeformConv2d):
         self.start_plain()
 
     def start_plain(self) -> None:
-        """Offsets of zero: the plain convolution."""
+        """Set the offsets to zero, as in the plain convolution."""
         for parameter in self.offset.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device):
-            # torchvision has no kernel in bfloat16 for CPUs, and eight bits are few for places in a map.
+            # torchvision has no kernel in bfloat16 for CPUs, and eight bits are too few for places in a map.
             with torch.autocast(device, enabled=False):
                 return self(x.float())
         return super().forward(x, self.offset(x))
 
 
 class DeformableResNet(ResNet):
-    """timm's ResNet, its 3x3 convolutions of the last two stages deformable. Everything else is timm's."""
+    """timm's ResNet with deformable 3x3 convolutions in the last two stages. Everything else is timm's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,20 +79,20 @@ def _pair(sides: tuple[int, ...] | str) -> tuple[int, int]:
 
 
 def offsets(net: nn.Module) -> frozenset[str]:
-    """The keys of `net`'s state dict that weights of its plain twin don't give; empty for other nets."""
-    found = [name for name, module in net.named_modules() if isinstance(module, Deformable)]
-    return frozenset(f"{name}.offset.{part}" for name in found for part in ("weight", "bias"))
+    """Keys of the offsets in `net`'s state dict, which weights of the plain ResNet lack; empty for other nets."""
+    layers = [name for name, module in net.named_modules() if isinstance(module, Deformable)]
+    return frozenset(f"{layer}.offset.{parameter}" for layer in layers for parameter in ("weight", "bias"))
 
 
-def _of_the_plain_net(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    """For timm's loading of weights: the offsets stay as they are where `state` has none."""
-    own = net.state_dict()
-    return {key: own[key] for key in offsets(net)} | dict(state)
+def _with_offsets(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    """`state` with the net's present offsets if it has none; timm calls this when it loads weights."""
+    present = net.state_dict()
+    return {key: present[key] for key in offsets(net)} | dict(state)
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     net: nn.Module = build_model_with_cfg(
-        DeformableResNet, name, pretrained, pretrained_filter_fn=_of_the_plain_net, **kwargs
+        DeformableResNet, name, pretrained, pretrained_filter_fn=_with_offsets, **kwargs
     )
     return net
 

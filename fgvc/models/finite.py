@@ -1,4 +1,4 @@
-"""Whether tensors hold numbers: cheap to ask in every training step, exact where the answer is doubtful."""
+"""Checks of tensors for NaN and infinity: a cheap one for every training step, and an exact one for doubtful steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn.utils import get_total_norm
 
 @torch.no_grad()
 def suspicious(tensors: Iterable[Tensor]) -> Tensor:
-    """() bool on their device: whether a value of these may be NaN or infinite. One pass, without waiting for the device.
+    """Whether a value of these may be NaN or infinite, () bool on their device. One pass, without waiting for the device.
 
-    Their norm is not finite where a value is not. It may overflow where all are: `not_finite` tells.
+    The norm of all is not finite if a value is not; it may also overflow, so `not_finite` decides.
     """
     floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     return ~get_total_norm(floats).isfinite()
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold a NaN or an infinite value."""
+    """The names of the tensors with a NaN or an infinite value."""
     return [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]

@@ -1,4 +1,4 @@
-"""The classification loss, of the step and of every added classifier."""
+"""The classification loss of the step and of every added classifier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fgvc.models.target import Target
 
 
 class Criterion(nn.Module):
-    """The base loss of one run: (logits (B,K), Target) -> scalar, in float32 whatever autocast says.
+    """The base loss of a run: (logits (B,K), Target) -> scalar, in float32 also under autocast.
 
     A target's share is w_j c_j, c the weight of its class (1 where there are none), and t = sum_j w_j c_j smooth(onehot(y_j)).
     cross_entropy: - sum_k t_k log p_k. focal: - sum_k t_k (1 - p_k)^gamma log p_k (Lin et al., ICCV 2017,
@@ -34,7 +34,7 @@ class Criterion(nn.Module):
         gamma: float = 2.0,
         class_weights: Tensor | None = None,
     ) -> None:
-        """`class_weights` (K,)."""
+        """`class_weights`: (K,), or None for 1 each."""
         super().__init__()
         self.kind, self.label_smoothing, self.gamma = kind, label_smoothing, gamma
         self.register_buffer("class_weights", class_weights, persistent=False)
@@ -55,9 +55,9 @@ class Criterion(nn.Module):
 
     def _focal(self, logits: Tensor, target: Target) -> Tensor:
         log_p = logits.log_softmax(1)
-        # The bound: where p is 1 the slope of a root is infinite, and times 0 no number.
-        far = (-log_p.expm1()).clamp_min(1e-12) ** self.gamma
-        return -(self._soft(target, logits) * far * log_p).sum(1).mean()
+        # Bounded, as at p = 1 the slope of a root is infinite, and times 0 NaN.
+        modulation = (-log_p.expm1()).clamp_min(1e-12) ** self.gamma
+        return -(self._soft(target, logits) * modulation * log_p).sum(1).mean()
 
     def _one_vs_all(self, logits: Tensor, target: Target) -> Tensor:
         t = self._soft(target, logits).clamp(0, 1)
@@ -67,7 +67,7 @@ class Criterion(nn.Module):
         return losses.mean()
 
     def _soft(self, target: Target, logits: Tensor) -> Tensor:
-        """t (B,K) = sum_j w_j smooth(onehot(y_j))."""
+        """The soft target t (B,K) = sum_j w_j smooth(onehot(y_j))."""
         mass = _mass(target).to(logits)
         t = (mass * (self.label_smoothing / logits.shape[1]))[:, None].repeat(1, logits.shape[1])
         for y, w in target:
@@ -77,14 +77,14 @@ class Criterion(nn.Module):
 
 
 def _mass(target: Target) -> Tensor:
-    """(B,): the sum of each sample's weights."""
+    """The sum (B,) of each sample's weights."""
     return torch.stack([torch.ones(len(y), device=y.device) if w is None else w for y, w in target]).sum(0)
 
 
 def make_criterion(loss: Loss, counts: NDArray[np.int64] | None = None) -> Criterion:
-    """The criterion of a recipe. `counts` (K,): training images by class; None where nothing is trained, as in export.
+    """The criterion of a recipe. `counts` (K,): training images by class; None if nothing is trained, as in export.
 
-    Raises FgvcError where the weight of a class without images is asked for.
+    Raises FgvcError if classes are to be weighted and one has no images.
     """
     weights = None
     if loss.class_weights == "balanced" and counts is not None:
@@ -99,7 +99,7 @@ def make_criterion(loss: Loss, counts: NDArray[np.int64] | None = None) -> Crite
 
 
 def cross_entropy(logits: Tensor, target: Target, label_smoothing: float = 0.0) -> Tensor:
-    """mean_b sum_j w_j CE(z, y_j), z (B,K), label smoothing applied to each one-hot before mixing, as timm does; in float32."""
+    """Cross-entropy mean_b sum_j w_j CE(z, y_j) of z (B,K), each one-hot label smoothed before mixing, as in timm; in float32."""
     logits = logits.float()
     if len(target) == 1 and target[0][1] is None:
         return F.cross_entropy(logits, target[0][0], label_smoothing=label_smoothing)

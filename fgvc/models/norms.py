@@ -1,4 +1,4 @@
-"""Batch norms: when their running statistics move, where these come from, and residual blocks that start as identities."""
+"""Batch norms: update and re-estimation of running statistics, and residual blocks that start as identities."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def running_norms(net: nn.Module) -> list[_BatchNorm]:
 
 @contextmanager
 def momenta(norms: Sequence[_BatchNorm], values: Sequence[float | None]) -> Iterator[None]:
-    """Other momenta for a while. 0: the statistics stay as they are; None: the mean of all batches."""
-    kept = [norm.momentum for norm in norms]
+    """Set other momenta within the block. 0: running statistics stay as they are; None: they become the mean of all batches."""
+    saved = [norm.momentum for norm in norms]
     try:
         for norm, value in zip(norms, values, strict=True):
             norm.momentum = value
         yield
     finally:
-        for norm, momentum in zip(norms, kept, strict=True):
+        for norm, momentum in zip(norms, saved, strict=True):
             norm.momentum = momentum
 
 
 @contextmanager
-def own_statistics(net: nn.Module, *, recompute: bool) -> Iterator[None]:
-    """BN normalises by this forward's batch statistics and leaves its running buffers alone.
+def batch_statistics(net: nn.Module, *, recompute: bool) -> Iterator[None]:
+    """Normalise by the batch's statistics within the block, without updating the running statistics.
 
-    `recompute`: by a momentum of 0, as in the backward, since the two runs must save the same tensors.
+    `recompute`: by a momentum of 0, under activation checkpointing, where forward and backward must save the same tensors.
     """
     norms = [norm for norm in running_norms(net) if norm.training]
     if recompute:
@@ -52,8 +52,9 @@ def own_statistics(net: nn.Module, *, recompute: bool) -> Iterator[None]:
 
 
 def reestimate_norms(net: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Batch norms' running statistics as the plain mean over `batches` (B,3,H,W), all else as in evaluation: torch's
-    `update_bn` would let dropout and drop-path act. Batches of one image are left out. Ends in eval mode."""
+    """Set the running statistics to the plain mean over `batches` (B,3,H,W), with all else in eval mode.
+
+    torch's `update_bn` would leave dropout and drop-path on. Batches of one image are left out. The net ends in eval mode."""
     net.eval()
     norms = running_norms(net)
     for norm in norms:
@@ -67,9 +68,9 @@ def reestimate_norms(net: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def zero_gamma(net: nn.Module, model: Model) -> None:
-    """Set the gamma of the last batch norm of every residual block to 0, where `model.zero_gamma` asks for it.
+    """Set the gamma of the last batch norm of every residual block to 0, if `model.zero_gamma` says so.
 
-    Raises FgvcError on pretrained weights unless they are named, and where timm's net has no such block.
+    Raises FgvcError on pretrained weights unless it is `even pretrained`, and if timm's net has no such block.
     """
     if model.zero_gamma == "no":
         return
@@ -83,7 +84,7 @@ def zero_gamma(net: nn.Module, model: Model) -> None:
     norms = [[n for n in m.modules() if isinstance(n, nn.BatchNorm2d) and n.affine][-1:] for m in skips]
     for block in blocks:
         block.zero_init_last()  # type: ignore[operator]
-    for norm in (norm for found in norms for norm in found):
+    for norm in (norm for last in norms for norm in last):
         nn.init.zeros_(norm.weight)
     if not blocks and not any(norms):
         raise FgvcError(

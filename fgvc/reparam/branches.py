@@ -1,7 +1,7 @@
-"""The kinds of branches. Every one ends in a batch norm whose gamma starts at zero: the first step moves that gamma,
-and from then on the kernels before it learn, too. The kernels are drawn from torch's global generator, as any module's.
+"""The kinds of branches, which all end in a batch norm whose gamma starts at zero.
 
-`like` is the batch norm behind the convolution: the branches' own take over its eps and momentum.
+The first step moves that gamma, and from then on the kernels before it learn, too. The kernels are drawn from torch's global
+generator, as any module's. `like` is the batch norm behind the convolution, whose eps and momentum the branches' norms take over.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 class ConvNorm(nn.Module):
-    """A convolution with `conv`'s channels, stride and groups and a kernel as large or smaller, and a batch norm."""
+    """A convolution with the channels, stride and groups of `conv`, with a kernel as large or smaller, and a batch norm."""
 
     def __init__(self, conv: nn.Conv2d, like: nn.Module | None, kernel_size: tuple[int, int]) -> None:
         super().__init__()
         height, width = kernel_size
         side = conv.kernel_size[0]
-        # What of the padding only the outer taps of the large kernel reach. None: the padding is fixed, and its own does.
+        # The padding that only outer taps of the large kernel reach. None: a fixed padding, which this convolution has itself.
         self.margin = ((side - height) // 2, (side - width) // 2) if is_same(conv) else None
         # torch's CPU backend crashes in 1x1 convolutions with a stride on few channels_last channels (a stem's three).
         thins = kernel_size == (1, 1) and conv.in_channels <= 4
@@ -58,7 +58,7 @@ class ConvNorm(nn.Module):
 
 
 class IdentityNorm(nn.Module):
-    """A batch norm of the input itself (RepVGG, arXiv:2101.03697). Only where the convolution `keeps_shape`."""
+    """A batch norm of the input itself (RepVGG, arXiv:2101.03697), for a convolution that `keeps_shape`."""
 
     def __init__(self, conv: nn.Conv2d, like: nn.Module | None) -> None:
         super().__init__()
@@ -68,14 +68,14 @@ class IdentityNorm(nn.Module):
         self.norm = _norm(conv, like, conv.out_channels, gamma=0.0)
 
     def forward(self, x: Tensor, pads: Pads) -> Tensor:
-        return self.norm(x)  # at stride 1 TensorFlow's padding is symmetric, too: the middle tap reads x
+        return self.norm(x)  # at stride 1 TensorFlow's padding is symmetric, too, so that the middle tap reads x
 
     def fold(self) -> tuple[Tensor, Tensor]:
         return fold_norm(identity_kernel(self.norm.num_features, self.groups), self.norm)
 
 
 class PointConvNorm(nn.Module):
-    """1x1 - BN - k x k - BN (DBB, arXiv:2103.13425): as many channels inside as come in, twice as many in a depthwise one."""
+    """1x1 - BN - k x k - BN (DBB, arXiv:2103.13425), with as many inner channels as inputs, twice as many if depthwise."""
 
     def __init__(self, conv: nn.Conv2d, like: nn.Module | None) -> None:
         super().__init__()
@@ -120,10 +120,10 @@ class AverageNorm(nn.Module):
 class _PaddedPoint(nn.Module):
     """1x1 - BN of the padded input, (B,C,H,W) -> (B,inner,H+pads,W+pads), for a valid k x k operation to read.
 
-    The padding comes first: so the batch norm maps the border to what the folded 1x1 gives for zeros, its bias, in train
+    Since the padding comes first, the batch norm maps the border to the output of the folded 1x1 for zeros, its bias, in train
     and in eval mode, and the fold is exact. Zeros put between the two operations would not fold, and a border set from the
     running statistics lags behind the batch's in training (as in DBB's official code). The price: the batch statistics
-    count the border, too. The 1x1 starts as the identity where it can.
+    include the border. The 1x1 starts as the identity if the number of channels allows it.
     """
 
     def __init__(self, conv: nn.Conv2d, like: nn.Module | None, inner: int) -> None:
@@ -150,7 +150,7 @@ def _conv(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
 ) -> nn.Conv2d:
-    """Without bias, with the groups, device and dtype of `like`."""
+    """A convolution without bias, with the groups, device and dtype of `like`."""
     return nn.Conv2d(
         channels, out, kernel_size, stride=stride, padding=padding, groups=like.groups, bias=False,
         device=like.weight.device, dtype=like.weight.dtype,

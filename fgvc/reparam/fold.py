@@ -1,4 +1,4 @@
-"""The algebra of folding branches into one convolution, in float64 on the CPU: half precision keeps two or three digits.
+"""Algebra of folding branches into one convolution, in float64 on the CPU, since half precision keeps two or three digits.
 
 Transforms I to VI are those of the Diverse Branch Block (Ding et al., CVPR 2021, arXiv:2103.13425, section 3.2); see
 docs/methods.md.
@@ -39,7 +39,7 @@ def fold_norm(weight: Tensor, norm: nn.BatchNorm2d, bias: Tensor | None = None) 
 def embed(kernel: Tensor, size: int) -> Tensor:
     """A smaller kernel (..., kh, kw), odd sides, in the middle of a size x size one (size odd), zero around it (Transform VI).
 
-    Equal to the small one where both read aligned: the small branch's padding is the big one's minus
+    Equal to the small one if both are aligned: the small one's padding is the large one's minus
     (size - kh) / 2 rows and (size - kw) / 2 columns.
     """
     height, width = kernel.shape[-2:]
@@ -50,7 +50,7 @@ def embed(kernel: Tensor, size: int) -> Tensor:
 
 
 def identity_kernel(channels: int, groups: int = 1) -> Tensor:
-    """The 1x1 convolution that changes nothing: (channels, channels/groups, 1, 1), float64."""
+    """The kernel of the 1x1 identity convolution: (channels, channels/groups, 1, 1), float64."""
     inside = torch.arange(channels) % (channels // groups)  # a channel's number within its group
     kernel = torch.zeros(channels, channels // groups, 1, 1, dtype=torch.float64)
     kernel[torch.arange(channels), inside] = 1
@@ -59,7 +59,7 @@ def identity_kernel(channels: int, groups: int = 1) -> Tensor:
 
 def averaged(point: Tensor, size: int) -> Tensor:
     """The convolution that averages over size x size, zeros of the border included, with a 1x1 behind or before it
-    (Transform V): (out, in/groups, 1, 1) -> (out, in/groups, size, size), float64. Of `identity_kernel`: averages alone."""
+    (Transform V): (out, in/groups, 1, 1) -> (out, in/groups, size, size), float64. With `identity_kernel`: the average alone."""
     return exact(point).expand(-1, -1, size, size) / size**2
 
 
@@ -69,8 +69,8 @@ def sequential(
     """The one convolution that equals a 1x1 followed by a k x k of as many groups (Transform III).
 
     point (inner, in/groups, 1, 1), inner_bias (inner,), kernel (out, inner/groups, k, k), bias (out,) ->
-    (out, in/groups, k, k) and (out,), all float64. Exact where what the k x k reads around the image is `inner_bias`,
-    not zero: where the image was padded before the 1x1.
+    (out, in/groups, k, k) and (out,), all float64. Exact if the k x k reads `inner_bias`, not zero, around the image: if the
+    image is padded before the 1x1.
     """
     first = point.flatten(1).unflatten(0, (groups, -1))  # (g, inner/g, in/g)
     second = kernel.unflatten(0, (groups, -1))  # (g, out/g, inner/g, k, k)

@@ -1,6 +1,6 @@
-"""The published blocks: which branches stand beside a convolution.
+"""The published re-parameterised blocks, each with its branches.
 
-Each takes the convolution and `like`, the batch norm behind it, and raises FgvcError for a convolution with a `refusal`.
+Each function takes a convolution and `like`, the batch norm behind it, and raises FgvcError for a convolution with a `refusal`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fgvc.reparam.branches import (
 
 
 def acb(conv: nn.Conv2d, like: nn.Module | None = None) -> Branched:
-    """ACNet's (ICCV 2019, arXiv:1908.03930): 1 x k and k x 1."""
+    """ACNet's block (ICCV 2019, arXiv:1908.03930): 1 x k and k x 1."""
     side = _side(conv, 3)
     return Branched(conv, {"1xk": ConvNorm(conv, like, (1, side)), "kx1": ConvNorm(conv, like, (side, 1))})
 
@@ -38,19 +38,19 @@ def dbb(conv: nn.Conv2d, like: nn.Module | None = None) -> Branched:
 
 
 def repvgg(conv: nn.Conv2d, like: nn.Module | None = None) -> Branched:
-    """RepVGG's (CVPR 2021, arXiv:2101.03697), for any k: 1x1, and the identity where the convolution keeps the shape."""
+    """RepVGG's block (CVPR 2021, arXiv:2101.03697), for any k: 1x1, and the identity if the convolution keeps the shape."""
     _side(conv, 3)
     return Branched(conv, {"1x1": ConvNorm(conv, like, (1, 1))} | _identity(conv, like))
 
 
 def overparam(conv: nn.Conv2d, like: nn.Module | None = None, *, branches: int = 4) -> Branched:
-    """MobileOne's (CVPR 2023, arXiv:2206.04040): `branches` times k x k, 1x1 unless k is 1, and the identity where the shape is
-    kept."""
+    """MobileOne's block (CVPR 2023, arXiv:2206.04040): `branches` times k x k, 1x1 unless k is 1, and the identity if the
+    convolution keeps the shape."""
     side = _side(conv, 1)
-    made: dict[str, nn.Module] = {f"kxk{number}": ConvNorm(conv, like, (side, side)) for number in range(branches)}
+    modules: dict[str, nn.Module] = {f"kxk{number}": ConvNorm(conv, like, (side, side)) for number in range(branches)}
     if side > 1:
-        made["1x1"] = ConvNorm(conv, like, (1, 1))
-    return Branched(conv, made | _identity(conv, like))
+        modules["1x1"] = ConvNorm(conv, like, (1, 1))
+    return Branched(conv, modules | _identity(conv, like))
 
 
 def _identity(conv: nn.Conv2d, like: nn.Module | None) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""Stripping: from the network that was trained to the plain timm model that ships."""
+"""Stripping of a trained network to the plain timm model that ships."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fgvc.models.backbone import plain_model
 from fgvc.models.finite import not_finite
 from fgvc.reparam.replace import folded_state
 
-# Every per-module dictionary in which torch keeps what runs beside `forward`.
+# Every per-module dictionary in which torch stores hooks.
 HOOKS = {
     "_forward_hooks": "forward hook",
     "_forward_pre_hooks": "forward pre-hook",
@@ -31,10 +31,10 @@ def strip(
     kwargs: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """A fresh plain model in eval mode that holds what `net` learned, its re-parameterised blocks folded. `net` stays as it is.
+    """A new plain model in eval mode with the weights of `net`, its re-parameterised blocks folded. `net` stays as it is.
 
     The plain model is defined by name, K and kwargs alone; the trained object itself is never exported.
-    Raises FgvcError for whatever training left behind: a branch, a hook, a parametrization, a value that is not finite.
+    Raises FgvcError for remains of training: a branch, a hook, a parametrization, a value that is not finite.
     """
     plain = plain_model(backbone, num_classes, kwargs)
     refuse_live_hooks(net, plain)
@@ -47,7 +47,7 @@ def strip(
 
 
 def refuse_live_hooks(net: nn.Module, plain: nn.Module) -> None:
-    """Raise FgvcError where a module of `net` runs a hook or a parametrization that the plain model does not have."""
+    """Raise FgvcError if a module of `net` has a hook or a parametrization that the plain model lacks."""
     fresh = dict(plain.named_modules())
     leaks = []
     for name, module in net.named_modules():
@@ -55,10 +55,10 @@ def refuse_live_hooks(net: nn.Module, plain: nn.Module) -> None:
         if parametrize.is_parametrized(module) and not parametrize.is_parametrized(fresh.get(name, nn.Module())):
             leaks.append(f"{where}: a parametrization of {', '.join(module.parametrizations)}")
         for attribute, kind in HOOKS.items():
-            own = getattr(module, attribute).values()
+            hooks = getattr(module, attribute).values()
             expected = len(getattr(fresh[name], attribute)) if name in fresh else 0
-            if len(own) > expected:
-                leaks.append(f"{where}: {kind} {', '.join(_name(hook) for hook in own)}")
+            if len(hooks) > expected:
+                leaks.append(f"{where}: {kind} {', '.join(_name(hook) for hook in hooks)}")
     if leaks:
         raise FgvcError(
             "the trained network is not plain, a leaked hook:\n  "
@@ -76,15 +76,15 @@ def _refuse_other_state(state: Mapping[str, Tensor], plain: Mapping[str, Tensor]
         if key in state and _kind(state[key]) != _kind(plain[key])
     ]
     wild = [f"{key}: holds values that are not finite" for key in not_finite(state)]
-    if found := [*leaked, *missing, *other, *wild]:
-        more = f"\n  ... and {len(found) - 10} more" if len(found) > 10 else ""
+    if problems := [*leaked, *missing, *other, *wild]:
+        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise FgvcError(
-            "the trained network does not fold back into the plain model:\n  " + "\n  ".join(found[:10]) + more
+            "the trained network does not fold back into the plain model:\n  " + "\n  ".join(problems[:10]) + more
         )
 
 
 def _kind(value: Tensor) -> str:
-    """Shape and dtype, where all floating dtypes count as one: the folded state is float64 by design."""
+    """Shape and dtype of a tensor, all floating dtypes counting as one, since the folded state is float64 by design."""
     return f"{'float' if value.is_floating_point() else value.dtype} {tuple(value.shape)}"
 
 

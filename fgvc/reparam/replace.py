@@ -1,7 +1,7 @@
-"""Grafts: a convolution of the timm net is replaced by a block of the same in/out shape, and folded back at the end.
+"""Replacement of convolutions of a timm net by blocks of the same input and output shapes, which are folded back at the end.
 
-What can be replaced is found by running the net once and watching who reads each convolution's output; how a block's
-kernel and bias go back into the plain state dict is `folded_state`. The rules are in docs/design.md.
+`find_sites` runs the net once and records which modules read each convolution's output; `folded_state` folds the blocks into the
+plain state dict. The rules are in docs/design.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fgvc.errors import FgvcError
 from fgvc.reparam.fold import exact
 
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # exact types: a subclass may do anything with its weight
-KINDS = (nn.Conv2d, CondConv2d, DeformConv2d)  # what counts as a convolution, and is refused by name
+KINDS = (nn.Conv2d, CondConv2d, DeformConv2d)  # all kinds of convolutions; those that can't be replaced are refused by name
 NORMS = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
 
 
@@ -33,12 +33,12 @@ class Site:
     """A convolution that can be replaced and folded back."""
 
     name: str  # dotted path of the convolution in the timm net
-    norm: str | None  # dotted path of the batch norm that ALONE reads its output; None: the convolution has a bias
+    norm: str | None  # dotted path of the batch norm that is the only reader of its output; None: the convolution has a bias
 
 
 @runtime_checkable
 class Block(Protocol):
-    """What takes a convolution's place: an nn.Module that also owes its plain equivalent."""
+    """A module in a convolution's place that can be folded into an equal convolution."""
 
     norm: str | None  # set by `replace_conv`: the batch norm that takes the folded bias; None: the convolution's own bias does
 
@@ -48,7 +48,7 @@ class Block(Protocol):
 
 
 def find_sites(net: nn.Module, size: tuple[int, int]) -> tuple[list[Site], dict[str, str]]:
-    """Which convolutions can be replaced, in the order of `named_modules`, and for all others: name -> why not.
+    """The convolutions that can be replaced, in the order of `named_modules`, and for all others: name -> reason.
 
     Runs one eval-mode forward of a (2,3,*size) example on a copy: flags, buffers, hooks and gradients of `net` and
     torch's generators stay as they are.
@@ -76,7 +76,7 @@ def find_sites(net: nn.Module, size: tuple[int, int]) -> tuple[list[Site], dict[
 
 
 def replace_conv(net: nn.Module, site: Site, block: nn.Module) -> None:
-    """Put `block` where `site`'s convolution is. Raises FgvcError where something was replaced already."""
+    """Replace the convolution of `site` by `block`. Raises FgvcError if it, or a module around it, is replaced already."""
     path = site.name.split(".")
     for end in range(1, len(path) + 1):
         present = net.get_submodule(".".join(path[:end]))
@@ -86,7 +86,7 @@ def replace_conv(net: nn.Module, site: Site, block: nn.Module) -> None:
                 "convolution; remove one, or keep them apart with include and exclude"
             )
     conv = net.get_submodule(site.name)
-    # With a bias of its own the convolution takes the folded one itself, whatever follows it.
+    # A convolution with a bias takes the folded one itself, whatever follows it.
     block.norm = site.norm if conv.bias is None else None  # type: ignore[assignment]
     if not isinstance(block, Block):
         raise TypeError(f"{site.name}: {type(block).__name__} has no fold(): it can't go back into a plain convolution")
@@ -111,7 +111,7 @@ def folded_state(net: nn.Module) -> dict[str, Tensor]:
         name = next((block for block in blocks if key.startswith(f"{block}.")), None)
         if name is None:
             state[key] = exact(value) if value.is_floating_point() else value.detach().cpu().clone()
-        elif name not in done:  # all of a block's own keys become those of one convolution
+        elif name not in done:  # all keys of a block become those of one convolution
             done.add(name)
             state[f"{name}.weight"], bias = blocks[name].fold()
             norm = blocks[name].norm
@@ -129,9 +129,9 @@ def _convolutions(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _unfit(conv: nn.Module, *, owners: Counter[int], users: Counter[int]) -> str | None:
-    """Why a convolution can't be replaced whatever the forward does with it; None: nothing speaks against it."""
+    """The reason why a convolution can't be replaced whatever the forward does with it, or None."""
     if isinstance(conv, DeformConv2d):
-        return "a deformable convolution, whose taps are read at places of their own"
+        return "a deformable convolution, whose taps are read at offsets"
     if not isinstance(conv, nn.Conv2d) or type(conv) not in CONVOLUTIONS:
         return f"a {type(conv).__name__}, whose kernel is not a plain weight"
     if "weight" not in dict(conv.named_parameters(recurse=False)):
@@ -152,9 +152,9 @@ def _unfit(conv: nn.Module, *, owners: Counter[int], users: Counter[int]) -> str
 
 
 class _Readers(TorchDispatchMode):
-    """Records which batch norm, or else "" for anything else, runs the operations that read a watched tensor.
+    """Records the readers of watched tensors: the batch norm that runs the operation, or "" for anything else.
 
-    Seen from below autograd: reads without gradient and through views count too, `x.shape` does not.
+    Recorded below autograd: reads without gradient and through views count too, `x.shape` does not.
     """
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ class _Readers(TorchDispatchMode):
 
 
 def _watch(net: nn.Module, size: tuple[int, int]) -> tuple[Counter[str], dict[str, set[str]]]:
-    """Run `net` once: how often each convolution and batch norm was called, and who read each convolution's output."""
+    """Run `net` once; returns the calls of each convolution and batch norm, and the readers of each convolution's output."""
     mode, calls = _Readers(), Counter[str]()
 
     def after_convolution(name: str, output: Tensor) -> None:
@@ -200,7 +200,7 @@ def _watch(net: nn.Module, size: tuple[int, int]) -> tuple[Counter[str], dict[st
 
 
 def _sole_norm(net: nn.Module, readers: set[str], calls: Counter[str]) -> str | None:
-    """The one reader, if it is a batch norm with running statistics that reads nothing else."""
+    """The only reader, if it is a batch norm with running statistics that reads nothing else; otherwise None."""
     name = next(iter(readers), "")
     if len(readers) != 1 or not name or calls[name] != 1 or net.get_submodule(name).running_mean is None:
         return None

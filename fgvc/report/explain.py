@@ -16,7 +16,7 @@ from fgvc.config.recipe import Selected
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.evaluation.temperature import calibration_without_data
-from fgvc.models.cam.offline import ClassMaps, looking, named
+from fgvc.models.cam.offline import ClassMaps, class_maps_of, method_name
 from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runtime import explain as drawing
 from fgvc.runtime.engine import is_rejected, probabilities, refuse_no_numbers
@@ -80,7 +80,7 @@ def explain(
     Raises FgvcError, before anything is written, for a method, class or path that does not exist, and for a net that can't
     have such a map.
     """
-    chosen = tuple(dict.fromkeys(named(method) for method in methods))
+    chosen = tuple(dict.fromkeys(method_name(method) for method in methods))
     files = list(expand(paths))
     drawing.refuse_out(out, overwrite=overwrite)
     with ExitStack() as stack:
@@ -106,7 +106,7 @@ def explaining(
         print(f"{run.folder}: its probabilities are not calibrated: {known.reason}", file=sys.stderr)
     with run.placed(device) as (where, layout), ExitStack() as stack:
         try:
-            look = stack.enter_context(looking(run.step.net, run.preprocess.size, methods, channels=channels))
+            look = stack.enter_context(class_maps_of(run.step.net, run.preprocess.size, methods, channels=channels))
         except FgvcError as error:
             raise FgvcError(f"{run.folder}: {error}") from error
         for method in methods:

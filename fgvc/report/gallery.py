@@ -17,7 +17,7 @@ from fgvc.errors import FgvcError, ImageError
 from fgvc.evaluation.metrics import Scores
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit
-from fgvc.models.cam.offline import looking
+from fgvc.models.cam.offline import class_maps_of
 from fgvc.report.render import picture
 from fgvc.runs.loaded import Answers, LoadedRun
 from fgvc.runtime.engine import calibration_word, is_calibrated, probabilities
@@ -169,7 +169,7 @@ def _maps(
     found: dict[int, np.ndarray] = {}
     with run.placed(device) as (where, layout), ExitStack() as stack:
         try:
-            look = stack.enter_context(looking(run.step.net, run.preprocess.size, ["gradcam"]))
+            look = stack.enter_context(class_maps_of(run.step.net, run.preprocess.size, ["gradcam"]))
         except FgvcError as error:
             return {}, str(error)
         for batch in evaluation_loader(run.index, rows, spec=run.preprocess, batch_size=32, workers=0):

@@ -25,7 +25,7 @@ from fgvc.models.backbone import freeze, head_prefixes, plain_model, refuse_size
 from fgvc.models.loss import make_criterion
 from fgvc.models.norms import running_norms, zero_gamma
 from fgvc.models.probe import refuse_unprobed, zero_head
-from fgvc.models.weights import Weights, load_weights, preprocess_for, told, unlikely
+from fgvc.models.weights import Weights, load_weights, preprocess_for, stated_keys, unlikely
 from fgvc.reparam.replace import Block, folded_state
 from fgvc.runs.folder import read_run, recorded_classes
 from fgvc.runs.step import StepModule
@@ -79,7 +79,7 @@ def build_net(
     size = recipe.image.size
     net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs)
     model = recipe.model if pretrained else recipe.model.model_copy(update={"weights": "none"})
-    weights = load_weights(net, model, stated=told(recipe.deploy), plain=_folded(Path(model.weights).expanduser()))
+    weights = load_weights(net, model, stated=stated_keys(recipe.deploy), plain=_folded(Path(model.weights).expanduser()))
     if pretrained:
         zero_gamma(net, model)
         if model.head == "zero":

@@ -20,7 +20,7 @@ from fgvc.config.schedule import at
 from fgvc.errors import FgvcError
 from fgvc.models.class_maps import ClassMapper, evaluating
 from fgvc.models.loss import cross_entropy
-from fgvc.models.norms import momenta, own_statistics, running_norms
+from fgvc.models.norms import batch_statistics, momenta, running_norms
 from fgvc.models.target import Target
 from fgvc.rng import STEP, generator
 from fgvc.techniques.api import Batch, Draws, Output, Technique, View, overrides
@@ -203,7 +203,7 @@ class StepModule(nn.Module):
         x = group[0].x if len(group) == 1 else torch.cat([view.x for view in group])
         self._group, self._hooked, self._fired = group, {}, set()
         own = group[0].bn == "own"
-        with own_statistics(self.net, recompute=self._grad_checkpointing) if own else nullcontext():
+        with batch_statistics(self.net, recompute=self._grad_checkpointing) if own else nullcontext():
             features = self.net.forward_features(x)  # type: ignore[operator]
             if self._grad_checkpointing and features.requires_grad:
                 features.register_hook(partial(self._enter, group))

@@ -20,7 +20,7 @@ from fgvc.config.models import Model, run_of
 from fgvc.errors import FgvcError
 from fgvc.evaluation.features import Embed, embedding, pooled
 from fgvc.models.backbone import plain_model, pretrained_cfg
-from fgvc.models.weights import load_weights, preprocess_for, read_sidecar, told, unlikely
+from fgvc.models.weights import load_weights, preprocess_for, read_sidecar, stated_keys, unlikely
 from fgvc.reparam.plain import strip
 from fgvc.runs.folder import is_run
 from fgvc.runs.loaded import load_run
@@ -96,7 +96,7 @@ def of_weights(model: Model, deploy: Deploy, size: tuple[int, int] | None) -> Ca
     if model.weights == "none":
         raise FgvcError(f"{model.backbone}: features of random weights say nothing of a set; name weights")
     net = plain_model(model.backbone, 2, model.kwargs).eval()
-    weights = load_weights(net, model, stated=told(deploy))
+    weights = load_weights(net, model, stated=stated_keys(deploy))
     spec = preprocess_for(deploy, size or pretrained_cfg(net)["input_size"][1:], weights)
     return Candidate(
         name=_name(model),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map, modules_behind, scale_cells, zeros_through
 from fgvc.models.class_maps import Method, evaluating, refusal
-from fgvc.models.norms import own_statistics
+from fgvc.models.norms import batch_statistics
 from fgvc.reparam.replace import Site, find_sites, replace_conv
 from fgvc.techniques.api import Batch, Draws, Output
 from fgvc.techniques.distill.settings import AnyTeacher
@@ -305,7 +305,7 @@ def context_of(
     size = size or (attachments.size if batch is None else batch.x.shape[2:])
 
     def head(features: Tensor, *, pre_logits: bool = False) -> Tensor:
-        with own_statistics(attachments.net, recompute=attachments.grad_checkpointing):
+        with batch_statistics(attachments.net, recompute=attachments.grad_checkpointing):
             return cast("Tensor", attachments.net.forward_head(features, pre_logits=pre_logits))  # type: ignore[operator]
 
     return Context(

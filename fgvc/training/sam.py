@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from fgvc.config.training import Sam
-from fgvc.models.norms import own_statistics
+from fgvc.models.norms import batch_statistics
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def perturbed(step: nn.Module, sam: Sam) -> Iterator[None]:
     kept = [weight.detach().clone() for weight in weights]
     try:
         _climb(named, sam)
-        with own_statistics(step, recompute=False):
+        with batch_statistics(step, recompute=False):
             yield
     finally:
         with torch.no_grad():

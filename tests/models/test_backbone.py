@@ -18,7 +18,7 @@ from fgvc.config.models import Model
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import deployed, feature_layout, feature_map, freeze, memory_format, plain_model
 from fgvc.models.norms import zero_gamma
-from fgvc.models.weights import load_weights, preprocess_for, told, unlikely
+from fgvc.models.weights import load_weights, preprocess_for, stated_keys, unlikely
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -275,7 +275,7 @@ def own(tmp_path: Path, mean: list[float] | None, std: list[float] | None, /, **
         (tmp_path / "w.safetensors.json").write_text(json.dumps({"mean": mean, "std": std}))
     stated = Deploy(**deploy)
     weights = Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors"))
-    found = load_weights(net(), weights, stated=told(stated))
+    found = load_weights(net(), weights, stated=stated_keys(stated))
     return (*found.doubts, *unlikely(preprocess_for(stated, (32, 32), found), found))
 
 

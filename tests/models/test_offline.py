@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fgvc.errors import FgvcError
 from fgvc.models.cam import methods as method
 from fgvc.models.cam import offline
-from fgvc.models.cam.offline import BY_CHANNEL, LIBRARY, METHODS, looking, named, offline_maps
+from fgvc.models.cam.offline import BY_CHANNEL, LIBRARY, METHODS, class_maps_of, method_name, offline_maps
 from fgvc.models.class_maps import evaluating
 from tests.models.net import CLASSES, made
 
@@ -203,7 +203,7 @@ def test_every_method_against_its_formula(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(offline, "FORWARD", 4)  # in pieces
     net = made(name, **NETS[name])
     truth, chosen = Truth(name, net), [method for method in METHODS if method != "cam" or name == HEAD]
-    with looking(net, SIZE, chosen, channels=COUNT) as look:
+    with class_maps_of(net, SIZE, chosen, channels=COUNT) as look:
         for kind in chosen:
             maps, raw = look(pictures(), LABELS, kind)
             expected = TRUTH[kind](truth)
@@ -231,7 +231,7 @@ def test_maps_of_the_most_unlikely_classes_reach_from_0_to_1(kinds: tuple[str, .
     with torch.no_grad():
         net.get_classifier().bias[LABELS] += bias
         net.get_classifier().weight[LABELS] *= scale
-    with looking(net, SIZE, kinds, channels=40) as look:
+    with class_maps_of(net, SIZE, kinds, channels=40) as look:
         for kind in kinds:
             maps, raw = look(pictures(), LABELS, kind)
             assert raw.abs().max() < 1e-6, kind
@@ -258,7 +258,7 @@ def test_kernel_pca_is_the_same_every_time_and_the_library_s_where_that_is_exact
 
 def test_cam_is_grad_cam_up_to_scale_where_pooling_and_a_linear_layer_are_the_head() -> None:
     net = made(HEAD)
-    with looking(net, SIZE, ["cam", "gradcam", "hirescam", "ablationcam"]) as look:
+    with class_maps_of(net, SIZE, ["cam", "gradcam", "hirescam", "ablationcam"]) as look:
         raw = {kind: look(pictures(), LABELS, kind)[1] for kind in ("cam", "gradcam", "hirescam", "ablationcam")}
     cells = raw["cam"][0].numel()
     torch.testing.assert_close(raw["gradcam"] * cells, raw["cam"], rtol=1e-4, atol=1e-4)
@@ -270,14 +270,14 @@ def test_cam_is_grad_cam_up_to_scale_where_pooling_and_a_linear_layer_are_the_he
 
 def test_without_noise_the_smooth_methods_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "SIGMA", {"smoothgradcam++": 0.0, "sscam": 0.0})
-    with looking(made("mobilenetv3_small_100"), SIZE, ["gradcam++"], channels=COUNT) as look:
+    with class_maps_of(made("mobilenetv3_small_100"), SIZE, ["gradcam++"], channels=COUNT) as look:
         for smoothed, plain in (("smoothgradcam++", "gradcam++"), ("sscam", "scorecam")):
             found, expected = (look(pictures(), LABELS, kind)[1].clamp(min=0) for kind in (smoothed, plain))
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_a_map_does_not_depend_on_its_batch() -> None:
-    with looking(made("mobilenetv3_small_100"), SIZE, ["gradcam"], channels=3) as look:
+    with class_maps_of(made("mobilenetv3_small_100"), SIZE, ["gradcam"], channels=3) as look:
         for kind in ("gradcam", "smoothgradcam++", "scorecam", "ablationcam", "finercam"):
             both, alone = look(pictures(), LABELS, kind)[1], look(pictures()[1:], LABELS[1:], kind)[1]
             torch.testing.assert_close(both[1:], alone, rtol=1e-3, atol=1e-6)
@@ -288,7 +288,7 @@ def test_class_tokens_are_tapped_before_the_last_block(kwargs: dict) -> None:
     """The patches of the last features have no gradient there; what the last block reads of them has."""
     net = made("test_vit", img_size=64, **kwargs)
     x, y = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 2])
-    with looking(net, (64, 64), ["gradcam", "ablationcam", "scorecam"], channels=4) as look:
+    with class_maps_of(net, (64, 64), ["gradcam", "ablationcam", "scorecam"], channels=4) as look:
         torch.testing.assert_close(look.logits(x), net(x))
         raw = {kind: look(x, y, kind)[1] for kind in ("gradcam", "ablationcam", "scorecam")}
     kept: list[Tensor] = []
@@ -331,11 +331,11 @@ def test_the_net_is_left_as_it_was() -> None:
 
     before, modules = state(), [id(module) for module in net.modules()]
     for kind in METHODS[1:]:
-        with looking(net, SIZE, [kind], channels=2) as look:
+        with class_maps_of(net, SIZE, [kind], channels=2) as look:
             look(pictures(), LABELS, kind)
     assert state() == before
     assert [id(module) for module in net.modules()] == modules, "no layer was exchanged"
-    with pytest.raises(RuntimeError), looking(net, SIZE, ["gradcam"]) as look:
+    with pytest.raises(RuntimeError), class_maps_of(net, SIZE, ["gradcam"]) as look:
         look(pictures(), torch.tensor([99, 99]), "gradcam") if False else look(
             torch.zeros(1, 7, 8, 8), LABELS, "gradcam"
         )
@@ -344,7 +344,7 @@ def test_the_net_is_left_as_it_was() -> None:
 
 def test_hooks_go_where_a_class_does_not_exist() -> None:
     net = made(HEAD)
-    with looking(net, SIZE, ["gradcam"]) as look, pytest.raises(IndexError):
+    with class_maps_of(net, SIZE, ["gradcam"]) as look, pytest.raises(IndexError):
         look(pictures(), torch.tensor([99, 99]), "gradcam")
     assert not any(module._forward_hooks for module in net.modules())
 
@@ -353,28 +353,28 @@ def test_hooks_go_where_a_class_does_not_exist() -> None:
     "name", ["GradCAM", "Grad-CAM", "gradcam", "GradCAMPlusPlus", "Smooth Grad-CAM++", "SS-CAM", "KPCA_CAM"]
 )
 def test_names_as_papers_and_libraries_spell_them(name: str) -> None:
-    assert named(name) in METHODS
+    assert method_name(name) in METHODS
 
 
 def test_other_names_are_refused_with_the_reason() -> None:
     with pytest.raises(FgvcError, match=r"FullGrad: it adds up the biases.*there are cam, gradcam"):
-        named("FullGrad")
+        method_name("FullGrad")
     with pytest.raises(FgvcError, match=r"no method 'gradcan'; there are cam, gradcam"):
-        named("gradcan")
+        method_name("gradcan")
     import pytorch_grad_cam
 
     theirs = {kind.lower() for kind in dir(pytorch_grad_cam) if kind.lower().endswith("cam") and kind[0].isupper()}
     for kind in theirs - set(offline.REFUSED):
-        assert named(kind) in METHODS, "every one of the library's is either there or refused by name"
+        assert method_name(kind) in METHODS, "every one of the library's is either there or refused by name"
     for kind in LIBRARY.values():
         assert hasattr(pytorch_grad_cam, kind)
 
 
 def test_nets_that_can_have_no_such_map_are_refused() -> None:
-    with pytest.raises(FgvcError, match=r"cam: .*use gradcam"), looking(made("mobilenetv3_small_100"), SIZE, ["cam"]):
+    with pytest.raises(FgvcError, match=r"cam: .*use gradcam"), class_maps_of(made("mobilenetv3_small_100"), SIZE, ["cam"]):
         pass
     pit = timm.create_model("pit_ti_224", num_classes=3, img_size=64)
-    with pytest.raises(FgvcError, match="class token"), looking(pit, (64, 64), ["gradcam"]):
+    with pytest.raises(FgvcError, match="class token"), class_maps_of(pit, (64, 64), ["gradcam"]):
         pass
 
 
@@ -400,7 +400,7 @@ def test_class_tokens_read_patches_on_grids_that_are_no_squares(
     """Cell (i, j) of the map is token `prefix + i * columns + j`, weighted by hand."""
     net = made(name, **kwargs)
     x, y = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1)), torch.tensor([2])
-    with looking(net, size, ["gradcam"]) as look:
+    with class_maps_of(net, size, ["gradcam"]) as look:
         assert look.cells == cells
         maps, raw = look(x, y, "gradcam")
     kept: list[Tensor] = []
@@ -420,7 +420,7 @@ def test_costs_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     net = made(HEAD)
     said = {}
     for channels in (None, 10, 0, 9999):
-        with looking(net, SIZE, ["gradcam"], channels=channels) as look:
+        with class_maps_of(net, SIZE, ["gradcam"], channels=channels) as look:
             said[channels] = [look.cost(kind) for kind in ("gradcam", "smoothgradcam++", *BY_CHANNEL)]
     advice = "; --channels takes another number, 0 all"
     assert said[None] == [
@@ -437,7 +437,7 @@ def test_costs_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_several_methods_share_one_pass_through_the_backbone() -> None:
     net = made(HEAD)
-    with looking(net, SIZE, ["cam", "gradcam"]) as look:
+    with class_maps_of(net, SIZE, ["cam", "gradcam"]) as look:
         passes = []
         handle = net.conv1.register_forward_hook(lambda *given: passes.append(1))
         x = pictures()
@@ -453,7 +453,7 @@ def test_offline_maps_take_the_names_of_recipes() -> None:
     batches = [(x[:1], LABELS[:1], np.array([7])), (x[1:], LABELS[1:], np.array([9]))]
     found = list(offline_maps(net, batches, "GradCAMPlusPlus"))
     assert [rows.tolist() for rows, _ in found] == [[7], [9]]
-    with looking(net, SIZE, ["gradcam++"]) as look:
+    with class_maps_of(net, SIZE, ["gradcam++"]) as look:
         torch.testing.assert_close(torch.cat([maps for _, maps in found]), look(x, LABELS, "gradcam++")[0])
     assert list(offline_maps(net, [], "gradcam")) == []
 

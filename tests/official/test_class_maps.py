@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fgvc.models.cam import offline
 from fgvc.models.cam.methods import _noise
-from fgvc.models.cam.offline import looking
+from fgvc.models.cam.offline import class_maps_of
 from tests.official.conftest import Arrays
 
 METHODS = {"scorecam": "scorecam", "scorecam_signed": "scorecam", "sscam": "sscam"}
@@ -66,7 +66,7 @@ def test_the_net_is_the_one_that_was_looked_at(case: tuple[str, Arrays, Net]) ->
 
 def test_maps_and_what_they_are_made_of(case: tuple[str, Arrays, Net]) -> None:
     name, a, net = case
-    with looking(net, (20, 20), [METHODS[name]], channels=0) as look:
+    with class_maps_of(net, (20, 20), [METHODS[name]], channels=0) as look:
         assert look.cells == (5, 5)
         maps, raw = look(a["images"], a["classes"], METHODS[name])
     torch.testing.assert_close(maps.double(), a["map"], rtol=0, atol=3e-7)  # 3e-8: maps are float32
@@ -78,11 +78,11 @@ def test_maps_and_what_they_are_made_of(case: tuple[str, Arrays, Net]) -> None:
 
 def test_weights_are_the_probabilities_of_the_masked_images(case: tuple[str, Arrays, Net]) -> None:
     name, a, net = case
-    with looking(net, (20, 20), [METHODS[name]], channels=0) as look:
-        cam = look._made(METHODS[name], (20, 20))
+    with class_maps_of(net, (20, 20), [METHODS[name]], channels=0) as look:
+        cam = look._method(METHODS[name], (20, 20))
         maps = a["features"].numpy()
         for row, label in enumerate(a["classes"].tolist()):
-            chosen = cam.chosen(maps[row])
+            chosen = cam.tried(maps[row])
             assert sorted(chosen.tolist()) == a["tried"][row].nonzero()[:, 0].tolist(), "flat channels are skipped"
             with torch.no_grad():
                 p = cam.scores(a["images"][row : row + 1], row, label, maps[row], chosen)
@@ -93,10 +93,10 @@ def test_weights_are_the_probabilities_of_the_masked_images(case: tuple[str, Arr
 def test_flat_channels_leave_room_for_others(case: tuple[str, Arrays, Net]) -> None:
     """Channel 6 is flat at 0.5 everywhere, and among the four of the highest mean: it must not take a place."""
     name, a, net = case
-    with looking(net, (20, 20), [METHODS[name]], channels=4) as look:
-        cam = look._made(METHODS[name], (20, 20))
+    with class_maps_of(net, (20, 20), [METHODS[name]], channels=4) as look:
+        cam = look._method(METHODS[name], (20, 20))
         for row in a["features"].numpy():
-            chosen = cam.chosen(row)
+            chosen = cam.tried(row)
             assert len(chosen) == 4
             assert not {6, 7} & set(chosen.tolist())
         cam.activations_and_grads.release()

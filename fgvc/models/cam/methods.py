@@ -1,4 +1,4 @@
-"""Class maps that pytorch-grad-cam lacks or gets wrong, in its own interface.
+"""Class map methods that pytorch-grad-cam lacks or gets wrong, in its interface.
 
 A (C,h,w) is the hooked feature map of an image, g = dY/dA with Y the logit of the class, p its probability. The model of each
 is a `fgvc.models.feature_maps.FeatureNet`. The library's own Score-CAM puts raw logits through a softmax over channels, which
@@ -29,8 +29,8 @@ Layout = Callable[[Tensor], Tensor]
 
 
 class CAM(BaseCAM):
-    """sum_k W[c,k] A_k (Zhou et al., CVPR 2016, arXiv:1512.04150): of nets whose head is global average pooling and one linear
-    layer."""
+    """CAM, sum_k W[c,k] A_k (Zhou et al., CVPR 2016, arXiv:1512.04150), for nets whose head is global average pooling and one
+    linear layer."""
 
     def __init__(self, model: FeatureNet, layout: Layout, weight: Tensor) -> None:
         super().__init__(model, [model.features], layout, uses_gradients=False)
@@ -62,10 +62,10 @@ class GradCAMPlusPlus(BaseCAM):
 
 class SmoothGradCAMPlusPlus(BaseCAM):
     """Smooth Grad-CAM++ (Omeiza et al. 2019, arXiv:1908.01224): Grad-CAM++ with D1, D2, D3, the means of g, g^2, g^3 over noisy
-    copies of the image, in the place of the powers of g: a = D2 / (2 D2 + sum_hw(A) D3), w_k = sum_hw a relu(D1); A of the clean
+    copies of the image, in place of the powers of g: a = D2 / (2 D2 + sum_hw(A) D3), w_k = sum_hw a relu(D1); A of the clean
     image.
 
-    The noise is the same for every image, whatever stands beside it in a batch: maps do not depend on batches.
+    The noise is the same for every image, so that maps do not depend on batches.
     """
 
     def __init__(self, model: FeatureNet, layout: Layout, *, samples: int, sigma: float) -> None:
@@ -85,25 +85,25 @@ class SmoothGradCAMPlusPlus(BaseCAM):
             d1 += g / self.samples
             d2 += g**2 / self.samples
             d3 += g**3 / self.samples
-        below = 2 + activations.sum((2, 3), keepdims=True) * np.divide(d3, d2, out=np.zeros_like(d3), where=d2 > 0)
-        alpha = np.where(d2 == 0, 0.0, 1 / np.where(np.abs(below) < 1e-6, 1e-6, below))
+        denominator = 2 + activations.sum((2, 3), keepdims=True) * np.divide(d3, d2, out=np.zeros_like(d3), where=d2 > 0)
+        alpha = np.where(d2 == 0, 0.0, 1 / np.where(np.abs(denominator) < 1e-6, 1e-6, denominator))
         return (alpha * d1.clip(min=0)).sum((2, 3)).astype(np.float32)
 
 
 class ScoreCAM(BaseCAM):
-    """w_k = p(x M_k), M_k = n(up(A_k)), n min-max; relu(up(sum w_k A_k)).
+    """Score-CAM (Wang et al., CVPRW 2020, arXiv:1910.01279): relu(up(sum w_k A_k)), w_k = p(x M_k), M_k = n(up(A_k)), n min-max.
 
-    Score-CAM (Wang et al., CVPRW 2020, arXiv:1910.01279) as its authors' code has it. p is after the softmax over classes. Unlike
-    the paper's text, that code subtracts no p of a black image, which for many images' own class is larger than that of every
-    masked one and would empty their maps; and it has no second softmax over channels, which would make weights of a share of 1
-    almost equal (haofanwang/Score-CAM, #6 and #17). Flat channels have no mask and no weight.
+    As in its authors' code. p is after the softmax over classes. Unlike the paper's text, that code subtracts no p of a black
+    image, which for the label of many images is larger than that of every masked one and would empty their maps; and it has no
+    second softmax over channels, which would make weights of a share of 1 almost equal (haofanwang/Score-CAM, #6 and #17). Flat
+    channels have no mask and no weight.
     """
 
     enlarged_first = True  # before the ReLU: see `fgvc.models.cam.offline.ClassMaps`
 
     def __init__(self, model: FeatureNet, layout: Layout, *, channels: int, batch: int) -> None:
-        """`channels`: so many that are tried, of the highest mean activation; the others have weight 0. `batch`: images a
-        forward."""
+        """`channels`: number of channels that are tried, those of the highest mean activation; the others have weight 0. `batch`:
+        images per forward."""
         super().__init__(model, [model.features], layout, uses_gradients=False)
         self.channels, self.batch = channels, batch
 
@@ -113,31 +113,31 @@ class ScoreCAM(BaseCAM):
         weights = np.zeros(activations.shape[:2])  # not float32: those of an unlikely class must not vanish
         with torch.no_grad():
             for row, maps in enumerate(activations):
-                chosen = self.chosen(maps)
-                if len(chosen):
-                    found = self.scores(input_tensor[row : row + 1], row, targets[row].category, maps, chosen)
-                    weights[row, chosen] = found.double().cpu().numpy()
+                tried = self.tried(maps)
+                if len(tried):
+                    scores = self.scores(input_tensor[row : row + 1], row, targets[row].category, maps, tried)
+                    weights[row, tried] = scores.double().cpu().numpy()
         return weights
 
-    def chosen(self, maps: Floats) -> NDArray[np.int64]:
+    def tried(self, maps: Floats) -> NDArray[np.int64]:
         """The channels of (C,h,w) that are tried."""
         return most_active(maps, self.channels, flat=False)
 
-    def scores(self, x: Tensor, row: int, label: int, maps: Floats, chosen: NDArray[np.int64]) -> Tensor:
-        """A weight for each chosen channel of the image x (1,3,H,W), row `row` of its batch."""
-        return torch.cat([self.masked(x, label, mask) for mask in self.masks(x, maps[chosen])])
+    def scores(self, x: Tensor, row: int, label: int, maps: Floats, tried: NDArray[np.int64]) -> Tensor:
+        """The weights of the channels `tried` of the image x (1,3,H,W), row `row` of its batch."""
+        return torch.cat([self.masked(x, label, mask) for mask in self.masks(x, maps[tried])])
 
     def masks(self, x: Tensor, maps: Floats) -> Iterator[Tensor]:
-        """n(up(A_k)) as (b,H,W), as many at a time as a forward takes: of all channels together they would fill the memory."""
-        for part in torch.from_numpy(maps).to(x).split(self.batch):
-            large = F.interpolate(part[None], x.shape[-2:], mode="bilinear", align_corners=False)[0]
+        """Masks n(up(A_k)) as (b,H,W), as many at a time as a forward takes, since all together would fill the memory."""
+        for chunk in torch.from_numpy(maps).to(x).split(self.batch):
+            large = F.interpolate(chunk[None], x.shape[-2:], mode="bilinear", align_corners=False)[0]
             yield normalised(large)
 
     def masked(self, x: Tensor, label: int, mask: Tensor) -> Tensor:
         return self.confidence(x * mask[:, None], label)
 
     def confidence(self, x: Tensor, label: int) -> Tensor:
-        """(B,) the class's probability, float64: that of an unlikely class must not vanish."""
+        """The probability (B,) of a class, in float64, so that an unlikely one does not vanish."""
         return self.model.net(x).double().softmax(1)[:, label]
 
 
@@ -145,7 +145,7 @@ class SSCAM(ScoreCAM):
     """Score-CAM with p(x (M_k + noise)) averaged over `samples` draws of normal noise (SS-CAM, Wang et al. 2020,
     arXiv:2006.14255, type 1).
 
-    The same draws for every channel, so that channels differ by what they show alone.
+    The draws are the same for every channel, so that only the channels' content differs.
     """
 
     def __init__(self, model: FeatureNet, layout: Layout, *, channels: int, batch: int, samples: int, sigma: float) -> None:
@@ -154,40 +154,39 @@ class SSCAM(ScoreCAM):
 
     def masked(self, x: Tensor, label: int, mask: Tensor) -> Tensor:
         draws = _noise(self.samples, x.shape[-2:])
-        found = [super(SSCAM, self).masked(x, label, mask + self.sigma * noise.to(x)) for noise in draws]
-        return torch.stack(found).mean(0)
+        scores = [super(SSCAM, self).masked(x, label, mask + self.sigma * noise.to(x)) for noise in draws]
+        return torch.stack(scores).mean(0)
 
 
 class AblationCAM(ScoreCAM):
-    """w_k = Y - Y[A_k = 0]: how much the logit falls without the channel (Ablation-CAM, Desai & Ramaswamy, WACV
-    2020; no arXiv).
+    """Ablation-CAM (Desai & Ramaswamy, WACV 2020; no arXiv): w_k = Y - Y[A_k = 0], the fall of the logit without the channel.
 
-    The paper divides that by Y: the same map where Y > 0, and where Y < 0 the map of what speaks against the class. Only what
-    lies behind the feature map runs anew, usually the head alone. A flat channel counts: the logit may rest on it.
+    The paper divides it by Y: the same map if Y > 0, and the map of evidence against the class if Y < 0. Only the layers behind
+    the feature map run again, usually the head alone. Flat channels are tried as well, since the logit may depend on them.
     """
 
     enlarged_first = False
 
-    def chosen(self, maps: Floats) -> NDArray[np.int64]:
+    def tried(self, maps: Floats) -> NDArray[np.int64]:
         return most_active(maps, self.channels)
 
-    def scores(self, x: Tensor, row: int, label: int, maps: Floats, chosen: NDArray[np.int64]) -> Tensor:
+    def scores(self, x: Tensor, row: int, label: int, maps: Floats, tried: NDArray[np.int64]) -> Tensor:
         features = self.model.hooked[row : row + 1]
         logit = self.model.behind(x, features)[:, label].double()
         falls = []
-        for part in torch.from_numpy(chosen).split(self.batch):
-            ablated = features.repeat(len(part), *(1 for _ in features.shape[1:]))
-            feature_map(self.model.net, ablated, x.shape[2:])[torch.arange(len(part)), part] = 0  # a view
-            falls.append(logit - self.model.behind(x.expand(len(part), -1, -1, -1), ablated)[:, label])
+        for chunk in torch.from_numpy(tried).split(self.batch):
+            ablated = features.repeat(len(chunk), *(1 for _ in features.shape[1:]))
+            feature_map(self.model.net, ablated, x.shape[2:])[torch.arange(len(chunk)), chunk] = 0  # a view
+            falls.append(logit - self.model.behind(x.expand(len(chunk), -1, -1, -1), ablated)[:, label])
         return torch.cat(falls)
 
 
 class KPCACAM(BaseCAM):
-    """The first component of the cells of A by kernel PCA, k(a, b) = tanh(a b / C + 1) (KPCA-CAM, Karmani et al.
-    2024, arXiv:2410.00267).
+    """KPCA-CAM (Karmani et al. 2024, arXiv:2410.00267): the first component of the cells of A by kernel PCA,
+    k(a, b) = tanh(a b / C + 1).
 
-    The library's own solver starts at random where there are more than 200 cells. Of a component and its negative, which are one,
-    both take that whose largest value is positive.
+    The library's own solver starts at random if there are more than 200 cells. The sign of a component is arbitrary: its largest
+    absolute value is made positive.
     """
 
     def __init__(self, model: FeatureNet, layout: Layout) -> None:
@@ -214,8 +213,8 @@ class KPCACAM(BaseCAM):
 
 
 class FinerTarget:
-    """The logit of a class against those of the classes most like it (Finer-CAM, Zhang et al., CVPR 2025,
-    arXiv:2501.11309), for Grad-CAM: what tells it from them. "Like": of the nearest logits, as in the paper's own code."""
+    """Target of Finer-CAM (Zhang et al., CVPR 2025, arXiv:2501.11309): the logit of a class minus those of similar classes,
+    which are those of the nearest logits, as in the paper's code."""
 
     def __init__(self, category: int, *, others: int = 3) -> None:
         self.category, self.others = category, others
@@ -227,8 +226,8 @@ class FinerTarget:
 
 
 def most_active(maps: Floats, count: int, *, flat: bool = True) -> NDArray[np.int64]:
-    """The channels of (C,h,w) with the highest mean, the highest first; without `flat`, of those that `normalised` can tell
-    from a constant."""
+    """The `count` channels of (C,h,w) with the highest mean, the highest first; without `flat`, those excepted that `normalised`
+    takes for constant."""
     order = np.argsort(-maps.mean((1, 2)), kind="stable")
     if not flat:
         order = order[normalised(torch.from_numpy(maps)).amax((1, 2)).numpy()[order] > 0]

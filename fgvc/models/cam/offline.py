@@ -1,4 +1,4 @@
-"""Class maps outside of the training step: pytorch-grad-cam's methods and fgvc's own beside them, by name."""
+"""Class maps outside of the training step, by the name of a method: pytorch-grad-cam's and fgvc's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fgvc.models.feature_maps import FeatureNet, feature_net, without_gradients
 
 Rows = NDArray[np.int64]
 
-LIBRARY = {  # pytorch-grad-cam's, as it has them
+LIBRARY = {  # method -> pytorch-grad-cam's class
     "gradcam": "GradCAM",
     "hirescam": "HiResCAM",
     "xgradcam": "XGradCAM",
@@ -42,8 +42,8 @@ REFUSED = {
     "sess": "it goes over an image in windows of many scales, which this net was not trained on",
     "guidedbackprop": "it follows ReLUs back to the pixels, which most of today's nets do not have",
 }
-CHANNELS = 64  # that a method looks at one by one, where each costs a forward of the whole net
-FORWARD = 32  # images at once where channels are tried one by one
+CHANNELS = 64  # default number of channels that are tried one by one, if each costs a forward of the whole net
+FORWARD = 32  # images per forward when channels are tried one by one
 SAMPLES = {"smoothgradcam++": 16, "sscam": 10}  # noisy copies
 SIGMA = {
     "smoothgradcam++": 0.15,
@@ -52,11 +52,11 @@ SIGMA = {
 
 
 class ClassMaps:
-    """Maps of one net by the methods it was made for; see `looking`."""
+    """Class maps of one net by some methods; made by `class_maps_of`."""
 
     def __init__(self, model: FeatureNet, size: tuple[int, int], methods: Sequence[str], *, channels: int | None) -> None:
-        """`channels`: so many of the most active, for methods that try them one by one; 0: all; None: CHANNELS, or all where
-        only the head has to run for each. Raises FgvcError for a method that this net can't have."""
+        """`channels`: number of the most active channels, for methods that try them one by one; 0: all; None: CHANNELS, or all
+        if only the head has to run for each. Raises FgvcError for a method that this net can't have."""
         self.net: nn.Module = model.net
         self._model, self._linear = model, None
         if "cam" in methods:
@@ -66,112 +66,113 @@ class ClassMaps:
         with torch.no_grad():
             weight = next(model.net.parameters())
             model(torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device))
-        _, self.width, *cells = feature_map(model.net, model.hooked, size).shape  # channels there are
+        _, self.width, *cells = feature_map(model.net, model.hooked, size).shape  # width: channels
         self.cells: tuple[int, ...] = tuple(cells)  # (h,w) of every map before it is enlarged
         self._channels = channels
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B,K) of x (B,3,H,W); the maps of the same x then need no other pass through the backbone."""
+        """Logits (B,K) of x (B,3,H,W); maps of the same x then need no other pass through the backbone."""
         with torch.no_grad():
             return self._model(x)
 
     def __call__(self, x: Tensor, labels: Tensor, method: str) -> tuple[Tensor, Tensor]:
-        """Of x (B,3,H,W) and classes (B,): maps (B,H,W) float32 in [0,1], of what speaks for the class; and what they were made
-        of, (B,h,w) float32, signed where the method is, without any scaling."""
+        """Maps (B,H,W), float32 in [0,1], of the evidence in x (B,3,H,W) for classes (B,); and the unscaled maps (B,h,w),
+        float32 and signed if the method is."""
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
         from fgvc.models.cam.methods import FinerTarget
 
         target = FinerTarget if method == "finercam" else ClassifierOutputTarget
-        cam = self._made(method, x.shape[2:])
-        kept: list[np.ndarray] = []
-        whole = cam.get_cam_image
+        cam = self._method(method, x.shape[2:])
+        unscaled: list[np.ndarray] = []
+        get_cam_image = cam.get_cam_image
 
-        def raw(*given: Any) -> np.ndarray:
-            kept.append(whole(*given))
-            return kept[0]
+        def recorded(*args: Any) -> np.ndarray:
+            unscaled.append(get_cam_image(*args))
+            return unscaled[0]
 
-        cam.get_cam_image = raw
+        cam.get_cam_image = recorded
         try:  # its own `with` swallows IndexErrors; hooks that stay would see every later forward
             with torch.inference_mode(False), torch.enable_grad():
                 cam(x, [target(int(label)) for label in labels])
         finally:
             cam.activations_and_grads.release()
-            del cam.get_cam_image  # it knows the cam that knows it, and with that the graph of a batch
-        # Its own scaling adds 1e-7 to the largest value, which is much where a class is unlikely.
-        maps = torch.from_numpy(kept[0])
-        # Grad-CAM and its kin cut at the features' size, the authors of Score-CAM at the image's.
+            del cam.get_cam_image  # a reference cycle, which would keep the graph of a batch
+        # The library's scaling adds 1e-7 to the largest value, which is much if a class is unlikely.
+        maps = torch.from_numpy(unscaled[0])
+        # Grad-CAM and similar methods clamp at the features' size, the authors of Score-CAM at the image's.
         small = maps if getattr(cam, "enlarged_first", False) else maps.clamp(min=0)
         large = F.interpolate(small[:, None], x.shape[-2:], mode="bilinear", align_corners=False)[:, 0].clamp(min=0)
         return normalised(large).float(), maps.float()
 
     def cost(self, method: str) -> str | None:
-        """What an image costs beyond one forward, for people; None: next to nothing."""
+        """The cost of an image beyond one forward, in words; None if it is negligible."""
         if method not in BY_CHANNEL:
             return f"{SAMPLES[method]} more forwards an image" if method in SAMPLES else None
         tried = self.tried(method)
-        what = "passes through the head" if method == "ablationcam" and self._model.inside is None else "forwards"
-        which = f"all {tried}" if tried == self.width else f"the {tried} most active of {self.width}"
+        unit = "passes through the head" if method == "ablationcam" and self._model.inside is None else "forwards"
+        channels = f"all {tried}" if tried == self.width else f"the {tried} most active of {self.width}"
         advice = "" if tried == self.width else "; --channels takes another number, 0 all"
-        return f"{tried * SAMPLES.get(method, 1)} {what} an image, for {which} channels{advice}"
+        return f"{tried * SAMPLES.get(method, 1)} {unit} an image, for {channels} channels{advice}"
 
     def tried(self, method: str) -> int:
-        """How many channels are tried one by one."""
+        """The number of channels that are tried one by one."""
         if self._channels is None:
             cheap = method == "ablationcam" and self._model.inside is None
             return self.width if cheap else min(CHANNELS, self.width)
         return min(self._channels, self.width) or self.width
 
-    def _made(self, method: str, size: Sequence[int]) -> Any:
-        import pytorch_grad_cam  # slow to import, and needed here alone
+    def _method(self, method: str, size: Sequence[int]) -> Any:
+        import pytorch_grad_cam  # slow to import, and needed only here
 
-        from fgvc.models.cam import methods as own
+        from fgvc.models.cam import methods as ours
 
         model, layout = self._model, partial(feature_map, self.net, size=size)
         if method == "cam":
-            assert self._linear is not None, "it was looked for when this was made"
-            return own.CAM(model, layout, self._linear.weight)
+            assert self._linear is not None, "set by __init__"
+            return ours.CAM(model, layout, self._linear.weight)
         if method in ("gradcam++", "kpcacam"):
-            return (own.KPCACAM if method == "kpcacam" else own.GradCAMPlusPlus)(model, layout)
+            return (ours.KPCACAM if method == "kpcacam" else ours.GradCAMPlusPlus)(model, layout)
         if method == "smoothgradcam++":
-            return own.SmoothGradCAMPlusPlus(model, layout, samples=SAMPLES[method], sigma=SIGMA[method])
+            return ours.SmoothGradCAMPlusPlus(model, layout, samples=SAMPLES[method], sigma=SIGMA[method])
         if method == "sscam":
-            return own.SSCAM(
+            return ours.SSCAM(
                 model, layout, channels=self.tried(method), batch=FORWARD, samples=SAMPLES[method], sigma=SIGMA[method]
             )
         if method in BY_CHANNEL:
-            kind = own.ScoreCAM if method == "scorecam" else own.AblationCAM
+            kind = ours.ScoreCAM if method == "scorecam" else ours.AblationCAM
             return kind(model, layout, channels=self.tried(method), batch=FORWARD)
         kind = getattr(pytorch_grad_cam, LIBRARY["gradcam" if method == "finercam" else method])
         return kind(model, target_layers=[model.features], reshape_transform=layout)
 
 
 @contextmanager
-def looking(
+def class_maps_of(
     net: nn.Module, size: tuple[int, int], methods: Sequence[str], *, channels: int | None = None
 ) -> Iterator[ClassMaps]:
-    """A net that is only looked at: its mode, gradients and flags come back at the end.
+    """Class maps of a net within the block; its mode, gradients and flags are restored at the end.
 
-    Raises FgvcError for a net without class maps, or without one of these, and for a feature map of one cell: it tells nothing.
+    Raises FgvcError for a net without class maps, or without those of one of the methods, and for a feature map of one cell,
+    which shows nothing.
     """
-    with _tapped(net, size, methods, channels) as look:
+    with _hooked(net, size, methods, channels) as look:
         if look.cells == (1, 1):
             raise FgvcError("no class maps: the feature map is a single cell; train at a larger image.size")
         yield look
 
 
 @contextmanager
-def _tapped(
+def _hooked(
     net: nn.Module, size: tuple[int, int], methods: Sequence[str], channels: int | None = None
 ) -> Iterator[ClassMaps]:
-    names = [named(method) for method in methods]
+    names = [method_name(method) for method in methods]
     model = feature_net(net, size)
     with evaluating(net), without_gradients(net):
         yield ClassMaps(model, size, names, channels=channels)
 
 
-def named(method: str) -> str:
-    """One of METHODS, however it is spelled: Grad-CAM, GradCAMPlusPlus. Raises FgvcError."""
+def method_name(method: str) -> str:
+    """The name in METHODS of a method in any common spelling (Grad-CAM, GradCAMPlusPlus). Raises FgvcError if there is none."""
     name = method.lower().replace("plusplus", "++").replace("-", "").replace("_", "").replace(" ", "")
     if name in REFUSED:
         raise FgvcError(f"{method}: {REFUSED[name]}; there are {', '.join(METHODS)}")
@@ -183,14 +184,15 @@ def named(method: str) -> str:
 def offline_maps(
     net: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Rows]], method: str
 ) -> Iterator[tuple[Rows, Tensor]]:
-    """For every batch of images (B,3,H,W), labels (B,) and rows (B,): the rows, and maps (B,H,W) float32 in [0,1]. The net's
-    mode, gradients and flags are what they were when the iterator ends. A map of one cell is 0 everywhere."""
-    coming = iter(batches)
-    first = next(coming, None)
+    """For every batch of images (B,3,H,W), labels (B,) and rows (B,): the rows, and maps (B,H,W) float32 in [0,1].
+
+    The net's mode, gradients and flags are restored when the iterator ends. A map of one cell is 0 everywhere."""
+    batches = iter(batches)
+    first = next(batches, None)
     if first is None:
         return
-    name = named(method)
+    name = method_name(method)
     height, width = first[0].shape[-2:]
-    with _tapped(net, (height, width), [name]) as look:
-        for images, labels, rows in chain([first], coming):
+    with _hooked(net, (height, width), [name]) as look:
+        for images, labels, rows in chain([first], batches):
             yield rows, look(images.detach(), labels, name)[0]
