@@ -44,9 +44,9 @@ class BilinearAttention(nn.Module):
         self.register_buffer("centres", torch.zeros(classes, maps * channels))
         self.centres: Tensor
 
-    def forward(self, f: Tensor, *, own_statistics: bool = False) -> tuple[Tensor, Tensor]:
-        """Attend to f (B,C,h,w): maps A (B,M,h,w) >= 0, v (B,M*C). `own_statistics`: of this batch; the running ones stay."""
-        statistics = norms.own_statistics(self, recompute=False) if own_statistics else nullcontext()
+    def forward(self, f: Tensor, *, batch_statistics: bool = False) -> tuple[Tensor, Tensor]:
+        """Attend to f (B,C,h,w): maps A (B,M,h,w) >= 0, v (B,M*C). `batch_statistics`: of this batch; the running ones stay."""
+        statistics = norms.batch_statistics(self, recompute=False) if batch_statistics else nullcontext()
         with torch.autocast(f.device.type, enabled=False), statistics:
             f = f.to(self.conv.weight.dtype)
             attention = self.norm(self.conv(f)).relu()

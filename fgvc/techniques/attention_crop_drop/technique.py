@@ -125,6 +125,6 @@ class AttentionCropDrop(Technique):
     def _attend(self, output: Output, ctx: Context) -> tuple[Tensor, Tensor]:
         """Maps and pooled features of one view by the branch, computed once a step."""
         if output.view.name not in ctx.cache:
-            branch, own_statistics = ctx.branches["attention"], output.view.bn == "own"
-            ctx.cache[output.view.name] = branch(ctx.grid(output.features), own_statistics=own_statistics)
+            branch, batch_statistics = ctx.branches["attention"], output.view.bn == "own"
+            ctx.cache[output.view.name] = branch(ctx.grid(output.features), batch_statistics=batch_statistics)
         return cast("tuple[Tensor, Tensor]", ctx.cache[output.view.name])
