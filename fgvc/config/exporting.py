@@ -14,7 +14,7 @@ OPSETS: Mapping[Exporter, range] = {"dynamo": range(18, 27), "torchscript": rang
 
 
 class Export(Section):
-    """How the ONNX file is made. Both settings change the graph, so they are part of the contract."""
+    """Export of the ONNX file. Both settings change the graph, so they are recorded in the contract."""
 
     exporter: Exporter = Field("dynamo", description="torch's: dynamo (by torch.export) | torchscript (the older one)")
     opset: int = Field(

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from fgvc.config.schedule import Scheduled, Value, at, knots
 from fgvc.config.section import Section, Size
 
-MAX_PIXELS = 50_000_000  # of a picture, as its file says: the limit of every verb, unless a setting or an option says another
+MAX_PIXELS = 50_000_000  # of a picture, by its header: the limit of every verb, unless a setting or an option has another
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Triple = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -43,7 +43,7 @@ class _Normalised(Section):
 
 
 class Deploy(_Normalised):
-    """Preprocessing of the deployed stack, which must not change either.
+    """Preprocessing of the deployed stack, which is as fixed as its graph.
 
     Evaluation, bundle and serving follow it. Keys that are left out take the values that the weights expect."""
 

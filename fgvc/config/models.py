@@ -69,7 +69,7 @@ class Model(Section):
     @field_validator("zero_gamma", mode="before")
     @classmethod
     def _yes_or_no(cls, value: object) -> object:
-        """YAML reads yes and no as true and false."""
+        """Turn true and false, as which YAML reads yes and no, back into these."""
         return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
     @field_validator("kwargs")

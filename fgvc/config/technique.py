@@ -38,7 +38,7 @@ class TechniqueSettings(Section):
 
 
 class Mixing(TechniqueSettings):
-    """Settings that all techniques share which mix images and their labels."""
+    """Settings shared by all techniques that mix images and their labels."""
 
     probability: ScheduledShare = Field(
         1.0,

@@ -135,7 +135,8 @@ class DecodeCache:
     def _decoded(self, row: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
         """An image decoded from its file, in place of its damaged copy in the cache."""
         if not (self.folder / _DAMAGED).exists():
-            print(f"{self.folder}: damaged; what is damaged is decoded anew, and all of it at the next start", file=sys.stderr)
+            advice = "damaged images are decoded from their files, and the cache is rebuilt at the next start"
+            print(f"{self.folder}: damaged; {advice}", file=sys.stderr)
             with contextlib.suppress(FgvcError):  # if it can't be written, the message comes again
                 write_atomic(self.folder / _DAMAGED, b"")
         picture = read_picture(self._index.path(row), max_pixels=self._index.max_pixels)

@@ -45,7 +45,7 @@ def stratified(
 
 
 def fold_numbers(labels: np.ndarray, *, folds: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
-    """The fold in [0, folds) of each row, (N,) int64, for cross-validation; -1 for a row, or group, with all rows of a class.
+    """The fold in [0, folds) of each row, (N,) int64, for cross-validation; -1 if a class would have no other row to learn.
 
     Every class is spread as evenly as its rows, or its `groups` (N,) as a whole, allow."""
     labels = np.asarray(labels)

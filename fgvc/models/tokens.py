@@ -25,7 +25,7 @@ def token_grid(net: nn.Module, count: int, size: Size | None) -> tuple[int, Size
         grid = _fixed_grid(net)
         if grid is None or grid[0] * grid[1] + _declared(net) != count:
             raise FgvcError(
-                f"{name}: {count} tokens may form several grids; feature_map must be told the input's height and width"
+                f"{name}: {count} tokens may form several grids; give feature_map the height and width of the input"
             )
         return _declared(net), grid
     if 0 < count <= _declared(net):

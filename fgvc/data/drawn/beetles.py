@@ -166,7 +166,7 @@ class _Pen:
         self.shape([(u + radius * math.cos(a), v + radius * math.sin(a)) for a in turn], colour)
 
     def limb(self, points: Sequence[Point], widths: Sequence[float], colour: Colour) -> None:
-        """A tapering stroke along a line, lighter along its middle."""
+        """Draw a tapering stroke along a line, lighter along its middle."""
         for share, tone in ((1.0, colour), (0.4, mix(colour, (255, 255, 255), 0.25))):
             for (a, b), (wa, wb) in zip(pairwise(points), pairwise(widths), strict=True):
                 du, dv = b[0] - a[0], b[1] - a[1]
@@ -182,7 +182,7 @@ class _Pen:
                 self.disc(b[0], b[1], wb * share / 2, tone)
 
     def dome(self, points: Sequence[Point], colour: Colour, shine: float) -> None:
-        """A vaulted plate: ever smaller and lighter copies, shifted towards the light."""
+        """Draw a vaulted plate as ever smaller and lighter copies, shifted towards the light."""
         outline = self.shape(points, mix(colour, (0, 0, 0), 0.55))
         cx, cy = (sum(axis) / len(outline) for axis in zip(*outline, strict=True))
         for k in range(10):

@@ -28,7 +28,7 @@ GROUNDS = (
 
 
 def background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Soft ground in two colours, out-of-focus leaves, then leaves, twigs and seeds in focus; (FINE W, FINE H)."""
+    """Draw soft ground in two colours, out-of-focus leaves, then leaves, twigs and seeds in focus; (FINE W, FINE H)."""
     hue, saturation, value = GROUNDS[rng.integers(len(GROUNDS))]
     near = hsv(hue + rng.uniform(-0.04, 0.04), saturation, value)
     far = hsv(hue + rng.uniform(-0.12, 0.12), saturation * rng.uniform(0.5, 1.3), value * rng.uniform(0.5, 0.85))
@@ -68,7 +68,7 @@ def _leaf(
     (x, y), turn, curl = place, rng.uniform(0, 2 * math.pi), rng.uniform(-0.5, 0.5)
 
     def at(t: float, w: float) -> Point:
-        """t from the stalk (-1) to the tip (1), w across in half widths."""
+        """The canvas point at t from the stalk (-1) to the tip (1), and w across in half widths."""
         u, v = t, w * wide * (1 - t * t) * (1.15 - 0.3 * t) + curl * (1 - t * t) * 0.3
         u, v = long * u, long * v
         return x + u * math.cos(turn) - v * math.sin(turn), y + u * math.sin(turn) + v * math.cos(turn)

@@ -56,11 +56,11 @@ def suspects(
 
     if not np.isfinite(features).all():
         raise FgvcError("suspects: the features have values that are no numbers; the weights are broken")
-    kept = _several_families(labels, families)
-    present, y = np.unique(labels[kept], return_inverse=True)
-    p, rounds = _held_out_probabilities(features[kept], y, families[kept], seed)
+    positions = _several_families(labels, families)
+    present, y = np.unique(labels[positions], return_inverse=True)
+    p, rounds = _held_out_probabilities(features[positions], y, families[positions], seed)
     scored = rounds > 0
-    kept, y, p = kept[scored], y[scored], p[scored] / rounds[scored, None]
+    positions, y, p = positions[scored], y[scored], p[scored] / rounds[scored, None]
     if len(np.unique(y)) < 2:
         raise FgvcError(
             f"suspects: {len(labels)} readable images of {len(np.unique(labels))} classes are too few to hold some of them out: "
@@ -69,10 +69,10 @@ def suspects(
     score, other = get_label_quality_scores(y, p, method="self_confidence"), p.copy()
     other[np.arange(len(y)), y] = -1
     best = other.argmax(axis=1)
-    order = np.lexsort((rows[kept], score))
+    order = np.lexsort((rows[positions], score))
     listed = tuple(
         Suspect(
-            row=int(rows[kept[at]]),
+            row=int(rows[positions[at]]),
             label=int(present[y[at]]),
             suggested=int(present[best[at]]),
             p_label=float(score[at]),
@@ -80,7 +80,7 @@ def suspects(
         )
         for at in order[other[order, best[order]] > score[order]]
     )
-    return Suspects(listed, int(num_label_issues(y, p)), len(labels) - len(kept))
+    return Suspects(listed, int(num_label_issues(y, p)), len(labels) - len(positions))
 
 
 def _several_families(labels: NDArray[np.int32], families: NDArray[np.int64]) -> NDArray[np.int64]:

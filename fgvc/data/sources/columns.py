@@ -59,7 +59,7 @@ class StringColumn:
                 self._flush()
 
     def array(self) -> np.ndarray:
-        """(N,) StringDType; ends the column."""
+        """The column as an array (N,) of StringDType; ends it."""
         self._flush()
         chunks, self._chunks = self._chunks, []
         return np.concatenate(chunks) if chunks else np.empty(0, TEXT)

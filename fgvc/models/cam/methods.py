@@ -61,9 +61,10 @@ class GradCAMPlusPlus(BaseCAM):
 
 
 class SmoothGradCAMPlusPlus(BaseCAM):
-    """Smooth Grad-CAM++ (Omeiza et al. 2019, arXiv:1908.01224): Grad-CAM++ with D1, D2, D3, the means of g, g^2, g^3 over noisy
-    copies of the image, in place of the powers of g: a = D2 / (2 D2 + sum_hw(A) D3), w_k = sum_hw a relu(D1); A of the clean
-    image.
+    """Smooth Grad-CAM++ (Omeiza et al. 2019, arXiv:1908.01224): Grad-CAM++ averaged over noisy copies of the image.
+
+    D1, D2, D3, the means of g, g^2, g^3 over the copies, take the place of the powers of g: a = D2 / (2 D2 + sum_hw(A) D3),
+    w_k = sum_hw a relu(D1); A of the clean image.
 
     The noise is the same for every image, so that maps do not depend on batches.
     """
