@@ -45,7 +45,7 @@ from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.io import files as disk
-from fgvc.runs.folder import environment
+from fgvc.runs.environment import environment
 
 CHANGES = ("open", "write", "pwrite", "fsync", "replace", "symlink", "unlink", "mkdir", "rmdir", "ftruncate")
 ARMS = ("plain", "ema", "sam", "ae_psl", "distill")

@@ -92,7 +92,7 @@ def step_of(built: BuiltNet) -> dict[str, torch.Tensor]:
     """The losses of one training step on random images, after its backward; at half of the run, so that schedules have begun.
     Raises FgvcError where anything is not finite."""
     step = built.step
-    step.follow(copy.deepcopy(step.net))
+    step.set_average(copy.deepcopy(step.net))
     step.attach_hooks()
     step.train()
     rng = torch.Generator().manual_seed(0)

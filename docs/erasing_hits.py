@@ -27,12 +27,13 @@ from fgvc.config.data import SPLITS, Augment
 from fgvc.data.augment import Augmenter
 from fgvc.data.loader import train_loader
 from fgvc.errors import FgvcError
-from fgvc.report.preview import look_through
+from fgvc.report.preview import load_trained
 from fgvc.runs.distributed import runtime
-from fgvc.runs.folder import environment, read_run
+from fgvc.runs.environment import environment
+from fgvc.runs.folder import read_run
 from fgvc.techniques.masks import shifted
 from fgvc.training.batch import to_batch
-from fgvc.training.between import epoch_start
+from fgvc.training.epoch_start import epoch_start
 from fgvc.training.log import Events
 from fgvc.training.session import Session, open_session
 
@@ -66,7 +67,7 @@ def study(run: Path) -> list[dict[str, str]]:
     with runtime(recipe.train) as process, open_session(recipe, process) as session:
         if session.index.boxes is None or not len(session.index.rows("val")):
             raise FgvcError(f"{run}: needs data with boxes and a validation split")
-        look_through(session, run)
+        load_trained(session, run)
         validation = np.where(session.index.splits == SPLITS.index("val"), SPLITS.index("train"), SPLITS.index("test"))
         session.index = replace(session.index, splits=validation.astype(np.int8))
         for name, mask, inside in regions(session, run):

@@ -22,7 +22,7 @@ from torch import nn
 
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import fit, normalise
-from fgvc.report.explain import explaining
+from fgvc.report.explain import open_explainer
 from fgvc.runs.loaded import load_run
 from fgvc.runtime.explain import explain_files
 from fgvc.runtime.predict import expand
@@ -35,10 +35,10 @@ def main(run: Path, folder: Path) -> None:
     files = list(expand([folder]))
     files = [files[at] for at in np.linspace(0, len(files) - 1, COUNT).astype(int)]
     with (
-        explaining(load_run(run), ("gradcam",)) as explainer,
+        open_explainer(load_run(run), ("gradcam",)) as explainer,
         tempfile.TemporaryDirectory() as tmp,
     ):
-        spec, net = explainer.spec, copy.deepcopy(explainer.look.net)
+        spec, net = explainer.spec, copy.deepcopy(explainer.class_maps.net)
         for parameter in net.parameters():
             parameter.requires_grad_(True)  # as whoever uses the library has them
         last = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)][-1]
@@ -48,7 +48,7 @@ def main(run: Path, folder: Path) -> None:
 
         def ours() -> None:
             for part in (same.view_as(same) for same in batches):  # other tensors: nothing is remembered of these
-                explainer.look(part, explainer.look.logits(part).argmax(1), "gradcam")
+                explainer.class_maps(part, explainer.class_maps.logits(part).argmax(1), "gradcam")
 
         def theirs() -> None:
             for part in batches:
@@ -71,7 +71,7 @@ def main(run: Path, folder: Path) -> None:
 
         def apart() -> float:
             """The largest difference of the two maps of any pixel of the first batch: it must be the same that is timed."""
-            found = explainer.look(batches[0], net(batches[0]).argmax(1), "gradcam")[0].numpy()
+            found = explainer.class_maps(batches[0], net(batches[0]).argmax(1), "gradcam")[0].numpy()
             return float(np.abs(found - cam(batches[0], None)).max())
 
         for name, a, b in (("maps", ours, theirs), ("files", ours_to_files, theirs_to_files)):

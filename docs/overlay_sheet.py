@@ -16,7 +16,7 @@ from fgvc.images.lettering import writable
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit, normalise
 from fgvc.images.sheet import Cell, save_sheet
-from fgvc.report.explain import explaining
+from fgvc.report.explain import open_explainer
 from fgvc.runs.loaded import load_run
 
 EACH = 3  # pictures of a class
@@ -24,7 +24,7 @@ EACH = 3  # pictures of a class
 
 def main(run: Path, folder: Path, out: Path) -> None:
     rows = []
-    with explaining(load_run(run), ("gradcam",)) as explainer:
+    with open_explainer(load_run(run), ("gradcam",)) as explainer:
         names, font = writable(explainer.labels)
         for name, kind in zip(names, explainer.labels, strict=True):
             files = sorted(path for path in (folder / kind).iterdir() if path.is_file())

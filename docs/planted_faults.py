@@ -30,7 +30,7 @@ from fgvc.data.quality.checks import Report, check
 from fgvc.data.quality.suspects import Suspects, suspects
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
-from fgvc.evaluation.features import features, frozen
+from fgvc.evaluation.features import compute_features, load_frozen
 
 COPIES = ("exact", "quality 60", "resized", "lighter", "mirrored")
 DAMAGE = ("cut in half", "end missing", "empty", "a web page", "second half zero")
@@ -142,7 +142,7 @@ def doubted(recipe: Recipe, report: Report, known: dict[str, np.ndarray]) -> Sus
     keys = {row: _key(index, row) for row in rows.tolist()}
     fresh = np.array([row for row in rows.tolist() if keys[row] not in known], np.int64)
     if len(fresh):
-        found = features(recipe, frozen(recipe, len(index.classes)), index, fresh)
+        found = compute_features(recipe, load_frozen(recipe, len(index.classes)), index, fresh)
         known |= {keys[row]: vector for row, vector in zip(found.rows.tolist(), found.vectors, strict=True)}
     vectors = np.stack([known[keys[row]] for row in rows.tolist()])
     return suspects(vectors, index.labels[rows], rows=rows, families=report.families[rows])

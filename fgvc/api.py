@@ -27,9 +27,9 @@ from fgvc.evaluation import evaluate as evaluation
 from fgvc.evaluation import localize as localization
 from fgvc.evaluation.calibration import FEWEST, KEEP
 from fgvc.evaluation.evaluate import Evaluation
-from fgvc.evaluation.features import features, frozen, normalisation
+from fgvc.evaluation.features import compute_features, input_normalisation, load_frozen
 from fgvc.evaluation.localize import Localisation
-from fgvc.evaluation.side import PairedAnswers, ask, images_of, open_sides
+from fgvc.evaluation.side import PairedAnswers, collect_answers, open_sides, select_images
 from fgvc.evaluation.temperature import RunCalibration, calibration, refuse_other_file
 from fgvc.evaluation.tta import Views
 from fgvc.exporting.proofs import MAX_IMAGES
@@ -63,15 +63,15 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A bundle that was written, and what was proved of it."""
+    """A written bundle, with its proofs, calibration and smaller files."""
 
     bundle: Path
     select: Selected
     proven: ProvedExport
     calibration: RunCalibration  # the run's; in the bundle where there are FEWEST images or more
     beside: tuple[SmallerFile, ...] = ()
-    against: Path | None = None  # the deployed bundle or file that it was held against
-    around: Agreement | None = None  # how it is fed and read beside that
+    against: Path | None = None  # the deployed bundle or file that it was compared with
+    around: Agreement | None = None  # of its preprocessing and labels with those of the deployed one
     left_out: Mapping[str, str] = field(default_factory=dict)  # wanted files that the opset does not allow, and why
 
 
@@ -94,8 +94,8 @@ def check(
         refuse_file(out)
     if page is not None and table is not None and page.resolve() == table.resolve():
         raise FgvcError(f"{page}: the page and the table can't be one file; name two")
-    index, expected = read_index(recipe), normalisation(recipe)
-    backbone = frozen(recipe, len(index.classes)) if suspects else None
+    index, expected = read_index(recipe), input_normalisation(recipe)
+    backbone = load_frozen(recipe, len(index.classes)) if suspects else None
     with _bar() as tick:
         report = checks.check(
             index,
@@ -107,10 +107,10 @@ def check(
     if backbone is not None:
         with _bar() as tick:
             rows = np.flatnonzero(report.sizes[:, 0] > 0)
-            seen = features(recipe, backbone, index, rows, progress=partial(tick, "features"))
-        families = report.families[seen.rows]
-        found = find_suspects(seen.vectors, index.labels[seen.rows], rows=seen.rows, families=families)
-        report = checks.with_suspects(report, found)
+            features = compute_features(recipe, backbone, index, rows, progress=partial(tick, "features"))
+        families = report.families[features.rows]
+        suspect_report = find_suspects(features.vectors, index.labels[features.rows], rows=features.rows, families=families)
+        report = checks.with_suspects(report, suspect_report)
     if page is not None:
         _write(page, data_page(report))
     if table is not None:
@@ -133,15 +133,15 @@ def probe(
     crops: Sequence[float] = (),
     images: int = IMAGES,
 ) -> ProbeResults:
-    """How far logistic regressions on frozen nets get with a set's images, see `fgvc.studies.probe.probe`; what to make of it
-    tells `fgvc.studies.advice.advise`. A bar on stderr where that is a terminal."""
+    """Probe a set by logistic regressions on frozen nets, see `fgvc.studies.probe.probe`; `fgvc.studies.advice.advise` draws
+    conclusions from the results. A bar on stderr where that is a terminal."""
     with _bar() as tick:
         return run_probe(data, overrides, starts=starts, sizes=sizes, crops=crops, images=images, progress=tick)
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """What to call with what is done, and how much of how much."""
+    """Show a progress bar; yields its update, a function of a description, the count done and the total."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda what, done, total: None
@@ -163,8 +163,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a run's weights, see `fgvc.evaluation.evaluate.evaluate`. `select`: others than it ships; `root`: where its set lies
     now, where that has moved; `max_pixels`: of a picture, in place of the recipe's limit."""
-    opened = load_run(run, select, branches=views == "refined", root=root, max_pixels=max_pixels)
-    return evaluation.evaluate(opened, split, device=device, views=views)
+    loaded = load_run(run, select, branches=views == "refined", root=root, max_pixels=max_pixels)
+    return evaluation.evaluate(loaded, split, device=device, views=views)
 
 
 def localize(
@@ -180,8 +180,8 @@ def localize(
 ) -> Localisation:
     """Measure where a run's class maps lie, see `fgvc.evaluation.localize.localize`; `select`, `root`, `max_pixels`: as in
     `evaluate`."""
-    opened = load_run(run, select, root=root, max_pixels=max_pixels)
-    return localization.localize(opened, split, method=method, channels=channels, device=device)
+    loaded = load_run(run, select, root=root, max_pixels=max_pixels)
+    return localization.localize(loaded, split, method=method, channels=channels, device=device)
 
 
 def report(
@@ -199,9 +199,9 @@ def report(
     """Write all that runs show into one page, see `fgvc.report.document.report`; `select`, `root`, `max_pixels`: as in
     `evaluate`, for all of them."""
     refuse_file(out)
-    opened = [load_run(run, select, root=root, max_pixels=max_pixels) for run in runs]
+    loaded = [load_run(run, select, root=root, max_pixels=max_pixels) for run in runs]
     return document.report(
-        opened, out, bundles=[load_bundle(bundle) for bundle in bundles], split=split, device=device, images=images
+        loaded, out, bundles=[load_bundle(bundle) for bundle in bundles], split=split, device=device, images=images
     )
 
 
@@ -242,74 +242,74 @@ def export(
         raise FgvcError(f"--keep {keep:g}: a share above 0 and up to 1, such as {KEEP}")
     if against is not None and (exporter is not None or opset is not None):
         raise FgvcError("--exporter and --opset: the deployed file that --against names has its own; leave them out")
-    opened = load_run(run, select, root=root)
-    target, around = _deployed(opened, against, labels=labels, preprocess=preprocess)
-    recipe, index, chosen = opened.recipe, opened.index, opened.select
+    loaded = load_run(run, select, root=root)
+    target, around = _deployed_stack(loaded, against, labels=labels, preprocess=preprocess)
+    recipe, index, select_name = loaded.recipe, loaded.index, loaded.select
     proven = prove(
-        opened.step.net,
-        _real_images(opened),
+        loaded.step.net,
+        _proof_images(loaded),
         backbone=recipe.model.backbone,
         num_classes=len(index.classes),
         kwargs=recipe.model.kwargs,
         size=recipe.image.size,
-        export=_as_asked(recipe.export, exporter, opset),
+        export=_with_options(recipe.export, exporter, opset),
         against=target,
     )
-    known = opened.measured("metrics.json")
+    metrics = loaded.measured("metrics.json")
     files: dict[str, Any] = {
         "model.onnx": proven.model,
         "labels.json": list(index.classes),
-        "preprocess.json": opened.preprocess,
+        "preprocess.json": loaded.preprocess,
         "contract.json": dict(proven.contract) | {"deployed": around.numbers if around is not None else None},
         "metrics.json": {
             key.partition(".")[0]: row
-            for key, row in sorted(known.items())
-            if key in (f"val.{chosen}", f"test.{chosen}")
+            for key, row in sorted(metrics.items())
+            if key in (f"val.{select_name}", f"test.{select_name}")
         },
     }
     if proven.explain is not None:
         files["explain.onnx"] = proven.explain
-    found = calibration(opened, keep=keep)
-    refuse_other_file(opened, found, proven.model)
-    if found.calibration is not None and found.calibration.images >= FEWEST:
-        files["calibration.json"] = found.calibration
-    beside = make_variants(opened, proven, variants or Variants(), found.calibration)
-    files |= {one.file: one.made.model for one in beside}
-    files["contract.json"] |= {one.made.variant: one.section for one in beside}
-    if without := left_out(proven, variants or Variants()):
-        files["contract.json"] |= {"left_out": without}
+    run_calibration = calibration(loaded, keep=keep)
+    refuse_other_file(loaded, run_calibration, proven.model)
+    if run_calibration.calibration is not None and run_calibration.calibration.images >= FEWEST:
+        files["calibration.json"] = run_calibration.calibration
+    beside = make_variants(loaded, proven, variants or Variants(), run_calibration.calibration)
+    files |= {smaller.file: smaller.variant_file.model for smaller in beside}
+    files["contract.json"] |= {smaller.variant_file.variant: smaller.section for smaller in beside}
+    if omitted := left_out(proven, variants or Variants()):
+        files["contract.json"] |= {"left_out": omitted}
     write_bundle(out, files=files, overwrite=overwrite)
-    return Exported(out, chosen, proven, found, tuple(beside), against, around, without)
+    return Exported(out, select_name, proven, run_calibration, tuple(beside), against, around, omitted)
 
 
-def _as_asked(export: Export, exporter: Exporter | None, opset: int | None) -> Export:
-    given = {"exporter": exporter, "opset": opset}
-    asked = {key: value for key, value in given.items() if value is not None}
-    return validate(Export, export.model_dump() | asked, where="fgvc export")
+def _with_options(export: Export, exporter: Exporter | None, opset: int | None) -> Export:
+    options = {"exporter": exporter, "opset": opset}
+    overrides = {key: value for key, value in options.items() if value is not None}
+    return validate(Export, export.model_dump() | overrides, where="fgvc export")
 
 
-def _deployed(
+def _deployed_stack(
     run: LoadedRun, against: Path | None, *, labels: Path | None, preprocess: Path | None
 ) -> tuple[Path | None, Agreement | None]:
-    """The deployed file, and how what stands around it agrees with the run. Raises FgvcError where that differs: before the
-    long work of an export."""
+    """Find the deployed file, and compare its preprocessing and labels with the run's. Raises FgvcError where they differ:
+    before the long work of an export."""
     if against is None:
         if labels is not None or preprocess is not None:
             raise FgvcError(
                 "--labels and --preprocess tell how a deployed model is read and fed: name it with --against"
             )
         return None, None
-    theirs = stack_of(against, labels=labels, preprocess=preprocess)
-    ours = Stack(path=run.folder, preprocess=run.preprocess, labels=run.classes)
-    found = agreement(ours, theirs)
-    if found.differences:
+    deployed = stack_of(against, labels=labels, preprocess=preprocess)
+    stack = Stack(path=run.folder, preprocess=run.preprocess, labels=run.classes)
+    stack_agreement = agreement(stack, deployed)
+    if stack_agreement.differences:
         raise FgvcError(
             f"{run.folder} is not a drop-in for {against}, the run's against the deployed:\n  "
-            + "\n  ".join(found.differences)
+            + "\n  ".join(stack_agreement.differences)
             + "\nTrain it as it will be fed and read (the recipe's deploy section, image.size and deploy.labels), or deploy the "
             "bundle with a preprocessing and labels of its own: export without --against"
         )
-    return theirs.model, found
+    return deployed.model, stack_agreement
 
 
 def verify(
@@ -338,7 +338,7 @@ def compare(
     max_pixels: int | None = None,
     root: Path | None = None,
 ) -> PairedAnswers:
-    """Ask two classifiers - runs, bundles or .onnx files - about the same images: what B gains over A, and what it breaks.
+    """Compare two classifiers - runs, bundles or .onnx files - on the same images: what B gains over A, and what it breaks.
 
     `data`: a recipe, or a folder of class folders; by default the data of the first that is a run. `split`: by default val
     where there is one, else test. `labels`, `preprocess`: for .onnx files that have none beside them, one for whichever needs
@@ -346,18 +346,18 @@ def compare(
     data's own limit. `root`: where the set of the runs lies now. Raises FgvcError where their classes differ.
     """
     sides = open_sides(a, b, labels=labels, preprocess=preprocess, certain=certain, root=root)
-    return ask(*sides, images_of(data, sides, split, max_pixels=max_pixels))
+    return collect_answers(*sides, select_images(data, sides, split, max_pixels=max_pixels))
 
 
-def _real_images(run: LoadedRun) -> Iterable[np.ndarray]:
-    """Up to 256 validation images, spread over the classes; training images where none of those can be read."""
+def _proof_images(run: LoadedRun) -> Iterable[np.ndarray]:
+    """Yield up to 256 validation images, spread over the classes; training images where none of those can be read."""
     splits: tuple[Split, ...] = ("val", "train")
     for split in splits:
         rows, last = run.rows(split), split == splits[-1]
         some = rows[np.linspace(0, len(rows) - 1, min(MAX_IMAGES, len(rows))).astype(int)]
-        found = False
+        any_read = False
         for batch in evaluation_loader(run.index, some, spec=run.preprocess, batch_size=32, workers=0, some=last):
-            found = True
+            any_read = True
             yield batch.images.numpy()
-        if found:
+        if any_read:
             return

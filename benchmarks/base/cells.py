@@ -35,7 +35,7 @@ from fgvc.runs.distributed import runtime
 from fgvc.training.log import Events
 from fgvc.training.session import Session, open_session
 from fgvc.training.start import fit_teachers, view_features
-from fgvc.training.trainer import take_step
+from fgvc.training.step import take_step
 
 SHARES = (0.25, 0.5, 0.75)  # of the way from start to end
 _KEPT: dict[tuple[object, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}

@@ -17,9 +17,9 @@ import torch
 from fgvc import api
 from fgvc.cli.option import recipe_path
 from fgvc.errors import FgvcError
-from fgvc.evaluation.features import features, frozen
+from fgvc.evaluation.features import compute_features, load_frozen
 from fgvc.models.probe import fit_probe
-from fgvc.training.session import read_index
+from fgvc.runs.images import read_index
 from fgvc.training.start import view_features
 
 
@@ -28,8 +28,8 @@ def main(config: str, overrides: list[str]) -> None:
     if recipe.data.val_fraction:
         raise FgvcError("data.val_fraction: the floor of the whole train split; give data.val_fraction=0")
     index = read_index(recipe)
-    backbone = frozen(recipe, len(index.classes))
-    train, test = (features(recipe, backbone, index, index.rows(split)) for split in ("train", "test"))
+    backbone = load_frozen(recipe, len(index.classes))
+    train, test = (compute_features(recipe, backbone, index, index.rows(split)) for split in ("train", "test"))
     spec, seed = backbone.spec, recipe.train.seed
     seen = view_features(backbone.net, spec, index, train.rows, recipe=recipe, device=torch.device("cpu"))
     print("views,images,strength,held-out loss,test images,test top-1 %,95 % interval half")

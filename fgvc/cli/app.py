@@ -1,5 +1,7 @@
-"""The command line. Results go to stdout, everything else to stderr. Exit codes: 0 fine, 1 a check said no, 2 a mistake that
-fgvc can name. Heavy packages are imported inside the verb that needs them, so that --help is instant.
+"""Command line of fgvc. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 success, 1 a check failed, 2 a mistake that fgvc can name. Heavy packages are imported inside the verb that needs
+them, so that --help is instant.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fgvc import __version__
-from fgvc.cli import data, looking, shipping, training
+from fgvc.cli import data, evaluation, shipping, training
 from fgvc.errors import FgvcError
 
 app = typer.Typer(
@@ -21,8 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Raise the accuracy of the classifier you already deploy without changing a node of its ONNX graph.",
 )
-of_data = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
-app.add_typer(of_data, name="data")
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+app.add_typer(data_app, name="data")
 
 VERBS: dict[str, Callable[..., None]] = {
     "recipes": training.recipes,
@@ -30,11 +32,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "probe": data.probe,
     "train": training.train,
     "interpolate": training.interpolate,
-    "eval": looking.evaluate,
-    "localize": looking.localize,
-    "explain": looking.explain,
-    "report": looking.report,
-    "compare": looking.compare,
+    "eval": evaluation.evaluate,
+    "localize": evaluation.localize,
+    "explain": evaluation.explain,
+    "report": evaluation.report,
+    "compare": evaluation.compare,
     "ablate": training.ablate,
     "export": shipping.export,
     "verify": shipping.verify,
@@ -43,11 +45,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "triton": shipping.triton,
     "bench": training.bench,
 }
-OF_DATA: dict[str, Callable[..., None]] = {"demo": data.demo, "check": data.check, "preview": data.preview}
+DATA_VERBS: dict[str, Callable[..., None]] = {"demo": data.demo, "check": data.check, "preview": data.preview}
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"fgvc {__version__}")
         raise typer.Exit
 
@@ -58,16 +60,16 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Those of fgvc itself, before a verb."""
+    """Options of fgvc itself, before a verb."""
 
 
-for group, verbs in ((app, VERBS), (of_data, OF_DATA)):
+for group, verbs in ((app, VERBS), (data_app, DATA_VERBS)):
     for name, verb in verbs.items():
         group.command(name)(verb)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: named mistakes become one message and exit code 2. `arguments`: those of the process by default."""
+    """Run the command line: named mistakes become one message and exit code 2. `arguments`: the process's by default."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be UTF-8; JSON reads what this writes instead
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

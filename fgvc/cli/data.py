@@ -1,4 +1,4 @@
-"""Verbs that look at data before training on it."""
+"""Verbs on data before training."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def preview(
     recipe = recipe_of(config, overrides)
     from fgvc import api
 
-    found = api.preview(recipe, out, images=images, epoch=epoch - 1, run=run)
-    for note in found.notes:
+    sheets = api.preview(recipe, out, images=images, epoch=epoch - 1, run=run)
+    for note in sheets.notes:
         print(f"warning: {note}", file=sys.stderr)
-    for sheet in found.sheets:
+    for sheet in sheets.sheets:
         print(sheet)
 
 
@@ -124,17 +124,17 @@ def probe(
     if out is not None:
         refuse_file(out)
     sizes = [_sides(text) for text in size or []]
-    found = api.probe(source, overrides or [], starts=start or [], sizes=sizes, crops=crop or [], images=images)
+    probed = api.probe(source, overrides or [], starts=start or [], sizes=sizes, crops=crop or [], images=images)
     if out is not None:
-        write_atomic(out, as_json(summary(found)))
+        write_atomic(out, as_json(summary(probed)))
     if json == "-":
-        print(as_json(summary(found)), end="")
+        print(as_json(summary(probed)), end="")
     else:
-        show.probing(found)
+        show.probe(probed)
 
 
 def _sides(text: str) -> tuple[int, int]:
-    """Height and width of `160` or `112x224`."""
+    """Parse height and width of `160` or `112x224`."""
     height, _, width = text.lower().partition("x")
     try:
         sides = int(height), int(width or height)

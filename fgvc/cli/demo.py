@@ -1,4 +1,4 @@
-"""`make demo`: the whole of fgvc on a set that it draws itself. It prints whatever is true.
+"""Demonstration of fgvc on a set that it draws itself (`make demo`); it prints the true results.
 
 python -m fgvc.cli.demo FOLDER
 """
@@ -21,8 +21,10 @@ ARMS = ("plain", "trained")
 
 
 def main(folder: Path) -> int:
-    """Draw, train plainly and with techniques, export both with all proofs, predict; 0 where the contract holds. Beside them the
-    floor: a logistic regression on the frozen net, fitted before the first step."""
+    """Draw, train plainly and with techniques, export both with all proofs, predict, and print a table with the floor.
+
+    Returns 0 where the contract holds, else 1.
+    """
     started, console = time.monotonic(), Console(highlight=False)
     data = folder / "data"
     if not data.exists():

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs have."""
+"""Arguments and options that several verbs share."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def pixels(megapixels: float | None) -> int | None:
 
 
 def recipe_path(config: str) -> Path:
-    """Of a recipe by path or id."""
+    """Path of a recipe, by path or id."""
     from fgvc.config.template import recipe_file
 
     return recipe_file(config)
 
 
 def recipe_of(config: str, overrides: list[str] | None) -> Recipe:
-    """A recipe by path or id, with what the command line changes. Needs no torch: mistakes are told at once."""
+    """Load a recipe by path or id, with the command line's overrides. Needs no torch, so that mistakes are reported at once."""
     from fgvc.data.recipe import load_recipe
 
     return load_recipe(recipe_path(config), overrides or [])

@@ -1,4 +1,4 @@
-"""Verbs of what ships: bundles, and their answers."""
+"""Verbs on what ships: bundles, and their answers."""
 
 from __future__ import annotations
 

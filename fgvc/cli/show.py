@@ -1,4 +1,4 @@
-"""Results on stdout, for people: what the command line prints."""
+"""Printing of results on stdout as tables and text, for the command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SUSPECTS = 10  # labels shown; all are in the CSV file
 
 
 def _table(*columns: str) -> Table:
-    """Names on the left, numbers on the right; a table of two columns is a list of facts."""
+    """Make a table with names on the left and numbers on the right; one of two columns is a list of facts."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 or len(columns) == 2 else "right")
@@ -59,17 +59,18 @@ def check(report: Report) -> None:
 
 
 def _suspects(report: Report) -> None:
-    """The labels that fit least."""
+    """Print the most suspect labels."""
     index = report.index
-    for one in report.suspects.listed[:SUSPECTS] if report.suspects else ():
-        place = f"{index.paths[one.row]} ({SPLITS[index.splits[one.row]]})"
-        own, other = f"{index.classes[one.label]} {one.p_label:.1%}", f"{index.classes[one.suggested]} {one.p_suggested:.1%}"
-        console.print(f"suspect: {place}: {own}, rather {other} (a probe says, not calibrated)", markup=False, soft_wrap=True)
+    for suspect in report.suspects.listed[:SUSPECTS] if report.suspects else ():
+        place = f"{index.paths[suspect.row]} ({SPLITS[index.splits[suspect.row]]})"
+        label = f"{index.classes[suspect.label]} {suspect.p_label:.1%}"
+        rather = f"{index.classes[suspect.suggested]} {suspect.p_suggested:.1%}"
+        console.print(f"suspect: {place}: {label}, rather {rather} (a probe says, not calibrated)", markup=False, soft_wrap=True)
 
 
-def probing(found: ProbeResults) -> None:
-    """A net at one size and crop a row; then what it comes to."""
-    data, advice = found.data, advise(found)
+def probe(results: ProbeResults) -> None:
+    """Print a net at one size and crop a row, then the advice."""
+    data, advice = results.data, advise(results)
     console.print(f"recognised: {data.index.recognised}", markup=False, soft_wrap=True)
     sample = f", a stratified sample of {data.available}" if len(data.rows) < data.available else ""
     groups = "" if data.groups is None else ", by whole groups"
@@ -78,25 +79,25 @@ def probing(found: ProbeResults) -> None:
         "the test split is not read",
         soft_wrap=True,
     )
-    learned = [str(len(own)) for own in reversed(data.folds[0].learned)]
-    table = _table("start", "px", "crop", *learned, "95 %", "ms", "GMAC")
+    counts = [str(len(train_rows)) for train_rows in reversed(data.folds[0].learned)]
+    table = _table("start", "px", "crop", *counts, "95 %", "ms", "GMAC")
     table.columns[0].overflow = "fold"
-    for one in found.results:
-        whole = one.curve.accuracy()
-        shares = (f"{100 * one.curve.accuracy(share).value:.1f}" for share in sorted(SHARES))
-        mark = "*" * bool(one.learned)
-        macs = "" if one.macs is None else f"{one.macs / 1e9:.2g}"
+    for result in results.results:
+        whole = result.curve.accuracy()
+        shares = (f"{100 * result.curve.accuracy(share).value:.1f}" for share in sorted(SHARES))
+        mark = "*" * bool(result.trained_images)
+        macs = "" if result.macs is None else f"{result.macs / 1e9:.2g}"
         interval = f"{100 * whole.low:.1f}-{100 * whole.high:.1f}"
-        name = escape(one.candidate.name) + mark
-        table.add_row(name, sides(one.size), f"{one.crop:.3g}", *shares, interval, f"{1000 * one.seconds:.1f}", macs)
+        name = escape(result.candidate.name) + mark
+        table.add_row(name, sides(result.size), f"{result.crop:.3g}", *shares, interval, f"{1000 * result.seconds:.1f}", macs)
     console.print(table)
-    legend = f"{', '.join(learned)}: images that a fold learns from; ms: of one image in a batch, {found.device}, "
-    legend += f"{found.threads} thread{'s' * (found.threads > 1)}"
-    legend += "; *: was trained on the images" * any(one.learned > 0 for one in found.results)
+    legend = f"{', '.join(counts)}: images that a fold learns from; ms: of one image in a batch, {results.device}, "
+    legend += f"{results.threads} thread{'s' * (results.threads > 1)}"
+    legend += "; *: was trained on the images" * any(result.trained_images > 0 for result in results.results)
     console.print(legend, soft_wrap=True)
     if data.scarce:
         console.print(f"{data.scarce} classes have too few images to hold one out: learned, never judged", soft_wrap=True)
-    for note in found.notes:
+    for note in results.notes:
         console.print(f"warning: {note}", markup=False, soft_wrap=True)
     best = advice.best
     console.print(
@@ -122,35 +123,35 @@ def probing(found: ProbeResults) -> None:
         console.print("no teacher: of the nets that cost more none names more images rightly")
 
 
-def forecast(found: Forecast) -> None:
+def forecast(costs: Forecast) -> None:
     table = _table("what", "how much")
-    table.add_row("images", ", ".join(f"{count} {split}" for split, count in found.images.items()))
-    table.add_row("steps", str(found.steps))
-    table.add_row("forwards per step", f"{found.forwards:g}")
-    table.add_row("parameters in training", f"{found.parameters / 1e6:.2f} M")
-    table.add_row("step", f"{1000 * found.step_seconds:.0f} ms")
-    table.add_row("all steps", f"{found.hours:.2f} h without loading and validation")
-    table.add_row("peak memory", f"{found.peak_bytes / 2**30:.2f} GiB")
+    table.add_row("images", ", ".join(f"{count} {split}" for split, count in costs.images.items()))
+    table.add_row("steps", str(costs.steps))
+    table.add_row("forwards per step", f"{costs.forwards:g}")
+    table.add_row("parameters in training", f"{costs.parameters / 1e6:.2f} M")
+    table.add_row("step", f"{1000 * costs.step_seconds:.0f} ms")
+    table.add_row("all steps", f"{costs.hours:.2f} h without loading and validation")
+    table.add_row("peak memory", f"{costs.peak_bytes / 2**30:.2f} GiB")
     console.print(table)
-    for kind, forwards in found.techniques.items():
+    for kind, forwards in costs.techniques.items():
         console.print(f"technique {kind}: adds {forwards} forwards a step", markup=False)
-    for note in found.notes:
+    for note in costs.notes:
         console.print(note, markup=False)
 
 
-def estimate(found: Estimate) -> None:
-    """A trial a row."""
-    budgets = list(dict.fromkeys(budget for _, budget in found.epochs))
+def estimate(todo: Estimate) -> None:
+    """Print a trial a row."""
+    budgets = list(dict.fromkeys(budget for _, budget in todo.epochs))
     table = _table("trial", "epoch, s", "of the base's", *(f"epochs ({budget})" for budget in budgets))
-    for name, cost in found.costs.items():
-        lengths = (str(found.epochs[name, budget]) for budget in budgets)
+    for name, cost in todo.costs.items():
+        lengths = (str(todo.epochs[name, budget]) for budget in budgets)
         table.add_row(escape(name), f"{cost.epoch:.1f}", f"{cost.ratio:.2f}", *lengths)
     console.print(table)
-    console.print(f"{found.done} runs are done, {len(found.cells)} to do: {found.hours:.2f} h of training steps")
+    console.print(f"{todo.done} runs are done, {len(todo.cells)} to do: {todo.hours:.2f} h of training steps")
     console.print(
         "without validation, and without what techniques do between epochs; teachers are asked, whatever is cached"
     )
-    for failure in found.refused:
+    for failure in todo.refused:
         console.print(f"refused: {failure.run}: {failure.reason}", markup=False, soft_wrap=True)
 
 
@@ -179,11 +180,11 @@ def scores(result: Evaluation) -> None:
 
 
 def interpolation(result: Interpolation) -> None:
-    """A share a row, the chosen one marked."""
+    """Print a share a row, the chosen one marked."""
     table = _table("share", "top-1 %", "macro F1 %", "balanced %", "calibration error %", "loss", "")
     for share, s in result.scores.items():
         shares = () if s is None else (s.top1, s.macro_f1, s.balanced_accuracy, s.ece)
-        cells = ["no numbers", "", "", "", ""] if s is None else [*(f"{100 * one:.2f}" for one in shares), f"{s.loss:.4f}"]
+        cells = ["no numbers", "", "", "", ""] if s is None else [*(f"{100 * score:.2f}" for score in shares), f"{s.loss:.4f}"]
         table.add_row(f"{share:g}", *cells, "chosen" if share == result.share else "")
     if result.scores:
         images = next(s.images for s in result.scores.values() if s is not None)
@@ -200,14 +201,14 @@ def interpolation(result: Interpolation) -> None:
 
 
 def localisation(result: Localisation) -> None:
-    """A measure a row; whose map, a column."""
-    found = localisation_table(f"{result.split}.{result.select}.{result.method}", result.numbers())
-    table = _table("in %", *COLUMNS)
-    for text, cells in found.rows:
-        table.add_row(text, *cells)
-    console.print(f"{found.title}: {found.about}")
-    console.print(table)
-    for note in found.notes:
+    """Print a measure a row, a kind of map a column."""
+    table = localisation_table(f"{result.split}.{result.select}.{result.method}", result.numbers())
+    printed = _table("in %", *COLUMNS)
+    for text, cells in table.rows:
+        printed.add_row(text, *cells)
+    console.print(f"{table.title}: {table.about}")
+    console.print(printed)
+    for note in table.notes:
         console.print(note)
     if result.stored:
         console.print(f"every class and part: {result.run / 'tables'}", markup=False)
@@ -215,74 +216,75 @@ def localisation(result: Localisation) -> None:
         console.print(f"skipped: {error}", markup=False, soft_wrap=True)
 
 
-def _calibration(found: Mapping[str, Any], area: float | None = None) -> None:
-    """`found`: as `Calibrated.numbers`. `area`: under the curve of risk and coverage."""
+def _calibration(numbers: Mapping[str, Any], area: float | None = None) -> None:
+    """Print `numbers`, as of `Calibrated.numbers`. `area`: under the risk-coverage curve."""
     table = _table("calibration", "result")
-    said = f"{found['temperature']:.3f}, fitted on {found['fitted_images']} {found['fitted_on']} images"
-    words = filter(None, [said if found["calibrated"] else "not calibrated", found["note"]])
+    origin = f"{numbers['temperature']:.3f}, fitted on {numbers['fitted_images']} {numbers['fitted_on']} images"
+    words = filter(None, [origin if numbers["calibrated"] else "not calibrated", numbers["note"]])
     table.add_row("temperature", escape("; ".join(words)))
-    before, after = (f"{100 * found[name]:.1f} %" for name in ("ece_before", "ece_after"))
-    own = " (on images that it was not fitted on)"
-    table.add_row("calibration error", f"{before}, with it {after}{own}" if found["calibrated"] else before)
-    table.add_row("none of these", f"below {100 * found['threshold']:.1f} %" if found["threshold"] else "never")
-    if found["threshold"]:
-        kept = f"keeps {100 * found['kept']:.1f} % of the right answers"
-        table.add_row("", f"{kept}; {100 * found['accuracy']:.1f} % of those given are right")
+    before, after = (f"{100 * numbers[name]:.1f} %" for name in ("ece_before", "ece_after"))
+    held_out = " (on images that it was not fitted on)"
+    table.add_row("calibration error", f"{before}, with it {after}{held_out}" if numbers["calibrated"] else before)
+    table.add_row("none of these", f"below {100 * numbers['threshold']:.1f} %" if numbers["threshold"] else "never")
+    if numbers["threshold"]:
+        share_kept = f"keeps {100 * numbers['kept']:.1f} % of the right answers"
+        table.add_row("", f"{share_kept}; {100 * numbers['accuracy']:.1f} % of those given are right")
     if area is not None:
         table.add_row("risk-coverage area", f"{100 * area:.2f} %")
     console.print(table)
 
 
-def contract(done: Exported) -> None:
-    numeric, behavioural, said = done.proven.numeric, done.proven.behavioural, done.proven.contract
+def contract(exported: Exported) -> None:
+    numeric, behavioural, facts = exported.proven.numeric, exported.proven.behavioural, exported.proven.contract
     table = _table("proof", "result")
     table.add_row(
         "numeric", f"fold {numeric.folded_float64:.1e} (float64), shipped {numeric.shipped_float32:.1e} (float32)"
     )
-    nodes = said["proofs"]["structural"]["nodes"]
+    nodes = facts["proofs"]["structural"]["nodes"]
     table.add_row(
-        "structural", f"{nodes} nodes, sha256 {done.proven.structural.sha256[:16]} = the plain {said['backbone']}'s"
+        "structural", f"{nodes} nodes, sha256 {exported.proven.structural.sha256[:16]} = the plain {facts['backbone']}'s"
     )
     table.add_row("behavioural", f"onnxruntime = torch on {behavioural.images} images, worst {behavioural.worst:.1e}")
-    for one in done.beside:
-        table.add_row(one.made.variant, _beside(one))
+    for smaller in exported.beside:
+        table.add_row(smaller.variant_file.variant, _smaller_file(smaller))
     console.print(table)
-    known = done.calibration
-    if known.calibration is None or known.calibration.images < FEWEST:
-        console.print(f"not calibrated: {known.reason}", markup=False, soft_wrap=True)
+    run_calibration = exported.calibration
+    if run_calibration.calibration is None or run_calibration.calibration.images < FEWEST:
+        console.print(f"not calibrated: {run_calibration.reason}", markup=False, soft_wrap=True)
     else:
-        own = known.calibration
-        _calibration(own.model_dump() | {"calibrated": own.calibrated, "fitted_images": own.images})
-    for warning in (*done.proven.warnings, *(f"no {file}: it {why}" for file, why in done.left_out.items())):
+        calibration = run_calibration.calibration
+        _calibration(calibration.model_dump() | {"calibrated": calibration.calibrated, "fitted_images": calibration.images})
+    for warning in (*exported.proven.warnings, *(f"no {file}: it {why}" for file, why in exported.left_out.items())):
         console.print(f"warning: {warning}", markup=False)
-    if done.around is not None and done.around.unproved:
-        console.print(done.around.unproved, markup=False, soft_wrap=True)
-    graph = f"the graph of the plain {said['backbone']}"
-    if done.around is not None:
-        graph = f"the graph of {done.against}; whether it is a drop-in was not proved"
-        if not done.around.unproved:
-            graph = f"a drop-in replacement of {done.against}: graph, preprocessing and labels are the same"
-    console.print(f"{done.bundle}: {done.select} weights, {graph}", markup=False, soft_wrap=True)
+    if exported.around is not None and exported.around.unproved:
+        console.print(exported.around.unproved, markup=False, soft_wrap=True)
+    graph = f"the graph of the plain {facts['backbone']}"
+    if exported.around is not None:
+        graph = f"the graph of {exported.against}; whether it is a drop-in was not proved"
+        if not exported.around.unproved:
+            graph = f"a drop-in replacement of {exported.against}: graph, preprocessing and labels are the same"
+    console.print(f"{exported.bundle}: {exported.select} weights, {graph}", markup=False, soft_wrap=True)
 
 
-def _beside(one: SmallerFile) -> str:
-    found, how = one.agreement, one.made.contract
-    same = f"{100 * found.share:.2f} % ({100 * found.low:.1f} to {100 * found.high:.1f})"
+def _smaller_file(smaller: SmallerFile) -> str:
+    agreement, contract = smaller.agreement, smaller.variant_file.contract
+    sizes = f"{contract['bytes'] / 1e6:.2f} of {contract['float_bytes'] / 1e6:.2f} MB"
+    same = f"{100 * agreement.share:.2f} % ({100 * agreement.low:.1f} to {100 * agreement.high:.1f})"
     return (
-        f"{how['bytes'] / 1e6:.2f} of {how['float_bytes'] / 1e6:.2f} MB; same answer for {same} of {found.images} {found.split} "
-        f"images, top-1 {100 * found.top1:.2f} for {100 * found.top1_float:.2f} %"
+        f"{sizes}; same answer for {same} of {agreement.images} {agreement.split} images, "
+        f"top-1 {100 * agreement.top1:.2f} for {100 * agreement.top1_float:.2f} %"
     )
 
 
-def versus(found: PairedAnswers, failed: Sequence[str]) -> None:
-    pair = found.paired
-    sides = (("A", found.a, pair.a_right), ("B", found.b, pair.b_right))
+def comparison(answers: PairedAnswers, failures: Sequence[str]) -> None:
+    pair = answers.paired
+    sides = (("A", answers.a, pair.a_right), ("B", answers.b, pair.b_right))
     rejecting = any(side.threshold for _, side, _ in sides)
-    more = ("none of these", "right of those") if rejecting else ()
-    table = _table(f"{found.split}: {pair.images} images", "top-1 %", "right", *more)
-    for (name, side, right), counts in zip(sides, found.rejections(), strict=True):
-        held = ([str(n) for n in counts] if side.threshold else ["", ""]) if rejecting else []
-        table.add_row(escape(f"{name} {side.path}"), f"{100 * right.mean():.2f}", str(int(right.sum())), *held)
+    extra_columns = ("none of these", "right of those") if rejecting else ()
+    table = _table(f"{answers.split}: {pair.images} images", "top-1 %", "right", *extra_columns)
+    for (name, side, right), counts in zip(sides, answers.rejections(), strict=True):
+        rejected_cells = ([str(n) for n in counts] if side.threshold else ["", ""]) if rejecting else []
+        table.add_row(escape(f"{name} {side.path}"), f"{100 * right.mean():.2f}", str(int(right.sum())), *rejected_cells)
     console.print(table)
     if rejecting:
         console.print('gain, flips and gates are of the classes named, those that "none of these" holds back included')
@@ -296,7 +298,7 @@ def versus(found: PairedAnswers, failed: Sequence[str]) -> None:
     table.add_row("negative flips", f"{int(pair.negative.sum())} ({share:.2f} %): was right, now wrong")
     table.add_row("positive flips", f"{int(pair.positive.sum())}: was wrong, now right")
     console.print(table)
-    changed = [row for row in pair.by_class(found.classes) if row["change"]]
+    changed = [row for row in pair.by_class(answers.classes) if row["change"]]
     if changed:
         table = _table("most changed", "images", "A %", "B %", "change", "lost", "won")
         for row in sorted(changed, key=lambda row: -abs(row["change"]))[:CONFUSED]:
@@ -304,15 +306,15 @@ def versus(found: PairedAnswers, failed: Sequence[str]) -> None:
             flips = str(row["negative_flips"]), str(row["positive_flips"])
             table.add_row(escape(row["class"]), str(row["images"]), *shares, *flips)
         console.print(table)
-    for error in found.unreadable:
+    for error in answers.unreadable:
         console.print(f"skipped: {error}", markup=False, soft_wrap=True)
-    for note in found.notes:
+    for note in answers.notes:
         console.print(f"warning: {note}", markup=False, soft_wrap=True)
-    if found.differences:
+    if answers.differences:
         console.print("B is not a drop-in for A; A's against B's:")
-    for line in found.differences:
+    for line in answers.differences:
         console.print(f"  {line}", markup=False, soft_wrap=True)
-    for line in failed:
+    for line in failures:
         console.print(f"FAIL: {line}", markup=False)
 
 
@@ -328,10 +330,10 @@ def verification(result: Comparison | Verification) -> None:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     if result.around.unproved:
         console.print(result.around.unproved, markup=False, soft_wrap=True)
-    console.print(f"{result.candidate} against {result.against}: {_standing(result)}", markup=False, soft_wrap=True)
+    console.print(f"{result.candidate} against {result.against}: {_verdict(result)}", markup=False, soft_wrap=True)
 
 
-def _standing(result: Comparison) -> str:
+def _verdict(result: Comparison) -> str:
     if result.drop_in:
         return "a drop-in replacement: graph, preprocessing and labels are the same"
     if result.passed:
@@ -344,9 +346,9 @@ def _standing(result: Comparison) -> str:
     return f"NOT a drop-in: other {', '.join(part for part, differs in parts.items() if differs)}"
 
 
-def ratios(found: Sequence[Ratio]) -> None:
+def ratios(measured: Sequence[Ratio]) -> None:
     table = _table("ratio", "median", "95 % interval", "expected", "pairs", "seconds")
-    for r in found:
+    for r in measured:
         seconds = f"{r.a_seconds:.3f} / {r.b_seconds:.3f}"
         expected = "" if r.expected is None else f"{r.expected:.3f}"
         table.add_row(r.name, f"{r.median:.3f}", f"{r.low:.3f} to {r.high:.3f}", expected, str(r.pairs), seconds)

@@ -1,4 +1,4 @@
-"""Verbs that make runs, and those that lead there: recipes, studies, benches."""
+"""Verbs that make runs: recipes, training, interpolation, studies, benchmarks."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def ablate(
     path = study_file(study)
     plan, place = read_study(path, overrides or []), out or Path("studies") / path.stem
     if done is not None:
-        print(f"{done}: {run.adopt(plan, place, done)} runs of these settings", file=sys.stderr)
+        print(f"{done}: {run.import_results(plan, place, done)} runs of these settings", file=sys.stderr)
     if estimate:
         show.estimate(run.estimate(plan, place, arms=arm or [], seeds=seed or []))
         return
@@ -196,12 +196,12 @@ def bench(
         raise FgvcError("--each goes with `fgvc bench train`")
     if what == "train":
         count = pairs or 30
-        found = measure.bench_each(recipe, pairs=count) if each else [measure.bench_train(recipe, pairs=count)]
-        found += measure.bench_maps(recipe, pairs=count) if each else []
+        ratios = measure.bench_each(recipe, pairs=count) if each else [measure.bench_train(recipe, pairs=count)]
+        ratios += measure.bench_maps(recipe, pairs=count) if each else []
     elif what == "export":
-        found = [measure.bench_export(recipe, pairs=pairs or 3)]
+        ratios = [measure.bench_export(recipe, pairs=pairs or 3)]
     else:
-        found = [measure.bench_load(recipe, workers=workers, pairs=pairs or 12) for workers in (0, 1, 2)]
-    show.ratios(found)
+        ratios = [measure.bench_load(recipe, workers=workers, pairs=pairs or 12) for workers in (0, 1, 2)]
+    show.ratios(ratios)
     if out is not None:
-        measure.write_csv(out, found)
+        measure.write_csv(out, ratios)

@@ -1,4 +1,4 @@
-"""How far a smaller file answers as the float file does, on the same images."""
+"""Agreement of a smaller file with the float file on the same images."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bars:
-    """What an agreement must reach; shares in [0,1]."""
+class AgreementLimits:
+    """Limits that an agreement must keep; shares in [0,1]."""
 
     agreement: float
-    loss: float  # of top-1, at most
+    loss: float  # largest loss of top-1
 
 
-INT8, FP16 = Bars(agreement=0.98, loss=0.01), Bars(agreement=0.99, loss=0.005)
+INT8, FP16 = AgreementLimits(agreement=0.98, loss=0.01), AgreementLimits(agreement=0.99, loss=0.005)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disagreement:
-    """An image that the two files take for different classes."""
+    """An image that the two files assign to different classes."""
 
     row: int  # of the index
     label: int
@@ -38,7 +38,7 @@ class Disagreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Over N images. All shares in [0,1]."""
+    """Agreement of two files over N images; shares in [0,1]."""
 
     images: int
     split: str  # val, or train where there is no other
@@ -56,29 +56,31 @@ class Agreement:
     def loss(self) -> float:
         return self.top1_float - self.top1
 
-    def failed(self, bars: Bars) -> list[str]:
-        """What is not reached, in words."""
-        found = []
-        if self.share < bars.agreement:
-            found.append(
+    def failures(self, limits: AgreementLimits) -> list[str]:
+        """Describe the limits that are not kept."""
+        failures = []
+        if self.share < limits.agreement:
+            failures.append(
                 f"answers as the float file for {100 * self.share:.2f} % of {self.images} {self.split} images (95 % interval "
-                f"{100 * self.low:.1f} to {100 * self.high:.1f}), at least {100 * bars.agreement:g} % are asked for"
+                f"{100 * self.low:.1f} to {100 * self.high:.1f}), at least {100 * limits.agreement:g} % are asked for"
             )
-        if self.loss > bars.loss + 1e-12:
-            found.append(
-                f"top-1 falls from {100 * self.top1_float:.2f} to {100 * self.top1:.2f} %, at most {100 * bars.loss:g} "
+        if self.loss > limits.loss + 1e-12:
+            failures.append(
+                f"top-1 falls from {100 * self.top1_float:.2f} to {100 * self.top1:.2f} %, at most {100 * limits.loss:g} "
                 "points are allowed"
             )
-        return found
+        return failures
 
     def numbers(self) -> dict[str, Any]:
-        """For contract.json."""
+        """Numbers for contract.json."""
         names = ("images", "split", "share", "low", "high", "top1_float", "top1", "worst", "typical", "spread")
         return {name: getattr(self, name) for name in names}
 
 
-def agree(rows: NDArray[np.int64], labels: NDArray[np.int64], z: Floats, z_variant: Floats, *, split: str) -> Agreement:
-    """Of images `rows` (N,) with `labels` (N,): logits (N,K) of the float file and of the variant.
+def measure_agreement(
+    rows: NDArray[np.int64], labels: NDArray[np.int64], z: Floats, z_variant: Floats, *, split: str
+) -> Agreement:
+    """Compare logits (N,K) of the float file and of a variant on the images `rows` (N,) with `labels` (N,).
 
     Raises FgvcError without any image.
     """
@@ -88,8 +90,8 @@ def agree(rows: NDArray[np.int64], labels: NDArray[np.int64], z: Floats, z_varia
     a, b = z.argmax(1), z_variant.argmax(1)
     same = int((a == b).sum())
     low, high = wilson(same / count, count)
-    apart = z_variant.astype(np.float64) - z
-    found = [
+    difference = z_variant.astype(np.float64) - z
+    disagreements = [
         Disagreement(
             row=int(rows[n]), label=int(labels[n]), by_float=int(a[n]), by_variant=int(b[n]),
             margin=float(z[n, a[n]] - z[n, b[n]]),
@@ -104,8 +106,8 @@ def agree(rows: NDArray[np.int64], labels: NDArray[np.int64], z: Floats, z_varia
         high=float(high),
         top1_float=float((a == labels).mean()),
         top1=float((b == labels).mean()),
-        worst=float(np.abs(apart).max()),
-        typical=float(np.sqrt((apart**2).mean())),
+        worst=float(np.abs(difference).max()),
+        typical=float(np.sqrt((difference**2).mean())),
         spread=float(z.astype(np.float64).std()),
-        differing=tuple(sorted(found, key=lambda one: (-one.margin, one.row))),
+        differing=tuple(sorted(disagreements, key=lambda image: (-image.margin, image.row))),
     )

@@ -1,7 +1,7 @@
-"""How far a classifier's probabilities can be believed: temperature, calibration error, and when to say "none of these".
+"""Calibration of a classifier's probabilities: temperature, calibration error, and the threshold of "none of these".
 
-Everything is fitted on logits of the validation split, by `calibrate`, so the network and its graph stay as they are; on any
-other split what was fitted is measured, by `measure`. Needs numpy and scipy, no torch.
+`calibrate` fits on logits of the validation split, so the network and its graph stay as they are; `measure` evaluates what was
+fitted on any other split. Needs numpy and scipy, no torch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ KEEP = 0.95  # share of the right answers that the threshold is to keep
 MAX_IMAGES, MAX_LOGITS = 10_000, 20_000_000  # one temperature needs no more, and memory stays bounded
 
 Floats = NDArray[np.float64]
-Answered = tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]  # logits (N,K), labels (N,), whether the answer is right (N,)
+LabelledLogits = tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]
+"""Logits (N,K), labels (N,), and whether each answer is right (N,)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
-    """Confidence against accuracy by confidence in (k/BINS, (k+1)/BINS]; empty bins are NaN."""
+    """Confidence and accuracy in bins of confidence (k/BINS, (k+1)/BINS]; empty bins are NaN."""
 
     images: NDArray[np.int64]  # (BINS,)
     confidence: Floats  # (BINS,) mean
@@ -41,11 +42,11 @@ class Reliability:
 
 @dataclass(frozen=True, slots=True)
 class RiskCoverage:
-    """The surest answers first: how many of them are wrong (Geifman & El-Yaniv, NeurIPS 2017, arXiv:1705.08500)."""
+    """Risk-coverage curve, the most confident answers first (Geifman & El-Yaniv, NeurIPS 2017, arXiv:1705.08500)."""
 
     coverage: Floats  # (N,) share of the images that get an answer, ascending to 1
     risk: Floats  # (N,) share of those answers that are wrong
-    confidence: Floats  # (N,) of the least sure of them
+    confidence: Floats  # (N,) of the least confident of them
 
     @property
     def area(self) -> float:
@@ -53,7 +54,7 @@ class RiskCoverage:
         return float(self.risk.mean())
 
     def rows(self, steps: int = 100) -> list[dict[str, float]]:
-        """For a table: the curve at `steps` coverages, evenly spread."""
+        """Rows of a table: the curve at `steps` coverages, evenly spread."""
         at = np.unique(np.ceil(np.arange(1, steps + 1) / steps * len(self.risk)).astype(int)) - 1
         columns = {"coverage": self.coverage, "risk": self.risk, "confidence": self.confidence}
         return [{name: round(float(values[k]), 6) for name, values in columns.items()} for k in at]
@@ -61,14 +62,14 @@ class RiskCoverage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrated:
-    """What N labelled images say of a classifier's confidence, its largest probability.
+    """Measurement of a classifier's confidence, its largest probability, on N labelled images.
 
     Where temperature and threshold were fitted on these images, `*_after`, `after`, `kept`, `coverage` and `accuracy` are
     cross-fitted: fitted on one half, measured on the other, both ways; so no figure is measured where it was fitted.
     """
 
     images: int
-    known: Calibration | None  # whose temperature and threshold these are; None: of no one, they change nothing
+    fitted: Calibration | None  # temperature and threshold as they are stored; None: none were fitted, and these change nothing
     temperature: float  # divides the logits
     note: str  # why the temperature is 1, or what to think of it; empty: all is well
     nll: float  # mean cross-entropy in nats, at temperature 1
@@ -85,16 +86,16 @@ class Calibrated:
     @property
     def calibrated(self) -> bool:
         """Whether the temperature was fitted."""
-        return self.known is not None and self.known.calibrated
+        return self.fitted is not None and self.fitted.calibrated
 
     def numbers(self) -> dict[str, Any]:
-        """For JSON: what the probabilities are worth on these images, and by what temperature and threshold."""
+        """Numbers for JSON: calibration errors and losses on these images, and the temperature and threshold."""
         return {
             "calibrated": self.calibrated,
             "temperature": self.temperature,
             "threshold": self.threshold,
-            "fitted_on": "" if self.known is None else self.known.fitted_on,
-            "fitted_images": 0 if self.known is None else self.known.images,
+            "fitted_on": "" if self.fitted is None else self.fitted.fitted_on,
+            "fitted_images": 0 if self.fitted is None else self.fitted.images,
             "images": self.images,
             "ece_before": self.before.ece,
             "ece_after": self.after.ece,
@@ -107,7 +108,7 @@ class Calibrated:
         }
 
     def stored(self, fitted_on: str) -> Calibration:
-        """What a run and its bundle keep of it, to six decimals."""
+        """Convert to what a run and its bundle store, to six decimals."""
         figures = {
             "temperature": self.temperature,
             "threshold": self.threshold,
@@ -129,17 +130,17 @@ class Calibrated:
 
     @property
     def source(self) -> str:
-        """Where the temperature comes from, in words."""
-        if self.known is None or not self.known.calibrated:
+        """Origin of the temperature, in words."""
+        if self.fitted is None or not self.fitted.calibrated:
             return f"not calibrated: {self.note or 'no temperature was fitted'}"
-        return f"temperature {self.temperature:.3f}, fitted on {self.known.images} {self.known.fitted_on} images"
+        return f"temperature {self.temperature:.3f}, fitted on {self.fitted.images} {self.fitted.fitted_on} images"
 
     def curve_rows(self) -> list[dict[str, Any]]:
-        """Those of the curve, and whether its confidence is calibrated."""
+        """Rows of the risk-coverage table, each with whether its confidence is calibrated."""
         return [row | {"calibrated": str(self.calibrated).lower()} for row in self.curve.rows()]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a bin, before and after, for a table; and whether the confidence after is calibrated."""
+        """Rows of the reliability table, one a bin, before and after; and whether the confidence after is calibrated."""
         edges = np.arange(BINS + 1) / BINS
         sides = (("before", self.before), ("after", self.after))
         return [
@@ -157,9 +158,9 @@ class Calibrated:
 
 
 def calibrate(
-    logits: NDArray[Any], labels: NDArray[Any], *, keep: float = KEEP, split: str = "val", known: Calibration | None = None
+    logits: NDArray[Any], labels: NDArray[Any], *, keep: float = KEEP, split: str = "val", previous: Calibration | None = None
 ) -> Calibrated:
-    """Fit on logits (N,K) of images with labels (N,) of `split`, which the network has not learnt from, and measure there.
+    """Fit temperature and threshold on logits (N,K) of images with labels (N,) of `split`, which the network has not learnt from.
 
     Temperature scaling (Guo et al., ICML 2017, arXiv:1706.04599): the number that divides all logits so that the cross-entropy
     is least; it changes no answer, only how sure it is. The threshold keeps at least `keep` of the right answers of new images of
@@ -167,54 +168,56 @@ def calibrate(
     other classes, so how many of those it rejects is not promised. `keep` in (0,1]; 1 rejects nothing. `known`: what was fitted
     here before; its temperature stays, and its threshold where it keeps as much. Both have six decimals, as they are stored.
     """
-    z, y, right = _checked(logits, labels)
+    z, y, right = _labelled_logits(logits, labels)
     if not 0 < keep <= 1:
         raise ValueError(f"keep: a share above 0 and up to 1, not {keep}")
     enough = len(y) >= FEWEST
     temperature, note = fit_temperature(z, y) if enough else (1.0, f"{len(y)} images, fewer than {FEWEST}: not fitted")
-    temperature = known.temperature if known is not None else round(temperature, 6)
+    temperature = previous.temperature if previous is not None else round(temperature, 6)
     half = np.empty(len(y), dtype=np.int64)
     half[np.argsort(y, kind="stable")] = np.arange(len(y)) % 2  # every class in both
     confidence, losses, answered = np.empty(len(y)), np.empty(len(y)), np.ones(len(y), dtype=bool)
     for fitted, other in ((half == 0, half == 1), (half == 1, half == 0)):
-        own = fit_temperature(z[fitted], y[fitted])[0] if enough else 1.0
-        confidence[other], losses[other] = confidence_of(z[other], own), _losses(z[other], y[other], own)
+        t = fit_temperature(z[fitted], y[fitted])[0] if enough else 1.0
+        confidence[other], losses[other] = confidence_of(z[other], t), _losses(z[other], y[other], t)
         if enough:
-            bar = rejection_threshold(confidence_of(z[fitted], own)[right[fitted]], keep=keep)
-            answered[other] = confidence[other] >= bar
+            half_threshold = rejection_threshold(confidence_of(z[fitted], t)[right[fitted]], keep=keep)
+            answered[other] = confidence[other] >= half_threshold
     threshold = rejection_threshold(confidence_of(z, temperature)[right], keep=keep) if enough else 0.0
     threshold = math.floor(threshold * 1e6) / 1e6  # rounded up it might reject one image more
-    if known is not None and known.keep == keep:
-        threshold = known.threshold
-    found = _measured(
+    if previous is not None and previous.keep == keep:
+        threshold = previous.threshold
+    calibrated = _evaluate(
         (z, y, right), confidence, losses, answered, temperature=temperature, threshold=threshold, keep=keep, note=note
     )
-    return replace(found, known=known if known is not None and known.keep == keep else found.stored(split))
+    return replace(calibrated, fitted=previous if previous is not None and previous.keep == keep else calibrated.stored(split))
 
 
-def measure(logits: NDArray[Any], labels: NDArray[Any], known: Calibration | None, *, why: str = "") -> Calibrated:
-    """What a temperature and threshold that were fitted elsewhere do for logits (N,K) of images with labels (N,). Nothing is
-    fitted here. `known` None: nothing was fitted, and `why`."""
-    z, y, right = _checked(logits, labels)
-    temperature, threshold, keep = (1.0, 0.0, 1.0) if known is None else (known.temperature, known.threshold, known.keep)
+def measure(logits: NDArray[Any], labels: NDArray[Any], calibration: Calibration | None, *, why: str = "") -> Calibrated:
+    """Measure a temperature and threshold that were fitted elsewhere on logits (N,K) of images with labels (N,). Nothing is
+    fitted here. `calibration` None: nothing was fitted, and `why`."""
+    z, y, right = _labelled_logits(logits, labels)
+    temperature, threshold, keep = 1.0, 0.0, 1.0
+    if calibration is not None:
+        temperature, threshold, keep = calibration.temperature, calibration.threshold, calibration.keep
     confidence = confidence_of(z, temperature)
-    note = why if known is None else "" if known.calibrated else known.note
-    found = _measured(
+    note = why if calibration is None else "" if calibration.calibrated else calibration.note
+    calibrated = _evaluate(
         (z, y, right), confidence, _losses(z, y, temperature), confidence >= threshold, temperature=temperature,
         threshold=threshold, keep=keep, note=note,
     )  # fmt: skip
-    return replace(found, known=known)
+    return replace(calibrated, fitted=calibration)
 
 
-def _checked(logits: NDArray[Any], labels: NDArray[Any]) -> Answered:
+def _labelled_logits(logits: NDArray[Any], labels: NDArray[Any]) -> LabelledLogits:
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels, dtype=np.int64)
     if z.ndim != 2 or y.shape != z.shape[:1] or not len(y) or not np.isfinite(z).all():
         raise ValueError(f"finite logits (N,K) and labels (N,), not {z.shape} and {y.shape}")
     return z, y, z.argmax(1) == y
 
 
-def _measured(
-    given: Answered,
+def _evaluate(
+    labelled: LabelledLogits,
     confidence: Floats,
     losses: Floats,
     answered: NDArray[np.bool_],
@@ -224,15 +227,15 @@ def _measured(
     keep: float,
     note: str,
 ) -> Calibrated:
-    """`confidence`, `losses` and `answered` (N,): of each image, by a temperature and threshold that do not know it."""
-    z, y, right = given
+    """Measure `confidence`, `losses` and `answered` (N,) of images, each by a temperature and threshold not fitted to it."""
+    z, y, right = labelled
     nll, nll_after = float(_losses(z, y, 1.0).mean()), float(losses.mean())
     if nll_after > nll + 1e-9:
         worse = f"no gain: on images that it was not fitted on the loss is {nll_after:.4f}, without it {nll:.4f}"
         note = f"{note}; {worse}" if note else worse
     return Calibrated(
         images=len(y),
-        known=None,
+        fitted=None,
         temperature=temperature,
         note=note,
         nll=nll,
@@ -249,7 +252,7 @@ def _measured(
 
 
 def fit_temperature(z: Floats, y: NDArray[np.int64]) -> tuple[float, str]:
-    """The temperature of least cross-entropy in [LOWEST, HIGHEST], and a note where it can't be taken at its word.
+    """Fit the temperature of least cross-entropy in [LOWEST, HIGHEST]; the note says where it is not reliable.
 
     The loss is convex in 1/T, so it has one minimum in log T. Where every answer is right it falls without end as T does:
     nothing tells how unsure to be, and T stays 1.
@@ -258,13 +261,13 @@ def fit_temperature(z: Floats, y: NDArray[np.int64]) -> tuple[float, str]:
 
     if (z.argmax(1) == y).all():
         return 1.0, f"all {len(y)} answers are right, which says nothing of how unsure to be: not fitted"
-    found = minimize_scalar(
+    result = minimize_scalar(
         lambda log_t: _losses(z, y, math.exp(log_t)).mean(),
         bounds=(math.log(LOWEST), math.log(HIGHEST)),
         method="bounded",
         options={"xatol": 1e-6},
     )
-    temperature = math.exp(float(found.x))
+    temperature = math.exp(float(result.x))
     for end in (LOWEST, HIGHEST):  # the search comes near a bound, never upon it
         if abs(temperature / end - 1) < 1e-3:
             return end, f"at the bound of what is tried, {end:g}: do not rely on these probabilities"
@@ -272,7 +275,7 @@ def fit_temperature(z: Floats, y: NDArray[np.int64]) -> tuple[float, str]:
 
 
 def rejection_threshold(confidence_when_right: NDArray[np.float64], *, keep: float) -> float:
-    """The largest confidence below which at most 1 - `keep` of new right answers fall, on average; 0 where none is known.
+    """Largest confidence below which at most 1 - `keep` of new right answers fall, on average; 0 without any right answer.
 
     The k-th smallest of R confidences with k = floor((1 - keep)(R + 1)): a new one of the same distribution is below it with
     probability k / (R + 1) at most.
@@ -283,25 +286,25 @@ def rejection_threshold(confidence_when_right: NDArray[np.float64], *, keep: flo
 
 
 def reliability(confidence: Floats, right: NDArray[np.bool_]) -> Reliability:
-    """Of confidences (N,) in [0,1] and whether the answers (N,) are right."""
-    return of_sums(binned(confidence, right))
+    """Compute the reliability of confidences (N,) in [0,1], given whether the answers (N,) are right."""
+    return reliability_of_sums(bin_sums(confidence, right))
 
 
-def binned(confidence: Floats, right: NDArray[np.bool_]) -> Floats:
-    """(3,BINS): how many images, and the sums of confidence and of right answers, by confidence; those of parts add up."""
+def bin_sums(confidence: Floats, right: NDArray[np.bool_]) -> Floats:
+    """Sums by bin of confidence, (3,BINS): images, confidence and right answers. The sums of several sets add up."""
     at = np.clip(np.ceil(confidence * BINS).astype(int), 1, BINS) - 1
     return np.stack([np.bincount(at, values, BINS) for values in (np.ones(len(at)), confidence, right)])
 
 
-def of_sums(sums: Floats) -> Reliability:
-    """What the sums of `binned` say."""
+def reliability_of_sums(sums: Floats) -> Reliability:
+    """Compute the reliability from the sums of `bin_sums`."""
     with np.errstate(invalid="ignore"):
         return Reliability(sums[0].astype(np.int64), *(sums[1:] / sums[0]))
 
 
 def risk_coverage(confidence: Floats, right: NDArray[np.bool_]) -> RiskCoverage:
-    """Of confidences (N,) and whether the answers (N,) are right. Equal confidences share their mistakes evenly, so that the
-    order of the images decides nothing."""
+    """Compute the risk-coverage curve of confidences (N,), given whether the answers (N,) are right. Equal confidences share
+    their mistakes evenly, so that the order of the images decides nothing."""
     order = np.argsort(-confidence, kind="stable")
     _, group = np.unique(-confidence[order], return_inverse=True)
     wrong = (np.bincount(group, weights=~right[order]) / np.bincount(group))[group]
@@ -310,19 +313,19 @@ def risk_coverage(confidence: Floats, right: NDArray[np.bool_]) -> RiskCoverage:
 
 
 def confidence_of(z: Floats, temperature: float) -> Floats:
-    """(N,) largest probability of softmax(z / temperature), z (N,K)."""
+    """Largest probability (N,) of softmax(z / temperature), z (N,K)."""
     s = z / temperature
     return 1 / np.exp(s - s.max(1, keepdims=True)).sum(1)
 
 
-def spread(rows: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-    """As many of `rows`, evenly spread, as are needed and fit in memory with their logits."""
+def fitting_sample(rows: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """Select as many of `rows`, evenly spread, as a fit needs and memory holds with their logits."""
     count = min(len(rows), MAX_IMAGES, max(FEWEST, MAX_LOGITS // classes))
     return rows[np.linspace(0, len(rows) - 1, count).astype(int)]
 
 
 def _losses(z: Floats, y: NDArray[np.int64], temperature: float) -> Floats:
-    """(N,) cross-entropy in nats."""
+    """Cross-entropy (N,) in nats."""
     s = z / temperature
     s -= s.max(1, keepdims=True)
     return np.log(np.exp(s).sum(1)) - s[np.arange(len(y)), y]

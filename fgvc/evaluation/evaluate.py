@@ -16,11 +16,11 @@ from fgvc.config.recipe import Selected
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation import metrics
-from fgvc.evaluation.calibration import Calibrated, spread
+from fgvc.evaluation.calibration import Calibrated, fitting_sample
 from fgvc.evaluation.plot import plot_calibration, plot_confusion
 from fgvc.evaluation.sample import Sample
 from fgvc.evaluation.temperature import FITTED_ON, calibration
-from fgvc.evaluation.tta import Views, averaged, canvas, refined
+from fgvc.evaluation.tta import Views, average_views, canvas, refine_views
 from fgvc.io.tables import as_csv
 from fgvc.runs.loaded import LoadedRun
 
@@ -58,53 +58,53 @@ def evaluate(
     stderr says so. Raises FgvcError where the split is empty, or a file of it is gone or of another size than when the run began.
     """
     run.measured("metrics.json")  # can be added to
-    index, preprocess, chosen = run.index, run.preprocess, run.select
-    scored, rows = run.rows_of(split)
+    index, preprocess, select = run.index, run.preprocess, run.select
+    split_name, rows = run.rows_of(split)
     spec = canvas(preprocess) if views is not None and "crops" in views else preprocess
     if spec is not preprocess and spec.size == preprocess.size:
         raise FgvcError(
             f"--views {views}: the deployed crop is the whole canvas here, so all crops are the same; use flip"
         )
-    with run.placed(device) as (where, layout):
+    with run.on_device(device) as (place, layout):
         net = run.step.net
         unreadable: list[str] = []
         loader = evaluation_loader(index, rows, spec=spec, batch_size=64, workers=run.recipe.train.workers)
-        classifier = net if views is None else averaged(net, views, preprocess.size)
+        classifier = net if views is None else average_views(net, views, preprocess.size)
         if views == "refined":
-            classifier = refined(run.step.look, net)
-        sample = Sample(classifier, spread(rows, len(index.classes)) if views is None else rows[:0])
+            classifier = refine_views(run.step.logits_and_crops, net)
+        sample = Sample(classifier, fitting_sample(rows, len(index.classes)) if views is None else rows[:0])
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in loader:
                 unreadable.extend(str(error) for error in batch.bad)
-                sample.see(batch)
+                sample.add_batch(batch)
                 yield batch.images, batch.labels
 
         try:
-            scores = metrics.evaluate(sample, batches(), classes=len(index.classes), device=where, memory_format=layout)
+            scores = metrics.evaluate(sample, batches(), classes=len(index.classes), device=place, memory_format=layout)
         except NoNumbersError as error:
-            raise NoNumbersError(f"{run.folder}: {chosen}, {scored}: {error}; train anew with a lower optim.lr") from error
-    found = _calibrated(run, scored, sample, device) if views is None else None
-    name = scored if views is None else f"{scored}-{views}"
-    title = f"{scored}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
+            raise NoNumbersError(f"{run.folder}: {select}, {split_name}: {error}; train anew with a lower optim.lr") from error
+    calibrated = _calibrated(run, split_name, sample, device) if views is None else None
+    name = split_name if views is None else f"{split_name}-{views}"
+    title = f"{split_name}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
     stem = "-".join([name, *run.suffix])
     files = {f"plots/confusion-{stem}.png": plot_confusion(scores.confusion, index.classes, title=title)}
     tables: dict[str, Any] = {
         "classes": scores.by_class(index.classes), "confused": scores.confused(index.classes)
     }  # fmt: skip
-    if found is not None:
-        files |= {f"plots/{file}": picture for file, picture in plot_calibration(found, split=stem).items()}
-        tables |= {"reliability": found.rows(), "risk-coverage": found.curve_rows()}
+    if calibrated is not None:
+        files |= {f"plots/{file}": picture for file, picture in plot_calibration(calibrated, split=stem).items()}
+        tables |= {"reliability": calibrated.rows(), "risk-coverage": calibrated.curve_rows()}
     files |= {f"tables/{table}-{stem}.csv": as_csv(lines).encode() for table, lines in tables.items()}
     unfitted = {"calibrated": False, "note": "no temperature is fitted for averaged views"}
-    numbers = scores.numbers() | {"calibration": unfitted if found is None else found.numbers()}
-    stored = run.leave(files, {"metrics.json": {f"{name}.{chosen}": numbers}})
-    return Evaluation(run.folder, name, chosen, scores, sample.right, tuple(unreadable), index.classes, found, stored)
+    numbers = scores.numbers() | {"calibration": unfitted if calibrated is None else calibrated.numbers()}
+    stored = run.store(files, {"metrics.json": {f"{name}.{select}": numbers}})
+    return Evaluation(run.folder, name, select, scores, sample.right, tuple(unreadable), index.classes, calibrated, stored)
 
 
 def _calibrated(run: LoadedRun, split: Split, sample: Sample, device: str | None) -> Calibrated | None:
-    """What the run's temperature does for the sample. None where none of its images can be read."""
-    given = sample.answers
-    if not len(given[1]):
+    """Measure the run's temperature on the sample. None where none of its images can be read."""
+    answers = sample.answers
+    if not len(answers[1]):
         return None
-    return calibration(run, given=given if split == FITTED_ON else None, device=device).on(split, given)
+    return calibration(run, outputs=answers if split == FITTED_ON else None, device=device).measure(split, answers)

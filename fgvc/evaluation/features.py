@@ -1,4 +1,4 @@
-"""What a frozen backbone makes of images: the vectors that its classifier would read."""
+"""Features of a frozen backbone: the vectors that its classifier would read."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fgvc.runs.distributed import runtime
 
 BATCH = 64
 Embed = Callable[[Tensor], NDArray[np.float32]]
-"""Images (B,3,H,W) on the host -> their features (B,D)."""
+"""Function from images (B,3,H,W) on the host to their features (B,D)."""
 
 
-def normalisation(recipe: Recipe) -> Normalisation | None:
-    """What the network's input is normalised with, as R, G, B with white as 1. None where that is not within reach: weights
-    that are not there are no fault of the data. Nothing is fetched."""
+def input_normalisation(recipe: Recipe) -> Normalisation | None:
+    """Mean and std that normalise the network's input, as R, G, B with white as 1. None where the weights are not there, which
+    is no fault of the data. Nothing is fetched."""
     model = recipe.model
     if model.weights == "hub":  # timm knows what they expect
         model = model.model_copy(update={"weights": "none"})
@@ -39,13 +39,15 @@ def normalisation(recipe: Recipe) -> Normalisation | None:
     except FgvcError:
         return None
     spec = preprocess_for(recipe.deploy, recipe.image.size, weights)
-    found = normalisation_of(spec)
-    own = np.allclose((found.mean, found.std), (weights.mean, weights.std), rtol=1e-3, atol=1e-4)
-    return replace(found, from_weights=own, doubts=unlikely(spec, weights))
+    normalisation = normalisation_of(spec)
+    expected = np.allclose((normalisation.mean, normalisation.std), (weights.mean, weights.std), rtol=1e-3, atol=1e-4)
+    return replace(normalisation, from_weights=expected, doubts=unlikely(spec, weights))
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
+    """Features of N images, and the time that they took."""
+
     rows: NDArray[np.int64]  # (N,) of the index: those that could be read
     vectors: NDArray[np.float32]  # (N,D)
     seconds: float  # of the net alone, for one image in batches of BATCH: the median
@@ -54,14 +56,14 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """A backbone with its first weights, and what turns images into its input."""
+    """A backbone with its first weights, and the preprocessing of its input."""
 
     net: nn.Module
     spec: Preprocess
 
 
-def frozen(recipe: Recipe, classes: int) -> Frozen:
-    """Raises FgvcError where the recipe's weights are random or not within reach, or the backbone has no pooled features."""
+def load_frozen(recipe: Recipe, classes: int) -> Frozen:
+    """Load the recipe's backbone. Raises FgvcError where its weights are random or not there, or it has no pooled features."""
     if recipe.model.weights == "none":
         raise FgvcError(
             "model.weights: features of random weights say nothing of labels; name weights, or leave this out"
@@ -74,7 +76,7 @@ def frozen(recipe: Recipe, classes: int) -> Frozen:
     return Frozen(net, spec)
 
 
-def features(
+def compute_features(
     recipe: Recipe,
     backbone: Frozen,
     index: ImageIndex,
@@ -82,15 +84,15 @@ def features(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
-    """Pooled features of `rows` before the last layer, as evaluation sees images. Unreadable images are left out."""
+    """Compute pooled features of `rows` before the last layer, as evaluation sees images. Unreadable images are left out."""
     with runtime(recipe.train) as process:
-        embed = embedding(backbone.net, process.device)
+        embed = make_embedder(backbone.net, process.device)
         workers = recipe.train.workers
-        return embedded(embed, index, rows, spec=backbone.spec, workers=workers, progress=progress)
+        return embed_rows(embed, index, rows, spec=backbone.spec, workers=workers, progress=progress)
 
 
-def embedding(net: nn.Module, device: torch.device) -> Embed:
-    """A timm net's pooled features, on a device, in eval mode. A map of one cell is a vector, too."""
+def make_embedder(net: nn.Module, device: torch.device) -> Embed:
+    """Make the function that computes a timm net's pooled features on a device, in eval mode. A map of one cell is a vector."""
     layout = memory_format(net)
     net = net.eval().to(device).to(memory_format=layout)
 
@@ -102,7 +104,7 @@ def embedding(net: nn.Module, device: torch.device) -> Embed:
     return embed
 
 
-def embedded(
+def embed_rows(
     embed: Embed,
     index: ImageIndex,
     rows: NDArray[np.int64],
@@ -111,22 +113,22 @@ def embedded(
     workers: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
-    """What `embed` makes of `rows` as evaluation with `spec` sees them. Unreadable images are left out."""
-    seen, vectors, seconds, done = [], [], [], 0
+    """Embed `rows` as evaluation with `spec` sees them. Unreadable images are left out."""
+    rows_read, vectors, seconds, done = [], [], [], 0
     bad: list[str] = []
     for batch in evaluation_loader(index, rows, spec=spec, batch_size=BATCH, workers=workers):
         started = time.perf_counter()
         vectors.append(embed(batch.images))
         seconds.append((time.perf_counter() - started) / len(batch.labels))
-        seen.append(batch.index.numpy())
+        rows_read.append(batch.index.numpy())
         bad += [str(error) for error in batch.bad]
         done += len(batch.labels) + len(batch.bad)
         if progress:
             progress(done, len(rows))
-    return Features(np.concatenate(seen), np.concatenate(vectors), statistics.median(seconds), tuple(bad))
+    return Features(np.concatenate(rows_read), np.concatenate(vectors), statistics.median(seconds), tuple(bad))
 
 
 def pooled(net: nn.Module, x: Tensor) -> Tensor:
-    """What a timm net's last layer reads of images (B,3,H,W): (B,D) where it pools first."""
+    """Compute the input of a timm net's last layer for images (B,3,H,W): (B,D) where it pools first."""
     v: Tensor = net.forward_head(net.forward_features(x), pre_logits=True)  # type: ignore[operator]
     return v

@@ -1,4 +1,4 @@
-"""How accurate a logistic regression on frozen features is on images that it did not learn from, and how that grows with images.
+"""Learning curve of a logistic regression on frozen features: held-out accuracy by the number of images learned from.
 
 Cross-validated: each image is judged once, by a probe that learned from the other folds, and from a half and a quarter of those.
 Arrays of N images are in one order throughout, so that two nets, or two sizes of one, are compared image by image.
@@ -25,7 +25,7 @@ Right = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Positions of the images that are held out, and of those learned from, for each of SHARES."""
+    """Positions of the images that one fold holds out, and of those that it learns from, for each of SHARES."""
 
     judged: NDArray[np.int64]
     learned: tuple[NDArray[np.int64], ...]
@@ -42,11 +42,9 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What cross-validation found of one net's features."""
+    """Cross-validated learning curve of one net's features."""
 
-    right: NDArray[
-        np.bool_
-    ]  # (len(SHARES),N): whether the probe names the image rightly; False where it was not judged
+    right: Right  # (len(SHARES),N): whether the probe's class is the image's; False where it was not judged
     judged: NDArray[np.bool_]  # (N,): held out in some fold
     strength: float  # of the fits against their penalty (scikit-learn's C)
     groups: NDArray[np.int64] | None  # (N,)
@@ -58,8 +56,8 @@ class Curve:
         return Share(value, *wilson(value, len(right) * weight_of(right - value, self._groups)))
 
     def gain(self, other: Curve | None = None, *, share: float = 1.0) -> Share:
-        """This accuracy minus the other's on the same images; of itself, minus that after learning from `share`. By Tango (1998),
-        see `weight_of`."""
+        """Accuracy minus the other's on the same images; without another, minus its own after learning from `share`. By Tango
+        (1998), see `weight_of`."""
         a = (other or self).right[SHARES.index(share if other is None else 1.0), self.judged]
         b = self.right[0, self.judged]
         change = b.astype(np.float64) - a
@@ -73,8 +71,8 @@ class Curve:
 
 
 def make_folds(labels: Labels, groups: NDArray[np.str_] | None, *, seed: int) -> list[Fold]:
-    """FOLDS of images with labels (N,), by whole groups (N,) where there are groups; those whose class would be left without an
-    image are learned from and never judged. Raises FgvcError where no image can be judged."""
+    """Make FOLDS of images with labels (N,), by whole groups (N,) where there are groups; those whose class would be left
+    without an image are learned from and never judged. Raises FgvcError where no image can be judged."""
     numbers = fold_numbers(labels, folds=FOLDS, seed=seed, groups=groups)
     folds = []
     for number in range(FOLDS):
@@ -82,8 +80,8 @@ def make_folds(labels: Labels, groups: NDArray[np.str_] | None, *, seed: int) ->
         learned = [np.flatnonzero(numbers != number)]
         for _ in SHARES[1:]:  # half of what was taken before
             last = learned[-1]
-            own = None if groups is None else groups[last]
-            learned.append(last[stratified(labels[last], 0.5, seed=seed + number, split="val", groups=own)])
+            group_names = None if groups is None else groups[last]
+            learned.append(last[stratified(labels[last], 0.5, seed=seed + number, split="val", groups=group_names)])
         if len(judged):
             folds.append(Fold(judged, tuple(learned)))
     if not folds:
@@ -113,12 +111,12 @@ def learning_curve(
     with threadpool_limits(1):  # matrices this small gain nothing from threads, and lose much where others compute
         for fold in folds:
             judged[fold.judged] = True
-            for at, own in enumerate(fold.learned):
-                if len(np.unique(labels[own])) < 2:
+            for at, learned in enumerate(fold.learned):
+                if len(np.unique(labels[learned])) < 2:
                     continue
-                known: dict[str, tuple[float, ...]] = {} if strength is None else {"strengths": (strength,)}
-                inner = None if codes is None else codes[own]
-                probe = fit_probe(vectors[own], labels[own], classes=classes, groups=inner, seed=seed, **known)
+                options: dict[str, tuple[float, ...]] = {} if strength is None else {"strengths": (strength,)}
+                inner = None if codes is None else codes[learned]
+                probe = fit_probe(vectors[learned], labels[learned], classes=classes, groups=inner, seed=seed, **options)
                 strength = probe.strength
                 right[at, fold.judged] = probe.logits(vectors[fold.judged]).argmax(1) == labels[fold.judged]
     assert strength is not None
@@ -126,8 +124,8 @@ def learning_curve(
 
 
 def weight_of(rest: NDArray[np.float64], groups: NDArray[np.int64] | None) -> float:
-    """How many independent images one of N counts for, in (0,1], by deviations from a mean (N,): images of one group are alike,
-    so that N of them say less (the inverse of Kish's design effect). 1 without groups."""
+    """Share of an independent image that one of N counts for, in (0,1], by deviations from a mean (N,): images of a group are
+    alike, so that N of them say less (the inverse of Kish's design effect). 1 without groups."""
     if groups is None or not len(rest):
         return 1.0
     _, codes = np.unique(groups, return_inverse=True)

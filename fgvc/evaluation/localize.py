@@ -1,4 +1,4 @@
-"""`fgvc localize`: where a run's class maps lie, beside the objects' boxes and parts that its data name."""
+"""Localisation by a run's class maps, beside the boxes and parts of objects that its data name (`fgvc localize`)."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from fgvc.evaluation.localization import (
     BoxScores,
     MapBoxes,
     Thresholds,
-    around,
-    around_each,
+    box_scores,
+    boxes_of_maps,
     centre_map,
-    choose,
+    choose_thresholds,
     compare_boxes,
-    covered,
-    joined,
-    score,
+    concatenate,
+    map_boxes,
+    point_coverage,
 )
 from fgvc.evaluation.plot import plot_localisation
 from fgvc.images.preprocess import placed
@@ -49,16 +49,12 @@ from fgvc.runtime.engine import refuse_no_numbers
 BATCH = 32
 RECORD = "localisation.json"  # in the run
 Row = dict[str, str | float]  # of a table
-OF = (
-    "true",
-    "predicted",
-    "centre",
-)  # whose map: of the image's own class, of the class that is said, of no image at all
+MAPS = ("true", "predicted", "centre")  # of the image's own class, of the predicted class, of no image at all
 
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Shares in [0,1] of `visible` parts inside the highest 10 and 20 % of a map's area."""
+    """Part coverage: shares in [0,1] of `visible` parts inside the highest 10 and 20 % of a map's area."""
 
     visible: int  # visible, and inside the crop
     map: tuple[float, ...]  # of the true class
@@ -68,7 +64,7 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class Localisation:
-    """Also in `<run>/localisation.json` under `<split>.<select>.<method>`."""
+    """Localisation of a run on one split; also in `<run>/localisation.json` under `<split>.<select>.<method>`."""
 
     run: Path
     split: Split
@@ -86,7 +82,7 @@ class Localisation:
     stored: bool = True  # in the run; not where that can't be written
 
     def numbers(self) -> dict[str, Any]:
-        """For JSON."""
+        """Numbers for JSON."""
         facts = {key: getattr(self, key) for key in ("images", "top1", "left_out", "silent", "chosen_from")}
         boxes = {name: scores.numbers() for name, scores in self.boxes.items()}
         return facts | {"boxes": boxes, "parts": None if self.parts is None else asdict(self.parts)}
@@ -94,14 +90,14 @@ class Localisation:
 
 @dataclass(frozen=True, slots=True)
 class Localizations:
-    """What was found in N readable images of one part; of M of them the crop has a box."""
+    """Localisation of N readable images of one split, image by image; M of them have a box in the crop."""
 
     labels: Tensor  # (N,)
     right: Tensor  # (N,) bool
     boxed: Tensor  # (N,) bool
     silent: Tensor  # (N,) bool
-    found: Mapping[str, MapBoxes]  # of the M
-    parts: Mapping[str, Tensor]  # (N,P,2) float64: how much of a part lies in each of SHARES, NaN: unseen
+    map_boxes: Mapping[str, MapBoxes]  # by MAPS, of the M
+    parts: Mapping[str, Tensor]  # (N,P,2) float64: share of a part inside the highest SHARES of the map, NaN: not visible
     unreadable: tuple[str, ...]
 
 
@@ -116,13 +112,13 @@ def localize(
     """Measure where the class maps of a run's weights lie on `split` (default: val where there is one, else test), in what
     evaluation sees of each image. Thresholds are always those that suit the validation split best.
 
-    `method`, `channels`: as those of `fgvc explain`; what an expensive one costs is said on stderr first. Writes
+    `method`, `channels`: as those of `fgvc explain`; stderr gets the cost of an expensive one first. Writes
     `localisation.json`, `tables/localisation-<split>.csv` (classes), `tables/parts-<split>.csv` and
     `plots/localisation-<split>.png` into the run; another method than gradcam and another selection than the recipe's are in the
     names. Of a run that can't be written nothing is stored, and stderr says so. Raises FgvcError where the data have no boxes or
     no validation split, or the net no such maps.
     """
-    chosen_method = method_name(method)
+    method = method_name(method)
     run.measured(RECORD)  # can be added to
     if run.index.boxes is None:
         raise FgvcError(
@@ -131,97 +127,99 @@ def localize(
         )
     refuse_shares(run.index)
     split, rows = run.rows_of(split)
-    if not len(validation := run.rows("val")):
+    if not len(validation_rows := run.rows("val")):
         raise FgvcError(f"{run.folder}: its data has no val split, on whose images the thresholds of the maps are chosen")
-    looked = look(run, rows, method=chosen_method, channels=channels, device=device)
-    source = looked
+    per_image = localize_rows(run, rows, method=method, channels=channels, device=device)
+    on_validation = per_image
     if split != "val":
-        source = look(run, validation, method=chosen_method, channels=channels, device=device)
-    of_map = choose(source.found["true"])
-    chosen: dict[str, Thresholds] = {"true": of_map, "predicted": of_map, "centre": choose(source.found["centre"])}
-    name = "-".join([split, *[chosen_method] * (chosen_method != "gradcam"), *run.suffix])
-    tables: dict[str, list[Row]] = {"localisation": by_class(looked, run.classes, of_map)}
-    if looked.parts:
-        tables["parts"] = by_part(looked, run.index.part_names)
+        on_validation = localize_rows(run, validation_rows, method=method, channels=channels, device=device)
+    map_thresholds = choose_thresholds(on_validation.map_boxes["true"])
+    of_centre = choose_thresholds(on_validation.map_boxes["centre"])
+    thresholds: dict[str, Thresholds] = {"true": map_thresholds, "predicted": map_thresholds, "centre": of_centre}
+    name = "-".join([split, *[method] * (method != "gradcam"), *run.suffix])
+    tables: dict[str, list[Row]] = {"localisation": by_class(per_image, run.classes, map_thresholds)}
+    if per_image.parts:
+        tables["parts"] = by_part(per_image, run.index.part_names)
+    right = per_image.right[per_image.boxed]
     result = Localisation(
-        run=run.folder, split=split, select=run.select, method=chosen_method, images=len(looked.labels),
-        top1=float(looked.right.double().mean()), left_out=int((~looked.boxed).sum()), silent=int(looked.silent.sum()),
-        chosen_from="val", boxes={of: score(looked.found[of], looked.right[looked.boxed], chosen[of]) for of in OF},
-        parts=coverage(looked), tables=tuple(run.folder / "tables" / f"{table}-{name}.csv" for table in tables),
-        unreadable=looked.unreadable,
+        run=run.folder, split=split, select=run.select, method=method, images=len(per_image.labels),
+        top1=float(per_image.right.double().mean()), left_out=int((~per_image.boxed).sum()), silent=int(per_image.silent.sum()),
+        chosen_from="val", boxes={of: box_scores(per_image.map_boxes[of], right, thresholds[of]) for of in MAPS},
+        parts=coverage(per_image), tables=tuple(run.folder / "tables" / f"{table}-{name}.csv" for table in tables),
+        unreadable=per_image.unreadable,
     )  # fmt: skip
     true = result.boxes["true"]
     shares = f"BoxAccV2 {100 * true.box_acc_v2:.1f} % by val's thresholds, MaxBoxAccV2 (oracle) {100 * true.max_box_acc_v2:.1f} %"
-    title = f"{split}: {shares}; {true.images} images ({chosen_method})"
-    files = {f"plots/localisation-{name}.png": plot_localisation(looked.found, chosen, title=title)}
+    title = f"{split}: {shares}; {true.images} images ({method})"
+    files = {f"plots/localisation-{name}.png": plot_localisation(per_image.map_boxes, thresholds, title=title)}
     files |= {f"tables/{table}-{name}.csv": as_csv(lines).encode() for table, lines in tables.items()}
-    measured_now = {RECORD: {f"{split}.{run.select}.{chosen_method}": result.numbers()}}
-    return replace(result, stored=run.leave(files, measured_now))
+    numbers = {RECORD: {f"{split}.{run.select}.{method}": result.numbers()}}
+    return replace(result, stored=run.store(files, numbers))
 
 
-def look(
+def localize_rows(
     run: LoadedRun, rows: NDArray[np.int64], *, method: str, channels: int | None = None, device: str | None = None
 ) -> Localizations:
-    """Maps of every readable image, beside its box and parts. Raises FgvcError where the net has no such maps or gives logits
-    that are no numbers, or not one image has a box in the crop."""
+    """Localise every readable image of `rows`, beside its box and parts. Raises FgvcError where the net has no such maps or gives
+    logits that are no numbers, or not one image has a box in the crop."""
     loader = evaluation_loader(
         run.index, rows, spec=run.preprocess, batch_size=BATCH, workers=run.recipe.train.workers
     )
     console = Console(stderr=True)
-    total, silent = -(-len(rows) // BATCH), not console.is_terminal
+    total, quiet = -(-len(rows) // BATCH), not console.is_terminal
     centre = centre_map(run.preprocess.size)
-    around_centre = around(centre.numpy())
+    centre_boxes = map_boxes(centre.numpy())
     with (
-        run.placed(device) as (where, layout),
+        run.on_device(device) as (place, layout),
         class_maps_of(run.step.net, run.preprocess.size, [method], channels=channels) as maps,
     ):
         if (cost := maps.cost(method)) is not None:
             print(f"{run.folder}: {method} of {len(rows)} images: {cost}", file=sys.stderr)
-        looked = [
-            _look(run, batch, batch.images.to(where, memory_format=layout), maps, method, (centre, around_centre))
-            for batch in track(loader, "maps", total=total, console=console, transient=True, disable=silent)
+        batches = [
+            _localize_batch(run, batch, batch.images.to(place, memory_format=layout), maps, method, (centre, centre_boxes))
+            for batch in track(loader, "maps", total=total, console=console, transient=True, disable=quiet)
         ]
-    whole = _joined(looked)
+    whole = _concatenate(batches)
     if not whole.boxed.any():
         raise FgvcError(f"{run.folder}: none of its {len(whole.boxed)} images has a box in what evaluation sees of it")
     return whole
 
 
-def _look(
-    run: LoadedRun, batch: EvaluationBatch, x: Tensor, look: ClassMaps, method: str, centre: tuple[Tensor, Boxes]
+def _localize_batch(
+    run: LoadedRun, batch: EvaluationBatch, x: Tensor, class_maps: ClassMaps, method: str, centre: tuple[Tensor, Boxes]
 ) -> Localizations:
-    """One batch; its images `x` on the net's device."""
-    logits = look.logits(x).float().cpu()
+    """Localise one batch; its images `x` on the net's device."""
+    logits = class_maps.logits(x).float().cpu()
     refuse_no_numbers(logits.numpy(), run.folder)
-    said = logits.argmax(1)
-    right = said == batch.labels
-    maps, _ = look(x, batch.labels, method)
-    of: dict[str, list[Boxes]] = {"true": around_each(maps), "centre": [centre[1]] * len(maps)}
-    of["predicted"] = list(of["true"])
+    predicted = logits.argmax(1)
+    right = predicted == batch.labels
+    maps, _ = class_maps(x, batch.labels, method)
+    component_boxes: dict[str, list[Boxes]] = {"true": boxes_of_maps(maps), "centre": [centre[1]] * len(maps)}
+    component_boxes["predicted"] = list(component_boxes["true"])
     if len(wrong := (~right).nonzero()[:, 0]):
-        others, _ = look(x[wrong.to(x.device)], said[wrong], method)
-        for at, boxes in zip(wrong.tolist(), around_each(others), strict=True):
-            of["predicted"][at] = boxes
-    true, points = in_input(batch, run.preprocess)
+        others, _ = class_maps(x[wrong.to(x.device)], predicted[wrong], method)
+        for at, boxes in zip(wrong.tolist(), boxes_of_maps(others), strict=True):
+            component_boxes["predicted"][at] = boxes
+    true, points = annotations_in_input(batch, run.preprocess)
     boxed = (true[:, 2] > true[:, 0]) & (true[:, 3] > true[:, 1])
-    kept = boxed.nonzero()[:, 0].tolist()
-    found = {name: compare_boxes([boxes[at] for at in kept], true[boxed]) for name, boxes in of.items()}
+    boxed_rows = boxed.nonzero()[:, 0].tolist()
+    compared = {name: compare_boxes([boxes[at] for at in boxed_rows], true[boxed]) for name, boxes in component_boxes.items()}
     parts: dict[str, Tensor] = {}
     if points is not None:
-        both: dict[str, Tensor] = {"true": maps, "centre": centre[0].expand(len(maps), -1, -1)}
+        maps_by: dict[str, Tensor] = {"true": maps, "centre": centre[0].expand(len(maps), -1, -1)}
         parts = {
-            name: torch.stack([covered(which, points, share) for share in SHARES], dim=2)
-            for name, which in both.items()
+            name: torch.stack([point_coverage(heat, points, share) for share in SHARES], dim=2)
+            for name, heat in maps_by.items()
         }
     silent = normalised(maps).amax((1, 2)) == 0
-    return Localizations(batch.labels, right, boxed, silent, found, parts, tuple(str(error) for error in batch.bad))
+    return Localizations(batch.labels, right, boxed, silent, compared, parts, tuple(str(error) for error in batch.bad))
 
 
-def in_input(batch: EvaluationBatch, spec: Preprocess) -> tuple[Tensor, Tensor | None]:
-    """Where boxes and parts of a batch's images lie in the network's input, in continuous pixels, float64: left, top, right,
+def annotations_in_input(batch: EvaluationBatch, spec: Preprocess) -> tuple[Tensor, Tensor | None]:
+    """Boxes and parts of a batch's images in the network's input, in continuous pixels, float64: left, top, right,
     bottom (B,4), cut at its borders, of no area or NaN where nothing is left; x and y (B,P,2), NaN where a part can't be
     seen, or None."""
-    assert batch.boxes is not None  # `localize` looked
+    assert batch.boxes is not None  # `localize` checked
     height, width = spec.size
     sizes = [(int(h), int(w)) for h, w in batch.sizes]
     left_top, sides = np.split(batch.boxes.astype(np.float64), 2, axis=1)
@@ -237,58 +235,58 @@ def in_input(batch: EvaluationBatch, spec: Preprocess) -> tuple[Tensor, Tensor |
     )
 
 
-def _joined(looked: Sequence[Localizations]) -> Localizations:
-    """Those of several batches as one."""
+def _concatenate(batches: Sequence[Localizations]) -> Localizations:
+    """Concatenate several batches."""
     return Localizations(
-        labels=torch.cat([one.labels for one in looked]),
-        right=torch.cat([one.right for one in looked]),
-        boxed=torch.cat([one.boxed for one in looked]),
-        silent=torch.cat([one.silent for one in looked]),
-        found={of: joined([one.found[of] for one in looked]) for of in OF},
-        parts={of: torch.cat([one.parts[of] for one in looked]) for of in looked[0].parts},
-        unreadable=tuple(error for one in looked for error in one.unreadable),
+        labels=torch.cat([batch.labels for batch in batches]),
+        right=torch.cat([batch.right for batch in batches]),
+        boxed=torch.cat([batch.boxed for batch in batches]),
+        silent=torch.cat([batch.silent for batch in batches]),
+        map_boxes={of: concatenate([batch.map_boxes[of] for batch in batches]) for of in MAPS},
+        parts={of: torch.cat([batch.parts[of] for batch in batches]) for of in batches[0].parts},
+        unreadable=tuple(error for batch in batches for error in batch.unreadable),
     )
 
 
-def coverage(looked: Localizations) -> Coverage | None:
-    """Over all parts that can be seen; None without any."""
-    if not looked.parts or not (visible := int(looked.parts["true"][:, :, 0].isfinite().sum())):
+def coverage(per_image: Localizations) -> Coverage | None:
+    """Coverage of all visible parts; None without any."""
+    if not per_image.parts or not (visible := int(per_image.parts["true"][:, :, 0].isfinite().sum())):
         return None
-    whole, centre = (tuple(looked.parts[of].nanmean((0, 1)).tolist()) for of in ("true", "centre"))
+    whole, centre = (tuple(per_image.parts[of].nanmean((0, 1)).tolist()) for of in ("true", "centre"))
     return Coverage(visible, whole, centre)
 
 
-def by_class(looked: Localizations, classes: Sequence[str], chosen: Thresholds) -> list[Row]:
-    """One row a class; empty where there is nothing to tell."""
-    iou = torch.full((len(looked.labels),), torch.nan, dtype=torch.float64)
-    iou[looked.boxed] = looked.found["true"].largest[:, chosen.largest]
-    located = (iou >= OVERLAPS[USUAL]).double().where(looked.boxed, torch.nan)
+def by_class(per_image: Localizations, classes: Sequence[str], thresholds: Thresholds) -> list[Row]:
+    """Table of one row a class; cells without any image are empty."""
+    iou = torch.full((len(per_image.labels),), torch.nan, dtype=torch.float64)
+    iou[per_image.boxed] = per_image.map_boxes["true"].largest[:, thresholds.largest]
+    located = (iou >= OVERLAPS[USUAL]).double().where(per_image.boxed, torch.nan)
     rows: list[Row] = []
     for number, name in enumerate(classes):
-        mine = looked.labels == number
+        of_class = per_image.labels == number
         row: Row = {
             "class": name,
-            "images": int(mine.sum()),
-            "top1": _mean(looked.right[mine].double()),
-            "gt_known_loc": _mean(located[mine]),
-            "top1_loc": _mean(located[mine] * looked.right[mine]),
-            "iou": _mean(iou[mine]),
+            "images": int(of_class.sum()),
+            "top1": _mean(per_image.right[of_class].double()),
+            "gt_known_loc": _mean(located[of_class]),
+            "top1_loc": _mean(located[of_class] * per_image.right[of_class]),
+            "iou": _mean(iou[of_class]),
         }
-        if looked.parts:
-            row |= _shares("top", looked.parts["true"][mine])
+        if per_image.parts:
+            row |= _shares("top", per_image.parts["true"][of_class])
         rows.append(row)
     return rows
 
 
-def by_part(looked: Localizations, names: Sequence[str]) -> list[Row]:
-    """One row a part: how often it can be seen, and lies in the highest 10 and 20 % of the maps, and of a round map in the
-    middle. Chance has 10 and 20 %."""
+def by_part(per_image: Localizations, names: Sequence[str]) -> list[Row]:
+    """Table of one row a part: how often it is visible, and lies in the highest 10 and 20 % of the maps, and of a round map in
+    the middle. Chance has 10 and 20 %."""
     rows: list[Row] = []
     for at, name in enumerate(names):
-        mine, centre = (looked.parts[of][:, at] for of in ("true", "centre"))
-        seen = int(mine[:, 0].isfinite().sum())
-        row: Row = {"part": name, "visible": seen}
-        rows.append(row | _shares("top", mine) | _shares("centre", centre))
+        weights, centre = (per_image.parts[of][:, at] for of in ("true", "centre"))
+        visible = int(weights[:, 0].isfinite().sum())
+        row: Row = {"part": name, "visible": visible}
+        rows.append(row | _shares("top", weights) | _shares("centre", centre))
     return rows
 
 
@@ -297,5 +295,5 @@ def _shares(prefix: str, weights: Tensor) -> Row:
 
 
 def _mean(values: Tensor) -> str | float:
-    """Of those that are not NaN; empty without any."""
+    """Mean of the values that are not NaN; empty without any."""
     return round(float(values.nanmean()), 6) if values.isfinite().any() else ""

@@ -1,4 +1,4 @@
-"""Scores of a net on one split of the data, summed by torchmetrics, right over any number of processes."""
+"""Scores of a net on one split of the data, summed by torchmetrics over any number of processes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fgvc.errors import FgvcError, NoNumbersError
-from fgvc.evaluation.calibration import BINS, binned, of_sums
+from fgvc.evaluation.calibration import BINS, bin_sums, reliability_of_sums
 
 SMALLER_IS_BETTER = ("loss", "ece")
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Shares in [0,1] over `images` readable images."""
+    """Scores of a classifier on `images` readable images; shares in [0,1]."""
 
     images: int
     top1: float
@@ -32,13 +32,13 @@ class Scores:
     confusion: np.ndarray  # (K,K) counts: row = true class, column = predicted
 
     def numbers(self) -> dict[str, float]:
-        """For JSON and tables."""
+        """Numbers for JSON and tables."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "confusion"}
 
     def by_class(self, classes: Sequence[str]) -> list[dict[str, str | float]]:
-        """One row a class: images, recall, precision, F1 (empty where there is no image to tell), and what it is taken
-        for most often."""
-        right, true, said = self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)
+        """Table of one row a class: images, recall, precision, F1 (empty without any image), and the class that it is taken for
+        most often."""
+        right, true, predicted = self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)
         wrong = self.confusion - np.diag(right)
         rows: list[dict[str, str | float]] = []
         for at, name in enumerate(classes):
@@ -48,8 +48,8 @@ class Scores:
                     "class": name,
                     "images": int(true[at]),
                     "recall": _share(right[at], true[at]),
-                    "precision": _share(right[at], said[at]),
-                    "f1": _share(2 * right[at], true[at] + said[at]),
+                    "precision": _share(right[at], predicted[at]),
+                    "f1": _share(2 * right[at], true[at] + predicted[at]),
                     "taken_for": classes[worst] if wrong[at, worst] else "",
                     "times": int(wrong[at, worst]),
                 }
@@ -57,7 +57,7 @@ class Scores:
         return rows
 
     def confused(self, classes: Sequence[str]) -> list[dict[str, str | float]]:
-        """Pairs of classes by how often one is taken for the other, either way; most often first."""
+        """Table of pairs of classes by how often one is taken for the other, either way; most often first."""
         both = np.triu(self.confusion + self.confusion.T, 1)
         pairs = [(int(i), int(j)) for i, j in np.argwhere(both)]
         return [
@@ -72,8 +72,8 @@ class Scores:
         ]
 
 
-def of_logits(logits: np.ndarray, labels: np.ndarray) -> Scores:
-    """The scores of answers that are there already: logits (N,K), labels (N,). Raises as `evaluate` does."""
+def score_logits(logits: np.ndarray, labels: np.ndarray) -> Scores:
+    """Score logits (N,K) with labels (N,). Raises as `evaluate` does."""
     z, y = torch.from_numpy(logits), torch.from_numpy(labels)
     batches = [(z, y)] if len(y) else []
     return evaluate(lambda x: x, batches, classes=z.shape[1], device=torch.device("cpu"))
@@ -112,16 +112,16 @@ def evaluate(
     ).to(device)
     loss = MeanMetric().to(device)
     bins = np.zeros((3, BINS))  # torchmetrics would keep every image
-    wild = torch.zeros((), dtype=torch.int64, device=device)  # images whose logits are not finite
+    nonfinite = torch.zeros((), dtype=torch.int64, device=device)  # images whose logits are not finite
     with torch.inference_mode():
         for x, y in batches:
             labels = y.to(device)
             z = net(x.to(device, memory_format=memory_format)).float()
-            wild += (~z.isfinite().all(1)).sum()
-            z = z.nan_to_num()  # what is found then is not used
+            nonfinite += (~z.isfinite().all(1)).sum()
+            z = z.nan_to_num()  # these scores are not used
             metrics.update(z, labels)
-            confidence, said = z.softmax(1).max(1)
-            bins += binned(confidence.cpu().double().numpy(), (said == labels).cpu().numpy())
+            confidence, predicted = z.softmax(1).max(1)
+            bins += bin_sums(confidence.cpu().double().numpy(), (predicted == labels).cpu().numpy())
             loss.update(nn.functional.cross_entropy(z, labels), weight=len(y))
     with warnings.catch_warnings():  # a process may have no share of a small split; its zeros are right
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
@@ -132,11 +132,11 @@ def evaluate(
     if dist.is_available() and dist.is_initialized():
         shared = torch.from_numpy(bins).to(device)
         dist.all_reduce(shared)
-        dist.all_reduce(wild)
+        dist.all_reduce(nonfinite)
         bins = shared.cpu().numpy()
-    if wild:
+    if nonfinite:
         raise NoNumbersError(
-            f"the net gives logits that are no numbers (NaN or infinite) for {int(wild)} of {int(confusion.sum())} images"
+            f"the net gives logits that are no numbers (NaN or infinite) for {int(nonfinite)} of {int(confusion.sum())} images"
         )
     if not math.isfinite(mean_loss):
         raise NoNumbersError("the net gives logits so large that their mean loss is no number")
@@ -146,7 +146,7 @@ def evaluate(
     return Scores(
         images=int(confusion.sum()),
         balanced_accuracy=float(recall.mean()),
-        ece=of_sums(bins).ece,
+        ece=reliability_of_sums(bins).ece,
         loss=mean_loss,
         confusion=confusion,
         **shares,

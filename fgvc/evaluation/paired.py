@@ -1,4 +1,4 @@
-"""Two classifiers on the same images: what the second gains, how sure that is, and what it breaks."""
+"""Paired comparison of two classifiers on the same images: gain, its interval, and flips."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Truths = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
-    """Which of N images A and B name rightly. All shares in [0,1]; a gain is B's minus A's."""
+    """Paired comparison of A and B on N images; shares in [0,1], a gain is B's minus A's."""
 
     labels: NDArray[np.int64]  # (N,)
     a_right: Truths  # (N,)
@@ -37,12 +37,12 @@ class Paired:
 
     @property
     def negative(self) -> Truths:
-        """(N,) A was right, B is wrong: what a release breaks, however high its accuracy."""
+        """Negative flips (N,): A is right, B is wrong; what a release breaks, however high its accuracy."""
         return self.a_right & ~self.b_right
 
     @property
     def positive(self) -> Truths:
-        """(N,) A was wrong, B is right."""
+        """Positive flips (N,): A is wrong, B is right."""
         return ~self.a_right & self.b_right
 
     @property
@@ -55,7 +55,7 @@ class Paired:
         return float(self.negative.mean())
 
     def by_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """One row a class that has images, the largest loss first: images, recalls, change and flips."""
+        """Table of one row a class that has images, the largest loss first: images, recalls, change and flips."""
         count = np.bincount(self.labels, minlength=len(classes))
         columns = {"a": self.a_right, "b": self.b_right, "negative": self.negative, "positive": self.positive}
         of = {name: np.bincount(self.labels[hit], minlength=len(classes)) for name, hit in columns.items()}
@@ -75,8 +75,8 @@ class Paired:
         ]
 
 
-def compare_answers(labels: NDArray[Any], a: NDArray[Any], b: NDArray[Any]) -> Paired:
-    """Of N images with labels (N,), the classes (N,) that A and B name. Raises FgvcError without any image.
+def compare_predictions(labels: NDArray[Any], a: NDArray[Any], b: NDArray[Any]) -> Paired:
+    """Compare the classes (N,) that A and B predict for N images with labels (N,). Raises FgvcError without any image.
 
     p: McNemar's test, exact and two-sided: of the images on which one alone is right, is either one right as often? Exact
     never claims too much, at any number of images (Fagerland et al. 2013 call it a little cautious).
@@ -92,7 +92,7 @@ def compare_answers(labels: NDArray[Any], a: NDArray[Any], b: NDArray[Any]) -> P
 
 
 def gain_interval(wins: float, losses: float, images: float, *, level: float = LEVEL) -> tuple[float, float]:
-    """The interval of (wins - losses) / images by inverting the score test of a paired difference (Tango, Statistics in
+    """Interval of (wins - losses) / images by inverting the score test of a paired difference (Tango, Statistics in
     Medicine 17, 1998): all differences that the counts do not contradict. Holds its level for few images and for no flip at
     all, where Wald's interval is a point."""
     z = float(norm.ppf((1 + level) / 2))
@@ -110,7 +110,7 @@ def gain_interval(wins: float, losses: float, images: float, *, level: float = L
 
 
 def wilson(share: float, count: float) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` images (Wilson 1927): it stays within [0,1] and is right near its ends."""
+    """95 % interval of a share of `count` images (Wilson 1927): it stays within [0,1] and is right near its ends."""
     z = 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -119,7 +119,7 @@ def wilson(share: float, count: float) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What a release may not break. Raises FgvcError where a limit makes no sense, before anything is compared."""
+    """Limits that a release must keep. Raises FgvcError where a limit makes no sense, before anything is compared."""
 
     max_negative_flips: str | None = None  # a number of images (`12`) or a share of them (`0.5%`)
     min_gain: float | None = None  # points of accuracy, may be negative
@@ -135,24 +135,24 @@ class Gate:
 
     @property
     def shut(self) -> bool:
-        """Whether there is a limit at all."""
+        """Whether there is any limit."""
         return self.max_negative_flips is not None or self.min_gain is not None
 
-    def failures(self, found: Paired) -> list[str]:
-        """What it has against B, one line each. The gain itself is held against its limit, not its interval."""
-        said = []
+    def failures(self, pair: Paired) -> list[str]:
+        """Describe the limits that B breaks, one line each. The gain itself is compared with its limit, not its interval."""
+        failures = []
         if self.max_negative_flips is not None and (limit := LIMIT.fullmatch(self.max_negative_flips.strip())):
-            flips, share = int(found.negative.sum()), 100 * found.negative_flip_rate
+            flips, share = int(pair.negative.sum()), 100 * pair.negative_flip_rate
             most = float(limit[2] or math.inf)
             if (flips > int(limit[1])) if limit[1] else (share > most + 1e-9):
                 percent = f"{share:.{_decimals(share, most)}f} %"
-                said.append(f"{flips} negative flips of {found.images} images ({percent}), more than {limit[0]}")
-        if self.min_gain is not None and 100 * found.gain < self.min_gain - 1e-9:
-            gain = 100 * found.gain
-            said.append(f"a gain of {gain:+.{_decimals(gain, self.min_gain)}f} points, less than {self.min_gain:+g}")
-        return said
+                failures.append(f"{flips} negative flips of {pair.images} images ({percent}), more than {limit[0]}")
+        if self.min_gain is not None and 100 * pair.gain < self.min_gain - 1e-9:
+            gain = 100 * pair.gain
+            failures.append(f"a gain of {gain:+.{_decimals(gain, self.min_gain)}f} points, less than {self.min_gain:+g}")
+        return failures
 
 
 def _decimals(value: float, limit: float) -> int:
-    """So many, two at least, that `value` as it is printed is on its own side of `limit`."""
+    """Number of decimals, two at least, with which `value` is printed on its side of `limit`."""
     return next((d for d in range(2, 10) if (round(value, d) - limit) * (value - limit) > 0), 10)

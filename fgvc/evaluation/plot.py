@@ -1,4 +1,4 @@
-"""Pictures of a run: curves, confusion matrix, calibration and localisation; each the bytes of a PNG file."""
+"""Plots of a run: curves, confusion matrix, calibration and localisation; each the bytes of a PNG file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LABELLED = 60  # classes up to which every row of the matrix is named
 
 
 def plot_curves(history: Sequence[Mapping[str, float]]) -> bytes:
-    """Training loss, validation loss and accuracy over the epochs of `metrics.csv`."""
+    """Plot training loss, validation loss and accuracy over the epochs of `metrics.csv`."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
@@ -41,16 +41,16 @@ def plot_curves(history: Sequence[Mapping[str, float]]) -> bytes:
     return _png(figure)
 
 
-def plot_localisation(found: Mapping[str, MapBoxes], chosen: Mapping[str, Thresholds], *, title: str) -> bytes:
-    """Share of boxes that are right over the map's threshold, at each IoU, with the threshold that validation chose; and the
-    same of a map that knows no image."""
+def plot_localisation(map_boxes: Mapping[str, MapBoxes], thresholds: Mapping[str, Thresholds], *, title: str) -> bytes:
+    """Plot the share of boxes that are right over the map's threshold, at each IoU, with the threshold that validation chose; and
+    the same of a map that knows no image."""
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
     for number, overlap in enumerate(OVERLAPS):
         for of, style in (("centre", ":"), ("true", "-")):
-            curve = 100 * accuracy(found[of].best, overlap)
+            curve = 100 * accuracy(map_boxes[of].best, overlap)
             axes.plot(THRESHOLDS, curve, style, color=f"C{number}", alpha=1 if of == "true" else 0.6)
-        step = chosen["true"].best[number]
+        step = thresholds["true"].best[number]
         place = THRESHOLDS[step], float(curve[step])
         axes.plot(*place, "o", color=f"C{number}", markersize=7)
         label = f"IoU ≥ {overlap}: {place[1]:.1f}"
@@ -75,7 +75,7 @@ def plot_localisation(found: Mapping[str, MapBoxes], chosen: Mapping[str, Thresh
 
 
 def plot_confusion(confusion: np.ndarray, classes: Sequence[str], *, title: str) -> bytes:
-    """Row-normalised confusion matrix (K,K): a row sums to 100 % of a true class."""
+    """Plot the row-normalised confusion matrix (K,K): a row sums to 100 % of a true class."""
     count = len(classes)
     side = min(4 + 0.18 * count, 16)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
@@ -92,53 +92,53 @@ def plot_confusion(confusion: np.ndarray, classes: Sequence[str], *, title: str)
     return _png(figure)
 
 
-def plot_calibration(found: Calibrated, *, split: str) -> dict[str, bytes]:
-    """`reliability-<split>.png` and `risk-coverage-<split>.png`, by name."""
+def plot_calibration(calibrated: Calibrated, *, split: str) -> dict[str, bytes]:
+    """Plot `reliability-<split>.png` and `risk-coverage-<split>.png`, by name."""
     return {
-        f"reliability-{split}.png": _png(reliability_figure(found, title=split)),
-        f"risk-coverage-{split}.png": _png(risk_figure(found, title=split)),
+        f"reliability-{split}.png": _png(reliability_figure(calibrated, title=split)),
+        f"risk-coverage-{split}.png": _png(risk_figure(calibrated, title=split)),
     }
 
 
-def reliability_figure(found: Calibrated, *, title: str) -> Figure:
-    """Accuracy and its gap to confidence, bin by bin, before and after the temperature; the images of each bin."""
+def reliability_figure(calibrated: Calibrated, *, title: str) -> Figure:
+    """Plot accuracy and its gap to confidence, bin by bin, before and after the temperature; and the images of each bin."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     upper, lower = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
     left = 100 * np.arange(BINS) / BINS
     width = 100 / BINS
-    mended = f"temperature {found.temperature:.2f}" if found.calibrated else "not calibrated"
-    sides = (("as trained", found.before), (mended, found.after))
+    state = f"temperature {calibrated.temperature:.2f}" if calibrated.calibrated else "not calibrated"
+    sides = (("as trained", calibrated.before), (state, calibrated.after))
     for over, under, (name, side) in zip(upper, lower, sides, strict=True):
-        look = {"width": 0.92 * width, "align": "edge"}
-        bars = over.bar(left, 100 * side.accuracy, color="#8fb3d9", **look)
+        style = {"width": 0.92 * width, "align": "edge"}
+        bars = over.bar(left, 100 * side.accuracy, color="#8fb3d9", **style)
         ends = left, left + 0.92 * width
         sure = over.hlines(100 * side.confidence, *ends, color="#d1495b", linewidth=3)
         over.vlines(left + 0.46 * width, 100 * side.confidence, 100 * side.accuracy, color="#d1495b", linewidth=1)
         over.plot([0, 100], [0, 100], color="#1c1c1c", linewidth=1, linestyle="--")
         over.set(title=f"{name}: calibration error {100 * side.ece:.1f} %", xlim=(0, 100), ylim=(0, 100))
-        under.bar(left, side.images, color="#8a8a8a", **look)
+        under.bar(left, side.images, color="#8a8a8a", **style)
         under.set_xlabel("confidence %")
         over.grid(alpha=0.3)
     upper[0].set_ylabel("right %")
     upper[0].legend([bars, sure], ["right", "confidence"], loc="upper left")
     lower[0].set_ylabel("images")
-    figure.suptitle(f"{title}: {found.images} images; {found.source}", wrap=True)
+    figure.suptitle(f"{title}: {calibrated.images} images; {calibrated.source}", wrap=True)
     return figure
 
 
-def risk_figure(found: Calibrated, *, title: str) -> Figure:
-    """Wrong answers among those given, when only the surest are; where the threshold would be."""
-    curve = found.curve
+def risk_figure(calibrated: Calibrated, *, title: str) -> Figure:
+    """Plot the share of wrong answers among the most confident ones over coverage, and the threshold."""
+    curve = calibrated.curve
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(100 * curve.coverage, 100 * curve.risk, color="#3b6ea5", label=f"area {100 * curve.area:.2f} %")
-    answered = int((curve.confidence >= found.threshold).sum())
-    if 0 < answered < found.images:
+    answered = int((curve.confidence >= calibrated.threshold).sum())
+    if 0 < answered < calibrated.images:
         axes.plot(
             100 * curve.coverage[answered - 1], 100 * curve.risk[answered - 1], "o", color="#d1495b",
-            label=f"threshold {100 * found.threshold:.0f} %, to keep {100 * found.keep:g} % of the right",
+            label=f"threshold {100 * calibrated.threshold:.0f} %, to keep {100 * calibrated.keep:g} % of the right",
         )  # fmt: skip
-    axes.set(xlabel="answered %, the surest first", ylabel="of these wrong %", title=f"{title}: {found.images} images")
+    axes.set(xlabel="answered %, the surest first", ylabel="of these wrong %", title=f"{title}: {calibrated.images} images")
     axes.set(xlim=(0, 100), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

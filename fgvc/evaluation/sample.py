@@ -1,4 +1,4 @@
-"""What is kept while all images are scored, in one pass: the logits of some of them, and of all whether they were right."""
+"""Recording in one pass over all images: the logits of a sample of them, and whether each answer is right."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from fgvc.data.loader import EvaluationBatch
 
 
 class Sample:
-    """Stands between a loader and a net: `see` each batch before the net answers it."""
+    """Wrapper of a net that records its outputs; each batch is given to `add_batch` before the net gets its images."""
 
     def __init__(self, net: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> None:
         self.net, self.rows = net, rows
-        self._mine = torch.zeros(0, dtype=torch.bool)  # which of the batch that is on its way
-        self._truth = torch.zeros(0, dtype=torch.int64)  # of that batch
+        self._in_sample = torch.zeros(0, dtype=torch.bool)  # images of the present batch in the sample
+        self._batch_labels = torch.zeros(0, dtype=torch.int64)  # of the present batch
         self._right: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._logits: list[Tensor] = []
 
-    def see(self, batch: EvaluationBatch) -> None:
-        self._mine, self._truth = torch.from_numpy(np.isin(batch.index.numpy(), self.rows)), batch.labels
-        self._labels.append(batch.labels[self._mine])
+    def add_batch(self, batch: EvaluationBatch) -> None:
+        self._in_sample, self._batch_labels = torch.from_numpy(np.isin(batch.index.numpy(), self.rows)), batch.labels
+        self._labels.append(batch.labels[self._in_sample])
 
     def __call__(self, x: Tensor) -> Tensor:
         z = self.net(x)
-        said = z.float().cpu()
-        self._right.append(said.argmax(1) == self._truth)
-        self._logits.append(said[self._mine])
+        logits = z.float().cpu()
+        self._right.append(logits.argmax(1) == self._batch_labels)
+        self._logits.append(logits[self._in_sample])
         return z
 
     @property
     def right(self) -> NDArray[np.bool_]:
-        """(N,) of all images that were seen, in their order."""
+        """Whether each answer (N,) is right, for all images in their order."""
         return torch.cat(self._right).numpy()
 
     @property

@@ -1,4 +1,4 @@
-"""A run's temperature and threshold: fitted once, on its validation split, and kept in its folder with the checkpoint's digest.
+"""Temperature and threshold of a run: fitted once, on its validation split, and stored in its folder.
 
 `<run>/calibration.json` holds, under `val.<select>`, what a bundle's does, and the identity of the checkpoint whose weights it
 was fitted for. All that shows a probability of this run takes both numbers from there. No other split is ever fitted on.
@@ -16,22 +16,22 @@ from fgvc.config.data import Split
 from fgvc.config.loading import validate
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError, NoNumbersError
-from fgvc.evaluation.calibration import KEEP, Calibrated, calibrate, measure, spread
+from fgvc.evaluation.calibration import KEEP, Calibrated, calibrate, fitting_sample, measure
 from fgvc.runs.loaded import LoadedRun, onnx_answers
-from fgvc.runs.measured import leave, measured_of
+from fgvc.runs.measured import read_measured_of, store_measured
 from fgvc.runtime.engine import Session, refuse_no_numbers
 
 RECORD = "calibration.json"  # in the run
 FITTED_ON: Split = "val"
 SAME = 1e-3  # of a mean cross-entropy in nats, by the largest logit; logits that are within 1e-4 of it move it by 2e-4 at most
 
-Given = tuple[NDArray[Any], NDArray[Any]]
+LabelledLogits = tuple[NDArray[Any], NDArray[Any]]
 """Logits (N,K) and labels (N,)."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunCalibration:
-    """A run's calibration, or why it has none."""
+    """Calibration of a run, or the reason why it has none."""
 
     calibration: Calibration | None
     why: str = ""
@@ -43,92 +43,92 @@ class RunCalibration:
 
     @property
     def reason(self) -> str:
-        """Why none was; empty where one was."""
+        """Reason why no temperature was fitted; empty where one was."""
         return "" if self.calibrated else self.why if self.calibration is None else self.calibration.note
 
-    def on(self, split: str, given: Given) -> Calibrated:
-        """What it does for a part of the data; cross-fitted where that is the part that it was fitted on."""
-        own = self.calibration
-        if own is not None and own.fitted_on == split:
-            return calibrate(*given, keep=own.keep, split=split, known=own)
-        return measure(*given, own, why=self.why)
+    def measure(self, split: str, outputs: LabelledLogits) -> Calibrated:
+        """Measure the calibration on a split; cross-fitted where it was fitted on that split."""
+        calibration = self.calibration
+        if calibration is not None and calibration.fitted_on == split:
+            return calibrate(*outputs, keep=calibration.keep, split=split, previous=calibration)
+        return measure(*outputs, calibration, why=self.why)
 
 
-def recorded(run: LoadedRun) -> Calibration | None:
-    """What is kept of these very weights. Raises FgvcError where the file is not as fgvc wrote it."""
-    row = measured_of(run.folder, RECORD, run.identity).get(key := f"{FITTED_ON}.{run.select}")
+def recorded_calibration(run: LoadedRun) -> Calibration | None:
+    """Read the calibration stored for these very weights. Raises FgvcError where the file is not as fgvc wrote it."""
+    row = read_measured_of(run.folder, RECORD, run.identity).get(key := f"{FITTED_ON}.{run.select}")
     return None if row is None else validate(Calibration, row, where=f"{run.folder / RECORD}: {key}")
 
 
 def fitting_rows(run: LoadedRun) -> NDArray[np.int64]:
-    """The images that a run's temperature is fitted on. Raises FgvcError where they are not what they were."""
-    return spread(run.rows(FITTED_ON), len(run.classes))
+    """Rows of the images that a run's temperature is fitted on. Raises FgvcError where they are not what they were."""
+    return fitting_sample(run.rows(FITTED_ON), len(run.classes))
 
 
 def calibration(
-    run: LoadedRun, *, keep: float | None = None, given: Given | None = None, device: str | None = None
+    run: LoadedRun, *, keep: float | None = None, outputs: LabelledLogits | None = None, device: str | None = None
 ) -> RunCalibration:
-    """What is kept of the run's weights; where nothing is, it is fitted on the validation split, and kept.
+    """Read the calibration stored for the run's weights; where there is none, fit it on the validation split and store it.
 
-    `keep`: share of the right answers that the threshold must keep; None: what the kept one keeps. `given`: what the net says of
-    `fitting_rows`, where that is at hand. Raises FgvcError for logits that are no numbers.
+    `keep`: share of the right answers that the threshold must keep; None: that of the stored one. `outputs`: the net's for
+    `fitting_rows`, where they are at hand. Raises FgvcError for logits that are no numbers.
     """
-    found = recorded(run)
-    if found is not None and keep in (None, found.keep):
-        return RunCalibration(found)
+    stored = recorded_calibration(run)
+    if stored is not None and keep in (None, stored.keep):
+        return RunCalibration(stored)
     if not len(run.index.rows(FITTED_ON)):
         return RunCalibration(None, "the data have no validation split, and a temperature is fitted on nothing else")
-    if given is None:
+    if outputs is None:
         try:
             answers = run.answers(fitting_rows(run), device=device)
         except FgvcError as error:
-            if found is not None:  # the temperature is known, and the new threshold can't be
+            if stored is not None:  # there is a temperature, and no new threshold can be fitted
                 raise
-            return _unread(run, error)
-        given = answers.logits, answers.labels
-    refuse_no_numbers(given[0], run.folder)
-    fitted = calibrate(*given, keep=KEEP if keep is None else keep, split=FITTED_ON, known=found).known
+            return _without_images(run, error)
+        outputs = answers.logits, answers.labels
+    refuse_no_numbers(outputs[0], run.folder)
+    fitted = calibrate(*outputs, keep=KEEP if keep is None else keep, split=FITTED_ON, previous=stored).fitted
     assert fitted is not None
     row = {f"{FITTED_ON}.{run.select}": fitted.model_dump(mode="json")}
-    leave(run.folder, {}, rows={RECORD: row}, identity=run.identity)
+    store_measured(run.folder, {}, rows={RECORD: row}, identity=run.identity)
     return RunCalibration(fitted)
 
 
 def calibration_without_data(run: LoadedRun, *, device: str | None = None) -> RunCalibration:
-    """The same of a run whose data need not be there: then it has what is kept, or nothing."""
-    if (found := recorded(run)) is not None:
-        return RunCalibration(found)
+    """Read or fit the calibration of a run whose data may be missing: then it has the stored one, or none."""
+    if (stored := recorded_calibration(run)) is not None:
+        return RunCalibration(stored)
     try:
         return calibration(run, device=device)
     except NoNumbersError:
         raise
     except FgvcError as error:
-        return _unread(run, error)
+        return _without_images(run, error)
 
 
-def _unread(run: LoadedRun, error: FgvcError) -> RunCalibration:
-    said = " ".join(line.strip() for line in str(error).splitlines()[:2])  # without advice, which is the verb's that was asked
+def _without_images(run: LoadedRun, error: FgvcError) -> RunCalibration:
+    message = " ".join(line.strip() for line in str(error).splitlines()[:2])  # without advice, which is the verb's that was asked
     advice = f"`fgvc eval {run.folder} --split {FITTED_ON} --root DIR` fits and keeps a temperature where the set lies in DIR now"
-    return RunCalibration(None, f"none is kept, and the validation split can't be read ({said}); {advice}")
+    return RunCalibration(None, f"none is kept, and the validation split can't be read ({message}); {advice}")
 
 
-def refuse_other_file(run: LoadedRun, known: RunCalibration, model: bytes) -> None:
-    """Raise FgvcError where an exported file does not say of the validation split what the run said when its temperature was
-    fitted, or says what are no numbers."""
-    if known.calibration is None:
+def refuse_other_file(run: LoadedRun, run_calibration: RunCalibration, model: bytes) -> None:
+    """Raise FgvcError where an exported file has another loss on the validation split than the run had when its temperature was
+    fitted, or logits that are no numbers."""
+    if run_calibration.calibration is None:
         return
     rows, workers = fitting_rows(run), run.recipe.train.workers
     try:
-        said = onnx_answers(Session(model), run.index, rows, spec=run.preprocess, workers=workers)
+        answers = onnx_answers(Session(model), run.index, rows, spec=run.preprocess, workers=workers)
     except FgvcError:  # the model fits, it was proved on images of this size; so it's that none can be read any more
         return
-    refuse_no_numbers(said.logits, run.folder)
-    own, found = known.calibration, measure(said.logits, said.labels, known.calibration)
-    apart = abs(found.nll - own.nll_before) / max(1.0, float(np.abs(said.logits).max()))
-    if found.images == own.images and apart > SAME:
+    refuse_no_numbers(answers.logits, run.folder)
+    calibration, measured = run_calibration.calibration, measure(answers.logits, answers.labels, run_calibration.calibration)
+    difference = abs(measured.nll - calibration.nll_before) / max(1.0, float(np.abs(answers.logits).max()))
+    if measured.images == calibration.images and difference > SAME:
         raise FgvcError(
-            f"{run.folder}: the exported file has a loss of {found.nll:.4f} on validation, and the run {own.nll_before:.4f} when "
-            f"its temperature was fitted: its probabilities would not be calibrated; remove {run.folder / RECORD} and export "
-            "again"
+            f"{run.folder}: the exported file has a loss of {measured.nll:.4f} on validation, and the run "
+            f"{calibration.nll_before:.4f} when its temperature was fitted: its probabilities would not be calibrated; remove "
+            f"{run.folder / RECORD} and export again"
         )
 

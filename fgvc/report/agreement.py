@@ -1,29 +1,31 @@
-"""The page of a smaller file: how far it answers as the float file, and the images for which it does not."""
+"""Page of a smaller file: its agreement with the float file, and the images on which they differ."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from fgvc.data.index import ImageIndex, decode_row
-from fgvc.evaluation.agreement import Agreement, Bars
+from fgvc.evaluation.agreement import Agreement, AgreementLimits
 from fgvc.exporting.variant import VariantFile
 from fgvc.report.render import picture, render
 
 SHOWN = 60  # images
 
 
-def agreement_page(index: ImageIndex, made: VariantFile, found: Agreement, bars: Bars, failed: Sequence[str]) -> str:
-    """`failed`: the bars that are missed, in words; empty: the file was written."""
+def agreement_page(
+    index: ImageIndex, variant: VariantFile, agreement: Agreement, limits: AgreementLimits, failures: Sequence[str]
+) -> str:
+    """Render the page. `failures`: the limits that are not kept, in words; empty: the file was written."""
     return render(
         "agreement.html",
-        title=f"{made.variant} beside float",
-        made=made,
-        how=made.contract,
-        found=found,
-        bars=bars,
-        failed=failed,
+        title=f"{variant.variant} beside float",
+        variant=variant,
+        contract=variant.contract,
+        agreement=agreement,
+        limits=limits,
+        failures=failures,
         classes=index.classes,
         shown=[
-            (one, picture(decode_row(index, one.row)), str(index.paths[one.row])) for one in found.differing[:SHOWN]
+            (image, picture(decode_row(index, image.row)), str(index.paths[image.row])) for image in agreement.differing[:SHOWN]
         ],
     )

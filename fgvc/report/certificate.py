@@ -1,4 +1,4 @@
-"""What was proved of the bundle that a run was exported to, and whether that bundle holds this run's weights."""
+"""Certificate of a bundle that a run was exported to: its proofs, and whether it holds this run's weights."""
 
 from __future__ import annotations
 
@@ -17,54 +17,54 @@ from fgvc.runs.loaded import Answers, LoadedRun
 from fgvc.runtime.bundle import Bundle
 from fgvc.runtime.engine import Session
 
-IMAGES = 8  # asked of both
-SAME = 1e-3  # of logits, relative to max(1, |logit|): ten times what the proofs allow; other weights are hundreds away
+COMPARED_IMAGES = 8  # by both
+SAME_LOGITS = 1e-3  # of logits, relative to max(1, |logit|): ten times what the proofs allow; other weights are hundreds away
 
-AROUND = {"preprocess": "its preprocessing", "labels": "the order of its labels"}
+STACK_PARTS = {"preprocess": "its preprocessing", "labels": "the order of its labels"}
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """One figure of the contract."""
+    """One figure of a bundle's contract, and its limit."""
 
     level: str
     what: str
-    found: str
+    value: str
     bar: str
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """`worst`: how far the bundle's logits are from the run's, on `images` images."""
+    """A bundle with the largest distance of its logits from the run's (`worst`), on `images` images."""
 
     bundle: Bundle
     worst: float
     images: int
 
     @property
-    def proofs(self) -> list[Proof]:
-        """The three levels, as contract.json records them."""
-        proofs = self.bundle.contract["proofs"]
-        numeric, structural, behavioural = proofs["numeric"], proofs["structural"], proofs["behavioural"]
+    def recorded(self) -> list[Proof]:
+        """Proofs of the three levels, as contract.json records them."""
+        recorded = self.bundle.contract["proofs"]
+        numeric, structural, behavioural = recorded["numeric"], recorded["structural"], recorded["behavioural"]
         nodes = f"{structural['nodes']} nodes, {structural['initializers']} initializers"
         batch = behavioural["worst_batch"]
-        seen = f"of onnxruntime against torch, {behavioural['images']} images"
+        scope = f"of onnxruntime against torch, {behavioural['images']} images"
         rows = [
             ("numeric", "folding, in float64", numeric["folded_float64"], FOLD_TOLERANCE),
             ("numeric", "rounding, as shipped in float32", numeric["shipped_float32"], SHIPPED_TOLERANCE),
-            ("behavioural", f"logits {seen}", behavioural["worst"], ONNX_TOLERANCE),
+            ("behavioural", f"logits {scope}", behavioural["worst"], ONNX_TOLERANCE),
             ("behavioural", "one image against eight", batch, BATCH_TOLERANCE),
         ]
-        found = [
+        proofs = [
             Proof(level, what, f"{value:.1e}" if value else "0", f"{bar:.0e}")
             for level, what, value, bar in rows
             if value is not None
         ]
-        found.insert(
+        proofs.insert(
             2, Proof("structural", "the plain net's graph", nodes if structural["equal"] else "another", "equal")
         )
         others = str(len(behavioural["disagreements"]))
-        return [*found, Proof("behavioural", "images of another class, within the margin", others, "excused")]
+        return [*proofs, Proof("behavioural", "images of another class, within the margin", others, "excused")]
 
     @property
     def facts(self) -> list[tuple[str, str]]:
@@ -85,55 +85,55 @@ class Certificate:
 
     @property
     def _drop_in(self) -> list[tuple[str, str]]:
-        """What was proved of its taking the deployed file's place; nothing where none was compared."""
+        """Whether it was proved to be a drop-in for the deployed file; empty where none was compared."""
         if not self.bundle.contract.get("against"):
             return []
-        known = self.bundle.contract.get("deployed") or {}  # older bundles say nothing
-        open_ = [what for key, what in AROUND.items() if known.get(key) != "the same"]
-        said = (
-            f"not proved: {' and '.join(open_)} only assumed"
-            if open_
+        deployed = self.bundle.contract.get("deployed") or {}  # older bundles say nothing
+        unproved = [what for key, what in STACK_PARTS.items() if deployed.get(key) != "the same"]
+        result = (
+            f"not proved: {' and '.join(unproved)} only assumed"
+            if unproved
             else "graph, preprocessing and labels are the same"
         )
-        return [("a drop-in for it", said)]
+        return [("a drop-in for it", result)]
 
 
 def certificates(
     bundles: Sequence[Bundle], runs: Sequence[LoadedRun], answers: Sequence[Answers]
 ) -> dict[int, Certificate]:
-    """The position of a run -> the certificate of the bundle that gives its logits.
+    """Make the certificates, by the position of the run whose logits the bundle gives.
 
     Raises FgvcError for a bundle that gives none of the runs': a certificate of other weights must not stand beside them.
     """
-    found: dict[int, Certificate] = {}
+    certificate_by_run: dict[int, Certificate] = {}
     for bundle in bundles:
-        away = {
-            at: _distance(bundle, run, answer)
+        distances = {
+            at: _compare_logits(bundle, run, answer)
             for at, (run, answer) in enumerate(zip(runs, answers, strict=True))
-            if not _apart(bundle, run)
+            if not _stack_differences(bundle, run)
         }
-        if not away:
+        if not distances:
             raise FgvcError(
                 f"{bundle.folder}: other classes or another preprocessing than the run's: not exported from it; the bundle's "
-                f"against {runs[0].folder}'s: {'; '.join(_apart(bundle, runs[0]))}"
+                f"against {runs[0].folder}'s: {'; '.join(_stack_differences(bundle, runs[0]))}"
             )
-        nearest = min(away, key=lambda at: away[at].worst)
-        if not away[nearest].worst <= SAME:
+        nearest = min(distances, key=lambda at: distances[at].worst)
+        if not distances[nearest].worst <= SAME_LOGITS:
             raise FgvcError(
-                f"{bundle.folder}: not these weights: its logits are {away[nearest].worst:.2g} away from those of "
+                f"{bundle.folder}: not these weights: its logits are {distances[nearest].worst:.2g} away from those of "
                 f"{runs[nearest].folder} ({runs[nearest].select}); export again, or give the --select of its export"
             )
-        found[nearest] = away[nearest]
-    return found
+        certificate_by_run[nearest] = distances[nearest]
+    return certificate_by_run
 
 
-def _apart(bundle: Bundle, run: LoadedRun) -> list[str]:
+def _stack_differences(bundle: Bundle, run: LoadedRun) -> list[str]:
     return [*differences(bundle.preprocess, run.preprocess), *label_differences(bundle.labels, run.classes)]
 
 
-def _distance(bundle: Bundle, run: LoadedRun, answer: Answers) -> Certificate:
-    at = np.unique(np.linspace(0, len(answer.rows) - 1, min(IMAGES, len(answer.rows))).astype(int))
-    loader = evaluation_loader(run.index, answer.rows[at], spec=run.preprocess, batch_size=IMAGES, workers=0)
+def _compare_logits(bundle: Bundle, run: LoadedRun, answer: Answers) -> Certificate:
+    at = np.unique(np.linspace(0, len(answer.rows) - 1, min(COMPARED_IMAGES, len(answer.rows))).astype(int))
+    loader = evaluation_loader(run.index, answer.rows[at], spec=run.preprocess, batch_size=COMPARED_IMAGES, workers=0)
     x = np.concatenate([batch.images.numpy() for batch in loader])
-    z, said = answer.logits[at], Session(bundle.model).logits(x)
-    return Certificate(bundle, float((np.abs(z - said) / np.maximum(1, np.abs(z))).max()), len(at))
+    z, bundle_logits = answer.logits[at], Session(bundle.model).logits(x)
+    return Certificate(bundle, float((np.abs(z - bundle_logits) / np.maximum(1, np.abs(z))).max()), len(at))

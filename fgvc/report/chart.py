@@ -1,4 +1,4 @@
-"""The charts of a report: curves, terms of techniques, reliability. Small ones, legible at the width of a phone."""
+"""Charts of a report: curves, terms of techniques, reliability; small, and legible at the width of a phone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MARKED = 60  # epochs up to which each has a point
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A picture and what it shows; `about`: what a reader must know to read it."""
+    """A chart with its title; `about`: what a reader must know to read it."""
 
     title: str
     address: str
@@ -31,17 +31,17 @@ class Chart:
 
 
 def curves(names: Sequence[str], histories: Sequence[History]) -> list[Chart]:
-    """Loss, validation accuracy and learning rate of all runs, each in its own colour. Without validation, no accuracy."""
-    drawn = [pair for pair in zip(_coloured(names), histories, strict=True) if pair[1].epochs]
-    if not drawn:
+    """Chart loss, validation accuracy and learning rate of all runs, each in its own colour. Without validation, no accuracy."""
+    pairs = [pair for pair in zip(_with_colours(names), histories, strict=True) if pair[1].epochs]
+    if not pairs:
         return []
-    alone = len(names) == 1
+    single = len(names) == 1
     loss, top1, rate = (_axes() for _ in range(3))
-    validated = any("val_top1" in row for _, history in drawn for row in history.epochs)
-    for (name, colour), history in drawn:
+    validated = any("val_top1" in row for _, history in pairs for row in history.epochs)
+    for (name, colour), history in pairs:
         rows = history.epochs
         scored = [row for row in rows if "val_top1" in row]
-        label = None if alone else name
+        label = None if single else name
         trained = [row.get("base", row["loss"]) for row in rows]
         _line(loss[1], rows, trained, colour, label=label if not scored else None, dotted=validated)
         if scored:
@@ -55,38 +55,38 @@ def curves(names: Sequence[str], histories: Sequence[History]) -> list[Chart]:
     rate[1].ticklabel_format(axis="y", scilimits=(-3, 4))
     words = "raining, by its labels as they were smoothed or mixed, without the terms of techniques."
     about = f"Dotted: t{words} Solid: validation." if validated else f"T{words}"
-    found = [_drawn(loss, "Loss", about, names)]
+    charts = [_finish(loss, "Loss", about, names)]
     if validated:
-        found.append(_drawn(top1, "Validation top-1", "After every epoch that was scored.", names))
-    return [*found, _drawn(rate, "Learning rate", "Of the backbone, step by step.", names)]
+        charts.append(_finish(top1, "Validation top-1", "After every epoch that was scored.", names))
+    return [*charts, _finish(rate, "Learning rate", "Of the backbone, step by step.", names)]
 
 
 def terms(history: History) -> list[Chart]:
-    """For each technique, all that it reported epoch by epoch."""
-    found = []
+    """Chart the terms and measures of each technique, epoch by epoch."""
+    charts = []
     for technique, columns in history.terms.items():
         figure = _axes()
-        for (name, colour), column in zip(_coloured(columns), columns, strict=True):
+        for (name, colour), column in zip(_with_colours(columns), columns, strict=True):
             rows = [row for row in history.epochs if column in row]
             _line(figure[1], rows, [row[column] for row in rows], colour, label=name.partition(".")[2] or name)
         figure[1].set(xlabel="epoch")
-        found.append(
-            _drawn(figure, technique, "Its terms of the loss, before their weights, and what else it counts.", ())
+        charts.append(
+            _finish(figure, technique, "Its terms of the loss, before their weights, and what else it counts.", ())
         )
-    return found
+    return charts
 
 
-def calibration_charts(found: Calibrated) -> list[Chart]:
-    """Accuracy against confidence as the network says it, and by a temperature; what is wrong among the surest answers."""
-    charts = [_reliability("Reliability", found.before, "as the network says it")]
-    if found.calibrated:
-        about = f"by {found.source}; measured on images that it was not fitted on"
-        charts.append(_reliability("Calibrated", found.after, about))
+def calibration_charts(calibrated: Calibrated) -> list[Chart]:
+    """Chart accuracy over confidence, without and with the temperature, and the risk-coverage curve."""
+    charts = [_reliability("Reliability", calibrated.before, "as the network says it")]
+    if calibrated.calibrated:
+        about = f"by {calibrated.source}; measured on images that it was not fitted on"
+        charts.append(_reliability("Calibrated", calibrated.after, about))
     figure, axes = _axes()
-    axes.plot(100 * found.curve.coverage, 100 * found.curve.risk, color=COLOURS[0])
+    axes.plot(100 * calibrated.curve.coverage, 100 * calibrated.curve.risk, color=COLOURS[0])
     axes.set(xlabel="answered, %, the surest first", ylabel="of these wrong, %", xlim=(0, 100), ylim=(0, None))
-    about = f"Area {100 * found.curve.area:.2f} %: the less, the better its confidence tells right from wrong."
-    return [*charts, _drawn((figure, axes), "Risk and coverage", about, [])]
+    about = f"Area {100 * calibrated.curve.area:.2f} %: the less, the better its confidence tells right from wrong."
+    return [*charts, _finish((figure, axes), "Risk and coverage", about, [])]
 
 
 def _reliability(title: str, side: Reliability, about: str) -> Chart:
@@ -100,12 +100,12 @@ def _reliability(title: str, side: Reliability, about: str) -> Chart:
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
     lower.set(xlabel="confidence", ylabel="of images")
     for axes in (upper, lower):
-        _plain(axes)
+        _style_axes(axes)
     below = f"{BINS} bins, {about}. Error {100 * side.ece:.2f} %. Below the dashed line: more confident than right."
     return Chart(title, chart(figure), below)
 
 
-def _coloured(names: Sequence[str]) -> list[tuple[str, str]]:
+def _with_colours(names: Sequence[str]) -> list[tuple[str, str]]:
     shown, _ = writable(names)
     return [(name, COLOURS[at % len(COLOURS)]) for at, name in enumerate(shown)]
 
@@ -119,7 +119,7 @@ def _line(
     label: str | None,
     dotted: bool = False,
 ) -> None:
-    """`values` over the epochs of `rows`."""
+    """Plot `values` over the epochs of `rows`."""
     mark = "." if len(rows) <= MARKED else ""
     axes.plot([row["epoch"] for row in rows], values, color=colour, marker=mark, label=label, ls=":" if dotted else "-")
 
@@ -129,9 +129,9 @@ def _axes() -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _drawn(figure: tuple[Figure, Axes], title: str, about: str, names: Sequence[str]) -> Chart:
+def _finish(figure: tuple[Figure, Axes], title: str, about: str, names: Sequence[str]) -> Chart:
     axes = figure[1]
-    _plain(axes)
+    _style_axes(axes)
     if axes.get_xlabel() == "epoch":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_legend_handles_labels()[1]:
@@ -139,7 +139,7 @@ def _drawn(figure: tuple[Figure, Axes], title: str, about: str, names: Sequence[
     return Chart(title, chart(figure[0]), about)
 
 
-def _plain(axes: Axes) -> None:
+def _style_axes(axes: Axes) -> None:
     axes.grid(color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

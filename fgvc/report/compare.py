@@ -1,4 +1,4 @@
-"""The page of a comparison: figures, classes that changed, and the images that the new classifier breaks."""
+"""Page of a comparison: figures, classes that changed, and the images that the new classifier breaks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgvc.errors import FgvcError
-from fgvc.evaluation.side import FLIP, PairedAnswers
+from fgvc.evaluation.side import FLIP_COLUMNS, PairedAnswers
 from fgvc.images.decode import decode
 from fgvc.io.files import refuse_file, write_atomic, writing
 from fgvc.io.tables import as_csv
@@ -19,33 +19,33 @@ def refuse_out(out: Path) -> None:
     """Raise FgvcError where no page can be written; call it before the long work."""
     if out.suffix.lower() not in (".html", ".htm"):
         raise FgvcError(f"{out}: not a place for a page; name a file that ends in .html")
-    for file in (out, *_beside(out)):
+    for file in (out, *_table_paths(out)):
         refuse_file(file)
 
 
-def _beside(out: Path) -> tuple[Path, Path]:
-    """Tables of the flips, and of the classes."""
+def _table_paths(out: Path) -> tuple[Path, Path]:
+    """Paths of the tables of flips and of classes."""
     return out.with_suffix(".csv"), out.with_name(f"{out.stem}-classes.csv")
 
 
-def write_page(found: PairedAnswers, out: Path, *, failed: Sequence[str] = ()) -> None:
-    """Write `out`, and beside it a .csv of all flips and a -classes.csv. `failed`: what a gate said."""
+def write_page(answers: PairedAnswers, out: Path, *, failures: Sequence[str] = ()) -> None:
+    """Write `out`, and beside it a .csv of all flips and a -classes.csv. `failures`: those of the gate."""
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    tables = _beside(out)
-    flips, classes = found.flips(), found.paired.by_class(found.classes)
+    tables = _table_paths(out)
+    flips, classes = answers.flips(), answers.paired.by_class(answers.classes)
     shown = [flip for flip in flips if flip["flip"] == "negative"][:SHOWN]
     page = render(
         "compare.html",
         title="What changes from A to B",
-        found=found,
-        pair=found.paired,
-        failed=failed,
+        answers=answers,
+        pair=answers.paired,
+        failures=failures,
         changed=[row for row in classes if row["negative_flips"] or row["positive_flips"]],
         unchanged=sum(not (row["negative_flips"] or row["positive_flips"]) for row in classes),
-        shown=[(flip, picture(decode(Path(flip["path"]), max_pixels=found.max_pixels))) for flip in shown],
+        shown=[(flip, picture(decode(Path(flip["path"]), max_pixels=answers.max_pixels))) for flip in shown],
         table=tables[0].name,
     )
-    for path, table in zip(tables, (as_csv(flips, FLIP), as_csv(classes)), strict=True):
+    for path, table in zip(tables, (as_csv(flips, FLIP_COLUMNS), as_csv(classes)), strict=True):
         write_atomic(path, table)
     write_atomic(out, page)

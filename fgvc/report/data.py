@@ -1,4 +1,4 @@
-"""What is wrong with a set, as a page with its images."""
+"""Page of a data check: the faults of a set, with its images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIDE = 192  # pixels of a picture
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One image of the set."""
+    """One image of the set, with its place and label."""
 
     address: str  # the picture itself
     path: str
@@ -41,16 +41,16 @@ class DuplicateGroup:
 
 @dataclass(frozen=True, slots=True)
 class LabelDoubt:
-    """One label that looks wrong."""
+    """An image whose label looks wrong."""
 
     figure: Figure
     suggested: str
-    own: float  # probabilities
-    other: float
+    label_probability: float
+    suggested_probability: float
 
 
 def data_page(report: Report) -> str:
-    """The page of a report: self-contained, a few megabytes at most. Raises ImageError where an image has gone since."""
+    """Render the page of a report: self-contained, a few megabytes at most. Raises ImageError where an image has gone since."""
     index = report.index
     copies = _ordered(report)
     suspects = report.suspects.listed if report.suspects else ()
@@ -68,7 +68,7 @@ def data_page(report: Report) -> str:
         ],
         all_copies=len(copies),
         all_doubts=len(suspects),
-        doubts=[_doubt(report, one) for one in suspects[:SUSPECTS]],
+        doubts=[_doubt(report, suspect) for suspect in suspects[:SUSPECTS]],
         unreadable=[(str(index.paths[row]), reason) for row, reason in report.unreadable],
         damaged=[(str(index.paths[row]), what) for row, what in sorted(report.stored.damage.items())],
         tiny=[(str(index.paths[row]), " x ".join(map(str, report.sizes[row]))) for row in report.tiny],
@@ -77,9 +77,9 @@ def data_page(report: Report) -> str:
 
 
 def _ordered(report: Report) -> list[tuple[tuple[int, ...], str]]:
-    """Groups of copies with what makes each an error, the errors first. A group of near copies holds the equal ones in it."""
+    """Groups of copies with the fault that makes each an error, errors first. A group of near copies includes the equal ones."""
     near = {row for rows in report.near for row in rows}
-    found = [*report.near, *(rows for rows in report.duplicates if rows[0] not in near)]
+    groups = [*report.near, *(rows for rows in report.duplicates if rows[0] not in near)]
     across = {
         name: {row for rows in (*equal, *pairs) for row in rows}
         for name, equal, pairs in (
@@ -89,10 +89,10 @@ def _ordered(report: Report) -> list[tuple[tuple[int, ...], str]]:
     }
 
     def fault(rows: tuple[int, ...]) -> str:
-        several = [name for name, told in across.items() if told & set(rows)]
+        several = [name for name, flagged in across.items() if flagged & set(rows)]
         return f"more than one {' and '.join(several)}" if several else ""
 
-    return sorted(((rows, fault(rows)) for rows in found), key=lambda one: (not one[1], one[0]))
+    return sorted(((rows, fault(rows)) for rows in groups), key=lambda group: (not group[1], group[0]))
 
 
 def _figure(report: Report, row: int) -> Figure:
@@ -101,12 +101,12 @@ def _figure(report: Report, row: int) -> Figure:
     return Figure(address, str(index.paths[row]), SPLITS[index.splits[row]], index.classes[index.labels[row]])
 
 
-def _doubt(report: Report, one: Suspect) -> LabelDoubt:
-    return LabelDoubt(_figure(report, one.row), report.index.classes[one.suggested], one.p_label, one.p_suggested)
+def _doubt(report: Report, suspect: Suspect) -> LabelDoubt:
+    return LabelDoubt(_figure(report, suspect.row), report.index.classes[suspect.suggested], suspect.p_label, suspect.p_suggested)
 
 
 def _classes(report: Report) -> list[tuple[str, list[int], list[float]]]:
-    """Name, images by split, and those in per cent of the largest class: all classes, or those with most and fewest images."""
+    """Classes by name, with images by split and in per cent of the largest class: all, or those with most and fewest images."""
     totals = report.counts.sum(axis=0)
     order = np.argsort(-totals, kind="stable")
     if len(order) > LINES:
@@ -119,7 +119,7 @@ def _classes(report: Report) -> list[tuple[str, list[int], list[float]]]:
 
 
 def _sizes(sizes: np.ndarray) -> list[tuple[str, Sequence[str]]]:
-    """Smallest, middle and largest of what sizes (N,2) say; [] where there are none."""
+    """Quantiles of widths, heights and their ratio of sizes (N,2); [] where there are none."""
     if not len(sizes):
         return []
     width, height = sizes[:, 0], sizes[:, 1]

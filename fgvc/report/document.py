@@ -1,4 +1,4 @@
-"""`fgvc report`: one or more runs on one page that needs nothing else: no network, no script, no second file."""
+"""Report of one or more runs as a page that needs no network, no script and no second file (`fgvc report`)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import enabled_techniques
 from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import Calibrated
-from fgvc.evaluation.metrics import SMALLER_IS_BETTER, Scores, of_logits
-from fgvc.evaluation.paired import Paired, compare_answers, wilson
+from fgvc.evaluation.metrics import SMALLER_IS_BETTER, Scores, score_logits
+from fgvc.evaluation.paired import Paired, compare_predictions, wilson
 from fgvc.evaluation.temperature import calibration
 from fgvc.images.preprocess import described
 from fgvc.io.files import refuse_file, write_atomic, writing
@@ -28,7 +28,7 @@ from fgvc.report.gallery import Gallery, gallery
 from fgvc.report.localization import COLUMNS, Table, localisation
 from fgvc.report.render import render
 from fgvc.runs.folder import has_floor
-from fgvc.runs.history import History, interpolated, read_history
+from fgvc.runs.history import History, interpolation_remark, read_history
 from fgvc.runs.loaded import Answers, LoadedRun
 from fgvc.runtime.bundle import Bundle
 from fgvc.runtime.engine import refuse_no_numbers
@@ -47,7 +47,7 @@ NAMED = 50  # unreadable files listed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunChapter:
-    """All that the page shows of one run."""
+    """Contents of the page about one run."""
 
     name: str
     run: LoadedRun
@@ -63,7 +63,7 @@ class RunChapter:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What was scored, and what it took; the same for every run, so that they can stand side by side."""
+        """Facts of the run and its training, with the same keys for every run, so that they can stand side by side."""
         recipe, epochs = self.run.recipe, len(self.history.epochs)
         size = " × ".join(str(side) for side in recipe.image.size)
         seconds = self.history.seconds
@@ -77,7 +77,7 @@ class RunChapter:
             "training time": duration(seconds) if seconds is not None else "",
             "started": self.history.started,
             "seed": str(recipe.train.seed),
-            "interpolated": interpolated(self.run.folder),
+            "interpolated": interpolation_remark(self.run.folder),
         }
 
     @property
@@ -101,7 +101,7 @@ class RunChapter:
 
     @property
     def floor(self) -> tuple[str, str]:
-        """Top-1 of a logistic regression on the frozen net, and what the run gained over it; empty where there is none."""
+        """Top-1 of a logistic regression on the frozen net, and the run's gain over it; empty where there is none."""
         if (pair := self.over_floor) is None:
             return "", ""
         gain = f"{100 * pair.gain:+.2f} points, {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
@@ -109,9 +109,9 @@ class RunChapter:
 
     @property
     def settings(self) -> list[tuple[str, str]]:
-        """Key and value of what is not fgvc's default."""
-        own = self.run.recipe.model_dump(mode="json", exclude_defaults=True)
-        return [(key, written(value)) for key, value in leaves(own)]
+        """Key and value of the settings that are not fgvc's defaults."""
+        changed = self.run.recipe.model_dump(mode="json", exclude_defaults=True)
+        return [(key, setting_text(value)) for key, value in leaves(changed)]
 
     @property
     def config(self) -> str:
@@ -120,7 +120,7 @@ class RunChapter:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the table of all runs; `best`: the positions to stand out."""
+    """A row of the table of all runs; `best`: positions of the best cells."""
 
     label: str
     cells: tuple[str, ...]
@@ -155,8 +155,8 @@ def report(
     proven = certificates(bundles, runs, answers)
     chapters = []
     for at, (name, run, answer) in enumerate(zip(distinct_names(folders), runs, answers, strict=True)):
-        scores = of_logits(answer.logits, answer.labels)
-        calibrated = calibration(run, device=device).on(splits[at][0], (answer.logits, answer.labels))
+        scores = score_logits(answer.logits, answer.labels)
+        calibrated = calibration(run, device=device).measure(splits[at][0], (answer.logits, answer.labels))
         chapters.append(
             RunChapter(
                 name=name,
@@ -166,7 +166,7 @@ def report(
                 scores=scores,
                 calibrated=calibrated,
                 history=read_history(run.folder),
-                gallery=gallery(run, answer, scores, calibrated.known, images=images, device=device),
+                gallery=gallery(run, answer, scores, calibrated.fitted, images=images, device=device),
                 certificate=proven.get(at),
                 localisation=localisation(run),
                 over_floor=_over_floor(run, answer, splits[at][0], device=device),
@@ -186,7 +186,7 @@ def _page(chapters: Sequence[RunChapter]) -> str:
         title=f"Report: {names[0]}" if len(names) == 1 else f"Report: {len(names)} runs",
         chapters=chapters,
         rows=_side_by_side(chapters),
-        same_images=all(own == paths[0] for own in paths),
+        same_images=all(run_paths == paths[0] for run_paths in paths),
         curves=curves(names, [chapter.history for chapter in chapters]),
         differing=_differing([chapter.run.recipe for chapter in chapters]),
         shares=SHARES,
@@ -201,15 +201,15 @@ def _over_floor(run: LoadedRun, answers: Answers, split: Split, *, device: str |
         return None
     floor = run.selecting("floor").answers(run.rows(split), device=device)
     refuse_no_numbers(floor.logits, run.folder)
-    return compare_answers(answers.labels, floor.logits.argmax(1), answers.logits.argmax(1))
+    return compare_predictions(answers.labels, floor.logits.argmax(1), answers.logits.argmax(1))
 
 
 def _refuse_other_classes(runs: Sequence[LoadedRun]) -> None:
     first = runs[0]
     for other in runs[1:]:
         if other.classes != first.classes:
-            apart = sorted(set(first.classes) ^ set(other.classes))
-            why = f"{apart[0]!r} is in one alone" if apart else "the same names in another order"
+            in_one = sorted(set(first.classes) ^ set(other.classes))
+            why = f"{in_one[0]!r} is in one alone" if in_one else "the same names in another order"
             raise FgvcError(
                 f"{first.folder} and {other.folder} have different classes ({len(first.classes)} and {len(other.classes)}; "
                 f"{why}): one report compares runs on the same classes; make one for each"
@@ -234,10 +234,10 @@ def _side_by_side(chapters: Sequence[RunChapter]) -> list[Row]:
 
 
 def _differing(recipes: Sequence[Recipe]) -> list[tuple[str, tuple[str, ...]]]:
-    """Keys in which a recipe is not as the first, and what each says."""
+    """Keys in which a recipe differs from the first, with the value of each."""
     trees = [recipe.model_dump(mode="json") for recipe in recipes]
     keys = sorted({key for tree in trees[1:] for key in differences(trees[0], tree)})
-    return [(key, tuple(written(_at(tree, key)) for tree in trees)) for key in keys]
+    return [(key, tuple(setting_text(_at(tree, key)) for tree in trees)) for key in keys]
 
 
 def _at(tree: Any, key: str) -> Any:
@@ -246,15 +246,15 @@ def _at(tree: Any, key: str) -> Any:
     return tree
 
 
-def written(value: Any) -> str:
-    """A setting for people: YAML, in lines where it is a tree."""
+def setting_text(value: Any) -> str:
+    """Text of a setting: YAML, in lines where it is a tree."""
     if isinstance(value, Mapping) and value:
         return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip()
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, the two largest of them."""
+    """Text of a duration in hours, minutes and seconds, the two largest of them."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, left = divmod(rest, 60)
     if hours:

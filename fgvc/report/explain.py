@@ -1,4 +1,4 @@
-"""`fgvc explain` of runs: any method of `fgvc.models.cam.offline` through the trained net; drawn by `fgvc.runtime.explain`."""
+"""Explanations of runs by any method of `fgvc.models.cam.offline` (`fgvc explain`); drawn by `fgvc.runtime.explain`."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from fgvc.runtime.predict import expand
 
 @dataclass(frozen=True, slots=True)
 class RunExplainer:
-    """A run's net that is asked where it looks; see `fgvc.runtime.explain.Explainer`."""
+    """Explainer of a run's net; see `fgvc.runtime.explain.Explainer`."""
 
     folder: Path
     labels: tuple[str, ...]
     spec: Preprocess
     methods: tuple[str, ...]
     calibration: Calibration | None
-    look: ClassMaps
-    where: torch.device
+    class_maps: ClassMaps
+    device: torch.device
     layout: torch.memory_format
 
     def __call__(self, x: Floats, label: int | None) -> list[Explanation]:
-        images = torch.from_numpy(x).to(self.where, memory_format=self.layout)
-        logits = self.look.logits(images).float().cpu().numpy()
+        images = torch.from_numpy(x).to(self.device, memory_format=self.layout)
+        logits = self.class_maps.logits(images).float().cpu().numpy()
         refuse_no_numbers(logits, self.folder)
         p = probabilities(logits, self.calibration)
-        chosen = p.argmax(1) if label is None else np.full(len(p), label)
-        found = {method: self.look(images, torch.from_numpy(chosen), method) for method in self.methods}
+        classes = p.argmax(1) if label is None else np.full(len(p), label)
+        maps_by_method = {method: self.class_maps(images, torch.from_numpy(classes), method) for method in self.methods}
         return [
             Explanation(
-                int(chosen[at]), p[at],
-                {method: maps[at].numpy() for method, (maps, _) in found.items()},
-                {method: raw[at].numpy() for method, (_, raw) in found.items()},
+                int(classes[at]), p[at],
+                {method: maps[at].numpy() for method, (maps, _) in maps_by_method.items()},
+                {method: raw[at].numpy() for method, (_, raw) in maps_by_method.items()},
                 rejected=is_rejected(p[at], self.calibration),
             )
             for at in range(len(p))
@@ -80,40 +80,40 @@ def explain(
     Raises FgvcError, before anything is written, for a method, class or path that does not exist, and for a net that can't
     have such a map.
     """
-    chosen = tuple(dict.fromkeys(method_name(method) for method in methods))
+    method_names = tuple(dict.fromkeys(method_name(method) for method in methods))
     files = list(expand(paths))
     drawing.refuse_out(out, overwrite=overwrite)
     with ExitStack() as stack:
         explainers: list[RunExplainer | BundleExplainer] = []
         for path in (run, *([against] if against is not None else [])):
             if is_bundle(path):
-                if chosen != ("cam",):
+                if method_names != ("cam",):
                     raise FgvcError(f"{path}: a bundle holds class activation maps alone; compare it by --method cam")
                 explainers.append(load_explainer(path))
             else:
-                opened = explaining(load_run(path, select), chosen, device=device, channels=channels)
-                explainers.append(stack.enter_context(opened))
+                explainer = open_explainer(load_run(path, select), method_names, device=device, channels=channels)
+                explainers.append(stack.enter_context(explainer))
         return drawing.explain_files(explainers, files, out, target=target, batch=batch, max_pixels=max_pixels)
 
 
 @contextmanager
-def explaining(
+def open_explainer(
     run: LoadedRun, methods: tuple[str, ...], *, device: str | None = None, channels: int | None = None
 ) -> Iterator[RunExplainer]:
-    """The net of a run, on its device; the cost of expensive methods is said on stderr first."""
-    known = calibration_without_data(run, device=device)
-    if not known.calibrated:
-        print(f"{run.folder}: its probabilities are not calibrated: {known.reason}", file=sys.stderr)
-    with run.placed(device) as (where, layout), ExitStack() as stack:
+    """Open the explainer of a run on its device; stderr gets the cost of expensive methods first."""
+    run_calibration = calibration_without_data(run, device=device)
+    if not run_calibration.calibrated:
+        print(f"{run.folder}: its probabilities are not calibrated: {run_calibration.reason}", file=sys.stderr)
+    with run.on_device(device) as (place, layout), ExitStack() as stack:
         try:
-            look = stack.enter_context(class_maps_of(run.step.net, run.preprocess.size, methods, channels=channels))
+            class_maps = stack.enter_context(class_maps_of(run.step.net, run.preprocess.size, methods, channels=channels))
         except FgvcError as error:
             raise FgvcError(f"{run.folder}: {error}") from error
         for method in methods:
-            if (cost := look.cost(method)) is not None:
+            if (cost := class_maps.cost(method)) is not None:
                 print(f"{run.folder}: {method}: {cost}", file=sys.stderr)
         yield RunExplainer(
-            folder=run.folder, labels=run.classes, spec=run.preprocess, methods=methods, calibration=known.calibration, look=look,
-            where=where, layout=layout,
+            folder=run.folder, labels=run.classes, spec=run.preprocess, methods=methods,
+            calibration=run_calibration.calibration, class_maps=class_maps, device=place, layout=layout,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What `fgvc localize` found, as a table and what must be known to read it: on the terminal and in reports."""
+"""Tables of localisation scores (`fgvc localize`), with the notes that a reader needs: on the terminal and in reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fgvc.errors import FgvcError
 from fgvc.runs.loaded import LoadedRun
 
 COLUMNS = ("true class's map", "predicted class's", "middle", "chance")
-OF = ("true", "predicted", "centre")  # the first three of these
+MAPS = ("true", "predicted", "centre")  # the first three of these
 MEASURES = {
     "gt_known_loc": "GT-known Loc", "top1_loc": "Top-1 Loc",
     "iou": "mean IoU", "giou": "mean GIoU", "diou": "mean DIoU", "ciou": "mean CIoU",
@@ -26,16 +26,16 @@ HALF_OPEN = (
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Of one part, by one selection of weights and one method. All shares in per cent."""
+    """Scores of one split, one selection of weights and one method; shares in per cent."""
 
     title: str
-    about: str  # what was looked at
+    about: str  # images, boxes and parts that were scored
     rows: tuple[tuple[str, tuple[str, ...]], ...]  # a measure, and a cell for each of COLUMNS
     notes: tuple[str, ...]
 
 
 def localisation(run: LoadedRun) -> list[Table] | None:
-    """The tables of `<run>/localisation.json`; None where there is no such file. Raises FgvcError where it is broken."""
+    """Read the tables of `<run>/localisation.json`; None where there is no such file. Raises FgvcError where it is broken."""
     try:
         return [table(key, numbers) for key, numbers in run.measured("localisation.json").items()] or None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -44,18 +44,18 @@ def localisation(run: LoadedRun) -> list[Table] | None:
 
 
 def table(key: str, numbers: Mapping[str, Any]) -> Table:
-    """Of `<split>.<select>.<method>` and the numbers of a `fgvc.evaluation.localize.Localisation`."""
+    """Make the table of a key `<split>.<select>.<method>` and the numbers of a `fgvc.evaluation.localize.Localisation`."""
     split, select, method = key.split(".")
     boxes, parts = numbers["boxes"], numbers["parts"]
     rows = [
-        (name, (*(f"{100 * boxes[of][measure]:.1f}" for of in OF), "")) for measure, name in MEASURES.items()
+        (name, (*(f"{100 * boxes[of][measure]:.1f}" for of in MAPS), "")) for measure, name in MEASURES.items()
     ]  # fmt: skip
     if parts is not None:
-        for chance, mine, middle in zip(parts["uniform"], parts["map"], parts["centre"], strict=True):
-            cells = (f"{100 * mine:.1f}", "", f"{100 * middle:.1f}", f"{100 * chance:.1f}")
+        for chance, of_map, middle in zip(parts["uniform"], parts["map"], parts["centre"], strict=True):
+            cells = (f"{100 * of_map:.1f}", "", f"{100 * middle:.1f}", f"{100 * chance:.1f}")
             rows.append((f"parts in the top {100 * chance:.0f} %", cells))
-    seen, tau = f"{boxes['true']['images']} boxes", boxes["true"]["tau"]
-    seen += ", no parts" if parts is None else f", {parts['visible']} parts"
+    objects, tau = f"{boxes['true']['images']} boxes", boxes["true"]["tau"]
+    objects += ", no parts" if parts is None else f", {parts['visible']} parts"
     same = ": these very images" if split == numbers["chosen_from"] else ""
     notes = [
         "middle: a round map that knows no image; chance: any area of that size",
@@ -71,7 +71,7 @@ def table(key: str, numbers: Mapping[str, Any]) -> Table:
         notes.append(f"{numbers['silent']} maps are empty (flat, or nowhere above 0) and find nothing")
     return Table(
         title=f"{split}, {select}, {method}",
-        about=f"{numbers['images']} images, top-1 {100 * numbers['top1']:.2f} %, {seen}",
+        about=f"{numbers['images']} images, top-1 {100 * numbers['top1']:.2f} %, {objects}",
         rows=tuple(rows),
         notes=tuple(notes),
     )

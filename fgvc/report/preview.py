@@ -1,4 +1,4 @@
-"""`fgvc data preview`: contact sheets of what the network will really see, technique by technique."""
+"""Contact sheets of the network's input, technique by technique (`fgvc data preview`)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from fgvc.runs.images import fingerprint, recorded_images
 from fgvc.runs.record import NAME
 from fgvc.techniques.api import View
 from fgvc.training.batch import to_batch
-from fgvc.training.between import epoch_start
+from fgvc.training.epoch_start import epoch_start
+from fgvc.training.images import spread
 from fgvc.training.log import Events
-from fgvc.training.session import Session, open_session, spread
+from fgvc.training.session import Session, open_session
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The sheets that were written, and what the user should know of them."""
+    """The sheets that were written, and notes about them."""
 
     sheets: tuple[Path, ...]
     notes: tuple[str, ...]
@@ -47,18 +48,18 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
 
     A row is one sample of the first step of `epoch` (from 0), with the run's own seed, crops and draws: the original, then
     every view that the step makes of it, with its target, then the maps and masks behind them. `run`: a run with the same
-    backbone and classes, whose trained weights look; else those that training starts with do. Raises FgvcError for all
+    backbone and classes, whose trained weights make the maps; default: the first weights. Raises FgvcError for all
     that training refuses.
     """
-    chosen = [kind for kind in settings_by_kind() if getattr(recipe.techniques, kind) is not None]
-    arms: dict[str, list[str]] = {"input": [], **{kind: [kind] for kind in chosen}}
-    if len(chosen) > 1:
-        arms["all"] = chosen
+    enabled = [kind for kind in settings_by_kind() if getattr(recipe.techniques, kind) is not None]
+    arms: dict[str, list[str]] = {"input": [], **{kind: [kind] for kind in enabled}}
+    if len(enabled) > 1:
+        arms["all"] = enabled
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FgvcError(f"{out}: can't make the folder: {error.strerror}") from error
-    index = _images_of(run, recipe)
+    index = _recorded_index(run, recipe)
     sheets: list[Path] = []
     notes: list[str] = []
     for name, kinds in arms.items():
@@ -66,7 +67,7 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
         train = recipe.train.model_copy(update={"workers": 0})
         arm = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
         with runtime(arm.train) as process, open_session(arm, process, index=index, teachers="not") as session:
-            remembered = run is not None and look_through(session, run)
+            remembered = run is not None and load_trained(session, run)
             for kind, technique in session.step.techniques.items():
                 if name == kind and technique.remembers_images and not remembered:
                     notes.append(
@@ -82,20 +83,19 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
     return Preview(tuple(sheets), tuple(notes))
 
 
-def _images_of(run: Path | None, recipe: Recipe) -> ImageIndex | None:
-    """Those that a run of the same data recorded, of which it may remember something; None: the data as they are now."""
+def _recorded_index(run: Path | None, recipe: Recipe) -> ImageIndex | None:
+    """Index that a run of the same data recorded, which its techniques may remember; None: the data as they are now."""
     if run is None or not (is_run(run) and (run / NAME).is_file()):
         return None
-    theirs = read_run(run)
-    same = [
-        (one.data.root.expanduser().resolve(), one.data.model_dump(exclude={"root", "max_unreadable"}), one.deploy.labels)
-        for one in (recipe, theirs)
-    ]
-    return recorded_images(run, recipe).index if same[0] == same[1] else None
+    ours, theirs = (
+        (each.data.root.expanduser().resolve(), each.data.model_dump(exclude={"root", "max_unreadable"}), each.deploy.labels)
+        for each in (recipe, read_run(run))
+    )
+    return recorded_images(run, recipe).index if ours == theirs else None
 
 
 def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) -> list[list[Cell]]:
-    """One row a sample: the original, then the views of one real step."""
+    """Rows of a sheet, one a sample: the original, then the views of one step."""
     raw = next(session.loader.epoch(epoch))
     session.progress.epoch = epoch
     batch = to_batch(raw, session.normalise, session.train_size)
@@ -103,7 +103,7 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
     progress = number / (session.steps_per_epoch * session.recipe.train.epochs)
     draws = session.step.draw(batch, progress, seed=session.recipe.train.seed, step=number)
     _, views = session.step(batch, draws)
-    found = {
+    maps_by_name = {
         f"{kind}: {name}": (views[0].x if x is None else x, maps)
         for kind, context in session.step.contexts.items()
         for name, (x, maps) in context.shown.items()
@@ -118,15 +118,15 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
         cells += [_view_cell(view, at, session.preprocess, names) for view in views]
         cells += [
             Cell(overlay(_picture(x[at], session.preprocess), maps[at].detach().cpu().numpy()), name)
-            for name, (x, maps) in found.items()
+            for name, (x, maps) in maps_by_name.items()
         ]
         rows.append(cells)
     return rows
 
 
-def look_through(session: Session, run: Path) -> bool:
-    """Give a session the weights that a run trained; branches as far as both have them. Whether it is of the same images, so
-    that what techniques remember of each was given, too."""
+def load_trained(session: Session, run: Path) -> bool:
+    """Load a run's trained weights into a session; branches as far as both have them. Returns whether the run is of the same
+    images: then what its techniques remember of each is loaded, too."""
     state = checkpoint.load(run / "ckpt")
     if recorded_classes(run) != session.index.classes:
         raise FgvcError(f"{run}: its classes are not those of {session.recipe.data.root}")
@@ -154,7 +154,7 @@ def look_through(session: Session, run: Path) -> bool:
 
 
 def _evaluation_rows(session: Session, names: Sequence[str], images: int) -> list[list[Cell]]:
-    """Images of the validation split (else test, else train) beside what evaluation and serving make of them."""
+    """Rows of a sheet: images of the validation split (else test, else train) beside their crops in evaluation and serving."""
     index = session.index
     rows = spread(next(rows for split in ("val", "test", "train") if len(rows := index.rows(split))), images)
     loader = evaluation_loader(index, rows, spec=session.preprocess, batch_size=len(rows), workers=0)
@@ -167,8 +167,8 @@ def _evaluation_rows(session: Session, names: Sequence[str], images: int) -> lis
 
 
 def _view_cell(view: View, at: int, spec: Preprocess, names: Sequence[str]) -> Cell:
-    said = _target(view.target, at, names) if view.classifies else "not classified"
-    return Cell(_picture(view.x[at], spec), f"{view.name}: {said}")
+    text = _target(view.target, at, names) if view.classifies else "not classified"
+    return Cell(_picture(view.x[at], spec), f"{view.name}: {text}")
 
 
 def _target(target: Target, at: int, names: Sequence[str]) -> str:
@@ -180,7 +180,7 @@ def _target(target: Target, at: int, names: Sequence[str]) -> str:
 
 
 def _picture(x: Tensor, spec: Preprocess) -> Image.Image:
-    """An input of the network (3,H,W) as it looks: the inverse of `fgvc.images.preprocess.normalise`."""
+    """Turn an input of the network (3,H,W) into a picture: the inverse of `fgvc.images.preprocess.normalise`."""
     pixels = x.detach().float().cpu().numpy().transpose(1, 2, 0)
     pixels = (pixels * np.array(spec.std) + np.array(spec.mean)) * 255 / spec.input_range
     pixels = pixels[..., ::-1] if spec.channel_order == "bgr" else pixels

@@ -1,4 +1,4 @@
-"""Self-contained HTML: pictures inside the file, no script, nothing fetched. Templates lie beside this file."""
+"""Rendering of self-contained HTML: pictures inside the file, no script, nothing fetched. Templates lie beside this file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENVIRONMENT = Environment(
 
 
 def breakable(text: str) -> Markup:
-    """Escaped, with a place where a line may break after each of _ / . and -: class names and paths have no spaces."""
+    """Escape text, with a break opportunity after each of _ / . and -: class names and paths have no spaces."""
     return Markup(re.sub(r"([_/.-])(?=\w)", r"\1<wbr>", str(escape(text))))
 
 
@@ -32,19 +32,19 @@ ENVIRONMENT.filters["breakable"] = breakable
 
 
 def render(template: str, **context: Any) -> str:
-    """The page that `template` makes; it extends `base.html`, which asks for `title`."""
+    """Render a page from `template`; it extends `base.html`, which needs `title`."""
     return ENVIRONMENT.get_template(template).render(**context)
 
 
 def picture(image: Image.Image, *, side: int = 224, quality: int = 80) -> str:
-    """An image as a data address (JPEG), no side longer than `side` pixels."""
+    """Encode an image as a data address (JPEG), no side longer than `side` pixels."""
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     return _address("jpeg", small, quality=quality)
 
 
 def svg(figure: Figure, **metadata: str) -> bytes:
-    """A figure as an SVG file: the same bytes each time. `metadata`: Dublin Core, such as Description."""
+    """Encode a figure as an SVG file: the same bytes each time. `metadata`: Dublin Core, such as Description."""
     content = io.BytesIO()
     with rc_context({"svg.hashsalt": "fgvc"}):  # else each file has names of its own inside
         figure.savefig(content, format="svg", metadata={"Date": None, **metadata})
@@ -52,7 +52,7 @@ def svg(figure: Figure, **metadata: str) -> bytes:
 
 
 def chart(figure: Figure) -> str:
-    """A figure as a data address (SVG): sharp on paper and on any screen."""
+    """Encode a figure as a data address (SVG): sharp on paper and on any screen."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg(figure)).decode()}"
 
 

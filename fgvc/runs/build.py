@@ -34,15 +34,15 @@ from fgvc.techniques.registry import build
 
 
 def class_counts(index: ImageIndex) -> NDArray[np.int64]:
-    """(K,): training images by class."""
+    """Count the training images by class, (K,)."""
     return np.bincount(index.labels[index.rows("train")], minlength=len(index.classes))
 
 
 def refuse_names(recipe: Recipe) -> None:
-    """Raise FgvcError for names that timm does not know: of backbones and of the optimizer."""
+    """Raise FgvcError for names of backbones or of the optimizer that timm does not know."""
     refuse_unknown(recipe.model.backbone, key="model.backbone")
-    for kind, own in enabled_techniques(recipe.techniques).items():
-        for number, teacher in enumerate(getattr(own, "teachers", ())):
+    for kind, settings in enabled_techniques(recipe.techniques).items():
+        for number, teacher in enumerate(getattr(settings, "teachers", ())):
             if (backbone := getattr(teacher, "backbone", None)) is not None:
                 refuse_unknown(backbone, key=f"techniques.{kind}.teachers.{number}.backbone")
     if recipe.optim.name not in list_optimizers():
@@ -69,28 +69,28 @@ def build_net(
     counts: NDArray[np.int64] | None = None,
     opener: Callable[..., Teacher] | None = None,
 ) -> BuiltNet:
-    """The plain model with its first weights, and what the techniques add to it and replace in it; hooks not yet attached.
+    """Build the plain model with its first weights, and what the techniques add to it and replace in it; hooks not yet attached.
 
     `pretrained=False` skips `model.weights`: for loading a checkpoint, whose run folder records the preprocessing.
-    `counts` (K,): training images by class, for a loss that weighs classes. `opener`: of teachers. Both are for a net that is
+    `counts` (K,): training images by class, for a loss that weighs classes. `opener`: loads teachers. Both are for a net that is
     to learn; without an opener what techniques add for teachers is left out.
     Raises FgvcError where the backbone can't take the image size, or a technique refuses the backbone.
     """
     size = recipe.image.size
     net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs)
     model = recipe.model if pretrained else recipe.model.model_copy(update={"weights": "none"})
-    weights = load_weights(net, model, stated=stated_keys(recipe.deploy), plain=_folded(Path(model.weights).expanduser()))
+    weights = load_weights(net, model, stated=stated_keys(recipe.deploy), plain=_folded_weights(Path(model.weights).expanduser()))
     if pretrained:
         zero_gamma(net, model)
         if model.head == "zero":
             zero_head(net)
     else:
         weights = replace(weights, origin="of the checkpoint")
-    anew = head_prefixes(net) if model.head != "timm" else ()
-    given = {id(p) for name, p in net.named_parameters() if name not in weights.fresh and not name.startswith(anew)}
+    fitted_head = head_prefixes(net) if model.head != "timm" else ()
+    loaded = {id(p) for name, p in net.named_parameters() if name not in weights.fresh and not name.startswith(fitted_head)}
     epochs = recipe.train.epochs
-    for trained in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
-        refuse_size(net, trained, classes, recipe.model.backbone)
+    for side in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
+        refuse_size(net, side, classes, recipe.model.backbone)
     if pretrained and model.head == "probe":
         refuse_unprobed(net, size, f"model.head: {recipe.model.backbone}")
     preprocess = preprocess_for(recipe.deploy, size, weights)
@@ -103,20 +103,20 @@ def build_net(
         criterion=make_criterion(recipe.loss, counts),
         l1=recipe.loss.l1,
         grad_checkpointing=recipe.train.grad_checkpointing,
-        frozen=_kept_as_they_are(net, recipe.model),
+        frozen=_frozen_modules(net, recipe.model),
         opener=None if opener is None else partial(opener, student=preprocess),
     )
-    return BuiltNet(step, weights, preprocess, tuple(name for name, p in step.named_parameters() if id(p) in given))
+    return BuiltNet(step, weights, preprocess, tuple(name for name, p in step.named_parameters() if id(p) in loaded))
 
 
-def _kept_as_they_are(net: nn.Module, model: Model) -> list[nn.Module]:
-    """Modules of a plain net that stay in eval mode while it learns."""
+def _frozen_modules(net: nn.Module, model: Model) -> list[nn.Module]:
+    """Freeze what the recipe freezes; return the modules that stay in eval mode in training."""
     norms = running_norms(net) if model.batch_norm == "frozen" else []
     return [*(freeze(net, model.freeze) if model.freeze else []), *norms]
 
 
-def _folded(path: Path) -> dict[str, Tensor] | None:
-    """The plain net's weights in a checkpoint of a run whose blocks were re-parameterised; None: of any other file."""
+def _folded_weights(path: Path) -> dict[str, Tensor] | None:
+    """Fold the weights in a checkpoint of a run whose blocks are re-parameterised; None for any other file."""
     if (run := run_of(path)) is None or not path.is_file():
         return None
     step = build_net(read_run(run), len(recorded_classes(run)), pretrained=False).step

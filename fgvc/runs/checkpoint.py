@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment, and damage that is noticed.
+"""Checkpoints of a run: written so that a kill at any moment loses none, and checked for damage when they are read.
 
 A checkpoint is a folder `ckpt/step-00000123/` whose `meta.json` holds the SHA-256 of every file beside it and of itself.
 `ckpt/last` and `ckpt/best` are links that lead through `ckpt/links`, which is replaced in one step: so both always belong
@@ -34,13 +34,13 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 META, LINKS, START = "meta.json", "links", "start"
-OLDER = {"step", "epoch", "micro", "finished", "best", "history", "seconds"}  # in meta.json of every fgvc
-BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
+OLDER_KEYS = {"step", "epoch", "micro", "finished", "best", "history", "seconds"}  # in meta.json of every fgvc
+READ_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run is, in words that JSON can hold."""
+    """Progress of a run, as JSON can hold it."""
 
     step: int = 0  # optimizer steps done
     epoch: int = 0  # of the next step, from 0
@@ -55,7 +55,7 @@ class Progress:
 
 @dataclass(slots=True)
 class State:
-    """What one checkpoint holds. Weights as safetensors; the rest with torch.load(weights_only=True)."""
+    """Contents of one checkpoint: weights as safetensors; the rest is read with torch.load(weights_only=True)."""
 
     net: Mapping[str, Tensor]  # the trained net, unfused
     branches: Mapping[str, Tensor]  # never ships
@@ -74,23 +74,23 @@ def save(folder: Path, state: State, *, best: bool = False, keep: int = 1, start
     """
     try:
         make_folder(folder)
-        _own_names(folder)
+        _rename_copies(folder)
         _sweep(folder)
-        target = folder / START if start else _free(folder, f"step-{state.progress.step:08d}")
-        chosen = target.name if best else _target(folder / "best")
+        target = folder / START if start else _free_path(folder, f"step-{state.progress.step:08d}")
+        best_name = target.name if best else _target(folder / "best")
         if first := _target(folder / "last") is None:  # a kill must not leave it without its names
-            _publish(folder, last=target.name, best=chosen)
+            _publish(folder, last=target.name, best=best_name)
         with making(target) as scratch:
             parts = {"net": state.net, "branches": state.branches, "ema": state.ema, "floor": state.floor}
             files = {
-                f"{name}.safetensors": fill(scratch / f"{name}.safetensors", _packed(tensors))
+                f"{name}.safetensors": fill(scratch / f"{name}.safetensors", _serialised(tensors))
                 for name, tensors in parts.items()
                 if tensors is not None
             }
             files["state.pt"] = fill(scratch / "state.pt", partial(torch.save, dict(state.rest)))
-            fill(scratch / META, _sealed(asdict(state.progress) | {"files": files}))
+            fill(scratch / META, _with_digest(asdict(state.progress) | {"files": files}))
         if not first:
-            _publish(folder, last=target.name, best=chosen)
+            _publish(folder, last=target.name, best=best_name)
         _prune(folder, keep=keep)
     except (FgvcError, OSError, RuntimeError, SafetensorError) as error:
         raise FgvcError(
@@ -99,79 +99,79 @@ def save(folder: Path, state: State, *, best: bool = False, keep: int = 1, start
         ) from error
 
 
-def any_held(folder: Path) -> bool:
-    """Whether a `ckpt` folder holds a checkpoint, whole or not, by whatever name. Raises FgvcError where it is unreadable."""
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a `ckpt` folder holds a checkpoint, intact or not, of whatever name. Raises FgvcError where it is unreadable."""
     try:
-        found = list(folder.iterdir()) if os.path.lexists(folder) else []
+        entries = list(folder.iterdir()) if os.path.lexists(folder) else []
     except OSError as error:
         raise FgvcError(
             f"{folder}: can't be read ({error.strerror}); make it readable (is its disk mounted?), or remove it to begin anew"
         ) from error
-    return any(path.is_dir() and not path.name.startswith((".", LINKS)) for path in found)
+    return any(path.is_dir() and not path.name.startswith((".", LINKS)) for path in entries)
 
 
 def read_progress(folder: Path, *, say: Say | None = None) -> Progress:
-    """How far a run is by its newest whole checkpoint; see `load`. Raises FgvcError where there is none."""
-    return _newest(folder, "last", lambda path, kept: kept.progress, say)
+    """Progress in a run's newest intact checkpoint; see `load`. Raises FgvcError where there is none."""
+    return _newest(folder, "last", lambda path, meta: meta.progress, say)
 
 
 def load(folder: Path, name: Name = "last", *, device: torch.device | str = "cpu", say: Say | None = None) -> State:
     """Read the checkpoint that `ckpt/<name>` points at, each file checked by its SHA-256. Where `last` is damaged or gone it is
     the newest whole one, and `say` (by default stderr) is told so. Raises FgvcError where there is none."""
-    return _newest(folder, name, partial(_state, device=str(device)), say)
+    return _newest(folder, name, partial(_read_state, device=str(device)), say)
 
 
-def whole(folder: Path) -> Iterator[tuple[Path, State]]:
-    """The checkpoints of a `ckpt` folder that are whole, and their places: the last, then the newest first."""
+def intact_checkpoints(folder: Path) -> Iterator[tuple[Path, State]]:
+    """Yield the intact checkpoints of a `ckpt` folder with their paths: the last, then the newest first."""
     for path in _candidates(folder, "last"):
         try:
-            state = _state(path, _kept(path), device="cpu")
-        except BROKEN:
+            state = _read_state(path, _checked_meta(path), device="cpu")
+        except READ_ERRORS:
             continue
         yield path, state
 
 
 def identity(folder: Path, name: Name = "last") -> str | None:
-    """What tells the checkpoint from all others: the SHA-256 of its meta.json. None where there is none."""
+    """Identity of a checkpoint: the SHA-256 of its meta.json. None where there is none."""
     try:
-        return _identity(_led(folder / name))
+        return _identity(_resolved(folder / name))
     except OSError:
         return None
 
 
 def slot(select: str) -> Name:
-    """In which checkpoint the weights lie that a selection names."""
+    """Name of the checkpoint that holds the weights of a selection."""
     return "best" if select == "best" else "start" if select in ("start", "floor") else "last"
 
 
-def doubt(folder: Path, name: Name) -> str | None:
-    """Why the checkpoint of that name can't be read; None where it is whole."""
+def fault(folder: Path, name: Name) -> str | None:
+    """Reason why the checkpoint of that name can't be read; None where it is intact."""
     try:
-        _kept(_led(folder / name))
-    except BROKEN as error:
+        _checked_meta(_resolved(folder / name))
+    except READ_ERRORS as error:
         return "it is not there" if isinstance(error, FileNotFoundError) else str(error)
     return None
 
 
 def best_score(folder: Path) -> float | None:
-    """By which `ckpt/best` was chosen; None where there is none, it is damaged, or the score was no number."""
+    """Score by which `ckpt/best` was chosen; None where there is none, it is damaged, or the score was no number."""
     try:
-        score = _kept(_led(folder / "best")).progress.best
-    except BROKEN:
+        score = _checked_meta(_resolved(folder / "best")).progress.best
+    except READ_ERRORS:
         return None
     return score if score is not None and math.isfinite(score) else None  # nothing is better than a NaN
 
 
-def mend(folder: Path) -> None:
-    """Have `last` name the newest whole checkpoint; what is damaged is renamed to `damaged-step-...` and never deleted. The
+def repair(folder: Path) -> None:
+    """Point `last` at the newest intact checkpoint; damaged ones are renamed to `damaged-step-...` and never deleted. The
     caller has the run to itself. Raises FgvcError where the system can't."""
     with writing(folder):
-        _own_names(folder)
+        _rename_copies(folder)
         for path in _candidates(folder, "last"):
             try:
-                _kept(path)
-            except BROKEN:
-                rename(path, _free(folder, f"damaged-{path.name}"))
+                _checked_meta(path)
+            except READ_ERRORS:
+                rename(path, _free_path(folder, f"damaged-{path.name}"))
             else:
                 break
         else:
@@ -182,76 +182,76 @@ def mend(folder: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
-    """What meta.json says, all of it true."""
+class _Meta:
+    """Contents of a checkpoint's meta.json, checked against its files."""
 
     progress: Progress
     files: Mapping[str, str] | None  # name -> SHA-256; None in a checkpoint of an older fgvc, which took none
 
 
-def _newest(folder: Path, name: Name, read: Callable[[Path, _Kept], T], say: Say | None) -> T:
+def _newest(folder: Path, name: Name, read: Callable[[Path, _Meta], T], say: Say | None) -> T:
     say = say or partial(print, file=sys.stderr, flush=True)
     link, failed = folder / name, {}
     for path in _candidates(folder, name):
         try:
-            kept = _kept(path)
-            found = read(path, kept)
-        except BROKEN as error:
+            meta = _checked_meta(path)
+            content = read(path, meta)
+        except READ_ERRORS as error:
             failed[path.name] = str(error)
             continue
         if failed:
-            said = "; ".join(f"{of} is damaged ({why})" for of, why in failed.items())
-            say(f"WARNING: {folder}: {said}. Using {path.name}, the newest checkpoint that is whole")
-        elif path != _led(link):
+            faults = "; ".join(f"{damaged_name} is damaged ({why})" for damaged_name, why in failed.items())
+            say(f"WARNING: {folder}: {faults}. Using {path.name}, the newest checkpoint that is whole")
+        elif path != _resolved(link):
             say(
                 f"WARNING: {link}: missing, or it leads nowhere. Using {path.name}, the newest checkpoint that is whole"
             )
-        if kept.files is None and path not in _unsealed:
-            _unsealed.add(path)
+        if meta.files is None and path not in _warned:
+            _warned.add(path)
             say(f"{path}: written by an older fgvc, without digests; damage to it would not be noticed")
-        return found
+        return content
     if not failed:
         older = ": the run is of an earlier fgvc, which kept none, or it is gone" if name == "start" else ""
         raise FgvcError(f"{link}: no checkpoint here{older}")
-    said = "; ".join(f"{of}: {why}" for of, why in failed.items())
+    faults = "; ".join(f"{damaged_name}: {why}" for damaged_name, why in failed.items())
     advice = {
         "last": "no other is whole. Train anew with --overwrite",
         "best": "choose --select last, or train on",
         "start": "choose --select last, or put a copy of it there",
     }[name]
-    raise FgvcError(f"{link}: damaged checkpoint ({said}); {advice}")
+    raise FgvcError(f"{link}: damaged checkpoint ({faults}); {advice}")
 
 
-_unsealed: set[Path] = set()  # of which it was said
+_warned: set[Path] = set()  # checkpoints without digests that were warned of
 
 
 def _candidates(folder: Path, name: Name) -> list[Path]:
-    """What to read, in turn: the one that is named; for `last` then all others, the newest first, the start at the end."""
-    first = _led(folder / name)
-    found = [first] if first.is_dir() else []
+    """Checkpoints to read, in turn: the named one; for `last` then all others, the newest first, the start at the end."""
+    first = _resolved(folder / name)
+    paths = [first] if first.is_dir() else []
     if name != "last":
-        return found
+        return paths
     others = [*_steps(folder), *([folder / START] if (folder / START).is_dir() else [])]
-    return found + [path for path in others if path.resolve() != first]
+    return paths + [path for path in others if path.resolve() != first]
 
 
 def _steps(folder: Path) -> list[Path]:
-    """The newest first: of one step the last that was written."""
-    found = [(path.name.removeprefix("step-").partition("."), path) for path in folder.glob("step-*") if path.is_dir()]
-    numbered = [((int(step), int(again or 0)), path) for (step, _, again), path in found if step.isdigit()]
+    """Checkpoints of steps, the newest first; of one step the one written last comes first."""
+    entries = [(path.name.removeprefix("step-").partition("."), path) for path in folder.glob("step-*") if path.is_dir()]
+    numbered = [((int(step), int(copy or 0)), path) for (step, _, copy), path in entries if step.isdigit()]
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def _state(path: Path, kept: _Kept, *, device: str) -> State:
+def _read_state(path: Path, meta: _Meta, *, device: str) -> State:
     ema = path / "ema.safetensors"
-    averaged = ema.is_file() if kept.files is None else ema.name in kept.files
+    averaged = ema.is_file() if meta.files is None else ema.name in meta.files
     load_file = safetensors.torch.load_file
     return State(
         net=load_file(path / "net.safetensors", device),
         branches=load_file(path / "branches.safetensors", device),
         ema=load_file(ema, device) if averaged else None,
         rest=torch.load(path / "state.pt", map_location="cpu", weights_only=True),
-        progress=kept.progress,
+        progress=meta.progress,
         identity=_identity(path),
         floor=load_file(floor, device) if (floor := path / "floor.safetensors").is_file() else None,
     )
@@ -261,56 +261,56 @@ def _identity(path: Path) -> str:
     return hashlib.sha256((path / META).read_bytes()).hexdigest()
 
 
-def _kept(path: Path) -> _Kept:
-    """Raises one of BROKEN where a file is not what was written."""
+def _checked_meta(path: Path) -> _Meta:
+    """Read meta.json and check every file by it. Raises one of READ_ERRORS where a file is not what was written."""
     raw = (path / META).read_bytes()
     tree = json.loads(raw)
-    own = {key: tree[key] for key in [one.name for one in fields(Progress)] if key in tree}
-    if own == tree and own.keys() >= OLDER:
-        return _Kept(Progress(**own), None)
-    if tree.pop("sha256", None) is None or raw != _sealed(tree).encode():
+    progress = {key: tree[key] for key in [field.name for field in fields(Progress)] if key in tree}
+    if progress == tree and progress.keys() >= OLDER_KEYS:
+        return _Meta(Progress(**progress), None)
+    if tree.pop("sha256", None) is None or raw != _with_digest(tree).encode():
         raise ValueError(f"{META}: its SHA-256 is another")
     files = tree["files"]
-    there = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {META}
-    if missing := sorted(files.keys() - there):
+    present = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {META}
+    if missing := sorted(files.keys() - present):
         raise ValueError(f"{missing[0]} is gone")
-    if alien := sorted(there - files.keys()):
-        raise ValueError(f"{alien[0]} was not written with it")
+    if foreign := sorted(present - files.keys()):
+        raise ValueError(f"{foreign[0]} was not written with it")
     for name, expected in files.items():
         with (path / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 raise ValueError(f"{name}: its SHA-256 is another")
-    return _Kept(Progress(**own), files)
+    return _Meta(Progress(**progress), files)
 
 
-def _sealed(tree: Mapping[str, Any]) -> str:
-    """JSON that holds its own SHA-256."""
+def _with_digest(tree: Mapping[str, Any]) -> str:
+    """Dump as JSON that holds its own SHA-256."""
     digest = hashlib.sha256(json.dumps(tree, indent=1).encode()).hexdigest()
     return json.dumps({**tree, "sha256": digest}, indent=1, allow_nan=False) + "\n"
 
 
-def _packed(tensors: Mapping[str, Tensor]) -> bytes:
+def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save({key: value.detach().contiguous() for key, value in tensors.items()})
 
 
 def _publish(folder: Path, *, last: str, best: str | None) -> None:
-    """Have `last` and `best` name these from the same moment on."""
+    """Point `last` and `best` at these checkpoints at the same moment."""
     if not (folder / LINKS).exists() and (before := _target(folder / "last")) is not None:
-        _swing(folder, last=before, best=_target(folder / "best"))  # links of an earlier fgvc led straight there
-    _swing(folder, last=last, best=best)
+        _replace_links(folder, last=before, best=_target(folder / "best"))  # links of an earlier fgvc led straight there
+    _replace_links(folder, last=last, best=best)
 
 
-def _swing(folder: Path, *, last: str, best: str | None) -> None:
-    new = _free(folder, LINKS + "-1")
+def _replace_links(folder: Path, *, last: str, best: str | None) -> None:
+    new = _free_path(folder, LINKS + "-1")
     make_folder(new)
-    named = {"last": last, "best": best} if best is not None else {"last": last}
-    for name, target in named.items():
+    targets = {"last": last, "best": best} if best is not None else {"last": last}
+    for name, target in targets.items():
         replace_link(new / name, f"../{target}")
     sync(new)
     if (folder / LINKS).exists():  # or the names would lead nowhere meanwhile
-        _through(folder, named)
+        _link_through(folder, targets)
     replace_link(folder / LINKS, new.name)
-    _through(folder, named)
+    _link_through(folder, targets)
     if best is None:
         remove(folder / "best")
     sync(folder)
@@ -319,7 +319,7 @@ def _swing(folder: Path, *, last: str, best: str | None) -> None:
             remove(path)
 
 
-def _through(folder: Path, names: Mapping[str, str]) -> None:
+def _link_through(folder: Path, names: Mapping[str, str]) -> None:
     for name in names:
         link, through = folder / name, f"{LINKS}/{name}"
         if not link.is_symlink() or str(link.readlink()) != through:
@@ -327,36 +327,36 @@ def _through(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def _target(link: Path) -> str | None:
-    """The name of the checkpoint that a link leads to, if that is there."""
-    path = _led(link)
+    """Name of the checkpoint that a link leads to; None where it leads to none."""
+    path = _resolved(link)
     return path.name if path.is_dir() and path.parent == link.parent.resolve() and path.name != link.name else None
 
 
-def _led(link: Path) -> Path:
-    """Where a link leads; to itself where it leads round in a circle."""
+def _resolved(link: Path) -> Path:
+    """Path that a link leads to; the link itself where it leads round in a circle."""
     try:
         return link.resolve()
     except RuntimeError:  # Python 3.12 and older
         return link
 
 
-def _free(folder: Path, name: str) -> Path:
+def _free_path(folder: Path, name: str) -> Path:
     names = chain([name], (f"{name}.{number}" for number in count(1)))
     return next(folder / name for name in names if not os.path.lexists(folder / name))
 
 
-def _own_names(folder: Path) -> None:
-    """In a copy that was made without links `last` and `best` are checkpoints themselves: each gets a name of its own."""
+def _rename_copies(folder: Path) -> None:
+    """Rename `last` and `best` where they are folders, as in a copy that was made without links, and link to them."""
     copies = [*(folder / name for name in ("last", "best")), *folder.glob(f"{LINKS}*/*")]
     named: dict[str, str] = {}
     for path in [path for path in copies if path.is_dir() and not path.is_symlink()]:
         if path.parent.is_symlink():
             continue
         try:
-            name = f"step-{_kept(path).progress.step:08d}"
-        except BROKEN:
+            name = f"step-{_checked_meta(path).progress.step:08d}"
+        except READ_ERRORS:
             name = "damaged-step-copy"
-        rename(path, new := _free(folder, name))
+        rename(path, new := _free_path(folder, name))
         if path.parent == folder:
             named[path.name] = new.name
     if (folder / LINKS).is_dir() and not (folder / LINKS).is_symlink():
@@ -366,7 +366,7 @@ def _own_names(folder: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed process left behind: checkpoints that never got their name, or had lost it for good."""
+    """Remove what a killed process left behind: checkpoints half written or half removed."""
     for path in _leftovers(folder):
         remove(path)
 
@@ -374,13 +374,13 @@ def _sweep(folder: Path) -> None:
 def _leftovers(folder: Path) -> Iterator[Path]:
     for path in folder.glob(".*"):
         _, _, rest = path.name.removeprefix(".").partition(".")  # .<process>.<name>
-        lost = rest.startswith(("step-", START)) or path.name.startswith(".gone-")
-        if path.is_symlink() or (path.is_dir() and lost):
+        checkpoint = rest.startswith(("step-", START)) or path.name.startswith(".gone-")
+        if path.is_symlink() or (path.is_dir() and checkpoint):
             yield path
 
 
 def _prune(folder: Path, *, keep: int) -> None:
-    """Keep the start, what `last` and `best` name, and the newest `keep` of the others."""
+    """Remove all checkpoints but the start, those that `last` and `best` name, and the newest `keep` of the others."""
     named = {_target(folder / name) for name in ("last", "best")}
     for path in [path for path in _steps(folder) if path.name not in named][keep:]:
         gone = folder / f".gone-{path.name}"

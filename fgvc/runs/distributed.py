@@ -1,4 +1,4 @@
-"""Device, precision and processes: bare torch behind one small object. Launch with `torchrun -m fgvc train ...`."""
+"""Device, precision and processes of a run (plain torch). Launch several with `torchrun -m fgvc train ...`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fgvc.errors import FgvcError
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Where and in how many processes this run computes."""
+    """Device, precision and process group of this process."""
 
     device: torch.device
     rank: int
@@ -37,18 +37,18 @@ class Runtime:
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling, which only fp16 needs."""
+        """Make the loss scaler, which only fp16 needs."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def wrap(self, step: nn.Module, *, branches: bool) -> nn.Module:
-        """DDP around the whole step where there are several processes. A branch may go unused in a step; the net never."""
+        """Wrap the whole step in DDP where there are several processes. A branch may go unused in a step; the net never."""
         if self.world == 1:
             return step
         device_ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(step, device_ids=device_ids, find_unused_parameters=branches)
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every process, in rank order, on every process."""
+        """Collect `value` of every process, in rank order, on every process."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -56,7 +56,7 @@ class Runtime:
         return values
 
     def anywhere(self, flag: Tensor) -> Tensor:
-        """() bool: whether `flag`, a () bool, is set on any process."""
+        """Whether `flag`, a () bool, is set on any process, as () bool."""
         if self.world == 1:
             return flag
         count = flag.to(self.device, torch.float32)
@@ -64,7 +64,7 @@ class Runtime:
         return count > 0
 
     def agreed(self, flag: bool) -> bool:
-        """The same of what the processes know on their own."""
+        """Whether `flag` is set on any process."""
         return bool(self.anywhere(torch.tensor(flag)))
 
     def same_buffers(self, net: nn.Module) -> None:
@@ -83,16 +83,16 @@ class Runtime:
             dist.barrier()
 
     def first(self, do: Callable[[], None]) -> None:
-        """Run on rank 0 while the others wait (folders, the decode cache). All raise the FgvcError that it raises."""
+        """Run `do` on rank 0 while the others wait (folders, the decode cache). All raise the FgvcError that it raises."""
         failed: FgvcError | None = None
         if self.main:
             try:
                 do()
             except FgvcError as error:
                 failed = error
-        said = self.gather(None if failed is None else str(failed))[0]
-        if said is not None:
-            raise failed or FgvcError(said)
+        message = self.gather(None if failed is None else str(failed))[0]
+        if message is not None:
+            raise failed or FgvcError(message)
 
 
 @contextmanager
@@ -150,7 +150,7 @@ def _device(name: str, local: int) -> torch.device:
 
 
 def rng_state(device: torch.device) -> Mapping[str, Any]:
-    """Of the generators that the model's own dropout draws from."""
+    """State of the generators that the model's own dropout draws from."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from fgvc import __version__
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import differences, dump, load, validate
 from fgvc.config.recipe import Recipe, Selected
@@ -38,8 +34,9 @@ from fgvc.io.files import (
 from fgvc.io.names import refuse_breaking, some
 from fgvc.models.finite import not_finite
 from fgvc.runs import checkpoint
-from fgvc.runs.images import continued
-from fgvc.runs.measured import clear, forget
+from fgvc.runs.environment import environment
+from fgvc.runs.images import resumed_index
+from fgvc.runs.measured import remove_measured, sweep_run
 from fgvc.runs.record import NAME, Record
 
 MAY_CHANGE = (  # when a run goes on; where its images lie, as long as they are the same
@@ -49,40 +46,39 @@ MAY_CHANGE = (  # when a run goes on; where its images lie, as long as they are 
 )  # fmt: skip
 LOCK = ".lock"  # of the process that trains
 INTERPOLATION = "interpolation.json"  # of a run that `fgvc interpolate` made
-PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "onnx", "onnxruntime", "onnxscript")
 
 
-Going = Literal["new", "on", "finished"]
+RunStatus = Literal["new", "on", "finished"]
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
-    """This process alone trains in `out`, for as long as the context lasts or the process lives. Where no run has
-    come to be, nothing of this stays.
+def lock_run(out: Path) -> Iterator[None]:
+    """Lock `out`, so that this process alone trains there until the context or the process ends. Where no run was begun, the
+    folder and its parents are removed again.
 
-    Raises FgvcError that says who has it, or why no lock can be had.
+    Raises FgvcError that names the process which holds it, or says why there is no lock.
     """
-    made = [path for path in (out, *out.parents) if not path.exists()]
+    missing = [path for path in (out, *out.parents) if not path.exists()]
     with writing(out):
         make_folder(out)
     try:
-        with file_lock(lock := out / LOCK) as mine:
-            if not mine:
+        with file_lock(lock := out / LOCK) as locked:
+            if not locked:
                 raise FgvcError(f"{out}: is being trained by {holder(lock)}; wait for it, or choose another --out")
             try:
                 if (out / "config.yaml").is_file():
-                    clear(out)
+                    sweep_run(out)
                 yield
             finally:
                 if not (out / "config.yaml").is_file():
                     remove(lock)
     finally:
-        for path in made:
+        for path in missing:
             remove_empty(path)
 
 
 @contextmanager
-def opened(
+def claim_run(
     out: Path,
     recipe: Recipe,
     *,
@@ -90,27 +86,27 @@ def opened(
     overwrite: bool = False,
     recorded: bool = False,
     say: checkpoint.Say | None = None,
-) -> Iterator[Going]:
-    """`held`, and `open_run`; with the path of another run for `resume`, after a copy of that one was made."""
-    if other := resume not in ("auto", "never"):
+) -> Iterator[RunStatus]:
+    """Lock `out` and return its status (`run_status`); with the path of another run for `resume`, copy that run there first."""
+    if from_other := resume not in ("auto", "never"):
         if overwrite:
             raise FgvcError("--overwrite loses a run, --resume PATH goes on with one: give one of the two")
-        adopt(Path(resume), out, recipe, recorded=recorded)
-    with held(out):
-        yield open_run(out, recipe, resume="auto" if other else resume, overwrite=overwrite, say=say)
+        copy_run(Path(resume), out, recipe, recorded=recorded)
+    with lock_run(out):
+        yield run_status(out, recipe, resume="auto" if from_other else resume, overwrite=overwrite, say=say)
 
 
-def open_run(
+def run_status(
     out: Path, recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, say: checkpoint.Say | None = None
-) -> Going:
-    """Whether the run in `out` is a new one, goes on from its checkpoint, or is at its end, as these settings have it. Destroys
+) -> RunStatus:
+    """Whether the run in `out` is new, goes on from its checkpoint, or is finished, by these settings. Destroys
     nothing and writes nothing; the caller holds `out`.
 
     `resume`: auto (go on if `out` holds a run), never (start anew; refuses an existing run unless `overwrite`).
     Raises FgvcError for a run that ends otherwise, a changed recipe, or a folder that is no run, or holds no whole checkpoint.
     """
-    if overwrite or not checkpoint.any_held(out / "ckpt"):
-        _refuse_other(out)
+    if overwrite or not checkpoint.has_checkpoint(out / "ckpt"):
+        _refuse_foreign_folder(out)
         if not overwrite and is_run(out):  # killed before its first one, or somebody has taken them away
             (say or _warn)(f"{out / 'ckpt'}: holds no checkpoint: this run begins anew")
         return "new"
@@ -125,53 +121,55 @@ def _warn(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _refuse_other(out: Path) -> None:
-    """Raise FgvcError where something else than a run is in the folder."""
+def _refuse_foreign_folder(out: Path) -> None:
+    """Raise FgvcError where the folder holds something else than a run."""
     if (out / "config.yaml").is_file() or not out.is_dir():
         return
     if any(not path.name.startswith(".") for path in out.iterdir()):
         raise FgvcError(f"{out}: not empty and not a run of fgvc; choose another --out")
 
 
-def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = None) -> Going:
-    """Raises FgvcError where the run in `out` can't go on with this recipe."""
+def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = None) -> RunStatus:
+    """Whether the run in `out` goes on or is finished. Raises FgvcError where it can't go on with this recipe."""
     old = read_run(out)
-    recipe = as_recorded(recipe, old)
+    recipe = with_recorded_select(recipe, old)
     changed = differences(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
     refused = {key: pair for key, pair in changed.items() if not key.startswith(MAY_CHANGE)}
     if refused:
         rows = "\n".join(f"  {key}: {a!r} in the run, {b!r} now" for key, (a, b) in refused.items())
         raise FgvcError(
-            f"{out}: this run was started with other settings:\n{rows}\n{begin_anew(out)}, or give --overwrite to lose this "
+            f"{out}: this run was started with other settings:\n{rows}\n{new_run_advice(out)}, or give --overwrite to lose this "
             f"run.\nWhat may change: {', '.join(key.rstrip('.') for key in MAY_CHANGE)}"
         )
     progress = checkpoint.read_progress(out / "ckpt", say=say)
-    was, now = ((one.train.epochs, one.train.last_step) for one in (old, recipe))
-    if progress.finished and was == now:
+    then, now = ((old.train.epochs, old.train.last_step), (recipe.train.epochs, recipe.train.last_step))
+    if progress.finished and then == now:
         return "finished"
-    if progress.finished and now[0] <= was[0] and now[1] <= was[1]:
+    if progress.finished and now[0] <= then[0] and now[1] <= then[1]:
         raise FgvcError(
-            f"{out}: this run is finished; raise {ending(recipe, progress.step)} to go on, give --overwrite to lose it, or "
+            f"{out}: this run is finished; raise {end_setting(recipe, progress.step)} to go on, give --overwrite to lose it, or "
             "choose another --out"
         )
     if (out / INTERPOLATION).is_file():
-        raise FgvcError(f"{out}: lies between two nets (fgvc interpolate): no training can go on from there. {begin_anew(out)}")
+        raise FgvcError(
+            f"{out}: lies between two nets (fgvc interpolate): no training can go on from there. {new_run_advice(out)}"
+        )
     return "on"
 
 
-def as_recorded(recipe: Recipe, recorded: Recipe) -> Recipe:
-    """With what the run that goes on has resolved of it."""
+def with_recorded_select(recipe: Recipe, recorded: Recipe) -> Recipe:
+    """The recipe with the selection that the run resolved when it began."""
     return recipe.model_copy(update={"select": recipe.select or recorded.select})
 
 
-def ending(recipe: Recipe, step: int) -> str:
-    """The setting that ends a run at this step."""
+def end_setting(recipe: Recipe, step: int) -> str:
+    """Name of the setting that ends a run at this step."""
     steps = recipe.train.max_steps
     return "train.max_steps" if steps is not None and steps <= step else "train.epochs"
 
 
-def begin_anew(out: Path) -> str:
-    """How to train with other settings, those of MAY_CHANGE apart, what a run has learnt so far. A sentence without its dot."""
+def new_run_advice(out: Path) -> str:
+    """Advice on training a run's weights with other settings than those of MAY_CHANGE: a sentence without its full stop."""
     weights = out / "ckpt" / "last" / "net.safetensors"
     if not weights.is_file():
         return f"Nothing of {out} is saved yet: it starts anew with other settings"
@@ -180,20 +178,20 @@ def begin_anew(out: Path) -> str:
 
 def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any], images: Record) -> None:
     """Begin a new run in `out`: what an earlier run wrote there is removed, all else stays. Killed at any moment, `out` is one
-    that `open_run` lets begin anew.
+    that may begin anew (`run_status`).
 
     `facts`: file name -> what JSON is to hold; `refuse_changed` compares them when the run goes on.
     """
     with writing(out):
         make_folder(out)
-        remove(gone := out / ".gone-ckpt")
+        remove(old_checkpoints := out / ".gone-ckpt")
         if os.path.lexists(out / "ckpt"):  # before the new settings are there, which are not those of its weights
-            rename(out / "ckpt", gone)
+            rename(out / "ckpt", old_checkpoints)
         write_atomic(out / "config.yaml", dump(recipe))  # the mark of a run
-        clear(out)
-        for name in (gone.name, NAME, INTERPOLATION, "masks", "plots", "events.jsonl", "metrics.csv"):
+        sweep_run(out)
+        for name in (old_checkpoints.name, NAME, INTERPOLATION, "masks", "plots", "events.jsonl", "metrics.csv"):
             remove(out / name)
-        forget(out)
+        remove_measured(out)
         for folder in ("ckpt", "plots"):
             make_folder(out / folder)
         write_atomic(out / "env.json", as_json(environment() | {"command": sys.argv[1:]}))
@@ -203,36 +201,36 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any], images: Recor
 
 
 def recorded_preprocess(out: Path) -> Preprocess:
-    """What turned images into the input of this run's net from its start. Raises FgvcError where that is not recorded."""
-    return validate(Preprocess, _recorded(out, "preprocess.json"), where=str(out / "preprocess.json"))
+    """Read the run's recorded preprocessing. Raises FgvcError where it is not recorded."""
+    return validate(Preprocess, _read_json(out, "preprocess.json"), where=str(out / "preprocess.json"))
 
 
 def recorded_classes(out: Path) -> tuple[str, ...]:
-    """The names of this run's classes, in the order of its net's outputs. Raises FgvcError where they are not recorded."""
-    found = _recorded(out, "labels.json")
-    if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
+    """Read the names of the run's classes, in the order of its net's outputs. Raises FgvcError where they are not recorded."""
+    classes = _read_json(out, "labels.json")
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise FgvcError(f"{out / 'labels.json'}: expected a list of class names")
-    refuse_breaking(found, where=out / "labels.json")
-    return tuple(found)
+    refuse_breaking(classes, where=out / "labels.json")
+    return tuple(classes)
 
 
-def _recorded(out: Path, name: str) -> Any:
+def _read_json(out: Path, name: str) -> Any:
     try:
         return json.loads((out / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        if not checkpoint.any_held(out / "ckpt"):
+        if not checkpoint.has_checkpoint(out / "ckpt"):
             raise FgvcError(f"{out}: the run was not started yet ({error})") from error
         raise FgvcError(
             f"{out / name}: gone or damaged ({error}); put a copy of it there: a bundle that was exported from this run has one"
         ) from error
 
 
-def damaged(out: Path, state: checkpoint.State) -> str | None:
-    """Why preprocess.json can't be what the run began with, by its checkpoint, which has digests; None where all is well."""
-    known = state.rest.get("preprocess")
-    if known is None or recorded_preprocess(out).model_dump_json() == known:
+def preprocess_fault(out: Path, state: checkpoint.State) -> str | None:
+    """Reason why preprocess.json can't be what the run began with, by its checkpoint, which has digests; None: it is the same."""
+    recorded = state.rest.get("preprocess")
+    if recorded is None or recorded_preprocess(out).model_dump_json() == recorded:
         return None
-    return f"{out / 'preprocess.json'}: not what the run began with, which was {known}; write that back"
+    return f"{out / 'preprocess.json'}: not what the run began with, which was {recorded}; write that back"
 
 
 def refuse_changed(out: Path, facts: Mapping[str, Any]) -> None:
@@ -246,25 +244,25 @@ def refuse_changed(out: Path, facts: Mapping[str, Any]) -> None:
 
 
 def continue_run(out: Path, recipe: Recipe, index: ImageIndex) -> None:
-    """Go on with a run, from now on with these settings. One of an earlier fgvc has its images recorded now."""
-    forget(out)
+    """Write the settings with which a run goes on; a run of an earlier fgvc has its images recorded now."""
+    remove_measured(out)
     if not (out / NAME).is_file():
         write_atomic(out / NAME, Record.of(index).dump())
     write_atomic(out / "config.yaml", dump(recipe))
 
 
-def note_settings(out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
-    """Give a finished run the settings that may change, such as where its images lie now; what was measured stays. Raises
+def update_settings(out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
+    """Write a finished run's settings that may change, such as where its images lie now; what was measured stays. Raises
     FgvcError where they are other images."""
-    recipe = as_recorded(recipe, read_run(out))
+    recipe = with_recorded_select(recipe, read_run(out))
     if recipe != read_run(out):
-        continued(out, recipe, recorded=recorded)
+        resumed_index(out, recipe, recorded=recorded)
         write_atomic(out / "config.yaml", dump(recipe))
 
 
-def ended(out: Path) -> bool:
-    """Whether the run's last word is that it is finished; one that was killed after its last checkpoint has not said it."""
-    lines = _history(out).decode(errors="replace").splitlines()
+def logged_finished(out: Path) -> bool:
+    """Whether the last event is that the run finished; a run that was killed after its last checkpoint has no such event."""
+    lines = _event_log(out).decode(errors="replace").splitlines()
     return bool(lines) and '"event": "finished"' in lines[-1]
 
 
@@ -273,42 +271,43 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(out: Path) -> Recipe:
-    """The resolved recipe of a run. Raises FgvcError where the folder is none."""
+    """Read the resolved recipe of a run. Raises FgvcError where the folder is none."""
     config = out / "config.yaml"
     if not config.is_file():
         raise FgvcError(f"{out}: not a run of fgvc (no config.yaml)")
     return load(Recipe, config)
 
 
-def begun_with(out: Path, recipe: Recipe) -> checkpoint.State | None:
-    """What a run that goes on began with, where that decides how it goes on. Raises FgvcError where it is gone or damaged."""
+def required_start(out: Path, recipe: Recipe) -> checkpoint.State | None:
+    """Read the state that a resumed run began with, which `optim.l2_sp` needs; else None. Raises FgvcError where it is gone or
+    damaged."""
     if not recipe.optim.l2_sp:
         return None
-    if (why := checkpoint.doubt(out / "ckpt", "start")) is not None:
+    if (why := checkpoint.fault(out / "ckpt", "start")) is not None:
         raise FgvcError(
             f"{out}: optim.l2_sp draws the weights to those that this run began with, and {out}/ckpt/start: {why}. Put a copy of "
-            f"it there. {begin_anew(out)}"
+            f"it there. {new_run_advice(out)}"
         )
     return checkpoint.load(out / "ckpt", "start")
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """Of one run: a net's weights, and those of the branches beside it."""
+class TrainedWeights:
+    """Trained weights of a net, and of the branches beside it."""
 
     weights: Mapping[str, Tensor]
     branches: Mapping[str, Tensor]
     identity: str | None = None  # of the checkpoint that they are from
 
 
-def selected_weights(out: Path, recipe: Recipe, select: Selected) -> Trained:
-    """The weights of a run that `select` names. Raises FgvcError where it has none, or they are not finite."""
+def selected_weights(out: Path, recipe: Recipe, select: Selected) -> TrainedWeights:
+    """Read the weights of a run that `select` names. Raises FgvcError where it has none, or they are not finite."""
     if select == "ema" and recipe.ema is None:
         raise FgvcError(f"{out}: has no moving average; train with ema.decay=0.999, or choose --select last")
     if select == "swa" and recipe.swa is None:
         raise FgvcError(f"{out}: has no SWA; train with swa.start=0.75, or choose --select last")
     state = checkpoint.load(out / "ckpt", checkpoint.slot(select))
-    if (why := damaged(out, state)) is not None:
+    if (why := preprocess_fault(out, state)) is not None:
         print(f"WARNING: {why}", file=sys.stderr)
     if select == "swa" and state.ema is None:
         raise FgvcError(f"{out}: SWA holds no epoch yet; train on to the end, or choose --select last")
@@ -316,10 +315,10 @@ def selected_weights(out: Path, recipe: Recipe, select: Selected) -> Trained:
         raise FgvcError(f"{out}: has no floor: random first weights, a head that is not linear, or a run of an earlier fgvc")
     averaged = select in ("ema", "swa") or (select == "best" and recipe.selected != "last" and state.ema is not None)
     weights = {**((state.ema if averaged else state.net) or {}), **((state.floor or {}) if select == "floor" else {})}
-    trained = Trained(weights, state.branches, state.identity)
-    if wild := not_finite(trained.weights):
+    trained = TrainedWeights(weights, state.branches, state.identity)
+    if bad := not_finite(trained.weights):
         raise FgvcError(
-            f"{out}: its weights ({select}) hold values that are NaN or infinite, so its answers mean nothing: {some(wild)}. "
+            f"{out}: its weights ({select}) hold values that are NaN or infinite, so its answers mean nothing: {some(bad)}. "
             "Choose others with --select, or train anew with a lower optim.lr"
         )
     return trained
@@ -330,43 +329,16 @@ def has_floor(out: Path) -> bool:
     return (out / "ckpt" / "start" / "floor.safetensors").is_file()
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, for env.json and for every measured table."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    return {
-        "fgvc": __version__,
-        "python": platform.python_version(),
-        **{name: installed(name) for name in PACKAGES},
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def adopt(source: Path, out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
-    """Copy another run, in full or not at all, so that it stays as it is; the same command once more leaves the copy as it is.
+def copy_run(source: Path, out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
+    """Copy another run, in full or not at all; the same command once more leaves the copy as it is.
     `recorded`: see `fgvc.runs.images.continued`. Raises FgvcError where it can't go on with this recipe, or can't be copied
     there."""
     if source.parent.name == "ckpt":
-        given, source = source, source.parent.parent
-        if given.resolve() != (source / "ckpt" / "last").resolve():
+        named, source = source, source.parent.parent
+        if named.resolve() != (source / "ckpt" / "last").resolve():
             raise FgvcError(
-                f"{given}: a run goes on from its last checkpoint: --resume {source}. To train from others' weights, begin "
-                f"a new run with model.weights={given / 'net.safetensors'}"
+                f"{named}: a run goes on from its last checkpoint: --resume {source}. To train from others' weights, begin "
+                f"a new run with model.weights={named / 'net.safetensors'}"
             )
     read_run(source)
     if source.resolve() == out.resolve():
@@ -377,18 +349,18 @@ def adopt(source: Path, out: Path, recipe: Recipe, *, recorded: bool = False) ->
         raise FgvcError(f"{out}: {wrong[0]}: the run can't be copied there; choose another --out")
     out = out.resolve()
     if out.exists() and any(path.name != LOCK for path in out.iterdir()):
-        if _history(source) and _history(out).startswith(_history(source)):
+        if _event_log(source) and _event_log(out).startswith(_event_log(source)):
             return  # the same command once more
         raise FgvcError(f"{out}: not empty; --resume PATH copies the run into a new --out")
     if _check_continues(source, recipe) == "finished":
-        end = ending(recipe, checkpoint.read_progress(source / "ckpt").step)
+        end = end_setting(recipe, checkpoint.read_progress(source / "ckpt").step)
         raise FgvcError(f"{source}: this run is finished; raise {end} to go on with it")
-    continued(source, recipe, recorded=recorded)  # or a copy would be there that can't go on
+    resumed_index(source, recipe, recorded=recorded)  # or a copy would be there that can't go on
     scratch = out.with_name(f".{out.name}.copy")
     try:
         make_folder(out.parent)
-        with file_lock(lock := scratch.with_suffix(".lock")) as mine:
-            if not mine:
+        with file_lock(lock := scratch.with_suffix(".lock")) as locked:
+            if not locked:
                 raise FgvcError(f"{out}: {holder(lock)} copies a run there; choose another --out")
             _copy(source, scratch, out)
     except OSError as error:  # copytree's own has a list instead of a reason
@@ -401,8 +373,8 @@ def _copy(source: Path, scratch: Path, out: Path) -> None:
         shutil.copytree(source, scratch, symlinks=True, ignore=shutil.ignore_patterns(LOCK))
         for link in [path for path in scratch.iterdir() if path.is_symlink()]:  # what lies elsewhere is the source's own
             remove(link)
-            there = source / link.name
-            shutil.copytree(there, link, symlinks=True) if there.is_dir() else shutil.copy2(there, link)
+            original = source / link.name
+            shutil.copytree(original, link, symlinks=True) if original.is_dir() else shutil.copy2(original, link)
         for path in [*scratch.rglob("*"), scratch]:
             if not path.is_symlink():
                 sync(path)
@@ -415,6 +387,6 @@ def _copy(source: Path, scratch: Path, out: Path) -> None:
         remove(scratch.with_suffix(".lock"))
 
 
-def _history(run: Path) -> bytes:
+def _event_log(run: Path) -> bytes:
     events = run / "events.jsonl"
     return events.read_bytes() if events.is_file() else b""

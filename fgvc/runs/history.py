@@ -1,4 +1,4 @@
-"""A run's history as it was recorded: its epochs, rates, machine and time."""
+"""History of a run as it was recorded: epochs, learning rates, machine and time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 
 from fgvc.errors import FgvcError
 
-OWN = ("epoch", "step", "lr", "base", "loss")  # columns of metrics.csv that are no technique's
+COMMON_COLUMNS = ("epoch", "step", "lr", "base", "loss")  # columns of metrics.csv that are no technique's
 MACHINE = ("system", "cpu", "cores", "accelerator")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """One run's past."""
+    """Recorded history of one run."""
 
     epochs: tuple[Mapping[str, float], ...]  # rows of metrics.csv
     rates: tuple[tuple[int, float], ...]  # step, learning rate
@@ -31,29 +31,29 @@ class History:
 
     @property
     def terms(self) -> dict[str, list[str]]:
-        """Technique -> its columns of metrics.csv."""
-        found: dict[str, list[str]] = {}
+        """Columns of metrics.csv by technique."""
+        columns: dict[str, list[str]] = {}
         for key in dict.fromkeys(key for row in self.epochs for key in row):
-            if key not in OWN and not key.startswith("val_"):
-                found.setdefault(key.partition(".")[0], []).append(key)
-        return found
+            if key not in COMMON_COLUMNS and not key.startswith("val_"):
+                columns.setdefault(key.partition(".")[0], []).append(key)
+        return columns
 
     @property
     def command(self) -> str:
-        """What started the run, as a shell takes it; from Python, the arguments of that program."""
+        """Command that started the run, quoted for a shell; from Python, the arguments of that program."""
         words = [str(word) for word in self.environment.get("command") or ()]
         return shlex.join(["fgvc", *words]) if words[:1] == ["train"] else shlex.join(words)
 
     @property
     def machine(self) -> str:
-        known = {key: self.environment.get(key) for key in MACHINE}
-        known["cores"] = f"{known['cores']} cores" if known["cores"] else None
-        return ", ".join(str(value) for value in known.values() if value)
+        facts = {key: self.environment.get(key) for key in MACHINE}
+        facts["cores"] = f"{facts['cores']} cores" if facts["cores"] else None
+        return ", ".join(str(value) for value in facts.values() if value)
 
     @property
     def versions(self) -> str:
-        known = {key: value for key, value in self.environment.items() if key not in (*MACHINE, "command") and value}
-        return ", ".join(f"{name} {value}" for name, value in known.items())
+        versions = {key: value for key, value in self.environment.items() if key not in (*MACHINE, "command") and value}
+        return ", ".join(f"{name} {value}" for name, value in versions.items())
 
 
 def read_history(run: Path) -> History:
@@ -82,8 +82,8 @@ def read_history(run: Path) -> History:
     )
 
 
-def interpolated(run: Path) -> str:
-    """Of a run that `fgvc interpolate` made: which share of which way, and how each share scored on validation; else empty.
+def interpolation_remark(run: Path) -> str:
+    """Remark about a run that `fgvc interpolate` wrote: its share, its ends, and the validation scores by share; else empty.
     Raises FgvcError where that is not as fgvc wrote it."""
     with _as_written(path := run / "interpolation.json"):
         if not (text := _text(path)):
@@ -91,13 +91,13 @@ def interpolated(run: Path) -> str:
         tree = json.loads(text)
         by = str(tree["by"])
         scored = [f"{row['share']:g}: {row[by]:.4f}" for row in tree["scores"] if row.get(by) is not None]
-        chosen = f" (validation {by} by share: {', '.join(scored)})" if scored else " (given)"
-        return f"share {tree['share']:g} of the way from the start of {tree['run']} to its {tree['select']} weights{chosen}"
+        origin = f" (validation {by} by share: {', '.join(scored)})" if scored else " (given)"
+        return f"share {tree['share']:g} of the way from the start of {tree['run']} to its {tree['select']} weights{origin}"
 
 
 @contextmanager
 def _as_written(path: Path) -> Iterator[None]:
-    """Raises FgvcError in the place of what reading a broken file raises."""
+    """Turn what reading a broken file raises into FgvcError."""
     try:
         yield
     except (ValueError, TypeError, KeyError, OverflowError, OSError) as error:
@@ -115,7 +115,7 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _text(path: Path) -> str:
-    """A file's text, or none where there is no such file."""
+    """Text of a file; empty where there is no such file."""
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""The images of a recipe, which are listed anew, and those of a run, which are what it recorded when it began.
+"""Images of a recipe, listed anew, and of a run, as it recorded them when it began.
 
 A new draw of a set that has changed by one file moves others from split to split, so that what was trained on would be tested on.
 """
@@ -27,13 +27,13 @@ from fgvc.runs.record import NAME, Record, changes
 
 
 def read_index(recipe: Recipe) -> ImageIndex:
-    """The labelled images of a recipe, in the deployed stack's label order. Raises FgvcError where there is nothing to learn."""
+    """Read the labelled images of a recipe, in the deployed stack's label order. Raises FgvcError for fewer than two classes."""
     index = read_source(recipe.data)
     if recipe.deploy.labels is not None:
         index = reordered(index, recipe.deploy.labels)
     elif recipe.data.classes is None and (remark := sort_order_remark(index.classes)):
-        said = f"{index.recognised}; {remark}; deploy.labels states the deployed stack's order"
-        index = replace(index, recognised=said)
+        recognised = f"{index.recognised}; {remark}; deploy.labels states the deployed stack's order"
+        index = replace(index, recognised=recognised)
     if recipe.data.first_classes is not None:
         index = first_classes(index, recipe.data.first_classes)
     if len(index.classes) < 2:
@@ -42,13 +42,13 @@ def read_index(recipe: Recipe) -> ImageIndex:
 
 
 def fingerprint(index: ImageIndex) -> str:
-    """SHA-256 of the images' names in their order: what is kept by row holds for this list only."""
+    """SHA-256 of the images' names in their order, for state that is stored by row and holds for this list only."""
     return hashlib.sha256("\n".join(index.paths.tolist()).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class RunImages:
-    """The images of a run, to be looked at below wherever they lie now."""
+    """Images of a run, below the folder where they lie now."""
 
     run: Path
     index: ImageIndex
@@ -57,18 +57,18 @@ class RunImages:
     def rows(self, split: Split) -> NDArray[np.int64]:
         """Rows of one split. Raises FgvcError where a file of these is gone, or is another than the run began with."""
         rows = self.index.rows(split)
-        if self.record is not None and (said := _lost(self.record, rows)):
+        if self.record is not None and (faults := _file_faults(self.record, rows)):
             raise FgvcError(
-                f"{self.run}: of the {len(rows)} {split} images that it began with, in {self.index.root}:\n{said}\n"
+                f"{self.run}: of the {len(rows)} {split} images that it began with, in {self.index.root}:\n{faults}\n"
                 "Restore them, or name the folder where the set lies now (--root DIR)"
             )
         return rows
 
 
 def recorded_images(run: Path, recipe: Recipe, root: Path | None = None) -> RunImages:
-    """The images of a run, for verbs that read it. `root`: where its set lies now, else where its recipe says.
+    """Read the images of a run, for verbs that read it. `root`: where its set lies now; default: where its recipe says.
 
-    Says in one line where the set has changed, or where the run has no record. Raises FgvcError where the record is damaged, or
+    Prints one line where the set has changed, or where the run has no record. Raises FgvcError where the record is damaged, or
     without one where the images are not those that its checkpoint knows.
     """
     if root is not None:
@@ -77,13 +77,13 @@ def recorded_images(run: Path, recipe: Recipe, root: Path | None = None) -> RunI
     if not (run / NAME).is_file():
         return RunImages(run, _unrecorded(run, recipe), None)
     record = recording.load(run / NAME, place, max_pixels=recipe.data.max_pixels)
-    if said := _news(record, recipe):
-        print(f"{run}: {said}", file=sys.stderr)
+    if remark := _change_remark(record, recipe):
+        print(f"{run}: {remark}", file=sys.stderr)
     return RunImages(run, record.index, record)
 
 
-def continued(run: Path, recipe: Recipe, *, recorded: bool = False) -> ImageIndex:
-    """The images of a run that trains on: as they were recorded, and with all the files that were there.
+def resumed_index(run: Path, recipe: Recipe, *, recorded: bool = False) -> ImageIndex:
+    """Read the images of a run that trains on: as they were recorded, with all of their files.
 
     `recorded`: whatever has come to the set since. Raises FgvcError where the set is another, with the first few differences.
     """
@@ -96,21 +96,21 @@ def continued(run: Path, recipe: Recipe, *, recorded: bool = False) -> ImageInde
     root = recipe.data.root.expanduser()
     record = recording.load(run / NAME, root, max_pixels=recipe.data.max_pixels)
     if recorded:
-        if said := _lost(record, np.arange(len(record.index))):
+        if faults := _file_faults(record, np.arange(len(record.index))):
             raise FgvcError(
-                f"{run}: --recorded goes on with the images that the run began with, and in {root}:\n{said}\n"
+                f"{run}: --recorded goes on with the images that the run began with, and in {root}:\n{faults}\n"
                 "Restore them, or name the folder where the set lies now (data.root=DIR)"
             )
         return record.index
     try:
-        found = changes(record, read_index(recipe)).lines()
+        differences = changes(record, read_index(recipe)).lines()
     except FgvcError as error:
         raise FgvcError(
             f"{error}\n{run}: this run can't go on without its images: restore them, or name the folder where the set lies now "
             "(data.root=DIR)"
         ) from error
-    if found:
-        listed = "\n".join(f"  {line}" for line in found)
+    if differences:
+        listed = "\n".join(f"  {line}" for line in differences)
         raise FgvcError(
             f"{run}: the images in {root} are not those that this run began with:\n{listed}\n"
             "Restore the set, or give --recorded to go on with the recorded images, all of whose files must be there; or choose "
@@ -119,54 +119,56 @@ def continued(run: Path, recipe: Recipe, *, recorded: bool = False) -> ImageInde
     return record.index
 
 
-def learnt(own: ImageIndex, index: ImageIndex, rows: NDArray[np.int64]) -> int:
-    """How many of these rows of `index` are among the training images of `own`, by where the files lie."""
-    places = own.root.resolve(), index.root.resolve()
-    trained = {str(places[0] / name) for name in own.paths[own.rows("train")].tolist()}
-    return sum(str(places[1] / name) in trained for name in index.paths[rows].tolist())
+def training_overlap(trained_index: ImageIndex, index: ImageIndex, rows: NDArray[np.int64]) -> int:
+    """Count the rows of `index` that are among the training images of `trained_index`, by the paths of the files."""
+    roots = trained_index.root.resolve(), index.root.resolve()
+    trained = {str(roots[0] / name) for name in trained_index.paths[trained_index.rows("train")].tolist()}
+    return sum(str(roots[1] / name) in trained for name in index.paths[rows].tolist())
 
 
-def learnt_of_aside(run: Path, index: ImageIndex) -> int:
-    """How many of the validation and test images of `index` a run was trained on; 0 of a run without a record."""
-    return learnt_by(run, index, np.flatnonzero(index.splits != SPLITS.index("train")))
+def held_out_overlap(run: Path, index: ImageIndex) -> int:
+    """Count the validation and test images of `index` that a run was trained on; 0 for a run without a record."""
+    return run_overlap(run, index, np.flatnonzero(index.splits != SPLITS.index("train")))
 
 
-def learnt_by(run: Path, index: ImageIndex, rows: NDArray[np.int64]) -> int:
-    """How many of these rows a run was trained on; 0 of a run without a record."""
+def run_overlap(run: Path, index: ImageIndex, rows: NDArray[np.int64]) -> int:
+    """Count the rows of `index` that a run was trained on; 0 for a run without a record."""
     if not (run / NAME).is_file():
         return 0
-    own = recording.load(run / NAME, load(Recipe, run / "config.yaml").data.root.expanduser()).index
-    return learnt(own, index, rows)
+    trained_index = recording.load(run / NAME, load(Recipe, run / "config.yaml").data.root.expanduser()).index
+    return training_overlap(trained_index, index, rows)
 
 
-def _lost(record: Record, rows: NDArray[np.int64]) -> str:
-    """Lines about the files of these rows that are not what they were; empty where all are."""
+def _file_faults(record: Record, rows: NDArray[np.int64]) -> str:
+    """Lines about the files of these rows that are gone or of another size; empty where there are none."""
     words = ("gone", "of another size than then")
-    found = [(record.index.paths[lost].tolist(), word) for lost, word in zip(record.lost(rows), words, strict=True)]
-    return "\n".join(f"  {len(paths)} {word}: {some(paths, 3)}" for paths, word in found if paths)
+    faults = [(record.index.paths[bad].tolist(), word) for bad, word in zip(record.missing(rows), words, strict=True)]
+    return "\n".join(f"  {len(paths)} {word}: {some(paths, 3)}" for paths, word in faults if paths)
 
 
-def _news(record: Record, recipe: Recipe) -> str:
-    """What to know of a set that is listed otherwise now; empty where it is not."""
+def _change_remark(record: Record, recipe: Recipe) -> str:
+    """Remark about a set that has changed since it was recorded; empty where it has not."""
     if not recipe.data.root.expanduser().is_dir():
         return ""  # all is gone, which whoever asks for rows will hear
     try:
-        found = changes(record, read_index(recipe), files=False).lines()
+        differences = changes(record, read_index(recipe), files=False).lines()
     except FgvcError as error:
-        found = [str(error).splitlines()[0]]
-    return f"the data have changed since it began ({'; '.join(found)}); what was recorded then is used" if found else ""
+        differences = [str(error).splitlines()[0]]
+    if not differences:
+        return ""
+    return f"the data have changed since it began ({'; '.join(differences)}); what was recorded then is used"
 
 
 def _unrecorded(run: Path, recipe: Recipe) -> ImageIndex:
     index = read_index(recipe)
-    known = checkpoint.load(run / "ckpt").rest.get("images")
-    if known is not None and known != fingerprint(index):
+    fingerprint_then = checkpoint.load(run / "ckpt").rest.get("images")
+    if fingerprint_then is not None and fingerprint_then != fingerprint(index):
         raise FgvcError(
             f"{run}: the images in {index.root} are not those that it was trained on, and it has no record of which were in "
             "which split: restore the set as it was, or name the folder where it lies now (--root DIR)"
         )
     doubt = (
-        "they have the names that it was trained on" if known is not None else "whether any came or went is not known"
+        "they have the names that it was trained on" if fingerprint_then is not None else "whether any came or went is not known"
     )
     print(
         f"{run}: has no record of its images (an earlier fgvc began it): they were divided into splits anew; {doubt}",

@@ -23,9 +23,9 @@ from fgvc.io.files import Content
 from fgvc.models.backbone import memory_format
 from fgvc.runs.build import build_net
 from fgvc.runs.distributed import runtime
-from fgvc.runs.folder import Trained, read_run, recorded_classes, recorded_preprocess, selected_weights
+from fgvc.runs.folder import TrainedWeights, read_run, recorded_classes, recorded_preprocess, selected_weights
 from fgvc.runs.images import RunImages, recorded_images
-from fgvc.runs.measured import leave, measured
+from fgvc.runs.measured import read_measured, store_measured
 from fgvc.runs.step import StepModule
 from fgvc.runtime.engine import Session
 
@@ -56,7 +56,7 @@ class LoadedRun:
 
     @cached_property
     def images(self) -> RunImages:
-        """Raises FgvcError where they can't be read, or their classes are no longer those that were trained."""
+        """Images that the run recorded. Raises FgvcError where they can't be read, or their classes have changed."""
         images = recorded_images(self.folder, self.recipe, self.root)
         if images.index.classes != self.classes:
             raise FgvcError(f"{self.folder}: the classes in {images.index.root} are not those that the run was trained on")
@@ -74,64 +74,65 @@ class LoadedRun:
     def rows_of(self, split: Split | None = None) -> tuple[Split, NDArray[np.int64]]:
         """A split and its rows; by default validation, or test where there is none. Raises FgvcError where it is empty, or as
         `rows` does."""
-        chosen: Split = split or ("val" if len(self.index.rows("val")) else "test")
-        if not len(rows := self.rows(chosen)):
-            raise FgvcError(f"{self.folder}: its data has no {chosen} split")
-        return chosen, rows
+        given: Split = split or ("val" if len(self.index.rows("val")) else "test")
+        if not len(rows := self.rows(given)):
+            raise FgvcError(f"{self.folder}: its data has no {given} split")
+        return given, rows
 
     @property
     def suffix(self) -> list[str]:
-        """What the names of files say of other weights than those that the recipe selects; nothing of these."""
+        """Suffix of file names for other weights than those that the recipe selects; empty for these."""
         return [self.select] * (self.select != self.recipe.selected)
 
     @contextmanager
-    def placed(self, device: str | None = None) -> Iterator[tuple[torch.device, torch.memory_format]]:
-        """The net on the device that it was trained on, or another, in the layout that suits it, for as long as this lasts."""
-        here = self.recipe.train if device is None else self.recipe.train.model_copy(update={"device": device})
-        with runtime(here) as process:
+    def on_device(self, device: str | None = None) -> Iterator[tuple[torch.device, torch.memory_format]]:
+        """Move the net to the device that it was trained on, or to `device`, in its memory format, for as long as this lasts."""
+        train = self.recipe.train if device is None else self.recipe.train.model_copy(update={"device": device})
+        with runtime(train) as process:
             layout = memory_format(self.step.net)
             self.step.to(process.device).net.to(memory_format=layout)
             yield process.device, layout
 
     def answers(self, rows: NDArray[np.int64], *, index: ImageIndex | None = None, device: str | None = None) -> Answers:
-        """The net's logits for images seen as in serving, in fp32. Unreadable ones are left out. `index`: of other images."""
+        """Compute the net's logits for images preprocessed as in serving, in fp32. Unreadable ones are left out. `index`: of
+        other images."""
         index = self.index if index is None else index
-        with self.placed(device) as (where, layout), torch.inference_mode():
+        with self.on_device(device) as (place, layout), torch.inference_mode():
 
             def logits(images: torch.Tensor) -> NDArray[np.float32]:
-                answer: NDArray[np.float32] = self.step.net(images.to(where, memory_format=layout)).float().cpu().numpy()
-                return answer
+                output: NDArray[np.float32] = self.step.net(images.to(place, memory_format=layout)).float().cpu().numpy()
+                return output
 
-            return _answers(logits, index, rows, spec=self.preprocess, workers=self.recipe.train.workers)
+            return _compute_answers(logits, index, rows, spec=self.preprocess, workers=self.recipe.train.workers)
 
     def measured(self, file: str) -> dict[str, Any]:
-        """What was measured of this run's weights: see `fgvc.runs.measured.measured`."""
-        return measured(self.folder, file, (self.select, self.identity))
+        """Read what was measured of this run's weights: see `fgvc.runs.measured.read_measured`."""
+        return read_measured(self.folder, file, (self.select, self.identity))
 
-    def leave(
+    def store(
         self, files: Mapping[str, Content], rows: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None
     ) -> bool:
-        """Store results in the run's folder: see `fgvc.runs.measured.leave`."""
-        return leave(self.folder, files, rows=rows, identity=self.identity)
+        """Store results in the run's folder: see `fgvc.runs.measured.store_measured`."""
+        return store_measured(self.folder, files, rows=rows, identity=self.identity)
 
     def selecting(self, select: Selected) -> LoadedRun:
         """The same run with other weights, in a net of its own. Raises FgvcError where it has none."""
         weights = selected_weights(self.folder, self.recipe, select)
-        step = _step(self.folder, self.recipe, len(self.classes), weights, branches=False)
-        other = replace(self, select=select, step=step, identity=weights.identity)
+        step = _load_step(self.folder, self.recipe, len(self.classes), weights, branches=False)
+        copy = replace(self, select=select, step=step, identity=weights.identity)
         if "images" in vars(self):
-            vars(other)["images"] = self.images
-        return other
+            vars(copy)["images"] = self.images
+        return copy
 
 
 def onnx_answers(
     session: Session, index: ImageIndex, rows: NDArray[np.int64], *, spec: Preprocess, workers: int
 ) -> Answers:
-    """An ONNX classifier's logits for images seen through `spec`. Unreadable ones are left out."""
-    return _answers(lambda images: session.logits(images.numpy()), index, rows, spec=spec, workers=workers)
+    """Compute an ONNX classifier's logits for images preprocessed by `spec`. Unreadable ones are left out."""
+    return _compute_answers(lambda images: session.logits(images.numpy()), index, rows, spec=spec, workers=workers)
 
 
-def _answers(
+def _compute_answers(
     logits_of: Callable[[torch.Tensor], NDArray[np.float32]],
     index: ImageIndex,
     rows: NDArray[np.int64],
@@ -167,21 +168,21 @@ def load_run(
     classes, preprocess = recorded_classes(folder), recorded_preprocess(folder)
     select = recipe.end if select == "end" else select or recipe.selected
     weights = selected_weights(folder, recipe, select)
-    step = _step(folder, recipe, len(classes), weights, branches=branches)
+    step = _load_step(folder, recipe, len(classes), weights, branches=branches)
     if max_pixels is not None:
         data = recipe.data.model_copy(update={"max_megapixels": max_pixels / 1e6})
         recipe = recipe.model_copy(update={"data": data})
     return LoadedRun(folder, recipe, classes, preprocess, select, step, weights.identity, root)
 
 
-def _step(folder: Path, recipe: Recipe, classes: int, trained: Trained, *, branches: bool) -> StepModule:
-    """The net of a recipe with trained weights, in eval mode."""
+def _load_step(folder: Path, recipe: Recipe, classes: int, trained: TrainedWeights, *, branches: bool) -> StepModule:
+    """Build the net of a recipe with trained weights, in eval mode."""
     step = build_net(recipe, classes, pretrained=False).step
     try:
         step.net.load_state_dict(trained.weights)
-        if branches:  # but for those that teachers alone would call for
-            own = {key: value for key, value in trained.branches.items() if key.partition(".")[0] in step.branches}
-            step.branches.load_state_dict(own)
+        if branches:  # without those that only teachers need
+            present = {key: value for key, value in trained.branches.items() if key.partition(".")[0] in step.branches}
+            step.branches.load_state_dict(present)
     except RuntimeError as error:
         raise FgvcError(f"{folder}: its checkpoint does not fit its recipe: {error}") from error
     return step.eval()

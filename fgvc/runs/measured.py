@@ -1,6 +1,6 @@
-"""Results of reading verbs in a run's folder: numbers beside the checkpoint that they were measured of, tables, pictures, pages.
+"""Results stored in a run's folder: numbers with the checkpoint that they were measured of, tables, pictures, pages.
 
-They may run beside training and beside each other: each takes a lock of its own for as long as it writes, and adds to what is
+The verbs that store them may run beside training and beside each other: each holds a lock while it writes, and adds to what is
 there at that moment.
 """
 
@@ -20,12 +20,12 @@ from fgvc.runs import checkpoint
 MEASURED = ("metrics.json", "localisation.json", "calibration.json")
 CHECKPOINT = "checkpoint"  # in each row: see `fgvc.runs.checkpoint.identity`
 PATIENCE = 60.0  # seconds; a verb holds the lock for less than one
-_said: set[Path] = set()  # runs of which it was said that they can't be written
+_warned: set[Path] = set()  # runs that can't be written and were warned of
 
 
-def measured(run: Path, name: str, loaded: tuple[str, str | None] | None = None) -> dict[str, Any]:
-    """What one of MEASURED holds of the checkpoints that the run has now, by `<split>.<select>...`; empty where nothing was
-    measured. `loaded`: the selection and identity of weights that were read, which is what the run has of these: where `last` is
+def read_measured(run: Path, name: str, loaded: tuple[str, str | None] | None = None) -> dict[str, Any]:
+    """Read from one of MEASURED what was measured of the run's present checkpoints, by `<split>.<select>...`; empty where nothing
+    was. `loaded`: selection and identity of weights that were read, which count as the run's present ones: where `last` is
     damaged they are of an older checkpoint. Raises FgvcError where it is not as fgvc writes it."""
     names: tuple[checkpoint.Name, ...] = ("last", "best", "start")
     now = {name: checkpoint.identity(run / "ckpt", name) for name in names}
@@ -35,33 +35,33 @@ def measured(run: Path, name: str, loaded: tuple[str, str | None] | None = None)
     def current(key: str, row: Mapping[str, Any]) -> bool:
         return CHECKPOINT not in row or row[CHECKPOINT] == now[checkpoint.slot("".join(key.split(".")[1:2]))]
 
-    found = {key: row for key, row in _rows(run / name).items() if current(key, row)}
-    return {key: {name: value for name, value in row.items() if name != CHECKPOINT} for key, row in found.items()}
+    rows = {key: row for key, row in _rows(run / name).items() if current(key, row)}
+    return {key: {name: value for name, value in row.items() if name != CHECKPOINT} for key, row in rows.items()}
 
 
-def measured_of(run: Path, name: str, identity: str | None) -> dict[str, Any]:
-    """The same of one checkpoint alone: see `fgvc.runs.checkpoint.identity`."""
-    found = {key: dict(row) for key, row in _rows(run / name).items() if row.get(CHECKPOINT) == identity}
-    for row in found.values():
+def read_measured_of(run: Path, name: str, identity: str | None) -> dict[str, Any]:
+    """Read what was measured of one checkpoint alone: see `fgvc.runs.checkpoint.identity`."""
+    rows = {key: dict(row) for key, row in _rows(run / name).items() if row.get(CHECKPOINT) == identity}
+    for row in rows.values():
         row.pop(CHECKPOINT, None)
-    return found
+    return rows
 
 
 def _rows(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number) if path.is_file() else {}
+        rows = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise FgvcError(f"{path}: not as fgvc wrote it ({error}); remove it and measure again") from error
-    if not isinstance(found, dict) or not all(isinstance(numbers, dict) for numbers in found.values()):
+    if not isinstance(rows, dict) or not all(isinstance(numbers, dict) for numbers in rows.values()):
         raise FgvcError(f"{path}: not as fgvc wrote it (expected an object of objects); remove it and measure again")
-    return found
+    return rows
 
 
-def _no_number(word: str) -> float:
+def _refuse_constant(word: str) -> float:
     raise ValueError(f"{word} is no number")
 
 
-def leave(
+def store_measured(
     run: Path,
     files: Mapping[str, Content],
     *,
@@ -75,39 +75,39 @@ def leave(
     FgvcError where a file is not as fgvc wrote it, the disk is full, or another process writes for a minute.
     """
     try:
-        with _mine(run):
+        with _write_lock(run):
             for name, added in (rows or {}).items():
                 merged = _rows(run / name) | {key: {**row, CHECKPOINT: identity} for key, row in added.items()}
                 write_atomic(run / name, as_json(merged))
             for name, content in files.items():
                 write_atomic(run / name, content)
-        _said.discard(run)
+        _warned.discard(run)
     except FgvcError as error:
         if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in UNWRITABLE:
             raise
-        if run not in _said:  # once for all that a verb finds
+        if run not in _warned:  # once for all that a verb stores
             print(f"{run}: can't be written ({error.__cause__.strerror}): nothing was stored there", file=sys.stderr)
-            _said.add(run)
+            _warned.add(run)
         return False
     return True
 
 
-def forget(run: Path) -> None:
-    """Remove what was measured of weights that the run is about to leave behind."""
-    with _mine(run):
+def remove_measured(run: Path) -> None:
+    """Remove what was measured of weights that the run is about to replace."""
+    with _write_lock(run):
         for name in (*MEASURED, "tables"):
             remove(run / name)
 
 
-def clear(run: Path) -> None:
-    """Remove what killed processes left half written, but for checkpoints. The caller has the run to itself."""
-    with _mine(run):
+def sweep_run(run: Path) -> None:
+    """Remove files that killed processes left half written, checkpoints apart. The caller holds the run's lock."""
+    with _write_lock(run):
         for folder in (run, *(run / name for name in ("plots", "tables", "masks", "reports"))):
             sweep(folder)
 
 
 @contextmanager
-def _mine(run: Path) -> Iterator[None]:
+def _write_lock(run: Path) -> Iterator[None]:
     with file_lock(lock := run / ".measured.lock", wait=PATIENCE) as mine:
         if not mine:
             raise FgvcError(f"{run}: {holder(lock)} writes there for more than {PATIENCE:g} s; try again")

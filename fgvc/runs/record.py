@@ -1,4 +1,4 @@
-"""The images that a run is of: listed once, when it begins, and read by every verb that opens the run. Imports no torch.
+"""Record of a run's images: listed once, when it begins, and read by every verb that opens the run. Imports no torch.
 
 A file `index.npz`: the columns of an ImageIndex without its root, each file's size, and a digest. A million images are some
 10 MB. Read it with `numpy.load(..., allow_pickle=False)`; text is one column of UTF-8 bytes and one of lengths.
@@ -29,38 +29,38 @@ from fgvc.io.names import some
 NAME = "index.npz"
 ABSENT = -1  # in place of a size: there was no such file
 _VERSION = 1
-_PLACE = ("root", "max_pixels")  # of whoever reads: not recorded
-_SAID = ("recognised", "warnings")  # for people: recorded, and no part of the digest
-_CHUNK = 4096  # files that one thread asks for in turn
+_NOT_RECORDED = ("root", "max_pixels")  # the reader gives them
+_REMARKS = ("recognised", "warnings")  # for people: recorded, and no part of the digest
+_CHUNK = 4096  # files that one thread reads in turn
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An index as it was when a run began, wherever its files lie now."""
+    """An image index as it was when a run began, wherever its files lie now."""
 
     index: ImageIndex
     sizes: NDArray[np.int64]  # (N,) bytes, or ABSENT
 
     @classmethod
     def of(cls, index: ImageIndex) -> Record:
-        """Of the files as they are now."""
+        """Record an index with the sizes of its files as they are now."""
         return cls(index, file_sizes(index))
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that is recorded but what is for people."""
-        return _digest(*_split(self))
+        """SHA-256 of all that is recorded, remarks apart."""
+        return _digest(*_fields_of(self))
 
     def dump(self) -> bytes:
-        """What `load` reads; the same record gives the same bytes."""
-        facts, columns = _split(self)
+        """Dump to the bytes that `load` reads; the same record gives the same bytes."""
+        facts, columns = _fields_of(self)
         arrays: dict[str, Any] = dict(columns)
-        said = facts | {name: getattr(self.index, name) for name in _SAID} | {"digest": _digest(facts, columns)}
+        tree = facts | {name: getattr(self.index, name) for name in _REMARKS} | {"digest": _digest(facts, columns)}
         stream = io.BytesIO()
-        np.savez_compressed(stream, facts=_bytes(json.dumps(said, ensure_ascii=False)), **arrays)
+        np.savez_compressed(stream, facts=_bytes(json.dumps(tree, ensure_ascii=False)), **arrays)
         return stream.getvalue()
 
-    def lost(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def missing(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of these rows, those whose file is gone, and those whose file is of another size."""
         now = file_sizes(self.index, rows)
         other = now != self.sizes[rows]
@@ -68,17 +68,17 @@ class Record:
 
 
 def load(path: Path, root: Path, *, max_pixels: int = MAX_PIXELS) -> Record:
-    """The record in a file, of images below `root`, of `max_pixels` at most. Raises FgvcError where it is damaged."""
+    """Read the record in a file, of images below `root`, of `max_pixels` at most. Raises FgvcError where it is damaged."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as saved:
             columns = {name: saved[name] for name in saved.files}
         facts: dict[str, Any] = json.loads(columns.pop("facts").tobytes())
-        said, digest = {name: facts.pop(name) for name in _SAID}, facts.pop("digest")
+        remarks, digest = {name: facts.pop(name) for name in _REMARKS}, facts.pop("digest")
         if facts["version"] != _VERSION:
             raise FgvcError(f"{path}: written by another version of fgvc, which this one can't read: use that one")
         if _digest(facts, columns) != digest:
             raise ValueError("its digest is another")
-        return _joined({**facts, **said}, columns, root, max_pixels)
+        return _joined({**facts, **remarks}, columns, root, max_pixels)
     except FgvcError:
         raise
     except Exception as error:  # zipfile, zlib, numpy and json meet damaged bytes with whatever falls out
@@ -89,27 +89,27 @@ def load(path: Path, root: Path, *, max_pixels: int = MAX_PIXELS) -> Record:
 
 
 def file_sizes(index: ImageIndex, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-    """Bytes of the files of these rows (all by default), ABSENT where there is none. Asked by threads: a file server takes
+    """Sizes in bytes of the files of these rows (all by default), ABSENT where there is none; by threads: a file server takes
     a while for each."""
     root, names = str(index.root), (index.paths if rows is None else index.paths[rows])
 
-    def ask(start: int) -> list[int]:
-        found = []
+    def sizes_from(start: int) -> list[int]:
+        sizes = []
         for name in names[start : start + _CHUNK].tolist():
             try:
-                found.append(os.stat(f"{root}/{name}").st_size)
+                sizes.append(os.stat(f"{root}/{name}").st_size)
             except (OSError, ValueError):
-                found.append(ABSENT)
-        return found
+                sizes.append(ABSENT)
+        return sizes
 
     with ThreadPoolExecutor(16) as pool:
-        chunks = [np.array(chunk, np.int64) for chunk in pool.map(ask, range(0, len(names), _CHUNK))]
+        chunks = [np.array(chunk, np.int64) for chunk in pool.map(sizes_from, range(0, len(names), _CHUNK))]
     return np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """Where a set is no longer what was recorded of it. Paths below its root."""
+    """Differences of a set from what was recorded of it; paths below its root."""
 
     added: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()
@@ -123,90 +123,90 @@ class Changes:
         return any(getattr(self, field.name) for field in fields(self))
 
     def lines(self) -> list[str]:
-        """One for each kind of change, with the first few files."""
+        """Describe each kind of change in one line, with the first few files."""
         words = {
             "added": "added", "gone": "gone", "changed": "of another size", "relabelled": "with another label",
             "moved": "in another split", "annotated": "with another box, other parts or another group",
         }  # fmt: skip
-        found = [(word, getattr(self, name)) for name, word in words.items()]
-        return [f"{len(paths)} {word}: {some(paths, 3)}" for word, paths in found if paths] + [self.classes] * bool(
+        kinds = [(word, getattr(self, name)) for name, word in words.items()]
+        return [f"{len(paths)} {word}: {some(paths, 3)}" for word, paths in kinds if paths] + [self.classes] * bool(
             self.classes
         )
 
 
 def changes(record: Record, now: ImageIndex, *, files: bool = True) -> Changes:
-    """What has changed from the record to an index that was drawn anew of the same set. `files`: look at each, too."""
+    """Compare the record with an index drawn anew of the same set. `files`: check each file's size, too."""
     then, nothing = record.index, np.zeros(0, np.int64)
-    gone, changed = record.lost(np.arange(len(then))) if files else (nothing, nothing)
-    mine, theirs, less, more = _matched(then.paths, now.paths)
-    labels = [np.array(index.classes, object)[index.labels[rows]] for index, rows in ((then, mine), (now, theirs))]
-    missing = np.union1d(less, gone)
-    apart = then.splits[mine] != now.splits[theirs]
+    gone, changed = record.missing(np.arange(len(then))) if files else (nothing, nothing)
+    rows_then, rows_now, only_then, only_now = _matched(then.paths, now.paths)
+    labels = [np.array(index.classes, object)[index.labels[rows]] for index, rows in ((then, rows_then), (now, rows_now))]
+    missing = np.union1d(only_then, gone)
+    moved = then.splits[rows_then] != now.splits[rows_now]
     return Changes(
-        added=tuple(now.paths[more].tolist()),
+        added=tuple(now.paths[only_now].tolist()),
         gone=tuple(then.paths[missing].tolist()),
         changed=tuple(then.paths[changed].tolist()),
-        relabelled=tuple(then.paths[mine[labels[0] != labels[1]]].tolist()),
-        moved=() if len(more) or len(missing) else tuple(then.paths[mine[apart]].tolist()),
-        annotated=tuple(then.paths[mine[_annotated(then, mine, now, theirs)]].tolist()),
-        classes=_classes(then.classes, now.classes),
+        relabelled=tuple(then.paths[rows_then[labels[0] != labels[1]]].tolist()),
+        moved=() if len(only_now) or len(missing) else tuple(then.paths[rows_then[moved]].tolist()),
+        annotated=tuple(then.paths[rows_then[_annotated(then, rows_then, now, rows_now)]].tolist()),
+        classes=_class_changes(then.classes, now.classes),
     )
 
 
 def _annotated(
-    then: ImageIndex, mine: NDArray[np.int64], now: ImageIndex, theirs: NDArray[np.int64]
+    then: ImageIndex, rows_then: NDArray[np.int64], now: ImageIndex, rows_now: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Of each pair of rows, whether it has another box, other parts or another group."""
-    found = np.zeros(len(mine), bool)
+    """Whether each pair of rows differs in box, parts or group."""
+    differs = np.zeros(len(rows_then), bool)
     for name in ("boxes", "parts", "groups"):
         a, b = getattr(then, name), getattr(now, name)
         if a is None and b is None:
             continue
         if a is None or b is None or a.shape[1:] != b.shape[1:]:
-            found[:] = True
+            differs[:] = True
             continue
-        a, b = a[mine], b[theirs]
+        a, b = a[rows_then], b[rows_now]
         same = a == b if a.dtype.kind == "T" else (a == b) | (np.isnan(a) & np.isnan(b))
-        found |= ~same.reshape(len(mine), -1).all(axis=1)
-    return found
+        differs |= ~same.reshape(len(rows_then), -1).all(axis=1)
+    return differs
 
 
-def _classes(then: tuple[str, ...], now: tuple[str, ...]) -> str:
+def _class_changes(then: tuple[str, ...], now: tuple[str, ...]) -> str:
     if then == now:
         return ""
-    more, less = sorted(set(now) - set(then)), sorted(set(then) - set(now))
-    said = [f"{what} {some(names, 3)}" for what, names in (("new", more), ("gone", less)) if names]
-    return f"the classes are others: {', '.join(said)}" if said else "the classes are in another order"
+    new, gone = sorted(set(now) - set(then)), sorted(set(then) - set(now))
+    differences = [f"{what} {some(names, 3)}" for what, names in (("new", new), ("gone", gone)) if names]
+    return f"the classes are others: {', '.join(differences)}" if differences else "the classes are in another order"
 
 
 def _matched(then: np.ndarray, now: np.ndarray) -> tuple[NDArray[np.int64], ...]:
-    """Rows of both that have the same path, and those that one alone has."""
+    """Rows of both that have the same path, and the rows of paths that only one has."""
     every, none = np.arange(len(then)), np.zeros(0, np.int64)
     if np.array_equal(then, now):
         return every, every, none, none
-    mine, theirs = _keyed(then), _keyed(now)
-    both = [(row, theirs[key]) for key, row in mine.items() if key in theirs]
+    rows_then, rows_now = _keyed(then), _keyed(now)
+    both = [(row, rows_now[key]) for key, row in rows_then.items() if key in rows_now]
     pairs = np.array(both, np.int64).reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1], np.setdiff1d(every, pairs[:, 0]), np.setdiff1d(np.arange(len(now)), pairs[:, 1])
 
 
 def _keyed(paths: np.ndarray) -> dict[tuple[str, int], int]:
-    """(path, how often it came before) -> row: a table may name a file several times."""
-    seen: Counter[str] = Counter()
-    found = {}
+    """Rows by (path, earlier occurrences): a table may name a file several times."""
+    occurrences: Counter[str] = Counter()
+    rows = {}
     for row, path in enumerate(paths.tolist()):
-        found[path, seen[path]] = row
-        seen[path] += 1
-    return found
+        rows[path, occurrences[path]] = row
+        occurrences[path] += 1
+    return rows
 
 
-def _split(record: Record) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What JSON holds of a record, and its columns. A field that ImageIndex comes to have is recorded by itself."""
+def _fields_of(record: Record) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Split a record into facts for JSON and columns. Any new field of ImageIndex is recorded, too."""
     facts: dict[str, Any] = {"version": _VERSION}
     columns: dict[str, np.ndarray] = {"sizes": record.sizes}
     for field in fields(record.index):
         value = getattr(record.index, field.name)
-        if field.name in (*_PLACE, *_SAID) or value is None:
+        if field.name in (*_NOT_RECORDED, *_REMARKS) or value is None:
             continue
         if not isinstance(value, np.ndarray):
             facts[field.name] = list(value) if isinstance(value, tuple) else value
@@ -220,16 +220,16 @@ def _split(record: Record) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _joined(facts: Mapping[str, Any], columns: Mapping[str, np.ndarray], root: Path, max_pixels: int) -> Record:
-    found: dict[str, Any] = {"root": root, "max_pixels": max_pixels}
+    values: dict[str, Any] = {"root": root, "max_pixels": max_pixels}
     for field in fields(ImageIndex):
         if field.name in facts:
             value = facts[field.name]
-            found[field.name] = tuple(value) if isinstance(value, list) else value
+            values[field.name] = tuple(value) if isinstance(value, list) else value
         elif field.name in columns:
-            found[field.name] = columns[field.name]
+            values[field.name] = columns[field.name]
         elif f"{field.name}.text" in columns:
-            found[field.name] = _texts(columns[f"{field.name}.text"], columns[f"{field.name}.lengths"])
-    return Record(ImageIndex(**found), columns["sizes"])
+            values[field.name] = _texts(columns[f"{field.name}.text"], columns[f"{field.name}.lengths"])
+    return Record(ImageIndex(**values), columns["sizes"])
 
 
 def _texts(blob: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -245,9 +245,9 @@ def _bytes(text: str | bytes) -> np.ndarray:
 
 
 def _digest(facts: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> str:
-    found = hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode())
+    sha256 = hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode())
     for name in sorted(columns):
         column = np.ascontiguousarray(columns[name])
-        found.update(f"\n{name} {column.dtype.str} {column.shape}\n".encode())
-        found.update(column.data)
-    return found.hexdigest()
+        sha256.update(f"\n{name} {column.dtype.str} {column.shape}\n".encode())
+        sha256.update(column.data)
+    return sha256.hexdigest()

@@ -1,4 +1,4 @@
-"""One training step as one module: the only thing that DDP, autocast and compile wrap (docs/design.md).
+"""One training step as a module, which is all that DDP, autocast and compile wrap (docs/design.md).
 
 The order of phases is fixed here and the step knows no technique by name:
 on_batch -> views -> forward (shared group, own groups) -> views_after -> losses.
@@ -78,21 +78,21 @@ class StepModule(nn.Module):
         self._group: list[View] = []
         self._inside = False  # False in the backward, where checkpointed parts of the net run once more
         self.contexts: dict[str, Context] = {}
-        self.probed: list[Tensor] = []  # what probes said since this was last emptied, (B,K) logits
+        self.probe_logits: list[Tensor] = []  # (B,K) each, of the probes since this was last emptied
         self._mapper = ClassMapper(net)
         # In a list, so that it is no submodule: it has its own place in a checkpoint.
         self._average = self.attachments.average
 
     def hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
-        """The techniques that do something in this hook, in their order."""
-        return [(kind, getattr(one, name)) for kind, one in self.techniques.items() if overrides(one, name)]
+        """Techniques that override this hook, in their order, each with its bound method."""
+        return [(kind, getattr(technique, name)) for kind, technique in self.techniques.items() if overrides(technique, name)]
 
     def draw(self, batch: Batch, progress: float, *, seed: int, step: int, part: int = 0, rank: int = 0) -> Draws:
-        """All random numbers of one step. Each technique has a stream of its own: what it draws does not depend on what
+        """Draw all random numbers of one step. Each technique has a stream of its own: what it draws does not depend on what
         else is switched on, so runs with and without another technique can be compared step by step. Of the techniques
         that mix one at most draws, the same one in all parts and on all ranks."""
         mixers = {kind: mixes(progress) for kind, mixes in self.hooks("mixes")}
-        mixer = _one_of(mixers, generator(STEP, seed, step, 0, 0, crc32(b"which one mixes")).random())
+        mixer = _pick_by_share(mixers, generator(STEP, seed, step, 0, 0, crc32(b"which one mixes")).random())
         drawn = {}
         for kind, draw in self.hooks("draw"):
             if kind not in mixers or kind == mixer:
@@ -102,7 +102,7 @@ class StepModule(nn.Module):
     def forward(
         self, batch: Batch, draws: Draws, views: Sequence[View] | None = None
     ) -> tuple[dict[str, Tensor], list[View]]:
-        """Losses and the views that they were taken on.
+        """Compute the losses, and return the views that they were taken on.
 
         `batch.x` (B,3,H,W) float32 normalised. The dict holds "loss" (the scalar to minimise), "base", every named term,
         unweighted, and what techniques measure. Given the views of an earlier call, makes none anew (SAM's second pass):
@@ -115,9 +115,9 @@ class StepModule(nn.Module):
         }
         self._inside = True
         with momenta(self._norms, self._momenta):
-            losses, made = self._forward(batch, draws, views)
+            losses, step_views = self._forward(batch, draws, views)
         self._inside = False
-        return losses, made
+        return losses, step_views
 
     def _forward(
         self, batch: Batch, draws: Draws, views: Sequence[View] | None
@@ -136,8 +136,8 @@ class StepModule(nn.Module):
             outputs |= self._run([view])
         return self._losses(outputs, draws.progress), [*early, *late]
 
-    def follow(self, average: nn.Module | None) -> None:
-        """The moving average of the net, for techniques that ask it."""
+    def set_average(self, average: nn.Module | None) -> None:
+        """Set the moving average of the net, which techniques may probe."""
         self._average[:] = [] if average is None else [average]
 
     def _probe(self, of: str, batch: Batch) -> Output:
@@ -145,12 +145,12 @@ class StepModule(nn.Module):
         with torch.no_grad(), evaluating(net):
             features = net.forward_features(batch.x_clean)  # type: ignore[operator]
             logits = net.forward_head(features)  # type: ignore[operator]
-        self.probed.append(logits)
+        self.probe_logits.append(logits)
         view = View(of, batch.x_clean, [(batch.labels, None)])
         return Output(view, features, logits, mapper=self._mapper if of == "net" else ClassMapper(net))
 
-    def look(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        """For evaluation in two passes: the logits of x, and how to make the crops that a technique would look at again.
+    def logits_and_crops(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Compute the logits of x, and return a function that makes a technique's crops, for evaluation in two passes.
         Raises FgvcError where none of them refines."""
         refiners = self.hooks("refine")
         if not refiners:
@@ -162,16 +162,16 @@ class StepModule(nn.Module):
         return logits, lambda: refine(output, context_of(kind, self.attachments, Draws(1.0), size=x.shape[2:]))
 
     def train(self, mode: bool = True) -> StepModule:
-        """As ever, but what is frozen stays in eval mode: its batch norms keep their statistics."""
+        """Set the mode of all modules but the frozen ones, which stay in eval mode: their batch norms keep their statistics."""
         super().train(mode)
         for module in self._frozen:
             module.eval()
         return self
 
     def attach_hooks(self) -> None:
-        """Make hooks and gates live. Called once, after any copy of the net (EMA) is taken: a copy has none."""
+        """Register hooks and gates. Called once, after any copy of the net (EMA) is taken: a copy has none."""
         for name in sorted(self.attachments.hooked):
-            self._handles.append(self.net.get_submodule(name).register_forward_hook(self._tap_hook(name)))
+            self._handles.append(self.net.get_submodule(name).register_forward_hook(self._capture_hook(name)))
         for kind, name, gate in self.attachments.gates:
             if name == FEATURES:
                 continue
@@ -183,13 +183,13 @@ class StepModule(nn.Module):
             mixed = on_batch(mixed, self.contexts[kind])
         views = [View(MAIN, mixed.x, mixed.target)]
         for kind, make in self.hooks("views"):
-            views += _named(kind, make(mixed, self.contexts[kind]))
+            views += _with_names(kind, make(mixed, self.contexts[kind]))
         return views
 
     def _late_views(self, batch: Batch, outputs: Mapping[str, Output]) -> list[View]:
         views = []
         for kind, make in self.hooks("views_after"):
-            for view in _named(kind, make(batch, outputs, self.contexts[kind])):
+            for view in _with_names(kind, make(batch, outputs, self.contexts[kind])):
                 view.stage = "after"
                 if view.bn == "shared":
                     raise FgvcError(
@@ -199,17 +199,17 @@ class StepModule(nn.Module):
         return views
 
     def _run(self, group: list[View]) -> dict[str, Output]:
-        """One forward of the views of a group, concatenated; their rows are handed back apart."""
+        """Run one forward of the views of a group, concatenated, and return an output for each."""
         x = group[0].x if len(group) == 1 else torch.cat([view.x for view in group])
         self._group, self._hooked, self._fired = group, {}, set()
-        own = group[0].bn == "own"
-        with batch_statistics(self.net, recompute=self._grad_checkpointing) if own else nullcontext():
+        own_norms = group[0].bn == "own"
+        with batch_statistics(self.net, recompute=self._grad_checkpointing) if own_norms else nullcontext():
             features = self.net.forward_features(x)  # type: ignore[operator]
             if self._grad_checkpointing and features.requires_grad:
-                features.register_hook(partial(self._enter, group))
+                features.register_hook(partial(self._enter_group, group))
             for kind, name, gate in self.attachments.gates:
                 if name == FEATURES and self.net.training:
-                    features = self._gated(features, gate, self.contexts[kind], group)
+                    features = self._apply_gate(features, gate, self.contexts[kind], group)
                     self._fired.add((f"gate of {kind}", name))
             logits = self.net.forward_head(features)  # type: ignore[operator]
         self._check_fired()
@@ -248,7 +248,7 @@ class StepModule(nn.Module):
             total = total + self.l1 * losses["l1"]
         return losses | {"loss": total}
 
-    def _tap_hook(self, name: str) -> Callable[..., None]:
+    def _capture_hook(self, name: str) -> Callable[..., None]:
         def record(module: nn.Module, _args: Any, output: Tensor) -> None:
             if self.net.training and self._inside:
                 self._hooked[name] = output
@@ -263,11 +263,11 @@ class StepModule(nn.Module):
             if not self.net.training:
                 return None
             self._fired.add((f"gate of {kind}", name))
-            return self._gated(output, gate, self.contexts[kind], self._group)
+            return self._apply_gate(output, gate, self.contexts[kind], self._group)
 
         return change
 
-    def _gated(
+    def _apply_gate(
         self, output: Tensor, gate: Callable[[Tensor, Context], Tensor], context: Context, group: Sequence[View]
     ) -> Tensor:
         context = context.sized(group[0].x.shape[2:])
@@ -277,8 +277,8 @@ class StepModule(nn.Module):
         pairs = zip(group, parts, strict=True)
         return torch.cat([gate(part, context) if view.gated else part for view, part in pairs])
 
-    def _enter(self, group: list[View], _gradient: Tensor) -> None:
-        """The backward reaches the features of a group: what is recomputed from here on is of its views. Autograd goes back
+    def _enter_group(self, group: list[View], _gradient: Tensor) -> None:
+        """Set the group whose features the backward reaches: what is recomputed from here on is of its views. Autograd goes back
         through one group after the other, the last first, since the nodes of a forward are newer than those of the one before."""
         self._group = group
 
@@ -291,8 +291,8 @@ class StepModule(nn.Module):
             raise FgvcError(f"the {what} at {name!r} did not fire: this backbone's forward never calls that module")
 
 
-def _one_of(shares: Mapping[str, float], drawn: float) -> str | None:
-    """Which of them `drawn`, uniform in [0,1), falls to: each has its share, divided by their sum where that is above 1."""
+def _pick_by_share(shares: Mapping[str, float], drawn: float) -> str | None:
+    """Pick by `drawn`, uniform in [0,1): each kind has its share, divided by the sum of all where that is above 1."""
     drawn *= max(1.0, sum(shares.values()))
     for kind, share in shares.items():
         if drawn < share:
@@ -301,14 +301,14 @@ def _one_of(shares: Mapping[str, float], drawn: float) -> str | None:
     return None
 
 
-def _named(kind: str, views: Sequence[View]) -> list[View]:
+def _with_names(kind: str, views: Sequence[View]) -> list[View]:
     for view in views:
         view.name = view.name if view.name.startswith(f"{kind}.") else f"{kind}.{view.name}"
     return [view for view in views if view.weight != 0]
 
 
 def _checkpoint_activations(net: nn.Module) -> None:
-    """timm's activation checkpointing. Raises FgvcError where the backbone has none."""
+    """Switch on timm's activation checkpointing. Raises FgvcError where the backbone has none."""
     try:
         net.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AssertionError, AttributeError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""The nets that a set may start from: weights at hand, runs and bundles, each with the features that its last layer reads."""
+"""Candidate nets for a set: local weights, runs and bundles, each with the features that its last layer reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fgvc.config.images import Deploy, Preprocess
 from fgvc.config.models import Model, run_of
 from fgvc.errors import FgvcError
-from fgvc.evaluation.features import Embed, embedding, pooled
+from fgvc.evaluation.features import Embed, make_embedder, pooled
 from fgvc.models.backbone import plain_model, pretrained_cfg
 from fgvc.models.weights import load_weights, preprocess_for, read_sidecar, stated_keys, unlikely
 from fgvc.reparam.plain import strip
@@ -29,15 +29,15 @@ from fgvc.runtime.engine import Session
 from fgvc.runtime.stack import stack_of
 
 WRITE = "NAME=FILE, NAME=hub, NAME=packaged, FILE, RUN or BUNDLE, NAME being timm's name of the net"
-PASSED = ("Add", "Identity", "Reshape", "Flatten", "Squeeze")  # between the last layer and the logits
+PASS_THROUGH = ("Add", "Identity", "Reshape", "Flatten", "Squeeze")  # between the last layer and the logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A net whose features are tried, none of it trained here."""
+    """A net whose features are probed; it is not trained."""
 
     name: str
-    spec: Preprocess  # how it is fed, at its own size
+    spec: Preprocess  # of its input, at its own size
     fixed: bool  # it takes no other size
     parameters: int
     model: Model | None  # what trains from it; None: a bundle
@@ -47,9 +47,9 @@ class Candidate:
     notes: tuple[str, ...] = ()
 
     def embed(self, device: torch.device) -> Embed:
-        """Its features, computed there; of a bundle on the CPU."""
+        """Make the function that computes its features on `device`; of a bundle on the CPU."""
         if self.net is not None:
-            return embedding(self.net, device)
+            return make_embedder(self.net, device)
         assert self.session is not None
         session = self.session
         return lambda x: session.run(np.ascontiguousarray(x.numpy()))[-1].reshape(len(x), -1)
@@ -67,7 +67,7 @@ class Candidate:
             raise FgvcError(f"{self.name}: has no pooled features before its last layer, but {shape[1:]}")
 
     def macs(self, size: tuple[int, int]) -> int | None:
-        """Multiply-adds for one image (height, width); None: not known, of a bundle."""
+        """Count the multiply-adds for one image (height, width); None for a bundle."""
         if self.net is None:
             return None
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -76,23 +76,23 @@ class Candidate:
 
 
 def open_candidate(text: str, *, deploy: Deploy, size: tuple[int, int] | None) -> Candidate:
-    """What `--start` names, see WRITE. `size`: height and width in the place of its own, where it takes others.
+    """Open what `--start` names, see WRITE. `size`: height and width in the place of its own, where it takes others.
 
     `deploy`: how images are fed, but for mean and std, which are the weights' own. Raises FgvcError where there is no such
     thing, or nothing tells which net the weights are of.
     """
     path = Path(text).expanduser()
     if path.is_dir() and is_run(path):
-        return _of_run(path, size)
+        return _from_run(path, size)
     if path.suffix == ".onnx" or (path.is_dir() and (path / MANIFEST).is_file()):
-        return _of_onnx(path)
+        return _from_onnx(path)
     if path.is_dir():
         raise FgvcError(f"--start {text}: a folder that is neither a run nor a bundle; give {WRITE}")
-    return of_weights(_model(text, path), deploy.model_copy(update={"mean": None, "std": None}), size)
+    return from_weights(_model(text, path), deploy.model_copy(update={"mean": None, "std": None}), size)
 
 
-def of_weights(model: Model, deploy: Deploy, size: tuple[int, int] | None) -> Candidate:
-    """A timm net with weights. `size`: height and width; default: what timm's weights were trained at."""
+def from_weights(model: Model, deploy: Deploy, size: tuple[int, int] | None) -> Candidate:
+    """Load a timm net with weights. `size`: height and width; default: that of timm's weights."""
     if model.weights == "none":
         raise FgvcError(f"{model.backbone}: features of random weights say nothing of a set; name weights")
     net = plain_model(model.backbone, 2, model.kwargs).eval()
@@ -102,7 +102,7 @@ def of_weights(model: Model, deploy: Deploy, size: tuple[int, int] | None) -> Ca
         name=_name(model),
         spec=spec,
         fixed=False,
-        parameters=_count(net),
+        parameters=_count_parameters(net),
         model=model,
         net=net,
         run=run_of(Path(model.weights).expanduser()),
@@ -111,7 +111,7 @@ def of_weights(model: Model, deploy: Deploy, size: tuple[int, int] | None) -> Ca
 
 
 def _name(model: Model) -> str:
-    """For people: of the net, and of the file where that has another."""
+    """Name to display: of the net, and of the file where that has another."""
     if model.weights in ("hub", "packaged"):
         return model.backbone
     stem = Path(model.weights).name.removesuffix(".safetensors").removesuffix(".pth")
@@ -119,7 +119,7 @@ def _name(model: Model) -> str:
 
 
 def _model(text: str, path: Path) -> Model:
-    """Which net, and which weights. A file of its own name may have a `=` in it."""
+    """Parse the net and its weights. A file's name may have a `=` in it."""
     named, _, weights = text.partition("=")
     if path.is_file() or not weights:
         weights, named = text, ""
@@ -129,7 +129,7 @@ def _model(text: str, path: Path) -> Model:
         raise FgvcError(f"--start {text}: no file {file}{near}")
     sidecar = read_sidecar(file) if file.is_file() else None
     if not named:
-        named = sidecar.backbone if sidecar is not None and sidecar.backbone else _told_by_name(text, file)
+        named = sidecar.backbone if sidecar is not None and sidecar.backbone else _backbone_of_file_name(text, file)
     try:
         return Model(backbone=named, kwargs=dict(sidecar.kwargs) if sidecar is not None else {}, weights=weights)
     except ValidationError as error:
@@ -137,8 +137,8 @@ def _model(text: str, path: Path) -> Model:
         raise FgvcError(f"--start {text}: {reason}; give {WRITE}") from error
 
 
-def _told_by_name(text: str, file: Path) -> str:
-    """`mobilenetv2_100` of mobilenetv2_100.birds.safetensors; with timm's own tag where it is one."""
+def _backbone_of_file_name(text: str, file: Path) -> str:
+    """Backbone in a file's name: `mobilenetv2_100` of mobilenetv2_100.birds.safetensors, with timm's tag where it has one."""
     words = file.name.split(".")
     for end in range(len(words) - 1, 0, -1):
         name = ".".join(words[:end])
@@ -150,33 +150,33 @@ def _told_by_name(text: str, file: Path) -> str:
     )
 
 
-def _of_run(path: Path, size: tuple[int, int] | None) -> Candidate:
-    found = load_run(path)
-    own = found.recipe.model
-    net = strip(found.step.net, backbone=own.backbone, num_classes=len(found.classes), kwargs=own.kwargs)
-    place = path / "ckpt" / ("best" if found.select == "best" else "last")
-    averaged = found.select in ("ema", "swa") or (found.select == "best" and (place / "ema.safetensors").is_file())
+def _from_run(path: Path, size: tuple[int, int] | None) -> Candidate:
+    run = load_run(path)
+    model = run.recipe.model
+    net = strip(run.step.net, backbone=model.backbone, num_classes=len(run.classes), kwargs=model.kwargs)
+    place = path / "ckpt" / ("best" if run.select == "best" else "last")
+    averaged = run.select in ("ema", "swa") or (run.select == "best" and (place / "ema.safetensors").is_file())
     return Candidate(
         name=str(path),
-        spec=found.preprocess if size is None else found.preprocess.model_copy(update={"size": size}),
+        spec=run.preprocess if size is None else run.preprocess.model_copy(update={"size": size}),
         fixed=False,
-        parameters=_count(net),
+        parameters=_count_parameters(net),
         model=Model(
-            backbone=own.backbone, kwargs=own.kwargs, weights=str(place / f"{'ema' if averaged else 'net'}.safetensors")
+            backbone=model.backbone, kwargs=model.kwargs, weights=str(place / f"{'ema' if averaged else 'net'}.safetensors")
         ),
         net=net,
         run=path,
     )
 
 
-def _count(net: nn.Module) -> int:
-    """Parameters but for the classifier's, which are as many as there are classes."""
+def _count_parameters(net: nn.Module) -> int:
+    """Count the parameters without the classifier's, which depend on the number of classes."""
     head = net.get_classifier()  # type: ignore[operator]
     inside = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
     return sum(p.numel() for p in net.parameters() if id(p) not in inside)
 
 
-def _of_onnx(path: Path) -> Candidate:
+def _from_onnx(path: Path) -> Candidate:
     stack = stack_of(path)
     if stack.preprocess is None:
         raise FgvcError(f"{path}: how does it see an image? There is no preprocess.json beside it; name a bundle")
@@ -184,7 +184,7 @@ def _of_onnx(path: Path) -> Candidate:
         model = onnx.load(stack.model)
     except Exception as error:  # protobuf and onnx have kinds of their own
         raise FgvcError(f"{stack.model}: onnx can't read it: {error}") from error
-    name = _read_by_the_last_layer(model.graph, stack.model)
+    name = _last_layer_input(model.graph, stack.model)
     model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     session = Session(model.SerializeToString())
     return Candidate(
@@ -192,7 +192,7 @@ def _of_onnx(path: Path) -> Candidate:
         spec=stack.preprocess,
         fixed=all(side is not None for side in session.shape[2:]),
         parameters=sum(
-            math.prod(one.dims) for one in model.graph.initializer if one.data_type == onnx.TensorProto.FLOAT
+            math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT
         ),
         model=None,
         session=session,
@@ -200,13 +200,13 @@ def _of_onnx(path: Path) -> Candidate:
     )
 
 
-def _read_by_the_last_layer(graph: GraphProto, where: Path) -> str:
-    """The tensor (B,D) that the last Gemm, MatMul or 1x1 Conv reads. Raises FgvcError where the graph ends otherwise."""
-    made_by: dict[str, NodeProto] = {output: node for node in graph.node for output in node.output}
-    stored = {one.name for one in graph.initializer}
+def _last_layer_input(graph: GraphProto, where: Path) -> str:
+    """Name of the tensor (B,D) that the last Gemm, MatMul or 1x1 Conv reads. Raises FgvcError where the graph ends otherwise."""
+    producers: dict[str, NodeProto] = {output: node for node in graph.node for output in node.output}
+    stored = {tensor.name for tensor in graph.initializer}
     name = graph.output[0].name
-    while (node := made_by.get(name)) is not None and node.op_type in PASSED:
-        name = next((one for one in node.input if one in made_by and one not in stored), "")
+    while (node := producers.get(name)) is not None and node.op_type in PASS_THROUGH:
+        name = next((tensor for tensor in node.input if tensor in producers and tensor not in stored), "")
     if node is not None and (node.op_type in ("Gemm", "MatMul") or _is_pointwise(node, graph)):
         return str(node.input[0])
     last = "nothing" if node is None else f"a {node.op_type}"
@@ -217,6 +217,6 @@ def _read_by_the_last_layer(graph: GraphProto, where: Path) -> str:
 
 
 def _is_pointwise(node: NodeProto, graph: GraphProto) -> bool:
-    """A convolution as a linear layer: with a kernel of one cell."""
-    weight = next((one for one in graph.initializer if node.op_type == "Conv" and one.name == node.input[1]), None)
+    """Whether a node is a convolution with a kernel of one cell, which is a linear layer."""
+    weight = next((tensor for tensor in graph.initializer if node.op_type == "Conv" and tensor.name == node.input[1]), None)
     return weight is not None and all(side == 1 for side in weight.dims[2:])

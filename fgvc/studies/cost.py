@@ -1,4 +1,4 @@
-"""What the arms of a study cost: their steps beside the base arm's, in turn, so that a busy machine slows both."""
+"""Costs of a study's arms: their steps beside the base arm's, in turn, so that a busy machine slows both."""
 
 from __future__ import annotations
 
@@ -25,64 +25,64 @@ PAIRS = 8
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of a trial's epoch of training steps; without validation, and without what techniques do between epochs. A teacher is
-    always asked: a cost must not depend on who filled a cache of logits first."""
+    """Cost of a trial's epoch of training steps, without validation and without what techniques do between epochs. Teachers
+    always compute: a cost must not depend on a cache of logits."""
 
     ratio: float  # over the base trial's epoch
     epoch: float  # seconds, here
 
 
-def measured(
+def measure_costs(
     plan: Plan, out: Path, trials: Sequence[Trial], notify: Callable[[str], None]
 ) -> dict[str, Cost | FgvcError]:
-    """The costs of these trials by name, or why one can't be trained; the first is to be the base. Kept in `<out>/costs.json`:
-    what is there for the same settings is not measured again, and several processes share the work.
+    """Measure the costs of these trials, by name, or the error of one that can't be trained; the first must be the base. Stored
+    in `<out>/costs.json`: costs there of the same settings are not measured again, and several processes share the work.
 
     Raises FgvcError where the base can't be trained.
     """
-    found: dict[str, Cost | FgvcError] = {}
+    costs: dict[str, Cost | FgvcError] = {}
     for patient in (False, True):  # first what no other process is at
         for trial in trials:
-            if trial.name in found:
+            if trial.name in costs:
                 continue
             first = trial is plan.base  # its seconds are the unit of all others
-            with file_lock(out / "locks" / f"{trial.name}.cost", wait=math.inf if patient or first else 0.0) as mine:
-                if not mine:
+            with file_lock(out / "locks" / f"{trial.name}.cost", wait=math.inf if patient or first else 0.0) as locked:
+                if not locked:
                     continue
                 try:
-                    found[trial.name] = _one(plan, out, trial, notify)
+                    costs[trial.name] = _trial_cost(plan, out, trial, notify)
                 except (FgvcError, RuntimeError) as error:
                     if first:
                         raise FgvcError(f"{plan.path}: arms.{trial.arm}: {error}") from error
-                    found[trial.name] = FgvcError(str(error))
-    return {trial.name: found[trial.name] for trial in trials}
+                    costs[trial.name] = FgvcError(str(error))
+    return {trial.name: costs[trial.name] for trial in trials}
 
 
-def known(plan: Plan, out: Path) -> dict[str, Cost]:
-    """Of all trials whose costs are in `<out>/costs.json` for the settings that they have now."""
-    rows, found = _kept(out), {}
+def stored_costs(plan: Plan, out: Path) -> dict[str, Cost]:
+    """Read the costs of all trials that are in `<out>/costs.json` for their present settings."""
+    rows, costs = _read_costs(out), {}
     for trial in plan.trials:
         with suppress(FgvcError):  # it can't be trained here, as its teacher is gone
             if (cost := _current(plan, trial, rows)) is not None:
-                found[trial.name] = cost
-    return found
+                costs[trial.name] = cost
+    return costs
 
 
-def adopt_costs(plan: Plan, out: Path, ratios: Mapping[str, float]) -> None:
-    """Take the costs of trials from where they were measured, unless they are known here: so equal seconds are as many epochs
+def import_costs(plan: Plan, out: Path, ratios: Mapping[str, float]) -> None:
+    """Store the costs of trials that were measured elsewhere, unless they were measured here: so equal seconds are as many epochs
     as there."""
     with file_lock(out / "locks" / "costs", wait=math.inf):
-        rows = _kept(out)
+        rows = _read_costs(out)
         for trial in plan.trials[1:]:
             if trial.name in ratios and rows.get(trial.name, {}).get("settings") != _settings(plan, trial):
                 rows[trial.name] = {"ratio": ratios[trial.name], "settings": _settings(plan, trial)}
         write_atomic(out / "costs.json", as_json(rows))
 
 
-def _one(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> Cost:
-    rows = _kept(out)
-    if (there := _current(plan, trial, rows)) is not None:
-        return there
+def _trial_cost(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> Cost:
+    rows = _read_costs(out)
+    if (stored := _current(plan, trial, rows)) is not None:
+        return stored
     ratio, seconds = _measure(trial.recipe, plan.base.recipe)
     if trial is plan.base:
         facts = {"ratio": 1.0, "seconds": seconds}
@@ -90,20 +90,20 @@ def _one(plan: Plan, out: Path, trial: Trial, notify: Callable[[str], None]) -> 
         facts = {"ratio": ratio}
         notify(f"{trial.name}: an epoch costs {ratio:.2f} of {plan.base.name}'s")
     with file_lock(out / "locks" / "costs", wait=math.inf):
-        rows = _kept(out) | {trial.name: facts | {"settings": _settings(plan, trial)}}
+        rows = _read_costs(out) | {trial.name: facts | {"settings": _settings(plan, trial)}}
         write_atomic(out / "costs.json", as_json(rows))
     cost = _current(plan, trial, rows)
     assert cost is not None  # the base is measured before all others
     return cost
 
 
-def _kept(out: Path) -> dict[str, Any]:
+def _read_costs(out: Path) -> dict[str, Any]:
     path = out / "costs.json"
     return read_json(path, dict) if path.is_file() else {}
 
 
 def _current(plan: Plan, trial: Trial, rows: Mapping[str, Any]) -> Cost | None:
-    """What is kept of a trial, unless its settings or the base's have changed since."""
+    """Stored cost of a trial; None where its settings or the base's have changed since."""
     row, base = rows.get(trial.name), rows.get(plan.base.name)
     if row is None or base is None or row["settings"] != _settings(plan, trial):
         return None
@@ -111,39 +111,39 @@ def _current(plan: Plan, trial: Trial, rows: Mapping[str, Any]) -> Cost | None:
 
 
 def _settings(plan: Plan, trial: Trial) -> list[str]:
-    """What a cost depends on: the trial's settings and the base's."""
+    """Digests of the settings that a cost depends on: the trial's and the base's."""
     return [digest(trial.recipe), digest(plan.base.recipe)]
 
 
 def _measure(recipe: Recipe, base: Recipe) -> tuple[float, float]:
-    """An epoch over one of the base's, and the seconds of the base's."""
+    """Measure the ratio of an epoch to one of the base's, and the seconds of the base's."""
     gc.collect()  # nets lie in cycles
-    recipes = [_alone(one) for one in (recipe, base)]
+    recipes = [_without_workers(recipe), _without_workers(base)]
     with runtime(recipes[0].train) as process, ExitStack() as stack:
-        sessions = [stack.enter_context(open_session(one, process, teachers="to time")) for one in recipes]
-        mine, others = (step_on_one_batch(session) for session in sessions)
-        found = interleaved("", mine, others, pairs=PAIRS, warm_up=1)
-        steps, of_base = (session.steps_per_epoch for session in sessions)
-        return found.total * steps / of_base, found.b_seconds * of_base
+        sessions = [stack.enter_context(open_session(recipe, process, teachers="to time")) for recipe in recipes]
+        step, base_step = (step_on_one_batch(session) for session in sessions)
+        ratio = interleaved("", step, base_step, pairs=PAIRS, warm_up=1)
+        steps, base_steps = (session.steps_per_epoch for session in sessions)
+        return ratio.total * steps / base_steps, ratio.b_seconds * base_steps
 
 
-def _alone(recipe: Recipe) -> Recipe:
-    """The same without loading processes."""
+def _without_workers(recipe: Recipe) -> Recipe:
+    """Copy a recipe without loading processes."""
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 0})})
 
 
-def lengths(plan: Plan, costs: Mapping[str, Cost]) -> dict[tuple[str, Budget], int]:
+def epochs_by_budget(plan: Plan, costs: Mapping[str, Cost]) -> dict[tuple[str, Budget], int]:
     """Epochs by trial and budget; in equal seconds of the trials whose costs are known."""
     planned = plan.base.recipe.train.epochs
-    found: dict[tuple[str, Budget], int] = {}
+    epochs: dict[tuple[str, Budget], int] = {}
     for trial in plan.trials:
-        found[trial.name, "epochs"] = planned
-        found[trial.name, "own"] = trial.recipe.train.epochs
+        epochs[trial.name, "epochs"] = planned
+        epochs[trial.name, "own"] = trial.recipe.train.epochs
         if trial.name in costs:
-            found[trial.name, "seconds"] = max(1, round(planned / costs[trial.name].ratio))
-    return found
+            epochs[trial.name, "seconds"] = max(1, round(planned / costs[trial.name].ratio))
+    return epochs
 
 
-def hours(cells: Iterable[Cell], costs: Mapping[str, Cost]) -> float:
-    """Of training steps alone."""
+def training_hours(cells: Iterable[Cell], costs: Mapping[str, Cost]) -> float:
+    """Hours of training steps alone."""
     return sum(cell.epochs * costs[cell.trial.name].epoch for cell in cells) / 3600

@@ -1,4 +1,4 @@
-"""What makes two runs of a study the same run: what decides a result, wherever data, weights and teachers lie."""
+"""Identity of a study's runs: digests of all that decides a result, wherever data, weights and teachers lie."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fgvc.runtime.bundle import load_bundle
 from fgvc.techniques.distill.settings import AnyTeacher, BundleTeacher, ProbeTeacher, RunTeacher, TimmTeacher
 
 
-def important(recipe: Recipe) -> dict[str, Any]:
+def result_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that may change a result."""
     unimportant: dict[str, Any] = {
         "log": True,
@@ -35,43 +35,43 @@ def important(recipe: Recipe) -> dict[str, Any]:
 
 
 def digest(recipe: Recipe) -> str:
-    """Of the important settings, with what the data, the weights and the teachers are in the place of where they lie.
+    """Digest of `result_settings`, with the contents of data, weights and teachers in the place of their paths.
 
     Raises FgvcError where one can't be read, or a teacher's training is not finished.
     """
-    tree = important(recipe)
+    tree = result_settings(recipe)
     tree["data"] = data_digest(recipe)
     tree["deploy"]["labels"] = None  # the order of the classes is in the data
     tree["model"]["weights"] = _weights(recipe.model.weights)
     for kind, config in recipe.techniques:
         if teachers := getattr(config, "teachers", ()):
-            tree["techniques"][kind]["teachers"] = [_teacher(one) for one in teachers]
+            tree["techniques"][kind]["teachers"] = [_teacher(teacher) for teacher in teachers]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_seen: dict[Any, str] = {}  # data stay as they are while a study goes on
+_data_digests: dict[Any, str] = {}  # data stay as they are while a study goes on
 
 
 def data_digest(recipe: Recipe) -> str:
-    """Of the images of a recipe, as they are listed now."""
+    """Digest of the images of a recipe, as they are listed now."""
     data = recipe.data, recipe.deploy.labels
-    if data not in _seen:
-        _seen[data] = index_digest(read_index(recipe))
-    return _seen[data]
+    if data not in _data_digests:
+        _data_digests[data] = index_digest(read_index(recipe))
+    return _data_digests[data]
 
 
 def index_digest(index: ImageIndex) -> str:
-    """Of names, classes, parts and boxes; not the pixels."""
-    found = hashlib.sha256("\n".join([*index.classes, "", *index.paths.tolist()]).encode())
+    """Digest of names, classes, splits and boxes; not of the pixels."""
+    sha256 = hashlib.sha256("\n".join([*index.classes, "", *index.paths.tolist()]).encode())
     for column in (index.labels, index.splits, index.boxes):
-        found.update(b"" if column is None else column.tobytes())
-    return found.hexdigest()
+        sha256.update(b"" if column is None else column.tobytes())
+    return sha256.hexdigest()
 
 
-def _weights(said: str) -> str:
-    """A file's contents and those of what says how it was normalised, or the words that stand for a file of timm's."""
-    path = Path(said).expanduser()
-    return _of_files([path, path.with_name(path.name + ".json")]) if path.is_file() else said
+def _weights(weights: str) -> str:
+    """Digest of a weights file and of the JSON file beside it, or the word that stands for timm's weights."""
+    path = Path(weights).expanduser()
+    return _files_digest([path, path.with_name(path.name + ".json")]) if path.is_file() else weights
 
 
 def _teacher(wanted: AnyTeacher) -> dict[str, Any]:
@@ -83,22 +83,22 @@ def _teacher(wanted: AnyTeacher) -> dict[str, Any]:
                 raise FgvcError(f"{run}: this teacher's training is not finished; let it end first")
             place = run / "ckpt" / slot(wanted.select or recipe.selected)
             facts["net"] = [recipe.model.backbone, recipe.model.kwargs]
-            facts["files"] = _of_files([run / "labels.json", run / "preprocess.json", *place.glob("*.safetensors")])
+            facts["files"] = _files_digest([run / "labels.json", run / "preprocess.json", *place.glob("*.safetensors")])
         case BundleTeacher(path=folder):
             files = load_bundle(folder).files  # without how it was proved, which may be fresh or by a kept graph
             facts["files"] = {name: digest for name, digest in files.items() if name != "contract.json"}
-        case TimmTeacher(weights=said) | ProbeTeacher(weights=said):
-            facts["weights"] = _weights(said)
+        case TimmTeacher(weights=weights) | ProbeTeacher(weights=weights):
+            facts["weights"] = _weights(weights)
     return facts
 
 
-def _of_files(paths: Iterable[Path]) -> str:
-    """SHA-256 of the contents of those that are there."""
-    there = sorted(path for path in paths if path.is_file())
-    return hashlib.sha256("".join(_of_file(path, path.stat().st_mtime_ns) for path in there).encode()).hexdigest()
+def _files_digest(paths: Iterable[Path]) -> str:
+    """SHA-256 of the contents of those files that exist."""
+    files = sorted(path for path in paths if path.is_file())
+    return hashlib.sha256("".join(_file_digest(path, path.stat().st_mtime_ns) for path in files).encode()).hexdigest()
 
 
 @cache
-def _of_file(path: Path, changed: int) -> str:
+def _file_digest(path: Path, changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

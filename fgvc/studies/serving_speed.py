@@ -1,4 +1,4 @@
-"""`fgvc bench serve`: the server on one core, the client on another, beside onnxruntime alone in the same minute.
+"""Speed of the server (`fgvc bench serve`): server and client on a core each, beside onnxruntime alone in the same minute.
 
 Ratios travel, seconds do not. The load under which requests are refused is open-loop: they come when they come, and the time that
 counts begins when a request should have been sent, not when the client got round to it.
@@ -44,12 +44,12 @@ CONNECTIONS = 400
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One line of the result."""
+    """One measured figure, with its limit."""
 
     name: str
     value: float
     unit: str
-    bar: str = ""  # what it should be
+    bar: str = ""  # its limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ class _Client:
     def of(cls, url: str) -> _Client:
         return cls(urlsplit(url).hostname or "", urlsplit(url).port or 0)
 
-    async def ask(self, request: bytes, *, since: float | None = None) -> _Reply:
-        """`since`: when it should have been sent, by `time.perf_counter`."""
+    async def send(self, request: bytes, *, since: float | None = None) -> _Reply:
+        """Send a request and read the reply. `since`: when it should have been sent, by `time.perf_counter`."""
         began = time.perf_counter() if since is None else since
         reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self.host, self.port)
         writer.write(request)
@@ -91,14 +91,14 @@ class _Client:
 
 
 def bench_serve(bundle: Path, *, image: Path | None = None, seconds: float = 5.0) -> list[Figure]:
-    """All figures for one bundle. `image`: what is classified; default: a drawn 500 x 375 JPEG. `seconds`: of overload.
+    """Measure all figures for one bundle. `image`: to classify; default: a drawn 500 x 375 JPEG. `seconds`: of overload.
 
     Needs two CPUs, to keep client and server apart. Raises FgvcError.
     """
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         raise FgvcError("bench serve: needs two CPUs, one for the server and one for the client")
-    picture = _drawn() if image is None else image.read_bytes()
+    picture = _drawn_jpeg() if image is None else image.read_bytes()
     engine = Engine(load_bundle(bundle), threads=1)
     x = np.random.default_rng(0).random((1, 3, *engine.bundle.preprocess.size), dtype=np.float32)
     several = np.repeat(x, BATCH, axis=0)
@@ -114,7 +114,7 @@ def bench_serve(bundle: Path, *, image: Path | None = None, seconds: float = 5.0
         with _server(bundle, cpus[-1]) as (process, url, ready):
             figures = [Figure("ready after", ready, "s", "<= 3")]
             for title, (request, alone, count) in cases.items():
-                figures += _beside(title, request, alone, count, url, process.pid, cpus[-1])
+                figures += _bench_case(title, request, alone, count, url, process.pid, cpus[-1])
             figures += asyncio.run(_overload(classify, url, seconds))
             figures.append(Figure("RSS at the end", _rss(process.pid), "MB", "< 300 for tf_efficientnet_lite0"))
         return figures
@@ -123,30 +123,31 @@ def bench_serve(bundle: Path, *, image: Path | None = None, seconds: float = 5.0
 
 
 def show_figures(figures: Sequence[Figure]) -> None:
-    """A table on stdout. Not in fgvc.cli.show, which imports what trains."""
+    """Print a table on stdout. Not in fgvc.cli.show, which imports the training packages."""
     table = Table("figure", "", "", "should be", box=None, pad_edge=False, header_style="bold")
     table.columns[1].justify = "right"
-    for one in figures:
-        table.add_row(one.name, f"{one.value:.2f}", one.unit, one.bar)
+    for figure in figures:
+        table.add_row(figure.name, f"{figure.value:.2f}", figure.unit, figure.bar)
     Console(highlight=False).print(table)
 
 
 def write_figures(path: Path, figures: Sequence[Figure]) -> None:
-    """One line a figure, as CSV."""
+    """Write the figures as CSV, one a line."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["name", "value", "unit", "bar"])
-            for one in figures:  # a quantile of no answers is none
-                writer.writerow([one.name, f"{one.value:.3f}" if math.isfinite(one.value) else "", one.unit, one.bar])
+            for figure in figures:  # a quantile of no answers is none
+                value = f"{figure.value:.3f}" if math.isfinite(figure.value) else ""
+                writer.writerow([figure.name, value, figure.unit, figure.bar])
 
 
-def _beside(
+def _bench_case(
     name: str, request: bytes, alone: Callable[[], object], count: int, url: str, pid: int, cpu: int
 ) -> Iterator[Figure]:
-    """The server, one and two requests at a time, in turn with the same work without a server on the same core."""
-    own = os.sched_getaffinity(0)
+    """Time the server, one and two requests at a time, in turn with the same work without a server on the same core."""
+    client_cpus = os.sched_getaffinity(0)
     bare, single, double, latencies = [], [], [], []
     cpu_bare = cpu_server = 0.0
     for number in range(ROUNDS + 1):
@@ -155,15 +156,15 @@ def _beside(
         for _ in range(count):
             alone()
         a, cpu_a = (time.perf_counter() - began) / count, time.process_time() - busy
-        os.sched_setaffinity(0, own)
-        one, replies = asyncio.run(_closed(request, url, 1, count))
+        os.sched_setaffinity(0, client_cpus)
+        one_at_a_time, replies = asyncio.run(_closed_loop(request, url, 1, count))
         busy = _cpu_seconds(pid)
-        two, _ = asyncio.run(_closed(request, url, 2, count))
+        two_at_a_time, _ = asyncio.run(_closed_loop(request, url, 2, count))
         if number:  # the first warms up
             cpu_bare, cpu_server = cpu_bare + cpu_a, cpu_server + _cpu_seconds(pid) - busy
             bare.append(a)
-            single.append(one)
-            double.append(two)
+            single.append(one_at_a_time)
+            double.append(two_at_a_time)
             latencies += [reply.seconds for reply in replies]
     overheads = [1000 * (b - a) for a, b in zip(bare, single, strict=True)]
     share = [100 * a / b for a, b in zip(bare, double, strict=True)]
@@ -178,13 +179,13 @@ def _beside(
     yield Figure(f"{name}: CPU time alone, of the server's", 100 * cpu_bare / max(cpu_server, 0.01), "%", ">= 90")
 
 
-async def _closed(request: bytes, url: str, connections: int, count: int) -> tuple[float, list[_Reply]]:
-    """Seconds a request, with so many clients of which each asks again when it is answered."""
+async def _closed_loop(request: bytes, url: str, connections: int, count: int) -> tuple[float, list[_Reply]]:
+    """Measure the seconds a request, with so many clients, each of which sends again when it is answered."""
     client, replies = _Client.of(url), []
 
     async def go_on() -> None:
         for _ in range(count // connections):
-            reply = await client.ask(request)
+            reply = await client.send(request)
             if reply.status != 200:
                 raise FgvcError(f"bench serve: status {reply.status}")
             replies.append(reply)
@@ -197,7 +198,7 @@ async def _closed(request: bytes, url: str, connections: int, count: int) -> tup
 
 
 async def _overload(request: bytes, url: str, seconds: float) -> list[Figure]:
-    """Peak goodput with a queue that is never empty, then five times as many requests as that."""
+    """Measure the peak goodput with a queue that is never empty, then under five times as many requests as that."""
     client = _Client.of(url)
     began = time.perf_counter()
     best = _rate(await _paced(client, request, rate=0, seconds=seconds), began, seconds)
@@ -223,21 +224,21 @@ async def _overload(request: bytes, url: str, seconds: float) -> list[Figure]:
 
 
 def _rate(replies: Sequence[_Reply], began: float, seconds: float) -> float:
-    """Good answers a second, of those that came in time: when the load ends, a whole queue is still to be answered."""
+    """Good answers a second while the load lasts: when it ends, a whole queue is still to be answered."""
     return sum(reply.status == 200 and reply.ended <= began + seconds for reply in replies) / seconds
 
 
 async def _paced(client: _Client, request: bytes, *, rate: float, seconds: float) -> list[_Reply]:
-    """So many requests a second, whatever becomes of them; 0: eight clients of which each asks again when it is answered."""
+    """Send so many requests a second, answered or not; 0: eight clients, each of which sends again when it is answered."""
     began = time.perf_counter()
     replies: list[_Reply] = []
 
-    async def one(since: float) -> None:
-        replies.append(await client.ask(request, since=since))
+    async def send_one(since: float) -> None:
+        replies.append(await client.send(request, since=since))
 
     async def again() -> None:
         while time.perf_counter() - began < seconds:
-            await one(time.perf_counter())
+            await send_one(time.perf_counter())
 
     if not rate:
         await asyncio.gather(*(again() for _ in range(8)))
@@ -248,7 +249,7 @@ async def _paced(client: _Client, request: bytes, *, rate: float, seconds: float
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         while len(tasks) >= CONNECTIONS:  # bounded: the machine has so many sockets
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        task = asyncio.ensure_future(one(due))
+        task = asyncio.ensure_future(send_one(due))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
     await asyncio.gather(*tasks)
@@ -257,7 +258,7 @@ async def _paced(client: _Client, request: bytes, *, rate: float, seconds: float
 
 @contextmanager
 def _server(bundle: Path, cpu: int) -> Iterator[tuple[subprocess.Popen[str], str, float]]:
-    """`fgvc serve` on one core: the process, its address, and the seconds until it had one."""
+    """Run `fgvc serve` on one core: its process, its address, and the seconds until it had one."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "fgvc", "serve", f"model={bundle}", "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -284,8 +285,8 @@ def _request(path: str, body: bytes, headers: str = "") -> bytes:
     return f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body
 
 
-def _drawn() -> bytes:
-    """A JPEG of the size that photographs of CUB have, with something to decode."""
+def _drawn_jpeg() -> bytes:
+    """Draw a JPEG of the size of CUB's photographs, with something to decode."""
     rough = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     content = io.BytesIO()
     Image.fromarray(rough).resize((500, 375), Image.Resampling.BICUBIC).save(content, "JPEG", quality=90)
@@ -302,6 +303,6 @@ def _rss(pid: int) -> float:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """Of all its threads, in user and kernel."""
+    """CPU seconds of a process, all threads, in user and kernel mode."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""`fgvc bench`: speed as ratios of two things measured in turn in one process, never as seconds to be trusted alone.
+"""Speed as ratios of two things measured in turn in one process (`fgvc bench`), never as seconds alone.
 
 The bare step here is what one writes with torch and timm and nothing else: the same net, batch, optimizer and layout.
 """
@@ -34,13 +34,13 @@ from fgvc.models.class_maps import ClassMapper, Method, refusal
 from fgvc.models.weights import load_weights
 from fgvc.runs.build import build_net
 from fgvc.runs.distributed import runtime
-from fgvc.runs.folder import environment
+from fgvc.runs.environment import environment
 from fgvc.runs.images import read_index
 from fgvc.training.batch import Normalise, to_batch
 from fgvc.training.forecast import count_images
 from fgvc.training.log import Events
 from fgvc.training.session import Session, open_session
-from fgvc.training.trainer import take_step
+from fgvc.training.step import take_step
 
 WARM_UP = 3
 BLOCK = 15  # steps
@@ -48,7 +48,7 @@ BLOCK = 15  # steps
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Two things timed in turn, A/B/B/A: the median of `a / b` over the pairs, with a 95 % interval of that median."""
+    """Ratio of two things timed in turn, A/B/B/A: median of `a / b` over the pairs, with the median's 95 % interval."""
 
     name: str
     pairs: int
@@ -88,7 +88,7 @@ def interleaved(
 
 
 def bench_train(recipe: Recipe, *, pairs: int = 30) -> Ratio:
-    """fgvc's step (uint8 batch on the host to updated weights) over a bare step on the ready float batch."""
+    """Time fgvc's step (uint8 batch on the host to updated weights) over a bare step on the ready float batch."""
     with runtime(recipe.train) as process, open_session(recipe, process, teachers="to time") as session:
         raw = next(session.loader.epoch(0))
         ours = step_on_one_batch(session)
@@ -99,7 +99,7 @@ def bench_train(recipe: Recipe, *, pairs: int = 30) -> Ratio:
 
 
 def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
-    """Every technique's step over the step without any, and as measure of the noise that step over itself.
+    """Time every technique's step over the step without any, and that step over itself as a measure of the noise.
 
     With the recipe's settings of a technique, or its defaults. Expected is (forwards + 2 backwards) / 3, in images through
     the backbone over images of the batch: a backward costs about two forwards; a teacher's answer is timed by itself, in a
@@ -107,50 +107,50 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
     """
     train = recipe.train.model_copy(update={"workers": 0})
     none = {kind: None for kind in settings_by_kind()}
-    found = []
+    ratios = []
     for kind in (None, *settings_by_kind()):
         gc.collect()  # nets lie in cycles that nothing else would break soon: 7 GB in the end
-        chosen = none if kind is None else none | {kind: getattr(recipe.techniques, kind) or settings_by_kind()[kind]()}
+        techniques = none if kind is None else none | {kind: getattr(recipe.techniques, kind) or settings_by_kind()[kind]()}
         arms = [
-            recipe.model_copy(update={"train": train, "techniques": recipe.techniques.model_copy(update=techniques)})
-            for techniques in (chosen, none)
+            recipe.model_copy(update={"train": train, "techniques": recipe.techniques.model_copy(update=update)})
+            for update in (techniques, none)
         ]
         try:
             with runtime(train) as process, ExitStack() as stack:
                 sessions = [stack.enter_context(open_session(arm, process, teachers="to time")) for arm in arms]
                 steps = [step_on_one_batch(session) for session in sessions]
-                passed = count_images(sessions[0].step.net, *sessions[0].step.attachments.average)
+                passes = count_images(sessions[0].step.net, *sessions[0].step.attachments.average)
                 name = f"step: {kind or 'plain'} / plain ({_about(recipe)})"
                 ratio = interleaved(name, steps[0], steps[1], pairs=pairs)
-                asked = _bench_teachers(sessions[0], steps[1], pairs=pairs)
+                teacher_ratios = _bench_teachers(sessions[0], steps[1], pairs=pairs)
         except FgvcError as error:
             if kind is None or f"techniques.{kind}" not in str(error):
                 raise
             continue
         images = sessions[0].batch * (pairs + WARM_UP)
-        forwards = sum(rows for rows, _ in passed) / images
-        backwards = sum(rows for rows, follows in passed if follows) / images
-        answers = sum(teacher.median for teacher in asked)
-        found += [*asked, replace(ratio, expected=(forwards + 2 * backwards) / 3 + answers)]
-    return found
+        forwards = sum(rows for rows, _ in passes) / images
+        backwards = sum(rows for rows, follows in passes if follows) / images
+        answers = sum(teacher.median for teacher in teacher_ratios)
+        ratios += [*teacher_ratios, replace(ratio, expected=(forwards + 2 * backwards) / 3 + answers)]
+    return ratios
 
 
 def _bench_teachers(session: Session, plain: Callable[[], None], *, pairs: int) -> list[Ratio]:
-    """What it takes to ask each teacher, other than the moving average, about a batch, over a plain step of that batch."""
+    """Time each teacher's forward of a batch, other than the moving average's, over a plain step of that batch."""
     batch = to_batch(next(session.loader.epoch(0)), session.normalise, session.train_size)
     return [
-        interleaved(f"teacher: {one.name} / plain step", partial(one, batch.x, batch.finest), plain, pairs=pairs)
-        for one in session.step.attachments.teachers
-        if one.size is not None
+        interleaved(f"teacher: {teacher.name} / plain step", partial(teacher, batch.x, batch.finest), plain, pairs=pairs)
+        for teacher in session.step.attachments.teachers
+        if teacher.size is not None
     ]
 
 
 def bench_maps(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
-    """What each kind of class map costs, from features that are there, over a plain step of the same batch: 0.03 is the bar."""
+    """Time each kind of class map, from given features, over a plain step of the same batch: 0.03 is the limit."""
     none = recipe.techniques.model_copy(update={kind: None for kind in settings_by_kind()})
     train = recipe.train.model_copy(update={"workers": 0})
     plain = recipe.model_copy(update={"train": train, "techniques": none})
-    found = []
+    ratios = []
     with runtime(train) as process, open_session(plain, process) as session:
         step, net = step_on_one_batch(session), session.step.net
         batch = to_batch(next(session.loader.epoch(0)), session.normalise, session.train_size)
@@ -160,12 +160,12 @@ def bench_maps(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
             if refusal(net, recipe.image.size, method) is None:
                 make = partial(ClassMapper(net), features, batch.target, method, batch.x.shape[2:])
                 name = f"map: {method} / plain step ({_about(recipe)})"
-                found.append(interleaved(name, make, step, pairs=pairs))
-    return found
+                ratios.append(interleaved(name, make, step, pairs=pairs))
+    return ratios
 
 
 def bench_export(recipe: Recipe, *, pairs: int = 3) -> Ratio:
-    """Export with all proofs, on up to 256 images of noise, over torch's bare export of the same net."""
+    """Time the export with all proofs, on up to 256 images of noise, over torch's bare export of the same net."""
     torch.manual_seed(recipe.train.seed)
     index = read_index(recipe)
     net = build_net(recipe, len(index.classes), pretrained=False).step.net.eval()
@@ -173,7 +173,7 @@ def bench_export(recipe: Recipe, *, pairs: int = 3) -> Ratio:
     images = [torch.randn(32, 3, *recipe.image.size).numpy() for _ in range(MAX_IMAGES // 32)]
     settings = recipe.export
 
-    def ours() -> None:
+    def proven_export() -> None:
         prove(
             net,
             images,
@@ -184,15 +184,15 @@ def bench_export(recipe: Recipe, *, pairs: int = 3) -> Ratio:
             export=settings,
         )
 
-    def torchs() -> None:
+    def bare_export() -> None:
         export_onnx(bare, size=recipe.image.size, exporter=settings.exporter, opset=settings.opset)
 
     name = f"export: with all proofs / bare ({recipe.model.backbone}, {recipe.image.size[0]} px, {settings.exporter})"
-    return interleaved(name, ours, torchs, pairs=pairs, warm_up=1)
+    return interleaved(name, proven_export, bare_export, pairs=pairs, warm_up=1)
 
 
 def bench_load(recipe: Recipe, *, workers: int, pairs: int = 12) -> Ratio:
-    """Steps with loading and augmenting over as many steps on batches that are held: 1 / 0.95 is the bar.
+    """Time steps with loading and augmenting over as many steps on batches in memory: 1 / 0.95 is the limit.
 
     In blocks of BLOCK steps, through epochs as they come. The loader is a few batches ahead at both ends of a block.
     """
@@ -200,7 +200,7 @@ def bench_load(recipe: Recipe, *, workers: int, pairs: int = 12) -> Ratio:
     recipe = recipe.model_copy(update={"train": train})
     with runtime(train) as process, open_session(recipe, process, teachers="to time") as session:
         quiet = Events(Path(), recipe.log, active=False)
-        held = cycle(list(islice(session.loader.epoch(0), BLOCK)))
+        batches_in_memory = cycle(list(islice(session.loader.epoch(0), BLOCK)))
         batches = chain.from_iterable(session.loader.epoch(number) for number in count(1))
 
         def loaded() -> None:
@@ -209,14 +209,14 @@ def bench_load(recipe: Recipe, *, workers: int, pairs: int = 12) -> Ratio:
 
         def step_alone() -> None:
             for _ in range(BLOCK):
-                take_step(session, held, quiet)
+                take_step(session, batches_in_memory, quiet)
 
         name = f"loaded steps / steps alone, {workers} workers, cache {recipe.cache} ({_about(recipe)})"
         return interleaved(name, loaded, step_alone, pairs=pairs, warm_up=1)
 
 
 def write_csv(path: Path, ratios: Sequence[Ratio]) -> None:
-    """One line a ratio, machine and versions on each, so that tables in docs can be made from it."""
+    """Write the ratios as CSV, one a line with machine and versions."""
     env = environment()
     about = {key: env[key] for key in ("cpu", "cores", "torch", "timm")}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,8 +233,8 @@ def write_csv(path: Path, ratios: Sequence[Ratio]) -> None:
 
 
 def step_on_one_batch(session: Session) -> Callable[[], None]:
-    """The run's own step, on one batch that is held; what is scheduled is at half of its way, and what is drawn for a step is
-    drawn anew for each."""
+    """Make a function that takes the run's own step on one batch in memory; schedules are half way, and random numbers are drawn
+    anew for each step."""
     raw = list(islice(session.loader.epoch(0), session.recipe.train.grad_accum_steps))
     quiet = Events(Path(), session.recipe.log, active=False)
     session.progress.epoch = session.recipe.train.epochs // 2
@@ -282,7 +282,7 @@ def _timed(do: Callable[[], object]) -> float:
 
 
 def _median_interval(count: int) -> tuple[int, int]:
-    """Positions in the sorted sample between which the median lies with at least 95 % (binomial, no assumption)."""
+    """Positions in the sorted sample between which the median lies with at least 95 % (binomial, distribution-free)."""
     draws = np.cumsum([_binomial(count, k) for k in range(count + 1)])
     low = max(int(np.searchsorted(draws, 0.025, side="right")) - 1, 0)
     return low, count - 1 - low

@@ -1,4 +1,4 @@
-"""A study as a file: a base recipe, arms that change it, seeds and a budget; and the runs that it asks for."""
+"""Study files: a base recipe, arms that change it, seeds and a budget; and the runs that follow from them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+_=-]*")  # of an arm: it names a folde
 
 
 class Study(Section):
-    """What is compared with what. The first arm is the base: every other is compared with it, seed by seed."""
+    """A study's settings. The first arm is the base: every other is compared with it, seed by seed."""
 
     base: str = Field(description="a recipe: a file, from the study's folder, or the id of one that comes with fgvc")
     settings: dict[str, Any] = Field(
@@ -77,7 +77,7 @@ class Study(Section):
 
     @property
     def each_fold(self) -> tuple[Fold | None, ...]:
-        """What `data.fold` is in turn; None: as the recipe has it."""
+        """Values of `data.fold` in turn; None: the recipe's."""
         return (None,) if self.folds is None else tuple((number, self.folds[1]) for number in self.folds[0])
 
     @field_validator("seeds", "budget")
@@ -109,7 +109,7 @@ class Study(Section):
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One way to set an arm; its recipe has the base's seed, the study's first fold, and the epochs that it asks for itself."""
+    """One setting of an arm; its recipe has the base's seed, the study's first fold and its own epochs."""
 
     arm: str
     number: int  # from 1
@@ -118,16 +118,16 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its runs. An arm's first trial has the arm's own, so that more trials may follow."""
+        """Name of its runs. An arm's first trial has the arm's name, so that more trials may follow."""
         return self.arm if self.number == 1 else f"{self.arm}.{self.number}"
 
     @property
     def overrides(self) -> str:
-        """Its settings for people, much as the command line takes them."""
+        """Text of its settings, much as the command line takes them."""
         return " ".join(f"{key}={json.dumps(value, default=str)}" for key, value in self.settings.items())
 
-    def lasting(self, epochs: int, seed: int, fold: Fold | None) -> Recipe:
-        """The recipe of one run."""
+    def run_recipe(self, epochs: int, seed: int, fold: Fold | None) -> Recipe:
+        """Make the recipe of one run."""
         train = self.recipe.train.model_copy(update={"epochs": epochs, "seed": seed})
         data = self.recipe.data if fold is None else self.recipe.data.model_copy(update={"fold": fold})
         tree = self.recipe.model_copy(update={"train": train, "data": data}).model_dump(mode="json")
@@ -136,7 +136,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A study that was read: its trials are valid recipes."""
+    """A study as it was read, with its trials' valid recipes."""
 
     path: Path
     study: Study
@@ -154,7 +154,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run. Budgets that give a trial as many epochs share it."""
+    """One run of a study. Budgets that give a trial as many epochs share it."""
 
     trial: Trial
     epochs: int
@@ -169,7 +169,7 @@ class Cell:
 
     @property
     def recipe(self) -> Recipe:
-        return self.trial.lasting(self.epochs, self.seed, self.fold)
+        return self.trial.run_recipe(self.epochs, self.seed, self.fold)
 
 
 def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
@@ -181,38 +181,38 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
     beside = path.parent / study.base
     shared = read_tree(beside if beside.is_file() else recipe_file(study.base))[0]
     merge(shared, study.settings)
-    given = tuple(overrides)
-    for text in given:
+    override_texts = tuple(overrides)
+    for text in override_texts:
         override(shared, text)
     trials = []
     for arm, settings in study.arms.items():
-        for number, own in enumerate(settings, 1):
+        for number, trial_settings in enumerate(settings, 1):
             tree = copy.deepcopy(shared)
-            merge(tree, own)
+            merge(tree, trial_settings)
             if study.folds is not None:
                 if section(tree, ("data",)).get("fold") is not None:
                     raise FgvcError(f"{path}: arms.{arm}: data.fold says what validates, as the study's folds do; leave it out")
                 merge(tree, {"data.fold": study.each_fold[0]})
-            recipe = resolve_data(validate(Recipe, tree, where=f"{path}: arms.{arm}", overrides=given))
+            recipe = resolve_data(validate(Recipe, tree, where=f"{path}: arms.{arm}", overrides=override_texts))
             # An epoch that validation chose is judged too well by it: the more epochs, the better.
             ends = recipe.model_copy(update={"select": recipe.select or recipe.end})
-            trials.append(Trial(arm, number, dict(leaves(own)), ends))
-    plan = Plan(path, study, given, tuple(trials))
-    _comparable(plan)
+            trials.append(Trial(arm, number, dict(leaves(trial_settings)), ends))
+    plan = Plan(path, study, override_texts, tuple(trials))
+    _refuse_incomparable(plan)
     return plan
 
 
 def cells(plan: Plan, epochs: Mapping[tuple[str, Budget], int]) -> list[Cell]:
-    """The runs of all trials that `epochs` knows under a budget, seed by seed and fold by fold, so that every arm has one before
-    any has two."""
-    found = []
+    """List the runs of all trials that have `epochs` under a budget, seed by seed and fold by fold, so that every arm has one
+    before any has two."""
+    runs = []
     for seed, fold, trial in product(plan.study.seeds, plan.study.each_fold, plan.trials):
         lengths: dict[int, list[Budget]] = {}
         for budget in plan.study.budget:
             if (trial.name, budget) in epochs:
                 lengths.setdefault(epochs[trial.name, budget], []).append(budget)
-        found += [Cell(trial, length, seed, fold, tuple(budgets)) for length, budgets in lengths.items()]
-    return found
+        runs += [Cell(trial, length, seed, fold, tuple(budgets)) for length, budgets in lengths.items()]
+    return runs
 
 
 def merge(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
@@ -225,8 +225,8 @@ def merge(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
             section(tree, sections)[last] = copy.deepcopy(value)
 
 
-def _comparable(plan: Plan) -> None:
-    """Arms are compared image by image under one graph, so what is asked, and of what, must be the same."""
+def _refuse_incomparable(plan: Plan) -> None:
+    """Raise FgvcError where arms have other data or another graph: they are compared image by image under one graph."""
     first = plan.base.recipe
     for trial in plan.trials:
         for key in ("data", "deploy", "export"):

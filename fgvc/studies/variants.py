@@ -1,4 +1,4 @@
-"""`fgvc export --int8 --fp16`: smaller files beside the proven one, and how far they answer as it does."""
+"""Smaller files beside the proven one (`fgvc export --int8 --fp16`), and their agreement with it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fgvc.config.data import Split
 from fgvc.config.runtime import Calibration
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
-from fgvc.evaluation.agreement import FP16, INT8, Agreement, Bars, agree
-from fgvc.evaluation.calibration import measure, spread
+from fgvc.evaluation.agreement import FP16, INT8, Agreement, AgreementLimits, measure_agreement
+from fgvc.evaluation.calibration import fitting_sample, measure
 from fgvc.exporting.prove import ProvedExport
 from fgvc.exporting.quantize import LOWEST_OPSET, Int8, opset_of
 from fgvc.exporting.variant import VariantFile, make_fp16, make_int8
 from fgvc.report.agreement import agreement_page
 from fgvc.runs.loaded import Answers, LoadedRun, onnx_answers
-from fgvc.runs.measured import leave
+from fgvc.runs.measured import store_measured
 from fgvc.runtime.engine import Session
 
 LISTED = 20  # images in contract.json; all are on the page
@@ -33,11 +33,11 @@ ADVICE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variants:
-    """What is asked for beside model.onnx."""
+    """Smaller files to make beside model.onnx."""
 
     int8: Int8 | None = None
     fp16: bool = False
-    agreement: float | None = None  # other than the bars of INT8 and FP16
+    agreement: float | None = None  # in place of the limits of INT8 and FP16
 
     def __post_init__(self) -> None:
         if self.agreement is not None and not 0 < self.agreement <= 1:
@@ -48,40 +48,40 @@ class Variants:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallerFile:
-    """A smaller file that passed. `section`: of contract.json."""
+    """A smaller file that passed, with its agreement and its section of contract.json."""
 
-    made: VariantFile
+    variant_file: VariantFile
     agreement: Agreement
     section: Mapping[str, Any]
 
     @property
     def file(self) -> str:
-        return f"model.{self.made.variant}.onnx"
+        return f"model.{self.variant_file.variant}.onnx"
 
 
 def make_variants(
     run: LoadedRun, proven: ProvedExport, wanted: Variants, calibration: Calibration | None = None
 ) -> list[SmallerFile]:
-    """The files that are wanted, each compared with the float file on the validation split, or on train where there is none.
+    """Make the wanted files, each compared with the float file on the validation split, or on train where there is none.
 
     On up to 10,000 images; of validation with the calibration error that each has by the bundle's temperature; without those
     that `left_out` names. Writes `<run>/reports/{int8,fp16}.html`, also where a file is refused. Raises FgvcError where one gives
     logits that are no numbers, is not what the plain backbone becomes, or answers too differently.
     """
-    made = []
+    files = []
     if wanted.int8 is not None and not left_out(proven, wanted):
-        made.append((make_int8(*proven.plain, _calibration(run, wanted.int8.images), wanted.int8), INT8))
+        files.append((make_int8(*proven.plain, _calibration(run, wanted.int8.images), wanted.int8), INT8))
     if wanted.fp16:
-        made.append((make_fp16(*proven.plain), FP16))
-    if not made:
+        files.append((make_fp16(*proven.plain), FP16))
+    if not files:
         return []
     split: Split = "val" if len(run.index.rows("val")) else "train"
-    known = _ask(run, proven.model, spread(run.rows(split), len(run.classes)))
-    return [_judge(run, one, known, split, _bars(bars, wanted.agreement), calibration) for one, bars in made]
+    float_answers = _answers(run, proven.model, fitting_sample(run.rows(split), len(run.classes)))
+    return [_judge(run, file, float_answers, split, _limits(limits, wanted.agreement), calibration) for file, limits in files]
 
 
 def left_out(proven: ProvedExport, wanted: Variants) -> dict[str, str]:
-    """The wanted files that the deployed opset does not allow, and why."""
+    """Wanted files that the deployed opset does not allow, each with the reason."""
     opset = opset_of(proven.plain[0].proto)
     if wanted.int8 is None or opset >= LOWEST_OPSET:
         return {}
@@ -89,49 +89,54 @@ def left_out(proven: ProvedExport, wanted: Variants) -> dict[str, str]:
 
 
 def _judge(
-    run: LoadedRun, made: VariantFile, known: Answers, split: Split, bars: Bars, calibration: Calibration | None
+    run: LoadedRun,
+    variant_file: VariantFile,
+    float_answers: Answers,
+    split: Split,
+    limits: AgreementLimits,
+    calibration: Calibration | None,
 ) -> SmallerFile:
-    said = _ask(run, made.model, known.rows)
-    if wild := int((~np.isfinite(said.logits).all(1)).sum()):
-        reason = f"gives logits that are no numbers (NaN or infinite) for {wild} of {len(said.rows)} {split} images"
-        raise FgvcError(f"model.{made.variant}.onnx is refused:\n  {reason}\n{ADVICE[made.variant]}")
-    found = agree(known.rows, known.labels, known.logits, said.logits, split=split)
-    failed = found.failed(bars)
-    page = f"reports/{made.variant}.html"
-    stored = leave(run.folder, {page: agreement_page(run.index, made, found, bars, failed)})
-    if failed:
-        lines = [*failed, *(_line(run, one) for one in _listed(run, found)[:5])]
-        advice, all_of = ADVICE[made.variant], f"\nall: {run.folder / page}" if stored else ""
-        raise FgvcError(f"model.{made.variant}.onnx is refused:\n  " + "\n  ".join(lines) + f"\n{advice}" + all_of)
+    answers = _answers(run, variant_file.model, float_answers.rows)
+    if nonfinite := int((~np.isfinite(answers.logits).all(1)).sum()):
+        reason = f"gives logits that are no numbers (NaN or infinite) for {nonfinite} of {len(answers.rows)} {split} images"
+        raise FgvcError(f"model.{variant_file.variant}.onnx is refused:\n  {reason}\n{ADVICE[variant_file.variant]}")
+    agreement = measure_agreement(float_answers.rows, float_answers.labels, float_answers.logits, answers.logits, split=split)
+    failures = agreement.failures(limits)
+    page = f"reports/{variant_file.variant}.html"
+    stored = store_measured(run.folder, {page: agreement_page(run.index, variant_file, agreement, limits, failures)})
+    if failures:
+        lines = [*failures, *(_line(run, row) for row in _listed(run, agreement)[:5])]
+        advice, all_of = ADVICE[variant_file.variant], f"\nall: {run.folder / page}" if stored else ""
+        raise FgvcError(f"model.{variant_file.variant}.onnx is refused:\n  " + "\n  ".join(lines) + f"\n{advice}" + all_of)
     section = {
-        **made.contract,
+        **variant_file.contract,
         "agreement": {
-            **found.numbers(),
-            **_errors(known, said, split, calibration),
-            "bars": {"agreement": bars.agreement, "loss": bars.loss},
-            "differing": len(found.differing),
-            "worst_images": _listed(run, found),
+            **agreement.numbers(),
+            **_errors(float_answers, answers, split, calibration),
+            "bars": {"agreement": limits.agreement, "loss": limits.loss},
+            "differing": len(agreement.differing),
+            "worst_images": _listed(run, agreement),
         },
     }
-    return SmallerFile(made=made, agreement=found, section=section)
+    return SmallerFile(variant_file=variant_file, agreement=agreement, section=section)
 
 
-def _errors(known: Answers, said: Answers, split: Split, calibration: Calibration | None) -> dict[str, float]:
-    """Calibration error of the float file and of the smaller one, by the one temperature that the bundle has for both."""
+def _errors(float_answers: Answers, answers: Answers, split: Split, calibration: Calibration | None) -> dict[str, float]:
+    """Calibration errors of the float file and of the smaller one, by the bundle's temperature."""
     if calibration is None or calibration.fitted_on != split:
         return {}
-    sides = {"ece_float": known, "ece": said}
-    return {name: measure(one.logits, one.labels, calibration).after.ece for name, one in sides.items()}
+    sides = {"ece_float": float_answers, "ece": answers}
+    return {name: measure(side.logits, side.labels, calibration).after.ece for name, side in sides.items()}
 
 
-def _listed(run: LoadedRun, found: Agreement) -> list[dict[str, Any]]:
+def _listed(run: LoadedRun, agreement: Agreement) -> list[dict[str, Any]]:
     names, paths = run.classes, run.index.paths
     return [
         {
-            "path": str(paths[one.row]), "label": names[one.label], "float": names[one.by_float],
-            "variant": names[one.by_variant], "margin": round(one.margin, 6),
+            "path": str(paths[image.row]), "label": names[image.label], "float": names[image.by_float],
+            "variant": names[image.by_variant], "margin": round(image.margin, 6),
         }
-        for one in found.differing[:LISTED]
+        for image in agreement.differing[:LISTED]
     ]  # fmt: skip
 
 
@@ -141,12 +146,12 @@ def _line(run: LoadedRun, row: Mapping[str, Any]) -> str:
     )
 
 
-def _bars(bars: Bars, agreement: float | None) -> Bars:
-    return bars if agreement is None else replace(bars, agreement=agreement)
+def _limits(limits: AgreementLimits, agreement: float | None) -> AgreementLimits:
+    return limits if agreement is None else replace(limits, agreement=agreement)
 
 
 def _calibration(run: LoadedRun, count: int) -> Iterator[np.ndarray]:
-    """Up to `count` train images, evenly over the classes, as serving sees them."""
+    """Yield up to `count` train images, evenly over the classes, as serving sees them."""
     rows = run.rows("train")
     rows = rows[np.argsort(run.index.labels[rows], kind="stable")]
     rows = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
@@ -154,5 +159,5 @@ def _calibration(run: LoadedRun, count: int) -> Iterator[np.ndarray]:
         yield batch.images.numpy()
 
 
-def _ask(run: LoadedRun, model: bytes, rows: NDArray[np.int64]) -> Answers:
+def _answers(run: LoadedRun, model: bytes, rows: NDArray[np.int64]) -> Answers:
     return onnx_answers(Session(model), run.index, rows, spec=run.preprocess, workers=run.recipe.train.workers)

@@ -1,4 +1,4 @@
-"""From the loader's uint8 images to the clean batch on the device."""
+"""Conversion of the loader's uint8 images to the clean batch on the device."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 class Normalise:
-    """uint8 (B,H,W,3) RGB -> float32 (B,3,H,W) as `fgvc.images.preprocess.normalise` does it, on the device: a byte a
-    channel crosses the bus, and the result is `channels_last` without a copy."""
+    """Normalisation of uint8 (B,H,W,3) RGB to float32 (B,3,H,W) on the device, equal to `fgvc.images.preprocess.normalise`.
+
+    One byte a channel crosses the bus, and the result is `channels_last` without a copy.
+    """
 
     def __init__(self, spec: Preprocess, device: torch.device, memory_format: torch.memory_format) -> None:
         mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
@@ -34,7 +36,7 @@ class Normalise:
 
 
 def to_batch(raw: TrainBatch, normalise: Normalise, size: tuple[int, int] | None = None) -> Batch:
-    """The clean batch, reduced to `size` (height, width) where the images were rendered larger."""
+    """Make the clean batch of a loader's batch, reduced to `size` (height, width) where the images were rendered larger."""
     device, geometry = normalise.device, raw.geometry
     images = raw.images
     x = render = normalise(images)

@@ -1,4 +1,4 @@
-"""`fgvc train --dry-run`: what a run would cost, measured on a few steps of noise; nothing is trained, nothing written."""
+"""Cost of a run, measured on a few steps of noise (`fgvc train --dry-run`); nothing is trained, nothing written."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from fgvc.models.backbone import memory_format
 from fgvc.runs.build import build_net, class_counts
 from fgvc.runs.distributed import runtime
 from fgvc.techniques.api import Batch
+from fgvc.training.images import training_index
 from fgvc.training.optim import make_ema
 from fgvc.training.sam import perturbed
-from fgvc.training.session import build_optimizer, first_weights, opener_of, training_index
+from fgvc.training.session import build_optimizer, first_weights, teacher_loader
 
 STEPS = 4  # spread over the run, since weights, rates and sizes may be scheduled
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What one run of a recipe would take, without loading and validation."""
+    """Cost of one run of a recipe, without loading and validation."""
 
     images: dict[str, int]  # by split
     steps: int
@@ -43,7 +44,7 @@ class Forecast:
 
 
 def forecast(recipe: Recipe) -> Forecast:
-    """Build the recipe's net and time a few real steps on noise. Raises FgvcError for all that training would refuse."""
+    """Build the recipe's net and time a few steps on noise. Raises FgvcError for all that training would refuse."""
     index = training_index(recipe)
     rows = len(index.rows("train"))
     with runtime(recipe.train) as process:
@@ -54,18 +55,18 @@ def forecast(recipe: Recipe) -> Forecast:
             raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {rows} training images")
         steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.last_step)
         torch.manual_seed(recipe.train.seed)
-        opener = opener_of(recipe, index, process.device, timed=True)
+        opener = teacher_loader(recipe, index, process.device, timed=True)
         built = build_net(recipe, len(index.classes), counts=class_counts(index), opener=opener)
         step = built.step.to(process.device)
         layout = memory_format(step.net)
         step.net.to(memory_format=layout)
         ema = make_ema(step.net, recipe.ema)
-        step.follow(ema.module if ema is not None else None)
+        step.set_average(ema.module if ema is not None else None)
         step.attach_hooks()
         step.train()
         optimizer, _ = build_optimizer(step, recipe, starts=first_weights(built, recipe))
         y = torch.arange(micro, device=process.device) % len(index.classes)
-        passed = count_images(step.net, *step.attachments.average)
+        passes = count_images(step.net, *step.attachments.average)
         seconds = []
         for number, progress in enumerate([0.0, *((at + 0.5) / STEPS for at in range(STEPS))]):
             size = recipe.image.train_size(progress)
@@ -92,7 +93,7 @@ def forecast(recipe: Recipe) -> Forecast:
         return Forecast(
             images={split: len(index.rows(split)) for split in ("train", "val", "test")},
             steps=steps,
-            forwards=sum(rows for rows, _ in passed) / (micro * (STEPS + 1)),
+            forwards=sum(rows for rows, _ in passes) / (micro * (STEPS + 1)),
             parameters=sum(p.numel() for p in step.parameters()),
             step_seconds=mean,
             hours=mean * steps / 3600,
@@ -103,21 +104,21 @@ def forecast(recipe: Recipe) -> Forecast:
 
 
 def count_images(*nets: nn.Module) -> list[tuple[int, bool]]:
-    """Of every later forward through these backbones: the number of images, and whether a backward can follow."""
-    passed: list[tuple[int, bool]] = []
+    """Record every later forward through these backbones: the number of images, and whether a backward can follow."""
+    passes: list[tuple[int, bool]] = []
 
     def counting(x: Tensor, inner: Callable[[Tensor], Tensor]) -> Tensor:
-        passed.append((len(x), torch.is_grad_enabled()))
+        passes.append((len(x), torch.is_grad_enabled()))
         return inner(x)
 
     for net in nets:
         inner = cast("Callable[[Tensor], Tensor]", net.forward_features)
         setattr(net, "forward_features", partial(counting, inner=inner))  # noqa: B010 - of this one net, not of its class
-    return passed
+    return passes
 
 
 def _peak(device: torch.device) -> int:
-    """Bytes: of the accelerator's allocator, or of this whole process."""
+    """Peak memory in bytes: of the accelerator's allocator, or of this whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""`fgvc interpolate`: a net between what a run started from and what it learnt, by linear interpolation of the weights.
+"""Linear interpolation of the weights between a run's start and its end (`fgvc interpolate`).
 
 WiSE-FT (Wortsman et al., CVPR 2022, arXiv:2109.01903).
 """
@@ -30,13 +30,13 @@ from fgvc.runs.record import NAME
 from fgvc.training.log import Events
 
 SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(11))
-COPIED = ("config.yaml", "labels.json", "preprocess.json", "env.json", "metrics.csv", "events.jsonl", NAME)
-SESSION = ("optimizer", "scaler", "rng", "answers")  # of a checkpoint: what training goes on with, and what its net said
+COPIED_FILES = ("config.yaml", "labels.json", "preprocess.json", "env.json", "metrics.csv", "events.jsonl", NAME)
+SESSION_KEYS = ("optimizer", "scaler", "rng", "answers")  # of a checkpoint: what training goes on with, and its net's predictions
 
 
 @dataclass(frozen=True, slots=True)
 class Interpolation:
-    """A net (1 - share) start + share end that was written as a run of its own."""
+    """An interpolated net (1 - share) start + share end, written as a run of its own."""
 
     run: Path
     out: Path
@@ -50,7 +50,7 @@ class Interpolation:
 def interpolate(
     run: LoadedRun, out: Path, *, share: float | None = None, device: str | None = None
 ) -> Interpolation:
-    """Write the net (1 - share) start + share end of a run, `ckpt/start` and the weights that it ended with, as a finished run.
+    """Write the net (1 - share) start + share end of a run, between `ckpt/start` and the weights that it ended with, as a run.
     The run is opened with the latter (`select` "end").
 
     Of a run whose best epoch ships, the end is that of its training: better nets may lie on the way there. The share in [0,1] is
@@ -65,28 +65,28 @@ def interpolate(
     _refuse_out(folder, out)
     if share is not None and not 0 <= share <= 1:
         raise FgvcError(f"--share {share:g}: a number from 0 (the start) to 1 (the end)")
-    begun, ended = (checkpoint.load(folder / "ckpt", name) for name in ("start", checkpoint.slot(run.select)))
-    _refuse_headless(run, begun)
-    if ended.identity != run.identity:
+    start, end = (checkpoint.load(folder / "ckpt", name) for name in ("start", checkpoint.slot(run.select)))
+    _refuse_headless(run, start)
+    if end.identity != run.identity:
         raise FgvcError(f"{folder}: has trained on while it was read; try again")
-    if not ended.progress.finished:
-        print(f"WARNING: {folder}: its training is not finished; its end is that of step {ended.progress.step}", file=sys.stderr)
-    ends = selected_weights(folder, run.recipe, "start").weights, selected_weights(folder, run.recipe, run.select).weights
-    if ends[0].keys() != ends[1].keys():
+    if not end.progress.finished:
+        print(f"WARNING: {folder}: its training is not finished; its end is that of step {end.progress.step}", file=sys.stderr)
+    weights = selected_weights(folder, run.recipe, "start").weights, selected_weights(folder, run.recipe, run.select).weights
+    if weights[0].keys() != weights[1].keys():
         raise FgvcError(f"{folder}: its ckpt/start is of a run of other settings; put that of this run there")
     scores: dict[float, metrics.Scores | None] = {}
     unreadable: tuple[str, ...] = ()
     by = run.recipe.select_by
     if share is None:
-        scores, unreadable = _scored(run, ends, device)
-        share = _chosen(scores, by, folder)
-    found = Interpolation(folder, out, run.select, share, by, scores, unreadable)
-    _write(found, begun, ended, between(*ends, share), run.recipe.log)
-    return found
+        scores, unreadable = _validation_scores(run, weights, device)
+        share = _best_share(scores, by, folder)
+    interpolation = Interpolation(folder, out, run.select, share, by, scores, unreadable)
+    _write(interpolation, start, end, interpolate_weights(*weights, share), run.recipe.log)
+    return interpolation
 
 
-def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """(1 - share) start + share end of each float tensor, computed in float64: exactly the start at 0 and the end at 1. Others
+def interpolate_weights(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Interpolate each float tensor, (1 - share) start + share end, in float64: exactly the start at 0 and the end at 1. Others
     are the end's."""
     return {
         name: ((1 - share) * start[name].double() + share * last.double()).to(last.dtype) if last.is_floating_point() else last
@@ -102,21 +102,21 @@ def _refuse_out(folder: Path, out: Path) -> None:
         raise FgvcError(f"{out}: exists already; remove it, or choose another --out")
 
 
-def _refuse_headless(run: LoadedRun, begun: State) -> None:
+def _refuse_headless(run: LoadedRun, start_state: State) -> None:
     """Raise FgvcError where what the run started from had a head that had learnt nothing."""
     net, head = run.step.net, run.recipe.model.head
     names = {f"net.{name}" for name, _ in net.named_parameters() if name.startswith(head_prefixes(net))}
-    if head != "probe" and not names <= set(begun.rest.get("pretrained", ())):
+    if head != "probe" and not names <= set(start_state.rest.get("pretrained", ())):
         raise FgvcError(
             f"{run.folder}: it started from a head without training (model.head: {head}), so nothing on the way from there "
             "is of use. Train with model.head=probe, which fits a head before the first step, and interpolate that run"
         )
 
 
-def _scored(
+def _validation_scores(
     run: LoadedRun, ends: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], device: str | None
 ) -> tuple[dict[float, metrics.Scores | None], tuple[str, ...]]:
-    """What the net of each share scores on validation, as evaluation has it; and what of that can't be read."""
+    """Validation scores of the net of each share, as evaluation computes them; and the images that can't be read."""
     if not len(rows := run.rows("val")):
         raise FgvcError(f"{run.folder}: its data has no validation split to choose the share by; give it: --share 0.5")
     scores: dict[float, metrics.Scores | None] = {}
@@ -129,44 +129,47 @@ def _scored(
             unreadable.update(dict.fromkeys(str(error) for error in batch.bad))
             yield batch.images, batch.labels
 
-    with run.placed(device) as (where, layout):
+    with run.on_device(device) as (place, layout):
         for share in track(SHARES, "shares", console=console, transient=True, disable=not console.is_terminal):
-            net.load_state_dict(between(*ends, share))
+            net.load_state_dict(interpolate_weights(*ends, share))
             try:
-                scores[share] = metrics.evaluate(net, batches(), classes=classes, device=where, memory_format=layout)
+                scores[share] = metrics.evaluate(net, batches(), classes=classes, device=place, memory_format=layout)
             except NoNumbersError:  # both ends may be well, and what lies between not
                 scores[share] = None
     return scores, tuple(unreadable)
 
 
-def _chosen(scores: Mapping[float, metrics.Scores | None], by: str, folder: Path) -> float:
+def _best_share(scores: Mapping[float, metrics.Scores | None], by: str, folder: Path) -> float:
     """The share of the best score; of several the smallest, which is nearest to the pretrained net."""
     sign = 1 if by in metrics.SMALLER_IS_BETTER else -1
-    ranked = [(sign * found.numbers()[by], share) for share, found in scores.items() if found is not None]
+    ranked = [(sign * share_scores.numbers()[by], share) for share, share_scores in scores.items() if share_scores is not None]
     if not ranked:
         raise FgvcError(f"{folder}: none of the nets from its start to its end gives numbers; train anew with a lower optim.lr")
     return min(ranked)[1]
 
 
-def _write(found: Interpolation, begun: State, ended: State, net: dict[str, Tensor], log: Log) -> None:
+def _write(interpolation: Interpolation, start: State, end: State, net: dict[str, Tensor], log: Log) -> None:
     """A finished run with two checkpoints: the start, and the net by all other names."""
-    at = found.scores.get(found.share)
+    at = interpolation.scores.get(interpolation.share)
     progress = replace(
-        ended.progress, finished=True, best=None if at is None else at.numbers()[found.by], sums={}, counts={}
+        end.progress, finished=True, best=None if at is None else at.numbers()[interpolation.by], sums={}, counts={}
     )
-    rest = {key: value for key, value in ended.rest.items() if key not in SESSION}
-    state = State(net, ended.branches, None if ended.ema is None else net, rest, progress)
+    rest = {key: value for key, value in end.rest.items() if key not in SESSION_KEYS}
+    state = State(net, end.branches, None if end.ema is None else net, rest, progress)
     record = {
-        "run": str(found.run.resolve()), "start": begun.identity, "end": ended.identity, "select": found.select,
-        "share": found.share, "by": found.by if found.scores else None, "fgvc": __version__,
-        "scores": [{"share": one, **({} if its is None else its.numbers())} for one, its in found.scores.items()],
+        "run": str(interpolation.run.resolve()), "start": start.identity, "end": end.identity, "select": interpolation.select,
+        "share": interpolation.share, "by": interpolation.by if interpolation.scores else None, "fgvc": __version__,
+        "scores": [
+            {"share": share, **({} if scores is None else scores.numbers())}
+            for share, scores in interpolation.scores.items()
+        ],
     }  # fmt: skip
-    with making(found.out) as scratch:
-        for file in [found.run / name for name in COPIED if (found.run / name).is_file()]:
+    with making(interpolation.out) as scratch:
+        for file in [interpolation.run / name for name in COPIED_FILES if (interpolation.run / name).is_file()]:
             fill(scratch / file.name, file.read_bytes())
         fill(scratch / INTERPOLATION, as_json(record))
         events = Events(scratch, log)
-        events.write("interpolated", run=record["run"], share=found.share)
+        events.write("interpolated", run=record["run"], share=interpolation.share)
         events.write("finished", step=progress.step, seconds=round(progress.seconds, 1))
-        checkpoint.save(scratch / "ckpt", begun, start=True)
+        checkpoint.save(scratch / "ckpt", start, start=True)
         checkpoint.save(scratch / "ckpt", state, best=True)

@@ -1,4 +1,4 @@
-"""A run's log: events and tables on disk, lines on the terminal (stderr alone, stdout is for results)."""
+"""Log of a run: events and tables on disk, lines on the terminal (on stderr; stdout is for results)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from fgvc.io.tables import as_csv
 
 
 class Events:
-    """`events.jsonl` (append-only, one object a line), `metrics.csv`, and one progress line. Silent on ranks other than 0."""
+    """Writer of `events.jsonl` (append-only), `metrics.csv` and one progress line; silent on ranks other than 0."""
 
     def __init__(self, run: Path, log: Log, *, active: bool = True) -> None:
         self.run, self.log, self.active = run, log, active
         self.console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
         self._task: Any = None
-        self._spoke = 0.0
+        self._last_line_time = 0.0
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one event; a torn last line of a killed run is closed first."""
@@ -37,7 +37,7 @@ class Events:
         append(self.run / "events.jsonl", json.dumps(event, default=str, allow_nan=False).encode())
 
     def table(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Write metrics.csv anew from the whole history."""
+        """Rewrite metrics.csv from the whole history."""
         if not self.active or not rows:
             return
         lines = [{key: f"{value:.6g}" for key, value in row.items() if math.isfinite(value)} for row in rows]
@@ -49,7 +49,7 @@ class Events:
 
     @contextmanager
     def progress(self, total: int, done: int, what: str = "training") -> Iterator[None]:
-        """One live bar on a terminal, a plain line every few seconds elsewhere. Within another, a second bar in it."""
+        """Show one live bar on a terminal, a plain line every few seconds elsewhere. Within another, a second bar in it."""
         if self._bar is not None:
             training, self._task = self._task, self._bar.add_task(what, total=total, completed=done)
             yield
@@ -62,23 +62,23 @@ class Events:
                 yield
                 self._bar = None
         else:
-            self._spoke = time.monotonic()
+            self._last_line_time = time.monotonic()
             yield
 
     def done(self, count: int, total: int) -> None:
-        """Move the innermost bar, or say a line every few seconds."""
+        """Move the innermost bar, or print a line every few seconds."""
         if self._bar is not None:
             self._bar.update(self._task, completed=count)
-        elif self.active and time.monotonic() - self._spoke >= self.log.every_seconds:
-            self._spoke = time.monotonic()
+        elif self.active and time.monotonic() - self._last_line_time >= self.log.every_seconds:
+            self._last_line_time = time.monotonic()
             print(f"{count}/{total}", file=sys.stderr, flush=True)
 
     def step(self, step: int, total: int, *, epoch: int, loss: float, lr: float, rate: float) -> None:
-        """Called at every logged step: `rate` in images/s over all ranks."""
+        """Log one step; `rate` in images/s over all ranks."""
         self.write("step", step=step, epoch=epoch, loss=round(loss, 6), lr=lr, images_per_second=round(rate, 2))
         text = f"epoch {epoch + 1} loss {loss:.3f} lr {lr:.2g} {rate:.0f} img/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif self.active and time.monotonic() - self._spoke >= self.log.every_seconds:
-            self._spoke = time.monotonic()
+        elif self.active and time.monotonic() - self._last_line_time >= self.log.every_seconds:
+            self._last_line_time = time.monotonic()
             print(f"step {step}/{total} {text}", file=sys.stderr, flush=True)

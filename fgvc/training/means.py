@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class RunningMeans:
-    """Sums of scalars and how many were finite, on the device that they come from: nothing is waited for until they are read.
+    """Running sums of scalars and counts of finite ones, on the scalars' device: nothing waits for it until they are read.
 
     A value that is not finite is left out: a measure of no image is none. Sums are float64 (float32 on devices without it).
     """
@@ -19,7 +19,7 @@ class RunningMeans:
         self._counts: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """One step's scalars, by name; which there are may differ from step to step."""
+        """Add one step's scalars by name; which there are may differ from step to step."""
         for name, scalar in values.items():
             value = scalar.detach().float()
             if value.device.type != "mps":
@@ -29,16 +29,16 @@ class RunningMeans:
             self._counts[name] = self._counts.get(name, 0) + finite.long()
 
     def restore(self, sums: Mapping[str, float], counts: Mapping[str, int]) -> None:
-        """Go on from what `read` gave."""
+        """Continue from the sums and counts that `read` returned."""
         self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
         self._counts = {name: torch.tensor(counts[name]) for name in sums}
 
     def read(self) -> tuple[dict[str, float], dict[str, int]]:
-        """Sum and count of each, of those that were finite at least once. Waits for the device."""
+        """Return sum and count of each scalar that was finite at least once. Waits for the device."""
         counts = {name: int(count) for name, count in self._counts.items()}
         return {name: float(self._sums[name]) for name in counts if counts[name]}, {n: c for n, c in counts.items() if c}
 
     def means(self) -> dict[str, float]:
-        """Waits for the device."""
+        """Return the mean of each scalar. Waits for the device."""
         sums, counts = self.read()
         return {name: value / counts[name] for name, value in sums.items()}

@@ -27,7 +27,7 @@ def make_optimizer(
     head: Sequence[str] = (),
     starts: Mapping[str, Tensor] | None = None,
 ) -> Optimizer:
-    """timm's optimizer over net and branches; no decay on tensors of rank < 2 nor where the model asks for none.
+    """Build timm's optimizer over net and branches; no decay on tensors of rank < 2 nor where the model asks for none.
 
     `added`: name -> "added" or "replaced", of the parameters that techniques brought; `head`: prefixes of the classifier's;
     `starts`: name -> where `optim.l2_sp` draws a parameter to, see `fgvc.training.l2_sp`.
@@ -57,7 +57,7 @@ def parameter_groups(
     head: Sequence[str] = (),
     drawn: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Parameters by weight decay (`optim.l2_sp` for those `drawn` to their start) and by `lr_scale`, a factor that timm's
+    """Group parameters by weight decay (`optim.l2_sp` for those `drawn` to their start) and by `lr_scale`, a factor that timm's
     schedules apply. Frozen ones are left out.
 
     The factor is head_lr_scale, added_lr_scale, replaced_lr_scale or layer_decay^(depth of the deepest layer - its own), as
@@ -79,32 +79,32 @@ def parameter_groups(
     for name, parameter in step.named_parameters():
         if not parameter.requires_grad:
             continue
-        own = name.removeprefix("net.") if net is not step else name
+        net_name = name.removeprefix("net.") if net is not step else name
         kind = (added or {}).get(name)
         if kind is not None:
             scale = optim.replaced_lr_scale if kind == "replaced" else optim.added_lr_scale
-        elif own.startswith(tuple(head)):
+        elif net_name.startswith(tuple(head)):
             scale = optim.head_lr_scale
         else:
-            scale = optim.layer_decay ** (deepest - layers.get(own, deepest))
-        decay = optim.l2_sp if name in drawn else 0.0 if parameter.ndim < 2 or own in spared else optim.weight_decay
+            scale = optim.layer_decay ** (deepest - layers.get(net_name, deepest))
+        decay = optim.l2_sp if name in drawn else 0.0 if parameter.ndim < 2 or net_name in spared else optim.weight_decay
         group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def learning_rate(optimizer: Optimizer) -> float:
-    """The rate before any group's own factor."""
+    """Learning rate before the factors of the groups."""
     group = optimizer.param_groups[0]
     return float(group["lr"] / group.get("lr_scale", 1.0))
 
 
 def make_schedule(optimizer: Optimizer, optim: Optim, *, steps_per_epoch: int, epochs: int) -> Scheduler:
-    """A schedule that is a function of the step's number alone, so that a resumed run needs none of its state.
+    """Build a schedule that is a function of the step's number alone, so that a resumed run needs none of its state.
 
     The learning rate of step t (from 0) is lr (t+1) / (T_w+1) while t < T_w, then
     min + (lr - min) (1 + cos(pi (t - T_w) / (T - T_w))) / 2, or lr drop^(number of milestones <= t). timm evaluates its
-    cosine at t, not t - T_w, unless told `warmup_prefix`, and drops one step before a milestone.
+    cosine at t, not t - T_w, without `warmup_prefix`, and drops one step before a milestone.
     """
     warm = round(optim.warmup_epochs * steps_per_epoch)
     first = optim.lr / (warm + 1)
@@ -131,10 +131,10 @@ def make_schedule(optimizer: Optimizer, optim: Optim, *, steps_per_epoch: int, e
 
 
 def make_ema(net: nn.Module, ema: Ema | None) -> ModelEmaV3 | None:
-    """timm's average of parameters and float buffers; `update(net, step=n)` takes its warm-up from the step's number."""
+    """Build timm's average of parameters and float buffers; `update(net, step=n)` takes its warm-up from the step's number."""
     return None if ema is None else ModelEmaV3(net, decay=ema.decay, use_warmup=ema.warmup, foreach=True)
 
 
 def make_swa(net: nn.Module, swa: Swa | None) -> AveragedModel | None:
-    """torch's equal-weight average of parameters; buffers are the net's own of the last epoch."""
+    """Build torch's equal-weight average of parameters; its buffers are the net's of the last epoch."""
     return None if swa is None else AveragedModel(net)

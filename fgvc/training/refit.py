@@ -1,4 +1,4 @@
-"""Training once more on all images, those that validation had too, once it has shown what the settings are worth."""
+"""Refit of a finished run: training again on the training and validation images together."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run
 
 
-def refit_of(run: Path) -> tuple[Recipe, Path, str]:
-    """Recipe and folder of the refit of a finished run, and what to say of it. The epochs are as many as they were: there is
-    nothing left to choose one by. Where validation liked no epoch better than the start, the refit is the start alone."""
+def refit_recipe(run: Path) -> tuple[Recipe, Path, str]:
+    """Return recipe and folder of the refit of a finished run, and a message about it. It trains for all epochs of the run: no
+    validation is left to choose one by. Where validation scored no epoch above the start, the refit is the start alone."""
     recipe = read_run(run)
-    out, said = run.with_name(f"{run.name}-refit"), f"training again on training and validation images together, as {run} was"
+    out, message = run.with_name(f"{run.name}-refit"), f"training again on training and validation images together, as {run} was"
     update: dict[str, object] = {"refit": False}
     if recipe.selected == "best":
         best = checkpoint.load(run / "ckpt", "best", say=lambda _: None).progress
         if best.step == 0:
             update["max_steps"] = 0
-            said = f"no epoch of {run} was better than its start: fitting the start's head again, on validation images as well"
+            message = f"no epoch of {run} was better than its start: fitting the start's head again, on validation images as well"
         elif best.epoch < recipe.train.epochs:
-            said += f"; of that epoch {best.epoch} was the best, this one ends with its last"
-    again = recipe.model_copy(
+            message += f"; of that epoch {best.epoch} was the best, this one ends with its last"
+    refit = recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"hold_out": False, "fold": None}),
             "train": recipe.train.model_copy(update=update),
             "select": None if recipe.select == "best" else recipe.select,
         }
     )
-    return again, out, said
+    return refit, out, message

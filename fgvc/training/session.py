@@ -1,8 +1,8 @@
-"""Everything that one run is made of, built from its recipe in one place; and its state, as a checkpoint holds it."""
+"""The parts of a run in training, built from its recipe in one place, and their state, as a checkpoint holds it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -22,64 +21,41 @@ from fgvc.config.data import SPLITS
 from fgvc.config.images import Preprocess
 from fgvc.config.models import run_of
 from fgvc.config.recipe import Recipe
-from fgvc.config.techniques import enabled_techniques
 from fgvc.config.training import Optim
-from fgvc.data.augment import Augmenter
-from fgvc.data.cache import DecodeCache
 from fgvc.data.index import ImageIndex
-from fgvc.data.loader import TrainLoader, evaluation_loader, train_loader
-from fgvc.data.quality.stored import refuse_shares
+from fgvc.data.loader import TrainLoader, evaluation_loader
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import head_prefixes, memory_format
 from fgvc.models.norms import reestimate_norms, running_norms
 from fgvc.models.weights import Weights
-from fgvc.runs.build import BuiltNet, build_net, class_counts, refuse_names
+from fgvc.runs.build import BuiltNet, build_net, class_counts
 from fgvc.runs.checkpoint import Progress, State
 from fgvc.runs.distributed import Runtime, rng_state, set_rng_state
-from fgvc.runs.images import fingerprint, learnt_of_aside, read_index
+from fgvc.runs.images import fingerprint, held_out_overlap
 from fgvc.runs.step import StepModule
 from fgvc.techniques.distill.teacher import ProbedNet
 from fgvc.training.batch import Normalise
+from fgvc.training.images import Notify, spread, training_index, training_loader
 from fgvc.training.means import RunningMeans
 from fgvc.training.optim import make_ema, make_optimizer, make_schedule, make_swa
-from fgvc.training.teachers import Opened, TeacherLoader
+from fgvc.training.teachers import TeacherLoader, TeacherUse
 from fgvc.training.watch import FiniteCheck
 
-Notify = Callable[[str], None]
 
-
-def training_index(recipe: Recipe, index: ImageIndex | None = None) -> ImageIndex:
-    """What `read_index` gives, or `index` of a run that goes on, for training. Raises FgvcError where a technique asks what these
-    data do not have."""
-    refuse_names(recipe)
-    index = read_index(recipe) if index is None else index
-    for kind, config in enabled_techniques(recipe.techniques).items():
-        if not config.requires.boxes:
-            continue
-        if index.boxes is None:
-            raise FgvcError(
-                f"techniques.{kind}: learns from the object's box in each image, and the data in {recipe.data.root} have no "
-                f"boxes; give data in the CUB layout with bounding_boxes.txt, or set techniques.{kind}=null"
-            )
-        refuse_shares(index)
-    return index
-
-
-def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Up to `count` of the rows, evenly over all of them."""
-    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)]
-
-
-def _learnt_before(recipe: Recipe, index: ImageIndex) -> list[str]:
-    """A doubt where the first weights are of a run that was trained on what is to be validated or tested on."""
+def _overlap_doubts(recipe: Recipe, index: ImageIndex) -> list[str]:
+    """A warning where the first weights are of a run that was trained on images that this run validates or tests on."""
     run = run_of(Path(recipe.model.weights).expanduser())
-    count = 0 if run is None else learnt_of_aside(run, index)
-    aside = int((index.splits != SPLITS.index("train")).sum())
-    known = f"{run}, whose weights this run begins with, was trained on {count} of the {aside} images that this run validates or"
-    return [f"{known} tests on: its scores will be too good"] if count else []
+    overlap = 0 if run is None else held_out_overlap(run, index)
+    held_out = int((index.splits != SPLITS.index("train")).sum())
+    if not overlap:
+        return []
+    return [
+        f"{run}, whose weights this run begins with, was trained on {overlap} of the {held_out} images that this run validates "
+        "or tests on: its scores will be too good"
+    ]
 
 
-def opener_of(
+def teacher_loader(
     recipe: Recipe,
     index: ImageIndex,
     device: torch.device,
@@ -88,7 +64,7 @@ def opener_of(
     out: Path | None = None,
     timed: bool = False,
 ) -> TeacherLoader:
-    """What opens the teachers of a run. `preprocess`: that of a run which goes on; `out`: its folder; `timed`: see Opened."""
+    """Make the loader of a run's teachers. `preprocess`, `out`: of a run which goes on; `timed`: see TeacherUse."""
     return TeacherLoader(
         classes=index.classes,
         index=index,
@@ -100,43 +76,43 @@ def opener_of(
     )
 
 
-def first_weights(built: BuiltNet, recipe: Recipe, begun: State | None = None) -> dict[str, Tensor]:
-    """Where `optim.l2_sp` draws the parameters of a net to, by name: to the pretrained weights that it has now, or had in the
-    state that its run began with. Raises FgvcError where that state is of another recipe."""
+def first_weights(built: BuiltNet, recipe: Recipe, start_state: State | None = None) -> dict[str, Tensor]:
+    """Return the values that `optim.l2_sp` draws parameters to, by name: the pretrained weights that the net has now, or had in
+    the state that its run began with. Raises FgvcError where that state is of another recipe."""
     if not recipe.optim.l2_sp:
         return {}
     weights = {name: weight for name, weight in built.step.named_parameters() if weight.requires_grad}
-    if begun is None:
+    if start_state is None:
         return {name: weights[name].detach().clone() for name in built.pretrained if name in weights}
-    drawn = [name for name in begun.rest.get("pretrained", ()) if name in weights]
-    if any(begun.net[name.removeprefix("net.")].shape != weights[name].shape for name in drawn) or not drawn:
+    drawn = [name for name in start_state.rest.get("pretrained", ()) if name in weights]
+    if any(start_state.net[name.removeprefix("net.")].shape != weights[name].shape for name in drawn) or not drawn:
         raise FgvcError("optim.l2_sp: ckpt/start is of a run of other settings; put that of this run there")
-    return {name: torch.empty_like(weights[name]).copy_(begun.net[name.removeprefix("net.")]) for name in drawn}
+    return {name: torch.empty_like(weights[name]).copy_(start_state.net[name.removeprefix("net.")]) for name in drawn}
 
 
 def build_optimizer(
     step: StepModule, recipe: Recipe, *, starts: Mapping[str, Tensor] | None = None
 ) -> tuple[Optimizer, Optim]:
-    """The optimizer, and the settings with the rates that it really uses. `starts`: see `first_weights`."""
+    """Build the optimizer, and return the settings with the rates that it uses. `starts`: see `first_weights`."""
     optim = recipe.optim.scaled(recipe.train.batch_size)
     return make_optimizer(step, optim, added=step.added, head=head_prefixes(step.net), starts=starts), optim
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """What a net says of images of the index."""
+class Predictions:
+    """A net's predicted classes for images of the index."""
 
     rows: NDArray[np.int64]  # (N,)
-    said: NDArray[np.int64]  # (N,) classes
+    classes: NDArray[np.int64]  # (N,)
 
     def tensor(self) -> Tensor:
-        """(2,N) int64, as a checkpoint holds it."""
-        return torch.from_numpy(np.stack([self.rows, self.said]))
+        """Rows and classes (2,N) int64, as a checkpoint holds them."""
+        return torch.from_numpy(np.stack([self.rows, self.classes]))
 
 
 @dataclass(slots=True)
 class Session:
-    """One process of one run."""
+    """One process of one run in training: its net, data, optimizer and progress."""
 
     recipe: Recipe
     runtime: Runtime
@@ -156,7 +132,7 @@ class Session:
     watch: FiniteCheck
     progress: Progress
     pretrained: tuple[str, ...]  # parameters of `step` whose values were those of `model.weights` when the run began
-    answers: Tensor | None = None  # (2,N): see `Answers`; of validation, when it was last asked
+    predictions: Tensor | None = None  # (2,N): see `Predictions`; for validation, when it was last scored
     means: RunningMeans = field(default_factory=RunningMeans)  # of this epoch's losses
 
     @property
@@ -165,7 +141,7 @@ class Session:
 
     @property
     def total_steps(self) -> int:
-        """Where this run stops."""
+        """Optimizer steps at which this run stops."""
         planned = self.steps_per_epoch * self.recipe.train.epochs
         return min(planned, self.recipe.train.last_step)
 
@@ -193,17 +169,17 @@ class Session:
 
     @property
     def probed(self) -> dict[str, ProbedNet]:
-        """By teacher, the nets whose heads are fitted when the run begins."""
-        found = ((f"teacher {number}, {one.name}", one.probed) for number, one in enumerate(self.step.attachments.teachers, 1))
-        return {name: probed for name, probed in found if probed is not None}
+        """Nets whose heads are fitted when the run begins, by teacher."""
+        teachers = enumerate(self.step.attachments.teachers, 1)
+        return {f"teacher {at}, {teacher.name}": teacher.probed for at, teacher in teachers if teacher.probed is not None}
 
     def shipping(self) -> nn.Module:
         """The net whose weights would ship as things stand: the average where there is one and it is wanted."""
         return self.average if self.average is not None and self.recipe.selected != "last" else self.step.net
 
     def average_epoch(self) -> None:
-        """Have SWA take in the epoch that just ended, if it is one of the last, with batch norms of its own.
-        Where a finished run was made longer and it holds one that is none of the last any more, it begins anew."""
+        """Add the epoch that just ended to SWA, if it is one of the last, and recompute SWA's batch norms. Where a finished run
+        was made longer and SWA holds an epoch that is none of the last any more, it begins anew."""
         if self.swa is None or self.recipe.swa is None:
             return
         start, ended = round(self.recipe.swa.start * self.recipe.train.epochs, 6), self.progress.epoch + 1
@@ -216,7 +192,7 @@ class Session:
             self._reestimate(self.swa.module, self.recipe.swa.images)
 
     def reestimate_norms(self) -> None:
-        """Take the statistics of all batch norms, the EMA's too, from images as evaluation sees them."""
+        """Recompute the statistics of all batch norms, the EMA's too, from images as evaluation sees them."""
         for net in (self.step.net, *([self.ema.module] if self.ema is not None else [])):
             self._reestimate(net, self.recipe.train.precise_bn)
 
@@ -228,7 +204,7 @@ class Session:
         self.step.train()
 
     def capture(self) -> State:
-        """All that decides the rest of the run; on every rank, since each has its own random generators."""
+        """Return all that decides the rest of the run; called on every rank, since each has its own random generators."""
         rest: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -236,8 +212,8 @@ class Session:
             "techniques": {kind: hook() for kind, hook in self.step.hooks("state_dict")},
             "images": fingerprint(self.index),
             "preprocess": self.preprocess.model_dump_json(),  # that a damaged preprocess.json is noticed
-            "teachers": [one.state() for one in self.probed.values()],
-            "answers": self.answers,
+            "teachers": [probed.state() for probed in self.probed.values()],
+            "answers": self.predictions,
             "averaged": 0 if self.swa is None else int(self.swa.n_averaged),
             "pretrained": list(self.pretrained),
         }
@@ -246,10 +222,10 @@ class Session:
         return State(self.step.net.state_dict(), self.step.branches.state_dict(), ema, rest, self.progress)
 
     def restore(self, state: State) -> None:
-        """Continue exactly where `state` was captured. Raises FgvcError where it is of another set-up."""
-        by_image = [kind for kind, one in self.step.techniques.items() if one.remembers_images]
-        known = state.rest.get("images")
-        if known != fingerprint(self.index) and (known is not None or by_image):
+        """Restore a captured state exactly. Raises FgvcError where it is of another set-up."""
+        by_image = any(technique.remembers_images for technique in self.step.techniques.values())
+        recorded = state.rest.get("images")
+        if recorded != fingerprint(self.index) and (recorded is not None or by_image):
             raise FgvcError(
                 f"the images in {self.index.root} are not those that the checkpoint was trained on; restore the set as it "
                 "was, or choose another --out for a new run"
@@ -265,13 +241,13 @@ class Session:
             self.scaler.load_state_dict(state.rest["scaler"])
             for kind, hook in self.step.hooks("load_state_dict"):
                 hook(state.rest["techniques"][kind])
-            for one, kept in zip(self.probed.values(), state.rest.get("teachers", ()), strict=True):
-                one.restore(kept)
+            for probed, teacher_state in zip(self.probed.values(), state.rest.get("teachers", ()), strict=True):
+                probed.restore(teacher_state)
         except (KeyError, ValueError, RuntimeError) as error:
             raise FgvcError(f"the checkpoint does not fit this recipe: {error}") from error
         self.pretrained = tuple(state.rest.get("pretrained", ()))
         set_rng_state(state.rest["rng"][self.runtime.rank], self.runtime.device)
-        self.progress, self.answers = state.progress, state.rest.get("answers")
+        self.progress, self.predictions = state.progress, state.rest.get("answers")
         self.progress.finished = False
         self.means.restore(self.progress.sums, self.progress.counts)
 
@@ -283,16 +259,16 @@ def open_session(
     *,
     index: ImageIndex | None = None,
     preprocess: Preprocess | None = None,
-    begun: State | None = None,
+    start_state: State | None = None,
     notify: Notify | None = None,
     out: Path | None = None,
-    teachers: Opened = "to teach",
+    teachers: TeacherUse = "to teach",
 ) -> Iterator[Session]:
     """Build a run, ready for its first step. The loader's workers end with the context.
 
-    `index`, `preprocess`: those of a run which goes on; `model.weights` is then not read, the checkpoint replaces it. `begun`:
-    the state that such a run began with, for `optim.l2_sp`. `out`: the run's folder; `teachers`: what for they are opened, "not"
-    to look at views alone, without what teachers say of them.
+    `index`, `preprocess`: those of a run which goes on; `model.weights` is then not read, the checkpoint replaces it.
+    `start_state`: the state that such a run began with, for `optim.l2_sp`. `out`: the run's folder; `teachers`: their use, "not"
+    for views alone, without the teachers' outputs.
     """
     index = training_index(recipe, index)
     validated = len(index.rows("val")) > 0
@@ -305,23 +281,23 @@ def open_session(
     opener, counts = None, class_counts(index)
     if teachers != "not":
         timed = teachers == "to time"
-        opener = opener_of(recipe, index, runtime.device, preprocess=preprocess, out=out, timed=timed)
+        opener = teacher_loader(recipe, index, runtime.device, preprocess=preprocess, out=out, timed=timed)
     built = build_net(recipe, len(index.classes), pretrained=preprocess is None, counts=counts, opener=opener)
     weights = (
         built.weights
         if preprocess is not None
-        else replace(built.weights, doubts=(*built.weights.doubts, *_learnt_before(recipe, index)))
+        else replace(built.weights, doubts=(*built.weights.doubts, *_overlap_doubts(recipe, index)))
     )
     step, preprocess = built.step, preprocess or built.preprocess
     layout = memory_format(step.net)
     step.to(runtime.device)
     step.net.to(memory_format=layout)
     ema, swa = make_ema(step.net, recipe.ema), make_swa(step.net, recipe.swa)
-    step.follow(ema.module if ema is not None else None)
+    step.set_average(ema.module if ema is not None else None)
     step.attach_hooks()
     step.train()
-    optimizer, optim = build_optimizer(step, fitting, starts=first_weights(built, recipe, begun))
-    loader = _loader(fitting, runtime, index, step, preprocess, notify)
+    optimizer, optim = build_optimizer(step, fitting, starts=first_weights(built, recipe, start_state))
+    loader = training_loader(fitting, runtime, index, step, preprocess, notify)
     torch.manual_seed(recipe.train.seed + runtime.rank)  # dropout differs between ranks
     scaler, average = runtime.scaler(), ema.module if ema is not None else swa.module if swa is not None else None
     session = Session(
@@ -353,59 +329,3 @@ def open_session(
         yield session
     finally:
         loader.close()
-
-
-def _loader(
-    recipe: Recipe,
-    runtime: Runtime,
-    index: ImageIndex,
-    step: StepModule,
-    preprocess: Preprocess,
-    notify: Notify | None,
-) -> TrainLoader:
-    """This rank's training images, rendered at the largest size that an epoch or a technique asks for."""
-    rows = index.rows("train")
-    micro = recipe.train.batch_size // (runtime.world * recipe.train.grad_accum_steps)
-    if micro < 2 and any(isinstance(module, _BatchNorm) for module in step.modules()):
-        raise FgvcError(
-            f"train.batch_size: {recipe.train.batch_size} over {runtime.world} processes x train.grad_accum_steps "
-            f"{recipe.train.grad_accum_steps} leaves {micro} image a forward, and a batch norm needs two"
-        )
-    side = max(recipe.image.largest_train_size, recipe.image.scaled(step.attachments.render))
-    if max(side) > 4096:
-        raise FgvcError(f"images would have to be rendered at {side} pixels for a technique or a teacher; at most 4096")
-    rendered = preprocess.model_copy(update={"size": side})
-    loader = train_loader(
-        index,
-        rows,
-        augmenter=Augmenter(recipe.augment, rendered, seed=recipe.train.seed),
-        batch_size=micro,
-        seed=recipe.train.seed,
-        workers=recipe.train.workers,
-        cache=_cache(recipe, index, rows, runtime, notify, side),
-        rank=runtime.rank,
-        world=runtime.world,
-        on_sample=[hook for _, hook in step.hooks("on_sample")],
-        max_unreadable=recipe.data.max_unreadable,
-        balanced=recipe.train.sampling == "balanced",
-    )
-    if loader.steps_per_epoch < recipe.train.grad_accum_steps:
-        loader.close()
-        raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {len(rows)} training images")
-    return loader
-
-
-def _cache(
-    recipe: Recipe,
-    index: ImageIndex,
-    rows: np.ndarray,
-    runtime: Runtime,
-    notify: Notify | None,
-    rendered: tuple[int, int],
-) -> DecodeCache | None:
-    """The decode cache where the recipe wants one, built by rank 0 while the others wait."""
-    if recipe.cache == "none":
-        return None
-    side, folder = recipe.augment.shrink_to(rendered), recipe.cache_dir
-    runtime.first(lambda: DecodeCache.open(index, rows, side=side, folder=folder, progress=notify).close())
-    return DecodeCache.open(index, rows, side=side, folder=folder)

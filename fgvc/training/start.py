@@ -1,4 +1,4 @@
-"""What a run starts from: heads that are fitted to frozen nets before the first step, its own and those of its teachers."""
+"""Heads fitted to frozen nets by logistic regression before the first step: the run's own and those of its teachers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from fgvc.evaluation.features import pooled
 from fgvc.models.backbone import memory_format
 from fgvc.models.probe import Probe, fit_probe, linear_head, put_head
 from fgvc.training.batch import Normalise, to_batch
-from fgvc.training.session import Session, spread
+from fgvc.training.images import spread
+from fgvc.training.session import Session
 
-VIEWS = 2  # augmented ones of each image, beside the one that evaluation sees
+VIEWS = 2  # augmented views of each image, beside the one that evaluation sees
 MAX_IMAGES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class HeadFit:
-    """What is recorded of it."""
+    """Record of a fitted head."""
 
     images: int
     views: int  # of each image
@@ -41,53 +42,53 @@ class HeadFit:
 
 
 def fit_teachers(session: Session) -> dict[str, HeadFit]:
-    """Fit the head of each teacher that is to have one by logistic regression to its features of the training images, seen at its
-    own size, with its own mean and std, on rank 0; all ranks have it afterwards. What was fitted, by the teacher's name.
+    """Fit the head of each probed teacher by logistic regression to its features of the training images, at its own size, mean
+    and std, on rank 0; all ranks have it afterwards. Returns the fits by the teachers' names.
 
     Raises FgvcError where no image can be read."""
-    found = {}
+    fits = {}
     for name, probed in session.probed.items():
-        found[name] = _fitted(session, probed.net, probed.spec, where=name)
-        probed.fit = asdict(found[name])
-    return found
+        fits[name] = _fit_head(session, probed.net, probed.spec, where=name)
+        probed.fit = asdict(fits[name])
+    return fits
 
 
-def _fitted(session: Session, net: nn.Module, spec: Preprocess, *, where: str) -> HeadFit:
-    """`net`, in eval mode and on the device, gets its linear head fitted to what the run learns from. `where`: in errors."""
+def _fit_head(session: Session, net: nn.Module, spec: Preprocess, *, where: str) -> HeadFit:
+    """Fit the linear head of `net`, in eval mode and on the device, to the run's training images. `where`: in errors."""
     process = session.runtime
     fits: list[HeadFit] = []
 
     def fit() -> None:
-        probe, said, _ = fitted_probe(session, net, spec, where=where)
+        probe, head_fit, _ = fit_net_probe(session, net, spec, where=where)
         put_head(net, torch.from_numpy(probe.weight), torch.from_numpy(probe.bias))
-        fits.append(said)
+        fits.append(head_fit)
 
     process.first(fit)
     process.same_tensors(linear_head(net).parameters())
     return HeadFit(**process.gather(asdict(fits[0]) if fits else {})[0])
 
 
-def fitted_probe(
+def fit_net_probe(
     session: Session, net: nn.Module, spec: Preprocess, *, where: str
 ) -> tuple[Probe, HeadFit, ViewFeatures]:
-    """Logistic regression on what `net`, in eval mode and on the device, makes of the training images (up to MAX_IMAGES, spread
-    evenly), and the features that it learned from. `where`: in errors. Raises FgvcError where no image can be read."""
+    """Fit logistic regression to the features by `net`, in eval mode and on the device, of the training images (up to MAX_IMAGES,
+    spread evenly); returns these features, too. `where`: in errors. Raises FgvcError where no image can be read."""
     recipe, index = session.recipe, session.index
     rows = spread(index.rows("train"), MAX_IMAGES)
-    seen = view_features(net, spec, index, rows, recipe=recipe, device=session.runtime.device)
+    features = view_features(net, spec, index, rows, recipe=recipe, device=session.runtime.device)
     try:
         probe = fit_probe(
-            seen.vectors, seen.labels, classes=len(index.classes), groups=seen.rows, seed=recipe.train.seed
+            features.vectors, features.labels, classes=len(index.classes), groups=features.rows, seed=recipe.train.seed
         )
     except FgvcError as error:
         raise FgvcError(f"{where}: {error}") from error
     loss = None if np.isnan(probe.loss) else round(probe.loss, 4)
-    return probe, HeadFit(len(np.unique(seen.rows)), 1 + VIEWS, probe.strength, loss), seen
+    return probe, HeadFit(len(np.unique(features.rows)), 1 + VIEWS, probe.strength, loss), features
 
 
 @dataclass(frozen=True, slots=True)
 class ViewFeatures:
-    """What a frozen net's classifier reads of N views: first of every image as evaluation sees it, then of augmented ones."""
+    """Features of N views before a frozen net's classifier: first every image as evaluation sees it, then augmented views."""
 
     vectors: NDArray[np.float32]  # (N,D)
     labels: NDArray[np.int64]  # (N,)
@@ -104,8 +105,8 @@ def view_features(
     device: torch.device,
     views: int = VIEWS,
 ) -> ViewFeatures:
-    """Of `rows`, through `net` in eval mode and on the device; `spec` is the preprocessing that this net wants, `views` how many
-    times each is augmented as the recipe says. Raises FgvcError where no image can be read."""
+    """Compute the features of `rows` by `net`, in eval mode and on the device; `spec` is this net's preprocessing, `views` the
+    number of augmented views of each by the recipe. Raises FgvcError where no image can be read."""
     layout, workers, batch, seed = memory_format(net), recipe.train.workers, 64, recipe.train.seed
     normalise, augmenter = Normalise(spec, device, layout), Augmenter(recipe.augment, spec, seed=seed)
 
@@ -117,10 +118,10 @@ def view_features(
         ):
             yield to_batch(raw, normalise).x, raw.labels, raw.index
 
-    vectors, labels, seen = [], [], []
+    vectors, labels, view_rows = [], [], []
     with torch.inference_mode():
         for x, y, row in images():
             vectors.append(pooled(net, x).flatten(1).float().cpu().numpy())
             labels.append(y.cpu().numpy())
-            seen.append(row.numpy())
-    return ViewFeatures(np.concatenate(vectors), np.concatenate(labels), np.concatenate(seen))
+            view_rows.append(row.numpy())
+    return ViewFeatures(np.concatenate(vectors), np.concatenate(labels), np.concatenate(view_rows))

@@ -1,4 +1,4 @@
-"""Opening the teachers of a run: where each comes from, and that it can teach these classes."""
+"""Loading of a run's teachers: where each comes from, and checks that it can teach these classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fgvc.models.probe import linear_head, refuse_unprobed, zero_head
 from fgvc.models.weights import Weights, load_weights, unlikely
 from fgvc.reparam.plain import strip
 from fgvc.runs.checkpoint import read_progress
-from fgvc.runs.images import learnt_of_aside
+from fgvc.runs.images import held_out_overlap
 from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import Engine, available_cpus
@@ -44,13 +44,13 @@ from fgvc.techniques.distill.teacher import (
 )
 from fgvc.techniques.plan import Attachments
 
-Opened = Literal["to teach", "to time", "not"]
-"""What for teachers are opened: to time a step, one whose head would be fitted has random weights and needs no file."""
+TeacherUse = Literal["to teach", "to time", "not"]
+"""Purpose of loading teachers: to time a step, one whose head would be fitted has random weights and needs no file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherLoader:
-    """Opens what the student of one run is to learn from. Each process opens its own."""
+    """Loader of the teachers of one run's student. Each process loads its own."""
 
     classes: tuple[str, ...]  # the student's
     device: torch.device
@@ -58,11 +58,11 @@ class TeacherLoader:
     preprocess: Preprocess | None = None  # of a run that goes on
     out: Path | None = None  # the student's folder
     index: ImageIndex | None = None  # the student's images
-    timed: bool = False  # see Opened
+    timed: bool = False  # see TeacherUse
 
     def __call__(self, wanted: AnyTeacher, attachments: Attachments, student: Preprocess) -> Teacher:
-        """`student`: the preprocessing that its weights ask for. Raises FgvcError for a teacher that is not there, does not
-        know the student's classes, or has no trained head."""
+        """Load one teacher. `student`: the preprocessing that the student's weights need. Raises FgvcError for a teacher that is
+        missing, does not know the student's classes, or has no trained head."""
         student = self.preprocess or student
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # or the student's own branches would start with other weights
@@ -92,35 +92,35 @@ class TeacherLoader:
         )
 
     def _timm(self, wanted: TimmTeacher, student: Preprocess) -> Teacher:
-        one = self._loaded(wanted, student)
-        if fresh := [key for key in one.weights.fresh if not key.endswith("num_batches_tracked")]:
+        loaded = self._load_timm(wanted, student)
+        if fresh := [key for key in loaded.weights.fresh if not key.endswith("num_batches_tracked")]:
             raise FgvcError(
-                f"{one.weights.origin}: its head does not have {len(self.classes)} outputs, one for each class of this run; "
+                f"{loaded.weights.origin}: its head does not have {len(self.classes)} outputs, one for each class of this run; "
                 f"a teacher must be trained on these classes ({', '.join(fresh[:2])}), or be of kind: probe"
             )
-        return self._of_timm(one, student, name=f"{wanted.backbone} of {one.weights.origin}")
+        return self._from_timm(loaded, student, name=f"{wanted.backbone} of {loaded.weights.origin}")
 
     def _probe(self, wanted: ProbeTeacher, student: Preprocess) -> Teacher:
         if self.timed:
             wanted = wanted.model_copy(update={"weights": "none"})
-        one = self._loaded(wanted, student)
-        refuse_size(one.net, one.spec.size, len(self.classes), wanted.backbone)
-        refuse_unprobed(one.net, one.spec.size, wanted.backbone)
-        last = set(map(id, linear_head(one.net).parameters()))
-        rest = {name for name, value in one.net.named_parameters() if id(value) not in last}
-        if lost := [name for name in one.weights.fresh if name in rest]:
-            raise FgvcError(f"{one.weights.origin}: lacks what comes before the last layer: {some(lost)}")
-        zero_head(one.net)  # that of the weights is of other classes, or random
-        origin = digest(one.net, one.model.backbone, one.model.kwargs, one.spec.model_dump())
-        name = f"{wanted.backbone} of {one.weights.origin}, frozen, its head fitted"
-        return self._of_timm(one, student, name=name, origin=origin)
+        loaded = self._load_timm(wanted, student)
+        refuse_size(loaded.net, loaded.spec.size, len(self.classes), wanted.backbone)
+        refuse_unprobed(loaded.net, loaded.spec.size, wanted.backbone)
+        last = set(map(id, linear_head(loaded.net).parameters()))
+        rest = {name for name, value in loaded.net.named_parameters() if id(value) not in last}
+        if lost := [name for name in loaded.weights.fresh if name in rest]:
+            raise FgvcError(f"{loaded.weights.origin}: lacks what comes before the last layer: {some(lost)}")
+        zero_head(loaded.net)  # that of the weights is of other classes, or random
+        origin = digest(loaded.net, loaded.model.backbone, loaded.model.kwargs, loaded.spec.model_dump())
+        name = f"{wanted.backbone} of {loaded.weights.origin}, frozen, its head fitted"
+        return self._from_timm(loaded, student, name=name, origin=origin)
 
-    def _loaded(self, wanted: TimmTeacher | ProbeTeacher, student: Preprocess) -> _Loaded:
+    def _load_timm(self, wanted: TimmTeacher | ProbeTeacher, student: Preprocess) -> _TimmNet:
         model = Model(backbone=wanted.backbone, kwargs=wanted.kwargs, weights=wanted.weights)
         net = plain_model(wanted.backbone, len(self.classes), wanted.kwargs)
         weights = load_weights(net, model, stated=[key for key in ("mean", "std") if getattr(wanted, key) is not None])
         size = wanted.size or tuple(net.pretrained_cfg["input_size"][1:])  # type: ignore[index]
-        own = student.model_copy(
+        spec = student.model_copy(
             update={
                 "mean": wanted.mean or weights.mean,
                 "std": wanted.std or weights.std,
@@ -129,21 +129,21 @@ class TeacherLoader:
                 "size": size,
             }
         )
-        return _Loaded(net, model, weights, own)
+        return _TimmNet(net, model, weights, spec)
 
-    def _of_timm(self, one: _Loaded, student: Preprocess, *, name: str, origin: str | None = None) -> Teacher:
-        doubts = [*one.weights.doubts, *unlikely(one.spec, one.weights)]
-        run = run_of(Path(one.model.weights).expanduser())
-        if run is not None and self.index is not None and (seen := learnt_of_aside(run, self.index)):
-            doubts.append(f"it was trained on {seen} of the images that this run validates or tests on")
+    def _from_timm(self, loaded: _TimmNet, student: Preprocess, *, name: str, origin: str | None = None) -> Teacher:
+        doubts = [*loaded.weights.doubts, *unlikely(loaded.spec, loaded.weights)]
+        run = run_of(Path(loaded.model.weights).expanduser())
+        if run is not None and self.index is not None and (overlap := held_out_overlap(run, self.index)):
+            doubts.append(f"it was trained on {overlap} of the images that this run validates or tests on")
         notes, order = tuple(f"WARNING: {doubt}" for doubt in doubts), list(range(len(self.classes)))
-        return self._of_net(one.net, one.model, student, one.spec, order, name=name, notes=notes, origin=origin)
+        return self._from_net(loaded.net, loaded.model, student, loaded.spec, order, name=name, notes=notes, origin=origin)
 
     def _run(self, wanted: RunTeacher, student: Preprocess) -> Teacher:
         if self.out is not None and wanted.path.resolve() == self.out.resolve():
             raise FgvcError(f"{wanted.path}: is this run's own folder; kind: ema learns from its own average")
-        loaded = load_run(wanted.path, wanted.select)
-        recipe, labels = loaded.recipe, loaded.classes
+        run = load_run(wanted.path, wanted.select)
+        recipe, labels = run.recipe, run.classes
         order = in_order(labels, self.classes, where=str(wanted.path))
         smoothing, warnings = recipe.loss.label_smoothing, []
         if smoothing:
@@ -152,78 +152,78 @@ class TeacherLoader:
             )
         if not read_progress(wanted.path / "ckpt").finished:
             warnings.append("WARNING: its training is not finished")
-        if self.index is not None and (seen := learnt_of_aside(wanted.path, self.index)):
-            warnings.append(f"WARNING: it was trained on {seen} of the images that this run validates or tests on")
+        if self.index is not None and (overlap := held_out_overlap(wanted.path, self.index)):
+            warnings.append(f"WARNING: it was trained on {overlap} of the images that this run validates or tests on")
         # As it would ship: re-parameterised blocks are folded, and cost nothing.
-        net = strip(loaded.step.net, backbone=recipe.model.backbone, num_classes=len(labels), kwargs=recipe.model.kwargs)
-        return self._of_net(
+        net = strip(run.step.net, backbone=recipe.model.backbone, num_classes=len(labels), kwargs=recipe.model.kwargs)
+        return self._from_net(
             net,
             recipe.model,
             student,
-            loaded.preprocess,
+            run.preprocess,
             order,
-            name=f"{wanted.path} ({recipe.model.backbone}, {loaded.select})",
+            name=f"{wanted.path} ({recipe.model.backbone}, {run.select})",
             notes=tuple(warnings),
         )
 
-    def _of_net(
+    def _from_net(
         self,
         net: nn.Module,
         model: Model,
         student: Preprocess,
-        own: Preprocess,
+        spec: Preprocess,
         order: list[int],
         *,
         name: str,
         notes: tuple[str, ...],
         origin: str | None = None,
     ) -> Teacher:
-        """`origin`: of a net whose head is still to be fitted, what it was before that."""
+        """Make the teacher of a net. `origin`: of a net whose head is still to be fitted, its digest before that."""
         net = deployed(net).requires_grad_(False)
-        channels = _channels(net, own.size)  # and that the net takes the size
-        identity = partial(digest, net, model.backbone, model.kwargs, own.model_dump(), order)
+        channels = _channels(net, spec.size)  # and that the net takes the size
+        identity = partial(digest, net, model.backbone, model.kwargs, spec.model_dump(), order)
         layout = memory_format(net)
         net.to(self.device).to(memory_format=layout)
 
         def answer(x: Tensor) -> TeacherOutput:
-            said = teacher_output(net, x.contiguous(memory_format=layout), maps=channels is not None)
-            return TeacherOutput(said.logits[:, order], said.features)
+            output = teacher_output(net, x.contiguous(memory_format=layout), maps=channels is not None)
+            return TeacherOutput(output.logits[:, order], output.features)
 
         return Teacher(
-            name=f"{name}, {own.size[0]} x {own.size[1]} px",
+            name=f"{name}, {spec.size[0]} x {spec.size[1]} px",
             forward=answer,
-            size=own.size,
+            size=spec.size,
             channels=channels,
-            convert=conversion(student, own),
+            convert=conversion(student, spec),
             identity=cache(identity) if origin is None else identity,
             notes=notes,
-            probed=None if origin is None else ProbedNet(net, own, origin),
+            probed=None if origin is None else ProbedNet(net, spec, origin),
         )
 
     def _bundle(self, wanted: BundleTeacher, student: Preprocess) -> Teacher:
         bundle = load_bundle(wanted.path)
-        own, order = bundle.preprocess, in_order(bundle.labels, self.classes, where=str(wanted.path))
+        spec, order = bundle.preprocess, in_order(bundle.labels, self.classes, where=str(wanted.path))
         # It computes while torch waits: as many threads as torch has, which torchrun keeps down, within the CPUs allowed.
         engine = Engine(bundle, threads=min(torch.get_num_threads(), available_cpus()))
-        facts = f"{bundle.files['model.onnx']} {own.model_dump()} {order}"
+        facts = f"{bundle.files['model.onnx']} {spec.model_dump()} {order}"
 
         def answer(x: Tensor) -> TeacherOutput:
             logits = torch.from_numpy(engine.logits(x.contiguous().cpu().numpy()))
             return TeacherOutput(logits[:, order].to(x.device), None)
 
         return Teacher(
-            name=f"{wanted.path} (a bundle), {own.size[0]} x {own.size[1]} px",
+            name=f"{wanted.path} (a bundle), {spec.size[0]} x {spec.size[1]} px",
             forward=answer,
-            size=own.size,
+            size=spec.size,
             channels=None,
-            convert=conversion(student, own),
+            convert=conversion(student, spec),
             identity=lambda: hashlib.sha256(facts.encode()).hexdigest(),
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
-    """A timm net with its weights, and the preprocessing of its input."""
+class _TimmNet:
+    """A timm net with its weights and the preprocessing of its input."""
 
     net: nn.Module
     model: Model
@@ -232,7 +232,7 @@ class _Loaded:
 
 
 def _channels(net: nn.Module, size: tuple[int, int]) -> int | None:
-    """Of the last feature map; None where the features are no map. Raises FgvcError where the net can't take the size."""
+    """Channels of the last feature map; None where the features are no map. Raises FgvcError where the net refuses the size."""
     try:
         features, _ = zeros_through(net, size)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:

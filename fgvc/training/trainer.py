@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed import DistError
 
 from fgvc.config.recipe import Recipe
-from fgvc.data.loader import TrainBatch
 from fgvc.data.quality.stored import spot_check
 from fgvc.data.recipe import resolve_data
 from fgvc.errors import FgvcError
@@ -28,42 +27,40 @@ from fgvc.io.files import write_atomic
 from fgvc.io.names import some
 from fgvc.models.finite import not_finite, suspicious
 from fgvc.runs import checkpoint
-from fgvc.runs.distributed import rng_state, runtime, set_rng_state
+from fgvc.runs.distributed import runtime
 from fgvc.runs.folder import (
-    Going,
-    as_recorded,
-    begin_anew,
-    begun_with,
+    RunStatus,
+    claim_run,
     continue_run,
-    damaged,
-    ended,
-    ending,
-    note_settings,
-    opened,
+    end_setting,
+    logged_finished,
+    new_run_advice,
+    preprocess_fault,
     read_run,
     recorded_preprocess,
     refuse_changed,
+    required_start,
     start_run,
+    update_settings,
+    with_recorded_select,
 )
-from fgvc.runs.images import continued
+from fgvc.runs.images import resumed_index
 from fgvc.runs.record import Record
-from fgvc.techniques.api import Batch, Draws, View
-from fgvc.training.batch import to_batch
-from fgvc.training.between import epoch_start
-from fgvc.training.floor import Floor, fit_floor, head_of, standing, start_with
+from fgvc.training.epoch_start import epoch_start
+from fgvc.training.floor import Floor, fit_floor, floor_comparison, floor_head, put_floor_head
 from fgvc.training.log import Events
 from fgvc.training.means import RunningMeans
 from fgvc.training.optim import learning_rate
-from fgvc.training.refit import refit_of
-from fgvc.training.sam import perturbed
+from fgvc.training.refit import refit_recipe
 from fgvc.training.session import Session, open_session
 from fgvc.training.start import fit_teachers
-from fgvc.training.validate import far_from_even, score
-from fgvc.training.watch import held, lost, refuse_not_finite
+from fgvc.training.step import take_step
+from fgvc.training.validate import score, start_doubt
+from fgvc.training.watch import not_finite_error, refuse_not_finite, state_tensors
 
 
 def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = False, recorded: bool = False) -> Path:
-    """Train to the end of the schedule, or to `train.max_steps`; returns `out`, or the folder of its refit (`train.refit`).
+    """Train to the end of the schedule, or to `train.max_steps`; return `out`, or the folder of its refit (`train.refit`).
 
     Goes on from `out`'s last checkpoint if that run is unfinished: killed at any moment and started again, it ends (on CPU)
     with the same bits as an uninterrupted one, and with the images that it recorded when it began: it refuses a set that has
@@ -74,56 +71,56 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
     _train(recipe, out, resume=resume, overwrite=overwrite, recorded=recorded)
     if not recipe.train.refit:
         return out
-    again, folder, said = refit_of(out)
+    refit, folder, message = refit_recipe(out)
     if os.environ.get("RANK", "0") == "0":  # torchrun's
-        Events(out, recipe.log).say(f"{folder}: {said}")
-    _train(again, folder, resume="auto", overwrite=overwrite, recorded=recorded)
+        Events(out, recipe.log).say(f"{folder}: {message}")
+    _train(refit, folder, resume="auto", overwrite=overwrite, recorded=recorded)
     return folder
 
 
 def _train(recipe: Recipe, out: Path, *, resume: str, overwrite: bool, recorded: bool) -> None:
     with runtime(recipe.train) as process, ExitStack() as stack:
         events = Events(out, recipe.log, active=process.main)
-        going: list[Going] = ["new"]
+        claimed: list[RunStatus] = ["new"]
 
         def claim() -> None:  # for all ranks, as long as the first one lives
-            run = opened(out, recipe, resume=resume, overwrite=overwrite, recorded=recorded, say=events.say)
-            going[0] = stack.enter_context(run)
+            run = claim_run(out, recipe, resume=resume, overwrite=overwrite, recorded=recorded, say=events.say)
+            claimed[0] = stack.enter_context(run)
 
         process.first(claim)
-        going = process.gather(going[0])
-        if going[0] == "new":
+        status = process.gather(claimed[0])[0]
+        if status == "new":
             refuse_opset(recipe.export.exporter, recipe.export.opset)  # hours before it is exported
-        if going[0] == "finished":
-            process.first(lambda: note_settings(out, recipe, recorded=recorded))
+        if status == "finished":
+            process.first(lambda: update_settings(out, recipe, recorded=recorded))
             _say_finished(read_run(out), out, events)
             return
-        known: dict[str, Any] = {}
-        if going[0] == "on":
-            recipe = as_recorded(recipe, read_run(out))
+        resumed: dict[str, Any] = {}
+        if status == "on":
+            recipe = with_recorded_select(recipe, read_run(out))
             recipe = recipe.model_copy(update={"select": recipe.selected})  # an earlier fgvc chose by the recipe alone
-            index = continued(out, recipe, recorded=recorded)
-            known = {"index": index, "preprocess": recorded_preprocess(out), "begun": begun_with(out, recipe)}
-        built = open_session(recipe, process, **known, notify=events.say, out=out)
-        with _memory_advice(recipe, out), built as session:
-            _enter(session, out, events, goes_on=going[0] == "on")
-            _introduce(session, events)
-            if going[0] == "new":
+            index = resumed_index(out, recipe, recorded=recorded)
+            resumed = {"index": index, "preprocess": recorded_preprocess(out), "start_state": required_start(out, recipe)}
+        built = open_session(recipe, process, **resumed, notify=events.say, out=out)
+        with _advice_on_failure(recipe, out), built as session:
+            _begin_or_resume(session, out, events, goes_on=status == "on")
+            _describe(session, events)
+            if status == "new":
                 _start(session, out, events)
-            _run(session, out, events)
+            _run_epochs(session, out, events)
 
 
 def _say_finished(recipe: Recipe, out: Path, events: Events) -> None:
-    """The same command on a run that is at its end, with what it lacks if it was killed after its last checkpoint."""
+    """Report that the run is finished, and write what it lacks if it was killed after its last checkpoint."""
     progress = checkpoint.read_progress(out / "ckpt", say=events.say)
-    if events.active and not ended(out):
+    if events.active and not logged_finished(out):
         _end(out, events, progress, recipe)
-    how = f"To go on raise {ending(recipe, progress.step)}; to lose it give --overwrite"
+    how = f"To go on raise {end_setting(recipe, progress.step)}; to lose it give --overwrite"
     events.say(f"{out}: this run is finished. {how}")
 
 
-def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> None:
-    """Begin or go on. Only now, when all is built and nothing more can be refused, is the folder changed."""
+def _begin_or_resume(session: Session, out: Path, events: Events, *, goes_on: bool) -> None:
+    """Begin or resume a run: the folder is changed only now, when all is built and nothing more can be refused."""
     process = session.runtime
     facts = {
         "labels.json": list(session.index.classes),
@@ -132,29 +129,29 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
     if not goes_on:
         process.first(lambda: start_run(out, session.recipe, facts, Record.of(session.index)))
         return
-    state = checkpoint.load(out / "ckpt", say=lambda _: None)  # `open_run` has said it
-    if (why := damaged(out, state)) is not None:
+    state = checkpoint.load(out / "ckpt", say=lambda _: None)  # `run_status` has said it
+    if (why := preprocess_fault(out, state)) is not None:
         raise FgvcError(why)
     finished, done = state.progress.finished, state.progress.step
     over = done == session.total_steps > 0 and (finished or not state.progress.sums)
     if done > session.total_steps or over:
         raise FgvcError(
             f"{out}: this run has made {done} steps, and the settings now end at {session.total_steps}: nothing is left to "
-            f"do. Raise {ending(session.recipe, done)}, or choose another --out"
+            f"do. Raise {end_setting(session.recipe, done)}, or choose another --out"
         )
     _refuse_other_processes(state, session, out)
-    was, state.progress.best = state.progress.best, checkpoint.best_score(out / "ckpt")
-    if was is not None and state.progress.best is None:
+    recorded_best, state.progress.best = state.progress.best, checkpoint.best_score(out / "ckpt")
+    if recorded_best is not None and state.progress.best is None:
         events.say(f"WARNING: {out}/ckpt/best: gone or damaged; the best of the epochs to come takes its place")
-    if (why := checkpoint.doubt(out / "ckpt", "start")) is not None:
+    if (why := checkpoint.fault(out / "ckpt", "start")) is not None:
         events.say(f"WARNING: {out}/ckpt/start: {why}; the run goes on without what it started from")
-    if wild := not_finite(held(state)):  # as an earlier fgvc saved them
-        reason = f"its checkpoint of step {done} holds values that are NaN or infinite: {some(wild)}"
-        raise lost(reason, out=out, recipe=session.recipe)
+    if bad := not_finite(state_tensors(state)):  # as an earlier fgvc saved them
+        reason = f"its checkpoint of step {done} holds values that are NaN or infinite: {some(bad)}"
+        raise not_finite_error(reason, out=out, recipe=session.recipe)
     session.restore(state)
     process.gather(done)  # all have read it
     process.first(lambda: refuse_changed(out, facts))
-    process.first(lambda: checkpoint.mend(out / "ckpt"))
+    process.first(lambda: checkpoint.repair(out / "ckpt"))
     if finished:  # an extended run is unfinished from now on, whatever happens next
         _save(session, out)
     process.first(lambda: continue_run(out, session.recipe, session.index))
@@ -163,29 +160,29 @@ def _enter(session: Session, out: Path, events: Events, *, goes_on: bool) -> Non
 
 
 def _refuse_other_processes(state: checkpoint.State, session: Session, out: Path) -> None:
-    """Each process has random numbers of its own, and a share of each batch whose statistics its norms take."""
+    """Raise FgvcError where the run was trained by another number of processes, each of which has its own random numbers."""
     then, now = len(state.rest["rng"]), session.runtime.world
     if then != now:
         how = f"by torchrun --nproc-per-node={then} -m fgvc train ..." if then > 1 else "without torchrun"
         raise FgvcError(
             f"{out}: this run was trained by {then} process(es) and would go on by {now}: start it {how} (train.device=cpu where "
-            f"there are fewer GPUs). {begin_anew(out)}"
+            f"there are fewer GPUs). {new_run_advice(out)}"
         )
 
 
 def _start(session: Session, out: Path, events: Events) -> None:
-    """Before the first step, and saved at once: a run that goes on never fits anew."""
+    """Fit the heads before the first step, score the start, and save it at once: a resumed run never fits anew."""
     floor = fit_floor(session)
     events.say(floor if isinstance(floor, str) else str(floor))
     if isinstance(floor, Floor):
         events.write("floor", **floor.facts)
         if session.recipe.model.head == "probe":
-            start_with(session, floor)
+            put_floor_head(session, floor)
     for teacher, fit in fit_teachers(session).items():
         events.write("teacher", name=teacher, **asdict(fit))
         events.say(f"{teacher}: {fit}")
     scores = score(session, out)
-    if doubt := far_from_even(scores, session.recipe.model):
+    if doubt := start_doubt(scores, session.recipe.model):
         events.say(f"WARNING: {doubt}")
     if session.validated:  # it is the first of those that validation chooses among
         events.write("validated", step=0, **{f"val_{name}": value for name, value in scores.numbers().items()})
@@ -193,7 +190,7 @@ def _start(session: Session, out: Path, events: Events) -> None:
     _save(session, out, start=True, best=session.validated, floor=floor if isinstance(floor, Floor) else None)
 
 
-def _run(session: Session, out: Path, events: Events) -> None:
+def _run_epochs(session: Session, out: Path, events: Events) -> None:
     progress, recipe = session.progress, session.recipe
     if not session.total_steps:  # the start ships
         progress.finished = True
@@ -203,7 +200,7 @@ def _run(session: Session, out: Path, events: Events) -> None:
             for _, prepare in session.step.hooks("before_epoch"):
                 prepare(epoch_start(session, out, events, stop=interrupted))
             for losses, count in _steps(session, events):
-                _refuse_step(session, losses, out)
+                _check_step(session, losses, out)
                 _log(session, losses, count, events)
                 due = recipe.checkpoint.every_steps is not None and progress.step % recipe.checkpoint.every_steps == 0
                 stop = session.runtime.agreed(interrupted.is_set())  # a signal reaches each process in a step of its own
@@ -217,17 +214,17 @@ def _run(session: Session, out: Path, events: Events) -> None:
 
 
 def _end(out: Path, events: Events, progress: checkpoint.Progress, recipe: Recipe) -> None:
-    """What follows the last checkpoint."""
+    """Write what follows the last checkpoint: curves, the comparison with the floor, and the event that ends the log."""
     write_atomic(out / "plots" / "curves.png", plot_curves(progress.history))
-    found = standing(out, recipe)
-    facts = {} if found is None else {"standing": found.facts}
+    comparison = floor_comparison(out, recipe)
+    facts = {} if comparison is None else {"standing": comparison.facts}
     events.write("finished", step=progress.step, seconds=round(progress.seconds, 1), **facts)
-    for line in [] if found is None else found.lines(recipe):
+    for line in [] if comparison is None else comparison.lines(recipe):
         events.say(line)
 
 
 def _steps(session: Session, events: Events) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """The rest of the epoch that `progress` is in: yields each optimizer step's losses and number of images."""
+    """Run the rest of the epoch that `progress` is in; yields each optimizer step's losses and number of images."""
     progress, parts = session.progress, session.recipe.train.grad_accum_steps
     micro_batches = session.loader.epoch(progress.epoch, start=progress.micro)
     for _ in range(progress.micro // parts, session.steps_per_epoch):
@@ -242,86 +239,25 @@ def _steps(session: Session, events: Events) -> Iterator[tuple[dict[str, Tensor]
         yield losses, count
 
 
-def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Events) -> tuple[dict[str, Tensor], int]:
-    """Forward, backward and update on one batch, in `train.grad_accum_steps` parts; with SAM the parts are gone through again,
-    from weights a small way uphill. The losses are those of the first time."""
-    recipe, process, step = session.recipe, session.runtime, session.step
-    parts, sam = recipe.train.grad_accum_steps, recipe.optim.sam
-    again: list[tuple[Mapping[str, Any], Batch, Draws, list[View]]] = []
-    session.optimizer.zero_grad(set_to_none=True)
-    session.watch.begin()
-    found: dict[str, list[Tensor]] = {}
-    count = 0
-    for part in range(parts):
-        raw = next(micro_batches)
-        for error in raw.bad:
-            events.say(f"skipped from now on: {error}")
-            events.write("unreadable", path=error.path, reason=error.reason)
-        batch = to_batch(raw, session.normalise, session.train_size)
-        progress = session.progress.step / (session.steps_per_epoch * recipe.train.epochs)
-        draws = step.draw(
-            batch, progress, seed=recipe.train.seed, step=session.progress.step, part=part, rank=process.rank
-        )
-        if sam is None:
-            losses, _ = _pass(session, batch, draws, last=part == parts - 1)
-        else:  # each rank goes uphill by its own images, as in the paper
-            state = rng_state(process.device)
-            losses, views = _pass(session, batch, draws, last=False)
-            again.append((state, batch, draws, views))
-        count += len(batch.labels)
-        for name, value in losses.items():
-            found.setdefault(name, []).append(value.detach())
-    if sam is not None:
-        with perturbed(step, sam):
-            for part, (state, batch, draws, views) in enumerate(again):
-                set_rng_state(state, process.device)  # the net's own dropout draws the same
-                uphill, _ = _pass(session, batch, draws, views, last=part == parts - 1)
-                session.watch.uphill.append(uphill["loss"].detach())
-    if recipe.optim.clip_grad is not None:
-        session.scaler.unscale_(session.optimizer)
-        torch.nn.utils.clip_grad_norm_(step.parameters(), recipe.optim.clip_grad)
-    session.scaler.step(session.optimizer)
-    session.scaler.update()
-    if session.ema is not None:
-        session.ema.update(step.net, step=session.progress.step)
-    for kind, after in step.hooks("after_step"):
-        after(step.contexts[kind])
-    # A term may be of some parts only, as where labels are mixed: the mean is over those.
-    return {name: torch.stack(values).mean() for name, values in found.items()}, count * process.world
-
-
-def _pass(
-    session: Session, batch: Batch, draws: Draws, views: list[View] | None = None, *, last: bool
-) -> tuple[dict[str, Tensor], list[View]]:
-    """Forward and backward of one part of a batch; in the last one the ranks add up their gradients."""
-    parts, process = session.recipe.train.grad_accum_steps, session.runtime
-    synchronise = nullcontext() if last or process.world == 1 else session.wrapped.no_sync()  # type: ignore[operator]
-    with synchronise:
-        with process.autocast():
-            losses, made = session.wrapped(batch, draws, views)
-        session.scaler.scale(losses["loss"] / parts if parts > 1 else losses["loss"]).backward()
-    return losses, made
-
-
-def _refuse_step(session: Session, losses: Mapping[str, Tensor], out: Path) -> None:
+def _check_step(session: Session, losses: Mapping[str, Tensor], out: Path) -> None:
     """Raise FgvcError on all processes where the loss, the gradients or what the step has moved are not finite on one, or where
     fp16 skips every step. The one value that a step waits for: none may go on, or be saved, with numbers that are none."""
     watched = session.watch.tensors(losses["loss"])
     if session.runtime.anywhere(suspicious(watched.values())):
         terms = {f"its term {name}": value for name, value in losses.items() if name != "loss"}
         of_loss = {"the loss": losses["loss"]} | ({} if losses["loss"].isfinite() else terms)
-        _refuse(session, out, of_loss | watched, f"step {session.progress.step}")
+        _check_finite(session, out, of_loss | watched, f"step {session.progress.step}")
     step = session.progress.step
     if why := session.watch.skipped(step, last=step >= session.total_steps):
-        raise lost(why, out=out, recipe=session.recipe)
+        raise not_finite_error(why, out=out, recipe=session.recipe)
 
 
-def _refuse(session: Session, out: Path, tensors: Mapping[str, Tensor], when: str) -> None:
+def _check_finite(session: Session, out: Path, tensors: Mapping[str, Tensor], when: str) -> None:
     refuse_not_finite(tensors, when=when, out=out, recipe=session.recipe, process=session.runtime)
 
 
 def _log(session: Session, losses: Mapping[str, Tensor], images: int, events: Events) -> None:
-    """Sums for the epoch's row, and a line every few steps."""
+    """Add the losses to the epoch's means, and write a line every few steps."""
     progress = session.progress
     session.means.add(losses)
     if progress.step % events.log.every_steps == 0 or progress.step == session.total_steps:
@@ -344,10 +280,10 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
         session.reestimate_norms()
     if session.epoch_done:
         session.average_epoch()
-    _refuse(session, out, session.watch.tensors(), f"the end of epoch {progress.epoch + 1}, step {progress.step}")
+    _check_finite(session, out, session.watch.tensors(), f"the end of epoch {progress.epoch + 1}, step {progress.step}")
     due = last or (progress.epoch + 1) % session.recipe.train.validate_every == 0
-    found = score(session, out) if due else None
-    scores = found if session.validated else None
+    scores = score(session, out) if due else None
+    scores = scores if session.validated else None
     best = False
     if scores is not None:
         row |= {f"val_{name}": value for name, value in scores.numbers().items() if name != "images"}
@@ -366,22 +302,22 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
     events.write("epoch", **row)
     events.table(progress.history)
     _save(session, out, best=best)
-    said = f", validation top-1 {100 * scores.top1:.2f} %" if scores else ""
-    events.say(f"epoch {int(row['epoch'])}/{session.recipe.train.epochs}: loss {row['loss']:.4f}{said}")
+    remark = f", validation top-1 {100 * scores.top1:.2f} %" if scores else ""
+    events.say(f"epoch {int(row['epoch'])}/{session.recipe.train.epochs}: loss {row['loss']:.4f}{remark}")
 
 
 def _save(session: Session, out: Path, *, best: bool = False, start: bool = False, floor: Floor | None = None) -> None:
     state = session.capture()
     if floor is not None:
-        state.floor, state.rest = head_of(session.step.net, floor), {**state.rest, "floor": floor.record}
-    _refuse(session, out, held(state), f"step {session.progress.step}")
+        state.floor, state.rest = floor_head(session.step.net, floor), {**state.rest, "floor": floor.record}
+    _check_finite(session, out, state_tensors(state), f"step {session.progress.step}")
     if session.runtime.main:
         checkpoint.save(out / "ckpt", state, best=best, keep=session.recipe.checkpoint.keep, start=start)
     session.runtime.barrier()
 
 
-def _introduce(session: Session, events: Events) -> None:
-    """Say what was built, once, in words."""
+def _describe(session: Session, events: Events) -> None:
+    """Write down what was built: data, model, schedule, and doubts about them."""
     recipe, index = session.recipe, session.index
     doubts = [*session.weights.doubts, *index.warnings]
     if session.batch < recipe.train.batch_size:
@@ -405,18 +341,18 @@ def _introduce(session: Session, events: Events) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM end the run after the current step, with a checkpoint."""
-    asked = threading.Event()
+    """Catch SIGINT and SIGTERM, so that they end the run after the current step, with a checkpoint."""
+    interrupted = threading.Event()
     with ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                old = signal.signal(number, lambda *_: asked.set())
+                old = signal.signal(number, lambda *_: interrupted.set())
                 stack.callback(signal.signal, number, old)
-        yield asked
+        yield interrupted
 
 
 @contextmanager
-def _memory_advice(recipe: Recipe, out: Path) -> Iterator[None]:
+def _advice_on_failure(recipe: Recipe, out: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -436,5 +372,5 @@ def _memory_advice(recipe: Recipe, out: Path) -> Iterator[None]:
             f"out of memory with train.batch_size={recipe.train.batch_size} at {recipe.image.size} px. "
             f"Raise train.grad_accum_steps (now {recipe.train.grad_accum_steps}; the same steps in smaller parts), "
             "or lower image.size. "
-            f"{begin_anew(out)}"
+            f"{new_run_advice(out)}"
         ) from error

@@ -14,18 +14,19 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.errors import NoNumbersError
 from fgvc.evaluation.metrics import Scores, evaluate
 from fgvc.models.backbone import memory_format
-from fgvc.training.session import Session, spread
-from fgvc.training.watch import lost
+from fgvc.training.images import spread
+from fgvc.training.session import Session
+from fgvc.training.watch import not_finite_error
 
-UNSCORED = 64  # training images that a net without a validation split is asked about
-FAR = 1.2  # times ln K: a start whose cross-entropy is above that is worse than no answer
+CHECKED_IMAGES = 64  # training images that a net without a validation split is checked on
+FAR_FACTOR = 1.2  # times ln K: a start whose cross-entropy is above that is worse than no answer
 
 
 def score(session: Session, out: Path) -> Scores:
-    """Of what would ship, on the validation split, whose answers the session keeps; without one on some training images, whether
-    the net gives numbers at all."""
+    """Score what would ship on the validation split, whose predictions the session keeps; without one on some training images,
+    to check that the net gives finite numbers. Raises FgvcError where it does not."""
     rows, process, held_out = session.index.rows("val"), session.runtime, session.validated
-    rows = rows if held_out else spread(session.index.rows("train"), UNSCORED)
+    rows = rows if held_out else spread(session.index.rows("train"), CHECKED_IMAGES)
     loader = evaluation_loader(
         session.index,
         rows,
@@ -38,16 +39,16 @@ def score(session: Session, out: Path) -> Scores:
     net = session.shipping()
     net.eval()
     process.same_buffers(net)
-    seen, said = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    rows_read, classes = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in loader:
-            seen.append(batch.index)
+            rows_read.append(batch.index)
             yield batch.images, batch.labels
 
     def answer(x: Tensor) -> Tensor:
         z: Tensor = net(x)
-        said.append(z.argmax(1).cpu())
+        classes.append(z.argmax(1).cpu())
         return z
 
     try:
@@ -60,21 +61,22 @@ def score(session: Session, out: Path) -> Scores:
         )
     except NoNumbersError as error:
         split = "validation" if held_out else "training"
-        raise lost(
+        raise not_finite_error(
             f"step {session.progress.step}: of {split} images, {error}", out=out, recipe=session.recipe
         ) from error
     finally:
         session.step.train()
     if held_out:
-        shares = process.gather(torch.stack([torch.cat(seen), torch.cat(said)]))
-        session.answers = torch.cat(shares, dim=1)
+        shares = process.gather(torch.stack([torch.cat(rows_read), torch.cat(classes)]))
+        session.predictions = torch.cat(shares, dim=1)
     return scores
 
 
-def far_from_even(scores: Scores, model: Model) -> str | None:
-    """A doubt where the net begins with answers much worse than none: its first gradients are large, and undo what it knows."""
-    even = math.log(len(scores.confusion))
-    if scores.loss <= FAR * even:
+def start_doubt(scores: Scores, model: Model) -> str | None:
+    """A warning where the start's answers are much worse than uniform ones: the first gradients are large, and undo what the net
+    knows."""
+    uniform = math.log(len(scores.confusion))
+    if scores.loss <= FAR_FACTOR * uniform:
         return None
     way = (
         "set model.head=probe (or zero)"
@@ -83,5 +85,5 @@ def far_from_even(scores: Scores, model: Model) -> str | None:
     )
     return (
         f"the start's cross-entropy is {scores.loss:.2f} nats, where the same answer for all {len(scores.confusion)} classes has "
-        f"{even:.2f}: {way}"
+        f"{uniform:.2f}: {way}"
     )

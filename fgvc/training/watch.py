@@ -1,4 +1,4 @@
-"""Checks that no step goes on, and no checkpoint is written, with values that are not finite; and the error for it."""
+"""Checks that neither a step nor a checkpoint holds values that are not finite, and the error for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEAST_SCALE = 1e-4  # of the loss under fp16; fairseq gives up there, too
 
 
 class FiniteCheck:
-    """What every step must leave finite, by name."""
+    """The tensors that every step must leave finite, by name."""
 
     def __init__(self, step: StepModule, average: nn.Module | None, scaler: torch.amp.GradScaler) -> None:
         self.step, self.scaler = step, scaler
@@ -36,12 +36,12 @@ class FiniteCheck:
         self._lasting = self._moved | {f"average.{name}": value for name, value in averaged.items()}
 
     def begin(self) -> None:
-        """Forget what the step before gave."""
+        """Forget the losses and logits of the step before."""
         self.uphill.clear()
-        self.step.probed.clear()
+        self.step.probe_logits.clear()
 
     def skipped(self, step: int, *, last: bool) -> str:
-        """Why nothing is learnt under fp16 although all is finite, since the scaler skips the steps; empty where that is not so.
+        """Say why nothing is learnt under fp16 although all is finite: the scaler skips the steps; empty where that is not so.
 
         Each skipped step halves its scale. It is at an end below LEAST_SCALE, where no gradient of use is left.
         """
@@ -55,20 +55,20 @@ class FiniteCheck:
         return ""
 
     def tensors(self, loss: Tensor | None = None) -> dict[str, Tensor]:
-        """The loss of a step, what its probes said, its gradients, and what it has moved: weights and running statistics.
+        """Return a step's loss, the logits of its probes, its gradients, and what it has moved: weights and running statistics.
         Without the gradients where a scaler looks at them, and skips the step. Without a loss: all that lasts, averages too."""
         if loss is None:
             return self._lasting
-        found = {"the loss": loss}
-        found |= {f"the loss uphill (optim.sam), part {at}": value for at, value in enumerate(self.uphill)}
-        found |= {f"a probe's logits, {at}": value for at, value in enumerate(self.step.probed)}
+        tensors = {"the loss": loss}
+        tensors |= {f"the loss uphill (optim.sam), part {at}": value for at, value in enumerate(self.uphill)}
+        tensors |= {f"a probe's logits, {at}": value for at, value in enumerate(self.step.probe_logits)}
         if not self.scaler.is_enabled():
             graded = ((name, weight.grad) for name, weight in self._weights.items())
-            found |= {f"the gradient of {name}": gradient for name, gradient in graded if gradient is not None}
-        return found | self._moved
+            tensors |= {f"the gradient of {name}": gradient for name, gradient in graded if gradient is not None}
+        return tensors | self._moved
 
 
-def held(state: State) -> dict[str, Tensor]:
+def state_tensors(state: State) -> dict[str, Tensor]:
     """All tensors of a checkpoint by name."""
     parts = {"net": state.net, "branches": state.branches, "average": state.ema, **state.rest}
     return dict(_leaves("", parts))
@@ -84,30 +84,30 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], *, when: str, out: Path, recipe: Recipe, process: Runtime) -> None:
-    """Raises FgvcError on all processes where one of them holds a value here that is not finite. Waits for the device."""
+    """Raise FgvcError on all processes where one of them holds a value that is not finite. Waits for the device."""
     if bool(process.anywhere(suspicious(tensors.values()))):
         names = list(dict.fromkeys(chain(*process.gather(not_finite(tensors)))))
         if names:
-            raise lost(f"{when}: NaN or infinite, and not saved: {some(names)}", out=out, recipe=recipe)
+            raise not_finite_error(f"{when}: NaN or infinite, and not saved: {some(names)}", out=out, recipe=recipe)
 
 
-def lost(reason: str, *, out: Path, recipe: Recipe) -> FgvcError:
-    """The error that ends such a run: what there is to go back to, and what may help."""
+def not_finite_error(reason: str, *, out: Path, recipe: Recipe) -> FgvcError:
+    """The error that ends a run with such values: what there is to go back to, and what may help."""
     optim = recipe.optim
     ways = [f"optim.lr={min(optim.lr / 10, Optim().lr):g} (it is {optim.lr:g})"]
     ways += ["optim.clip_grad=1"] * (optim.clip_grad is None)
     ways += ["train.precision=bf16"] * (recipe.train.precision == "fp16")
     ways += [f"optim.sam.rho={optim.sam.rho / 2:g} (it is {optim.sam.rho:g})"] if optim.sam is not None else []
     return FgvcError(
-        f"{out}: {reason}. {newest_finite(out / 'ckpt')}. The same settings lead here again, and "
+        f"{out}: {reason}. {newest_finite_checkpoint(out / 'ckpt')}. The same settings lead here again, and "
         f"a run that goes on keeps them: begin anew, in another --out or with --overwrite, with {', '.join(ways)}"
     )
 
 
-def newest_finite(folder: Path) -> str:
-    """Which checkpoint of a run is the newest that is whole and holds finite values alone, in words."""
-    for path, state in checkpoint.whole(folder):
-        if not not_finite(held(state)):
+def newest_finite_checkpoint(folder: Path) -> str:
+    """A sentence about the newest checkpoint of a run that is intact and finite throughout."""
+    for path, state in checkpoint.intact_checkpoints(folder):
+        if not not_finite(state_tensors(state)):
             weights = f"model.weights={path / 'net.safetensors'}"
             newest = f"The newest checkpoint that is finite is {path}, of step {state.progress.step}"
             return f"{newest}; a new run may begin from its weights, {weights}"

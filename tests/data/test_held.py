@@ -15,7 +15,7 @@ from fgvc.data.augment import Augmenter
 from fgvc.data.cache import DecodeCache
 from fgvc.data.index import ImageIndex
 from fgvc.data.loader import evaluation_loader, train_loader
-from fgvc.evaluation.localize import in_input
+from fgvc.evaluation.localize import annotations_in_input
 from fgvc.techniques.box_head.technique import in_crop
 
 STORED = {3: (60, 40), 4: (60, 40), 5: (40, 60), 6: (40, 60), 7: (40, 60), 8: (40, 60), 1: (60, 40), 2: (60, 40)}
@@ -74,7 +74,7 @@ def test_evaluation_finds_box_and_parts_in_its_input(index: ImageIndex) -> None:
     spec = Preprocess(size=(80, 120), resize="squash", crop_pct=1)
     (batch,) = evaluation_loader(index, np.arange(8), spec=spec, batch_size=8, workers=0)
     assert batch.sizes.tolist() == [[40, 60]] * 8
-    boxes, parts = in_input(batch, spec)
+    boxes, parts = annotations_in_input(batch, spec)
     assert boxes.tolist() == [[24, 12, 64, 40]] * 8
     assert parts is not None
     assert parts[:, 0].tolist() == [[29, 17]] * 8
@@ -95,7 +95,7 @@ def test_boxes_fit_a_reduced_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     spec = Preprocess(size=(40, 60), resize="squash", crop_pct=1, mean=(0, 0, 0), std=(1, 1, 1))
     (batch,) = evaluation_loader(index, np.arange(1), spec=spec, batch_size=1, workers=0)
     assert batch.sizes.tolist() == [[80, 120]]
-    (left, top, right, bottom) = in_input(batch, spec)[0][0].round().int().tolist()
+    (left, top, right, bottom) = annotations_in_input(batch, spec)[0][0].round().int().tolist()
     light = batch.images[0].mean(0)
     assert light[top:bottom, left:right].mean() > 0.9
     assert light.sum() - light[top:bottom, left:right].sum() < 0.1 * light.sum()

@@ -165,7 +165,7 @@ def test_all_ways_say_one_probability_and_that_it_is_calibrated(
     versus = api.compare(run, bundle, split="test")
     np.testing.assert_allclose(*versus.confidence, atol=1e-4)
     assert versus.rejections()[0] == versus.rejections()[1]
-    show.versus(versus, [])
+    show.comparison(versus, [])
     assert "probabilities: A calibrated, B calibrated" in capsys.readouterr().out
     page = api.report([run], tmp_path / "page.html", split="test", images=1).read_text(encoding="utf-8")
     assert f"are calibrated: temperature {kept(run)['temperature']:.3f}, fitted on 72 val images" in page

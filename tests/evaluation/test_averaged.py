@@ -14,10 +14,10 @@ from fgvc.config.images import Preprocess
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
-from fgvc.evaluation.tta import averaged, canvas, refined
+from fgvc.evaluation.tta import average_views, canvas, refine_views
 from fgvc.images.preprocess import preprocess
 from fgvc.runs.loaded import load_run
-from fgvc.runs.measured import measured
+from fgvc.runs.measured import read_measured
 
 
 def net(x: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ def test_flips_and_crops_are_the_mean_of_their_probabilities() -> None:
         ("flip", [x, x.flip(-1)]),
     ):
         expected = torch.stack([net(part).softmax(1) for part in parts]).mean(0)
-        torch.testing.assert_close(averaged(net, views, (8, 10))(x).exp(), expected)
+        torch.testing.assert_close(average_views(net, views, (8, 10))(x).exp(), expected)
 
 
 @pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
@@ -49,7 +49,7 @@ def test_the_centre_of_the_canvas_is_the_deployed_crop(resize: str, size: tuple[
         seen.append(x)
         return torch.zeros(1, 2)
 
-    averaged(keep, "crops", spec.size)(torch.from_numpy(preprocess(image, canvas(spec)))[None])
+    average_views(keep, "crops", spec.size)(torch.from_numpy(preprocess(image, canvas(spec)))[None])
     deployed = preprocess(image, spec)  # to a pixel: two centres are rounded one after the other
     shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
     moved = [np.roll(seen[0][0].numpy(), shift, (1, 2))[:, 1:-1, 1:-1] for shift in shifts]
@@ -62,7 +62,7 @@ def test_they_are_recorded_apart_and_stay_out_of_bundles(tmp_path, recipe_tree: 
     run = api.train(validate(Recipe, tree, where="test"), tmp_path / "r")
     plain, many = api.evaluate(run, "test"), api.evaluate(run, "test", views="flip+crops")
     assert (plain.split, many.split) == ("test", "test-flip+crops")
-    assert set(measured(run, "metrics.json")) == {"test.best", "test-flip+crops.best"}
+    assert set(read_measured(run, "metrics.json")) == {"test.best", "test-flip+crops.best"}
     assert {path.name for path in (run / "tables").iterdir()} >= {"classes-test.csv", "confused-test-flip+crops.csv"}
     squashed = recipe_tree | {"deploy": {"resize": "squash"}}
     whole = api.train(validate(Recipe, squashed, where="test"), tmp_path / "squashed")
@@ -83,7 +83,7 @@ def test_a_second_pass_over_the_attended_crop(tmp_path: Path, recipe_tree: dict,
     step = load_run(run, "last", branches=True).step
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits, crops = step.look(x)
+        logits, crops = step.logits_and_crops(x)
         torch.testing.assert_close(logits, step.net(x))
         features = step.net.forward_features(x)
         if guide == "attention":
@@ -104,7 +104,7 @@ def test_a_second_pass_over_the_attended_crop(tmp_path: Path, recipe_tree: dict,
                 expected = torch.nn.functional.grid_sample(x[:1], grid, padding_mode="border", align_corners=False)
                 torch.testing.assert_close(crops()[:1], expected, rtol=0, atol=1e-3)
         both = torch.stack([logits.softmax(1), step.net(crops()).softmax(1)]).mean(0)
-        torch.testing.assert_close(refined(step.look, step.net)(x).exp(), both)
+        torch.testing.assert_close(refine_views(step.logits_and_crops, step.net)(x).exp(), both)
 
 
 def test_a_run_that_can_not_look_twice_says_so(tmp_path: Path, recipe_tree: dict) -> None:

@@ -20,10 +20,10 @@ from fgvc.evaluation.calibration import (
     calibrate,
     confidence_of,
     fit_temperature,
+    fitting_sample,
     rejection_threshold,
     reliability,
     risk_coverage,
-    spread,
 )
 from fgvc.evaluation.plot import plot_calibration
 
@@ -189,10 +189,10 @@ def test_what_a_bundle_stores() -> None:
 
 def test_a_sample_is_spread_and_bounded() -> None:
     rows = np.arange(100, 40_100)
-    assert len(spread(rows, 10)) == MAX_IMAGES
-    assert len(spread(rows, 20_000)) == 1000
-    assert spread(rows, 10)[[0, -1]].tolist() == [100, 40_099]
-    np.testing.assert_array_equal(spread(rows[:77], 10), rows[:77])
+    assert len(fitting_sample(rows, 10)) == MAX_IMAGES
+    assert len(fitting_sample(rows, 20_000)) == 1000
+    assert fitting_sample(rows, 10)[[0, -1]].tolist() == [100, 40_099]
+    np.testing.assert_array_equal(fitting_sample(rows[:77], 10), rows[:77])
 
 
 def test_tables_and_plots() -> None:

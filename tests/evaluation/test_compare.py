@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
 from fgvc.errors import FgvcError
-from fgvc.evaluation.paired import Gate, Paired, compare_answers, gain_interval
+from fgvc.evaluation.paired import Gate, Paired, compare_predictions, gain_interval
 
 
 def table(both: int, lost: int, won: int, neither: int) -> Paired:
     """A says 0, or 1 where it is wrong; so does B."""
     a = np.repeat([0, 0, 1, 1], [both, lost, won, neither])
     b = np.repeat([0, 1, 0, 1], [both, lost, won, neither])
-    return compare_answers(np.zeros(len(a)), a, b)
+    return compare_predictions(np.zeros(len(a)), a, b)
 
 
 def test_a_table_by_hand() -> None:
@@ -36,7 +36,7 @@ def test_a_table_by_hand() -> None:
 def test_the_same_answers_are_no_difference() -> None:
     rng = np.random.default_rng(0)
     y, a = rng.integers(0, 5, (2, 300))
-    found = compare_answers(y, a, a)
+    found = compare_predictions(y, a, a)
     assert (found.gain, found.p, found.negative.sum(), found.positive.sum()) == (0, 1, 0, 0)
     assert found.low == pytest.approx(-found.high)
     assert found.high == pytest.approx(1.959964**2 / (300 + 1.959964**2))  # the score interval of 0 of 300
@@ -111,7 +111,7 @@ def test_classes_by_hand() -> None:
     y = np.array([0, 0, 0, 0, 1, 1, 2, 2])
     a = np.array([0, 0, 0, 1, 1, 0, 2, 2])
     b = np.array([1, 1, 0, 0, 1, 1, 2, 2])
-    rows = compare_answers(y, a, b).by_class(["rose", "tulip", "lily", "none"])
+    rows = compare_predictions(y, a, b).by_class(["rose", "tulip", "lily", "none"])
     assert [row["class"] for row in rows] == ["rose", "lily", "tulip"]
     assert rows[0] == {
         "class": "rose", "images": 4, "a_recall": 0.75, "b_recall": 0.5, "change": -0.25, "negative_flips": 2,
@@ -165,4 +165,4 @@ def test_senseless_gates_are_refused(flips: str | None, gain: float | None) -> N
 
 def test_nothing_to_compare() -> None:
     with pytest.raises(FgvcError, match="nothing to compare"):
-        compare_answers(np.empty(0), np.empty(0), np.empty(0))
+        compare_predictions(np.empty(0), np.empty(0), np.empty(0))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from fgvc.config.recipe import Recipe
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
-from fgvc.evaluation.features import features, frozen, normalisation
+from fgvc.evaluation.features import compute_features, input_normalisation, load_frozen
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import preprocess
 from fgvc.models.backbone import plain_model
@@ -33,8 +33,8 @@ def test_they_are_the_nets_pooled_vectors(weighted: Recipe) -> None:
     index = read_source(weighted.data)
     seen: list[tuple[int, int]] = []
     rows = np.array([3, 50, 10, 40])
-    found = features(
-        weighted, frozen(weighted, 3), index, rows, progress=lambda done, total: seen.append((done, total))
+    found = compute_features(
+        weighted, load_frozen(weighted, 3), index, rows, progress=lambda done, total: seen.append((done, total))
     )
     assert found.rows.tolist() == rows.tolist()
     assert seen == [(4, 4)]
@@ -50,19 +50,19 @@ def test_random_weights_are_refused(recipe_tree: dict) -> None:
     tree = recipe_tree | {"model": {"backbone": "test_resnet", "weights": "none"}}
     recipe = Recipe.model_validate(tree)
     with pytest.raises(FgvcError, match="random weights"):
-        frozen(recipe, 3)
+        load_frozen(recipe, 3)
 
 
 def test_the_normalisation_is_told_as_rgb_with_white_as_one(weighted: Recipe) -> None:
-    found = normalisation(weighted)
+    found = input_normalisation(weighted)
     assert found is not None
     assert (found.mean, found.std) == ((0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
     tree = weighted.model_dump(mode="json") | {"deploy": {"channel_order": "bgr", "input_range": 255}}
-    deployed = normalisation(Recipe.model_validate(tree))
+    deployed = input_normalisation(Recipe.model_validate(tree))
     assert deployed is not None
     np.testing.assert_allclose((deployed.mean, deployed.std), (found.mean, found.std))
     tree["deploy"] |= {"mean": [51, 102, 153], "std": [25.5, 51, 102]}
-    given = normalisation(Recipe.model_validate(tree))
+    given = input_normalisation(Recipe.model_validate(tree))
     assert given is not None
     np.testing.assert_allclose((given.mean, given.std), ((0.6, 0.4, 0.2), (0.4, 0.2, 0.1)))
 
@@ -75,11 +75,11 @@ def test_it_is_told_whether_the_weights_ask_for_it(weighted: Recipe) -> None:
         ({"mean": [0.5, 0.5, 0.5]}, False, 0),
         ({"input_range": 255, "std": [0.1, 0.2, 0.3]}, False, 1),
     ):
-        found = normalisation(Recipe.model_validate(tree | {"deploy": deploy}))
+        found = input_normalisation(Recipe.model_validate(tree | {"deploy": deploy}))
         assert found is not None
         assert (found.from_weights, len(found.doubts)) == (own, doubts), deploy
 
 
 def test_weights_out_of_reach_are_no_fault_of_the_data(recipe_tree: dict) -> None:
     tree = recipe_tree | {"model": {"backbone": "test_resnet", "weights": "nowhere.safetensors"}}
-    assert normalisation(Recipe.model_validate(tree)) is None
+    assert input_normalisation(Recipe.model_validate(tree)) is None

@@ -17,15 +17,15 @@ from fgvc.evaluation.localization import (
     MapBoxes,
     Thresholds,
     accuracy,
-    around,
-    around_each,
+    box_scores,
+    boxes_of_maps,
     centre_map,
-    choose,
+    choose_thresholds,
     compare_boxes,
-    covered,
-    highest,
-    joined,
-    score,
+    concatenate,
+    highest_area,
+    map_boxes,
+    point_coverage,
 )
 
 
@@ -38,7 +38,7 @@ def painted(*blocks: tuple[int, int, int, int, float], size: tuple[int, int] = (
 
 
 def beside(maps: torch.Tensor, *true: tuple[float, float, float, float]) -> MapBoxes:
-    return compare_boxes(around_each(maps), torch.tensor(true, dtype=torch.float64))
+    return compare_boxes(boxes_of_maps(maps), torch.tensor(true, dtype=torch.float64))
 
 
 def at(tau: float) -> int:
@@ -46,7 +46,7 @@ def at(tau: float) -> int:
 
 
 def test_boxes_are_half_open() -> None:
-    found = around(painted((3, 2, 9, 6, 1.0))[0].numpy())
+    found = map_boxes(painted((3, 2, 9, 6, 1.0))[0].numpy())
     for boxes in found:  # every threshold from 0 to 0.99
         np.testing.assert_array_equal(boxes, [[3, 2, 9, 6]])
     pixel = beside(painted((7, 4, 8, 5, 1.0)), (7, 4, 8, 5))  # a pixel is 1 x 1, and itself
@@ -96,7 +96,7 @@ def flooded(mask: np.ndarray) -> list[tuple[int, int, int, int, int]]:
 )
 def test_components_equal_flooding(values: np.ndarray, tau: float) -> None:
     expected = flooded(values > tau)
-    boxes = around(values)[at(tau)]
+    boxes = map_boxes(values)[at(tau)]
     assert sorted(map(tuple, boxes.tolist())) == sorted(box[1:] for box in expected)
     if expected:
         largest = {box[1:] for box in expected if box[0] == expected[0][0]}
@@ -108,7 +108,7 @@ def test_the_largest_component_and_the_best() -> None:
     found = beside(painted((0, 0, 5, 5, 1.0), (7, 7, 9, 9, 1.0)), (7, 7, 9, 9))
     assert (found.largest == 0).all()
     assert (found.best == 1).all()
-    scores = score(found, torch.tensor([True]), choose(found))
+    scores = box_scores(found, torch.tensor([True]), choose_thresholds(found))
     assert (scores.max_box_acc, scores.max_box_acc_v2, scores.gt_known_loc, scores.top1_loc) == (0, 1, 0, 0)
 
 
@@ -123,8 +123,8 @@ def test_thresholds_by_hand() -> None:
     np.testing.assert_allclose(curve[50:], 4 / 20)
     assert accuracy(found.largest, 0.3).tolist()[19] == 1
     assert accuracy(found.largest, 0.5).tolist()[19] == 0
-    assert choose(found).largest in (20, 21)
-    assert choose(found).best == (0, choose(found).largest, choose(found).largest)
+    assert choose_thresholds(found).largest in (20, 21)
+    assert choose_thresholds(found).best == (0, choose_thresholds(found).largest, choose_thresholds(found).largest)
 
 
 def two_images() -> MapBoxes:
@@ -140,7 +140,7 @@ def test_scores_by_hand() -> None:
     np.testing.assert_allclose(found.largest[:, at(0.5)], [0.25, 0.6])
     np.testing.assert_allclose(found.largest[:, at(0.9)], [0.25, 0.4])
     np.testing.assert_array_equal(accuracy(found.largest, 0.5)[[10, 50, 90]], [1, 0.5, 0])
-    scores = score(found, torch.tensor([True, False]), choose(found))
+    scores = box_scores(found, torch.tensor([True, False]), choose_thresholds(found))
     assert (scores.images, scores.tau) == (2, 0.0)
     assert (scores.gt_known_loc, scores.top1_loc) == (1, 0.5)
     assert (scores.max_box_acc, scores.max_box_acc_v2_30, scores.max_box_acc_v2_50, scores.max_box_acc_v2_70) == (
@@ -151,7 +151,7 @@ def test_scores_by_hand() -> None:
 
 
 def test_thresholds_of_other_images_do_not_reach_the_maximum() -> None:
-    scores = score(two_images(), torch.tensor([True, True]), Thresholds(at(0.5), (at(0.5), at(0.5), at(0.9))))
+    scores = box_scores(two_images(), torch.tensor([True, True]), Thresholds(at(0.5), (at(0.5), at(0.5), at(0.9))))
     assert (scores.tau, scores.gt_known_loc, scores.top1_loc) == (0.5, 0.5, 0.5)
     assert scores.box_acc_v2 == pytest.approx((0.5 + 0.5 + 0) / 3)
     assert scores.max_box_acc == 1
@@ -168,7 +168,7 @@ def test_an_iou_of_exactly_the_overlap_is_right() -> None:
 def test_giou_diou_and_ciou_by_their_formulas() -> None:
     """Disjoint boxes: 2 x 2 at the origin, and 4 x 2 at (4, 4)."""
     found = beside(painted((0, 0, 2, 2, 1.0)), (4, 4, 8, 6))
-    scores = score(found, torch.tensor([True]), choose(found))
+    scores = box_scores(found, torch.tensor([True]), choose_thresholds(found))
     hull = 8 * 6
     centres, diagonal = (6 - 1) ** 2 + (5 - 1) ** 2, 8**2 + 6**2
     v = 4 / math.pi**2 * (math.atan(4 / 2) - math.atan(2 / 2)) ** 2
@@ -184,10 +184,10 @@ def test_a_map_that_says_nothing_finds_nothing(value: float) -> None:
     found = beside(maps, (0, 0, 8, 6))  # even where the object is the whole picture
     assert not found.largest.any()
     assert not found.best.any()
-    scores = score(found, torch.tensor([True]), choose(found))
+    scores = box_scores(found, torch.tensor([True]), choose_thresholds(found))
     assert (scores.gt_known_loc, scores.max_box_acc_v2, scores.iou) == (0, 0, 0)
     assert (scores.giou, scores.diou, scores.ciou) == (-1, -1, -1)
-    np.testing.assert_allclose(highest(maps, 0.1), 0.1)
+    np.testing.assert_allclose(highest_area(maps, 0.1), 0.1)
 
 
 def test_one_pixel_that_is_not_finite_silences_the_map() -> None:
@@ -198,7 +198,7 @@ def test_one_pixel_that_is_not_finite_silences_the_map() -> None:
 
 def test_batches_are_joined_in_order() -> None:
     whole, other = two_images(), beside(painted((0, 0, 5, 5, 1.0)), (0, 0, 5, 5))
-    both = joined([whole, other])
+    both = concatenate([whole, other])
     assert both.boxes.shape == (3, len(THRESHOLDS), 4)
     assert torch.equal(both.largest[:2], whole.largest)
     assert torch.equal(both.true[2], other.true[0])
@@ -212,11 +212,11 @@ def test_batches_are_joined_in_order() -> None:
 )  # width 16: values that the rounding of the normalisation keeps apart
 def test_the_highest_area_is_exact_and_takes_no_lower_pixel(values: np.ndarray, share: float, coarse: bool) -> None:
     maps = torch.from_numpy(values.round(1) if coarse else values)
-    weights = highest(maps, share)
+    weights = highest_area(maps, share)
     np.testing.assert_allclose(weights.sum((1, 2)), share * 42, rtol=1e-9)
     assert float(weights.min()) >= 0
     assert float(weights.max()) <= 1
-    assert torch.equal(weights.flip(1, 2), highest(maps.flip(1, 2), share))  # no order among equals
+    assert torch.equal(weights.flip(1, 2), highest_area(maps.flip(1, 2), share))  # no order among equals
     for one, weight in zip(maps, weights, strict=True):
         if one.max() - one.min() > 1e-3:
             if (weight == 1).any():
@@ -230,15 +230,15 @@ def test_parts_by_hand() -> None:
     maps = painted((0, 1, 10, 3, 0.5), (0, 0, 10, 1, 1.0))
     nowhere = (math.nan, math.nan)
     points = torch.tensor([[(0.0, 0.0), (9.99, 0.99), (5.0, 1.0), (5, 2.9), (5, 3.0), (10, 0), (-0.01, 0), nowhere]])
-    np.testing.assert_array_equal(covered(maps, points, 0.1)[0], [1, 1, 0, 0, 0, np.nan, np.nan, np.nan])
-    np.testing.assert_allclose(covered(maps, points, 0.2)[0], [1, 1, 0.5, 0.5, 0, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(point_coverage(maps, points, 0.1)[0], [1, 1, 0, 0, 0, np.nan, np.nan, np.nan])
+    np.testing.assert_allclose(point_coverage(maps, points, 0.2)[0], [1, 1, 0.5, 0.5, 0, np.nan, np.nan, np.nan])
 
 
 def test_random_maps_cover_what_chance_does() -> None:
     """The uniform control is not measured but known; so it must be what maps of noise find."""
     rng = torch.Generator().manual_seed(0)
     points = 20 * torch.rand(400, 15, 2, generator=rng)
-    found = covered(torch.rand(400, 20, 20, generator=rng), points, 0.2)
+    found = point_coverage(torch.rand(400, 20, 20, generator=rng), points, 0.2)
     assert float(found.mean()) == pytest.approx(0.2, abs=4 * math.sqrt(0.16 / 6000))
 
 
@@ -246,7 +246,7 @@ def test_the_centre_map_is_a_disc_in_the_middle() -> None:
     maps = centre_map((20, 40))
     assert torch.equal(maps, maps.flip(0))
     assert torch.equal(maps, maps.flip(1))
-    disc = highest(maps[None], 0.2)[0]
+    disc = highest_area(maps[None], 0.2)[0]
     assert disc[9:11, 19:21].eq(1).all()
     assert disc[0].eq(0).all()
     rows, columns = disc.gt(0).any(1).sum(), disc.gt(0).any(0).sum()

@@ -126,7 +126,7 @@ def test_maps_that_show_the_object_find_it_where_the_data_say_it_is(own: Path, m
 def test_the_thresholds_come_from_validation(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps of validation images have a halo of 0.495 round the object, those of the test show it at 0.4 but for one pixel:
     what suits the one part is wrong on the other."""
-    look, parts = fgvc.evaluation.localize.look, []
+    look, parts = fgvc.evaluation.localize.localize_rows, []
 
     def other(seen: LoadedRun, part: np.ndarray, **options: Any) -> Any:
         parts.append(seen.index.splits[part])
@@ -145,7 +145,7 @@ def test_the_thresholds_come_from_validation(own: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(ClassMaps, "__call__", maps)
         return look(seen, part, **options)
 
-    monkeypatch.setattr(fgvc.evaluation.localize, "look", other)
+    monkeypatch.setattr(fgvc.evaluation.localize, "localize_rows", other)
     found = api.localize(own, "test")
     assert sorted({SPLITS[split] for part in parts for split in part}) == ["test", "val"]
     assert found.chosen_from == "val"
@@ -282,7 +282,7 @@ def test_another_selection_does_not_overwrite_the_tables(own: Path, monkeypatch:
 @pytest.mark.parametrize("broken", ["{", "[1]", '{"val.last.gradcam": 1}', "\x00"])
 def test_a_broken_record_is_named_before_the_work(own: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     (own / "localisation.json").write_text(broken)
-    monkeypatch.setattr(fgvc.evaluation.localize, "look", lambda *_, **__: pytest.fail("it looked"))
+    monkeypatch.setattr(fgvc.evaluation.localize, "localize_rows", lambda *_, **__: pytest.fail("it looked"))
     with pytest.raises(FgvcError, match=r"localisation\.json: not as fgvc wrote it"):
         api.localize(own)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import confidence_of, reliability
-from fgvc.evaluation.metrics import BINS, Scores, evaluate, of_logits
+from fgvc.evaluation.metrics import BINS, Scores, evaluate, score_logits
 from fgvc.evaluation.plot import plot_confusion
 
 CPU = torch.device("cpu")
@@ -49,13 +49,13 @@ def test_every_score_is_its_definition(absent: int | None) -> None:
 
 def test_answers_that_are_there_already_score_the_same_and_their_bins_are_those_of_the_calibration_error() -> None:
     found, z, y = scored()
-    again = of_logits(z.numpy(), y.numpy())
+    again = score_logits(z.numpy(), y.numpy())
     assert again.numbers() == pytest.approx(found.numbers(), rel=1e-6)
     assert (again.confusion == found.confusion).all()
     bins = reliability(confidence_of(z.double().numpy(), 1.0), (z.argmax(1) == y).numpy())
     assert bins.ece == pytest.approx(found.ece, abs=1e-6)
     with pytest.raises(FgvcError, match="no readable image"):
-        of_logits(z[:0].numpy(), y[:0].numpy())
+        score_logits(z[:0].numpy(), y[:0].numpy())
 
 
 def test_rows_of_classes_and_confused_pairs_by_hand() -> None:

@@ -104,7 +104,7 @@ def test_what_is_lost_is_found_with_its_images(pictures: Path, tmp_path: Path) -
     assert back.paired.gain == -pair.gain
     assert {flip["flip"] for flip in back.flips()} == {"positive"}
     assert back.paired.positive.sum() == 5
-    write_page(found, tmp_path / "out" / "page.html", failed=["<b>no</b>"])
+    write_page(found, tmp_path / "out" / "page.html", failures=["<b>no</b>"])
     page = (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
     assert page.count("<figure>") == 5
     assert "红" in page
@@ -112,7 +112,7 @@ def test_what_is_lost_is_found_with_its_images(pictures: Path, tmp_path: Path) -
     with open(tmp_path / "out" / "page.csv", encoding="utf-8") as file:
         assert [row["class"] for row in csv.DictReader(file)] == ["红"] * 5
     assert "红,5,1.0,0.0,-1.0,5,0" in (tmp_path / "out" / "page-classes.csv").read_text(encoding="utf-8")
-    write_page(found, tmp_path / "again.html", failed=["<b>no</b>"])
+    write_page(found, tmp_path / "again.html", failures=["<b>no</b>"])
     assert (tmp_path / "again.html").read_text(encoding="utf-8").replace("again.csv", "page.csv") == page
 
 
@@ -157,13 +157,13 @@ def test_each_side_sees_by_its_own_eyes_and_differences_are_said(
     assert assumed.paired.b_right.sum() == 5, "by A's eyes only green is right"
     assert "says nothing of its preprocessing; assumed, as" in assumed.notes[0]
     show.console.width = 300
-    show.versus(found, [])
+    show.comparison(found, [])
     said = capsys.readouterr().out
     assert "B is not a drop-in for A" in said
     assert "channel_order: rgb against bgr" in said
     write_page(found, tmp_path / "page.html")
     assert "B is not a drop-in for A" in (tmp_path / "page.html").read_text(encoding="utf-8")
-    show.versus(api.compare(a, a, data=str(pictures)), [])
+    show.comparison(api.compare(a, a, data=str(pictures)), [])
     assert "drop-in" not in capsys.readouterr().out
 
 
@@ -196,7 +196,7 @@ def test_a_gate_does_not_judge_by_what_is_only_assumed(
         assert code(*sides, "--labels", names) == 0
         assert "warning: " in capsys.readouterr().out
         assert code(*sides, "--labels", names, *gate) == 2
-        assert "old.onnx: nobody says how" in (said := capsys.readouterr().err)
+        assert "old.onnx: nothing says how" in (said := capsys.readouterr().err)
         assert "--preprocess FILE" in said
         assert code(*sides, *gate) == 2
         assert "give --preprocess FILE and --labels FILE" in capsys.readouterr().err
@@ -278,14 +278,14 @@ def test_what_none_of_these_holds_back_is_counted(
     assert found.rejections() == [(0, 0), (5 + 2 * below, 2 * below)]
     assert found.paired.negative.sum() == 5  # as without a threshold
     show.console.width = 200
-    show.versus(found, [])
+    show.comparison(found, [])
     assert f"{5 + 2 * below} " in next(line for line in capsys.readouterr().out.splitlines() if f"B {b}" in line)
     write_page(found, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"B answers &ldquo;none of these&rdquo; to {5 + 2 * below} images, {2 * below} of which" in page
     assert "A answers" not in page
     plain = api.compare(a, a, data=str(pictures))
-    show.versus(plain, [])
+    show.comparison(plain, [])
     assert "none of these" not in capsys.readouterr().out
     write_page(plain, tmp_path / "plain.html")
     assert "none of these" not in (tmp_path / "plain.html").read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ from fgvc.data.sources.read import read_source
 from fgvc.io import files as disk
 from fgvc.runs import checkpoint
 from fgvc.runs.checkpoint import Progress, State
-from fgvc.runs.folder import NAME, continue_run, opened, start_run
+from fgvc.runs.folder import NAME, claim_run, continue_run, start_run
 from fgvc.runs.record import Record
 
 CHANGES = ("open", "write", "pwrite", "fsync", "replace", "symlink", "unlink", "mkdir", "rmdir", "ftruncate")
@@ -158,14 +158,14 @@ def images_of(root: Path) -> Record:
 
 def begun(out: Path, recipe: Recipe, *, overwrite: bool = False) -> None:
     """The first moments of a run, or its next ones."""
-    with opened(out, recipe, overwrite=overwrite) as going:
+    with claim_run(out, recipe, overwrite=overwrite) as going:
         if going == "new":
             start_run(out, recipe, FACTS, images_of(recipe.data.root))
             saved(out / "ckpt", 0, best=False)
             saved(out / "ckpt", 1, best=True)
         elif going == "on":
             done = checkpoint.load(out / "ckpt").progress.step
-            checkpoint.mend(out / "ckpt")
+            checkpoint.repair(out / "ckpt")
             continue_run(out, recipe, images_of(recipe.data.root).index)
             if done == 0:
                 saved(out / "ckpt", 1, best=True)

@@ -19,7 +19,7 @@ from fgvc.errors import FgvcError
 from fgvc.models.loss import Criterion, cross_entropy, make_criterion
 from fgvc.models.target import Target
 from fgvc.runs.build import build_net, class_counts
-from fgvc.training.session import read_index
+from fgvc.runs.images import read_index
 
 ROWS, CLASSES = 5, 4
 WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 3.0])

@@ -8,14 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from fgvc.evaluation.localization import OVERLAPS, THRESHOLDS, USUAL, Boxes, around, choose, compare_boxes, score
+from fgvc.evaluation.localization import (
+    OVERLAPS,
+    THRESHOLDS,
+    USUAL,
+    Boxes,
+    box_scores,
+    choose_thresholds,
+    compare_boxes,
+    map_boxes,
+)
 from tests.official.conftest import Arrays
 
 W, H = 28, 20
 
 
 def found(a: Arrays) -> list[Boxes]:
-    return [around(one) for one in a["maps"].numpy()]
+    return [map_boxes(one) for one in a["maps"].numpy()]
 
 
 def clipped(boxes: Tensor) -> Tensor:
@@ -67,7 +76,7 @@ def test_every_box_is_one_of_theirs_and_so_is_its_iou(official: Callable[[str], 
 def test_known_the_scores_are_lower_by_half_open_boxes(official: Callable[[str], Arrays]) -> None:
     a = official("maxboxacc")
     beside = compare_boxes(found(a), a["true_boxes"])
-    scores = score(beside, torch.ones(7, dtype=torch.bool), choose(beside))
+    scores = box_scores(beside, torch.ones(7, dtype=torch.bool), choose_thresholds(beside))
     assert scores.max_box_acc == pytest.approx(a.number("max_box_acc")) == pytest.approx(4 / 7)
     assert scores.max_box_acc_v2 == pytest.approx(0.619, abs=5e-4)
     assert a.number("max_box_acc_v2") == pytest.approx(0.762, abs=5e-4)

@@ -20,7 +20,7 @@ from fgvc.api import report
 from fgvc.config.loading import leaves
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
-from fgvc.evaluation.metrics import of_logits
+from fgvc.evaluation.metrics import score_logits
 from fgvc.evaluation.paired import wilson
 from fgvc.images.decode import decode
 from fgvc.images.overlay import overlay
@@ -155,7 +155,7 @@ def test_the_same_run_gives_the_same_bytes(run: Path, text: str, tmp_path: Path)
 def test_worst_and_most_uncertain_by_their_definitions(run: Path) -> None:
     seen = load_run(run)
     answers = seen.answers(seen.rows_of()[1])
-    scores = of_logits(answers.logits, answers.labels)
+    scores = score_logits(answers.logits, answers.labels)
     found = gallery(seen, answers, scores, None, images=5)
     z, y = torch.from_numpy(answers.logits), torch.from_numpy(answers.labels)
     losses = F.cross_entropy(z, y, reduction="none")
@@ -167,7 +167,7 @@ def test_worst_and_most_uncertain_by_their_definitions(run: Path) -> None:
     for pair in found.pairs:
         for (true, said), count, shots in zip((pair.classes, pair.classes[::-1]), pair.counts, pair.shots, strict=True):
             assert len(shots) == min(count, MISTAKES)
-            assert all((shot.true, shot.said) == (true, said) for shot in shots)
+            assert all((shot.true, shot.predicted) == (true, said) for shot in shots)
         assert all(pair.examples)
 
 
@@ -185,7 +185,7 @@ def test_maps_are_grad_cam_of_the_class_that_is_said(run: Path, data: Path, tmp_
         run = trained(data, tmp_path / "vit", model=model, image=size)
     seen = load_run(run)
     answers = seen.answers(seen.rows_of()[1])
-    found = gallery(seen, answers, of_logits(answers.logits, answers.labels), None, images=4)
+    found = gallery(seen, answers, score_logits(answers.logits, answers.labels), None, images=4)
     assert found.unmapped == ""
     net, away = seen.step.net, []
     rows = {str(path): row for row, path in enumerate(seen.index.paths)}
@@ -194,7 +194,7 @@ def test_maps_are_grad_cam_of_the_class_that_is_said(run: Path, data: Path, tmp_
         kept: list[torch.Tensor] = []
         tapped = net.blocks[-1].norm1 if tokens else net.layer4
         handle = tapped.register_forward_hook(lambda module, given, a, kept=kept: kept.append(a))
-        (gradient,) = torch.autograd.grad(net(x)[0, seen.classes.index(shot.said)], kept[0])
+        (gradient,) = torch.autograd.grad(net(x)[0, seen.classes.index(shot.predicted)], kept[0])
         handle.remove()
         if tokens:
             a, g = (t[:, 1:].transpose(1, 2).unflatten(2, (4, 4)) for t in (kept[0], gradient))

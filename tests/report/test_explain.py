@@ -361,9 +361,9 @@ def test_logits_that_are_no_numbers_are_refused(
 ) -> None:
     whole = run_folder.selected_weights
 
-    def broken(*given: Any) -> run_folder.Trained:
+    def broken(*given: Any) -> run_folder.TrainedWeights:
         found = whole(*given)
-        return run_folder.Trained({key: value * torch.nan for key, value in found.weights.items()}, found.branches)
+        return run_folder.TrainedWeights({key: value * torch.nan for key, value in found.weights.items()}, found.branches)
 
     monkeypatch.setattr("fgvc.runs.loaded.selected_weights", broken)
     with pytest.raises(FgvcError, match=r"first: gives logits that are no numbers"):

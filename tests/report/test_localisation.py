@@ -12,7 +12,7 @@ import pytest
 from fgvc.errors import FgvcError
 from fgvc.report.localization import COLUMNS, MEASURES, localisation, table
 from fgvc.runs.loaded import LoadedRun
-from fgvc.runs.measured import measured
+from fgvc.runs.measured import read_measured
 
 
 def numbers(**changes: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def test_without_parts() -> None:
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    run = cast("LoadedRun", SimpleNamespace(folder=tmp_path, measured=lambda file: measured(tmp_path, file)))
+    run = cast("LoadedRun", SimpleNamespace(folder=tmp_path, measured=lambda file: read_measured(tmp_path, file)))
     assert localisation(run) is None
     whole = {"val.last.cam": numbers()}
     (tmp_path / "localisation.json").write_text(json.dumps(whole))

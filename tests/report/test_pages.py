@@ -42,7 +42,7 @@ def compared(pictures: Path, folder: Path) -> Path:
     a, b = (
         small.save_bundle(folder / (LONG + side), scale=scale, labels=NAMES) for side, scale in (("a", 10), ("b", -10))
     )
-    write_page(api.compare(a, b, data=str(pictures)), folder / "compare.html", failed=["9 negative flips, more than 0"])
+    write_page(api.compare(a, b, data=str(pictures)), folder / "compare.html", failures=["9 negative flips, more than 0"])
     return folder / "compare.html"
 
 

@@ -20,7 +20,7 @@ from fgvc.studies import identity
 
 
 def digest(tree: dict, **sections: Any) -> str:
-    identity._seen.clear()
+    identity._data_digests.clear()
     return identity.digest(validate(Recipe, tree | sections, where="test"))
 
 

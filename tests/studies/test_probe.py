@@ -130,9 +130,9 @@ def test_the_accuracy_is_that_of_a_loop_by_hand(recipe: Path) -> None:
     result, data = found.results[0], found.data
     start = open_candidate(str(_weights_of(recipe)), deploy=Deploy(), size=(32, 32))
     loaded = load_recipe(recipe, ["deploy.crop_pct=1"])
-    from fgvc.evaluation.features import features, frozen
+    from fgvc.evaluation.features import compute_features, load_frozen
 
-    x = features(loaded, frozen(loaded, 3), data.index, data.rows).vectors
+    x = compute_features(loaded, load_frozen(loaded, 3), data.index, data.rows).vectors
     y = data.index.labels[data.rows]
     numbers = fold_numbers(y, folds=5, seed=0)
     right = np.zeros(len(y), bool)
@@ -297,7 +297,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shades: Path) -> tuple[Pat
     folder = tmp_path_factory.mktemp("trained")
     tree = {
         "data": {"kind": "folder", "root": str(shades)}, "image": {"size": 32}, "model": {"backbone": "test_resnet"},
-        "train": {"epochs": 1, "batch_size": 8, "workers": 0, "device": "cpu"}, "export": {"exporter": "torchscript"},
+        "train": {"epochs": 1, "batch_size": 8, "workers": 0, "device": "cpu"},
     }  # fmt: skip
     (folder / "r.yaml").write_text(yaml.safe_dump(tree))
     run = api.train(load_recipe(folder / "r.yaml"), folder / "run")
@@ -319,7 +319,7 @@ def test_a_run_and_its_bundle_have_the_same_features(trained: tuple[Path, Path],
     )
     found = api.probe(str(recipe), starts=[str(run), str(bundle)], crops=[1.0])
     by_run = next(one for one in found.results if one.candidate.name == str(run))
-    assert by_run.learned == 36, "of train; validation was not learned from"
+    assert by_run.trained_images == 36, "of train; validation was not learned from"
     assert found.results[-1] is by_run
     assert any("was trained on 36 of these 60 images" in note for note in found.notes)
     assert any("not known" in note for note in found.notes)

@@ -223,20 +223,20 @@ def test_another_machines_runs_are_not_trained_again(
     run.ablate(plan(tmp_path, recipe_tree, {"plain": {}, "lr": {"optim.lr": 0.05}}, seeds=[0]), there)
     table = there / "runs.csv"
     study = plan(tmp_path, recipe_tree, {"plain": {}, "lr": {"optim.lr": 0.06}}, seeds=[0, 1])
-    assert run.adopt(study, here, table) == 1  # the other line is of another rate
+    assert run.import_results(study, here, table) == 1  # the other line is of another rate
     todo = run.estimate(study, here)
     assert (todo.done, [cell.name for cell in todo.cells]) == (1, ["lr-1e-s0", "plain-1e-s1", "lr-1e-s1"])
     kept = (there / "results/plain-1e-s0.val.json").read_text()
     assert json.loads((here / "results/plain-1e-s0.val.json").read_text()) == json.loads(kept)
-    assert run.adopt(study, here, table) == 1
+    assert run.import_results(study, here, table) == 1
 
     moved = tmp_path / "moved"
     shutil.copytree(recipe_tree["data"]["root"], moved)
     elsewhere = plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0], settings={"data.root": str(moved)})
-    assert run.adopt(elsewhere, tmp_path / "elsewhere", table) == 1
+    assert run.import_results(elsewhere, tmp_path / "elsewhere", table) == 1
     next((moved / "train").rglob("*.png")).unlink()
-    identity._seen.clear()
-    assert run.adopt(elsewhere, tmp_path / "fewer", table) == 0
+    identity._data_digests.clear()
+    assert run.import_results(elsewhere, tmp_path / "fewer", table) == 0
 
     for text in (
         "arm,part\nplain,val\n",
@@ -246,16 +246,16 @@ def test_another_machines_runs_are_not_trained_again(
     ):
         table.write_text(text)
         with pytest.raises(FgvcError, match=r"runs.csv: no runs.csv of a study"):
-            run.adopt(study, here, table)
+            run.import_results(study, here, table)
     with pytest.raises(FgvcError, match=r"gone.csv: no runs.csv of a study"):
-        run.adopt(study, here, tmp_path / "gone.csv")
+        run.import_results(study, here, tmp_path / "gone.csv")
 
 
 def test_the_test_part_is_not_read_of_a_run_that_is_not_finished_here(tmp_path: Path, recipe_tree: dict) -> None:
     there, here = tmp_path / "there", tmp_path / "here"
     study = plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0])
     run.ablate(study, there)
-    run.adopt(study, here, there / "runs.csv")
+    run.import_results(study, here, there / "runs.csv")
     with pytest.raises(FgvcError, match="no finished run is here, only its result; copy"):
         run.read_test(study, here)
     shutil.copytree(there / "runs/plain-1e-s0", here / "runs/plain-1e-s0", symlinks=True)
@@ -272,7 +272,7 @@ def test_a_test_part_that_was_read_elsewhere_is_not_read_again(tmp_path: Path, r
     run.ablate(plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0]), there)
     run.read_test(plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0]), there)
     study = plan(tmp_path, recipe_tree, {"plain": {}, "lr": {"optim.lr": 0.06}}, seeds=[0])
-    assert run.adopt(study, here, there / "runs.csv") == 1
+    assert run.import_results(study, here, there / "runs.csv") == 1
     run.ablate(study, here)
     assert [row["split"] for row in read(here)] == ["val", "val"]  # not before validation has chosen
     run.read_test(study, here)  # of plain's run there is no folder here
@@ -292,7 +292,7 @@ def test_equal_seconds_are_the_other_machines(tmp_path: Path, recipe_tree: dict)
     (there / "costs.json").write_text(json.dumps(costs))
     run.ablate(study, there)
     assert [(row["arm"], row["epochs"]) for row in read(there)] == [("plain", "2"), ("acb", "1")]
-    assert run.adopt(study, here, there / "runs.csv") == 2
+    assert run.import_results(study, here, there / "runs.csv") == 2
     todo = run.estimate(study, here)
     assert (todo.done, todo.cells, todo.costs["acb"].ratio) == (2, [], pytest.approx(1.9))
 
@@ -313,7 +313,7 @@ def test_runs_of_another_study_are_known_by_their_settings_and_cost_over_this_ba
     (there / "costs.json").write_text(json.dumps(costs))
     run.ablate(short, there)
     long = study({"tuned": {}, "branches": acb, "box": {"techniques.box_head": {}}}, epochs=2)
-    assert run.adopt(long, here, there / "runs.csv") == 2
+    assert run.import_results(long, here, there / "runs.csv") == 2
     todo = run.estimate(long, here)
     assert todo.costs["branches"].ratio == pytest.approx(1.4)  # of two epochs of `tuned` it has one
     assert (todo.done, [cell.name for cell in todo.cells]) == (1, ["tuned-2e-s0"])
@@ -322,7 +322,7 @@ def test_runs_of_another_study_are_known_by_their_settings_and_cost_over_this_ba
     assert (row["trial"], row["settings"], row["cost"]) == ("1", "techniques.acb={}", "0.7")
 
     strange = study({"strange": {"optim.lr": 0.08}, "acb": acb}, epochs=2)
-    assert run.adopt(strange, tmp_path / "strange", there / "runs.csv") == 1
+    assert run.import_results(strange, tmp_path / "strange", there / "runs.csv") == 1
     assert not (tmp_path / "strange/costs.json").exists()  # what acb costs over this base was not measured there
 
 
@@ -398,7 +398,7 @@ def test_a_finished_run_is_not_measured_as_one_of_other_images(tmp_path: Path, r
     assert json.loads(line.read_text())["right"] == json.loads(first)["right"], "the same images, wherever they lie"
     line.unlink()
     shutil.copy(moved / "train/red/00.png", moved / "train/red/0new.png")
-    identity._seen.clear()  # another process
+    identity._data_digests.clear()  # another process
     (failure,) = run.ablate(plan(tmp_path, tree, {"plain": {}}, seeds=[0]), out)
     assert "was trained on other images" in failure.reason
     assert not line.exists()
@@ -450,9 +450,10 @@ def test_folds_ask_about_each_image_of_train_once_and_leave_test_alone(
         assert "Test" not in text
 
     # A study of less folds has the same runs; one that divides otherwise has others.
-    assert run.adopt(plan(tmp_path, recipe_tree, arms, seeds=[0], folds=[[1, 2], 3]), tmp_path / "two", out / "runs.csv") == 4
-    assert run.adopt(plan(tmp_path, recipe_tree, arms, seeds=[0], folds=4), tmp_path / "four", out / "runs.csv") == 0
-    assert run.adopt(plan(tmp_path, recipe_tree, arms, seeds=[0]), tmp_path / "none", out / "runs.csv") == 0
+    two = plan(tmp_path, recipe_tree, arms, seeds=[0], folds=[[1, 2], 3])
+    assert run.import_results(two, tmp_path / "two", out / "runs.csv") == 4
+    assert run.import_results(plan(tmp_path, recipe_tree, arms, seeds=[0], folds=4), tmp_path / "four", out / "runs.csv") == 0
+    assert run.import_results(plan(tmp_path, recipe_tree, arms, seeds=[0]), tmp_path / "none", out / "runs.csv") == 0
 
     run.read_test(plan(tmp_path, recipe_tree, arms, seeds=[0], folds=3), out)
     tested = [row for row in read(out) if row["split"] == "test"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fgvc.config.loading import leaves
 from fgvc.errors import FgvcError
-from fgvc.studies.cost import Cost, hours, lengths
+from fgvc.studies.cost import Cost, epochs_by_budget, training_hours
 from fgvc.studies.study import cells, merge, read_study
 
 trees = st.recursive(
@@ -75,16 +75,16 @@ def test_trials_are_numbered_and_cells_go_seed_by_seed(write: Any) -> None:
     plan = read_study(path)
     assert [trial.name for trial in plan.trials] == ["plain", "plain.2", "mixup"]
     costs = {trial.name: Cost(1.0, 20.0) for trial in plan.trials}
-    found = cells(plan, lengths(plan, costs))
+    found = cells(plan, epochs_by_budget(plan, costs))
     assert [cell.name for cell in found] == [f"{name}-2e-s{seed}" for seed in (3, 4) for name in costs]
     assert found[-1].recipe.train.seed == 4
-    assert hours(found, costs) == pytest.approx(6 * 2 * 10 * 2.0 / 3600)
+    assert training_hours(found, costs) == pytest.approx(6 * 2 * 10 * 2.0 / 3600)
 
 
 def test_equal_seconds_give_a_dear_arm_fewer_epochs_and_share_runs(write: Any) -> None:
     plan = read_study(write(seeds=[0], budget=["epochs", "seconds"], settings={"train.epochs": 12}))
     # The base: 12 epochs of 20 s are 240 s. mixup: an epoch takes 50 s, so 4.8 epochs: 5.
-    found = cells(plan, lengths(plan, {"plain": Cost(1.0, 20.0), "mixup": Cost(2.5, 50.0)}))
+    found = cells(plan, epochs_by_budget(plan, {"plain": Cost(1.0, 20.0), "mixup": Cost(2.5, 50.0)}))
     assert [(cell.name, cell.budgets) for cell in found] == [
         ("plain-12e-s0", ("epochs", "seconds")),
         ("mixup-12e-s0", ("epochs",)),
@@ -129,14 +129,14 @@ def test_what_is_no_study_is_refused_by_file_and_arm(write: Any, keys: dict, sai
 def test_epochs_of_their_own_are_a_budget(write: Any) -> None:
     plan = read_study(write(budget="own", seeds=[0], arms={"plain": {}, "long": {"train.epochs": 9}}))
     costs = {trial.name: Cost(1.0, 20.0) for trial in plan.trials}
-    assert [cell.name for cell in cells(plan, lengths(plan, costs))] == ["plain-2e-s0", "long-9e-s0"]
+    assert [cell.name for cell in cells(plan, epochs_by_budget(plan, costs))] == ["plain-2e-s0", "long-9e-s0"]
 
 
 @pytest.mark.parametrize(("folds", "parts"), [(3, [(0, 3), (1, 3), (2, 3)]), ([[2, 0], 5], [(2, 5), (0, 5)])])
 def test_every_run_is_made_once_a_fold(write: Any, folds: Any, parts: list[tuple[int, int]]) -> None:
     plan = read_study(write(seeds=[3, 4], folds=folds))
     costs = {trial.name: Cost(1.0, 20.0) for trial in plan.trials}
-    found = cells(plan, lengths(plan, costs))
+    found = cells(plan, epochs_by_budget(plan, costs))
     assert [(cell.seed, cell.fold, cell.trial.arm) for cell in found] == [
         (seed, part, arm) for seed in (3, 4) for part in parts for arm in ("plain", "mixup")
     ]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from fgvc.io.tables import as_csv
 from fgvc.studies.page import write_tables
 from fgvc.studies.study import Plan
-from fgvc.studies.table import best_trials, lines, markdown, pack, paired
+from fgvc.studies.table import best_trials, lines, markdown, pack, paired_difference
 
 SHARES = st.integers(0, 100).map(lambda right: right / 100)  # of 100 images
 PLAIN, OTHER = (0.70, 0.68, 0.69), (0.73, 0.70, 0.72)  # apart by 3, 2 and 3 points
@@ -39,12 +39,13 @@ def rows(**keys: Any) -> list[dict[str, Any]]:
 
 def test_the_interval_is_students_over_the_seeds() -> None:
     # d = 0.03, 0.02, 0.03: mean 0.0266667, sd 0.0057735, t(0.975, 2) = 4.30265, half = 4.30265 * 0.0057735 / sqrt(3)
-    found = paired([row("other", s, x) for s, x in enumerate(OTHER)], [row("plain", s, x) for s, x in enumerate(PLAIN)])
+    runs, base_runs = ([row(arm, s, x) for s, x in enumerate(tops)] for arm, tops in (("other", OTHER), ("plain", PLAIN)))
+    found = paired_difference(runs, base_runs)
     assert found is not None
     assert found.mean == pytest.approx(0.0266667, abs=1e-6)
     assert found.over_seeds == pytest.approx((0.0266667 - 0.0143422, 0.0266667 + 0.0143422), abs=1e-6)
     assert found.over_images is None
-    assert (found.seeds, found.said) == (3, "gain")
+    assert (found.seeds, found.verdict) == (3, "gain")
 
 
 @given(st.lists(st.tuples(SHARES, SHARES), min_size=2, max_size=8), st.randoms())
@@ -52,10 +53,10 @@ def test_pairs_are_by_seed_whatever_the_order(pairs: list[tuple[float, float]], 
     mine = [row("other", seed, a) for seed, (a, _) in enumerate(pairs)]
     theirs = [row("plain", seed, b) for seed, (_, b) in enumerate(pairs)]
     random.shuffle(theirs)
-    found = paired(mine, theirs)
+    found = paired_difference(mine, theirs)
     assert found is not None
     assert found.mean == pytest.approx(statistics.mean(a - b for a, b in pairs), abs=1e-12)
-    back = paired(theirs, mine)
+    back = paired_difference(theirs, mine)
     assert back is not None
     assert back.mean == pytest.approx(-found.mean, abs=1e-12)
     if found.over_seeds is None:
@@ -65,20 +66,20 @@ def test_pairs_are_by_seed_whatever_the_order(pairs: list[tuple[float, float]], 
 
 
 def test_one_seed_has_no_interval_and_no_verdict() -> None:
-    found = paired([row("other", 0, 0.9), row("other", 5, 0.1)], [row("plain", 0, 0.5)])
+    found = paired_difference([row("other", 0, 0.9), row("other", 5, 0.1)], [row("plain", 0, 0.5)])
     assert found is not None
-    assert (found.seeds, found.said) == (1, "unclear")
+    assert (found.seeds, found.verdict) == (1, "unclear")
     assert found.mean == pytest.approx(0.4)
     assert found.over_seeds is None
-    assert paired([row("other", 1, 0.9)], [row("plain", 0, 0.5)]) is None
+    assert paired_difference([row("other", 1, 0.9)], [row("plain", 0, 0.5)]) is None
 
 
 def test_a_table_has_a_line_an_arm_and_the_base_is_compared_with_nothing() -> None:
     plain, other = lines(rows(), split="val", budget="epochs")
-    assert (plain.arm, plain.against, plain.seeds) == ("plain", None, 3)
+    assert (plain.arm, plain.to_base, plain.seeds) == ("plain", None, 3)
     assert plain.top1 == pytest.approx(0.69)
     assert plain.spread == pytest.approx(0.01)
-    assert other.against is not None
+    assert other.to_base is not None
     assert other.cost == 2.0
     assert other.graphs == ("a" * 64,)
     assert lines(rows(), split="test", budget="epochs") == []
@@ -98,16 +99,16 @@ def test_validation_chooses_the_trial_and_few_seeds_do_not_win() -> None:
 def test_a_run_that_is_there_twice_narrows_no_interval() -> None:
     plain = [row("plain", seed, 0.5) for seed in (0, 1)]
     with pytest.raises(ValueError, match="one row a seed"):
-        paired([row("other", 0, 0.6), row("other", 0, 0.6), row("other", 1, 0.7)], plain)
+        paired_difference([row("other", 0, 0.6), row("other", 0, 0.6), row("other", 1, 0.7)], plain)
 
 
 def test_equal_differences_are_no_verdict() -> None:
     for images, tops in ((100, (0.5, 0.5)), (100, (0.7, 0.68)), (750, (0.472, 0.456))):
         plain = [row("plain", s, top1, images=images) for s, top1 in enumerate(tops)]
         other = [row("other", s, round(top1 + 3 / images, 6), images=images) for s, top1 in enumerate(tops)]
-        found = paired(other, plain)
+        found = paired_difference(other, plain)
         assert found is not None
-        assert (found.mean, found.over_seeds, found.said) == (pytest.approx(3 / images), None, "unclear")
+        assert (found.mean, found.over_seeds, found.verdict) == (pytest.approx(3 / images), None, "unclear")
 
 
 @given(st.integers(2, 60), st.integers(1, 3), st.integers(0, 2**32 - 1))
@@ -118,7 +119,7 @@ def test_the_interval_over_images_is_that_of_the_paired_images(images: int, seed
         [row(arm, s, bits.mean(), images=images, right=pack(bits)) for s, bits in enumerate(right)]
         for arm, right in (("other", mine), ("plain", theirs))
     )
-    found = paired(a, b)
+    found = paired_difference(a, b)
     assert found is not None
     assert found.over_images is not None
     apart = (mine.astype(float) - theirs).mean(0)
@@ -132,12 +133,12 @@ def test_the_interval_over_images_is_that_of_the_paired_images(images: int, seed
 def test_one_seed_and_many_images_are_a_verdict_about_the_images() -> None:
     right = np.arange(1000) < 700
     known = [row("plain", 0, 0.7, images=1000, right=pack(right)), row("other", 0, 0.8, images=1000)]
-    found = paired([known[1] | {"right": pack(np.arange(1000) < 800)}], known[:1])
+    found = paired_difference([known[1] | {"right": pack(np.arange(1000) < 800)}], known[:1])
     assert found is not None
-    assert (found.over_seeds, found.said) == (None, "gain")
-    assert paired(known[1:], known[:1]).said == "unclear"  # type: ignore[union-attr]  # it isn't known which were right
+    assert (found.over_seeds, found.verdict) == (None, "gain")
+    assert paired_difference(known[1:], known[:1]).verdict == "unclear"  # type: ignore[union-attr]  # it isn't known which were right
     other = [known[1] | {"right": pack(right[:999]), "images": 999}]
-    assert paired(other, known[:1]).over_images is None  # type: ignore[union-attr]  # other images
+    assert paired_difference(other, known[:1]).over_images is None  # type: ignore[union-attr]  # other images
 
 
 def test_bits_of_a_cell_survive_a_csv_whatever_they_look_like() -> None:
@@ -215,7 +216,7 @@ def test_folds_are_judged_as_if_one_net_had_been_asked_about_all(sizes: list[int
         arms[arm] += folded(arm, s, dict(enumerate(np.split(bits, cuts))))
         whole[arm].append(row(arm, s, bits.mean(), images=len(bits), right=pack(bits)))
     draw.shuffle(arms["other"])
-    found, expected = paired(arms["other"], arms["plain"]), paired(whole["other"], whole["plain"])
+    found, expected = paired_difference(arms["other"], arms["plain"]), paired_difference(whole["other"], whole["plain"])
     assert found is not None
     assert expected is not None
     assert (found.mean, found.seeds) == (pytest.approx(expected.mean, abs=1e-12), seeds)
@@ -234,7 +235,7 @@ def test_an_arm_that_lacks_folds_is_compared_on_those_that_it_has() -> None:
     bits = [np.arange(10) < right for right in (5, 6, 7)]
     plain = folded("plain", 0, dict(enumerate(bits)))
     other = folded("other", 0, {0: np.arange(10) < 6, 2: np.arange(10) < 9})
-    found = paired(other, plain)
+    found = paired_difference(other, plain)
     assert found is not None
     assert found.mean == pytest.approx((1 + 2) / 20)
     assert found.over_images is not None
@@ -243,7 +244,7 @@ def test_an_arm_that_lacks_folds_is_compared_on_those_that_it_has() -> None:
     assert [(line.seeds, line.folds, line.images) for line in table] == [(1, 3, 30), (1, 2, 20)]
     assert "| 1 x 2 folds | 75.00 |" in markdown(table)
     with pytest.raises(ValueError, match="one row a seed and fold"):
-        paired([*other, other[0]], plain)
+        paired_difference([*other, other[0]], plain)
 
 
 def test_nets_of_all_folds_are_asked_about_the_same_test_images() -> None:
@@ -253,7 +254,7 @@ def test_nets_of_all_folds_are_asked_about_the_same_test_images() -> None:
         [one for seed in range(2) for one in folded(arm, seed, dict(enumerate(right[seed])), split="test")]
         for arm, right in (("other", mine), ("plain", theirs))
     )
-    found = paired(a, b)
+    found = paired_difference(a, b)
     assert found is not None
     apart = (mine.astype(float) - theirs).mean((0, 1))
     assert found.mean == pytest.approx(apart.mean())
@@ -281,8 +282,8 @@ def test_the_floor_is_a_line_and_every_arm_stands_beside_its_own() -> None:
         found = lines(rows_, split="val", budget="epochs")
         assert [line.arm for line in found] == ["floor", "plain", "other"]
         assert found[0].top1 == pytest.approx(floor.mean())
-        assert found[0].against is not None
-        assert found[0].against.mean == pytest.approx(floor.mean() - plain.mean())
+        assert found[0].to_base is not None
+        assert found[0].to_base.mean == pytest.approx(floor.mean() - plain.mean())
         for line, right in zip(found[1:], (plain, other), strict=True):
             assert line.over_floor is not None
             apart = right.astype(float) - floor

@@ -174,8 +174,8 @@ def test_a_file_that_answers_otherwise_is_refused_and_no_bundle_written(
 def test_logits_that_overflow_in_sixteen_bits_are_refused(
     run: Path, done: api.Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = variant._ask
-    monkeypatch.setattr(variant, "_ask", lambda *given: broken_from(ask(*given), given[1] != done.proven.model))
+    ask = variant._answers
+    monkeypatch.setattr(variant, "_answers", lambda *given: broken_from(ask(*given), given[1] != done.proven.model))
     with pytest.raises(FgvcError, match=r"model\.fp16\.onnx is refused:\n  gives logits that are no numbers .* for 1 of 12 val"):
         variant.make_variants(load_run(run), done.proven, api.Variants(fp16=True))
 

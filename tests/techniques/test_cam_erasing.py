@@ -126,7 +126,7 @@ def test_the_erased_view_has_statistics_of_its_own() -> None:
 @pytest.mark.parametrize("source", ["current", "ema", "previous_epoch"])
 def test_no_more_than_the_bound_is_erased(source: str) -> None:
     step, technique = made(source=source, region={"value": 0.1, "area": (0.0, 0.25)})
-    step.follow(Pooled().double())
+    step.set_average(Pooled().double())
     data = batch()
     _, views = step(data, draws(data))
     technique.after_step(step.contexts["cam_erasing"])
@@ -140,7 +140,7 @@ def test_the_average_says_what_is_erased_of_the_image_itself() -> None:
     data = batch()
     step, _ = made(source="ema")
     average = Pooled(order=(1, 2, 0)).double().train()
-    step.follow(average)
+    step.set_average(average)
     losses, views = step(data, draws(data, [True, False, True, True]))
     assert [view.name for view in views] == ["main"]
     for b in range(4):
@@ -254,7 +254,7 @@ def test_as_many_images_are_erased_as_it_says(source: str) -> None:
 def test_with_probability_0_nothing_is_erased(source: str) -> None:
     data = batch()
     step, technique = made(source=source, probability=0)
-    step.follow(Pooled().double())
+    step.set_average(Pooled().double())
     for number in range(2):
         _, views = step(data, step.draw(data, 0.0, seed=0, step=number))
         technique.after_step(step.contexts["cam_erasing"])
@@ -266,7 +266,7 @@ def test_a_flat_map_erases_nothing(source: str) -> None:
     data = batch()
     data.x = data.x_clean = torch.ones_like(data.x)
     step, technique = made(source=source)
-    step.follow(Pooled().double())
+    step.set_average(Pooled().double())
     for _ in range(2):
         _, views = step(data, draws(data))
         technique.after_step(step.contexts["cam_erasing"])
@@ -301,7 +301,7 @@ def test_of_a_mixed_image_the_label_of_most_weight_says_what_is_erased() -> None
 
 def test_the_average_sees_images_before_they_are_mixed() -> None:
     step, _, data, chosen = mixing("ema", [0.5] * 4)
-    step.follow(Pooled().double())
+    step.set_average(Pooled().double())
     _, views = step(data, chosen)
     erased = data.x.clone()
     for b in range(4):

@@ -179,7 +179,7 @@ def test_the_moving_average_teaches() -> None:
 
     techniques = {"distill": build_technique(DistillSettings(attention=1.0))}
     step = StepModule(net(), techniques, size=SIZE, opener=opener).train()
-    step.follow(average)
+    step.set_average(average)
     losses, _ = step(data, step.draw(data, 0.0, seed=0, step=0))
     with torch.no_grad():
         expected = 16 * divergence(softened([logits(data)], 4.0), softened([average(data.x)], 4.0))

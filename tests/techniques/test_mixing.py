@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fgvc.config.techniques import settings_by_kind
 from fgvc.models.backbone import plain_model
-from fgvc.runs.step import StepModule, _one_of
+from fgvc.runs.step import StepModule, _pick_by_share
 from fgvc.techniques.api import Batch, Draws, Technique
 from fgvc.techniques.mosaic.settings import MosaicSettings
 from fgvc.techniques.registry import build_technique
@@ -183,7 +183,7 @@ def test_mosaic_has_four_labels_and_ends_before_the_run_does(style: str) -> None
 
 
 def test_one_of_those_that_mix_is_drawn_by_its_share() -> None:
-    assert [_one_of({"a": 0.25, "b": 0.5}, u) for u in (0, 0.249, 0.25, 0.749, 0.75, 0.999)] == [
+    assert [_pick_by_share({"a": 0.25, "b": 0.5}, u) for u in (0, 0.249, 0.25, 0.749, 0.75, 0.999)] == [
         "a",
         "a",
         "b",
@@ -191,9 +191,9 @@ def test_one_of_those_that_mix_is_drawn_by_its_share() -> None:
         None,
         None,
     ]
-    assert [_one_of({"a": 1, "b": 3}, u) for u in (0, 0.249, 0.251, 0.999)] == ["a", "a", "b", "b"]
-    assert _one_of({}, 0.0) is None
-    assert _one_of({"a": 0.0}, 0.0) is None
+    assert [_pick_by_share({"a": 1, "b": 3}, u) for u in (0, 0.249, 0.251, 0.999)] == ["a", "a", "b", "b"]
+    assert _pick_by_share({}, 0.0) is None
+    assert _pick_by_share({"a": 0.0}, 0.0) is None
     shares = zip(MIXING, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True)
     techniques = {kind: build_technique(settings_by_kind()[kind](probability=p)) for kind, p in shares}
     step, data, counts = StepModule(Pooled(), techniques, size=SIZE), batch(), Counter()

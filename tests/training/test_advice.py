@@ -20,8 +20,8 @@ from fgvc.errors import FgvcError
 from fgvc.models.weights import load_weights
 from fgvc.runs import checkpoint
 from fgvc.runs.build import build_net
-from fgvc.runs.folder import begin_anew, read_run
-from fgvc.training import trainer as loop
+from fgvc.runs.folder import new_run_advice, read_run
+from fgvc.training import step as training_step
 from tests.conftest import paint
 
 
@@ -178,7 +178,7 @@ def test_a_killed_loader_goes_on_with_fewer(run: Path, monkeypatch: pytest.Monke
     def killed(*arguments: object) -> object:
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed")
 
-    monkeypatch.setattr(loop, "to_batch", killed)
+    monkeypatch.setattr(training_step, "to_batch", killed)
     with pytest.raises(FgvcError, match=r"Lower train\.workers"):
         api.train(changed(run, "train.workers=1"), run)
     monkeypatch.undo()
@@ -186,7 +186,7 @@ def test_a_killed_loader_goes_on_with_fewer(run: Path, monkeypatch: pytest.Monke
 
 
 def test_nothing_saved_yet_starts_anew(tmp_path: Path) -> None:
-    assert "starts anew" in begin_anew(tmp_path / "run")
+    assert "starts anew" in new_run_advice(tmp_path / "run")
 
 
 def test_export_takes_another_exporter(run: Path, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_loss_that_is_no_number_names_weights_that_a_new_run_takes(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        loop, "to_batch", lambda *args, real=loop.to_batch: replace(real(*args), x=real(*args).x * math.nan)
+        training_step, "to_batch", lambda *args, real=training_step.to_batch: replace(real(*args), x=real(*args).x * math.nan)
     )
     with pytest.raises(FgvcError, match="NaN or infinite") as caught:
         api.train(changed(run, "train.max_steps=5"), run)

@@ -94,7 +94,7 @@ def test_held_out_answers_are_those_of_scikit_learn(pretrained: dict) -> None:  
     """By hand: standardised features, five folds, whole images."""
     from fgvc.data.splits import fold_numbers
     from fgvc.runs.distributed import runtime
-    from fgvc.training.floor import FOLDS, _across
+    from fgvc.training.floor import FOLDS, _cross_fitted
     from fgvc.training.session import open_session
     from fgvc.training.start import ViewFeatures
 
@@ -105,7 +105,7 @@ def test_held_out_answers_are_those_of_scikit_learn(pretrained: dict) -> None:  
         rows = np.repeat(index.rows("train"), 2)
         labels = index.labels[rows].astype(np.int64)
         vectors = (rng.normal(size=(len(rows), 6)) + labels[:, None] * np.array([1, 0, 0.5, 0, 0, 0])).astype(np.float32)
-        said = _across(session, ViewFeatures(vectors, labels, rows), 0.1)
+        said = _cross_fitted(session, ViewFeatures(vectors, labels, rows), 0.1)
     fold = np.repeat(fold_numbers(index.labels[rows[::2]], folds=FOLDS, seed=one.data.split_seed), 2)
     for number in range(FOLDS):
         learn, held = fold != number, fold == number

@@ -19,7 +19,7 @@ from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
 from fgvc.runs import record as recording
 from fgvc.runs.folder import read_run
-from fgvc.runs.images import continued, read_index, recorded_images
+from fgvc.runs.images import read_index, recorded_images, resumed_index
 from fgvc.runs.loaded import load_run
 from fgvc.runs.record import NAME, Record
 from tests.conftest import COLOURS, paint
@@ -105,7 +105,7 @@ def test_no_change_of_a_folder_moves_an_image_of_a_run(
     change(pictures)
     assert parts(load_run(run).index) == before
     with pytest.raises(FgvcError, match=r"are not those that this run began with|can't go on without its images"):
-        continued(run, made)
+        resumed_index(run, made)
 
 
 @pytest.mark.parametrize("group", [False, True], ids=["rows", "groups"])
@@ -135,7 +135,7 @@ def test_no_change_of_a_table_moves_an_image_of_a_run(
     before = parts(read_index(made))
     write(change(rows))
     assert parts(recorded_images(run, made).index) == before
-    assert parts(continued(run, made, recorded=True)) == before
+    assert parts(resumed_index(run, made, recorded=True)) == before
 
 
 def test_a_picture_less_gives_the_same_score_of_the_same_pictures(
@@ -235,7 +235,7 @@ def test_the_recorded_images_must_be_there(run: Path, tmp_path: Path, made: Reci
         (pictures / "red/03.png").write_bytes(b"x")
     for recorded in (False, True):
         with pytest.raises(FgvcError, match=r"1 (gone|of another size).*red/03\.png"):
-            continued(run, made, recorded=recorded)
+            resumed_index(run, made, recorded=recorded)
 
 
 def test_a_run_without_a_record_is_drawn_anew_and_says_so(
@@ -285,5 +285,5 @@ def test_one_root_in_other_words_is_the_same(
     monkeypatch.chdir(tmp_path)
     for spelled in ("set", "./set/../set", str(tmp_path / "link")):
         named = recipe(made.model_dump(mode="json"), data={"root": spelled})
-        assert parts(continued(run, named)) == parts(recorded_images(run, made).index)
+        assert parts(resumed_index(run, named)) == parts(recorded_images(run, made).index)
         assert len(recorded_images(run, made, Path(spelled)).rows("test")) == 7

@@ -22,8 +22,8 @@ from fgvc.errors import FgvcError
 from fgvc.evaluation import metrics
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run, recorded_preprocess
+from fgvc.runs.images import read_index
 from fgvc.runs.loaded import load_run
-from fgvc.training.session import read_index
 
 TENTHS = [round(0.1 * at, 1) for at in range(11)]
 

@@ -22,13 +22,14 @@ from fgvc.io.files import write_atomic
 from fgvc.models.backbone import plain_model
 from fgvc.models.norms import reestimate_norms
 from fgvc.runs.folder import recorded_preprocess
+from fgvc.runs.images import read_index
 from fgvc.runs.step import StepModule
 from fgvc.techniques.api import Batch
 from fgvc.techniques.centre_loss.technique import CentreLoss
+from fgvc.training import step as training_step
 from fgvc.training import trainer as loop
 from fgvc.training.batch import Normalise, to_batch
 from fgvc.training.log import Events
-from fgvc.training.session import read_index
 
 
 def recipe(tree: dict, **sections: object) -> Recipe:
@@ -144,7 +145,7 @@ def test_a_loss_that_is_no_number_stops_with_advice(tmp_path: Path, recipe_tree:
 
 def test_out_of_memory_names_the_way_out(tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     run, small = tmp_path / "run", recipe(recipe_tree, checkpoint={"every_steps": 2})
-    calls, real = [0], loop.to_batch
+    calls, real = [0], training_step.to_batch
 
     def greedy(*arguments: object) -> object:
         calls[0] += 1
@@ -154,7 +155,7 @@ def test_out_of_memory_names_the_way_out(tmp_path: Path, recipe_tree: dict, monk
             )
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "to_batch", greedy)
+    monkeypatch.setattr(training_step, "to_batch", greedy)
     with pytest.raises(FgvcError, match="out of memory with train.batch_size=8.*Raise train.grad_accum_steps"):
         api.train(small, run)
     monkeypatch.undo()
@@ -324,7 +325,7 @@ def test_an_extended_run_that_dies_at_once_still_goes_on(
     def dies(*_: object) -> None:
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(loop, "_run", dies)
+    monkeypatch.setattr(loop, "_run_epochs", dies)
     with pytest.raises(RuntimeError, match="killed"):
         api.train(longer, run)
     monkeypatch.undo()

@@ -65,7 +65,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def never(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fgvc.training.start._fitted", lambda *_, **__: pytest.fail("fitted"))
+    monkeypatch.setattr("fgvc.training.start._fit_head", lambda *_, **__: pytest.fail("fitted"))
 
 
 def by_hand(weights: Path, one: Recipe, strength: float) -> Callable[[torch.Tensor], np.ndarray]:

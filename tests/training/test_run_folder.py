@@ -25,14 +25,14 @@ from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
 from fgvc.io import files as disk
 from fgvc.runs import checkpoint
-from fgvc.runs.folder import held
-from fgvc.runs.measured import leave, measured
+from fgvc.runs.folder import lock_run
+from fgvc.runs.measured import read_measured, store_measured
 
 HOLD = """
 import sys
 from pathlib import Path
-from fgvc.runs.folder import held
-with held(Path(sys.argv[1])):
+from fgvc.runs.folder import lock_run
+with lock_run(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -108,16 +108,16 @@ def test_a_child_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
     """As a loading process does for some seconds after a SIGKILL."""
     lock, (reading, writing) = tmp_path / "lock", os.pipe()
     if not (parent := os.fork()):
-        with disk.alone(lock):
+        with disk.file_lock(lock):
             if not os.fork():
                 os.close(writing)
                 os.read(reading, 1)  # until the test ends
             os._exit(0)
     os.waitpid(parent, 0)
-    with disk.alone(lock) as mine:
+    with disk.file_lock(lock) as mine:
         assert mine
         assert str(os.getpid()) in disk.holder(lock)
-        with disk.alone(lock) as twice:
+        with disk.file_lock(lock) as twice:
             assert not twice
     os.close(reading)
     os.close(writing)
@@ -125,9 +125,9 @@ def test_a_child_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
 
 def test_a_lock_that_its_holder_removed_is_taken_anew(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    with disk.alone(lock):
+    with disk.file_lock(lock):
         lock.unlink()
-        with disk.alone(lock) as mine:
+        with disk.file_lock(lock) as mine:
             assert mine, "of another file than the one that is gone"
 
 
@@ -136,7 +136,7 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(disk.fcntl, "flock", refuse)
-    with pytest.raises(FgvcError, match=r"its file system knows no locks"), held(tmp_path / "run"):
+    with pytest.raises(FgvcError, match=r"its file system knows no locks"), lock_run(tmp_path / "run"):
         pass
     assert not (tmp_path / "run" / "config.yaml").exists()
 
@@ -171,14 +171,14 @@ def test_in_a_read_only_run_verbs_print_and_say_that_nothing_was_stored(
 
 def test_what_is_left_is_merged_and_of_its_checkpoint_alone(made: tuple[dict, Path, Path], run: Path) -> None:
     now = checkpoint.identity(run / "ckpt")
-    leave(run, {}, rows={"metrics.json": {"val.last": {"top1": 0.5}}}, identity="of another")
-    leave(run, {"tables/x.csv": "a\n"}, rows={"metrics.json": {"test.ema": {"top1": 0.25}}}, identity=now)
+    store_measured(run, {}, rows={"metrics.json": {"val.last": {"top1": 0.5}}}, identity="of another")
+    store_measured(run, {"tables/x.csv": "a\n"}, rows={"metrics.json": {"test.ema": {"top1": 0.25}}}, identity=now)
     assert set(json.loads((run / "metrics.json").read_text())) == {"val.last", "test.ema"}
-    assert measured(run, "metrics.json") == {"test.ema": {"top1": 0.25}}
+    assert read_measured(run, "metrics.json") == {"test.ema": {"top1": 0.25}}
     assert (run / "tables" / "x.csv").read_text() == "a\n"
     api.evaluate(run, "val")
     api.evaluate(run, "test", select="best")
-    assert measured(run, "metrics.json").keys() == {"test.ema", "val.ema", "test.best"}
+    assert read_measured(run, "metrics.json").keys() == {"test.ema", "val.ema", "test.best"}
 
 
 DAMAGE = {
@@ -374,7 +374,7 @@ def test_a_copy_without_links_goes_on(made: tuple[dict, Path, Path], tmp_path: P
         assert equal(weights(run, name), weights(made[2], name))
 
 
-def begun_with(run: Path) -> list[Path]:
+def required_start(run: Path) -> list[Path]:
     """All that is left of a run that was killed after its first checkpoint."""
     for path in (run / "ckpt").glob("*"):
         if path.name != "start":
@@ -385,7 +385,7 @@ def begun_with(run: Path) -> list[Path]:
 def test_a_run_goes_on_from_its_start_where_nothing_else_is_left(
     made: tuple[dict, Path, Path], run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert begun_with(run) == [run / "ckpt" / "start"]
+    assert required_start(run) == [run / "ckpt" / "start"]
     api.train(recipe(made[0]), run)
     assert "Using start, the newest checkpoint that is whole" in capfd.readouterr().err
     for name in ("last", "best", "start"):
@@ -411,9 +411,9 @@ def test_the_start_is_looked_at_by_name(made: tuple[dict, Path, Path], tmp_path:
     run = Path(shutil.copytree(made[2], tmp_path / "run", symlinks=True))
     found = api.evaluate(run, "val", select="start")
     assert (run / "tables" / "classes-val-start.csv").is_file()
-    assert measured(run, "metrics.json")["val.start"]["top1"] == pytest.approx(found.scores.top1)
+    assert read_measured(run, "metrics.json")["val.start"]["top1"] == pytest.approx(found.scores.top1)
     begun = Path(shutil.copytree(made[2], tmp_path / "begun", symlinks=True))
-    begun_with(begun)
+    required_start(begun)
     assert api.evaluate(begun, "val", select="last").scores.loss == found.scores.loss
     done = api.export(run, tmp_path / "bundle", select="start")
     assert json.loads((done.bundle / "metrics.json").read_text())["val"]["top1"] == pytest.approx(found.scores.top1)

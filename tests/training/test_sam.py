@@ -24,6 +24,7 @@ from fgvc.runs import checkpoint
 from fgvc.runs.distributed import runtime
 from fgvc.runs.step import StepModule
 from fgvc.techniques.centre_loss.technique import CentreLoss, Centres
+from fgvc.training import step as training_step
 from fgvc.training import trainer as loop
 from fgvc.training.log import Events
 from fgvc.training.sam import perturbed
@@ -224,7 +225,7 @@ def test_an_interrupted_second_pass_ends_with_the_weights_of_before(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = recipe(recipe_tree, optim={"lr": 0.02, "sam": {"rho": 5.0}}, checkpoint={"every_steps": 2})
-    real, calls, seen = loop._pass, [0], {}
+    real, calls, seen = training_step.forward_backward, [0], {}
 
     def stops(session: Session, *rest: object, **options: object) -> object:
         calls[0] += 1
@@ -234,7 +235,7 @@ def test_an_interrupted_second_pass_ends_with_the_weights_of_before(
             raise KeyboardInterrupt
         return real(session, *rest, **options)
 
-    monkeypatch.setattr(loop, "_pass", stops)
+    monkeypatch.setattr(training_step, "forward_backward", stops)
     with pytest.raises(KeyboardInterrupt):
         api.train(made, tmp_path / "run")
     monkeypatch.undo()
@@ -251,7 +252,7 @@ def test_an_interrupted_second_pass_ends_with_the_weights_of_before(
 def test_a_loss_that_is_no_number_uphill_stops_the_run_and_nothing_is_saved(
     recipe_tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, seen = loop._pass, []
+    original, seen = training_step.forward_backward, []
 
     def passed(session: Session, batch: object, draws: object, views: object = None, *, last: bool) -> object:
         losses, made = original(session, batch, draws, views, last=last)
@@ -260,7 +261,7 @@ def test_a_loss_that_is_no_number_uphill_stops_the_run_and_nothing_is_saved(
             losses = losses | {"loss": torch.tensor(float("nan"))}
         return losses, made
 
-    monkeypatch.setattr(loop, "_pass", passed)
+    monkeypatch.setattr(training_step, "forward_backward", passed)
     made = recipe(recipe_tree, optim={"sam": {"rho": 0.5}})
     with pytest.raises(
         FgvcError,
@@ -290,6 +291,7 @@ from torch.nn.parallel import DistributedDataParallel
 from types import SimpleNamespace
 
 from fgvc.runs import checkpoint
+from fgvc.training import step as training_step
 from fgvc.training import trainer as loop
 from fgvc.training.sam import Sam, perturbed
 from fgvc.runs.distributed import Runtime
@@ -316,10 +318,10 @@ def known(rank, world):
     x, y = torch.randn(8, 4, dtype=torch.float64, generator=rng), torch.randint(3, (8,), generator=rng)
     parts = [(x[4 * rank + start:][:2], y[4 * rank + start:][:2]) for start in (0, 2)]
     for part in parts:
-        loop._pass(session, part, None, last=False)
+        training_step.forward_backward(session, part, None, last=False)
     with perturbed(step, Sam(rho=0.5)):
         for number, part in enumerate(parts):
-            loop._pass(session, part, None, [], last=number == 1)
+            training_step.forward_backward(session, part, None, [], last=number == 1)
     return [w.grad for w in step.parameters()]
 """
 

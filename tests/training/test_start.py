@@ -19,7 +19,7 @@ from fgvc.data.augment import Augmenter
 from fgvc.data.loader import augmented_views, evaluation_loader
 from fgvc.errors import FgvcError
 from fgvc.runs.folder import recorded_preprocess
-from fgvc.training.session import read_index
+from fgvc.runs.images import read_index
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_run_that_goes_on_does_not_fit_anew(tmp_path: Path, pretrained: dict, 
 def test_the_first_checkpoint_holds_the_fitted_head_and_so_does_its_average(
     tmp_path: Path, pretrained: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fgvc.training.trainer._run", lambda *_: None)
+    monkeypatch.setattr("fgvc.training.trainer._run_epochs", lambda *_: None)
     one = recipe(pretrained, model={"head": "probe"}, ema={"decay": 0.9})
     api.train(one, tmp_path / "run")
     assert clean_loss(one, tmp_path / "run") < 0.5

@@ -17,8 +17,9 @@ from fgvc.errors import FgvcError
 from fgvc.models.backbone import plain_model
 from fgvc.models.norms import reestimate_norms
 from fgvc.runs.folder import recorded_preprocess
+from fgvc.runs.images import read_index
 from fgvc.training import trainer as loop
-from fgvc.training.session import Session, read_index
+from fgvc.training.session import Session
 
 Tensors = dict[str, torch.Tensor]
 

@@ -21,6 +21,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import plain_model
 from fgvc.runs.build import build_net
+from fgvc.runs.images import read_index
 from fgvc.runs.loaded import load_run
 from fgvc.studies.speed import bench_each
 from fgvc.techniques.api import Output
@@ -28,7 +29,7 @@ from fgvc.techniques.distill.ensemble import TeacherEnsemble
 from fgvc.techniques.distill.settings import AnyTeacher
 from fgvc.techniques.distill.teacher import Teacher, TeacherOutput
 from fgvc.techniques.plan import Attachments, Context
-from fgvc.training.session import opener_of, read_index
+from fgvc.training.session import teacher_loader
 
 DEVICE = torch.device("cpu")
 LARGE, SMALL = (64, 64), (32, 32)
@@ -75,7 +76,7 @@ def opened(tree: dict, wanted: dict, *, out: Path | None = None, classes: tuple[
     made = recipe(tree)
     index = read_index(made)
     built = build_net(made, len(index.classes))
-    opener = opener_of(made, index, DEVICE, out=out)
+    opener = teacher_loader(made, index, DEVICE, out=out)
     if classes is not None:
         opener = replace(opener, classes=classes)
     settings = TypeAdapter(AnyTeacher).validate_python(wanted)
@@ -210,7 +211,7 @@ def test_opening_draws_nothing(taught: tuple[Path, Path], tree) -> None:
     made = recipe(tree)
     index = read_index(made)
     built = build_net(made, len(index.classes))
-    opener, attachments = opener_of(made, index, DEVICE), Attachments(net=built.step.net, size=SMALL)
+    opener, attachments = teacher_loader(made, index, DEVICE), Attachments(net=built.step.net, size=SMALL)
     before = torch.get_rng_state()
     for kind, path in zip(("run", "bundle"), taught, strict=True):
         opener(TypeAdapter(AnyTeacher).validate_python({"kind": kind, "path": path}), attachments, built.preprocess)

@@ -21,9 +21,10 @@ from fgvc.errors import FgvcError
 from fgvc.models.finite import not_finite, suspicious
 from fgvc.runs import checkpoint
 from fgvc.runs.step import StepModule
+from fgvc.training import step as training_step
 from fgvc.training import trainer as loop
 from fgvc.training.session import Session
-from fgvc.training.watch import held
+from fgvc.training.watch import state_tensors
 from tests.processes import script
 
 NAN, INF = float("nan"), float("inf")
@@ -36,8 +37,8 @@ def recipe(tree: dict, **sections: object) -> Recipe:
 
 def finite(run: Path) -> bool:
     """Whether there are checkpoints, and every one holds numbers alone."""
-    states = [state for _, state in checkpoint.whole(run / "ckpt")]
-    return bool(states) and not any(not_finite(held(state)) for state in states)
+    states = [state for _, state in checkpoint.intact_checkpoints(run / "ckpt")]
+    return bool(states) and not any(not_finite(state_tensors(state)) for state in states)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -128,14 +129,14 @@ def test_what_breaks_in_a_step_ends_the_run_before_a_checkpoint(
 def test_a_run_whose_every_step_fp16_skips_is_no_success(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch, steps: int, reason: str
 ) -> None:
-    real = loop._pass
+    real = training_step.forward_backward
 
     def overflowing(session: Session, *given: object, **named: object) -> object:
         made = real(session, *given, **named)
         session.step.net.fc.weight.grad[0, 0] = INF
         return made
 
-    monkeypatch.setattr(loop, "_pass", overflowing)
+    monkeypatch.setattr(training_step, "forward_backward", overflowing)
     with pytest.raises(FgvcError, match=f"{reason}.*train.precision=bf16"):
         api.train(recipe(recipe_tree, train={"precision": "fp16", "epochs": 99, "max_steps": steps}), tmp_path / "run")
 
@@ -237,7 +238,7 @@ def test_what_a_probe_says_is_looked_at(tmp_path: Path, recipe_tree: dict, monke
 def test_a_step_that_the_scaler_skips_is_no_fault(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls, moved = loop._pass, [0], []
+    real, calls, moved = training_step.forward_backward, [0], []
 
     def overflows(session: Session, *rest: object, **options: object) -> object:
         passed = real(session, *rest, **options)
@@ -247,7 +248,7 @@ def test_a_step_that_the_scaler_skips_is_no_fault(
             session.step.net.fc.weight.grad.fill_(INF)
         return passed
 
-    monkeypatch.setattr(loop, "_pass", overflows)
+    monkeypatch.setattr(training_step, "forward_backward", overflows)
     run = api.train(recipe(recipe_tree, train={"precision": "fp16", "max_steps": 4}), tmp_path / "run")
     assert torch.equal(moved[1], moved[2]), "the second step was skipped"
     assert not torch.equal(moved[2], moved[3])

@@ -1,4 +1,4 @@
-"""Verbs that look at what was trained."""
+"""Verbs that evaluate, explain and compare trained nets."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def report(
 
 
 def explain(
-    seen: Annotated[
+    subject: Annotated[
         Path, typer.Argument(metavar="RUN|BUNDLE", help="A run, or a bundle (class activation maps, no torch).")
     ],
     paths: Annotated[list[Path], typer.Argument(metavar="IMG", help="Images, or folders of images.")],
@@ -119,13 +119,13 @@ def explain(
     """Show where a network looks: overlays, panels side by side, raw maps. Exit code 1 where an image could not be read."""
     from fgvc.runtime.explain import explain_bundles, is_bundle
 
-    both = [seen, *([against] if against is not None else [])]
-    if all(is_bundle(path) for path in both):
+    paths_to_explain = [subject, *([against] if against is not None else [])]
+    if all(is_bundle(path) for path in paths_to_explain):
         if select is not None or device is not None or channels is not None:
             raise FgvcError("--select, --device and --channels go with a run, not with a bundle")
         sys.exit(
             explain_bundles(
-                both, paths, out, methods=method or ["cam"], target=target, batch=batch, overwrite=overwrite,
+                paths_to_explain, paths, out, methods=method or ["cam"], target=target, batch=batch, overwrite=overwrite,
                 max_pixels=round(megapixels * 1e6),
             )
         )  # fmt: skip
@@ -133,7 +133,7 @@ def explain(
 
     sys.exit(
         api.explain(
-            seen, paths, out, methods=method or ["gradcam"], against=against, target=target, select=select, device=device,
+            subject, paths, out, methods=method or ["gradcam"], against=against, target=target, select=select, device=device,
             channels=channels, batch=batch, overwrite=overwrite, max_pixels=round(megapixels * 1e6),
         )
     )  # fmt: skip
@@ -182,12 +182,12 @@ def compare(
     gate = Gate(max_negative_flips, min_gain)
     if out is not None:
         refuse_out(out)
-    found = api.compare(
+    answers = api.compare(
         a, b, data=data, split=split, labels=labels, preprocess=preprocess, certain=gate.shut, root=root,
         max_pixels=pixels(megapixels),
     )  # fmt: skip
-    failed = gate.failures(found.paired)
-    show.versus(found, failed)
+    failures = gate.failures(answers.paired)
+    show.comparison(answers, failures)
     if out is not None:
-        write_page(found, out, failed=failed)
-    sys.exit(1 if failed else 0)
+        write_page(answers, out, failures=failures)
+    sys.exit(1 if failures else 0)

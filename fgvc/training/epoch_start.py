@@ -1,4 +1,4 @@
-"""What happens between two epochs: passes over the images by the net as it is, for techniques that work in rounds."""
+"""What a technique may use before an epoch: class maps of the training images by the net as it is, and the run's facts."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fgvc import __version__
 from fgvc.data.cache import stamps
 from fgvc.data.loader import evaluation_loader
 from fgvc.models.cam.offline import Rows, offline_maps
-from fgvc.runs.folder import installed
+from fgvc.runs.environment import installed_version
 from fgvc.techniques.api import EpochStart
 from fgvc.techniques.settings import OfflineMethod
 from fgvc.training.log import Events
 from fgvc.training.session import Session
 
-LOADING = ("torch", "albumentations", "numpy", "pillow")
+IMAGE_PACKAGES = ("torch", "albumentations", "numpy", "pillow")
 
 
 def epoch_start(session: Session, out: Path, events: Events, *, stop: threading.Event) -> EpochStart:
-    """What techniques may use before an epoch. Once `stop` is set, making maps ends with KeyboardInterrupt."""
+    """Make the EpochStart of the coming epoch. Once `stop` is set, making maps ends with KeyboardInterrupt."""
     spec, progress = session.preprocess, session.progress
     whole = spec.model_copy(update={"resize": "squash", "crop_pct": 1.0})
     rgb = [round(255 * mean / spec.input_range) for mean in spec.mean]
@@ -39,14 +39,14 @@ def epoch_start(session: Session, out: Path, events: Events, *, stop: threading.
         def images() -> Iterator[tuple[Tensor, Tensor, Rows]]:
             # Of the rows that are left after an interruption it may be that none can be read.
             for batch in evaluation_loader(session.index, rows, spec=whole, batch_size=size, workers=0, some=False):
-                here = batch.index.numpy()
-                yield change(batch.images.to(session.runtime.device), here), batch.labels, here
+                batch_rows = batch.index.numpy()
+                yield change(batch.images.to(session.runtime.device), batch_rows), batch.labels, batch_rows
 
         done = 0
         with events.progress(len(rows), 0, "masks"):
-            for here, found in offline_maps(session.step.net, images(), method):
-                end = int(np.searchsorted(rows, here[-1])) + 1  # rows ascend; those left out could not be read
-                yield rows[done:end], np.isin(rows[done:end], here), found
+            for batch_rows, class_maps in offline_maps(session.step.net, images(), method):
+                end = int(np.searchsorted(rows, batch_rows[-1])) + 1  # rows ascend; those left out could not be read
+                yield rows[done:end], np.isin(rows[done:end], batch_rows), class_maps
                 done = end
                 events.done(done, len(rows))
                 if stop.is_set():
@@ -60,12 +60,12 @@ def epoch_start(session: Session, out: Path, events: Events, *, stop: threading.
         images=len(session.index), rows=session.index.rows("train"), seed=session.recipe.train.seed,
         losses=session.runtime.gather(losses)[0],
         colour=(red, green, blue), maps=maps, first=session.runtime.first, say=events.say,
-        replays=partial(_replays, session),
+        replays=partial(_images_key, session),
     )  # fmt: skip
 
 
-def _replays(session: Session) -> str | None:
-    """What decides this epoch's images: of the recipe, the data, the rendering, and the packages that do it."""
+def _images_key(session: Session) -> str | None:
+    """SHA-256 of all that decides this epoch's images: settings, files, rendering and packages; None where more decides them."""
     recipe = session.recipe
     # What a hook does to an image may depend on all of the training before; balanced epochs show an image several times.
     if session.step.hooks("on_sample") or recipe.train.sampling == "balanced":
@@ -74,6 +74,6 @@ def _replays(session: Session) -> str | None:
     settings = recipe.model_dump(mode="json", include={"data", "deploy", "image", "augment", "cache"})
     facts = [
         __version__, settings, recipe.train.seed, session.step.attachments.render, session.train_size, files,
-        session.preprocess.model_dump(mode="json"), {name: installed(name) for name in LOADING},
+        session.preprocess.model_dump(mode="json"), {name: installed_version(name) for name in IMAGE_PACKAGES},
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -11,7 +11,7 @@ import pytest
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.runs.distributed import runtime
-from fgvc.training.between import _replays
+from fgvc.training.epoch_start import _images_key
 from fgvc.training.session import open_session
 
 
@@ -19,7 +19,7 @@ def facts(tree: dict, **sections: object) -> str | None:
     merged = tree | {k: (tree.get(k, {}) | v if isinstance(v, dict) else v) for k, v in sections.items()}
     made = validate(Recipe, merged, where="test")
     with runtime(made.train) as process, open_session(made, process) as session:
-        return _replays(session)
+        return _images_key(session)
 
 
 def test_answers_of_other_images_are_not_taken_for_those_of_these(
