@@ -5,10 +5,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # One thread a process: two processes with two threads each on two cores mostly wait for one another. Each begins with a half of
-# the tests in their order, so that what the tests of a file share is made once.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 40
+# the tests in their order, so that what the tests of a file share is made once; what the tests of several files share is made once
+# for both (tests/trained.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+TEST := $(PYTEST) -n 2 --dist worksteal --durations 40
+# Half a minute: recipes and their mistakes, verbs that import no more than they need, the figures of a run, a run that is trained,
+# exported, proved and asked, a request. Only these files are imported; all of them together take a quarter of a minute.
+SMOKE := tests/config tests/io tests/e2e/test_light.py tests/serving/test_protocol.py \
+	'tests/golden/test_golden.py::test_it_computes_what_it_did[plain]' \
+	tests/e2e/test_calibration.py::test_the_bundle_holds_what_validation_says
 
-.PHONY: install demo check test test-all clean
+.PHONY: install demo lint check test test-all clean
 
 install: $(STAMP)
 
@@ -21,16 +28,19 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/python -m fgvc.cli.demo demo
 
-check: install
+lint: install
 	$(BIN)/ruff check fgvc tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check
+check: lint
+	$(PYTEST) $(SMOKE)
+
+test: lint
 	$(TEST) -m "not slow"
 
 # The slow matrix starts Ray, too, which nothing else needs.
-test-all: check
+test-all: lint
 	$(BIN)/python -m pip install --quiet --editable '.[train,serve,packaged,ray,dev]'
 	$(TEST)
 

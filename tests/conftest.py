@@ -46,7 +46,7 @@ def _the_machine_does_not_die() -> Iterator[None]:
 def painted() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Runs and scores write their charts without painting them, which takes as long as the steps of a tiny run: within
     `with painted():` they are painted. The functions that paint are tested where they are called by themselves."""
-    if "fgvc.api" not in sys.modules:  # nothing trains in this session
+    if "torch" not in sys.modules:  # nothing trains in this session
         yield nullcontext
         return
     from fgvc.evaluation import evaluate
@@ -80,7 +80,7 @@ def painted() -> Iterator[Callable[[], AbstractContextManager[None]]]:
 def new_python(once: Once) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """The independent plain graph is made once a session for equal arguments, in a forked process (tests/processes.py): within
     `with new_python():` it is made each time, in a new Python that first imports torch, as the product does."""
-    if "fgvc.exporting.reference" not in sys.modules:  # nothing exports in this session
+    if "torch" not in sys.modules:  # nothing is exported in this session
         yield nullcontext
         return
     from fgvc.exporting import reference

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import yaml
 from fgvc.cli.app import main
 from fgvc.config.recipe import Techniques
 from fgvc.config.techniques import settings_by_kind
+from fgvc.data.drawn import beetles
 from fgvc.techniques.registry import build
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,7 @@ def make_small(recipe: Path) -> None:
     tree["image"] = {"size": 64}
     tree["train"] = {"epochs": 1, "max_steps": 3, "batch_size": 8, "workers": 0, "device": "cpu"}
     tree["cache"] = "none"
+    tree["export"] = {"exporter": "torchscript"}  # of a second; e2e/test_cli.py has the other exporter
     recipe.write_text(yaml.safe_dump(tree))
 
 
@@ -42,8 +44,9 @@ def run(line: str) -> None:
         make_small(Path(words[3]))
 
 
-@pytest.mark.timeout(900)  # a minute and a half on two idle cores; but everything of the README runs
 def test_all_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a drawn set of 6 + 3 pictures a class."""
+    monkeypatch.setattr(beetles, "draw_demo", partial(beetles.draw_demo, train_per_class=6, test_per_class=3))
     monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert {kind for kind, _ in blocks} == {"bash", "python"}
@@ -59,8 +62,6 @@ def test_all_techniques_can_be_made_together() -> None:
     assert set(build(Techniques(**{kind: {} for kind in settings_by_kind()}))) == set(settings_by_kind())
 
 
-def test_the_tables_of_the_docs_are_those_of_the_csv_files() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "docs/tables.py", "--check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout
+def test_the_tables_of_the_docs_are_those_of_the_csv_files(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = runpy.run_path(str(ROOT / "docs/tables.py"))
+    assert tables["main"](["--check"]) == 0, capsys.readouterr().out

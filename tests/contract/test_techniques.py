@@ -26,6 +26,7 @@ from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net
 from fgvc.techniques.registry import build_technique
+from tests.trained import Once
 
 NETS = {"cnn": "test_resnet", "vit": "test_vit"}
 KWARGS = {"cnn": {}, "vit": {"img_size": 64}}
@@ -48,13 +49,8 @@ def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(run / "ckpt" / "last" / f"{name}.safetensors")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return {}
-
-
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)), scope="module")
-def trained(request, boxed, runs, tmp_path_factory) -> tuple[Recipe, Path, Path]:
+def trained(request, boxed, once: Once) -> tuple[Recipe, Path, Path]:
     """One uninterrupted run and its plain twin, made once for all the tests of a technique."""
     kind, net = request.param
     tree = {"data": {"kind": "cub", "root": str(boxed), "val_fraction": 0.2}, "image": {"size": 64}}
@@ -66,13 +62,7 @@ def trained(request, boxed, runs, tmp_path_factory) -> tuple[Recipe, Path, Path]
         if f"techniques.{kind}" not in str(error):  # a refusal names the technique
             raise
         pytest.skip(f"refused by name: {error}")
-    out = tmp_path_factory.mktemp("runs") / "run"
-    api.train(made, out)
-    if (None, net) not in runs:
-        plain = tmp_path_factory.mktemp("runs") / "plain"
-        api.train(recipe(tree, None, net), plain)
-        runs[None, net] = plain
-    return made, out, runs[None, net]
+    return made, once.run(made), once.run(recipe(tree, None, net), name="plain")
 
 
 def losses(run: Path) -> list[float]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from fgvc.config.template import recipe_file, run_name
 from fgvc.models.backbone import plain_model
 from fgvc.runtime.bundle import write_bundle
 from tests.serving.small import serving
+from tests.trained import Once, copied
 
 VERBS = (
     "recipes", "init", "data", "train", "interpolate", "eval", "explain", "localize", "report", "compare", "export", "verify",
@@ -31,20 +33,20 @@ VERBS = (
 
 
 @dataclass
-class TeacherOutput:
+class Printed:
     stdout: str
     stderr: str
 
 
 @pytest.fixture
-def fgvc(capfd: pytest.CaptureFixture[str]) -> Callable[..., TeacherOutput]:
+def fgvc(capfd: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
     """The command line in this process: a new one would import torch each time."""
 
-    def run(*arguments: object, code: int = 0) -> TeacherOutput:
+    def run(*arguments: object, code: int = 0) -> Printed:
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
-        said = TeacherOutput(*capfd.readouterr())
+        said = Printed(*capfd.readouterr())
         assert (ended.value.code or 0) == code, f"exit {ended.value.code}\n{said.stdout}\n{said.stderr}"
         return said
 
@@ -68,19 +70,29 @@ def recipe(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return api.train(api.load_recipe(recipe), tmp_path_factory.mktemp("runs") / "run")
+def made(recipe: Path, once: Once, painted: Callable[[], AbstractContextManager[None]]) -> Path:
+    """`run`, scored on test, and its `bundle`, by the exporter that is the default; made once for both workers."""
+
+    def fill(place: Path) -> None:
+        with painted():
+            api.train(api.load_recipe(recipe), place / "run")
+        api.evaluate(place / "run", "test")
+        api.export(place / "run", place / "bundle")
+
+    return once.made("command line", fill)
 
 
 @pytest.fixture(scope="module")
-def bundle(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("bundles") / "bundle"
-    api.evaluate(run, "test")
-    api.export(run, out)
-    return out
+def run(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(made / "run", tmp_path_factory.mktemp("runs"))
 
 
-def test_help_is_light(fgvc: Callable[..., TeacherOutput]) -> None:
+@pytest.fixture(scope="module")
+def bundle(made: Path) -> Path:
+    return made / "bundle"
+
+
+def test_help_is_light(fgvc: Callable[..., Printed]) -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom fgvc.cli.app import app\n"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
@@ -92,11 +104,11 @@ def test_help_is_light(fgvc: Callable[..., TeacherOutput]) -> None:
     assert all(verb in said for verb in VERBS)
 
 
-def test_version_is_that_of_the_installed_package(fgvc: Callable[..., TeacherOutput]) -> None:
+def test_version_is_that_of_the_installed_package(fgvc: Callable[..., Printed]) -> None:
     assert fgvc("--version").stdout == f"fgvc {version('fgvc')}\n"
 
 
-def test_recipes_and_init(fgvc: Callable[..., TeacherOutput], tmp_path: Path) -> None:
+def test_recipes_and_init(fgvc: Callable[..., Printed], tmp_path: Path) -> None:
     assert "cub50/plain" in fgvc("recipes").stdout
     schema = json.loads(fgvc("recipes", "--schema").stdout)
     assert "mixup" in json.dumps(schema["$defs"]["Techniques"]["properties"])
@@ -126,7 +138,7 @@ def test_a_run_holds_what_others_rely_on(run: Path) -> None:
     assert json.loads((run / "env.json").read_text())["torch"]
 
 
-def test_a_finished_run_is_not_overwritten_by_accident(fgvc: Callable[..., TeacherOutput], recipe: Path, run: Path) -> None:
+def test_a_finished_run_is_not_overwritten_by_accident(fgvc: Callable[..., Printed], recipe: Path, run: Path) -> None:
     before = (run / "events.jsonl").read_bytes()
     again = fgvc("train", recipe, "--out", run)  # as after a kill in its last moment
     assert "this run is finished" in again.stderr
@@ -138,7 +150,7 @@ def test_a_finished_run_is_not_overwritten_by_accident(fgvc: Callable[..., Teach
 
 
 def test_a_dry_run_says_what_a_step_costs_and_writes_nothing(
-    fgvc: Callable[..., TeacherOutput], recipe: Path, tmp_path: Path
+    fgvc: Callable[..., Printed], recipe: Path, tmp_path: Path
 ) -> None:
     said = fgvc("train", recipe, "--dry-run", "--out", tmp_path / "run").stdout
     for expected in ("forwards per step", "peak memory", "all steps", "acb: "):
@@ -146,13 +158,13 @@ def test_a_dry_run_says_what_a_step_costs_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_data_check(fgvc: Callable[..., TeacherOutput], recipe: Path) -> None:
+def test_data_check(fgvc: Callable[..., Printed], recipe: Path) -> None:
     said = fgvc("data", "check", recipe).stdout
     assert "train" in said
     assert said.strip().endswith("ok")
 
 
-def test_data_check_with_everything(fgvc: Callable[..., TeacherOutput], recipe: Path, colours: Path, tmp_path: Path) -> None:
+def test_data_check_with_everything(fgvc: Callable[..., Printed], recipe: Path, colours: Path, tmp_path: Path) -> None:
     """A folder with a leak, a damaged file and a label that is wrong; features of a random net tell colours apart."""
     root = tmp_path / "colours"
     shutil.copytree(colours, root)
@@ -185,7 +197,7 @@ def test_data_check_with_everything(fgvc: Callable[..., TeacherOutput], recipe: 
     assert "is a folder" in fgvc("data", "check", recipe, "--out", tmp_path, code=2).stderr
 
 
-def test_eval(fgvc: Callable[..., TeacherOutput], run: Path) -> None:
+def test_eval(fgvc: Callable[..., Printed], run: Path) -> None:
     said = fgvc("eval", run, "--split", "test").stdout
     assert "top-1" in said
     assert 0.5 < json.loads((run / "metrics.json").read_text())["test.best"]["top1"] <= 1
@@ -194,7 +206,7 @@ def test_eval(fgvc: Callable[..., TeacherOutput], run: Path) -> None:
 
 
 def test_export_verify_predict(
-    fgvc: Callable[..., TeacherOutput], run: Path, bundle: Path, colours: Path, tmp_path: Path
+    fgvc: Callable[..., Printed], run: Path, bundle: Path, colours: Path, tmp_path: Path
 ) -> None:
     names = {p.name for p in bundle.iterdir()}
     assert {
@@ -222,7 +234,7 @@ def test_export_verify_predict(
 
 @pytest.mark.allow_hosts(["127.0.0.1"])
 def test_what_is_served_is_what_is_predicted(
-    fgvc: Callable[..., TeacherOutput], bundle: Path, colours: Path, tmp_path: Path
+    fgvc: Callable[..., Printed], bundle: Path, colours: Path, tmp_path: Path
 ) -> None:
     said = fgvc("predict", bundle, colours / "test", "--json", "--top-k", 2).stdout
     with serving(tmp_path, f"colours={bundle}") as server, server.client() as client:
@@ -238,7 +250,7 @@ def test_what_is_served_is_what_is_predicted(
 
 
 def test_a_report_certifies_the_weights_of_the_bundle_and_no_others(
-    fgvc: Callable[..., TeacherOutput], run: Path, bundle: Path, tmp_path: Path
+    fgvc: Callable[..., Printed], run: Path, bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "report.html"
     assert fgvc("report", run, "--bundle", bundle, "--images", 1, "--out", out).stdout == f"{out}\n"
@@ -254,7 +266,7 @@ def test_a_report_certifies_the_weights_of_the_bundle_and_no_others(
 
 
 def test_predict_names_what_it_can_not_read(
-    fgvc: Callable[..., TeacherOutput], bundle: Path, colours: Path, tmp_path: Path
+    fgvc: Callable[..., Printed], bundle: Path, colours: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     good = next((colours / "test").rglob("*.png"))
@@ -275,7 +287,7 @@ def test_predict_imports_nothing_of_training(bundle: Path, colours: Path) -> Non
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_export_against_a_deployed_file(fgvc: Callable[..., TeacherOutput], run: Path, bundle: Path, tmp_path: Path) -> None:
+def test_export_against_a_deployed_file(fgvc: Callable[..., Printed], run: Path, bundle: Path, tmp_path: Path) -> None:
     fgvc("export", run, "-o", tmp_path / "again", "--against", bundle / "model.onnx")
     same = fgvc("verify", tmp_path / "again" / "model.onnx", "--against", bundle / "model.onnx")
     assert "a drop-in replacement" in same.stdout
@@ -310,7 +322,7 @@ def turned_bundle(bundle: Path, folder: Path, **changed: object) -> Path:
     ],
 )
 def test_export_against_a_stack_that_feeds_or_reads_otherwise_is_refused_before_any_work(
-    fgvc: Callable[..., TeacherOutput],
+    fgvc: Callable[..., Printed],
     run: Path,
     bundle: Path,
     tmp_path: Path,
@@ -338,7 +350,7 @@ def test_export_against_a_stack_that_feeds_or_reads_otherwise_is_refused_before_
 
 
 def test_what_is_stated_of_a_deployed_stack_in_part_or_twice_is_refused(
-    fgvc: Callable[..., TeacherOutput], run: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fgvc: Callable[..., Printed], run: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api, "load_run", lambda *_: pytest.fail("the net was opened"))
     shutil.copy(bundle / "model.onnx", tmp_path / "lone.onnx")
@@ -354,9 +366,10 @@ def test_what_is_stated_of_a_deployed_stack_in_part_or_twice_is_refused(
 
 
 def test_a_lone_deployed_file_proves_nothing_of_what_is_around_it(
-    fgvc: Callable[..., TeacherOutput], run: Path, bundle: Path, tmp_path: Path
+    fgvc: Callable[..., Printed], run: Path, bundle: Path, tmp_path: Path
 ) -> None:
-    shutil.copy(bundle / "model.onnx", tmp_path / "lone.onnx")
+    scripted = api.export(run, tmp_path / "scripted", exporter="torchscript").bundle  # a file by the exporter that takes no time
+    shutil.copy(scripted / "model.onnx", tmp_path / "lone.onnx")
     export = ("export", run, "-o", tmp_path / "new", "--against", tmp_path / "lone.onnx")
     said = fgvc(*export).stdout
     assert "drop-in replacement" not in said
@@ -379,7 +392,7 @@ def test_a_lone_deployed_file_proves_nothing_of_what_is_around_it(
 
 
 def test_a_bundle_of_another_preprocessing_certifies_no_run(
-    fgvc: Callable[..., TeacherOutput], run: Path, bundle: Path, tmp_path: Path
+    fgvc: Callable[..., Printed], run: Path, bundle: Path, tmp_path: Path
 ) -> None:
     other = turned_bundle(bundle, tmp_path / "other", interpolation="nearest")
     said = fgvc("report", run, "--bundle", other, "--out", tmp_path / "r.html", code=2).stderr
@@ -389,7 +402,7 @@ def test_a_bundle_of_another_preprocessing_certifies_no_run(
     fgvc("report", run, "--bundle", same, "--images", 1, "--out", tmp_path / "r.html")
 
 
-def test_verify_says_where_two_files_differ(fgvc: Callable[..., TeacherOutput], bundle: Path, tmp_path: Path) -> None:
+def test_verify_says_where_two_files_differ(fgvc: Callable[..., Printed], bundle: Path, tmp_path: Path) -> None:
     done = fgvc("verify", bundle / "explain.onnx", "--against", bundle / "model.onnx", code=1)
     assert "maps" in done.stdout
     assert "NOT a drop-in" in done.stdout
@@ -412,7 +425,7 @@ def test_verify_says_where_two_files_differ(fgvc: Callable[..., TeacherOutput], 
     ],
 )
 def test_mistakes_are_named(
-    fgvc: Callable[..., TeacherOutput], arguments: tuple, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fgvc: Callable[..., Printed], arguments: tuple, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     said = fgvc(*arguments, code=2).stderr

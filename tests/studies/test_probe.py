@@ -297,7 +297,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shades: Path) -> tuple[Pat
     folder = tmp_path_factory.mktemp("trained")
     tree = {
         "data": {"kind": "folder", "root": str(shades)}, "image": {"size": 32}, "model": {"backbone": "test_resnet"},
-        "train": {"epochs": 1, "batch_size": 8, "workers": 0, "device": "cpu"},
+        "train": {"epochs": 1, "batch_size": 8, "workers": 0, "device": "cpu"}, "export": {"exporter": "torchscript"},
     }  # fmt: skip
     (folder / "r.yaml").write_text(yaml.safe_dump(tree))
     run = api.train(load_recipe(folder / "r.yaml"), folder / "run")

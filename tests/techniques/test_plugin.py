@@ -29,14 +29,22 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import json, sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from fgvc_confidence_penalty.settings import ConfidencePenaltySettings
+from fgvc_confidence_penalty.technique import ConfidencePenalty
+
 from fgvc import api
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
+
 out = Path(sys.argv[1])
-recipe = validate(Recipe, json.loads((out / "recipe.json").read_text()), where="test")
-run = api.train(recipe, out / "run")
-done = api.export(run, out / "bundle")
-assert api.verify(out / "bundle").passed
+z = torch.tensor([[0., 0., 0.], [50., 0., 0.]])
+print(ConfidencePenalty(ConfidencePenaltySettings()).losses({"main": SimpleNamespace(logits=z)}, None)["penalty"].item())
+for name in ("with", "without"):
+    api.train(validate(Recipe, json.loads((out / f"{name}.json").read_text()), where="test"), out / name)
+api.export(out / "with", out / "bundle")
 """
 
 
@@ -55,29 +63,46 @@ def python(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_it_trains_exports_and_leaves_nothing(installed: Path, recipe_tree: dict, tmp_path: Path) -> None:
-    tree = recipe_tree | {
-        "techniques": {"confidence_penalty": {"beta": 0.5}, "mixup": {}},
+def plain(colours: Path) -> dict:
+    return {
+        "data": {"kind": "folder", "root": str(colours)},
+        "image": {"size": 32},
+        "model": {"backbone": "test_resnet"},
+        "train": {"max_steps": 2, "batch_size": 8, "workers": 0, "device": "cpu"},
+        "techniques": {"mixup": {}},
         "export": {"exporter": "torchscript"},
     }
-    (tmp_path / "recipe.json").write_text(json.dumps(tree))
-    done = python(installed, "-c", RUN, str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def ran(installed: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What one process left, `with` and `without` the technique in the recipe, and what it printed."""
+    out, tree = tmp_path_factory.mktemp("ran"), plain(colours)
+    (out / "without.json").write_text(json.dumps(tree))
+    (out / "with.json").write_text(json.dumps(tree | {"techniques": {"confidence_penalty": {"beta": 0.5}, "mixup": {}}}))
+    done = python(installed, "-c", RUN, str(out))
     assert done.returncode == 0, done.stderr
-    assert "confidence_penalty.penalty" in (tmp_path / "run/metrics.csv").read_text()
+    return out, done.stdout
+
+
+def test_it_trains_exports_and_leaves_nothing(ran: tuple[Path, str]) -> None:
+    assert "confidence_penalty.penalty" in (ran[0] / "with/metrics.csv").read_text()
+    contract = json.loads((ran[0] / "bundle/contract.json").read_text())
+    assert contract["proofs"]["structural"]["equal"] is True
+
+
+def test_the_run_records_its_version(ran: tuple[Path, str]) -> None:
     project = tomllib.loads((ROOT / "examples/technique_plugin/pyproject.toml").read_text())["project"]
-    assert json.loads((tmp_path / "run/env.json").read_text())[project["name"]] == project["version"]
+    assert json.loads((ran[0] / "with/env.json").read_text())[project["name"]] == project["version"]
 
 
-def test_its_term_is_log_k_less_the_entropy(installed: Path) -> None:
-    code = (
-        "import torch\nfrom types import SimpleNamespace as N\n"
-        "from fgvc_confidence_penalty.settings import ConfidencePenaltySettings as S\n"
-        "from fgvc_confidence_penalty.technique import ConfidencePenalty as C\n"
-        "z = torch.tensor([[0., 0., 0.], [50., 0., 0.]])\n"
-        "print(C(S()).losses({'main': N(logits=z)}, None)['penalty'].item())"
-    )
-    done = python(installed, "-c", code)
-    assert float(done.stdout) == pytest.approx(math.log(3) / 2, rel=1e-6)
+def test_its_term_is_log_k_less_the_entropy(ran: tuple[Path, str]) -> None:
+    assert float(ran[1].splitlines()[0]) == pytest.approx(math.log(3) / 2, rel=1e-6)
+
+
+def test_a_package_that_is_installed_and_not_used_leaves_no_trace(ran: tuple[Path, str], colours: Path) -> None:
+    assert "confidence_penalty" not in (ran[0] / "without/config.yaml").read_text()
+    assert read_run(ran[0] / "without") == resolve_data(validate(Recipe, plain(colours), where="here")).resolved(validated=True)
 
 
 def test_recipes_know_it_and_its_mistakes(installed: Path) -> None:
@@ -118,16 +143,6 @@ def test_a_hook_with_a_slip_in_its_name_is_an_error_when_the_class_is_made() -> 
 
         def _own(self) -> torch.Tensor:
             return torch.zeros(1)
-
-
-def test_a_package_that_is_installed_and_not_used_leaves_no_trace(installed: Path, recipe_tree: dict, tmp_path: Path) -> None:
-    tree = recipe_tree | {"techniques": {"mixup": {}}, "train": {**recipe_tree["train"], "max_steps": 1}}
-    (tmp_path / "recipe.json").write_text(json.dumps(tree))
-    code = RUN.partition("done = ")[0]
-    done = python(installed, "-c", code, str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert "confidence_penalty" not in (tmp_path / "run/config.yaml").read_text()
-    assert read_run(tmp_path / "run") == resolve_data(validate(Recipe, tree, where="here")).resolved(validated=True)
 
 
 def test_the_class_that_settings_name_must_be_there() -> None:
