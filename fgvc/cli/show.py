@@ -79,7 +79,7 @@ def probe(results: ProbeResults) -> None:
         "the test split is not read",
         soft_wrap=True,
     )
-    counts = [str(len(train_rows)) for train_rows in reversed(data.folds[0].learned)]
+    counts = [str(len(train_rows)) for train_rows in reversed(data.folds[0].train)]
     table = _table("start", "px", "crop", *counts, "95 %", "ms", "GMAC")
     table.columns[0].overflow = "fold"
     for result in results.results:

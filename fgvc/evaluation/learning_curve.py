@@ -27,8 +27,8 @@ Right = NDArray[np.bool_]
 class Fold:
     """Positions of the images that one fold holds out, and of those that it learns from, for each of SHARES."""
 
-    judged: NDArray[np.int64]
-    learned: tuple[NDArray[np.int64], ...]
+    held_out: NDArray[np.int64]
+    train: tuple[NDArray[np.int64], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +45,21 @@ class Curve:
     """Cross-validated learning curve of one net's features."""
 
     right: Right  # (len(SHARES),N): whether the probe's class is the image's; False where it was not judged
-    judged: NDArray[np.bool_]  # (N,): held out in some fold
+    held_out: NDArray[np.bool_]  # (N,): held out in some fold
     strength: float  # of the fits against their penalty (scikit-learn's C)
     groups: NDArray[np.int64] | None  # (N,)
 
     def accuracy(self, share: float = 1.0) -> Share:
         """Top-1 on held-out images after learning from this one of SHARES; by Wilson (1927), see `weight_of`."""
-        right = self.right[SHARES.index(share), self.judged]
+        right = self.right[SHARES.index(share), self.held_out]
         value = float(right.mean())
         return Share(value, *wilson(value, len(right) * weight_of(right - value, self._groups)))
 
     def gain(self, other: Curve | None = None, *, share: float = 1.0) -> Share:
         """Accuracy minus the other's on the same images; without another, minus its own after learning from `share`. By Tango
         (1998), see `weight_of`."""
-        a = (other or self).right[SHARES.index(share if other is None else 1.0), self.judged]
-        b = self.right[0, self.judged]
+        a = (other or self).right[SHARES.index(share if other is None else 1.0), self.held_out]
+        b = self.right[0, self.held_out]
         change = b.astype(np.float64) - a
         weight = weight_of(change - change.mean(), self._groups)
         wins, losses = float((b & ~a).sum()), float((a & ~b).sum())
@@ -67,7 +67,7 @@ class Curve:
 
     @property
     def _groups(self) -> NDArray[np.int64] | None:
-        return None if self.groups is None else self.groups[self.judged]
+        return None if self.groups is None else self.groups[self.held_out]
 
 
 def make_folds(labels: Labels, groups: NDArray[np.str_] | None, *, seed: int) -> list[Fold]:
@@ -76,14 +76,14 @@ def make_folds(labels: Labels, groups: NDArray[np.str_] | None, *, seed: int) ->
     numbers = fold_numbers(labels, folds=FOLDS, seed=seed, groups=groups)
     folds = []
     for number in range(FOLDS):
-        judged = np.flatnonzero(numbers == number)
-        learned = [np.flatnonzero(numbers != number)]
+        held_out = np.flatnonzero(numbers == number)
+        train = [np.flatnonzero(numbers != number)]
         for _ in SHARES[1:]:  # half of what was taken before
-            last = learned[-1]
+            last = train[-1]
             group_names = None if groups is None else groups[last]
-            learned.append(last[stratified(labels[last], 0.5, seed=seed + number, split="val", groups=group_names)])
-        if len(judged):
-            folds.append(Fold(judged, tuple(learned)))
+            train.append(last[stratified(labels[last], 0.5, seed=seed + number, split="val", groups=group_names)])
+        if len(held_out):
+            folds.append(Fold(held_out, tuple(train)))
     if not folds:
         raise FgvcError("no image can be held out: each class needs two images, or two groups")
     return folds
@@ -107,20 +107,20 @@ def learning_curve(
     codes = None if groups is None else group_codes(groups).astype(np.int64)
     classes = int(labels.max(initial=0)) + 1
     right = np.zeros((len(SHARES), len(labels)), bool)
-    judged = np.zeros(len(labels), bool)
+    held_out = np.zeros(len(labels), bool)
     with threadpool_limits(1):  # matrices this small gain nothing from threads, and lose much where others compute
         for fold in folds:
-            judged[fold.judged] = True
-            for at, learned in enumerate(fold.learned):
+            held_out[fold.held_out] = True
+            for at, learned in enumerate(fold.train):
                 if len(np.unique(labels[learned])) < 2:
                     continue
                 options: dict[str, tuple[float, ...]] = {} if strength is None else {"strengths": (strength,)}
                 inner = None if codes is None else codes[learned]
                 probe = fit_probe(vectors[learned], labels[learned], classes=classes, groups=inner, seed=seed, **options)
                 strength = probe.strength
-                right[at, fold.judged] = probe.logits(vectors[fold.judged]).argmax(1) == labels[fold.judged]
+                right[at, fold.held_out] = probe.logits(vectors[fold.held_out]).argmax(1) == labels[fold.held_out]
     assert strength is not None
-    return Curve(right, judged, strength, codes)
+    return Curve(right, held_out, strength, codes)
 
 
 def weight_of(rest: NDArray[np.float64], groups: NDArray[np.int64] | None) -> float:

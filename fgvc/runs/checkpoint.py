@@ -200,7 +200,7 @@ def _newest(folder: Path, name: Name, read: Callable[[Path, _Meta], T], say: Say
             failed[path.name] = str(error)
             continue
         if failed:
-            faults = "; ".join(f"{damaged_name} is damaged ({why})" for damaged_name, why in failed.items())
+            faults = "; ".join(f"{damaged_name} is damaged ({reason})" for damaged_name, reason in failed.items())
             say(f"WARNING: {folder}: {faults}. Using {path.name}, the newest checkpoint that is whole")
         elif path != _resolved(link):
             say(
@@ -213,7 +213,7 @@ def _newest(folder: Path, name: Name, read: Callable[[Path, _Meta], T], say: Say
     if not failed:
         older = ": the run is of an earlier fgvc, which kept none, or it is gone" if name == "start" else ""
         raise FgvcError(f"{link}: no checkpoint here{older}")
-    faults = "; ".join(f"{damaged_name}: {why}" for damaged_name, why in failed.items())
+    faults = "; ".join(f"{damaged_name}: {reason}" for damaged_name, reason in failed.items())
     advice = {
         "last": "no other is whole. Train anew with --overwrite",
         "best": "choose --select last, or train on",

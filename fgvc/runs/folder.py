@@ -283,10 +283,10 @@ def required_start(out: Path, recipe: Recipe) -> checkpoint.State | None:
     damaged."""
     if not recipe.optim.l2_sp:
         return None
-    if (why := checkpoint.fault(out / "ckpt", "start")) is not None:
+    if (reason := checkpoint.fault(out / "ckpt", "start")) is not None:
         raise FgvcError(
-            f"{out}: optim.l2_sp draws the weights to those that this run began with, and {out}/ckpt/start: {why}. Put a copy of "
-            f"it there. {new_run_advice(out)}"
+            f"{out}: optim.l2_sp draws the weights to those that this run began with, and {out}/ckpt/start: {reason}. Put a "
+            f"copy of it there. {new_run_advice(out)}"
         )
     return checkpoint.load(out / "ckpt", "start")
 
@@ -307,8 +307,8 @@ def selected_weights(out: Path, recipe: Recipe, select: Selected) -> TrainedWeig
     if select == "swa" and recipe.swa is None:
         raise FgvcError(f"{out}: has no SWA; train with swa.start=0.75, or choose --select last")
     state = checkpoint.load(out / "ckpt", checkpoint.slot(select))
-    if (why := preprocess_fault(out, state)) is not None:
-        print(f"WARNING: {why}", file=sys.stderr)
+    if (reason := preprocess_fault(out, state)) is not None:
+        print(f"WARNING: {reason}", file=sys.stderr)
     if select == "swa" and state.ema is None:
         raise FgvcError(f"{out}: SWA holds no epoch yet; train on to the end, or choose --select last")
     if select == "floor" and state.floor is None:

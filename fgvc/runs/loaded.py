@@ -116,7 +116,7 @@ class LoadedRun:
         return store_measured(self.folder, files, rows=rows, identity=self.identity)
 
     def selecting(self, select: Selected) -> LoadedRun:
-        """The same run with other weights, in a net of its own. Raises FgvcError where it has none."""
+        """Copy the run with other weights, in a net of its own. Raises FgvcError where it has none."""
         weights = selected_weights(self.folder, self.recipe, select)
         step = _load_step(self.folder, self.recipe, len(self.classes), weights, branches=False)
         copy = replace(self, select=select, step=step, identity=weights.identity)

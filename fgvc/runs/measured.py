@@ -108,7 +108,7 @@ def sweep_run(run: Path) -> None:
 
 @contextmanager
 def _write_lock(run: Path) -> Iterator[None]:
-    with file_lock(lock := run / ".measured.lock", wait=PATIENCE) as mine:
-        if not mine:
+    with file_lock(lock := run / ".measured.lock", wait=PATIENCE) as locked:
+        if not locked:
             raise FgvcError(f"{run}: {holder(lock)} writes there for more than {PATIENCE:g} s; try again")
         yield

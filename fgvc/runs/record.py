@@ -61,7 +61,7 @@ class Record:
         return stream.getvalue()
 
     def missing(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of these rows, those whose file is gone, and those whose file is of another size."""
+        """Rows among these whose file is gone, and rows whose file has another size."""
         now = file_sizes(self.index, rows)
         other = now != self.sizes[rows]
         return rows[other & (now == ABSENT)], rows[other & (now != ABSENT)]

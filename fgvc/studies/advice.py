@@ -132,7 +132,7 @@ def _ceiling(best: Result) -> list[Limitation]:
     accuracy = best.curve.accuracy()
     if accuracy.high < CEILING:
         return []
-    wrong, count = int((~best.curve.right[0] & best.curve.judged).sum()), int(best.curve.judged.sum())
+    wrong, count = int((~best.curve.right[0] & best.curve.held_out).sum()), int(best.curve.held_out.sum())
     text = f"{wrong} of {count} are named wrongly: nothing is left to gain"
     if wrong:
         text = f"{wrong} of {count} are named wrongly: look at these labels first (fgvc data check --suspects)"

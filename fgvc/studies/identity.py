@@ -74,14 +74,14 @@ def _weights(weights: str) -> str:
     return _files_digest([path, path.with_name(path.name + ".json")]) if path.is_file() else weights
 
 
-def _teacher(wanted: AnyTeacher) -> dict[str, Any]:
-    facts = wanted.model_dump(mode="json", exclude={"path", "weights"})
-    match wanted:
+def _teacher(settings: AnyTeacher) -> dict[str, Any]:
+    facts = settings.model_dump(mode="json", exclude={"path", "weights"})
+    match settings:
         case RunTeacher(path=run):
             recipe = read_run(run)
             if not read_progress(run / "ckpt").finished:
                 raise FgvcError(f"{run}: this teacher's training is not finished; let it end first")
-            place = run / "ckpt" / slot(wanted.select or recipe.selected)
+            place = run / "ckpt" / slot(settings.select or recipe.selected)
             facts["net"] = [recipe.model.backbone, recipe.model.kwargs]
             facts["files"] = _files_digest([run / "labels.json", run / "preprocess.json", *place.glob("*.safetensors")])
         case BundleTeacher(path=folder):

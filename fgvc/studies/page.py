@@ -78,8 +78,8 @@ def _split_title(split: str, study: Study) -> str:
     if study.folds is None:
         return NAMES[split]
     numbers, count = study.folds
-    which = f"{count} folds" if len(numbers) == count else f"{len(numbers)} ({', '.join(map(str, numbers))}) of {count} folds"
-    return f"{NAMES[split]}, {which} of train, pooled" if split == "val" else f"{NAMES[split]}, mean over the nets of {which}"
+    folds = f"{count} folds" if len(numbers) == count else f"{len(numbers)} ({', '.join(map(str, numbers))}) of {count} folds"
+    return f"{NAMES[split]}, {folds} of train, pooled" if split == "val" else f"{NAMES[split]}, mean over the nets of {folds}"
 
 
 def _feeds(rows: Sequence[Result]) -> dict[str, list[str]]:

@@ -108,9 +108,9 @@ def probe(
         for candidate in candidates:
             trained_images = 0 if candidate.run is None else run_overlap(candidate.run, probed.index, probed.rows)
             if trained_images:
-                whose = f"{trained_images} of these {len(probed.rows)} images"
+                count = f"{trained_images} of these {len(probed.rows)} images"
                 notes.append(
-                    f"{candidate.name} was trained on {whose}: its figures are too high, and nothing is advised by them"
+                    f"{candidate.name} was trained on {count}: its figures are too high, and nothing is advised by them"
                 )
             strength = None
             for size in _sizes(candidate, sizes, notes):
@@ -210,19 +210,19 @@ def _with_folds(data: Data) -> Data:
     """Copy with folds of its rows."""
     labels = data.index.labels[data.rows]
     folds = make_folds(labels, data.groups, seed=data.recipe.data.split_seed)
-    judged = np.unique(labels[np.concatenate([fold.judged for fold in folds])])
+    judged = np.unique(labels[np.concatenate([fold.held_out for fold in folds])])
     return replace(data, folds=folds, scarce=len(np.setdiff1d(labels, judged)))
 
 
 def _drop_unreadable(data: Data, features: Features) -> Data:
     """Copy with the images that could be read. Raises FgvcError where too many can't be."""
-    lost, limit = len(features.unreadable), data.recipe.data.max_unreadable
-    if lost > limit * len(data.rows):
+    unreadable, limit = len(features.unreadable), data.recipe.data.max_unreadable
+    if unreadable > limit * len(data.rows):
         raise FgvcError(
-            f"{lost} of {len(data.rows)} images can't be read, data.max_unreadable={limit:g} allows fewer: "
+            f"{unreadable} of {len(data.rows)} images can't be read, data.max_unreadable={limit:g} allows fewer: "
             f"{some(features.unreadable)}"
         )
-    return _with_folds(replace(data, rows=features.rows)) if lost else data
+    return _with_folds(replace(data, rows=features.rows)) if unreadable else data
 
 
 def _candidates(data: Data, starts: Sequence[str], sizes: Sequence[Size]) -> tuple[list[Candidate], list[str]]:

@@ -89,7 +89,7 @@ def finished(cell: Cell, run: Path) -> bool:
     if not is_run(run):
         return False
     if changed := differences(result_settings(read_run(run)), result_settings(cell.recipe)):
-        rows = "\n".join(f"  {key}: {was!r} in the run, {now!r} now" for key, (was, now) in changed.items())
+        rows = "\n".join(f"  {key}: {then!r} in the run, {now!r} now" for key, (then, now) in changed.items())
         raise FgvcError(
             f"{run}: was trained with other settings than the study's:\n{rows}\nChoose another --out, another name for "
             "the arm, or remove that folder"

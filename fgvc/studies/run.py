@@ -84,8 +84,8 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
     failures = list(todo.refused)
     _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {todo.hours:.1f} h of training steps")
     for number, cell in enumerate(todo.cells, 1):
-        with file_lock(out / "locks" / cell.name) as mine:
-            if not mine or _has_result(out, cell, localises=todo.localises):  # another process has it
+        with file_lock(out / "locks" / cell.name) as locked:
+            if not locked or _has_result(out, cell, localises=todo.localises):  # another process has it
                 continue
             _say(f"[{number}/{len(todo.cells)}] {cell.name}")
             try:

@@ -113,8 +113,8 @@ def bench_serve(bundle: Path, *, image: Path | None = None, seconds: float = 5.0
         os.sched_setaffinity(0, {cpus[0]})
         with _server(bundle, cpus[-1]) as (process, url, ready):
             figures = [Figure("ready after", ready, "s", "<= 3")]
-            for title, (request, alone, count) in cases.items():
-                figures += _bench_case(title, request, alone, count, url, process.pid, cpus[-1])
+            for title, (request, without_server, count) in cases.items():
+                figures += _bench_case(title, request, without_server, count, url, process.pid, cpus[-1])
             figures += asyncio.run(_overload(classify, url, seconds))
             figures.append(Figure("RSS at the end", _rss(process.pid), "MB", "< 300 for tf_efficientnet_lite0"))
         return figures
@@ -144,7 +144,7 @@ def write_figures(path: Path, figures: Sequence[Figure]) -> None:
 
 
 def _bench_case(
-    name: str, request: bytes, alone: Callable[[], object], count: int, url: str, pid: int, cpu: int
+    name: str, request: bytes, without_server: Callable[[], object], count: int, url: str, pid: int, cpu: int
 ) -> Iterator[Figure]:
     """Time the server, one and two requests at a time, in turn with the same work without a server on the same core."""
     client_cpus = os.sched_getaffinity(0)
@@ -154,7 +154,7 @@ def _bench_case(
         os.sched_setaffinity(0, {cpu})
         began, busy = time.perf_counter(), time.process_time()
         for _ in range(count):
-            alone()
+            without_server()
         a, cpu_a = (time.perf_counter() - began) / count, time.process_time() - busy
         os.sched_setaffinity(0, client_cpus)
         one_at_a_time, replies = asyncio.run(_closed_loop(request, url, 1, count))

@@ -115,12 +115,12 @@ def _cross_fitted(session: Session, features: ViewFeatures, strength: float) -> 
     fold = fold_numbers(index.labels[rows], folds=FOLDS, seed=source.split_seed, groups=groups)[place]
     classes = np.full(len(features.rows), -1, np.int64)
     for number in range(FOLDS):
-        held, learn = fold == number, fold != number
-        if held.any():
+        held_out, learn = fold == number, fold != number
+        if held_out.any():
             probe = fit_probe(
                 features.vectors[learn], features.labels[learn], classes=len(index.classes), strengths=(strength,)
             )
-            classes[held] = probe.logits(features.vectors[held]).argmax(1)
+            classes[held_out] = probe.logits(features.vectors[held_out]).argmax(1)
     return classes
 
 

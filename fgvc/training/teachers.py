@@ -60,23 +60,23 @@ class TeacherLoader:
     index: ImageIndex | None = None  # the student's images
     timed: bool = False  # see TeacherUse
 
-    def __call__(self, wanted: AnyTeacher, attachments: Attachments, student: Preprocess) -> Teacher:
+    def __call__(self, settings: AnyTeacher, attachments: Attachments, student: Preprocess) -> Teacher:
         """Load one teacher. `student`: the preprocessing that the student's weights need. Raises FgvcError for a teacher that is
         missing, does not know the student's classes, or has no trained head."""
         student = self.preprocess or student
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # or the student's own branches would start with other weights
-            match wanted:
+            match settings:
                 case EmaTeacher():
                     return self._average(attachments)
                 case TimmTeacher():
-                    return self._timm(wanted, student)
+                    return self._timm(settings, student)
                 case ProbeTeacher():
-                    return self._probe(wanted, student)
+                    return self._probe(settings, student)
                 case RunTeacher():
-                    return self._run(wanted, student)
+                    return self._run(settings, student)
                 case BundleTeacher():
-                    return self._bundle(wanted, student)
+                    return self._bundle(settings, student)
 
     def _average(self, attachments: Attachments) -> Teacher:
         if not self.averaged:
@@ -91,39 +91,39 @@ class TeacherLoader:
             convert=lambda x: x,
         )
 
-    def _timm(self, wanted: TimmTeacher, student: Preprocess) -> Teacher:
-        loaded = self._load_timm(wanted, student)
+    def _timm(self, settings: TimmTeacher, student: Preprocess) -> Teacher:
+        loaded = self._load_timm(settings, student)
         if fresh := [key for key in loaded.weights.fresh if not key.endswith("num_batches_tracked")]:
             raise FgvcError(
                 f"{loaded.weights.origin}: its head does not have {len(self.classes)} outputs, one for each class of this run; "
                 f"a teacher must be trained on these classes ({', '.join(fresh[:2])}), or be of kind: probe"
             )
-        return self._from_timm(loaded, student, name=f"{wanted.backbone} of {loaded.weights.origin}")
+        return self._from_timm(loaded, student, name=f"{settings.backbone} of {loaded.weights.origin}")
 
-    def _probe(self, wanted: ProbeTeacher, student: Preprocess) -> Teacher:
+    def _probe(self, settings: ProbeTeacher, student: Preprocess) -> Teacher:
         if self.timed:
-            wanted = wanted.model_copy(update={"weights": "none"})
-        loaded = self._load_timm(wanted, student)
-        refuse_size(loaded.net, loaded.spec.size, len(self.classes), wanted.backbone)
-        refuse_unprobed(loaded.net, loaded.spec.size, wanted.backbone)
+            settings = settings.model_copy(update={"weights": "none"})
+        loaded = self._load_timm(settings, student)
+        refuse_size(loaded.net, loaded.spec.size, len(self.classes), settings.backbone)
+        refuse_unprobed(loaded.net, loaded.spec.size, settings.backbone)
         last = set(map(id, linear_head(loaded.net).parameters()))
         rest = {name for name, value in loaded.net.named_parameters() if id(value) not in last}
-        if lost := [name for name in loaded.weights.fresh if name in rest]:
-            raise FgvcError(f"{loaded.weights.origin}: lacks what comes before the last layer: {some(lost)}")
+        if missing := [name for name in loaded.weights.fresh if name in rest]:
+            raise FgvcError(f"{loaded.weights.origin}: lacks what comes before the last layer: {some(missing)}")
         zero_head(loaded.net)  # that of the weights is of other classes, or random
         origin = digest(loaded.net, loaded.model.backbone, loaded.model.kwargs, loaded.spec.model_dump())
-        name = f"{wanted.backbone} of {loaded.weights.origin}, frozen, its head fitted"
+        name = f"{settings.backbone} of {loaded.weights.origin}, frozen, its head fitted"
         return self._from_timm(loaded, student, name=name, origin=origin)
 
-    def _load_timm(self, wanted: TimmTeacher | ProbeTeacher, student: Preprocess) -> _TimmNet:
-        model = Model(backbone=wanted.backbone, kwargs=wanted.kwargs, weights=wanted.weights)
-        net = plain_model(wanted.backbone, len(self.classes), wanted.kwargs)
-        weights = load_weights(net, model, stated=[key for key in ("mean", "std") if getattr(wanted, key) is not None])
-        size = wanted.size or tuple(net.pretrained_cfg["input_size"][1:])  # type: ignore[index]
+    def _load_timm(self, settings: TimmTeacher | ProbeTeacher, student: Preprocess) -> _TimmNet:
+        model = Model(backbone=settings.backbone, kwargs=settings.kwargs, weights=settings.weights)
+        net = plain_model(settings.backbone, len(self.classes), settings.kwargs)
+        weights = load_weights(net, model, stated=[key for key in ("mean", "std") if getattr(settings, key) is not None])
+        size = settings.size or tuple(net.pretrained_cfg["input_size"][1:])  # type: ignore[index]
         spec = student.model_copy(
             update={
-                "mean": wanted.mean or weights.mean,
-                "std": wanted.std or weights.std,
+                "mean": settings.mean or weights.mean,
+                "std": settings.std or weights.std,
                 "input_range": 1,
                 "channel_order": "rgb",
                 "size": size,
@@ -139,20 +139,20 @@ class TeacherLoader:
         notes, order = tuple(f"WARNING: {doubt}" for doubt in doubts), list(range(len(self.classes)))
         return self._from_net(loaded.net, loaded.model, student, loaded.spec, order, name=name, notes=notes, origin=origin)
 
-    def _run(self, wanted: RunTeacher, student: Preprocess) -> Teacher:
-        if self.out is not None and wanted.path.resolve() == self.out.resolve():
-            raise FgvcError(f"{wanted.path}: is this run's own folder; kind: ema learns from its own average")
-        run = load_run(wanted.path, wanted.select)
+    def _run(self, settings: RunTeacher, student: Preprocess) -> Teacher:
+        if self.out is not None and settings.path.resolve() == self.out.resolve():
+            raise FgvcError(f"{settings.path}: is this run's own folder; kind: ema learns from its own average")
+        run = load_run(settings.path, settings.select)
         recipe, labels = run.recipe, run.classes
-        order = in_order(labels, self.classes, where=str(wanted.path))
+        order = in_order(labels, self.classes, where=str(settings.path))
         smoothing, warnings = recipe.loss.label_smoothing, []
         if smoothing:
             warnings.append(
                 f"WARNING: it was trained with loss.label_smoothing {smoothing:g}, which makes a worse teacher"
             )
-        if not read_progress(wanted.path / "ckpt").finished:
+        if not read_progress(settings.path / "ckpt").finished:
             warnings.append("WARNING: its training is not finished")
-        if self.index is not None and (overlap := held_out_overlap(wanted.path, self.index)):
+        if self.index is not None and (overlap := held_out_overlap(settings.path, self.index)):
             warnings.append(f"WARNING: it was trained on {overlap} of the images that this run validates or tests on")
         # As it would ship: re-parameterised blocks are folded, and cost nothing.
         net = strip(run.step.net, backbone=recipe.model.backbone, num_classes=len(labels), kwargs=recipe.model.kwargs)
@@ -162,7 +162,7 @@ class TeacherLoader:
             student,
             run.preprocess,
             order,
-            name=f"{wanted.path} ({recipe.model.backbone}, {run.select})",
+            name=f"{settings.path} ({recipe.model.backbone}, {run.select})",
             notes=tuple(warnings),
         )
 
@@ -200,9 +200,9 @@ class TeacherLoader:
             probed=None if origin is None else ProbedNet(net, spec, origin),
         )
 
-    def _bundle(self, wanted: BundleTeacher, student: Preprocess) -> Teacher:
-        bundle = load_bundle(wanted.path)
-        spec, order = bundle.preprocess, in_order(bundle.labels, self.classes, where=str(wanted.path))
+    def _bundle(self, settings: BundleTeacher, student: Preprocess) -> Teacher:
+        bundle = load_bundle(settings.path)
+        spec, order = bundle.preprocess, in_order(bundle.labels, self.classes, where=str(settings.path))
         # It computes while torch waits: as many threads as torch has, which torchrun keeps down, within the CPUs allowed.
         engine = Engine(bundle, threads=min(torch.get_num_threads(), available_cpus()))
         facts = f"{bundle.files['model.onnx']} {spec.model_dump()} {order}"
@@ -212,7 +212,7 @@ class TeacherLoader:
             return TeacherOutput(logits[:, order].to(x.device), None)
 
         return Teacher(
-            name=f"{wanted.path} (a bundle), {spec.size[0]} x {spec.size[1]} px",
+            name=f"{settings.path} (a bundle), {spec.size[0]} x {spec.size[1]} px",
             forward=answer,
             size=spec.size,
             channels=None,

@@ -115,8 +115,8 @@ def _say_finished(recipe: Recipe, out: Path, events: Events) -> None:
     progress = checkpoint.read_progress(out / "ckpt", say=events.say)
     if events.active and not logged_finished(out):
         _end(out, events, progress, recipe)
-    how = f"To go on raise {end_setting(recipe, progress.step)}; to lose it give --overwrite"
-    events.say(f"{out}: this run is finished. {how}")
+    advice = f"To go on raise {end_setting(recipe, progress.step)}; to lose it give --overwrite"
+    events.say(f"{out}: this run is finished. {advice}")
 
 
 def _begin_or_resume(session: Session, out: Path, events: Events, *, goes_on: bool) -> None:
@@ -129,9 +129,9 @@ def _begin_or_resume(session: Session, out: Path, events: Events, *, goes_on: bo
     if not goes_on:
         process.first(lambda: start_run(out, session.recipe, facts, Record.of(session.index)))
         return
-    state = checkpoint.load(out / "ckpt", say=lambda _: None)  # `run_status` has said it
-    if (why := preprocess_fault(out, state)) is not None:
-        raise FgvcError(why)
+    state = checkpoint.load(out / "ckpt", say=lambda _: None)  # `run_status` has reported it
+    if (reason := preprocess_fault(out, state)) is not None:
+        raise FgvcError(reason)
     finished, done = state.progress.finished, state.progress.step
     over = done == session.total_steps > 0 and (finished or not state.progress.sums)
     if done > session.total_steps or over:
@@ -143,11 +143,11 @@ def _begin_or_resume(session: Session, out: Path, events: Events, *, goes_on: bo
     recorded_best, state.progress.best = state.progress.best, checkpoint.best_score(out / "ckpt")
     if recorded_best is not None and state.progress.best is None:
         events.say(f"WARNING: {out}/ckpt/best: gone or damaged; the best of the epochs to come takes its place")
-    if (why := checkpoint.fault(out / "ckpt", "start")) is not None:
-        events.say(f"WARNING: {out}/ckpt/start: {why}; the run goes on without what it started from")
+    if (reason := checkpoint.fault(out / "ckpt", "start")) is not None:
+        events.say(f"WARNING: {out}/ckpt/start: {reason}; the run goes on without what it started from")
     if bad := not_finite(state_tensors(state)):  # as an earlier fgvc saved them
-        reason = f"its checkpoint of step {done} holds values that are NaN or infinite: {some(bad)}"
-        raise not_finite_error(reason, out=out, recipe=session.recipe)
+        message = f"its checkpoint of step {done} holds values that are NaN or infinite: {some(bad)}"
+        raise not_finite_error(message, out=out, recipe=session.recipe)
     session.restore(state)
     process.gather(done)  # all have read it
     process.first(lambda: refuse_changed(out, facts))
@@ -163,10 +163,10 @@ def _refuse_other_processes(state: checkpoint.State, session: Session, out: Path
     """Raise FgvcError where the run was trained by another number of processes, each of which has its own random numbers."""
     then, now = len(state.rest["rng"]), session.runtime.world
     if then != now:
-        how = f"by torchrun --nproc-per-node={then} -m fgvc train ..." if then > 1 else "without torchrun"
+        launch = f"by torchrun --nproc-per-node={then} -m fgvc train ..." if then > 1 else "without torchrun"
         raise FgvcError(
-            f"{out}: this run was trained by {then} process(es) and would go on by {now}: start it {how} (train.device=cpu where "
-            f"there are fewer GPUs). {new_run_advice(out)}"
+            f"{out}: this run was trained by {then} process(es) and would go on by {now}: start it {launch} (train.device=cpu "
+            f"where there are fewer GPUs). {new_run_advice(out)}"
         )
 
 
@@ -248,8 +248,8 @@ def _check_step(session: Session, losses: Mapping[str, Tensor], out: Path) -> No
         of_loss = {"the loss": losses["loss"]} | ({} if losses["loss"].isfinite() else terms)
         _check_finite(session, out, of_loss | watched, f"step {session.progress.step}")
     step = session.progress.step
-    if why := session.watch.skipped(step, last=step >= session.total_steps):
-        raise not_finite_error(why, out=out, recipe=session.recipe)
+    if reason := session.watch.skipped(step, last=step >= session.total_steps):
+        raise not_finite_error(reason, out=out, recipe=session.recipe)
 
 
 def _check_finite(session: Session, out: Path, tensors: Mapping[str, Tensor], when: str) -> None:

@@ -22,13 +22,13 @@ def test_folds_are_disjoint_nested_and_balanced() -> None:
     _, y = blobs()
     folds = make_folds(y, None, seed=3)
     assert len(folds) == FOLDS
-    assert sorted(np.concatenate([fold.judged for fold in folds]).tolist()) == list(range(len(y)))
+    assert sorted(np.concatenate([fold.held_out for fold in folds]).tolist()) == list(range(len(y)))
     for fold in folds:
-        assert np.bincount(y[fold.judged]).tolist() == [5] * 4
-        assert [np.bincount(y[own]).tolist() for own in fold.learned] == [[20] * 4, [10] * 4, [5] * 4]
-        for larger, smaller in zip(fold.learned, fold.learned[1:], strict=False):
+        assert np.bincount(y[fold.held_out]).tolist() == [5] * 4
+        assert [np.bincount(y[own]).tolist() for own in fold.train] == [[20] * 4, [10] * 4, [5] * 4]
+        for larger, smaller in zip(fold.train, fold.train[1:], strict=False):
             assert set(smaller) < set(larger)
-        assert set(fold.judged).isdisjoint(fold.learned[0])
+        assert set(fold.held_out).isdisjoint(fold.train[0])
 
 
 def test_groups_are_never_on_both_sides() -> None:
@@ -36,16 +36,16 @@ def test_groups_are_never_on_both_sides() -> None:
     y = np.repeat(np.arange(3), 40)
     groups = np.array([f"{label}-{rng.integers(12)}" for label in y])
     for fold in make_folds(y, groups, seed=0):
-        for learned in fold.learned:
-            assert set(groups[learned]).isdisjoint(groups[fold.judged])
-        assert set(groups[fold.learned[1]]).isdisjoint(groups[np.setdiff1d(fold.learned[0], fold.learned[1])]), "whole groups"
+        for learned in fold.train:
+            assert set(groups[learned]).isdisjoint(groups[fold.held_out])
+        assert set(groups[fold.train[1]]).isdisjoint(groups[np.setdiff1d(fold.train[0], fold.train[1])]), "whole groups"
 
 
 def test_an_image_alone_in_its_class_is_learned_and_never_judged() -> None:
     _, y = blobs(classes=2)
     y = np.append(y, 2)
     folds = make_folds(y, None, seed=0)
-    assert all(50 in fold.learned[0] and 50 not in fold.judged for fold in folds)
+    assert all(50 in fold.train[0] and 50 not in fold.held_out for fold in folds)
     with pytest.raises(FgvcError, match="needs two images"):
         make_folds(np.arange(6), None, seed=0)
 
@@ -57,9 +57,9 @@ def test_equals_a_loop_by_hand() -> None:
     for at in range(len(SHARES)):
         right = np.zeros(len(y), bool)
         for fold in folds:
-            own = fold.learned[at]
+            own = fold.train[at]
             probe = fit_probe(x[own], y[own], classes=4, strengths=(0.1,))
-            right[fold.judged] = (x[fold.judged] @ probe.weight.T + probe.bias).argmax(1) == y[fold.judged]
+            right[fold.held_out] = (x[fold.held_out] @ probe.weight.T + probe.bias).argmax(1) == y[fold.held_out]
         assert np.array_equal(found.right[at], right)
     share = found.accuracy()
     count = int(found.right[0].sum())
@@ -72,10 +72,10 @@ def test_the_penalty_is_chosen_within_what_the_first_fold_learns() -> None:
     x, y = blobs()
     folds = make_folds(y, None, seed=0)
     chosen = learning_curve(x, y, folds).strength
-    own = folds[0].learned[0]
+    own = folds[0].train[0]
     assert chosen == fit_probe(x[own], y[own], classes=4).strength
     spoiled = x.copy()
-    spoiled[folds[0].judged] = 1e4
+    spoiled[folds[0].held_out] = 1e4
     assert learning_curve(spoiled, y, folds[:1]).strength == chosen, "the judged had no say"
 
 

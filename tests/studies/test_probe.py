@@ -172,7 +172,7 @@ def test_groups_are_held_out_as_a_whole(shades: Path, weights: Callable[..., Pat
     groups = found.data.groups
     assert groups is not None
     for fold in found.data.folds:
-        assert set(groups[fold.judged]).isdisjoint(groups[fold.learned[0]])
+        assert set(groups[fold.held_out]).isdisjoint(groups[fold.train[0]])
     assert summary(found)["groups"] == 12
     assert found.results[0].curve.groups is not None, "so the interval counts groups"
 
@@ -195,7 +195,7 @@ def test_classes_with_too_few_images_are_counted(recipe: Path, shades: Path, tmp
     settings = [f"data.root={tmp_path / 'set'}", "data.test_fraction=0"]
     found = api.probe(str(recipe), settings, crops=[1.0])
     assert found.data.scarce == 1
-    assert found.results[0].curve.judged.sum() == 24
+    assert found.results[0].curve.held_out.sum() == 24
     for name in ("shade 1", "shade 2"):
         for file in sorted((tmp_path / "set" / name).iterdir())[1:]:
             file.unlink()
