@@ -155,7 +155,7 @@ def test_the_average_says_what_is_erased_of_the_image_itself() -> None:
 
 def test_the_average_must_be_there(recipe_tree: dict) -> None:
     tree = recipe_tree | {"techniques": {"cam_erasing": {"source": "ema"}}}
-    with pytest.raises(FgvcError, match=r"techniques\.cam_erasing: asks the moving average .* ema\.decay=0\.99"):
+    with pytest.raises(FgvcError, match=r"techniques\.cam_erasing: needs the moving average .* ema\.decay=0\.99"):
         validate(Recipe, tree, where="test")
     validate(Recipe, tree | {"ema": {"decay": 0.9}}, where="test")
     validate(Recipe, recipe_tree | {"techniques": {"cam_erasing": {}}}, where="test")
