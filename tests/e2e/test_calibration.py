@@ -179,7 +179,7 @@ def test_a_run_and_its_bundle_say_the_same(run: Path, exported: api.Exported, pi
     assert (found.split, found.paired.images, found.paired.p) == ("val", 72, 1)
     assert found.flips() == []
     assert found.notes == ()
-    np.testing.assert_array_equal(*found.said)
+    np.testing.assert_array_equal(*found.predicted)
     learnt = api.compare(exported.bundle, run, data=str(pictures / "train"))
     assert learnt.notes == (f"{run} was trained on 48 of these 48 images, which favours it",)
     assert api.compare(run, run, split="test").paired.images == 12

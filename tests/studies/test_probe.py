@@ -260,9 +260,9 @@ def test_the_best_that_costs_no_more_is_chosen_and_a_larger_one_teaches(
         results = []
         for short, count in right.items():
             one = at[names[short.rstrip("_")]]
-            curve = replace(one.curve, right=np.stack([np.arange(60) < count] * 3), judged=np.ones(60, bool))
+            curve = replace(one.curve, right=np.stack([np.arange(60) < count] * 3), held_out=np.ones(60, bool))
             learned = 30 if short.endswith("_") else 0
-            results.append(replace(one, curve=curve, learned=learned))
+            results.append(replace(one, curve=curve, trained_images=learned))
         first = next(one.candidate for one in results if one.candidate.name == "test_resnet")
         return advise(replace(found, results=tuple(results), first=first))
 
