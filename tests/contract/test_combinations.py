@@ -152,7 +152,7 @@ NONSENSE = [
     ("box_head", {"box": 0}, "nothing trains the box"),
     ("box_head", {"visible": 0}, "greater than 0"),
     ("distill", {"teachers": []}, r"give at least one, for example \[\{kind: run"),
-    ("distill", {}, "asks the moving average of the weights, and there is no `ema:` section"),
+    ("distill", {}, "needs the moving average of the weights, and there is no `ema:` section"),
     ("distill", {"teachers": [{"kind": "run", "path": "x", "weight": 0}]}, r"teachers\.0\.weight: .*greater than 0"),
     ("distill", {"teachers": [{"kind": "run", "paht": "x"}]}, r"teachers\.0\.paht: unknown key; did you mean 'path'"),
     ("distill", {"teachers": [{"kind": "timm", "backbone": "resnet18", "weights": "none"}]}, "has nothing to teach"),
