@@ -148,13 +148,19 @@ def boxed(once: Once) -> Path:
     return once.made("boxed", _paint_boxed)
 
 
-def _paint_boxed(root: Path) -> None:
+@pytest.fixture(scope="session")
+def boxed_few(once: Once) -> Path:
+    """The same of 10 train and 2 test pictures each, for what is done with every technique."""
+    return once.made("boxed few", lambda root: _paint_boxed(root, train=10, test=2))
+
+
+def _paint_boxed(root: Path, *, train: int = 20, test: int = 4) -> None:
     tables: dict[str, list[str]] = {
         "classes": [f"{number} {name}" for number, name in enumerate(COLOURS, 1)],
         **{name: [] for name in ("images", "image_class_labels", "train_test_split", "bounding_boxes")},
     }
-    for number in range(1, 1 + 24 * len(COLOURS)):
-        label, i = divmod(number - 1, 24)
+    for number in range(1, 1 + (train + test) * len(COLOURS)):
+        label, i = divmod(number - 1, train + test)
         name, colour = list(COLOURS.items())[label]
         rng = np.random.default_rng(number)
         width, height = rng.integers(16, 28, 2)
@@ -165,16 +171,16 @@ def _paint_boxed(root: Path) -> None:
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(root / "images" / name / f"{i:02d}.png")
         tables["images"].append(f"{number} {name}/{i:02d}.png")
         tables["image_class_labels"].append(f"{number} {label + 1}")
-        tables["train_test_split"].append(f"{number} {int(i < 20)}")
+        tables["train_test_split"].append(f"{number} {int(i < train)}")
         tables["bounding_boxes"].append(f"{number} {left} {top} {width} {height}")
     for table, lines in tables.items():
         (root / f"{table}.txt").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
-def boxed_tree(recipe_tree: dict, boxed: Path) -> dict:
-    """The same on data with boxes, for what is done with every technique: 48 train pictures, 12 for validation."""
-    return recipe_tree | {"data": {"kind": "cub", "root": str(boxed), "val_fraction": 0.2}}
+def boxed_tree(recipe_tree: dict, boxed_few: Path) -> dict:
+    """The same on data with boxes, for what is done with every technique: 24 train pictures, 6 for validation."""
+    return recipe_tree | {"data": {"kind": "cub", "root": str(boxed_few), "val_fraction": 0.2}}
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ def test_a_combination_trains_resumes_and_strips(row: Row, precision: str, tmp_p
         "techniques": {kind: said[kind] for kind in settings_by_kind() if said[kind] is not None},
         "train": boxed_tree["train"]
         | {key: said[key] for key in ("grad_accum_steps", "grad_checkpointing", "sampling")}
-        | {"precision": precision, "batch_size": 16},
+        | {"precision": precision},
         **{key: said[key] for key in ("ema", "swa", "loss")},
         "optim": boxed_tree["optim"] | {"sam": said["sam"]},
     }

@@ -37,7 +37,7 @@ CASES = [(kind, net) for kind in [None, *settings_by_kind()] for net in NETS]
 def recipe(tree: dict, kind: str | None, net: str, **train: object) -> Recipe:
     own = {
         "model": {"backbone": NETS[net], "kwargs": KWARGS[net]},
-        "train": {**tree["train"], "epochs": 3, "device": "cpu", **train},
+        "train": {**tree["train"], "epochs": 4, "device": "cpu", **train},
         "techniques": {kind: {}} if kind else {},
         "ema": {"decay": 0.9},
         "checkpoint": {"every_steps": 4},
@@ -50,10 +50,10 @@ def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)), scope="module")
-def trained(request, boxed, once: Once) -> tuple[Recipe, Path, Path]:
+def trained(request, boxed_few, once: Once) -> tuple[Recipe, Path, Path]:
     """One uninterrupted run and its plain twin, made once for all the tests of a technique."""
     kind, net = request.param
-    tree = {"data": {"kind": "cub", "root": str(boxed), "val_fraction": 0.2}, "image": {"size": 64}}
+    tree = {"data": {"kind": "cub", "root": str(boxed_few), "val_fraction": 0.2}, "image": {"size": 64}}
     tree |= {"train": {"batch_size": 8, "workers": 0}, "optim": {"lr": 0.02, "warmup_epochs": 0.5}}
     made = recipe(tree, kind, net)
     try:
