@@ -30,6 +30,7 @@ from fgvc.training import step as training_step
 from fgvc.training import trainer as loop
 from fgvc.training.batch import Normalise, to_batch
 from fgvc.training.log import Events
+from tests.trained import Once, copied
 
 
 def recipe(tree: dict, **sections: object) -> Recipe:
@@ -49,10 +50,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **close: float)
         )
 
 
-def test_the_average_watches_and_does_not_steer(tmp_path: Path, recipe_tree: dict) -> None:
-    api.train(recipe(recipe_tree), tmp_path / "without")
+def test_the_average_watches_and_does_not_steer(tmp_path: Path, recipe_tree: dict, once: Once) -> None:
     api.train(recipe(recipe_tree, ema={"decay": 0.9}), tmp_path / "with")
-    same(net(tmp_path / "without"), net(tmp_path / "with"))
+    same(net(once.run(recipe(recipe_tree))), net(tmp_path / "with"))
     assert any(not torch.equal(v, net(tmp_path / "with", "ema")[k]) for k, v in net(tmp_path / "with").items())
 
 
@@ -63,16 +63,14 @@ def test_accumulated_parts_are_one_batch_where_no_norm_mixes_images(tmp_path: Pa
     same(net(tmp_path / "whole"), net(tmp_path / "parts"), rtol=1e-3, atol=2e-5)
 
 
-def test_workers_do_not_change_the_result(tmp_path: Path, recipe_tree: dict) -> None:
-    api.train(recipe(recipe_tree), tmp_path / "thread")
+def test_workers_do_not_change_the_result(tmp_path: Path, recipe_tree: dict, once: Once) -> None:
     api.train(recipe(recipe_tree, train={"workers": 2}), tmp_path / "processes")
-    same(net(tmp_path / "thread"), net(tmp_path / "processes"))
+    same(net(once.run(recipe(recipe_tree))), net(tmp_path / "processes"))
 
 
-def test_the_cache_changes_nothing_where_nothing_is_shrunk(tmp_path: Path, recipe_tree: dict) -> None:
-    api.train(recipe(recipe_tree), tmp_path / "plain")
+def test_the_cache_changes_nothing_where_nothing_is_shrunk(tmp_path: Path, recipe_tree: dict, once: Once) -> None:
     api.train(recipe(recipe_tree, cache="disk", cache_dir=str(tmp_path / "cache")), tmp_path / "cached")
-    same(net(tmp_path / "plain"), net(tmp_path / "cached"))
+    same(net(once.run(recipe(recipe_tree))), net(tmp_path / "cached"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -220,15 +218,15 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path, recipe_t
         api.train(recipe(recipe_tree, **changed), run)
 
 
-def test_going_on_in_another_folder_leaves_the_first_as_it_is(tmp_path: Path, recipe_tree: dict) -> None:
+def test_going_on_in_another_folder_leaves_the_first_as_it_is(tmp_path: Path, recipe_tree: dict, once: Once) -> None:
     first = api.train(recipe(recipe_tree, train={"max_steps": 5}), tmp_path / "first")
     before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
     second = api.train(recipe(recipe_tree), tmp_path / "second", resume=str(first))
-    same(net(second), net(api.train(recipe(recipe_tree), tmp_path / "whole")))
+    same(net(second), net(once.run(recipe(recipe_tree))))
     assert {p: p.read_bytes() for p in first.rglob("*") if p.is_file()} == before
 
 
-def test_going_on_in_another_folder_may_be_said_twice(tmp_path: Path, recipe_tree: dict) -> None:
+def test_going_on_in_another_folder_may_be_said_twice(tmp_path: Path, recipe_tree: dict, once: Once) -> None:
     first = api.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "first")
     second = tmp_path / "second"
     with pytest.raises(FgvcError, match=r"other settings:\n  optim.lr"):
@@ -236,9 +234,10 @@ def test_going_on_in_another_folder_may_be_said_twice(tmp_path: Path, recipe_tre
     assert list(tmp_path.glob("*second*")) == [], "a refusal copies nothing"
     api.train(recipe(recipe_tree, train={"max_steps": 5}), second, resume=str(first))
     api.train(recipe(recipe_tree), second, resume=str(first))
-    same(net(second), net(api.train(recipe(recipe_tree), tmp_path / "whole")))
+    whole = copied(once.run(recipe(recipe_tree)), tmp_path / "whole")
+    same(net(second), net(whole))
     with pytest.raises(FgvcError, match="not empty; --resume PATH copies"):
-        api.train(recipe(recipe_tree), tmp_path / "whole", resume=str(first))
+        api.train(recipe(recipe_tree), whole, resume=str(first))
 
 
 def test_going_on_needs_no_first_weights(tmp_path: Path, recipe_tree: dict) -> None:
