@@ -77,7 +77,7 @@ def broken_average(session: Session) -> None:
 
 
 def broken_centre(session: Session) -> None:
-    session.step.branches["centre_loss"]["centres"].of[0, 0] = NAN
+    session.step.branches["centre_loss"]["centres"].values[0, 0] = NAN
 
 
 def broken_momentum(session: Session) -> None:
@@ -91,7 +91,7 @@ def broken_momentum(session: Session) -> None:
         (broken_weight, r"step 8: NaN or infinite, and not saved: net\.fc\.weight\."),
         (broken_statistic, r"step 8: NaN or infinite, and not saved: net\.bn1\.running_var\."),
         (broken_average, r"step 8: NaN or infinite, and not saved: average\.bn1\.running_var\."),
-        (broken_centre, r"step 8: NaN or infinite, and not saved: branches\.centre_loss\.centres\.of\."),
+        (broken_centre, r"step 8: NaN or infinite, and not saved: branches\.centre_loss\.centres\.values\."),
         (broken_momentum, r"step 8: NaN or infinite, and not saved: optimizer\.state\.\d+\.momentum_buffer"),
     ],
 )
