@@ -30,6 +30,9 @@ if TYPE_CHECKING:
         forecast as forecast,
     )
     from fgvc.api import (
+        inspect as inspect,
+    )
+    from fgvc.api import (
         interpolate as interpolate,
     )
     from fgvc.api import (
@@ -57,8 +60,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 VERBS = (
-    "check", "compare", "evaluate", "explain", "export", "forecast", "interpolate", "load_bundle", "load_recipe", "localize",
-    "preview", "probe", "train", "verify",
+    "check", "compare", "evaluate", "explain", "export", "forecast", "inspect", "interpolate", "load_bundle", "load_recipe",
+    "localize", "preview", "probe", "train", "verify",
 )  # fmt: skip
 
 # onnxruntime (1.29 and later) reports its use to its makers unless it is told not to before it is imported.

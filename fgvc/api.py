@@ -32,6 +32,8 @@ from fgvc.evaluation.localize import Localisation
 from fgvc.evaluation.side import PairedAnswers, collect_answers, open_sides, select_images
 from fgvc.evaluation.temperature import RunCalibration, calibration, refuse_other_file
 from fgvc.evaluation.tta import Views
+from fgvc.exporting.inspect import Inspection
+from fgvc.exporting.inspect import inspect_file as inspect
 from fgvc.exporting.proofs import MAX_IMAGES
 from fgvc.exporting.prove import ProvedExport, prove
 from fgvc.exporting.quantize import Int8
@@ -55,9 +57,9 @@ from fgvc.training.interpolate import Interpolation
 from fgvc.training.trainer import train
 
 __all__ = [
-    "Bundle", "Evaluation", "Exported", "Forecast", "Int8", "Interpolation", "Localisation", "PairedAnswers", "Preview",
-    "ProbeResults", "Recipe", "Variants", "check", "compare", "evaluate", "explain", "export", "forecast", "interpolate",
-    "load_bundle", "load_recipe", "localize", "preview", "probe", "report", "train", "verify",
+    "Bundle", "Evaluation", "Exported", "Forecast", "Inspection", "Int8", "Interpolation", "Localisation", "PairedAnswers",
+    "Preview", "ProbeResults", "Recipe", "Variants", "check", "compare", "evaluate", "explain", "export", "forecast", "inspect",
+    "interpolate", "load_bundle", "load_recipe", "localize", "preview", "probe", "report", "train", "verify",
 ]  # fmt: skip
 
 

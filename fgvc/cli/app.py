@@ -38,6 +38,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "report": evaluation.report,
     "compare": evaluation.compare,
     "ablate": training.ablate,
+    "inspect": shipping.inspect,
     "export": shipping.export,
     "verify": shipping.verify,
     "predict": shipping.predict,

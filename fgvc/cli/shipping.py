@@ -10,6 +10,7 @@ import typer
 
 from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select
 from fgvc.errors import FgvcError
+from fgvc.io.files import as_json
 
 DeployedLabels = Annotated[
     Path | None,
@@ -85,6 +86,32 @@ def export(
         variants=variants, exporter=exporter, opset=opset, root=root,
     )  # fmt: skip
     show.contract(done)
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A classifier, by whatever program.")],
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number, where the file leaves them open.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Which of several outputs has the classes.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say what a deployed file is, and what of it can be trained. Exit code 1 where that is another function than the file."""
+    from fgvc import api
+
+    inspection = api.inspect(file, _size(size), output=output)
+    print(as_json(inspection.numbers()) if json_ else "\n".join(inspection.lines()))
+    if not inspection.agrees:
+        raise typer.Exit(1)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    numbers = text.lower().split("x")
+    if len(numbers) > 2 or not all(number.isdecimal() and 0 < int(number) < 10000 for number in numbers):
+        raise FgvcError(f"--size {text}: HEIGHTxWIDTH in pixels, such as 224x224, or one number")
+    return int(numbers[0]), int(numbers[-1])
 
 
 def verify(

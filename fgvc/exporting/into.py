@@ -1,0 +1,218 @@
+"""Weights written into a copy of the file that a net was read from: payloads alone differ, and that is proved.
+
+An ONNX file is a protobuf message. Where a tensor's values lie in it as plain numbers (raw, or packed floats), their bytes are
+replaced where they are, so that every other byte stays. Half floats in a typed field are packed whole numbers, whose length
+depends on their values: there the message is written anew, and the parsed messages are compared instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from fgvc.errors import FgvcError
+from fgvc.io.files import write_atomic
+from fgvc.models.onnxnet.payload import encoded, external_file, external_span, read_tensor, stored_tensors, write_tensor
+
+GRAPH, NODE, INITIALIZER, ATTRIBUTE, TENSOR_OF_ATTRIBUTE = (
+    7,
+    1,
+    5,
+    5,
+    5,
+)  # fields of ModelProto, GraphProto, NodeProto, AttributeProto
+NAME, RAW, FLOATS, DOUBLES, OUTPUT = 8, 9, 4, 10, 2  # of TensorProto; of NodeProto
+Span = tuple[int, int]  # first byte, and the one after the last
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A copy of a file with other weights."""
+
+    path: Path
+    moved: tuple[str, ...]  # tensors whose values are others
+    kept: tuple[str, ...]  # of those that were given, the ones whose values are not: copied as bytes
+    sha256: str  # of the file
+    skeleton_sha256: str  # of the file with all payloads zeroed, external ones' names and places included
+    reencoded: bool  # a payload's length changed: the messages are equal, not the bytes
+    files: tuple[str, ...] = field(default=())  # external data, beside it
+
+
+def write_into(source: Path, tensors: Mapping[str, NDArray[np.float64]], out: Path) -> Written:
+    """Write `out`, a copy of `source` in which the named tensors hold these values (in the file's shapes), in the types and
+    encodings that they had. External data are written to files of the same names beside `out`.
+
+    Raises FgvcError where a value does not fit its type, and where `out` is `source` or external data would land on those of
+    the source.
+    """
+    if out.resolve().parent == source.resolve().parent and (out.resolve() == source.resolve() or _external(source)):
+        raise FgvcError(f"{out}: would lie on {source} or its data: choose another folder")
+    data = bytearray(source.read_bytes())
+    model = onnx.load_from_string(bytes(data))
+    stored, spans = stored_tensors(model), payload_spans(bytes(data))
+    moved = [name for name, values in tensors.items() if _differs(read_tensor(stored[name], source.parent), values)]
+    outside: dict[str, bytearray] = {name: bytearray((source.parent / name).read_bytes()) for name in _files(model)}
+    lengthened = False
+    for name in moved:
+        payload = encoded(stored[name], tensors[name])
+        if (file := external_file(stored[name])) is not None:
+            offset, length = external_span(stored[name])
+            if length != len(payload):
+                raise FgvcError(
+                    f"{source}: tensor {name!r}: its data in {file} are {length} bytes, {len(payload)} are expected"
+                )
+            outside[file][offset : offset + length] = payload
+        elif name in spans and spans[name][1] - spans[name][0] == len(payload):
+            data[slice(*spans[name])] = payload
+        else:
+            lengthened = True
+    if lengthened:
+        for name in moved:
+            if external_file(stored[name]) is None:
+                write_tensor(stored[name], tensors[name])
+        data = bytearray(model.SerializeToString())
+    for file, content in outside.items():
+        write_atomic(out.parent / file, bytes(content))
+    write_atomic(out, bytes(data))
+    kept = tuple(name for name in tensors if name not in set(moved))
+    return Written(
+        out, tuple(moved), kept, hashlib.sha256(data).hexdigest(), skeleton(out), lengthened, tuple(outside)
+    )  # fmt: skip
+
+
+def differences_outside(ours: Path, theirs: Path) -> list[str]:
+    """Where two files differ in something else than the values of stored floats, in words; empty: they are one graph with two
+    sets of weights. Bytes are compared, and where a typed field has another length, the parsed messages."""
+    a, b = ours.read_bytes(), theirs.read_bytes()
+    one, two = onnx.load_from_string(a), onnx.load_from_string(b)
+    found = [f"external data: {_files(one)} and {_files(two)}"] if _files(one) != _files(two) else []
+    if _zeroed(a, payload_spans(a)) != _zeroed(b, payload_spans(b)) and not _equal_but_for_payloads(one, two):
+        found.append(_first_difference(a, b))
+    for name in set(_files(one)) & set(_files(two)):
+        contents = [_zeroed_external(path.parent / name, name, model) for path, model in ((ours, one), (theirs, two))]
+        if contents[0] != contents[1]:
+            found.append(f"{name}: bytes that are no weight's differ")
+    return found
+
+
+def skeleton(path: Path) -> str:
+    """SHA-256 of a file, and of its external data, with the payloads of all floats zeroed."""
+    data = path.read_bytes()
+    model = onnx.load_from_string(data)
+    digest = hashlib.sha256(_zeroed(data, payload_spans(data)))
+    for name in _files(model):
+        digest.update(name.encode() + _zeroed_external(path.parent / name, name, model))
+    return digest.hexdigest()
+
+
+def payload_spans(data: bytes) -> dict[str, Span]:
+    """Where the values of each stored tensor of floats lie in a serialised model, by the name under which nodes read it; those
+    in raw, float or double fields alone. Those of subgraphs and functions are left out."""
+    spans: dict[str, Span] = {}
+    for number, start, end in _fields(data, 0, len(data)):
+        if number != GRAPH:
+            continue
+        for kind, begin, stop in _fields(data, start, end):
+            if kind == INITIALIZER:
+                _note(data, begin, stop, None, spans)
+            elif kind == NODE:
+                parts = list(_fields(data, begin, stop))
+                output = next((data[a:b].decode() for field_, a, b in parts if field_ == OUTPUT), None)
+                constant = any(field_ == 4 and data[a:b] == b"Constant" for field_, a, b in parts)
+                for field_, a, b in parts if constant else ():
+                    if field_ == ATTRIBUTE:
+                        for inner, c, d in _fields(data, a, b):
+                            if inner == TENSOR_OF_ATTRIBUTE:
+                                _note(data, c, d, output, spans)
+    return spans
+
+
+def _note(data: bytes, start: int, end: int, name: str | None, spans: dict[str, Span]) -> None:
+    payload: Span | None = None
+    kind: int = onnx.TensorProto.FLOAT
+    for number, a, b in _fields(data, start, end):
+        if number == NAME and name is None:
+            name = data[a:b].decode()
+        elif number in (RAW, FLOATS, DOUBLES):
+            payload = (a, b)
+        elif number == 2:
+            kind = _varint(data, a)[0]
+    if name is not None and payload is not None and kind in (1, 10, 11, 16):
+        spans[name] = payload
+
+
+def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number of each field of a message, and where its content lies (of a varint: its own bytes)."""
+    at = start
+    while at < end:
+        tag, at = _varint(data, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == 2:
+            length, at = _varint(data, at)
+            yield number, at, at + length
+            at += length
+        else:
+            begin = at
+            at = _varint(data, at)[1] if wire == 0 else at + (8 if wire == 1 else 4)
+            yield number, begin, at
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _differs(stored: NDArray[np.generic], values: NDArray[np.float64]) -> bool:
+    """Whether the net's values are others than those that it read: it reads and trains in float32."""
+    return not np.array_equal(stored.astype(np.float32), values.astype(np.float32), equal_nan=True)
+
+
+def _files(model: onnx.ModelProto) -> list[str]:
+    return sorted({name for tensor in stored_tensors(model).values() if (name := external_file(tensor)) is not None})
+
+
+def _external(path: Path) -> list[str]:
+    return _files(onnx.load(str(path), load_external_data=False))
+
+
+def _zeroed(data: bytes, spans: Mapping[str, Span]) -> bytes:
+    copy = bytearray(data)
+    for start, end in spans.values():
+        copy[start:end] = bytes(end - start)
+    return bytes(copy)
+
+
+def _zeroed_external(path: Path, name: str, model: onnx.ModelProto) -> bytes:
+    copy = bytearray(path.read_bytes())
+    for tensor in stored_tensors(model).values():
+        if external_file(tensor) == name and tensor.data_type in (1, 10, 11, 16):
+            offset, length = external_span(tensor)
+            copy[offset : offset + length] = bytes(length)
+    return bytes(copy)
+
+
+def _equal_but_for_payloads(one: onnx.ModelProto, two: onnx.ModelProto) -> bool:
+    for model in (one, two):
+        for tensor in stored_tensors(model).values():
+            if tensor.data_type in (1, 10, 11, 16):
+                for name in ("raw_data", "float_data", "double_data", "int32_data"):
+                    tensor.ClearField(name)
+    return one == two
+
+
+def _first_difference(a: bytes, b: bytes) -> str:
+    if len(a) != len(b):
+        return f"their lengths are {len(a)} and {len(b)} bytes"
+    at = int(np.flatnonzero(np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8))[0])
+    return f"the first of them at byte {at}"

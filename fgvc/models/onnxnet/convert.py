@@ -1,0 +1,417 @@
+"""An ONNX graph as a torch.fx graph of modules and functions.
+
+Each value of the file is one of three. *Known*: numbers that nothing trains, computed while the graph is read, such as shapes
+and bounds; where they depend on the batch they are held for several batches. *Stored*: a tensor of floats in the file, maybe
+through views (Transpose, Reshape, Cast), which becomes a parameter. *Live*: what is computed from images.
+
+A module computes for any batch, also where the file's own is fixed: a size that is `k` times the batch for each of BATCHES is
+written so. Height and width are those that the net is read for.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, fx, nn
+
+from fgvc.errors import FgvcError
+
+Array = NDArray[Any]
+LARGEST = (
+    64  # values of a tensor that is computed while the graph is read, per stored value at least: more would be a weight
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """An array for each of the batches; the same object where it does not depend on them."""
+
+    arrays: tuple[Array, ...]
+
+    @property
+    def fixed(self) -> bool:
+        first = self.arrays[0]
+        return all(array is first or (array.shape == first.shape and (array == first).all()) for array in self.arrays[1:])
+
+    @property
+    def array(self) -> Array:
+        """Where it does not depend on the batch."""
+        return self.arrays[0]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A step from a stored tensor to what reads it, and back."""
+
+    kind: str  # permute | reshape
+    argument: tuple[int, ...]
+    before: tuple[int, ...]  # shape
+
+    def __call__(self, array: Tensor) -> Tensor:
+        return array.permute(self.argument) if self.kind == "permute" else array.reshape(self.argument)
+
+    def back(self, array: Tensor) -> Tensor:
+        if self.kind == "reshape":
+            return array.reshape(self.before)
+        return array.permute([self.argument.index(axis) for axis in range(len(self.argument))])
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of the file, seen through views."""
+
+    name: str
+    array: Array  # as it is stored
+    views: tuple[View, ...] = ()
+
+    def tensor(self) -> Tensor:
+        value = torch.from_numpy(np.array(self.array, np.float64 if self.array.dtype == np.float64 else np.float32))
+        for view in self.views:
+            value = view(value)
+        return value.contiguous()
+
+    def seen(self, kind: str, argument: tuple[int, ...]) -> Stored:
+        """Through one more view."""
+        return Stored(self.name, self.array, (*self.views, View(kind, argument, self.shape)))
+
+    def transposed(self) -> Stored:
+        """A matrix with rows and columns changed places; twice is not at all."""
+        if self.views and (self.views[-1].kind, self.views[-1].argument) == ("permute", (1, 0)):
+            return Stored(self.name, self.array, self.views[:-1])
+        return self.seen("permute", (1, 0))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.array.shape
+        for view in self.views:
+            shape = tuple(shape[axis] for axis in view.argument) if view.kind == "permute" else view.argument
+        return tuple(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A node of the fx graph, and its value without data for each of the batches."""
+
+    node: fx.Node
+    metas: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """For the first batch."""
+        return self.metas[0].shape
+
+    @property
+    def rank(self) -> int:
+        return self.metas[0].dim()
+
+
+Value = Known | Stored | Live
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """`times` batches, in the place of a number."""
+
+    times: int
+
+
+@dataclass(slots=True)
+class Slot:
+    """Where a stored tensor went: a parameter or buffer of the module, and the way back to the file's shape."""
+
+    target: str  # name in the module
+    views: tuple[View, ...]
+    trained: bool
+
+    def to_file(self, value: Tensor) -> Tensor:
+        for view in reversed(self.views):
+            value = view.back(value)
+        return value
+
+
+class Refused(Exception):
+    """Why a node can't be converted; the caller says which."""
+
+
+@dataclass(slots=True)
+class Builder:
+    """A graph under construction."""
+
+    folder: str  # for messages
+    batches: tuple[int, ...]  # the file's own first
+    fixed: bool  # the file takes its own batch alone
+    opsets: Mapping[str, int]
+    consumers: Mapping[str, Sequence[onnx.NodeProto]]
+    outputs: frozenset[str]
+    root: nn.Module = field(default_factory=nn.Module)
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    values: dict[str, Value] = field(default_factory=dict)
+    slots: dict[str, list[Slot]] = field(default_factory=dict)  # by the name of the stored tensor
+    kept: dict[str, str] = field(default_factory=dict)  # stored floats that nothing trains: why
+    fused: dict[int, str] = field(default_factory=dict)  # id of a node that is part of one before: the value it stands for
+    learned: bool = False  # whether a layer with weights has been met: what comes before is preprocessing
+    names: Counter[str] = field(default_factory=Counter)
+    shared: dict[tuple[str, tuple[View, ...]], nn.Parameter] = field(default_factory=dict)
+    _batch: fx.Node | None = None
+    input: fx.Node | None = None
+
+    # --- values -------------------------------------------------------------------------------------------------------
+
+    def constant(self, value: Value | None, what: str) -> Array:
+        """Numbers that are known and do not depend on the batch. Raises Refused where they are not."""
+        if isinstance(value, Stored):
+            return value.tensor().numpy()
+        if not isinstance(value, Known) or not value.fixed:
+            raise Refused(f"its {what} is computed from the images")
+        return value.array
+
+    def ints(self, value: Value | None, what: str) -> list[int]:
+        return [int(number) for number in self.constant(value, what).reshape(-1)]
+
+    def sizes(self, value: Value) -> list[int | Size]:
+        """Numbers of which some may be batches."""
+        if not isinstance(value, Known):
+            raise Refused("a shape is computed from the images")
+        return [self.size(numbers) for numbers in zip(*(array.reshape(-1).tolist() for array in value.arrays), strict=True)]
+
+    def size(self, numbers: Sequence[float]) -> int | Size:
+        if len(set(numbers)) == 1:
+            return int(numbers[0])
+        times = {number / batch for number, batch in zip(numbers, self.batches, strict=True)}
+        if len(times) != 1 or not float(times.copy().pop()).is_integer():
+            raise Refused(f"a size depends on the batch in another way than k times it ({numbers} for {self.batches})")
+        return Size(int(times.pop()))
+
+    def live(self, value: Value, *, name: str = "constant", trained: bool = True) -> Live:
+        """A value as the graph reads it: a stored tensor becomes a parameter, or a buffer where it is not trained."""
+        if isinstance(value, Live):
+            return value
+        if isinstance(value, Known):
+            if not value.fixed:
+                return self._repeated(value, name)
+            data = torch.from_numpy(np.array(value.array))
+            data = data.float() if data.dtype in (torch.float16, torch.float64) else data
+            target = self.place(name, None)
+            _register(self.root, target, data)
+            return self._attribute(target, data)
+        tensor = value.tensor()
+        reason = "" if trained else "preprocessing"
+        if trained and not self.learned:
+            reason = "preprocessing: before the first layer"
+        elif trained and _is_mask(tensor):
+            reason = "a mask: two values alone"
+        target = self.place(name, value)
+        if reason:
+            _register(self.root, target, tensor)
+            self.kept.setdefault(value.name, reason)
+        else:
+            parameter = self.parameter(value)
+            _register(self.root, target, parameter)
+        self.slots.setdefault(value.name, []).append(Slot(target, value.views, trained=not reason))
+        return self._attribute(target, tensor)
+
+    def _repeated(self, value: Known, name: str) -> Live:
+        """Numbers that are the same for each image of a batch."""
+        first = value.array[:1] if value.array.ndim else value.array
+        for array, batch in zip(value.arrays, self.batches, strict=True):
+            if array.ndim != first.ndim or array.shape != (batch, *first.shape[1:]) or not (array == first).all():
+                raise Refused("a tensor of numbers depends on the batch")
+        row = self.live(Known((first,) * len(self.batches)), name=name)
+        return self.call(torch.Tensor.expand, row, (Size(1), *first.shape[1:]))
+
+    def parameter(self, value: Stored) -> nn.Parameter:
+        """That of a stored tensor, seen so: one for all that read it alike."""
+        return self.shared.setdefault((value.name, value.views), nn.Parameter(value.tensor()))
+
+    def _attribute(self, target: str, data: Tensor) -> Live:
+        return Live(self.graph.get_attr(target), (data.to("meta"),) * len(self.batches))
+
+    def batch(self) -> fx.Node:
+        if self._batch is None:
+            assert self.input is not None
+            with self.graph.inserting_after(self.input):
+                self._batch = self.graph.call_method("size", (self.input, 0))
+        return self._batch
+
+    # --- nodes --------------------------------------------------------------------------------------------------------
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Live:
+        """A function of live values (and numbers, sizes, lists of them) as a node. Values without data go through it, too."""
+        node = self.graph.call_function(
+            function, fx.map_arg(_plain(args, self._node), lambda n: n), _plain(kwargs, self._node)
+        )
+        with torch.no_grad():
+            metas = tuple(
+                function(*_plain(args, self._meta(at)), **_plain(kwargs, self._meta(at))) for at in range(len(self.batches))
+            )
+        return Live(node, metas)
+
+    def elementwise(self, function: Callable[..., Any], x: Live, *args: Any, **kwargs: Any) -> Live:
+        """`call` of a function whose result is of the shape and type of its input: nothing is computed to know that. (For some
+        of torch's functions it would load its compiler.)"""
+        return Live(self.graph.call_function(function, (x.node, *args), kwargs), x.metas)
+
+    def broadcast(self, function: Callable[..., Any], *operands: Live | float) -> Live:
+        """The same of a function of operands that are broadcast together."""
+        live = [value for value in operands if isinstance(value, Live)]
+        shapes = [torch.broadcast_shapes(*(value.metas[at].shape for value in live)) for at in range(len(self.batches))]
+        node = self.graph.call_function(function, tuple(self._node(value) for value in operands))
+        return Live(node, tuple(torch.empty(shape, device="meta") for shape in shapes))
+
+    def module(self, name: str, x: Live, shape: Callable[[torch.Size], Sequence[int]]) -> Live:
+        """A module of one input as a node. `shape`: of its output, from that of its input."""
+        node = self.graph.call_module(name, (x.node,))
+        return Live(node, tuple(torch.empty(tuple(shape(meta.shape)), device="meta") for meta in x.metas))
+
+    def add_module(self, wanted: str, module: nn.Module, **stored: Stored | None) -> str:
+        """Put a module into the tree, its parameters and buffers those of stored tensors; returns its name."""
+        name = self._free(wanted)
+        for attribute, value in stored.items():
+            if value is None:
+                continue
+            if attribute in module._buffers:
+                module._buffers[attribute] = value.tensor()
+                self.kept.setdefault(value.name, "running statistics")
+                self.slots.setdefault(value.name, []).append(Slot(f"{name}.{attribute}", value.views, trained=False))
+            else:
+                module._parameters[attribute] = self.parameter(value)
+                self.slots.setdefault(value.name, []).append(Slot(f"{name}.{attribute}", value.views, trained=True))
+        _register(self.root, name, module)
+        self.learned = True
+        return name
+
+    def place(self, name: str, value: Stored | None) -> str:
+        return self._free(_clean(value.name) if value is not None else name, leaf=True)
+
+    def _free(self, wanted: str, *, leaf: bool = False) -> str:
+        """A name that nothing has: neither an attribute, nor a module around or below one."""
+        name = wanted
+        while not name or self._taken(name):
+            self.names[wanted] += 1
+            name = f"{wanted}_{self.names[wanted]}"
+        self.names[name] += 0
+        return name
+
+    def _taken(self, name: str) -> bool:
+        place: Any = self.root
+        words = name.split(".")
+        for word in words[:-1]:
+            place = getattr(place, word, None)
+            if place is None:
+                return False
+            if type(place) is not nn.Module:
+                return True
+        return hasattr(place, words[-1])
+
+    def _node(self, value: Any) -> Any:
+        if isinstance(value, Live):
+            return value.node
+        if isinstance(value, Size):
+            return self.batch() if value.times == 1 else self.graph.call_function(operator.mul, (self.batch(), value.times))
+        return value
+
+    def _meta(self, at: int) -> Callable[[Any], Any]:
+        def meta(value: Any) -> Any:
+            if isinstance(value, Live):
+                return value.metas[at]
+            return value.times * self.batches[at] if isinstance(value, Size) else value
+
+        return meta
+
+    # --- numbers ------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, node: onnx.NodeProto, inputs: Sequence[Value | None]) -> list[Known]:
+        """The outputs of a node of known numbers, for each batch, by onnx's own reference implementation."""
+        single = onnx.helper.make_model(
+            onnx.helper.make_graph(
+                [node], "node",
+                [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(node.input) if name],
+                [onnx.ValueInfoProto(name=name) for name in node.output],
+            ),
+            opset_imports=[onnx.helper.make_opsetid(domain, version) for domain, version in self.opsets.items()],
+        )  # fmt: skip
+        run = ReferenceEvaluator(single)
+        results = []
+        for at in range(len(self.batches)):
+            feed = {name: _numbers(value, at) for name, value in zip(node.input, inputs, strict=True) if name}
+            results.append(run.run(None, feed))
+            if all(
+                isinstance(value, Stored) or value is None or (isinstance(value, Known) and value.fixed) for value in inputs
+            ):
+                results *= len(self.batches)
+                break
+        return [Known(tuple(np.asarray(array) for array in arrays)) for arrays in zip(*results, strict=True)]
+
+
+def _numbers(value: Value | None, at: int) -> Array:
+    if isinstance(value, Stored):
+        return value.tensor().numpy()
+    assert isinstance(value, Known)
+    return value.arrays[at]
+
+
+def _plain(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A tree of tuples, lists, slices and mappings with its leaves replaced."""
+    if isinstance(tree, tuple | list):
+        return type(tree)(_plain(item, leaf) for item in tree)
+    if isinstance(tree, dict):
+        return {key: _plain(item, leaf) for key, item in tree.items()}
+    if isinstance(tree, slice):
+        return slice(*(_plain(item, leaf) for item in (tree.start, tree.stop, tree.step)))
+    return leaf(tree)
+
+
+def _register(root: nn.Module, name: str, value: nn.Module | nn.Parameter | Tensor) -> None:
+    *path, last = name.split(".")
+    place = root
+    for word in path:
+        if not hasattr(place, word):
+            place.add_module(word, nn.Module())
+        place = getattr(place, word)
+    if isinstance(value, nn.Module):
+        place.add_module(last, value)
+    elif isinstance(value, nn.Parameter):
+        place.register_parameter(last, value)
+    else:
+        place.register_buffer(last, value)
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether it is a table of two values at most, as attention masks are."""
+    table = tensor.dim() >= 2 and min(tensor.shape[-2:]) > 1
+    return table and len(tensor.unique()) <= 2 and bool((tensor.abs() >= 100).any() or not tensor.isfinite().all())
+
+
+def _clean(name: str) -> str:
+    """A name of the file as Python's modules have them: words between dots."""
+    words = [re.sub(r"\W", "_", word) for word in re.split(r"[./:]+", name) if word]
+    return ".".join(f"_{word}" if word[:1].isdigit() and at == 0 else word for at, word in enumerate(words)) or "tensor"
+
+
+def module_name(node: onnx.NodeProto, weight: str | None) -> str:
+    """What a layer is called: as its weight is, where that has a name of its own (`blocks.0.conv.weight`); else by the scopes
+    in the node's name (`/blocks/blocks.0/conv/Conv`), or that itself."""
+    if weight is not None and weight.endswith((".weight", ".kernel", "_weight")):
+        return _clean(weight.rpartition("." if "." in weight else "_")[0])
+    path: list[str] = []
+    for word in [word for word in node.name.split("/") if word]:
+        if path and word.startswith(f"{path[-1]}."):
+            path[-1] = word
+        elif not re.fullmatch(rf"{node.op_type}(_\d+)?", word):
+            path.append(word)
+    return _clean(".".join(path) or node.name or f"{node.op_type}_{node.output[0]}")
+
+
+def refusal(where: str, node: onnx.NodeProto, reason: str) -> FgvcError:
+    domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
+    return FgvcError(f"{where}: node {node.name or node.output[0]!r} ({domain}{node.op_type}): {reason}")

@@ -1,0 +1,290 @@
+"""ONNX operators with weights: convolutions, linear layers, norms."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import onnx
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fgvc.models.onnxnet.convert import Builder, Live, Refused, Size, Stored, Value, module_name
+from fgvc.models.onnxnet.elementwise import UNARY, linear_clamp
+from fgvc.models.onnxnet.registry import MICROSOFT, Attributes, Inputs, converts, first, text
+from fgvc.models.onnxnet.windows import pad_input, window_pads
+
+CONVS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+@converts("Conv")
+@converts("FusedConv", domain=MICROSOFT)
+def conv(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    x, weight, bias = b.live(first(inputs)), inputs[1], inputs[2] if len(inputs) > 2 else None
+    assert weight is not None
+    shape = tuple(weight.shape if isinstance(weight, Stored | Live) else weight.array.shape)
+    kernel = tuple(shape[2:])
+    strides, dilations = tuple(a.get("strides", (1,) * len(kernel))), tuple(a.get("dilations", (1,) * len(kernel)))
+    pads = window_pads(a, x.shape[2:], kernel, strides, dilations)
+    groups = a.get("group", 1)
+    x, padding = pad_input(b, x, pads, 0.0)
+    if isinstance(weight, Stored) and (bias is None or isinstance(bias, Stored)) and len(kernel) in CONVS:
+        if _is_classifier(b, node, x, kernel, pads, groups):
+            return [_linear_of_conv(b, node, x, weight, bias)]
+        module = CONVS[len(kernel)](
+            shape[1] * groups, shape[0], kernel, strides, padding, dilations, groups, bias=bias is not None, device="meta"
+        )
+        name = b.add_module(module_name(node, weight.name), module, weight=weight, bias=bias)
+        y = b.module(name, x, partial(_convolved, shape[0], kernel, strides, padding, dilations))
+    else:
+        function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
+        y = b.call(function, x, b.live(weight), None if bias is None else b.live(bias), strides, padding, dilations, groups)
+    if node.op_type == "FusedConv":
+        if len(inputs) > 3 and inputs[3] is not None:
+            y = b.call(operator.add, y, b.live(inputs[3]))
+        y = _activated(b, y, a)
+    return [y]
+
+
+def _convolved(
+    channels: int,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilations: Sequence[int],
+    size: torch.Size,
+) -> tuple[int, ...]:
+    each = zip(size[2:], kernel, strides, padding, dilations, strict=True)
+    return (size[0], channels, *((n + 2 * pad - d * (k - 1) - 1) // step + 1 for n, k, step, pad, d in each))
+
+
+def _activated(b: Builder, y: Live, a: Attributes) -> Live:
+    kind, numbers = text(a.get("activation", "")), list(a.get("activation_params", ()))
+    if not kind:
+        return y
+    if kind == "Clip":
+        return b.elementwise(F.hardtanh, y, *numbers)
+    if kind == "LeakyRelu":
+        return b.elementwise(F.leaky_relu, y, *numbers)
+    if kind == "HardSigmoid":
+        return b.elementwise(linear_clamp, y, *numbers)
+    if kind in UNARY:
+        return b.elementwise(UNARY[kind], y)
+    raise Refused(f"its activation is {kind!r}, which is not known here")
+
+
+def _is_classifier(
+    b: Builder, node: onnx.NodeProto, x: Live, kernel: Sequence[int], pads: Sequence[tuple[int, int]], groups: int
+) -> bool:
+    """Whether a convolution is the last layer of a net, on a map of one cell: a linear layer by another name."""
+    if set(x.shape[2:]) != {1} or set(kernel) != {1} or any(map(any, pads)) or groups != 1:
+        return False
+    name = node.output[0]
+    while name not in b.outputs:
+        readers = b.consumers.get(name, ())
+        if len(readers) != 1 or readers[0].op_type not in (
+            "Flatten",
+            "Reshape",
+            "Squeeze",
+            "Identity",
+            "Softmax",
+            "Sigmoid",
+            "Cast",
+        ):
+            return False
+        name = readers[0].output[0]
+    return True
+
+
+def _linear_of_conv(b: Builder, node: onnx.NodeProto, x: Live, weight: Stored, bias: Stored | None) -> Live:
+    rows, columns = weight.shape[:2]
+    flat = weight.seen("reshape", (rows, columns))
+    module = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    name = b.add_module(module_name(node, weight.name), module, weight=flat, bias=bias)
+    y = b.module(name, b.call(torch.flatten, x, 1), lambda own: (own[0], rows))
+    return b.call(torch.reshape, y, (Size(1), rows, *(1,) * (x.rank - 2)))
+
+
+@converts("ConvTranspose")
+def conv_transpose(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    x, weight, bias = b.live(first(inputs)), inputs[1], inputs[2] if len(inputs) > 2 else None
+    assert weight is not None
+    w = b.live(weight)
+    kernel = tuple(w.shape[2:])
+    pads = [*a.get("pads", (0,) * 2 * len(kernel))]
+    if text(a.get("auto_pad", "NOTSET")) != "NOTSET" or "output_shape" in a or pads[: len(kernel)] != pads[len(kernel) :]:
+        raise Refused("its padding is not the same on both sides")
+    function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(kernel)]
+    ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
+    return [
+        b.call(
+            function, x, w, None if bias is None else b.live(bias), tuple(a.get("strides", ones)), tuple(pads[: len(kernel)]),
+            tuple(a.get("output_padding", zeros)), a.get("group", 1), tuple(a.get("dilations", ones)),
+        )
+    ]  # fmt: skip
+
+
+@converts("BatchNormalization")
+def batch_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    x, (scale, shift, mean, variance) = b.live(first(inputs)), inputs[1:5]
+    eps = a.get("epsilon", 1e-5)
+    if all(isinstance(value, Stored) for value in (scale, shift, mean, variance)):
+        assert isinstance(scale, Stored)
+        module = NORMS[x.rank](scale.shape[0], eps=eps, momentum=1 - a.get("momentum", 0.9), device="meta")
+        assert module.num_batches_tracked is not None
+        module.num_batches_tracked = torch.tensor(0)
+        named = dict(weight=scale, bias=shift, running_mean=mean, running_var=variance)
+        name = b.add_module(module_name(node, scale.name), module, **named)  # type: ignore[arg-type]
+        return [b.module(name, x, tuple)]
+    parts = [b.live(value) for value in (mean, variance, scale, shift) if value is not None]
+    return [b.call(F.batch_norm, x, *parts, False, 0.0, eps)]
+
+
+@converts("InstanceNormalization")
+def instance_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    x, scale, shift = (b.live(value) for value in inputs if value is not None)
+    return [b.call(F.instance_norm, x, None, None, scale, shift, True, 0.0, a.get("epsilon", 1e-5))]
+
+
+@converts("GroupNormalization")
+def group_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    x, scale, shift = (b.live(value) for value in inputs if value is not None)
+    groups, eps = a["num_groups"], a.get("epsilon", 1e-5)
+    if scale.shape[0] != x.shape[1]:  # opset 18 has a scale for each group
+        each = x.shape[1] // groups
+        scale, shift = (b.call(torch.repeat_interleave, value, each) for value in (scale, shift))
+    return [b.call(F.group_norm, x, groups, scale, shift, eps)]
+
+
+@converts("LayerNormalization")
+def layer_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    x, scale, shift = b.live(first(inputs)), inputs[1], inputs[2] if len(inputs) > 2 else None
+    return [_layer_norm(b, node, x, scale, shift, a.get("axis", -1) % x.rank, a.get("epsilon", 1e-5))]
+
+
+def _layer_norm(
+    b: Builder, node: onnx.NodeProto, x: Live, scale: Value | None, shift: Value | None, axis: int, eps: float
+) -> Live:
+    shape = tuple(x.shape[axis:])
+    if (
+        isinstance(scale, Stored)
+        and scale.shape == shape
+        and (shift is None or (isinstance(shift, Stored) and shift.shape == shape))
+    ):
+        module = nn.LayerNorm(shape, eps=eps, bias=shift is not None, device="meta")
+        name = b.add_module(module_name(node, scale.name), module, weight=scale, bias=shift)
+        return b.module(name, x, tuple)
+    assert scale is not None
+    y = b.call(operator.mul, b.call(F.layer_norm, x, shape, None, None, eps), b.live(scale))
+    return y if shift is None else b.call(operator.add, y, b.live(shift))
+
+
+@converts("SkipLayerNormalization", domain=MICROSOFT)
+def skip_layer_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    values = [value for value in inputs]
+    total = b.call(operator.add, b.live(first(values)), b.live(first(values[1:])))
+    if len(values) > 4 and values[4] is not None:
+        total = b.call(operator.add, total, b.live(values[4]))
+    shift = values[3] if len(values) > 3 else None
+    normal = _layer_norm(b, node, total, values[2], shift, total.rank - 1, a.get("epsilon", 1e-12))
+    outputs: list[Value] = [normal]
+    for name in node.output[1:]:
+        if name and name != node.output[-1]:
+            raise Refused("its mean and deviation are read, too")
+        outputs.append(total)
+    return outputs
+
+
+@converts("LRN")
+def local_response_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    x = b.live(first(inputs))
+    return [b.call(F.local_response_norm, x, a["size"], a.get("alpha", 1e-4), a.get("beta", 0.75), a.get("bias", 1.0))]
+
+
+@converts("LpNormalization")
+def lp_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    return [b.call(F.normalize, b.live(first(inputs)), float(a.get("p", 2)), a.get("axis", -1), 0.0)]
+
+
+@converts("Gemm")
+@converts("FusedGemm", domain=MICROSOFT)
+def gemm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    x, weight, bias = b.live(first(inputs)), inputs[1], inputs[2] if len(inputs) > 2 else None
+    assert weight is not None
+    alpha, beta = a.get("alpha", 1.0), a.get("beta", 1.0)
+    if (
+        isinstance(weight, Stored)
+        and (bias is None or (isinstance(bias, Stored) and math.prod(bias.shape) == max(bias.shape, default=1)))
+        and (alpha, beta, a.get("transA", 0)) == (1.0, 1.0, 0)
+    ):
+        y = _linear(b, node, x, weight if a.get("transB", 0) else weight.transposed(), bias)
+    else:
+        left = b.call(torch.transpose, x, 0, 1) if a.get("transA", 0) else x
+        right = b.live(weight)
+        right = b.call(torch.transpose, right, 0, 1) if a.get("transB", 0) else right
+        y = b.call(torch.matmul, left, right)
+        y = b.call(operator.mul, y, alpha) if alpha != 1 else y
+        if bias is not None:
+            shift = b.live(bias)
+            y = b.call(operator.add, y, b.call(operator.mul, shift, beta) if beta != 1 else shift)
+    return [_activated(b, y, {"activation": a.get("activation", ""), "activation_params": a.get("activation_params", ())})]
+
+
+@converts("MatMul")
+@converts("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
+def matmul(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    """A linear layer where the right side is a matrix of the file, with the bias that alone follows it."""
+    left, right = inputs
+    assert left is not None
+    assert right is not None
+    plain = not (a.get("transA", 0) or a.get("transB", 0)) and a.get("alpha", 1.0) == 1.0
+    if plain and isinstance(left, Live) and isinstance(right, Stored) and len(right.shape) == 2:
+        bias, follower = _bias_behind(b, node, right.shape[1])
+        y = _linear(b, node, left, right.transposed(), bias)
+        if follower is not None:
+            b.fused[id(follower)] = node.output[0]
+        return [y]
+    x, y = b.live(left), b.live(right)
+    x = b.call(torch.transpose, x, -1, -2) if a.get("transA", 0) else x
+    y = b.call(torch.transpose, y, -1, -2) if a.get("transB", 0) else y
+    product = b.call(torch.matmul, x, y)
+    return [product if a.get("alpha", 1.0) == 1.0 else b.call(operator.mul, product, a["alpha"])]
+
+
+def _bias_behind(b: Builder, node: onnx.NodeProto, width: int) -> tuple[Stored | None, onnx.NodeProto | None]:
+    readers = b.consumers.get(node.output[0], ())
+    if (
+        len(readers) != 1
+        or readers[0].op_type != "Add"
+        or readers[0].domain not in ("", "ai.onnx")
+        or node.output[0] in b.outputs
+    ):
+        return None, None
+    other = next((name for name in readers[0].input if name != node.output[0]), None)
+    bias = b.values.get(other or "")
+    if isinstance(bias, Stored) and bias.shape == (width,):
+        return bias, readers[0]
+    return None, None
+
+
+def _linear(b: Builder, node: onnx.NodeProto, x: Live, weight: Stored, bias: Value | None) -> Live:
+    """`weight` (N,K) as torch has it."""
+    rows, columns = weight.shape
+    if isinstance(bias, Stored) and bias.shape != (rows,):
+        if math.prod(bias.shape) != rows:  # one number for all
+            y = _linear(b, node, x, weight, None)
+            return b.call(operator.add, y, b.live(bias))
+        bias = bias.seen("reshape", (rows,))
+    module = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    assert bias is None or isinstance(bias, Stored)
+    name = b.add_module(module_name(node, weight.name), module, weight=weight, bias=bias)
+    return b.module(name, x, lambda own: (*own[:-1], rows))
+
+
+@converts("Einsum")
+def einsum(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    return [b.call(torch.einsum, text(a["equation"]), *(b.live(value) for value in inputs if value is not None))]

@@ -1,0 +1,352 @@
+"""A deployed file as a network that trains, with the few methods that timm's nets have."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fgvc.errors import FgvcError
+from fgvc.models.onnxnet.convert import Live, Slot
+from fgvc.models.onnxnet.elementwise import flat_softmax
+from fgvc.models.onnxnet.read import Graph, read_graph
+
+ENDINGS: dict[Any, str] = {
+    F.softmax: "softmax",
+    F.log_softmax: "log_softmax",
+    torch.sigmoid: "sigmoid",
+    flat_softmax: "softmax",
+}
+PASSING = {
+    torch.flatten,
+    torch.reshape,
+    torch.squeeze,
+    torch.permute,
+}  # between the classifier and the output: move numbers alone
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The last value of one resolution that all later ones come from."""
+
+    node: fx.Node
+    channels: int
+    reduction: int
+    channels_last: bool
+
+
+class OnnxNet(nn.Module):
+    """The net of an ONNX file: `forward_features` up to the last spatial map (B,C,h,w) or tokens (B,N,C), `forward_head` from
+    there to logits (B,K), without the softmax or sigmoid that the file may end with (`ending`).
+
+    It takes float images (B,3,H,W), as the file's own input is but for layout and type, for any batch.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        parts = _parts(graph)
+        for name in parts.stages:
+            graph.builder.root.add_module(name, nn.Identity())
+        self.path, self.layout, self.dtype, self.size, self.batch = (
+            graph.path,
+            graph.layout,
+            graph.dtype,
+            graph.size,
+            graph.batch,
+        )
+        self.ending, self.output_name = parts.ending, graph.name
+        self.body = fx.GraphModule(graph.builder.root, parts.body)
+        self.pool = fx.GraphModule(graph.builder.root, parts.pool)
+        self.classifier: nn.Linear = graph.builder.root.get_submodule(parts.classifier)  # type: ignore[assignment]
+        self.tail = None if parts.tail is None else fx.GraphModule(graph.builder.root, parts.tail)
+        self.num_classes, self.num_features = self.classifier.out_features, self.classifier.in_features
+        self.feature_info = [
+            {"num_chs": stage.channels, "reduction": stage.reduction, "module": f"body.{name}"}
+            for name, stage in parts.stages.items()
+        ]
+        self.pretrained_cfg: Mapping[str, Any] = {
+            "input_size": (3, *graph.size), "classifier": "classifier", "num_classes": self.num_classes,
+        }  # fmt: skip
+        self.grad_checkpointing = False
+        self._depth = _depths(self, parts)
+        self.slots: dict[str, list[Slot]] = {}
+        names = {id(value): name for name, value in [*self.named_parameters(), *self.named_buffers()]}
+        for stored, slots in graph.slots.items():
+            kept = [
+                Slot(names[id(value)], slot.views, slot.trained)
+                for slot in slots
+                if id(value := _value(graph, slot)) in names
+            ]
+            if kept:
+                self.slots[stored] = kept
+        self.untouched = dict(graph.untouched)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            features: Tensor = checkpoint(self.body, x, use_reentrant=False)
+            return features
+        return self.body(x)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        pooled: Tensor = self.pool(features)
+        if pre_logits:
+            return pooled
+        logits = self.classifier(pooled)
+        return (logits if self.tail is None else self.tail(logits)).flatten(1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What the file gives: its ending applied to logits."""
+        if self.ending == "sigmoid":
+            return logits.sigmoid()
+        if self.ending == "log_softmax":
+            return logits.log_softmax(1)
+        return logits.softmax(1) if self.ending == "softmax" else logits
+
+    def get_classifier(self) -> nn.Linear:
+        return self.classifier
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """How deep a parameter lies, for layer decay: the stem is 0, the classifier the deepest."""
+        depths, last = self._depth, max(self._depth.values(), default=0) + 1
+        return lambda name: depths.get(name.rpartition(".")[0], depths.get(name, last))
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the file that may have moved, by its name there and in its shape there, detached, float64."""
+        state = dict(self.named_parameters()) | dict(self.named_buffers())
+        for name, slots in self.slots.items():
+            value = state[slots[0].target].detach().cpu().double()
+            yield name, slots[0].to_file(value)
+
+
+def open_onnx(path: Path, size: tuple[int, int] | None = None, *, output: str | None = None) -> OnnxNet:
+    """The net of a classifier's file, in eval mode; see `fgvc.models.onnxnet.read.read_graph`."""
+    return OnnxNet(read_graph(path, size, output=output)).eval()
+
+
+def _value(graph: Graph, slot: Slot) -> Any:
+    return operator.attrgetter(slot.target)(graph.builder.root)
+
+
+# --- where the graph is cut --------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Parts:
+    body: fx.Graph
+    pool: fx.Graph
+    classifier: str
+    tail: fx.Graph | None
+    ending: str | None
+    stages: dict[str, Stage]
+
+
+def _parts(graph: Graph) -> Parts:
+    whole, builder = graph.builder.graph, graph.builder
+    whole.output(graph.output.node)
+    whole.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    nodes = [node for node in whole.nodes if node.op not in ("get_attr", "output")]
+    shapes = _shapes(whole, builder.root, graph)
+    classifier = _classifier(graph, nodes)
+    ending, last = _ending(graph)
+    features = _features(graph, nodes, shapes, classifier)
+    stages = _stages(graph, nodes, shapes, features)
+    body = _between(whole, None, features, stages)
+    pool = _between(whole, features, classifier.args[0], {})  # type: ignore[arg-type]
+    tail = None if last is classifier else _between(whole, classifier, last, {})
+    return Parts(body, pool, str(classifier.target), tail, ending, stages)
+
+
+def _shapes(whole: fx.Graph, root: nn.Module, graph: Graph) -> dict[fx.Node, torch.Size]:
+    """Of each node's value, for the file's own batch."""
+    return {value.node: value.shape for value in graph.builder.values.values() if isinstance(value, Live)}
+
+
+def _cuts(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Nodes that all of the output comes through: before none of them is a value that is read behind it."""
+    place = {node: at for at, node in enumerate(nodes)}
+    cuts, reach = set(), -1
+    for at, node in enumerate(nodes):
+        if _is_batch(node):
+            continue
+        last = max((place.get(user, len(nodes)) for user in node.users if not _is_batch(user)), default=at)
+        if reach <= at:
+            cuts.add(node)
+        reach = max(reach, last)
+    return cuts
+
+
+def _is_batch(node: fx.Node) -> bool:
+    """Whether it is the number of images, or a multiple of it."""
+    if node.op == "call_method" and node.target == "size":
+        return True
+    return node.op == "call_function" and node.target is operator.mul and all(
+        not isinstance(arg, fx.Node) or _is_batch(arg) for arg in node.args
+    )  # fmt: skip
+
+
+def _classifier(graph: Graph, nodes: list[fx.Node]) -> fx.Node:
+    """The last linear layer: all of the output comes through it, and it has an output a class."""
+    cuts = _cuts(nodes)
+    for node in reversed(nodes):
+        if node.op == "call_module":
+            module = graph.builder.root.get_submodule(str(node.target))
+            if isinstance(module, nn.Linear) and module.out_features == graph.classes and node in cuts:
+                return node
+            break
+    raise FgvcError(
+        f"{graph.path}: its output {graph.name!r} does not come from one linear layer of {graph.classes} classes: not a "
+        "classifier that can be trained here"
+    )
+
+
+def _ending(graph: Graph) -> tuple[str | None, fx.Node]:
+    """The softmax or sigmoid at the end, and the node before it."""
+    node = graph.output.node
+    while node.op == "call_function" and node.target in PASSING:
+        node = node.args[0]  # type: ignore[assignment]
+    if node.op == "call_function" and node.target in ENDINGS:
+        return ENDINGS[node.target], node.args[0]  # type: ignore[return-value]
+    return None, graph.output.node
+
+
+def _features(graph: Graph, nodes: list[fx.Node], shapes: Mapping[fx.Node, torch.Size], classifier: fx.Node) -> fx.Node:
+    """The last value before the classifier that all of it comes through and that has places: a map, or else tokens."""
+    cuts = _cuts(nodes)
+    before = nodes[: nodes.index(classifier)]
+    maps = [node for node in before if node in cuts and node in shapes and _cells(shapes[node], graph) > 1]
+    if not maps:
+        raise FgvcError(f"{graph.path}: no map of features is left before its classifier")
+    return maps[-1]
+
+
+def _cells(shape: torch.Size, graph: Graph) -> int:
+    """Places of a map (B,C,h,w) or (B,h,w,C), or of tokens (B,N,C)."""
+    if len(shape) == 4:
+        return int(shape[1] * shape[2] if _channels_last(shape) else shape[2] * shape[3])
+    return int(shape[1]) if len(shape) == 3 else 0
+
+
+def _channels_last(shape: torch.Size) -> bool:
+    return shape[1] == shape[2] and shape[3] > shape[2] and shape[1] != shape[3]
+
+
+def _stages(
+    graph: Graph, nodes: list[fx.Node], shapes: Mapping[fx.Node, torch.Size], features: fx.Node
+) -> dict[str, Stage]:
+    """The last cut of each resolution, from fine to coarse; the name is that of an Identity behind it. Where a depthwise
+    convolution leaves the resolution, what widens the map for it belongs to the next stage."""
+    cuts, root = _cuts(nodes), graph.builder.root
+    ends: dict[int, Stage] = {}
+    for node in nodes[: nodes.index(features) + 1]:
+        shape = shapes.get(node)
+        if (
+            node not in cuts
+            or shape is None
+            or len(shape) != 4
+            or node.op == "placeholder"
+            or node.target in (F.pad, torch.permute)
+        ):
+            continue
+        last = _channels_last(shape)
+        height, channels = (shape[1], shape[3]) if last else (shape[2], shape[1])
+        reduction = round(graph.size[0] / height)
+        if reduction > 1:
+            ends[reduction] = Stage(node, int(channels), reduction, last)
+    for reduction, stage in ends.items():
+        if stage.node is not features and any(_is_depthwise(user, root) for user in _readers(stage.node)):
+            narrow = _before_widening(stage.node, root)
+            if narrow in cuts and narrow in shapes and shapes[narrow][2:] == shapes[stage.node][2:]:
+                ends[reduction] = Stage(narrow, int(shapes[narrow][1]), reduction, stage.channels_last)
+    ordered = sorted(ends.values(), key=lambda stage: stage.reduction)
+    return {f"stage_{number}": stage for number, stage in enumerate(ordered)}
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a value, as it is or padded."""
+    return [reader for user in node.users for reader in (_readers(user) if user.target is F.pad else [user])]
+
+
+def _is_depthwise(node: fx.Node, root: nn.Module) -> bool:
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+
+
+def _before_widening(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The input of the 1 x 1 convolution that a value is from, through a norm and an activation; None: it is from none."""
+    for _ in range(4):
+        module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        inputs = node.all_input_nodes
+        if len(inputs) != 1:
+            return None
+        if isinstance(module, nn.Conv2d):
+            return inputs[0] if set(module.kernel_size) == {1} else None
+        node = inputs[0]
+    return None
+
+
+def _between(whole: fx.Graph, start: fx.Node | None, end: fx.Node, stages: Mapping[str, Stage]) -> fx.Graph:
+    """The nodes from behind `start` to `end` as a graph of one input, with an Identity behind the end of each stage."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    entry = graph.placeholder("x")
+    wanted = _ancestors(end, start)
+    ends = {stage.node: name for name, stage in stages.items()}
+    if start is not None:
+        copies[start] = entry
+    for node in whole.nodes:
+        if node.op == "placeholder" and start is None:
+            copies[node] = entry
+        elif node in wanted and node is not start:
+            if _is_batch(node) and node.op == "call_method":
+                copies[node] = graph.call_method("size", (entry, 0))
+            else:
+                copies[node] = graph.node_copy(node, lambda old: copies[old])
+            if node in ends:
+                copies[node] = graph.call_module(ends[node], (copies[node],))
+    graph.output(copies[end])
+    return graph
+
+
+def _ancestors(end: fx.Node, start: fx.Node | None) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node in found or node is start:
+            continue
+        found.add(node)
+        if not (_is_batch(node) and node.op == "call_method"):
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _depths(net: OnnxNet, parts: Parts) -> dict[str, int]:
+    """Module name -> number of the layers with weights before it, of those on its way."""
+    depths: dict[str, int] = {}
+    ranks: dict[fx.Node, int] = {}
+    for node in parts.body.nodes:
+        before = max((ranks.get(parent, 0) for parent in node.all_input_nodes), default=0)
+        module = net.body.get_submodule(str(node.target)) if node.op == "call_module" else None
+        heavy = isinstance(module, nn.Linear) or (module is not None and type(module).__name__.startswith("Conv"))
+        ranks[node] = before + heavy
+        if node.op == "call_module":
+            depths[f"body.{node.target}"] = ranks[node]
+        elif node.op == "get_attr":
+            depths[f"body.{node.target}"] = before
+    return depths

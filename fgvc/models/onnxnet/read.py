@@ -1,0 +1,273 @@
+"""Reading a classifier's ONNX file: the model, its data, and its graph as torch has it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.inliner
+import torch
+
+from fgvc.errors import FgvcError
+from fgvc.models.onnxnet import elementwise, layers, pooling, shapes  # noqa: F401 - they register their converters
+from fgvc.models.onnxnet.convert import Array, Builder, Known, Live, Refused, Slot, Stored, Value, refusal
+from fgvc.models.onnxnet.payload import external_file, read_tensor, stored_tensors
+from fgvc.models.onnxnet.registry import CONVERTERS, attributes_of
+
+INT8 = {
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
+    "QLinearAdd", "QLinearGlobalAveragePool", "QLinearAveragePool", "QLinearMul", "QLinearSigmoid", "QGemm", "QLinearConcat",
+    "QLinearLeakyRelu", "QLinearSoftmax",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Graph:
+    """A file's graph in torch, whole."""
+
+    path: Path
+    builder: Builder
+    output: Live
+    name: str  # of the output
+    layout: str  # of the input: NCHW | NHWC
+    dtype: str  # of the input: float32, float16, uint8, ...
+    size: tuple[int, int]
+    batch: int | None  # where the file's own is fixed
+    classes: int
+    slots: dict[str, list[Slot]]
+    untouched: dict[str, str]  # floats that nothing trains: why
+
+
+def load_model(path: Path) -> onnx.ModelProto:
+    """The model without external data. Raises FgvcError where the file is none."""
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError as error:
+        raise FgvcError(f"{path}: no such file") from error
+    except Exception as error:  # protobuf has several of its own
+        raise FgvcError(f"{path}: not an ONNX file, or cut short ({type(error).__name__})") from error
+    if not model.graph.node:
+        raise FgvcError(f"{path}: not an ONNX model: it has no nodes")
+    for tensor in stored_tensors(model).values():
+        external_file(tensor)
+    return model
+
+
+def read_graph(path: Path, size: tuple[int, int] | None = None, *, output: str | None = None) -> Graph:
+    """Convert a classifier's file. `size`: height and width, where the file leaves them open; `output`: which of several.
+
+    Raises FgvcError that says which input, output or node can't be taken, and why.
+    """
+    model = load_model(path)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    graph = model.graph
+    opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
+    tensors = stored_tensors(model)
+    _refuse_int8(path, graph)
+    image = _image_input(path, graph, set(tensors))
+    batch, layout, size = _input_shape(path, image, size)
+    name = _output_name(path, graph, output)
+    nodes = list(
+        graph.node
+    )  # kept: protobuf makes a new object for a node that nothing holds, and they are told apart by id
+    consumers: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for read in node.input:
+            consumers.setdefault(read, []).append(node)
+    own = batch or 1
+    builder = Builder(
+        folder=str(path), batches=(own, own + 1, own + 2), fixed=batch is not None, opsets=opsets, consumers=consumers,
+        outputs=frozenset(value.name for value in graph.output),
+    )  # fmt: skip
+    for stored, tensor in tensors.items():
+        builder.values[stored] = _value(stored, read_tensor(tensor, path.parent), builder)
+    placeholder = builder.graph.placeholder("x")
+    builder.input = placeholder
+    shape = (3, *size)
+    metas = tuple(torch.empty(batch, *shape, device="meta") for batch in builder.batches)
+    x = Live(placeholder, metas)
+    if layout == "NHWC":
+        x = builder.call(torch.permute, x, (0, 2, 3, 1))
+    builder.values[image.name] = x
+    wanted = _needed(nodes, name)
+    for node in nodes:
+        if id(node) in wanted:
+            _convert(path, builder, node)
+    result = builder.values.get(name)
+    if not isinstance(result, Live):
+        raise FgvcError(f"{path}: the output {name!r} does not depend on the image")
+    classes = _classes(path, name, result)
+    return Graph(
+        path=path, builder=builder, output=result, name=name, layout=layout, size=size, batch=batch, classes=classes,
+        dtype=str(onnx.helper.tensor_dtype_to_np_dtype(image.type.tensor_type.elem_type)), slots=builder.slots,
+        untouched=builder.kept,
+    )  # fmt: skip
+
+
+def _convert(path: Path, builder: Builder, node: onnx.NodeProto) -> None:
+    inputs = [builder.values[name] if name else None for name in node.input]
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    try:
+        if (fused := builder.fused.get(id(node))) is not None:
+            builder.values[node.output[0]] = builder.values[fused]
+            return
+        if node.op_type == "Constant" and domain == "":
+            for name in node.output:
+                if name not in builder.values:
+                    builder.values[name] = builder.evaluate(node, [])[0]
+            return
+        converter = CONVERTERS.get((domain, node.op_type))
+        if not any(isinstance(value, Live) for value in inputs) and _is_number(builder, node, inputs, domain):
+            outputs: Sequence[Value] = builder.evaluate(node, inputs)
+            for value in inputs:
+                if isinstance(value, Stored):
+                    builder.kept.setdefault(value.name, "part of a computed constant")
+        elif converter is None:
+            raise Refused("this operator is not known here; export the net with plain operators of ai.onnx, or ask for it")
+        else:
+            outputs = converter(builder, node, attributes_of(node), inputs)
+    except Refused as error:
+        raise refusal(str(path), node, str(error)) from error
+    except KeyError as error:
+        raise refusal(str(path), node, f"it reads {error}, which nothing gives") from error
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, StopIteration) as error:
+        raise refusal(
+            str(path), node, f"can't be read as a layer ({type(error).__name__}: {str(error).splitlines()[0][:160]})"
+        ) from error
+    for name, value in zip(node.output, outputs, strict=False):
+        if name:
+            builder.values[name] = value
+
+
+VIEWS = ("Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+WEIGHTS = {"Conv": (1, 2), "FusedConv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1)}
+
+
+def _is_number(builder: Builder, node: onnx.NodeProto, inputs: Sequence[Value | None], domain: str) -> bool:
+    """Whether a node that no image reaches is computed while the graph is read. Views of weights are not, and neither is what a
+    layer's weights are computed by, such as a standardisation: these train through it."""
+    if node.op_type in ("Shape", "Size") or domain != "":
+        return False
+    stored = [value for value in inputs if isinstance(value, Stored)]
+    if not stored:
+        return True
+    if node.op_type in VIEWS or node.op_type in WEIGHTS:
+        return False
+    return not _reaches_weights(builder, node)
+
+
+def _reaches_weights(builder: Builder, node: onnx.NodeProto) -> bool:
+    stack, seen = [node.output[0]], set()
+    while stack:
+        name = stack.pop()
+        for reader in builder.consumers.get(name, ()):
+            if any(name == reader.input[at] for at in WEIGHTS.get(reader.op_type, ()) if at < len(reader.input)):
+                return True
+            others = [builder.values.get(read) for read in reader.input if read and read != name]
+            if id(reader) not in seen and not any(isinstance(value, Live) for value in others):
+                seen.add(id(reader))
+                stack.extend(reader.output)
+    return False
+
+
+def _value(name: str, array: Array, builder: Builder) -> Value:
+    """Floats are weights until something shows that they are none; all else is numbers."""
+    if np.issubdtype(array.dtype, np.floating) and array.size > 1:
+        return Stored(name, array)
+    if np.issubdtype(array.dtype, np.floating) and any(
+        node.op_type in ("Conv", "Gemm", "BatchNormalization", "MatMul") for node in builder.consumers.get(name, ())
+    ):
+        return Stored(name, array)
+    if np.issubdtype(array.dtype, np.floating):
+        builder.kept.setdefault(name, "a single number")
+    return Known((array,) * len(builder.batches))
+
+
+def _needed(nodes: Sequence[onnx.NodeProto], output: str) -> set[int]:
+    """The ids of nodes that the output depends on."""
+    makers = {name: node for node in nodes for name in node.output if name}
+    needed: set[int] = set()
+    stack = [output]
+    while stack:
+        node = makers.get(stack.pop())
+        if node is not None and id(node) not in needed:
+            needed.add(id(node))
+            stack.extend(node.input)
+    return needed
+
+
+def _refuse_int8(path: Path, graph: onnx.GraphProto) -> None:
+    if quantised := next((node for node in graph.node if node.op_type in INT8), None):
+        raise FgvcError(
+            f"{path}: node {quantised.name or quantised.output[0]!r} ({quantised.op_type}): an int8 file can't be trained; "
+            "give the float file that it was made from, and quantise what comes out anew"
+        )
+    if any(node.domain == "com.microsoft.nchwc" for node in graph.node):
+        raise FgvcError(
+            f"{path}: onnxruntime has laid it out for one kind of processor (com.microsoft.nchwc): give the file that "
+            "it was optimised from, or optimise it at level basic or extended"
+        )
+
+
+def _image_input(path: Path, graph: onnx.GraphProto, stored: set[str]) -> onnx.ValueInfoProto:
+    inputs = [value for value in graph.input if value.name not in stored]
+    if len(inputs) != 1:
+        names = ", ".join(value.name for value in inputs) or "none"
+        raise FgvcError(f"{path}: a classifier of images has one input, this has {len(inputs)} ({names})")
+    if not inputs[0].type.HasField("tensor_type"):
+        raise FgvcError(f"{path}: the input {inputs[0].name!r} is no tensor")
+    return inputs[0]
+
+
+def _input_shape(
+    path: Path, image: onnx.ValueInfoProto, size: tuple[int, int] | None
+) -> tuple[int | None, str, tuple[int, int]]:
+    """The fixed batch, if it is, the layout, and height and width."""
+    dims = [
+        dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None
+        for dim in image.type.tensor_type.shape.dim
+    ]
+    if len(dims) != 4:
+        raise FgvcError(
+            f"{path}: the input {image.name!r} has {len(dims)} axes; images have four (batch, "
+            "channels, height, width, or channels last)"
+        )
+    layout = "NCHW" if dims[1] in (3, None) and not (dims[1] is None and dims[3] == 3) else "NHWC" if dims[3] == 3 else ""
+    if not layout:
+        raise FgvcError(f"{path}: the input {image.name!r} is {dims}: no axis of three channels")
+    own = dims[2:] if layout == "NCHW" else dims[1:3]
+    if None not in own:
+        fixed = (int(own[0] or 0), int(own[1] or 0))
+        if size is not None and tuple(size) != fixed:
+            raise FgvcError(
+                f"{path}: takes images of {fixed[0]} x {fixed[1]} pixels alone, not {size[0]} x {size[1]}: set image.size"
+            )
+        size = fixed
+    if size is None:
+        raise FgvcError(f"{path}: leaves height and width open: give the size that it is used with (image.size)")
+    return dims[0], layout, (int(size[0]), int(size[1]))
+
+
+def _output_name(path: Path, graph: onnx.GraphProto, wanted: str | None) -> str:
+    names = [value.name for value in graph.output]
+    if wanted is not None and wanted not in names:
+        raise FgvcError(f"{path}: has no output {wanted!r}; it has {', '.join(names)}")
+    if wanted is None and len(names) > 1:
+        raise FgvcError(f"{path}: has {len(names)} outputs ({', '.join(names)}); say which are the classes: model.output")
+    return wanted or names[0]
+
+
+def _classes(path: Path, name: str, value: Live) -> int:
+    shape = list(value.shape)
+    dependent = value.metas[0].shape != value.metas[1].shape
+    rest = math.prod(shape[1:])
+    if not dependent or value.metas[1].shape[0] == shape[0] or max(shape[1:], default=0) != rest or rest < 2:
+        raise FgvcError(
+            f"{path}: the output {name!r} is {shape}: a classifier gives one number a class and image, (batch, classes)"
+        )
+    return rest

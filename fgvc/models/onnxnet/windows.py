@@ -1,0 +1,36 @@
+"""What convolutions and pooling share: the padding around an input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch.nn import functional as F
+
+from fgvc.models.onnxnet.convert import Builder, Live
+from fgvc.models.onnxnet.registry import Attributes, text
+
+
+def window_pads(
+    a: Attributes, size: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Before and after, an axis."""
+    mode = text(a.get("auto_pad", "NOTSET"))
+    if mode in ("NOTSET", ""):
+        pads = list(a.get("pads", (0,) * 2 * len(kernel)))
+        return list(zip(pads[: len(kernel)], pads[len(kernel) :], strict=True))
+    if mode == "VALID":
+        return [(0, 0)] * len(kernel)
+    pairs = []
+    for length, k, stride, dilation in zip(size, kernel, strides, dilations, strict=True):
+        total = max((math.ceil(length / stride) - 1) * stride + (k - 1) * dilation + 1 - length, 0)
+        small, large = total // 2, total - total // 2
+        pairs.append((small, large) if mode == "SAME_UPPER" else (large, small))
+    return pairs
+
+
+def pad_input(b: Builder, x: Live, pads: Sequence[tuple[int, int]], value: float) -> tuple[Live, tuple[int, ...]]:
+    """The input with what a layer can't pad by itself, and what is left to the layer."""
+    if all(before == after for before, after in pads):
+        return x, tuple(before for before, _ in pads)
+    return b.call(F.pad, x, [side for pair in reversed(pads) for side in pair], "constant", value), (0,) * len(pads)
