@@ -61,6 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> tuple[dict,
         "ema": {"decay": 0.9},
         "select": "ema",
         "checkpoint": {"every_steps": 2},
+        "export": {"exporter": "torchscript"},
     }
     place = tmp_path_factory.mktemp("made")
     api.train(recipe(tree, train={"max_steps": 8}), place / "begun")
