@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.processes import plain_draws, start
+from tests.processes import end_all, plain_draws, start
 from tests.trained import Once
 
 
@@ -107,6 +107,12 @@ def new_python(once: Once) -> Iterator[Callable[[], AbstractContextManager[None]
                 yield
 
         yield for_real
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_outlives_the_session() -> Iterator[None]:
+    yield
+    end_all()
 
 
 COLOURS = {"blue": (60, 80, 200), "green": (70, 170, 80), "red": (200, 70, 60)}

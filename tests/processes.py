@@ -11,8 +11,10 @@ import io
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -25,6 +27,7 @@ _context.set_forkserver_preload(
         "albumentations", "matplotlib.backends.backend_agg", "torchmetrics.functional.classification",  # imported where needed
     ]
 )  # fmt: skip
+_groups: list[int] = []
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,17 @@ def start(
     environment = {**os.environ, **(env or {})}
     process = _context.Process(target=_run, args=(folder, environment, cwd or Path.cwd(), function, arguments))
     process.start()
+    assert process.pid is not None
+    _groups.append(process.pid)
     return Started(process, folder)
+
+
+def end_all() -> None:
+    """At the end of a session: what loads images for a process that was killed may outlive it, and keeps the server alive."""
+    for group in _groups:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    _groups.clear()
 
 
 def fgvc(folder: Path, *arguments: object, env: Mapping[str, str] | None = None) -> Started:
@@ -98,6 +111,7 @@ def _script(file: Path, arguments: Sequence[str]) -> None:
 def _run(
     folder: Path, env: Mapping[str, str], place: Path, function: Callable[..., object], arguments: Sequence[Any]
 ) -> None:
+    os.setpgid(0, 0)
     for name, number in (("stdout", 1), ("stderr", 2)):
         handle = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(handle, number)
