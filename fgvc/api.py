@@ -44,6 +44,7 @@ from fgvc.report import document
 from fgvc.report.data import data_page
 from fgvc.report.explain import explain
 from fgvc.report.preview import Preview, preview
+from fgvc.runs.folder import read_run, recorded_classes, recorded_preprocess
 from fgvc.runs.images import read_index
 from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runtime.bundle import Bundle, load_bundle, refuse_target, write_bundle
@@ -244,8 +245,8 @@ def export(
         raise FgvcError(f"--keep {keep:g}: a share above 0 and up to 1, such as {KEEP}")
     if against is not None and (exporter is not None or opset is not None):
         raise FgvcError("--exporter and --opset: the deployed file that --against names has its own; leave them out")
+    target, around = _deployed_stack(run, against, labels=labels, preprocess=preprocess)
     loaded = load_run(run, select, root=root)
-    target, around = _deployed_stack(loaded, against, labels=labels, preprocess=preprocess)
     recipe, index, select_name = loaded.recipe, loaded.index, loaded.select
     proven = prove(
         loaded.step.net,
@@ -291,22 +292,23 @@ def _with_options(export: Export, exporter: Exporter | None, opset: int | None) 
 
 
 def _deployed_stack(
-    run: LoadedRun, against: Path | None, *, labels: Path | None, preprocess: Path | None
+    run: Path, against: Path | None, *, labels: Path | None, preprocess: Path | None
 ) -> tuple[Path | None, Agreement | None]:
     """Find the deployed file, and compare its preprocessing and labels with the run's. Raises FgvcError where they differ:
-    before the long work of an export."""
+    before the net is opened, and the long work of an export."""
     if against is None:
         if labels is not None or preprocess is not None:
             raise FgvcError(
                 "--labels and --preprocess tell how a deployed model is read and fed: name it with --against"
             )
         return None, None
+    read_run(run)
     deployed = stack_of(against, labels=labels, preprocess=preprocess)
-    stack = Stack(path=run.folder, preprocess=run.preprocess, labels=run.classes)
+    stack = Stack(path=run, preprocess=recorded_preprocess(run), labels=recorded_classes(run))
     stack_agreement = agreement(stack, deployed)
     if stack_agreement.differences:
         raise FgvcError(
-            f"{run.folder} is not a drop-in for {against}, the run's against the deployed:\n  "
+            f"{run} is not a drop-in for {against}, the run's against the deployed:\n  "
             + "\n  ".join(stack_agreement.differences)
             + "\nTrain it as it will be fed and read (the recipe's deploy section, image.size and deploy.labels), or deploy the "
             "bundle with a preprocessing and labels of its own: export without --against"

@@ -31,12 +31,13 @@ PRETRAINED: Mapping[str, Mapping[str, Any]] = {
 def with_weight_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's tree with the defaults for pretrained first weights filled in, if it has these; docs/floor.md says why.
 
-    Random weights have the defaults of the settings themselves. An optimizer that the recipe names, or gives a rate, is kept."""
+    Random weights have the defaults of the settings themselves. An optimizer that the recipe names is kept, with the settings' own
+    defaults; a rate alone is the default optimizer's."""
     model, optim = tree.get("model"), tree.get("optim", {})
     if not isinstance(model, Mapping) or not isinstance(optim, Mapping) or model.get("weights", "none") == "none":
         return dict(tree)
     head = "timm" if run_of(Path(str(model["weights"])).expanduser()) is not None else PRETRAINED["model"]["head"]
-    optimizer = {} if {"name", "lr"} & optim.keys() else PRETRAINED["optim"]
+    optimizer = {} if "name" in optim else PRETRAINED["optim"]
     return {
         **tree,
         "model": {**PRETRAINED["model"], "head": head, **model},

@@ -35,8 +35,11 @@ class Optim(Section):
 
     renamed: ClassVar[Mapping[str, str]] = {"clip_norm": "clip_grad", "grafted_lr_scale": "replaced_lr_scale"}
 
-    name: str = Field("sgd", description="timm's name of the optimizer: sgd (Nesterov), momentum, adamw, ... Where neither name "
-        "nor lr is given and weights are pretrained: adamw, lr 3e-4, weight_decay 0.01")
+    name: str = Field(
+        "sgd",
+        description="timm's name of the optimizer: sgd (Nesterov), momentum, adamw, ... Where none is given and weights are "
+        "pretrained: adamw, with lr 3e-4 and weight_decay 0.01 unless they are given",
+    )
     lr: float = Field(0.03, gt=0, description="peak learning rate")
     lr_for_batch: int | None = Field(
         None,
