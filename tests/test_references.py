@@ -86,6 +86,21 @@ def test_modules_that_the_documents_name_are_there(document: str) -> None:
     assert not [name for name in re.findall(r"\bfgvc(?:\.[A-Za-z_]\w*)+", text) if not is_there(name.split("."))]
 
 
+def test_classes_and_functions_that_the_design_names_are_there() -> None:
+    """Words in code quotes that are called as classes, methods and private functions are."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"`(?:[a-z_]+\.)?([A-Z][a-z]\w+)(?:\.(\w+))?`", text))
+    words |= {(word, "") for word in re.findall(r"`(_[a-z]\w+)`", text)}
+    sources = "\n".join(source for _, source in texts("fgvc"))
+    defined = set(re.findall(r"\b(?:class |def |    )(\w+)(?=[(:])", sources))
+    assert words
+    named = {word for pair in words for word in pair if word}
+    assert not sorted(named - defined - OTHERS)
+
+
+OTHERS = {"Conv2d", "Conv2dSame", "Makefile"}  # of torch and timm, and a file
+
+
 def is_there(parts: list[str]) -> bool:
     """Whether a dotted name is a module, or a word of one."""
     place = ROOT

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from fgvc.config.schedule import Scheduled, Value, at, knots
+from fgvc.config.knots import Scheduled, Value, knot_positions, value_at
 from fgvc.config.section import Section, Size
 
 MAX_PIXELS = 50_000_000  # of a picture, by its header: the limit of every verb, unless a setting or an option has another
@@ -97,13 +97,13 @@ class Image(Section):
     @field_validator("train_scale")
     @classmethod
     def _positive(cls, scale: Value) -> Value:
-        if (least := min(at(scale, share) for share in knots(scale))) <= 0:
+        if (least := min(value_at(scale, share) for share in knot_positions(scale))) <= 0:
             raise ValueError(f"must be above 0 (got {least:g})")
         return scale
 
     def train_size(self, progress: float) -> tuple[int, int]:
         """Height and width of training images at `progress` in [0,1] of the run."""
-        return self.scaled(at(self.train_scale, progress))
+        return self.scaled(value_at(self.train_scale, progress))
 
     def scaled(self, scale: float) -> tuple[int, int]:
         """Height and width at `scale` times the size, rounded to multiples of 8 pixels."""
@@ -115,4 +115,4 @@ class Image(Section):
     @property
     def largest_train_size(self) -> tuple[int, int]:
         """Height and width at which training images are rendered; smaller ones are reduced from it."""
-        return max(self.train_size(share) for share in knots(self.train_scale))
+        return max(self.train_size(share) for share in knot_positions(self.train_scale))

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from fgvc.config.data import Augment, AutoData, CsvData, CubData, FolderData, NamedData
 from fgvc.config.exporting import Export
 from fgvc.config.images import Deploy, Image
+from fgvc.config.knots import knot_positions
 from fgvc.config.models import Loss, Model, run_of
-from fgvc.config.schedule import knots
 from fgvc.config.section import Section
 from fgvc.config.technique import Mixing
 from fgvc.config.techniques import Techniques, enabled_techniques
@@ -31,8 +31,8 @@ PRETRAINED: Mapping[str, Mapping[str, Any]] = {
 def with_weight_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's tree with the defaults for pretrained first weights filled in, if it has these; docs/floor.md says why.
 
-    Random weights have the defaults of the settings themselves. An optimizer that the recipe names is kept, with the settings' own
-    defaults; a rate alone is the default optimizer's."""
+    Random weights have the defaults of the settings themselves. An optimizer that the recipe names is kept, with the settings'
+    own defaults; a rate alone is the default optimizer's."""
     model, optim = tree.get("model"), tree.get("optim", {})
     if not isinstance(model, Mapping) or not isinstance(optim, Mapping) or model.get("weights", "none") == "none":
         return dict(tree)
@@ -173,7 +173,7 @@ def conflicts(techniques: Section) -> list[str]:
     """Messages on techniques that need images of one label while others mix all labels in some step."""
     configs = enabled_techniques(techniques)
     mixers = {kind: config for kind, config in configs.items() if isinstance(config, Mixing)}
-    times = {min(time, END) for config in mixers.values() for time in (0.0, *knots(config.probability), END)}
+    times = {min(time, END) for config in mixers.values() for time in (0.0, *knot_positions(config.probability), END)}
     if not mixers or any(sum(config.share(time) for config in mixers.values()) < 1 for time in times):
         return []
     return [

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fgvc.config.schedule import ScheduledShare, at
+from fgvc.config.knots import ScheduledShare, value_at
 from fgvc.config.section import Section
 
 
@@ -54,4 +54,4 @@ class Mixing(TechniqueSettings):
 
     def share(self, progress: float) -> float:
         """Share of the steps at `progress` in [0,1) that mix so, if no other technique mixes."""
-        return at(self.probability, progress)
+        return value_at(self.probability, progress)

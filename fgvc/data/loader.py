@@ -145,7 +145,7 @@ class TrainLoader:
     """Epochs of training batches, from any batch on; made by `train_loader`."""
 
     def __init__(self, loader: DataLoader[TrainBatch], order: _Order, *, limit: float) -> None:
-        self.steps_per_epoch = len(order.rows) // (order.batch_size * order.world)  # an epoch's last, incomplete step is dropped
+        self.batches_per_epoch = len(order.rows) // (order.batch_size * order.world)  # an incomplete last one is dropped
         self.bad = BadFiles(limit=limit, images=len(order.rows))
         self._order = order
         self._loader: DataLoader[TrainBatch] | None = loader

@@ -331,7 +331,7 @@ def has_floor(out: Path) -> bool:
 
 def copy_run(source: Path, out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
     """Copy another run, in full or not at all; the same command once more leaves the copy as it is.
-    `recorded`: see `fgvc.runs.images.continued`. Raises FgvcError where it can't go on with this recipe, or can't be copied
+    `recorded`: see `fgvc.runs.images.resumed_index`. Raises FgvcError where it can't go on with this recipe, or can't be copied
     there."""
     if source.parent.name == "ckpt":
         named, source = source, source.parent.parent

@@ -1,6 +1,6 @@
-"""One training step as a module, which is all that DDP, autocast and compile wrap (docs/design.md).
+"""One training step as a module, which is all that DDP and autocast wrap (docs/design.md).
 
-The order of phases is fixed here and the step knows no technique by name:
+The order of phases is fixed here and the step calls no technique by name:
 on_batch -> views -> forward (shared group, own groups) -> views_after -> losses.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fgvc.config.schedule import at
+from fgvc.config.knots import value_at
 from fgvc.errors import FgvcError
 from fgvc.models.class_maps import ClassMapper, evaluating
 from fgvc.models.loss import cross_entropy
@@ -228,7 +228,7 @@ class StepModule(nn.Module):
         losses: dict[str, Tensor] = {"base": base / sum(o.view.weight for o in classify)}  # type: ignore[dict-item]
         total = losses["base"]
         for kind, hook in self.hooks("losses"):
-            weights = {name: at(value, progress) for name, value in self.techniques[kind].weights.items()}
+            weights = {name: value_at(value, progress) for name, value in self.techniques[kind].weights.items()}
             measures = self.techniques[kind].measures
             if weights and not any(weights.values()):
                 continue

@@ -1,6 +1,6 @@
 """The server's routes: the Open Inference Protocol v2 for tensors, `/v1` for images, health and metrics.
 
-Heavy work is done in Admission's threads, JSON and images included: the event loop only moves bytes.
+Heavy work is done in Admission's threads, images and large JSON included: the event loop only moves bytes.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class _State(Collector):
 
 
 class MetricsMiddleware:
-    """Middleware that counts and times every request."""
+    """Middleware that counts and times every request that load shedding lets in."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fgvc.config.schedule import Scheduled
+from fgvc.config.knots import Scheduled
 from fgvc.errors import FgvcError
 from fgvc.io.names import nearest
 from fgvc.models.target import Target
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Batch:
-    """One step's images on the device, after normalisation. `x` may be mixed; `x_clean` never is."""
+    """One micro-batch's images on the device, after normalisation. `x` may be mixed; `x_clean` never is."""
 
     x: Tensor  # (B,3,H,W) float32
     target: Target
@@ -43,12 +43,12 @@ class Batch:
 
 @dataclass(slots=True)
 class View:
-    """A variant of the batch that goes through the network beside the main one."""
+    """The batch, or a variant of it, that goes through the network."""
 
     name: str
     x: Tensor  # (V,3,H,W)
     target: Target
-    weight: float = 1.0  # of its cross-entropy in the base loss; 0: the view is not built
+    weight: float = 1.0  # of its cross-entropy in the base loss; 0: it is dropped before its forward
     classifies: bool = True
     bn: Literal["shared", "own"] = "shared"  # shared: one forward with the clean images; own: its batch statistics
     gated: bool = True  # whether gates act on it
@@ -67,7 +67,7 @@ class Output:
     features: Tensor  # (V,C,h,w) or the backbone's own layout: output of forward_features
     logits: Tensor  # (V,K)
     hooked: Mapping[str, Tensor] = field(default_factory=dict)  # outputs of the hooked modules, this view's rows
-    mapper: Callable[[Tensor, Target, Any, Sequence[int]], Tensor] = _no_maps  # that network's fgvc.models.class_maps.Mapper
+    mapper: Callable[[Tensor, Target, Any, Sequence[int]], Tensor] = _no_maps  # that network's fgvc.models.class_maps.ClassMapper
     _maps: dict[str, Tensor] = field(default_factory=dict)
 
     def map(self, method: str) -> Tensor:

@@ -273,7 +273,8 @@ class Context:
     batch: Batch | None = None  # the clean one, where there is a step
     scaled: Callable[[Tensor, Tensor], Tensor] = torch.mul  # features, (B,h,w) weights of cells -> features
     second_pass: bool = False  # over the same batch (SAM): what after_step needs was collected in the first
-    state: dict[str, Any] = field(default_factory=dict)  # from one hook to later ones of the step, its second pass included
+    # From one hook to later ones of this micro-batch, its second pass included; `after_step` gets that of the last one.
+    state: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)  # from one hook to later ones of this pass alone, whose graph it may hold
     shown: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 

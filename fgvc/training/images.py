@@ -82,7 +82,7 @@ def training_loader(
         max_unreadable=recipe.data.max_unreadable,
         balanced=recipe.train.sampling == "balanced",
     )
-    if loader.steps_per_epoch < recipe.train.grad_accum_steps:
+    if loader.batches_per_epoch < recipe.train.grad_accum_steps:
         loader.close()
         raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {len(rows)} training images")
     return loader

@@ -137,7 +137,7 @@ class Session:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.loader.steps_per_epoch // self.recipe.train.grad_accum_steps
+        return self.loader.batches_per_epoch // self.recipe.train.grad_accum_steps
 
     @property
     def total_steps(self) -> int:
@@ -315,7 +315,7 @@ def open_session(
         schedule=make_schedule(
             optimizer,
             optim,
-            steps_per_epoch=loader.steps_per_epoch // recipe.train.grad_accum_steps,
+            steps_per_epoch=loader.batches_per_epoch // recipe.train.grad_accum_steps,
             epochs=recipe.train.epochs,
         ),
         scaler=scaler,

@@ -241,7 +241,7 @@ def _steps(session: Session, events: Events) -> Iterator[tuple[dict[str, Tensor]
 
 def _check_step(session: Session, losses: Mapping[str, Tensor], out: Path) -> None:
     """Raise FgvcError on all processes where the loss, the gradients or what the step has moved are not finite on one, or where
-    fp16 skips every step. The one value that a step waits for: none may go on, or be saved, with numbers that are none."""
+    fp16 skips every step. A step waits for this value: none may go on, or be saved, with numbers that are none."""
     watched = session.watch.tensors(losses["loss"])
     if session.runtime.anywhere(suspicious(watched.values())):
         terms = {f"its term {name}": value for name, value in losses.items() if name != "loss"}

@@ -225,3 +225,16 @@ def test_a_value_that_cannot_be_says_what_it_must_be_and_what_was_given(file: Pa
         "optim=adamw": "optim: must be a mapping of keys (got 'adamw')",
     }.items():
         assert refusal(file, given).split(": ", 1)[1] == said
+
+
+def test_a_rate_alone_leaves_the_optimizer_as_it_is(file: Path) -> None:
+    """With pretrained weights: AdamW; one that is named has the settings' own defaults."""
+    weights = "model.weights=w.safetensors"
+    optim = load_recipe(file, [weights, "optim={}"]).optim
+    assert (optim.name, optim.lr, optim.weight_decay) == ("adamw", 3e-4, 0.01)
+    optim = load_recipe(file, [weights, "optim={lr: 0.001}"]).optim
+    assert (optim.name, optim.lr, optim.weight_decay) == ("adamw", 1e-3, 0.01)
+    optim = load_recipe(file, [weights, "optim={name: sgd}"]).optim
+    assert (optim.name, optim.lr, optim.weight_decay) == ("sgd", 0.03, 1e-4)
+    optim = load_recipe(file, ["model.weights=none", "optim={lr: 0.001}"]).optim
+    assert (optim.name, optim.lr, optim.weight_decay) == ("sgd", 1e-3, 1e-4)

@@ -69,7 +69,7 @@ def test_shapes_and_types(index: ImageIndex) -> None:
     source = loader(index)
     batch = next(source.epoch(0))
     source.close()
-    assert source.steps_per_epoch == 5
+    assert source.batches_per_epoch == 5
     assert (batch.images.shape, batch.images.dtype) == ((4, 24, 32, 3), torch.uint8)
     assert batch.labels.tolist() == [row % 5 for row in batch.index.tolist()]
     assert (batch.labels.dtype, batch.index.dtype) == (torch.int64, torch.int64)
@@ -141,7 +141,7 @@ def test_balanced_epochs_draw_every_class_alike_and_every_image_of_a_class(skewe
 
 def test_balanced_epochs_are_as_long_and_go_on_at_any_batch_whatever_the_workers(skewed: ImageIndex) -> None:
     whole = stream(loader(skewed, balanced=True), epochs=2)
-    assert len(whole) == 2 * loader(skewed).steps_per_epoch == 10
+    assert len(whole) == 2 * loader(skewed).batches_per_epoch == 10
     source = loader(skewed, workers=2, balanced=True)
     assert [flat(batch) for batch in source.epoch(1, start=2)] == whole[7:]
     source.close()
@@ -195,7 +195,7 @@ def test_ranks_share_the_batches_of_one_process(index: ImageIndex, world: int) -
         merged = {row: image for part in parts for row, image in zip(part.index.tolist(), part.images, strict=True)}
         assert merged.keys() == whole[step].keys()
         assert all(torch.equal(image, whole[step][row]) for row, image in merged.items())
-    assert {rank.steps_per_epoch for rank in ranks} == {len(whole)} == {COUNT // (2 * world)}
+    assert {rank.batches_per_epoch for rank in ranks} == {len(whole)} == {COUNT // (2 * world)}
     [rank.close() for rank in ranks]
 
 
@@ -411,7 +411,7 @@ def test_an_error_in_a_hook_reaches_the_caller(index: ImageIndex, workers: int) 
 
 def test_fewer_images_than_a_batch_make_no_step_and_a_closed_loader_says_so(index: ImageIndex) -> None:
     source = loader(index, batch_size=24)
-    assert source.steps_per_epoch == 0
+    assert source.batches_per_epoch == 0
     assert list(source.epoch(0)) == []
     source.close()
     source.close()

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fgvc.config.schedule import Scheduled
+from fgvc.config.knots import Scheduled
 from fgvc.config.technique import TechniqueSettings
 from fgvc.techniques.settings import AnyMethod, Region
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fgvc.config.schedule import ScheduledShare
+from fgvc.config.knots import ScheduledShare
 from fgvc.config.technique import TechniqueSettings
 from fgvc.techniques.settings import Stages
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fgvc.config.schedule import at
+from fgvc.config.knots import value_at
 from fgvc.techniques.adl.settings import AdlSettings
 from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.plan import Context, Plan
@@ -49,11 +49,11 @@ class Adl(Technique):
     def _gate(self, number: int, f: Tensor, ctx: Context) -> Tensor:
         attention = ctx.grid(f).float().mean(1)
         highest = attention.amax((1, 2), keepdim=True)
-        rest = attention < at(self.config.threshold, ctx.progress) * highest
+        rest = attention < value_at(self.config.threshold, ctx.progress) * highest
         if self.config.unattended == "keep":
             rest |= (highest <= 0) | ~rest.any(2, keepdim=True).any(1, keepdim=True)
         numbers = ctx.draw[number].to(f.device, non_blocking=True)
-        drops = numbers[torch.arange(len(f), device=f.device) % len(numbers)] < at(self.config.drop_rate, ctx.progress)
+        drops = numbers[torch.arange(len(f), device=f.device) % len(numbers)] < value_at(self.config.drop_rate, ctx.progress)
         weights = torch.where(drops[:, None, None], rest, attention.sigmoid())
         ctx.show(f"dropped at {self.config.stages[number]}", ~rest)
         return ctx.scaled(f, weights)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fgvc.config.schedule import Scheduled, ever
+from fgvc.config.knots import Scheduled, ever
 from fgvc.config.section import ShareRange
 from fgvc.config.technique import TechniqueSettings
 from fgvc.techniques.settings import FILLS, AnyMethod, Fill

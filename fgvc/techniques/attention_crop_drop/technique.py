@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fgvc.config.schedule import at, ever
+from fgvc.config.knots import ever, value_at
 from fgvc.models.class_maps import normalised
 from fgvc.models.loss import cross_entropy
 from fgvc.techniques.api import Batch, Output, Technique, View
@@ -67,11 +67,11 @@ class AttentionCropDrop(Technique):
     def views_after(self, batch: Batch, outputs: Mapping[str, Output], ctx: Context) -> list[View]:
         """Cropped and dropped view. Crops are cut from the finer render, unless the main view is mixed or erased."""
         main, views = outputs[MAIN], []
-        if at(self.config.centre, ctx.progress):
+        if value_at(self.config.centre, ctx.progress):
             self._buffer.add(self._attend(main, ctx)[1], main.view.target, ctx)
         x, size = main.view.x, (main.view.x.shape[2], main.view.x.shape[3])
         for name, largest in (("crop", 1.0), ("drop", self.config.largest_drop)):
-            if not (weight := at(getattr(self.config, name), ctx.progress)):
+            if not (weight := value_at(getattr(self.config, name), ctx.progress)):
                 continue
             drawn = ctx.draw[name].to(x.device, non_blocking=True)
             maps = self._guide(main, drawn[:, 1], ctx)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 from typing_extensions import override
 
-from fgvc.config.schedule import Scheduled, Value, ever
+from fgvc.config.knots import Scheduled, Value, ever
 from fgvc.config.technique import Requires, TechniqueSettings
 
 

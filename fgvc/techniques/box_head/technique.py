@@ -22,7 +22,7 @@ from torchvision.ops import (
 )
 from typing_extensions import override
 
-from fgvc.config.schedule import ever
+from fgvc.config.knots import ever
 from fgvc.errors import FgvcError
 from fgvc.techniques.api import Batch, Output, Technique
 from fgvc.techniques.box_head.settings import BoxHeadSettings

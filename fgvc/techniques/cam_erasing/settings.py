@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from fgvc.config.schedule import Scheduled
+from fgvc.config.knots import Scheduled
 from fgvc.config.technique import Requires, TechniqueSettings
 from fgvc.techniques.settings import FILLS, AnyMethod, Fill, Region
 

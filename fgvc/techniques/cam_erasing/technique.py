@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fgvc.config.schedule import at
+from fgvc.config.knots import value_at
 from fgvc.models.class_maps import normalised
 from fgvc.techniques.api import Batch, Output, Technique, View
 from fgvc.techniques.cam_erasing.settings import CamErasingSettings
@@ -74,7 +74,7 @@ class CamErasing(Technique):
             else:  # mixed: of the image's own label all the same
                 maps = main.mapper(main.features, [(batch.labels, None)], self._method, batch.x.shape[2:])
             self._new.append((batch.index, batch.geometry, normalised(maps), (height, width)))
-        weight = at(1.0 if self.config.weight is None else self.config.weight, ctx.progress)
+        weight = value_at(1.0 if self.config.weight is None else self.config.weight, ctx.progress)
         if self.config.source != "current" or not weight:
             return []
         x = self._erased(main.view.x, normalised(main.map(self._method)), ctx)

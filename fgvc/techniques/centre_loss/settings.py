@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
-from fgvc.config.schedule import Scheduled
+from fgvc.config.knots import Scheduled
 from fgvc.config.technique import Requires, TechniqueSettings
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from fgvc.config.schedule import at
+from fgvc.config.knots import value_at
 from fgvc.errors import FgvcError
 from fgvc.models.loss import cross_entropy
 from fgvc.techniques.api import Batch, Output, Technique, View
@@ -64,8 +64,8 @@ class Dcl(Technique):
     @override
     def views(self, batch: Batch, ctx: Context) -> list[View]:
         """Add the jigsaw of the clean image, whatever is mixed elsewhere."""
-        classify = at(self.config.classify, ctx.progress)
-        if not classify and not any(at(weight, ctx.progress) for weight in self.weights.values()):
+        classify = value_at(self.config.classify, ctx.progress)
+        if not classify and not any(value_at(weight, ctx.progress) for weight in self.weights.values()):
             return []
         x = cut(batch.x_clean, ctx.draw.to(batch.x.device, non_blocking=True))
         target = [(batch.labels, None)]

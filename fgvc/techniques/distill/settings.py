@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from typing_extensions import override
 
 from fgvc.config.images import Spread, Triple, possible_mean
-from fgvc.config.schedule import Scheduled
+from fgvc.config.knots import Scheduled
 from fgvc.config.section import Section, Size
 from fgvc.config.technique import Requires, TechniqueSettings
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fgvc.config.schedule import at, ever
+from fgvc.config.knots import ever, value_at
 from fgvc.errors import FgvcError
 from fgvc.models.class_maps import dominant
 from fgvc.techniques.api import EpochStart, Output, Technique
@@ -76,7 +76,7 @@ class Distill(Technique):
         if not self.teachers:
             return {}
         main, config, terms = outputs[MAIN], self.config, {}
-        wanted = {name for name, weight in self.weights.items() if at(weight, ctx.progress)}
+        wanted = {name for name, weight in self.weights.items() if value_at(weight, ctx.progress)}
         if "teacher_outputs" not in ctx.state:
             ctx.state["teacher_outputs"] = self._ensemble.outputs(main, ctx, features=bool(wanted - {"kd"}))
         teacher_outputs = ctx.state["teacher_outputs"]

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from fgvc.config.schedule import Scheduled, Value, ever
+from fgvc.config.knots import Scheduled, Value, ever
 from fgvc.config.technique import TechniqueSettings
 from fgvc.techniques.settings import Stages
 

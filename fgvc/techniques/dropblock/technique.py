@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from fgvc.config.schedule import at
+from fgvc.config.knots import value_at
 from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.dropblock.settings import DropblockSettings
 from fgvc.techniques.plan import Context, Plan
@@ -44,7 +44,7 @@ class Dropblock(Technique):
         b, _, h, w = ctx.grid(f).shape
         block = max(min(self.config.block, h // 2, w // 2), 1)
         corners = h - block + 1, w - block + 1
-        gamma = at(self.config.rate, ctx.progress) / block**2 * h * w / (corners[0] * corners[1])
+        gamma = value_at(self.config.rate, ctx.progress) / block**2 * h * w / (corners[0] * corners[1])
         rng = torch.Generator().manual_seed(ctx.draw[number])  # on the CPU: the same numbers on every device
         squares = (torch.rand(b, 1, *corners, generator=rng) < gamma).to(f.device).float()
         keep = 1 - F.max_pool2d(F.pad(squares, [block - 1] * 4), block, stride=1)[:, 0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fgvc.config.schedule import at, ever
+from fgvc.config.knots import ever, value_at
 from fgvc.errors import FgvcError
 from fgvc.models.loss import cross_entropy
 from fgvc.techniques.api import Output, Technique
@@ -66,13 +66,13 @@ class MultiscaleHead(Technique):
         main = outputs["main"]
         target, losses = main.view.target, {}
         maps = [ctx.grid(main.features if name == FEATURES else main.hooked[name]) for name in self._names]
-        if at(self.config.fused, ctx.progress):
+        if value_at(self.config.fused, ctx.progress):
             fused, weights = ctx.branches["fusion"](maps)
             losses["fused"] = cross_entropy(ctx.branches["fused"](fused.mean((2, 3))), target)
             for name, stage, share in zip(self.measures, self.config.stages, weights.unbind(1), strict=True):
                 losses[name] = share.mean()
                 ctx.show(f"weight of stage {stage}", share)
-        if at(self.config.each, ctx.progress):
+        if value_at(self.config.each, ctx.progress):
             heads = cast("nn.ModuleList", ctx.branches["each"])
             terms = [cross_entropy(head(f.mean((2, 3))), target) for head, f in zip(heads, maps, strict=True)]
             losses["each"] = torch.stack(terms).mean()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from fgvc.config.schedule import ScheduledShare
+from fgvc.config.knots import ScheduledShare
 from fgvc.models.target import Target
 from fgvc.techniques.api import Output, Technique
 from fgvc.techniques.centres import FeatureBuffer, class_sums

@@ -37,16 +37,16 @@ ScheduledShare = Annotated[Scheduled, AfterValidator(_share)]
 
 def ever(value: Value, *, above: float = 0) -> bool:
     """Whether the value is above a bound at any time of the run."""
-    return any(at(value, share) > above for share in knots(value))
+    return any(value_at(value, share) > above for share in knot_positions(value))
 
 
-def knots(value: Value) -> list[float]:
+def knot_positions(value: Value) -> list[float]:
     """The shares of the run at which a value is given."""
     return [share for share, _ in value] if isinstance(value, tuple) else [0.0]
 
 
-def at(value: Value, progress: float) -> float:
-    """The value at `progress` in [0,1]; constant before the first knot and after the last."""
+def value_at(value: Value, progress: float) -> float:
+    """The value at `progress`, the share of train.epochs that is done; constant before the first knot and after the last."""
     if not isinstance(value, tuple):
         return value
     shares, values = zip(*value, strict=True)

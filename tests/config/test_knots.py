@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from fgvc.config.schedule import Scheduled, at
+from fgvc.config.knots import Scheduled, value_at
 
 
 class Holder(BaseModel):
@@ -11,12 +11,12 @@ class Holder(BaseModel):
 
 
 def test_a_number_is_itself_at_any_time() -> None:
-    assert [at(Holder(value=0.3).value, progress) for progress in (0, 0.5, 1)] == [0.3] * 3
+    assert [value_at(Holder(value=0.3).value, progress) for progress in (0, 0.5, 1)] == [0.3] * 3
 
 
 def test_knots_are_joined_by_straight_lines() -> None:
     value = Holder(value=[[0.2, 0], [0.4, 1], [1.0, 0.5]]).value
-    found = [at(value, progress) for progress in (0, 0.2, 0.3, 0.4, 0.7, 1)]
+    found = [value_at(value, progress) for progress in (0, 0.2, 0.3, 0.4, 0.7, 1)]
     assert found == pytest.approx([0, 0, 0.5, 1, 0.75, 0.5])
 
 
