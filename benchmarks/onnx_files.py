@@ -94,7 +94,10 @@ def row(file: Path, size: tuple[int, int] | None) -> dict[str, object]:
     facts |= {"loads": "yes", "agrees": f"{agrees:.1e}", "trained": len(trained)}
     with tempfile.TemporaryDirectory() as scratch:
         same = write_into(file, values(net), Path(scratch) / "same" / file.name)
-        still = not learn(net)
+        try:
+            still = not learn(net)
+        except RuntimeError as error:
+            return facts | {"trains": "no", "detail": str(error).splitlines()[0][:160]}
         copy = write_into(file, values(net), Path(scratch) / "new" / file.name)
         written = (
             same.path.read_bytes() == file.read_bytes()

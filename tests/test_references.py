@@ -92,7 +92,7 @@ def test_classes_and_functions_that_the_design_names_are_there() -> None:
     words = set(re.findall(r"`(?:[a-z_]+\.)?([A-Z][a-z]\w+)(?:\.(\w+))?`", text))
     words |= {(word, "") for word in re.findall(r"`(_[a-z]\w+)`", text)}
     sources = "\n".join(source for _, source in texts("fgvc"))
-    defined = set(re.findall(r"\b(?:class |def |    )(\w+)(?=[(:])", sources))
+    defined = set(re.findall(r"(?m)(?:\bclass |\bdef |^    )(\w+)(?=[(:])", sources))
     assert words
     named = {word for pair in words for word in pair if word}
     assert not sorted(named - defined - OTHERS)

@@ -205,7 +205,7 @@ class Builder:
             _register(self.root, target, data)
             return self._attribute(target, data)
         tensor = value.tensor()
-        reason = "" if trained else "preprocessing"
+        reason = "" if trained else "running statistics"
         if trained and not self.learned:
             reason = "preprocessing: before the first layer"
         elif trained and _is_mask(tensor):

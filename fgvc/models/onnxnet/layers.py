@@ -131,7 +131,9 @@ def conv_transpose(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inpu
 @converts("BatchNormalization")
 def batch_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
     x, (scale, shift, mean, variance) = b.live(first(inputs)), inputs[1:5]
-    eps = a.get("epsilon", 1e-5)
+    eps, statistics = a.get("epsilon", 1e-5), (mean, variance)
+    if a.get("training_mode", 0):  # by its own statistics, as weights are standardised
+        return [b.call(F.batch_norm, x, None, None, *(b.live(value) for value in (scale, shift) if value), True, 0.0, eps)]
     if all(isinstance(value, Stored) for value in (scale, shift, mean, variance)):
         assert isinstance(scale, Stored)
         module = NORMS[x.rank](scale.shape[0], eps=eps, momentum=1 - a.get("momentum", 0.9), device="meta")
@@ -140,8 +142,8 @@ def batch_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) 
         named = dict(weight=scale, bias=shift, running_mean=mean, running_var=variance)
         name = b.add_module(module_name(node, scale.name), module, **named)  # type: ignore[arg-type]
         return [b.module(name, x, tuple)]
-    parts = [b.live(value) for value in (mean, variance, scale, shift) if value is not None]
-    return [b.call(F.batch_norm, x, *parts, False, 0.0, eps)]
+    parts = [b.live(value, trained=False) for value in statistics if value]
+    return [b.call(F.batch_norm, x, *parts, *(b.live(value) for value in (scale, shift) if value), False, 0.0, eps)]
 
 
 @converts("InstanceNormalization")
