@@ -124,7 +124,7 @@ def learn(net: OnnxNet) -> list[str]:
         F.cross_entropy(net(x), torch.arange(4) % net.num_classes).backward()
         optimizer.step()
     net.eval()
-    return [name for name, value in net.named_parameters() if torch.equal(value, before[name])]
+    return [name for name, value in net.named_parameters() if value.requires_grad and torch.equal(value, before[name])]
 
 
 def main() -> None:

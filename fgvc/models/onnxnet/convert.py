@@ -153,6 +153,7 @@ class Builder:
     opsets: Mapping[str, int]
     consumers: Mapping[str, Sequence[onnx.NodeProto]]
     outputs: frozenset[str]
+    of_images: frozenset[str]  # names of values that are computed from the image
     root: nn.Module = field(default_factory=nn.Module)
     graph: fx.Graph = field(default_factory=fx.Graph)
     values: dict[str, Value] = field(default_factory=dict)

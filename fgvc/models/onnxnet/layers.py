@@ -9,7 +9,7 @@ from functools import partial
 
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.models.onnxnet.convert import Builder, Live, Refused, Size, Stored, Value, module_name
@@ -143,7 +143,15 @@ def batch_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) 
         name = b.add_module(module_name(node, scale.name), module, **named)  # type: ignore[arg-type]
         return [b.module(name, x, tuple)]
     parts = [b.live(value, trained=False) for value in statistics if value]
-    return [b.call(F.batch_norm, x, *parts, *(b.live(value) for value in (scale, shift) if value), False, 0.0, eps)]
+    parts += [b.live(value) for value in (scale, shift) if value]
+    return [b.elementwise(normalise, x, *(part.node for part in parts), eps)]
+
+
+def normalise(x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """A batch norm by statistics that may be computed, and have gradients."""
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    mean, variance, scale, shift = (value.reshape(shape) for value in (mean, variance, scale, shift))
+    return (x - mean) * torch.rsqrt(variance + eps) * scale + shift
 
 
 @converts("InstanceNormalization")

@@ -76,17 +76,23 @@ class OnnxNet(nn.Module):
         }  # fmt: skip
         self.grad_checkpointing = False
         self._depth = _depths(self, parts)
-        self.slots: dict[str, list[Slot]] = {}
-        names = {id(value): name for name, value in [*self.named_parameters(), *self.named_buffers()]}
-        for stored, slots in graph.slots.items():
-            kept = [
-                Slot(names[id(value)], slot.views, slot.trained)
-                for slot in slots
-                if id(value := _value(graph, slot)) in names
-            ]
-            if kept:
-                self.slots[stored] = kept
         self.untouched = dict(graph.untouched)
+        self.slots = self._own_slots(graph)
+
+    def _own_slots(self, graph: Graph) -> dict[str, list[Slot]]:
+        """Where the file's tensors are in this module. One that is read in two ways is not trained: the file holds it once."""
+        names = {id(value): name for name, value in [*self.named_parameters(), *self.named_buffers()]}
+        found: dict[str, list[Slot]] = {}
+        for stored, slots in graph.slots.items():
+            values = [(slot, value) for slot in slots if id(value := _value(graph, slot)) in names]
+            single = len({id(value) for _, value in values}) == 1 and stored not in graph.untouched
+            if not single and any(slot.trained for slot, _ in values):
+                self.untouched[stored] = "read in two ways"
+                for _, value in values:
+                    value.requires_grad_(False)
+            if values:
+                found[stored] = [Slot(names[id(value)], slot.views, slot.trained and single) for slot, value in values]
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

@@ -82,7 +82,7 @@ def read_graph(path: Path, size: tuple[int, int] | None = None, *, output: str |
     own = batch or 1
     builder = Builder(
         folder=str(path), batches=(own, own + 1, own + 2), fixed=batch is not None, opsets=opsets, consumers=consumers,
-        outputs=frozenset(value.name for value in graph.output),
+        outputs=frozenset(value.name for value in graph.output), of_images=_of_images(nodes, image.name),
     )  # fmt: skip
     for stored, tensor in tensors.items():
         builder.values[stored] = _value(stored, read_tensor(tensor, path.parent), builder)
@@ -145,7 +145,10 @@ def _convert(path: Path, builder: Builder, node: onnx.NodeProto) -> None:
 
 
 VIEWS = ("Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
-WEIGHTS = {"Conv": (1, 2), "FusedConv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1)}
+WEIGHTS = {  # the inputs that hold weights
+    "Conv": (1, 2), "FusedConv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1),
+    "BatchNormalization": (0, 1, 2, 3, 4), "InstanceNormalization": (0, 1, 2),
+}  # fmt: skip
 
 
 def _is_number(builder: Builder, node: onnx.NodeProto, inputs: Sequence[Value | None], domain: str) -> bool:
@@ -168,8 +171,7 @@ def _reaches_weights(builder: Builder, node: onnx.NodeProto) -> bool:
         for reader in builder.consumers.get(name, ()):
             if any(name == reader.input[at] for at in WEIGHTS.get(reader.op_type, ()) if at < len(reader.input)):
                 return True
-            others = [builder.values.get(read) for read in reader.input if read and read != name]
-            if id(reader) not in seen and not any(isinstance(value, Live) for value in others):
+            if id(reader) not in seen and not builder.of_images.intersection(reader.input):
                 seen.add(id(reader))
                 stack.extend(reader.output)
     return False
@@ -186,6 +188,15 @@ def _value(name: str, array: Array, builder: Builder) -> Value:
     if np.issubdtype(array.dtype, np.floating):
         builder.kept.setdefault(name, "a single number")
     return Known((array,) * len(builder.batches))
+
+
+def _of_images(nodes: Sequence[onnx.NodeProto], image: str) -> frozenset[str]:
+    """The names of all values that are computed from the image."""
+    names = {image}
+    for node in nodes:
+        if names.intersection(node.input):
+            names.update(node.output)
+    return frozenset(names)
 
 
 def _needed(nodes: Sequence[onnx.NodeProto], output: str) -> set[int]:

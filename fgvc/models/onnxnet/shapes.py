@@ -178,7 +178,7 @@ def slice_(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> l
             rows = list(range(length))[slice(start, end if end >= -length else None, step)]
             x = b.call(torch.index_select, x, axis % x.rank, b.live(Known((np.array(rows, np.int64),) * len(b.batches))))
             continue
-        if start == 0 and end >= length:
+        if start == 0 and end >= length and step == 1:
             continue
         if x.metas[0].shape[axis] != x.metas[1].shape[axis]:
             raise Refused("it takes some images of a batch")

@@ -213,9 +213,25 @@ def fused() -> onnx.ModelProto:
     return model(nodes, tensors, domains=("com.microsoft",))
 
 
+def standardised() -> onnx.ModelProto:
+    """A kernel that is standardised in the graph, by its own mean and spread; and places that are skipped."""
+    node = helper.make_node
+    tensors = [numpy_helper.from_array(value, name) for name, value in weights().items()]
+    tensors += [numpy_helper.from_array(np.array(values, np.int64), name) for name, values in
+                {"from": [0, 0], "to": [99, 99], "axes": [2, 3], "by": [2, 2]}.items()]  # fmt: skip
+    first, relu, pool, flat, last = layers()
+    first.input[1], pool.input[0] = "kernel", "fewer"
+    nodes = [
+        node("ReduceMean", ["stem.weight"], ["mean"], axes=[1, 2, 3]), node("Sub", ["stem.weight", "mean"], ["centred"]),
+        node("ReduceL2", ["centred"], ["length"], axes=[1, 2, 3]), node("Div", ["centred", "length"], ["kernel"]),
+        first, relu, node("Slice", ["b", "from", "to", "axes", "by"], ["fewer"]), pool, flat, last,
+    ]  # fmt: skip
+    return model(nodes, tensors)
+
+
 FILES: dict[str, Callable[[], onnx.ModelProto]] = {
     made.__name__: made
-    for made in (plain, in_constants, half, typed, bytes_in, arithmetic_norm, shared, fixed_batch, kept_norm, fused)
+    for made in (plain, in_constants, half, typed, bytes_in, arithmetic_norm, shared, fixed_batch, kept_norm, fused, standardised)
 }
 
 

@@ -168,6 +168,26 @@ def test_a_tensor_that_is_read_twice_is_one_parameter(tmp_path: Path) -> None:
     )
 
 
+def test_a_tensor_that_a_number_is_computed_from_too_is_left_as_it_is(tmp_path: Path) -> None:
+    """The file computes the number anew: it would change with the weights, and the net's would not."""
+    model = small.plain()
+    model.graph.node.insert(0, helper.make_node("ReduceSum", ["stem.bias"], ["sum"]))
+    model.graph.node.insert(2, helper.make_node("Add", ["a", "sum"], ["more"]))
+    model.graph.node[3].input[0] = "more"
+    file = small.saved(model, tmp_path / "a")
+    net = open_onnx(file)
+    agrees(file, net)
+    assert net.untouched["stem.bias"] == "read in two ways"
+    before = net.get_parameter(net.slots["stem.bias"][0].target).clone()
+    optimizer = torch.optim.SGD([value for value in net.parameters() if value.requires_grad], lr=0.1)
+    F.cross_entropy(net(pictures(net)), torch.tensor([0, 1, 2])).backward()
+    optimizer.step()
+    torch.testing.assert_close(net.get_parameter(net.slots["stem.bias"][0].target), before, rtol=0, atol=0)
+    copy = write_into(file, written(net), tmp_path / "b" / "deployed.onnx")
+    assert "stem.bias" in copy.kept
+    agrees(copy.path, net)
+
+
 def test_what_is_never_trained(tmp_path: Path) -> None:
     net = open_onnx(small.saved(small.bytes_in(), tmp_path))
     assert net.ending == "softmax"
