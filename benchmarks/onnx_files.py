@@ -88,7 +88,7 @@ def row(file: Path, size: tuple[int, int] | None) -> dict[str, object]:
     try:
         net = open_onnx(file, size)
     except FgvcError as error:
-        return facts | {"loads": "no", "detail": str(error)[-160:]}
+        return facts | {"loads": "no", "detail": str(error).replace(f"{file}: ", "")[:160]}
     agrees = difference_from_onnxruntime(file, net)
     trained = [name for name, slots in net.slots.items() if slots[0].trained]
     facts |= {"loads": "yes", "agrees": f"{agrees:.1e}", "trained": len(trained)}
