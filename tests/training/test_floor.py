@@ -124,7 +124,7 @@ def test_random_weights_and_nets_without_a_linear_head_have_none(tmp_path: Path,
 
 
 def test_validation_chooses_among_the_start_and_the_epochs(tmp_path: Path, pretrained: dict, capfd) -> None:  # noqa: F811
-    harm = {"lr": 3.0, "warmup_epochs": 0}
+    harm = {"name": "sgd", "lr": 3.0, "warmup_epochs": 0}
     ruin = recipe(pretrained, model={"head": "probe"}, optim=harm, select_by="loss")
     run = api.train(ruin, tmp_path / "run")
     assert read_run(run).select == "best"

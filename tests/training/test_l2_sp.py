@@ -37,7 +37,7 @@ def pretrained(tmp_path: Path, recipe_tree: dict) -> dict:
     save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "start.safetensors")
     (tmp_path / "start.safetensors.json").write_text(json.dumps({"mean": [0.5] * 3, "std": [0.5] * 3}))
     model = {"backbone": "test_resnet", "weights": str(tmp_path / "start.safetensors")}
-    optim = {"lr": RATE, "warmup_epochs": 0, "schedule": "constant", "weight_decay": 0.01, "l2_sp": ALPHA}
+    optim = {"name": "sgd", "lr": RATE, "warmup_epochs": 0, "schedule": "constant", "weight_decay": 0.01, "l2_sp": ALPHA}
     return recipe_tree | {"model": model, "optim": optim}
 
 

@@ -46,7 +46,7 @@ def test_a_refit_learns_from_validation_images_as_well(tmp_path: Path, pretraine
 
 
 def test_where_no_epoch_was_better_the_refit_is_the_start_on_all_images(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
-    harm = {"lr": 3.0, "warmup_epochs": 0}
+    harm = {"name": "sgd", "lr": 3.0, "warmup_epochs": 0}
     one = recipe(pretrained, model={"head": "probe"}, optim=harm, train={"refit": True}, select_by="loss")
     out = api.train(one, tmp_path / "run")
     assert read_run(out).train.max_steps == 0
