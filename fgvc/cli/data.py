@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.cli.option import Config, Overrides, recipe_of
-from fgvc.errors import FgvcError
+from fgvc.cli.option import Config, Overrides, recipe_of, sides
 
 
 def demo(
@@ -123,7 +122,7 @@ def probe(
     out = None if json in (None, "-") else Path(str(json))
     if out is not None:
         refuse_file(out)
-    sizes = [_sides(text) for text in size or []]
+    sizes = [sides(text) for text in size or []]
     probed = api.probe(source, overrides or [], starts=start or [], sizes=sizes, crops=crop or [], images=images)
     if out is not None:
         write_atomic(out, as_json(summary(probed)))
@@ -131,15 +130,3 @@ def probe(
         print(as_json(summary(probed)), end="")
     else:
         show.probe(probed)
-
-
-def _sides(text: str) -> tuple[int, int]:
-    """Parse height and width of `160` or `112x224`."""
-    height, _, width = text.lower().partition("x")
-    try:
-        sides = int(height), int(width or height)
-    except ValueError:
-        raise FgvcError(f"--size {text}: a number of pixels such as 160, or height x width such as 112x224") from None
-    if min(sides) < 8 or max(sides) > 4096:
-        raise FgvcError(f"--size {text}: between 8 and 4096 pixels a side")
-    return sides

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fgvc.config.images import MAX_PIXELS
+from fgvc.errors import FgvcError
 
 if TYPE_CHECKING:
     from fgvc.config.recipe import Recipe
@@ -73,3 +74,15 @@ def recipe_of(config: str, overrides: list[str] | None) -> Recipe:
     from fgvc.data.recipe import load_recipe
 
     return load_recipe(recipe_path(config), overrides or [])
+
+
+def sides(text: str) -> tuple[int, int]:
+    """Parse the height and width of --size: `160` or `112x224`. Raises FgvcError where they are none that an image may have."""
+    height, _, width = text.lower().partition("x")
+    try:
+        pair = int(height), int(width or height)
+    except ValueError:
+        raise FgvcError(f"--size {text}: HEIGHTxWIDTH in pixels, such as 112x224, or one number, such as 160") from None
+    if min(pair) < 8 or max(pair) > 4096:
+        raise FgvcError(f"--size {text}: between 8 and 4096 pixels a side")
+    return pair

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select
+from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select, sides
 from fgvc.errors import FgvcError
 from fgvc.io.files import as_json
 
@@ -99,19 +99,10 @@ def inspect(
     """Say what a deployed file is, and what of it can be trained. Exit code 1 where that is another function than the file."""
     from fgvc import api
 
-    inspection = api.inspect(file, _size(size), output=output)
+    inspection = api.inspect(file, None if size is None else sides(size), output=output)
     print(as_json(inspection.numbers()) if json_ else "\n".join(inspection.lines()))
     if not inspection.agrees:
         raise typer.Exit(1)
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    numbers = text.lower().split("x")
-    if len(numbers) > 2 or not all(number.isdecimal() and 0 < int(number) < 10000 for number in numbers):
-        raise FgvcError(f"--size {text}: HEIGHTxWIDTH in pixels, such as 224x224, or one number")
-    return int(numbers[0]), int(numbers[-1])
 
 
 def verify(

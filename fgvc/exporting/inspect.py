@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import nn
 
-from fgvc.errors import FgvcError
-from fgvc.models.onnxnet.net import OnnxNet, open_onnx
-from fgvc.models.onnxnet.payload import external_file, stored_tensors
-from fgvc.models.onnxnet.read import load_model
+from fgvc.models.onnxnet.net import OnnxNet
+from fgvc.models.onnxnet.payload import external_files, stored_tensors
+from fgvc.models.onnxnet.read import load_model, read_graph
+from fgvc.runtime.engine import load_session
 
 TOLERANCE = 1e-4  # of the largest answer: float32 in another order; half floats have their own bar
 HALF_TOLERANCE = 1e-2
@@ -79,7 +78,7 @@ def inspect_file(path: Path, size: tuple[int, int] | None = None, *, output: str
     """Read a classifier's ONNX file, and compare what it answers as a net with what onnxruntime says. `size`: height and width,
     where the file leaves them open; `output`: which of several. Raises FgvcError where it is no classifier that can be read."""
     model = load_model(path)
-    net = open_onnx(path, size, output=output)
+    net = OnnxNet(read_graph(path, model, size, output=output)).eval()
     tensors = stored_tensors(model)
     with torch.no_grad():
         features = net.forward_features(torch.zeros(1, 3, *net.size))
@@ -89,7 +88,7 @@ def inspect_file(path: Path, size: tuple[int, int] | None = None, *, output: str
         producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
         opset=next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0),
         nodes=len(model.graph.node),
-        external_files=tuple(sorted({file for tensor in tensors.values() if (file := external_file(tensor)) is not None})),
+        external_files=tuple(external_files(model)),
         layout=net.layout,
         dtype=net.dtype,
         size=net.size,
@@ -112,10 +111,7 @@ def difference_from_onnxruntime(path: Path, net: OnnxNet, images: int = 2, seed:
     rng = np.random.default_rng(seed)
     shape = (images, 3, *net.size)
     x = (rng.integers(0, 256, shape) if net.dtype == "uint8" else rng.normal(0, 1, shape)).astype(net.dtype)
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has its own kinds, without a common base
-        raise FgvcError(f"{path}: onnxruntime can't load it: {(str(error).splitlines() or ['unknown reason'])[0]}") from error
+    session = load_session(path)
     fed, name = np.ascontiguousarray(x if net.layout == "NCHW" else x.transpose(0, 2, 3, 1)), session.get_inputs()[0].name
     step = net.batch or images
     pieces = [np.resize(fed[at : at + step], (step, *fed.shape[1:])) for at in range(0, images, step)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +18,21 @@ from numpy.typing import NDArray
 
 from fgvc.errors import FgvcError
 from fgvc.io.files import write_atomic
-from fgvc.models.onnxnet.payload import encoded, external_file, external_span, read_tensor, stored_tensors, write_tensor
+from fgvc.models.onnxnet.payload import (
+    FLOATS,
+    encoded,
+    external_file,
+    external_files,
+    external_span,
+    read_tensor,
+    stored_tensors,
+    write_tensor,
+)  # fmt: skip
 
-GRAPH, NODE, INITIALIZER, ATTRIBUTE, TENSOR_OF_ATTRIBUTE = (
-    7,
-    1,
-    5,
-    5,
-    5,
-)  # fields of ModelProto, GraphProto, NodeProto, AttributeProto
-NAME, RAW, FLOATS, DOUBLES, OUTPUT = 8, 9, 4, 10, 2  # of TensorProto; of NodeProto
+# Numbers of fields: of ModelProto, GraphProto, NodeProto and AttributeProto; and of TensorProto.
+GRAPH, NODE, INITIALIZER, OUTPUT, OP_TYPE, ATTRIBUTE, TENSOR = 7, 1, 5, 2, 4, 5, 5
+DATA_TYPE, NAME, RAW, FLOAT_DATA, DOUBLE_DATA = 2, 8, 9, 4, 10
+VALUES = ("raw_data", "float_data", "double_data", "int32_data")
 Span = tuple[int, int]  # first byte, and the one after the last
 
 
@@ -41,7 +46,7 @@ class Written:
     sha256: str  # of the file
     skeleton_sha256: str  # of the file with all payloads zeroed, external ones' names and places included
     reencoded: bool  # a payload's length changed: the messages are equal, not the bytes
-    files: tuple[str, ...] = field(default=())  # external data, beside it
+    files: tuple[str, ...] = ()  # external data, beside it
 
 
 def write_into(source: Path, tensors: Mapping[str, NDArray[np.float64]], out: Path) -> Written:
@@ -51,13 +56,14 @@ def write_into(source: Path, tensors: Mapping[str, NDArray[np.float64]], out: Pa
     Raises FgvcError where a value does not fit its type, and where `out` is `source` or external data would land on those of
     the source.
     """
-    if out.resolve().parent == source.resolve().parent and (out.resolve() == source.resolve() or _external(source)):
-        raise FgvcError(f"{out}: would lie on {source} or its data: choose another folder")
     data = bytearray(source.read_bytes())
     model = onnx.load_from_string(bytes(data))
+    beside = out.resolve().parent == source.resolve().parent
+    if beside and (out.resolve() == source.resolve() or external_files(model)):
+        raise FgvcError(f"{out}: would lie on {source} or its data: choose another folder")
     stored, spans = stored_tensors(model), payload_spans(bytes(data))
     moved = [name for name, values in tensors.items() if _differs(read_tensor(stored[name], source.parent), values)]
-    outside: dict[str, bytearray] = {name: bytearray((source.parent / name).read_bytes()) for name in _files(model)}
+    outside: dict[str, bytearray] = {name: bytearray((source.parent / name).read_bytes()) for name in external_files(model)}
     lengthened = False
     for name in moved:
         payload = encoded(stored[name], tensors[name])
@@ -91,10 +97,11 @@ def differences_outside(ours: Path, theirs: Path) -> list[str]:
     sets of weights. Bytes are compared, and where a typed field has another length, the parsed messages."""
     a, b = ours.read_bytes(), theirs.read_bytes()
     one, two = onnx.load_from_string(a), onnx.load_from_string(b)
-    found = [f"external data: {_files(one)} and {_files(two)}"] if _files(one) != _files(two) else []
+    files = external_files(one), external_files(two)
+    found = [f"external data: {files[0]} and {files[1]}"] if files[0] != files[1] else []
     if _zeroed(a, payload_spans(a)) != _zeroed(b, payload_spans(b)) and not _equal_but_for_payloads(one, two):
         found.append(_first_difference(a, b))
-    for name in set(_files(one)) & set(_files(two)):
+    for name in set(files[0]) & set(files[1]):
         contents = [_zeroed_external(path.parent / name, name, model) for path, model in ((ours, one), (theirs, two))]
         if contents[0] != contents[1]:
             found.append(f"{name}: bytes that are no weight's differ")
@@ -106,7 +113,7 @@ def skeleton(path: Path) -> str:
     data = path.read_bytes()
     model = onnx.load_from_string(data)
     digest = hashlib.sha256(_zeroed(data, payload_spans(data)))
-    for name in _files(model):
+    for name in external_files(model):
         digest.update(name.encode() + _zeroed_external(path.parent / name, name, model))
     return digest.hexdigest()
 
@@ -124,11 +131,11 @@ def payload_spans(data: bytes) -> dict[str, Span]:
             elif kind == NODE:
                 parts = list(_fields(data, begin, stop))
                 output = next((data[a:b].decode() for field_, a, b in parts if field_ == OUTPUT), None)
-                constant = any(field_ == 4 and data[a:b] == b"Constant" for field_, a, b in parts)
+                constant = any(field_ == OP_TYPE and data[a:b] == b"Constant" for field_, a, b in parts)
                 for field_, a, b in parts if constant else ():
                     if field_ == ATTRIBUTE:
                         for inner, c, d in _fields(data, a, b):
-                            if inner == TENSOR_OF_ATTRIBUTE:
+                            if inner == TENSOR:
                                 _note(data, c, d, output, spans)
     return spans
 
@@ -139,11 +146,11 @@ def _note(data: bytes, start: int, end: int, name: str | None, spans: dict[str, 
     for number, a, b in _fields(data, start, end):
         if number == NAME and name is None:
             name = data[a:b].decode()
-        elif number in (RAW, FLOATS, DOUBLES):
+        elif number in (RAW, FLOAT_DATA, DOUBLE_DATA):
             payload = (a, b)
-        elif number == 2:
+        elif number == DATA_TYPE:
             kind = _varint(data, a)[0]
-    if name is not None and payload is not None and kind in (1, 10, 11, 16):
+    if name is not None and payload is not None and kind in FLOATS:
         spans[name] = payload
 
 
@@ -178,14 +185,6 @@ def _differs(stored: NDArray[np.generic], values: NDArray[np.float64]) -> bool:
     return not np.array_equal(stored.astype(np.float32), values.astype(np.float32), equal_nan=True)
 
 
-def _files(model: onnx.ModelProto) -> list[str]:
-    return sorted({name for tensor in stored_tensors(model).values() if (name := external_file(tensor)) is not None})
-
-
-def _external(path: Path) -> list[str]:
-    return _files(onnx.load(str(path), load_external_data=False))
-
-
 def _zeroed(data: bytes, spans: Mapping[str, Span]) -> bytes:
     copy = bytearray(data)
     for start, end in spans.values():
@@ -196,7 +195,7 @@ def _zeroed(data: bytes, spans: Mapping[str, Span]) -> bytes:
 def _zeroed_external(path: Path, name: str, model: onnx.ModelProto) -> bytes:
     copy = bytearray(path.read_bytes())
     for tensor in stored_tensors(model).values():
-        if external_file(tensor) == name and tensor.data_type in (1, 10, 11, 16):
+        if external_file(tensor) == name and tensor.data_type in FLOATS:
             offset, length = external_span(tensor)
             copy[offset : offset + length] = bytes(length)
     return bytes(copy)
@@ -205,8 +204,8 @@ def _zeroed_external(path: Path, name: str, model: onnx.ModelProto) -> bytes:
 def _equal_but_for_payloads(one: onnx.ModelProto, two: onnx.ModelProto) -> bool:
     for model in (one, two):
         for tensor in stored_tensors(model).values():
-            if tensor.data_type in (1, 10, 11, 16):
-                for name in ("raw_data", "float_data", "double_data", "int32_data"):
+            if tensor.data_type in FLOATS:
+                for name in VALUES:
                     tensor.ClearField(name)
     return one == two
 

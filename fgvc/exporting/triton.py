@@ -18,7 +18,7 @@ import onnxruntime
 from fgvc.errors import FgvcError
 from fgvc.io.files import making
 from fgvc.runtime.bundle import NAME, Bundle
-from fgvc.runtime.engine import Engine
+from fgvc.runtime.engine import Engine, load_session
 
 Device = Literal["auto", "cpu", "gpu"]
 TYPES = {"tensor(float)": "TYPE_FP32", "tensor(float16)": "TYPE_FP16", "tensor(double)": "TYPE_FP64"}
@@ -78,7 +78,7 @@ def write_model(
 def config(bundle: Bundle, *, name: str, device: Device, instances: int) -> str:
     """Text of config.pbtxt. Where the graph fixes its batch, Triton can't batch: the queue's bounds, which are the batcher's,
     fall away, and the sizes begin with the batch."""
-    session = onnxruntime.InferenceSession(str(bundle.model), providers=["CPUExecutionProvider"])
+    session = load_session(bundle.model)
     inputs, outputs = session.get_inputs(), session.get_outputs()
     batched = not isinstance(inputs[0].shape[0], int)
     text = _CONFIG.format(

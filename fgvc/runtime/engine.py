@@ -41,25 +41,35 @@ class Answer:
     calibrated: bool  # whether the probabilities are by a fitted temperature
 
 
+def load_session(model: Path | bytes, *, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """Load any ONNX model on the CPU. `threads`: None for all the CPUs that this process may use. Raises FgvcError where
+    onnxruntime can't."""
+    options = onnxruntime.SessionOptions()
+    # Left alone, onnxruntime takes the host's cores, whatever the container's limits are.
+    options.intra_op_num_threads = threads or available_cpus()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has its own kinds, without a common base
+        reason = (str(error).splitlines() or ["unknown reason"])[0]
+        raise FgvcError(f"{_named(model)}: onnxruntime can't load it: {reason}") from error
+
+
+def _named(model: Path | bytes) -> str:
+    return "the model" if isinstance(model, bytes) else str(model)
+
+
 class Session:
     """An ONNX classifier: one input (B,3,H,W) float32, the logits (B,K) its first output. Safe to share by threads."""
 
     def __init__(self, model: Path | bytes, *, threads: int | None = None) -> None:
         """Load a model. `threads`: None for all the CPUs that this process may use. Raises FgvcError for what is no
         such model."""
-        options = onnxruntime.SessionOptions()
-        # Left alone, onnxruntime takes the host's cores, whatever the container's limits are.
-        options.intra_op_num_threads = threads or available_cpus()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        self.threads: int = options.intra_op_num_threads
-        source = model if isinstance(model, bytes) else str(model)
-        where = "the model" if isinstance(model, bytes) else str(model)
-        try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has its own kinds, without a common base
-            reason = (str(error).splitlines() or ["unknown reason"])[0]
-            raise FgvcError(f"{where}: onnxruntime can't load it: {reason}") from error
+        self.threads: int = threads or available_cpus()
+        self._session = load_session(model, threads=self.threads)
+        where = _named(model)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
             raise FgvcError(f"{where}: expected one input (B,3,H,W) of float32")

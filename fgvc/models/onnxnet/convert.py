@@ -1,11 +1,7 @@
 """An ONNX graph as a torch.fx graph of modules and functions.
 
-Each value of the file is one of three. *Known*: numbers that nothing trains, computed while the graph is read, such as shapes
-and bounds; where they depend on the batch they are held for several batches. *Stored*: a tensor of floats in the file, maybe
-through views (Transpose, Reshape, Cast), which becomes a parameter. *Live*: what is computed from images.
-
-A module computes for any batch, also where the file's own is fixed: a size that is `k` times the batch for each of BATCHES is
-written so. Height and width are those that the net is read for.
+A module computes for any batch, also where the file's own is fixed: a size that is `k` times the batch for each of the
+builder's batches is written so. Height and width are those that the net is read for.
 """
 
 from __future__ import annotations
@@ -20,123 +16,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 
 from fgvc.errors import FgvcError
-
-Array = NDArray[Any]
-LARGEST = (
-    64  # values of a tensor that is computed while the graph is read, per stored value at least: more would be a weight
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """An array for each of the batches; the same object where it does not depend on them."""
-
-    arrays: tuple[Array, ...]
-
-    @property
-    def fixed(self) -> bool:
-        first = self.arrays[0]
-        return all(array is first or (array.shape == first.shape and (array == first).all()) for array in self.arrays[1:])
-
-    @property
-    def array(self) -> Array:
-        """Where it does not depend on the batch."""
-        return self.arrays[0]
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A step from a stored tensor to what reads it, and back."""
-
-    kind: str  # permute | reshape
-    argument: tuple[int, ...]
-    before: tuple[int, ...]  # shape
-
-    def __call__(self, array: Tensor) -> Tensor:
-        return array.permute(self.argument) if self.kind == "permute" else array.reshape(self.argument)
-
-    def back(self, array: Tensor) -> Tensor:
-        if self.kind == "reshape":
-            return array.reshape(self.before)
-        return array.permute([self.argument.index(axis) for axis in range(len(self.argument))])
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor of the file, seen through views."""
-
-    name: str
-    array: Array  # as it is stored
-    views: tuple[View, ...] = ()
-
-    def tensor(self) -> Tensor:
-        value = torch.from_numpy(np.array(self.array, np.float64 if self.array.dtype == np.float64 else np.float32))
-        for view in self.views:
-            value = view(value)
-        return value.contiguous()
-
-    def seen(self, kind: str, argument: tuple[int, ...]) -> Stored:
-        """Through one more view."""
-        return Stored(self.name, self.array, (*self.views, View(kind, argument, self.shape)))
-
-    def transposed(self) -> Stored:
-        """A matrix with rows and columns changed places; twice is not at all."""
-        if self.views and (self.views[-1].kind, self.views[-1].argument) == ("permute", (1, 0)):
-            return Stored(self.name, self.array, self.views[:-1])
-        return self.seen("permute", (1, 0))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = self.array.shape
-        for view in self.views:
-            shape = tuple(shape[axis] for axis in view.argument) if view.kind == "permute" else view.argument
-        return tuple(shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Live:
-    """A node of the fx graph, and its value without data for each of the batches."""
-
-    node: fx.Node
-    metas: tuple[Tensor, ...]
-
-    @property
-    def shape(self) -> torch.Size:
-        """For the first batch."""
-        return self.metas[0].shape
-
-    @property
-    def rank(self) -> int:
-        return self.metas[0].dim()
-
-
-Value = Known | Stored | Live
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """`times` batches, in the place of a number."""
-
-    times: int
-
-
-@dataclass(slots=True)
-class Slot:
-    """Where a stored tensor went: a parameter or buffer of the module, and the way back to the file's shape."""
-
-    target: str  # name in the module
-    views: tuple[View, ...]
-    trained: bool
-
-    def to_file(self, value: Tensor) -> Tensor:
-        for view in reversed(self.views):
-            value = view.back(value)
-        return value
+from fgvc.models.onnxnet.values import Array, Known, Live, Size, Slot, Stored, Value, View
 
 
 class Refused(Exception):
@@ -147,7 +31,6 @@ class Refused(Exception):
 class Builder:
     """A graph under construction."""
 
-    folder: str  # for messages
     batches: tuple[int, ...]  # the file's own first
     fixed: bool  # the file takes its own batch alone
     opsets: Mapping[str, int]
@@ -202,7 +85,7 @@ class Builder:
                 return self._repeated(value, name)
             data = torch.from_numpy(np.array(value.array))
             data = data.float() if data.dtype in (torch.float16, torch.float64) else data
-            target = self.place(name, None)
+            target = self._free(name)
             _register(self.root, target, data)
             return self._attribute(target, data)
         tensor = value.tensor()
@@ -211,13 +94,12 @@ class Builder:
             reason = "preprocessing: before the first layer"
         elif trained and _is_mask(tensor):
             reason = "a mask: two values alone"
-        target = self.place(name, value)
+        target = self._free(_clean(value.name))
         if reason:
             _register(self.root, target, tensor)
             self.kept.setdefault(value.name, reason)
         else:
-            parameter = self.parameter(value)
-            _register(self.root, target, parameter)
+            _register(self.root, target, self.parameter(value))
         self.slots.setdefault(value.name, []).append(Slot(target, value.views, trained=not reason))
         return self._attribute(target, tensor)
 
@@ -248,9 +130,7 @@ class Builder:
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Live:
         """A function of live values (and numbers, sizes, lists of them) as a node. Values without data go through it, too."""
-        node = self.graph.call_function(
-            function, fx.map_arg(_plain(args, self._node), lambda n: n), _plain(kwargs, self._node)
-        )
+        node = self.graph.call_function(function, _plain(args, self._node), _plain(kwargs, self._node))
         with torch.no_grad():
             metas = tuple(
                 function(*_plain(args, self._meta(at)), **_plain(kwargs, self._meta(at))) for at in range(len(self.batches))
@@ -291,16 +171,12 @@ class Builder:
         self.learned = True
         return name
 
-    def place(self, name: str, value: Stored | None) -> str:
-        return self._free(_clean(value.name) if value is not None else name, leaf=True)
-
-    def _free(self, wanted: str, *, leaf: bool = False) -> str:
+    def _free(self, wanted: str) -> str:
         """A name that nothing has: neither an attribute, nor a module around or below one."""
         name = wanted
         while not name or self._taken(name):
             self.names[wanted] += 1
             name = f"{wanted}_{self.names[wanted]}"
-        self.names[name] += 0
         return name
 
     def _taken(self, name: str) -> bool:
@@ -333,25 +209,25 @@ class Builder:
 
     def evaluate(self, node: onnx.NodeProto, inputs: Sequence[Value | None]) -> list[Known]:
         """The outputs of a node of known numbers, for each batch, by onnx's own reference implementation."""
-        single = onnx.helper.make_model(
-            onnx.helper.make_graph(
-                [node], "node",
-                [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(node.input) if name],
-                [onnx.ValueInfoProto(name=name) for name in node.output],
-            ),
-            opset_imports=[onnx.helper.make_opsetid(domain, version) for domain, version in self.opsets.items()],
-        )  # fmt: skip
-        run = ReferenceEvaluator(single)
         results = []
         for at in range(len(self.batches)):
             feed = {name: _numbers(value, at) for name, value in zip(node.input, inputs, strict=True) if name}
-            results.append(run.run(None, feed))
+            results.append(run_node(node, feed, self.opsets))
             if all(
                 isinstance(value, Stored) or value is None or (isinstance(value, Known) and value.fixed) for value in inputs
             ):
                 results *= len(self.batches)
                 break
         return [Known(tuple(np.asarray(array) for array in arrays)) for arrays in zip(*results, strict=True)]
+
+
+def run_node(node: onnx.NodeProto, feed: Mapping[str, Array], opsets: Mapping[str, int]) -> list[Any]:
+    """The outputs of one node, by onnx's own reference implementation."""
+    inputs = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(node.input) if name]
+    outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "node", inputs, outputs), opset_imports=imports)
+    return list(ReferenceEvaluator(model).run(None, dict(feed)))
 
 
 def _numbers(value: Value | None, at: int) -> Array:

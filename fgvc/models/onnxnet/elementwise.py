@@ -12,10 +12,10 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.models.onnxnet.convert import Builder, Known, Live, Stored, Value
+from fgvc.models.onnxnet.convert import Builder
+from fgvc.models.onnxnet.payload import FLOATS
 from fgvc.models.onnxnet.registry import MICROSOFT, Attributes, Inputs, converts, first, number, text
-
-FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
+from fgvc.models.onnxnet.values import Known, Live, Stored, Value
 
 UNARY: dict[str, Callable[..., Tensor]] = {
     "Relu": F.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh, "Exp": torch.exp, "Log": torch.log, "Sqrt": torch.sqrt,
@@ -66,8 +66,8 @@ def _operand(b: Builder, value: Value | None, among: Inputs) -> Live | float | i
         if array is not None and array.size == 1 and array.ndim <= rank:
             if isinstance(value, Stored):
                 b.kept.setdefault(value.name, "a single number")
-            number = array.reshape(-1)[0].item()
-            return number if not isinstance(number, bool) else int(number)
+            single = array.reshape(-1)[0].item()
+            return int(single) if isinstance(single, bool) else single
     return b.live(value)
 
 

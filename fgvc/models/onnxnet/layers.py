@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.models.onnxnet.convert import Builder, Live, Refused, Size, Stored, Value, module_name
+from fgvc.models.onnxnet.convert import Builder, Refused, module_name
 from fgvc.models.onnxnet.elementwise import UNARY, linear_clamp
 from fgvc.models.onnxnet.registry import MICROSOFT, Attributes, Inputs, converts, first, text
+from fgvc.models.onnxnet.values import Live, Size, Stored, Value
 from fgvc.models.onnxnet.windows import pad_input, window_pads
 
 CONVS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -195,12 +196,11 @@ def _layer_norm(
 
 @converts("SkipLayerNormalization", domain=MICROSOFT)
 def skip_layer_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
-    values = [value for value in inputs]
-    total = b.call(operator.add, b.live(first(values)), b.live(first(values[1:])))
-    if len(values) > 4 and values[4] is not None:
-        total = b.call(operator.add, total, b.live(values[4]))
-    shift = values[3] if len(values) > 3 else None
-    normal = _layer_norm(b, node, total, values[2], shift, total.rank - 1, a.get("epsilon", 1e-12))
+    total = b.call(operator.add, b.live(first(inputs)), b.live(first(inputs[1:])))
+    if len(inputs) > 4 and inputs[4] is not None:
+        total = b.call(operator.add, total, b.live(inputs[4]))
+    shift = inputs[3] if len(inputs) > 3 else None
+    normal = _layer_norm(b, node, total, inputs[2], shift, total.rank - 1, a.get("epsilon", 1e-12))
     outputs: list[Value] = [normal]
     for name in node.output[1:]:
         if name and name != node.output[-1]:
@@ -241,7 +241,7 @@ def gemm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
         if bias is not None:
             shift = b.live(bias)
             y = b.call(operator.add, y, b.call(operator.mul, shift, beta) if beta != 1 else shift)
-    return [_activated(b, y, {"activation": a.get("activation", ""), "activation_params": a.get("activation_params", ())})]
+    return [_activated(b, y, a)]
 
 
 @converts("MatMul")

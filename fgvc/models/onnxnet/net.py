@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fgvc.errors import FgvcError
-from fgvc.models.onnxnet.convert import Live, Slot
 from fgvc.models.onnxnet.elementwise import flat_softmax
-from fgvc.models.onnxnet.read import Graph, read_graph
+from fgvc.models.onnxnet.read import Graph, load_model, read_graph
+from fgvc.models.onnxnet.values import Live, Slot
 
 ENDINGS: dict[Any, str] = {
     F.softmax: "softmax",
@@ -24,12 +24,7 @@ ENDINGS: dict[Any, str] = {
     torch.sigmoid: "sigmoid",
     flat_softmax: "softmax",
 }
-PASSING = {
-    torch.flatten,
-    torch.reshape,
-    torch.squeeze,
-    torch.permute,
-}  # between the classifier and the output: move numbers alone
+PASSING = {torch.flatten, torch.reshape, torch.squeeze, torch.permute}  # move numbers alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +34,6 @@ class Stage:
     node: fx.Node
     channels: int
     reduction: int
-    channels_last: bool
 
 
 class OnnxNet(nn.Module):
@@ -54,13 +48,7 @@ class OnnxNet(nn.Module):
         parts = _parts(graph)
         for name in parts.stages:
             graph.builder.root.add_module(name, nn.Identity())
-        self.path, self.layout, self.dtype, self.size, self.batch = (
-            graph.path,
-            graph.layout,
-            graph.dtype,
-            graph.size,
-            graph.batch,
-        )
+        self.layout, self.dtype, self.size, self.batch = graph.layout, graph.dtype, graph.size, graph.batch
         self.ending, self.output_name = parts.ending, graph.name
         self.body = fx.GraphModule(graph.builder.root, parts.body)
         self.pool = fx.GraphModule(graph.builder.root, parts.pool)
@@ -142,7 +130,7 @@ class OnnxNet(nn.Module):
 
 def open_onnx(path: Path, size: tuple[int, int] | None = None, *, output: str | None = None) -> OnnxNet:
     """The net of a classifier's file, in eval mode; see `fgvc.models.onnxnet.read.read_graph`."""
-    return OnnxNet(read_graph(path, size, output=output)).eval()
+    return OnnxNet(read_graph(path, load_model(path), size, output=output)).eval()
 
 
 def _value(graph: Graph, slot: Slot) -> Any:
@@ -163,24 +151,21 @@ class Parts:
 
 
 def _parts(graph: Graph) -> Parts:
-    whole, builder = graph.builder.graph, graph.builder
+    whole = graph.builder.graph
     whole.output(graph.output.node)
     whole.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     nodes = [node for node in whole.nodes if node.op not in ("get_attr", "output")]
-    shapes = _shapes(whole, builder.root, graph)
-    classifier = _classifier(graph, nodes)
+    shapes = {value.node: value.shape for value in graph.builder.values.values() if isinstance(value, Live)}
+    cuts = _cuts(nodes)
+    classifier = _classifier(graph, nodes, cuts)
     ending, last = _ending(graph)
-    features = _features(graph, nodes, shapes, classifier)
-    stages = _stages(graph, nodes, shapes, features)
+    before = [node for node in nodes[: nodes.index(classifier)] if node in cuts and node in shapes]
+    features = _features(graph, before, shapes)
+    stages = _stages(graph, before[: before.index(features) + 1], shapes)
     body = _between(whole, None, features, stages)
     pool = _between(whole, features, classifier.args[0], {})  # type: ignore[arg-type]
     tail = None if last is classifier else _between(whole, classifier, last, {})
     return Parts(body, pool, str(classifier.target), tail, ending, stages)
-
-
-def _shapes(whole: fx.Graph, root: nn.Module, graph: Graph) -> dict[fx.Node, torch.Size]:
-    """Of each node's value, for the file's own batch."""
-    return {value.node: value.shape for value in graph.builder.values.values() if isinstance(value, Live)}
 
 
 def _cuts(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -206,9 +191,8 @@ def _is_batch(node: fx.Node) -> bool:
     )  # fmt: skip
 
 
-def _classifier(graph: Graph, nodes: list[fx.Node]) -> fx.Node:
+def _classifier(graph: Graph, nodes: list[fx.Node], cuts: set[fx.Node]) -> fx.Node:
     """The last linear layer: all of the output comes through it, and it has an output a class."""
-    cuts = _cuts(nodes)
     for node in reversed(nodes):
         if node.op == "call_module":
             module = graph.builder.root.get_submodule(str(node.target))
@@ -231,17 +215,15 @@ def _ending(graph: Graph) -> tuple[str | None, fx.Node]:
     return None, graph.output.node
 
 
-def _features(graph: Graph, nodes: list[fx.Node], shapes: Mapping[fx.Node, torch.Size], classifier: fx.Node) -> fx.Node:
-    """The last value before the classifier that all of it comes through and that has places: a map, or else tokens."""
-    cuts = _cuts(nodes)
-    before = nodes[: nodes.index(classifier)]
-    maps = [node for node in before if node in cuts and node in shapes and _cells(shapes[node], graph) > 1]
+def _features(graph: Graph, cuts: list[fx.Node], shapes: Mapping[fx.Node, torch.Size]) -> fx.Node:
+    """The last of the cuts before the classifier that has places: a map, or else tokens."""
+    maps = [node for node in cuts if _cells(shapes[node]) > 1]
     if not maps:
         raise FgvcError(f"{graph.path}: no map of features is left before its classifier")
     return maps[-1]
 
 
-def _cells(shape: torch.Size, graph: Graph) -> int:
+def _cells(shape: torch.Size) -> int:
     """Places of a map (B,C,h,w) or (B,h,w,C), or of tokens (B,N,C)."""
     if len(shape) == 4:
         return int(shape[1] * shape[2] if _channels_last(shape) else shape[2] * shape[3])
@@ -252,33 +234,24 @@ def _channels_last(shape: torch.Size) -> bool:
     return shape[1] == shape[2] and shape[3] > shape[2] and shape[1] != shape[3]
 
 
-def _stages(
-    graph: Graph, nodes: list[fx.Node], shapes: Mapping[fx.Node, torch.Size], features: fx.Node
-) -> dict[str, Stage]:
-    """The last cut of each resolution, from fine to coarse; the name is that of an Identity behind it. Where a depthwise
-    convolution leaves the resolution, what widens the map for it belongs to the next stage."""
-    cuts, root = _cuts(nodes), graph.builder.root
+def _stages(graph: Graph, cuts: list[fx.Node], shapes: Mapping[fx.Node, torch.Size]) -> dict[str, Stage]:
+    """The last cut of each resolution, from fine to coarse; the name is that of an Identity behind it. `cuts` ends with the
+    features. Where a depthwise convolution leaves the resolution, what widens the map for it belongs to the next stage."""
+    root = graph.builder.root
     ends: dict[int, Stage] = {}
-    for node in nodes[: nodes.index(features) + 1]:
-        shape = shapes.get(node)
-        if (
-            node not in cuts
-            or shape is None
-            or len(shape) != 4
-            or node.op == "placeholder"
-            or node.target in (F.pad, torch.permute)
-        ):
+    for node in cuts:
+        shape = shapes[node]
+        if len(shape) != 4 or node.op == "placeholder" or node.target in (F.pad, torch.permute):
             continue
-        last = _channels_last(shape)
-        height, channels = (shape[1], shape[3]) if last else (shape[2], shape[1])
+        height, channels = (shape[1], shape[3]) if _channels_last(shape) else (shape[2], shape[1])
         reduction = round(graph.size[0] / height)
         if reduction > 1:
-            ends[reduction] = Stage(node, int(channels), reduction, last)
+            ends[reduction] = Stage(node, int(channels), reduction)
     for reduction, stage in ends.items():
-        if stage.node is not features and any(_is_depthwise(user, root) for user in _readers(stage.node)):
+        if stage.node is not cuts[-1] and any(_is_depthwise(user, root) for user in _readers(stage.node)):
             narrow = _before_widening(stage.node, root)
-            if narrow in cuts and narrow in shapes and shapes[narrow][2:] == shapes[stage.node][2:]:
-                ends[reduction] = Stage(narrow, int(shapes[narrow][1]), reduction, stage.channels_last)
+            if narrow in cuts and shapes[narrow][2:] == shapes[stage.node][2:]:
+                ends[reduction] = Stage(narrow, int(shapes[narrow][1]), reduction)
     ordered = sorted(ends.values(), key=lambda stage: stage.reduction)
     return {f"stage_{number}": stage for number, stage in enumerate(ordered)}
 

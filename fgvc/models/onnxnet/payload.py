@@ -54,6 +54,11 @@ def external_file(tensor: TensorProto) -> str | None:
     return name
 
 
+def external_files(model: onnx.ModelProto) -> list[str]:
+    """The names of the files that hold data of a model's stored tensors, sorted."""
+    return sorted({name for tensor in stored_tensors(model).values() if (name := external_file(tensor)) is not None})
+
+
 def encoded(tensor: TensorProto, values: NDArray[np.float64]) -> bytes:
     """Little-endian bytes of values in the tensor's own type, as `raw_data` holds them. Raises FgvcError where one is out of the
     type's range."""

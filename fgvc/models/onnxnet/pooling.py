@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.models.onnxnet.convert import Builder, Live, Refused, Value
-from fgvc.models.onnxnet.registry import Attributes, Inputs, converts, first
+from fgvc.models.onnxnet.convert import Builder, Refused
+from fgvc.models.onnxnet.registry import Attributes, Inputs, converts, first, numbers
+from fgvc.models.onnxnet.values import Live, Value
 from fgvc.models.onnxnet.windows import pad_input, window_pads
 
 
@@ -73,7 +74,7 @@ REDUCTIONS: dict[str, Callable[..., Tensor]] = {
 @converts(*REDUCTIONS)
 def reduce(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
     x = b.live(first(inputs))
-    axes = list(a["axes"]) if "axes" in a else b.ints(inputs[1], "list of axes") if len(inputs) > 1 and inputs[1] else []
+    axes = numbers(b, a, "axes", inputs, 1)
     if not axes and a.get("noop_with_empty_axes", 0):
         return [x]
     axes = axes or list(range(x.rank))

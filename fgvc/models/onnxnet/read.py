@@ -14,9 +14,10 @@ import torch
 
 from fgvc.errors import FgvcError
 from fgvc.models.onnxnet import elementwise, layers, pooling, shapes  # noqa: F401 - they register their converters
-from fgvc.models.onnxnet.convert import Array, Builder, Known, Live, Refused, Slot, Stored, Value, refusal
+from fgvc.models.onnxnet.convert import Builder, Refused, refusal
 from fgvc.models.onnxnet.payload import external_file, read_tensor, stored_tensors
 from fgvc.models.onnxnet.registry import CONVERTERS, attributes_of
+from fgvc.models.onnxnet.values import Array, Known, Live, Slot, Stored, Value
 
 INT8 = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
@@ -57,12 +58,14 @@ def load_model(path: Path) -> onnx.ModelProto:
     return model
 
 
-def read_graph(path: Path, size: tuple[int, int] | None = None, *, output: str | None = None) -> Graph:
-    """Convert a classifier's file. `size`: height and width, where the file leaves them open; `output`: which of several.
+def read_graph(
+    path: Path, model: onnx.ModelProto, size: tuple[int, int] | None = None, *, output: str | None = None
+) -> Graph:
+    """Convert a classifier's file, loaded by `load_model`. `size`: height and width, where the file leaves them open; `output`:
+    which of several.
 
     Raises FgvcError that says which input, output or node can't be taken, and why.
     """
-    model = load_model(path)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     graph = model.graph
@@ -72,16 +75,15 @@ def read_graph(path: Path, size: tuple[int, int] | None = None, *, output: str |
     image = _image_input(path, graph, set(tensors))
     batch, layout, size = _input_shape(path, image, size)
     name = _output_name(path, graph, output)
-    nodes = list(
-        graph.node
-    )  # kept: protobuf makes a new object for a node that nothing holds, and they are told apart by id
+    # Held: protobuf makes a new object for a node that nothing holds, and they are told apart by id.
+    nodes = list(graph.node)
     consumers: dict[str, list[onnx.NodeProto]] = {}
     for node in nodes:
         for read in node.input:
             consumers.setdefault(read, []).append(node)
     own = batch or 1
     builder = Builder(
-        folder=str(path), batches=(own, own + 1, own + 2), fixed=batch is not None, opsets=opsets, consumers=consumers,
+        batches=(own, own + 1, own + 2), fixed=batch is not None, opsets=opsets, consumers=consumers,
         outputs=frozenset(value.name for value in graph.output), of_images=_of_images(nodes, image.name),
     )  # fmt: skip
     for stored, tensor in tensors.items():
@@ -179,13 +181,10 @@ def _reaches_weights(builder: Builder, node: onnx.NodeProto) -> bool:
 
 def _value(name: str, array: Array, builder: Builder) -> Value:
     """Floats are weights until something shows that they are none; all else is numbers."""
-    if np.issubdtype(array.dtype, np.floating) and array.size > 1:
-        return Stored(name, array)
-    if np.issubdtype(array.dtype, np.floating) and any(
-        node.op_type in ("Conv", "Gemm", "BatchNormalization", "MatMul") for node in builder.consumers.get(name, ())
-    ):
-        return Stored(name, array)
     if np.issubdtype(array.dtype, np.floating):
+        layers = ("Conv", "Gemm", "BatchNormalization", "MatMul")  # may have a single channel
+        if array.size > 1 or any(node.op_type in layers for node in builder.consumers.get(name, ())):
+            return Stored(name, array)
         builder.kept.setdefault(name, "a single number")
     return Known((array,) * len(builder.batches))
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fgvc.models.onnxnet.convert import Builder, Refused, Stored, Value
+from fgvc.models.onnxnet.convert import Builder, Refused
+from fgvc.models.onnxnet.values import Stored, Value
 
 Attributes = Mapping[str, Any]
 Inputs = Sequence[Value | None]
@@ -52,6 +53,14 @@ def number(b: Builder, value: Value | None, attribute: float | None, default: fl
     if isinstance(value, Stored):
         b.kept.setdefault(value.name, "a bound")
     return float(b.constant(value, "bound").reshape(-1)[0])
+
+
+def numbers(b: Builder, a: Attributes, name: str, inputs: Inputs, at: int) -> list[int] | None:
+    """Whole numbers, from an attribute (of older operators) or an input; None where neither is there."""
+    if name in a:
+        return list(a[name])
+    value = inputs[at] if at < len(inputs) else None
+    return None if value is None else b.ints(value, name)
 
 
 def attributes_of(node: onnx.NodeProto) -> Attributes:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import torch
-from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgvc.models.onnxnet.convert import Builder, Known, Live, Refused, Size, Stored, Value
-from fgvc.models.onnxnet.registry import Attributes, Inputs, converts, first, number, text
+from fgvc.models.onnxnet.convert import Builder, Refused, run_node
+from fgvc.models.onnxnet.registry import Attributes, Inputs, converts, first, number, numbers, text
+from fgvc.models.onnxnet.values import Known, Live, Size, Stored, Value
 
 
 @converts("Shape")
@@ -44,17 +44,16 @@ def reshape(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> 
     if not isinstance(wanted, Known):
         raise Refused("its shape is computed from the images")
     shapes = [
-        _resolved(array.reshape(-1).tolist(), meta.shape, a, check=not b.fixed)
+        _resolved(array.reshape(-1).tolist(), meta.shape, a)
         for array, meta in zip(wanted.arrays, x.metas, strict=True)
     ]
-    if (b.fixed and wanted.fixed and not all(math.prod(s) == m.numel() for s, m in zip(shapes, x.metas, strict=True))) or (
-        b.fixed and wanted.fixed and -1 in wanted.array
-    ):
+    fits = all(math.prod(target) == meta.numel() for target, meta in zip(shapes, x.metas, strict=True))
+    if b.fixed and wanted.fixed and (not fits or -1 in wanted.array):
         shapes = _for_batches(b, x, shapes[0])
-    return [b.call(torch.reshape, x, tuple(b.size(numbers) for numbers in zip(*shapes, strict=True)))]
+    return [b.call(torch.reshape, x, tuple(b.size(each) for each in zip(*shapes, strict=True)))]
 
 
-def _resolved(target: Sequence[int], shape: Sequence[int], a: Attributes, *, check: bool = False) -> tuple[int, ...]:
+def _resolved(target: Sequence[int], shape: Sequence[int], a: Attributes) -> tuple[int, ...]:
     """ONNX's target with its 0 (as before) and -1 (the rest) filled in."""
     sizes = [shape[at] if size == 0 and not a.get("allowzero", 0) else int(size) for at, size in enumerate(target)]
     if -1 in sizes:
@@ -65,9 +64,9 @@ def _resolved(target: Sequence[int], shape: Sequence[int], a: Attributes, *, che
 
 def _for_batches(b: Builder, x: Live, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """A shape that holds for the file's own batch alone, for each of the batches: the axis in which the batch lies grows."""
-    if x.metas[0].shape == x.metas[1].shape:
+    axis = x.batch_axis
+    if axis is None:
         return [shape] * len(b.batches)
-    axis = next(at for at, (one, two) in enumerate(zip(x.metas[0].shape, x.metas[1].shape, strict=True)) if one != two)
     before = math.prod(x.shape[:axis])
     at = next(
         (at for at in range(len(shape)) if math.prod(shape[:at]) == before and shape[at] % b.batches[0] == 0 and shape[at]),
@@ -85,7 +84,7 @@ def flatten(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> 
     if axis == 1:
         return [b.call(torch.flatten, x, 1)]
     shapes = [(math.prod(meta.shape[:axis]), math.prod(meta.shape[axis:])) for meta in x.metas]
-    return [b.call(torch.reshape, x, tuple(b.size(numbers) for numbers in zip(*shapes, strict=True)))]
+    return [b.call(torch.reshape, x, tuple(b.size(each) for each in zip(*shapes, strict=True)))]
 
 
 @converts("Transpose")
@@ -101,7 +100,7 @@ def transpose(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -
 @converts("Squeeze", "Unsqueeze")
 def squeeze(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
     x = first(inputs)
-    axes = list(a["axes"]) if "axes" in a else b.ints(inputs[1], "list of axes") if len(inputs) > 1 and inputs[1] else None
+    axes = numbers(b, a, "axes", inputs, 1)
     before = list(x.shape) if isinstance(x, Stored | Live) else list(x.array.shape)
     if node.op_type == "Unsqueeze":
         assert axes is not None
@@ -129,14 +128,11 @@ def squeeze(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> 
 @converts("Concat")
 def concat(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
     values = [b.live(value) for value in inputs if value is not None]
-    batched = [value for value in values if value.metas[0].shape != value.metas[1].shape]
+    batched = [value for value in values if value.batch_axis is not None]
     if batched and len(batched) < len(values):  # such as a class token, which the file holds once for a batch of one
         axis = a["axis"] % values[0].rank
-        like = batched[0]
-        at = next(
-            i for i, (one, two) in enumerate(zip(like.metas[0].shape, like.metas[1].shape, strict=True)) if one != two
-        )
-        if at != axis:
+        at = batched[0].batch_axis
+        if at is not None and at != axis:
             values = [value if value in batched else _spread(b, value, at) for value in values]
     return [b.call(torch.cat, values, a["axis"])]
 
@@ -154,9 +150,7 @@ def _spread(b: Builder, value: Live, axis: int) -> Live:
 @converts("Split")
 def split(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
     x, axis = b.live(first(inputs)), a.get("axis", 0)
-    sizes = (
-        list(a["split"]) if "split" in a else b.ints(inputs[1], "list of sizes") if len(inputs) > 1 and inputs[1] else []
-    )
+    sizes = numbers(b, a, "split", inputs, 1)
     if not sizes:
         each = math.ceil(x.shape[axis] / len(node.output))
         sizes = [min(each, x.shape[axis] - at * each) for at in range(len(node.output))]
@@ -167,11 +161,11 @@ def split(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> li
 @converts("Slice")
 def slice_(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
     x = b.live(first(inputs))
-    given = [*inputs[1:], None, None, None, None]
-    starts = list(a["starts"]) if "starts" in a else b.ints(given[0], "start")
-    ends = list(a["ends"]) if "ends" in a else b.ints(given[1], "end")
-    axes = a.get("axes") or (b.ints(given[2], "list of axes") if given[2] is not None else range(len(starts)))
-    steps = b.ints(given[3], "step") if given[3] is not None else [1] * len(starts)
+    starts, ends = numbers(b, a, "starts", inputs, 1), numbers(b, a, "ends", inputs, 2)
+    assert starts is not None
+    assert ends is not None
+    axes = numbers(b, a, "axes", inputs, 3) or range(len(starts))
+    steps = numbers(b, a, "steps", inputs, 4) or [1] * len(starts)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         length = x.shape[axis]
         if step < 0:
@@ -199,7 +193,7 @@ def gather(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> l
     if index.ndim == 1:
         return [y]
     shapes = [(*meta.shape[:axis], *index.shape, *meta.shape[axis + 1 :]) for meta in x.metas]
-    return [b.call(torch.reshape, y, tuple(b.size(numbers) for numbers in zip(*shapes, strict=True)))]
+    return [b.call(torch.reshape, y, tuple(b.size(each) for each in zip(*shapes, strict=True)))]
 
 
 @converts("Expand")
@@ -207,9 +201,8 @@ def expand(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> l
     x = b.live(first(inputs))
     assert inputs[1] is not None
     sizes: list[int | Size] = b.sizes(inputs[1])
-    if b.fixed and x.metas[0].shape != x.metas[1].shape:
-        at = next(i for i, (one, two) in enumerate(zip(x.metas[0].shape, x.metas[1].shape, strict=True)) if one != two)
-        place = at + len(sizes) - x.rank
+    if b.fixed and x.batch_axis is not None:
+        place = x.batch_axis + len(sizes) - x.rank
         if place >= 0 and sizes[place] == b.batches[0]:
             sizes[place] = Size(1)
     sizes = [*[1] * (x.rank - len(sizes)), *sizes]
@@ -233,11 +226,12 @@ def constant_of_shape(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: I
 @converts("Pad")
 def pad(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
     x = b.live(first(inputs))
-    amounts = list(a["pads"]) if "pads" in a else b.ints(inputs[1], "padding")
+    amounts = numbers(b, a, "pads", inputs, 1)
+    assert amounts is not None
     value = float(a.get("value", 0.0))
     if len(inputs) > 2 and inputs[2] is not None:
         value = number(b, inputs[2], None, 0.0)
-    axes = b.ints(inputs[3], "list of axes") if len(inputs) > 3 and inputs[3] is not None else list(range(x.rank))
+    axes = numbers(b, a, "axes", inputs, 3) or range(x.rank)
     half = len(amounts) // 2
     sides = {axis % x.rank: (amounts[at], amounts[at + half]) for at, axis in enumerate(axes)}
     if sides.get(0, (0, 0)) != (0, 0):
@@ -309,16 +303,7 @@ def _resizing(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs, x
         "sizes": np.array([length, new]),
         "scales": np.array([1.0, scale], np.float32),
     }
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph(
-            [single],
-            "resize",
-            [onnx.ValueInfoProto(name=name) for name in single.input if name],
-            [onnx.ValueInfoProto(name="y")],
-        ),
-        opset_imports=[onnx.helper.make_opsetid("", 19)],
-    )
-    (rows,) = ReferenceEvaluator(model).run(None, {name: feed[name] for name in single.input if name})
+    (rows,) = run_node(single, {name: feed[name] for name in single.input if name}, {"": 19})
     return np.ascontiguousarray(np.asarray(rows).T.astype(np.float32))
 
 

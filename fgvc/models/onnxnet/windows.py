@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from torch.nn import functional as F
 
-from fgvc.models.onnxnet.convert import Builder, Live
+from fgvc.models.onnxnet.convert import Builder
 from fgvc.models.onnxnet.registry import Attributes, text
+from fgvc.models.onnxnet.values import Live
 
 
 def window_pads(

@@ -1,0 +1,131 @@
+"""What the values of an ONNX graph are while it is converted: known numbers, stored tensors, live results.
+
+*Known*: numbers that nothing trains, such as shapes and bounds; where they depend on the batch they are held for several
+batches. *Stored*: a tensor of floats in the file, maybe through views (Transpose, Reshape, Cast), which becomes a parameter.
+*Live*: what is computed from images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """An array for each of the batches; the same object where it does not depend on them."""
+
+    arrays: tuple[Array, ...]
+
+    @property
+    def fixed(self) -> bool:
+        first = self.arrays[0]
+        return all(array is first or (array.shape == first.shape and (array == first).all()) for array in self.arrays[1:])
+
+    @property
+    def array(self) -> Array:
+        """Where it does not depend on the batch."""
+        return self.arrays[0]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A step from a stored tensor to what reads it, and back."""
+
+    kind: str  # permute | reshape
+    argument: tuple[int, ...]
+    before: tuple[int, ...]  # shape
+
+    def __call__(self, array: Tensor) -> Tensor:
+        return array.permute(self.argument) if self.kind == "permute" else array.reshape(self.argument)
+
+    def back(self, array: Tensor) -> Tensor:
+        if self.kind == "reshape":
+            return array.reshape(self.before)
+        return array.permute([self.argument.index(axis) for axis in range(len(self.argument))])
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of the file, seen through views."""
+
+    name: str
+    array: Array  # as it is stored
+    views: tuple[View, ...] = ()
+
+    def tensor(self) -> Tensor:
+        value = torch.from_numpy(np.array(self.array, np.float64 if self.array.dtype == np.float64 else np.float32))
+        for view in self.views:
+            value = view(value)
+        return value.contiguous()
+
+    def seen(self, kind: str, argument: tuple[int, ...]) -> Stored:
+        """Through one more view."""
+        return Stored(self.name, self.array, (*self.views, View(kind, argument, self.shape)))
+
+    def transposed(self) -> Stored:
+        """A matrix with rows and columns changed places; twice is not at all."""
+        if self.views and (self.views[-1].kind, self.views[-1].argument) == ("permute", (1, 0)):
+            return Stored(self.name, self.array, self.views[:-1])
+        return self.seen("permute", (1, 0))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.array.shape
+        for view in self.views:
+            shape = tuple(shape[axis] for axis in view.argument) if view.kind == "permute" else view.argument
+        return tuple(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A node of the fx graph, and its value without data for each of the batches."""
+
+    node: fx.Node
+    metas: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """For the first batch."""
+        return self.metas[0].shape
+
+    @property
+    def rank(self) -> int:
+        return self.metas[0].dim()
+
+    @property
+    def batch_axis(self) -> int | None:
+        """The first axis that grows with the batch; None: none does."""
+        pairs = zip(self.metas[0].shape, self.metas[1].shape, strict=True)
+        return next((axis for axis, (one, two) in enumerate(pairs) if one != two), None)
+
+
+Value = Known | Stored | Live
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """`times` batches, in the place of a number."""
+
+    times: int
+
+
+@dataclass(slots=True)
+class Slot:
+    """Where a stored tensor went: a parameter or buffer of the module, and the way back to the file's shape."""
+
+    target: str  # name in the module
+    views: tuple[View, ...]
+    trained: bool
+
+    def to_file(self, value: Tensor) -> Tensor:
+        for view in reversed(self.views):
+            value = view.back(value)
+        return value
