@@ -17,6 +17,8 @@ Triple = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Spread = tuple[Positive, Positive, Positive]
 Byte = Annotated[int, Field(ge=0, le=255)]
+Layout = Literal["NCHW", "NHWC"]
+Ending = Literal["softmax", "log_softmax", "sigmoid"]
 
 
 def possible_mean(mean: Triple, white: float) -> Triple:
@@ -68,6 +70,19 @@ class Deploy(_Normalised):
     labels: Path | None = Field(
         None, description="the deployed stack's label order: a text file, one class a line, or a bundle's labels.json"
     )
+
+
+class NetworkFile(Section):
+    """What a network's file takes, does by itself and gives, as its graph says: what is done outside of it stops here.
+
+    The tensor that is fed holds what `preprocess.json` makes, in this layout and type; whole numbers are rounded."""
+
+    input: str = Field(description="name of the input")
+    layout: Layout = Field(description="NCHW: channels before rows and columns; NHWC: after them")
+    dtype: str = Field(description="type of the input: float32, float16, float64 or uint8")
+    in_graph: tuple[str, ...] = Field((), description="what the graph does to the pixels before its first layer, in order")
+    output: str = Field(description="name of the output with the classes")
+    ending: Ending | None = Field(None, description="what the output's numbers went through last; null: they are logits")
 
 
 class Preprocess(_Normalised):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fgvc.config.images import Triple
 from fgvc.models.onnxnet.net import OnnxNet
 from fgvc.models.onnxnet.payload import external_files, stored_tensors
 from fgvc.models.onnxnet.read import load_model, read_graph
@@ -34,6 +35,10 @@ class Inspection:
     dtype: str  # of the input
     size: tuple[int, int]
     batch: int | None  # where it is fixed
+    in_graph: tuple[str, ...]  # what the graph does to the pixels before its first layer
+    mean: Triple | None  # that the graph subtracts by itself, and
+    std: Triple | None  # divides by then, in the units of its input; None: it does not normalise
+    output: str  # whose numbers are the classes'
     classes: int
     ending: str | None  # softmax, sigmoid or log_softmax at its end, which the loss does without
     features: tuple[int, ...]  # (C,h,w) of the last map, or (N,C) of the last tokens
@@ -65,6 +70,7 @@ class Inspection:
             f"{self.path}: {self.nodes} nodes, opset {self.opset}, by {self.producer or 'an unnamed program'}",
             *([f"weights in {', '.join(self.external_files)} beside it"] if self.external_files else []),
             f"input: {self.dtype} {self.layout}, {self.size[0]} x {self.size[1]} pixels, {batch}",
+            *([f"the graph itself does: {'; '.join(self.in_graph)}"] if self.in_graph else []),
             f"output: {self.classes} classes{ending}, from a linear layer of {self.classifier[0]} features",
             f"last features: {' x '.join(map(str, self.features))}; stages (channels): {stages}",
             f"batch norms: {self.norms or 'none are left: folded into convolutions, or there were none'}",
@@ -93,6 +99,10 @@ def inspect_file(path: Path, size: tuple[int, int] | None = None, *, output: str
         dtype=net.dtype,
         size=net.size,
         batch=net.batch,
+        in_graph=net.file.in_graph,
+        mean=net.file.mean,
+        std=net.file.std,
+        output=net.file.output,
         classes=net.num_classes,
         ending=net.ending,
         features=tuple(features.shape[1:]),

@@ -8,7 +8,7 @@ depends on their values: there the message is written anew, and the parsed messa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fgvc.errors import FgvcError
 from fgvc.io.files import write_atomic
+from fgvc.io.protobuf import fields, varint
 from fgvc.models.onnxnet.payload import (
     FLOATS,
     encoded,
@@ -122,19 +123,19 @@ def payload_spans(data: bytes) -> dict[str, Span]:
     """Where the values of each stored tensor of floats lie in a serialised model, by the name under which nodes read it; those
     in raw, float or double fields alone. Those of subgraphs and functions are left out."""
     spans: dict[str, Span] = {}
-    for number, start, end in _fields(data, 0, len(data)):
+    for number, _, start, end in fields(data):
         if number != GRAPH:
             continue
-        for kind, begin, stop in _fields(data, start, end):
+        for kind, _, begin, stop in fields(data, start, end):
             if kind == INITIALIZER:
                 _note(data, begin, stop, None, spans)
             elif kind == NODE:
-                parts = list(_fields(data, begin, stop))
+                parts = [(number, a, b) for number, _, a, b in fields(data, begin, stop)]
                 output = next((data[a:b].decode() for field_, a, b in parts if field_ == OUTPUT), None)
                 constant = any(field_ == OP_TYPE and data[a:b] == b"Constant" for field_, a, b in parts)
                 for field_, a, b in parts if constant else ():
                     if field_ == ATTRIBUTE:
-                        for inner, c, d in _fields(data, a, b):
+                        for inner, _, c, d in fields(data, a, b):
                             if inner == TENSOR:
                                 _note(data, c, d, output, spans)
     return spans
@@ -143,41 +144,15 @@ def payload_spans(data: bytes) -> dict[str, Span]:
 def _note(data: bytes, start: int, end: int, name: str | None, spans: dict[str, Span]) -> None:
     payload: Span | None = None
     kind: int = onnx.TensorProto.FLOAT
-    for number, a, b in _fields(data, start, end):
+    for number, _, a, b in fields(data, start, end):
         if number == NAME and name is None:
             name = data[a:b].decode()
         elif number in (RAW, FLOAT_DATA, DOUBLE_DATA):
             payload = (a, b)
         elif number == DATA_TYPE:
-            kind = _varint(data, a)[0]
+            kind = varint(data, a)[0]
     if name is not None and payload is not None and kind in FLOATS:
         spans[name] = payload
-
-
-def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number of each field of a message, and where its content lies (of a varint: its own bytes)."""
-    at = start
-    while at < end:
-        tag, at = _varint(data, at)
-        number, wire = tag >> 3, tag & 7
-        if wire == 2:
-            length, at = _varint(data, at)
-            yield number, at, at + length
-            at += length
-        else:
-            begin = at
-            at = _varint(data, at)[1] if wire == 0 else at + (8 if wire == 1 else 4)
-            yield number, begin, at
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
 
 
 def _differs(stored: NDArray[np.generic], values: NDArray[np.float64]) -> bool:

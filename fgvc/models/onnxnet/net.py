@@ -14,17 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fgvc.errors import FgvcError
-from fgvc.models.onnxnet.elementwise import flat_softmax
 from fgvc.models.onnxnet.read import Graph, load_model, read_graph
 from fgvc.models.onnxnet.values import Live, Slot
-
-ENDINGS: dict[Any, str] = {
-    F.softmax: "softmax",
-    F.log_softmax: "log_softmax",
-    torch.sigmoid: "sigmoid",
-    flat_softmax: "softmax",
-}
-PASSING = {torch.flatten, torch.reshape, torch.squeeze, torch.permute}  # move numbers alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +39,9 @@ class OnnxNet(nn.Module):
         parts = _parts(graph)
         for name in parts.stages:
             graph.builder.root.add_module(name, nn.Identity())
-        self.layout, self.dtype, self.size, self.batch = graph.layout, graph.dtype, graph.size, graph.batch
-        self.ending, self.output_name = parts.ending, graph.name
+        self.file, self.size = graph.file, graph.size
+        self.layout, self.dtype, self.batch = graph.file.layout, graph.file.dtype, graph.file.batch
+        self.ending, self.output_name = graph.file.ending, graph.file.output
         self.body = fx.GraphModule(graph.builder.root, parts.body)
         self.pool = fx.GraphModule(graph.builder.root, parts.pool)
         self.classifier: nn.Linear = graph.builder.root.get_submodule(parts.classifier)  # type: ignore[assignment]
@@ -146,7 +138,6 @@ class Parts:
     pool: fx.Graph
     classifier: str
     tail: fx.Graph | None
-    ending: str | None
     stages: dict[str, Stage]
 
 
@@ -158,14 +149,16 @@ def _parts(graph: Graph) -> Parts:
     shapes = {value.node: value.shape for value in graph.builder.values.values() if isinstance(value, Live)}
     cuts = _cuts(nodes)
     classifier = _classifier(graph, nodes, cuts)
-    ending, last = _ending(graph)
+    logits = graph.builder.values[graph.file.logits]
+    assert isinstance(logits, Live)
+    last = logits.node
     before = [node for node in nodes[: nodes.index(classifier)] if node in cuts and node in shapes]
     features = _features(graph, before, shapes)
     stages = _stages(graph, before[: before.index(features) + 1], shapes)
     body = _between(whole, None, features, stages)
     pool = _between(whole, features, classifier.args[0], {})  # type: ignore[arg-type]
     tail = None if last is classifier else _between(whole, classifier, last, {})
-    return Parts(body, pool, str(classifier.target), tail, ending, stages)
+    return Parts(body, pool, str(classifier.target), tail, stages)
 
 
 def _cuts(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -200,19 +193,9 @@ def _classifier(graph: Graph, nodes: list[fx.Node], cuts: set[fx.Node]) -> fx.No
                 return node
             break
     raise FgvcError(
-        f"{graph.path}: its output {graph.name!r} does not come from one linear layer of {graph.classes} classes: not a "
+        f"{graph.path}: its output {graph.file.output!r} does not come from one linear layer of {graph.classes} classes: not a "
         "classifier that can be trained here"
     )
-
-
-def _ending(graph: Graph) -> tuple[str | None, fx.Node]:
-    """The softmax or sigmoid at the end, and the node before it."""
-    node = graph.output.node
-    while node.op == "call_function" and node.target in PASSING:
-        node = node.args[0]  # type: ignore[assignment]
-    if node.op == "call_function" and node.target in ENDINGS:
-        return ENDINGS[node.target], node.args[0]  # type: ignore[return-value]
-    return None, graph.output.node
 
 
 def _features(graph: Graph, cuts: list[fx.Node], shapes: Mapping[fx.Node, torch.Size]) -> fx.Node:

@@ -18,6 +18,7 @@ from fgvc.models.onnxnet.convert import Builder, Refused, refusal
 from fgvc.models.onnxnet.payload import external_file, read_tensor, stored_tensors
 from fgvc.models.onnxnet.registry import CONVERTERS, attributes_of
 from fgvc.models.onnxnet.values import Array, Known, Live, Slot, Stored, Value
+from fgvc.runtime.description import Description, describe
 
 INT8 = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
@@ -33,11 +34,8 @@ class Graph:
     path: Path
     builder: Builder
     output: Live
-    name: str  # of the output
-    layout: str  # of the input: NCHW | NHWC
-    dtype: str  # of the input: float32, float16, uint8, ...
+    file: Description
     size: tuple[int, int]
-    batch: int | None  # where the file's own is fixed
     classes: int
     slots: dict[str, list[Slot]]
     untouched: dict[str, str]  # floats that nothing trains: why
@@ -72,9 +70,8 @@ def read_graph(
     opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
     tensors = stored_tensors(model)
     _refuse_int8(path, graph)
-    image = _image_input(path, graph, set(tensors))
-    batch, layout, size = _input_shape(path, image, size)
-    name = _output_name(path, graph, output)
+    file = describe(model.SerializeToString(), output=output, where=path)
+    size, batch, name = _size(path, file, size), file.batch, file.output
     # Held: protobuf makes a new object for a node that nothing holds, and they are told apart by id.
     nodes = list(graph.node)
     consumers: dict[str, list[onnx.NodeProto]] = {}
@@ -84,7 +81,7 @@ def read_graph(
     own = batch or 1
     builder = Builder(
         batches=(own, own + 1, own + 2), fixed=batch is not None, opsets=opsets, consumers=consumers,
-        outputs=frozenset(value.name for value in graph.output), of_images=_of_images(nodes, image.name),
+        outputs=frozenset(value.name for value in graph.output), of_images=_of_images(nodes, file.input),
     )  # fmt: skip
     for stored, tensor in tensors.items():
         builder.values[stored] = _value(stored, read_tensor(tensor, path.parent), builder)
@@ -93,9 +90,9 @@ def read_graph(
     shape = (3, *size)
     metas = tuple(torch.empty(batch, *shape, device="meta") for batch in builder.batches)
     x = Live(placeholder, metas)
-    if layout == "NHWC":
+    if file.layout == "NHWC":
         x = builder.call(torch.permute, x, (0, 2, 3, 1))
-    builder.values[image.name] = x
+    builder.values[file.input] = x
     wanted = _needed(nodes, name)
     for node in nodes:
         if id(node) in wanted:
@@ -105,8 +102,7 @@ def read_graph(
         raise FgvcError(f"{path}: the output {name!r} does not depend on the image")
     classes = _classes(path, name, result)
     return Graph(
-        path=path, builder=builder, output=result, name=name, layout=layout, size=size, batch=batch, classes=classes,
-        dtype=str(onnx.helper.tensor_dtype_to_np_dtype(image.type.tensor_type.elem_type)), slots=builder.slots,
+        path=path, builder=builder, output=result, file=file, size=size, classes=classes, slots=builder.slots,
         untouched=builder.kept,
     )  # fmt: skip
 
@@ -224,52 +220,18 @@ def _refuse_int8(path: Path, graph: onnx.GraphProto) -> None:
         )
 
 
-def _image_input(path: Path, graph: onnx.GraphProto, stored: set[str]) -> onnx.ValueInfoProto:
-    inputs = [value for value in graph.input if value.name not in stored]
-    if len(inputs) != 1:
-        names = ", ".join(value.name for value in inputs) or "none"
-        raise FgvcError(f"{path}: a classifier of images has one input, this has {len(inputs)} ({names})")
-    if not inputs[0].type.HasField("tensor_type"):
-        raise FgvcError(f"{path}: the input {inputs[0].name!r} is no tensor")
-    return inputs[0]
-
-
-def _input_shape(
-    path: Path, image: onnx.ValueInfoProto, size: tuple[int, int] | None
-) -> tuple[int | None, str, tuple[int, int]]:
-    """The fixed batch, if it is, the layout, and height and width."""
-    dims = [
-        dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None
-        for dim in image.type.tensor_type.shape.dim
-    ]
-    if len(dims) != 4:
-        raise FgvcError(
-            f"{path}: the input {image.name!r} has {len(dims)} axes; images have four (batch, "
-            "channels, height, width, or channels last)"
-        )
-    layout = "NCHW" if dims[1] in (3, None) and not (dims[1] is None and dims[3] == 3) else "NHWC" if dims[3] == 3 else ""
-    if not layout:
-        raise FgvcError(f"{path}: the input {image.name!r} is {dims}: no axis of three channels")
-    own = dims[2:] if layout == "NCHW" else dims[1:3]
-    if None not in own:
-        fixed = (int(own[0] or 0), int(own[1] or 0))
+def _size(path: Path, file: Description, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width to read the graph for."""
+    if file.height is not None and file.width is not None:
+        fixed = (file.height, file.width)
         if size is not None and tuple(size) != fixed:
             raise FgvcError(
                 f"{path}: takes images of {fixed[0]} x {fixed[1]} pixels alone, not {size[0]} x {size[1]}: set image.size"
             )
-        size = fixed
+        return fixed
     if size is None:
         raise FgvcError(f"{path}: leaves height and width open: give the size that it is used with (image.size)")
-    return dims[0], layout, (int(size[0]), int(size[1]))
-
-
-def _output_name(path: Path, graph: onnx.GraphProto, wanted: str | None) -> str:
-    names = [value.name for value in graph.output]
-    if wanted is not None and wanted not in names:
-        raise FgvcError(f"{path}: has no output {wanted!r}; it has {', '.join(names)}")
-    if wanted is None and len(names) > 1:
-        raise FgvcError(f"{path}: has {len(names)} outputs ({', '.join(names)}); say which are the classes: model.output")
-    return wanted or names[0]
+    return int(size[0]), int(size[1])
 
 
 def _classes(path: Path, name: str, value: Live) -> int:
