@@ -36,8 +36,8 @@ NEUTRAL = {
 }  # of SPATIAL, where the schema has no default value
 # Of whole numbers and shapes, exact on any machine.
 FOLDABLE = {
-    "Abs", "Add", "And", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Greater", "Less", "Max", "Min", "Mod",
-    "Mul", "Neg", "Not", "Or", "Range", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Transpose",
+    "Abs", "Add", "And", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Greater", "Less", "Max", "Min",
+    "Mod", "Mul", "Neg", "Not", "Or", "Range", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Transpose",
     "Unsqueeze", "Where",
 }  # fmt: skip
 LARGEST_FOLDED = 1024  # numbers of a constant that is computed
