@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fgvc.config.images import Triple
+from fgvc.models.onnxnet.folded import folded_convolutions
 from fgvc.models.onnxnet.net import OnnxNet
 from fgvc.models.onnxnet.payload import external_files, stored_tensors
 from fgvc.models.onnxnet.read import load_model, read_graph
@@ -44,7 +45,9 @@ class Inspection:
     features: tuple[int, ...]  # (C,h,w) of the last map, or (N,C) of the last tokens
     stages: tuple[dict[str, Any], ...]  # channels, reduction and module of each resolution
     classifier: tuple[int, int]  # features, classes
-    norms: int  # batch norms that it kept; 0: folded into convolutions, or none
+    norms: int  # batch norms that it kept
+    folded: tuple[str, ...]  # convolutions that one was folded into: `model.batch_norm: restore` puts it back
+    bare: dict[str, str]  # other convolutions without a batch norm -> why none is put there
     trainable: dict[str, tuple[int, ...]]  # stored tensor -> its shape
     untrained: dict[str, str]  # stored tensor of floats -> why it is left as it is
     difference: float  # of onnxruntime's answers from the net's, over the largest of them, on random images
@@ -65,6 +68,8 @@ class Inspection:
         stages = ", ".join(f"{stage['num_chs']} at 1/{stage['reduction']}" for stage in self.stages) or "none"
         reasons = Counter(self.untrained.values())
         untrained = "; ".join(f"{count} ({reason})" for reason, count in reasons.most_common()) or "nothing"
+        bare = [f"{count} convolutions have none ({reason})" for reason, count in Counter(self.bare.values()).most_common()]
+        norms = "; ".join([f"{self.norms} kept, {len(self.folded)} folded into convolutions", *bare])
         verdict = "it can be trained as it is" if self.agrees else "NOT the same function: it can't be trained here"
         return [
             f"{self.path}: {self.nodes} nodes, opset {self.opset}, by {self.producer or 'an unnamed program'}",
@@ -73,7 +78,8 @@ class Inspection:
             *([f"the graph itself does: {'; '.join(self.in_graph)}"] if self.in_graph else []),
             f"output: {self.classes} classes{ending}, from a linear layer of {self.classifier[0]} features",
             f"last features: {' x '.join(map(str, self.features))}; stages (channels): {stages}",
-            f"batch norms: {self.norms or 'none are left: folded into convolutions, or there were none'}",
+            f"batch norms: {norms}",
+            *([f"model.batch_norm: restore puts {len(self.folded)} norms back for training"] if self.folded else []),
             f"trained: {len(self.trainable)} tensors, {values / 1e6:.2f} million values",
             f"left as it is: {untrained}",
             f"answers beside onnxruntime's: {self.difference:.1e} apart; {verdict}",
@@ -86,6 +92,7 @@ def inspect_file(path: Path, size: tuple[int, int] | None = None, *, output: str
     model = load_model(path)
     net = OnnxNet(read_graph(path, model, size, output=output)).eval()
     tensors = stored_tensors(model)
+    folded = folded_convolutions(net)
     with torch.no_grad():
         features = net.forward_features(torch.zeros(1, 3, *net.size))
     trained = {name for name, slots in net.slots.items() if any(slot.trained for slot in slots)}
@@ -109,6 +116,8 @@ def inspect_file(path: Path, size: tuple[int, int] | None = None, *, output: str
         stages=tuple(net.feature_info),
         classifier=(net.num_features, net.num_classes),
         norms=sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()),
+        folded=folded.names,
+        bare=folded.left,
         trainable={name: tuple(tensors[name].dims) for name in tensors if name in trained},
         untrained=net.untouched,
         difference=difference_from_onnxruntime(path, net),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.errors import FgvcError
-from fgvc.reparam.fold import embed, exact
+from fgvc.reparam.fold import embed, fold_conv, pair
 
 Pads = tuple[int, int, int, int]  # left, right, top, bottom, as F.pad takes them
 
@@ -85,8 +85,8 @@ class Branched(nn.Module):
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """The equal convolution in eval mode: kernel (C', C/groups, k, k) and bias (C',), float64."""
-        kernel = exact(self.origin.weight)
-        bias = kernel.new_zeros(len(kernel)) if self.origin.bias is None else exact(self.origin.bias)
+        kernel, bias = fold_conv(self.origin)
+        bias = kernel.new_zeros(len(kernel)) if bias is None else bias
         for branch in self.branches.values():
             branch_kernel, branch_bias = cast("Branch", branch).fold()
             kernel = kernel + embed(branch_kernel, self.kernel_size[0])
@@ -107,7 +107,3 @@ def _unpadded(conv: nn.Conv2d) -> nn.Conv2d:
     )
     plain.weight, plain.bias = conv.weight, conv.bias
     return plain
-
-
-def pair(sides: tuple[int, ...]) -> tuple[int, int]:
-    return sides[0], sides[1]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.reparam.block import Pads, is_same, pair
-from fgvc.reparam.fold import averaged, fold_norm, identity_kernel, sequential
+from fgvc.reparam.block import Pads, is_same
+from fgvc.reparam.fold import averaged, fold_norm, identity_kernel, pair, sequential
 
 
 def keeps_shape(conv: nn.Conv2d) -> bool:

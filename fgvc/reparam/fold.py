@@ -18,6 +18,19 @@ def exact(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64, copy=True)
 
 
+def pair(sides: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width, of what torch's types call a tuple of any length."""
+    return sides[0], sides[1]
+
+
+def fold_conv(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Kernel and bias of a convolution, or of a block in its place, as it computes in eval mode; float64."""
+    if callable(fold := getattr(conv, "fold", None)):
+        return fold()
+    assert isinstance(conv, nn.Conv2d)
+    return exact(conv.weight), None if conv.bias is None else exact(conv.bias)
+
+
 def fold_norm(weight: Tensor, norm: nn.BatchNorm2d, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The one convolution that equals a convolution followed by a batch norm in eval mode (Transform I).
 
@@ -26,9 +39,8 @@ def fold_norm(weight: Tensor, norm: nn.BatchNorm2d, bias: Tensor | None = None) 
     """
     if norm.running_mean is None or norm.running_var is None:
         raise FgvcError("a batch norm without running statistics has no fixed scale and can't be folded")
-    scale = (exact(norm.running_var) + norm.eps).rsqrt()
-    if norm.affine:
-        scale = scale * exact(norm.weight)
+    deviation = (exact(norm.running_var) + norm.eps).sqrt()
+    scale = (exact(norm.weight) if norm.affine else 1) / deviation
     shift = -exact(norm.running_mean) if bias is None else exact(bias) - exact(norm.running_mean)
     folded = shift * scale
     if norm.affine:

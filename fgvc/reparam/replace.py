@@ -22,8 +22,9 @@ from torchvision.ops import DeformConv2d
 
 from fgvc.errors import FgvcError
 from fgvc.reparam.fold import exact
+from fgvc.reparam.unfold import UNFOLDED, ScaledConv2d
 
-CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # exact types: a subclass may do anything with its weight
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame, ScaledConv2d)  # exact types: a subclass may do anything with its weight
 KINDS = (nn.Conv2d, CondConv2d, DeformConv2d)  # all kinds of convolutions; those that can't be replaced are refused by name
 NORMS = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
 
@@ -80,7 +81,7 @@ def replace_conv(net: nn.Module, site: Site, block: nn.Module) -> None:
     path = site.name.split(".")
     for end in range(1, len(path) + 1):
         present = net.get_submodule(".".join(path[:end]))
-        if isinstance(present, Block):
+        if isinstance(present, Block) and not isinstance(present, UNFOLDED):
             raise FgvcError(
                 f"{site.name}: {type(present).__name__} replaces it already: two techniques replace the same "
                 "convolution; remove one, or keep them apart with include and exclude"

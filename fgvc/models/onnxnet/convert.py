@@ -152,7 +152,9 @@ class Builder:
     def module(self, name: str, x: Live, shape: Callable[[torch.Size], Sequence[int]]) -> Live:
         """A module of one input as a node. `shape`: of its output, from that of its input."""
         node = self.graph.call_module(name, (x.node,))
-        return Live(node, tuple(torch.empty(tuple(shape(meta.shape)), device="meta") for meta in x.metas))
+        metas = tuple(torch.empty(tuple(shape(meta.shape)), device="meta") for meta in x.metas)
+        node.meta["shape"] = tuple(metas[0].shape)
+        return Live(node, metas)
 
     def add_module(self, wanted: str, module: nn.Module, **stored: Stored | None) -> str:
         """Put a module into the tree, its parameters and buffers those of stored tensors; returns its name."""

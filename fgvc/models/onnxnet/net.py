@@ -112,9 +112,10 @@ class OnnxNet(nn.Module):
         depths, last = self._depth, max(self._depth.values(), default=0) + 1
         return lambda name: depths.get(name.rpartition(".")[0], depths.get(name, last))
 
-    def stored(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the file that may have moved, by its name there and in its shape there, detached, float64."""
-        state = dict(self.named_parameters()) | dict(self.named_buffers())
+    def stored(self, state: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the file that may have moved, by its name there and in its shape there, detached, float64. `state`:
+        values in place of the net's own, by the keys of its state dict, such as those of `fgvc.reparam.replace.folded_state`."""
+        state = dict(self.named_parameters()) | dict(self.named_buffers()) if state is None else state
         for name, slots in self.slots.items():
             value = state[slots[0].target].detach().cpu().double()
             yield name, slots[0].to_file(value)
