@@ -4,11 +4,25 @@ from __future__ import annotations
 
 
 class FgvcError(Exception):
-    """An error for the user: its message says what is wrong, where, and what to do. The command line exits with 2."""
+    """An error for the user: its message says what is wrong, where, and what to do. The command line exits with `exit_code`."""
+
+    exit_code = 2
 
 
 class NoNumbersError(FgvcError):
     """Logits are NaN or infinite, so that their arg-max would be meaningless."""
+
+
+class NoUnseenImagesError(FgvcError):
+    """No image is left that could judge a deployed classifier: it may have been trained on all. The command line exits with 4."""
+
+    exit_code = 4
+
+
+class UndecidedError(FgvcError):
+    """What was asked for can't be told from the images; the message has the candidates. The command line exits with 5."""
+
+    exit_code = 5
 
 
 class ImageError(FgvcError):

@@ -1,7 +1,7 @@
 """Command line of fgvc. Results go to stdout, everything else to stderr.
 
-Exit codes: 0 success, 1 a check failed, 2 a mistake that fgvc can name. Heavy packages are imported inside the verb that needs
-them, so that --help is instant.
+Exit codes: 0 success, 1 a check failed, 2 a mistake that fgvc can name, 4 no image that the deployed file has not seen, 5 the
+images do not decide. Heavy packages are imported inside the verb that needs them, so that --help is instant.
 """
 
 from __future__ import annotations
@@ -77,4 +77,4 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except FgvcError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)

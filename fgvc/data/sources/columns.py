@@ -110,6 +110,13 @@ def written_alike(classes: Sequence[str]) -> list[str]:
     return [f"classes whose names are all but the same, are they one? {some(twice)}"] if twice else []
 
 
+def given_splits(source: Source, splits: np.ndarray) -> tuple[Split, ...]:
+    """Of validation and test, those that the set brings along in its `splits` (N,), and that stay as they are."""
+    present: list[Split] = [name for name in ("val", "test") if (splits == SPLITS.index(name)).any()]
+    drawn_anew = source.fold is not None or not source.hold_out
+    return tuple(name for name in present if not (name == "val" and drawn_anew))
+
+
 def finish_splits(
     source: Source,
     labels: np.ndarray,

@@ -12,7 +12,7 @@ import numpy as np
 
 from fgvc.config.data import SPLITS, CubData
 from fgvc.data.index import ImageIndex
-from fgvc.data.sources.columns import TEXT, finish_splits, number_classes, repeated
+from fgvc.data.sources.columns import TEXT, finish_splits, given_splits, number_classes, repeated
 from fgvc.errors import FgvcError
 from fgvc.io.names import some
 
@@ -28,6 +28,7 @@ def read(data: CubData) -> ImageIndex:
     labels = order[_references(root / "image_class_labels.txt", row_of, class_of, "a class of classes.txt")]
     train = _references(root / "train_test_split.txt", row_of, {0: 0, 1: 1}, "1 (train) or 0 (test)")
     splits = np.where(train == 1, SPLITS.index("train"), SPLITS.index("test")).astype(np.int8)
+    given = given_splits(data, splits)
     splits, rule = finish_splits(data, labels, splits)
     boxes, parts = None, None
     part_names: tuple[str, ...] = ()
@@ -45,6 +46,7 @@ def read(data: CubData) -> ImageIndex:
         paths=files,
         labels=labels.astype(np.int32),
         splits=splits,
+        given_splits=given,
         max_pixels=data.max_pixels,
         boxes=boxes,
         parts=parts,

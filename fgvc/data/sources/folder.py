@@ -10,7 +10,14 @@ import numpy as np
 
 from fgvc.config.data import SPLITS, FolderData, Split
 from fgvc.data.index import ImageIndex
-from fgvc.data.sources.columns import StringColumn, finish_splits, number_classes, split_named, written_alike
+from fgvc.data.sources.columns import (
+    StringColumn,
+    finish_splits,
+    given_splits,
+    number_classes,
+    split_named,
+    written_alike,
+)
 from fgvc.data.sources.walk import ClassFolder, Walk, folders_in, loose_images
 from fgvc.errors import FgvcError
 from fgvc.images.suffix import counted
@@ -61,6 +68,7 @@ def read(data: FolderData) -> ImageIndex:
     names = paths.array()
     groups = None if data.group_size is None else _runs(names, counts, data.group_size)
     test_fraction = 0 if split_folders else data.test_fraction
+    given = given_splits(data, splits)
     splits, rule = finish_splits(data, labels, splits, test_fraction=test_fraction, groups=groups)
     if tables := tables_in(root):
         rule += f"; {some(tables, 3)} beside them: not read"
@@ -71,6 +79,7 @@ def read(data: FolderData) -> ImageIndex:
         paths=names,
         labels=labels,
         splits=splits,
+        given_splits=given,
         groups=groups,
         max_pixels=data.max_pixels,
         recognised=f"{layout}: {len(labels)} images, {len(classes)} classes; {rule}",

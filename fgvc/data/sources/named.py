@@ -10,7 +10,7 @@ import numpy as np
 
 from fgvc.config.data import SPLITS, Name, NamedData, Split
 from fgvc.data.index import ImageIndex
-from fgvc.data.sources.columns import StringColumn, finish_splits, number_classes
+from fgvc.data.sources.columns import StringColumn, finish_splits, given_splits, number_classes
 from fgvc.errors import FgvcError
 
 # torchvision's class, its splits (theirs -> ours), and the folder that it makes below root.
@@ -43,6 +43,7 @@ def read(data: NamedData) -> ImageIndex:
     names = names or [f"{number + 1:03d}" for number in range(int(column.max(initial=-1)) + 1)]
     classes, order = number_classes(names, data.classes, where=root)
     column = order[column]
+    given = given_splits(data, np.concatenate(splits))
     carved, rule = finish_splits(data, column, np.concatenate(splits))
     return ImageIndex(
         root=root,
@@ -50,6 +51,7 @@ def read(data: NamedData) -> ImageIndex:
         paths=paths.array(),
         labels=column,
         splits=carved,
+        given_splits=given,
         max_pixels=data.max_pixels,
         recognised=f"torchvision's {_SETS[data.name][0]}: {len(column)} images, {len(classes)} classes; {rule}",
     )

@@ -12,7 +12,15 @@ import numpy as np
 
 from fgvc.config.data import SPLITS, CsvData
 from fgvc.data.index import ImageIndex
-from fgvc.data.sources.columns import StringColumn, finish_splits, number_classes, repeated, split_named, written_alike
+from fgvc.data.sources.columns import (
+    StringColumn,
+    finish_splits,
+    given_splits,
+    number_classes,
+    repeated,
+    split_named,
+    written_alike,
+)
 from fgvc.data.splits import straddling
 from fgvc.errors import FgvcError
 from fgvc.io.names import some
@@ -43,6 +51,7 @@ def read(data: CsvData) -> ImageIndex:
     splits = np.zeros(len(labels), np.int8) if rows.splits is None else np.frombuffer(rows.splits, np.int8)
     if rows.splits is not None:
         _check_splits(file, labels, splits, groups, classes)
+    given = given_splits(data, splits)
     splits, rule = finish_splits(
         data, labels, splits, test_fraction=data.test_fraction if rows.splits is None else 0, groups=groups
     )
@@ -58,6 +67,7 @@ def read(data: CsvData) -> ImageIndex:
         paths=paths,
         labels=labels,
         splits=splits,
+        given_splits=given,
         max_pixels=data.max_pixels,
         groups=groups,
         recognised="; ".join([f"table {file.name} ({roles}): {len(labels)} images, {len(classes)} classes", rule, *notes]),

@@ -1,0 +1,179 @@
+"""Which images may choose between classifiers, and which may judge a deployed one: only those that it was not trained on.
+
+A classifier names the images that it learned from rightly, so that on them nothing is ever better than it. It is assumed to have
+learned from the train split of its set, and from validation and test splits that fgvc draws itself: whoever trained it did not
+know of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fgvc.config.data import SPLITS
+from fgvc.data.index import ImageIndex, decode_row
+from fgvc.data.quality.duplicates import Fingerprints, alike, fingerprint, joined
+from fgvc.data.splits import stratified
+from fgvc.errors import FgvcError, ImageError, NoUnseenImagesError
+from fgvc.io.names import some
+
+Seen = Literal["train", "none"] | Path
+FEWEST_TO_CHOOSE = 200  # unseen images, below which all of them judge and none chooses
+_JUDGE: Literal["test"] = "test"  # whose random stream draws the half
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unseen:
+    """Rows of a set by what they may be used for, all of images that the deployed classifier was not trained on."""
+
+    choose: NDArray[np.int64]  # between settings, weights and epochs; empty where there are too few
+    judge: NDArray[np.int64]  # the new classifier against the deployed one; read once
+    copies: NDArray[np.int64]  # unseen by name, near copies of seen ones: left out
+    unreadable: tuple[str, ...]
+    rule: str  # in words, for people and records
+
+    @property
+    def lines(self) -> list[str]:
+        """What was decided, for people."""
+        left_out = (
+            f"; {len(self.copies)} near copies of images that it has seen are left out" if len(self.copies) else ""
+        )
+        if not len(self.choose):
+            return [f"{self.rule}{left_out}; fewer than {FEWEST_TO_CHOOSE}: none chooses, {len(self.judge)} judge"]
+        return [f"{self.rule}{left_out}; {len(self.choose)} choose, {len(self.judge)} judge"]
+
+
+def unseen_rows(index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64]) -> tuple[NDArray[np.int64], str]:
+    """Rows that the deployed classifier was not trained on and the new one will not be (`learned`), and the rule in words.
+
+    `seen`: train: what the set says of its train split; none: it has seen no image of the set; a file: those that it names, one
+    path a line, absolute or relative to the set's folder. Raises FgvcError for a file that names no image of the set, and
+    NoUnseenImagesError where no image is left.
+    """
+    mask = np.ones(len(index), dtype=bool)
+    mask[learned] = False
+    if seen == "none":
+        rule = "seen by the deployed file: none of these images (deploy.seen: none)"
+    elif isinstance(seen, Path):
+        named = _named(index, seen)
+        mask &= ~named
+        rule = f"seen by the deployed file: {int(named.sum())} images that {seen} names"
+    elif not index.given_splits:
+        raise NoUnseenImagesError(
+            f"{index.root}: the set brings no split along, so the deployed file may have seen every image of it. Give "
+            "images that it has not seen: --unseen DIR; or say what it has seen: --seen none (all were collected after it was "
+            "trained) or --seen FILE (a list of paths)"
+        )
+    else:
+        given = [SPLITS.index(split) for split in index.given_splits]
+        mask &= np.isin(index.splits, given)
+        rule = f"not seen by the deployed file: the set's own {' and '.join(index.given_splits)} split"
+    if not mask.any():
+        raise NoUnseenImagesError(
+            f"{index.root}: no image is left that neither the deployed file has seen nor the new one learns from ({rule}); give "
+            "some: --unseen DIR"
+        )
+    return np.flatnonzero(mask), rule
+
+
+def divide_unseen(
+    index: ImageIndex,
+    seen: Seen,
+    *,
+    learned: NDArray[np.int64],
+    progress: Callable[[int, int], None] | None = None,
+) -> Unseen:
+    """Divide the unseen images once: a half of each class chooses, the other one judges, near copies of each other together.
+    Near copies of images that were seen or are learned from are left out.
+
+    The same set gives the same halves on every machine. Raises FgvcError as `unseen_rows` does, and NoUnseenImagesError where
+    all are near copies.
+    """
+    rows, rule = unseen_rows(index, seen, learned=learned)
+    prints, unreadable = _prints(index, progress)
+    readable = np.setdiff1d(np.arange(len(index)), unreadable)
+    pairs = [pair for pair, _ in alike(prints, readable)]
+    linked = np.concatenate([np.empty((0, 2), np.int64), *pairs])
+    pool = np.isin(np.arange(len(index)), np.setdiff1d(rows, unreadable))
+    known = np.flatnonzero(pool[linked].sum(axis=1) == 1)  # of an unseen image and another
+    copies = np.unique(linked[known][pool[linked[known]]]) if len(known) else np.empty(0, np.int64)
+    pool[copies] = False
+    rows = np.flatnonzero(pool)
+    broken = tuple(str(index.paths[row]) for row in unreadable)
+    if not len(rows):
+        raise NoUnseenImagesError(
+            f"{index.root}: every image that could judge is a near copy of one that was seen ({len(copies)}); give others: "
+            "--unseen DIR"
+        )
+    if len(rows) < FEWEST_TO_CHOOSE:
+        return Unseen(choose=np.empty(0, np.int64), judge=rows, copies=copies, unreadable=broken, rule=rule)
+    groups = joined(len(index), linked[pool[linked].all(axis=1)])[rows]
+    names = np.array([f"{group}" for group in groups], dtype=np.dtypes.StringDType())
+    if index.groups is not None:  # of the set's own, such as photographs of one plant
+        own = np.unique(index.groups[rows], return_inverse=True)[1]
+        both = joined(
+            len(rows), _same(groups), _same(np.where(index.groups[rows] == "", len(rows) + np.arange(len(rows)), own))
+        )
+        names = np.array([f"{group}" for group in both], dtype=np.dtypes.StringDType())
+    judges = stratified(index.labels[rows], 0.5, seed=0, split=_JUDGE, groups=names)
+    return Unseen(choose=rows[~judges], judge=rows[judges], copies=copies, unreadable=broken, rule=rule)
+
+
+def _same(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Pairs (P,2) of rows with the same number."""
+    _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
+    return np.stack([first[inverse], np.arange(len(numbers))], axis=1)
+
+
+def _prints(index: ImageIndex, progress: Callable[[int, int], None] | None) -> tuple[Fingerprints, NDArray[np.int64]]:
+    """Fingerprints of all images, and the rows that can't be read."""
+
+    def one(row: int) -> object:
+        try:
+            return fingerprint(decode_row(index, row))
+        except ImageError:
+            return None
+
+    prints, unreadable = Fingerprints.empty(len(index)), []
+    with ThreadPoolExecutor(2) as pool:
+        for row, made in enumerate(pool.map(one, range(len(index)))):
+            if made is None:
+                unreadable.append(row)
+            else:
+                prints.put(row, made)  # type: ignore[arg-type]
+            if progress:
+                progress(row + 1, len(index))
+    return prints, np.array(unreadable, dtype=np.int64)
+
+
+def _named(index: ImageIndex, file: Path) -> NDArray[np.bool_]:
+    """Which rows a list of paths names."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FgvcError(f"deploy.seen: {file}: can't be read as a list of paths, one a line ({error})") from error
+    wanted = set(_relative(lines, index.root))
+    named = np.fromiter((str(path) in wanted for path in index.paths), dtype=bool, count=len(index))
+    if not named.any():
+        raise FgvcError(
+            f"deploy.seen: {file}: names none of the {len(index)} images in {index.root} ({some(lines, 2)}); paths are "
+            "relative to that folder, or absolute"
+        )
+    return named
+
+
+def _relative(lines: Iterable[str], root: Path) -> Iterable[str]:
+    resolved = root.resolve()
+    for line in lines:
+        path = Path(line)
+        if line and path.is_absolute():
+            if path.resolve().is_relative_to(resolved):
+                yield str(PurePosixPath(path.resolve().relative_to(resolved)))
+        elif line:
+            yield str(PurePosixPath(line.replace("\\", "/")))

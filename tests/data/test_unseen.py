@@ -1,0 +1,129 @@
+"""Images that may judge a deployed classifier are those that it was not trained on, and copies of none."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from fgvc.config.data import FolderData
+from fgvc.data.index import ImageIndex
+from fgvc.data.sources.read import read_source
+from fgvc.data.unseen import FEWEST_TO_CHOOSE, divide_unseen, unseen_rows
+from fgvc.errors import FgvcError, NoUnseenImagesError
+
+CLASSES = 4
+
+
+def picture(seed: int) -> Image.Image:
+    """A picture like no other."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((48, 40), Image.Resampling.BICUBIC)
+
+
+def save(path: Path, image: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 train and 60 test images a class; of these the first is a train image made smaller, the next two are one, mirrored."""
+    root, seed = tmp_path_factory.mktemp("set"), 0
+    for k in range(CLASSES):
+        for n in range(10):
+            save(root / "train" / f"class{k}" / f"{n}.png", picture(1000 + 10 * k + n))
+        save(root / "test" / f"class{k}" / "00-copy.jpg", picture(1000 + 10 * k).resize((40, 33)))
+        save(root / "test" / f"class{k}" / "01.png", picture(2000 + k))
+        save(root / "test" / f"class{k}" / "02.jpg", picture(2000 + k).filter(ImageFilter.GaussianBlur(0.5)))
+        for n in range(3, 60):
+            save(root / "test" / f"class{k}" / f"{n:02d}.png", picture(seed := seed + 1))
+    return root
+
+
+def read(root: Path, **settings: object) -> ImageIndex:
+    return read_source(FolderData(root=root, val_fraction=0.2, **settings))
+
+
+def names(index: ImageIndex, rows: np.ndarray) -> set[str]:
+    return set(index.paths[rows].tolist())
+
+
+def test_the_sets_own_test_split_is_divided_once_without_copies(folder: Path) -> None:
+    index = read(folder)
+    assert index.given_splits == ("test",)
+    unseen = divide_unseen(index, "train", learned=index.rows("train"))
+    assert names(index, unseen.copies) == {f"test/class{k}/00-copy.jpg" for k in range(CLASSES)}
+    pool = [*unseen.choose, *unseen.judge, *unseen.copies]
+    assert sorted(pool) == index.rows("test").tolist()
+    for k in range(CLASSES):
+        counts = [int((index.labels[rows] == k).sum()) for rows in (unseen.choose, unseen.judge)]
+        assert abs(counts[0] - counts[1]) <= 2, "a half each"
+        pair = {f"test/class{k}/01.png", f"test/class{k}/02.jpg"}
+        assert pair <= names(index, unseen.choose) or pair <= names(index, unseen.judge)
+    again = divide_unseen(read(folder), "train", learned=index.rows("train"))
+    np.testing.assert_array_equal(again.judge, unseen.judge)
+    assert "4 near copies" in unseen.lines[0]
+
+
+def test_a_split_that_fgvc_draws_counts_as_seen(folder: Path) -> None:
+    index = read(folder / "train", test_fraction=0.3)
+    assert len(index.rows("test"))
+    assert index.given_splits == ()
+    with pytest.raises(NoUnseenImagesError, match="--seen none") as error:
+        divide_unseen(index, "train", learned=index.rows("train"))
+    assert error.value.exit_code == 4
+
+
+def test_none_seen_leaves_all_but_what_is_learned_from(folder: Path) -> None:
+    index = read(folder / "train", test_fraction=0.3)
+    unseen = divide_unseen(index, "none", learned=index.rows("train"))
+    assert not len(unseen.choose)
+    assert set(unseen.judge) == {*index.rows("val"), *index.rows("test")}
+    assert f"fewer than {FEWEST_TO_CHOOSE}" in unseen.lines[0]
+
+
+def test_a_list_says_what_was_seen(folder: Path, tmp_path: Path) -> None:
+    index = read(folder)
+    listed = index.rows("test")[10:]
+    file = tmp_path / "seen.txt"
+    lines = [str(folder / str(path)) if n % 2 else str(path) for n, path in enumerate(index.paths[listed])]
+    file.write_text("\n".join(lines) + "\n")
+    rows, rule = unseen_rows(index, file, learned=index.rows("train"))
+    assert set(rows) == {*index.rows("test")[:10], *index.rows("val")}
+    assert f"{len(listed)} images" in rule
+    file.write_text("elsewhere/1.png\n")
+    with pytest.raises(FgvcError, match="names none of"):
+        unseen_rows(index, file, learned=index.rows("train"))
+    with pytest.raises(FgvcError, match="can't be read"):
+        unseen_rows(index, tmp_path / "none.txt", learned=index.rows("train"))
+
+
+def test_copies_alone_judge_nothing(folder: Path) -> None:
+    index = read(folder)
+    copies = [row for row in index.rows("test") if "copy" in str(index.paths[row])]
+    kept = np.sort(np.concatenate([index.rows("train"), index.rows("val"), copies]))
+    columns = {name: getattr(index, name)[kept] for name in ("paths", "labels", "splits")}
+    few = dataclasses.replace(index, **columns)
+    with pytest.raises(NoUnseenImagesError, match="near copy"):
+        divide_unseen(few, "train", learned=few.rows("train"))
+
+
+def test_what_is_learned_from_never_judges(folder: Path) -> None:
+    index = read(folder)
+    learned = np.concatenate([index.rows("train"), index.rows("test")[::2]])
+    unseen = divide_unseen(index, "none", learned=learned)
+    assert not set(learned) & {*unseen.choose, *unseen.judge}
+
+
+def test_a_set_with_a_validation_split_of_its_own_and_folds(folder: Path, tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name).symlink_to(folder / name)
+    for k in range(CLASSES):
+        for n in range(4):
+            save(tmp_path / "val" / f"class{k}" / f"{n}.png", picture(3000 + 10 * k + n))
+    assert read(tmp_path).given_splits == ("val", "test")
+    assert read(tmp_path, fold=(0, 5)).given_splits == ("test",), "a fold is drawn from train and validation"
