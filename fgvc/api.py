@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -32,10 +33,11 @@ from fgvc.evaluation.localize import Localisation
 from fgvc.evaluation.side import PairedAnswers, collect_answers, open_sides, select_images
 from fgvc.evaluation.temperature import RunCalibration, calibration, refuse_other_file
 from fgvc.evaluation.tta import Views
+from fgvc.exporting.deployed import DeployedFile, WrittenComparison, compare_written
 from fgvc.exporting.inspect import Inspection
 from fgvc.exporting.inspect import inspect_file as inspect
 from fgvc.exporting.proofs import MAX_IMAGES
-from fgvc.exporting.prove import ProvedExport, prove
+from fgvc.exporting.prove import Contract, PlainBackbone, ProvedExport
 from fgvc.exporting.quantize import Int8
 from fgvc.exporting.verify import Comparison, Verification, verify_bundle, verify_files
 from fgvc.io.files import refuse_file, write_atomic, writing
@@ -220,6 +222,7 @@ def export(
     out: Path,
     *,
     against: Path | None = None,
+    into: Path | Literal["own"] | None = None,
     labels: Path | None = None,
     preprocess: Path | None = None,
     select: Selected | None = None,
@@ -230,10 +233,12 @@ def export(
     opset: int | None = None,
     root: Path | None = None,
 ) -> Exported:
-    """Strip and fuse a run's weights, export them as ONNX, prove the three levels of the contract and write the bundle.
+    """Strip and fuse a run's weights, export them as ONNX, prove the contract and write the bundle.
 
-    `against`: the deployed bundle or file that it must be a drop-in for: in its graph, and in how it is fed and read as far as
-    that is known, by what lies beside the file or by what `labels` and `preprocess`, files as in a bundle, state of it.
+    A run of `model.onnx` is written into its deployed file: its own copy ("own", the default), or `into`, which may be another
+    only in payloads. `against`: the deployed bundle or file that it must be a drop-in for: in its graph, and in how it is fed
+    and read as far as that is known, by what lies beside the file or by what `labels` and `preprocess`, files as in a bundle,
+    state of it.
     `keep`: share of the right answers that the threshold for "none of these" keeps, 1 for no threshold; it and the temperature
     are the run's own, see `fgvc.evaluation.temperature`, and checked on the exported file. `variants`: int8 and fp16 files to put
     beside it; one that the opset does not allow is left out. `exporter`, `opset`: others than the recipe's, where there is no
@@ -245,19 +250,64 @@ def export(
         raise FgvcError(f"--keep {keep:g}: a share above 0 and up to 1, such as {KEEP}")
     if against is not None and (exporter is not None or opset is not None):
         raise FgvcError("--exporter and --opset: the deployed file that --against names has its own; leave them out")
-    target, around = _deployed_stack(run, against, labels=labels, preprocess=preprocess)
+    if against is not None and into is not None:
+        raise FgvcError("--against asks for a fresh export with the graph of a file, --into for that file: give one of the two")
+    stated = into if isinstance(into, Path) else against
+    target, around = _deployed_stack(run, stated, labels=labels, preprocess=preprocess)
     loaded = load_run(run, select, root=root)
-    recipe, index, select_name = loaded.recipe, loaded.index, loaded.select
-    proven = prove(
-        loaded.step.net,
-        _proof_images(loaded),
-        backbone=recipe.model.backbone,
-        num_classes=len(index.classes),
-        kwargs=recipe.model.kwargs,
-        size=recipe.image.size,
-        export=_with_options(recipe.export, exporter, opset),
-        against=target,
-    )
+    with TemporaryDirectory(prefix="fgvc-export-") as scratch:
+        if loaded.recipe.model.onnx is None and into is None:
+            contract: Contract = _plain_backbone(loaded, _with_options(loaded.recipe.export, exporter, opset), target)
+        else:
+            if exporter is not None or opset is not None or against is not None:
+                raise FgvcError(
+                    f"--exporter, --opset and --against are of a fresh export, and {run} is written into its deployed file; "
+                    "leave them out"
+                )
+            contract = _deployed_file(loaded, None if into == "own" else target, Path(scratch))
+        return _export(loaded, contract, out, stated, around, keep=keep, overwrite=overwrite, variants=variants)
+
+
+def _plain_backbone(run: LoadedRun, export: Export, against: Path | None) -> PlainBackbone:
+    model = run.recipe.model
+    assert model.backbone is not None
+    return PlainBackbone(
+        backbone=model.backbone, num_classes=len(run.classes), kwargs=model.kwargs, size=run.recipe.image.size, export=export,
+        against=against,
+    )  # fmt: skip
+
+
+def _deployed_file(run: LoadedRun, into: Path | None, scratch: Path) -> DeployedFile:
+    """The contract of a run that is written into a file: its own copy, or `into`. Raises FgvcError where `into` is another graph,
+    or the run is of a net of timm."""
+    model = run.recipe.model
+    if model.onnx is None:
+        raise FgvcError(
+            f"{run.folder}: is a run of {model.name}, and which tensors of a file its weights belong to is not known: --into "
+            "takes runs of model.onnx. For a fresh export with the graph of a file: --against FILE"
+        )
+    if into is not None and (differences := compare_written(into, model.onnx).differences):
+        raise FgvcError(
+            f"{into}: is not the file that {run.folder} was trained from, whose copy is {model.onnx}, but for weights:\n  "
+            + "\n  ".join(differences)
+        )
+    return DeployedFile(file=into or model.onnx, size=run.recipe.image.size, output=model.output, scratch=scratch)
+
+
+def _export(
+    loaded: LoadedRun,
+    contract: Contract,
+    out: Path,
+    against: Path | None,
+    around: Agreement | None,
+    *,
+    keep: float,
+    overwrite: bool,
+    variants: Variants | None,
+) -> Exported:
+    """Prove a run by its contract, make what lies beside the model, and write the bundle."""
+    index, select_name = loaded.index, loaded.select
+    proven = contract.prove(loaded.step.net, _proof_images(loaded))
     metrics = loaded.measured("metrics.json")
     files: dict[str, Any] = {
         "model.onnx": proven.model,
@@ -273,7 +323,7 @@ def export(
     if proven.explain is not None:
         files["explain.onnx"] = proven.explain
     run_calibration = calibration(loaded, keep=keep)
-    refuse_other_file(loaded, run_calibration, proven.model)
+    refuse_other_file(loaded, run_calibration, proven.source)
     if run_calibration.calibration is not None and run_calibration.calibration.images >= FEWEST:
         files["calibration.json"] = run_calibration.calibration
     beside = make_variants(loaded, proven, variants or Variants(), run_calibration.calibration)
@@ -281,7 +331,7 @@ def export(
     files["contract.json"] |= {smaller.variant_file.variant: smaller.section for smaller in beside}
     if omitted := left_out(proven, variants or Variants()):
         files["contract.json"] |= {"left_out": omitted}
-    write_bundle(out, files=files, overwrite=overwrite)
+    write_bundle(out, files=files, data=proven.data, overwrite=overwrite)
     return Exported(out, select_name, proven, run_calibration, tuple(beside), against, around, omitted)
 
 
@@ -299,7 +349,7 @@ def _deployed_stack(
     if against is None:
         if labels is not None or preprocess is not None:
             raise FgvcError(
-                "--labels and --preprocess tell how a deployed model is read and fed: name it with --against"
+                "--labels and --preprocess tell how a deployed model is read and fed: name it with --against or --into"
             )
         return None, None
     read_run(run)
@@ -317,10 +367,20 @@ def _deployed_stack(
 
 
 def verify(
-    path: Path, *, against: Path | None = None, labels: Path | None = None, preprocess: Path | None = None
-) -> Comparison | Verification:
-    """Compare a bundle or an .onnx file with the deployed one, or prove a bundle again. `passed`: all is well. `labels`,
-    `preprocess`: of `against`, where that is a file and has none beside it."""
+    path: Path,
+    *,
+    against: Path | None = None,
+    into: Path | None = None,
+    labels: Path | None = None,
+    preprocess: Path | None = None,
+) -> Comparison | WrittenComparison | Verification:
+    """Compare a bundle or an .onnx file with the deployed one (`against`: their graphs; `into`: their bytes, which may differ in
+    weights alone), or prove a bundle again. `passed`: all is well. `labels`, `preprocess`: of `against`, where that is a file and
+    has none beside it."""
+    if into is not None:
+        if against is not None or labels is not None or preprocess is not None:
+            raise FgvcError("--into compares bytes alone: give it without --against, --labels and --preprocess")
+        return compare_written(path, into)
     if against is not None:
         return verify_files(path, against, labels=labels, preprocess=preprocess)
     if labels is not None or preprocess is not None:

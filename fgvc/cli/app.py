@@ -66,7 +66,7 @@ def options(
 
 for group, verbs in ((app, VERBS), (data_app, DATA_VERBS)):
     for name, verb in verbs.items():
-        group.command(name)(verb)
+        group.command(name, cls=shipping.OptionalInto if verb is shipping.export else None)(verb)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -46,6 +46,7 @@ def main(folder: Path) -> int:
             table.add_row("floor", f"{100 * floor.top1:.1f}", *[""] * 4)
         scores = api.evaluate(run, "test").scores
         proven = api.export(run, bundle, overwrite=True).proven
+        assert proven.structural is not None
         hashes.add(proven.structural.sha256)
         table.add_row(
             arm,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select, sides
 from fgvc.errors import FgvcError
@@ -27,11 +28,33 @@ DeployedPreprocess = Annotated[
 ]
 
 
+OWN = ""  # the value of --into without one
+
+
+class OptionalInto(TyperCommand):
+    """A command whose --into may stand without a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        bare = [at for at, word in enumerate(args) if word == "--into" and args[at + 1 : at + 2] in ([], ["--"])]
+        bare += [at for at, word in enumerate(args[:-1]) if word == "--into" and args[at + 1].startswith("-")]
+        for at in sorted(set(bare), reverse=True):
+            args = [*args[: at + 1], OWN, *args[at + 1 :]]
+        return super().parse_args(ctx, args)
+
+
 def export(
     run: Run,
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],
     against: Annotated[
         Path | None, typer.Option(help="The deployed bundle or .onnx that this must be a drop-in for.")
+    ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[FILE]",
+            help="Write into the run's deployed file (model.onnx), or into FILE, which may differ from it in weights alone. "
+            "Default for such runs.",
+        ),
     ] = None,
     labels: DeployedLabels = None,
     preprocess: DeployedPreprocess = None,
@@ -82,7 +105,8 @@ def export(
     wanted = api.Int8(images=int8_images, first=int8_float, reduce_range=reduce_range) if int8 else None
     variants = api.Variants(int8=wanted, fp16=fp16, agreement=agreement)
     done = api.export(
-        run, out, against=against, labels=labels, preprocess=preprocess, select=select, keep=keep, overwrite=overwrite,
+        run, out, against=against, into=None if into is None else "own" if into == OWN else Path(into), labels=labels,
+        preprocess=preprocess, select=select, keep=keep, overwrite=overwrite,
         variants=variants, exporter=exporter, opset=opset, root=root,
     )  # fmt: skip
     show.contract(done)
@@ -108,6 +132,9 @@ def inspect(
 def verify(
     path: Annotated[Path, typer.Argument(help="A bundle, or an .onnx file.")],
     against: Annotated[Path | None, typer.Option(help="The deployed bundle or .onnx to compare it with.")] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="The deployed .onnx that it was written into: weights alone may differ, in their bytes.")
+    ] = None,
     labels: DeployedLabels = None,
     preprocess: DeployedPreprocess = None,
 ) -> None:
@@ -115,7 +142,7 @@ def verify(
     from fgvc import api
     from fgvc.cli import show
 
-    result = api.verify(path, against=against, labels=labels, preprocess=preprocess)
+    result = api.verify(path, against=against, into=into, labels=labels, preprocess=preprocess)
     show.verification(result)
     sys.exit(0 if result.passed else 1)
 

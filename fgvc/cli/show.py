@@ -18,6 +18,7 @@ from fgvc.evaluation.evaluate import Evaluation
 from fgvc.evaluation.learning_curve import FOLDS, SHARES
 from fgvc.evaluation.localize import Localisation
 from fgvc.evaluation.side import PairedAnswers
+from fgvc.exporting.deployed import WrittenComparison
 from fgvc.exporting.verify import Comparison, Verification
 from fgvc.report.localization import COLUMNS
 from fgvc.report.localization import table as localisation_table
@@ -240,10 +241,14 @@ def contract(exported: Exported) -> None:
     table.add_row(
         "numeric", f"fold {numeric.folded_float64:.1e} (float64), shipped {numeric.shipped_float32:.1e} (float32)"
     )
-    nodes = facts["proofs"]["structural"]["nodes"]
-    table.add_row(
-        "structural", f"{nodes} nodes, sha256 {exported.proven.structural.sha256[:16]} = the plain {facts['backbone']}'s"
-    )
+    if exported.proven.structural is not None:
+        nodes = facts["proofs"]["structural"]["nodes"]
+        table.add_row(
+            "structural", f"{nodes} nodes, sha256 {exported.proven.structural.sha256[:16]} = the plain {facts['backbone']}'s"
+        )
+    if (written := exported.proven.written) is not None:
+        what = "each message" if written.reencoded else "every byte"
+        table.add_row("bytes", f"{what} but {len(written.moved)} payloads of weights is that of {facts['file']['name']}")
     table.add_row("behavioural", f"onnxruntime = torch on {behavioural.images} images, worst {behavioural.worst:.1e}")
     for smaller in exported.beside:
         table.add_row(smaller.variant_file.variant, _smaller_file(smaller))
@@ -258,8 +263,10 @@ def contract(exported: Exported) -> None:
         console.print(f"warning: {warning}", markup=False)
     if exported.around is not None and exported.around.unproved:
         console.print(exported.around.unproved, markup=False, soft_wrap=True)
-    graph = f"the graph of the plain {facts['backbone']}"
-    if exported.around is not None:
+    graph = f"the graph of the plain {facts['backbone']}" if exported.proven.written is None else facts["file"]["name"]
+    if exported.proven.written is not None:
+        graph = f"{graph} with {len(exported.proven.written.moved)} of its tensors trained"
+    elif exported.around is not None:
         graph = f"the graph of {exported.against}; whether it is a drop-in was not proved"
         if not exported.around.unproved:
             graph = f"a drop-in replacement of {exported.against}: graph, preprocessing and labels are the same"
@@ -318,11 +325,17 @@ def comparison(answers: PairedAnswers, failures: Sequence[str]) -> None:
         console.print(f"FAIL: {line}", markup=False)
 
 
-def verification(result: Comparison | Verification) -> None:
+def verification(result: Comparison | WrittenComparison | Verification) -> None:
     if isinstance(result, Verification):
         for item in result.checks:
             mark = {True: "ok  ", False: "FAIL", None: "skip"}[item.passed]
             console.print(f"{mark} {item.name}: {item.detail}", markup=False)
+        return
+    if isinstance(result, WrittenComparison):
+        for line in result.differences:
+            console.print(line, markup=False, soft_wrap=True)
+        verdict = f"written into it: {len(result.moved)} payloads of weights differ, and nothing else"
+        console.print(f"{result.candidate} and {result.into}: " + (verdict if result.passed else "NOT one graph"), soft_wrap=True)
         return
     for difference in (*result.differences, *result.around.differences):
         console.print(str(difference), markup=False, soft_wrap=True)

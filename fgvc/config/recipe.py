@@ -34,9 +34,13 @@ def with_weight_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     Random weights have the defaults of the settings themselves. An optimizer that the recipe names is kept, with the settings'
     own defaults; a rate alone is the default optimizer's."""
     model, optim = tree.get("model"), tree.get("optim", {})
-    if not isinstance(model, Mapping) or not isinstance(optim, Mapping) or model.get("weights", "none") == "none":
+    if not isinstance(model, Mapping) or not isinstance(optim, Mapping):
         return dict(tree)
-    head = "timm" if run_of(Path(str(model["weights"])).expanduser()) is not None else PRETRAINED["model"]["head"]
+    weights = str(model.get("weights", "none" if model.get("onnx") is None else "deployed"))
+    if weights == "none":
+        return dict(tree)
+    fitted = weights == "deployed" or run_of(Path(weights).expanduser()) is not None
+    head = "timm" if fitted else PRETRAINED["model"]["head"]
     optimizer = {} if "name" in optim else PRETRAINED["optim"]
     return {
         **tree,
@@ -109,6 +113,10 @@ class Recipe(Section):
             raise ValueError(
                 "train.refit: trains again on validation images too, and data.hold_out: false leaves none; give one of the two"
             )
+        if self.model.onnx is not None and self.image.train_scale != 1:
+            raise ValueError("image.train_scale: the net of model.onnx takes images of image.size alone; leave it at 1")
+        if self.model.onnx is not None and self.data.first_classes is not None:
+            raise ValueError("data.first_classes: the net of model.onnx has as many classes as its file; leave it out")
         if self.train.precise_bn == 1:
             raise ValueError("train.precise_bn: one image has no statistics; give some hundreds, or 0")
         if max(self.image.largest_train_size) > 4096:

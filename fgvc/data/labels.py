@@ -9,7 +9,9 @@ import numpy as np
 
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
+from fgvc.io.names import nearest, some
 from fgvc.runtime.bundle import read_labels
+from fgvc.runtime.labels import BESIDE, CONFIG, KEYS, Labels, labels_of
 
 
 def reordered(index: ImageIndex, path: Path) -> ImageIndex:
@@ -30,6 +32,43 @@ def reordered(index: ImageIndex, path: Path) -> ImageIndex:
     position = {name: number for number, name in enumerate(names)}
     order = np.array([position[name] for name in index.classes], dtype=np.int32)
     return replace(index, classes=names, labels=order[index.labels])
+
+
+def file_labels(onnx: Path, stated: Path | None) -> Labels:
+    """The labels of a deployed file: those that `deploy.labels` states, else its own (see `labels_of`).
+
+    Raises FgvcError with how to give them where nothing says which output is which class."""
+    if stated is not None:
+        try:
+            return Labels(read_labels(stated.expanduser()), str(stated))
+        except FgvcError as error:
+            raise FgvcError(f"deploy.labels: {error}") from error
+    labels = labels_of(onnx.expanduser())
+    if labels is None:
+        raise FgvcError(
+            f"{onnx}: which of its outputs is which class? It says nothing of that (metadata {', '.join(KEYS)}), and none of "
+            f"{', '.join(BESIDE)} and {CONFIG} (id2label) lies beside it. Give deploy.labels=FILE: a text file with a class a "
+            "line, in the order of the outputs, or a JSON list"
+        )
+    return labels
+
+
+def as_in_file(index: ImageIndex, labels: Labels) -> ImageIndex:
+    """The index with its classes numbered as a file's outputs; classes of the file without images are classes, too.
+
+    Raises FgvcError for a class that the file does not know, with the nearest that it does."""
+    if unknown := sorted(set(index.classes) - set(labels.names)):
+        hints = [f"{name!r}" + "".join(f" (nearest: {near!r})" for near in nearest(name, labels.names)) for name in unknown]
+        raise FgvcError(
+            f"the data have {len(unknown)} of {len(index.classes)} classes that the file does not know: {some(hints, 5)}; it has "
+            f"{len(labels.names)}, by {labels.source}: {some(labels.names, 3)}. Rename them, leave them out, or give the right "
+            "names in deploy.labels"
+        )
+    position = {name: number for number, name in enumerate(labels.names)}
+    order = np.array([position[name] for name in index.classes], dtype=np.int32)
+    absent = len(labels.names) - len(index.classes)
+    remark = f"; {absent} of the file's {len(labels.names)} classes have no images" if absent else ""
+    return replace(index, classes=labels.names, labels=order[index.labels], recognised=index.recognised + remark)
 
 
 def first_classes(index: ImageIndex, count: int) -> ImageIndex:

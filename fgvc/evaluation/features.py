@@ -18,7 +18,8 @@ from fgvc.data.index import ImageIndex
 from fgvc.data.loader import evaluation_loader
 from fgvc.data.quality.colour import Normalisation, normalisation_of
 from fgvc.errors import FgvcError
-from fgvc.models.backbone import memory_format, plain_model
+from fgvc.models.backbone import memory_format
+from fgvc.models.net import shipped_net
 from fgvc.models.weights import load_weights, preprocess_for, stated_keys, unlikely
 from fgvc.runs.distributed import runtime
 
@@ -34,7 +35,7 @@ def input_normalisation(recipe: Recipe) -> Normalisation | None:
     if model.weights == "hub":  # timm knows what they expect
         model = model.model_copy(update={"weights": "none"})
     try:
-        net = plain_model(model.backbone, 2, model.kwargs)
+        net = shipped_net(model, None, recipe.image.size)
         weights = load_weights(net, model, stated=stated_keys(recipe.deploy))
     except FgvcError:
         return None
@@ -68,11 +69,11 @@ def load_frozen(recipe: Recipe, classes: int) -> Frozen:
         raise FgvcError(
             "model.weights: features of random weights say nothing of labels; name weights, or leave this out"
         )
-    net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs).eval()
+    net = shipped_net(recipe.model, classes, recipe.image.size).eval()
     spec = preprocess_for(recipe.deploy, recipe.image.size, load_weights(net, recipe.model))
     with torch.inference_mode():
         if pooled(net, torch.zeros(1, 3, *spec.size)).ndim != 2:
-            raise FgvcError(f"model.backbone: {recipe.model.backbone} has no pooled features before its last layer")
+            raise FgvcError(f"model: {recipe.model.name} has no pooled features before its last layer")
     return Frozen(net, spec)
 
 

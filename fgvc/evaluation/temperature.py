@@ -7,6 +7,7 @@ was fitted for. All that shows a probability of this run takes both numbers from
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def _without_images(run: LoadedRun, error: FgvcError) -> RunCalibration:
     return RunCalibration(None, f"none is kept, and the validation split can't be read ({message}); {advice}")
 
 
-def refuse_other_file(run: LoadedRun, run_calibration: RunCalibration, model: bytes) -> None:
+def refuse_other_file(run: LoadedRun, run_calibration: RunCalibration, model: bytes | Path) -> None:
     """Raise FgvcError where an exported file has another loss on the validation split than the run had when its temperature was
     fitted, or logits that are no numbers."""
     if run_calibration.calibration is None:

@@ -8,7 +8,7 @@ depends on their values: there the message is written anew, and the parsed messa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from fgvc.models.onnxnet.payload import (
     stored_tensors,
     write_tensor,
 )  # fmt: skip
+from fgvc.models.onnxnet.read import load_model
 
 # Numbers of fields: of ModelProto, GraphProto, NodeProto and AttributeProto; and of TensorProto.
 GRAPH, NODE, INITIALIZER, OUTPUT, OP_TYPE, ATTRIBUTE, TENSOR = 7, 1, 5, 2, 4, 5, 5
@@ -93,29 +94,45 @@ def write_into(source: Path, tensors: Mapping[str, NDArray[np.float64]], out: Pa
     )  # fmt: skip
 
 
-def differences_outside(ours: Path, theirs: Path) -> list[str]:
-    """Where two files differ in something else than the values of stored floats, in words; empty: they are one graph with two
-    sets of weights. Bytes are compared, and where a typed field has another length, the parsed messages."""
+def differences_outside(ours: Path, theirs: Path, payloads: Collection[str] | None = None) -> list[str]:
+    """Where two files differ in something else than the values of these stored tensors (None: of all floats), in words; empty:
+    they are one graph with two sets of weights. Bytes are compared, and where a typed field has another length, the parsed
+    messages."""
     a, b = ours.read_bytes(), theirs.read_bytes()
     one, two = onnx.load_from_string(a), onnx.load_from_string(b)
     files = external_files(one), external_files(two)
     found = [f"external data: {files[0]} and {files[1]}"] if files[0] != files[1] else []
-    if _zeroed(a, payload_spans(a)) != _zeroed(b, payload_spans(b)) and not _equal_but_for_payloads(one, two):
-        found.append(_first_difference(a, b))
+    if _zeroed(a, payloads) != _zeroed(b, payloads) and _cleared(one, payloads) != _cleared(two, payloads):
+        found.append(_first_difference(a, b, payloads))
     for name in set(files[0]) & set(files[1]):
-        contents = [_zeroed_external(path.parent / name, name, model) for path, model in ((ours, one), (theirs, two))]
+        contents = [_zeroed_external(path.parent / name, model, payloads) for path, model in ((ours, one), (theirs, two))]
         if contents[0] != contents[1]:
             found.append(f"{name}: bytes that are no weight's differ")
     return found
 
 
-def skeleton(path: Path) -> str:
-    """SHA-256 of a file, and of its external data, with the payloads of all floats zeroed."""
+def moved_between(ours: Path, theirs: Path) -> tuple[str, ...]:
+    """The stored floats whose values differ between two files of one graph."""
+    pairs = [(stored_tensors(load_model(path)), path.parent) for path in (ours, theirs)]
+    (mine, here), (others, there) = pairs
+    return tuple(
+        name
+        for name, tensor in mine.items()
+        if tensor.data_type in FLOATS and name in others
+        and read_tensor(tensor, here).tobytes() != read_tensor(others[name], there).tobytes()
+    )  # fmt: skip
+
+
+def skeleton(path: Path, payloads: Collection[str] | None = None, *, parsed: bool = False) -> str:
+    """SHA-256 of a file, and of its external data, with the payloads of these tensors zeroed (None: of all floats). `parsed`: of
+    the messages, these payloads taken out, where their lengths differ."""
     data = path.read_bytes()
     model = onnx.load_from_string(data)
-    digest = hashlib.sha256(_zeroed(data, payload_spans(data)))
+    digest = hashlib.sha256()
     for name in external_files(model):
-        digest.update(name.encode() + _zeroed_external(path.parent / name, name, model))
+        digest.update(name.encode() + _zeroed_external(path.parent / name, model, payloads))
+    body = _cleared(model, payloads).SerializeToString(deterministic=True) if parsed else _zeroed(data, payloads)
+    digest.update(body)
     return digest.hexdigest()
 
 
@@ -160,33 +177,36 @@ def _differs(stored: NDArray[np.generic], values: NDArray[np.float64]) -> bool:
     return not np.array_equal(stored.astype(np.float32), values.astype(np.float32), equal_nan=True)
 
 
-def _zeroed(data: bytes, spans: Mapping[str, Span]) -> bytes:
+def _zeroed(data: bytes, payloads: Collection[str] | None = None) -> bytes:
     copy = bytearray(data)
-    for start, end in spans.values():
-        copy[start:end] = bytes(end - start)
+    for name, (start, end) in payload_spans(data).items():
+        if payloads is None or name in payloads:
+            copy[start:end] = bytes(end - start)
     return bytes(copy)
 
 
-def _zeroed_external(path: Path, name: str, model: onnx.ModelProto) -> bytes:
+def _zeroed_external(path: Path, model: onnx.ModelProto, payloads: Collection[str] | None = None) -> bytes:
     copy = bytearray(path.read_bytes())
-    for tensor in stored_tensors(model).values():
-        if external_file(tensor) == name and tensor.data_type in FLOATS:
+    for name, tensor in stored_tensors(model).items():
+        given = payloads is None or name in payloads
+        if given and external_file(tensor) == path.name and tensor.data_type in FLOATS:
             offset, length = external_span(tensor)
             copy[offset : offset + length] = bytes(length)
     return bytes(copy)
 
 
-def _equal_but_for_payloads(one: onnx.ModelProto, two: onnx.ModelProto) -> bool:
-    for model in (one, two):
-        for tensor in stored_tensors(model).values():
-            if tensor.data_type in FLOATS:
-                for name in VALUES:
-                    tensor.ClearField(name)
-    return one == two
+def _cleared(model: onnx.ModelProto, payloads: Collection[str] | None = None) -> onnx.ModelProto:
+    """The model, in place, without these payloads."""
+    for name, tensor in stored_tensors(model).items():
+        if tensor.data_type in FLOATS and (payloads is None or name in payloads):
+            for field in VALUES:
+                tensor.ClearField(field)
+    return model
 
 
-def _first_difference(a: bytes, b: bytes) -> str:
+def _first_difference(a: bytes, b: bytes, payloads: Collection[str] | None = None) -> str:
     if len(a) != len(b):
         return f"their lengths are {len(a)} and {len(b)} bytes"
+    a, b = _zeroed(a, payloads), _zeroed(b, payloads)
     at = int(np.flatnonzero(np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8))[0])
     return f"the first of them at byte {at}"

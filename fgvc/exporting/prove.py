@@ -6,10 +6,9 @@ import copy
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -21,6 +20,7 @@ from fgvc.config.exporting import Export, Exporter
 from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise
 from fgvc.exporting.difference import Difference, compare_graphs, notes
+from fgvc.exporting.into import Written
 from fgvc.exporting.onnx import ExplainNet, Interface, explain_model, export_onnx, interface_of, load_onnx, serialised
 from fgvc.exporting.proofs import (
     ONNX_TOLERANCE,
@@ -31,6 +31,7 @@ from fgvc.exporting.proofs import (
     compare_numbers,
     compare_structure,
     largest_error,
+    peek,
 )
 from fgvc.exporting.reference import Plain, cached_plain, versions
 from fgvc.exporting.ties import nudged
@@ -47,71 +48,86 @@ class ProvedExport:
     explain: bytes | None
     contract: Mapping[str, Any]
     numeric: Numeric
-    structural: Structural
+    structural: Structural | None  # None: the proof is of bytes
     behavioural: Behavioural
     warnings: tuple[str, ...]
-    plain: tuple[Plain, Plain]  # the graph that was exported, and the independent plain model's
+    plain: tuple[Plain, Plain]  # the graph that was exported, and the independent plain model's, or the deployed file's
+    written: Written | None = None  # into a deployed file
+    data: Mapping[str, bytes] = field(default_factory=dict)  # files with its weights, beside it
+    runnable: Path | None = None  # the model on the disk, with its data; None: `model` is whole
+
+    @property
+    def source(self) -> bytes | Path:
+        """What onnxruntime loads."""
+        return self.model if self.runnable is None else self.runnable
 
 
-def prove(
-    net: nn.Module,
-    images: Iterable[np.ndarray],
-    *,
-    backbone: str,
-    num_classes: int,
-    kwargs: Mapping[str, Any],
-    size: tuple[int, int],
-    export: Export,
-    against: Path | None = None,
-) -> ProvedExport:
-    """Strip and fold the trained `net` (its replaced modules still in it), export it and prove it.
+class Contract(Protocol):
+    """What a run ships, and how that is proved."""
 
-    `images`: batches (B,3,H,W) float32 of real images, of which the first 256 images are used.
-    `against`: a deployed ONNX file, from which I/O names, axes, opset and exporter come, and with which the result
-    must agree. Raises FgvcError at the first proof that fails, with all of its differences.
-    """
-    trained = copy.deepcopy(net).cpu().eval()
-    recipe: dict[str, Any] = {"backbone": backbone, "num_classes": num_classes, "kwargs": dict(kwargs)}
-    plain, exact = (strip(trained, **recipe, dtype=dtype) for dtype in (torch.float32, torch.float64))
-    sample, images = _peek(images)
-    target, interface, exporter = _target(plain, against, size=size, num_classes=num_classes, export=export)
-    with ThreadPoolExecutor(1) as pool:  # the independent model is exported meanwhile, in its own process
-        future = pool.submit(cached_plain, **recipe, interface=interface, exporter=exporter)
-        exported = _export(plain, sample, interface=interface, exporter=exporter)
-        reference, positions, origin = future.result()
-    structural = compare_structure(exported.proto, reference, positions)
-    ties: tuple[str, ...] = ()
-    if not structural.passed:
-        against_plain = (structural, reference, positions)
-        plain, structural, ties = untie(plain, *against_plain, interface=interface, exporter=exporter)
-        exported = _export(plain, sample, interface=interface, exporter=exporter)
-    proto, shipped = exported.proto, exported.shipped
-    numeric = compare_numbers(trained.double(), deployed(exact), shipped, sample)
-    if not numeric.passed:
-        raise FgvcError(numeric.failure)
-    behavioural = compare_behaviour(serialised(proto), shipped, images)
-    if not behavioural.passed:
-        raise FgvcError(behavioural.failure)
-    contract = {
-        "fgvc": __version__,
-        "versions": versions(),
-        **recipe,
-        "exporter": exporter,
-        "interface": asdict(replace(interface, ir_version=proto.ir_version)),
-        "sha256": structural.sha256,
-        "reference": origin,
-        "weights": sorted(positions),
-        "proofs": _figures(numeric, behavioural, proto),
-        "ties_broken": list(ties),
-        "explain": exported.reason,
-        "against": hashlib.sha256(against.read_bytes()).hexdigest() if against else None,
-    }
-    warnings = (*(notes(proto, target) if target is not None else ()), *_tie_warnings(ties), *exported.warnings)
-    return ProvedExport(
-        model=serialised(proto), explain=exported.explain, contract=contract, numeric=numeric, structural=structural,
-        behavioural=behavioural, warnings=warnings,
-        plain=(Plain(proto, positions, interface.size), Plain(reference, positions, interface.size)),
-    )  # fmt: skip
+    def prove(self, net: nn.Module, images: Iterable[np.ndarray]) -> ProvedExport:
+        """Export the trained `net` (its replaced modules still in it) and prove it. `images`: batches (B,3,H,W) float32 of real
+        images, of which the first 256 images are used. Raises FgvcError at the first proof that fails, with all differences."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainBackbone:
+    """The contract of a run of `model.backbone`: what ships is timm's plain net of that name, freshly exported."""
+
+    backbone: str
+    num_classes: int
+    kwargs: Mapping[str, Any]
+    size: tuple[int, int]  # height, width of the images
+    export: Export
+    against: Path | None = None  # a deployed file, whose I/O names, axes, opset and exporter it has, and whose graph
+
+    def prove(self, net: nn.Module, images: Iterable[np.ndarray]) -> ProvedExport:
+        """Strip and fold the trained `net`, export it and prove it: see `Contract`."""
+        trained = copy.deepcopy(net).cpu().eval()
+        recipe: dict[str, Any] = {"backbone": self.backbone, "num_classes": self.num_classes, "kwargs": dict(self.kwargs)}
+        plain, exact = (strip(trained, **recipe, dtype=dtype) for dtype in (torch.float32, torch.float64))
+        sample, images = peek(images)
+        target, interface, exporter = _target(
+            plain, self.against, size=self.size, num_classes=self.num_classes, export=self.export
+        )
+        with ThreadPoolExecutor(1) as pool:  # the independent model is exported meanwhile, in its own process
+            future = pool.submit(cached_plain, **recipe, interface=interface, exporter=exporter)
+            exported = _export(plain, sample, interface=interface, exporter=exporter)
+            reference, positions, origin = future.result()
+        structural = compare_structure(exported.proto, reference, positions)
+        ties: tuple[str, ...] = ()
+        if not structural.passed:
+            against_plain = (structural, reference, positions)
+            plain, structural, ties = untie(plain, *against_plain, interface=interface, exporter=exporter)
+            exported = _export(plain, sample, interface=interface, exporter=exporter)
+        proto, shipped = exported.proto, exported.shipped
+        numeric = compare_numbers(trained.double(), deployed(exact), shipped, sample)
+        if not numeric.passed:
+            raise FgvcError(numeric.failure)
+        behavioural = compare_behaviour(serialised(proto), shipped, images)
+        if not behavioural.passed:
+            raise FgvcError(behavioural.failure)
+        contract = {
+            "fgvc": __version__,
+            "versions": versions(),
+            **recipe,
+            "exporter": exporter,
+            "interface": asdict(replace(interface, ir_version=proto.ir_version)),
+            "sha256": structural.sha256,
+            "reference": origin,
+            "weights": sorted(positions),
+            "proofs": _figures(numeric, behavioural, proto),
+            "ties_broken": list(ties),
+            "explain": exported.reason,
+            "against": hashlib.sha256(self.against.read_bytes()).hexdigest() if self.against else None,
+        }
+        warnings = (*(notes(proto, target) if target is not None else ()), *_tie_warnings(ties), *exported.warnings)
+        return ProvedExport(
+            model=serialised(proto), explain=exported.explain, contract=contract, numeric=numeric, structural=structural,
+            behavioural=behavioural, warnings=warnings,
+            plain=(Plain(proto, positions, interface.size), Plain(reference, positions, interface.size)),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,16 +246,6 @@ def _exporter_against(
         f"the export is no drop-in replacement of {where}; nearest with the {exporter} exporter of torch "
         f"{versions()['torch']}:\n  " + "\n  ".join(map(str, differences))
     )
-
-
-def _peek(images: Iterable[np.ndarray]) -> tuple[np.ndarray, Iterable[np.ndarray]]:
-    """Up to 8 images of the first batch that has any, and all batches."""
-    batches = iter(images)
-    first = next((batch for batch in batches if len(batch)), None)
-    if first is None:
-        raise FgvcError("no images to prove the export on: give it validation or training images")
-    first = np.ascontiguousarray(first, dtype=np.float32)
-    return first[:8], chain([first], batches)
 
 
 def _figures(numeric: Numeric, behavioural: Behavioural, proto: onnx.ModelProto) -> dict[str, Any]:

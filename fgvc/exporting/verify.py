@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise
+from fgvc.exporting.deployed import KIND, as_plain
 from fgvc.exporting.difference import Difference, compare_graphs, notes
+from fgvc.exporting.into import skeleton
 from fgvc.exporting.onnx import Interface, load_onnx
 from fgvc.exporting.proofs import compare_structure
 from fgvc.exporting.reference import Plain, independent_plain, versions
 from fgvc.exporting.variant import differences, structure
+from fgvc.models.onnxnet.net import open_onnx
 from fgvc.runtime.bundle import Bundle, load_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.stack import Agreement, agreement, stack_of
@@ -83,6 +87,8 @@ def verify_bundle(folder: Path) -> Verification:
     """
     bundle = load_bundle(folder)
     contract = bundle.contract
+    if contract.get("contract") == KIND:
+        return Verification(folder=folder, checks=tuple(_written_checks(bundle)))
     try:
         stored, then = str(contract["sha256"]), dict(contract["versions"])
         positions = frozenset(int(k) for k in contract["weights"])
@@ -121,6 +127,32 @@ def verify_bundle(folder: Path) -> Verification:
         if f"model.{variant}.onnx" in bundle.files:
             checks.append(_variant(bundle, variant, exported, reference if same_tool else None))
     return Verification(folder=folder, checks=tuple(checks))
+
+
+def _written_checks(bundle: Bundle) -> Iterator[Check]:
+    """Checks of a bundle that was written into a deployed file: all of its bytes but the listed payloads are the file's."""
+    contract = bundle.contract
+    try:
+        file, moved = contract["file"], [str(name) for name in contract["moved"]]
+        outside, parsed = str(file["outside_sha256"]), bool(contract["reencoded"])
+        whole, name, others = str(file["skeleton_sha256"]), str(file["name"]), len(contract["kept"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FgvcError(f"{bundle.folder / 'contract.json'}: not a contract of this version of fgvc ({error!r})") from error
+    yield Check(name="manifest", passed=True, detail=f"{len(bundle.files)} files are those that were exported")
+    Engine(bundle)
+    yield Check(name="loads", passed=True, detail="onnxruntime runs the model at the bundle's size, with its labels")
+    mine = skeleton(bundle.model, moved, parsed=parsed)
+    same = mine == outside and (parsed or skeleton(bundle.model) == whole)
+    what = "each message" if parsed else "every byte"
+    detail = f"{what} but the {len(moved)} payloads that moved is that of {name} ({outside[:16]}); {others} weights did not move"
+    if not same:
+        detail = f"{mine[:16]} without the {len(moved)} payloads that moved, {outside[:16]} in {name}: more than weights differ"
+    yield Check(name="written into", passed=same, detail=detail)
+    variants: tuple[Literal["int8", "fp16"], ...] = ("int8", "fp16")
+    for variant in variants:
+        if f"model.{variant}.onnx" in bundle.files:
+            net = open_onnx(bundle.model, bundle.preprocess.size, output=contract["output"]["name"])
+            yield _variant(bundle, variant, as_plain(bundle.model, net), None)
 
 
 def _variant(bundle: Bundle, variant: Literal["int8", "fp16"], exported: Plain, reference: Plain | None) -> Check:

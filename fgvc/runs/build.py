@@ -18,12 +18,15 @@ from fgvc.config.images import Preprocess
 from fgvc.config.models import Model, run_of
 from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import enabled_techniques
+from fgvc.data.deployed import refuse_unstated
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
 from fgvc.io.names import nearest
-from fgvc.models.backbone import freeze, head_prefixes, plain_model, refuse_size, refuse_unknown
+from fgvc.models.backbone import freeze, head_prefixes, refuse_size, refuse_unknown
 from fgvc.models.loss import make_criterion
+from fgvc.models.net import shipped_net
 from fgvc.models.norms import running_norms, zero_gamma
+from fgvc.models.onnxnet.net import OnnxNet
 from fgvc.models.probe import refuse_unprobed, zero_head
 from fgvc.models.weights import Weights, load_weights, preprocess_for, stated_keys, unlikely
 from fgvc.reparam.replace import Block, folded_state
@@ -40,7 +43,8 @@ def class_counts(index: ImageIndex) -> NDArray[np.int64]:
 
 def refuse_names(recipe: Recipe) -> None:
     """Raise FgvcError for names of backbones or of the optimizer that timm does not know."""
-    refuse_unknown(recipe.model.backbone, key="model.backbone")
+    if recipe.model.backbone is not None:
+        refuse_unknown(recipe.model.backbone, key="model.backbone")
     for kind, settings in enabled_techniques(recipe.techniques).items():
         for number, teacher in enumerate(getattr(settings, "teachers", ())):
             if (backbone := getattr(teacher, "backbone", None)) is not None:
@@ -77,7 +81,7 @@ def build_net(
     Raises FgvcError where the backbone can't take the image size, or a technique refuses the backbone.
     """
     size = recipe.image.size
-    net = plain_model(recipe.model.backbone, classes, recipe.model.kwargs)
+    net = shipped_net(recipe.model, classes, size)
     model = recipe.model if pretrained else recipe.model.model_copy(update={"weights": "none"})
     weights = load_weights(net, model, stated=stated_keys(recipe.deploy), plain=_folded_weights(Path(model.weights).expanduser()))
     if pretrained:
@@ -90,12 +94,13 @@ def build_net(
     loaded = {id(p) for name, p in net.named_parameters() if name not in weights.fresh and not name.startswith(fitted_head)}
     epochs = recipe.train.epochs
     for side in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
-        refuse_size(net, side, classes, recipe.model.backbone)
+        refuse_size(net, side, classes, recipe.model.name)
     if pretrained and model.head == "probe":
-        refuse_unprobed(net, size, f"model.head: {recipe.model.backbone}")
+        refuse_unprobed(net, size, f"model.head: {recipe.model.name}")
     preprocess = preprocess_for(recipe.deploy, size, weights)
     if pretrained:
-        weights = replace(weights, doubts=(*weights.doubts, *unlikely(preprocess, weights)))
+        doubts = check_file(net, recipe, preprocess) if isinstance(net, OnnxNet) else ()
+        weights = replace(weights, doubts=(*weights.doubts, *doubts, *unlikely(preprocess, weights)))
     step = StepModule(
         net,
         build(recipe.techniques),
@@ -107,6 +112,29 @@ def build_net(
         opener=None if opener is None else partial(opener, student=preprocess),
     )
     return BuiltNet(step, weights, preprocess, tuple(name for name, p in step.named_parameters() if id(p) in loaded))
+
+
+def check_file(net: OnnxNet, recipe: Recipe, spec: Preprocess) -> tuple[str, ...]:
+    """Doubts about how a deployed file's images are prepared. Raises FgvcError where the recipe leaves that open, normalises
+    bytes, or has a loss that does not fit the file's end."""
+    refuse_unstated(recipe)
+    raw = not any(spec.mean) and all(value == 1 for value in spec.std)
+    if net.dtype == "uint8" and not (raw and spec.input_range == 255):
+        raise FgvcError(
+            f"deploy: {recipe.model.onnx} takes bytes, and its graph does the rest: set input_range to 255, mean to [0, 0, 0] "
+            "and std to [1, 1, 1], or leave them out"
+        )
+    if net.ending == "sigmoid" and recipe.loss.kind != "bce":
+        raise FgvcError(
+            f"loss.kind: {recipe.loss.kind}: {recipe.model.onnx} ends with a sigmoid, which answers for each class by itself; "
+            "set it to bce"
+        )
+    if net.file.mean is not None and not raw:
+        return (
+            f"the graph of {recipe.model.onnx} normalises by itself ({', '.join(net.file.in_graph)}), and deploy.mean and "
+            "deploy.std come before that: right only if the deployed stack does both",
+        )
+    return ()
 
 
 def _frozen_modules(net: nn.Module, model: Model) -> list[nn.Module]:

@@ -33,7 +33,7 @@ from fgvc.io.files import (
 )
 from fgvc.io.names import refuse_breaking, some
 from fgvc.models.finite import not_finite
-from fgvc.runs import checkpoint
+from fgvc.runs import checkpoint, deployed
 from fgvc.runs.environment import environment
 from fgvc.runs.images import resumed_index
 from fgvc.runs.measured import remove_measured, sweep_run
@@ -132,7 +132,7 @@ def _refuse_foreign_folder(out: Path) -> None:
 def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = None) -> RunStatus:
     """Whether the run in `out` goes on or is finished. Raises FgvcError where it can't go on with this recipe."""
     old = read_run(out)
-    recipe = with_recorded_select(recipe, old)
+    recipe = resumed_recipe(recipe, old)
     changed = differences(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
     refused = {key: pair for key, pair in changed.items() if not key.startswith(MAY_CHANGE)}
     if refused:
@@ -157,8 +157,10 @@ def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = Non
     return "on"
 
 
-def with_recorded_select(recipe: Recipe, recorded: Recipe) -> Recipe:
-    """The recipe with the selection that the run resolved when it began."""
+def resumed_recipe(recipe: Recipe, recorded: Recipe) -> Recipe:
+    """The recipe of a run that goes on, with what the run resolved when it began: its selection, and its deployed file. Raises
+    FgvcError where it names another file."""
+    recipe = deployed.with_recorded_file(recipe, recorded)
     return recipe.model_copy(update={"select": recipe.select or recorded.select})
 
 
@@ -182,15 +184,19 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any], images: Recor
 
     `facts`: file name -> what JSON is to hold; `refuse_changed` compares them when the run goes on.
     """
+    deployed.refuse_inside(out, recipe)
     with writing(out):
         make_folder(out)
         remove(old_checkpoints := out / ".gone-ckpt")
         if os.path.lexists(out / "ckpt"):  # before the new settings are there, which are not those of its weights
             rename(out / "ckpt", old_checkpoints)
-        write_atomic(out / "config.yaml", dump(recipe))  # the mark of a run
+        write_atomic(out / "config.yaml", dump(deployed.as_kept(recipe)))  # the mark of a run
         sweep_run(out)
-        for name in (old_checkpoints.name, NAME, INTERPOLATION, "masks", "plots", "events.jsonl", "metrics.csv"):
+        old = (NAME, INTERPOLATION, deployed.FOLDER, deployed.RECORD, "masks", "plots", "events.jsonl", "metrics.csv")
+        for name in (old_checkpoints.name, *old):
             remove(out / name)
+        if recipe.model.onnx is not None:
+            deployed.keep_file(out, recipe.model.onnx, images.index.classes)
         remove_measured(out)
         for folder in ("ckpt", "plots"):
             make_folder(out / folder)
@@ -248,16 +254,16 @@ def continue_run(out: Path, recipe: Recipe, index: ImageIndex) -> None:
     remove_measured(out)
     if not (out / NAME).is_file():
         write_atomic(out / NAME, Record.of(index).dump())
-    write_atomic(out / "config.yaml", dump(recipe))
+    write_atomic(out / "config.yaml", dump(deployed.as_kept(recipe)))
 
 
 def update_settings(out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
     """Write a finished run's settings that may change, such as where its images lie now; what was measured stays. Raises
     FgvcError where they are other images."""
-    recipe = with_recorded_select(recipe, read_run(out))
+    recipe = resumed_recipe(recipe, read_run(out))
     if recipe != read_run(out):
         resumed_index(out, recipe, recorded=recorded)
-        write_atomic(out / "config.yaml", dump(recipe))
+        write_atomic(out / "config.yaml", dump(deployed.as_kept(recipe)))
 
 
 def logged_finished(out: Path) -> bool:
@@ -275,7 +281,14 @@ def read_run(out: Path) -> Recipe:
     config = out / "config.yaml"
     if not config.is_file():
         raise FgvcError(f"{out}: not a run of fgvc (no config.yaml)")
-    return load(Recipe, config)
+    return deployed.from_kept(load(Recipe, config), out)
+
+
+def recorded_file(out: Path, recipe: Recipe) -> Path | None:
+    """The run's own copy of its deployed file; None without one. Raises FgvcError where it is not what the run began with."""
+    if recipe.model.onnx is not None:
+        deployed.refuse_damaged(out, recipe.model.onnx, _read_json(out, deployed.RECORD))
+    return recipe.model.onnx
 
 
 def required_start(out: Path, recipe: Recipe) -> checkpoint.State | None:

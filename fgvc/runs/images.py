@@ -17,7 +17,7 @@ from fgvc.config.data import SPLITS, Split
 from fgvc.config.loading import load
 from fgvc.config.recipe import Recipe
 from fgvc.data.index import ImageIndex
-from fgvc.data.labels import first_classes, reordered
+from fgvc.data.labels import as_in_file, file_labels, first_classes, reordered
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
 from fgvc.io.names import some, sort_order_remark
@@ -27,9 +27,12 @@ from fgvc.runs.record import NAME, Record, changes
 
 
 def read_index(recipe: Recipe) -> ImageIndex:
-    """Read the labelled images of a recipe, in the deployed stack's label order. Raises FgvcError for fewer than two classes."""
+    """Read the labelled images of a recipe, in the deployed stack's label order, with all classes of a deployed file. Raises
+    FgvcError for fewer than two classes."""
     index = read_source(recipe.data)
-    if recipe.deploy.labels is not None:
+    if recipe.model.onnx is not None:
+        index = as_in_file(index, file_labels(recipe.model.onnx, recipe.deploy.labels))
+    elif recipe.deploy.labels is not None:
         index = reordered(index, recipe.deploy.labels)
     elif recipe.data.classes is None and (remark := sort_order_remark(index.classes)):
         recognised = f"{index.recognised}; {remark}; deploy.labels states the deployed stack's order"

@@ -23,7 +23,14 @@ from fgvc.io.files import Content
 from fgvc.models.backbone import memory_format
 from fgvc.runs.build import build_net
 from fgvc.runs.distributed import runtime
-from fgvc.runs.folder import TrainedWeights, read_run, recorded_classes, recorded_preprocess, selected_weights
+from fgvc.runs.folder import (
+    TrainedWeights,
+    read_run,
+    recorded_classes,
+    recorded_file,
+    recorded_preprocess,
+    selected_weights,
+)
 from fgvc.runs.images import RunImages, recorded_images
 from fgvc.runs.measured import read_measured, store_measured
 from fgvc.runs.step import StepModule
@@ -167,6 +174,7 @@ def load_run(
     recipe = read_run(folder)
     classes, preprocess = recorded_classes(folder), recorded_preprocess(folder)
     select = recipe.end if select == "end" else select or recipe.selected
+    recorded_file(folder, recipe)
     weights = selected_weights(folder, recipe, select)
     step = _load_step(folder, recipe, len(classes), weights, branches=branches)
     if max_pixels is not None:

@@ -28,7 +28,8 @@ OPTIONAL = ("explain.onnx", "calibration.json", "model.int8.onnx", "model.fp16.o
 Variant = Literal["float", "int8", "fp16"]
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no separator, no leading dot: neither `..` nor an absolute path
-EXTERNAL = b"\n\x08location\x12"  # marks an ONNX tensor whose data lie in another file (StringStringEntryProto)
+# Of an ONNX tensor whose data lie in another file: the length of that file's name follows, and the name.
+EXTERNAL = re.compile(rb"\n\x08location\x12(.)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,16 +61,24 @@ class Bundle:
 
 
 def write_bundle(
-    folder: Path, *, files: Mapping[str, bytes | BaseModel | Mapping[str, Any] | list[Any]], overwrite: bool = False
+    folder: Path,
+    *,
+    files: Mapping[str, bytes | BaseModel | Mapping[str, Any] | list[Any]],
+    data: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write all files and their manifest, or nothing: the folder appears by one rename, when all is on the disk.
 
-    What is not bytes is written as JSON. Raises FgvcError where `folder` holds something else than a bundle, or a
-    bundle and `overwrite` is not given.
+    What is not bytes is written as JSON. `data`: files with weights of the model, by the names that it has for them. Raises
+    FgvcError where `folder` holds something else than a bundle, or a bundle and `overwrite` is not given.
     """
     contents = {name: _encode(name, value) for name, value in files.items()}
     if wrong := [name for name in contents if name not in REQUIRED + OPTIONAL]:
         raise FgvcError(f"a bundle has no file {wrong[0]!r}; it holds {', '.join(REQUIRED + OPTIONAL)}")
+    for name, content in (data or {}).items():
+        if not NAME.fullmatch(name) or name.casefold() in {other.casefold() for other in (MANIFEST, *REQUIRED, *OPTIONAL)}:
+            raise FgvcError(f"the model keeps weights in a file {name!r}, a name that a bundle can't have for that: rename it")
+        contents[name] = content
     if missing := [name for name in REQUIRED if name not in contents]:
         raise FgvcError(f"a bundle needs {missing[0]}")
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
@@ -105,10 +114,18 @@ def refuse_target(folder: Path, *, overwrite: bool) -> None:
     entries = {entry.name for entry in folder.iterdir()}
     if not entries:
         return
-    if MANIFEST not in entries or not entries <= {MANIFEST, *REQUIRED, *OPTIONAL}:
+    if MANIFEST not in entries or not entries <= {MANIFEST, *REQUIRED, *OPTIONAL, *_listed(folder)}:
         raise FgvcError(f"{folder}: holds something else than a bundle; name another place")
     if not overwrite:
         raise FgvcError(f"{folder}: holds a bundle already; name another place, or give --overwrite")
+
+
+def _listed(folder: Path) -> set[str]:
+    """The names in a bundle's manifest; none where it can't be read."""
+    try:
+        return set(_read_manifest(folder))
+    except FgvcError:
+        return set()
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -131,8 +148,9 @@ def load_bundle(folder: Path) -> Bundle:
         content = _read(folder / name)
         if hashlib.sha256(content).hexdigest() != expected:
             raise FgvcError(f"{folder / name}: is not the file that was exported (its SHA-256 is another)")
-        if name.endswith(".onnx") and EXTERNAL in content:
-            raise FgvcError(f"{folder / name}: keeps weights in another file, which a bundle never does")
+        outside = _external_names(content) if name.endswith(".onnx") else set()
+        if wrong := sorted(outside - set(hashes)) or sorted(outside.intersection((*REQUIRED, *OPTIONAL))):
+            raise FgvcError(f"{folder / name}: keeps weights in another file, {wrong[0]!r}, which is none of this bundle's")
     labels = read_json(folder / "labels.json", list)
     contract = read_json(folder / "contract.json", dict)
     if not labels or not all(isinstance(label, str) for label in labels):
@@ -149,6 +167,11 @@ def load_bundle(folder: Path) -> Bundle:
         files=hashes,
         calibration=_calibration(folder) if "calibration.json" in hashes else None,
     )
+
+
+def _external_names(content: bytes) -> set[str]:
+    """The names of the files in which an ONNX model keeps weights; of 127 bytes at most, as longer ones are none of a bundle."""
+    return {content[at.end() : at.end() + at[1][0]].decode(errors="replace") for at in EXTERNAL.finditer(content)}
 
 
 def _calibration(folder: Path) -> Calibration:
@@ -206,7 +229,7 @@ def read_preprocess(path: Path) -> Preprocess:
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
-    """Read class names in the order of the outputs: a JSON list, or a text file with one a line."""
+    """Read class names in the order of the outputs: a JSON list, or a text file with one a line, its number before it or not."""
     if path.suffix == ".json":
         names = read_json(path, list)
     else:
@@ -214,13 +237,22 @@ def read_labels(path: Path) -> tuple[str, ...]:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise FgvcError(f"{path}: can't read the labels: {error}") from error
-        names = [line.strip() for line in text.splitlines() if line.strip()]
+        names = _without_numbers([line.strip() for line in text.splitlines() if line.strip()])
     if not names or not all(isinstance(name, str) for name in names):
         raise FgvcError(f"{path}: expected the names of the classes")
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise FgvcError(f"{path}: expected the names of the classes, each once; given twice: {', '.join(duplicates[:5])}")
     refuse_breaking(names, where=path)
     return tuple(names)
+
+
+def _without_numbers(lines: list[str]) -> list[str]:
+    """Names of lines that are numbered from 0 or 1 on, as in CUB's classes.txt; else the lines."""
+    words = [line.split(maxsplit=1) for line in lines]
+    for first in (0, 1):
+        if len(words) > 1 and all(len(pair) == 2 and pair[0] == str(at) for at, pair in enumerate(words, first)):
+            return [name for _, name in words]
+    return lines
 
 
 def read_json(path: Path, kind: type) -> Any:

@@ -19,9 +19,10 @@ from fgvc.config.images import Deploy, Preprocess
 from fgvc.config.models import Model, run_of
 from fgvc.errors import FgvcError
 from fgvc.evaluation.features import Embed, make_embedder, pooled
-from fgvc.models.backbone import plain_model, pretrained_cfg
+from fgvc.models.backbone import pretrained_cfg
+from fgvc.models.net import shipped_net
 from fgvc.models.weights import load_weights, preprocess_for, read_sidecar, stated_keys, unlikely
-from fgvc.reparam.plain import strip
+from fgvc.reparam.plain import strip_to
 from fgvc.runs.folder import is_run
 from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import MANIFEST
@@ -94,14 +95,14 @@ def open_candidate(text: str, *, deploy: Deploy, size: tuple[int, int] | None) -
 def from_weights(model: Model, deploy: Deploy, size: tuple[int, int] | None) -> Candidate:
     """Load a timm net with weights. `size`: height and width; default: that of timm's weights."""
     if model.weights == "none":
-        raise FgvcError(f"{model.backbone}: features of random weights say nothing of a set; name weights")
-    net = plain_model(model.backbone, 2, model.kwargs).eval()
+        raise FgvcError(f"{model.name}: features of random weights say nothing of a set; name weights")
+    net = shipped_net(model, None, size).eval()
     weights = load_weights(net, model, stated=stated_keys(deploy))
     spec = preprocess_for(deploy, size or pretrained_cfg(net)["input_size"][1:], weights)
     return Candidate(
         name=_name(model),
         spec=spec,
-        fixed=False,
+        fixed=model.onnx is not None,
         parameters=_count_parameters(net),
         model=model,
         net=net,
@@ -112,10 +113,10 @@ def from_weights(model: Model, deploy: Deploy, size: tuple[int, int] | None) -> 
 
 def _name(model: Model) -> str:
     """Name to display: of the net, and of the file where that has another."""
-    if model.weights in ("hub", "packaged"):
-        return model.backbone
+    if model.weights in ("hub", "packaged", "deployed"):
+        return model.name
     stem = Path(model.weights).name.removesuffix(".safetensors").removesuffix(".pth")
-    return stem if stem.startswith(model.backbone) else f"{model.backbone} ({stem})"
+    return stem if stem.startswith(model.name) else f"{model.name} ({stem})"
 
 
 def _model(text: str, path: Path) -> Model:
@@ -153,16 +154,17 @@ def _backbone_of_file_name(text: str, file: Path) -> str:
 def _from_run(path: Path, size: tuple[int, int] | None) -> Candidate:
     run = load_run(path)
     model = run.recipe.model
-    net = strip(run.step.net, backbone=model.backbone, num_classes=len(run.classes), kwargs=model.kwargs)
+    net = strip_to(shipped_net(model, len(run.classes), run.recipe.image.size), run.step.net)
     place = path / "ckpt" / ("best" if run.select == "best" else "last")
     averaged = run.select in ("ema", "swa") or (run.select == "best" and (place / "ema.safetensors").is_file())
     return Candidate(
         name=str(path),
-        spec=run.preprocess if size is None else run.preprocess.model_copy(update={"size": size}),
-        fixed=False,
+        spec=run.preprocess if size is None or model.onnx is not None else run.preprocess.model_copy(update={"size": size}),
+        fixed=model.onnx is not None,
         parameters=_count_parameters(net),
         model=Model(
-            backbone=model.backbone, kwargs=model.kwargs, weights=str(place / f"{'ema' if averaged else 'net'}.safetensors")
+            backbone=model.backbone, onnx=model.onnx, output=model.output, kwargs=model.kwargs,
+            weights=str(place / f"{'ema' if averaged else 'net'}.safetensors"),
         ),
         net=net,
         run=path,

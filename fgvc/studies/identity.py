@@ -13,6 +13,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
 from fgvc.runs.checkpoint import read_progress, slot
+from fgvc.runs.deployed import as_kept, record_of
 from fgvc.runs.folder import read_run
 from fgvc.runs.images import read_index
 from fgvc.runtime.bundle import load_bundle
@@ -31,7 +32,7 @@ def result_settings(recipe: Recipe) -> dict[str, Any]:
     }
     if recipe.select != "best":  # which may choose among the epochs that validate
         unimportant["train"].add("validate_every")
-    return recipe.model_dump(mode="json", exclude=unimportant)
+    return as_kept(recipe).model_dump(mode="json", exclude=unimportant)
 
 
 def digest(recipe: Recipe) -> str:
@@ -43,6 +44,10 @@ def digest(recipe: Recipe) -> str:
     tree["data"] = data_digest(recipe)
     tree["deploy"]["labels"] = None  # the order of the classes is in the data
     tree["model"]["weights"] = _weights(recipe.model.weights)
+    if recipe.model.onnx is None:  # as digests were before there were files
+        del tree["model"]["onnx"], tree["model"]["output"]
+    else:
+        tree["model"]["onnx"] = record_of(recipe.model.onnx)
     for kind, config in recipe.techniques:
         if teachers := getattr(config, "teachers", ()):
             tree["techniques"][kind]["teachers"] = [_teacher(teacher) for teacher in teachers]
@@ -54,7 +59,7 @@ _data_digests: dict[Any, str] = {}  # data stay as they are while a study goes o
 
 def data_digest(recipe: Recipe) -> str:
     """Digest of the images of a recipe, as they are listed now."""
-    data = recipe.data, recipe.deploy.labels
+    data = recipe.data, recipe.deploy.labels, recipe.model.onnx
     if data not in _data_digests:
         _data_digests[data] = index_digest(read_index(recipe))
     return _data_digests[data]
@@ -82,7 +87,7 @@ def _teacher(settings: AnyTeacher) -> dict[str, Any]:
             if not read_progress(run / "ckpt").finished:
                 raise FgvcError(f"{run}: this teacher's training is not finished; let it end first")
             place = run / "ckpt" / slot(settings.select or recipe.selected)
-            facts["net"] = [recipe.model.backbone, recipe.model.kwargs]
+            facts["net"] = [recipe.model.name, recipe.model.kwargs]
             facts["files"] = _files_digest([run / "labels.json", run / "preprocess.json", *place.glob("*.safetensors")])
         case BundleTeacher(path=folder):
             files = load_bundle(folder).files  # without how it was proved, which may be fresh or by a kept graph

@@ -14,6 +14,7 @@ from fgvc.config.loading import differences
 from fgvc.errors import FgvcError
 from fgvc.evaluation.evaluate import evaluate
 from fgvc.evaluation.localize import localize
+from fgvc.exporting.into import skeleton
 from fgvc.exporting.onnx import Interface, export_onnx
 from fgvc.exporting.proofs import Structural, compare_structure
 from fgvc.exporting.prove import untie
@@ -151,6 +152,10 @@ def graph_of(run: LoadedRun) -> Structural:
     """Compare the run's graph with the independent plain model's: the second of the export's three proofs. The other two
     are `fgvc export`'s, of the weights that are to ship."""
     recipe, classes = run.recipe, len(run.classes)
+    if recipe.model.onnx is not None:  # what ships is that file
+        graph = skeleton(recipe.model.onnx)
+        return Structural(sha256=graph, reference_sha256=graph)
+    assert recipe.model.backbone is not None
     backbone, kwargs, exporter = recipe.model.backbone, recipe.model.kwargs, recipe.export.exporter
     plain = strip(run.step.net.cpu(), backbone=backbone, num_classes=classes, kwargs=kwargs)
     interface = Interface(size=recipe.image.size, opset=recipe.export.opset)

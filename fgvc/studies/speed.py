@@ -28,9 +28,10 @@ from fgvc.config.techniques import settings_by_kind
 from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import export_onnx
 from fgvc.exporting.proofs import MAX_IMAGES
-from fgvc.exporting.prove import prove
+from fgvc.exporting.prove import PlainBackbone
 from fgvc.models.backbone import deployed, memory_format, plain_model
 from fgvc.models.class_maps import ClassMapper, Method, refusal
+from fgvc.models.net import shipped_net
 from fgvc.models.weights import load_weights
 from fgvc.runs.build import build_net
 from fgvc.runs.distributed import runtime
@@ -168,21 +169,19 @@ def bench_export(recipe: Recipe, *, pairs: int = 3) -> Ratio:
     """Time the export with all proofs, on up to 256 images of noise, over torch's bare export of the same net."""
     torch.manual_seed(recipe.train.seed)
     index = read_index(recipe)
+    if recipe.model.backbone is None:
+        raise FgvcError("bench export compares with torch's own export, and a deployed file is not exported: give model.backbone")
     net = build_net(recipe, len(index.classes), pretrained=False).step.net.eval()
     bare = deployed(plain_model(recipe.model.backbone, len(index.classes), recipe.model.kwargs))
     images = [torch.randn(32, 3, *recipe.image.size).numpy() for _ in range(MAX_IMAGES // 32)]
     settings = recipe.export
+    contract = PlainBackbone(
+        backbone=recipe.model.backbone, num_classes=len(index.classes), kwargs=recipe.model.kwargs, size=recipe.image.size,
+        export=settings,
+    )  # fmt: skip
 
     def proven_export() -> None:
-        prove(
-            net,
-            images,
-            backbone=recipe.model.backbone,
-            num_classes=len(index.classes),
-            kwargs=recipe.model.kwargs,
-            size=recipe.image.size,
-            export=settings,
-        )
+        contract.prove(net, images)
 
     def bare_export() -> None:
         export_onnx(bare, size=recipe.image.size, exporter=settings.exporter, opset=settings.opset)
@@ -254,7 +253,7 @@ def _bare_step(session: Session, x: torch.Tensor, labels: torch.Tensor) -> Calla
     if recipe.optim.sam is not None or recipe.loss.kind != "cross_entropy":
         raise FgvcError("bench: the bare step knows neither SAM nor other losses than cross-entropy")
     torch.manual_seed(recipe.train.seed)
-    net = plain_model(recipe.model.backbone, len(session.index.classes), recipe.model.kwargs)
+    net = shipped_net(recipe.model, len(session.index.classes), recipe.image.size)
     load_weights(net, recipe.model)
     net = net.to(device).to(memory_format=memory_format(net)).train()
     optimizer = create_optimizer_v2(
@@ -293,4 +292,4 @@ def _binomial(count: int, k: int) -> float:
 
 
 def _about(recipe: Recipe) -> str:
-    return f"{recipe.model.backbone}, {recipe.image.size[0]} px, batch {recipe.train.batch_size}"
+    return f"{recipe.model.name}, {recipe.image.size[0]} px, batch {recipe.train.batch_size}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def make_variants(
     if not files:
         return []
     split: Split = "val" if len(run.index.rows("val")) else "train"
-    float_answers = _answers(run, proven.model, fitting_sample(run.rows(split), len(run.classes)))
+    float_answers = _answers(run, proven.source, fitting_sample(run.rows(split), len(run.classes)))
     return [_judge(run, file, float_answers, split, _limits(limits, wanted.agreement), calibration) for file, limits in files]
 
 
@@ -159,5 +160,5 @@ def _calibration(run: LoadedRun, count: int) -> Iterator[np.ndarray]:
         yield batch.images.numpy()
 
 
-def _answers(run: LoadedRun, model: bytes, rows: NDArray[np.int64]) -> Answers:
+def _answers(run: LoadedRun, model: bytes | Path, rows: NDArray[np.int64]) -> Answers:
     return onnx_answers(Session(model), run.index, rows, spec=run.preprocess, workers=run.recipe.train.workers)

@@ -20,17 +20,18 @@ from fgvc.config.training import Log
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation import metrics
-from fgvc.io.files import as_json, fill, making, refuse_place
+from fgvc.io.files import as_json, fill, make_folder, making, refuse_place
 from fgvc.models.backbone import head_prefixes
 from fgvc.runs import checkpoint
 from fgvc.runs.checkpoint import State
+from fgvc.runs.deployed import FOLDER, RECORD
 from fgvc.runs.folder import INTERPOLATION, selected_weights
 from fgvc.runs.loaded import LoadedRun
 from fgvc.runs.record import NAME
 from fgvc.training.log import Events
 
 SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(11))
-COPIED_FILES = ("config.yaml", "labels.json", "preprocess.json", "env.json", "metrics.csv", "events.jsonl", NAME)
+COPIED_FILES = ("config.yaml", "labels.json", "preprocess.json", "env.json", "metrics.csv", "events.jsonl", NAME, RECORD)
 SESSION_KEYS = ("optimizer", "scaler", "rng", "answers")  # of a checkpoint: what training goes on with, and its net's predictions
 
 
@@ -167,6 +168,10 @@ def _write(interpolation: Interpolation, start: State, end: State, net: dict[str
     with making(interpolation.out) as scratch:
         for file in [interpolation.run / name for name in COPIED_FILES if (interpolation.run / name).is_file()]:
             fill(scratch / file.name, file.read_bytes())
+        if (kept := interpolation.run / FOLDER).is_dir():
+            make_folder(scratch / FOLDER)
+            for file in kept.iterdir():
+                fill(scratch / FOLDER / file.name, file.read_bytes())
         fill(scratch / INTERPOLATION, as_json(record))
         events = Events(scratch, log)
         events.write("interpolated", run=record["run"], share=interpolation.share)

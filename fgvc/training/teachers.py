@@ -17,9 +17,10 @@ from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
 from fgvc.io.names import some
 from fgvc.models.backbone import deployed, feature_map, memory_format, plain_model, refuse_size, zeros_through
+from fgvc.models.net import shipped_net
 from fgvc.models.probe import linear_head, refuse_unprobed, zero_head
 from fgvc.models.weights import Weights, load_weights, unlikely
-from fgvc.reparam.plain import strip
+from fgvc.reparam.plain import strip_to
 from fgvc.runs.checkpoint import read_progress
 from fgvc.runs.images import held_out_overlap
 from fgvc.runs.loaded import load_run
@@ -111,7 +112,7 @@ class TeacherLoader:
         if missing := [name for name in loaded.weights.fresh if name in rest]:
             raise FgvcError(f"{loaded.weights.origin}: lacks what comes before the last layer: {some(missing)}")
         zero_head(loaded.net)  # that of the weights is of other classes, or random
-        origin = digest(loaded.net, loaded.model.backbone, loaded.model.kwargs, loaded.spec.model_dump())
+        origin = digest(loaded.net, loaded.model.name, loaded.model.kwargs, loaded.spec.model_dump())
         name = f"{settings.backbone} of {loaded.weights.origin}, frozen, its head fitted"
         return self._from_timm(loaded, student, name=name, origin=origin)
 
@@ -155,14 +156,14 @@ class TeacherLoader:
         if self.index is not None and (overlap := held_out_overlap(settings.path, self.index)):
             warnings.append(f"WARNING: it was trained on {overlap} of the images that this run validates or tests on")
         # As it would ship: re-parameterised blocks are folded, and cost nothing.
-        net = strip(run.step.net, backbone=recipe.model.backbone, num_classes=len(labels), kwargs=recipe.model.kwargs)
+        net = strip_to(shipped_net(recipe.model, len(labels), recipe.image.size), run.step.net)
         return self._from_net(
             net,
             recipe.model,
             student,
             run.preprocess,
             order,
-            name=f"{settings.path} ({recipe.model.backbone}, {run.select})",
+            name=f"{settings.path} ({recipe.model.name}, {run.select})",
             notes=tuple(warnings),
         )
 
@@ -181,7 +182,7 @@ class TeacherLoader:
         """Make the teacher of a net. `origin`: of a net whose head is still to be fitted, its digest before that."""
         net = deployed(net).requires_grad_(False)
         channels = _channels(net, spec.size)  # and that the net takes the size
-        identity = partial(digest, net, model.backbone, model.kwargs, spec.model_dump(), order)
+        identity = partial(digest, net, model.name, model.kwargs, spec.model_dump(), order)
         layout = memory_format(net)
         net.to(self.device).to(memory_format=layout)
 

@@ -27,6 +27,7 @@ from fgvc.io.files import write_atomic
 from fgvc.io.names import some
 from fgvc.models.finite import not_finite, suspicious
 from fgvc.runs import checkpoint
+from fgvc.runs.deployed import RECORD, record_of
 from fgvc.runs.distributed import runtime
 from fgvc.runs.folder import (
     RunStatus,
@@ -40,9 +41,9 @@ from fgvc.runs.folder import (
     recorded_preprocess,
     refuse_changed,
     required_start,
+    resumed_recipe,
     start_run,
     update_settings,
-    with_recorded_select,
 )
 from fgvc.runs.images import resumed_index
 from fgvc.runs.record import Record
@@ -97,7 +98,7 @@ def _train(recipe: Recipe, out: Path, *, resume: str, overwrite: bool, recorded:
             return
         resumed: dict[str, Any] = {}
         if status == "on":
-            recipe = with_recorded_select(recipe, read_run(out))
+            recipe = resumed_recipe(recipe, read_run(out))
             recipe = recipe.model_copy(update={"select": recipe.selected})  # an earlier fgvc chose by the recipe alone
             index = resumed_index(out, recipe, recorded=recorded)
             resumed = {"index": index, "preprocess": recorded_preprocess(out), "start_state": required_start(out, recipe)}
@@ -122,10 +123,12 @@ def _say_finished(recipe: Recipe, out: Path, events: Events) -> None:
 def _begin_or_resume(session: Session, out: Path, events: Events, *, goes_on: bool) -> None:
     """Begin or resume a run: the folder is changed only now, when all is built and nothing more can be refused."""
     process = session.runtime
-    facts = {
+    facts: dict[str, Any] = {
         "labels.json": list(session.index.classes),
         "preprocess.json": session.preprocess.model_dump(mode="json"),
     }
+    if (onnx := session.recipe.model.onnx) is not None:
+        facts[RECORD] = record_of(onnx)
     if not goes_on:
         process.first(lambda: start_run(out, session.recipe, facts, Record.of(session.index)))
         return
@@ -328,7 +331,7 @@ def _describe(session: Session, events: Events) -> None:
     counts = ", ".join(f"{len(index.rows(split))} {split}" for split in ("train", "val", "test"))
     lines = [
         f"data: {index.recognised} ({counts} images, {len(index.classes)} classes)",
-        f"model: {recipe.model.backbone}, weights {session.weights.origin}, input {session.preprocess.size}, "
+        f"model: {recipe.model.name}, weights {session.weights.origin}, input {session.preprocess.size}, "
         f"mean {session.preprocess.mean}, std {session.preprocess.std}",
         f"training: {session.total_steps} steps of {session.batch} images on {session.runtime.device}, "
         f"{session.runtime.world} process(es), {recipe.train.precision}; ships: {recipe.selected}",

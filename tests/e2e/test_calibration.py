@@ -19,7 +19,7 @@ from PIL import Image
 from fgvc import api
 from fgvc.cli import show
 from fgvc.evaluation.calibration import calibrate
-from fgvc.exporting.prove import ProvedExport
+from fgvc.exporting.prove import PlainBackbone, ProvedExport
 from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.predict import predict_files
@@ -128,7 +128,7 @@ def test_no_calibration_of_what_is_no_number_or_no_image(
     last.CopyFrom(numpy_helper.from_array(np.full(3, np.nan, np.float32), last.name))
     proven = replace(exported.proven, model=sick.SerializeToString())
     with monkeypatch.context() as patch:
-        patch.setattr(api, "prove", lambda *args, **kwargs: proven)
+        patch.setattr(PlainBackbone, "prove", lambda *_: proven)
         with pytest.raises(api.FgvcError, match="run: gives logits that are no numbers"):
             api.export(run, tmp_path / "b")
     assert not (tmp_path / "b").exists()
@@ -137,7 +137,7 @@ def test_no_calibration_of_what_is_no_number_or_no_image(
     shutil.copytree(run, bare, symlinks=True)
     (bare / "calibration.json").unlink()
 
-    def prove(net: object, images: Iterable[np.ndarray], **_: object) -> ProvedExport:
+    def prove(contract: PlainBackbone, net: object, images: Iterable[np.ndarray]) -> ProvedExport:
         seen.extend(images)
         return exported.proven
 
@@ -145,7 +145,7 @@ def test_no_calibration_of_what_is_no_number_or_no_image(
     try:
         for path in stored:
             path.write_bytes(b"no picture".ljust(path.stat().st_size))  # of another size it would be refused
-        monkeypatch.setattr(api, "prove", prove)
+        monkeypatch.setattr(PlainBackbone, "prove", prove)
         done = api.export(bare, tmp_path / "c")
         known = api.export(run, tmp_path / "d")
         with pytest.raises(api.FgvcError, match="none of the 72 images"):

@@ -16,7 +16,7 @@ import torch
 
 from fgvc.config.exporting import Export
 from fgvc.errors import FgvcError
-from fgvc.exporting.prove import prove
+from fgvc.exporting.prove import PlainBackbone
 from fgvc.models.backbone import plain_model
 from fgvc.runs.step import StepModule
 from fgvc.techniques.acb.settings import AcbSettings
@@ -73,15 +73,10 @@ def test_the_contract_holds(backbone: str, exporter: str) -> None:
     net, grafted = trained(backbone, kwargs)
     images = np.random.default_rng(0).normal(size=(16, 3, *SIZE)).astype(np.float32)
     started = time.monotonic()
-    proven = prove(
-        net,
-        [images],
-        backbone=backbone,
-        num_classes=CLASSES,
-        kwargs=kwargs,
-        size=SIZE,
-        export=Export(exporter=exporter),
+    contract = PlainBackbone(
+        backbone=backbone, num_classes=CLASSES, kwargs=kwargs, size=SIZE, export=Export(exporter=exporter)
     )
+    proven = contract.prove(net, [images])
     seconds = time.monotonic() - started
     assert proven.numeric.passed
     assert proven.structural.passed

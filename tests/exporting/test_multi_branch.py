@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fgvc.config.exporting import Export
-from fgvc.exporting.prove import prove
+from fgvc.exporting.prove import PlainBackbone
 from fgvc.exporting.reference import randomise
 from fgvc.models.backbone import deployed, plain_model
 from fgvc.models.norms import reestimate_norms
@@ -43,7 +43,7 @@ def test_trained_with_branches_and_shipped_without(backbone: str) -> None:
 
     images = np.random.default_rng(0).normal(size=(16, 3, *SIZE)).astype(np.float32)
     recipe = {"backbone": backbone, "num_classes": CLASSES, "kwargs": {}}
-    proven = prove(step.net, [images], **recipe, size=SIZE, export=Export())
+    proven = PlainBackbone(**recipe, size=SIZE, export=Export()).prove(step.net, [images])
     assert proven.numeric.passed
     assert proven.structural.passed
     assert proven.behavioural.passed

@@ -16,7 +16,7 @@ from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import Interface, export_onnx, serialised
 from fgvc.exporting.proofs import compare_behaviour, compare_numbers, compare_structure
-from fgvc.exporting.prove import ProvedExport, prove
+from fgvc.exporting.prove import PlainBackbone, ProvedExport
 from fgvc.exporting.reference import independent_plain, randomise
 from fgvc.exporting.ties import degenerate, nudged
 from fgvc.exporting.verify import verify_bundle, verify_files
@@ -47,12 +47,12 @@ def trained(branches: int = 0) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def by_dynamo() -> ProvedExport:
-    return prove(trained(branches=2), iter(BATCHES), **RECIPE, size=SIZE, export=Export())
+    return PlainBackbone(**RECIPE, size=SIZE, export=Export()).prove(trained(branches=2), iter(BATCHES))
 
 
 @pytest.fixture(scope="module")
 def by_script() -> ProvedExport:
-    return prove(trained(branches=2), iter(BATCHES), **RECIPE, size=SIZE, export=Export(exporter="torchscript"))
+    return PlainBackbone(**RECIPE, size=SIZE, export=Export(exporter="torchscript")).prove(trained(branches=2), iter(BATCHES))
 
 
 @pytest.fixture(params=["by_dynamo", "by_script"])
@@ -210,7 +210,7 @@ def test_dead_channels_change_the_graph_and_are_told_apart(exporter: Any, refere
 def test_a_net_with_dead_channels_is_exported_and_its_contract_says_so() -> None:
     net = trained()
     deaden(net)
-    done = prove(net, BATCHES, **RECIPE, size=SIZE, export=Export(exporter="torchscript"))
+    done = PlainBackbone(**RECIPE, size=SIZE, export=Export(exporter="torchscript")).prove(net, BATCHES)
     assert "classifier.bias" in done.contract["ties_broken"]
     assert len(done.contract["ties_broken"]) < 8
     assert "dead channels" in done.warnings[0]
@@ -266,12 +266,12 @@ def test_a_net_that_computes_something_else_is_refused() -> None:
     net = trained()
     net.__class__ = Scaled
     with pytest.raises(FgvcError, match="does not compute what the trained one does"):
-        prove(net, BATCHES, **RECIPE, size=SIZE, export=Export(exporter="torchscript"))
+        PlainBackbone(**RECIPE, size=SIZE, export=Export(exporter="torchscript")).prove(net, BATCHES)
 
 
 def test_without_images_there_is_no_proof() -> None:
     with pytest.raises(FgvcError, match="no images"):
-        prove(trained(), [], **RECIPE, size=SIZE, export=Export())
+        PlainBackbone(**RECIPE, size=SIZE, export=Export()).prove(trained(), [])
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def deployed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_export_follows_the_deployed_file(deployed_file: Path, tmp_path: Path) -> None:
-    done = prove(trained(branches=1), BATCHES, **RECIPE, size=SIZE, export=Export(), against=deployed_file)
+    done = PlainBackbone(**RECIPE, size=SIZE, export=Export(), against=deployed_file).prove(trained(branches=1), BATCHES)
     interface = done.contract["interface"]
     assert (done.contract["exporter"], interface["opset"], interface["batch"]) == ("torchscript", 17, 4)
     assert done.behavioural.images == 18
@@ -308,7 +308,7 @@ def test_an_export_follows_the_deployed_file(deployed_file: Path, tmp_path: Path
 def test_another_size_class_count_or_net_is_refused(deployed_file: Path, tmp_path: Path) -> None:
     def against(net: nn.Module, size: tuple[int, int] = SIZE, **changed: Any) -> None:
         images = [np.zeros((2, 3, *size), np.float32)]
-        prove(net, images, **RECIPE | changed, size=size, export=Export(), against=deployed_file)
+        PlainBackbone(**RECIPE | changed, size=size, export=Export(), against=deployed_file).prove(net, images)
 
     with pytest.raises(FgvcError, match=r"takes images of 32x32, the recipe's are 32x64"):
         against(trained(), size=(32, 64))

@@ -14,7 +14,7 @@ import torch
 from fgvc.config.exporting import Export
 from fgvc.config.recipe import conflicts
 from fgvc.config.techniques import Techniques, settings_by_kind
-from fgvc.exporting.prove import prove
+from fgvc.exporting.prove import PlainBackbone
 from fgvc.models.backbone import plain_model
 from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net
@@ -145,7 +145,7 @@ def test_the_graph_is_the_independent_plain_one(backbone: str) -> None:
             parameter.sub_(0.01 * torch.randn_like(parameter) * parameter.std(unbiased=False).clamp_min(0.1))
     images = np.random.default_rng(0).normal(size=(8, 3, size, size)).astype(np.float32)
     recipe = {"backbone": backbone, "num_classes": ARCHITECTURES.CLASSES, "kwargs": kwargs, "size": (size, size)}
-    proven = prove(built.step.net.eval(), [images], **recipe, export=Export())
+    proven = PlainBackbone(**recipe, export=Export()).prove(built.step.net.eval(), [images])
     assert proven.structural.passed
     assert proven.numeric.passed
     assert proven.behavioural.passed

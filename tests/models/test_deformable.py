@@ -17,7 +17,7 @@ from fgvc.config.exporting import Export
 from fgvc.config.models import Model
 from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import export_onnx
-from fgvc.exporting.prove import prove
+from fgvc.exporting.prove import PlainBackbone
 from fgvc.models.backbone import memory_format, plain_model
 from fgvc.models.deformable import Deformable, offsets
 from fgvc.models.weights import load_weights
@@ -197,7 +197,7 @@ def trained() -> nn.Module:
 def test_the_contract_holds_with_dynamo_and_torchscript_is_refused() -> None:
     batches = [images(6).numpy()]
     recipe: dict[str, Any] = {"backbone": "resnet18_deform", "num_classes": 5, "kwargs": SMALL, "size": SIZE}
-    proven = prove(trained(), batches, **recipe, export=Export())
+    proven = PlainBackbone(**recipe, export=Export()).prove(trained(), batches)
     assert proven.structural.passed
     assert 0 < proven.numeric.folded_float64 <= 1e-9
     assert proven.behavioural.worst <= 1e-4

@@ -42,6 +42,8 @@ class OnnxNet(nn.Module):
         self.file, self.size = graph.file, graph.size
         self.layout, self.dtype, self.batch = graph.file.layout, graph.file.dtype, graph.file.batch
         self.ending, self.output_name = graph.file.ending, graph.file.output
+        live = ((name, value.node) for name, value in graph.builder.values.items() if isinstance(value, Live))
+        self.features_name = next(name for name, node in live if node is parts.features)  # of the last map, in the file
         self.body = fx.GraphModule(graph.builder.root, parts.body)
         self.pool = fx.GraphModule(graph.builder.root, parts.pool)
         self.classifier: nn.Linear = graph.builder.root.get_submodule(parts.classifier)  # type: ignore[assignment]
@@ -121,6 +123,29 @@ class OnnxNet(nn.Module):
             yield name, slots[0].to_file(value)
 
 
+    def constants(self) -> frozenset[str]:
+        """Names of buffers that are no weights: what the file computes with, as it is."""
+        weights = {slot.target for name, slots in self.slots.items() for slot in slots if slot.trained or name in self._running}
+        return frozenset(name for name, _ in self.named_buffers() if name not in weights)
+
+    @property
+    def _running(self) -> set[str]:
+        return {name for name, reason in self.untouched.items() if reason == "running statistics"}
+
+    def by_own_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict whose tensors may have the file's names and shapes there, under the names of this module."""
+        own = {name: value for name, value in state.items() if name not in self.slots}
+        shapes = {name: value.shape for name, value in [*self.named_parameters(), *self.named_buffers()]}
+        for name, slots in self.slots.items():
+            for slot in slots if name in state else ():
+                value = state[name]
+                fits = value.numel() == shapes[slot.target].numel() if slot.target in shapes else False
+                for view in slot.views if fits else ():
+                    value = view(value)
+                own[slot.target] = value
+        return own
+
+
 def open_onnx(path: Path, size: tuple[int, int] | None = None, *, output: str | None = None) -> OnnxNet:
     """The net of a classifier's file, in eval mode; see `fgvc.models.onnxnet.read.read_graph`."""
     return OnnxNet(read_graph(path, load_model(path), size, output=output)).eval()
@@ -135,6 +160,7 @@ def _value(graph: Graph, slot: Slot) -> Any:
 
 @dataclass(slots=True)
 class Parts:
+    features: fx.Node
     body: fx.Graph
     pool: fx.Graph
     classifier: str
@@ -159,7 +185,7 @@ def _parts(graph: Graph) -> Parts:
     body = _between(whole, None, features, stages)
     pool = _between(whole, features, classifier.args[0], {})  # type: ignore[arg-type]
     tail = None if last is classifier else _between(whole, classifier, last, {})
-    return Parts(body, pool, str(classifier.target), tail, stages)
+    return Parts(features, body, pool, str(classifier.target), tail, stages)
 
 
 def _cuts(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -1,0 +1,291 @@
+"""Export of a run into its deployed file: payloads of weights differ, nothing else, and that is proved (docs/deployed.md)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from fgvc import __version__
+from fgvc.errors import FgvcError
+from fgvc.exporting.canonical import canonicalise
+from fgvc.exporting.filesession import FileSession
+from fgvc.exporting.into import Written, differences_outside, moved_between, skeleton, write_into
+from fgvc.exporting.proofs import (
+    MAX_IMAGES,
+    ONNX_TOLERANCE,
+    SHIPPED_TOLERANCE,
+    Behavioural,
+    Disagreement,
+    compare_numbers,
+    differing_rows,
+    peek,
+)
+from fgvc.exporting.prove import ProvedExport
+from fgvc.exporting.reference import Plain, versions
+from fgvc.models.backbone import feature_layout, memory_format
+from fgvc.models.class_maps import closed_form
+from fgvc.models.onnxnet.net import OnnxNet, open_onnx
+from fgvc.models.onnxnet.payload import external_files, stored_tensors
+from fgvc.models.onnxnet.read import load_model
+from fgvc.reparam.plain import strip_to
+
+KIND = "deployed file"  # of a contract
+HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+HALF_TOLERANCE = 1e-2  # in place of 1e-4 where weights or arithmetic are of half precision: three digits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeployedFile:
+    """The contract of a run of `model.onnx`: what ships is that file, in which payloads of weights alone are others."""
+
+    file: Path
+    size: tuple[int, int]  # height, width of the images
+    output: str | None
+    scratch: Path  # an empty folder, which the caller removes
+
+    def prove(self, net: nn.Module, images: Iterable[np.ndarray]) -> ProvedExport:
+        """Write the trained `net`, its blocks folded, into a copy of the file, and prove it.
+
+        `images`: batches (B,3,H,W) float32 of real images as they go into the file, of which the first 256 images are used.
+        Raises FgvcError at the first proof that fails."""
+        trained = copy.deepcopy(net).cpu().eval()
+        sample, images = peek(images)
+        self._refuse_lossy()
+        exact = strip_to(self._open(self.file), trained, dtype=torch.float64)
+        assert isinstance(exact, OnnxNet)
+        values = {name: value.numpy() for name, value in exact.stored()}
+        written = write_into(self.file, values, self.scratch / "written" / self.file.name)
+        if faults := differences_outside(written.path, self.file, written.moved):
+            raise FgvcError(f"{self.file}: more than weights would differ in its copy:\n  " + "\n  ".join(faults))
+        shipped = self._open(written.path)
+        bar = HALF_TOLERANCE if _is_half(written.path, shipped) else SHIPPED_TOLERANCE
+        numeric = compare_numbers(trained.double(), exact, shipped, sample, bar=bar)
+        if not numeric.passed:
+            raise FgvcError(numeric.failure)
+        behavioural = compare_answers(FileSession(written.path, shipped), shipped, images, bar=bar)
+        if not behavioural.passed:
+            raise FgvcError(behavioural.failure)
+        explain, reason, warnings = _explain(written.path, shipped, sample, self.scratch / "explain")
+        record = self._record(written, shipped)
+        contract = {
+            "fgvc": __version__,
+            "contract": KIND,
+            "versions": versions(),
+            "num_classes": shipped.num_classes,
+            **record,
+            "proofs": {"written": record["proof"], "numeric": asdict(numeric), "behavioural": asdict(behavioural)},
+            "explain": reason,
+            "against": None,
+        }
+        contract.pop("proof")
+        return ProvedExport(
+            model=written.path.read_bytes(), explain=explain, contract=contract, numeric=numeric, behavioural=behavioural,
+            warnings=warnings, structural=None, written=written, runnable=written.path,
+            data={name: written.path.with_name(name).read_bytes() for name in written.files},
+            plain=(as_plain(written.path, shipped), as_plain(self.file, shipped)),
+        )  # fmt: skip
+
+    def _open(self, path: Path) -> OnnxNet:
+        return open_onnx(path, self.size, output=self.output)
+
+    def _refuse_lossy(self) -> None:
+        """Raise FgvcError where the untrained net is not written back bit for bit."""
+        values = {name: value.numpy() for name, value in self._open(self.file).stored()}
+        same = write_into(self.file, values, self.scratch / "same" / self.file.name)
+        pairs = [(same.path, self.file), *((same.path.with_name(name), self.file.with_name(name)) for name in same.files)]
+        if wrong := [theirs for ours, theirs in pairs if ours.read_bytes() != theirs.read_bytes()]:
+            raise FgvcError(f"{wrong[0]}: its weights are not written back as they were read: fgvc can't write this file")
+
+    def _record(self, written: Written, net: OnnxNet) -> dict[str, Any]:
+        """What `fgvc verify` needs to repeat the proof of bytes, from the bundle alone or with the deployed file."""
+        files = [self.file, *(self.file.with_name(name) for name in written.files)]
+        return {
+            "file": {
+                "name": self.file.name,
+                "sha256": {path.name: _sha256(path) for path in files},
+                "skeleton_sha256": skeleton(self.file),
+                "outside_sha256": skeleton(self.file, written.moved, parsed=written.reencoded),
+            },
+            "reencoded": written.reencoded,
+            "moved": list(written.moved),
+            "kept": list(written.kept),
+            "untrained": net.untouched,
+            "external": list(written.files),
+            "input": {"layout": net.layout, "dtype": net.dtype, "size": list(net.size), "batch": net.batch},
+            "output": {"name": net.output_name, "ending": net.ending},
+            "proof": {"outside_equal": True, "untrained_equal": True, "moved": len(written.moved), "kept": len(written.kept)},
+        }
+
+
+def compare_answers(
+    session: FileSession, net: OnnxNet, images: Iterable[np.ndarray], *, bar: float = ONNX_TOLERANCE
+) -> Behavioural:
+    """Behavioural proof of a file against its net, on at most 256 images in batches (B,3,H,W) float32: differences over the
+    largest answer."""
+    worst, worst_batch, count = 0.0, None, 0
+    others, layout = list[Disagreement](), memory_format(net)
+    net = net.to(memory_format=layout)
+    for batch in images:
+        x = np.ascontiguousarray(batch, np.float32)[: MAX_IMAGES - count]
+        with torch.inference_mode():
+            expected = net.probabilities(net(torch.from_numpy(x).contiguous(memory_format=layout))).double().numpy()
+        answers = session.answers(x)
+        worst = float(np.maximum(worst, _relative(answers, expected)))  # NaN stays
+        if net.batch is None and len(x) > 1 and worst_batch is None:
+            alone = np.concatenate([session.answers(x[at : at + 1]) for at in range(min(8, len(x)))])
+            worst_batch = _relative(alone, session.answers(x[:8]))
+        others += differing_rows(answers, expected, count, bar=bar * float(np.abs(expected).max()))
+        count += len(x)
+        if count >= MAX_IMAGES:
+            break
+    return Behavioural(images=count, worst=worst, worst_batch=worst_batch, disagreements=tuple(others), bar=bar)
+
+
+def _relative(ours: NDArray[np.floating], theirs: NDArray[np.floating]) -> float:
+    return float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-30))
+
+
+def _is_half(path: Path, net: OnnxNet) -> bool:
+    tensors = stored_tensors(load_model(path))
+    return net.dtype == "float16" or any(tensors[name].data_type in HALVES for name in net.slots)
+
+
+def as_plain(path: Path, net: OnnxNet) -> Plain:
+    """A file as quantisation takes it: whole, with weights as initializers, and which of these are weights of the net."""
+    proto = onnx.load(str(path))
+    constants = [node for node in proto.graph.node if node.op_type == "Constant" and node.output[0] in net.slots]
+    for node in constants:
+        tensor = next(attribute.t for attribute in node.attribute if attribute.name == "value")
+        tensor.name = node.output[0]
+        proto.graph.initializer.append(tensor)
+        proto.graph.node.remove(node)
+    initializers = canonicalise(proto, weights=()).initializers
+    weights = frozenset(at for at, stored in enumerate(initializers) if stored.stored_name in net.slots)
+    return Plain(proto, weights, net.size)
+
+
+def _explain(path: Path, net: OnnxNet, x: np.ndarray, scratch: Path) -> tuple[bytes | None, str, tuple[str, ...]]:
+    """explain.onnx: the written file with a few more nodes, for class maps; or None and why, with a warning."""
+    linear, reason = closed_form(net, net.size)
+    if linear is None:
+        return None, reason, ()
+    try:
+        model = _with_maps(path, net)
+        scratch.mkdir(parents=True, exist_ok=True)
+        for name in external_files(model):
+            (scratch / name).write_bytes(path.with_name(name).read_bytes())
+        out = scratch / path.name
+        out.write_bytes(model.SerializeToString(deterministic=True))
+        answers, maps = FileSession(out, net).outputs(x, net.output_name, MAPS)
+        _refuse_other_maps(answers, maps, path, net, x)
+    except FgvcError as error:
+        reason = f"can't be made: {str(error).partition(chr(10))[0]}"
+        return None, reason, (f"the bundle has no explain.onnx, which {reason}",)
+    return out.read_bytes(), reason, ()
+
+
+MAPS = "maps"
+
+
+def _with_maps(path: Path, net: OnnxNet) -> onnx.ModelProto:
+    """The file with class maps (B,K,h,w) as its second output: the last features through the classifier as a convolution."""
+    model = load_model(path)
+    graph = model.graph
+    name = next(stored for stored, slots in net.slots.items() if any(slot.target == "classifier.weight" for slot in slots))
+    slot = next(slot for slot in net.slots[name] if slot.target == "classifier.weight")
+    with torch.no_grad():
+        features = net.forward_features(torch.zeros(1, 3, *net.size))
+    layout = feature_layout(net, features)
+    if layout == "tokens":
+        raise FgvcError("its features are tokens")
+    nodes: list[onnx.NodeProto] = []
+
+    def add(operator: str, inputs: list[str], **attributes: Any) -> str:
+        nodes.append(helper.make_node(operator, inputs, [f"{MAPS}/{len(nodes)}"], name=f"/{MAPS}/{len(nodes)}", **attributes))
+        return str(nodes[-1].output[0])
+
+    def shaped(tensor: str, shape: tuple[int, ...]) -> str:
+        stored = numpy_helper.from_array(np.array(shape, np.int64), f"{MAPS}/shape{len(nodes)}")
+        graph.initializer.append(stored)
+        return add("Reshape", [tensor, stored.name])
+
+    kernel = name
+    for view in slot.views:
+        permuted = view.kind == "permute"
+        kernel = add("Transpose", [kernel], perm=list(view.argument)) if permuted else shaped(kernel, view.argument)
+    kernel = shaped(kernel, (net.num_classes, net.num_features, 1, 1))
+    place = net.features_name if layout == "NCHW" else add("Transpose", [net.features_name], perm=[0, 3, 1, 2])
+    nodes.append(helper.make_node("Conv", [place, kernel], [MAPS], name=f"/{MAPS}"))
+    graph.node.extend(nodes)
+    kind = stored_tensors(model)[name].data_type
+    shape = (net.batch, net.num_classes, *features.shape[-2:])
+    graph.output.append(helper.make_tensor_value_info(MAPS, kind, shape))
+    return model
+
+
+def _refuse_other_maps(
+    answers: NDArray[np.floating], maps: NDArray[np.floating], path: Path, net: OnnxNet, x: np.ndarray
+) -> None:
+    bar = HALF_TOLERANCE if _is_half(path, net) else SHIPPED_TOLERANCE
+    if not _relative(answers.reshape(len(x), -1), FileSession(path, net).answers(x)) <= bar:
+        raise FgvcError("it gives other answers than model.onnx")
+    with torch.inference_mode():
+        logits = net(torch.from_numpy(x)).double().numpy()
+    bias = 0 if net.classifier.bias is None else net.classifier.bias.detach().numpy()
+    if not _relative(maps.mean((2, 3)) + bias, logits) <= 10 * bar:
+        raise FgvcError("its class activation maps do not add up to its logits")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenComparison:
+    """A file beside the deployed one that it was written into."""
+
+    candidate: Path
+    into: Path
+    differences: tuple[str, ...]  # but for weights
+    moved: tuple[str, ...]  # weights whose values differ
+
+    @property
+    def passed(self) -> bool:
+        return not self.differences
+
+
+def compare_written(candidate: Path, into: Path) -> WrittenComparison:
+    """Compare two .onnx files (or a bundle's) byte by byte: whether weights alone differ. Raises FgvcError where one is no
+    classifier's file that can be read."""
+    ours, theirs = (path / "model.onnx" if path.is_dir() else path for path in (candidate, into))
+    load_model(ours)
+    model = load_model(theirs)
+    weights = frozenset(stored_tensors(model)) - frozenset(unwritten(theirs, model))
+    differences = differences_outside(ours, theirs, weights)
+    return WrittenComparison(
+        candidate=candidate, into=into, differences=tuple(differences),
+        moved=() if differences else moved_between(ours, theirs),
+    )  # fmt: skip
+
+
+def unwritten(path: Path, model: onnx.ModelProto) -> set[str]:
+    """Stored tensors that no run writes: those that are no weight of the net, by its own analysis."""
+    size = None
+    image = next(value for value in model.graph.input if value.name not in {tensor.name for tensor in model.graph.initializer})
+    dims = [dim.dim_value for dim in image.type.tensor_type.shape.dim]
+    if len(dims) == 4 and 0 in (dims[1:3] if dims[3] == 3 else dims[2:]):
+        size = (224, 224)
+    net = open_onnx(path, size)
+    return set(stored_tensors(model)) - set(net.slots)
