@@ -373,16 +373,19 @@ def verify(
     into: Path | None = None,
     labels: Path | None = None,
     preprocess: Path | None = None,
+    strict: bool = False,
 ) -> Comparison | WrittenComparison | Verification:
     """Compare a bundle or an .onnx file with the deployed one (`against`: their graphs; `into`: their bytes, which may differ in
     weights alone), or prove a bundle again. `passed`: all is well. `labels`, `preprocess`: of `against`, where that is a file and
-    has none beside it."""
+    has none beside it; `strict`: graphs that are equal but for spelling don't pass."""
+    if strict and against is None:
+        raise FgvcError("--strict is of two graphs: name the deployed one with --against")
     if into is not None:
         if against is not None or labels is not None or preprocess is not None:
             raise FgvcError("--into compares bytes alone: give it without --against, --labels and --preprocess")
         return compare_written(path, into)
     if against is not None:
-        return verify_files(path, against, labels=labels, preprocess=preprocess)
+        return verify_files(path, against, labels=labels, preprocess=preprocess, strict=strict)
     if labels is not None or preprocess is not None:
         raise FgvcError("--labels and --preprocess tell how a deployed model is read and fed: name it with --against")
     if path.is_dir():

@@ -137,13 +137,25 @@ def verify(
     ] = None,
     labels: DeployedLabels = None,
     preprocess: DeployedPreprocess = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Graphs that are equal but for spelling fail, too: not a node may differ.")
+    ] = False,
+    differences: Annotated[Path | None, typer.Option(help="A file for every difference of the graphs, a line each.")] = None,
 ) -> None:
     """Prove a bundle again, or say where it differs from what is deployed. Exit code 1 where it does."""
     from fgvc import api
     from fgvc.cli import show
+    from fgvc.exporting.verify import Comparison
+    from fgvc.io.files import refuse_file, write_atomic
 
-    result = api.verify(path, against=against, into=into, labels=labels, preprocess=preprocess)
+    if differences is not None:
+        if against is None:
+            raise FgvcError("--differences is of two graphs: name the deployed one with --against")
+        refuse_file(differences)
+    result = api.verify(path, against=against, into=into, labels=labels, preprocess=preprocess, strict=strict)
     show.verification(result)
+    if differences is not None and isinstance(result, Comparison):
+        write_atomic(differences, "".join(f"{difference}\n" for difference in result.differences))
     sys.exit(0 if result.passed else 1)
 
 

@@ -337,8 +337,10 @@ def verification(result: Comparison | WrittenComparison | Verification) -> None:
         verdict = f"written into it: {len(result.moved)} payloads of weights differ, and nothing else"
         console.print(f"{result.candidate} and {result.into}: " + (verdict if result.passed else "NOT one graph"), soft_wrap=True)
         return
-    for difference in (*result.differences, *result.around.differences):
+    for difference in (*result.summary, *result.around.differences):
         console.print(str(difference), markup=False, soft_wrap=True)
+    for rule, (ours, theirs) in result.spelling.items():
+        console.print(f"written in another way: {rule} ({ours} here, {theirs} there)", markup=False, soft_wrap=True)
     for note in result.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     if result.around.unproved:
@@ -347,12 +349,14 @@ def verification(result: Comparison | WrittenComparison | Verification) -> None:
 
 
 def _verdict(result: Comparison) -> str:
+    graphs = "the graphs are identical" if result.verdict == "identical" else "the graphs are equal but for spelling"
     if result.drop_in:
-        return "a drop-in replacement: graph, preprocessing and labels are the same"
+        return f"a drop-in replacement: {graphs}, preprocessing and labels are the same"
     if result.passed:
-        return "the graphs are the same; whether it is a drop-in was not proved"
+        return f"{graphs}; whether it is a drop-in was not proved"
     parts = {
-        "graph": bool(result.differences),
+        "graph": result.verdict == "different",
+        "spelling of the graph (--strict)": result.strict and result.verdict == "equal but for spelling",
         "preprocessing": result.around.preprocess == "other",
         "labels": result.around.labels == "other",
     }

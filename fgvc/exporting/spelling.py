@@ -214,6 +214,7 @@ def order_commutative_inputs(model: ModelProto) -> int:
     return count
 
 
+COMMUTATIVE_RULE = "order of commutative inputs"
 RULES: Mapping[str, Rule] = {
     "the file's own functions": inline_functions,
     "Constant nodes": constants_to_initializers,
@@ -222,7 +223,7 @@ RULES: Mapping[str, Rule] = {
     "shape arithmetic": fold_shape_arithmetic,
     "equal constants": merge_equal_constants,
     "unused operator sets": drop_unused_opsets,
-    "order of commutative inputs": order_commutative_inputs,
+    COMMUTATIVE_RULE: order_commutative_inputs,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,11 +15,16 @@ from fgvc.exporting.into import skeleton
 from fgvc.exporting.onnx import Interface, load_onnx
 from fgvc.exporting.proofs import compare_structure
 from fgvc.exporting.reference import Plain, independent_plain, versions
+from fgvc.exporting.spelling import COMMUTATIVE_RULE, respelled, spelling_differences
+from fgvc.exporting.summary import summary
 from fgvc.exporting.variant import differences, structure
 from fgvc.models.onnxnet.net import open_onnx
 from fgvc.runtime.bundle import Bundle, load_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.stack import Agreement, agreement, stack_of
+
+Verdict = Literal["identical", "equal but for spelling", "different"]
+ALL = 10_000  # differences: no account is cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +33,23 @@ class Comparison:
 
     candidate: Path
     against: Path
-    differences: tuple[Difference, ...]  # of the graphs
+    differences: tuple[Difference, ...]  # of the graphs, rules of spelling applied; empty: they are equal
+    summary: tuple[str, ...]  # the same in few lines
+    spelling: Mapping[str, tuple[int, int]]  # rules without which they are not equal, and how often each applied to either
     notes: tuple[str, ...]
     around: Agreement  # of preprocessing and labels
+    strict: bool = False  # whether only identical graphs pass
+
+    @property
+    def verdict(self) -> Verdict:
+        """How equal the graphs are."""
+        return "different" if self.differences else "equal but for spelling" if self.spelling else "identical"
 
     @property
     def passed(self) -> bool:
         """Whether nothing is known to differ."""
-        return not self.differences and not self.around.differences
+        same = self.verdict == "identical" or (self.verdict != "different" and not self.strict)
+        return same and not self.around.differences
 
     @property
     def drop_in(self) -> bool:
@@ -61,21 +75,33 @@ class Verification:
 
 
 def verify_files(
-    candidate: Path, against: Path, *, labels: Path | None = None, preprocess: Path | None = None
+    candidate: Path, against: Path, *, labels: Path | None = None, preprocess: Path | None = None, strict: bool = False
 ) -> Comparison:
-    """Compare two bundles or .onnx files: their graphs in canonical form, and their preprocessing and labels as far as known.
+    """Compare two bundles or .onnx files: their graphs in canonical form and, unless `strict`, by the rules of spelling
+    (`fgvc.exporting.spelling`); and their preprocessing and labels as far as known.
 
     Every floating-point initializer of rank >= 1 counts as a weight. `labels`, `preprocess`: of `against`, where it has none.
     """
     ours, theirs = stack_of(candidate), stack_of(against, labels=labels, preprocess=preprocess)
     graphs = load_onnx(ours.model), load_onnx(theirs.model)
-    differences = compare_graphs(*(canonicalise(graph, weights=None) for graph in graphs))
+    spelling = spelling_differences(*graphs)
+    differences: tuple[Difference, ...] = ()
+    lines: list[str] = []
+    if spelling is None:
+        # Ordered inputs are ordered by what is behind them, so that a difference there would be told again: the shorter account.
+        pairs = [(respelled(graphs[0], leave)[0], respelled(graphs[1], leave)[0]) for leave in ((), (COMMUTATIVE_RULE,))]
+        accounts = [(compare_graphs(ours, theirs, limit=ALL), ours, theirs) for ours, theirs in pairs]
+        account, ours_form, theirs_form = min((entry for entry in accounts if entry[0]), key=lambda entry: len(entry[0]))
+        differences, lines = tuple(account), summary(ours_form, theirs_form, account)
     return Comparison(
         candidate=candidate,
         against=against,
-        differences=tuple(differences),
+        differences=differences,
+        summary=tuple(lines),
+        spelling=spelling or {},
         notes=tuple(notes(*graphs)),
         around=agreement(ours, theirs),
+        strict=strict,
     )
 
 

@@ -144,7 +144,7 @@ def test_bundles_that_agree_in_all_are_a_drop_in(verify: Verify, tmp_path: Path,
     a, b = save_bundle(tmp_path / "a", 1), save_bundle(tmp_path / "b", 2)
     code, said = verify(a / place, "--against", b / place)
     assert code == 0
-    assert "a drop-in replacement: graph, preprocessing and labels are the same" in said
+    assert "a drop-in replacement: the graphs are identical, preprocessing and labels are the same" in said
     code, said = verify(
         save_bundle(tmp_path / "c", 1, preprocess={"input_range": 255, "std": (255,) * 3}), "--against", b
     )
@@ -185,7 +185,7 @@ def test_a_lone_file_proves_its_graph_alone(verify: Verify, lone: Path, tmp_path
         code, out = verify(pair[0], "--against", pair[1])
         assert code == 0
         assert "drop-in replacement" not in out
-        assert "the graphs are the same; whether it is a drop-in was not proved" in out
+        assert "the graphs are identical; whether it is a drop-in was not proved" in out
         assert (
             sum("not proved: " in line and "says nothing of its preprocessing" in line for line in out.splitlines())
             == 1
