@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +16,19 @@ from fgvc.errors import FgvcError
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Range = tuple[float, float]
+
+
+Policy = Literal["none", "randaugment", "trivialaugment", "autoaugment", "augmix", "3-augment"]
+POLICIES: Mapping[str, Mapping[str, float]] = {
+    "none": {},
+    "randaugment": {"policy_magnitude": 9.0, "policy_ops": 2, "policy_probability": 0.5},
+    "trivialaugment": {"policy_probability": 1.0},
+    "autoaugment": {"policy_probability": 1.0},
+    "augmix": {"policy_magnitude": 3.0, "policy_ops": 3, "policy_probability": 1.0},
+    "3-augment": {"policy_probability": 1.0},
+}
+"""The settings of each policy, with their defaults."""
+COLOURS = ("brightness", "contrast", "saturation")
 
 
 class Augment(Section):
@@ -38,6 +52,54 @@ class Augment(Section):
     saturation: float = Field(0.2, ge=0, le=1, description="factor uniform in 1 +- this")
     hue: float = Field(0.0, ge=0, le=0.5, description="shift uniform in +- this share of the colour circle")
     grayscale: float = Field(0.0, ge=0, le=1, description="probability of dropping the colour")
+    policy: Policy = Field(
+        "none",
+        description="none | randaugment (arXiv:1909.13719) | trivialaugment (2103.10158) | autoaugment (1805.09501) | augmix "
+        "(1912.02781) | 3-augment (2204.07118), between the flips and the colours, by timm's and torchvision's code. With one, "
+        "brightness, contrast and saturation are 0 unless they are given, and 0.3 with 3-augment",
+    )
+    policy_magnitude: float | None = Field(
+        None, ge=0, le=10, description="of randaugment (default 9, +- 0.5) and augmix (default 3, the largest of its draws)"
+    )
+    policy_ops: int | None = Field(
+        None, ge=1, le=10, description="operations in turn of randaugment (default 2), chains that augmix blends (default 3)"
+    )
+    policy_probability: float | None = Field(
+        None, ge=0, le=1, description="of each operation of randaugment (default 0.5), of other policies on an image (default 1)"
+    )
+    policy_geometry: bool = Field(
+        True, description="false: without the policy's shears, shifts and rotations, so that boxes, masks and maps can follow"
+    )
+    pipeline: Path | dict[str, Any] | None = Field(
+        None,
+        description="an albumentations pipeline, last of all: a file that albumentations.save wrote (JSON or YAML); a run "
+        "records what is in it. With one, the flip, brightness, contrast and saturation are 0 unless they are given",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _policy_defaults(cls, tree: Any) -> Any:
+        """Fill in the defaults that go with a policy or a pipeline."""
+        if not isinstance(tree, Mapping):
+            return tree
+        policy, piped = tree.get("policy", "none"), tree.get("pipeline") is not None
+        colour = 0.3 if policy == "3-augment" else 0.0
+        replaced = dict.fromkeys(COLOURS, colour) if policy != "none" or piped else {}
+        replaced |= {"flip": 0.0} if piped else {}
+        own = POLICIES.get(policy, {}) if isinstance(policy, str) else {}
+        return {**replaced, **tree, **{key: value for key, value in own.items() if tree.get(key) is None}}
+
+    @model_validator(mode="after")
+    def _of_the_policy(self) -> Augment:
+        for key in ("policy_magnitude", "policy_ops", "policy_probability"):
+            if getattr(self, key) is not None and key not in POLICIES[self.policy]:
+                raise ValueError(f"{key}: augment.policy: {self.policy} has none; leave it out, or choose another policy")
+        return self
+
+    @property
+    def moves_unsaid(self) -> bool:
+        """Whether the policy moves pixels without telling where they come from."""
+        return self.policy not in ("none", "3-augment") and self.policy_geometry
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod

@@ -148,6 +148,12 @@ class Recipe(Section):
                     f"techniques.{kind}: needs the moving average of the weights, and there is no `ema:` section (SWA has "
                     "none until its first epoch); give, for example, ema.decay=0.99"
                 )
+            if config.requires.geometry and self.augment.moves_unsaid:
+                raise ValueError(
+                    f"techniques.{kind}: needs to know where in its image each crop lies, and augment.policy: "
+                    f"{self.augment.policy} shears, shifts and rotates without telling; set augment.policy_geometry to false, "
+                    "which keeps its colours alone, or augment.policy to 3-augment"
+                )
             if config.requires.cross_entropy and (
                 self.loss.kind != "cross_entropy" or self.loss.class_weights != "none"
             ):

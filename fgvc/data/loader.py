@@ -1,7 +1,8 @@
 """Loaders of batches for training and evaluation.
 
 Nothing here depends on the number of workers or on what was loaded before: the order is drawn from (seed, epoch), a
-sample from (seed, epoch, row, turn), and torch's global generator is left alone.
+sample from (seed, epoch, row, turn), and the global generators of random, numpy and torch are left alone: code of others that
+draws from them finds them seeded by the sample.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fgvc.errors import FgvcError, ImageError
 from fgvc.images.decode import read_picture
 from fgvc.images.preprocess import preprocess
 from fgvc.images.upright import turned_boxes, turned_points, turned_sides
-from fgvc.rng import ORDER, SAMPLE, generator
+from fgvc.rng import ORDER, SAMPLE, generator, seeded_globals
 
 OnSample = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
 """Hook from a (h,w,3) uint8 image and its row to an image of the same size; called in a worker, before any geometry. Workers
@@ -121,7 +122,7 @@ def train_loader(
     labels = index.labels[samples.rows] if balanced else None
     order = _Order(samples.rows, seed, batch_size=batch_size, rank=rank, world=world, labels=labels)
     loader = _torch_loader(samples, order, workers, persistent=True)
-    return TrainLoader(loader, order, limit=max_unreadable)
+    return TrainLoader(loader, samples, order, limit=max_unreadable)
 
 
 def augmented_views(
@@ -144,10 +145,10 @@ def augmented_views(
 class TrainLoader:
     """Epochs of training batches, from any batch on; made by `train_loader`."""
 
-    def __init__(self, loader: DataLoader[TrainBatch], order: _Order, *, limit: float) -> None:
+    def __init__(self, loader: DataLoader[TrainBatch], samples: _Samples, order: _Order, *, limit: float) -> None:
         self.batches_per_epoch = len(order.rows) // (order.batch_size * order.world)  # an incomplete last one is dropped
         self.bad = BadFiles(limit=limit, images=len(order.rows))
-        self._order = order
+        self._samples, self._order = samples, order
         self._loader: DataLoader[TrainBatch] | None = loader
         self._running: Iterator[TrainBatch] | None = None
 
@@ -161,6 +162,13 @@ class TrainLoader:
         self._order.epoch, self._order.start = number, start
         self._running = self._run()
         return self._running
+
+    def steps(self, number: int, images: int) -> list[tuple[int, list[tuple[str, NDArray[np.uint8]]]]]:
+        """Of the first `images` samples of an epoch's first micro-batch: the row, and the picture after each step of the
+        augmentation (`Augmenter.steps`)."""
+        self._stop()
+        self._order.epoch, self._order.start = number, 0
+        return [self._samples.steps(key) for key in next(iter(self._order))[:images]]
 
     def close(self) -> None:
         """End the worker processes."""
@@ -289,10 +297,12 @@ class _Samples(Dataset[TrainBatch]):
                 return error
             if boxes is not None:
                 boxes[at] = _box(self.index, int(taken[at]), original, orientation)
-            if self.on_sample:
-                image = self._hooked(image.copy(), int(taken[at]))
+            image = self._hooked(image, int(taken[at]), (epoch, row, turn))
             # The key stays the drawn row's, so that a substitute differs from its own turn in this epoch.
-            images[at], to_image = self.augmenter(image, epoch=epoch, row=row, turn=turn)
+            try:
+                images[at], to_image = self.augmenter(image, epoch=epoch, row=row, turn=turn)
+            except FgvcError as error:
+                return FgvcError(f"{self.index.path(int(taken[at]))}: {error}")
             scale = np.array([[original[0] / image.shape[1]], [original[1] / image.shape[0]]], dtype=np.float32)
             geometry[at] = scale * to_image
         labels = torch.from_numpy(self.index.labels[taken].astype(np.int64))
@@ -321,10 +331,20 @@ class _Samples(Dataset[TrainBatch]):
         picture = read_picture(self.index.path(row), max_pixels=self.index.max_pixels)
         return np.array(picture.image), picture.size, picture.orientation
 
-    def _hooked(self, pixels: NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
-        for hook in self.on_sample:
-            pixels = hook(pixels, row)
+    def _hooked(self, pixels: NDArray[np.uint8], taken: int, key: Key) -> NDArray[np.uint8]:
+        if not self.on_sample:
+            return pixels
+        pixels = pixels.copy()
+        with seeded_globals(self.seed, *key, 1):  # a 0 there is the augmenter's
+            for hook in self.on_sample:
+                pixels = hook(pixels, taken)
         return pixels
+
+    def steps(self, key: Key) -> tuple[int, list[tuple[str, NDArray[np.uint8]]]]:
+        """The row that a key's sample is of, and `Augmenter.steps` of it. Raises FgvcError where none can be read."""
+        epoch, row, turn = key
+        taken, image, *_ = self._readable(epoch, row, [])
+        return taken, self.augmenter.steps(self._hooked(image, taken, key), epoch=epoch, row=row, turn=turn)
 
 
 class _Originals(Dataset[EvaluationBatch]):

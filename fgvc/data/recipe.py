@@ -1,14 +1,21 @@
-"""Reading of recipes with the kind of their data resolved, and what they leave to a deployed file."""
+"""Reading of recipes with all that they leave to files: the kind of the data, the deployed file, the pipeline of augmentation."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from fgvc.config.loading import load
 from fgvc.config.recipe import Recipe
 from fgvc.data.deployed import with_file_defaults
 from fgvc.data.sources.read import resolved
+from fgvc.errors import FgvcError
+
+SAVED = "write it with albumentations.save(pipeline, FILE), or data_format='yaml'"
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
@@ -17,9 +24,38 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def resolve_data(recipe: Recipe) -> Recipe:
-    """A recipe with `data.kind: auto` replaced by the kind that its files are of, and what it leaves to its deployed file.
+    """A recipe with `data.kind: auto` replaced by the kind that its files are of, what it leaves to its deployed file, and
+    a file of `augment.pipeline` replaced by what is in it.
 
-    Called once, before anything is recorded, so that the recorded recipe reads the same set later. Raises FgvcError if no kind
-    fits, or several do."""
-    recipe, data = with_file_defaults(recipe), resolved(recipe.data)
-    return recipe if data is recipe.data else recipe.model_copy(update={"data": data})
+    Called once, before anything is recorded, so that the recorded recipe reads the same set and augments it alike later. Raises
+    FgvcError if no kind fits, or several do, and for a file that is no pipeline."""
+    recipe = with_file_defaults(recipe)
+    data, augment = resolved(recipe.data), recipe.augment
+    if isinstance(augment.pipeline, Path):
+        augment = augment.model_copy(update={"pipeline": read_pipeline(augment.pipeline)})
+    if data is recipe.data and augment is recipe.augment:
+        return recipe
+    return recipe.model_copy(update={"data": data, "augment": augment})
+
+
+def read_pipeline(path: Path) -> dict[str, Any]:
+    """The tree that albumentations.save wrote to a file, JSON or YAML, with the file's name under `file`. Raises FgvcError."""
+    place = f"augment.pipeline: {path}"
+    try:
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FgvcError(f"{place}: can't read the file: {error.strerror}; {SAVED}") from error
+    except UnicodeDecodeError as error:
+        raise FgvcError(f"{place}: is not UTF-8 text (byte {error.start}); {SAVED}") from error
+    try:
+        # YAML takes JSON's 1e-5 for text
+        tree = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+    except json.JSONDecodeError as error:
+        raise FgvcError(f"{place}:{error.lineno}: not valid JSON: {error.msg}; {SAVED}") from error
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        line = f":{mark.line + 1}" if mark else ""
+        raise FgvcError(f"{place}{line}: not plain YAML: {problem}; {SAVED}") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("transform"), dict):
+        raise FgvcError(f"{place}: is no pipeline of albumentations, a mapping with the key transform; {SAVED}")
+    return {"file": path.name, **tree}

@@ -43,8 +43,8 @@ class Preview:
 
 
 def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: Path | None = None) -> Preview:
-    """Write `evaluation.png`, `input.png` (crops and augmentation alone), and a sheet for each technique alone and for
-    all together.
+    """Write `input.png` (crops and augmentation alone), `augmentation.png` (each step of it), `evaluation.png`, and a sheet for
+    each technique alone and for all together.
 
     A row is one sample of the first step of `epoch` (from 0), with the run's own seed, crops and draws: the original, then
     every view that the step makes of it, with its target, then the maps and masks behind them. `run`: a run with the same
@@ -78,6 +78,8 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
             sheets.append(save_sheet(_step_rows(session, names, images, epoch), out / f"{name}.png", font=font))
             if name == "input":
                 notes += session.index.warnings
+                steps = _augmentation_rows(session, names, images, epoch)
+                sheets.append(save_sheet(steps, out / "augmentation.png", font=font))
                 sheets.append(save_sheet(_evaluation_rows(session, names, images), out / "evaluation.png", font=font))
                 notes += [ADVICE] if names != list(session.index.classes) else []
     return Preview(tuple(sheets), tuple(notes))
@@ -151,6 +153,15 @@ def load_trained(session: Session, run: Path) -> bool:
     if session.ema is not None:
         session.ema.module.load_state_dict(state.ema or state.net)
     return remembered
+
+
+def _augmentation_rows(session: Session, names: Sequence[str], images: int, epoch: int) -> list[list[Cell]]:
+    """Rows of a sheet, one a sample of the first step: the original, then the picture after each step of the augmentation."""
+    rows = []
+    for row, steps in session.loader.steps(epoch, images):
+        original = Cell(decode_row(session.index, row), f"original: {names[int(session.index.labels[row])]}")
+        rows.append([original, *(Cell(Image.fromarray(picture), name) for name, picture in steps)])
+    return rows
 
 
 def _evaluation_rows(session: Session, names: Sequence[str], images: int) -> list[list[Cell]]:

@@ -84,6 +84,51 @@ def test_the_stream_does_not_depend_on_the_number_of_workers(index: ImageIndex) 
         assert stream(loader(index, workers=workers)) == alone
 
 
+def test_nor_do_policies_and_pipelines_on_workers_ranks_or_where_an_epoch_is_entered(index: ImageIndex) -> None:
+    """Code of others draws from the global generators of each worker: timm's policy, a hook that a plug-in brings."""
+    noise = {"__class_fullname__": "GaussNoise", "p": 0.7}
+    pipeline = {"transform": {"__class_fullname__": "Compose", "transforms": [noise]}}
+    settings = Augment(policy="randaugment", policy_probability=1, pipeline=pipeline)
+
+    def hook(image: np.ndarray, row: int) -> np.ndarray:
+        image[: random.randrange(20)] = np.random.randint(256)
+        return image
+
+    def made(**options: object) -> TrainLoader:
+        rows, augmenter = np.arange(len(index)), Augmenter(settings, SPEC, 7)
+        options = {"batch_size": 4, "workers": 0} | options
+        return train_loader(index, rows, augmenter=augmenter, seed=7, on_sample=[hook], **options)  # type: ignore[arg-type]
+
+    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    alone = stream(made())
+    assert len({images for images, *_ in alone}) == len(alone) == 10
+    assert stream(made(workers=3)) == alone
+    entered = made(workers=2)
+    assert [flat(batch) for batch in entered.epoch(1, start=2)] == alone[7:]
+    entered.close()
+    ranks = [list(made(batch_size=2, rank=rank, world=2).epoch(0)) for rank in range(2)]
+    for step, (one, other) in enumerate(zip(*ranks, strict=True)):
+        together = torch.stack([one.images, other.images], dim=1).flatten(0, 1)
+        assert together.numpy().tobytes() == alone[step][0]
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tobytes() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_an_image_that_a_pipeline_fails_on_ends_the_epoch_with_its_name(index: ImageIndex) -> None:
+    augmenter = Augmenter(Augment(pipeline={"transform": {"__class_fullname__": "NoOp", "p": 1}}), SPEC, 0)
+
+    def failing(*_: object, **__: object) -> None:
+        raise ValueError("no such colour")
+
+    augmenter._compose.transforms[0].apply_with_params = failing
+    for workers in (0, 1):
+        source = train_loader(index, np.arange(5), augmenter=augmenter, batch_size=2, seed=0, workers=workers)
+        with pytest.raises(FgvcError, match=r"set/\d.png: augment.pipeline: fails on an image: ValueError: no such colour"):
+            list(source.epoch(0))
+        source.close()
+
+
 def test_no_two_samples_share_an_augmentation_in_any_epoch_or_worker(index: ImageIndex) -> None:
     """All files alike: then equal pixels mean equal augmentation."""
     for row in range(1, COUNT):

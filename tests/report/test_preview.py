@@ -29,9 +29,11 @@ def recipe(tree: dict, **sections: object) -> Recipe:
 def test_a_sheet_for_the_input_each_technique_and_all(tmp_path: Path, recipe_tree: dict) -> None:
     made = recipe(recipe_tree, techniques={"mixup": {"alpha": 1.0}, "dcl": {"grid": 4}})
     found = api.preview(made, tmp_path / "sheets", images=3)
-    assert [path.name for path in found.sheets] == ["input.png", "evaluation.png", "mixup.png", "dcl.png", "all.png"]
+    assert [path.name for path in found.sheets] == [
+        f"{name}.png" for name in ("input", "augmentation", "evaluation", "mixup", "dcl", "all")
+    ]
     columns = {path.stem: decode(path).width // 160 for path in found.sheets}
-    assert columns == {"input": 2, "evaluation": 2, "mixup": 2, "dcl": 3, "all": 3}
+    assert columns == {"input": 2, "augmentation": 4, "evaluation": 2, "mixup": 2, "dcl": 3, "all": 3}
     assert found.notes == ()
     other = recipe(recipe_tree, image={"size": 64}, techniques={"ae_psl": {"rounds": 2}, "cutout": {}})
     (note,) = api.preview(other, tmp_path / "rounds", images=3).notes
@@ -39,6 +41,29 @@ def test_a_sheet_for_the_input_each_technique_and_all(tmp_path: Path, recipe_tre
     again = api.preview(made, tmp_path / "again", images=3)
     assert [p.read_bytes() for p in again.sheets] == [p.read_bytes() for p in found.sheets], "the run's own draws"
     assert not (tmp_path / "runs").exists()
+
+
+def test_each_step_of_the_augmentation_has_its_picture(tmp_path: Path, recipe_tree: dict) -> None:
+    transforms = [{"__class_fullname__": "RandomResizedCrop", "size": [24, 24], "p": 1.0}]
+    pipeline = {"transform": {"__class_fullname__": "Compose", "transforms": transforms}}
+    augment = {"policy": "3-augment", "flip": 1, "pipeline": pipeline}
+    made = recipe(recipe_tree, augment=augment)
+    cells = []
+
+    def kept(rows: list, path: Path, **_: object) -> Path:
+        cells.append((path.stem, rows))
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preview, "save_sheet", kept)
+        api.preview(made, tmp_path, images=3)
+    sheets = dict(cells)
+    captions = ["crop", "flip", "3-augment", "colours", "RandomResizedCrop"]
+    for row, shown in zip(sheets["augmentation"], sheets["input"], strict=True):
+        assert [cell.caption.partition(":")[0] for cell in row] == ["original", *captions]
+        assert row[0].caption == shown[0].caption
+        np.testing.assert_array_equal(np.asarray(row[2].picture), np.asarray(row[1].picture)[:, ::-1])
+        assert row[-1].picture.size == (24, 24), "brought to the network's size after the last step"
 
 
 def test_maps_and_masks_lie_beside_the_views_and_a_run_can_look(tmp_path: Path, recipe_tree: dict) -> None:
@@ -61,7 +86,7 @@ def test_maps_and_masks_lie_beside_the_views_and_a_run_can_look(tmp_path: Path, 
     shown = api.preview(rounds, tmp_path / "masks", images=2, run=remembers)
     assert shown.notes == ()
     nothing = api.preview(rounds, tmp_path / "nothing", images=2)
-    assert shown.sheets[2].read_bytes() != nothing.sheets[2].read_bytes(), "the masks lie on the originals"
+    assert shown.sheets[3].read_bytes() != nothing.sheets[3].read_bytes(), "the masks lie on the originals"
     other = recipe(recipe_tree, techniques={"acb": {}})
     with pytest.raises(FgvcError, match="its weights do not fit this recipe's net"):
         api.preview(other, tmp_path / "other", run=run)

@@ -40,4 +40,4 @@ class BoxHeadSettings(TechniqueSettings):
     @property
     @override
     def requires(self) -> Requires:
-        return Requires(boxes=True, whole_labels=True)
+        return Requires(boxes=True, geometry=True, whole_labels=True)

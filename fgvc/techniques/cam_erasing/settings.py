@@ -45,4 +45,4 @@ class CamErasingSettings(TechniqueSettings):
     @property
     @override
     def requires(self) -> Requires:
-        return Requires(average=self.source == "ema")
+        return Requires(average=self.source == "ema", geometry=self.source == "previous_epoch")
