@@ -48,8 +48,8 @@ def read_pipeline(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise FgvcError(f"{place}: is not UTF-8 text (byte {error.start}); {SAVED}") from error
     try:
-        # YAML takes JSON's 1e-5 for text
-        tree = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+        json_text = text.lstrip().startswith("{") and path.suffix.lower() not in (".yaml", ".yml")
+        tree = json.loads(text) if json_text else yaml.safe_load(text)  # YAML takes JSON's 1e-5 for text
     except json.JSONDecodeError as error:
         raise FgvcError(f"{place}:{error.lineno}: not valid JSON: {error.msg}; {SAVED}") from error
     except yaml.YAMLError as error:
