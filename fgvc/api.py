@@ -286,12 +286,18 @@ def _deployed_file(run: LoadedRun, into: Path | None, scratch: Path) -> Deployed
             f"{run.folder}: is a run of {model.name}, and which tensors of a file its weights belong to is not known: --into "
             "takes runs of model.onnx. For a fresh export with the graph of a file: --against FILE"
         )
-    if into is not None and (differences := compare_written(into, model.onnx).differences):
+    if into is not None and (differences := _written_differences(run, into)):
         raise FgvcError(
             f"{into}: is not the file that {run.folder} was trained from, whose copy is {model.onnx}, but for weights:\n  "
             + "\n  ".join(differences)
         )
     return DeployedFile(file=into or model.onnx, size=run.recipe.image.size, output=model.output, scratch=scratch)
+
+
+def _written_differences(run: LoadedRun, into: Path) -> tuple[str, ...]:
+    model = run.recipe.model
+    assert model.onnx is not None
+    return compare_written(into, model.onnx, size=run.recipe.image.size, output=model.output).differences
 
 
 def _export(
@@ -383,7 +389,8 @@ def verify(
     if into is not None:
         if against is not None or labels is not None or preprocess is not None:
             raise FgvcError("--into compares bytes alone: give it without --against, --labels and --preprocess")
-        return compare_written(path, into)
+        output = load_bundle(path).contract.get("output", {}).get("name") if path.is_dir() else None
+        return compare_written(path, into, output=output)
     if against is not None:
         return verify_files(path, against, labels=labels, preprocess=preprocess, strict=strict)
     if labels is not None or preprocess is not None:

@@ -19,6 +19,7 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.data.quality.colour import Normalisation, normalisation_of
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import memory_format
+from fgvc.models.classifier import as_classifier
 from fgvc.models.net import shipped_net
 from fgvc.models.weights import load_weights, preprocess_for, stated_keys, unlikely
 from fgvc.runs.distributed import runtime
@@ -131,5 +132,5 @@ def embed_rows(
 
 def pooled(net: nn.Module, x: Tensor) -> Tensor:
     """Compute the input of a timm net's last layer for images (B,3,H,W): (B,D) where it pools first."""
-    v: Tensor = net.forward_head(net.forward_features(x), pre_logits=True)  # type: ignore[operator]
+    v: Tensor = as_classifier(net).forward_head(as_classifier(net).forward_features(x), pre_logits=True)
     return v

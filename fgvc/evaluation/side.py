@@ -283,7 +283,7 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
     if path.is_file():
         stack = stack_of(path, labels=labels, preprocess=preprocess)
         if stack.labels is None:
-            raise FgvcError(f"{path}: which classes? There is no labels.json beside it: give --labels FILE")
+            raise FgvcError(f"{path}: which classes? Neither its metadata nor a file beside it says: give --labels FILE")
         spec = stack.preprocess
         doubts = []
         if spec is not None and not _takes_raw_pixels(spec):

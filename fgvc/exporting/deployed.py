@@ -39,9 +39,11 @@ from fgvc.models.onnxnet.net import OnnxNet, open_onnx
 from fgvc.models.onnxnet.payload import external_files, stored_tensors
 from fgvc.models.onnxnet.read import load_model
 from fgvc.reparam.plain import strip_to
+from fgvc.runtime.description import describe
 
 KIND = "deployed file"  # of a contract
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+OPEN = (224, 224)  # pixels
 HALF_TOLERANCE = 1e-2  # in place of 1e-4 where weights or arithmetic are of half precision: three digits
 
 
@@ -64,7 +66,7 @@ class DeployedFile:
         self._refuse_lossy()
         exact = strip_to(self._open(self.file), trained, dtype=torch.float64)
         assert isinstance(exact, OnnxNet)
-        values = {name: value.numpy() for name, value in exact.stored()}
+        values = {name: value.numpy() for name, value in exact.stored() if name in exact.movable}
         written = write_into(self.file, values, self.scratch / "written" / self.file.name)
         if faults := differences_outside(written.path, self.file, written.moved):
             raise FgvcError(f"{self.file}: more than weights would differ in its copy:\n  " + "\n  ".join(faults))
@@ -164,14 +166,14 @@ def _is_half(path: Path, net: OnnxNet) -> bool:
 def as_plain(path: Path, net: OnnxNet) -> Plain:
     """A file as quantisation takes it: whole, with weights as initializers, and which of these are weights of the net."""
     proto = onnx.load(str(path))
-    constants = [node for node in proto.graph.node if node.op_type == "Constant" and node.output[0] in net.slots]
+    constants = [node for node in proto.graph.node if node.op_type == "Constant" and node.output[0] in net.movable]
     for node in constants:
         tensor = next(attribute.t for attribute in node.attribute if attribute.name == "value")
         tensor.name = node.output[0]
         proto.graph.initializer.append(tensor)
         proto.graph.node.remove(node)
     initializers = canonicalise(proto, weights=()).initializers
-    weights = frozenset(at for at, stored in enumerate(initializers) if stored.stored_name in net.slots)
+    weights = frozenset(at for at, stored in enumerate(initializers) if stored.stored_name in net.movable)
     return Plain(proto, weights, net.size)
 
 
@@ -266,26 +268,20 @@ class WrittenComparison:
         return not self.differences
 
 
-def compare_written(candidate: Path, into: Path) -> WrittenComparison:
-    """Compare two .onnx files (or a bundle's) byte by byte: whether weights alone differ. Raises FgvcError where one is no
-    classifier's file that can be read."""
+def compare_written(
+    candidate: Path, into: Path, *, size: tuple[int, int] | None = None, output: str | None = None
+) -> WrittenComparison:
+    """Compare two .onnx files (or a bundle's) byte by byte: whether weights alone differ, which are what training would move.
+
+    `size`: height and width, where the deployed file leaves them open (by default OPEN: weights do not depend on it); `output`:
+    which of several has the classes. Raises FgvcError where one is no classifier's file that can be read."""
     ours, theirs = (path / "model.onnx" if path.is_dir() else path for path in (candidate, into))
     load_model(ours)
-    model = load_model(theirs)
-    weights = frozenset(stored_tensors(model)) - frozenset(unwritten(theirs, model))
+    description = describe(theirs, output=output)
+    size = None if description.height and description.width else (size or OPEN)
+    weights = open_onnx(theirs, size, output=output).movable
     differences = differences_outside(ours, theirs, weights)
     return WrittenComparison(
         candidate=candidate, into=into, differences=tuple(differences),
         moved=() if differences else moved_between(ours, theirs),
     )  # fmt: skip
-
-
-def unwritten(path: Path, model: onnx.ModelProto) -> set[str]:
-    """Stored tensors that no run writes: those that are no weight of the net, by its own analysis."""
-    size = None
-    image = next(value for value in model.graph.input if value.name not in {tensor.name for tensor in model.graph.initializer})
-    dims = [dim.dim_value for dim in image.type.tensor_type.shape.dim]
-    if len(dims) == 4 and 0 in (dims[1:3] if dims[3] == 3 else dims[2:]):
-        size = (224, 224)
-    net = open_onnx(path, size)
-    return set(stored_tensors(model)) - set(net.slots)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fgvc.errors import FgvcError
 from fgvc.io.names import nearest
 from fgvc.models import deformable  # noqa: F401 - registers its nets with timm
+from fgvc.models.classifier import as_classifier
 from fgvc.models.tokens import token_grid
 
 
@@ -121,8 +122,9 @@ def freeze(net: nn.Module, stages: int) -> list[nn.Module]:
 
 
 def modules_behind(net: nn.Module, name: str) -> list[nn.Module]:
-    """The modules after the one called `name` and its submodules, in the order of registration."""
-    named = list(net.named_modules())
+    """The modules after the one called `name` and its submodules, in the order of registration, or of the forward where the net
+    knows that."""
+    named = list(getattr(net, "named_modules_in_order", net.named_modules)())
     end = max(at for at, (path, _) in enumerate(named) if f"{path}.".startswith(f"{name}."))
     return [module for _, module in named[end + 1 :]]
 
@@ -134,9 +136,9 @@ def zeros_through(net: nn.Module, size: tuple[int, int], *, pre_logits: bool = F
     try:
         with torch.no_grad():
             x = torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype)
-            features = net.forward_features(x)  # type: ignore[operator]
+            features = as_classifier(net).forward_features(x)
             options = {"pre_logits": True} if pre_logits else {}
-            return features, net.forward_head(features, **options)  # type: ignore[operator]
+            return features, as_classifier(net).forward_head(features, **options)
     finally:
         net.train(training)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map
+from fgvc.models.classifier import as_classifier
 from fgvc.models.target import Target
 
 Method = Literal["cam", "gradcam", "gradcam++"]
@@ -37,7 +38,7 @@ class ClassMapper:
         features = features.detach().to(weight.dtype)
         with torch.autocast(features.device.type, enabled=False):
             if method == "cam":
-                classifier = cast("nn.Linear", self.net.get_classifier())  # type: ignore[operator]
+                classifier = cast("nn.Linear", as_classifier(self.net).get_classifier())
                 maps = cam(feature_map(self.net, features, size), classifier.weight.detach(), labels)
             else:
                 by = grad_cam if method == "gradcam" else grad_cam_plus_plus
@@ -49,7 +50,7 @@ class ClassMapper:
         """The gradients d z_y / d features, of the shape of the features."""
         with torch.inference_mode(False), torch.enable_grad(), evaluating(self.net):
             leaf = features.clone().requires_grad_()
-            logits = self.net.forward_head(leaf)  # type: ignore[operator]
+            logits = as_classifier(self.net).forward_head(leaf)
             (gradients,) = torch.autograd.grad(logits.gather(1, labels.clone()[:, None]).sum(), leaf)
         return gradients
 
@@ -100,13 +101,13 @@ def closed_form(net: nn.Module, size: tuple[int, int]) -> tuple[nn.Linear | None
     They are if the head is exactly global average pooling and one linear layer, which is checked numerically: on random features
     `forward_head(F) == mean_hw(F) W^T + b`.
     """
-    linear = net.get_classifier()  # type: ignore[operator]
+    linear = as_classifier(net).get_classifier()
     if not isinstance(linear, nn.Linear):
         return None, f"the classifier is {type(linear).__name__}, not one linear layer"
     weight = linear.weight
     with torch.no_grad(), evaluating(net):
         zeros = torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device)
-        features = net.forward_features(zeros)  # type: ignore[operator]
+        features = as_classifier(net).forward_features(zeros)
         if not isinstance(features, Tensor):
             return None, f"forward_features gives a {type(features).__name__}"
         features = 2 * _noise_like(features) - 1  # signed: an activation before the pooling must show
@@ -116,8 +117,8 @@ def closed_form(net: nn.Module, size: tuple[int, int]) -> tuple[nn.Linear | None
             return None, str(error)
         if pooled.shape[1] != linear.in_features:
             return None, f"the classifier reads {linear.in_features} values, the last feature map has {pooled.shape[1]}"
-        expected, logits = linear(pooled), net.forward_head(features)  # type: ignore[operator]
-        read = net.forward_head(features, pre_logits=True)  # type: ignore[operator]  # some classifiers start at zero
+        expected, logits = linear(pooled), as_classifier(net).forward_head(features)
+        read = as_classifier(net).forward_head(features, pre_logits=True)  # some classifiers start at zero
         scale = (pooled.abs() @ weight.abs().T).max().clamp_min(1e-30)
         same = logits.shape == expected.shape and (logits - expected).abs().max() <= 1e-5 * scale
         if not same or read.shape != pooled.shape or not torch.allclose(read, pooled, rtol=1e-4, atol=1e-5):
@@ -134,13 +135,13 @@ def refusal(net: nn.Module, size: tuple[int, int], method: Method) -> str | None
     with torch.enable_grad(), evaluating(net):
         with torch.no_grad():
             zeros = torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device)
-            features = net.forward_features(zeros)  # type: ignore[operator]
+            features = as_classifier(net).forward_features(zeros)
         try:
             feature_map(net, features, size)
         except FgvcError as error:
             return str(error)
         leaf = (_noise_like(features) + 0.5).requires_grad_()
-        read = net.forward_head(leaf, pre_logits=True)  # type: ignore[operator]
+        read = as_classifier(net).forward_head(leaf, pre_logits=True)
         # Not of the logits: some classifiers start at zero. Not of the plain sum: a layer norm's has no gradient.
         (gradient,) = torch.autograd.grad((read * _noise_like(read)).sum(), leaf)
         if not feature_map(net, gradient, size).abs().max() > 0:

@@ -2,46 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
-
-from torch import Tensor, nn
+from torch import nn
 
 from fgvc.config.models import Model
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import plain_model
 from fgvc.models.onnxnet.net import OnnxNet, open_onnx
-
-
-@runtime_checkable
-class Classifier(Protocol):
-    """What all else asks of a net (an `nn.Module`): timm's classifiers have it, and `OnnxNet`, the net of a file.
-
-    For images x (B,3,H,W) float the logits are forward_head(forward_features(x)), (B,K).
-    """
-
-    num_classes: int  # K
-    num_features: int  # of the last features
-    feature_info: Any  # of each stage: num_chs, reduction (pixels a cell), module (its name)
-    pretrained_cfg: Mapping[str, Any]  # `classifier`: the name of the last layer; of timm's weights: their preprocessing
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last features: a map (B,C,h,w) or (B,h,w,C), or tokens (B,N,C)."""
-        ...
-
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B,K) of the last features, or (`pre_logits`) what the last layer reads, (B,D)."""
-        ...
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer, an `nn.Linear` as a rule."""
-        ...
-
-    def group_matcher(self, coarse: bool = False) -> Any:
-        """How deep each parameter lies, for layer decay: see `timm.models.group_parameters`."""
-        ...
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None: ...
 
 
 def shipped_net(model: Model, classes: int | None, size: tuple[int, int] | None) -> nn.Module:

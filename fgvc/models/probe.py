@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import zeros_through
+from fgvc.models.classifier import as_classifier
 
 STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # inverses of the penalty (scikit-learn's C)
 FOLDS = 3
@@ -126,7 +127,7 @@ def linear_head(net: nn.Module) -> nn.Linear | nn.Conv2d:
 
     Raises FgvcError if it is neither, as in nets with two heads.
     """
-    classifier = net.get_classifier()  # type: ignore[operator]
+    classifier = as_classifier(net).get_classifier()
     pointwise = isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1
     if isinstance(classifier, nn.Linear) or pointwise:
         return classifier

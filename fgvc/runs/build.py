@@ -99,7 +99,7 @@ def build_net(
         refuse_unprobed(net, size, f"model.head: {recipe.model.name}")
     preprocess = preprocess_for(recipe.deploy, size, weights)
     if pretrained:
-        doubts = check_file(net, recipe, preprocess) if isinstance(net, OnnxNet) else ()
+        doubts = check_file(net, recipe, preprocess, counts) if isinstance(net, OnnxNet) else ()
         weights = replace(weights, doubts=(*weights.doubts, *doubts, *unlikely(preprocess, weights)))
     step = StepModule(
         net,
@@ -114,10 +114,18 @@ def build_net(
     return BuiltNet(step, weights, preprocess, tuple(name for name, p in step.named_parameters() if id(p) in loaded))
 
 
-def check_file(net: OnnxNet, recipe: Recipe, spec: Preprocess) -> tuple[str, ...]:
+def check_file(
+    net: OnnxNet, recipe: Recipe, spec: Preprocess, counts: NDArray[np.int64] | None
+) -> tuple[str, ...]:
     """Doubts about how a deployed file's images are prepared. Raises FgvcError where the recipe leaves that open, normalises
-    bytes, or has a loss that does not fit the file's end."""
+    bytes, or has a loss that does not fit the file's end, or a new head where classes have no images."""
     refuse_unstated(recipe)
+    if counts is not None and (absent := int((counts == 0).sum())) and recipe.model.head != "timm":
+        raise FgvcError(
+            f"model.head: {recipe.model.head} makes new rows for classes with training images, and {absent} of the file's "
+            f"{len(counts)} have none: beside their rows these would mean nothing. Set it to timm, which keeps the file's head"
+            + ("" if recipe.model.weights == "deployed" else ", with model.weights: deployed")
+        )
     raw = not any(spec.mean) and all(value == 1 for value in spec.std)
     if net.dtype == "uint8" and not (raw and spec.input_range == 255):
         raise FgvcError(

@@ -290,7 +290,13 @@ def _with_digest(tree: Mapping[str, Any]) -> str:
 
 
 def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({key: value.detach().contiguous() for key, value in tensors.items()})
+    own: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, value in tensors.items():  # one that a net reads under two names is written under both
+        place = value.untyped_storage().data_ptr()
+        own[key] = value.detach().clone() if place in storages else value.detach().contiguous()
+        storages.add(place)
+    return safetensors.torch.save(own)
 
 
 def _publish(folder: Path, *, last: str, best: str | None) -> None:

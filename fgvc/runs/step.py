@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from fgvc.config.knots import value_at
 from fgvc.errors import FgvcError
 from fgvc.models.class_maps import ClassMapper, evaluating
+from fgvc.models.classifier import as_classifier
 from fgvc.models.loss import cross_entropy
 from fgvc.models.norms import batch_statistics, momenta, running_norms
 from fgvc.models.target import Target
@@ -143,8 +144,8 @@ class StepModule(nn.Module):
     def _probe(self, of: str, batch: Batch) -> Output:
         net = self.net if of == "net" else self._average[0]
         with torch.no_grad(), evaluating(net):
-            features = net.forward_features(batch.x_clean)  # type: ignore[operator]
-            logits = net.forward_head(features)  # type: ignore[operator]
+            features = as_classifier(net).forward_features(batch.x_clean)
+            logits = as_classifier(net).forward_head(features)
         self.probe_logits.append(logits)
         view = View(of, batch.x_clean, [(batch.labels, None)])
         return Output(view, features, logits, mapper=self._mapper if of == "net" else ClassMapper(net))
@@ -156,8 +157,8 @@ class StepModule(nn.Module):
         if not refiners:
             raise FgvcError("--views refined needs a technique that looks twice, such as attention_crop_drop")
         kind, refine = refiners[0]
-        features = self.net.forward_features(x)  # type: ignore[operator]
-        logits = self.net.forward_head(features)  # type: ignore[operator]
+        features = as_classifier(self.net).forward_features(x)
+        logits = as_classifier(self.net).forward_head(features)
         output = Output(View(MAIN, x, [(logits.argmax(1), None)]), features, logits, mapper=self._mapper)
         return logits, lambda: refine(output, context_of(kind, self.attachments, Draws(1.0), size=x.shape[2:]))
 
@@ -204,14 +205,14 @@ class StepModule(nn.Module):
         self._group, self._hooked, self._fired = group, {}, set()
         own_norms = group[0].bn == "own"
         with batch_statistics(self.net, recompute=self._grad_checkpointing) if own_norms else nullcontext():
-            features = self.net.forward_features(x)  # type: ignore[operator]
+            features = as_classifier(self.net).forward_features(x)
             if self._grad_checkpointing and features.requires_grad:
                 features.register_hook(partial(self._enter_group, group))
             for kind, name, gate in self.attachments.gates:
                 if name == FEATURES and self.net.training:
                     features = self._apply_gate(features, gate, self.contexts[kind], group)
                     self._fired.add((f"gate of {kind}", name))
-            logits = self.net.forward_head(features)  # type: ignore[operator]
+            logits = as_classifier(self.net).forward_head(features)
         self._check_fired()
         if len(group) == 1:  # nothing to slice, whose backward would fill and add a whole map
             return {group[0].name: Output(group[0], features, logits, dict(self._hooked), self._mapper)}
@@ -310,6 +311,6 @@ def _with_names(kind: str, views: Sequence[View]) -> list[View]:
 def _checkpoint_activations(net: nn.Module) -> None:
     """Switch on timm's activation checkpointing. Raises FgvcError where the backbone has none."""
     try:
-        net.set_grad_checkpointing(True)  # type: ignore[operator]
+        as_classifier(net).set_grad_checkpointing(True)
     except (AssertionError, AttributeError, TypeError) as error:
         raise FgvcError(f"train.grad_checkpointing: timm can't checkpoint a {type(net).__name__}; set it to false") from error

@@ -15,6 +15,7 @@ from fgvc.errors import FgvcError
 from fgvc.images.preprocess import described, differences
 from fgvc.io.names import few, label_differences, sort_order_remark
 from fgvc.runtime.bundle import load_bundle, read_labels, read_preprocess
+from fgvc.runtime.labels import labels_of
 
 T = TypeVar("T")
 Verdict = Literal["the same", "other", "not known"]
@@ -50,7 +51,7 @@ class Agreement:
 
 
 def stack_of(path: Path, *, labels: Path | None = None, preprocess: Path | None = None) -> Stack:
-    """Stack of a bundle's model; or of an .onnx file by the files beside it, else by `labels` and `preprocess`.
+    """Stack of a bundle's model; or of an .onnx file by its metadata and the files beside it, else by `labels` and `preprocess`.
 
     Raises FgvcError for a bundle or a file that can't be read, a preprocessing that is stated in part, and an option for what
     is known already.
@@ -69,7 +70,7 @@ def stack_of(path: Path, *, labels: Path | None = None, preprocess: Path | None 
     return Stack(
         path=path,
         preprocess=read_preprocess(preprocess_file) if preprocess_file is not None else None,
-        labels=read_labels(labels_file) if labels_file is not None else None,
+        labels=read_labels(labels_file) if labels_file is not None else own.names if (own := labels_of(path)) else None,
     )
 
 

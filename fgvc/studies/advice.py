@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from fgvc.config.models import Model
 from fgvc.config.template import recipes
 from fgvc.evaluation.learning_curve import FOLDS, SHARES, Share
 from fgvc.studies.probe import ProbeResults, Result, Size
@@ -171,11 +172,11 @@ def _command(probed: ProbeResults, best: Result) -> str:
         recipe, settings = data.source, {}
     now, overridden = data.recipe, {text.partition("=")[0] for text in data.overrides}
     wanted: dict[str, Any] = {
-        "model.backbone": model.backbone, "model.kwargs": dict(model.kwargs), "model.weights": model.weights,
+        **_net(model), "model.weights": model.weights,
         "image.size": _size_setting(best), "deploy.crop_pct": best.crop,
     }  # fmt: skip
     has = {
-        "model.backbone": now.model.backbone, "model.kwargs": dict(now.model.kwargs), "model.weights": now.model.weights,
+        **_net(now.model), "model.weights": now.model.weights,
         "image.size": now.image.size[0] if now.image.size[0] == now.image.size[1] else list(now.image.size),
         "deploy.crop_pct": now.deploy.crop_pct,
     }  # fmt: skip
@@ -183,7 +184,7 @@ def _command(probed: ProbeResults, best: Result) -> str:
         has = {"model.kwargs": {}}
     if best.crop == best.candidate.spec.crop_pct:  # what the weights ask for anyway
         del wanted["deploy.crop_pct"]
-    same_model = all(getattr(model, key) == getattr(now.model, key) for key in ("backbone", "kwargs", "weights"))
+    same_model = all(getattr(model, key) == getattr(now.model, key) for key in ("backbone", "onnx", "kwargs", "weights"))
     for key in ("mean", "std"):  # other nets were fed as their weights ask
         if getattr(now.deploy, key) is not None and not same_model:
             wanted[f"deploy.{key}"] = None
@@ -191,6 +192,13 @@ def _command(probed: ProbeResults, best: Result) -> str:
     other_overrides = [text for text in data.overrides if text.partition("=")[0] not in settings]
     texts = [*other_overrides, *(f"{key}={value if isinstance(value, str) else _flow(value)}" for key, value in settings.items())]
     return " ".join(["fgvc train", shlex.quote(recipe), *map(shlex.quote, texts)])
+
+
+def _net(model: Model) -> dict[str, Any]:
+    """Settings of the net, as on the command line."""
+    if model.onnx is not None:
+        return {"model.backbone": None, "model.onnx": str(model.onnx), "model.kwargs": {}}
+    return {"model.backbone": model.backbone, "model.kwargs": dict(model.kwargs)}
 
 
 def summary(probed: ProbeResults) -> dict[str, Any]:
@@ -224,6 +232,7 @@ def _row(result: Result) -> dict[str, Any]:
     return {
         "start": result.candidate.name,
         "backbone": None if model is None else model.backbone,
+        "onnx": None if model is None or model.onnx is None else str(model.onnx),
         "kwargs": None if model is None else dict(model.kwargs),
         "weights": None if model is None else model.weights,
         "size": list(result.size),

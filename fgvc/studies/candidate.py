@@ -20,6 +20,7 @@ from fgvc.config.models import Model, run_of
 from fgvc.errors import FgvcError
 from fgvc.evaluation.features import Embed, make_embedder, pooled
 from fgvc.models.backbone import pretrained_cfg
+from fgvc.models.classifier import as_classifier
 from fgvc.models.net import shipped_net
 from fgvc.models.weights import load_weights, preprocess_for, read_sidecar, stated_keys, unlikely
 from fgvc.reparam.plain import strip_to
@@ -173,7 +174,7 @@ def _from_run(path: Path, size: tuple[int, int] | None) -> Candidate:
 
 def _count_parameters(net: nn.Module) -> int:
     """Count the parameters without the classifier's, which depend on the number of classes."""
-    head = net.get_classifier()  # type: ignore[operator]
+    head = as_classifier(net).get_classifier()
     inside = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
     return sum(p.numel() for p in net.parameters() if id(p) not in inside)
 

@@ -255,7 +255,7 @@ def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
     by_net: dict[object, Candidate] = {}
     for candidate in candidates:
         model = candidate.model
-        key = (model.backbone, str(model.kwargs), model.weights) if model is not None else candidate.name
+        key = (model.backbone, model.onnx, str(model.kwargs), model.weights) if model is not None else candidate.name
         by_net.setdefault(key, candidate)
     return list(by_net.values())
 

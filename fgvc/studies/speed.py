@@ -31,6 +31,7 @@ from fgvc.exporting.proofs import MAX_IMAGES
 from fgvc.exporting.prove import PlainBackbone
 from fgvc.models.backbone import deployed, memory_format, plain_model
 from fgvc.models.class_maps import ClassMapper, Method, refusal
+from fgvc.models.classifier import as_classifier
 from fgvc.models.net import shipped_net
 from fgvc.models.weights import load_weights
 from fgvc.runs.build import build_net
@@ -156,7 +157,7 @@ def bench_maps(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
         step, net = step_on_one_batch(session), session.step.net
         batch = to_batch(next(session.loader.epoch(0)), session.normalise, session.train_size)
         with torch.no_grad():
-            features = net.forward_features(batch.x)  # type: ignore[operator]
+            features = as_classifier(net).forward_features(batch.x)
         for method in get_args(Method):
             if refusal(net, recipe.image.size, method) is None:
                 make = partial(ClassMapper(net), features, batch.target, method, batch.x.shape[2:])

@@ -238,9 +238,11 @@ def _refuse_incomparable(plan: Plan) -> None:
             raise FgvcError(
                 f"{plan.path}: arms.{trial.arm}: select: best lets validation choose an epoch, in all arms or in none"
             )
-        if (trial.recipe.model.backbone, trial.recipe.image.size) != (first.model.backbone, first.image.size):
+        nets = [(recipe.model.backbone, recipe.model.onnx, recipe.image.size) for recipe in (trial.recipe, first)]
+        if nets[0] != nets[1]:
+            key = "model.backbone" if first.model.onnx is None else "model.onnx"
             raise FgvcError(
-                f"{plan.path}: arms.{trial.arm}: another graph than the base arm's (model.backbone, image.size); a study has one"
+                f"{plan.path}: arms.{trial.arm}: another graph than the base arm's ({key}, image.size); a study has one"
             )
         if trial.recipe.train.epochs != first.train.epochs and plan.study.budget != ("own",):
             raise FgvcError(f"{plan.path}: arms.{trial.arm}: sets train.epochs, which goes with budget: own alone")

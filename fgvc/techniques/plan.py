@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map, modules_behind, scale_cells, zeros_through
 from fgvc.models.class_maps import Method, evaluating, refusal
+from fgvc.models.classifier import as_classifier
 from fgvc.models.norms import batch_statistics
 from fgvc.reparam.replace import Site, find_sites, replace_conv
 from fgvc.techniques.api import Batch, Draws, Output
@@ -152,7 +153,7 @@ class Plan:
         name, net = self.stage(stage), self._attachments.net
         with torch.enable_grad(), self._noise_through(name) as (f, features):
             self.need_cells(self._map(name, f).shape[2:])
-            pooled = net.forward_head(features, pre_logits=True)  # type: ignore[operator]
+            pooled = as_classifier(net).forward_head(features, pre_logits=True)
             # Not of the plain sum: a layer norm's has no gradient.
             signs = torch.linspace(-1, 1, pooled.numel(), device=pooled.device).view_as(pooled)
             (gradient,) = torch.autograd.grad((pooled * signs).sum(), f, allow_unused=True)
@@ -187,7 +188,7 @@ class Plan:
         x = torch.randn(2, 3, *self.size, generator=rng).to(weight).requires_grad_(torch.is_grad_enabled())
         with evaluating(net):
             try:
-                features = net.forward_features(x)  # type: ignore[operator]
+                features = as_classifier(net).forward_features(x)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -307,7 +308,7 @@ def context_of(
 
     def head(features: Tensor, *, pre_logits: bool = False) -> Tensor:
         with batch_statistics(attachments.net, recompute=attachments.grad_checkpointing):
-            return cast("Tensor", attachments.net.forward_head(features, pre_logits=pre_logits))  # type: ignore[operator]
+            return cast("Tensor", as_classifier(attachments.net).forward_head(features, pre_logits=pre_logits))
 
     return Context(
         draw=draws.of.get(kind),

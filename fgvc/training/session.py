@@ -26,6 +26,7 @@ from fgvc.data.index import ImageIndex
 from fgvc.data.loader import TrainLoader, evaluation_loader
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import head_prefixes, memory_format
+from fgvc.models.classifier import as_classifier
 from fgvc.models.norms import reestimate_norms, running_norms
 from fgvc.models.weights import Weights
 from fgvc.runs.build import BuiltNet, build_net, class_counts
@@ -36,6 +37,7 @@ from fgvc.runs.step import StepModule
 from fgvc.techniques.distill.teacher import ProbedNet
 from fgvc.training.batch import Normalise
 from fgvc.training.images import Notify, spread, training_index, training_loader
+from fgvc.training.kept_rows import keep_rows
 from fgvc.training.means import RunningMeans
 from fgvc.training.optim import make_ema, make_optimizer, make_schedule, make_swa
 from fgvc.training.teachers import TeacherLoader, TeacherUse
@@ -176,6 +178,15 @@ class Session:
     def shipping(self) -> nn.Module:
         """The net whose weights would ship as things stand: the average where there is one and it is wanted."""
         return self.average if self.average is not None and self.recipe.selected != "last" else self.step.net
+
+    def keep_absent_rows(self) -> None:
+        """Keep the classifier's rows of classes without training images, where the weights brought it; call it once, with the
+        weights that the run begins or goes on with."""
+        head = [f"net.{name}" for name, _ in self.step.net.named_parameters() if name.startswith(head_prefixes(self.step.net))]
+        counts = class_counts(self.index)
+        if (counts == 0).any() and head and set(head) <= set(self.pretrained):
+            classifier = as_classifier(self.step.net).get_classifier()
+            keep_rows(self.optimizer, classifier, torch.from_numpy(counts == 0).to(self.runtime.device))
 
     def average_epoch(self) -> None:
         """Add the epoch that just ended to SWA, if it is one of the last, and recompute SWA's batch norms. Where a finished run

@@ -195,6 +195,7 @@ def _start(session: Session, out: Path, events: Events) -> None:
 
 def _run_epochs(session: Session, out: Path, events: Events) -> None:
     progress, recipe = session.progress, session.recipe
+    session.keep_absent_rows()
     if not session.total_steps:  # the start ships
         progress.finished = True
         _save(session, out)

@@ -154,7 +154,7 @@ def test_a_file_that_answers_otherwise_is_refused_and_no_bundle_written(
     again = tmp_path / "run"
     shutil.copytree(run, again)
     monkeypatch.setattr(made, "quantise", lambda *args, **settings: of_one_answer(quantise(*args, **settings)))
-    monkeypatch.setattr(api, "prove", lambda *_, **__: done.proven)
+    monkeypatch.setattr(proving.PlainBackbone, "prove", lambda *_: done.proven)
     with pytest.raises(SystemExit) as ended:
         main(["export", str(again), "-o", str(tmp_path / "b"), "--int8", "--int8-float", "2"])
     assert ended.value.code == 2

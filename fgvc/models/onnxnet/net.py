@@ -122,15 +122,28 @@ class OnnxNet(nn.Module):
             value = state[slots[0].target].detach().cpu().double()
             yield name, slots[0].to_file(value)
 
+    def named_modules_in_order(self) -> Iterator[tuple[str, nn.Module]]:
+        """Its modules and what holds parameters of its own, as a forward comes to them; those that it comes to twice, twice."""
+        for prefix, graph in (("body", self.body), ("pool", self.pool), ("tail", self.tail)):
+            for node in graph.graph.nodes if graph is not None else ():
+                target = f"{prefix}.{node.target}"
+                if node.op == "call_module":
+                    yield from self.get_submodule(target).named_modules(prefix=target)
+                elif node.op == "get_attr":
+                    yield target, self.get_submodule(target.rpartition(".")[0])
+            if prefix == "pool":
+                yield "classifier", self.classifier
 
     def constants(self) -> frozenset[str]:
         """Names of buffers that are no weights: what the file computes with, as it is."""
-        weights = {slot.target for name, slots in self.slots.items() for slot in slots if slot.trained or name in self._running}
+        weights = {slot.target for name in self.movable for slot in self.slots[name]}
         return frozenset(name for name, _ in self.named_buffers() if name not in weights)
 
     @property
-    def _running(self) -> set[str]:
-        return {name for name, reason in self.untouched.items() if reason == "running statistics"}
+    def movable(self) -> frozenset[str]:
+        """The file's tensors that a run may write: those that are trained, and running statistics."""
+        running = {name for name, reason in self.untouched.items() if reason == "running statistics"}
+        return frozenset(name for name, slots in self.slots.items() if name in running or any(slot.trained for slot in slots))
 
     def by_own_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict whose tensors may have the file's names and shapes there, under the names of this module."""

@@ -18,6 +18,7 @@ from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map
 from fgvc.models.class_maps import evaluating
+from fgvc.models.classifier import as_classifier
 from fgvc.models.probe import linear_head
 
 
@@ -103,8 +104,8 @@ def conversion(student: Preprocess, teacher: Preprocess) -> Callable[[Tensor], T
 def teacher_output(net: nn.Module, x: Tensor, *, maps: bool) -> TeacherOutput:
     """Logits of a timm net and, with `maps`, its last feature map; its modules stay in the mode that they were in."""
     with evaluating(net):
-        features = net.forward_features(x)  # type: ignore[operator]
-        logits = net.forward_head(features)  # type: ignore[operator]
+        features = as_classifier(net).forward_features(x)
+        logits = as_classifier(net).forward_head(features)
     return TeacherOutput(logits.float(), feature_map(net, features, x.shape[2:]).float() if maps else None)
 
 

@@ -1,0 +1,23 @@
+"""Rows of the classifier for classes without training images: they stay as the weights have them.
+
+Every step would push their logits down and their weights to zero, and so unlearn what the deployed net knows of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def keep_rows(optimizer: Optimizer, classifier: nn.Module, absent: Tensor) -> None:
+    """Have every step leave the rows `absent` (K,) bool of a linear layer, weight (K,D) and bias (K,), as they are now. Called
+    when the run begins or goes on, after all other hooks of the optimizer."""
+    rows = [(parameter, parameter.detach()[absent].clone()) for parameter in classifier.parameters()]
+
+    @torch.no_grad()
+    def put_back(*_: object) -> None:
+        for parameter, values in rows:
+            parameter[absent] = values
+
+    optimizer.register_step_post_hook(put_back)
