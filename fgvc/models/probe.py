@@ -128,8 +128,9 @@ def linear_head(net: nn.Module) -> nn.Linear | nn.Conv2d:
     Raises FgvcError if it is neither, as in nets with two heads.
     """
     classifier = as_classifier(net).get_classifier()
-    pointwise = isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1
-    if isinstance(classifier, nn.Linear) or pointwise:
+    if isinstance(classifier, nn.Linear):
+        return classifier
+    if isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1:
         return classifier
     raise FgvcError(
         f"model.head: the classifier of a {type(net).__name__} is no linear layer ({type(classifier).__name__}); set it to timm"

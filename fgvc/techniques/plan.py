@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -308,7 +308,7 @@ def context_of(
 
     def head(features: Tensor, *, pre_logits: bool = False) -> Tensor:
         with batch_statistics(attachments.net, recompute=attachments.grad_checkpointing):
-            return cast("Tensor", as_classifier(attachments.net).forward_head(features, pre_logits=pre_logits))
+            return as_classifier(attachments.net).forward_head(features, pre_logits=pre_logits)
 
     return Context(
         draw=draws.of.get(kind),

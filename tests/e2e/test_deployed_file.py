@@ -14,11 +14,13 @@ from onnx import helper, numpy_helper
 
 from fgvc import api
 from fgvc.cli.app import main
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.exporting.deployed import compare_written
 from fgvc.exporting.into import payload_spans
 from fgvc.runs.folder import read_run
+from fgvc.runs.images import read_index
 from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
 from tests.conftest import paint
@@ -213,8 +215,6 @@ def with_metadata(key: str, value: str) -> onnx.ModelProto:
     ],
 )
 def test_where_labels_are_read_from(key: str, value: str, colours: Path, tmp_path: Path) -> None:
-    from fgvc.runs.images import read_index
-
     beside = "." in key
     file = saved(small.plain() if beside else with_metadata(key, value), tmp_path, labels=False)
     if beside:
@@ -230,8 +230,6 @@ def test_where_labels_are_read_from(key: str, value: str, colours: Path, tmp_pat
 
 def refusal(settings: dict[str, Any], out: Path) -> str:
     with pytest.raises(FgvcError) as caught:
-        from fgvc.config.loading import validate
-
         api.train(validate(Recipe, settings, where="my.yaml"), out)
     assert not out.exists()
     return str(caught.value)
@@ -323,7 +321,8 @@ def test_verbs_that_open_the_run(run: Path, bundle: Path, tmp_path: Path, capsys
     assert "payloads of weights moved" in page.read_text()
     with pytest.raises(SystemExit):
         main(["predict", str(bundle), str(next((read_run(run).data.root / "test").rglob("*.png")))])
-    assert any(name in capsys.readouterr().out for name in NAMES)
+    out = capsys.readouterr().out
+    assert any(name in out for name in NAMES)
     half_way = api.interpolate(run, tmp_path / "between", share=0.5)
     api.export(half_way.out, tmp_path / "b")
     assert outside(tmp_path / "b" / "model.onnx") == outside(run / "deployed" / "deployed.onnx")
