@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 
 # One thread a process: two processes with two threads each on two cores mostly wait for one another. Each begins with a half of
 # the tests in their order, so that what the tests of a file share is made once; what the tests of several files share is made once
-# for both (tests/trained.py).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# for both (tests/trained.py). Bytecode is kept: compiling the tests anew takes each process several seconds.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 TEST := $(PYTEST) -n 2 --dist worksteal --durations 40
 # Half a minute: recipes and their mistakes, verbs that import no more than they need, the figures of a run, a run that is trained,
 # exported, proved and asked, a request. Only these files are imported; all of them together take a quarter of a minute.

@@ -33,7 +33,7 @@ from fgvc.exporting.reference import randomise, versions
 from fgvc.models.backbone import deployed, plain_model
 from fgvc.reparam.plain import strip
 from fgvc.runs.build import BuiltNet, build_net
-from fgvc.runtime.engine import Session
+from fgvc.runtime.engine import OnnxSession
 from fgvc.techniques.api import Batch
 
 OUT = Path(__file__).parent / "results" / "architectures.csv"
@@ -126,7 +126,7 @@ def onnx_of(backbone: str, kwargs: Mapping[str, Any]) -> tuple[float, int]:
     x = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         z = shipped(x)
-    said = torch.from_numpy(Session(serialised(proto)).logits(x.numpy()))
+    said = torch.from_numpy(OnnxSession(serialised(proto)).logits(x.numpy()))
     return float((said - z).abs().max() / z.abs().max()), len(proto.graph.node)
 
 

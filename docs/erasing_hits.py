@@ -28,7 +28,7 @@ from fgvc.data.augment import Augmenter
 from fgvc.data.loader import train_loader
 from fgvc.errors import FgvcError
 from fgvc.report.preview import load_trained
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.runs.environment import environment
 from fgvc.runs.folder import read_run
 from fgvc.techniques.masks import shifted
@@ -64,7 +64,7 @@ def study(run: Path) -> list[dict[str, str]]:
     recipe = read_run(run)
     rng = np.random.default_rng(0)
     found: dict[str, list[np.ndarray]] = {}
-    with runtime(recipe.train) as process, open_session(recipe, process) as session:
+    with process_group(recipe.train) as process, open_session(recipe, process) as session:
         if session.index.boxes is None or not len(session.index.rows("val")):
             raise FgvcError(f"{run}: needs data with boxes and a validation split")
         load_trained(session, run)

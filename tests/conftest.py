@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import os
@@ -18,6 +19,15 @@ from PIL import Image
 
 from tests.processes import end_all, plain_draws, start
 from tests.trained import Once
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no garbage collection need look through its half a million objects again. Hypothesis asks
+    the collector for references when it is imported, as its plugin does at the end of each session."""
+    import hypothesis  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

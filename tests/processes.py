@@ -2,11 +2,12 @@
 
 A new Python imports torch and timm for five seconds before it does anything. Those that are started here are forked from one
 server a session and worker, a new Python that has imported them and has done nothing else. Some tests start a real `python -m
-fgvc` all the same (tests/fault, tests/techniques/test_plugin.py, tests/deploy).
+fgvc` all the same (tests/techniques/test_plugin.py, tests/deploy).
 """
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import os
@@ -111,6 +112,7 @@ def _script(file: Path, arguments: Sequence[str]) -> None:
 def _run(
     folder: Path, env: Mapping[str, str], place: Path, function: Callable[..., object], arguments: Sequence[Any]
 ) -> None:
+    gc.freeze()  # a collection would touch, and so copy, the memory that all who were forked share
     os.setpgid(0, 0)
     for name, number in (("stdout", 1), ("stderr", 2)):
         handle = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

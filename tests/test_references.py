@@ -138,7 +138,7 @@ def test_scripts_are_put_right() -> None:
     assert after == (
         "from fgvc.config.section import Section\nfrom fgvc.config.loading import load\nfrom fgvc.runs import checkpoint\n"
         "from fgvc.io import files as disk\nfrom fgvc.errors import FgvcError\nimport fgvc.runtime.engine\n"
-        "fgvc.runtime.engine.Engine\n'fgvc.training.step.take_step'\n"
+        "fgvc.runtime.engine.Engine\n'fgvc.training.optimizer_step.optimizer_step'\n"
     )
     assert module.rewritten(after, module.names()) == after
 

@@ -27,7 +27,7 @@ from fgvc.cli.option import recipe_path
 from fgvc.config.data import SPLITS
 from fgvc.data.sources.read import read_source
 from fgvc.models.probe import put_head
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.training.session import open_session
 
 SETS = {
@@ -100,7 +100,7 @@ def _drawn(overrides: list[str], table: Path, images: int, draw: int) -> list[st
 
 def _run(overrides: list[str], work: Path) -> dict[str, object]:
     recipe, started = api.load_recipe(recipe_path("any/plain"), overrides), time.perf_counter()
-    with runtime(recipe.train) as process, open_session(recipe, process, out=work) as session:
+    with process_group(recipe.train) as process, open_session(recipe, process, out=work) as session:
         net = session.step.net
         weight, bias, floor, _ = fitted_floor(session, work)
         put_head(net, weight, bias)

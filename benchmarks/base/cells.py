@@ -31,11 +31,11 @@ from fgvc.config.recipe import Recipe
 from fgvc.data.loader import evaluation_loader
 from fgvc.evaluation.features import pooled
 from fgvc.models.probe import fit_probe, linear_head, put_head
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.training.log import Events
+from fgvc.training.optimizer_step import optimizer_step
 from fgvc.training.session import Session, open_session
 from fgvc.training.start import fit_teachers, view_features
-from fgvc.training.step import take_step
 
 SHARES = (0.25, 0.5, 0.75)  # of the way from start to end
 _KEPT: dict[tuple[object, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -86,7 +86,7 @@ def _done(out: Path) -> set[tuple[str, str]]:
 
 def _run(recipe: Recipe, work: Path, *, norms: bool) -> dict[str, object]:
     """`norms`: scale and shift of batch norms learn, and the head, but nothing else."""
-    with runtime(recipe.train) as process, open_session(recipe, process, out=work) as session:
+    with process_group(recipe.train) as process, open_session(recipe, process, out=work) as session:
         net, started = session.step.net, time.perf_counter()
         if norms:
             kept = {id(p) for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
@@ -128,7 +128,7 @@ def epochs(session: Session, work: Path) -> Iterator[float]:
         total = 0.0
         for _ in range(session.steps_per_epoch):
             session.schedule.step_update(session.progress.step)
-            found, _ = take_step(session, micro_batches, events)
+            found, _ = optimizer_step(session, micro_batches, events)
             session.progress.step += 1
             total += float(found["loss"])
         yield total / session.steps_per_epoch
@@ -170,7 +170,7 @@ def fitted_floor(session: Session, work: Path) -> tuple[torch.Tensor, torch.Tens
     if not file.exists():
         net.eval()
         seen = view_features(
-            net, session.preprocess, index, index.rows("train"), recipe=recipe, device=session.runtime.device
+            net, session.preprocess, index, index.rows("train"), recipe=recipe, device=session.process.device
         )
         session.step.train()
         vectors, labels, rows = seen.vectors, seen.labels, seen.rows

@@ -222,7 +222,8 @@ def serve(
 ) -> None:
     """Serve bundles over HTTP with onnxruntime: images at /v1/classify, tensors at /v2 (Open Inference Protocol)."""
     try:
-        from fgvc.serving.limits import MIB, Limits, read_key
+        from fgvc.serving.api_key import read_key
+        from fgvc.serving.limits import MIB, Limits
         from fgvc.serving.models import parse_places
         from fgvc.serving.server import Settings
         from fgvc.serving.server import serve as run

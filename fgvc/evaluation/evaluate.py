@@ -17,7 +17,7 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation import metrics
 from fgvc.evaluation.calibration import Calibrated, fitting_sample
-from fgvc.evaluation.plot import plot_calibration, plot_confusion
+from fgvc.evaluation.png_plots import plot_calibration, plot_confusion
 from fgvc.evaluation.sample import Sample
 from fgvc.evaluation.temperature import FITTED_ON, calibration
 from fgvc.evaluation.tta import Views, average_views, canvas, refine_views

@@ -22,7 +22,7 @@ from fgvc.models.backbone import memory_format
 from fgvc.models.classifier import as_classifier
 from fgvc.models.net import shipped_net
 from fgvc.models.weights import load_weights, preprocess_for, stated_keys, unlikely
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 
 BATCH = 64
 Embed = Callable[[Tensor], NDArray[np.float32]]
@@ -87,7 +87,7 @@ def compute_features(
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
     """Compute pooled features of `rows` before the last layer, as evaluation sees images. Unreadable images are left out."""
-    with runtime(recipe.train) as process:
+    with process_group(recipe.train) as process:
         embed = make_embedder(backbone.net, process.device)
         workers = recipe.train.workers
         return embed_rows(embed, index, rows, spec=backbone.spec, workers=workers, progress=progress)

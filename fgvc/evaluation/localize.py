@@ -38,7 +38,7 @@ from fgvc.evaluation.localization import (
     map_boxes,
     point_coverage,
 )
-from fgvc.evaluation.plot import plot_localisation
+from fgvc.evaluation.png_plots import plot_localisation
 from fgvc.images.preprocess import placed
 from fgvc.io.tables import as_csv
 from fgvc.models.cam.offline import ClassMaps, class_maps_of, method_name

@@ -28,7 +28,7 @@ from fgvc.runs.folder import is_run, read_run
 from fgvc.runs.images import read_index, recorded_images, training_overlap
 from fgvc.runs.loaded import Answers, LoadedRun, load_run, onnx_answers
 from fgvc.runtime.bundle import load_bundle
-from fgvc.runtime.engine import Session
+from fgvc.runtime.engine import OnnxSession
 from fgvc.runtime.stack import stack_of
 
 FLIP_COLUMNS = (  # columns of a table of flips
@@ -48,7 +48,7 @@ class Classifier:
     temperature: float = 1.0
     threshold: float = 0.0  # "none of these" below this confidence; 0: never
     calibrated: bool = False  # whether the temperature was fitted
-    session: Session | None = None
+    session: OnnxSession | None = None
     run: LoadedRun | None = None
 
     def answers(self, index: ImageIndex, rows: NDArray[np.int64], *, workers: int) -> Answers:
@@ -290,7 +290,7 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
             doubts = other_units(spec, NATURAL, "that of photographs")
         notes = tuple(f"{path}: {doubt}" for doubt in doubts)
         return Classifier(
-            path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=Session(path)
+            path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=OnnxSession(path)
         )  # fmt: skip
     if is_run(path):
         run = load_run(path, root=root)
@@ -302,7 +302,7 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
         kind="bundle",
         classes=bundle.labels,
         preprocess=bundle.preprocess,
-        session=Session(bundle.model),
+        session=OnnxSession(bundle.model),
     )
     return _calibrated(side, bundle.calibration)
 

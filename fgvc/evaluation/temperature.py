@@ -20,7 +20,7 @@ from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation.calibration import KEEP, Calibrated, calibrate, fitting_sample, measure
 from fgvc.runs.loaded import LoadedRun, onnx_answers
 from fgvc.runs.measured import read_measured_of, store_measured
-from fgvc.runtime.engine import Session, refuse_no_numbers
+from fgvc.runtime.engine import OnnxSession, refuse_no_numbers
 
 RECORD = "calibration.json"  # in the run
 FITTED_ON: Split = "val"
@@ -120,7 +120,7 @@ def refuse_other_file(run: LoadedRun, run_calibration: RunCalibration, model: by
         return
     rows, workers = fitting_rows(run), run.recipe.train.workers
     try:
-        answers = onnx_answers(Session(model), run.index, rows, spec=run.preprocess, workers=workers)
+        answers = onnx_answers(OnnxSession(model), run.index, rows, spec=run.preprocess, workers=workers)
     except FgvcError:  # the model fits, it was proved on images of this size; so it's that none can be read any more
         return
     refuse_no_numbers(answers.logits, run.folder)

@@ -16,7 +16,7 @@ from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import Merged, canonicalise, shared_initializers
 from fgvc.exporting.difference import Difference, compare_graphs
 from fgvc.models.backbone import memory_format
-from fgvc.runtime.engine import Session
+from fgvc.runtime.engine import OnnxSession
 
 FOLD_TOLERANCE = 1e-9  # float64, relative to max |logit|
 SHIPPED_TOLERANCE = 1e-4  # float32, relative to max |logit|
@@ -146,7 +146,7 @@ def compare_structure(candidate: onnx.ModelProto, reference: onnx.ModelProto, po
 
 def compare_behaviour(model: bytes, shipped: nn.Module, images: Iterable[np.ndarray]) -> Behavioural:
     """Behavioural proof, on at most 256 images in batches (B,3,H,W) float32."""
-    session = Session(model, threads=torch.get_num_threads())
+    session = OnnxSession(model, threads=torch.get_num_threads())
     layout = memory_format(shipped)  # twice as fast for depthwise convolutions
     shipped = copy.deepcopy(shipped).to(memory_format=layout)
     count, worst, disagreements = 0, 0.0, list[Disagreement]()

@@ -137,7 +137,7 @@ def linear_head(net: nn.Module) -> nn.Linear | nn.Conv2d:
     )
 
 
-def refuse_unprobed(net: nn.Module, size: tuple[int, int], name: str) -> None:
+def require_linear_head(net: nn.Module, size: tuple[int, int], name: str) -> None:
     """Raise FgvcError unless the logits of the net called `name` are a linear layer, with a bias, of its pooled features."""
     try:
         head = linear_head(net)

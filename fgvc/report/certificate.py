@@ -15,7 +15,7 @@ from fgvc.images.preprocess import differences
 from fgvc.io.names import label_differences
 from fgvc.runs.loaded import Answers, LoadedRun
 from fgvc.runtime.bundle import Bundle
-from fgvc.runtime.engine import Session
+from fgvc.runtime.engine import OnnxSession
 
 COMPARED_IMAGES = 8  # by both
 SAME_LOGITS = 1e-3  # of logits, relative to max(1, |logit|): ten times what the proofs allow; other weights are hundreds away
@@ -154,5 +154,5 @@ def _compare_logits(bundle: Bundle, run: LoadedRun, answer: Answers) -> Certific
     at = np.unique(np.linspace(0, len(answer.rows) - 1, min(COMPARED_IMAGES, len(answer.rows))).astype(int))
     loader = evaluation_loader(run.index, answer.rows[at], spec=run.preprocess, batch_size=COMPARED_IMAGES, workers=0)
     x = np.concatenate([batch.images.numpy() for batch in loader])
-    z, bundle_logits = answer.logits[at], Session(bundle.model).logits(x)
+    z, bundle_logits = answer.logits[at], OnnxSession(bundle.model).logits(x)
     return Certificate(bundle, float((np.abs(z - bundle_logits) / np.maximum(1, np.abs(z))).max()), len(at))

@@ -23,8 +23,8 @@ from fgvc.images.preprocess import described
 from fgvc.io.files import refuse_file, write_atomic, writing
 from fgvc.io.names import distinct_names
 from fgvc.report.certificate import Certificate, certificates
-from fgvc.report.chart import Chart, calibration_charts, curves, terms
 from fgvc.report.gallery import Gallery, gallery
+from fgvc.report.html_charts import Chart, calibration_charts, curves, terms
 from fgvc.report.localization import COLUMNS, Table, localisation
 from fgvc.report.render import render
 from fgvc.runs.folder import has_floor

@@ -22,7 +22,7 @@ from fgvc.images.overlay import overlay
 from fgvc.images.sheet import Cell, save_sheet
 from fgvc.models.target import Target
 from fgvc.runs import checkpoint
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.runs.folder import is_run, read_run, recorded_classes
 from fgvc.runs.images import fingerprint, recorded_images
 from fgvc.runs.record import NAME
@@ -66,7 +66,7 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
         techniques = recipe.techniques.model_copy(update={kind: None for kind in settings_by_kind() if kind not in kinds})
         train = recipe.train.model_copy(update={"workers": 0})
         arm = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
-        with runtime(arm.train) as process, open_session(arm, process, index=index, teachers="not") as session:
+        with process_group(arm.train) as process, open_session(arm, process, index=index, teachers="not") as session:
             remembered = run is not None and load_trained(session, run)
             for kind, technique in session.step.techniques.items():
                 if name == kind and technique.remembers_images and not remembered:

@@ -27,7 +27,7 @@ from fgvc.models.loss import make_criterion
 from fgvc.models.net import shipped_net
 from fgvc.models.norms import running_norms, zero_gamma
 from fgvc.models.onnxnet.net import OnnxNet
-from fgvc.models.probe import refuse_unprobed, zero_head
+from fgvc.models.probe import require_linear_head, zero_head
 from fgvc.models.weights import Weights, load_weights, preprocess_for, stated_keys, unlikely
 from fgvc.reparam.replace import Block, folded_state
 from fgvc.runs.folder import read_run, recorded_classes
@@ -96,7 +96,7 @@ def build_net(
     for side in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
         refuse_size(net, side, classes, recipe.model.name)
     if pretrained and model.head == "probe":
-        refuse_unprobed(net, size, f"model.head: {recipe.model.name}")
+        require_linear_head(net, size, f"model.head: {recipe.model.name}")
     preprocess = preprocess_for(recipe.deploy, size, weights)
     if pretrained:
         doubts = check_file(net, recipe, preprocess, counts) if isinstance(net, OnnxNet) else ()

@@ -20,7 +20,7 @@ from fgvc.errors import FgvcError
 
 
 @dataclass(frozen=True, slots=True)
-class Runtime:
+class ProcessGroup:
     """Device, precision and process group of this process."""
 
     device: torch.device
@@ -96,7 +96,7 @@ class Runtime:
 
 
 @contextmanager
-def runtime(train: Train) -> Iterator[Runtime]:
+def process_group(train: Train) -> Iterator[ProcessGroup]:
     """Set up the process group where torchrun started several processes, and tear it down again.
 
     Raises FgvcError for a device that is not there.
@@ -116,7 +116,7 @@ def runtime(train: Train) -> Iterator[Runtime]:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))  # others wait while one makes a cache or masks
     try:
-        yield Runtime(device, rank, world, train.precision)
+        yield ProcessGroup(device, rank, world, train.precision)
     finally:
         if world > 1:
             dist.destroy_process_group()

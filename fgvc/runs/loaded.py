@@ -22,7 +22,7 @@ from fgvc.errors import FgvcError
 from fgvc.io.files import Content
 from fgvc.models.backbone import memory_format
 from fgvc.runs.build import build_net
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.runs.folder import (
     TrainedWeights,
     read_run,
@@ -34,7 +34,7 @@ from fgvc.runs.folder import (
 from fgvc.runs.images import RunImages, recorded_images
 from fgvc.runs.measured import read_measured, store_measured
 from fgvc.runs.step import StepModule
-from fgvc.runtime.engine import Session
+from fgvc.runtime.engine import OnnxSession
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class LoadedRun:
     def on_device(self, device: str | None = None) -> Iterator[tuple[torch.device, torch.memory_format]]:
         """Move the net to the device that it was trained on, or to `device`, in its memory format, for as long as this lasts."""
         train = self.recipe.train if device is None else self.recipe.train.model_copy(update={"device": device})
-        with runtime(train) as process:
+        with process_group(train) as process:
             layout = memory_format(self.step.net)
             self.step.to(process.device).net.to(memory_format=layout)
             yield process.device, layout
@@ -133,7 +133,7 @@ class LoadedRun:
 
 
 def onnx_answers(
-    session: Session, index: ImageIndex, rows: NDArray[np.int64], *, spec: Preprocess, workers: int
+    session: OnnxSession, index: ImageIndex, rows: NDArray[np.int64], *, spec: Preprocess, workers: int
 ) -> Answers:
     """Compute an ONNX classifier's logits for images preprocessed by `spec`. Unreadable ones are left out."""
     return _compute_answers(lambda images: session.logits(images.numpy()), index, rows, spec=spec, workers=workers)

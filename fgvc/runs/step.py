@@ -79,7 +79,7 @@ class StepModule(nn.Module):
         self._group: list[View] = []
         self._inside = False  # False in the backward, where checkpointed parts of the net run once more
         self.contexts: dict[str, Context] = {}
-        self.probe_logits: list[Tensor] = []  # (B,K) each, of the probes since this was last emptied
+        self.eval_logits: list[Tensor] = []  # (B,K) each, of the eval passes since this was last emptied
         self._mapper = ClassMapper(net)
         # In a list, so that it is no submodule: it has its own place in a checkpoint.
         self._average = self.attachments.average
@@ -110,9 +110,9 @@ class StepModule(nn.Module):
         on_batch, views and views_after see a batch once, and `Context.second_pass` tells the other hooks.
         Raises FgvcError where a declared hook or gate did not fire, or a technique returns an undeclared term.
         """
-        probe, second_pass = cache(lambda of: self._probe(of, batch)), views is not None
+        eval_pass, second_pass = cache(lambda of: self._eval_pass(of, batch)), views is not None
         self.contexts = {
-            kind: context_of(kind, self.attachments, draws, probe, batch, second_pass=second_pass) for kind in self.techniques
+            kind: context_of(kind, self.attachments, draws, eval_pass, batch, second_pass=second_pass) for kind in self.techniques
         }
         self._inside = True
         with momenta(self._norms, self._momenta):
@@ -138,15 +138,15 @@ class StepModule(nn.Module):
         return self._losses(outputs, draws.progress), [*early, *late]
 
     def set_average(self, average: nn.Module | None) -> None:
-        """Set the moving average of the net, which techniques may probe."""
+        """Set the moving average of the net, for techniques that ask for a pass through it."""
         self._average[:] = [] if average is None else [average]
 
-    def _probe(self, of: str, batch: Batch) -> Output:
+    def _eval_pass(self, of: str, batch: Batch) -> Output:
         net = self.net if of == "net" else self._average[0]
         with torch.no_grad(), evaluating(net):
             features = as_classifier(net).forward_features(batch.x_clean)
             logits = as_classifier(net).forward_head(features)
-        self.probe_logits.append(logits)
+        self.eval_logits.append(logits)
         view = View(of, batch.x_clean, [(batch.labels, None)])
         return Output(view, features, logits, mapper=self._mapper if of == "net" else ClassMapper(net))
 

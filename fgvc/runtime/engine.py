@@ -61,7 +61,7 @@ def _named(model: Path | bytes) -> str:
     return "the model" if isinstance(model, bytes) else str(model)
 
 
-class Session:
+class OnnxSession:
     """An ONNX classifier: one input (B,3,H,W) float32, the logits (B,K) its first output. Safe to share by threads."""
 
     def __init__(self, model: Path | bytes, *, threads: int | None = None) -> None:
@@ -104,7 +104,7 @@ class Engine:
         """Load the network. Raises FgvcError where the bundle has no such variant, or it does not fit the size or the labels."""
         self.bundle = bundle
         model = bundle.variant(variant)
-        self.session = Session(model, threads=threads)
+        self.session = OnnxSession(model, threads=threads)
         _, *image = self.session.shape
         size = bundle.preprocess.size
         if any(fixed is not None and fixed != n for fixed, n in zip(image, (3, *size), strict=True)):

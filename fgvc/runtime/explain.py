@@ -44,7 +44,7 @@ from fgvc.io.names import distinct_names, nearest, one_line, result_names
 from fgvc.runtime.bundle import MANIFEST, load_bundle
 from fgvc.runtime.engine import (
     NONE,
-    Session,
+    OnnxSession,
     calibration_word,
     is_calibrated,
     is_rejected,
@@ -93,7 +93,7 @@ class BundleExplainer:
     """Class activation maps of a bundle's `explain.onnx`: sum_k W[c,k] A_k, no gradient and no torch."""
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        """Load the bundle. `threads`: as of `Session`. Raises FgvcError for a bundle without `explain.onnx`."""
+        """Load the bundle. `threads`: as of `OnnxSession`. Raises FgvcError for a bundle without `explain.onnx`."""
         bundle = load_bundle(folder)
         if bundle.explain is None:
             why = str(bundle.contract.get("explain", "")).strip()
@@ -103,7 +103,7 @@ class BundleExplainer:
             )
         self.folder, self.labels, self.spec = folder, bundle.labels, bundle.preprocess
         self.methods: tuple[str, ...] = ("cam",)
-        self._session = Session(bundle.explain, threads=threads)
+        self._session = OnnxSession(bundle.explain, threads=threads)
         self.calibration = bundle.calibration
 
     def __call__(self, x: Floats, label: int | None) -> list[Explanation]:

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from fgvc.serving.limits import ClientGone, Refusal
+from fgvc.serving.bodies import ClientGone
+from fgvc.serving.limits import Refusal
 
 T = TypeVar("T")
 

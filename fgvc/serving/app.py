@@ -9,6 +9,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from io import BytesIO
 from typing import Annotated, Any, TypeVar
@@ -30,10 +31,12 @@ from fgvc.images.preprocess import fit
 from fgvc.runtime.explain import PREDICTED, explain_crops
 from fgvc.serving import protocol
 from fgvc.serving.admission import Admission
+from fgvc.serving.api_key import ApiKeyMiddleware
+from fgvc.serving.bodies import BodyBudget
 from fgvc.serving.handlers import HANDLERS, broken
-from fgvc.serving.limits import FORMATS, ApiKeyMiddleware, BodyBudget, DrainMiddleware, Limits, Refusal
+from fgvc.serving.limits import FORMATS, Limits, Refusal
 from fgvc.serving.metrics import CONTENT_TYPE, Metrics, MetricsMiddleware
-from fgvc.serving.middleware import LoadSheddingMiddleware
+from fgvc.serving.middleware import DrainMiddleware, LoadSheddingMiddleware
 from fgvc.serving.models import VERSION, LoadedModel, ModelRegistry
 from fgvc.serving.page import CSP, PAGE
 
@@ -51,11 +54,17 @@ class Service:
         self.metrics = Metrics(models, admission)
 
     async def compute(self, request: Request, limit: int, work: Callable[[bytes], T]) -> T:
-        """Run `work` on the request's body, within bounds of bytes, time, threads and queue. Raises Refusal and ClientGone."""
+        """Read the request's body, then run `work` on it in a thread. Raises Refusal and ClientGone."""
         deadline = asyncio.get_running_loop().time() + self.limits.seconds
+        async with self._admitted_body(request, limit, deadline) as body:
+            return await self.admission.run(partial(_with_memory_errors, work, body), request, deadline=deadline)
+
+    @asynccontextmanager
+    async def _admitted_body(self, request: Request, limit: int, deadline: float) -> AsyncIterator[bytes]:
+        """Body of a request that counts as in flight, and its bytes as held, until the block ends."""
         with self.admission.arrival():
             async with self.bodies.body(request, limit=limit, deadline=deadline) as body:
-                return await self.admission.run(partial(_with_memory_errors, work, body), request, deadline=deadline)
+                yield body
 
 
 def _service(request: Request) -> Service:
@@ -79,7 +88,7 @@ router = APIRouter()
 
 
 def make_app(service: Service, *, key: str | None = None) -> ASGIApp:
-    """The whole server as an ASGI application. `key`: that clients must send, see `limits.ApiKeyMiddleware`."""
+    """The whole server as an ASGI application. `key`: that clients must send, see `api_key`."""
     app = FastAPI(
         title="fgvc",
         version=protocol.server_metadata()["version"],

@@ -9,7 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from fgvc.serving.limits import ClientGone, Refusal
+from fgvc.serving.bodies import ClientGone
+from fgvc.serving.limits import Refusal
 from fgvc.serving.metrics import GONE
 
 

@@ -1,12 +1,19 @@
-"""Load shedding: a request that can't be served is refused before anything else is done for it."""
+"""Middleware around a refusal: at the least cost where the server is full, and so that the client sees it."""
 
 from __future__ import annotations
 
+import asyncio
+
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fgvc.serving.admission import Admission
-from fgvc.serving.limits import Refusal
+from fgvc.serving.bodies import length_of
+from fgvc.serving.limits import MIB, Refusal
 from fgvc.serving.metrics import OTHER, Metrics
+
+_SMALL = 512 << 10  # an unread rest that is cheaper to read than a new connection
+_LINGER_SECONDS, _LINGER_BYTES = 2.0, 64 * MIB
 
 
 class LoadSheddingMiddleware:
@@ -32,3 +39,48 @@ class LoadSheddingMiddleware:
         start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
         self._responses[refusal.reason] = start, {"type": "http.response.body", "body": response.body}
         return self._responses[refusal.reason]
+
+
+class DrainMiddleware:
+    """Middleware that reads the rest of a refused request's body, within bounds, before the connection closes: closing at once
+    would reset it while the client still sends, and the answer might be lost."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        rest, chunked, closing = length_of(headers.get("content-length")) or 0, "transfer-encoding" in headers, False
+        unread = rest > 0 or chunked
+
+        async def receive_counted() -> Message:
+            nonlocal rest, unread
+            message = await receive()
+            rest -= len(message.get("body", b""))
+            unread = unread and message["type"] == "http.request" and bool(message.get("more_body", False))
+            return message
+
+        async def send_and_drain(message: Message) -> None:
+            nonlocal closing
+            if message["type"] == "http.response.start":
+                closing = unread and (chunked or rest > _SMALL or message["status"] == 408)
+                if closing:
+                    message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
+            elif closing and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await drain()
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        async def drain() -> None:
+            size = 0
+            try:
+                async with asyncio.timeout(_LINGER_SECONDS):
+                    while unread and size < _LINGER_BYTES:
+                        size += len((await receive_counted()).get("body", b""))
+            except TimeoutError:
+                pass
+
+        await self._app(scope, receive_counted, send_and_drain)

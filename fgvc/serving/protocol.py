@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from fgvc.serving.limits import Refusal, length_of
+from fgvc.serving.bodies import length_of
+from fgvc.serving.limits import Refusal
 from fgvc.serving.models import VERSION, LoadedModel
 
 HEADER_LENGTH = "Inference-Header-Content-Length"

@@ -95,7 +95,7 @@ def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """Server that drains before uvicorn closes its sockets, so that probes are answered as long as requests are."""
+    """Server that drains before uvicorn closes its sockets, so that health checks are answered as long as requests are."""
 
     def __init__(self, config: uvicorn.Config, models: ModelRegistry, admission: Admission, settings: Settings) -> None:
         super().__init__(config)

@@ -27,7 +27,7 @@ from fgvc.reparam.plain import strip_to
 from fgvc.runs.folder import is_run
 from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import MANIFEST
-from fgvc.runtime.engine import Session
+from fgvc.runtime.engine import OnnxSession
 from fgvc.runtime.stack import stack_of
 
 WRITE = "NAME=FILE, NAME=hub, NAME=packaged, FILE, RUN or BUNDLE, NAME being timm's name of the net"
@@ -44,7 +44,7 @@ class Candidate:
     parameters: int
     model: Model | None  # what trains from it; None: a bundle
     net: nn.Module | None = None
-    session: Session | None = None
+    session: OnnxSession | None = None
     run: Path | None = None  # whose images it was trained on
     notes: tuple[str, ...] = ()
 
@@ -189,7 +189,7 @@ def _from_onnx(path: Path) -> Candidate:
         raise FgvcError(f"{stack.model}: onnx can't read it: {error}") from error
     name = _last_layer_input(model.graph, stack.model)
     model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    session = Session(model.SerializeToString())
+    session = OnnxSession(model.SerializeToString())
     return Candidate(
         name=str(path),
         spec=stack.preprocess,

@@ -13,7 +13,7 @@ from typing import Any
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.io.files import as_json, file_lock, write_atomic
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.runtime.bundle import read_json
 from fgvc.studies.identity import digest
 from fgvc.studies.speed import interleaved, step_on_one_batch
@@ -119,7 +119,7 @@ def _measure(recipe: Recipe, base: Recipe) -> tuple[float, float]:
     """Measure the ratio of an epoch to one of the base's, and the seconds of the base's."""
     gc.collect()  # nets lie in cycles
     recipes = [_without_workers(recipe), _without_workers(base)]
-    with runtime(recipes[0].train) as process, ExitStack() as stack:
+    with process_group(recipes[0].train) as process, ExitStack() as stack:
         sessions = [stack.enter_context(open_session(recipe, process, teachers="to time")) for recipe in recipes]
         step, base_step = (step_on_one_batch(session) for session in sessions)
         ratio = interleaved("", step, base_step, pairs=PAIRS, warm_up=1)

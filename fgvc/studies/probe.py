@@ -25,7 +25,7 @@ from fgvc.errors import FgvcError
 from fgvc.evaluation.features import Features, embed_rows
 from fgvc.evaluation.learning_curve import Curve, Fold, learning_curve, make_folds
 from fgvc.io.names import some
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.runs.images import read_index, run_overlap
 from fgvc.studies.candidate import WRITE, Candidate, from_weights, open_candidate
 
@@ -104,7 +104,7 @@ def probe(
     probed = _read_data(data, overrides, images)
     candidates, notes = _candidates(probed, starts, sizes)
     results: list[Result] = []
-    with runtime(probed.recipe.train) as process:
+    with process_group(probed.recipe.train) as process:
         for candidate in candidates:
             trained_images = 0 if candidate.run is None else run_overlap(candidate.run, probed.index, probed.rows)
             if trained_images:

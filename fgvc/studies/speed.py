@@ -35,14 +35,14 @@ from fgvc.models.classifier import as_classifier
 from fgvc.models.net import shipped_net
 from fgvc.models.weights import load_weights
 from fgvc.runs.build import build_net
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.runs.environment import environment
 from fgvc.runs.images import read_index
 from fgvc.training.batch import Normalise, to_batch
 from fgvc.training.forecast import count_images
 from fgvc.training.log import Events
+from fgvc.training.optimizer_step import optimizer_step
 from fgvc.training.session import Session, open_session
-from fgvc.training.step import take_step
 
 WARM_UP = 3
 BLOCK = 15  # steps
@@ -91,7 +91,7 @@ def interleaved(
 
 def bench_train(recipe: Recipe, *, pairs: int = 30) -> Ratio:
     """Time fgvc's step (uint8 batch on the host to updated weights) over a bare step on the ready float batch."""
-    with runtime(recipe.train) as process, open_session(recipe, process, teachers="to time") as session:
+    with process_group(recipe.train) as process, open_session(recipe, process, teachers="to time") as session:
         raw = next(session.loader.epoch(0))
         ours = step_on_one_batch(session)
         x = Normalise(session.preprocess, process.device, memory_format(session.step.net))(raw.images)
@@ -100,7 +100,7 @@ def bench_train(recipe: Recipe, *, pairs: int = 30) -> Ratio:
         )
 
 
-def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
+def bench_each(recipe: Recipe, *, pairs: int = 30, warm_up: int = WARM_UP) -> list[Ratio]:
     """Time every technique's step over the step without any, and that step over itself as a measure of the noise.
 
     With the recipe's settings of a technique, or its defaults. Expected is (forwards + 2 backwards) / 3, in images through
@@ -118,18 +118,18 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
             for update in (techniques, none)
         ]
         try:
-            with runtime(train) as process, ExitStack() as stack:
+            with process_group(train) as process, ExitStack() as stack:
                 sessions = [stack.enter_context(open_session(arm, process, teachers="to time")) for arm in arms]
                 steps = [step_on_one_batch(session) for session in sessions]
                 passes = count_images(sessions[0].step.net, *sessions[0].step.attachments.average)
                 name = f"step: {kind or 'plain'} / plain ({_about(recipe)})"
-                ratio = interleaved(name, steps[0], steps[1], pairs=pairs)
-                teacher_ratios = _bench_teachers(sessions[0], steps[1], pairs=pairs)
+                ratio = interleaved(name, steps[0], steps[1], pairs=pairs, warm_up=warm_up)
+                teacher_ratios = _bench_teachers(sessions[0], steps[1], pairs=pairs, warm_up=warm_up)
         except FgvcError as error:
             if kind is None or f"techniques.{kind}" not in str(error):
                 raise
             continue
-        images = sessions[0].batch * (pairs + WARM_UP)
+        images = sessions[0].batch * (pairs + warm_up)
         forwards = sum(rows for rows, _ in passes) / images
         backwards = sum(rows for rows, follows in passes if follows) / images
         answers = sum(teacher.median for teacher in teacher_ratios)
@@ -137,11 +137,13 @@ def bench_each(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
     return ratios
 
 
-def _bench_teachers(session: Session, plain: Callable[[], None], *, pairs: int) -> list[Ratio]:
+def _bench_teachers(session: Session, plain: Callable[[], None], *, pairs: int, warm_up: int) -> list[Ratio]:
     """Time each teacher's forward of a batch, other than the moving average's, over a plain step of that batch."""
     batch = to_batch(next(session.loader.epoch(0)), session.normalise, session.train_size)
     return [
-        interleaved(f"teacher: {teacher.name} / plain step", partial(teacher, batch.x, batch.finest), plain, pairs=pairs)
+        interleaved(
+            f"teacher: {teacher.name} / plain step", partial(teacher, batch.x, batch.finest), plain, pairs=pairs, warm_up=warm_up
+        )
         for teacher in session.step.attachments.teachers
         if teacher.size is not None
     ]
@@ -153,7 +155,7 @@ def bench_maps(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
     train = recipe.train.model_copy(update={"workers": 0})
     plain = recipe.model_copy(update={"train": train, "techniques": none})
     ratios = []
-    with runtime(train) as process, open_session(plain, process) as session:
+    with process_group(train) as process, open_session(plain, process) as session:
         step, net = step_on_one_batch(session), session.step.net
         batch = to_batch(next(session.loader.epoch(0)), session.normalise, session.train_size)
         with torch.no_grad():
@@ -198,18 +200,18 @@ def bench_load(recipe: Recipe, *, workers: int, pairs: int = 12) -> Ratio:
     """
     train = recipe.train.model_copy(update={"workers": workers})
     recipe = recipe.model_copy(update={"train": train})
-    with runtime(train) as process, open_session(recipe, process, teachers="to time") as session:
+    with process_group(train) as process, open_session(recipe, process, teachers="to time") as session:
         quiet = Events(Path(), recipe.log, active=False)
         batches_in_memory = cycle(list(islice(session.loader.epoch(0), BLOCK)))
         batches = chain.from_iterable(session.loader.epoch(number) for number in count(1))
 
         def loaded() -> None:
             for _ in range(BLOCK):
-                take_step(session, batches, quiet)
+                optimizer_step(session, batches, quiet)
 
         def step_alone() -> None:
             for _ in range(BLOCK):
-                take_step(session, batches_in_memory, quiet)
+                optimizer_step(session, batches_in_memory, quiet)
 
         name = f"loaded steps / steps alone, {workers} workers, cache {recipe.cache} ({_about(recipe)})"
         return interleaved(name, loaded, step_alone, pairs=pairs, warm_up=1)
@@ -242,14 +244,14 @@ def step_on_one_batch(session: Session) -> Callable[[], None]:
 
     def step() -> None:
         session.progress.step = next(numbers)
-        take_step(session, iter(raw), quiet)
+        optimizer_step(session, iter(raw), quiet)
 
     return step
 
 
 def _bare_step(session: Session, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    recipe, device = session.recipe, session.runtime.device
-    if recipe.train.grad_accum_steps > 1 or session.runtime.world > 1:
+    recipe, device = session.recipe, session.process.device
+    if recipe.train.grad_accum_steps > 1 or session.process.world > 1:
         raise FgvcError("bench: the bare step has no accumulation and one process")
     if recipe.optim.sam is not None or recipe.loss.kind != "cross_entropy":
         raise FgvcError("bench: the bare step knows neither SAM nor other losses than cross-entropy")

@@ -22,7 +22,7 @@ from fgvc.exporting.variant import VariantFile, make_fp16, make_int8
 from fgvc.report.agreement import agreement_page
 from fgvc.runs.loaded import Answers, LoadedRun, onnx_answers
 from fgvc.runs.measured import store_measured
-from fgvc.runtime.engine import Session
+from fgvc.runtime.engine import OnnxSession
 
 LISTED = 20  # images in contract.json; all are on the page
 ADVICE = {
@@ -161,4 +161,4 @@ def _calibration(run: LoadedRun, count: int) -> Iterator[np.ndarray]:
 
 
 def _answers(run: LoadedRun, model: bytes | Path, rows: NDArray[np.int64]) -> Answers:
-    return onnx_answers(Session(model), run.index, rows, spec=run.preprocess, workers=run.recipe.train.workers)
+    return onnx_answers(OnnxSession(model), run.index, rows, spec=run.preprocess, workers=run.recipe.train.workers)

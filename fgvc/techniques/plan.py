@@ -254,8 +254,8 @@ class Plan:
         self._attachments.notes.append(f"{self.kind}: {text}")
 
 
-def _no_probe(of: str) -> Output:
-    raise FgvcError(f"there is no {of} to probe outside of a training step")
+def _no_eval_pass(of: str) -> Output:
+    raise FgvcError(f"there is no pass through the {of} outside of a training step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +270,7 @@ class Context:
     pooled: Callable[[Tensor], Tensor]  # -> (B,D), what the deployed head's last layer reads
     grid: Callable[..., Tensor]  # -> (B,C,h,w), whatever the layout; of images of this step's size, see `sized`
     # One forward of the clean images through the "net" or the "ema", without gradient and in eval mode, once a step.
-    probe: Callable[[str], Output] = _no_probe
+    eval_pass: Callable[[str], Output] = _no_eval_pass
     batch: Batch | None = None  # the clean one, where there is a step
     scaled: Callable[[Tensor, Tensor], Tensor] = torch.mul  # features, (B,h,w) weights of cells -> features
     second_pass: bool = False  # over the same batch (SAM): what after_step needs was collected in the first
@@ -295,7 +295,7 @@ def context_of(
     kind: str,
     attachments: Attachments,
     draws: Draws,
-    probe: Callable[[str], Output] = _no_probe,
+    eval_pass: Callable[[str], Output] = _no_eval_pass,
     batch: Batch | None = None,
     *,
     size: Sequence[int] | None = None,
@@ -317,7 +317,7 @@ def context_of(
         head=head,
         pooled=partial(head, pre_logits=True),
         grid=partial(feature_map, attachments.net, size=size),
-        probe=probe,
+        eval_pass=eval_pass,
         batch=batch,
         scaled=partial(scale_cells, attachments.net),
         second_pass=second_pass,

@@ -40,7 +40,7 @@ def epoch_start(session: Session, out: Path, events: Events, *, stop: threading.
             # Of the rows that are left after an interruption it may be that none can be read.
             for batch in evaluation_loader(session.index, rows, spec=whole, batch_size=size, workers=0, some=False):
                 batch_rows = batch.index.numpy()
-                yield change(batch.images.to(session.runtime.device), batch_rows), batch.labels, batch_rows
+                yield change(batch.images.to(session.process.device), batch_rows), batch.labels, batch_rows
 
         done = 0
         with events.progress(len(rows), 0, "masks"):
@@ -58,8 +58,8 @@ def epoch_start(session: Session, out: Path, events: Events, *, stop: threading.
     return EpochStart(
         number=progress.epoch, epochs=session.recipe.train.epochs, fresh=progress.micro == 0, folder=out,
         images=len(session.index), rows=session.index.rows("train"), seed=session.recipe.train.seed,
-        losses=session.runtime.gather(losses)[0],
-        colour=(red, green, blue), maps=maps, first=session.runtime.first, say=events.say,
+        losses=session.process.gather(losses)[0],
+        colour=(red, green, blue), maps=maps, first=session.process.first, say=events.say,
         replays=partial(_images_key, session),
     )  # fmt: skip
 

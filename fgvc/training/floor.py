@@ -68,7 +68,7 @@ def fit_floor(session: Session) -> Floor | str:
     (model.head: probe)."""
     if session.recipe.model.weights == "none":
         return "no floor: the first weights are random"
-    process, results = session.runtime, list[Floor | str]()
+    process, results = session.process, list[Floor | str]()
 
     def fit() -> None:
         session.step.net.eval()
@@ -98,7 +98,7 @@ def _fit(session: Session) -> Floor:
     probe, fit, features = fit_net_probe(session, net, spec, where="model.head")
     validation = index.rows("val")
     if len(validation):
-        held_out = view_features(net, spec, index, validation, recipe=session.recipe, device=session.runtime.device, views=0)
+        held_out = view_features(net, spec, index, validation, recipe=session.recipe, device=session.process.device, views=0)
         classes = probe.logits(held_out.vectors).argmax(1)
         return Floor(fit, probe, Predictions(held_out.rows, classes), held_out.labels, None)
     rows, first = np.unique(features.rows, return_index=True)  # as evaluation sees them: these come first

@@ -18,7 +18,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import memory_format
 from fgvc.runs.build import build_net, class_counts
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.techniques.api import Batch
 from fgvc.training.images import training_index
 from fgvc.training.optim import make_ema
@@ -47,7 +47,7 @@ def forecast(recipe: Recipe) -> Forecast:
     """Build the recipe's net and time a few steps on noise. Raises FgvcError for all that training would refuse."""
     index = training_index(recipe)
     rows = len(index.rows("train"))
-    with runtime(recipe.train) as process:
+    with process_group(recipe.train) as process:
         recipe = recipe.model_copy(update={"train": recipe.train.fitting(rows, process.world)})
         micro = recipe.train.batch_size // (process.world * recipe.train.grad_accum_steps)
         steps_per_epoch = rows // (micro * process.world) // recipe.train.grad_accum_steps

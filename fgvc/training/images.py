@@ -18,7 +18,7 @@ from fgvc.data.loader import TrainLoader, train_loader
 from fgvc.data.quality.stored import refuse_shares
 from fgvc.errors import FgvcError
 from fgvc.runs.build import refuse_names
-from fgvc.runs.distributed import Runtime
+from fgvc.runs.distributed import ProcessGroup
 from fgvc.runs.images import read_index
 from fgvc.runs.step import StepModule
 
@@ -49,7 +49,7 @@ def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 def training_loader(
     recipe: Recipe,
-    runtime: Runtime,
+    process: ProcessGroup,
     index: ImageIndex,
     step: StepModule,
     preprocess: Preprocess,
@@ -58,10 +58,10 @@ def training_loader(
     """Make the loader of this rank's training images, rendered at the largest size that an epoch or a technique needs. Raises
     FgvcError where the batch or the size can't be."""
     rows = index.rows("train")
-    micro = recipe.train.batch_size // (runtime.world * recipe.train.grad_accum_steps)
+    micro = recipe.train.batch_size // (process.world * recipe.train.grad_accum_steps)
     if micro < 2 and any(isinstance(module, _BatchNorm) for module in step.modules()):
         raise FgvcError(
-            f"train.batch_size: {recipe.train.batch_size} over {runtime.world} processes x train.grad_accum_steps "
+            f"train.batch_size: {recipe.train.batch_size} over {process.world} processes x train.grad_accum_steps "
             f"{recipe.train.grad_accum_steps} leaves {micro} image a forward, and a batch norm needs two"
         )
     side = max(recipe.image.largest_train_size, recipe.image.scaled(step.attachments.render))
@@ -75,9 +75,9 @@ def training_loader(
         batch_size=micro,
         seed=recipe.train.seed,
         workers=recipe.train.workers,
-        cache=_cache(recipe, index, rows, runtime, notify, side),
-        rank=runtime.rank,
-        world=runtime.world,
+        cache=_cache(recipe, index, rows, process, notify, side),
+        rank=process.rank,
+        world=process.world,
         on_sample=[hook for _, hook in step.hooks("on_sample")],
         max_unreadable=recipe.data.max_unreadable,
         balanced=recipe.train.sampling == "balanced",
@@ -92,7 +92,7 @@ def _cache(
     recipe: Recipe,
     index: ImageIndex,
     rows: np.ndarray,
-    runtime: Runtime,
+    process: ProcessGroup,
     notify: Notify | None,
     rendered: tuple[int, int],
 ) -> DecodeCache | None:
@@ -100,5 +100,5 @@ def _cache(
     if recipe.cache == "none":
         return None
     side, folder = recipe.augment.shrink_to(rendered), recipe.cache_dir
-    runtime.first(lambda: DecodeCache.open(index, rows, side=side, folder=folder, progress=notify).close())
+    process.first(lambda: DecodeCache.open(index, rows, side=side, folder=folder, progress=notify).close())
     return DecodeCache.open(index, rows, side=side, folder=folder)

@@ -31,7 +31,7 @@ from fgvc.models.norms import reestimate_norms, running_norms
 from fgvc.models.weights import Weights
 from fgvc.runs.build import BuiltNet, build_net, class_counts
 from fgvc.runs.checkpoint import Progress, State
-from fgvc.runs.distributed import Runtime, rng_state, set_rng_state
+from fgvc.runs.distributed import ProcessGroup, rng_state, set_rng_state
 from fgvc.runs.images import fingerprint, held_out_overlap
 from fgvc.runs.step import StepModule
 from fgvc.techniques.distill.teacher import ProbedNet
@@ -117,7 +117,7 @@ class Session:
     """One process of one run in training: its net, data, optimizer and progress."""
 
     recipe: Recipe
-    runtime: Runtime
+    process: ProcessGroup
     index: ImageIndex
     preprocess: Preprocess
     weights: Weights
@@ -186,7 +186,7 @@ class Session:
         counts = class_counts(self.index)
         if (counts == 0).any() and head and set(head) <= set(self.pretrained):
             classifier = as_classifier(self.step.net).get_classifier()
-            keep_rows(self.optimizer, classifier, torch.from_numpy(counts == 0).to(self.runtime.device))
+            keep_rows(self.optimizer, classifier, torch.from_numpy(counts == 0).to(self.process.device))
 
     def average_epoch(self) -> None:
         """Add the epoch that just ended to SWA, if it is one of the last, and recompute SWA's batch norms. Where a finished run
@@ -211,7 +211,7 @@ class Session:
         if running_norms(net):
             rows = spread(self.index.rows("train"), images)
             loader = evaluation_loader(self.index, rows, spec=self.preprocess, batch_size=64, workers=0)
-            reestimate_norms(net, (batch.images.to(self.runtime.device) for batch in loader))
+            reestimate_norms(net, (batch.images.to(self.process.device) for batch in loader))
         self.step.train()
 
     def capture(self) -> State:
@@ -219,7 +219,7 @@ class Session:
         rest: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": self.runtime.gather(rng_state(self.runtime.device)),
+            "rng": self.process.gather(rng_state(self.process.device)),
             "techniques": {kind: hook() for kind, hook in self.step.hooks("state_dict")},
             "images": fingerprint(self.index),
             "preprocess": self.preprocess.model_dump_json(),  # that a damaged preprocess.json is noticed
@@ -257,7 +257,7 @@ class Session:
         except (KeyError, ValueError, RuntimeError) as error:
             raise FgvcError(f"the checkpoint does not fit this recipe: {error}") from error
         self.pretrained = tuple(state.rest.get("pretrained", ()))
-        set_rng_state(state.rest["rng"][self.runtime.rank], self.runtime.device)
+        set_rng_state(state.rest["rng"][self.process.rank], self.process.device)
         self.progress, self.predictions = state.progress, state.rest.get("answers")
         self.progress.finished = False
         self.means.restore(self.progress.sums, self.progress.counts)
@@ -266,7 +266,7 @@ class Session:
 @contextmanager
 def open_session(
     recipe: Recipe,
-    runtime: Runtime,
+    process: ProcessGroup,
     *,
     index: ImageIndex | None = None,
     preprocess: Preprocess | None = None,
@@ -287,12 +287,12 @@ def open_session(
         setting = "select: best" if recipe.select == "best" else "train.refit"
         raise FgvcError(f"{setting} needs a validation split: give data.val_fraction a value above 0")
     recipe = recipe.resolved(validated=validated)
-    fitting = recipe.model_copy(update={"train": recipe.train.fitting(len(index.rows("train")), runtime.world)})
+    fitting = recipe.model_copy(update={"train": recipe.train.fitting(len(index.rows("train")), process.world)})
     torch.manual_seed(recipe.train.seed)
     opener, counts = None, class_counts(index)
     if teachers != "not":
         timed = teachers == "to time"
-        opener = teacher_loader(recipe, index, runtime.device, preprocess=preprocess, out=out, timed=timed)
+        opener = teacher_loader(recipe, index, process.device, preprocess=preprocess, out=out, timed=timed)
     built = build_net(recipe, len(index.classes), pretrained=preprocess is None, counts=counts, opener=opener)
     weights = (
         built.weights
@@ -301,27 +301,27 @@ def open_session(
     )
     step, preprocess = built.step, preprocess or built.preprocess
     layout = memory_format(step.net)
-    step.to(runtime.device)
+    step.to(process.device)
     step.net.to(memory_format=layout)
     ema, swa = make_ema(step.net, recipe.ema), make_swa(step.net, recipe.swa)
     step.set_average(ema.module if ema is not None else None)
     step.attach_hooks()
     step.train()
     optimizer, optim = build_optimizer(step, fitting, starts=first_weights(built, recipe, start_state))
-    loader = training_loader(fitting, runtime, index, step, preprocess, notify)
-    torch.manual_seed(recipe.train.seed + runtime.rank)  # dropout differs between ranks
-    scaler, average = runtime.scaler(), ema.module if ema is not None else swa.module if swa is not None else None
+    loader = training_loader(fitting, process, index, step, preprocess, notify)
+    torch.manual_seed(recipe.train.seed + process.rank)  # dropout differs between ranks
+    scaler, average = process.scaler(), ema.module if ema is not None else swa.module if swa is not None else None
     session = Session(
         recipe=recipe,
-        runtime=runtime,
+        process=process,
         index=index,
         preprocess=preprocess,
         weights=weights,
         batch=fitting.train.batch_size,
         loader=loader,
         step=step,
-        wrapped=runtime.wrap(step, branches=len(step.branches) > 0),
-        normalise=Normalise(preprocess, runtime.device, layout),
+        wrapped=process.wrap(step, branches=len(step.branches) > 0),
+        normalise=Normalise(preprocess, process.device, layout),
         optimizer=optimizer,
         schedule=make_schedule(
             optimizer,

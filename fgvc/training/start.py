@@ -55,7 +55,7 @@ def fit_teachers(session: Session) -> dict[str, HeadFit]:
 
 def _fit_head(session: Session, net: nn.Module, spec: Preprocess, *, where: str) -> HeadFit:
     """Fit the linear head of `net`, in eval mode and on the device, to the run's training images. `where`: in errors."""
-    process = session.runtime
+    process = session.process
     fits: list[HeadFit] = []
 
     def fit() -> None:
@@ -75,7 +75,7 @@ def fit_net_probe(
     spread evenly); returns these features, too. `where`: in errors. Raises FgvcError where no image can be read."""
     recipe, index = session.recipe, session.index
     rows = spread(index.rows("train"), MAX_IMAGES)
-    features = view_features(net, spec, index, rows, recipe=recipe, device=session.runtime.device)
+    features = view_features(net, spec, index, rows, recipe=recipe, device=session.process.device)
     try:
         probe = fit_probe(
             features.vectors, features.labels, classes=len(index.classes), groups=features.rows, seed=recipe.train.seed

@@ -18,7 +18,7 @@ from fgvc.errors import FgvcError
 from fgvc.io.names import some
 from fgvc.models.backbone import deployed, feature_map, memory_format, plain_model, refuse_size, zeros_through
 from fgvc.models.net import shipped_net
-from fgvc.models.probe import linear_head, refuse_unprobed, zero_head
+from fgvc.models.probe import linear_head, require_linear_head, zero_head
 from fgvc.models.weights import Weights, load_weights, unlikely
 from fgvc.reparam.plain import strip_to
 from fgvc.runs.checkpoint import read_progress
@@ -106,7 +106,7 @@ class TeacherLoader:
             settings = settings.model_copy(update={"weights": "none"})
         loaded = self._load_timm(settings, student)
         refuse_size(loaded.net, loaded.spec.size, len(self.classes), settings.backbone)
-        refuse_unprobed(loaded.net, loaded.spec.size, settings.backbone)
+        require_linear_head(loaded.net, loaded.spec.size, settings.backbone)
         last = set(map(id, linear_head(loaded.net).parameters()))
         rest = {name for name, value in loaded.net.named_parameters() if id(value) not in last}
         if missing := [name for name in loaded.weights.fresh if name in rest]:

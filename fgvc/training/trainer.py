@@ -21,14 +21,14 @@ from fgvc.data.quality.stored import spot_check
 from fgvc.data.recipe import resolve_data
 from fgvc.errors import FgvcError
 from fgvc.evaluation.metrics import SMALLER_IS_BETTER
-from fgvc.evaluation.plot import plot_confusion, plot_curves
+from fgvc.evaluation.png_plots import plot_confusion, plot_curves
 from fgvc.exporting.onnx import refuse_opset
 from fgvc.io.files import write_atomic
 from fgvc.io.names import some
 from fgvc.models.finite import not_finite, suspicious
 from fgvc.runs import checkpoint
 from fgvc.runs.deployed import RECORD, record_of
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.runs.folder import (
     RunStatus,
     claim_run,
@@ -52,10 +52,10 @@ from fgvc.training.floor import Floor, fit_floor, floor_comparison, floor_head, 
 from fgvc.training.log import Events
 from fgvc.training.means import RunningMeans
 from fgvc.training.optim import learning_rate
+from fgvc.training.optimizer_step import optimizer_step
 from fgvc.training.refit import refit_recipe
 from fgvc.training.session import Session, open_session
 from fgvc.training.start import fit_teachers
-from fgvc.training.step import take_step
 from fgvc.training.validate import score, start_doubt
 from fgvc.training.watch import not_finite_error, refuse_not_finite, state_tensors
 
@@ -80,7 +80,7 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
 
 
 def _train(recipe: Recipe, out: Path, *, resume: str, overwrite: bool, recorded: bool) -> None:
-    with runtime(recipe.train) as process, ExitStack() as stack:
+    with process_group(recipe.train) as process, ExitStack() as stack:
         events = Events(out, recipe.log, active=process.main)
         claimed: list[RunStatus] = ["new"]
 
@@ -122,7 +122,7 @@ def _say_finished(recipe: Recipe, out: Path, events: Events) -> None:
 
 def _begin_or_resume(session: Session, out: Path, events: Events, *, goes_on: bool) -> None:
     """Begin or resume a run: the folder is changed only now, when all is built and nothing more can be refused."""
-    process = session.runtime
+    process = session.process
     facts: dict[str, Any] = {
         "labels.json": list(session.index.classes),
         "preprocess.json": session.preprocess.model_dump(mode="json"),
@@ -164,7 +164,7 @@ def _begin_or_resume(session: Session, out: Path, events: Events, *, goes_on: bo
 
 def _refuse_other_processes(state: checkpoint.State, session: Session, out: Path) -> None:
     """Raise FgvcError where the run was trained by another number of processes, each of which has its own random numbers."""
-    then, now = len(state.rest["rng"]), session.runtime.world
+    then, now = len(state.rest["rng"]), session.process.world
     if then != now:
         launch = f"by torchrun --nproc-per-node={then} -m fgvc train ..." if then > 1 else "without torchrun"
         raise FgvcError(
@@ -207,13 +207,13 @@ def _run_epochs(session: Session, out: Path, events: Events) -> None:
                 _check_step(session, losses, out)
                 _log(session, losses, count, events)
                 due = recipe.checkpoint.every_steps is not None and progress.step % recipe.checkpoint.every_steps == 0
-                stop = session.runtime.agreed(interrupted.is_set())  # a signal reaches each process in a step of its own
+                stop = session.process.agreed(interrupted.is_set())  # a signal reaches each process in a step of its own
                 if stop or (due and not session.epoch_done):
                     _save(session, out)
                 if stop:
                     raise KeyboardInterrupt(f"saved at step {progress.step}")
             _end_epoch(session, out, events)
-    if session.runtime.main:
+    if session.process.main:
         _end(out, events, progress, recipe)
 
 
@@ -236,7 +236,7 @@ def _steps(session: Session, events: Events) -> Iterator[tuple[dict[str, Tensor]
             return
         started = time.perf_counter()
         session.schedule.step_update(progress.step)
-        losses, count = take_step(session, micro_batches, events)
+        losses, count = optimizer_step(session, micro_batches, events)
         progress.step += 1
         progress.micro += parts
         progress.seconds += time.perf_counter() - started
@@ -247,7 +247,7 @@ def _check_step(session: Session, losses: Mapping[str, Tensor], out: Path) -> No
     """Raise FgvcError on all processes where the loss, the gradients or what the step has moved are not finite on one, or where
     fp16 skips every step. A step waits for this value: none may go on, or be saved, with numbers that are none."""
     watched = session.watch.tensors(losses["loss"])
-    if session.runtime.anywhere(suspicious(watched.values())):
+    if session.process.anywhere(suspicious(watched.values())):
         terms = {f"its term {name}": value for name, value in losses.items() if name != "loss"}
         of_loss = {"the loss": losses["loss"]} | ({} if losses["loss"].isfinite() else terms)
         _check_finite(session, out, of_loss | watched, f"step {session.progress.step}")
@@ -257,7 +257,7 @@ def _check_step(session: Session, losses: Mapping[str, Tensor], out: Path) -> No
 
 
 def _check_finite(session: Session, out: Path, tensors: Mapping[str, Tensor], when: str) -> None:
-    refuse_not_finite(tensors, when=when, out=out, recipe=session.recipe, process=session.runtime)
+    refuse_not_finite(tensors, when=when, out=out, recipe=session.recipe, process=session.process)
 
 
 def _log(session: Session, losses: Mapping[str, Tensor], images: int, events: Events) -> None:
@@ -295,7 +295,7 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
         value = scores.numbers()[by]
         best = progress.best is None or (value < progress.best if by in SMALLER_IS_BETTER else value > progress.best)
         progress.best = value if best else progress.best
-        if last and session.runtime.main:  # of 200 classes it takes a second
+        if last and session.process.main:  # of 200 classes it takes a second
             picture = plot_confusion(scores.confusion, session.index.classes, title="validation")
             write_atomic(out / "plots" / "confusion.png", picture)
     progress.history = [old for old in progress.history if old["epoch"] != row["epoch"]] + [row]
@@ -315,9 +315,9 @@ def _save(session: Session, out: Path, *, best: bool = False, start: bool = Fals
     if floor is not None:
         state.floor, state.rest = floor_head(session.step.net, floor), {**state.rest, "floor": floor.record}
     _check_finite(session, out, state_tensors(state), f"step {session.progress.step}")
-    if session.runtime.main:
+    if session.process.main:
         checkpoint.save(out / "ckpt", state, best=best, keep=session.recipe.checkpoint.keep, start=start)
-    session.runtime.barrier()
+    session.process.barrier()
 
 
 def _describe(session: Session, events: Events) -> None:
@@ -326,7 +326,7 @@ def _describe(session: Session, events: Events) -> None:
     doubts = [*session.weights.doubts, *index.warnings]
     if session.batch < recipe.train.batch_size:
         doubts.append(f"train.batch_size: {recipe.train.batch_size} is more than there are: a step takes {session.batch} images")
-    doubts += spot_check(index, index.rows("train")) if session.runtime.main else []
+    doubts += spot_check(index, index.rows("train")) if session.process.main else []
     for doubt in doubts:
         events.say(f"WARNING: {doubt}")
     counts = ", ".join(f"{len(index.rows(split))} {split}" for split in ("train", "val", "test"))
@@ -334,8 +334,8 @@ def _describe(session: Session, events: Events) -> None:
         f"data: {index.recognised} ({counts} images, {len(index.classes)} classes)",
         f"model: {recipe.model.name}, weights {session.weights.origin}, input {session.preprocess.size}, "
         f"mean {session.preprocess.mean}, std {session.preprocess.std}",
-        f"training: {session.total_steps} steps of {session.batch} images on {session.runtime.device}, "
-        f"{session.runtime.world} process(es), {recipe.train.precision}; ships: {recipe.selected}",
+        f"training: {session.total_steps} steps of {session.batch} images on {session.process.device}, "
+        f"{session.process.world} process(es), {recipe.train.precision}; ships: {recipe.selected}",
         *session.step.attachments.notes,
     ]
     for line in lines:

@@ -25,7 +25,7 @@ FAR_FACTOR = 1.2  # times ln K: a start whose cross-entropy is above that is wor
 def score(session: Session, out: Path) -> Scores:
     """Score what would ship on the validation split, whose predictions the session keeps; without one on some training images,
     to check that the net gives finite numbers. Raises FgvcError where it does not."""
-    rows, process, held_out = session.index.rows("val"), session.runtime, session.validated
+    rows, process, held_out = session.index.rows("val"), session.process, session.validated
     rows = rows if held_out else spread(session.index.rows("train"), CHECKED_IMAGES)
     loader = evaluation_loader(
         session.index,

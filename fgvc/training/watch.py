@@ -17,7 +17,7 @@ from fgvc.io.names import some
 from fgvc.models.finite import not_finite, suspicious
 from fgvc.runs import checkpoint
 from fgvc.runs.checkpoint import State
-from fgvc.runs.distributed import Runtime
+from fgvc.runs.distributed import ProcessGroup
 from fgvc.runs.step import StepModule
 
 LEAST_SCALE = 1e-4  # of the loss under fp16; fairseq gives up there, too
@@ -38,7 +38,7 @@ class FiniteCheck:
     def begin(self) -> None:
         """Forget the losses and logits of the step before."""
         self.uphill.clear()
-        self.step.probe_logits.clear()
+        self.step.eval_logits.clear()
 
     def skipped(self, step: int, *, last: bool) -> str:
         """Say why nothing is learnt under fp16 although all is finite: the scaler skips the steps; empty where that is not so.
@@ -55,13 +55,13 @@ class FiniteCheck:
         return ""
 
     def tensors(self, loss: Tensor | None = None) -> dict[str, Tensor]:
-        """Return a step's loss, the logits of its probes, its gradients, and what it has moved: weights and running statistics.
+        """Return a step's loss, the logits of its eval passes, its gradients, and what it has moved: weights and statistics.
         Without the gradients where a scaler looks at them, and skips the step. Without a loss: all that lasts, averages too."""
         if loss is None:
             return self._lasting
         tensors = {"the loss": loss}
         tensors |= {f"the loss uphill (optim.sam), part {at}": value for at, value in enumerate(self.uphill)}
-        tensors |= {f"a probe's logits, {at}": value for at, value in enumerate(self.step.probe_logits)}
+        tensors |= {f"logits of eval pass {at}": value for at, value in enumerate(self.step.eval_logits)}
         if not self.scaler.is_enabled():
             graded = ((name, weight.grad) for name, weight in self._weights.items())
             tensors |= {f"the gradient of {name}": gradient for name, gradient in graded if gradient is not None}
@@ -83,7 +83,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         yield from _leaves(f"{name}.{key}" if name else str(key), inner)
 
 
-def refuse_not_finite(tensors: Mapping[str, Tensor], *, when: str, out: Path, recipe: Recipe, process: Runtime) -> None:
+def refuse_not_finite(tensors: Mapping[str, Tensor], *, when: str, out: Path, recipe: Recipe, process: ProcessGroup) -> None:
     """Raise FgvcError on all processes where one of them holds a value that is not finite. Waits for the device."""
     if bool(process.anywhere(suspicious(tensors.values()))):
         names = list(dict.fromkeys(chain(*process.gather(not_finite(tensors)))))

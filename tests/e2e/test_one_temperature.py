@@ -22,7 +22,7 @@ from fgvc.cli import show
 from fgvc.data.loader import evaluation_loader
 from fgvc.evaluation.temperature import RECORD, calibration
 from fgvc.runs.loaded import load_run, onnx_answers
-from fgvc.runtime.engine import Session
+from fgvc.runtime.engine import OnnxSession
 from fgvc.runtime.predict import predict_files
 from tests.serving.small import ask, service
 
@@ -113,7 +113,7 @@ def test_a_smaller_file_says_what_the_temperature_is_worth_for_it(run: Path, bun
     assert opened.calibration is not None
     found = opened.contract["fp16"]["agreement"]
     for name, model in (("ece_float", opened.model), ("ece", opened.variant("fp16"))):
-        said = onnx_answers(Session(model), seen.index, seen.index.rows("val"), spec=seen.preprocess, workers=0)
+        said = onnx_answers(OnnxSession(model), seen.index, seen.index.rows("val"), spec=seen.preprocess, workers=0)
         z, right = said.logits.astype(np.float64), said.logits.argmax(1) == said.labels
         assert found[name] == pytest.approx(calibration_error(z, right, opened.calibration.temperature), abs=1e-6)
 

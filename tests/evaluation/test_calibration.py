@@ -25,7 +25,7 @@ from fgvc.evaluation.calibration import (
     reliability,
     risk_coverage,
 )
-from fgvc.evaluation.plot import plot_calibration
+from fgvc.evaluation.png_plots import plot_calibration
 
 
 def honest(count: int, *, classes: int = 6, scale: float = 1.5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import confidence_of, reliability
 from fgvc.evaluation.metrics import BINS, Scores, evaluate, score_logits
-from fgvc.evaluation.plot import plot_confusion
+from fgvc.evaluation.png_plots import plot_confusion
 
 CPU = torch.device("cpu")
 NAMES = ["a", "b", "c", "d", "e", "f", "g"]

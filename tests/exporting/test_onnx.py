@@ -14,7 +14,7 @@ from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import explain_model, export_onnx, interface_of, load_onnx, serialised
 from fgvc.exporting.reference import randomise
 from fgvc.models.backbone import deployed, plain_model
-from fgvc.runtime.engine import Session
+from fgvc.runtime.engine import OnnxSession
 
 BOTH = pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 IMAGES = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
@@ -43,7 +43,7 @@ def test_an_export_is_quiet_anonymous_and_its_bytes_depend_on_the_weights_alone(
     assert [port.name for port in (*proto.graph.input, *proto.graph.output)] == ["input", "logits"]
     with torch.no_grad():
         z = net(torch.from_numpy(IMAGES)).numpy()
-    np.testing.assert_allclose(Session(content).logits(IMAGES), z, rtol=1e-4, atol=1e-4 * np.abs(z).max())
+    np.testing.assert_allclose(OnnxSession(content).logits(IMAGES), z, rtol=1e-4, atol=1e-4 * np.abs(z).max())
     randomise(net, 4)
     assert serialised(export_onnx(net, size=(32, 32), exporter=exporter, opset=20)) != content
 
@@ -97,8 +97,8 @@ def test_every_opset_that_may_be_asked_for_has_both_files(exporter: str, opset: 
     proto = export_onnx(net, size=(32, 32), exporter=exporter, opset=opset)
     beside = export_onnx(explain, size=(32, 32), exporter=exporter, opset=opset, output_names=("logits", "maps"))
     assert [made.opset_import[0].version for made in (proto, beside)] == [opset, opset]
-    z = Session(serialised(proto)).logits(IMAGES)
-    logits, maps = Session(serialised(beside)).run(IMAGES)
+    z = OnnxSession(serialised(proto)).logits(IMAGES)
+    logits, maps = OnnxSession(serialised(beside)).run(IMAGES)
     np.testing.assert_allclose(logits, z, rtol=1e-4, atol=1e-4 * np.abs(z).max())
     whole = maps.mean((2, 3)) + explain.bias.numpy()
     np.testing.assert_allclose(whole, z, rtol=1e-3, atol=1e-3 * np.abs(z).max())

@@ -1,9 +1,9 @@
 """Killed before, or in the middle of, any change that saving or creating a run makes on the disk, the next process finds a whole
-state and ends with that of one that was never killed. Every change goes through `fgvc.io.files`, whose `os` counts them here."""
+state and ends with that of one that was never killed. Every change goes through `fgvc.io.files`, whose `os` is watched here: what
+a kill would leave is what the folder holds at that moment."""
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -28,45 +28,62 @@ from fgvc.runs.folder import NAME, claim_run, continue_run, start_run
 from fgvc.runs.record import Record
 
 CHANGES = ("open", "write", "pwrite", "fsync", "replace", "symlink", "unlink", "mkdir", "rmdir", "ftruncate")
-KILLED = 77
 
 
-class Dying:
-    """The `os` of `fgvc.io.files`: before its change number `at`, of a write in the middle of it, the process is gone."""
+class Watched:
+    """The `os` of `fgvc.io.files`: it looks before each change, and in the middle of a write."""
 
-    def __init__(self, at: int) -> None:
-        self.at, self.count = at, 0
+    def __init__(self, look: Callable[[], None]) -> None:
+        self.look = look
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
 
-        def call(*given: Any, **named: Any) -> Any:
-            self.count += 1
-            if self.count == self.at:
-                if name == "write":
-                    real(given[0], given[1][: len(given[1]) // 2])
-                os._exit(KILLED)
-            return real(*given, **named)
+        def change(*given: Any, **named: Any) -> Any:
+            half = 0
+            if name == "write":
+                half = real(given[0], given[1][: len(given[1]) // 2])
+                given = (given[0], given[1][half:])
+            self.look()
+            return half + real(*given, **named) if name == "write" else real(*given, **named)
 
-        return call if name in CHANGES else real
+        return change if name in CHANGES else real
 
 
-def killed(do: Callable[[], object], at: int) -> bool:
-    """Whether a forked process that does this was gone before it had done it."""
-    if not (pid := os.fork()):
-        code = 1
-        gc.disable()  # or it would touch, and so copy, all of the memory that it shares
-        try:
-            disk.os = Dying(at)
-            do()
-            code = 0
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, KILLED)
-    return code == KILLED
+def moments(do: Callable[[], object], folder: Path, copies: Path) -> list[Path]:
+    """What a kill while this is done could leave of `folder`, in order, each a copy in `copies`; the last is the end."""
+    states: list[dict[str, bytes | Path | None]] = []
+    places: list[Path] = []
+
+    def look() -> None:
+        now = held(folder)
+        if not states or now != states[-1]:  # as before a file is waited for, or opened to read
+            states.append(now)
+            places.append(copies / f"{len(places):03d}")
+            if folder.is_dir():
+                shutil.copytree(folder, places[-1], symlinks=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk, "os", Watched(look))
+        do()
+    look()
+    return places
+
+
+def held(folder: Path) -> dict[str, bytes | Path | None]:
+    """What is in a folder: bytes of files, aims of links."""
+    return {
+        str(path.relative_to(folder)): path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        for path in [folder, *folder.rglob("*")]
+        if os.path.lexists(path)
+    }
+
+
+def put(copy: Path, folder: Path) -> None:
+    """Make `folder` what it was when it was copied."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if copy.is_dir():
+        copy.rename(folder)
 
 
 @pytest.fixture
@@ -85,7 +102,6 @@ def dumped(recipe: str) -> str:
 
 @pytest.fixture(autouse=True)
 def alone_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)  # a forked process has none of the others
     monkeypatch.setattr("fgvc.runs.folder.environment", dict)
     monkeypatch.setattr("fgvc.runs.folder.dump", lambda recipe: dumped(recipe.model_dump_json()))
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # counted, but the machine itself does not die
@@ -112,27 +128,23 @@ def facts(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("best", [True, False])
 def test_killed_at_any_moment_of_saving(tmp_path: Path, best: bool) -> None:
-    start, end, here = tmp_path / "start", tmp_path / "end", tmp_path / "here"
+    end, here = tmp_path / "end", tmp_path / "here"
     for step in (0, 1, 2, 3):
-        saved(start, step, best=step == 2)
-    shutil.copytree(start, end, symlinks=True)
+        saved(here, step, best=step == 2)
+    before = facts(here)
+    shutil.copytree(here, end, symlinks=True)
     saved(end, 4, best=best)
-    before, after, at = facts(start), facts(end), 0
-    moments = 0
-    while True:
-        at += 1
-        shutil.rmtree(here, ignore_errors=True)
-        shutil.copytree(start, here, symlinks=True)
-        if not killed(lambda: saved(here, 4, best=best), at):
-            break
-        moments += 1
-        found = facts(here)
-        assert {name: found[name] for name in ("last", "best")} in (
+    after, states = facts(end), moments(lambda: saved(here, 4, best=best), here, tmp_path)
+    assert len(states) > 20
+    for state in states:
+        put(state, here)
+        left = facts(here)
+        assert {name: left[name] for name in ("last", "best")} in (
             {name: one[name] for name in ("last", "best")} for one in (before, after)
-        ), f"both at once, or neither: change {at}"
-        assert found["last"][1].best == found["best"][1].best, "the recorded score is that of the link"
-        assert found["start"] == before["start"]
-        if found["last"] == before["last"]:
+        ), f"both at once, or neither: {state.name}"
+        assert left["last"][1].best == left["best"][1].best, "the recorded score is that of the link"
+        assert left["start"] == before["start"]
+        if left["last"] == before["last"]:
             saved(here, 4, best=best)  # the next process trains the step again
         saved(here, 5, best=False)
         assert facts(here)["last"][0] == 5
@@ -140,7 +152,6 @@ def test_killed_at_any_moment_of_saving(tmp_path: Path, best: bool) -> None:
         assert {path.name for path in here.iterdir() if not path.name.startswith("step-")} == {
             "last", "best", "start", "links", (here / "links").readlink().name,
         }, "nothing of the killed process stays"  # fmt: skip
-    assert moments > 40
 
 
 @pytest.fixture
@@ -178,29 +189,24 @@ def content(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("old", [None, "to be overwritten", "to go on with"])
 def test_killed_at_any_moment_of_creating_a_run(tmp_path: Path, recipe: Recipe, old: str | None) -> None:
-    start, end, out = tmp_path / "start", tmp_path / "end", tmp_path / "out"
+    end, out = tmp_path / "end", tmp_path / "out"
     overwrite = old == "to be overwritten"
     if old is not None:
-        begun(start, recipe)
-        (start / "tables").mkdir()
+        begun(out, recipe)
+        (out / "tables").mkdir()
         for name in ("events.jsonl", "metrics.json", "tables/classes-val.csv"):
-            (start / name).write_text("{}\n")
+            (out / name).write_text("{}\n")
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 9})})
     begun(end, longer)
-    expected, at = content(end), 0
-    while True:
-        at += 1
-        shutil.rmtree(out, ignore_errors=True)
-        if old is not None:
-            shutil.copytree(start, out, symlinks=True)
-        if not killed(lambda: begun(out, longer, overwrite=overwrite), at):
-            break
+    expected, states = content(end), moments(lambda: begun(out, longer, overwrite=overwrite), out, tmp_path)
+    assert len(states) > 10
+    for state in states:
+        put(state, out)
         begun(out, longer, overwrite=overwrite)
-        assert content(out) == expected, f"change {at}"
+        assert content(out) == expected, state.name
         assert not [path for path in out.rglob(".[0-9]*")], "half-written files stay"
         assert not (out / "metrics.json").exists()
         assert not (out / "tables").exists()
-    assert at > 20
 
 
 def test_every_file_of_a_run_goes_through_the_one_writer(tmp_path: Path, recipe_tree: dict) -> None:
@@ -226,6 +232,7 @@ def test_every_file_of_a_run_goes_through_the_one_writer(tmp_path: Path, recipe_
             with open(strange, "a") as file:
                 file.write(json.dumps([event, paths, names]) + "\n")
 
+    torch.set_num_threads(1)  # a forked process has none of the others
     if not (pid := os.fork()):
         code = 1
         try:

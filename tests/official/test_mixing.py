@@ -81,7 +81,7 @@ def of_draw(a: Arrays, draw: int, **settings: object) -> Batch:
     technique = build_technique(SnapmixSettings(**settings))
     technique._method = "cam"
     draws = a["box_to"][draw][None, XYXY], a["box_of"][draw][None, XYXY], a["partners"][draw]
-    return technique.on_batch(batch(a["images"], a["labels"]), context(draws, probe=lambda of: output))
+    return technique.on_batch(batch(a["images"], a["labels"]), context(draws, eval_pass=lambda of: output))
 
 
 def test_snapmix_s_maps(official: Callable[[str], Arrays]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fgvc.errors import FgvcError
-from fgvc.report import chart
-from fgvc.report.chart import curves, terms
+from fgvc.report import html_charts
+from fgvc.report.html_charts import curves, terms
 from fgvc.runs.history import History, read_history
 
 
@@ -93,7 +93,7 @@ def test_training_is_dotted_beside_a_validated_run_and_solid_alone(
     alone = written(tmp_path / "b", [], "epoch,step,lr,loss\n1,5,0.1,3\n2,10,0,2\n")
     drawn: list[list[tuple[str, list[float]]]] = []
     monkeypatch.setattr(
-        chart, "chart", lambda figure: drawn.append([(x.get_ls(), list(x.get_ydata())) for x in figure.axes[0].lines])
+        html_charts, "chart", lambda figure: drawn.append([(x.get_ls(), list(x.get_ydata())) for x in figure.axes[0].lines])
     )
     curves(["a", "b"], [validated, alone])
     assert drawn[0] == [(":", [3, 2]), ("-", [1, 0.9]), (":", [3, 2])]

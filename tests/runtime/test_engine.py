@@ -15,7 +15,7 @@ from fgvc.config.images import Preprocess
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.runtime.bundle import Bundle, load_bundle, write_bundle
-from fgvc.runtime.engine import Engine, Session, available_cpus, softmax
+from fgvc.runtime.engine import Engine, OnnxSession, available_cpus, softmax
 from fgvc.runtime.predict import predict_files
 
 SIZE = 8
@@ -159,8 +159,8 @@ def test_a_file_named_twice_is_answered_twice(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_fixed_batch_gives_the_same_rows_as_a_dynamic_one() -> None:
     x = np.random.default_rng(0).random((7, 3, SIZE, SIZE), dtype=np.float32)
-    np.testing.assert_allclose(Session(network(4)).logits(x), 10 * x.mean((2, 3)), rtol=1e-5)
-    assert Session(network(4)).logits(x).shape == (7, 3)
+    np.testing.assert_allclose(OnnxSession(network(4)).logits(x), 10 * x.mean((2, 3)), rtol=1e-5)
+    assert OnnxSession(network(4)).logits(x).shape == (7, 3)
 
 
 def test_a_model_that_does_not_fit_the_bundle_is_refused(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_model_that_does_not_fit_the_bundle_is_refused(tmp_path: Path) -> None
     with pytest.raises(FgvcError, match="onnxruntime can't load it"):
         Engine(bundle(tmp_path / "broken", b"not a model"))
     with pytest.raises(FgvcError, match=r"takes images of shape \(3, 8, 8\), not \(3, 8, 9\)"):
-        Session(network()).logits(np.zeros((1, 3, 8, 9), np.float32))
+        OnnxSession(network()).logits(np.zeros((1, 3, 8, 9), np.float32))
 
 
 def test_softmax_survives_large_logits() -> None:
@@ -239,7 +239,7 @@ def test_cpus_by_the_quota_of_version_1(tmp_path: Path, place: str) -> None:
 @pytest.mark.usefixtures("eight")
 def test_the_session_takes_what_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fgvc.runtime.engine.available_cpus", lambda: 3)
-    assert Session(network()).threads == 3
+    assert OnnxSession(network()).threads == 3
 
 
 def test_serving_imports_nothing_of_training() -> None:

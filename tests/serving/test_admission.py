@@ -11,7 +11,8 @@ import pytest
 from starlette.requests import Request
 
 from fgvc.serving.admission import Admission
-from fgvc.serving.limits import BodyBudget, ClientGone, Limits, Refusal
+from fgvc.serving.bodies import BodyBudget, ClientGone
+from fgvc.serving.limits import Limits, Refusal
 
 
 class Client:

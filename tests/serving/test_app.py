@@ -18,8 +18,9 @@ from PIL import Image
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.runtime.engine import Engine
+from fgvc.serving.api_key import read_key
 from fgvc.serving.app import FastPathMiddleware, Service, make_app
-from fgvc.serving.limits import Limits, read_key
+from fgvc.serving.limits import Limits
 from fgvc.serving.page import CSP, PAGE
 from tests.serving.small import LABELS, ROOT, SIZE, ask, bomb, picture, save_bundle, service
 
@@ -207,7 +208,7 @@ def test_bytes_without_a_declared_length_are_cut_off_while_they_come(tmp_path: P
     found = ask(small, "POST", "/v1/classify", content=endless())
     assert (found.status_code, found.headers.get("connection")) == (413, "close")
     assert small.bodies.bytes == 0
-    # What is not read is swallowed, so that the client reads its answer; see limits.Courtesy.
+    # What is not read is swallowed, so that the client reads its answer; see middleware.DrainMiddleware.
     assert sent < 65 << 20
 
 

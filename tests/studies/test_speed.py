@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from fgvc import api
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import settings_by_kind
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.studies import speed as bench
 from fgvc.training.session import open_session
+from tests.trained import Once
 
 
 def recipe(tree: dict, **sections: object) -> Recipe:
@@ -42,7 +42,7 @@ def test_what_happens_in_some_steps_happens_in_some_that_are_timed(recipe_tree: 
     half = {"mixup": {"probability": 0.5}}
     made = recipe(recipe_tree, techniques=half, train=recipe_tree["train"] | {"epochs": 40})
     mixed = []
-    with runtime(made.train) as process, open_session(made, process) as session:
+    with process_group(made.train) as process, open_session(made, process) as session:
         step = bench.step_on_one_batch(session)
         real = session.step.forward
 
@@ -61,7 +61,7 @@ def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, 
     train = boxed_tree["train"] | {"grad_accum_steps": 2}
     sections = {"train": train, "image": {"size": 64}, "ema": {"decay": 0.9}}
     chosen = {"dcl": {"grid": 4, "bn": "own"}, "cam_erasing": {"source": "ema"}}
-    found = bench.bench_each(recipe(boxed_tree, **sections, techniques=chosen), pairs=1)
+    found = bench.bench_each(recipe(boxed_tree, **sections, techniques=chosen), pairs=1, warm_up=0)
     expected = {ratio.name.split()[1]: ratio.expected for ratio in found}
     more = {"dcl": 2, "cam_erasing": 4 / 3, "snapmix": 4 / 3, "distill": 4 / 3, "attention_crop_drop": 3}
     assert expected == {kind: pytest.approx(more.get(kind, 1)) for kind in ("plain", *settings_by_kind())}
@@ -72,10 +72,14 @@ def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, 
     assert {"cpu", "cores", "torch", "timm"} <= set(rows[0])
 
 
-def test_a_teacher_is_timed_by_itself_and_expected_on_top(tmp_path: Path, recipe_tree: dict) -> None:
-    run = api.train(recipe(recipe_tree), tmp_path / "teacher")
+def test_a_teacher_is_timed_by_itself_and_expected_on_top(
+    recipe_tree: dict, once: Once, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = {"distill": settings_by_kind()["distill"]}
+    monkeypatch.setattr(bench, "settings_by_kind", lambda: only)
+    run = once.run(recipe(recipe_tree))
     teachers = {"distill": {"teachers": [{"kind": "run", "path": str(run)}]}}
-    found = bench.bench_each(recipe(recipe_tree, techniques=teachers), pairs=1)
+    found = bench.bench_each(recipe(recipe_tree, techniques=teachers), pairs=1, warm_up=0)
     rows = {ratio.name.partition(" ")[2]: ratio for ratio in found}
     (answer,) = (ratio for ratio in found if ratio.name.startswith("teacher: "))
     assert str(run) in answer.name

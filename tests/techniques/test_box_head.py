@@ -19,7 +19,7 @@ from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.data.augment import Augmenter
 from fgvc.errors import FgvcError
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.runs.step import StepModule
 from fgvc.techniques.api import Batch
 from fgvc.techniques.box_head.settings import BoxHeadSettings
@@ -251,7 +251,7 @@ def test_data_without_boxes_are_refused_before_training(recipe_tree: dict) -> No
     said = r"techniques\.box_head: learns from the object's box .* no boxes; .* set techniques\.box_head=null"
     with pytest.raises(FgvcError, match=said):
         forecast(made)
-    with runtime(made.train) as process, pytest.raises(FgvcError, match=said), open_session(made, process):
+    with process_group(made.train) as process, pytest.raises(FgvcError, match=said), open_session(made, process):
         pass
 
 

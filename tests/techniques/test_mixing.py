@@ -161,7 +161,7 @@ def test_snapmix_is_its_formula() -> None:
         assert float(theirs[b]) == pytest.approx(float(other[8:24, 1:9].sum()), abs=1e-5)
     assert not torch.allclose(own + theirs, torch.ones(6), atol=1e-3), "they need not add up to one"
     once = 0.9 * before + 0.1 * net.conv(spy.batch.x).mean((0, 2, 3))
-    torch.testing.assert_close(net.norm.running_mean, once.detach()), "the probe leaves the statistics alone"
+    torch.testing.assert_close(net.norm.running_mean, once.detach()), "the eval pass leaves the statistics alone"
 
 
 def test_a_map_that_says_nothing_counts_by_area() -> None:
@@ -207,7 +207,7 @@ def test_one_of_those_that_mix_is_drawn_by_its_share() -> None:
     assert chi2 < 20.5, "0.1 % bound of 5 degrees of freedom"
 
 
-def test_a_probe_is_made_once_and_only_in_steps_that_ask_it() -> None:
+def test_an_eval_pass_is_made_once_and_only_in_steps_that_ask_for_it() -> None:
     net = plain_model("test_resnet", 3)
     step = StepModule(net, {"snapmix": build_technique(SnapmixSettings())}, size=(64, 64)).train()
     passed, inner = [], net.forward_features

@@ -21,7 +21,7 @@ from fgvc.models.weights import load_weights
 from fgvc.runs import checkpoint
 from fgvc.runs.build import build_net
 from fgvc.runs.folder import new_run_advice, read_run
-from fgvc.training import step as training_step
+from fgvc.training import optimizer_step as training_step
 from tests.conftest import paint
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.training.epoch_start import _images_key
 from fgvc.training.session import open_session
 
@@ -18,7 +18,7 @@ from fgvc.training.session import open_session
 def facts(tree: dict, **sections: object) -> str | None:
     merged = tree | {k: (tree.get(k, {}) | v if isinstance(v, dict) else v) for k, v in sections.items()}
     made = validate(Recipe, merged, where="test")
-    with runtime(made.train) as process, open_session(made, process) as session:
+    with process_group(made.train) as process, open_session(made, process) as session:
         return _images_key(session)
 
 

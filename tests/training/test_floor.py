@@ -93,14 +93,14 @@ def test_without_a_validation_part_it_is_judged_across_training_images(tmp_path:
 def test_held_out_answers_are_those_of_scikit_learn(pretrained: dict) -> None:  # noqa: F811
     """By hand: standardised features, five folds, whole images."""
     from fgvc.data.splits import fold_numbers
-    from fgvc.runs.distributed import runtime
+    from fgvc.runs.distributed import process_group
     from fgvc.training.floor import FOLDS, _cross_fitted
     from fgvc.training.session import open_session
     from fgvc.training.start import ViewFeatures
 
     one = recipe(pretrained, data={"hold_out": False})
     rng = np.random.default_rng(3)
-    with runtime(one.train) as process, open_session(one, process) as session:
+    with process_group(one.train) as process, open_session(one, process) as session:
         index = session.index
         rows = np.repeat(index.rows("train"), 2)
         labels = index.labels[rows].astype(np.int64)

@@ -269,14 +269,14 @@ def test_an_unfinished_run_is_taken_with_a_word(
 ) -> None:
     from fgvc.training import trainer as loop
 
-    real, steps = loop.take_step, iter(range(99))
+    real, steps = loop.optimizer_step, iter(range(99))
 
     def stopped(*given: object) -> object:
         if next(steps) == 7:
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(loop, "take_step", stopped)
+    monkeypatch.setattr(loop, "optimizer_step", stopped)
     with pytest.raises(KeyboardInterrupt):
         api.train(recipe(tree), tmp_path / "run")
     found = api.interpolate(tmp_path / "run", tmp_path / "between")

@@ -21,7 +21,7 @@ from fgvc.config.loading import dump, validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.training import SIZED, Log, Optim
 from fgvc.errors import FgvcError
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.training import trainer as loop
 from fgvc.training.log import Events
 from fgvc.training.optim import make_optimizer
@@ -116,7 +116,7 @@ def test_it_holds_what_came_from_the_weights_alone(pretrained: dict) -> None:
     """Norms and biases of the backbone, too; not the head, nor what techniques add or replace."""
     made = recipe(pretrained, techniques={"acb": {}, "dcl": {"grid": 2}}, model={"head": "probe"})
     given = set(load_file(made.model.weights))
-    with runtime(made.train) as process, open_session(made, process) as session:
+    with process_group(made.train) as process, open_session(made, process) as session:
         decay = {id(p): group["weight_decay"] for group in session.optimizer.param_groups for p in group["params"]}
         for name, p in session.step.named_parameters():
             plain = name.removeprefix("net.").replace(".origin.", ".")
@@ -131,7 +131,7 @@ def test_a_head_that_the_weights_give_is_held_unless_it_is_replaced(tmp_path: Pa
     save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "start.safetensors")
     for head in ("timm", "probe", "zero"):
         made = recipe(pretrained, model={"head": head, "freeze": 1})
-        with runtime(made.train) as process, open_session(made, process) as session:
+        with process_group(made.train) as process, open_session(made, process) as session:
             assert ("net.fc.weight" in session.pretrained) == (head == "timm")
             frozen = [p for p in session.step.parameters() if not p.requires_grad]
             assert frozen
@@ -160,12 +160,12 @@ def test_the_steps_of_a_run_are_the_formula(pretrained: dict, kind: str) -> None
     """From the gradients that the optimizer is given (clipped, unscaled, uphill, the sum of all parts): the penalty is beside
     these, as weight decay is, and in no clip."""
     made = recipe(pretrained, **STEPS[kind])
-    with runtime(made.train) as process, open_session(made, process) as session:
+    with process_group(made.train) as process, open_session(made, process) as session:
         start = values(session.step)
         expected, moving, averaged = dict(start), {}, values(session.step.net)
         quiet, batches = Events(Path(), Log(), active=False), session.loader.epoch(0)
         for step in range(4):
-            loop.take_step(session, batches, quiet)
+            loop.optimizer_step(session, batches, quiet)
             session.progress.step += 1
             rate = {id(p): group["lr"] for group in session.optimizer.param_groups for p in group["params"]}
             slopes = {name: p.grad.double() for name, p in session.step.named_parameters() if p.grad is not None}

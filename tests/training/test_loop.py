@@ -26,7 +26,7 @@ from fgvc.runs.images import read_index
 from fgvc.runs.step import StepModule
 from fgvc.techniques.api import Batch
 from fgvc.techniques.centre_loss.technique import CentreLoss
-from fgvc.training import step as training_step
+from fgvc.training import optimizer_step as training_step
 from fgvc.training import trainer as loop
 from fgvc.training.batch import Normalise, to_batch
 from fgvc.training.log import Events

@@ -24,7 +24,7 @@ from fgvc.config.techniques import settings_by_kind
 from fgvc.data.augment import Augmenter
 from fgvc.data.loader import augmented_views, evaluation_loader
 from fgvc.errors import FgvcError
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.runs.images import read_index
 from fgvc.studies.identity import digest
 from fgvc.studies.speed import bench_each
@@ -99,7 +99,7 @@ def test_it_says_what_logistic_regression_on_its_features_says(
     recipe_tree: dict, weights: Path, teacher: dict
 ) -> None:
     one = recipe(recipe_tree, teacher)
-    with runtime(one.train) as process, open_session(one, process) as session:
+    with process_group(one.train) as process, open_session(one, process) as session:
         opened, student = session.step.attachments.teachers[0], session.preprocess
         assert not opened(torch.zeros(2, 3, 64, 64)).logits.any(), "the head of the weights file is dropped"
         (name, fit), *others = fit_teachers(session).items()
@@ -254,7 +254,7 @@ def test_any_net_with_a_linear_head_teaches(tmp_path: Path, recipe_tree: dict, b
     wanted = {"kind": "probe", "backbone": backbone, "weights": str(tmp_path / "any.safetensors")}
     given = {"mean": MEAN, "std": STD} | ({} if backbone == "test_vit" else {"size": 32})
     one = recipe(recipe_tree, wanted | given)
-    with runtime(one.train) as process, open_session(one, process) as session:
+    with process_group(one.train) as process, open_session(one, process) as session:
         (fit,) = fit_teachers(session).values()
         assert fit.images == 48
         opened = session.step.attachments.teachers[0]
@@ -292,7 +292,7 @@ def test_weights_of_a_run_that_saw_what_is_set_aside_are_warned_of(tmp_path: Pat
     file = str(tmp_path / "seen" / "ckpt" / "last" / "net.safetensors")
     wanted = {"kind": "probe", "backbone": "test_resnet", "weights": file, "size": 32}
     one = recipe(plain | {"data": everything | {"test_fraction": 0.25, "val_fraction": 0}}, wanted)
-    with runtime(one.train) as process, open_session(one, process) as session:
+    with process_group(one.train) as process, open_session(one, process) as session:
         assert "trained on 12 of the images" in " ".join(session.step.attachments.teachers[0].notes)
 
 
@@ -310,7 +310,7 @@ import torch
 
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.runs.distributed import Runtime
+from fgvc.runs.distributed import ProcessGroup
 from fgvc.training.session import open_session
 from fgvc.training.start import fit_teachers
 
@@ -318,7 +318,7 @@ from fgvc.training.start import fit_teachers
 def known(rank, world):
     recipe = validate(Recipe, json.loads(Path(__file__).with_name("recipe.json").read_text()), where="ranks")
     torch.manual_seed(rank)
-    with open_session(recipe, Runtime(torch.device("cpu"), rank, world, "fp32")) as session:
+    with open_session(recipe, ProcessGroup(torch.device("cpu"), rank, world, "fp32")) as session:
         fits = fit_teachers(session)
         x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         (state,) = session.capture().rest["teachers"]

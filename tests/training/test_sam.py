@@ -21,10 +21,10 @@ from fgvc.data.loader import TrainBatch
 from fgvc.errors import FgvcError
 from fgvc.models.norms import running_norms
 from fgvc.runs import checkpoint
-from fgvc.runs.distributed import runtime
+from fgvc.runs.distributed import process_group
 from fgvc.runs.step import StepModule
 from fgvc.techniques.centre_loss.technique import CentreLoss, Centres
-from fgvc.training import step as training_step
+from fgvc.training import optimizer_step as training_step
 from fgvc.training import trainer as loop
 from fgvc.training.log import Events
 from fgvc.training.sam import perturbed
@@ -112,11 +112,11 @@ def states(session: Session) -> dict[str, torch.Tensor]:
 
 def stepped(made: Recipe, steps: int = 2) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Everything that is learned in a few steps, and the losses said."""
-    with runtime(made.train) as process, open_session(made, process) as session:
+    with process_group(made.train) as process, open_session(made, process) as session:
         quiet, said = Events(Path(), Log(), active=False), []
         batches: Iterator[TrainBatch] = session.loader.epoch(0)
         for _ in range(steps):
-            losses, _ = loop.take_step(session, batches, quiet)
+            losses, _ = loop.optimizer_step(session, batches, quiet)
             said.append({name: float(value) for name, value in losses.items()})
             session.progress.step += 1
         return states(session), said
@@ -180,7 +180,7 @@ def test_a_step_is_that_of_an_explicit_sam(recipe_tree: dict, grad_accum_steps: 
         train={"grad_accum_steps": grad_accum_steps},
         loss={"label_smoothing": 0.0},
     )
-    with runtime(made.train) as process, open_session(made, process) as session:
+    with process_group(made.train) as process, open_session(made, process) as session:
         raws = [raw for _, raw in zip(range(grad_accum_steps), session.loader.epoch(0), strict=False)]
         session.schedule.step_update(0)
         twin = copy.deepcopy(session.step.net).double()
@@ -194,7 +194,7 @@ def test_a_step_is_that_of_an_explicit_sam(recipe_tree: dict, grad_accum_steps: 
         for w, slope in zip(weights, g, strict=True):
             w.data += 0.3 * slope / size
         g = torch.autograd.grad(F.cross_entropy(twin(x), y), weights)
-        losses, _ = loop.take_step(session, iter(raws), Events(Path(), Log(), active=False))
+        losses, _ = loop.optimizer_step(session, iter(raws), Events(Path(), Log(), active=False))
         assert float(losses["loss"]) == pytest.approx(float(first.detach()), rel=1e-5), "of the first pass"
         for w, start, slope in zip(session.step.net.parameters(), old, g, strict=True):
             torch.testing.assert_close(w.double(), start - 0.1 * slope, rtol=1e-4, atol=1e-5)
@@ -291,10 +291,10 @@ from torch.nn.parallel import DistributedDataParallel
 from types import SimpleNamespace
 
 from fgvc.runs import checkpoint
-from fgvc.training import step as training_step
+from fgvc.training import optimizer_step as training_step
 from fgvc.training import trainer as loop
 from fgvc.training.sam import Sam, perturbed
-from fgvc.runs.distributed import Runtime
+from fgvc.runs.distributed import ProcessGroup
 
 
 class Step(nn.Module):
@@ -309,9 +309,9 @@ class Step(nn.Module):
 
 def known(rank, world):
     step = Step()
-    process = Runtime(torch.device("cpu"), rank, world, "fp32")
+    process = ProcessGroup(torch.device("cpu"), rank, world, "fp32")
     session = SimpleNamespace(
-        runtime=process, wrapped=process.wrap(step, branches=False), scaler=process.scaler(),
+        process=process, wrapped=process.wrap(step, branches=False), scaler=process.scaler(),
         recipe=SimpleNamespace(train=SimpleNamespace(grad_accum_steps=2)),
     )
     rng = torch.Generator().manual_seed(1)

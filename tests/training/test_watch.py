@@ -21,7 +21,7 @@ from fgvc.errors import FgvcError
 from fgvc.models.finite import not_finite, suspicious
 from fgvc.runs import checkpoint
 from fgvc.runs.step import StepModule
-from fgvc.training import step as training_step
+from fgvc.training import optimizer_step as training_step
 from fgvc.training import trainer as loop
 from fgvc.training.session import Session
 from fgvc.training.watch import state_tensors
@@ -98,7 +98,7 @@ def broken_momentum(session: Session) -> None:
 def test_what_breaks_in_a_step_ends_the_run_before_a_checkpoint(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Session], None], named: str
 ) -> None:
-    real = loop.take_step
+    real = loop.optimizer_step
 
     def broken(session: Session, *rest: object) -> object:
         taken = real(session, *rest)
@@ -106,7 +106,7 @@ def test_what_breaks_in_a_step_ends_the_run_before_a_checkpoint(
             breaks(session)
         return taken
 
-    monkeypatch.setattr(loop, "take_step", broken)
+    monkeypatch.setattr(loop, "optimizer_step", broken)
     made = recipe(recipe_tree, ema={"decay": 0.5}, techniques={"centre_loss": {}}, checkpoint={"every_steps": 4})
     with pytest.raises(FgvcError, match=named) as error:
         api.train(made, tmp_path / "run")
@@ -144,7 +144,7 @@ def test_a_run_whose_every_step_fp16_skips_is_no_success(
 def test_a_run_that_broke_goes_on_from_its_newest_checkpoint_with_the_same_bits(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.take_step
+    real = loop.optimizer_step
 
     def broken(session: Session, *rest: object) -> object:
         taken = real(session, *rest)
@@ -152,7 +152,7 @@ def test_a_run_that_broke_goes_on_from_its_newest_checkpoint_with_the_same_bits(
             broken_statistic(session)
         return taken
 
-    monkeypatch.setattr(loop, "take_step", broken)
+    monkeypatch.setattr(loop, "optimizer_step", broken)
     with pytest.raises(FgvcError, match="running_var"):
         api.train(recipe(recipe_tree), tmp_path / "run")
     monkeypatch.undo()
@@ -223,15 +223,15 @@ def test_statistics_taken_anew_are_looked_at(
     assert checkpoint.load(tmp_path / "run" / "ckpt").progress.step == 6
 
 
-def test_what_a_probe_says_is_looked_at(tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = StepModule._probe
+def test_logits_of_an_eval_pass_are_checked(tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = StepModule._eval_pass
 
     def broken(step: StepModule, *rest: object) -> object:
         with step.net.fc.register_forward_hook(lambda *call: call[-1] * INF):
             return real(step, *rest)
 
-    monkeypatch.setattr(StepModule, "_probe", broken)
-    with pytest.raises(FgvcError, match=r"step \d+: NaN or infinite, and not saved: a probe's logits"):
+    monkeypatch.setattr(StepModule, "_eval_pass", broken)
+    with pytest.raises(FgvcError, match=r"step \d+: NaN or infinite, and not saved: logits of eval pass"):
         api.train(recipe(recipe_tree, image={"size": 64}, techniques={"snapmix": {}}), tmp_path / "run")
 
 
@@ -328,13 +328,13 @@ from types import SimpleNamespace
 
 from fgvc.evaluation.metrics import evaluate
 from fgvc.training.optim import Optim
-from fgvc.runs.distributed import Runtime
+from fgvc.runs.distributed import ProcessGroup
 from fgvc.training.watch import refuse_not_finite
 from fgvc.errors import FgvcError
 
 
 def known(rank, world):
-    process, said = Runtime(torch.device("cpu"), rank, world, "fp32"), []
+    process, said = ProcessGroup(torch.device("cpu"), rank, world, "fp32"), []
     recipe = SimpleNamespace(optim=Optim(), train=SimpleNamespace(precision="fp32"))
     for name, value in (("well", 1.0), ("sick", float("nan") if rank else 1.0)):
         try:

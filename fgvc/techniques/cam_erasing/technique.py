@@ -57,7 +57,7 @@ class CamErasing(Technique):
     def on_batch(self, batch: Batch, ctx: Context) -> Batch:
         """Erase where the map is there before the forward."""
         if self.config.source == "ema":
-            return replace(batch, x=self._erased(batch.x, normalised(ctx.probe("ema").map(self._method)), ctx))
+            return replace(batch, x=self._erased(batch.x, normalised(ctx.eval_pass("ema").map(self._method)), ctx))
         if self._store is not None:
             maps = self._store.recall(batch.index, batch.geometry, batch.x.shape[2:]).to(batch.x.device)
             # Not stretched again: the map's maximum may lie outside of the new crop.

@@ -54,7 +54,7 @@ class Snapmix(MixingTechnique):
             return batch
         size = (batch.x.shape[2], batch.x.shape[3])
         to, of, order = (drawn.to(batch.x.device, non_blocking=True) for drawn in ctx.draw)
-        maps = semantic(ctx.probe("net").map(self._method), size)
+        maps = semantic(ctx.eval_pass("net").map(self._method), size)
         ctx.show("map", maps / maps.amax((1, 2), keepdim=True), batch.x_clean)
         weight = 1 - (maps * inside(to[:, None], size)).sum((1, 2))
         partner_weight = (maps[order] * inside(of[:, None], size)).sum((1, 2))

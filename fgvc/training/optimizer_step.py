@@ -18,10 +18,10 @@ from fgvc.training.sam import perturbed
 from fgvc.training.session import Session
 
 
-def take_step(session: Session, micro_batches: Iterator[TrainBatch], events: Events) -> tuple[dict[str, Tensor], int]:
+def optimizer_step(session: Session, micro_batches: Iterator[TrainBatch], events: Events) -> tuple[dict[str, Tensor], int]:
     """Forward, backward and update on one batch, in `train.grad_accum_steps` parts; with SAM a second pass over all parts, from
     weights a small way uphill. Returns the losses, of the first pass, and the number of images of all processes."""
-    recipe, process, step = session.recipe, session.runtime, session.step
+    recipe, process, step = session.recipe, session.process, session.step
     parts, sam = recipe.train.grad_accum_steps, recipe.optim.sam
     first_pass: list[tuple[Mapping[str, Any], Batch, Draws, list[View]]] = []
     session.optimizer.zero_grad(set_to_none=True)
@@ -70,7 +70,7 @@ def forward_backward(
     session: Session, batch: Batch, draws: Draws, views: list[View] | None = None, *, last: bool
 ) -> tuple[dict[str, Tensor], list[View]]:
     """Forward and backward of one part of a batch; in the last one the ranks add up their gradients."""
-    parts, process = session.recipe.train.grad_accum_steps, session.runtime
+    parts, process = session.recipe.train.grad_accum_steps, session.process
     synchronise = nullcontext() if last or process.world == 1 else session.wrapped.no_sync()  # type: ignore[operator]
     with synchronise:
         with process.autocast():
