@@ -24,6 +24,7 @@ def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> M:
     """
     tree, lines = read_tree(path)
     texts = list(overrides)
+    _drop_replaced(model, tree, texts)
     for text in texts:
         override(tree, text)
     return validate(model, tree, where=str(path), lines=lines, overrides=texts)
@@ -124,6 +125,20 @@ def override(tree: dict[str, Any], assignment: str) -> None:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise FgvcError(f"override {assignment!r}: the value is not valid YAML") from error
     section(tree, keys[:-1])[keys[-1]] = value
+
+
+def _drop_replaced(model: type[BaseModel], tree: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Drop the keys of a recipe's file that overrides replace by an alternative, in place: see `Section.alternatives`."""
+    for text in overrides:
+        dotted, _, value = text.partition("=")
+        name, _, key = dotted.partition(".")
+        kept = tree.get(name)
+        field = model.model_fields.get(name)
+        if field is None or not isinstance(kept, dict) or value.strip() in ("", "null", "~"):
+            continue
+        for section_class in models_in(field.annotation):
+            for other in getattr(section_class, "alternatives", {}).get(key, ()):
+                kept.pop(other, None)
 
 
 def section(tree: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -31,6 +32,11 @@ class Loss(Section):
 
 class Model(Section):
     """The deployed network and its first weights: one of timm's (`backbone`), or that of a deployed file (`onnx`)."""
+
+    alternatives: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "onnx": ("backbone", "kwargs", "weights"),
+        "backbone": ("onnx", "output"),
+    }
 
     backbone: str | None = Field(
         None,

@@ -21,6 +21,9 @@ class Section(BaseModel):
     renamed: ClassVar[Mapping[str, str]] = {}
     """Former name of a key -> its name today. The former name is an error that names today's."""
 
+    alternatives: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """A key -> those of a recipe's file that it replaces where it is given as an override."""
+
 
 def _ordered_shares(value: tuple[float, float]) -> tuple[float, float]:
     if not 0 < value[0] <= value[1] <= 1:

@@ -238,3 +238,18 @@ def test_a_rate_alone_leaves_the_optimizer_as_it_is(file: Path) -> None:
     assert (optim.name, optim.lr, optim.weight_decay) == ("sgd", 0.03, 1e-4)
     optim = load_recipe(file, ["model.weights=none", "optim={lr: 0.001}"]).optim
     assert (optim.name, optim.lr, optim.weight_decay) == ("sgd", 1e-3, 1e-4)
+
+
+def test_an_override_replaces_the_alternative_that_the_file_has(tmp_path):
+    """A recipe of a timm net is one of a deployed file by one override, and the other way round."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {kind: folder, root: .}\nmodel: {backbone: resnet18, kwargs: {in_chans: 3}, weights: hub}\n")
+    model = load(Recipe, path, ["model.onnx=net.onnx"]).model
+    assert (model.onnx, model.backbone, model.kwargs, model.weights) == (Path("net.onnx"), None, {}, "deployed")
+    assert load(Recipe, path, ["model.onnx=net.onnx", "model.weights=packaged"]).model.weights == "packaged"
+    assert load(Recipe, path, ["model.onnx=null"]).model.backbone == "resnet18"
+    path.write_text("data: {kind: folder, root: .}\nmodel: {onnx: net.onnx, output: scores}\n")
+    model = load(Recipe, path, ["model.backbone=resnet18"]).model
+    assert (model.onnx, model.output, model.backbone) == (None, None, "resnet18")
+    with pytest.raises(FgvcError, match="both are given"):
+        load(Recipe, path, ["model.backbone=resnet18", "model.onnx=other.onnx"])
