@@ -114,16 +114,23 @@ def export(
 
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A classifier, by whatever program.")],
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Images, or folders of images, to answer in the place of noise.")
+    ] = None,
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number, where the file leaves them open.")
     ] = None,
     output: Annotated[str | None, typer.Option(help="Which of several outputs has the classes.")] = None,
+    labels: DeployedLabels = None,
+    preprocess: DeployedPreprocess = None,
     json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Say what a deployed file is, and what of it can be trained. Exit code 1 where that is another function than the file."""
     from fgvc import api
 
-    inspection = api.inspect(file, None if size is None else sides(size), output=output)
+    inspection = api.inspect(
+        file, None if size is None else sides(size), output=output, images=images or (), labels=labels, preprocess=preprocess
+    )
     print(as_json(inspection.numbers()) if json_ else "\n".join(inspection.lines()))
     if not inspection.agrees:
         raise typer.Exit(1)

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from fgvc.config.images import Triple
+from fgvc.config.images import Preprocess, Triple
+from fgvc.errors import FgvcError, ImageError
+from fgvc.exporting.filesession import FileSession
+from fgvc.exporting.proofs import MAX_IMAGES
+from fgvc.images.preprocess import described
+from fgvc.images.preprocess import preprocess as preprocess_image
+from fgvc.io.names import few
 from fgvc.models.onnxnet.folded import folded_convolutions
 from fgvc.models.onnxnet.net import OnnxNet
 from fgvc.models.onnxnet.payload import external_files, stored_tensors
 from fgvc.models.onnxnet.read import load_model, read_graph
-from fgvc.runtime.engine import load_session
+from fgvc.runtime.description import describe
+from fgvc.runtime.labels import Labels, labels_of
+from fgvc.runtime.predict import BATCH, decoded, expand
+from fgvc.runtime.stack import stack_of
 
 TOLERANCE = 1e-4  # of the largest answer: float32 in another order; half floats have their own bar
 HALF_TOLERANCE = 1e-2
+PREPROCESS = "preprocess.json"
+UNKNOWN_PREPROCESS = f"how they are prepared is not known; to train from it, give deploy.* or a {PREPROCESS} beside it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +65,11 @@ class Inspection:
     bare: dict[str, str]  # other convolutions without a batch norm -> why none is put there
     trainable: dict[str, tuple[int, ...]]  # stored tensor -> its shape
     untrained: dict[str, str]  # stored tensor of floats -> why it is left as it is
-    difference: float  # of onnxruntime's answers from the net's, over the largest of them, on random images
+    labels: Labels | None  # names of the classes; None: nothing says them
+    preprocess: Preprocess | None  # how its images are prepared; None: nothing says that
+    difference: float  # of onnxruntime's answers from the net's, over the largest of them
+    images: int  # that both answered; 0: noise
+    answers: dict[str, int]  # name, or number, of a class -> of how many of the images
 
     @property
     def agrees(self) -> bool:
@@ -58,7 +77,8 @@ class Inspection:
 
     def numbers(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"path": str(self.path), "agrees": self.agrees}
+        preprocess = None if self.preprocess is None else self.preprocess.model_dump(mode="json")
+        return asdict(self) | {"path": str(self.path), "agrees": self.agrees, "preprocess": preprocess}
 
     def lines(self) -> list[str]:
         """For people."""
@@ -70,6 +90,7 @@ class Inspection:
         untrained = "; ".join(f"{count} ({reason})" for reason, count in reasons.most_common()) or "nothing"
         bare = [f"{count} convolutions have none ({reason})" for reason, count in Counter(self.bare.values()).most_common()]
         norms = "; ".join([f"{self.norms} kept, {len(self.folded)} folded into convolutions", *bare])
+        on = f"on {self.images} images" if self.images else "on noise"
         verdict = "it can be trained as it is" if self.agrees else "NOT the same function: it can't be trained here"
         return [
             f"{self.path}: {self.nodes} nodes, opset {self.opset}, by {self.producer or 'an unnamed program'}",
@@ -82,20 +103,54 @@ class Inspection:
             *([f"model.batch_norm: restore puts {len(self.folded)} norms back for training"] if self.folded else []),
             f"trained: {len(self.trainable)} tensors, {values / 1e6:.2f} million values",
             f"left as it is: {untrained}",
-            f"answers beside onnxruntime's: {self.difference:.1e} apart; {verdict}",
+            f"labels: {self._labels}",
+            f"images: {described(self.preprocess) if self.preprocess else UNKNOWN_PREPROCESS}",
+            *([f"answers: {', '.join(f'{name} {count}' for name, count in self.answers.items())}"] if self.answers else []),
+            f"answers beside onnxruntime's: {self.difference:.1e} apart {on}; {verdict}",
         ]
 
+    @property
+    def _labels(self) -> str:
+        if self.labels is None:
+            return "not known; to train from it, give deploy.labels"
+        names = self.labels.names
+        wrong = "" if len(names) == self.classes else f", NOT one for each of the {self.classes} outputs"
+        return f"{len(names)} by {self.labels.source}{wrong}: {few(names)}"
 
-def inspect_file(path: Path, size: tuple[int, int] | None = None, *, output: str | None = None) -> Inspection:
-    """Read a classifier's ONNX file, and compare what it answers as a net with what onnxruntime says. `size`: height and width,
-    where the file leaves them open; `output`: which of several. Raises FgvcError where it is no classifier that can be read."""
+
+def inspect_file(
+    path: Path,
+    size: tuple[int, int] | None = None,
+    *,
+    output: str | None = None,
+    images: Sequence[Path] = (),
+    labels: Path | None = None,
+    preprocess: Path | None = None,
+) -> Inspection:
+    """Read a classifier's ONNX file, and compare what it answers as a net with what onnxruntime says.
+
+    `size`: height and width, where the file leaves them open; `output`: which of several; `images`: files and folders of
+    pictures to answer, up to MAX_IMAGES, in the place of noise; `labels`, `preprocess`: files as in a bundle, where none lie
+    beside it. Raises FgvcError where it is no classifier that can be read, and for images where nothing says how they are
+    prepared."""
     model = load_model(path)
+    stack = stack_of(path, labels=labels, preprocess=preprocess)
+    spec = stack.preprocess
+    if images and spec is None:
+        raise FgvcError(f"{path}: how does it see an image? {PREPROCESS} does not lie beside it: give --preprocess FILE")
+    if size is None and spec is not None and None in _sides(path, output):
+        size = spec.size
     net = OnnxNet(read_graph(path, model, size, output=output)).eval()
     tensors = stored_tensors(model)
     folded = folded_convolutions(net)
     with torch.no_grad():
         features = net.forward_features(torch.zeros(1, 3, *net.size))
     trained = {name for name, slots in net.slots.items() if any(slot.trained for slot in slots)}
+    x, count = _noise(net), 0
+    if images and spec is not None:
+        x = _prepared(images, spec, path, net)
+        count = len(x)
+    answers = difference_from_onnxruntime(path, net, x)
     return Inspection(
         path=path,
         producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
@@ -120,22 +175,64 @@ def inspect_file(path: Path, size: tuple[int, int] | None = None, *, output: str
         bare=folded.left,
         trainable={name: tuple(tensors[name].dims) for name in tensors if name in trained},
         untrained=net.untouched,
-        difference=difference_from_onnxruntime(path, net),
+        labels=labels_of(path) if labels is None else Labels(stack.labels or (), str(labels)),
+        preprocess=spec,
+        difference=answers.difference,
+        images=count,
+        answers=_counted(answers.classes, stack.labels) if count else {},
     )
 
 
-def difference_from_onnxruntime(path: Path, net: OnnxNet, images: int = 2, seed: int = 0) -> float:
-    """The largest difference between a net's answers and onnxruntime's on random images, over the largest answer. Raises
-    FgvcError where onnxruntime can't load the file."""
-    rng = np.random.default_rng(seed)
-    shape = (images, 3, *net.size)
-    x = (rng.integers(0, 256, shape) if net.dtype == "uint8" else rng.normal(0, 1, shape)).astype(net.dtype)
-    session = load_session(path)
-    fed, name = np.ascontiguousarray(x if net.layout == "NCHW" else x.transpose(0, 2, 3, 1)), session.get_inputs()[0].name
-    step = net.batch or images
-    pieces = [np.resize(fed[at : at + step], (step, *fed.shape[1:])) for at in range(0, images, step)]
-    answers = np.concatenate([session.run([net.output_name], {name: piece})[0] for piece in pieces])[:images]
-    with torch.no_grad():
-        own = net.probabilities(net(torch.from_numpy(x.astype(np.float32)))).double().numpy()
-    wanted = answers.reshape(images, -1).astype(np.float64)
-    return float(np.abs(own - wanted).max() / max(np.abs(wanted).max(), 1e-30))
+@dataclass(frozen=True, slots=True)
+class Answers:
+    difference: float  # the largest of onnxruntime's from the net's, over the largest answer
+    classes: list[int]  # onnxruntime's, of each image
+
+
+def difference_from_onnxruntime(path: Path, net: OnnxNet, x: NDArray[np.float32]) -> Answers:
+    """Compare a net's answers for x (B,3,H,W), as it takes images, with onnxruntime's. Raises FgvcError where onnxruntime can't
+    load the file."""
+    session = FileSession(path, net)
+    worst, largest, classes = 0.0, 1e-30, list[int]()
+    for start in range(0, len(x), BATCH):
+        images = x[start : start + BATCH]
+        wanted = session.answers(images)
+        with torch.no_grad():
+            own = net.probabilities(net(torch.from_numpy(images))).double().numpy()
+        worst = float(np.maximum(worst, np.abs(own - wanted).max()))  # NaN stays
+        largest = max(largest, float(np.abs(wanted).max()))
+        classes += wanted.argmax(1).tolist()
+    return Answers(worst / largest, classes)
+
+
+def _noise(net: OnnxNet, images: int = 2, seed: int = 0) -> NDArray[np.float32]:
+    rng, shape = np.random.default_rng(seed), (images, 3, *net.size)
+    noise = rng.integers(0, 256, shape) if net.dtype == "uint8" else rng.normal(0, 1, shape)
+    return noise.astype(net.dtype).astype(np.float32)
+
+
+def _prepared(paths: Sequence[Path], spec: Preprocess, file: Path, net: OnnxNet) -> NDArray[np.float32]:
+    """Up to MAX_IMAGES pictures of these files and folders, as the file takes them; those that can't be read are reported."""
+    if spec.size != net.size:
+        raise FgvcError(f"{file}: takes images of {net.size[0]} x {net.size[1]}, its preprocessing makes {spec.size}")
+    inputs = []
+    for path in islice(expand(paths), MAX_IMAGES):
+        picture = decoded(path)
+        if isinstance(picture, ImageError):
+            print(f"skipped: {picture}", file=sys.stderr)
+        else:
+            inputs.append(preprocess_image(picture, spec))
+    if not inputs:
+        raise FgvcError("none of the images can be read")
+    return np.stack(inputs)
+
+
+def _counted(classes: Sequence[int], labels: Sequence[str] | None) -> dict[str, int]:
+    """Of how many images each class is the answer, the most frequent first."""
+    names = [str(number) if labels is None or number >= len(labels) else labels[number] for number in classes]
+    return dict(Counter(names).most_common())
+
+
+def _sides(path: Path, output: str | None) -> tuple[int | None, int | None]:
+    description = describe(path, output=output)
+    return description.height, description.width

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
+from PIL import Image
 
 from fgvc import api
 from fgvc.cli.app import main
@@ -334,6 +337,28 @@ def test_smaller_files_are_those_of_the_deployed_file(run: Path, tmp_path: Path)
     verified = api.verify(tmp_path / "bundle")
     assert verified.passed
     assert {check.name for check in verified.checks} >= {"int8", "fp16"}
+
+
+def test_inspect_looks_at_images(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = saved(small.plain(), tmp_path / "given")
+    main_exits(["inspect", str(file), str(colours / "test")], 2)
+    assert "give --preprocess FILE" in capsys.readouterr().err
+    spec = {"size": [8, 8], "crop_pct": 1.0, "channel_order": "rgb", "input_range": 1, "fill": [0, 0, 0], **FED}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    (colours_and_text := tmp_path / "images").mkdir()
+    shutil.copytree(colours / "test" / "red", colours_and_text / "red")
+    (colours_and_text / "broken.png").write_bytes(b"no picture")
+    main_exits(["inspect", str(file), str(colours_and_text), "--preprocess", str(tmp_path / "spec.json")], 0)
+    out, err = capsys.readouterr()
+    assert "broken.png" in err
+    assert f"labels: 5 by {tmp_path / 'given' / 'labels.txt'}: red, purple" in out
+    assert "apart on 4 images; it can be trained as it is" in out
+    paths = sorted((colours / "test" / "red").iterdir())
+    x = np.stack([np.asarray(Image.open(path).resize((8, 8), Image.Resampling.BILINEAR)) for path in paths])
+    x = ((x / 255 - 0.5) / 0.5).astype(np.float32).transpose(0, 3, 1, 2)
+    scores = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]).run(None, {"image": x})[0]
+    inspection = api.inspect(file, images=[colours / "test" / "red"], preprocess=tmp_path / "spec.json")
+    assert inspection.answers == dict(Counter(NAMES[number] for number in scores.argmax(1)).most_common())
 
 
 @pytest.fixture(scope="session")
