@@ -44,6 +44,7 @@ class Builder:
     kept: dict[str, str] = field(default_factory=dict)  # stored floats that nothing trains: why
     fused: dict[int, str] = field(default_factory=dict)  # id of a node that is part of one before: the value it stands for
     learned: bool = False  # whether a layer with weights has been met: what comes before is preprocessing
+    on_image: bool = True  # whether the node at hand reads what is computed from the image, not weights alone
     names: Counter[str] = field(default_factory=Counter)
     shared: dict[tuple[str, tuple[View, ...]], nn.Parameter] = field(default_factory=dict)
     _batch: fx.Node | None = None
@@ -90,7 +91,7 @@ class Builder:
             return self._attribute(target, data)
         tensor = value.tensor()
         reason = "" if trained else "running statistics"
-        if trained and not self.learned:
+        if trained and self.on_image and not self.learned:
             reason = "preprocessing: before the first layer"
         elif trained and _is_mask(tensor):
             reason = "a mask: two values alone"

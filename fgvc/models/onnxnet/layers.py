@@ -42,6 +42,7 @@ def conv(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
         name = b.add_module(module_name(node, weight.name), module, weight=weight, bias=bias)
         y = b.module(name, x, partial(_convolved, shape[0], kernel, strides, padding, dilations))
     else:
+        b.learned = True
         function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
         y = b.call(function, x, b.live(weight), None if bias is None else b.live(bias), strides, padding, dilations, groups)
     if node.op_type == "FusedConv":
@@ -133,7 +134,8 @@ def conv_transpose(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inpu
 def batch_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
     x, (scale, shift, mean, variance) = b.live(first(inputs)), inputs[1:5]
     eps, statistics = a.get("epsilon", 1e-5), (mean, variance)
-    if a.get("training_mode", 0):  # by its own statistics, as weights are standardised
+    # By its own statistics, as weights are standardised; before opset 14 it is its further outputs that say so.
+    if a.get("training_mode", 0) or (b.opsets.get("", 14) < 14 and any(node.output[1:])):
         return [b.call(F.batch_norm, x, None, None, *(b.live(value) for value in (scale, shift) if value), True, 0.0, eps)]
     if all(isinstance(value, Stored) for value in (scale, shift, mean, variance)):
         assert isinstance(scale, Stored)

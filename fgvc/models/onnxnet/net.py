@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fgvc.errors import FgvcError
+from fgvc.models.onnxnet.heads import join_heads
 from fgvc.models.onnxnet.read import Graph, load_model, read_graph
 from fgvc.models.onnxnet.values import Live, Slot
 
@@ -72,7 +73,9 @@ class OnnxNet(nn.Module):
                 self.untouched[stored] = "read in two ways"
                 for _, value in values:
                     value.requires_grad_(False)
-            if values:
+            if not values:
+                self.untouched.setdefault(stored, "the output does not depend on it")
+            else:
                 found[stored] = [Slot(names[id(value)], slot.views, slot.trained and single) for slot, value in values]
         return found
 
@@ -185,13 +188,13 @@ def _parts(graph: Graph) -> Parts:
     whole = graph.builder.graph
     whole.output(graph.output.node)
     whole.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    logits = graph.builder.values[graph.file.logits]
+    assert isinstance(logits, Live)
+    last = join_heads(graph.builder, logits.node) or logits.node
     nodes = [node for node in whole.nodes if node.op not in ("get_attr", "output")]
     shapes = {value.node: value.shape for value in graph.builder.values.values() if isinstance(value, Live)}
     cuts = _cuts(nodes)
     classifier = _classifier(graph, nodes, cuts)
-    logits = graph.builder.values[graph.file.logits]
-    assert isinstance(logits, Live)
-    last = logits.node
     before = [node for node in nodes[: nodes.index(classifier)] if node in cuts and node in shapes]
     features = _features(graph, before, shapes)
     stages = _stages(graph, before[: before.index(features) + 1], shapes)
@@ -266,9 +269,10 @@ def _stages(graph: Graph, cuts: list[fx.Node], shapes: Mapping[fx.Node, torch.Si
         shape = shapes[node]
         if len(shape) != 4 or node.op == "placeholder" or node.target in (F.pad, torch.permute):
             continue
-        height, channels = (shape[1], shape[3]) if _channels_last(shape) else (shape[2], shape[1])
-        reduction = round(graph.size[0] / height)
-        if reduction > 1:
+        height, width, channels = shape[1:] if _channels_last(shape) else (*shape[2:], shape[1])
+        rows, columns = graph.size[0] / height, graph.size[1] / width
+        reduction = round(rows)
+        if reduction > 1 and 2 / 3 < rows / columns < 3 / 2:  # else heads of attention: of another shape than the image's
             ends[reduction] = Stage(node, int(channels), reduction)
     for reduction, stage in ends.items():
         if stage.node is not cuts[-1] and any(_is_depthwise(user, root) for user in _readers(stage.node)):

@@ -110,6 +110,7 @@ def read_graph(
 def _convert(path: Path, builder: Builder, node: onnx.NodeProto) -> None:
     inputs = [builder.values[name] if name else None for name in node.input]
     domain = "" if node.domain == "ai.onnx" else node.domain
+    builder.on_image = not builder.of_images.isdisjoint(node.input)
     try:
         if (fused := builder.fused.get(id(node))) is not None:
             builder.values[node.output[0]] = builder.values[fused]

@@ -117,12 +117,33 @@ class Size:
     times: int
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The step back from the weight (K,C+D) of two linear layers that were joined to that of one."""
+
+    start: int
+    end: int
+
+    def back(self, array: Tensor) -> Tensor:
+        return array[:, self.start : self.end]
+
+
+@dataclass(frozen=True, slots=True)
+class Doubled:
+    """The step back from the mean of two biases (K,) to one of them, the other being fixed."""
+
+    offset: Tensor  # float64: the bias as it was, minus twice the mean
+
+    def back(self, array: Tensor) -> Tensor:
+        return 2 * array + self.offset.to(array)
+
+
 @dataclass(slots=True)
 class Slot:
     """Where a stored tensor went: a parameter or buffer of the module, and the way back to the file's shape."""
 
     target: str  # name in the module
-    views: tuple[View, ...]
+    views: tuple[View | Columns | Doubled, ...]
     trained: bool
 
     def to_file(self, value: Tensor) -> Tensor:

@@ -229,9 +229,52 @@ def standardised() -> onnx.ModelProto:
     return model(nodes, tensors)
 
 
+def standardised_by_a_norm() -> onnx.ModelProto:
+    """A kernel that is standardised by a batch norm of opset 13, whose five outputs say that it takes its own statistics; those
+    that it is given are computed from a copy of the kernel that nothing else reads."""
+    node, value = helper.make_node, weights()
+    flat = value["stem.weight"].reshape(1, WIDTH, -1)
+    value |= {"stem.weight": flat, "copy": flat, "gain": np.linspace(0.5, 1.5, WIDTH, dtype=np.float32)}
+    tensors = [numpy_helper.from_array(array, name) for name, array in value.items()]
+    tensors += [numpy_helper.from_array(np.zeros(WIDTH, np.float32), "zero"),
+                numpy_helper.from_array(np.array([WIDTH, 3, 3, 3], np.int64), "shape")]  # fmt: skip
+    nodes = layers()
+    nodes[0].input[1] = "kernel"
+    before = [
+        node("ReduceMean", ["copy"], ["mean"], axes=[0, 2], keepdims=0),
+        node("ReduceMean", ["copy"], ["middle"], axes=[0, 2], keepdims=1),
+        node("Sub", ["copy", "middle"], ["centred"]),
+        node("Mul", ["centred", "centred"], ["squares"]),
+        node("ReduceMean", ["squares"], ["variance"], axes=[0, 2], keepdims=0),
+        node("BatchNormalization", ["stem.weight", "gain", "zero", "mean", "variance"], ["standard", "m", "v", "sm", "sv"]),
+        node("Reshape", ["standard", "shape"], ["kernel"]),
+    ]
+    return model([*before, *nodes], tensors, opset=13)
+
+
+def two_heads() -> onnx.ModelProto:
+    """The mean of two linear layers, of features of their own, and a softmax."""
+    node, value, rng = helper.make_node, weights(), np.random.default_rng(8)
+    value |= {
+        "other.weight": rng.normal(0, 0.3, (WIDTH, CLASSES)).astype(np.float32),
+        "other.bias": rng.normal(0, 0.3, CLASSES).astype(np.float32),
+        "factor": rng.uniform(0.5, 1.5, WIDTH).astype(np.float32),
+    }
+    nodes = [
+        *layers("one"), node("Mul", ["d", "factor"], ["e"]), node("MatMul", ["e", "other.weight"], ["f"]),
+        node("Add", ["f", "other.bias"], ["two"]), node("Add", ["one", "two"], ["sum"]),
+        node("Constant", [], ["half of"], value_float=2.0), node("Div", ["sum", "half of"], ["mean"]),
+        node("Softmax", ["mean"], ["scores"]),
+    ]  # fmt: skip
+    return model(nodes, [numpy_helper.from_array(array, name) for name, array in value.items()])
+
+
 FILES: dict[str, Callable[[], onnx.ModelProto]] = {
     made.__name__: made
-    for made in (plain, in_constants, half, typed, bytes_in, arithmetic_norm, shared, fixed_batch, kept_norm, fused, standardised)
+    for made in (
+        plain, in_constants, half, typed, bytes_in, arithmetic_norm, shared, fixed_batch, kept_norm, fused, standardised,
+        standardised_by_a_norm, two_heads,
+    )
 }
 
 

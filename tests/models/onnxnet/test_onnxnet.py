@@ -188,10 +188,33 @@ def test_a_tensor_that_a_number_is_computed_from_too_is_left_as_it_is(tmp_path: 
     agrees(copy.path, net)
 
 
+def test_heads_of_attention_are_no_stage(tmp_path: Path) -> None:
+    net = open_onnx(small.saved(small.fixed_batch(), tmp_path))
+    assert [stage["reduction"] for stage in net.feature_info] == [2]
+
+
+def test_the_mean_of_two_heads_is_one_layer_of_both_features(tmp_path: Path) -> None:
+    file = small.saved(small.two_heads(), tmp_path / "a")
+    net = open_onnx(file)
+    assert (net.ending, net.num_features) == ("softmax", 2 * small.WIDTH)
+    pooled = net.forward_head(net.forward_features(pictures(net)), pre_logits=True)
+    torch.testing.assert_close(F.linear(pooled, net.classifier.weight, net.classifier.bias), net(pictures(net)))
+    assert net.untouched["other.bias"] == "of two biases that are added the other is trained"
+    with torch.no_grad():  # a fitted head
+        net.classifier.weight.copy_(torch.randn(net.classifier.weight.shape))
+        net.classifier.bias.copy_(torch.randn(small.CLASSES))
+    copy = write_into(file, written(net), tmp_path / "b" / "deployed.onnx")
+    assert set(copy.moved) == {"head.weight", "head.bias", "other.weight"}
+    agrees(copy.path, net)
+
+
 def test_what_is_never_trained(tmp_path: Path) -> None:
     net = open_onnx(small.saved(small.bytes_in(), tmp_path))
     assert net.ending == "softmax"
     assert {net.untouched[name] for name in ("mean", "std")} == {"preprocessing: before the first layer"}
+    standardised = open_onnx(small.saved(small.standardised_by_a_norm(), tmp_path / "c"))
+    assert standardised.untouched == {"copy": "the output does not depend on it"}
+    assert all(slot.trained for slots in standardised.slots.values() for slot in slots), "the first layer's kernel, too"
     assert open_onnx(small.saved(small.kept_norm(), tmp_path / "b")).untouched == {
         "norm.mean": "running statistics", "norm.var": "running statistics",
     }  # fmt: skip
