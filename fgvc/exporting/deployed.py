@@ -211,6 +211,8 @@ def _with_maps(path: Path, net: OnnxNet) -> onnx.ModelProto:
     layout = feature_layout(net, features)
     if layout == "tokens":
         raise FgvcError("its features are tokens")
+    if slot.joined is not None:
+        raise FgvcError("its last layer is the mean of two of the file's")
     nodes: list[onnx.NodeProto] = []
 
     def add(operator: str, inputs: list[str], **attributes: Any) -> str:

@@ -39,9 +39,9 @@ def join_heads(builder: Builder, last: fx.Node) -> fx.Node | None:
             Doubled(first.bias.detach().double() - 2 * joined.bias.detach().double()),
         ),
     }
-    for old, (target, view) in moves.items():
+    for old, (target, step) in moves.items():
         stored, slot = slots[old]  # type: ignore[misc]
-        builder.slots[stored] = [replace(slot, target=target, views=(*slot.views, view))]
+        builder.slots[stored] = [replace(slot, target=target, joined=step)]
     left, _ = slots[f"{two.target}.bias"]  # type: ignore[misc]
     del builder.slots[left]
     builder.kept[left] = "of two biases that are added the other is trained"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class OnnxNet(nn.Module):
             if not values:
                 self.untouched.setdefault(stored, "the output does not depend on it")
             else:
-                found[stored] = [Slot(names[id(value)], slot.views, slot.trained and single) for slot, value in values]
+                found[stored] = [replace(slot, target=names[id(value)], trained=slot.trained and single) for slot, value in values]
         return found
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,6 +154,8 @@ class OnnxNet(nn.Module):
         shapes = {name: value.shape for name, value in [*self.named_parameters(), *self.named_buffers()]}
         for name, slots in self.slots.items():
             for slot in slots if name in state else ():
+                if slot.joined:
+                    continue  # the last layer is two of the file's: the net's own stays
                 value = state[name]
                 fits = value.numel() == shapes[slot.target].numel() if slot.target in shapes else False
                 for view in slot.views if fits else ():

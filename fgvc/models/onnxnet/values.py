@@ -143,10 +143,12 @@ class Slot:
     """Where a stored tensor went: a parameter or buffer of the module, and the way back to the file's shape."""
 
     target: str  # name in the module
-    views: tuple[View | Columns | Doubled, ...]
+    views: tuple[View, ...]
     trained: bool
+    joined: Columns | Doubled | None = None  # where it is a part of the parameter: a step more
 
     def to_file(self, value: Tensor) -> Tensor:
+        value = value if self.joined is None else self.joined.back(value)
         for view in reversed(self.views):
             value = view.back(value)
         return value
