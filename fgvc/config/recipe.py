@@ -125,7 +125,7 @@ class Recipe(Section):
             )
         if self.train.precise_bn and self.model.freeze:
             raise ValueError("train.precise_bn would change the frozen batch norms: set it or model.freeze to 0")
-        if self.train.max_steps == 0 and self.model.head != "probe":
+        if self.train.max_steps == 0 and self.model.head != "probe" and self.model.weights != "deployed":
             raise ValueError("train.max_steps: 0 ships the start, whose head is not fitted; set model.head to probe")
         if self.model.weights == "none" and self.model.head == "probe":
             raise ValueError("model.head: probe fits a head to pretrained features; set it to zero or timm with weights: none")

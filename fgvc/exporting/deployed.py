@@ -63,9 +63,9 @@ class DeployedFile:
         Raises FgvcError at the first proof that fails."""
         trained = copy.deepcopy(net).cpu().eval()
         sample, images = peek(images)
-        self._refuse_lossy()
-        exact = strip_to(self._open(self.file), trained, dtype=torch.float64)
-        assert isinstance(exact, OnnxNet)
+        exact = self._open(self.file)
+        self._refuse_lossy(exact)
+        strip_to(exact, trained, dtype=torch.float64)
         values = {name: value.numpy() for name, value in exact.stored() if name in exact.movable}
         written = write_into(self.file, values, self.scratch / "written" / self.file.name)
         if faults := differences_outside(written.path, self.file, written.moved):
@@ -101,9 +101,9 @@ class DeployedFile:
     def _open(self, path: Path) -> OnnxNet:
         return open_onnx(path, self.size, output=self.output)
 
-    def _refuse_lossy(self) -> None:
+    def _refuse_lossy(self, untrained: OnnxNet) -> None:
         """Raise FgvcError where the untrained net is not written back bit for bit."""
-        values = {name: value.numpy() for name, value in self._open(self.file).stored()}
+        values = {name: value.numpy() for name, value in untrained.stored()}
         same = write_into(self.file, values, self.scratch / "same" / self.file.name)
         pairs = [(same.path, self.file), *((same.path.with_name(name), self.file.with_name(name)) for name in same.files)]
         if wrong := [theirs for ours, theirs in pairs if ours.read_bytes() != theirs.read_bytes()]:

@@ -19,7 +19,9 @@ def refit_recipe(run: Path) -> tuple[Recipe, Path, str]:
         best = checkpoint.load(run / "ckpt", "best", say=lambda _: None).progress
         if best.step == 0:
             update["max_steps"] = 0
-            message = f"no epoch of {run} was better than its start: fitting the start's head again, on validation images as well"
+            message = f"no epoch of {run} was better than its start: "
+            fitted = recipe.model.head == "probe"
+            message += "fitting the start's head again, on validation images as well" if fitted else "that is what ships"
         elif best.epoch < recipe.train.epochs:
             message += f"; of that epoch {best.epoch} was the best, this one ends with its last"
     refit = recipe.model_copy(
