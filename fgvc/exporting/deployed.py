@@ -206,6 +206,8 @@ def _with_maps(path: Path, net: OnnxNet) -> onnx.ModelProto:
     graph = model.graph
     name = next(stored for stored, slots in net.slots.items() if any(slot.target == "classifier.weight" for slot in slots))
     slot = next(slot for slot in net.slots[name] if slot.target == "classifier.weight")
+    if slot.joined:
+        raise FgvcError("its last layer is two of the file's")
     with torch.no_grad():
         features = net.forward_features(torch.zeros(1, 3, *net.size))
     layout = feature_layout(net, features)
