@@ -67,6 +67,12 @@ class Deploy(_Normalised):
     mean: Triple | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
     std: Spread | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
     fill: tuple[Byte, Byte, Byte] = Field((128, 128, 128), description="RGB of the border that `pad` adds, 0-255")
+    seen: Literal["train", "none"] | Path = Field(
+        "train",
+        description="which images the deployed file was trained on, which neither choose nor judge a net that begins with its "
+        "weights. train: the set's own train split, and splits that fgvc draws; none: no image of this set; or a file that lists "
+        "them, a path a line",
+    )
     labels: Path | None = Field(
         None, description="the deployed stack's label order: a text file, one class a line, or a bundle's labels.json"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from fgvc.config.data import SPLITS
 from fgvc.data.index import ImageIndex, decode_row
-from fgvc.data.quality.duplicates import Fingerprints, alike, fingerprint, joined
-from fgvc.data.splits import stratified
+from fgvc.data.quality.duplicates import Fingerprints, alike, fingerprint, joined, links
+from fgvc.data.splits import group_codes, stratified
 from fgvc.errors import FgvcError, ImageError, NoUnseenImagesError
 from fgvc.io.names import some
 
@@ -66,9 +66,10 @@ def unseen_rows(index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64]) ->
         rule = f"seen by the deployed file: {int(named.sum())} images that {seen} names"
     elif not index.given_splits:
         raise NoUnseenImagesError(
-            f"{index.root}: the set brings no split along, so the deployed file may have seen every image of it. Give "
-            "images that it has not seen: --unseen DIR; or say what it has seen: --seen none (all were collected after it was "
-            "trained) or --seen FILE (a list of paths)"
+            f"{index.root}: the set brings no validation or test split along, so the deployed file may have been trained on "
+            "every image of it, and names these rightly whatever it knows. Put images that it has not seen into a test split (train/ "
+            "and test/ folders), or say what it has seen: deploy.seen=none (all were collected after it was trained) or "
+            "deploy.seen=FILE (a list of paths)"
         )
     else:
         given = [SPLITS.index(split) for split in index.given_splits]
@@ -76,8 +77,8 @@ def unseen_rows(index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64]) ->
         rule = f"not seen by the deployed file: the set's own {' and '.join(index.given_splits)} split"
     if not mask.any():
         raise NoUnseenImagesError(
-            f"{index.root}: no image is left that neither the deployed file has seen nor the new one learns from ({rule}); give "
-            "some: --unseen DIR"
+            f"{index.root}: no image is left that the deployed file has not seen and the new one does not learn from ({rule}); "
+            "add some to the test split"
         )
     return np.flatnonzero(mask), rule
 
@@ -100,35 +101,38 @@ def divide_unseen(
     readable = np.setdiff1d(np.arange(len(index)), unreadable)
     pairs = [pair for pair, _ in alike(prints, readable)]
     linked = np.concatenate([np.empty((0, 2), np.int64), *pairs])
+    numbers = joined(len(index), linked)  # of pictures that are copies of each other, also by way of a third
     pool = np.isin(np.arange(len(index)), np.setdiff1d(rows, unreadable))
-    known = np.flatnonzero(pool[linked].sum(axis=1) == 1)  # of an unseen image and another
-    copies = np.unique(linked[known][pool[linked[known]]]) if len(known) else np.empty(0, np.int64)
+    copies = np.flatnonzero(pool & np.isin(numbers, numbers[np.setdiff1d(readable, np.flatnonzero(pool))]))
     pool[copies] = False
     rows = np.flatnonzero(pool)
     broken = tuple(str(index.paths[row]) for row in unreadable)
     if not len(rows):
         raise NoUnseenImagesError(
-            f"{index.root}: every image that could judge is a near copy of one that was seen ({len(copies)}); give others: "
-            "--unseen DIR"
+            f"{index.root}: every image that could judge is a near copy of one that was seen ({len(copies)}); add others "
+            "to the test split"
         )
     if len(rows) < FEWEST_TO_CHOOSE:
         return Unseen(choose=np.empty(0, np.int64), judge=rows, copies=copies, unreadable=broken, rule=rule)
-    groups = joined(len(index), linked[pool[linked].all(axis=1)])[rows]
-    names = np.array([f"{group}" for group in groups], dtype=np.dtypes.StringDType())
-    if index.groups is not None:  # of the set's own, such as photographs of one plant
-        own = np.unique(index.groups[rows], return_inverse=True)[1]
-        both = joined(
-            len(rows), _same(groups), _same(np.where(index.groups[rows] == "", len(rows) + np.arange(len(rows)), own))
-        )
-        names = np.array([f"{group}" for group in both], dtype=np.dtypes.StringDType())
+    groups = numbers[rows]
+    if index.groups is not None:  # the set's own, such as photographs of one plant
+        groups = joined(len(rows), links(groups), links(group_codes(index.groups[rows])))
+    names = np.array([str(group) for group in groups], dtype=np.dtypes.StringDType())
     judges = stratified(index.labels[rows], 0.5, seed=0, split=_JUDGE, groups=names)
     return Unseen(choose=rows[~judges], judge=rows[judges], copies=copies, unreadable=broken, rule=rule)
 
 
-def _same(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Pairs (P,2) of rows with the same number."""
-    _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
-    return np.stack([first[inverse], np.arange(len(numbers))], axis=1)
+def judged_apart(index: ImageIndex, seen: Seen, *, hold_out: bool = True) -> ImageIndex:
+    """The index for training from a deployed classifier's own weights: validation are the unseen images that choose (without
+    `hold_out` learned from, too), test those that judge; all others are learned from. Errors as of `divide_unseen`."""
+    unseen = divide_unseen(index, seen, learned=index.rows("train"))
+    splits = np.full(len(index), SPLITS.index("train"), np.int8)
+    splits[unseen.judge] = SPLITS.index("test")
+    if hold_out:
+        splits[unseen.choose] = SPLITS.index("val")
+    counts = ", ".join(f"{name} {int((splits == k).sum())}" for k, name in enumerate(SPLITS))
+    recognised = f"{index.recognised}; {'; '.join(unseen.lines)}: {counts}"
+    return replace(index, splits=splits, unseen=unseen.rule, recognised=recognised)
 
 
 def _prints(index: ImageIndex, progress: Callable[[int, int], None] | None) -> tuple[Fingerprints, NDArray[np.int64]]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fgvc.config.data import SPLITS, Split
 from fgvc.config.loading import load
+from fgvc.config.models import run_of
 from fgvc.config.recipe import Recipe
 from fgvc.data.index import ImageIndex
 from fgvc.data.labels import as_in_file, file_labels, first_classes, reordered
@@ -42,6 +43,15 @@ def read_index(recipe: Recipe) -> ImageIndex:
     if len(index.classes) < 2:
         raise FgvcError(f"data.root: {recipe.data.root}: {len(index.classes)} class found; a classifier needs two")
     return index
+
+
+def descends_from_file(recipe: Recipe) -> bool:
+    """Whether the first weights are a deployed file's own, or those of a run that began with them: no image that the file has
+    seen may then choose or judge."""
+    if recipe.model.weights == "deployed":
+        return True
+    run = run_of(Path(recipe.model.weights).expanduser())
+    return run is not None and descends_from_file(load(Recipe, run / "config.yaml"))
 
 
 def fingerprint(index: ImageIndex) -> str:

@@ -141,7 +141,8 @@ def changes(record: Record, now: ImageIndex, *, files: bool = True) -> Changes:
     rows_then, rows_now, only_then, only_now = _matched(then.paths, now.paths)
     labels = [np.array(index.classes, object)[index.labels[rows]] for index, rows in ((then, rows_then), (now, rows_now))]
     missing = np.union1d(only_then, gone)
-    moved = then.splits[rows_then] != now.splits[rows_now]
+    # Which images the deployed file has not seen is worked out once, when a run begins.
+    moved = then.splits[rows_then] != now.splits[rows_now] if not then.unseen else np.zeros(len(rows_then), bool)
     return Changes(
         added=tuple(now.paths[only_now].tolist()),
         gone=tuple(then.paths[missing].tolist()),

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from fgvc.config.data import FolderData
 from fgvc.data.index import ImageIndex
 from fgvc.data.sources.read import read_source
-from fgvc.data.unseen import FEWEST_TO_CHOOSE, divide_unseen, unseen_rows
+from fgvc.data.unseen import FEWEST_TO_CHOOSE, divide_unseen, judged_apart, unseen_rows
 from fgvc.errors import FgvcError, NoUnseenImagesError
 
 CLASSES = 4
@@ -73,7 +73,7 @@ def test_a_split_that_fgvc_draws_counts_as_seen(folder: Path) -> None:
     index = read(folder / "train", test_fraction=0.3)
     assert len(index.rows("test"))
     assert index.given_splits == ()
-    with pytest.raises(NoUnseenImagesError, match="--seen none") as error:
+    with pytest.raises(NoUnseenImagesError, match="deploy.seen=none") as error:
         divide_unseen(index, "train", learned=index.rows("train"))
     assert error.value.exit_code == 4
 
@@ -127,3 +127,16 @@ def test_a_set_with_a_validation_split_of_its_own_and_folds(folder: Path, tmp_pa
             save(tmp_path / "val" / f"class{k}" / f"{n}.png", picture(3000 + 10 * k + n))
     assert read(tmp_path).given_splits == ("val", "test")
     assert read(tmp_path, fold=(0, 5)).given_splits == ("test",), "a fold is drawn from train and validation"
+
+
+def test_a_chain_of_copies_that_begins_with_a_seen_image_judges_nothing(folder: Path, tmp_path: Path) -> None:
+    """What is a copy of a copy goes with it: no image that judges is a near copy of one that is learned from."""
+    index = judged_apart(read(folder), "train")
+    learned_from, choose, judge = (int((index.splits == k).sum()) for k in range(3))
+    assert (learned_from, choose + judge) == (44, 236)
+    assert abs(choose - judge) <= 2 * CLASSES, "pairs stay together, so that the halves differ by a pair a class at most"
+    assert {str(path) for path in index.paths[index.rows("train")]} >= {f"test/class{k}/00-copy.jpg" for k in range(CLASSES)}
+    assert index.unseen.startswith("not seen by the deployed file")
+    learned = judged_apart(read(folder), "train", hold_out=False)
+    assert not len(learned.rows("val"))
+    np.testing.assert_array_equal(learned.rows("test"), index.rows("test"))
