@@ -67,8 +67,8 @@ def unseen_rows(index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64]) ->
     elif not index.given_splits:
         raise NoUnseenImagesError(
             f"{index.root}: the set brings no validation or test split along, so the deployed file may have been trained on "
-            "every image of it, and names these rightly whatever it knows. Put images that it has not seen into a test split (train/ "
-            "and test/ folders), or say what it has seen: deploy.seen=none (all were collected after it was trained) or "
+            "every image of it, and names these rightly whatever it knows. Put images that it has not seen into a test split "
+            "(train/ and test/ folders), or say what it has seen: deploy.seen=none (all were collected after it was trained) or "
             "deploy.seen=FILE (a list of paths)"
         )
     else:
