@@ -10,6 +10,7 @@ from typing import Any
 from fgvc.config.images import Deploy, Preprocess
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
+from fgvc.images.preprocess import differences
 from fgvc.runtime.bundle import read_preprocess
 from fgvc.runtime.description import describe
 
@@ -53,6 +54,14 @@ def _completed(recipe: Recipe, image: dict[str, Any], deploy: dict[str, Any]) ->
         left_open = {key: value for key, value in values.items() if key not in section.model_fields_set}
         sections[name] = section.model_copy(update=left_open)
     return recipe.model_copy(update=sections)
+
+
+def sidecar_doubts(recipe: Recipe, spec: Preprocess) -> list[str]:
+    """Words on what a preprocess.json beside the file says otherwise than the recipe, which holds."""
+    if recipe.model.onnx is None or not (sidecar := recipe.model.onnx.expanduser().with_name(PREPROCESS)).is_file():
+        return []
+    lines = differences(spec, read_preprocess(sidecar))
+    return [f"{sidecar} says otherwise than the recipe, which holds: {'; '.join(lines)}"] if lines else []
 
 
 def refuse_unstated(recipe: Recipe) -> None:

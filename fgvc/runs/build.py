@@ -18,7 +18,7 @@ from fgvc.config.images import Preprocess
 from fgvc.config.models import Model, run_of
 from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import enabled_techniques
-from fgvc.data.deployed import refuse_unstated
+from fgvc.data.deployed import refuse_unstated, sidecar_doubts
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
 from fgvc.io.names import nearest
@@ -100,7 +100,8 @@ def build_net(
     preprocess = preprocess_for(recipe.deploy, size, weights)
     if pretrained:
         doubts = check_file(net, recipe, preprocess, counts) if isinstance(net, OnnxNet) else ()
-        weights = replace(weights, doubts=(*weights.doubts, *doubts, *unlikely(preprocess, weights)))
+        doubts = (*doubts, *sidecar_doubts(recipe, preprocess), *unlikely(preprocess, weights))
+        weights = replace(weights, doubts=(*weights.doubts, *doubts))
     step = StepModule(
         net,
         build(recipe.techniques),

@@ -25,6 +25,7 @@ ENDINGS: Mapping[str, Ending] = {"Softmax": "softmax", "LogSoftmax": "log_softma
 LAYERS = ("Conv", "FusedConv", "ConvTranspose", "MaxPool", "AveragePool")  # have padding of their own
 MODES = {"linear": "bilinear", "cubic": "bicubic"}  # of Resize
 SIZES = ("Shape", "Size")  # read the shape of an image, and nothing else of it
+LARGEST = 2**31  # bytes of a protobuf message
 WHITE_ABOVE = 2.0  # a mean or std above this is of pixels up to 255
 
 
@@ -74,6 +75,8 @@ def describe(
     Raises FgvcError where it is no classifier of images, and where nothing tells which of its outputs has the classes.
     """
     named = str(where or ("the model" if isinstance(model, bytes) else model))
+    if isinstance(model, Path):
+        refuse_large(model)
     try:
         graph = read_onnx_graph(model if isinstance(model, bytes) else model.read_bytes())
     except FileNotFoundError as error:
@@ -94,6 +97,15 @@ def describe(
         others=tuple(other.name for other in graph.outputs if other.name != port.name), classes=_count(port), ending=ending,
         logits=logits,
     )  # fmt: skip
+
+
+def refuse_large(path: Path) -> None:
+    """Raise FgvcError for a file that protobuf can't read, before it is in memory."""
+    if path.is_file() and path.stat().st_size >= LARGEST:
+        raise FgvcError(
+            f"{path}: is of 2 GB or more, which no protobuf message can be, so that nothing reads it; save the model with its "
+            "weights as external data (onnx.save_model(..., save_as_external_data=True))"
+        )
 
 
 def _image(where: str, graph: OnnxGraph) -> Port:

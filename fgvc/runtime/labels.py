@@ -34,9 +34,10 @@ def labels_of(path: Path) -> Labels | None:
     Raises FgvcError where these are no names of classes, or one is given twice."""
     metadata = read_metadata(path)
     for key in KEYS:
-        if key in metadata:
+        names = _parsed(metadata.get(key, ""))
+        if len(names) > 1:  # else it is something else: how many there are, or a remark
             source = f"{path}, its metadata {key!r}"
-            return Labels(_checked(_parsed(metadata[key]), source, path), source)
+            return Labels(_checked(names, source, path), source)
     for name in BESIDE:
         if (file := path.with_name(name)).is_file():
             return Labels(read_labels(file), str(file))
@@ -60,7 +61,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {text.get(KEY, ""): text.get(VALUE, "") for text in texts}
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str) -> list[Any] | tuple[Any, ...] | dict[Any, Any]:
     """A value of the metadata: JSON, a literal of Python (as Ultralytics writes it), or names between line ends or commas."""
     for read in (json.loads, ast.literal_eval):
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
 from tests.conftest import paint
 from tests.models.onnxnet import small
+from tests.models.onnxnet.test_onnxnet import boxes, custom, maps, quantised, text, two_inputs
 from tests.trained import Once, copied
 
 NAMES = ("red", "purple", "green", "blue", "yellow")  # of the outputs; three of them have pictures
 FED = {"resize": "squash", "interpolation": "bilinear", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+SPEC = {"size": [8, 8], "crop_pct": 1.0, "channel_order": "rgb", "input_range": 1, "fill": [0, 0, 0], **FED}
 DEPLOYED = (
     "birds-tf_efficientnet_lite0-torch1.13-opset11", "keras-MobileNetV2-tf2onnx-opset13-nhwc",
     "timm-mobilenetv2_100-opset13-onnxsim", "timm-mobilenetv2_100-opset13-ort-extended",
@@ -157,9 +160,7 @@ def test_what_is_no_weight_may_not_differ(tmp_path: Path) -> None:
 
 def test_the_run_has_its_own_copy(colours: Path, tmp_path: Path) -> None:
     file = saved(small.plain(), tmp_path / "given")
-    (tmp_path / "given" / "preprocess.json").write_text(
-        json.dumps({"size": [8, 8], "crop_pct": 1.0, "channel_order": "rgb", "input_range": 1, "fill": [0, 0, 0], **FED})
-    )
+    (tmp_path / "given" / "preprocess.json").write_text(json.dumps(SPEC))
     settings = tree(file, colours)
     del settings["deploy"]
     run = api.train(Recipe.model_validate(settings), tmp_path / "run")
@@ -283,6 +284,43 @@ def test_refusals_of_files(colours: Path, tmp_path: Path) -> None:
     assert "takes bytes, and its graph does the rest" in refusal(tree(raw, colours), out)
 
 
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (two_inputs, "has one input, this has 2"), (text, "has 2 axes; images have four"), (boxes, "has 2 outputs"),
+        (custom, "this operator is not known here"), (quantised, "an int8 file can't be trained"),
+        (maps, "a classifier gives one number a class"),
+    ],
+)  # fmt: skip
+def test_what_is_no_classifier_of_images_is_not_trained(
+    made: Callable[[], onnx.ModelProto], words: str, colours: Path, tmp_path: Path
+) -> None:
+    assert words in refusal(tree(saved(made(), tmp_path / "given"), colours), tmp_path / "run")
+
+
+def test_broken_and_large_files_are_not_trained(colours: Path, tmp_path: Path) -> None:
+    file = saved(small.plain(), tmp_path / "given")
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    assert "not an ONNX file, or cut short" in refusal(tree(file, colours), tmp_path / "run")
+    with file.open("wb") as stream:  # of no blocks
+        stream.truncate(2**31)
+    assert "is of 2 GB or more" in refusal(tree(file, colours), tmp_path / "run")
+    external = saved(small.plain(), tmp_path / "external", external=True)
+    external.with_name("deployed.onnx.data").unlink()
+    assert "deployed.onnx.data" in refusal(tree(external, colours), tmp_path / "run")
+
+
+def test_a_recipe_that_differs_from_what_lies_beside_the_file_is_warned(
+    colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = saved(small.plain(), tmp_path / "given")
+    (file.parent / "preprocess.json").write_text(json.dumps(SPEC | {"mean": [0.4, 0.4, 0.4]}))
+    run = api.train(Recipe.model_validate(tree(file, colours)), tmp_path / "run")
+    assert read_run(run).deploy.mean == (0.5, 0.5, 0.5)
+    assert "preprocess.json says otherwise than the recipe, which holds: mean of R, G, B" in capsys.readouterr().err
+
+
 def test_a_sigmoid_file_trains_by_bce(colours: Path, tmp_path: Path) -> None:
     file = saved(sigmoid(), tmp_path / "given")
     run = api.train(Recipe.model_validate(tree(file, colours, loss={"kind": "bce"})), tmp_path / "run")
@@ -343,8 +381,7 @@ def test_inspect_looks_at_images(colours: Path, tmp_path: Path, capsys: pytest.C
     file = saved(small.plain(), tmp_path / "given")
     main_exits(["inspect", str(file), str(colours / "test")], 2)
     assert "give --preprocess FILE" in capsys.readouterr().err
-    spec = {"size": [8, 8], "crop_pct": 1.0, "channel_order": "rgb", "input_range": 1, "fill": [0, 0, 0], **FED}
-    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    (tmp_path / "spec.json").write_text(json.dumps(SPEC))
     (colours_and_text := tmp_path / "images").mkdir()
     shutil.copytree(colours / "test" / "red", colours_and_text / "red")
     (colours_and_text / "broken.png").write_bytes(b"no picture")

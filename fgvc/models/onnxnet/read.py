@@ -18,7 +18,7 @@ from fgvc.models.onnxnet.convert import Builder, Refused, refusal
 from fgvc.models.onnxnet.payload import external_file, read_tensor, stored_tensors
 from fgvc.models.onnxnet.registry import CONVERTERS, attributes_of
 from fgvc.models.onnxnet.values import Array, Known, Live, Slot, Stored, Value
-from fgvc.runtime.description import Description, describe
+from fgvc.runtime.description import Description, describe, refuse_large
 
 INT8 = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
@@ -43,6 +43,7 @@ class Graph:
 
 def load_model(path: Path) -> onnx.ModelProto:
     """The model without external data. Raises FgvcError where the file is none."""
+    refuse_large(path)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except FileNotFoundError as error:
