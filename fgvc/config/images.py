@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from fgvc.config.knots import Scheduled, Value, knot_positions, value_at
 from fgvc.config.section import Section, Size
@@ -17,6 +24,14 @@ Triple = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Spread = tuple[Positive, Positive, Positive]
 Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+def _grey(colour: object) -> object:
+    return (colour,) * 3 if isinstance(colour, int) and not isinstance(colour, bool) else colour
+
+
+Colour = Annotated[tuple[Byte, Byte, Byte], BeforeValidator(_grey)]  # RGB
+PLAIN = ("bilinear", "bicubic")  # interpolations without antialiasing
 Layout = Literal["NCHW", "NHWC"]
 Ending = Literal["softmax", "log_softmax", "sigmoid"]
 
@@ -36,12 +51,20 @@ def possible_mean(mean: Triple, white: float) -> Triple:
 class _Normalised(Section):
     """Keys and checks that deploy.* and a bundle's preprocessing share."""
 
-    renamed: ClassVar[Mapping[str, str]] = {"crop_fraction": "crop_pct"}
+    renamed: ClassVar[Mapping[str, str]] = {"crop_fraction": "crop_pct", "channels": "channel_order"}
 
     @field_validator("mean", check_fields=False)
     @classmethod
     def _within_range(cls, mean: Triple | None, info: ValidationInfo) -> Triple | None:
         return mean if mean is None else possible_mean(mean, info.data.get("input_range", 1))
+
+    @field_validator("antialias", check_fields=False)
+    @classmethod
+    def _has_a_plain_form(cls, antialias: bool, info: ValidationInfo) -> bool:
+        interpolation = info.data.get("interpolation")
+        if not antialias and interpolation not in (None, *PLAIN):
+            raise ValueError(f"false is for interpolation {' and '.join(PLAIN)} alone, not {interpolation}")
+        return antialias
 
 
 class Deploy(_Normalised):
@@ -62,11 +85,16 @@ class Deploy(_Normalised):
         "default: the weights' own for crop, 1 for pad and squash",
     )
     interpolation: Interpolation | None = Field(None, description="default: what the weights expect")
+    antialias: bool = Field(
+        True,
+        description="true: as Pillow and torchvision reduce an image, each pixel from all that it covers; false: as OpenCV and "
+        "TensorFlow do, from its 2 x 2 (bilinear) or 4 x 4 (bicubic) neighbours alone",
+    )
     channel_order: Literal["rgb", "bgr"] = Field("rgb", description="order of the input's three channels")
     input_range: Literal[1, 255] = Field(1, description="value of white before mean and std are applied")
     mean: Triple | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
     std: Spread | None = Field(None, description="per channel, in units of input_range, in the order of channel_order")
-    fill: tuple[Byte, Byte, Byte] = Field((128, 128, 128), description="RGB of the border that `pad` adds, 0-255")
+    fill: Colour = Field((128, 128, 128), description="border that `pad` adds: RGB, or one number for a grey, 0-255")
     seen: Literal["train", "none"] | Path = Field(
         "train",
         description="which images the deployed file was trained on, which neither choose nor judge a net that begins with its "
@@ -98,11 +126,25 @@ class Preprocess(_Normalised):
     resize: Literal["crop", "pad", "squash"] = "crop"
     crop_pct: float = Field(0.875, gt=0, le=1)
     interpolation: Interpolation = "bicubic"
+    antialias: bool = True
     channel_order: Literal["rgb", "bgr"] = "rgb"
     input_range: Literal[1, 255] = 1
     mean: Triple = (0.485, 0.456, 0.406)
     std: Spread = (0.229, 0.224, 0.225)
-    fill: tuple[Byte, Byte, Byte] = (128, 128, 128)
+    fill: Colour = (128, 128, 128)
+    network: NetworkFile | None = Field(None, description="the file that it is for; in a bundle, and in a run from a file")
+
+    later: ClassVar[Mapping[str, object]] = {"antialias": True, "network": None}
+    """Keys that older bundles and runs do not state, and what these mean; so much is never written."""
+
+    @property
+    def ending(self) -> Ending | None:
+        """What the file's numbers go through last; None: nothing, or it is not known."""
+        return None if self.network is None else self.network.ending
+
+    @model_serializer(mode="wrap")
+    def _without_defaults_of_later(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key not in self.later or value != self.later[key]}
 
 
 class Image(Section):

@@ -2,7 +2,7 @@
 policies of timm and torchvision among it.
 
 Pillow, which evaluation and serving use, resamples alike (values differ by 0.1 of a level on average, by 3 at most) but
-takes five times as long, and would be most of what a sample costs.
+takes five times as long, and would be most of what a sample costs. Without antialiasing it is their own `fgvc.images.plain`.
 
 Coordinates are continuous: pixel (column j, row i) covers
 [j, j+1) x [i, i+1), so its centre is at (j + 0.5, i + 0.5) and an image of width W spans 0 to W.
@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fgvc.config.data import Augment
-from fgvc.config.images import Interpolation, Preprocess
+from fgvc.config.images import Preprocess
 from fgvc.data.geometry import inverse, scaled, window
 from fgvc.data.pipeline import Step, albumentations, pipeline_steps
 from fgvc.data.policy import policy
 from fgvc.data.recipe import read_pipeline
 from fgvc.errors import FgvcError
+from fgvc.images.plain import resample
 from fgvc.rng import SAMPLE, generator, seeded_globals
 
 Window = tuple[int, int, int, int]
@@ -56,7 +57,7 @@ class Augmenter:
             pixels, to_image = self._fit(image, rng)
         else:
             source = self._random_window(image.shape[1], image.shape[0], rng)
-            pixels = _resampled(image, source, self.spec.size, self.spec.interpolation)
+            pixels = _resampled(image, source, self.spec.size, self.spec)
             to_image = window(source, (0, 0, self.spec.size[1], self.spec.size[0]))
         # One stream for all transforms. `set_random_seed` would hand each the same one: every flip of an image
         # would go with its vertical flip and its greying.
@@ -125,7 +126,7 @@ class Augmenter:
         pixels = np.empty((rows, columns, 3), dtype=np.uint8)
         pixels[:] = self.spec.fill
         source = x0, y0, x1, y1
-        pixels[i0:i1, j0:j1] = _resampled(image, source, (i1 - i0, j1 - j0), self.spec.interpolation)
+        pixels[i0:i1, j0:j1] = _resampled(image, source, (i1 - i0, j1 - j0), self.spec)
         return pixels, window(source, (j0, i0, j1, i1))
 
 
@@ -176,14 +177,14 @@ def _compose(augment: Augment, spec: Preprocess) -> tuple[list[str], Any]:
     return [name for name, _ in steps], Recording([transform for _, transform in steps], save_applied_params=True)
 
 
-def _resampled(
-    image: NDArray[np.uint8], source: Window, size: tuple[int, int], interpolation: Interpolation
-) -> NDArray[np.uint8]:
-    """A window of `image` resized to uint8 (H,W,3), antialiased; pixels outside of it have no influence.
+def _resampled(image: NDArray[np.uint8], source: Window, size: tuple[int, int], spec: Preprocess) -> NDArray[np.uint8]:
+    """A window of `image` resized to uint8 (H,W,3) by the deployed interpolation; pixels outside of it have no influence.
 
     torch has two of Pillow's filters."""
     left, top, right, bottom = source
-    region = image[top:bottom, left:right]
+    region, interpolation = image[top:bottom, left:right], spec.interpolation
+    if not spec.antialias:
+        return resample(region, size, interpolation)
     if interpolation not in ("bilinear", "bicubic"):
         filter_ = Image.Resampling[interpolation.upper()]
         return np.asarray(Image.fromarray(region).resize((size[1], size[0]), filter_))

@@ -36,6 +36,7 @@ from fgvc.errors import FgvcError, ImageError
 from fgvc.images.decode import read_picture
 from fgvc.io.files import cache_folder, file_lock, remove, sync, write_atomic
 
+WHOLE = 2**31 - 1  # a shorter side that no image has: none is shrunk
 _VERSION = 3
 _LOCK = "building"  # held by the process that builds; a folder whose lock is free was left behind by a crash
 _DAMAGED = "damaged"  # name of the file that marks a damaged cache

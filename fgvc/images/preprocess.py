@@ -1,17 +1,20 @@
 """Preprocessing of an RGB image to the network's input, shared by evaluation, export and serving. Pillow and numpy only.
 
-The resampling is Pillow's own, antialiased, so a crop here equals torchvision's `Resize` + `CenterCrop` bit for bit.
+The resampling is Pillow's own, antialiased, so a crop here equals torchvision's `Resize` + `CenterCrop` bit for bit; or that of
+`fgvc.images.plain`, for stacks of OpenCV and TensorFlow.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from fgvc.config.images import Interpolation, Preprocess, Triple
+from fgvc.images.plain import resample
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom in continuous pixels: pixel (column j, row i) covers [j, j+1) x [i, i+1)."""
@@ -46,10 +49,16 @@ def fit(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
     centre of the canvas is the result."""
     height, width = spec.size
     (rows, columns), (top, left) = _layout((image.height, image.width), spec)
+    if not spec.antialias:
+        canvas = np.full((height, width, 3), spec.fill, np.uint8)
+        first, last = (max(0, top), max(0, left)), (min(rows, top + height), min(columns, left + width))
+        inside = slice(first[0] - top, last[0] - top), slice(first[1] - left, last[1] - left)
+        canvas[inside] = resample(np.asarray(image), (rows, columns), spec.interpolation, (*first, *last))
+        return canvas
     if spec.resize == "pad":
-        canvas = Image.new("RGB", (width, height), spec.fill)
-        canvas.paste(render(image, (0, 0, *image.size), (rows, columns), spec.interpolation), (-left, -top))
-        return np.asarray(canvas)
+        padded = Image.new("RGB", (width, height), spec.fill)
+        padded.paste(render(image, (0, 0, *image.size), (rows, columns), spec.interpolation), (-left, -top))
+        return np.asarray(padded)
     if rows * columns > _LARGEST_RESIZED * math.prod(_canvas(spec)):
         y, x = image.height / rows, image.width / columns
         box = left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height)
@@ -70,13 +79,14 @@ def differences(ours: Preprocess, theirs: Preprocess) -> list[str]:
 
     Settings with the same effect do not differ (a range with its mean and std, a crop_pct that gives the same canvas), nor do
     settings without effect (the fill, unless both pad)."""
-    mine, other = ours.model_dump(), theirs.model_dump()
-    changed = {key for key in ("size", "resize", "interpolation", "channel_order") if mine[key] != other[key]}
+    mine, other = _settings(ours), _settings(theirs)
+    changed = {key for key in ("size", "resize", "interpolation", "antialias", "channel_order") if mine[key] != other[key]}
     canvases = (
         _canvas(ours) != _canvas(theirs) if ours.size == theirs.size else ours.crop_pct != theirs.crop_pct
     )
     changed |= {"crop_pct"} if canvases else set()
     changed |= {"fill"} if ours.resize == theirs.resize == "pad" and ours.fill != theirs.fill else set()
+    changed |= {key for key in mine.keys() & other.keys() if key.startswith("network.") and mine[key] != other[key]}
     for key in ("mean", "std"):
         mine[key], other[key] = _as_rgb(mine[key], ours), _as_rgb(other[key], theirs)
     if not np.allclose(_black_and_white(ours), _black_and_white(theirs), rtol=_SAME, atol=_SAME):
@@ -88,10 +98,26 @@ def differences(ours: Preprocess, theirs: Preprocess) -> list[str]:
     ]
 
 
+def keeps_pixels(spec: Preprocess, white: int = 255) -> bool:
+    """Whether black comes out as 0 and white as `white`: nothing is normalised but for the range."""
+    return np.allclose(_black_and_white(spec), np.array([[0.0], [white]]), rtol=1e-6, atol=1e-6)
+
+
 def described(spec: Preprocess) -> str:
     """All settings of a preprocessing on one line."""
-    settings = {key: value for key, value in spec.model_dump().items() if key != "fill" or spec.resize == "pad"}
-    return ", ".join(f"{key} {_written(value)}" for key, value in settings.items())
+    settings = _settings(spec)
+    usual = {"antialias": True, "network.in_graph": (), "network.ending": None}
+    without_effect = {key for key, value in usual.items() if settings.get(key) == value}
+    without_effect |= {"fill"} if spec.resize != "pad" else set()
+    return ", ".join(f"{key} {_written(value)}" for key, value in settings.items() if key not in without_effect)
+
+
+def _settings(spec: Preprocess) -> dict[str, Any]:
+    """What is done to an image, by the keys of preprocess.json; and as `network.*` how the result is fed, where that is known."""
+    settings = {key: value for key, value in spec if key != "network"}
+    if spec.network is not None:
+        settings |= {f"network.{key}": getattr(spec.network, key) for key in ("layout", "dtype", "in_graph", "ending")}
+    return settings
 
 
 def _written(value: object) -> str:

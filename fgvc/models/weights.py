@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fgvc.config.images import Deploy, Interpolation, Preprocess, Triple, possible_mean
+from fgvc.config.images import PLAIN, Deploy, Interpolation, Preprocess, Triple, possible_mean
 from fgvc.config.models import Model, run_of
 from fgvc.data.quality.colour import NATURAL, OFF, Normalisation, normalisation_of, other_units
 from fgvc.errors import FgvcError
@@ -119,12 +119,19 @@ def preprocess_for(deploy: Deploy, size: tuple[int, int], weights: Weights) -> P
         a, b, c = (value * deploy.input_range for value in ordered)
         return (a, b, c)
 
+    interpolation = deploy.interpolation or weights.interpolation
+    if not deploy.antialias and interpolation not in PLAIN:
+        raise FgvcError(
+            f"deploy.antialias: false is for bilinear and bicubic alone, and the weights ask for {interpolation}; set "
+            "deploy.interpolation"
+        )
     return Preprocess.model_validate(
         {
             "size": size,
             "resize": deploy.resize,
             "crop_pct": deploy.crop_pct or (weights.crop_pct if deploy.resize == "crop" else 1.0),
-            "interpolation": deploy.interpolation or weights.interpolation,
+            "interpolation": interpolation,
+            "antialias": deploy.antialias,
             "channel_order": deploy.channel_order,
             "input_range": deploy.input_range,
             "mean": deploy.mean or in_deploy_units(weights.mean),

@@ -219,7 +219,7 @@ def read_preprocess(path: Path) -> Preprocess:
     """Read a whole preprocess.json. Raises FgvcError where a key is missing, too: a default would be a guess at the stack's
     preprocessing."""
     tree = read_json(path, dict)
-    missing = [key for key in Preprocess.model_fields if key not in tree]
+    missing = [key for key in Preprocess.model_fields if key not in tree and key not in Preprocess.later]
     if missing and set(tree) <= set(Preprocess.model_fields):  # else a key may be misspelt
         raise FgvcError(
             f"{path}: says nothing of {', '.join(missing)}; a preprocessing is stated as a whole, with all the keys of a "

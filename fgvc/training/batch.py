@@ -27,6 +27,7 @@ class Normalise:
         self.shift = (-mean / std).to(device)
         self.flip = spec.channel_order == "bgr"
         self.device, self.memory_format = device, memory_format
+        self.reduction = "bicubic" if spec.antialias else spec.interpolation, spec.antialias
 
     def __call__(self, images: Tensor) -> Tensor:
         x = images.to(self.device, non_blocking=True)
@@ -42,7 +43,8 @@ def to_batch(raw: TrainBatch, normalise: Normalise, size: tuple[int, int] | None
     x = render = normalise(images)
     if size is not None and size != (rendered := (images.shape[1], images.shape[2])):
         # As bytes: a reduction in float32 takes six times as long.
-        smaller = F.interpolate(images.permute(0, 3, 1, 2), size, mode="bicubic", antialias=True)
+        mode, antialias = normalise.reduction
+        smaller = F.interpolate(images.permute(0, 3, 1, 2), size, mode=mode, antialias=antialias)
         x = normalise(smaller.permute(0, 2, 3, 1))
         scale = torch.tensor([rendered[1] / size[1], rendered[0] / size[0], 1.0])
         geometry = geometry * scale

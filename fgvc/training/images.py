@@ -12,7 +12,7 @@ from fgvc.config.images import Preprocess
 from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import enabled_techniques
 from fgvc.data.augment import Augmenter
-from fgvc.data.cache import DecodeCache
+from fgvc.data.cache import WHOLE, DecodeCache
 from fgvc.data.index import ImageIndex
 from fgvc.data.loader import TrainLoader, train_loader
 from fgvc.data.quality.stored import refuse_shares
@@ -79,7 +79,7 @@ def training_loader(
         batch_size=micro,
         seed=recipe.train.seed,
         workers=recipe.train.workers,
-        cache=_cache(recipe, index, rows, process, notify, side),
+        cache=_cache(recipe, index, rows, process, notify, rendered),
         rank=process.rank,
         world=process.world,
         on_sample=[hook for _, hook in step.hooks("on_sample")],
@@ -98,11 +98,12 @@ def _cache(
     rows: np.ndarray,
     process: ProcessGroup,
     notify: Notify | None,
-    rendered: tuple[int, int],
+    rendered: Preprocess,
 ) -> DecodeCache | None:
-    """Open the decode cache where the recipe has one, built by rank 0 while the others wait."""
+    """Open the decode cache where the recipe has one, built by rank 0 while the others wait. Without antialiasing it has whole
+    images: shrunk ones, whose pixels are means, would not look as the deployed stack makes them."""
     if recipe.cache == "none":
         return None
-    side, folder = recipe.augment.shrink_to(rendered), recipe.cache_dir
+    side, folder = recipe.augment.shrink_to(rendered.size) if rendered.antialias else WHOLE, recipe.cache_dir
     process.first(lambda: DecodeCache.open(index, rows, side=side, folder=folder, progress=notify).close())
     return DecodeCache.open(index, rows, side=side, folder=folder)
