@@ -25,7 +25,7 @@ from fgvc.io.files import replacing
 from fgvc.runtime.bundle import load_bundle
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import preprocess
-from fgvc.runtime.engine import Engine, answers
+from fgvc.runtime.engine import Engine
 from fgvc.runtime.predict import expand
 from fgvc.errors import FgvcError, ImageError
 
@@ -49,7 +49,7 @@ class Scorer:
         """Answers for the column `path`; what can't be read keeps its row."""
         read = [(path, self.read(path)) for path in table["path"].to_pylist()]
         good = [x for _, x in read if isinstance(x, np.ndarray)]
-        said = iter(answers(self.engine.bundle, self.engine.logits(np.stack(good)), top_k=1) if good else [])
+        said = iter(self.engine.answers(self.engine.logits(np.stack(good)), top_k=1) if good else [])
         rows = [row(path, x if isinstance(x, str) else next(said)) for path, x in read]
         return pa.Table.from_pylist(rows, SCHEMA)
 

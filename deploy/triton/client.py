@@ -14,29 +14,32 @@ from pathlib import Path
 
 import numpy as np
 from tritonclient.http import InferenceServerClient, InferInput
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from fgvc.runtime.bundle import Bundle, load_bundle
 from fgvc.images.preprocess import preprocess
-from fgvc.runtime.engine import answers
+from fgvc.runtime.description import Description
+from fgvc.runtime.engine import answers, as_logits, feed, file_of
 from fgvc.runtime.predict import decoded, expand
 from fgvc.errors import FgvcError, ImageError
 
 
-def logits(client: InferenceServerClient, model: str, x: np.ndarray) -> np.ndarray:
-    """(B,K) float32 for x (B,3,H,W) float32, by the server's own names of its tensors."""
-    known = client.get_model_metadata(model)
-    tensor = InferInput(known["inputs"][0]["name"], list(x.shape), "FP32")
-    tensor.set_data_from_numpy(x, binary_data=True)
-    return client.infer(model, [tensor]).as_numpy(known["outputs"][0]["name"])
+def logits(client: InferenceServerClient, model: str, file: Description, x: np.ndarray) -> np.ndarray:
+    """(B,K) float32 for x (B,3,H,W) float32, fed as the file takes it; what it ends with is undone."""
+    fed = feed(x, file)
+    tensor = InferInput(file.input, list(fed.shape), np_to_triton_dtype(fed.dtype))
+    tensor.set_data_from_numpy(fed, binary_data=True)
+    return as_logits(client.infer(model, [tensor]).as_numpy(file.output), file.ending)
 
 
-def classify(client: InferenceServerClient, model: str, bundle: Bundle, path: Path, *, top_k: int) -> dict[str, object]:
+def classify(
+    client: InferenceServerClient, model: str, bundle: Bundle, file: Description, path: Path, *, top_k: int
+) -> dict[str, object]:
     image = decoded(path)
     if isinstance(image, ImageError):
         return {"path": str(path), "error": image.reason}
-    z = logits(client, model, preprocess(image, bundle.preprocess)[None])
-    answer = answers(bundle, z, top_k=top_k)[0]
+    z = logits(client, model, file, preprocess(image, bundle.preprocess)[None])
+    answer = answers(bundle, z, ending=file.ending, top_k=top_k)[0]
     rows = [{"label": p.label, "index": p.index, "probability": p.probability} for p in answer.predictions]
     return {"path": str(path), "rejected": answer.rejected, "calibrated": answer.calibrated, "predictions": rows}
 
@@ -52,9 +55,10 @@ def main() -> None:
     failed = False
     try:
         bundle = load_bundle(options.bundle)
+        file = file_of(bundle)
         with InferenceServerClient(options.url) as client:
             for path in expand(options.images):
-                row = classify(client, options.model, bundle, path, top_k=options.top_k)
+                row = classify(client, options.model, bundle, file, path, top_k=options.top_k)
                 failed |= "error" in row
                 print(json.dumps(row, ensure_ascii=False, allow_nan=False))
     except (FgvcError, InferenceServerException, OSError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fgvc.config.images import Ending
 from fgvc.config.runtime import HIGHEST, LOWEST, Calibration
 
 BINS = 15  # of the calibration error (Guo et al. 2017)
@@ -158,7 +159,13 @@ class Calibrated:
 
 
 def calibrate(
-    logits: NDArray[Any], labels: NDArray[Any], *, keep: float = KEEP, split: str = "val", previous: Calibration | None = None
+    logits: NDArray[Any],
+    labels: NDArray[Any],
+    *,
+    keep: float = KEEP,
+    split: str = "val",
+    previous: Calibration | None = None,
+    ending: Ending | None = None,
 ) -> Calibrated:
     """Fit temperature and threshold on logits (N,K) of images with labels (N,) of `split`, which the network has not learnt from.
 
@@ -167,44 +174,54 @@ def calibrate(
     the same kind, on average (split conformal, Angelopoulos & Bates 2023, arXiv:2107.07511): nothing is known here of images of
     other classes, so how many of those it rejects is not promised. `keep` in (0,1]; 1 rejects nothing. `known`: what was fitted
     here before; its temperature stays, and its threshold where it keeps as much. Both have six decimals, as they are stored.
+    `ending`: of the network's file; with a sigmoid, each class's probability is its own, and the cross-entropy is binary, summed
+    over the classes.
     """
     z, y, right = _labelled_logits(logits, labels)
     if not 0 < keep <= 1:
         raise ValueError(f"keep: a share above 0 and up to 1, not {keep}")
     enough = len(y) >= FEWEST
-    temperature, note = fit_temperature(z, y) if enough else (1.0, f"{len(y)} images, fewer than {FEWEST}: not fitted")
+    temperature, note = fit_temperature(z, y, ending) if enough else (1.0, f"{len(y)} images, fewer than {FEWEST}: not fitted")
     temperature = previous.temperature if previous is not None else round(temperature, 6)
     half = np.empty(len(y), dtype=np.int64)
     half[np.argsort(y, kind="stable")] = np.arange(len(y)) % 2  # every class in both
     confidence, losses, answered = np.empty(len(y)), np.empty(len(y)), np.ones(len(y), dtype=bool)
     for fitted, other in ((half == 0, half == 1), (half == 1, half == 0)):
-        t = fit_temperature(z[fitted], y[fitted])[0] if enough else 1.0
-        confidence[other], losses[other] = confidence_of(z[other], t), _losses(z[other], y[other], t)
+        t = fit_temperature(z[fitted], y[fitted], ending)[0] if enough else 1.0
+        confidence[other], losses[other] = confidence_of(z[other], t, ending), _losses(z[other], y[other], t, ending)
         if enough:
-            half_threshold = rejection_threshold(confidence_of(z[fitted], t)[right[fitted]], keep=keep)
+            half_threshold = rejection_threshold(confidence_of(z[fitted], t, ending)[right[fitted]], keep=keep)
             answered[other] = confidence[other] >= half_threshold
-    threshold = rejection_threshold(confidence_of(z, temperature)[right], keep=keep) if enough else 0.0
+    threshold = rejection_threshold(confidence_of(z, temperature, ending)[right], keep=keep) if enough else 0.0
     threshold = math.floor(threshold * 1e6) / 1e6  # rounded up it might reject one image more
     if previous is not None and previous.keep == keep:
         threshold = previous.threshold
     calibrated = _evaluate(
-        (z, y, right), confidence, losses, answered, temperature=temperature, threshold=threshold, keep=keep, note=note
-    )
+        (z, y, right), confidence, losses, answered, temperature=temperature, threshold=threshold, keep=keep, note=note,
+        ending=ending,
+    )  # fmt: skip
     return replace(calibrated, fitted=previous if previous is not None and previous.keep == keep else calibrated.stored(split))
 
 
-def measure(logits: NDArray[Any], labels: NDArray[Any], calibration: Calibration | None, *, why: str = "") -> Calibrated:
+def measure(
+    logits: NDArray[Any],
+    labels: NDArray[Any],
+    calibration: Calibration | None,
+    *,
+    why: str = "",
+    ending: Ending | None = None,
+) -> Calibrated:
     """Measure a temperature and threshold that were fitted elsewhere on logits (N,K) of images with labels (N,). Nothing is
-    fitted here. `calibration` None: nothing was fitted, and `why`."""
+    fitted here. `calibration` None: nothing was fitted, and `why`. `ending`: as of `calibrate`."""
     z, y, right = _labelled_logits(logits, labels)
     temperature, threshold, keep = 1.0, 0.0, 1.0
     if calibration is not None:
         temperature, threshold, keep = calibration.temperature, calibration.threshold, calibration.keep
-    confidence = confidence_of(z, temperature)
+    confidence = confidence_of(z, temperature, ending)
     note = why if calibration is None else "" if calibration.calibrated else calibration.note
     calibrated = _evaluate(
-        (z, y, right), confidence, _losses(z, y, temperature), confidence >= threshold, temperature=temperature,
-        threshold=threshold, keep=keep, note=note,
+        (z, y, right), confidence, _losses(z, y, temperature, ending), confidence >= threshold, temperature=temperature,
+        threshold=threshold, keep=keep, note=note, ending=ending,
     )  # fmt: skip
     return replace(calibrated, fitted=calibration)
 
@@ -226,10 +243,11 @@ def _evaluate(
     threshold: float,
     keep: float,
     note: str,
+    ending: Ending | None,
 ) -> Calibrated:
     """Measure `confidence`, `losses` and `answered` (N,) of images, each by a temperature and threshold not fitted to it."""
     z, y, right = labelled
-    nll, nll_after = float(_losses(z, y, 1.0).mean()), float(losses.mean())
+    nll, nll_after = float(_losses(z, y, 1.0, ending).mean()), float(losses.mean())
     if nll_after > nll + 1e-9:
         worse = f"no gain: on images that it was not fitted on the loss is {nll_after:.4f}, without it {nll:.4f}"
         note = f"{note}; {worse}" if note else worse
@@ -240,9 +258,9 @@ def _evaluate(
         note=note,
         nll=nll,
         nll_after=nll_after,
-        before=reliability(confidence_of(z, 1.0), right),
+        before=reliability(confidence_of(z, 1.0, ending), right),
         after=reliability(confidence, right),
-        curve=risk_coverage(confidence_of(z, temperature), right),
+        curve=risk_coverage(confidence_of(z, temperature, ending), right),
         keep=keep,
         threshold=threshold,
         kept=float(answered[right].mean()) if right.any() else 1.0,
@@ -251,7 +269,7 @@ def _evaluate(
     )
 
 
-def fit_temperature(z: Floats, y: NDArray[np.int64]) -> tuple[float, str]:
+def fit_temperature(z: Floats, y: NDArray[np.int64], ending: Ending | None = None) -> tuple[float, str]:
     """Fit the temperature of least cross-entropy in [LOWEST, HIGHEST]; the note says where it is not reliable.
 
     The loss is convex in 1/T, so it has one minimum in log T. Where every answer is right it falls without end as T does:
@@ -262,7 +280,7 @@ def fit_temperature(z: Floats, y: NDArray[np.int64]) -> tuple[float, str]:
     if (z.argmax(1) == y).all():
         return 1.0, f"all {len(y)} answers are right, which says nothing of how unsure to be: not fitted"
     result = minimize_scalar(
-        lambda log_t: _losses(z, y, math.exp(log_t)).mean(),
+        lambda log_t: _losses(z, y, math.exp(log_t), ending).mean(),
         bounds=(math.log(LOWEST), math.log(HIGHEST)),
         method="bounded",
         options={"xatol": 1e-6},
@@ -312,9 +330,11 @@ def risk_coverage(confidence: Floats, right: NDArray[np.bool_]) -> RiskCoverage:
     return RiskCoverage(count / len(order), np.cumsum(wrong) / count, confidence[order])
 
 
-def confidence_of(z: Floats, temperature: float) -> Floats:
-    """Largest probability (N,) of softmax(z / temperature), z (N,K)."""
+def confidence_of(z: Floats, temperature: float, ending: Ending | None = None) -> Floats:
+    """Largest probability (N,) of softmax(z / temperature), z (N,K); of the sigmoid where `ending`, of the file, is one."""
     s = z / temperature
+    if ending == "sigmoid":
+        return np.exp(-np.logaddexp(0, -s.max(1)))
     return 1 / np.exp(s - s.max(1, keepdims=True)).sum(1)
 
 
@@ -324,8 +344,10 @@ def fitting_sample(rows: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
     return rows[np.linspace(0, len(rows) - 1, count).astype(int)]
 
 
-def _losses(z: Floats, y: NDArray[np.int64], temperature: float) -> Floats:
-    """Cross-entropy (N,) in nats."""
+def _losses(z: Floats, y: NDArray[np.int64], temperature: float, ending: Ending | None = None) -> Floats:
+    """Cross-entropy (N,) in nats; with a sigmoid that of each class against the others, summed."""
     s = z / temperature
+    if ending == "sigmoid":
+        return np.logaddexp(0, s).sum(1) - s[np.arange(len(y)), y]
     s -= s.max(1, keepdims=True)
     return np.log(np.exp(s).sum(1)) - s[np.arange(len(y)), y]

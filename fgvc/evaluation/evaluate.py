@@ -81,7 +81,10 @@ def evaluate(
                 yield batch.images, batch.labels
 
         try:
-            scores = metrics.evaluate(sample, batches(), classes=len(index.classes), device=place, memory_format=layout)
+            ending = run.preprocess.ending if views is None else None  # several views give log-probabilities
+            scores = metrics.evaluate(
+                sample, batches(), classes=len(index.classes), device=place, memory_format=layout, ending=ending
+            )
         except NoNumbersError as error:
             raise NoNumbersError(f"{run.folder}: {select}, {split_name}: {error}; train anew with a lower optim.lr") from error
     calibrated = _calibrated(run, split_name, sample, device) if views is None else None

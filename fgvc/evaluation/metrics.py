@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fgvc.config.images import Ending
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation.calibration import BINS, bin_sums, reliability_of_sums
 
@@ -90,8 +91,10 @@ def evaluate(
     classes: int,
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
+    ending: Ending | None = None,
 ) -> Scores:
-    """Score a net in eval mode, in fp32, on batches of (x (B,3,H,W) float32, y (B,) int64).
+    """Score a net in eval mode, in fp32, on batches of (x (B,3,H,W) float32, y (B,) int64). `ending`: of the net's file, by which
+    the confidence is that of softmax or sigmoid.
 
     In a process group every process brings its share and all get the same result. Raises FgvcError without any image, and
     NoNumbersError where the net's logits for one are not finite.
@@ -120,7 +123,7 @@ def evaluate(
             nonfinite += (~z.isfinite().all(1)).sum()
             z = z.nan_to_num()  # these scores are not used
             metrics.update(z, labels)
-            confidence, predicted = z.softmax(1).max(1)
+            confidence, predicted = (z.sigmoid() if ending == "sigmoid" else z.softmax(1)).max(1)
             bins += bin_sums(confidence.cpu().double().numpy(), (predicted == labels).cpu().numpy())
             loss.update(nn.functional.cross_entropy(z, labels), weight=len(y))
     with warnings.catch_warnings():  # a process may have no share of a small split; its zeros are right

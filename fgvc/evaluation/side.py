@@ -28,7 +28,7 @@ from fgvc.runs.folder import is_run, read_run
 from fgvc.runs.images import read_index, recorded_images, training_overlap
 from fgvc.runs.loaded import Answers, LoadedRun, load_run, onnx_answers
 from fgvc.runtime.bundle import load_bundle
-from fgvc.runtime.engine import OnnxSession
+from fgvc.runtime.engine import OnnxSession, doubts_about, refuse_misfit, session_of
 from fgvc.runtime.stack import stack_of
 
 FLIP_COLUMNS = (  # columns of a table of flips
@@ -243,7 +243,10 @@ def collect_answers(a: Classifier, b: Classifier, images: Images) -> PairedAnswe
         predicted.append([in_order[answer.logits.argmax(1)] for in_order, answer in zip(numbers, both_answers, strict=True)])
         temperatures = a.temperature, b.temperature
         confidence.append(
-            [confidence_of(x.logits.astype(np.float64), t) for x, t in zip(both_answers, temperatures, strict=True)]
+            [
+                confidence_of(answer.logits.astype(np.float64), t, answer.ending)
+                for answer, t in zip(both_answers, temperatures, strict=True)
+            ]
         )
         unreadable |= dict.fromkeys(both_answers[0].unreadable)
     rows_read, predictions = np.concatenate(rows), np.concatenate(predicted, axis=1)
@@ -265,9 +268,15 @@ def collect_answers(a: Classifier, b: Classifier, images: Images) -> PairedAnswe
 
 
 def _differences(a: Classifier, b: Classifier) -> tuple[str, ...]:
-    assert a.preprocess is not None
-    assert b.preprocess is not None
-    return (*differences(a.preprocess, b.preprocess), *label_differences(a.classes, b.classes))
+    return (*differences(_as_fed(a), _as_fed(b)), *label_differences(a.classes, b.classes))
+
+
+def _as_fed(side: Classifier) -> Preprocess:
+    """Its preprocessing, with what its file says of its ends where there is a file."""
+    assert side.preprocess is not None
+    if side.session is None:
+        return side.preprocess
+    return side.preprocess.model_copy(update={"network": side.session.file.record})
 
 
 def _roots(paths: Sequence[Path], root: Path | None) -> list[Path | None]:
@@ -289,9 +298,9 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
         if spec is not None and not _takes_raw_pixels(spec):
             doubts = other_units(spec, NATURAL, "that of photographs")
         notes = tuple(f"{path}: {doubt}" for doubt in doubts)
-        return Classifier(
-            path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=OnnxSession(path)
-        )  # fmt: skip
+        output = None if spec is None or spec.network is None else spec.network.output
+        session = OnnxSession(path, output=output, classes=len(stack.labels))
+        return Classifier(path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=session)
     if is_run(path):
         run = load_run(path, root=root)
         side = Classifier(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, run=run)
@@ -302,7 +311,7 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
         kind="bundle",
         classes=bundle.labels,
         preprocess=bundle.preprocess,
-        session=OnnxSession(bundle.model),
+        session=session_of(bundle, bundle.model),
     )
     return _calibrated(side, bundle.calibration)
 
@@ -327,12 +336,18 @@ def _with_preprocessing(side: Classifier, other: Classifier) -> Classifier:
         raise FgvcError(f"{side.path}: how does it see an image? Give --preprocess FILE, as a bundle's preprocess.json")
     notes = side.notes
     if side.preprocess is None:
-        size = tuple(fixed or free for fixed, free in zip(side.session.shape[2:], spec.size, strict=True))
-        spec = spec.model_copy(update={"size": size})
+        file = side.session.file
+        size = tuple(fixed or free for fixed, free in zip((file.height, file.width), spec.size, strict=True))
+        spec = spec.model_copy(update={"size": size, "network": None})
+        if file.white is not None:  # the graph does the rest
+            spec = spec.model_copy(update={"input_range": file.white, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
         notes = (
             f"{side.path} says nothing of its preprocessing; assumed, as {other.path}: {described(spec)} (else give --preprocess "
             "FILE)",
         )
+    where = side.path / "preprocess.json" if side.path.is_dir() else Path(f"the preprocessing of {side.path.name}")
+    refuse_misfit(side.session.file, spec, model=side.path, where=where)
+    notes = (*notes, *(f"{side.path}: {doubt}" for doubt in doubts_about(side.session.file, spec)))
     outputs = side.session.logits(np.zeros((1, 3, *spec.size), np.float32)).shape
     if outputs != (1, len(side.classes)):
         raise FgvcError(f"{side.path}: gives {outputs[1:]} logits for {len(side.classes)} labels")

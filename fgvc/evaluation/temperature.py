@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fgvc.config.data import Split
+from fgvc.config.images import Ending
 from fgvc.config.loading import validate
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError, NoNumbersError
@@ -36,6 +37,7 @@ class RunCalibration:
 
     calibration: Calibration | None
     why: str = ""
+    ending: Ending | None = None  # of the run's deployed file
 
     @property
     def calibrated(self) -> bool:
@@ -51,8 +53,8 @@ class RunCalibration:
         """Measure the calibration on a split; cross-fitted where it was fitted on that split."""
         calibration = self.calibration
         if calibration is not None and calibration.fitted_on == split:
-            return calibrate(*outputs, keep=calibration.keep, split=split, previous=calibration)
-        return measure(*outputs, calibration, why=self.why)
+            return calibrate(*outputs, keep=calibration.keep, split=split, previous=calibration, ending=self.ending)
+        return measure(*outputs, calibration, why=self.why, ending=self.ending)
 
 
 def recorded_calibration(run: LoadedRun) -> Calibration | None:
@@ -74,9 +76,9 @@ def calibration(
     `keep`: share of the right answers that the threshold must keep; None: that of the stored one. `outputs`: the net's for
     `fitting_rows`, where they are at hand. Raises FgvcError for logits that are no numbers.
     """
-    stored = recorded_calibration(run)
+    stored, ending = recorded_calibration(run), run.preprocess.ending
     if stored is not None and keep in (None, stored.keep):
-        return RunCalibration(stored)
+        return RunCalibration(stored, ending=ending)
     if not len(run.index.rows(FITTED_ON)):
         return RunCalibration(None, "the data have no validation split, and a temperature is fitted on nothing else")
     if outputs is None:
@@ -88,17 +90,18 @@ def calibration(
             return _without_images(run, error)
         outputs = answers.logits, answers.labels
     refuse_no_numbers(outputs[0], run.folder)
-    fitted = calibrate(*outputs, keep=KEEP if keep is None else keep, split=FITTED_ON, previous=stored).fitted
+    share = KEEP if keep is None else keep
+    fitted = calibrate(*outputs, keep=share, split=FITTED_ON, previous=stored, ending=ending).fitted
     assert fitted is not None
     row = {f"{FITTED_ON}.{run.select}": fitted.model_dump(mode="json")}
     store_measured(run.folder, {}, rows={RECORD: row}, identity=run.identity)
-    return RunCalibration(fitted)
+    return RunCalibration(fitted, ending=ending)
 
 
 def calibration_without_data(run: LoadedRun, *, device: str | None = None) -> RunCalibration:
     """Read or fit the calibration of a run whose data may be missing: then it has the stored one, or none."""
     if (stored := recorded_calibration(run)) is not None:
-        return RunCalibration(stored)
+        return RunCalibration(stored, ending=run.preprocess.ending)
     try:
         return calibration(run, device=device)
     except NoNumbersError:
@@ -124,7 +127,8 @@ def refuse_other_file(run: LoadedRun, run_calibration: RunCalibration, model: by
     except FgvcError:  # the model fits, it was proved on images of this size; so it's that none can be read any more
         return
     refuse_no_numbers(answers.logits, run.folder)
-    calibration, measured = run_calibration.calibration, measure(answers.logits, answers.labels, run_calibration.calibration)
+    calibration = run_calibration.calibration
+    measured = measure(answers.logits, answers.labels, calibration, ending=answers.ending)
     difference = abs(measured.nll - calibration.nll_before) / max(1.0, float(np.abs(answers.logits).max()))
     if measured.images == calibration.images and difference > SAME:
         raise FgvcError(

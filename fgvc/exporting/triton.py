@@ -2,8 +2,8 @@
 
 NAME/config.pbtxt      inputs and outputs as the ONNX file has them, instances, a bounded queue
 NAME/labels.txt        a class a line, for Triton's classification extension
-NAME/preprocess.json   what a client does before, and labels.json and calibration.json what it does after: Triton gets and
-                       gives tensors
+NAME/preprocess.json   what a client does before (`network`: what the file does by itself), and labels.json and calibration.json
+                       what it does after: Triton gets and gives tensors
 NAME/1/model.onnx      the bundle's, byte for byte
 """
 
@@ -17,11 +17,14 @@ import onnxruntime
 
 from fgvc.errors import FgvcError
 from fgvc.io.files import making
-from fgvc.runtime.bundle import NAME, Bundle
-from fgvc.runtime.engine import Engine, load_session
+from fgvc.runtime.bundle import NAME, OPTIONAL, REQUIRED, Bundle
+from fgvc.runtime.engine import Engine, file_of, load_session
 
 Device = Literal["auto", "cpu", "gpu"]
-TYPES = {"tensor(float)": "TYPE_FP32", "tensor(float16)": "TYPE_FP16", "tensor(double)": "TYPE_FP64"}
+TYPES = {
+    "tensor(float)": "TYPE_FP32", "tensor(float16)": "TYPE_FP16", "tensor(double)": "TYPE_FP64", "tensor(uint8)": "TYPE_UINT8",
+    "tensor(int64)": "TYPE_INT64", "tensor(int32)": "TYPE_INT32",
+}  # fmt: skip
 LABELS = "labels.txt"
 CLIENT = ("preprocess.json", "labels.json", "calibration.json")  # the last one where the bundle has it
 MAX_BATCH = 16
@@ -69,6 +72,8 @@ def write_model(
         (folder / LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
         (folder / "1").mkdir()
         shutil.copyfile(bundle.model, folder / "1" / "model.onnx")
+        for data in bundle.files.keys() - {*REQUIRED, *OPTIONAL}:  # weights that the model keeps in other files
+            shutil.copyfile(bundle.folder / data, folder / "1" / data)
         for file in CLIENT:
             if file in bundle.files:
                 shutil.copyfile(bundle.folder / file, folder / file)
@@ -80,14 +85,14 @@ def config(bundle: Bundle, *, name: str, device: Device, instances: int) -> str:
     fall away, and the sizes begin with the batch."""
     session = load_session(bundle.model)
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    batched = not isinstance(inputs[0].shape[0], int)
+    batched, classes = not isinstance(inputs[0].shape[0], int), file_of(bundle).output
     text = _CONFIG.format(
         source=f"the bundle whose model.onnx has the SHA-256 {bundle.files['model.onnx']}",
         name=_quoted(name),
         max_batch=MAX_BATCH if batched else 0,
         tensors="\n".join(
             [_tensor("input", port, batched=batched) for port in inputs]
-            + [_tensor("output", port, batched=batched, labels=port is outputs[0]) for port in outputs]
+            + [_tensor("output", port, batched=batched, labels=port.name == classes) for port in outputs]
         ),
         device=device.upper(),
         instances=instances,

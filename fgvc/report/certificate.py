@@ -15,10 +15,11 @@ from fgvc.images.preprocess import differences
 from fgvc.io.names import label_differences
 from fgvc.runs.loaded import Answers, LoadedRun
 from fgvc.runtime.bundle import Bundle
-from fgvc.runtime.engine import OnnxSession
+from fgvc.runtime.engine import session_of, softmax
 
 COMPARED_IMAGES = 8  # by both
 SAME_LOGITS = 1e-3  # of logits, relative to max(1, |logit|): ten times what the proofs allow; other weights are hundreds away
+LEAST = 1e-30  # a probability below is as good as 0
 
 STACK_PARTS = {"preprocess": "its preprocessing", "labels": "the order of its labels"}
 
@@ -154,5 +155,8 @@ def _compare_logits(bundle: Bundle, run: LoadedRun, answer: Answers) -> Certific
     at = np.unique(np.linspace(0, len(answer.rows) - 1, min(COMPARED_IMAGES, len(answer.rows))).astype(int))
     loader = evaluation_loader(run.index, answer.rows[at], spec=run.preprocess, batch_size=COMPARED_IMAGES, workers=0)
     x = np.concatenate([batch.images.numpy() for batch in loader])
-    z, bundle_logits = answer.logits[at], OnnxSession(bundle.model).logits(x)
+    session, z = session_of(bundle, bundle.model), answer.logits[at]
+    bundle_logits = session.logits(x)
+    if session.file.ending in ("softmax", "log_softmax"):  # which leaves log-probabilities of logits
+        z, bundle_logits = (np.log(softmax(each).clip(min=LEAST)) for each in (z, bundle_logits))
     return Certificate(bundle, float((np.abs(z - bundle_logits) / np.maximum(1, np.abs(z))).max()), len(at))

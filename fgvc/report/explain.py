@@ -41,7 +41,7 @@ class RunExplainer:
         images = torch.from_numpy(x).to(self.device, memory_format=self.layout)
         logits = self.class_maps.logits(images).float().cpu().numpy()
         refuse_no_numbers(logits, self.folder)
-        p = probabilities(logits, self.calibration)
+        p = probabilities(logits, self.calibration, self.spec.ending)
         classes = p.argmax(1) if label is None else np.full(len(p), label)
         maps_by_method = {method: self.class_maps(images, torch.from_numpy(classes), method) for method in self.methods}
         return [

@@ -80,7 +80,7 @@ def gallery(
 ) -> Gallery:
     """Select up to `images` pictures of the highest loss, as many of the smallest margin between the two most probable classes,
     and of the most confused pairs MISTAKES each way; by the probabilities that the run's temperature makes of the logits."""
-    p = probabilities(answers.logits, calibration)
+    p = probabilities(answers.logits, calibration, answers.ending)
     predicted, true_shares = p.argmax(1), p[np.arange(len(p)), answers.labels]
     best = np.sort(p, axis=1)[:, -2:]
     worst = np.argsort(true_shares, kind="stable")[:images]

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from fgvc.config.data import Split
-from fgvc.config.images import Preprocess
+from fgvc.config.images import Ending, Preprocess
 from fgvc.config.recipe import Recipe, Selected
 from fgvc.data.index import ImageIndex
 from fgvc.data.loader import evaluation_loader
@@ -45,6 +45,7 @@ class Answers:
     labels: NDArray[np.int64]  # (N,)
     logits: NDArray[np.float32]  # (N,K)
     unreadable: tuple[str, ...]  # path and reason of those left out
+    ending: Ending | None = None  # of the file: with a sigmoid, each class's probability is its own
 
 
 @dataclass(frozen=True)  # without slots: the images are read when they are first asked for, and kept
@@ -110,7 +111,8 @@ class LoadedRun:
                 output: NDArray[np.float32] = self.step.net(images.to(place, memory_format=layout)).float().cpu().numpy()
                 return output
 
-            return _compute_answers(logits, index, rows, spec=self.preprocess, workers=self.recipe.train.workers)
+            workers, ending = self.recipe.train.workers, self.preprocess.ending
+            return _compute_answers(logits, index, rows, spec=self.preprocess, workers=workers, ending=ending)
 
     def measured(self, file: str) -> dict[str, Any]:
         """Read what was measured of this run's weights: see `fgvc.runs.measured.read_measured`."""
@@ -136,7 +138,9 @@ def onnx_answers(
     session: OnnxSession, index: ImageIndex, rows: NDArray[np.int64], *, spec: Preprocess, workers: int
 ) -> Answers:
     """Compute an ONNX classifier's logits for images preprocessed by `spec`. Unreadable ones are left out."""
-    return _compute_answers(lambda images: session.logits(images.numpy()), index, rows, spec=spec, workers=workers)
+    return _compute_answers(
+        lambda images: session.logits(images.numpy()), index, rows, spec=spec, workers=workers, ending=session.file.ending
+    )
 
 
 def _compute_answers(
@@ -146,6 +150,7 @@ def _compute_answers(
     *,
     spec: Preprocess,
     workers: int,
+    ending: Ending | None,
 ) -> Answers:
     read, labels, logits, unreadable = [], [], [], []
     for batch in evaluation_loader(index, rows, spec=spec, batch_size=64, workers=workers):
@@ -153,7 +158,7 @@ def _compute_answers(
         labels.append(batch.labels.numpy())
         read.append(batch.index.numpy())
         unreadable += [str(error) for error in batch.bad]
-    return Answers(np.concatenate(read), np.concatenate(labels), np.concatenate(logits), tuple(unreadable))
+    return Answers(np.concatenate(read), np.concatenate(labels), np.concatenate(logits), tuple(unreadable), ending)
 
 
 def load_run(

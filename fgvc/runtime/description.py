@@ -44,7 +44,8 @@ class Description:
     mean: Triple | None
     std: Triple | None
     output: str  # whose numbers are the classes'
-    others: tuple[str, ...]  # its other outputs
+    gives: str  # type of that output
+    others: tuple[str, ...]  # the file's other outputs
     classes: int | None  # None: the file does not declare them
     ending: Ending | None  # what the classes' numbers went through last; None: they are logits
     logits: str  # the value that the ending is taken of; the output itself where there is none
@@ -93,7 +94,7 @@ def describe(
     height, width = image.shape[2:] if layout == "NCHW" else image.shape[1:3]
     return Description(
         input=image.name, layout=layout, dtype=image.kind, batch=image.shape[0], height=height, width=width,
-        in_graph=tuple(start.words), mean=start.mean, std=start.std, output=port.name,
+        in_graph=tuple(start.words), mean=start.mean, std=start.std, output=port.name, gives=port.kind,
         others=tuple(other.name for other in graph.outputs if other.name != port.name), classes=_count(port), ending=ending,
         logits=logits,
     )  # fmt: skip

@@ -1,5 +1,5 @@
-"""Running a bundle's network on onnxruntime: images in, class probabilities out. The same code serves prediction, the server
-and the export's own proof."""
+"""Running a classifier's file on onnxruntime: images in, class probabilities out. The same code serves prediction, the server,
+the comparison and the export's own proof."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime
 
+from fgvc.config.images import Ending, Preprocess
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError, NoNumbersError
-from fgvc.images.preprocess import preprocess
+from fgvc.images.preprocess import keeps_pixels, preprocess
 from fgvc.runtime.bundle import Bundle, Variant
+from fgvc.runtime.description import Description, describe
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,39 +64,120 @@ def _named(model: Path | bytes) -> str:
 
 
 class OnnxSession:
-    """An ONNX classifier: one input (B,3,H,W) float32, the logits (B,K) its first output. Safe to share by threads."""
+    """An ONNX classifier by whatever program: images (B,3,H,W) float32 in, logits (B,K) out. They are fed in the file's own
+    layout and type, in pieces where its batch is fixed, and what it ends with is undone. Safe to share by threads."""
 
-    def __init__(self, model: Path | bytes, *, threads: int | None = None) -> None:
-        """Load a model. `threads`: None for all the CPUs that this process may use. Raises FgvcError for what is no
-        such model."""
+    def __init__(
+        self, model: Path | bytes, *, threads: int | None = None, output: str | None = None, classes: int | None = None
+    ) -> None:
+        """Load a model. `threads`: None for all the CPUs that this process may use. `output`, `classes`: as of `describe`. Raises
+        FgvcError for what is no such model."""
         self.threads: int = threads or available_cpus()
         self._session = load_session(model, threads=self.threads)
-        where = _named(model)
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
-            raise FgvcError(f"{where}: expected one input (B,3,H,W) of float32")
-        self.input: str = inputs[0].name
-        self.outputs: list[str] = [output.name for output in outputs]
-        self.shape: tuple[int | None, ...] = tuple(d if isinstance(d, int) else None for d in inputs[0].shape)
+        self.file: Description = describe(model, output=output, classes=classes)
+        self.input: str = self.file.input
+        self.outputs: list[str] = [self.file.output, *self.file.others]
+        self.shape: tuple[int | None, ...] = (self.file.batch, 3, self.file.height, self.file.width)
+
+    def infer(self, fed: np.ndarray) -> list[np.ndarray]:
+        """All outputs as the file gives them, that with the classes first, for what `feed` gives, row by row."""
+        fixed = self.file.batch
+        if fixed is None:
+            return self._session.run(self.outputs, {self.input: fed})
+        pieces = []
+        for start in range(0, len(fed), fixed):
+            piece = fed[start : start + fixed]
+            full = np.concatenate([piece, np.zeros((fixed - len(piece), *fed.shape[1:]), fed.dtype)])
+            pieces.append([output[: len(piece)] for output in self._session.run(self.outputs, {self.input: full})])
+        return [np.concatenate(outputs) for outputs in zip(*pieces, strict=True)]
 
     def run(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Run the network: all outputs for x (B,3,H,W) float32, row by row; where the graph fixes its batch, in
-        pieces of that size."""
+        """Logits (B,K) float32 for x (B,3,H,W) float32, and the other outputs as they are."""
         if any(fixed is not None and fixed != n for fixed, n in zip(self.shape[1:], x.shape[1:], strict=True)):
             raise FgvcError(f"the network takes images of shape {self.shape[1:]}, not {x.shape[1:]}")
-        fixed = self.shape[0]
-        if fixed is None:
-            return tuple(self._session.run(self.outputs, {self.input: x}))
-        pieces = []
-        for start in range(0, len(x), fixed):
-            piece = x[start : start + fixed]
-            full = np.concatenate([piece, np.zeros((fixed - len(piece), *x.shape[1:]), x.dtype)])
-            pieces.append([output[: len(piece)] for output in self._session.run(self.outputs, {self.input: full})])
-        return tuple(np.concatenate(outputs) for outputs in zip(*pieces, strict=True))
+        scores, *others = self.infer(feed(x, self.file))
+        return as_logits(scores, self.file.ending), *others
 
     def logits(self, x: np.ndarray) -> np.ndarray:
-        """Logits (B,K) float32 for x (B,3,H,W) float32."""
+        """Logits (B,K) float32 for x (B,3,H,W) float32: see `as_logits`."""
         return self.run(x)[0]
+
+
+def feed(x: np.ndarray, file: Description) -> np.ndarray:
+    """What a file takes for images x (B,3,H,W) float32: in its layout and of its type; as bytes they are rounded."""
+    images = x if file.layout == "NCHW" else np.moveaxis(x, 1, 3)
+    if file.dtype == "uint8":
+        images = np.rint(images).clip(0, 255)
+    return np.ascontiguousarray(images, dtype=file.dtype)
+
+
+def as_logits(scores: np.ndarray, ending: Ending | None) -> np.ndarray:
+    """Logits (B,K) float32 from which `probabilities` makes what a file gave, (B,K) or with axes of one: log-probabilities where
+    it ends with a softmax, log p - log (1 - p) where with a sigmoid. A probability that was rounded to 0, or a sigmoid's to 1,
+    counts as the nearest to it of its type."""
+    scores = scores.reshape(len(scores), -1)
+    if ending is None:
+        return scores.astype(np.float32, copy=False)
+    kind = np.finfo(scores.dtype)
+    z = scores.astype(np.float64)
+    least = float(kind.smallest_subnormal)
+    if ending == "log_softmax":
+        z = np.maximum(z, np.log(least))
+    elif ending == "softmax":
+        z = np.log(np.maximum(z, least))
+    else:
+        z = np.log(np.maximum(z, least)) - np.log(np.maximum(1 - z, float(kind.epsneg) / 2))
+    return z.astype(np.float32)
+
+
+def file_of(bundle: Bundle) -> Description:
+    """Read what a bundle's model takes and gives. Raises FgvcError where it is no classifier's file."""
+    network = bundle.preprocess.network
+    return describe(bundle.model, output=None if network is None else network.output, classes=len(bundle.labels))
+
+
+def session_of(bundle: Bundle, model: Path, *, threads: int | None = None) -> OnnxSession:
+    """Load a file of a bundle. Raises FgvcError where it does not fit the bundle's preprocessing and labels."""
+    network, spec = bundle.preprocess.network, bundle.preprocess
+    output = None if network is None else network.output
+    session = OnnxSession(model, threads=threads, output=output, classes=len(bundle.labels))
+    refuse_misfit(session.file, spec, model=model, where=bundle.folder / "preprocess.json")
+    warm = session.logits(np.zeros((1, 3, *spec.size), np.float32))
+    if warm.shape != (1, len(bundle.labels)):
+        raise FgvcError(f"{model}: gives {warm.shape[1:]} logits for {len(bundle.labels)} labels")
+    return session
+
+
+def refuse_misfit(file: Description, spec: Preprocess, *, model: Path, where: Path) -> None:
+    """Raise FgvcError where a preprocessing, that of the file `where`, does not make what a model takes: another size, or
+    normalised pixels for one that takes bytes; and where it says other things of the model than its graph does."""
+    takes, size = (file.height, file.width), spec.size
+    if any(fixed is not None and fixed != n for fixed, n in zip(takes, size, strict=True)):
+        raise FgvcError(f"{model}: takes images of {[3, *takes]}, {where.name} makes {(3, *size)}")
+    if file.dtype == "uint8" and not keeps_pixels(spec):
+        steps = f" ({', '.join(file.in_graph)})" if file.in_graph else ""
+        raise FgvcError(
+            f"{where}: normalises pixels, but {model} takes them as bytes and does the rest by itself{steps}; so that nothing is "
+            "done twice, state input_range 255, mean (0, 0, 0) and std (1, 1, 1)"
+        )
+    for key in ("layout", "dtype", "ending") if spec.network is not None else ():
+        stated, read = getattr(spec.network, key), getattr(file, key)
+        if stated != read:
+            raise FgvcError(f"{where}: network.{key}: says {stated}, and the graph of {model} has {read}")
+
+
+def doubts_about(file: Description, spec: Preprocess) -> list[str]:
+    """Words on what a graph and the preprocessing before it may both do; none where all is well."""
+    if file.mean is None or file.dtype == "uint8":
+        return []
+    white = 255 * keeps_pixels(spec) or int(keeps_pixels(spec, white=1))
+    if white == file.white:
+        return []
+    return [
+        f"the graph normalises by itself ({', '.join(file.in_graph)}), as for pixels from 0 to {file.white}; the preprocessing "
+        f"before it (input_range {spec.input_range}, mean {spec.mean}, std {spec.std}) makes others: right only if the deployed "
+        "stack does both"
+    ]
 
 
 class Engine:
@@ -103,19 +186,16 @@ class Engine:
     def __init__(self, bundle: Bundle, *, threads: int | None = None, variant: Variant = "float") -> None:
         """Load the network. Raises FgvcError where the bundle has no such variant, or it does not fit the size or the labels."""
         self.bundle = bundle
-        model = bundle.variant(variant)
-        self.session = OnnxSession(model, threads=threads)
-        _, *image = self.session.shape
-        size = bundle.preprocess.size
-        if any(fixed is not None and fixed != n for fixed, n in zip(image, (3, *size), strict=True)):
-            raise FgvcError(f"{model}: takes images of {image}, preprocess.json makes {(3, *size)}")
-        warm = self.logits(np.zeros((1, 3, *size), np.float32))
-        if warm.shape != (1, len(bundle.labels)):
-            raise FgvcError(f"{model}: gives {warm.shape[1:]} logits for {len(bundle.labels)} labels")
+        self.session = session_of(bundle, bundle.variant(variant), threads=threads)
+        self.doubts = doubts_about(self.session.file, bundle.preprocess)
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Logits (B,K) float32 for preprocessed x (B,3,H,W) float32."""
         return self.session.logits(x)
+
+    def answers(self, logits: np.ndarray, *, top_k: int = 5) -> list[Answer]:
+        """Classifications from its logits (B,K); see `classify`."""
+        return answers(self.bundle, logits, ending=self.session.file.ending, top_k=top_k)
 
     def classify(self, images: Sequence[Image.Image], *, top_k: int = 5) -> list[Answer]:
         """Classify RGB images: the `top_k` most probable classes of each, best first; equal ones in the labels' order.
@@ -126,14 +206,15 @@ class Engine:
         if not images:
             return []
         x = np.stack([preprocess(image, self.bundle.preprocess) for image in images])
-        return answers(self.bundle, self.logits(x), top_k=top_k)
+        return self.answers(self.logits(x), top_k=top_k)
 
 
-def answers(bundle: Bundle, logits: np.ndarray, *, top_k: int = 5) -> list[Answer]:
-    """Classifications from logits (B,K), by the bundle's labels and calibration; see `Engine.classify`."""
+def answers(bundle: Bundle, logits: np.ndarray, *, ending: Ending | None = None, top_k: int = 5) -> list[Answer]:
+    """Classifications from logits (B,K), by the bundle's labels and calibration; see `Engine.classify`. `ending`: of the file
+    that they are from."""
     refuse_no_numbers(logits, bundle.folder)
     calibration = bundle.calibration
-    p = probabilities(logits, calibration)
+    p = probabilities(logits, calibration, ending)
     best = np.argsort(-p, axis=1, kind="stable")[:, :top_k]
     return [
         Answer(
@@ -145,9 +226,11 @@ def answers(bundle: Bundle, logits: np.ndarray, *, top_k: int = 5) -> list[Answe
     ]
 
 
-def probabilities(logits: np.ndarray, calibration: Calibration | None) -> np.ndarray:
-    """Probabilities p (B,K) float64 of logits (B,K), by the fitted temperature, where there is one."""
-    return softmax(logits.astype(np.float64) / (calibration.temperature if calibration else 1.0))
+def probabilities(logits: np.ndarray, calibration: Calibration | None, ending: Ending | None = None) -> np.ndarray:
+    """Probabilities p (B,K) float64 of logits (B,K), by the fitted temperature, where there is one. Those of a file that ends
+    with a sigmoid are of each class against all others, and need not add up to 1."""
+    z = logits.astype(np.float64) / (calibration.temperature if calibration else 1.0)
+    return sigmoid(z) if ending == "sigmoid" else softmax(z)
 
 
 def is_rejected(p: np.ndarray, calibration: Calibration | None) -> bool:
@@ -168,6 +251,11 @@ def softmax(z: np.ndarray) -> np.ndarray:
     """Softmax p (B,K) float64 of logits z (B,K)."""
     e = np.exp(z.astype(np.float64) - z.max(axis=1, keepdims=True))
     return e / e.sum(axis=1, keepdims=True)
+
+
+def sigmoid(z: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-z)) in float64, without overflow."""
+    return np.exp(-np.logaddexp(0, -z.astype(np.float64)))
 
 
 def refuse_no_numbers(z: np.ndarray, where: Path) -> None:

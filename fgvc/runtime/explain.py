@@ -44,12 +44,12 @@ from fgvc.io.names import distinct_names, nearest, one_line, result_names
 from fgvc.runtime.bundle import MANIFEST, load_bundle
 from fgvc.runtime.engine import (
     NONE,
-    OnnxSession,
     calibration_word,
     is_calibrated,
     is_rejected,
     probabilities,
     refuse_no_numbers,
+    session_of,
 )
 from fgvc.runtime.predict import decoded, expand
 
@@ -103,14 +103,14 @@ class BundleExplainer:
             )
         self.folder, self.labels, self.spec = folder, bundle.labels, bundle.preprocess
         self.methods: tuple[str, ...] = ("cam",)
-        self._session = OnnxSession(bundle.explain, threads=threads)
+        self._session = session_of(bundle, bundle.explain, threads=threads)
         self.calibration = bundle.calibration
 
     def __call__(self, x: Floats, label: int | None) -> list[Explanation]:
-        logits, maps = self._session.run(x)
+        logits, *_, maps = self._session.run(x)
         refuse_no_numbers(logits, self.folder)
         explanations = []
-        for p, class_maps in zip(probabilities(logits, self.calibration), maps, strict=True):
+        for p, class_maps in zip(probabilities(logits, self.calibration, self._session.file.ending), maps, strict=True):
             k = int(p.argmax()) if label is None else label
             raw = np.ascontiguousarray(class_maps[k])
             scaled, rejected = positive(raw, (x.shape[2], x.shape[3])), is_rejected(p, self.calibration)

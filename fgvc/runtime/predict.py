@@ -19,7 +19,7 @@ from fgvc.images.preprocess import preprocess
 from fgvc.images.suffix import SUFFIXES, counted, suffix_of
 from fgvc.io.names import one_line
 from fgvc.runtime.bundle import Variant, load_bundle
-from fgvc.runtime.engine import NONE, Answer, Engine, answers, calibration_word
+from fgvc.runtime.engine import NONE, Answer, Engine, calibration_word
 
 BATCH = 16  # bounds memory; on CPUs a larger one is no faster
 
@@ -36,6 +36,8 @@ def predict_files(
     """
     files = list(expand(paths))
     engine = Engine(load_bundle(bundle), variant=variant)
+    for doubt in engine.doubts:
+        print(f"warning: {bundle}: {doubt}", file=sys.stderr)
     failed = 0
     for path, result in _classify(engine, files, top_k, max_pixels):
         if isinstance(result, ImageError):
@@ -92,7 +94,7 @@ def _classify(
     while batch := list(islice(rest, BATCH)):
         read = [_input(path, engine.bundle.preprocess, max_pixels) for path in batch]  # a file may be named twice
         good = [x for x in read if not isinstance(x, ImageError)]
-        results = iter(answers(engine.bundle, engine.logits(np.stack(good)), top_k=top_k) if good else [])
+        results = iter(engine.answers(engine.logits(np.stack(good)), top_k=top_k) if good else [])
         for path, x in zip(batch, read, strict=True):
             yield path, x if isinstance(x, ImageError) else next(results)
 

@@ -38,8 +38,10 @@ class LoadedModel:
         return self.engine.bundle.labels
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return (3, *self.engine.bundle.preprocess.size)
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one image, in the layout of the file."""
+        height, width = self.engine.bundle.preprocess.size
+        return (3, height, width) if self.engine.session.file.layout == "NCHW" else (height, width, 3)
 
 
 class ModelRegistry:
@@ -127,6 +129,8 @@ def _load(name: str, folder: Path, threads: int) -> LoadedModel:
         try:
             bundle = load_bundle(folder)
             engine = Engine(bundle, threads=threads)
+            for doubt in engine.doubts:
+                _log(f"{name}: {doubt}")
             explainer = None if bundle.explain is None else BundleExplainer(folder, threads=threads)
         except FgvcError:
             if (digest and digest == _digest(folder)) or attempt == _ATTEMPTS - 1:

@@ -1,4 +1,5 @@
-"""The Open Inference Protocol v2 with the binary tensor extension, as in Triton: one float32 input, the logits out.
+"""The Open Inference Protocol v2 with the binary tensor extension, as in Triton: one input as the file takes
+it, the numbers of the classes as the file gives them.
 
 The specification's text has slips; what counts is that tritonclient works unmodified.
 """
@@ -26,13 +27,16 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 _JSON_BYTES, _CONTAINERS, _QUOTES = 16 << 20, 200_000, 10_000
 
 
+TYPES = {"float32": "FP32", "float16": "FP16", "float64": "FP64", "uint8": "UINT8"}  # of tensors, by numpy's names
+
+
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
     """A valid inference request."""
 
-    x: np.ndarray  # (B,3,H,W) float32
+    x: np.ndarray  # (B, ...) in the layout and type of the file
     id: str | None
-    binary: bool  # whether the logits go back as bytes
+    binary: bool  # whether the answer goes back as bytes
 
 
 def server_metadata() -> dict[str, Any]:
@@ -41,12 +45,13 @@ def server_metadata() -> dict[str, Any]:
 
 def model_metadata(served: LoadedModel) -> dict[str, Any]:
     session = served.engine.session
+    datatype = TYPES[session.file.dtype]
     return {
         "name": served.name,
         "versions": [VERSION],
         "platform": "onnxruntime_onnx",
-        "inputs": [{"name": session.input, "datatype": "FP32", "shape": [-1, *served.input_shape]}],
-        "outputs": [{"name": session.outputs[0], "datatype": "FP32", "shape": [-1, len(served.labels)]}],
+        "inputs": [{"name": session.input, "datatype": datatype, "shape": [-1, *served.input_shape]}],
+        "outputs": [{"name": session.outputs[0], "datatype": TYPES[session.file.gives], "shape": [-1, len(served.labels)]}],
     }
 
 
@@ -58,7 +63,7 @@ def infer(
     Raises Refusal: 400, 413, 415.
     """
     request = parse(served, unpack(body, headers.get("content-encoding"), limit), headers.get(HEADER_LENGTH), batch=batch)
-    return answer(served, request, served.engine.logits(request.x))
+    return answer(served, request, served.engine.session.infer(request.x)[0])
 
 
 def unpack(body: bytes, encoding: str | None, limit: int) -> bytes:
@@ -95,16 +100,17 @@ def parse(served: LoadedModel, body: bytes, header_length: str | None, *, batch:
     tensor = inputs[0]
     if tensor.get("name") != session.input:
         raise Refusal(400, f"unexpected input {repr(tensor.get('name'))}, the model has {session.input!r}")
-    if tensor.get("datatype") != "FP32":
-        raise Refusal(400, f"input {session.input!r}: datatype FP32 is expected, not {repr(tensor.get('datatype'))}")
+    datatype = TYPES[session.file.dtype]
+    if tensor.get("datatype") != datatype:
+        raise Refusal(400, f"input {session.input!r}: datatype {datatype} is expected, not {repr(tensor.get('datatype'))}")
     shape = _shape(tensor.get("shape"), served, batch)
     size = _parameters(tensor).get("binary_data_size")
     if size is None:
         if header_length is not None and length != len(body):
             raise Refusal(400, "bytes follow the JSON, but no input has a binary_data_size")
-        values = _numbers(tensor.get("data"))
+        values = _numbers(tensor.get("data"), np.dtype(session.file.dtype))
     else:
-        values = _bytes(memoryview(body)[length:], size)
+        values = _bytes(memoryview(body)[length:], size, np.dtype(session.file.dtype).newbyteorder("<"))
     if values.size != math.prod(shape):
         raise Refusal(400, f"input {session.input!r}: {values.size} values for shape {list(shape)}")
     if not np.isfinite(values).all():
@@ -115,15 +121,18 @@ def parse(served: LoadedModel, body: bytes, header_length: str | None, *, batch:
     return InferenceRequest(values.reshape(shape), name, _wants_bytes(tree, session.outputs[0]))
 
 
-def answer(served: LoadedModel, request: InferenceRequest, logits: np.ndarray) -> tuple[bytes, int | None]:
-    """Response's body for logits (B,K), and the length of its JSON where bytes follow."""
-    output: dict[str, Any] = {"name": served.engine.session.outputs[0], "datatype": "FP32", "shape": list(logits.shape)}
+def answer(served: LoadedModel, request: InferenceRequest, scores: np.ndarray) -> tuple[bytes, int | None]:
+    """Response's body for the file's answers (B,K), or with axes of one, and the length of its JSON where bytes follow."""
+    scores = scores.reshape(len(scores), -1)
+    output: dict[str, Any] = {
+        "name": served.engine.session.outputs[0], "datatype": TYPES[scores.dtype.name], "shape": list(scores.shape)
+    }  # fmt: skip
     content = b""
     if request.binary:
-        content = np.ascontiguousarray(logits, dtype="<f4").tobytes()
+        content = np.ascontiguousarray(scores, dtype=scores.dtype.newbyteorder("<")).tobytes()
         output["parameters"] = {"binary_data_size": len(content)}
-    elif np.isfinite(logits).all():
-        output["data"] = logits.ravel().tolist()
+    elif np.isfinite(scores).all():
+        output["data"] = scores.ravel().tolist()
     else:
         raise Refusal(400, "the logits are not finite, which JSON can't hold; the input is far out of range")
     tree = {"model_name": served.name, "model_version": VERSION, "outputs": [output]}
@@ -160,7 +169,7 @@ def _shape(shape: Any, served: LoadedModel, batch: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _numbers(data: Any) -> np.ndarray:
+def _numbers(data: Any, dtype: np.dtype[Any]) -> np.ndarray:
     """Values of nested or flat lists, row by row."""
     if not isinstance(data, list):
         raise Refusal(400, "the input's data: expected a list of numbers")
@@ -168,17 +177,20 @@ def _numbers(data: Any) -> np.ndarray:
         data = list(chain.from_iterable(data))
     if not kinds <= {int, float}:
         raise Refusal(400, "the input's data: expected numbers alone, all nested as deep")
+    if dtype.kind == "u" and not all(type(number) is int and 0 <= number <= 255 for number in data):
+        raise Refusal(400, "the input's data: expected whole numbers from 0 to 255 alone")
     try:
-        with np.errstate(over="ignore"):  # what is too large for float32 is then not finite
-            return np.array(data, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what is too large for the type is then not finite
+            return np.array(data, dtype=dtype)
     except OverflowError:
         raise Refusal(400, "the input's data: a number is too large") from None
 
 
-def _bytes(content: memoryview, size: Any) -> np.ndarray:
-    if type(size) is not int or size != len(content) or size % 4:
-        raise Refusal(400, f"binary_data_size is {repr(size)}, {len(content)} bytes follow the JSON; 4 make a value")
-    values = np.frombuffer(content, dtype="<f4")
+def _bytes(content: memoryview, size: Any, dtype: np.dtype[Any]) -> np.ndarray:
+    if type(size) is not int or size != len(content) or size % dtype.itemsize:
+        each = "one makes" if dtype.itemsize == 1 else f"{dtype.itemsize} make"
+        raise Refusal(400, f"binary_data_size is {repr(size)}, {len(content)} bytes follow the JSON; {each} a value")
+    values = np.frombuffer(content, dtype=dtype)
     return values if values.flags.aligned else values.copy()  # behind JSON of any length floats may lie across words
 
 

@@ -27,7 +27,8 @@ from fgvc.reparam.plain import strip_to
 from fgvc.runs.folder import is_run
 from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import MANIFEST
-from fgvc.runtime.engine import OnnxSession
+from fgvc.runtime.description import describe
+from fgvc.runtime.engine import OnnxSession, refuse_misfit
 from fgvc.runtime.stack import stack_of
 
 WRITE = "NAME=FILE, NAME=hub, NAME=packaged, FILE, RUN or BUNDLE, NAME being timm's name of the net"
@@ -187,9 +188,13 @@ def _from_onnx(path: Path) -> Candidate:
         model = onnx.load(stack.model)
     except Exception as error:  # protobuf and onnx have kinds of their own
         raise FgvcError(f"{stack.model}: onnx can't read it: {error}") from error
-    name = _last_layer_input(model.graph, stack.model)
+    classes = None if stack.labels is None else len(stack.labels)
+    output = None if stack.preprocess.network is None else stack.preprocess.network.output
+    file = describe(stack.model, output=output, classes=classes)
+    refuse_misfit(file, stack.preprocess, model=stack.model, where=path)
+    name = _last_layer_input(model.graph, stack.model, file.logits)
     model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    session = OnnxSession(model.SerializeToString())
+    session = OnnxSession(model.SerializeToString(), output=file.output)
     return Candidate(
         name=str(path),
         spec=stack.preprocess,
@@ -203,11 +208,12 @@ def _from_onnx(path: Path) -> Candidate:
     )
 
 
-def _last_layer_input(graph: GraphProto, where: Path) -> str:
-    """Name of the tensor (B,D) that the last Gemm, MatMul or 1x1 Conv reads. Raises FgvcError where the graph ends otherwise."""
+def _last_layer_input(graph: GraphProto, where: Path, logits: str) -> str:
+    """Name of the tensor (B,D) that the last Gemm, MatMul or 1x1 Conv before `logits` reads. Raises FgvcError where the graph
+    ends otherwise."""
     producers: dict[str, NodeProto] = {output: node for node in graph.node for output in node.output}
     stored = {tensor.name for tensor in graph.initializer}
-    name = graph.output[0].name
+    name = logits
     while (node := producers.get(name)) is not None and node.op_type in PASS_THROUGH:
         name = next((tensor for tensor in node.input if tensor in producers and tensor not in stored), "")
     if node is not None and (node.op_type in ("Gemm", "MatMul") or _is_pointwise(node, graph)):

@@ -31,8 +31,8 @@ from fgvc.errors import FgvcError
 from fgvc.images.decode import decode
 from fgvc.io.files import writing
 from fgvc.runtime.bundle import load_bundle
-from fgvc.runtime.engine import Engine
-from fgvc.serving.protocol import HEADER_LENGTH
+from fgvc.runtime.engine import Engine, feed
+from fgvc.serving.protocol import HEADER_LENGTH, TYPES
 
 ROUNDS = 12  # of every measurement in turn
 BLOCK = 40  # images in one of them
@@ -100,13 +100,13 @@ def bench_serve(bundle: Path, *, image: Path | None = None, seconds: float = 5.0
         raise FgvcError("bench serve: needs two CPUs, one for the server and one for the client")
     picture = _drawn_jpeg() if image is None else image.read_bytes()
     engine = Engine(load_bundle(bundle), threads=1)
-    x = np.random.default_rng(0).random((1, 3, *engine.bundle.preprocess.size), dtype=np.float32)
+    session = engine.session
+    x = feed(np.random.default_rng(0).random((1, 3, *engine.bundle.preprocess.size), dtype=np.float32), session.file)
     several = np.repeat(x, BATCH, axis=0)
-    name = engine.session.input
     classify = _request("/v1/classify", picture)
     cases: dict[str, tuple[bytes, Callable[[], object], int]] = {
-        "infer": (_tensor(x, name), lambda: engine.logits(x), BLOCK),
-        f"infer of {BATCH}": (_tensor(several, name), lambda: engine.logits(several), max(2, BLOCK // BATCH)),
+        "infer": (_tensor(x, session.input), lambda: session.infer(x), BLOCK),
+        f"infer of {BATCH}": (_tensor(several, session.input), lambda: session.infer(several), max(2, BLOCK // BATCH)),
         "classify": (classify, lambda: engine.classify([decode(picture)]), BLOCK),
     }  # a request, the same work without a server, how often
     try:
@@ -276,7 +276,7 @@ def _server(bundle: Path, cpu: int) -> Iterator[tuple[subprocess.Popen[str], str
 
 def _tensor(x: np.ndarray, name: str) -> bytes:
     content = x.tobytes()
-    tensor = {"name": name, "datatype": "FP32", "shape": x.shape, "parameters": {"binary_data_size": len(content)}}
+    tensor = {"name": name, "datatype": TYPES[x.dtype.name], "shape": x.shape, "parameters": {"binary_data_size": len(content)}}
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
     return _request("/v2/models/model/infer", head + content, f"{HEADER_LENGTH}: {len(head)}\r\n")
 

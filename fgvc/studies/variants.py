@@ -127,7 +127,7 @@ def _errors(float_answers: Answers, answers: Answers, split: Split, calibration:
     if calibration is None or calibration.fitted_on != split:
         return {}
     sides = {"ece_float": float_answers, "ece": answers}
-    return {name: measure(side.logits, side.labels, calibration).after.ece for name, side in sides.items()}
+    return {name: measure(side.logits, side.labels, calibration, ending=side.ending).after.ece for name, side in sides.items()}
 
 
 def _listed(run: LoadedRun, agreement: Agreement) -> list[dict[str, Any]]:

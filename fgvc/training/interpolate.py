@@ -134,7 +134,9 @@ def _validation_scores(
         for share in track(SHARES, "shares", console=console, transient=True, disable=not console.is_terminal):
             net.load_state_dict(interpolate_weights(*ends, share))
             try:
-                scores[share] = metrics.evaluate(net, batches(), classes=classes, device=place, memory_format=layout)
+                scores[share] = metrics.evaluate(
+                    net, batches(), classes=classes, device=place, memory_format=layout, ending=run.preprocess.ending
+                )
             except NoNumbersError:  # both ends may be well, and what lies between not
                 scores[share] = None
     return scores, tuple(unreadable)

@@ -58,6 +58,7 @@ def score(session: Session, out: Path) -> Scores:
             classes=len(session.index.classes),
             device=process.device,
             memory_format=memory_format(net),
+            ending=session.preprocess.ending,
         )
     except NoNumbersError as error:
         split = "validation" if held_out else "training"

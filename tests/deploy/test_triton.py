@@ -14,11 +14,13 @@ from google.protobuf import text_format
 from PIL import Image
 
 from fgvc.cli.app import main
+from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.exporting.triton import config, write_model
-from fgvc.runtime.bundle import load_bundle
-from fgvc.runtime.engine import Engine
+from fgvc.runtime.bundle import load_bundle, write_bundle
+from fgvc.runtime.engine import Engine, file_of
 from tests.deploy.small import SIZE, bundle, network, script
+from tests.models.onnxnet import small
 
 
 @pytest.fixture(scope="module")
@@ -147,18 +149,17 @@ class Server:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def get_model_metadata(self, model: str) -> dict:
-        assert model == "colours"
-        return {"inputs": [{"name": "input"}], "outputs": [{"name": "logits"}]}
-
     def infer(self, model: str, inputs: list) -> Server:
+        session = self.engine.session
+        assert (model, inputs[0].name()) == ("colours", session.input)
         raw = inputs[0]._get_binary_data()
-        self.x = np.frombuffer(raw, np.float32).reshape(inputs[0].shape())
+        assert inputs[0].datatype() == {"float32": "FP32", "uint8": "UINT8"}[session.file.dtype]
+        self.x = np.frombuffer(raw, session.file.dtype).reshape(inputs[0].shape())
         return self
 
     def as_numpy(self, name: str) -> np.ndarray:
-        assert name == "logits"
-        return self.engine.logits(self.x)
+        assert name == self.engine.session.outputs[0]
+        return self.engine.session.infer(self.x)[0]
 
 
 def test_the_client_says_what_the_engine_says(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_the_client_says_what_the_engine_says(tmp_path: Path) -> None:
     for name, colour in (("red", (255, 0, 0)), ("black", (0, 0, 0))):
         Image.new("RGB", (20, 10), colour).save(tmp_path / f"{name}.png")
     rows = [
-        client.classify(Server(engine), "colours", load_bundle(tmp_path / "b"), tmp_path / name, top_k=1)
+        client.classify(Server(engine), "colours", engine.bundle, engine.session.file, tmp_path / name, top_k=1)
         for name in ("red.png", "black.png", "none.png")
     ]
     assert [row.get("rejected") for row in rows] == [False, True, None]  # by the threshold of 0.5, at temperature 2
@@ -176,3 +177,23 @@ def test_the_client_says_what_the_engine_says(tmp_path: Path) -> None:
     assert rows[0]["predictions"][0]["label"] == "red"
     assert rows[0]["predictions"][0]["probability"] == pytest.approx(np.e**5 / (np.e**5 + 2))
     assert rows[2]["error"] == "missing"
+
+
+def test_the_client_feeds_a_file_of_another_program_as_it_is(tmp_path: Path) -> None:
+    """Bytes, channels last; a softmax at the end is not taken twice."""
+    pytest.importorskip("geventhttpclient")
+    client = script("triton/client.py")
+    raw = Preprocess(
+        size=(SIZE, SIZE), resize="squash", crop_pct=1.0, input_range=255, mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    files = {
+        "model.onnx": small.bytes_in().SerializeToString(), "labels.json": list("abcde"), "preprocess.json": raw,
+        "contract.json": {"num_classes": 5}, "metrics.json": {},
+    }  # fmt: skip
+    write_bundle(tmp_path / "b", files=files)
+    engine = Engine(load_bundle(tmp_path / "b"), threads=1)
+    Image.new("RGB", (20, 10), (200, 30, 90)).save(tmp_path / "red.png")
+    row = client.classify(Server(engine), "colours", engine.bundle, file_of(engine.bundle), tmp_path / "red.png", top_k=5)
+    (answer,) = engine.classify([Image.open(tmp_path / "red.png")], top_k=5)
+    assert [each["label"] for each in row["predictions"]] == [each.label for each in answer.predictions]
+    assert sum(each["probability"] for each in row["predictions"]) == pytest.approx(1)
