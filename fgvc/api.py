@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from fgvc.config.data import Split
 from fgvc.config.exporting import Export, Exporter
+from fgvc.config.images import Preprocess
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe, Selected
 from fgvc.data.loader import evaluation_loader
@@ -50,6 +51,7 @@ from fgvc.runs.folder import read_run, recorded_classes, recorded_preprocess
 from fgvc.runs.images import read_index
 from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runtime.bundle import Bundle, load_bundle, refuse_target, write_bundle
+from fgvc.runtime.description import describe
 from fgvc.runtime.stack import Agreement, Stack, agreement, stack_of
 from fgvc.studies.probe import IMAGES, ProbeResults, Size
 from fgvc.studies.probe import probe as run_probe
@@ -318,7 +320,7 @@ def _export(
     files: dict[str, Any] = {
         "model.onnx": proven.model,
         "labels.json": list(index.classes),
-        "preprocess.json": loaded.preprocess,
+        "preprocess.json": _fed(loaded.preprocess, proven.model),
         "contract.json": dict(proven.contract) | {"deployed": around.numbers if around is not None else None},
         "metrics.json": {
             key.partition(".")[0]: row
@@ -339,6 +341,12 @@ def _export(
         files["contract.json"] |= {"left_out": omitted}
     write_bundle(out, files=files, data=proven.data, overwrite=overwrite)
     return Exported(out, select_name, proven, run_calibration, tuple(beside), against, around, omitted)
+
+
+def _fed(spec: Preprocess, model: bytes) -> Preprocess:
+    """A run's preprocessing with what the exported file takes and does by itself."""
+    output = None if spec.network is None else spec.network.output
+    return spec.model_copy(update={"network": describe(model, output=output).record})
 
 
 def _with_options(export: Export, exporter: Exporter | None, opset: int | None) -> Export:

@@ -74,7 +74,7 @@ class Augmenter:
         shape = pixels.shape[0], pixels.shape[1]
         to_image = to_image @ inverse(result["applied_transforms"], shape)
         if shape != self.spec.size:  # a crop of the pipeline
-            pixels = _resampled(pixels, (0, 0, *shape[::-1]), self.spec.size, self.spec.interpolation)
+            pixels = _resampled(pixels, (0, 0, *shape[::-1]), self.spec.size, self.spec)
             to_image = to_image @ scaled(shape, self.spec.size)
         return pixels, to_image[:2].astype(np.float32)
 

@@ -345,7 +345,7 @@ def _with_preprocessing(side: Classifier, other: Classifier) -> Classifier:
             f"{side.path} says nothing of its preprocessing; assumed, as {other.path}: {described(spec)} (else give --preprocess "
             "FILE)",
         )
-    where = side.path / "preprocess.json" if side.path.is_dir() else Path(f"the preprocessing of {side.path.name}")
+    where = side.path / "preprocess.json" if side.path.is_dir() else f"the preprocessing of {side.path.name}"
     refuse_misfit(side.session.file, spec, model=side.path, where=where)
     notes = (*notes, *(f"{side.path}: {doubt}" for doubt in doubts_about(side.session.file, spec)))
     outputs = side.session.logits(np.zeros((1, 3, *spec.size), np.float32)).shape

@@ -32,6 +32,7 @@ from fgvc.models.weights import Weights, load_weights, preprocess_for, stated_ke
 from fgvc.reparam.replace import Block, folded_state
 from fgvc.runs.folder import read_run, recorded_classes
 from fgvc.runs.step import StepModule
+from fgvc.runtime.engine import doubts_about, refuse_misfit
 from fgvc.techniques.distill.teacher import Teacher
 from fgvc.techniques.registry import build
 
@@ -98,6 +99,8 @@ def build_net(
     if pretrained and model.head == "probe":
         require_linear_head(net, size, f"model.head: {recipe.model.name}")
     preprocess = preprocess_for(recipe.deploy, size, weights)
+    if isinstance(net, OnnxNet):
+        preprocess = preprocess.model_copy(update={"network": net.file.record})
     if pretrained:
         doubts = check_file(net, recipe, preprocess, counts) if isinstance(net, OnnxNet) else ()
         doubts = (*doubts, *sidecar_doubts(recipe, preprocess), *unlikely(preprocess, weights))
@@ -118,8 +121,8 @@ def build_net(
 def check_file(
     net: OnnxNet, recipe: Recipe, spec: Preprocess, counts: NDArray[np.int64] | None
 ) -> tuple[str, ...]:
-    """Doubts about how a deployed file's images are prepared. Raises FgvcError where the recipe leaves that open, normalises
-    bytes, or has a loss that does not fit the file's end, or a new head where classes have no images."""
+    """Doubts about how a deployed file's images are prepared. Raises FgvcError where the recipe leaves that open, does not
+    make what the file takes, or has a loss that does not fit the file's end, or a new head where classes have no images."""
     refuse_unstated(recipe)
     if counts is not None and (absent := int((counts == 0).sum())) and recipe.model.head != "timm":
         raise FgvcError(
@@ -127,23 +130,14 @@ def check_file(
             f"{len(counts)} have none: beside their rows these would mean nothing. Set it to timm, which keeps the file's head"
             + ("" if recipe.model.weights == "deployed" else ", with model.weights: deployed")
         )
-    raw = not any(spec.mean) and all(value == 1 for value in spec.std)
-    if net.dtype == "uint8" and not (raw and spec.input_range == 255):
-        raise FgvcError(
-            f"deploy: {recipe.model.onnx} takes bytes, and its graph does the rest: set input_range to 255, mean to [0, 0, 0] "
-            "and std to [1, 1, 1], or leave them out"
-        )
+    assert recipe.model.onnx is not None
+    refuse_misfit(net.file, spec, model=recipe.model.onnx, where="deploy")
     if net.ending == "sigmoid" and recipe.loss.kind != "bce":
         raise FgvcError(
             f"loss.kind: {recipe.loss.kind}: {recipe.model.onnx} ends with a sigmoid, which answers for each class by itself; "
             "set it to bce"
         )
-    if net.file.mean is not None and not raw:
-        return (
-            f"the graph of {recipe.model.onnx} normalises by itself ({', '.join(net.file.in_graph)}), and deploy.mean and "
-            "deploy.std come before that: right only if the deployed stack does both",
-        )
-    return ()
+    return tuple(f"{recipe.model.onnx}: {doubt}" for doubt in doubts_about(net.file, spec))
 
 
 def _frozen_modules(net: nn.Module, model: Model) -> list[nn.Module]:

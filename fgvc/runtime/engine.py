@@ -148,17 +148,17 @@ def session_of(bundle: Bundle, model: Path, *, threads: int | None = None) -> On
     return session
 
 
-def refuse_misfit(file: Description, spec: Preprocess, *, model: Path, where: Path) -> None:
-    """Raise FgvcError where a preprocessing, that of the file `where`, does not make what a model takes: another size, or
+def refuse_misfit(file: Description, spec: Preprocess, *, model: Path, where: Path | str) -> None:
+    """Raise FgvcError where a preprocessing, stated in `where`, does not make what a model takes: another size, or
     normalised pixels for one that takes bytes; and where it says other things of the model than its graph does."""
     takes, size = (file.height, file.width), spec.size
     if any(fixed is not None and fixed != n for fixed, n in zip(takes, size, strict=True)):
-        raise FgvcError(f"{model}: takes images of {[3, *takes]}, {where.name} makes {(3, *size)}")
+        raise FgvcError(f"{model}: takes images of {[3, *takes]}, {Path(where).name} makes {(3, *size)}")
     if file.dtype == "uint8" and not keeps_pixels(spec):
         steps = f" ({', '.join(file.in_graph)})" if file.in_graph else ""
         raise FgvcError(
             f"{where}: normalises pixels, but {model} takes them as bytes and does the rest by itself{steps}; so that nothing is "
-            "done twice, state input_range 255, mean (0, 0, 0) and std (1, 1, 1)"
+            "done twice, state input_range 255, mean [0, 0, 0] and std [1, 1, 1]"
         )
     for key in ("layout", "dtype", "ending") if spec.network is not None else ():
         stated, read = getattr(spec.network, key), getattr(file, key)
