@@ -281,7 +281,7 @@ def test_refusals_of_files(colours: Path, tmp_path: Path) -> None:
     each = saved(sigmoid(), tmp_path / "sigmoid")
     assert "ends with a sigmoid" in refusal(tree(each, colours), out)
     raw = saved(small.bytes_in(), tmp_path / "bytes")
-    assert "takes bytes, and its graph does the rest" in refusal(tree(raw, colours), out)
+    assert "takes them as bytes and does the rest by itself" in refusal(tree(raw, colours), out)
 
 
 @pytest.mark.parametrize(
