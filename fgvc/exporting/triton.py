@@ -72,7 +72,7 @@ def write_model(
         (folder / LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
         (folder / "1").mkdir()
         shutil.copyfile(bundle.model, folder / "1" / "model.onnx")
-        for data in bundle.files.keys() - {*REQUIRED, *OPTIONAL}:  # weights that the model keeps in other files
+        for data in bundle.data:  # weights that the model keeps in other files
             shutil.copyfile(bundle.folder / data, folder / "1" / data)
         for file in CLIENT:
             if file in bundle.files:

@@ -56,6 +56,11 @@ class Bundle:
         return self.folder / file
 
     @property
+    def data(self) -> tuple[str, ...]:
+        """Names of the files in which the models keep weights."""
+        return tuple(name for name in self.files if name not in REQUIRED + OPTIONAL)
+
+    @property
     def explain(self) -> Path | None:
         return self.folder / "explain.onnx" if "explain.onnx" in self.files else None
 

@@ -13,8 +13,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import helper, numpy_helper
 from PIL import Image
+from safetensors.torch import load_file
 
 from fgvc import api
 from fgvc.cli.app import main
@@ -23,6 +25,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.exporting.deployed import compare_written
 from fgvc.exporting.into import payload_spans
+from fgvc.exporting.triton import write_model
 from fgvc.runs.folder import read_run
 from fgvc.runs.images import read_index
 from fgvc.runs.loaded import load_run
@@ -112,6 +115,8 @@ def test_a_file_is_trained_and_written_back(name: str, colours: Path, tmp_path: 
     assert written.moved
     bundle = load_bundle(tmp_path / "bundle")
     if name == "external":
+        write_model(bundle, tmp_path / "triton")
+        assert onnx.load(str(tmp_path / "triton" / "bundle" / "1" / "model.onnx")) == onnx.load(str(bundle.model))
         assert (bundle.folder / "deployed.onnx.data").read_bytes() != (file.parent / "deployed.onnx.data").read_bytes()
     if not written.reencoded:
         assert outside(bundle.model) == outside(file)
@@ -431,6 +436,40 @@ def test_files_of_other_programs_train_and_are_written_back(
     assert done.proven.written is not None
     assert len(done.proven.written.moved) >= 50
     assert outside(tmp_path / "bundle" / "model.onnx") == outside(shared / "deployed" / f"{name}.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"ema": {"decay": 0.9}, "select": "ema"},
+        {"swa": {"start": 0.5}, "select": "swa", "train": {"epochs": 2, "max_steps": None}},
+        {"model": {"batch_norm": "batch"}, "train": {"precise_bn": 16}},
+        {"optim": {"sam": {"rho": 0.05}}},
+        {"train": {"grad_checkpointing": True}},
+        {"optim": {"l2_sp": 0.01}},
+        {"optim": {"layer_decay": 0.7}},
+        {"loss": {"kind": "focal"}},
+    ],
+    ids=lambda sections: next(iter(sections)),
+)
+def test_settings_of_training(sections: dict[str, Any], colours: Path, tmp_path: Path) -> None:
+    file = saved(small.kept_norm(), tmp_path / "given")
+    run = api.train(Recipe.model_validate(tree(file, colours, **sections)), tmp_path / "run")
+    written = api.export(run, tmp_path / "bundle").proven.written
+    assert written is not None
+    moved = {"stem.weight", "stem.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"}
+    running = {"norm.mean", "norm.var"} if "model" in sections else set()
+    assert set(written.moved) == moved | running
+    assert outside(tmp_path / "bundle" / "model.onnx") == outside(file)
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(colours: Path, run: Path, plain_file: Path, tmp_path: Path) -> None:
+    stopped = tree(plain_file, colours, train={"max_steps": 1})
+    half = api.train(Recipe.model_validate(stopped), tmp_path / "run")
+    api.train(Recipe.model_validate(tree(plain_file, colours)), half)
+    weights = [load_file(place / "ckpt" / "last" / "net.safetensors") for place in (half, run)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
 
 
 @pytest.mark.slow
