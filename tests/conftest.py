@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.charts import unpainted
 from tests.processes import end_all, plain_draws, start
 from tests.trained import Once
 
@@ -54,33 +54,22 @@ def _the_machine_does_not_die() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def painted() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Runs and scores write their charts without painting them, which takes as long as the steps of a tiny run: within
-    `with painted():` they are painted. The functions that paint are tested where they are called by themselves."""
+    """Runs and scores write their charts without painting them (tests/charts.py): within `with painted():` they are painted. The
+    functions that paint are tested where they are called by themselves."""
     if "torch" not in sys.modules:  # nothing trains in this session
         yield nullcontext
         return
-    from fgvc.evaluation import evaluate
-    from fgvc.training import trainer
-
-    stream = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(stream, "png")
-    blank = stream.getvalue()
-
-    def calibration(found: object, *, split: str) -> dict[str, bytes]:
-        return {f"{name}-{split}.png": blank for name in ("reliability", "risk-coverage")}
-
-    charts = [(trainer, "plot_curves"), (trainer, "plot_confusion"), (evaluate, "plot_confusion")]
-    real = {(module, name): getattr(module, name) for module, name in [*charts, (evaluate, "plot_calibration")]}
+    charts = unpainted()
+    real = [(module, name, getattr(module, name)) for module, name, _ in charts]
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in charts:
-            patch.setattr(module, name, lambda *_, **__: blank)
-        patch.setattr(evaluate, "plot_calibration", calibration)
+        for chart in charts:
+            patch.setattr(*chart)
 
         @contextmanager
         def for_real() -> Iterator[None]:
             with pytest.MonkeyPatch.context() as inner:
-                for (module, name), function in real.items():
-                    inner.setattr(module, name, function)
+                for chart in real:
+                    inner.setattr(*chart)
                 yield
 
         yield for_real

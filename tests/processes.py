@@ -21,6 +21,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from tests.charts import unpainted
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -122,6 +124,8 @@ def _run(
     os.environ.update(env)
     os.chdir(place)
     os.fsync = lambda handle: None  # a process may be killed; the machine is not
+    for module, name, blank in unpainted():
+        setattr(module, name, blank)
     function(*arguments)
 
 

@@ -69,11 +69,15 @@ def recipe_path(config: str) -> Path:
     return recipe_file(config)
 
 
-def recipe_of(config: str, overrides: list[str] | None) -> Recipe:
-    """Load a recipe by path or id, with the command line's overrides. Needs no torch, so that mistakes are reported at once."""
+def recipe_of(config: str, overrides: list[str] | None, *, out: Path | None = None) -> Recipe:
+    """Load a recipe by path or id, with the command line's overrides, whose data are there. Needs no torch, so that mistakes are
+    reported at once. `out`: the folder of its run, which needs no data any more once it is finished."""
     from fgvc.data.recipe import load_recipe
 
-    return load_recipe(recipe_path(config), overrides or [])
+    recipe = load_recipe(recipe_path(config), overrides or [])
+    if out is None or not (out / "config.yaml").is_file():
+        recipe.data.folder()
+    return recipe
 
 
 def sides(text: str) -> tuple[int, int]:

@@ -68,18 +68,18 @@ def train(
     ] = False,
 ) -> None:
     """Train a run, or go on with one."""
-    recipe = recipe_of(config, overrides)
+    from fgvc.config.template import run_name
+
+    folder = out or Path("runs") / run_name(recipe_path(config))
+    recipe = recipe_of(config, overrides, out=folder)
     from fgvc import api
     from fgvc.cli import show
-    from fgvc.config.template import run_name
 
     if dry_run:
         show.forecast(api.forecast(recipe))
         return
     try:
-        run = api.train(
-            recipe, out or Path("runs") / run_name(recipe_path(config)), resume=resume, overwrite=overwrite, recorded=recorded
-        )
+        run = api.train(recipe, folder, resume=resume, overwrite=overwrite, recorded=recorded)
     except KeyboardInterrupt as stop:
         done = str(stop) or "before the first step of this session"
         print(f"interrupted, {done}; the same command goes on from the last checkpoint", file=sys.stderr)

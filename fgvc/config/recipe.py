@@ -140,7 +140,7 @@ class Recipe(Section):
                 "train.precise_bn would replace the statistics that model.batch_norm: frozen keeps; set it to 0, or "
                 "model.batch_norm to batch"
             )
-        for problem in conflicts(self.techniques):
+        for problem in whole_label_conflicts(self.techniques):
             raise ValueError(problem)
         for kind, config in enabled_techniques(self.techniques).items():
             if self.ema is None and config.requires.average:
@@ -183,7 +183,7 @@ class Recipe(Section):
         return averaged if self.select in (None, "best") else self.select
 
 
-def conflicts(techniques: Section) -> list[str]:
+def whole_label_conflicts(techniques: Section) -> list[str]:
     """Messages on techniques that need images of one label while others mix all labels in some step."""
     configs = enabled_techniques(techniques)
     mixers = {kind: config for kind, config in configs.items() if isinstance(config, Mixing)}

@@ -45,6 +45,10 @@ class Augmenter:
         self.augment, self.spec, self.seed = augment, spec, seed
         self._names, self._compose = _compose(augment, spec)
 
+    def __reduce__(self) -> tuple[type[Augmenter], tuple[Augment, Preprocess, int]]:
+        """A worker that is not forked gets the settings, and composes the steps itself: they can't be pickled."""
+        return Augmenter, (self.augment, self.spec, self.seed)
+
     def __call__(
         self, image: NDArray[np.uint8], *, epoch: int, row: int, turn: int = 0
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

@@ -21,18 +21,18 @@ from fgvc.config.images import Preprocess
 from fgvc.data.augment import Augmenter
 from fgvc.data.cache import DecodeCache
 from fgvc.data.index import ImageIndex
+from fgvc.data.order import EpochOrder, Key
 from fgvc.errors import FgvcError, ImageError
 from fgvc.images.decode import read_picture
 from fgvc.images.preprocess import preprocess
 from fgvc.images.upright import turned_boxes, turned_points, turned_sides
-from fgvc.rng import ORDER, SAMPLE, generator, seeded_globals
+from fgvc.rng import SAMPLE, generator, seeded_globals
 
 OnSample = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
 """Hook from a (h,w,3) uint8 image and its row to an image of the same size; called in a worker, before any geometry. Workers
 are forked once: what changes during training must be read from disk or shared memory."""
 
 Sides = tuple[int, int]  # width, height
-Key = tuple[int, int, int]  # epoch, row, turn: number of earlier samples of that row in the epoch
 
 BEFORE = 2**31  # first epoch number of the views that are drawn before training
 
@@ -120,7 +120,7 @@ def train_loader(
     """
     samples = _Samples(index, np.asarray(rows, dtype=np.int64), augmenter, seed, cache, tuple(on_sample))
     labels = index.labels[samples.rows] if balanced else None
-    order = _Order(samples.rows, seed, batch_size=batch_size, rank=rank, world=world, labels=labels)
+    order = EpochOrder(samples.rows, seed, batch_size=batch_size, rank=rank, world=world, labels=labels)
     loader = _torch_loader(samples, order, workers, persistent=True)
     return TrainLoader(loader, samples, order, limit=max_unreadable)
 
@@ -145,7 +145,7 @@ def augmented_views(
 class TrainLoader:
     """Epochs of training batches, from any batch on; made by `train_loader`."""
 
-    def __init__(self, loader: DataLoader[TrainBatch], samples: _Samples, order: _Order, *, limit: float) -> None:
+    def __init__(self, loader: DataLoader[TrainBatch], samples: _Samples, order: EpochOrder, *, limit: float) -> None:
         self.batches_per_epoch = len(order.rows) // (order.batch_size * order.world)  # an incomplete last one is dropped
         self.bad = BadFiles(limit=limit, images=len(order.rows))
         self._samples, self._order = samples, order
@@ -217,54 +217,6 @@ def evaluation_loader(
         yield pending
     elif errors and some:
         raise FgvcError(f"none of the {len(mine)} images to evaluate can be read; the first: {errors[0]}")
-
-
-class _Order:
-    """Batches of keys for one rank: a pure function of seed, epoch and start.
-
-    Without `labels` a permutation of `rows`; with `labels` as many rows drawn with replacement, each with probability
-    1 / (classes that occur * rows of its class).
-    """
-
-    def __init__(
-        self,
-        rows: NDArray[np.int64],
-        seed: int,
-        *,
-        batch_size: int,
-        rank: int,
-        world: int,
-        labels: NDArray[np.int32] | None = None,
-    ) -> None:
-        self.rows, self.seed, self.batch_size, self.rank, self.world = rows, seed, batch_size, rank, world
-        self.epoch = self.start = 0
-        self.share: NDArray[np.float64] | None = None
-        if labels is not None and len(labels):
-            counts = np.bincount(labels)
-            self.share = 1 / (np.count_nonzero(counts) * counts[labels])
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        """The batches of this rank. A step's rows over all ranks are consecutive in the order, whatever the number of ranks."""
-        epoch = self.epoch
-        rng = generator(ORDER, self.seed, epoch)
-        if self.share is None:
-            order, turns = rng.permutation(self.rows), np.zeros(len(self.rows), np.int64)
-        else:
-            order = rng.choice(self.rows, len(self.rows), p=self.share)
-            turns = _turns(order)
-        together = self.batch_size * self.world
-        for step in range(self.start, len(order) // together):
-            mine = slice(step * together + self.rank, (step + 1) * together, self.world)
-            yield [(epoch, row, turn) for row, turn in zip(order[mine].tolist(), turns[mine].tolist(), strict=True)]
-
-
-def _turns(order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number of earlier elements equal to each element, (N,)."""
-    by_row = np.argsort(order, kind="stable")
-    first = np.searchsorted(order, order, sorter=by_row)  # where the run of equal elements begins
-    turns = np.empty(len(order), np.int64)
-    turns[by_row] = np.arange(len(order)) - first[by_row]
-    return turns
 
 
 class _Samples(Dataset[TrainBatch]):

@@ -101,14 +101,14 @@ def differences_outside(ours: Path, theirs: Path, payloads: Collection[str] | No
     a, b = ours.read_bytes(), theirs.read_bytes()
     one, two = onnx.load_from_string(a), onnx.load_from_string(b)
     files = external_files(one), external_files(two)
-    found = [f"external data: {files[0]} and {files[1]}"] if files[0] != files[1] else []
+    differences = [f"external data: {files[0]} and {files[1]}"] if files[0] != files[1] else []
     if _zeroed(a, payloads) != _zeroed(b, payloads) and _cleared(one, payloads) != _cleared(two, payloads):
-        found.append(_first_difference(a, b, payloads))
+        differences.append(_first_difference(a, b, payloads))
     for name in set(files[0]) & set(files[1]):
         contents = [_zeroed_external(path.parent / name, model, payloads) for path, model in ((ours, one), (theirs, two))]
         if contents[0] != contents[1]:
-            found.append(f"{name}: bytes that are no weight's differ")
-    return found
+            differences.append(f"{name}: bytes that are no weight's differ")
+    return differences
 
 
 def moved_between(ours: Path, theirs: Path) -> tuple[str, ...]:

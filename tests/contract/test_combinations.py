@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fgvc import api
 from fgvc.config.loading import validate
-from fgvc.config.recipe import Recipe, conflicts
+from fgvc.config.recipe import Recipe, whole_label_conflicts
 from fgvc.config.techniques import Techniques, settings_by_kind
 from fgvc.errors import FgvcError
 from fgvc.reparam.plain import strip
@@ -65,7 +65,7 @@ def permitted(row: Row) -> bool:
         said["ema"] and said["swa"],
         said["sampling"] == "balanced" and "class_weights" in said["loss"],
     ]
-    return not conflicts(chosen) and not any(refused)
+    return not whole_label_conflicts(chosen) and not any(refused)
 
 
 def pairs_of(row: Row) -> set[tuple[int, int, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 import subprocess
 import sys
@@ -169,6 +170,14 @@ def test_same_key_same_sample_and_no_two_keys_alike() -> None:
             assert matrix.tobytes() == other(image, epoch=epoch, row=row)[1].tobytes()
     assert len(seen) == 100
     assert Augmenter(settings, spec, seed=6)(image, epoch=0, row=0)[0].tobytes() not in seen
+
+
+def test_a_worker_that_is_not_forked_augments_alike() -> None:
+    augmenter = Augmenter(Augment(policy="randaugment"), Preprocess(size=(32, 32)), seed=3)
+    image = photograph(48, 64)
+    sent = pickle.loads(pickle.dumps(augmenter))  # noqa: S301
+    for here, there in zip(augmenter(image, epoch=1, row=2), sent(image, epoch=1, row=2), strict=True):
+        np.testing.assert_array_equal(there, here)
 
 
 def test_transforms_of_one_sample_are_drawn_independently() -> None:

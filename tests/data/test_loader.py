@@ -23,7 +23,8 @@ from fgvc.config.images import Preprocess
 from fgvc.data.augment import Augmenter
 from fgvc.data.cache import DecodeCache
 from fgvc.data.index import ImageIndex
-from fgvc.data.loader import BadFiles, TrainBatch, TrainLoader, _Order, _turns, evaluation_loader, train_loader
+from fgvc.data.loader import BadFiles, TrainBatch, TrainLoader, evaluation_loader, train_loader
+from fgvc.data.order import EpochOrder, _turns
 from fgvc.errors import FgvcError, ImageError
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import preprocess
@@ -172,7 +173,7 @@ def skewed(index: ImageIndex) -> ImageIndex:
 
 
 def test_balanced_epochs_draw_every_class_alike_and_every_image_of_a_class(skewed: ImageIndex) -> None:
-    order = _Order(np.arange(COUNT), 3, batch_size=COUNT, rank=0, world=1, labels=skewed.labels)
+    order = EpochOrder(np.arange(COUNT), 3, batch_size=COUNT, rank=0, world=1, labels=skewed.labels)
     rows: list[int] = []
     for order.epoch in range(400):
         rows += [row for _, row, _ in next(iter(order))]
@@ -221,8 +222,8 @@ def test_turns_count_earlier_equals() -> None:
 def test_ranks_share_the_samples_of_a_balanced_epoch(skewed: ImageIndex, world: int) -> None:
     """Each sample (row and turn) of a step is one rank's alone, and together they are those of one process."""
     options = {"labels": skewed.labels, "world": world, "batch_size": 2}
-    whole = list(_Order(np.arange(COUNT), 3, labels=skewed.labels, batch_size=2 * world, rank=0, world=1))
-    ranks = [list(_Order(np.arange(COUNT), 3, rank=rank, **options)) for rank in range(world)]
+    whole = list(EpochOrder(np.arange(COUNT), 3, labels=skewed.labels, batch_size=2 * world, rank=0, world=1))
+    ranks = [list(EpochOrder(np.arange(COUNT), 3, rank=rank, **options)) for rank in range(world)]
     assert len(whole) == COUNT // (2 * world)
     for step, parts in zip(whole, zip(*ranks, strict=True), strict=True):
         merged = [key for part in parts for key in part]

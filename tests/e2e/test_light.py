@@ -33,6 +33,8 @@ print(code or 0, sorted({HEAVY} & set(sys.modules)), file=sys.stderr)
         (["train", "demo/plain", "data.root=DATA", "train.epoch=3"], 2, "did you mean 'epochs'?"),
         (["train", "demo/plain", "data.root=DATA", "optim.lr=fast"], 2, "optim.lr: "),
         (["train", "any/plain", "data.root=DATA"], 2, "no set of images that fgvc recognises"),
+        (["train", "demo/plain", "data.root=nothere"], 2, "nothere: data.root is not there"),
+        (["data", "check", "demo/plain", "data.root=nothere"], 2, "nothere: data.root is not there"),
         (["data", "check", "demo/plain", "data.roots=DATA"], 2, "did you mean 'root'?"),
         (["data", "preview", "demo/plain", "data.roots=DATA"], 2, "did you mean 'root'?"),
         (["bench", "train", "demo/plain", "data.roots=DATA"], 2, "did you mean 'root'?"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fgvc.config.exporting import Export
-from fgvc.config.recipe import conflicts
+from fgvc.config.recipe import whole_label_conflicts
 from fgvc.config.techniques import Techniques, settings_by_kind
 from fgvc.exporting.prove import PlainBackbone
 from fgvc.models.backbone import plain_model
@@ -56,7 +56,7 @@ def together(backbone: str) -> list[str]:
     chosen: list[str] = []
     for kind in applies:
         more = [*chosen, kind]
-        if kind not in others and not conflicts(Techniques(**{one: {} for one in more})):
+        if kind not in others and not whole_label_conflicts(Techniques(**{one: {} for one in more})):
             chosen = more
     return chosen
 

@@ -73,7 +73,7 @@ def _folder_or_table(data: AutoData, root: Path) -> FolderData | CsvData:
             reasons.append(str(error))
     folders = _ClassFolders.of(root)
     if len(folders.names) >= 2 or folders.splits:
-        relations = [folders.compare(table) for table in tables]
+        relations = [folders.relation(table) for table in tables]
         if all(relation == "the same" for relation in relations):
             return _folders(data, root)
         if relations in (["more"], ["stored"]):
@@ -258,7 +258,7 @@ class _ClassFolders:
             return cls((), (), tuple(names))
         return cls(tuple(splits), tuple(names), ())
 
-    def compare(self, table: _Table) -> Literal["the same", "more", "stored", "other"]:
+    def relation(self, table: _Table) -> Literal["the same", "more", "stored", "other"]:
         """Compare a table's labels with these folders.
 
         the same: the labels are the folders' names; more: they are, and the table has splits that the folders lack, or groups;

@@ -104,7 +104,7 @@ def _is_classifier(
 
 def _linear_of_conv(b: Builder, node: onnx.NodeProto, x: Live, weight: Stored, bias: Stored | None) -> Live:
     rows, columns = weight.shape[:2]
-    flat = weight.seen("reshape", (rows, columns))
+    flat = weight.viewed("reshape", (rows, columns))
     module = nn.Linear(columns, rows, bias=bias is not None, device="meta")
     name = b.add_module(module_name(node, weight.name), module, weight=flat, bias=bias)
     y = b.module(name, b.call(torch.flatten, x, 1), lambda own: (own[0], rows))
@@ -290,7 +290,7 @@ def _linear(b: Builder, node: onnx.NodeProto, x: Live, weight: Stored, bias: Val
         if math.prod(bias.shape) != rows:  # one number for all
             y = _linear(b, node, x, weight, None)
             return b.call(operator.add, y, b.live(bias))
-        bias = bias.seen("reshape", (rows,))
+        bias = bias.viewed("reshape", (rows,))
     module = nn.Linear(columns, rows, bias=bias is not None, device="meta")
     assert bias is None or isinstance(bias, Stored)
     name = b.add_module(module_name(node, weight.name), module, weight=weight, bias=bias)

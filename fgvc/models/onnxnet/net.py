@@ -65,7 +65,7 @@ class OnnxNet(nn.Module):
     def _own_slots(self, graph: Graph) -> dict[str, list[Slot]]:
         """Where the file's tensors are in this module. One that is read in two ways is not trained: the file holds it once."""
         names = {id(value): name for name, value in [*self.named_parameters(), *self.named_buffers()]}
-        found: dict[str, list[Slot]] = {}
+        own: dict[str, list[Slot]] = {}
         for stored, slots in graph.slots.items():
             values = [(slot, value) for slot in slots if id(value := _value(graph, slot)) in names]
             single = len({id(value) for _, value in values}) == 1 and stored not in graph.untouched
@@ -76,8 +76,8 @@ class OnnxNet(nn.Module):
             if not values:
                 self.untouched.setdefault(stored, "the output does not depend on it")
             else:
-                found[stored] = [replace(slot, target=names[id(value)], trained=slot.trained and single) for slot, value in values]
-        return found
+                own[stored] = [replace(slot, target=names[id(value)], trained=slot.trained and single) for slot, value in values]
+        return own
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -332,16 +332,17 @@ def _between(whole: fx.Graph, start: fx.Node | None, end: fx.Node, stages: Mappi
 
 
 def _ancestors(end: fx.Node, start: fx.Node | None) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    """Nodes that `end` is computed from, itself among them, up to `start`."""
+    nodes: set[fx.Node] = set()
     stack = [end]
     while stack:
         node = stack.pop()
-        if node in found or node is start:
+        if node in nodes or node is start:
             continue
-        found.add(node)
+        nodes.add(node)
         if not (_is_batch(node) and node.op == "call_method"):
             stack.extend(node.all_input_nodes)
-    return found
+    return nodes
 
 
 def _depths(net: OnnxNet, parts: Parts) -> dict[str, int]:

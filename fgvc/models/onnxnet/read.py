@@ -165,14 +165,14 @@ def _is_number(builder: Builder, node: onnx.NodeProto, inputs: Sequence[Value | 
 
 
 def _reaches_weights(builder: Builder, node: onnx.NodeProto) -> bool:
-    stack, seen = [node.output[0]], set()
+    stack, visited = [node.output[0]], set()
     while stack:
         name = stack.pop()
         for reader in builder.consumers.get(name, ()):
             if any(name == reader.input[at] for at in WEIGHTS.get(reader.op_type, ()) if at < len(reader.input)):
                 return True
-            if id(reader) not in seen and not builder.of_images.intersection(reader.input):
-                seen.add(id(reader))
+            if id(reader) not in visited and not builder.of_images.intersection(reader.input):
+                visited.add(id(reader))
                 stack.extend(reader.output)
     return False
 

@@ -39,7 +39,7 @@ def reshape(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> 
     assert wanted is not None
     if isinstance(x, Stored):
         target = _resolved(b.ints(wanted, "shape"), x.shape, a)
-        return [x.seen("reshape", target)]
+        return [x.viewed("reshape", target)]
     x = b.live(x)
     if not isinstance(wanted, Known):
         raise Refused("its shape is computed from the images")
@@ -93,7 +93,7 @@ def transpose(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -
     rank = len(x.shape if isinstance(x, Stored | Live) else x.array.shape)
     order = tuple(a.get("perm", range(rank - 1, -1, -1)))
     if isinstance(x, Stored):
-        return [x.transposed() if order == (1, 0) else x.seen("permute", order)]
+        return [x.transposed() if order == (1, 0) else x.viewed("permute", order)]
     return [b.call(torch.permute, b.live(x), order)]
 
 
@@ -122,7 +122,7 @@ def squeeze(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> 
             return [x]
         before = [length for at, length in enumerate(before) if at not in places]
     assert isinstance(x, Stored)
-    return [x.seen("reshape", tuple(before))]
+    return [x.viewed("reshape", tuple(before))]
 
 
 @converts("Concat")

@@ -54,7 +54,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor of the file, seen through views."""
+    """A tensor of the file, read through views."""
 
     name: str
     array: Array  # as it is stored
@@ -66,7 +66,7 @@ class Stored:
             value = view(value)
         return value.contiguous()
 
-    def seen(self, kind: str, argument: tuple[int, ...]) -> Stored:
+    def viewed(self, kind: str, argument: tuple[int, ...]) -> Stored:
         """Through one more view."""
         return Stored(self.name, self.array, (*self.views, View(kind, argument, self.shape)))
 
@@ -74,7 +74,7 @@ class Stored:
         """A matrix with rows and columns changed places; twice is not at all."""
         if self.views and (self.views[-1].kind, self.views[-1].argument) == ("permute", (1, 0)):
             return Stored(self.name, self.array, self.views[:-1])
-        return self.seen("permute", (1, 0))
+        return self.viewed("permute", (1, 0))
 
     @property
     def shape(self) -> tuple[int, ...]:
