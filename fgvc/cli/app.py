@@ -15,6 +15,7 @@ import typer
 
 from fgvc import __version__
 from fgvc.cli import data, evaluation, shipping, training
+from fgvc.cli.option import Verb
 from fgvc.errors import FgvcError
 
 app = typer.Typer(
@@ -66,7 +67,7 @@ def options(
 
 for group, verbs in ((app, VERBS), (data_app, DATA_VERBS)):
     for name, verb in verbs.items():
-        group.command(name, cls=shipping.OptionalInto if verb is shipping.export else None)(verb)
+        group.command(name, cls=shipping.OptionalInto if verb is shipping.export else Verb)(verb)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,11 +1,12 @@
-"""Arguments and options that several verbs share."""
+"""Arguments and options that several verbs share, and the class of a verb."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from fgvc.config.images import MAX_PIXELS
 from fgvc.errors import FgvcError
@@ -56,6 +57,29 @@ OtherMegapixels = Annotated[
         help="Most pixels of a picture, in millions; default: data.max_megapixels of the run or recipe, else 50.",
     ),
 ]
+
+
+UsageError: Any = typer.BadParameter.__base__  # of click, which newer versions of typer have inside
+
+
+class Verb(TyperCommand):
+    """A verb, which says where a setting is given when it takes none."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            settings = [text for text in given if "=" in text and not text.startswith("-") and text in error.message]
+            if settings and error.message.startswith("Got unexpected extra argument"):
+                options = {option for parameter in self.params for option in parameter.opts}
+                hints = [f"{ctx.command_path} takes no settings (section.key=value)"]
+                for text in settings:
+                    key, _, value = text.partition("=")
+                    option = f"--{key.rpartition('.')[2].replace('_', '-')}"
+                    hints += [f"{text}: did you mean {option} {value}?"] if option in options else []
+                error.message += f". {'; '.join(hints)}. Settings are given to `fgvc train`, or written into a recipe"
+            raise
 
 
 def pixels(megapixels: float | None) -> int | None:

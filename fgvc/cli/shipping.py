@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand
 
-from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select, sides
+from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select, Verb, sides
 from fgvc.errors import FgvcError
 from fgvc.io.files import as_json
 
@@ -31,7 +30,7 @@ DeployedPreprocess = Annotated[
 OWN = ""  # the value of --into without one
 
 
-class OptionalInto(TyperCommand):
+class OptionalInto(Verb):
     """A command whose --into may stand without a value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

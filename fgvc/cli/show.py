@@ -20,6 +20,7 @@ from fgvc.evaluation.localize import Localisation
 from fgvc.evaluation.side import PairedAnswers
 from fgvc.exporting.deployed import WrittenComparison
 from fgvc.exporting.verify import Comparison, Verification
+from fgvc.report.document import duration
 from fgvc.report.localization import COLUMNS
 from fgvc.report.localization import table as localisation_table
 from fgvc.runtime.engine import calibration_word
@@ -124,6 +125,11 @@ def probe(results: ProbeResults) -> None:
         console.print("no teacher: of the nets that cost more none names more images rightly")
 
 
+def _work(hours: float) -> str:
+    seconds = 3600 * hours
+    return duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
+
+
 def forecast(costs: Forecast) -> None:
     table = _table("what", "how much")
     table.add_row("images", ", ".join(f"{count} {split}" for split, count in costs.images.items()))
@@ -131,7 +137,7 @@ def forecast(costs: Forecast) -> None:
     table.add_row("forwards per step", f"{costs.forwards:g}")
     table.add_row("parameters in training", f"{costs.parameters / 1e6:.2f} M")
     table.add_row("step", f"{1000 * costs.step_seconds:.0f} ms")
-    table.add_row("all steps", f"{costs.hours:.2f} h without loading and validation")
+    table.add_row("all steps", f"{_work(costs.hours)} without loading and validation")
     table.add_row("peak memory", f"{costs.peak_bytes / 2**30:.2f} GiB")
     console.print(table)
     for kind, forwards in costs.techniques.items():
@@ -148,7 +154,7 @@ def estimate(todo: Estimate) -> None:
         lengths = (str(todo.epochs[name, budget]) for budget in budgets)
         table.add_row(escape(name), f"{cost.epoch:.1f}", f"{cost.ratio:.2f}", *lengths)
     console.print(table)
-    console.print(f"{todo.done} runs are done, {len(todo.cells)} to do: {todo.hours:.2f} h of training steps")
+    console.print(f"{todo.done} runs are done, {len(todo.cells)} to do: {_work(todo.hours)} of training steps")
     console.print(
         "without validation, and without what techniques do between epochs; teachers are asked, whatever is cached"
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from fgvc.config.section import Section
+from fgvc.config.section import Deferred, Section
 from fgvc.errors import FgvcError
 from fgvc.io.names import nearest
 
@@ -22,12 +24,23 @@ def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> M:
 
     Raises FgvcError listing every problem with its file, line, key path and the nearest valid key.
     """
-    tree, lines = read_tree(path)
+    tree, lines, empty = read_tree(path)
     texts = list(overrides)
     _drop_replaced(model, tree, texts)
     for text in texts:
         override(tree, text)
-    return validate(model, tree, where=str(path), lines=lines, overrides=texts)
+    made = validate(model, tree, where=str(path), lines=lines, overrides=texts)
+    overridden = {tuple(text.partition("=")[0].split(".")) for text in texts}
+    for keys in empty:
+        parents = _key_path(model, tree, keys[:-1])[1]
+        fields = [parent.model_fields[keys[-1]] for parent in parents if keys[-1] in parent.model_fields]
+        if any(is_section(field) for field in fields) and not any(given[: len(keys)] == keys for given in overridden):
+            print(
+                f"WARNING: {path}:{lines[keys]}: {'.'.join(keys)}: empty, so it is off; write {{}} for it with its defaults, "
+                "null for off",
+                file=sys.stderr,
+            )
+    return made
 
 
 def validate(
@@ -35,7 +48,7 @@ def validate(
     tree: Mapping[str, Any],
     *,
     where: str,
-    lines: Mapping[tuple[str, ...], int] | None = None,
+    lines: Mapping[Keys, int] | None = None,
     overrides: Iterable[str] = (),
 ) -> M:
     """Validate a nested mapping; `where` is its name in messages, `lines` the line of each key. Errors as in `load`."""
@@ -43,8 +56,9 @@ def validate(
         return model.model_validate(tree)
     except ValidationError as error:
         overridden = {tuple(text.partition("=")[0].split(".")): text for text in overrides}
-        rows = [_explain(model, tree, dict(row), where, lines or {}, overridden) for row in error.errors()]
-        raise FgvcError("\n".join(dict.fromkeys(rows))) from None
+        rows = _without_other_members(model, tree, [dict(row) for row in error.errors()])
+        texts = [_explain(model, tree, row, where, lines or {}, overridden) for row in rows]
+        raise FgvcError("\n".join(dict.fromkeys(texts))) from None
 
 
 def dump(model: BaseModel) -> str:
@@ -73,8 +87,19 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The tree of a YAML file and the line (from 1) of every key. Raises FgvcError if it is no readable mapping."""
+Keys = tuple[str, ...]
+
+
+class RecipeText(NamedTuple):
+    """What a YAML file says."""
+
+    tree: dict[str, Any]
+    lines: dict[Keys, int]  # of every key, from 1
+    empty: list[Keys]  # keys after which there is nothing, not even null
+
+
+def read_tree(path: Path) -> RecipeText:
+    """The tree of a YAML file, with the lines of its keys. Raises FgvcError if it is no readable mapping."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -84,11 +109,11 @@ def read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     return _parse(text, path)
 
 
-def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """Tree and lines of `read_tree`, from the file's text."""
-    lines: dict[tuple[str, ...], int] = {}
+def _parse(text: str, path: Path) -> RecipeText:
+    lines: dict[Keys, int] = {}
+    empty: list[Keys] = []
 
-    def walk(node: yaml.Node | None, keys: tuple[str, ...]) -> None:
+    def walk(node: yaml.Node | None, keys: Keys) -> None:
         if not isinstance(node, yaml.MappingNode):
             return
         for key, value in node.value:
@@ -97,6 +122,8 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...],
                 line, key_path = key.start_mark.line + 1, ".".join(at)
                 raise FgvcError(f"{path}:{line}: {key_path}: given twice, first on line {lines[at]}: remove one")
             lines[at] = key.start_mark.line + 1
+            if isinstance(value, yaml.ScalarNode) and not value.value and value.style is None:
+                empty.append(at)
             walk(value, at)
 
     try:
@@ -111,7 +138,7 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...],
         tree = {}
     if not isinstance(tree, dict):
         raise FgvcError(f"{path}: a recipe is a mapping of sections, this is a {type(tree).__name__}")
-    return tree, lines
+    return RecipeText(tree, lines, empty)
 
 
 def override(tree: dict[str, Any], assignment: str) -> None:
@@ -150,13 +177,32 @@ def section(tree: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
+def _without_other_members(
+    model: type[BaseModel], tree: Mapping[str, Any], rows: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """pydantic's errors without those of the members of a union that are of another type than the value, where another member
+    is of its type."""
+
+    def is_of_type(row: Mapping[str, Any]) -> bool:
+        return str(row["type"]).endswith(("_type", "_parsing", "_from_float"))
+
+    paths = [tuple(_key_path(model, tree, tuple(row["loc"]))[0]) for row in rows]
+    fits = [path for path, row in zip(paths, rows, strict=True) if not is_of_type(row)]
+
+    def belongs(path: tuple[str | int, ...], row: Mapping[str, Any]) -> bool:
+        deeper = any(len(other) > len(path) and other[: len(path)] == path for other in paths)
+        return not (is_of_type(row) and (deeper or path in fits))
+
+    return [row for path, row in zip(paths, rows, strict=True) if belongs(path, row)]
+
+
 def _explain(
     model: type[BaseModel],
     tree: Mapping[str, Any],
     row: dict[str, Any],
     where: str,
-    lines: Mapping[tuple[str, ...], int],
-    overridden: Mapping[tuple[str, ...], str],
+    lines: Mapping[Keys, int],
+    overridden: Mapping[Keys, str],
 ) -> str:
     """One of pydantic's errors as a line: file and line or override, key path, message."""
     loc, models = _key_path(model, tree, tuple(row["loc"]))
@@ -184,7 +230,10 @@ def _unknown(key: str, models: Iterable[type[BaseModel]]) -> str:
         return f"is called {renamed[key]!r} now"
     fields = sorted({name for m in models for name in m.model_fields})
     near = nearest(key, fields)
-    return "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(fields)}")
+    absent = next((m.absent for m in models if issubclass(m, Section) and m.absent), "")
+    if near:
+        return f"unknown key; did you mean {near[0]!r}?" + f" If not, {absent}" * bool(absent)
+    return f"unknown key{absent and f', or {absent}'}; valid here: {', '.join(fields)}"
 
 
 def _in_words(row: Mapping[str, Any]) -> str:
@@ -245,7 +294,7 @@ def _key_path(
         if field is None:
             break
         items = get_args(field.annotation) if get_origin(field.annotation) is tuple else ()
-        models = models_in(field.annotation) or (models_in(items[0]) if items else [])
+        models = models_of(field) or (models_in(items[0]) if items else [])
         valid = models or valid
     return path, valid
 
@@ -254,6 +303,21 @@ def tag_of(model: type[BaseModel]) -> object:
     """The value of `kind` that selects a section class in a union; None if it has no `kind`."""
     kind = model.model_fields.get("kind")
     return kind.default if isinstance(kind, FieldInfo) else None
+
+
+def models_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """The section classes of a field. One that is deferred is imported; where it can't be there is none."""
+    deferred: list[type[BaseModel]] = []
+    for mark in field.metadata:
+        if isinstance(mark, Deferred):
+            with suppress(FgvcError):
+                deferred.append(mark.load())
+    return [*deferred, *models_in(field.annotation)]
+
+
+def is_section(field: FieldInfo) -> bool:
+    """Whether a field's value is a section; nothing is imported."""
+    return bool(models_in(field.annotation)) or any(isinstance(mark, Deferred) for mark in field.metadata)
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
 )
+from pydantic_core import CoreSchema, core_schema
+
+from fgvc.errors import FgvcError
 
 
 class Section(BaseModel):
@@ -23,6 +28,37 @@ class Section(BaseModel):
 
     alternatives: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """A key -> those of a recipe's file that it replaces where it is given as an override."""
+
+    absent: ClassVar[str] = ""
+    """Why a key may be unknown that is spelt as it should be; empty where there is no reason."""
+
+
+class Deferred:
+    """Annotation of a field: a section, or null, whose class is imported when a value is given. `load` raises FgvcError where it
+    can't be."""
+
+    def __init__(self, load: Callable[[], type[Section]]) -> None:
+        self.load = load
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def validate(value: Any) -> Section | None:
+            if value is None:
+                return None
+            try:
+                model = self.load()
+            except FgvcError as error:
+                raise ValueError(str(error)) from error
+            return model.model_validate(value)
+
+        def dump(value: Section | None, info: core_schema.SerializationInfo) -> dict[str, Any] | None:
+            return None if value is None else value.model_dump(mode=info.mode)
+
+        serialization = core_schema.plain_serializer_function_ser_schema(dump, info_arg=True)
+        return core_schema.no_info_plain_validator_function(validate, serialization=serialization)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        model = handler(self.load().__pydantic_core_schema__)
+        return {"anyOf": [model, {"type": "null"}], "default": None}
 
 
 def _ordered_shares(value: tuple[float, float]) -> tuple[float, float]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
+import sys
+import traceback
+from functools import cache, partial
 from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Any
+from importlib.metadata import EntryPoint, entry_points
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer
 
-from fgvc.config.section import Section
-from fgvc.config.technique import TechniqueSettings
+from fgvc.config.section import Deferred, Section
+from fgvc.config.technique import Requires, TechniqueSettings
 from fgvc.errors import FgvcError
 
 GROUP = "fgvc.techniques"  # of entry points: kind = "package.module:Settings"
@@ -50,29 +52,66 @@ def load_object(reference: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def in_words(error: Exception) -> str:
+    """What an import raised, and in which line of which file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
 @cache
-def settings_by_kind() -> dict[str, type[TechniqueSettings]]:
-    """The settings classes by kind, in the order of the hooks, those of installed packages last.
+def _points() -> dict[str, list[EntryPoint]]:
+    """Entry points of installed packages by kind. Nothing of them is imported."""
+    points: dict[str, list[EntryPoint]] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
+        points.setdefault(point.name, []).append(point)
+    return points
+
+
+@cache
+def _installed(kind: str) -> type[TechniqueSettings]:
+    """Import the settings class of an installed package's technique.
 
     Raises FgvcError for an entry point that can't be imported, is no settings class, has another `kind` than its name, or has the
     name of another technique."""
+    point = _points()[kind][-1]
+    package = point.dist.name if point.dist else GROUP
+    where = f"entry point {point.name} of {package}"
+    ways = f'rename it in [project.entry-points."{GROUP}"] and in `kind`, or pip uninstall {package}'
+    if kind in BUILT_IN:
+        raise FgvcError(f"{where}: {kind} is a technique of fgvc itself; {ways}")
+    if len(_points()[kind]) > 1:
+        packages = [other.dist.name if other.dist else other.value for other in _points()[kind]]
+        raise FgvcError(f"{where}: more than one package has a technique of that name, {', '.join(packages)}; {ways}")
+    torch_free = "torch" not in sys.modules
+    try:
+        settings = point.load()
+    except Exception as error:  # an import may raise anything
+        raise FgvcError(
+            f"{where}: {point.value} can't be imported: {in_words(error)}; mend the package, or pip uninstall {package}"
+        ) from error
+    if torch_free and "torch" in sys.modules:
+        print(
+            f"WARNING: {where}: {point.value} imports torch, so that a recipe of it takes seconds to read, and none can be read "
+            "without torch: import it in the module of the technique alone",
+            file=sys.stderr,
+        )
+    if not (isinstance(settings, type) and issubclass(settings, TechniqueSettings)):
+        raise FgvcError(f"{where}: {point.value} is no TechniqueSettings (fgvc.config.technique)")
+    if settings.model_fields["kind"].default != point.name:
+        raise FgvcError(f"{where}: its kind is {settings.model_fields['kind'].default!r}; give both one name")
+    if ":" not in getattr(settings, "technique", ""):
+        raise FgvcError(f"{where}: {point.value} has no `technique`, the class that does it as 'package.module:Class'")
+    return settings
+
+
+@cache
+def settings_by_kind() -> dict[str, type[TechniqueSettings]]:
+    """The settings classes by kind, in the order of the hooks, those of installed packages last; all of them are imported.
+
+    Raises FgvcError for an entry point as `_installed` does."""
     classes = {kind: load_object(reference) for kind, reference in BUILT_IN.items()}
-    for point in entry_points(group=GROUP):
-        where = f"entry point {point.name} of {point.dist.name if point.dist else GROUP}"
-        try:
-            settings = point.load()
-        except Exception as error:  # an import may raise anything
-            raise FgvcError(f"{where}: {point.value} can't be imported: {error}; mend the package, or remove it") from error
-        if not (isinstance(settings, type) and issubclass(settings, TechniqueSettings)):
-            raise FgvcError(f"{where}: {point.value} is no TechniqueSettings (fgvc.config.techniques)")
-        if settings.model_fields["kind"].default != point.name:
-            raise FgvcError(f"{where}: its kind is {settings.model_fields['kind'].default!r}; give both one name")
-        if ":" not in getattr(settings, "technique", ""):
-            raise FgvcError(f"{where}: {point.value} has no `technique`, the class that does it as 'package.module:Class'")
-        if point.name in classes:
-            raise FgvcError(f"{where}: there is a technique of that name already; choose another")
-        classes[point.name] = settings
-    return classes
+    return classes | {kind: _installed(kind) for kind in _points()}
 
 
 class _Recorded(Section):
@@ -80,19 +119,36 @@ class _Recorded(Section):
 
     So a run that doesn't use them can be read, and is the same run, where these packages are not installed."""
 
+    absent: ClassVar[str] = "the package that brings it is not installed"
+
     @model_serializer(mode="wrap")
     def _without(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {kind: settings for kind, settings in handler(self).items() if settings is not None or kind in BUILT_IN}
 
 
-_fields: dict[str, Any] = {
-    kind: (settings | None, Field(None, description=settings.__doc__)) for kind, settings in settings_by_kind().items()
-}
-Techniques = create_model(
-    "Techniques", __base__=_Recorded, __doc__="Technique -> its settings; null removes one.", **_fields
-)
+def _fields() -> dict[str, Any]:
+    """A field for each technique. Packages are imported when a recipe names one of theirs: what is wrong with a package that
+    nobody uses does not matter."""
+    fields: dict[str, Any] = {}
+    for kind, reference in BUILT_IN.items():
+        settings = load_object(reference)
+        fields[kind] = (settings | None, Field(None, description=settings.__doc__))
+    for kind, points in _points().items():
+        package = points[-1].dist.name if points[-1].dist else GROUP
+        fields[kind] = (Annotated[Any, Deferred(partial(_installed, kind))], Field(None, description=f"of the package {package}"))
+    return fields
+
+
+Techniques = create_model("Techniques", __base__=_Recorded, __doc__="Technique -> its settings; null removes one.", **_fields())
 
 
 def enabled_techniques(techniques: Section) -> dict[str, TechniqueSettings]:
     """Settings of the techniques that a recipe enables, by kind, in the order of the hooks."""
-    return {kind: settings for kind in settings_by_kind() if (settings := getattr(techniques, kind)) is not None}
+    fields = type(techniques).model_fields
+    enabled = {kind: settings for kind in fields if (settings := getattr(techniques, kind)) is not None}
+    for kind, settings in enabled.items():
+        if not isinstance(settings.requires, Requires):
+            raise FgvcError(
+                f"techniques.{kind}: its settings' `requires` is {settings.requires!r}; return a Requires (fgvc.config.technique)"
+            )
+    return enabled

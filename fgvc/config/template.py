@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fgvc.config.loading import models_in, read_tree, tag_of
+from fgvc.config.loading import is_section, models_in, models_of, read_tree, tag_of
 from fgvc.errors import FgvcError
 
 WIDTH = 118
@@ -84,7 +84,7 @@ def _section(model: type[BaseModel], tree: Mapping[str, Any], depth: int) -> Ite
     pad = "  " * depth
     for key, field in model.model_fields.items():
         value = tree.get(key)
-        if value is not None and not isinstance(value, Mapping) and models_in(field.annotation):
+        if value is not None and not isinstance(value, Mapping) and models_of(field):
             raise FgvcError(f"{key}: a section of settings is expected, not {value!r}")
         inner = _inner(field, value)
         if inner is not None and (value is not None or not _optional(field)):
@@ -95,7 +95,7 @@ def _section(model: type[BaseModel], tree: Mapping[str, Any], depth: int) -> Ite
             optional = all(row.lstrip().startswith("#") for row in rows)
             yield f"{pad}{key}: {{}}" if optional else f"{pad}{key}:"
             yield from rows
-        elif inner is not None or models_in(field.annotation):
+        elif inner is not None or is_section(field):
             doc = (field.description or "").strip()
             yield f"{pad}# {key}: {{...}}  ({doc})" if depth else f"\n# {doc}\n{key}: null"
         else:
@@ -131,8 +131,8 @@ def _comment(field: FieldInfo, pad: str) -> Iterator[str]:
 
 
 def _inner(field: FieldInfo, value: Any) -> type[BaseModel] | None:
-    """The section class of a field; of a union, the member that the `kind` of `value` names."""
-    models = models_in(field.annotation)
+    """The section class of a field; of a union, the member that the `kind` of `value` names. None: deferred and off."""
+    models = models_of(field) if value is not None else models_in(field.annotation)
     if len(models) > 1 and isinstance(value, Mapping):
         return next((m for m in models if tag_of(m) == value.get("kind")), None)
     return models[0] if len(models) == 1 else None

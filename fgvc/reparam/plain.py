@@ -74,7 +74,7 @@ def refuse_live_hooks(net: nn.Module, plain: nn.Module) -> None:
 
 
 def _refuse_other_state(state: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> None:
-    leaked = [f"{key} {tuple(state[key].shape)}: a leaked branch" for key in state if key not in plain]
+    leaked = [f"{key} {tuple(state[key].shape)}: in no plain model" for key in state if key not in plain]
     missing = [f"{key} {tuple(plain[key].shape)}: missing" for key in plain if key not in state]
     other = [
         f"{key}: {_kind(state[key])} where the plain model has {_kind(plain[key])}"
@@ -86,6 +86,7 @@ def _refuse_other_state(state: Mapping[str, Tensor], plain: Mapping[str, Tensor]
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise FgvcError(
             "the trained network does not fold back into the plain model:\n  " + "\n  ".join(problems[:10]) + more
+            + "\na technique adds modules by plan.add, and replaces convolutions by plan.replace" * bool(leaked)
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fgvc.config.images import Preprocess
 from fgvc.config.recipe import Recipe
-from fgvc.config.techniques import settings_by_kind
+from fgvc.config.techniques import enabled_techniques
 from fgvc.data.index import ImageIndex, decode_row
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
@@ -51,7 +51,7 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
     backbone and classes, whose trained weights make the maps; default: the first weights. Raises FgvcError for all
     that training refuses.
     """
-    enabled = [kind for kind in settings_by_kind() if getattr(recipe.techniques, kind) is not None]
+    enabled = list(enabled_techniques(recipe.techniques))
     arms: dict[str, list[str]] = {"input": [], **{kind: [kind] for kind in enabled}}
     if len(enabled) > 1:
         arms["all"] = enabled
@@ -63,7 +63,7 @@ def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: 
     sheets: list[Path] = []
     notes: list[str] = []
     for name, kinds in arms.items():
-        techniques = recipe.techniques.model_copy(update={kind: None for kind in settings_by_kind() if kind not in kinds})
+        techniques = recipe.techniques.model_copy(update={kind: None for kind in enabled if kind not in kinds})
         train = recipe.train.model_copy(update={"workers": 0})
         arm = recipe.model_copy(update={"techniques": techniques, "train": train, "cache": "none"})
         with process_group(arm.train) as process, open_session(arm, process, index=index, teachers="not") as session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -14,6 +15,7 @@ from fgvc import __version__
 from fgvc.config.techniques import GROUP
 
 PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "onnx", "onnxruntime", "onnxscript")
+MACHINE = ("system", "cpu", "cores", "accelerator")
 
 
 def environment() -> dict[str, Any]:
@@ -40,6 +42,17 @@ def environment() -> dict[str, Any]:
 def technique_packages() -> dict[str, str]:
     """Versions of the installed packages that bring techniques, by their names."""
     return {point.dist.name: point.dist.version for point in entry_points(group=GROUP) if point.dist is not None}
+
+
+def absent_packages(file: Path) -> list[str]:
+    """Packages that brought techniques when this env.json was written and are not installed now, with their versions; none where
+    it can't be read."""
+    try:
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    others = {"fgvc", "python", "command", *PACKAGES, *MACHINE}
+    return [f"{name} {number}" for name, number in recorded.items() if name not in others and installed_version(name) is None]
 
 
 def installed_version(package: str) -> str | None:

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fgvc.config.images import Preprocess
-from fgvc.config.loading import differences, dump, load, validate
+from fgvc.config.loading import differences, dump, load, read_tree, validate
 from fgvc.config.recipe import Recipe, Selected
+from fgvc.config.techniques import Techniques
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
 from fgvc.io.files import (
@@ -34,7 +35,7 @@ from fgvc.io.files import (
 from fgvc.io.names import refuse_breaking, some
 from fgvc.models.finite import not_finite
 from fgvc.runs import checkpoint, deployed
-from fgvc.runs.environment import environment
+from fgvc.runs.environment import absent_packages, environment
 from fgvc.runs.images import resumed_index
 from fgvc.runs.measured import remove_measured, sweep_run
 from fgvc.runs.record import NAME, Record
@@ -277,11 +278,21 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(out: Path) -> Recipe:
-    """Read the resolved recipe of a run. Raises FgvcError where the folder is none."""
+    """Read the resolved recipe of a run. Raises FgvcError where the folder is none, or a technique's package is gone."""
     config = out / "config.yaml"
     if not config.is_file():
         raise FgvcError(f"{out}: not a run of fgvc (no config.yaml)")
-    return deployed.from_kept(load(Recipe, config), out)
+    try:
+        recipe = load(Recipe, config)
+    except FgvcError as error:
+        techniques = read_tree(config)[0].get("techniques") or {}
+        absent = [kind for kind, given in techniques.items() if given is not None and kind not in Techniques.model_fields]
+        if not absent:
+            raise
+        packages = absent_packages(out / "env.json")
+        advice = f"; the run was made with {' and '.join(packages)}: install it" if packages else f": {Techniques.absent}"
+        raise FgvcError(f"{out}: no technique {' or '.join(map(repr, absent))}{advice}") from error
+    return deployed.from_kept(recipe, out)
 
 
 def recorded_file(out: Path, recipe: Recipe) -> Path | None:

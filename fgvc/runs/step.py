@@ -25,6 +25,16 @@ from fgvc.models.norms import batch_statistics, momenta, running_norms
 from fgvc.models.target import Target
 from fgvc.rng import STEP, generator
 from fgvc.techniques.api import Batch, Draws, Output, Technique, View, overrides
+from fgvc.techniques.checks import (
+    NetParts,
+    Outputs,
+    call,
+    naming,
+    require_added,
+    require_batch,
+    require_terms,
+    require_views,
+)
 from fgvc.techniques.distill.settings import AnyTeacher
 from fgvc.techniques.distill.teacher import Teacher
 from fgvc.techniques.plan import Attachments, Context, Plan, context_of
@@ -60,9 +70,13 @@ class StepModule(nn.Module):
         self.techniques = dict(techniques)
         self.criterion = criterion
         self.attachments = Attachments(net=net, size=size, grad_checkpointing=grad_checkpointing, opener=opener)
-        for kind, setup in self.hooks("setup"):
-            setup(Plan(kind, self.attachments))
         self.branches = self.attachments.branches
+        for kind, technique in self.techniques.items():
+            parts = NetParts(net)
+            call(kind, "setup", technique.setup, Plan(kind, self.attachments))
+            parts.require_same(kind, self.attachments.replaced)
+            require_added(kind, technique, self)
+        self._added_checked = False  # once more after the first forward: a hook may make a module, too
         new = (name for name, value in self.named_parameters() if id(value) not in plain)
         self.added = {name: "added" if name.startswith("branches.") else "replaced" for name in new}
         self._grad_checkpointing = grad_checkpointing
@@ -85,8 +99,12 @@ class StepModule(nn.Module):
         self._average = self.attachments.average
 
     def hooks(self, name: str) -> list[tuple[str, Callable[..., Any]]]:
-        """Techniques that override this hook, in their order, each with its bound method."""
-        return [(kind, getattr(technique, name)) for kind, technique in self.techniques.items() if overrides(technique, name)]
+        """Techniques that override this hook, in their order, each with its bound method, whose errors name both."""
+        return [
+            (kind, partial(call, kind, name, getattr(technique, name)))
+            for kind, technique in self.techniques.items()
+            if overrides(technique, name)
+        ]
 
     def draw(self, batch: Batch, progress: float, *, seed: int, step: int, part: int = 0, rank: int = 0) -> Draws:
         """Draw all random numbers of one step. Each technique has a stream of its own: what it draws does not depend on what
@@ -118,6 +136,10 @@ class StepModule(nn.Module):
         with momenta(self._norms, self._momenta):
             losses, step_views = self._forward(batch, draws, views)
         self._inside = False
+        if not self._added_checked:
+            for kind, technique in self.techniques.items():
+                require_added(kind, technique, self)
+            self._added_checked = True
         return losses, step_views
 
     def _forward(
@@ -127,7 +149,7 @@ class StepModule(nn.Module):
             early, late = self._early_views(batch), None
         else:
             early, late = ([v for v in views if v.stage == stage] for stage in ("before", "after"))
-        outputs = self._run([v for v in early if v.bn == "shared"])
+        outputs = Outputs(self._run([v for v in early if v.bn == "shared"]))
         for view in early:
             if view.bn == "own":
                 outputs |= self._run([view])
@@ -181,16 +203,16 @@ class StepModule(nn.Module):
     def _early_views(self, batch: Batch) -> list[View]:
         mixed = batch
         for kind, on_batch in self.hooks("on_batch"):
-            mixed = on_batch(mixed, self.contexts[kind])
+            mixed = require_batch(kind, on_batch(mixed, self.contexts[kind]), batch)
         views = [View(MAIN, mixed.x, mixed.target)]
         for kind, make in self.hooks("views"):
-            views += _with_names(kind, make(mixed, self.contexts[kind]))
+            views += require_views(kind, make(mixed, self.contexts[kind]), batch)
         return views
 
     def _late_views(self, batch: Batch, outputs: Mapping[str, Output]) -> list[View]:
         views = []
         for kind, make in self.hooks("views_after"):
-            for view in _with_names(kind, make(batch, outputs, self.contexts[kind])):
+            for view in require_views(kind, make(batch, outputs, self.contexts[kind]), batch):
                 view.stage = "after"
                 if view.bn == "shared":
                     raise FgvcError(
@@ -210,7 +232,7 @@ class StepModule(nn.Module):
                 features.register_hook(partial(self._enter_group, group))
             for kind, name, gate in self.attachments.gates:
                 if name == FEATURES and self.net.training:
-                    features = self._apply_gate(features, gate, self.contexts[kind], group)
+                    features = self._apply_gate(kind, name, features, gate, group)
                     self._fired.add((f"gate of {kind}", name))
             logits = as_classifier(self.net).forward_head(features)
         self._check_fired()
@@ -230,16 +252,11 @@ class StepModule(nn.Module):
         total = losses["base"]
         for kind, hook in self.hooks("losses"):
             weights = {name: value_at(value, progress) for name, value in self.techniques[kind].weights.items()}
-            measures = self.techniques[kind].measures
             if weights and not any(weights.values()):
                 continue
-            for name, term in hook(outputs, self.contexts[kind]).items():
-                if name in measures:
+            for name, term in require_terms(kind, self.techniques[kind], hook(outputs, self.contexts[kind])).items():
+                if name in self.techniques[kind].measures:
                     losses[f"{kind}.{name}"] = term.detach()
-                elif name not in weights:
-                    raise FgvcError(f"techniques.{kind}: the loss term {name!r} is neither in `weights` nor in `measures`")
-                elif term.ndim:
-                    raise FgvcError(f"techniques.{kind}: the loss term {name!r} has shape {tuple(term.shape)}; give a scalar")
                 elif weights[name]:
                     losses[f"{kind}.{name}"] = term
                     total = total + weights[name] * term
@@ -264,19 +281,20 @@ class StepModule(nn.Module):
             if not self.net.training:
                 return None
             self._fired.add((f"gate of {kind}", name))
-            return self._apply_gate(output, gate, self.contexts[kind], self._group)
+            return self._apply_gate(kind, name, output, gate, self._group)
 
         return change
 
     def _apply_gate(
-        self, output: Tensor, gate: Callable[[Tensor, Context], Tensor], context: Context, group: Sequence[View]
+        self, kind: str, name: str, output: Tensor, gate: Callable[[Tensor, Context], Tensor], group: Sequence[View]
     ) -> Tensor:
-        context = context.sized(group[0].x.shape[2:])
-        if all(view.gated for view in group):
-            return gate(output, context)
-        parts = output.split([len(view.x) for view in group])
-        pairs = zip(group, parts, strict=True)
-        return torch.cat([gate(part, context) if view.gated else part for view, part in pairs])
+        context = self.contexts[kind].sized(group[0].x.shape[2:])
+        with naming(kind, f"gate at {name}"):
+            if all(view.gated for view in group):
+                return gate(output, context)
+            parts = output.split([len(view.x) for view in group])
+            pairs = zip(group, parts, strict=True)
+            return torch.cat([gate(part, context) if view.gated else part for view, part in pairs])
 
     def _enter_group(self, group: list[View], _gradient: Tensor) -> None:
         """Set the group whose features the backward reaches: what is recomputed from here on is of its views. Autograd goes back
@@ -300,12 +318,6 @@ def _pick_by_share(shares: Mapping[str, float], drawn: float) -> str | None:
             return kind
         drawn -= share
     return None
-
-
-def _with_names(kind: str, views: Sequence[View]) -> list[View]:
-    for view in views:
-        view.name = view.name if view.name.startswith(f"{kind}.") else f"{kind}.{view.name}"
-    return [view for view in views if view.weight != 0]
 
 
 def _checkpoint_activations(net: nn.Module) -> None:

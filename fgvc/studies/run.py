@@ -18,6 +18,7 @@ from typing import get_args
 from fgvc.config.loading import dump
 from fgvc.errors import FgvcError
 from fgvc.io.files import as_json, file_lock, write_atomic, writing
+from fgvc.report.document import duration
 from fgvc.runs.images import read_index
 from fgvc.runtime.bundle import read_json
 from fgvc.studies.cost import Cost, epochs_by_budget, import_costs, measure_costs, stored_costs, training_hours
@@ -82,7 +83,7 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
     """
     todo = estimate(plan, out, arms=arms, seeds=seeds)
     failures = list(todo.refused)
-    _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {todo.hours:.1f} h of training steps")
+    _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {duration(3600 * todo.hours)} of training steps")
     for number, cell in enumerate(todo.cells, 1):
         with file_lock(out / "locks" / cell.name) as locked:
             if not locked or _has_result(out, cell, localises=todo.localises):  # another process has it

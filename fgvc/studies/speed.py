@@ -24,7 +24,7 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 
 from fgvc.config.recipe import Recipe
-from fgvc.config.techniques import settings_by_kind
+from fgvc.config.techniques import Techniques, settings_by_kind
 from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import export_onnx
 from fgvc.exporting.proofs import MAX_IMAGES
@@ -151,7 +151,7 @@ def _bench_teachers(session: Session, plain: Callable[[], None], *, pairs: int, 
 
 def bench_maps(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
     """Time each kind of class map, from given features, over a plain step of the same batch: 0.03 is the limit."""
-    none = recipe.techniques.model_copy(update={kind: None for kind in settings_by_kind()})
+    none = Techniques()
     train = recipe.train.model_copy(update={"workers": 0})
     plain = recipe.model_copy(update={"train": train, "techniques": none})
     ratios = []

@@ -36,6 +36,7 @@ class Attachments:
     size: tuple[int, int]
     branches: nn.ModuleDict = field(default_factory=nn.ModuleDict)  # by technique; never inside the backbone
     hooked: set[str] = field(default_factory=set)  # module names
+    replaced: set[str] = field(default_factory=set)  # names of convolutions
     gates: list[tuple[str, str, Gate]] = field(default_factory=list)  # technique, module name, gate
     notes: list[str] = field(default_factory=list)
     grad_checkpointing: bool = False  # activation checkpointing is on
@@ -209,11 +210,16 @@ class Plan:
         self._attachments.gates.append((self.kind, module, gate))
 
     def add(self, name: str, module: nn.Module) -> None:
-        """Add a training-only module, later `ctx.branches[name]`."""
+        """Add a training-only module, later `ctx.branches[name]`. Raises FgvcError for a name that is taken, or can't be one."""
         branches = self._attachments.branches
         modules = branches[self.kind] if self.kind in branches else nn.ModuleDict()
+        if name in dict(modules.named_children()):
+            raise FgvcError(f"techniques.{self.kind}: plan.add({name!r}): there is a module of that name already; choose another")
+        try:
+            modules.add_module(name, module)
+        except (KeyError, TypeError) as error:
+            raise FgvcError(f"techniques.{self.kind}: plan.add({name!r}): {error.args[0]}") from error
         branches[self.kind] = modules
-        modules.add_module(name, module)
 
     def map(self, method: AnyMethod) -> Method:
         """Method by which `Output.map` can compute class maps; auto: the closed form where there is one, else gradcam.
@@ -248,6 +254,7 @@ class Plan:
     def replace(self, site: Site, block: nn.Module) -> None:
         """Replace a convolution by a block that folds back into it."""
         replace_conv(self._attachments.net, site, block)
+        self._attachments.replaced.add(site.name)
 
     def note(self, text: str) -> None:
         """Add one line for the user: what was done, what was left alone."""

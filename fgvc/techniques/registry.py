@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fgvc.config.section import Section
 from fgvc.config.technique import TechniqueSettings
-from fgvc.config.techniques import enabled_techniques, load_object
+from fgvc.config.techniques import enabled_techniques, in_words, load_object
 from fgvc.errors import FgvcError
 from fgvc.techniques.api import Technique
+from fgvc.techniques.checks import naming
 
 
 def build(techniques: Section) -> dict[str, Technique]:
@@ -15,10 +16,14 @@ def build(techniques: Section) -> dict[str, Technique]:
 
 
 def build_technique(settings: TechniqueSettings) -> Technique:
-    """Build the technique of these settings. Raises FgvcError where its class can't be imported."""
+    """Build the technique of these settings. Raises FgvcError where its class can't be imported or made, or is none."""
+    where = f"techniques.{settings.kind}: {settings.technique}"
     try:
         factory = load_object(settings.technique)
-    except (ImportError, AttributeError) as error:
-        raise FgvcError(f"techniques.{settings.kind}: {settings.technique} can't be imported: {error}") from error
-    technique: Technique = factory(settings)
+    except Exception as error:  # an import may raise anything
+        raise FgvcError(f"{where} can't be imported: {in_words(error)}") from error
+    with naming(settings.kind, settings.technique):
+        technique = factory(settings)
+    if not isinstance(technique, Technique):
+        raise FgvcError(f"{where} is no Technique (fgvc.techniques.api), but a {type(technique).__name__}")
     return technique

@@ -28,6 +28,10 @@ class RunningMeans:
             self._sums[name] = self._sums.get(name, 0) + torch.where(finite, value, 0)
             self._counts[name] = self._counts.get(name, 0) + finite.long()
 
+    def undefined(self) -> list[str]:
+        """Return the scalars that were finite in no step. Waits for the device."""
+        return [name for name, count in self._counts.items() if not count]
+
     def restore(self, sums: Mapping[str, float], counts: Mapping[str, int]) -> None:
         """Continue from the sums and counts that `read` returned."""
         self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}

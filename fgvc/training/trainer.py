@@ -57,7 +57,7 @@ from fgvc.training.refit import refit_recipe
 from fgvc.training.session import Session, open_session
 from fgvc.training.start import fit_teachers
 from fgvc.training.validate import score, start_doubt
-from fgvc.training.watch import not_finite_error, refuse_not_finite, state_tensors
+from fgvc.training.watch import TERM, not_finite_error, refuse_not_finite, state_tensors
 
 
 def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = False, recorded: bool = False) -> Path:
@@ -248,7 +248,8 @@ def _check_step(session: Session, losses: Mapping[str, Tensor], out: Path) -> No
     fp16 skips every step. A step waits for this value: none may go on, or be saved, with numbers that are none."""
     watched = session.watch.tensors(losses["loss"])
     if session.process.anywhere(suspicious(watched.values())):
-        terms = {f"its term {name}": value for name, value in losses.items() if name != "loss"}
+        measures = {f"{kind}.{name}" for kind, technique in session.step.techniques.items() for name in technique.measures}
+        terms = {f"{TERM}{name}": value for name, value in losses.items() if name not in {"loss", *measures}}
         of_loss = {"the loss": losses["loss"]} | ({} if losses["loss"].isfinite() else terms)
         _check_finite(session, out, of_loss | watched, f"step {session.progress.step}")
     step = session.progress.step
@@ -279,6 +280,9 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
         "lr": learning_rate(session.optimizer),
     }
     row |= session.means.means()
+    for name in session.means.undefined():
+        if not progress.history or name in progress.history[-1]:  # else the epoch before has said so
+            events.say(f"WARNING: {name}: finite in no step of epoch {row['epoch']}: metrics.csv has no value of it")
     last = progress.step >= session.total_steps
     if session.recipe.train.precise_bn and last:
         session.reestimate_norms()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fgvc.runs.checkpoint import State
 from fgvc.runs.distributed import ProcessGroup
 from fgvc.runs.step import StepModule
 
+TERM = "its term "  # before a term's name in messages about the loss
 LEAST_SCALE = 1e-4  # of the loss under fp16; fairseq gives up there, too
 
 
@@ -88,18 +89,28 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], *, when: str, out: Path, re
     if bool(process.anywhere(suspicious(tensors.values()))):
         names = list(dict.fromkeys(chain(*process.gather(not_finite(tensors)))))
         if names:
-            raise not_finite_error(f"{when}: NaN or infinite, and not saved: {some(names)}", out=out, recipe=recipe)
+            terms = [name.removeprefix(TERM) for name in names if name.startswith(TERM)]
+            reason = f"{when}: NaN or infinite, and not saved: {some(names)}"
+            raise not_finite_error(reason, out=out, recipe=recipe, terms=[] if "base" in terms else terms)
 
 
-def not_finite_error(reason: str, *, out: Path, recipe: Recipe) -> FgvcError:
-    """The error that ends a run with such values: what there is to go back to, and what may help."""
+def not_finite_error(reason: str, *, out: Path, recipe: Recipe, terms: Sequence[str] = ()) -> FgvcError:
+    """The error that ends a run with such values: what there is to go back to, and what may help. `terms`: those of techniques
+    that are not finite where the classification loss is."""
+    reason = f"{reason}. {newest_finite_checkpoint(out / 'ckpt')}"
+    if terms:
+        alone = f"{' and '.join(terms)} alone {'are' if len(terms) > 1 else 'is'} not finite"
+        return FgvcError(
+            f"{out}: {reason}. {alone}: the classification loss is. Mend the technique, or set the weight of that term to 0, and "
+            "begin anew, in another --out or with --overwrite"
+        )
     optim = recipe.optim
     ways = [f"optim.lr={min(optim.lr / 10, Optim().lr):g} (it is {optim.lr:g})"]
     ways += ["optim.clip_grad=1"] * (optim.clip_grad is None)
     ways += ["train.precision=bf16"] * (recipe.train.precision == "fp16")
     ways += [f"optim.sam.rho={optim.sam.rho / 2:g} (it is {optim.sam.rho:g})"] if optim.sam is not None else []
     return FgvcError(
-        f"{out}: {reason}. {newest_finite_checkpoint(out / 'ckpt')}. The same settings lead here again, and "
+        f"{out}: {reason}. The same settings lead here again, and "
         f"a run that goes on keeps them: begin anew, in another --out or with --overwrite, with {', '.join(ways)}"
     )
 

@@ -15,6 +15,7 @@ from fgvc.config.template import commented, recipes
 from fgvc.data.recipe import load_recipe
 from fgvc.errors import FgvcError
 from fgvc.runs.build import refuse_names
+from fgvc.techniques.dcl.settings import DclSettings
 
 GOOD = """\
 data:
@@ -253,3 +254,38 @@ def test_an_override_replaces_the_alternative_that_the_file_has(tmp_path):
     assert (model.onnx, model.output, model.backbone) == (None, None, "resnet18")
     with pytest.raises(FgvcError, match="both are given"):
         load(Recipe, path, ["model.backbone=resnet18", "model.onnx=other.onnx"])
+
+
+@pytest.mark.parametrize(
+    ("value", "lines"),
+    [
+        ("-1", ["techniques.dcl.classify: must be at least 0 (got -1)"]),
+        ("[[0, -1], [2, 1]]", ["techniques.dcl.classify.0.1: must be at least 0 (got -1)"]),
+        ("[[0, a]]", ["techniques.dcl.classify.0.1: must be a number (got 'a')"]),
+        ("a", ["must be a number (got 'a')", "must be a list (got 'a')"]),
+    ],
+)
+def test_of_a_value_of_two_types_the_one_that_was_given_is_blamed(file: Path, value: str, lines: list[str]) -> None:
+    message = refusal(file, f"techniques.dcl.classify={value}").splitlines()
+    assert all(line in row for line, row in zip(lines, message, strict=False)), message
+    assert not any("must be a list" in row or "must be a number (got [" in row for row in message) or value == "a"
+
+
+def test_an_empty_section_is_off_and_says_so(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text(GOOD + "ema:\nswa: null\n")
+    text = GOOD.replace("techniques:\n", "techniques:\n  dcl:\n")
+    assert text != GOOD
+    file.write_text(text + "ema:\nswa: null\nselect:\n")
+    assert load_recipe(file).techniques.dcl is None
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"{file}:" in first
+    assert "techniques.dcl: empty, so it is off; write {} for it with its defaults, null for off" in first
+    assert "ema: empty" in second
+    assert load_recipe(file, ["techniques.dcl={}", "ema.decay=0.9"]).techniques.dcl is not None
+    assert capsys.readouterr().err == ""
+
+
+def test_requirements_of_another_type_are_refused(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    monkeypatch.setattr(DclSettings, "requires", {"average": True})
+    with pytest.raises(FgvcError, match=r"techniques\.dcl: its settings' `requires` is \{.*return a Requires"):
+        load_recipe(file, ["techniques.dcl={}"])

@@ -432,3 +432,21 @@ def test_mistakes_are_named(
     assert said.startswith("error: ")
     assert expected in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("export", "runs/a", "-o", "bundle", "select=last"), "select=last: did you mean --select last?"),
+        (("eval", "runs/a", "train.device=cpu"), "train.device=cpu: did you mean --device cpu?"),
+        (("init", "demo/plain", "my.yaml", "image.size=64"), "init takes no settings"),
+    ],
+)
+def test_a_setting_for_a_verb_that_takes_none_is_told_where_it_goes(
+    fgvc: Callable[..., Printed], arguments: tuple, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = " ".join(fgvc(*arguments, code=2).stderr.replace("│", " ").split())
+    assert hint in said
+    assert "Settings are given to `fgvc train`, or written into a recipe" in said
+    assert not list(tmp_path.iterdir())

@@ -21,6 +21,7 @@ from fgvc.errors import FgvcError
 from fgvc.models.finite import not_finite, suspicious
 from fgvc.runs import checkpoint
 from fgvc.runs.step import StepModule
+from fgvc.techniques.centre_loss.technique import CentreLoss
 from fgvc.training import optimizer_step as training_step
 from fgvc.training import trainer as loop
 from fgvc.training.session import Session
@@ -117,6 +118,16 @@ def test_what_breaks_in_a_step_ends_the_run_before_a_checkpoint(
     assert "begin anew, in another --out or with --overwrite, with optim.lr=0.002 (it is 0.02)" in text
     assert finite(tmp_path / "run")
     assert checkpoint.load(tmp_path / "run" / "ckpt").progress.step == 6
+
+
+def test_a_term_that_alone_is_not_finite_is_blamed_and_no_rate(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CentreLoss, "losses", lambda technique, outputs, ctx: {"centre": NAN * outputs["main"].logits.sum()})
+    with pytest.raises(FgvcError, match=r"centre_loss\.centre alone is not finite: the classification loss is") as error:
+        api.train(recipe(recipe_tree, techniques={"centre_loss": {}}), tmp_path / "run")
+    assert "Mend the technique, or set the weight of that term to 0" in str(error.value)
+    assert "optim.lr=" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -255,8 +266,8 @@ def test_a_step_that_the_scaler_skips_is_no_fault(
     assert finite(run)
 
 
-def test_a_measure_that_is_no_number_stops_nothing_and_is_left_out(
-    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
+def test_a_measure_that_is_no_number_stops_nothing_and_is_left_out_with_one_warning(
+    tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = StepModule._losses
     monkeypatch.setattr(
@@ -265,6 +276,9 @@ def test_a_measure_that_is_no_number_stops_nothing_and_is_left_out(
     run = api.train(recipe(recipe_tree), tmp_path / "run")
     assert "nan" not in (run / "metrics.csv").read_text().lower()
     assert "NaN" not in (run / "ckpt/last/meta.json").read_text()
+    messages = capsys.readouterr().err
+    assert "WARNING: dcl.location_chance: finite in no step of epoch 1: metrics.csv has no value of it" in messages
+    assert messages.count("finite in no step") == 1
 
 
 @pytest.fixture(scope="module")
