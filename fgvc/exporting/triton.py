@@ -17,7 +17,7 @@ import onnxruntime
 
 from fgvc.errors import FgvcError
 from fgvc.io.files import making
-from fgvc.runtime.bundle import NAME, OPTIONAL, REQUIRED, Bundle
+from fgvc.runtime.bundle import NAME, Bundle
 from fgvc.runtime.engine import Engine, file_of, load_session
 
 Device = Literal["auto", "cpu", "gpu"]
