@@ -23,8 +23,19 @@ from fgvc.io.files import sync
 from fgvc.io.names import refuse_breaking
 
 MANIFEST = "manifest.json"
-REQUIRED = ("model.onnx", "labels.json", "preprocess.json", "contract.json", "metrics.json")
-OPTIONAL = ("explain.onnx", "calibration.json", "model.int8.onnx", "model.fp16.onnx")
+REQUIRED: Mapping[str, str] = {  # name -> what it holds
+    "model.onnx": "the deployed network, from images to logits",
+    "labels.json": "the names of the classes, in the order of the outputs",
+    "preprocess.json": "how a picture becomes the input; evaluation used the same code",
+    "contract.json": "the proofs: what was compared, with which result, and the versions that wrote the graph",
+    "metrics.json": "scores of the exported weights on validation and test, as far as they were measured",
+}
+OPTIONAL: Mapping[str, str] = {
+    "explain.onnx": "class activation maps from the same weights, where the head allows it; never the deployed file",
+    "calibration.json": "temperature and threshold, fitted on 50 validation images or more",
+    "model.int8.onnx": "the same network in int8, if it was asked for and answers alike",
+    "model.fp16.onnx": "the same network in half floats, if it was asked for and answers alike",
+}
 Variant = Literal["float", "int8", "fp16"]
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no separator, no leading dot: neither `..` nor an absolute path
@@ -78,8 +89,8 @@ def write_bundle(
     FgvcError where `folder` holds something else than a bundle, or a bundle and `overwrite` is not given.
     """
     contents = {name: _encode(name, value) for name, value in files.items()}
-    if wrong := [name for name in contents if name not in REQUIRED + OPTIONAL]:
-        raise FgvcError(f"a bundle has no file {wrong[0]!r}; it holds {', '.join(REQUIRED + OPTIONAL)}")
+    if wrong := [name for name in contents if name not in {*REQUIRED, *OPTIONAL}]:
+        raise FgvcError(f"a bundle has no file {wrong[0]!r}; it holds {', '.join([*REQUIRED, *OPTIONAL])}")
     for name, content in (data or {}).items():
         if not NAME.fullmatch(name) or name.casefold() in {other.casefold() for other in (MANIFEST, *REQUIRED, *OPTIONAL)}:
             raise FgvcError(f"the model keeps weights in a file {name!r}, a name that a bundle can't have for that: rename it")

@@ -1,4 +1,4 @@
-"""Planted faults in a copy of coffee-leaf5: the study of docs/planted_faults.py, with the bars that the search must meet."""
+"""Planted faults in a copy of coffee-leaf5: the study of benchmarks/planted_faults.py, and the bars that the search must meet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-STUDY = Path(__file__).parents[2] / "docs/planted_faults.py"
+STUDY = Path(__file__).parents[2] / "benchmarks/planted_faults.py"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The tested list of docs/architectures.py: what its table says is tried again. The whole of it in `make test-all`."""
+"""The tested list of benchmarks/architectures.py: what its table says is tried again. The whole of it in `make test-all`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net
 from fgvc.techniques.settings import ConvSelection
 
-PATH = Path(__file__).parents[2] / "docs" / "architectures.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
 
 
 def script(path: Path = PATH) -> ModuleType:
@@ -123,7 +123,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backbone", ARCHITECTURES.BACKBONES)
 def test_the_table_is_true(backbone: str) -> None:
     table = said(backbone)
-    assert set(table) == {ARCHITECTURES.ONNX, *settings_by_kind()}, "run docs/architectures.py, then docs/tables.py"
+    assert set(table) == {ARCHITECTURES.ONNX, *settings_by_kind()}, "run benchmarks/architectures.py, then docs/tables.py"
     assert set(table.values()) <= {"yes", "no"}
     found = {kind: ARCHITECTURES.tried(backbone, kind) for kind in table}
     assert {kind: result for kind, (result, _) in found.items()} == table, found

@@ -1,4 +1,4 @@
-"""One line a run from the logs in docs/results/erasing/: `python docs/first_and_last.py > docs/results/erasing-runs.csv`."""
+"""One line a run from the logs in docs/results/erasing/: `python benchmarks/first_and_last.py > docs/results/erasing-runs.csv`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import sys
 from pathlib import Path
 
-LOGS = Path(__file__).parent / "results" / "erasing"
+LOGS = Path(__file__).parents[1] / "docs" / "results" / "erasing"
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Do all ways to run a trained net say the same? Logits of `fgvc eval`, then class and probability by every other way.
 
-    python docs/same_answers.py RUN BUNDLE --images 200 --serve http://127.0.0.1:8000 --ray http://127.0.0.1:8001 \
+    python benchmarks/same_answers.py RUN BUNDLE --images 200 --serve http://127.0.0.1:8000 --ray http://127.0.0.1:8001 \
         --out docs/results/same-answers.csv
 
 --serve: `fgvc serve BUNDLE`; --ray: deploy/ray_serve/app.py with the same bundle; each is left out where it is not named.

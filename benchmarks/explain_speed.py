@@ -1,4 +1,4 @@
-"""Grad-CAM by `fgvc explain` against pytorch-grad-cam's own batch use, timed in turn: `python docs/explain_speed.py RUN IMAGES`.
+"""Grad-CAM by `fgvc explain` against pytorch-grad-cam's own batch use: `python benchmarks/explain_speed.py RUN IMAGES`.
 
 IMAGES is a folder; 100 of its pictures are taken, evenly spread. `maps`: prepared batches to maps. `files`: pictures to files,
 on both sides decoding, preprocessing, maps and an overlay; fgvc writes the panel and the numbers, too.

@@ -1,6 +1,6 @@
 """Which technique applies to which backbone, and whether the plain net's ONNX runs: tried, not promised.
 
-    python docs/architectures.py [BACKBONE...]      # fills docs/results/architectures.csv, then docs/tables.py
+    python benchmarks/architectures.py [BACKBONE...]      # fills docs/results/architectures.csv, then docs/tables.py
 
 For every backbone and technique (its defaults): the net is built as `fgvc train` builds it, makes one step, forward and
 backward, on random images, and is stripped. The row `ONNX` is the plain net, exported with the defaults and run by
@@ -36,7 +36,7 @@ from fgvc.runs.build import BuiltNet, build_net
 from fgvc.runtime.engine import OnnxSession
 from fgvc.techniques.api import Batch
 
-OUT = Path(__file__).parent / "results" / "architectures.csv"
+OUT = Path(__file__).parents[1] / "docs" / "results" / "architectures.csv"
 ONNX = "ONNX"
 COLUMNS = ("backbone", "family", "pixels", "technique", "result", "detail", "torch", "timm", "onnxruntime")
 CLASSES, IMAGES = 10, 4

@@ -1,6 +1,6 @@
 """Does `fgvc data check --suspects` find faults that were planted?
 
-    python docs/planted_faults.py COFFEE --weights LITE0 --seeds 0 1 2 3 4 --out docs/results/planted-faults.csv
+    python benchmarks/planted_faults.py COFFEE --weights LITE0 --seeds 0 1 2 3 4 --out docs/results/planted-faults.csv
 
 Each seed makes a copy of a folder set with `train/<class>/` and `test/<class>/`, and spoils it: 30 images are stored again in
 the other split (6 as they are; 6 at JPEG quality 60; 6 at 80 % of their size, 6 lighter by 10 % and 6 mirrored, at quality 90),

@@ -1,4 +1,4 @@
-"""What makes a training step on a CPU fast, each choice beside its opposite: `python docs/step_speed.py WEIGHTS OUT.csv`.
+"""What makes a training step on a CPU fast, each choice beside its opposite: `python benchmarks/step_speed.py WEIGHTS OUT.csv`.
 
 A bare step of torch and timm, so that one thing alone changes; in turn A/B/B/A, by the same code as `fgvc bench`.
 """
