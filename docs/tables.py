@@ -5,7 +5,8 @@ A table stands between `<!-- table: FILE.csv -->` and `<!-- end -->`; FILE is be
 technique, result and detail: a row for each backbone, a column for each technique, reasons as notes below. Of the runs of a
 study, `<!-- study: FILE.csv split: test budget: epochs -->` is the table of its arms, `<!-- trials: FILE.csv ... -->` that of all
 trials, and `<!-- forest: FILE.csv ... -->` a picture of the arms' differences to the first. From the code come
-`<!-- techniques -->`, what each technique says of itself, and `<!-- layers -->`, the packages and which of them import which.
+`<!-- techniques -->`, what each technique says of itself, `<!-- layers -->`, the packages and which of them import which, and the
+reference: `<!-- settings -->`, `<!-- technique settings -->`, `<!-- verbs -->` and `<!-- bundle -->` (`docs/reference.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 
 import grimp
+import reference
 from matplotlib import rc_context
 
 from fgvc.config.techniques import load_object, settings_by_kind
@@ -26,8 +28,9 @@ from fgvc.studies.table import Line, lines, markdown
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(
-    r"(<!-- (?P<kind>techniques|layers|table|matrix|study|trials|forest)(?:: (?P<file>\S+))?(?: columns: (?P<columns>\S+))?"
-    r"(?: split: (?P<split>\S+) budget: (?P<budget>\S+))? -->\n).*?(?P<end><!-- end -->)",
+    r"(<!-- (?P<kind>techniques|layers|table|matrix|study|trials|forest|settings|technique settings|verbs|bundle)"
+    r"(?:: (?P<file>\S+))?(?: columns: (?P<columns>\S+))?(?: split: (?P<split>\S+) budget: (?P<budget>\S+))? -->\n)"
+    r".*?(?P<end><!-- end -->)",
     re.DOTALL,
 )
 
@@ -123,6 +126,10 @@ def block(m: re.Match[str]) -> str:
     made = {
         "techniques": techniques,
         "layers": layers,
+        "settings": reference.settings,
+        "technique settings": reference.techniques,
+        "verbs": reference.verbs,
+        "bundle": reference.bundle,
         "matrix": lambda: matrix(path),
         "table": lambda: table(path, m["columns"]),
         "study": lambda: markdown(study(path, m["split"], m["budget"])),
@@ -136,7 +143,7 @@ def block(m: re.Match[str]) -> str:
 
 def main(arguments: list[str]) -> int:
     stale: dict[Path, bytes] = {}
-    for path in [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]:
+    for path in [*sorted(DOCS.parent.glob("*.md")), *sorted(DOCS.rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         if (filled := BLOCK.sub(block, text)) != text:
             stale[path] = filled.encode()

@@ -80,7 +80,7 @@ def test_documents_that_the_code_names_are_there() -> None:
     assert not [(name, document) for name, document in sorted(named) if not (ROOT / document).is_file()]
 
 
-@pytest.mark.parametrize("document", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+@pytest.mark.parametrize("document", sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")))
 def test_modules_that_the_documents_name_are_there(document: str) -> None:
     text = (ROOT / "docs" / document).read_text(encoding="utf-8")
     assert not [name for name in re.findall(r"\bfgvc(?:\.[A-Za-z_]\w*)+", text) if not is_there(name.split("."))]

@@ -18,15 +18,15 @@ class Calibration(Section):
     p = softmax(logits / temperature); the answer is "none of these" if the largest p is below `threshold`. Figures `after` are
     cross-fitted."""
 
-    temperature: float = Field(ge=LOWEST, le=HIGHEST, allow_inf_nan=False)
+    temperature: float = Field(ge=LOWEST, le=HIGHEST, allow_inf_nan=False, description="divides the logits before the softmax")
     threshold: Share = Field(description="0: rejects nothing")
     keep: Share = Field(description="share of the right answers that the threshold was to keep")
     fitted_on: str = Field(description="split of the data")
     images: int = Field(ge=1, description="of that split")
     nll_before: float = Field(ge=0, allow_inf_nan=False, description="mean cross-entropy in nats")
-    nll_after: float = Field(ge=0, allow_inf_nan=False)
+    nll_after: float = Field(ge=0, allow_inf_nan=False, description="the same with the temperature")
     ece_before: Share = Field(description="expected calibration error, 15 bins")
-    ece_after: Share
+    ece_after: Share = Field(description="the same with the temperature")
     kept: Share = Field(description="share of the right answers that get through")
     coverage: Share = Field(description="share of the images that get an answer")
     accuracy: Share = Field(description="of those answers")
