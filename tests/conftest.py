@@ -159,6 +159,12 @@ def boxed_few(once: Once) -> Path:
     return once.made("boxed few", lambda root: _paint_boxed(root, train=10, test=2))
 
 
+@pytest.fixture(scope="session")
+def boxed_fewest(once: Once) -> Path:
+    """The same of 5 train and 2 test pictures each, for what is about many techniques at once."""
+    return once.made("boxed fewest", lambda root: _paint_boxed(root, train=5, test=2))
+
+
 def _paint_boxed(root: Path, *, train: int = 20, test: int = 4) -> None:
     tables: dict[str, list[str]] = {
         "classes": [f"{number} {name}" for number, name in enumerate(COLOURS, 1)],

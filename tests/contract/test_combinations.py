@@ -125,6 +125,14 @@ def new_pairs(row: Row, k: int, missing: set[tuple[int, int, int, int]]) -> int:
 
 ROWS = covering_array()
 
+
+@pytest.fixture
+def boxed_tree(boxed_tree: dict, boxed_fewest: Path) -> dict:
+    """12 train pictures in two steps an epoch, and 3 for validation."""
+    data = {"kind": "cub", "root": str(boxed_fewest), "val_fraction": 0.2}
+    return boxed_tree | {"data": data, "train": boxed_tree["train"] | {"batch_size": 6}}
+
+
 NONSENSE = [
     ("adl", {"drop_rate": 5}, "a share is at most 1"),
     ("adl", {"threshold": [[0, 0.9], [1, 7]]}, "a share is at most 1"),
@@ -212,7 +220,7 @@ def test_a_combination_trains_resumes_and_strips(row: Row, precision: str, tmp_p
         "optim": boxed_tree["optim"] | {"sam": said["sam"]},
     }
     made = validate(Recipe, tree, where="test")
-    part = made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 2})})
+    part = made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 3})})
     run = api.train(part, tmp_path / "run")
     api.train(made, run)
     whole = api.train(made, tmp_path / "whole")
