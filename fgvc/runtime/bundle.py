@@ -69,7 +69,7 @@ class Bundle:
     @property
     def data(self) -> tuple[str, ...]:
         """Names of the files in which the models keep weights."""
-        return tuple(name for name in self.files if name not in REQUIRED + OPTIONAL)
+        return tuple(name for name in self.files if name not in {*REQUIRED, *OPTIONAL})
 
     @property
     def explain(self) -> Path | None:
