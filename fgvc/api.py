@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ from fgvc.report.preview import Preview, preview
 from fgvc.runs.folder import read_run, recorded_classes, recorded_preprocess
 from fgvc.runs.images import read_index
 from fgvc.runs.loaded import LoadedRun, load_run
+from fgvc.runs.trackers import log_bundle
 from fgvc.runtime.bundle import Bundle, load_bundle, refuse_target, write_bundle
 from fgvc.runtime.description import describe
 from fgvc.runtime.stack import Agreement, Stack, agreement, stack_of
@@ -340,6 +342,7 @@ def _export(
     if omitted := left_out(proven, variants or Variants()):
         files["contract.json"] |= {"left_out": omitted}
     write_bundle(out, files=files, data=proven.data, overwrite=overwrite)
+    log_bundle(loaded.folder, loaded.recipe, out, say=lambda line: print(line, file=sys.stderr))
     return Exported(out, select_name, proven, run_calibration, tuple(beside), against, around, omitted)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fgvc.config.images import MAX_PIXELS
 from fgvc.config.section import Section
@@ -29,6 +29,12 @@ POLICIES: Mapping[str, Mapping[str, float]] = {
 }
 """The settings of each policy, with their defaults."""
 COLOURS = ("brightness", "contrast", "saturation")
+
+
+def _file_or_tree(value: object) -> object:
+    if value is not None and not isinstance(value, str | Path | dict):
+        raise ValueError(f"the file that albumentations.save wrote (got {value!r})")
+    return value
 
 
 class Augment(Section):
@@ -70,7 +76,7 @@ class Augment(Section):
     policy_geometry: bool = Field(
         True, description="false: without the policy's shears, shifts and rotations, so that boxes, masks and maps can follow"
     )
-    pipeline: Path | dict[str, Any] | None = Field(
+    pipeline: Annotated[Path | dict[str, Any] | None, BeforeValidator(_file_or_tree)] = Field(
         None,
         description="an albumentations pipeline, last of all: a file that albumentations.save wrote (JSON or YAML); a run "
         "records what is in it. With one, the flip, brightness, contrast and saturation are 0 unless they are given",

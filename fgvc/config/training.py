@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fgvc.config.section import Section
 
@@ -197,8 +197,22 @@ class Checkpoint(Section):
     )
 
 
+def _listed(value: object) -> object:
+    """One name as a list of it; null and none as an empty one."""
+    return () if value in (None, "none") else (value,) if isinstance(value, str) else value
+
+
 class Log(Section):
     """Intervals of a run's reports; may change on resume."""
 
     every_steps: int = Field(10, ge=1, description="steps between two lines of events.jsonl")
     every_seconds: float = Field(20.0, gt=0, description="between two plain lines where there is no terminal")
+    to: Annotated[tuple[Literal["tensorboard", "mlflow"], ...], BeforeValidator(_listed)] = Field(
+        (),
+        description="[tensorboard, mlflow], or one of them: trackers beside the run's own log, of the extras of these names. "
+        "TensorBoard's files are in the run's folder; MLflow's database, mlflow.db, beside it",
+    )
+    mlflow_uri: str | None = Field(
+        None, description="server or database in place of mlflow.db, such as http://HOST:5000; default: MLFLOW_TRACKING_URI"
+    )
+    mlflow_experiment: str = Field("fgvc", min_length=1, description="the experiment of MLflow that the run belongs to")

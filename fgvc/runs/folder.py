@@ -34,7 +34,7 @@ from fgvc.io.files import (
 )
 from fgvc.io.names import refuse_breaking, some
 from fgvc.models.finite import not_finite
-from fgvc.runs import checkpoint, deployed
+from fgvc.runs import checkpoint, deployed, trackers
 from fgvc.runs.environment import absent_packages, environment
 from fgvc.runs.images import resumed_index
 from fgvc.runs.measured import remove_measured, sweep_run
@@ -194,7 +194,7 @@ def start_run(out: Path, recipe: Recipe, facts: Mapping[str, Any], images: Recor
         write_atomic(out / "config.yaml", dump(deployed.as_kept(recipe)))  # the mark of a run
         sweep_run(out)
         old = (NAME, INTERPOLATION, deployed.FOLDER, deployed.RECORD, "masks", "plots", "events.jsonl", "metrics.csv")
-        for name in (old_checkpoints.name, *old):
+        for name in (old_checkpoints.name, *old, trackers.NAME, trackers.FOLDER):
             remove(out / name)
         if recipe.model.onnx is not None:
             deployed.keep_file(out, recipe.model.onnx, images.index.classes)
@@ -394,7 +394,8 @@ def copy_run(source: Path, out: Path, recipe: Recipe, *, recorded: bool = False)
 def _copy(source: Path, scratch: Path, out: Path) -> None:
     remove(scratch)  # of a process that was killed
     try:
-        shutil.copytree(source, scratch, symlinks=True, ignore=shutil.ignore_patterns(LOCK))
+        # The copy is a run of its own to trackers.
+        shutil.copytree(source, scratch, symlinks=True, ignore=shutil.ignore_patterns(LOCK, trackers.NAME))
         for link in [path for path in scratch.iterdir() if path.is_symlink()]:  # what lies elsewhere is the source's own
             remove(link)
             original = source / link.name

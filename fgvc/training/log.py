@@ -14,9 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fgvc.config.recipe import Recipe
 from fgvc.config.training import Log
 from fgvc.io.files import append, finite_or_none, write_atomic
 from fgvc.io.tables import as_csv
+from fgvc.runs.trackers import Trackers
 
 
 class Events:
@@ -25,6 +27,7 @@ class Events:
     def __init__(self, run: Path, log: Log, *, active: bool = True) -> None:
         self.run, self.log, self.active = run, log, active
         self.console = Console(stderr=True, highlight=False)
+        self.trackers = Trackers(self.say)
         self._bar: Progress | None = None
         self._task: Any = None
         self._last_line_time = 0.0
@@ -35,6 +38,7 @@ class Events:
             return
         event = finite_or_none({"event": kind, "time": round(time.time(), 3), **values})
         append(self.run / "events.jsonl", json.dumps(event, default=str, allow_nan=False).encode())
+        self.trackers.event(event)
 
     def table(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Rewrite metrics.csv from the whole history."""
@@ -42,6 +46,21 @@ class Events:
             return
         lines = [{key: f"{value:.6g}" for key, value in row.items() if math.isfinite(value)} for row in rows]
         write_atomic(self.run / "metrics.csv", as_csv(lines))
+
+    @contextmanager
+    def watched(self, recipe: Recipe, step: int | None = None) -> Iterator[None]:
+        """Keep the trackers of `log.to` open, and tell them how the run ends; `step`: the last one of a run that goes on."""
+        if not self.active:
+            yield
+            return
+        self.trackers.open(self.run, self.log, step=step)
+        self.trackers.recipe(recipe, (self.run / "config.yaml").read_text(encoding="utf-8"))
+        try:
+            yield
+        except BaseException as error:
+            self.trackers.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        self.trackers.close("FINISHED")
 
     def say(self, text: str) -> None:
         if self.active:
@@ -73,9 +92,25 @@ class Events:
             self._last_line_time = time.monotonic()
             print(f"{count}/{total}", file=sys.stderr, flush=True)
 
-    def step(self, step: int, total: int, *, epoch: int, loss: float, lr: float, rate: float) -> None:
-        """Log one step; `rate` in images/s over all ranks."""
-        self.write("step", step=step, epoch=epoch, loss=round(loss, 6), lr=lr, images_per_second=round(rate, 2))
+    def step(
+        self,
+        step: int,
+        total: int,
+        *,
+        epoch: int,
+        losses: Mapping[str, float],
+        rates: Mapping[str, float],
+        lr: float,
+        rate: float,
+    ) -> None:
+        """Log one step. `losses`: the whole, its base, and the techniques' terms; `rates`: of the groups of parameters, by their
+        factors; `rate` in images/s over all ranks."""
+        loss, more = losses["loss"], {}
+        if losses.keys() - {"loss", "base"}:
+            more["losses"] = {name: round(value, 6) for name, value in losses.items()}
+        if len(rates) > 1:
+            more["rates"] = dict(rates)
+        self.write("step", step=step, epoch=epoch, loss=round(loss, 6), lr=lr, images_per_second=round(rate, 2), **more)
         text = f"epoch {epoch + 1} loss {loss:.3f} lr {lr:.2g} {rate:.0f} img/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)

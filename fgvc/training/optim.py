@@ -99,6 +99,12 @@ def learning_rate(optimizer: Optimizer) -> float:
     return float(group["lr"] / group.get("lr_scale", 1.0))
 
 
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """Learning rates of the groups by their factor: "base" of 1, "x0.1" and the like."""
+    scales = {float(group.get("lr_scale", 1.0)): float(group["lr"]) for group in optimizer.param_groups}
+    return {"base" if scale == 1 else f"x{scale:g}": rate for scale, rate in scales.items()}
+
+
 def make_schedule(optimizer: Optimizer, optim: Optim, *, steps_per_epoch: int, epochs: int) -> Scheduler:
     """Build a schedule that is a function of the step's number alone, so that a resumed run needs none of its state.
 

@@ -47,14 +47,16 @@ from fgvc.runs.folder import (
 )
 from fgvc.runs.images import resumed_index
 from fgvc.runs.record import Record
+from fgvc.runs.trackers import refuse_missing
 from fgvc.training.epoch_start import epoch_start
 from fgvc.training.floor import Floor, fit_floor, floor_comparison, floor_head, put_floor_head
 from fgvc.training.log import Events
 from fgvc.training.means import RunningMeans
-from fgvc.training.optim import learning_rate
+from fgvc.training.optim import learning_rate, learning_rates
 from fgvc.training.optimizer_step import optimizer_step
 from fgvc.training.refit import refit_recipe
 from fgvc.training.session import Session, open_session
+from fgvc.training.sheet import sample_sheet
 from fgvc.training.start import fit_teachers
 from fgvc.training.validate import score, start_doubt
 from fgvc.training.watch import TERM, not_finite_error, refuse_not_finite, state_tensors
@@ -88,6 +90,7 @@ def _train(recipe: Recipe, out: Path, *, resume: str, overwrite: bool, recorded:
             run = claim_run(out, recipe, resume=resume, overwrite=overwrite, recorded=recorded, say=events.say)
             claimed[0] = stack.enter_context(run)
 
+        process.first(lambda: refuse_missing(recipe.log))
         process.first(claim)
         status = process.gather(claimed[0])[0]
         if status == "new":
@@ -105,8 +108,10 @@ def _train(recipe: Recipe, out: Path, *, resume: str, overwrite: bool, recorded:
         built = open_session(recipe, process, **resumed, notify=events.say, out=out)
         with _advice_on_failure(recipe, out), built as session:
             _begin_or_resume(session, out, events, goes_on=status == "on")
+            stack.enter_context(events.watched(session.recipe, session.progress.step if status == "on" else None))
             _describe(session, events)
             if status == "new":
+                events.trackers.picture("samples", lambda: sample_sheet(session), 0)
                 _start(session, out, events)
             _run_epochs(session, out, events)
 
@@ -115,7 +120,8 @@ def _say_finished(recipe: Recipe, out: Path, events: Events) -> None:
     """Report that the run is finished, and write what it lacks if it was killed after its last checkpoint."""
     progress = checkpoint.read_progress(out / "ckpt", say=events.say)
     if events.active and not logged_finished(out):
-        _end(out, events, progress, recipe)
+        with events.watched(recipe, progress.step):
+            _end(out, events, progress, recipe)
     advice = f"To go on raise {end_setting(recipe, progress.step)}; to lose it give --overwrite"
     events.say(f"{out}: this run is finished. {advice}")
 
@@ -223,6 +229,9 @@ def _end(out: Path, events: Events, progress: checkpoint.Progress, recipe: Recip
     comparison = floor_comparison(out, recipe)
     facts = {} if comparison is None else {"standing": comparison.facts}
     events.write("finished", step=progress.step, seconds=round(progress.seconds, 1), **facts)
+    for picture in ("curves", "confusion"):
+        if (file := out / "plots" / f"{picture}.png").is_file():
+            events.trackers.picture(picture, file.read_bytes, progress.step)
     for line in [] if comparison is None else comparison.lines(recipe):
         events.say(line)
 
@@ -268,7 +277,15 @@ def _log(session: Session, losses: Mapping[str, Tensor], images: int, events: Ev
     if progress.step % events.log.every_steps == 0 or progress.step == session.total_steps:
         rate = progress.step * images / max(progress.seconds, 1e-9)
         lr = learning_rate(session.optimizer)
-        events.step(progress.step, session.total_steps, epoch=progress.epoch, loss=float(losses["loss"]), lr=lr, rate=rate)
+        events.step(
+            progress.step,
+            session.total_steps,
+            epoch=progress.epoch,
+            losses={name: float(value) for name, value in losses.items()},
+            rates=learning_rates(session.optimizer),
+            lr=lr,
+            rate=rate,
+        )
 
 
 def _end_epoch(session: Session, out: Path, events: Events) -> None:

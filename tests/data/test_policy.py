@@ -142,6 +142,7 @@ def test_defaults_go_with_the_policy_and_what_is_given_stays() -> None:
         ({"policy": "randaugment", "policy_ops": 0}, "must be at least 1"),
         ({"policy": "augmix", "policy_probability": 2}, "must be at most 1"),
         ({"policy": "randaug"}, "must be 'none', 'randaugment'"),
+        ({"pipeline": 3}, r"pipeline: the file that albumentations.save wrote \(got 3\)$"),
         ({"policy": ["augmix"]}, "must be 'none', 'randaugment'"),
     ],
 )
