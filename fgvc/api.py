@@ -31,6 +31,7 @@ from fgvc.evaluation import localize as localization
 from fgvc.evaluation.calibration import FEWEST, KEEP
 from fgvc.evaluation.evaluate import Evaluation
 from fgvc.evaluation.features import compute_features, input_normalisation, load_frozen
+from fgvc.evaluation.file_preprocessing import search_file as find_preprocess
 from fgvc.evaluation.localize import Localisation
 from fgvc.evaluation.side import PairedAnswers, collect_answers, open_sides, select_images
 from fgvc.evaluation.temperature import RunCalibration, calibration, refuse_other_file
@@ -65,8 +66,9 @@ from fgvc.training.trainer import train
 
 __all__ = [
     "Bundle", "Evaluation", "Exported", "Forecast", "Inspection", "Int8", "Interpolation", "Localisation", "PairedAnswers",
-    "Preview", "ProbeResults", "Recipe", "Variants", "check", "compare", "evaluate", "explain", "export", "forecast", "inspect",
-    "interpolate", "load_bundle", "load_recipe", "localize", "preview", "probe", "report", "train", "verify",
+    "Preview", "ProbeResults", "Recipe", "Variants", "check", "compare", "evaluate", "explain", "export", "find_preprocess",
+    "forecast", "inspect", "interpolate", "load_bundle", "load_recipe", "localize", "preview", "probe", "report", "train",
+    "verify",
 ]  # fmt: skip
 
 

@@ -40,6 +40,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": evaluation.compare,
     "ablate": training.ablate,
     "inspect": shipping.inspect,
+    "preprocess": shipping.preprocess,
     "export": shipping.export,
     "verify": shipping.verify,
     "predict": shipping.predict,

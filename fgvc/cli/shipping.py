@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select, Verb, sides
-from fgvc.errors import FgvcError
+from fgvc.errors import FgvcError, UndecidedError
 from fgvc.io.files import as_json
 
 DeployedLabels = Annotated[
@@ -133,6 +133,53 @@ def inspect(
     print(as_json(inspection.numbers()) if json_ else "\n".join(inspection.lines()))
     if not inspection.agrees:
         raise typer.Exit(1)
+
+
+def preprocess(
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A classifier, by whatever program.")],
+    images: Annotated[
+        Path, typer.Argument(help="Labelled images: a folder of classes, CUB's layout, or a table. The file may know them.")
+    ],
+    labels: Annotated[
+        Path | None, typer.Option(help="A table (.csv, .tsv) of the labels of the images, where their folders don't tell.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="preprocess.json to write, as a bundle has it.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number, where the file leaves them open.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Which of several outputs has the classes.")] = None,
+    limit: Annotated[int, typer.Option("--images", min=8, help="Most images that it is asked about.")] = 500,
+    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Find how a deployed file is fed, by asking it about labelled images under the usual preprocessings.
+
+    Exit code 5 where the images do not decide it; 2, and labels.found.txt, where its outputs are in another order than stated."""
+    from fgvc import api
+    from fgvc.io.files import refuse_file, write_atomic
+
+    listed = (out or Path("preprocess.json")).with_name("labels.found.txt")
+    for target in filter(None, (out, listed)):
+        refuse_file(target)
+    result = api.find_preprocess(
+        file, images, table=labels, size=None if size is None else sides(size), output=output, limit=limit,
+        progress=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    print(as_json(result.numbers()) if json_ else "\n".join(result.lines()))
+    if result.search.undecided:
+        ways = "; ".join(f"{other.factor}: {other.trial.value(other.factor)}" for other in result.search.undecided)
+        raise UndecidedError(
+            f"these images do not tell how {file} is fed ({ways} may be right as well): give more of them, or state it in "
+            "deploy.* or a preprocess.json yourself"
+        )
+    if out is not None:
+        write_atomic(out, as_json(result.spec.model_dump(mode="json")))
+    if not result.order_holds:
+        write_atomic(listed, "".join(f"{name}\n" for name in result.labels))
+        message = (
+            f"the outputs of {file} are not in the order of {result.labels_source}: {listed} has the likeliest; look at it, and "
+            "state it with deploy.labels or as labels.txt beside the file"
+        )
+        raise FgvcError(message) if result.search.order.decided else UndecidedError(message)
 
 
 def verify(

@@ -8,7 +8,7 @@ fitted on one half of the images and scored on the other, both ways. Images that
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,9 +43,14 @@ NORMALISATIONS: dict[str, Normalisation] = {
 }
 FILLS = ((0, 0, 0), (114, 114, 114), (128, 128, 128), (255, 255, 255))  # of padded borders
 CROPS = (0.8, 0.875, 0.9, 0.95, 1.0)  # share of the resized image that is kept
-INTERPOLATIONS: tuple[dict[str, object], ...] = (
-    {"interpolation": "bilinear"}, {"interpolation": "bicubic"}, {"interpolation": "lanczos"}, {"interpolation": "nearest"},
-)  # fmt: skip
+INTERPOLATIONS: tuple[tuple[str, bool], ...] = (
+    ("bilinear", True),
+    ("bicubic", True),
+    ("bilinear", False),
+    ("bicubic", False),
+    ("lanczos", True),
+    ("nearest", True),
+)  # and whether antialiased
 FEWEST_A_CLASS = 4  # images of a class that is used: two in each half
 IMAGES = 500
 COARSE = 120  # images of the first round, or FEWEST_A_CLASS of each class
@@ -132,7 +137,8 @@ class Search:
 
 
 def interpolation_name(spec: Preprocess) -> str:
-    return spec.interpolation
+    """Its interpolation, in words."""
+    return spec.interpolation + ("" if spec.antialias else ", not antialiased")
 
 
 def sample_rows(labels: NDArray[np.int64], images: int = IMAGES) -> NDArray[np.int64]:
@@ -163,19 +169,21 @@ def search(
     classes: Sequence[str],
     *,
     stated: Sequence[str] = (),
+    normalisations: Collection[str] = tuple(NORMALISATIONS),
     seconds: float = SECONDS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Search:
     """Rank the usual preprocessings by the network's answers, from coarse to fine.
 
     `images` in an order of which each prefix is balanced (see `sample_rows`), with their `labels` (N,), numbers of `classes`;
-    `stated`: the class of each output as far as it is known. Raises FgvcError where the network knows the classes under none.
+    `stated`: the class of each output as far as it is known; `normalisations`: those to try, of NORMALISATIONS. Raises FgvcError
+    where the network knows the classes under none.
     """
     tried = _Trials(network, size, images, labels, seconds=seconds)
     coarse, whole = tried.plan()
-    progress(f"{coarse} of {len(images)} images under {2 * len(NORMALISATIONS)} normalisations")
+    progress(f"{coarse} of {len(images)} images under {2 * len(normalisations)} normalisations")
     base = Preprocess(size=size, resize="crop", crop_pct=0.875, interpolation="bilinear")
-    first = [tried(spec, name, coarse) for name, spec in _normalised(base)]
+    first = [tried(spec, name, coarse) for name, spec in _normalised(base, normalisations)]
     likely = sorted(first, key=lambda trial: trial.loss)[:3]
     progress("resize modes")
     modes = [tried(spec, trial.normalisation, coarse) for trial in likely for spec in _resized(trial.spec)]
@@ -185,7 +193,7 @@ def search(
     for candidate in sorted([*first, *modes], key=lambda trial: trial.loss)[:2]:
         tried(candidate.spec, candidate.normalisation, whole)
     best = tried.climb(tried.best(whole), whole)
-    for name, spec in _normalised(best.spec):  # the likeliest others, under the best geometry
+    for name, spec in _normalised(best.spec, normalisations):  # the likeliest others, under the best geometry
         if name in {trial.normalisation for trial in likely}:
             tried(spec, name, whole)
     for spec in _resized(best.spec):
@@ -253,7 +261,10 @@ class _Trials:
             start = best
             if best.spec.resize != "pad":
                 best = min((self(_with(best.spec, crop_pct=c), best.normalisation, images) for c in CROPS), key=_loss)
-            options = (self(_with(best.spec, **i), best.normalisation, images) for i in INTERPOLATIONS)
+            options = (
+                self(_with(best.spec, interpolation=name, antialias=antialias), best.normalisation, images)
+                for name, antialias in INTERPOLATIONS
+            )
             best = min(options, key=_loss)
             if best is start:
                 return best
@@ -366,10 +377,11 @@ def _with(spec: Preprocess, **changes: object) -> Preprocess:
     return Preprocess.model_validate(spec.model_dump() | changes)
 
 
-def _normalised(spec: Preprocess) -> list[tuple[str, Preprocess]]:
-    """The spec under each normalisation, in both channel orders."""
+def _normalised(spec: Preprocess, names: Collection[str]) -> list[tuple[str, Preprocess]]:
+    """The spec under each of these normalisations, in both channel orders."""
     made = []
-    for name, (white, mean, std) in NORMALISATIONS.items():
+    for name in names:
+        white, mean, std = NORMALISATIONS[name]
         for order in ("rgb", "bgr"):
             turned = (mean, std) if order == "rgb" else (mean[::-1], std[::-1])
             made.append((name, _with(spec, channel_order=order, input_range=white, mean=turned[0], std=turned[1])))

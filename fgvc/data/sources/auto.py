@@ -62,6 +62,13 @@ def resolved(data: AutoData) -> CubData | FolderData | CsvData:
     return _folder_or_table(data, root)
 
 
+def with_table(data: AutoData, file: Path) -> CsvData:
+    """The settings of images in a folder, `data.root`, whose labels a table gives, wherever it lies. Raises FgvcError if it isn't
+    one of these images with their labels."""
+    root = data.folder()
+    return _table(data, root, _Table.of(file, root)).model_copy(update={"file": file.absolute()})
+
+
 def _folder_or_table(data: AutoData, root: Path) -> FolderData | CsvData:
     tables, reasons = [], []
     for name in tables_in(root):

@@ -1,0 +1,195 @@
+"""Asking a deployed file about labelled images: how it is fed, and in which order its classes are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.special import log_expit, log_softmax
+
+from fgvc.config.data import AutoData
+from fgvc.config.images import Preprocess
+from fgvc.data.index import ImageIndex, decode_row
+from fgvc.data.sources.auto import with_table
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError, ImageError
+from fgvc.evaluation.preprocessing import IMAGES, NORMALISATIONS, SECONDS, Alternative, Search, sample_rows, search
+from fgvc.images.preprocess import described
+from fgvc.io.names import few, nearest
+from fgvc.runtime.engine import OnnxSession
+from fgvc.runtime.labels import labels_of
+
+MAX_PIXELS_HELD = 150_000_000  # of all images, which are kept decoded
+BYTES = "0 to 255"  # the one normalisation of a file that takes whole numbers
+UNASSIGNED = "?"  # in place of a class, for an output that is of none among the images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSearch:
+    """What a deployed file's answers say of its preprocessing and of its labels."""
+
+    path: Path
+    spec: Preprocess  # the likeliest, with what the file itself takes and does
+    search: Search
+    labels_source: str  # who states the order of the labels
+
+    @property
+    def decided(self) -> bool:
+        return not self.search.undecided and self.search.order.decided
+
+    @property
+    def order_holds(self) -> bool:
+        """Whether the labels are in the stated order, or none is stated."""
+        return not self.search.order.other
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A class an output, as the answers show them; where they show none as stated, or UNASSIGNED."""
+        order = self.search.order
+        stated = order.stated or (UNASSIGNED,) * len(order.assigned)
+        if self.order_holds and order.stated:
+            return order.stated
+        free = [name for name in stated if name not in order.assigned]
+        return tuple(
+            name if name is not None else stated[k] if stated[k] in free else UNASSIGNED
+            for k, name in enumerate(order.assigned)
+        )
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON."""
+        found, order = self.search, self.search.order
+        return {
+            "file": str(self.path),
+            "preprocess": self.spec.model_dump(mode="json"),
+            "decided": self.decided,
+            "images": found.images, "classes": found.classes, "trials": found.trials, "seconds": round(found.seconds, 1),
+            "loss": found.best.loss, "accuracy": found.best.accuracy,
+            "alternatives": [
+                {
+                    "factor": other.factor, "value": other.trial.value(other.factor), "decided": other.decided,
+                    "loss": other.trial.loss, "accuracy": other.trial.accuracy, "loss_difference": [other.low, other.high],
+                    "most_accuracy_gained": other.worth, "preprocess": other.trial.spec.model_dump(mode="json"),
+                }
+                for other in found.alternatives
+            ],
+            "labels": {
+                "stated_by": self.labels_source, "holds": self.order_holds, "decided": order.decided, "other": list(order.other),
+                "assigned": list(order.assigned),
+            },
+        }  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """For people."""
+        found, best, order = self.search, self.search.best, self.search.order
+        lines = [
+            f"{self.path}: asked about {found.images} images of {found.classes} classes, {found.trials} preprocessings, "
+            f"{found.seconds:.0f} s",
+            f"likeliest: {described(self.spec)}: {100 * best.accuracy:.1f} % right, loss {best.loss:.3f}",
+        ]
+        lines += [_compared(other, best.value(other.factor)) for other in found.alternatives]
+        if not order.stated:
+            lines.append("labels: nothing states their order; the likeliest is shown by --labels-out")
+        elif order.decided and not order.other:
+            lines.append(f"labels: in the order of {self.labels_source}")
+        else:
+            places = {name: k for k, name in enumerate(order.stated)}
+            shown = [f"{name} ({places.get(name, UNASSIGNED)} to {order.assigned.index(name)})" for name in order.other]
+            doubt = "" if order.decided else " (too few images to be sure)"
+            lines.append(
+                f"labels: NOT in the order of {self.labels_source}{doubt}: {len(shown)} are others: {few(shown)}"
+            )
+        return lines
+
+
+def search_file(
+    path: Path,
+    images: Path,
+    *,
+    table: Path | None = None,
+    size: tuple[int, int] | None = None,
+    output: str | None = None,
+    limit: int = IMAGES,
+    seconds: float = SECONDS,
+    progress: Callable[[str], None] = lambda line: None,
+) -> FileSearch:
+    """Find how a classifier's file is fed, by its answers about labelled images: a folder of classes, CUB's layout, a table.
+
+    `table`: of the labels of images in a folder; `size`: height and width where the file leaves them open; `limit`: most images.
+
+    Raises FgvcError for a file that is no classifier, or images without labels; and as `search` does.
+    """
+    session = OnnxSession(path, output=output)
+    file = session.file
+    if file.height is not None and file.width is not None:
+        if size not in (None, (file.height, file.width)):
+            raise FgvcError(f"--size: {path} takes images of {file.height} x {file.width} pixels alone; leave it out")
+        size = file.height, file.width
+    if size is None:
+        raise FgvcError(f"{path}: takes images of any size: say which the deployed stack makes, --size HEIGHTxWIDTH")
+    data = AutoData(root=images, val_fraction=0.0)
+    index = read_source(with_table(data, table) if table is not None else data)
+    labels = labels_of(path)
+    count = session.logits(np.zeros((1, 3, *size), np.float32)).shape[1]
+    if labels is not None:
+        stated, source = labels.names, labels.source
+        if len(stated) != count:
+            raise FgvcError(
+                f"{source}: names {len(stated)} classes, and {path} has {count} outputs; mend it, or take it away"
+            )
+        if unknown := sorted(set(index.classes) - set(stated)):
+            near = nearest(unknown[0], stated)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise FgvcError(f"{images}: {len(unknown)} classes are none of {source}: {few(unknown)}{hint}")
+    else:
+        stated, source = (index.classes if len(index.classes) == count else ()), f"{images}, sorted"
+    pictures, numbers = _pictures(index, limit)
+    result = search(
+        lambda x: _log_probabilities(session, x), size, pictures, numbers, index.classes, stated=stated,
+        normalisations=(BYTES,) if file.dtype == "uint8" else tuple(NORMALISATIONS), seconds=seconds, progress=progress,
+    )  # fmt: skip
+    spec = result.best.spec.model_copy(update={"network": file.record})
+    return FileSearch(path=path, spec=spec, search=result, labels_source=source)
+
+
+def _log_probabilities(session: OnnxSession, x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of each class against the others; a sigmoid's answers count as such, and are made to add up to 1."""
+    logits = session.logits(x).astype(np.float64)
+    return np.asarray(log_softmax(log_expit(logits) if session.file.ending == "sigmoid" else logits, axis=1))
+
+
+def _pictures(index: ImageIndex, limit: int) -> tuple[list[Image.Image], NDArray[np.int64]]:
+    """Balanced images, decoded, and their labels; fewer where they are large."""
+    pictures, labels, pixels, unreadable = list[Image.Image](), list[int](), 0, 0
+    for row in sample_rows(index.labels.astype(np.int64), limit):
+        try:
+            picture = decode_row(index, int(row))
+        except ImageError:
+            unreadable += 1
+            continue
+        pictures.append(picture)
+        labels.append(int(index.labels[row]))
+        pixels += picture.width * picture.height
+        if pixels > MAX_PIXELS_HELD:
+            break
+    if unreadable:
+        print(f"{unreadable} images can't be read, and are left out", file=sys.stderr)
+    return pictures, np.array(labels, dtype=np.int64)
+
+
+def _compared(other: Alternative, best: object) -> str:
+    value = other.trial.value(other.factor)
+    name = other.factor.replace("_", " ")
+    shown = (
+        f"{name}: {best}, next {value}: {100 * other.trial.accuracy:.1f} %, loss {other.low:+.3f} to {other.high:+.3f}"
+    )
+    if other.decided:
+        return shown
+    if other.factor in ("fill", "crop_pct", "interpolation"):
+        return f"{shown}: the likelier is taken; the other could be worth {100 * other.worth:.1f} points at most"
+    return f"{shown}: UNDECIDED"
