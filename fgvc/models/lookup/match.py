@@ -127,21 +127,23 @@ def _operands(net: Traced, numbers: Iterable[int], place: Callable[[int], Hashab
 
 def _chained(twin: Traced, file: Traced, mine: int, other: int) -> tuple[Layer, dict[Place, Place]]:
     """Two layers with the numbers a channel behind them: bias, norms, products, sums. From the end on, what is of one kind is the
-    same; what the twin has left is folded into the file's layer, or into the product and the sum behind it."""
-    a, b = _chain(twin, mine), _chain(file, other)
-    same: dict[Place, Place] = {}
-    while a and b and (a[-1][0] == b[-1][0] or (len(a) == len(b) == 1 and {a[-1][0], b[-1][0]} == {"bias", "shift"})):
-        (kind, one), (_, two) = a.pop(), b.pop()
-        if kind in ("bias", "shift") and not a and not b and one[0] == mine:
-            return Layer(mine, other, shift=two), same
-        count = min(len(twin.uses[one[0]].operands), len(file.uses[two[0]].operands))
-        same |= {(one[0], one[1] + at): (two[0], two[1] + at) for at in range(count)}
-    kinds = [kind for kind, _ in b]
+    same; what the twin has left is folded into the file's layer, or into the product and the sum behind it. What only the file
+    has at the end is none of the layer's."""
+    whole = _chain(file, other)
+    for length in range(len(whole), -1, -1):
+        a, b, same = _chain(twin, mine), whole[:length], dict[Place, Place]()
+        while len(a) > 1 and len(b) > 1 and a[-1][0] == b[-1][0]:
+            (_, one), (_, two) = a.pop(), b.pop()
+            same |= {(one[0], at): (two[0], at) for at in range(len(twin.uses[one[0]].operands))}
+        kinds = ["shift" if kind == "bias" else kind for kind, _ in b]
+        if a and a[-1][0] == "norm" and kinds == ["norm"]:
+            same |= {(a[-1][1][0], at): (b[-1][1][0], at) for at in range(len(twin.uses[a[-1][1][0]].operands))}
+            a, b, kinds = a[:-1], [], []
+        if kinds in ([], ["shift"], ["scale"], ["scale", "shift"]):
+            break
     scale = b[0][1] if kinds[:1] == ["scale"] else None
-    rest = b[1:] if scale else b
-    shift = rest[0][1] if len(rest) == 1 and rest[0][0] in ("bias", "shift") else None
-    folded = tuple(place[0] for kind, place in a if kind != "bias")
-    return Layer(mine, other, folded, scale, shift), same
+    shift = b[-1][1] if kinds[-1:] == ["shift"] else None
+    return Layer(mine, other, tuple(place[0] for kind, place in a if kind != "bias"), scale, shift), same
 
 
 def _chain(net: Traced, layer: int) -> list[tuple[str, Place]]:

@@ -22,7 +22,8 @@ SHIFTS = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, 
 LIKENESS = {torch.Tensor.type_as, torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.to}  # an operand gives its form alone
 MOVES = {  # numbers keep their channel
     torch.flatten, torch.Tensor.flatten, torch.Tensor.reshape, torch.reshape, torch.Tensor.view, torch.Tensor.contiguous,
-    torch.Tensor.permute, torch.permute, torch.Tensor.transpose, torch.transpose,
+    torch.Tensor.permute, torch.permute, torch.Tensor.transpose, torch.transpose, torch.Tensor.unflatten, F.dropout, torch.dropout,
+    F.dropout2d,
 }  # fmt: skip
 
 

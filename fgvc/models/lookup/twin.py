@@ -51,11 +51,17 @@ class Twin:
         twin = _watched(whole, self.file.size)
         own = dict(whole.named_parameters()) | dict(whole.named_buffers())
         places = {theirs: twin.uses[n].operands[at] for (n, at), theirs in self.pairing.same.items()}
-        written: dict[str, Tensor] = {}
+        places |= {(layer.file, 0): twin.uses[layer.twin].operands[0] for layer in self.pairing.layers}
+        written: dict[str, Tensor] = {}  # by the names of the file's module
         for place, value in _folded(twin, self.uses, self.pairing).items():
             operand = self.uses.uses[place[0]].operands[place[1]]
-            written |= _stored(self.file, operand, value, places.get(place), own)
-        return written
+            written |= _parameters(self.file, operand, value, places.get(place), own)
+        self._refuse_other(whole, written)
+        return {
+            stored: held[0].to_file(written[held[0].target])
+            for stored, held in self.file.slots.items()
+            if held[0].target in written
+        }
 
     def scales(self, net: nn.Module) -> dict[str, Tensor]:
         """gamma / sigma of the norms that the file has folded into its convolutions, from the weights of timm's net: by the name
@@ -66,6 +72,18 @@ class Twin:
             for layer in self.pairing.layers
             if layer.folded and layer.scale is None
         }
+
+    def _refuse_other(self, net: nn.Module, written: Mapping[str, Tensor]) -> None:
+        """Raise FgvcError where the file with these weights has not the logits of the net that they are from."""
+        file = copy.deepcopy(self.file).double().eval()
+        with torch.no_grad():
+            for name, value in [*file.named_parameters(), *file.named_buffers()]:
+                if name in written:
+                    value.copy_(written[name])
+        theirs = traced(file, _images(self.file).double())
+        mine = traced(net, theirs.entry)
+        if mine.logits.shape == theirs.logits.shape and not _difference(theirs.logits, mine.logits) <= TOLERANCE:
+            raise FgvcError(f"the weights of {self.name} can't be laid into the file: its answers would be others")
 
     def _form(self, net: nn.Module) -> nn.Module:
         net = copy.deepcopy(net).double().eval()
@@ -186,7 +204,11 @@ def _apart(net: nn.Module, twin: Traced, uses: Traced, pairing: Pairing) -> floa
         assert values is not None
         values[at] = _at(uses, theirs).reshape(mine[at].value.shape)
     logits = traced(net, uses.entry, others).logits
-    return float((logits - uses.logits).abs().max() / uses.logits.abs().max().clamp_min(1e-30))
+    return _difference(logits, uses.logits)
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
 
 
 def _at(net: Traced, place: Place) -> Tensor:
@@ -237,26 +259,23 @@ def _folded(twin: Traced, file: Traced, pairing: Pairing) -> dict[Place, Tensor]
     return values | {theirs: _at(twin, mine) for mine, theirs in pairing.same.items()}
 
 
-def _stored(
+def _parameters(
     file: OnnxNet, operand: Operand, value: Tensor, mine: Operand | None, own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The file's tensors that an operand is of, so that it has this value. Where the file computes it from others, as the net
-    does (`mine`), they are the net's own."""
-    slots = {slot.target: (stored, slot) for stored, held in file.slots.items() for slot in held[:1]}
+    """The parameters of the file's module that an operand is of, so that it has this value. Where the file computes it from others,
+    as the net does (`mine`), they are the net's own."""
     parameters = dict(file.named_parameters()) | dict(file.named_buffers())
     whole = operand.value.double()
     if operand.direct:
         wanted = {operand.names[0]: value.reshape(whole.shape).T if operand.turned else value}
     elif len(operand.names) == 1 and torch.equal(parameters[operand.names[0]].double().flatten(), whole.flatten()):
         wanted = {operand.names[0]: value}  # a view of it
-    elif mine is not None and len(mine.names) == len(operand.names):
-        wanted = {name: own[other].detach() for name, other in zip(operand.names, mine.names, strict=True)}
     else:
-        wanted = {}
-    if not wanted or any(parameters[name].numel() != tensor.numel() for name, tensor in wanted.items()):
-        raise FgvcError(f"the file computes numbers from {', '.join(operand.names)} in another way than timm's net: they can't be laid")
-    found = {}
-    for name, tensor in wanted.items():
-        stored, slot = slots[name]
-        found[stored] = slot.to_file(tensor.reshape(parameters[name].shape))
-    return found
+        wanted, names = {}, list(operand.names)
+        for other in () if mine is None else mine.names:
+            name = next((name for name in names if parameters[name].numel() == own[other].numel()), None)
+            if name is None:
+                raise FgvcError(f"the file computes numbers from {', '.join(operand.names)} in another way than timm's net: they can't be laid")
+            names.remove(name)
+            wanted[name] = own[other].detach()
+    return {name: tensor.reshape(parameters[name].shape) for name, tensor in wanted.items()}

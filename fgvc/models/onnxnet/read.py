@@ -145,6 +145,8 @@ def _convert(path: Path, builder: Builder, node: onnx.NodeProto) -> None:
 
 
 VIEWS = ("Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+MOVES = ("Expand", "Tile", "Gather", "Slice", "Concat", "Split")  # numbers stay what they are
+BOUNDS = ("Resize", "Upsample", "Clip", "Pad")  # read numbers that are none of the image's
 WEIGHTS = {  # the inputs that hold weights
     "Conv": (1, 2), "FusedConv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1),
     "BatchNormalization": (0, 1, 2, 3, 4), "InstanceNormalization": (0, 1, 2),
@@ -153,7 +155,8 @@ WEIGHTS = {  # the inputs that hold weights
 
 def _is_number(builder: Builder, node: onnx.NodeProto, inputs: Sequence[Value | None], domain: str) -> bool:
     """Whether a node that no image reaches is computed while the graph is read. Views of weights are not, and neither is what a
-    layer's weights are computed by, such as a standardisation: these train through it."""
+    layer's weights are computed by, such as a standardisation, nor what moves them to where they are read (a class token that is
+    repeated for each image, a table of position biases): these train through it."""
     if node.op_type in ("Shape", "Size") or domain != "":
         return False
     stored = [value for value in inputs if isinstance(value, Stored)]
@@ -161,7 +164,18 @@ def _is_number(builder: Builder, node: onnx.NodeProto, inputs: Sequence[Value | 
         return True
     if node.op_type in VIEWS or node.op_type in WEIGHTS:
         return False
-    return not _reaches_weights(builder, node)
+    return not _reaches_weights(builder, node) and not (node.op_type in MOVES and _reaches_images(builder, node))
+
+
+def _reaches_images(builder: Builder, node: onnx.NodeProto) -> bool:
+    """Whether what moves numbers, alone or before others that do, ends where they meet what is computed from the image."""
+    readers = [reader for name in node.output for reader in builder.consumers.get(name, ())]
+    return any(
+        reader.op_type not in BOUNDS
+        if builder.of_images.intersection(reader.input)
+        else reader.op_type in (*MOVES, *VIEWS) and _reaches_images(builder, reader)
+        for reader in readers
+    )
 
 
 def _reaches_weights(builder: Builder, node: onnx.NodeProto) -> bool:
