@@ -23,6 +23,7 @@ from fgvc.exporting.proofs import MAX_IMAGES
 from fgvc.images.preprocess import described
 from fgvc.images.preprocess import preprocess as preprocess_image
 from fgvc.io.names import few
+from fgvc.models.lookup.twin import look_up
 from fgvc.models.onnxnet.folded import folded_convolutions
 from fgvc.models.onnxnet.net import OnnxNet
 from fgvc.models.onnxnet.payload import external_files, stored_tensors
@@ -65,6 +66,7 @@ class Inspection:
     bare: dict[str, str]  # other convolutions without a batch norm -> why none is put there
     trainable: dict[str, tuple[int, ...]]  # stored tensor -> its shape
     untrained: dict[str, str]  # stored tensor of floats -> why it is left as it is
+    timm: dict[str, Any]  # which of timm's nets it is: `LookUp.numbers`, and `line` for people
     labels: Labels | None  # names of the classes; None: nothing says them
     preprocess: Preprocess | None  # how its images are prepared; None: nothing says that
     difference: float  # of onnxruntime's answers from the net's, over the largest of them
@@ -97,6 +99,7 @@ class Inspection:
             *([f"weights in {', '.join(self.external_files)} beside it"] if self.external_files else []),
             f"input: {self.dtype} {self.layout}, {self.size[0]} x {self.size[1]} pixels, {batch}",
             *([f"the graph itself does: {'; '.join(self.in_graph)}"] if self.in_graph else []),
+            f"net: {self.timm['line']}",
             f"output: {self.classes} classes{ending}, from a linear layer of {self.classifier[0]} features",
             f"last features: {' x '.join(map(str, self.features))}; stages (channels): {stages}",
             f"batch norms: {norms}",
@@ -143,6 +146,9 @@ def inspect_file(
     net = OnnxNet(read_graph(path, model, size, output=output)).eval()
     tensors = stored_tensors(model)
     folded = folded_convolutions(net)
+    known = look_up(net)
+    if known.twin is not None:
+        net.set_stages(known.twin.stages)
     with torch.no_grad():
         features = net.forward_features(torch.zeros(1, 3, *net.size))
     trained = {name for name, slots in net.slots.items() if any(slot.trained for slot in slots)}
@@ -175,6 +181,7 @@ def inspect_file(
         bare=folded.left,
         trainable={name: tuple(tensors[name].dims) for name in tensors if name in trained},
         untrained=net.untouched,
+        timm=known.numbers() | {"line": known.line()},
         labels=labels_of(path) if labels is None else Labels(stack.labels or (), str(labels)),
         preprocess=spec,
         difference=answers.difference,

@@ -21,23 +21,24 @@ from torch import nn
 
 from fgvc.models.backbone import deployed
 from fgvc.models.lookup.table import TABLE
-from fgvc.models.lookup.trace import traced
+from fgvc.models.lookup.trace import stages_of, traced
 
 FUSES = ("reparameterize", "switch_to_deploy", "fuse")  # methods of blocks that timm fuses
 Layers = list[tuple[int, ...]]
+Stages = tuple[tuple[int, int], ...]
 
 
-def forms(name: str) -> Iterator[tuple[bool, Layers]]:
-    """Whether branches are fused, and the shapes of the layers but for the heads, in the order of their use."""
+def forms(name: str) -> Iterator[tuple[bool, Layers, Stages]]:
+    """Whether branches are fused, the shapes of the layers but for the heads, in the order of their use, and timm's stages."""
     with torch.device("meta"):
         net = timm.create_model(name).eval()
-    plain = layers(net)
-    yield False, plain
+    plain, stages = layers(net), stages_of(net)
+    yield False, plain, stages
     if any(hasattr(module, name) for module in net.modules() for name in FUSES):
         with torch.device("meta"):
             fused = layers(deployed(net))
         if sorted(fused) != sorted(plain):
-            yield True, fused
+            yield True, fused, stages
 
 
 def layers(net: nn.Module) -> Layers:
@@ -48,22 +49,27 @@ def layers(net: nn.Module) -> Layers:
 
 def main(out: Path = TABLE, wanted: Sequence[str] = ()) -> None:
     warnings.simplefilter("ignore")
-    nets: dict[tuple[bool, tuple[tuple[int, ...], ...]], list[str]] = {}
+    nets: dict[tuple[bool, tuple[tuple[int, ...], ...], Stages], list[str]] = {}
     failed: list[str] = []
-    names = [name for name in wanted or timm.list_models() if timm.model_entrypoint(name).__module__.startswith("timm.")]
+    names = [
+        name for name in wanted or timm.list_models() if timm.model_entrypoint(name).__module__.startswith("timm.")
+    ]
     for at, name in enumerate(names):
         try:
-            for fused, shapes in forms(name):
-                nets.setdefault((fused, tuple(shapes)), []).append(name)
+            for fused, shapes, stages in forms(name):
+                nets.setdefault((fused, tuple(shapes), stages), []).append(name)
         except Exception as error:  # nets raise whatever they like
             failed.append(f"{name}: {type(error).__name__}: {str(error)[:100]}")
         print(f"{at + 1}/{len(names)} {name}", file=sys.stderr, flush=True)
-    shapes = sorted({shape for _, own in nets for shape in own})
-    number = {shape: at for at, shape in enumerate(shapes)}
+    every = sorted({shape for _, own, _ in nets for shape in own})
+    number = {shape: at for at, shape in enumerate(every)}
     table = {
         "timm": timm.__version__,
-        "shapes": shapes,
-        "nets": [{"names": names, "fused": fused, "layers": [number[s] for s in own]} for (fused, own), names in nets.items()],
+        "shapes": every,
+        "nets": [
+            {"names": names, "fused": fused, "layers": [number[shape] for shape in own], "stages": stages}
+            for (fused, own, stages), names in nets.items()
+        ],
     }
     out.write_bytes(gzip.compress(json.dumps(table, separators=(",", ":")).encode(), 9, mtime=0))
     print(f"{len(names)} nets of timm {timm.__version__}, {len(nets)} of different layers: {out.stat().st_size} bytes")

@@ -1,8 +1,8 @@
 """Which use of weights in one net is which in another: by shapes, and by what lies before and behind.
 
-Programs that write files fold norms and scales into layers, leave biases to sums, and compute branches in another order. Layers are
-told apart by a colour: the shape, then again and again the colours of the layers before and behind (Weisfeiler and Leman, 1968).
-Layers of one colour are taken in their order.
+Programs that write files fold norms and scales into layers, leave biases to sums, and compute branches in another order. Layers
+are told apart by a colour: the shape, then again and again the colours of the layers before and behind (Weisfeiler and Leman,
+1968). Layers of one colour are taken in their order.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ class Entry:
 
     names: tuple[str, ...]
     fused: bool  # as they ship, their branches fused; else as they are trained
+    stages: tuple[tuple[int, int], ...]  # channels and reduction of each of timm's feature_info
     layers: Counter[Shape]  # how many there are of each shape, but for the classifier
 
 
@@ -37,7 +38,13 @@ def timm_table() -> tuple[str, tuple[Entry, ...]]:
     read = json.loads(gzip.decompress(TABLE.read_bytes()))
     shapes = [tuple(shape) for shape in read["shapes"]]
     return read["timm"], tuple(
-        Entry(tuple(net["names"]), net["fused"], Counter(shapes[number] for number in net["layers"])) for net in read["nets"]
+        Entry(
+            tuple(net["names"]),
+            net["fused"],
+            tuple((channels, reduction) for channels, reduction in net["stages"]),
+            Counter(shapes[number] for number in net["layers"]),
+        )
+        for net in read["nets"]
     )
 
 

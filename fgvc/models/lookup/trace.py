@@ -17,13 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 CONVS = {torch.conv1d, torch.conv2d, torch.conv3d}
 PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
-SCALES = {torch.mul, torch.Tensor.mul, torch.Tensor.mul_, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.__imul__}
-SHIFTS = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}
-LIKENESS = {torch.Tensor.type_as, torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.to}  # an operand gives its form alone
+SCALES = {getattr(torch.Tensor, name) for name in ("mul", "mul_", "__mul__", "__rmul__", "__imul__")} | {torch.mul}
+SHIFTS = {getattr(torch.Tensor, name) for name in ("add", "add_", "__add__", "__radd__", "__iadd__")} | {torch.add}
+LIKENESS = {torch.Tensor.type_as, torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.to}  # an operand gives its form
 MOVES = {  # numbers keep their channel
     torch.flatten, torch.Tensor.flatten, torch.Tensor.reshape, torch.reshape, torch.Tensor.view, torch.Tensor.contiguous,
-    torch.Tensor.permute, torch.permute, torch.Tensor.transpose, torch.transpose, torch.Tensor.unflatten, F.dropout, torch.dropout,
-    F.dropout2d,
+    torch.Tensor.permute, torch.permute, torch.Tensor.transpose, torch.transpose, torch.Tensor.unflatten, F.dropout,
+    torch.dropout, F.dropout2d,
 }  # fmt: skip
 
 
@@ -131,19 +131,19 @@ class Trace(TorchFunctionMode):
             return self._layer(func, args, kwargs, state)
         if func in PRODUCTS and _live(args[0]) is not None and args[1].dim() == 2:
             self.uses.append(Use("layer", [self._operand(args[1], turned=True)], state.after, None))
-            if replaced:
-                result = F.linear(args[0], replaced[0], replaced[1])  # type: ignore[arg-type]
-            else:
-                result = func(*args, **kwargs)
+            result = func(args[0], *args[1:], **kwargs) if not replaced else F.linear(args[0], *replaced)  # type: ignore[arg-type]
             return result, Live(frozenset([number]), number)
         if func is F.batch_norm and len(args) > 2 and args[1] is not None and not (len(args) > 5 and args[5]):
             parts = _arguments(("x", "mean", "var", "weight", "bias", "training", "momentum", "eps"), args, kwargs)
-            operands = [self._operand(parts[name]) for name in ("mean", "var", "weight", "bias") if parts.get(name) is not None]
+            operands = [
+                self._operand(parts[name]) for name in ("mean", "var", "weight", "bias") if parts.get(name) is not None
+            ]
             self.uses.append(Use("norm", operands, state.after, behind, eps=float(parts.get("eps", 1e-5))))
             if replaced is None or args[0].is_meta:  # torch computes a norm without data step by step: half of the time
                 return args[0].clone(), Live(state.after, behind)
             if replaced:
-                return F.batch_norm(args[0], *replaced, False, 0.0, parts.get("eps", 1e-5)), Live(state.after, behind)  # type: ignore[misc]
+                result = func(args[0], *replaced, False, 0.0, parts.get("eps", 1e-5))
+                return result, Live(state.after, behind)
             return func(*args, **kwargs), Live(state.after, behind)
         mine = [tensor for tensor in _tensors([args, kwargs]) if _live(tensor) is None and self._names(tensor)]
         kind = "scale" if func in SCALES else "shift" if func in SHIFTS else "other"
@@ -159,7 +159,9 @@ class Trace(TorchFunctionMode):
             result = func(*args, **kwargs)
         return result, Live(state.after, behind)
 
-    def _layer(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], state: Live) -> tuple[Any, Live]:
+    def _layer(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], state: Live
+    ) -> tuple[Any, Live]:
         number = len(self.uses)
         parts = _arguments(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, kwargs)
         operands = [self._operand(parts[name]) for name in ("weight", "bias") if parts.get(name) is not None]
@@ -199,6 +201,11 @@ def traced(
     followed = frozenset[int]().union(*(use.after for use in trace.uses if use.kind == "layer"))
     heads = frozenset(n for n, use in enumerate(trace.uses) if use.kind == "layer" and n not in followed)
     return Traced(trace.uses, logits, images if trace.entry is None else trace.entry, heads)
+
+
+def stages_of(net: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Channels and reduction of each stage, as timm's `feature_info` has them; () where it has none."""
+    return tuple((int(stage["num_chs"]), int(stage["reduction"])) for stage in getattr(net, "feature_info", None) or ())
 
 
 def _arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

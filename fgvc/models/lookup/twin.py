@@ -16,7 +16,7 @@ from fgvc.errors import FgvcError
 from fgvc.models.backbone import deployed, plain_model
 from fgvc.models.lookup.match import Layer, Pairing, Place, pairings
 from fgvc.models.lookup.table import Near, nearest, timm_table
-from fgvc.models.lookup.trace import Operand, Traced, traced
+from fgvc.models.lookup.trace import Operand, Traced, stages_of, traced
 from fgvc.models.onnxnet.net import OnnxNet
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -108,24 +108,38 @@ class LookUp:
         """For people."""
         if self.twins:
             names = " = ".join(dict.fromkeys(twin.name for twin in self.twins))
-            return f"{names} of timm: with the file's weights it answers the same, to {self.twins[0].difference:.0e}"
+            return f"{names} of timm: with the file's weights its logits are the same ({self.twins[0].difference:.0e} apart)"
         if self.others:
             apart = ", ".join(f"{name} ({difference:.0e} apart)" for name, difference in self.others)
-            return f"none of timm's: the layers are those of {apart}, the answers are not"
+            return f"none of timm's: the layers are those of {apart}, the logits are not"
         if self.near:
             count = self.near[0].differences
             names = ", ".join(dict.fromkeys(name for near in self.near[:3] for name in near.entry.names[:2]))
-            return f"none of timm's: {names} but for {count} layer{'s' * (count != 1)}"
-        return f"none of timm's (of {self.version})"
+            return f"none of timm's: a {names}" + (
+                f" but for {count} layer{'s' * (count > 1)}" if count else "'s layers, otherwise used"
+            )
+        return f"none of timm's (as of {self.version})"
 
     def numbers(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "timm": self.version,
-            "nets": [{"name": twin.name, "kwargs": dict(twin.kwargs), "difference": twin.difference} for twin in self.twins],
+            "nets": [
+                {"name": twin.name, "kwargs": dict(twin.kwargs), "difference": twin.difference} for twin in self.twins
+            ],
             "same_layers": dict(self.others),
             "near": [{"names": near.entry.names, "differences": near.differences} for near in self.near],
         }
+
+
+def timm_stages(file: OnnxNet) -> tuple[tuple[int, int], ...]:
+    """The channels and reductions of the stages of timm's net with the same layers, by the table alone; () where there is none.
+    For `OnnxNet.set_stages`."""
+    training = file.training
+    uses = traced(file.eval(), _images(file)[:1])
+    file.train(training)
+    near = nearest((uses.uses[number].key for number in uses.layers), share=0)
+    return next((found.entry.stages for found in near if not found.differences), ())
 
 
 def look_up(file: OnnxNet) -> LookUp:
@@ -135,7 +149,11 @@ def look_up(file: OnnxNet) -> LookUp:
     near = nearest(uses.uses[number].key for number in uses.layers)
     twins: list[Twin] = []
     others: list[tuple[str, float]] = []
-    tries = [(name, found.entry.fused) for found in near for name in sorted(found.entry.names, key=lambda name: (len(name), name))]
+    tries = [
+        (name, found.entry.fused)
+        for found in near
+        for name in sorted(found.entry.names, key=lambda name: (len(name), name))
+    ]
     for name, fused in tries[:CANDIDATES]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -175,7 +193,7 @@ def _tried(file: OnnxNet, uses: Traced, name: str, fused: bool) -> Twin | float 
             apart = _apart(net, twin, uses, pairing)
             if apart <= TOLERANCE:
                 return Twin(
-                    name=name, kwargs=kwargs, fused=fused, difference=apart, stages=_stages(plain), file=file, uses=uses,
+                    name=name, kwargs=kwargs, fused=fused, difference=apart, stages=stages_of(plain), file=file, uses=uses,
                     pairing=pairing,
                 )  # fmt: skip
             best = apart if best is None else min(best, apart)
@@ -215,10 +233,6 @@ def _at(net: Traced, place: Place) -> Tensor:
     return net.uses[place[0]].operands[place[1]].value
 
 
-def _stages(net: nn.Module) -> tuple[tuple[int, int], ...]:
-    return tuple((int(stage["num_chs"]), int(stage["reduction"])) for stage in getattr(net, "feature_info", None) or ())
-
-
 # --- from the twin's weights to the file's ------------------------------------------------------------------------------
 
 
@@ -229,7 +243,9 @@ def _affine(twin: Traced, layer: Layer) -> tuple[Tensor, Tensor]:
     for use in (twin.uses[number] for number in layer.folded):
         parts = [operand.value.reshape(-1) for operand in use.operands]
         if use.kind == "norm":
-            mean, variance, gamma, beta = parts if len(parts) == 4 else (*parts, torch.ones_like(scale), torch.zeros_like(scale))
+            mean, variance, gamma, beta = (
+                parts if len(parts) == 4 else (*parts, torch.ones_like(scale), torch.zeros_like(scale))
+            )
             factor = gamma / torch.sqrt(variance + use.eps)
             scale, shift = scale * factor, (shift - mean) * factor + beta
         elif use.kind == "scale":
@@ -255,15 +271,17 @@ def _folded(twin: Traced, file: Traced, pairing: Pairing) -> dict[Place, Tensor]
         if layer.shift is not None:
             values[layer.shift] = shift
         elif shift.any():
-            raise FgvcError(f"the file's layer {file.uses[layer.file].operands[0].names[0]!r} has no bias for that of the weights")
+            raise FgvcError(
+                f"the file's layer {file.uses[layer.file].operands[0].names[0]!r} has no bias for that of the weights"
+            )
     return values | {theirs: _at(twin, mine) for mine, theirs in pairing.same.items()}
 
 
 def _parameters(
     file: OnnxNet, operand: Operand, value: Tensor, mine: Operand | None, own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The parameters of the file's module that an operand is of, so that it has this value. Where the file computes it from others,
-    as the net does (`mine`), they are the net's own."""
+    """The parameters of the file's module that an operand is of, so that it has this value. Where the file computes it from
+    others, as the net does (`mine`), they are the net's own."""
     parameters = dict(file.named_parameters()) | dict(file.named_buffers())
     whole = operand.value.double()
     if operand.direct:
@@ -275,7 +293,9 @@ def _parameters(
         for other in () if mine is None else mine.names:
             name = next((name for name in names if parameters[name].numel() == own[other].numel()), None)
             if name is None:
-                raise FgvcError(f"the file computes numbers from {', '.join(operand.names)} in another way than timm's net: they can't be laid")
+                raise FgvcError(
+                    f"the file computes numbers from {', '.join(operand.names)} otherwise than timm's net: they can't be laid"
+                )
             names.remove(name)
             wanted[name] = own[other].detach()
     return {name: tensor.reshape(parameters[name].shape) for name, tensor in wanted.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from fgvc.errors import FgvcError
 from fgvc.models.onnxnet.heads import join_heads
 from fgvc.models.onnxnet.read import Graph, load_model, read_graph
 from fgvc.models.onnxnet.values import Live, Slot
+
+STAGE = "stage_"  # the name of the Identity at the end of a stage, before its number
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,7 @@ class OnnxNet(nn.Module):
         self.classifier: nn.Linear = graph.builder.root.get_submodule(parts.classifier)  # type: ignore[assignment]
         self.tail = None if parts.tail is None else fx.GraphModule(graph.builder.root, parts.tail)
         self.num_classes, self.num_features = self.classifier.out_features, self.classifier.in_features
-        self.feature_info = [
-            {"num_chs": stage.channels, "reduction": stage.reduction, "module": f"body.{name}"}
-            for name, stage in parts.stages.items()
-        ]
+        self.feature_info = _feature_info((name, stage.channels, stage.reduction) for name, stage in parts.stages.items())
         self.pretrained_cfg: Mapping[str, Any] = {
             "input_size": (3, *graph.size), "classifier": "classifier", "num_classes": self.num_classes,
         }  # fmt: skip
@@ -108,6 +107,26 @@ class OnnxNet(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
+
+    def set_stages(self, stages: Sequence[tuple[int, int]]) -> None:
+        """Let the stages end where a map of these channels and reductions is the last of its kind, from fine to coarse, as
+        timm's `feature_info` of the same net has them. They stay as they are where the file has no such maps."""
+        maps = {node.meta["map"]: node for node in self.body.graph.nodes if "map" in node.meta}
+        if not stages or len(set(stages)) < len(stages) or not maps.keys() >= set(stages):
+            return
+        for node in list(self.body.graph.nodes):
+            if node.op == "call_module" and str(node.target).startswith(STAGE):
+                node.replace_all_uses_with(node.args[0])
+                self.body.graph.erase_node(node)
+                delattr(self.body, str(node.target))
+        for number, stage in enumerate(stages):
+            node = maps[stage]
+            self.body.add_module(f"{STAGE}{number}", nn.Identity())
+            with self.body.graph.inserting_after(node):
+                end = self.body.graph.call_module(f"{STAGE}{number}", (node,))
+            node.replace_all_uses_with(end, delete_user_cb=lambda user, end=end: user is not end)
+        self.body.recompile()
+        self.feature_info = _feature_info((f"{STAGE}{number}", *stage) for number, stage in enumerate(stages))
 
     def no_weight_decay(self) -> set[str]:
         return set()
@@ -167,6 +186,12 @@ class OnnxNet(nn.Module):
 def open_onnx(path: Path, size: tuple[int, int] | None = None, *, output: str | None = None) -> OnnxNet:
     """The net of a classifier's file, in eval mode; see `fgvc.models.onnxnet.read.read_graph`."""
     return OnnxNet(read_graph(path, load_model(path), size, output=output)).eval()
+
+
+def _feature_info(stages: Iterable[tuple[str, int, int]]) -> list[dict[str, Any]]:
+    return [
+        {"num_chs": channels, "reduction": reduction, "module": f"body.{name}"} for name, channels, reduction in stages
+    ]
 
 
 def _value(graph: Graph, slot: Slot) -> Any:
@@ -275,6 +300,7 @@ def _stages(graph: Graph, cuts: list[fx.Node], shapes: Mapping[fx.Node, torch.Si
         rows, columns = graph.size[0] / height, graph.size[1] / width
         reduction = round(rows)
         if reduction > 1 and 2 / 3 < rows / columns < 3 / 2:  # else heads of attention: of another shape than the image's
+            node.meta["map"] = (int(channels), reduction)
             ends[reduction] = Stage(node, int(channels), reduction)
     for reduction, stage in ends.items():
         if stage.node is not cuts[-1] and any(_is_depthwise(user, root) for user in _readers(stage.node)):
@@ -282,7 +308,7 @@ def _stages(graph: Graph, cuts: list[fx.Node], shapes: Mapping[fx.Node, torch.Si
             if narrow in cuts and shapes[narrow][2:] == shapes[stage.node][2:]:
                 ends[reduction] = Stage(narrow, int(shapes[narrow][1]), reduction)
     ordered = sorted(ends.values(), key=lambda stage: stage.reduction)
-    return {f"stage_{number}": stage for number, stage in enumerate(ordered)}
+    return {f"{STAGE}{number}": stage for number, stage in enumerate(ordered)}
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
