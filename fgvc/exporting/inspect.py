@@ -152,7 +152,7 @@ def inspect_file(
     with torch.no_grad():
         features = net.forward_features(torch.zeros(1, 3, *net.size))
     trained = {name for name, slots in net.slots.items() if any(slot.trained for slot in slots)}
-    x, count = _noise(net), 0
+    x, count = noise(net), 0
     if images and spec is not None:
         x = _prepared(images, spec, path, net)
         count = len(x)
@@ -212,7 +212,7 @@ def difference_from_onnxruntime(path: Path, net: OnnxNet, x: NDArray[np.float32]
     return Answers(worst / largest, classes)
 
 
-def _noise(net: OnnxNet, images: int = 2, seed: int = 0) -> NDArray[np.float32]:
+def noise(net: OnnxNet, images: int = 2, seed: int = 0) -> NDArray[np.float32]:
     rng, shape = np.random.default_rng(seed), (images, 3, *net.size)
     noise = rng.integers(0, 256, shape) if net.dtype == "uint8" else rng.normal(0, 1, shape)
     return noise.astype(net.dtype).astype(np.float32)
