@@ -32,6 +32,8 @@ from fgvc.techniques.checks import (
     naming,
     require_added,
     require_batch,
+    require_described,
+    require_gated,
     require_terms,
     require_views,
 )
@@ -72,6 +74,7 @@ class StepModule(nn.Module):
         self.attachments = Attachments(net=net, size=size, grad_checkpointing=grad_checkpointing, opener=opener)
         self.branches = self.attachments.branches
         for kind, technique in self.techniques.items():
+            require_described(kind, technique)
             parts = NetParts(net)
             call(kind, "setup", technique.setup, Plan(kind, self.attachments))
             parts.require_same(kind, self.attachments.replaced)
@@ -291,10 +294,11 @@ class StepModule(nn.Module):
         context = self.contexts[kind].sized(group[0].x.shape[2:])
         with naming(kind, f"gate at {name}"):
             if all(view.gated for view in group):
-                return gate(output, context)
+                return require_gated(kind, name, gate(output, context), output)
             parts = output.split([len(view.x) for view in group])
             pairs = zip(group, parts, strict=True)
-            return torch.cat([gate(part, context) if view.gated else part for view, part in pairs])
+            gated = [require_gated(kind, name, gate(f, context), f) if view.gated else f for view, f in pairs]
+            return torch.cat(gated)
 
     def _enter_group(self, group: list[View], _gradient: Tensor) -> None:
         """Set the group whose features the backward reaches: what is recomputed from here on is of its views. Autograd goes back

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from fgvc.errors import FgvcError
@@ -33,9 +34,33 @@ def naming(kind: str, where: str) -> Iterator[None]:
 
 
 def call(kind: str, hook: str, method: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a technique's hook; errors name both."""
+    """Call a technique's hook; errors name both. Raises FgvcError where on_sample or mixes returns what can't be."""
     with naming(kind, f"hook {hook}"):
-        return method(*arguments)
+        result = method(*arguments)
+    if hook == "on_sample" and not (
+        isinstance(result, np.ndarray) and result.dtype == np.uint8 and result.shape[2:] == (3,)
+    ):
+        raise FgvcError(f"techniques.{kind}: on_sample returned {_shown(result)}; return the image, (H,W,3) uint8")
+    if hook == "mixes" and not (isinstance(result, int | float) and 0 <= result <= 1):
+        raise FgvcError(f"techniques.{kind}: mixes returned {_shown(result)}; return a share of the steps, from 0 to 1")
+    return result
+
+
+def require_described(kind: str, technique: Technique) -> None:
+    """Raise FgvcError where what a technique says of its terms can't be."""
+    if not isinstance(technique.measures, tuple | list):
+        raise FgvcError(
+            f"techniques.{kind}: `measures` is {_shown(technique.measures)}; give a tuple of names: ('accuracy',)"
+        )
+    if not isinstance(technique.weights, Mapping):
+        raise FgvcError(
+            f"techniques.{kind}: `weights` is {_shown(technique.weights)}; give a dictionary, term -> weight"
+        )
+    for name, weight in technique.weights.items():
+        if not isinstance(weight, int | float | tuple):
+            raise FgvcError(
+                f"techniques.{kind}: the weight of {name!r} is {_shown(weight)}; give a number, or a Scheduled setting"
+            )
 
 
 class Outputs(dict[str, Output]):
@@ -112,6 +137,13 @@ def _weights(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
     elif depth and not callable(value):
         for key, inner in getattr(value, "__dict__", {}).items():
             yield from _weights(f"{name}.{key}", inner, depth - 1)
+
+
+def require_gated(kind: str, module: str, output: object, before: Tensor) -> Tensor:
+    """Return the output that a gate gave. Raises FgvcError where it has not the shape of the one that the gate was given."""
+    if not isinstance(output, Tensor) or output.shape != before.shape:
+        raise FgvcError(f"techniques.{kind}: its gate at {module} returned {_shown(output)} for {_shown(before)}")
+    return output
 
 
 def require_batch(kind: str, batch: object, before: Batch) -> Batch:
@@ -193,8 +225,8 @@ def require_terms(kind: str, technique: Technique, terms: object) -> Mapping[str
 
 def _shown(value: object) -> str:
     """A value in a few words: shape and type of a tensor, of others their type or themselves."""
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Tensor | np.ndarray):
+        return f"a {type(value).__name__} {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, list | tuple) and any(isinstance(inner, Tensor | tuple) for inner in value):
         return f"[{', '.join(_shown(inner) for inner in value)}]"
     return (

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from timm import create_model
 from torch import Tensor, nn
 from typing_extensions import override
 
+from fgvc.config.technique import TechniqueSettings
 from fgvc.errors import FgvcError
 from fgvc.runs.step import StepModule
 from fgvc.techniques.api import Batch, Output, Technique, View
 from fgvc.techniques.plan import Context, Plan
+from fgvc.techniques.registry import build_technique
 
 SIDE = 32
 
@@ -156,9 +161,9 @@ def test_a_name_of_a_module_is_given_once_and_without_dots(names: tuple[str, ...
     ("make", "message"),
     [
         (lambda b: None, r"its views are None; return a list of View"),
-        (lambda b: [b.x], r"one of its views is a tensor .*; make it by View"),
-        (lambda b: [View("v", b.x[0], b.target)], r"the view 'blank\.v' has images a tensor \(3, 32, 32\)"),
-        (lambda b: [View("v", b.x, b.labels)], r"has the target a tensor \(4,\) of int64; a target is a list of pairs"),
+        (lambda b: [b.x], r"one of its views is a Tensor .*; make it by View"),
+        (lambda b: [View("v", b.x[0], b.target)], r"the view 'blank\.v' has images a Tensor \(3, 32, 32\)"),
+        (lambda b: [View("v", b.x, b.labels)], r"has the target a Tensor \(4,\) of int64; a target is a list of pairs"),
         (lambda b: [View("v", b.x[:2], b.target)], r"a target is a list of pairs \(labels \(2,\)"),
         (lambda b: [View("v", b.x, [(b.labels, 0.5)])], r"a target is a list of pairs"),
         (lambda b: [View("v", b.x, b.target, weight=((0.0, 1.0),))], r"value_at\(weight, ctx\.progress\)"),
@@ -223,8 +228,82 @@ def test_an_error_in_a_hook_names_the_technique_and_the_hook(hook: str) -> None:
 
 def test_an_error_in_a_gate_names_the_technique_and_the_module() -> None:
     def setup(technique: Blank, plan: Plan) -> None:
-        plan.gate("layer1", lambda f, ctx: torch.cat([f, f[:, :, :1]], dim=3))
+        plan.gate("layer1", lambda f, ctx: torch.cat([f, f[:, :, :1]], dim=3))  # of other heights
 
     with pytest.raises(RuntimeError) as caught:
         run(Blank(setup=setup))
     assert caught.value.__notes__ == ["in techniques.blank, gate at layer1"]
+
+
+@pytest.mark.parametrize(
+    ("gate", "what"), [(lambda f, ctx: None, "None"), (lambda f, ctx: f[:, :1], r"a Tensor \(4, 1, ")]
+)
+def test_a_gate_that_returns_another_shape_is_refused(gate: Callable[..., Any], what: str) -> None:
+    def setup(technique: Blank, plan: Plan) -> None:
+        plan.gate("layer1", gate)
+
+    with pytest.raises(FgvcError, match=rf"techniques\.blank: its gate at layer1 returned {what}.* for a Tensor \(4, "):
+        run(Blank(setup=setup))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("measures", "accuracy", r"`measures` is 'accuracy'; give a tuple of names"),
+        ("weights", ["term"], r"`weights` is \['term'\]; give a dictionary"),
+        ("weights", {"term": None}, r"the weight of 'term' is None; give a number, or a Scheduled setting"),
+    ],
+)
+def test_what_it_says_of_its_terms_is_looked_at(attribute: str, value: object, message: str) -> None:
+    technique = Blank()
+    setattr(technique, attribute, value)
+    with pytest.raises(FgvcError, match=rf"techniques\.blank: {message}"):
+        step_of(technique)
+
+
+@pytest.mark.parametrize(
+    ("hook", "arguments", "result", "message"),
+    [
+        ("on_sample", (np.zeros((2, 2, 3), np.uint8), 0), None, r"on_sample returned None; return the image"),
+        ("on_sample", (np.zeros((2, 2, 3), np.uint8), 0), np.zeros((2, 2, 3)), r"on_sample returned a ndarray \(2, 2, 3\) of float64"),
+        ("mixes", (0.5,), None, r"mixes returned None; return a share"),
+        ("mixes", (0.5,), 1.5, r"mixes returned 1\.5; return a share"),
+    ],
+)
+def test_what_hooks_of_the_loader_and_the_draw_return_is_looked_at(
+    hook: str, arguments: tuple[object, ...], result: object, message: str
+) -> None:
+    technique = type("Other", (Technique,), {hook: lambda technique, *_: result})()
+    ((_, made),) = step_of(technique).hooks(hook)
+    with pytest.raises(FgvcError, match=rf"techniques\.blank: {message}"):
+        made(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        (
+            "class T(Technique):\n    def losess(self): ...",
+            FgvcError,
+            r"can't be imported: TypeError: T\.losess: .*losses\?",
+        ),
+        ("import nothing_of_that_name", FgvcError, r"can't be imported: ModuleNotFoundError.*line 2\)"),
+        ("def T(settings): return 1", FgvcError, r"is no Technique \(fgvc\.techniques\.api\), but a int"),
+        (
+            "class T(Technique):\n    def __init__(self, settings): {}['a']",
+            KeyError,
+            r"in techniques\.made, made_\d+:T",
+        ),
+    ],
+)
+def test_a_class_that_can_not_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, error: type[Exception], message: str
+) -> None:
+    name = f"made_{len(code)}"
+    (tmp_path / f"{name}.py").write_text(f"from fgvc.techniques.api import Technique\n{code}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = type("Settings", (TechniqueSettings,), {"technique": f"{name}:T"})(kind="made")
+    with pytest.raises(error) as caught:
+        build_technique(settings)
+    assert re.search(message, "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])]))
+    assert "techniques.made" in "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
