@@ -19,7 +19,6 @@ from torch import nn
 from fgvc import __version__
 from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise
-from fgvc.exporting.filesession import FileSession
 from fgvc.exporting.into import Written, differences_outside, moved_between, skeleton, write_into
 from fgvc.exporting.proofs import (
     MAX_IMAGES,
@@ -40,6 +39,7 @@ from fgvc.models.onnxnet.payload import external_files, stored_tensors
 from fgvc.models.onnxnet.read import load_model
 from fgvc.reparam.plain import strip_to
 from fgvc.runtime.description import describe
+from fgvc.runtime.engine import OnnxSession, feed
 
 KIND = "deployed file"  # of a contract
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -75,7 +75,7 @@ class DeployedFile:
         numeric = compare_numbers(trained.double(), exact, shipped, sample, bar=bar)
         if not numeric.passed:
             raise FgvcError(numeric.failure)
-        behavioural = compare_answers(FileSession(written.path, shipped), shipped, images, bar=bar)
+        behavioural = compare_answers(_session(written.path, shipped), shipped, images, bar=bar)
         if not behavioural.passed:
             raise FgvcError(behavioural.failure)
         explain, reason, warnings = _explain(written.path, shipped, sample, self.scratch / "explain")
@@ -131,7 +131,7 @@ class DeployedFile:
 
 
 def compare_answers(
-    session: FileSession, net: OnnxNet, images: Iterable[np.ndarray], *, bar: float = ONNX_TOLERANCE
+    session: OnnxSession, net: OnnxNet, images: Iterable[np.ndarray], *, bar: float = ONNX_TOLERANCE
 ) -> Behavioural:
     """Behavioural proof of a file against its net, on at most 256 images in batches (B,3,H,W) float32: differences over the
     largest answer."""
@@ -142,16 +142,20 @@ def compare_answers(
         x = np.ascontiguousarray(batch, np.float32)[: MAX_IMAGES - count]
         with torch.inference_mode():
             expected = net.probabilities(net(torch.from_numpy(x).contiguous(memory_format=layout))).double().numpy()
-        answers = session.answers(x)
+        answers = session.scores(x)
         worst = float(np.maximum(worst, _relative(answers, expected)))  # NaN stays
         if net.batch is None and len(x) > 1 and worst_batch is None:
-            alone = np.concatenate([session.answers(x[at : at + 1]) for at in range(min(8, len(x)))])
-            worst_batch = _relative(alone, session.answers(x[:8]))
+            alone = np.concatenate([session.scores(x[at : at + 1]) for at in range(min(8, len(x)))])
+            worst_batch = _relative(alone, session.scores(x[:8]))
         others += differing_rows(answers, expected, count, bar=bar * float(np.abs(expected).max()))
         count += len(x)
         if count >= MAX_IMAGES:
             break
     return Behavioural(images=count, worst=worst, worst_batch=worst_batch, disagreements=tuple(others), bar=bar)
+
+
+def _session(path: Path, net: OnnxNet) -> OnnxSession:
+    return OnnxSession(path, output=net.output_name)
 
 
 def _relative(ours: NDArray[np.floating], theirs: NDArray[np.floating]) -> float:
@@ -189,7 +193,7 @@ def _explain(path: Path, net: OnnxNet, x: np.ndarray, scratch: Path) -> tuple[by
             (scratch / name).write_bytes(path.with_name(name).read_bytes())
         out = scratch / path.name
         out.write_bytes(model.SerializeToString(deterministic=True))
-        answers, maps = FileSession(out, net).outputs(x, net.output_name, MAPS)
+        answers, *_, maps = _session(out, net).infer(feed(x, net.file))
         _refuse_other_maps(answers, maps, path, net, x)
     except FgvcError as error:
         reason = f"can't be made: {str(error).partition(chr(10))[0]}"
@@ -244,7 +248,7 @@ def _refuse_other_maps(
     answers: NDArray[np.floating], maps: NDArray[np.floating], path: Path, net: OnnxNet, x: np.ndarray
 ) -> None:
     bar = HALF_TOLERANCE if _is_half(path, net) else SHIPPED_TOLERANCE
-    if not _relative(answers.reshape(len(x), -1), FileSession(path, net).answers(x)) <= bar:
+    if not _relative(answers.reshape(len(x), -1), _session(path, net).scores(x)) <= bar:
         raise FgvcError("it gives other answers than model.onnx")
     with torch.inference_mode():
         logits = net(torch.from_numpy(x)).double().numpy()

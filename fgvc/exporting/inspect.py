@@ -18,7 +18,6 @@ from torch import nn
 
 from fgvc.config.images import Preprocess, Triple
 from fgvc.errors import FgvcError, ImageError
-from fgvc.exporting.filesession import FileSession
 from fgvc.exporting.proofs import MAX_IMAGES
 from fgvc.images.preprocess import described
 from fgvc.images.preprocess import preprocess as preprocess_image
@@ -29,6 +28,7 @@ from fgvc.models.onnxnet.net import OnnxNet
 from fgvc.models.onnxnet.payload import external_files, stored_tensors
 from fgvc.models.onnxnet.read import load_model, read_graph
 from fgvc.runtime.description import describe
+from fgvc.runtime.engine import OnnxSession
 from fgvc.runtime.labels import Labels, labels_of
 from fgvc.runtime.predict import BATCH, decoded, expand
 from fgvc.runtime.stack import stack_of
@@ -199,11 +199,11 @@ class Answers:
 def difference_from_onnxruntime(path: Path, net: OnnxNet, x: NDArray[np.float32]) -> Answers:
     """Compare a net's answers for x (B,3,H,W), as it takes images, with onnxruntime's. Raises FgvcError where onnxruntime can't
     load the file."""
-    session = FileSession(path, net)
+    session = OnnxSession(path, output=net.output_name)
     worst, largest, classes = 0.0, 1e-30, list[int]()
     for start in range(0, len(x), BATCH):
         images = x[start : start + BATCH]
-        wanted = session.answers(images)
+        wanted = session.scores(images)
         with torch.no_grad():
             own = net.probabilities(net(torch.from_numpy(images))).double().numpy()
         worst = float(np.maximum(worst, np.abs(own - wanted).max()))  # NaN stays

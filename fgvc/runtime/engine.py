@@ -91,6 +91,10 @@ class OnnxSession:
             pieces.append([output[: len(piece)] for output in self._session.run(self.outputs, {self.input: full})])
         return [np.concatenate(outputs) for outputs in zip(*pieces, strict=True)]
 
+    def scores(self, x: np.ndarray) -> np.ndarray:
+        """What the file says of the classes for x (B,3,H,W) float32, (B,K) float64: logits, or probabilities where it ends so."""
+        return self.infer(feed(x, self.file))[0].reshape(len(x), -1).astype(np.float64)
+
     def run(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
         """Logits (B,K) float32 for x (B,3,H,W) float32, and the other outputs as they are."""
         if any(fixed is not None and fixed != n for fixed, n in zip(self.shape[1:], x.shape[1:], strict=True)):
@@ -192,6 +196,11 @@ class Engine:
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Logits (B,K) float32 for preprocessed x (B,3,H,W) float32."""
         return self.session.logits(x)
+
+    @property
+    def fed(self) -> Preprocess:
+        """The bundle's preprocessing, with what its file takes and does by itself."""
+        return self.bundle.preprocess.model_copy(update={"network": self.session.file.record})
 
     def answers(self, logits: np.ndarray, *, top_k: int = 5) -> list[Answer]:
         """Classifications from its logits (B,K); see `classify`."""

@@ -219,7 +219,7 @@ async def model_ready(request: Request, model: str, version: str = VERSION) -> R
 @router.post("/v2/models/{model}/infer")
 @router.post("/v2/models/{model}/versions/{version}/infer", name="version_infer")
 async def infer(request: Request, model: str, version: str = VERSION) -> Response:
-    """Preprocessed images in, logits out, as JSON or bytes."""
+    """Tensors as the file takes them in, what it gives out, as JSON or bytes."""
     service = _service(request)
     served, limits = _find(service, model, version), service.limits
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from fgvc.errors import FgvcError
 from fgvc.images.preprocess import differences
 from fgvc.io.names import label_differences
-from fgvc.runtime.bundle import MANIFEST, Bundle, load_bundle
+from fgvc.runtime.bundle import MANIFEST, load_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.explain import BundleExplainer
 from fgvc.serving.limits import Refusal
@@ -83,7 +83,7 @@ class ModelRegistry:
                 try:
                     loaded = _load(name, folder, self._threads)
                     if not self._any_bundle:
-                        _refuse_other(loaded.engine.bundle, self._served[name].engine.bundle)
+                        _refuse_other(loaded.engine, self._served[name].engine)
                     self._served[name] = loaded
                 except Exception as error:  # whatever is wrong with the new one, the old one is right
                     self.failures[name] += 1
@@ -112,10 +112,11 @@ def parse_places(texts: Sequence[str]) -> dict[str, Path]:
     return places
 
 
-def _refuse_other(new: Bundle, old: Bundle) -> None:
+def _refuse_other(new: Engine, old: Engine) -> None:
     """Raise FgvcError where a bundle is no drop-in for the one that is served: clients prepare tensors by the old preprocessing,
     and may read logits by the old order of classes."""
-    mismatches = [*differences(new.preprocess, old.preprocess), *label_differences(new.labels, old.labels)]
+    labels = label_differences(new.bundle.labels, old.bundle.labels)
+    mismatches = [*differences(new.fed, old.fed), *labels]
     if mismatches:
         raise FgvcError(
             f"not a drop-in, the new one's against the old one's: {'; '.join(mismatches)} (start with --any-bundle to take it)"

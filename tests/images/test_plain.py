@@ -17,7 +17,13 @@ from fgvc.images.preprocess import described, differences, fit, preprocess
 from fgvc.models.weights import Weights, preprocess_for
 
 OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
-SIZES = [((97, 133), (64, 64)), ((97, 133), (200, 260)), ((300, 200), (150, 100)), ((301, 199), (33, 47)), ((5, 3), (17, 1))]
+SIZES = [
+    ((97, 133), (64, 64)),
+    ((97, 133), (200, 260)),
+    ((300, 200), (150, 100)),
+    ((301, 199), (33, 47)),
+    ((5, 3), (17, 1)),
+]
 
 
 def textured(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -136,7 +142,9 @@ def test_a_recipe_says_it() -> None:
     deploy = Deploy(antialias=False, interpolation="bilinear", resize="pad", fill=114)  # type: ignore[arg-type]
     spec = preprocess_for(deploy, (8, 8), weights)
     assert (spec.antialias, spec.fill) == (False, (114, 114, 114))
-    with pytest.raises(FgvcError, match=r"deploy\.antialias: false is for bilinear and bicubic alone, and the weights ask for"):
+    with pytest.raises(
+        FgvcError, match=r"deploy\.antialias: false is for bilinear and bicubic alone, and the weights ask for"
+    ):
         preprocess_for(Deploy(antialias=False), (8, 8), weights)
     with pytest.raises(ValueError, match=r"false is for interpolation bilinear and bicubic alone, not lanczos"):
         Deploy(antialias=False, interpolation="lanczos")

@@ -107,7 +107,9 @@ def file(request: pytest.FixtureRequest) -> File:
 
 
 def spec_of(file: File, **options: Any) -> Preprocess:
-    normalisation = {"input_range": 255, "mean": (0, 0, 0), "std": (1, 1, 1)} if file.raw else {"mean": MEAN, "std": STD}
+    normalisation = (
+        {"input_range": 255, "mean": (0, 0, 0), "std": (1, 1, 1)} if file.raw else {"mean": MEAN, "std": STD}
+    )
     tree = {"size": (8, 8), "resize": "squash", "crop_pct": 1, "interpolation": "bilinear"} | normalisation
     return Preprocess.model_validate(tree | options)
 
@@ -308,13 +310,18 @@ def test_explain_reads_the_written_file_with_maps(file: File, tmp_path: Path) ->
 def test_nothing_is_normalised_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bytes_, floats = FILES["bytes, channels last, softmax"], FILES["channels last, softmax"]
     normalised = {"input_range": 1, "mean": MEAN, "std": STD}
-    with pytest.raises(FgvcError, match=r"normalises pixels, but .*model\.onnx takes them as bytes.*subtract 120, 110, 100"):
+    with pytest.raises(
+        FgvcError, match=r"normalises pixels, but .*model\.onnx takes them as bytes.*subtract 120, 110, 100"
+    ):
         Engine(load_bundle(bundled(tmp_path / "a", bytes_, bytes_.make(), **normalised)))
     bundle = bundled(tmp_path / "b", floats, floats.make(), **normalised)
     predict_files(bundle, pictures(tmp_path / "p", 1))
     said = capsys.readouterr().err
     assert "warning: " in said
-    assert "normalises by itself (multiply by 0.007843138, subtract 1, channels first), as for pixels from 0 to 255" in said
+    assert (
+        "normalises by itself (multiply by 0.007843138, subtract 1, channels first), as for pixels from 0 to 255"
+        in said
+    )
     predict_files(bundled(tmp_path / "c", floats, floats.make()), pictures(tmp_path / "p", 1))
     assert "warning" not in capsys.readouterr().err
 
@@ -324,7 +331,9 @@ def test_a_bundle_states_what_its_file_does_and_another_file_is_refused(tmp_path
     record = describe(file.make().SerializeToString()).record
     Engine(load_bundle(bundled(tmp_path / "a", file, file.make(), network=record.model_dump())))
     wrong = record.model_dump() | {"ending": None}
-    with pytest.raises(FgvcError, match=r"preprocess\.json: network\.ending: says None, and the graph of .* has softmax"):
+    with pytest.raises(
+        FgvcError, match=r"preprocess\.json: network\.ending: says None, and the graph of .* has softmax"
+    ):
         Engine(load_bundle(bundled(tmp_path / "b", file, file.make(), network=wrong)))
 
 
@@ -381,7 +390,9 @@ def test_real_files_answer_as_an_opencv_program_would_have_it(name: str, tmp_pat
     write_bundle(tmp_path / "b", files=files)
     pixels = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
     (answer,) = Engine(load_bundle(tmp_path / "b")).classify([Image.fromarray(pixels)], top_k=50)
-    blob = (cv2.resize(pixels[..., ::-1], (side, side), interpolation=cv2.INTER_LINEAR).astype(np.float32) - 127.5) / 127.5
+    blob = (
+        cv2.resize(pixels[..., ::-1], (side, side), interpolation=cv2.INTER_LINEAR).astype(np.float32) - 127.5
+    ) / 127.5
     fed = blob[None] if keras else blob.transpose(2, 0, 1)[None]
     scores = session.run(None, {source.name: np.ascontiguousarray(fed)})[0].astype(np.float64)
     wanted = scores[0] if keras else softmax(scores)[0]

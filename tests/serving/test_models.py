@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from fgvc.errors import FgvcError
+from fgvc.runtime.bundle import load_bundle, write_bundle
 from fgvc.serving import models as module
 from fgvc.serving.limits import Refusal
 from fgvc.serving.models import ModelRegistry, parse_places
@@ -79,6 +81,7 @@ def test_a_new_bundle_takes_the_place_and_a_bad_one_does_not(
         {"preprocess": {"channel_order": "bgr"}},
         {"preprocess": {"mean": (0.5, 0.5, 0.5)}},
         {"preprocess": {"interpolation": "bilinear"}},
+        {"preprocess": {"antialias": False}},
     ],
 )
 def test_a_bundle_that_is_fed_or_read_otherwise_takes_no_place_unless_told(
@@ -165,3 +168,17 @@ def test_a_bundle_that_can_not_be_loaded_is_named(tmp_path: Path) -> None:
     break_model(folder)
     with pytest.raises(FgvcError, match=r"model\.onnx: is not the file that was exported"):
         ModelRegistry({"a": folder}, threads=1)
+
+
+def test_a_file_that_ends_otherwise_takes_no_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its preprocess.json is the same to a letter; the graphs tell."""
+    folder = save_bundle(tmp_path / "a", explain=False)
+    models = ModelRegistry({"a": folder}, threads=1)
+    model = onnx.load_from_string((folder / "model.onnx").read_bytes())
+    model.graph.node[-1].output[0] = "z"
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["z"], ["logits"], axis=1))
+    files = {name: (folder / name).read_bytes() for name in load_bundle(folder).files} | {"model.onnx": model.SerializeToString()}
+    write_bundle(folder, files=files, overwrite=True)
+    models.reload()
+    assert "not a drop-in, the new one's against the old one's: network.ending: softmax against None" in capsys.readouterr().err
+    assert models.get("a").engine.session.file.ending is None
