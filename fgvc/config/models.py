@@ -70,11 +70,12 @@ class Model(Section):
         "classes; timm: random, or those of model.weights where they have as many classes. Default with pretrained weights: "
         "probe (timm where they are of a run of fgvc, or the deployed file's own)",
     )
-    batch_norm: Literal["frozen", "batch"] = Field(
+    batch_norm: Literal["frozen", "batch", "restore"] = Field(
         "batch",
         description="what the net's own batch norms normalise by in training. frozen: the running statistics of the pretrained "
-        "weights, scale and shift are trained; batch: those of the batch, and the running ones follow. What techniques add or "
-        "replace has batch statistics in any case. Default with pretrained weights: frozen",
+        "weights, scale and shift are trained; batch: those of the batch, and the running ones follow; restore (of onnx): batch, "
+        "and norms that the file has folded into its convolutions are put back for training (so does batch where it has no "
+        "others). What techniques add or replace has batch statistics in any case. Default with pretrained weights: frozen",
     )
     freeze: int = Field(
         0, ge=0, description="stages from the input on, stem included, whose weights and batch norms stay as loaded"
@@ -104,6 +105,8 @@ class Model(Section):
         if self.onnx is None:
             if self.weights == "deployed":
                 raise ValueError("weights: deployed are those in the file of model.onnx, and there is none")
+            if self.batch_norm == "restore":
+                raise ValueError("batch_norm: restore is for the file of model.onnx; timm's nets have all of their norms: batch")
             if self.output is not None:
                 raise ValueError("output: names one of a file's outputs, and there is no model.onnx")
         elif self.kwargs:

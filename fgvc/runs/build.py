@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,10 +27,12 @@ from fgvc.models.backbone import freeze, head_prefixes, refuse_size, refuse_unkn
 from fgvc.models.loss import make_criterion
 from fgvc.models.net import shipped_net
 from fgvc.models.norms import running_norms, zero_gamma
+from fgvc.models.onnxnet.folded import folded_convolutions
 from fgvc.models.onnxnet.net import OnnxNet
 from fgvc.models.probe import require_linear_head, zero_head
 from fgvc.models.weights import Weights, load_weights, preprocess_for, stated_keys, unlikely
 from fgvc.reparam.replace import Block, folded_state
+from fgvc.reparam.unfold import unfold
 from fgvc.runs.folder import read_run, recorded_classes
 from fgvc.runs.step import StepModule
 from fgvc.runtime.engine import doubts_about, refuse_misfit
@@ -91,6 +94,8 @@ def build_net(
             zero_head(net)
     else:
         weights = replace(weights, origin="of the checkpoint")
+    if isinstance(net, OnnxNet):
+        _unfold(net, recipe.model)
     fitted_head = head_prefixes(net) if model.head != "timm" else ()
     loaded = {id(p) for name, p in net.named_parameters() if name not in weights.fresh and not name.startswith(fitted_head)}
     epochs = recipe.train.epochs
@@ -138,6 +143,20 @@ def check_file(
             "set it to bce"
         )
     return tuple(f"{recipe.model.onnx}: {doubt}" for doubt in doubts_about(net.file, spec))
+
+
+def _unfold(net: OnnxNet, model: Model) -> None:
+    """Give each convolution that a batch norm was folded into a norm again, or a scale, as the recipe has it. Raises FgvcError
+    where norms are to be restored and none was folded."""
+    folded = folded_convolutions(net)
+    if model.batch_norm == "restore" and not folded.names:
+        reasons = "".join(f"; {count} without: {reason}" for reason, count in Counter(folded.left.values()).most_common())
+        raise FgvcError(
+            f"model.batch_norm: restore: no convolution of {model.onnx} has a batch norm folded into it (it keeps "
+            f"{len(running_norms(net))}{reasons}); set it to frozen or batch"
+        )
+    restored = model.batch_norm == "restore" or (model.batch_norm == "batch" and not running_norms(net))
+    unfold(net, folded.names, norms=restored)
 
 
 def _frozen_modules(net: nn.Module, model: Model) -> list[nn.Module]:

@@ -133,6 +133,7 @@ class Session:
     swa: AveragedModel | None
     watch: FiniteCheck
     progress: Progress
+    starts: Mapping[str, Tensor]  # where `optim.l2_sp` draws parameters of `step` to
     pretrained: tuple[str, ...]  # parameters of `step` whose values were those of `model.weights` when the run began
     predictions: Tensor | None = None  # (2,N): see `Predictions`; for validation, when it was last scored
     means: RunningMeans = field(default_factory=RunningMeans)  # of this epoch's losses
@@ -199,7 +200,7 @@ class Session:
         if ended <= start:
             return
         self.swa.update_parameters(self.step.net)
-        if self.recipe.model.batch_norm == "batch":  # frozen statistics are the same in every net that is averaged
+        if self.recipe.model.batch_norm != "frozen":  # frozen statistics are the same in every net that is averaged
             self._reestimate(self.swa.module, self.recipe.swa.images)
 
     def reestimate_norms(self) -> None:
@@ -307,7 +308,8 @@ def open_session(
     step.set_average(ema.module if ema is not None else None)
     step.attach_hooks()
     step.train()
-    optimizer, optim = build_optimizer(step, fitting, starts=first_weights(built, recipe, start_state))
+    starts = first_weights(built, recipe, start_state)
+    optimizer, optim = build_optimizer(step, fitting, starts=starts)
     loader = training_loader(fitting, process, index, step, preprocess, notify)
     torch.manual_seed(recipe.train.seed + process.rank)  # dropout differs between ranks
     scaler, average = process.scaler(), ema.module if ema is not None else swa.module if swa is not None else None
@@ -334,6 +336,7 @@ def open_session(
         swa=swa,
         watch=FiniteCheck(step, average, scaler),
         progress=Progress(),
+        starts=starts,
         pretrained=built.pretrained,
     )
     try:

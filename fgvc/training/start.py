@@ -1,4 +1,5 @@
-"""Heads fitted to frozen nets by logistic regression before the first step: the run's own and those of its teachers."""
+"""What is fitted to training images before the first step: heads of frozen nets, by logistic regression, and the scales and norms
+of convolutions that a deployed file has them folded into."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ from fgvc.errors import FgvcError
 from fgvc.evaluation.features import pooled
 from fgvc.models.backbone import memory_format
 from fgvc.models.probe import Probe, fit_probe, linear_head, put_head
+from fgvc.reparam.unfold import NormedConv2d, ScaledConv2d, fit
 from fgvc.training.batch import Normalise, to_batch
 from fgvc.training.images import spread
 from fgvc.training.session import Session
 
+UNFOLD_IMAGES = 512  # of which the statistics of convolutions are taken
 VIEWS = 2  # augmented views of each image, beside the one that evaluation sees
 MAX_IMAGES = 20_000
 
@@ -39,6 +42,50 @@ class HeadFit:
     def __str__(self) -> str:
         held_out = "" if self.held_out_loss is None else f", cross-entropy {self.held_out_loss:.3f} where held out"
         return f"logistic regression on {self.images} images, {self.views} views each{held_out}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnfoldedFit:
+    """Record of fitted scales and norms."""
+
+    convolutions: int
+    norms: int  # of these with a norm; the others have a scale alone
+    images: int
+    smallest: float  # scale, of the channels' 5th percentile
+    largest: float  # 95th
+
+    def __str__(self) -> str:
+        what = f"{self.norms} batch norms are put back behind their convolutions, and trained" if self.norms else (
+            f"{self.convolutions} convolutions have a batch norm folded into them, and are trained with the scale that it left"
+        )  # fmt: skip
+        return f"{what}: scales {self.smallest:.3g} to {self.largest:.3g} (90 % of the channels), by {self.images} images"
+
+
+def fit_unfolded(session: Session) -> UnfoldedFit | None:
+    """Fit what stands for batch norms that a deployed file has folded, on rank 0; all ranks have it afterwards, and the moving
+    average. The net's function stays. None where there is no such convolution. Raises FgvcError where no image can be read."""
+    net, process = session.step.net, session.process
+    convolutions = [module for module in net.modules() if isinstance(module, ScaledConv2d)]
+    if not convolutions:
+        return None
+    rows = spread(session.index.rows("train"), UNFOLD_IMAGES)
+
+    def images() -> Iterator[Tensor]:
+        workers = session.recipe.train.workers
+        for batch in evaluation_loader(session.index, rows, spec=session.preprocess, batch_size=64, workers=workers):
+            yield batch.images.to(process.device, memory_format=memory_format(net))
+
+    process.first(lambda: fit(net, images()))
+    process.same_tensors([*net.parameters(), *net.buffers()])
+    if session.ema is not None:
+        session.ema.set(net)
+    weights = dict(session.step.named_parameters())
+    for name, start in session.starts.items():
+        start.copy_(weights[name].detach())
+    session.step.train()
+    scales = np.quantile(torch.cat([conv.scale.flatten() for conv in convolutions]).cpu().numpy(), [0.05, 0.95])
+    norms = sum(isinstance(module, NormedConv2d) for module in net.modules())
+    return UnfoldedFit(len(convolutions), norms, len(rows), *scales.tolist())
 
 
 def fit_teachers(session: Session) -> dict[str, HeadFit]:

@@ -57,7 +57,7 @@ from fgvc.training.optimizer_step import optimizer_step
 from fgvc.training.refit import refit_recipe
 from fgvc.training.session import Session, open_session
 from fgvc.training.sheet import sample_sheet
-from fgvc.training.start import fit_teachers
+from fgvc.training.start import fit_teachers, fit_unfolded
 from fgvc.training.validate import score, start_doubt
 from fgvc.training.watch import TERM, not_finite_error, refuse_not_finite, state_tensors
 
@@ -180,7 +180,10 @@ def _refuse_other_processes(state: checkpoint.State, session: Session, out: Path
 
 
 def _start(session: Session, out: Path, events: Events) -> None:
-    """Fit the heads before the first step, score the start, and save it at once: a resumed run never fits anew."""
+    """Fit norms and heads before the first step, score the start, and save it at once: a resumed run never fits anew."""
+    if (unfolded := fit_unfolded(session)) is not None:
+        events.write("unfolded", **asdict(unfolded))
+        events.say(str(unfolded))
     floor = fit_floor(session)
     events.say(floor if isinstance(floor, str) else str(floor))
     if isinstance(floor, Floor):

@@ -134,7 +134,14 @@ class OnnxNet(nn.Module):
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """How deep a parameter lies, for layer decay: the stem is 0, the classifier the deepest."""
         depths, last = self._depth, max(self._depth.values(), default=0) + 1
-        return lambda name: depths.get(name.rpartition(".")[0], depths.get(name, last))
+
+        def depth(name: str) -> int:
+            """That of the module that holds it; what training has put in its place lies below it."""
+            while name not in depths and name:
+                name = name.rpartition(".")[0]
+            return depths.get(name, last)
+
+        return depth
 
     def stored(self, state: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the file that may have moved, by its name there and in its shape there, detached, float64. `state`:
