@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from fgvc.cli.option import Config, Device, Overrides, Root, Run, recipe_of, recipe_path
+from fgvc.config.loading import merged
 from fgvc.errors import FgvcError
-from fgvc.io.files import refuse_file, writing
+from fgvc.io.files import refuse_file, write_atomic, writing
 
 
 def recipes(
@@ -32,20 +33,73 @@ def recipes(
 
 
 def init(
-    recipe: Annotated[str, typer.Argument(help="The id of a recipe, see `fgvc recipes`.")],
-    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[RECIPE] FILE",
+            help="The id or file of a recipe, see `fgvc recipes`, and the file to write; with --deployed the latter alone.",
+        ),
+    ],
+    deployed: Annotated[
+        Path | None, typer.Option(help="A deployed classifier's .onnx file: its network is trained, and how it is fed is found.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Labelled images: a folder of classes, CUB's layout, or a table.")] = None,
+    seen: Annotated[
+        str | None,
+        typer.Option(help="With --deployed, what it was trained on: train, none (of these images), or a file that lists them."),
+    ] = None,
 ) -> None:
     """Write a recipe out with every key explained, to own and change."""
     from fgvc.config import template
     from fgvc.config.recipe import Recipe, with_weight_defaults
 
+    if len(names) > 2 or (len(names) < 2 and deployed is None):
+        raise FgvcError("fgvc init RECIPE FILE (`fgvc recipes` lists them), or fgvc init --deployed net.onnx --data IMAGES FILE")
+    out = Path(names[-1])
     if out.exists():
         raise FgvcError(f"{out}: exists already; remove it, or choose another name")
-    text = template.commented(Recipe, template.recipe_file(recipe), fill=with_weight_defaults)
+    source = template.recipe_file(names[0] if len(names) == 2 else template.DEFAULT)
+    if deployed is None:
+        if seen is not None:
+            raise FgvcError("--seen: is of a deployed file; name it with --deployed")
+        given: dict[str, dict[str, Any]] = {} if data is None else {"data": {"root": str(data.absolute())}}
+        text = template.commented(Recipe, source, fill=lambda tree: with_weight_defaults(merged(tree, given)))
+    else:
+        if data is None:
+            raise FgvcError("--deployed: on which images is it to be trained? Name them with --data")
+        text = _deployed_recipe(source, deployed, data, seen, out)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
-    print(f"{out}: set data.root and model.weights in it, then: fgvc data check {out}")
+    if deployed is None:
+        missing = "model.weights" if data is not None else "data.root and model.weights"
+        print(f"{out}: set {missing} in it, then: fgvc data check {out}")
+    else:
+        print(f"{out}: look at it, then: fgvc train {out}")
+
+
+def _deployed_recipe(source: Path, deployed: Path, data: Path, seen: str | None, out: Path) -> str:
+    """A recipe for a deployed file; where nothing states its labels, their order is written beside it."""
+    from fgvc.config import template
+    from fgvc.config.recipe import Recipe, with_weight_defaults
+    from fgvc.evaluation.deployed_recipe import deployed_recipe
+
+    labels = out.with_suffix(".labels.txt")
+    refuse_file(labels)
+    made = deployed_recipe(deployed, data, seen=seen, progress=lambda line: print(line, file=sys.stderr))
+    if made.search is not None:
+        print("\n".join(made.search.lines()))
+    if made.labels is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(labels, "".join(f"{name}\n" for name in made.labels))
+        made.tree["deploy"]["labels"] = str(labels.absolute())
+
+    def fill(tree: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in tree.get("model", {}).items() if key not in ("backbone", "kwargs", "weights")}
+        return with_weight_defaults(merged({**tree, "model": kept}, made.tree))
+
+    top = [f"Training {deployed.name} from its own weights, on {data}: fgvc train {out.name}"]
+    return template.commented(Recipe, source, fill=fill, top=top)
 
 
 def train(

@@ -98,6 +98,15 @@ class RecipeText(NamedTuple):
     empty: list[Keys]  # keys after which there is nothing, not even null
 
 
+def merged(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested mapping with the values of another one laid over it."""
+    both = dict(tree)
+    for key, value in other.items():
+        ours = both.get(key)
+        both[key] = merged(ours, value) if isinstance(ours, Mapping) and isinstance(value, Mapping) else value
+    return both
+
+
 def read_tree(path: Path) -> RecipeText:
     """The tree of a YAML file, with the lines of its keys. Raises FgvcError if it is no readable mapping."""
     try:

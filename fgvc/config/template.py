@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fgvc.errors import FgvcError
 
 WIDTH = 118
 STUDIES = "studies/"  # below configs/
+DEFAULT = "any/plain"  # the recipe for whatever data
 
 
 def recipes_folder() -> Path:
@@ -72,11 +73,18 @@ def header(path: Path) -> list[str]:
     return [line.removeprefix("#").strip() for line in lines[:top]]
 
 
-def commented(model: type[BaseModel], path: Path, *, fill: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> str:
-    """The recipe in `path` with every key and its description. `fill` adds the defaults that depend on other keys."""
+def commented(
+    model: type[BaseModel],
+    path: Path,
+    *,
+    fill: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    top: Iterable[str] | None = None,
+) -> str:
+    """The recipe in `path` with every key and its description. `fill` adds what it leaves open; `top`: lines above it, in place
+    of its own."""
     tree = fill(read_tree(path)[0])
-    top = [f"# {line}".rstrip() for line in header(path)]
-    return "\n".join([*top, "", *_section(model, tree, 0)]) + "\n"
+    lines = [f"# {line}".rstrip() for line in (header(path) if top is None else top)]
+    return "\n".join([*lines, "", *_section(model, tree, 0)]) + "\n"
 
 
 def _section(model: type[BaseModel], tree: Mapping[str, Any], depth: int) -> Iterator[str]:

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fgvc.cli.app import main
 from fgvc.config.images import Preprocess
+from fgvc.data.recipe import load_recipe
 from fgvc.images.preprocess import preprocess
 from fgvc.runtime.bundle import read_preprocess
 from tests.evaluation.test_preprocessing import CLASSES, SIZE, pictures, planted
@@ -83,6 +84,7 @@ def run(*arguments: object) -> int:
     return int(stop.value.code or 0)
 
 
+KEYS = {"resize", "crop_pct", "interpolation", "antialias", "channel_order", "input_range", "mean", "std", "fill"}
 SPEC = planted(
     "0 to 255 less ImageNet's mean (Caffe's)", "bgr", resize="squash", crop_pct=1.0, interpolation="bilinear"
 )
@@ -150,3 +152,61 @@ def test_what_is_asked_of_the_wrong_images_is_told(tmp_path: Path, capsys: pytes
     (tmp_path / "labels.txt").write_text("ash\nbeech\n")
     assert run(file, images) == 2
     assert "names 2 classes" in capsys.readouterr().err
+
+
+def split_images(folder: Path) -> Path:
+    """The pictures in train/ and test/ folders, every third one in test."""
+    images, labels = pictures()
+    for n, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = folder / ("test" if n // len(CLASSES) % 3 == 2 else "train") / CLASSES[label] / f"{n:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return folder
+
+
+def init(*arguments: object) -> int:
+    try:
+        main(["init", *map(str, arguments)])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_init_writes_down_what_a_deployed_file_and_images_decide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, file, out = split_images(tmp_path / "set"), write_file(tmp_path / "net.onnx", SPEC), tmp_path / "my.yaml"
+    assert init("--deployed", file, "--data", images, out) == 0
+    recipe = load_recipe(out)
+    assert recipe.model.onnx == file
+    assert (recipe.model.backbone, recipe.model.weights, recipe.model.head) == (None, "deployed", "timm")
+    assert recipe.image.size == SIZE
+    assert Preprocess(size=SIZE, **{key: getattr(recipe.deploy, key) for key in Preprocess.model_fields if key in KEYS}) == SPEC
+    assert recipe.deploy.labels == tmp_path / "my.labels.txt"
+    assert (tmp_path / "my.labels.txt").read_text().split() == list(CLASSES)
+    assert recipe.data.root == images
+    text = out.read_text()
+    assert "# a deployed classifier's .onnx file" in text, "every key has its description"
+    assert "likeliest: size" in capsys.readouterr().out
+    assert init("--deployed", file, "--data", images, out) == 2, "nothing is overwritten"
+
+
+def test_init_asks_which_images_a_file_has_not_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, file, out = write_images(tmp_path / "set"), write_file(tmp_path / "net.onnx", SPEC), tmp_path / "my.yaml"
+    assert init("--deployed", file, "--data", images, out) == 4
+    error = capsys.readouterr().err
+    assert "names 100.0 % of 60 rightly" in error
+    assert "it has most likely seen them" in error
+    assert "--seen none" in error
+    assert not out.exists()
+    assert not (tmp_path / "my.labels.txt").exists()
+    assert init("--deployed", file, "--data", images, "--seen", "none", out) == 0
+    assert load_recipe(out).deploy.seen == "none"
+
+
+def test_init_of_a_recipe_takes_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_images(tmp_path / "set")
+    assert init("any/plain", "--data", images, tmp_path / "my.yaml") == 0
+    assert load_recipe(tmp_path / "my.yaml").data.root == images
+    assert init("any/plain") == 2
+    assert "fgvc init RECIPE FILE" in capsys.readouterr().err
+    assert init("--deployed", "net.onnx", tmp_path / "other.yaml") == 2
+    assert "--data" in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""The keys of a recipe that a deployed file and a set of labelled images decide: its network, how it is fed, its labels, and
+which of the images it may have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fgvc.config.data import AutoData
+from fgvc.config.images import Deploy, Preprocess
+from fgvc.data.deployed import PREPROCESS
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError, NoUnseenImagesError, UndecidedError
+from fgvc.evaluation.file_preprocessing import FileSearch, search_file
+from fgvc.runtime.bundle import read_preprocess
+from fgvc.runtime.labels import labels_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeployedRecipe:
+    """Sections of a recipe, and what was learned on the way."""
+
+    tree: dict[str, dict[str, Any]]
+    labels: (
+        tuple[str, ...] | None
+    )  # to be stated in a file, since none states them; None: the file or one beside it does
+    search: FileSearch | None  # None: a preprocess.json lies beside the file
+
+
+def deployed_recipe(
+    file: Path,
+    images: Path,
+    *,
+    seen: str | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> DeployedRecipe:
+    """Work out the keys for a file and images. `seen`: train, none, or a list of paths, as of `deploy.seen`.
+
+    Raises FgvcError for a file or images that can't be read, or labels in another order; UndecidedError where the images don't
+    tell how it is fed; NoUnseenImagesError where the set brings no split along and `seen` is not given.
+    """
+    index = read_source(AutoData(root=images, val_fraction=0.0))
+    stated = labels_of(file)
+    beside = file.with_name(PREPROCESS)
+    search: FileSearch | None = None
+    if beside.is_file() and stated is not None:
+        spec = read_preprocess(beside)
+    else:
+        search = search_file(file, images, progress=progress)
+        _refuse_undecided(search)
+        spec = read_preprocess(beside) if beside.is_file() else search.spec
+    if seen is None and not index.given_splits:
+        raise NoUnseenImagesError(_all_seen(images, search))
+    tree: dict[str, dict[str, Any]] = {
+        "data": {"kind": "auto", "root": str(images.absolute())},
+        "image": {"size": list(spec.size)},
+        "model": {"onnx": str(file.absolute()), "weights": "deployed"},
+        "deploy": _fed(spec) | {"seen": seen or "train"},
+    }
+    return DeployedRecipe(
+        tree=tree, labels=None if stated is not None or search is None else search.labels, search=search
+    )
+
+
+def _fed(spec: Preprocess) -> dict[str, Any]:
+    """Keys of `deploy` from a preprocessing."""
+    values = spec.model_dump(mode="json", exclude_none=True)
+    return {key: values[key] for key in Deploy.model_fields if key in values}
+
+
+def _refuse_undecided(search: FileSearch) -> None:
+    if search.search.undecided:
+        raise UndecidedError(
+            "\n".join(search.lines())
+            + "\nthese images do not tell how the file is fed: give more of them, or put a preprocess.json that "
+            "says it beside the file (`fgvc preprocess` writes one)"
+        )
+    if not search.order_holds:
+        raise FgvcError(
+            "\n".join(search.lines())
+            + "\nput the right order beside the file as labels.txt, a class a line (`fgvc preprocess` writes "
+            "the likeliest)"
+        )
+
+
+def _all_seen(images: Path, search: FileSearch | None) -> str:
+    evidence = ""
+    if search is not None:
+        best = search.search.best
+        evidence = (
+            f" (it names {100 * best.accuracy:.1f} % of {search.search.images} rightly, mean loss {best.loss:.2f}"
+            + (": it has most likely seen them)" if best.accuracy > 0.98 else ")")
+        )
+    return (
+        f"{images}: brings no validation or test split along, so the deployed file may have been trained on every image of "
+        f"it{evidence}. Put images that it has not seen into a test split (train/ and test/ folders), or give --seen none (all "
+        "were collected after it was trained) or --seen FILE (a list of paths)"
+    )
