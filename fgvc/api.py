@@ -242,9 +242,9 @@ def export(
     """Strip and fuse a run's weights, export them as ONNX, prove the contract and write the bundle.
 
     A run of `model.onnx` is written into its deployed file: its own copy ("own", the default), or `into`, which may be another
-    only in payloads. `against`: the deployed bundle or file that it must be a drop-in for: in its graph, and in how it is fed
-    and read as far as that is known, by what lies beside the file or by what `labels` and `preprocess`, files as in a bundle,
-    state of it.
+    only in payloads; one of `model.backbone` is written into `into` where that file is this net. `against`: the deployed bundle
+    or file that it must be a drop-in for: in its graph, and in how it is fed and read as far as that is known, by what lies
+    beside the file or by what `labels` and `preprocess`, files as in a bundle, state of it.
     `keep`: share of the right answers that the threshold for "none of these" keeps, 1 for no threshold; it and the temperature
     are the run's own, see `fgvc.evaluation.temperature`, and checked on the exported file. `variants`: int8 and fp16 files to put
     beside it; one that the opset does not allow is left out. `exporter`, `opset`: others than the recipe's, where there is no
@@ -285,13 +285,13 @@ def _plain_backbone(run: LoadedRun, export: Export, against: Path | None) -> Pla
 
 def _deployed_file(run: LoadedRun, into: Path | None, scratch: Path) -> DeployedFile:
     """The contract of a run that is written into a file: its own copy, or `into`. Raises FgvcError where `into` is another graph,
-    or the run is of a net of timm."""
+    or missing for a run of a net of timm's."""
     model = run.recipe.model
     if model.onnx is None:
-        raise FgvcError(
-            f"{run.folder}: is a run of {model.name}, and which tensors of a file its weights belong to is not known: --into "
-            "takes runs of model.onnx. For a fresh export with the graph of a file: --against FILE"
-        )
+        if into is None:
+            raise FgvcError(f"{run.folder}: is a run of {model.name}, which has no file of its own: name one, --into FILE")
+        backbone = _plain_backbone(run, run.recipe.export, None)
+        return DeployedFile(file=into, size=run.recipe.image.size, output=None, scratch=scratch, backbone=backbone)
     if into is not None and (differences := _written_differences(run, into)):
         raise FgvcError(
             f"{into}: is not the file that {run.folder} was trained from, whose copy is {model.onnx}, but for weights:\n  "

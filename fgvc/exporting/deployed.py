@@ -30,14 +30,16 @@ from fgvc.exporting.proofs import (
     differing_rows,
     peek,
 )
-from fgvc.exporting.prove import ProvedExport
+from fgvc.exporting.prove import PlainBackbone, ProvedExport
 from fgvc.exporting.reference import Plain, versions
+from fgvc.io.names import some
 from fgvc.models.backbone import feature_layout, memory_format
 from fgvc.models.class_maps import closed_form
+from fgvc.models.lookup.twin import look_up
 from fgvc.models.onnxnet.net import OnnxNet, open_onnx
 from fgvc.models.onnxnet.payload import external_files, stored_tensors
 from fgvc.models.onnxnet.read import load_model
-from fgvc.reparam.plain import strip_to
+from fgvc.reparam.plain import strip, strip_to
 from fgvc.runtime.description import describe
 from fgvc.runtime.engine import OnnxSession, feed
 
@@ -49,12 +51,14 @@ HALF_TOLERANCE = 1e-2  # in place of 1e-4 where weights or arithmetic are of hal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeployedFile:
-    """The contract of a run of `model.onnx`: what ships is that file, in which payloads of weights alone are others."""
+    """The contract of a run of `model.onnx`, and of one of `model.backbone` whose net the file is: what ships is that file, in
+    which payloads of weights alone are others."""
 
     file: Path
     size: tuple[int, int]  # height, width of the images
     output: str | None
     scratch: Path  # an empty folder, which the caller removes
+    backbone: PlainBackbone | None = None  # the net of timm's that was trained; None: the file's own
 
     def prove(self, net: nn.Module, images: Iterable[np.ndarray]) -> ProvedExport:
         """Write the trained `net`, its blocks folded, into a copy of the file, and prove it.
@@ -65,7 +69,10 @@ class DeployedFile:
         sample, images = peek(images)
         exact = self._open(self.file)
         self._refuse_lossy(exact)
-        strip_to(exact, trained, dtype=torch.float64)
+        if self.backbone is None:
+            strip_to(exact, trained, dtype=torch.float64)
+        else:
+            self._lay_into(exact, trained, self.backbone)
         values = {name: value.numpy() for name, value in exact.stored() if name in exact.movable}
         written = write_into(self.file, values, self.scratch / "written" / self.file.name)
         if faults := differences_outside(written.path, self.file, written.moved):
@@ -97,6 +104,24 @@ class DeployedFile:
             data={name: written.path.with_name(name).read_bytes() for name in written.files},
             plain=(as_plain(written.path, shipped), as_plain(self.file, shipped)),
         )  # fmt: skip
+
+    def _lay_into(self, net: OnnxNet, trained: nn.Module, backbone: PlainBackbone) -> None:
+        """Lay the weights of a trained net of timm's into the net of the file, in float64. Raises FgvcError where the file is
+        another net, or of other classes."""
+        if net.num_classes != backbone.num_classes:
+            raise FgvcError(f"{self.file}: has {net.num_classes} classes, the run has {backbone.num_classes}")
+        result = look_up(net)
+        name = backbone.backbone.partition(".")[0]
+        twin = next((twin for twin in result.twins if twin.name.partition(".")[0] == name), None)
+        if twin is None:
+            raise FgvcError(f"{self.file}: is not the {backbone.backbone} that was trained, but {result.line()}")
+        plain = strip(
+            trained, backbone=backbone.backbone, num_classes=backbone.num_classes, kwargs=backbone.kwargs, dtype=torch.float64
+        )
+        values = twin.tensors(plain)
+        if left := sorted(net.movable - values.keys()):
+            raise FgvcError(f"{self.file}: {some(left)}: no weights of {backbone.backbone} are for these tensors")
+        net.double().load_state_dict(net.by_own_names({name: value.double() for name, value in values.items()}), strict=False)
 
     def _open(self, path: Path) -> OnnxNet:
         return open_onnx(path, self.size, output=self.output)

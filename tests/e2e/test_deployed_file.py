@@ -13,19 +13,24 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import timm
 import torch
 from onnx import helper, numpy_helper
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fgvc import api
 from fgvc.cli.app import main
 from fgvc.config.loading import validate
+from fgvc.config.models import Model
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.exporting.deployed import compare_written
 from fgvc.exporting.into import payload_spans
+from fgvc.exporting.onnx import export_onnx
 from fgvc.exporting.triton import write_model
+from fgvc.models.net import shipped_net
+from fgvc.models.weights import load_weights
 from fgvc.runs.folder import read_run
 from fgvc.runs.images import read_index
 from fgvc.runs.loaded import load_run
@@ -255,7 +260,7 @@ def test_refusals_of_recipes(colours: Path, tmp_path: Path, plain_file: Path) ->
     for model, words in (
         ({"kwargs": {"drop_rate": 0.1}}, "kwargs: are timm's"),
         ({"weights": "none"}, "none is a random start"),
-        ({"weights": "hub"}, "which of timm's nets deployed.onnx is"),
+        ({"weights": "hub"}, "are of a net of timm's, and deployed.onnx is none of timm's"),
         ({"head": "probe"}, "2 of the file's 5 have none"),
         ({"output": "other"}, "has no output 'other'"),
     ):
@@ -351,6 +356,54 @@ def test_into_another_file(run: Path, plain_file: Path, tmp_path: Path, capsys: 
     with pytest.raises(FgvcError, match="are of a fresh export"):
         api.export(run, tmp_path / "f", against=plain_file)
     assert not (tmp_path / "f").exists()
+
+
+def test_a_run_of_timms_net_goes_into_the_file_that_it_is(once: Once, colours: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "data": {"kind": "folder", "root": str(colours)},
+        "model": {"backbone": "test_efficientnet"},
+        "image": {"size": 32},
+        "deploy": dict(FED),
+        "train": {"epochs": 1, "max_steps": 2, "batch_size": 8, "workers": 0, "device": "cpu"},
+        "export": {"exporter": "torchscript", "opset": 17},
+    }
+    one = once.run(Recipe.model_validate(settings))
+    file = once.bundle(one)
+    settings["train"]["seed"] = 1
+    two = api.train(Recipe.model_validate(settings | {"techniques": {"dbb": {}}}), tmp_path / "run")
+    done = api.export(two, tmp_path / "bundle", into=file)
+    assert done.proven.written is not None
+    assert done.proven.written.moved
+    assert not done.proven.written.kept
+    assert outside(tmp_path / "bundle" / "model.onnx") == outside(file / "model.onnx")
+    assert api.verify(tmp_path / "bundle").passed
+    with pytest.raises(FgvcError, match="has no file of its own: name one"):
+        api.export(two, tmp_path / "b", into="own")
+    settings["model"] = {"backbone": "test_resnet"}
+    other = api.train(Recipe.model_validate(settings), tmp_path / "other")
+    with pytest.raises(FgvcError, match="is not the test_resnet that was trained"):
+        api.export(other, tmp_path / "b", into=file)
+    assert not (tmp_path / "b").exists()
+
+
+def test_weights_of_timms_net_go_into_the_file_that_it_is(once: Once, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    nets = [timm.create_model("test_efficientnet", num_classes=5).eval() for _ in range(2)]
+    for net in nets:
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    file = tmp_path / "deployed.onnx"
+    proto = export_onnx(nets[0], size=(32, 32), exporter="torchscript", opset=17)
+    file.write_bytes(proto.SerializeToString())
+    save_file(nets[1].state_dict(), tmp_path / "w.safetensors")
+    model = Model(onnx=file, weights=str(tmp_path / "w.safetensors"))
+    net = shipped_net(model, 5, None).eval()
+    assert "as test_efficientnet of timm" in load_weights(net, model, stated=("mean", "std")).origin
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), nets[1](x), rtol=1e-4, atol=1e-5)
 
 
 def main_exits(words: list[str], code: int) -> None:
