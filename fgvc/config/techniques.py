@@ -7,6 +7,7 @@ import traceback
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer
@@ -53,8 +54,10 @@ def load_object(reference: str) -> Any:
 
 
 def in_words(error: Exception) -> str:
-    """What an import raised, and in which line of which file."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """What an import raised, and in which line of which file of the package."""
+    ours = str(Path(__file__).parents[1])
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(("<", ours))]
+    frames = [frame for frame in frames if "importlib" not in Path(frame.filename).parts]
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"
 

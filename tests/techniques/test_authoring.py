@@ -265,7 +265,7 @@ def test_what_it_says_of_its_terms_is_looked_at(attribute: str, value: object, m
     ("hook", "arguments", "result", "message"),
     [
         ("on_sample", (np.zeros((2, 2, 3), np.uint8), 0), None, r"on_sample returned None; return the image"),
-        ("on_sample", (np.zeros((2, 2, 3), np.uint8), 0), np.zeros((2, 2, 3)), r"on_sample returned a ndarray \(2, 2, 3\) of float64"),
+        ("on_sample", (np.zeros((2, 2, 3), np.uint8), 0), np.zeros((2, 2, 3)), r"returned a ndarray \(2, 2, 3\) of float64"),
         ("mixes", (0.5,), None, r"mixes returned None; return a share"),
         ("mixes", (0.5,), 1.5, r"mixes returned 1\.5; return a share"),
     ],
@@ -275,7 +275,7 @@ def test_what_hooks_of_the_loader_and_the_draw_return_is_looked_at(
 ) -> None:
     technique = type("Other", (Technique,), {hook: lambda technique, *_: result})()
     ((_, made),) = step_of(technique).hooks(hook)
-    with pytest.raises(FgvcError, match=rf"techniques\.blank: {message}"):
+    with pytest.raises(FgvcError, match=rf"techniques\.blank: .*{message}"):
         made(*arguments)
 
 
@@ -285,7 +285,7 @@ def test_what_hooks_of_the_loader_and_the_draw_return_is_looked_at(
         (
             "class T(Technique):\n    def losess(self): ...",
             FgvcError,
-            r"can't be imported: TypeError: T\.losess: .*losses\?",
+            r"can't be imported: TypeError: T\.losess: .*losses\?.*made_\d+\.py, line 2\)",
         ),
         ("import nothing_of_that_name", FgvcError, r"can't be imported: ModuleNotFoundError.*line 2\)"),
         ("def T(settings): return 1", FgvcError, r"is no Technique \(fgvc\.techniques\.api\), but a int"),

@@ -13,18 +13,19 @@ import tomllib
 from dataclasses import fields
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 import torch
-from pydantic import create_model
+from pydantic import Field, create_model
 from safetensors.torch import load_file
 
 from fgvc.config import techniques
-from fgvc.config.loading import dump, validate
+from fgvc.config.loading import dump, load, validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.section import Section
 from fgvc.config.technique import Requires, TechniqueSettings
+from fgvc.config.template import commented
 from fgvc.data.recipe import resolve_data
 from fgvc.errors import FgvcError
 from fgvc.runs.environment import environment
@@ -231,6 +232,53 @@ def test_one_name_in_two_packages_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     model = fake_package(monkeypatch, "other", "a:A", "b:B")
     with pytest.raises(FgvcError, match="other: entry point other of .* more than one package has a technique of that name"):
         validate(model, {"other": {}}, where="here")
+
+
+def test_settings_that_import_torch_are_warned_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Heavy(TechniqueSettings):
+        technique: ClassVar[str] = "heavy:Heavy"
+        kind: Literal["heavy"] = "heavy"
+
+    def load_heavy(point: EntryPoint) -> type[TechniqueSettings]:
+        monkeypatch.setitem(sys.modules, "torch", torch)
+        return Heavy
+
+    model = fake_package(monkeypatch, "heavy", "heavy:Heavy")
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(EntryPoint, "load", load_heavy)
+    assert isinstance(model(heavy={}).heavy, Heavy)
+    assert "WARNING: entry point heavy of fgvc.techniques: heavy:Heavy imports torch" in capsys.readouterr().err
+    validate(model, {"heavy": {}}, where="here")
+    assert capsys.readouterr().err == ""  # torch is there by now
+
+
+def test_settings_of_a_package_are_in_the_schema_and_in_a_recipe_that_is_written_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Inner(Section):
+        depth: int = Field(3, ge=1, description="how deep")
+
+    class Outer(TechniqueSettings):
+        technique: ClassVar[str] = "outer:Outer"
+        kind: Literal["outer"] = "outer"
+        first: Inner = Inner()
+        others: tuple[Inner, ...] = ()
+
+    model = fake_package(monkeypatch, "outer", "outer:Outer")
+    monkeypatch.setattr(EntryPoint, "load", lambda point: Outer)
+    assert "how deep" in json.dumps(model.model_json_schema())
+    (tmp_path / "mine.yaml").write_text("outer: {first: {depth: 5}}\n")
+    written = commented(model, tmp_path / "mine.yaml")
+    assert "depth: 5  # how deep" in written
+    (tmp_path / "written.yaml").write_text(written)
+    assert load(model, tmp_path / "written.yaml") == load(model, tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text("cutout: {}\n")
+    assert "# of the package fgvc.techniques\nouter: null" in commented(model, tmp_path / "mine.yaml")
+    mistakes = {"first: {deep: 1}": r"outer\.first\.deep: unknown key", "others: [{depth: 0}]": r"outer\.others\.0\.depth"}
+    for wrong, message in mistakes.items():
+        (tmp_path / "mine.yaml").write_text(f"outer: {{{wrong}}}\n")
+        with pytest.raises(FgvcError, match=rf"mine\.yaml:1: {message}"):
+            load(model, tmp_path / "mine.yaml")
 
 
 def test_a_recipe_that_needs_a_package_that_is_not_installed_says_so(colours: Path) -> None:
