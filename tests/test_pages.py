@@ -20,6 +20,8 @@ from fgvc.runtime.bundle import MANIFEST, OPTIONAL, REQUIRED
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
+CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?![a-z]+:)([^)\s#]+)")
 
 
 class _Site(yaml.SafeLoader):
@@ -115,3 +117,14 @@ def test_every_function_of_the_api_is_in_the_reference() -> None:
     defined = {node.name for node in source.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     (names,) = (ast.literal_eval(node.value) for node in source.body if isinstance(node, ast.Assign))
     assert {name for name in defined if not name.startswith("_")} <= set(names)
+
+
+def test_links_lead_to_files() -> None:
+    """Those within the repository, as they are read there; anchors are looked at when the site is built (`make check`)."""
+    pages = [
+        *ROOT.glob("*.md"),
+        *(path for folder in ("docs", "deploy", "benchmarks") for path in (ROOT / folder).rglob("*.md")),
+    ]
+    links = [(page, link) for page in pages for link in LINK.findall(CODE.sub("", page.read_text(encoding="utf-8")))]
+    assert len(links) > 100
+    assert not [f"{page.relative_to(ROOT)}: {link}" for page, link in links if not (page.parent / link).exists()]
