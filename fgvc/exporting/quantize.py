@@ -27,6 +27,8 @@ from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from fgvc.errors import FgvcError
+from fgvc.runtime.description import describe
+from fgvc.runtime.engine import feed
 
 IMAGES = 200  # to calibrate with
 FIRST = 6  # layers that stay in float: the first lose most and cost little (docs/measurements.md)
@@ -146,12 +148,13 @@ def _finished(proto: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto
 
 
 class _Reader(CalibrationDataReader):
-    """Calibration batches of the size that the graph takes; the last is filled up with its own images."""
+    """Calibration batches of the size, layout and type that the graph takes; the last is filled up with its own images."""
 
     def __init__(self, model: onnx.ModelProto, images: Iterable[np.ndarray]) -> None:
         port = _input(model)
         self._name = port.name
         self._fixed = port.type.tensor_type.shape.dim[0].dim_value  # 0: dynamic
+        self._file = describe(model.SerializeToString(), output=model.graph.output[0].name)
         self._batches = self._pieces(images)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
@@ -162,7 +165,7 @@ class _Reader(CalibrationDataReader):
         size = self._fixed or BATCH
         for batch in images:
             for start in range(0, len(batch), size):
-                piece = np.ascontiguousarray(batch[start : start + size], dtype=np.float32)
+                piece = feed(batch[start : start + size], self._file)
                 yield np.resize(piece, (size, *piece.shape[1:])) if self._fixed else piece
 
 

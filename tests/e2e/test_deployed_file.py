@@ -427,7 +427,13 @@ def test_verbs_that_open_the_run(run: Path, bundle: Path, tmp_path: Path, capsys
     assert outside(tmp_path / "b" / "model.onnx") == outside(run / "deployed" / "deployed.onnx")
 
 
-def test_smaller_files_are_those_of_the_deployed_file(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["plain", "bytes_in", "in_constants"])
+def test_smaller_files_are_those_of_the_deployed_file(name: str, colours: Path, run: Path, tmp_path: Path) -> None:
+    if name != "plain":
+        settings = tree(saved(small.FILES[name](), tmp_path / "given"), colours)
+        if name == "bytes_in":
+            settings["deploy"] = {"resize": "squash", "interpolation": "bilinear"}
+        run = api.train(Recipe.model_validate(settings), tmp_path / "run")
     wanted = api.Variants(int8=api.Int8(images=8, first=0), fp16=True, agreement=0.01)
     api.export(run, tmp_path / "bundle", variants=wanted)
     verified = api.verify(tmp_path / "bundle")
