@@ -76,12 +76,17 @@ def find_sites(net: nn.Module, size: tuple[int, int]) -> tuple[list[Site], dict[
     return sites, refused
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a technique has put a block there. A convolution that got back what its file had folded is none."""
+    return isinstance(module, Block) and not isinstance(module, UNFOLDED)
+
+
 def replace_conv(net: nn.Module, site: Site, block: nn.Module) -> None:
     """Replace the convolution of `site` by `block`. Raises FgvcError if it, or a module around it, is replaced already."""
     path = site.name.split(".")
     for end in range(1, len(path) + 1):
         present = net.get_submodule(".".join(path[:end]))
-        if isinstance(present, Block) and not isinstance(present, UNFOLDED):
+        if is_replaced(present):
             raise FgvcError(
                 f"{site.name}: {type(present).__name__} replaces it already: two techniques replace the same "
                 "convolution; remove one, or keep them apart with include and exclude"

@@ -9,7 +9,7 @@ from torch import nn
 
 from fgvc.errors import FgvcError
 from fgvc.reparam.block import Branched, refusal
-from fgvc.reparam.replace import Block
+from fgvc.reparam.replace import is_replaced
 from fgvc.techniques.plan import Plan
 from fgvc.techniques.settings import ConvSelection
 
@@ -64,7 +64,7 @@ def _select(kind: str, where: ConvSelection, names: list[str]) -> set[str]:
 
 
 def _refuse_replaced(plan: Plan, selected: set[str]) -> None:
-    replaced = [site.name for site in plan.sites if site.name in selected and isinstance(plan.module(site.name), Block)]
+    replaced = [site.name for site in plan.sites if site.name in selected and is_replaced(plan.module(site.name))]
     if replaced:
         raise FgvcError(
             f"techniques.{plan.kind}: {len(replaced)} of its convolutions were replaced by another technique already: "
