@@ -164,9 +164,12 @@ def _log_probabilities(session: OnnxSession, x: NDArray[np.float32]) -> NDArray[
 
 
 def _pictures(index: ImageIndex, limit: int) -> tuple[list[Image.Image], NDArray[np.int64]]:
-    """Balanced images, decoded, and their labels; fewer where they are large."""
+    """Balanced images, decoded, and their labels; fewer where they are large. Of train where that has enough: what a
+    network has by heart tells preprocessings apart best."""
+    train = index.rows("train")
+    rows = train if len(train) >= limit else np.arange(len(index))
     pictures, labels, pixels, unreadable = list[Image.Image](), list[int](), 0, 0
-    for row in sample_rows(index.labels.astype(np.int64), limit):
+    for row in rows[sample_rows(index.labels[rows].astype(np.int64), limit)]:
         try:
             picture = decode_row(index, int(row))
         except ImageError:

@@ -54,6 +54,7 @@ INTERPOLATIONS: tuple[tuple[str, bool], ...] = (
 FEWEST_A_CLASS = 4  # images of a class that is used: two in each half
 IMAGES = 500
 COARSE = 120  # images of the first round, or FEWEST_A_CLASS of each class
+COARSE_TRIALS, FINE_TRIALS = 52, 9  # of preprocessings, about
 SECONDS = 100.0  # that the search may take; fewer images where the network is slow
 
 
@@ -183,22 +184,19 @@ def search(
     coarse, whole = tried.plan()
     progress(f"{coarse} of {len(images)} images under {2 * len(normalisations)} normalisations")
     base = Preprocess(size=size, resize="crop", crop_pct=0.875, interpolation="bilinear")
-    first = [tried(spec, name, coarse) for name, spec in _normalised(base, normalisations)]
-    likely = sorted(first, key=lambda trial: trial.loss)[:3]
+    first = sorted((tried(spec, name, coarse) for name, spec in _normalised(base, normalisations)), key=_loss)
+    likely = [trial for trial in first[:3] if trial is first[0] or not _paired("normalisation", first[0], trial).decided]
     progress("resize modes")
     modes = [tried(spec, trial.normalisation, coarse) for trial in likely for spec in _resized(trial.spec)]
-    best = min([*first, *modes], key=lambda trial: trial.loss)
-    progress(f"{whole} images under the likeliest, with crops and interpolations")
-    likely = [trial for trial in likely if trial.spec.resize == best.spec.resize] or likely
-    for candidate in sorted([*first, *modes], key=lambda trial: trial.loss)[:2]:
-        tried(candidate.spec, candidate.normalisation, whole)
-    best = tried.climb(tried.best(whole), whole)
-    for name, spec in _normalised(best.spec, normalisations):  # the likeliest others, under the best geometry
-        if name in {trial.normalisation for trial in likely}:
-            tried(spec, name, whole)
-    for spec in _resized(best.spec):
-        tried(spec, best.normalisation, whole)
-    best = tried.climb(tried.best(whole), whole)
+    best = min([*first, *modes], key=_loss)
+    progress("crops and interpolations")
+    grid = sorted((tried(spec, best.normalisation, coarse) for spec in _fine(best.spec)), key=_loss)
+    best = min([best, *grid], key=_loss)
+    progress(f"{whole} images under the likeliest")
+    others = [alternative.trial for alternative in tried.alternatives(best)]
+    for trial in (best, *grid[:3], *others):
+        tried(trial.spec, trial.normalisation, whole)
+    best = tried.best(whole)
     chance = float(np.bincount(labels[: len(best.losses)]).max() / len(best.losses))
     by_luck = float(binomtest(int(best.right.sum()), len(best.right), chance, alternative="greater").pvalue)
     if by_luck * len(tried.trials) > 1 - LEVEL:  # the best of so many
@@ -239,8 +237,8 @@ class _Trials:
         each = (time.monotonic() - before) / count
         fewest = min(len(self.images), FEWEST_A_CLASS * len(np.unique(self.labels)))
         affordable = int(self.seconds / max(each, 1e-6))
-        coarse = min(len(self.images), max(COARSE, fewest), max(fewest, affordable // 60))
-        return coarse, min(len(self.images), max(coarse, (affordable - 20 * coarse) // 32))
+        coarse = min(len(self.images), max(fewest, min(COARSE, affordable // (2 * COARSE_TRIALS))))
+        return coarse, min(len(self.images), max(coarse, (affordable - COARSE_TRIALS * coarse) // FINE_TRIALS))
 
     def __call__(self, spec: Preprocess, normalisation: str, images: int) -> Trial:
         """Try a preprocessing on the first `images`; one that was tried on as many already is not tried again."""
@@ -255,26 +253,12 @@ class _Trials:
         """The best of those that were tried on as many images."""
         return min((t for t in self.trials.values() if len(t.losses) >= images), key=lambda trial: trial.loss)
 
-    def climb(self, best: Trial, images: int) -> Trial:
-        """Better crop shares and interpolations, one after the other until none is."""
-        while True:
-            start = best
-            if best.spec.resize != "pad":
-                best = min((self(_with(best.spec, crop_pct=c), best.normalisation, images) for c in CROPS), key=_loss)
-            options = (
-                self(_with(best.spec, interpolation=name, antialias=antialias), best.normalisation, images)
-                for name, antialias in INTERPOLATIONS
-            )
-            best = min(options, key=_loss)
-            if best is start:
-                return best
-
     def alternatives(self, best: Trial) -> Iterable[Alternative]:
         """For each factor the likeliest trial with another value of it."""
         for factor in (*MUST_BE_DECIDED, *TAKEN):
             others = [trial for trial in self.trials.values() if trial.value(factor) not in (best.value(factor), None)]
-            if factor in TAKEN:
-                others = [trial for trial in others if len(trial.losses) == len(best.losses)]
+            most = max((len(trial.losses) for trial in others), default=0)
+            others = [trial for trial in others if len(trial.losses) == most]
             if others and best.value(factor) is not None:
                 yield _paired(factor, best, min(others, key=partial(_mean_difference, best)))
 
@@ -386,6 +370,15 @@ def _normalised(spec: Preprocess, names: Collection[str]) -> list[tuple[str, Pre
             turned = (mean, std) if order == "rgb" else (mean[::-1], std[::-1])
             made.append((name, _with(spec, channel_order=order, input_range=white, mean=turned[0], std=turned[1])))
     return made
+
+
+def _fine(spec: Preprocess) -> list[Preprocess]:
+    """The spec under all crop shares (but where it pads) and interpolations."""
+    return [
+        _with(spec, crop_pct=crop, interpolation=name, antialias=antialias)
+        for crop in ((spec.crop_pct,) if spec.resize == "pad" else CROPS)
+        for name, antialias in INTERPOLATIONS
+    ]
 
 
 def _resized(spec: Preprocess) -> list[Preprocess]:
