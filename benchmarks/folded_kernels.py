@@ -54,8 +54,8 @@ def twin_scales(weights: Path) -> list[Tensor]:
     return [(norm.weight.detach() / (norm.running_var + norm.eps).sqrt()).abs() for norm in norms]  # type: ignore[operator]
 
 
-def rescale(scales: list[Tensor]) -> Callable[[nn.Module, Iterable[Tensor]], None]:
-    def fit(net: nn.Module, _batches: Iterable[Tensor]) -> None:
+def rescale(scales: list[Tensor]) -> Callable[[nn.Module, Iterable[Tensor], object], None]:
+    def fit(net: nn.Module, _batches: Iterable[Tensor], _known: object) -> None:
         convolutions = [module for module in net.modules() if isinstance(module, ScaledConv2d)]
         for convolution, scale in zip(convolutions, scales, strict=True):
             convolution.rescale(scale)

@@ -7,7 +7,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Weights:
     fresh: tuple[str, ...] = ()  # parameters that the file lacks (the head, usually)
     unused: tuple[str, ...] = ()  # keys of the file that the net lacks
     doubts: tuple[str, ...] = ()  # warnings at the start of a run
+    scales: Mapping[str, Tensor] = field(default_factory=dict)  # of a file's net: convolution's weight -> |gamma / sigma|, (C,)
 
 
 def load_weights(
@@ -257,7 +258,8 @@ def _by_twin(
         state = {name: value for name, value in state.items() if net.slots[name][0].target not in heads}
     expects = {key: getattr(weights, key) for key in ("mean", "std", "interpolation", "crop_pct")}
     origin = f"{weights.origin}, as {twin.name} of timm, which {model.name} is"
-    return _fill(net, net.by_own_names(state), model, origin=origin, doubts=weights.doubts, expects=expects)
+    filled = _fill(net, net.by_own_names(state), model, origin=origin, doubts=weights.doubts, expects=expects)
+    return replace(filled, scales={name: scale.abs() for name, scale in twin.scales(source).items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,21 +133,19 @@ class Spread:
     variance: Tensor
 
 
-def fit(net: nn.Module, batches: Iterable[Tensor]) -> None:
+def fit(net: nn.Module, batches: Iterable[Tensor], scales: Mapping[str, Tensor] | None = None) -> None:
     """Fit all scales and restored norms to what their convolutions give for `batches` (B,3,H,W): the weight v of W = s v has
     outputs of unit spread, and a norm the statistics of its input. The net ends in eval mode, of the same function.
 
-    Raises FgvcError without a batch, and where an output is not finite."""
-    convs = _scaled(net)
+    `scales`: those (C',) that are known, by the name that the convolution's weight had before `unfold`. Raises FgvcError
+    without a batch, and where an output is not finite."""
+    convs = {name: module for name, module in net.named_modules() if isinstance(module, ScaledConv2d)}
     for name, spread in output_spreads(net, list(convs), batches).items():
-        convs[name].rescale(spread.variance.sqrt())
+        known = (scale for key, scale in (scales or {}).items() if f"{name}.".startswith(key.removesuffix("weight")))
+        convs[name].rescale(next(known, spread.variance.sqrt()))
         owner = net.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, NormedConv2d):
             owner.restore(spread.mean, spread.variance)
-
-
-def _scaled(net: nn.Module) -> dict[str, ScaledConv2d]:
-    return {name: module for name, module in net.named_modules() if isinstance(module, ScaledConv2d)}
 
 
 @torch.no_grad()

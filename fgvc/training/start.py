@@ -50,7 +50,8 @@ class UnfoldedFit:
 
     convolutions: int
     norms: int  # of these with a norm; the others have a scale alone
-    images: int
+    known: int  # whose scale is gamma / sigma of the weights' own norms
+    images: int  # by which the others are fitted
     smallest: float  # scale, of the channels' 5th percentile
     largest: float  # 95th
 
@@ -58,7 +59,8 @@ class UnfoldedFit:
         what = f"{self.norms} batch norms are put back behind their convolutions, and trained" if self.norms else (
             f"{self.convolutions} convolutions have a batch norm folded into them, and are trained with the scale that it left"
         )  # fmt: skip
-        return f"{what}: scales {self.smallest:.3g} to {self.largest:.3g} (90 % of the channels), by {self.images} images"
+        source = f"{self.known} from the norms of the weights, the others " * bool(self.known) + f"by {self.images} images"
+        return f"{what}: scales {self.smallest:.3g} to {self.largest:.3g} (90 % of the channels), {source}"
 
 
 def fit_unfolded(session: Session) -> UnfoldedFit | None:
@@ -75,7 +77,7 @@ def fit_unfolded(session: Session) -> UnfoldedFit | None:
         for batch in evaluation_loader(session.index, rows, spec=session.preprocess, batch_size=64, workers=workers):
             yield batch.images.to(process.device, memory_format=memory_format(net))
 
-    process.first(lambda: fit(net, images()))
+    process.first(lambda: fit(net, images(), session.weights.scales))
     process.same_tensors([*net.parameters(), *net.buffers()])
     if session.ema is not None:
         session.ema.set(net)
@@ -85,7 +87,7 @@ def fit_unfolded(session: Session) -> UnfoldedFit | None:
     session.step.train()
     scales = np.quantile(torch.cat([conv.scale.flatten() for conv in convolutions]).cpu().numpy(), [0.05, 0.95])
     norms = sum(isinstance(module, NormedConv2d) for module in net.modules())
-    return UnfoldedFit(len(convolutions), norms, len(rows), *scales.tolist())
+    return UnfoldedFit(len(convolutions), norms, len(session.weights.scales), len(rows), *scales.tolist())
 
 
 def fit_teachers(session: Session) -> dict[str, HeadFit]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fgvc import api
 from fgvc.config.loading import validate
@@ -16,7 +18,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.data.recipe import resolve_data
 from fgvc.errors import FgvcError
 from fgvc.models.onnxnet.net import open_onnx
-from fgvc.reparam.unfold import NormedConv2d, ScaledConv2d
+from fgvc.reparam.unfold import NormedConv2d, ScaledConv2d, fit
 from fgvc.runs.build import build_net
 from fgvc.runs.distributed import process_group
 from fgvc.runs.folder import read_run
@@ -25,6 +27,7 @@ from fgvc.training.session import open_session
 from fgvc.training.start import fit_unfolded
 from tests.e2e.test_deployed_file import NAMES, outside, saved, tree
 from tests.models.onnxnet import small
+from tests.models.onnxnet.twins import PIXELS, exported, twin
 from tests.trained import Once
 
 
@@ -110,6 +113,31 @@ def test_a_net_that_is_only_opened_is_the_files(folded_file: Path, colours: Path
         net = build_net(recipe, len(NAMES)).step.net
         x = torch.randn(2, 3, small.SIZE, small.SIZE)
         torch.testing.assert_close(net.eval()(x), plain(x), rtol=1e-6, atol=1e-6)
+
+
+def test_weights_of_the_twin_bring_the_scales_of_their_norms(once: Once, colours: Path, tmp_path: Path) -> None:
+    """The weight behind the scale is the twin's own kernel, but for the rounding to powers of two."""
+    source, folder = twin("test_resnet"), tmp_path / "given"
+    folder.mkdir()
+    shutil.copy(exported(once, "test_resnet", "folded"), folder / "net.onnx")
+    (folder / "labels.txt").write_text("\n".join(NAMES))
+    save_file(source.state_dict(), folder / "net.safetensors")
+    given = settings(folder / "net.onnx", colours, "frozen")
+    given["model"] |= {"weights": str(folder / "net.safetensors"), "head": "timm"}
+    built = build_net(resolve_data(Recipe.model_validate(given)), len(NAMES))
+    kernels = [module.weight.detach() for module in source.modules() if isinstance(module, nn.Conv2d)]
+    assert len(built.weights.scales) == len(kernels)
+    net = built.step.net
+    fit(net, [torch.randn(2, 3, PIXELS, PIXELS)], built.weights.scales)
+    kept: dict[tuple[int, ...], list[torch.Tensor]] = {tuple(kernel.shape): [] for kernel in kernels}
+    for kernel in kernels:
+        kept[tuple(kernel.shape)].append(kernel)
+    for module in net.modules():
+        if isinstance(module, ScaledConv2d):
+            ratios = [(module.weight.detach() / kernel).flatten(1) for kernel in kept[tuple(module.weight.shape)]]
+            ratio = min(ratios, key=lambda one: float((one - one[:, :1]).abs().max()))
+            torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-3, atol=1e-4)
+            assert ((ratio.abs() > 2**-0.51) & (ratio.abs() < 2**0.51)).all()
 
 
 def test_restore_needs_a_norm_that_was_folded(colours: Path, tmp_path: Path) -> None:

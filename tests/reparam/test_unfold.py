@@ -69,6 +69,20 @@ def test_the_weight_has_outputs_of_unit_spread_within_the_rounding_of_its_scale(
         assert (conv.scale.log2() % 1 == 0).all()
 
 
+@pytest.mark.parametrize("norms", [False, True])
+def test_a_scale_that_is_known_is_taken(norms: bool) -> None:
+    _, plain = made(norms=False)
+    net = copy.deepcopy(plain)
+    unfold(net, NAMES, norms=norms)
+    known = torch.tensor([0.25, 0.3, 1, 1.3, 1.5, 4, 8, 0.1])
+    fit(net, [images()], {"two.weight": known})
+    block = net.get_submodule("two")
+    conv = block.conv if isinstance(block, NormedConv2d) else block
+    assert isinstance(conv, ScaledConv2d)
+    assert conv.scale.flatten().tolist() == [0.25, 0.25, 1, 1, 2, 4, 8, 0.125]
+    torch.testing.assert_close(net(images()), plain(images()), rtol=1e-5, atol=1e-5)
+
+
 def test_spreads_are_those_of_all_outputs_together() -> None:
     net, plain = made(norms=False)
     x = torch.cat([images(4, 1), images(2, 2)])
