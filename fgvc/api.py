@@ -324,7 +324,7 @@ def _export(
     files: dict[str, Any] = {
         "model.onnx": proven.model,
         "labels.json": list(index.classes),
-        "preprocess.json": _fed(loaded.preprocess, proven.model),
+        "preprocess.json": _fed(loaded.preprocess, proven.model, len(index.classes)),
         "contract.json": dict(proven.contract) | {"deployed": around.numbers if around is not None else None},
         "metrics.json": {
             key.partition(".")[0]: row
@@ -348,10 +348,10 @@ def _export(
     return Exported(out, select_name, proven, run_calibration, tuple(beside), against, around, omitted)
 
 
-def _fed(spec: Preprocess, model: bytes) -> Preprocess:
+def _fed(spec: Preprocess, model: bytes, classes: int) -> Preprocess:
     """A run's preprocessing with what the exported file takes and does by itself."""
     output = None if spec.network is None else spec.network.output
-    return spec.model_copy(update={"network": describe(model, output=output).record})
+    return spec.model_copy(update={"network": describe(model, output=output, classes=classes).record})
 
 
 def _with_options(export: Export, exporter: Exporter | None, opset: int | None) -> Export:

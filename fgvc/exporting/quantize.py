@@ -148,36 +148,29 @@ def _finished(proto: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto
 
 
 class _Reader(CalibrationDataReader):
-    """Calibration batches of the size, layout and type that the graph takes; the last is filled up with its own images."""
+    """Calibration batches as the graph takes them: in its layout and type, and of its size, the last one filled up with its own
+    images."""
 
     def __init__(self, model: onnx.ModelProto, images: Iterable[np.ndarray]) -> None:
-        port = _input(model)
-        self._name = port.name
-        self._fixed = port.type.tensor_type.shape.dim[0].dim_value  # 0: dynamic
-        self._file = describe(model.SerializeToString(), output=model.graph.output[0].name)
+        self._file = describe(model.SerializeToString(), output=model.graph.output[0].name)  # whichever has the classes
         self._batches = self._pieces(images)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         piece = next(self._batches, None)
-        return None if piece is None else {self._name: piece}
+        return None if piece is None else {self._file.input: feed(piece, self._file)}
 
     def _pieces(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        size = self._fixed or BATCH
+        size = self._file.batch or BATCH
         for batch in images:
             for start in range(0, len(batch), size):
-                piece = feed(batch[start : start + size], self._file)
-                yield np.resize(piece, (size, *piece.shape[1:])) if self._fixed else piece
+                piece = np.ascontiguousarray(batch[start : start + size], dtype=np.float32)
+                yield piece if self._file.batch is None else np.resize(piece, (size, *piece.shape[1:]))
 
 
 def _layers(model: onnx.ModelProto) -> list[str]:
     """Names of the nodes with weights, in the order of storage: each after those that it depends on."""
     stored = {tensor.name for tensor in model.graph.initializer}
     return [node.name for node in model.graph.node if node.op_type in WEIGHTED and not stored.isdisjoint(node.input)]
-
-
-def _input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
-    stored = {tensor.name for tensor in model.graph.initializer}  # old files list these among the inputs
-    return next(port for port in model.graph.input if port.name not in stored)
 
 
 def _scale_weights(model: onnx.ModelProto, float_layers: Collection[str], largest: int) -> dict[str, list[dict[str, Any]]]:

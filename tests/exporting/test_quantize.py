@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from fgvc.exporting.onnx import export_onnx, serialised
 from fgvc.exporting.quantize import halve, needs_reduced_range, quantise
 from fgvc.exporting.reference import randomise
 from fgvc.models.backbone import plain_model
+from fgvc.runtime.engine import OnnxSession, probabilities
+from tests.models.onnxnet import small
 
 SIZE = (32, 32)
 IMAGES = np.random.default_rng(0).normal(size=(24, 3, *SIZE)).astype(np.float32)
@@ -187,3 +190,18 @@ def test_which_cpus_need_a_reduced_range(tmp_path: Path) -> None:
     assert not reads("flags\t\t: fpu avx512_vnni avx512f\n")
     assert not reads("Features\t: asimd asimddp\n", machine="aarch64")
     assert needs_reduced_range(cpuinfo=tmp_path / "none", machine="AMD64")
+
+
+@pytest.mark.parametrize("made", [small.bytes_in, small.plain, small.fixed_batch], ids=lambda made: made.__name__)
+def test_a_file_of_another_program_is_calibrated_as_it_is_fed(made: Callable[[], onnx.ModelProto]) -> None:
+    """Bytes, channels last; batches of one."""
+    model = made()
+    for node in model.graph.node:  # float layers are told by their names
+        node.name = node.name or node.output[0]
+    x = np.random.default_rng(1).integers(0, 256, (6, 3, small.SIZE, small.SIZE)).astype(np.float32)
+    x = x if made is small.bytes_in else x / 255
+    proto = quantise(model, [x], first=0)
+    assert integer_layers(proto)
+    float_, int8_ = (probabilities(OnnxSession(serialised(each)).logits(x), None) for each in (model, proto))
+    assert OnnxSession(serialised(proto)).file.dtype == ("uint8" if made is small.bytes_in else "float32")
+    np.testing.assert_allclose(int8_, float_, atol=0.05)
