@@ -109,14 +109,20 @@ class Deploy(_Normalised):
 class NetworkFile(Section):
     """What a network's file takes, does by itself and gives, as its graph says: what is done outside of it stops here.
 
-    The tensor that is fed holds what `preprocess.json` makes, in this layout and type; whole numbers are rounded."""
+    The tensor that is fed holds what `preprocess.json` makes, in this layout and type; whole numbers are rounded. fgvc writes all
+    keys; by hand `output` alone may be given, where a file has several: the graph says the rest."""
 
-    input: str = Field(description="name of the input")
-    layout: Layout = Field(description="NCHW: channels before rows and columns; NHWC: after them")
-    dtype: str = Field(description="type of the input: float32, float16, float64 or uint8")
+    input: str | None = Field(None, description="name of the input")
+    layout: Layout | None = Field(None, description="NCHW: channels before rows and columns; NHWC: after them")
+    dtype: str | None = Field(None, description="type of the input: float32, float16, float64 or uint8")
     in_graph: tuple[str, ...] = Field((), description="what the graph does to the pixels before its first layer, in order")
-    output: str = Field(description="name of the output with the classes")
+    output: str | None = Field(None, description="name of the output with the classes")
     ending: Ending | None = Field(None, description="what the output's numbers went through last; null: they are logits")
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a reading of the graph, and not the name of an output alone."""
+        return None not in (self.input, self.layout, self.dtype, self.output)
 
 
 class Preprocess(_Normalised):

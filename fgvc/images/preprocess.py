@@ -115,7 +115,7 @@ def described(spec: Preprocess) -> str:
 def _settings(spec: Preprocess) -> dict[str, Any]:
     """What is done to an image, by the keys of preprocess.json; and as `network.*` how the result is fed, where that is known."""
     settings = {key: value for key, value in spec if key != "network"}
-    if spec.network is not None:
+    if spec.network is not None and spec.network.whole:
         settings |= {f"network.{key}": getattr(spec.network, key) for key in ("layout", "dtype", "in_graph", "ending")}
     return settings
 

@@ -323,9 +323,14 @@ def _output(where: str, graph: OnnxGraph, wanted: str | None, classes: int | Non
     if len(names) == 1:
         return graph.outputs[0]
     likely = [port for port in graph.outputs if _may_be_classes(port, classes)]
+    if all(port.shape is not None for port in likely):  # class maps of one cell are of the same sizes, but for axes of one
+        likely = [port for port in likely if port.shape is not None and len(port.shape) == 2] or likely
     if len(likely) == 1:
         return likely[0]
-    raise FgvcError(f"{where}: has {len(names)} outputs ({', '.join(names)}); say which are the classes: model.output")
+    raise FgvcError(
+        f"{where}: has {len(names)} outputs ({', '.join(names)}); say which are the classes: model.output, or network.output in "
+        "preprocess.json"
+    )
 
 
 def _may_be_classes(port: Port, classes: int | None) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime
 
-from fgvc.config.images import Ending, Preprocess
+from fgvc.config.images import Ending, NetworkFile, Preprocess
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.images.preprocess import keeps_pixels, preprocess
@@ -164,9 +164,10 @@ def refuse_misfit(file: Description, spec: Preprocess, *, model: Path, where: Pa
             f"{where}: normalises pixels, but {model} takes them as bytes and does the rest by itself{steps}; so that nothing is "
             "done twice, state input_range 255, mean [0, 0, 0] and std [1, 1, 1]"
         )
-    for key in ("layout", "dtype", "ending") if spec.network is not None else ():
-        stated, read = getattr(spec.network, key), getattr(file, key)
-        if stated != read:
+    network = spec.network or NetworkFile()
+    for key in ("layout", "dtype", "ending"):
+        stated, read = getattr(network, key), getattr(file, key)
+        if network.whole and stated != read:
             raise FgvcError(f"{where}: network.{key}: says {stated}, and the graph of {model} has {read}")
 
 

@@ -197,7 +197,7 @@ def _from_onnx(path: Path) -> Candidate:
     session = OnnxSession(model.SerializeToString(), output=file.output)
     return Candidate(
         name=str(path),
-        spec=stack.preprocess,
+        spec=stack.preprocess.model_copy(update={"network": None}),  # how its images are made; the session does the rest
         fixed=all(side is not None for side in session.shape[2:]),
         parameters=sum(
             math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT

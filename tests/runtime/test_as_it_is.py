@@ -344,9 +344,12 @@ def test_several_outputs_of_which_none_has_the_labels_count(tmp_path: Path) -> N
     with pytest.raises(FgvcError, match=r"has 2 outputs \(scores, z\); say which are the classes"):
         Engine(load_bundle(bundled(tmp_path / "a", file, model)))
     record = describe(model.SerializeToString(), output="z").record
-    engine = Engine(load_bundle(bundled(tmp_path / "b", file, model, network=record.model_dump())))
-    assert engine.session.file.ending is None
-    assert engine.session.outputs == ["z", "scores"]
+    for number, network in enumerate((record.model_dump(), {"output": "z"})):
+        engine = Engine(load_bundle(bundled(tmp_path / f"b{number}", file, model, network=network)))
+        assert engine.session.file.ending is None
+        assert engine.session.outputs == ["z", "scores"]
+    engine = Engine(load_bundle(bundled(tmp_path / "c", file, model, network={"output": "scores"})))
+    assert engine.session.file.ending == "softmax"
 
 
 def test_probabilities_at_their_bounds_stay_numbers() -> None:

@@ -222,6 +222,7 @@ def with_outputs(*shapes: tuple[Any, ...] | None) -> onnx.ModelProto:
 def test_which_of_several_outputs() -> None:
     maps = read(with_outputs(("n", 5, 4, 4)))
     assert (maps.output, maps.others) == ("scores", ("more 0",))
+    assert read(with_outputs(("n", 5, 1, 1))).output == "scores"  # maps of a single cell
     two = with_outputs(("n", 7), ("n", 5, 4, 4))
     with pytest.raises(
         FgvcError, match=r"has 3 outputs \(scores, more 0, more 1\); say which are the classes: model\.output"

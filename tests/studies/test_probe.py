@@ -328,13 +328,22 @@ def test_a_run_and_its_bundle_have_the_same_features(trained: tuple[Path, Path],
 
 
 def test_a_graph_without_a_linear_end(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    shutil.copy(trained[1] / "preprocess.json", tmp_path)
+    """A softmax is no end of its own; what else stands behind the last layer is."""
+    tree = json.loads((trained[1] / "preprocess.json").read_text())
+    del tree["network"]  # of the bundle's file
+    (tmp_path / "preprocess.json").write_text(json.dumps(tree))
     model = onnx.load(trained[1] / "model.onnx")
     name = model.graph.output[0].name
     model.graph.node.append(onnx.helper.make_node("Softmax", [name], ["p"]))
     model.graph.output[0].name = "p"
+    onnx.save(model, tmp_path / "softmax.onnx")
+    x, place = torch.randn(3, 3, 32, 32), torch.device("cpu")
+    files = (str(tmp_path / "softmax.onnx"), str(trained[1]))
+    a, b = (open_candidate(file, deploy=Deploy(), size=None).embed(place)(x) for file in files)
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    model.graph.node[-1].op_type = "Relu"
     onnx.save(model, tmp_path / "m.onnx")
-    with pytest.raises(FgvcError, match=r"come from a Softmax, not from a Gemm.*name the run"):
+    with pytest.raises(FgvcError, match=r"come from a Relu, not from a Gemm.*name the run"):
         open_candidate(str(tmp_path / "m.onnx"), deploy=Deploy(), size=None)
 
 
