@@ -62,6 +62,7 @@ class Inspection:
     stages: tuple[dict[str, Any], ...]  # channels, reduction and module of each resolution
     classifier: tuple[int, int]  # features, classes
     norms: int  # batch norms that it kept
+    arithmetic: int  # that are written as products and sums: trained as they are
     folded: tuple[str, ...]  # convolutions that one was folded into: `model.batch_norm: restore` puts it back
     bare: dict[str, str]  # other convolutions without a batch norm -> why none is put there
     trainable: dict[str, tuple[int, ...]]  # stored tensor -> its shape
@@ -91,7 +92,8 @@ class Inspection:
         reasons = Counter(self.untrained.values())
         untrained = "; ".join(f"{count} ({reason})" for reason, count in reasons.most_common()) or "nothing"
         bare = [f"{count} convolutions have none ({reason})" for reason, count in Counter(self.bare.values()).most_common()]
-        norms = "; ".join([f"{self.norms} kept, {len(self.folded)} folded into convolutions", *bare])
+        written = f", {self.arithmetic} written as products and sums" if self.arithmetic else ""
+        norms = "; ".join([f"{self.norms} kept{written}, {len(self.folded)} folded into convolutions", *bare])
         on = f"on {self.images} images" if self.images else "on noise"
         verdict = "it can be trained as it is" if self.agrees else "NOT the same function: it can't be trained here"
         return [
@@ -177,6 +179,7 @@ def inspect_file(
         stages=tuple(net.feature_info),
         classifier=(net.num_features, net.num_classes),
         norms=sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()),
+        arithmetic=folded.arithmetic,
         folded=folded.names,
         bare=folded.left,
         trainable={name: tuple(tensors[name].dims) for name in tensors if name in trained},

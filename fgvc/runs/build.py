@@ -95,7 +95,7 @@ def build_net(
     else:
         weights = replace(weights, origin="of the checkpoint")
     if isinstance(net, OnnxNet):
-        _unfold(net, recipe.model)
+        weights = replace(weights, doubts=(*weights.doubts, *_unfold(net, recipe.model)))
     fitted_head = head_prefixes(net) if model.head != "timm" else ()
     loaded = {id(p) for name, p in net.named_parameters() if name not in weights.fresh and not name.startswith(fitted_head)}
     epochs = recipe.train.epochs
@@ -145,18 +145,20 @@ def check_file(
     return tuple(f"{recipe.model.onnx}: {doubt}" for doubt in doubts_about(net.file, spec))
 
 
-def _unfold(net: OnnxNet, model: Model) -> None:
-    """Give each convolution that a batch norm was folded into a norm again, or a scale, as the recipe has it. Raises FgvcError
-    where norms are to be restored and none was folded."""
-    folded = folded_convolutions(net)
+def _unfold(net: OnnxNet, model: Model) -> tuple[str, ...]:
+    """Give each convolution that a batch norm was folded into a norm again, or a scale. Returns a doubt where
+    no norm takes batch statistics. Raises FgvcError where norms are to be restored and none was folded."""
+    folded, kept = folded_convolutions(net), len(running_norms(net))
     if model.batch_norm == "restore" and not folded.names:
         reasons = "".join(f"; {count} without: {reason}" for reason, count in Counter(folded.left.values()).most_common())
         raise FgvcError(
-            f"model.batch_norm: restore: no convolution of {model.onnx} has a batch norm folded into it (it keeps "
-            f"{len(running_norms(net))}{reasons}); set it to frozen or batch"
+            f"model.batch_norm: restore: no convolution of {model.onnx} has a batch norm folded into it (it keeps {kept}"
+            f"{reasons}); set it to frozen or batch"
         )
-    restored = model.batch_norm == "restore" or (model.batch_norm == "batch" and not running_norms(net))
-    unfold(net, folded.names, norms=restored)
+    unfold(net, folded.names, norms=model.batch_norm == "restore" or (model.batch_norm == "batch" and not kept))
+    if model.batch_norm == "batch" and not kept and not folded.names:
+        return (f"model.batch_norm: batch: {model.onnx} has no batch norm, kept or folded: nothing takes batch statistics",)
+    return ()
 
 
 def _frozen_modules(net: nn.Module, model: Model) -> list[nn.Module]:

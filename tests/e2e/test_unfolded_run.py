@@ -106,6 +106,15 @@ def test_weights_are_drawn_to_where_they_start(folded_file: Path, colours: Path)
         assert any(not torch.equal(start, before[name]) for name, start in session.starts.items())
 
 
+def test_batch_statistics_of_no_norm_are_doubted(colours: Path, tmp_path: Path) -> None:
+    """A norm that is written as a product and a sum has none, and is trained as it is."""
+    file = saved(small.arithmetic_norm(), tmp_path / "given")
+    recipe = resolve_data(Recipe.model_validate(settings(file, colours, "batch")))
+    built = build_net(recipe, len(NAMES))
+    assert [doubt for doubt in built.weights.doubts if "nothing takes batch statistics" in doubt]
+    assert not any(isinstance(module, ScaledConv2d | NormedConv2d) for module in built.step.net.modules())
+
+
 def test_a_net_that_is_only_opened_is_the_files(folded_file: Path, colours: Path) -> None:
     plain = open_onnx(folded_file)
     for norm in ("frozen", "restore"):

@@ -27,6 +27,7 @@ class Folded:
 
     names: tuple[str, ...]  # of those that one was folded into, in the order of the graph
     left: dict[str, str]  # all others -> why no norm can be, or was, folded into them
+    arithmetic: int = 0  # convolutions with a norm that is written as a product, by a number a channel, and a sum
 
 
 def folded_convolutions(net: OnnxNet) -> Folded:
@@ -40,10 +41,14 @@ def folded_convolutions(net: OnnxNet) -> Folded:
     otherwise = _normalises_otherwise(net)
     names: list[str] = []
     left: dict[str, str] = {}
+    arithmetic = 0
     for name, node in _convolutions(net):
         conv = net.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
         if any(_is_norm(reader) for reader in _readers(node)):
+            continue
+        if any(_is_product(reader) for reader in _readers(node)):
+            arithmetic += 1
             continue
         if conv.bias is None:
             left[name] = "no bias, which a folded norm leaves"
@@ -57,7 +62,7 @@ def folded_convolutions(net: OnnxNet) -> Folded:
             left[name] = "in a net of other norms, and no activation follows"
         else:
             names.append(name)
-    return Folded(tuple(names), left)
+    return Folded(tuple(names), left, arithmetic)
 
 
 def _convolutions(net: OnnxNet) -> Iterator[tuple[str, fx.Node]]:
@@ -91,12 +96,15 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_norm(node: fx.Node) -> bool:
-    """Whether it is a batch norm: of its own, by statistics that are computed, or a product with a number a channel."""
+    """Whether it is a batch norm, maybe by statistics that are computed."""
     if node.op == "call_module":
         owner = node.graph.owning_module
         return owner is not None and isinstance(owner.get_submodule(str(node.target)), _BatchNorm)
-    if node.target is normalise or node.target is F.batch_norm:
-        return True
+    return node.target is normalise or node.target is F.batch_norm
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether it multiplies by numbers of the file."""
     return node.target is operator.mul and any(arg.op == "get_attr" for arg in node.all_input_nodes)
 
 

@@ -29,6 +29,11 @@ def test_each_norm_of_the_net_has_been_folded_into_one(name: str, once: Once) ->
     assert "restore" not in "\n".join(kept.lines())
 
 
+def test_a_norm_that_is_written_as_arithmetic_is_counted(tmp_path: Path) -> None:
+    lines = inspect_file(small.saved(small.arithmetic_norm(), tmp_path)).lines()
+    assert "batch norms: 0 kept, 1 written as products and sums, 0 folded into convolutions" in lines
+
+
 def without_bias(where: str) -> object:
     model = small.plain()
     if where == "bias":
@@ -89,3 +94,4 @@ def test_a_convolution_that_had_none_is_told_with_the_reason(
     found = folded_convolutions(open_onnx(small.saved(made(), tmp_path)))
     assert len(found.names) == names
     assert Counter(found.left.values()) == left
+    assert found.arithmetic == (made is small.arithmetic_norm)
