@@ -144,6 +144,11 @@ class Preprocess(_Normalised):
     """Keys that older bundles and runs do not state, and what these mean; so much is never written."""
 
     @property
+    def output(self) -> str | None:
+        """Which of the file's outputs has the classes; None: it is not known."""
+        return None if self.network is None else self.network.output
+
+    @property
     def ending(self) -> Ending | None:
         """What the file's numbers go through last; None: nothing, or it is not known."""
         return None if self.network is None else self.network.ending

@@ -123,7 +123,8 @@ def refuse_other_file(run: LoadedRun, run_calibration: RunCalibration, model: by
         return
     rows, workers = fitting_rows(run), run.recipe.train.workers
     try:
-        answers = onnx_answers(OnnxSession(model), run.index, rows, spec=run.preprocess, workers=workers)
+        session = OnnxSession(model, output=run.preprocess.output)
+        answers = onnx_answers(session, run.index, rows, spec=run.preprocess, workers=workers)
     except FgvcError:  # the model fits, it was proved on images of this size; so it's that none can be read any more
         return
     refuse_no_numbers(answers.logits, run.folder)

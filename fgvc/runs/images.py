@@ -20,6 +20,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.data.index import ImageIndex
 from fgvc.data.labels import as_in_file, file_labels, first_classes, reordered
 from fgvc.data.sources.read import read_source
+from fgvc.data.unseen import judged_apart
 from fgvc.errors import FgvcError
 from fgvc.io.names import some, sort_order_remark
 from fgvc.runs import checkpoint
@@ -43,6 +44,15 @@ def read_index(recipe: Recipe) -> ImageIndex:
     if len(index.classes) < 2:
         raise FgvcError(f"data.root: {recipe.data.root}: {len(index.classes)} class found; a classifier needs two")
     return index
+
+
+def first_index(recipe: Recipe) -> ImageIndex:
+    """Read the images that a run begins with, in the splits that it trains by. Raises FgvcError as `read_index` does, and where
+    none is left to judge a deployed file's weights by."""
+    index = read_index(recipe)
+    if not descends_from_file(recipe):
+        return index
+    return judged_apart(index, recipe.deploy.seen, hold_out=recipe.data.hold_out)
 
 
 def descends_from_file(recipe: Recipe) -> bool:

@@ -15,7 +15,7 @@ from fgvc.errors import FgvcError
 from fgvc.runs.checkpoint import read_progress, slot
 from fgvc.runs.deployed import as_kept, record_of
 from fgvc.runs.folder import read_run
-from fgvc.runs.images import read_index
+from fgvc.runs.images import first_index
 from fgvc.runtime.bundle import load_bundle
 from fgvc.techniques.distill.settings import AnyTeacher, BundleTeacher, ProbeTeacher, RunTeacher, TimmTeacher
 
@@ -59,9 +59,9 @@ _data_digests: dict[Any, str] = {}  # data stay as they are while a study goes o
 
 def data_digest(recipe: Recipe) -> str:
     """Digest of the images of a recipe, as they are listed now."""
-    data = recipe.data, recipe.deploy.labels, recipe.model.onnx
+    data = recipe.data, recipe.deploy.labels, recipe.deploy.seen, recipe.model.onnx, recipe.model.weights
     if data not in _data_digests:
-        _data_digests[data] = index_digest(read_index(recipe))
+        _data_digests[data] = index_digest(first_index(recipe))
     return _data_digests[data]
 
 

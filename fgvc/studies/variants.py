@@ -161,4 +161,5 @@ def _calibration(run: LoadedRun, count: int) -> Iterator[np.ndarray]:
 
 
 def _answers(run: LoadedRun, model: bytes | Path, rows: NDArray[np.int64]) -> Answers:
-    return onnx_answers(OnnxSession(model), run.index, rows, spec=run.preprocess, workers=run.recipe.train.workers)
+    session = OnnxSession(model, output=run.preprocess.output)
+    return onnx_answers(session, run.index, rows, spec=run.preprocess, workers=run.recipe.train.workers)

@@ -16,11 +16,10 @@ from fgvc.data.cache import WHOLE, DecodeCache
 from fgvc.data.index import ImageIndex
 from fgvc.data.loader import TrainLoader, train_loader
 from fgvc.data.quality.stored import refuse_shares
-from fgvc.data.unseen import judged_apart
 from fgvc.errors import FgvcError
 from fgvc.runs.build import refuse_names
 from fgvc.runs.distributed import ProcessGroup
-from fgvc.runs.images import descends_from_file, read_index
+from fgvc.runs.images import first_index
 from fgvc.runs.step import StepModule
 
 Notify = Callable[[str], None]
@@ -30,10 +29,7 @@ def training_index(recipe: Recipe, index: ImageIndex | None = None) -> ImageInde
     """Read the images of a recipe for training, or check `index`, that of a run that goes on. Raises FgvcError where a technique
     needs annotations that these data do not have."""
     refuse_names(recipe)
-    if index is None:
-        index = read_index(recipe)
-        if descends_from_file(recipe):
-            index = judged_apart(index, recipe.deploy.seen, hold_out=recipe.data.hold_out)
+    index = first_index(recipe) if index is None else index
     for kind, config in enabled_techniques(recipe.techniques).items():
         if not config.requires.boxes:
             continue

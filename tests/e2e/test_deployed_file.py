@@ -331,6 +331,20 @@ def test_a_recipe_that_differs_from_what_lies_beside_the_file_is_warned(
     assert "preprocess.json says otherwise than the recipe, which holds: mean of R, G, B" in capsys.readouterr().err
 
 
+def test_one_of_several_outputs(colours: Path, tmp_path: Path) -> None:
+    model = small.plain()
+    model.graph.output.insert(0, helper.make_tensor_value_info("d", onnx.TensorProto.FLOAT, ("n", small.WIDTH)))
+    file = saved(model, tmp_path / "given")
+    run = api.train(Recipe.model_validate(tree(file, colours, model={"output": "scores"})), tmp_path / "run")
+    int8 = api.Int8(images=8, first=0)
+    api.export(run, tmp_path / "bundle", variants=api.Variants(int8=int8, fp16=True, agreement=0.01))
+    assert outside(tmp_path / "bundle" / "model.onnx") == outside(file)
+    assert api.verify(tmp_path / "bundle").passed
+    assert api.verify(tmp_path / "bundle", into=file).passed
+    assert np.array_equal(*api.compare(run, tmp_path / "bundle", split="test").predicted)
+    main_exits(["explain", str(tmp_path / "bundle"), str(colours / "test" / "red" / "00.png"), "-o", str(tmp_path / "looks")], 0)
+
+
 def test_a_sigmoid_file_trains_by_bce(colours: Path, tmp_path: Path) -> None:
     file = saved(sigmoid(), tmp_path / "given")
     run = api.train(Recipe.model_validate(tree(file, colours, loss={"kind": "bce"})), tmp_path / "run")
