@@ -27,7 +27,7 @@ class Normalise:
         self.shift = (-mean / std).to(device)
         self.flip = spec.channel_order == "bgr"
         self.device, self.memory_format = device, memory_format
-        self.reduction = "bicubic" if spec.antialias else spec.interpolation, spec.antialias
+        self.spec = spec
 
     def __call__(self, images: Tensor) -> Tensor:
         x = images.to(self.device, non_blocking=True)
@@ -36,16 +36,21 @@ class Normalise:
         return x.contiguous(memory_format=self.memory_format)
 
 
+def reduced(images: Tensor, size: tuple[int, int], spec: Preprocess) -> Tensor:
+    """Images (B,3,h,w) uint8 resized to `size`, as float32 without antialiasing where the deployed stack has none."""
+    if spec.antialias:  # as bytes: a reduction in float32 takes six times as long
+        return F.interpolate(images, size, mode="bicubic", antialias=True)
+    # torch rounds and clips bytes between rows and columns, which for bicubic is several levels
+    return F.interpolate(images.float(), size, mode=spec.interpolation).clamp(0, 255).add(0.5).floor()
+
+
 def to_batch(raw: TrainBatch, normalise: Normalise, size: tuple[int, int] | None = None) -> Batch:
     """Make the clean batch of a loader's batch, reduced to `size` (height, width) where the images were rendered larger."""
     device, geometry = normalise.device, raw.geometry
     images = raw.images
     x = render = normalise(images)
     if size is not None and size != (rendered := (images.shape[1], images.shape[2])):
-        # As bytes: a reduction in float32 takes six times as long.
-        mode, antialias = normalise.reduction
-        smaller = F.interpolate(images.permute(0, 3, 1, 2), size, mode=mode, antialias=antialias)
-        x = normalise(smaller.permute(0, 2, 3, 1))
+        x = normalise(reduced(images.permute(0, 3, 1, 2), size, normalise.spec).permute(0, 2, 3, 1))
         scale = torch.tensor([rendered[1] / size[1], rendered[0] / size[0], 1.0])
         geometry = geometry * scale
     labels = raw.labels.to(device, non_blocking=True)

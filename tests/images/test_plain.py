@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from fgvc.config.images import Deploy, Preprocess
 from fgvc.data.augment import _resampled
+from fgvc.data.loader import TrainBatch
 from fgvc.errors import FgvcError
 from fgvc.images.plain import resample
 from fgvc.images.preprocess import described, differences, fit, preprocess
 from fgvc.models.weights import Weights, preprocess_for
+from fgvc.training.batch import Normalise, to_batch
 
 OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 SIZES = [
@@ -127,6 +129,21 @@ def test_training_views_are_resampled_alike() -> None:
     np.testing.assert_array_equal(
         _resampled(image, (10, 5, 70, 45), (24, 24), spec), resample(image[5:45, 10:70], (24, 24), "bilinear")
     )
+
+
+def test_views_of_smaller_training_images_are_reduced_alike() -> None:
+    """`image.train_scale`: rendered once at the largest size, and reduced."""
+    images = torch.from_numpy(np.stack([textured(48, 40, seed) for seed in range(2)]))
+    zeros = torch.zeros(2, dtype=torch.int64)
+    raw = TrainBatch(images, zeros, zeros, torch.zeros(2, 2, 3), [], None)
+    for interpolation in ("bilinear", "bicubic"):
+        spec = Preprocess(
+            size=(48, 40), interpolation=interpolation, antialias=False, input_range=255, mean=(0, 0, 0), std=(1, 1, 1)
+        )  # type: ignore[arg-type]
+        normalise = Normalise(spec, torch.device("cpu"), torch.contiguous_format)
+        x = to_batch(raw, normalise, (24, 16)).x.permute(0, 2, 3, 1).numpy()
+        wanted = np.stack([resample(image, (24, 16), interpolation) for image in images.numpy()])  # type: ignore[arg-type]
+        assert np.abs(x - wanted).max() <= 1
 
 
 def test_it_is_recorded_said_and_a_difference() -> None:
