@@ -93,18 +93,23 @@ def check(
     likeness: float = LIKENESS,
     page: Path | None = None,
     table: Path | None = None,
+    clean: Path | None = None,
 ) -> checks.Report:
     """Read every image of the recipe's data and report what is wrong with it. A bar on stderr where that is a terminal.
 
     `suspects`: look for wrong labels, too, with a forward per image through the recipe's backbone and its first weights.
     `likeness`: the correlation of thumbnails from which two pictures are near copies. `page`: an HTML file to write, with the
-    images; `table`: a CSV file, a line for each finding about an image. Raises FgvcError where suspects are wanted and the
+    images; `table`: a CSV file, a line for each finding about an image; `clean`: a CSV file of the images that are fit to learn
+    from, for data.kind: csv, see `fgvc.data.quality.checks.clean_rows`. Raises FgvcError where suspects are wanted and the
     weights are not within reach.
     """
-    for out in filter(None, (page, table)):
+    outs = [out for out in (page, table, clean) if out is not None]
+    for out in outs:
         refuse_file(out)
-    if page is not None and table is not None and page.resolve() == table.resolve():
-        raise FgvcError(f"{page}: the page and the table can't be one file; name two")
+    if len({out.resolve() for out in outs}) < len(outs):
+        raise FgvcError(f"{outs[0]}: the page and the tables can't be one file; name others")
+    if clean is not None and recipe.data.kind == "hf":
+        raise FgvcError("--write-clean: a list of paths is for sets of files, and data.kind: hf has tables")
     index, expected = read_index(recipe), input_normalisation(recipe)
     backbone = load_frozen(recipe, len(index.classes)) if suspects else None
     with _bar() as tick:
@@ -126,6 +131,8 @@ def check(
         _write(page, data_page(report))
     if table is not None:
         _write(table, as_csv(checks.findings(report), checks.COLUMNS))
+    if clean is not None:
+        _write(clean, checks.clean_list(report))
     return report
 
 

@@ -33,6 +33,13 @@ def check(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="An HTML file to write, with the images.")] = None,
     csv: Annotated[Path | None, typer.Option(help="A CSV file to write, a line for each image and finding.")] = None,
+    write_clean: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="A list to write of the images that are fit to learn from, for data.kind=csv data.file=FILE.csv.",
+        ),
+    ] = None,
     likeness: Annotated[
         float,
         typer.Option(
@@ -50,9 +57,11 @@ def check(
     from fgvc import api
     from fgvc.cli import show
 
-    report = api.check(recipe, suspects=suspects, likeness=likeness, page=out, table=csv)
+    report = api.check(recipe, suspects=suspects, likeness=likeness, page=out, table=csv, clean=write_clean)
     show.check(report)
-    for written in filter(None, (out, csv)):
+    if write_clean is not None:
+        show.clean(report, write_clean)
+    for written in filter(None, (out, csv, write_clean)):
         print(written)
     worst = "error" if report.errors else "warning" if report.warnings else ""
     sys.exit(1 if worst and fail_on in (worst, "warning") else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from fgvc.api import Exported
 from fgvc.config.data import SPLITS
-from fgvc.data.quality.checks import Report
+from fgvc.data.quality.checks import Report, clean_rows
 from fgvc.evaluation.calibration import FEWEST
 from fgvc.evaluation.evaluate import Evaluation
 from fgvc.evaluation.learning_curve import FOLDS, SHARES
@@ -43,6 +44,15 @@ def _table(*columns: str) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 or len(columns) == 2 else "right")
     return table
+
+
+def clean(report: Report, file: Path) -> None:
+    """What a clean list leaves out, and how it is used."""
+    rows, left = clean_rows(report)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left.items()) or "none"
+    console.print(f"{len(rows)} of {len(report.index)} images are in the list; left out: {reasons}", soft_wrap=True)
+    use = f"data.kind=csv data.root={report.index.root} data.file={file.resolve()}"
+    console.print(f"to use it: {use}", markup=False, soft_wrap=True)
 
 
 def check(report: Report) -> None:

@@ -145,6 +145,11 @@ class Source(Section):
     split_seed: int = Field(
         0, ge=0, description="seed of the splits that fgvc makes; apart from train.seed, so that all runs share them"
     )
+    copies_together: bool = Field(
+        True,
+        description="whether near copies of a picture stay in one split where fgvc draws it; up to 50,000 pictures are read once "
+        "for that. false: they are not looked for",
+    )
     max_unreadable: float = Field(
         0.05, ge=0, le=1, description="share of unreadable files that is skipped and reported; above it training stops"
     )
@@ -248,6 +253,38 @@ class NamedData(Source):
     download: bool = Field(
         False, description="fetch the set into root where it is not there (stanford_cars: impossible)"
     )
+
+
+class HfData(Source):
+    """A set in the formats of Hugging Face's datasets library: parquet files, what Dataset.save_to_disk wrote, image folders, or
+    a set of the hub by its name. Images stay in their tables, and are decoded when they are needed."""
+
+    kind: Literal["hf"] = "hf"
+    root: Path = Field(
+        description="folder of the parquet files, of Dataset.save_to_disk, or of image folders; a .parquet file; with name: "
+        "where the library keeps what it fetches"
+    )
+    files: str | None = Field(
+        None, description="parquet files below root, such as data/*.parquet; default: all, by their splits' names"
+    )
+    name: str | None = Field(None, description="of a set of the hub, such as ethz/food101; null: root holds the set")
+    config: str | None = Field(None, description="of a set of the hub that comes in several")
+    revision: str | None = Field(None, description="of a set of the hub: a commit, a tag or a branch")
+    image_column: str | None = Field(None, description="default: the one with images, or image, or img")
+    label_column: str | None = Field(None, description="default: label, or the one with class labels")
+    group_column: str | None = Field(None, description="of groups that no split divides; null: no groups")
+    test_fraction: float = Field(
+        0.2, ge=0, lt=1, description="share of all rows set aside for test where the set has one split alone; 0: none"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_file(cls, tree: Any) -> Any:
+        """A .parquet file as its folder and its name."""
+        root = Path(str(tree["root"])) if isinstance(tree, Mapping) and "root" in tree else None
+        if root is None or root.suffix != ".parquet" or tree.get("files") is not None:
+            return tree
+        return {**tree, "root": str(root.parent), "files": root.name}
 
 
 class AutoData(Source):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fgvc.config.data import Augment, AutoData, CsvData, CubData, FolderData, NamedData
+from fgvc.config.data import Augment, AutoData, CsvData, CubData, FolderData, HfData, NamedData
 from fgvc.config.exporting import Export
 from fgvc.config.images import Deploy, Image
 from fgvc.config.knots import knot_positions
@@ -53,7 +53,7 @@ class Recipe(Section):
     """A run of fgvc. Every key can be overridden on the command line as section.key=value."""
 
     data: Annotated[
-        AutoData | CubData | FolderData | CsvData | NamedData,
+        AutoData | CubData | FolderData | CsvData | NamedData | HfData,
         Field(discriminator="kind", description="the labelled images"),
     ]
     image: Image = Field(Image(), description="the network's input")

@@ -33,7 +33,6 @@ from PIL import Image
 
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError, ImageError
-from fgvc.images.decode import read_picture
 from fgvc.io.files import cache_folder, file_lock, remove, sync, write_atomic
 
 WHOLE = 2**31 - 1  # a shorter side that no image has: none is shrunk
@@ -140,7 +139,7 @@ class DecodeCache:
             print(f"{self.folder}: damaged; {advice}", file=sys.stderr)
             with contextlib.suppress(FgvcError):  # if it can't be written, the message comes again
                 write_atomic(self.folder / _DAMAGED, b"")
-        picture = read_picture(self._index.path(row), max_pixels=self._index.max_pixels)
+        picture = self._index.picture(row)
         return np.array(shrunk(picture.image, self._side)), picture.size
 
     def orientation(self, row: int) -> int:
@@ -199,9 +198,13 @@ def _key(index: ImageIndex, rows: NDArray[np.int64], side: int) -> str:
 
 def stamps(index: ImageIndex, rows: NDArray[np.int64], salt: str = "") -> str:
     """SHA-256 over names, sizes and times of change of the rows' files, and over `salt`."""
-    digest = hashlib.sha256(f"{salt} {index.root.resolve()}".encode())
+    contents = index.contents
+    digest = hashlib.sha256(f"{salt} {index.root.resolve()} {contents.stamp if contents else ''}".strip().encode())
     for row in rows.tolist():
         path = str(index.paths[row])
+        if contents is not None:
+            digest.update(f"\n{row} {contents.size(path)} {path}".encode())
+            continue
         try:
             status = os.stat(index.root / path)
             stamp = f"{status.st_size} {status.st_mtime_ns}"
@@ -224,7 +227,7 @@ def _build(
 
     def load(row: int) -> Decoded | ImageError:
         try:
-            picture = read_picture(index.path(row), max_pixels=index.max_pixels)
+            picture = index.picture(row)
         except ImageError as error:
             return error
         return shrunk(picture.image, side), picture.size, picture.orientation

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from fgvc.config.data import SPLITS, Split
 from fgvc.config.images import MAX_PIXELS
-from fgvc.images.decode import decode
+from fgvc.images.decode import Picture, read_content, read_picture
+
+
+class Contents(Protocol):
+    """Images that are no files below the set's root, by the names that the index has in the place of paths."""
+
+    stamp: str  # changes with the contents
+
+    def source(self, name: str) -> Path | bytes:
+        """The file of an image, or what would be in it. Raises ImageError where there is neither."""
+
+    def size(self, name: str) -> int:
+        """Bytes of it; -1 where there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +38,7 @@ class ImageIndex:
     splits: np.ndarray  # (N,) int8: position in SPLITS
     given_splits: tuple[Split, ...] = ()  # of validation and test, those that the set brings along; fgvc draws the others
     unseen: str = ""  # where validation and test are images that the deployed classifier was not trained on: by which rule
+    joined: int = 0  # images that went to the split of their near copies
     groups: np.ndarray | None = None  # (N,) StringDType: rows of one group never straddle a split
     # Both in pixels of the image as stored; fgvc.images.upright turns them with the image by its EXIF orientation.
     boxes: np.ndarray | None = None  # (N,4) float32: x, y, width, height
@@ -33,6 +47,7 @@ class ImageIndex:
     recognised: str = ""  # one line for people: the detected layout and the rule of the splits
     warnings: tuple[str, ...] = ()  # a line each: files that were left out, or are suspicious
     max_pixels: int = MAX_PIXELS  # of an image that is read
+    contents: Contents | None = None  # of images that are no files
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,9 +57,25 @@ class ImageIndex:
         return np.flatnonzero(self.splits == SPLITS.index(split))
 
     def path(self, row: int) -> Path:
+        """The file of a row, or its name in messages."""
         return self.root / str(self.paths[row])
+
+    def source(self, row: int) -> Path | bytes:
+        """The file of a row, or what would be in it. Raises ImageError where it is known to be missing."""
+        return self.path(row) if self.contents is None else self.contents.source(str(self.paths[row]))
+
+    def content(self, row: int) -> bytes:
+        """All bytes of the row's file. Raises ImageError."""
+        source = self.source(row)
+        return read_content(source) if isinstance(source, Path) else source
+
+    def picture(self, row: int, content: bytes | None = None) -> Picture:
+        """The decoded picture of a row (of its `content`, if that was read before), under the set's limit of pixels. Raises
+        ImageError as `decode` does."""
+        source = self.source(row) if content is None else content
+        return read_picture(source, max_pixels=self.max_pixels, name=self.path(row))
 
 
 def decode_row(index: ImageIndex, row: int) -> Image.Image:
     """The decoded image of a row, under the set's limit of pixels. Raises ImageError as `decode` does."""
-    return decode(index.path(row), max_pixels=index.max_pixels)
+    return index.picture(row).image

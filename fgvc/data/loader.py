@@ -23,7 +23,6 @@ from fgvc.data.cache import DecodeCache
 from fgvc.data.index import ImageIndex
 from fgvc.data.order import EpochOrder, Key
 from fgvc.errors import FgvcError, ImageError
-from fgvc.images.decode import read_picture
 from fgvc.images.preprocess import preprocess
 from fgvc.images.upright import turned_boxes, turned_points, turned_sides
 from fgvc.rng import SAMPLE, generator, seeded_globals
@@ -280,7 +279,7 @@ class _Samples(Dataset[TrainBatch]):
     def _load(self, row: int) -> tuple[NDArray[np.uint8], Sides, int]:
         if self.cache is not None:
             return (*self.cache.image(row), self.cache.orientation(row))
-        picture = read_picture(self.index.path(row), max_pixels=self.index.max_pixels)
+        picture = self.index.picture(row)
         return np.array(picture.image), picture.size, picture.orientation
 
     def _hooked(self, pixels: NDArray[np.uint8], taken: int, key: Key) -> NDArray[np.uint8]:
@@ -315,7 +314,7 @@ class _Originals(Dataset[EvaluationBatch]):
         for row in rows:
             at = len(read)
             try:
-                picture = read_picture(self.index.path(row), max_pixels=self.index.max_pixels)
+                picture = self.index.picture(row)
                 images[at] = preprocess(picture.image, self.spec)
             except ImageError as error:
                 bad.append(error)

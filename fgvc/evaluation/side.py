@@ -83,7 +83,8 @@ class PairedAnswers:
     confidence: NDArray[np.float64]  # (2,N); by each side's temperature, see `Classifier.calibrated`
     paired: Paired
     unreadable: tuple[str, ...]
-    max_pixels: int  # of a picture that was read
+    images: ImageIndex
+    rows: NDArray[np.int64]  # (N,) of the index: the images that were read
     notes: tuple[str, ...]  # doubts about the figures
     differences: tuple[str, ...]  # in how the sides are fed and read: B is no drop-in for A
 
@@ -263,7 +264,8 @@ def collect_answers(a: Classifier, b: Classifier, images: Images) -> PairedAnswe
         unreadable=tuple(unreadable),
         notes=(*a.notes, *b.notes, *overlaps, *images.index.warnings),
         differences=_differences(a, b),
-        max_pixels=images.index.max_pixels,
+        images=images.index,
+        rows=rows_read,
     )
 
 

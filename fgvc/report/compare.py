@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fgvc.data.index import decode_row
 from fgvc.errors import FgvcError
 from fgvc.evaluation.side import FLIP_COLUMNS, PairedAnswers
-from fgvc.images.decode import decode
 from fgvc.io.files import refuse_file, write_atomic, writing
 from fgvc.io.tables import as_csv
 from fgvc.report.render import picture, render
@@ -35,6 +35,7 @@ def write_page(answers: PairedAnswers, out: Path, *, failures: Sequence[str] = (
     tables = _table_paths(out)
     flips, classes = answers.flips(), answers.paired.by_class(answers.classes)
     shown = [flip for flip in flips if flip["flip"] == "negative"][:SHOWN]
+    row = dict(zip(map(str, answers.paths), answers.rows.tolist(), strict=True))
     page = render(
         "compare.html",
         title="What changes from A to B",
@@ -43,7 +44,7 @@ def write_page(answers: PairedAnswers, out: Path, *, failures: Sequence[str] = (
         failures=failures,
         changed=[row for row in classes if row["negative_flips"] or row["positive_flips"]],
         unchanged=sum(not (row["negative_flips"] or row["positive_flips"]) for row in classes),
-        shown=[(flip, picture(decode(Path(flip["path"]), max_pixels=answers.max_pixels))) for flip in shown],
+        shown=[(flip, picture(decode_row(answers.images, row[flip["path"]]))) for flip in shown],
         table=tables[0].name,
     )
     for path, table in zip(tables, (as_csv(flips, FLIP_COLUMNS), as_csv(classes)), strict=True):

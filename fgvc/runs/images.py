@@ -19,7 +19,8 @@ from fgvc.config.models import run_of
 from fgvc.config.recipe import Recipe
 from fgvc.data.index import ImageIndex
 from fgvc.data.labels import as_in_file, file_labels, first_classes, reordered
-from fgvc.data.sources.read import read_source
+from fgvc.data.quality.copies import together
+from fgvc.data.sources.read import read_source, source_contents
 from fgvc.data.unseen import judged_apart
 from fgvc.errors import FgvcError
 from fgvc.io.names import some, sort_order_remark
@@ -28,9 +29,9 @@ from fgvc.runs import record as recording
 from fgvc.runs.record import NAME, Record, changes
 
 
-def read_index(recipe: Recipe) -> ImageIndex:
+def read_index(recipe: Recipe, *, copies: bool = True) -> ImageIndex:
     """Read the labelled images of a recipe, in the deployed stack's label order, with all classes of a deployed file. Raises
-    FgvcError for fewer than two classes."""
+    FgvcError for fewer than two classes. `copies`: keep near copies in one split, which reads pictures that are new."""
     index = read_source(recipe.data)
     if recipe.model.onnx is not None:
         index = as_in_file(index, file_labels(recipe.model.onnx, recipe.deploy.labels))
@@ -43,7 +44,7 @@ def read_index(recipe: Recipe) -> ImageIndex:
         index = first_classes(index, recipe.data.first_classes)
     if len(index.classes) < 2:
         raise FgvcError(f"data.root: {recipe.data.root}: {len(index.classes)} class found; a classifier needs two")
-    return index
+    return together(index) if copies and recipe.data.copies_together else index
 
 
 def first_index(recipe: Recipe) -> ImageIndex:
@@ -96,10 +97,9 @@ def recorded_images(run: Path, recipe: Recipe, root: Path | None = None) -> RunI
     """
     if root is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
-    place = recipe.data.root.expanduser()
     if not (run / NAME).is_file():
         return RunImages(run, _unrecorded(run, recipe), None)
-    record = recording.load(run / NAME, place, max_pixels=recipe.data.max_pixels)
+    record = _record(run, recipe)
     if remark := _change_remark(record, recipe):
         print(f"{run}: {remark}", file=sys.stderr)
     return RunImages(run, record.index, record)
@@ -117,7 +117,7 @@ def resumed_index(run: Path, recipe: Recipe, *, recorded: bool = False) -> Image
             )
         return read_index(recipe)  # its names are compared with those that the checkpoint knows
     root = recipe.data.root.expanduser()
-    record = recording.load(run / NAME, root, max_pixels=recipe.data.max_pixels)
+    record = _record(run, recipe)
     if recorded:
         if faults := _file_faults(record, np.arange(len(record.index))):
             raise FgvcError(
@@ -126,7 +126,7 @@ def resumed_index(run: Path, recipe: Recipe, *, recorded: bool = False) -> Image
             )
         return record.index
     try:
-        differences = changes(record, read_index(recipe)).lines()
+        differences = changes(record, read_index(recipe, copies=False)).lines()
     except FgvcError as error:
         raise FgvcError(
             f"{error}\n{run}: this run can't go on without its images: restore them, or name the folder where the set lies now "
@@ -140,6 +140,13 @@ def resumed_index(run: Path, recipe: Recipe, *, recorded: bool = False) -> Image
             "another --out for a new run"
         )
     return record.index
+
+
+def _record(run: Path, recipe: Recipe) -> Record:
+    """A run's record, of images that lie where its recipe says. Raises FgvcError where it is damaged."""
+    record = recording.load(run / NAME, recipe.data.root.expanduser(), max_pixels=recipe.data.max_pixels)
+    contents = source_contents(recipe.data)
+    return record if contents is None else replace(record, index=replace(record.index, contents=contents))
 
 
 def training_overlap(trained_index: ImageIndex, index: ImageIndex, rows: NDArray[np.int64]) -> int:
@@ -174,7 +181,7 @@ def _change_remark(record: Record, recipe: Recipe) -> str:
     if not recipe.data.root.expanduser().is_dir():
         return ""  # all is gone, which whoever asks for rows will hear
     try:
-        differences = changes(record, read_index(recipe), files=False).lines()
+        differences = changes(record, read_index(recipe, copies=False), files=False).lines()
     except FgvcError as error:
         differences = [str(error).splitlines()[0]]
     if not differences:

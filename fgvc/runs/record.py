@@ -29,7 +29,7 @@ from fgvc.io.names import some
 NAME = "index.npz"
 ABSENT = -1  # in place of a size: there was no such file
 _VERSION = 1
-_NOT_RECORDED = ("root", "max_pixels")  # the reader gives them
+_NOT_RECORDED = ("root", "max_pixels", "contents")  # the reader gives them
 _REMARKS = ("recognised", "warnings")  # for people: recorded, and no part of the digest
 _CHUNK = 4096  # files that one thread reads in turn
 
@@ -92,6 +92,8 @@ def file_sizes(index: ImageIndex, rows: NDArray[np.int64] | None = None) -> NDAr
     """Sizes in bytes of the files of these rows (all by default), ABSENT where there is none; by threads: a file server takes
     a while for each."""
     root, names = str(index.root), (index.paths if rows is None else index.paths[rows])
+    if (contents := index.contents) is not None:
+        return np.fromiter((contents.size(name) for name in names), np.int64, len(names))
 
     def sizes_from(start: int) -> list[int]:
         sizes = []
@@ -141,8 +143,8 @@ def changes(record: Record, now: ImageIndex, *, files: bool = True) -> Changes:
     rows_then, rows_now, only_then, only_now = _matched(then.paths, now.paths)
     labels = [np.array(index.classes, object)[index.labels[rows]] for index, rows in ((then, rows_then), (now, rows_now))]
     missing = np.union1d(only_then, gone)
-    # Which images the deployed file has not seen is worked out once, when a run begins.
-    moved = then.splits[rows_then] != now.splits[rows_now] if not then.unseen else np.zeros(len(rows_then), bool)
+    # Which images the deployed file has not seen, and which are near copies, is worked out once, when a run begins.
+    moved = then.splits[rows_then] != now.splits[rows_now] if not (then.unseen or then.joined) else np.zeros(len(rows_then), bool)
     return Changes(
         added=tuple(now.paths[only_now].tolist()),
         gone=tuple(then.paths[missing].tolist()),

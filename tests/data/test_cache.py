@@ -74,7 +74,7 @@ def test_shrinking_averages() -> None:
 
 def test_second_opening_reads_no_image(index: ImageIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(index, tmp_path / "cache")
-    monkeypatch.setattr(module, "read_picture", lambda *_, **__: pytest.fail("decoded again"))
+    monkeypatch.setattr(type(index), "picture", lambda *_, **__: pytest.fail("decoded again"))
     opened(index, tmp_path / "cache")
 
 

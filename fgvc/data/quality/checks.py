@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,8 +34,9 @@ from fgvc.data.quality.suspects import Suspects
 from fgvc.data.splits import group_codes, straddling
 from fgvc.errors import ImageError
 from fgvc.images.damage import damage
-from fgvc.images.decode import Picture, read_content, read_picture
+from fgvc.images.decode import Picture
 from fgvc.io.names import some
+from fgvc.io.tables import as_csv
 
 TINY = 32  # pixels of the shorter side
 IMBALANCE = 10.0  # largest class over smallest class of the train split, from which there is a warning
@@ -220,6 +221,54 @@ def findings(report: Report) -> list[dict[str, object]]:
     return lines
 
 
+CLEAN = ("path", "label", "split")  # of the list that is fit to learn from
+
+
+def clean_rows(report: Report) -> tuple[NDArray[np.int64], dict[str, int]]:
+    """The rows of a set that are fit to learn from, and how many of the others are left out for which reason.
+
+    Left out are unreadable and damaged images, those of one colour, suspects, pictures that occur with several labels, and of
+    copies and near copies in several splits those that are in train or, where there are none, in val: what is scored stays. Of
+    files that are equal within a split the first stays. A class without a training image is left out as a whole."""
+    index = report.index
+    left: dict[int, str] = {}
+
+    def leave(reason: str, rows: Iterable[int]) -> None:
+        for row in rows:
+            left.setdefault(int(row), reason)
+
+    leave("unreadable", (row for row, _ in report.unreadable))
+    leave("damaged", report.stored.damage)
+    leave("of one colour", report.colours.flat)
+    leave("suspects", (suspect.row for suspect in report.suspects.listed) if report.suspects else ())
+    leave("with several labels", (row for rows in (*report.conflicts, *report.near_conflicts) for row in rows))
+    for rows in (*report.duplicates, *report.near):
+        kept = [row for row in rows if row not in left]
+        last = max((index.splits[row] for row in kept), default=0)
+        leave("copies across splits", (row for row in kept if index.splits[row] != last))
+    for rows in report.duplicates:
+        leave("equal files", [row for row in rows if row not in left][1:])
+    mask = np.ones(len(index), bool)
+    mask[list(left)] = False
+    learned = np.bincount(index.labels[mask & (index.splits == 0)], minlength=len(index.classes)) > 0
+    leave("of classes without a training image", np.flatnonzero(mask & ~learned[index.labels]))
+    mask[list(left)] = False
+    return np.flatnonzero(mask), dict(Counter(left.values()))
+
+
+def clean_list(report: Report) -> str:
+    """The clean rows as CSV text that `data.kind: csv` reads, with the same root; groups go with it."""
+    index = report.index
+    rows, _ = clean_rows(report)
+    named = index.groups is not None
+    lines = [
+        {"path": str(index.paths[row]), "label": index.classes[index.labels[row]], "split": SPLITS[index.splits[row]]}
+        | ({"group": str(index.groups[row])} if index.groups is not None else {})
+        for row in rows.tolist()
+    ]
+    return as_csv(lines, (*CLEAN, "group") if named else CLEAN)
+
+
 def _near(
     index: ImageIndex,
     prints: Fingerprints,
@@ -251,10 +300,9 @@ def _read_all(index: ImageIndex, workers: int | None) -> Iterator[_FileFacts]:
 
 
 def _read(index: ImageIndex, row: int) -> _FileFacts:
-    path = index.path(row)
     try:
-        content = read_content(path)
-        picture = read_picture(content, max_pixels=index.max_pixels, name=path)
+        content = index.content(row)
+        picture = index.picture(row, content)
     except ImageError as error:
         return _FileFacts(reason=error.reason)
     return _FileFacts(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError, ImageError
 from fgvc.images.damage import damage
-from fgvc.images.decode import Picture, read_content, read_picture
+from fgvc.images.decode import Picture
 from fgvc.images.upright import UPRIGHT, turned_sides
 from fgvc.io.names import some
 
@@ -68,10 +68,10 @@ def spot_check(index: ImageIndex, rows: NDArray[np.int64]) -> list[str]:
     facts = StoredFacts.empty(len(sample))
 
     def look(at: int) -> None:
-        path = index.path(int(sample[at]))
+        row = int(sample[at])
         try:
-            content = read_content(path)
-            picture = read_picture(content, max_pixels=index.max_pixels, name=path)
+            content = index.content(row)
+            picture = index.picture(row, content)
         except ImageError:
             return  # training counts and reports it
         facts.put(at, picture, levels_of(picture), damage(content))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fgvc.config.data import AutoData, CsvData, CubData, FolderData, NamedData, Source
-from fgvc.data.index import ImageIndex
-from fgvc.data.sources import auto, cub, folder, named, table
+from fgvc.config.data import AutoData, CsvData, CubData, FolderData, HfData, NamedData, Source
+from fgvc.data.index import Contents, ImageIndex
+from fgvc.data.sources import auto, cub, folder, huggingface, named, table
 from fgvc.errors import FgvcError
 
 
@@ -24,5 +24,12 @@ def read_source(data: Source) -> ImageIndex:
             return table.read(source)
         case NamedData() as source:
             return named.read(source)
+        case HfData() as source:
+            return huggingface.read(source)
         case other:
             raise FgvcError(f"data: no reader for {type(other).__name__}")
+
+
+def source_contents(data: Source) -> Contents | None:
+    """The images of a set that are no files, for an index that was recorded; None where they are files. Raises FgvcError."""
+    return huggingface.contents(data) if isinstance(data, HfData) else None
