@@ -179,4 +179,4 @@ def test_a_recipe_holds_what_was_found(recipe_tree: dict, colours: Path, tmp_pat
     with pytest.raises(FgvcError, match="no such|not there"):
         resolve_data(validate(Recipe, recipe_tree | {"data": {"kind": "auto", "root": str(tmp_path / "gone")}}, where="test"))
     kinds = Recipe.model_json_schema()["properties"]["data"]["discriminator"]["mapping"]
-    assert set(kinds) == {"auto", "cub", "folder", "csv", "torchvision"}
+    assert set(kinds) == {"auto", "cub", "folder", "csv", "torchvision", "hf"}
