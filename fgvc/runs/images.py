@@ -50,9 +50,9 @@ def read_index(recipe: Recipe, *, copies: bool = True) -> ImageIndex:
 def first_index(recipe: Recipe) -> ImageIndex:
     """Read the images that a run begins with, in the splits that it trains by. Raises FgvcError as `read_index` does, and where
     none is left to judge a deployed file's weights by."""
-    index = read_index(recipe)
     if not descends_from_file(recipe):
-        return index
+        return read_index(recipe)
+    index = read_index(recipe, copies=False)  # near copies are kept apart from what was seen, there
     return judged_apart(index, recipe.deploy.seen, hold_out=recipe.data.hold_out)
 
 
