@@ -67,7 +67,7 @@ def refuse_live_hooks(net: nn.Module, plain: nn.Module) -> None:
                 leaks.append(f"{where}: {kind} {', '.join(_name(hook) for hook in hooks)}")
     if leaks:
         raise FgvcError(
-            "the trained network is not plain, a leaked hook:\n  "
+            "the trained network is not plain; it has what no plain model has:\n  "
             + "\n  ".join(leaks)
             + "\nremove its handle before export; a technique's gates and hooks must not outlive training"
         )

@@ -141,7 +141,7 @@ class StepModule(nn.Module):
         self._inside = False
         if not self._added_checked:
             for kind, technique in self.techniques.items():
-                require_added(kind, technique, self)
+                require_added(kind, technique, self, in_step=True)
             self._added_checked = True
         return losses, step_views
 

@@ -138,7 +138,7 @@ class Technique:
         for name, value in vars(cls).items():
             if callable(value) and not name.startswith("_") and not hasattr(Technique, name):
                 near = nearest(name, HOOKS)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(HOOKS)}"
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(HOOKS)}."
                 raise TypeError(f"{cls.__name__}.{name}: no hook of a technique; {hint} Its own methods begin with _")
 
     def setup(self, plan: Plan) -> None:

@@ -109,10 +109,16 @@ def _parts(net: nn.Module) -> dict[tuple[str, str], object]:
     return parts
 
 
-def require_added(kind: str, technique: Technique, trained: nn.Module) -> None:
-    """Raise FgvcError where a technique keeps a weight that is none of the module `trained`, the net and its branches."""
+def require_added(kind: str, technique: Technique, trained: nn.Module, *, in_step: bool = False) -> None:
+    """Raise FgvcError where a technique, or its class, keeps a weight that is none of the module `trained`, the net and its
+    branches. `in_step`: a tensor that requires a gradient may be one of the step's own by then, such as a perturbation."""
     known = {id(value) for value in chain(trained.parameters(), trained.buffers())}
-    for name, tensor in _weights("self", technique, DEEPEST):
+    kept: dict[str, Any] = {}
+    for base in reversed(type(technique).__mro__):
+        kept |= {name: value for name, value in vars(base).items() if isinstance(value, nn.Module | Tensor | list | dict)}
+    learns = nn.Parameter if in_step else Tensor
+    attributes = (kept | vars(technique)).items()
+    for name, tensor in chain.from_iterable(_weights(f"self.{name}", value, DEEPEST, learns) for name, value in attributes):
         if id(tensor) not in known:
             raise FgvcError(
                 f"techniques.{kind}: {name} is kept in the technique, where it is not trained, moved or saved. Add its module by "
@@ -121,22 +127,23 @@ def require_added(kind: str, technique: Technique, trained: nn.Module) -> None:
             )
 
 
-def _weights(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers in an object, its attributes and its containers, and tensors that require gradients."""
+def _weights(name: str, value: Any, depth: int, learns: type[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Weights in an object, its attributes and its containers: parameters and buffers of modules, and tensors of the type
+    `learns` that require a gradient."""
     if isinstance(value, nn.Module):
         yield from ((f"{name}.{key}", tensor) for key, tensor in chain(value.named_parameters(), value.named_buffers()))
     elif isinstance(value, Tensor):
-        if value.requires_grad and value.is_leaf:
+        if isinstance(value, learns) and value.requires_grad and value.is_leaf:
             yield name, value
     elif depth and isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _weights(f"{name}[{key!r}]", inner, depth - 1)
+            yield from _weights(f"{name}[{key!r}]", inner, depth - 1, learns)
     elif depth and isinstance(value, list | tuple | set):
         for number, inner in enumerate(value):
-            yield from _weights(f"{name}[{number}]", inner, depth - 1)
+            yield from _weights(f"{name}[{number}]", inner, depth - 1, learns)
     elif depth and not callable(value):
         for key, inner in getattr(value, "__dict__", {}).items():
-            yield from _weights(f"{name}.{key}", inner, depth - 1)
+            yield from _weights(f"{name}.{key}", inner, depth - 1, learns)
 
 
 def require_gated(kind: str, module: str, output: object, before: Tensor) -> Tensor:

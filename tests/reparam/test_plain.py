@@ -91,9 +91,9 @@ def spy(*arguments: object) -> None:
         ("register_full_backward_pre_hook", "backward pre-hook"),
     ],
 )
-def test_a_leaked_hook_is_named_with_its_module(net: nn.Module, register: str, kind: str) -> None:
+def test_a_hook_that_is_left_is_named_with_its_module(net: nn.Module, register: str, kind: str) -> None:
     handle = getattr(net.layer2[0].conv1, register)(spy)
-    with pytest.raises(FgvcError, match=rf"leaked hook:\n  layer2\.0\.conv1 \(Conv2d\): {kind} spy"):
+    with pytest.raises(FgvcError, match=rf"no plain model has:\n  layer2\.0\.conv1 \(Conv2d\): {kind} spy"):
         strip(net, **RECIPE)
     handle.remove()
     strip(net, **RECIPE)

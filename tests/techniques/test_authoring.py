@@ -109,6 +109,20 @@ def test_also_one_that_a_later_hook_makes() -> None:
         run(technique)
 
 
+def test_also_one_of_its_class_but_no_tensor_of_a_step() -> None:
+    shared = type("Shared", (Technique,), {"heads": [nn.Linear(2, 2)]})
+    with pytest.raises(FgvcError, match=r"techniques\.blank: self\.heads\[0\]\.weight"):
+        step_of(shared())
+    technique = Blank()
+
+    def views(data: Batch, ctx: Context) -> list[View]:
+        vars(technique)["delta"] = torch.zeros_like(data.x, requires_grad=True)  # as an adversary keeps it
+        return []
+
+    technique._hooks["views"] = views
+    run(technique)
+
+
 def test_a_module_without_weights_an_added_one_and_the_nets_own_may_be_kept() -> None:
     def setup(technique: Blank, plan: Plan) -> None:
         head = nn.Linear(3, 1)
