@@ -208,6 +208,13 @@ def test_classes_without_images_keep_their_rows(run: Path, bundle: Path, plain_f
     assert load_bundle(bundle).labels == NAMES
 
 
+def test_a_set_without_some_of_the_files_classes_is_no_fault(colours: Path, plain_file: Path) -> None:
+    report = api.check(Recipe.model_validate(tree(plain_file, colours)))
+    assert report.ok
+    assert "2 classes have no image, and are not trained: purple, yellow" in report.warnings
+    assert report.imbalance == 1
+
+
 def with_metadata(key: str, value: str) -> onnx.ModelProto:
     model = small.plain()
     model.metadata_props.append(onnx.StringStringEntryProto(key=key, value=value))
