@@ -30,7 +30,7 @@ from fgvc.data.recipe import resolve_data
 from fgvc.errors import FgvcError
 from fgvc.runs.environment import environment
 from fgvc.runs.folder import read_run
-from fgvc.techniques.api import HOOKS, Batch, Output, Technique, View
+from fgvc.techniques.api import HOOKS, Batch, EpochStart, Output, Technique, View
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.registry import build_technique
 
@@ -161,7 +161,8 @@ def test_the_page_shows_the_code_of_the_examples_and_of_fgvc() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "start"), [(Plan, "`plan`"), (Batch, "`batch`"), (View, "`View"), (Output, '`outputs["main"]`'), (Context, "`ctx`")]
+    ("given", "start"),
+    [(Plan, "`plan`"), (EpochStart, "`start`"), (Batch, "`batch`"), (View, "`View"), (Output, '`outputs["'), (Context, "`ctx`")],
 )
 def test_the_page_names_all_that_a_technique_is_given(given: type, start: str) -> None:
     table = re.search(rf"^{re.escape(start)}.*?(?=\n\n[^|])", PAGE, re.DOTALL | re.MULTILINE)
