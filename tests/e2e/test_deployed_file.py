@@ -24,6 +24,7 @@ from fgvc.cli.app import main
 from fgvc.config.loading import validate
 from fgvc.config.models import Model
 from fgvc.config.recipe import Recipe
+from fgvc.config.techniques import settings_by_kind
 from fgvc.errors import FgvcError
 from fgvc.exporting.deployed import compare_written
 from fgvc.exporting.into import payload_spans
@@ -37,6 +38,7 @@ from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
 from tests.conftest import paint
 from tests.models.onnxnet import small
+from tests.models.onnxnet.test_as_timm import staged
 from tests.models.onnxnet.test_onnxnet import boxes, custom, maps, quantised, text, two_inputs
 from tests.trained import Once, copied
 
@@ -541,6 +543,24 @@ def test_settings_of_training(sections: dict[str, Any], colours: Path, tmp_path:
     moved = {"stem.weight", "stem.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"}
     running = {"norm.mean", "norm.var"} if "model" in sections else set()
     assert set(written.moved) == moved | running
+    assert outside(tmp_path / "bundle" / "model.onnx") == outside(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+@pytest.mark.parametrize("kind", sorted(set(settings_by_kind()) - {"box_head"}))  # which needs boxes
+def test_every_technique_takes_the_net_of_a_file(
+    kind: str, grad_checkpointing: bool, colours: Path, tmp_path: Path
+) -> None:
+    file = saved(staged(), tmp_path / "given")
+    settings = tree(
+        file, colours, train={"epochs": 4, "grad_checkpointing": grad_checkpointing}, ema={"decay": 0.9},
+        techniques={kind: {"teachers": [{"kind": "ema"}]} if kind == "distill" else {}},
+    )  # fmt: skip
+    run = api.train(Recipe.model_validate(settings), tmp_path / "run")
+    written = api.export(run, tmp_path / "bundle").proven.written
+    assert written is not None
+    assert len(written.moved) == 10
     assert outside(tmp_path / "bundle" / "model.onnx") == outside(file)
 
 
