@@ -110,8 +110,8 @@ class DeployedFile:
         another net, or of other classes."""
         if net.num_classes != backbone.num_classes:
             raise FgvcError(f"{self.file}: has {net.num_classes} classes, the run has {backbone.num_classes}")
-        result = look_up(net)
         name = backbone.backbone.partition(".")[0]
+        result = look_up(net, first=name)
         twin = next((twin for twin in result.twins if twin.name.partition(".")[0] == name), None)
         if twin is None:
             raise FgvcError(f"{self.file}: is not the {backbone.backbone} that was trained, but {result.line()}")

@@ -7,6 +7,7 @@ from torch import nn
 from fgvc.config.models import Model
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import plain_model
+from fgvc.models.lookup.twin import timm_stages
 from fgvc.models.onnxnet.net import OnnxNet, open_onnx
 
 
@@ -29,9 +30,12 @@ def shipped_net(model: Model, classes: int | None, size: tuple[int, int] | None)
 
 
 def file_net(model: Model, size: tuple[int, int] | None) -> OnnxNet:
-    """The net of `model.onnx`, in eval mode. Raises FgvcError, with the setting, where the file is none."""
+    """The net of `model.onnx`, in eval mode, its stages timm's where timm has a net with the same layers. Raises FgvcError, with
+    the setting, where the file is none."""
     assert model.onnx is not None
     try:
-        return open_onnx(model.onnx.expanduser(), size, output=model.output)
+        net = open_onnx(model.onnx.expanduser(), size, output=model.output)
     except FgvcError as error:
         raise FgvcError(f"model.onnx: {error}") from error
+    net.set_stages(timm_stages(net))
+    return net

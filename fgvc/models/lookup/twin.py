@@ -142,18 +142,17 @@ def timm_stages(file: OnnxNet) -> tuple[tuple[int, int], ...]:
     return next((found.entry.stages for found in near if not found.differences), ())
 
 
-def look_up(file: OnnxNet) -> LookUp:
+def look_up(file: OnnxNet, first: str = "") -> LookUp:
     """Which of timm's nets a file is: one with layers of the same shapes, which with the file's weights in their places has the
-    same logits on random images, to 1e-5 of the largest. The file is put into eval mode."""
+    same logits on random images, to 1e-5 of the largest. The file is put into eval mode.
+
+    `first`: timm's name of a net that is tried before others. Of very many with the same layers some are left out."""
     uses = traced(file.eval(), _images(file))
     near = nearest(uses.uses[number].key for number in uses.layers)
     twins: list[Twin] = []
     others: list[tuple[str, float]] = []
-    tries = [
-        (name, found.entry.fused)
-        for found in near
-        for name in sorted(found.entry.names, key=lambda name: (len(name), name))
-    ]
+    tries = [(name, found.entry.fused) for found in near for name in sorted(found.entry.names, key=_short_first)]
+    tries.sort(key=lambda pair: pair[0] != first)
     for name, fused in tries[:CANDIDATES]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -165,6 +164,10 @@ def look_up(file: OnnxNet) -> LookUp:
     nearest_ones = () if twins or others else tuple(found for found in near if found.differences == near[0].differences)
     apart = () if twins else tuple(sorted(others, key=lambda pair: pair[1])[:3])
     return LookUp(version=timm_table()[0], twins=tuple(twins), others=apart, near=nearest_ones)
+
+
+def _short_first(name: str) -> tuple[int, str]:
+    return len(name), name
 
 
 def _images(file: OnnxNet) -> Tensor:

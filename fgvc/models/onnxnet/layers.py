@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fgvc.models.onnxnet.convert import Builder, Refused, module_name
 from fgvc.models.onnxnet.elementwise import UNARY, linear_clamp
 from fgvc.models.onnxnet.registry import MICROSOFT, Attributes, Inputs, converts, first, text
-from fgvc.models.onnxnet.values import Live, Size, Stored, Value
+from fgvc.models.onnxnet.values import Known, Live, Size, Stored, Value
 from fgvc.models.onnxnet.windows import pad_input, window_pads
 
 CONVS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -27,6 +27,8 @@ NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNor
 def conv(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
     x, weight, bias = b.live(first(inputs)), inputs[1], inputs[2] if len(inputs) > 2 else None
     assert weight is not None
+    if isinstance(bias, Known) and bias.fixed and not bias.array.any():
+        bias = None
     shape = tuple(weight.shape if isinstance(weight, Stored | Live) else weight.array.shape)
     kernel = tuple(shape[2:])
     strides, dilations = tuple(a.get("strides", (1,) * len(kernel))), tuple(a.get("dilations", (1,) * len(kernel)))
@@ -34,13 +36,15 @@ def conv(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
     groups = a.get("group", 1)
     x, padding = pad_input(b, x, pads, 0.0)
     if isinstance(weight, Stored) and (bias is None or isinstance(bias, Stored)) and len(kernel) in CONVS:
-        if _is_classifier(b, node, x, kernel, pads, groups):
-            return [_linear_of_conv(b, node, x, weight, bias)]
-        module = CONVS[len(kernel)](
-            shape[1] * groups, shape[0], kernel, strides, padding, dilations, groups, bias=bias is not None, device="meta"
-        )
-        name = b.add_module(module_name(node, weight.name), module, weight=weight, bias=bias)
-        y = b.module(name, x, partial(_convolved, shape[0], kernel, strides, padding, dilations))
+        last = _classified(b, node, a, x, weight, bias, pads)
+        if last is not None:
+            y = last
+        else:
+            module = CONVS[len(kernel)](
+                shape[1] * groups, shape[0], kernel, strides, padding, dilations, groups, bias=bias is not None, device="meta"
+            )
+            name = b.add_module(module_name(node, weight.name), module, weight=weight, bias=bias)
+            y = b.module(name, x, partial(_convolved, shape[0], kernel, strides, padding, dilations))
     else:
         b.learned = True
         function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
@@ -79,36 +83,49 @@ def _activated(b: Builder, y: Live, a: Attributes) -> Live:
     raise Refused(f"its activation is {kind!r}, which is not known here")
 
 
-def _is_classifier(
-    b: Builder, node: onnx.NodeProto, x: Live, kernel: Sequence[int], pads: Sequence[tuple[int, int]], groups: int
-) -> bool:
-    """Whether a convolution is the last layer of a net, on a map of one cell: a linear layer by another name."""
-    if set(x.shape[2:]) != {1} or set(kernel) != {1} or any(map(any, pads)) or groups != 1:
-        return False
-    name = node.output[0]
+PASSING = (  # may lie between the last layer and the output
+    "Flatten", "Reshape", "Squeeze", "Identity", "Softmax", "LogSoftmax", "Sigmoid", "Cast", "Transpose", "Dropout",
+)  # fmt: skip
+MEANS = ("GlobalAveragePool", "AveragePool", "ReduceMean")
+
+
+def _ends_with(b: Builder, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+    """The nodes between a convolution and the output, where it is the last layer: activations and means, maybe; else None."""
+    name, behind = node.output[0], list[onnx.NodeProto]()
     while name not in b.outputs:
         readers = b.consumers.get(name, ())
-        if len(readers) != 1 or readers[0].op_type not in (
-            "Flatten",
-            "Reshape",
-            "Squeeze",
-            "Identity",
-            "Softmax",
-            "Sigmoid",
-            "Cast",
-        ):
-            return False
+        if len(readers) != 1 or readers[0].op_type not in (*PASSING, *MEANS, "Relu"):
+            return None
+        behind.append(readers[0])
         name = readers[0].output[0]
-    return True
+    return behind
 
 
-def _linear_of_conv(b: Builder, node: onnx.NodeProto, x: Live, weight: Stored, bias: Stored | None) -> Live:
+def _classified(
+    b: Builder, node: onnx.NodeProto, a: Attributes, x: Live, weight: Stored, bias: Stored | None, pads: Sequence[tuple[int, int]]
+) -> Live | None:
+    """The output of a convolution that is the last layer of a net, a linear layer by another name: on a map of one cell; on the
+    mean of a map, where that follows (the mean of a convolution is that of its input, convolved); or in each place of one
+    (SqueezeNet, arXiv:1602.07360). None: it is not the last layer."""
+    if set(weight.shape[2:]) != {1} or any(map(any, pads)) or a.get("group", 1) != 1 or set(a.get("strides", ())) - {1}:
+        return None
+    behind = _ends_with(b, node)
+    if behind is None:
+        return None
     rows, columns = weight.shape[:2]
-    flat = weight.viewed("reshape", (rows, columns))
+    spread = len(x.shape) - 2
     module = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-    name = b.add_module(module_name(node, weight.name), module, weight=flat, bias=bias)
-    y = b.module(name, b.call(torch.flatten, x, 1), lambda own: (own[0], rows))
-    return b.call(torch.reshape, y, (Size(1), rows, *(1,) * (x.rank - 2)))
+    name = b.add_module(module_name(node, weight.name), module, weight=weight.viewed("reshape", (rows, columns)), bias=bias)
+    follower = next((after for after in behind if after.op_type not in ("Identity", "Dropout")), None)
+    if set(x.shape[2:]) == {1}:
+        pooled = b.call(torch.flatten, x, 1)
+    elif follower is not None and follower.op_type == "GlobalAveragePool" and not a.get("activation"):
+        pooled = b.call(torch.mean, x, tuple(range(2, x.rank)))
+    else:
+        last = b.call(torch.permute, x, (0, *range(2, x.rank), 1))
+        y = b.module(name, last, lambda own: (*own[:-1], rows))
+        return b.call(torch.permute, y, (0, x.rank - 1, *range(1, x.rank - 1)))
+    return b.call(torch.reshape, b.module(name, pooled, lambda own: (own[0], rows)), (Size(1), rows, *(1,) * spread))
 
 
 @converts("ConvTranspose")

@@ -89,8 +89,8 @@ class OnnxNet(nn.Module):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         pooled: Tensor = self.pool(features)
-        if pre_logits:
-            return pooled
+        if pre_logits:  # a classifier that works in each place has its mean behind it
+            return pooled.flatten(1, -2).mean(1) if pooled.dim() > 2 else pooled
         logits = self.classifier(pooled)
         return (logits if self.tail is None else self.tail(logits)).flatten(1)
 
@@ -280,7 +280,8 @@ def _features(graph: Graph, cuts: list[fx.Node], shapes: Mapping[fx.Node, torch.
     maps = [node for node in cuts if _cells(shapes[node]) > 1]
     if not maps:
         raise FgvcError(f"{graph.path}: no map of features is left before its classifier")
-    return maps[-1]
+    moved = len(maps) > 1 and maps[-1].target is torch.permute and maps[-1].args[0] is maps[-2]
+    return maps[-2] if moved and not _channels_last(shapes[maps[-2]]) else maps[-1]
 
 
 def _cells(shape: torch.Size) -> int:

@@ -65,6 +65,7 @@ def read_graph(
 
     Raises FgvcError that says which input, output or node can't be taken, and why.
     """
+    written = stored_tensors(model).keys()  # those in functions can't be told apart by name: nothing trains them
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     graph = model.graph
@@ -85,7 +86,8 @@ def read_graph(
         outputs=frozenset(value.name for value in graph.output), of_images=_of_images(nodes, file.input),
     )  # fmt: skip
     for stored, tensor in tensors.items():
-        builder.values[stored] = _value(stored, read_tensor(tensor, path.parent), builder)
+        array = read_tensor(tensor, path.parent)
+        builder.values[stored] = _value(stored, array, builder) if stored in written else Known((array,) * len(builder.batches))
     placeholder = builder.graph.placeholder("x")
     builder.input = placeholder
     shape = (3, *size)
@@ -109,10 +111,10 @@ def read_graph(
 
 
 def _convert(path: Path, builder: Builder, node: onnx.NodeProto) -> None:
-    inputs = [builder.values[name] if name else None for name in node.input]
     domain = "" if node.domain == "ai.onnx" else node.domain
     builder.on_image = not builder.of_images.isdisjoint(node.input)
     try:
+        inputs = [builder.values[name] if name else None for name in node.input]
         if (fused := builder.fused.get(id(node))) is not None:
             builder.values[node.output[0]] = builder.values[fused]
             return

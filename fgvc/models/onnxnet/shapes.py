@@ -267,11 +267,9 @@ def along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
 def _resizing(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs, x: Live, axis: int) -> np.ndarray | None:
     """(new, old) float32; None: that axis stays."""
     length = x.shape[axis]
-    scales = b.constant(inputs[-1 if node.op_type == "Upsample" else 2], "scale") if (
-        node.op_type == "Upsample" or (len(inputs) > 2 and inputs[2] is not None)
-    ) else None  # fmt: skip
-    if "scales" in a:
-        scales = np.array(a["scales"])
+    old = node.op_type == "Upsample" or b.opsets.get("", 13) < 11  # inputs: x, scales (an attribute before opset 9)
+    stated = inputs[1 if old else 2] if len(inputs) > (1 if old else 2) else None
+    scales = np.array(a["scales"]) if "scales" in a else None if stated is None else b.constant(stated, "scale")
     sizes = b.sizes(inputs[3]) if len(inputs) > 3 and inputs[3] is not None else None
     axes = list(a.get("axes", range(x.rank)))
     if axis not in axes:
@@ -292,7 +290,7 @@ def _resizing(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs, x
         if key
         in ("coordinate_transformation_mode", "cubic_coeff_a", "exclude_outside", "nearest_mode", "antialias", "mode")
     }
-    if node.op_type == "Upsample":
+    if old:
         kept = {"mode": a.get("mode", "nearest"), "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     kept = {key: text(value) if isinstance(value, bytes) else value for key, value in kept.items()}
     single = onnx.helper.make_node(

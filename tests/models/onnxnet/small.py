@@ -269,11 +269,66 @@ def two_heads() -> onnx.ModelProto:
     return model(nodes, [numpy_helper.from_array(array, name) for name, array in value.items()])
 
 
+def map_classifier() -> onnx.ModelProto:
+    """The classifier is a convolution before the mean."""
+    node, value = helper.make_node, weights()
+    value["head.weight"] = value["head.weight"].reshape(CLASSES, WIDTH, 1, 1)
+    nodes = [
+        *layers()[:2], node("Conv", ["b", "head.weight", "head.bias"], ["map"]), node("GlobalAveragePool", ["map"], ["mean"]),
+        node("Flatten", ["mean"], ["scores"]),
+    ]  # fmt: skip
+    return model(nodes, [numpy_helper.from_array(array, name) for name, array in value.items()])
+
+
+def places() -> onnx.ModelProto:
+    """The same with an activation between, as SqueezeNet has it, a softmax over channels, and a mean by an average's window."""
+    made, node = map_classifier(), helper.make_node
+    del made.graph.node[3:]
+    made.graph.node.extend([
+        node("Relu", ["map"], ["active"]), node("AveragePool", ["active"], ["mean"], kernel_shape=[SIZE // 2, SIZE // 2]),
+        node("Softmax", ["mean"], ["share"], axis=1), node("Flatten", ["share"], ["scores"]),
+    ])  # fmt: skip
+    return made
+
+
+def enlarged() -> onnx.ModelProto:
+    """An old Upsample, with its scales as an attribute, and a classifier among transposes."""
+    node, value = helper.make_node, weights()
+    value["head.weight"] = value["head.weight"].reshape(CLASSES, WIDTH, 1, 1)
+    nodes = [
+        *layers()[:2], node("Upsample", ["b"], ["large"], mode="nearest", scales=[1.0, 1.0, 2.0, 2.0]),
+        node("GlobalAveragePool", ["large"], ["mean"]), node("Conv", ["mean", "head.weight", "head.bias"], ["c"]),
+        node("Transpose", ["c"], ["t"], perm=[0, 2, 3, 1]), node("Flatten", ["t"], ["scores"]),
+    ]  # fmt: skip
+    return model(nodes, [numpy_helper.from_array(array, name) for name, array in value.items()], opset=8)
+
+
+def repeated_token() -> onnx.ModelProto:
+    """A class token that is repeated for each image, by sizes that the graph computes."""
+    made, node = fixed_batch(), helper.make_node
+    for value in (made.graph.input[0], made.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = "n"
+    for tensor in made.graph.initializer:
+        if tensor.dims and tensor.data_type == TensorProto.INT64:
+            numbers = numpy_helper.to_array(tensor).copy()
+            numbers[0] = 0 if -1 in numbers[1:] else -1
+            tensor.CopyFrom(numpy_helper.from_array(numbers, tensor.name))
+    made.graph.initializer.append(numpy_helper.from_array(np.array([1, WIDTH], np.int64), "one token"))
+    next(each for each in made.graph.node if each.op_type == "Concat").input[0] = "all tokens"
+    nodes = [
+        node("Shape", ["image"], ["shape"], end=1), node("Concat", ["shape", "one token"], ["wanted"], axis=0),
+        node("Expand", ["class token", "wanted"], ["all tokens"]), *made.graph.node,
+    ]  # fmt: skip
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    return made
+
+
 FILES: dict[str, Callable[[], onnx.ModelProto]] = {
     made.__name__: made
     for made in (
         plain, in_constants, half, typed, bytes_in, arithmetic_norm, shared, fixed_batch, kept_norm, fused, standardised,
-        standardised_by_a_norm, two_heads,
+        standardised_by_a_norm, two_heads, map_classifier, places, enlarged, repeated_token,
     )
 }
 

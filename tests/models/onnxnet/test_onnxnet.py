@@ -89,7 +89,8 @@ def test_answers_are_onnxruntimes(file: Path) -> None:
     torch.testing.assert_close(net(x), net.forward_head(net.forward_features(x)))
     pooled = net.forward_head(net.forward_features(x), pre_logits=True)
     assert pooled.shape == (3, net.num_features)
-    torch.testing.assert_close(net.get_classifier()(pooled), net(x))
+    if net.pool(net.forward_features(x)).dim() == 2:  # else it works in each place, with an activation and a mean behind it
+        torch.testing.assert_close(net.get_classifier()(pooled), net(x))
     one = torch.cat([net(x[at : at + 1]) for at in range(3)])  # any batch, also where the file's own is fixed
     torch.testing.assert_close(one, net(x), rtol=1e-4, atol=1e-6)
 
