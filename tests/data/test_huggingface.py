@@ -23,6 +23,7 @@ from fgvc.data.augment import Augmenter
 from fgvc.data.cache import DecodeCache
 from fgvc.data.index import decode_row
 from fgvc.data.loader import train_loader
+from fgvc.data.sources import huggingface
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError, ImageError
 
@@ -102,6 +103,24 @@ def test_folders_of_images(colours: Path) -> None:
     np.testing.assert_array_equal(decode_row(index, 3), decode_row(expected, 3))
 
 
+def test_another_process_lists_the_same(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, contents = columns(colours, "train")
+    made = table(labels, [*contents[:-1], None]).add_column("plant", [f"plant {at // 3}" for at in range(len(labels))])
+    made.to_parquet(str(tmp_path / "set" / "train.parquet"))
+    data = HfData(root=tmp_path / "set", group_column="plant")
+    here = read_source(data)
+    monkeypatch.setattr(huggingface, "LARGE", 5)
+    there = read_source(data)
+    for name in ("paths", "labels", "splits", "groups"):
+        np.testing.assert_array_equal(getattr(there, name), getattr(here, name))
+    assert (there.classes, there.recognised) == (here.classes, here.recognised)
+    assert [there.source(row) for row in range(47)] == [here.source(row) for row in range(47)] == contents[:47]
+    with pytest.raises(ImageError, match="missing"):
+        there.source(47)
+    with pytest.raises(FgvcError, match=r"^data.label_column: no column 'kind'"):
+        read_source(HfData(root=tmp_path / "set", label_column="kind"))
+
+
 def test_rows_without_label_are_left_out_and_said(colours: Path, tmp_path: Path) -> None:
     labels, contents = columns(colours, "train")
     numbers = [["blue", "green", "red"].index(label) * 5 for label in labels]
@@ -129,7 +148,8 @@ def test_images_in_tables_are_decoded_under_the_limits(colours: Path, tmp_path: 
     assert [row for row, _ in report.unreadable] == [0, 1, 2, 3]
 
 
-def test_the_hub_without_a_network(tmp_path: Path) -> None:
+def test_the_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FgvcError, match=r"data.name: owner/flowers: .* can't be had from the hub .*save_to_disk"):
         read_source(HfData(name="owner/flowers", root=tmp_path))
     with pytest.raises(FgvcError, match="the datasets library can't read it"):
@@ -188,7 +208,7 @@ print(peak() - before)
 
 
 def test_a_large_set_costs_little_memory(colours: Path, tmp_path: Path) -> None:
-    """200,000 rows; a million is five times as much, which is to stay below 300 MB."""
+    """200,000 rows; a million is five times as much, which is to stay below 300 MB. Another process lists them."""
     import pyarrow as pa
 
     count = 200_000

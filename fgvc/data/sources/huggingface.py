@@ -1,13 +1,19 @@
 """Reader of sets in the formats of Hugging Face's `datasets`: parquet files, saved sets, image folders, sets of the hub.
 
-Rows stay where they are, in memory maps; the index has their labels and a name for each, `<split>/<number>`.
+Images stay where they are, in Arrow files (parquet files become such in the cache); the index has labels, and a name for each
+row, `<split>/<number>`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Mapping
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,38 +35,58 @@ from fgvc.io.names import natural_key, some
 
 SAVED = ("dataset_dict.json", "state.json")  # of Dataset.save_to_disk
 CHUNK = 65536  # names made at once
+LARGE = 50_000  # rows from which, or
+LARGE_BYTES = (
+    64 * 2**20
+)  # bytes from which, another process lists a set: the pages of the tables that it maps are its own
+
+
+@dataclass(slots=True)
+class Listed:
+    """The rows of one split (N) as columns: labels and groups by number, and where each image lies."""
+
+    names: list[str]  # of classes
+    codes: np.ndarray  # (N,) int32: of names; -1: no label
+    files: list[str]  # Arrow files
+    file: np.ndarray  # (N,) int16: of files
+    offset: np.ndarray  # (N,) int64: of the image in its file
+    size: np.ndarray  # (N,) int64: bytes; -1: not in the table
+    paths: np.ndarray | None  # (N,) StringDType: of images that are not in the table
+    group_names: list[str]
+    group_codes: np.ndarray | None
 
 
 def read(data: HfData) -> ImageIndex:
     """Read labels and splits; images are read when they are asked for. Raises FgvcError where the set, a column or a label is not
     there, and with what to do where the hub can't be reached."""
-    splits = _splits(data, _load(data))
-    first = next(iter(splits.values()))
-    image, label = _image_column(data, first.features), _label_column(data, first.features)
-    coded = {split: _codes(table, label) for split, table in splits.items()}
-    names = _class_names(first.features[label], coded.values())
+    listed, facts = _listed(data)
+    label, names = (
+        facts["label"],
+        facts["names"] or sorted({n for each in listed.values() for n in each.names}, key=natural_key),
+    )
     classes, order = number_classes(names, data.classes, where=data.root)
     number = dict(zip(names, order.tolist(), strict=True))
     paths, groups, labels, columns, dropped = StringColumn(), StringColumn(), [], [], 0
-    for split, table in splits.items():
-        values, codes = coded[split]
-        kept = np.flatnonzero(codes >= 0)
-        dropped += len(codes) - len(kept)
-        numbers = np.array([number[name] for name in values], np.int32)
-        labels.append(numbers[codes[kept]])
-        columns.append(np.full(len(kept), SPLITS.index(_split_of(split, splits)), np.int8))
+    for split, rows in listed.items():
+        kept = np.flatnonzero(rows.codes >= 0)
+        dropped += len(rows.codes) - len(kept)
+        numbers = np.array([number[name] for name in rows.names], np.int32)
+        labels.append(numbers[rows.codes[kept]])
+        columns.append(np.full(len(kept), SPLITS.index(_split_of(split, listed)), np.int8))
         for start in range(0, len(kept), CHUNK):
-            paths.extend([f"{split}/{row}" for row in kept[start : start + CHUNK].tolist()])
-        if data.group_column is not None:
-            texts = _column(table, data.group_column)
-            groups.extend(["" if texts[int(row)] is None else str(texts[int(row)]) for row in kept])
+            chunk = kept[start : start + CHUNK]
+            paths.extend([f"{split}/{row}" for row in chunk.tolist()])
+            if rows.group_codes is not None:
+                groups.extend(
+                    [rows.group_names[code] if code >= 0 else "" for code in rows.group_codes[chunk].tolist()]
+                )
     label_column = np.concatenate(labels)
     if not len(label_column):
         raise FgvcError(f"{data.root}: no labelled image found in column {label!r}")
     split_column = np.concatenate(columns)
     given = given_splits(data, split_column)
     group_column = groups.array() if data.group_column is not None else None
-    test_fraction = data.test_fraction if len(splits) == 1 else 0
+    test_fraction = data.test_fraction if len(listed) == 1 else 0
     split_column, rule = finish_splits(
         data, label_column, split_column, test_fraction=test_fraction, groups=group_column
     )
@@ -68,7 +94,7 @@ def read(data: HfData) -> ImageIndex:
     if dropped:
         warnings.append(f"{dropped} rows have no label in column {label!r}, and are left out")
     what = f"{data.name} of the hub" if data.name else "a set of the datasets library"
-    listed = f"{len(label_column)} images ({image}), {len(classes)} classes ({label})"
+    counts = f"{len(label_column)} images ({facts['image']}), {len(classes)} classes ({label})"
     return ImageIndex(
         root=data.root.expanduser(),
         classes=classes,
@@ -78,54 +104,198 @@ def read(data: HfData) -> ImageIndex:
         given_splits=given,
         groups=group_column,
         max_pixels=data.max_pixels,
-        recognised=f"{what}: {listed}; {rule}",
+        recognised=f"{what}: {counts}; {rule}",
         warnings=tuple(warnings),
-        contents=Rows(splits, image, data.root.expanduser()),
+        contents=Rows(listed, data.root.expanduser()),
     )
 
 
 def contents(data: HfData) -> Rows:
     """The images of the set alone, for an index that was recorded."""
-    splits = _splits(data, _load(data))
-    return Rows(splits, _image_column(data, next(iter(splits.values())).features), data.root.expanduser())
+    return Rows(_listed(data)[0], data.root.expanduser())
 
 
 class Rows:
-    """The images of a set by name, `<split>/<number>`."""
+    """The images of a set by name, `<split>/<number>`, read from its Arrow files."""
 
-    def __init__(self, splits: Mapping[str, Any], column: str, root: Path) -> None:
-        self._column, self._root = column, root
-        self._tables = {split: _undecoded(table.select_columns([column]), column) for split, table in splits.items()}
-        self._sizes: dict[str, np.ndarray] = {}
-        files = [file["filename"] for table in splits.values() for file in table.cache_files]
-        states = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    def __init__(self, listed: Mapping[str, Listed], root: Path) -> None:
+        self._listed, self._root = listed, root
+        self._handles: dict[str, int] = {}
+        states = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for rows in listed.values() for f in rows.files]
         self.stamp = hashlib.sha256(repr(states).encode()).hexdigest()
 
     def source(self, name: str) -> Path | bytes:
-        split, _, number = name.partition("/")
-        table = self._tables.get(split)
-        if table is None or int(number) >= len(table):
+        rows, row = self._row(name)
+        if rows is None:
             raise ImageError(self._root / name, "missing")
-        value = table[int(number)][self._column]
-        if isinstance(value, Mapping):
-            value = value["path"] if value.get("bytes") is None else value["bytes"]
-        if value is None:
-            raise ImageError(self._root / name, "missing")
-        return value if isinstance(value, bytes) else self._root / value
+        if (size := int(rows.size[row])) < 0:
+            path = "" if rows.paths is None else str(rows.paths[row])
+            if not path:
+                raise ImageError(self._root / name, "missing")
+            return self._root / path
+        file = rows.files[rows.file[row]]
+        try:
+            if file not in self._handles:
+                self._handles[file] = os.open(file, os.O_RDONLY)
+            content = os.pread(
+                self._handles[file], size, int(rows.offset[row])
+            )  # needs no position: workers may share it
+        except OSError as error:
+            raise ImageError(self._root / name, "not readable") from error
+        if len(content) != size:
+            raise ImageError(self._root / name, "truncated")
+        return content
 
     def size(self, name: str) -> int:
-        split, _, number = name.partition("/")
-        if split not in self._tables or int(number) >= len(self._tables[split]):
+        rows, row = self._row(name)
+        if rows is None:
             return -1
-        if split not in self._sizes:
-            self._sizes[split] = _sizes(self._tables[split], self._column)
-        if (size := int(self._sizes[split][int(number)])) >= 0:
+        if (size := int(rows.size[row])) >= 0 or rows.paths is None:
             return size
         try:
-            source = self.source(name)
-            return os.stat(source).st_size if isinstance(source, Path) else len(source)
-        except (ImageError, OSError):
+            return os.stat(self._root / str(rows.paths[row])).st_size
+        except OSError:
             return -1
+
+    def _row(self, name: str) -> tuple[Listed | None, int]:
+        split, _, number = name.partition("/")
+        rows, row = self._listed.get(split), int(number)
+        return (rows if rows is not None and row < len(rows.size) else None), row
+
+
+def _listed(data: HfData) -> tuple[dict[str, Listed], dict[str, Any]]:
+    """The rows of each split, and the columns' names and the class order (empty: by name); by another process where the set is
+    large. Raises FgvcError."""
+    if not _large(data):
+        return _list(data)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "listed.npz"
+        command = [sys.executable, "-m", __name__, data.model_dump_json(), str(out)]
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False
+        )
+        if done.returncode == USER_ERROR:
+            raise FgvcError(done.stdout.strip())
+        if done.returncode:
+            raise FgvcError(f"data.root: {data.root}: the process that lists it failed: {done.stderr.strip()[-500:]}")
+        return _load_listed(out)
+
+
+USER_ERROR = 3  # exit code of the process that lists a set, with the message on stdout
+
+
+def _large(data: HfData) -> bool:
+    if data.name is not None:
+        return True
+    root = data.root.expanduser()
+    files = [file for file in root.rglob("*") if file.suffix in (".parquet", ".arrow")] if root.is_dir() else []
+    if sum(file.stat().st_size for file in files) > LARGE_BYTES:
+        return True
+    try:
+        import pyarrow.parquet as pq
+
+        rows = sum(pq.ParquetFile(file).metadata.num_rows for file in files if file.suffix == ".parquet")
+    except Exception:  # no parquet file, or no pyarrow: reading it will say so
+        return False
+    return bool(rows > LARGE)
+
+
+def _list(data: HfData) -> tuple[dict[str, Listed], dict[str, Any]]:
+    splits = _splits(data, _load(data))
+    features = next(iter(splits.values())).features
+    image, label = _image_column(data, features), _label_column(data, features)
+    if data.group_column is not None:
+        _present(data.group_column, "group_column", features)
+    listed = {}
+    for split, table in splits.items():
+        names, codes = _codes(table, label)
+        group_names, group_codes = _codes(table, data.group_column) if data.group_column is not None else ([], None)
+        listed[split] = Listed(names, codes.astype(np.int32), *_places(data, table, image), group_names, group_codes)
+    feature = features[label]
+    names = list(feature.names) if type(feature).__name__ == "ClassLabel" else []
+    return listed, {"image": image, "label": label, "names": names}
+
+
+def _places(
+    data: HfData, table: Any, column: str
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """Where the images of a table lie: its Arrow files, and of each row the file, the offset and the size in it, or the path."""
+    import pyarrow as pa
+
+    files = [str(file["filename"]) for file in table.cache_files]
+    numbers, offsets, sizes, paths, count = [], [], [], StringColumn(), 0
+    for number, file in enumerate(files):
+        with pa.memory_map(file) as source:
+            base = source.read_buffer(1).address
+            source.seek(0)
+            for batch in pa.ipc.open_stream(source):
+                values = batch.column(column)
+                inner = values.field("bytes") if pa.types.is_struct(values.type) else values
+                start, size = _spans(inner, base)
+                if pa.types.is_struct(values.type) or not _binary(inner.type):
+                    names = values.field("path") if pa.types.is_struct(values.type) else values
+                    paths.extend(
+                        [str(name) if at < 0 and name else "" for at, name in zip(size, names.to_pylist(), strict=True)]
+                    )
+                numbers.append(np.full(len(size), number, np.int16))
+                offsets.append(start)
+                sizes.append(size)
+                count += len(size)
+    if count != len(table):
+        raise FgvcError(
+            f"data.root: {data.root}: is a selection of a table; save it with Dataset.save_to_disk, and give that folder"
+        )
+    size = np.concatenate(sizes)
+    named = len(paths) > 0 and bool((size < 0).any())
+    return files, np.concatenate(numbers), np.concatenate(offsets), size, paths.array() if named else None
+
+
+def _binary(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _spans(values: Any, base: int) -> tuple[np.ndarray, np.ndarray]:
+    """Offset in its file, mapped at `base`, and size (n,) of each value of an Arrow array of bytes; size -1: none."""
+    import pyarrow as pa
+
+    if not _binary(values.type):
+        return np.zeros(len(values), np.int64), np.full(len(values), -1, np.int64)
+    _, ends, content = values.buffers()
+    kind = np.int64 if pa.types.is_large_binary(values.type) else np.int32
+    bounds = np.frombuffer(ends, kind)[values.offset : values.offset + len(values) + 1].astype(np.int64)
+    start = bounds[:-1] + (content.address - base if content is not None else 0)
+    return start, np.where(np.asarray(values.is_valid()), np.diff(bounds), -1)
+
+
+def _save_listed(out: Path, listed: Mapping[str, Listed], facts: Mapping[str, Any]) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    texts: dict[str, Any] = {"facts": facts, "splits": {}}
+    for split, rows in listed.items():
+        texts["splits"][split] = {"names": rows.names, "files": rows.files, "group_names": rows.group_names}
+        for name in ("codes", "file", "offset", "size", "group_codes"):
+            if (column := getattr(rows, name)) is not None:
+                arrays[f"{split}/{name}"] = column
+        if rows.paths is not None:
+            texts["splits"][split]["paths"] = rows.paths.tolist()
+    np.savez(out, texts=np.frombuffer(json.dumps(texts).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+
+
+def _load_listed(file: Path) -> tuple[dict[str, Listed], dict[str, Any]]:
+    with np.load(file, allow_pickle=False) as saved:
+        texts = json.loads(saved["texts"].tobytes())
+        listed = {}
+        for split, of in texts["splits"].items():
+            columns = {name: saved[f"{split}/{name}"] for name in ("codes", "file", "offset", "size")}
+            paths, groups = StringColumn(), f"{split}/group_codes"
+            paths.extend(of.get("paths", []))
+            listed[split] = Listed(
+                names=of["names"], files=of["files"], group_names=of["group_names"], **columns,
+                paths=paths.array() if "paths" in of else None, group_codes=saved.get(groups, None),
+            )  # fmt: skip
+    return listed, texts["facts"]
 
 
 def _load(data: HfData) -> Any:
@@ -235,29 +405,9 @@ def _codes(table: Any, column: str) -> tuple[list[str], np.ndarray]:
     return coded.dictionary.to_pylist(), pc.fill_null(coded.indices.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
 
 
-def _class_names(feature: Any, coded: Iterable[tuple[list[str], np.ndarray]]) -> list[str]:
-    """Names of all classes: in the set's own order where it has one, else sorted, numbers as numbers."""
-    if type(feature).__name__ == "ClassLabel":
-        return list(feature.names)
-    return sorted({name for values, _ in coded for name in values}, key=natural_key)
-
-
-def _undecoded(table: Any, column: str) -> Any:
-    """A table whose images come as they are stored: fgvc decodes them, under its own limits."""
-    feature = table.features[column]
-    if type(feature).__name__ != "Image":
-        return table
-    return table.cast_column(column, type(feature)(decode=False))
-
-
-def _sizes(table: Any, column: str) -> np.ndarray:
-    """Bytes (N,) of each image that is in the table, int64; -1 of one that is a file beside it."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    values = table.with_format("arrow")[:][column]
-    if pa.types.is_struct(values.type):
-        values = pc.struct_field(values, "bytes")
-    if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
-        return np.full(len(table), -1, np.int64)
-    return np.asarray(pc.fill_null(pc.binary_length(values).cast(pa.int64()), -1).to_numpy())
+if __name__ == "__main__":  # the process that lists a large set
+    try:
+        _save_listed(Path(sys.argv[2]), *_list(HfData.model_validate_json(sys.argv[1])))
+    except FgvcError as message:
+        print(message)
+        sys.exit(USER_ERROR)
