@@ -44,6 +44,7 @@ from fgvc.runtime.description import describe
 from fgvc.runtime.engine import OnnxSession, feed
 
 KIND = "deployed file"  # of a contract
+MAPS = "maps"  # output of explain.onnx
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 OPEN = (224, 224)  # pixels
 HALF_TOLERANCE = 1e-2  # in place of 1e-4 where weights or arithmetic are of half precision: three digits
@@ -86,18 +87,20 @@ class DeployedFile:
         if not behavioural.passed:
             raise FgvcError(behavioural.failure)
         explain, reason, warnings = _explain(written.path, shipped, sample, self.scratch / "explain")
-        record = self._record(written, shipped)
         contract = {
             "fgvc": __version__,
             "contract": KIND,
             "versions": versions(),
             "num_classes": shipped.num_classes,
-            **record,
-            "proofs": {"written": record["proof"], "numeric": asdict(numeric), "behavioural": asdict(behavioural)},
+            **self._record(written, shipped),
+            "proofs": {
+                "written": {"outside": "equal", "untrained": "equal", "moved": len(written.moved), "kept": len(written.kept)},
+                "numeric": asdict(numeric),
+                "behavioural": asdict(behavioural),
+            },
             "explain": reason,
             "against": None,
         }
-        contract.pop("proof")
         return ProvedExport(
             model=written.path.read_bytes(), explain=explain, contract=contract, numeric=numeric, behavioural=behavioural,
             warnings=warnings, structural=None, written=written, runnable=written.path,
@@ -151,7 +154,6 @@ class DeployedFile:
             "external": list(written.files),
             "input": {"layout": net.layout, "dtype": net.dtype, "size": list(net.size), "batch": net.batch},
             "output": {"name": net.output_name, "ending": net.ending},
-            "proof": {"outside_equal": True, "untrained_equal": True, "moved": len(written.moved), "kept": len(written.kept)},
         }
 
 
@@ -226,17 +228,14 @@ def _explain(path: Path, net: OnnxNet, x: np.ndarray, scratch: Path) -> tuple[by
     return out.read_bytes(), reason, ()
 
 
-MAPS = "maps"
-
-
 def _with_maps(path: Path, net: OnnxNet) -> onnx.ModelProto:
     """The file with class maps (B,K,h,w) as its second output: the last features through the classifier as a convolution."""
     model = load_model(path)
     graph = model.graph
-    name = next(stored for stored, slots in net.slots.items() if any(slot.target == "classifier.weight" for slot in slots))
-    slot = next(slot for slot in net.slots[name] if slot.target == "classifier.weight")
-    if slot.joined:
-        raise FgvcError("its last layer is two of the file's")
+    weights = [(name, slot) for name, slots in net.slots.items() for slot in slots if slot.target == "classifier.weight"]
+    if not weights:
+        raise FgvcError("the weight of its last layer is computed in the graph")
+    name, slot = weights[0]
     with torch.no_grad():
         features = net.forward_features(torch.zeros(1, 3, *net.size))
     layout = feature_layout(net, features)

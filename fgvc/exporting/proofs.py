@@ -76,7 +76,8 @@ class Disagreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Behavioural:
-    """Behavioural proof: onnxruntime against torch on real images. `worst`: max |difference| / max(1, |logit|)."""
+    """Behavioural proof: onnxruntime against torch on real images. `worst`: max |difference| / max(1, |logit|), or of a deployed
+    file over the largest answer."""
 
     images: int
     worst: float
@@ -97,8 +98,8 @@ class Behavioural:
     def failure(self) -> str:
         """Message for a proof that did not pass."""
         lines = [
-            f"onnxruntime does not compute what torch does: the logits of {self.images} images differ by up to "
-            f"{self.worst:.2g} of max(1, |logit|) (at most {self.bar:g})"
+            f"onnxruntime does not compute what torch does: the answers to {self.images} images differ by up to "
+            f"{self.worst:.2g}, relative to the answers (at most {self.bar:g})"
         ]
         if self.worst_batch is not None:
             lines.append(f"batch 1 and batch 8 differ by {self.worst_batch:.2g} (at most {self.batch_bar:g})")
