@@ -53,6 +53,11 @@ def init(
     from fgvc.config import template
     from fgvc.config.recipe import Recipe, with_weight_defaults
 
+    if settings := [name for name in names if "=" in name]:
+        raise FgvcError(
+            f"fgvc init takes no settings (section.key=value): {', '.join(settings)}. Settings are given to `fgvc train`, or "
+            "written into a recipe"
+        )
     if len(names) > 2 or (len(names) < 2 and deployed is None):
         raise FgvcError("fgvc init RECIPE FILE (`fgvc recipes` lists them), or fgvc init --deployed net.onnx --data IMAGES FILE")
     out = Path(names[-1])
