@@ -20,6 +20,7 @@ from fgvc.errors import FgvcError
 from fgvc.runs import trackers
 from fgvc.runs.trackers import TensorBoard, Trackers, scalars_of
 from fgvc.training import trainer
+from fgvc.training.log import Events
 from tests.trained import Once
 
 BOTH = ("tensorboard", "mlflow")
@@ -200,6 +201,14 @@ def test_an_export_says_that_its_tracker_is_gone(tmp_path: Path, monkeypatch: py
     (line,) = said
     assert "OSError" in line
     assert line.endswith("the bundle is written, and not logged there")
+
+
+def test_other_ranks_than_the_first_log_nothing(tmp_path: Path, recipe_tree: dict) -> None:
+    events = Events(tmp_path, Log(to="tensorboard"), active=False)  # type: ignore[arg-type]
+    with events.watched(recipe(recipe_tree, log={"to": "tensorboard"})):
+        assert not events.trackers
+        events.write("validated", step=0, val_top1=0.5)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_numbers_of_events() -> None:
