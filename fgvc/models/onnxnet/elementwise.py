@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import onnx
 import torch
@@ -28,6 +29,7 @@ BINARY: dict[str, Callable[..., Tensor]] = {
     "Less": torch.lt, "Greater": torch.gt, "LessOrEqual": torch.le, "GreaterOrEqual": torch.ge, "And": torch.logical_and,
     "Or": torch.logical_or, "Xor": torch.logical_xor,
 }  # fmt: skip
+GATES: dict[Any, Callable[..., Tensor]] = {torch.sigmoid: F.silu, F.hardsigmoid: F.hardswish}
 
 
 @converts(*UNARY)
@@ -39,11 +41,22 @@ def unary(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> li
 def binary(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
     function = BINARY[node.op_type]
     operands = [_operand(b, value, inputs) for value in inputs]
+    if node.op_type == "Mul" and (gated := _gated(b, *operands)) is not None:
+        return [gated]
     if node.op_type in ("Add", "Sub", "Mul", "Div"):
         function = getattr(operator, {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "truediv"}[node.op_type])
         if all(not isinstance(value, Live) or value.metas[0].is_floating_point() for value in operands):
             return [b.broadcast(function, *operands)]
     return [b.call(function, *operands)]
+
+
+def _gated(b: Builder, one: Live | float, two: Live | float) -> Live | None:
+    """x sigmoid(x) and x hardsigmoid(x) as the activations that they are: in one pass, and with exact derivatives, where that of
+    torch's hardsigmoid is 1/6 in single precision for doubles, too."""
+    for x, gate in ((one, two), (two, one)):
+        if isinstance(x, Live) and isinstance(gate, Live) and gate.node.target in GATES and gate.node.args == (x.node,):
+            return b.elementwise(GATES[gate.node.target], x)
+    return None
 
 
 @converts("Sum", "Min", "Max", "Mean")

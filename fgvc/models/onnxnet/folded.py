@@ -18,7 +18,7 @@ from fgvc.models.onnxnet.net import OnnxNet
 
 OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm)
 OWN_STATISTICS = {F.layer_norm, F.group_norm, F.instance_norm, torch.sqrt, torch.rsqrt}  # a norm, or the parts of one
-ACTIVATIONS = {F.relu, F.hardtanh, F.hardswish, F.leaky_relu, torch.sigmoid}  # the last: of x sigmoid(x)
+ACTIVATIONS = {F.relu, F.hardtanh, F.hardswish, F.leaky_relu, F.silu}
 
 
 @dataclass(frozen=True, slots=True)

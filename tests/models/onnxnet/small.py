@@ -252,6 +252,19 @@ def standardised_by_a_norm() -> onnx.ModelProto:
     return model([*before, *nodes], tensors, opset=13)
 
 
+def gated() -> onnx.ModelProto:
+    """x hardsigmoid(x) and sigmoid(x) x, and a gate by another value."""
+    node = helper.make_node
+    first, _, pool, flat, last = layers()
+    pool.input[0] = "f"
+    nodes = [
+        first, node("HardSigmoid", ["a"], ["b"], alpha=1 / 6), node("Mul", ["a", "b"], ["c1"]),
+        node("Sigmoid", ["c1"], ["d1"]), node("Mul", ["d1", "c1"], ["e1"]), node("Sigmoid", ["e1"], ["g"]),
+        node("Mul", ["a", "g"], ["f"]), pool, flat, last,
+    ]  # fmt: skip
+    return model(nodes, [numpy_helper.from_array(value, name) for name, value in weights().items()])
+
+
 def two_heads() -> onnx.ModelProto:
     """The mean of two linear layers, of features of their own, and a softmax."""
     node, value, rng = helper.make_node, weights(), np.random.default_rng(8)
@@ -328,7 +341,7 @@ FILES: dict[str, Callable[[], onnx.ModelProto]] = {
     made.__name__: made
     for made in (
         plain, in_constants, half, typed, bytes_in, arithmetic_norm, shared, fixed_batch, kept_norm, fused, standardised,
-        standardised_by_a_norm, two_heads, map_classifier, places, enlarged, repeated_token,
+        standardised_by_a_norm, two_heads, map_classifier, places, enlarged, repeated_token, gated,
     )
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,22 @@ def test_a_tensor_that_a_number_is_computed_from_too_is_left_as_it_is(tmp_path: 
     copy = write_into(file, written(net), tmp_path / "b" / "deployed.onnx")
     assert "stem.bias" in copy.kept
     agrees(copy.path, net)
+
+
+def test_a_gate_of_the_value_itself_is_its_activation(tmp_path: Path) -> None:
+    """torch's own, whose derivatives in float64 are exact: those of hardsigmoid are not."""
+    net = open_onnx(small.saved(small.gated(), tmp_path)).double()
+    called = [node.target for node in net.body.graph.nodes if node.op == "call_function"]
+    assert called == [F.hardswish, F.silu, torch.sigmoid, operator.mul]
+    x = pictures(net).double()
+    net(x).sum().backward()
+    a = net.body.get_submodule("stem")(x).detach().requires_grad_()
+    c = a * ((a + 3).clamp(0, 6) / 6)
+    gate = torch.sigmoid(c * torch.sigmoid(c))
+    F.linear((a * gate).mean((2, 3)), net.classifier.weight.detach()).sum().backward()
+    assert a.grad is not None
+    wanted = a.grad.sum((0, 2, 3))
+    torch.testing.assert_close(net.get_parameter("body.stem.bias").grad, wanted, rtol=1e-12, atol=0)
 
 
 def test_heads_of_attention_are_no_stage(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def convolutions(net: nn.Module) -> list[tuple[nn.Conv2d, nn.Module | None]]:
     ]
 
 
-def train(net: nn.Module, *, batch: bool = False, lr: float = 0.02) -> None:
+def train(net: nn.Module, *, batch: bool = False, lr: float = 2e-3) -> None:
     """By SGD with momentum, and decay of kernels; norms with the batch's statistics, or frozen."""
     net.train()
     for module in net.modules():
@@ -114,8 +114,8 @@ def test_a_folded_file_trains_as_its_twin_that_is_folded_likewise(name: str, onc
     fold_likewise(other, net)
     assert apart(answers(other), before) < 1e-5
     start = answers(net)
-    train(net, lr=2e-3)
-    train(other, lr=2e-3)
+    train(net)
+    train(other)
     assert apart(start, answers(net)) > 1e-2
     assert apart(answers(net), answers(other)) < 1e-9
 

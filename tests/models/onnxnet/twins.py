@@ -19,7 +19,7 @@ EXPORTS = {
 
 
 def twin(name: str) -> nn.Module:
-    """A timm net of random weights, whose norms are none that do nothing."""
+    """A timm net of random weights, whose norms do something; no two tensors are equal, which torch would store once."""
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=CLASSES).eval()
     with torch.no_grad():
@@ -30,6 +30,8 @@ def twin(name: str) -> nn.Module:
                 norm.running_mean.normal_(0, 0.1)
                 norm.running_var.uniform_(0.5, 1.5)
                 norm.weight.uniform_(0.5, 1.5)
+                norm.bias.normal_(0, 0.1)
+            elif isinstance(norm, nn.Conv2d | nn.Linear) and norm.bias is not None:
                 norm.bias.normal_(0, 0.1)
     return net
 
