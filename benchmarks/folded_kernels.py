@@ -110,7 +110,8 @@ def main() -> None:
     if not given.out.exists():
         given.out.write_text(",".join(FIELDS) + "\n")
     with given.out.open(newline="") as stream:
-        done = {(row["optimizer"], row["kernel"], row["fold"]) for row in csv.DictReader(stream)}
+        rows = csv.DictReader(line for line in stream if not line.startswith("#"))
+        done = {(row["optimizer"], row["kernel"], row["fold"]) for row in rows}
     for fold in range(given.folds):
         for optimizer in given.optimizers:
             for kernel in KERNELS:
