@@ -2,16 +2,22 @@
 
     python benchmarks/onnx_files.py make FOLDER [NAME...]           # export timm nets: both exporters, norms folded and kept
     python benchmarks/onnx_files.py table files.csv FILE.onnx...    # a row a file; --size HxW where files leave it open
+        --peers LINES.jsonl...       # what benchmarks/onnx_makers.py printed of onnx2torch and of onnxruntime-training
+        --add                        # keep the rows that are there
+
+benchmarks/onnx_makers.py makes files of other torches, of Keras and Paddle, and of optimisers, each in its own environment.
 
 agrees: the largest difference from onnxruntime over the largest answer, on random images. trains: every trained tensor gets a
 gradient and moves. written: the untouched copy has the file's bytes, the trained one differs in payloads alone, and onnxruntime's
-answers of it are the net's.
+answers of it are the net's. timm: the nets that it is, by `fgvc.models.lookup`. onnx2torch, ort_training: whether the peer loads
+the file and agrees, and which share of the values of its float initializers trains (running statistics apart).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import logging
 import tempfile
 import warnings
@@ -24,8 +30,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fgvc.errors import FgvcError
-from fgvc.exporting.inspect import difference_from_onnxruntime, noise
+from fgvc.exporting.inspect import HALF_TOLERANCE, TOLERANCE, difference_from_onnxruntime, noise
 from fgvc.exporting.into import differences_outside, write_into
+from fgvc.models.lookup.twin import look_up
 from fgvc.models.onnxnet.net import OnnxNet, open_onnx
 
 NETS = (
@@ -41,7 +48,8 @@ KINDS = {
     "dynamo-18": {"dynamo": True, "opset_version": 18, "external_data": False},
     "dynamo-20-external": {"dynamo": True, "opset_version": 20, "external_data": True},
 }  # fmt: skip
-FIELDS = ("file", "producer", "opset", "nodes", "loads", "agrees", "trained", "trains", "written", "detail")
+PEERS = ("onnx2torch", "ort_training")
+FIELDS = ("file", "producer", "opset", "nodes", "loads", "agrees", "trained", "trains", "written", "timm", *PEERS, "detail")
 PIXELS = 96
 
 
@@ -91,6 +99,8 @@ def row(file: Path, size: tuple[int, int] | None) -> dict[str, object]:
         return facts | {"loads": "no", "detail": str(error).replace(f"{file}: ", "")[:160]}
     agrees = difference_from_onnxruntime(file, net, noise(net)).difference
     trained = [name for name, slots in net.slots.items() if slots[0].trained]
+    bar = HALF_TOLERANCE if "fp16" in file.name else TOLERANCE
+    facts |= {"timm": " ".join(dict.fromkeys(twin.name for twin in look_up(net).twins)) or "none"}
     facts |= {"loads": "yes", "agrees": f"{agrees:.1e}", "trained": len(trained)}
     with tempfile.TemporaryDirectory() as scratch:
         same = write_into(file, values(net), Path(scratch) / "same" / file.name)
@@ -102,7 +112,7 @@ def row(file: Path, size: tuple[int, int] | None) -> dict[str, object]:
         written = (
             same.path.read_bytes() == file.read_bytes()
             and not differences_outside(copy.path, file)
-            and difference_from_onnxruntime(copy.path, net, noise(net)).difference < 1e-4
+            and difference_from_onnxruntime(copy.path, net, noise(net)).difference < bar
         )
         return facts | {"trains": "yes" if still else "no", "written": "yes" if written else "no", "detail": ""}
 
@@ -133,19 +143,47 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--size", type=lambda text: tuple(int(n) for n in text.split("x")))
+    parser.add_argument("--peers", nargs="*", default=[], type=Path)
+    parser.add_argument("--add", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.what == "make":
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         return make(given.out, given.names)
-    with given.out.open("w", newline="") as stream:
-        table = csv.DictWriter(stream, FIELDS, lineterminator="\n")
+    rows = {str(line["file"]): line for line in read(given.out)} if given.add else {}
+    for file in sorted(map(Path, given.names)):
+        if file.name not in rows:
+            rows[file.name] = row(file, given.size)
+            print(" ".join(str(value) for value in rows[file.name].values())[:200], flush=True)
+            write(given.out, rows)
+    for lines in given.peers:
+        for peer in map(json.loads, lines.read_text().splitlines()):
+            if peer["file"] in rows:
+                rows[peer["file"]][lines.stem] = said(peer)
+    write(given.out, rows)
+
+
+def said(peer: dict[str, str]) -> str:
+    """What a peer does with a file, in a word or two."""
+    if peer["loads"] != "yes":
+        return "does not load"
+    agrees = f"{peer['agrees']} apart, " if "agrees" in peer else ""
+    return f"{agrees}{peer['trains']} trains"
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def write(path: Path, rows: dict[str, dict[str, object]]) -> None:
+    with path.open("w", newline="") as stream:
+        table = csv.DictWriter(stream, FIELDS, lineterminator="\n", extrasaction="ignore")
         table.writeheader()
-        for file in sorted(map(Path, given.names)):
-            table.writerow(line := row(file, given.size))
-            stream.flush()
-            print(" ".join(str(value) for value in line.values())[:200], flush=True)
+        table.writerows(rows.values())
 
 
 if __name__ == "__main__":
