@@ -20,7 +20,8 @@ from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net
 from fgvc.techniques.settings import ConvSelection
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
+ROOT = Path(__file__).parents[2]
+PATH = ROOT / "benchmarks" / "architectures.py"
 
 
 def script(path: Path = PATH) -> ModuleType:
@@ -39,7 +40,7 @@ OTHERS = ["skresnet18", "cspdarknet53", "mobileone_s0", "repvit_m1", "swin_tiny_
 
 
 def said(backbone: str) -> dict[str, str]:
-    with (PATH.parent / "results" / "architectures.csv").open(newline="", encoding="utf-8") as file:
+    with (ROOT / "docs" / "results" / "architectures.csv").open(newline="", encoding="utf-8") as file:
         return {row["technique"]: row["result"] for row in csv.DictReader(file) if row["backbone"] == backbone}
 
 
@@ -112,7 +113,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
         "b,B,x,no,too small",
     ]
     (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
-    assert script(PATH.with_name("tables.py")).matrix(tmp_path / "t.csv") == (
+    assert script(ROOT / "docs" / "tables.py").matrix(tmp_path / "t.csv") == (
         "| backbone | family | ONNX | x | y |\n| --- | --- | --- | --- | --- |\n"
         "| a | A | 3e-07 | no (1) | ✓ |\n| b | B | no (2) | no (1) |  |\n\n1. too small\n2. no such op\n"
     )
