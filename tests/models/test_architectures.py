@@ -103,7 +103,7 @@ def test_what_fails_is_not_called_a_refusal(monkeypatch: pytest.MonkeyPatch) -> 
     assert ARCHITECTURES.tried("resnet18", "mixup")[0] == "failed"
 
 
-def test_the_table_by_hand(tmp_path: Path) -> None:
+def test_the_table_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         "backbone,family,technique,result,detail",
         "a,A,ONNX,yes,3e-07; 49 nodes",
@@ -113,6 +113,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
         "b,B,x,no,too small",
     ]
     (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    monkeypatch.syspath_prepend(ROOT / "docs")  # the script's folder, as when it is run
     assert script(ROOT / "docs" / "tables.py").matrix(tmp_path / "t.csv") == (
         "| backbone | family | ONNX | x | y |\n| --- | --- | --- | --- | --- |\n"
         "| a | A | 3e-07 | no (1) | ✓ |\n| b | B | no (2) | no (1) |  |\n\n1. too small\n2. no such op\n"
