@@ -32,13 +32,14 @@ from fgvc.io.files import (
     write_atomic,
     writing,
 )
-from fgvc.io.names import refuse_breaking, some
+from fgvc.io.names import some
 from fgvc.models.finite import not_finite
 from fgvc.runs import checkpoint, deployed, trackers
 from fgvc.runs.environment import absent_packages, environment
 from fgvc.runs.images import resumed_index
 from fgvc.runs.measured import remove_measured, sweep_run
 from fgvc.runs.record import NAME, Record
+from fgvc.runtime.bundle import read_labels
 
 MAY_CHANGE = (  # when a run goes on; where its images lie, as long as they are the same
     "train.epochs", "train.max_steps", "train.refit", "train.workers", "train.device", "log.", "checkpoint.", "export.", "cache",
@@ -214,11 +215,8 @@ def recorded_preprocess(out: Path) -> Preprocess:
 
 def recorded_classes(out: Path) -> tuple[str, ...]:
     """Read the names of the run's classes, in the order of its net's outputs. Raises FgvcError where they are not recorded."""
-    classes = _read_json(out, "labels.json")
-    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
-        raise FgvcError(f"{out / 'labels.json'}: expected a list of class names")
-    refuse_breaking(classes, where=out / "labels.json")
-    return tuple(classes)
+    _read_json(out, "labels.json")  # in a run's words where it is gone or cut short
+    return read_labels(out / "labels.json")
 
 
 def _read_json(out: Path, name: str) -> Any:
