@@ -7,8 +7,7 @@ know of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -17,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fgvc.config.data import SPLITS
-from fgvc.data.index import ImageIndex, decode_row
-from fgvc.data.quality.duplicates import Fingerprints, alike, fingerprint, joined, links
+from fgvc.data.index import ImageIndex
+from fgvc.data.quality.copies import near_copies
+from fgvc.data.quality.duplicates import joined, links
 from fgvc.data.splits import group_codes, stratified
-from fgvc.errors import FgvcError, ImageError, NoUnseenImagesError
+from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.io.names import some
 
 Seen = Literal["train", "none"] | Path
@@ -35,18 +35,13 @@ class Unseen:
     choose: NDArray[np.int64]  # between settings, weights and epochs; empty where there are too few
     judge: NDArray[np.int64]  # the new classifier against the deployed one; read once
     copies: NDArray[np.int64]  # unseen by name, near copies of seen ones: left out
-    unreadable: tuple[str, ...]
     rule: str  # in words, for people and records
 
-    @property
-    def lines(self) -> list[str]:
-        """What was decided, for people."""
-        left_out = (
-            f"; {len(self.copies)} near copies of images that it has seen are left out" if len(self.copies) else ""
-        )
+    def __str__(self) -> str:
+        left_out = f"; {len(self.copies)} near copies of images that it has seen are left out" if len(self.copies) else ""
         if not len(self.choose):
-            return [f"{self.rule}{left_out}; fewer than {FEWEST_TO_CHOOSE}: none chooses, {len(self.judge)} judge"]
-        return [f"{self.rule}{left_out}; {len(self.choose)} choose, {len(self.judge)} judge"]
+            return f"{self.rule}{left_out}; fewer than {FEWEST_TO_CHOOSE}: none chooses, {len(self.judge)} judge"
+        return f"{self.rule}{left_out}; {len(self.choose)} choose, {len(self.judge)} judge"
 
 
 def unseen_rows(index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64]) -> tuple[NDArray[np.int64], str]:
@@ -83,13 +78,7 @@ def unseen_rows(index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64]) ->
     return np.flatnonzero(mask), rule
 
 
-def divide_unseen(
-    index: ImageIndex,
-    seen: Seen,
-    *,
-    learned: NDArray[np.int64],
-    progress: Callable[[int, int], None] | None = None,
-) -> Unseen:
+def divide_unseen(index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64]) -> Unseen:
     """Divide the unseen images once: a half of each class chooses, the other one judges, near copies of each other together.
     Near copies of images that were seen or are learned from are left out.
 
@@ -97,29 +86,24 @@ def divide_unseen(
     all are near copies.
     """
     rows, rule = unseen_rows(index, seen, learned=learned)
-    prints, unreadable = _prints(index, progress)
-    readable = np.setdiff1d(np.arange(len(index)), unreadable)
-    pairs = [pair for pair, _ in alike(prints, readable)]
-    linked = np.concatenate([np.empty((0, 2), np.int64), *pairs])
-    numbers = joined(len(index), linked)  # of pictures that are copies of each other, also by way of a third
-    pool = np.isin(np.arange(len(index)), np.setdiff1d(rows, unreadable))
-    copies = np.flatnonzero(pool & np.isin(numbers, numbers[np.setdiff1d(readable, np.flatnonzero(pool))]))
+    numbers, readable = near_copies(index, np.arange(len(index)))
+    pool = readable & np.isin(np.arange(len(index)), rows)
+    copies = np.flatnonzero(pool & np.isin(numbers, numbers[readable & ~pool]))
     pool[copies] = False
     rows = np.flatnonzero(pool)
-    broken = tuple(str(index.paths[row]) for row in unreadable)
     if not len(rows):
         raise NoUnseenImagesError(
             f"{index.root}: every image that could judge is a near copy of one that was seen ({len(copies)}); add others "
             "to the test split"
         )
     if len(rows) < FEWEST_TO_CHOOSE:
-        return Unseen(choose=np.empty(0, np.int64), judge=rows, copies=copies, unreadable=broken, rule=rule)
+        return Unseen(choose=np.empty(0, np.int64), judge=rows, copies=copies, rule=rule)
     groups = numbers[rows]
     if index.groups is not None:  # the set's own, such as photographs of one plant
         groups = joined(len(rows), links(groups), links(group_codes(index.groups[rows])))
     names = np.array([str(group) for group in groups], dtype=np.dtypes.StringDType())
     judges = stratified(index.labels[rows], 0.5, seed=0, split=_JUDGE, groups=names)
-    return Unseen(choose=rows[~judges], judge=rows[judges], copies=copies, unreadable=broken, rule=rule)
+    return Unseen(choose=rows[~judges], judge=rows[judges], copies=copies, rule=rule)
 
 
 def judged_apart(index: ImageIndex, seen: Seen, *, hold_out: bool = True) -> ImageIndex:
@@ -131,29 +115,8 @@ def judged_apart(index: ImageIndex, seen: Seen, *, hold_out: bool = True) -> Ima
     if hold_out:
         splits[unseen.choose] = SPLITS.index("val")
     counts = ", ".join(f"{name} {int((splits == k).sum())}" for k, name in enumerate(SPLITS))
-    recognised = f"{index.recognised}; {'; '.join(unseen.lines)}: {counts}"
+    recognised = f"{index.recognised}; {unseen}: {counts}"
     return replace(index, splits=splits, unseen=unseen.rule, recognised=recognised)
-
-
-def _prints(index: ImageIndex, progress: Callable[[int, int], None] | None) -> tuple[Fingerprints, NDArray[np.int64]]:
-    """Fingerprints of all images, and the rows that can't be read."""
-
-    def one(row: int) -> object:
-        try:
-            return fingerprint(decode_row(index, row))
-        except ImageError:
-            return None
-
-    prints, unreadable = Fingerprints.empty(len(index)), []
-    with ThreadPoolExecutor(2) as pool:
-        for row, made in enumerate(pool.map(one, range(len(index)))):
-            if made is None:
-                unreadable.append(row)
-            else:
-                prints.put(row, made)  # type: ignore[arg-type]
-            if progress:
-                progress(row + 1, len(index))
-    return prints, np.array(unreadable, dtype=np.int64)
 
 
 def _named(index: ImageIndex, file: Path) -> NDArray[np.bool_]:

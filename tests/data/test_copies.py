@@ -50,7 +50,7 @@ def recipe(root: Path, **data: object) -> Recipe:
 
 
 def pairs_across(index: object) -> int:
-    numbers = near_copies(index, np.arange(len(index)))  # type: ignore[arg-type]
+    numbers, _ = near_copies(index, np.arange(len(index)))  # type: ignore[arg-type]
     return sum(len(set(index.splits[numbers == number])) > 1 for number in np.unique(numbers))  # type: ignore[attr-defined]
 
 

@@ -66,7 +66,7 @@ def test_the_sets_own_test_split_is_divided_once_without_copies(folder: Path) ->
         assert pair <= names(index, unseen.choose) or pair <= names(index, unseen.judge)
     again = divide_unseen(read(folder), "train", learned=index.rows("train"))
     np.testing.assert_array_equal(again.judge, unseen.judge)
-    assert "4 near copies" in unseen.lines[0]
+    assert "4 near copies" in str(unseen)
 
 
 def test_a_split_that_fgvc_draws_counts_as_seen(folder: Path) -> None:
@@ -83,7 +83,7 @@ def test_none_seen_leaves_all_but_what_is_learned_from(folder: Path) -> None:
     unseen = divide_unseen(index, "none", learned=index.rows("train"))
     assert not len(unseen.choose)
     assert set(unseen.judge) == {*index.rows("val"), *index.rows("test")}
-    assert f"fewer than {FEWEST_TO_CHOOSE}" in unseen.lines[0]
+    assert f"fewer than {FEWEST_TO_CHOOSE}" in str(unseen)
 
 
 def test_a_list_says_what_was_seen(folder: Path, tmp_path: Path) -> None:

@@ -88,8 +88,7 @@ def _cached_pairs(index: ImageIndex, rows: NDArray[np.int64]) -> NDArray[np.int6
         return np.asarray(np.load(place, allow_pickle=False), np.int64).reshape(-1, 2)
     if len(rows) > QUIET:
         print(f"{index.root}: looking for near copies among {len(rows):,} pictures, once", file=sys.stderr, flush=True)
-    numbers = near_copies(index, rows)
-    pairs = links(numbers)
+    pairs = links(near_copies(index, rows)[0])
     with contextlib.suppress(OSError, FgvcError):  # where it can't be kept it is made anew
         place.parent.mkdir(parents=True, exist_ok=True)
         stream = io.BytesIO()
@@ -98,9 +97,9 @@ def _cached_pairs(index: ImageIndex, rows: NDArray[np.int64]) -> NDArray[np.int6
     return pairs
 
 
-def near_copies(index: ImageIndex, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number (N,) of each row's group of near copies, upright or mirrored, among `rows`; unreadable pictures are alone. Copies of
-    copies are of one group."""
+def near_copies(index: ImageIndex, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Number (N,) of each row's group of near copies, upright or mirrored, among `rows`, and whether the picture (N,) is one of
+    these and could be read; the others are alone. Copies of copies are of one group."""
     prints = Fingerprints.empty(len(index))
     readable = np.zeros(len(index), bool)
 
@@ -117,4 +116,4 @@ def near_copies(index: ImageIndex, rows: NDArray[np.int64]) -> NDArray[np.int64]
     numbers = np.arange(len(index))
     for pairs, _ in alike(prints, rows[readable[rows]]):
         numbers = joined(len(index), links(numbers), pairs)
-    return numbers
+    return numbers, readable
