@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fgvc.cli.option import Config, Device, Overrides, Root, Run, recipe_of, recipe_path
-from fgvc.config.loading import merged
+from fgvc.config.loading import drop_replaced, merge
 from fgvc.errors import FgvcError
 from fgvc.io.files import refuse_file, write_atomic, writing
 
@@ -51,7 +51,6 @@ def init(
 ) -> None:
     """Write a recipe out with every key explained, to own and change."""
     from fgvc.config import template
-    from fgvc.config.recipe import Recipe, with_weight_defaults
 
     if settings := [name for name in names if "=" in name]:
         raise FgvcError(
@@ -67,11 +66,10 @@ def init(
     if deployed is None:
         if seen is not None:
             raise FgvcError("--seen: is of a deployed file; name it with --deployed")
-        given: dict[str, dict[str, Any]] = {} if data is None else {"data": {"root": str(data.absolute())}}
-        text = template.commented(Recipe, source, fill=lambda tree: with_weight_defaults(merged(tree, given)))
+        text = _recipe(source, {} if data is None else {"data": {"root": str(data.absolute())}})
+    elif data is None:
+        raise FgvcError("--deployed: on which images is it to be trained? Name them with --data")
     else:
-        if data is None:
-            raise FgvcError("--deployed: on which images is it to be trained? Name them with --data")
         text = _deployed_recipe(source, deployed, data, seen, out)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,10 +81,21 @@ def init(
         print(f"{out}: look at it, then: fgvc train {out}")
 
 
-def _deployed_recipe(source: Path, deployed: Path, data: Path, seen: str | None, out: Path) -> str:
-    """A recipe for a deployed file; where nothing states its labels, their order is written beside it."""
+def _recipe(source: Path, settings: dict[str, Any], *, top: list[str] | None = None) -> str:
+    """A recipe with settings laid over it, written out. `top`: lines above it, in place of its own."""
     from fgvc.config import template
     from fgvc.config.recipe import Recipe, with_weight_defaults
+
+    def fill(tree: dict[str, Any]) -> dict[str, Any]:
+        drop_replaced(Recipe, tree, [(name, key) for name, section in settings.items() for key in section])
+        merge(tree, settings)
+        return with_weight_defaults(tree)
+
+    return template.commented(Recipe, source, fill=fill, top=top)
+
+
+def _deployed_recipe(source: Path, deployed: Path, data: Path, seen: str | None, out: Path) -> str:
+    """A recipe for a deployed file; where nothing states its labels, their order is written beside it."""
     from fgvc.evaluation.deployed_recipe import deployed_recipe
 
     labels = out.with_suffix(".labels.txt")
@@ -98,13 +107,8 @@ def _deployed_recipe(source: Path, deployed: Path, data: Path, seen: str | None,
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(labels, "".join(f"{name}\n" for name in made.labels))
         made.tree["deploy"]["labels"] = str(labels.absolute())
-
-    def fill(tree: dict[str, Any]) -> dict[str, Any]:
-        kept = {key: value for key, value in tree.get("model", {}).items() if key not in ("backbone", "kwargs", "weights")}
-        return with_weight_defaults(merged({**tree, "model": kept}, made.tree))
-
     top = [f"Training {deployed.name} from its own weights, on {data}: fgvc train {out.name}"]
-    return template.commented(Recipe, source, fill=fill, top=top)
+    return _recipe(source, made.tree, top=top)
 
 
 def train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +27,8 @@ def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> M:
     """
     tree, lines, empty = read_tree(path)
     texts = list(overrides)
-    _drop_replaced(model, tree, texts)
+    given = (text.partition("=") for text in texts)
+    drop_replaced(model, tree, [_section_and_key(dotted) for dotted, _, value in given if value.strip() not in ("", "null", "~")])
     for text in texts:
         override(tree, text)
     made = validate(model, tree, where=str(path), lines=lines, overrides=texts)
@@ -98,13 +100,14 @@ class RecipeText(NamedTuple):
     empty: list[Keys]  # keys after which there is nothing, not even null
 
 
-def merged(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested mapping with the values of another one laid over it."""
-    both = dict(tree)
-    for key, value in other.items():
-        ours = both.get(key)
-        both[key] = merged(ours, value) if isinstance(ours, Mapping) and isinstance(value, Mapping) else value
-    return both
+def merge(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Put settings into a recipe's tree, in place: mappings into mappings, dotted keys where they point."""
+    for key, value in settings.items():
+        *sections, last = str(key).split(".")
+        if isinstance(value, Mapping):
+            merge(section(tree, (*sections, last)), value)
+        else:
+            section(tree, sections)[last] = copy.deepcopy(value)
 
 
 def read_tree(path: Path) -> RecipeText:
@@ -163,14 +166,16 @@ def override(tree: dict[str, Any], assignment: str) -> None:
     section(tree, keys[:-1])[keys[-1]] = value
 
 
-def _drop_replaced(model: type[BaseModel], tree: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Drop the keys of a recipe's file that overrides replace by an alternative, in place: see `Section.alternatives`."""
-    for text in overrides:
-        dotted, _, value = text.partition("=")
-        name, _, key = dotted.partition(".")
-        kept = tree.get(name)
-        field = model.model_fields.get(name)
-        if field is None or not isinstance(kept, dict) or value.strip() in ("", "null", "~"):
+def _section_and_key(dotted: str) -> tuple[str, str]:
+    name, _, key = dotted.partition(".")
+    return name, key
+
+
+def drop_replaced(model: type[BaseModel], tree: dict[str, Any], keys: Iterable[tuple[str, str]]) -> None:
+    """Drop the keys of a tree that others, given over it as (section, key), replace, in place: see `Section.alternatives`."""
+    for name, key in keys:
+        kept, field = tree.get(name), model.model_fields.get(name)
+        if field is None or not isinstance(kept, dict):
             continue
         for section_class in models_in(field.annotation):
             for other in getattr(section_class, "alternatives", {}).get(key, ()):

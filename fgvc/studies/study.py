@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from fgvc.config.loading import leaves, load, override, read_tree, section, validate
+from fgvc.config.loading import leaves, load, merge, override, read_tree, section, validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.section import Section
 from fgvc.config.template import recipe_file
@@ -213,16 +213,6 @@ def cells(plan: Plan, epochs: Mapping[tuple[str, Budget], int]) -> list[Cell]:
                 lengths.setdefault(epochs[trial.name, budget], []).append(budget)
         runs += [Cell(trial, length, seed, fold, tuple(budgets)) for length, budgets in lengths.items()]
     return runs
-
-
-def merge(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """Put settings into a recipe's tree, in place: mappings into mappings, dotted keys where they point."""
-    for key, value in settings.items():
-        *sections, last = str(key).split(".")
-        if isinstance(value, Mapping):
-            merge(section(tree, (*sections, last)), value)
-        else:
-            section(tree, sections)[last] = copy.deepcopy(value)
 
 
 def _refuse_incomparable(plan: Plan) -> None:

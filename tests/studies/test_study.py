@@ -11,10 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgvc.config.loading import leaves
+from fgvc.config.loading import leaves, merge
 from fgvc.errors import FgvcError
 from fgvc.studies.cost import Cost, epochs_by_budget, training_hours
-from fgvc.studies.study import cells, merge, read_study
+from fgvc.studies.study import cells, read_study
 
 trees = st.recursive(
     st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=8
