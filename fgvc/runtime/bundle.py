@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -254,10 +254,16 @@ def read_labels(path: Path) -> tuple[str, ...]:
         except (OSError, UnicodeDecodeError) as error:
             raise FgvcError(f"{path}: can't read the labels: {error}") from error
         names = _without_numbers([line.strip() for line in text.splitlines() if line.strip()])
+    return class_names(names, str(path), path=path)
+
+
+def class_names(names: Sequence[Any], source: str, *, path: Path, form: str = "") -> tuple[str, ...]:
+    """Check names of classes. `source`: what has them, for messages; `form`: in which form they are expected. Raises FgvcError
+    where they are none, one is given twice, or breaks a line."""
     if not names or not all(isinstance(name, str) for name in names):
-        raise FgvcError(f"{path}: expected the names of the classes")
-    if duplicates := sorted({name for name in names if names.count(name) > 1}):
-        raise FgvcError(f"{path}: expected the names of the classes, each once; given twice: {', '.join(duplicates[:5])}")
+        raise FgvcError(f"{source}: expected the names of the classes{form}")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise FgvcError(f"{source}: expected the names of the classes, each once; given twice: {', '.join(twice[:5])}")
     refuse_breaking(names, where=path)
     return tuple(names)
 

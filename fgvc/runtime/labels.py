@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fgvc.errors import FgvcError
-from fgvc.io.names import refuse_breaking
 from fgvc.io.protobuf import fields
-from fgvc.runtime.bundle import read_json, read_labels
+from fgvc.runtime.bundle import class_names, read_json, read_labels
 
 KEYS = ("names", "classes", "labels", "class_names", "id2label")  # of metadata_props: Ultralytics, torchvision, Hugging Face
 BESIDE = ("labels.json", "labels.txt", "classes.txt")
@@ -83,9 +82,4 @@ def _checked(value: Any, source: str, path: Path) -> tuple[str, ...]:
             numbered = {}
         if sorted(numbered) == list(range(len(value))):
             names = [numbered[number] for number in range(len(value))]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise FgvcError(f"{source}: expected the names of the classes, as a list or by their numbers from 0 on")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise FgvcError(f"{source}: expected the names of the classes, each once; given twice: {', '.join(twice[:5])}")
-    refuse_breaking(names, where=path)
-    return tuple(names)
+    return class_names(names, source, path=path, form=", as a list or by their numbers from 0 on")

@@ -39,18 +39,12 @@ from fgvc.runtime.bundle import load_bundle
 from tests.conftest import paint
 from tests.models.onnxnet import small
 from tests.models.onnxnet.test_as_timm import staged
-from tests.models.onnxnet.test_onnxnet import boxes, custom, maps, quantised, text, two_inputs
+from tests.models.onnxnet.test_onnxnet import DEPLOYED, boxes, custom, maps, quantised, text, two_inputs
 from tests.trained import Once, copied
 
 NAMES = ("red", "purple", "green", "blue", "yellow")  # of the outputs; three of them have pictures
 FED = {"resize": "squash", "interpolation": "bilinear", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 SPEC = {"size": [8, 8], "crop_pct": 1.0, "channel_order": "rgb", "input_range": 1, "fill": [0, 0, 0], **FED}
-DEPLOYED = (
-    "birds-tf_efficientnet_lite0-torch1.13-opset11", "keras-MobileNetV2-tf2onnx-opset13-nhwc",
-    "timm-mobilenetv2_100-opset13-onnxsim", "timm-mobilenetv2_100-opset13-ort-extended",
-    "timm-mobilenetv2_100-torch2.4-opset17-bn-kept", "timm-mobilenetv2_100-torch2.9-opset18-dynamo",
-    "torchvision-mobilenet_v2-torch1.13-opset13",
-)  # fmt: skip
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "multiscale_head": {}, "centre_loss": {}, "attention_crop_drop": {}, "dcl": {}, "cam_erasing": {}, "dbb": {},
 }  # fmt: skip
