@@ -23,9 +23,7 @@ class DeployedRecipe:
     """Sections of a recipe, and what was learned on the way."""
 
     tree: dict[str, dict[str, Any]]
-    labels: (
-        tuple[str, ...] | None
-    )  # to be stated in a file, since none states them; None: the file or one beside it does
+    labels: tuple[str, ...] | None  # to be written to a file; None: the deployed file, or one beside it, states them
     search: FileSearch | None  # None: a preprocess.json lies beside the file
 
 

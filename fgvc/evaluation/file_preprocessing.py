@@ -94,7 +94,7 @@ class FileSearch:
         ]
         lines += [_compared(other, best.value(other.factor)) for other in found.alternatives]
         if not order.stated:
-            lines.append("labels: nothing states their order; the likeliest is shown by --labels-out")
+            lines.append(f"labels: nothing states their order; by its answers: {few(self.labels)}")
         elif order.decided and not order.other:
             lines.append(f"labels: in the order of {self.labels_source}")
         else:

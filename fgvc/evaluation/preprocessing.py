@@ -8,8 +8,9 @@ fitted on one half of the images and scored on the other, both ways. Images that
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -54,6 +55,7 @@ INTERPOLATIONS: tuple[tuple[str, bool], ...] = (
 FEWEST_A_CLASS = 4  # images of a class that is used: two in each half
 IMAGES = 500
 COARSE = 120  # images of the first round, or FEWEST_A_CLASS of each class
+BATCH, AHEAD = 32, 2  # images, and batches that are made before they are asked for
 COARSE_TRIALS, FINE_TRIALS = 52, 9  # of preprocessings, about
 SECONDS = 100.0  # that the search may take; fewer images where the network is slow
 
@@ -230,7 +232,7 @@ class _Trials:
     def plan(self) -> tuple[int, int]:
         """How many images a coarse and a fine trial may have, by the seconds of one batch."""
         spec = Preprocess(size=self.size)
-        count = min(32, len(self.images))
+        count = min(BATCH, len(self.images))
         self._log_probabilities(spec, 2)  # the first run of a session is slow
         before = time.monotonic()
         self._log_probabilities(spec, count)
@@ -286,11 +288,15 @@ class _Trials:
         )
 
     def _log_probabilities(self, spec: Preprocess, images: int) -> NDArray[np.float64]:
-        """Answers (images, K), in batches whose images are made side by side."""
-        with ThreadPoolExecutor(2) as pool:
-            batches = list(pairwise([*range(0, images, 32), images]))
-            made = (pool.submit(self._batch, spec, start, end) for start, end in batches)
-            return np.concatenate([self.network(batch.result()) for batch in made])
+        """Answers (images, K), in batches of which the next ones are made while the network works."""
+        answers, waiting = list[NDArray[np.float64]](), deque[Future[NDArray[np.float32]]]()
+        with ThreadPoolExecutor(AHEAD) as pool:
+            for start, end in pairwise([*range(0, images, BATCH), images]):
+                waiting.append(pool.submit(self._batch, spec, start, end))
+                if len(waiting) > AHEAD:
+                    answers.append(self.network(waiting.popleft().result()))
+            answers += [self.network(batch.result()) for batch in waiting]
+        return np.concatenate(answers)
 
     def _batch(self, spec: Preprocess, start: int, end: int) -> NDArray[np.float32]:
         return np.stack([normalise(fit(image, spec), spec) for image in self.images[start:end]])
