@@ -13,7 +13,8 @@ from fgvc.config.images import Deploy, Preprocess
 from fgvc.data.deployed import PREPROCESS
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError, NoUnseenImagesError, UndecidedError
-from fgvc.evaluation.file_preprocessing import FileSearch, search_file
+from fgvc.evaluation.file_preprocessing import UNASSIGNED, FileSearch, search_file
+from fgvc.io.names import few
 from fgvc.runtime.bundle import read_preprocess
 from fgvc.runtime.labels import labels_of
 
@@ -49,6 +50,12 @@ def deployed_recipe(
         search = search_file(file, images, progress=progress)
         _refuse_undecided(search)
         spec = read_preprocess(beside) if beside.is_file() else search.spec
+    labels = None if stated is not None or search is None else search.labels
+    if labels is not None and UNASSIGNED in labels:
+        raise FgvcError(
+            f"{file}: has {len(labels)} outputs, and the images are of {len(index.classes)} classes: nothing says what the "
+            f"others are. Put labels.txt beside the file, a class a line; by its answers: {few(labels)}"
+        )
     if seen is None and not index.given_splits:
         raise NoUnseenImagesError(_all_seen(images, search))
     tree: dict[str, dict[str, Any]] = {
@@ -57,9 +64,7 @@ def deployed_recipe(
         "model": {"onnx": str(file.absolute()), "weights": "deployed"},
         "deploy": _fed(spec) | {"seen": seen or "train"},
     }
-    return DeployedRecipe(
-        tree=tree, labels=None if stated is not None or search is None else search.labels, search=search
-    )
+    return DeployedRecipe(tree=tree, labels=labels, search=search)
 
 
 def _fed(spec: Preprocess) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -210,3 +211,14 @@ def test_init_of_a_recipe_takes_the_folder(tmp_path: Path, capsys: pytest.Captur
     assert "fgvc init RECIPE FILE" in capsys.readouterr().err
     assert init("--deployed", "net.onnx", tmp_path / "other.yaml") == 2
     assert "--data" in capsys.readouterr().err
+
+
+def test_init_asks_for_the_labels_of_outputs_that_no_image_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, file, out = split_images(tmp_path / "set"), write_file(tmp_path / "net.onnx", SPEC), tmp_path / "my.yaml"
+    for split in ("train", "test"):
+        shutil.rmtree(images / split / "oak")
+    assert init("--deployed", file, "--data", images, out) == 2
+    assert "has 5 outputs, and the images are of 4 classes" in capsys.readouterr().err
+    assert not list(tmp_path.glob("my.*"))
+    (tmp_path / "labels.txt").write_text("\n".join(CLASSES))
+    assert init("--deployed", file, "--data", images, out) == 0
