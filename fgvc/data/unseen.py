@@ -79,8 +79,9 @@ def unseen_rows(index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64]) ->
 
 
 def divide_unseen(index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64]) -> Unseen:
-    """Divide the unseen images once: a half of each class chooses, the other one judges, near copies of each other together.
-    Near copies of images that were seen or are learned from are left out.
+    """Divide the unseen images once: the set's own validation split chooses and its test split judges, where it brings both
+    along; else a half of each class chooses, the other one judges, near copies of each other together. Near copies of images that
+    were seen or are learned from are left out.
 
     The same set gives the same halves on every machine. Raises FgvcError as `unseen_rows` does, and NoUnseenImagesError where
     all are near copies.
@@ -98,6 +99,10 @@ def divide_unseen(index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64]) 
         )
     if len(rows) < FEWEST_TO_CHOOSE:
         return Unseen(choose=np.empty(0, np.int64), judge=rows, copies=copies, rule=rule)
+    if seen == "train" and set(index.given_splits) == {"val", "test"}:  # whoever made the set has divided them
+        given = [rows[index.splits[rows] == SPLITS.index(split)] for split in ("val", "test")]
+        if all(len(some_rows) for some_rows in given):
+            return Unseen(choose=given[0], judge=given[1], copies=copies, rule=rule)
     groups = numbers[rows]
     if index.groups is not None:  # the set's own, such as photographs of one plant
         groups = joined(len(rows), links(groups), links(group_codes(index.groups[rows])))

@@ -69,6 +69,23 @@ def test_the_sets_own_test_split_is_divided_once_without_copies(folder: Path) ->
     assert "4 near copies" in str(unseen)
 
 
+def test_a_set_with_validation_and_test_has_divided_them_itself(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "own"
+    root.mkdir()
+    for split, own in (("train", folder / "train"), ("val", folder / "test"), ("test", tmp_path / "more")):
+        if split == "test":
+            for k in range(CLASSES):
+                for n in range(5):
+                    save(own / f"class{k}" / f"{n}.png", picture(5000 + 10 * k + n))
+        (root / split).symlink_to(own)
+    index = read(root)
+    assert set(index.given_splits) == {"val", "test"}
+    unseen = divide_unseen(index, "train", learned=index.rows("train"))
+    assert set(unseen.choose) == set(index.rows("val")) - set(unseen.copies)
+    assert unseen.judge.tolist() == index.rows("test").tolist()
+    assert len(unseen.copies) == CLASSES
+
+
 def test_a_split_that_fgvc_draws_counts_as_seen(folder: Path) -> None:
     index = read(folder / "train", test_fraction=0.3)
     assert len(index.rows("test"))
