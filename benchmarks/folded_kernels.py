@@ -30,7 +30,7 @@ from fgvc.reparam.unfold import ScaledConv2d
 from fgvc.runs import build, checkpoint
 from fgvc.runs.folder import read_run
 from fgvc.runs.images import read_index
-from fgvc.training import images, start
+from fgvc.training import images, start, trainer
 
 HALVES = 2
 KERNELS = ("raw", "unit spread", "restore", "twin")
@@ -80,7 +80,7 @@ def arm(given: argparse.Namespace, optimizer: str, kernel: str, fold: int) -> di
         }
         began = time.perf_counter()
         with own_split, ways.get(kernel, nullcontext()):
-            run = api.train(api.load_recipe(recipe_path("any/plain"), overrides), Path(scratch) / "run")
+            run = trainer.train(api.load_recipe(recipe_path("any/plain"), overrides), Path(scratch) / "run")
         state = checkpoint.load(run / "ckpt")
         rows, predicted = state.rest["answers"].numpy()
         index = read_index(read_run(run))

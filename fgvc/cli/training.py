@@ -148,7 +148,7 @@ def train(
         print(f"interrupted, {done}; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     if os.environ.get("RANK", "0") == "0":  # torchrun's
-        print(run)
+        print(run.folder)
 
 
 def interpolate(

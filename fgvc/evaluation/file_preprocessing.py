@@ -21,6 +21,7 @@ from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError, ImageError
 from fgvc.evaluation.preprocessing import IMAGES, NORMALISATIONS, SECONDS, Alternative, Search, sample_rows, search
 from fgvc.images.preprocess import described
+from fgvc.io.files import StrPath
 from fgvc.io.names import few, nearest
 from fgvc.runtime.engine import OnnxSession
 from fgvc.runtime.labels import labels_of
@@ -108,10 +109,10 @@ class FileSearch:
 
 
 def search_file(
-    path: Path,
-    images: Path,
+    path: StrPath,
+    images: StrPath,
     *,
-    table: Path | None = None,
+    table: StrPath | None = None,
     size: tuple[int, int] | None = None,
     output: str | None = None,
     limit: int = IMAGES,
@@ -124,6 +125,7 @@ def search_file(
 
     Raises FgvcError for a file that is no classifier, or images without labels; and as `search` does.
     """
+    path, images = Path(path), Path(images)
     session = OnnxSession(path, output=output)
     file = session.file
     if file.height is not None and file.width is not None:
@@ -133,7 +135,7 @@ def search_file(
     if size is None:
         raise FgvcError(f"{path}: takes images of any size: say which the deployed stack makes, --size HEIGHTxWIDTH")
     data = AutoData(root=images, val_fraction=0.0)
-    index = read_source(with_table(data, table) if table is not None else data)
+    index = read_source(with_table(data, Path(table)) if table is not None else data)
     labels = labels_of(path)
     count = session.logits(np.zeros((1, 3, *size), np.float32)).shape[1]
     if labels is not None:

@@ -21,6 +21,7 @@ from fgvc.errors import FgvcError, ImageError
 from fgvc.exporting.proofs import MAX_IMAGES
 from fgvc.images.preprocess import described
 from fgvc.images.preprocess import preprocess as preprocess_image
+from fgvc.io.files import StrPath, as_path, as_paths
 from fgvc.io.names import few
 from fgvc.models.lookup.twin import look_up
 from fgvc.models.onnxnet.folded import folded_convolutions
@@ -124,13 +125,13 @@ class Inspection:
 
 
 def inspect_file(
-    path: Path,
+    path: StrPath,
     size: tuple[int, int] | None = None,
     *,
     output: str | None = None,
-    images: Sequence[Path] = (),
-    labels: Path | None = None,
-    preprocess: Path | None = None,
+    images: StrPath | Sequence[StrPath] = (),
+    labels: StrPath | None = None,
+    preprocess: StrPath | None = None,
 ) -> Inspection:
     """Read a classifier's ONNX file, and compare what it answers as a net with what onnxruntime says.
 
@@ -138,10 +139,11 @@ def inspect_file(
     pictures to answer, up to MAX_IMAGES, in the place of noise; `labels`, `preprocess`: files as in a bundle, where none lie
     beside it. Raises FgvcError where it is no classifier that can be read, and for images where nothing says how they are
     prepared."""
+    path, labels, pictures = Path(path), as_path(labels), as_paths(images)
     model = load_model(path)
-    stack = stack_of(path, labels=labels, preprocess=preprocess)
+    stack = stack_of(path, labels=labels, preprocess=as_path(preprocess))
     spec = stack.preprocess
-    if images and spec is None:
+    if pictures and spec is None:
         raise FgvcError(f"{path}: how does it see an image? {PREPROCESS} does not lie beside it: give --preprocess FILE")
     if size is None and spec is not None and None in _sides(path, output):
         size = spec.size
@@ -155,8 +157,8 @@ def inspect_file(
         features = net.forward_features(torch.zeros(1, 3, *net.size))
     trained = {name for name, slots in net.slots.items() if any(slot.trained for slot in slots)}
     x, count = noise(net), 0
-    if images and spec is not None:
-        x = _prepared(images, spec, path, net)
+    if pictures and spec is not None:
+        x = _prepared(pictures, spec, path, net)
         count = len(x)
     answers = difference_from_onnxruntime(path, net, x)
     return Inspection(

@@ -16,13 +16,16 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, overload
 
 from fgvc.errors import FgvcError
+
+StrPath = str | os.PathLike[str]
+"""A path as text, or what has one: `pathlib.Path`, a run, a bundle."""
 
 Content = str | bytes | Callable[[BinaryIO], object]
 """Content of a file: text (UTF-8), bytes, or a function that writes all of it to an open file."""
@@ -32,6 +35,20 @@ UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _SCRATCH = re.compile(r"\.\d+\.")
 _lock_handles: set[int] = set()  # of the locks that this process holds
+
+
+@overload
+def as_path(path: StrPath) -> Path: ...
+@overload
+def as_path(path: StrPath | None) -> Path | None: ...
+def as_path(path: StrPath | None) -> Path | None:
+    """A path as a `Path`; None stays None."""
+    return None if path is None else Path(path)
+
+
+def as_paths(paths: StrPath | Iterable[StrPath]) -> list[Path]:
+    """One path, or several, as a list."""
+    return [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
 
 
 def cache_folder() -> Path:

@@ -16,6 +16,7 @@ from fgvc.config.recipe import Selected
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.evaluation.temperature import calibration_without_data
+from fgvc.io.files import StrPath, as_paths
 from fgvc.models.cam.offline import ClassMaps, class_maps_of, method_name
 from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runtime import explain as drawing
@@ -56,12 +57,12 @@ class RunExplainer:
 
 
 def explain(
-    run: Path,
-    paths: Sequence[Path],
-    out: Path,
+    run: StrPath,
+    paths: StrPath | Sequence[StrPath],
+    out: StrPath,
     *,
     methods: Sequence[str] = ("gradcam",),
-    against: Path | None = None,
+    against: StrPath | None = None,
     target: str = drawing.PREDICTED,
     select: Selected | None = None,
     device: str | None = None,
@@ -81,11 +82,11 @@ def explain(
     have such a map.
     """
     method_names = tuple(dict.fromkeys(method_name(method) for method in methods))
-    files = list(expand(paths))
+    files, out = list(expand(as_paths(paths))), Path(out)
     drawing.refuse_out(out, overwrite=overwrite)
     with ExitStack() as stack:
         explainers: list[RunExplainer | BundleExplainer] = []
-        for path in (run, *([against] if against is not None else [])):
+        for path in as_paths([run] if against is None else [run, against]):
             if is_bundle(path):
                 if method_names != ("cam",):
                     raise FgvcError(f"{path}: a bundle holds class activation maps alone; compare it by --method cam")

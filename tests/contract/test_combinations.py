@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fgvc import api
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe, whole_label_conflicts
 from fgvc.config.techniques import Techniques, settings_by_kind
 from fgvc.errors import FgvcError
 from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net
+from fgvc.training import trainer
 
 FALLING = [[0, 1], [1, 0]]  # some steps are left to those that learn from whole labels
 SETTINGS: dict[str, list[dict]] = {
@@ -221,9 +221,9 @@ def test_a_combination_trains_resumes_and_strips(row: Row, precision: str, tmp_p
     }
     made = validate(Recipe, tree, where="test")
     part = made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 3})})
-    run = api.train(part, tmp_path / "run")
-    api.train(made, run)
-    whole = api.train(made, tmp_path / "whole")
+    run = trainer.train(part, tmp_path / "run")
+    trainer.train(made, run)
+    whole = trainer.train(made, tmp_path / "whole")
     average = ["ema"] if said["ema"] or said["swa"] else []
     for name in ("net", "branches", *average):
         again, once = (load_file(place / "ckpt" / "last" / f"{name}.safetensors") for place in (run, whole))

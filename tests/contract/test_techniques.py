@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fgvc import api
 from fgvc.config.exporting import Export
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
@@ -26,6 +25,7 @@ from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net
 from fgvc.techniques.registry import build_technique
+from fgvc.training import trainer
 from tests.trained import Once
 
 NETS = {"cnn": "test_resnet", "vit": "test_vit"}
@@ -88,8 +88,8 @@ def test_it_changes_what_is_learned(trained) -> None:
 def test_killed_and_resumed_it_ends_with_the_same_bits(trained, tmp_path: Path) -> None:
     made, run, _ = trained
     part = made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 7})})
-    api.train(part, tmp_path / "run")
-    api.train(made, tmp_path / "run")
+    trainer.train(part, tmp_path / "run")
+    trainer.train(made, tmp_path / "run")
     for name in ("net", "branches", "ema"):
         again, once = weights(tmp_path / "run", name), weights(run, name)
         assert again.keys() == once.keys()

@@ -20,6 +20,7 @@ from fgvc.data.quality.copies import in_one_split, near_copies, together
 from fgvc.data.sources.read import read_source
 from fgvc.io.files import cache_folder
 from fgvc.runs.images import read_index
+from fgvc.training import trainer
 
 
 def photograph(seed: int) -> Image.Image:
@@ -122,7 +123,7 @@ def test_a_run_goes_on_without_looking(
     root: Path, tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = recipe_tree | {"data": {"kind": "folder", "root": str(root)}}
-    api.train(validate(Recipe, tree | {"train": tree["train"] | {"max_steps": 1}}, where="test"), tmp_path / "run")
+    trainer.train(validate(Recipe, tree | {"train": tree["train"] | {"max_steps": 1}}, where="test"), tmp_path / "run")
     for kept in (cache_folder() / "copies").iterdir():
         kept.unlink()
 
@@ -130,7 +131,7 @@ def test_a_run_goes_on_without_looking(
         raise AssertionError("looked at again")
 
     monkeypatch.setattr(copies, "decode_row", looks)
-    api.train(validate(Recipe, tree | {"train": tree["train"] | {"max_steps": 2}}, where="test"), tmp_path / "run")
+    trainer.train(validate(Recipe, tree | {"train": tree["train"] | {"max_steps": 2}}, where="test"), tmp_path / "run")
 
 
 def test_a_clean_list_is_a_set_of_its_own(

@@ -23,9 +23,11 @@ from fgvc.data.augment import Augmenter
 from fgvc.data.cache import DecodeCache
 from fgvc.data.index import decode_row
 from fgvc.data.loader import train_loader
+from fgvc.data.quality import checks
 from fgvc.data.sources import huggingface
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError, ImageError
+from fgvc.training import trainer
 
 datasets = pytest.importorskip("datasets")
 SPLITS = ("train", "val", "test")
@@ -144,7 +146,7 @@ def test_images_in_tables_are_decoded_under_the_limits(colours: Path, tmp_path: 
     for row, reason in enumerate(["too many pixels", "", "empty", "missing"]):
         with pytest.raises(ImageError, match=rf"train/{row}.*{reason}"):
             decode_row(index, row)
-    report = api.checks.check(index, max_unreadable=0.5)
+    report = checks.check(index, max_unreadable=0.5)
     assert [row for row, _ in report.unreadable] == [0, 1, 2, 3]
 
 
@@ -175,10 +177,10 @@ def test_samples_do_not_depend_on_workers_nor_on_where_they_are_stored(saved: Pa
 
 def test_a_run_is_recorded_goes_on_and_is_scored(saved: Path, tmp_path: Path, recipe_tree: dict) -> None:
     tree = recipe_tree | {"data": {"kind": "hf", "root": str(saved)}, "model": {"backbone": "test_resnet"}}
-    whole = api.train(validate(Recipe, tree, where="test"), tmp_path / "whole")
+    whole = trainer.train(validate(Recipe, tree, where="test"), tmp_path / "whole")
     short = validate(Recipe, tree | {"train": tree["train"] | {"max_steps": 3}}, where="test")
-    run = api.train(short, tmp_path / "run")
-    api.train(validate(Recipe, tree, where="test"), tmp_path / "run")
+    run = trainer.train(short, tmp_path / "run")
+    trainer.train(validate(Recipe, tree, where="test"), tmp_path / "run")
     weights = [load_file(folder / "ckpt" / "last" / "net.safetensors") for folder in (whole, run)]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     assert api.evaluate(run, "test").scores.images == 12
@@ -189,7 +191,7 @@ def test_a_run_is_recorded_goes_on_and_is_scored(saved: Path, tmp_path: Path, re
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "other"))
     moved = tree | {"data": {"kind": "hf", "root": str(tmp_path / "other")}, "train": tree["train"] | {"epochs": 3}}
     with pytest.raises(FgvcError, match="are not those that this run began with"):
-        api.train(validate(Recipe, moved, where="test"), tmp_path / "run")
+        trainer.train(validate(Recipe, moved, where="test"), tmp_path / "run")
 
 
 MEMORY = """

@@ -18,11 +18,13 @@ from PIL import Image
 
 from fgvc import api
 from fgvc.cli import show
+from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import calibrate
 from fgvc.exporting.prove import PlainBackbone, ProvedExport
 from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.predict import predict_files
+from fgvc.training import trainer
 
 COLOURS = {"blue": (110, 110, 160), "green": (110, 150, 110), "red": (160, 110, 110)}
 
@@ -53,7 +55,7 @@ def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "export": {"exporter": "torchscript"},
     }
     (place / "own.yaml").write_text(yaml.safe_dump(tree))
-    return api.train(api.load_recipe(place / "own.yaml"), place / "run")
+    return trainer.train(api.load_recipe(place / "own.yaml"), place / "run")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_what_ships_is_what_was_proved(
     assert again.threshold == 0
     assert first.threshold > 0
     assert again.temperature == first.temperature
-    with pytest.raises(api.FgvcError, match="--keep"):
+    with pytest.raises(FgvcError, match="--keep"):
         api.export(run, tmp_path / "c", keep=0)
 
 
@@ -129,7 +131,7 @@ def test_no_calibration_of_what_is_no_number_or_no_image(
     proven = replace(exported.proven, model=sick.SerializeToString())
     with monkeypatch.context() as patch:
         patch.setattr(PlainBackbone, "prove", lambda *_: proven)
-        with pytest.raises(api.FgvcError, match="run: gives logits that are no numbers"):
+        with pytest.raises(FgvcError, match="run: gives logits that are no numbers"):
             api.export(run, tmp_path / "b")
     assert not (tmp_path / "b").exists()
     seen: list[np.ndarray] = []
@@ -148,7 +150,7 @@ def test_no_calibration_of_what_is_no_number_or_no_image(
         monkeypatch.setattr(PlainBackbone, "prove", prove)
         done = api.export(bare, tmp_path / "c")
         known = api.export(run, tmp_path / "d")
-        with pytest.raises(api.FgvcError, match="none of the 72 images"):
+        with pytest.raises(FgvcError, match="none of the 72 images"):
             api.export(run, tmp_path / "e", keep=0.5)
     finally:
         for path, content in stored.items():

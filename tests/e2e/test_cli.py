@@ -23,6 +23,7 @@ from fgvc.cli.app import main
 from fgvc.config.template import recipe_file, run_name
 from fgvc.models.backbone import plain_model
 from fgvc.runtime.bundle import write_bundle
+from fgvc.training import trainer
 from tests.serving.small import serving
 from tests.trained import Once, copied
 
@@ -75,7 +76,7 @@ def made(recipe: Path, once: Once, painted: Callable[[], AbstractContextManager[
 
     def fill(place: Path) -> None:
         with painted():
-            api.train(api.load_recipe(recipe), place / "run")
+            trainer.train(api.load_recipe(recipe), place / "run")
         api.evaluate(place / "run", "test")
         api.export(place / "run", place / "bundle")
 
@@ -330,7 +331,7 @@ def test_export_against_a_stack_that_feeds_or_reads_otherwise_is_refused_before_
     changed: dict[str, object],
     said: str,
 ) -> None:
-    monkeypatch.setattr(api, "load_run", lambda *_: pytest.fail("the net was opened"))
+    monkeypatch.setattr("fgvc.api.shipping.load_run", lambda *_: pytest.fail("the net was opened"))
     other = turned_bundle(bundle, tmp_path / "other", **changed)
     lone = tmp_path / "lone" / "deployed.onnx"
     lone.parent.mkdir()
@@ -352,7 +353,7 @@ def test_export_against_a_stack_that_feeds_or_reads_otherwise_is_refused_before_
 def test_what_is_stated_of_a_deployed_stack_in_part_or_twice_is_refused(
     fgvc: Callable[..., Printed], run: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "load_run", lambda *_: pytest.fail("the net was opened"))
+    monkeypatch.setattr("fgvc.api.shipping.load_run", lambda *_: pytest.fail("the net was opened"))
     shutil.copy(bundle / "model.onnx", tmp_path / "lone.onnx")
     (tmp_path / "part.json").write_text(json.dumps({"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}))
     export = ("export", run, "-o", tmp_path / "new")

@@ -36,6 +36,7 @@ from fgvc.runs.folder import read_run
 from fgvc.runs.images import read_index
 from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
+from fgvc.training import trainer
 from tests.conftest import paint
 from tests.models.onnxnet import small
 from tests.models.onnxnet.test_as_timm import staged
@@ -109,7 +110,7 @@ def test_a_file_is_trained_and_written_back(name: str, colours: Path, tmp_path: 
     settings = tree(file, colours, deploy=deploy)
     if name == "bytes_in":
         settings["deploy"] = {"resize": "squash", "interpolation": "bilinear"}
-    run = api.train(Recipe.model_validate(settings), tmp_path / "run")
+    run = trainer.train(Recipe.model_validate(settings), tmp_path / "run")
     done = api.export(run, tmp_path / "bundle")
     written = done.proven.written
     assert written is not None
@@ -169,13 +170,13 @@ def test_the_run_has_its_own_copy(colours: Path, tmp_path: Path) -> None:
     (tmp_path / "given" / "preprocess.json").write_text(json.dumps(SPEC))
     settings = tree(file, colours)
     del settings["deploy"]
-    run = api.train(Recipe.model_validate(settings), tmp_path / "run")
+    run = trainer.train(Recipe.model_validate(settings), tmp_path / "run")
     assert read_run(run).deploy.fill == (0, 0, 0)
     assert json.loads((run / "labels.json").read_text()) == list(NAMES)
     content = file.read_bytes()
     shutil.rmtree(file.parent)
     settings["train"]["max_steps"] = 5
-    api.train(Recipe.model_validate(settings), run)
+    trainer.train(Recipe.model_validate(settings), run)
     moved = copied(run, tmp_path / "elsewhere")
     api.export(moved, tmp_path / "bundle")
     assert outside(tmp_path / "bundle" / "model.onnx") == outside(moved / "deployed" / "deployed.onnx")
@@ -184,7 +185,7 @@ def test_the_run_has_its_own_copy(colours: Path, tmp_path: Path) -> None:
     other.graph.initializer[0].raw_data = bytes(len(other.graph.initializer[0].raw_data))
     saved(other, tmp_path / "given")
     with pytest.raises(FgvcError, match="is not the file that this run began with"):
-        api.train(Recipe.model_validate(settings), run)
+        trainer.train(Recipe.model_validate(settings), run)
     (moved / "deployed" / "deployed.onnx").write_bytes(content + b"\x0a\x00")
     with pytest.raises(FgvcError, match="is not the deployed file that .* began with"):
         load_run(moved)
@@ -247,7 +248,7 @@ def test_where_labels_are_read_from(key: str, value: str, colours: Path, tmp_pat
 
 def refusal(settings: dict[str, Any], out: Path) -> str:
     with pytest.raises(FgvcError) as caught:
-        api.train(validate(Recipe, settings, where="my.yaml"), out)
+        trainer.train(validate(Recipe, settings, where="my.yaml"), out)
     assert not out.exists()
     return str(caught.value)
 
@@ -329,7 +330,7 @@ def test_a_recipe_that_differs_from_what_lies_beside_the_file_is_warned(
 ) -> None:
     file = saved(small.plain(), tmp_path / "given")
     (file.parent / "preprocess.json").write_text(json.dumps(SPEC | {"mean": [0.4, 0.4, 0.4]}))
-    run = api.train(Recipe.model_validate(tree(file, colours)), tmp_path / "run")
+    run = trainer.train(Recipe.model_validate(tree(file, colours)), tmp_path / "run")
     assert read_run(run).deploy.mean == (0.5, 0.5, 0.5)
     assert "preprocess.json says otherwise than the recipe, which holds: mean of R, G, B" in capsys.readouterr().err
 
@@ -338,7 +339,7 @@ def test_one_of_several_outputs(colours: Path, tmp_path: Path) -> None:
     model = small.plain()
     model.graph.output.insert(0, helper.make_tensor_value_info("d", onnx.TensorProto.FLOAT, ("n", small.WIDTH)))
     file = saved(model, tmp_path / "given")
-    run = api.train(Recipe.model_validate(tree(file, colours, model={"output": "scores"})), tmp_path / "run")
+    run = trainer.train(Recipe.model_validate(tree(file, colours, model={"output": "scores"})), tmp_path / "run")
     int8 = api.Int8(images=8, first=0)
     api.export(run, tmp_path / "bundle", variants=api.Variants(int8=int8, fp16=True, agreement=0.01))
     assert outside(tmp_path / "bundle" / "model.onnx") == outside(file)
@@ -350,7 +351,7 @@ def test_one_of_several_outputs(colours: Path, tmp_path: Path) -> None:
 
 def test_a_sigmoid_file_trains_by_bce(colours: Path, tmp_path: Path) -> None:
     file = saved(sigmoid(), tmp_path / "given")
-    run = api.train(Recipe.model_validate(tree(file, colours, loss={"kind": "bce"})), tmp_path / "run")
+    run = trainer.train(Recipe.model_validate(tree(file, colours, loss={"kind": "bce"})), tmp_path / "run")
     assert api.export(run, tmp_path / "bundle").proven.contract["output"]["ending"] == "sigmoid"
 
 
@@ -387,7 +388,7 @@ def test_a_run_of_timms_net_goes_into_the_file_that_it_is(once: Once, colours: P
     one = once.run(Recipe.model_validate(settings))
     file = once.bundle(one)
     settings["train"]["seed"] = 1
-    two = api.train(Recipe.model_validate(settings | {"techniques": {"dbb": {}}}), tmp_path / "run")
+    two = trainer.train(Recipe.model_validate(settings | {"techniques": {"dbb": {}}}), tmp_path / "run")
     done = api.export(two, tmp_path / "bundle", into=file)
     assert done.proven.written is not None
     assert done.proven.written.moved
@@ -397,7 +398,7 @@ def test_a_run_of_timms_net_goes_into_the_file_that_it_is(once: Once, colours: P
     with pytest.raises(FgvcError, match="has no file of its own: name one"):
         api.export(two, tmp_path / "b", into="own")
     settings["model"] = {"backbone": "test_resnet"}
-    other = api.train(Recipe.model_validate(settings), tmp_path / "other")
+    other = trainer.train(Recipe.model_validate(settings), tmp_path / "other")
     with pytest.raises(FgvcError, match="is not the test_resnet that was trained"):
         api.export(other, tmp_path / "b", into=file)
     assert not (tmp_path / "b").exists()
@@ -450,7 +451,7 @@ def test_smaller_files_are_those_of_the_deployed_file(name: str, colours: Path, 
         settings = tree(saved(small.FILES[name](), tmp_path / "given"), colours)
         if name == "bytes_in":
             settings["deploy"] = {"resize": "squash", "interpolation": "bilinear"}
-        run = api.train(Recipe.model_validate(settings), tmp_path / "run")
+        run = trainer.train(Recipe.model_validate(settings), tmp_path / "run")
     int8 = api.Int8(images=8, first=0) if name != "in_constants" else None  # an Identity hides its kernels from the tool
     api.export(run, tmp_path / "bundle", variants=api.Variants(int8=int8, fp16=True, agreement=0.01))
     verified = api.verify(tmp_path / "bundle")
@@ -507,7 +508,7 @@ def of_shared(name: str, shared: Path, few: Path, folder: Path, **techniques: An
 def test_files_of_other_programs_train_and_are_written_back(
     name: str, kind: str, shared: Path, few: Path, tmp_path: Path
 ) -> None:
-    run = api.train(of_shared(name, shared, few, tmp_path, **{kind: TECHNIQUES[kind]}), tmp_path / "run")
+    run = trainer.train(of_shared(name, shared, few, tmp_path, **{kind: TECHNIQUES[kind]}), tmp_path / "run")
     done = api.export(run, tmp_path / "bundle")
     assert done.proven.written is not None
     assert len(done.proven.written.moved) >= 50
@@ -531,7 +532,7 @@ def test_files_of_other_programs_train_and_are_written_back(
 )
 def test_settings_of_training(sections: dict[str, Any], colours: Path, tmp_path: Path) -> None:
     file = saved(small.kept_norm(), tmp_path / "given")
-    run = api.train(Recipe.model_validate(tree(file, colours, **sections)), tmp_path / "run")
+    run = trainer.train(Recipe.model_validate(tree(file, colours, **sections)), tmp_path / "run")
     written = api.export(run, tmp_path / "bundle").proven.written
     assert written is not None
     moved = {"stem.weight", "stem.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"}
@@ -551,7 +552,7 @@ def test_every_technique_takes_the_net_of_a_file(
         file, colours, train={"epochs": 4, "grad_checkpointing": grad_checkpointing}, ema={"decay": 0.9},
         techniques={kind: {"teachers": [{"kind": "ema"}]} if kind == "distill" else {}},
     )  # fmt: skip
-    run = api.train(Recipe.model_validate(settings), tmp_path / "run")
+    run = trainer.train(Recipe.model_validate(settings), tmp_path / "run")
     written = api.export(run, tmp_path / "bundle").proven.written
     assert written is not None
     assert len(written.moved) == 10
@@ -562,7 +563,7 @@ def test_every_technique_takes_the_net_of_a_file(
 def test_blocks_replace_convolutions_that_got_a_scale_or_a_norm_back(batch_norm: str, colours: Path, tmp_path: Path) -> None:
     file = saved(small.plain(), tmp_path / "given")
     settings = tree(file, colours, model={"batch_norm": batch_norm}, techniques={"dbb": {}})
-    run = api.train(Recipe.model_validate(settings), tmp_path / "run")
+    run = trainer.train(Recipe.model_validate(settings), tmp_path / "run")
     proven = api.export(run, tmp_path / "bundle").proven
     assert proven.numeric.folded_float64 <= 1e-9
     assert outside(tmp_path / "bundle" / "model.onnx") == outside(file)
@@ -570,8 +571,8 @@ def test_blocks_replace_convolutions_that_got_a_scale_or_a_norm_back(batch_norm:
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(colours: Path, run: Path, plain_file: Path, tmp_path: Path) -> None:
     stopped = tree(plain_file, colours, train={"max_steps": 1})
-    half = api.train(Recipe.model_validate(stopped), tmp_path / "run")
-    api.train(Recipe.model_validate(tree(plain_file, colours)), half)
+    half = trainer.train(Recipe.model_validate(stopped), tmp_path / "run")
+    trainer.train(Recipe.model_validate(tree(plain_file, colours)), half)
     weights = [load_file(place / "ckpt" / "last" / "net.safetensors") for place in (half, run)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
 
@@ -582,7 +583,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(colours: Path, run: Path
 def test_the_matrix(name: str, kind: str, shared: Path, few: Path, tmp_path: Path) -> None:
     recipe = of_shared(name, shared, few, tmp_path, **{kind: TECHNIQUES[kind]})
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 20})})
-    run = api.train(recipe, tmp_path / "run")
+    run = trainer.train(recipe, tmp_path / "run")
     api.export(run, tmp_path / "bundle")
     assert outside(tmp_path / "bundle" / "model.onnx") == outside(shared / "deployed" / f"{name}.onnx")
     assert api.verify(tmp_path / "bundle").passed

@@ -17,6 +17,7 @@ from fgvc.images.preprocess import described, fit
 from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import Engine
+from fgvc.training import trainer
 from tests.e2e.test_deployed_file import saved, sigmoid, tree
 from tests.models.onnxnet import small
 
@@ -32,7 +33,7 @@ def test_run_and_bundle_are_fed_and_read_alike(ending: str, colours: Path, tmp_p
     settings = tree(file, colours, cache="disk", cache_dir=str(tmp_path / "cache"))
     settings["deploy"] = STACK | ({"mean": [104, 117, 123], "std": [58, 58, 58]} if ending == "sigmoid" else {})
     settings["loss"] = {"kind": "bce"} if ending == "sigmoid" else {}
-    run = api.train(Recipe.model_validate(settings), tmp_path / "run")
+    run = trainer.train(Recipe.model_validate(settings), tmp_path / "run")
     api.export(run, tmp_path / "bundle")
     loaded, bundle = load_run(run), load_bundle(tmp_path / "bundle")
     for folder in (run, bundle.folder):

@@ -20,10 +20,12 @@ from torch.nn import functional as F
 from fgvc import api
 from fgvc.cli import show
 from fgvc.data.loader import evaluation_loader
+from fgvc.errors import FgvcError
 from fgvc.evaluation.temperature import RECORD, calibration
 from fgvc.runs.loaded import load_run, onnx_answers
 from fgvc.runtime.engine import OnnxSession
 from fgvc.runtime.predict import predict_files
+from fgvc.training import trainer
 from tests.serving.small import ask, service
 
 COLOURS = {"blue": (90, 90, 170), "green": (90, 160, 90), "red": (170, 90, 90)}
@@ -62,7 +64,7 @@ def trained(root: Path, out: Path, **data: Any) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     recipe = out.parent / "own.yaml"
     recipe.write_text(yaml.safe_dump(tree))
-    return api.train(api.load_recipe(recipe), out)
+    return trainer.train(api.load_recipe(recipe), out)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +263,7 @@ def test_a_damaged_record_is_refused_by_name(run: Path, tmp_path: Path) -> None:
     for value in (0, "warm", None):
         tree["val.last"]["temperature"] = value
         (copy / RECORD).write_text(json.dumps(tree))
-        with pytest.raises(api.FgvcError, match=r"calibration\.json: val\.last: temperature"):
+        with pytest.raises(FgvcError, match=r"calibration\.json: val\.last: temperature"):
             api.evaluate(copy, "test")
 
 
@@ -273,7 +275,7 @@ def test_a_file_that_answers_otherwise_is_not_called_calibrated(run: Path, tmp_p
     refuse_other_file(seen, known, model)
     assert known.calibration is not None
     other = known.calibration.model_copy(update={"nll_before": known.calibration.nll_before + 0.01})
-    with pytest.raises(api.FgvcError, match="the exported file has a loss of"):
+    with pytest.raises(FgvcError, match="the exported file has a loss of"):
         refuse_other_file(seen, type(known)(other), model)
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fgvc import api
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.exporting.onnx import explain_model
 from fgvc.reparam.plain import strip
 from fgvc.report.explain import explain
 from fgvc.runs.loaded import load_run
+from fgvc.training import trainer
 
 SIZE, CELLS = (64, 256), (4, 16)
 TECHNIQUES = {
@@ -36,7 +36,7 @@ def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "techniques": TECHNIQUES,
     }
     out = tmp_path_factory.mktemp("runs") / "run"
-    api.train(validate(Recipe, tree, where="test"), out)
+    trainer.train(validate(Recipe, tree, where="test"), out)
     return out
 
 

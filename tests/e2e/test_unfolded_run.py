@@ -23,6 +23,7 @@ from fgvc.runs.build import build_net
 from fgvc.runs.distributed import process_group
 from fgvc.runs.folder import read_run
 from fgvc.runs.loaded import load_run
+from fgvc.training import trainer
 from fgvc.training.session import open_session
 from fgvc.training.start import fit_unfolded
 from tests.e2e.test_deployed_file import NAMES, outside, saved, tree
@@ -84,7 +85,7 @@ def test_a_run_that_goes_on_fits_nothing_anew(norm: str, folded_file: Path, colo
     def trained(name: str, steps: int) -> dict[str, torch.Tensor]:
         train = {"epochs": 2, "max_steps": steps}
         given = settings(folded_file, colours, norm, train=train, optim={"l2_sp": 0.01, "lr": 0.02})
-        api.train(Recipe.model_validate(given), tmp_path / name)
+        trainer.train(Recipe.model_validate(given), tmp_path / name)
         return load_file(tmp_path / name / "ckpt" / "last" / "net.safetensors")
 
     whole = trained("whole", 4)
@@ -154,7 +155,7 @@ def test_restore_needs_a_norm_that_was_folded(colours: Path, tmp_path: Path) -> 
     with pytest.raises(
         FgvcError, match=r"model\.batch_norm: restore: no convolution of .* \(it keeps 1\); set it to frozen"
     ):
-        api.train(Recipe.model_validate(settings(kept, colours, "restore")), tmp_path / "run")
+        trainer.train(Recipe.model_validate(settings(kept, colours, "restore")), tmp_path / "run")
     assert not (tmp_path / "run" / "config.yaml").exists()
     given = settings(kept, colours, "restore")
     given["model"] = {"backbone": "resnet18", "batch_norm": "restore"}
@@ -166,7 +167,7 @@ def test_a_file_that_keeps_norms_trains_them_as_they_are(colours: Path, tmp_path
     """Kept norms are the file's own in every mode: no statistics are taken of anything."""
     kept = saved(small.kept_norm(), tmp_path / "kept")
     for norm in ("frozen", "batch"):
-        folder = api.train(Recipe.model_validate(settings(kept, colours, norm)), tmp_path / norm)
+        folder = trainer.train(Recipe.model_validate(settings(kept, colours, norm)), tmp_path / norm)
         assert not events(folder, "unfolded")
         assert read_run(folder).model.batch_norm == norm
         start, last = (load_file(folder / "ckpt" / name / "net.safetensors") for name in ("start", "last"))

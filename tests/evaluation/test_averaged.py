@@ -18,6 +18,7 @@ from fgvc.evaluation.tta import average_views, canvas, refine_views
 from fgvc.images.preprocess import preprocess
 from fgvc.runs.loaded import load_run
 from fgvc.runs.measured import read_measured
+from fgvc.training import trainer
 
 
 def net(x: torch.Tensor) -> torch.Tensor:
@@ -59,13 +60,13 @@ def test_the_centre_of_the_canvas_is_the_deployed_crop(resize: str, size: tuple[
 
 def test_they_are_recorded_apart_and_stay_out_of_bundles(tmp_path, recipe_tree: dict) -> None:
     tree = recipe_tree | {"select": "best", "select_by": "loss", "export": {"exporter": "torchscript"}}
-    run = api.train(validate(Recipe, tree, where="test"), tmp_path / "r")
+    run = trainer.train(validate(Recipe, tree, where="test"), tmp_path / "r")
     plain, many = api.evaluate(run, "test"), api.evaluate(run, "test", views="flip+crops")
     assert (plain.split, many.split) == ("test", "test-flip+crops")
     assert set(read_measured(run, "metrics.json")) == {"test.best", "test-flip+crops.best"}
     assert {path.name for path in (run / "tables").iterdir()} >= {"classes-test.csv", "confused-test-flip+crops.csv"}
     squashed = recipe_tree | {"deploy": {"resize": "squash"}}
-    whole = api.train(validate(Recipe, squashed, where="test"), tmp_path / "squashed")
+    whole = trainer.train(validate(Recipe, squashed, where="test"), tmp_path / "squashed")
     with pytest.raises(FgvcError, match="all crops are the same"):
         api.evaluate(whole, "test", views="crops")
     bundle = api.export(run, tmp_path / "bundle").bundle
@@ -76,7 +77,7 @@ def test_they_are_recorded_apart_and_stay_out_of_bundles(tmp_path, recipe_tree: 
 def test_a_second_pass_over_the_attended_crop(tmp_path: Path, recipe_tree: dict, guide: str) -> None:
     chosen = {"attention_crop_drop": {"maps": 4, "guide": guide, "map": "gradcam"}}
     made = validate(Recipe, recipe_tree | {"image": {"size": 64}, "techniques": chosen}, where="test")
-    run = api.train(made, tmp_path / "run")
+    run = trainer.train(made, tmp_path / "run")
     plain, twice = api.evaluate(run), api.evaluate(run, views="refined")
     assert (plain.split, twice.split) == ("val", "val-refined")
     assert (twice.scores.loss != plain.scores.loss) or guide == "attention", "the mean attention may be the whole image"
@@ -108,6 +109,6 @@ def test_a_second_pass_over_the_attended_crop(tmp_path: Path, recipe_tree: dict,
 
 
 def test_a_run_that_can_not_look_twice_says_so(tmp_path: Path, recipe_tree: dict) -> None:
-    run = api.train(validate(Recipe, recipe_tree, where="test"), tmp_path / "run")
+    run = trainer.train(validate(Recipe, recipe_tree, where="test"), tmp_path / "run")
     with pytest.raises(FgvcError, match="--views refined needs a technique that looks twice"):
         api.evaluate(run, views="refined")

@@ -24,6 +24,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.models.cam.offline import ClassMaps
 from fgvc.runs.loaded import LoadedRun
+from fgvc.training import trainer
 
 CLASSES = ("蓝", "green", "red")
 COLOURS = ((60, 80, 250), (70, 250, 80), (250, 70, 60))
@@ -72,7 +73,7 @@ def tree(root: Path, **data: object) -> dict:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("localize")
-    return api.train(Recipe.model_validate(tree(draw(folder / "data"))), folder / "run")
+    return trainer.train(Recipe.model_validate(tree(draw(folder / "data"))), folder / "run")
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
 
-from fgvc import api
 from fgvc.config.exporting import Export
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
@@ -27,6 +26,7 @@ from fgvc.exporting.onnx import export_onnx
 from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net
+from fgvc.training import trainer
 
 HERE = Path(__file__).parent
 STEPS = 20
@@ -126,7 +126,7 @@ def _computed(own: dict, boxed: Path, start: Path, place: Path) -> dict:
     }
     tree = json.loads(json.dumps({**own, **tree}).replace('"START"', json.dumps(str(start))))
     made = validate(Recipe, tree, where="golden")
-    run = api.train(made, place / "run")
+    run = trainer.train(made, place / "run")
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     losses = [event["loss"] for event in events if event["event"] == "step"]
     assert len(losses) == STEPS

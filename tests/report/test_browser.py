@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fgvc import api
 from fgvc.api import report
 from fgvc.config.recipe import Recipe
+from fgvc.training import trainer
 from tests.report.browser import browser, pdf, problems
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1", "localhost", "::1"])  # where selenium's driver listens
@@ -22,7 +22,7 @@ def pages(recipe_tree: dict, tmp_path: Path) -> list[Path]:
     runs = [folder / "a", folder / ("a_name_without_a_single_place_to_break_it_" * 2)]
     for run, techniques in zip(runs, ({}, {"dcl": {"grid": 2}}), strict=True):
         tree = recipe_tree | {"techniques": techniques, "train": recipe_tree["train"] | {"epochs": 1, "max_steps": 2}}
-        api.train(Recipe.model_validate(tree), run)
+        trainer.train(Recipe.model_validate(tree), run)
     return [report(runs[1:], folder / "one.html", images=2), report(runs, folder / "two.html", images=2)]
 
 

@@ -29,6 +29,7 @@ from fgvc.report.document import duration
 from fgvc.report.gallery import MISTAKES, gallery
 from fgvc.report.render import picture
 from fgvc.runs.loaded import load_run
+from fgvc.training import trainer
 from tests.conftest import paint
 from tests.report.test_localisation import numbers
 
@@ -90,7 +91,7 @@ def trained(data: Path, out: Path, **changes: object) -> Path:
         "train": {"epochs": 2, "batch_size": 8, "workers": 0, "device": "cpu", "max_steps": 4},
         "optim": {"lr": 0.01, "warmup_epochs": 0.5},
     }
-    return api.train(Recipe.model_validate(tree | changes), out)
+    return trainer.train(Recipe.model_validate(tree | changes), out)
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ from fgvc.runtime import explain as drawing
 from fgvc.runtime.bundle import OPTIONAL, REQUIRED, write_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.explain import Explanation, positive
+from fgvc.training import trainer
 from tests.serving import small
 
 METHODS = ("cam", "gradcam", "scorecam")
@@ -48,7 +49,7 @@ def trained(colours: Path, out: Path, backbone: str = "test_resnet", size: tuple
         "train": {"epochs": 1, "max_steps": 3, "batch_size": 8, "workers": 0, "device": "cpu"},
         "optim": {"lr": 0.02},
     }
-    return api.train(validate(Recipe, tree, where="test"), out)
+    return trainer.train(validate(Recipe, tree, where="test"), out)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from fgvc.images.decode import decode
 from fgvc.images.preprocess import fit
 from fgvc.images.preprocess import preprocess as prepared
 from fgvc.report import preview
+from fgvc.training import trainer
 
 
 def recipe(tree: dict, **sections: object) -> Recipe:
@@ -76,13 +77,13 @@ def test_maps_and_masks_lie_beside_the_views_and_a_run_can_look(tmp_path: Path, 
     views = {"attention_crop_drop": 2, "cam_erasing": 1}
     found = {"attention_crop_drop": 3, "cam_erasing": 2, "acol": 2}
     assert {kind: columns[kind] for kind in chosen} == {k: 2 + views.get(k, 0) + found.get(k, 1) for k in chosen}
-    run = api.train(made, tmp_path / "run")
+    run = trainer.train(made, tmp_path / "run")
     again = {path.stem: path for path in api.preview(made, tmp_path / "again", images=2, run=run).sheets}
     changed = {kind for kind in chosen if sheets[kind].read_bytes() != again[kind].read_bytes()}
     assert {"attention_crop_drop", "cam_erasing", "acol"} <= changed, "other weights, other maps"
     assert not changed & {"cutout", "random_erasing", "hide_and_seek"}, "no weights, no change"
     rounds = recipe(recipe_tree, image={"size": 64}, techniques={"ae_psl": {"rounds": 2}})
-    remembers = api.train(rounds, tmp_path / "rounds")
+    remembers = trainer.train(rounds, tmp_path / "rounds")
     shown = api.preview(rounds, tmp_path / "masks", images=2, run=remembers)
     assert shown.notes == ()
     nothing = api.preview(rounds, tmp_path / "nothing", images=2)

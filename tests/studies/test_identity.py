@@ -17,6 +17,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.runs import checkpoint
 from fgvc.studies import identity
+from fgvc.training import trainer
 
 
 def digest(tree: dict, **sections: Any) -> str:
@@ -27,7 +28,7 @@ def digest(tree: dict, **sections: Any) -> str:
 @pytest.fixture
 def teacher(tmp_path: Path, recipe_tree: dict) -> Path:
     tree = recipe_tree | {"train": recipe_tree["train"] | {"epochs": 1}, "export": {"exporter": "torchscript"}, "select": "last"}
-    return api.train(validate(Recipe, tree, where="test"), tmp_path / "teacher")
+    return trainer.train(validate(Recipe, tree, where="test"), tmp_path / "teacher")
 
 
 def test_where_things_lie_and_how_a_run_is_kept_is_no_matter(tmp_path: Path, recipe_tree: dict) -> None:

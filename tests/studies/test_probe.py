@@ -28,6 +28,7 @@ from fgvc.models.backbone import plain_model
 from fgvc.models.probe import fit_probe
 from fgvc.studies.advice import Advice, advise, summary
 from fgvc.studies.candidate import open_candidate
+from fgvc.training import trainer
 
 FAST = ("train.workers=0", "train.device=cpu")
 
@@ -300,7 +301,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shades: Path) -> tuple[Pat
         "train": {"epochs": 1, "batch_size": 8, "workers": 0, "device": "cpu"}, "export": {"exporter": "torchscript"},
     }  # fmt: skip
     (folder / "r.yaml").write_text(yaml.safe_dump(tree))
-    run = api.train(load_recipe(folder / "r.yaml"), folder / "run")
+    run = trainer.train(load_recipe(folder / "r.yaml"), folder / "run")
     return run, api.export(run, folder / "bundle").bundle
 
 

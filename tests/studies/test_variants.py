@@ -30,6 +30,7 @@ from fgvc.runs.loaded import Answers, load_run
 from fgvc.runtime.bundle import load_bundle, write_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.studies import variants as variant
+from fgvc.training import trainer
 
 SMALL = api.Int8(first=2, images=24)
 
@@ -51,7 +52,7 @@ def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     folder = tmp_path_factory.mktemp("variant")
     (folder / "own.yaml").write_text(yaml.safe_dump(tree))
-    return api.train(api.load_recipe(folder / "own.yaml"), folder / "run")
+    return trainer.train(api.load_recipe(folder / "own.yaml"), folder / "run")
 
 
 @pytest.fixture(scope="module")

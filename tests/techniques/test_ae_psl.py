@@ -12,7 +12,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fgvc import api
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
@@ -21,6 +20,7 @@ from fgvc.techniques.ae_psl.settings import AePslSettings
 from fgvc.techniques.ae_psl.technique import AePsl
 from fgvc.techniques.api import EpochStart
 from fgvc.techniques.registry import build_technique
+from fgvc.training import trainer
 
 ROWS = np.array([1, 2, 4, 7])
 
@@ -225,14 +225,14 @@ def test_more_rounds_than_epochs_are_refused(recipe_tree: dict) -> None:
 def test_a_real_run_erases_where_the_network_looked(tmp_path: Path, recipe_tree: dict, workers: int) -> None:
     train = recipe_tree["train"] | {"epochs": 2, "workers": workers}
     tree = recipe_tree | {"train": train, "image": {"size": 64}, "techniques": {"ae_psl": {"rounds": 2}}}
-    run = api.train(validate(Recipe, tree, where="test"), tmp_path / "run")
+    run = trainer.train(validate(Recipe, tree, where="test"), tmp_path / "run")
     rounds = MaskRounds(run / "masks")
     index = np.arange(48 + 12 + 12)
     grids = rounds.grids(1, index)
     assert grids.any((1, 2)).sum() > 24, "most of the 48 training images"
     assert grids.mean((1, 2)).max() <= 0.2
     losses = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
-    again = api.train(validate(Recipe, tree | {"train": train | {"workers": 0}}, where="test"), tmp_path / "again")
+    again = trainer.train(validate(Recipe, tree | {"train": train | {"workers": 0}}, where="test"), tmp_path / "again")
     assert losses == [line.split(",") for line in (again / "metrics.csv").read_text().splitlines()], (
         "workers see the masks"
     )
@@ -258,15 +258,15 @@ def test_images_that_came_later_move_no_memory_of_an_image(tmp_path: Path, recip
     for kind, settings in {"ae_psl": {"rounds": 2}, "cam_erasing": {"source": "previous_epoch"}, "cutout": {}}.items():
         part = tree | {"techniques": {kind: settings}}
         short = validate(Recipe, part | {"train": recipe_tree["train"] | {"max_steps": 2}}, where="test")
-        api.train(short, tmp_path / kind)
+        trainer.train(short, tmp_path / kind)
         copy = next((root / "train").rglob("*.png")).with_name("0new.png")
         shutil.copy(next((root / "train").rglob("*.png")), copy)
         made = validate(Recipe, part, where="test")
         with pytest.raises(FgvcError, match=r"1 added: train/\w+/0new\.png"):
-            api.train(made, tmp_path / kind)
-        api.train(made, tmp_path / kind, recorded=True)
+            trainer.train(made, tmp_path / kind)
+        trainer.train(made, tmp_path / kind, recorded=True)
         copy.unlink()
-        api.train(made, tmp_path / f"{kind}-whole")
+        trainer.train(made, tmp_path / f"{kind}-whole")
         a, b = (tmp_path / name / "ckpt/last/net.safetensors" for name in (kind, f"{kind}-whole"))
         assert a.read_bytes() == b.read_bytes(), kind
 

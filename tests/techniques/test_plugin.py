@@ -48,6 +48,7 @@ from fgvc_confidence_penalty.settings import ConfidencePenaltySettings
 from fgvc_confidence_penalty.technique import ConfidencePenalty
 
 from fgvc import api
+from fgvc.training import trainer
 from fgvc.config.loading import dump, validate
 from fgvc.config.recipe import Recipe
 
@@ -55,7 +56,7 @@ out = Path(sys.argv[1])
 z = torch.tensor([[0., 0., 0.], [50., 0., 0.]])
 print(ConfidencePenalty(ConfidencePenaltySettings()).losses({"main": SimpleNamespace(logits=z)}, None)["penalty"].item())
 for name in ("with", "without"):
-    api.train(validate(Recipe, json.loads((out / f"{name}.json").read_text()), where="test"), out / name)
+    trainer.train(validate(Recipe, json.loads((out / f"{name}.json").read_text()), where="test"), out / name)
 api.export(out / "with", out / "bundle")
 
 x, y = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])

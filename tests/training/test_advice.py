@@ -22,6 +22,7 @@ from fgvc.runs import checkpoint
 from fgvc.runs.build import build_net
 from fgvc.runs.folder import new_run_advice, read_run
 from fgvc.training import optimizer_step as training_step
+from fgvc.training import trainer
 from tests.conftest import paint
 
 
@@ -38,7 +39,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> Path:
         "train": {"epochs": 2, "batch_size": 8, "workers": 0, "device": "cpu", "max_steps": 3},
         "deploy": {"mean": [0.2, 0.3, 0.4], "std": [0.3, 0.2, 0.25]},
     }  # fmt: skip
-    return api.train(recipe(tree), tmp_path_factory.mktemp("begun") / "run")
+    return trainer.train(recipe(tree), tmp_path_factory.mktemp("begun") / "run")
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ FREE = [
 
 
 def test_what_does_not_change_a_run_may_change(run: Path, tmp_path: Path) -> None:
-    api.train(changed(run, *FREE, "cache=disk", f"cache_dir={tmp_path / 'cache'}"), run)
+    trainer.train(changed(run, *FREE, "cache=disk", f"cache_dir={tmp_path / 'cache'}"), run)
     assert checkpoint.read_progress(run / "ckpt").step == 4
     assert read_run(run).export.opset == 18
     assert any((tmp_path / "cache").iterdir())
@@ -73,10 +74,10 @@ def test_what_does_not_change_a_run_may_change(run: Path, tmp_path: Path) -> Non
 def test_for_what_must_stay_the_message_says_how_to_go_on(run: Path, setting: str) -> None:
     key, weights = setting.partition("=")[0], run / "ckpt/last/net.safetensors"
     with pytest.raises(FgvcError, match=re.escape(f"{key}: ")) as caught:
-        api.train(changed(run, setting), run)
+        trainer.train(changed(run, setting), run)
     assert f"model.weights={weights}" in str(caught.value)
     if key not in ("data.val_fraction", "data.split_seed", "data.first_classes"):
-        anew = api.train(changed(run, setting, f"model.weights={weights}", "train.max_steps=1"), run.with_name("new"))
+        anew = trainer.train(changed(run, setting, f"model.weights={weights}", "train.max_steps=1"), run.with_name("new"))
         assert checkpoint.read_progress(anew / "ckpt").step == 1
 
 
@@ -96,12 +97,12 @@ def test_weights_that_know_the_images_set_aside_are_doubted(
 ) -> None:
     """As where the parts are drawn anew, because a picture came to the set."""
     weights = f"model.weights={run / 'ckpt/last/net.safetensors'}"
-    api.train(changed(run, weights), tmp_path / "same")
+    trainer.train(changed(run, weights), tmp_path / "same")
     assert "was trained on" not in capsys.readouterr().err
     whole = read_run(run).model_dump(mode="json") | {"data": {"kind": "folder", "root": str(colours / "train")}}
-    first = api.train(recipe(whole), tmp_path / "first")
+    first = trainer.train(recipe(whole), tmp_path / "first")
     capsys.readouterr()
-    api.train(
+    trainer.train(
         changed(first, f"model.weights={first / 'ckpt/last/net.safetensors'}", "data.split_seed=1"), tmp_path / "anew"
     )
     assert re.search(r"WARNING: .*first, .* was trained on \d+ of the \d+ images that", capsys.readouterr().err)
@@ -125,7 +126,7 @@ def test_its_normalisation_is_read_in_other_units(run: Path, order: str, white: 
 
 def test_re_parameterised_blocks_are_folded(tmp_path: Path, begun: Path) -> None:
     made = recipe(read_run(begun).model_dump(mode="json"), techniques={"acb": {}}, train={"max_steps": 2})
-    run = api.train(made, tmp_path / "replaced")
+    run = trainer.train(made, tmp_path / "replaced")
     weights = run / "ckpt/last/net.safetensors"
     assert load_file(weights).keys() != build_net(read_run(begun), 3).step.net.state_dict().keys()
     plain = recipe(read_run(begun).model_dump(mode="json"), model={"weights": str(weights)})
@@ -141,17 +142,17 @@ def test_a_run_of_other_processes_is_told_how(run: Path) -> None:
     state.rest = {**state.rest, "rng": list(state.rest["rng"]) * 2}
     checkpoint.save(run / "ckpt", state)
     with pytest.raises(FgvcError, match=r"trained by 2 process.*--nproc-per-node=2 .*model\.weights="):
-        api.train(changed(run), run)
+        trainer.train(changed(run), run)
 
 
 def test_a_finished_run_names_the_setting_that_ended_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    api.train(read_run(run), run)
+    trainer.train(read_run(run), run)
     assert "To go on raise train.max_steps" in capsys.readouterr().err
     with pytest.raises(FgvcError, match=r"is finished; raise train\.max_steps"):
-        api.train(changed(run, "train.max_steps=2"), run)
+        trainer.train(changed(run, "train.max_steps=2"), run)
     with pytest.raises(FgvcError, match=r"nothing is left to do\. Raise train\.max_steps"):
-        api.train(changed(run, "train.epochs=3", "train.max_steps=3"), run)
-    api.train(changed(run), run)
+        trainer.train(changed(run, "train.epochs=3", "train.max_steps=3"), run)
+    trainer.train(changed(run), run)
     assert checkpoint.read_progress(run / "ckpt").step == 4
 
 
@@ -165,13 +166,13 @@ def test_too_many_bad_files_and_a_higher_limit(tmp_path: Path, begun: Path, colo
         checkpoint={"every_steps": 1}, train={"max_steps": 6},
     )  # fmt: skip
     with pytest.raises(FgvcError, match="Raise it, and the run goes on"):
-        api.train(made, tmp_path / "run")
+        trainer.train(made, tmp_path / "run")
     if (tmp_path / "run/ckpt/last").exists():
         paint(bad[0], (200, 70, 60), seed=1)
         with pytest.raises(FgvcError, match="1 of another size"):
-            api.train(made, tmp_path / "run")
+            trainer.train(made, tmp_path / "run")
         bad[0].write_bytes(b"x")
-    api.train(recipe(made.model_dump(mode="json"), data={"max_unreadable": 0.5}), tmp_path / "run")
+    trainer.train(recipe(made.model_dump(mode="json"), data={"max_unreadable": 0.5}), tmp_path / "run")
 
 
 def test_a_killed_loader_goes_on_with_fewer(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,9 +181,9 @@ def test_a_killed_loader_goes_on_with_fewer(run: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(training_step, "to_batch", killed)
     with pytest.raises(FgvcError, match=r"Lower train\.workers"):
-        api.train(changed(run, "train.workers=1"), run)
+        trainer.train(changed(run, "train.workers=1"), run)
     monkeypatch.undo()
-    api.train(changed(run, "train.workers=0"), run)
+    trainer.train(changed(run, "train.workers=0"), run)
 
 
 def test_nothing_saved_yet_starts_anew(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_a_loss_that_is_no_number_names_weights_that_a_new_run_takes(
         training_step, "to_batch", lambda *args, real=training_step.to_batch: replace(real(*args), x=real(*args).x * math.nan)
     )
     with pytest.raises(FgvcError, match="NaN or infinite") as caught:
-        api.train(changed(run, "train.max_steps=5"), run)
+        trainer.train(changed(run, "train.max_steps=5"), run)
     monkeypatch.undo()
     (weights,) = re.findall(r"model\.weights=\S+\.safetensors", str(caught.value))
-    api.train(changed(run, weights, "optim.lr=0.001", "train.max_steps=1"), run.with_name("new"))
+    trainer.train(changed(run, weights, "optim.lr=0.001", "train.max_steps=1"), run.with_name("new"))

@@ -18,6 +18,7 @@ from fgvc.models.backbone import plain_model
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run, recorded_preprocess
 from fgvc.runs.images import read_index
+from fgvc.training import trainer
 from tests.training.test_start import pretrained, recipe  # noqa: F401
 
 
@@ -38,7 +39,7 @@ def logits(run: Path, weights: dict[str, torch.Tensor], split: str) -> tuple[tor
 
 @pytest.mark.parametrize("head", ["probe", "timm"])
 def test_it_is_a_net_that_is_scored_on_what_it_did_not_learn_from(tmp_path: Path, pretrained: dict, head: str) -> None:  # noqa: F811
-    run = api.train(recipe(pretrained, model={"head": head}, train={"max_steps": 2}), tmp_path / "run")
+    run = trainer.train(recipe(pretrained, model={"head": head}, train={"max_steps": 2}), tmp_path / "run")
     start = load_file(run / "ckpt" / "start" / "net.safetensors")
     floor = load_file(run / "ckpt" / "start" / "floor.safetensors")
     assert all(torch.equal(start[key], value) for key, value in floor.items()) == (head == "probe")
@@ -50,7 +51,7 @@ def test_it_is_a_net_that_is_scored_on_what_it_did_not_learn_from(tmp_path: Path
 
 
 def test_the_result_stands_beside_it_by_the_same_images(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
-    run = api.train(recipe(pretrained, select="last"), tmp_path / "run")
+    run = trainer.train(recipe(pretrained, select="last"), tmp_path / "run")
     floor = load_file(run / "ckpt" / "start" / "floor.safetensors")
     z, y = logits(run, load_file(run / "ckpt" / "start" / "net.safetensors") | floor, "val")
     z_end, _ = logits(run, load_file(run / "ckpt" / "last" / "net.safetensors"), "val")
@@ -62,7 +63,7 @@ def test_the_result_stands_beside_it_by_the_same_images(tmp_path: Path, pretrain
 
 
 def test_a_report_shows_it_on_any_part(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
-    run = api.train(recipe(pretrained, select="last"), tmp_path / "run")
+    run = trainer.train(recipe(pretrained, select="last"), tmp_path / "run")
     start = load_file(run / "ckpt" / "start" / "net.safetensors")
     floor = load_file(run / "ckpt" / "start" / "floor.safetensors")
     (z, y), (z_end, _) = (
@@ -73,13 +74,13 @@ def test_a_report_shows_it_on_any_part(tmp_path: Path, pretrained: dict) -> None
     gain = f"{100 * (b.mean() - a.mean()):+.2f} points, {100 * low:+.1f} to {100 * high:+.1f}"
     page = api.report([run], tmp_path / "page.html", split="test").read_text(encoding="utf-8")
     assert f"names {100 * a.mean():.2f} % of these images rightly. Over that this run has <b>{gain}</b>" in page
-    other = api.train(recipe(pretrained, select="last", train={"seed": 1}), tmp_path / "other")
+    other = trainer.train(recipe(pretrained, select="last", train={"seed": 1}), tmp_path / "other")
     both = api.report([run, other], tmp_path / "both.html", split="test").read_text(encoding="utf-8")
     assert gain in both
 
 
 def test_without_a_validation_part_it_is_judged_across_training_images(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
-    run = api.train(recipe(pretrained, data={"hold_out": False}, train={"max_steps": 1}), tmp_path / "run")
+    run = trainer.train(recipe(pretrained, data={"hold_out": False}, train={"max_steps": 1}), tmp_path / "run")
     (said,) = events(run, "floor")
     index = read_index(read_run(run))
     assert said["of"] == len(index.rows("train"))
@@ -116,7 +117,7 @@ def test_held_out_answers_are_those_of_scikit_learn(pretrained: dict) -> None:  
 
 
 def test_random_weights_and_nets_without_a_linear_head_have_none(tmp_path: Path, recipe_tree: dict) -> None:
-    run = api.train(recipe(recipe_tree, model={"weights": "none"}, train={"max_steps": 1}), tmp_path / "run")
+    run = trainer.train(recipe(recipe_tree, model={"weights": "none"}, train={"max_steps": 1}), tmp_path / "run")
     assert not events(run, "floor")
     assert not (run / "ckpt" / "start" / "floor.safetensors").exists()
     with pytest.raises(Exception, match="has no floor"):
@@ -126,30 +127,30 @@ def test_random_weights_and_nets_without_a_linear_head_have_none(tmp_path: Path,
 def test_validation_chooses_among_the_start_and_the_epochs(tmp_path: Path, pretrained: dict, capfd) -> None:  # noqa: F811
     harm = {"name": "sgd", "lr": 3.0, "warmup_epochs": 0}
     ruin = recipe(pretrained, model={"head": "probe"}, optim=harm, select_by="loss")
-    run = api.train(ruin, tmp_path / "run")
+    run = trainer.train(ruin, tmp_path / "run")
     assert read_run(run).select == "best"
     assert checkpoint.load(run / "ckpt", "best").progress.step == 0
     start = load_file(run / "ckpt" / "start" / "net.safetensors")
     best = load_file(run / "ckpt" / "best" / "net.safetensors")
     assert all(torch.equal(start[key], value) for key, value in best.items())
     assert "the start ships, since no epoch was better" in capfd.readouterr().err
-    again = api.train(ruin, run)  # select is not given, and best by now
+    again = trainer.train(ruin, run)  # select is not given, and best by now
     assert again == run
 
 
 def test_a_result_below_the_floor_names_the_setting(tmp_path: Path, pretrained: dict, capfd) -> None:  # noqa: F811
     ruin = recipe(pretrained, optim={"lr": 1e-12}, model={"head": "zero"}, train={"max_steps": 1}, select="last")
-    api.train(ruin, tmp_path / "run")
+    trainer.train(ruin, tmp_path / "run")
     assert "below the floor: model.head=probe and model.batch_norm=frozen" in capfd.readouterr().err
 
 
 def test_a_start_that_is_worse_than_no_answer_is_said(tmp_path: Path, pretrained: dict, capfd) -> None:  # noqa: F811
-    api.train(recipe(pretrained, model={"head": "zero"}, train={"max_steps": 1}), tmp_path / "zero")
+    trainer.train(recipe(pretrained, model={"head": "zero"}, train={"max_steps": 1}), tmp_path / "zero")
     assert "cross-entropy is" not in capfd.readouterr().err
     weights = load_file(pretrained["model"]["weights"])
     loud = {key: value * (400 if key.startswith("layer4") and key.endswith("weight") else 1) for key, value in weights.items()}
     from safetensors.torch import save_file
 
     save_file(loud, pretrained["model"]["weights"])
-    api.train(recipe(pretrained, model={"head": "timm"}, train={"max_steps": 1}, optim={"lr": 1e-9}), tmp_path / "timm")
+    trainer.train(recipe(pretrained, model={"head": "timm"}, train={"max_steps": 1}, optim={"lr": 1e-9}), tmp_path / "timm")
     assert "the start's cross-entropy is" in capfd.readouterr().err

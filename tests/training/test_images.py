@@ -22,6 +22,7 @@ from fgvc.runs.folder import read_run
 from fgvc.runs.images import read_index, recorded_images, resumed_index
 from fgvc.runs.loaded import load_run
 from fgvc.runs.record import NAME, Record
+from fgvc.training import trainer
 from tests.conftest import COLOURS, paint
 
 TREE = {
@@ -42,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, (name, colour) in enumerate(COLOURS.items()):
         for i in range(12):
             paint(place / "set" / name / f"{i:02d}.png", colour, seed=100 * number + i, size=(32, 32))
-    api.train(recipe(TREE, data={"root": str(place / "set")}), place / "run")
+    trainer.train(recipe(TREE, data={"root": str(place / "set")}), place / "run")
     return place
 
 
@@ -192,8 +193,8 @@ def test_a_set_that_moved_is_named(run: Path, tmp_path: Path, made: Recipe, pict
         verb(moved)
     assert api.evaluate(run, "test", root=moved).scores.numbers() == before
     with pytest.raises(FgvcError, match=r"data\.root=DIR"):
-        api.train(longer(made), run)
-    api.train(longer(made, root=str(moved)), run)
+        trainer.train(longer(made), run)
+    trainer.train(longer(made, root=str(moved)), run)
     assert read_run(run).data.root == moved, "from now on the run knows its place"
     assert api.evaluate(run, "test").scores.images == 7
 
@@ -202,26 +203,26 @@ def test_a_finished_run_is_told_where_its_set_lies_now(run: Path, made: Recipe, 
     (run / "metrics.json").write_text("{}")
     moved = pictures.rename(tmp_path / "elsewhere")
     there = recipe(made.model_dump(mode="json"), data={"root": str(moved)})
-    api.train(there, run)
+    trainer.train(there, run)
     assert read_run(run).data.root == moved
     assert (run / "metrics.json").exists(), "the weights are the same"
     before = (run / "config.yaml").read_bytes()
     add(moved)
     with pytest.raises(FgvcError, match="1 added"):
-        api.train(recipe(there.model_dump(mode="json"), train={"workers": 1}), run)
+        trainer.train(recipe(there.model_dump(mode="json"), train={"workers": 1}), run)
     assert (run / "config.yaml").read_bytes() == before
 
 
 def test_a_run_goes_on_with_the_recorded_images_only_where_it_is_told_to(
     run: Path, tmp_path: Path, made: Recipe, pictures: Path
 ) -> None:
-    whole = api.train(longer(made), tmp_path / "whole")
+    whole = trainer.train(longer(made), tmp_path / "whole")
     add(pictures)
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(FgvcError, match=r"(?s)1 added: blue/new\.png.*--recorded"):
-        api.train(longer(made), run)
+        trainer.train(longer(made), run)
     assert files == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    api.train(longer(made), run, recorded=True)
+    trainer.train(longer(made), run, recorded=True)
     for key, value in net(whole).items():
         assert torch.equal(value, net(run)[key]), key
     assert (whole / NAME).read_bytes() == (run / NAME).read_bytes(), "recorded once"
@@ -250,22 +251,22 @@ def test_a_run_without_a_record_is_drawn_anew_and_says_so(
     assert len(said) == 1
     assert "no record" in said[0]
     with pytest.raises(FgvcError, match="leave --recorded out"):
-        api.train(longer(made), run, recorded=True)
+        trainer.train(longer(made), run, recorded=True)
     add(pictures)
-    for verb in (lambda: api.evaluate(run, "test"), lambda: api.train(longer(made), run)):
+    for verb in (lambda: api.evaluate(run, "test"), lambda: trainer.train(longer(made), run)):
         with pytest.raises(FgvcError, match="trained on"):
             verb()
     (pictures / "blue/new.png").unlink()
-    api.train(longer(made), run)
+    trainer.train(longer(made), run)
     assert (run / NAME).read_bytes() == recorded, "from now on it has one"
 
 
 def test_a_record_of_another_run_is_refused(run: Path, tmp_path: Path, made: Recipe, pictures: Path) -> None:
     add(pictures)
-    other = api.train(made, tmp_path / "other")
+    other = trainer.train(made, tmp_path / "other")
     shutil.copy(other / NAME, run / NAME)
     with pytest.raises(FgvcError, match="not those that the checkpoint was trained on"):
-        api.train(longer(made), run)
+        trainer.train(longer(made), run)
 
 
 def test_a_copied_run_is_not_left_where_its_images_are_others(
@@ -273,9 +274,9 @@ def test_a_copied_run_is_not_left_where_its_images_are_others(
 ) -> None:
     add(pictures)
     with pytest.raises(FgvcError, match="1 added"):
-        api.train(longer(made), tmp_path / "copy", resume=str(run))
+        trainer.train(longer(made), tmp_path / "copy", resume=str(run))
     assert not (tmp_path / "copy").exists()
-    api.train(longer(made), tmp_path / "copy", resume=str(run), recorded=True)
+    trainer.train(longer(made), tmp_path / "copy", resume=str(run), recorded=True)
 
 
 def test_one_root_in_other_words_is_the_same(

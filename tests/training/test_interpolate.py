@@ -24,6 +24,7 @@ from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run, recorded_preprocess
 from fgvc.runs.images import read_index
 from fgvc.runs.loaded import load_run
+from fgvc.training import trainer
 
 TENTHS = [round(0.1 * at, 1) for at in range(11)]
 
@@ -52,7 +53,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def made(tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return api.train(recipe(tree, ema={"decay": 0.8}), tmp_path_factory.mktemp("made") / "run")
+    return trainer.train(recipe(tree, ema={"decay": 0.8}), tmp_path_factory.mktemp("made") / "run")
 
 
 def by_hand(run: Path, share: float, end: str = "ema") -> dict[str, torch.Tensor]:
@@ -95,7 +96,7 @@ def test_every_tensor_lies_between_and_counts_are_the_ends(made: Path, tmp_path:
 
 @pytest.mark.parametrize("techniques", [{}, {"acb": {}}])
 def test_at_its_ends_the_way_is_the_start_and_the_end_bit_for_bit(tree: dict, tmp_path: Path, techniques: dict) -> None:
-    run = api.train(recipe(tree, techniques=techniques), tmp_path / "run")
+    run = trainer.train(recipe(tree, techniques=techniques), tmp_path / "run")
     for share, select in ((0.0, "start"), (1.0, None)):
         api.interpolate(run, tmp_path / f"at{share:g}", share=share)
         assert np.array_equal(logits(tmp_path / f"at{share:g}"), logits(run, select))
@@ -108,7 +109,7 @@ def test_at_its_ends_the_way_is_the_start_and_the_end_bit_for_bit(tree: dict, tm
 
 @pytest.mark.parametrize("by", ["top1", "loss"])
 def test_validation_chooses_the_share(tree: dict, tmp_path: Path, by: str) -> None:
-    run = api.train(recipe(tree | {"select_by": by}, ema={"decay": 0.8}), tmp_path / "run")
+    run = trainer.train(recipe(tree | {"select_by": by}, ema={"decay": 0.8}), tmp_path / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     found = api.interpolate(run, tmp_path / "between")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
@@ -185,18 +186,18 @@ def test_no_training_goes_on_from_there(
 ) -> None:
     out = api.interpolate(made, tmp_path / "between", share=0.5).out
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    api.train(recipe(tree, ema={"decay": 0.8}), out)
+    trainer.train(recipe(tree, ema={"decay": 0.8}), out)
     assert "this run is finished" in capfd.readouterr().err
     longer = recipe(tree, ema={"decay": 0.8}, train={"epochs": 3})
     with pytest.raises(FgvcError, match="lies between two nets.*begin a new run: another --out and model.weights="):
-        api.train(longer, out)
+        trainer.train(longer, out)
     with pytest.raises(FgvcError, match="lies between two nets"):
-        api.train(longer, tmp_path / "copy", resume=str(out))
+        trainer.train(longer, tmp_path / "copy", resume=str(out))
     assert {path: path.read_bytes() for path in before} == before
     weights = {"weights": str(out / "ckpt" / "last" / "net.safetensors"), "head": "timm"}
-    new = api.train(recipe(tree, model=weights, train={"max_steps": 1}), tmp_path / "new")
+    new = trainer.train(recipe(tree, model=weights, train={"max_steps": 1}), tmp_path / "new")
     api.interpolate(new, tmp_path / "newer", share=0.5)  # its head came with the weights
-    api.train(recipe(tree, ema={"decay": 0.8}), out, overwrite=True)
+    trainer.train(recipe(tree, ema={"decay": 0.8}), out, overwrite=True)
     assert not (out / "interpolation.json").exists()
 
 
@@ -209,7 +210,7 @@ def refused(run: Path, out: Path, said: str, **options: object) -> None:
 
 @pytest.mark.parametrize("head", ["timm", "zero"])
 def test_a_start_without_a_trained_head_is_refused(tree: dict, tmp_path: Path, head: str) -> None:
-    run = api.train(recipe(tree, model={"head": head}, train={"max_steps": 1}), tmp_path / "run")
+    run = trainer.train(recipe(tree, model={"head": head}, train={"max_steps": 1}), tmp_path / "run")
     refused(run, tmp_path / "out", rf"head without training \(model\.head: {head}\).*Train with model\.head=probe")
 
 
@@ -219,7 +220,7 @@ def test_without_validation_the_share_is_asked_for(
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train").symlink_to(colours / "train")
     data = {"kind": "folder", "root": str(tmp_path / "set"), "val_fraction": 0.0}
-    run = api.train(recipe(tree, data=data, train={"max_steps": 1}), tmp_path / "run")
+    run = trainer.train(recipe(tree, data=data, train={"max_steps": 1}), tmp_path / "run")
     with pytest.raises(SystemExit) as ended:
         main(["interpolate", str(run), "-o", str(tmp_path / "out")])
     assert ended.value.code == 2
@@ -278,7 +279,7 @@ def test_an_unfinished_run_is_taken_with_a_word(
 
     monkeypatch.setattr(loop, "optimizer_step", stopped)
     with pytest.raises(KeyboardInterrupt):
-        api.train(recipe(tree), tmp_path / "run")
+        trainer.train(recipe(tree), tmp_path / "run")
     found = api.interpolate(tmp_path / "run", tmp_path / "between")
     assert "its training is not finished; its end is that of step 6" in capsys.readouterr().err
     assert checkpoint.read_progress(found.out / "ckpt").finished
@@ -286,7 +287,7 @@ def test_an_unfinished_run_is_taken_with_a_word(
 
 def test_the_way_leads_to_the_end_of_training_where_another_epoch_ships(tree: dict, tmp_path: Path) -> None:
     one = recipe(tree, ema={"decay": 0.8})
-    run = api.train(one.model_copy(update={"select": None}), tmp_path / "run")
+    run = trainer.train(one.model_copy(update={"select": None}), tmp_path / "run")
     assert read_run(run).select == "best"
     found = api.interpolate(run, tmp_path / "all", share=1)
     assert found.select == "ema"

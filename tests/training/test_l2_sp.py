@@ -193,7 +193,7 @@ def distance(run: Path) -> float:
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_the_stronger_the_nearer_to_the_start(tmp_path: Path, pretrained: dict, name: str) -> None:
     far = [
-        distance(api.train(recipe(pretrained, optim={"name": name, "lr": 0.01, "l2_sp": alpha}), tmp_path / str(alpha)))
+        distance(loop.train(recipe(pretrained, optim={"name": name, "lr": 0.01, "l2_sp": alpha}), tmp_path / str(alpha)))
         for alpha in (0.0, 1.0, 20.0)
     ]
     assert far[0] > 1.02 * far[1] > 1.04 * far[2]
@@ -203,11 +203,11 @@ MORE = {"ema": {"decay": 0.9}, "techniques": {"acb": {}}, "model": {"head": "zer
 
 
 def test_a_run_that_goes_on_is_drawn_to_where_it_began(tmp_path: Path, pretrained: dict) -> None:
-    api.train(recipe(pretrained, **MORE), tmp_path / "whole")
+    loop.train(recipe(pretrained, **MORE), tmp_path / "whole")
     for steps in (3, 7):
-        api.train(recipe(pretrained, **MORE, train={"max_steps": steps}), tmp_path / "parts")
+        loop.train(recipe(pretrained, **MORE, train={"max_steps": steps}), tmp_path / "parts")
     (tmp_path / "start.safetensors").unlink()  # it is not needed any more
-    api.train(recipe(pretrained, **MORE), tmp_path / "parts")
+    loop.train(recipe(pretrained, **MORE), tmp_path / "parts")
     assert ended(tmp_path / "parts") == ended(tmp_path / "whole")
 
 
@@ -218,7 +218,7 @@ def ended(run: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("damage", ["gone", "a bit", "another's"])
 def test_without_its_start_it_does_not_go_on(tmp_path: Path, pretrained: dict, damage: str) -> None:
     run, start = tmp_path / "run", tmp_path / "run" / "ckpt" / "start"
-    api.train(recipe(pretrained, train={"max_steps": 3}), run)
+    loop.train(recipe(pretrained, train={"max_steps": 3}), run)
     if damage == "a bit":
         content = bytearray((start / "net.safetensors").read_bytes())
         content[-1] ^= 1
@@ -229,12 +229,12 @@ def test_without_its_start_it_does_not_go_on(tmp_path: Path, pretrained: dict, d
         said = "optim.l2_sp draws the weights to those that this run began with, and .*ckpt/start: it is not there"
     if damage == "another's":
         wider = {"backbone": "test_efficientnet", "weights": "none"}
-        other = api.train(recipe(pretrained, train={"max_steps": 1}, optim={"l2_sp": 0}, model=wider), tmp_path / "other")
+        other = loop.train(recipe(pretrained, train={"max_steps": 1}, optim={"l2_sp": 0}, model=wider), tmp_path / "other")
         (other / "ckpt" / "start").rename(start)
         said = "ckpt/start is of a run of other settings"
     before = {path: path.read_bytes() for path in (run / "ckpt").rglob("*.*") if path.is_file()}
     with pytest.raises(FgvcError, match=said):
-        api.train(recipe(pretrained), run)
+        loop.train(recipe(pretrained), run)
     assert {path: path.read_bytes() for path in (run / "ckpt").rglob("*.*") if path.is_file()} == before
 
 

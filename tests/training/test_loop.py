@@ -51,25 +51,25 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **close: float)
 
 
 def test_the_average_watches_and_does_not_steer(tmp_path: Path, recipe_tree: dict, once: Once) -> None:
-    api.train(recipe(recipe_tree, ema={"decay": 0.9}), tmp_path / "with")
+    loop.train(recipe(recipe_tree, ema={"decay": 0.9}), tmp_path / "with")
     same(net(once.run(recipe(recipe_tree))), net(tmp_path / "with"))
     assert any(not torch.equal(v, net(tmp_path / "with", "ema")[k]) for k, v in net(tmp_path / "with").items())
 
 
 def test_accumulated_parts_are_one_batch_where_no_norm_mixes_images(tmp_path: Path, recipe_tree: dict) -> None:
     tree = recipe_tree | {"model": {"backbone": "test_vit", "kwargs": {"img_size": 32}}}
-    api.train(recipe(tree), tmp_path / "whole")
-    api.train(recipe(tree, train={"grad_accum_steps": 4}), tmp_path / "parts")
+    loop.train(recipe(tree), tmp_path / "whole")
+    loop.train(recipe(tree, train={"grad_accum_steps": 4}), tmp_path / "parts")
     same(net(tmp_path / "whole"), net(tmp_path / "parts"), rtol=1e-3, atol=2e-5)
 
 
 def test_workers_do_not_change_the_result(tmp_path: Path, recipe_tree: dict, once: Once) -> None:
-    api.train(recipe(recipe_tree, train={"workers": 2}), tmp_path / "processes")
+    loop.train(recipe(recipe_tree, train={"workers": 2}), tmp_path / "processes")
     same(net(once.run(recipe(recipe_tree))), net(tmp_path / "processes"))
 
 
 def test_the_cache_changes_nothing_where_nothing_is_shrunk(tmp_path: Path, recipe_tree: dict, once: Once) -> None:
-    api.train(recipe(recipe_tree, cache="disk", cache_dir=str(tmp_path / "cache")), tmp_path / "cached")
+    loop.train(recipe(recipe_tree, cache="disk", cache_dir=str(tmp_path / "cache")), tmp_path / "cached")
     same(net(once.run(recipe(recipe_tree))), net(tmp_path / "cached"))
 
 
@@ -78,7 +78,7 @@ def test_low_precision_learns_and_keeps_fp32_weights(tmp_path: Path, recipe_tree
     tree = recipe(
         recipe_tree, train={"precision": precision}, optim={"lr": 0.02, "clip_grad": 1.0}, techniques={"acb": {}}
     )
-    run = api.train(tree, tmp_path / "run")
+    run = loop.train(tree, tmp_path / "run")
     assert {v.dtype for v in net(run).values() if v.is_floating_point()} == {torch.float32}
     rows = [float(row.split(",")[4]) for row in (run / "metrics.csv").read_text().splitlines()[1:]]
     assert rows[-1] < rows[0]
@@ -96,7 +96,7 @@ def test_low_precision_learns_and_keeps_fp32_weights(tmp_path: Path, recipe_tree
 )
 def test_other_losses_and_sampling_learn(tmp_path: Path, recipe_tree: dict, sections: dict, precision: str) -> None:
     sections = sections | {"train": sections.get("train", {}) | {"precision": precision, "epochs": 3}}
-    run = api.train(recipe(recipe_tree, **sections), tmp_path / "run")
+    run = loop.train(recipe(recipe_tree, **sections), tmp_path / "run")
     rows = [float(row.split(",")[4]) for row in (run / "metrics.csv").read_text().splitlines()[1:]]
     assert rows[-1] < rows[0]
     assert api.evaluate(run, "test").scores.images == 12, "rebuilt without the images' counts"
@@ -116,7 +116,7 @@ def test_a_term_of_some_steps_is_averaged_over_those(
     original = StepModule._losses
     monkeypatch.setattr(CentreLoss, "losses", lambda self, outputs, ctx: {})
     monkeypatch.setattr(StepModule, "_losses", losses)
-    run = api.train(made, tmp_path / "run")
+    run = loop.train(made, tmp_path / "run")
     with (run / "metrics.csv").open(newline="") as file:
         first = next(csv.DictReader(file))
     calls = range(1, 2 * int(first["step"]) + 1)  # two parts a step, of which one at most has the term
@@ -129,8 +129,8 @@ def test_clipping_bounds_the_step(tmp_path: Path, recipe_tree: dict) -> None:
     tree = recipe_tree | {
         "optim": {"name": "momentum", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0}
     }
-    start = api.train(recipe(tree, train={"max_steps": 1}, optim={"lr": 1e-12}), tmp_path / "start")
-    end = api.train(recipe(tree, train={"max_steps": 1}, optim={"clip_grad": 0.01}), tmp_path / "end")
+    start = loop.train(recipe(tree, train={"max_steps": 1}, optim={"lr": 1e-12}), tmp_path / "start")
+    end = loop.train(recipe(tree, train={"max_steps": 1}, optim={"clip_grad": 0.01}), tmp_path / "end")
     parameters = [k for k in net(start) if "running" not in k and "num_batches" not in k]
     moved = sum(float((net(end)[k] - net(start)[k]).square().sum()) for k in parameters) ** 0.5
     assert moved == pytest.approx(0.01, rel=1e-3)
@@ -138,7 +138,7 @@ def test_clipping_bounds_the_step(tmp_path: Path, recipe_tree: dict) -> None:
 
 def test_a_loss_that_is_no_number_stops_with_advice(tmp_path: Path, recipe_tree: dict) -> None:
     with pytest.raises(FgvcError, match=r"step \d+: NaN or infinite, and not saved: the loss.* with optim\.lr=0\.03"):
-        api.train(recipe(recipe_tree, optim={"lr": 1e30, "warmup_epochs": 0}), tmp_path / "run")
+        loop.train(recipe(recipe_tree, optim={"lr": 1e30, "warmup_epochs": 0}), tmp_path / "run")
 
 
 def test_out_of_memory_names_the_way_out(tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,11 +155,11 @@ def test_out_of_memory_names_the_way_out(tmp_path: Path, recipe_tree: dict, monk
 
     monkeypatch.setattr(training_step, "to_batch", greedy)
     with pytest.raises(FgvcError, match="out of memory with train.batch_size=8.*Raise train.grad_accum_steps"):
-        api.train(small, run)
+        loop.train(small, run)
     monkeypatch.undo()
     assert json.loads((run / "ckpt/last/meta.json").read_text())["step"] == 2
-    api.train(small, run)
-    same(net(run), net(api.train(small, tmp_path / "whole")))
+    loop.train(small, run)
+    same(net(run), net(loop.train(small, tmp_path / "whole")))
 
 
 def test_broken_pictures_are_named_once_and_too_many_stop_it(
@@ -170,12 +170,12 @@ def test_broken_pictures_are_named_once_and_too_many_stop_it(
     broken = root / "train" / "red" / "03.png"
     broken.write_bytes(broken.read_bytes()[:60])
     tree = recipe_tree | {"data": {"kind": "folder", "root": str(root)}}
-    run = api.train(recipe(tree), tmp_path / "run")
+    run = loop.train(recipe(tree), tmp_path / "run")
     assert capfd.readouterr().err.count("03.png") == 1
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [Path(e["path"]).name for e in events if e["event"] == "unreadable"] == ["03.png"]
     with pytest.raises(FgvcError, match=r"(?s)1 of 48 images can't be read.*03\.png"):
-        api.train(recipe(tree, data={"max_unreadable": 0.01}), tmp_path / "strict")
+        loop.train(recipe(tree, data={"max_unreadable": 0.01}), tmp_path / "strict")
 
 
 def test_best_needs_a_validation_part(tmp_path: Path, recipe_tree: dict, colours: Path) -> None:
@@ -184,11 +184,11 @@ def test_best_needs_a_validation_part(tmp_path: Path, recipe_tree: dict, colours
     shutil.copytree(colours / "test", root / "test")
     tree = recipe_tree | {"data": {"kind": "folder", "root": str(root), "val_fraction": 0.0}, "select": "best"}
     with pytest.raises(FgvcError, match="select: best needs a validation split"):
-        api.train(recipe(tree), tmp_path / "run")
+        loop.train(recipe(tree), tmp_path / "run")
 
 
 def test_best_is_the_checkpoint_that_scored_highest(tmp_path: Path, recipe_tree: dict) -> None:
-    run = api.train(recipe(recipe_tree, train={"epochs": 5}, select="best", ema={"decay": 0.8}), tmp_path / "run")
+    run = loop.train(recipe(recipe_tree, train={"epochs": 5}, select="best", ema={"decay": 0.8}), tmp_path / "run")
     meta = json.loads((run / "ckpt/best/meta.json").read_text())
     scores = [row["val_top1"] for row in json.loads((run / "ckpt/last/meta.json").read_text())["history"]]
     assert meta["history"][-1]["val_top1"] == max(scores) == meta["best"]
@@ -196,8 +196,8 @@ def test_best_is_the_checkpoint_that_scored_highest(tmp_path: Path, recipe_tree:
 
 
 def test_validation_is_as_rare_as_asked_and_changes_no_weight(tmp_path: Path, recipe_tree: dict) -> None:
-    rare = api.train(recipe(recipe_tree, train={"epochs": 5, "validate_every": 3}), tmp_path / "rare")
-    often = api.train(recipe(recipe_tree, train={"epochs": 5}), tmp_path / "often")
+    rare = loop.train(recipe(recipe_tree, train={"epochs": 5, "validate_every": 3}), tmp_path / "rare")
+    often = loop.train(recipe(recipe_tree, train={"epochs": 5}), tmp_path / "often")
     rows, others = (list(csv.DictReader((run / "metrics.csv").read_text().splitlines())) for run in (rare, often))
     assert [row["epoch"] for row in rows if row["val_top1"]] == ["3", "5"]
     assert rows[2::2] == others[2::2]
@@ -206,38 +206,38 @@ def test_validation_is_as_rare_as_asked_and_changes_no_weight(tmp_path: Path, re
 
 
 def test_a_longer_budget_goes_on_from_a_finished_run(tmp_path: Path, recipe_tree: dict) -> None:
-    run = api.train(recipe(recipe_tree), tmp_path / "run")
-    api.train(recipe(recipe_tree, train={"epochs": 3}), run)
+    run = loop.train(recipe(recipe_tree), tmp_path / "run")
+    loop.train(recipe(recipe_tree, train={"epochs": 3}), run)
     assert len((run / "metrics.csv").read_text().splitlines()) == 1 + 3
 
 
 @pytest.mark.parametrize("changed", [{"optim": {"lr": 0.5}}, {"techniques": {"mixup": {}}}, {"train": {"seed": 3}}])
 def test_other_settings_are_refused_with_the_difference(tmp_path: Path, recipe_tree: dict, changed: dict) -> None:
-    run = api.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "run")
+    run = loop.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "run")
     with pytest.raises(FgvcError, match=r"other settings:\n  \w+\.\w+: .* in the run, .* now"):
-        api.train(recipe(recipe_tree, **changed), run)
+        loop.train(recipe(recipe_tree, **changed), run)
 
 
 def test_going_on_in_another_folder_leaves_the_first_as_it_is(tmp_path: Path, recipe_tree: dict, once: Once) -> None:
-    first = api.train(recipe(recipe_tree, train={"max_steps": 5}), tmp_path / "first")
+    first = loop.train(recipe(recipe_tree, train={"max_steps": 5}), tmp_path / "first")
     before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
-    second = api.train(recipe(recipe_tree), tmp_path / "second", resume=str(first))
+    second = loop.train(recipe(recipe_tree), tmp_path / "second", resume=str(first))
     same(net(second), net(once.run(recipe(recipe_tree))))
     assert {p: p.read_bytes() for p in first.rglob("*") if p.is_file()} == before
 
 
 def test_going_on_in_another_folder_may_be_said_twice(tmp_path: Path, recipe_tree: dict, once: Once) -> None:
-    first = api.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "first")
+    first = loop.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "first")
     second = tmp_path / "second"
     with pytest.raises(FgvcError, match=r"other settings:\n  optim.lr"):
-        api.train(recipe(recipe_tree, optim={"lr": 0.5}), second, resume=str(first))
+        loop.train(recipe(recipe_tree, optim={"lr": 0.5}), second, resume=str(first))
     assert list(tmp_path.glob("*second*")) == [], "a refusal copies nothing"
-    api.train(recipe(recipe_tree, train={"max_steps": 5}), second, resume=str(first))
-    api.train(recipe(recipe_tree), second, resume=str(first))
+    loop.train(recipe(recipe_tree, train={"max_steps": 5}), second, resume=str(first))
+    loop.train(recipe(recipe_tree), second, resume=str(first))
     whole = copied(once.run(recipe(recipe_tree)), tmp_path / "whole")
     same(net(second), net(whole))
     with pytest.raises(FgvcError, match="not empty; --resume PATH copies"):
-        api.train(recipe(recipe_tree), whole, resume=str(first))
+        loop.train(recipe(recipe_tree), whole, resume=str(first))
 
 
 def test_going_on_needs_no_first_weights(tmp_path: Path, recipe_tree: dict) -> None:
@@ -245,11 +245,11 @@ def test_going_on_needs_no_first_weights(tmp_path: Path, recipe_tree: dict) -> N
     model = {"weights": str(weights)}
     save_file(plain_model(recipe_tree["model"]["backbone"], 1000).state_dict(), weights)
     weights.with_name("first.safetensors.json").write_text('{"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}')
-    run = api.train(recipe(recipe_tree, model=model, train={"max_steps": 3}), tmp_path / "run")
-    whole = api.train(recipe(recipe_tree, model=model), tmp_path / "whole")
+    run = loop.train(recipe(recipe_tree, model=model, train={"max_steps": 3}), tmp_path / "run")
+    whole = loop.train(recipe(recipe_tree, model=model), tmp_path / "whole")
     for path in tmp_path.glob("first.*"):
         path.unlink()
-    same(net(api.train(recipe(recipe_tree, model=model), run)), net(whole))
+    same(net(loop.train(recipe(recipe_tree, model=model), run)), net(whole))
 
 
 def test_a_full_disk_is_an_error_with_a_name(tmp_path: Path) -> None:
@@ -265,13 +265,13 @@ def test_a_folder_that_is_no_run_is_not_touched(tmp_path: Path, recipe_tree: dic
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(FgvcError, match="not empty and not a run"):
-        api.train(recipe(recipe_tree), tmp_path / "mine")
+        loop.train(recipe(recipe_tree), tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
 def test_sizes_that_the_net_can_not_take_are_named(tmp_path: Path, recipe_tree: dict) -> None:
     with pytest.raises(FgvcError, match=r"(?s)vit_tiny_patch16_224 can't take images of 32 x 32.*img_size"):
-        api.train(recipe(recipe_tree | {"model": {"backbone": "vit_tiny_patch16_224"}}), tmp_path / "run")
+        loop.train(recipe(recipe_tree | {"model": {"backbone": "vit_tiny_patch16_224"}}), tmp_path / "run")
 
 
 def test_an_opset_that_the_exporter_does_not_write_is_refused_before_training(
@@ -279,39 +279,39 @@ def test_an_opset_that_the_exporter_does_not_write_is_refused_before_training(
 ) -> None:
     for exporter, opset, other in (("dynamo", 17, "torchscript"), ("torchscript", 24, "dynamo")):
         with pytest.raises(FgvcError, match=rf"export\.opset={opset}: .* set export\.exporter={other}"):
-            api.train(recipe(recipe_tree, export={"exporter": exporter, "opset": opset}), tmp_path / "run")
+            loop.train(recipe(recipe_tree, export={"exporter": exporter, "opset": opset}), tmp_path / "run")
         assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_set_of_fewer_images_than_a_batch_is_one_step(
     tmp_path: Path, recipe_tree: dict, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    api.train(recipe(recipe_tree, train={"batch_size": 64, "epochs": 2}), tmp_path / "run")
+    loop.train(recipe(recipe_tree, train={"batch_size": 64, "epochs": 2}), tmp_path / "run")
     assert "train.batch_size: 64 is more than there are: a step takes 48 images" in capsys.readouterr().err
     steps = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in steps if "step" in row) == 2
-    api.train(recipe(recipe_tree, train={"batch_size": 64, "epochs": 3}), tmp_path / "run")  # goes on
+    loop.train(recipe(recipe_tree, train={"batch_size": 64, "epochs": 3}), tmp_path / "run")  # goes on
 
 
 def test_parts_of_a_step_that_would_be_empty_are_refused(tmp_path: Path, recipe_tree: dict) -> None:
     with pytest.raises(FgvcError, match=r"train\.batch_size: 64 over 1 processes x train\.grad_accum_steps 64 leaves 1 image"):
-        api.train(recipe(recipe_tree, train={"batch_size": 64, "grad_accum_steps": 64}), tmp_path / "run")
+        loop.train(recipe(recipe_tree, train={"batch_size": 64, "grad_accum_steps": 64}), tmp_path / "run")
 
 
 def test_overwrite_loses_nothing_where_the_new_run_is_refused(tmp_path: Path, recipe_tree: dict) -> None:
-    run = api.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "run")
+    run = loop.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "run")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     with pytest.raises(FgvcError, match="a batch norm needs two"):
-        api.train(recipe(recipe_tree, train={"batch_size": 8, "grad_accum_steps": 8}), run, overwrite=True)
+        loop.train(recipe(recipe_tree, train={"batch_size": 8, "grad_accum_steps": 8}), run, overwrite=True)
     with pytest.raises(FgvcError, match="give one of the two"):
-        api.train(recipe(recipe_tree), run, overwrite=True, resume=str(run))
+        loop.train(recipe(recipe_tree), run, overwrite=True, resume=str(run))
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(tmp_path: Path, recipe_tree: dict) -> None:
-    run = api.train(recipe(recipe_tree), tmp_path / "run")
+    run = loop.train(recipe(recipe_tree), tmp_path / "run")
     api.evaluate(run, "test")
-    api.train(recipe(recipe_tree, train={"max_steps": 2}), run, overwrite=True)
+    loop.train(recipe(recipe_tree, train={"max_steps": 2}), run, overwrite=True)
     assert not (run / "metrics.json").exists()
     assert json.loads((run / "ckpt/last/meta.json").read_text())["step"] == 2
 
@@ -319,16 +319,16 @@ def test_overwrite_leaves_nothing_of_the_old_run(tmp_path: Path, recipe_tree: di
 def test_an_extended_run_that_dies_at_once_still_goes_on(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, longer = api.train(recipe(recipe_tree), tmp_path / "run"), recipe(recipe_tree, train={"epochs": 3})
+    run, longer = loop.train(recipe(recipe_tree), tmp_path / "run"), recipe(recipe_tree, train={"epochs": 3})
 
     def dies(*_: object) -> None:
         raise RuntimeError("killed")
 
     monkeypatch.setattr(loop, "_run_epochs", dies)
     with pytest.raises(RuntimeError, match="killed"):
-        api.train(longer, run)
+        loop.train(longer, run)
     monkeypatch.undo()
-    api.train(longer, run)
+    loop.train(longer, run)
     assert len((run / "metrics.csv").read_text().splitlines()) == 1 + 3
 
 
@@ -336,12 +336,12 @@ def test_a_run_whose_classes_changed_does_not_go_on(tmp_path: Path, recipe_tree:
     root = tmp_path / "data"
     shutil.copytree(colours, root)
     tree = recipe_tree | {"data": {"kind": "folder", "root": str(root)}}
-    run = api.train(recipe(tree, train={"max_steps": 3}), tmp_path / "run")
+    run = loop.train(recipe(tree, train={"max_steps": 3}), tmp_path / "run")
     labels = (run / "labels.json").read_bytes()
     for split in ("train", "val", "test"):
         (root / split / "red").rename(root / split / "amber")
     with pytest.raises(FgvcError, match="the classes are others: new amber, gone red"):
-        api.train(recipe(tree), run)
+        loop.train(recipe(tree), run)
     assert (run / "labels.json").read_bytes() == labels
 
 
@@ -358,16 +358,16 @@ def test_an_interruption_in_the_last_step_still_ends_with_a_validation(
 
     monkeypatch.setattr(loop, "_end_epoch", dies)
     with pytest.raises(KeyboardInterrupt):
-        api.train(recipe(recipe_tree), run)
+        loop.train(recipe(recipe_tree), run)
     monkeypatch.undo()
-    api.train(recipe(recipe_tree), run)
-    whole = api.train(recipe(recipe_tree), tmp_path / "whole")
+    loop.train(recipe(recipe_tree), run)
+    whole = loop.train(recipe(recipe_tree), tmp_path / "whole")
     assert (run / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
 
 
 def test_best_is_read_as_it_was_scored(tmp_path: Path, recipe_tree: dict) -> None:
     tree = recipe(recipe_tree, train={"epochs": 4}, select="last", ema={"decay": 0.99, "warmup": False})
-    run = api.train(tree, tmp_path / "run")
+    run = loop.train(tree, tmp_path / "run")
     best = json.loads((run / "ckpt/best/meta.json").read_text())["best"]
     assert api.evaluate(run, "val", select="best").scores.top1 == pytest.approx(best)
     assert {path.name for path in (run / "tables").glob("classes-*")} == {"classes-val-best.csv"}
@@ -376,7 +376,7 @@ def test_best_is_read_as_it_was_scored(tmp_path: Path, recipe_tree: dict) -> Non
 def test_precise_norms_are_the_statistics_of_the_clean_images(tmp_path: Path, recipe_tree: dict) -> None:
     dcl = {"grid": 4, "bn": "shared"}
     made = recipe(recipe_tree, techniques={"dcl": dcl}, ema={"decay": 0.5}, train={"precise_bn": 48})
-    run = api.train(made, tmp_path / "run")
+    run = loop.train(made, tmp_path / "run")
     first = plain_model(recipe_tree["model"]["backbone"], 3)
     for name in ("net", "ema"):
         state = net(run, name)
@@ -402,7 +402,7 @@ def test_images_grow_epoch_by_epoch(tmp_path: Path, recipe_tree: dict, monkeypat
 
     monkeypatch.setattr(StepModule, "forward", note)
     image = {"size": [64, 48], "train_scale": [[0, 0.5], [0.5, 1]]}
-    api.train(recipe(recipe_tree | {"image": image}, train={"epochs": 4}), tmp_path / "run")
+    loop.train(recipe(recipe_tree | {"image": image}, train={"epochs": 4}), tmp_path / "run")
     assert sizes == [(32, 24)] * 6 + [(48, 32)] * 6 + [(64, 48)] * 12
 
 
@@ -431,36 +431,36 @@ def test_a_reduced_batch_still_knows_where_it_came_from() -> None:
 def test_a_run_with_nothing_left_to_do_says_so_and_stays_as_it_is(
     tmp_path: Path, recipe_tree: dict, first: dict, then: dict
 ) -> None:
-    run = api.train(recipe(recipe_tree, train=first), tmp_path / "run")
+    run = loop.train(recipe(recipe_tree, train=first), tmp_path / "run")
     api.evaluate(run, "test")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     with pytest.raises(FgvcError, match="nothing is left to do|is finished"):
-        api.train(recipe(recipe_tree, train=then), run)
+        loop.train(recipe(recipe_tree, train=then), run)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_a_run_that_goes_on_or_starts_anew_drops_the_tables_of_the_old_weights(
     tmp_path: Path, recipe_tree: dict
 ) -> None:
-    run = api.train(recipe(recipe_tree), tmp_path / "run")
+    run = loop.train(recipe(recipe_tree), tmp_path / "run")
     for change in ({"epochs": 3}, {"seed": 5}):
         api.evaluate(run, "test")
         assert (run / "tables").is_dir()
         (run / "localisation.json").write_text("{}")
-        api.train(recipe(recipe_tree, train=change), run, overwrite="seed" in change)
+        loop.train(recipe(recipe_tree, train=change), run, overwrite="seed" in change)
         assert not (run / "tables").exists()
         assert not (run / "metrics.json").exists()
         assert not (run / "localisation.json").exists()
 
 
 def test_places_where_no_copy_can_go(tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = api.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "first")
+    first = loop.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "first")
     (tmp_path / "file").touch()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for out, said in ((tmp_path / "file", "a file"), (first / "x" / "y", "inside of"), (Path(), "the working folder")):
         with pytest.raises(FgvcError, match=f"{said}.*: the run can't be copied there"):
-            api.train(recipe(recipe_tree), out, resume=str(first))
+            loop.train(recipe(recipe_tree), out, resume=str(first))
 
 
 def test_precise_norms_need_no_even_batches_and_let_no_dropout_act(tmp_path: Path, recipe_tree: dict) -> None:
@@ -482,13 +482,13 @@ def test_sizes_between_the_knots_are_tried_before_training(tmp_path: Path, recip
     tree = recipe_tree | {"image": {"size": 64, "train_scale": [[0, 0.5], [1, 1]]}}
     tree |= {"model": {"backbone": "test_vit", "kwargs": {"dynamic_img_size": True, "img_size": 64}}}
     with pytest.raises(FgvcError, match=r"test_vit can't take images of \d+ x \d+: Input height"):
-        api.train(recipe(tree, train={"epochs": 4}), tmp_path / "run")
+        loop.train(recipe(tree, train={"epochs": 4}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_parts_of_one_image_are_refused_where_norms_need_two(tmp_path: Path, recipe_tree: dict) -> None:
     with pytest.raises(FgvcError, match="leaves 1 image a forward"):
-        api.train(recipe(recipe_tree, train={"batch_size": 4, "grad_accum_steps": 4}), tmp_path / "run")
+        loop.train(recipe(recipe_tree, train={"batch_size": 4, "grad_accum_steps": 4}), tmp_path / "run")
 
 
 def test_parts_of_one_image_are_refused_where_only_a_branch_has_a_norm(tmp_path: Path, recipe_tree: dict) -> None:
@@ -497,9 +497,9 @@ def test_parts_of_one_image_are_refused_where_only_a_branch_has_a_norm(tmp_path:
         "image": {"size": 64},
         "train": {"batch_size": 2, "grad_accum_steps": 2},
     }
-    api.train(recipe(recipe_tree, **sections, checkpoint={}), tmp_path / "plain")
+    loop.train(recipe(recipe_tree, **sections, checkpoint={}), tmp_path / "plain")
     with pytest.raises(FgvcError, match="leaves 1 image a forward"):
-        api.train(recipe(recipe_tree, **sections, techniques={"attention_crop_drop": {"maps": 2}}), tmp_path / "run")
+        loop.train(recipe(recipe_tree, **sections, techniques={"attention_crop_drop": {"maps": 2}}), tmp_path / "run")
 
 
 def test_what_techniques_ask_for_is_not_rendered_beyond_all_bounds(tmp_path: Path, recipe_tree: dict) -> None:
@@ -507,4 +507,4 @@ def test_what_techniques_ask_for_is_not_rendered_beyond_all_bounds(tmp_path: Pat
         recipe_tree, image={"size": [64, 2800]}, techniques={"attention_crop_drop": {"maps": 2, "render": 1.5}}
     )
     with pytest.raises(FgvcError, match=r"rendered at \(96, 4200\) pixels .* at most 4096"):
-        api.train(made, tmp_path / "run")
+        loop.train(made, tmp_path / "run")

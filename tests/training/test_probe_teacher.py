@@ -29,6 +29,7 @@ from fgvc.runs.images import read_index
 from fgvc.studies.identity import digest
 from fgvc.studies.speed import bench_each
 from fgvc.techniques.distill.teacher import Teacher
+from fgvc.training import trainer
 from fgvc.training.session import open_session
 from fgvc.training.start import fit_teachers
 
@@ -120,13 +121,13 @@ def test_a_run_of_it_is_a_run_of_the_same_net_with_that_head(
     tmp_path: Path, recipe_tree: dict, weights: Path, teacher: dict
 ) -> None:
     once = {"train": {"epochs": 1}}
-    run = api.train(recipe(recipe_tree, teacher, **once), tmp_path / "run")
+    run = trainer.train(recipe(recipe_tree, teacher, **once), tmp_path / "run")
     (state,) = kept(run)
     whole = {k: v for k, v in load_file(weights).items() if not k.startswith("classifier.")}
     save_file(whole | {f"classifier.{key}": value for key, value in state["head"].items()}, tmp_path / "whole.safetensors")
     shutil.copy(f"{weights}.json", tmp_path / "whole.safetensors.json")
     trained = teacher | {"kind": "timm", "weights": str(tmp_path / "whole.safetensors")}
-    assert same(api.train(recipe(recipe_tree, trained, **once), tmp_path / "other"), run)
+    assert same(trainer.train(recipe(recipe_tree, trained, **once), tmp_path / "other"), run)
 
     said = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     (event,) = [line for line in said if line["event"] == "teacher"]
@@ -138,8 +139,8 @@ def test_a_run_that_goes_on_has_the_head_that_it_began_with(
     tmp_path: Path, recipe_tree: dict, weights: Path, teacher: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two, keep = (teacher, teacher | {"size": [48, 32], "weight": 2}), {"checkpoint": {"every_steps": 2, "keep": 2}}
-    whole = api.train(recipe(recipe_tree, *two, **keep), tmp_path / "whole")
-    parts = api.train(recipe(recipe_tree, *two, **keep, train={"max_steps": 3}), tmp_path / "parts")
+    whole = trainer.train(recipe(recipe_tree, *two, **keep), tmp_path / "whole")
+    parts = trainer.train(recipe(recipe_tree, *two, **keep, train={"max_steps": 3}), tmp_path / "parts")
     began = kept(parts)
     assert len(began) == 2
     assert not torch.equal(began[0]["head"]["weight"], began[1]["head"]["weight"])
@@ -149,12 +150,12 @@ def test_a_run_that_goes_on_has_the_head_that_it_began_with(
     state = load_file(weights)
     save_file(state | {"conv_stem.weight": state["conv_stem.weight"] * 1.5}, weights)
     with pytest.raises(FgvcError, match="not the net that its head was fitted to"):
-        api.train(recipe(recipe_tree, *two, **keep), parts)
+        trainer.train(recipe(recipe_tree, *two, **keep), parts)
     save_file(state, weights)
     said = Path(f"{weights}.json").read_text()
     Path(f"{weights}.json").write_text(json.dumps({"mean": MEAN, "std": MEAN}))
     with pytest.raises(FgvcError, match="not the net that its head was fitted to"):
-        api.train(recipe(recipe_tree, *two, **keep), parts)
+        trainer.train(recipe(recipe_tree, *two, **keep), parts)
     Path(f"{weights}.json").write_text(said)
 
     # A damaged head is noticed, and an older checkpoint has the same.
@@ -164,12 +165,12 @@ def test_a_run_that_goes_on_has_the_head_that_it_began_with(
     assert at > 0
     raw[at] ^= 1
     path.write_bytes(raw)
-    api.train(recipe(recipe_tree, *two, **keep), parts)
+    trainer.train(recipe(recipe_tree, *two, **keep), parts)
     assert same(whole, parts)
     for was, now in zip(began, kept(parts), strict=True):
         assert torch.equal(was["head"]["weight"], now["head"]["weight"])
         assert torch.equal(was["head"]["bias"], now["head"]["bias"])
-    longer = api.train(recipe(recipe_tree, *two, **keep, train={"epochs": 3}), whole)
+    longer = trainer.train(recipe(recipe_tree, *two, **keep, train={"epochs": 3}), whole)
     assert torch.equal(kept(longer)[0]["head"]["weight"], began[0]["head"]["weight"])
 
 
@@ -177,7 +178,7 @@ def test_nothing_but_training_fits_or_needs_its_file(
     tmp_path: Path, recipe_tree: dict, weights: Path, teacher: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = recipe(recipe_tree, teacher, train={"max_steps": 2})
-    run = api.train(one, tmp_path / "run")
+    run = trainer.train(one, tmp_path / "run")
     weights.unlink()
     never(monkeypatch)
     assert "test_efficientnet" in " ".join(api.forecast(one).notes)
@@ -189,7 +190,7 @@ def test_nothing_but_training_fits_or_needs_its_file(
     assert api.evaluate(run, "test").scores.images == 12
     assert api.export(run, tmp_path / "bundle").proven.structural.passed
     with pytest.raises(FgvcError, match=r"techniques\.distill\.teachers: .*no file"):
-        api.train(one, tmp_path / "other")
+        trainer.train(one, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
@@ -222,12 +223,12 @@ def test_its_answers_are_kept_for_the_next_run_that_fits_the_same_head(
     monkeypatch.setattr(Teacher, "__call__", counting)
     once = {"distill": {"cache": str(tmp_path / "cache")}, "train": {"epochs": 1}}
     made = recipe(recipe_tree, teacher, **once)
-    first = api.train(made, tmp_path / "first")
+    first = trainer.train(made, tmp_path / "first")
     assert (before := len(asked)) == 6
-    second = api.train(made, tmp_path / "second")
+    second = trainer.train(made, tmp_path / "second")
     assert len(asked) == before
     assert same(first, second)
-    api.train(recipe(recipe_tree, teacher | {"size": 48}, **once), tmp_path / "third")
+    trainer.train(recipe(recipe_tree, teacher | {"size": 48}, **once), tmp_path / "third")
     assert len(asked) == 2 * before
 
 
@@ -271,7 +272,7 @@ def test_refuses_a_net_without_a_linear_head_on_pooled_features(
     save_file(timm.create_model(backbone).state_dict(), tmp_path / "two.safetensors")
     wanted = {"kind": "probe", "backbone": backbone, "weights": str(tmp_path / "two.safetensors"), "kwargs": kwargs}
     with pytest.raises(FgvcError, match=r"techniques\.distill\.teachers: "):
-        api.train(recipe(recipe_tree, wanted), tmp_path / "run")
+        trainer.train(recipe(recipe_tree, wanted), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -281,14 +282,14 @@ def test_what_comes_before_the_last_layer_must_be_in_the_file(tmp_path: Path, re
     save_file({key: value for key, value in state.items() if key != lost}, tmp_path / "part.safetensors")
     wanted = {"kind": "probe", "backbone": "test_convnext", "weights": str(tmp_path / "part.safetensors"), "size": 32}
     with pytest.raises(FgvcError, match=lost):
-        api.train(recipe(recipe_tree, wanted), tmp_path / "run")
+        trainer.train(recipe(recipe_tree, wanted), tmp_path / "run")
 
 
 def test_weights_of_a_run_that_saw_what_is_set_aside_are_warned_of(tmp_path: Path, recipe_tree: dict) -> None:
     everything = {"kind": "folder", "root": str(Path(recipe_tree["data"]["root"]) / "train")}
     plain = {key: value for key, value in recipe_tree.items() if key != "data"}
     seen = validate(Recipe, plain | {"data": everything | {"test_fraction": 0, "val_fraction": 0}}, where="test")
-    api.train(seen.model_copy(update={"train": seen.train.model_copy(update={"max_steps": 1})}), tmp_path / "seen")
+    trainer.train(seen.model_copy(update={"train": seen.train.model_copy(update={"max_steps": 1})}), tmp_path / "seen")
     file = str(tmp_path / "seen" / "ckpt" / "last" / "net.safetensors")
     wanted = {"kind": "probe", "backbone": "test_resnet", "weights": file, "size": 32}
     one = recipe(plain | {"data": everything | {"test_fraction": 0.25, "val_fraction": 0}}, wanted)

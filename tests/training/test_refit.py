@@ -14,6 +14,7 @@ from fgvc.errors import FgvcError
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run
 from fgvc.runs.record import NAME, load
+from fgvc.training import trainer
 from tests.training.test_start import pretrained, recipe  # noqa: F401
 
 
@@ -24,7 +25,7 @@ def splits(run: Path) -> dict[str, set[str]]:
 
 def test_a_refit_learns_from_validation_images_as_well(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
     one = recipe(pretrained, train={"refit": True}, ema={"decay": 0.5}, select="ema")
-    out = api.train(one, tmp_path / "run")
+    out = trainer.train(one, tmp_path / "run")
     assert out == tmp_path / "run-refit"
     first, again = splits(tmp_path / "run"), splits(out)
     assert again["train"] == first["train"] | first["val"]
@@ -39,16 +40,16 @@ def test_a_refit_learns_from_validation_images_as_well(tmp_path: Path, pretraine
             "data": one.data.model_copy(update={"hold_out": False}),
         }
     )
-    same = api.train(by_hand, tmp_path / "by-hand")
+    same = trainer.train(by_hand, tmp_path / "by-hand")
     ours, theirs = (load_file(run / "ckpt" / "last" / "net.safetensors") for run in (out, same))
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
-    assert api.train(one, tmp_path / "run") == out  # both are finished
+    assert trainer.train(one, tmp_path / "run") == out  # both are finished
 
 
 def test_where_no_epoch_was_better_the_refit_is_the_start_on_all_images(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
     harm = {"name": "sgd", "lr": 3.0, "warmup_epochs": 0}
     one = recipe(pretrained, model={"head": "probe"}, optim=harm, train={"refit": True}, select_by="loss")
-    out = api.train(one, tmp_path / "run")
+    out = trainer.train(one, tmp_path / "run")
     assert read_run(out).train.max_steps == 0
     net, start = (load_file(out / "ckpt" / name / "net.safetensors") for name in ("last", "start"))
     assert all(torch.equal(value, start[key]) for key, value in net.items())
@@ -77,5 +78,5 @@ def test_without_a_validation_part_there_is_nothing_to_add(tmp_path: Path, pretr
     alone = {"kind": "folder", "root": str(colours / "train"), "val_fraction": 0.0, "test_fraction": 0.0}
     one = recipe(pretrained | {"data": alone}, train={"refit": True})
     with pytest.raises(FgvcError, match=r"train\.refit needs a validation split"):
-        api.train(one, tmp_path / "run")
+        trainer.train(one, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -27,6 +27,7 @@ from fgvc.io import files as disk
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import lock_run
 from fgvc.runs.measured import read_measured, store_measured
+from fgvc.training import trainer
 
 HOLD = """
 import sys
@@ -64,8 +65,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> tuple[dict,
         "export": {"exporter": "torchscript"},
     }
     place = tmp_path_factory.mktemp("made")
-    api.train(recipe(tree, train={"max_steps": 8}), place / "begun")
-    return tree, place / "begun", api.train(recipe(tree), place / "whole")
+    trainer.train(recipe(tree, train={"max_steps": 8}), place / "begun")
+    return tree, place / "begun", trainer.train(recipe(tree), place / "whole")
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_the_second_process_says_who_holds_the_run_and_changes_nothing(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     other.kill()
     other.communicate()
-    api.train(recipe(made[0]), run)  # the system let go of it
+    trainer.train(recipe(made[0]), run)  # the system let go of it
     assert equal(weights(run), weights(made[2]))
 
 
@@ -166,7 +167,7 @@ def test_in_a_read_only_run_verbs_print_and_say_that_nothing_was_stored(
     assert "top-1" in said.out
     assert "tables" not in said.out
     with pytest.raises(FgvcError, match="Read-only file system"):
-        api.train(recipe(made[0]), run)
+        trainer.train(recipe(made[0]), run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -207,7 +208,7 @@ def test_a_damaged_last_checkpoint_is_passed_over_for_the_newest_whole_one(
     made: tuple[dict, Path, Path], run: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     DAMAGE[kind](run / "ckpt")
-    api.train(recipe(made[0]), run)
+    trainer.train(recipe(made[0]), run)
     said = capfd.readouterr().err
     assert "the newest checkpoint that is whole" in said
     assert said.count("WARNING") == 1 + said.count("ckpt/best")
@@ -233,12 +234,12 @@ def test_where_no_checkpoint_is_whole_that_is_said_and_nothing_deleted(made: tup
         flip(path / "state.pt")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(FgvcError, match=r"(?s)damaged checkpoint.*state\.pt: its SHA-256 is another.*no other is whole"):
-        api.train(recipe(made[0]), run)
+        trainer.train(recipe(made[0]), run)
     (run / "ckpt" / "last").unlink()
     with pytest.raises(FgvcError, match="no other is whole"):
-        api.train(recipe(made[0]), run)
+        trainer.train(recipe(made[0]), run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    api.train(recipe(made[0]), run, overwrite=True)
+    trainer.train(recipe(made[0]), run, overwrite=True)
     assert equal(weights(run), weights(made[2]))
 
 
@@ -248,7 +249,7 @@ def test_a_changed_preprocessing_is_refused_by_training_and_said_by_readers(
     file = run / "preprocess.json"
     file.write_text(file.read_text().replace("0.5", "0.4", 1))
     with pytest.raises(FgvcError, match=r"preprocess\.json: not what the run began with"):
-        api.train(recipe(made[0]), run)
+        trainer.train(recipe(made[0]), run)
     api.evaluate(run)
     assert "preprocess.json: not what the run began with" in capfd.readouterr().err
 
@@ -282,7 +283,7 @@ def test_a_checkpoint_by_a_name_of_its_own_is_not_lost(made: tuple[dict, Path, P
     for path in (run / "ckpt").glob("st*"):
         shutil.rmtree(path)
     with pytest.raises(FgvcError, match="no checkpoint here"):
-        api.train(recipe(made[0]), run)
+        trainer.train(recipe(made[0]), run)
     assert (mine / "net.safetensors").is_file()
 
 
@@ -297,11 +298,11 @@ def test_checkpoints_that_can_not_be_looked_at_are_an_error_and_nothing_is_lost(
         (run / "ckpt").symlink_to(run.parent / "disk")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(FgvcError, match=r"ckpt: can't be read .*or remove it to begin anew"):
-        api.train(recipe(made[0]), run)
+        trainer.train(recipe(made[0]), run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     if what != "a file":
         away.rename(run.parent / "disk")
-        api.train(recipe(made[0]), run)
+        trainer.train(recipe(made[0]), run)
         assert equal(weights(run), weights(made[2]))
 
 
@@ -309,7 +310,7 @@ def test_a_run_whose_checkpoints_were_taken_away_says_that_it_begins_anew(
     made: tuple[dict, Path, Path], run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(run / "ckpt")
-    api.train(recipe(made[0]), run)
+    trainer.train(recipe(made[0]), run)
     assert f"{run / 'ckpt'}: holds no checkpoint: this run begins anew" in capfd.readouterr().err
     assert equal(weights(run), weights(made[2]))
 
@@ -321,7 +322,7 @@ def test_a_link_that_leads_round_in_a_circle_is_one_that_leads_nowhere(
     (run / "ckpt" / name).unlink()
     (run / "ckpt" / name).symlink_to(name)
     assert checkpoint.identity(run / "ckpt", "best" if name == "best" else "last") is None
-    api.train(recipe(made[0]), run)
+    trainer.train(recipe(made[0]), run)
     assert equal(weights(run), weights(made[2]))
 
 
@@ -329,7 +330,7 @@ def test_a_meta_json_without_its_content_is_no_checkpoint_of_an_older_fgvc(
     made: tuple[dict, Path, Path], run: Path
 ) -> None:
     (run / "ckpt" / "last" / "meta.json").write_text("{}")
-    api.train(recipe(made[0]), run)
+    trainer.train(recipe(made[0]), run)
     assert equal(weights(run), weights(made[2]))
 
 
@@ -339,9 +340,9 @@ def test_a_run_among_its_own_images_goes_on_without_its_own_pictures(
 ) -> None:
     data = Path(shutil.copytree(Path(made[0]["data"]["root"]) / "train", tmp_path / "data"))
     run, own = data / place, {"kind": "folder", "root": str(data)}
-    api.train(recipe(made[0], data=own, train={"max_steps": 5}), run)
+    trainer.train(recipe(made[0], data=own, train={"max_steps": 5}), run)
     assert (run / "plots" / "confusion.png").is_file()
-    api.train(recipe(made[0], data=own, train={"max_steps": 6}), run)
+    trainer.train(recipe(made[0], data=own, train={"max_steps": 6}), run)
     index = read_source(recipe(made[0], data=own).data)
     assert len(index) == 48
     assert "runs of fgvc are no images of the set" in " ".join(index.warnings)
@@ -361,7 +362,7 @@ def test_checkpoints_without_digests_are_read_and_that_is_said_once(
         (run / "ckpt" / name).symlink_to(target)
     (run / "ckpt" / "links").unlink()
     shutil.rmtree(run / "ckpt" / "links-1.1", ignore_errors=True)
-    api.train(recipe(made[0]), run)
+    trainer.train(recipe(made[0]), run)
     assert capfd.readouterr().err.count("without digests") == 1
     assert equal(weights(run), weights(made[2]))
     assert (run / "ckpt" / "last").readlink() == Path("links/last")
@@ -370,7 +371,7 @@ def test_checkpoints_without_digests_are_read_and_that_is_said_once(
 def test_a_copy_without_links_goes_on(made: tuple[dict, Path, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(made[1], tmp_path / "run", symlinks=False))
     assert not (run / "ckpt" / "last").is_symlink()
-    api.train(recipe(made[0]), run)
+    trainer.train(recipe(made[0]), run)
     for name in ("last", "best", "start"):
         assert equal(weights(run, name), weights(made[2], name))
 
@@ -387,7 +388,7 @@ def test_a_run_goes_on_from_its_start_where_nothing_else_is_left(
     made: tuple[dict, Path, Path], run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert required_start(run) == [run / "ckpt" / "start"]
-    api.train(recipe(made[0]), run)
+    trainer.train(recipe(made[0]), run)
     assert "Using start, the newest checkpoint that is whole" in capfd.readouterr().err
     for name in ("last", "best", "start"):
         assert equal(weights(run, name), weights(made[2], name))
@@ -398,12 +399,12 @@ def test_every_new_run_keeps_what_it_started_from(made: tuple[dict, Path, Path],
     one = recipe(made[0] | {key: value for key, value in sections.items() if value is None}, **{
         key: value for key, value in sections.items() if value is not None
     }, checkpoint={"keep": 0, "every_steps": 1})  # fmt: skip
-    run = api.train(one, tmp_path / "run")
+    run = trainer.train(one, tmp_path / "run")
     state = checkpoint.load(run / "ckpt", "start")
     assert (state.progress.step, state.progress.finished) == (0, False)
     assert not equal(weights(run, "start"), weights(run))
     assert (weights(run, "start")["fc.weight"].any().item()) == (one.model.head != "zero")
-    again = api.train(one, tmp_path / "again", resume="never")
+    again = trainer.train(one, tmp_path / "again", resume="never")
     assert equal(weights(again, "start"), weights(run, "start"))
 
 
@@ -433,7 +434,7 @@ def test_without_its_start_a_run_goes_on_and_says_so(
     """Gone is it, too, in a run of an fgvc that kept none."""
     lose, why = START[kind]
     lose(run / "ckpt")
-    api.train(recipe(made[0]), run)
+    trainer.train(recipe(made[0]), run)
     said = capfd.readouterr().err
     assert re.search(f"WARNING: .*ckpt/start: {why}; the run goes on without what it started from", said)
     assert equal(weights(run), weights(made[2]))
@@ -460,10 +461,10 @@ def test_a_copy_of_a_run_whose_checkpoints_lie_elsewhere_leaves_those_alone(
     disk = (run / "ckpt").rename(tmp_path / "disk")
     (run / "ckpt").symlink_to(disk)
     before = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
-    copy = api.train(recipe(made[0]), tmp_path / "copy", resume=str(run))
+    copy = trainer.train(recipe(made[0]), tmp_path / "copy", resume=str(run))
     assert equal(weights(copy), weights(made[2]))
     assert {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()} == before
-    api.train(recipe(made[0]), run)  # on that disk
+    trainer.train(recipe(made[0]), run)  # on that disk
     assert (run / "ckpt").is_symlink()
     assert equal(weights(run), weights(made[2]))
 
@@ -474,9 +475,9 @@ def test_a_copy_goes_on_from_the_last_checkpoint_and_does_not_pretend_otherwise(
     ckpt = made[1] / "ckpt"
     older = next(path for path in ckpt.glob("step-*") if path != (ckpt / "last").resolve())
     with pytest.raises(FgvcError, match="a run goes on from its last checkpoint"):
-        api.train(recipe(made[0]), tmp_path / "copy", resume=str(older))
+        trainer.train(recipe(made[0]), tmp_path / "copy", resume=str(older))
     assert not (tmp_path / "copy").exists()
-    assert equal(weights(api.train(recipe(made[0]), tmp_path / "copy", resume=str(ckpt / "last"))), weights(made[2]))
+    assert equal(weights(trainer.train(recipe(made[0]), tmp_path / "copy", resume=str(ckpt / "last"))), weights(made[2]))
 
 
 def test_a_finished_run_that_was_killed_before_its_last_word_is_completed(
@@ -487,7 +488,7 @@ def test_a_finished_run_that_was_killed_before_its_last_word_is_completed(
     (run / "events.jsonl").write_text("\n".join(lines[:-1]))
     (run / "plots" / "curves.png").unlink()
     for _ in range(2):
-        api.train(recipe(made[0]), run)
+        trainer.train(recipe(made[0]), run)
         events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
         assert events.count("finished") == 1
         assert (run / "plots" / "curves.png").is_file()
@@ -507,11 +508,11 @@ def test_a_copy_of_another_run_that_was_killed_midway_is_made_again(
     if not (pid := os.fork()):
         monkeypatch.setattr(shutil, "copytree", half)
         try:
-            api.train(recipe(made[0]), out, resume=str(made[1]))
+            trainer.train(recipe(made[0]), out, resume=str(made[1]))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     assert not out.exists()
-    api.train(recipe(made[0]), out, resume=str(made[1]))
+    trainer.train(recipe(made[0]), out, resume=str(made[1]))
     assert equal(weights(out), weights(made[2]))
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]

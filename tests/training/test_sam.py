@@ -237,15 +237,15 @@ def test_an_interrupted_second_pass_ends_with_the_weights_of_before(
 
     monkeypatch.setattr(training_step, "forward_backward", stops)
     with pytest.raises(KeyboardInterrupt):
-        api.train(made, tmp_path / "run")
+        loop.train(made, tmp_path / "run")
     monkeypatch.undo()
     saved = load_file(tmp_path / "run" / "ckpt" / "last" / "net.safetensors")
     now = seen["session"].step.net.state_dict()
     trained = {key for key, _ in seen["session"].step.net.named_parameters()}
     assert all(torch.equal(now[key], saved[key]) for key in trained)
     assert any(not torch.equal(seen["moved"][f"net.{key}"], saved[key]) for key in trained)
-    whole = load_file(api.train(made, tmp_path / "whole") / "ckpt" / "last" / "net.safetensors")
-    again = load_file(api.train(made, tmp_path / "run") / "ckpt" / "last" / "net.safetensors")
+    whole = load_file(loop.train(made, tmp_path / "whole") / "ckpt" / "last" / "net.safetensors")
+    again = load_file(loop.train(made, tmp_path / "run") / "ckpt" / "last" / "net.safetensors")
     assert all(torch.equal(value, again[key]) for key, value in whole.items()), "resumed"
 
 
@@ -267,7 +267,7 @@ def test_a_loss_that_is_no_number_uphill_stops_the_run_and_nothing_is_saved(
         FgvcError,
         match=r"step 1: .* not saved: the loss uphill \(optim\.sam\).* optim\.sam\.rho=0\.25 \(it is 0\.5\)",
     ):
-        api.train(made, tmp_path / "run")
+        loop.train(made, tmp_path / "run")
     assert len(seen) == 1
     assert checkpoint.load(tmp_path / "run" / "ckpt").progress.step == 0
 

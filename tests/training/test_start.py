@@ -11,7 +11,6 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from fgvc import api
 from fgvc.config.data import Augment
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
@@ -20,6 +19,7 @@ from fgvc.data.loader import augmented_views, evaluation_loader
 from fgvc.errors import FgvcError
 from fgvc.runs.folder import recorded_preprocess
 from fgvc.runs.images import read_index
+from fgvc.training import trainer
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def clean_loss(one: Recipe, run: Path) -> float:
 def test_the_head_is_fitted_to_the_frozen_net_before_the_first_step(tmp_path: Path, pretrained: dict) -> None:
     still = {"train": {"max_steps": 1}, "optim": {"lr": 1e-12}}
     for head in ("timm", "zero", "probe"):
-        api.train(recipe(pretrained, **still, model={"head": head, "batch_norm": "frozen"}), tmp_path / head)
+        trainer.train(recipe(pretrained, **still, model={"head": head, "batch_norm": "frozen"}), tmp_path / head)
     start = load_file(tmp_path / "start.safetensors")
     for name, value in last(tmp_path / "probe").items():
         if not name.startswith("fc."):
@@ -75,10 +75,10 @@ def test_the_head_is_fitted_to_the_frozen_net_before_the_first_step(tmp_path: Pa
 
 def test_a_run_that_goes_on_does_not_fit_anew(tmp_path: Path, pretrained: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     model = {"head": "probe", "batch_norm": "frozen"}
-    api.train(recipe(pretrained, model=model, ema={"decay": 0.9}), tmp_path / "whole")
-    api.train(recipe(pretrained, model=model, ema={"decay": 0.9}, train={"max_steps": 3}), tmp_path / "parts")
+    trainer.train(recipe(pretrained, model=model, ema={"decay": 0.9}), tmp_path / "whole")
+    trainer.train(recipe(pretrained, model=model, ema={"decay": 0.9}, train={"max_steps": 3}), tmp_path / "parts")
     monkeypatch.setattr("fgvc.training.trainer.fit_floor", lambda session: pytest.fail("fitted again"))
-    api.train(recipe(pretrained, model=model, ema={"decay": 0.9}), tmp_path / "parts")
+    trainer.train(recipe(pretrained, model=model, ema={"decay": 0.9}), tmp_path / "parts")
     for name in ("net", "ema"):
         whole, parts = (load_file(tmp_path / run / "ckpt" / "last" / f"{name}.safetensors") for run in ("whole", "parts"))
         assert all(torch.equal(value, parts[key]) for key, value in whole.items())
@@ -89,7 +89,7 @@ def test_the_first_checkpoint_holds_the_fitted_head_and_so_does_its_average(
 ) -> None:
     monkeypatch.setattr("fgvc.training.trainer._run_epochs", lambda *_: None)
     one = recipe(pretrained, model={"head": "probe"}, ema={"decay": 0.9})
-    api.train(one, tmp_path / "run")
+    trainer.train(one, tmp_path / "run")
     assert clean_loss(one, tmp_path / "run") < 0.5
     average = load_file(tmp_path / "run" / "ckpt" / "last" / "ema.safetensors")
     assert all(torch.equal(average[key], value) for key, value in last(tmp_path / "run").items())
@@ -99,7 +99,7 @@ def test_the_first_checkpoint_holds_the_fitted_head_and_so_does_its_average(
 def test_frozen_statistics_stay_and_scale_and_shift_learn(tmp_path: Path, pretrained: dict, technique: dict) -> None:
     start = load_file(tmp_path / "start.safetensors")
     for kept in ("frozen", "batch"):
-        api.train(recipe(pretrained, model={"batch_norm": kept}, techniques=technique), tmp_path / kept)
+        trainer.train(recipe(pretrained, model={"batch_norm": kept}, techniques=technique), tmp_path / kept)
         weights = last(tmp_path / kept)
         statistics = [key for key in start if key.endswith(("running_mean", "running_var"))]
         assert statistics
@@ -109,7 +109,7 @@ def test_frozen_statistics_stay_and_scale_and_shift_learn(tmp_path: Path, pretra
 
 def test_swa_keeps_frozen_statistics(tmp_path: Path, pretrained: dict) -> None:
     one = recipe(pretrained, model={"batch_norm": "frozen"}, swa={"start": 0.5})
-    api.train(one, tmp_path / "run")
+    trainer.train(one, tmp_path / "run")
     start, average = load_file(tmp_path / "start.safetensors"), load_file(tmp_path / "run" / "ckpt" / "last" / "ema.safetensors")
     assert all(torch.equal(average[key], start[key]) for key in start if key.endswith(("running_mean", "running_var")))
 
@@ -130,7 +130,7 @@ def test_refuses_what_contradicts(pretrained: dict, sections: dict, said: str) -
 def test_views_before_training_are_of_every_image_and_of_no_epoch(recipe_tree: dict, tmp_path: Path) -> None:
     one = recipe(recipe_tree)
     index = read_index(one)
-    api.train(recipe(recipe_tree, train={"max_steps": 1}), tmp_path / "run")
+    trainer.train(recipe(recipe_tree, train={"max_steps": 1}), tmp_path / "run")
     augmenter = Augmenter(Augment(), recorded_preprocess(tmp_path / "run"), seed=0)
     rows = index.rows("train")[:7]
     made = {}

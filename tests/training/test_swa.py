@@ -74,21 +74,21 @@ def is_mean_of(run: Path, epochs: list[Tensors]) -> None:
 def test_it_is_the_mean_of_the_last_epochs(
     tmp_path: Path, recipe_tree: dict, ends: list[Tensors], epochs: int, start: float, last: int
 ) -> None:
-    run = api.train(swa(recipe_tree, epochs=epochs, start=start), tmp_path / "run")
+    run = loop.train(swa(recipe_tree, epochs=epochs, start=start), tmp_path / "run")
     assert len(ends) == epochs
     is_mean_of(run, ends[-last:])
 
 
 def test_the_average_watches_and_does_not_steer(tmp_path: Path, recipe_tree: dict) -> None:
     made = swa(recipe_tree)
-    run = api.train(made, tmp_path / "run")
-    plain = api.train(made.model_copy(update={"swa": None}), tmp_path / "plain")
+    run = loop.train(made, tmp_path / "run")
+    plain = loop.train(made.model_copy(update={"swa": None}), tmp_path / "plain")
     assert all(torch.equal(value, weights(run, "net")[key]) for key, value in weights(plain, "net").items())
 
 
 def test_its_batch_norms_are_those_of_the_clean_images(tmp_path: Path, recipe_tree: dict) -> None:
     made = swa(recipe_tree, techniques={"dcl": {"grid": 4, "bn": "shared"}})
-    run = api.train(made, tmp_path / "run")
+    run = loop.train(made, tmp_path / "run")
     net, state = plain_model("test_resnet", 3), weights(run, "ema")
     net.load_state_dict(state)
     index = read_index(made)
@@ -104,13 +104,13 @@ def test_stopped_anywhere_and_resumed_it_ends_with_the_same_bits(
     tmp_path: Path, recipe_tree: dict, stops: list[int]
 ) -> None:
     made = swa(recipe_tree)
-    whole = api.train(made, tmp_path / "whole")
+    whole = loop.train(made, tmp_path / "whole")
     for stop in stops:
-        api.train(
+        loop.train(
             made.model_copy(update={"train": made.train.model_copy(update={"max_steps": stop})}), tmp_path / "run"
         )
         assert has_average(tmp_path / "run") == (stop >= 18), "six steps an epoch: the third is the first"
-    api.train(made, tmp_path / "run")
+    loop.train(made, tmp_path / "run")
     for name in ("net", "ema"):
         again = weights(tmp_path / "run", name)
         assert all(torch.equal(value, again[key]) for key, value in weights(whole, name).items()), name
@@ -120,23 +120,23 @@ def test_stopped_anywhere_and_resumed_it_ends_with_the_same_bits(
 def test_a_longer_run_begins_the_average_anew_or_goes_on(
     tmp_path: Path, recipe_tree: dict, ends: list[Tensors]
 ) -> None:
-    run = api.train(swa(recipe_tree), tmp_path / "run")
-    api.train(swa(recipe_tree, epochs=5), run)  # epochs 3 and 4 stay among the last, and 5 joins
+    run = loop.train(swa(recipe_tree), tmp_path / "run")
+    loop.train(swa(recipe_tree, epochs=5), run)  # epochs 3 and 4 stay among the last, and 5 joins
     is_mean_of(run, ends[2:5])
-    api.train(swa(recipe_tree, epochs=12), run)  # epoch 6 is none of the last: 7 is the first again
+    loop.train(swa(recipe_tree, epochs=12), run)  # epoch 6 is none of the last: 7 is the first again
     is_mean_of(run, ends[6:12])
-    other = api.train(swa(recipe_tree), tmp_path / "other")
-    api.train(swa(recipe_tree, epochs=6), other)  # 3 is none of the last any more, and can't be taken out
+    other = loop.train(swa(recipe_tree), tmp_path / "other")
+    loop.train(swa(recipe_tree, epochs=6), other)  # 3 is none of the last any more, and can't be taken out
     is_mean_of(other, ends[4:6])
 
 
 def test_validation_and_what_ships_are_the_net_until_there_is_an_average(tmp_path: Path, recipe_tree: dict) -> None:
-    run = api.train(swa(recipe_tree, train={"max_steps": 6}), tmp_path / "run")
+    run = loop.train(swa(recipe_tree, train={"max_steps": 6}), tmp_path / "run")
     history = json.loads((run / "ckpt/last/meta.json").read_text())["history"]
     assert api.evaluate(run, "val", select="last").scores.loss == pytest.approx(history[-1]["val_loss"], rel=1e-5)
     with pytest.raises(FgvcError, match="SWA holds no epoch yet"):
         api.evaluate(run, "val")
-    api.train(swa(recipe_tree), run)
+    loop.train(swa(recipe_tree), run)
     history = json.loads((run / "ckpt/last/meta.json").read_text())["history"]
     found = api.evaluate(run, "val")
     assert found.select == "swa"
@@ -145,14 +145,14 @@ def test_validation_and_what_ships_are_the_net_until_there_is_an_average(tmp_pat
 
 
 def test_best_is_read_as_it_was_scored(tmp_path: Path, recipe_tree: dict) -> None:
-    run = api.train(swa(recipe_tree, select="best", select_by="loss"), tmp_path / "run")
+    run = loop.train(swa(recipe_tree, select="best", select_by="loss"), tmp_path / "run")
     best = json.loads((run / "ckpt/best/meta.json").read_text())["best"]
     assert api.evaluate(run, "val").scores.loss == pytest.approx(best, rel=1e-4)
 
 
 def test_it_is_exported_with_all_proofs(tmp_path: Path, recipe_tree: dict) -> None:
     made = swa(recipe_tree, epochs=2, techniques={"acb": {}}, export={"exporter": "torchscript"})
-    run = api.train(made, tmp_path / "run")
+    run = loop.train(made, tmp_path / "run")
     done = api.export(run, tmp_path / "bundle")
     assert done.select == "swa"
     assert done.proven.structural.passed
@@ -176,6 +176,6 @@ def test_what_does_not_go_together_is_refused(recipe_tree: dict, sections: dict,
 
 
 def test_a_run_without_it_says_so(tmp_path: Path, recipe_tree: dict) -> None:
-    run = api.train(recipe(recipe_tree, train={"max_steps": 1}), tmp_path / "run")
+    run = loop.train(recipe(recipe_tree, train={"max_steps": 1}), tmp_path / "run")
     with pytest.raises(FgvcError, match=r"has no SWA; train with swa.start=0.75"):
         api.evaluate(run, "val", select="swa")

@@ -29,6 +29,7 @@ from fgvc.techniques.distill.ensemble import TeacherEnsemble
 from fgvc.techniques.distill.settings import AnyTeacher
 from fgvc.techniques.distill.teacher import Teacher, TeacherOutput
 from fgvc.techniques.plan import Attachments, Context
+from fgvc.training import trainer
 from fgvc.training.session import teacher_loader
 
 DEVICE = torch.device("cpu")
@@ -62,7 +63,7 @@ def taught(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         "select": "ema",
         "loss": {"label_smoothing": 0.0},
     }
-    run = api.train(recipe(base(colours), **own), folder / "run")
+    run = trainer.train(recipe(base(colours), **own), folder / "run")
     api.export(run, folder / "bundle")
     return run, folder / "bundle"
 
@@ -169,7 +170,7 @@ def test_with_sam_each_teacher_is_asked_once_a_part(
     teachers = {"distill": {"teachers": [{"kind": "run", "path": str(taught[0])}]}}
     made = recipe(tree, techniques=teachers, optim=tree["optim"] | {"sam": {}})
     made = made.model_copy(update={"train": made.train.model_copy(update={"grad_accum_steps": 2, "max_steps": 3})})
-    api.train(made, tmp_path / "run")
+    trainer.train(made, tmp_path / "run")
     assert seen == [False] * 6
 
 
@@ -222,7 +223,7 @@ def test_a_run_may_not_overwrite_its_own_teacher(taught: tuple[Path, Path], tree
     shutil.copytree(taught[0], tmp_path / "run", symlinks=True)
     made = recipe(tree, techniques={"distill": {"teachers": [{"kind": "run", "path": str(tmp_path / "run")}]}})
     with pytest.raises(FgvcError, match=r"techniques\.distill\.teachers: .*this run's own folder"):
-        api.train(made, tmp_path / "run", overwrite=True)
+        trainer.train(made, tmp_path / "run", overwrite=True)
     assert (tmp_path / "run" / "ckpt" / "last" / "net.safetensors").is_file()
 
 
@@ -250,10 +251,10 @@ def test_from_an_earlier_run_and_its_bundle_to_a_bundle_of_ones_own(
     settings = {"teachers": teachers, "hints": 0.1, "attention": 0.1, "method": "dkd", "beta": 1.0}
     made = recipe(tree, techniques={"distill": settings, "mixup": {"probability": 0.5}}, checkpoint={"every_steps": 2})
     assert api.forecast(made).techniques["distill"] == "0 (and its teachers' own)"
-    student = api.train(made, tmp_path / "student")
+    student = trainer.train(made, tmp_path / "student")
     part = made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 7})})
-    api.train(part, tmp_path / "again")
-    api.train(made, tmp_path / "again")
+    trainer.train(part, tmp_path / "again")
+    trainer.train(made, tmp_path / "again")
     for name in ("net", "branches"):
         once, again = (
             load_file(tmp_path / which / "ckpt/last" / f"{name}.safetensors") for which in ("student", "again")
@@ -280,13 +281,13 @@ def test_from_an_earlier_run_and_its_bundle_to_a_bundle_of_ones_own(
     step = load_run(student, "last", branches=True).step
     assert not len(step.branches)
     with pytest.raises(FgvcError, match=r"techniques\.distill\.teachers: .*not a run of fgvc"):
-        api.train(made.model_copy(update={"train": made.train.model_copy(update={"epochs": 3})}), student)
+        trainer.train(made.model_copy(update={"train": made.train.model_copy(update={"epochs": 3})}), student)
 
 
 def test_a_bundle_alone_has_no_features(taught: tuple[Path, Path], tree, tmp_path: Path) -> None:
     settings = {"teachers": [{"kind": "bundle", "path": str(taught[1])}], "attention": 1.0}
     with pytest.raises(FgvcError, match=r"techniques\.distill\.attention: .*\(a bundle\).* gives logits, no features"):
-        api.train(recipe(tree, techniques={"distill": settings}), tmp_path / "student")
+        trainer.train(recipe(tree, techniques={"distill": settings}), tmp_path / "student")
     assert not (tmp_path / "student").exists()
 
 
@@ -304,10 +305,10 @@ def test_with_a_cache_the_second_run_never_asks_and_ends_with_the_same_bits(
     teachers = [{"kind": "run", "path": str(taught[0])}, {"kind": "bundle", "path": str(taught[1])}]
     settings = {"teachers": teachers, "cache": str(tmp_path / "cache")}
     made = recipe(tree, techniques={"distill": settings})
-    first = api.train(made, tmp_path / "first")
+    first = trainer.train(made, tmp_path / "first")
     steps = 2 * (48 // 8)
     assert len(asked) == 2 * steps
-    second = api.train(made, tmp_path / "second")
+    second = trainer.train(made, tmp_path / "second")
     assert len(asked) == 2 * steps
     assert losses(first) == losses(second)
     assert len(list((tmp_path / "cache").glob("*/epoch-000[01].f32"))) == 4
@@ -321,5 +322,5 @@ def test_with_a_cache_the_second_run_never_asks_and_ends_with_the_same_bits(
         )
     ):
         before = len(asked)
-        api.train(recipe(tree | {"techniques": {"distill": settings}} | other), tmp_path / f"other{number}")
+        trainer.train(recipe(tree | {"techniques": {"distill": settings}} | other), tmp_path / f"other{number}")
         assert len(asked) == before + 2 * steps, other

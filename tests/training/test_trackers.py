@@ -64,8 +64,8 @@ def watched(once: Once, colours: Path) -> Path:
             patch.delenv("MLFLOW_TRACKING_URI", raising=False)
             patch.setattr(trainer, "_check_step", breaks)
             with pytest.raises(RuntimeError, match="power cut"):
-                api.train(made, folder / "run")
-            api.train(made, folder / "run")
+                trainer.train(made, folder / "run")
+            trainer.train(made, folder / "run")
             api.export(folder / "run", folder / "bundle")
 
     return once.made("watched", make)
@@ -171,7 +171,7 @@ def test_a_tracker_that_fails_is_said_once_and_changes_nothing(
     plain = once.run(validate(Recipe, tree, where="test"))
     monkeypatch.setattr(trainer, "refuse_missing", lambda _: None)
     monkeypatch.setattr(trackers, "TensorBoard", lambda *_: Broken())
-    run = api.train(validate(Recipe, tree | {"log": {"to": "tensorboard"}}, where="test"), tmp_path / "run")
+    run = trainer.train(validate(Recipe, tree | {"log": {"to": "tensorboard"}}, where="test"), tmp_path / "run")
     assert capsys.readouterr().err.count("WARNING: log.to: tensorboard: OSError") == 1
     weights, expected = (load_file(folder / "ckpt" / "last" / "net.safetensors") for folder in (run, plain))
     assert weights.keys() == expected.keys()
@@ -185,7 +185,7 @@ def test_a_missing_package_is_an_error_before_anything_is_written(
     monkeypatch.setitem(trackers.NEEDED, "mlflow", ("a_package_that_is_not_there",))
     wanted = recipe(recipe_tree, log={"to": ["mlflow"]})
     with pytest.raises(FgvcError, match=r"log.to: mlflow needs a package .* pip install 'fgvc\[mlflow\]'"):
-        api.train(wanted, tmp_path / "run")
+        trainer.train(wanted, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from fgvc.api import load_recipe, train
+from fgvc.api import load_recipe
 from fgvc.errors import FgvcError
+from fgvc.training.trainer import train
 
 
 def test_what_is_odd_about_the_data_is_said_and_kept(recipe_tree: dict, colours: Path, tmp_path: Path, capfd) -> None:

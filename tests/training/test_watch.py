@@ -110,7 +110,7 @@ def test_what_breaks_in_a_step_ends_the_run_before_a_checkpoint(
     monkeypatch.setattr(loop, "optimizer_step", broken)
     made = recipe(recipe_tree, ema={"decay": 0.5}, techniques={"centre_loss": {}}, checkpoint={"every_steps": 4})
     with pytest.raises(FgvcError, match=named) as error:
-        api.train(made, tmp_path / "run")
+        loop.train(made, tmp_path / "run")
     text = str(error.value)
     assert "intact" not in text
     assert ". The newest checkpoint that is finite is" in text
@@ -125,7 +125,7 @@ def test_a_term_that_alone_is_not_finite_is_blamed_and_no_rate(
 ) -> None:
     monkeypatch.setattr(CentreLoss, "losses", lambda technique, outputs, ctx: {"centre": NAN * outputs["main"].logits.sum()})
     with pytest.raises(FgvcError, match=r"centre_loss\.centre alone is not finite: the classification loss is") as error:
-        api.train(recipe(recipe_tree, techniques={"centre_loss": {}}), tmp_path / "run")
+        loop.train(recipe(recipe_tree, techniques={"centre_loss": {}}), tmp_path / "run")
     assert "Mend the technique, or set the weight of that term to 0" in str(error.value)
     assert "optim.lr=" not in str(error.value)
 
@@ -149,7 +149,7 @@ def test_a_run_whose_every_step_fp16_skips_is_no_success(
 
     monkeypatch.setattr(training_step, "forward_backward", overflowing)
     with pytest.raises(FgvcError, match=f"{reason}.*train.precision=bf16"):
-        api.train(recipe(recipe_tree, train={"precision": "fp16", "epochs": 99, "max_steps": steps}), tmp_path / "run")
+        loop.train(recipe(recipe_tree, train={"precision": "fp16", "epochs": 99, "max_steps": steps}), tmp_path / "run")
 
 
 def test_a_run_that_broke_goes_on_from_its_newest_checkpoint_with_the_same_bits(
@@ -165,9 +165,9 @@ def test_a_run_that_broke_goes_on_from_its_newest_checkpoint_with_the_same_bits(
 
     monkeypatch.setattr(loop, "optimizer_step", broken)
     with pytest.raises(FgvcError, match="running_var"):
-        api.train(recipe(recipe_tree), tmp_path / "run")
+        loop.train(recipe(recipe_tree), tmp_path / "run")
     monkeypatch.undo()
-    whole, again = (api.train(recipe(recipe_tree), tmp_path / name) for name in ("whole", "run"))
+    whole, again = (loop.train(recipe(recipe_tree), tmp_path / name) for name in ("whole", "run"))
     states = [checkpoint.load(run / "ckpt").net for run in (whole, again)]
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
@@ -209,7 +209,7 @@ def test_validation_logits_that_are_no_numbers_are_no_score(
     with pytest.raises(
         FgvcError, match=r"step 12: of validation images, .* no numbers \(NaN or infinite\) for 1 of 12"
     ):
-        api.train(recipe(recipe_tree, select_by=by), tmp_path / "run")
+        loop.train(recipe(recipe_tree, select_by=by), tmp_path / "run")
     assert checkpoint.load(tmp_path / "run" / "ckpt").progress.step == 6
     assert checkpoint.load(tmp_path / "run" / "ckpt", "best").progress.step in (0, 6)  # the start is as good here
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 1
@@ -229,7 +229,7 @@ def test_statistics_taken_anew_are_looked_at(
     sections: dict = {"train": {"precise_bn": 8}} if how == "precise_bn" else {"swa": {"start": 0.5}}
     of = "net" if how == "precise_bn" else "average"
     with pytest.raises(FgvcError, match=rf"the end of epoch 2, step 12: .* {of}\.bn1\.running_var"):
-        api.train(recipe(recipe_tree, **sections), tmp_path / "run")
+        loop.train(recipe(recipe_tree, **sections), tmp_path / "run")
     assert finite(tmp_path / "run")
     assert checkpoint.load(tmp_path / "run" / "ckpt").progress.step == 6
 
@@ -243,7 +243,7 @@ def test_logits_of_an_eval_pass_are_checked(tmp_path: Path, recipe_tree: dict, m
 
     monkeypatch.setattr(StepModule, "_eval_pass", broken)
     with pytest.raises(FgvcError, match=r"step \d+: NaN or infinite, and not saved: logits of eval pass"):
-        api.train(recipe(recipe_tree, image={"size": 64}, techniques={"snapmix": {}}), tmp_path / "run")
+        loop.train(recipe(recipe_tree, image={"size": 64}, techniques={"snapmix": {}}), tmp_path / "run")
 
 
 def test_a_step_that_the_scaler_skips_is_no_fault(
@@ -260,7 +260,7 @@ def test_a_step_that_the_scaler_skips_is_no_fault(
         return passed
 
     monkeypatch.setattr(training_step, "forward_backward", overflows)
-    run = api.train(recipe(recipe_tree, train={"precision": "fp16", "max_steps": 4}), tmp_path / "run")
+    run = loop.train(recipe(recipe_tree, train={"precision": "fp16", "max_steps": 4}), tmp_path / "run")
     assert torch.equal(moved[1], moved[2]), "the second step was skipped"
     assert not torch.equal(moved[2], moved[3])
     assert finite(run)
@@ -273,7 +273,7 @@ def test_a_measure_that_is_no_number_stops_nothing_and_is_left_out_with_one_warn
     monkeypatch.setattr(
         StepModule, "_losses", lambda step, *rest: real(step, *rest) | {"dcl.location_chance": torch.tensor(NAN)}
     )
-    run = api.train(recipe(recipe_tree), tmp_path / "run")
+    run = loop.train(recipe(recipe_tree), tmp_path / "run")
     assert "nan" not in (run / "metrics.csv").read_text().lower()
     assert "NaN" not in (run / "ckpt/last/meta.json").read_text()
     messages = capsys.readouterr().err
@@ -289,7 +289,7 @@ def sick(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict,
         "train": {"epochs": 2, "batch_size": 8, "workers": 0, "device": "cpu", "max_steps": 2},
         "select": "last",
     }  # fmt: skip
-    run = api.train(recipe(tree), tmp_path_factory.mktemp("sick") / "run")
+    run = loop.train(recipe(tree), tmp_path_factory.mktemp("sick") / "run")
     state = checkpoint.load(run / "ckpt")
     state.net["bn1.running_var"][0] = INF
     checkpoint.save(run / "ckpt", state, best=True)
@@ -325,14 +325,14 @@ def test_nothing_goes_on_from_them_or_learns_from_them(sick: tuple[dict, Path], 
     with pytest.raises(
         FgvcError, match=r"its checkpoint of step 2 holds values that are NaN or infinite: net\.bn1\.running_var"
     ):
-        api.train(longer, run)
+        loop.train(longer, run)
     taught = recipe(tree, techniques={"distill": {"teachers": [{"kind": "run", "path": str(run)}]}})
     with pytest.raises(FgvcError, match=r"its weights \(last\) hold values that are NaN"):
-        api.train(taught, tmp_path / "taught")
+        loop.train(taught, tmp_path / "taught")
     weights = tmp_path / "first.pth"
     torch.save(dict(checkpoint.load(run / "ckpt").net), weights)
     with pytest.raises(FgvcError, match=r"model\.weights: .*first\.pth holds values that are NaN or infinite: bn1"):
-        api.train(recipe(tree, model={"weights": str(weights)}), tmp_path / "from")
+        loop.train(recipe(tree, model={"weights": str(weights)}), tmp_path / "from")
 
 
 SCRIPT = """
@@ -427,7 +427,7 @@ def test_what_ends_one_rank_ends_all_and_the_run_goes_on(tmp_path: Path, colours
 
 
 def test_no_file_of_a_run_holds_a_bare_nan(tmp_path: Path, recipe_tree: dict) -> None:
-    run = api.train(recipe(recipe_tree, train={"max_steps": 2}), tmp_path / "run")
+    run = loop.train(recipe(recipe_tree, train={"max_steps": 2}), tmp_path / "run")
     api.evaluate(run)
 
     def refuse(word: str) -> None:

@@ -1,0 +1,254 @@
+"""Verbs on what ships: export with its proofs, and verification."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from fgvc.config.data import Split
+from fgvc.config.exporting import Export, Exporter
+from fgvc.config.images import Preprocess
+from fgvc.config.loading import validate
+from fgvc.config.recipe import Selected
+from fgvc.data.loader import evaluation_loader
+from fgvc.errors import FgvcError
+from fgvc.evaluation.calibration import FEWEST, KEEP
+from fgvc.evaluation.temperature import RunCalibration, calibration, refuse_other_file
+from fgvc.exporting.deployed import DeployedFile, WrittenComparison, compare_written
+from fgvc.exporting.proofs import MAX_IMAGES
+from fgvc.exporting.prove import Contract, PlainBackbone, ProvedExport
+from fgvc.exporting.verify import Comparison, Verification, verify_bundle, verify_files
+from fgvc.io.files import StrPath, as_path
+from fgvc.runs.folder import read_run, recorded_classes, recorded_preprocess
+from fgvc.runs.loaded import LoadedRun, load_run
+from fgvc.runs.trackers import log_bundle
+from fgvc.runtime.bundle import load_bundle, refuse_target, write_bundle
+from fgvc.runtime.description import describe
+from fgvc.runtime.stack import Agreement, Stack, agreement, stack_of
+from fgvc.studies.variants import SmallerFile, Variants, left_out, make_variants
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A written bundle, with its proofs, calibration and smaller files."""
+
+    bundle: Path
+    select: Selected
+    proven: ProvedExport
+    calibration: RunCalibration  # the run's; in the bundle where there are FEWEST images or more
+    beside: tuple[SmallerFile, ...] = ()
+    against: Path | None = None  # the deployed bundle or file that it was compared with
+    around: Agreement | None = None  # of its preprocessing and labels with those of the deployed one
+    left_out: Mapping[str, str] = field(default_factory=dict)  # wanted files that the opset does not allow, and why
+
+
+def export(
+    run: StrPath,
+    out: StrPath | None = None,
+    *,
+    against: StrPath | None = None,
+    into: StrPath | None = None,
+    labels: StrPath | None = None,
+    preprocess: StrPath | None = None,
+    select: Selected | None = None,
+    keep: float = KEEP,
+    overwrite: bool = False,
+    variants: Variants | None = None,
+    exporter: Exporter | None = None,
+    opset: int | None = None,
+    root: StrPath | None = None,
+) -> Exported:
+    """Strip and fuse a run's weights, export them as ONNX, prove the contract and write the bundle.
+
+    `out`: by default `bundle` in the run. A run of `model.onnx` is written into its deployed file: its own copy ("own", the
+    default), or `into`, which may be another only in payloads; one of `model.backbone` is written into `into` where that file is
+    this net. `against`: the deployed bundle or file that it must be a drop-in for: in its graph, and in how it is fed and read as
+    far as that is known, by what lies beside the file or by what `labels` and `preprocess`, files as in a bundle, state of it.
+    `keep`: share of the right answers that the threshold for "none of these" keeps, 1 for no threshold; it and the temperature
+    are the run's own, see `fgvc.evaluation.temperature`, and checked on the exported file. `variants`: int8 and fp16 files to put
+    beside it; one that the opset does not allow is left out. `exporter`, `opset`: others than the recipe's, where there is no
+    deployed file. `root`: as in `evaluate`. Raises FgvcError where any proof fails, the deployed stack is known to feed or to
+    read its model otherwise, logits are no numbers, or a file that is looked at is not what it was, and writes no bundle.
+    """
+    folder, place = Path(run), Path(run, "bundle") if out is None else Path(out)
+    refuse_target(place, overwrite=overwrite)
+    if not 0 < keep <= 1:
+        raise FgvcError(f"--keep {keep:g}: a share above 0 and up to 1, such as {KEEP}")
+    if against is not None and (exporter is not None or opset is not None):
+        raise FgvcError("--exporter and --opset: the deployed file that --against names has its own; leave them out")
+    if against is not None and into is not None:
+        raise FgvcError("--against asks for a fresh export with the graph of a file, --into for that file: give one of the two")
+    stated = as_path(against if into is None or into == "own" else into)
+    target, around = _deployed_stack(folder, stated, labels=as_path(labels), preprocess=as_path(preprocess))
+    loaded = load_run(folder, select, root=as_path(root))
+    with TemporaryDirectory(prefix="fgvc-export-") as scratch:
+        if loaded.recipe.model.onnx is None and into is None:
+            contract: Contract = _plain_backbone(loaded, _with_options(loaded.recipe.export, exporter, opset), target)
+        else:
+            if exporter is not None or opset is not None or against is not None:
+                raise FgvcError(
+                    f"--exporter, --opset and --against are of a fresh export, and {folder} is written into its deployed file; "
+                    "leave them out"
+                )
+            contract = _deployed_file(loaded, None if into == "own" else target, Path(scratch))
+        return _export(loaded, contract, place, stated, around, keep=keep, overwrite=overwrite, variants=variants)
+
+
+def _plain_backbone(run: LoadedRun, export: Export, against: Path | None) -> PlainBackbone:
+    model = run.recipe.model
+    assert model.backbone is not None
+    return PlainBackbone(
+        backbone=model.backbone, num_classes=len(run.classes), kwargs=model.kwargs, size=run.recipe.image.size, export=export,
+        against=against,
+    )  # fmt: skip
+
+
+def _deployed_file(run: LoadedRun, into: Path | None, scratch: Path) -> DeployedFile:
+    """The contract of a run that is written into a file: its own copy, or `into`. Raises FgvcError where `into` is another graph,
+    or missing for a run of a net of timm's."""
+    model = run.recipe.model
+    if model.onnx is None:
+        if into is None:
+            raise FgvcError(f"{run.folder}: is a run of {model.name}, which has no file of its own: name one, --into FILE")
+        backbone = _plain_backbone(run, run.recipe.export, None)
+        return DeployedFile(file=into, size=run.recipe.image.size, output=None, scratch=scratch, backbone=backbone)
+    if into is not None and (differences := _written_differences(run, into)):
+        raise FgvcError(
+            f"{into}: is not the file that {run.folder} was trained from, whose copy is {model.onnx}, but for weights:\n  "
+            + "\n  ".join(differences)
+        )
+    return DeployedFile(file=into or model.onnx, size=run.recipe.image.size, output=model.output, scratch=scratch)
+
+
+def _written_differences(run: LoadedRun, into: Path) -> tuple[str, ...]:
+    model = run.recipe.model
+    assert model.onnx is not None
+    return compare_written(into, model.onnx, size=run.recipe.image.size, output=model.output).differences
+
+
+def _export(
+    loaded: LoadedRun,
+    contract: Contract,
+    out: Path,
+    against: Path | None,
+    around: Agreement | None,
+    *,
+    keep: float,
+    overwrite: bool,
+    variants: Variants | None,
+) -> Exported:
+    """Prove a run by its contract, make what lies beside the model, and write the bundle."""
+    index, select_name = loaded.index, loaded.select
+    proven = contract.prove(loaded.step.net, _proof_images(loaded))
+    metrics = loaded.measured("metrics.json")
+    files: dict[str, Any] = {
+        "model.onnx": proven.model,
+        "labels.json": list(index.classes),
+        "preprocess.json": _fed(loaded.preprocess, proven.model, len(index.classes)),
+        "contract.json": dict(proven.contract) | {"deployed": around.numbers if around is not None else None},
+        "metrics.json": {
+            key.partition(".")[0]: row
+            for key, row in sorted(metrics.items())
+            if key in (f"val.{select_name}", f"test.{select_name}")
+        },
+    }
+    if proven.explain is not None:
+        files["explain.onnx"] = proven.explain
+    run_calibration = calibration(loaded, keep=keep)
+    refuse_other_file(loaded, run_calibration, proven.source)
+    if run_calibration.calibration is not None and run_calibration.calibration.images >= FEWEST:
+        files["calibration.json"] = run_calibration.calibration
+    beside = make_variants(loaded, proven, variants or Variants(), run_calibration.calibration)
+    files |= {smaller.file: smaller.variant_file.model for smaller in beside}
+    files["contract.json"] |= {smaller.variant_file.variant: smaller.section for smaller in beside}
+    if omitted := left_out(proven, variants or Variants()):
+        files["contract.json"] |= {"left_out": omitted}
+    write_bundle(out, files=files, data=proven.data, overwrite=overwrite)
+    log_bundle(loaded.folder, loaded.recipe, out, say=lambda line: print(line, file=sys.stderr))
+    return Exported(out, select_name, proven, run_calibration, tuple(beside), against, around, omitted)
+
+
+def _fed(spec: Preprocess, model: bytes, classes: int) -> Preprocess:
+    """A run's preprocessing with what the exported file takes and does by itself."""
+    output = None if spec.network is None else spec.network.output
+    return spec.model_copy(update={"network": describe(model, output=output, classes=classes).record})
+
+
+def _with_options(export: Export, exporter: Exporter | None, opset: int | None) -> Export:
+    options = {"exporter": exporter, "opset": opset}
+    overrides = {key: value for key, value in options.items() if value is not None}
+    return validate(Export, export.model_dump() | overrides, where="fgvc export")
+
+
+def _deployed_stack(
+    run: Path, against: Path | None, *, labels: Path | None, preprocess: Path | None
+) -> tuple[Path | None, Agreement | None]:
+    """Find the deployed file, and compare its preprocessing and labels with the run's. Raises FgvcError where they differ:
+    before the net is opened, and the long work of an export."""
+    if against is None:
+        if labels is not None or preprocess is not None:
+            raise FgvcError(
+                "--labels and --preprocess tell how a deployed model is read and fed: name it with --against or --into"
+            )
+        return None, None
+    read_run(run)
+    deployed = stack_of(against, labels=labels, preprocess=preprocess)
+    stack = Stack(path=run, preprocess=recorded_preprocess(run), labels=recorded_classes(run))
+    stack_agreement = agreement(stack, deployed)
+    if stack_agreement.differences:
+        raise FgvcError(
+            f"{run} is not a drop-in for {against}, the run's against the deployed:\n  "
+            + "\n  ".join(stack_agreement.differences)
+            + "\nTrain it as it will be fed and read (the recipe's deploy section, image.size and deploy.labels), or deploy the "
+            "bundle with a preprocessing and labels of its own: export without --against"
+        )
+    return deployed.model, stack_agreement
+
+
+def verify(
+    path: StrPath,
+    *,
+    against: StrPath | None = None,
+    into: StrPath | None = None,
+    labels: StrPath | None = None,
+    preprocess: StrPath | None = None,
+    strict: bool = False,
+) -> Comparison | WrittenComparison | Verification:
+    """Compare a bundle or an .onnx file with the deployed one (`against`: their graphs; `into`: their bytes, which may differ in
+    weights alone), or prove a bundle again. `passed`: all is well. `labels`, `preprocess`: of `against`, where that is a file and
+    has none beside it; `strict`: graphs that are equal but for spelling don't pass."""
+    file = Path(path)
+    if strict and against is None:
+        raise FgvcError("--strict is of two graphs: name the deployed one with --against")
+    if into is not None:
+        if against is not None or labels is not None or preprocess is not None:
+            raise FgvcError("--into compares bytes alone: give it without --against, --labels and --preprocess")
+        output = load_bundle(file).contract.get("output", {}).get("name") if file.is_dir() else None
+        return compare_written(file, Path(into), output=output)
+    if against is not None:
+        return verify_files(file, Path(against), labels=as_path(labels), preprocess=as_path(preprocess), strict=strict)
+    if labels is not None or preprocess is not None:
+        raise FgvcError("--labels and --preprocess tell how a deployed model is read and fed: name it with --against")
+    if file.is_dir():
+        return verify_bundle(file)
+    raise FgvcError(f"{file}: compare it with what? Give --against deployed.onnx, or a bundle instead of a file")
+
+
+def _proof_images(run: LoadedRun) -> Iterable[np.ndarray]:
+    """Yield up to 256 validation images, spread over the classes; training images where none of those can be read."""
+    splits: tuple[Split, ...] = ("val", "train")
+    for split in splits:
+        rows, last = run.rows(split), split == splits[-1]
+        some = rows[np.linspace(0, len(rows) - 1, min(MAX_IMAGES, len(rows))).astype(int)]
+        any_read = False
+        for batch in evaluation_loader(run.index, some, spec=run.preprocess, batch_size=32, workers=0, some=last):
+            any_read = True
+            yield batch.images.numpy()
+        if any_read:
+            return
