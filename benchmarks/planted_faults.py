@@ -24,7 +24,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from fgvc import api
 from fgvc.config.recipe import Recipe
-from fgvc.config.template import recipe_file
+from fgvc.config.shipped import recipe_file
 from fgvc.data.index import ImageIndex
 from fgvc.data.quality.checks import Report, check
 from fgvc.data.quality.suspects import Suspects, suspects

@@ -10,8 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from fgvc.config.loading import models_in, validate
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
+from fgvc.config.shape import models_in
 from fgvc.errors import FgvcError
 
 ROOT = Path(__file__).parents[1]

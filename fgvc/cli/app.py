@@ -20,7 +20,6 @@ from fgvc.errors import FgvcError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Raise the accuracy of the classifier you already deploy without changing a node of its ONNX graph.",
 )

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fgvc import api
-from fgvc.config.template import recipe_file
+from fgvc.config.shipped import recipe_file
 from fgvc.data.drawn.beetles import draw_demo
 
 ARMS = ("plain", "trained")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,9 +15,39 @@ from fgvc.errors import FgvcError
 
 if TYPE_CHECKING:
     from fgvc.config.recipe import Recipe
+    from fgvc.data.recipe import Opened
 
-Config = Annotated[str, typer.Argument(help="A recipe file, or the id of one that comes with fgvc.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Ids of recipes that begin so; the shell adds files."""
+    from fgvc.config.shipped import recipes
+
+    return [name for name in recipes() if name.startswith(incomplete)]
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Keys of a recipe that begin so, up to the `=`."""
+    from fgvc.config.recipe import Recipe
+    from fgvc.config.usual import settings_of
+
+    return [f"{key}=" for key in sorted(settings_of(Recipe)) if key.startswith(incomplete)]
+
+
+Config = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|IMAGES",
+        help="A recipe's file, the id of one that comes with fgvc (`fgvc recipes`), or images: a folder of classes, or a table.",
+        autocompletion=complete_recipe,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="section.key=value, as many as you like.", autocompletion=complete_setting
+    ),
+]
 Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
 SplitOption = Annotated[
     Literal["val", "test"] | None, typer.Option("--split", help="Default: val where there is one, else test.")
@@ -67,40 +99,58 @@ class Verb(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = list(args)
+        options = {option for parameter in self.params for option in parameter.opts}
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
             settings = [text for text in given if "=" in text and not text.startswith("-") and text in error.message]
             if settings and error.message.startswith("Got unexpected extra argument"):
-                options = {option for parameter in self.params for option in parameter.opts}
                 hints = [f"{ctx.command_path} takes no settings (section.key=value)"]
                 for text in settings:
                     key, _, value = text.partition("=")
                     option = f"--{key.rpartition('.')[2].replace('_', '-')}"
                     hints += [f"{text}: did you mean {option} {value}?"] if option in options else []
                 error.message += f". {'; '.join(hints)}. Settings are given to `fgvc train`, or written into a recipe"
+            name = str(getattr(error, "option_name", "") or "")
+            if name.startswith("-") and "overrides" in {parameter.name for parameter in self.params}:
+                error.message += _as_setting(name)
             raise
+
+
+def _as_setting(option: str) -> str:
+    """How a setting is given that was given as an option, `--epochs 3`; empty for what is none."""
+    from fgvc.config.recipe import Recipe
+    from fgvc.config.usual import settings_of, usual_key
+
+    name = option.lstrip("-")
+    hint = f"did you mean {name}?" if name in settings_of(Recipe) else usual_key(Recipe, (name,))
+    return f". Settings are given as section.key=value: {hint.removesuffix('?')}=...?" if hint.startswith("did") else ""
 
 
 def pixels(megapixels: float | None) -> int | None:
     return None if megapixels is None else round(megapixels * 1e6)
 
 
-def recipe_path(config: str) -> Path:
-    """Path of a recipe, by path or id."""
-    from fgvc.config.template import recipe_file
+def opened(config: str, overrides: list[str] | None) -> Opened:
+    """Read a recipe by path or id, or images alone, with the command line's overrides; of images, say which recipe is taken.
+    Needs no torch, so that mistakes are reported at once."""
+    from fgvc.config.shipped import DEFAULT
+    from fgvc.data.recipe import open_recipe
 
-    return recipe_file(config)
+    made = open_recipe(config, overrides or [])
+    if made.images is not None:
+        print(
+            f"recipe: {DEFAULT} (`{shlex.join(['fgvc', 'init', '--data', config, 'my.yaml'])}` writes one for these images, "
+            "every key explained)",
+            file=sys.stderr,
+        )
+    return made
 
 
-def recipe_of(config: str, overrides: list[str] | None, *, out: Path | None = None) -> Recipe:
-    """Load a recipe by path or id, with the command line's overrides, whose data are there. Needs no torch, so that mistakes are
-    reported at once. `out`: the folder of its run, which needs no data any more once it is finished."""
-    from fgvc.data.recipe import load_recipe
-
-    recipe = load_recipe(recipe_path(config), overrides or [])
-    if out is None or not (out / "config.yaml").is_file():
-        recipe.data.folder()
+def recipe_of(config: str, overrides: list[str] | None) -> Recipe:
+    """As `opened`, the recipe alone, whose data are there."""
+    recipe = opened(config, overrides).recipe
+    recipe.data.folder()
     return recipe
 
 

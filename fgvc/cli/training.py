@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fgvc.cli.option import Config, Device, Overrides, Root, Run, recipe_of, recipe_path
+from fgvc.cli.option import Config, Device, Overrides, Root, Run, opened, recipe_of
 from fgvc.config.loading import drop_replaced, merge
 from fgvc.errors import FgvcError
 from fgvc.io.files import refuse_file, write_atomic, writing
+
+if TYPE_CHECKING:
+    from fgvc.config.recipe import Recipe
 
 
 def recipes(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
 ) -> None:
     """List the recipes that come with fgvc."""
-    from fgvc.config import template
+    from fgvc.config import shipped, template
 
     if schema:
         import json
@@ -28,7 +31,7 @@ def recipes(
 
         print(json.dumps(Recipe.model_json_schema(), indent=1))
         return
-    for name, path in template.recipes().items():
+    for name, path in shipped.recipes().items():
         print(f"{name:<22} {(template.header(path) or [''])[0]}")
 
 
@@ -50,7 +53,7 @@ def init(
     ] = None,
 ) -> None:
     """Write a recipe out with every key explained, to own and change."""
-    from fgvc.config import template
+    from fgvc.config import shipped
 
     if settings := [name for name in names if "=" in name]:
         raise FgvcError(
@@ -62,7 +65,7 @@ def init(
     out = Path(names[-1])
     if out.exists():
         raise FgvcError(f"{out}: exists already; remove it, or choose another name")
-    source = template.recipe_file(names[0] if len(names) == 2 else template.DEFAULT)
+    source = shipped.recipe_file(names[0] if len(names) == 2 else shipped.DEFAULT)
     if deployed is None:
         if seen is not None:
             raise FgvcError("--seen: is of a deployed file; name it with --deployed")
@@ -114,7 +117,13 @@ def _deployed_recipe(source: Path, deployed: Path, data: Path, seen: str | None,
 def train(
     config: Config,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<id or name of the recipe>.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The run's folder. Default: runs/NAME by the recipe or the images, runs/NAME-2 and so on where that holds a run "
+            "of other settings."
+        ),
+    ] = None,
     resume: Annotated[
         str, typer.Option(help="auto: go on with the unfinished run in --out | never | PATH of a run.")
     ] = "auto",
@@ -131,16 +140,17 @@ def train(
     ] = False,
 ) -> None:
     """Train a run, or go on with one."""
-    from fgvc.config.template import run_name
-
-    folder = out or Path("runs") / run_name(recipe_path(config))
-    recipe = recipe_of(config, overrides, out=folder)
+    made = opened(config, overrides)
+    recipe, first = made.recipe, out or Path("runs") / made.name
+    if not (first / "config.yaml").is_file():  # a finished run needs its data no more
+        recipe.data.folder()
     from fgvc import api
     from fgvc.cli import show
 
     if dry_run:
         show.forecast(api.forecast(recipe))
         return
+    folder = out or _default_folder(made.name, recipe, resume=resume, overwrite=overwrite)
     try:
         run = api.train(recipe, folder, resume=resume, overwrite=overwrite, recorded=recorded)
     except KeyboardInterrupt as stop:
@@ -149,6 +159,20 @@ def train(
         sys.exit(130)
     if os.environ.get("RANK", "0") == "0":  # torchrun's
         print(run.folder)
+
+
+def _default_folder(name: str, recipe: Recipe, *, resume: str, overwrite: bool) -> Path:
+    """The folder of a run where none is given."""
+    from fgvc.runs.numbered import RUNS, default_folder
+
+    if overwrite:
+        return RUNS / name
+    if resume != "auto" and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise FgvcError("--resume: with several processes it goes with --out, so that all of them name one folder")
+    folder, reason = default_folder(name, recipe, anew=resume != "auto")
+    if reason and os.environ.get("RANK", "0") == "0":
+        print(reason, file=sys.stderr)
+    return folder
 
 
 def interpolate(
@@ -187,7 +211,7 @@ def ablate(
 ) -> None:
     """Train what a study lists, seed by seed, and compare all arms with the first. Exit code 1 where a run failed."""
     from fgvc.cli import show
-    from fgvc.config.template import study_file
+    from fgvc.config.shipped import study_file
     from fgvc.studies import run
     from fgvc.studies.study import read_study
 

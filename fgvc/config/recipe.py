@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -52,6 +52,8 @@ def with_weight_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 class Recipe(Section):
     """A run of fgvc. Every key can be overridden on the command line as section.key=value."""
 
+    has_base: ClassVar[bool] = True
+
     data: Annotated[
         AutoData | CubData | FolderData | CsvData | NamedData | HfData,
         Field(discriminator="kind", description="the labelled images"),
@@ -84,8 +86,12 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _weight_defaults(cls, tree: Any) -> Any:
-        return with_weight_defaults(tree) if isinstance(tree, Mapping) else tree
+    def _defaults(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        data = tree.get("data")
+        tree = {**tree, "data": {"kind": "auto", **data}} if isinstance(data, Mapping) else tree
+        return with_weight_defaults(tree)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -26,6 +26,9 @@ class Section(BaseModel):
     renamed: ClassVar[Mapping[str, str]] = {}
     """Former name of a key -> its name today. The former name is an error that names today's."""
 
+    has_base: ClassVar[bool] = False
+    """Whether a file of it may name another one, `base:`, and say only what differs."""
+
     alternatives: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """A key -> those of a recipe's file that it replaces where it is given as an override."""
 

@@ -1,4 +1,4 @@
-"""Files of recipes: those that come with fgvc, and a recipe written out with every key, value and description."""
+"""A recipe written out with every key, value and description."""
 
 from __future__ import annotations
 
@@ -11,59 +11,11 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fgvc.config.loading import is_section, models_in, models_of, read_tree, tag_of
+from fgvc.config.loading import recipe_tree
+from fgvc.config.shape import is_section, models_in, models_of, tag_of
 from fgvc.errors import FgvcError
 
 WIDTH = 118
-STUDIES = "studies/"  # below configs/
-DEFAULT = "any/plain"  # the recipe for whatever data
-
-
-def recipes_folder() -> Path:
-    """The folder of fgvc's recipes: `fgvc/configs` in an installed wheel, `configs` beside the package in a checkout."""
-    package = Path(__file__).parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def recipes() -> dict[str, Path]:
-    """fgvc's recipes: id (path under configs/ without suffix) -> file."""
-    return {name: path for name, path in _configs().items() if not name.startswith(STUDIES)}
-
-
-def studies() -> dict[str, Path]:
-    """fgvc's studies, for `fgvc ablate`: id -> file."""
-    return {name.removeprefix(STUDIES): path for name, path in _configs().items() if name.startswith(STUDIES)}
-
-
-def _configs() -> dict[str, Path]:
-    folder = recipes_folder()
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
-
-
-def recipe_file(name: str) -> Path:
-    """The file of a recipe, by path or id. Raises FgvcError listing the ids."""
-    return _file(name, recipes(), "a recipe's id; `fgvc recipes` lists")
-
-
-def study_file(name: str) -> Path:
-    """The file of a study, by path or id. Raises FgvcError listing the ids."""
-    return _file(name, studies(), "a study's id; there are")
-
-
-def _file(name: str, files: Mapping[str, Path], otherwise: str) -> Path:
-    path = Path(name)
-    if path.is_file():
-        return path
-    if name in files:
-        return files[name]
-    raise FgvcError(f"{name}: no such file, nor {otherwise}: {', '.join(files)}")
-
-
-def run_name(path: Path) -> str:
-    """The default name of a recipe's runs: the id if it is one of fgvc's (`cub50-plain`), else the file's name."""
-    ids = {file.resolve(): name for name, file in recipes().items()}
-    return ids.get(path.resolve(), path.stem).replace("/", "-")
 
 
 def header(path: Path) -> list[str]:
@@ -82,7 +34,7 @@ def commented(
 ) -> str:
     """The recipe in `path` with every key and its description. `fill` adds what it leaves open; `top`: lines above it, in place
     of its own."""
-    tree = fill(read_tree(path)[0])
+    tree = fill(recipe_tree(model, path).tree)
     lines = [f"# {line}".rstrip() for line in (header(path) if top is None else top)]
     return "\n".join([*lines, "", *_section(model, tree, 0)]) + "\n"
 
@@ -139,10 +91,11 @@ def _comment(field: FieldInfo, pad: str) -> Iterator[str]:
 
 
 def _inner(field: FieldInfo, value: Any) -> type[BaseModel] | None:
-    """The section class of a field; of a union, the member that the `kind` of `value` names. None: deferred and off."""
+    """The section class of a field; of a union, the member that the `kind` of `value` names, or
+    the first. None: deferred and off."""
     models = models_of(field) if value is not None else models_in(field.annotation)
     if len(models) > 1 and isinstance(value, Mapping):
-        return next((m for m in models if tag_of(m) == value.get("kind")), None)
+        return next((m for m in models if tag_of(m) == value.get("kind", tag_of(models[0]))), None)
     return models[0] if len(models) == 1 else None
 
 

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from fgvc.config.loading import load
 from fgvc.config.recipe import Recipe
+from fgvc.config.shipped import DEFAULT, recipe_file, recipes, run_name
 from fgvc.data.deployed import with_file_defaults
 from fgvc.data.sources.read import resolved
 from fgvc.errors import FgvcError
+from fgvc.io.places import is_data
 
 SAVED = "write it with albumentations.save(pipeline, FILE), or data_format='yaml'"
+
+
+class Opened(NamedTuple):
+    """A recipe that was read, and where it is from."""
+
+    recipe: Recipe
+    name: str  # of its runs, by default
+    path: Path
+    images: Path | None  # that were given in the place of a recipe
+
+
+def open_recipe(source: Path | str, overrides: Iterable[str] = ()) -> Opened:
+    """Read a recipe by its file or id, or DEFAULT for images alone, a folder or a table. Raises FgvcError as `load_recipe`."""
+    if str(source) not in recipes() and is_data(images := Path(source).expanduser()):
+        path = recipe_file(DEFAULT)
+        name = re.sub(r"[^\w.+-]+", "-", images.resolve().stem) or "run"
+        kind = ["data.kind=hf"] * (images.suffix.lower() == ".parquet")
+        return Opened(load_recipe(path, [f"data.root={json.dumps(str(images))}", *kind, *overrides]), name, path, images)
+    path = recipe_file(str(source))
+    return Opened(load_recipe(path, overrides), run_name(path), path, None)
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fgvc.config.data import FolderData, Split
 from fgvc.config.images import Preprocess
 from fgvc.config.runtime import Calibration
-from fgvc.config.template import recipe_file
+from fgvc.config.shipped import recipe_file
 from fgvc.data.index import ImageIndex
 from fgvc.data.quality.colour import NATURAL, other_units
 from fgvc.data.recipe import load_recipe

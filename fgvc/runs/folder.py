@@ -33,6 +33,7 @@ from fgvc.io.files import (
     writing,
 )
 from fgvc.io.names import some
+from fgvc.io.places import what_it_is
 from fgvc.models.finite import not_finite
 from fgvc.runs import checkpoint, deployed, trackers
 from fgvc.runs.environment import absent_packages, environment
@@ -135,9 +136,7 @@ def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = Non
     """Whether the run in `out` goes on or is finished. Raises FgvcError where it can't go on with this recipe."""
     old = read_run(out)
     recipe = resumed_recipe(recipe, old)
-    changed = differences(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
-    refused = {key: pair for key, pair in changed.items() if not key.startswith(MAY_CHANGE)}
-    if refused:
+    if refused := changed_settings(old, recipe):
         rows = "\n".join(f"  {key}: {a!r} in the run, {b!r} now" for key, (a, b) in refused.items())
         raise FgvcError(
             f"{out}: this run was started with other settings:\n{rows}\n{new_run_advice(out)}, or give --overwrite to lose this "
@@ -157,6 +156,15 @@ def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = Non
             f"{out}: lies between two nets (fgvc interpolate): no training can go on from there. {new_run_advice(out)}"
         )
     return "on"
+
+
+def changed_settings(recorded: Recipe, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The settings, those of MAY_CHANGE apart, in which a recipe is not that of a run, which would go on with it: dotted key ->
+    (in the run, now). Raises FgvcError where it names another deployed file."""
+    changed = differences(
+        recorded.model_dump(mode="json"), resumed_recipe(recipe, recorded).model_dump(mode="json")
+    )
+    return {key: pair for key, pair in changed.items() if not key.startswith(MAY_CHANGE)}
 
 
 def resumed_recipe(recipe: Recipe, recorded: Recipe) -> Recipe:
@@ -279,7 +287,8 @@ def read_run(out: Path) -> Recipe:
     """Read the resolved recipe of a run. Raises FgvcError where the folder is none, or a technique's package is gone."""
     config = out / "config.yaml"
     if not config.is_file():
-        raise FgvcError(f"{out}: not a run of fgvc (no config.yaml)")
+        missing = "no config.yaml" if out.is_dir() else "not a folder" if out.exists() else "there is nothing"
+        raise FgvcError(f"{out}: not a run of fgvc ({missing}){what_it_is(out)}")
     try:
         recipe = load(Recipe, config)
     except FgvcError as error:

@@ -21,6 +21,7 @@ from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.io.files import sync
 from fgvc.io.names import refuse_breaking
+from fgvc.io.places import what_it_is
 
 MANIFEST = "manifest.json"
 REQUIRED: Mapping[str, str] = {  # name -> what it holds
@@ -150,7 +151,9 @@ def load_bundle(folder: Path) -> Bundle:
     Raises FgvcError that names the file: changed, missing, not in the manifest, a link, a name that leads elsewhere.
     """
     if not folder.is_dir():
-        raise FgvcError(f"{folder}: no such bundle (a folder with a {MANIFEST})")
+        raise FgvcError(f"{folder}: no such bundle (a folder with a {MANIFEST}){what_it_is(folder)}")
+    if not (folder / MANIFEST).is_file() and (described := what_it_is(folder)):
+        raise FgvcError(f"{folder}: not a bundle{described}")
     hashes = _read_manifest(folder)
     present = {entry.name: entry for entry in os.scandir(folder)}
     for name, entry in present.items():

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fgvc.config.images import Ending, Layout, NetworkFile, Triple
 from fgvc.errors import FgvcError
+from fgvc.io.places import what_it_is
 from fgvc.runtime.onnx_graph import KINDS, Node, OnnxGraph, Port, read_onnx_graph
 
 DTYPES = ("float32", "float16", "float64", "uint8")
@@ -83,7 +84,8 @@ def describe(
     except FileNotFoundError as error:
         raise FgvcError(f"{named}: no such file") from error
     except (OSError, ValueError) as error:
-        raise FgvcError(f"{named}: not an ONNX file, or cut short ({error})") from error
+        place = what_it_is(model) if isinstance(model, Path) else ""
+        raise FgvcError(f"{named}: not an ONNX file, or cut short ({error}){place}") from error
     image = _image(named, graph)
     assert image.shape is not None
     constants = _Constants(graph)

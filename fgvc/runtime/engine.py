@@ -16,6 +16,7 @@ from fgvc.config.images import Ending, NetworkFile, Preprocess
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.images.preprocess import keeps_pixels, preprocess
+from fgvc.io.places import what_it_is
 from fgvc.runtime.bundle import Bundle, Variant
 from fgvc.runtime.description import Description, describe
 
@@ -55,8 +56,9 @@ def load_session(model: Path | bytes, *, threads: int | None = None) -> onnxrunt
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has its own kinds, without a common base
+        place = what_it_is(Path(source)) if isinstance(source, str) else ""
         reason = (str(error).splitlines() or ["unknown reason"])[0]
-        raise FgvcError(f"{_named(model)}: onnxruntime can't load it: {reason}") from error
+        raise FgvcError(f"{_named(model)}: onnxruntime can't load it: {reason}{place}") from error
 
 
 def _named(model: Path | bytes) -> str:

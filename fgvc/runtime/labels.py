@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fgvc.errors import FgvcError
+from fgvc.io.places import what_it_is
 from fgvc.io.protobuf import fields
 from fgvc.runtime.bundle import class_names, read_json, read_labels
 
@@ -56,7 +57,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     except FileNotFoundError as error:
         raise FgvcError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
-        raise FgvcError(f"{path}: not an ONNX file, or cut short ({error})") from error
+        raise FgvcError(f"{path}: not an ONNX file, or cut short ({error}){what_it_is(path)}") from error
     return {text.get(KEY, ""): text.get(VALUE, "") for text in texts}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fgvc.config.models import Model
-from fgvc.config.template import recipes
+from fgvc.config.shipped import recipes
 from fgvc.evaluation.learning_curve import FOLDS, SHARES, Share
 from fgvc.studies.probe import ProbeResults, Result, Size
 

@@ -17,7 +17,7 @@ from fgvc.config.data import SPLITS
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import override, validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.template import recipe_file
+from fgvc.config.shipped import recipe_file
 from fgvc.data.index import ImageIndex
 from fgvc.data.recipe import load_recipe, resolve_data
 from fgvc.data.splits import stratified

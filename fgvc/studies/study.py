@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from fgvc.config.loading import leaves, load, merge, override, read_tree, section, validate
+from fgvc.config.loading import leaves, load, merge, override, recipe_tree, section, validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.section import Section
-from fgvc.config.template import recipe_file
+from fgvc.config.shipped import recipe_file
 from fgvc.config.training import Train
 from fgvc.data.recipe import resolve_data
 from fgvc.errors import FgvcError
@@ -179,7 +179,7 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
     """
     study = load(Study, path)
     beside = path.parent / study.base
-    shared = read_tree(beside if beside.is_file() else recipe_file(study.base))[0]
+    shared = recipe_tree(Recipe, beside if beside.is_file() else recipe_file(study.base)).tree
     merge(shared, study.settings)
     override_texts = tuple(overrides)
     for text in override_texts:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from fgvc.config.loading import differences, dump, load, validate
 from fgvc.config.recipe import Recipe, with_weight_defaults
-from fgvc.config.template import commented, recipes
+from fgvc.config.shipped import recipes
+from fgvc.config.template import commented
 from fgvc.data.recipe import load_recipe
 from fgvc.errors import FgvcError
 from fgvc.runs.build import refuse_names
@@ -223,7 +224,7 @@ def test_a_value_that_cannot_be_says_what_it_must_be_and_what_was_given(file: Pa
         "optim.layer_decay=2": "optim.layer_decay: must be at most 1 (got 2)",
         "ema.decay=1": "ema.decay: must be below 1 (got 1)",
         "deploy.resize=cut": "deploy.resize: must be 'crop', 'pad' or 'squash' (got 'cut')",
-        "optim=adamw": "optim: must be a mapping of keys (got 'adamw')",
+        "optim=adamw": "optim: must be a mapping of keys (got 'adamw'); did you mean optim.name=adamw?",
     }.items():
         assert refusal(file, given).split(": ", 1)[1] == said
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from fgvc import api
 from fgvc.cli.app import main
-from fgvc.config.template import recipe_file, run_name
+from fgvc.config.shipped import recipe_file, run_name
 from fgvc.models.backbone import plain_model
 from fgvc.runtime.bundle import write_bundle
 from fgvc.training import trainer

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from fgvc import api
 from fgvc.cli.app import main
 from fgvc.config.images import Deploy
-from fgvc.config.template import recipe_file
+from fgvc.config.shipped import recipe_file
 from fgvc.data.recipe import load_recipe
 from fgvc.data.splits import fold_numbers
 from fgvc.errors import FgvcError

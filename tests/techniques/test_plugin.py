@@ -216,7 +216,7 @@ def test_an_entry_point_that_is_none_is_refused_by_name_where_a_recipe_names_it(
 ) -> None:
     model = fake_package(monkeypatch, name, value)
     with pytest.raises(FgvcError, match=rf"here:3: {name}: entry point {name} of fgvc\.techniques: .*{message}"):
-        validate(model, {name: {}}, where="here", lines={(name,): 3})
+        validate(model, {name: {}}, where="here", places={(name,): "here:3"})
     with pytest.raises(FgvcError, match=rf"entry point {name} .*{message}"):
         techniques.settings_by_kind.__wrapped__()
 

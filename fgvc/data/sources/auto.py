@@ -14,10 +14,11 @@ from fgvc.config.data import AutoData, CsvData, CubData, FolderData, Source
 from fgvc.data.sources.columns import split_named
 from fgvc.data.sources.folder import tables_in
 from fgvc.data.sources.table import encoding_of
-from fgvc.data.sources.walk import folders_in, is_run_folder, loose_images
+from fgvc.data.sources.walk import folders_in, loose_images
 from fgvc.errors import FgvcError
 from fgvc.images.suffix import SUFFIXES
 from fgvc.io.names import some
+from fgvc.io.places import is_data, is_run_folder, what_it_is
 
 CUB = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
 PATHS = (
@@ -49,8 +50,8 @@ def resolved(data: AutoData) -> CubData | FolderData | CsvData:
             raise FgvcError(f"{root}: data.root is a file, and no table (.csv or .tsv); name the set's folder")
         return _table(data, root.parent, _Table.of(root, root.parent))
     root = data.folder()
-    if is_run_folder(set(os.listdir(root))):
-        raise FgvcError(f"{root}: is a run of fgvc, not a set of images; name the folder of the images")
+    if not is_data(root):
+        raise FgvcError(f"{root}: data.root is no set of images{what_it_is(root)}; name the folder of the images")
     for place in (root, root / "CUB_200_2011"):
         if missing := [name for name in CUB if not (place / name).is_file()]:
             if len(missing) < len(CUB) - 1:

@@ -14,6 +14,7 @@ from pathlib import Path
 from fgvc.errors import FgvcError
 from fgvc.images.suffix import SUFFIXES, suffix_of
 from fgvc.io.names import some
+from fgvc.io.places import is_run_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +142,6 @@ class Walk:
             owner = self._walked.get(os.path.dirname(real)) if real.lower().endswith(SUFFIXES) else None
             first = owner or linking[0][0]
             yield from ((first, other, link) for other, link in linking if other is not first)
-
-
-def is_run_folder(names: set[str]) -> bool:
-    """Whether a folder with these file names is a run of fgvc, of this version or an earlier one."""
-    return "config.yaml" in names and not names.isdisjoint({".lock", "ckpt"})
 
 
 def _upwards(path: str) -> Iterator[str]:

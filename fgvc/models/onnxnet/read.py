@@ -13,6 +13,7 @@ import onnx.inliner
 import torch
 
 from fgvc.errors import FgvcError
+from fgvc.io.places import what_it_is
 from fgvc.models.onnxnet import elementwise, layers, pooling, shapes  # noqa: F401 - they register their converters
 from fgvc.models.onnxnet.convert import Builder, Refused, refusal
 from fgvc.models.onnxnet.payload import external_file, read_tensor, stored_tensors
@@ -49,7 +50,7 @@ def load_model(path: Path) -> onnx.ModelProto:
     except FileNotFoundError as error:
         raise FgvcError(f"{path}: no such file") from error
     except Exception as error:  # protobuf has several of its own
-        raise FgvcError(f"{path}: not an ONNX file, or cut short ({type(error).__name__})") from error
+        raise FgvcError(f"{path}: not an ONNX file, or cut short ({type(error).__name__}){what_it_is(path)}") from error
     if not model.graph.node:
         raise FgvcError(f"{path}: not an ONNX model: it has no nodes")
     for tensor in stored_tensors(model).values():
