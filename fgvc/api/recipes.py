@@ -10,36 +10,24 @@ import yaml
 
 from fgvc.config.loading import drop_replaced, leaves, override, validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.template import DEFAULT, recipe_file, run_name
-from fgvc.data.recipe import load_recipe, resolve_data
+from fgvc.data.recipe import open_recipe, resolve_data, run_name
 from fgvc.errors import FgvcError
 from fgvc.io.files import StrPath
-from fgvc.runs.folder import is_run
-from fgvc.runtime.bundle import MANIFEST
+from fgvc.runs import numbered
 
 
 def as_recipe(source: Recipe | StrPath, settings: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe by its file, its id or a folder of classes (then `any/plain`), with settings laid over it: sections as mappings,
     or dotted keys. Raises FgvcError for a setting that there is not, and where the source is none of these."""
     overrides = list(_assignments(settings or {}))
-    if isinstance(source, Recipe):
-        return _revised(source, overrides)
-    folder = Path(source)
-    if not folder.is_dir():
-        return load_recipe(recipe_file(str(source)), overrides)
-    if is_run(folder):
-        raise FgvcError(f"{folder}: is a run; fgvc.Run({str(folder)!r}) opens it, and train goes on with it as its out=")
-    if (folder / MANIFEST).is_file():
-        raise FgvcError(f"{folder}: is a bundle, which is not trained; fgvc.Bundle({str(folder)!r}) opens it")
-    return load_recipe(recipe_file(DEFAULT), [f"data.root={_text(folder)}", *overrides])
+    return _revised(source, overrides) if isinstance(source, Recipe) else open_recipe(Path(source), overrides).recipe
 
 
-def default_folder(source: Recipe | StrPath) -> Path:
-    """The folder of a run that is given none: `runs/` and the name of the recipe or of the folder of classes."""
+def default_folder(source: Recipe | StrPath, recipe: Recipe) -> Path:
+    """The folder of a run that is given none, as of the command line; `recipe`: what was read of the source."""
     if isinstance(source, Recipe):
         raise FgvcError("out: a recipe that was read has no name to call its run by; name the run's folder")
-    path = Path(source)
-    return Path("runs") / (path.resolve().name if path.is_dir() else run_name(recipe_file(str(source))))
+    return numbered.default_folder(run_name(Path(source)), recipe)[0]
 
 
 def _revised(recipe: Recipe, overrides: list[str]) -> Recipe:

@@ -41,8 +41,8 @@ def train(
     `settings`: over the recipe, sections as mappings, `train={"epochs": 3}`, or dotted, `**{"train.epochs": 3}`. `out`: the run's
     folder, by default `runs/` and the recipe's name. The others, and what is raised, as of `fgvc.training.trainer.train`.
     """
-    folder = default_folder(recipe) if out is None else Path(out)
     made = as_recipe(recipe, settings)
+    folder = default_folder(recipe, made) if out is None else Path(out)
     return Run(trainer.train(made, folder, resume=str(resume), overwrite=overwrite, recorded=recorded))
 
 

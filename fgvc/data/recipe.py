@@ -12,7 +12,8 @@ import yaml
 
 from fgvc.config.loading import load
 from fgvc.config.recipe import Recipe
-from fgvc.config.shipped import DEFAULT, recipe_file, recipes, run_name
+from fgvc.config.shipped import DEFAULT, recipe_file, recipes
+from fgvc.config.shipped import run_name as recipe_name
 from fgvc.data.deployed import with_file_defaults
 from fgvc.data.sources.read import resolved
 from fgvc.errors import FgvcError
@@ -32,13 +33,25 @@ class Opened(NamedTuple):
 
 def open_recipe(source: Path | str, overrides: Iterable[str] = ()) -> Opened:
     """Read a recipe by its file or id, or DEFAULT for images alone, a folder or a table. Raises FgvcError as `load_recipe`."""
-    if str(source) not in recipes() and is_data(images := Path(source).expanduser()):
+    if (images := _images(source)) is not None:
         path = recipe_file(DEFAULT)
-        name = re.sub(r"[^\w.+-]+", "-", images.resolve().stem) or "run"
         kind = ["data.kind=hf"] * (images.suffix.lower() == ".parquet")
-        return Opened(load_recipe(path, [f"data.root={json.dumps(str(images))}", *kind, *overrides]), name, path, images)
+        recipe = load_recipe(path, [f"data.root={json.dumps(str(images))}", *kind, *overrides])
+        return Opened(recipe, run_name(source), path, images)
     path = recipe_file(str(source))
-    return Opened(load_recipe(path, overrides), run_name(path), path, None)
+    return Opened(load_recipe(path, overrides), run_name(source), path, None)
+
+
+def run_name(source: Path | str) -> str:
+    """The default name of the runs of what `open_recipe` reads."""
+    images = _images(source)
+    return recipe_name(recipe_file(str(source))) if images is None else re.sub(r"[^\w.+-]+", "-", images.resolve().stem) or "run"
+
+
+def _images(source: Path | str) -> Path | None:
+    """The place of images that was given in the place of a recipe; None: it is a recipe's file or id."""
+    place = Path(source).expanduser()
+    return place if str(source) not in recipes() and is_data(place) else None
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
