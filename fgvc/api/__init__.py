@@ -10,10 +10,10 @@ from fgvc.api.shipping import Exported, export, verify
 from fgvc.api.training import forecast, interpolate, train
 from fgvc.config.recipe import Recipe
 from fgvc.data.recipe import load_recipe
+from fgvc.evaluation.compared import PairedAnswers
 from fgvc.evaluation.evaluate import Evaluation
 from fgvc.evaluation.file_preprocessing import search_file as find_preprocess
 from fgvc.evaluation.localize import Localisation
-from fgvc.evaluation.side import PairedAnswers
 from fgvc.exporting.inspect import Inspection
 from fgvc.exporting.inspect import inspect_file as inspect
 from fgvc.exporting.quantize import Int8

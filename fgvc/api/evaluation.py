@@ -8,11 +8,14 @@ from typing import Literal
 
 from fgvc.config.data import Split
 from fgvc.config.recipe import Selected
+from fgvc.data.unseen import parse_seen
 from fgvc.evaluation import evaluate as evaluation
 from fgvc.evaluation import localize as localization
+from fgvc.evaluation.compared import PairedAnswers, collect_answers
 from fgvc.evaluation.evaluate import Evaluation
+from fgvc.evaluation.judging import select_images
 from fgvc.evaluation.localize import Localisation
-from fgvc.evaluation.side import PairedAnswers, collect_answers, open_sides, select_images
+from fgvc.evaluation.side import open_sides
 from fgvc.evaluation.tta import Views
 from fgvc.io.files import StrPath, as_path, as_paths, refuse_file
 from fgvc.report import document
@@ -87,18 +90,23 @@ def compare(
     certain: bool = False,
     max_pixels: int | None = None,
     root: StrPath | None = None,
+    seen: StrPath | None = None,
+    unseen: StrPath | None = None,
 ) -> PairedAnswers:
     """Compare two classifiers - runs, bundles or .onnx files - on the same images: what B gains over A, and what it breaks.
 
-    `data`: a recipe, or a folder of class folders; by default the data of the first that is a run. `split`: by default val
-    where there is one, else test. `labels`, `preprocess`: for .onnx files that have none beside them, one for whichever needs
-    it, or A's and B's. `certain`: refuse to assume a preprocessing, as a gate must. `max_pixels`: of a picture, in place of the
-    data's own limit. `root`: where the set of the runs lies now. Raises FgvcError where their classes differ.
+    `data`: a recipe, or a folder of class folders; by default the data of the first that is a run. `split`: by default val where
+    there is one, else test; with a deployed file, those of its images that it was not trained on, for which `seen` (train, none,
+    or a file) and `unseen` are, too: see `fgvc.evaluation.judging.select_images`. `labels`, `preprocess`: for .onnx files that
+    have none beside them, one for whichever needs it, or A's and B's. `certain`: assume no preprocessing, as a gate must not.
+    `max_pixels`: of a picture, in place of the data's own limit. `root`: where the set of the runs lies now. Raises FgvcError
+    where their classes differ, and NoUnseenImagesError where the deployed file may have been trained on all of the images.
     """
     stated = {"labels": labels, "preprocess": preprocess}
     files = {name: None if given is None else as_paths(given) for name, given in stated.items()}
     sides = open_sides(Path(a), Path(b), **files, certain=certain, root=as_path(root))
-    images = select_images(None if data is None else str(data), sides, split, max_pixels=max_pixels)
+    named, known = (None if value is None else str(value) for value in (data, seen))
+    images = select_images(named, sides, split, seen=parse_seen(known), unseen=as_path(unseen), max_pixels=max_pixels)
     return collect_answers(*sides, images)
 
 

@@ -16,7 +16,9 @@ from fgvc.config.exporting import Export, Exporter
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Selected
+from fgvc.data.index import ImageIndex
 from fgvc.data.loader import evaluation_loader
+from fgvc.data.unseen import judged
 from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import FEWEST, KEEP
 from fgvc.evaluation.temperature import RunCalibration, calibration, refuse_other_file
@@ -46,6 +48,7 @@ class Exported:
     against: Path | None = None  # the deployed bundle or file that it was compared with
     around: Agreement | None = None  # of its preprocessing and labels with those of the deployed one
     left_out: Mapping[str, str] = field(default_factory=dict)  # wanted files that the opset does not allow, and why
+    judges: str = ""  # which images judge it, in words, where it descends from a deployed file
 
 
 def export(
@@ -146,7 +149,7 @@ def _export(
     """Prove a run by its contract, make what lies beside the model, and write the bundle."""
     index, select_name = loaded.index, loaded.select
     proven = contract.prove(loaded.step.net, _proof_images(loaded))
-    metrics = loaded.measured("metrics.json")
+    metrics, judges = loaded.measured("metrics.json"), _judge(index)
     files: dict[str, Any] = {
         "model.onnx": proven.model,
         "labels.json": list(index.classes),
@@ -156,7 +159,9 @@ def _export(
             key.partition(".")[0]: row
             for key, row in sorted(metrics.items())
             if key in (f"val.{select_name}", f"test.{select_name}")
-        },
+        }
+        | judges.metrics,
+        **judges.files,
     }
     if proven.explain is not None:
         files["explain.onnx"] = proven.explain
@@ -171,7 +176,27 @@ def _export(
         files["contract.json"] |= {"left_out": omitted}
     write_bundle(out, files=files, data=proven.data, overwrite=overwrite)
     log_bundle(loaded.folder, loaded.recipe, out, say=lambda line: print(line, file=sys.stderr))
-    return Exported(out, select_name, proven, run_calibration, tuple(beside), against, around, omitted)
+    words = judged(index, "test", len(index.rows("test")))
+    return Exported(out, select_name, proven, run_calibration, tuple(beside), against, around, omitted, words)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """What a bundle says of the images that judge it; nothing where its run is of no deployed file."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
+
+
+def _judge(index: ImageIndex) -> _Judge:
+    if not index.unseen:
+        return _Judge()
+    rows = index.rows("test")
+    metrics = {"judge": {"split": "test", "images": len(rows), "which": f"unseen images of {index.unseen}"}}
+    if index.contents is not None:  # in tables: no paths that another set could have
+        return _Judge(metrics)
+    images = {str(index.paths[row]): index.classes[index.labels[row]] for row in rows}
+    return _Judge(metrics, {"judge.json": {"unseen": index.unseen, "images": images}})
 
 
 def _fed(spec: Preprocess, model: bytes, classes: int) -> Preprocess:

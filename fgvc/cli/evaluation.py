@@ -146,7 +146,17 @@ def compare(
         str | None,
         typer.Option(help="A folder of class folders, a recipe or a run; default: the data of A's run, or of B's."),
     ] = None,
-    split: SplitOption = None,
+    split: Annotated[
+        Literal["val", "test"] | None,
+        typer.Option(help="Default: val where there is one, else test; with a deployed file, what it was not trained on."),
+    ] = None,
+    seen: Annotated[
+        str | None,
+        typer.Option(help="What a deployed file was trained on: train (default), none of these, or a file that lists images."),
+    ] = None,
+    unseen: Annotated[
+        Path | None, typer.Option(help="A folder of images that a deployed file was not trained on: these judge, and no others.")
+    ] = None,
     root: Root = None,
     labels: Annotated[
         list[Path] | None,
@@ -173,7 +183,9 @@ def compare(
     ] = None,
     megapixels: OtherMegapixels = None,
 ) -> None:
-    """Two classifiers on the same images: gain, chance, and what breaks. Exit code 1 where a gate says no."""
+    """Two classifiers on the same images: gain, chance, and what breaks.
+
+    Exit code 1 where a gate says no; 4 where a deployed file may have been trained on all of the images."""
     from fgvc import api
     from fgvc.cli import show
     from fgvc.evaluation.paired import Gate
@@ -184,7 +196,7 @@ def compare(
         refuse_out(out)
     answers = api.compare(
         a, b, data=data, split=split, labels=labels, preprocess=preprocess, certain=gate.shut, root=root,
-        max_pixels=pixels(megapixels),
+        max_pixels=pixels(megapixels), seen=seen, unseen=unseen,
     )  # fmt: skip
     failures = gate.failures(answers.paired)
     show.comparison(answers, failures)

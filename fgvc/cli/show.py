@@ -15,10 +15,10 @@ from fgvc.api import Exported
 from fgvc.config.data import SPLITS
 from fgvc.data.quality.checks import Report, clean_rows
 from fgvc.evaluation.calibration import FEWEST
+from fgvc.evaluation.compared import PairedAnswers
 from fgvc.evaluation.evaluate import Evaluation
 from fgvc.evaluation.learning_curve import FOLDS, SHARES
 from fgvc.evaluation.localize import Localisation
-from fgvc.evaluation.side import PairedAnswers
 from fgvc.exporting.deployed import WrittenComparison
 from fgvc.exporting.verify import Comparison, Verification
 from fgvc.report.document import duration
@@ -180,6 +180,8 @@ def scores(result: Evaluation) -> None:
     shares = (f"{100 * share:.2f}" for share in (s.top1, s.top5, s.macro_f1, s.balanced_accuracy, s.ece))
     table.add_row(result.split, result.select, str(s.images), *shares, f"{s.loss:.4f}")
     console.print(table)
+    if result.judged:
+        console.print(result.judged, markup=False, soft_wrap=True)
     pairs = s.confused(result.classes)[:CONFUSED]
     if pairs:
         table = _table("most confused", "with", "times", "there", "back")
@@ -287,6 +289,8 @@ def contract(exported: Exported) -> None:
         if not exported.around.unproved:
             graph = f"a drop-in replacement of {exported.against}: graph, preprocessing and labels are the same"
     console.print(f"{exported.bundle}: {exported.select} weights, {graph}", markup=False, soft_wrap=True)
+    if exported.judges:
+        console.print(f"to be {exported.judges}: fgvc compare OLD {exported.bundle} --data SET", markup=False, soft_wrap=True)
 
 
 def _smaller_file(smaller: SmallerFile) -> str:
@@ -309,6 +313,8 @@ def comparison(answers: PairedAnswers, failures: Sequence[str]) -> None:
         rejected_cells = ([str(n) for n in counts] if side.threshold else ["", ""]) if rejecting else []
         table.add_row(escape(f"{name} {side.path}"), f"{100 * right.mean():.2f}", str(int(right.sum())), *rejected_cells)
     console.print(table)
+    if answers.judged:
+        console.print(answers.judged, markup=False, soft_wrap=True)
     if rejecting:
         console.print('gain, flips and gates are of the classes named, those that "none of these" holds back included')
     words = (f"{name} {calibration_word(side.calibrated)}" for name, side, _ in sides)

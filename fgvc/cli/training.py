@@ -51,6 +51,9 @@ def init(
         str | None,
         typer.Option(help="With --deployed, what it was trained on: train, none (of these images), or a file that lists them."),
     ] = None,
+    unseen: Annotated[
+        Path | None, typer.Option(help="With --deployed, a folder of labelled images that it was not trained on, beside --data.")
+    ] = None,
 ) -> None:
     """Write a recipe out with every key explained, to own and change."""
     from fgvc.config import shipped
@@ -67,13 +70,13 @@ def init(
         raise FgvcError(f"{out}: exists already; remove it, or choose another name")
     source = shipped.recipe_file(names[0] if len(names) == 2 else shipped.DEFAULT)
     if deployed is None:
-        if seen is not None:
-            raise FgvcError("--seen: is of a deployed file; name it with --deployed")
+        if seen is not None or unseen is not None:
+            raise FgvcError("--seen and --unseen: are of a deployed file; name it with --deployed")
         text = _recipe(source, {} if data is None else {"data": {"root": str(data.absolute())}})
     elif data is None:
         raise FgvcError("--deployed: on which images is it to be trained? Name them with --data")
     else:
-        text = _deployed_recipe(source, deployed, data, seen, out)
+        text = _deployed_recipe(source, deployed, data, seen, unseen, out)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
@@ -97,13 +100,15 @@ def _recipe(source: Path, settings: dict[str, Any], *, top: list[str] | None = N
     return template.commented(Recipe, source, fill=fill, top=top)
 
 
-def _deployed_recipe(source: Path, deployed: Path, data: Path, seen: str | None, out: Path) -> str:
+def _deployed_recipe(
+    source: Path, deployed: Path, data: Path, seen: str | None, unseen: Path | None, out: Path
+) -> str:
     """A recipe for a deployed file; where nothing states its labels, their order is written beside it."""
     from fgvc.evaluation.deployed_recipe import deployed_recipe
 
     labels = out.with_suffix(".labels.txt")
     refuse_file(labels)
-    made = deployed_recipe(deployed, data, seen=seen, progress=lambda line: print(line, file=sys.stderr))
+    made = deployed_recipe(deployed, data, seen=seen, unseen=unseen, progress=lambda line: print(line, file=sys.stderr))
     if made.search is not None:
         print("\n".join(made.search.lines()))
     if made.labels is not None:

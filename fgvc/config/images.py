@@ -101,6 +101,11 @@ class Deploy(_Normalised):
         "weights. train: the set's own train split, and splits that fgvc draws; none: no image of this set; or a file that lists "
         "them, a path a line",
     )
+    unseen: Path | None = Field(
+        None,
+        description="a folder of labelled images beside data.root that the deployed file was not trained on, such as those "
+        "collected since: with these, a set that has no split of its own can be learned from as a whole",
+    )
     labels: Path | None = Field(
         None, description="the deployed stack's label order: a text file, one class a line, or a bundle's labels.json"
     )

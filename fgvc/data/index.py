@@ -37,7 +37,7 @@ class ImageIndex:
     labels: np.ndarray  # (N,) int32 in [0, K)
     splits: np.ndarray  # (N,) int8: position in SPLITS
     given_splits: tuple[Split, ...] = ()  # of validation and test, those that the set brings along; fgvc draws the others
-    unseen: str = ""  # where validation and test are images that the deployed classifier was not trained on: by which rule
+    unseen: str = ""  # which images, where validation and test are those that the deployed classifier was not trained on
     joined: int = 0  # images that went to the split of their near copies
     groups: np.ndarray | None = None  # (N,) StringDType: rows of one group never straddle a split
     # Both in pixels of the image as stored; fgvc.images.upright turns them with the image by its EXIF orientation.

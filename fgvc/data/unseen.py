@@ -25,103 +25,194 @@ from fgvc.io.names import some
 
 Seen = Literal["train", "none"] | Path
 FEWEST_TO_CHOOSE = 200  # unseen images, below which all of them judge and none chooses
+SURE = 0.98  # share of right answers above which a file has most likely seen the images
 _JUDGE: Literal["test"] = "test"  # whose random stream draws the half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unseen:
-    """Rows of a set by what they may be used for, all of images that the deployed classifier was not trained on."""
+class Ways:
+    """How somebody can say what a deployed file has seen: names of settings, or of options."""
 
-    choose: NDArray[np.int64]  # between settings, weights and epochs; empty where there are too few
-    judge: NDArray[np.int64]  # the new classifier against the deployed one; read once
-    copies: NDArray[np.int64]  # unseen by name, near copies of seen ones: left out
+    none: str
+    file: str
+    folder: str
+
+
+SETTINGS = Ways(none="deploy.seen=none", file="deploy.seen=FILE", folder="deploy.unseen=DIR")
+OPTIONS = Ways(none="--seen none", file="--seen FILE", folder="--unseen DIR")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Rows of a set that the deployed classifier was not trained on, and the new one is not."""
+
+    rows: NDArray[np.int64]
+    unreadable: NDArray[np.int64]  # of the unseen images: in no row above
+    copies: NDArray[np.int64]  # unseen by name, near copies of others than these: left out
+    families: NDArray[np.int64]  # (N,) number of each image's group of near copies
+    where: str  # which images of the set, in a word or two
     rule: str  # in words, for people and records
 
+    @property
+    def left_out(self) -> str:
+        """How many near copies are left out, in words; empty: none."""
+        return _copies(len(self.copies), "left out")
+
+    def named(self, division: str = "") -> str:
+        """Which images these are, for "judged on 686 unseen images of ...". `division`: which of them judge."""
+        remarks = [*[division] * bool(division), *[self.left_out] * bool(len(self.copies))]
+        return f"{self.where} ({'; '.join(remarks)})" if remarks else self.where
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unseen:
+    """A pool by what its images may be used for."""
+
+    pool: Pool
+    choose: NDArray[np.int64]  # between settings, weights and epochs; empty where there are too few
+    judge: NDArray[np.int64]  # the new classifier against the deployed one; read once
+    division: str = ""  # in words
+
+    @property
+    def named(self) -> str:
+        """Which images judge, as of `Pool.named`."""
+        return self.pool.named(self.division)
+
     def __str__(self) -> str:
-        left_out = f"; {len(self.copies)} near copies of images that it has seen are left out" if len(self.copies) else ""
+        copies = len(self.pool.copies)
+        left_out = f"; {_copies(copies, 'of images that it has seen left out')}" if copies else ""
         if not len(self.choose):
-            return f"{self.rule}{left_out}; fewer than {FEWEST_TO_CHOOSE}: none chooses, {len(self.judge)} judge"
-        return f"{self.rule}{left_out}; {len(self.choose)} choose, {len(self.judge)} judge"
+            return f"{self.pool.rule}{left_out}; fewer than {FEWEST_TO_CHOOSE}: none chooses, {len(self.judge)} judge"
+        return f"{self.pool.rule}{left_out}; {len(self.choose)} choose, {len(self.judge)} judge"
 
 
-def unseen_rows(index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64]) -> tuple[NDArray[np.int64], str]:
-    """Rows that the deployed classifier was not trained on and the new one will not be (`learned`), and the rule in words.
+def _copies(count: int, what: str) -> str:
+    return f"{count} near {'copy' if count == 1 else 'copies'} {what}"
+
+
+def judged(index: ImageIndex, split: str, images: int) -> str:
+    """What a score of a split rests on, in words: where it holds images that the deployed classifier was not trained on."""
+    if not index.unseen or split == "train":
+        return ""
+    return f"{'judged on' if split == 'test' else 'chosen by'} {images} unseen images of {index.unseen}"
+
+
+def unseen_rows(
+    index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64], beside: Path | None = None, ways: Ways = SETTINGS
+) -> tuple[NDArray[np.int64], str, str]:
+    """Rows that the deployed classifier was not trained on and the new one will not be (`learned`), where they are in a word or
+    two, and the rule in words.
 
     `seen`: train: what the set says of its train split; none: it has seen no image of the set; a file: those that it names, one
-    path a line, absolute or relative to the set's folder. Raises FgvcError for a file that names no image of the set, and
+    path a line, absolute or relative to the set's folder. `beside`: the folder of unseen images that were added to the set, see
+    `fgvc.data.beside`; `ways`: for messages. Raises FgvcError for a file that names no image of the set, and
     NoUnseenImagesError where no image is left.
     """
     mask = np.ones(len(index), dtype=bool)
     mask[learned] = False
+    where = "the set"
     if seen == "none":
-        rule = "seen by the deployed file: none of these images (deploy.seen: none)"
+        rule = f"seen by the deployed file: none of these images ({ways.none})"
     elif isinstance(seen, Path):
         named = _named(index, seen)
         mask &= ~named
         rule = f"seen by the deployed file: {int(named.sum())} images that {seen} names"
     elif not index.given_splits:
-        raise NoUnseenImagesError(
-            f"{index.root}: the set brings no validation or test split along, so the deployed file may have been trained on "
-            "every image of it, and names these rightly whatever it knows. Put images that it has not seen into a test split "
-            "(train/ and test/ folders), or say what it has seen: deploy.seen=none (all were collected after it was trained) or "
-            "deploy.seen=FILE (a list of paths)"
-        )
+        raise NoUnseenImagesError(all_seen(index.root, ways))
     else:
         given = [SPLITS.index(split) for split in index.given_splits]
         mask &= np.isin(index.splits, given)
-        rule = f"not seen by the deployed file: the set's own {' and '.join(index.given_splits)} split"
+        own = any(not path.startswith("../") for path in index.paths[mask].tolist())  # those beside the set lie outside of it
+        places = [*[f"the set's own {' and '.join(index.given_splits)} split"] * own, *[f"the images of {beside}"] * bool(beside)]
+        where = " and ".join([*index.given_splits] * own + ([] if beside is None else [beside.name]))
+        rule = f"not seen by the deployed file: {' and '.join(places)}"
     if not mask.any():
         raise NoUnseenImagesError(
             f"{index.root}: no image is left that the deployed file has not seen and the new one does not learn from ({rule}); "
             "add some to the test split"
         )
-    return np.flatnonzero(mask), rule
+    return np.flatnonzero(mask), where, rule
 
 
-def divide_unseen(index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64]) -> Unseen:
-    """Divide the unseen images once: the set's own validation split chooses and its test split judges, where it brings both
-    along; else a half of each class chooses, the other one judges, near copies of each other together. Near copies of images that
-    were seen or are learned from are left out.
+def all_seen(root: Path, ways: Ways, evidence: str = "") -> str:
+    """The message for a set without any split of its own. `evidence`: how well the file names its images."""
+    return (
+        f"{root}: the set brings no validation or test split along, so the deployed file may have been trained on every image of "
+        f"it, and names these rightly whatever it knows{evidence and f' ({evidence})'}. Put images that it has not seen into a "
+        f"test split (train/ and test/ folders), or give {ways.none} (all were collected after it was trained), {ways.file} (a "
+        f"list of the paths that it has seen) or {ways.folder} (a folder of images that it has not seen)"
+    )
 
-    The same set gives the same halves on every machine. Raises FgvcError as `unseen_rows` does, and NoUnseenImagesError where
-    all are near copies.
-    """
-    rows, rule = unseen_rows(index, seen, learned=learned)
-    numbers, readable = near_copies(index, np.arange(len(index)))
-    pool = readable & np.isin(np.arange(len(index)), rows)
-    copies = np.flatnonzero(pool & np.isin(numbers, numbers[readable & ~pool]))
+
+def parse_seen(text: str | None) -> Seen | None:
+    """What `--seen` says: train, none, or a file."""
+    return text if text is None or text in ("train", "none") else Path(text)  # type: ignore[return-value]
+
+
+def seen_words(accuracy: float, loss: float) -> str:
+    """How well a classifier names images, as evidence of whether it has seen them. `loss`: mean, in nats."""
+    remark = ": it has most likely seen them" if accuracy > SURE else ""
+    return f"it names {100 * accuracy:.1f} % of these rightly, mean loss {loss:.2f}{remark}"
+
+
+def unseen_pool(
+    index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64], beside: Path | None = None, ways: Ways = SETTINGS
+) -> Pool:
+    """The unseen images of a set, near copies of its other images left out. Raises FgvcError as `unseen_rows` does, and
+    NoUnseenImagesError where all are near copies."""
+    rows, where, rule = unseen_rows(index, seen, learned=learned, beside=beside, ways=ways)
+    families, readable = near_copies(index, np.arange(len(index)))
+    unseen = np.isin(np.arange(len(index)), rows)
+    pool = readable & unseen
+    copies = np.flatnonzero(pool & np.isin(families, families[readable & ~pool]))
     pool[copies] = False
-    rows = np.flatnonzero(pool)
-    if not len(rows):
+    if not pool.any():
         raise NoUnseenImagesError(
             f"{index.root}: every image that could judge is a near copy of one that was seen ({len(copies)}); add others "
             "to the test split"
         )
+    unreadable = np.flatnonzero(unseen & ~readable)
+    return Pool(rows=np.flatnonzero(pool), unreadable=unreadable, copies=copies, families=families, where=where, rule=rule)
+
+
+def divide_unseen(
+    index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64], beside: Path | None = None
+) -> Unseen:
+    """Divide the unseen images once: the set's own validation split chooses and its test split judges, where it brings both
+    along; else a half of each class chooses, the other one judges, near copies of each other together. Near copies of images that
+    were seen or are learned from are left out.
+
+    The same set gives the same halves on every machine. Raises FgvcError as `unseen_pool` does.
+    """
+    pool = unseen_pool(index, seen, learned=learned, beside=beside)
+    rows = pool.rows
     if len(rows) < FEWEST_TO_CHOOSE:
-        return Unseen(choose=np.empty(0, np.int64), judge=rows, copies=copies, rule=rule)
+        return Unseen(pool=pool, choose=np.empty(0, np.int64), judge=rows)
     if seen == "train" and set(index.given_splits) == {"val", "test"}:  # whoever made the set has divided them
-        given = [rows[index.splits[rows] == SPLITS.index(split)] for split in ("val", "test")]
-        if all(len(some_rows) for some_rows in given):
-            return Unseen(choose=given[0], judge=given[1], copies=copies, rule=rule)
-    groups = numbers[rows]
+        choose, judge = (rows[index.splits[rows] == SPLITS.index(split)] for split in ("val", "test"))
+        if len(choose) and len(judge):
+            return Unseen(pool=pool, choose=choose, judge=judge, division="val chooses, test judges")
+    groups = pool.families[rows]
     if index.groups is not None:  # the set's own, such as photographs of one plant
         groups = joined(len(rows), links(groups), links(group_codes(index.groups[rows])))
     names = np.array([str(group) for group in groups], dtype=np.dtypes.StringDType())
     judges = stratified(index.labels[rows], 0.5, seed=0, split=_JUDGE, groups=names)
-    return Unseen(choose=rows[~judges], judge=rows[judges], copies=copies, rule=rule)
+    return Unseen(pool=pool, choose=rows[~judges], judge=rows[judges], division="half of them")
 
 
-def judged_apart(index: ImageIndex, seen: Seen, *, hold_out: bool = True) -> ImageIndex:
+def judged_apart(
+    index: ImageIndex, seen: Seen, *, hold_out: bool = True, beside: Path | None = None
+) -> ImageIndex:
     """The index for training from a deployed classifier's own weights: validation are the unseen images that choose (without
     `hold_out` learned from, too), test those that judge; all others are learned from. Errors as of `divide_unseen`."""
-    unseen = divide_unseen(index, seen, learned=index.rows("train"))
+    unseen = divide_unseen(index, seen, learned=index.rows("train"), beside=beside)
     splits = np.full(len(index), SPLITS.index("train"), np.int8)
     splits[unseen.judge] = SPLITS.index("test")
     if hold_out:
         splits[unseen.choose] = SPLITS.index("val")
     counts = ", ".join(f"{name} {int((splits == k).sum())}" for k, name in enumerate(SPLITS))
     recognised = f"{index.recognised}; {unseen}: {counts}"
-    return replace(index, splits=splits, unseen=unseen.rule, recognised=recognised)
+    return replace(index, splits=splits, unseen=unseen.named, recognised=recognised)
 
 
 def _named(index: ImageIndex, file: Path) -> NDArray[np.bool_]:

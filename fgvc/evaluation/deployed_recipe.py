@@ -10,13 +10,20 @@ from typing import Any
 
 from fgvc.config.data import AutoData
 from fgvc.config.images import Deploy, Preprocess
+from fgvc.data.beside import with_folder
 from fgvc.data.deployed import PREPROCESS
+from fgvc.data.index import ImageIndex
+from fgvc.data.labels import as_in_file
 from fgvc.data.sources.read import read_source
+from fgvc.data.unseen import OPTIONS, all_seen, seen_words
 from fgvc.errors import FgvcError, NoUnseenImagesError, UndecidedError
 from fgvc.evaluation.file_preprocessing import UNASSIGNED, FileSearch, search_file
+from fgvc.evaluation.judging import evidence
+from fgvc.evaluation.side import Classifier
 from fgvc.io.names import few
 from fgvc.runtime.bundle import read_preprocess
-from fgvc.runtime.labels import labels_of
+from fgvc.runtime.engine import OnnxSession
+from fgvc.runtime.labels import Labels, labels_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +40,14 @@ def deployed_recipe(
     images: Path,
     *,
     seen: str | None = None,
+    unseen: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> DeployedRecipe:
-    """Work out the keys for a file and images. `seen`: train, none, or a list of paths, as of `deploy.seen`.
+    """Work out the keys for a file and images. `seen`: train, none, or a list of paths, as of `deploy.seen`; `unseen`: a folder
+    beside them that the file was not trained on, as of `deploy.unseen`.
 
     Raises FgvcError for a file or images that can't be read, or labels in another order; UndecidedError where the images don't
-    tell how it is fed; NoUnseenImagesError where the set brings no split along and `seen` is not given.
+    tell how it is fed; NoUnseenImagesError where the set brings no split along and neither `seen` nor `unseen` is given.
     """
     index = read_source(AutoData(root=images, val_fraction=0.0))
     stated = labels_of(file)
@@ -56,13 +65,15 @@ def deployed_recipe(
             f"{file}: has {len(labels)} outputs, and the images are of {len(index.classes)} classes: nothing says what the "
             f"others are. Put labels.txt beside the file, a class a line; by its answers: {few(labels)}"
         )
-    if seen is None and not index.given_splits:
-        raise NoUnseenImagesError(_all_seen(images, search))
+    if unseen is not None:
+        with_folder(as_in_file(index, stated) if stated is not None else index, unseen, where="--unseen")
+    elif seen is None and not index.given_splits:
+        raise NoUnseenImagesError(all_seen(images, OPTIONS, _evidence(file, spec, stated, search, index)))
     tree: dict[str, dict[str, Any]] = {
         "data": {"kind": "auto", "root": str(images.absolute())},
         "image": {"size": list(spec.size)},
         "model": {"onnx": str(file.absolute()), "weights": "deployed"},
-        "deploy": _fed(spec) | {"seen": seen or "train"},
+        "deploy": _fed(spec) | {"seen": seen or "train"} | ({} if unseen is None else {"unseen": str(unseen.absolute())}),
     }
     return DeployedRecipe(tree=tree, labels=labels, search=search)
 
@@ -88,16 +99,9 @@ def _refuse_undecided(search: FileSearch) -> None:
         )
 
 
-def _all_seen(images: Path, search: FileSearch | None) -> str:
-    evidence = ""
+def _evidence(file: Path, spec: Preprocess, stated: Labels | None, search: FileSearch | None, index: ImageIndex) -> str:
     if search is not None:
-        best = search.search.best
-        evidence = (
-            f" (it names {100 * best.accuracy:.1f} % of {search.search.images} rightly, mean loss {best.loss:.2f}"
-            + (": it has most likely seen them)" if best.accuracy > 0.98 else ")")
-        )
-    return (
-        f"{images}: brings no validation or test split along, so the deployed file may have been trained on every image of "
-        f"it{evidence}. Put images that it has not seen into a test split (train/ and test/ folders), or give --seen none (all "
-        "were collected after it was trained) or --seen FILE (a list of paths)"
-    )
+        return seen_words(search.search.best.accuracy, search.search.best.loss)
+    assert stated is not None
+    session = OnnxSession(file, output=spec.output)
+    return evidence(Classifier(path=file, kind="onnx", classes=stated.names, preprocess=spec, session=session), index)

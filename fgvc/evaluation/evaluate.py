@@ -14,6 +14,7 @@ from torch import Tensor
 from fgvc.config.data import Split
 from fgvc.config.recipe import Selected
 from fgvc.data.loader import evaluation_loader
+from fgvc.data.unseen import judged
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation import metrics
 from fgvc.evaluation.calibration import Calibrated, fitting_sample
@@ -41,6 +42,7 @@ class Evaluation:
     classes: tuple[str, ...]
     calibrated: Calibrated | None  # None with averaged views, which no bundle has: their probabilities are not calibrated
     stored: bool = True  # in the run; not where that can't be written
+    judged: str = ""  # which images, in words, where they are those that a deployed file was not trained on
 
 
 def evaluate(
@@ -100,9 +102,13 @@ def evaluate(
         tables |= {"reliability": calibrated.rows(), "risk-coverage": calibrated.curve_rows()}
     files |= {f"tables/{table}-{stem}.csv": as_csv(lines).encode() for table, lines in tables.items()}
     unfitted = {"calibrated": False, "note": "no temperature is fitted for averaged views"}
-    numbers = scores.numbers() | {"calibration": unfitted if calibrated is None else calibrated.numbers()}
+    words = judged(index, split_name, scores.images)
+    numbers: dict[str, Any] = scores.numbers() | {"calibration": unfitted if calibrated is None else calibrated.numbers()}
+    numbers |= {"judged": words} if words else {}
     stored = run.store(files, {"metrics.json": {f"{name}.{select}": numbers}})
-    return Evaluation(run.folder, name, select, scores, sample.right, tuple(unreadable), index.classes, calibrated, stored)
+    return Evaluation(
+        run.folder, name, select, scores, sample.right, tuple(unreadable), index.classes, calibrated, stored, words
+    )
 
 
 def _calibrated(run: LoadedRun, split: Split, sample: Sample, device: str | None) -> Calibrated | None:

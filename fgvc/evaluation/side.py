@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,30 +10,20 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.config.data import FolderData, Split
 from fgvc.config.images import Preprocess
 from fgvc.config.runtime import Calibration
-from fgvc.config.shipped import recipe_file
 from fgvc.data.index import ImageIndex
 from fgvc.data.quality.colour import NATURAL, other_units
-from fgvc.data.recipe import load_recipe
-from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError
-from fgvc.evaluation.calibration import MAX_LOGITS, confidence_of
-from fgvc.evaluation.paired import Paired, compare_predictions
 from fgvc.evaluation.temperature import calibration
-from fgvc.images.preprocess import described, differences
-from fgvc.io.names import label_differences, some
+from fgvc.images.preprocess import described
+from fgvc.io.names import some
 from fgvc.runs.folder import is_run, read_run
-from fgvc.runs.images import read_index, recorded_images, training_overlap
+from fgvc.runs.images import descends_from_file
 from fgvc.runs.loaded import Answers, LoadedRun, load_run, onnx_answers
-from fgvc.runtime.bundle import load_bundle
+from fgvc.runtime.bundle import DEPLOYED_FILE, load_bundle
 from fgvc.runtime.engine import OnnxSession, doubts_about, refuse_misfit, session_of
 from fgvc.runtime.stack import stack_of
-
-FLIP_COLUMNS = (  # columns of a table of flips
-    "path", "flip", "class", "a", "a_confidence", "b", "b_confidence", "a_calibrated", "b_calibrated"
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +40,8 @@ class Classifier:
     calibrated: bool = False  # whether the temperature was fitted
     session: OnnxSession | None = None
     run: LoadedRun | None = None
+    deployed: bool = False  # a deployed file, or weights that descend from one: what it was trained on can't judge it
+    judge: Mapping[str, Any] | None = None  # of a bundle, that of its run: which images judge
 
     def answers(self, index: ImageIndex, rows: NDArray[np.int64], *, workers: int) -> Answers:
         """Compute its logits for these images, by its own preprocessing."""
@@ -58,67 +50,6 @@ class Classifier:
         assert self.session is not None
         assert self.preprocess is not None
         return onnx_answers(self.session, index, rows, spec=self.preprocess, workers=workers)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Images:
-    """Images that both sides classify."""
-
-    index: ImageIndex
-    rows: NDArray[np.int64]
-    split: str
-    workers: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairedAnswers:
-    """Answers of both sides on the N images that could be read."""
-
-    a: Classifier
-    b: Classifier
-    split: str
-    classes: tuple[str, ...]  # A's order, in all numbers here
-    paths: tuple[Path, ...]  # (N,)
-    predicted: NDArray[np.int64]  # (2,N) classes
-    confidence: NDArray[np.float64]  # (2,N); by each side's temperature, see `Classifier.calibrated`
-    paired: Paired
-    unreadable: tuple[str, ...]
-    images: ImageIndex
-    rows: NDArray[np.int64]  # (N,) of the index: the images that were read
-    notes: tuple[str, ...]  # doubts about the figures
-    differences: tuple[str, ...]  # in how the sides are fed and read: B is no drop-in for A
-
-    @property
-    def rejected(self) -> NDArray[np.bool_]:
-        """Images (2,N) that are answered "none of these" in service. `paired` and the gates count the predicted class all the
-        same."""
-        return self.confidence < np.array([[self.a.threshold], [self.b.threshold]])
-
-    def rejections(self) -> list[tuple[int, int]]:
-        """Count, for A and for B, the images answered "none of these", and those of them whose predicted class is right."""
-        right = np.stack([self.paired.a_right, self.paired.b_right])
-        return [(int(no.sum()), int((no & correct).sum())) for no, correct in zip(self.rejected, right, strict=True)]
-
-    def flips(self) -> list[dict[str, Any]]:
-        """Table of one row a flip: negative flips first, those of which B is most confident on top."""
-        names = self.classes
-        negative, positive = self.paired.negative, self.paired.positive
-        order = np.lexsort((-self.confidence[1], ~negative))
-        return [
-            {
-                "path": str(self.paths[n]),
-                "flip": "negative" if negative[n] else "positive",
-                "class": names[self.paired.labels[n]],
-                "a": names[self.predicted[0, n]],
-                "a_confidence": round(float(self.confidence[0, n]), 6),
-                "b": names[self.predicted[1, n]],
-                "b_confidence": round(float(self.confidence[1, n]), 6),
-                "a_calibrated": str(self.a.calibrated).lower(),
-                "b_calibrated": str(self.b.calibrated).lower(),
-            }
-            for n in order
-            if negative[n] or positive[n]
-        ]
 
 
 def open_sides(
@@ -182,105 +113,6 @@ def _file_beside(path: Path, name: str) -> Path:
     return path.parent / f"{name}.json"
 
 
-def select_images(
-    data: str | None, sides: Sequence[Classifier], split: Split | None = None, *, max_pixels: int | None = None
-) -> Images:
-    """Select the images to compare on, see `_select_images`. `max_pixels`: of a picture, in place of the data's own limit."""
-    images = _select_images(data, sides, split)
-    return images if max_pixels is None else replace(images, index=replace(images.index, max_pixels=max_pixels))
-
-
-def _select_images(data: str | None, sides: Sequence[Classifier], split: Split | None) -> Images:
-    """Select the images of a folder of class folders (all of it, or one split where it has splits), of a recipe or a run,
-    or by default of the first side that is a run. `split` as for evaluation: by default val where there is one, else test.
-
-    Raises FgvcError where there are none, or of classes that the sides do not know.
-    """
-    run = next((side.run for side in sides if side.run is not None), None)
-    if data is None:
-        if run is None:
-            raise FgvcError("which images? Neither side is a run: give --data, a folder of class folders or a recipe")
-        split, rows = run.rows_of(split)
-        return Images(index=run.index, rows=rows, split=split, workers=run.recipe.train.workers)
-    workers, source = 0, Path(data)
-    if is_run(source):
-        recipe = read_run(source)
-        recorded = recorded_images(source, recipe)
-        index, workers, rows_of = recorded.index, recipe.train.workers, recorded.rows
-    elif source.is_dir():
-        index = read_source(FolderData(root=source, val_fraction=0, test_fraction=0))
-        rows_of = index.rows
-        if split is None and len(index.rows("train")) == len(index):
-            return _check_classes(Images(index=index, rows=np.arange(len(index)), split="all"), sides[0])
-    else:
-        recipe = load_recipe(recipe_file(data))
-        index, workers = read_index(recipe), recipe.train.workers
-        rows_of = index.rows
-    chosen_split: Split = split or ("val" if len(index.rows("val")) else "test")
-    if not len(rows := rows_of(chosen_split)):
-        raise FgvcError(f"{data}: has no {chosen_split} split")
-    return _check_classes(Images(index=index, rows=rows, split=chosen_split, workers=workers), sides[0])
-
-
-def collect_answers(a: Classifier, b: Classifier, images: Images) -> PairedAnswers:
-    """Collect the answers of both sides on the same images, without those that can't be read. Raises FgvcError where a
-    side gives logits that are no numbers."""
-    order = {name: k for k, name in enumerate(a.classes)}
-    number = np.array([order.get(name, -1) for name in images.index.classes])
-    step = max(64, MAX_LOGITS // len(a.classes))
-    rows: list[NDArray[np.int64]] = []
-    predicted, confidence = [], []
-    unreadable: dict[str, None] = {}
-    for start in range(0, len(images.rows), step):
-        both_answers = [
-            side.answers(images.index, images.rows[start : start + step], workers=images.workers) for side in (a, b)
-        ]
-        if not np.array_equal(both_answers[0].rows, both_answers[1].rows):
-            raise FgvcError("an image could be read once, and once not: leave the files alone while they are compared")
-        for side, answer in zip((a, b), both_answers, strict=True):
-            _refuse_no_numbers(side, answer, images.index)
-        rows.append(both_answers[0].rows)
-        numbers = [np.array([order[name] for name in side.classes]) for side in (a, b)]
-        predicted.append([in_order[answer.logits.argmax(1)] for in_order, answer in zip(numbers, both_answers, strict=True)])
-        temperatures = a.temperature, b.temperature
-        confidence.append(
-            [
-                confidence_of(answer.logits.astype(np.float64), t, answer.ending)
-                for answer, t in zip(both_answers, temperatures, strict=True)
-            ]
-        )
-        unreadable |= dict.fromkeys(both_answers[0].unreadable)
-    rows_read, predictions = np.concatenate(rows), np.concatenate(predicted, axis=1)
-    overlaps = filter(None, (_overlap_warning(a, images), _overlap_warning(b, images)))
-    return PairedAnswers(
-        a=a,
-        b=b,
-        split=images.split,
-        classes=a.classes,
-        paths=tuple(images.index.path(row) for row in rows_read),
-        predicted=predictions,
-        confidence=np.concatenate(confidence, axis=1),
-        paired=compare_predictions(number[images.index.labels[rows_read]], *predictions),
-        unreadable=tuple(unreadable),
-        notes=(*a.notes, *b.notes, *overlaps, *images.index.warnings),
-        differences=_differences(a, b),
-        images=images.index,
-        rows=rows_read,
-    )
-
-
-def _differences(a: Classifier, b: Classifier) -> tuple[str, ...]:
-    return (*differences(_as_fed(a), _as_fed(b)), *label_differences(a.classes, b.classes))
-
-
-def _as_fed(side: Classifier) -> Preprocess:
-    """Its preprocessing, with what its file says of its ends where there is a file."""
-    assert side.preprocess is not None
-    if side.session is None:
-        return side.preprocess
-    return side.preprocess.model_copy(update={"network": side.session.file.record})
-
-
 def _roots(paths: Sequence[Path], root: Path | None) -> list[Path | None]:
     """Folder to which the set of each side has moved, or None."""
     data_roots = [read_run(path).data.root.expanduser().resolve() if is_run(path) else None for path in paths]
@@ -302,10 +134,15 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
         notes = tuple(f"{path}: {doubt}" for doubt in doubts)
         output = None if spec is None or spec.network is None else spec.network.output
         session = OnnxSession(path, output=output, classes=len(stack.labels))
-        return Classifier(path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=session)
+        return Classifier(
+            path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=session, deployed=True
+        )
     if is_run(path):
         run = load_run(path, root=root)
-        side = Classifier(path=path, kind="run", classes=run.classes, preprocess=run.preprocess, run=run)
+        descends = descends_from_file(run.recipe)
+        side = Classifier(
+            path=path, kind="run", classes=run.classes, preprocess=run.preprocess, run=run, deployed=descends
+        )
         return _calibrated(side, calibration(run).calibration)
     bundle = load_bundle(path)
     side = Classifier(
@@ -314,6 +151,8 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
         classes=bundle.labels,
         preprocess=bundle.preprocess,
         session=session_of(bundle, bundle.model),
+        deployed=bundle.contract.get("contract") == DEPLOYED_FILE,
+        judge=bundle.judge,
     )
     return _calibrated(side, bundle.calibration)
 
@@ -354,26 +193,3 @@ def _with_preprocessing(side: Classifier, other: Classifier) -> Classifier:
     if outputs != (1, len(side.classes)):
         raise FgvcError(f"{side.path}: gives {outputs[1:]} logits for {len(side.classes)} labels")
     return replace(side, preprocess=spec, notes=notes)
-
-
-def _refuse_no_numbers(side: Classifier, answers: Answers, index: ImageIndex) -> None:
-    wrong = answers.rows[~np.isfinite(answers.logits).all(1)]
-    if len(wrong):
-        raise FgvcError(
-            f"{side.path}: gives logits that are no numbers (NaN or infinite) for {len(wrong)} of {len(answers.rows)} images, "
-            f"the first of them {index.path(wrong[0])}"
-        )
-
-
-def _check_classes(images: Images, side: Classifier) -> Images:
-    if unknown := sorted(set(images.index.classes) - set(side.classes)):
-        raise FgvcError(f"{images.index.root}: has classes that {side.path} does not know: {some(unknown)}")
-    return images
-
-
-def _overlap_warning(side: Classifier, images: Images) -> str:
-    """A warning where a run was trained on some of these images."""
-    if side.run is None:
-        return ""
-    count = training_overlap(side.run.index, images.index, images.rows)
-    return f"{side.path} was trained on {count} of these {len(images.rows)} images, which favours it" if count else ""

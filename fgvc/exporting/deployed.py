@@ -40,10 +40,10 @@ from fgvc.models.onnxnet.net import OnnxNet, open_onnx
 from fgvc.models.onnxnet.payload import external_files, stored_tensors
 from fgvc.models.onnxnet.read import load_model
 from fgvc.reparam.plain import strip, strip_to
+from fgvc.runtime.bundle import DEPLOYED_FILE
 from fgvc.runtime.description import describe
 from fgvc.runtime.engine import OnnxSession, feed
 
-KIND = "deployed file"  # of a contract
 MAPS = "maps"  # output of explain.onnx
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 OPEN = (224, 224)  # pixels
@@ -89,7 +89,7 @@ class DeployedFile:
         explain, reason, warnings = _explain(written.path, shipped, sample, self.scratch / "explain")
         contract = {
             "fgvc": __version__,
-            "contract": KIND,
+            "contract": DEPLOYED_FILE,
             "versions": versions(),
             "num_classes": shipped.num_classes,
             **self._record(written, shipped),

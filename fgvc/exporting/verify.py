@@ -9,7 +9,7 @@ from typing import Literal
 
 from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise
-from fgvc.exporting.deployed import KIND, as_plain
+from fgvc.exporting.deployed import as_plain
 from fgvc.exporting.difference import Difference, compare_graphs, notes
 from fgvc.exporting.into import skeleton
 from fgvc.exporting.onnx import Interface, load_onnx
@@ -19,7 +19,7 @@ from fgvc.exporting.spelling import COMMUTATIVE_RULE, respelled, spelling_differ
 from fgvc.exporting.summary import summary
 from fgvc.exporting.variant import differences, structure
 from fgvc.models.onnxnet.net import open_onnx
-from fgvc.runtime.bundle import Bundle, load_bundle
+from fgvc.runtime.bundle import DEPLOYED_FILE, Bundle, load_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.stack import Agreement, agreement, stack_of
 
@@ -113,7 +113,7 @@ def verify_bundle(folder: Path) -> Verification:
     """
     bundle = load_bundle(folder)
     contract = bundle.contract
-    if contract.get("contract") == KIND:
+    if contract.get("contract") == DEPLOYED_FILE:
         return Verification(folder=folder, checks=tuple(_written_checks(bundle)))
     try:
         stored, then = str(contract["sha256"]), dict(contract["versions"])

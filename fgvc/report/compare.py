@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fgvc.data.index import decode_row
 from fgvc.errors import FgvcError
-from fgvc.evaluation.side import FLIP_COLUMNS, PairedAnswers
+from fgvc.evaluation.compared import FLIP_COLUMNS, PairedAnswers
 from fgvc.io.files import refuse_file, write_atomic, writing
 from fgvc.io.tables import as_csv
 from fgvc.report.render import picture, render

@@ -14,6 +14,7 @@ from fgvc.config.data import Split
 from fgvc.config.loading import differences, dump, leaves
 from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import enabled_techniques
+from fgvc.data.unseen import judged
 from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import Calibrated
 from fgvc.evaluation.metrics import SMALLER_IS_BETTER, Scores, score_logits
@@ -78,6 +79,7 @@ class RunChapter:
             "started": self.history.started,
             "seed": str(recipe.train.seed),
             "interpolated": interpolation_remark(self.run.folder),
+            "images": self.judged,
         }
 
     @property
@@ -85,6 +87,11 @@ class RunChapter:
         """Rows of `Scores.by_class`, the worst recall first; classes without an image last."""
         rows = self.scores.by_class(self.run.classes)
         return sorted(rows, key=lambda row: (row["recall"] == "", row["recall"] or 0.0, -int(row["images"])))
+
+    @property
+    def judged(self) -> str:
+        """Which images these are, where they are those that a deployed file was not trained on."""
+        return judged(self.run.index, self.split, self.scores.images)
 
     @property
     def calibration(self) -> list[Chart]:
@@ -136,7 +143,8 @@ def report(
     device: str | None = None,
     images: int = 10,
 ) -> Path:
-    """Score the runs on one split of their data (default: val, else test) and write the page; the same runs give the same bytes.
+    """Score the runs on one split of their data (default: those that judge where a run descends from a deployed file, else
+    val, else test) and write the page; the same runs give the same bytes.
 
     `bundles`: what runs were exported to, each shown with the run whose logits it gives. `images`: pictures a section.
     Raises FgvcError where runs have different classes, or a bundle holds none of the runs' weights.
@@ -146,7 +154,7 @@ def report(
     if len({folder.resolve() for folder in folders}) < len(runs):
         raise FgvcError("the same run twice: name each run once")
     _refuse_other_classes(runs)
-    splits = [run.rows_of(split) for run in runs]
+    splits = [run.rows_of(split or ("test" if run.index.unseen else None)) for run in runs]
     if len({split for split, _ in splits}) > 1:
         raise FgvcError("not all of the runs have a validation split: give --split test")
     answers = [run.answers(rows, device=device) for run, (_, rows) in zip(runs, splits, strict=True)]

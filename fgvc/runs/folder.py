@@ -45,7 +45,7 @@ from fgvc.runtime.bundle import read_labels
 MAY_CHANGE = (  # when a run goes on; where its images lie, as long as they are the same
     "train.epochs", "train.max_steps", "train.refit", "train.workers", "train.device", "log.", "checkpoint.", "export.", "cache",
     "cache_dir", "techniques.distill.cache", "data.root", "data.file", "data.download", "data.max_unreadable",
-    "data.max_megapixels", "deploy.labels",
+    "data.max_megapixels", "deploy.labels", "deploy.unseen",
 )  # fmt: skip
 LOCK = ".lock"  # of the process that trains
 INTERPOLATION = "interpolation.json"  # of a run that `fgvc interpolate` made

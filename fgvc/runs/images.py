@@ -6,6 +6,7 @@ A new draw of a set that has changed by one file moves others from split to spli
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from fgvc.config.data import SPLITS, Split
 from fgvc.config.loading import load
 from fgvc.config.models import run_of
 from fgvc.config.recipe import Recipe
+from fgvc.data.beside import with_folder
 from fgvc.data.index import ImageIndex
 from fgvc.data.labels import as_in_file, file_labels, first_classes, reordered
 from fgvc.data.quality.copies import together
@@ -40,6 +42,8 @@ def read_index(recipe: Recipe, *, copies: bool = True) -> ImageIndex:
     elif recipe.data.classes is None and (remark := sort_order_remark(index.classes)):
         recognised = f"{index.recognised}; {remark}; deploy.labels states the deployed stack's order"
         index = replace(index, recognised=recognised)
+    if recipe.deploy.unseen is not None:
+        index = with_folder(index, recipe.deploy.unseen)
     if recipe.data.first_classes is not None:
         index = first_classes(index, recipe.data.first_classes)
     if len(index.classes) < 2:
@@ -54,7 +58,7 @@ def first_index(recipe: Recipe) -> ImageIndex:
         return read_index(recipe)
     divided = recipe.model_copy(update={"data": recipe.data.model_copy(update={"hold_out": True})})
     index = read_index(divided, copies=False)  # near copies are kept apart from what was seen, there
-    return judged_apart(index, recipe.deploy.seen, hold_out=recipe.data.hold_out)
+    return judged_apart(index, recipe.deploy.seen, hold_out=recipe.data.hold_out, beside=recipe.deploy.unseen)
 
 
 def descends_from_file(recipe: Recipe) -> bool:
@@ -152,9 +156,14 @@ def _record(run: Path, recipe: Recipe) -> Record:
 
 def training_overlap(trained_index: ImageIndex, index: ImageIndex, rows: NDArray[np.int64]) -> int:
     """Count the rows of `index` that are among the training images of `trained_index`, by the paths of the files."""
-    roots = trained_index.root.resolve(), index.root.resolve()
-    trained = {str(roots[0] / name) for name in trained_index.paths[trained_index.rows("train")].tolist()}
-    return sum(str(roots[1] / name) in trained for name in index.paths[rows].tolist())
+    trained = set(file_names(trained_index, trained_index.rows("train")))
+    return sum(name in trained for name in file_names(index, rows))
+
+
+def file_names(index: ImageIndex, rows: NDArray[np.int64]) -> list[str]:
+    """The absolute paths of these rows' files, in one spelling."""
+    root = str(index.root.resolve())
+    return [os.path.normpath(f"{root}/{name}") for name in index.paths[rows].tolist()]
 
 
 def held_out_overlap(run: Path, index: ImageIndex) -> int:

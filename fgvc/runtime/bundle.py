@@ -33,10 +33,12 @@ REQUIRED: Mapping[str, str] = {  # name -> what it holds
 }
 OPTIONAL: Mapping[str, str] = {
     "explain.onnx": "class activation maps from the same weights, where the head allows it; never the deployed file",
+    "judge.json": "the unseen images that judge a run of a deployed file: paths below its set's folder, with their classes",
     "calibration.json": "temperature and threshold, fitted on 50 validation images or more",
     "model.int8.onnx": "the same network in int8, if it was asked for and answers alike",
     "model.fp16.onnx": "the same network in half floats, if it was asked for and answers alike",
 }
+DEPLOYED_FILE = "deployed file"  # the contract of a bundle whose model.onnx is a deployed file with other weights
 Variant = Literal["float", "int8", "fp16"]
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no separator, no leading dot: neither `..` nor an absolute path
@@ -55,6 +57,7 @@ class Bundle:
     metrics: Mapping[str, Any]
     files: Mapping[str, str]  # name -> SHA-256
     calibration: Calibration | None  # None: temperature 1, and nothing is rejected
+    judge: Mapping[str, Any] | None = None  # "images": path -> class; "unseen": which they are, in words
 
     @property
     def model(self) -> Path:
@@ -185,6 +188,7 @@ def load_bundle(folder: Path) -> Bundle:
         metrics=read_json(folder / "metrics.json", dict),
         files=hashes,
         calibration=_calibration(folder) if "calibration.json" in hashes else None,
+        judge=_judge(folder, labels) if "judge.json" in hashes else None,
     )
 
 
@@ -196,6 +200,14 @@ def _external_names(content: bytes) -> set[str]:
 def _calibration(folder: Path) -> Calibration:
     tree = read_json(folder / "calibration.json", dict)
     return validate(Calibration, tree, where=str(folder / "calibration.json"))
+
+
+def _judge(folder: Path, labels: Sequence[str]) -> dict[str, Any]:
+    tree = read_json(folder / "judge.json", dict)
+    images = tree.get("images")
+    if not isinstance(tree.get("unseen"), str) or not isinstance(images, dict) or not set(images.values()) <= set(labels):
+        raise FgvcError(f"{folder / 'judge.json'}: expected paths of images with classes of this bundle; export the bundle again")
+    return tree
 
 
 def _read_manifest(folder: Path) -> dict[str, str]:

@@ -25,6 +25,7 @@ def result_settings(recipe: Recipe) -> dict[str, Any]:
     unimportant: dict[str, Any] = {
         "log": True,
         "data": {"root", "max_unreadable"},  # which images there are is compared by `data_digest`
+        "deploy": {"unseen"},
         "cache_dir": True,
         "checkpoint": True,
         "train": {"workers", "device"},
@@ -59,7 +60,7 @@ _data_digests: dict[Any, str] = {}  # data stay as they are while a study goes o
 
 def data_digest(recipe: Recipe) -> str:
     """Digest of the images of a recipe, as they are listed now."""
-    data = recipe.data, recipe.deploy.labels, recipe.deploy.seen, recipe.model.onnx, recipe.model.weights
+    data = recipe.data, recipe.deploy, recipe.model.onnx, recipe.model.weights
     if data not in _data_digests:
         _data_digests[data] = index_digest(first_index(recipe))
     return _data_digests[data]

@@ -13,14 +13,19 @@ from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import enabled_techniques
 from fgvc.data.augment import Augmenter
 from fgvc.data.cache import WHOLE, DecodeCache
+from fgvc.data.deployed import refuse_unstated
 from fgvc.data.index import ImageIndex
 from fgvc.data.loader import TrainLoader, train_loader
 from fgvc.data.quality.stored import refuse_shares
-from fgvc.errors import FgvcError
+from fgvc.data.unseen import SETTINGS, all_seen
+from fgvc.errors import FgvcError, NoUnseenImagesError
+from fgvc.evaluation.judging import evidence
+from fgvc.evaluation.side import Classifier
 from fgvc.runs.build import refuse_names
 from fgvc.runs.distributed import ProcessGroup
-from fgvc.runs.images import first_index
+from fgvc.runs.images import first_index, read_index
 from fgvc.runs.step import StepModule
+from fgvc.runtime.engine import OnnxSession
 
 Notify = Callable[[str], None]
 
@@ -29,7 +34,7 @@ def training_index(recipe: Recipe, index: ImageIndex | None = None) -> ImageInde
     """Read the images of a recipe for training, or check `index`, that of a run that goes on. Raises FgvcError where a technique
     needs annotations that these data do not have."""
     refuse_names(recipe)
-    index = first_index(recipe) if index is None else index
+    index = _first_index(recipe) if index is None else index
     for kind, config in enabled_techniques(recipe.techniques).items():
         if not config.requires.boxes:
             continue
@@ -40,6 +45,23 @@ def training_index(recipe: Recipe, index: ImageIndex | None = None) -> ImageInde
             )
         refuse_shares(index)
     return index
+
+
+def _first_index(recipe: Recipe) -> ImageIndex:
+    """The images that a run begins with; where a deployed file may have seen all of them, the refusal says how well it names
+    them."""
+    try:
+        return first_index(recipe)
+    except NoUnseenImagesError as error:
+        index, model = read_index(recipe, copies=False), recipe.model
+        if index.given_splits or model.onnx is None:
+            raise
+        refuse_unstated(recipe)
+        keys = {key: value for key, value in recipe.deploy if key in Preprocess.model_fields and value is not None}
+        session = OnnxSession(model.onnx.expanduser(), output=model.output)
+        spec = Preprocess(size=recipe.image.size, **keys)
+        side = Classifier(path=model.onnx, kind="onnx", classes=index.classes, preprocess=spec, session=session)
+        raise NoUnseenImagesError(all_seen(index.root, SETTINGS, evidence(side, index))) from error
 
 
 def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:

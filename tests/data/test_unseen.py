@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from fgvc.config.data import FolderData
 from fgvc.data.index import ImageIndex
 from fgvc.data.sources.read import read_source
-from fgvc.data.unseen import FEWEST_TO_CHOOSE, divide_unseen, judged_apart, unseen_rows
+from fgvc.data.unseen import FEWEST_TO_CHOOSE, divide_unseen, judged, judged_apart, unseen_rows
 from fgvc.errors import FgvcError, NoUnseenImagesError
 
 CLASSES = 4
@@ -56,8 +56,8 @@ def test_the_sets_own_test_split_is_divided_once_without_copies(folder: Path) ->
     index = read(folder)
     assert index.given_splits == ("test",)
     unseen = divide_unseen(index, "train", learned=index.rows("train"))
-    assert names(index, unseen.copies) == {f"test/class{k}/00-copy.jpg" for k in range(CLASSES)}
-    pool = [*unseen.choose, *unseen.judge, *unseen.copies]
+    assert names(index, unseen.pool.copies) == {f"test/class{k}/00-copy.jpg" for k in range(CLASSES)}
+    pool = [*unseen.choose, *unseen.judge, *unseen.pool.copies]
     assert sorted(pool) == index.rows("test").tolist()
     for k in range(CLASSES):
         counts = [int((index.labels[rows] == k).sum()) for rows in (unseen.choose, unseen.judge)]
@@ -81,7 +81,7 @@ def test_a_set_with_validation_and_test_has_divided_them_itself(folder: Path, tm
     index = read(root)
     assert set(index.given_splits) == {"val", "test"}
     unseen = divide_unseen(index, "train", learned=index.rows("train"))
-    assert set(unseen.choose) == set(index.rows("val")) - set(unseen.copies)
+    assert set(unseen.choose) == set(index.rows("val")) - set(unseen.pool.copies)
     assert unseen.judge.tolist() == index.rows("test").tolist()
     assert len(unseen.copies) == CLASSES
 
@@ -109,7 +109,7 @@ def test_a_list_says_what_was_seen(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "seen.txt"
     lines = [str(folder / str(path)) if n % 2 else str(path) for n, path in enumerate(index.paths[listed])]
     file.write_text("\n".join(lines) + "\n")
-    rows, rule = unseen_rows(index, file, learned=index.rows("train"))
+    rows, _, rule = unseen_rows(index, file, learned=index.rows("train"))
     assert set(rows) == {*index.rows("test")[:10], *index.rows("val")}
     assert f"{len(listed)} images" in rule
     file.write_text("elsewhere/1.png\n")
@@ -153,7 +153,9 @@ def test_a_chain_of_copies_that_begins_with_a_seen_image_judges_nothing(folder: 
     assert (learned_from, choose + judge) == (44, 236)
     assert abs(choose - judge) <= 2 * CLASSES, "pairs stay together, so that the halves differ by a pair a class at most"
     assert {str(path) for path in index.paths[index.rows("train")]} >= {f"test/class{k}/00-copy.jpg" for k in range(CLASSES)}
-    assert index.unseen.startswith("not seen by the deployed file")
+    assert index.unseen == "test (half of them; 4 near copies left out)"
+    assert judged(index, "test", 118) == "judged on 118 unseen images of test (half of them; 4 near copies left out)"
+    assert judged(index, "val", 118).startswith("chosen by 118 unseen images of test")
     learned = judged_apart(read(folder), "train", hold_out=False)
     assert not len(learned.rows("val"))
     np.testing.assert_array_equal(learned.rows("test"), index.rows("test"))

@@ -194,13 +194,17 @@ def test_init_asks_which_images_a_file_has_not_seen(tmp_path: Path, capsys: pyte
     images, file, out = write_images(tmp_path / "set"), write_file(tmp_path / "net.onnx", SPEC), tmp_path / "my.yaml"
     assert init("--deployed", file, "--data", images, out) == 4
     error = capsys.readouterr().err
-    assert "names 100.0 % of 60 rightly" in error
+    assert "it names 100.0 % of these rightly" in error
     assert "it has most likely seen them" in error
     assert "--seen none" in error
     assert not out.exists()
     assert not (tmp_path / "my.labels.txt").exists()
     assert init("--deployed", file, "--data", images, "--seen", "none", out) == 0
     assert load_recipe(out).deploy.seen == "none"
+    new = write_images(tmp_path / "new")
+    assert init("--deployed", file, "--data", images, "--unseen", new, tmp_path / "beside.yaml") == 0
+    assert load_recipe(tmp_path / "beside.yaml").deploy.unseen == new
+    assert init("any/plain", "--unseen", new, tmp_path / "other.yaml") == 2
 
 
 def test_init_of_a_recipe_takes_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,7 @@ def test_a_bare_file_takes_labels_and_the_other_sides_eyes(pictures: Path, tmp_p
     bare.parent.mkdir()
     bare.write_bytes(network([1, 2, 0]))
     names.write_text("green\nblue\n红\n", encoding="utf-8")
-    assert api.compare(a, bare, data=str(pictures), labels=names).paired.negative.sum() == 0
+    assert api.compare(a, bare, data=str(pictures), labels=names, seen="none").paired.negative.sum() == 0
     (tmp_path / "names.json").write_text(json.dumps(["green", "blue", "红"]))
     assert read_labels(tmp_path / "names.json") == read_labels(names)
     with pytest.raises(FgvcError, match="give --labels"):
@@ -130,7 +130,7 @@ def test_a_bare_file_takes_labels_and_the_other_sides_eyes(pictures: Path, tmp_p
     with pytest.raises(FgvcError, match="give --preprocess|Give --preprocess"):
         open_sides(bare, bare, labels=names)
     (tmp_path / "eyes.json").write_text(PLAIN.model_dump_json())
-    assert api.compare(bare, bare, data=str(pictures), labels=names, preprocess=tmp_path / "eyes.json").paired.p == 1
+    assert api.compare(bare, bare, data=str(pictures), labels=names, preprocess=tmp_path / "eyes.json", seen="none").paired.p == 1
     with pytest.raises(FgvcError, match="leave the option out"):
         open_sides(a, a / "model.onnx", labels=names)
     assert open_sides(a, a / "model.onnx")[1].classes == tuple(NAMES)  # what lies beside it
@@ -145,7 +145,7 @@ def test_each_side_sees_by_its_own_eyes_and_differences_are_said(
     (b / "labels.json").write_text(json.dumps(NAMES))  # its output 0 reads channel 2, which is red
     for name in ("manifest.json", "metrics.json"):
         (b / name).unlink()
-    found = api.compare(a, b / "model.onnx", data=str(pictures))
+    found = api.compare(a, b / "model.onnx", data=str(pictures), seen="none")
     assert found.paired.b_right.all()
     assert found.differences == ("channel_order: rgb against bgr",)
     assert not found.notes
@@ -153,7 +153,7 @@ def test_each_side_sees_by_its_own_eyes_and_differences_are_said(
     blind.parent.mkdir()
     blind.write_bytes((b / "model.onnx").read_bytes())
     (tmp_path / "names.json").write_text(json.dumps(NAMES))
-    assumed = api.compare(a, blind, data=str(pictures), labels=tmp_path / "names.json")
+    assumed = api.compare(a, blind, data=str(pictures), labels=tmp_path / "names.json", seen="none")
     assert assumed.paired.b_right.sum() == 5, "by A's eyes only green is right"
     assert "says nothing of its preprocessing; assumed, as" in assumed.notes[0]
     show.console.width = 300
@@ -189,7 +189,7 @@ def test_a_gate_does_not_judge_by_what_is_only_assumed(
 
     def code(*arguments: object) -> int:
         with pytest.raises(SystemExit) as ended:
-            main(["compare", *map(str, arguments), "--data", str(pictures)])
+            main(["compare", *map(str, arguments), "--data", str(pictures), "--seen", "none"])
         return int(ended.value.code or 0)
 
     for sides in ((lone, b), (b, lone)):
@@ -217,11 +217,11 @@ def test_two_lone_files_take_one_option_or_one_each(pictures: Path, tmp_path: Pa
     eyes, bgr = tmp_path / "eyes.json", tmp_path / "bgr.json"
     eyes.write_text(PLAIN.model_dump_json())
     bgr.write_text(PLAIN.model_copy(update={"channel_order": "bgr"}).model_dump_json())
-    found = api.compare(a, b, data=str(pictures), labels=[files["a"], files["b"]], preprocess=eyes, certain=True)
+    found = api.compare(a, b, data=str(pictures), labels=[files["a"], files["b"]], preprocess=eyes, certain=True, seen="none")
     assert found.paired.a_right.all()
     assert found.paired.b_right.all()
     assert [line.partition(":")[0] for line in found.differences] == ["labels"]
-    found = api.compare(a, b, data=str(pictures), labels=files["a"], preprocess=[eyes, bgr], certain=True)
+    found = api.compare(a, b, data=str(pictures), labels=files["a"], preprocess=[eyes, bgr], certain=True, seen="none")
     assert found.paired.b_right.all(), "read in A's order, and fed with BGR"
     assert [line.partition(":")[0] for line in found.differences] == ["channel_order"]
     known = bundle(tmp_path / "c", [0, 1, 2])
@@ -229,11 +229,11 @@ def test_two_lone_files_take_one_option_or_one_each(pictures: Path, tmp_path: Pa
         with pytest.raises(FgvcError, match="--preprocess"):
             open_sides(known, b, labels=files["b"], preprocess=wrong)
     eyes.write_text(PLAIN.model_copy(update={"input_range": 255, "std": (0.2, 0.2, 0.2)}).model_dump_json())
-    (doubt,) = api.compare(known, b, data=str(pictures), labels=files["b"], preprocess=eyes).notes
+    (doubt,) = api.compare(known, b, data=str(pictures), labels=files["b"], preprocess=eyes, seen="none").notes
     assert doubt.startswith(f"{b}: std (0.2, 0.2, 0.2), where white is 255, is ")
     assert "in other units" in doubt
     eyes.write_text(PLAIN.model_copy(update={"input_range": 255}).model_dump_json())  # the net's own affair
-    assert not api.compare(known, b, data=str(pictures), labels=files["b"], preprocess=eyes).notes
+    assert not api.compare(known, b, data=str(pictures), labels=files["b"], preprocess=eyes, seen="none").notes
     (tmp_path / "part.json").write_text('{"size": [8, 8]}')
     with pytest.raises(FgvcError, match="says nothing of resize"):
         open_sides(known, b, labels=files["b"], preprocess=tmp_path / "part.json")

@@ -23,7 +23,7 @@ from fgvc.io.files import cache_folder, write_atomic
 
 MOST = 50_000  # pictures that are compared
 QUIET = 1000  # pictures that are compared without a word
-_VERSION = 1
+_VERSION = 2
 
 
 def together(index: ImageIndex) -> ImageIndex:
@@ -76,30 +76,31 @@ def in_one_split(index: ImageIndex, families: NDArray[np.int64], drawn: Sequence
 
 def _families(index: ImageIndex, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Numbers (N,) of the rows that belong together: as near copies among `rows`, or by the set's groups."""
-    pairs = _cached_pairs(index, rows)
+    numbers, _ = near_copies(index, rows)
     named = [links(group_codes(index.groups))] if index.groups is not None else []
-    return joined(len(index), pairs, *named)
-
-
-def _cached_pairs(index: ImageIndex, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Pairs (P,2) of rows that join near copies; those of an unchanged set from the user's cache."""
-    place = cache_folder() / "copies" / f"{stamps(index, rows, f'copies {_VERSION} {index.max_pixels}')[:24]}.npy"
-    with contextlib.suppress(*BROKEN):
-        return np.asarray(np.load(place, allow_pickle=False), np.int64).reshape(-1, 2)
-    if len(rows) > QUIET:
-        print(f"{index.root}: looking for near copies among {len(rows):,} pictures, once", file=sys.stderr, flush=True)
-    pairs = links(near_copies(index, rows)[0])
-    with contextlib.suppress(OSError, FgvcError):  # where it can't be kept it is made anew
-        place.parent.mkdir(parents=True, exist_ok=True)
-        stream = io.BytesIO()
-        np.save(stream, pairs)
-        write_atomic(place, stream.getvalue())
-    return pairs
+    return joined(len(index), links(numbers), *named)
 
 
 def near_copies(index: ImageIndex, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Number (N,) of each row's group of near copies, upright or mirrored, among `rows`, and whether the picture (N,) is one of
-    these and could be read; the others are alone. Copies of copies are of one group."""
+    these and could be read; the others are alone. Copies of copies are of one group. Pictures are read once: what was found
+    among an unchanged set is kept in the user's cache."""
+    place = cache_folder() / "copies" / f"{stamps(index, rows, f'copies {_VERSION} {index.max_pixels}')[:24]}.npz"
+    with contextlib.suppress(*BROKEN), np.load(place, allow_pickle=False) as kept:
+        return np.asarray(kept["numbers"], np.int64), np.asarray(kept["readable"], np.bool_)
+    if len(rows) > QUIET:
+        print(f"{index.root}: looking for near copies among {len(rows):,} pictures, once", file=sys.stderr, flush=True)
+    numbers, readable = _compared(index, rows)
+    with contextlib.suppress(OSError, FgvcError):  # where it can't be kept it is made anew
+        place.parent.mkdir(parents=True, exist_ok=True)
+        stream = io.BytesIO()
+        np.savez_compressed(stream, numbers=numbers, readable=readable)
+        write_atomic(place, stream.getvalue())
+    return numbers, readable
+
+
+def _compared(index: ImageIndex, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """`near_copies`, from the pictures."""
     prints = Fingerprints.empty(len(index))
     readable = np.zeros(len(index), bool)
 
