@@ -83,7 +83,7 @@ def test_a_set_with_validation_and_test_has_divided_them_itself(folder: Path, tm
     unseen = divide_unseen(index, "train", learned=index.rows("train"))
     assert set(unseen.choose) == set(index.rows("val")) - set(unseen.pool.copies)
     assert unseen.judge.tolist() == index.rows("test").tolist()
-    assert len(unseen.copies) == CLASSES
+    assert len(unseen.pool.copies) == CLASSES
 
 
 def test_a_split_that_fgvc_draws_counts_as_seen(folder: Path) -> None:
