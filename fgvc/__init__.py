@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fgvc.api import probe as probe
     from fgvc.api import train as train
     from fgvc.api import verify as verify
+    from fgvc.improvement.improve import improve as improve
     from fgvc.runtime.bundle import Bundle as Bundle
     from fgvc.runtime.bundle import load_bundle as load_bundle
 
@@ -40,6 +41,7 @@ NAMES = {
         ),
         "fgvc.api",
     ),
+    "improve": "fgvc.improvement.improve",
     **LIGHT,
 }  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Command line of fgvc. Results go to stdout, everything else to stderr.
 
-Exit codes: 0 success, 1 a check failed, 2 a mistake that fgvc can name, 4 no image that the deployed file has not seen, 5 the
-images do not decide. Heavy packages are imported inside the verb that needs them, so that --help is instant.
+Exit codes: 0 success, 1 a check failed, 2 a mistake that fgvc can name, 3 nothing better is shown, 4 no image that the deployed
+file has not seen, 5 the images do not decide. Heavy packages are imported inside the verb that needs them, so that --help is
+instant.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 
 from fgvc import __version__
-from fgvc.cli import data, evaluation, shipping, training
+from fgvc.cli import data, evaluation, improve, shipping, training
 from fgvc.cli.option import Verb
 from fgvc.errors import FgvcError
 
@@ -27,6 +28,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data before training 
 app.add_typer(data_app, name="data")
 
 VERBS: dict[str, Callable[..., None]] = {
+    "improve": improve.improve,
     "recipes": training.recipes,
     "init": training.init,
     "probe": data.probe,

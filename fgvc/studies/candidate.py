@@ -91,7 +91,7 @@ def open_candidate(text: str, *, deploy: Deploy, size: tuple[int, int] | None) -
         return _from_onnx(path)
     if path.is_dir():
         raise FgvcError(f"--start {text}: a folder that is neither a run nor a bundle; give {WRITE}")
-    return from_weights(_model(text, path), deploy.model_copy(update={"mean": None, "std": None}), size)
+    return from_weights(start_model(text), deploy.model_copy(update={"mean": None, "std": None}), size)
 
 
 def from_weights(model: Model, deploy: Deploy, size: tuple[int, int] | None) -> Candidate:
@@ -121,8 +121,10 @@ def _name(model: Model) -> str:
     return stem if stem.startswith(model.name) else f"{model.name} ({stem})"
 
 
-def _model(text: str, path: Path) -> Model:
-    """Parse the net and its weights. A file's name may have a `=` in it."""
+def start_model(text: str) -> Model:
+    """Parse the net and its weights, see WRITE. A file's name may have a `=` in it. Raises FgvcError where there is no such file,
+    or nothing tells which net it is of."""
+    path = Path(text).expanduser()
     named, _, weights = text.partition("=")
     if path.is_file() or not weights:
         weights, named = text, ""

@@ -97,7 +97,7 @@ def forecast(recipe: Recipe) -> Forecast:
             parameters=sum(p.numel() for p in step.parameters()),
             step_seconds=mean,
             hours=mean * steps / 3600,
-            peak_bytes=_peak(process.device),
+            peak_bytes=peak_memory(process.device),
             techniques={kind: technique.forwards for kind, technique in step.techniques.items()},
             notes=(*built.weights.doubts, *step.attachments.notes),
         )
@@ -117,7 +117,7 @@ def count_images(*nets: nn.Module) -> list[tuple[int, bool]]:
     return passes
 
 
-def _peak(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: of the accelerator's allocator, or of this whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

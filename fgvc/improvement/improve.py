@@ -1,0 +1,263 @@
+"""From a deployed file and a folder of images to a better file (`fgvc improve`), top to bottom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fgvc.api import export
+from fgvc.config.loading import load, validate
+from fgvc.config.recipe import Recipe
+from fgvc.data.deployed import PREPROCESS
+from fgvc.errors import FgvcError
+from fgvc.evaluation.paired import Gate, wilson
+from fgvc.evaluation.side import Images, PairedAnswers, collect_answers, open_sides
+from fgvc.improvement.clock import Clock, seconds_of
+from fgvc.improvement.ladder import BASE, PLAIN, Plan, candidates, plan_ladder
+from fgvc.improvement.page import write_page
+from fgvc.improvement.rungs import Ladder, write_recipe
+from fgvc.improvement.side_by_side import Job, Workers, last_json, workers
+from fgvc.improvement.task import Request, Task, look
+from fgvc.improvement.verdict import Verdict, judge, read_verdict
+from fgvc.improvement.view import View
+from fgvc.improvement.work import Timing
+from fgvc.io.files import as_json, file_lock, holder, make_folder, rename, write_atomic
+from fgvc.io.names import some
+from fgvc.runs.images import first_index, read_index
+from fgvc.runs.loaded import load_run, onnx_answers
+from fgvc.runtime.bundle import read_json, read_preprocess
+from fgvc.runtime.engine import OnnxSession
+
+MEMORY_SHARE = 0.8  # of what is free, that the rungs side by side may take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Improvement:
+    """What came of it. `bundle`: the better file with all that belongs to it; None: none is shown to be better, or `dry_run`."""
+
+    folder: Path
+    plan: Plan
+    verdict: Verdict | None
+    bundle: Path | None
+    candidate: Path | None
+    report: Path | None
+
+    @property
+    def exit_code(self) -> int:
+        """0: better, or nothing was to be trained; 3: not."""
+        return 0 if self.verdict is None or self.verdict.better else 3
+
+    def __repr__(self) -> str:
+        return f"Improvement({str(self.folder)!r}, {'planned' if self.verdict is None else self.verdict.sentence('it')!r})"
+
+
+def improve(
+    target: str | Path,
+    data: str | Path,
+    out: str | Path = "better",
+    *,
+    budget: str | float = "1h",
+    starts: Sequence[str] = (),
+    labels: str | Path | None = None,
+    preprocess: str | Path | None = None,
+    seen: str | Path = "train",
+    unseen: str | Path | None = None,
+    size: tuple[int, int] | None = None,
+    min_gain: float | None = None,
+    max_negative_flips: str | None = None,
+    seed: int = 0,
+    dry_run: bool = False,
+) -> Improvement:
+    """Look for better weights for a deployed classifier within a budget, and show that they are better (docs/improve.md).
+
+    `target`: an .onnx file, or timm's name of a net where none is deployed yet; `data`: labelled images. Everything lies in
+    `out`: the same call goes on where an earlier one ended. `budget`: working time, `20m` or seconds. `starts`: other pretrained
+    weights, `NAME=FILE`: of this net they are tried, of others they teach. `labels`, `preprocess`: of the file, where nothing
+    beside it says them. `seen`: what the file was trained on: train (the set's own train split), none, or a list of paths;
+    `unseen`: a folder of images that it has not seen. `size`: (height, width) of the network's input where no file says it.
+    `min_gain`, `max_negative_flips`: gates beside the gain's interval. `dry_run`: stop when the plan is made.
+
+    Raises FgvcError for what can't be (all that is missing at once), NoUnseenImagesError where no image could judge,
+    KeyboardInterrupt after saving.
+    """
+    gate = Gate(max_negative_flips=max_negative_flips, min_gain=min_gain)
+    request = Request(
+        target=str(target), data=Path(data), budget=seconds_of(budget), labels=_path(labels), preprocess=_path(preprocess),
+        seen=seen if seen in ("train", "none") else Path(seen),  # type: ignore[arg-type]
+        unseen=_path(unseen), starts=tuple(starts), size=size, seed=seed,
+    )  # fmt: skip
+    return run_improvement(request, Path(out), gate=gate, dry_run=dry_run)
+
+
+def _path(place: str | Path | None) -> Path | None:
+    return None if place is None else Path(place)
+
+
+def run_improvement(request: Request, out: Path, *, gate: Gate, dry_run: bool = False) -> Improvement:
+    """See `improve`."""
+    with _claimed(out) as clock, View(out, clock) as view, workers() as pool:
+        task = look(request, out, view.say)
+        for line in task.lines():
+            view.say(line)
+        standing = _standing(task, out, view)
+        plan = _plan(request, task, out, clock, view, pool)
+        if dry_run:
+            return Improvement(folder=out, plan=plan, verdict=None, bundle=None, candidate=None, report=None)
+        command = request.command(out)
+        ladder = Ladder(task, plan, out, clock, pool, say=view.say, tick=view.tick, command=command, standing=standing)
+        verdict = _judged(out)
+        if verdict is None:
+            view.begin(ladder)
+            ladder.climb()
+            verdict = _judge(task, ladder, out, gate, view, standing)
+        report = out / "report.html"
+        view.say(f"written: {report}")
+        view.say(verdict.sentence(task.name))
+        place = out / ("bundle" if verdict.better else "candidate")
+        return Improvement(
+            folder=out, plan=plan, verdict=verdict, bundle=place if verdict.better else None,
+            candidate=None if verdict.better else place, report=report,
+        )  # fmt: skip
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[Clock]:
+    """Hold the folder, so that this process alone works there, and count the working time."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "clock.json").is_file():
+        raise FgvcError(f"{out}: not empty, and not the folder of an improvement; choose another --out")
+    make_folder(out)
+    with file_lock(lock := out / ".lock") as locked:
+        if not locked:
+            raise FgvcError(f"{out}: is being worked on by {holder(lock)}; wait for it, or choose another --out")
+        clock = Clock(out / "clock.json")
+        clock.tick(always=True)
+        try:
+            yield clock
+        finally:
+            clock.tick(always=True)
+
+
+def _standing(task: Task, out: Path, view: View) -> NDArray[np.bool_]:
+    """Whether the deployed file names each of the images that choose rightly (N,); empty where there is no file, or none
+    chooses."""
+    if task.file is None or not task.chooses:
+        return np.empty(0, bool)
+    file = out / "standing.json"
+    if not file.is_file():
+        path, recipe = Path(task.file), validate(Recipe, task.recipe, where=str(out))
+        index = read_index(recipe, copies=False)
+        session = OnnxSession(path, classes=len(task.classes))
+        spec = read_preprocess(path.with_name(PREPROCESS))
+        answers = onnx_answers(session, index, index.rows("val"), spec=spec, workers=0)
+        write_atomic(file, as_json({"right": (answers.logits.argmax(1) == answers.labels).astype(int).tolist()}))
+    right = np.array(read_json(file, dict)["right"], bool)
+    low, high = wilson(float(right.mean()), len(right))
+    view.say(
+        f"where it stands: {100 * right.mean():.1f} % of the {len(right)} images that choose "
+        f"(95 % interval {100 * low:.1f} to {100 * high:.1f})"
+    )
+    return right
+
+
+def _plan(request: Request, task: Task, out: Path, clock: Clock, view: View, pool: Workers) -> Plan:
+    """The plan as it was fixed, or a new one from timed steps."""
+    file = out / "plan.json"
+    if file.is_file():
+        plan = Plan.read(read_json(file, dict))
+    else:
+        timings, slots = _timings(task, out, clock, view, pool, budget=request.budget)
+        plan = plan_ladder(task, timings, budget=request.budget, spent=clock.seconds, slots=slots)
+        write_atomic(file, as_json(plan.record))
+    view.plan(plan)
+    return plan
+
+
+def _timings(
+    task: Task, out: Path, clock: Clock, view: View, pool: Workers, *, budget: float
+) -> tuple[dict[str, Timing], int]:
+    """Time what the rungs cost, as many side by side as will run. Raises FgvcError where the base can't be trained."""
+    wanted = candidates(task) if budget >= 600 else {BASE: {}}
+    slots = 1 if torch.cuda.is_available() else max(1, min(2, os.cpu_count() or 1))
+    view.say(f"timing a few steps of {some(list(wanted), 9)}")
+    jobs = []
+    for name, settings in wanted.items():
+        path = out / "recipes" / f"time-{name}.yaml"
+        write_recipe(task, settings, path)
+        jobs.append(Job(name, ("time", str(path)), out / "logs" / f"time-{name}.log"))
+    timings: dict[str, Timing] = {}
+    for ended in pool.run(jobs, slots=slots, until=lambda: clock.seconds > budget, tick=lambda running: clock.tick()):
+        if ended.code == 0:
+            timings[ended.job.name] = Timing(**last_json(ended.job.log))
+        elif ended.job.name == BASE:
+            raise FgvcError(f"the plain recipe can't be trained here: {ended.message}")
+        else:
+            view.say(f"{ended.job.name} is left out: {ended.message}")
+    if BASE not in timings:
+        raise FgvcError(f"--budget: {budget / 60:.0f} min are over before a single step is timed")
+    if (need := slots * max(timing.peak_bytes for timing in timings.values())) > MEMORY_SHARE * _free_memory():
+        slots = 1
+        view.say(f"one rung at a time: two would need about {need / 2**30:.1f} GB of memory")
+    return timings, slots
+
+
+def _free_memory() -> float:
+    """Bytes that can be had; infinite where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return float("inf")
+
+
+def _judged(out: Path) -> Verdict | None:
+    """The verdict that an earlier session reached."""
+    file = out / "verdict.json"
+    return read_verdict(read_json(file, dict)) if file.is_file() else None
+
+
+def _judge(task: Task, ladder: Ladder, out: Path, gate: Gate, view: View, standing: NDArray[np.bool_]) -> Verdict:
+    """Export and prove what ships, and read the images that judge, once. Only what is better lies in `bundle/` then."""
+    candidate = out / "candidate"
+    view.say(f"exporting {ladder.ships.name}, with all proofs")
+    export(ladder.ships, candidate, overwrite=True)
+    plain = ladder.run(PLAIN) if (ladder.run(PLAIN) / "ckpt").is_dir() else None
+    old = Path(task.file) if task.file is not None else plain
+    if old is None:
+        raise FgvcError(f"{out}: the plain run has failed, and without it there is nothing to compare with: see {out / 'logs'}")
+    answers = _answers(old, candidate, ladder)
+    others = {}
+    if plain is not None:
+        others["plain"] = _right(answers, plain, None)
+    others["floor"] = _right(answers, ladder.run("final") if ladder.run("final").is_dir() else ladder.ships, "floor")
+    verdict = judge(answers.paired, gate, {name: right for name, right in others.items() if right is not None})
+    start = float(standing.mean()) if len(standing) else None
+    write_page(task, ladder, answers, verdict, bundle=candidate, start=start, out=out / "report.html")
+    if verdict.better:
+        rename(candidate, out / "bundle")
+    write_atomic(out / "verdict.json", as_json(verdict.record))
+    return verdict
+
+
+def _answers(old: Path, new: Path, ladder: Ladder) -> PairedAnswers:
+    """Answers of both on the images that judge."""
+    recipe = load(Recipe, ladder.out / "recipes" / f"{ladder.plan.rungs[-1].name}.yaml")
+    index = first_index(recipe)
+    return collect_answers(*open_sides(old, new), Images(index=index, rows=index.rows("test"), split="judge"))
+
+
+def _right(answers: PairedAnswers, run: Path, select: Any) -> np.ndarray | None:
+    """Whether a run names the same images rightly; None: it has no such weights."""
+    try:
+        loaded = load_run(run, select)
+    except FgvcError:
+        return None
+    own = loaded.answers(answers.rows, index=answers.images)
+    return np.asarray(own.logits.argmax(1) == own.labels)

@@ -1,0 +1,257 @@
+"""Running of the rungs of a ladder, and the choice between them by the images that choose."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from fgvc.api import evaluate, interpolate
+from fgvc.config.loading import drop_replaced, merge, validate
+from fgvc.config.recipe import Recipe
+from fgvc.errors import FgvcError
+from fgvc.evaluation.paired import gain_interval
+from fgvc.improvement.clock import Clock
+from fgvc.improvement.ladder import BASE, FINAL, PLAIN, TAUGHT, TEACHER, Plan, Rung, Stage, probed_teacher, taught_by
+from fgvc.improvement.side_by_side import Job, Workers
+from fgvc.improvement.task import Task
+from fgvc.io.files import as_json, make_folder, write_atomic
+from fgvc.runs import checkpoint
+from fgvc.runs.folder import INTERPOLATION
+from fgvc.runs.record import NAME, load
+from fgvc.runtime.bundle import read_json
+
+Status = Literal["done", "dropped", "failed"]
+LEVEL = 0.6827  # of the interval that a choice must leave: one standard error (Breiman et al. 1984, section 3.4.3)
+BETWEEN = "between"  # a run between a run's start and its end
+Say = Callable[[str], None]
+Tick = Callable[[Sequence[Job]], None]
+Tree = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a rung."""
+
+    status: Status
+    reason: str = ""
+    right: int = 0  # of the images that choose
+    of: int = 0
+    seconds: float = 0.0  # that it took
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.of if self.of else math.nan
+
+
+class Ladder:
+    """The rungs of a plan in a folder, and what became of them: `recipes/NAME.yaml`, `runs/NAME`, `logs/NAME.log`, `rungs.json`.
+
+    What was decided is read from `rungs.json` by the next session, which so decides the same."""
+
+    def __init__(
+        self, task: Task, plan: Plan, out: Path, clock: Clock, pool: Workers, *, say: Say, tick: Tick, command: str,
+        standing: NDArray[np.bool_],
+    ) -> None:  # fmt: skip
+        self.task, self.plan, self.out, self.clock, self.pool, self.say, self.tick = task, plan, out, clock, pool, say, tick
+        self.command = command  # for people
+        self.standing = standing  # (N,) whether the deployed file names the images that choose rightly; empty: there is none
+        self._file = out / "rungs.json"
+        stored = read_json(self._file, dict) if self._file.is_file() else {"outcomes": {}, "choices": {}}
+        self.outcomes = {name: Outcome(**row) for name, row in stored["outcomes"].items()}
+        self.choices: dict[str, Any] = stored["choices"]
+
+    def climb(self) -> None:
+        """Run all stages. Raises FgvcError where nothing is left that could ship; KeyboardInterrupt after saving."""
+        if probes := self._run("probe"):
+            self._choose("start", [BASE, *probes])
+        if tuned := [name for name in self._run("tune") if name != TEACHER]:
+            self._choose("best", tuned)
+            if self._run("teach"):
+                self._choose("taught", [self.choices["best"], TAUGHT])
+            self._choose_share(self.best)
+        self._ship()
+
+    @property
+    def best(self) -> str | None:
+        """The rung that the images chose; None: there are none that choose."""
+        return self.choices.get("taught", self.choices.get("best"))
+
+    @property
+    def ships(self) -> Path:
+        """The run that ships."""
+        return self.run(self.choices["ships"])
+
+    def run(self, name: str) -> Path:
+        return self.out / "runs" / name
+
+    def settings(self, name: str) -> Tree:
+        """What a rung has over the task's recipe."""
+        rung = next(rung for rung in self.plan.rungs if rung.name == name)
+        if rung.stage == "probe" or name in (TEACHER, PLAIN):
+            return rung.settings
+        if rung.stage == "tune":
+            return _merged(self._start, rung.settings)
+        if name == TAUGHT:
+            return _merged(self.settings(self.choices["best"]), {"techniques": {"distill": taught_by(self._teachers())}})
+        own = self._start if self.best is None else self.settings(self.best)
+        return _merged(own, rung.settings)
+
+    @property
+    def _start(self) -> Tree:
+        """The first weights that were chosen."""
+        start = self.choices.get("start", BASE)
+        return {} if start == BASE else {"model": self.settings(start)["model"]}
+
+    def _teachers(self) -> list[Tree]:
+        """The tuned teacher, else the frozen one at hand, else the runs so far."""
+        if self._is(TEACHER, "done"):
+            return [{"kind": "run", "path": str(self.run(TEACHER).absolute())}]
+        if (probed := probed_teacher(self.task)) is not None:
+            return [probed]
+        done = [rung.name for rung in self.plan.of("tune") if self._is(rung.name, "done")]
+        return [{"kind": "run", "path": str(self.run(name).absolute())} for name in done]
+
+    def _is(self, name: str, status: Status) -> bool:
+        return name in self.outcomes and self.outcomes[name].status == status
+
+    def _run(self, stage: Stage) -> list[str]:
+        """Run the rungs of a stage that have no outcome yet; the names of those that are done."""
+        rungs = self.plan.of(stage)
+        left = [rung for rung in rungs if rung.name not in self.outcomes]
+        for rung in [rung for rung in left if not self.run(rung.name).exists() and self.clock.seconds > rung.latest_start]:
+            self._set(rung.name, Outcome(status="dropped", reason="it would have started too late"))
+        left = [rung for rung in left if rung.name not in self.outcomes]
+        if left:
+            self._run_side_by_side(left)
+        return [rung.name for rung in rungs if self._is(rung.name, "done")]
+
+    def _run_side_by_side(self, rungs: Sequence[Rung]) -> None:
+        latest = max(rung.latest_start + rung.seconds for rung in rungs)
+        if any(rung.stage == "ship" for rung in rungs):  # what can't be late without the whole
+            latest = 1.1 * self.plan.budget - self.plan.shipping
+        jobs = [self._job(rung) for rung in rungs]
+        for ended in self.pool.run(jobs, slots=self.plan.slots, until=lambda: self.clock.seconds > latest, tick=self.tick):
+            name = ended.job.name
+            if ended.stopped:
+                self._set(name, Outcome(status="dropped", reason="its time was up", seconds=ended.seconds))
+            elif ended.code:
+                self._set(name, Outcome(status="failed", reason=ended.message, seconds=ended.seconds))
+            else:
+                right, seconds = right_on_choose(self.run(name)), self._seconds(name, ended.seconds)
+                self._set(name, Outcome(status="done", right=int(right.sum()), of=len(right), seconds=seconds))
+        for rung in rungs:
+            if rung.name not in self.outcomes:
+                self._set(rung.name, Outcome(status="dropped", reason="the time was up before it began"))
+
+    def _seconds(self, name: str, seconds: float) -> float:
+        """Seconds of a run's training, over all sessions, where they are more than this session's."""
+        return round(max(seconds, checkpoint.read_progress(self.run(name) / "ckpt").seconds), 1)
+
+    def _job(self, rung: Rung) -> Job:
+        """Write a rung's recipe; return the process that trains it."""
+        path = self.out / "recipes" / f"{rung.name}.yaml"
+        write_recipe(self.task, _merged(self.settings(rung.name), self._length(rung)), path)
+        return Job(rung.name, ("train", str(path), str(self.run(rung.name))), self.out / "logs" / f"{rung.name}.log")
+
+    @staticmethod
+    def _length(rung: Rung) -> Tree:
+        return {"train": {"epochs": rung.epochs, "validate_every": rung.epochs}} if rung.epochs else {}
+
+    def _set(self, name: str, outcome: Outcome) -> None:
+        self.outcomes[name] = outcome
+        self._store()
+        chosen = f": {100 * outcome.accuracy:.1f} % of the {outcome.of} images that choose" if outcome.of else ""
+        minutes = f", {outcome.seconds / 60:.1f} min" if outcome.seconds else ""
+        self.say(f"{name}: {outcome.status}{chosen}{minutes}" + (f" ({outcome.reason})" if outcome.reason else ""))
+
+    def _store(self) -> None:
+        outcomes = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
+        write_atomic(self._file, as_json({"outcomes": outcomes, "choices": self.choices}))
+
+    def _choose(self, what: str, names: Sequence[str]) -> None:
+        """Choose between rungs, the simplest first: a later one must be better by more than one standard error."""
+        if what in self.choices:
+            return
+        best = names[0]
+        for name in names[1:]:
+            if wins(self._right(name), self._right(best)):
+                best = name
+        self.choices[what] = best
+        self._store()
+
+    def _right(self, name: str) -> NDArray[np.bool_]:
+        """A rung's answers to the images that choose; the base's before it is trained are the deployed file's."""
+        return right_on_choose(self.run(name)) if self._is(name, "done") else self.standing
+
+    def _choose_share(self, name: str | None) -> None:
+        """Between the best rung's start and its end: the share that the images like best, if it wins against the end."""
+        if name is None or "share" in self.choices:
+            return
+        between, share = self.run(f"{name}-{BETWEEN}"), 1.0
+        try:
+            if not between.exists():
+                interpolate(self.run(name), between)
+            best = read_json(between / INTERPOLATION, dict)["share"]
+            if best < 1 and wins(evaluate(between, "val").right, self._right(name)):
+                share = best
+        except FgvcError as error:
+            self.say(f"no way between the start and the end of {name}: {error}")
+        self.choices["share"] = share
+        self._store()
+
+    def _ship(self) -> None:
+        """Train the best again, on the images that chose as well, which then ships by rule; and the plain recipe beside it."""
+        if self.best == BASE and PLAIN not in self.outcomes and self.plan.of("ship")[-1].name == PLAIN:
+            self._set(PLAIN, Outcome(status="dropped", reason="what ships is the plain recipe"))
+        self._run("ship")
+        ships, share = FINAL if self._is(FINAL, "done") else self.best, self.choices.get("share", 1.0)
+        if ships is None:
+            raise FgvcError(f"{self.run(FINAL)}: {self.outcomes[FINAL].reason}, and nothing else could ship; give more --budget")
+        if ships == FINAL and self.task.chooses and share < 1:
+            ships = f"{FINAL}-{BETWEEN}"
+            if not self.run(ships).exists():
+                interpolate(self.run(FINAL), self.run(ships), share=share)
+        self.choices["ships"] = ships
+        self._store()
+
+
+def wins(new: NDArray[np.bool_], old: NDArray[np.bool_]) -> bool:
+    """Whether a more costly rung is better than a simpler one on the same images (N,), by more than one standard error."""
+    low, _ = gain_interval(int((new & ~old).sum()), int((old & ~new).sum()), len(new), level=LEVEL)
+    return low > 0
+
+
+def right_on_choose(run: Path) -> NDArray[np.bool_]:
+    """Whether a run's last validation names each image rightly (N,), in the order of the rows; empty without validation."""
+    answers = checkpoint.load(run / "ckpt", say=lambda _: None).rest.get("answers")
+    index = load(run / NAME, run).index
+    if answers is None or not len(index.rows("val")):
+        return np.empty(0, bool)
+    rows, classes = answers.numpy()
+    order = np.argsort(rows)
+    return np.asarray(index.labels[rows[order]] == classes[order])
+
+
+def write_recipe(task: Task, settings: Tree, path: Path) -> None:
+    """Write the recipe of a rung. Raises FgvcError where it is none."""
+    tree = copy.deepcopy(dict(task.recipe))
+    drop_replaced(Recipe, tree, [(name, key) for name, keys in settings.items() for key in keys])
+    merge(tree, settings)
+    validate(Recipe, tree, where=str(path))
+    make_folder(path.parent)
+    write_atomic(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
+def _merged(*settings: Tree) -> Tree:
+    tree: dict[str, Any] = {}
+    for one in settings:
+        merge(tree, one)
+    return tree

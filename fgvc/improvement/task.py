@@ -1,0 +1,293 @@
+"""What is to be improved: a deployed file or a net of timm's, the images in three splits, and the recipe that all rungs share.
+
+Decided once and recorded: `task.json`, `images.csv`, and `deployed/` with the file, its labels and its preprocessing.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fgvc.config.images import Preprocess
+from fgvc.config.loading import drop_replaced, merge, read_tree
+from fgvc.config.models import Model
+from fgvc.config.recipe import Recipe
+from fgvc.config.template import recipe_file
+from fgvc.data.deployed import PREPROCESS
+from fgvc.data.unseen import Seen
+from fgvc.errors import FgvcError, UndecidedError
+from fgvc.evaluation.file_preprocessing import UNASSIGNED, search_file
+from fgvc.exporting.inspect import inspect_file
+from fgvc.images.preprocess import described
+from fgvc.improvement.images import Divided, divide, refuse_faulty
+from fgvc.io.files import as_json, make_folder, write_atomic
+from fgvc.io.names import few
+from fgvc.models.backbone import plain_model, pretrained_cfg, refuse_unknown
+from fgvc.runs import deployed
+from fgvc.runtime.bundle import read_json, read_labels, read_preprocess
+from fgvc.runtime.labels import labels_of
+from fgvc.studies.candidate import start_model
+
+BASE = "any/plain"
+SEARCH_SHARE = 1 / 8  # of the budget, for the search of a preprocessing that nobody remembers
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the command asks for."""
+
+    target: str  # a deployed .onnx file, or timm's name of a net
+    data: Path
+    budget: float  # seconds
+    labels: Path | None = None
+    preprocess: Path | None = None
+    seen: Seen = "train"
+    unseen: Path | None = None
+    unlabelled: Path | None = None
+    starts: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None  # of the network's input, where no file says it
+    seed: int = 0
+
+    @property
+    def file(self) -> Path | None:
+        """The deployed file; None: a net of timm's."""
+        return Path(self.target).expanduser() if self.target.lower().endswith(".onnx") or Path(self.target).is_file() else None
+
+    def command(self, out: Path) -> str:
+        """The command line that asks for it."""
+        words = ["fgvc", "improve", self.target, str(self.data), "--budget", f"{self.budget / 60:g}m", "-o", str(out)]
+        size = None if self.size is None else "x".join(map(str, self.size))
+        options = {
+            "labels": self.labels, "preprocess": self.preprocess, "unseen": self.unseen, "unlabelled": self.unlabelled,
+            "size": size, "seen": None if self.seen == "train" else self.seen, "seed": self.seed or None,
+        }  # fmt: skip
+        for option, value in [*options.items(), *(("start", text) for text in self.starts)]:
+            words += [] if value is None else [f"--{option}", str(value)]
+        return shlex.join(words)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a resumed command must ask for again; more time may be given."""
+        asked = {key: value for key, value in asdict(self).items() if key != "budget"}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asked.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is improved, as decided; `recipe`: the tree of settings that all rungs share."""
+
+    name: str  # of the file, or of the net
+    file: str | None  # the kept copy of the deployed file; None: a net of timm's
+    twin: str | None  # timm's name of the file's net, where it is one
+    classes: tuple[str, ...]
+    counts: Mapping[str, int]  # images by split
+    rule: str  # which images choose and judge
+    recipe: Mapping[str, Any]
+    starts: tuple[Mapping[str, Any], ...]  # other weights for this net: name -> keys of model
+    teachers: tuple[Mapping[str, Any], ...]  # nets that may teach: backbone, weights, kwargs
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there are images that choose between rungs."""
+        return self.counts["val"] > 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the network's input."""
+        height, width = self.recipe["image"]["size"]
+        return height, width
+
+    def lines(self) -> list[str]:
+        what = f"{self.name}, {len(self.classes)} classes" + (f", a {self.twin} of timm's" if self.twin else "")
+        counts = f"{self.counts['train']} images to learn from, {self.counts['val']} choose, {self.counts['test']} judge"
+        return [what, *(f"warning: {note}" for note in self.notes), f"{counts}: {self.rule}"]
+
+
+def look(request: Request, out: Path, say: Say) -> Task:
+    """Look at all that is given, and decide; or read what an earlier session decided.
+
+    Raises FgvcError with everything that is wrong or missing at once, and where a resumed command asks for something else.
+    """
+    record = out / "task.json"
+    if record.is_file():
+        stored = read_json(record, dict)
+        if changed := [key for key, value in request.record.items() if _plain(value) != stored["request"].get(key)]:
+            raise FgvcError(
+                f"{out}: was begun with other words ({few(changed)} differ): give the same ones to go on, or choose another --out"
+            )
+        return _task(stored["task"])
+    models = _several(
+        lambda: _refuse_absent(request), *(lambda text=text: start_model(text) for text in request.starts)
+    )[1:]
+    task = _of_file(request, request.file, models, out, say) if request.file is not None else _of_name(request, models, out, say)
+    write_atomic(record, as_json({"request": request.record, "task": asdict(task)}))
+    return task
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _task(stored: dict[str, Any]) -> Task:
+    return Task(**stored | {key: tuple(stored[key]) for key in ("classes", "starts", "teachers", "notes")})
+
+
+def _several(*checks: Callable[[], Any]) -> list[Any]:
+    """The results of all checks. Raises FgvcError with the messages of all that fail."""
+    results, errors = list[Any](), list[FgvcError]()
+    for one in checks:
+        try:
+            results.append(one())
+        except FgvcError as error:
+            errors.append(error)
+    if errors:
+        kinds = {type(error) for error in errors}
+        raise (kinds.pop() if len(kinds) == 1 else FgvcError)("\n".join(str(error) for error in errors))
+    return results
+
+
+def _refuse_absent(request: Request) -> None:
+    for option, path in (
+        ("", request.file), ("", request.data), ("--labels ", request.labels), ("--preprocess ", request.preprocess),
+        ("--unseen ", request.unseen), ("--unlabelled ", request.unlabelled),
+    ):  # fmt: skip
+        if path is not None and not path.expanduser().exists():
+            raise FgvcError(f"{option}{path}: no such file or folder")
+    if request.file is None:
+        refuse_unknown(request.target)
+
+
+def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, say: Say) -> Task:
+    say(f"looking at {file.name} and {request.data}")
+    stated = labels_of(file)
+    if request.labels is not None and stated is not None and read_labels(request.labels) != stated.names:
+        raise FgvcError(f"--labels {request.labels}: {stated.source} says otherwise; leave the option out, or mend that")
+    names = read_labels(request.labels) if request.labels is not None else stated.names if stated is not None else None
+    divided, inspection = _several(
+        lambda: divide(request.data, deployed=True, seen=request.seen, unseen=request.unseen),
+        lambda: inspect_file(file),
+    )
+    if not inspection.agrees:
+        raise FgvcError(f"{file}: torch's answers are not onnxruntime's, so it can't be trained here; `fgvc inspect` tells more")
+    names, warnings = _several(
+        lambda: _checked_names(names, divided, inspection.classes, file), lambda: refuse_faulty(divided)
+    )
+    spec, names = _spec(request, file, names, divided, out, say)
+    deployed.keep_file(out, file, names)
+    kept = (out / deployed.FOLDER / file.name).absolute()
+    write_atomic(kept.with_name(PREPROCESS), as_json(spec.model_dump(mode="json")))
+    twin = next((net["name"] for net in inspection.timm["nets"]), None)
+    settings = {
+        "model": {"onnx": str(kept), "weights": "deployed"},
+        "image": {"size": list(spec.size)},
+        "deploy": {"resize": spec.resize, "seen": "train"},
+    }
+    say(f"it is fed by {described(spec)}")
+    return Task(
+        name=file.name,
+        file=str(kept),
+        twin=twin,
+        classes=names,
+        counts=divided.counts,
+        rule=divided.rule,
+        recipe=_recipe(settings, divided, out, request.seed),
+        starts=tuple({"name": model.backbone, "weights": model.weights} for model in models if model.backbone == twin),
+        teachers=_teachers(model for model in models if model.backbone != twin),
+        notes=warnings,
+    )
+
+
+def _checked_names(
+    names: tuple[str, ...] | None, divided: Divided, outputs: int, file: Path
+) -> tuple[str, ...] | None:
+    """The stated names of the outputs, if they fit file and images; None: nothing states them, and their number fits."""
+    classes = divided.index.classes
+    if names is None:
+        if len(classes) != outputs:
+            raise FgvcError(
+                f"{file}: has {outputs} outputs, and the images are of {len(classes)} classes: which output is which? "
+                "--labels FILE, a class a line"
+            )
+        return None
+    if len(names) != outputs:
+        raise FgvcError(f"{file}: has {outputs} outputs, and its labels name {len(names)} classes; give --labels FILE")
+    if unknown := sorted(set(classes) - set(names)):
+        raise FgvcError(f"{divided.index.root}: has classes that the file does not know: {few(unknown)}")
+    return names
+
+
+def _spec(
+    request: Request, file: Path, names: tuple[str, ...] | None, divided: Divided, out: Path, say: Say
+) -> tuple[Preprocess, tuple[str, ...]]:
+    """How the file is fed, and its labels: as stated, else as its answers say. Raises FgvcError where that is not plain."""
+    beside = request.preprocess if request.preprocess is not None else file.with_name(PREPROCESS)
+    if beside.is_file() and names is not None:
+        return read_preprocess(beside), names
+    asked = file
+    if names is not None:
+        deployed.keep_file(out, file, names)
+        asked = out / deployed.FOLDER / file.name
+    result = search_file(
+        asked, request.data, size=request.size, seconds=min(100.0, SEARCH_SHARE * request.budget), progress=lambda line: None
+    )
+    for line in result.lines():
+        say(line)
+    if result.search.undecided:
+        raise UndecidedError("these images do not tell how the file is fed, see above: state it, --preprocess FILE")
+    if not result.order_holds or UNASSIGNED in result.labels:
+        labels = out / "labels.found.txt"
+        write_atomic(labels, "".join(f"{name}\n" for name in result.labels))
+        raise FgvcError(f"the file's labels are in another order than stated (above): {labels} has the likeliest; give --labels")
+    return (read_preprocess(beside) if beside.is_file() else result.spec), result.labels
+
+
+def _of_name(request: Request, models: Sequence[Model], out: Path, say: Say) -> Task:
+    say(f"looking at {request.target} and {request.data}")
+    if request.labels is not None or request.preprocess is not None or request.seen != "train":
+        raise FgvcError("--labels, --preprocess and --seen are of a deployed file, and the first argument is a net's name")
+    if request.unseen is not None:
+        raise FgvcError("--unseen: is of a deployed file; no weights have seen these images")
+    divided = divide(request.data, deployed=False)
+    warnings = refuse_faulty(divided)
+    own = next((model for model in models if model.backbone == request.target), None)
+    size = request.size or pretrained_cfg(plain_model(request.target, 2))["input_size"][1:]
+    settings = {
+        "model": {"backbone": request.target, "weights": "hub" if own is None else own.weights},
+        "image": {"size": list(size)},
+    }
+    make_folder(out)
+    return Task(
+        name=request.target,
+        file=None,
+        twin=request.target,
+        classes=divided.index.classes,
+        counts=divided.counts,
+        rule=divided.rule,
+        recipe=_recipe(settings, divided, out, request.seed),
+        starts=(),
+        teachers=_teachers(model for model in models if model is not own),
+        notes=warnings,
+    )
+
+
+def _teachers(models: Any) -> tuple[Mapping[str, Any], ...]:
+    return tuple({"backbone": model.backbone, "weights": model.weights, "kwargs": dict(model.kwargs)} for model in models)
+
+
+def _recipe(settings: Mapping[str, Any], divided: Divided, out: Path, seed: int) -> dict[str, Any]:
+    """The tree of BASE with this net and these images, which are written to `images.csv`."""
+    table = (out / "images.csv").absolute()
+    write_atomic(table, divided.table())
+    tree = read_tree(recipe_file(BASE))[0]
+    drop_replaced(Recipe, tree, [(name, key) for name, keys in settings.items() for key in keys])
+    tree["data"] = {"kind": "csv", "root": str(divided.index.root.absolute()), "file": str(table)}
+    merge(tree, settings)
+    merge(tree, {"select": "ema", "train.seed": seed, "train.workers": 0})
+    if not divided.counts["val"]:
+        tree["data"]["val_fraction"] = 0.0
+    return tree

@@ -1,0 +1,144 @@
+"""Rungs in processes of their own: training, or the timing of a few of its steps.
+
+`python -m fgvc.improvement.work` imports all that these need, once, and forks a process for each line of its standard input,
+a JSON object: {"name", "words", "log", "threads"} begins one, {"stop": name} stops it. On standard output it says how each
+ended: {"name", "code"}. At the end of its standard input, as when the command was killed, it stops all: each saves a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from fgvc.config.recipe import Recipe
+from fgvc.data.loader import evaluation_loader
+from fgvc.data.recipe import load_recipe
+from fgvc.errors import FgvcError
+from fgvc.models.backbone import memory_format
+from fgvc.runs.distributed import process_group
+from fgvc.training.forecast import peak_memory
+from fgvc.training.log import Events
+from fgvc.training.optimizer_step import optimizer_step
+from fgvc.training.session import open_session
+from fgvc.training.trainer import train
+
+STEPS = 3  # that are timed, after one that sets up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What a rung costs here, one thread a process as it will run."""
+
+    start: float  # seconds until it is ready to train: images, net
+    step: float  # seconds of a step, with the loading of its images
+    batch: int  # images of a step
+    look: float  # seconds of an image in evaluation, with its loading
+    peak_bytes: int
+    device: str
+
+
+def timing(recipe: Recipe, started: float) -> Timing:
+    """Time a few real steps of a recipe, and the evaluation of a batch. `started`: by `time.monotonic`."""
+    with process_group(recipe.train) as process, open_session(recipe, process, teachers="to time") as session:
+        start = time.monotonic() - started
+        with TemporaryDirectory() as scratch:
+            events = Events(Path(scratch), recipe.log, active=False)
+            batches = session.loader.epoch(0)
+            seconds = []
+            for _ in range(min(STEPS + 1, session.steps_per_epoch)):
+                began = time.monotonic()
+                optimizer_step(session, batches, events)
+                if process.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.monotonic() - began)
+        net, rows = session.step.net.eval(), session.index.rows("train")[: 2 * session.batch]
+        began = time.monotonic()
+        with torch.inference_mode():
+            for batch in evaluation_loader(session.index, rows, spec=session.preprocess, batch_size=session.batch, workers=0):
+                net(batch.images.to(process.device, memory_format=memory_format(net))).cpu()
+        look = (time.monotonic() - began) / len(rows)
+        timed = seconds[1:] or seconds
+        return Timing(
+            start=start, step=sum(timed) / len(timed), batch=session.batch, look=look, peak_bytes=peak_memory(process.device),
+            device=process.device.type,
+        )  # fmt: skip
+
+
+def work(words: list[str]) -> int:
+    """Do `time RECIPE` or `train RECIPE RUN`; returns the exit code."""
+    started = time.monotonic()
+    try:
+        recipe = load_recipe(Path(words[1]))
+        if words[0] == "time":
+            print(json.dumps(asdict(timing(recipe, started))))
+        else:
+            train(recipe, Path(words[2]))
+    except FgvcError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _begin(order: dict[str, Any]) -> int:
+    """Fork a process for an order; returns its number."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(source, target)
+        torch.set_num_threads(order["threads"])
+        code = work(order["words"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def serve() -> None:
+    """Obey orders until there are no more."""
+    running: dict[int, str] = {}
+    pending, open_ = b"", True
+    while open_ or running:
+        ready = select.select([0] if open_ else [], [], [], 0.1)[0]
+        if ready:
+            read = os.read(0, 65536)
+            *lines, pending = (pending + read).split(b"\n")
+            for order in map(json.loads, lines):
+                if "stop" not in order:
+                    running[_begin(order)] = order["name"]
+                for pid in [pid for pid, name in running.items() if name == order.get("stop")]:
+                    os.kill(pid, signal.SIGTERM)
+            if not read:
+                open_ = False
+                for pid in running:
+                    os.kill(pid, signal.SIGTERM)
+        while running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            if open_:
+                print(json.dumps({"name": running[pid], "code": os.waitstatus_to_exitcode(status)}), flush=True)
+            del running[pid]
+
+
+if __name__ == "__main__":
+    serve()

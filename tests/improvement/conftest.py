@@ -1,0 +1,62 @@
+"""A small deployed file, and pictures: a train split to learn from, and a test split that it has not seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.models.onnxnet import small
+from tests.trained import Once
+
+NAMES = ("red", "purple", "green", "blue", "yellow")  # of the outputs
+COLOURS = dict(zip(NAMES, [(200, 60, 60), (150, 60, 190), (60, 180, 60), (60, 80, 200), (200, 190, 60)], strict=True))
+SPEC = {
+    "size": [8, 8], "resize": "squash", "crop_pct": 1.0, "interpolation": "bilinear", "channel_order": "rgb", "input_range": 1,
+    "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "fill": [0, 0, 0],
+}  # fmt: skip
+
+
+def draw(place: Path, name: str, seed: int) -> None:
+    """A picture like no other, in the colour of its class."""
+    rng = np.random.default_rng(seed)
+    pixels = np.clip(np.array(COLOURS[name]) + rng.normal(0, 70, (6, 6, 3)), 0, 255).astype(np.uint8)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).resize((24, 20), Image.Resampling.BICUBIC).save(place)
+
+
+def draw_set(root: Path, *, train: int, test: int) -> Path:
+    """So many pictures a class in train/ and test/."""
+    seed = 0
+    for split, count in (("train", train), ("test", test)):
+        for name in NAMES:
+            for n in range(count):
+                draw(root / split / name / f"{n:03d}.png", name, seed := seed + 1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def pictures(once: Once) -> Path:
+    """12 pictures a class to learn from, 48 that the file has not seen: enough to choose by."""
+    return once.made("improvement/pictures", lambda folder: draw_set(folder, train=12, test=48))
+
+
+@pytest.fixture(scope="session")
+def few(once: Once) -> Path:
+    """As many to learn from, and 20 a class that the file has not seen: none chooses."""
+    return once.made("improvement/few", lambda folder: draw_set(folder, train=12, test=20))
+
+
+@pytest.fixture(scope="session")
+def deployed(once: Once) -> Path:
+    """A classifier with random weights, its labels and its preprocessing beside it."""
+
+    def make(folder: Path) -> None:
+        small.saved(small.plain(), folder)
+        (folder / "labels.txt").write_text("\n".join(NAMES))
+        (folder / "preprocess.json").write_text(json.dumps(SPEC))
+
+    return once.made("improvement/deployed", make) / "deployed.onnx"

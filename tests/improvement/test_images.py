@@ -1,0 +1,77 @@
+"""The images of an improvement: what the deployed file has seen neither chooses nor judges."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+
+from fgvc.config.data import CsvData
+from fgvc.data.sources.read import read_source
+from fgvc.errors import FgvcError, NoUnseenImagesError
+from fgvc.improvement.images import divide
+from tests.improvement.conftest import NAMES, draw
+
+
+def paths(root: Path, table: str, split: str) -> set[str]:
+    return {str(root / row["path"]) for row in csv.DictReader(io.StringIO(table)) if row["split"] == split}
+
+
+def test_a_set_with_a_test_split(pictures: Path, tmp_path: Path) -> None:
+    divided = divide(pictures, deployed=True)
+    assert divided.counts == {"train": 60, "val": 120, "test": 120}
+    assert all("/train/" in path for path in paths(pictures, divided.table(), "train"))
+    (tmp_path / "images.csv").write_text(divided.table())
+    again = read_source(CsvData(root=pictures, file=tmp_path / "images.csv"))
+    assert set(again.given_splits) == {"val", "test"}
+    assert [len(again.rows(split)) for split in ("train", "val", "test")] == [60, 120, 120]
+
+
+def test_a_flat_folder_was_seen(pictures: Path) -> None:
+    with pytest.raises(NoUnseenImagesError):
+        divide(pictures / "train", deployed=True)
+
+
+def test_a_flat_folder_and_images_that_were_not_seen(pictures: Path) -> None:
+    divided = divide(pictures / "train", deployed=True, unseen=pictures / "test")
+    assert divided.counts == {"train": 60, "val": 120, "test": 120}
+    chosen = paths(pictures / "train", divided.table(), "val") | paths(pictures / "train", divided.table(), "test")
+    assert all(Path(path).is_file() and "/test/" in path for path in chosen)
+
+
+def test_copies_of_what_is_learned_from_are_left_out(pictures: Path, tmp_path: Path) -> None:
+    for name in NAMES:
+        for n in range(45):
+            draw(tmp_path / "new" / name / f"{n}.png", name, 9000 + 100 * NAMES.index(name) + n)
+    copy = pictures / "train" / "red" / "000.png"
+    (tmp_path / "new" / "red" / "copy.png").write_bytes(copy.read_bytes())
+    divided = divide(pictures / "train", deployed=True, unseen=tmp_path / "new")
+    assert sum(divided.counts.values()) == 60 + 225
+    assert "1 near cop" in divided.rule
+
+
+def test_all_were_collected_after_it_was_trained(pictures: Path) -> None:
+    divided = divide(pictures / "test", deployed=True, seen="none")
+    assert divided.counts["train"] > 100
+    assert divided.counts["test"] > 0
+
+
+def test_a_net_without_a_file_has_seen_nothing(pictures: Path) -> None:
+    divided = divide(pictures / "train", deployed=False)
+    assert all(count > 0 for count in divided.counts.values())
+
+
+def test_classes_that_the_set_does_not_have(pictures: Path, tmp_path: Path) -> None:
+    draw(tmp_path / "new" / "orange" / "1.png", "red", 1)
+    draw(tmp_path / "new" / "red" / "1.png", "red", 2)
+    with pytest.raises(FgvcError, match="orange"):
+        divide(pictures / "train", deployed=True, unseen=tmp_path / "new")
+
+
+def test_one_class(tmp_path: Path) -> None:
+    for n in range(3):
+        draw(tmp_path / "red" / f"{n}.png", "red", n)
+    with pytest.raises(FgvcError):
+        divide(tmp_path, deployed=True, seen="none")

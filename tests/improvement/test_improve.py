@@ -1,0 +1,167 @@
+"""From a deployed file and a folder of images to a better file, in one command that may be killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from PIL import Image
+
+from fgvc import api
+from fgvc.cli.app import main
+from fgvc.errors import FgvcError, NoUnseenImagesError
+from fgvc.evaluation.paired import Gate
+from fgvc.exporting.deployed import compare_written
+from fgvc.improvement.improve import run_improvement
+from fgvc.improvement.ladder import BASE, Plan, plan_ladder
+from fgvc.improvement.rungs import right_on_choose
+from fgvc.improvement.task import Request, look
+from fgvc.improvement.work import Timing
+from tests.improvement.conftest import NAMES
+from tests.trained import Once, copied
+
+
+def request_for(deployed: Path, pictures: Path, **more: object) -> Request:
+    return Request(target=str(deployed), data=pictures, budget=600, **more)  # type: ignore[arg-type]
+
+
+def planned(request: Request, out: Path) -> Plan:
+    """Look, and fix a plan of the head alone, by figures instead of a clock."""
+    task = look(request, out, lambda line: None)
+    timing = Timing(start=5, step=0.01, batch=32, look=0.001, peak_bytes=10**8, device="cpu")
+    plan = plan_ladder(task, {BASE: timing}, budget=request.budget, spent=10, slots=2)
+    (out / "plan.json").write_text(json.dumps(plan.record))
+    (out / "clock.json").write_text('{"seconds": 10}')
+    return plan
+
+
+@pytest.fixture(scope="session")
+def better(once: Once, deployed: Path, pictures: Path) -> Path:
+    """The folder of a finished improvement."""
+
+    def make(folder: Path) -> None:
+        request = request_for(deployed, pictures)
+        plan = planned(request, folder / "better")
+        assert [rung.name for rung in plan.rungs] == ["probe-deployed", "base", "final"]
+        run_improvement(request, folder / "better", gate=Gate())
+
+    return once.made("improvement/better", make) / "better"
+
+
+def test_a_better_file_is_the_deployed_one_with_other_numbers(better: Path, deployed: Path) -> None:
+    verdict = json.loads((better / "verdict.json").read_text())
+    assert verdict["better"]
+    assert verdict["images"] == 120
+    assert verdict["new"] > 0.9 > verdict["old"]
+    assert compare_written(better / "bundle" / "model.onnx", deployed).passed
+    assert not (better / "candidate").exists()
+    assert api.verify(better / "bundle").passed
+    page = (better / "report.html").read_text()
+    assert "Better: deployed.onnx goes from" in page
+    assert "better/bundle/model.onnx" in page
+
+
+def test_each_image_has_one_use(better: Path) -> None:
+    """The verdict's figures, anew by onnxruntime and Pillow on the images that images.csv names."""
+    rows = list(csv.DictReader((better / "images.csv").read_text().splitlines()))
+    root = Path(json.loads((better / "task.json").read_text())["task"]["recipe"]["data"]["root"])
+    session = onnxruntime.InferenceSession(better / "bundle" / "model.onnx")
+    right = []
+    for row in (row for row in rows if row["split"] == "test"):
+        image = Image.open(root / row["path"]).resize((8, 8), Image.Resampling.BILINEAR)
+        x = (np.asarray(image, np.float32) / 255 - 0.5) / 0.5
+        answer = session.run(None, {session.get_inputs()[0].name: x.transpose(2, 0, 1)[None]})[0]
+        right.append(NAMES[answer.argmax()] == row["label"])
+    assert np.mean(right) == pytest.approx(json.loads((better / "verdict.json").read_text())["new"])
+    final = api.load_recipe(better / "recipes" / "final.yaml")
+    assert not final.data.hold_out
+    assert final.train.epochs == json.loads((better / "plan.json").read_text())["rungs"][-1]["epochs"]
+    assert not len(right_on_choose(better / "runs" / "final"))
+    assert len(right_on_choose(better / "runs" / "base")) == 120
+
+
+def test_the_same_command_again_shows_the_same(
+    better: Path, deployed: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = copied(better, tmp_path)
+    stamps = {path: path.stat().st_mtime_ns for path in (mine / "runs").rglob("*.safetensors")}
+    result = run_improvement(request_for(deployed, pictures), mine, gate=Gate())
+    assert result.exit_code == 0
+    assert result.bundle == mine / "bundle"
+    assert {path: path.stat().st_mtime_ns for path in (mine / "runs").rglob("*.safetensors")} == stamps
+    with pytest.raises(FgvcError, match="begun with other words"):
+        run_improvement(request_for(deployed, pictures, seed=1), mine, gate=Gate())
+    assert "Better" in repr(result)
+
+
+def test_a_file_that_nothing_is_better_than(better: Path, pictures: Path, tmp_path: Path) -> None:
+    """The better file itself, improved once more: all its answers are right, and exit code 3 says so."""
+    (tmp_path / "file").mkdir()
+    for name in ("model.onnx", "labels.json", "preprocess.json"):
+        shutil.copy(better / "bundle" / name, tmp_path / "file" / name)
+    request = request_for(tmp_path / "file" / "model.onnx", pictures)
+    plan = planned(request, tmp_path / "better")
+    assert plan.rungs
+    result = run_improvement(request, tmp_path / "better", gate=Gate())
+    assert result.exit_code == 3
+    assert result.bundle is None
+    assert (tmp_path / "better" / "candidate" / "model.onnx").is_file()
+    assert not (tmp_path / "better" / "bundle").exists()
+
+
+def test_a_flat_folder_is_exit_code_4(deployed: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(NoUnseenImagesError) as error:
+        look(request_for(deployed, pictures / "train"), tmp_path / "out", lambda line: None)
+    assert error.value.exit_code == 4
+
+
+def test_all_that_is_missing_is_said_at_once(deployed: Path, tmp_path: Path) -> None:
+    request = request_for(deployed, tmp_path / "nowhere", starts=("resnet50=gone.safetensors",), labels=tmp_path / "no.txt")
+    with pytest.raises(FgvcError) as error:
+        look(request, tmp_path / "out", lambda line: None)
+    assert "nowhere" in str(error.value)
+    assert "gone.safetensors" in str(error.value)
+
+
+def test_files_that_can_not_be_improved(deployed: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    shutil.copy(deployed, tmp_path / "file" / "net.onnx")
+    shutil.copy(deployed.with_name("preprocess.json"), tmp_path / "file")
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join([*NAMES[:-1], "orange"]))
+    with pytest.raises(FgvcError, match="yellow"):
+        look(request_for(tmp_path / "file" / "net.onnx", pictures, labels=labels), tmp_path / "a", lambda line: None)
+    labels.write_text("\n".join(NAMES[:-1]))
+    with pytest.raises(FgvcError, match="5 outputs"):
+        look(request_for(tmp_path / "file" / "net.onnx", pictures, labels=labels), tmp_path / "b", lambda line: None)
+    (tmp_path / "file" / "bad.onnx").write_bytes(b"no file")
+    with pytest.raises(FgvcError, match="not an ONNX file"):
+        look(request_for(tmp_path / "file" / "bad.onnx", pictures, labels=labels), tmp_path / "c", lambda line: None)
+
+
+def test_labels_that_are_not_beside_the_file(deployed: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    shutil.copy(deployed, tmp_path / "file" / "net.onnx")
+    shutil.copy(deployed.with_name("preprocess.json"), tmp_path / "file")
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join(NAMES))
+    task = look(request_for(tmp_path / "file" / "net.onnx", pictures, labels=labels), tmp_path / "out", lambda line: None)
+    assert task.classes == NAMES
+    assert task.file is not None
+    assert onnx.load(task.file).graph.node
+    again = look(request_for(tmp_path / "file" / "net.onnx", pictures, labels=labels), tmp_path / "out", lambda line: None)
+    assert (again.classes, again.recipe, again.counts) == (task.classes, task.recipe, task.counts)
+
+
+def test_a_folder_of_something_else(deployed: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["improve", str(deployed), str(pictures), "--budget", "10m", "-o", str(tmp_path)])
+    assert exit_info.value.code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,111 @@
+"""The ladder fits its budget, is richer where there is more time, and says what it left out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fgvc.errors import FgvcError
+from fgvc.improvement.clock import seconds_of
+from fgvc.improvement.ladder import BASE, FINAL, PLAIN, TAUGHT, TEACHER, Plan, makespan, plan_ladder, portfolio
+from fgvc.improvement.task import Task
+from fgvc.improvement.work import Timing
+
+FIRST = portfolio()[0]["name"]
+
+
+def task(*, train: int = 1500, choose: int = 700, judge: int = 690, teacher: bool = False) -> Task:
+    return Task(
+        name="net.onnx", file="net.onnx", twin=None, classes=("a", "b"), counts={"train": train, "val": choose, "test": judge},
+        rule="", recipe={"image": {"size": [160, 160]}}, starts=(),
+        teachers=({"backbone": "resnet50", "weights": "file", "kwargs": {}},) if teacher else (),
+    )  # fmt: skip
+
+
+def timings(step: float = 0.9, *, portfolio_too: bool = True, teacher: bool = False) -> dict[str, Timing]:
+    def timed(factor: float) -> Timing:
+        return Timing(start=6, step=step * factor, batch=32, look=step / 90, peak_bytes=10**9, device="cpu")
+
+    made = {BASE: timed(1)} | ({FIRST: timed(1.1), portfolio()[1]["name"]: timed(2)} if portfolio_too else {})
+    return made | ({TAUGHT: timed(1.7), TEACHER: timed(3)} if teacher else {})
+
+
+def names(plan: Plan) -> list[str]:
+    return [rung.name for rung in plan.rungs]
+
+
+def test_more_time_makes_a_richer_ladder() -> None:
+    ladders = [
+        names(plan_ladder(task(), timings(), budget=60 * minutes, spent=60, slots=2)) for minutes in (10, 25, 60, 240)
+    ]
+    assert ladders[0] == [BASE, FINAL]
+    assert {FIRST, PLAIN} < set(ladders[1])
+    assert TAUGHT in ladders[2]
+    assert portfolio()[1]["name"] in ladders[3]
+    assert [len(ladder) for ladder in ladders] == sorted(len(ladder) for ladder in ladders)
+
+
+def test_a_larger_net_at_hand_teaches_and_is_tuned_where_there_is_time() -> None:
+    short, long = (
+        plan_ladder(task(teacher=True), timings(teacher=True), budget=3600 * hours, spent=60, slots=2) for hours in (1, 4)
+    )
+    assert TAUGHT in names(short)
+    assert TEACHER in names(long)
+    assert next(rung for rung in long.rungs if rung.name == TEACHER).settings["image"]["size"] == [224, 224]
+
+
+@given(
+    budget=st.floats(130, 40_000), spent=st.floats(0, 60), step=st.floats(0.01, 5), slots=st.integers(1, 4),
+    choose=st.sampled_from([0, 200, 5000]), teacher=st.booleans(),
+)  # fmt: skip
+def test_a_plan_fits_its_budget(budget: float, spent: float, step: float, slots: int, choose: int, teacher: bool) -> None:
+    try:
+        plan = plan_ladder(
+            task(choose=choose, teacher=teacher), timings(step, teacher=teacher), budget=budget, spent=spent, slots=slots
+        )
+    except FgvcError:
+        return
+    assert spent + plan.seconds <= budget + 1e-6
+    assert all(rung.seconds <= budget / 4 + 1e-6 for rung in plan.rungs if rung.name == PLAIN and rung.epochs > 1)
+    ship = makespan((rung.seconds for rung in plan.of("ship")), slots)
+    for rung in plan.rungs:
+        if rung.stage != "ship":  # it may begin as long as what ships still fits
+            assert rung.latest_start + rung.seconds + ship + plan.shipping <= budget + 1e-6
+    assert set(plan.left_out).isdisjoint(names(plan))
+
+
+def test_a_budget_for_no_epoch_is_refused_with_what_is_needed() -> None:
+    with pytest.raises(FgvcError, match=r"too few for a rung of a single epoch: about \d+ min are needed"):
+        plan_ladder(task(), timings(30), budget=300, spent=20, slots=2)
+
+
+def test_without_images_that_choose_the_recipe_that_won_elsewhere_ships() -> None:
+    plan = plan_ladder(task(choose=0), timings(), budget=3600, spent=60, slots=2)
+    assert names(plan) == [FINAL, PLAIN]
+    assert plan.rungs[0].settings["techniques"] == portfolio()[0]["settings"]["techniques"]
+    assert plan.rungs[1].settings.keys() == {"data"}
+
+
+def test_a_plan_is_read_as_it_was_written() -> None:
+    plan = plan_ladder(task(teacher=True), timings(teacher=True), budget=3600, spent=60, slots=2)
+    assert names(Plan.read(json.loads(json.dumps(plan.record)))) == names(plan)
+
+
+def test_jobs_side_by_side() -> None:
+    assert makespan([3, 2, 2], 2) == 4
+    assert makespan([3, 2, 2], 1) == 7
+    assert makespan([], 2) == 0
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("20m", 1200), ("1.5h", 5400), ("2 d", 172_800), ("150s", 150)])
+def test_budgets(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["20", "m", "-5m", "1m", "soon"])
+def test_budgets_that_are_none(text: str) -> None:
+    with pytest.raises(FgvcError, match="--budget"):
+        seconds_of(text)
