@@ -111,8 +111,8 @@ def is_there(parts: list[str]) -> bool:
         elif (file := place / f"{part}.py").is_file():
             rest = parts[at + 1 :]
             return not rest or re.search(rf"\b{rest[0]}\b", file.read_text(encoding="utf-8")) is not None
-        else:
-            return False
+        else:  # a name of a package
+            return re.search(rf"\b{part}\b", (place / "__init__.py").read_text(encoding="utf-8")) is not None
     return True
 
 

@@ -15,7 +15,7 @@ from fgvc.config.images import Preprocess
 from fgvc.config.loading import drop_replaced, merge, read_tree
 from fgvc.config.models import Model
 from fgvc.config.recipe import Recipe
-from fgvc.config.template import recipe_file
+from fgvc.config.shipped import recipe_file
 from fgvc.data.deployed import PREPROCESS
 from fgvc.data.unseen import Seen
 from fgvc.errors import FgvcError, UndecidedError
