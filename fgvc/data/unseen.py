@@ -176,7 +176,7 @@ def unseen_pool(
 
 
 def divide_unseen(
-    index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64], beside: Path | None = None
+    index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64], beside: Path | None = None, ways: Ways = SETTINGS
 ) -> Unseen:
     """Divide the unseen images once: the set's own validation split chooses and its test split judges, where it brings both
     along; else a half of each class chooses, the other one judges, near copies of each other together. Near copies of images that
@@ -184,7 +184,7 @@ def divide_unseen(
 
     The same set gives the same halves on every machine. Raises FgvcError as `unseen_pool` does.
     """
-    pool = unseen_pool(index, seen, learned=learned, beside=beside)
+    pool = unseen_pool(index, seen, learned=learned, beside=beside, ways=ways)
     rows = pool.rows
     if len(rows) < FEWEST_TO_CHOOSE:
         return Unseen(pool=pool, choose=np.empty(0, np.int64), judge=rows)

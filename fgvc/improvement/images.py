@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fgvc.config.data import SPLITS, AutoData
+from fgvc.data.beside import read_folder, with_folder
 from fgvc.data.index import ImageIndex
 from fgvc.data.quality.checks import check
 from fgvc.data.sources.read import read_source
-from fgvc.data.unseen import Seen, divide_unseen
+from fgvc.data.unseen import OPTIONS, Seen, divide_unseen
 from fgvc.errors import FgvcError
-from fgvc.io.names import few
 from fgvc.io.tables import as_csv
 
 COLUMNS = ("path", "label", "split")
@@ -55,39 +55,21 @@ def divide(root: Path, *, deployed: bool, seen: Seen = "train", unseen: Path | N
 
     Raises FgvcError where a set can't be read or has one class, and NoUnseenImagesError where no image is left to judge.
     """
-    index = _read(root)
+    index = read_folder(root)
     if len(index.classes) < 2:
         raise FgvcError(f"{root}: {len(index.classes)} class; a classifier needs two")
     given = set(index.given_splits)
     if unseen is not None:
-        index, seen = _joined(index, _read(unseen)), "train"
+        index, seen = with_folder(index, unseen, where="--unseen"), "train"
     elif not deployed or (seen != "train" and not given):
-        index = _read(root, val_fraction=0.0 if "val" in given else CHOOSE)
+        index = read_source(AutoData(root=root, val_fraction=0.0 if "val" in given else CHOOSE))
     if not deployed:
         return Divided(index=index, rows=np.arange(len(index)), rule=f"no weights have seen these images; {index.recognised}")
-    apart = divide_unseen(index, seen, learned=index.rows("train"))
+    apart = divide_unseen(index, seen, learned=index.rows("train"), beside=unseen, ways=OPTIONS)
     splits = np.full(len(index), SPLITS.index("train"), np.int8)
     splits[apart.choose], splits[apart.judge] = SPLITS.index("val"), SPLITS.index("test")
-    rows = np.setdiff1d(np.arange(len(index)), apart.copies)
+    rows = np.setdiff1d(np.arange(len(index)), apart.pool.copies)
     return Divided(index=replace(index, splits=splits), rows=rows, rule=str(apart))
-
-
-def _read(root: Path, *, val_fraction: float = 0.0) -> ImageIndex:
-    return read_source(AutoData(root=root, val_fraction=val_fraction))
-
-
-def _joined(seen: ImageIndex, unseen: ImageIndex) -> ImageIndex:
-    """The first set, all of it to learn from, with a second one that tests. Paths are absolute where they are of the second."""
-    if unknown := sorted(set(unseen.classes) - set(seen.classes)):
-        raise FgvcError(f"{unseen.root}: classes that {seen.root} does not have: {few(unknown)}")
-    number = np.array([seen.classes.index(name) for name in unseen.classes], np.int32)
-    paths = [*seen.paths.tolist(), *(str((unseen.root / path).absolute()) for path in unseen.paths.tolist())]
-    splits = np.zeros(len(paths), np.int8)
-    splits[len(seen) :] = SPLITS.index("test")
-    return replace(
-        seen, paths=np.array(paths, dtype=np.dtypes.StringDType()), labels=np.concatenate([seen.labels, number[unseen.labels]]),
-        splits=splits, given_splits=("test",), groups=None, boxes=None, parts=None, part_names=(),
-    )  # fmt: skip
 
 
 def refuse_faulty(divided: Divided) -> tuple[str, ...]:

@@ -18,8 +18,9 @@ from fgvc.config.loading import load, validate
 from fgvc.config.recipe import Recipe
 from fgvc.data.deployed import PREPROCESS
 from fgvc.errors import FgvcError
+from fgvc.evaluation.compared import Images, PairedAnswers, collect_answers
 from fgvc.evaluation.paired import Gate, wilson
-from fgvc.evaluation.side import Images, PairedAnswers, collect_answers, open_sides
+from fgvc.evaluation.side import open_sides
 from fgvc.improvement.clock import Clock, seconds_of
 from fgvc.improvement.ladder import BASE, PLAIN, Plan, candidates, plan_ladder
 from fgvc.improvement.page import write_page

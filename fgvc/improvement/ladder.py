@@ -261,7 +261,7 @@ def unchosen(task: Task, timings: Mapping[str, Timing]) -> dict[str, Any]:
 def _plain_epochs(timing: Timing, *, learn: int, seconds: float) -> int:
     """Epochs of the plain recipe in as many seconds."""
     return max(
-        [1, *(n for n in range(1, 4 * MOST_EPOCHS) if cost(timing, learn=learn, choose=0, epochs=n) <= seconds * 1.001)]
+        [1, *(n for n in range(1, 4 * MOST_EPOCHS) if cost(timing, learn=learn, choose=0, epochs=n) <= seconds + 1e-9)]
     )
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fgvc.data.index import decode_row
 from fgvc.errors import FgvcError
-from fgvc.evaluation.side import PairedAnswers
+from fgvc.evaluation.compared import PairedAnswers
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit, preprocess
 from fgvc.improvement.ladder import PLAIN, Rung
