@@ -31,6 +31,9 @@ def improve(
     unseen: Annotated[
         Path | None, typer.Option(help="A folder of images that the file has not seen; IMAGES are then learned from.")
     ] = None,
+    unlabelled: Annotated[
+        Path | None, typer.Option(help="A folder of more images, without labels: the best network so far names them.")
+    ] = None,
     start: Annotated[
         list[str] | None, typer.Option(help="Other pretrained weights, NAME=FILE; larger nets teach. Several times.")
     ] = None,
@@ -57,6 +60,7 @@ def improve(
             preprocess=preprocess,
             seen=seen,
             unseen=unseen,
+            unlabelled=unlabelled,
             size=None if size is None else sides(size),
             min_gain=min_gain,
             max_negative_flips=max_negative_flips,

@@ -22,7 +22,7 @@ from fgvc.evaluation.compared import Images, PairedAnswers, collect_answers
 from fgvc.evaluation.paired import Gate, wilson
 from fgvc.evaluation.side import open_sides
 from fgvc.improvement.clock import Clock, seconds_of
-from fgvc.improvement.ladder import BASE, PLAIN, Plan, candidates, plan_ladder
+from fgvc.improvement.ladder import BASE, FINAL, PLAIN, Plan, candidates, plan_ladder
 from fgvc.improvement.page import write_page
 from fgvc.improvement.rungs import Ladder, write_recipe
 from fgvc.improvement.side_by_side import Job, Workers, last_json, workers
@@ -37,6 +37,7 @@ from fgvc.runs.loaded import load_run, onnx_answers
 from fgvc.runtime.bundle import read_json, read_preprocess
 from fgvc.runtime.engine import OnnxSession
 
+LONG = 180.0  # seconds of a budget, from which more than the plain recipe is timed
 MEMORY_SHARE = 0.8  # of what is free, that the rungs side by side may take
 
 
@@ -71,6 +72,7 @@ def improve(
     preprocess: str | Path | None = None,
     seen: str | Path = "train",
     unseen: str | Path | None = None,
+    unlabelled: str | Path | None = None,
     size: tuple[int, int] | None = None,
     min_gain: float | None = None,
     max_negative_flips: str | None = None,
@@ -83,7 +85,8 @@ def improve(
     `out`: the same call goes on where an earlier one ended. `budget`: working time, `20m` or seconds. `starts`: other pretrained
     weights, `NAME=FILE`: of this net they are tried, of others they teach. `labels`, `preprocess`: of the file, where nothing
     beside it says them. `seen`: what the file was trained on: train (the set's own train split), none, or a list of paths;
-    `unseen`: a folder of images that it has not seen. `size`: (height, width) of the network's input where no file says it.
+    `unseen`: a folder of images that it has not seen; `unlabelled`: of more, that a teacher names. `size`: (height, width) of the
+    network's input where no file says it.
     `min_gain`, `max_negative_flips`: gates beside the gain's interval. `dry_run`: stop when the plan is made.
 
     Raises FgvcError for what can't be (all that is missing at once), NoUnseenImagesError where no image could judge,
@@ -93,7 +96,7 @@ def improve(
     request = Request(
         target=str(target), data=Path(data), budget=seconds_of(budget), labels=_path(labels), preprocess=_path(preprocess),
         seen=seen if seen in ("train", "none") else Path(seen),  # type: ignore[arg-type]
-        unseen=_path(unseen), starts=tuple(starts), size=size, seed=seed,
+        unseen=_path(unseen), unlabelled=_path(unlabelled), starts=tuple(starts), size=size, seed=seed,
     )  # fmt: skip
     return run_improvement(request, Path(out), gate=gate, dry_run=dry_run)
 
@@ -121,6 +124,8 @@ def run_improvement(request: Request, out: Path, *, gate: Gate, dry_run: bool = 
             verdict = _judge(task, ladder, out, gate, view, standing)
         report = out / "report.html"
         view.say(f"written: {report}")
+        others = ", ".join(f"{name} {100 * share:.1f} %" for name, share in verdict.others.items())
+        view.say(f"on the {verdict.images} images that judge: {others}, new {100 * verdict.new:.1f} %")
         view.say(verdict.sentence(task.name))
         place = out / ("bundle" if verdict.better else "candidate")
         return Improvement(
@@ -185,7 +190,7 @@ def _timings(
     task: Task, out: Path, clock: Clock, view: View, pool: Workers, *, budget: float
 ) -> tuple[dict[str, Timing], int]:
     """Time what the rungs cost, as many side by side as will run. Raises FgvcError where the base can't be trained."""
-    wanted = candidates(task) if budget >= 600 else {BASE: {}}
+    wanted = candidates(task) if budget >= LONG else {BASE: {}}
     slots = 1 if torch.cuda.is_available() else max(1, min(2, os.cpu_count() or 1))
     view.say(f"timing a few steps of {some(list(wanted), 9)}")
     jobs = []
@@ -237,7 +242,7 @@ def _judge(task: Task, ladder: Ladder, out: Path, gate: Gate, view: View, standi
     others = {}
     if plain is not None:
         others["plain"] = _right(answers, plain, None)
-    others["floor"] = _right(answers, ladder.run("final") if ladder.run("final").is_dir() else ladder.ships, "floor")
+    others["floor"] = _right(answers, ladder.run(FINAL) if ladder.run(FINAL).is_dir() else ladder.ships, "floor")
     verdict = judge(answers.paired, gate, {name: right for name, right in others.items() if right is not None})
     start = float(standing.mean()) if len(standing) else None
     write_page(task, ladder, answers, verdict, bundle=candidate, start=start, out=out / "report.html")
@@ -249,7 +254,7 @@ def _judge(task: Task, ladder: Ladder, out: Path, gate: Gate, view: View, standi
 
 def _answers(old: Path, new: Path, ladder: Ladder) -> PairedAnswers:
     """Answers of both on the images that judge."""
-    recipe = load(Recipe, ladder.out / "recipes" / f"{ladder.plan.rungs[-1].name}.yaml")
+    recipe = load(Recipe, ladder.out / "recipes" / f"{FINAL}.yaml")
     index = first_index(recipe)
     return collect_answers(*open_sides(old, new), Images(index=index, rows=index.rows("test"), split="judge"))
 

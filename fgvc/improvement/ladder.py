@@ -169,7 +169,7 @@ def _ladders(task: Task, timings: Mapping[str, Timing]) -> list[tuple[tuple[str,
         ((BASE, *known, *tuned, TAUGHT, FINAL, PLAIN), 12),
         ((BASE, known[0], *tuned, TAUGHT, FINAL, PLAIN), 8),
         ((BASE, known[0], TAUGHT, FINAL, PLAIN), 8),
-        ((BASE, known[0], FINAL, PLAIN), 4),
+        ((BASE, known[0], FINAL, PLAIN), 6),
         ((BASE, FINAL), 1),
     ]
 
@@ -209,14 +209,16 @@ def _rungs(
             rungs.append(Rung(name=name, stage="tune", what=what, settings=settings, epochs=epochs, seconds=seconds))
     if TAUGHT in names:
         by = "the runs before it" if not task.teachers else task.teachers[0]["backbone"]
-        seconds = cost(_taught(timings), learn=learn, choose=choose, epochs=epochs)
+        more = len(task.unlabelled)
+        seconds = cost(_taught(timings), learn=learn + more, choose=choose, epochs=epochs) + more * timings[BASE].look
         what = f"the best of these, taught by {by}"
         rungs.append(Rung(name=TAUGHT, stage="teach", what=what, settings={}, epochs=epochs, seconds=seconds))
     costliest = max(
         (_taught(timings) if name == TAUGHT else timings[name] for name in names if name in (TAUGHT, BASE, *entries)),
         key=lambda timing: timing.step, default=timings[BASE],
     )  # fmt: skip
-    final = cost(costliest, learn=learn + choose, choose=0, epochs=epochs)
+    named = len(task.unlabelled) if TAUGHT in names else 0
+    final = cost(costliest, learn=learn + choose + named, choose=0, epochs=epochs)
     shipped = Rung(
         name=FINAL, stage="ship",
         what="the best again, on the images that chose as well" if choose else "the recipe that won elsewhere",

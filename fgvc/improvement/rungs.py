@@ -22,6 +22,7 @@ from fgvc.improvement.clock import Clock
 from fgvc.improvement.ladder import BASE, FINAL, PLAIN, TAUGHT, TEACHER, Plan, Rung, Stage, probed_teacher, taught_by
 from fgvc.improvement.side_by_side import Job, Workers
 from fgvc.improvement.task import Task
+from fgvc.improvement.unlabelled import write_named
 from fgvc.io.files import as_json, make_folder, write_atomic
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import INTERPOLATION
@@ -74,6 +75,8 @@ class Ladder:
             self._choose("start", [BASE, *probes])
         if tuned := [name for name in self._run("tune") if name != TEACHER]:
             self._choose("best", tuned)
+            if self.plan.of("teach"):
+                self._name_unlabelled()
             if self._run("teach"):
                 self._choose("taught", [self.choices["best"], TAUGHT])
             self._choose_share(self.best)
@@ -100,7 +103,10 @@ class Ladder:
         if rung.stage == "tune":
             return _merged(self._start, rung.settings)
         if name == TAUGHT:
-            return _merged(self.settings(self.choices["best"]), {"techniques": {"distill": taught_by(self._teachers())}})
+            named = {"data": {"file": str(self._named)}} if self.task.unlabelled else {}
+            return _merged(
+                self.settings(self.choices["best"]), {"techniques": {"distill": taught_by(self._teachers())}}, named
+            )
         own = self._start if self.best is None else self.settings(self.best)
         return _merged(own, rung.settings)
 
@@ -118,6 +124,18 @@ class Ladder:
             return [probed]
         done = [rung.name for rung in self.plan.of("tune") if self._is(rung.name, "done")]
         return [{"kind": "run", "path": str(self.run(name).absolute())} for name in done]
+
+    @property
+    def _named(self) -> Path:
+        """The table with the images that a teacher has named."""
+        return (self.out / "images-named.csv").absolute()
+
+    def _name_unlabelled(self) -> None:
+        """Name the images without labels, by the tuned teacher or else the best run."""
+        if self.task.unlabelled and TAUGHT not in self.outcomes and not self._named.is_file():
+            teacher = TEACHER if self._is(TEACHER, "done") else self.choices["best"]
+            count = write_named(self.task.unlabelled, self.run(teacher), self.out / "images.csv", self._named)
+            self.say(f"{teacher} names {count} of the {len(self.task.unlabelled)} images without labels, the others are left out")
 
     def _is(self, name: str, status: Status) -> bool:
         return name in self.outcomes and self.outcomes[name].status == status
@@ -212,7 +230,9 @@ class Ladder:
         if self.best == BASE and PLAIN not in self.outcomes and self.plan.of("ship")[-1].name == PLAIN:
             self._set(PLAIN, Outcome(status="dropped", reason="what ships is the plain recipe"))
         self._run("ship")
-        ships, share = FINAL if self._is(FINAL, "done") else self.best, self.choices.get("share", 1.0)
+        start = self.choices.get("start", BASE)
+        best = self.best if self.best is not None else start if start != BASE else None
+        ships, share = FINAL if self._is(FINAL, "done") else best, self.choices.get("share", 1.0)
         if ships is None:
             raise FgvcError(f"{self.run(FINAL)}: {self.outcomes[FINAL].reason}, and nothing else could ship; give more --budget")
         if ships == FINAL and self.task.chooses and share < 1:

@@ -23,6 +23,7 @@ from fgvc.evaluation.file_preprocessing import UNASSIGNED, search_file
 from fgvc.exporting.inspect import inspect_file
 from fgvc.images.preprocess import described
 from fgvc.improvement.images import Divided, divide, refuse_faulty
+from fgvc.improvement.unlabelled import list_unlabelled
 from fgvc.io.files import as_json, make_folder, write_atomic
 from fgvc.io.names import few
 from fgvc.models.backbone import plain_model, pretrained_cfg, refuse_unknown
@@ -89,6 +90,7 @@ class Task:
     recipe: Mapping[str, Any]
     starts: tuple[Mapping[str, Any], ...]  # other weights for this net: name -> keys of model
     teachers: tuple[Mapping[str, Any], ...]  # nets that may teach: backbone, weights, kwargs
+    unlabelled: tuple[str, ...] = ()  # paths of more images, that a teacher names
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -134,7 +136,7 @@ def _plain(value: Any) -> Any:
 
 
 def _task(stored: dict[str, Any]) -> Task:
-    return Task(**stored | {key: tuple(stored[key]) for key in ("classes", "starts", "teachers", "notes")})
+    return Task(**stored | {key: tuple(stored[key]) for key in ("classes", "starts", "teachers", "unlabelled", "notes")})
 
 
 def _several(*checks: Callable[[], Any]) -> list[Any]:
@@ -188,6 +190,7 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
         "deploy": {"resize": spec.resize, "seen": "train"},
     }
     say(f"it is fed by {described(spec)}")
+    unlabelled = _unlabelled(request, divided, say)
     return Task(
         name=file.name,
         file=str(kept),
@@ -198,6 +201,7 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
         recipe=_recipe(settings, divided, out, request.seed),
         starts=tuple({"name": model.backbone, "weights": model.weights} for model in models if model.backbone == twin),
         teachers=_teachers(model for model in models if model.backbone != twin),
+        unlabelled=unlabelled,
         notes=warnings,
     )
 
@@ -271,8 +275,18 @@ def _of_name(request: Request, models: Sequence[Model], out: Path, say: Say) -> 
         recipe=_recipe(settings, divided, out, request.seed),
         starts=(),
         teachers=_teachers(model for model in models if model is not own),
+        unlabelled=_unlabelled(request, divided, say),
         notes=warnings,
     )
+
+
+def _unlabelled(request: Request, divided: Divided, say: Say) -> tuple[str, ...]:
+    """Images that a teacher may name."""
+    if request.unlabelled is None:
+        return ()
+    listed = list_unlabelled(request.unlabelled, divided, seed=request.seed)
+    say(f"{request.unlabelled}: {listed}")
+    return listed.paths
 
 
 def _teachers(models: Any) -> tuple[Mapping[str, Any], ...]:

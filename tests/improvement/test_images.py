@@ -12,6 +12,7 @@ from fgvc.config.data import CsvData
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.improvement.images import divide
+from fgvc.improvement.unlabelled import list_unlabelled, write_named
 from tests.improvement.conftest import NAMES, draw
 
 
@@ -75,3 +76,28 @@ def test_one_class(tmp_path: Path) -> None:
         draw(tmp_path / "red" / f"{n}.png", "red", n)
     with pytest.raises(FgvcError):
         divide(tmp_path, deployed=True, seen="none")
+
+
+def test_images_without_labels_are_no_copies_of_those_that_judge(pictures: Path, tmp_path: Path) -> None:
+    divided = divide(pictures, deployed=True)
+    for n in range(6):
+        draw(tmp_path / "field" / f"{n}.png", "red", 7000 + n)
+    judged = next(iter(paths(pictures, divided.table(), "test")))
+    (tmp_path / "field" / "judged.png").write_bytes(Path(judged).read_bytes())
+    (tmp_path / "field" / "broken.png").write_bytes(b"none")
+    listed = list_unlabelled(tmp_path / "field", divided, seed=0)
+    assert [Path(path).name for path in listed.paths] == [f"{n}.png" for n in range(6)]
+    assert (listed.copies, listed.unreadable, listed.unsampled) == (1, 1, 0)
+
+
+def test_a_run_names_images_without_labels(better: Path, pictures: Path, tmp_path: Path) -> None:
+    for n, name in enumerate(NAMES):
+        draw(tmp_path / "field" / f"{n}.png", name, 8000 + n)
+    files = sorted((tmp_path / "field").iterdir())
+    count = write_named([str(file) for file in files], better / "runs" / "final", better / "images.csv", tmp_path / "out.csv")
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert len(rows) == 300 + count
+    assert count >= 4
+    answers = {row["path"]: row["label"] for row in rows[300:]}
+    assert answers == {str(file): name for file, name in zip(files, NAMES, strict=True) if str(file) in answers}
+    assert {row["split"] for row in rows[300:]} == {"train"}

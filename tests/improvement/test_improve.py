@@ -19,39 +19,10 @@ from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.evaluation.paired import Gate
 from fgvc.exporting.deployed import compare_written
 from fgvc.improvement.improve import run_improvement
-from fgvc.improvement.ladder import BASE, Plan, plan_ladder
 from fgvc.improvement.rungs import right_on_choose
-from fgvc.improvement.task import Request, look
-from fgvc.improvement.work import Timing
-from tests.improvement.conftest import NAMES
-from tests.trained import Once, copied
-
-
-def request_for(deployed: Path, pictures: Path, **more: object) -> Request:
-    return Request(target=str(deployed), data=pictures, budget=600, **more)  # type: ignore[arg-type]
-
-
-def planned(request: Request, out: Path) -> Plan:
-    """Look, and fix a plan of the head alone, by figures instead of a clock."""
-    task = look(request, out, lambda line: None)
-    timing = Timing(start=5, step=0.01, batch=32, look=0.001, peak_bytes=10**8, device="cpu")
-    plan = plan_ladder(task, {BASE: timing}, budget=request.budget, spent=10, slots=2)
-    (out / "plan.json").write_text(json.dumps(plan.record))
-    (out / "clock.json").write_text('{"seconds": 10}')
-    return plan
-
-
-@pytest.fixture(scope="session")
-def better(once: Once, deployed: Path, pictures: Path) -> Path:
-    """The folder of a finished improvement."""
-
-    def make(folder: Path) -> None:
-        request = request_for(deployed, pictures)
-        plan = planned(request, folder / "better")
-        assert [rung.name for rung in plan.rungs] == ["probe-deployed", "base", "final"]
-        run_improvement(request, folder / "better", gate=Gate())
-
-    return once.made("improvement/better", make) / "better"
+from fgvc.improvement.task import look
+from tests.improvement.conftest import NAMES, planned, request_for
+from tests.trained import copied
 
 
 def test_a_better_file_is_the_deployed_one_with_other_numbers(better: Path, deployed: Path) -> None:
