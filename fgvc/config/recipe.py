@@ -71,7 +71,8 @@ class Recipe(Section):
     select: Shipped | None = Field(
         None,
         description="which weights eval, export and predict use; best: of the start and all epochs' ends the best by validation, "
-        "the average where there is one. Default: best where there is a validation split, else ema or swa, else last",
+        "the average where there is one. Default: best where there is a validation split, else ema or swa, else last; ema where "
+        "a deployed file has seen too much for any image to choose",
     )
     select_by: Literal["top1", "top5", "macro_f1", "balanced_accuracy", "ece", "loss"] = Field(
         "top1", description="the validation score by which a checkpoint is the best (ece and loss: the smallest)"
@@ -173,9 +174,12 @@ class Recipe(Section):
                 )
         return self
 
-    def resolved(self, *, validated: bool) -> Recipe:
-        """A copy with `select` resolved; `validated`: whether there is a validation split."""
-        return self.model_copy(update={"select": self.select or ("best" if validated else self.selected)})
+    def resolved(self, *, validated: bool, averaged: bool = False) -> Recipe:
+        """A copy with `select` resolved. `validated`: whether there is a validation split; `averaged`: whether a run without one
+        ends with a moving average, where the recipe leaves open what ships."""
+        averages = averaged and not validated and self.select is None and self.ema is None and self.swa is None
+        recipe = self.model_copy(update={"ema": Ema()}) if averages else self
+        return recipe.model_copy(update={"select": self.select or ("best" if validated else recipe.selected)})
 
     @property
     def selected(self) -> Shipped:

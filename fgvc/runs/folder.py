@@ -168,10 +168,12 @@ def changed_settings(recorded: Recipe, recipe: Recipe) -> dict[str, tuple[Any, A
 
 
 def resumed_recipe(recipe: Recipe, recorded: Recipe) -> Recipe:
-    """The recipe of a run that goes on, with what the run resolved when it began: its selection, and its deployed file. Raises
-    FgvcError where it names another file."""
+    """The recipe of a run that goes on, with what the run resolved when it began: its selection, with the average that it ships,
+    and its deployed file. Raises FgvcError where it names another file."""
     recipe = deployed.with_recorded_file(recipe, recorded)
-    return recipe.model_copy(update={"select": recipe.select or recorded.select})
+    averages = recipe.select is None and recorded.select == "ema" and recipe.ema is None and recipe.swa is None
+    update = {"select": recipe.select or recorded.select} | ({"ema": recorded.ema} if averages else {})
+    return recipe.model_copy(update=update)
 
 
 def end_setting(recipe: Recipe, step: int) -> str:

@@ -56,6 +56,11 @@ def first_index(recipe: Recipe) -> ImageIndex:
     none is left to judge a deployed file's weights by."""
     if not descends_from_file(recipe):
         return read_index(recipe)
+    if recipe.data.fold is not None:
+        raise FgvcError(
+            "data.fold: cross-validation is for starts that have not seen the data, and folds are made of what the deployed file "
+            "has seen; leave it out"
+        )
     divided = recipe.model_copy(update={"data": recipe.data.model_copy(update={"hold_out": True})})
     index = read_index(divided, copies=False)  # near copies are kept apart from what was seen, there
     return judged_apart(index, recipe.deploy.seen, hold_out=recipe.data.hold_out, beside=recipe.deploy.unseen)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fgvc.config.recipe import Recipe
 from fgvc.data.index import ImageIndex
@@ -18,6 +18,8 @@ from fgvc.runs.folder import read_run
 from fgvc.runs.images import first_index
 from fgvc.runtime.bundle import load_bundle
 from fgvc.techniques.distill.settings import AnyTeacher, BundleTeacher, ProbeTeacher, RunTeacher, TimmTeacher
+
+ScoredSplit = Literal["val", "test"]
 
 
 def result_settings(recipe: Recipe) -> dict[str, Any]:
@@ -55,15 +57,27 @@ def digest(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_data_digests: dict[Any, str] = {}  # data stay as they are while a study goes on
+_data: dict[Any, tuple[str, ScoredSplit | None]] = {}  # data stay as they are while a study goes on
 
 
 def data_digest(recipe: Recipe) -> str:
     """Digest of the images of a recipe, as they are listed now."""
+    return _listed(recipe)[0]
+
+
+def scored_split(recipe: Recipe) -> ScoredSplit | None:
+    """The split by which the runs of a study are scored: validation; or, where a deployed file has seen too much for any to
+    choose, that which judges. None: there is neither."""
+    return _listed(recipe)[1]
+
+
+def _listed(recipe: Recipe) -> tuple[str, ScoredSplit | None]:
     data = recipe.data, recipe.deploy, recipe.model.onnx, recipe.model.weights
-    if data not in _data_digests:
-        _data_digests[data] = index_digest(first_index(recipe))
-    return _data_digests[data]
+    if data not in _data:
+        index = first_index(recipe)
+        judged: ScoredSplit | None = "test" if index.unseen else None
+        _data[data] = index_digest(index), "val" if len(index.rows("val")) else judged
+    return _data[data]
 
 
 def index_digest(index: ImageIndex) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fgvc.config.loading import differences
 from fgvc.errors import FgvcError
@@ -27,12 +27,11 @@ from fgvc.runs.environment import environment
 from fgvc.runs.folder import has_floor, is_run, read_run
 from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runs.record import NAME, load
-from fgvc.studies.identity import data_digest, digest, index_digest, result_settings
+from fgvc.studies.identity import ScoredSplit, data_digest, digest, index_digest, result_settings
 from fgvc.studies.study import Cell
 from fgvc.studies.table import pack
 from fgvc.training.trainer import train
 
-ScoredSplit = Literal["val", "test"]
 Result = dict[str, Any]  # a line of runs.csv
 NEEDED = ("arm", "trial", "split", "epochs", "seed", "recipe", "cost")
 COUNTS = ("trial", "seed", "fold", "folds", "images", "epochs")
@@ -120,7 +119,7 @@ def measure(cell: Cell, folder: Path, split: ScoredSplit, *, cost: float, locali
     if has_floor(folder):
         floor = evaluate(run.selecting("floor"), split)
         row |= {"floor": round(floor.scores.top1, 6), "floor_right": pack(floor.right)}
-    if localise and run.index.boxes is not None and len(run.index.rows("val")):
+    if localise and run.index.boxes is not None and len(run.index.rows(split)):
         row |= _localisation_scores(run, split)
     facts = environment()
     return row | {

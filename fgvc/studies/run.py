@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import get_args
 
 from fgvc.config.loading import dump
-from fgvc.errors import FgvcError
+from fgvc.data.unseen import FEWEST_TO_CHOOSE
+from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.io.files import as_json, file_lock, write_atomic, writing
 from fgvc.report.document import duration
-from fgvc.runs.images import read_index
+from fgvc.runs.images import first_index, read_index
 from fgvc.runtime.bundle import read_json
 from fgvc.studies.cost import Cost, epochs_by_budget, import_costs, measure_costs, stored_costs, training_hours
-from fgvc.studies.identity import digest
+from fgvc.studies.identity import ScoredSplit, digest, scored_split
 from fgvc.studies.page import write_tables
-from fgvc.studies.result import Result, ScoredSplit, finished, measure, read_lines, train_cell
+from fgvc.studies.result import Result, finished, measure, read_lines, train_cell
 from fgvc.studies.study import Budget, Cell, Plan, cells
 from fgvc.studies.table import best_trials, fold_of
 
@@ -56,9 +57,7 @@ def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence
     Raises FgvcError where results are there of other settings, or the base can't be trained.
     """
     is_wanted = _cell_filter(plan, arms, seeds)
-    index = read_index(plan.base.recipe)
-    if not len(index.rows("val")):
-        raise FgvcError(f"{plan.path}: the data have no validation split to choose by; give data.val_fraction above 0")
+    index, split = read_index(plan.base.recipe), _scored(plan)
     _make_folder(plan, out)
     _rows(plan, out)  # are of these settings
     trials = [plan.base, *(trial for trial in plan.trials[1:] if not arms or {trial.arm, trial.name} & set(arms))]
@@ -68,7 +67,7 @@ def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence
     epochs = epochs_by_budget(plan, costs)
     requested = [cell for cell in cells(plan, epochs) if cell.trial.name in costs and is_wanted(cell)]
     localises = plan.study.localise and index.boxes is not None
-    left = [cell for cell in requested if not _has_result(out, cell, localises=localises)]
+    left = [cell for cell in requested if not _has_result(out, cell, split, localises=localises)]
     shown_epochs = {
         (name, budget): epochs[name, budget] for name, budget in epochs if budget in plan.study.budget and name in costs
     }
@@ -83,15 +82,17 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
     """
     todo = estimate(plan, out, arms=arms, seeds=seeds)
     failures = list(todo.refused)
+    if (split := _scored(plan)) == "test":
+        _say(f"fewer than {FEWEST_TO_CHOOSE} images that the deployed file has not seen: none chooses, all score the arms")
     _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {duration(3600 * todo.hours)} of training steps")
     for number, cell in enumerate(todo.cells, 1):
         with file_lock(out / "locks" / cell.name) as locked:
-            if not locked or _has_result(out, cell, localises=todo.localises):  # another process has it
+            if not locked or _has_result(out, cell, split, localises=todo.localises):  # another process has it
                 continue
             _say(f"[{number}/{len(todo.cells)}] {cell.name}")
             try:
                 train_cell(cell, out / "runs" / cell.name)
-                _measure(plan, out, cell, "val", todo.costs)
+                _measure(plan, out, cell, split, todo.costs)
             except (FgvcError, RuntimeError, OSError) as error:  # the others go on
                 failures.append(Failure(cell.name, str(error)))
                 _say(f"{cell.name} FAILED: {error}")
@@ -144,8 +145,10 @@ def _read_test(plan: Plan, out: Path) -> None:
             f"{out}: {len(missing)} runs are missing, such as {missing[0]}: finish the study first, or take an arm that can't "
             "be trained out of it"
         )
-    if not len(read_index(plan.base.recipe).rows("test")):
+    if not len(first_index(plan.base.recipe).rows("test")):
         raise FgvcError(f"{plan.path}: the data have no test split")
+    if _scored(plan) == "test":
+        raise FgvcError(f"{out}: nothing is left to read: the test images, which judge, are those that the arms are scored on")
     chosen_cells = _chosen_cells(plan, todo.costs, _rows(plan, out))
     unread = [cell for cell in chosen_cells if not _result(out, cell, "test").is_file()]
     for cell in unread:
@@ -185,7 +188,7 @@ def _rows(plan: Plan, out: Path) -> list[Result]:
     """Read the results of this plan's runs. Raises FgvcError for one that is of other settings than the plan has now."""
     record = out / "test.json"
     tested = read_json(record, dict)["runs"] if record.is_file() else {}
-    rows = []
+    rows, scored = [], _scored(plan)
     costs = stored_costs(plan, out)
     for cell in cells(plan, epochs_by_budget(plan, costs)):
         for split in get_args(ScoredSplit):
@@ -198,7 +201,7 @@ def _rows(plan: Plan, out: Path) -> list[Result]:
                     f"{path}: this result is of other settings than the study has now; choose another --out or another name "
                     f"for the arm, or remove it and {out / 'runs' / cell.name}"
                 )
-            budgets = cell.budgets if split == "val" else tested.get(cell.name, {}).get("budgets", ())
+            budgets = cell.budgets if split == scored else tested.get(cell.name, {}).get("budgets", ())
             if cell.trial.name in costs:  # over the base of this study, whoever wrote the line
                 row |= {"cost": round(_run_cost(plan, cell, costs), 4)}
             rows += [row | {"budget": "+".join(budgets)}] if budgets else []
@@ -216,9 +219,23 @@ def _run_cost(plan: Plan, cell: Cell, costs: Mapping[str, Cost]) -> float:
     return cell.epochs * costs[cell.trial.name].ratio / plan.base.recipe.train.epochs
 
 
-def _has_result(out: Path, cell: Cell, *, localises: bool) -> bool:
+def _scored(plan: Plan) -> ScoredSplit:
+    """The split that scores the runs, see `scored_split`. Raises FgvcError where there is none, or where it may not choose
+    between the trials of an arm."""
+    split = scored_split(plan.base.recipe)
+    if split is None:
+        raise FgvcError(f"{plan.path}: the data have no validation split to choose by; give data.val_fraction above 0")
+    if split == "test" and (several := next((trial.arm for trial in plan.trials if trial.number > 1), None)) is not None:
+        raise NoUnseenImagesError(
+            f"{plan.path}: arms.{several}: of fewer than {FEWEST_TO_CHOOSE} images that the deployed file has not seen none may "
+            "choose between the trials of an arm; give each one"
+        )
+    return split
+
+
+def _has_result(out: Path, cell: Cell, split: ScoredSplit, *, localises: bool) -> bool:
     """Whether the run has its result, with localisation if the study now measures that and the run is here."""
-    path = _result(out, cell, "val")
+    path = _result(out, cell, split)
     if not path.is_file():
         return False
     if not localises or not (out / "runs" / cell.name).is_dir():

@@ -24,7 +24,8 @@ from fgvc.config.recipe import Recipe
 from fgvc.config.training import Optim
 from fgvc.data.index import ImageIndex
 from fgvc.data.loader import TrainLoader, evaluation_loader
-from fgvc.errors import FgvcError
+from fgvc.data.unseen import FEWEST_TO_CHOOSE
+from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.models.backbone import head_prefixes, memory_format
 from fgvc.models.classifier import as_classifier
 from fgvc.models.norms import reestimate_norms, running_norms
@@ -286,8 +287,13 @@ def open_session(
     validated = len(index.rows("val")) > 0
     if not validated and (recipe.select == "best" or recipe.train.refit):
         setting = "select: best" if recipe.select == "best" else "train.refit"
+        if index.unseen:
+            raise NoUnseenImagesError(
+                f"{setting}: of fewer than {FEWEST_TO_CHOOSE} images that the deployed file has not seen none may choose, and "
+                "all judge; leave it out: the average of the weights ships at the end of the schedule"
+            )
         raise FgvcError(f"{setting} needs a validation split: give data.val_fraction a value above 0")
-    recipe = recipe.resolved(validated=validated)
+    recipe = recipe.resolved(validated=validated, averaged=bool(index.unseen))
     fitting = recipe.model_copy(update={"train": recipe.train.fitting(len(index.rows("train")), process.world)})
     torch.manual_seed(recipe.train.seed)
     opener, counts = None, class_counts(index)

@@ -21,7 +21,7 @@ from fgvc.training import trainer
 
 
 def digest(tree: dict, **sections: Any) -> str:
-    identity._data_digests.clear()
+    identity._data.clear()
     return identity.digest(validate(Recipe, tree | sections, where="test"))
 
 

@@ -235,7 +235,7 @@ def test_another_machines_runs_are_not_trained_again(
     elsewhere = plan(tmp_path, recipe_tree, {"plain": {}}, seeds=[0], settings={"data.root": str(moved)})
     assert run.import_results(elsewhere, tmp_path / "elsewhere", table) == 1
     next((moved / "train").rglob("*.png")).unlink()
-    identity._data_digests.clear()
+    identity._data.clear()
     assert run.import_results(elsewhere, tmp_path / "fewer", table) == 0
 
     for text in (
@@ -398,7 +398,7 @@ def test_a_finished_run_is_not_measured_as_one_of_other_images(tmp_path: Path, r
     assert json.loads(line.read_text())["right"] == json.loads(first)["right"], "the same images, wherever they lie"
     line.unlink()
     shutil.copy(moved / "train/red/00.png", moved / "train/red/0new.png")
-    identity._data_digests.clear()  # another process
+    identity._data.clear()  # another process
     (failure,) = run.ablate(plan(tmp_path, tree, {"plain": {}}, seeds=[0]), out)
     assert "was trained on other images" in failure.reason
     assert not line.exists()
