@@ -13,6 +13,12 @@ class NoNumbersError(FgvcError):
     """Logits are NaN or infinite, so that their arg-max would be meaningless."""
 
 
+class ProofError(FgvcError):
+    """A proof failed, so that nothing was exported; the message has what differs. The command line exits with 1."""
+
+    exit_code = 1
+
+
 class NoUnseenImagesError(FgvcError):
     """No image is left that could judge a deployed classifier: it may have been trained on all. The command line exits with 4."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fgvc.config.data import Split
-from fgvc.config.exporting import Export, Exporter
+from fgvc.config.exporting import BatchNorm, Export, Exporter
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Selected
@@ -65,6 +65,7 @@ def export(
     variants: Variants | None = None,
     exporter: Exporter | None = None,
     opset: int | None = None,
+    batch_norm: BatchNorm | None = None,
     root: StrPath | None = None,
 ) -> Exported:
     """Strip and fuse a run's weights, export them as ONNX, prove the contract and write the bundle.
@@ -75,16 +76,19 @@ def export(
     far as that is known, by what lies beside the file or by what `labels` and `preprocess`, files as in a bundle, state of it.
     `keep`: share of the right answers that the threshold for "none of these" keeps, 1 for no threshold; it and the temperature
     are the run's own, see `fgvc.evaluation.temperature`, and checked on the exported file. `variants`: int8 and fp16 files to put
-    beside it; one that the opset does not allow is left out. `exporter`, `opset`: others than the recipe's, where there is no
-    deployed file. `root`: as in `evaluate`. Raises FgvcError where any proof fails, the deployed stack is known to feed or to
-    read its model otherwise, logits are no numbers, or a file that is looked at is not what it was, and writes no bundle.
+    beside it; one that the opset does not allow is left out. `exporter`, `opset`, `batch_norm`: others than the recipe's,
+    where there is no deployed file. `root`: as in `evaluate`. Raises ProofError where a proof fails or no export is the deployed
+    graph, FgvcError where the deployed stack is known to feed or to read its model otherwise, logits are no numbers, or a file
+    that is looked at is not what it was; and writes no bundle.
     """
     folder, place = Path(run), Path(run, "bundle") if out is None else Path(out)
     refuse_target(place, overwrite=overwrite)
     if not 0 < keep <= 1:
         raise FgvcError(f"--keep {keep:g}: a share above 0 and up to 1, such as {KEEP}")
-    if against is not None and (exporter is not None or opset is not None):
-        raise FgvcError("--exporter and --opset: the deployed file that --against names has its own; leave them out")
+    options = {"exporter": exporter, "opset": opset, "batch_norm": batch_norm}
+    options = {key: value for key, value in options.items() if value is not None}
+    if against is not None and options:
+        raise FgvcError("--exporter, --opset, --batch-norm: the deployed file that --against names has its own; leave them out")
     if against is not None and into is not None:
         raise FgvcError("--against asks for a fresh export with the graph of a file, --into for that file: give one of the two")
     stated = as_path(against if into is None or into == "own" else into)
@@ -92,12 +96,12 @@ def export(
     loaded = load_run(folder, select, root=as_path(root))
     with TemporaryDirectory(prefix="fgvc-export-") as scratch:
         if loaded.recipe.model.onnx is None and into is None:
-            contract: Contract = _plain_backbone(loaded, _with_options(loaded.recipe.export, exporter, opset), target)
+            contract: Contract = _plain_backbone(loaded, _with_options(loaded.recipe.export, options), target)
         else:
-            if exporter is not None or opset is not None or against is not None:
+            if options or against is not None:
                 raise FgvcError(
-                    f"--exporter, --opset and --against are of a fresh export, and {folder} is written into its deployed file; "
-                    "leave them out"
+                    f"--exporter, --opset, --batch-norm and --against are of a fresh export, and {folder} is written into its "
+                    "deployed file; leave them out"
                 )
             contract = _deployed_file(loaded, None if into == "own" else target, Path(scratch))
         return _export(loaded, contract, place, stated, around, keep=keep, overwrite=overwrite, variants=variants)
@@ -205,10 +209,8 @@ def _fed(spec: Preprocess, model: bytes, classes: int) -> Preprocess:
     return spec.model_copy(update={"network": describe(model, output=output, classes=classes).record})
 
 
-def _with_options(export: Export, exporter: Exporter | None, opset: int | None) -> Export:
-    options = {"exporter": exporter, "opset": opset}
-    overrides = {key: value for key, value in options.items() if value is not None}
-    return validate(Export, export.model_dump() | overrides, where="fgvc export")
+def _with_options(export: Export, options: Mapping[str, object]) -> Export:
+    return validate(Export, export.model_dump() | dict(options), where="fgvc export")
 
 
 def _deployed_stack(

@@ -45,7 +45,11 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder.")],
     against: Annotated[
-        Path | None, typer.Option(help="The deployed bundle or .onnx that this must be a drop-in for.")
+        Path | None,
+        typer.Option(
+            help="The deployed bundle or .onnx that this must be a drop-in for: exporter, opset, norms and names are chosen so "
+            "that the graph is that file's, or equal to it but for spelling."
+        ),
     ] = None,
     into: Annotated[
         str | None,
@@ -96,6 +100,10 @@ def export(
     opset: Annotated[
         int | None, typer.Option(min=11, max=26, help="Another opset than the recipe's; not with --against.")
     ] = None,
+    batch_norm: Annotated[
+        Literal["fold", "keep"] | None,
+        typer.Option(help="Batch norms folded into convolutions, or kept, other than the recipe says; not with --against."),
+    ] = None,
 ) -> None:
     """Strip, fuse, export and prove; writes no bundle where a proof fails."""
     from fgvc import api
@@ -106,7 +114,7 @@ def export(
     done = api.export(
         run, out, against=against, into=None if into is None else "own" if into == OWN else Path(into), labels=labels,
         preprocess=preprocess, select=select, keep=keep, overwrite=overwrite,
-        variants=variants, exporter=exporter, opset=opset, root=root,
+        variants=variants, exporter=exporter, opset=opset, batch_norm=batch_norm, root=root,
     )  # fmt: skip
     show.contract(done)
 

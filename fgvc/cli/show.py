@@ -285,9 +285,10 @@ def contract(exported: Exported) -> None:
     if exported.proven.written is not None:
         graph = f"{graph} with {len(exported.proven.written.moved)} of its tensors trained"
     elif exported.around is not None:
-        graph = f"the graph of {exported.against}; whether it is a drop-in was not proved"
+        graph = f"the graph of {exported.against}, {facts['verdict']}; whether it is a drop-in was not proved"
         if not exported.around.unproved:
-            graph = f"a drop-in replacement of {exported.against}: graph, preprocessing and labels are the same"
+            verdict = "the same" if facts["verdict"] == "identical" else f"{facts['verdict']} ({', '.join(facts['spelling'])})"
+            graph = f"a drop-in replacement of {exported.against}: the graph is {verdict}, preprocessing and labels are the same"
     console.print(f"{exported.bundle}: {exported.select} weights, {graph}", markup=False, soft_wrap=True)
     if exported.judges:
         console.print(f"to be {exported.judges}: fgvc compare OLD {exported.bundle} --data SET", markup=False, soft_wrap=True)

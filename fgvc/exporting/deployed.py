@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from fgvc import __version__
-from fgvc.errors import FgvcError
+from fgvc.errors import FgvcError, ProofError
 from fgvc.exporting.canonical import canonicalise
 from fgvc.exporting.into import Written, differences_outside, moved_between, skeleton, write_into
 from fgvc.exporting.proofs import (
@@ -32,6 +32,7 @@ from fgvc.exporting.proofs import (
 )
 from fgvc.exporting.prove import PlainBackbone, ProvedExport
 from fgvc.exporting.reference import Plain, versions
+from fgvc.exporting.spelling import CANONICAL
 from fgvc.io.names import some
 from fgvc.models.backbone import feature_layout, memory_format
 from fgvc.models.class_maps import closed_form
@@ -65,7 +66,7 @@ class DeployedFile:
         """Write the trained `net`, its blocks folded, into a copy of the file, and prove it.
 
         `images`: batches (B,3,H,W) float32 of real images as they go into the file, of which the first 256 images are used.
-        Raises FgvcError at the first proof that fails."""
+        Raises ProofError at the first proof that fails."""
         trained = copy.deepcopy(net).cpu().eval()
         sample, images = peek(images)
         exact = self._open(self.file)
@@ -77,21 +78,23 @@ class DeployedFile:
         values = {name: value.numpy() for name, value in exact.stored() if name in exact.movable}
         written = write_into(self.file, values, self.scratch / "written" / self.file.name)
         if faults := differences_outside(written.path, self.file, written.moved):
-            raise FgvcError(f"{self.file}: more than weights would differ in its copy:\n  " + "\n  ".join(faults))
+            raise ProofError(f"{self.file}: more than weights would differ in its copy:\n  " + "\n  ".join(faults))
         shipped = self._open(written.path)
         bar = HALF_TOLERANCE if _is_half(written.path, shipped) else SHIPPED_TOLERANCE
         numeric = compare_numbers(trained.double(), exact, shipped, sample, bar=bar)
         if not numeric.passed:
-            raise FgvcError(numeric.failure)
+            raise ProofError(numeric.failure)
         behavioural = compare_answers(_session(written.path, shipped), shipped, images, bar=bar)
         if not behavioural.passed:
-            raise FgvcError(behavioural.failure)
+            raise ProofError(behavioural.failure)
         explain, reason, warnings = _explain(written.path, shipped, sample, self.scratch / "explain")
         contract = {
             "fgvc": __version__,
             "contract": DEPLOYED_FILE,
             "versions": versions(),
             "num_classes": shipped.num_classes,
+            "canonical": CANONICAL,
+            "verdict": "identical",
             **self._record(written, shipped),
             "proofs": {
                 "written": {"outside": "equal", "untrained": "equal", "moved": len(written.moved), "kept": len(written.kept)},

@@ -20,6 +20,7 @@ from onnx import ModelProto
 from fgvc.exporting.structure import Attribute, Canonical, Function, Graph, Initializer, Node, Tensor, TensorSpec
 
 Kind = Literal["input", "output", "opset", "node", "attribute", "topology", "initializer", "constant", "function", "ir"]
+ALL = 10_000  # differences: no account is cut
 Pair = tuple[Node | None, Node | None]
 
 
@@ -52,6 +53,13 @@ def compare_graphs(candidate: Canonical, reference: Canonical, *, limit: int = 5
         return [Difference("topology", "graph, at a place not found", candidate.sha256, reference.sha256)]
     rest = len(differences) - limit
     return differences if rest <= 0 else [*differences[:limit], Difference(differences[limit].kind, f"... and {rest} more")]
+
+
+def shortest_account(forms: Sequence[tuple[Canonical, Canonical]]) -> tuple[Difference, ...]:
+    """All differences of the pair (candidate, reference) that has the fewest, of those that differ."""
+    accounts = [account for pair in forms if (account := compare_graphs(*pair, limit=ALL))]
+    shortest = min(accounts, key=len)
+    return tuple(shortest)
 
 
 def notes(candidate: ModelProto, reference: ModelProto) -> list[str]:

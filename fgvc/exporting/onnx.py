@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from fgvc.config.exporting import OPSETS, Exporter
+from fgvc.config.exporting import OPSETS, BatchNorm, Export, Exporter
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map
 from fgvc.models.class_maps import closed_form
@@ -38,6 +38,12 @@ class Interface:
     axes: Mapping[int, str] = field(default_factory=lambda: dict(BATCH))
     batch: int = 2
     ir_version: int | None = None
+    batch_norm: BatchNorm = "fold"
+
+    @classmethod
+    def of(cls, export: Export, size: tuple[int, int]) -> Interface:
+        """The interface that a recipe's settings make, for images of this size."""
+        return cls(size=size, opset=export.opset, batch_norm=export.batch_norm)
 
 
 def export_onnx(
@@ -51,11 +57,13 @@ def export_onnx(
     axes: Mapping[int, str] = BATCH,
     batch: int = 2,
     ir_version: int | None = None,
+    batch_norm: BatchNorm = "fold",
 ) -> onnx.ModelProto:
     """Export `model` (in eval mode) to ONNX, quietly, without a trace of the machine.
 
     `axes` names the dynamic dimensions of the input (B,3,H,W); `batch` is B of the example, and stays where 0 is not
-    in `axes`. `ir_version`: None for the exporter's own. Equal weights give equal bytes.
+    in `axes`. `ir_version`: None for the exporter's own. `batch_norm`: whether batch norms behind convolutions are folded into
+    them. Equal weights give equal bytes.
     Raises FgvcError where torch can't export the model.
     """
     if model.training:
@@ -66,7 +74,7 @@ def export_onnx(
     try:
         with _quiet(), torch.no_grad():
             by = _by_dynamo if exporter == "dynamo" else _by_script
-            proto = by(model, example, axes, names)
+            proto = by(model, example, axes, names, keep_norms=batch_norm == "keep")
     except Exception as error:  # the exporters raise dozens of kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FgvcError(
@@ -194,18 +202,32 @@ def explain_model(plain: nn.Module, *, size: tuple[int, int]) -> tuple[ExplainNe
     return (None if linear is None else ExplainNet(plain, linear, size).eval()), reason
 
 
-def _by_dynamo(model: nn.Module, example: Tensor, axes: Mapping[int, str], names: dict[str, Any]) -> onnx.ModelProto:
+def _by_dynamo(
+    model: nn.Module, example: Tensor, axes: Mapping[int, str], names: dict[str, Any], *, keep_norms: bool
+) -> onnx.ModelProto:
     shape = {dim: torch.export.Dim(name) for dim, name in axes.items()}
-    program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=(shape,), verbose=False, **names)
+    options: dict[str, Any] = {"dynamo": True, "dynamic_shapes": (shape,), "verbose": False}
+    program = torch.onnx.export(model, (example,), optimize=not keep_norms, **options, **names)
     assert program is not None
+    if keep_norms:  # the optimizer folds no operator of a domain that it does not know
+        norms = [node for node in program.model.graph if node.op_type == "BatchNormalization"]
+        for node in norms:
+            node.domain = "kept"
+        program.optimize()
+        for node in norms:
+            node.domain = ""
     return program.model_proto
 
 
-def _by_script(model: nn.Module, example: Tensor, axes: Mapping[int, str], names: dict[str, Any]) -> onnx.ModelProto:
+def _by_script(
+    model: nn.Module, example: Tensor, axes: Mapping[int, str], names: dict[str, Any], *, keep_norms: bool
+) -> onnx.ModelProto:
+    mode = torch.onnx.TrainingMode.PRESERVE if keep_norms else torch.onnx.TrainingMode.EVAL  # of a net in eval mode
     dynamic = {name: {0: axes[0]} for name in names["output_names"] if 0 in axes}
     dynamic |= {names["input_names"][0]: dict(axes)}
     file = io.BytesIO()
-    torch.onnx.export(model, (example,), file, dynamo=False, dynamic_axes=dynamic, **names)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"f": file, "dynamo": False, "dynamic_axes": dynamic, "training": mode}
+    torch.onnx.export(model, (example,), **options, **names)
     return onnx.load_from_string(file.getvalue())
 
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from fgvc import __version__
 from fgvc.config.exporting import Export, Exporter
-from fgvc.errors import FgvcError
-from fgvc.exporting.canonical import canonicalise
-from fgvc.exporting.difference import Difference, compare_graphs, notes
+from fgvc.errors import FgvcError, ProofError
+from fgvc.exporting.difference import notes
+from fgvc.exporting.fit import Fit, fit
 from fgvc.exporting.into import Written
-from fgvc.exporting.onnx import ExplainNet, Interface, explain_model, export_onnx, interface_of, load_onnx, serialised
+from fgvc.exporting.onnx import ExplainNet, Interface, explain_model, export_onnx, serialised
 from fgvc.exporting.proofs import (
     ONNX_TOLERANCE,
     Behavioural,
@@ -34,6 +34,7 @@ from fgvc.exporting.proofs import (
     peek,
 )
 from fgvc.exporting.reference import Plain, cached_plain, versions
+from fgvc.exporting.spelling import CANONICAL
 from fgvc.exporting.ties import nudged
 from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
@@ -67,7 +68,7 @@ class Contract(Protocol):
 
     def prove(self, net: nn.Module, images: Iterable[np.ndarray]) -> ProvedExport:
         """Export the trained `net` (its replaced modules still in it) and prove it. `images`: batches (B,3,H,W) float32 of real
-        images, of which the first 256 images are used. Raises FgvcError at the first proof that fails, with all differences."""
+        images, of which the first 256 images are used. Raises ProofError at the first proof that fails, with all differences."""
         ...
 
 
@@ -88,9 +89,8 @@ class PlainBackbone:
         recipe: dict[str, Any] = {"backbone": self.backbone, "num_classes": self.num_classes, "kwargs": dict(self.kwargs)}
         plain, exact = (strip(trained, **recipe, dtype=dtype) for dtype in (torch.float32, torch.float64))
         sample, images = peek(images)
-        target, interface, exporter = _target(
-            plain, self.against, size=self.size, num_classes=self.num_classes, export=self.export
-        )
+        fitted = self._fit(plain)
+        interface, exporter = fitted.interface, fitted.exporter
         with ThreadPoolExecutor(1) as pool:  # the independent model is exported meanwhile, in its own process
             future = pool.submit(cached_plain, **recipe, interface=interface, exporter=exporter)
             exported = _export(plain, sample, interface=interface, exporter=exporter)
@@ -104,17 +104,20 @@ class PlainBackbone:
         proto, shipped = exported.proto, exported.shipped
         numeric = compare_numbers(trained.double(), deployed(exact), shipped, sample)
         if not numeric.passed:
-            raise FgvcError(numeric.failure)
+            raise ProofError(numeric.failure)
         behavioural = compare_behaviour(serialised(proto), shipped, images)
         if not behavioural.passed:
-            raise FgvcError(behavioural.failure)
+            raise ProofError(behavioural.failure)
         contract = {
             "fgvc": __version__,
             "versions": versions(),
             **recipe,
             "exporter": exporter,
             "interface": asdict(replace(interface, ir_version=proto.ir_version)),
+            "canonical": CANONICAL,
             "sha256": structural.sha256,
+            "verdict": fitted.verdict,
+            "spelling": dict(fitted.spelling),
             "reference": origin,
             "weights": sorted(positions),
             "proofs": _figures(numeric, behavioural, proto),
@@ -122,12 +125,17 @@ class PlainBackbone:
             "explain": exported.reason,
             "against": hashlib.sha256(self.against.read_bytes()).hexdigest() if self.against else None,
         }
-        warnings = (*(notes(proto, target) if target is not None else ()), *_tie_warnings(ties), *exported.warnings)
+        warnings = (*(notes(proto, fitted.target) if fitted.target is not None else ()), *_tie_warnings(ties), *exported.warnings)
         return ProvedExport(
             model=serialised(proto), explain=exported.explain, contract=contract, numeric=numeric, structural=structural,
             behavioural=behavioural, warnings=warnings,
             plain=(Plain(proto, positions, interface.size), Plain(reference, positions, interface.size)),
         )  # fmt: skip
+
+    def _fit(self, plain: nn.Module) -> Fit:
+        if self.against is not None:
+            return fit(plain, self.against, size=self.size, num_classes=self.num_classes)
+        return Fit(interface=Interface.of(self.export, self.size), exporter=self.export.exporter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +189,7 @@ def untie(
 ) -> tuple[nn.Module, Structural, tuple[str, ...]]:
     """Plain model whose dead channels are made distinct, its structure, which is the independent one's, and what was moved.
 
-    Raises FgvcError with the differences in `structural` where that does not help.
+    Raises ProofError with the differences in `structural` where that does not help.
     """
     for strength in (1, 64):  # the second is for rules with a tolerance: multiplying by 1.0000001 is dropped too
         moved, ties = nudged(plain, strength=strength)
@@ -193,59 +201,7 @@ def untie(
             return moved, again, ties
     lines = [str(difference) for difference in structural.differences]
     lines += [f"because of equal or zero weights, {merged}" for merged in structural.merged]
-    raise FgvcError("the export is not the graph of the independent plain model:\n  " + "\n  ".join(lines))
-
-
-def _target(
-    plain: nn.Module, against: Path | None, *, size: tuple[int, int], num_classes: int, export: Export
-) -> tuple[onnx.ModelProto | None, Interface, Exporter]:
-    """Target of the export: the deployed file, its interface and exporter, or those of the recipe."""
-    if against is None:
-        return None, Interface(size=size, opset=export.opset), export.exporter
-    target, where = load_onnx(against), str(against)
-    interface, exporters = _interface_against(target, where, size=size, num_classes=num_classes)
-    return target, interface, _exporter_against(plain, target, where, interface=interface, exporters=exporters)
-
-
-def _interface_against(
-    target: onnx.ModelProto, where: str, *, size: tuple[int, int], num_classes: int
-) -> tuple[Interface, tuple[Exporter, ...]]:
-    interface, classes, exporters = interface_of(target, where=where)
-    height, width = (have or want for have, want in zip(interface.size, size, strict=True))  # 0: dynamic
-    if (height, width) != size:
-        recipe = f"{size[0]}x{size[1]}"
-        raise FgvcError(f"{where} takes images of {height}x{width}, the recipe's are {recipe}; set image.size")
-    if classes != num_classes:
-        raise FgvcError(f"{where} has {classes} classes, the recipe's data has {num_classes}")
-    return replace(interface, size=size), exporters
-
-
-def _exporter_against(
-    plain: nn.Module, target: onnx.ModelProto, where: str, *, interface: Interface, exporters: tuple[Exporter, ...]
-) -> Exporter:
-    """The exporter whose graph is the deployed one. Raises FgvcError with the shortest list of differences."""
-    wanted = canonicalise(target, weights=None)
-    accounts: list[tuple[Exporter, list[Difference]]] = []
-    failed: list[str] = []
-    for exporter in exporters:
-        # Ties would look like differences here, so they are broken first; what ships is judged by _structural.
-        try:
-            proto = export_onnx(deployed(nudged(plain)[0]), exporter=exporter, **asdict(interface))
-        except FgvcError as error:  # the other exporter may have made the file
-            failed.append(str(error).partition("\n")[0])
-            continue
-        differences = compare_graphs(canonicalise(proto, weights=None), wanted)
-        if not differences:
-            return exporter
-        accounts.append((exporter, differences))
-    if not accounts:
-        reasons = failed or [f"torch {versions()['torch']} does not write opset {interface.opset}"]
-        raise FgvcError(f"no drop-in of {where} can be made:\n  " + "\n  ".join(reasons))
-    exporter, differences = min(accounts, key=lambda account: len(account[1]))
-    raise FgvcError(
-        f"the export is no drop-in replacement of {where}; nearest with the {exporter} exporter of torch "
-        f"{versions()['torch']}:\n  " + "\n  ".join(map(str, differences))
-    )
+    raise ProofError("the export is not the graph of the independent plain model:\n  " + "\n  ".join(lines))
 
 
 def _figures(numeric: Numeric, behavioural: Behavioural, proto: onnx.ModelProto) -> dict[str, Any]:

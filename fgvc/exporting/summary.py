@@ -3,48 +3,53 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 from fgvc.exporting.difference import Difference
-from fgvc.exporting.structure import Canonical, Graph
 
 LINES = 5
 NORM = "BatchNormalization"
 _PLACE = re.compile(r"(?P<op>[\w.:]+) #\d+ '[^']*'( \(in the reference [^)]*\))?")
+_BIAS = re.compile(r"^Conv #.* input 2$")
 
 
-def summary(candidate: Canonical, reference: Canonical, differences: Sequence[Difference]) -> list[str]:
+def summary(differences: Sequence[Difference]) -> list[str]:
     """At most LINES lines; empty where there are no differences. `differences`: those of `compare_graphs`, all of them."""
-    if not differences:
-        return []
-    if line := _folded(candidate.graph, reference.graph):
-        return [line]
+    kept = [d for d in differences if d.kind == "node" and not d.candidate and d.reference.startswith(f"{NORM} #")]
+    folded = [d for d in differences if d.kind == "node" and not d.reference and d.candidate.startswith(f"{NORM} #")]
+    lines = []
+    if bool(kept) != bool(folded):  # each with the bias that its convolution has where it is folded
+        lines = [_norms(len(kept), len(folded))]
+        apart = {*kept, *folded}
+        differences = [d for d in differences if d not in apart and not _is_folded_bias(d, here=bool(kept))]
     alike: dict[tuple[str, ...], list[Difference]] = {}
     for difference in differences:
         texts = (difference.kind, difference.where, difference.candidate, difference.reference)
         alike.setdefault(tuple(map(_without_places, texts)), []).append(difference)
     groups = sorted(alike.values(), key=len, reverse=True)
-    lines = [
-        str(group[0]) if len(group) == 1 else f"{len(group)} times, first at {group[0]}" for group in groups[:LINES]
-    ]
-    if rest := sum(map(len, groups[LINES:])):
-        lines[-1] = f"{rest + len(groups[LINES - 1])} more differences"
+    shown = LINES - len(lines)
+    lines += [str(group[0]) if len(group) == 1 else f"{len(group)} times, first at {group[0]}" for group in groups[:shown]]
+    if rest := sum(map(len, groups[shown:])):
+        lines[-1] = f"{rest + len(groups[shown - 1])} more differences"
     return lines
 
 
-def _folded(ours: Graph, theirs: Graph) -> str:
-    """The line for two graphs that differ in folded batch norms alone; empty for others."""
-    counts, others = (Counter(node.op for node in graph.nodes) for graph in (ours, theirs))
-    norms = counts.pop(NORM, 0), others.pop(NORM, 0)
-    if counts != others or norms[0] == norms[1]:
-        return ""
-    if norms[1] > norms[0]:
+def _norms(kept: int, folded: int) -> str:
+    if kept:
         return (
-            f"the deployed file keeps {norms[1] - norms[0]} {NORM} nodes that are folded into convolutions here; write into "
-            "its own tensors instead: fgvc train with model.onnx, then fgvc export --into"
+            f"your file keeps its {kept} BatchNormalizations; export with `export.batch_norm: keep` (of a run that is there: "
+            "fgvc export --batch-norm keep)"
         )
-    return f"{norms[0] - norms[1]} {NORM} nodes here are folded into convolutions in the deployed file"
+    return (
+        f"your file has its {folded} BatchNormalizations folded into convolutions; export with `export.batch_norm: fold` (of a "
+        "run that is there: fgvc export --batch-norm fold)"
+    )
+
+
+def _is_folded_bias(difference: Difference, *, here: bool) -> bool:
+    """Whether it is a convolution's bias that only the side with folded norms has, the candidate (`here`) or the reference."""
+    has, lacks = (difference.candidate, difference.reference)[:: 1 if here else -1]
+    return difference.kind == "initializer" and bool(has) and not lacks and _BIAS.match(difference.where) is not None
 
 
 def _without_places(text: str) -> str:

@@ -5,26 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fgvc.errors import FgvcError
 from fgvc.exporting.canonical import canonicalise
 from fgvc.exporting.deployed import as_plain
-from fgvc.exporting.difference import Difference, compare_graphs, notes
+from fgvc.exporting.difference import Difference, notes, shortest_account
 from fgvc.exporting.into import skeleton
 from fgvc.exporting.onnx import Interface, load_onnx
 from fgvc.exporting.proofs import compare_structure
 from fgvc.exporting.reference import Plain, independent_plain, versions
-from fgvc.exporting.spelling import COMMUTATIVE_RULE, respelled, spelling_differences
+from fgvc.exporting.spelling import CANONICAL, Verdict, compare_spelling
 from fgvc.exporting.summary import summary
 from fgvc.exporting.variant import differences, structure
 from fgvc.models.onnxnet.net import open_onnx
 from fgvc.runtime.bundle import DEPLOYED_FILE, Bundle, load_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.stack import Agreement, agreement, stack_of
-
-Verdict = Literal["identical", "equal but for spelling", "different"]
-ALL = 10_000  # differences: no account is cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,21 +81,18 @@ def verify_files(
     """
     ours, theirs = stack_of(candidate), stack_of(against, labels=labels, preprocess=preprocess)
     graphs = load_onnx(ours.model), load_onnx(theirs.model)
-    spelling = spelling_differences(*graphs)
+    spelling = compare_spelling(*graphs)
     differences: tuple[Difference, ...] = ()
     lines: list[str] = []
-    if spelling is None:
-        # Ordered inputs are ordered by what is behind them, so that a difference there would be told again: the shorter account.
-        pairs = [(respelled(graphs[0], leave)[0], respelled(graphs[1], leave)[0]) for leave in ((), (COMMUTATIVE_RULE,))]
-        accounts = [(compare_graphs(ours, theirs, limit=ALL), ours, theirs) for ours, theirs in pairs]
-        account, ours_form, theirs_form = min((entry for entry in accounts if entry[0]), key=lambda entry: len(entry[0]))
-        differences, lines = tuple(account), summary(ours_form, theirs_form, account)
+    if spelling.forms:
+        differences = shortest_account(spelling.forms)
+        lines = summary(differences)
     return Comparison(
         candidate=candidate,
         against=against,
         differences=differences,
         summary=tuple(lines),
-        spelling=spelling or {},
+        spelling=spelling.rules,
         notes=tuple(notes(*graphs)),
         around=agreement(ours, theirs),
         strict=strict,
@@ -115,6 +109,10 @@ def verify_bundle(folder: Path) -> Verification:
     contract = bundle.contract
     if contract.get("contract") == DEPLOYED_FILE:
         return Verification(folder=folder, checks=tuple(_written_checks(bundle)))
+    if contract.get("canonical", 1) not in (1, CANONICAL):
+        raise FgvcError(
+            f"{folder / 'contract.json'}: canonical: {contract['canonical']}, of a later version of fgvc; verify it with that one"
+        )
     try:
         stored, then = str(contract["sha256"]), dict(contract["versions"])
         positions = frozenset(int(k) for k in contract["weights"])
@@ -122,6 +120,7 @@ def verify_bundle(folder: Path) -> Verification:
         fields = dict(contract["interface"])
         fields["axes"] = {int(dim): str(name) for dim, name in fields["axes"].items()}
         interface = Interface(**fields | {key: tuple(fields[key]) for key in ("size", "output_names")})
+        at_export = _at_export(contract)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FgvcError(f"{folder / 'contract.json'}: not a contract of this version of fgvc ({error!r})") from error
     proto = load_onnx(bundle.model)
@@ -131,6 +130,7 @@ def verify_bundle(folder: Path) -> Verification:
         Check(name="manifest", passed=True, detail=f"{len(bundle.files)} files are those that were exported"),
         Check(name="loads", passed=True, detail="onnxruntime runs the model at the bundle's size, with its labels"),
         Check(name="contract", passed=sha256 == stored, detail=f"structure {sha256[:16]}, in the contract {stored[:16]}"),
+        *at_export,
     ]
     now = versions()
     shaping = ("torch", "timm", "onnx", "onnxscript")
@@ -153,6 +153,15 @@ def verify_bundle(folder: Path) -> Verification:
         if f"model.{variant}.onnx" in bundle.files:
             checks.append(_variant(bundle, variant, exported, reference if same_tool else None))
     return Verification(folder=folder, checks=tuple(checks))
+
+
+def _at_export(contract: Mapping[str, Any]) -> list[Check]:
+    """The verdict on the deployed file that the graph was compared with; none of canonical 1, or where there was no such file."""
+    if contract.get("canonical", 1) == 1 or not contract["against"]:
+        return []
+    verdict, rules = contract["verdict"], ", ".join(contract["spelling"])
+    detail = f"when exported, the graph was {verdict}" + (f" ({rules})" if rules else "") + f"; {contract['against'][:16]}"
+    return [Check(name="deployed file", passed=verdict in ("identical", "equal but for spelling"), detail=detail)]
 
 
 def _written_checks(bundle: Bundle) -> Iterator[Check]:

@@ -115,6 +115,9 @@ class Certificate:
             if unproved
             else "graph, preprocessing and labels are the same"
         )
+        verdict = self.bundle.contract.get("verdict", "identical")  # older bundles have no other
+        if verdict != "identical":
+            result += f"; the graph is {verdict}: {', '.join(self.bundle.contract['spelling'])}"
         return [("a drop-in for it", result)]
 
 

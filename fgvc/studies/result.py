@@ -157,7 +157,7 @@ def graph_of(run: LoadedRun) -> Structural:
     assert recipe.model.backbone is not None
     backbone, kwargs, exporter = recipe.model.backbone, recipe.model.kwargs, recipe.export.exporter
     plain = strip(run.step.net.cpu(), backbone=backbone, num_classes=classes, kwargs=kwargs)
-    interface = Interface(size=recipe.image.size, opset=recipe.export.opset)
+    interface = Interface.of(recipe.export, recipe.image.size)
     reference, positions, _ = cached_plain(
         backbone=backbone, num_classes=classes, kwargs=kwargs, interface=interface, exporter=exporter
     )

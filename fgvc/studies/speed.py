@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, count, cycle, islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from timm.optim import create_optimizer_v2
 from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import Techniques, settings_by_kind
 from fgvc.errors import FgvcError
-from fgvc.exporting.onnx import export_onnx
+from fgvc.exporting.onnx import Interface, export_onnx
 from fgvc.exporting.proofs import MAX_IMAGES
 from fgvc.exporting.prove import PlainBackbone
 from fgvc.models.backbone import deployed, memory_format, plain_model
@@ -187,7 +187,7 @@ def bench_export(recipe: Recipe, *, pairs: int = 3) -> Ratio:
         contract.prove(net, images)
 
     def bare_export() -> None:
-        export_onnx(bare, size=recipe.image.size, exporter=settings.exporter, opset=settings.opset)
+        export_onnx(bare, exporter=settings.exporter, **asdict(Interface.of(settings, recipe.image.size)))
 
     name = f"export: with all proofs / bare ({recipe.model.backbone}, {recipe.image.size[0]} px, {settings.exporter})"
     return interleaved(name, proven_export, bare_export, pairs=pairs, warm_up=1)

@@ -1,5 +1,6 @@
 import copy
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,30 @@ def test_a_bundle_whose_graph_is_not_its_contracts_fails(by_script: ProvedExport
     with pytest.raises(FgvcError, match=r"contract\.json: not a contract"):
         verify_bundle(tmp_path / "c")
     assert load_bundle(tmp_path / "c").labels == tuple("abcde")
+    write_bundle(tmp_path / "d", files=bundle_files(by_script, canonical=3))
+    with pytest.raises(FgvcError, match=r"canonical: 3, of a later version"):
+        verify_bundle(tmp_path / "d")
+
+
+def test_a_bundle_of_a_version_without_verdicts_is_verified(tmp_path: Path) -> None:
+    """Written at commit b5c523d from test_efficientnet (torchscript, opset 17, 32 px), its weights set to zero afterwards."""
+    with tarfile.open(Path(__file__).with_name("bundle-canonical-1.tar.xz")) as stored:
+        stored.extractall(tmp_path / "b", filter="data")
+    assert "canonical" not in load_bundle(tmp_path / "b").contract
+    verified = verify_bundle(tmp_path / "b")
+    assert verified.passed
+    assert next(check for check in verified.checks if check.name == "contract").passed is True
+
+
+def test_the_verdict_of_the_contract_is_checked(by_script: ProvedExport, tmp_path: Path) -> None:
+    assert (by_script.contract["canonical"], by_script.contract["verdict"]) == (2, "identical")
+    old = {"torch": "1.0"}  # no plain model is made anew
+    checks = {}
+    for verdict in ("identical", "equal but for spelling", "different"):
+        facts = {"against": "0" * 64, "verdict": verdict, "versions": dict(by_script.contract["versions"]) | old}
+        write_bundle(tmp_path / verdict, files=bundle_files(by_script, **facts))
+        checks[verdict] = {check.name: check.passed for check in verify_bundle(tmp_path / verdict).checks}["deployed file"]
+    assert checks == {"identical": True, "equal but for spelling": True, "different": False}
 
 
 def test_a_fold_that_is_off_in_the_seventh_digit_fails() -> None:

@@ -71,9 +71,17 @@ def test_folded_norms_are_one_line(tmp_path: Path) -> None:
     assert result.verdict == "different"
     assert not result.passed
     (line,) = result.summary
-    assert line.startswith("the deployed file keeps 2 BatchNormalization nodes")
+    assert line.startswith("your file keeps its 2 BatchNormalizations; export with `export.batch_norm: keep`")
     (line,) = verify_files(kept, folded).summary
-    assert line.startswith("2 BatchNormalization nodes here")
+    assert line.startswith("your file has its 2 BatchNormalizations folded into convolutions; export with")
+
+
+def test_norms_that_are_folded_hide_no_other_difference(tmp_path: Path) -> None:
+    kept = write(tmp_path / "kept.onnx", keep_norms)
+    folded = write(tmp_path / "folded.onnx", _attribute("pool", "ceil_mode", 1))
+    norms, other = verify_files(folded, kept).summary
+    assert "keeps its 2 BatchNormalizations" in norms
+    assert "ceil_mode" in other
 
 
 def test_equal_differences_are_told_once_with_their_count_and_all_of_them_in_a_file(
