@@ -43,6 +43,9 @@ def improve(
         str | None, typer.Option(help="Most images that the file names rightly now and would not then: 12, or 0.5%.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    search: Annotated[
+        bool, typer.Option("--search", help="Search around the winner's settings by Optuna; a second such command shares it.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop when the plan is made.")] = False,
 ) -> None:
     """Find better weights for a deployed file, and show that they are better: exit code 0; 3 where nothing better is shown."""
@@ -65,6 +68,7 @@ def improve(
             min_gain=min_gain,
             max_negative_flips=max_negative_flips,
             seed=seed,
+            search=search,
             dry_run=dry_run,
         )
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from fgvc.improvement.clock import Clock, seconds_of
 from fgvc.improvement.ladder import BASE, FINAL, PLAIN, Plan, candidates, plan_ladder
 from fgvc.improvement.page import write_page
 from fgvc.improvement.rungs import Ladder, write_recipe
+from fgvc.improvement.search import join, refuse_missing
 from fgvc.improvement.side_by_side import Job, Workers, last_json, workers
 from fgvc.improvement.task import Request, Task, look
 from fgvc.improvement.verdict import Verdict, judge, read_verdict
@@ -77,6 +79,7 @@ def improve(
     min_gain: float | None = None,
     max_negative_flips: str | None = None,
     seed: int = 0,
+    search: bool = False,
     dry_run: bool = False,
 ) -> Improvement:
     """Look for better weights for a deployed classifier within a budget, and show that they are better (docs/improve.md).
@@ -87,7 +90,8 @@ def improve(
     beside it says them. `seen`: what the file was trained on: train (the set's own train split), none, or a list of paths;
     `unseen`: a folder of images that it has not seen; `unlabelled`: of more, that a teacher names. `size`: (height, width) of the
     network's input where no file says it.
-    `min_gain`, `max_negative_flips`: gates beside the gain's interval. `dry_run`: stop when the plan is made.
+    `min_gain`, `max_negative_flips`: gates beside the gain's interval. `search`: around the winner's settings by Optuna, for a
+    part of the budget; a second call on the same folder shares it. `dry_run`: stop when the plan is made.
 
     Raises FgvcError for what can't be (all that is missing at once), NoUnseenImagesError where no image could judge,
     KeyboardInterrupt after saving.
@@ -97,6 +101,7 @@ def improve(
         target=str(target), data=Path(data), budget=seconds_of(budget), labels=_path(labels), preprocess=_path(preprocess),
         seen=seen if seen in ("train", "none") else Path(seen),  # type: ignore[arg-type]
         unseen=_path(unseen), unlabelled=_path(unlabelled), starts=tuple(starts), size=size, seed=seed,
+        search=search,
     )  # fmt: skip
     return run_improvement(request, Path(out), gate=gate, dry_run=dry_run)
 
@@ -107,6 +112,10 @@ def _path(place: str | Path | None) -> Path | None:
 
 def run_improvement(request: Request, out: Path, *, gate: Gate, dry_run: bool = False) -> Improvement:
     """See `improve`."""
+    if request.search:
+        refuse_missing()
+        if _held(out):
+            return _joined(request, out)
     with _claimed(out) as clock, View(out, clock) as view, workers() as pool:
         task = look(request, out, view.say)
         for line in task.lines():
@@ -132,6 +141,23 @@ def run_improvement(request: Request, out: Path, *, gate: Gate, dry_run: bool = 
             folder=out, plan=plan, verdict=verdict, bundle=place if verdict.better else None,
             candidate=None if verdict.better else place, report=report,
         )  # fmt: skip
+
+
+def _held(out: Path) -> bool:
+    """Whether another process works in the folder, and has its plan."""
+    if not (out / "plan.json").is_file():
+        return False
+    with file_lock(out / ".lock") as locked:
+        return not locked
+
+
+def _joined(request: Request, out: Path) -> Improvement:
+    """Share the search of the process that works in the folder."""
+    plan = Plan.read(read_json(out / "plan.json", dict))
+    with workers() as pool:
+        seed = request.seed + os.getpid()
+        join(out, slots=plan.slots, seed=seed, pool=pool, say=lambda line: print(line, file=sys.stderr, flush=True))
+    return Improvement(folder=out, plan=plan, verdict=None, bundle=None, candidate=None, report=None)
 
 
 @contextmanager
@@ -180,7 +206,7 @@ def _plan(request: Request, task: Task, out: Path, clock: Clock, view: View, poo
         plan = Plan.read(read_json(file, dict))
     else:
         timings, slots = _timings(task, out, clock, view, pool, budget=request.budget)
-        plan = plan_ladder(task, timings, budget=request.budget, spent=clock.seconds, slots=slots)
+        plan = plan_ladder(task, timings, budget=request.budget, spent=clock.seconds, slots=slots, search=request.search)
         write_atomic(file, as_json(plan.record))
     view.plan(plan)
     return plan

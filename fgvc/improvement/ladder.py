@@ -26,9 +26,11 @@ MOST_EPOCHS = 24
 TEACHER_SCALE = 1.4  # side of a teacher's input over the network's, about: 160 px are taught at 224
 SAFETY = 1.1  # times what was timed
 VIEWS = 3  # of an image, from which a head is fitted
+UNFOLDED = 512  # images by which scales are fitted to a deployed file's folded norms
 SHIPPING = 30.0  # seconds of export and proofs, without the images that judge
 PLAIN_SHARE = 1 / 4  # of the budget, at most
 PROBE_SHARE = 1 / 10
+SEARCH_SHARE = 0.4  # of what is left of the budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,7 @@ class Plan:
     shipping: float  # seconds kept for export, judgement and page
     rungs: tuple[Rung, ...]
     left_out: Mapping[str, str]  # rung -> why
+    search: float = 0.0  # seconds at least, of a search around the best
     timings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def of(self, stage: Stage) -> tuple[Rung, ...]:
@@ -61,7 +64,8 @@ class Plan:
     @property
     def seconds(self) -> float:
         """About how long the whole takes, from its first rung on."""
-        return sum(makespan((rung.seconds for rung in self.of(stage)), self.slots) for stage in STAGES) + self.shipping
+        rungs = sum(makespan((rung.seconds for rung in self.of(stage)), self.slots) for stage in STAGES)
+        return rungs + self.search + self.shipping
 
     @property
     def record(self) -> dict[str, Any]:
@@ -125,18 +129,23 @@ def makespan(seconds: Iterable[float], slots: int) -> float:
 
 def cost(timing: Timing, *, learn: int, choose: int, epochs: int) -> float:
     """Seconds of a run: its start, the fitted head, the scores before and after, and its steps."""
-    looks = (VIEWS * learn + 3 * choose) * timing.look
+    looks = (VIEWS * learn + 3 * choose + UNFOLDED) * timing.look
     steps = max(1, learn // timing.batch) * epochs
     return SAFETY * (timing.start + looks + steps * timing.step)
 
 
-def plan_ladder(task: Task, timings: Mapping[str, Timing], *, budget: float, spent: float, slots: int) -> Plan:
-    """Cut the ladder to what is left of the budget: the richest one whose rungs get the epochs that they need.
+def plan_ladder(
+    task: Task, timings: Mapping[str, Timing], *, budget: float, spent: float, slots: int, search: bool = False
+) -> Plan:
+    """Cut the ladder to what is left of the budget: the richest one whose rungs get the epochs that they need. `search`: leave
+    SEARCH_SHARE of that for a search.
 
     Raises FgvcError where not even the plainest fits.
     """
     shipping = SHIPPING + 5 * task.counts["test"] * timings[BASE].look
     left = budget - spent - shipping
+    searching = SEARCH_SHARE * max(0.0, left) if search and task.chooses else 0.0
+    left -= searching
     reasons: dict[str, str] = {}
     for names, fewest in _ladders(task, timings):
         epochs = _most_epochs(task, timings, names, left=left, budget=budget, slots=slots)
@@ -145,7 +154,7 @@ def plan_ladder(task: Task, timings: Mapping[str, Timing], *, budget: float, spe
             left_out = {name: reason for name, reason in reasons.items() if name not in names}
             return _with_latest_starts(
                 Plan(
-                    budget=budget, slots=slots, shipping=shipping, rungs=rungs, left_out=left_out,
+                    budget=budget, slots=slots, shipping=shipping, rungs=rungs, left_out=left_out, search=searching,
                     timings={name: asdict(timing) for name, timing in timings.items()},
                 )
             )  # fmt: skip
@@ -278,7 +287,7 @@ def _taught(timings: Mapping[str, Timing]) -> Timing:
 def _with_latest_starts(plan: Plan) -> Plan:
     """The plan with the working time by which each rung must begin, so that what ships still fits."""
     ship = makespan((rung.seconds for rung in plan.of("ship")), plan.slots)
-    end = plan.budget - plan.shipping - ship
+    end = plan.budget - plan.shipping - ship - plan.search
     rungs = [
         rung if rung.stage == "ship" else replace(rung, latest_start=max(0.0, end - rung.seconds)) for rung in plan.rungs
     ]

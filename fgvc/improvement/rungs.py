@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,20 @@ from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.evaluation.paired import gain_interval
 from fgvc.improvement.clock import Clock
-from fgvc.improvement.ladder import BASE, FINAL, PLAIN, TAUGHT, TEACHER, Plan, Rung, Stage, probed_teacher, taught_by
+from fgvc.improvement.ladder import (
+    BASE,
+    FINAL,
+    PLAIN,
+    TAUGHT,
+    TEACHER,
+    Plan,
+    Rung,
+    Stage,
+    makespan,
+    probed_teacher,
+    taught_by,
+)
+from fgvc.improvement.search import SPACE, Space, best_trial, search
 from fgvc.improvement.side_by_side import Job, Workers
 from fgvc.improvement.task import Task
 from fgvc.improvement.unlabelled import write_named
@@ -79,13 +93,15 @@ class Ladder:
                 self._name_unlabelled()
             if self._run("teach"):
                 self._choose("taught", [self.choices["best"], TAUGHT])
+            if self.plan.search:
+                self._search()
             self._choose_share(self.best)
         self._ship()
 
     @property
     def best(self) -> str | None:
-        """The rung that the images chose; None: there are none that choose."""
-        return self.choices.get("taught", self.choices.get("best"))
+        """The rung, or the trial of the search, that the images chose; None: there are none that choose."""
+        return self.choices.get("searched", self.choices.get("taught", self.choices.get("best")))
 
     @property
     def ships(self) -> Path:
@@ -97,6 +113,8 @@ class Ladder:
 
     def settings(self, name: str) -> Tree:
         """What a rung has over the task's recipe."""
+        if name == self.choices.get("searched") and name.startswith("trial-"):
+            return self.choices["trial"]
         rung = next(rung for rung in self.plan.rungs if rung.name == name)
         if rung.stage == "probe" or name in (TEACHER, PLAIN):
             return rung.settings
@@ -205,9 +223,30 @@ class Ladder:
         self.choices[what] = best
         self._store()
 
+    def _search(self) -> None:
+        """Search around the best rung's settings for as long as what ships still fits."""
+        if "searched" in self.choices:
+            return
+        best = self.choices.get("taught", self.choices["best"])
+        rung = next(rung for rung in self.plan.rungs if rung.name == best)
+        ship = makespan((rung.seconds for rung in self.plan.of("ship")), self.plan.slots)
+        left = self.plan.budget - self.plan.shipping - ship - self.clock.seconds
+        recipe = recipe_of(self.task, self.settings(best))
+        space = Space(recipe=recipe, epochs=rung.epochs, seconds=rung.seconds, deadline=time.time() + left)
+        write_atomic(self.out / SPACE, as_json(asdict(space)))
+        seed = self.task.recipe["train"]["seed"]
+        search(self.out, space, slots=self.plan.slots, seed=seed, pool=self.pool, tick=self.tick, say=self.say)
+        trial = best_trial(self.out, seed)
+        if trial is not None and wins(right_on_choose(self.run(trial[0])), self._right(best)):
+            self.choices |= {"searched": trial[0], "trial": _merged(self.settings(best), trial[1])}
+        else:
+            self.choices["searched"] = best
+        self._store()
+
     def _right(self, name: str) -> NDArray[np.bool_]:
         """A rung's answers to the images that choose; the base's before it is trained are the deployed file's."""
-        return right_on_choose(self.run(name)) if self._is(name, "done") else self.standing
+        done = self._is(name, "done") or name.startswith("trial-")
+        return right_on_choose(self.run(name)) if done else self.standing
 
     def _choose_share(self, name: str | None) -> None:
         """Between the best rung's start and its end: the share that the images like best, if it wins against the end."""
@@ -260,11 +299,17 @@ def right_on_choose(run: Path) -> NDArray[np.bool_]:
     return np.asarray(index.labels[rows[order]] == classes[order])
 
 
-def write_recipe(task: Task, settings: Tree, path: Path) -> None:
-    """Write the recipe of a rung. Raises FgvcError where it is none."""
+def recipe_of(task: Task, settings: Tree) -> dict[str, Any]:
+    """The tree of a recipe with settings over the task's."""
     tree = copy.deepcopy(dict(task.recipe))
     drop_replaced(Recipe, tree, [(name, key) for name, keys in settings.items() for key in keys])
     merge(tree, settings)
+    return tree
+
+
+def write_recipe(task: Task, settings: Tree, path: Path) -> None:
+    """Write the recipe of a rung. Raises FgvcError where it is none."""
+    tree = recipe_of(task, settings)
     validate(Recipe, tree, where=str(path))
     make_folder(path.parent)
     write_atomic(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))

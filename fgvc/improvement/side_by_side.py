@@ -95,9 +95,13 @@ class Workers:
                 time.sleep(POLL / 4)
         return ended
 
+    def stop(self, name: str) -> None:
+        """Stop one of the running jobs: it saves a checkpoint and ends."""
+        self._order({"stop": name})
+
     def _stop(self, running: dict[str, Any]) -> None:
         for name in running:
-            self._order({"stop": name})
+            self.stop(name)
 
     def _order(self, order: dict[str, Any]) -> None:
         orders = self._started().stdin

@@ -52,6 +52,7 @@ class Request:
     starts: tuple[str, ...] = ()
     size: tuple[int, int] | None = None  # of the network's input, where no file says it
     seed: int = 0
+    search: bool = False  # around the winner's settings, see `fgvc.improvement.search`
 
     @property
     def file(self) -> Path | None:
@@ -68,6 +69,7 @@ class Request:
         }  # fmt: skip
         for option, value in [*options.items(), *(("start", text) for text in self.starts)]:
             words += [] if value is None else [f"--{option}", str(value)]
+        words += ["--search"] * self.search
         return shlex.join(words)
 
     @property

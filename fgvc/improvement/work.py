@@ -11,6 +11,7 @@ import json
 import os
 import select
 import signal
+import statistics
 import sys
 import time
 import traceback
@@ -70,7 +71,7 @@ def timing(recipe: Recipe, started: float) -> Timing:
         look = (time.monotonic() - began) / len(rows)
         timed = seconds[1:] or seconds
         return Timing(
-            start=start, step=sum(timed) / len(timed), batch=session.batch, look=look, peak_bytes=peak_memory(process.device),
+            start=start, step=statistics.median(timed), batch=session.batch, look=look, peak_bytes=peak_memory(process.device),
             device=process.device.type,
         )  # fmt: skip
 

@@ -1,0 +1,62 @@
+"""The search around the winner: its settings are recipes, its first trial is the winner, and the best is what was measured."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+from fgvc.config.loading import merge, validate
+from fgvc.config.recipe import Recipe
+from fgvc.improvement.rungs import right_on_choose
+from fgvc.improvement.search import Space, best_trial, open_study, scores, search, suggested, winner
+from fgvc.improvement.side_by_side import workers
+
+
+@pytest.fixture
+def tree(better: Path) -> dict[str, object]:
+    """The recipe of the small improvement."""
+    return dict(json.loads((better / "task.json").read_text())["task"]["recipe"])
+
+
+def test_settings_of_trials_are_recipes(tree: dict[str, object], tmp_path: Path) -> None:
+    merge(tree, {"techniques": {"distill": {"kd": 4.0}}})
+    recipe, study = validate(Recipe, tree, where="here"), open_study(tmp_path, 0)
+    study.enqueue_trial(winner(recipe))
+    made = []
+    for _ in range(8):
+        changed = json.loads(json.dumps(tree))
+        merge(changed, suggested(study.ask(), recipe))
+        made.append(validate(Recipe, changed, where="here"))
+    assert made[0].optim == recipe.optim
+    assert made[0].augment.crop_scale == recipe.augment.crop_scale
+    assert len({one.optim.lr for one in made}) == 8
+    assert all(recipe.optim.lr / 4 <= one.optim.lr <= recipe.optim.lr * 4 for one in made)
+
+
+def test_a_search_runs_trials_and_another_goes_on_with_it(tree: dict[str, object], tmp_path: Path) -> None:
+    for folder in ("recipes", "runs", "logs"):
+        (tmp_path / folder).mkdir()
+    said: list[str] = []
+    with workers() as pool:
+        space = Space(recipe=tree, epochs=2, seconds=0.1, deadline=time.time() + 60)
+
+        def look(running: object) -> None:
+            if (tmp_path / "runs" / "trial-1" / "ckpt" / "last").exists():
+                object.__setattr__(space, "seconds", 1e9)  # enough
+
+        search(tmp_path, space, slots=2, seed=0, pool=pool, tick=look, say=said.append)
+    study = open_study(tmp_path, 0)
+    values = {trial.number: trial.value for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE}
+    assert set(values) == {0, 1}
+    for number, value in values.items():
+        run = tmp_path / "runs" / f"trial-{number}"
+        assert value == pytest.approx(right_on_choose(run).mean())
+        assert [epoch for epoch, _ in scores(run)] == [1, 2]
+    best = best_trial(tmp_path, 0)
+    assert best is not None
+    assert values[int(best[0].removeprefix("trial-"))] == max(v for v in values.values() if v is not None)
+    assert any(line.startswith("trial-0: ") for line in said)
