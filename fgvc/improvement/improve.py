@@ -96,22 +96,22 @@ def improve(
     Raises FgvcError for what can't be (all that is missing at once), NoUnseenImagesError where no image could judge,
     KeyboardInterrupt after saving.
     """
-    gate = Gate(max_negative_flips=max_negative_flips, min_gain=min_gain)
     request = Request(
         target=str(target), data=Path(data), budget=seconds_of(budget), labels=_path(labels), preprocess=_path(preprocess),
         seen=seen if seen in ("train", "none") else Path(seen),  # type: ignore[arg-type]
         unseen=_path(unseen), unlabelled=_path(unlabelled), starts=tuple(starts), size=size, seed=seed,
-        search=search,
+        search=search, min_gain=min_gain, max_negative_flips=max_negative_flips,
     )  # fmt: skip
-    return run_improvement(request, Path(out), gate=gate, dry_run=dry_run)
+    return run_improvement(request, Path(out), dry_run=dry_run)
 
 
 def _path(place: str | Path | None) -> Path | None:
     return None if place is None else Path(place)
 
 
-def run_improvement(request: Request, out: Path, *, gate: Gate, dry_run: bool = False) -> Improvement:
+def run_improvement(request: Request, out: Path, *, dry_run: bool = False) -> Improvement:
     """See `improve`."""
+    gate = Gate(max_negative_flips=request.max_negative_flips, min_gain=request.min_gain)
     if request.search:
         refuse_missing()
         if _held(out):

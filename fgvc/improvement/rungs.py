@@ -135,7 +135,11 @@ class Ladder:
         return {} if start == BASE else {"model": self.settings(start)["model"]}
 
     def _teachers(self) -> list[Tree]:
-        """The tuned teacher, else the frozen one at hand, else the runs so far."""
+        """The tuned teacher, else the frozen one at hand, else the runs so far; and the deployed file where flips cost."""
+        old = [{"kind": "bundle", "path": self.task.file}] if self.task.keeps_answers else []
+        return [*self._better_teachers(), *old]
+
+    def _better_teachers(self) -> list[Tree]:
         if self._is(TEACHER, "done"):
             return [{"kind": "run", "path": str(self.run(TEACHER).absolute())}]
         if (probed := probed_teacher(self.task)) is not None:

@@ -52,6 +52,8 @@ class Request:
     starts: tuple[str, ...] = ()
     size: tuple[int, int] | None = None  # of the network's input, where no file says it
     seed: int = 0
+    max_negative_flips: str | None = None  # the gate: the deployed file teaches, too
+    min_gain: float | None = None
     search: bool = False  # around the winner's settings, see `fgvc.improvement.search`
 
     @property
@@ -92,6 +94,7 @@ class Task:
     recipe: Mapping[str, Any]
     starts: tuple[Mapping[str, Any], ...]  # other weights for this net: name -> keys of model
     teachers: tuple[Mapping[str, Any], ...]  # nets that may teach: backbone, weights, kwargs
+    keeps_answers: bool = False  # whether the deployed file teaches, too, so that fewer of its right answers are lost
     unlabelled: tuple[str, ...] = ()  # paths of more images, that a teacher names
     notes: tuple[str, ...] = field(default=())
 
@@ -203,6 +206,7 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
         recipe=_recipe(settings, divided, out, request.seed),
         starts=tuple({"name": model.backbone, "weights": model.weights} for model in models if model.backbone == twin),
         teachers=_teachers(model for model in models if model.backbone != twin),
+        keeps_answers=request.max_negative_flips is not None,
         unlabelled=unlabelled,
         notes=warnings,
     )

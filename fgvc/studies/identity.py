@@ -17,6 +17,7 @@ from fgvc.runs.deployed import as_kept, record_of
 from fgvc.runs.folder import read_run
 from fgvc.runs.images import first_index
 from fgvc.runtime.bundle import load_bundle
+from fgvc.runtime.labels import BESIDE
 from fgvc.techniques.distill.settings import AnyTeacher, BundleTeacher, ProbeTeacher, RunTeacher, TimmTeacher
 
 ScoredSplit = Literal["val", "test"]
@@ -104,6 +105,9 @@ def _teacher(settings: AnyTeacher) -> dict[str, Any]:
             place = run / "ckpt" / slot(settings.select or recipe.selected)
             facts["net"] = [recipe.model.name, recipe.model.kwargs]
             facts["files"] = _files_digest([run / "labels.json", run / "preprocess.json", *place.glob("*.safetensors")])
+        case BundleTeacher(path=file) if file.is_file():
+            facts["file"] = record_of(file)["sha256"]
+            facts["files"] = _files_digest([file.with_name(name) for name in (*BESIDE, "preprocess.json")])
         case BundleTeacher(path=folder):
             files = load_bundle(folder).files  # without how it was proved, which may be fresh or by a kept graph
             facts["files"] = {name: digest for name, digest in files.items() if name != "contract.json"}

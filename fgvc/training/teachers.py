@@ -22,10 +22,12 @@ from fgvc.models.probe import linear_head, require_linear_head, zero_head
 from fgvc.models.weights import Weights, load_weights, unlikely
 from fgvc.reparam.plain import strip_to
 from fgvc.runs.checkpoint import read_progress
+from fgvc.runs.deployed import record_of
 from fgvc.runs.images import held_out_overlap
 from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
-from fgvc.runtime.engine import Engine, available_cpus
+from fgvc.runtime.engine import OnnxSession, available_cpus, refuse_misfit, session_of
+from fgvc.runtime.stack import stack_of
 from fgvc.techniques.distill.settings import (
     AnyTeacher,
     BundleTeacher,
@@ -202,24 +204,41 @@ class TeacherLoader:
         )
 
     def _bundle(self, settings: BundleTeacher, student: Preprocess) -> Teacher:
-        bundle = load_bundle(settings.path)
-        spec, order = bundle.preprocess, in_order(bundle.labels, self.classes, where=str(settings.path))
         # It computes while torch waits: as many threads as torch has, which torchrun keeps down, within the CPUs allowed.
-        engine = Engine(bundle, threads=min(torch.get_num_threads(), available_cpus()))
-        facts = f"{bundle.files['model.onnx']} {spec.model_dump()} {order}"
+        threads, path = min(torch.get_num_threads(), available_cpus()), settings.path
+        if path.is_file():
+            spec, labels, session = _deployed_file(path, threads)
+            content = repr(record_of(path)["sha256"])
+        else:
+            bundle = load_bundle(path)
+            spec, labels, session = bundle.preprocess, bundle.labels, session_of(bundle, bundle.model, threads=threads)
+            content = bundle.files["model.onnx"]
+        order = in_order(labels, self.classes, where=str(path))
+        facts = f"{content} {spec.model_dump()} {order}"
 
         def answer(x: Tensor) -> TeacherOutput:
-            logits = torch.from_numpy(engine.logits(x.contiguous().cpu().numpy()))
+            logits = torch.from_numpy(session.logits(x.contiguous().cpu().numpy()))
             return TeacherOutput(logits[:, order].to(x.device), None)
 
         return Teacher(
-            name=f"{settings.path} (a bundle), {spec.size[0]} x {spec.size[1]} px",
+            name=f"{path} ({'a file' if path.is_file() else 'a bundle'}), {spec.size[0]} x {spec.size[1]} px",
             forward=answer,
             size=spec.size,
             channels=None,
             convert=conversion(student, spec),
             identity=lambda: hashlib.sha256(facts.encode()).hexdigest(),
         )
+
+
+def _deployed_file(path: Path, threads: int) -> tuple[Preprocess, tuple[str, ...], OnnxSession]:
+    """Preprocessing, classes and session of a deployed file. Raises FgvcError where nothing states the first two."""
+    stack = stack_of(path)
+    if stack.labels is None or stack.preprocess is None:
+        lacks = "which classes it has" if stack.labels is None else "how it is fed"
+        raise FgvcError(f"{path}: nothing says {lacks}: put labels.txt and preprocess.json beside it; `fgvc preprocess` helps")
+    session = OnnxSession(path, threads=threads, output=stack.preprocess.output, classes=len(stack.labels))
+    refuse_misfit(session.file, stack.preprocess, model=path, where=path)
+    return stack.preprocess, stack.labels, session
 
 
 @dataclass(frozen=True, slots=True)

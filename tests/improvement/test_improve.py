@@ -16,7 +16,6 @@ from PIL import Image
 from fgvc import api
 from fgvc.cli.app import main
 from fgvc.errors import FgvcError, NoUnseenImagesError
-from fgvc.evaluation.paired import Gate
 from fgvc.exporting.deployed import compare_written
 from fgvc.improvement.improve import run_improvement
 from fgvc.improvement.rungs import right_on_choose
@@ -62,12 +61,12 @@ def test_the_same_command_again_shows_the_same(
 ) -> None:
     mine = copied(better, tmp_path)
     stamps = {path: path.stat().st_mtime_ns for path in (mine / "runs").rglob("*.safetensors")}
-    result = run_improvement(request_for(deployed, pictures), mine, gate=Gate())
+    result = run_improvement(request_for(deployed, pictures), mine)
     assert result.exit_code == 0
     assert result.bundle == mine / "bundle"
     assert {path: path.stat().st_mtime_ns for path in (mine / "runs").rglob("*.safetensors")} == stamps
     with pytest.raises(FgvcError, match="begun with other words"):
-        run_improvement(request_for(deployed, pictures, seed=1), mine, gate=Gate())
+        run_improvement(request_for(deployed, pictures, seed=1), mine)
     assert "Better" in repr(result)
 
 
@@ -79,7 +78,7 @@ def test_a_file_that_nothing_is_better_than(better: Path, pictures: Path, tmp_pa
     request = request_for(tmp_path / "file" / "model.onnx", pictures)
     plan = planned(request, tmp_path / "better")
     assert plan.rungs
-    result = run_improvement(request, tmp_path / "better", gate=Gate())
+    result = run_improvement(request, tmp_path / "better")
     assert result.exit_code == 3
     assert result.bundle is None
     assert (tmp_path / "better" / "candidate" / "model.onnx").is_file()

@@ -284,6 +284,21 @@ def test_from_an_earlier_run_and_its_bundle_to_a_bundle_of_ones_own(
         trainer.train(made.model_copy(update={"train": made.train.model_copy(update={"epochs": 3})}), student)
 
 
+def test_a_lone_file_says_what_its_bundle_says(taught: tuple[Path, Path], tree, tmp_path: Path) -> None:
+    bundle, file = taught[1], tmp_path / "model.onnx"
+    shutil.copy(bundle / "model.onnx", file)
+    with pytest.raises(FgvcError, match=r"nothing says which classes it has"):
+        opened(tree, {"kind": "bundle", "path": file})
+    shutil.copy(bundle / "labels.json", tmp_path)
+    with pytest.raises(FgvcError, match=r"nothing says how it is fed"):
+        opened(tree, {"kind": "bundle", "path": file})
+    shutil.copy(bundle / "preprocess.json", tmp_path)
+    teachers = [opened(tree, {"kind": "bundle", "path": path}) for path in (bundle, file)]
+    x = torch.rand(2, 3, *teachers[0].size)
+    torch.testing.assert_close(teachers[1](x).logits, teachers[0](x).logits, rtol=0, atol=0)
+    assert teachers[0].identity() != teachers[1].identity()  # another content of the same name would be another teacher
+
+
 def test_a_bundle_alone_has_no_features(taught: tuple[Path, Path], tree, tmp_path: Path) -> None:
     settings = {"teachers": [{"kind": "bundle", "path": str(taught[1])}], "attention": 1.0}
     with pytest.raises(FgvcError, match=r"techniques\.distill\.attention: .*\(a bundle\).* gives logits, no features"):

@@ -71,10 +71,10 @@ class RunTeacher(_Weighted):
 
 
 class BundleTeacher(_Weighted):
-    """An exported bundle, on onnxruntime: on the CPU, and logits alone."""
+    """An exported bundle, or a deployed .onnx file, on onnxruntime: on the CPU, and logits alone."""
 
     kind: Literal["bundle"] = "bundle"
-    path: Path = Field(description="its folder")
+    path: Path = Field(description="its folder; or the file, with its labels and preprocess.json beside it")
 
 
 class EmaTeacher(_Weighted):
@@ -96,8 +96,8 @@ class DistillSettings(TechniqueSettings):
     kind: Literal["distill"] = "distill"
     teachers: tuple[AnyTeacher, ...] = Field(
         (EmaTeacher(),),
-        description="any of {kind: run, path: RUN}, {kind: bundle, path: BUNDLE}, {kind: timm, backbone: NAME, weights: FILE} "
-        "(trained on these classes), {kind: probe, backbone: NAME, weights: FILE, size: 224} (pretrained alone: before the first "
+        description="any of {kind: run, path: RUN}, {kind: bundle, path: BUNDLE or deployed.onnx}, "
+        "{kind: timm, backbone: NAME, weights: FILE} (trained on these classes), {kind: probe, backbone: NAME, weights: FILE, size: 224} (pretrained alone: before the first "
         "step a head is fitted to its frozen features of the training images), {kind: ema} (the run's own average); of several "
         "the softened probabilities are averaged by their `weight`. A larger one sees the larger render where nothing mixes or "
         "erases the images, else the student's pixels enlarged",
