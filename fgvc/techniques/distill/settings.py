@@ -96,11 +96,11 @@ class DistillSettings(TechniqueSettings):
     kind: Literal["distill"] = "distill"
     teachers: tuple[AnyTeacher, ...] = Field(
         (EmaTeacher(),),
-        description="any of {kind: run, path: RUN}, {kind: bundle, path: BUNDLE or deployed.onnx}, "
-        "{kind: timm, backbone: NAME, weights: FILE} (trained on these classes), {kind: probe, backbone: NAME, weights: FILE, size: 224} (pretrained alone: before the first "
-        "step a head is fitted to its frozen features of the training images), {kind: ema} (the run's own average); of several "
-        "the softened probabilities are averaged by their `weight`. A larger one sees the larger render where nothing mixes or "
-        "erases the images, else the student's pixels enlarged",
+        description="any of {kind: run, path: RUN}, {kind: bundle, path: BUNDLE or deployed.onnx}, {kind: timm, backbone: NAME, "
+        "weights: FILE} (trained on these classes), {kind: probe, backbone: NAME, weights: FILE, size: 224} (pretrained alone: "
+        "before the first step a head is fitted to its frozen features of the training images), {kind: ema} (the run's own "
+        "average); of several the softened probabilities are averaged by their `weight`. A larger one sees the larger render "
+        "where nothing mixes or erases the images, else the student's pixels enlarged",
     )
     method: Literal["kd", "dkd"] = Field(
         "kd", description="dkd needs whole labels: a step whose labels are mixed falls back to kd"
