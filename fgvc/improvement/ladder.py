@@ -43,7 +43,7 @@ class Rung:
     settings: Mapping[str, Any]
     epochs: int
     seconds: float  # that it takes, about
-    latest_start: float = math.inf  # working time after which it is dropped
+    latest_start: float | None = None  # working time after which it is dropped; None: it is not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

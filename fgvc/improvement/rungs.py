@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ from fgvc.runtime.bundle import read_json
 
 Status = Literal["done", "dropped", "failed"]
 LEVEL = 0.6827  # of the interval that a choice must leave: one standard error (Breiman et al. 1984, section 3.4.3)
+LEAST_FREE = 100 * 2**20  # bytes of the disk: with less a failure is taken for one of space
 BETWEEN = "between"  # a run between a run's start and its end
 Say = Callable[[str], None]
 Tick = Callable[[Sequence[Job]], None]
@@ -166,22 +168,25 @@ class Ladder:
         """Run the rungs of a stage that have no outcome yet; the names of those that are done."""
         rungs = self.plan.of(stage)
         left = [rung for rung in rungs if rung.name not in self.outcomes]
-        for rung in [rung for rung in left if not self.run(rung.name).exists() and self.clock.seconds > rung.latest_start]:
-            self._set(rung.name, Outcome(status="dropped", reason="it would have started too late"))
+        for rung in left:
+            begun, latest = self.run(rung.name).exists(), rung.latest_start
+            if not begun and latest is not None and self.clock.seconds > latest:
+                self._set(rung.name, Outcome(status="dropped", reason="it would have started too late"))
         left = [rung for rung in left if rung.name not in self.outcomes]
         if left:
             self._run_side_by_side(left)
         return [rung.name for rung in rungs if self._is(rung.name, "done")]
 
     def _run_side_by_side(self, rungs: Sequence[Rung]) -> None:
-        latest = max(rung.latest_start + rung.seconds for rung in rungs)
-        if any(rung.stage == "ship" for rung in rungs):  # what can't be late without the whole
-            latest = 1.1 * self.plan.budget - self.plan.shipping
+        ends = [rung.latest_start + rung.seconds for rung in rungs if rung.latest_start is not None]
+        latest = max(ends, default=1.1 * self.plan.budget - self.plan.shipping)  # what ships can be a little late
         jobs = [self._job(rung) for rung in rungs]
         for ended in self.pool.run(jobs, slots=self.plan.slots, until=lambda: self.clock.seconds > latest, tick=self.tick):
             name = ended.job.name
             if ended.stopped:
                 self._set(name, Outcome(status="dropped", reason="its time was up", seconds=ended.seconds))
+            elif ended.code and shutil.disk_usage(self.out).free < LEAST_FREE:  # no fault of the rung's: it goes on later
+                raise FgvcError(f"{self.out}: its disk is full: {ended.message}")
             elif ended.code:
                 self._set(name, Outcome(status="failed", reason=ended.message, seconds=ended.seconds))
             else:

@@ -54,7 +54,7 @@ class View:
         for column in ("rung", "epochs", "about", "starts by", ""):
             table.add_column(column, justify="right" if column in ("epochs", "about", "starts by") else "left")
         for rung in plan.rungs:
-            latest = "" if rung.stage == "ship" else duration(rung.latest_start)
+            latest = "" if rung.latest_start is None else duration(rung.latest_start)
             table.add_row(rung.name, str(rung.epochs or ""), duration(rung.seconds), latest, rung.what)
         self._console.print(table)
         self.say(

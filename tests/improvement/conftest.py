@@ -13,6 +13,7 @@ from fgvc.improvement.improve import run_improvement
 from fgvc.improvement.ladder import BASE, Plan, plan_ladder
 from fgvc.improvement.task import Request, look
 from fgvc.improvement.work import Timing
+from fgvc.io.files import as_json
 from tests.models.onnxnet import small
 from tests.trained import Once
 
@@ -75,7 +76,7 @@ def planned(request: Request, out: Path) -> Plan:
     task = look(request, out, lambda line: None)
     timing = Timing(start=5, step=0.01, batch=32, look=0.001, peak_bytes=10**8, device="cpu")
     plan = plan_ladder(task, {BASE: timing}, budget=request.budget, spent=10, slots=2)
-    (out / "plan.json").write_text(json.dumps(plan.record))
+    (out / "plan.json").write_text(as_json(plan.record))
     (out / "clock.json").write_text('{"seconds": 10}')
     return plan
 

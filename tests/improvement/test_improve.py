@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.exporting.deployed import compare_written
 from fgvc.improvement.improve import run_improvement
 from fgvc.improvement.rungs import right_on_choose
+from fgvc.improvement.side_by_side import Job
 from fgvc.improvement.task import look
+from fgvc.improvement.view import View
 from tests.improvement.conftest import NAMES, planned, request_for
 from tests.trained import copied
 
@@ -135,3 +138,29 @@ def test_a_folder_of_something_else(deployed: Path, pictures: Path, tmp_path: Pa
         main(["improve", str(deployed), str(pictures), "--budget", "10m", "-o", str(tmp_path)])
     assert exit_info.value.code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_interrupted_in_a_rung_it_goes_on_and_ends_with_the_same(
+    better: Path, deployed: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, request, tick = tmp_path / "better", request_for(deployed, pictures), View.tick
+    planned(request, out)
+
+    def interrupted(view: View, running: Sequence[Job]) -> None:
+        tick(view, running)
+        if (out / "runs" / "base" / "ckpt" / "last").exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(View, "tick", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_improvement(request, out)
+    assert "final" not in json.loads((out / "rungs.json").read_text())["outcomes"]
+    assert run_improvement(request, out).exit_code == 0
+    rungs, verdicts = (
+        [json.loads((folder / name).read_text()) for folder in (better, out)] for name in ("rungs.json", "verdict.json")
+    )
+    assert rungs[0]["choices"] == rungs[1]["choices"]
+    assert verdicts[0] == verdicts[1]
+    weights = [(folder / "bundle" / "model.onnx").read_bytes() for folder in (better, out)]
+    assert weights[0] == weights[1]

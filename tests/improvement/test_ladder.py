@@ -13,6 +13,7 @@ from fgvc.improvement.clock import seconds_of
 from fgvc.improvement.ladder import BASE, FINAL, PLAIN, TAUGHT, TEACHER, Plan, makespan, plan_ladder, portfolio
 from fgvc.improvement.task import Task
 from fgvc.improvement.work import Timing
+from fgvc.io.files import as_json
 
 FIRST = portfolio()[0]["name"]
 
@@ -72,7 +73,8 @@ def test_a_plan_fits_its_budget(budget: float, spent: float, step: float, slots:
     assert all(rung.seconds <= budget / 4 + 1e-6 for rung in plan.rungs if rung.name == PLAIN and rung.epochs > 1)
     ship = makespan((rung.seconds for rung in plan.of("ship")), slots)
     for rung in plan.rungs:
-        if rung.stage != "ship":  # it may begin as long as what ships still fits
+        assert (rung.latest_start is None) == (rung.stage == "ship")
+        if rung.latest_start is not None:  # it may begin as long as what ships still fits
             assert rung.latest_start + rung.seconds + ship + plan.shipping <= budget + 1e-6
     assert set(plan.left_out).isdisjoint(names(plan))
 
@@ -91,7 +93,8 @@ def test_without_images_that_choose_the_recipe_that_won_elsewhere_ships() -> Non
 
 def test_a_plan_is_read_as_it_was_written() -> None:
     plan = plan_ladder(task(teacher=True), timings(teacher=True), budget=3600, spent=60, slots=2)
-    assert names(Plan.read(json.loads(json.dumps(plan.record)))) == names(plan)
+    assert Plan.read(json.loads(as_json(plan.record))) == Plan.read(plan.record)
+    assert names(Plan.read(json.loads(as_json(plan.record)))) == names(plan)
 
 
 def test_jobs_side_by_side() -> None:
