@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -46,6 +46,9 @@ def improve(
     search: Annotated[
         bool, typer.Option("--search", help="Search around the winner's settings by Optuna; a second such command shares it.")
     ] = False,
+    on: Annotated[
+        Literal["ray"] | None, typer.Option("--on", help="Where the search runs: ray, on a cluster (RAY_ADDRESS).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop when the plan is made.")] = False,
 ) -> None:
     """Find better weights for a deployed file, and show that they are better: exit code 0; 3 where nothing better is shown."""
@@ -69,6 +72,7 @@ def improve(
             max_negative_flips=max_negative_flips,
             seed=seed,
             search=search,
+            on=on,
             dry_run=dry_run,
         )
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from fgvc.evaluation.paired import Gate, wilson
 from fgvc.evaluation.side import open_sides
 from fgvc.improvement.clock import Clock, seconds_of
 from fgvc.improvement.ladder import BASE, FINAL, PLAIN, Plan, candidates, plan_ladder
+from fgvc.improvement.on_ray import refuse_missing_ray
 from fgvc.improvement.page import write_page
 from fgvc.improvement.rungs import Ladder, write_recipe
 from fgvc.improvement.search import join, refuse_missing
@@ -80,6 +81,7 @@ def improve(
     max_negative_flips: str | None = None,
     seed: int = 0,
     search: bool = False,
+    on: Literal["ray"] | None = None,
     dry_run: bool = False,
 ) -> Improvement:
     """Look for better weights for a deployed classifier within a budget, and show that they are better (docs/improve.md).
@@ -91,7 +93,8 @@ def improve(
     `unseen`: a folder of images that it has not seen; `unlabelled`: of more, that a teacher names. `size`: (height, width) of the
     network's input where no file says it.
     `min_gain`, `max_negative_flips`: gates beside the gain's interval. `search`: around the winner's settings by Optuna, for a
-    part of the budget; a second call on the same folder shares it. `dry_run`: stop when the plan is made.
+    part of the budget; a second call on the same folder shares it; `on`: ray, on a cluster. `dry_run`: stop when the plan
+    is made.
 
     Raises FgvcError for what can't be (all that is missing at once), NoUnseenImagesError where no image could judge,
     KeyboardInterrupt after saving.
@@ -102,16 +105,20 @@ def improve(
         unseen=_path(unseen), unlabelled=_path(unlabelled), starts=tuple(starts), size=size, seed=seed,
         search=search, min_gain=min_gain, max_negative_flips=max_negative_flips,
     )  # fmt: skip
-    return run_improvement(request, Path(out), dry_run=dry_run)
+    return run_improvement(request, Path(out), on_ray=on == "ray", dry_run=dry_run)
 
 
 def _path(place: str | Path | None) -> Path | None:
     return None if place is None else Path(place)
 
 
-def run_improvement(request: Request, out: Path, *, dry_run: bool = False) -> Improvement:
+def run_improvement(request: Request, out: Path, *, on_ray: bool = False, dry_run: bool = False) -> Improvement:
     """See `improve`."""
     gate = Gate(max_negative_flips=request.max_negative_flips, min_gain=request.min_gain)
+    if on_ray:
+        if not request.search:
+            raise FgvcError("--on ray: is for the search, give --search")
+        refuse_missing_ray()
     if request.search:
         refuse_missing()
         if _held(out):
@@ -125,7 +132,9 @@ def run_improvement(request: Request, out: Path, *, dry_run: bool = False) -> Im
         if dry_run:
             return Improvement(folder=out, plan=plan, verdict=None, bundle=None, candidate=None, report=None)
         command = request.command(out)
-        ladder = Ladder(task, plan, out, clock, pool, say=view.say, tick=view.tick, command=command, standing=standing)
+        ladder = Ladder(
+            task, plan, out, clock, pool, say=view.say, tick=view.tick, command=command, standing=standing, on_ray=on_ray
+        )
         verdict = _judged(out)
         if verdict is None:
             view.begin(ladder)

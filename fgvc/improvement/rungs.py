@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from fgvc.improvement.ladder import (
     probed_teacher,
     taught_by,
 )
+from fgvc.improvement.on_ray import share_on_ray
 from fgvc.improvement.search import SPACE, Space, best_trial, search
 from fgvc.improvement.side_by_side import Job, Workers
 from fgvc.improvement.task import Task
@@ -75,10 +77,10 @@ class Ladder:
 
     def __init__(
         self, task: Task, plan: Plan, out: Path, clock: Clock, pool: Workers, *, say: Say, tick: Tick, command: str,
-        standing: NDArray[np.bool_],
+        standing: NDArray[np.bool_], on_ray: bool = False,
     ) -> None:  # fmt: skip
         self.task, self.plan, self.out, self.clock, self.pool, self.say, self.tick = task, plan, out, clock, pool, say, tick
-        self.command = command  # for people
+        self.command, self.on_ray = command, on_ray
         self.standing = standing  # (N,) whether the deployed file names the images that choose rightly; empty: there is none
         self._file = out / "rungs.json"
         stored = read_json(self._file, dict) if self._file.is_file() else {"outcomes": {}, "choices": {}}
@@ -244,7 +246,11 @@ class Ladder:
         space = Space(recipe=recipe, epochs=rung.epochs, seconds=rung.seconds, deadline=time.time() + left)
         write_atomic(self.out / SPACE, as_json(asdict(space)))
         seed = self.task.recipe["train"]["seed"]
-        search(self.out, space, slots=self.plan.slots, seed=seed, pool=self.pool, tick=self.tick, say=self.say)
+        if self.on_ray:
+            threads = max(1, (os.cpu_count() or 1) // self.plan.slots)
+            share_on_ray(self.out, space, threads=threads, seed=seed, tick=self.tick)
+        else:
+            search(self.out, space, slots=self.plan.slots, seed=seed, pool=self.pool, tick=self.tick, say=self.say)
         trial = best_trial(self.out, seed)
         if trial is not None and wins(right_on_choose(self.run(trial[0])), self._right(best)):
             self.choices |= {"searched": trial[0], "trial": _merged(self.settings(best), trial[1])}
