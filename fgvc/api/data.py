@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from fgvc.api.recipes import as_recipe
 from fgvc.config.recipe import Recipe
@@ -19,6 +16,7 @@ from fgvc.data.quality.suspects import suspects as find_suspects
 from fgvc.errors import FgvcError
 from fgvc.evaluation.features import compute_features, input_normalisation, load_frozen
 from fgvc.io.files import StrPath, as_path, refuse_file, write_atomic, writing
+from fgvc.io.progress import ticking
 from fgvc.io.tables import as_csv
 from fgvc.report import preview as sheets
 from fgvc.report.data import data_page
@@ -56,7 +54,7 @@ def check(
         raise FgvcError("--write-clean: a list of paths is for sets of files, and data.kind: hf has tables")
     index, expected = read_index(recipe), input_normalisation(recipe)
     backbone = load_frozen(recipe, len(index.classes)) if suspects else None
-    with _bar() as tick:
+    with ticking() as tick:
         report = checks.check(
             index,
             max_unreadable=recipe.data.max_unreadable,
@@ -65,7 +63,7 @@ def check(
             progress=tick,
         )
     if backbone is not None:
-        with _bar() as tick:
+        with ticking() as tick:
             rows = np.flatnonzero(report.sizes[:, 0] > 0)
             features = compute_features(recipe, backbone, index, rows, progress=partial(tick, "features"))
         families = report.families[features.rows]
@@ -97,7 +95,7 @@ def probe(
 ) -> ProbeResults:
     """Probe a set by logistic regressions on frozen nets, see `fgvc.studies.probe.probe`; `fgvc.studies.advice.advise` draws
     conclusions from the results. A bar on stderr where that is a terminal."""
-    with _bar() as tick:
+    with ticking() as tick:
         return run_probe(str(data), overrides, starts=starts, sizes=sizes, crops=crops, images=images, progress=tick)
 
 
@@ -106,17 +104,3 @@ def preview(
 ) -> Preview:
     """Write contact sheets of what training makes of a recipe's images, see `fgvc.report.preview.preview`."""
     return sheets.preview(as_recipe(recipe), Path(out), images=images, epoch=epoch, run=as_path(run))
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar; yields its update, a function of a description, the count done and the total."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda what, done, total: None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-
-

@@ -27,6 +27,7 @@ from fgvc.exporting.proofs import MAX_IMAGES
 from fgvc.exporting.prove import Contract, PlainBackbone, ProvedExport
 from fgvc.exporting.verify import Comparison, Verification, verify_bundle, verify_files
 from fgvc.io.files import StrPath, as_path
+from fgvc.io.progress import ticking
 from fgvc.runs.folder import read_run, recorded_classes, recorded_preprocess
 from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runs.trackers import log_bundle
@@ -94,7 +95,8 @@ def export(
     stated = as_path(against if into is None or into == "own" else into)
     target, around = _deployed_stack(folder, stated, labels=as_path(labels), preprocess=as_path(preprocess))
     loaded = load_run(folder, select, root=as_path(root))
-    with TemporaryDirectory(prefix="fgvc-export-") as scratch:
+    with TemporaryDirectory(prefix="fgvc-export-") as scratch, ticking() as tick:
+        tick("strip, fuse, export, prove", 0, 1)
         if loaded.recipe.model.onnx is None and into is None:
             contract: Contract = _plain_backbone(loaded, _with_options(loaded.recipe.export, options), target)
         else:
@@ -274,7 +276,7 @@ def _proof_images(run: LoadedRun) -> Iterable[np.ndarray]:
         rows, last = run.rows(split), split == splits[-1]
         some = rows[np.linspace(0, len(rows) - 1, min(MAX_IMAGES, len(rows))).astype(int)]
         any_read = False
-        for batch in evaluation_loader(run.index, some, spec=run.preprocess, batch_size=32, workers=0, some=last):
+        for batch in evaluation_loader(run.index, some, spec=run.preprocess, batch_size=32, workers=0, some=last, what="proofs"):
             any_read = True
             yield batch.images.numpy()
         if any_read:

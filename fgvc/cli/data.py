@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fgvc.cli.option import Config, Overrides, recipe_of, sides
+from fgvc.cli.option import Config, Overrides, following, recipe_of, sides
 
 
 def demo(
@@ -20,6 +20,7 @@ def demo(
 
     draw_demo(folder, seed=seed)
     print(folder)
+    following("train", folder)
 
 
 def check(
@@ -63,6 +64,8 @@ def check(
         show.clean(report, write_clean)
     for written in filter(None, (out, csv, write_clean)):
         print(written)
+    if report.ok:
+        following("train", config, *(overrides or []))
     worst = "error" if report.errors else "warning" if report.warnings else ""
     sys.exit(1 if worst and fail_on in (worst, "warning") else 0)
 
@@ -86,6 +89,8 @@ def preview(
         print(f"warning: {note}", file=sys.stderr)
     for sheet in sheets.sheets:
         print(sheet)
+    print(f"{len(sheets.sheets)} sheets of {images} samples", file=sys.stderr)
+    following("train", config, *(overrides or []))
 
 
 def probe(

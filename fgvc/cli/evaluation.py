@@ -18,6 +18,7 @@ from fgvc.cli.option import (
     Run,
     Select,
     SplitOption,
+    following,
     pixels,
 )  # fmt: skip
 from fgvc.errors import FgvcError
@@ -44,6 +45,7 @@ def evaluate(
 
     limit = pixels(megapixels)
     show.scores(api.evaluate(run, split, select=select, device=device, root=root, views=views, max_pixels=limit))
+    following("export", run, "-o", f"{run}-bundle")
 
 
 def localize(
@@ -68,6 +70,7 @@ def localize(
             max_pixels=pixels(megapixels),
         )
     )  # fmt: skip
+    following("explain", run, "IMAGES", "-o", f"{run}-maps")
 
 
 def report(
@@ -92,6 +95,7 @@ def report(
             max_pixels=pixels(megapixels),
         )
     )  # fmt: skip
+    following("export", runs[0], "-o", f"{runs[0]}-bundle")
 
 
 def explain(
@@ -123,20 +127,22 @@ def explain(
     if all(is_bundle(path) for path in paths_to_explain):
         if select is not None or device is not None or channels is not None:
             raise FgvcError("--select, --device and --channels go with a run, not with a bundle")
-        sys.exit(
-            explain_bundles(
-                paths_to_explain, paths, out, methods=method or ["cam"], target=target, batch=batch, overwrite=overwrite,
-                max_pixels=round(megapixels * 1e6),
-            )
+        code = explain_bundles(
+            paths_to_explain, paths, out, methods=method or ["cam"], target=target, batch=batch, overwrite=overwrite,
+            max_pixels=round(megapixels * 1e6),
         )  # fmt: skip
+        if not code:
+            following("serve", subject)
+        sys.exit(code)
     from fgvc import api
 
-    sys.exit(
-        api.explain(
-            subject, paths, out, methods=method or ["gradcam"], against=against, target=target, select=select, device=device,
-            channels=channels, batch=batch, overwrite=overwrite, max_pixels=round(megapixels * 1e6),
-        )
+    code = api.explain(
+        subject, paths, out, methods=method or ["gradcam"], against=against, target=target, select=select, device=device,
+        channels=channels, batch=batch, overwrite=overwrite, max_pixels=round(megapixels * 1e6),
     )  # fmt: skip
+    if not code:
+        following("report", subject)
+    sys.exit(code)
 
 
 def compare(
@@ -190,6 +196,7 @@ def compare(
     from fgvc.cli import show
     from fgvc.evaluation.paired import Gate
     from fgvc.report.compare import refuse_out, write_page
+    from fgvc.runtime.explain import is_bundle
 
     gate = Gate(max_negative_flips, min_gain)
     if out is not None:
@@ -202,4 +209,8 @@ def compare(
     show.comparison(answers, failures)
     if out is not None:
         write_page(answers, out, failures=failures)
+    if not failures and is_bundle(b):
+        following("serve", b)
+    elif not failures and b.is_dir():
+        following("export", b, "-o", f"{b}-bundle")
     sys.exit(1 if failures else 0)

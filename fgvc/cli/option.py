@@ -127,6 +127,11 @@ def _as_setting(option: str) -> str:
     return f". Settings are given as section.key=value: {hint.removesuffix('?')}=...?" if hint.startswith("did") else ""
 
 
+def following(*words: object) -> None:
+    """Say on stderr which command comes next."""
+    print(f"next: {shlex.join(['fgvc', *map(str, words)])}", file=sys.stderr)
+
+
 def pixels(megapixels: float | None) -> int | None:
     return None if megapixels is None else round(megapixels * 1e6)
 

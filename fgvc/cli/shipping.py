@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select, Verb, sides
+from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select, Verb, following, sides
 from fgvc.errors import FgvcError, UndecidedError
 from fgvc.io.files import as_json
 
@@ -117,6 +118,7 @@ def export(
         variants=variants, exporter=exporter, opset=opset, batch_norm=batch_norm, root=root,
     )  # fmt: skip
     show.contract(done)
+    following("predict", out, "IMAGES")
 
 
 def inspect(
@@ -141,6 +143,8 @@ def inspect(
     print(as_json(inspection.numbers()) if json_ else "\n".join(inspection.lines()))
     if not inspection.agrees:
         raise typer.Exit(1)
+    if not json_:
+        following("init", "--deployed", file, "--data", "IMAGES", "my.yaml")
 
 
 def preprocess(
@@ -188,6 +192,8 @@ def preprocess(
             "state it with deploy.labels or as labels.txt beside the file"
         )
         raise FgvcError(message) if result.search.order.decided else UndecidedError(message)
+    if not json_:
+        following("init", "--deployed", file, "--data", images, "my.yaml")
 
 
 def verify(
@@ -217,6 +223,8 @@ def verify(
     show.verification(result)
     if differences is not None and isinstance(result, Comparison):
         write_atomic(differences, "".join(f"{difference}\n" for difference in result.differences))
+    if result.passed and path.is_dir():
+        following("predict", path, "IMAGES")
     sys.exit(0 if result.passed else 1)
 
 
@@ -236,6 +244,7 @@ def triton(
     from fgvc.runtime.bundle import load_bundle
 
     print(write_model(load_bundle(bundle), repository, name=name, device=device, instances=instances))
+    print(f"next: tritonserver --model-repository={shlex.quote(str(repository))}", file=sys.stderr)
 
 
 def predict(
@@ -251,7 +260,10 @@ def predict(
     """Classify images with onnxruntime. Exit code 1 where an image could not be read."""
     from fgvc.runtime.predict import predict_files
 
-    sys.exit(predict_files(bundle, paths, as_json=as_json, top_k=top_k, variant=variant, max_pixels=round(megapixels * 1e6)))
+    code = predict_files(bundle, paths, as_json=as_json, top_k=top_k, variant=variant, max_pixels=round(megapixels * 1e6))
+    if not as_json and not code:
+        following("serve", bundle)
+    sys.exit(code)
 
 
 def serve(

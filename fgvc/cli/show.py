@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +21,7 @@ from fgvc.evaluation.learning_curve import FOLDS, SHARES
 from fgvc.evaluation.localize import Localisation
 from fgvc.exporting.deployed import WrittenComparison
 from fgvc.exporting.verify import Comparison, Verification
-from fgvc.report.document import duration
+from fgvc.io.times import about
 from fgvc.report.localization import COLUMNS
 from fgvc.report.localization import table as localisation_table
 from fgvc.runtime.engine import calibration_word
@@ -42,7 +42,8 @@ def _table(*columns: str) -> Table:
     """Make a table with names on the left and numbers on the right; one of two columns is a list of facts."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 or len(columns) == 2 else "right")
+        justify: Literal["left", "right"] = "left" if number == 0 or len(columns) == 2 else "right"
+        table.add_column(column, justify=justify, overflow="fold")  # nothing is cut where a terminal is narrow
     return table
 
 
@@ -93,7 +94,6 @@ def probe(results: ProbeResults) -> None:
     )
     counts = [str(len(train_rows)) for train_rows in reversed(data.folds[0].train)]
     table = _table("start", "px", "crop", *counts, "95 %", "ms", "GMAC")
-    table.columns[0].overflow = "fold"
     for result in results.results:
         whole = result.curve.accuracy()
         shares = (f"{100 * result.curve.accuracy(share).value:.1f}" for share in sorted(SHARES))
@@ -135,11 +135,6 @@ def probe(results: ProbeResults) -> None:
         console.print("no teacher: of the nets that cost more none names more images rightly")
 
 
-def _work(hours: float) -> str:
-    seconds = 3600 * hours
-    return duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
-
-
 def forecast(costs: Forecast) -> None:
     table = _table("what", "how much")
     table.add_row("images", ", ".join(f"{count} {split}" for split, count in costs.images.items()))
@@ -147,7 +142,10 @@ def forecast(costs: Forecast) -> None:
     table.add_row("forwards per step", f"{costs.forwards:g}")
     table.add_row("parameters in training", f"{costs.parameters / 1e6:.2f} M")
     table.add_row("step", f"{1000 * costs.step_seconds:.0f} ms")
-    table.add_row("all steps", f"{_work(costs.hours)} without loading and validation")
+    table.add_row("all steps", f"{about(3600 * costs.hours)} without loading and validation")
+    for part, seconds in costs.parts.items():
+        table.add_row(part, about(seconds))
+    table.add_row("all in all", f"{about(costs.seconds)}, from the start to the bundle")
     table.add_row("peak memory", f"{costs.peak_bytes / 2**30:.2f} GiB")
     console.print(table)
     for kind, forwards in costs.techniques.items():
@@ -164,7 +162,7 @@ def estimate(todo: Estimate) -> None:
         lengths = (str(todo.epochs[name, budget]) for budget in budgets)
         table.add_row(escape(name), f"{cost.epoch:.1f}", f"{cost.ratio:.2f}", *lengths)
     console.print(table)
-    console.print(f"{todo.done} runs are done, {len(todo.cells)} to do: {_work(todo.hours)} of training steps")
+    console.print(f"{todo.done} runs are done, {len(todo.cells)} to do: {about(3600 * todo.hours)} of training steps")
     console.print(
         "without validation, and without what techniques do between epochs; teachers are asked, whatever is cached"
     )
@@ -174,7 +172,7 @@ def estimate(todo: Estimate) -> None:
 
 def scores(result: Evaluation) -> None:
     table = _table(
-        "split", "weights", "images", "top-1 %", "top-5 %", "macro F1 %", "balanced %", "calibration error %", "loss"
+        "split", "weights", "images", "top-1 %", "top-5 %", "macro F1 %", "balanced %", "ECE %", "loss"
     )
     s = result.scores
     shares = (f"{100 * share:.2f}" for share in (s.top1, s.top5, s.macro_f1, s.balanced_accuracy, s.ece))
@@ -353,6 +351,8 @@ def verification(result: Comparison | WrittenComparison | Verification) -> None:
         for item in result.checks:
             mark = {True: "ok  ", False: "FAIL", None: "skip"}[item.passed]
             console.print(f"{mark} {item.name}: {item.detail}", markup=False)
+        passed, failed = (sum(item.passed is value for item in result.checks) for value in (True, False))
+        console.print(f"{passed} checks passed, {failed} failed")
         return
     if isinstance(result, WrittenComparison):
         for line in result.differences:

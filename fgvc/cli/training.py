@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fgvc.cli.option import Config, Device, Overrides, Root, Run, opened, recipe_of
+from fgvc.cli.option import Config, Device, Overrides, Root, Run, following, opened, recipe_of
 from fgvc.config.loading import drop_replaced, merge
 from fgvc.errors import FgvcError
 from fgvc.io.files import refuse_file, write_atomic, writing
@@ -32,7 +34,9 @@ def recipes(
         print(json.dumps(Recipe.model_json_schema(), indent=1))
         return
     for name, path in shipped.recipes().items():
-        print(f"{name:<22} {(template.header(path) or [''])[0]}")
+        text = f"{name:<22} {(template.header(path) or [''])[0]}"
+        print(textwrap.fill(text, max(60, min(shutil.get_terminal_size().columns, 120)), subsequent_indent=" " * 23))
+    following("init", shipped.DEFAULT, "my.yaml")
 
 
 def init(
@@ -164,6 +168,7 @@ def train(
         sys.exit(130)
     if os.environ.get("RANK", "0") == "0":  # torchrun's
         print(run.folder)
+        following("eval", run.folder)
 
 
 def _default_folder(name: str, recipe: Recipe, *, resume: str, overwrite: bool) -> Path:
@@ -243,6 +248,8 @@ def ablate(
     for failure in failures:
         print(f"failed: {failure.run}: {failure.reason}", file=sys.stderr)
     print(place / "table.html")
+    if not failures and not test:
+        following("ablate", study, *(overrides or []), *(["--out", out] if out is not None else []), "--test")
     sys.exit(1 if failures else 0)
 
 

@@ -120,6 +120,19 @@ class Recipe(Section):
             raise ValueError(
                 "train.refit: trains again on validation images too, and data.hold_out: false leaves none; give one of the two"
             )
+        if not self.data.hold_out and (self.select == "best" or self.train.patience is not None):
+            setting = "select: best" if self.select == "best" else "train.patience"
+            raise ValueError(f"{setting}: goes by validation, and data.hold_out: false leaves none; give one of the two")
+        if self.train.patience is not None and self.train.precise_bn:
+            raise ValueError(
+                "train.patience and train.precise_bn: the statistics are taken anew at the end, which is not known before with "
+                "patience; set one of the two to null or 0"
+            )
+        if self.train.batch_size != "auto" and self.train.batch_size % self.train.grad_accum_steps:
+            raise ValueError(
+                f"train.batch_size: {self.train.batch_size} images can't be divided into train.grad_accum_steps "
+                f"{self.train.grad_accum_steps} equal parts"
+            )
         if self.model.onnx is not None and self.image.train_scale != 1:
             raise ValueError("image.train_scale: the net of model.onnx takes images of image.size alone; leave it at 1")
         if self.model.onnx is not None and self.data.first_classes is not None:
@@ -154,6 +167,16 @@ class Recipe(Section):
                 raise ValueError(
                     f"techniques.{kind}: needs the moving average of the weights, and there is no `ema:` section (SWA has "
                     "none until its first epoch); give, for example, ema.decay=0.99"
+                )
+            if config.requires.boxes and self.data.kind not in ("auto", "cub"):
+                raise ValueError(
+                    f"techniques.{kind}: learns from the object's box in each image, and data.kind: {self.data.kind} has no "
+                    f"boxes; give data in the CUB layout with bounding_boxes.txt, or set techniques.{kind}=null"
+                )
+            if config.requires.side > min(self.image.size):
+                raise ValueError(
+                    f"techniques.{kind}: needs images of {config.requires.side} pixels a side or more, and image.size is "
+                    f"{list(self.image.size)}"
                 )
             if config.requires.geometry and self.augment.moves_unsaid:
                 raise ValueError(

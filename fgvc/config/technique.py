@@ -21,6 +21,7 @@ class Requires:
     whole_labels: bool = False  # images of one label, in some steps at least
     cross_entropy: bool = False  # as the base loss, all classes alike
     epochs: int = 1  # as many, or more
+    side: int = 1  # pixels of the images' shorter side, or more
 
 
 class TechniqueSettings(Section):

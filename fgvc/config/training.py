@@ -133,10 +133,11 @@ class Train(Section):
     renamed: ClassVar[Mapping[str, str]] = {"accumulate": "grad_accum_steps", "recompute": "grad_checkpointing"}
 
     epochs: int = Field(12, ge=1, description="passes over the training set; the schedule spans all of them")
-    batch_size: int = Field(
+    batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
         32,
-        ge=2,
-        description="images per optimizer step, of all processes and micro-batches together; a smaller set is one step",
+        description="images per optimizer step, of all processes and micro-batches together; a smaller set is one step. auto: "
+        "32, down to 8 where an epoch would have fewer than 10 steps, in as many micro-batches (grad_accum_steps) as "
+        "memory needs",
     )
     max_steps: int | None = Field(
         None, ge=0, description="stop early after so many steps, schedule unchanged; 0: the start ships (model.head: probe)"
@@ -144,8 +145,16 @@ class Train(Section):
     seed: int = Field(
         0, ge=0, description="of the head's first weights, the order, the augmentation, the techniques' draws"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="autocast; weights stay fp32, and so do all losses"
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="end the run after so many epochs in which validation (select_by) was not better than before. The schedule "
+        "spans all epochs in any case: one that ends early has not come to its small rates. null: all epochs",
+    )
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
+        "fp32",
+        description="autocast; weights stay fp32, and so do all losses. auto: the faster of fp32 and bf16, by a few steps of "
+        "each on this machine before the run begins; it is said and recorded",
     )
     refit: bool = Field(
         False,
@@ -175,10 +184,30 @@ class Train(Section):
     )
     device: str = Field("auto", description="auto | cpu | cuda | cuda:N | mps")
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to a measurement (`auto`)."""
+        return "auto" not in (self.batch_size, self.precision)
+
+    @property
+    def images(self) -> int:
+        """Images per optimizer step. Of `auto` only once it is settled."""
+        assert self.batch_size != "auto"
+        return self.batch_size
+
+    def settled_as(self, recorded: Train) -> Train:
+        """A copy in which what is `auto` is as a run recorded it."""
+        update: dict[str, object] = {}
+        if self.precision == "auto":
+            update["precision"] = recorded.precision
+        if self.batch_size == "auto":
+            update |= {"batch_size": recorded.batch_size, "grad_accum_steps": recorded.grad_accum_steps}
+        return self.model_copy(update=update)
+
     def fitting(self, images: int, world: int) -> Train:
         """A copy whose batch size `images` training images can fill, in equal shares of `world` processes and micro-batches."""
         share = world * self.grad_accum_steps
-        return self.model_copy(update={"batch_size": min(self.batch_size, max(images, share) // share * share)})
+        return self.model_copy(update={"batch_size": min(self.images, max(images, share) // share * share)})
 
     @property
     def last_step(self) -> int:
@@ -194,6 +223,9 @@ class Checkpoint(Section):
         1,
         ge=0,
         description="older checkpoints that stay beside the last, the best and the start, to go on from if those are damaged",
+    )
+    keep_best: int = Field(
+        1, ge=1, description="checkpoints of the best epochs by validation (select_by) that stay: ckpt/best and the next ones"
     )
 
 

@@ -21,6 +21,7 @@ USUAL: Mapping[str, str] = {
         "train.workers": "num_workers nw n_workers workers_per_gpu dataloader_num_workers",
         "train.precision": "amp half fp16 bf16 mixed_precision amp_dtype to_fp16 dtype",
         "train.device": "gpu gpus gpu_ids cuda accelerator devices",
+        "train.patience": "early_stopping early_stop earlystopping early_stopping_patience",
         "train.grad_accum_steps": "accum accumulate grad_accum gradient_accumulation gradient_accumulation_steps "
         "accumulate_grad_batches update_interval nbs",
         "train.grad_checkpointing": "gradient_checkpointing with_cp",
@@ -76,6 +77,7 @@ USUAL: Mapping[str, str] = {
         "deploy.interpolation": "interpolation train_interpolation",
         "checkpoint.every_steps": "save_period save_steps save_freq",
         "checkpoint.keep": "save_total_limit",
+        "checkpoint.keep_best": "checkpoint_hist max_keep_ckpts save_top_k keep_checkpoint_max",
         "select_by": "monitor metric eval_metric save_best metric_for_best_model",
         "log.every_steps": "log_interval log_every print_freq logging_steps",
         "log.to": "logger tracker loggers report_to vis_backends log_wandb",

@@ -30,6 +30,10 @@ def with_file_defaults(recipe: Recipe) -> Recipe:
         description = describe(file, output=recipe.model.output)
     except FgvcError as error:
         raise FgvcError(f"model.onnx: {error}") from error
+    if description.ending == "sigmoid" and recipe.loss.kind != "bce":
+        raise FgvcError(
+            f"loss.kind: {recipe.loss.kind}: {onnx} ends with a sigmoid, which answers for each class by itself; set it to bce"
+        )
     if description.white is not None:  # the graph itself does the rest
         deploy |= {"input_range": description.white, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     if (sidecar := file.with_name(PREPROCESS)).is_file():

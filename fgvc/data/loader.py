@@ -25,6 +25,7 @@ from fgvc.data.order import EpochOrder, Key
 from fgvc.errors import FgvcError, ImageError
 from fgvc.images.preprocess import preprocess
 from fgvc.images.upright import turned_boxes, turned_points, turned_sides
+from fgvc.io.progress import track
 from fgvc.rng import SAMPLE, generator, seeded_globals
 
 OnSample = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
@@ -197,14 +198,19 @@ def evaluation_loader(
     rank: int = 0,
     world: int = 1,
     some: bool = True,
+    what: str = "",
 ) -> Iterator[EvaluationBatch]:
     """Batches of this rank's share of `rows`, each image once and in order, decoded from the original and preprocessed as in
-    serving. Unreadable ones are left out and reported; with `some`, FgvcError is raised if none can be read."""
+    serving. Unreadable ones are left out and reported; with `some`, FgvcError is raised if none can be read. `what`: shown beside
+    a bar; empty for none."""
     mine = np.asarray(rows, dtype=np.int64)[rank::world]
     batches = [mine[at : at + batch_size].tolist() for at in range(0, len(mine), batch_size)]
     pending: EvaluationBatch | None = None
     errors: list[ImageError] = []
-    for batch in _each(_torch_loader(_Originals(index, spec), batches, workers)):
+    read = _each(_torch_loader(_Originals(index, spec), batches, workers))
+    if what:
+        read = track(read, what, len(mine), size=lambda batch: len(batch.labels) + len(batch.bad))
+    for batch in read:
         if not len(batch.labels):  # all bad: reported with the batch before or after
             (errors if pending is None else pending.bad).extend(batch.bad)
             continue

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from fgvc.config.exporting import refuse_opset
 from fgvc.config.loading import load
 from fgvc.config.recipe import Recipe
 from fgvc.config.shipped import DEFAULT, recipe_file, recipes
@@ -56,7 +57,9 @@ def _images(source: Path | str) -> Path | None:
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file with `a.b=value` overrides. Raises FgvcError naming file, line, key and the nearest valid key."""
-    return resolve_data(load(Recipe, Path(path), overrides))
+    recipe = resolve_data(load(Recipe, Path(path), overrides))
+    refuse_opset(recipe.export.exporter, recipe.export.opset)
+    return recipe
 
 
 def resolve_data(recipe: Recipe) -> Recipe:

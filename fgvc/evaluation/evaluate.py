@@ -70,7 +70,7 @@ def evaluate(
     with run.on_device(device) as (place, layout):
         net = run.step.net
         unreadable: list[str] = []
-        loader = evaluation_loader(index, rows, spec=spec, batch_size=64, workers=run.recipe.train.workers)
+        loader = evaluation_loader(index, rows, spec=spec, batch_size=64, workers=run.recipe.train.workers, what="scoring")
         classifier = net if views is None else average_views(net, views, preprocess.size)
         if views == "refined":
             classifier = refine_views(run.step.logits_and_crops, net)

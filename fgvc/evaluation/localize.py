@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from fgvc.config.data import Split
@@ -163,10 +161,8 @@ def localize_rows(
     """Localise every readable image of `rows`, beside its box and parts. Raises FgvcError where the net has no such maps or gives
     logits that are no numbers, or not one image has a box in the crop."""
     loader = evaluation_loader(
-        run.index, rows, spec=run.preprocess, batch_size=BATCH, workers=run.recipe.train.workers
+        run.index, rows, spec=run.preprocess, batch_size=BATCH, workers=run.recipe.train.workers, what="maps"
     )
-    console = Console(stderr=True)
-    total, quiet = -(-len(rows) // BATCH), not console.is_terminal
     centre = centre_map(run.preprocess.size)
     centre_boxes = map_boxes(centre.numpy())
     with (
@@ -177,7 +173,7 @@ def localize_rows(
             print(f"{run.folder}: {method} of {len(rows)} images: {cost}", file=sys.stderr)
         batches = [
             _localize_batch(run, batch, batch.images.to(place, memory_format=layout), maps, method, (centre, centre_boxes))
-            for batch in track(loader, "maps", total=total, console=console, transient=True, disable=quiet)
+            for batch in loader
         ]
     whole = _concatenate(batches)
     if not whole.boxed.any():

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from fgvc.config.exporting import OPSETS, BatchNorm, Export, Exporter
+from fgvc.config.exporting import OPSETS, BatchNorm, Export, Exporter, another_exporter, refuse_opset
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map
 from fgvc.models.class_maps import closed_form
@@ -79,29 +79,12 @@ def export_onnx(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FgvcError(
             f"export.exporter={exporter}, opset {opset}: torch can't export {type(model).__name__} at "
-            f"{size[0]}x{size[1]}: {reason}\n{_another(exporter, opset)}"
+            f"{size[0]}x{size[1]}: {reason}\n{another_exporter(exporter, opset)}"
         ) from error
     _anonymise(proto)
     proto.ir_version = ir_version or proto.ir_version
     onnx.checker.check_model(proto, full_check=True)
     return proto
-
-
-def refuse_opset(exporter: Exporter, opset: int) -> None:
-    """Raise FgvcError where this exporter does not write that opset; call it before the long work."""
-    if opset not in (opsets := OPSETS[exporter]):
-        raise FgvcError(
-            f"export.opset={opset}: torch's {exporter} exporter writes opset {opsets[0]} to {opsets[-1]}; "
-            + _another(exporter, opset)
-        )
-
-
-def _another(exporter: Exporter, opset: int) -> str:
-    other: Exporter = "torchscript" if exporter == "dynamo" else "dynamo"
-    near = min(OPSETS[other], key=lambda candidate: abs(candidate - opset))
-    with_opset = "" if near == opset else f" and export.opset={near}"
-    also = "" if near == opset else f" --opset {near}"
-    return f"set export.exporter={other}{with_opset}; of a run that is there, fgvc export --exporter {other}{also}"
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fgvc.config.training import Train
 from fgvc.errors import FgvcError
 from fgvc.io.files import fill, make_folder, making, remove, rename, replace_link, sync, writing
 
@@ -47,10 +48,17 @@ class Progress:
     micro: int = 0  # micro-batches of that epoch already used
     finished: bool = False
     best: float | None = None  # validation score of ckpt/best
+    best_epoch: int | None = None  # after how many epochs that was; 0: the start
+    score: float | None = None  # validation score of this checkpoint; None between validations
     history: list[dict[str, float]] = field(default_factory=list)  # one row an epoch: metrics.csv
     sums: dict[str, float] = field(default_factory=dict)  # running sums of this epoch's losses
     counts: dict[str, int] = field(default_factory=dict)  # of the steps that had them
     seconds: float = 0.0  # of training so far, over all sessions
+
+    def ended_early(self, train: Train) -> bool:
+        """Whether these settings end the run here, before its last epoch, as validation did not get better (`train.patience`)."""
+        waited = None if self.best_epoch is None else self.epoch - self.best_epoch
+        return train.patience is not None and waited is not None and waited >= train.patience and self.epoch < train.epochs
 
 
 @dataclass(slots=True)
@@ -66,9 +74,19 @@ class State:
     floor: Mapping[str, Tensor] | None = None  # head of the logistic regression on the frozen net; in the start alone
 
 
-def save(folder: Path, state: State, *, best: bool = False, keep: int = 1, start: bool = False) -> None:
+def save(
+    folder: Path,
+    state: State,
+    *,
+    best: bool = False,
+    keep: int = 1,
+    keep_best: int = 1,
+    smaller: bool = False,
+    start: bool = False,
+) -> None:
     """Write a checkpoint into the run's `ckpt` folder and point `last` (and `best`) at it; of older ones that neither names the
-    newest `keep` stay. `start`: it is the first of a new run, and stays by that name. The caller has the run to itself.
+    newest `keep` stay, and of those that validation scored the `keep_best` best; `smaller`: of these scores is better. `start`:
+    it is the first of a new run, and stays by that name. The caller has the run to itself.
 
     Raises FgvcError when the disk is full, with the earlier checkpoints untouched.
     """
@@ -91,7 +109,7 @@ def save(folder: Path, state: State, *, best: bool = False, keep: int = 1, start
             fill(scratch / META, _with_digest(asdict(state.progress) | {"files": files}))
         if not first:
             _publish(folder, last=target.name, best=best_name)
-        _prune(folder, keep=keep)
+        _prune(folder, keep=keep, keep_best=keep_best, smaller=smaller)
     except (FgvcError, OSError, RuntimeError, SafetensorError) as error:
         raise FgvcError(
             f"{folder}: can't save a checkpoint ({error}); the earlier one is intact. "
@@ -385,10 +403,24 @@ def _leftovers(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _prune(folder: Path, *, keep: int) -> None:
-    """Remove all checkpoints but the start, those that `last` and `best` name, and the newest `keep` of the others."""
+def _prune(folder: Path, *, keep: int, keep_best: int, smaller: bool) -> None:
+    """Remove all checkpoints but the start, those that `last` and `best` name, the `keep_best` best, and the newest `keep` of the
+    others."""
     named = {_target(folder / name) for name in ("last", "best")}
+    if keep_best > 1:
+        scored = [(score, path.name) for path in _steps(folder) if (score := _score(path)) is not None]
+        ranked = sorted(scored, key=lambda pair: pair[0] if smaller else -pair[0])  # of equals the newest
+        named |= {name for _, name in ranked[:keep_best]}
     for path in [path for path in _steps(folder) if path.name not in named][keep:]:
         gone = folder / f".gone-{path.name}"
         rename(path, gone)  # so that no name is ever half a checkpoint's
         remove(gone)
+
+
+def _score(path: Path) -> float | None:
+    """Validation score of a checkpoint; None where it has none, or is damaged."""
+    try:
+        score = _checked_meta(path).progress.score
+    except READ_ERRORS:
+        return None
+    return score if score is not None and math.isfinite(score) else None

@@ -107,7 +107,7 @@ def process_group(train: Train) -> Iterator[ProcessGroup]:
     device = _device(train.device, local)
     if device.type == "cpu":
         keep_freed_memory()
-    if train.batch_size % (world * train.grad_accum_steps):
+    if train.batch_size != "auto" and train.batch_size % (world * train.grad_accum_steps):
         raise FgvcError(
             f"train.batch_size: {train.batch_size} images do not split over {world} processes "
             f"x train.grad_accum_steps {train.grad_accum_steps}"
@@ -116,7 +116,7 @@ def process_group(train: Train) -> Iterator[ProcessGroup]:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))  # others wait while one makes a cache or masks
     try:
-        yield ProcessGroup(device, rank, world, train.precision)
+        yield ProcessGroup(device, rank, world, "fp32" if train.precision == "auto" else train.precision)
     finally:
         if world > 1:
             dist.destroy_process_group()

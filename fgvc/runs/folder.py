@@ -43,8 +43,8 @@ from fgvc.runs.record import NAME, Record
 from fgvc.runtime.bundle import read_labels
 
 MAY_CHANGE = (  # when a run goes on; where its images lie, as long as they are the same
-    "train.epochs", "train.max_steps", "train.refit", "train.workers", "train.device", "log.", "checkpoint.", "export.", "cache",
-    "cache_dir", "techniques.distill.cache", "data.root", "data.file", "data.download", "data.max_unreadable",
+    "train.epochs", "train.max_steps", "train.patience", "train.refit", "train.workers", "train.device", "log.", "checkpoint.",
+    "export.", "cache", "cache_dir", "techniques.distill.cache", "data.root", "data.file", "data.download", "data.max_unreadable",
     "data.max_megapixels", "deploy.labels", "deploy.unseen",
 )  # fmt: skip
 LOCK = ".lock"  # of the process that trains
@@ -144,11 +144,12 @@ def _check_continues(out: Path, recipe: Recipe, say: checkpoint.Say | None = Non
         )
     progress = checkpoint.read_progress(out / "ckpt", say=say)
     then, now = ((old.train.epochs, old.train.last_step), (recipe.train.epochs, recipe.train.last_step))
-    if progress.finished and then == now:
+    more_patience = progress.ended_early(old.train) and not progress.ended_early(recipe.train)
+    if progress.finished and then == now and not more_patience:
         return "finished"
-    if progress.finished and now[0] <= then[0] and now[1] <= then[1]:
+    if progress.finished and now[0] <= then[0] and now[1] <= then[1] and not more_patience:
         raise FgvcError(
-            f"{out}: this run is finished; raise {end_setting(recipe, progress.step)} to go on, give --overwrite to lose it, or "
+            f"{out}: this run is finished; raise {end_setting(recipe, progress)} to go on, give --overwrite to lose it, or "
             "choose another --out"
         )
     if (out / INTERPOLATION).is_file():
@@ -169,17 +170,19 @@ def changed_settings(recorded: Recipe, recipe: Recipe) -> dict[str, tuple[Any, A
 
 def resumed_recipe(recipe: Recipe, recorded: Recipe) -> Recipe:
     """The recipe of a run that goes on, with what the run resolved when it began: its selection, with the average that it ships,
-    and its deployed file. Raises FgvcError where it names another file."""
+    what was `auto`, and its deployed file. Raises FgvcError where it names another file."""
     recipe = deployed.with_recorded_file(recipe, recorded)
     averages = recipe.select is None and recorded.select == "ema" and recipe.ema is None and recipe.swa is None
-    update = {"select": recipe.select or recorded.select} | ({"ema": recorded.ema} if averages else {})
-    return recipe.model_copy(update=update)
+    update = {"select": recipe.select or recorded.select, "train": recipe.train.settled_as(recorded.train)}
+    return recipe.model_copy(update=update | ({"ema": recorded.ema} if averages else {}))
 
 
-def end_setting(recipe: Recipe, step: int) -> str:
-    """Name of the setting that ends a run at this step."""
+def end_setting(recipe: Recipe, progress: checkpoint.Progress) -> str:
+    """Name of the setting that ends a run where it is now."""
     steps = recipe.train.max_steps
-    return "train.max_steps" if steps is not None and steps <= step else "train.epochs"
+    if steps is not None and steps <= progress.step:
+        return "train.max_steps"
+    return "train.patience" if progress.ended_early(recipe.train) else "train.epochs"
 
 
 def new_run_advice(out: Path) -> str:
@@ -386,7 +389,7 @@ def copy_run(source: Path, out: Path, recipe: Recipe, *, recorded: bool = False)
             return  # the same command once more
         raise FgvcError(f"{out}: not empty; --resume PATH copies the run into a new --out")
     if _check_continues(source, recipe) == "finished":
-        end = end_setting(recipe, checkpoint.read_progress(source / "ckpt").step)
+        end = end_setting(recipe, checkpoint.read_progress(source / "ckpt"))
         raise FgvcError(f"{source}: this run is finished; raise {end} to go on with it")
     resumed_index(source, recipe, recorded=recorded)  # or a copy would be there that can't go on
     scratch = out.with_name(f".{out.name}.copy")

@@ -153,7 +153,7 @@ def _compute_answers(
     ending: Ending | None,
 ) -> Answers:
     read, labels, logits, unreadable = [], [], [], []
-    for batch in evaluation_loader(index, rows, spec=spec, batch_size=64, workers=workers):
+    for batch in evaluation_loader(index, rows, spec=spec, batch_size=64, workers=workers, what="answers"):
         logits.append(logits_of(batch.images))
         labels.append(batch.labels.numpy())
         read.append(batch.index.numpy())

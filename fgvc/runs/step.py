@@ -259,7 +259,7 @@ class StepModule(nn.Module):
                 continue
             for name, term in require_terms(kind, self.techniques[kind], hook(outputs, self.contexts[kind])).items():
                 if name in self.techniques[kind].measures:
-                    losses[f"{kind}.{name}"] = term.detach()
+                    losses[f"{kind}.{name}"] = term.detach().float()
                 elif weights[name]:
                     losses[f"{kind}.{name}"] = term
                     total = total + weights[name] * term

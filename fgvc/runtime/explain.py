@@ -24,7 +24,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -41,6 +40,7 @@ from fgvc.images.preprocess import fit, normalise
 from fgvc.images.sheet import FAST, Cell, save_sheet
 from fgvc.io.files import refuse_place, replacing, writing
 from fgvc.io.names import distinct_names, nearest, one_line, result_names
+from fgvc.io.progress import track
 from fgvc.runtime.bundle import MANIFEST, load_bundle
 from fgvc.runtime.engine import (
     NONE,
@@ -191,8 +191,9 @@ def explain_files(
             with writing(out / folder):
                 shutil.rmtree(out / folder)
     failed = 0
-    rest = iter(zip(files, result_names(files), strict=True))
-    while chunk := list(islice(rest, batch)):
+    named = list(zip(files, result_names(files), strict=True))
+    chunks = [named[at : at + batch] for at in range(0, len(named), batch)]
+    for chunk in track(chunks, "pictures", len(named), size=len):
         read = [_crops(path, explainers, max_pixels) for path, _ in chunk]
         good = [crops for crops in read if not isinstance(crops, ImageError)]
         inputs = zip(*good, strict=True) if good else [()] * len(explainers)
@@ -211,6 +212,7 @@ def explain_files(
             answers = (_answer(e.labels, explanation) for e, explanation in zip(explainers, explanations, strict=True))
             words = (calibration_word(is_calibrated(explainer.calibration)) for explainer in explainers)
             print("\t".join([one_line(path), *answers, one_line(panel), *words]))
+    print(f"{len(files) - failed} of {len(files)} pictures explained: {one_line(out)}", file=sys.stderr)
     return 1 if failed else 0
 
 

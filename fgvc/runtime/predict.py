@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -38,7 +39,7 @@ def predict_files(
     engine = Engine(load_bundle(bundle), variant=variant)
     for doubt in engine.doubts:
         print(f"warning: {bundle}: {doubt}", file=sys.stderr)
-    failed = 0
+    began, failed = time.monotonic(), 0
     for path, result in _classify(engine, files, top_k, max_pixels):
         if isinstance(result, ImageError):
             failed += 1
@@ -55,6 +56,9 @@ def predict_files(
             names = [f"{p.label} {100 * p.probability:.1f} %" for p in result.predictions]
             columns = [f"{NONE} ({', '.join(names)})"] if result.rejected else names
             print("\t".join([one_line(path), *columns, calibration_word(result.calibrated)]))
+    if not as_json:
+        unread = f", {failed} could not be read" * bool(failed)
+        print(f"{len(files)} pictures in {time.monotonic() - began:.1f} s{unread}", file=sys.stderr)
     return 1 if failed else 0
 
 

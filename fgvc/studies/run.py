@@ -19,7 +19,7 @@ from fgvc.config.loading import dump
 from fgvc.data.unseen import FEWEST_TO_CHOOSE
 from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.io.files import as_json, file_lock, write_atomic, writing
-from fgvc.report.document import duration
+from fgvc.io.times import about
 from fgvc.runs.images import first_index, read_index
 from fgvc.runtime.bundle import read_json
 from fgvc.studies.cost import Cost, epochs_by_budget, import_costs, measure_costs, stored_costs, training_hours
@@ -84,7 +84,7 @@ def ablate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[i
     failures = list(todo.refused)
     if (split := _scored(plan)) == "test":
         _say(f"fewer than {FEWEST_TO_CHOOSE} images that the deployed file has not seen: none chooses, all score the arms")
-    _say(f"{todo.done} runs are done, {len(todo.cells)} to do: about {duration(3600 * todo.hours)} of training steps")
+    _say(f"{todo.done} runs are done, {len(todo.cells)} to do: {about(3600 * todo.hours)} of training steps")
     for number, cell in enumerate(todo.cells, 1):
         with file_lock(out / "locks" / cell.name) as locked:
             if not locked or _has_result(out, cell, split, localises=todo.localises):  # another process has it

@@ -194,6 +194,11 @@ def read_study(path: Path, overrides: Iterable[str] = ()) -> Plan:
                     raise FgvcError(f"{path}: arms.{arm}: data.fold says what validates, as the study's folds do; leave it out")
                 merge(tree, {"data.fold": study.each_fold[0]})
             recipe = resolve_data(validate(Recipe, tree, where=f"{path}: arms.{arm}", overrides=override_texts))
+            if not recipe.train.settled:
+                raise FgvcError(
+                    f"{path}: arms.{arm}: train.batch_size and train.precision may not be auto in a study, whose arms differ in "
+                    "what they say alone; give values"
+                )
             # An epoch that validation chose is judged too well by it: the more epochs, the better.
             ends = recipe.model_copy(update={"select": recipe.select or recipe.end})
             trials.append(Trial(arm, number, dict(leaves(trial_settings)), ends))

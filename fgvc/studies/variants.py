@@ -156,7 +156,7 @@ def _calibration(run: LoadedRun, count: int) -> Iterator[np.ndarray]:
     rows = run.rows("train")
     rows = rows[np.argsort(run.index.labels[rows], kind="stable")]
     rows = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-    for batch in evaluation_loader(run.index, rows, spec=run.preprocess, batch_size=64, workers=0):
+    for batch in evaluation_loader(run.index, rows, spec=run.preprocess, batch_size=64, workers=0, what="smaller files"):
         yield batch.images.numpy()
 
 

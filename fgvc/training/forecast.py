@@ -1,4 +1,4 @@
-"""Cost of a run, measured on a few steps of noise (`fgvc train --dry-run`); nothing is trained, nothing written."""
+"""Cost of a run, measured on a few steps of noise and a few images (`fgvc train --dry-run`); nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -15,92 +15,131 @@ import torch
 from torch import Tensor, nn
 
 from fgvc.config.recipe import Recipe
+from fgvc.data.augment import Augmenter
+from fgvc.data.index import ImageIndex
+from fgvc.data.loader import augmented_views, evaluation_loader
 from fgvc.errors import FgvcError
-from fgvc.models.backbone import memory_format
-from fgvc.runs.build import build_net, class_counts
+from fgvc.exporting.proofs import MAX_IMAGES as PROOF_IMAGES
+from fgvc.models.classifier import as_classifier
 from fgvc.runs.distributed import process_group
-from fgvc.techniques.api import Batch
-from fgvc.training.images import training_index
-from fgvc.training.optim import make_ema
-from fgvc.training.sam import perturbed
-from fgvc.training.session import build_optimizer, first_weights, teacher_loader
+from fgvc.training.automatic import settle, settled_process
+from fgvc.training.images import spread, training_index
+from fgvc.training.noise import NoiseStep, open_noise_step
+from fgvc.training.start import MAX_IMAGES, VIEWS
 
 STEPS = 4  # spread over the run, since weights, rates and sizes may be scheduled
+IMAGES = 16  # that are read, and answered, to see how long one takes
+STARTING = 8.0  # seconds until torch and timm are imported
+EXPORTING = 25.0  # seconds of an export without its images: the exporter, twice in a new process
+PROVING = 6.0  # forwards of each image in its proofs: folded and not, in float64 and float32, by onnxruntime
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Cost of one run of a recipe, without loading and validation."""
+    """Cost of one run of a recipe."""
 
     images: dict[str, int]  # by split
     steps: int
     forwards: float  # images through the backbone in a step, over images in the batch
     parameters: int  # trained, branches included
     step_seconds: float  # mean over the run
-    hours: float
+    hours: float  # of all steps, without loading and validation
+    parts: dict[str, float]  # start-up, training with its loading, validation, export -> seconds
     peak_bytes: int
     techniques: dict[str, str]  # kind -> forwards that it says it adds
     notes: tuple[str, ...]
 
+    @property
+    def seconds(self) -> float:
+        """From the command to the bundle."""
+        return sum(self.parts.values())
+
 
 def forecast(recipe: Recipe) -> Forecast:
     """Build the recipe's net and time a few steps on noise. Raises FgvcError for all that training would refuse."""
+    started = time.perf_counter()
     index = training_index(recipe)
     rows = len(index.rows("train"))
-    with process_group(recipe.train) as process:
-        recipe = recipe.model_copy(update={"train": recipe.train.fitting(rows, process.world)})
-        micro = recipe.train.batch_size // (process.world * recipe.train.grad_accum_steps)
-        steps_per_epoch = rows // (micro * process.world) // recipe.train.grad_accum_steps
+    with process_group(recipe.train) as group:
+        settled = settle(recipe, index, group)
+        train = settled.recipe.train.fitting(rows, group.world)
+        recipe, process = settled.recipe.model_copy(update={"train": train}), settled_process(group, train)
+        micro = train.images // (process.world * train.grad_accum_steps)
+        steps_per_epoch = rows // (micro * process.world) // train.grad_accum_steps
         if not steps_per_epoch:
-            raise FgvcError(f"train.batch_size: {recipe.train.batch_size} is more than the {rows} training images")
-        steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.last_step)
-        torch.manual_seed(recipe.train.seed)
-        opener = teacher_loader(recipe, index, process.device, timed=True)
-        built = build_net(recipe, len(index.classes), counts=class_counts(index), opener=opener)
-        step = built.step.to(process.device)
-        layout = memory_format(step.net)
-        step.net.to(memory_format=layout)
-        ema = make_ema(step.net, recipe.ema)
-        step.set_average(ema.module if ema is not None else None)
-        step.attach_hooks()
-        step.train()
-        optimizer, _ = build_optimizer(step, recipe, starts=first_weights(built, recipe))
-        y = torch.arange(micro, device=process.device) % len(index.classes)
-        passes = count_images(step.net, *step.attachments.average)
-        seconds = []
-        for number, progress in enumerate([0.0, *((at + 0.5) / STEPS for at in range(STEPS))]):
-            size = recipe.image.train_size(progress)
-            x = torch.randn(micro, 3, *size, device=process.device).contiguous(memory_format=layout)
-            geometry = torch.eye(3)[:2].repeat(micro, 1, 1)
-            boxes = torch.tensor([0.0, 0.0, size[1], size[0]]).repeat(micro, 1)
-            batch = Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=geometry, boxes=boxes)
-            started = time.perf_counter()
-            draws = step.draw(batch, progress, seed=recipe.train.seed, step=number)
-            with process.autocast():
-                losses, views = step(batch, draws)
-            losses["loss"].backward()
-            if recipe.optim.sam is not None:
-                with perturbed(step, recipe.optim.sam):
-                    with process.autocast():
-                        losses, _ = step(batch, draws, views)
-                    losses["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if process.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - started) * recipe.train.grad_accum_steps)
-        mean = statistics.mean(seconds[1:])  # the first one sets up kernels and the optimizer
+            raise FgvcError(f"train.batch_size: {train.batch_size} is more than the {rows} training images")
+        steps = min(steps_per_epoch * train.epochs, train.last_step)
+        noise = open_noise_step(recipe, index, process)
+        passes = count_images(noise.step.net, *noise.step.attachments.average)
+        building = time.perf_counter() - started
+        at = [0.0, *((step + 0.5) / STEPS for step in range(STEPS))]
+        seconds = [train.grad_accum_steps * noise.run(micro, progress) for progress in at]
+        mean, forwards = statistics.mean(seconds[1:]), sum(images for images, _ in passes)  # the first one sets up kernels
+        peak = peak_memory(process.device)
         return Forecast(
             images={split: len(index.rows(split)) for split in ("train", "val", "test")},
             steps=steps,
-            forwards=sum(rows for rows, _ in passes) / (micro * (STEPS + 1)),
-            parameters=sum(p.numel() for p in step.parameters()),
+            forwards=forwards / (micro * (STEPS + 1)),
+            parameters=sum(p.numel() for p in noise.step.parameters()),
             step_seconds=mean,
             hours=mean * steps / 3600,
-            peak_bytes=peak_memory(process.device),
-            techniques={kind: technique.forwards for kind, technique in step.techniques.items()},
-            notes=(*built.weights.doubts, *step.attachments.notes),
+            parts=_parts(noise, index, steps=steps, step=mean, building=building),
+            peak_bytes=peak,
+            techniques={kind: technique.forwards for kind, technique in noise.step.techniques.items()},
+            notes=(*settled.notes, *noise.built.weights.doubts, *noise.step.attachments.notes),
         )
+
+
+def _parts(noise: NoiseStep, index: ImageIndex, *, steps: int, step: float, building: float) -> dict[str, float]:
+    """Seconds of a run's parts, by the seconds in which an image is read, augmented and answered. Loading processes work beside
+    the steps."""
+    recipe, train = noise.recipe, noise.recipe.train
+    read, augmented = _reading_seconds(noise, index)
+    answer, beside = _answer_seconds(noise), max(train.workers, 1)
+
+    def seconds(load: float, compute: float) -> float:
+        return load + compute if train.workers == 0 else max(load / beside, compute)
+
+    learned, held_out = len(index.rows("train")), len(index.rows("val"))
+    epochs = steps / max(1, learned // train.images)
+    fitted = min(learned, MAX_IMAGES) * (seconds(read, answer) + VIEWS * seconds(augmented, answer))
+    linear = recipe.model.weights != "none"
+    validations = held_out * (1 + epochs / train.validate_every)
+    proved = min(PROOF_IMAGES, held_out or learned)
+    return {
+        "start-up": STARTING + building + fitted * linear,
+        "training": steps * seconds(train.images / noise.process.world * augmented, step),
+        "validation": validations * seconds(read, answer),
+        "export": EXPORTING + held_out * seconds(read, answer) + proved * PROVING * answer,
+    }
+
+
+def _reading_seconds(noise: NoiseStep, index: ImageIndex) -> tuple[float, float]:
+    """Seconds in which one process reads an image as evaluation sees it, and as training does."""
+    rows, spec, seed = spread(index.rows("train"), IMAGES), noise.built.preprocess, noise.recipe.train.seed
+    started = time.perf_counter()
+    for _ in evaluation_loader(index, rows, spec=spec, batch_size=IMAGES, workers=0, some=True):
+        pass
+    plain = time.perf_counter()
+    augmenter = Augmenter(noise.recipe.augment, spec, seed=seed)
+    for _ in augmented_views(index, rows, augmenter=augmenter, views=1, batch_size=IMAGES, seed=seed, workers=0):
+        pass
+    return (plain - started) / len(rows), (time.perf_counter() - plain) / len(rows)
+
+
+def _answer_seconds(noise: NoiseStep) -> float:
+    """Seconds of a forward of one image in a batch, in eval mode."""
+    net, size = as_classifier(noise.step.net), noise.recipe.image.size
+    x = torch.randn(IMAGES, 3, *size, device=noise.process.device).contiguous(memory_format=noise.layout)
+    noise.step.eval()
+    times = []
+    with torch.inference_mode():
+        for _ in range(2):
+            started = time.perf_counter()
+            net.forward_head(net.forward_features(x)).sum().item()
+            times.append(time.perf_counter() - started)
+    noise.step.train()
+    return min(times) / IMAGES
 
 
 def count_images(*nets: nn.Module) -> list[tuple[int, bool]]:

@@ -80,7 +80,7 @@ def training_loader(
     """Make the loader of this rank's training images, rendered at the largest size that an epoch or a technique needs. Raises
     FgvcError where the batch or the size can't be."""
     rows = index.rows("train")
-    micro = recipe.train.batch_size // (process.world * recipe.train.grad_accum_steps)
+    micro = recipe.train.images // (process.world * recipe.train.grad_accum_steps)
     if micro < 2 and any(isinstance(module, _BatchNorm) for module in step.modules()):
         raise FgvcError(
             f"train.batch_size: {recipe.train.batch_size} over {process.world} processes x train.grad_accum_steps "

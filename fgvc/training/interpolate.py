@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from fgvc import __version__
@@ -21,6 +19,7 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation import metrics
 from fgvc.io.files import as_json, fill, make_folder, making, refuse_place
+from fgvc.io.progress import track
 from fgvc.models.backbone import head_prefixes
 from fgvc.runs import checkpoint
 from fgvc.runs.checkpoint import State
@@ -122,7 +121,7 @@ def _validation_scores(
         raise FgvcError(f"{run.folder}: its data has no validation split to choose the share by; give it: --share 0.5")
     scores: dict[float, metrics.Scores | None] = {}
     unreadable: dict[str, None] = {}
-    console, net, classes = Console(stderr=True), run.step.net, len(run.classes)
+    net, classes = run.step.net, len(run.classes)
     workers = run.recipe.train.workers
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -131,7 +130,7 @@ def _validation_scores(
             yield batch.images, batch.labels
 
     with run.on_device(device) as (place, layout):
-        for share in track(SHARES, "shares", console=console, transient=True, disable=not console.is_terminal):
+        for share in track(SHARES, "shares", len(SHARES)):
             net.load_state_dict(interpolate_weights(*ends, share))
             try:
                 scores[share] = metrics.evaluate(

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from fgvc.config.recipe import Recipe
 from fgvc.config.training import Log
 from fgvc.io.files import append, finite_or_none, write_atomic
+from fgvc.io.progress import bars
 from fgvc.io.tables import as_csv
 from fgvc.runs.trackers import Trackers
 
@@ -75,8 +76,8 @@ class Events:
             self._bar.remove_task(self._task)
             self._task = training
         elif self.active and self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            with Progress(*columns, console=self.console, transient=True) as bar:
+            with bars(self.console) as bar:
+                assert bar is not None
                 self._bar, self._task = bar, bar.add_task(what, total=total, completed=done)
                 yield
                 self._bar = None

@@ -21,7 +21,6 @@ from fgvc.config.data import SPLITS
 from fgvc.config.images import Preprocess
 from fgvc.config.models import run_of
 from fgvc.config.recipe import Recipe
-from fgvc.config.training import Optim
 from fgvc.data.index import ImageIndex
 from fgvc.data.loader import TrainLoader, evaluation_loader
 from fgvc.data.unseen import FEWEST_TO_CHOOSE
@@ -30,18 +29,20 @@ from fgvc.models.backbone import head_prefixes, memory_format
 from fgvc.models.classifier import as_classifier
 from fgvc.models.norms import reestimate_norms, running_norms
 from fgvc.models.weights import Weights
-from fgvc.runs.build import BuiltNet, build_net, class_counts
+from fgvc.runs.build import build_net, class_counts
 from fgvc.runs.checkpoint import Progress, State
 from fgvc.runs.distributed import ProcessGroup, rng_state, set_rng_state
 from fgvc.runs.images import fingerprint, held_out_overlap
 from fgvc.runs.step import StepModule
 from fgvc.techniques.distill.teacher import ProbedNet
+from fgvc.training.automatic import settle, settled_process
 from fgvc.training.batch import Normalise
+from fgvc.training.building import build_optimizer, first_weights, teacher_loader
 from fgvc.training.images import Notify, spread, training_index, training_loader
 from fgvc.training.kept_rows import keep_rows
 from fgvc.training.means import RunningMeans
-from fgvc.training.optim import make_ema, make_optimizer, make_schedule, make_swa
-from fgvc.training.teachers import TeacherLoader, TeacherUse
+from fgvc.training.optim import make_ema, make_schedule, make_swa
+from fgvc.training.teachers import TeacherUse
 from fgvc.training.watch import FiniteCheck
 
 
@@ -56,49 +57,6 @@ def _overlap_doubts(recipe: Recipe, index: ImageIndex) -> list[str]:
         f"{run}, whose weights this run begins with, was trained on {overlap} of the {held_out} images that this run validates "
         "or tests on: its scores will be too good"
     ]
-
-
-def teacher_loader(
-    recipe: Recipe,
-    index: ImageIndex,
-    device: torch.device,
-    *,
-    preprocess: Preprocess | None = None,
-    out: Path | None = None,
-    timed: bool = False,
-) -> TeacherLoader:
-    """Make the loader of a run's teachers. `preprocess`, `out`: of a run which goes on; `timed`: see TeacherUse."""
-    return TeacherLoader(
-        classes=index.classes,
-        index=index,
-        device=device,
-        averaged=recipe.ema is not None,
-        preprocess=preprocess,
-        out=out,
-        timed=timed,
-    )
-
-
-def first_weights(built: BuiltNet, recipe: Recipe, start_state: State | None = None) -> dict[str, Tensor]:
-    """Return the values that `optim.l2_sp` draws parameters to, by name: the pretrained weights that the net has now, or had in
-    the state that its run began with. Raises FgvcError where that state is of another recipe."""
-    if not recipe.optim.l2_sp:
-        return {}
-    weights = {name: weight for name, weight in built.step.named_parameters() if weight.requires_grad}
-    if start_state is None:
-        return {name: weights[name].detach().clone() for name in built.pretrained if name in weights}
-    drawn = [name for name in start_state.rest.get("pretrained", ()) if name in weights]
-    if any(start_state.net[name.removeprefix("net.")].shape != weights[name].shape for name in drawn) or not drawn:
-        raise FgvcError("optim.l2_sp: ckpt/start is of a run of other settings; put that of this run there")
-    return {name: torch.empty_like(weights[name]).copy_(start_state.net[name.removeprefix("net.")]) for name in drawn}
-
-
-def build_optimizer(
-    step: StepModule, recipe: Recipe, *, starts: Mapping[str, Tensor] | None = None
-) -> tuple[Optimizer, Optim]:
-    """Build the optimizer, and return the settings with the rates that it uses. `starts`: see `first_weights`."""
-    optim = recipe.optim.scaled(recipe.train.batch_size)
-    return make_optimizer(step, optim, added=step.added, head=head_prefixes(step.net), starts=starts), optim
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +94,7 @@ class Session:
     progress: Progress
     starts: Mapping[str, Tensor]  # where `optim.l2_sp` draws parameters of `step` to
     pretrained: tuple[str, ...]  # parameters of `step` whose values were those of `model.weights` when the run began
+    choices: tuple[str, ...] = ()  # what was `auto`, a sentence each
     predictions: Tensor | None = None  # (2,N): see `Predictions`; for validation, when it was last scored
     means: RunningMeans = field(default_factory=RunningMeans)  # of this epoch's losses
 
@@ -285,15 +244,19 @@ def open_session(
     """
     index = training_index(recipe, index)
     validated = len(index.rows("val")) > 0
-    if not validated and (recipe.select == "best" or recipe.train.refit):
-        setting = "select: best" if recipe.select == "best" else "train.refit"
+    needing = {
+        "select: best": recipe.select == "best", "train.refit": recipe.train.refit, "train.patience": recipe.train.patience,
+    }  # fmt: skip
+    if not validated and (wanted := [setting for setting, given in needing.items() if given]):
         if index.unseen:
             raise NoUnseenImagesError(
-                f"{setting}: of fewer than {FEWEST_TO_CHOOSE} images that the deployed file has not seen none may choose, and "
+                f"{wanted[0]}: of fewer than {FEWEST_TO_CHOOSE} images that the deployed file has not seen none may choose, and "
                 "all judge; leave it out: the average of the weights ships at the end of the schedule"
             )
-        raise FgvcError(f"{setting} needs a validation split: give data.val_fraction a value above 0")
-    recipe = recipe.resolved(validated=validated, averaged=bool(index.unseen))
+        raise FgvcError(f"{wanted[0]} needs a validation split: give data.val_fraction a value above 0")
+    settled = settle(recipe, index, process, measure=teachers != "not")
+    recipe = settled.recipe.resolved(validated=validated, averaged=bool(index.unseen))
+    process = settled_process(process, recipe.train)
     fitting = recipe.model_copy(update={"train": recipe.train.fitting(len(index.rows("train")), process.world)})
     torch.manual_seed(recipe.train.seed)
     opener, counts = None, class_counts(index)
@@ -325,7 +288,7 @@ def open_session(
         index=index,
         preprocess=preprocess,
         weights=weights,
-        batch=fitting.train.batch_size,
+        batch=fitting.train.images,
         loader=loader,
         step=step,
         wrapped=process.wrap(step, branches=len(step.branches) > 0),
@@ -344,6 +307,7 @@ def open_session(
         progress=Progress(),
         starts=starts,
         pretrained=built.pretrained,
+        choices=settled.notes,
     )
     try:
         yield session

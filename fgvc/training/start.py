@@ -160,7 +160,7 @@ def view_features(
     normalise, augmenter = Normalise(spec, device, layout), Augmenter(recipe.augment, spec, seed=seed)
 
     def images() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for plain in evaluation_loader(index, rows, spec=spec, batch_size=batch, workers=workers):
+        for plain in evaluation_loader(index, rows, spec=spec, batch_size=batch, workers=workers, what="features"):
             yield plain.images.to(device, memory_format=layout), plain.labels, plain.index
         for raw in augmented_views(
             index, rows, augmenter=augmenter, views=views, batch_size=batch, seed=seed, workers=workers

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed import DistError
 
+from fgvc.config.exporting import refuse_opset
 from fgvc.config.recipe import Recipe
 from fgvc.data.quality.stored import spot_check
 from fgvc.data.recipe import resolve_data
 from fgvc.errors import FgvcError
-from fgvc.evaluation.metrics import SMALLER_IS_BETTER
+from fgvc.evaluation.metrics import SMALLER_IS_BETTER, Scores
 from fgvc.evaluation.png_plots import plot_confusion, plot_curves
-from fgvc.exporting.onnx import refuse_opset
 from fgvc.io.files import write_atomic
 from fgvc.io.names import some
 from fgvc.models.finite import not_finite, suspicious
@@ -50,6 +46,7 @@ from fgvc.runs.record import Record
 from fgvc.runs.trackers import refuse_missing
 from fgvc.training.epoch_start import epoch_start
 from fgvc.training.floor import Floor, fit_floor, floor_comparison, floor_head, put_floor_head
+from fgvc.training.interruption import advice_on_failure, interruptible
 from fgvc.training.log import Events
 from fgvc.training.means import RunningMeans
 from fgvc.training.optim import learning_rate, learning_rates
@@ -106,7 +103,7 @@ def _train(recipe: Recipe, out: Path, *, resume: str, overwrite: bool, recorded:
             index = resumed_index(out, recipe, recorded=recorded)
             resumed = {"index": index, "preprocess": recorded_preprocess(out), "start_state": required_start(out, recipe)}
         built = open_session(recipe, process, **resumed, notify=events.say, out=out)
-        with _advice_on_failure(recipe, out), built as session:
+        with advice_on_failure(recipe, out), built as session:
             _begin_or_resume(session, out, events, goes_on=status == "on")
             stack.enter_context(events.watched(session.recipe, session.progress.step if status == "on" else None))
             _describe(session, events)
@@ -122,7 +119,7 @@ def _say_finished(recipe: Recipe, out: Path, events: Events) -> None:
     if events.active and not logged_finished(out):
         with events.watched(recipe, progress.step):
             _end(out, events, progress, recipe)
-    advice = f"To go on raise {end_setting(recipe, progress.step)}; to lose it give --overwrite"
+    advice = f"To go on raise {end_setting(recipe, progress)}; to lose it give --overwrite"
     events.say(f"{out}: this run is finished. {advice}")
 
 
@@ -146,7 +143,7 @@ def _begin_or_resume(session: Session, out: Path, events: Events, *, goes_on: bo
     if done > session.total_steps or over:
         raise FgvcError(
             f"{out}: this run has made {done} steps, and the settings now end at {session.total_steps}: nothing is left to "
-            f"do. Raise {end_setting(session.recipe, done)}, or choose another --out"
+            f"do. Raise {end_setting(session.recipe, state.progress)}, or choose another --out"
         )
     _refuse_other_processes(state, session, out)
     recorded_best, state.progress.best = state.progress.best, checkpoint.best_score(out / "ckpt")
@@ -198,7 +195,7 @@ def _start(session: Session, out: Path, events: Events) -> None:
         events.say(f"WARNING: {doubt}")
     if session.validated:  # it is the first of those that validation chooses among
         events.write("validated", step=0, **{f"val_{name}": value for name, value in scores.numbers().items()})
-        session.progress.best = scores.numbers()[session.recipe.select_by]
+        session.progress.best, session.progress.best_epoch = scores.numbers()[session.recipe.select_by], 0
     _save(session, out, start=True, best=session.validated, floor=floor if isinstance(floor, Floor) else None)
 
 
@@ -208,7 +205,7 @@ def _run_epochs(session: Session, out: Path, events: Events) -> None:
     if not session.total_steps:  # the start ships
         progress.finished = True
         _save(session, out)
-    with events.progress(session.total_steps, progress.step), _interruptible() as interrupted:
+    with events.progress(session.total_steps, progress.step), interruptible() as interrupted:
         while not progress.finished:
             for _, prepare in session.step.hooks("before_epoch"):
                 prepare(epoch_start(session, out, events, stop=interrupted))
@@ -312,35 +309,62 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
     due = last or (progress.epoch + 1) % session.recipe.train.validate_every == 0
     scores = score(session, out) if due else None
     scores = scores if session.validated else None
-    best = False
+    best = scores is not None and _is_best(session, scores)
     if scores is not None:
         row |= {f"val_{name}": value for name, value in scores.numbers().items() if name != "images"}
-        by = session.recipe.select_by
-        value = scores.numbers()[by]
-        best = progress.best is None or (value < progress.best if by in SMALLER_IS_BETTER else value > progress.best)
-        progress.best = value if best else progress.best
-        if last and session.process.main:  # of 200 classes it takes a second
-            picture = plot_confusion(scores.confusion, session.index.classes, title="validation")
-            write_atomic(out / "plots" / "confusion.png", picture)
     progress.history = [old for old in progress.history if old["epoch"] != row["epoch"]] + [row]
     if session.epoch_done:  # not so where train.max_steps ends the run in mid-epoch
         progress.epoch, progress.micro = progress.epoch + 1, 0
         session.means = RunningMeans()
-    progress.finished = last
+    early = scores is not None and not last and progress.ended_early(session.recipe.train)
+    progress.finished = last or early
+    if scores is not None and progress.finished and session.process.main:  # of 200 classes it takes a second
+        picture = plot_confusion(scores.confusion, session.index.classes, title="validation")
+        write_atomic(out / "plots" / "confusion.png", picture)
     events.write("epoch", **row)
     events.table(progress.history)
-    _save(session, out, best=best)
+    _save(session, out, best=best, score=None if scores is None else scores.numbers()[session.recipe.select_by])
     remark = f", validation top-1 {100 * scores.top1:.2f} %" if scores else ""
     events.say(f"epoch {int(row['epoch'])}/{session.recipe.train.epochs}: loss {row['loss']:.4f}{remark}")
+    if early:
+        events.say(
+            f"ended early: validation ({session.recipe.select_by}) was the best after epoch {progress.best_epoch}, and "
+            f"train.patience is {session.recipe.train.patience}"
+        )
 
 
-def _save(session: Session, out: Path, *, best: bool = False, start: bool = False, floor: Floor | None = None) -> None:
+def _is_best(session: Session, scores: Scores) -> bool:
+    """Whether these scores, of the epoch that ends, are the best so far; if so they are recorded as these."""
+    progress, by = session.progress, session.recipe.select_by
+    value = scores.numbers()[by]
+    best = progress.best is None or (value < progress.best if by in SMALLER_IS_BETTER else value > progress.best)
+    if best:
+        progress.best, progress.best_epoch = value, progress.epoch + 1
+    elif progress.best_epoch is None:  # in a run of an earlier fgvc: patience begins now
+        progress.best_epoch = progress.epoch
+    return best
+
+
+def _save(
+    session: Session,
+    out: Path,
+    *,
+    best: bool = False,
+    score: float | None = None,
+    start: bool = False,
+    floor: Floor | None = None,
+) -> None:
+    session.progress.score = score
     state = session.capture()
     if floor is not None:
         state.floor, state.rest = floor_head(session.step.net, floor), {**state.rest, "floor": floor.record}
     _check_finite(session, out, state_tensors(state), f"step {session.progress.step}")
     if session.process.main:
-        checkpoint.save(out / "ckpt", state, best=best, keep=session.recipe.checkpoint.keep, start=start)
+        settings = session.recipe.checkpoint
+        checkpoint.save(
+            out / "ckpt", state, best=best, keep=settings.keep, keep_best=settings.keep_best,
+            smaller=session.recipe.select_by in SMALLER_IS_BETTER, start=start,
+        )  # fmt: skip
     session.process.barrier()
 
 
@@ -348,7 +372,7 @@ def _describe(session: Session, events: Events) -> None:
     """Write down what was built: data, model, schedule, and doubts about them."""
     recipe, index = session.recipe, session.index
     doubts = [*session.weights.doubts, *index.warnings]
-    if session.batch < recipe.train.batch_size:
+    if session.batch < recipe.train.images:
         doubts.append(f"train.batch_size: {recipe.train.batch_size} is more than there are: a step takes {session.batch} images")
     doubts += spot_check(index, index.rows("train")) if session.process.main else []
     for doubt in doubts:
@@ -360,45 +384,9 @@ def _describe(session: Session, events: Events) -> None:
         f"mean {session.preprocess.mean}, std {session.preprocess.std}",
         f"training: {session.total_steps} steps of {session.batch} images on {session.process.device}, "
         f"{session.process.world} process(es), {recipe.train.precision}; ships: {recipe.selected}",
+        *session.choices,
         *session.step.attachments.notes,
     ]
     for line in lines:
         events.say(line)
     events.write("start", total_steps=session.total_steps, classes=len(index.classes), notes=lines, warnings=doubts)
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Catch SIGINT and SIGTERM, so that they end the run after the current step, with a checkpoint."""
-    interrupted = threading.Event()
-    with ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                old = signal.signal(number, lambda *_: interrupted.set())
-                stack.callback(signal.signal, number, old)
-        yield interrupted
-
-
-@contextmanager
-def _advice_on_failure(recipe: Recipe, out: Path) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            raise FgvcError(
-                "a loading process was killed, most likely for want of memory. Lower train.workers "
-                f"(now {recipe.train.workers}): with the same command the run goes on"
-            ) from error
-        if isinstance(error, DistError) or "/gloo/" in str(error):
-            raise FgvcError(
-                f"{out}: another process of this launch has ended, and none goes on alone: it says why unless it was killed. The "
-                f"same command goes on from the last checkpoint ({str(error).splitlines()[0][:200]})"
-            ) from error
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise FgvcError(
-            f"out of memory with train.batch_size={recipe.train.batch_size} at {recipe.image.size} px. "
-            f"Raise train.grad_accum_steps (now {recipe.train.grad_accum_steps}; the same steps in smaller parts), "
-            "or lower image.size. "
-            f"{new_run_advice(out)}"
-        ) from error

@@ -30,7 +30,7 @@ from fgvc.techniques.distill.settings import AnyTeacher
 from fgvc.techniques.distill.teacher import Teacher, TeacherOutput
 from fgvc.techniques.plan import Attachments, Context
 from fgvc.training import trainer
-from fgvc.training.session import teacher_loader
+from fgvc.training.building import teacher_loader
 
 DEVICE = torch.device("cpu")
 LARGE, SMALL = (64, 64), (32, 32)

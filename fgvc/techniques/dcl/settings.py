@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import override
 
 from fgvc.config.knots import Scheduled
-from fgvc.config.technique import TechniqueSettings
+from fgvc.config.technique import Requires, TechniqueSettings
 
 
 class DclSettings(TechniqueSettings):
@@ -42,3 +43,8 @@ class DclSettings(TechniqueSettings):
         if self.reach <= 0.5:
             raise ValueError("reach: with 0.5 or less no patch ever moves")
         return self
+
+    @property
+    @override
+    def requires(self) -> Requires:
+        return Requires(side=self.grid)  # a pixel a patch
