@@ -92,6 +92,8 @@ def export(
         raise FgvcError("--exporter, --opset, --batch-norm: the deployed file that --against names has its own; leave them out")
     if against is not None and into is not None:
         raise FgvcError("--against asks for a fresh export with the graph of a file, --into for that file: give one of the two")
+    if into is not None:
+        _refuse_other_shape(folder)
     stated = as_path(against if into is None or into == "own" else into)
     target, around = _deployed_stack(folder, stated, labels=as_path(labels), preprocess=as_path(preprocess))
     loaded = load_run(folder, select, root=as_path(root))
@@ -107,6 +109,15 @@ def export(
                 )
             contract = _deployed_file(loaded, None if into == "own" else target, Path(scratch))
         return _export(loaded, contract, place, stated, around, keep=keep, overwrite=overwrite, variants=variants)
+
+
+def _refuse_other_shape(run: Path) -> None:
+    if read_run(run).model.classes == "change":
+        raise FgvcError(
+            f"--into: {run} has a last layer of its own, for {len(recorded_classes(run))} classes (model.classes: change): the "
+            "shape of the file's output changes, so that no stack takes it as it took the file. Leave --into out; that export "
+            "says what changes"
+        )
 
 
 def _plain_backbone(run: LoadedRun, export: Export, against: Path | None) -> PlainBackbone:
@@ -127,6 +138,10 @@ def _deployed_file(run: LoadedRun, into: Path | None, scratch: Path) -> Deployed
             raise FgvcError(f"{run.folder}: is a run of {model.name}, which has no file of its own: name one, --into FILE")
         backbone = _plain_backbone(run, run.recipe.export, None)
         return DeployedFile(file=into, size=run.recipe.image.size, output=None, scratch=scratch, backbone=backbone)
+    if model.classes == "change":
+        return DeployedFile(
+            file=model.onnx, size=run.recipe.image.size, output=model.output, scratch=scratch, classes=len(run.classes)
+        )
     if into is not None and (differences := _written_differences(run, into)):
         raise FgvcError(
             f"{into}: is not the file that {run.folder} was trained from, whose copy is {model.onnx}, but for weights:\n  "

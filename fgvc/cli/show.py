@@ -264,6 +264,7 @@ def contract(exported: Exported) -> None:
         )
     if (written := exported.proven.written) is not None:
         what = "each message" if written.reencoded else "every byte"
+        what = "each message, the shape of the output apart," if "last" in facts else what
         table.add_row("bytes", f"{what} but {len(written.moved)} payloads of weights is that of {facts['file']['name']}")
     table.add_row("behavioural", f"onnxruntime = torch on {behavioural.images} images, worst {behavioural.worst:.1e}")
     for smaller in exported.beside:

@@ -35,7 +35,7 @@ class Model(Section):
 
     alternatives: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "onnx": ("backbone", "kwargs", "weights"),
-        "backbone": ("onnx", "output"),
+        "backbone": ("onnx", "output", "classes"),
     }
 
     backbone: str | None = Field(
@@ -49,6 +49,11 @@ class Model(Section):
         "with other weights (docs/deployed.md). This or backbone",
     )
     output: str | None = Field(None, description="of onnx: which of the file's outputs has the classes, where there are several")
+    classes: Literal["keep", "change"] = Field(
+        "keep",
+        description="of onnx: keep: those of the file's outputs; change: those of the data, however many, with a last layer made "
+        "anew (head: probe or zero). Its output is then of another shape: what ships is no drop-in for the file",
+    )
     kwargs: dict[str, Any] = Field(
         default_factory=dict, description="passed to timm.create_model; they are part of the deployed graph"
     )
@@ -109,10 +114,14 @@ class Model(Section):
                 raise ValueError("batch_norm: restore is for the file of model.onnx; timm's nets have all of their norms: batch")
             if self.output is not None:
                 raise ValueError("output: names one of a file's outputs, and there is no model.onnx")
+            if self.classes == "change":
+                raise ValueError("classes: change is of a file's last layer, and there is no model.onnx")
         elif self.kwargs:
             raise ValueError("kwargs: are timm's, and the net of model.onnx is as its file has it; leave them out")
         elif self.weights == "none":
             raise ValueError("weights: none is a random start, which a deployed file has not; deployed, hub, packaged or a file")
+        elif self.classes == "change" and self.head == "timm" and self.weights == "deployed":
+            raise ValueError("head: timm is the file's last layer, which classes: change makes anew; probe or zero")
         return self
 
     @field_validator("kwargs")

@@ -39,7 +39,7 @@ def with_weight_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     weights = str(model.get("weights", "none" if model.get("onnx") is None else "deployed"))
     if weights == "none":
         return dict(tree)
-    fitted = weights == "deployed" or run_of(Path(weights).expanduser()) is not None
+    fitted = (weights == "deployed" and model.get("classes") != "change") or run_of(Path(weights).expanduser()) is not None
     head = "timm" if fitted else PRETRAINED["model"]["head"]
     optimizer = {} if "name" in optim else PRETRAINED["optim"]
     return {

@@ -62,7 +62,7 @@ def as_in_file(index: ImageIndex, labels: Labels) -> ImageIndex:
         raise FgvcError(
             f"the data have {len(unknown)} of {len(index.classes)} classes that the file does not know: {some(hints, 5)}; it has "
             f"{len(labels.names)}, by {labels.source}: {some(labels.names, 3)}. Rename them, leave them out, or give the right "
-            "names in deploy.labels"
+            "names in deploy.labels. (model.classes=change makes a new last layer for other classes: no drop-in)"
         )
     position = {name: number for number, name in enumerate(labels.names)}
     order = np.array([position[name] for name in index.classes], dtype=np.int32)

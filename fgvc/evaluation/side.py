@@ -21,7 +21,7 @@ from fgvc.io.names import some
 from fgvc.runs.folder import is_run, read_run
 from fgvc.runs.images import descends_from_file
 from fgvc.runs.loaded import Answers, LoadedRun, load_run, onnx_answers
-from fgvc.runtime.bundle import DEPLOYED_FILE, load_bundle
+from fgvc.runtime.bundle import DEPLOYED_FILE, OTHER_CLASSES, load_bundle
 from fgvc.runtime.engine import OnnxSession, doubts_about, refuse_misfit, session_of
 from fgvc.runtime.stack import stack_of
 
@@ -151,7 +151,7 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
         classes=bundle.labels,
         preprocess=bundle.preprocess,
         session=session_of(bundle, bundle.model),
-        deployed=bundle.contract.get("contract") == DEPLOYED_FILE,
+        deployed=bundle.contract.get("contract") in (DEPLOYED_FILE, OTHER_CLASSES),
         judge=bundle.judge,
     )
     return _calibrated(side, bundle.calibration)

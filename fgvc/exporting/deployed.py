@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 from fgvc import __version__
 from fgvc.errors import FgvcError, ProofError
 from fgvc.exporting.canonical import canonicalise
+from fgvc.exporting.changed import refuse_shape, shape_free_sha256, write_changed
 from fgvc.exporting.into import Written, differences_outside, moved_between, skeleton, write_into
 from fgvc.exporting.proofs import (
     MAX_IMAGES,
@@ -37,11 +38,12 @@ from fgvc.io.names import some
 from fgvc.models.backbone import feature_layout, memory_format
 from fgvc.models.class_maps import closed_form
 from fgvc.models.lookup.twin import look_up
+from fgvc.models.onnxnet.classes import change_classes, last_tensors
 from fgvc.models.onnxnet.net import OnnxNet, open_onnx
 from fgvc.models.onnxnet.payload import external_files, stored_tensors
 from fgvc.models.onnxnet.read import load_model
 from fgvc.reparam.plain import strip, strip_to
-from fgvc.runtime.bundle import DEPLOYED_FILE
+from fgvc.runtime.bundle import DEPLOYED_FILE, OTHER_CLASSES
 from fgvc.runtime.description import describe
 from fgvc.runtime.engine import OnnxSession, feed
 
@@ -61,6 +63,7 @@ class DeployedFile:
     output: str | None
     scratch: Path  # an empty folder, which the caller removes
     backbone: PlainBackbone | None = None  # the net of timm's that was trained; None: the file's own
+    classes: int | None = None  # of a last layer made anew; None: the file's own classes
 
     def prove(self, net: nn.Module, images: Iterable[np.ndarray]) -> ProvedExport:
         """Write the trained `net`, its blocks folded, into a copy of the file, and prove it.
@@ -71,15 +74,17 @@ class DeployedFile:
         sample, images = peek(images)
         exact = self._open(self.file)
         self._refuse_lossy(exact)
+        before = exact.num_classes
+        if self.classes is not None:
+            change_classes(exact, self.classes)
         if self.backbone is None:
             strip_to(exact, trained, dtype=torch.float64)
         else:
             self._lay_into(exact, trained, self.backbone)
         values = {name: value.numpy() for name, value in exact.stored() if name in exact.movable}
-        written = write_into(self.file, values, self.scratch / "written" / self.file.name)
-        if faults := differences_outside(written.path, self.file, written.moved):
-            raise ProofError(f"{self.file}: more than weights would differ in its copy:\n  " + "\n  ".join(faults))
+        written = self._write(exact, values)
         shipped = self._open(written.path)
+        refuse_shape(shipped.num_classes, exact.num_classes, self.file)
         bar = HALF_TOLERANCE if _is_half(written.path, shipped) else SHIPPED_TOLERANCE
         numeric = compare_numbers(trained.double(), exact, shipped, sample, bar=bar)
         if not numeric.passed:
@@ -90,25 +95,24 @@ class DeployedFile:
         explain, reason, warnings = _explain(written.path, shipped, sample, self.scratch / "explain")
         contract = {
             "fgvc": __version__,
-            "contract": DEPLOYED_FILE,
+            "contract": DEPLOYED_FILE if self.classes is None else OTHER_CLASSES,
             "versions": versions(),
             "num_classes": shipped.num_classes,
             "canonical": CANONICAL,
-            "verdict": "identical",
+            "verdict": "identical" if self.classes is None else "different",
             **self._record(written, shipped),
-            "proofs": {
-                "written": {"outside": "equal", "untrained": "equal", "moved": len(written.moved), "kept": len(written.kept)},
-                "numeric": asdict(numeric),
-                "behavioural": asdict(behavioural),
-            },
+            "proofs": {"written": self._outside(written), "numeric": asdict(numeric), "behavioural": asdict(behavioural)},
             "explain": reason,
             "against": None,
         }
+        if self.classes is not None:
+            changed = f"{shipped.num_classes} numbers an image in place of {before}"
+            warnings = (*warnings, f"the shape of its output changes, {changed}: it is no drop-in for {self.file.name}")
         return ProvedExport(
             model=written.path.read_bytes(), explain=explain, contract=contract, numeric=numeric, behavioural=behavioural,
             warnings=warnings, structural=None, written=written, runnable=written.path,
             data={name: written.path.with_name(name).read_bytes() for name in written.files},
-            plain=(as_plain(written.path, shipped), as_plain(self.file, shipped)),
+            plain=(as_plain(written.path, shipped), as_plain(self.file if self.classes is None else written.path, shipped)),
         )  # fmt: skip
 
     def _lay_into(self, net: OnnxNet, trained: nn.Module, backbone: PlainBackbone) -> None:
@@ -129,6 +133,27 @@ class DeployedFile:
             raise FgvcError(f"{self.file}: {some(left)}: no weights of {backbone.backbone} are for these tensors")
         net.double().load_state_dict(net.by_own_names({name: value.double() for name, value in values.items()}), strict=False)
 
+    def _write(self, net: OnnxNet, values: Mapping[str, NDArray[np.float64]]) -> Written:
+        """Write a copy of the file with these values. Raises FgvcError where more would differ than weights and what goes with
+        the number of classes."""
+        out = self.scratch / "written" / self.file.name
+        if self.classes is None:
+            written = write_into(self.file, values, out)
+            if faults := differences_outside(written.path, self.file, written.moved):
+                raise ProofError(f"{self.file}: more than weights would differ in its copy:\n  " + "\n  ".join(faults))
+            return written
+        last = list(last_tensors(net))
+        written = write_changed(self.file, values, last, out, output=net.output_name, classes=self.classes)
+        rest = [shape_free_sha256(path, written.moved, last, net.output_name) for path in (self.file, out)]
+        if rest[0] != rest[1]:
+            raise ProofError(f"{self.file}: more than weights and the shape of its output would differ in its copy")
+        return written
+
+    def _outside(self, written: Written) -> dict[str, Any]:
+        """The proof of bytes in figures."""
+        outside = "equal" if self.classes is None else "equal but for the shape of the output"
+        return {"outside": outside, "untrained": "equal", "moved": len(written.moved), "kept": len(written.kept)}
+
     def _open(self, path: Path) -> OnnxNet:
         return open_onnx(path, self.size, output=self.output)
 
@@ -143,13 +168,18 @@ class DeployedFile:
     def _record(self, written: Written, net: OnnxNet) -> dict[str, Any]:
         """What `fgvc verify` needs to repeat the proof of bytes, from the bundle alone or with the deployed file."""
         files = [self.file, *(self.file.with_name(name) for name in written.files)]
+        last = [] if self.classes is None else list(last_tensors(net))
+        outside = skeleton(self.file, written.moved, parsed=written.reencoded)
+        if last:
+            outside = shape_free_sha256(self.file, written.moved, last, net.output_name)
         return {
             "file": {
                 "name": self.file.name,
                 "sha256": {path.name: _sha256(path) for path in files},
                 "skeleton_sha256": skeleton(self.file),
-                "outside_sha256": skeleton(self.file, written.moved, parsed=written.reencoded),
+                "outside_sha256": outside,
             },
+            **({"last": last} if last else {}),
             "reencoded": written.reencoded,
             "moved": list(written.moved),
             "kept": list(written.kept),

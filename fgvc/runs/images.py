@@ -35,7 +35,7 @@ def read_index(recipe: Recipe, *, copies: bool = True) -> ImageIndex:
     """Read the labelled images of a recipe, in the deployed stack's label order, with all classes of a deployed file. Raises
     FgvcError for fewer than two classes. `copies`: keep near copies in one split, which reads pictures that are new."""
     index = read_source(recipe.data)
-    if recipe.model.onnx is not None:
+    if recipe.model.onnx is not None and recipe.model.classes == "keep":
         index = as_in_file(index, file_labels(recipe.model.onnx, recipe.deploy.labels))
     elif recipe.deploy.labels is not None:
         index = reordered(index, recipe.deploy.labels)

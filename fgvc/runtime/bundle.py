@@ -39,6 +39,7 @@ OPTIONAL: Mapping[str, str] = {
     "model.fp16.onnx": "the same network in half floats, if it was asked for and answers alike",
 }
 DEPLOYED_FILE = "deployed file"  # the contract of a bundle whose model.onnx is a deployed file with other weights
+OTHER_CLASSES = "deployed file, other classes"  # the same, with an output of another shape
 Variant = Literal["float", "int8", "fp16"]
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no separator, no leading dot: neither `..` nor an absolute path

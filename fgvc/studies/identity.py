@@ -49,7 +49,7 @@ def digest(recipe: Recipe) -> str:
     tree["deploy"]["labels"] = None  # the order of the classes is in the data
     tree["model"]["weights"] = _weights(recipe.model.weights)
     if recipe.model.onnx is None:  # as digests were before there were files
-        del tree["model"]["onnx"], tree["model"]["output"]
+        del tree["model"]["onnx"], tree["model"]["output"], tree["model"]["classes"]
     else:
         tree["model"]["onnx"] = record_of(recipe.model.onnx)
     for kind, config in recipe.techniques:
