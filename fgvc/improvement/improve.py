@@ -35,6 +35,7 @@ from fgvc.improvement.view import View
 from fgvc.improvement.work import Timing
 from fgvc.io.files import as_json, file_lock, holder, make_folder, rename, write_atomic
 from fgvc.io.names import some
+from fgvc.report.document import duration
 from fgvc.runs.images import first_index, read_index
 from fgvc.runs.loaded import load_run, onnx_answers
 from fgvc.runtime.bundle import read_json, read_preprocess
@@ -140,12 +141,11 @@ def run_improvement(request: Request, out: Path, *, on_ray: bool = False, dry_ru
             view.begin(ladder)
             ladder.climb()
             verdict = _judge(task, ladder, out, gate, view, standing)
-        report = out / "report.html"
+        place, report = _placed(out, verdict), out / "report.html"
         view.say(f"written: {report}")
         others = ", ".join(f"{name} {100 * share:.1f} %" for name, share in verdict.others.items())
         view.say(f"on the {verdict.images} images that judge: {others}, new {100 * verdict.new:.1f} %")
         view.say(verdict.sentence(task.name))
-        place = out / ("bundle" if verdict.better else "candidate")
         return Improvement(
             folder=out, plan=plan, verdict=verdict, bundle=place if verdict.better else None,
             candidate=None if verdict.better else place, report=report,
@@ -213,6 +213,8 @@ def _plan(request: Request, task: Task, out: Path, clock: Clock, view: View, poo
     file = out / "plan.json"
     if file.is_file():
         plan = Plan.read(read_json(file, dict))
+        if plan.budget != request.budget:
+            view.say(f"the plan was made for {duration(plan.budget)}, and stays; another --out makes another")
     else:
         timings, slots = _timings(task, out, clock, view, pool, budget=request.budget)
         plan = plan_ladder(task, timings, budget=request.budget, spent=clock.seconds, slots=slots, search=request.search)
@@ -265,26 +267,32 @@ def _judged(out: Path) -> Verdict | None:
 
 
 def _judge(task: Task, ladder: Ladder, out: Path, gate: Gate, view: View, standing: NDArray[np.bool_]) -> Verdict:
-    """Export and prove what ships, and read the images that judge, once. Only what is better lies in `bundle/` then."""
+    """Export and prove what ships into `candidate/`, and read the images that judge, once."""
     candidate = out / "candidate"
     view.say(f"exporting {ladder.ships.name}, with all proofs")
     export(ladder.ships, candidate, overwrite=True)
     plain = ladder.run(PLAIN) if (ladder.run(PLAIN) / "ckpt").is_dir() else None
-    old = Path(task.file) if task.file is not None else plain
-    if old is None:
-        raise FgvcError(f"{out}: the plain run has failed, and without it there is nothing to compare with: see {out / 'logs'}")
+    # Without a file the baseline is the plain recipe, which may be what ships.
+    old = Path(task.file) if task.file is not None else plain or ladder.ships
     answers = _answers(old, candidate, ladder)
     others = {}
     if plain is not None:
         others["plain"] = _right(answers, plain, None)
-    others["floor"] = _right(answers, ladder.run(FINAL) if ladder.run(FINAL).is_dir() else ladder.ships, "floor")
+    floors = (_right(answers, ladder.run(name), "floor") for name in (FINAL, BASE) if ladder.run(name).is_dir())
+    others["floor"] = next((right for right in floors if right is not None), None)
     verdict = judge(answers.paired, gate, {name: right for name, right in others.items() if right is not None})
     start = float(standing.mean()) if len(standing) else None
     write_page(task, ladder, answers, verdict, bundle=candidate, start=start, out=out / "report.html")
-    if verdict.better:
-        rename(candidate, out / "bundle")
     write_atomic(out / "verdict.json", as_json(verdict.record))
     return verdict
+
+
+def _placed(out: Path, verdict: Verdict) -> Path:
+    """Where the model lies: only what is better where one would deploy it from."""
+    candidate, bundle = out / "candidate", out / "bundle"
+    if verdict.better and candidate.exists():
+        rename(candidate, bundle)
+    return bundle if verdict.better else candidate
 
 
 def _answers(old: Path, new: Path, ladder: Ladder) -> PairedAnswers:

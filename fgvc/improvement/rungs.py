@@ -281,7 +281,8 @@ class Ladder:
 
     def _ship(self) -> None:
         """Train the best again, on the images that chose as well, which then ships by rule; and the plain recipe beside it."""
-        if self.best == BASE and PLAIN not in self.outcomes and self.plan.of("ship")[-1].name == PLAIN:
+        is_plain = self.best == BASE and self.choices["share"] == 1
+        if is_plain and PLAIN not in self.outcomes and self.plan.of("ship")[-1].name == PLAIN:
             self._set(PLAIN, Outcome(status="dropped", reason="what ships is the plain recipe"))
         self._run("ship")
         start = self.choices.get("start", BASE)
