@@ -17,17 +17,20 @@ from fgvc.evaluation.localize import Localisation
 from fgvc.exporting.inspect import Inspection
 from fgvc.exporting.inspect import inspect_file as inspect
 from fgvc.exporting.quantize import Int8
+from fgvc.report.document import Page
 from fgvc.report.explain import explain
 from fgvc.report.preview import Preview
 from fgvc.runtime.bundle import Bundle, load_bundle
+from fgvc.runtime.engine import Answer, Prediction
+from fgvc.runtime.explained import ExplainedPicture
 from fgvc.studies.probe import ProbeResults
 from fgvc.studies.variants import Variants
 from fgvc.training.forecast import Forecast
 from fgvc.training.interpolate import Interpolation
 
 __all__ = [
-    "Bundle", "Evaluation", "Exported", "Forecast", "Inspection", "Int8", "Interpolation", "Localisation", "PairedAnswers",
-    "Preview", "ProbeResults", "Recipe", "Run", "Variants", "check", "compare", "evaluate", "explain", "export",
-    "find_preprocess", "forecast", "inspect", "interpolate", "load_bundle", "load_recipe", "localize", "preview", "probe",
-    "report", "train", "verify",
+    "Answer", "Bundle", "Evaluation", "ExplainedPicture", "Exported", "Forecast", "Inspection", "Int8", "Interpolation",
+    "Localisation", "Page", "PairedAnswers", "Prediction", "Preview", "ProbeResults", "Recipe", "Run", "Variants", "check",
+    "compare", "evaluate", "explain", "export", "find_preprocess", "forecast", "inspect", "interpolate", "load_bundle",
+    "load_recipe", "localize", "preview", "probe", "report", "train", "verify",
 ]  # fmt: skip

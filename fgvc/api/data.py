@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,17 +35,18 @@ def check(
     page: StrPath | None = None,
     table: StrPath | None = None,
     clean: StrPath | None = None,
+    **settings: Any,
 ) -> checks.Report:
-    """Read every image of a recipe's data, or of a folder of classes, and report what is wrong with it. A bar on stderr where
-    that is a terminal.
+    """Read every image of a recipe's data and report what is wrong with it. A bar on stderr where that is a terminal.
 
+    `recipe`, `settings`: as in `train`; a folder of classes will do.
     `suspects`: look for wrong labels, too, with a forward per image through the recipe's backbone and its first weights.
     `likeness`: the correlation of thumbnails from which two pictures are near copies. `page`: an HTML file to write, with the
     images; `table`: a CSV file, a line for each finding about an image; `clean`: a CSV file of the images that are fit to learn
     from, for data.kind: csv, see `fgvc.data.quality.checks.clean_rows`. Raises FgvcError where suspects are wanted and the
     weights are not within reach.
     """
-    recipe, page, table, clean = as_recipe(recipe), as_path(page), as_path(table), as_path(clean)
+    recipe, page, table, clean = as_recipe(recipe, settings), as_path(page), as_path(table), as_path(clean)
     outs = [out for out in (page, table, clean) if out is not None]
     for out in outs:
         refuse_file(out)
@@ -100,7 +102,14 @@ def probe(
 
 
 def preview(
-    recipe: Recipe | StrPath, out: StrPath, *, images: int = 6, epoch: int = 0, run: StrPath | None = None
+    recipe: Recipe | StrPath,
+    out: StrPath,
+    *,
+    images: int = 6,
+    epoch: int = 0,
+    run: StrPath | None = None,
+    **settings: Any,
 ) -> Preview:
-    """Write contact sheets of what training makes of a recipe's images, see `fgvc.report.preview.preview`."""
-    return sheets.preview(as_recipe(recipe), Path(out), images=images, epoch=epoch, run=as_path(run))
+    """Write contact sheets of what training makes of a recipe's images, see `fgvc.report.preview.preview`. `recipe`, `settings`:
+    as in `train`."""
+    return sheets.preview(as_recipe(recipe, settings), Path(out), images=images, epoch=epoch, run=as_path(run))

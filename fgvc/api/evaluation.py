@@ -19,6 +19,7 @@ from fgvc.evaluation.side import open_sides
 from fgvc.evaluation.tta import Views
 from fgvc.io.files import StrPath, as_path, as_paths, refuse_file
 from fgvc.report import document
+from fgvc.report.document import Page
 from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
 
@@ -67,7 +68,7 @@ def report(
     images: int = 10,
     root: StrPath | None = None,
     max_pixels: int | None = None,
-) -> Path:
+) -> Page:
     """Write all that runs show into one page, by default `report.html` in the run, or in the working folder where there are
     several; see `fgvc.report.document.report`. `select`, `root`, `max_pixels`: as in
     `evaluate`, for all of them."""

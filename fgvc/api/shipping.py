@@ -26,6 +26,7 @@ from fgvc.exporting.deployed import DeployedFile, WrittenComparison, compare_wri
 from fgvc.exporting.proofs import MAX_IMAGES
 from fgvc.exporting.prove import Contract, PlainBackbone, ProvedExport
 from fgvc.exporting.verify import Comparison, Verification, verify_bundle, verify_files
+from fgvc.io.display import Display
 from fgvc.io.files import StrPath, as_path
 from fgvc.io.progress import ticking
 from fgvc.runs.folder import read_run, recorded_classes, recorded_preprocess
@@ -37,8 +38,8 @@ from fgvc.runtime.stack import Agreement, Stack, agreement, stack_of
 from fgvc.studies.variants import SmallerFile, Variants, left_out, make_variants
 
 
-@dataclass(frozen=True, slots=True)
-class Exported:
+@dataclass(frozen=True, slots=True, repr=False)
+class Exported(Display):
     """A written bundle, with its proofs, calibration and smaller files."""
 
     bundle: Path
@@ -50,6 +51,18 @@ class Exported:
     around: Agreement | None = None  # of its preprocessing and labels with those of the deployed one
     left_out: Mapping[str, str] = field(default_factory=dict)  # wanted files that the opset does not allow, and why
     judges: str = ""  # which images judge it, in words, where it descends from a deployed file
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        numeric, behavioural = self.proven.numeric, self.proven.behavioural
+        proofs = {"numeric": f"shipped {numeric.shipped_float32:.1e} from the trained net"}
+        if self.proven.structural is not None:
+            proofs["structural"] = f"{self.proven.contract['backbone']}'s graph, sha256 {self.proven.structural.sha256[:16]}"
+        proofs["behavioural"] = f"onnxruntime = torch on {behavioural.images} images, worst {behavioural.worst:.1e}"
+        return {"": self.bundle, "weights": self.select, **proofs}
+
+    def __fspath__(self) -> str:
+        return str(self.bundle)
 
 
 def export(

@@ -17,6 +17,7 @@ from fgvc.config.section import Section
 from fgvc.config.technique import Mixing
 from fgvc.config.techniques import Techniques, enabled_techniques
 from fgvc.config.training import Checkpoint, Ema, Log, Optim, Swa, Train
+from fgvc.io.display import Display
 
 Shipped = Literal["last", "best", "ema", "swa"]
 Selected = Literal[Shipped, "start", "floor"]
@@ -49,7 +50,7 @@ def with_weight_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class Recipe(Section):
+class Recipe(Display, Section):
     """A run of fgvc. Every key can be overridden on the command line as section.key=value."""
 
     has_base: ClassVar[bool] = True
@@ -196,6 +197,12 @@ class Recipe(Section):
                     f"techniques.{kind}.rounds: {rounds} rounds need as many epochs; train.epochs is {self.train.epochs}"
                 )
         return self
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        techniques = ", ".join(enabled_techniques(self.techniques)) or "none"
+        size = " x ".join(map(str, self.image.size))
+        return {"": f"{self.model.name} at {size}", "data": self.data.root, "epochs": self.train.epochs, "techniques": techniques}
 
     def resolved(self, *, validated: bool, averaged: bool = False) -> Recipe:
         """A copy with `select` resolved. `validated`: whether there is a validation split; `averaged`: whether a run without one

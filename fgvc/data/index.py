@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +13,7 @@ from PIL import Image
 from fgvc.config.data import SPLITS, Split
 from fgvc.config.images import MAX_PIXELS
 from fgvc.images.decode import Picture, read_content, read_picture
+from fgvc.io.display import Display
 
 
 class Contents(Protocol):
@@ -26,8 +28,8 @@ class Contents(Protocol):
         """Bytes of it; -1 where there is none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageIndex:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ImageIndex(Display):
     """A labelled set of images as columns (N rows), not as N objects: a million rows fit in some 100 MB and
     workers that fork share them without copying (numpy's strings carry no reference counts)."""
 
@@ -74,6 +76,10 @@ class ImageIndex:
         ImageError as `decode` does."""
         source = self.source(row) if content is None else content
         return read_picture(source, max_pixels=self.max_pixels, name=self.path(row))
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        return {"": self.root, "images": len(self), "classes": len(self.classes)}
 
 
 def decode_row(index: ImageIndex, row: int) -> Image.Image:

@@ -7,7 +7,7 @@ fitted on any other split. Needs numpy and scipy, no torch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,9 @@ LabelledLogits = tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]
 class Reliability:
     """Confidence and accuracy in bins of confidence (k/BINS, (k+1)/BINS]; empty bins are NaN."""
 
-    images: NDArray[np.int64]  # (BINS,)
-    confidence: Floats  # (BINS,) mean
-    accuracy: Floats  # (BINS,)
+    images: NDArray[np.int64] = field(repr=False)  # (BINS,)
+    confidence: Floats = field(repr=False)  # (BINS,) mean
+    accuracy: Floats = field(repr=False)  # (BINS,)
 
     @property
     def ece(self) -> float:
@@ -45,9 +45,9 @@ class Reliability:
 class RiskCoverage:
     """Risk-coverage curve, the most confident answers first (Geifman & El-Yaniv, NeurIPS 2017, arXiv:1705.08500)."""
 
-    coverage: Floats  # (N,) share of the images that get an answer, ascending to 1
-    risk: Floats  # (N,) share of those answers that are wrong
-    confidence: Floats  # (N,) of the least confident of them
+    coverage: Floats = field(repr=False)  # (N,) share of the images that get an answer, ascending to 1
+    risk: Floats = field(repr=False)  # (N,) share of those answers that are wrong
+    confidence: Floats = field(repr=False)  # (N,) of the least confident of them
 
     @property
     def area(self) -> float:

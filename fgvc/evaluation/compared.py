@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fgvc.evaluation.calibration import MAX_LOGITS, confidence_of
 from fgvc.evaluation.paired import Paired, compare_predictions
 from fgvc.evaluation.side import Classifier
 from fgvc.images.preprocess import differences
+from fgvc.io.display import Display
 from fgvc.io.names import label_differences
 from fgvc.runs.images import training_overlap
 from fgvc.runs.loaded import Answers
@@ -38,8 +40,8 @@ class Images:
     notes: tuple[str, ...] = ()  # doubts about them
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairedAnswers:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class PairedAnswers(Display):
     """Answers of both sides on the N images that could be read."""
 
     a: Classifier
@@ -97,6 +99,13 @@ class PairedAnswers:
             for n in order
             if negative[n] or positive[n]
         ]
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        pair = self.paired
+        gain = f"{100 * pair.gain:+.2f} points ({100 * pair.low:+.2f} to {100 * pair.high:+.2f}) on {pair.images} images"
+        flips = {"negative flips": int(pair.negative.sum()), "positive flips": int(pair.positive.sum())}
+        return {"": self.a.path, "to": self.b.path, "gain": gain, **flips}
 
 
 def collect_answers(a: Classifier, b: Classifier, images: Images) -> PairedAnswers:

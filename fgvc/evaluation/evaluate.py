@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,14 @@ from fgvc.evaluation.png_plots import plot_calibration, plot_confusion
 from fgvc.evaluation.sample import Sample
 from fgvc.evaluation.temperature import FITTED_ON, calibration
 from fgvc.evaluation.tta import Views, average_views, canvas, refine_views
+from fgvc.images.address import address
+from fgvc.io.display import Display, figure
 from fgvc.io.tables import as_csv
 from fgvc.runs.loaded import LoadedRun
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Evaluation(Display):
     """Scores of one run's selected weights on one split; also in `<run>/metrics.json` under `<split>.<select>`.
 
     With averaged views the split is called `<split>-<views>`.
@@ -43,6 +45,17 @@ class Evaluation:
     calibrated: Calibrated | None  # None with averaged views, which no bundle has: their probabilities are not calibrated
     stored: bool = True  # in the run; not where that can't be written
     judged: str = ""  # which images, in words, where they are those that a deployed file was not trained on
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        s = self.scores
+        shares = {"top-1": s.top1, "top-5": s.top5, "macro F1": s.macro_f1, "calibration error": s.ece}
+        of = {"": self.run, "split": f"{self.split}, {s.images} images", "weights": self.select}
+        return of | {name: f"{100 * share:.2f} %" for name, share in shares.items()} | {"loss": f"{s.loss:.4f}"}
+
+    def _repr_html_(self) -> str:
+        plot = plot_confusion(self.scores.confusion, self.classes, title=f"{self.split}: top-1 {100 * self.scores.top1:.1f} %")
+        return Display._repr_html_(self) + figure([address(plot)], "", side=480)
 
 
 def evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError, ImageError
 from fgvc.evaluation.preprocessing import IMAGES, NORMALISATIONS, SECONDS, Alternative, Search, sample_rows, search
 from fgvc.images.preprocess import described
+from fgvc.io.display import Display, table
 from fgvc.io.files import StrPath
 from fgvc.io.names import few, nearest
 from fgvc.runtime.engine import OnnxSession
@@ -31,8 +32,8 @@ BYTES = "0 to 255"  # the one normalisation of a file that takes whole numbers
 UNASSIGNED = "?"  # in place of a class, for an output that is of none among the images
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileSearch:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class FileSearch(Display):
     """What a deployed file's answers say of its preprocessing and of its labels."""
 
     path: Path
@@ -106,6 +107,14 @@ class FileSearch:
                 f"labels: NOT in the order of {self.labels_source}{doubt}: {len(shown)} are others: {few(shown)}"
             )
         return lines
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        right = f"{100 * self.search.best.accuracy:.1f} % right"
+        return {"": self.path, "likeliest": f"{described(self.spec)}, {right}", "decided": self.decided}
+
+    def _repr_html_(self) -> str:
+        return table((line,) for line in self.lines())
 
 
 def search_file(

@@ -38,6 +38,7 @@ from fgvc.evaluation.localization import (
 )
 from fgvc.evaluation.png_plots import plot_localisation
 from fgvc.images.preprocess import placed
+from fgvc.io.display import Display
 from fgvc.io.tables import as_csv
 from fgvc.models.cam.offline import ClassMaps, class_maps_of, method_name
 from fgvc.models.class_maps import normalised
@@ -60,8 +61,8 @@ class Coverage:
     uniform: tuple[float, ...] = SHARES  # a control: chance
 
 
-@dataclass(frozen=True, slots=True)
-class Localisation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Localisation(Display):
     """Localisation of a run on one split; also in `<run>/localisation.json` under `<split>.<select>.<method>`."""
 
     run: Path
@@ -84,6 +85,12 @@ class Localisation:
         facts = {key: getattr(self, key) for key in ("images", "top1", "left_out", "silent", "chosen_from")}
         boxes = {name: scores.numbers() for name, scores in self.boxes.items()}
         return facts | {"boxes": boxes, "parts": None if self.parts is None else asdict(self.parts)}
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        true = self.boxes["true"]
+        of = {"": self.run, "split": f"{self.split}, {true.images} boxes", "method": self.method}
+        return of | {"GT-known Loc": f"{100 * true.gt_known_loc:.1f} %", "mean IoU": f"{100 * true.iou:.1f} %"}
 
 
 @dataclass(frozen=True, slots=True)

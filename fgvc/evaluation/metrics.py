@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from fgvc.config.images import Ending
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation.calibration import BINS, bin_sums, reliability_of_sums
+from fgvc.io.display import Display
 
 SMALLER_IS_BETTER = ("loss", "ece")
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
+@dataclass(frozen=True, slots=True, repr=False)
+class Scores(Display):
     """Scores of a classifier on `images` readable images; shares in [0,1]."""
 
     images: int
@@ -71,6 +72,10 @@ class Scores:
             }
             for i, j in sorted(pairs, key=lambda pair: -both[pair])
         ]
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        return {"top-1": f"{100 * self.top1:.2f} %", "on": f"{self.images} images"}
 
 
 def score_logits(logits: np.ndarray, labels: np.ndarray) -> Scores:

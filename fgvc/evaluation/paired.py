@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,9 @@ Truths = NDArray[np.bool_]
 class Paired:
     """Paired comparison of A and B on N images; shares in [0,1], a gain is B's minus A's."""
 
-    labels: NDArray[np.int64]  # (N,)
-    a_right: Truths  # (N,)
-    b_right: Truths  # (N,)
+    labels: NDArray[np.int64] = field(repr=False)  # (N,)
+    a_right: Truths = field(repr=False)  # (N,)
+    b_right: Truths = field(repr=False)  # (N,)
     low: float  # interval of the gain
     high: float
     p: float  # of a difference at least as large by chance alone

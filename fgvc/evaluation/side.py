@@ -17,6 +17,7 @@ from fgvc.data.quality.colour import NATURAL, other_units
 from fgvc.errors import FgvcError
 from fgvc.evaluation.temperature import calibration
 from fgvc.images.preprocess import described
+from fgvc.io.display import Display
 from fgvc.io.names import some
 from fgvc.runs.folder import is_run, read_run
 from fgvc.runs.images import descends_from_file
@@ -26,8 +27,8 @@ from fgvc.runtime.engine import OnnxSession, doubts_about, refuse_misfit, sessio
 from fgvc.runtime.stack import stack_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Classifier:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Classifier(Display):
     """One side of a comparison: a classifier with its classes, preprocessing and calibration."""
 
     path: Path
@@ -50,6 +51,10 @@ class Classifier:
         assert self.session is not None
         assert self.preprocess is not None
         return onnx_answers(self.session, index, rows, spec=self.preprocess, workers=workers)
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        return {"": self.path, "kind": self.kind, "classes": len(self.classes)}
 
 
 def open_sides(

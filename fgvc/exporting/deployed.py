@@ -34,6 +34,7 @@ from fgvc.exporting.proofs import (
 from fgvc.exporting.prove import PlainBackbone, ProvedExport
 from fgvc.exporting.reference import Plain, versions
 from fgvc.exporting.spelling import CANONICAL
+from fgvc.io.display import Display
 from fgvc.io.names import some
 from fgvc.models.backbone import feature_layout, memory_format
 from fgvc.models.class_maps import closed_form
@@ -319,8 +320,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenComparison:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class WrittenComparison(Display):
     """A file beside the deployed one that it was written into."""
 
     candidate: Path
@@ -331,6 +332,11 @@ class WrittenComparison:
     @property
     def passed(self) -> bool:
         return not self.differences
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        verdict = f"{len(self.moved)} payloads of weights differ, and nothing else" if self.passed else "NOT one graph"
+        return {"": self.candidate, "in": self.into, "verdict": verdict}
 
 
 def compare_written(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from fgvc.errors import FgvcError, ImageError
 from fgvc.exporting.proofs import MAX_IMAGES
 from fgvc.images.preprocess import described
 from fgvc.images.preprocess import preprocess as preprocess_image
+from fgvc.io.display import Display, table
 from fgvc.io.files import StrPath, as_path, as_paths
 from fgvc.io.names import few
 from fgvc.models.lookup.twin import look_up
@@ -40,8 +41,8 @@ PREPROCESS = "preprocess.json"
 UNKNOWN_PREPROCESS = f"how they are prepared is not known; to train from it, give deploy.* or a {PREPROCESS} beside it"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inspection:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Inspection(Display):
     """A classifier's file as it will be trained."""
 
     path: Path
@@ -122,6 +123,14 @@ class Inspection:
         names = self.labels.names
         wrong = "" if len(names) == self.classes else f", NOT one for each of the {self.classes} outputs"
         return f"{len(names)} by {self.labels.source}{wrong}: {few(names)}"
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        verdict = "can be trained as it is" if self.agrees else "NOT the same function: can't be trained"
+        return {"": self.path, "net": self.timm["line"], "classes": self.classes, "verdict": verdict}
+
+    def _repr_html_(self) -> str:
+        return table((line,) for line in self.lines())
 
 
 def inspect_file(

@@ -45,16 +45,17 @@ from fgvc.runtime.engine import OnnxSession
 class ProvedExport:
     """An export that passed all proofs. `contract` is the content of contract.json."""
 
-    model: bytes
-    explain: bytes | None
-    contract: Mapping[str, Any]
+    model: bytes = field(repr=False)
+    explain: bytes | None = field(repr=False)
+    contract: Mapping[str, Any] = field(repr=False)
     numeric: Numeric
     structural: Structural | None  # None: the proof is of bytes
     behavioural: Behavioural
     warnings: tuple[str, ...]
-    plain: tuple[Plain, Plain]  # the graph that was exported, and the independent plain model's, or the deployed file's
+    # The graph that was exported, and the independent plain model's, or the deployed file's.
+    plain: tuple[Plain, Plain] = field(repr=False)
     written: Written | None = None  # into a deployed file
-    data: Mapping[str, bytes] = field(default_factory=dict)  # files with its weights, beside it
+    data: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # files with its weights, beside it
     runnable: Path | None = None  # the model on the disk, with its data; None: `model` is whole
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ class VariantFile:
     """A file beside model.onnx. `contract`: how it was made and what it is."""
 
     variant: Variant
-    model: bytes
+    model: bytes = field(repr=False)
     contract: Mapping[str, Any]
 
 

@@ -19,14 +19,15 @@ from fgvc.exporting.reference import Plain, independent_plain, versions
 from fgvc.exporting.spelling import CANONICAL, Verdict, compare_spelling
 from fgvc.exporting.summary import summary
 from fgvc.exporting.variant import differences, structure
+from fgvc.io.display import Display, table
 from fgvc.models.onnxnet.net import open_onnx
 from fgvc.runtime.bundle import DEPLOYED_FILE, OTHER_CLASSES, Bundle, load_bundle
 from fgvc.runtime.engine import Engine
 from fgvc.runtime.stack import Agreement, agreement, stack_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Comparison(Display):
     """Comparison of a file with the deployed one that it is to replace. Notes are differences that do not matter."""
 
     candidate: Path
@@ -54,6 +55,14 @@ class Comparison:
         """Whether all is known to be the same: graph, preprocessing and labels."""
         return self.passed and not self.around.unproved
 
+    @property
+    def facts(self) -> Mapping[str, object]:
+        proved = "a drop-in" if self.drop_in else "passed" if self.passed else "NOT a drop-in"
+        return {"": self.candidate, "against": self.against, "graphs": self.verdict, "verdict": proved}
+
+    def _repr_html_(self) -> str:
+        return table([*self.facts.items(), *((line,) for line in (*self.summary, *self.around.differences, *self.notes))])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
@@ -62,14 +71,22 @@ class Check:
     detail: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Verification(Display):
     folder: Path
     checks: tuple[Check, ...]
 
     @property
     def passed(self) -> bool:
         return all(check.passed is not False for check in self.checks)
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        return {"": self.folder, "checks": len(self.checks), "verdict": "passed" if self.passed else "FAILED"}
+
+    def _repr_html_(self) -> str:
+        marks = {True: "ok", False: "FAIL", None: "skip"}
+        return table((marks[check.passed], check.name, check.detail) for check in self.checks)
 
 
 def verify_files(

@@ -14,6 +14,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from fgvc.config.images import MAX_PIXELS
@@ -86,6 +88,21 @@ def read_picture(
     except Exception:  # hostile bytes make the parsers raise anything: struct, zlib, Index, Overflow...
         reason = "corrupt"
     raise ImageError(where, reason) from None
+
+
+def as_rgb(image: Image.Image | NDArray[np.uint8], name: str) -> Image.Image:
+    """An image of Pillow, or pixels (H,W), (H,W,3) in RGB or (H,W,4) in RGBA, as `decode` makes it of a file. Raises ImageError
+    for what is neither, under `name`."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+            raise ImageError(name, f"pixels are uint8 (H,W), (H,W,3) in RGB or (H,W,4) in RGBA, not {image.dtype} {image.shape}")
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise ImageError(name, f"not a path, a PIL image or a numpy array, but {type(image).__name__}")
+    try:
+        return _read(image).image
+    except OSError as error:  # a file that Pillow has opened and not yet read
+        raise ImageError(name, "truncated" if "truncated" in str(error) else "corrupt") from error
 
 
 def _accepted(where: object, formats: tuple[str, ...] | None) -> tuple[str, ...]:

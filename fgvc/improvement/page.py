@@ -13,6 +13,7 @@ from PIL import Image
 from fgvc.data.index import decode_row
 from fgvc.errors import FgvcError
 from fgvc.evaluation.compared import PairedAnswers
+from fgvc.images.address import picture
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit, preprocess
 from fgvc.improvement.ladder import PLAIN, Rung
@@ -21,7 +22,7 @@ from fgvc.improvement.verdict import Verdict
 from fgvc.io.files import write_atomic
 from fgvc.report.certificate import Certificate
 from fgvc.report.document import duration
-from fgvc.report.render import picture, render
+from fgvc.report.render import render
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.explain import BundleExplainer
 

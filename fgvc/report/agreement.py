@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from fgvc.data.index import ImageIndex, decode_row
 from fgvc.evaluation.agreement import Agreement, AgreementLimits
 from fgvc.exporting.variant import VariantFile
-from fgvc.report.render import picture, render
+from fgvc.images.address import picture
+from fgvc.report.render import render
 
 SHOWN = 60  # images
 

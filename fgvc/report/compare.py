@@ -8,9 +8,10 @@ from pathlib import Path
 from fgvc.data.index import decode_row
 from fgvc.errors import FgvcError
 from fgvc.evaluation.compared import FLIP_COLUMNS, PairedAnswers
+from fgvc.images.address import picture
 from fgvc.io.files import refuse_file, write_atomic, writing
 from fgvc.io.tables import as_csv
-from fgvc.report.render import picture, render
+from fgvc.report.render import render
 
 SHOWN = 60  # images; all flips are in the table beside the page
 

@@ -11,7 +11,8 @@ from fgvc.config.data import SPLITS
 from fgvc.data.index import decode_row
 from fgvc.data.quality.checks import Report
 from fgvc.data.quality.suspects import Suspect
-from fgvc.report.render import picture, render
+from fgvc.images.address import picture
+from fgvc.report.render import render
 
 SUSPECTS = 60  # labels shown
 GROUPS = 60  # groups of copies shown, of all kinds together

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from html import escape
+from pathlib import Path, PosixPath
 from typing import Any
 
 import yaml
@@ -44,6 +45,14 @@ SHARES = {
 FLOOR = ("top-1 of the floor: logistic regression on the frozen net", "gain over the floor, 95 % interval")
 LISTED = 15  # classes shown at once; all others fold out
 NAMED = 50  # unreadable files listed
+
+
+class Page(PosixPath):
+    """The path of a page that was written; a notebook shows the page."""
+
+    def _repr_html_(self) -> str:
+        place = escape(str(self))
+        return f'<a href="{place}">{place}</a><iframe src="{place}" width="100%" height="600"></iframe>'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +151,7 @@ def report(
     split: Split | None = None,
     device: str | None = None,
     images: int = 10,
-) -> Path:
+) -> Page:
     """Score the runs on one split of their data (default: those that judge where a run descends from a deployed file, else
     val, else test) and write the page; the same runs give the same bytes.
 
@@ -183,7 +192,7 @@ def report(
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, _page(chapters))
-    return out
+    return Page(out)
 
 
 def _page(chapters: Sequence[RunChapter]) -> str:

@@ -15,10 +15,10 @@ from fgvc.data.index import decode_row
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError, ImageError
 from fgvc.evaluation.metrics import Scores
+from fgvc.images.address import picture
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit
 from fgvc.models.cam.offline import class_maps_of
-from fgvc.report.render import picture
 from fgvc.runs.loaded import Answers, LoadedRun
 from fgvc.runtime.engine import calibration_word, is_calibrated, probabilities
 

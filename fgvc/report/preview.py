@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from fgvc.config.techniques import enabled_techniques
 from fgvc.data.index import ImageIndex, decode_row
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
+from fgvc.images.address import picture
 from fgvc.images.lettering import ADVICE, writable
 from fgvc.images.overlay import overlay
 from fgvc.images.sheet import Cell, save_sheet
+from fgvc.io.display import Display, figure
 from fgvc.models.target import Target
 from fgvc.runs import checkpoint
 from fgvc.runs.distributed import process_group
@@ -34,12 +36,19 @@ from fgvc.training.log import Events
 from fgvc.training.session import Session, open_session
 
 
-@dataclass(frozen=True, slots=True)
-class Preview:
+@dataclass(frozen=True, slots=True, repr=False)
+class Preview(Display):
     """The sheets that were written, and notes about them."""
 
     sheets: tuple[Path, ...]
     notes: tuple[str, ...]
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        return {"": self.sheets[0].parent, "sheets": ", ".join(sheet.stem for sheet in self.sheets), "notes": len(self.notes)}
+
+    def _repr_html_(self) -> str:
+        return "".join(figure([picture(Image.open(sheet), side=960)], sheet.stem, side=960) for sheet in self.sheets)
 
 
 def preview(recipe: Recipe, out: Path, *, images: int = 6, epoch: int = 0, run: Path | None = None) -> Preview:

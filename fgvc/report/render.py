@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 from pathlib import Path
@@ -12,7 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from PIL import Image
+
+from fgvc.images.address import address
 
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -36,13 +36,6 @@ def render(template: str, **context: Any) -> str:
     return ENVIRONMENT.get_template(template).render(**context)
 
 
-def picture(image: Image.Image, *, side: int = 224, quality: int = 80) -> str:
-    """Encode an image as a data address (JPEG), no side longer than `side` pixels."""
-    small = image.convert("RGB")
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return _address("jpeg", small, quality=quality)
-
-
 def svg(figure: Figure, **metadata: str) -> bytes:
     """Encode a figure as an SVG file: the same bytes each time. `metadata`: Dublin Core, such as Description."""
     content = io.BytesIO()
@@ -53,10 +46,4 @@ def svg(figure: Figure, **metadata: str) -> bytes:
 
 def chart(figure: Figure) -> str:
     """Encode a figure as a data address (SVG): sharp on paper and on any screen."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg(figure)).decode()}"
-
-
-def _address(kind: str, image: Image.Image, **options: Any) -> str:
-    content = io.BytesIO()
-    image.save(content, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+    return address(svg(figure), kind="svg+xml")

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from fgvc.errors import FgvcError
+from fgvc.io.display import Display, table
 
 COMMON_COLUMNS = ("epoch", "step", "lr", "base", "loss")  # columns of metrics.csv that are no technique's
 MACHINE = ("system", "cpu", "cores", "accelerator")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class History:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class History(Display):
     """Recorded history of one run."""
 
     epochs: tuple[Mapping[str, float], ...]  # rows of metrics.csv
@@ -54,6 +55,22 @@ class History:
     def versions(self) -> str:
         versions = {key: value for key, value in self.environment.items() if key not in (*MACHINE, "command") and value}
         return ", ".join(f"{name} {value}" for name, value in versions.items())
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        took = "not finished" if self.seconds is None else f"{self.seconds:.0f} s"
+        last = next((row["val_top1"] for row in reversed(self.epochs) if "val_top1" in row), None)
+        scored = {} if last is None else {"last validation top-1": f"{100 * last:.2f} %"}
+        return {"epochs": len(self.epochs), "training": took, **scored}
+
+    def _repr_html_(self) -> str:
+        columns = {"loss": ("loss", 1, 4), "val_loss": ("validation loss", 1, 4), "val_top1": ("validation top-1 %", 100, 2)}
+        given = [key for key in columns if any(key in row for row in self.epochs)]
+        rows = (
+            [f"{row['epoch']:.0f}", *(f"{columns[key][1] * row[key]:.{columns[key][2]}f}" if key in row else "" for key in given)]
+            for row in self.epochs
+        )
+        return table(rows, head=["epoch", *(columns[key][0] for key in given)])
 
 
 def read_history(run: Path) -> History:

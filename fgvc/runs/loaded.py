@@ -19,6 +19,7 @@ from fgvc.config.recipe import Recipe, Selected
 from fgvc.data.index import ImageIndex
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
+from fgvc.io.display import Display
 from fgvc.io.files import Content
 from fgvc.models.backbone import memory_format
 from fgvc.runs.build import build_net
@@ -48,8 +49,8 @@ class Answers:
     ending: Ending | None = None  # of the file: with a sigmoid, each class's probability is its own
 
 
-@dataclass(frozen=True)  # without slots: the images are read when they are first asked for, and kept
-class LoadedRun:
+@dataclass(frozen=True, repr=False)  # without slots: the images are read when they are first asked for, and kept
+class LoadedRun(Display):
     """An opened run: its recipe, and one selection of its weights in a net in eval mode, re-parameterised blocks in it and the
     added branches beside it, without hooks. Its images are those that it recorded when it began."""
 
@@ -113,6 +114,10 @@ class LoadedRun:
 
             workers, ending = self.recipe.train.workers, self.preprocess.ending
             return _compute_answers(logits, index, rows, spec=self.preprocess, workers=workers, ending=ending)
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        return {"": self.folder, "weights": self.select}
 
     def measured(self, file: str) -> dict[str, Any]:
         """Read what was measured of this run's weights: see `fgvc.runs.measured.read_measured`."""

@@ -9,9 +9,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
@@ -19,9 +18,15 @@ from fgvc.config.images import Preprocess
 from fgvc.config.loading import validate
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
-from fgvc.io.files import sync
+from fgvc.io.display import Display, Results
+from fgvc.io.files import StrPath, sync
 from fgvc.io.names import refuse_breaking
 from fgvc.io.places import what_it_is
+
+if TYPE_CHECKING:
+    from fgvc.runtime.engine import Answer, Engine
+    from fgvc.runtime.explained import ExplainedPicture
+    from fgvc.runtime.predict import Pictures
 
 MANIFEST = "manifest.json"
 REQUIRED: Mapping[str, str] = {  # name -> what it holds
@@ -47,9 +52,8 @@ NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no separator, no leading d
 EXTERNAL = re.compile(rb"\n\x08location\x12(.)", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bundle:
-    """A bundle on disk, whose files were checked against its manifest."""
+class Bundle(Display):
+    """A bundle on disk, whose files were checked against its manifest. It predicts by onnxruntime alone."""
 
     folder: Path
     labels: tuple[str, ...]  # the position is the class number
@@ -58,7 +62,28 @@ class Bundle:
     metrics: Mapping[str, Any]
     files: Mapping[str, str]  # name -> SHA-256
     calibration: Calibration | None  # None: temperature 1, and nothing is rejected
-    judge: Mapping[str, Any] | None = None  # "images": path -> class; "unseen": which they are, in words
+    judge: Mapping[str, Any] | None  # "images": path -> class; "unseen": which they are, in words
+
+    def __init__(self, folder: StrPath) -> None:
+        """Read a bundle, every byte of it checked against the manifest.
+
+        Raises FgvcError that names the file: changed, missing, not in the manifest, a link, a name that leads elsewhere.
+        """
+        self.folder = Path(folder)
+        self.files = _checked_files(self.folder)
+        labels = read_json(self.folder / "labels.json", list)
+        contract = read_json(self.folder / "contract.json", dict)
+        if not labels or not all(isinstance(label, str) for label in labels):
+            raise FgvcError(f"{self.folder / 'labels.json'}: expected a list of class names")
+        refuse_breaking(labels, where=self.folder / "labels.json")
+        if contract.get("num_classes") != len(labels):
+            raise FgvcError(f"{self.folder / 'labels.json'}: {len(labels)} names for {contract.get('num_classes')} classes")
+        self.labels, self.contract = tuple(labels), contract
+        self.preprocess = read_preprocess(self.folder / "preprocess.json")
+        self.metrics = read_json(self.folder / "metrics.json", dict)
+        self._engines: dict[Variant, Engine] = {}
+        self.calibration = _calibration(self.folder) if "calibration.json" in self.files else None
+        self.judge = _judge(self.folder, labels) if "judge.json" in self.files else None
 
     @property
     def model(self) -> Path:
@@ -77,8 +102,38 @@ class Bundle:
         return tuple(name for name in self.files if name not in {*REQUIRED, *OPTIONAL})
 
     @property
-    def explain(self) -> Path | None:
+    def explain_model(self) -> Path | None:
+        """Path of the network with class activation maps; None: it has none."""
         return self.folder / "explain.onnx" if "explain.onnx" in self.files else None
+
+    def predict(self, images: Pictures, *, top_k: int = 5, variant: Variant = "float") -> Results[Answer]:
+        """Classify pictures: files, folders of them, PIL's or numpy's, one or several; see `fgvc.runtime.predict.predict`. The
+        network is kept for the next call."""
+        from fgvc.runtime.engine import Engine  # onnxruntime, without which a bundle can be read
+        from fgvc.runtime.predict import predict
+
+        if variant not in self._engines:
+            self._engines[variant] = Engine(self, variant=variant)
+        return predict(self._engines[variant], images, top_k=top_k)
+
+    def explain(self, images: Pictures, *, target: str | None = None) -> Results[ExplainedPicture]:
+        """Where it looks in pictures, by the class activation maps of its `explain.onnx`: those of the class `target`, by default
+        of the one that each picture is taken for. Raises FgvcError where it has none."""
+        from fgvc.runtime.explain import load_explainer
+        from fgvc.runtime.explained import explain_pictures
+
+        return explain_pictures(load_explainer(self.folder), images, target=target)
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        size = " x ".join(map(str, self.preprocess.size))
+        calibrated = self.calibration is not None and self.calibration.calibrated
+        scores = {f"top-1 on {split}": f"{100 * row['top1']:.2f} %" for split, row in self.metrics.items() if "top1" in row}
+        named = f"{len(self.labels)} classes at {size}"
+        return {"": self.folder, "of": named, **scores, "and": "calibrated" if calibrated else "not calibrated"}
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
 
 def write_bundle(
@@ -149,11 +204,13 @@ def _listed(folder: Path) -> set[str]:
         return set()
 
 
-def load_bundle(folder: Path) -> Bundle:
-    """Read a bundle, every byte of it checked against the manifest.
+def load_bundle(folder: StrPath) -> Bundle:
+    """Open a bundle: see `Bundle`."""
+    return Bundle(folder)
 
-    Raises FgvcError that names the file: changed, missing, not in the manifest, a link, a name that leads elsewhere.
-    """
+
+def _checked_files(folder: Path) -> Mapping[str, str]:
+    """Read the manifest, SHA-256 by name, and every file in it. Raises FgvcError for one that is not what it says."""
     if not folder.is_dir():
         raise FgvcError(f"{folder}: no such bundle (a folder with a {MANIFEST}){what_it_is(folder)}")
     if not (folder / MANIFEST).is_file() and (described := what_it_is(folder)):
@@ -174,23 +231,7 @@ def load_bundle(folder: Path) -> Bundle:
         outside = _external_names(content) if name.endswith(".onnx") else set()
         if wrong := sorted(outside - set(hashes)) or sorted(outside.intersection((*REQUIRED, *OPTIONAL))):
             raise FgvcError(f"{folder / name}: keeps weights in another file, {wrong[0]!r}, which is none of this bundle's")
-    labels = read_json(folder / "labels.json", list)
-    contract = read_json(folder / "contract.json", dict)
-    if not labels or not all(isinstance(label, str) for label in labels):
-        raise FgvcError(f"{folder / 'labels.json'}: expected a list of class names")
-    refuse_breaking(labels, where=folder / "labels.json")
-    if contract.get("num_classes") != len(labels):
-        raise FgvcError(f"{folder / 'labels.json'}: {len(labels)} names for {contract.get('num_classes')} classes")
-    return Bundle(
-        folder=folder,
-        labels=tuple(labels),
-        preprocess=read_preprocess(folder / "preprocess.json"),
-        contract=contract,
-        metrics=read_json(folder / "metrics.json", dict),
-        files=hashes,
-        calibration=_calibration(folder) if "calibration.json" in hashes else None,
-        judge=_judge(folder, labels) if "judge.json" in hashes else None,
-    )
+    return hashes
 
 
 def _external_names(content: bytes) -> set[str]:

@@ -4,7 +4,7 @@ the comparison and the export's own proof."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,10 @@ import onnxruntime
 from fgvc.config.images import Ending, NetworkFile, Preprocess
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError, NoNumbersError
+from fgvc.images.address import picture
+from fgvc.images.decode import decode
 from fgvc.images.preprocess import keeps_pixels, preprocess
+from fgvc.io.display import Display, figure
 from fgvc.io.places import what_it_is
 from fgvc.runtime.bundle import Bundle, Variant
 from fgvc.runtime.description import Description, describe
@@ -35,13 +38,36 @@ class Prediction:
     probability: float
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+@dataclass(frozen=True, slots=True, repr=False)
+class Answer(Display):
     """Classification of one image by a bundle."""
 
     predictions: tuple[Prediction, ...]  # the most probable classes, best first, whether rejected or not
     rejected: bool  # "none of these": the best is below the bundle's threshold
     calibrated: bool  # whether the probabilities are by a fitted temperature
+    image: str = ""  # its path, or another name; empty: it was given without
+
+    @property
+    def label(self) -> str:
+        """The most probable class, rejected or not."""
+        return self.predictions[0].label
+
+    @property
+    def probability(self) -> float:
+        """Of the most probable class."""
+        return self.predictions[0].probability
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        shares = {one.label: f"{100 * one.probability:.1f} %" for one in self.predictions}
+        rejected = {"rejected": NONE} if self.rejected else {}
+        return {"": self.image} | rejected | shares | {"probabilities": calibration_word(self.calibrated)}
+
+    def _repr_html_(self) -> str:
+        shares = [f"{one.label} {100 * one.probability:.1f} %" for one in self.predictions[:3]]
+        best = f"{NONE} ({shares[0]})" if self.rejected else shares[0]
+        caption = f"{best}, {calibration_word(self.calibrated)}; {'; '.join([*shares[1:], Path(self.image).name])}"
+        return figure([picture(decode(Path(self.image)))] if Path(self.image).is_file() else [], caption)
 
 
 def load_session(model: Path | bytes, *, threads: int | None = None) -> onnxruntime.InferenceSession:

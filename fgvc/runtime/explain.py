@@ -95,7 +95,7 @@ class BundleExplainer:
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         """Load the bundle. `threads`: as of `OnnxSession`. Raises FgvcError for a bundle without `explain.onnx`."""
         bundle = load_bundle(folder)
-        if bundle.explain is None:
+        if bundle.explain_model is None:
             why = str(bundle.contract.get("explain", "")).strip()
             raise FgvcError(
                 f"{folder}: has no explain.onnx{f' ({why})' if why else ''}; explain the run that it was exported from: "
@@ -103,7 +103,7 @@ class BundleExplainer:
             )
         self.folder, self.labels, self.spec = folder, bundle.labels, bundle.preprocess
         self.methods: tuple[str, ...] = ("cam",)
-        self._session = session_of(bundle, bundle.explain, threads=threads)
+        self._session = session_of(bundle, bundle.explain_model, threads=threads)
         self.calibration = bundle.calibration
 
     def __call__(self, x: Floats, label: int | None) -> list[Explanation]:
@@ -179,7 +179,7 @@ def explain_files(
     `target`: a class by name, or `predicted`: each picture's most probable one by each network. `batch`: pictures a forward.
     Raises FgvcError for a class that a network does not have, before anything is written.
     """
-    positions = [None if target == PREDICTED else _position(explainer, target) for explainer in explainers]
+    positions = [None if target == PREDICTED else position(explainer, target) for explainer in explainers]
     titles = distinct_names([explainer.folder for explainer in explainers])
     names = list(dict.fromkeys([*(name for explainer in explainers for name in explainer.labels), *titles]))
     written, font = writable(names)
@@ -309,7 +309,7 @@ def explain_crops(explainer: Explainer, crops: Sequence[Pixels], label: int | No
     return explainer(np.stack([normalise(crop, explainer.spec) for crop in crops]), label) if len(crops) else []
 
 
-def _position(explainer: Explainer, name: str) -> int:
+def position(explainer: Explainer, name: str) -> int:
     if name not in explainer.labels:
         near = nearest(name, explainer.labels, 3)
         raise FgvcError(

@@ -1,26 +1,35 @@
-"""`fgvc predict`: files in, one line a picture out. onnxruntime and Pillow only."""
+"""Prediction by a bundle, pictures in, answers out; and `fgvc predict`, one line a picture. onnxruntime and Pillow only."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL.Image import Image
+from numpy.typing import NDArray
+from PIL import Image
 
 from fgvc.config.images import MAX_PIXELS, Preprocess
 from fgvc.errors import FgvcError, ImageError
-from fgvc.images.decode import decode
+from fgvc.images.decode import as_rgb, decode
 from fgvc.images.preprocess import preprocess
 from fgvc.images.suffix import SUFFIXES, counted, suffix_of
+from fgvc.io.display import Results
+from fgvc.io.files import StrPath
 from fgvc.io.names import one_line
 from fgvc.runtime.bundle import Variant, load_bundle
 from fgvc.runtime.engine import NONE, Answer, Engine, calibration_word
+
+Pictures = StrPath | Image.Image | NDArray[np.uint8] | Iterable[StrPath | Image.Image | NDArray[np.uint8]]
+"""A file or a folder of them, an image of Pillow, pixels (H,W), (H,W,3) in RGB or (H,W,4) in RGBA; or several."""
 
 BATCH = 16  # bounds memory; on CPUs a larger one is no faster
 
@@ -60,6 +69,28 @@ def predict_files(
         unread = f", {failed} could not be read" * bool(failed)
         print(f"{len(files)} pictures in {time.monotonic() - began:.1f} s{unread}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def predict(engine: Engine, images: Pictures, *, top_k: int = 5, max_pixels: int = MAX_PIXELS) -> Results[Answer]:
+    """Classify pictures, of a folder all below it, in order of name. Raises ImageError for one that can't be read, FgvcError for
+    a path that does not exist and for logits that are no numbers."""
+    spec, results = engine.bundle.preprocess, list[Answer]()
+    rest = iter(opened(images, max_pixels))
+    while batch := [(name, preprocess(picture, spec)) for name, picture in islice(rest, BATCH)]:
+        answers = engine.answers(engine.logits(np.stack([x for _, x in batch])), top_k=top_k)
+        results += [replace(answer, image=name) for (name, _), answer in zip(batch, answers, strict=True)]
+    return Results(results)
+
+
+def opened(images: Pictures, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[str, Image.Image]]:
+    """Yield name and RGB picture of each, read when it is asked for: the path, or a number. Raises as `predict` does."""
+    single = isinstance(images, str | os.PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    several: Iterable[Any] = [images] if single else images  # type: ignore[assignment]  # pixels (N,H,W,3), too
+    for at, image in enumerate(several):
+        if isinstance(image, str | os.PathLike):
+            yield from ((str(path), decode(path, max_pixels=max_pixels)) for path in expand([Path(image)]))
+        else:
+            yield f"picture {at}", as_rgb(image, f"picture {at}")
 
 
 def expand(paths: Iterable[Path]) -> Iterator[Path]:
@@ -108,7 +139,7 @@ def _input(path: Path, spec: Preprocess, max_pixels: int) -> np.ndarray | ImageE
     return image if isinstance(image, ImageError) else preprocess(image, spec)
 
 
-def decoded(path: Path, max_pixels: int = MAX_PIXELS) -> Image | ImageError:
+def decoded(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image | ImageError:
     """Decode a picture; an error is returned, so that the others can be processed."""
     try:
         return decode(path, max_pixels=max_pixels)

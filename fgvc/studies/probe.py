@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ from fgvc.data.splits import stratified
 from fgvc.errors import FgvcError
 from fgvc.evaluation.features import Features, embed_rows
 from fgvc.evaluation.learning_curve import Curve, Fold, learning_curve, make_folds
+from fgvc.io.display import Display, table
 from fgvc.io.names import some
 from fgvc.runs.distributed import process_group
 from fgvc.runs.images import read_index, run_overlap
@@ -72,8 +73,8 @@ class Result:
         return self.curve.accuracy().value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeResults:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ProbeResults(Display):
     """Results of all nets, sizes and crops, and notes."""
 
     data: Data
@@ -82,6 +83,19 @@ class ProbeResults:
     notes: tuple[str, ...]
     threads: int
     device: str
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        best = self.results[0]
+        name = f"{best.candidate.name} at {' x '.join(map(str, best.size))}"
+        return {"": self.data.source, "images": len(self.data.rows), "best": f"{name}, top-1 {100 * best.accuracy:.1f} %"}
+
+    def _repr_html_(self) -> str:
+        rows = (
+            (r.candidate.name, " x ".join(map(str, r.size)), f"{r.crop:.3g}", f"{100 * r.accuracy:.1f}")
+            for r in self.results
+        )
+        return table(rows, head=("start", "px", "crop", "top-1 %"))
 
 
 def probe(

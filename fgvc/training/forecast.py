@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -20,6 +20,7 @@ from fgvc.data.index import ImageIndex
 from fgvc.data.loader import augmented_views, evaluation_loader
 from fgvc.errors import FgvcError
 from fgvc.exporting.proofs import MAX_IMAGES as PROOF_IMAGES
+from fgvc.io.display import Display
 from fgvc.models.classifier import as_classifier
 from fgvc.runs.distributed import process_group
 from fgvc.training.automatic import settle, settled_process
@@ -34,8 +35,8 @@ EXPORTING = 25.0  # seconds of an export without its images: the exporter, twice
 PROVING = 6.0  # forwards of each image in its proofs: folded and not, in float64 and float32, by onnxruntime
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
+@dataclass(frozen=True, slots=True, repr=False)
+class Forecast(Display):
     """Cost of one run of a recipe."""
 
     images: dict[str, int]  # by split
@@ -53,6 +54,12 @@ class Forecast:
     def seconds(self) -> float:
         """From the command to the bundle."""
         return sum(self.parts.values())
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        step = {"forwards a step": f"{self.forwards:g}", "a step takes": f"{1000 * self.step_seconds:.0f} ms"}
+        whole = {"all": f"about {self.seconds / 60:.1f} min", "peak memory": f"{self.peak_bytes / 2**30:.2f} GiB"}
+        return {"steps": self.steps, **step, **whole}
 
 
 def forecast(recipe: Recipe) -> Forecast:

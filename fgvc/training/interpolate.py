@@ -18,6 +18,7 @@ from fgvc.config.training import Log
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation import metrics
+from fgvc.io.display import Display, table
 from fgvc.io.files import as_json, fill, make_folder, making, refuse_place
 from fgvc.io.progress import track
 from fgvc.models.backbone import head_prefixes
@@ -34,8 +35,8 @@ COPIED_FILES = ("config.yaml", "labels.json", "preprocess.json", "env.json", "me
 SESSION_KEYS = ("optimizer", "scaler", "rng", "answers")  # of a checkpoint: what training goes on with, and its net's predictions
 
 
-@dataclass(frozen=True, slots=True)
-class Interpolation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Interpolation(Display):
     """An interpolated net (1 - share) start + share end, written as a run of its own."""
 
     run: Path
@@ -45,6 +46,15 @@ class Interpolation:
     by: str  # the validation score that chose the share
     scores: Mapping[float, metrics.Scores | None]  # of each share on validation, None: no numbers; empty: the share was given
     unreadable: tuple[str, ...]  # of the validation images
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        by = self.by if self.scores else "hand"
+        return {"": self.out, "share": f"{self.share:g}", "of the way from the start of": self.run, "chosen by": by}
+
+    def _repr_html_(self) -> str:
+        rows = ((f"{share:g}", "" if s is None else f"{100 * s.top1:.2f}") for share, s in self.scores.items())
+        return Display._repr_html_(self) + (table(rows, head=("share", "top-1 %")) if self.scores else "")
 
 
 def interpolate(

@@ -22,12 +22,12 @@ from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.evaluation.metrics import score_logits
 from fgvc.evaluation.paired import wilson
+from fgvc.images.address import picture
 from fgvc.images.decode import decode
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import preprocess
 from fgvc.report.document import duration
 from fgvc.report.gallery import MISTAKES, gallery
-from fgvc.report.render import picture
 from fgvc.runs.loaded import load_run
 from fgvc.training import trainer
 from tests.conftest import paint

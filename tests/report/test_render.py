@@ -12,7 +12,8 @@ from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fgvc.report.render import ENVIRONMENT, breakable, chart, picture, render
+from fgvc.images.address import picture
+from fgvc.report.render import ENVIRONMENT, breakable, chart, render
 
 
 def test_what_users_named_is_escaped_and_nothing_is_fetched() -> None:

@@ -49,7 +49,7 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert loaded.metrics == {"val": {"top1": 0.5}}
     assert loaded.contract == {"num_classes": 2}
     assert loaded.model.read_bytes() == b"\x08\x0agraph"
-    assert loaded.explain is None
+    assert loaded.explain_model is None
     assert sorted(p.name for p in folder.parent.iterdir()) == ["bundle"]
     manifest = json.loads((folder / MANIFEST).read_text())["files"]
     others = [path for path in folder.iterdir() if path.name != MANIFEST]
@@ -162,7 +162,7 @@ def test_only_a_bundle_is_ever_replaced_and_only_if_asked(folder: Path, tmp_path
         write_bundle(folder, files=files())
     write_bundle(folder, files=files(**{"labels.json": ["a", "b"], "explain.onnx": b"x"}), overwrite=True)
     assert load_bundle(folder).labels == ("a", "b")
-    assert load_bundle(folder).explain == folder / "explain.onnx"
+    assert load_bundle(folder).explain_model == folder / "explain.onnx"
     (tmp_path / "photos").mkdir()
     write_bundle(tmp_path / "photos", files=files())  # empty: nothing is lost
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,6 +35,7 @@ from fgvc.data.splits import group_codes, straddling
 from fgvc.errors import ImageError
 from fgvc.images.damage import damage
 from fgvc.images.decode import Picture
+from fgvc.io.display import Display, table
 from fgvc.io.names import some
 from fgvc.io.tables import as_csv
 
@@ -46,8 +47,8 @@ COLUMNS = ("finding", "number", "path", "split", "label", "suggested", "score", 
 Rows = tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Report(Display):
     """Findings on a set; rows are those of the index. `errors` spoil a result, `warnings` may not matter."""
 
     index: ImageIndex
@@ -101,6 +102,15 @@ class Report:
 
     def _several(self, groups: Rows, column: np.ndarray) -> Rows:
         return tuple(rows for rows in groups if len(set(column[list(rows)].tolist())) > 1)
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        images = f"{len(self.index)} images of {len(self.index.classes)} classes"
+        return {"": self.index.root, "has": images, "errors": len(self.errors), "warnings": len(self.warnings)}
+
+    def _repr_html_(self) -> str:
+        findings = [*(("error", text) for text in self.errors), *(("warning", text) for text in self.warnings)]
+        return table([("data", self.index.recognised), *list(self.facts.items())[1:], *findings])
 
 
 @dataclass(frozen=True, slots=True)
