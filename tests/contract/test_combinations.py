@@ -56,14 +56,14 @@ Row = tuple[int, ...]
 
 @cache
 def permitted(row: Row) -> bool:
-    said = {kind: levels[at] for (kind, levels), at in zip(FACTORS.items(), row, strict=True)}
-    chosen = Techniques(**{kind: said[kind] for kind in settings_by_kind()})
+    levels_of = {kind: levels[at] for (kind, levels), at in zip(FACTORS.items(), row, strict=True)}
+    chosen = Techniques(**{kind: levels_of[kind] for kind in settings_by_kind()})
     on = [one for kind in settings_by_kind() if (one := getattr(chosen, kind)) is not None]
     refused = [
-        any(one.requires.average for one in on) and not said["ema"],
-        any(one.requires.cross_entropy for one in on) and said["loss"],
-        said["ema"] and said["swa"],
-        said["sampling"] == "balanced" and "class_weights" in said["loss"],
+        any(one.requires.average for one in on) and not levels_of["ema"],
+        any(one.requires.cross_entropy for one in on) and levels_of["loss"],
+        levels_of["ema"] and levels_of["swa"],
+        levels_of["sampling"] == "balanced" and "class_weights" in levels_of["loss"],
     ]
     return not whole_label_conflicts(chosen) and not any(refused)
 
@@ -79,27 +79,27 @@ PLAIN = (0,) * len(LEVELS)
 def permitted_pairs() -> set[tuple[int, int, int, int]]:
     """Those that can occur: with all else off, or with the average of the weights where a technique asks for it."""
     average = list(FACTORS).index("ema")
-    found = set()
+    pairs = set()
     for i, j in combinations(range(len(LEVELS)), 2):
         for a in range(LEVELS[i]):
             for b in range(LEVELS[j]):
                 pair = {i: a, j: b}
                 rows = (tuple(({average: e} | pair).get(k, 0) for k in range(len(LEVELS))) for e in (0, 1))
                 if any(permitted(row) for row in rows):
-                    found.add((i, a, j, b))
-    return found
+                    pairs.add((i, a, j, b))
+    return pairs
 
 
 def covering_array() -> list[Row]:
     """Greedy: a row that still lacks a pair is completed factor by factor so that most pairs are new; the best of some."""
     missing, rng = permitted_pairs(), random.Random(5)  # of a few seeds the one with the fewest rows
-    found: list[Row] = []
+    rows: list[Row] = []
     while missing:
         ordered = sorted(missing)
         candidates = [completed(*rng.choice(ordered), missing, rng) for _ in range(20)]
-        found.append(max(candidates, key=lambda row: len(pairs_of(row) & missing)))
-        missing -= pairs_of(found[-1])
-    return found
+        rows.append(max(candidates, key=lambda row: len(pairs_of(row) & missing)))
+        missing -= pairs_of(rows[-1])
+    return rows
 
 
 def completed(i: int, a: int, j: int, b: int, missing: set[tuple[int, int, int, int]], rng: random.Random) -> Row:
@@ -168,18 +168,18 @@ NONSENSE = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "settings", "said"), NONSENSE)
-def test_nonsense_is_refused_before_training(kind: str, settings: dict, said: str, recipe_tree: dict) -> None:
-    with pytest.raises(FgvcError, match=said):
+@pytest.mark.parametrize(("kind", "settings", "message"), NONSENSE)
+def test_nonsense_is_refused_before_training(kind: str, settings: dict, message: str, recipe_tree: dict) -> None:
+    with pytest.raises(FgvcError, match=message):
         validate(Recipe, recipe_tree | {"techniques": {kind: settings}}, where="test")
 
 
 @pytest.mark.parametrize("kind", ["box_head", "centre_loss", "similar_smoothing"])
 def test_some_steps_must_be_left_to_those_that_learn_from_whole_labels(kind: str, boxed_tree: dict) -> None:
-    def made(**mixers: dict) -> Recipe:
+    def validated(**mixers: dict) -> Recipe:
         return validate(Recipe, boxed_tree | {"techniques": {kind: {}, **mixers}}, where="test")
 
-    said = (
+    message = (
         rf"techniques\.{kind}: .* mixed in every step leave none; give, for example, techniques\.m\w+\.probability=0\.5"
     )
     for mixers in (
@@ -187,16 +187,16 @@ def test_some_steps_must_be_left_to_those_that_learn_from_whole_labels(kind: str
         {"mixup": {"probability": 0.5}, "cutmix": {"probability": [[0, 0.5], [1, 0.9]]}},
         {"mosaic": {"until": 1}},
     ):
-        with pytest.raises(FgvcError, match=said):
-            made(**mixers)
-    made(mosaic={})
-    made(mixup={"probability": 0.5}, cutmix={"probability": 0.4})
-    made(mixup={"probability": [[0, 1], [0.5, 1], [1, 0]]})
+        with pytest.raises(FgvcError, match=message):
+            validated(**mixers)
+    validated(mosaic={})
+    validated(mixup={"probability": 0.5}, cutmix={"probability": 0.4})
+    validated(mixup={"probability": [[0, 1], [0.5, 1], [1, 0]]})
 
 
 def named(row: Row) -> str:
-    said = {key: levels[at] for (key, levels), at in zip(FACTORS.items(), row, strict=True)}
-    return "-".join(f"{key}={value}" for key, value in said.items() if value and value != "uniform") or "plain"
+    chosen = {key: levels[at] for (key, levels), at in zip(FACTORS.items(), row, strict=True)}
+    return "-".join(f"{key}={value}" for key, value in chosen.items() if value and value != "uniform") or "plain"
 
 
 def test_every_permitted_pair_occurs_and_the_runs_are_few() -> None:
@@ -209,30 +209,30 @@ def test_every_permitted_pair_occurs_and_the_runs_are_few() -> None:
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("row", ROWS, ids=named)
 def test_a_combination_trains_resumes_and_strips(row: Row, precision: str, tmp_path: Path, boxed_tree: dict) -> None:
-    said = {key: levels[at] for (key, levels), at in zip(FACTORS.items(), row, strict=True)}
+    chosen = {key: levels[at] for (key, levels), at in zip(FACTORS.items(), row, strict=True)}
     tree = boxed_tree | {
         "image": {"size": 64},  # two by two cells: class maps of one cell say nothing
-        "techniques": {kind: said[kind] for kind in settings_by_kind() if said[kind] is not None},
+        "techniques": {kind: chosen[kind] for kind in settings_by_kind() if chosen[kind] is not None},
         "train": boxed_tree["train"]
-        | {key: said[key] for key in ("grad_accum_steps", "grad_checkpointing", "sampling")}
+        | {key: chosen[key] for key in ("grad_accum_steps", "grad_checkpointing", "sampling")}
         | {"precision": precision},
-        **{key: said[key] for key in ("ema", "swa", "loss")},
-        "optim": boxed_tree["optim"] | {"sam": said["sam"]},
+        **{key: chosen[key] for key in ("ema", "swa", "loss")},
+        "optim": boxed_tree["optim"] | {"sam": chosen["sam"]},
     }
-    made = validate(Recipe, tree, where="test")
-    part = made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 3})})
+    recipe = validate(Recipe, tree, where="test")
+    part = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 3})})
     run = trainer.train(part, tmp_path / "run")
-    trainer.train(made, run)
-    whole = trainer.train(made, tmp_path / "whole")
-    average = ["ema"] if said["ema"] or said["swa"] else []
+    trainer.train(recipe, run)
+    whole = trainer.train(recipe, tmp_path / "whole")
+    average = ["ema"] if chosen["ema"] or chosen["swa"] else []
     for name in ("net", "branches", *average):
         again, once = (load_file(place / "ckpt" / "last" / f"{name}.safetensors") for place in (run, whole))
         assert all(torch.equal(value, again[key]) for key, value in once.items()), name
     assert all(math.isfinite(float(line.split(",")[3])) for line in (run / "metrics.csv").read_text().splitlines()[1:])
-    net = build_net(made, 3, pretrained=False).step.net
+    net = build_net(recipe, 3, pretrained=False).step.net
     net.load_state_dict(load_file(run / "ckpt" / "last" / f"{[*average, 'net'][0]}.safetensors"))
     net.eval().double()
-    arguments = {"backbone": made.model.backbone, "num_classes": 3, "kwargs": made.model.kwargs}
+    arguments = {"backbone": recipe.model.backbone, "num_classes": 3, "kwargs": recipe.model.kwargs}
     exact = strip(net, **arguments, dtype=torch.float64)
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

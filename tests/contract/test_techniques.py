@@ -55,14 +55,14 @@ def trained(request, boxed_few, once: Once) -> tuple[Recipe, Path, Path]:
     kind, net = request.param
     tree = {"data": {"kind": "cub", "root": str(boxed_few), "val_fraction": 0.2}, "image": {"size": 64}}
     tree |= {"train": {"batch_size": 8, "workers": 0}, "optim": {"lr": 0.02, "warmup_epochs": 0.5}}
-    made = recipe(tree, kind, net)
+    own = recipe(tree, kind, net)
     try:
-        build_net(made, 3)
+        build_net(own, 3)
     except FgvcError as error:
         if f"techniques.{kind}" not in str(error):  # a refusal names the technique
             raise
         pytest.skip(f"refused by name: {error}")
-    return made, once.run(made), once.run(recipe(tree, None, net), name="plain")
+    return own, once.run(own), once.run(recipe(tree, None, net), name="plain")
 
 
 def losses(run: Path) -> list[float]:
@@ -77,8 +77,8 @@ def test_the_loss_is_finite_and_falls(trained) -> None:
 
 
 def test_it_changes_what_is_learned(trained) -> None:
-    made, run, plain = trained
-    kind = next((k for k in settings_by_kind() if getattr(made.techniques, k) is not None), None)
+    recipe, run, plain = trained
+    kind = next((k for k in settings_by_kind() if getattr(recipe.techniques, k) is not None), None)
     if kind is None:
         assert all(torch.equal(a, weights(plain, "net")[k]) for k, a in weights(run, "net").items()), "the same twice"
     else:
@@ -86,10 +86,10 @@ def test_it_changes_what_is_learned(trained) -> None:
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(trained, tmp_path: Path) -> None:
-    made, run, _ = trained
-    part = made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 7})})
+    recipe, run, _ = trained
+    part = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 7})})
     trainer.train(part, tmp_path / "run")
-    trainer.train(made, tmp_path / "run")
+    trainer.train(recipe, tmp_path / "run")
     for name in ("net", "branches", "ema"):
         again, once = weights(tmp_path / "run", name), weights(run, name)
         assert again.keys() == once.keys()
@@ -102,11 +102,11 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(trained, tmp_path: Path) 
 
 
 def test_it_strips_to_the_plain_net_and_its_graph(trained) -> None:
-    made, run, _ = trained
-    net = build_net(made, 3, pretrained=False).step.net
+    recipe, run, _ = trained
+    net = build_net(recipe, 3, pretrained=False).step.net
     net.load_state_dict(weights(run, "ema"))
     net.eval().double()
-    arguments = {"backbone": made.model.backbone, "num_classes": 3, "kwargs": made.model.kwargs}
+    arguments = {"backbone": recipe.model.backbone, "num_classes": 3, "kwargs": recipe.model.kwargs}
     exact, plain = strip(net, **arguments, dtype=torch.float64), strip(net, **arguments)
     x = torch.randn(4, 3, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_it_strips_to_the_plain_net_and_its_graph(trained) -> None:
         assert (plain(x.float()) - z).abs().max() <= 1e-4 * z.abs().max()
     settings = Export(exporter="torchscript")
     proto = export_onnx(deployed(plain), size=SIZE, exporter=settings.exporter, opset=settings.opset)
-    reference, positions = reference_of(made.model.backbone)
+    reference, positions = reference_of(recipe.model.backbone)
     structural = compare_structure(proto, reference, positions)
     assert structural.passed, structural.differences
 

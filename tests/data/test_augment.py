@@ -161,15 +161,15 @@ def test_the_window_is_the_same_on_a_shrunk_copy() -> None:
 def test_same_key_same_sample_and_no_two_keys_alike() -> None:
     settings, spec, image = Augment(hue=0.1, grayscale=0.2, rotate=10), Preprocess(size=(32, 32)), photograph()
     one, other = Augmenter(settings, spec, seed=5), Augmenter(settings, spec, seed=5)
-    seen = set()
+    samples = set()
     for epoch in range(4):
         for row in range(25):
             pixels, matrix = one(image, epoch=epoch, row=row)
-            seen.add(pixels.tobytes())
+            samples.add(pixels.tobytes())
             assert pixels.tobytes() == other(image, epoch=epoch, row=row)[0].tobytes()
             assert matrix.tobytes() == other(image, epoch=epoch, row=row)[1].tobytes()
-    assert len(seen) == 100
-    assert Augmenter(settings, spec, seed=6)(image, epoch=0, row=0)[0].tobytes() not in seen
+    assert len(samples) == 100
+    assert Augmenter(settings, spec, seed=6)(image, epoch=0, row=0)[0].tobytes() not in samples
 
 
 def test_a_worker_that_is_not_forked_augments_alike() -> None:
@@ -208,17 +208,17 @@ def test_brightness_is_a_uniform_factor() -> None:
 def test_contrast_is_a_uniform_factor_about_the_mean() -> None:
     image = np.full((4, 4, 3), 80, np.uint8)
     image[:2] = 160
-    found = jittered(image, contrast=0.4)
-    assert_uniform((found[:, 0, 0, 0] - found[:, 3, 3, 0]) / 80, 0.4, 0.025)
-    assert np.abs(found.mean((1, 2, 3)) - 120).max() <= 1
+    images = jittered(image, contrast=0.4)
+    assert_uniform((images[:, 0, 0, 0] - images[:, 3, 3, 0]) / 80, 0.4, 0.025)
+    assert np.abs(images.mean((1, 2, 3)) - 120).max() <= 1
 
 
 def test_saturation_is_a_uniform_factor_towards_grey() -> None:
     image = np.zeros((4, 4, 3), np.uint8)
     image[..., 0], image[..., 1], image[..., 2] = 140, 100, 60
-    found = jittered(image, saturation=0.3)[:, 0, 0]
-    assert_uniform((found[:, 0] - found[:, 2]) / 80, 0.3, 0.025)
-    luma = found @ [0.299, 0.587, 0.114]
+    images = jittered(image, saturation=0.3)[:, 0, 0]
+    assert_uniform((images[:, 0] - images[:, 2]) / 80, 0.3, 0.025)
+    luma = images @ [0.299, 0.587, 0.114]
     assert np.abs(luma - luma.mean()).max() <= 1.5
 
 
@@ -242,9 +242,9 @@ def test_nothing_to_do_is_the_deployed_fit() -> None:
     assert_alike(pixels, fit(Image.fromarray(image), spec))
 
 
-def assert_alike(found: np.ndarray, expected: np.ndarray) -> None:
+def assert_alike(pixels: np.ndarray, expected: np.ndarray) -> None:
     """Equal but for the rounding of the filter's weights and between its two passes."""
-    difference = np.abs(found.astype(int) - expected)
+    difference = np.abs(pixels.astype(int) - expected)
     assert difference.max() <= 3
     assert difference.mean() < 0.15
 

@@ -253,9 +253,9 @@ def test_damage_is_noticed_and_the_cache_built_anew(
     for _ in range(2):  # a session with the damage, and the next one
         again = opened(index, tmp_path / "cache")
         for row, (pixels, size) in enumerate(expected):
-            found = again.image(row)
-            np.testing.assert_array_equal(found[0], pixels)
-            assert found[1] == size
+            cached = again.image(row)
+            np.testing.assert_array_equal(cached[0], pixels)
+            assert cached[1] == size
     if name == "pixels.bin":
         assert file.read_bytes() == content
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [whole.folder.name], "no remains"

@@ -15,7 +15,7 @@ from fgvc.data.quality.suspects import Suspect, Suspects
 from fgvc.data.sources.read import read_source
 
 
-def drawn(number, size=(48, 40)):
+def blobs(number, size=(48, 40)):
     """Soft blobs, others for every number."""
     cells = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
@@ -28,7 +28,7 @@ def saved(image, kind="PNG", **options):
 
 
 def picture(number, size=(48, 40)):
-    return saved(drawn(number, size))
+    return saved(blobs(number, size))
 
 
 def build(root, files, groups=None):
@@ -47,17 +47,17 @@ def build(root, files, groups=None):
 
 
 def test_a_clean_set_has_no_findings(tmp_path):
-    seen = []
+    calls = []
     index = build(
         tmp_path, [(s, k, picture(20 * s + 100 * k + j)) for s in range(3) for k in range(2) for j in range(2)]
     )
-    report = check(index, progress=lambda *now: seen.append(now))
+    report = check(index, progress=lambda *now: calls.append(now))
     assert report.ok
     assert (report.errors, report.warnings) == ((), ())
     assert report.counts.tolist() == [[2, 2]] * 3
     assert report.imbalance == 1.0
     assert report.missing == {}
-    assert seen == [*(("reading", i, 12) for i in range(1, 13)), ("comparing", 12, 12)]
+    assert calls == [*(("reading", i, 12) for i in range(1, 13)), ("comparing", 12, 12)]
 
 
 def test_unreadable_files_are_named_with_their_reason(tmp_path):
@@ -130,14 +130,14 @@ def test_an_index_from_disk(tmp_path):
 
 
 def test_near_copies_across_splits_and_labels_are_errors(tmp_path):
-    big = drawn(1, (200, 160))
+    big = blobs(1, (200, 160))
     rows = [
         (0, 0, saved(big)),  # 0 = 3 ~ 4, the last in test
-        (0, 1, saved(drawn(2, (200, 160)))),  # 1 ~ 5 within train, another label
+        (0, 1, saved(blobs(2, (200, 160)))),  # 1 ~ 5 within train, another label
         (2, 1, picture(3)),
         (0, 0, saved(big)),
         (2, 0, saved(big.resize((150, 120)), "JPEG", quality=70)),
-        (0, 0, saved(ImageOps.mirror(drawn(2, (200, 160))), "JPEG")),
+        (0, 0, saved(ImageOps.mirror(blobs(2, (200, 160))), "JPEG")),
     ]
     report = check(build(tmp_path, rows))
     assert report.duplicates == ((0, 3),)
@@ -162,9 +162,9 @@ def test_families_join_groups_and_copies(tmp_path):
 
 
 def test_colours_are_compared_with_the_normalisation(tmp_path):
-    light = [saved(drawn(i).point(lambda v: 200 + v // 5)) for i in range(8)]
+    light = [saved(blobs(i).point(lambda v: 200 + v // 5)) for i in range(8)]
     rows = [(0, i % 2, content) for i, content in enumerate(light)]
-    rows += [(2, 0, saved(Image.new("RGB", (50, 50)))), (2, 1, saved(drawn(9).convert("L")))]
+    rows += [(2, 0, saved(Image.new("RGB", (50, 50)))), (2, 1, saved(blobs(9).convert("L")))]
     report = check(build(tmp_path, rows), expected=Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
     pixels = np.concatenate([np.asarray(Image.open(io.BytesIO(one)), float).reshape(-1, 3) for one in light]) / 255
     np.testing.assert_allclose(report.colours.mean, pixels.mean(axis=0), rtol=1e-9)
@@ -173,7 +173,7 @@ def test_colours_are_compared_with_the_normalisation(tmp_path):
     assert report.colours.grey == (8, 9)
     assert report.colours.flat == (8,)
     assert report.colours.modes == (("RGB", 9), ("L", 1))
-    said = "\n".join(report.warnings)
+    warnings = "\n".join(report.warnings)
     for expected in (
         "red is 1.",
         "standard deviations lighter",
@@ -181,31 +181,31 @@ def test_colours_are_compared_with_the_normalisation(tmp_path):
         "RGB 9, L 1",
         "2 of 10 images are grey",
     ):
-        assert expected in said, expected
+        assert expected in warnings, expected
     assert report.ok
 
 
 @pytest.mark.parametrize("value", [lambda v: v, lambda v: 30 + v // 2])
 def test_what_the_weights_ask_for_makes_no_picture_odd(tmp_path, value):
     """A mean of 0 and a std of 1, which some of timm's weights ask for, are those of no images."""
-    rows = [(0, i % 2, saved(drawn(i).point(value))) for i in range(8)]
+    rows = [(0, i % 2, saved(blobs(i).point(value))) for i in range(8)]
     index = build(tmp_path, rows)
-    asked = Normalisation((0.0,) * 3, (1.0,) * 3, from_weights=True)
-    assert not [line for line in check(index, expected=asked).warnings if "normalisation" in line]
-    stated = replace(asked, from_weights=False)
+    unlikely = Normalisation((0.0,) * 3, (1.0,) * 3, from_weights=True)
+    assert not [line for line in check(index, expected=unlikely).warnings if "normalisation" in line]
+    stated = replace(unlikely, from_weights=False)
     assert any("deploy.std" in line for line in check(index, expected=stated).warnings)
-    said = check(index, expected=replace(stated, doubts=("std is in other units",))).warnings
-    assert "std is in other units" in said
-    assert not any("deploy.std" in line for line in said), "said once"
+    warnings = check(index, expected=replace(stated, doubts=("std is in other units",))).warnings
+    assert "std is in other units" in warnings
+    assert not any("deploy.std" in line for line in warnings), "said once"
 
 
 def test_pictures_unlike_photographs_are_odd_whatever_the_weights_ask_for(tmp_path):
-    rows = [(0, i % 2, saved(drawn(i).point(lambda v: 200 + v // 8))) for i in range(8)]
-    asked = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), from_weights=True)
-    said = "\n".join(check(build(tmp_path, rows), expected=asked).warnings)
-    assert "red is 1." in said
-    assert "lighter" in said
-    assert "deploy." not in said, "nobody set it"
+    rows = [(0, i % 2, saved(blobs(i).point(lambda v: 200 + v // 8))) for i in range(8)]
+    imagenet = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), from_weights=True)
+    warnings = "\n".join(check(build(tmp_path, rows), expected=imagenet).warnings)
+    assert "red is 1." in warnings
+    assert "lighter" in warnings
+    assert "deploy." not in warnings, "nobody set it"
 
 
 def test_of_a_large_group_the_faulty_ones_are_shown(tmp_path):
@@ -218,7 +218,7 @@ def test_of_a_large_group_the_faulty_ones_are_shown(tmp_path):
 
 
 def test_a_chain_whose_ends_are_unlike_is_a_group_but_no_leak_of_all(tmp_path):
-    first, last = (np.asarray(drawn(seed, (64, 64))).astype(float) for seed in (5, 6))
+    first, last = (np.asarray(blobs(seed, (64, 64))).astype(float) for seed in (5, 6))
     steps = [Image.fromarray((first + (last - first) * t).round().astype(np.uint8)) for t in np.linspace(0, 1, 30)]
     report = check(build(tmp_path, [*((0, 0, saved(image)) for image in steps[:-1]), (2, 0, saved(steps[-1]))]))
     assert report.near == (tuple(range(30)),)

@@ -56,15 +56,15 @@ def pairs_across(index: object) -> int:
 
 
 def test_no_copy_lies_on_both_sides(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = read_source(recipe(root).data)
-    assert pairs_across(drawn) > 5, "or nothing is shown"
+    first_draw = read_source(recipe(root).data)
+    assert pairs_across(first_draw) > 5, "or nothing is shown"
     index = read_index(recipe(root))
     assert pairs_across(index) == 0
     assert index.joined > 5
     assert f"{index.joined} of these moved to their near copies" in index.recognised
-    kept = index.splits == drawn.splits
-    assert kept.sum() == len(index) - index.joined
-    assert all(0.5 < (index.splits == k).sum() / (drawn.splits == k).sum() < 1.5 for k in range(3))
+    unmoved = index.splits == first_draw.splits
+    assert unmoved.sum() == len(index) - index.joined
+    assert all(0.5 < (index.splits == k).sum() / (first_draw.splits == k).sum() < 1.5 for k in range(3))
     assert not any("near copies" in text for text in api.check(recipe(root)).errors)
 
     def looks(*_: object) -> None:
@@ -115,8 +115,8 @@ def test_where_a_family_goes(root: Path) -> None:
         replace(index, splits=np.array([1, 0, 1, 0, 1, 1, 0, 1], np.int8)),
     )
     np.testing.assert_array_equal(in_one_split(index, families, ["val"]), [1, 1, 1, 0, 0, 0, 0, 0])
-    given = in_one_split(replace(index, splits=np.array([0, 2, 2, 0, 2, 0, 2, 2], np.int8)), families, ["val"])
-    np.testing.assert_array_equal(given, [0, 2, 2, 0, 2, 0, 2, 2])
+    splits = in_one_split(replace(index, splits=np.array([0, 2, 2, 0, 2, 0, 2, 2], np.int8)), families, ["val"])
+    np.testing.assert_array_equal(splits, [0, 2, 2, 0, 2, 0, 2, 2])
 
 
 def test_a_run_goes_on_without_looking(
@@ -153,16 +153,16 @@ def test_a_clean_list_is_a_set_of_its_own(
     file.write_text(yaml.safe_dump(recipe_tree | {"data": {"kind": "folder", "root": str(own), "val_fraction": 0}}))
     with pytest.raises(SystemExit):
         main(["data", "check", str(file), "--fail-on", "never", "--write-clean", str(tmp_path / "clean.csv")])
-    told = capsys.readouterr().out
-    assert "12 of 18 images are in the list" in " ".join(told.split())
-    settings = dict(word.split("=", 1) for word in told.partition("to use it: ")[2].split()[:3])
+    output = capsys.readouterr().out
+    assert "12 of 18 images are in the list" in " ".join(output.split())
+    settings = dict(word.split("=", 1) for word in output.partition("to use it: ")[2].split()[:3])
     assert settings.pop("data.kind") == "csv"
     index = read_source(CsvData(root=settings["data.root"], file=settings["data.file"], val_fraction=0))  # type: ignore[arg-type]
     names = sorted(f"{split}/{label}/{n:02d}.png" for split, ns in (("train", (0, 2, 4, 6)), ("test", (8, 10))) for n in ns
                    for label in "ab")  # fmt: skip
-    found = sorted(index.paths.tolist())
-    assert found == sorted(
-        "train/a/again.png" if name == "train/a/02.png" and name not in found else name for name in names
+    paths = sorted(index.paths.tolist())
+    assert paths == sorted(
+        "train/a/again.png" if name == "train/a/02.png" and name not in paths else name for name in names
     )
     clean = tmp_path / "clean.yaml"
     data = {"kind": "csv", "root": str(own), "file": str(tmp_path / "clean.csv"), "val_fraction": 0}

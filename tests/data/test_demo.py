@@ -82,12 +82,12 @@ def test_box_and_parts_lie_in_the_picture(number):
 
 
 def test_the_set_has_cubs_layout_and_each_picture_hangs_on_its_own_key(tmp_path):
-    seen = []
+    calls = []
     draw_demo(
-        tmp_path / "a", train_per_class=2, test_per_class=1, progress=lambda done, total: seen.append((done, total))
+        tmp_path / "a", train_per_class=2, test_per_class=1, progress=lambda done, total: calls.append((done, total))
     )
     index = read_source(CubData(root=tmp_path / "a", val_fraction=0))
-    assert seen == [(i, 24) for i in range(1, 25)]
+    assert calls == [(i, 24) for i in range(1, 25)]
     assert index.classes[0] == "001.Rhino_Spotted_Collared"
     assert index.classes[7] == "008.Stag_Barred_Tipped"
     assert np.bincount(index.labels).tolist() == [3] * 8

@@ -26,7 +26,7 @@ from fgvc.data.quality.duplicates import (
 )
 
 
-def drawn(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
+def blobs(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
     cells = np.random.default_rng(seed).integers(0, 256, (7, 7, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
 
@@ -44,7 +44,7 @@ def prints_of(images: list[Image.Image]) -> Fingerprints:
     return prints
 
 
-def found(images: list[Image.Image]) -> list[list[int]]:
+def copies_among(images: list[Image.Image]) -> list[list[int]]:
     return pairs_of(prints_of(images), np.arange(len(images)))
 
 
@@ -64,20 +64,20 @@ COPIES = {
 
 @pytest.mark.parametrize("how", COPIES)
 def test_a_photograph_stored_again_is_found(how: str) -> None:
-    images = [drawn(seed) for seed in range(12)]
+    images = [blobs(seed) for seed in range(12)]
     images += [COPIES[how](images[5])]
-    assert found(images) == [[5, 12]]
+    assert copies_among(images) == [[5, 12]]
 
 
 def test_the_hash_is_imagehashs_own() -> None:
-    image = drawn(0)
+    image = blobs(0)
     small = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
     assert f"{fingerprint(image).hash:016x}" == str(imagehash.phash(small))
     assert fingerprint(ImageOps.mirror(image)).hash.bit_count() == fingerprint(image).mirrored.bit_count()
 
 
 def test_likeness_is_the_correlation_of_centred_channels() -> None:
-    prints = prints_of([drawn(1), drawn(2)])
+    prints = prints_of([blobs(1), blobs(2)])
     a, b = (thumb.astype(float) - thumb.astype(float).mean(axis=(0, 1)) for thumb in prints.thumbs)
     first, second = unit(prints.thumbs)
     assert first @ second == pytest.approx(np.corrcoef(a.ravel(), b.ravel())[0, 1], abs=1e-5)
@@ -86,7 +86,7 @@ def test_likeness_is_the_correlation_of_centred_channels() -> None:
 
 
 def test_pictures_of_one_colour_are_like_no_others() -> None:
-    assert found([Image.new("RGB", (64, 64), (shade, 90, 30)) for shade in (10, 10, 200)]) == []
+    assert copies_among([Image.new("RGB", (64, 64), (shade, 90, 30)) for shade in (10, 10, 200)]) == []
 
 
 def test_other_pictures_of_like_composition_are_not_copies() -> None:
@@ -99,7 +99,7 @@ def test_other_pictures_of_like_composition_are_not_copies() -> None:
             image.paste((120, 70, 30), (x, y, x + 9, y + 7))
         return image
 
-    assert found([leaf(seed) for seed in range(8)]) == []
+    assert copies_among([leaf(seed) for seed in range(8)]) == []
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=200), st.integers(0, 40))
@@ -113,7 +113,7 @@ def test_every_pair_within_the_distance_is_looked_at(hashes: list[int], distance
 
 
 def test_rows_that_are_not_asked_for_are_left_out() -> None:
-    images = [drawn(0), drawn(0), drawn(1), drawn(0)]
+    images = [blobs(0), blobs(0), blobs(1), blobs(0)]
     assert pairs_of(prints_of(images), np.array([1, 2, 3])) == [[1, 3]]
     assert pairs_of(prints_of(images), np.array([], np.int64)) == []
 
@@ -122,17 +122,17 @@ def test_thousands_of_frames_of_one_camera_take_no_more_than_their_links() -> No
     """Every two are alike: five million pairs, of which no more is kept than what joins them."""
     frames, rng = 3200, np.random.default_rng(0)
     prints = Fingerprints.empty(frames)
-    base = np.asarray(drawn(0).resize((SIDE, SIDE)))
+    base = np.asarray(blobs(0).resize((SIDE, SIDE)))
     prints.hashes[:] = 7
     prints.mirrored[:] = 2**63
     prints.thumbs[:] = base
     prints.thumbs[:, 0, 0] += rng.integers(0, 3, (frames, 3), dtype=np.uint8)
     splits = (np.arange(frames) % 100 == 0).astype(np.int8)
-    done: list[tuple[int, int]] = []
-    found = alike(prints, np.arange(frames), progress=lambda *now: done.append(now))
-    numbers, (across, none) = gathered(found, frames, splits, np.zeros(frames))
+    calls: list[tuple[int, int]] = []
+    copies_among = alike(prints, np.arange(frames), progress=lambda *now: calls.append(now))
+    numbers, (across, none) = gathered(copies_among, frames, splits, np.zeros(frames))
     assert set(numbers.tolist()) == {0}
-    assert done[-1] == (frames, frames)
+    assert calls[-1] == (frames, frames)
     assert len(across) <= frames
     assert set(across.ravel().tolist()) == set(range(frames)), "every frame of one part has one of the other beside it"
     assert (splits[across[:, 0]] != splits[across[:, 1]]).all()

@@ -61,9 +61,10 @@ def test_training_finds_the_box_in_its_crop(index: ImageIndex, tmp_path: Path, c
     source.close()
     assert batch.boxes is not None
     np.testing.assert_array_equal(batch.boxes.numpy(), [BOX] * 8)
-    found, seen = in_crop(batch.boxes, batch.geometry, (40, 60))
-    assert seen.tolist() == pytest.approx([1] * 8)
-    for image, (left, top, right, bottom) in zip(batch.images.float().mean(3), found.round().int().tolist(), strict=True):
+    boxes, shares = in_crop(batch.boxes, batch.geometry, (40, 60))
+    assert shares.tolist() == pytest.approx([1] * 8)
+    grey, boxes = batch.images.float().mean(3), boxes.round().int()
+    for image, (left, top, right, bottom) in zip(grey, boxes.tolist(), strict=True):
         inside = torch.zeros(40, 60, dtype=torch.bool)
         inside[top:bottom, left:right] = True
         assert image[inside].mean() > 225

@@ -49,12 +49,12 @@ def table(labels: list[Any], contents: list[bytes | None], *, feature: Any = Non
 def saved(colours: Path, tmp_path: Path) -> Path:
     """The colours as Dataset.save_to_disk writes them, with class labels in an order of their own."""
     order = datasets.ClassLabel(names=["red", "green", "blue"])
-    made = {}
+    tables = {}
     for split in SPLITS:
         labels, contents = columns(colours, split)
         name = {"val": "validation"}.get(split, split)
-        made[name] = table([order.str2int(label) for label in labels], contents, feature=order)
-    datasets.DatasetDict(made).save_to_disk(str(tmp_path / "saved"))
+        tables[name] = table([order.str2int(label) for label in labels], contents, feature=order)
+    datasets.DatasetDict(tables).save_to_disk(str(tmp_path / "saved"))
     return tmp_path / "saved"
 
 
@@ -107,8 +107,9 @@ def test_folders_of_images(colours: Path) -> None:
 
 def test_another_process_lists_the_same(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labels, contents = columns(colours, "train")
-    made = table(labels, [*contents[:-1], None]).add_column("plant", [f"plant {at // 3}" for at in range(len(labels))])
-    made.to_parquet(str(tmp_path / "set" / "train.parquet"))
+    plants = [f"plant {at // 3}" for at in range(len(labels))]
+    listed = table(labels, [*contents[:-1], None]).add_column("plant", plants)
+    listed.to_parquet(str(tmp_path / "set" / "train.parquet"))
     data = HfData(root=tmp_path / "set", group_column="plant")
     here = read_source(data)
     monkeypatch.setattr(huggingface, "LARGE", 5)

@@ -43,9 +43,13 @@ def test_a_deployed_order_is_a_list_or_a_bundles_labels(boxed: Path, tmp_path: P
     assert turned.classes == tuple(names)
     for row in range(len(whole)):
         assert turned.classes[turned.labels[row]] == whole.classes[whole.labels[row]]
-    for wrong, said in (([*names, names[0]], f"given twice: {names[0]}"), (names[1:], "1 missing"), ([], "expected")):
+    for wrong, message in (
+        ([*names, names[0]], f"given twice: {names[0]}"),
+        (names[1:], "1 missing"),
+        ([], "expected"),
+    ):
         path.write_text(json.dumps(wrong) if form == "json" else "\n".join(wrong))
-        with pytest.raises(FgvcError, match=f"deploy.labels: .*{said}"):
+        with pytest.raises(FgvcError, match=f"deploy.labels: .*{message}"):
             reordered(whole, path)
     with pytest.raises(FgvcError, match="deploy.labels: .*nothing"):
         reordered(whole, tmp_path / f"nothing.{form}")

@@ -95,19 +95,19 @@ def test_nor_do_policies_and_pipelines_on_workers_ranks_or_where_an_epoch_is_ent
         image[: random.randrange(20)] = np.random.randint(256)
         return image
 
-    def made(**options: object) -> TrainLoader:
+    def train_loader_of(**options: object) -> TrainLoader:
         rows, augmenter = np.arange(len(index)), Augmenter(settings, SPEC, 7)
         options = {"batch_size": 4, "workers": 0} | options
         return train_loader(index, rows, augmenter=augmenter, seed=7, on_sample=[hook], **options)  # type: ignore[arg-type]
 
     before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
-    alone = stream(made())
+    alone = stream(train_loader_of())
     assert len({images for images, *_ in alone}) == len(alone) == 10
-    assert stream(made(workers=3)) == alone
-    entered = made(workers=2)
+    assert stream(train_loader_of(workers=3)) == alone
+    entered = train_loader_of(workers=2)
     assert [flat(batch) for batch in entered.epoch(1, start=2)] == alone[7:]
     entered.close()
-    ranks = [list(made(batch_size=2, rank=rank, world=2).epoch(0)) for rank in range(2)]
+    ranks = [list(train_loader_of(batch_size=2, rank=rank, world=2).epoch(0)) for rank in range(2)]
     for step, (one, other) in enumerate(zip(*ranks, strict=True)):
         together = torch.stack([one.images, other.images], dim=1).flatten(0, 1)
         assert together.numpy().tobytes() == alone[step][0]
@@ -134,13 +134,13 @@ def test_no_two_samples_share_an_augmentation_in_any_epoch_or_worker(index: Imag
     """All files alike: then equal pixels mean equal augmentation."""
     for row in range(1, COUNT):
         index.path(row).write_bytes(index.path(0).read_bytes())
-    source, seen, count = loader(index, workers=2), set(), 0
+    source, samples, count = loader(index, workers=2), set(), 0
     for epoch in range(4):
         for batch in source.epoch(epoch):
-            seen |= {image.numpy().tobytes() for image in batch.images}
+            samples |= {image.numpy().tobytes() for image in batch.images}
             count += len(batch.images)
     source.close()
-    assert len(seen) == count == 80
+    assert len(samples) == count == 80
 
 
 def test_every_epoch_is_another_permutation(index: ImageIndex) -> None:
@@ -205,12 +205,12 @@ def test_an_image_that_comes_again_in_an_epoch_is_augmented_anew(skewed: ImageIn
     plain = loader(skewed)
     first = {int(row): image for batch in plain.epoch(0) for row, image in zip(batch.index, batch.images, strict=True)}
     plain.close()
-    seen: set[int] = set()
+    drawn_rows: set[int] = set()
     for batch in batches[:5]:
         for row, image in zip(batch.index.tolist(), batch.images, strict=True):
             if row in first:
-                assert torch.equal(image, first[row]) == (row not in seen)
-            seen.add(row)
+                assert torch.equal(image, first[row]) == (row not in drawn_rows)
+            drawn_rows.add(row)
 
 
 def test_turns_count_earlier_equals() -> None:
@@ -276,9 +276,9 @@ def test_geometry_maps_to_the_original_through_the_cache(tmp_path: Path, index: 
     plain.close()
     for pixels, matrix in zip(batch.images, batch.geometry, strict=True):
         for i, j in [(12, 16), (6, 8), (18, 24)]:
-            found = matrix @ torch.tensor([j + 0.5, i + 0.5, 1.0])
+            original = matrix @ torch.tensor([j + 0.5, i + 0.5, 1.0])
             truth = pixels[i, j, :2].float() + 0.5
-            assert torch.allclose(found, truth, atol=1.5)
+            assert torch.allclose(original, truth, atol=1.5)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -331,10 +331,10 @@ def test_bad_files_tally() -> None:
 
 
 def test_on_sample_sees_image_and_row_before_the_geometry(index: ImageIndex) -> None:
-    seen: list[tuple[int, tuple[int, ...]]] = []
+    calls: list[tuple[int, tuple[int, ...]]] = []
 
     def paint(image: np.ndarray, row: int) -> np.ndarray:
-        seen.append((row, image.shape))
+        calls.append((row, image.shape))
         image[:] = (row, 0, 255)
         return image
 
@@ -344,7 +344,7 @@ def test_on_sample_sees_image_and_row_before_the_geometry(index: ImageIndex) -> 
     batch = next(source.epoch(0))
     source.close()
     assert batch.images[:, 5, 5, 0].tolist() == batch.index.tolist()
-    assert all(shape == (40 + row, 60 - row, 3) for row, shape in seen)
+    assert all(shape == (40 + row, 60 - row, 3) for row, shape in calls)
 
 
 def census() -> tuple[int, int, int]:
@@ -516,13 +516,13 @@ def test_boxes_go_with_their_images(index: ImageIndex, workers: int) -> None:
     boxes[3] = np.nan
     (index.root / "5.png").write_bytes(b"broken")  # another row takes its place, and brings its own box
     source = loader(replace(index, boxes=boxes), workers=workers)
-    seen = []
+    rows = []
     for batch in source.epoch(0):
         np.testing.assert_array_equal(batch.boxes.numpy(), boxes[batch.index.numpy()])
         assert batch.boxes.dtype == torch.float32
-        seen += batch.index.tolist()
-    assert 3 in seen
-    assert 5 not in seen
+        rows += batch.index.tolist()
+    assert 3 in rows
+    assert 5 not in rows
     source.close()
     plain = loader(index)
     assert next(plain.epoch(0)).boxes is None

@@ -97,8 +97,8 @@ def test_images_labels_and_the_official_splits(name: str, tmp_path: Path, monkey
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_what_is_not_there_comes_with_instructions(name: str, tmp_path: Path) -> None:
-    said = "put cars_train/, cars_test/" if name == "stanford_cars" else "data.download=true"
-    with pytest.raises(FgvcError, match=rf"(?s){name}, split train.*: Dataset not found.*{said}"):
+    instructions = "put cars_train/, cars_test/" if name == "stanford_cars" else "data.download=true"
+    with pytest.raises(FgvcError, match=rf"(?s){name}, split train.*: Dataset not found.*{instructions}"):
         read_source(NamedData(root=tmp_path, name=name))
 
 

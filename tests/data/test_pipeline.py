@@ -61,19 +61,19 @@ def coordinates() -> np.ndarray:
 
 
 def tree(*transforms: Any, **options: Any) -> dict[str, Any]:
-    made = A.core.serialization.serialize_enum(A.to_dict(A.Compose(list(transforms), **options)))
-    return json.loads(json.dumps(made, default=lambda value: value.item()))
+    serialised = A.core.serialization.serialize_enum(A.to_dict(A.Compose(list(transforms), **options)))
+    return json.loads(json.dumps(serialised, default=lambda value: value.item()))
 
 
 def augmenter(*transforms: Any, seed: int = 3, **options: Any) -> Augmenter:
     return Augmenter(Augment(**WHOLE, pipeline=tree(*transforms, **options)), SPEC, seed)
 
 
-def assert_follows(made: Augmenter, rows: int = 5) -> None:
+def assert_follows(augmenter: Augmenter, rows: int = 5) -> None:
     """The matrix puts the centre of each pixel where its colours say that it came from, within a grey level (half a pixel)."""
     j, i = np.meshgrid(np.arange(128) + 0.5, np.arange(96) + 0.5)
     for row in range(rows):
-        pixels, matrix = made(coordinates(), epoch=0, row=row)
+        pixels, matrix = augmenter(coordinates(), epoch=0, row=row)
         assert pixels.shape == (96, 128, 3)
         assert pixels.dtype == np.uint8
         mapped = np.stack([j, i, np.ones_like(j)], -1) @ matrix.astype(np.float64).T
@@ -96,7 +96,7 @@ def test_every_transform_that_is_followed_is_tried() -> None:
 
 def test_the_matrix_follows_through_compositions() -> None:
     """Chances, alternatives and repetition, with what keeps the colours in between."""
-    made = augmenter(
+    composed = augmenter(
         A.OneOf(
             [A.HorizontalFlip(p=0.5), A.Sequential([A.VerticalFlip(p=1), A.RandomCrop(80, 90, p=1)], p=0.5)], p=0.8
         ),
@@ -104,7 +104,7 @@ def test_the_matrix_follows_through_compositions() -> None:
         A.Compose([A.RandomResizedCrop((64, 64), p=0.5)], p=0.9),
         A.RandomOrder([A.RandomScale(0.2, p=1), A.HorizontalFlip(p=0.5)], n=2),
     )
-    assert_follows(made, rows=25)
+    assert_follows(composed, rows=25)
 
 
 def test_samples_are_their_keys_alone_and_transforms_draw_apart() -> None:
@@ -145,9 +145,9 @@ def test_what_can_not_be_followed_is_refused_by_name(transform: Any, message: st
 
 
 def changed(change: dict[str, Any]) -> dict[str, Any]:
-    made = tree(A.GaussNoise(p=1))
-    made["transform"]["transforms"][0] |= change
-    return made
+    pipeline = tree(A.GaussNoise(p=1))
+    pipeline["transform"]["transforms"][0] |= change
+    return pipeline
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_broken_files_are_named(text: bytes | None, message: str, tmp_path: Path
 
 
 def test_an_image_that_a_pipeline_fails_on_is_an_error_of_its_own() -> None:
-    made = Augmenter(Augment(pipeline=tree(A.RandomScale((-0.9, -0.9), p=1), A.RandomCrop(8, 12, p=1))), SPEC, 0)
-    made._compose.transforms[0].scale_limit = (-0.95, -0.95)  # smaller than was tried
+    failing = Augmenter(Augment(pipeline=tree(A.RandomScale((-0.9, -0.9), p=1), A.RandomCrop(8, 12, p=1))), SPEC, 0)
+    failing._compose.transforms[0].scale_limit = (-0.95, -0.95)  # smaller than was tried
     with pytest.raises(FgvcError, match="augment.pipeline: fails on an image: CropSizeError"):
-        made(coordinates(), epoch=0, row=0)
+        failing(coordinates(), epoch=0, row=0)

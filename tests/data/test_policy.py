@@ -128,9 +128,9 @@ def test_defaults_go_with_the_policy_and_what_is_given_stays() -> None:
     assert Augment(policy="randaugment").brightness == Augment(policy="augmix").saturation == 0
     assert Augment(policy="3-augment").contrast == 0.3
     assert Augment(policy="3-augment", contrast=0.1).contrast == 0.1
-    made = Augment(policy="randaugment", policy_magnitude=None)
-    assert (made.policy_magnitude, made.policy_ops, made.policy_probability) == (9, 2, 0.5)
-    assert Augment(**made.model_dump()) == made
+    settings = Augment(policy="randaugment", policy_magnitude=None)
+    assert (settings.policy_magnitude, settings.policy_ops, settings.policy_probability) == (9, 2, 0.5)
+    assert Augment(**settings.model_dump()) == settings
 
 
 @pytest.mark.parametrize(

@@ -48,12 +48,12 @@ def write(record: Record, folder: Path) -> Path:
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
-    made = Record.of(index(tmp_path / "set"))
-    read = recording.load(write(made, tmp_path), tmp_path / "elsewhere")
+    record = Record.of(index(tmp_path / "set"))
+    read = recording.load(write(record, tmp_path), tmp_path / "elsewhere")
     assert read.sizes.tolist() == [*range(11), ABSENT]
     assert read.index.root == tmp_path / "elsewhere"
     for field in fields(ImageIndex):
-        mine, theirs = getattr(made.index, field.name), getattr(read.index, field.name)
+        mine, theirs = getattr(record.index, field.name), getattr(read.index, field.name)
         if isinstance(mine, np.ndarray):
             assert mine.dtype == theirs.dtype, field.name
             np.testing.assert_array_equal(mine, theirs, err_msg=field.name)
@@ -89,18 +89,18 @@ def test_it_is_read_without_torch_and_without_pickle(tmp_path: Path) -> None:
         f"print(len(load(Path({str(path)!r}), Path('x')).index)); "
         "assert not {'torch', 'timm', 'cv2', 'albumentations'} & set(sys.modules)"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (said.returncode, said.stdout) == (0, "12\n"), said.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (0, "12\n"), process.stderr
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
-    made = Record.of(index(tmp_path / "set"))
-    path = write(made, tmp_path)
+    record = Record.of(index(tmp_path / "set"))
+    path = write(record, tmp_path)
     whole, silent = path.read_bytes(), 0
     for at in range(0, len(whole), 5):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at:][1:])
         with suppress(FgvcError):
-            assert recording.load(path, tmp_path).digest == made.digest  # as in a zip's dates
+            assert recording.load(path, tmp_path).digest == record.digest  # as in a zip's dates
             silent += 1
     assert silent < len(whole) / 5 / 2
     for cut in (0, 10, len(whole) // 2, len(whole) - 1):
@@ -130,14 +130,14 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     now = replace(then, paths=then.paths[rows], labels=labels, splits=splits, **columns)
     (then.root / "a/05.png").unlink()
     (then.root / "a/06.png").write_bytes(b"")
-    found = changes(record, now)
-    assert found.gone == ("a/00.png", "a/05.png")
-    assert (found.added, found.changed, found.relabelled) == ((), ("a/06.png",), ("a/02.png",))
-    assert found.moved == (), "a new draw moves many where a file is gone"
+    difference = changes(record, now)
+    assert difference.gone == ("a/00.png", "a/05.png")
+    assert (difference.added, difference.changed, difference.relabelled) == ((), ("a/06.png",), ("a/02.png",))
+    assert difference.moved == (), "a new draw moves many where a file is gone"
     assert changes(record, replace(then, splits=1 - then.splits), files=False).moved == tuple(then.paths.tolist())
     assert "another order" in changes(record, replace(then, classes=("ä", "b", "c")), files=False).classes
     assert "new d, gone c" in changes(record, replace(then, classes=("b", "ä", "d")), files=False).classes
-    assert any("a/00.png" in line for line in found.lines())
+    assert any("a/00.png" in line for line in difference.lines())
 
 
 @pytest.mark.parametrize("name", ["boxes", "parts", "groups"])
@@ -148,9 +148,9 @@ def test_another_box_part_or_group_is_a_change(tmp_path: Path, name: str) -> Non
     column = getattr(now, name).copy()
     column[5] = "other" if name == "groups" else 99
     assert changes(record, replace(now, **{name: column})).annotated == ("a/05.png",)
-    found = changes(record, replace(now, **{name: None}))
-    assert len(found.annotated) == len(now)
-    assert f"{len(now)} with another box, other parts or another group" in found.lines()[-1]
+    difference = changes(record, replace(now, **{name: None}))
+    assert len(difference.annotated) == len(now)
+    assert f"{len(now)} with another box, other parts or another group" in difference.lines()[-1]
 
 
 def test_the_order_of_rows_is_no_change_and_a_file_listed_twice_is_two_rows(tmp_path: Path) -> None:

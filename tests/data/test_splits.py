@@ -17,12 +17,12 @@ def names(texts):
 
 @given(labels_, fractions, seeds)
 def test_every_class_gives_floor_or_ceiling_and_keeps_a_row(labels, fraction, seed):
-    held = stratified(labels, fraction, seed=seed, split="val")
+    in_val = stratified(labels, fraction, seed=seed, split="val")
     for k in np.unique(labels):
-        n, taken = (labels == k).sum(), held[labels == k].sum()
-        assert np.floor(n * fraction + 1e-9 * n) >= taken - 1
-        assert np.floor(n * fraction - 1e-6) <= taken <= np.ceil(n * fraction + 1e-6)
-        assert taken < n
+        n, count = (labels == k).sum(), in_val[labels == k].sum()
+        assert np.floor(n * fraction + 1e-9 * n) >= count - 1
+        assert np.floor(n * fraction - 1e-6) <= count <= np.ceil(n * fraction + 1e-6)
+        assert count < n
 
 
 @given(labels_, fractions, seeds)
@@ -62,22 +62,22 @@ FROZEN = [2, 13, 16, 20, 27, 28]
 @given(labels_, st.lists(st.integers(0, 20), min_size=200, max_size=200), fractions, seeds)
 def test_groups_stay_whole_and_no_class_leaves_train(labels, codes, fraction, seed):
     groups = names([f"g{code}" if code else "" for code in codes[: len(labels)]])
-    held = stratified(labels, fraction, seed=seed, split="val", groups=groups)
-    assert straddling(groups, held.astype(np.int8)) == []
-    assert set(labels[~held]) == set(labels)
+    in_val = stratified(labels, fraction, seed=seed, split="val", groups=groups)
+    assert straddling(groups, in_val.astype(np.int8)) == []
+    assert set(labels[~in_val]) == set(labels)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=60), fractions, seeds)
 def test_with_one_class_per_group_the_share_is_met_within_half_a_group(blocks, fraction, seed):
     labels = np.concatenate([np.full(size, k, np.int32) for k, size in blocks])
     groups = names([f"g{i}" for i, (_, size) in enumerate(blocks) for _ in range(size)])
-    held = stratified(labels, fraction, seed=seed, split="val", groups=groups)
+    in_val = stratified(labels, fraction, seed=seed, split="val", groups=groups)
     for k in np.unique(labels):
         sizes = [size for kk, size in blocks if kk == k]
-        n, taken = (labels == k).sum(), held[labels == k].sum()
-        assert taken <= n * fraction + max(sizes) / 2
+        n, count = (labels == k).sum(), in_val[labels == k].sum()
+        assert count <= n * fraction + max(sizes) / 2
         # Below only where the one group left is what keeps the class in train.
-        assert taken >= n * fraction - max(sizes) / 2 or n - taken <= max(sizes)
+        assert count >= n * fraction - max(sizes) / 2 or n - count <= max(sizes)
 
 
 def test_rows_without_a_group_are_free():
@@ -86,8 +86,8 @@ def test_rows_without_a_group_are_free():
     assert codes[1] == codes[3]
     assert len(set(codes.tolist())) == 4
     labels = np.zeros(1000, np.int32)
-    held = stratified(labels, 0.25, seed=0, split="val", groups=names([""] * 1000))
-    assert held.sum() == 250
+    in_val = stratified(labels, 0.25, seed=0, split="val", groups=names([""] * 1000))
+    assert in_val.sum() == 250
 
 
 def test_straddling_names_groups():

@@ -107,9 +107,9 @@ def test_damaged_files_are_named_in_report_table_and_training(tmp_path):
     report = check(index)
     assert any("1 images are damaged, though they can be decoded: 6.jpg (its data end early" in w for w in report.warnings)
     assert [line["path"] for line in findings(report) if line["finding"] == "damaged"] == ["6.jpg"]
-    said = spot_check(index, np.arange(7))
-    assert len(said) == 1
-    assert "of 7 images looked at: 1 images are damaged" in said[0]
+    warnings = spot_check(index, np.arange(7))
+    assert len(warnings) == 1
+    assert "of 7 images looked at: 1 images are damaged" in warnings[0]
 
 
 def boxed(root, boxes, orientation: int = 1, size=(60, 40)) -> ImageIndex:

@@ -67,9 +67,9 @@ def test_validation_taken_from_given_train_rows_respects_groups(tmp_path):
     lines = [f"{i}.jpg,{'xy'[i % 2]},{'test' if i >= 80 else 'train'},g{i // 8}\n" for i in range(96)]
     index = read_source(write(tmp_path, "path,label,split,group\n" + "".join(lines), val_fraction=0.2))
     assert index.rows("test").tolist() == list(range(80, 96))
-    held = index.rows("val")
-    assert len(held) == 16
-    assert len(set(index.groups[held].tolist())) == 2
+    rows = index.rows("val")
+    assert len(rows) == 16
+    assert len(set(index.groups[rows].tolist())) == 2
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ def test_a_link_upwards_or_to_a_sibling_brings_nothing(tmp_path, target):
     index = read(root)
     assert paths(index, "a") == ["a/1.jpg"]
     assert paths(index, "b") == ["b/2.jpg", "b/deep/3.jpg"]
-    said = " ".join(index.warnings)
-    assert ("not followed" in said and "a/link ->" in said) or target == "."
+    warnings = " ".join(index.warnings)
+    assert ("not followed" in warnings and "a/link ->" in warnings) or target == "."
 
 
 def test_a_link_to_another_disk_is_followed_and_its_loops_end(tmp_path):

@@ -39,11 +39,11 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def test_the_image_runs_as_nobody_and_can_be_stopped_and_watched() -> None:
-    found = instructions()
-    starts = [number for number, (word, _) in enumerate(found) if word == "FROM"]
+    steps = instructions()
+    starts = [number for number, (word, _) in enumerate(steps) if word == "FROM"]
     assert len(starts) == 2
-    assert all(re.match(r"python:3\.1[123]-slim", found[start][1]) for start in starts)
-    last = found[starts[1] :]
+    assert all(re.match(r"python:3\.1[123]-slim", steps[start][1]) for start in starts)
+    last = steps[starts[1] :]
     words = [word for word, _ in last]
     assert "RUN" not in words  # no compiler, no pip's cache, nothing that a layer would keep
     (user,) = (rest for word, rest in last if word == "USER")
@@ -99,11 +99,11 @@ def test_the_entry_point_is_a_verb_with_these_options() -> None:
 @pytest.mark.allow_hosts(["127.0.0.1"])
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False), (404, False)])
 def test_the_health_check_asks_for_readiness(status: int, healthy: bool) -> None:
-    asked = []
+    paths = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            paths.append(self.path)
             self.send_response(status)
             self.end_headers()
 
@@ -116,10 +116,10 @@ def test_the_health_check_asks_for_readiness(status: int, healthy: bool) -> None
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         code = command[2].replace(":8000", f":{server.server_port}")
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
         server.shutdown()
-    assert (done.returncode == 0) == healthy
-    assert asked == ["/v2/health/ready"]
+    assert (process.returncode == 0) == healthy
+    assert paths == ["/v2/health/ready"]
 
 
 def test_compose_shuts_the_container_in() -> None:
@@ -164,8 +164,8 @@ def test_serve_yaml_names_what_app_has() -> None:
     scaling = deployment["autoscaling_config"]
     assert scaling["target_ongoing_requests"] < deployment["max_ongoing_requests"]
     # The same as in app.py, for those who run it without the file.
-    (said,) = (node for node in defined["Classifier"].decorator_list if isinstance(node, ast.Call))
-    own = {keyword.arg: ast.literal_eval(keyword.value) for keyword in said.keywords}
+    (options,) = (node for node in defined["Classifier"].decorator_list if isinstance(node, ast.Call))
+    own = {keyword.arg: ast.literal_eval(keyword.value) for keyword in options.keywords}
     assert own.pop("autoscaling_config").items() <= scaling.items()
     assert own.items() <= deployment.items()
 

@@ -64,14 +64,14 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def marked(mark: str) -> list[str]:
-    found = []
+    commands = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (place / "environ").read_bytes():
-                found.append((place / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                commands.append((place / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:  # gone meanwhile, or another user's
             continue
-    return found
+    return commands
 
 
 def post(port: int, path: str, body: bytes) -> tuple[int, dict, str | None]:
@@ -83,14 +83,14 @@ def post(port: int, path: str, body: bytes) -> tuple[int, dict, str | None]:
 
 
 def test_serve(tmp_path: Path, environment: dict[str, str]) -> None:
-    made = bundle(tmp_path / "colours")
-    engine = Engine(made, threads=1)
+    model_bundle = bundle(tmp_path / "colours")
+    engine = Engine(model_bundle, threads=1)
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with (tmp_path / "stderr").open("w+") as errors:
         server = subprocess.Popen(
-            [sys.executable, HERE / "session.py", made.folder, str(port)],
+            [sys.executable, HERE / "session.py", model_bundle.folder, str(port)],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         )  # fmt: skip
         assert server.stdin
@@ -118,12 +118,12 @@ def same_answers(port: int, engine: Engine) -> None:
     for seed, kind in enumerate(["JPEG", "PNG", "WEBP", "BMP"] * 3):
         body = picture(seed, kind)
         expected = engine.classify([decode(body)], top_k=3)[0]
-        status, said, _ = post(port, "/v1/classify?top_k=3", body)
-        assert (status, said["model"], said["rejected"]) == (200, "colours", expected.rejected)
-        assert said["calibrated"] is expected.calibrated
-        assert [p["label"] for p in said["predictions"]] == [p.label for p in expected.predictions]
-        assert [p["index"] for p in said["predictions"]] == [p.index for p in expected.predictions]
-        assert [p["probability"] for p in said["predictions"]] == pytest.approx(
+        status, answer, _ = post(port, "/v1/classify?top_k=3", body)
+        assert (status, answer["model"], answer["rejected"]) == (200, "colours", expected.rejected)
+        assert answer["calibrated"] is expected.calibrated
+        assert [p["label"] for p in answer["predictions"]] == [p.label for p in expected.predictions]
+        assert [p["index"] for p in answer["predictions"]] == [p.index for p in expected.predictions]
+        assert [p["probability"] for p in answer["predictions"]] == pytest.approx(
             [p.probability for p in expected.predictions], abs=1e-6
         )
 
@@ -150,12 +150,12 @@ def overload(port: int, engine: Engine) -> None:
     body = picture(1)
     expected = engine.classify([decode(body)])[0].predictions[0]
     with ThreadPoolExecutor(24) as pool:
-        found = list(pool.map(lambda _: post(port, "/narrow", body), range(200)))
-    counted = Counter(status for status, _, _ in found)
+        responses = list(pool.map(lambda _: post(port, "/narrow", body), range(200)))
+    counted = Counter(status for status, _, _ in responses)
     assert set(counted) == {200, 503}, counted
-    for status, said, again in found:
+    for status, answer, again in responses:
         if status == 200:
-            assert said["predictions"][0]["label"] == expected.label
+            assert answer["predictions"][0]["label"] == expected.label
         else:
             assert again == "1"
     assert post(port, "/narrow", body)[0] == 200
@@ -182,8 +182,8 @@ def test_scores(tmp_path: Path, environment: dict[str, str], suffix: str) -> Non
     import pyarrow as pa
     from pyarrow import parquet
 
-    made = bundle(tmp_path / "bundle")
-    engine = Engine(made, threads=1)
+    model_bundle = bundle(tmp_path / "bundle")
+    engine = Engine(model_bundle, threads=1)
     images = tmp_path / "images"
     (images / "蓝").mkdir(parents=True)
     for seed in range(50):
@@ -197,14 +197,14 @@ def test_scores(tmp_path: Path, environment: dict[str, str], suffix: str) -> Non
         names = [*reversed(names), "none.jpg", None]
         parquet.write_table(pa.table({"other": range(len(names)), "path": names}), source)
         expected = names
-    command = [sys.executable, ROOT / "deploy/ray_data/score.py", made.folder, source]
+    command = [sys.executable, ROOT / "deploy/ray_data/score.py", model_bundle.folder, source]
     written = []
     for number in range(2 if suffix == ".parquet" else 1):
         out = tmp_path / f"{number}{suffix}"
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, out, "--root", images], env=environment, capture_output=True, text=True, check=False
         )
-        assert (done.returncode, done.stdout) == (1, f"{out}\n"), done.stderr[-3000:]
+        assert (process.returncode, process.stdout) == (1, f"{out}\n"), process.stderr[-3000:]
         written.append(out.read_bytes())
     assert len(set(written)) == 1
 
@@ -233,7 +233,7 @@ def test_mistakes_of_scoring_are_named(tmp_path: Path, monkeypatch: pytest.Monke
 
     score = script("ray_data/score.py")
     monkeypatch.setattr(score.ray, "cluster_resources", dict)
-    made = bundle(tmp_path / "b").folder
+    folder = bundle(tmp_path / "b").folder
     parquet.write_table(pa.table({"file": ["a.jpg"]}), tmp_path / "no_path.parquet")
     parquet.write_table(pa.table({"path": [[1]]}), tmp_path / "numbers.parquet")
     (tmp_path / "text.parquet").write_text("no table")
@@ -246,5 +246,5 @@ def test_mistakes_of_scoring_are_named(tmp_path: Path, monkeypatch: pytest.Monke
         ("b", "out.json", "expected a name in"),
     ):
         with pytest.raises(score.FgvcError, match=reason):
-            score.score(made, tmp_path / source, tmp_path / out, root=tmp_path)
+            score.score(folder, tmp_path / source, tmp_path / out, root=tmp_path)
     assert not list(tmp_path.glob("*out*"))

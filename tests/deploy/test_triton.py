@@ -43,31 +43,31 @@ def parsed(schema: ModuleType, text: str):
 
 
 def test_the_repository_is_what_triton_reads(tmp_path: Path, schema: ModuleType) -> None:
-    made = bundle(tmp_path / "colours")
-    place = write_model(made, tmp_path / "new/repository", device="cpu", instances=3)
+    model_bundle = bundle(tmp_path / "colours")
+    place = write_model(model_bundle, tmp_path / "new/repository", device="cpu", instances=3)
     assert place == tmp_path / "new/repository/colours"
     assert sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()) == [
         "1/model.onnx", "calibration.json", "config.pbtxt", "labels.json", "labels.txt", "preprocess.json",
     ]  # fmt: skip
     assert [p.name for p in place.parent.iterdir()] == ["colours"]  # no scratch left
-    assert (place / "1/model.onnx").read_bytes() == made.model.read_bytes()
+    assert (place / "1/model.onnx").read_bytes() == model_bundle.model.read_bytes()
     assert (place / "labels.txt").read_text(encoding="utf-8").split("\n") == ["red", "green", "蓝", ""]
 
-    found = parsed(schema, (place / "config.pbtxt").read_text(encoding="utf-8"))
-    assert (found.name, found.platform, found.max_batch_size) == ("colours", "onnxruntime_onnx", 16)
-    (source,), (target,) = found.input, found.output
+    settings = parsed(schema, (place / "config.pbtxt").read_text(encoding="utf-8"))
+    assert (settings.name, settings.platform, settings.max_batch_size) == ("colours", "onnxruntime_onnx", 16)
+    (source,), (target,) = settings.input, settings.output
     assert (source.name, source.data_type, list(source.dims)) == ("input", schema.TYPE_FP32, [3, SIZE, SIZE])
     assert (target.name, target.data_type, list(target.dims)) == ("logits", schema.TYPE_FP32, [3])
     assert target.label_filename == "labels.txt"
-    assert found.version_policy.latest.num_versions == 1
-    (group,) = found.instance_group
+    assert settings.version_policy.latest.num_versions == 1
+    (group,) = settings.instance_group
     assert (group.kind, group.count) == (schema.ModelInstanceGroup.KIND_CPU, 3)
-    assert found.parameters["intra_op_thread_count"].string_value == "1"
-    queue = found.dynamic_batching.default_queue_policy
+    assert settings.parameters["intra_op_thread_count"].string_value == "1"
+    queue = settings.dynamic_batching.default_queue_policy
     assert queue.max_queue_size == 64
     assert queue.timeout_action == schema.ModelQueuePolicy.REJECT
     assert queue.default_timeout_microseconds == 2_000_000
-    assert not found.dynamic_batching.preferred_batch_size  # Triton advises against it
+    assert not settings.dynamic_batching.preferred_batch_size  # Triton advises against it
 
 
 def test_a_schema_that_does_not_know_a_field_says_so(schema: ModuleType) -> None:
@@ -77,48 +77,48 @@ def test_a_schema_that_does_not_know_a_field_says_so(schema: ModuleType) -> None
 
 
 def test_a_fixed_batch_is_part_of_the_sizes(tmp_path: Path, schema: ModuleType) -> None:
-    made = bundle(tmp_path / "b", network(4))
-    found = parsed(schema, config(made, name="b", device="auto", instances=1))
-    assert found.max_batch_size == 0
-    assert list(found.input[0].dims) == [4, 3, SIZE, SIZE]
-    assert list(found.output[0].dims) == [4, 3]
-    assert not found.HasField("dynamic_batching")
+    model_bundle = bundle(tmp_path / "b", network(4))
+    settings = parsed(schema, config(model_bundle, name="b", device="auto", instances=1))
+    assert settings.max_batch_size == 0
+    assert list(settings.input[0].dims) == [4, 3, SIZE, SIZE]
+    assert list(settings.output[0].dims) == [4, 3]
+    assert not settings.HasField("dynamic_batching")
 
 
 def test_names_may_be_anything(tmp_path: Path, schema: ModuleType) -> None:
     names = ('in"put\\', "对数\n")
-    found = parsed(schema, config(bundle(tmp_path / "b", network(names=names)), name="b", device="gpu", instances=1))
-    assert (found.input[0].name, found.output[0].name) == names
-    assert found.instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
+    settings = parsed(schema, config(bundle(tmp_path / "b", network(names=names)), name="b", device="gpu", instances=1))
+    assert (settings.input[0].name, settings.output[0].name) == names
+    assert settings.instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
 
 
 def test_refusals_leave_nothing(tmp_path: Path) -> None:
-    made = bundle(tmp_path / "b")
+    model_bundle = bundle(tmp_path / "b")
     repository = tmp_path / "repository"
     for name in ("..", "a/b", "", ".hidden", "鸟"):
         with pytest.raises(FgvcError, match="not a model's name"):
-            write_model(made, repository, name=name)
+            write_model(model_bundle, repository, name=name)
     with pytest.raises(FgvcError, match="has a line break"):
         write_model(bundle(tmp_path / "lines", labels=("a", "b\nc", "d")), repository)
     with pytest.raises(FgvcError, match="onnxruntime can't load"):
         write_model(bundle(tmp_path / "broken", b"no model"), repository)
     assert not repository.exists()
-    place = write_model(made, repository)
+    place = write_model(model_bundle, repository)
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     with pytest.raises(FgvcError, match="exists already"):
-        write_model(made, repository)
+        write_model(model_bundle, repository)
     assert before == {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = bundle(tmp_path / "b")
+    model_bundle = bundle(tmp_path / "b")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", full)
     with pytest.raises(FgvcError, match="No space left"):
-        write_model(made, tmp_path / "repository")
+        write_model(model_bundle, tmp_path / "repository")
     assert list((tmp_path / "repository").iterdir()) == []
 
 

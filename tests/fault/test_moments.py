@@ -39,13 +39,13 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
 
-        def change(*given: Any, **named: Any) -> Any:
+        def change(*arguments: Any, **named: Any) -> Any:
             half = 0
             if name == "write":
-                half = real(given[0], given[1][: len(given[1]) // 2])
-                given = (given[0], given[1][half:])
+                half = real(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                arguments = (arguments[0], arguments[1][half:])
             self.look()
-            return half + real(*given, **named) if name == "write" else real(*given, **named)
+            return half + real(*arguments, **named) if name == "write" else real(*arguments, **named)
 
         return change if name in CHANGES else real
 
@@ -56,7 +56,7 @@ def moments(do: Callable[[], object], folder: Path, copies: Path) -> list[Path]:
     places: list[Path] = []
 
     def look() -> None:
-        now = held(folder)
+        now = contents_of(folder)
         if not states or now != states[-1]:  # as before a file is waited for, or opened to read
             states.append(now)
             places.append(copies / f"{len(places):03d}")
@@ -70,7 +70,7 @@ def moments(do: Callable[[], object], folder: Path, copies: Path) -> list[Path]:
     return places
 
 
-def held(folder: Path) -> dict[str, bytes | Path | None]:
+def contents_of(folder: Path) -> dict[str, bytes | Path | None]:
     """What is in a folder: bytes of files, aims of links."""
     return {
         str(path.relative_to(folder)): path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
@@ -79,7 +79,7 @@ def held(folder: Path) -> dict[str, bytes | Path | None]:
     }
 
 
-def put(copy: Path, folder: Path) -> None:
+def restore(copy: Path, folder: Path) -> None:
     """Make `folder` what it was when it was copied."""
     shutil.rmtree(folder, ignore_errors=True)
     if copy.is_dir():
@@ -137,14 +137,14 @@ def test_killed_at_any_moment_of_saving(tmp_path: Path, best: bool) -> None:
     after, states = facts(end), moments(lambda: saved(here, 4, best=best), here, tmp_path)
     assert len(states) > 20
     for state in states:
-        put(state, here)
-        left = facts(here)
-        assert {name: left[name] for name in ("last", "best")} in (
+        restore(state, here)
+        files = facts(here)
+        assert {name: files[name] for name in ("last", "best")} in (
             {name: one[name] for name in ("last", "best")} for one in (before, after)
         ), f"both at once, or neither: {state.name}"
-        assert left["last"][1].best == left["best"][1].best, "the recorded score is that of the link"
-        assert left["start"] == before["start"]
-        if left["last"] == before["last"]:
+        assert files["last"][1].best == files["best"][1].best, "the recorded score is that of the link"
+        assert files["start"] == before["start"]
+        if files["last"] == before["last"]:
             saved(here, 4, best=best)  # the next process trains the step again
         saved(here, 5, best=False)
         assert facts(here)["last"][0] == 5
@@ -201,7 +201,7 @@ def test_killed_at_any_moment_of_creating_a_run(tmp_path: Path, recipe: Recipe, 
     expected, states = content(end), moments(lambda: begun(out, longer, overwrite=overwrite), out, tmp_path)
     assert len(states) > 10
     for state in states:
-        put(state, out)
+        restore(state, out)
         begun(out, longer, overwrite=overwrite)
         assert content(out) == expected, state.name
         assert not [path for path in out.rglob(".[0-9]*")], "half-written files stay"
@@ -214,14 +214,14 @@ def test_every_file_of_a_run_goes_through_the_one_writer(tmp_path: Path, recipe_
     from fgvc import api
 
     tree = recipe_tree | {"ema": {"decay": 0.9}, "techniques": {"ae_psl": {"rounds": 2}}, "image": {"size": 64}}
-    made, out, strange = validate(Recipe, tree, where="test"), tmp_path / "run", tmp_path / "strange"
+    recipe, out, strange = validate(Recipe, tree, where="test"), tmp_path / "run", tmp_path / "strange"
     writer = disk.__file__
 
-    def audit(event: str, given: tuple) -> None:
+    def audit(event: str, arguments: tuple) -> None:
         if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate"):
             return
-        paths = [str(one) for one in given if isinstance(one, str | os.PathLike)]
-        reading = event == "open" and not given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        paths = [str(one) for one in arguments if isinstance(one, str | os.PathLike)]
+        reading = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if reading or not any(str(out) in path for path in paths):
             return
         frame, names = sys._getframe(1), []
@@ -237,7 +237,7 @@ def test_every_file_of_a_run_goes_through_the_one_writer(tmp_path: Path, recipe_
         code = 1
         try:
             sys.addaudithook(audit)
-            api.train(made, out)
+            api.train(recipe, out)
             api.evaluate(out, "val")
             code = 0
         finally:

@@ -125,14 +125,14 @@ def _computed(own: dict, boxed: Path, start: Path, place: Path) -> dict:
         "log": {"every_steps": 1},
     }
     tree = json.loads(json.dumps({**own, **tree}).replace('"START"', json.dumps(str(start))))
-    made = validate(Recipe, tree, where="golden")
-    run = trainer.train(made, place / "run")
+    recipe = validate(Recipe, tree, where="golden")
+    run = trainer.train(recipe, place / "run")
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     losses = [event["loss"] for event in events if event["event"] == "step"]
     assert len(losses) == STEPS
-    net = build_net(made, 3, pretrained=False).step.net
+    net = build_net(recipe, 3, pretrained=False).step.net
     net.load_state_dict(load_file(run / "ckpt" / "last" / "net.safetensors"))
-    facts = {"backbone": made.model.backbone, "num_classes": 3, "kwargs": made.model.kwargs}
+    facts = {"backbone": recipe.model.backbone, "num_classes": 3, "kwargs": recipe.model.kwargs}
     tensors = strip(net.eval().double(), **facts, dtype=torch.float64).state_dict()
     plain = deployed(strip(net, **facts))
     settings = Export(exporter="torchscript")

@@ -176,11 +176,11 @@ def test_large_jpegs_are_reduced_by_all_alike(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("fgvc.images.decode.MAX_PIXELS", 1000)
     for size, scale in (((40, 25), 1), ((41, 25), 2), ((80, 50), 2), ((81, 51), 4), ((200, 100), 8)):
         content = encoded(NOISE.resize(size), "JPEG")
-        found = read_picture(content, max_pixels=size[0] * size[1])
-        assert found.image.size == (-(-size[0] // scale), -(-size[1] // scale))
-        assert (found.stored, found.size) == (size, size)
+        picture = read_picture(content, max_pixels=size[0] * size[1])
+        assert picture.image.size == (-(-size[0] // scale), -(-size[1] // scale))
+        assert (picture.stored, picture.size) == (size, size)
         again = decode(content, max_pixels=10**9)
-        np.testing.assert_array_equal(np.asarray(found.image), np.asarray(again))
+        np.testing.assert_array_equal(np.asarray(picture.image), np.asarray(again))
     assert decode(encoded(NOISE.resize((80, 50))), max_pixels=10**9).size == (80, 50)  # a PNG can't be
 
 
@@ -215,9 +215,9 @@ def test_twelve_bits_of_a_tiff_are_scaled_by_what_the_file_says() -> None:
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     content = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
     content = content.ljust(122, b"\0") + bytes.fromhex("000800fff010")
-    found = read_picture(content)
-    assert (found.bits, found.extremes) == (12, (0, 0xFFF))
-    assert np.asarray(found.image)[0, :, 0].tolist() == [0, 0x80, 0xFF, 0x01]
+    picture = read_picture(content)
+    assert (picture.bits, picture.extremes) == (12, (0, 0xFFF))
+    assert np.asarray(picture.image)[0, :, 0].tolist() == [0, 0x80, 0xFF, 0x01]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -19,9 +19,9 @@ def test_masks_are_red() -> None:
 
 
 def test_maps_run_from_blue_to_yellow() -> None:
-    seen = np.asarray(overlay(GREY, np.array([[0.0, 1.0]]))).astype(int)
-    assert seen[4, 0, 2] > seen[4, 0, 1]
-    assert seen[4, 7, 0] > seen[4, 7, 2]
+    pixels = np.asarray(overlay(GREY, np.array([[0.0, 1.0]]))).astype(int)
+    assert pixels[4, 0, 2] > pixels[4, 0, 1]
+    assert pixels[4, 7, 0] > pixels[4, 7, 2]
 
 
 def test_colours_are_those_of_matplotlib() -> None:

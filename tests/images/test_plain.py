@@ -37,11 +37,11 @@ def textured(height: int, width: int, seed: int = 0) -> np.ndarray:
 def test_it_is_opencvs(interpolation: str, old: tuple[int, int], new: tuple[int, int]) -> None:
     """In floats, where OpenCV does not compute in fixed point, to its rounding; in bytes to one level."""
     pixels = textured(*old)
-    found = resample(pixels, new, interpolation)  # type: ignore[arg-type]
+    resized = resample(pixels, new, interpolation)  # type: ignore[arg-type]
     floats = cv2.resize(pixels.astype(np.float32), new[::-1], interpolation=OPENCV[interpolation])
-    assert np.abs(found - floats.clip(0, 255)).max() <= 0.52
+    assert np.abs(resized - floats.clip(0, 255)).max() <= 0.52
     bytes_ = cv2.resize(pixels, new[::-1], interpolation=OPENCV[interpolation])
-    assert np.abs(found.astype(int) - bytes_).max() <= 1
+    assert np.abs(resized.astype(int) - bytes_).max() <= 1
 
 
 @pytest.mark.parametrize("interpolation", OPENCV)
@@ -49,9 +49,9 @@ def test_it_is_opencvs(interpolation: str, old: tuple[int, int], new: tuple[int,
 def test_it_is_torchs_in_float64(interpolation: str, old: tuple[int, int], new: tuple[int, int]) -> None:
     pixels = textured(*old)
     x = torch.from_numpy(pixels).double().permute(2, 0, 1)[None]
-    wanted = F.interpolate(x, new, mode=interpolation, antialias=False)[0].permute(1, 2, 0).numpy().clip(0, 255)
-    found = resample(pixels, new, interpolation)  # type: ignore[arg-type]
-    assert np.abs(found - wanted).max() <= 0.5 + 1e-3
+    by_torch = F.interpolate(x, new, mode=interpolation, antialias=False)[0].permute(1, 2, 0).numpy().clip(0, 255)
+    resized = resample(pixels, new, interpolation)  # type: ignore[arg-type]
+    assert np.abs(resized - by_torch).max() <= 0.5 + 1e-3
 
 
 def test_a_window_is_a_part_of_the_whole() -> None:
@@ -99,9 +99,9 @@ def test_the_whole_preprocessing_is_an_opencv_programs(resize: str, crop_pct: fl
             size=(28, 28), resize=resize, crop_pct=crop_pct, interpolation=interpolation, antialias=False, fill=fill,
             channel_order="bgr", input_range=255, mean=(104, 117, 123), std=(1, 1, 1),
         )  # type: ignore[arg-type]  # fmt: skip
-        wanted = by_opencv(image, spec)
-        assert np.abs(fit(Image.fromarray(image), spec).astype(int) - wanted).max() <= 1
-        blob = wanted[..., ::-1].astype(np.float32) - np.float32([104, 117, 123])
+        expected = by_opencv(image, spec)
+        assert np.abs(fit(Image.fromarray(image), spec).astype(int) - expected).max() <= 1
+        blob = expected[..., ::-1].astype(np.float32) - np.float32([104, 117, 123])
         assert np.abs(preprocess(Image.fromarray(image), spec) - blob.transpose(2, 0, 1)).max() <= 1.001
 
 
@@ -142,8 +142,8 @@ def test_views_of_smaller_training_images_are_reduced_alike() -> None:
         )  # type: ignore[arg-type]
         normalise = Normalise(spec, torch.device("cpu"), torch.contiguous_format)
         x = to_batch(raw, normalise, (24, 16)).x.permute(0, 2, 3, 1).numpy()
-        wanted = np.stack([resample(image, (24, 16), interpolation) for image in images.numpy()])  # type: ignore[arg-type]
-        assert np.abs(x - wanted).max() <= 1
+        expected = np.stack([resample(one, (24, 16), interpolation) for one in images.numpy()])  # type: ignore[arg-type]
+        assert np.abs(x - expected).max() <= 1
 
 
 def test_it_is_recorded_said_and_a_difference() -> None:

@@ -39,11 +39,11 @@ def test_crop_equals_torchvision_for_any_shape(height: int, width: int, size: in
     spec = Preprocess(size=(size, size), crop_pct=fraction, interpolation="bilinear")
     image = textured(height, width)
     expected = np.asarray(T.Compose([T.Resize(int(size / fraction)), T.CenterCrop(size)])(image)).astype(int)
-    found = fit(image, spec).astype(int)
+    fitted = fit(image, spec).astype(int)
     if max(height, width) <= 10 * min(height, width):
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(fitted, expected)
     else:  # strips are resampled straight into the crop: the same up to rounding
-        assert np.abs(found - expected).max() <= 1
+        assert np.abs(fitted - expected).max() <= 1
 
 
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
@@ -52,12 +52,12 @@ def test_normalise_by_hand(order: str, input_range: int) -> None:
     mean, std = (0.1 * input_range, 0.2 * input_range, 0.3 * input_range), (0.5 * input_range, 0.25, 2.0)
     spec = Preprocess(size=(1, 1), channel_order=order, input_range=input_range, mean=mean, std=std)
     pixels = np.array([[[[10, 20, 30]]], [[[255, 0, 128]]]], dtype=np.uint8)
-    found = normalise(pixels, spec)
+    normalised = normalise(pixels, spec)
     for image in range(2):
         values = [float(v) for v in pixels[image, 0, 0]]
         values = values[::-1] if order == "bgr" else values
         expected = [(v * input_range / 255 - m) / s for v, m, s in zip(values, mean, std, strict=True)]
-        np.testing.assert_allclose(found[image, :, 0, 0], expected, rtol=2e-6)
+        np.testing.assert_allclose(normalised[image, :, 0, 0], expected, rtol=2e-6)
 
 
 def test_normalise_leaves_its_input_alone() -> None:
@@ -68,24 +68,24 @@ def test_normalise_leaves_its_input_alone() -> None:
 
 def test_pad_keeps_the_whole_leaf() -> None:
     leaf = Image.new("RGB", (200, 100), (255, 0, 0))
-    found = fit(leaf, Preprocess(size=(40, 40), resize="pad", crop_pct=1, fill=(1, 2, 3)))
-    assert (found[10:30] == (255, 0, 0)).all()
-    assert (found[:10] == (1, 2, 3)).all()
-    assert (found[30:] == (1, 2, 3)).all()
+    fitted = fit(leaf, Preprocess(size=(40, 40), resize="pad", crop_pct=1, fill=(1, 2, 3)))
+    assert (fitted[10:30] == (255, 0, 0)).all()
+    assert (fitted[:10] == (1, 2, 3)).all()
+    assert (fitted[30:] == (1, 2, 3)).all()
 
 
 def test_pad_then_crop_fraction_keeps_the_centre() -> None:
     tall = Image.new("RGB", (10, 40), (0, 255, 0))
-    found = fit(tall, Preprocess(size=(20, 20), resize="pad", crop_pct=0.5, fill=(9, 9, 9)))
-    assert (found[:, 5:15] == (0, 255, 0)).all()  # canvas 40 x 40: 10 columns wide, cut to the middle 20 x 20
-    assert (found[:, :5] == 9).all()
-    assert (found[:, 15:] == 9).all()
+    fitted = fit(tall, Preprocess(size=(20, 20), resize="pad", crop_pct=0.5, fill=(9, 9, 9)))
+    assert (fitted[:, 5:15] == (0, 255, 0)).all()  # canvas 40 x 40: 10 columns wide, cut to the middle 20 x 20
+    assert (fitted[:, :5] == 9).all()
+    assert (fitted[:, 15:] == 9).all()
 
 
 def test_squash_fills_whatever_the_aspect() -> None:
     image = textured(50, 100)
-    found = fit(image, Preprocess(size=(20, 30), resize="squash", crop_pct=1, interpolation="bilinear"))
-    np.testing.assert_array_equal(found, np.asarray(image.resize((30, 20), Image.Resampling.BILINEAR)))
+    fitted = fit(image, Preprocess(size=(20, 30), resize="squash", crop_pct=1, interpolation="bilinear"))
+    np.testing.assert_array_equal(fitted, np.asarray(image.resize((30, 20), Image.Resampling.BILINEAR)))
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 300), st.integers(1, 300))
@@ -100,15 +100,15 @@ def test_crop_covers_the_canvas_and_keeps_one_side(h: int, w: int, rows: int, co
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 100_000), (100_000, 1), (2, 4000), (999, 1)])
 def test_extreme_shapes(resize: str, height: int, width: int) -> None:
     image = Image.new("RGB", (width, height), (10, 200, 30))
-    found = fit(image, Preprocess(size=(24, 40), resize=resize, crop_pct=0.875))
-    assert found.shape == (24, 40, 3)
-    assert (found == (10, 200, 30)).all(-1).any()
+    fitted = fit(image, Preprocess(size=(24, 40), resize=resize, crop_pct=0.875))
+    assert fitted.shape == (24, 40, 3)
+    assert (fitted == (10, 200, 30)).all(-1).any()
 
 
 def test_render_is_a_plain_resample_of_the_box() -> None:
     image = textured(60, 80)
-    found = render(image, (10, 20, 50, 40), (20, 40), "bicubic")
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(image)[20:40, 10:50])
+    rendered = render(image, (10, 20, 50, 40), (20, 40), "bicubic")
+    np.testing.assert_array_equal(np.asarray(rendered), np.asarray(image)[20:40, 10:50])
 
 
 def test_preprocess_feeds_torch_without_a_copy() -> None:
@@ -132,9 +132,9 @@ def test_a_point_lies_where_its_dot_is_found(
             continue
         squared = (np.arange(width) + 0.5 - point[0]) ** 2 + (np.arange(height) + 0.5 - point[1])[:, None] ** 2
         dot = Image.fromarray(np.uint8(255 * np.exp(-squared / (0.05 * min(height, width)) ** 2)))
-        found = fit(Image.merge("RGB", [dot] * 3), spec)[:, :, 0].astype(float)
+        fitted = fit(Image.merge("RGB", [dot] * 3), spec)[:, :, 0].astype(float)
         across, down = np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5
-        middle = (found.sum(0) @ across / found.sum(), found.sum(1) @ down / found.sum())
+        middle = (fitted.sum(0) @ across / fitted.sum(), fitted.sum(1) @ down / fitted.sum())
         np.testing.assert_allclose(inside, middle, atol=0.25)
 
 
@@ -185,9 +185,9 @@ def test_only_what_makes_another_input_is_a_difference(one: Preprocess, changed:
     pictures = [textured(31, 47), textured(60, 21, seed=1), textured(20, 20, seed=2)]
     inputs = [[preprocess(image, spec) for image in pictures] for spec in (one, other)]
     same = all(a.shape == b.shape and np.allclose(a, b, atol=1e-4) for a, b in zip(*inputs, strict=True))
-    found = differences(one, other)
-    assert same == (not found), "what the pixels say"
-    assert [re.split("[: ]", line)[0] for line in found] == keys
+    lines = differences(one, other)
+    assert same == (not lines), "what the pixels say"
+    assert [re.split("[: ]", line)[0] for line in lines] == keys
     assert [re.split("[: ]", line)[0] for line in differences(other, one)] == keys
 
 

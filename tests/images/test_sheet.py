@@ -22,8 +22,8 @@ from fgvc.images.sheet import LETTERS, _lines
 def test_captions_are_broken_between_words_where_they_have_any(text: str, expected: list[str] | None) -> None:
     font = ImageFont.load_default(LETTERS)
     assert isinstance(font, ImageFont.FreeTypeFont)
-    found = _lines(text, font, 100)
-    assert all(font.getlength(line) <= 100 for line in found)
-    assert "".join("".join(found).split()) == "".join(text.split())
+    lines = _lines(text, font, 100)
+    assert all(font.getlength(line) <= 100 for line in lines)
+    assert "".join("".join(lines).split()) == "".join(text.split())
     if expected is not None:
-        assert found == [line.rstrip() for line in expected]
+        assert lines == [line.rstrip() for line in expected]

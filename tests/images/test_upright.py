@@ -16,7 +16,7 @@ STORED = (60, 40)  # width, height
 KINDS = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "TIFF, packed": {"compression": "tiff_lzw"}}
 
 
-def held(image: Image.Image, orientation: int, kind: str = "PNG") -> bytes:
+def with_orientation(image: Image.Image, orientation: int, kind: str = "PNG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stream = BytesIO()
@@ -36,21 +36,21 @@ def test_a_box_lies_where_pillow_puts_what_was_drawn_in_it(orientation: int, kin
     box = [7, 5, 20, 11]
     image = Image.new("RGB", STORED)
     ImageDraw.Draw(image).rectangle((7, 5, 26, 15), "white")
-    content = held(image, orientation, kind)
+    content = with_orientation(image, orientation, kind)
     true = ImageOps.exif_transpose(Image.open(BytesIO(content)))
     picture = read_picture(content)
     assert (picture.stored, picture.orientation, picture.size) == (STORED, orientation, true.size)
     np.testing.assert_array_equal(np.asarray(picture.image), np.asarray(true))
-    found = turned_boxes(np.array(box, np.float32), orientation, STORED)
-    assert found.tolist() == extent(true)
-    assert found.dtype == np.float32
+    boxes = turned_boxes(np.array(box, np.float32), orientation, STORED)
+    assert boxes.tolist() == extent(true)
+    assert boxes.dtype == np.float32
 
 
 @pytest.mark.parametrize("orientation", ALL)
 def test_a_point_keeps_its_pixel(orientation: int) -> None:
     image = Image.new("RGB", STORED)
     image.putpixel((13, 31), (255, 255, 255))
-    true = ImageOps.exif_transpose(Image.open(BytesIO(held(image, orientation))))
+    true = ImageOps.exif_transpose(Image.open(BytesIO(with_orientation(image, orientation))))
     x, y = turned_points(np.array([13.5, 31.5]), orientation, STORED)  # a pixel's centre
     assert true.getpixel((int(x), int(y))) == (255, 255, 255)
     assert (x % 1, y % 1) == (0.5, 0.5)
@@ -70,9 +70,9 @@ def test_the_turn_back_is_exact(orientation: int) -> None:
 
 def test_boxes_are_cut_at_the_border_and_unknown_outside() -> None:
     boxes = np.array([[50, 30, 20, 20], [-5, -5, 10, 10], [61, 5, 9, 9], [5, 5, 0, 9], [np.nan] * 4, [0, 0, 60, 40]], np.float32)
-    found = turned_boxes(boxes, 1, STORED)
-    assert found[[0, 1, 5]].tolist() == [[50, 30, 10, 10], [0, 0, 5, 5], [0, 0, 60, 40]]
-    assert np.isnan(found[2:5]).all()
+    turned = turned_boxes(boxes, 1, STORED)
+    assert turned[[0, 1, 5]].tolist() == [[50, 30, 10, 10], [0, 0, 5, 5], [0, 0, 60, 40]]
+    assert np.isnan(turned[2:5]).all()
 
 
 def test_a_box_within_keeps_its_bits() -> None:

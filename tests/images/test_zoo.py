@@ -69,7 +69,7 @@ def zoo() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
     deep = np.full((20, 30), 0x80FF, dtype=np.uint16)
     rgb_from_red = palette.getpixel((59, 39))
     alphas = bytes(0 if entry == index else 255 for entry in range(4))
-    found = {
+    files = {
         "rgb": (encoded(red), RED),
         "bmp": (encoded(red, "BMP"), RED),
         "webp": (encoded(red, "WEBP", lossless=True), RED),
@@ -101,7 +101,7 @@ def zoo() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
         "panorama": (encoded(marked(3000, 20)), RED),
         "tower": (encoded(marked(10, 2500)), RED),
     }
-    return found | {f"orientation {n}": (turned(n), RED) for n in range(1, 9)}
+    return files | {f"orientation {n}": (turned(n), RED) for n in range(1, 9)}
 
 
 ZOO = zoo()
@@ -136,9 +136,9 @@ def test_the_whole_chain_equals_timm_on_the_zoo() -> None:
     )
     for name, (data, _) in ZOO.items():
         image = decode(data)
-        found = preprocess(image, spec)
-        assert found.shape == (3, 48, 48), name
-        assert found.dtype == np.float32
-        assert found.flags.c_contiguous
+        fitted = preprocess(image, spec)
+        assert fitted.shape == (3, 48, 48), name
+        assert fitted.dtype == np.float32
+        assert fitted.flags.c_contiguous
         if max(image.size) <= 10 * min(image.size):
-            np.testing.assert_array_equal(found, reference(image).numpy(), err_msg=name)
+            np.testing.assert_array_equal(fitted, reference(image).numpy(), err_msg=name)

@@ -14,16 +14,16 @@ from fgvc.io.names import distinct_names, label_differences, one_line, refuse_br
 
 def test_names_of_results_never_collide() -> None:
     files = [Path(name) for name in ("a/x.jpg", "b/x.jpg", "a/X.png", "a/x-2.jpg", "c/x.jpg", "y.jpg")]
-    found = result_names(files)
-    assert found == ["x", "x-2", "X-3", "x-2-2", "x-4", "y"]
-    assert len({name.casefold() for name in found}) == len(files)
+    names = result_names(files)
+    assert names == ["x", "x-2", "X-3", "x-2-2", "x-4", "y"]
+    assert len({name.casefold() for name in names}) == len(files)
 
 
 def test_names_of_results_fit_a_file_system_and_are_text(tmp_path: Path) -> None:
     files = [Path("叶" * 83 + ".png"), Path("叶" * 82 + "子.png"), Path(os.fsdecode(b"caf\xe9.png"))]
-    found = result_names(files)
-    assert found == ["叶" * 66, "叶" * 66 + "-2", "caf\N{REPLACEMENT CHARACTER}"]
-    for name in found:
+    names = result_names(files)
+    assert names == ["叶" * 66, "叶" * 66 + "-2", "caf\N{REPLACEMENT CHARACTER}"]
+    for name in names:
         (tmp_path / f".4194304.{name}.npz").write_bytes(b"")
 
 

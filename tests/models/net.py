@@ -9,7 +9,7 @@ from torch import nn
 CLASSES = 5
 
 
-def made(name: str, **kwargs: object) -> nn.Module:
+def distinct_net(name: str, **kwargs: object) -> nn.Module:
     """With weights, statistics and biases that are all different from each other."""
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=CLASSES, **kwargs)

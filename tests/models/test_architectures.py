@@ -39,7 +39,7 @@ FEW = ["resnet18d", "legacy_seresnet18", "repvgg_a0", "mobilenetv3_small_100", "
 OTHERS = ["skresnet18", "cspdarknet53", "mobileone_s0", "repvit_m1", "swin_tiny_patch4_window7_224"]
 
 
-def said(backbone: str) -> dict[str, str]:
+def answers(backbone: str) -> dict[str, str]:
     with (ROOT / "docs" / "results" / "architectures.csv").open(newline="", encoding="utf-8") as file:
         return {row["technique"]: row["result"] for row in csv.DictReader(file) if row["backbone"] == backbone}
 
@@ -50,7 +50,7 @@ def together(backbone: str) -> list[str]:
     Of those that give convolutions branches only one, as their defaults all take every convolution: the backbones take
     turns.
     """
-    applies = [kind for kind in settings_by_kind() if said(backbone).get(kind) == "yes"]
+    applies = [kind for kind in settings_by_kind() if answers(backbone).get(kind) == "yes"]
     branched = [kind for kind in applies if issubclass(settings_by_kind()[kind], ConvSelection)]
     turn = list(ARCHITECTURES.BACKBONES).index(backbone)
     others = {kind for at, kind in enumerate(branched) if at != turn % len(branched)}
@@ -124,11 +124,11 @@ def test_the_table_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("backbone", ARCHITECTURES.BACKBONES)
 def test_the_table_is_true(backbone: str) -> None:
-    table = said(backbone)
+    table = answers(backbone)
     assert set(table) == {ARCHITECTURES.ONNX, *settings_by_kind()}, "run benchmarks/architectures.py, then docs/tables.py"
     assert set(table.values()) <= {"yes", "no"}
-    found = {kind: ARCHITECTURES.tried(backbone, kind) for kind in table}
-    assert {kind: result for kind, (result, _) in found.items()} == table, found
+    tried = {kind: ARCHITECTURES.tried(backbone, kind) for kind in table}
+    assert {kind: result for kind, (result, _) in tried.items()} == table, tried
     if backbone not in FEW:
         all_at_once(backbone)
 
@@ -139,7 +139,7 @@ def test_the_table_is_true(backbone: str) -> None:
 def test_the_graph_is_the_independent_plain_one(backbone: str) -> None:
     kwargs, size = ARCHITECTURES.BACKBONES[backbone][1], ARCHITECTURES.SIZE
     torch.manual_seed(0)
-    kinds = [kind for kind in ("mixup", "acb") if said(backbone)[kind] == "yes"]
+    kinds = [kind for kind in ("mixup", "acb") if answers(backbone)[kind] == "yes"]
     built = build_net(ARCHITECTURES.recipe(backbone, kwargs, *kinds), ARCHITECTURES.CLASSES)
     ARCHITECTURES.step_of(built)
     with torch.no_grad():

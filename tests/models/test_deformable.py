@@ -30,11 +30,11 @@ SIZE = (64, 64)
 
 def pair(name: str = "resnet18", **kwargs: Any) -> tuple[nn.Module, nn.Module]:
     """The plain net and the deformable one, from the same seed."""
-    made = []
+    nets = []
     for backbone in (name, f"{name}_deform"):
         torch.manual_seed(0)
-        made.append(plain_model(backbone, 5, kwargs))
-    return made[0], made[1]
+        nets.append(plain_model(backbone, 5, kwargs))
+    return nets[0], nets[1]
 
 
 def images(count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -43,11 +43,11 @@ def images(count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def read(image: np.ndarray, y: float, x: float) -> np.ndarray:
     """(C,) at a place between pixels, bilinear, zero outside: sum_q max(0,1-|q_y-y|) max(0,1-|q_x-x|) image(q)."""
-    said = np.zeros(len(image))
+    value = np.zeros(len(image))
     for row in range(image.shape[1]):
         for column in range(image.shape[2]):
-            said += max(0.0, 1 - abs(row - y)) * max(0.0, 1 - abs(column - x)) * image[:, row, column]
-    return said
+            value += max(0.0, 1 - abs(row - y)) * max(0.0, 1 - abs(column - x)) * image[:, row, column]
+    return value
 
 
 @pytest.mark.parametrize(("stride", "dilation", "bias"), [(1, 1, False), (2, 1, True), (1, 2, False)])
@@ -60,18 +60,18 @@ def test_every_tap_is_read_at_its_own_place(stride: int, dilation: int, bias: bo
     nn.init.normal_(block.offset.bias)
     x = torch.randn(1, 2, 5, 6, dtype=torch.float64)
     with torch.no_grad():
-        found = block(x)[0].numpy()
+        outputs = block(x)[0].numpy()
         places = block.offset(x)[0].numpy()  # (18,h,w): dy, dx of tap 0, dy, dx of tap 1, ...
     weight = conv.weight.detach().numpy()
-    assert found.shape == tuple(conv(x).shape[1:])
-    for h, w in np.ndindex(*found.shape[1:]):
+    assert outputs.shape == tuple(conv(x).shape[1:])
+    for h, w in np.ndindex(*outputs.shape[1:]):
         expected = np.zeros(3) if conv.bias is None else conv.bias.detach().numpy().copy()
         for tap in range(9):
             down, across = divmod(tap, 3)
             y = h * stride + (down - 1) * dilation + places[2 * tap, h, w]
             across_at = w * stride + (across - 1) * dilation + places[2 * tap + 1, h, w]
             expected += weight[:, :, down, across] @ read(x[0].numpy(), y, across_at)
-        np.testing.assert_allclose(found[:, h, w], expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(outputs[:, h, w], expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -79,13 +79,13 @@ def test_every_tap_is_read_at_its_own_place(stride: int, dilation: int, bias: bo
     ("name", "kwargs"), [("resnet18", {}), ("resnet18", {"output_stride": 16}), ("resnet50", {"zero_init_last": False})]
 )
 def test_it_starts_as_the_plain_net(name: str, kwargs: dict[str, Any], training: bool) -> None:
-    plain, net = (made.double().train(training) for made in pair(name, **kwargs))
+    plain, net = (each.double().train(training) for each in pair(name, **kwargs))
     deformed = [module for module in net.modules() if isinstance(module, Deformable)]
     assert len(deformed) == {"resnet18": 8, "resnet50": 9}[name]
     with torch.no_grad():
-        z, found = plain(images(dtype=torch.float64)), net(images(dtype=torch.float64))
+        z, deformable_z = plain(images(dtype=torch.float64)), net(images(dtype=torch.float64))
         assert (net.forward_head(net.forward_features(images(dtype=torch.float64))) - z).abs().max() < 1e-12 or training
-    assert (found - z).abs().max() <= 1e-12 * z.abs().max()
+    assert (deformable_z - z).abs().max() <= 1e-12 * z.abs().max()
     assert set(net.state_dict()) == set(plain.state_dict()) | offsets(net)
     assert net.feature_info == plain.feature_info
     net.init_weights()
@@ -112,9 +112,9 @@ def test_layout_and_half_precision_change_little(half: bool) -> None:
         z = net(images(dtype=dtype))
         net.to(memory_format=memory_format(net))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            found = net(images(dtype=dtype).contiguous(memory_format=torch.channels_last)).to(dtype)
+            again = net(images(dtype=dtype).contiguous(memory_format=torch.channels_last)).to(dtype)
     assert memory_format(net) == torch.channels_last
-    assert (found - z).abs().max() <= (0.1 if half else 1e-12) * z.abs().max()
+    assert (again - z).abs().max() <= (0.1 if half else 1e-12) * z.abs().max()
 
 
 def test_weights_of_the_plain_net_fit(tmp_path: Path) -> None:
@@ -124,12 +124,12 @@ def test_weights_of_the_plain_net_fit(tmp_path: Path) -> None:
             if value.is_floating_point():
                 value.uniform_(0.1, 0.2)
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
-    found = load_weights(net, Model(backbone="resnet18_deform", weights=str(tmp_path / "plain.safetensors")))
-    assert set(found.fresh) == offsets(net)
-    assert found.unused == ()
+    loaded = load_weights(net, Model(backbone="resnet18_deform", weights=str(tmp_path / "plain.safetensors")))
+    assert set(loaded.fresh) == offsets(net)
+    assert loaded.unused == ()
     with torch.no_grad():
-        z, found = (made.double().eval()(images(dtype=torch.float64)) for made in (plain, net))
-    torch.testing.assert_close(found, z, rtol=1e-12, atol=0)
+        z, deformable_z = (each.double().eval()(images(dtype=torch.float64)) for each in (plain, net))
+    torch.testing.assert_close(deformable_z, z, rtol=1e-12, atol=0)
 
 
 def test_weights_of_its_own_must_be_whole(tmp_path: Path) -> None:

@@ -19,14 +19,14 @@ RATE = 0.4
 
 def recorded(net: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Input and output of a module in train mode."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor]] = []
     handle = net.get_submodule(name).register_forward_hook(
-        lambda _m, args, out: seen.append((args[0].clone(), out.clone()))
+        lambda _m, args, out: calls.append((args[0].clone(), out.clone()))
     )
     torch.manual_seed(0)
     net.train()(x)
     handle.remove()
-    return seen[0][0].detach(), seen[0][1].detach()
+    return calls[0][0].detach(), calls[0][1].detach()
 
 
 def images(count: int = 64) -> Tensor:
@@ -77,9 +77,9 @@ def test_the_graph_stays_the_plain_one(kwargs: dict) -> None:
             nn.init.normal_(values)
     ours = export_onnx(net, size=(64, 64), exporter=settings.exporter, opset=settings.opset)
     interface = Interface(size=(64, 64), opset=settings.opset)
-    for known in (kwargs, {}):
+    for reference_kwargs in (kwargs, {}):
         reference, positions = independent_plain(
-            backbone="resnet18", num_classes=5, kwargs=known, interface=interface, exporter="torchscript"
+            backbone="resnet18", num_classes=5, kwargs=reference_kwargs, interface=interface, exporter="torchscript"
         )
-        found = compare_structure(ours, reference, positions)
-        assert found.passed, found.differences
+        result = compare_structure(ours, reference, positions)
+        assert result.passed, result.differences

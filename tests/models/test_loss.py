@@ -71,8 +71,8 @@ def test_the_loss_is_its_formula(
     kind: str, gamma: float, target: str, smoothing: float, weights: Tensor | None
 ) -> None:
     criterion = Criterion(kind, label_smoothing=smoothing, gamma=gamma, class_weights=weights)
-    found = float(criterion(logits(), targets()[target]))
-    assert found == pytest.approx(expected(kind, logits(), targets()[target], smoothing, gamma, weights), rel=1e-5)
+    loss = float(criterion(logits(), targets()[target]))
+    assert loss == pytest.approx(expected(kind, logits(), targets()[target], smoothing, gamma, weights), rel=1e-5)
 
 
 def test_one_hard_target_of_plain_cross_entropy_is_torchs_bit_for_bit() -> None:
@@ -83,8 +83,8 @@ def test_one_hard_target_of_plain_cross_entropy_is_torchs_bit_for_bit() -> None:
 
 def test_focal_without_gamma_is_cross_entropy() -> None:
     for target in targets().values():
-        found = Criterion("focal", gamma=0.0, label_smoothing=0.2)(logits(), target)
-        torch.testing.assert_close(found, cross_entropy(logits(), target, 0.2))
+        loss = Criterion("focal", gamma=0.0, label_smoothing=0.2)(logits(), target)
+        torch.testing.assert_close(loss, cross_entropy(logits(), target, 0.2))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -129,17 +129,17 @@ def test_balanced_weights_have_mean_one_over_the_images() -> None:
 
 
 def test_weights_of_classes_go_with_the_net_and_are_in_no_checkpoint(recipe_tree: dict) -> None:
-    made = validate(Recipe, recipe_tree | {"loss": {"class_weights": "balanced"}}, where="test")
-    index = read_index(made)
+    recipe = validate(Recipe, recipe_tree | {"loss": {"class_weights": "balanced"}}, where="test")
+    index = read_index(recipe)
     assert class_counts(index).tolist() == [16, 16, 16]
-    step = build_net(made, 3, counts=class_counts(index)).step
+    step = build_net(recipe, 3, counts=class_counts(index)).step
     assert step.criterion.class_weights.tolist() == [1, 1, 1]
     assert step.to("meta").criterion.class_weights.is_meta
     assert not [name for name in step.state_dict() if "criterion" in name]
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "message"),
     [
         ({"loss": {"class_weights": "balanced"}, "train": {"sampling": "balanced"}}, "favour rare classes twice"),
         ({"loss": {"kind": "focal"}, "techniques": {"similar_smoothing": {}}}, "set loss.kind to cross_entropy"),
@@ -147,8 +147,8 @@ def test_weights_of_classes_go_with_the_net_and_are_in_no_checkpoint(recipe_tree
         ({"loss": {"kind": "focus"}}, "loss.kind"),
     ],
 )
-def test_what_does_not_go_together_is_refused(recipe_tree: dict, sections: dict, said: str) -> None:
-    with pytest.raises(FgvcError, match=said):
+def test_what_does_not_go_together_is_refused(recipe_tree: dict, sections: dict, message: str) -> None:
+    with pytest.raises(FgvcError, match=message):
         validate(Recipe, recipe_tree | sections, where="test")
 
 

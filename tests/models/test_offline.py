@@ -19,7 +19,7 @@ from fgvc.models.cam import methods as method
 from fgvc.models.cam import offline
 from fgvc.models.cam.offline import BY_CHANNEL, LIBRARY, METHODS, class_maps_of, method_name, offline_maps
 from fgvc.models.class_maps import evaluating
-from tests.models.net import CLASSES, made
+from tests.models.net import CLASSES, distinct_net
 
 SIZE = (64, 96)  # height, width
 NETS: dict[str, dict] = {
@@ -87,14 +87,14 @@ def principal(a: np.ndarray) -> np.ndarray:
 
 
 def kernel_principal(a: np.ndarray) -> np.ndarray:
-    found = []
+    components = []
     for cells in a.reshape(*a.shape[:2], -1).transpose(0, 2, 1):
         centred = cells - cells.mean(0)
         kernel = np.tanh(centred @ centred.T / cells.shape[1] + 1)
         j = np.eye(len(kernel)) - 1 / len(kernel)
         values, vectors = np.linalg.eigh(j @ kernel @ j)
-        found.append(vectors[:, -1] * np.sqrt(values[-1]))
-    return np.reshape(found, (len(a), *a.shape[2:]))
+        components.append(vectors[:, -1] * np.sqrt(values[-1]))
+    return np.reshape(components, (len(a), *a.shape[2:]))
 
 
 def smooth(t: Truth) -> np.ndarray:
@@ -201,20 +201,20 @@ def test_every_method_against_its_formula(name: str, monkeypatch: pytest.MonkeyP
     assert set(TRUTH) == set(METHODS)
     monkeypatch.setattr(offline, "SAMPLES", {"smoothgradcam++": 3, "sscam": 2})
     monkeypatch.setattr(offline, "FORWARD", 4)  # in pieces
-    net = made(name, **NETS[name])
+    net = distinct_net(name, **NETS[name])
     truth, chosen = Truth(name, net), [method for method in METHODS if method != "cam" or name == HEAD]
     with class_maps_of(net, SIZE, chosen, channels=COUNT) as look:
         for kind in chosen:
             maps, raw = look(pictures(), LABELS, kind)
             expected = TRUTH[kind](truth)
             assert raw.dtype == maps.dtype == torch.float32
-            for map_, got, by_hand in zip(maps.numpy(), raw.numpy(), expected, strict=True):
-                wanted = -by_hand if kind in SIGNLESS and (got * by_hand).sum() < 0 else by_hand
-                np.testing.assert_allclose(got, wanted, atol=2e-4 * abs(wanted).max(), rtol=1e-3, err_msg=kind)
+            for map_, ours, by_hand in zip(maps.numpy(), raw.numpy(), expected, strict=True):
+                signed = -by_hand if kind in SIGNLESS and (ours * by_hand).sum() < 0 else by_hand
+                np.testing.assert_allclose(ours, signed, atol=2e-4 * abs(signed).max(), rtol=1e-3, err_msg=kind)
                 if kind == "segeigencam":
-                    assert abs(got.max()) >= abs(got.min()), "the sign that the paper corrects"
-                if got.max() > 0:
-                    cut = got if kind in ("scorecam", "sscam") else got.clip(min=0)
+                    assert abs(ours.max()) >= abs(ours.min()), "the sign that the paper corrects"
+                if ours.max() > 0:
+                    cut = ours if kind in ("scorecam", "sscam") else ours.clip(min=0)
                     small = torch.from_numpy(cut[None, None])
                     large = F.interpolate(small, SIZE, mode="bilinear", align_corners=False)[0, 0].numpy().clip(min=0)
                     large = (large - large.min()) / np.ptp(large)
@@ -227,7 +227,7 @@ def test_every_method_against_its_formula(name: str, monkeypatch: pytest.MonkeyP
 )
 def test_maps_of_the_most_unlikely_classes_reach_from_0_to_1(kinds: tuple[str, ...], bias: float, scale: float) -> None:
     """The weights of Score-CAM are probabilities, here of 1e-60; those of Grad-CAM are gradients, which may be small, too."""
-    net = made(HEAD)
+    net = distinct_net(HEAD)
     with torch.no_grad():
         net.get_classifier().bias[LABELS] += bias
         net.get_classifier().weight[LABELS] *= scale
@@ -244,20 +244,20 @@ def test_maps_of_the_most_unlikely_classes_reach_from_0_to_1(kinds: tuple[str, .
 def test_kernel_pca_is_the_same_every_time_and_the_library_s_where_that_is_exact() -> None:
     """With more than 200 cells the library's solver starts at random, and so it gives another sign or another map each time."""
     a = np.random.default_rng(0).normal(size=(2, 5, 15, 16)).astype(np.float32)
-    found = []
+    results = []
     for seed in (0, 1):
         np.random.seed(seed)  # the library's
-        found.append(method.KPCACAM.get_cam_image(None, None, None, None, a, None, False))  # type: ignore[arg-type]
-    assert found[0].tobytes() == found[1].tobytes()
+        results.append(method.KPCACAM.get_cam_image(None, None, None, None, a, None, False))  # type: ignore[arg-type]
+    assert results[0].tobytes() == results[1].tobytes()
     cells = a.reshape(2, 5, -1).transpose(0, 2, 1)
-    for got, own in zip(found[0], cells - cells.mean(1, keepdims=True), strict=True):
+    for ours, own in zip(results[0], cells - cells.mean(1, keepdims=True), strict=True):
         exact = KernelPCA(n_components=1, kernel="sigmoid", eigen_solver="dense").fit_transform(np.float64(own))
-        np.testing.assert_allclose(got.ravel(), exact[:, 0], rtol=1e-4, atol=1e-6)
-        assert got.max() >= -got.min()
+        np.testing.assert_allclose(ours.ravel(), exact[:, 0], rtol=1e-4, atol=1e-6)
+        assert ours.max() >= -ours.min()
 
 
 def test_cam_is_grad_cam_up_to_scale_where_pooling_and_a_linear_layer_are_the_head() -> None:
-    net = made(HEAD)
+    net = distinct_net(HEAD)
     with class_maps_of(net, SIZE, ["cam", "gradcam", "hirescam", "ablationcam"]) as look:
         raw = {kind: look(pictures(), LABELS, kind)[1] for kind in ("cam", "gradcam", "hirescam", "ablationcam")}
     cells = raw["cam"][0].numel()
@@ -270,14 +270,14 @@ def test_cam_is_grad_cam_up_to_scale_where_pooling_and_a_linear_layer_are_the_he
 
 def test_without_noise_the_smooth_methods_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "SIGMA", {"smoothgradcam++": 0.0, "sscam": 0.0})
-    with class_maps_of(made("mobilenetv3_small_100"), SIZE, ["gradcam++"], channels=COUNT) as look:
+    with class_maps_of(distinct_net("mobilenetv3_small_100"), SIZE, ["gradcam++"], channels=COUNT) as look:
         for smoothed, plain in (("smoothgradcam++", "gradcam++"), ("sscam", "scorecam")):
-            found, expected = (look(pictures(), LABELS, kind)[1].clamp(min=0) for kind in (smoothed, plain))
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+            smoothed_maps, expected = (look(pictures(), LABELS, kind)[1].clamp(min=0) for kind in (smoothed, plain))
+            torch.testing.assert_close(smoothed_maps, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_a_map_does_not_depend_on_its_batch() -> None:
-    with class_maps_of(made("mobilenetv3_small_100"), SIZE, ["gradcam"], channels=3) as look:
+    with class_maps_of(distinct_net("mobilenetv3_small_100"), SIZE, ["gradcam"], channels=3) as look:
         for kind in ("gradcam", "smoothgradcam++", "scorecam", "ablationcam", "finercam"):
             both, alone = look(pictures(), LABELS, kind)[1], look(pictures()[1:], LABELS[1:], kind)[1]
             torch.testing.assert_close(both[1:], alone, rtol=1e-3, atol=1e-6)
@@ -286,23 +286,23 @@ def test_a_map_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize("kwargs", [{}, {"global_pool": "token"}])
 def test_class_tokens_are_tapped_before_the_last_block(kwargs: dict) -> None:
     """The patches of the last features have no gradient there; what the last block reads of them has."""
-    net = made("test_vit", img_size=64, **kwargs)
+    net = distinct_net("test_vit", img_size=64, **kwargs)
     x, y = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 2])
     with class_maps_of(net, (64, 64), ["gradcam", "ablationcam", "scorecam"], channels=4) as look:
         torch.testing.assert_close(look.logits(x), net(x))
         raw = {kind: look(x, y, kind)[1] for kind in ("gradcam", "ablationcam", "scorecam")}
-    kept: list[Tensor] = []
-    handle = net.blocks[-1].norm1.register_forward_hook(lambda m, i, o: kept.append(o))
+    inputs: list[Tensor] = []
+    handle = net.blocks[-1].norm1.register_forward_hook(lambda m, i, o: inputs.append(o))
     logits = net(x)
     handle.remove()
-    (g,) = torch.autograd.grad(logits[[0, 1], y].sum(), kept[0])
-    a, g = ((t[:, 1:].transpose(1, 2).unflatten(2, (4, 4))).detach() for t in (kept[0], g))
+    (g,) = torch.autograd.grad(logits[[0, 1], y].sum(), inputs[0])
+    a, g = ((t[:, 1:].transpose(1, 2).unflatten(2, (4, 4))).detach() for t in (inputs[0], g))
     torch.testing.assert_close(raw["gradcam"], torch.einsum("bc,bchw->bhw", g.mean((2, 3)), a), rtol=1e-3, atol=1e-6)
     assert g.abs().max() > 0
     weights = torch.zeros(a.shape[:2])
     for row in range(2):
         for k in a[row].mean((1, 2)).argsort(descending=True)[:4].tolist():
-            changed = kept[0].detach().clone()
+            changed = inputs[0].detach().clone()
             changed[row, 1:, k] = 0
             handle = net.blocks[-1].norm1.register_forward_hook(lambda m, i, o, new=changed: new)
             weights[row, k] = (logits - net(x))[row, y[row]].detach()
@@ -312,7 +312,7 @@ def test_class_tokens_are_tapped_before_the_last_block(kwargs: dict) -> None:
 
 def test_the_net_is_left_as_it_was() -> None:
     """Mode of every module, flags, gradients, hooks, buffers, and so every bit of what it says."""
-    net = made("mobilenetv3_small_100", drop_rate=0.5).train()
+    net = distinct_net("mobilenetv3_small_100", drop_rate=0.5).train()
     net.blocks[0].eval()
     next(net.parameters()).requires_grad_(False)
     net(pictures()).sum().backward()
@@ -343,7 +343,7 @@ def test_the_net_is_left_as_it_was() -> None:
 
 
 def test_hooks_go_where_a_class_does_not_exist() -> None:
-    net = made(HEAD)
+    net = distinct_net(HEAD)
     with class_maps_of(net, SIZE, ["gradcam"]) as look, pytest.raises(IndexError):
         look(pictures(), torch.tensor([99, 99]), "gradcam")
     assert not any(module._forward_hooks for module in net.modules())
@@ -371,7 +371,8 @@ def test_other_names_are_refused_with_the_reason() -> None:
 
 
 def test_nets_that_can_have_no_such_map_are_refused() -> None:
-    with pytest.raises(FgvcError, match=r"cam: .*use gradcam"), class_maps_of(made("mobilenetv3_small_100"), SIZE, ["cam"]):
+    net = distinct_net("mobilenetv3_small_100")
+    with pytest.raises(FgvcError, match=r"cam: .*use gradcam"), class_maps_of(net, SIZE, ["cam"]):
         pass
     pit = timm.create_model("pit_ti_224", num_classes=3, img_size=64)
     with pytest.raises(FgvcError, match="class token"), class_maps_of(pit, (64, 64), ["gradcam"]):
@@ -398,48 +399,48 @@ def test_class_tokens_read_patches_on_grids_that_are_no_squares(
     name: str, kwargs: dict, norm: str, size: tuple[int, int], cells: tuple[int, int]
 ) -> None:
     """Cell (i, j) of the map is token `prefix + i * columns + j`, weighted by hand."""
-    net = made(name, **kwargs)
+    net = distinct_net(name, **kwargs)
     x, y = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1)), torch.tensor([2])
     with class_maps_of(net, size, ["gradcam"]) as look:
         assert look.cells == cells
         maps, raw = look(x, y, "gradcam")
-    kept: list[Tensor] = []
-    handle = net.get_submodule(norm).register_forward_hook(lambda m, i, o: kept.append(o))
+    normed: list[Tensor] = []
+    handle = net.get_submodule(norm).register_forward_hook(lambda m, i, o: normed.append(o))
     z = net(x)
     handle.remove()
-    (g,) = torch.autograd.grad(z[0, 2], kept[0])
-    prefix = kept[0].shape[1] - cells[0] * cells[1]
+    (g,) = torch.autograd.grad(z[0, 2], normed[0])
+    prefix = normed[0].shape[1] - cells[0] * cells[1]
     assert prefix == net.num_prefix_tokens
-    patches, weight = kept[0][0, prefix:].detach(), g[0, prefix:].mean(0)
+    patches, weight = normed[0][0, prefix:].detach(), g[0, prefix:].mean(0)
     by_hand = [[float(patches[i * cells[1] + j] @ weight) for j in range(cells[1])] for i in range(cells[0])]
     torch.testing.assert_close(raw[0], torch.tensor(by_hand), rtol=1e-3, atol=1e-3 * float(raw.abs().max()))
     assert maps.shape == (1, *size)
 
 
 def test_costs_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = made(HEAD)
-    said = {}
+    net = distinct_net(HEAD)
+    costs = {}
     for channels in (None, 10, 0, 9999):
         with class_maps_of(net, SIZE, ["gradcam"], channels=channels) as look:
-            said[channels] = [look.cost(kind) for kind in ("gradcam", "smoothgradcam++", *BY_CHANNEL)]
+            costs[channels] = [look.cost(kind) for kind in ("gradcam", "smoothgradcam++", *BY_CHANNEL)]
     advice = "; --channels takes another number, 0 all"
-    assert said[None] == [
+    assert costs[None] == [
         None,
         "16 more forwards an image",
         f"64 forwards an image, for the 64 most active of 512 channels{advice}",
         f"640 forwards an image, for the 64 most active of 512 channels{advice}",
         "512 passes through the head an image, for all 512 channels",
     ]
-    assert said[10][4] == f"10 passes through the head an image, for the 10 most active of 512 channels{advice}"
-    assert said[0] == said[9999]
-    assert said[0][2] == "512 forwards an image, for all 512 channels"
+    assert costs[10][4] == f"10 passes through the head an image, for the 10 most active of 512 channels{advice}"
+    assert costs[0] == costs[9999]
+    assert costs[0][2] == "512 forwards an image, for all 512 channels"
 
 
 def test_several_methods_share_one_pass_through_the_backbone() -> None:
-    net = made(HEAD)
+    net = distinct_net(HEAD)
     with class_maps_of(net, SIZE, ["cam", "gradcam"]) as look:
         passes = []
-        handle = net.conv1.register_forward_hook(lambda *given: passes.append(1))
+        handle = net.conv1.register_forward_hook(lambda *_: passes.append(1))
         x = pictures()
         look.logits(x)
         for kind in ("cam", "gradcam", "gradcam++", "layercam", "ablationcam", "eigencam", "finercam"):
@@ -449,12 +450,12 @@ def test_several_methods_share_one_pass_through_the_backbone() -> None:
 
 
 def test_offline_maps_take_the_names_of_recipes() -> None:
-    net, x = made(HEAD), pictures()
+    net, x = distinct_net(HEAD), pictures()
     batches = [(x[:1], LABELS[:1], np.array([7])), (x[1:], LABELS[1:], np.array([9]))]
-    found = list(offline_maps(net, batches, "GradCAMPlusPlus"))
-    assert [rows.tolist() for rows, _ in found] == [[7], [9]]
+    batches_of_maps = list(offline_maps(net, batches, "GradCAMPlusPlus"))
+    assert [rows.tolist() for rows, _ in batches_of_maps] == [[7], [9]]
     with class_maps_of(net, SIZE, ["gradcam++"]) as look:
-        torch.testing.assert_close(torch.cat([maps for _, maps in found]), look(x, LABELS, "gradcam++")[0])
+        torch.testing.assert_close(torch.cat([maps for _, maps in batches_of_maps]), look(x, LABELS, "gradcam++")[0])
     assert list(offline_maps(net, [], "gradcam")) == []
 
 

@@ -44,7 +44,7 @@ NETS = [
 ]  # fmt: skip
 
 
-def made(name: str, kwargs: dict) -> nn.Module:
+def separate_cells(name: str, kwargs: dict) -> nn.Module:
     """Without what mixes cells: every block's own part is small, so that a cell stays where it was embedded."""
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=3, **kwargs).eval()
@@ -76,7 +76,7 @@ def lit(net: nn.Module, size: tuple[int, int], cells: tuple[int, int], at: tuple
 def test_a_patch_of_the_picture_comes_out_at_its_cell(
     name: str, kwargs: dict, size: tuple[int, int], cells: tuple[int, int]
 ) -> None:
-    net, (rows, columns) = made(name, kwargs), cells
+    net, (rows, columns) = separate_cells(name, kwargs), cells
     reach = 1 if name.startswith(OVERLAPPING) else 0
     for at in {(0, 0), (0, columns - 1), (rows - 1, 0), (rows // 2, columns // 3), (rows - 1, columns - 1)}:
         row, column = lit(net, size, cells, at)
@@ -95,8 +95,8 @@ def test_a_patch_of_the_picture_comes_out_at_its_cell(
 def test_tokens_in_the_middle_of_a_net(
     name: str, kwargs: dict, module: str, size: tuple[int, int], cells: tuple[int, int]
 ) -> None:
-    net, tokens = made(name, kwargs), []
-    net.get_submodule(module).register_forward_hook(lambda _m, _x, given: tokens.append(given))
+    net, tokens = separate_cells(name, kwargs), []
+    net.get_submodule(module).register_forward_hook(lambda _m, _x, output: tokens.append(output))
     x = torch.zeros(1, 3, *size)
     x[:, :, : size[0] // cells[0], -size[1] // cells[1] :] = 3  # the upper right corner
     with torch.no_grad():

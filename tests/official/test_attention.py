@@ -23,41 +23,42 @@ SIZE = (24, 24)
 
 
 def branch(a: Arrays, scale: float) -> BilinearAttention:
-    made = BilinearAttention(8, 4, 8, scale=scale).double()
-    assert (made.norm.eps, made.norm.momentum) == (a.number("attention_norm_eps"), a.number("attention_norm_momentum"))
+    layer = BilinearAttention(8, 4, 8, scale=scale).double()
+    assert layer.norm.eps == a.number("attention_norm_eps")
+    assert layer.norm.momentum == a.number("attention_norm_momentum")
     with torch.no_grad():
-        made.conv.weight.copy_(a["attention_conv_weight"])
-        made.norm.weight.copy_(a["attention_norm_weight"])
-        made.norm.bias.copy_(a["attention_norm_bias"])
-        made.norm.running_mean.copy_(a["running_mean_before"])
-        made.norm.running_var.copy_(a["running_var_before"])
-        made.classifier.weight.copy_(a["classifier_weight"])
-        made.centres.copy_(a["centres_before"])
-    return made
+        layer.conv.weight.copy_(a["attention_conv_weight"])
+        layer.norm.weight.copy_(a["attention_norm_weight"])
+        layer.norm.bias.copy_(a["attention_norm_bias"])
+        layer.norm.running_mean.copy_(a["running_mean_before"])
+        layer.norm.running_var.copy_(a["running_var_before"])
+        layer.classifier.weight.copy_(a["classifier_weight"])
+        layer.centres.copy_(a["centres_before"])
+    return layer
 
 
 def test_attention_and_pooled_features_in_training(official: Callable[[str], Arrays]) -> None:
     a = official("wsdan")
-    made, f = branch(a, a.number("classifier_scale")).train(), a["features"].clone().requires_grad_()
-    attention, vector = made(f)
+    net, f = branch(a, a.number("classifier_scale")).train(), a["features"].clone().requires_grad_()
+    attention, vector = net(f)
     torch.testing.assert_close(attention.detach(), a["attention"], rtol=0, atol=ATOL)
     torch.testing.assert_close(F.normalize(vector.detach(), dim=1), a["vector"], rtol=0, atol=ATOL)
-    logits = made.logits(vector)
+    logits = net.logits(vector)
     torch.testing.assert_close(logits.detach(), a["logits"], rtol=0, atol=ATOL)
     loss = F.cross_entropy(logits, a["labels"])
     torch.testing.assert_close(loss.detach(), a["cross_entropy"], rtol=0, atol=ATOL)
-    wanted = {"features": f, "attention_conv": made.conv.weight, "classifier": made.classifier.weight}
-    for name, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True):
+    inputs = {"features": f, "attention_conv": net.conv.weight, "classifier": net.classifier.weight}
+    for name, gradient in zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True):
         torch.testing.assert_close(gradient, a[f"cross_entropy_grad_{name}"], rtol=0, atol=ATOL, msg=name)
-    torch.testing.assert_close(made.norm.running_mean, a["running_mean_after"], rtol=0, atol=ATOL)
-    torch.testing.assert_close(made.norm.running_var, a["running_var_after"], rtol=0, atol=ATOL)
-    made.eval()
+    torch.testing.assert_close(net.norm.running_mean, a["running_mean_after"], rtol=0, atol=ATOL)
+    torch.testing.assert_close(net.norm.running_var, a["running_var_after"], rtol=0, atol=ATOL)
+    net.eval()
     with torch.no_grad():
-        attention, vector = made(a["features"])
+        attention, vector = net(a["features"])
         torch.testing.assert_close(attention, a["eval_attention"], rtol=0, atol=ATOL)
         torch.testing.assert_close(attention.mean(1, keepdim=True), a["eval_mean_map"], rtol=0, atol=ATOL)
         torch.testing.assert_close(F.normalize(vector, dim=1), a["eval_vector"], rtol=0, atol=ATOL)
-        torch.testing.assert_close(made.logits(vector), a["eval_logits"], rtol=0, atol=ATOL)
+        torch.testing.assert_close(net.logits(vector), a["eval_logits"], rtol=0, atol=ATOL)
 
 
 def test_known_the_scale_of_the_classifier(official: Callable[[str], Arrays]) -> None:
@@ -71,29 +72,29 @@ def test_known_the_scale_of_the_classifier(official: Callable[[str], Arrays]) ->
 @pytest.mark.parametrize("start", ["", "_zero"])
 def test_centres_of_labels_that_differ(start: str, official: Callable[[str], Arrays]) -> None:
     a = official("wsdan")
-    made, f = branch(a, SCALE).train(), a["features"].clone().requires_grad_()
+    net, f = branch(a, SCALE).train(), a["features"].clone().requires_grad_()
     if start:
-        made.centres.zero_()
-    _, vector = made(f)
-    loss = made.distance(vector, a["labels"])
+        net.centres.zero_()
+    _, vector = net(f)
+    loss = net.distance(vector, a["labels"])
     torch.testing.assert_close(loss.detach(), a[f"centre_loss{start}"], rtol=0, atol=ATOL)
     if not start:
         (gradient,) = torch.autograd.grad(loss, f)
         torch.testing.assert_close(gradient, a["centre_loss_grad_features"], rtol=0, atol=ATOL)
-    made.follow(vector.detach(), a["labels"], rate=a.number("centre_rate"))
-    torch.testing.assert_close(made.centres, a[f"centres_after{start}"], rtol=0, atol=ATOL)
+    net.follow(vector.detach(), a["labels"], rate=a.number("centre_rate"))
+    torch.testing.assert_close(net.centres, a[f"centres_after{start}"], rtol=0, atol=ATOL)
 
 
 def test_known_centres_of_repeated_labels(official: Callable[[str], Arrays]) -> None:
     """Theirs moves by the last image of a class alone, ours once by the mean of all."""
     a = official("wsdan")
-    made, labels, rate = branch(a, SCALE).train(), a["labels_repeated"], a.number("centre_rate")
+    net, labels, rate = branch(a, SCALE).train(), a["labels_repeated"], a.number("centre_rate")
     with torch.no_grad():
-        _, vector = made(a["features"])
-    torch.testing.assert_close(made.distance(vector, labels), a["centre_loss_repeated"], rtol=0, atol=ATOL)
-    made.follow(vector, labels, rate=rate)
-    assert float((made.centres - a["centres_after_repeated"]).abs().max()) == pytest.approx(9.3e-3, rel=0.01)
-    for by, expected in (("last", a["centres_after_repeated"]), ("mean", made.centres)):
+        _, vector = net(a["features"])
+    torch.testing.assert_close(net.distance(vector, labels), a["centre_loss_repeated"], rtol=0, atol=ATOL)
+    net.follow(vector, labels, rate=rate)
+    assert float((net.centres - a["centres_after_repeated"]).abs().max()) == pytest.approx(9.3e-3, rel=0.01)
+    for by, expected in (("last", a["centres_after_repeated"]), ("mean", net.centres)):
         centres = a["centres_before"].clone()
         for label in labels.unique().tolist():
             rows = a["vector"][labels == label]

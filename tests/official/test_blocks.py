@@ -48,16 +48,16 @@ def block(kind: str, a: Arrays) -> Branched:
     side, groups = a.number("side"), a.number("groups")
     channels, (out, _, _, _) = a["input"].shape[1], a["origin_weight"].shape
     conv = nn.Conv2d(channels, out, side, a.number("stride"), side // 2, groups=groups, bias=False).double()
-    made = MADE[kind](conv).double()
+    block_ = MADE[kind](conv).double()
     with torch.no_grad():
         conv.weight.copy_(a["origin_weight"])
-    branches = made.branches
+    branches = block_.branches
     if kind == "acnet":
         normed(branches["1xk"], a, "row")
         normed(branches["kx1"], a, "column")
-        return made
+        return block_
     if kind == "dbb":
-        return diverse(made, a)
+        return diverse(block_, a)
     for number in range(sum(name.startswith("kxk") for name in branches)):
         normed(branches[f"kxk{number}"], a, f"branch{number}")
     assert ("1x1" in branches) == ("point_weight" in a)
@@ -66,18 +66,18 @@ def block(kind: str, a: Arrays) -> Branched:
         normed(branches["1x1"], a, "point")
     if "identity" in branches:
         normed(branches["identity"], a, "identity")
-    return made
+    return block_
 
 
-def diverse(made: Branched, a: Arrays) -> Branched:
-    deep, average = made.branches["1x1-kxk"], made.branches[next(n for n in made.branches if n.startswith("average"))]
+def diverse(net: Branched, a: Arrays) -> Branched:
+    deep, average = net.branches["1x1-kxk"], net.branches[next(n for n in net.branches if n.startswith("average"))]
     normed(deep.point, a, "deep_point")
     normed(deep, a, "deep")
     weight, bias, mean, var = (a[f"average_norm_{part}"] for part in NORM)
     if average.conv is None:
         give(average.norm, weight, bias, mean, var)
-        return made
-    normed(made.branches["1x1"], a, "point")
+        return net
+    normed(net.branches["1x1"], a, "point")
     with torch.no_grad():
         average.conv.weight.copy_(a["average_point_weight"])
     first = {part: a[f"average_point_norm_{part}"] for part in NORM}
@@ -85,25 +85,25 @@ def diverse(made: Branched, a: Arrays) -> Branched:
     scale = first["weight"] / (first["var"] + 1e-5).sqrt()
     shift, t = first["bias"] - first["mean"] * scale, weight / (var + 1e-5).sqrt()
     give(average.norm, t * scale, bias + t * (shift - mean), torch.zeros_like(t), torch.full_like(t, 1 - 1e-5))
-    return made
+    return net
 
 
 @pytest.mark.parametrize(("kind", "case"), [(kind, case) for kind, cases in CASES.items() for case in cases])
 def test_in_evaluation_and_folded(kind: str, case: str, official: Callable[[str], Arrays]) -> None:
     a = official(kind).of(case)
-    made = block(kind, a).eval()
+    net = block(kind, a).eval()
     with torch.no_grad():
-        torch.testing.assert_close(made(a["input"]), a["output"], rtol=0, atol=ATOL[kind])
-        kernel, bias = made.fold()
+        torch.testing.assert_close(net(a["input"]), a["output"], rtol=0, atol=ATOL[kind])
+        kernel, bias = net.fold()
     torch.testing.assert_close(kernel, a["kernel"], rtol=0, atol=ATOL[kind])
     torch.testing.assert_close(bias, a["bias"], rtol=0, atol=ATOL[kind])
     folded = F.conv2d(a["input"], kernel, bias, a.number("stride"), a.number("side") // 2, groups=a.number("groups"))
     torch.testing.assert_close(folded, a["output"], rtol=0, atol=2 * ATOL[kind])
 
 
-def trained(made: nn.Module, a: Arrays) -> tuple[Tensor, Tensor]:
+def trained(net: nn.Module, a: Arrays) -> tuple[Tensor, Tensor]:
     x = a["input"].clone().requires_grad_()
-    y = made.train()(x)
+    y = net.train()(x)
     (gradient,) = torch.autograd.grad((y * a["train_cotangent"]).sum(), x)
     return y.detach(), gradient
 

@@ -23,7 +23,7 @@ from tests.official.conftest import Arrays
 W, H = 28, 20
 
 
-def found(a: Arrays) -> list[Boxes]:
+def boxes_of(a: Arrays) -> list[Boxes]:
     return [map_boxes(one) for one in a["maps"].numpy()]
 
 
@@ -49,7 +49,7 @@ def test_every_box_is_one_of_theirs_and_so_is_its_iou(official: Callable[[str], 
     a = official("maxboxacc")
     best, largest = torch.zeros(2, 7, 100, dtype=torch.float64)
     extra = 0
-    for at, levels in enumerate(found(a)):
+    for at, levels in enumerate(boxes_of(a)):
         for step, level in enumerate(levels):
             count = int(a["boxes_all_count"][at, step])
             theirs = {tuple(box) for box in a["boxes_all"][at, step, :count].tolist()}
@@ -75,7 +75,7 @@ def test_every_box_is_one_of_theirs_and_so_is_its_iou(official: Callable[[str], 
 
 def test_known_the_scores_are_lower_by_half_open_boxes(official: Callable[[str], Arrays]) -> None:
     a = official("maxboxacc")
-    beside = compare_boxes(found(a), a["true_boxes"])
+    beside = compare_boxes(boxes_of(a), a["true_boxes"])
     scores = box_scores(beside, torch.ones(7, dtype=torch.bool), choose_thresholds(beside))
     assert scores.max_box_acc == pytest.approx(a.number("max_box_acc")) == pytest.approx(4 / 7)
     assert scores.max_box_acc_v2 == pytest.approx(0.619, abs=5e-4)

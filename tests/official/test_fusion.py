@@ -35,9 +35,9 @@ def resized(a: Arrays, level: int, number: int, stage: Tensor, slope: float) -> 
 
 
 def ours(a: Arrays, level: int) -> Asff:
-    made = Asff(SHAPES, level=level, width=SHAPES[level][0]).double().eval()
+    fusion = Asff(SHAPES, level=level, width=SHAPES[level][0]).double().eval()
     with torch.no_grad():
-        for number, (resize, weigh) in enumerate(zip(made.resize, made.weigh, strict=True)):
+        for number, (resize, weigh) in enumerate(zip(fusion.resize, fusion.weigh, strict=True)):
             if f"resize{number}_weight" in a:
                 resize.conv.weight.copy_(a[f"resize{number}_weight"])
                 weight, bias, mean, var = (a[f"resize{number}_norm_{part}"] for part in NORM)
@@ -54,18 +54,18 @@ def ours(a: Arrays, level: int) -> Asff:
             row = a["weight_levels_weight"][number, 2 * number : 2 * number + 2, 0, 0]
             weigh.weight.copy_(((row * scale) @ a[f"weigh{number}_weight"][:, :, 0, 0])[None, :, None, None])
             weigh.bias.copy_((row * (bias - mean * scale)).sum() + a["weight_levels_bias"][number])
-    return made
+    return fusion
 
 
 @pytest.mark.parametrize("level", range(3))
 def test_resizing_weights_and_the_sum(level: int, official: Callable[[str], Arrays]) -> None:
     whole = official("asff")
     a, stages = whole.of(f"level{level}"), [whole[f"stage{number}"] for number in range(3)]
-    made = ours(a, level)
+    fusion = ours(a, level)
     with torch.no_grad():
-        for number, (resize, stage) in enumerate(zip(made.resize, stages, strict=True)):
+        for number, (resize, stage) in enumerate(zip(fusion.resize, stages, strict=True)):
             torch.testing.assert_close(resize(stage, SHAPES[level][1:]), a[f"resized{number}"], rtol=0, atol=1e-6)
-        fused, weights = made(stages)
+        fused, weights = fusion(stages)
     torch.testing.assert_close(weights, a["weights"], rtol=0, atol=2.2e-15)
     torch.testing.assert_close(fused, a["fused"], rtol=0, atol=1.8e-14)
     assert 0.1 < (fused - a["leaky_fused"]).abs().max() < 4.6

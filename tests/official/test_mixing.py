@@ -118,11 +118,11 @@ def test_snapmix_s_pixels(draw: int, official: Callable[[str], Arrays]) -> None:
     (box,) = inside(to[None, None, XYXY], (16, 16))
     assert torch.equal(mixed[:, :, ~box], theirs[:, :, ~box])
     source = a["images"][a["partners"][draw]]
-    for aligned, wanted, atol in ((False, mixed, 3.5e-5), (True, theirs, 1e-12)):
+    for aligned, expected, atol in ((False, mixed, 3.5e-5), (True, theirs, 1e-12)):
         piece, by_hand = source[:, :, of[0] : of[2], of[1] : of[3]], a["images"].clone()
         size = (int(to[2] - to[0]), int(to[3] - to[1]))
         by_hand[:, :, to[0] : to[2], to[1] : to[3]] = F.interpolate(piece, size, mode="bilinear", align_corners=aligned)
-        torch.testing.assert_close(by_hand, wanted, rtol=0, atol=atol)
+        torch.testing.assert_close(by_hand, expected, rtol=0, atol=atol)
     assert 0.01 < (mixed - theirs).abs().max() < 1
     assert torch.equal(pasted(a["images"], source, to=to[None, XYXY], of=of[None, XYXY]), mixed)
 

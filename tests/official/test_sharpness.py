@@ -48,8 +48,8 @@ def climbed(net: Net, a: Arrays, sam: Sam, optimizer: torch.optim.Optimizer) -> 
     return gradients, climb, [first.item(), second.item()]
 
 
-def same(found: dict, a: Arrays, prefix: str, atol: float) -> None:
-    for part, value in found.items():
+def same(tensors: dict, a: Arrays, prefix: str, atol: float) -> None:
+    for part, value in tensors.items():
         torch.testing.assert_close(value.detach(), a[f"{prefix}_{part}"], rtol=0, atol=atol, msg=f"{prefix} {part}")
 
 

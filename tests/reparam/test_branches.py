@@ -80,8 +80,8 @@ def test_a_block_is_the_sum_of_its_formulas(
     block = make(conv).double().train(training)
     randomise(block)
     x = torch.randn(3, 6, 9, 12, dtype=torch.float64)
-    wanted = conv(x) + sum(expected(branch, conv, x) for branch in block.branches.values())
-    assert (block(x) - wanted).abs().max() < 1e-10
+    y = conv(x) + sum(expected(branch, conv, x) for branch in block.branches.values())
+    assert (block(x) - y).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("groups", [1, 8])
@@ -111,8 +111,8 @@ def test_averages_count_the_zeros_of_the_border() -> None:
     """By hand: a map of ones, k = 3. A corner sees four ones of nine, an edge six."""
     branch = AverageNorm(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1, eps=0.0)).eval()
     nn.init.ones_(branch.norm.weight)
-    seen = branch(torch.ones(1, 1, 3, 3), (1, 1, 1, 1))[0, 0]
-    torch.testing.assert_close(seen * 9, torch.tensor([[4.0, 6, 4], [6, 9, 6], [4, 6, 4]]))
+    means = branch(torch.ones(1, 1, 3, 3), (1, 1, 1, 1))[0, 0]
+    torch.testing.assert_close(means * 9, torch.tensor([[4.0, 6, 4], [6, 9, 6], [4, 6, 4]]))
 
 
 def test_the_border_is_that_of_the_batch_in_training() -> None:

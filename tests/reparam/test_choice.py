@@ -77,5 +77,5 @@ def test_step_0_is_the_plain_net(kind: str, backbone: str) -> None:
     x = torch.randn(4, 3, 65, 64, dtype=torch.float64)
     for training in (True, False):  # the second with the statistics that the first has moved
         with torch.no_grad():
-            wanted, said = plain.train(training)(x), net.train(training)(x)
-        assert (said - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+            z, replaced_z = plain.train(training)(x), net.train(training)(x)
+        assert (replaced_z - z).abs().max() <= 1e-12 * z.abs().max()

@@ -104,11 +104,11 @@ def test_identity_and_averages_are_what_they_say(channels: int, groups: int) -> 
     assert torch.equal(F.conv2d(x, same, groups=groups), x)
     for side, stride in ((1, 1), (3, 1), (5, 2)):
         means = F.conv2d(x, averaged(same, side), stride=stride, padding=side // 2, groups=groups)
-        wanted = F.avg_pool2d(x, side, stride, side // 2, count_include_pad=True)
-        assert (means - wanted).abs().max() < 1e-12
+        expected = F.avg_pool2d(x, side, stride, side // 2, count_include_pad=True)
+        assert (means - expected).abs().max() < 1e-12
         point = torch.randn(2 * channels, channels // groups, 1, 1, dtype=torch.float64)
         mixed = F.conv2d(x, averaged(point, side), stride=stride, padding=side // 2, groups=groups)
-        assert (mixed - F.conv2d(wanted, point, groups=groups)).abs().max() < 1e-12
+        assert (mixed - F.conv2d(expected, point, groups=groups)).abs().max() < 1e-12
 
 
 @settings(deadline=None, max_examples=60)
@@ -124,10 +124,10 @@ def test_sequential_equals_two_convolutions(side: int, groups: int, shape: tuple
     kernel = torch.randn(out, inner // groups, side, side, dtype=torch.float64)
     inner_bias, bias = (torch.randn(count, dtype=torch.float64) for count in (inner, out))
     x = torch.randn(2, channels, 8, 7, dtype=torch.float64)
-    wanted = F.conv2d(F.conv2d(x, point, inner_bias, groups=groups), kernel, bias, stride, groups=groups)
+    expected = F.conv2d(F.conv2d(x, point, inner_bias, groups=groups), kernel, bias, stride, groups=groups)
     both, shift = sequential(point, inner_bias, kernel, bias, groups=groups)
     assert both.shape == (out, channels // groups, side, side)
-    assert (F.conv2d(x, both, shift, stride, groups=groups) - wanted).abs().max() < 1e-11
+    assert (F.conv2d(x, both, shift, stride, groups=groups) - expected).abs().max() < 1e-11
 
 
 def test_sequential_by_hand() -> None:

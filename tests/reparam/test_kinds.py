@@ -198,14 +198,14 @@ def test_eps_and_momentum_are_those_of_the_norm_behind(make: Callable) -> None:
 def test_every_branch_learns_and_still_folds(make: Callable, groups: int, same: bool) -> None:
     torch.manual_seed(0)
     conv = convolution(side=3, groups=groups, same=same)
-    plain, norm, wanted = copy.deepcopy(conv), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+    plain, norm, teacher = copy.deepcopy(conv), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
     block = make(conv, norm).train()
     start = copy.deepcopy(dict(block.named_parameters()))
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
     for _ in range(5):
         x = torch.randn(8, 8, 9, 9)
         optimizer.zero_grad()
-        F.mse_loss(block(x), wanted(x).detach()).backward()
+        F.mse_loss(block(x), teacher(x).detach()).backward()
         optimizer.step()
     for name, parameter in block.named_parameters():
         assert not torch.equal(parameter, start[name]), name

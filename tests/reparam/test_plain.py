@@ -18,9 +18,9 @@ RECIPE = {"backbone": "test_resnet", "num_classes": 5, "kwargs": {}}
 
 @pytest.fixture
 def net() -> nn.Module:
-    made = plain_model("test_resnet", 5)
-    randomise(made, 3)
-    return made.eval()
+    plain = plain_model("test_resnet", 5)
+    randomise(plain, 3)
+    return plain.eval()
 
 
 def replaced(net: nn.Module, count: int = 2) -> nn.Module:

@@ -161,7 +161,7 @@ def test_looking_leaves_the_net_untouched(training: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "found", "first"),
+    ("name", "count", "first"),
     [
         ("resnet10t", 14, Site("conv1.0", "conv1.1")),
         ("mobilenetv3_small_050", 53, Site("conv_stem", "bn1")),
@@ -170,13 +170,13 @@ def test_looking_leaves_the_net_untouched(training: bool) -> None:
         ("densenet121", None, Site("features.conv0", "features.norm0")),
     ],
 )
-def test_sites_of_timm_nets(name: str, found: int | None, first: Site) -> None:
+def test_sites_of_timm_nets(name: str, count: int | None, first: Site) -> None:
     net = tiny(name)
     sites, refused = find_sites(net, SIZE)
     convolutions = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
     assert sorted([site.name for site in sites] + list(refused)) == sorted(convolutions)
     assert sites[0] == first
-    assert found is None or len(sites) == found
+    assert count is None or len(sites) == count
 
 
 def test_densenet_concatenates_and_convnext_has_no_batch_norm() -> None:

@@ -38,7 +38,7 @@ def images(count: int = 4, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) + 2
 
 
-def made(*, norms: bool) -> tuple[Net, Net]:
+def pair(*, norms: bool) -> tuple[Net, Net]:
     """A net with its scales and norms fitted, and as it was."""
     torch.manual_seed(0)
     plain = Net().eval()
@@ -49,7 +49,7 @@ def made(*, norms: bool) -> tuple[Net, Net]:
 
 
 def test_a_scale_keeps_every_bit() -> None:
-    net, plain = made(norms=False)
+    net, plain = pair(norms=False)
     assert torch.equal(net(images()), plain(images()))
     assert not torch.equal(net.one.weight, plain.one.weight)
     for key, value in plain.state_dict().items():
@@ -57,7 +57,7 @@ def test_a_scale_keeps_every_bit() -> None:
 
 
 def test_the_weight_has_outputs_of_unit_spread_within_the_rounding_of_its_scale() -> None:
-    net, _ = made(norms=False)
+    net, _ = pair(norms=False)
     for name in NAMES:
         conv = net.get_submodule(name)
         assert isinstance(conv, ScaledConv2d)
@@ -71,11 +71,11 @@ def test_the_weight_has_outputs_of_unit_spread_within_the_rounding_of_its_scale(
 
 @pytest.mark.parametrize("norms", [False, True])
 def test_a_scale_that_is_known_is_taken(norms: bool) -> None:
-    _, plain = made(norms=False)
+    _, plain = pair(norms=False)
     net = copy.deepcopy(plain)
     unfold(net, NAMES, norms=norms)
-    known = torch.tensor([0.25, 0.3, 1, 1.3, 1.5, 4, 8, 0.1])
-    fit(net, [images()], {"two.weight": known})
+    scale = torch.tensor([0.25, 0.3, 1, 1.3, 1.5, 4, 8, 0.1])
+    fit(net, [images()], {"two.weight": scale})
     block = net.get_submodule("two")
     conv = block.conv if isinstance(block, NormedConv2d) else block
     assert isinstance(conv, ScaledConv2d)
@@ -84,16 +84,16 @@ def test_a_scale_that_is_known_is_taken(norms: bool) -> None:
 
 
 def test_spreads_are_those_of_all_outputs_together() -> None:
-    net, plain = made(norms=False)
+    net, plain = pair(norms=False)
     x = torch.cat([images(4, 1), images(2, 2)])
-    wanted = plain.one(x).double()
+    outputs = plain.one(x).double()
     spread = output_spreads(net, NAMES, [x[:4], x[4:]])["one"]
-    torch.testing.assert_close(spread.mean, wanted.mean((0, 2, 3)), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(spread.variance, wanted.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(spread.mean, outputs.mean((0, 2, 3)), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(spread.variance, outputs.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
 
 
 def test_a_restored_norm_has_the_statistics_of_its_input_and_keeps_the_function() -> None:
-    net, plain = made(norms=True)
+    net, plain = pair(norms=True)
     x, block = torch.cat([images(4, 1), images(2, 2)]), net.get_submodule("one")
     assert isinstance(block, NormedConv2d)
     norm, y = block.batch_norm, plain.one(x).double()
@@ -105,7 +105,7 @@ def test_a_restored_norm_has_the_statistics_of_its_input_and_keeps_the_function(
 
 
 def test_an_untrained_norm_folds_into_the_very_bits() -> None:
-    net, plain = made(norms=True)
+    net, plain = pair(norms=True)
     state = folded_state(net)
     assert state.keys() == plain.state_dict().keys()
     for key, value in plain.state_dict().items():
@@ -125,18 +125,18 @@ def moved(net: Net) -> Net:
 
 @pytest.mark.parametrize("norms", [False, True])
 def test_what_was_trained_folds_into_the_plain_net(norms: bool) -> None:
-    net, plain = made(norms=norms)
+    net, plain = pair(norms=norms)
     before = plain(images()).detach().double()
     net = moved(net)
     plain.double().load_state_dict(folded_state(net))
     with torch.no_grad():
-        after, wanted = plain(images().double()), copy.deepcopy(net).double()(images().double())
+        after, trained = plain(images().double()), copy.deepcopy(net).double()(images().double())
     assert (after - before).abs().max() > 1e-2
-    torch.testing.assert_close(after, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(after, trained, rtol=1e-9, atol=1e-9)
 
 
 def test_the_bias_in_front_of_a_norm_is_not_trained() -> None:
-    net, plain = made(norms=True)
+    net, plain = pair(norms=True)
     block = moved(net).get_submodule("one")
     assert isinstance(block, NormedConv2d)
     assert torch.equal(block.conv.bias, plain.one.bias)  # type: ignore[arg-type]
@@ -183,10 +183,10 @@ def test_what_can_not_be_unfolded_is_refused() -> None:
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("make", [acb, dbb, repvgg, overparam])
 def test_blocks_go_beside_it_and_fold_with_it(make, norms: bool) -> None:  # type: ignore[no-untyped-def]
-    net, plain = made(norms=norms)
+    net, plain = pair(norms=norms)
     sites, refused = find_sites(net, (16, 16))
-    wanted = {f"{name}.conv": f"{name}.batch_norm" for name in NAMES} if norms else dict.fromkeys(NAMES)
-    assert sites == [Site(name, norm) for name, norm in wanted.items()]
+    norm_of = {f"{name}.conv": f"{name}.batch_norm" for name in NAMES} if norms else dict.fromkeys(NAMES)
+    assert sites == [Site(name, norm) for name, norm in norm_of.items()]
     assert not refused
     for site in sites:
         like = None if site.norm is None else net.get_submodule(site.norm)
@@ -206,7 +206,7 @@ def test_blocks_go_beside_it_and_fold_with_it(make, norms: bool) -> None:  # typ
 
 @pytest.mark.parametrize("norms", [False, True])
 def test_states_and_averages_keep_the_scale(norms: bool) -> None:
-    net, plain = made(norms=norms)
+    net, plain = pair(norms=norms)
     average = ModelEmaV3(net, decay=0.5)
     scales = {key: value for key, value in net.state_dict().items() if key.endswith("scale")}
     moved(net)

@@ -65,16 +65,16 @@ def half_with_a_sigmoid() -> onnx.ModelProto:
 def cells_of_one() -> onnx.ModelProto:
     """(B,K,1,1), as a last convolution leaves it."""
     steps = [node("Unsqueeze", ["z", "axes"], ["scores"])]
-    made = with_end(*steps, output=("n", small.CLASSES, 1, 1))
-    made.graph.initializer.append(numpy_helper.from_array(np.array([2, 3]), "axes"))
-    return made
+    model = with_end(*steps, output=("n", small.CLASSES, 1, 1))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, 3]), "axes"))
+    return model
 
 
 def several() -> onnx.ModelProto:
     """Features before the classes, of as many axes."""
-    made = with_end(node("Softmax", ["z"], ["scores"], axis=1))
-    made.graph.output.insert(0, helper.make_tensor_value_info("d", TensorProto.FLOAT, ("n", small.WIDTH)))
-    return made
+    model = with_end(node("Softmax", ["z"], ["scores"], axis=1))
+    model.graph.output.insert(0, helper.make_tensor_value_info("d", TensorProto.FLOAT, ("n", small.WIDTH)))
+    return model
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,12 @@ def test_predict(file: File, temperature: float | None, tmp_path: Path, capsys: 
     bundle = bundled(tmp_path / "bundle", file, model, temperature)
     assert predict_files(bundle, paths, as_json=True, top_k=5) == 0
     rows = [json.loads(line)["predictions"] for line in capsys.readouterr().out.splitlines()]
-    found = np.array([[next(p["probability"] for p in row if p["index"] == k) for k in range(5)] for row in rows])
-    wanted = expected(file, by_hand(file, model.SerializeToString(), pixels_of(paths)), temperature or 1.0)
-    np.testing.assert_allclose(found, wanted, atol=tolerance(file))
-    assert [row[0]["index"] for row in rows] == list(found.argmax(1))
+    p = np.array([[next(top["probability"] for top in row if top["index"] == k) for k in range(5)] for row in rows])
+    expected_p = expected(file, by_hand(file, model.SerializeToString(), pixels_of(paths)), temperature or 1.0)
+    np.testing.assert_allclose(p, expected_p, atol=tolerance(file))
+    assert [row[0]["index"] for row in rows] == list(p.argmax(1))
     if file.dtype != np.float16:
-        assert [row[0]["label"] for row in rows] == [LABELS[k] for k in wanted.argmax(1)]
+        assert [row[0]["label"] for row in rows] == [LABELS[k] for k in expected_p.argmax(1)]
 
 
 def served(bundle: Path) -> LoadedModel:
@@ -195,8 +195,8 @@ def test_serve_takes_and_gives_the_files_own_tensors(file: File, tmp_path: Path)
     pixels = pixels_of(paths)
     scores = by_hand(file, model.SerializeToString(), pixels)
     answers = loaded.engine.classify([Image.open(path) for path in paths], top_k=5)  # /v1/classify
-    found = np.array([[next(p.probability for p in a.predictions if p.index == k) for k in range(5)] for a in answers])
-    np.testing.assert_allclose(found, expected(file, scores, 2.0), atol=tolerance(file))
+    p = np.array([[next(one.probability for one in a.predictions if one.index == k) for k in range(5)] for a in answers])
+    np.testing.assert_allclose(p, expected(file, scores, 2.0), atol=tolerance(file))
 
     about = model_metadata(loaded)
     datatype = {np.float32: "FP32", np.float16: "FP16", np.uint8: "UINT8"}[file.dtype]
@@ -230,10 +230,13 @@ def test_serve_refuses_bytes_that_are_none(tmp_path: Path) -> None:
 
     file = FILES["bytes, channels last, softmax"]
     loaded = served(bundled(tmp_path / "bundle", file, file.make()))
-    for value, datatype, said in ((0.5, "UINT8", "whole numbers from 0 to 255"), (256, "UINT8", "whole numbers from 0 to 255"),
-                                  (1, "FP32", "datatype UINT8 is expected")):  # fmt: skip
+    for value, datatype, reason in (
+        (0.5, "UINT8", "whole numbers from 0 to 255"),
+        (256, "UINT8", "whole numbers from 0 to 255"),
+        (1, "FP32", "datatype UINT8 is expected"),
+    ):
         tensor = {"name": "image", "datatype": datatype, "shape": [1, 8, 8, 3], "data": [value] * 192}
-        with pytest.raises(Refusal, match=said):
+        with pytest.raises(Refusal, match=reason):
             infer(loaded, json.dumps({"inputs": [tensor]}).encode(), {}, batch=8, limit=1 << 20)
 
 
@@ -302,9 +305,10 @@ def test_explain_reads_the_written_file_with_maps(file: File, tmp_path: Path) ->
     (path,) = pictures(tmp_path / "pictures", 1)
     x = np.asarray(Image.open(path)).astype(np.float32)
     x = x if file.raw else (x / 255 - np.float32(MEAN)) / np.float32(STD)
-    (found,) = BundleExplainer(tmp_path / "b")(np.ascontiguousarray(x.transpose(2, 0, 1)[None], dtype=np.float32), None)
-    wanted = expected(file, by_hand(file, file.make().SerializeToString(), pixels_of([path])))[0]
-    np.testing.assert_allclose(found.p, wanted, atol=tolerance(file))
+    x = np.ascontiguousarray(x.transpose(2, 0, 1)[None], dtype=np.float32)
+    (explanation,) = BundleExplainer(tmp_path / "b")(x, None)
+    expected_p = expected(file, by_hand(file, file.make().SerializeToString(), pixels_of([path])))[0]
+    np.testing.assert_allclose(explanation.p, expected_p, atol=tolerance(file))
 
 
 def test_nothing_is_normalised_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,11 +320,11 @@ def test_nothing_is_normalised_twice(tmp_path: Path, capsys: pytest.CaptureFixtu
         Engine(load_bundle(bundled(tmp_path / "a", bytes_, bytes_.make(), **normalised)))
     bundle = bundled(tmp_path / "b", floats, floats.make(), **normalised)
     predict_files(bundle, pictures(tmp_path / "p", 1))
-    said = capsys.readouterr().err
-    assert "warning: " in said
+    message = capsys.readouterr().err
+    assert "warning: " in message
     assert (
         "normalises by itself (multiply by 0.007843138, subtract 1, channels first), as for pixels from 0 to 255"
-        in said
+        in message
     )
     predict_files(bundled(tmp_path / "c", floats, floats.make()), pictures(tmp_path / "p", 1))
     assert "warning" not in capsys.readouterr().err
@@ -358,9 +362,9 @@ def test_probabilities_at_their_bounds_stay_numbers() -> None:
         for ending in ("softmax", "sigmoid"):
             z = as_logits(p, ending)  # type: ignore[arg-type]
             assert np.isfinite(z).all()
-            found = probabilities(z, None, ending)[0]  # type: ignore[arg-type]
-            wanted = p[0] / p[0].sum() if ending == "softmax" else p[0]
-            np.testing.assert_allclose(found, wanted, atol=1e-3 if kind == np.float16 else 1e-6)
+            p_float = probabilities(z, None, ending)[0]  # type: ignore[arg-type]
+            p_exact = p[0] / p[0].sum() if ending == "softmax" else p[0]
+            np.testing.assert_allclose(p_float, p_exact, atol=1e-3 if kind == np.float16 else 1e-6)
     assert np.isnan(as_logits(np.array([[np.nan, 1]], np.float32), "softmax")).any()
     np.testing.assert_allclose(sigmoid(np.array([-800.0, 0, 800])), [0, 0.5, 1])
 
@@ -398,6 +402,6 @@ def test_real_files_answer_as_an_opencv_program_would_have_it(name: str, tmp_pat
     ) / 127.5
     fed = blob[None] if keras else blob.transpose(2, 0, 1)[None]
     scores = session.run(None, {source.name: np.ascontiguousarray(fed)})[0].astype(np.float64)
-    wanted = scores[0] if keras else softmax(scores)[0]
-    found = np.array([next(p.probability for p in answer.predictions if p.index == k) for k in range(50)])
-    np.testing.assert_allclose(found, wanted, atol=5e-3)  # OpenCV's bytes differ by a level here and there
+    by_opencv = scores[0] if keras else softmax(scores)[0]
+    answered = np.array([next(p.probability for p in answer.predictions if p.index == k) for k in range(50)])
+    np.testing.assert_allclose(answered, by_opencv, atol=5e-3)  # OpenCV's bytes differ by a level here and there

@@ -40,23 +40,23 @@ def ended(steps: list[onnx.NodeProto], **options: Any) -> onnx.ModelProto:
 
 
 def test_a_plain_file() -> None:
-    found = read(small.plain())
-    assert (found.input, found.layout, found.dtype) == ("image", "NCHW", "float32")
-    assert (found.batch, found.height, found.width) == (None, small.SIZE, small.SIZE)
-    assert (found.in_graph, found.mean, found.std, found.white) == ((), None, None, None)
-    assert (found.output, found.others, found.classes) == ("scores", (), small.CLASSES)
-    assert (found.ending, found.logits) == (None, "scores")
+    description = read(small.plain())
+    assert (description.input, description.layout, description.dtype) == ("image", "NCHW", "float32")
+    assert (description.batch, description.height, description.width) == (None, small.SIZE, small.SIZE)
+    assert (description.in_graph, description.mean, description.std, description.white) == ((), None, None, None)
+    assert (description.output, description.others, description.classes) == ("scores", (), small.CLASSES)
+    assert (description.ending, description.logits) == (None, "scores")
 
 
 def test_bytes_channels_last_and_a_softmax() -> None:
-    found = read(small.bytes_in())
-    assert (found.layout, found.dtype, found.white) == ("NHWC", "uint8", 255)
-    assert found.in_graph == ("cast to float32", "channels first", "subtract 120, 110, 100", "divide by 60, 58, 57")
-    assert (found.mean, found.std) == ((120.0, 110.0, 100.0), (60.0, 58.0, 57.0))
-    assert (found.ending, found.logits) == ("softmax", "logits")
-    record = found.record.model_dump(mode="json")
+    file = read(small.bytes_in())
+    assert (file.layout, file.dtype, file.white) == ("NHWC", "uint8", 255)
+    assert file.in_graph == ("cast to float32", "channels first", "subtract 120, 110, 100", "divide by 60, 58, 57")
+    assert (file.mean, file.std) == ((120.0, 110.0, 100.0), (60.0, 58.0, 57.0))
+    assert (file.ending, file.logits) == ("softmax", "logits")
+    record = file.record.model_dump(mode="json")
     assert record == {
-        "input": "image", "layout": "NHWC", "dtype": "uint8", "in_graph": list(found.in_graph), "output": "scores",
+        "input": "image", "layout": "NHWC", "dtype": "uint8", "in_graph": list(file.in_graph), "output": "scores",
         "ending": "softmax",
     }  # fmt: skip
 
@@ -101,19 +101,19 @@ STARTS = {
 def test_what_the_start_does_is_one_mean_and_std(name: str) -> None:
     """Beside onnxruntime: the start's last value is (pixel - mean) / std, a channel each."""
     steps, tensors, white = STARTS[name]
-    found = read(begun(steps, tensors))
-    assert found.white == white
-    assert found.mean is not None
-    assert found.std is not None
-    assert len(found.in_graph) == len(steps)
+    description = read(begun(steps, tensors))
+    assert description.white == white
+    assert description.mean is not None
+    assert description.std is not None
+    assert len(description.in_graph) == len(steps)
     model = begun(steps, tensors)
     model.graph.output.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, None))
     x = np.random.default_rng(0).uniform(0, white, (2, 3, small.SIZE, small.SIZE)).astype(np.float32)
-    got = onnxruntime.InferenceSession(model.SerializeToString()).run(["x"], {"image": x})[0]
-    mean, std = (np.array(values).reshape(1, 3, 1, 1) for values in (found.mean, found.std))
-    wanted = (x - mean) / std
-    wanted = wanted[:, ::-1] if "turned" in name else wanted
-    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    by_onnxruntime = onnxruntime.InferenceSession(model.SerializeToString()).run(["x"], {"image": x})[0]
+    mean, std = (np.array(values).reshape(1, 3, 1, 1) for values in (description.mean, description.std))
+    by_hand = (x - mean) / std
+    by_hand = by_hand[:, ::-1] if "turned" in name else by_hand
+    np.testing.assert_allclose(by_onnxruntime, by_hand, rtol=1e-4, atol=1e-5)
 
 
 def test_constants_in_nodes_are_read_through_what_moves_them() -> None:
@@ -125,9 +125,9 @@ def test_constants_in_nodes_are_read_through_what_moves_them() -> None:
         node("Sub", ["image", "mean"], ["s1"]),
         node("Mul", ["s1", "two"], ["x"]),
     ]
-    found = read(begun(steps))
-    assert found.in_graph == ("subtract 0.485, 0.456, 0.406", "multiply by 2")
-    assert found.std == (0.5, 0.5, 0.5)
+    description = read(begun(steps))
+    assert description.in_graph == ("subtract 0.485, 0.456, 0.406", "multiply by 2")
+    assert description.std == (0.5, 0.5, 0.5)
 
 
 def test_numbers_in_typed_fields_are_read() -> None:
@@ -150,9 +150,9 @@ def test_a_resize_in_the_graph_leaves_height_and_width_open() -> None:
         node("Clip", ["s1", "low", "high"], ["x"]),
     ]
     tensors = {"sizes": np.array([1, 3, 8, 8]), "low": np.float32(0), "high": np.float32(1)}
-    found = read(begun(steps, tensors, shape=("n", 3, "h", "w")))
-    assert (found.height, found.width) == (None, None)
-    assert found.in_graph == ("resize (bilinear) to 8 x 8", "clip to 0 to 1")
+    description = read(begun(steps, tensors, shape=("n", 3, "h", "w")))
+    assert (description.height, description.width) == (None, None)
+    assert description.in_graph == ("resize (bilinear) to 8 x 8", "clip to 0 to 1")
 
 
 def test_the_padding_of_a_layer_and_its_weights_are_not_the_start() -> None:
@@ -193,9 +193,9 @@ ENDINGS = {
 @pytest.mark.parametrize("name", ENDINGS)
 def test_the_ending(name: str) -> None:
     steps, ending = ENDINGS[name]
-    found = read(ended(steps))
-    assert found.ending == ending
-    assert found.logits == ("z" if ending else "scores")
+    description = read(ended(steps))
+    assert description.ending == ending
+    assert description.logits == ("z" if ending else "scores")
 
 
 def test_an_ending_within_a_function_of_the_file() -> None:
@@ -258,10 +258,10 @@ def test_deployed_files() -> None:
     if "FGVC_SHARED" not in os.environ:
         pytest.skip("FGVC_SHARED is not set")
     folder = Path(os.environ["FGVC_SHARED"]) / "deployed"
-    found = {file.name: describe(file) for file in sorted(folder.glob("*.onnx"))}
-    keras = found.pop("keras-MobileNetV2-tf2onnx-opset13-nhwc.onnx")
+    descriptions = {file.name: describe(file) for file in sorted(folder.glob("*.onnx"))}
+    keras = descriptions.pop("keras-MobileNetV2-tf2onnx-opset13-nhwc.onnx")
     assert (keras.layout, keras.ending, keras.in_graph) == ("NHWC", "softmax", ("channels first",))
-    for file, each in found.items():
+    for file, each in descriptions.items():
         session = onnxruntime.InferenceSession(str(folder / file))
         assert each.input == session.get_inputs()[0].name
         assert (each.output, each.classes, each.ending) == (session.get_outputs()[0].name, 50, None)

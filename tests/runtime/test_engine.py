@@ -138,9 +138,9 @@ def test_logits_that_are_no_numbers_are_no_answer(
     for options in ([], ["--json"]):
         with pytest.raises(SystemExit) as ended:
             main(["predict", str(tmp_path / "bad"), str(tmp_path / "red.png"), *options])
-        said = capsys.readouterr()
-        assert (ended.value.code, said.out) == (2, "")
-        assert "bad: gives logits that are no numbers" in said.err
+        captured = capsys.readouterr()
+        assert (ended.value.code, captured.out) == (2, "")
+        assert "bad: gives logits that are no numbers" in captured.err
 
 
 def test_a_file_named_twice_is_answered_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,11 +150,11 @@ def test_a_file_named_twice_is_answered_twice(tmp_path: Path, capsys: pytest.Cap
     Image.new("RGB", (20, 10), (0, 0, 255)).save(blue)
     broken.write_bytes(b"no picture")
     assert predict_files(tmp_path / "b", [red, broken, blue, red, broken]) == 1
-    said = capsys.readouterr()
-    assert said.out.splitlines() == [
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
         f"{path}\t{name} 100.0 %\tnot calibrated" for path, name in ((red, "red"), (blue, "blue"), (red, "red"))
     ]
-    assert said.err.count("broken.png") == 2
+    assert captured.err.count("broken.png") == 2
 
 
 def test_a_fixed_batch_gives_the_same_rows_as_a_dynamic_one() -> None:

@@ -42,31 +42,31 @@ Verify = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def verify(capsys: pytest.CaptureFixture[str]) -> Verify:
-    def said(*arguments: object) -> tuple[int, str]:
+    def run(*arguments: object) -> tuple[int, str]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main(["verify", *map(str, arguments)])
         out, err = capsys.readouterr()
         return int(ended.value.code or 0), out + err
 
-    return said
+    return run
 
 
 def test_a_file_is_known_by_what_lies_beside_it_or_is_stated(lone: Path, tmp_path: Path) -> None:
     bundle = save_bundle(tmp_path / "b")
     for path in (bundle, bundle / "model.onnx"):
-        found = stack_of(path)
-        assert (found.preprocess, list(found.labels or ()), found.model) == (FED, LABELS, bundle / "model.onnx")
+        stack = stack_of(path)
+        assert (stack.preprocess, list(stack.labels or ()), stack.model) == (FED, LABELS, bundle / "model.onnx")
         with pytest.raises(FgvcError, match=r"--preprocess .*has its own, .*leave the option out"):
             stack_of(path, preprocess=stated(tmp_path))
     bare = stack_of(lone)
     assert (bare.preprocess, bare.labels) == (None, None)
     names = tmp_path / "names.txt"
     names.write_text("\n".join(TURNED))
-    told = stack_of(lone, labels=names, preprocess=stated(tmp_path, channel_order="bgr"))
-    assert told.labels == tuple(TURNED)
-    assert told.preprocess is not None
-    assert told.preprocess.channel_order == "bgr"
+    other = stack_of(lone, labels=names, preprocess=stated(tmp_path, channel_order="bgr"))
+    assert other.labels == tuple(TURNED)
+    assert other.preprocess is not None
+    assert other.preprocess.channel_order == "bgr"
     with pytest.raises(FgvcError, match="no such bundle"):
         stack_of(tmp_path / "nowhere")
 
@@ -86,7 +86,7 @@ def test_a_partial_preprocessing_is_refused_wherever_it_is_read(lone: Path, tmp_
 
 def test_all_missing_keys_are_named_and_impossible_ones_refused(lone: Path, tmp_path: Path) -> None:
     path = tmp_path / "fed.json"
-    for tree, said in (
+    for tree, message in (
         (
             {"size": [8, 8], "mean": [0, 0, 0]},
             "resize, crop_pct, interpolation, channel_order, input_range, std, fill",
@@ -97,7 +97,7 @@ def test_all_missing_keys_are_named_and_impossible_ones_refused(lone: Path, tmp_
         (FED.model_dump() | {"std": [0, 1, 1]}, "must be above 0"),
     ):
         path.write_text(json.dumps(tree))
-        with pytest.raises(FgvcError, match=said):
+        with pytest.raises(FgvcError, match=message):
             stack_of(lone, preprocess=path)
 
 
@@ -136,23 +136,23 @@ def test_an_agreement_names_what_differs_and_what_nobody_says() -> None:
     assert "timm" in lone.unproved
     nobody = agreement(stack("a", None), stack("b", None))
     assert "a and b: says nothing" in nobody.unproved
-    assert all(found.unproved.count("\n") == 0 for found in (half, lone, nobody))
+    assert all(pair.unproved.count("\n") == 0 for pair in (half, lone, nobody))
 
 
 @pytest.mark.parametrize("place", ["", "model.onnx"])
 def test_bundles_that_agree_in_all_are_a_drop_in(verify: Verify, tmp_path: Path, place: str) -> None:
     a, b = save_bundle(tmp_path / "a", 1), save_bundle(tmp_path / "b", 2)
-    code, said = verify(a / place, "--against", b / place)
+    code, output = verify(a / place, "--against", b / place)
     assert code == 0
-    assert "a drop-in replacement: the graphs are identical, preprocessing and labels are the same" in said
-    code, said = verify(
+    assert "a drop-in replacement: the graphs are identical, preprocessing and labels are the same" in output
+    code, output = verify(
         save_bundle(tmp_path / "c", 1, preprocess={"input_range": 255, "std": (255,) * 3}), "--against", b
     )
-    assert (code, "a drop-in replacement" in said) == (0, True)
+    assert (code, "a drop-in replacement" in output) == (0, True)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "lines"),
     [
         ({"labels": TURNED}, ["labels: 2 of 3 outputs", "other labels"]),
         ({"preprocess": {"resize": "pad"}}, ["resize: squash against pad", "other preprocessing"]),
@@ -165,7 +165,7 @@ def test_bundles_that_agree_in_all_are_a_drop_in(verify: Verify, tmp_path: Path,
 )
 @pytest.mark.parametrize("place", ["", "model.onnx"])
 def test_bundles_that_are_fed_or_read_otherwise_are_none(
-    verify: Verify, tmp_path: Path, change: dict[str, Any], said: list[str], place: str
+    verify: Verify, tmp_path: Path, change: dict[str, Any], lines: list[str], place: str
 ) -> None:
     a, b = save_bundle(tmp_path / "a", 1), save_bundle(tmp_path / "b", 1, **change)
     show.console.width = 300
@@ -173,7 +173,7 @@ def test_bundles_that_are_fed_or_read_otherwise_are_none(
     assert code == 1
     assert "NOT a drop-in" in out
     assert "a drop-in replacement" not in out
-    for line in said:
+    for line in lines:
         assert line in out
 
 

@@ -79,11 +79,11 @@ def save_bundle(
     preprocess: Mapping[str, Any] | None = None,
 ) -> Path:
     """A bundle of `network`, in the place of an older one. `preprocess`: what it does otherwise."""
-    seen = {"size": (SIZE, SIZE), "resize": "squash", "crop_pct": 1.0, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    own = {"size": (SIZE, SIZE), "resize": "squash", "crop_pct": 1.0, "mean": (0, 0, 0), "std": (1, 1, 1)}
     files: dict[str, Any] = {
         "model.onnx": network(scale, delay=delay),
         "labels.json": list(labels),
-        "preprocess.json": Preprocess.model_validate(seen | dict(preprocess or {})),
+        "preprocess.json": Preprocess.model_validate(own | dict(preprocess or {})),
         "contract.json": {"num_classes": 3},
         "metrics.json": {},
     }
@@ -142,7 +142,8 @@ class Server:
         """The value of one line of /metrics, its labels included; 0 where it is not there."""
         with self.client() as client:
             lines = client.get("/metrics").text.splitlines()
-        return next((float(found.rsplit(" ", 1)[1]) for found in lines if found.rsplit(" ", 1)[0] == line), 0.0)
+        values = dict(each.rsplit(" ", 1) for each in lines)
+        return float(values.get(line, 0))
 
 
 @contextmanager

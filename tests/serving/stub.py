@@ -48,7 +48,8 @@ class Stub:
     refusals: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
     key: str = ""
     gate: Event = field(default_factory=Event)  # whoever asks /v1 waits for it
-    asked: list[tuple[str, dict[str, list[str]], str, bytes]] = field(default_factory=list)  # path, query, type, body
+    # Path, query, content type and body of each.
+    requests: list[tuple[str, dict[str, list[str]], str, bytes]] = field(default_factory=list)
 
     def reply(self, path: str, key: str) -> tuple[int, str, bytes, dict[str, str]]:
         """Status, type, body and headers of an answer."""
@@ -60,8 +61,8 @@ class Stub:
             return 200, "application/json", json.dumps(self.models).encode(), {}
         self.gate.wait(20)
         if self.refusals:
-            status, headers, said = self.refusals.pop(0)
-            return status, "application/json", json.dumps(said).encode(), headers
+            status, headers, body = self.refusals.pop(0)
+            return status, "application/json", json.dumps(body).encode(), headers
         if path == "/v1/classify":
             return 200, "application/json", json.dumps(self.classify).encode(), {}
         if path == "/v1/explain" and self.explain is not None:
@@ -79,7 +80,7 @@ def serving() -> Iterator[Stub]:
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             address = urlsplit(self.path)
-            stub.asked.append((address.path, parse_qs(address.query), self.headers.get("Content-Type", ""), body))
+            stub.requests.append((address.path, parse_qs(address.query), self.headers.get("Content-Type", ""), body))
             status, kind, content, headers = stub.reply(address.path, self.headers.get("Authorization", ""))
             self.send_response(status)
             for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():

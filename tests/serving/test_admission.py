@@ -169,24 +169,24 @@ def test_who_was_there_is_served_while_the_server_drains_and_nobody_else() -> No
     play(scene)
 
 
-async def read(held: BodyBudget, client: Client, *, limit: int = 100, deadline: float | None = None) -> bytes:
-    async with held.body(client.request, limit=limit, deadline=deadline or soon()) as body:
-        assert held.bytes == len(body)
+async def read(budget: BodyBudget, client: Client, *, limit: int = 100, deadline: float | None = None) -> bytes:
+    async with budget.body(client.request, limit=limit, deadline=deadline or soon()) as body:
+        assert budget.bytes == len(body)
         return body
 
 
 def test_bodies_that_stall_drip_or_break_off() -> None:
     async def scene() -> None:
-        held = BodyBudget(Limits(stall_seconds=0.05))
+        budget = BodyBudget(Limits(stall_seconds=0.05))
         client = Client(b"ab", b"cd")
         client.end()
-        assert await read(held, client) == b"abcd"
+        assert await read(budget, client) == b"abcd"
         with pytest.raises(Refusal) as caught:
-            await read(held, Client(b"ab"))
+            await read(budget, Client(b"ab"))
         assert caught.value.status == 408
 
         client = Client(b"a")
-        task = asyncio.ensure_future(read(held, client, deadline=asyncio.get_running_loop().time() + 0.2))
+        task = asyncio.ensure_future(read(budget, client, deadline=asyncio.get_running_loop().time() + 0.2))
         while not task.done():  # never stalls, and never ends
             client.messages.put_nowait({"type": "http.request", "body": b"", "more_body": True})
             await asyncio.sleep(0.01)
@@ -195,10 +195,10 @@ def test_bodies_that_stall_drip_or_break_off() -> None:
         client = Client(b"ab")
         client.leave()
         with pytest.raises(ClientGone):
-            await read(held, client)
+            await read(budget, client)
         with pytest.raises(Refusal) as caught:
-            await read(held, Client(b"ab", b"c" * 99))
+            await read(budget, Client(b"ab", b"c" * 99))
         assert caught.value.status == 413
-        assert held.bytes == 0
+        assert budget.bytes == 0
 
     asyncio.run(scene())

@@ -78,9 +78,9 @@ def test_what_there_is(shared: Service) -> None:
 
 
 def test_classes_by_hand(shared: Service) -> None:
-    found = ask(shared, "POST", "/v1/classify?top_k=2", content=picture((255, 0, 0)))
-    assert found.status_code == 200
-    body = found.json()
+    response = ask(shared, "POST", "/v1/classify?top_k=2", content=picture((255, 0, 0)))
+    assert response.status_code == 200
+    body = response.json()
     assert set(body) == {"model", "predictions", "rejected", "calibrated", "milliseconds"}
     assert (body["model"], body["rejected"]) == ("colours", False)
     assert [(row["label"], row["index"]) for row in body["predictions"]] == [("red", 0), ("green", 1)]
@@ -106,23 +106,23 @@ def test_a_form_with_one_file_is_the_same(shared: Service, name: str) -> None:
 
 
 def test_the_heat_map_lies_where_the_class_is(shared: Service) -> None:
-    left = np.zeros((40, 40, 3), np.uint8)
-    left[:, :20, 0] = left[:, 20:, 2] = 255  # red on the left, blue on the right
+    two_colours = np.zeros((40, 40, 3), np.uint8)
+    two_colours[:, :20, 0] = two_colours[:, 20:, 2] = 255  # red on the left, blue on the right
     content = io.BytesIO()
-    Image.fromarray(left).save(content, "PNG")
-    plain = np.asarray(Image.fromarray(left).resize((SIZE, SIZE), Image.Resampling.BICUBIC), dtype=float)
+    Image.fromarray(two_colours).save(content, "PNG")
+    plain = np.asarray(Image.fromarray(two_colours).resize((SIZE, SIZE), Image.Resampling.BICUBIC), dtype=float)
     for target, bright, label in (("red", 0, "red"), ("蓝", -1, "%E8%93%9D"), ("predicted", 0, "red")):
-        found = ask(shared, "POST", "/v1/explain", params={"target": target}, content=content.getvalue())
-        assert found.headers["content-type"] == "image/png"
-        assert found.headers["x-target-label"] == label
-        drawn = Image.open(io.BytesIO(found.content))
-        assert drawn.size == (SIZE, SIZE)
-        green = (np.asarray(drawn, dtype=float) - 0.45 * plain)[:, :, 1].mean(axis=0)  # only the heat has any
+        response = ask(shared, "POST", "/v1/explain", params={"target": target}, content=content.getvalue())
+        assert response.headers["content-type"] == "image/png"
+        assert response.headers["x-target-label"] == label
+        heat_map = Image.open(io.BytesIO(response.content))
+        assert heat_map.size == (SIZE, SIZE)
+        green = (np.asarray(heat_map, dtype=float) - 0.45 * plain)[:, :, 1].mean(axis=0)  # only the heat has any
         assert green[bright] > green[-1 - bright] + 50
 
 
 def test_refusals_have_names(shared: Service) -> None:
-    for path, status, said in (
+    for path, status, message in (
         ("/v1/classify?model=nope", 404, "no model 'nope'"),
         ("/v1/classify?top_k=0", 400, "top_k"),
         ("/v1/classify?top_k=x", 400, "top_k"),
@@ -137,16 +137,16 @@ def test_refusals_have_names(shared: Service) -> None:
         ("/v1/classify?model=%00", 404, ""),
         ("/v2/health/live", 405, "Method Not Allowed"),
     ):
-        found = ask(shared, "POST", path, content=picture())
-        assert found.status_code == status, path
-        assert said in found.json()["error"]
-        assert list(found.json()) == ["error"]
+        response = ask(shared, "POST", path, content=picture())
+        assert response.status_code == status, path
+        assert message in response.json()["error"]
+        assert list(response.json()) == ["error"]
 
 
 def test_the_direct_way_answers_as_the_usual_one(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = {"name": "input", "datatype": "FP32", "shape": [1, 3, SIZE, SIZE], "data": [0.5] * 3 * SIZE**2}
     good = json.dumps({"inputs": [tensor]}).encode()
-    asked = [
+    requests = [
         *((f"/v1/classify{query}", picture()) for query in (
             "", "?", "?top_k=2", "?top_k=02", "?top_k=0", "?top_k=-1", "?top_k=", "?top_k=x", "?top_k=%32", "?top_k=1&top_k=2",
             "?top_k=" + "9" * 30, "?top_k=²", "?model=calibrated", "?model=", "?model=nope", "?model=%ff",
@@ -164,12 +164,12 @@ def test_the_direct_way_answers_as_the_usual_one(shared: Service, monkeypatch: p
         if not direct:
             monkeypatch.setattr(FastPathMiddleware, "_match", lambda self, scope: None)
         answers = []
-        for path, body in asked:
-            found = ask(shared, "POST", path, content=body)
-            content: Any = found.content if found.headers["content-type"] == "image/png" else found.json()
+        for path, body in requests:
+            response = ask(shared, "POST", path, content=body)
+            content: Any = response.content if response.headers["content-type"] == "image/png" else response.json()
             if isinstance(content, dict) and "milliseconds" in content:
                 del content["milliseconds"]
-            answers.append((path, found.status_code, found.headers["content-type"], content))
+            answers.append((path, response.status_code, response.headers["content-type"], content))
         both.append(answers)
     for one, other in zip(*both, strict=True):
         assert one == other
@@ -180,7 +180,7 @@ def test_pictures_that_are_none(shared: Service) -> None:
     good = picture((1, 2, 3), "JPEG", (200, 100))
     gif = io.BytesIO()
     Image.new("RGB", (4, 4)).save(gif, "GIF")
-    for content, status, said in (
+    for content, status, message in (
         (b"", 422, "empty"),
         (b"hello", 415, "none of JPEG, PNG, WEBP, BMP"),
         (gif.getvalue(), 415, "none of"),
@@ -191,8 +191,9 @@ def test_pictures_that_are_none(shared: Service) -> None:
         (b"x" * (11 << 20), 413, "more than"),
     ):
         for route in ("/v1/classify", "/v1/explain"):
-            found = ask(shared, "POST", route, content=content)
-            assert (found.status_code, said in found.json()["error"]) == (status, True), (content[:20], found.text)
+            response = ask(shared, "POST", route, content=content)
+            assert response.status_code == status, (content[:20], response.text)
+            assert message in response.json()["error"], (content[:20], response.text)
 
 
 def test_bytes_without_a_declared_length_are_cut_off_while_they_come(tmp_path: Path) -> None:
@@ -205,8 +206,8 @@ def test_bytes_without_a_declared_length_are_cut_off_while_they_come(tmp_path: P
             sent += 100
             yield b"x" * 100
 
-    found = ask(small, "POST", "/v1/classify", content=endless())
-    assert (found.status_code, found.headers.get("connection")) == (413, "close")
+    response = ask(small, "POST", "/v1/classify", content=endless())
+    assert (response.status_code, response.headers.get("connection")) == (413, "close")
     assert small.bodies.bytes == 0
     # What is not read is swallowed, so that the client reads its answer; see middleware.DrainMiddleware.
     assert sent < 65 << 20
@@ -215,19 +216,19 @@ def test_bytes_without_a_declared_length_are_cut_off_while_they_come(tmp_path: P
 def test_who_is_refused_at_the_door_need_not_send_a_byte(tmp_path: Path) -> None:
     full = service({"a": save_bundle(tmp_path / "a")})
     full.admission.running, full.admission.queue = full.admission.concurrency, 0
-    said: list[Any] = []
+    messages: list[Any] = []
 
     async def never() -> Any:
         raise AssertionError("nothing is read")
 
     async def note(message: Any) -> None:
-        said.append(message)
+        messages.append(message)
 
     for length in (b"1000", b"400000"):
         headers = [(b"host", b"x"), (b"content-length", length)]
         scope = {"type": "http", "method": "POST", "path": "/v1/classify", "query_string": b"", "headers": headers}
         asyncio.run(make_app(full)(scope, never, note))
-    for start, body in zip(said[::2], said[1::2], strict=True):
+    for start, body in zip(messages[::2], messages[1::2], strict=True):
         assert start["status"] == 503
         assert (b"retry-after", b"1") in start["headers"]
         assert (b"connection", b"close") not in start["headers"]
@@ -241,8 +242,8 @@ def test_who_is_refused_at_the_door_need_not_send_a_byte(tmp_path: Path) -> None
 
 def test_all_bodies_together_are_bounded(tmp_path: Path) -> None:
     small = service({"a": save_bundle(tmp_path / "a")}, Limits(held_bytes=500))
-    found = ask(small, "POST", "/v1/classify", content=b"x" * 501)
-    assert (found.status_code, found.headers["retry-after"]) == (503, "1")
+    response = ask(small, "POST", "/v1/classify", content=b"x" * 501)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert small.bodies.bytes == 0
     assert ask(small, "POST", "/v1/classify", content=picture()).status_code == 200
     assert b'fgvc_rejected_total{reason="memory"} 1.0' in small.metrics.text()
@@ -252,15 +253,15 @@ def test_out_of_memory_costs_one_request(shared: Service, monkeypatch: pytest.Mo
     for error in (MemoryError(), _onnxruntimes("Failed to allocate memory for requested buffer of size 99")):
         with monkeypatch.context() as patch:
             patch.setattr(Engine, "classify", _raising(error))
-            found = ask(shared, "POST", "/v1/classify", content=picture())
-            assert (found.status_code, found.headers["retry-after"]) == (503, "1")
+            response = ask(shared, "POST", "/v1/classify", content=picture())
+            assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         assert ask(shared, "POST", "/v1/classify", content=picture()).status_code == 200
 
 
 def test_what_nobody_thought_of_is_a_500_without_details(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "classify", _raising(KeyError("secret")))
-    found = ask(shared, "POST", "/v1/classify", content=picture())
-    assert (found.status_code, found.json()) == (500, {"error": "internal error"})
+    response = ask(shared, "POST", "/v1/classify", content=picture())
+    assert (response.status_code, response.json()) == (500, {"error": "internal error"})
 
 
 def _raising(error: Exception) -> Any:
@@ -282,8 +283,8 @@ def test_the_key(shared: Service) -> None:
     for path in ("/v2", "/v2/models", "/metrics", "/openapi.json", "/v2/models/colours", "/nowhere"):
         for headers in ({}, {"x-api-key": "sesam"}, {"authorization": "Basic sesame"}, {"x-api-key": "sésame"}):
             raw = {name: value.encode() for name, value in headers.items()}
-            found = ask(shared, "GET", path, key="sesame", headers=raw)
-            assert (found.status_code, found.headers["www-authenticate"]) == (401, "Bearer")
+            response = ask(shared, "GET", path, key="sesame", headers=raw)
+            assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
         for headers in ({"x-api-key": "sesame"}, {"authorization": "Bearer sesame"}):
             assert ask(shared, "GET", path, key="sesame", headers=headers).status_code != 401
     assert ask(shared, "POST", "/v1/classify", key="sesame", content=picture()).status_code == 401
@@ -337,8 +338,8 @@ def test_the_same_answers_as_the_engine_on_real_images(shared: Service) -> None:
             (answer,) = engine.classify([image.convert("RGB")], top_k=3)
         body = ask(shared, "POST", "/v1/classify?model=calibrated", content=file.read_bytes()).json()
         assert [row["index"] for row in body["predictions"]] == [p.index for p in answer.predictions]
-        given = [row["probability"] for row in body["predictions"]]
-        np.testing.assert_allclose(given, [p.probability for p in answer.predictions], atol=1e-4)
+        probabilities = [row["probability"] for row in body["predictions"]]
+        np.testing.assert_allclose(probabilities, [p.probability for p in answer.predictions], atol=1e-4)
         assert body["rejected"] == answer.rejected
 
 

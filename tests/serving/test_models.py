@@ -88,18 +88,19 @@ def test_a_bundle_that_is_fed_or_read_otherwise_takes_no_place_unless_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
 ) -> None:
     folder = save_bundle(tmp_path / "a", 1)
-    models, told = ModelRegistry({"a": folder}, threads=1), ModelRegistry({"a": folder}, threads=1, any_bundle=True)
+    models = ModelRegistry({"a": folder}, threads=1)
+    any_bundle = ModelRegistry({"a": folder}, threads=1, any_bundle=True)
     save_bundle(folder, 2, **change)
     for changed_only in (True, True, False):
         models.reload(changed_only=changed_only)
         assert (scale(models, "a"), models.get("a").labels[0]) == (1, "red")
     assert (models.failures["a"], models.reloads["a"]) == (2, 0)
-    said = capsys.readouterr().err
-    assert "a: not reloaded, the old one goes on: not a drop-in" in said
-    assert next(iter(change.get("preprocess", {"labels": 0}))) in said
-    assert "--any-bundle" in said
-    told.reload(changed_only=True)
-    assert (scale(told, "a") != 1, told.failures["a"]) == (True, 0)
+    warnings = capsys.readouterr().err
+    assert "a: not reloaded, the old one goes on: not a drop-in" in warnings
+    assert next(iter(change.get("preprocess", {"labels": 0}))) in warnings
+    assert "--any-bundle" in warnings
+    any_bundle.reload(changed_only=True)
+    assert (scale(any_bundle, "a") != 1, any_bundle.failures["a"]) == (True, 0)
 
     save_bundle(folder, 3)  # back to what is served
     models.reload(changed_only=True)

@@ -52,7 +52,7 @@ def visit(chrome: Chrome, server: Stub, *, width: int = 1280) -> None:
     for log in ("browser", "performance"):
         chrome.get_log(log)
     chrome.get(server.url)
-    until(chrome, lambda: text(chrome, "#only") != "…" or shown(chrome, "#ask") or shown(chrome, "#trouble"))
+    until(chrome, lambda: text(chrome, "#only") != "…" or is_shown(chrome, "#ask") or is_shown(chrome, "#trouble"))
 
 
 def until(chrome: Chrome, condition: Callable[[], Any]) -> None:
@@ -69,7 +69,7 @@ def texts(chrome: Chrome, selector: str) -> list[str]:
     )
 
 
-def shown(chrome: Chrome, selector: str) -> bool:
+def is_shown(chrome: Chrome, selector: str) -> bool:
     return chrome.execute_script("return document.querySelector(arguments[0]).checkVisibility()", selector)
 
 
@@ -80,25 +80,25 @@ def click(chrome: Chrome, selector: str) -> None:
 def choose(chrome: Chrome, file: Path) -> None:
     """Give a file and wait for what comes of it."""
     chrome.find_element("css selector", "#file").send_keys(str(file))
-    until(chrome, lambda: not shown(chrome, "#ghost"))
+    until(chrome, lambda: not is_shown(chrome, "#ghost"))
 
 
 def troubles(chrome: Chrome, server: Stub, *, width: int, refused: int = 0) -> list[str]:
     """Requests to other hosts, complaints in the console (less those of `refused` requests), a page wider than the screen."""
-    found = []
+    problems = []
     wide = chrome.execute_script("return document.documentElement.scrollWidth")
     if wide > width:
-        found.append(f"{wide} pixels wide on a screen of {width}")
-    said = [entry["message"] for entry in chrome.get_log("browser")]
-    answers = [message for message in said if "Failed to load resource" in message]
-    found += [message for message in said if message not in answers] + answers[refused:]
+        problems.append(f"{wide} pixels wide on a screen of {width}")
+    messages = [entry["message"] for entry in chrome.get_log("browser")]
+    answers = [message for message in messages if "Failed to load resource" in message]
+    problems += [message for message in messages if message not in answers] + answers[refused:]
     for entry in chrome.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             url = message["params"]["request"]["url"]
             if not url.startswith((server.url, f"blob:{server.url}", "data:")):
-                found.append(f"asked for {url}")
-    return found
+                problems.append(f"asked for {url}")
+    return problems
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -113,22 +113,22 @@ def test_picture_to_bars_and_heat_map(chrome: Chrome, server: Stub, picture: Pat
         "return [...document.querySelectorAll('.bar i')].slice(-5).map(i => i.offsetWidth / i.parentNode.offsetWidth)"
     )
     assert chrome.execute_script(share) == pytest.approx(P, abs=0.01)
-    assert not shown(chrome, "#none")
+    assert not is_shown(chrome, "#none")
     assert text(chrome, "#server") == "31 ms"
     assert text(chrome, "#parts") == "wait 3.1 ms · decode 2.0 ms · classify 25 ms"
     assert re.fullmatch(r"[\d.]+ ms", text(chrome, "#trip"))
     assert text(chrome, "#status").startswith("Rust, 61.2 %; <img")
     assert text(chrome, "#calibrated") == "Probabilities are calibrated."
     assert text(chrome, "#facts").startswith("leaf.png · 320 × 200 · ")
-    path, query, kind, body = server.asked[-1]
+    path, query, kind, body = server.requests[-1]
     assert (path, query, kind) == ("/v1/classify", {"model": ["leaves"], "top_k": ["5"]}, "image/png")
     assert body == picture.read_bytes()  # untouched
     click(chrome, "#warm")
-    until(chrome, lambda: shown(chrome, "#heat"))
+    until(chrome, lambda: is_shown(chrome, "#heat"))
     assert chrome.execute_script("return document.querySelector('#heat').naturalWidth") == 64
-    assert not shown(chrome, "#picture")
+    assert not is_shown(chrome, "#picture")
     click(chrome, "#plain")
-    assert shown(chrome, "#picture")
+    assert is_shown(chrome, "#picture")
     assert chrome.execute_script("return document.querySelector('#picture').naturalWidth") == 320
     assert not chrome.execute_script("return document.querySelectorAll('#classes img').length")
     assert troubles(chrome, server, width=width) == []
@@ -138,7 +138,7 @@ def test_none_of_these(chrome: Chrome, server: Stub, picture: Path) -> None:
     server.classify = answer(rejected=True, calibrated=False)
     visit(chrome, server)
     choose(chrome, picture)
-    assert shown(chrome, "#none")
+    assert is_shown(chrome, "#none")
     assert text(chrome, "#none h2") == "None of these"
     assert text(chrome, "#calibrated") == "Probabilities are not calibrated."
     assert text(chrome, "#status").startswith("None of these. The nearest: Rust")
@@ -150,18 +150,18 @@ def test_busy_server_and_try_again(chrome: Chrome, server: Stub, picture: Path) 
     visit(chrome, server)
     choose(chrome, picture)
     assert (text(chrome, "#wrong"), text(chrome, "#why")) == ("The server is busy", "all slots are taken")
-    assert not shown(chrome, "#classes")
+    assert not is_shown(chrome, "#classes")
     again = chrome.find_element("css selector", "#again")
     until(chrome, again.is_enabled)
     assert again.text == "Try again"
     again.click()
-    until(chrome, lambda: shown(chrome, "#classes"))
-    assert not shown(chrome, "#trouble")
+    until(chrome, lambda: is_shown(chrome, "#classes"))
+    assert not is_shown(chrome, "#trouble")
     assert troubles(chrome, server, width=1280, refused=1) == []
 
 
 @pytest.mark.parametrize(
-    ("status", "said", "title", "why"),
+    ("status", "body", "title", "why"),
     [
         (400, {"detail": "truncated"}, "The server cannot read this picture", "truncated"),
         (422, {"detail": [{"msg": "top_k: too large"}]}, "The server cannot read this picture", "top_k: too large"),
@@ -169,13 +169,13 @@ def test_busy_server_and_try_again(chrome: Chrome, server: Stub, picture: Path) 
     ],
 )
 def test_errors_are_told(
-    chrome: Chrome, server: Stub, picture: Path, status: int, said: Any, title: str, why: str
+    chrome: Chrome, server: Stub, picture: Path, status: int, body: Any, title: str, why: str
 ) -> None:
-    server.refusals = [(status, {}, said)]
+    server.refusals = [(status, {}, body)]
     visit(chrome, server)
     choose(chrome, picture)
     assert (text(chrome, "#wrong"), text(chrome, "#why")) == (title, why)
-    assert shown(chrome, "#again") is (status == 500)
+    assert is_shown(chrome, "#again") is (status == 500)
     assert troubles(chrome, server, width=1280, refused=1) == []
 
 
@@ -184,21 +184,21 @@ def test_what_is_no_picture_is_not_sent(chrome: Chrome, server: Stub, tmp_path: 
     visit(chrome, server)
     choose(chrome, tmp_path / "notes.txt")
     assert text(chrome, "#wrong") == "This is no picture"
-    assert {path for path, *_ in server.asked} == {"/", "/v2/models"}
+    assert {path for path, *_ in server.requests} == {"/", "/v2/models"}
 
 
 def test_one_of_several_models(chrome: Chrome, server: Stub, picture: Path) -> None:
     server.models = ["leaves", {"name": "bird & bee"}]  # bare names and objects
     visit(chrome, server)
     assert texts(chrome, "#model option") == ["leaves", "bird & bee"]
-    assert shown(chrome, "#model")
-    assert not shown(chrome, "#only")
+    assert is_shown(chrome, "#model")
+    assert not is_shown(chrome, "#only")
     choose(chrome, picture)
     chrome.find_element("css selector", "#model").send_keys("bird")
-    until(chrome, lambda: server.asked[-1][1].get("model") == ["bird & bee"] and shown(chrome, "#classes"))
+    until(chrome, lambda: server.requests[-1][1].get("model") == ["bird & bee"] and is_shown(chrome, "#classes"))
     click(chrome, "#warm")
-    until(chrome, lambda: shown(chrome, "#heat"))
-    assert server.asked[-1][:2] == ("/v1/explain", {"model": ["bird & bee"]})
+    until(chrome, lambda: is_shown(chrome, "#heat"))
+    assert server.requests[-1][:2] == ("/v1/explain", {"model": ["bird & bee"]})
 
 
 def test_another_model_while_busy(chrome: Chrome, server: Stub, picture: Path) -> None:
@@ -206,15 +206,15 @@ def test_another_model_while_busy(chrome: Chrome, server: Stub, picture: Path) -
     visit(chrome, server)
     server.gate.clear()
     chrome.find_element("css selector", "#file").send_keys(str(picture))
-    until(chrome, lambda: server.asked[-1][1].get("model") == ["leaves"])
-    assert shown(chrome, "#ghost")
+    until(chrome, lambda: server.requests[-1][1].get("model") == ["leaves"])
+    assert is_shown(chrome, "#ghost")
     assert chrome.execute_script("return document.querySelector('#right').ariaBusy") == "true"
     chrome.find_element("css selector", "#model").send_keys("birds")
-    until(chrome, lambda: server.asked[-1][1].get("model") == ["birds"])
-    assert shown(chrome, "#ghost")  # what was given up is no error
+    until(chrome, lambda: server.requests[-1][1].get("model") == ["birds"])
+    assert is_shown(chrome, "#ghost")  # what was given up is no error
     server.gate.set()
-    until(chrome, lambda: shown(chrome, "#none"))
-    assert not shown(chrome, "#trouble")
+    until(chrome, lambda: is_shown(chrome, "#none"))
+    assert not is_shown(chrome, "#trouble")
     assert troubles(chrome, server, width=1280) == []
 
 
@@ -231,13 +231,13 @@ def test_dropped_and_pasted_with_heat_map_on(chrome: Chrome, server: Stub) -> No
           document.body.dispatchEvent(new window[key](type, told));
         });"""
     chrome.execute_script(give, "drop", "red", "DragEvent")
-    until(chrome, lambda: text(chrome, "#facts").startswith("red.png · 300 × 150") and shown(chrome, "#classes"))
+    until(chrome, lambda: text(chrome, "#facts").startswith("red.png · 300 × 150") and is_shown(chrome, "#classes"))
     click(chrome, "#warm")
-    until(chrome, lambda: shown(chrome, "#heat"))
+    until(chrome, lambda: is_shown(chrome, "#heat"))
     chrome.execute_script(give, "paste", "blue", "ClipboardEvent")
-    until(chrome, lambda: server.asked[-1][0] == "/v1/explain" and len(server.asked) == 6)
-    until(chrome, lambda: shown(chrome, "#heat"))  # as before, of the new picture
-    red, _, blue, heated = [body for path, _, _, body in server.asked if path.startswith("/v1/")]
+    until(chrome, lambda: server.requests[-1][0] == "/v1/explain" and len(server.requests) == 6)
+    until(chrome, lambda: is_shown(chrome, "#heat"))  # as before, of the new picture
+    red, _, blue, heated = [body for path, _, _, body in server.requests if path.startswith("/v1/")]
     assert blue == heated != red
 
 
@@ -253,7 +253,7 @@ def test_keyboard_alone(chrome: Chrome, server: Stub, picture: Path) -> None:
     ring = "return getComputedStyle(document.activeElement.closest('label')).outlineStyle"
     assert chrome.execute_script(ring) == "solid"
     ActionChains(chrome).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).send_keys(Keys.SPACE).perform()
-    until(chrome, lambda: shown(chrome, "#heat"))
+    until(chrome, lambda: is_shown(chrome, "#heat"))
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -267,7 +267,7 @@ def test_bundle_without_a_heat_map(chrome: Chrome, server: Stub, picture: Path, 
     if not known:
         click(chrome, "#warm")
     until(chrome, lambda: text(chrome, "#facts").endswith("This model has no heat map."))
-    assert shown(chrome, "#picture")
+    assert is_shown(chrome, "#picture")
     assert not chrome.find_element("css selector", "#warm").is_enabled()
 
 
@@ -278,11 +278,11 @@ def test_key_is_asked_for_and_kept_in_memory(chrome: Chrome, server: Stub, pictu
         chrome.find_element("css selector", "#secret").clear()
         chrome.find_element("css selector", "#secret").send_keys(key)
         click(chrome, "#key button")
-        until(chrome, lambda title=title: text(chrome, "#asks") == title if title else not shown(chrome, "#ask"))
+        until(chrome, lambda title=title: text(chrome, "#asks") == title if title else not is_shown(chrome, "#ask"))
     choose(chrome, picture)
     assert texts(chrome, "#classes .name") == list(NAMES)
-    kept = "return [localStorage.length, sessionStorage.length, document.cookie, location.href]"
-    assert chrome.execute_script(kept) == [0, 0, "", server.url]
+    storage = "return [localStorage.length, sessionStorage.length, document.cookie, location.href]"
+    assert chrome.execute_script(storage) == [0, 0, "", server.url]
 
 
 def test_large_photo_is_made_smaller(chrome: Chrome, server: Stub, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_large_photo_is_made_smaller(chrome: Chrome, server: Stub, tmp_path: Pat
     photo.write_bytes(png((3000, 2000), "teal") + bytes(10 * 2**20))  # over the limit by what follows the picture's end
     visit(chrome, server)
     choose(chrome, photo)
-    _, _, kind, body = server.asked[-1]
+    _, _, kind, body = server.requests[-1]
     sent = Image.open(io.BytesIO(body))
     assert (kind, sent.format, sent.size) == ("image/jpeg", "JPEG", (2048, 1365))
     assert sum(abs(a - b) for a, b in zip(sent.getpixel((9, 9)), (0, 128, 128), strict=True)) < 12
@@ -298,7 +298,7 @@ def test_large_photo_is_made_smaller(chrome: Chrome, server: Stub, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "message"),
     [
         (413, "the body has more than 9000 bytes"),
         (415, "the picture is none of JPEG, PNG, WEBP, BMP"),
@@ -306,13 +306,13 @@ def test_large_photo_is_made_smaller(chrome: Chrome, server: Stub, tmp_path: Pat
     ],
 )
 def test_picture_that_this_server_does_not_take(
-    chrome: Chrome, server: Stub, picture: Path, status: int, said: str
+    chrome: Chrome, server: Stub, picture: Path, status: int, message: str
 ) -> None:
-    server.refusals = [(status, {}, {"error": said})]
+    server.refusals = [(status, {}, {"error": message})]
     visit(chrome, server)
     choose(chrome, picture)
     assert texts(chrome, "#classes .name") == list(NAMES)
-    assert [kind for path, _, kind, _ in server.asked if path == "/v1/classify"] == ["image/png", "image/jpeg"]
+    assert [kind for path, _, kind, _ in server.requests if path == "/v1/classify"] == ["image/png", "image/jpeg"]
     assert "Sent as a JPEG of 320 × 200" in text(chrome, "#facts")
 
 
@@ -323,8 +323,8 @@ def test_no_picture_at_all_behind_a_picture_s_name(chrome: Chrome, server: Stub,
     choose(chrome, tmp_path / "leaf.jpg")
     assert text(chrome, "#wrong") == "The server does not take this format"
     assert text(chrome, "#why") == "the picture is none of JPEG, PNG, WEBP, BMP"
-    assert shown(chrome, "#blind")
-    assert not shown(chrome, "#again")
+    assert is_shown(chrome, "#blind")
+    assert not is_shown(chrome, "#again")
 
 
 def test_policy_names_what_the_page_has() -> None:
@@ -345,6 +345,6 @@ def test_policy_stops_what_is_put_into_the_page(chrome: Chrome, server: Stub) ->
         "const s = document.createElement('script'); try { s.text = 'alert(1)'; } catch (e) { console.error(e) }"
     )
     chrome.execute_script("new Image().src = 'http://127.0.0.1:1/other.png'")
-    found = "\n".join(troubles(chrome, server, width=1280))
-    assert "TrustedScript" in found
-    assert "other.png" in found
+    problems = "\n".join(troubles(chrome, server, width=1280))
+    assert "TrustedScript" in problems
+    assert "other.png" in problems

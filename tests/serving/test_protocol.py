@@ -90,7 +90,7 @@ def test_the_output_is_as_asked(served: LoadedModel, outputs: list, binary: bool
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"name": "x"}, "unexpected input 'x', the model has 'input'"),
         ({"datatype": "FP64"}, "FP32 is expected"),
@@ -117,8 +117,8 @@ def test_the_output_is_as_asked(served: LoadedModel, outputs: list, binary: bool
         ({"parameters": [1]}, "expected a JSON object"),
     ],
 )
-def test_inputs_that_do_not_fit(served: LoadedModel, changed: dict, said: str) -> None:
-    assert said in refusal(served, json.dumps(request(**changed)).encode())
+def test_inputs_that_do_not_fit(served: LoadedModel, changed: dict, message: str) -> None:
+    assert message in refusal(served, json.dumps(request(**changed)).encode())
 
 
 @pytest.mark.parametrize(

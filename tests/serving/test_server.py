@@ -55,11 +55,11 @@ def test_tritonclient_unmodified(server: Server) -> None:
             tensor = triton.InferInput("input", list(X.shape), "FP32")
             tensor.set_data_from_numpy(X, binary_data=sent)
             for outputs in (None, *([triton.InferRequestedOutput("logits", binary_data=b)] for b in (True, False))):
-                found = client.infer(
+                result = client.infer(
                     "other", [tensor], outputs=outputs, request_id="7", request_compression_algorithm=packing
                 )
-                np.testing.assert_allclose(found.as_numpy("logits"), 5 * X.mean((2, 3)), rtol=1e-5)
-                assert found.get_response()["id"] == "7"
+                np.testing.assert_allclose(result.as_numpy("logits"), 5 * X.mean((2, 3)), rtol=1e-5)
+                assert result.get_response()["id"] == "7"
     with pytest.raises(InferenceServerException, match="no model 'nope'"):
         client.infer("nope", [tensor])
     wrong = triton.InferInput("input", [2, 3, SIZE, SIZE + 1], "FP32")
@@ -74,7 +74,7 @@ def test_mistakes_are_named_before_anything_is_served(
     tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = save_bundle(tmp_path / "b")
-    for arguments, said in (
+    for arguments, message in (
         ([tmp_path / "none"], "no such bundle"),
         ([bundle, bundle], "a second model named 'b'"),
         ([bundle, "--port", server.port], "can't listen there"),
@@ -86,7 +86,7 @@ def test_mistakes_are_named_before_anything_is_served(
         out, err = capsys.readouterr()
         assert (ended.value.code, out) == (2, "")
         assert err.startswith("error: ")
-        assert said in err
+        assert message in err
 
 
 def send(server: Server, *parts: bytes, finish: bool = False, pause: float = 0) -> bytes:
@@ -198,11 +198,11 @@ def test_no_broken_request_breaks_the_server(server: Server) -> None:
         for number, (path, body, headers) in enumerate(corpus(500)):
             if number == 100:
                 before = server.rss()
-            found = client.post(path, content=body, headers=headers)
-            codes.add(found.status_code)
-            assert found.status_code < 500, (path, headers, found.text)
-            if found.status_code >= 400:
-                assert list(found.json()) == ["error"]
+            response = client.post(path, content=body, headers=headers)
+            codes.add(response.status_code)
+            assert response.status_code < 500, (path, headers, response.text)
+            if response.status_code >= 400:
+                assert list(response.json()) == ["error"]
         assert {200, 400, 404, 415, 422} <= codes
         assert server.rss() - before < 64 << 20
         assert client.post("/v1/classify", content=picture()).json()["predictions"][0]["label"] == "red"
@@ -225,14 +225,14 @@ def classify(server: Server) -> httpx.Response:
 def test_overload_is_refused_at_once_and_bounds_hold(tmp_path: Path) -> None:
     bundle = save_bundle(tmp_path / "a", delay=SLOW // 2)
     with serving(tmp_path, bundle, "--concurrency", 1, "--queue", 2) as server, ThreadPoolExecutor(40) as clients:
-        asked = [clients.submit(classify, server) for _ in range(30)]
+        pending = [clients.submit(classify, server) for _ in range(30)]
         depths, running = set(), set()
-        while not all(one.done() for one in asked):
+        while not all(one.done() for one in pending):
             depths.add(server.metric("fgvc_queue_depth"))
             running.add(server.metric("fgvc_running"))
-        found = [one.result() for one in asked]
-        answered = [one for one in found if one.status_code == 200]
-        refused = [one for one in found if one.status_code == 503]
+        responses = [one.result() for one in pending]
+        answered = [one for one in responses if one.status_code == 200]
+        refused = [one for one in responses if one.status_code == 503]
         assert len(answered) + len(refused) == 30
         assert len(answered) >= 3
         assert refused
@@ -259,8 +259,8 @@ def test_deadlines_and_clients_that_leave(tmp_path: Path) -> None:
         assert first.result().status_code == 200
     arguments = ("--concurrency", 1, "--queue", 2, "--timeout", 0.1)
     with serving(tmp_path, bundle, *arguments) as server, ThreadPoolExecutor(4) as clients:
-        found = list(clients.map(classify, [server] * 3))
-        assert [one.status_code for one in found] == [504] * 3
+        responses = list(clients.map(classify, [server] * 3))
+        assert [one.status_code for one in responses] == [504] * 3
         assert server.metric("fgvc_queue_depth") == 0
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) == 0  # whether or not a thread still computes for nobody
@@ -269,29 +269,29 @@ def test_deadlines_and_clients_that_leave(tmp_path: Path) -> None:
 def test_sigterm_drains(tmp_path: Path) -> None:
     bundle = save_bundle(tmp_path / "a", delay=2 * SLOW)
     with serving(tmp_path, bundle, "--concurrency", 1) as server, ThreadPoolExecutor(8) as clients:
-        asked = [clients.submit(classify, server) for _ in range(6)]
+        pending = [clients.submit(classify, server) for _ in range(6)]
         until(lambda: server.metric("fgvc_in_flight") == 6)
         with server.client() as client:
             server.process.send_signal(signal.SIGTERM)
             until(lambda: client.get("/v2/health/ready").status_code == 503)
             assert client.get("/v2/health/live").status_code == 200
             assert client.get("/v2/models/a/ready").status_code == 503
-            found = client.post("/v1/classify", content=picture())
-            assert (found.status_code, "retry-after" in found.headers) == (503, True)
-            assert not all(one.done() for one in asked)  # all of this was while requests were answered
-        assert [one.result().status_code for one in asked] == [200] * 6
+            response = client.post("/v1/classify", content=picture())
+            assert (response.status_code, "retry-after" in response.headers) == (503, True)
+            assert not all(one.done() for one in pending)  # all of this was while requests were answered
+        assert [one.result().status_code for one in pending] == [200] * 6
         assert server.process.wait(30) == 0
 
 
 def test_what_outlasts_the_grace_is_cut_off_and_said(tmp_path: Path) -> None:
     bundle = save_bundle(tmp_path / "a", delay=8 * SLOW)
     with serving(tmp_path, bundle, "--concurrency", 1, "--grace", 0.2) as server, ThreadPoolExecutor(2) as clients:
-        asked = [clients.submit(classify, server) for _ in range(2)]
+        pending = [clients.submit(classify, server) for _ in range(2)]
         until(lambda: server.metric("fgvc_in_flight") == 2)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 1
         assert "2 request(s) were cut off after 0.2 s" in server.errors.read_text()
-        assert [one.result().status_code for one in asked] == [503] * 2
+        assert [one.result().status_code for one in pending] == [503] * 2
 
 
 def test_reloads_under_load_cost_no_request(tmp_path: Path) -> None:
@@ -302,8 +302,8 @@ def test_reloads_under_load_cost_no_request(tmp_path: Path) -> None:
     def ask() -> None:
         with server.client() as client:
             while not stop.is_set():
-                found = client.post("/v1/classify", content=picture())
-                answers.add((found.status_code, round(found.json()["predictions"][0]["probability"], 4)))
+                response = client.post("/v1/classify", content=picture())
+                answers.add((response.status_code, round(response.json()["predictions"][0]["probability"], 4)))
 
     def p(scale: float) -> float:
         return round(np.exp(scale) / (np.exp(scale) + 2), 4)

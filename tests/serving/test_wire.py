@@ -22,10 +22,10 @@ class Transport(asyncio.Transport):
 
     def __init__(self) -> None:
         super().__init__()
-        self.said, self.ended, self.cut = b"", asyncio.Event(), False
+        self.output, self.ended, self.cut = b"", asyncio.Event(), False
 
     def write(self, data: Any) -> None:
-        self.said += bytes(data)
+        self.output += bytes(data)
 
     def close(self) -> None:
         self.ended.set()
@@ -85,8 +85,8 @@ def test_requests_in_any_pieces() -> None:
     post = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc"
     for step in (1, 7, 1000):
         content = GET + post + GET
-        found = play(*(content[at : at + step] for at in range(0, len(content), step)))
-        assert (found.said.count(b"200 OK"), found.cut) == (3, False)
+        connection = play(*(content[at : at + step] for at in range(0, len(content), step)))
+        assert (connection.output.count(b"200 OK"), connection.cut) == (3, False)
 
 
 @pytest.mark.parametrize(
@@ -100,17 +100,17 @@ def test_requests_in_any_pieces() -> None:
     ids=["address", "value", "name", "headers"],
 )
 def test_headers_without_end_are_cut_off(endless: Callable[[int], bytes]) -> None:
-    found = play(*map(endless, range(3 * LIMIT // 900)))
-    assert found.cut
-    assert found.said.startswith(b"HTTP/1.1 400 ")
+    connection = play(*map(endless, range(3 * LIMIT // 900)))
+    assert connection.cut
+    assert connection.output.startswith(b"HTTP/1.1 400 ")
 
 
 def test_headers_below_the_limit_are_taken_in_any_pieces() -> None:
     long = GET[:-2] + b"a: " + b"x" * (LIMIT - 1000) + b"\r\n\r\n"
     for step in (100, 10_000, len(long)):
         content = (long + GET) * 2
-        found = play(*(content[at : at + step] for at in range(0, len(content), step)))
-        assert (found.said.count(b"200 OK"), found.cut) == (4, False)
+        connection = play(*(content[at : at + step] for at in range(0, len(content), step)))
+        assert (connection.output.count(b"200 OK"), connection.cut) == (4, False)
 
 
 @pytest.mark.parametrize(
@@ -125,20 +125,20 @@ def test_headers_below_the_limit_are_taken_in_any_pieces() -> None:
     ],
 )
 def test_whoever_says_nothing_whole_is_let_go(parts: list[bytes]) -> None:
-    found = play(*parts, seconds=0.3, wait=True)
-    assert found.said.count(b"HTTP/1.1") == any(part.endswith(b"\r\n\r\n") for part in parts)
+    connection = play(*parts, seconds=0.3, wait=True)
+    assert connection.output.count(b"HTTP/1.1") == any(part.endswith(b"\r\n\r\n") for part in parts)
 
 
 def test_after_an_early_answer_and_the_rest_of_its_body_a_connection_may_rest_for_as_long_as_others() -> None:
     early = [b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 6\r\n\r\n", b"abcdef"]
-    found = play(*early, GET, seconds=0.3, pause=0.5)
-    assert (found.said.count(b"200 OK"), found.cut) == (2, False)
+    connection = play(*early, GET, seconds=0.3, pause=0.5)
+    assert (connection.output.count(b"200 OK"), connection.cut) == (2, False)
     play(*early, keep_alive=1, wait=True)  # not for ever
 
 
 def test_no_host_no_answer() -> None:
-    assert play(b"GET / HTTP/1.1\r\n\r\n").said.startswith(b"HTTP/1.1 400 ")
-    assert play(b"GET / HTTP/1.0\r\n\r\n").said.startswith(b"HTTP/1.1 200 ")
+    assert play(b"GET / HTTP/1.1\r\n\r\n").output.startswith(b"HTTP/1.1 400 ")
+    assert play(b"GET / HTTP/1.0\r\n\r\n").output.startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("step", [1, 50, 10_000])  # bytes of one request
@@ -146,14 +146,14 @@ def test_an_offer_of_another_protocol_is_passed_over(step: int) -> None:
     offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\n"
     sized = b"POST / HTTP/1.1\r\nhost: x\r\n" + offer + b"content-length: 6\r\n\r\nbody-1"
     chunked = b"POST / HTTP/1.1\r\nhost: x\r\n" + offer + b"transfer-encoding: chunked\r\n\r\n6\r\nbody-2\r\n0\r\n\r\n"
-    asked = [sized, chunked, GET[:-2] + offer + b"\r\n", sized]
-    found = play(*(one[at : at + step] for one in asked for at in range(0, len(one), step)), app=echo)
-    assert (found.said.count(b"200 OK"), found.cut) == (4, False)
-    assert (found.said.count(b"body-1"), found.said.count(b"body-2")) == (2, 1)
+    requests = [sized, chunked, GET[:-2] + offer + b"\r\n", sized]
+    connection = play(*(one[at : at + step] for one in requests for at in range(0, len(one), step)), app=echo)
+    assert (connection.output.count(b"200 OK"), connection.cut) == (4, False)
+    assert (connection.output.count(b"body-1"), connection.output.count(b"body-2")) == (2, 1)
 
     assert play(sized * 1000, app=echo).cut  # and not by the end of Python's stack
 
 
 def test_this_is_no_proxy() -> None:
-    found = play(b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\nhello")
-    assert (found.said[:13], found.cut) == (b"HTTP/1.1 400 ", True)
+    connection = play(b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\nhello")
+    assert (connection.output[:13], connection.cut) == (b"HTTP/1.1 400 ", True)

@@ -87,13 +87,13 @@ def test_a_teacher_and_first_weights_are_their_contents(
 
 
 def test_a_teacher_is_there_and_has_learnt_to_the_end(recipe_tree: dict, teacher: Path) -> None:
-    asked = {"techniques": {"distill": {"teachers": [{"kind": "run", "path": str(teacher)}]}}}
-    kept = {"techniques": {"distill": asked["techniques"]["distill"] | {"cache": "somewhere"}}}
-    assert digest(recipe_tree, **asked) == digest(recipe_tree, **kept)
+    sections = {"techniques": {"distill": {"teachers": [{"kind": "run", "path": str(teacher)}]}}}
+    with_cache = {"techniques": {"distill": sections["techniques"]["distill"] | {"cache": "somewhere"}}}
+    assert digest(recipe_tree, **sections) == digest(recipe_tree, **with_cache)
     state = checkpoint.load(teacher / "ckpt")
     checkpoint.save(teacher / "ckpt", replace(state, progress=replace(state.progress, finished=False)))
     with pytest.raises(FgvcError, match="this teacher's training is not finished"):
-        digest(recipe_tree, **asked)
+        digest(recipe_tree, **sections)
     shutil.rmtree(teacher)
     with pytest.raises(FgvcError, match="teacher"):
-        digest(recipe_tree, **asked)
+        digest(recipe_tree, **sections)

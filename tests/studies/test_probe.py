@@ -38,13 +38,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A weights file of a tiny net, with its sidecar."""
     folder = tmp_path_factory.mktemp("weights")
 
-    def make(net: str = "test_resnet", *, name: str = "", seed: int = 0, **said: object) -> Path:
+    def make(net: str = "test_resnet", *, name: str = "", seed: int = 0, **facts: object) -> Path:
         file = folder / f"{name or net}.safetensors"
         torch.manual_seed(seed)
-        kwargs = said.get("kwargs", {})
+        kwargs = facts.get("kwargs", {})
         assert isinstance(kwargs, dict)
         save_file(plain_model(net, 7, kwargs).state_dict(), file)
-        sidecar = {"mean": [0.5] * 3, "std": [0.5] * 3} | said
+        sidecar = {"mean": [0.5] * 3, "std": [0.5] * 3} | facts
         file.with_name(file.name + ".json").write_text(json.dumps(sidecar))
         return file
 
@@ -89,15 +89,15 @@ def recipe(recipe_tree: dict, shades: Path, weights: Callable[..., Path], tmp_pa
 
 
 def test_the_images_are_those_of_train_and_validation(recipe: Path, shades: Path) -> None:
-    found = api.probe(str(recipe))
-    names = found.data.index.paths[found.data.rows].tolist()
-    assert len(names) == found.data.available == 60
+    probe = api.probe(str(recipe))
+    names = probe.data.index.paths[probe.data.rows].tolist()
+    assert len(names) == probe.data.available == 60
     assert {name.split("/")[0] for name in names} == {"train", "val"}
-    assert [(one.size, one.crop) for one in sorted(found.results, key=lambda one: one.crop)] == [
+    assert [(one.size, one.crop) for one in sorted(probe.results, key=lambda one: one.crop)] == [
         ((32, 32), 0.95),
         ((32, 32), 1),
     ]
-    assert found.results[0].accuracy >= found.results[1].accuracy
+    assert probe.results[0].accuracy >= probe.results[1].accuracy
 
 
 def test_the_test_part_is_not_read(recipe: Path, shades: Path, tmp_path: Path) -> None:
@@ -126,9 +126,9 @@ def _weights_of(recipe: Path) -> Path:
 
 
 def test_the_accuracy_is_that_of_a_loop_by_hand(recipe: Path) -> None:
-    found = api.probe(str(recipe), crops=[1.0])
-    assert len(found.results) == 1
-    result, data = found.results[0], found.data
+    probe = api.probe(str(recipe), crops=[1.0])
+    assert len(probe.results) == 1
+    result, data = probe.results[0], probe.data
     start = open_candidate(str(_weights_of(recipe)), deploy=Deploy(), size=(32, 32))
     loaded = load_recipe(recipe, ["deploy.crop_pct=1"])
     from fgvc.evaluation.features import compute_features, load_frozen
@@ -147,17 +147,17 @@ def test_the_accuracy_is_that_of_a_loop_by_hand(recipe: Path) -> None:
 
 def test_a_larger_set_is_sampled_and_said(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call("probe", recipe, "--images", 30, "--crop", 1)
-    said = capsys.readouterr().out
-    assert "30 images to learn from, a stratified sample of 60" in said
-    found = api.probe(str(recipe), images=30, crops=[1.0])
-    assert np.bincount(found.data.index.labels[found.data.rows]).tolist() == [10] * 3
+    output = capsys.readouterr().out
+    assert "30 images to learn from, a stratified sample of 60" in output
+    probe = api.probe(str(recipe), images=30, crops=[1.0])
+    assert np.bincount(probe.data.index.labels[probe.data.rows]).tolist() == [10] * 3
 
 
 def test_a_larger_size_is_proposed_as_the_option_reads_it(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call("probe", recipe, "--crop", 1, "--size", "32x64")
-    said = capsys.readouterr().out
-    assert "such as --size 32x64 --size 64x96" in said
-    assert max(map(len, said.split("not read\n")[1].split("ms:")[0].splitlines()[:-1])) <= 80
+    output = capsys.readouterr().out
+    assert "such as --size 32x64 --size 64x96" in output
+    assert max(map(len, output.split("not read\n")[1].split("ms:")[0].splitlines()[:-1])) <= 80
 
 
 def test_groups_are_held_out_as_a_whole(shades: Path, weights: Callable[..., Path], tmp_path: Path) -> None:
@@ -167,22 +167,22 @@ def test_groups_are_held_out_as_a_whole(shades: Path, weights: Callable[..., Pat
     ]
     lines = ["file,class,plant_id", *(f"{file},{label},{plant}" for file, label, plant in rows)]
     (tmp_path / "list.csv").write_text("\n".join(lines))
-    found = api.probe(
+    probe = api.probe(
         str(tmp_path), [*FAST, "data.test_fraction=0"], starts=[str(weights())], sizes=[(32, 32)], crops=[1.0]
     )
-    groups = found.data.groups
+    groups = probe.data.groups
     assert groups is not None
-    for fold in found.data.folds:
+    for fold in probe.data.folds:
         assert set(groups[fold.held_out]).isdisjoint(groups[fold.train[0]])
-    assert summary(found)["groups"] == 12
-    assert found.results[0].curve.groups is not None, "so the interval counts groups"
+    assert summary(probe)["groups"] == 12
+    assert probe.results[0].curve.groups is not None, "so the interval counts groups"
 
 
 def test_a_size_that_a_net_cannot_take(shades: Path, weights: Callable[..., Path]) -> None:
     vit = weights("test_vit", name="test_vit", backbone="test_vit", kwargs={"dynamic_img_size": False})
-    found = api.probe(str(shades), FAST, starts=[str(weights()), str(vit)], sizes=[(32, 32)], crops=[1.0])
-    assert [one.candidate.name for one in found.results] == ["test_resnet"]
-    assert any("test_vit: can't take images of 32 x 32" in note for note in found.notes)
+    probe = api.probe(str(shades), FAST, starts=[str(weights()), str(vit)], sizes=[(32, 32)], crops=[1.0])
+    assert [one.candidate.name for one in probe.results] == ["test_resnet"]
+    assert any("test_vit: can't take images of 32 x 32" in note for note in probe.notes)
     with pytest.raises(FgvcError, match=r"test_vit: could not be tried.*\n.*can't take images of 32 x 32"):
         api.probe(str(shades), FAST, starts=[str(vit), str(weights())], sizes=[(32, 32)], crops=[1.0])
 
@@ -194,9 +194,9 @@ def test_classes_with_too_few_images_are_counted(recipe: Path, shades: Path, tmp
             (tmp_path / "set" / file.parent.name).mkdir(parents=True, exist_ok=True)
             shutil.copy(file, tmp_path / "set" / file.parent.name)
     settings = [f"data.root={tmp_path / 'set'}", "data.test_fraction=0"]
-    found = api.probe(str(recipe), settings, crops=[1.0])
-    assert found.data.scarce == 1
-    assert found.results[0].curve.held_out.sum() == 24
+    probe = api.probe(str(recipe), settings, crops=[1.0])
+    assert probe.data.scarce == 1
+    assert probe.results[0].curve.held_out.sum() == 24
     for name in ("shade 1", "shade 2"):
         for file in sorted((tmp_path / "set" / name).iterdir())[1:]:
             file.unlink()
@@ -208,12 +208,12 @@ def test_a_folder_and_the_command_to_go_on(
     shades: Path, weights: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     small, wide = weights(), weights("test_resnet", name="b", backbone="test_resnet", seed=1)
-    asked = ["--start", f"test_resnet={small}", "--start", wide, "--size", 32, "--size", 48]
-    call("probe", shades, *FAST, *asked)
-    said = capsys.readouterr().out
-    assert "recognised: class folders in train/, val/, test/" in said
-    assert all(f"  {what}:" in said for what in ("images", "resolution", "start"))
-    command = said.split("to go on:\n")[1].splitlines()[0]
+    options = ["--start", f"test_resnet={small}", "--start", wide, "--size", 32, "--size", 48]
+    call("probe", shades, *FAST, *options)
+    output = capsys.readouterr().out
+    assert "recognised: class folders in train/, val/, test/" in output
+    assert all(f"  {what}:" in output for what in ("images", "resolution", "start"))
+    command = output.split("to go on:\n")[1].splitlines()[0]
     verb, action, name, *overrides = shlex.split(command)
     assert (verb, action) == ("fgvc", "train")
     trained = load_recipe(recipe_file(name), overrides)
@@ -222,9 +222,9 @@ def test_a_folder_and_the_command_to_go_on(
     assert trained.model.weights in (str(small), str(wide))
     assert trained.image.size == (32, 32), "what is deployed costs as much as the first at the first size"
     assert trained.train.device == "cpu"
-    found = api.probe(str(shades), FAST, starts=[f"test_resnet={small}", str(wide)], sizes=[(32, 32), (48, 48)])
-    advice = advise(found)
-    larger = [one for one in found.results if one.size == (48, 48)]
+    probe = api.probe(str(shades), FAST, starts=[f"test_resnet={small}", str(wide)], sizes=[(32, 32), (48, 48)])
+    advice = advise(probe)
+    larger = [one for one in probe.results if one.size == (48, 48)]
     if advice.teacher is not None:
         assert advice.teacher.accuracy == max(one.accuracy for one in larger) > advice.best.accuracy
         line = yaml.safe_load(advice.teacher_line)["distill.teachers"]
@@ -247,10 +247,10 @@ def test_the_best_that_costs_no_more_is_chosen_and_a_larger_one_teaches(
 ) -> None:
     """Of figures made by hand: a bundle has no weights to train from, and a run that knows the images advises nothing."""
     starts = [str(weights()), str(weights("test_resnet", name="b", backbone="test_resnet", seed=1))]
-    found = api.probe(str(shades), FAST, starts=starts, sizes=[(32, 32), (48, 48)], crops=[1.0])
-    at = {(one.candidate.name, one.size[0]): one for one in found.results}
+    probe = api.probe(str(shades), FAST, starts=starts, sizes=[(32, 32), (48, 48)], crops=[1.0])
+    at = {(one.candidate.name, one.size[0]): one for one in probe.results}
 
-    def said(**right: int) -> Advice:
+    def advice_on(**right: int) -> Advice:
         """With so many of 60 named rightly; b48: by the second net at 48 pixels."""
         names = {
             "a32": ("test_resnet", 32),
@@ -265,31 +265,31 @@ def test_the_best_that_costs_no_more_is_chosen_and_a_larger_one_teaches(
             learned = 30 if short.endswith("_") else 0
             results.append(replace(one, curve=curve, trained_images=learned))
         first = next(one.candidate for one in results if one.candidate.name == "test_resnet")
-        return advise(replace(found, results=tuple(results), first=first))
+        return advise(replace(probe, results=tuple(results), first=first))
 
-    advice = said(a32=30, a48=40, b32=20, b48=50)
+    advice = advice_on(a32=30, a48=40, b32=20, b48=50)
     assert (advice.best.candidate.name, advice.best.size) == ("test_resnet", (32, 32))
     assert advice.teacher is not None
     assert advice.teacher.candidate.name == "test_resnet (b)"
     assert {one.what: one.limiting for one in advice.limits} == {"images": False, "resolution": True, "start": True}
-    advice = said(a32=30, b32=40, b48=35)
+    advice = advice_on(a32=30, b32=40, b48=35)
     assert advice.best.candidate.name == "test_resnet (b)"
     assert (advice.teacher, advice.larger) == (None, True)
     assert "b.safetensors" in advice.command
-    assert said(a32=30, b32_=60, b48_=60).best.accuracy == 0.5
-    assert said(a32=60).limits[-1].what == "ceiling"
+    assert advice_on(a32=30, b32_=60, b48_=60).best.accuracy == 0.5
+    assert advice_on(a32=60).limits[-1].what == "ceiling"
 
 
 def test_json(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call("probe", recipe, "--crop", 1, "--json", "-")
-    said = json.loads(capsys.readouterr().out)
-    assert said["images"] == 60
-    assert said["results"][0]["top1"].keys() == {"0.25", "0.5", "1"}
-    assert said["results"][0]["seconds_per_image"] > 0
-    assert said["command"].startswith("fgvc train ")
+    report = json.loads(capsys.readouterr().out)
+    assert report["images"] == 60
+    assert report["results"][0]["top1"].keys() == {"0.25", "0.5", "1"}
+    assert report["results"][0]["seconds_per_image"] > 0
+    assert report["command"].startswith("fgvc train ")
     call("probe", recipe, "--crop", 1, "--json", tmp_path / "p.json")
     assert "GMAC" in capsys.readouterr().out
-    assert json.loads((tmp_path / "p.json").read_text())["results"][0]["top1"] == said["results"][0]["top1"]
+    assert json.loads((tmp_path / "p.json").read_text())["results"][0]["top1"] == report["results"][0]["top1"]
 
 
 @pytest.fixture(scope="module")
@@ -318,12 +318,12 @@ def test_a_run_and_its_bundle_have_the_same_features(trained: tuple[Path, Path],
         a.embed(torch.device("cpu"))(x),
         atol=1e-5,
     )
-    found = api.probe(str(recipe), starts=[str(run), str(bundle)], crops=[1.0])
-    by_run = next(one for one in found.results if one.candidate.name == str(run))
+    probe = api.probe(str(recipe), starts=[str(run), str(bundle)], crops=[1.0])
+    by_run = next(one for one in probe.results if one.candidate.name == str(run))
     assert by_run.trained_images == 36, "of train; validation was not learned from"
-    assert found.results[-1] is by_run
-    assert any("was trained on 36 of these 60 images" in note for note in found.notes)
-    assert any("not known" in note for note in found.notes)
+    assert probe.results[-1] is by_run
+    assert any("was trained on 36 of these 60 images" in note for note in probe.notes)
+    assert any("not known" in note for note in probe.notes)
     with pytest.raises(FgvcError, match="48 x 48|takes images of"):
         open_candidate(str(bundle), deploy=Deploy(), size=None).refuse_size((48, 48))
 
@@ -350,9 +350,9 @@ def test_a_graph_without_a_linear_end(trained: tuple[Path, Path], tmp_path: Path
 
 def test_a_sidecar_tells_the_net_and_its_kwargs(weights: Callable[..., Path]) -> None:
     file = weights("test_resnet", name="mine", backbone="test_resnet", kwargs={"stem_width": 8})
-    found = open_candidate(str(file), deploy=Deploy(), size=(32, 32))
-    assert found.model is not None
-    assert (found.model.backbone, found.model.kwargs) == ("test_resnet", {"stem_width": 8})
+    candidate = open_candidate(str(file), deploy=Deploy(), size=(32, 32))
+    assert candidate.model is not None
+    assert (candidate.model.backbone, candidate.model.kwargs) == ("test_resnet", {"stem_width": 8})
     plain = weights("test_resnet", name="test_resnet.birds")
     assert open_candidate(str(plain), deploy=Deploy(), size=(32, 32)).model.backbone == "test_resnet"  # type: ignore[union-attr]
     with pytest.raises(FgvcError, match=r"weights of which net\? Give --start NAME="):
@@ -385,9 +385,9 @@ def test_weights_that_are_broken(shades: Path, weights: Callable[..., Path], tmp
 def test_images_that_cannot_be_read(recipe: Path, shades: Path, tmp_path: Path) -> None:
     shutil.copytree(shades, tmp_path / "set")
     (tmp_path / "set/train/shade 0/00.png").write_bytes(b"no picture")
-    found = api.probe(str(recipe), [f"data.root={tmp_path / 'set'}"])
-    assert len(found.data.rows) == 59
-    assert sum("skipped" in note for note in found.notes) == 1
+    probe = api.probe(str(recipe), [f"data.root={tmp_path / 'set'}"])
+    assert len(probe.data.rows) == 59
+    assert sum("skipped" in note for note in probe.notes) == 1
     with pytest.raises(FgvcError, match="1 of 60 images can't be read"):
         api.probe(str(recipe), [f"data.root={tmp_path / 'set'}", "data.max_unreadable=0"])
 
@@ -395,11 +395,11 @@ def test_images_that_cannot_be_read(recipe: Path, shades: Path, tmp_path: Path) 
 def test_real_birds(shared: Path) -> None:
     """The figure for a few classes is far above chance, and more images help."""
     start = f"tf_efficientnet_lite0={shared / 'weights/tf_efficientnet_lite0.safetensors'}"
-    found = api.probe(
+    probe = api.probe(
         str(shared / "data/cub50"), [*FAST, "data.first_classes=6"], starts=[start], sizes=[(96, 96)], crops=[1.0]
     )
-    result = found.results[0]
-    assert len(found.data.rows) == 180
+    result = probe.results[0]
+    assert len(probe.data.rows) == 180
     assert result.accuracy > 0.6
     assert result.macs is not None
     assert result.macs / (96 / 224) ** 2 == pytest.approx(0.39e9, rel=0.05), (

@@ -67,11 +67,11 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
     # Ctrl-C in the second run; what is there is kept.
     real, calls = result.train, []
 
-    def stopped(*given: Any, **keys: Any) -> Any:
-        calls.append(given)
+    def stopped(*arguments: Any, **keys: Any) -> Any:
+        calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*given, **keys)
+        return real(*arguments, **keys)
 
     monkeypatch.setattr(result, "train", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -80,7 +80,7 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
 
     # On with it: the arm that diverges is named, the others are made, and none that is there is trained again.
     calls.clear()
-    monkeypatch.setattr(result, "train", lambda *given: calls.append(given[1].name) or real(*given))
+    monkeypatch.setattr(result, "train", lambda *arguments: calls.append(arguments[1].name) or real(*arguments))
     failures = run.ablate(study, out)
     assert [failure.run for failure in failures] == ["diverges-1e-s0", "diverges-1e-s1"]
     assert "NaN or infinite" in failures[0].reason
@@ -92,17 +92,17 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
     rows = read(out)
     assert len(rows) == 6
     assert float(rows[0]["top1"]) == pytest.approx(api.evaluate(out / "runs/plain-1e-s0", "val").scores.top1, abs=1e-6)
-    seen = load_run(out / "runs/plain-1e-s0")
-    said = seen.answers(seen.rows_of("val")[1])
-    assert rows[0]["right"] == pack(said.logits.argmax(1) == said.labels)
-    done = api.export(out / "runs/acb-1e-s0", tmp_path / "bundle")
-    shown = json.loads((tmp_path / "bundle/metrics.json").read_text())
-    assert shown["val"]["top1"] == pytest.approx(float(lines_of(rows, "acb", seed="0")[0]["top1"]), abs=1e-6)
-    assert {row["graph"] for row in rows} == {row["plain"] for row in rows} == {done.proven.structural.sha256}
+    loaded = load_run(out / "runs/plain-1e-s0")
+    answers = loaded.answers(loaded.rows_of("val")[1])
+    assert rows[0]["right"] == pack(answers.logits.argmax(1) == answers.labels)
+    exported = api.export(out / "runs/acb-1e-s0", tmp_path / "bundle")
+    metrics = json.loads((tmp_path / "bundle/metrics.json").read_text())
+    assert metrics["val"]["top1"] == pytest.approx(float(lines_of(rows, "acb", seed="0")[0]["top1"]), abs=1e-6)
+    assert {row["graph"] for row in rows} == {row["plain"] for row in rows} == {exported.proven.structural.sha256}
     for name in ("table.md", "table.html"):
         text = (out / name).read_text(encoding="utf-8")
         assert "acb" in text
-        assert done.proven.structural.sha256[:12] in text
+        assert exported.proven.structural.sha256[:12] in text
 
     # The test split: not before all is there; then by validation's choice, once.
     with pytest.raises(FgvcError, match="2 runs are missing"):
@@ -129,11 +129,11 @@ def test_a_study_from_estimate_to_test(tmp_path: Path, recipe_tree: dict, monkey
 def lines_of(rows: list[dict[str, str]], arm: str, seed: str = "") -> list[dict[str, Any]]:
     """Mean top-1 by trial, over all seeds or of one."""
     rows = [row for row in rows if row["arm"] == arm and seed in ("", row["seed"])]
-    found = []
+    means = []
     for trial in sorted({row["trial"] for row in rows}):
         mine = [row for row in rows if row["trial"] == trial]
-        found.append({"trial": trial, "top1": lines(mine, split="val", budget="epochs")[0].top1})
-    return found
+        means.append({"trial": trial, "top1": lines(mine, split="val", budget="epochs")[0].top1})
+    return means
 
 
 def test_the_command_says_what_it_will_take_and_where_the_table_is(
@@ -148,9 +148,9 @@ def test_the_command_says_what_it_will_take_and_where_the_table_is(
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 1
-    said = capsys.readouterr()
-    assert said.out.strip() == str(tmp_path / "out/table.html")
-    assert re.search(r"failed: diverges-1e-s0: .*NaN or infinite", said.err)
+    captured = capsys.readouterr()
+    assert captured.out.strip() == str(tmp_path / "out/table.html")
+    assert re.search(r"failed: diverges-1e-s0: .*NaN or infinite", captured.err)
     with pytest.raises(SystemExit) as ended:
         main([*command, "--test", "--seed", "0"])
     assert ended.value.code == 2
@@ -376,10 +376,10 @@ def test_where_there_are_boxes_it_says_where_a_run_looks(
     out, keys = tmp_path / "out", {"seeds": [0], "settings": {"image.size": 64}}
     assert run.ablate(plan(tmp_path, boxed_tree, {"plain": {}}, localise=False, **keys), out) == []
     assert "max_box_acc_v2" not in read(out)[0]
-    asked = plan(tmp_path, boxed_tree, {"plain": {}}, **keys)
+    study = plan(tmp_path, boxed_tree, {"plain": {}}, **keys)
     monkeypatch.setattr(result, "train", lambda *_: pytest.fail("trained again"))
-    assert run.ablate(asked, out) == []
-    assert run.estimate(asked, out).cells == []
+    assert run.ablate(study, out) == []
+    assert run.estimate(study, out).cells == []
     (row,) = read(out)
     true = api.localize(out / "runs/plain-1e-s0", "val").boxes["true"]
     for name in ("box_acc_v2", "max_box_acc_v2"):
@@ -410,11 +410,11 @@ def test_folds_ask_about_each_image_of_train_once_and_leave_test_alone(
     arms, out = {"plain": {}, "fast": {"optim.lr": 0.05}}, tmp_path / "out"
     real, calls = result.train, []
 
-    def stopped(*given: Any) -> Any:
-        calls.append(given[1].name)
+    def stopped(*arguments: Any) -> Any:
+        calls.append(arguments[1].name)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(*given)
+        return real(*arguments)
 
     monkeypatch.setattr(result, "train", stopped)
     study = plan(tmp_path, recipe_tree, arms, seeds=[0], folds=3)
@@ -429,18 +429,18 @@ def test_folds_ask_about_each_image_of_train_once_and_leave_test_alone(
     assert [(row["arm"], row["fold"], row["folds"]) for row in rows] == [
         (arm, fold, "3") for arm in arms for fold in ("0", "1", "2")
     ]
-    asked: list[str] = []
+    paths: list[str] = []
     right = []
     for row in rows[:3]:
-        seen = load_run(out / "runs" / f"plain-1e-s0-f{row['fold']}of3")
-        trained, judged = (set(seen.index.paths[seen.index.rows(split)].tolist()) for split in ("train", "val"))
+        loaded = load_run(out / "runs" / f"plain-1e-s0-f{row['fold']}of3")
+        trained, judged = (set(loaded.index.paths[loaded.index.rows(split)].tolist()) for split in ("train", "val"))
         assert not trained & judged
-        asked += sorted(judged)
-        said = seen.answers(seen.rows_of("val")[1])
-        right += (said.logits.argmax(1) == said.labels).tolist()
+        paths += sorted(judged)
+        answers = loaded.answers(loaded.rows_of("val")[1])
+        right += (answers.logits.argmax(1) == answers.labels).tolist()
     root = Path(recipe_tree["data"]["root"])
     whole = {file.relative_to(root).as_posix() for split in ("train", "val") for file in root.glob(f"{split}/*/*.png")}
-    assert (len(asked), set(asked)) == (len(whole), whole)
+    assert (len(paths), set(paths)) == (len(whole), whole)
     line = lines(rows, split="val", budget="epochs")[0]
     assert (line.images, line.folds) == (60, 3)
     assert line.top1 == pytest.approx(sum(right) / 60)

@@ -33,25 +33,25 @@ def test_the_interval_of_a_median_holds_at_least_95_percent() -> None:
 
 def test_pairs_are_timed_in_turn_and_the_order_is_turned_round() -> None:
     calls: list[str] = []
-    found = bench.interleaved("x", lambda: calls.append("a"), lambda: calls.append("b"), pairs=4, warm_up=1)
+    ratio = bench.interleaved("x", lambda: calls.append("a"), lambda: calls.append("b"), pairs=4, warm_up=1)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab" + "ba"
-    assert found.low <= found.median <= found.high
+    assert ratio.low <= ratio.median <= ratio.high
 
 
 def test_what_happens_in_some_steps_happens_in_some_that_are_timed(recipe_tree: dict) -> None:
     half = {"mixup": {"probability": 0.5}}
-    made = recipe(recipe_tree, techniques=half, train=recipe_tree["train"] | {"epochs": 40})
+    half_mixed = recipe(recipe_tree, techniques=half, train=recipe_tree["train"] | {"epochs": 40})
     mixed = []
-    with process_group(made.train) as process, open_session(made, process) as session:
+    with process_group(half_mixed.train) as process, open_session(half_mixed, process) as session:
         step = bench.step_on_one_batch(session)
         real = session.step.forward
 
-        def seen(*given: Any) -> Any:
-            losses, views = real(*given)
+        def recording(*arguments: Any) -> Any:
+            losses, views = real(*arguments)
             mixed.append(len(views[0].target) == 2)
             return losses, views
 
-        session.step.forward = seen
+        session.step.forward = recording
         for _ in range(20):
             step()
     assert set(mixed) == {True, False}
@@ -61,11 +61,11 @@ def test_each_technique_is_set_beside_the_passes_it_should_cost(tmp_path: Path, 
     train = boxed_tree["train"] | {"grad_accum_steps": 2}
     sections = {"train": train, "image": {"size": 64}, "ema": {"decay": 0.9}}
     chosen = {"dcl": {"grid": 4, "bn": "own"}, "cam_erasing": {"source": "ema"}}
-    found = bench.bench_each(recipe(boxed_tree, **sections, techniques=chosen), pairs=1, warm_up=0)
-    expected = {ratio.name.split()[1]: ratio.expected for ratio in found}
+    ratios = bench.bench_each(recipe(boxed_tree, **sections, techniques=chosen), pairs=1, warm_up=0)
+    expected = {ratio.name.split()[1]: ratio.expected for ratio in ratios}
     more = {"dcl": 2, "cam_erasing": 4 / 3, "snapmix": 4 / 3, "distill": 4 / 3, "attention_crop_drop": 3}
     assert expected == {kind: pytest.approx(more.get(kind, 1)) for kind in ("plain", *settings_by_kind())}
-    bench.write_csv(tmp_path / "each.csv", found)
+    bench.write_csv(tmp_path / "each.csv", ratios)
     with (tmp_path / "each.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["expected"]) for row in rows] == pytest.approx(list(expected.values()), abs=1e-4)
@@ -79,18 +79,18 @@ def test_a_teacher_is_timed_by_itself_and_expected_on_top(
     monkeypatch.setattr(bench, "settings_by_kind", lambda: only)
     run = once.run(recipe(recipe_tree))
     teachers = {"distill": {"teachers": [{"kind": "run", "path": str(run)}]}}
-    found = bench.bench_each(recipe(recipe_tree, techniques=teachers), pairs=1, warm_up=0)
-    rows = {ratio.name.partition(" ")[2]: ratio for ratio in found}
-    (answer,) = (ratio for ratio in found if ratio.name.startswith("teacher: "))
+    ratios = bench.bench_each(recipe(recipe_tree, techniques=teachers), pairs=1, warm_up=0)
+    rows = {ratio.name.partition(" ")[2]: ratio for ratio in ratios}
+    (answer,) = (ratio for ratio in ratios if ratio.name.startswith("teacher: "))
     assert str(run) in answer.name
     (step,) = (ratio for name, ratio in rows.items() if name.startswith("distill"))
     assert step.expected == pytest.approx(1 + answer.median)
 
 
 def test_maps_that_the_net_has_are_set_beside_a_step(tmp_path: Path, recipe_tree: dict) -> None:
-    found = bench.bench_maps(recipe(recipe_tree), pairs=2)
-    assert [ratio.name.split(" /")[0] for ratio in found] == ["map: cam", "map: gradcam", "map: gradcam++"]
-    bench.write_csv(tmp_path / "maps.csv", [replace(found[0], expected=1.0), *found[1:]])
+    ratios = bench.bench_maps(recipe(recipe_tree), pairs=2)
+    assert [ratio.name.split(" /")[0] for ratio in ratios] == ["map: cam", "map: gradcam", "map: gradcam++"]
+    bench.write_csv(tmp_path / "maps.csv", [replace(ratios[0], expected=1.0), *ratios[1:]])
     with (tmp_path / "maps.csv").open() as file:
         assert [row["expected"] for row in csv.DictReader(file)] == ["1.0000", "", ""]
     none = bench.bench_maps(recipe(recipe_tree, model={"backbone": "test_vit", "kwargs": {"img_size": 32}}), pairs=2)
@@ -98,11 +98,11 @@ def test_maps_that_the_net_has_are_set_beside_a_step(tmp_path: Path, recipe_tree
 
 
 def test_the_others_run_and_name_what_they_compare(tmp_path: Path, recipe_tree: dict) -> None:
-    made = recipe(recipe_tree, export={"exporter": "torchscript"})
+    torchscript = recipe(recipe_tree, export={"exporter": "torchscript"})
     names = [
-        bench.bench_train(made, pairs=6).name,
-        bench.bench_load(made, workers=0, pairs=2).name,
-        bench.bench_export(made, pairs=1).name,
+        bench.bench_train(torchscript, pairs=6).name,
+        bench.bench_load(torchscript, workers=0, pairs=2).name,
+        bench.bench_export(torchscript, pairs=1).name,
     ]
     assert [name.split(" (")[0] for name in names] == [
         "step: fgvc / bare",
@@ -112,14 +112,14 @@ def test_the_others_run_and_name_what_they_compare(tmp_path: Path, recipe_tree: 
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "message"),
     [
         ({"train": {"grad_accum_steps": 2}}, "no accumulation"),
         ({"optim": {"sam": {}}}, "neither SAM"),
         ({"loss": {"kind": "bce"}}, "other losses"),
     ],
 )
-def test_the_bare_step_is_no_more_than_that(recipe_tree: dict, sections: dict, said: str) -> None:
+def test_the_bare_step_is_no_more_than_that(recipe_tree: dict, sections: dict, message: str) -> None:
     tree = recipe_tree | {key: recipe_tree.get(key, {}) | value for key, value in sections.items()}
-    with pytest.raises(bench.FgvcError, match=said):
+    with pytest.raises(bench.FgvcError, match=message):
         bench.bench_train(recipe(tree), pairs=1)

@@ -39,8 +39,8 @@ def write(tmp_path: Path, recipe_tree: dict):
 def test_merged_settings_are_in_the_tree_and_nothing_else_is_lost(tree: dict, settings: dict) -> None:
     before = copy.deepcopy(tree)
     merge(tree, settings)
-    after, wanted = dict(leaves(tree)), dict(leaves(settings))
-    for key, value in wanted.items():
+    after, changes = dict(leaves(tree)), dict(leaves(settings))
+    for key, value in changes.items():
         if value == {}:  # a section: it is there, and keeps what it held
             at: Any = tree
             for part in key.split("."):
@@ -49,7 +49,7 @@ def test_merged_settings_are_in_the_tree_and_nothing_else_is_lost(tree: dict, se
         else:
             assert after[key] == value
     for key, value in leaves(before):
-        overlaps = any(key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.") for k in wanted)
+        overlaps = any(key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.") for k in changes)
         assert overlaps or after[key] == value
 
 
@@ -75,17 +75,17 @@ def test_trials_are_numbered_and_cells_go_seed_by_seed(write: Any) -> None:
     plan = read_study(path)
     assert [trial.name for trial in plan.trials] == ["plain", "plain.2", "mixup"]
     costs = {trial.name: Cost(1.0, 20.0) for trial in plan.trials}
-    found = cells(plan, epochs_by_budget(plan, costs))
-    assert [cell.name for cell in found] == [f"{name}-2e-s{seed}" for seed in (3, 4) for name in costs]
-    assert found[-1].recipe.train.seed == 4
-    assert training_hours(found, costs) == pytest.approx(6 * 2 * 10 * 2.0 / 3600)
+    planned = cells(plan, epochs_by_budget(plan, costs))
+    assert [cell.name for cell in planned] == [f"{name}-2e-s{seed}" for seed in (3, 4) for name in costs]
+    assert planned[-1].recipe.train.seed == 4
+    assert training_hours(planned, costs) == pytest.approx(6 * 2 * 10 * 2.0 / 3600)
 
 
 def test_equal_seconds_give_a_dear_arm_fewer_epochs_and_share_runs(write: Any) -> None:
     plan = read_study(write(seeds=[0], budget=["epochs", "seconds"], settings={"train.epochs": 12}))
     # The base: 12 epochs of 20 s are 240 s. mixup: an epoch takes 50 s, so 4.8 epochs: 5.
-    found = cells(plan, epochs_by_budget(plan, {"plain": Cost(1.0, 20.0), "mixup": Cost(2.5, 50.0)}))
-    assert [(cell.name, cell.budgets) for cell in found] == [
+    planned = cells(plan, epochs_by_budget(plan, {"plain": Cost(1.0, 20.0), "mixup": Cost(2.5, 50.0)}))
+    assert [(cell.name, cell.budgets) for cell in planned] == [
         ("plain-12e-s0", ("epochs", "seconds")),
         ("mixup-12e-s0", ("epochs",)),
         ("mixup-5e-s0", ("seconds",)),
@@ -93,7 +93,7 @@ def test_equal_seconds_give_a_dear_arm_fewer_epochs_and_share_runs(write: Any) -
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "message"),
     [
         (
             {"arms": {"plain": {}, "bad": {"optim.lrr": 1}}},
@@ -121,8 +121,8 @@ def test_equal_seconds_give_a_dear_arm_fewer_epochs_and_share_runs(write: Any) -
         ({"base": "nowhere"}, "nowhere: no such file, nor a recipe's id"),
     ],
 )
-def test_what_is_no_study_is_refused_by_file_and_arm(write: Any, keys: dict, said: str) -> None:
-    with pytest.raises(FgvcError, match=said):
+def test_what_is_no_study_is_refused_by_file_and_arm(write: Any, keys: dict, message: str) -> None:
+    with pytest.raises(FgvcError, match=message):
         read_study(write(**keys))
 
 
@@ -136,11 +136,11 @@ def test_epochs_of_their_own_are_a_budget(write: Any) -> None:
 def test_every_run_is_made_once_a_fold(write: Any, folds: Any, parts: list[tuple[int, int]]) -> None:
     plan = read_study(write(seeds=[3, 4], folds=folds))
     costs = {trial.name: Cost(1.0, 20.0) for trial in plan.trials}
-    found = cells(plan, epochs_by_budget(plan, costs))
-    assert [(cell.seed, cell.fold, cell.trial.arm) for cell in found] == [
+    planned = cells(plan, epochs_by_budget(plan, costs))
+    assert [(cell.seed, cell.fold, cell.trial.arm) for cell in planned] == [
         (seed, part, arm) for seed in (3, 4) for part in parts for arm in ("plain", "mixup")
     ]
-    assert all(cell.recipe.data.fold == cell.fold for cell in found)
-    assert found[0].name == f"plain-2e-s3-f{parts[0][0]}of{parts[0][1]}"
-    assert len({cell.name for cell in found}) == len(found)
+    assert all(cell.recipe.data.fold == cell.fold for cell in planned)
+    assert planned[0].name == f"plain-2e-s3-f{parts[0][0]}of{parts[0][1]}"
+    assert len({cell.name for cell in planned}) == len(planned)
     assert all(trial.recipe.data.fold == parts[0] for trial in plan.trials)

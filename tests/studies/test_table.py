@@ -40,12 +40,12 @@ def rows(**keys: Any) -> list[dict[str, Any]]:
 def test_the_interval_is_students_over_the_seeds() -> None:
     # d = 0.03, 0.02, 0.03: mean 0.0266667, sd 0.0057735, t(0.975, 2) = 4.30265, half = 4.30265 * 0.0057735 / sqrt(3)
     runs, base_runs = ([row(arm, s, x) for s, x in enumerate(tops)] for arm, tops in (("other", OTHER), ("plain", PLAIN)))
-    found = paired_difference(runs, base_runs)
-    assert found is not None
-    assert found.mean == pytest.approx(0.0266667, abs=1e-6)
-    assert found.over_seeds == pytest.approx((0.0266667 - 0.0143422, 0.0266667 + 0.0143422), abs=1e-6)
-    assert found.over_images is None
-    assert (found.seeds, found.verdict) == (3, "gain")
+    difference = paired_difference(runs, base_runs)
+    assert difference is not None
+    assert difference.mean == pytest.approx(0.0266667, abs=1e-6)
+    assert difference.over_seeds == pytest.approx((0.0266667 - 0.0143422, 0.0266667 + 0.0143422), abs=1e-6)
+    assert difference.over_images is None
+    assert (difference.seeds, difference.verdict) == (3, "gain")
 
 
 @given(st.lists(st.tuples(SHARES, SHARES), min_size=2, max_size=8), st.randoms())
@@ -53,24 +53,24 @@ def test_pairs_are_by_seed_whatever_the_order(pairs: list[tuple[float, float]], 
     mine = [row("other", seed, a) for seed, (a, _) in enumerate(pairs)]
     theirs = [row("plain", seed, b) for seed, (_, b) in enumerate(pairs)]
     random.shuffle(theirs)
-    found = paired_difference(mine, theirs)
-    assert found is not None
-    assert found.mean == pytest.approx(statistics.mean(a - b for a, b in pairs), abs=1e-12)
+    difference = paired_difference(mine, theirs)
+    assert difference is not None
+    assert difference.mean == pytest.approx(statistics.mean(a - b for a, b in pairs), abs=1e-12)
     back = paired_difference(theirs, mine)
     assert back is not None
-    assert back.mean == pytest.approx(-found.mean, abs=1e-12)
-    if found.over_seeds is None:
+    assert back.mean == pytest.approx(-difference.mean, abs=1e-12)
+    if difference.over_seeds is None:
         assert back.over_seeds is None
     else:
-        assert back.over_seeds == pytest.approx((-found.over_seeds.high, -found.over_seeds.low), abs=1e-12)
+        assert back.over_seeds == pytest.approx((-difference.over_seeds.high, -difference.over_seeds.low), abs=1e-12)
 
 
 def test_one_seed_has_no_interval_and_no_verdict() -> None:
-    found = paired_difference([row("other", 0, 0.9), row("other", 5, 0.1)], [row("plain", 0, 0.5)])
-    assert found is not None
-    assert (found.seeds, found.verdict) == (1, "unclear")
-    assert found.mean == pytest.approx(0.4)
-    assert found.over_seeds is None
+    difference = paired_difference([row("other", 0, 0.9), row("other", 5, 0.1)], [row("plain", 0, 0.5)])
+    assert difference is not None
+    assert (difference.seeds, difference.verdict) == (1, "unclear")
+    assert difference.mean == pytest.approx(0.4)
+    assert difference.over_seeds is None
     assert paired_difference([row("other", 1, 0.9)], [row("plain", 0, 0.5)]) is None
 
 
@@ -106,9 +106,10 @@ def test_equal_differences_are_no_verdict() -> None:
     for images, tops in ((100, (0.5, 0.5)), (100, (0.7, 0.68)), (750, (0.472, 0.456))):
         plain = [row("plain", s, top1, images=images) for s, top1 in enumerate(tops)]
         other = [row("other", s, round(top1 + 3 / images, 6), images=images) for s, top1 in enumerate(tops)]
-        found = paired_difference(other, plain)
-        assert found is not None
-        assert (found.mean, found.over_seeds, found.verdict) == (pytest.approx(3 / images), None, "unclear")
+        difference = paired_difference(other, plain)
+        assert difference is not None
+        assert difference.mean == pytest.approx(3 / images)
+        assert (difference.over_seeds, difference.verdict) == (None, "unclear")
 
 
 @given(st.integers(2, 60), st.integers(1, 3), st.integers(0, 2**32 - 1))
@@ -119,26 +120,27 @@ def test_the_interval_over_images_is_that_of_the_paired_images(images: int, seed
         [row(arm, s, bits.mean(), images=images, right=pack(bits)) for s, bits in enumerate(right)]
         for arm, right in (("other", mine), ("plain", theirs))
     )
-    found = paired_difference(a, b)
-    assert found is not None
-    assert found.over_images is not None
+    difference = paired_difference(a, b)
+    assert difference is not None
+    assert difference.over_images is not None
     apart = (mine.astype(float) - theirs).mean(0)
     error = scipy.stats.sem(apart)
-    assert found.over_images == pytest.approx(
+    assert difference.over_images == pytest.approx(
         (apart.mean() - 1.959964 * error, apart.mean() + 1.959964 * error), abs=1e-6
     )
-    assert sum(found.over_images) / 2 == pytest.approx(found.mean, abs=1e-12)
+    assert sum(difference.over_images) / 2 == pytest.approx(difference.mean, abs=1e-12)
 
 
 def test_one_seed_and_many_images_are_a_verdict_about_the_images() -> None:
     right = np.arange(1000) < 700
-    known = [row("plain", 0, 0.7, images=1000, right=pack(right)), row("other", 0, 0.8, images=1000)]
-    found = paired_difference([known[1] | {"right": pack(np.arange(1000) < 800)}], known[:1])
-    assert found is not None
-    assert (found.over_seeds, found.verdict) == (None, "gain")
-    assert paired_difference(known[1:], known[:1]).verdict == "unclear"  # type: ignore[union-attr]  # it isn't known which were right
-    other = [known[1] | {"right": pack(right[:999]), "images": 999}]
-    assert paired_difference(other, known[:1]).over_images is None  # type: ignore[union-attr]  # other images
+    rows = [row("plain", 0, 0.7, images=1000, right=pack(right)), row("other", 0, 0.8, images=1000)]
+    difference = paired_difference([rows[1] | {"right": pack(np.arange(1000) < 800)}], rows[:1])
+    assert difference is not None
+    assert (difference.over_seeds, difference.verdict) == (None, "gain")
+    # Of the other row it isn't known which were right.
+    assert paired_difference(rows[1:], rows[:1]).verdict == "unclear"  # type: ignore[union-attr]
+    other = [rows[1] | {"right": pack(right[:999]), "images": 999}]
+    assert paired_difference(other, rows[:1]).over_images is None  # type: ignore[union-attr]  # other images
 
 
 def test_bits_of_a_cell_survive_a_csv_whatever_they_look_like() -> None:
@@ -216,14 +218,15 @@ def test_folds_are_judged_as_if_one_net_had_been_asked_about_all(sizes: list[int
         arms[arm] += folded(arm, s, dict(enumerate(np.split(bits, cuts))))
         whole[arm].append(row(arm, s, bits.mean(), images=len(bits), right=pack(bits)))
     draw.shuffle(arms["other"])
-    found, expected = paired_difference(arms["other"], arms["plain"]), paired_difference(whole["other"], whole["plain"])
-    assert found is not None
+    difference = paired_difference(arms["other"], arms["plain"])
+    expected = paired_difference(whole["other"], whole["plain"])
+    assert difference is not None
     assert expected is not None
-    assert (found.mean, found.seeds) == (pytest.approx(expected.mean, abs=1e-12), seeds)
-    assert found.over_images == pytest.approx(expected.over_images, abs=1e-12)
-    assert (found.over_seeds is None) == (expected.over_seeds is None)
-    if found.over_seeds is not None:
-        assert found.over_seeds == pytest.approx(expected.over_seeds, abs=1e-9)
+    assert (difference.mean, difference.seeds) == (pytest.approx(expected.mean, abs=1e-12), seeds)
+    assert difference.over_images == pytest.approx(expected.over_images, abs=1e-12)
+    assert (difference.over_seeds is None) == (expected.over_seeds is None)
+    if difference.over_seeds is not None:
+        assert difference.over_seeds == pytest.approx(expected.over_seeds, abs=1e-9)
     pooled, alone = (lines([*of["plain"], *of["other"]], split="val", budget="epochs")[1] for of in (arms, whole))
     assert (pooled.seeds, pooled.folds, pooled.images) == (seeds, len(sizes), sum(sizes))
     assert (alone.folds, alone.images) == (0, sum(sizes))
@@ -235,11 +238,11 @@ def test_an_arm_that_lacks_folds_is_compared_on_those_that_it_has() -> None:
     bits = [np.arange(10) < right for right in (5, 6, 7)]
     plain = folded("plain", 0, dict(enumerate(bits)))
     other = folded("other", 0, {0: np.arange(10) < 6, 2: np.arange(10) < 9})
-    found = paired_difference(other, plain)
-    assert found is not None
-    assert found.mean == pytest.approx((1 + 2) / 20)
-    assert found.over_images is not None
-    assert sum(found.over_images) / 2 == pytest.approx(3 / 20)
+    difference = paired_difference(other, plain)
+    assert difference is not None
+    assert difference.mean == pytest.approx((1 + 2) / 20)
+    assert difference.over_images is not None
+    assert sum(difference.over_images) / 2 == pytest.approx(3 / 20)
     table = lines([*plain, *other], split="val", budget="epochs")
     assert [(line.seeds, line.folds, line.images) for line in table] == [(1, 3, 30), (1, 2, 20)]
     assert "| 1 x 2 folds | 75.00 |" in markdown(table)
@@ -254,12 +257,13 @@ def test_nets_of_all_folds_are_asked_about_the_same_test_images() -> None:
         [one for seed in range(2) for one in folded(arm, seed, dict(enumerate(right[seed])), split="test")]
         for arm, right in (("other", mine), ("plain", theirs))
     )
-    found = paired_difference(a, b)
-    assert found is not None
+    difference = paired_difference(a, b)
+    assert difference is not None
     apart = (mine.astype(float) - theirs).mean((0, 1))
-    assert found.mean == pytest.approx(apart.mean())
+    assert difference.mean == pytest.approx(apart.mean())
     error = scipy.stats.sem(apart)
-    assert found.over_images == pytest.approx((apart.mean() - 1.959964 * error, apart.mean() + 1.959964 * error), abs=1e-6)
+    low, high = apart.mean() - 1.959964 * error, apart.mean() + 1.959964 * error
+    assert difference.over_images == pytest.approx((low, high), abs=1e-6)
     line = lines(a, split="test", budget="epochs")[0]
     assert (line.images, line.seeds, line.folds) == (40, 2, 3)
     assert line.top1 == pytest.approx(mine.mean())
@@ -276,22 +280,23 @@ def test_the_floor_is_a_line_and_every_arm_stands_beside_its_own() -> None:
     draw = np.random.default_rng(1)
     floor, plain, other = draw.random((3, 100)) < np.array([[0.6], [0.5], [0.8]])
     facts = {"floor": floor.mean(), "floor_right": pack(floor)}
-    known = [row("plain", 0, plain.mean(), right=pack(plain), **facts), row("other", 0, other.mean(), right=pack(other), **facts)]
-    read = list(csv.DictReader(io.StringIO(as_csv(known))))
-    for rows_ in (known, read):
-        found = lines(rows_, split="val", budget="epochs")
-        assert [line.arm for line in found] == ["floor", "plain", "other"]
-        assert found[0].top1 == pytest.approx(floor.mean())
-        assert found[0].to_base is not None
-        assert found[0].to_base.mean == pytest.approx(floor.mean() - plain.mean())
-        for line, right in zip(found[1:], (plain, other), strict=True):
+    arms = {"plain": plain, "other": other}
+    both = [row(arm, 0, right.mean(), right=pack(right), **facts) for arm, right in arms.items()]
+    read = list(csv.DictReader(io.StringIO(as_csv(both))))
+    for rows_ in (both, read):
+        lines_ = lines(rows_, split="val", budget="epochs")
+        assert [line.arm for line in lines_] == ["floor", "plain", "other"]
+        assert lines_[0].top1 == pytest.approx(floor.mean())
+        assert lines_[0].to_base is not None
+        assert lines_[0].to_base.mean == pytest.approx(floor.mean() - plain.mean())
+        for line, right in zip(lines_[1:], (plain, other), strict=True):
             assert line.over_floor is not None
             apart = right.astype(float) - floor
             assert line.over_floor.mean == pytest.approx(apart.mean())
             half = 1.959964 * scipy.stats.sem(apart)
             assert line.over_floor.over_images == pytest.approx((apart.mean() - half, apart.mean() + half), abs=1e-6)
-        assert markdown(found).splitlines()[2].startswith("| floor | ")
-    assert best_trials(known, budget="epochs")["plain"] == 1
+        assert markdown(lines_).splitlines()[2].startswith("| floor | ")
+    assert best_trials(both, budget="epochs")["plain"] == 1
     without = lines([row("plain", 0, 0.5), row("other", 0, 0.6)], split="val", budget="epochs")
     assert [line.arm for line in without] == ["plain", "other"]
     assert "floor" not in markdown(without)

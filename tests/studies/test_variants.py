@@ -56,52 +56,52 @@ def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(run: Path) -> api.Exported:
+def exported(run: Path) -> api.Exported:
     # Twelve images: one of them is 8 %, and on which of them int8 errs is the processor's affair. So the bars are low.
-    wanted = api.Variants(int8=SMALL, fp16=True, agreement=0.5)
+    variants = api.Variants(int8=SMALL, fp16=True, agreement=0.5)
     with pytest.MonkeyPatch.context() as patch:
         for name, bars in (("INT8", INT8), ("FP16", FP16)):
             patch.setattr(variant, name, replace(bars, loss=0.5))
-        return api.export(run, run.parent / "bundle", variants=wanted)
+        return api.export(run, run.parent / "bundle", variants=variants)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp16"])
-def test_the_report_is_what_one_finds_by_hand(done: api.Exported, colours: Path, kind: str) -> None:
-    bundle = load_bundle(done.bundle)
+def test_the_report_is_what_one_finds_by_hand(exported: api.Exported, colours: Path, kind: str) -> None:
+    bundle = load_bundle(exported.bundle)
     paths = sorted((colours / "val").rglob("*.png"))
     x = np.stack([preprocess(decode(path), bundle.preprocess) for path in paths])
     labels = np.array([bundle.labels.index(path.parent.name) for path in paths])
-    z, said = (
+    z, variant_z = (
         onnxruntime.InferenceSession(bundle.folder / name).run(None, {"input": x})[0]
         for name in ("model.onnx", f"model.{kind}.onnx")
     )
     section = bundle.contract[kind]
-    found = section["agreement"]
-    assert found["images"] == len(paths) == 12
-    assert found["split"] == "val"
-    assert found["share"] == (z.argmax(1) == said.argmax(1)).mean()
-    assert found["top1"] == (said.argmax(1) == labels).mean()
-    assert found["top1_float"] == (z.argmax(1) == labels).mean()
-    assert found["worst"] == pytest.approx(np.abs(said.astype(float) - z).max(), rel=1e-3)
-    assert found["differing"] == len(found["worst_images"]) == (z.argmax(1) != said.argmax(1)).sum()
-    assert found["bars"]["agreement"] == 0.5
+    agreement = section["agreement"]
+    assert agreement["images"] == len(paths) == 12
+    assert agreement["split"] == "val"
+    assert agreement["share"] == (z.argmax(1) == variant_z.argmax(1)).mean()
+    assert agreement["top1"] == (variant_z.argmax(1) == labels).mean()
+    assert agreement["top1_float"] == (z.argmax(1) == labels).mean()
+    assert agreement["worst"] == pytest.approx(np.abs(variant_z.astype(float) - z).max(), rel=1e-3)
+    assert agreement["differing"] == len(agreement["worst_images"]) == (z.argmax(1) != variant_z.argmax(1)).sum()
+    assert agreement["bars"]["agreement"] == 0.5
     assert section["bytes"] == (bundle.folder / f"model.{kind}.onnx").stat().st_size
 
 
-def test_the_bundle_says_how_int8_was_made_and_proves_again(done: api.Exported) -> None:
-    bundle = load_bundle(done.bundle)
+def test_the_bundle_says_how_int8_was_made_and_proves_again(exported: api.Exported) -> None:
+    bundle = load_bundle(exported.bundle)
     assert {"model.int8.onnx", "model.fp16.onnx", "model.onnx"} <= bundle.files.keys()
     section = bundle.contract["int8"]
     assert (section["images"], section["float_layers"]) == (24, 2)
     assert isinstance(section["reduce_range"], bool)
-    checks = {check.name: check for check in api.verify(done.bundle).checks}  # type: ignore[union-attr]
+    checks = {check.name: check for check in api.verify(exported.bundle).checks}  # type: ignore[union-attr]
     assert checks["int8"].passed
     assert checks["fp16"].passed
     assert "as a plain model's becomes" in checks["int8"].detail
 
 
-def test_another_structure_or_lower_agreement_than_the_contracts_fails(done: api.Exported, tmp_path: Path) -> None:
-    files = {path.name: path.read_bytes() for path in done.bundle.iterdir() if path.name != "manifest.json"}
+def test_another_structure_or_lower_agreement_than_the_contracts_fails(exported: api.Exported, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in exported.bundle.iterdir() if path.name != "manifest.json"}
     contract = json.loads(files["contract.json"])
     contract["versions"]["torch"] = "1.0"  # the plain model is not made again: quicker
     contract["int8"]["sha256"] = "0" * 64
@@ -119,17 +119,18 @@ def test_another_structure_or_lower_agreement_than_the_contracts_fails(done: api
 
 
 def test_the_engine_and_predict_take_either(
-    done: api.Exported, colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: api.Exported, colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {path.name: path.read_bytes() for path in done.bundle.iterdir() if path.name != "manifest.json"}
+    files = {path.name: path.read_bytes() for path in exported.bundle.iterdir() if path.name != "manifest.json"}
     proto = onnx.load_from_string(files["model.onnx"])
-    told = {"model.onnx": 0, "model.int8.onnx": 1, "model.fp16.onnx": 2}  # each names another class, whatever it is shown
-    write_bundle(tmp_path / "told", files=files | {n: serialised(of_one_answer(proto, k)) for n, k in told.items()})
+    # Each names another class, whatever it is shown.
+    answers = {"model.onnx": 0, "model.int8.onnx": 1, "model.fp16.onnx": 2}
+    write_bundle(tmp_path / "told", files=files | {n: serialised(of_one_answer(proto, k)) for n, k in answers.items()})
     bundle, picture = load_bundle(tmp_path / "told"), decode(next((colours / "test" / "red").iterdir()))
-    for variant_of, wanted in (("float", 0), ("int8", 1), ("fp16", 2)):
-        assert Engine(bundle, variant=variant_of).classify([picture])[0].predictions[0].index == wanted
+    for variant_of, expected in (("float", 0), ("int8", 1), ("fp16", 2)):
+        assert Engine(bundle, variant=variant_of).classify([picture])[0].predictions[0].index == expected
     with pytest.raises(SystemExit) as ended:
-        main(["predict", str(done.bundle), str(colours / "test" / "red"), "--variant", "int8"])
+        main(["predict", str(exported.bundle), str(colours / "test" / "red"), "--variant", "int8"])
     assert not ended.value.code
     assert len(capsys.readouterr().out.splitlines()) == 4
     del files["model.int8.onnx"]
@@ -150,21 +151,25 @@ def of_one_answer(proto: onnx.ModelProto, answer: int = 0) -> onnx.ModelProto:
 
 
 def test_a_file_that_answers_otherwise_is_refused_and_no_bundle_written(
-    run: Path, done: api.Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    exported: api.Exported,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     again = tmp_path / "run"
     shutil.copytree(run, again)
     monkeypatch.setattr(made, "quantise", lambda *args, **settings: of_one_answer(quantise(*args, **settings)))
-    monkeypatch.setattr(proving.PlainBackbone, "prove", lambda *_: done.proven)
+    monkeypatch.setattr(proving.PlainBackbone, "prove", lambda *_: exported.proven)
     with pytest.raises(SystemExit) as ended:
         main(["export", str(again), "-o", str(tmp_path / "b"), "--int8", "--int8-float", "2"])
     assert ended.value.code == 2
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert re.search(
-        r"model\.int8\.onnx is refused:\n  answers as the float file for \d+\.\d\d % of 12 val images", said
+        r"model\.int8\.onnx is refused:\n  answers as the float file for \d+\.\d\d % of 12 val images", message
     )
-    assert "--int8-images" in said
-    assert "becomes" in said
+    assert "--int8-images" in message
+    assert "becomes" in message
     assert not (tmp_path / "b").exists()
     page = (again / "reports" / "int8.html").read_text()
     assert "Refused:" in page
@@ -173,12 +178,12 @@ def test_a_file_that_answers_otherwise_is_refused_and_no_bundle_written(
 
 
 def test_logits_that_overflow_in_sixteen_bits_are_refused(
-    run: Path, done: api.Exported, monkeypatch: pytest.MonkeyPatch
+    run: Path, exported: api.Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask = variant._answers
-    monkeypatch.setattr(variant, "_answers", lambda *given: broken_from(ask(*given), given[1] != done.proven.model))
+    monkeypatch.setattr(variant, "_answers", lambda *args: broken_from(ask(*args), args[1] != exported.proven.model))
     with pytest.raises(FgvcError, match=r"model\.fp16\.onnx is refused:\n  gives logits that are no numbers .* for 1 of 12 val"):
-        variant.make_variants(load_run(run), done.proven, api.Variants(fp16=True))
+        variant.make_variants(load_run(run), exported.proven, api.Variants(fp16=True))
 
 
 def broken_from(answers: Answers, broken: bool) -> Answers:
@@ -191,8 +196,8 @@ def test_an_opset_without_scales_for_channels_leaves_int8_out_and_says_so(
     with pytest.raises(SystemExit) as ended:
         main(["export", str(run), "-o", str(tmp_path / "b"), "--int8", "--opset", "11"])
     assert not ended.value.code
-    said = " ".join(capsys.readouterr().out.split())
-    assert "warning: no model.int8.onnx: it needs opset 13 or newer, and model.onnx is of opset 11" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "warning: no model.int8.onnx: it needs opset 13 or newer, and model.onnx is of opset 11" in output
     bundle = load_bundle(tmp_path / "b")
     assert onnx.load(bundle.model).opset_import[0].version == 11
     assert "explain.onnx" in bundle.files
@@ -208,10 +213,10 @@ def test_a_by_product_that_can_not_be_made_is_left_out_and_named(
         raise FgvcError("no such operator\nand more")
 
     monkeypatch.setattr(proving, "_explain", fails)
-    found = api.export(run, tmp_path / "b")
+    result = api.export(run, tmp_path / "b")
     assert "explain.onnx" not in load_bundle(tmp_path / "b").files
-    assert found.proven.warnings[-1] == "the bundle has no explain.onnx, which can't be made: no such operator"
-    assert "no such operator" in found.proven.contract["explain"]
+    assert result.proven.warnings[-1] == "the bundle has no explain.onnx, which can't be made: no such operator"
+    assert "no such operator" in result.proven.contract["explain"]
 
 
 def test_the_deployed_file_says_its_opset_itself(run: Path, tmp_path: Path) -> None:
@@ -228,22 +233,22 @@ def test_wrong_wishes_are_named(run: Path) -> None:
         api.Variants(int8=api.Int8(images=0))
 
 
-def test_without_a_validation_part_train_images_judge(run: Path, done: api.Exported) -> None:
-    seen = load_run(run)
-    splits = np.where(seen.index.splits == SPLITS.index("val"), SPLITS.index("test"), seen.index.splits)
-    vars(seen)["images"] = replace(seen.images, index=replace(seen.index, splits=splits))  # a cached property
-    (beside,) = variant.make_variants(seen, done.proven, api.Variants(fp16=True))
+def test_without_a_validation_part_train_images_judge(run: Path, exported: api.Exported) -> None:
+    loaded = load_run(run)
+    splits = np.where(loaded.index.splits == SPLITS.index("val"), SPLITS.index("test"), loaded.index.splits)
+    vars(loaded)["images"] = replace(loaded.images, index=replace(loaded.index, splits=splits))  # a cached property
+    (beside,) = variant.make_variants(loaded, exported.proven, api.Variants(fp16=True))
     assert (beside.agreement.split, beside.agreement.images) == ("train", 48)
 
 
 def test_the_command_lines_defaults_are_those_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, api.Variants] = {}
+    calls: dict[str, api.Variants] = {}
 
     def export(*_: object, variants: api.Variants, **__: object) -> None:
-        asked["variants"] = variants
+        calls["variants"] = variants
         raise FgvcError("enough")
 
     monkeypatch.setattr(api, "export", export)
     with pytest.raises(SystemExit):
         main(["export", "run", "-o", "out", "--int8"])
-    assert asked["variants"] == api.Variants(int8=api.Int8())
+    assert calls["variants"] == api.Variants(int8=api.Int8())

@@ -61,18 +61,18 @@ def painted(cells: Tensor) -> Batch:
     return Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(len(y), 2, 3))
 
 
-def made(model: nn.Module, data: Batch, **settings: object) -> tuple[StepModule, dict[str, Tensor]]:
+def run_step(model: nn.Module, data: Batch, **settings: object) -> tuple[StepModule, dict[str, Tensor]]:
     size = (data.x.shape[2], data.x.shape[3])
     step = StepModule(model, {"acol": build_technique(AcolSettings(**settings))}, size=size).double().train()
     return step, step(data, Draws(0.0))[0]
 
 
-def erased(cells: list[list[float]], seen: list[list[bool]], *, value: float = 0.6, most: float = 0.7) -> set:
+def erased(cells: list[list[float]], visible: list[list[bool]], *, value: float = 0.6, most: float = 0.7) -> set:
     """Cells at `value` of the highest seen one or above, of the min-max normalised map, at most the `most` first of all."""
     low, high = min(map(min, cells)), max(map(max, cells))
     side = len(cells)
     scaled = {
-        (i, j): (cells[i][j] - low) / (high - low) * seen[i][j] if high > low else 0.0
+        (i, j): (cells[i][j] - low) / (high - low) * visible[i][j] if high > low else 0.0
         for i in range(side)
         for j in range(side)
     }
@@ -87,35 +87,35 @@ def expected(model: nn.Module, data: Batch, heads: list[nn.Module] | None, chain
     with torch.no_grad():
         features = model.forward_features(data.x)
         weight = model.get_classifier().weight
-        total, gone = 0.0, 0
+        total, hidden = 0.0, 0
         for b, f in enumerate(features):
             side = f.shape[1]
             parts = [(int(y[b]), 1.0 if w is None else float(w[b])) for y, w in data.target]
             label = max(parts, key=lambda part: part[1])[0]
-            seen = [[True] * side for _ in range(side)]
+            visible = [[True] * side for _ in range(side)]
             cam = [[float(weight[label] @ f[:, i, j]) for j in range(side)] for i in range(side)]
             for number in range(chain):
-                for i, j in erased(cam, seen):
-                    seen[i][j] = False
-                rest = f * torch.tensor(seen)
+                for i, j in erased(cam, visible):
+                    visible[i][j] = False
+                rest = f * torch.tensor(visible)
                 if heads is None:
                     z = model.forward_head(rest[None])[0]
                     cam = [[float(weight[label] @ rest[:, i, j]) for j in range(side)] for i in range(side)]
                 else:
                     kernel, bias = heads[number].weight[:, :, 0, 0], heads[number].bias
-                    said = [[kernel @ rest[:, i, j] + bias for j in range(side)] for i in range(side)]
-                    z = sum(cell for row in said for cell in row) / side**2
-                    cam = [[float(cell[label]) for cell in row] for row in said]
+                    cell_logits = [[kernel @ rest[:, i, j] + bias for j in range(side)] for i in range(side)]
+                    z = sum(cell for row in cell_logits for cell in row) / side**2
+                    cam = [[float(cell[label]) for cell in row] for row in cell_logits]
                 log_sum = math.log(sum(math.exp(float(v)) for v in z))
                 total += sum(w * (log_sum - float(z[y])) for y, w in parts) / len(features) / chain
-            gone += side * side - sum(map(sum, seen))
-    return total, gone / (len(features) * side * side)
+            hidden += side * side - sum(map(sum, visible))
+    return total, hidden / (len(features) * side * side)
 
 
 @pytest.mark.parametrize("chain", [1, 2, 3])
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_term_is_its_formula(shared: bool, chain: int) -> None:
-    step, losses = made(net(), batch(), heads=chain, shared=shared, erased=0.5)
+    step, losses = run_step(net(), batch(), heads=chain, shared=shared, erased=0.5)
     heads = None if shared else [step.branches["acol"][f"head{i}"] for i in range(chain)]
     term, area = expected(net(), batch(), heads, chain)
     assert float(losses["acol.erased"].detach()) == pytest.approx(term, rel=1e-5)
@@ -127,17 +127,17 @@ def test_the_term_is_its_formula(shared: bool, chain: int) -> None:
 
 def test_by_hand_the_highest_cells_go_and_no_more_than_the_bound() -> None:
     cells = torch.tensor([[[10.0, 8, 7.9, 2], [0, 0, 0, 0], [0, 0, 6, 0], [0, 0, 0, 5.9]]], dtype=torch.float64)
-    step, losses = made(Pooled(), painted(cells))
+    step, losses = run_step(Pooled(), painted(cells))
     assert step.contexts["acol"].shown["erased"][1][0].nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [2, 2]]
     assert float(losses["acol.area"]) == pytest.approx(4 / 16)
-    step, losses = made(Pooled(), painted(cells), region={"value": 0.1, "area": (0.0, 0.13)})
+    step, losses = run_step(Pooled(), painted(cells), region={"value": 0.1, "area": (0.0, 0.13)})
     assert step.contexts["acol"].shown["erased"][1][0].nonzero().tolist() == [[0, 0], [0, 1]]
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_flat_map_erases_nothing(shared: bool) -> None:
     data = painted(torch.full((2, 4, 4), 3.0, dtype=torch.float64))
-    step, losses = made(Pooled(), data, shared=shared)
+    step, losses = run_step(Pooled(), data, shared=shared)
     assert float(losses["acol.area"]) == 0
     if shared:
         torch.testing.assert_close(losses["acol.erased"], losses["base"])
@@ -147,7 +147,7 @@ def test_a_flat_map_erases_nothing(shared: bool) -> None:
 
 
 def test_a_batch_of_one_is_like_any_other() -> None:
-    step, losses = made(net(), batch(1))
+    step, losses = run_step(net(), batch(1))
     term, area = expected(net(), batch(1), [step.branches["acol"]["head0"]])
     assert float(losses["acol.erased"].detach()) == pytest.approx(term, rel=1e-5)
     assert float(losses["acol.area"]) == pytest.approx(area, abs=1e-6)
@@ -155,7 +155,7 @@ def test_a_batch_of_one_is_like_any_other() -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_it_teaches_the_backbone_and_its_own_head(shared: bool) -> None:
-    step, losses = made(net(), batch(), shared=shared, heads=2)
+    step, losses = run_step(net(), batch(), shared=shared, heads=2)
     losses["acol.erased"].backward()
     assert next(step.net.parameters()).grad.abs().max() > 0
     assert (step.net.get_classifier().weight.grad is not None) == shared
@@ -167,7 +167,7 @@ def test_of_a_mixed_image_the_label_of_most_weight_says_what_is_erased() -> None
     data = batch(4)
     y, other, share = data.labels, data.labels.flip(0), torch.tensor([0.8, 0.3, 0.6, 0.1])
     data.target = [(y, share), (other, 1 - share)]
-    step, losses = made(net(), data, heads=2)
+    step, losses = run_step(net(), data, heads=2)
     term, area = expected(net(), data, list(step.branches["acol"].children()), 2)
     assert float(losses["acol.erased"].detach()) == pytest.approx(term, rel=1e-5)
     assert float(losses["acol.area"]) == pytest.approx(area, abs=1e-6)
@@ -186,7 +186,7 @@ def test_it_goes_with_mixup() -> None:
 
 
 def test_hidden_gives_the_papers_classifier_and_none_is_shared() -> None:
-    step, losses = made(net(), batch(), hidden=7)
+    step, losses = run_step(net(), batch(), hidden=7)
     shapes = [tuple(p.shape) for p in step.branches["acol"]["head0"].parameters() if p.ndim == 4]
     channels = step.net.num_features
     assert shapes == [(7, channels, 3, 3), (7, 7, 3, 3), (CLASSES, 7, 1, 1)]
@@ -202,7 +202,7 @@ def test_a_net_without_class_maps_is_refused_by_name() -> None:
 
 
 def test_a_weight_of_zero_makes_no_term() -> None:
-    _, losses = made(net(), batch(), erased=((0.0, 0.0), (1.0, 1.0)))
+    _, losses = run_step(net(), batch(), erased=((0.0, 0.0), (1.0, 1.0)))
     assert set(losses) == {"base", "loss"}
 
 

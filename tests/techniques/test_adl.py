@@ -40,7 +40,7 @@ def batch(size: int = 4) -> Batch:
     return Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(size, 2, 3))
 
 
-def made(model: nn.Module | None = None, **settings: object) -> tuple[StepModule, Adl]:
+def build(model: nn.Module | None = None, **settings: object) -> tuple[StepModule, Adl]:
     technique = build_technique(AdlSettings(**settings))
     return StepModule(model or net(), {"adl": technique}, size=SIZE), technique
 
@@ -65,7 +65,7 @@ def expected(cells: Tensor, drops: list[bool], gamma: float = 0.9) -> Tensor:
 @pytest.mark.parametrize("per", ["batch", "sample"])
 def test_the_gate_is_its_formula(layout: str, per: str) -> None:
     name, kwargs = NETS[layout]
-    step, technique = made(net(name, **kwargs), stages=(-2,), drop_rate=0.5, per=per, threshold=0.8)
+    step, technique = build(net(name, **kwargs), stages=(-2,), drop_rate=0.5, per=per, threshold=0.8)
     rng = torch.Generator().manual_seed(2)
     cells = torch.rand(3, 2, 4, 6, generator=rng)
     if layout == "tokens":  # a class token comes before the 16 patches of 64 x 64 pixels
@@ -88,7 +88,7 @@ def test_the_gate_is_its_formula(layout: str, per: str) -> None:
 
 @pytest.mark.parametrize(("rate", "drops"), [(0.0, False), (1.0, True)])
 def test_a_rate_of_0_weights_and_of_1_drops(rate: float, drops: bool) -> None:
-    step, technique = made(drop_rate=rate)
+    step, technique = build(drop_rate=rate)
     f = torch.rand(4, 5, 3, 3, generator=torch.Generator().manual_seed(0))
     for seed in range(5):
         draw = technique.draw(np.random.default_rng(seed), batch())
@@ -99,7 +99,7 @@ def test_a_rate_of_0_weights_and_of_1_drops(rate: float, drops: bool) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 2.0, -1.0], ids=["zero", "flat", "negative"])
 def test_where_no_part_is_attended_to_nothing_is_dropped(value: float) -> None:
-    step, technique = made(drop_rate=1.0)
+    step, technique = build(drop_rate=1.0)
     f = torch.full((2, 4, 3, 3), value)
     f[1] = torch.rand(4, 3, 3)  # one sample says nothing of the other
     out = technique._gate(0, f, context(step, torch.zeros(1, 1)))
@@ -110,14 +110,14 @@ def test_where_no_part_is_attended_to_nothing_is_dropped(value: float) -> None:
 
 
 def test_by_hand_what_is_dropped() -> None:
-    step, technique = made(drop_rate=1.0, threshold=0.5)
+    step, technique = build(drop_rate=1.0, threshold=0.5)
     f = torch.tensor([[[[4.0, 2.0, 1.9], [0.0, -3.0, 3.0]]]])
     out = technique._gate(0, f, context(step, torch.zeros(1, 1)))
     assert out.tolist() == [[[[0.0, 0.0, pytest.approx(1.9)], [0.0, -3.0, 0.0]]]]
 
 
 def test_the_attention_itself_has_a_gradient_and_the_mask_none() -> None:
-    step, technique = made(drop_rate=0.5, per="sample")
+    step, technique = build(drop_rate=0.5, per="sample")
     f = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
     technique._gate(0, f, context(step, torch.tensor([[0.9, 0.1]]))).sum().backward()
     weighted, dropped = f.detach().double()
@@ -129,7 +129,7 @@ def test_the_attention_itself_has_a_gradient_and_the_mask_none() -> None:
 
 @pytest.mark.parametrize("per", ["batch", "sample"])
 def test_views_of_one_forward_share_the_draws(per: str) -> None:
-    step, technique = made(drop_rate=0.5, per=per)
+    step, technique = build(drop_rate=0.5, per=per)
     draw = technique.draw(np.random.default_rng(1), batch())
     assert draw.shape == (1, 1 if per == "batch" else 4)
     f = torch.rand(4, 5, 3, 3)
@@ -149,7 +149,7 @@ def test_draws_are_uniform_and_every_stage_has_its_own() -> None:
 
 def test_rate_and_threshold_follow_their_schedules() -> None:
     knots = ((0.0, 0.0), (1.0, 1.0))
-    step, technique = made(drop_rate=knots, threshold=((0.0, 0.5), (1.0, 1.0)))
+    step, technique = build(drop_rate=knots, threshold=((0.0, 0.5), (1.0, 1.0)))
     f = torch.rand(1, 5, 4, 4, generator=torch.Generator().manual_seed(3))
     for progress, drops, gamma in ((0.0, False, 0.5), (0.5, False, 0.75), (0.7, True, 0.85), (1.0, True, 1.0)):
         out = technique._gate(0, f, context(step, torch.tensor([[0.6]]), progress))
@@ -159,7 +159,7 @@ def test_rate_and_threshold_follow_their_schedules() -> None:
 
 @pytest.mark.parametrize("stage", ["features", -2])
 def test_the_step_trains_through_the_gate_and_evaluation_does_not(stage: int | str) -> None:
-    step, technique = made(stages=(stage,), drop_rate=1.0)
+    step, technique = build(stages=(stage,), drop_rate=1.0)
     name = step.attachments.gates[0][1]
     step.attach_hooks()
     losses, _ = step.train()(batch(), Draws(0.0, {"adl": torch.zeros(1, 1)}))
@@ -181,26 +181,26 @@ def test_the_step_trains_through_the_gate_and_evaluation_does_not(stage: int | s
 
 
 def test_features_that_can_be_negative_are_a_warning() -> None:
-    assert not made(stages=("features", -2))[0].attachments.notes, "they follow a ReLU"
+    assert not build(stages=("features", -2))[0].attachments.notes, "they follow a ReLU"
     for name, kwargs, stages in (
         ("test_convnext", {}, ("features",)),
         ("test_efficientnet", {}, (-1,)),
         ("test_vit", {"img_size": 64, "global_pool": "avg"}, ("features",)),
     ):
-        (note,) = made(net(name, **kwargs), stages=stages)[0].attachments.notes
+        (note,) = build(net(name, **kwargs), stages=stages)[0].attachments.notes
         assert note.startswith("adl: WARNING: ")
         assert "can be negative" in note
 
 
 def test_a_head_that_reads_the_class_token_alone_refuses_features_but_not_blocks() -> None:
     with pytest.raises(FgvcError, match=r"techniques\.adl: .*class token alone"):
-        made(net("test_vit", img_size=64))
-    step, _ = made(net("test_vit", img_size=64), stages=(-2,))
+        build(net("test_vit", img_size=64))
+    step, _ = build(net("test_vit", img_size=64), stages=(-2,))
     assert [name for _, name, _ in step.attachments.gates] == ["blocks.4"]
     with pytest.raises(FgvcError, match=r"techniques\.adl: stage 9: this backbone has 5 stages"):
-        made(stages=(9,))
+        build(stages=(9,))
 
 
 def test_the_last_block_of_a_class_token_vit_is_refused() -> None:
     with pytest.raises(FgvcError, match=r"techniques\.adl"):
-        made(net("test_vit", img_size=64), stages=(-1,))
+        build(net("test_vit", img_size=64), stages=(-1,))

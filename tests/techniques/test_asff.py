@@ -13,11 +13,11 @@ from fgvc.techniques.multiscale_head.asff import Asff, Resize
 WIDTH = 3
 
 
-def drawn(shape: tuple[int, int, int], batch: int = 2, seed: int = 0) -> Tensor:
+def random_map(shape: tuple[int, int, int], batch: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(batch, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def made(module: nn.Module) -> nn.Module:
+def randomised(module: nn.Module) -> nn.Module:
     """Weights away from their starts, or BN's would not show."""
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -47,12 +47,12 @@ def resized(f: Tensor, module: Resize, halvings: int, size: tuple[int, int]) -> 
         image = channels
         side = (len(image[0]), len(image[0][0]))
         for _ in range(halvings - 1):
-            done = [pooled(channel, side) for channel in image]
-            image, side = [channel for channel, _ in done], done[0][1]
+            halved = [pooled(channel, side) for channel in image]
+            image, side = [channel for channel, _ in halved], halved[0][1]
         kernel, stride = (3, 2) if halvings else (1, 1)
         pad, weight = kernel // 2, module.conv.weight.tolist()
         out = ((side[0] - 1) // stride + 1, (side[1] - 1) // stride + 1)
-        said = [[[0.0] * out[1] for _ in range(out[0])] for _ in weight]
+        convolved = [[[0.0] * out[1] for _ in range(out[0])] for _ in weight]
         for o, kernels in enumerate(weight):
             for i in range(out[0]):
                 for j in range(out[1]):
@@ -61,8 +61,8 @@ def resized(f: Tensor, module: Resize, halvings: int, size: tuple[int, int]) -> 
                             for b in range(kernel):
                                 y, x = i * stride + a - pad, j * stride + b - pad
                                 if 0 <= y < side[0] and 0 <= x < side[1]:
-                                    said[o][i][j] += taps[a][b] * image[c][y][x]
-        images.append(said)
+                                    convolved[o][i][j] += taps[a][b] * image[c][y][x]
+        images.append(convolved)
     for o in range(WIDTH):
         cells = [cell for image in images for row in image[o] for cell in row]
         mean = sum(cells) / len(cells)
@@ -95,20 +95,20 @@ RULES = {  # the stage's sides, the target's, and how often it is halved, worked
 @pytest.mark.parametrize("rule", RULES)
 def test_each_rule_of_resizing_is_its_loop(rule: str) -> None:
     own, size, halvings = RULES[rule]
-    module = made(Resize((2, *own), (5, *size), WIDTH))
+    module = randomised(Resize((2, *own), (5, *size), WIDTH))
     assert module.halvings == halvings
     assert module.conv.kernel_size == ((3, 3) if halvings else (1, 1))
-    f = drawn((2, *own))
-    found = module(f, size)
-    assert found.shape == (2, WIDTH, *size)
-    torch.testing.assert_close(found, torch.tensor(resized(f, module, halvings, size), dtype=torch.float64))
+    f = random_map((2, *own))
+    output = module(f, size)
+    assert output.shape == (2, WIDTH, *size)
+    torch.testing.assert_close(output, torch.tensor(resized(f, module, halvings, size), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("shapes", [[(2, 8, 8), (4, 4, 4), (5, 2, 2)], [(2, 9, 13), (4, 5, 7), (5, 3, 4)]])
 def test_the_fusion_is_its_loop(shapes: list, level: int) -> None:
-    module = made(Asff(shapes, level=level, width=WIDTH))
-    maps = [drawn(shape, seed=number) for number, shape in enumerate(shapes)]
+    module = randomised(Asff(shapes, level=level, width=WIDTH))
+    maps = [random_map(shape, seed=number) for number, shape in enumerate(shapes)]
     fused, weights = module(maps)
     h, w = shapes[level][1:]
     assert weights.shape == (2, 3, h, w)
@@ -133,16 +133,16 @@ def test_the_fusion_is_its_loop(shapes: list, level: int) -> None:
 
 def test_every_stage_gets_a_gradient() -> None:
     shapes = [(2, 9, 13), (4, 5, 7), (5, 3, 4)]
-    module = made(Asff(shapes, level=1, width=WIDTH))
-    maps = [drawn(shape).requires_grad_() for shape in shapes]
+    module = randomised(Asff(shapes, level=1, width=WIDTH))
+    maps = [random_map(shape).requires_grad_() for shape in shapes]
     fused, _ = module(maps)
-    (fused * drawn((WIDTH, 5, 7), seed=5)).sum().backward()
+    (fused * random_map((WIDTH, 5, 7), seed=5)).sum().backward()
     assert all(f.grad.abs().max() > 0 for f in maps)
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
 def test_images_of_another_size_than_planned_are_fused_all_the_same() -> None:
-    module = made(Asff([(2, 8, 8), (4, 4, 4), (5, 2, 2)], level=1, width=WIDTH))
-    fused, weights = module([drawn((2, 11, 6)), drawn((4, 6, 3)), drawn((5, 3, 2))])
+    module = randomised(Asff([(2, 8, 8), (4, 4, 4), (5, 2, 2)], level=1, width=WIDTH))
+    fused, weights = module([random_map((2, 11, 6)), random_map((4, 6, 3)), random_map((5, 3, 2))])
     assert fused.shape == (2, WIDTH, 6, 3)
     torch.testing.assert_close(weights.sum(1), torch.ones(2, 6, 3, dtype=torch.float64))

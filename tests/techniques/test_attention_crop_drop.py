@@ -46,7 +46,7 @@ class Pooled(nn.Module):
         return self.fc
 
 
-def made(model: nn.Module | None = None, **settings: object) -> tuple[StepModule, AttentionCropDrop]:
+def build(model: nn.Module | None = None, **settings: object) -> tuple[StepModule, AttentionCropDrop]:
     """Two attention maps: channels 0 and 1 of `Pooled`, as they are (the norm in eval mode)."""
     technique = build_technique(AttentionCropDropSettings(**{"maps": 2, "render": 1, **settings}))
     step = StepModule(model or Pooled(), {KIND: technique}, size=(SIDE, SIDE)).double().train()
@@ -117,7 +117,7 @@ SPOTS = [[(2, 5, 4.0), (2, 4, 3.0), (6, 1, 0.5)], [(7, 0, 2.0)], [(3, 3, 1.0), (
 
 def test_the_crop_is_around_what_is_above_the_threshold_and_the_drop_is_without_it() -> None:
     x = scene(SPOTS)
-    step, _ = made()
+    step, _ = build()
     _, views = step(batch(x), draws(3, crop=0.45, drop=0.25))
     assert [(view.name, view.bn, view.weight) for view in views] == [
         ("main", "shared", 1.0),
@@ -137,7 +137,7 @@ def test_the_crop_is_around_what_is_above_the_threshold_and_the_drop_is_without_
 
 def test_by_hand_a_single_cell_gives_its_box() -> None:
     x = scene([[(2, 5, 1.0)]])
-    step, _ = made(padding=0.0)
+    step, _ = build(padding=0.0)
     # at d pixels from the cell's centre the map is (1 - d/8), so 0.94^2 at most; half of that is reached up to d = 3.5
     _, views = step(batch(x), draws(1, crop=0.56))
     expected = 40 + (np.arange(SIDE) + 0.5) * 8 / SIDE
@@ -147,21 +147,21 @@ def test_by_hand_a_single_cell_gives_its_box() -> None:
 def test_no_more_than_the_largest_share_is_dropped_and_the_fill_is_as_asked() -> None:
     x = torch.rand(2, 3, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
     for fill in ("zero", "mean", "noise"):
-        step, _ = made(largest_drop=0.2, fill=fill)
+        step, _ = build(largest_drop=0.2, fill=fill)
         _, views = step(batch(x), draws(2, drop=0.2))
         changed = (views[2].x != x).any(1)
         share = changed.double().mean((1, 2))
         assert ((share <= 0.2) & (share > 0.19)).all()
-        gone = views[2].x[0][:, changed[0]]
+        filled = views[2].x[0][:, changed[0]]
         if fill == "mean":
-            torch.testing.assert_close(gone, x[0].mean((1, 2))[:, None].expand_as(gone))
-        assert (gone == 0).all() == (fill == "zero")
+            torch.testing.assert_close(filled, x[0].mean((1, 2))[:, None].expand_as(filled))
+        assert (filled == 0).all() == (fill == "zero")
 
 
 def test_attention_of_zeros_gives_the_whole_image_and_drops_nothing() -> None:
     x = scene([[], [(2, 5, 1.0)]])
     for guide in ("attention", "random"):
-        step, _ = made(guide=guide)
+        step, _ = build(guide=guide)
         _, views = step(batch(x), draws(2, where=(0.3, 0.7)))
         torch.testing.assert_close(views[1].x[0], x[0], **CLOSE)
         assert torch.equal(views[2].x[0], x[0])
@@ -169,11 +169,11 @@ def test_attention_of_zeros_gives_the_whole_image_and_drops_nothing() -> None:
 
 
 def test_at_random_the_box_and_the_region_are_as_large_and_elsewhere() -> None:
-    x, (down, across), seen, dropped = scene(SPOTS), (0.3, 0.6), {}, {}
+    x, (down, across), crops, dropped = scene(SPOTS), (0.3, 0.6), {}, {}
     for guide in ("attention", "random"):
-        step, _ = made(guide=guide)
+        step, _ = build(guide=guide)
         _, views = step(batch(x), draws(3, where=(down, across)))
-        seen[guide] = views[1].x.numpy()
+        crops[guide] = views[1].x.numpy()
         dropped[guide] = step.contexts[KIND].shown["dropped"][1].numpy()
         assert ((views[2].x == 0).all(1).numpy() == dropped[guide]).all()
     for b in range(3):
@@ -183,18 +183,18 @@ def test_at_random_the_box_and_the_region_are_as_large_and_elsewhere() -> None:
         left, top = across * (SIDE - width), down * (SIDE - height)
         for channel in range(3):
             expected = crop_of(x[b, channel].numpy(), (left, top, left + width, top + height))
-            np.testing.assert_allclose(seen["random"][b, channel], expected, atol=1e-3)
+            np.testing.assert_allclose(crops["random"][b, channel], expected, atol=1e-3)
         rolled = np.roll(dropped["attention"][b], (int(down * SIDE), int(across * SIDE)), axis=(0, 1))
         np.testing.assert_array_equal(dropped["random"][b], rolled)
         assert rolled.sum() > 0
-    assert not np.allclose(seen["attention"], seen["random"])
+    assert not np.allclose(crops["attention"], crops["random"])
 
 
 def test_crops_are_cut_from_the_finer_render_unless_the_image_is_mixed() -> None:
     x = scene(SPOTS)
     data = batch(x)
     data.render = torch.rand(3, 3, 96, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    step, _ = made(render=1.5)
+    step, _ = build(render=1.5)
     assert step.attachments.render == 1.5
     _, views = step(data, draws(3))
     fine = enlarged(x[0])
@@ -215,16 +215,16 @@ def test_crops_are_cut_from_the_finer_render_unless_the_image_is_mixed() -> None
 def test_draws_are_uniform_within_their_bounds() -> None:
     technique = build_technique(AttentionCropDropSettings(crop_threshold=(0.4, 0.6), drop_threshold=(0.2, 0.5)))
     count = 4000
-    drawn = technique.draw(np.random.default_rng(0), SimpleNamespace(labels=torch.zeros(count)))
+    draws_ = technique.draw(np.random.default_rng(0), SimpleNamespace(labels=torch.zeros(count)))
     columns = []
     for what, (low, high) in (("crop", (0.4, 0.6)), ("drop", (0.2, 0.5))):
-        assert drawn[what].shape == (count, 4)
-        assert drawn[what].dtype == torch.float32
+        assert draws_[what].shape == (count, 4)
+        assert draws_[what].dtype == torch.float32
         for column, (first, last) in enumerate([(low, high), (0, 1), (0, 1), (0, 1)]):
-            shares = (np.sort(drawn[what][:, column].double().numpy()) - first) / (last - first)
+            shares = (np.sort(draws_[what][:, column].double().numpy()) - first) / (last - first)
             assert -1e-6 <= shares[0] <= shares[-1] <= 1 + 1e-6
             assert np.abs(shares - np.arange(count) / count).max() < 1.95 / math.sqrt(count)
-            columns.append(drawn[what][:, column].numpy())
+            columns.append(draws_[what][:, column].numpy())
     assert np.abs(np.corrcoef(columns) - np.eye(8)).max() < 4.5 / math.sqrt(count)
 
 
@@ -232,8 +232,8 @@ def test_maps_are_picked_by_the_root_of_their_sum() -> None:
     sums = [0.0, 1.0, 9.0, 0.0, 36.0]
     maps = torch.tensor(sums)[None, :, None, None].expand(1, 5, 2, 3) / 6
     which = (torch.arange(1000) + 0.5) / 1000
-    found = pick(maps.expand(1000, 5, 2, 3), which)[:, 0, 0] * 6
-    shares = {value: float((found - value).abs().lt(1e-4).double().mean()) for value in set(sums)}
+    picked = pick(maps.expand(1000, 5, 2, 3), which)[:, 0, 0] * 6
+    shares = {value: float((picked - value).abs().lt(1e-4).double().mean()) for value in set(sums)}
     assert shares == pytest.approx({0.0: 0.0, 1.0: 0.1, 9.0: 0.3, 36.0: 0.6}, abs=2e-3)
     assert pick(maps, torch.zeros(1)).max() > 0, "no map of zeros even for the smallest number"
     assert torch.equal(pick(torch.zeros(1, 5, 2, 3), torch.tensor([0.5])), torch.zeros(1, 2, 3))
@@ -241,7 +241,7 @@ def test_maps_are_picked_by_the_root_of_their_sum() -> None:
 
 def vectors(step: StepModule, x: Tensor) -> list[list[float]]:
     """v of every image, by loops over maps, channels and cells."""
-    branch, found = step.branches[KIND]["attention"], []
+    branch, normalised = step.branches[KIND]["attention"], []
     assert not branch.norm.training
     for f in step.net.forward_features(x).detach():
         channels, h, w = f.shape
@@ -255,8 +255,8 @@ def vectors(step: StepModule, x: Tensor) -> list[list[float]]:
                         total += a * float(f[c, i, j]) / (h * w)
                 values.append(math.copysign(math.sqrt(abs(total) + 1e-12), total) if total else 0.0)
         length = math.sqrt(sum(v * v for v in values))
-        found.append([v / length for v in values])
-    return found
+        normalised.append([v / length for v in values])
+    return normalised
 
 
 def test_the_losses_are_their_formulas() -> None:
@@ -264,7 +264,7 @@ def test_the_losses_are_their_formulas() -> None:
     x = torch.randn(3, 3, SIDE, SIDE, dtype=torch.float64, generator=generator)
     x += 2 * F.interpolate(torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=generator), (SIDE, SIDE))
     y = [2, 0, 2]
-    step, _ = made(crop=0.5, drop=0.25, pooled=0.7, centre=0.3)
+    step, _ = build(crop=0.5, drop=0.25, pooled=0.7, centre=0.3)
     branch = step.branches[KIND]["attention"]
     with torch.no_grad():
         branch.centres.copy_(torch.randn(branch.centres.shape, generator=generator))
@@ -279,8 +279,8 @@ def test_the_losses_are_their_formulas() -> None:
         for b, v in enumerate(vectors(step, view.x)):
             z = branch.classifier.weight.detach() @ torch.tensor(v, dtype=torch.float64) * SCALE
             pooled += entropy(z.tolist(), y[b]) / 9
-            said = step.net.forward_head(step.net.forward_features(view.x[b : b + 1]))[0]
-            base += weight * entropy(said.tolist(), y[b]) / 3 / sum(weights)
+            logits = step.net.forward_head(step.net.forward_features(view.x[b : b + 1]))[0]
+            base += weight * entropy(logits.tolist(), y[b]) / 3 / sum(weights)
     centre = 0.0
     for b, v in enumerate(vectors(step, x)):
         c = branch.centres[y[b]].tolist()
@@ -296,7 +296,7 @@ def test_the_losses_are_their_formulas() -> None:
 
 
 def test_centres_follow_after_the_step_only_and_by_the_mean_of_each_class() -> None:
-    step, technique = made(centre_rate=0.25)
+    step, technique = build(centre_rate=0.25)
     branch = step.branches[KIND]["attention"]
     expected = np.zeros((3, 6))
     for number, y in enumerate(([2, 0, 2, 2], [0, 0, 0, 0], [2, 0, 2, 0])):
@@ -305,10 +305,10 @@ def test_centres_follow_after_the_step_only_and_by_the_mean_of_each_class() -> N
         step(batch(x, y), draws(4))
         assert torch.equal(branch.centres, before)
         technique.after_step(step.contexts[KIND])
-        found = np.array(vectors(step, x))
+        features = np.array(vectors(step, x))
         for label in set(y):
             length = np.linalg.norm(expected[label])
-            mean = found[[b for b in range(4) if y[b] == label]].mean(0)
+            mean = features[[b for b in range(4) if y[b] == label]].mean(0)
             expected[label] += 0.25 * (mean - (expected[label] / length if length else 0))
         np.testing.assert_allclose(branch.centres.numpy(), expected, atol=1e-6)
     assert (expected[1] == 0).all()
@@ -319,7 +319,7 @@ def test_centres_follow_after_the_step_only_and_by_the_mean_of_each_class() -> N
 
 def test_a_mixed_batch_has_no_centre() -> None:
     x = torch.rand(4, 3, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    data, (step, technique) = batch(x, [0, 1, 2, 0]), made()
+    data, (step, technique) = batch(x, [0, 1, 2, 0]), build()
     share = torch.tensor([0.3, 0.6, 0.5, 0.8])
     data.target = [(data.labels, share), (data.labels.flip(0), 1 - share)]
     losses, _ = step(data, draws(4))
@@ -340,15 +340,15 @@ def test_repeated_labels_and_labels_left_out() -> None:
 def test_the_parts_of_a_step_move_the_centres_once_as_the_whole_batch() -> None:
     x, y = scene(SPOTS[:1] * 4), [0, 1, 0, 1]
     x = x + torch.rand(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = []
+    centres = []
     for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):
-        step, technique = made(centre_rate=0.25)
+        step, technique = build(centre_rate=0.25)
         for part in parts:
             step(batch(x[part], y[part]), draws(len(y[part])))
         technique.after_step(step.contexts[KIND])
-        found.append(step.branches[KIND]["attention"].centres.clone())
-    torch.testing.assert_close(*found)
-    assert found[0].any()
+        centres.append(step.branches[KIND]["attention"].centres.clone())
+    torch.testing.assert_close(*centres)
+    assert centres[0].any()
 
 
 def test_one_cell_is_refused_by_name() -> None:
@@ -374,7 +374,7 @@ def test_views_and_terms_of_weight_0_are_not_made() -> None:
     assert [view.name for view in views] == ["main"]
     assert set(losses) == {"base", "loss"}
     later = ((0.5, 0.0), (1.0, 1.0))
-    step, _ = made(crop=later, drop=1, pooled=later, centre=0)
+    step, _ = build(crop=later, drop=1, pooled=later, centre=0)
     losses, views = step(batch(x), draws(3, progress=0.5))
     assert [view.name for view in views] == ["main", DROP]
     assert set(losses) == {"base", "loss"}
@@ -405,16 +405,16 @@ def test_guided_by_the_class_map_it_crops_where_the_class_is() -> None:
 def test_refined_the_image_is_cropped_to_the_mean_attention() -> None:
     x = scene([[(2, 5, 4.0), (3, 4, 0.45)], [(6, 6, 1.0)]])
     x[:, 2] = 0
-    step, technique = made()
+    step, technique = build()
     step(batch(x), draws(2))
     step.eval()
     features = step.net.forward_features(x)
     output = Output(View("refined", x, [(torch.zeros(2, dtype=torch.int64), None)]), features, torch.zeros(2, 3))
-    seen = technique.refine(output, step.contexts[KIND])
+    cropped = technique.refine(output, step.contexts[KIND])
     for b in range(2):
         fine = enlarged(x[b])
         expected = crop_of(x[b, 0].numpy(), box_of(fine >= 0.1 * fine.max(), 0.05))
-        np.testing.assert_allclose(seen[b, 0], expected, atol=1e-4)
+        np.testing.assert_allclose(cropped[b, 0], expected, atol=1e-4)
 
 
 def test_its_views_leave_the_nets_running_statistics_alone() -> None:
@@ -423,7 +423,7 @@ def test_its_views_leave_the_nets_running_statistics_alone() -> None:
         return timm.create_model("test_resnet", num_classes=3).double()
 
     x = torch.randn(4, 3, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    step, _ = made(resnet())
+    step, _ = build(resnet())
     _, views = step(batch(x), draws(4))
     assert len(views) == 3
     twin = resnet().train()
@@ -434,8 +434,8 @@ def test_its_views_leave_the_nets_running_statistics_alone() -> None:
 
 def test_its_views_leave_the_branchs_running_statistics_alone() -> None:
     x = scene(SPOTS)
-    step, _ = made(drop=0)
-    only, _ = made(crop=0, drop=0)
+    step, _ = build(drop=0)
+    only, _ = build(crop=0, drop=0)
     for one in (step, only):
         one.branches.train()
         one(batch(x), draws(3))

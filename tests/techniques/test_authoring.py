@@ -288,9 +288,9 @@ def test_what_hooks_of_the_loader_and_the_draw_return_is_looked_at(
     hook: str, arguments: tuple[object, ...], result: object, message: str
 ) -> None:
     technique = type("Other", (Technique,), {hook: lambda technique, *_: result})()
-    ((_, made),) = step_of(technique).hooks(hook)
+    ((_, hook_),) = step_of(technique).hooks(hook)
     with pytest.raises(FgvcError, match=rf"techniques\.blank: .*{message}"):
-        made(*arguments)
+        hook_(*arguments)
 
 
 @pytest.mark.parametrize(

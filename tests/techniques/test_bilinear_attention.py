@@ -16,7 +16,7 @@ from fgvc.techniques.attention_crop_drop.settings import SCALE
 CHANNELS, MAPS, CLASSES = 3, 2, 4
 
 
-def made(*, training: bool) -> BilinearAttention:
+def build(*, training: bool) -> BilinearAttention:
     torch.manual_seed(0)
     branch = BilinearAttention(CHANNELS, MAPS, CLASSES).double()
     with torch.no_grad():
@@ -34,7 +34,7 @@ def features(count: int = 3) -> Tensor:
 
 @pytest.mark.parametrize(("training", "scale"), [(False, 1), (True, 1), (False, 1e-12)])  # the last: 1e-12 matters
 def test_forward_is_the_formula(training: bool, scale: float) -> None:
-    branch, f = made(training=training), features() * scale
+    branch, f = build(training=training), features() * scale
     mean, var = branch.norm.running_mean.tolist(), branch.norm.running_var.tolist()
     kernel, raw = branch.conv.weight.detach(), torch.zeros(3, MAPS, 2, 4, dtype=torch.float64)
     for m in range(MAPS):
@@ -66,18 +66,18 @@ def test_it_computes_in_float32_under_autocast() -> None:
     branch = BilinearAttention(CHANNELS, MAPS, CLASSES).eval()
     f = features().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = branch(f)
-        logits = branch.logits(found[1])
+        output = branch(f)
+        logits = branch.logits(output[1])
         low = branch(f.bfloat16())
-    assert {part.dtype for part in (*found, logits, *low)} == {torch.float32}
+    assert {part.dtype for part in (*output, logits, *low)} == {torch.float32}
     attention, vector = branch(f)
-    assert torch.equal(found[0], attention)
-    assert torch.equal(found[1], vector)
+    assert torch.equal(output[0], attention)
+    assert torch.equal(output[1], vector)
     assert torch.equal(logits, branch.logits(vector))
 
 
 def test_no_attention_at_all_is_not_an_error() -> None:
-    branch, f = made(training=True), features()
+    branch, f = build(training=True), features()
     with torch.no_grad():
         branch.norm.bias.fill_(-100)
     attention, vector = branch(f.requires_grad_())
@@ -89,7 +89,7 @@ def test_no_attention_at_all_is_not_an_error() -> None:
 
 
 def test_distance_is_the_mean_square_to_the_centres_of_length_1() -> None:
-    branch = made(training=True)
+    branch = build(training=True)
     torch.manual_seed(2)
     branch.centres.copy_(torch.randn_like(branch.centres) * 5)
     branch.centres[3] = 0  # no sample seen yet
@@ -101,9 +101,9 @@ def test_distance_is_the_mean_square_to_the_centres_of_length_1() -> None:
         own = vector[b].tolist()
         long = math.sqrt(sum(v**2 for v in own))
         expected += sum((v / long - c / length) ** 2 for v, c in zip(own, centre, strict=True)) / 4
-    found = branch.distance(vector, torch.tensor(labels))
-    assert float(found.detach()) == pytest.approx(expected)
-    found.backward()
+    distance = branch.distance(vector, torch.tensor(labels))
+    assert float(distance.detach()) == pytest.approx(expected)
+    distance.backward()
     assert vector.grad.abs().sum() > 0
     assert not branch.centres.requires_grad
 
@@ -111,7 +111,7 @@ def test_distance_is_the_mean_square_to_the_centres_of_length_1() -> None:
 @settings(deadline=None)  # the first call in a process warms torch up
 @given(st.lists(st.integers(-1, CLASSES - 1), min_size=1, max_size=12), st.floats(0.01, 1), st.integers(0, 2**32))
 def test_centres_follow_as_in_a_loop_over_the_classes(labels: list[int], rate: float, seed: int) -> None:
-    branch, rng = made(training=True), torch.Generator().manual_seed(seed)
+    branch, rng = build(training=True), torch.Generator().manual_seed(seed)
     branch.centres.copy_(torch.randn(branch.centres.shape, generator=rng, dtype=torch.float64))
     branch.centres[0] = 0
     vector = torch.randn(len(labels), MAPS * CHANNELS, generator=rng, dtype=torch.float64, requires_grad=True)
@@ -131,9 +131,9 @@ def test_a_map_is_picked_as_often_as_the_root_of_its_sum() -> None:
     """Sums 1, 0, 9, 0, 4, 0: odds 1, 0, 3, 0, 2, 0 of 6; a uniform grid of draws hits them but for its ends."""
     sums, draws = torch.tensor([1.0, 0, 9, 0, 4, 0]), 6000
     attention = (sums / 4)[None, :, None, None].expand(draws, 6, 2, 2)
-    found = pick(attention, torch.arange(draws) / draws)
-    assert found.shape == (draws, 2, 2)
-    counts = torch.stack([(found.sum((1, 2)) == value).sum() for value in (1.0, 9.0, 4.0)]).double()
+    picked = pick(attention, torch.arange(draws) / draws)
+    assert picked.shape == (draws, 2, 2)
+    counts = torch.stack([(picked.sum((1, 2)) == value).sum() for value in (1.0, 9.0, 4.0)]).double()
     assert int(counts.sum()) == draws, "never one that is zero"
     expected = torch.tensor([1000.0, 3000.0, 2000.0], dtype=torch.float64)
     assert ((counts - expected) ** 2 / expected).sum() < 0.01
@@ -146,11 +146,11 @@ def test_every_sample_picks_among_its_own_maps() -> None:
     attention[2, 1:] = 0
     attention[3, :2] = 0
     for which in (0.0, 0.5, 1 - 2**-24):
-        found = pick(attention, torch.full((4,), which))
-        assert any(torch.equal(found[0], own) for own in attention[0])
-        assert not found[1].any()
-        assert torch.equal(found[2], attention[2, 0])
-        assert torch.equal(found[3], attention[3, 2])
+        picked = pick(attention, torch.full((4,), which))
+        assert any(torch.equal(picked[0], own) for own in attention[0])
+        assert not picked[1].any()
+        assert torch.equal(picked[2], attention[2, 0])
+        assert torch.equal(picked[3], attention[3, 2])
     assert torch.equal(pick(attention, torch.zeros(4))[0], attention[0, 0])
     assert torch.equal(pick(attention, torch.full((4,), 1 - 2**-24))[0], attention[0, 2])
 

@@ -47,7 +47,7 @@ def batch(boxes: list | Tensor, geometry: list | None = None, size: tuple[int, i
     return Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=matrices, boxes=boxes)
 
 
-def made(data: Batch, model: nn.Module | None = None, **chosen: object) -> tuple[StepModule, dict[str, Tensor]]:
+def run_step(data: Batch, model: nn.Module | None = None, **chosen: object) -> tuple[StepModule, dict[str, Tensor]]:
     size = (data.x.shape[2], data.x.shape[3])
     step = StepModule(model or net(), {"box_head": build_technique(BoxHeadSettings(**chosen))}, size=size).train()
     return step, step(data, step.draw(data, 0.0, seed=0, step=0))[0]
@@ -79,10 +79,10 @@ BY_HAND = {
 @pytest.mark.parametrize("case", BY_HAND)
 def test_boxes_in_crops_by_hand(case: str) -> None:
     geometry, size, expected, share = BY_HAND[case]
-    found, seen = in_crop(torch.tensor([BOX]), torch.tensor([geometry], dtype=torch.float32), size)
-    assert found.dtype == torch.float32
-    assert found[0].tolist() == pytest.approx(expected, abs=1e-4)
-    assert float(seen[0]) == pytest.approx(share, abs=1e-6)
+    boxes, shares = in_crop(torch.tensor([BOX]), torch.tensor([geometry], dtype=torch.float32), size)
+    assert boxes.dtype == torch.float32
+    assert boxes[0].tolist() == pytest.approx(expected, abs=1e-4)
+    assert float(shares[0]) == pytest.approx(share, abs=1e-6)
 
 
 @settings(deadline=None, max_examples=40)
@@ -99,17 +99,17 @@ def test_a_painted_box_lies_in_the_crop_where_it_is_said_to(row: int, flips: tup
     )
     crop, geometry = Augmenter(augment, Preprocess(size=(56, 64)), seed=0)(image, epoch=0, row=row)
     boxes = torch.tensor([[left, top, width, height]], dtype=torch.float32)
-    found, seen = in_crop(boxes, torch.from_numpy(geometry)[None], (56, 64))
+    moved, shares = in_crop(boxes, torch.from_numpy(geometry)[None], (56, 64))
     white = np.argwhere(crop[..., 0] > 127)
-    if float(seen[0]) > 0.1:
+    if float(shares[0]) > 0.1:
         (y0, x0), (y1, x1) = white.min(0), white.max(0) + 1
-        assert found[0].tolist() == pytest.approx([x0, y0, x1, y1], abs=1.5)
+        assert moved[0].tolist() == pytest.approx([x0, y0, x1, y1], abs=1.5)
 
 
 @pytest.mark.parametrize("box", [[NAN] * 4, [20, 10, 0, 20], [20, 10, 40, 0], [20, 10, 0, 0]])
 def test_no_box_or_an_empty_one_does_not_count(box: list) -> None:
     assert torch.isnan(in_crop(torch.tensor([box]), torch.tensor([WHOLE]), SIZE)[1]).all()
-    step, losses = made(batch([box, BOX]))
+    step, losses = run_step(batch([box, BOX]))
     assert step.contexts["box_head"].draw[:, 0].isfinite().tolist() == [False, True]
     assert torch.isfinite(losses["loss"])
 
@@ -118,7 +118,7 @@ def test_no_box_or_an_empty_one_does_not_count(box: list) -> None:
 def test_a_box_counts_from_the_share_that_is_seen(visible: float, counts: bool) -> None:
     """The crop starts at 45 across: 15 of 40 columns are left, 0.375."""
     data = batch([BOX], [[[1.0, 0, 45], [0, 1, 0]]])
-    _, losses = made(data, visible=visible)
+    _, losses = run_step(data, visible=visible)
     assert ("box_head.box" in losses) == counts
     assert ("box_head.iou" in losses) == counts
 
@@ -144,7 +144,7 @@ def overlaps(p: list[float], t: list[float], kind: str) -> tuple[float, float]:
 def test_the_terms_are_their_formulas(kind: str) -> None:
     boxes = [[10, 5, 40, 30], [NAN] * 4, [0, 0, 64, 48], [2, 3, 5, 40], [50, 30, 20, 24]]
     data = batch(boxes)
-    step, losses = made(data, loss=kind, box=0.5, confidence=0.25, hidden=7)
+    step, losses = run_step(data, loss=kind, box=0.5, confidence=0.25, hidden=7)
     conv, _, _, _, linear = step.branches["box_head"]["box"]
     with torch.no_grad():
         f = net().train().forward_features(data.x).double()
@@ -152,13 +152,13 @@ def test_the_terms_are_their_formulas(kind: str) -> None:
         total, sure, mean = 0.0, 0.0, 0.0
         for b in (0, 2, 3, 4):
             h = torch.einsum("oc,cij->oij", conv.weight.double()[:, :, 0, 0], f[b]) + conv.bias.double()[:, None, None]
-            said = (linear.weight.double() @ h.clamp(min=0).flatten() + linear.bias.double()).tolist()
-            cx, cy, w, h = (1 / (1 + math.exp(-v)) for v in said[:4])
+            outputs = (linear.weight.double() @ h.clamp(min=0).flatten() + linear.bias.double()).tolist()
+            cx, cy, w, h = (1 / (1 + math.exp(-v)) for v in outputs[:4])
             w, h = 0.01 + 0.99 * w, 0.01 + 0.99 * h
-            found = [(cx - w / 2) * 64, (cy - h / 2) * 48, (cx + w / 2) * 64, (cy + h / 2) * 48]
+            box = [(cx - w / 2) * 64, (cy - h / 2) * 48, (cx + w / 2) * 64, (cy + h / 2) * 48]
             x, y, wide, high = boxes[b]
-            loss, iou = overlaps(found, [x, y, min(x + wide, 64), min(y + high, 48)], kind)
-            c = 1 / (1 + math.exp(-said[4]))
+            loss, iou = overlaps(box, [x, y, min(x + wide, 64), min(y + high, 48)], kind)
+            c = 1 / (1 + math.exp(-outputs[4]))
             total, mean = total + loss / 4, mean + iou / 4
             sure -= (iou * math.log(c) + (1 - iou) * math.log(1 - c)) / 4
     assert losses["box_head.box"].item() == pytest.approx(total, rel=1e-4)
@@ -169,12 +169,12 @@ def test_the_terms_are_their_formulas(kind: str) -> None:
 
 
 def test_the_confidence_does_not_teach_the_box() -> None:
-    step, losses = made(batch([BOX] * 2))
+    step, losses = run_step(batch([BOX] * 2))
     losses["box_head.confidence"].backward()
     rows = step.branches["box_head"]["box"][-1].weight.grad.abs().amax(1)
     assert rows[:4].max() == 0
     assert rows[4] > 0
-    step, losses = made(batch([BOX] * 2), confidence=0)
+    step, losses = run_step(batch([BOX] * 2), confidence=0)
     losses["box_head.box"].backward()
     assert step.branches["box_head"]["box"][-1].out_features == 4
     assert "box_head.confidence" not in losses
@@ -188,13 +188,13 @@ def test_mixed_images_and_batches_without_a_box_are_left_out() -> None:
     data = batch([BOX] * 4)
     losses, _ = step(data, step.draw(data, 0.0, seed=0, step=0))
     assert not [name for name in losses if name.startswith("box_head")]
-    _, losses = made(batch([[NAN] * 4] * 2))
+    _, losses = run_step(batch([[NAN] * 4] * 2))
     assert set(losses) == {"base", "loss"}
 
 
 def test_the_second_pass_over_a_steps_views_has_the_same_terms() -> None:
     data = batch([BOX] * 2)
-    step, losses = made(data)
+    step, losses = run_step(data)
     draws = step.draw(data, 0.0, seed=0, step=0)
     _, views = step(data, draws)
     again, _ = step(data, draws, views)
@@ -202,7 +202,7 @@ def test_the_second_pass_over_a_steps_views_has_the_same_terms() -> None:
 
 
 def test_the_preview_shows_the_box() -> None:
-    step, _ = made(batch([[20, 10, 40, 20], [NAN] * 4]))
+    step, _ = run_step(batch([[20, 10, 40, 20], [NAN] * 4]))
     (_, mask) = step.contexts["box_head"].shown["box"]
     expected = torch.zeros(2, *SIZE, dtype=torch.bool)
     expected[0, 10:30, 20:60] = True
@@ -213,7 +213,7 @@ def test_it_finds_a_bright_square() -> None:
     """Clearly better than the best of all answers that do not look at the image."""
     rng = torch.Generator().manual_seed(0)
 
-    def drawn(count: int) -> Batch:
+    def bright_squares(count: int) -> Batch:
         x = 0.3 * torch.randn(count, 3, 64, 64, generator=rng)
         sides = torch.randint(16, 32, (count, 2), generator=rng)
         corners = (torch.rand(count, 2, generator=rng) * (64 - sides)).long()
@@ -223,7 +223,7 @@ def test_it_finds_a_bright_square() -> None:
         data.x = data.x_clean = x
         return data
 
-    test = drawn(200)
+    test = bright_squares(200)
     x, y, w, h = test.boxes.T.tolist()
     truth = [[a, b, a + c, b + d] for a, b, c, d in zip(x, y, w, h, strict=True)]
     constant = max(
@@ -232,7 +232,7 @@ def test_it_finds_a_bright_square() -> None:
     step = StepModule(net(), {"box_head": build_technique(BoxHeadSettings())}, size=(64, 64)).train()
     optimizer = torch.optim.AdamW(step.parameters(), lr=3e-3)
     for number in range(60):
-        data = drawn(32)
+        data = bright_squares(32)
         losses, _ = step(data, step.draw(data, 0.0, seed=0, step=number))
         optimizer.zero_grad()
         losses["loss"].backward()
@@ -247,30 +247,30 @@ def test_it_finds_a_bright_square() -> None:
 
 
 def test_data_without_boxes_are_refused_before_training(recipe_tree: dict) -> None:
-    made = validate(Recipe, recipe_tree | {"techniques": {"box_head": {}}}, where="test")
-    said = r"techniques\.box_head: learns from the object's box .* no boxes; .* set techniques\.box_head=null"
-    with pytest.raises(FgvcError, match=said):
-        forecast(made)
-    with process_group(made.train) as process, pytest.raises(FgvcError, match=said), open_session(made, process):
+    recipe = validate(Recipe, recipe_tree | {"techniques": {"box_head": {}}}, where="test")
+    message = r"techniques\.box_head: learns from the object's box .* no boxes; .* set techniques\.box_head=null"
+    with pytest.raises(FgvcError, match=message):
+        forecast(recipe)
+    with process_group(recipe.train) as process, pytest.raises(FgvcError, match=message), open_session(recipe, process):
         pass
 
 
 def test_a_dry_run_makes_up_its_boxes(boxed_tree: dict) -> None:
-    found = forecast(validate(Recipe, boxed_tree | {"techniques": {"box_head": {}}}, where="test"))
-    assert found.forwards == 1
-    assert found.techniques == {"box_head": "0"}
+    costs = forecast(validate(Recipe, boxed_tree | {"techniques": {"box_head": {}}}, where="test"))
+    assert costs.forwards == 1
+    assert costs.techniques == {"box_head": "0"}
 
 
 def test_a_batch_without_boxes_is_an_error() -> None:
     data = batch([BOX])
     data.boxes = None
     with pytest.raises(FgvcError, match="no boxes"):
-        made(data)
+        run_step(data)
 
 
 def test_tokens_and_channels_last_maps_do_as_well(tmp_path: Path) -> None:
     swin = {"window_size": 2, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "img_size": 64}
     for model in (net("test_vit", img_size=64), net("swin_tiny_patch4_window7_224", **swin)):
-        _, losses = made(batch([BOX] * 2, size=(64, 64)), model)
+        _, losses = run_step(batch([BOX] * 2, size=(64, 64)), model)
         losses["box_head.box"].backward()
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())

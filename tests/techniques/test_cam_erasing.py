@@ -65,7 +65,7 @@ def spot(row: int, column: int, cells: int = 1) -> Tensor:
     return x
 
 
-def made(model: nn.Module | None = None, size: int = SIDE, **settings: object) -> tuple[StepModule, CamErasing]:
+def build(model: nn.Module | None = None, size: int = SIDE, **settings: object) -> tuple[StepModule, CamErasing]:
     technique = build_technique(CamErasingSettings(**{"region": MOST, **settings}))
     return StepModule(model or Pooled(), {"cam_erasing": technique}, size=(size, size)).double().train(), technique
 
@@ -92,7 +92,7 @@ def high(x: Tensor, channel: int, value: float = 0.6) -> np.ndarray:
 
 def test_of_the_current_map_an_erased_view_is_added() -> None:
     data = batch()
-    step, _ = made(weight=0.5)
+    step, _ = build(weight=0.5)
     losses, views = step(data, draws(data, [True, True, False, True]))
     assert [(view.name, view.weight, view.bn) for view in views] == [
         ("main", 1.0, "shared"),
@@ -100,10 +100,10 @@ def test_of_the_current_map_an_erased_view_is_added() -> None:
     ]
     assert torch.equal(views[0].x, data.x_clean)
     for b in range(4):
-        gone = (views[1].x[b] == 0).all(0).numpy()
+        mask = (views[1].x[b] == 0).all(0).numpy()
         expected = high(data.x[b], int(data.labels[b])) if b != 2 else np.zeros((SIDE, SIDE), dtype=bool)
-        assert (gone != expected).mean() < 1e-3, "but for rounding"
-        assert torch.equal(views[1].x[b][:, ~gone], data.x[b][:, ~gone])
+        assert (mask != expected).mean() < 1e-3, "but for rounding"
+        assert torch.equal(views[1].x[b][:, ~mask], data.x[b][:, ~mask])
     first, second = (F.cross_entropy(step.net.forward_head(F.avg_pool2d(v.x, CELL)), data.labels) for v in views)
     torch.testing.assert_close(losses["base"].double(), (first + 0.5 * second) / 1.5, rtol=1e-6, atol=1e-6)
 
@@ -114,7 +114,7 @@ def test_the_erased_view_has_statistics_of_its_own() -> None:
         return timm.create_model("test_resnet", num_classes=3).double()
 
     data = batch()
-    step, _ = made(resnet())
+    step, _ = build(resnet())
     losses, views = step(data, draws(data))
     twin = resnet().train()
     main = F.cross_entropy(twin(data.x), data.labels)
@@ -125,7 +125,7 @@ def test_the_erased_view_has_statistics_of_its_own() -> None:
 
 @pytest.mark.parametrize("source", ["current", "ema", "previous_epoch"])
 def test_no_more_than_the_bound_is_erased(source: str) -> None:
-    step, technique = made(source=source, region={"value": 0.1, "area": (0.0, 0.25)})
+    step, technique = build(source=source, region={"value": 0.1, "area": (0.0, 0.25)})
     step.set_average(Pooled().double())
     data = batch()
     _, views = step(data, draws(data))
@@ -138,15 +138,15 @@ def test_no_more_than_the_bound_is_erased(source: str) -> None:
 
 def test_the_average_says_what_is_erased_of_the_image_itself() -> None:
     data = batch()
-    step, _ = made(source="ema")
+    step, _ = build(source="ema")
     average = Pooled(order=(1, 2, 0)).double().train()
     step.set_average(average)
     losses, views = step(data, draws(data, [True, False, True, True]))
     assert [view.name for view in views] == ["main"]
     for b in range(4):
-        gone = (views[0].x[b] == 0).all(0).numpy()
-        expected = high(data.x_clean[b], (int(data.labels[b]) + 1) % 3) if b != 1 else np.zeros_like(gone)
-        assert (gone != expected).mean() < 1e-3
+        mask = (views[0].x[b] == 0).all(0).numpy()
+        expected = high(data.x_clean[b], (int(data.labels[b]) + 1) % 3) if b != 1 else np.zeros_like(mask)
+        assert (mask != expected).mean() < 1e-3
     assert torch.equal(data.x, batch().x), "not in place"
     assert average.training, "its mode comes back"
     losses["loss"].backward()
@@ -173,7 +173,7 @@ GEOMETRIES = {
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_the_epoch_before_says_what_is_erased_in_another_crop(name: str) -> None:
     geometry = GEOMETRIES[name]
-    step, technique = made(source="previous_epoch")
+    step, technique = build(source="previous_epoch")
     first = batch(1)
     first.x = first.x_clean = spot(2, 5, 2)
     _, views = step(first, draws(first))
@@ -183,7 +183,7 @@ def test_the_epoch_before_says_what_is_erased_in_another_crop(name: str) -> None
     second.x = second.x_clean = torch.ones_like(first.x)
     _, views = step(second, draws(second))
     assert len(views) == 1
-    gone = (views[0].x[0] == 0).all(0).numpy()
+    mask = (views[0].x[0] == 0).all(0).numpy()
     cells = np.zeros((SIDE // CELL, SIDE // CELL))
     cells[2:4, 5:7] = 1
     truth = np.zeros((SIDE, SIDE))
@@ -194,34 +194,34 @@ def test_the_epoch_before_says_what_is_erased_in_another_crop(name: str) -> None
                 truth[i, j] = bilinear(cells, np.array([y / CELL]), np.array([x / CELL]))[0, 0]
     truth /= truth.max()
     assert truth.max() == 1
-    assert gone[truth > 0.75].all(), "one value for four pixels is recalled, so there is some play"
-    assert not gone[truth < 0.45].any()
+    assert mask[truth > 0.75].all(), "one value for four pixels is recalled, so there is some play"
+    assert not mask[truth < 0.45].any()
     if name == "half outside":
-        assert not gone[:, SIDE - 24 :].any()
+        assert not mask[:, SIDE - 24 :].any()
 
 
 def test_the_store_knows_only_what_it_has_seen_and_survives_a_checkpoint() -> None:
-    step, technique = made(source="previous_epoch")
+    step, technique = build(source="previous_epoch")
     data = batch(3)
     step(data, draws(data))
     technique.after_step(step.contexts["cam_erasing"])
     file = io.BytesIO()
     torch.save(technique.state_dict(), file)
     file.seek(0)
-    other, again = made(source="previous_epoch")
+    other, again = build(source="previous_epoch")
     again.load_state_dict(torch.load(file, weights_only=True))
     more = batch(5)
-    found = [one(more, draws(more))[1][0].x for one in (step, other)]
-    assert torch.equal(*found)
-    erased = (found[0] == 0).all(1).flatten(1).any(1)
+    images = [one(more, draws(more))[1][0].x for one in (step, other)]
+    assert torch.equal(*images)
+    erased = (images[0] == 0).all(1).flatten(1).any(1)
     assert erased.tolist() == [True] * 3 + [False] * 2
-    fresh, _ = made(source="previous_epoch")
+    fresh, _ = build(source="previous_epoch")
     assert torch.equal(fresh(more, draws(more))[1][0].x, more.x)
-    assert made()[1].state_dict() == {}
+    assert build()[1].state_dict() == {}
 
 
 def test_parts_of_a_step_are_all_recorded_and_a_later_map_replaces_the_first() -> None:
-    step, technique = made(source="previous_epoch")
+    step, technique = build(source="previous_epoch")
     parts = [batch(2, seed=1), batch(2, seed=2)]
     parts[1].index = parts[1].index + 2
     for part in parts:
@@ -233,12 +233,12 @@ def test_parts_of_a_step_are_all_recorded_and_a_later_map_replaces_the_first() -
     step(moved, draws(moved, [False]))
     technique.after_step(step.contexts["cam_erasing"])
     both.x = both.x_clean = torch.ones_like(both.x)
-    gone = (step(both, draws(both))[1][0].x == 0).all(1).numpy()
-    assert gone.reshape(4, -1).any(1).all()
-    rows, columns = gone[0].nonzero()
+    masks = (step(both, draws(both))[1][0].x == 0).all(1).numpy()
+    assert masks.reshape(4, -1).any(1).all()
+    rows, columns = masks[0].nonzero()
     assert abs(rows.mean() + 0.5 - 7 * CELL) < 1
     assert abs(columns.mean() + 0.5 - 2 * CELL) < 1
-    assert (gone[1] != high(parts[0].x[1], 1)).mean() < 0.1, "the others stay"
+    assert (masks[1] != high(parts[0].x[1], 1)).mean() < 0.1, "the others stay"
 
 
 @pytest.mark.parametrize("source", ["current", "ema", "previous_epoch"])
@@ -253,7 +253,7 @@ def test_as_many_images_are_erased_as_it_says(source: str) -> None:
 @pytest.mark.parametrize("source", ["current", "ema", "previous_epoch"])
 def test_with_probability_0_nothing_is_erased(source: str) -> None:
     data = batch()
-    step, technique = made(source=source, probability=0)
+    step, technique = build(source=source, probability=0)
     step.set_average(Pooled().double())
     for number in range(2):
         _, views = step(data, step.draw(data, 0.0, seed=0, step=number))
@@ -265,7 +265,7 @@ def test_with_probability_0_nothing_is_erased(source: str) -> None:
 def test_a_flat_map_erases_nothing(source: str) -> None:
     data = batch()
     data.x = data.x_clean = torch.ones_like(data.x)
-    step, technique = made(source=source)
+    step, technique = build(source=source)
     step.set_average(Pooled().double())
     for _ in range(2):
         _, views = step(data, draws(data))
@@ -275,7 +275,7 @@ def test_a_flat_map_erases_nothing(source: str) -> None:
 
 def test_a_weight_of_0_builds_no_view_and_follows_its_schedule() -> None:
     data = batch()
-    step, _ = made(weight=((0.5, 0.0), (1.0, 1.0)))
+    step, _ = build(weight=((0.5, 0.0), (1.0, 1.0)))
     assert [len(step(data, draws(data, progress=progress))[1]) for progress in (0.0, 0.5, 0.75)] == [1, 1, 2]
     assert step(data, draws(data, progress=0.75))[1][1].weight == 0.5
 
@@ -294,8 +294,8 @@ def test_of_a_mixed_image_the_label_of_most_weight_says_what_is_erased() -> None
     _, views = step(data, chosen)
     labels = [int(data.labels[b if share[b] > 0.5 else (b + 1) % 4]) for b in range(4)]
     for b in range(4):
-        gone = (views[1].x[b] == 0).all(0).numpy()
-        assert (gone != high(views[0].x[b], labels[b])).mean() < 1e-3
+        mask = (views[1].x[b] == 0).all(0).numpy()
+        assert (mask != high(views[0].x[b], labels[b])).mean() < 1e-3
     assert views[1].target is views[0].target
 
 
@@ -321,11 +321,11 @@ def test_what_is_recorded_of_a_mixed_image_is_the_map_of_its_own_label() -> None
     technique.after_step(step.contexts["cam_erasing"])
     later = copy.copy(data)
     _, views = step(later, Draws(0.0, {**chosen.of, "mixup": None}))
-    gone = (views[0].x[0] == 0).all(0).numpy()
-    assert not gone[6 * CELL : 7 * CELL, 6 * CELL : 7 * CELL].any()
+    mask = (views[0].x[0] == 0).all(0).numpy()
+    assert not mask[6 * CELL : 7 * CELL, 6 * CELL : 7 * CELL].any()
 
 
 def test_a_net_without_class_maps_is_refused_by_name() -> None:
     vit = timm.create_model("test_vit", num_classes=3, img_size=SIDE)
     with pytest.raises(FgvcError, match=r"techniques\.cam_erasing: no auto map: .*class token alone"):
-        made(vit)
+        build(vit)

@@ -28,7 +28,7 @@ def batch(labels: list[int], seed: int = 1) -> Batch:
     return Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(len(y), 2, 3))
 
 
-def made(model: nn.Module, **settings: object) -> StepModule:
+def build(model: nn.Module, **settings: object) -> StepModule:
     return StepModule(model, {"centre_loss": build_technique(CentreLossSettings(**settings))}, size=SIZE).double().train()
 
 
@@ -44,18 +44,18 @@ def features(model: nn.Module, data: Batch) -> Tensor:
 
 def moved(centres: list[list[float]], x: Tensor, labels: list[int], rate: float) -> list[list[float]]:
     """Equation 4 of the paper, class by class, number by number."""
-    found = [list(centre) for centre in centres]
+    new = [list(centre) for centre in centres]
     for j, centre in enumerate(centres):
         own = [b for b, y in enumerate(labels) if y == j]
         for d in range(len(centre)):
             change = sum(centre[d] - float(x[b, d]) for b in own) / (1 + len(own))
-            found[j][d] = centre[d] - rate * change
-    return found
+            new[j][d] = centre[d] - rate * change
+    return new
 
 
 @pytest.mark.parametrize(("name", "kwargs"), [("test_resnet", {}), ("test_vit", {"img_size": 64})])
 def test_term_and_centres_are_their_formulas_step_by_step(name: str, kwargs: dict) -> None:
-    step = made(net(name, **kwargs), rate=0.3, centre=0.7)
+    step = build(net(name, **kwargs), rate=0.3, centre=0.7)
     twin = net(name, **kwargs)
     centres = step.branches["centre_loss"]["centres"].values.tolist()
     assert not any(map(any, centres))
@@ -74,7 +74,7 @@ def test_term_and_centres_are_their_formulas_step_by_step(name: str, kwargs: dic
 
 def test_by_hand_a_centre_never_overtakes_its_features() -> None:
     """One image at 1 with the rate 1: half of the way; four of them: four fifths."""
-    step = made(net(), rate=1.0)
+    step = build(net(), rate=1.0)
     centres = step.branches["centre_loss"]["centres"]
     width = centres.values.shape[1]
     x = torch.ones(5, width, dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_by_hand_a_centre_never_overtakes_its_features() -> None:
 
 
 def test_the_gradient_draws_features_and_not_the_centres() -> None:
-    step = made(net())
+    step = build(net())
     centres = step.branches["centre_loss"]["centres"].values
     losses, _ = step(batch([0, 1, 2, 3]), Draws(0.0))
     losses["centre_loss.centre"].backward()
@@ -97,7 +97,7 @@ def test_the_gradient_draws_features_and_not_the_centres() -> None:
 
 def test_parts_of_a_step_move_the_centres_once_together() -> None:
     model = net("test_vit", img_size=64)  # no batch norm: parts say what they say together
-    whole, parts = made(model, rate=0.5), made(model, rate=0.5)
+    whole, parts = build(model, rate=0.5), build(model, rate=0.5)
     data = batch([1, 1, 2, 1])
     whole(data, Draws(0.0))
     for rows in (slice(0, 2), slice(2, 4)):
@@ -120,7 +120,7 @@ def test_mixed_images_have_no_centre_and_move_none() -> None:
 
 
 def test_a_second_call_with_the_views_counts_the_batch_once() -> None:
-    once, twice = made(net()), made(net())
+    once, twice = build(net()), build(net())
     _, views = twice(batch([0, 1, 2, 3]), Draws(0.0))
     once(batch([0, 1, 2, 3]), Draws(0.0))
     twice(batch([0, 1, 2, 3]), Draws(0.0), views)
@@ -128,7 +128,7 @@ def test_a_second_call_with_the_views_counts_the_batch_once() -> None:
 
 
 def test_the_centres_are_in_the_checkpoint_and_a_weight_of_zero_stops_them() -> None:
-    step = made(net(), centre=((0.0, 0.0), (0.5, 0.0), (1.0, 1.0)))
+    step = build(net(), centre=((0.0, 0.0), (0.5, 0.0), (1.0, 1.0)))
     assert set(step.branches.state_dict()) == {"centre_loss.centres.values"}
     losses, _ = step(batch([0, 1, 2, 3]), Draws(0.25))
     assert set(losses) == {"base", "loss"}

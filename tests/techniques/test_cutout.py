@@ -41,8 +41,8 @@ def cut(data: Batch, boxes: list, *, seed: int = 5, **settings: object) -> Tenso
     out = build_technique(CutoutSettings(**settings)).on_batch(data, ctx)
     assert torch.equal(data.x, before), "the input is not changed in place"
     assert torch.equal(out.x_clean, clean), "the clean image stays"
-    shown = ctx.shown["erased"][1]
-    assert torch.equal(out.x[~shown[:, None].expand_as(out.x)], before[~shown[:, None].expand_as(before)])
+    mask = ctx.shown["erased"][1]
+    assert torch.equal(out.x[~mask[:, None].expand_as(out.x)], before[~mask[:, None].expand_as(before)])
     return out.x
 
 
@@ -114,8 +114,8 @@ def test_clipped_at_the_border_the_erased_share_is_its_expectation() -> None:
     shares = (out == 0).all(1).double().mean((1, 2))
 
     def inside(extent: int) -> float:
-        seen = [sum(0 <= c + d < extent for d in range(-(side // 2), side - side // 2)) for c in range(extent)]
-        return sum(seen) / extent**2
+        covered = [sum(0 <= c + d < extent for d in range(-(side // 2), side - side // 2)) for c in range(extent)]
+        return sum(covered) / extent**2
 
     error = float(shares.std()) / math.sqrt(COUNT)
     assert abs(float(shares.mean()) - inside(height) * inside(width)) < 4 * error

@@ -31,7 +31,7 @@ def batch(size: int = 4) -> Batch:
     return Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(size, 2, 3))
 
 
-def made(settings: dict, progress: float = 0.0, **others: object) -> tuple[StepModule, dict, list, Draws]:
+def run_step(settings: dict, progress: float = 0.0, **others: object) -> tuple[StepModule, dict, list, Draws]:
     techniques = {kind: build_technique(config) for kind, config in others.items()}
     techniques["dcl"] = build_technique(DclSettings(grid=GRID, **settings))
     step = StepModule(net(), techniques, size=SIZE).double()
@@ -43,7 +43,7 @@ def made(settings: dict, progress: float = 0.0, **others: object) -> tuple[StepM
 
 
 def test_the_jigsaw_is_of_the_clean_image_even_when_the_image_is_mixed() -> None:
-    _, _, views, draws = made({}, mixup=MixupSettings(alpha=1.0))
+    _, _, views, draws = run_step({}, mixup=MixupSettings(alpha=1.0))
     assert [view.name for view in views] == ["main", "dcl.destroyed"]
     assert not torch.equal(views[0].x, batch().x)
     assert torch.equal(views[1].x, cut(batch().x, draws.of["dcl"]))
@@ -53,7 +53,7 @@ def test_the_jigsaw_is_of_the_clean_image_even_when_the_image_is_mixed() -> None
 @pytest.mark.parametrize("head", ["2-way", "2K-way"])
 @pytest.mark.parametrize("bn", ["shared", "own"])
 def test_losses_are_their_formulas(head: str, bn: str) -> None:
-    step, losses, views, draws = made({"head": head, "bn": bn, "classify": 0.5, "destroyed": 0.7, "location": 0.3})
+    step, losses, views, draws = run_step({"head": head, "bn": bn, "classify": 0.5, "destroyed": 0.7, "location": 0.3})
     twin = net().train()
     if bn == "shared":
         both = twin.forward_features(torch.cat([views[0].x, views[1].x])).split(4)
@@ -62,35 +62,35 @@ def test_losses_are_their_formulas(head: str, bn: str) -> None:
     y, branch = batch().labels, step.branches["dcl"]
     ce = [F.cross_entropy(twin.forward_head(f), y) for f in both]
     base = (ce[0] + 0.5 * ce[1]) / 1.5
-    told, error, chance, right = 0.0, 0.0, 0.0, 0
+    destroyed, error, chance, right = 0.0, 0.0, 0.0, 0
     for copy, features in enumerate(both):
         for b in range(4):
             z = branch["destroyed"](features[b].mean((1, 2)))
             answer = copy if head == "2-way" else int(y[b]) + copy * CLASSES
-            told += -torch.log_softmax(z, 0)[answer] / 8
-            said = int(z.argmax())
-            right += (said == copy) if head == "2-way" else (said // CLASSES == copy)
+            destroyed += -torch.log_softmax(z, 0)[answer] / 8
+            guess = int(z.argmax())
+            right += (guess == copy) if head == "2-way" else (guess // CLASSES == copy)
             cells = F.adaptive_avg_pool2d(features[b], GRID)
             for i in range(GRID):
                 for j in range(GRID):
                     kernel, bias = branch["location"].weight[:, :, 0, 0], branch["location"].bias
-                    found = kernel @ cells[:, i, j] + bias
+                    position = kernel @ cells[:, i, j] + bias
                     source = int(draws.of["dcl"][b, i * GRID + j]) if copy else i * GRID + j
                     place = torch.tensor([(source // GRID + 0.5) / GRID, (source % GRID + 0.5) / GRID])
                     here = torch.tensor([(i + 0.5) / GRID, (j + 0.5) / GRID])
-                    error += (found - place).abs().sum() / (8 * GRID * GRID * 2)
+                    error += (position - place).abs().sum() / (8 * GRID * GRID * 2)
                     chance += float((place - here).abs().sum()) / (8 * GRID * GRID * 2)
     close = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(losses["base"].double(), base, **close)
-    torch.testing.assert_close(losses["dcl.destroyed"].double(), told, **close)
+    torch.testing.assert_close(losses["dcl.destroyed"].double(), destroyed, **close)
     torch.testing.assert_close(losses["dcl.location"].double(), error, **close)
-    torch.testing.assert_close(losses["loss"].double(), base + 0.7 * told + 0.3 * error, **close)
+    torch.testing.assert_close(losses["loss"].double(), base + 0.7 * destroyed + 0.3 * error, **close)
     assert float(losses["dcl.location_chance"]) == pytest.approx(chance, rel=1e-5)
     assert float(losses["dcl.destroyed_accuracy"]) == pytest.approx(right / 8)
 
 
 def test_classes_of_a_mixed_image_share_the_2k_ways() -> None:
-    step, losses, views, _ = made({"head": "2K-way", "bn": "own"}, mixup=MixupSettings(alpha=1.0))
+    step, losses, views, _ = run_step({"head": "2K-way", "bn": "own"}, mixup=MixupSettings(alpha=1.0))
     (y, w), (other, v) = views[0].target
     features = net().train().forward_features(views[0].x)
     z = torch.log_softmax(step.branches["dcl"]["destroyed"](features.mean((2, 3))), 1)
@@ -121,14 +121,14 @@ def test_the_heads_see_through_the_jigsaw_and_the_net_alone_classifies() -> None
 
 def test_weights_follow_their_schedule_and_no_view_is_built_for_nothing() -> None:
     later = [[0.5, 0], [1, 1]]
-    _, losses, views, _ = made({"classify": later, "destroyed": later, "location": later})
+    _, losses, views, _ = run_step({"classify": later, "destroyed": later, "location": later})
     assert [view.name for view in views] == ["main"]
     assert set(losses) == {"base", "loss"}
-    _, losses, views, _ = made({"classify": later, "destroyed": 0, "location": later}, progress=0.75)
+    _, losses, views, _ = run_step({"classify": later, "destroyed": 0, "location": later}, progress=0.75)
     assert views[1].weight == 0.5
     assert "dcl.destroyed" not in losses
     torch.testing.assert_close(losses["loss"], losses["base"] + 0.5 * losses["dcl.location"])
-    _, _, views, _ = made({"classify": 0})
+    _, _, views, _ = run_step({"classify": 0})
     assert (views[1].classifies, views[1].weight) == (False, 1.0)
 
 

@@ -31,8 +31,8 @@ def test_kd_is_the_divergence_of_softened_probabilities(ours: list, theirs: list
     ours, theirs = ours[:size], theirs[:size]
     pairs = zip(ours, theirs, strict=True)
     expected = sum(kl(softmax(t, temperature), softmax(s, temperature)) for s, t in pairs) / size
-    found = divergence(*(softened([torch.tensor(z)], temperature) for z in (ours, theirs)))
-    assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    loss = divergence(*(softened([torch.tensor(z)], temperature) for z in (ours, theirs)))
+    assert float(loss) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @given(LOGITS, LOGITS, st.sampled_from([1.0, 4.0]), st.integers(0, 3))
@@ -47,8 +47,8 @@ def test_dkd_is_its_definition(ours: list, theirs: list, temperature: float, y: 
         nckd = kl(softmax([t[k] for k in rest], temperature), softmax([s[k] for k in rest], temperature))
         expected += (1.5 * tckd + 8.0 * nckd) / size
     logs = (softened([torch.tensor(z[:size])], temperature) for z in (ours, theirs))
-    found = decoupled(*logs, torch.full((size,), y), alpha=1.5, beta=8.0)
-    assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    loss = decoupled(*logs, torch.full((size,), y), alpha=1.5, beta=8.0)
+    assert float(loss) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_dkd_with_the_teachers_own_weight_of_the_rest_is_kd() -> None:
@@ -56,8 +56,8 @@ def test_dkd_with_the_teachers_own_weight_of_the_rest_is_kd() -> None:
     rng = torch.Generator().manual_seed(0)
     log_p, log_q = (torch.randn(1, 6, generator=rng).double().log_softmax(1) for _ in range(2))
     beta = 1 - float(log_q[0, 2].exp())
-    found = decoupled(log_p, log_q, torch.tensor([2]), alpha=1.0, beta=beta)
-    torch.testing.assert_close(found, divergence(log_p, log_q))
+    loss = decoupled(log_p, log_q, torch.tensor([2]), alpha=1.0, beta=beta)
+    torch.testing.assert_close(loss, divergence(log_p, log_q))
 
 
 def test_dkd_stays_finite_where_one_minus_p_underflows() -> None:
@@ -75,12 +75,12 @@ def test_dkd_stays_finite_where_one_minus_p_underflows() -> None:
 @given(LOGITS, st.lists(st.floats(0.125, 8, width=32), min_size=3, max_size=3))
 def test_several_teachers_are_averaged_as_probabilities(rows: list, weights: list[float]) -> None:
     teachers = [[[v * scale for v in row] for row in rows] for scale in (1.0, -1.0, 0.5)]
-    found = softened([torch.tensor(z) for z in teachers], 4.0, weights)
+    averaged = softened([torch.tensor(z) for z in teachers], 4.0, weights)
     for b in range(len(rows)):
         p = [softmax(z[b], 4.0) for z in teachers]
         for k in range(4):
             expected = sum(w * q[k] for w, q in zip(weights, p, strict=True)) / sum(weights)
-            assert math.exp(float(found[b, k])) == pytest.approx(expected, rel=1e-4)
+            assert math.exp(float(averaged[b, k])) == pytest.approx(expected, rel=1e-4)
 
 
 def pooled(f: Tensor, side: int) -> list[list[float]]:
@@ -123,8 +123,8 @@ def test_a_hint_is_its_definition(ours: int, theirs: int) -> None:
             target = pooled(b[sample, c].double(), side)
             for i in range(side):
                 for j in range(side):
-                    said = sum(kernel[c][d] * float(f[d, i, j]) for d in range(5)) + bias[c]
-                    total += (said - target[i][j]) ** 2
+                    value = sum(kernel[c][d] * float(f[d, i, j]) for d in range(5)) + bias[c]
+                    total += (value - target[i][j]) ** 2
     assert float(hint(regressor, a, b).detach()) == pytest.approx(total / (2 * 3 * side * side), rel=1e-5)
 
 

@@ -26,13 +26,13 @@ def net(name: str = "test_resnet", **kwargs: object) -> nn.Module:
     return timm.create_model(name, num_classes=3, **kwargs)
 
 
-def made(model: nn.Module | None = None, **settings: object) -> tuple[StepModule, Dropblock]:
+def build(model: nn.Module | None = None, **settings: object) -> tuple[StepModule, Dropblock]:
     technique = build_technique(DropblockSettings(**settings))
     return StepModule(model or net(), {"dropblock": technique}, size=SIZE), technique
 
 
 def gated(f: Tensor, *, draw: int = 1, progress: float = 0.0, **settings: object) -> Tensor:
-    step, technique = made(**settings)
+    step, technique = build(**settings)
     return technique._gate(0, f, context_of("dropblock", step.attachments, Draws(progress, {"dropblock": [draw]}), {}))
 
 
@@ -114,7 +114,7 @@ def test_the_same_draw_gives_the_same_mask_and_another_another() -> None:
     settings = {"rate": 0.3, "block": 2}
     assert torch.equal(gated(f, draw=7, **settings), gated(f, draw=7, **settings))
     assert not torch.equal(gated(f, draw=7, **settings), gated(f, draw=8, **settings))
-    _, technique = made(stages=(-2, "features"))
+    _, technique = build(stages=(-2, "features"))
     batch = SimpleNamespace(labels=torch.zeros(4))
     first, again, other = (technique.draw(np.random.default_rng(seed), batch) for seed in (0, 0, 1))
     assert first == again != other
@@ -124,7 +124,7 @@ def test_the_same_draw_gives_the_same_mask_and_another_another() -> None:
 def test_tokens_and_channels_last_lose_the_same_cells() -> None:
     f = torch.rand(3, 6, 4, 4) + 1
     expected = gated(f, rate=0.4, block=2)
-    step, technique = made(net("test_vit", img_size=64), stages=(-2,), rate=0.4, block=2)
+    step, technique = build(net("test_vit", img_size=64), stages=(-2,), rate=0.4, block=2)
     context = context_of("dropblock", step.attachments, Draws(0.0, {"dropblock": [1]}), {})
     first = torch.rand(3, 1, 6)
     tokens = technique._gate(0, torch.cat([first, f.flatten(2).transpose(1, 2)], 1), context)
@@ -136,7 +136,7 @@ def test_the_step_trains_through_the_mask_and_evaluation_does_not() -> None:
     x = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(1))
     y = torch.arange(4) % 3
     batch = Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(4, 2, 3))
-    step, _ = made(stages=(-2,), rate=0.3, block=2)
+    step, _ = build(stages=(-2,), rate=0.3, block=2)
     step.attach_hooks()
     step.train()
     draws = step.draw(batch, 0.0, seed=0, step=0)

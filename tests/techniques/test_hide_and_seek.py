@@ -59,9 +59,9 @@ def test_cells_are_hidden_as_often_as_they_should_be_and_each_by_itself(share: f
     numbers = hidden.reshape(COUNT, -1).sum(1)
     likely = [math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(count + 1)]
     likely[count - 1] += likely.pop()
-    found = np.bincount(numbers, minlength=count) / COUNT
-    assert len(found) == count
-    assert np.abs(found - likely).max() < 4 * math.sqrt(0.25 / COUNT)
+    frequencies = np.bincount(numbers, minlength=count) / COUNT
+    assert len(frequencies) == count
+    assert np.abs(frequencies - likely).max() < 4 * math.sqrt(0.25 / COUNT)
     if share**count < 1e-3:
         correlations = np.corrcoef(hidden.reshape(COUNT, -1).T) - np.eye(count)
         assert np.abs(correlations).max() < 4.5 / math.sqrt(COUNT)

@@ -31,18 +31,18 @@ def by_the_formula(noise: np.ndarray, n: int) -> list[int]:
 
 @given(GRIDS, REACHES, st.integers(0, 2**32))
 def test_the_draw_is_the_formula(n: int, reach: float, seed: int) -> None:
-    found = draw_jigsaws(np.random.default_rng(seed), 3, grid=n, reach=reach)
+    sources = draw_jigsaws(np.random.default_rng(seed), 3, grid=n, reach=reach)
     noise = np.random.default_rng(seed).uniform(-reach, reach, size=(2, 3, n, n))
-    assert found.tolist() == [by_the_formula(noise[:, b], n) for b in range(3)]
+    assert sources.tolist() == [by_the_formula(noise[:, b], n) for b in range(3)]
 
 
 @given(GRIDS, REACHES, st.integers(0, 2**32))
 def test_it_is_a_permutation_within_its_reach(n: int, reach: float, seed: int) -> None:
-    found = draw_jigsaws(np.random.default_rng(seed), 4, grid=n, reach=reach)
-    assert (np.sort(found, axis=1) == np.arange(n * n)).all()
+    sources = draw_jigsaws(np.random.default_rng(seed), 4, grid=n, reach=reach)
+    assert (np.sort(sources, axis=1) == np.arange(n * n)).all()
     cell = np.arange(n * n)
-    assert np.abs(found // n - cell // n).max() < 2 * reach
-    assert np.abs(found % n - cell % n).max() < 2 * reach
+    assert np.abs(sources // n - cell // n).max() < 2 * reach
+    assert np.abs(sources % n - cell % n).max() < 2 * reach
 
 
 @given(GRIDS, st.integers(0, 20), st.integers(0, 20), st.integers(0, 2**32))
@@ -75,7 +75,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 def test_two_cells_swap_as_often_as_they_should(reach: float, swap: float) -> None:
     """P(U1 - U2 > 1) = (2k-1)^2 / (8 k^2) for U in (-k,k); the four rows and columns of a 2 x 2 grid are independent."""
     draws = 20_000
-    found = draw_jigsaws(np.random.default_rng(0), draws, grid=2, reach=reach)
+    sources = draw_jigsaws(np.random.default_rng(0), draws, grid=2, reach=reach)
     rows = [[int(b) for b in f"{code:04b}"] for code in range(16)]  # row 0, row 1, column 0, column 1 swapped?
     odds: dict[tuple[int, ...], float] = {}
     for swapped in rows:
@@ -84,23 +84,23 @@ def test_two_cells_swap_as_often_as_they_should(reach: float, swap: float) -> No
         key = tuple(by_the_formula(noise, 2))
         odds[key] = odds.get(key, 0.0) + float(np.prod([swap if s else 1 - swap for s in swapped]))
     assert sum(odds.values()) == pytest.approx(1)
-    counts = np.array([(found == key).all(1).sum() for key in odds])
+    counts = np.array([(sources == key).all(1).sum() for key in odds])
     assert counts.sum() == draws
     assert chi_square(counts, draws * np.array(list(odds.values()))) < 45  # 15 degrees at most: p of 1e-4 is 44.3
 
 
 def test_with_a_wide_reach_every_cell_comes_from_everywhere_alike() -> None:
     draws = 12_000
-    found = draw_jigsaws(np.random.default_rng(1), draws, grid=3, reach=1e6)
+    sources = draw_jigsaws(np.random.default_rng(1), draws, grid=3, reach=1e6)
     for cell in range(9):
-        counts = np.bincount(found[:, cell], minlength=9)
+        counts = np.bincount(sources[:, cell], minlength=9)
         assert chi_square(counts, np.full(9, draws / 9)) < 31.8  # 8 degrees of freedom: p of 1e-4
 
 
 @pytest.mark.parametrize(("reach", "stays"), [(1, 0.79), (2, 0.47), (3, 0.34)])
 def test_cells_stay_in_their_row_as_often_as_measured_elsewhere(reach: float, stays: float) -> None:
-    found = draw_jigsaws(np.random.default_rng(2), 4000, grid=7, reach=reach)
-    assert (found // 7 == np.arange(49) // 7).mean() == pytest.approx(stays, abs=0.012)  # N = 7
+    sources = draw_jigsaws(np.random.default_rng(2), 4000, grid=7, reach=reach)
+    assert (sources // 7 == np.arange(49) // 7).mean() == pytest.approx(stays, abs=0.012)  # N = 7
 
 
 def test_places_are_shares_of_the_side() -> None:

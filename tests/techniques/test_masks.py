@@ -63,8 +63,8 @@ def test_regions_by_hand(rule: str, value: float, area: tuple[float, float], exp
 def test_shares_can_be_drawn_for_each_sample() -> None:
     maps = ramp(1, 2, 3, 4).expand(3, 1, 4)
     region = Region(rule="share", value=0.1, area=(0, 0.99))
-    drawn = select(maps, (1, 4), region, values=torch.tensor([0.4, 0.6, 0.9]))
-    assert [row(mask) for mask in drawn] == [".###", "..##", "...#"]
+    masks = select(maps, (1, 4), region, values=torch.tensor([0.4, 0.6, 0.9]))
+    assert [row(mask) for mask in masks] == [".###", "..##", "...#"]
 
 
 @pytest.mark.parametrize("area", [(0.3, 0.2), (0, 0), (0, 1), (-0.1, 0.5), (0.2, 1.5)])
@@ -157,9 +157,9 @@ def test_the_input_of_select_stays() -> None:
 
 
 def test_enlarged_cells_stay_where_they_are() -> None:
-    found = enlarge(ramp(0, 4, 0), (2, 12))
+    fine = enlarge(ramp(0, 4, 0), (2, 12))
     line = [0, 0, 0.5, 1.5, 2.5, 3.5, 3.5, 2.5, 1.5, 0.5, 0, 0]
-    assert found.tolist() == [[line, line]]
+    assert fine.tolist() == [[line, line]]
 
 
 def test_boxes_by_hand() -> None:
@@ -189,8 +189,8 @@ def test_boxes_hold_their_mask_and_stay_in_the_picture(height: int, width: int, 
 @given(SIDES, SIDES, SEEDS)
 def test_the_crop_of_the_whole_picture_is_the_picture(height: int, width: int, seed: int) -> None:
     x = noise(seed, 2, 3, height, width)
-    found = crop(x, torch.tensor([[0.0, 0.0, width, height]] * 2), (height, width), pixels=(height, width))
-    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+    cropped = crop(x, torch.tensor([[0.0, 0.0, width, height]] * 2), (height, width), pixels=(height, width))
+    torch.testing.assert_close(cropped, x, rtol=1e-4, atol=1e-4)
 
 
 @settings(deadline=None)
@@ -200,9 +200,9 @@ def test_crops_on_whole_pixels_are_slices(data: st.DataObject) -> None:
     h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
     corners = [(data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w))) for _ in range(3)]
     box = torch.tensor([[left, top, left + w, top + h] for top, left in corners], dtype=torch.float32)
-    found = crop(x, box, (h, w), pixels=(height, width))
+    crops = crop(x, box, (h, w), pixels=(height, width))
     for b, (top, left) in enumerate(corners):
-        torch.testing.assert_close(found[b], x[b, :, top : top + h, left : left + w], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(crops[b], x[b, :, top : top + h, left : left + w], rtol=1e-4, atol=1e-4)
 
 
 def wave(y: Tensor, x: Tensor) -> Tensor:
@@ -216,11 +216,11 @@ def test_a_crop_shows_what_lies_in_its_box_at_any_resolution(finer: float) -> No
     """Boxes are counted in 20 x 32 pixels, whatever the resolution of what is cropped."""
     centres = [(torch.arange(int(side * finer)) + 0.5) / finer for side in (20, 32)]
     box = torch.tensor([[4.0, 3.0, 28.0, 13.0], [10.5, 5.25, 14.5, 17.75]])
-    found = crop(wave(*centres).expand(2, -1, -1, -1), box, (24, 40), pixels=(20, 32))
+    crops = crop(wave(*centres).expand(2, -1, -1, -1), box, (24, 40), pixels=(20, 32))
     for b, (left, top, right, bottom) in enumerate(box.tolist()):
         y = top + (torch.arange(24) + 0.5) / 24 * (bottom - top)
         x = left + (torch.arange(40) + 0.5) / 40 * (right - left)
-        torch.testing.assert_close(found[b], wave(y, x), rtol=0, atol=0.01 / finer)
+        torch.testing.assert_close(crops[b], wave(y, x), rtol=0, atol=0.01 / finer)
 
 
 def test_pixels_inside_boxes_by_hand() -> None:
@@ -265,21 +265,21 @@ def test_moved_boxes_keep_their_sides_and_stay_inside(height: int, width: int, s
 def test_shifted_masks_by_hand() -> None:
     mask = torch.zeros(3, 4, 6, dtype=torch.bool)
     mask[:, 0, 0] = mask[:, 0, 5] = True
-    found = shifted(mask, torch.tensor([[0, 0], [0.5, 0.34], [0.99, 0.99]]))
-    assert torch.equal(found[0], mask[0])
-    assert torch.nonzero(found[1]).tolist() == [[2, 1], [2, 2]]
-    assert torch.nonzero(found[2]).tolist() == [[3, 4], [3, 5]]
+    moved = shifted(mask, torch.tensor([[0, 0], [0.5, 0.34], [0.99, 0.99]]))
+    assert torch.equal(moved[0], mask[0])
+    assert torch.nonzero(moved[1]).tolist() == [[2, 1], [2, 2]]
+    assert torch.nonzero(moved[2]).tolist() == [[3, 4], [3, 5]]
 
 
 @settings(deadline=None)
 @given(SIDES, SIDES, SEEDS)
 def test_shifted_masks_are_rolled(height: int, width: int, seed: int) -> None:
     mask, where = noise(seed, 4, height, width) > 0.5, torch.rand(4, 2, generator=torch.Generator().manual_seed(seed))
-    found = shifted(mask, where)
-    assert found.sum((1, 2)).tolist() == mask.sum((1, 2)).tolist()
+    moved = shifted(mask, where)
+    assert moved.sum((1, 2)).tolist() == mask.sum((1, 2)).tolist()
     for b in range(4):
         down, across = int(where[b, 0] * height), int(where[b, 1] * width)
-        assert torch.equal(found[b], mask[b].roll((down, across), (0, 1)))
+        assert torch.equal(moved[b], mask[b].roll((down, across), (0, 1)))
 
 
 @pytest.mark.parametrize("fill", FILLS)
@@ -287,18 +287,18 @@ def test_erasing_changes_the_mask_alone(fill: Fill) -> None:
     x = noise(5, 3, 3, 24, 40) + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)
     maps = noise(6, 3, 4, 5)
     mask, before = select(maps, (24, 40), Region(value=0.0, area=(0.2, 0.3))), x.clone()
-    kept = mask.clone()
-    found = erase(x, mask, fill, seed=3)
+    unchanged = mask.clone()
+    erased = erase(x, mask, fill, seed=3)
     assert torch.equal(x, before), "not in place"
-    assert torch.equal(mask, kept)
-    gone = mask[:, None].expand_as(x)
-    assert torch.equal(found[~gone], x[~gone])
-    assert (found != x)[gone].float().mean() > 0.99
-    assert found.flatten(1).any(1).all(), "no picture is all zero"
-    assert found.dtype == x.dtype
-    assert torch.equal(erase(x, mask, fill, seed=3), found)
+    assert torch.equal(mask, unchanged)
+    channels = mask[:, None].expand_as(x)
+    assert torch.equal(erased[~channels], x[~channels])
+    assert (erased != x)[channels].float().mean() > 0.99
+    assert erased.flatten(1).any(1).all(), "no picture is all zero"
+    assert erased.dtype == x.dtype
+    assert torch.equal(erase(x, mask, fill, seed=3), erased)
     assert torch.equal(erase(x, mask & False, fill), x)
-    assert torch.equal(erase(x, mask, fill, seed=4), found) == (fill not in ("random", "noise"))
+    assert torch.equal(erase(x, mask, fill, seed=4), erased) == (fill not in ("random", "noise"))
 
 
 def test_fills_are_what_they_say() -> None:

@@ -69,13 +69,13 @@ def test_a_piece_is_pasted_as_torch_would_resize_it(seed: int, one: bool) -> Non
     numbers, size = rng(seed), (9, 12)
     x, source = torch.rand(3, 2, *size, dtype=torch.float64), torch.rand(3, 2, *size, dtype=torch.float64)
     to, of = (draw_boxes(numbers, numbers.random(1 if one else 3), size, least=1) for _ in range(2))
-    found = pasted(x, source, to=to, of=of)
+    mixed = pasted(x, source, to=to, of=of)
     expected = x.clone()
     for b in range(3):
         (left, t, r, u), (q, p, z, s) = to[0 if one else b].tolist(), of[0 if one else b].tolist()
         piece = source[b : b + 1, :, p:s, q:z]
         expected[b, :, t:u, left:r] = F.interpolate(piece, (u - t, r - left), mode="bilinear", align_corners=False)[0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5)
 
 
 def test_targets_of_targets_by_hand() -> None:

@@ -71,8 +71,8 @@ def mixed(kind: str, data: Batch, seed: int = 0, **settings: object) -> tuple[Ba
     return spy.batch, draws.of.get(kind)
 
 
-def weights(found: Batch) -> Tensor:
-    return torch.stack([w for _, w in found.target])
+def weights(data: Batch) -> Tensor:
+    return torch.stack([w for _, w in data.target])
 
 
 @pytest.mark.parametrize("per", ["batch", "sample"])
@@ -80,17 +80,17 @@ def weights(found: Batch) -> Tensor:
 def test_the_step_sees_other_images_and_the_clean_ones_stay(kind: str, per: str) -> None:
     data = batch()
     before = data.x.clone()
-    found, _ = mixed(kind, data, per=per)
+    changed, _ = mixed(kind, data, per=per)
     assert torch.equal(data.x, before), "in place of nothing"
-    assert torch.equal(found.x_clean, before)
-    assert not torch.equal(found.x, before)
-    assert found.x.shape == before.shape
-    assert found.x.isfinite().all()
-    assert torch.equal(found.labels, data.labels)
-    assert (weights(found) >= 0).all()
+    assert torch.equal(changed.x_clean, before)
+    assert not torch.equal(changed.x, before)
+    assert changed.x.shape == before.shape
+    assert changed.x.isfinite().all()
+    assert torch.equal(changed.labels, data.labels)
+    assert (weights(changed) >= 0).all()
     if kind != "snapmix":
-        torch.testing.assert_close(weights(found).sum(0), torch.ones(6))
-    alike = (weights(found) - weights(found)[:, :1]).abs().max() < 1e-6
+        torch.testing.assert_close(weights(changed).sum(0), torch.ones(6))
+    alike = (weights(changed) - weights(changed)[:, :1]).abs().max() < 1e-6
     assert bool(alike) == (per == "batch" and kind not in ("snapmix", "saliencymix")), "theirs differ by image"
 
 
@@ -99,17 +99,17 @@ def test_the_step_sees_other_images_and_the_clean_ones_stay(kind: str, per: str)
 def test_a_box_is_the_partners_and_labels_are_its_exact_area(kind: str, per: str) -> None:
     for seed in range(5):
         data = batch(seed=seed)
-        found, (_, order) = mixed(kind, data, seed=seed, per=per)
-        theirs = (found.x == data.x[order]).all(1) & (found.x != data.x).any(1)
-        own = (found.x == data.x).all(1)
+        changed, (_, order) = mixed(kind, data, seed=seed, per=per)
+        theirs = (changed.x == data.x[order]).all(1) & (changed.x != data.x).any(1)
+        own = (changed.x == data.x).all(1)
         assert (theirs | own).all(), "every pixel is whole, of the one or of the other"
         for b in range(6):
             if int(order[b]) == b:
                 continue
             rows, columns = theirs[b].any(1).nonzero().flatten(), theirs[b].any(0).nonzero().flatten()
             assert int(theirs[b].sum()) == len(rows) * len(columns), "a box"
-            assert float(found.target[1][1][b]) == pytest.approx(int(theirs[b].sum()) / (SIZE[0] * SIZE[1]), abs=1e-6)
-        assert torch.equal(found.target[1][0], data.labels[order])
+            assert float(changed.target[1][1][b]) == pytest.approx(int(theirs[b].sum()) / (SIZE[0] * SIZE[1]), abs=1e-6)
+        assert torch.equal(changed.target[1][0], data.labels[order])
 
 
 def test_cutmix_keeps_about_two_thirds_of_an_image_after_clipping() -> None:
@@ -166,17 +166,17 @@ def test_snapmix_is_its_formula() -> None:
 
 def test_a_map_that_says_nothing_counts_by_area() -> None:
     maps = torch.stack([torch.ones(3, 3), torch.full((3, 3), float("nan")), torch.eye(3)])
-    found = semantic(maps, (6, 9))
-    torch.testing.assert_close(found[:2], torch.full((2, 6, 9), 1 / 54))
-    torch.testing.assert_close(found.sum((1, 2)), torch.ones(3))
-    assert found[2].max() > 1 / 54
+    shares = semantic(maps, (6, 9))
+    torch.testing.assert_close(shares[:2], torch.full((2, 6, 9), 1 / 54))
+    torch.testing.assert_close(shares.sum((1, 2)), torch.ones(3))
+    assert shares[2].max() > 1 / 54
 
 
 @pytest.mark.parametrize("style", ["cells", "canvas"])
 def test_mosaic_has_four_labels_and_ends_before_the_run_does(style: str) -> None:
-    found, drawn = mixed("mosaic", batch(), style=style)
-    assert len(found.target) == 4
-    for (y, _), order in zip(found.target[1:], drawn["orders"], strict=True):
+    changed, draws = mixed("mosaic", batch(), style=style)
+    assert len(changed.target) == 4
+    for (y, _), order in zip(changed.target[1:], draws["orders"], strict=True):
         assert torch.equal(y, batch().labels[order])
     technique = build_technique(MosaicSettings(until=0.75, probability=[[0, 1], [0.5, 0.5]]))
     assert [technique.mixes(progress) for progress in (0, 0.5, 0.74, 0.75, 1)] == [1, 0.5, 0.5, 0, 0]
@@ -223,6 +223,6 @@ def test_an_eval_pass_is_made_once_and_only_in_steps_that_ask_for_it() -> None:
 
 @pytest.mark.parametrize("split", [(0.001, 0.001), (0.999, 0.9999)])
 def test_every_part_of_a_mosaic_has_a_pixel(split: tuple[float, float]) -> None:
-    found, _ = mixed("mosaic", batch(), split=split)
-    assert (weights(found) > 0).all()
-    torch.testing.assert_close(weights(found).sum(0), torch.ones(6))
+    changed, _ = mixed("mosaic", batch(), split=split)
+    assert (weights(changed) > 0).all()
+    torch.testing.assert_close(weights(changed).sum(0), torch.ones(6))

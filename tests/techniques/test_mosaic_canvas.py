@@ -21,13 +21,13 @@ def test_each_picture_has_its_cell_and_its_exact_share(height: int, width: int, 
     at = [
         (data.draw(st.floats(0, 1, exclude_max=True)), data.draw(st.floats(0, 1, exclude_max=True))) for _ in range(4)
     ]
-    found = in_cells(flat([1, 2, 3, 4], (height, width)), (y, x), at)[0, 0].round(decimals=4)
-    assert found[0, 0] == 1
-    assert found[0, -1] == 2
-    assert found[-1, 0] == 3
-    assert found[-1, -1] == 4
+    image = in_cells(flat([1, 2, 3, 4], (height, width)), (y, x), at)[0, 0].round(decimals=4)
+    assert image[0, 0] == 1
+    assert image[0, -1] == 2
+    assert image[-1, 0] == 3
+    assert image[-1, -1] == 4
     for value, share in enumerate(shares((y, x), (height, width)), start=1):
-        assert int((found == value).sum()) == round(share * height * width)
+        assert int((image == value).sum()) == round(share * height * width)
     assert sum(shares((y, x), (height, width))) == pytest.approx(1)
 
 
@@ -52,7 +52,7 @@ def test_a_canvas_is_a_window_on_four_pictures_that_meet(one: bool) -> None:
     middle = 0.5 + torch.rand(n, 2, generator=rng)
     scale = 0.5 + torch.rand(n, generator=rng)
     shift = 0.4 + 0.2 * torch.rand(n, 2, generator=rng)
-    found, seen = on_canvas(pictures, middle, scale, shift)
+    canvas, areas = on_canvas(pictures, middle, scale, shift)
     for b in range(count):
         m, s, t = (part[0 if one else b].tolist() for part in (middle, scale, shift))
         expected = torch.zeros(size)
@@ -63,17 +63,17 @@ def test_a_canvas_is_a_window_on_four_pictures_that_meet(one: bool) -> None:
                 top, left = (m[0] - 1 if y < m[0] else m[0]), (m[1] - 1 if x < m[1] else m[1])
                 if 0 <= y < 2 and 0 <= x < 2 and top <= y < top + 1 and left <= x < left + 1:
                     expected[i, j] = 1 + 2 * (y >= m[0]) + (x >= m[1])
-        torch.testing.assert_close(found[b, 0], expected)
+        torch.testing.assert_close(canvas[b, 0], expected)
         counts = torch.stack([(expected == value).sum() for value in (1, 2, 3, 4)]).float()
-        torch.testing.assert_close(seen[:, b], counts / counts.sum())
+        torch.testing.assert_close(areas[:, b], counts / counts.sum())
 
 
 def test_at_scale_1_a_canvas_shows_the_pictures_pixel_for_pixel() -> None:
     pictures = [torch.rand(1, 3, 8, 8) for _ in range(4)]
     half = torch.tensor([[0.5, 0.5]])
-    found, seen = on_canvas(pictures, torch.tensor([[1.0, 1.0]]), torch.ones(1), half)
-    torch.testing.assert_close(found[:, :, :4, :4], pictures[0][:, :, 4:, 4:])
-    torch.testing.assert_close(found[:, :, :4, 4:], pictures[1][:, :, 4:, :4])
-    torch.testing.assert_close(found[:, :, 4:, :4], pictures[2][:, :, :4, 4:])
-    torch.testing.assert_close(found[:, :, 4:, 4:], pictures[3][:, :, :4, :4])
-    assert seen.flatten().tolist() == [0.25] * 4
+    canvas, areas = on_canvas(pictures, torch.tensor([[1.0, 1.0]]), torch.ones(1), half)
+    torch.testing.assert_close(canvas[:, :, :4, :4], pictures[0][:, :, 4:, 4:])
+    torch.testing.assert_close(canvas[:, :, :4, 4:], pictures[1][:, :, 4:, :4])
+    torch.testing.assert_close(canvas[:, :, 4:, :4], pictures[2][:, :, :4, 4:])
+    torch.testing.assert_close(canvas[:, :, 4:, 4:], pictures[3][:, :, :4, :4])
+    assert areas.flatten().tolist() == [0.25] * 4

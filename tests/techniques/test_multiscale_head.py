@@ -37,7 +37,7 @@ def batch(count: int = 3, size: tuple[int, int] = SIZE) -> Batch:
     return Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(count, 2, 3))
 
 
-def made(
+def run_step(
     model: nn.Module, data: Batch, *, grad_checkpointing: bool = False, progress: float = 0.0, **settings: object
 ) -> tuple[StepModule, dict[str, Tensor]]:
     technique = build_technique(MultiscaleHeadSettings(**settings))
@@ -50,19 +50,19 @@ def made(
 
 def stages(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
     """Maps (B,C,h,w) by hooks of the test's own."""
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     for name in names:
-        model.get_submodule(name).register_forward_hook(lambda _m, _x, f, name=name: seen.update({name: f}))
+        model.get_submodule(name).register_forward_hook(lambda _m, _x, f, name=name: outputs.update({name: f}))
     with torch.no_grad():
         model.train().forward_features(x)
-    return [feature_map(model, seen[name], x.shape[2:]) for name in names]
+    return [feature_map(model, outputs[name], x.shape[2:]) for name in names]
 
 
 @pytest.mark.parametrize("layout", NETS)
 def test_the_terms_are_those_of_the_stages(layout: str) -> None:
     name, kwargs, blocks = NETS[layout]
     data = batch(size=(64, 64))
-    step, losses = made(net(name, **kwargs), data, fused=0.5, each=0.25)
+    step, losses = run_step(net(name, **kwargs), data, fused=0.5, each=0.25)
     maps = stages(net(name, **kwargs), blocks, data.x)
     branches = step.branches["multiscale_head"]
     with torch.no_grad():
@@ -85,22 +85,22 @@ def test_the_terms_are_those_of_the_stages(layout: str) -> None:
 def test_the_level_and_its_width_are_as_told() -> None:
     channels = [info["num_chs"] for info in net().feature_info]
     for level, sides in ((None, (5, 4)), (-3, (9, 7)), ("features", (3, 2))):
-        step, _ = made(net(), batch(), stages=(-3, -2, "features"), level=level)
-        shown = step.contexts["multiscale_head"].shown
-        assert {name: tuple(maps.shape) for name, (_, maps) in shown.items()} == {
+        step, _ = run_step(net(), batch(), stages=(-3, -2, "features"), level=level)
+        pictures = step.contexts["multiscale_head"].shown
+        assert {name: tuple(maps.shape) for name, (_, maps) in pictures.items()} == {
             f"weight of stage {stage}": (3, *sides) for stage in (-3, -2, "features")
         }
         width = {None: channels[-2], -3: channels[-3], "features": channels[-1]}[level]
         assert step.branches["multiscale_head"]["fused"].in_features == width
-    step, _ = made(net(), batch(), width=7)
+    step, _ = run_step(net(), batch(), width=7)
     assert step.branches["multiscale_head"]["fused"].in_features == 7
-    step, _ = made(net("resnet18"), batch(), stages=(-2, -1))  # of two the second, with 512 channels
+    step, _ = run_step(net("resnet18"), batch(), stages=(-2, -1))  # of two the second, with 512 channels
     assert step.branches["multiscale_head"]["fused"].in_features == 256
 
 
 @pytest.mark.parametrize("term", ["fused", "each"])
 def test_each_term_teaches_every_stage_and_all_that_it_added(term: str) -> None:
-    step, losses = made(net(zero_init_last=False), batch(), **{{"fused": "each", "each": "fused"}[term]: 0})
+    step, losses = run_step(net(zero_init_last=False), batch(), **{{"fused": "each", "each": "fused"}[term]: 0})
     losses[f"multiscale_head.{term}"].backward()
     for stage in ("layer2", "layer3", "layer4"):
         assert all(p.grad.abs().max() > 0 for p in step.net.get_submodule(stage).parameters() if p.ndim > 1), stage
@@ -109,16 +109,16 @@ def test_each_term_teaches_every_stage_and_all_that_it_added(term: str) -> None:
 
 
 def test_what_has_no_weight_is_not_built() -> None:
-    step, losses = made(net(), batch(), fused=0)
+    step, losses = run_step(net(), batch(), fused=0)
     assert set(step.branches["multiscale_head"]) == {"each"}
     assert set(losses) == {"base", "loss", "multiscale_head.each"}
-    step, losses = made(net(), batch(), each=0)
+    step, losses = run_step(net(), batch(), each=0)
     assert set(step.branches["multiscale_head"]) == {"fusion", "fused"}
-    step, losses = made(net(), batch(), each=0, fused=0)
+    step, losses = run_step(net(), batch(), each=0, fused=0)
     assert not step.branches
     assert not step.attachments.hooked
     assert set(losses) == {"base", "loss"}
-    step, losses = made(net(), batch(), each=((0.0, 0.0), (1.0, 1.0)))
+    step, losses = run_step(net(), batch(), each=((0.0, 0.0), (1.0, 1.0)))
     assert "multiscale_head.each" not in losses
     assert set(step.branches["multiscale_head"]) == {"fusion", "fused", "each"}
 
@@ -126,12 +126,12 @@ def test_what_has_no_weight_is_not_built() -> None:
 @pytest.mark.parametrize("layout", NETS)
 def test_recomputed_activations_change_nothing(layout: str) -> None:
     name, kwargs, _ = NETS[layout]
-    data, found = batch(size=(64, 64)), []
+    data, runs = batch(size=(64, 64)), []
     for grad_checkpointing in (False, True):
-        step, losses = made(net(name, **kwargs), data, grad_checkpointing=grad_checkpointing)
+        step, losses = run_step(net(name, **kwargs), data, grad_checkpointing=grad_checkpointing)
         losses["loss"].backward()
-        found.append((losses, {key: p.grad for key, p in step.named_parameters()}))
-    (plain, expected), (again, gradients) = found
+        runs.append((losses, {key: p.grad for key, p in step.named_parameters()}))
+    (plain, expected), (again, gradients) = runs
     torch.testing.assert_close(again, plain)
     assert None not in expected.values()
     torch.testing.assert_close(gradients, expected)
@@ -153,21 +153,21 @@ def test_mixed_images_teach_with_both_labels() -> None:
 
 
 def test_growing_images_are_no_other_net() -> None:
-    step, _ = made(net(), batch(size=(64, 64)))
+    step, _ = run_step(net(), batch(size=(64, 64)))
     losses, _ = step(batch(size=(88, 40)), Draws(0.0))
     assert torch.isfinite(losses["loss"])
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"stages": (-9, -1)}, r"techniques\.multiscale_head: stage -9: this backbone has 5 stages"),
         ({"stages": (-1, 4)}, r"techniques\.multiscale_head\.stages: \[-1, 4\] names a stage twice"),
     ],
 )
-def test_stages_that_are_not_there_are_refused_by_name(settings: dict, said: str) -> None:
-    with pytest.raises(FgvcError, match=said):
-        made(net(), batch(), **settings)
+def test_stages_that_are_not_there_are_refused_by_name(settings: dict, message: str) -> None:
+    with pytest.raises(FgvcError, match=message):
+        run_step(net(), batch(), **settings)
 
 
 def test_a_layout_that_nobody_knows_is_refused_by_name() -> None:
@@ -176,4 +176,4 @@ def test_a_layout_that_nobody_knows_is_refused_by_name() -> None:
     model.layer3[0].register_forward_hook(lambda _m, _x, f: f.permute(0, 2, 1, 3))
     model.layer4.register_forward_pre_hook(lambda _m, x: (x[0].permute(0, 2, 1, 3),))
     with pytest.raises(FgvcError, match=r"techniques\.multiscale_head: stage -2 should have \d+ channels and gives"):
-        made(model, batch())
+        run_step(model, batch())

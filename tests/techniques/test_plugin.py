@@ -162,14 +162,14 @@ def test_the_page_shows_the_code_of_the_examples_and_of_fgvc() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "start"),
+    ("kind", "start"),
     [(Plan, "`plan`"), (EpochStart, "`start`"), (Batch, "`batch`"), (View, "`View"), (Output, '`outputs["'), (Context, "`ctx`")],
 )
-def test_the_page_names_all_that_a_technique_is_given(given: type, start: str) -> None:
+def test_the_page_names_all_that_a_technique_is_given(kind: type, start: str) -> None:
     table = re.search(rf"^{re.escape(start)}.*?(?=\n\n[^|])", PAGE, re.DOTALL | re.MULTILINE)
     assert table is not None
     words = set(re.findall(r"\w+", " ".join(re.findall(r"^\| (.*?) \|", table[0], re.MULTILINE))))
-    public = {key for key in {*vars(given), *getattr(given, "__annotations__", {})} if not key.startswith("_")}
+    public = {key for key in {*vars(kind), *getattr(kind, "__annotations__", {})} if not key.startswith("_")}
     assert public - {"name"} <= words
 
 

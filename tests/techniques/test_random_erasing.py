@@ -29,40 +29,40 @@ def context(draw: object) -> Context:
     return Context(draw=draw, progress=0.0, branches={}, head=torch.abs, pooled=torch.abs, grid=torch.abs)
 
 
-def drawn(sides: tuple[int, int], *, seed: int = 0, count: int = COUNT, **settings: object) -> np.ndarray:
+def rectangles(sides: tuple[int, int], *, seed: int = 0, count: int = COUNT, **settings: object) -> np.ndarray:
     """(N,4): top, left, height, width of the first rectangle of every picture that has one."""
     x, y = torch.empty(count, 3, *sides, device="meta"), torch.zeros(count, dtype=torch.int64)
     data = Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(count, 2, 3))
     boxes, _ = build_technique(RandomErasingSettings(**{"probability": 1, **settings})).draw(np.random.default_rng(seed), data)
     left, top, right, bottom = boxes[:, 0].double().numpy().T
-    found = np.stack([top, left, bottom - top, right - left], axis=1)
-    return found[right > left]
+    boxes_ = np.stack([top, left, bottom - top, right - left], axis=1)
+    return boxes_[right > left]
 
 
 def papers(sides: tuple[int, int], area: tuple[float, float], least: float) -> np.ndarray:
-    """(N,4) as `drawn`, by the loop of the paper's code."""
-    rng, found = random.Random(3), []
+    """(N,4) as `rectangles`, by the loop of the paper's code."""
+    rng, boxes = random.Random(3), []
     for _ in range(COUNT):
         for _ in range(100):
             target, ratio = rng.uniform(*area) * sides[0] * sides[1], rng.uniform(least, 1 / least)
             h, w = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
             if h < sides[0] and w < sides[1]:
-                found.append((rng.randint(0, sides[0] - h), rng.randint(0, sides[1] - w), h, w))
+                boxes.append((rng.randint(0, sides[0] - h), rng.randint(0, sides[1] - w), h, w))
                 break
-    return np.array(found, dtype=np.float64)
+    return np.array(boxes, dtype=np.float64)
 
 
 def timms(sides: tuple[int, int], area: tuple[float, float], least: float) -> np.ndarray:
-    """(N,4) as `drawn`, by timm's own code."""
+    """(N,4) as `rectangles`, by timm's own code."""
     random.seed(3)
     erase = TimmErasing(1.0, min_area=area[0], max_area=area[1], min_aspect=least, mode="const", device="cpu")
-    found = []
+    boxes = []
     for _ in range(COUNT):
-        gone = erase(torch.ones(3, *sides))[0] == 0
-        rows, columns = gone.any(1).nonzero(), gone.any(0).nonzero()
+        erased = erase(torch.ones(3, *sides))[0] == 0
+        rows, columns = erased.any(1).nonzero(), erased.any(0).nonzero()
         if len(rows):
-            found.append((int(rows[0]), int(columns[0]), len(rows), len(columns)))
-    return np.array(found, dtype=np.float64)
+            boxes.append((int(rows[0]), int(columns[0]), len(rows), len(columns)))
+    return np.array(boxes, dtype=np.float64)
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -91,7 +91,7 @@ FEATURES = {
 def test_rectangles_are_distributed_as_in_the_code_that_they_are_of(
     statistics: str, sides: tuple[int, int], area: tuple[float, float]
 ) -> None:
-    ours = drawn(sides, statistics=statistics, area=area)
+    ours = rectangles(sides, statistics=statistics, area=area)
     theirs, others = papers(sides, area, 0.3), timms(sides, area, 0.3)
     if statistics == "timm":
         theirs, others = others, theirs
@@ -105,7 +105,7 @@ def test_area_and_aspect_are_their_formulas() -> None:
     share = (np.arange(20_000) + 0.5) / 20_000
     uniform, logarithmic = 0.3 + share * (1 / 0.3 - 0.3), 0.3 ** (1 - 2 * share)
     for statistics, aspects in (("original", uniform), ("timm", logarithmic)):
-        boxes = drawn((2000, 2000), statistics=statistics)
+        boxes = rectangles((2000, 2000), statistics=statistics)
         assert distance(boxes[:, 2] * boxes[:, 3] / 2000**2, 0.02 + 0.18 * share) < 1
         assert distance(boxes[:, 2] / boxes[:, 3], aspects) < 1
         assert distance(boxes[:, 0] / (2000 - boxes[:, 2]), share) < 1
@@ -115,7 +115,7 @@ def test_area_and_aspect_are_their_formulas() -> None:
 
 
 def test_several_rectangles_share_the_area() -> None:
-    boxes = drawn((1000, 1000), boxes=4, area=(0.2, 0.4))
+    boxes = rectangles((1000, 1000), boxes=4, area=(0.2, 0.4))
     shares = boxes[:, 2] * boxes[:, 3] / 1e6
     assert 0.0495 < shares.min() < 0.052
     assert 0.098 < shares.max() < 0.1005
@@ -123,7 +123,7 @@ def test_several_rectangles_share_the_area() -> None:
 
 @pytest.mark.parametrize("statistics", ["original", "timm"])
 def test_never_everything_is_erased(statistics: str) -> None:
-    boxes = drawn((8, 8), statistics=statistics, area=(0.5, 0.99), aspect=0.9, count=500)
+    boxes = rectangles((8, 8), statistics=statistics, area=(0.5, 0.99), aspect=0.9, count=500)
     assert len(boxes) > 100
     assert (boxes[:, 2] < 8).all()
     assert (boxes[:, 3] < 8).all()
@@ -175,7 +175,7 @@ def test_a_batch_goes_through_and_its_clean_images_stay() -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_as_many_pictures_lose_something_as_it_says(probability: float) -> None:
-    share = len(drawn((64, 64), probability=probability)) / COUNT
+    share = len(rectangles((64, 64), probability=probability)) / COUNT
     assert share == pytest.approx(probability, abs=4 * math.sqrt(0.21 / COUNT) if probability == 0.3 else 0)
     if not probability:
         data, technique = batch(), build_technique(RandomErasingSettings(probability=0))

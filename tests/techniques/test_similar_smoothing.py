@@ -34,7 +34,7 @@ def batch(labels: list[int], seed: int = 1) -> Batch:
     return Batch(x=x, target=[(y, None)], x_clean=x, labels=y, index=y, geometry=torch.zeros(len(y), 2, 3))
 
 
-def made(more: dict | None = None, smoothing: float = 0.0, **settings: object) -> StepModule:
+def build(more: dict | None = None, smoothing: float = 0.0, **settings: object) -> StepModule:
     techniques = (more or {}) | {"similar_smoothing": build_technique(SimilarSmoothingSettings(**settings))}
     criterion = Criterion(label_smoothing=smoothing)
     return StepModule(net(), techniques, size=SIZE, criterion=criterion).double().train()
@@ -53,13 +53,13 @@ def after(step: StepModule) -> Means:
 def shares(means: Tensor, initialised: list[bool], y: int, temperature: float) -> list[float]:
     """S[y]: even for classes not initialised, and for all where y is not; the rest by similarity."""
     others = [k for k in range(len(initialised)) if k != y]
-    found = [0.0 if k == y else 1 / len(others) for k in range(len(initialised))]
-    known = [k for k in others if initialised[k] and initialised[y]]
-    cosine = {k: float(F.cosine_similarity(means[y], means[k], dim=0)) for k in known}
+    smoothing = [0.0 if k == y else 1 / len(others) for k in range(len(initialised))]
+    similar = [k for k in others if initialised[k] and initialised[y]]
+    cosine = {k: float(F.cosine_similarity(means[y], means[k], dim=0)) for k in similar}
     whole = sum(math.exp(value / temperature) for value in cosine.values())
-    for k in known:
-        found[k] = len(known) / len(others) * math.exp(cosine[k] / temperature) / whole
-    return found
+    for k in similar:
+        smoothing[k] = len(similar) / len(others) * math.exp(cosine[k] / temperature) / whole
+    return smoothing
 
 
 @pytest.mark.parametrize("initialised", [[True] * 5, [True, True, False, True, False], [False] * 5, [True] + [False] * 4])
@@ -67,11 +67,11 @@ def test_shares_are_their_formula_and_sum_to_one(initialised: list[bool]) -> Non
     means = Means(CLASSES, 7)
     means.values.copy_(torch.randn(CLASSES, 7, generator=torch.Generator().manual_seed(0)) * torch.tensor(initialised)[:, None])
     means.initialised.copy_(torch.tensor(initialised))
-    found = means.similar(torch.arange(CLASSES), 0.3)
+    shares_ = means.similar(torch.arange(CLASSES), 0.3)
     expected = [shares(means.values.double(), initialised, y, 0.3) for y in range(CLASSES)]
-    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), **CLOSE)
-    torch.testing.assert_close(found.sum(1), torch.ones(CLASSES))
-    assert not found.diagonal().any()
+    torch.testing.assert_close(shares_.double(), torch.tensor(expected, dtype=torch.float64), **CLOSE)
+    torch.testing.assert_close(shares_.sum(1), torch.ones(CLASSES))
+    assert not shares_.diagonal().any()
 
 
 def test_by_hand_two_like_classes_share_and_a_high_temperature_makes_it_even() -> None:
@@ -86,7 +86,7 @@ def test_by_hand_two_like_classes_share_and_a_high_temperature_makes_it_even() -
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_loss_is_the_cross_entropy_of_the_smoothed_target(smoothing: float) -> None:
     e = 0.3
-    step, twin = made(smoothing=smoothing, similar=e, temperature=0.5), net().train()
+    step, twin = build(smoothing=smoothing, similar=e, temperature=0.5), net().train()
     for seed, labels in enumerate([[0, 3, 3, 1], [1, 0, 3, 2], [4, 2, 0, 0]]):
         data = batch(labels, seed)
         means, initialised = means_of(step).values.clone(), means_of(step).initialised.tolist()
@@ -104,7 +104,7 @@ def test_the_loss_is_the_cross_entropy_of_the_smoothed_target(smoothing: float) 
 
 
 def test_means_follow_the_features_and_the_first_is_taken_as_it_is() -> None:
-    step, twin, rate = made(rate=0.25), net().train(), 0.25
+    step, twin, rate = build(rate=0.25), net().train(), 0.25
     expected: dict[int, Tensor] = {}
     for seed, labels in enumerate([[0, 3, 3, 1], [1, 0, 3, 3]]):
         data = batch(labels, seed)
@@ -122,7 +122,7 @@ def test_means_follow_the_features_and_the_first_is_taken_as_it_is() -> None:
 
 
 def test_mixed_labels_are_smoothed_each_and_move_no_mean() -> None:
-    step = made({"mixup": build_technique(MixupSettings())}, similar=0.4)
+    step = build({"mixup": build_technique(MixupSettings())}, similar=0.4)
     share, order = torch.tensor([0.7, 0.2, 0.5, 1.0]), torch.tensor([1, 2, 3, 0])
     losses, views = step(batch([0, 1, 2, 3]), Draws(0.0, {"mixup": (share, order)}))
     log_p = net().train()(views[0].x).detach().log_softmax(1)
@@ -136,7 +136,7 @@ def test_mixed_labels_are_smoothed_each_and_move_no_mean() -> None:
 
 
 def test_every_view_that_classifies_is_smoothed_by_its_weight() -> None:
-    step = made({"dcl": build_technique(DclSettings(grid=2, bn="own"))}, similar=0.4)
+    step = build({"dcl": build_technique(DclSettings(grid=2, bn="own"))}, similar=0.4)
     data = batch([0, 1, 2, 3])
     losses, views = step(data, step.draw(data, 0.0, seed=1, step=2))
     classified = [view for view in views if view.classifies]
@@ -150,7 +150,7 @@ def test_every_view_that_classifies_is_smoothed_by_its_weight() -> None:
 
 
 def test_a_second_call_with_the_views_counts_the_batch_once() -> None:
-    once, twice = made(), made()
+    once, twice = build(), build()
     _, views = twice(batch([0, 1, 2, 3]), Draws(0.0))
     once(batch([0, 1, 2, 3]), Draws(0.0))
     twice(batch([0, 1, 2, 3]), Draws(0.0), views)
@@ -158,10 +158,10 @@ def test_a_second_call_with_the_views_counts_the_batch_once() -> None:
 
 
 def test_its_state_is_in_the_checkpoint_and_it_says_what_stays_beside_it() -> None:
-    step = made()
+    step = build()
     assert set(step.branches.state_dict()) == {"similar_smoothing.means.values", "similar_smoothing.means.initialised"}
     assert "loss.label_smoothing" in step.attachments.notes[0]
-    step = made(similar=0.0)
+    step = build(similar=0.0)
     losses, _ = step(batch([0, 1, 2, 3]), Draws(0.0))
     assert set(losses) == {"base", "loss"}
     assert not after(step).initialised.any()

@@ -14,7 +14,7 @@ from fgvc.techniques.registry import build_technique
 from fgvc.techniques.spatial_dropout.settings import SpatialDropoutSettings
 
 
-def made(name: str, stage: int = -1, rate: float = 0.25, **kwargs: object):
+def build(name: str, stage: int = -1, rate: float = 0.25, **kwargs: object):
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=3, **kwargs)
     technique = build_technique(SpatialDropoutSettings(stage=stage, rate=rate))
@@ -23,7 +23,7 @@ def made(name: str, stage: int = -1, rate: float = 0.25, **kwargs: object):
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "tokens"])
 def test_channels_are_dropped_whole_and_the_mean_stays(layout: str) -> None:
-    _, technique = made("test_resnet")
+    _, technique = build("test_resnet")
     channels = technique._channels
     draw = technique.draw(np.random.default_rng(0), SimpleNamespace(labels=torch.zeros(400)))
     shape = {"NCHW": (400, channels, 3, 2), "NHWC": (400, 3, 2, channels), "tokens": (400, 6, channels)}[layout]
@@ -38,6 +38,6 @@ def test_channels_are_dropped_whole_and_the_mean_stays(layout: str) -> None:
 
 
 def test_norms_behind_it_are_a_warning() -> None:
-    assert not made("test_resnet")[0].attachments.notes
-    assert "batch norms come after layer2" in made("test_resnet", stage=2)[0].attachments.notes[0]
-    assert not made("test_vit", img_size=32)[0].attachments.notes, "layer norms have no running statistics"
+    assert not build("test_resnet")[0].attachments.notes
+    assert "batch norms come after layer2" in build("test_resnet", stage=2)[0].attachments.notes[0]
+    assert not build("test_vit", img_size=32)[0].attachments.notes, "layer norms have no running statistics"

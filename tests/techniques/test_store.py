@@ -53,7 +53,7 @@ def by_pixel(then: Tensor, now: Tensor, cells: Tensor, size: tuple[int, int]) ->
     (e, f, u), (g, h, v) = now[0].double().tolist()
     down, across = size[0] // 4, size[1] // 4
     (rows, columns), values = cells.shape, cells.double()
-    found, depth = torch.zeros(2, down, across, dtype=torch.float64).unbind()
+    values_, depth = torch.zeros(2, down, across, dtype=torch.float64).unbind()
     for i in range(down):
         for j in range(across):
             px, py = (j + 0.5) * size[1] / across, (i + 0.5) * size[0] / down
@@ -66,47 +66,47 @@ def by_pixel(then: Tensor, now: Tensor, cells: Tensor, size: tuple[int, int]) ->
             for k in (top, top + 1):
                 for m in (left, left + 1):
                     weight = (1 - abs(s - 0.5 - m)) * (1 - abs(t - 0.5 - k))
-                    found[i, j] += weight * values[min(max(k, 0), rows - 1), min(max(m, 0), columns - 1)]
-    return torch.where(depth > 0, found, 0.0), depth > 0, depth
+                    values_[i, j] += weight * values[min(max(k, 0), rows - 1), min(max(m, 0), columns - 1)]
+    return torch.where(depth > 0, values_, 0.0), depth > 0, depth
 
 
 def test_the_same_crop_recalls_the_map_enlarged() -> None:
     maps = bytes_like(0, 2, *CELLS)
-    found = stored(WHOLE, maps).recall(torch.tensor([1, 0]), WHOLE.expand(2, 2, 3), SIZE)
-    assert found.shape == (2, 12, 16)
+    recalled = stored(WHOLE, maps).recall(torch.tensor([1, 0]), WHOLE.expand(2, 2, 3), SIZE)
+    assert recalled.shape == (2, 12, 16)
     expected = F.interpolate(maps[[1, 0], None], (12, 16), mode="bilinear", align_corners=False)[:, 0]
-    torch.testing.assert_close(found[:, 2:-2, 2:-2], expected[:, 2:-2, 2:-2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(recalled[:, 2:-2, 2:-2], expected[:, 2:-2, 2:-2], rtol=0, atol=1e-5)
 
 
 def test_the_same_crop_recalls_the_map_enlarged_up_to_its_border() -> None:
     maps = bytes_like(0, 2, *CELLS)
-    found = stored(WHOLE, maps).recall(torch.arange(2), WHOLE.expand(2, 2, 3), SIZE)
+    recalled = stored(WHOLE, maps).recall(torch.arange(2), WHOLE.expand(2, 2, 3), SIZE)
     expected = F.interpolate(maps[:, None], (12, 16), mode="bilinear", align_corners=False)[:, 0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(recalled, expected, rtol=0, atol=1e-5)
 
 
 @settings(deadline=None)  # the first call in a process warms torch up
 @given(SEEDS)
 def test_a_byte_is_all_that_is_lost(seed: int) -> None:
     maps = torch.rand(2, 12, 16, generator=torch.Generator().manual_seed(seed))
-    found = stored(WHOLE, maps).recall(torch.arange(2), WHOLE.expand(2, 2, 3), SIZE)
-    assert (found - maps).abs().max() <= 0.5 / 255 + 1e-5  # a pixel of what is recalled is a cell here
+    recalled = stored(WHOLE, maps).recall(torch.arange(2), WHOLE.expand(2, 2, 3), SIZE)
+    assert (recalled - maps).abs().max() <= 0.5 / 255 + 1e-5  # a pixel of what is recalled is a cell here
 
 
 def test_a_flipped_crop_recalls_the_flipped_map() -> None:
     maps = bytes_like(1, 1, 12, 16)
-    found = stored(WHOLE, maps).recall(torch.tensor([0]), window(0, 0, 640, 480, flip=True), SIZE)
-    torch.testing.assert_close(found, maps.flip(2), rtol=0, atol=1e-5)
-    found = stored(window(0, 0, 640, 480, flip=True), maps).recall(torch.tensor([0]), WHOLE, SIZE)
-    torch.testing.assert_close(found, maps.flip(2), rtol=0, atol=1e-5)
+    recalled = stored(WHOLE, maps).recall(torch.tensor([0]), window(0, 0, 640, 480, flip=True), SIZE)
+    torch.testing.assert_close(recalled, maps.flip(2), rtol=0, atol=1e-5)
+    recalled = stored(window(0, 0, 640, 480, flip=True), maps).recall(torch.tensor([0]), WHOLE, SIZE)
+    torch.testing.assert_close(recalled, maps.flip(2), rtol=0, atol=1e-5)
 
 
 def test_a_crop_that_is_shifted_by_whole_cells_recalls_a_slice_and_nothing_beyond() -> None:
     maps = bytes_like(2, 1, 12, 16)
-    found = stored(WHOLE, maps).recall(torch.tensor([0]), window(120, -80, 760, 400), SIZE)  # 3 right, 2 up
-    torch.testing.assert_close(found[:, 2:, :13], maps[:, :10, 3:], rtol=0, atol=1e-5)
-    assert (found[:, :2] < 1e-5).all()
-    assert (found[:, :, 13:] < 1e-5).all()
+    recalled = stored(WHOLE, maps).recall(torch.tensor([0]), window(120, -80, 760, 400), SIZE)  # 3 right, 2 up
+    torch.testing.assert_close(recalled[:, 2:, :13], maps[:, :10, 3:], rtol=0, atol=1e-5)
+    assert (recalled[:, :2] < 1e-5).all()
+    assert (recalled[:, :, 13:] < 1e-5).all()
 
 
 CROPS = [
@@ -121,23 +121,23 @@ CROPS = [
 @pytest.mark.parametrize(("then", "now", "size"), CROPS)
 def test_any_crop_is_a_loop_over_pixels(then: Tensor, now: Tensor, size: tuple[int, int]) -> None:
     maps = bytes_like(3, 1, *CELLS)
-    found = stored(then, maps).recall(torch.tensor([0]), now, size)[0].double()
+    recalled = stored(then, maps).recall(torch.tensor([0]), now, size)[0].double()
     expected, _, depth = by_pixel(then, now, maps[0], size)
-    assert found.shape == expected.shape
+    assert recalled.shape == expected.shape
     sure = depth.abs() > 0.5
     assert sure.double().mean() > 0.2
     assert (sure & (depth > 0)).any()
-    torch.testing.assert_close(found[sure], expected[sure], rtol=0, atol=1e-4)
+    torch.testing.assert_close(recalled[sure], expected[sure], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("then", "now", "size"), CROPS)
 def test_any_crop_is_a_loop_over_pixels_up_to_the_border(then: Tensor, now: Tensor, size: tuple[int, int]) -> None:
     maps = bytes_like(3, 1, *CELLS)
-    found = stored(then, maps).recall(torch.tensor([0]), now, size)[0].double()
-    expected, held, depth = by_pixel(then, now, maps[0], size)
+    recalled = stored(then, maps).recall(torch.tensor([0]), now, size)[0].double()
+    expected, inside, depth = by_pixel(then, now, maps[0], size)
     clear = depth.abs() > 1e-3
-    assert (found[clear & ~held] == 0).all()
-    torch.testing.assert_close(found[clear], expected[clear], rtol=0, atol=1e-4)
+    assert (recalled[clear & ~inside] == 0).all()
+    torch.testing.assert_close(recalled[clear], expected[clear], rtol=0, atol=1e-4)
 
 
 def test_a_crop_beside_the_recorded_one_recalls_nothing() -> None:
@@ -151,11 +151,11 @@ def test_rows_that_were_never_recorded_recall_nothing() -> None:
     maps = bytes_like(5, 2, *CELLS)
     store.record(torch.tensor([9, 4]), WHOLE.expand(2, 2, 3), maps, SIZE)
     rows = torch.tensor([4, 3, 1000, 9, 10, 0])
-    found = store.recall(rows, WHOLE.expand(6, 2, 3), SIZE)
-    assert found.flatten(1).any(1).tolist() == [True, False, False, True, False, False]
-    assert torch.equal(found[[0]], store.recall(torch.tensor([4]), WHOLE, SIZE))
-    assert found.min() >= 0
-    assert found.max() <= 1
+    recalled = store.recall(rows, WHOLE.expand(6, 2, 3), SIZE)
+    assert recalled.flatten(1).any(1).tolist() == [True, False, False, True, False, False]
+    assert torch.equal(recalled[[0]], store.recall(torch.tensor([4]), WHOLE, SIZE))
+    assert recalled.min() >= 0
+    assert recalled.max() <= 1
 
 
 @settings(deadline=None)
@@ -167,8 +167,8 @@ def test_rows_come_in_any_order_and_the_last_record_counts(steps: list[list[int]
         store.record(torch.tensor(rows), window(0, number, 8, 8 + number).expand(len(rows), 2, 3), maps, (8, 8))
         expected |= {row: (own, number) for row, own in zip(rows, maps, strict=True)}
     at = torch.cat([window(0, number, 8, 8 + number) for _, number in expected.values()])
-    found = store.recall(torch.tensor(list(expected)), at, (8, 8))
-    torch.testing.assert_close(found, torch.stack([own for own, _ in expected.values()]), rtol=0, atol=1e-5)
+    recalled = store.recall(torch.tensor(list(expected)), at, (8, 8))
+    torch.testing.assert_close(recalled, torch.stack([own for own, _ in expected.values()]), rtol=0, atol=1e-5)
     others = torch.tensor([row for row in range(50) if row not in expected])
     assert not store.recall(others, WHOLE.expand(len(others), 2, 3), (8, 8)).any()
 
@@ -190,9 +190,9 @@ def test_maps_of_another_size_are_brought_to_the_stores() -> None:
     fine = bytes_like(8, 1, 24, 32)
     store = MapStore((12, 16))
     store.record(torch.tensor([0]), WHOLE, fine, SIZE)
-    found = store.recall(torch.tensor([0]), WHOLE, SIZE)
+    recalled = store.recall(torch.tensor([0]), WHOLE, SIZE)
     expected = fine.unflatten(1, (12, 2)).unflatten(3, (16, 2)).mean((2, 4))
-    assert (found - expected).abs().max() <= 0.5 / 255 + 1e-5
+    assert (recalled - expected).abs().max() <= 0.5 / 255 + 1e-5
 
 
 def test_nothing_of_the_caller_is_changed_or_kept() -> None:

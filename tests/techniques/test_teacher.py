@@ -28,10 +28,10 @@ class Recorder:
     """Remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.asked: list[Tensor] = []
+        self.inputs: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> TeacherOutput:
-        self.asked.append(x)
+        self.inputs.append(x)
         return TeacherOutput(x.mean((2, 3)), None)
 
 
@@ -42,36 +42,36 @@ def teacher(answer: Recorder, size: tuple[int, int] | None, convert=lambda x: x)
 @pytest.mark.parametrize(("student", "own"), list(itertools.product(SPECS, SPECS)))
 def test_conversion_gives_what_the_teachers_own_preprocessing_would(student: Preprocess, own: Preprocess) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    given, expected = (torch.from_numpy(normalise(pixels, spec)) for spec in (student, own))
-    found = conversion(student, own)(given)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert (found is given) == (student is own)
+    x, expected = (torch.from_numpy(normalise(pixels, spec)) for spec in (student, own))
+    converted = conversion(student, own)(x)
+    torch.testing.assert_close(converted, expected, rtol=1e-4, atol=1e-4)
+    assert (converted is x) == (student is own)
 
 
 def test_a_larger_teacher_sees_the_render_of_the_same_crop() -> None:
     x, render, answer = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 20, 20), Recorder()
     teacher(answer, (16, 16), lambda x: 2 * x + 1)(x, render)
     expected = 2 * F.interpolate(render, (16, 16), mode="bicubic", antialias=True) + 1
-    torch.testing.assert_close(answer.asked[0], expected, rtol=0, atol=0)
+    torch.testing.assert_close(answer.inputs[0], expected, rtol=0, atol=0)
 
 
 def test_where_pixels_changed_their_own_are_resized() -> None:
     x, answer = torch.randn(2, 3, 8, 8), Recorder()
     teacher(answer, (16, 16))(x)
-    torch.testing.assert_close(answer.asked[0], F.interpolate(x, (16, 16), mode="bicubic", antialias=True))
+    torch.testing.assert_close(answer.inputs[0], F.interpolate(x, (16, 16), mode="bicubic", antialias=True))
 
 
 @pytest.mark.parametrize("size", [None, (8, 8)])
 def test_at_the_students_size_it_sees_the_very_pixels(size: tuple[int, int] | None) -> None:
     x, answer = torch.randn(2, 3, 8, 8), Recorder()
     teacher(answer, size)(x, torch.randn(2, 3, 20, 20))
-    assert answer.asked[0] is x
+    assert answer.inputs[0] is x
 
 
 def test_a_render_of_its_size_is_not_resampled() -> None:
     x, render, answer = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 16, 16), Recorder()
     teacher(answer, (16, 16))(x, render)
-    assert answer.asked[0] is render
+    assert answer.inputs[0] is render
 
 
 def test_it_answers_in_float32_without_gradient_and_is_left_as_it_was() -> None:
@@ -81,10 +81,10 @@ def test_it_answers_in_float32_without_gradient_and_is_left_as_it_was() -> None:
     before = {key: value.clone() for key, value in net.state_dict().items()}
     one = Teacher(name="t", forward=lambda x: teacher_output(net, x, maps=True), size=None, channels=1, convert=lambda x: x)
     with torch.autocast("cpu", torch.bfloat16):
-        said = one(torch.randn(3, 3, 32, 32, requires_grad=True))
-    assert said.logits.dtype == said.features.dtype == torch.float32
-    assert not said.logits.requires_grad
-    assert not said.features.requires_grad
+        answer = one(torch.randn(3, 3, 32, 32, requires_grad=True))
+    assert answer.logits.dtype == answer.features.dtype == torch.float32
+    assert not answer.logits.requires_grad
+    assert not answer.features.requires_grad
     assert [module.training for module in net.modules()] == modes
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
@@ -95,15 +95,15 @@ def test_classes_in_another_order_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "said"),
+    ("theirs", "differences"),
     [
         (("a", "b"), "it lacks 'c', 'd', 'e' and 1 more. "),
         (("a", "b", "c", "d", "e", "f", "g"), "it has besides 'g'. "),
         (("a", "b", "c", "d", "e", "x"), "it lacks 'f'; it has besides 'x'. "),
     ],
 )
-def test_other_classes_are_refused_with_the_first_differences(theirs: tuple[str, ...], said: str) -> None:
-    with pytest.raises(FgvcError, match=f"run: its {len(theirs)} classes are not this run's 6: {said}"):
+def test_other_classes_are_refused_with_the_first_differences(theirs: tuple[str, ...], differences: str) -> None:
+    with pytest.raises(FgvcError, match=f"run: its {len(theirs)} classes are not this run's 6: {differences}"):
         in_order(theirs, ("a", "b", "c", "d", "e", "f"), where="run")
 
 

@@ -33,7 +33,7 @@ KEPT = {"training": torch.onnx.TrainingMode.PRESERVE, "do_constant_folding": Fal
 NETS = ("test_resnet", "mobileone_s0", "test_convnext", "test_vit", "test_efficientnet", "test_byobnet")
 
 
-def made(name: str, seed: int = 0) -> nn.Module:
+def shifted_net(name: str, seed: int = 0) -> nn.Module:
     """With weights that are far from their first values, none near zero."""
     torch.manual_seed(seed)
     try:
@@ -57,7 +57,7 @@ def files(once: Once) -> Path:
 
 
 def export(name: str, folder: Path) -> None:
-    net = made(name)
+    net = shifted_net(name)
     fused = timm.utils.reparameterize_model(net)
     for kind, options in {"folded": {}, "kept": KEPT}.items():
         torch.onnx.export(
@@ -71,23 +71,23 @@ def export(name: str, folder: Path) -> None:
 def test_a_file_is_the_net_that_it_was_made_from(name: str, kind: str, files: Path, tmp_path: Path) -> None:
     file = files / f"{name}-{kind}.onnx"
     net = open_onnx(file)
-    found = look_up(net)
-    assert name in {twin.name for twin in found.twins}
-    twin = next(twin for twin in found.twins if twin.name == name)
-    other = made(name, seed=1)
+    lookup = look_up(net)
+    assert name in {twin.name for twin in lookup.twins}
+    twin = next(twin for twin in lookup.twins if twin.name == name)
+    other = shifted_net(name, seed=1)
     before = {key: value.clone() for key, value in other.state_dict().items()}
     tensors = twin.tensors(other)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items()), (
         "the net given is as it was"
     )
-    assert {stored for stored, held in net.slots.items() if held[0].trained} <= tensors.keys()
+    assert {stored for stored, slots in net.slots.items() if slots[0].trained} <= tensors.keys()
     copy = write_into(file, {key: value.numpy() for key, value in tensors.items()}, tmp_path / "copy.onnx").path
     assert differences_outside(copy, file) == []
     with torch.no_grad():
         x = torch.randn(2, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(2))
-        wanted, answers = other(x), open_onnx(copy)(x)
-    assert (wanted - net(x)).abs().max() > 1e-2 * wanted.abs().max(), "other weights, other answers"
-    torch.testing.assert_close(answers, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+        expected, answers = other(x), open_onnx(copy)(x)
+    assert (expected - net(x)).abs().max() > 1e-2 * expected.abs().max(), "other weights, other answers"
+    torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert difference_from_onnxruntime(copy, net, noise(net)).difference > 1e-2
     assert difference_from_onnxruntime(copy, open_onnx(copy), noise(net)).difference < 1e-5
 
@@ -96,7 +96,7 @@ def test_scales_are_gamma_over_sigma(files: Path) -> None:
     net = open_onnx(files / "test_efficientnet-folded.onnx")
     twin = look_up(net).twin
     assert twin is not None
-    plain = made("test_efficientnet", seed=3)
+    plain = shifted_net("test_efficientnet", seed=3)
     scales = twin.scales(plain)
     norms = [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(scales) == len(norms)
@@ -123,11 +123,11 @@ def test_one_layer_more_or_other_is_near_and_never_the_net(files: Path, tmp_path
         if attribute.name in ("kernel_shape", "pads"):
             attribute.ints[:] = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}[attribute.name]
     onnx.save(model, str(tmp_path / "deployed.onnx"))
-    found = look_up(open_onnx(tmp_path / "deployed.onnx"))
-    assert found.twin is None
-    assert found.near[0].differences == 1
-    assert "test_efficientnet" in found.near[0].entry.names
-    assert "but for 1 layer" in found.line()
+    lookup = look_up(open_onnx(tmp_path / "deployed.onnx"))
+    assert lookup.twin is None
+    assert lookup.near[0].differences == 1
+    assert "test_efficientnet" in lookup.near[0].entry.names
+    assert "but for 1 layer" in lookup.line()
 
 
 def test_the_same_layers_with_another_activation_are_another_net(files: Path, tmp_path: Path) -> None:
@@ -135,10 +135,10 @@ def test_the_same_layers_with_another_activation_are_another_net(files: Path, tm
     node = next(node for node in model.graph.node if node.op_type == "Relu")
     node.op_type = "Softplus"
     onnx.save(model, str(tmp_path / "deployed.onnx"))
-    found = look_up(open_onnx(tmp_path / "deployed.onnx"))
-    assert found.twin is None
-    assert dict(found.others)["test_resnet"] > 1e-5
-    assert "the logits are not" in found.line()
+    lookup = look_up(open_onnx(tmp_path / "deployed.onnx"))
+    assert lookup.twin is None
+    assert dict(lookup.others)["test_resnet"] > 1e-5
+    assert "the logits are not" in lookup.line()
 
 
 def test_branches_are_told_apart_in_any_order() -> None:
@@ -204,7 +204,7 @@ def test_the_table_is_of_timm_and_made_by_its_script(tmp_path: Path) -> None:
 def test_other_weights_that_do_not_fit_are_refused(files: Path) -> None:
     twin = look_up(open_onnx(files / "test_resnet-folded.onnx")).twin
     assert isinstance(twin, Twin)
-    plain = made("test_resnet")
+    plain = shifted_net("test_resnet")
     plain.get_submodule("layer1").register_forward_hook(lambda module, args, out: out * 2)
     with pytest.raises(FgvcError, match="its answers would be others"):
         twin.tensors(plain)
@@ -220,10 +220,10 @@ def test_other_weights_that_do_not_fit_are_refused(files: Path) -> None:
 )  # fmt: skip
 def test_deployed_files(start: str, name: str | None, shared: Path) -> None:
     (file,) = (shared / "deployed").glob(f"{start}*.onnx")
-    found = look_up(open_onnx(file))
-    assert [twin.name for twin in found.twins] == ([] if name is None else [name])
+    lookup = look_up(open_onnx(file))
+    assert [twin.name for twin in lookup.twins] == ([] if name is None else [name])
     if name is None:  # Keras pads on other sides
-        assert [name for name, _ in found.others] == ["mobilenetv2_100"]
+        assert [name for name, _ in lookup.others] == ["mobilenetv2_100"]
 
 
 def test_a_changed_padding_is_not_the_net(shared: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_changed_padding_is_not_the_net(shared: Path) -> None:
     keys = traced(net, torch.zeros(1, 3, *net.size))
     near = nearest(keys.uses[number].key for number in keys.layers)
     assert {"tf_efficientnet_lite0", "efficientnet_lite0"} <= {
-        name for found in near if not found.differences for name in found.entry.names
+        name for match in near if not match.differences for name in match.entry.names
     }
     assert isinstance(net, OnnxNet)
     assert table.TABLE.stat().st_size < 1_000_000

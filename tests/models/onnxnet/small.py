@@ -295,13 +295,13 @@ def map_classifier() -> onnx.ModelProto:
 
 def places() -> onnx.ModelProto:
     """The same with an activation between, as SqueezeNet has it, a softmax over channels, and a mean by an average's window."""
-    made, node = map_classifier(), helper.make_node
-    del made.graph.node[3:]
-    made.graph.node.extend([
+    model, node = map_classifier(), helper.make_node
+    del model.graph.node[3:]
+    model.graph.node.extend([
         node("Relu", ["map"], ["active"]), node("AveragePool", ["active"], ["mean"], kernel_shape=[SIZE // 2, SIZE // 2]),
         node("Softmax", ["mean"], ["share"], axis=1), node("Flatten", ["share"], ["scores"]),
     ])  # fmt: skip
-    return made
+    return model
 
 
 def enlarged() -> onnx.ModelProto:
@@ -318,39 +318,39 @@ def enlarged() -> onnx.ModelProto:
 
 def repeated_token() -> onnx.ModelProto:
     """A class token that is repeated for each image, by sizes that the graph computes."""
-    made, node = fixed_batch(), helper.make_node
-    for value in (made.graph.input[0], made.graph.output[0]):
+    model, node = fixed_batch(), helper.make_node
+    for value in (model.graph.input[0], model.graph.output[0]):
         value.type.tensor_type.shape.dim[0].dim_param = "n"
-    for tensor in made.graph.initializer:
+    for tensor in model.graph.initializer:
         if tensor.dims and tensor.data_type == TensorProto.INT64:
             numbers = numpy_helper.to_array(tensor).copy()
             numbers[0] = 0 if -1 in numbers[1:] else -1
             tensor.CopyFrom(numpy_helper.from_array(numbers, tensor.name))
-    made.graph.initializer.append(numpy_helper.from_array(np.array([1, WIDTH], np.int64), "one token"))
-    next(each for each in made.graph.node if each.op_type == "Concat").input[0] = "all tokens"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, WIDTH], np.int64), "one token"))
+    next(each for each in model.graph.node if each.op_type == "Concat").input[0] = "all tokens"
     nodes = [
         node("Shape", ["image"], ["shape"], end=1), node("Concat", ["shape", "one token"], ["wanted"], axis=0),
-        node("Expand", ["class token", "wanted"], ["all tokens"]), *made.graph.node,
+        node("Expand", ["class token", "wanted"], ["all tokens"]), *model.graph.node,
     ]  # fmt: skip
-    del made.graph.node[:]
-    made.graph.node.extend(nodes)
-    return made
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
 
 
 FILES: dict[str, Callable[[], onnx.ModelProto]] = {
-    made.__name__: made
-    for made in (
+    make.__name__: make
+    for make in (
         plain, in_constants, half, typed, bytes_in, arithmetic_norm, shared, fixed_batch, kept_norm, fused, standardised,
         standardised_by_a_norm, two_heads, map_classifier, places, enlarged, repeated_token, gated,
     )
 }
 
 
-def saved(made: onnx.ModelProto, folder: Path, *, external: bool = False) -> Path:
+def saved(model: onnx.ModelProto, folder: Path, *, external: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "deployed.onnx"
     if external:
-        onnx.save_model(made, str(path), save_as_external_data=True, location="deployed.onnx.data", size_threshold=0)
+        onnx.save_model(model, str(path), save_as_external_data=True, location="deployed.onnx.data", size_threshold=0)
     else:
-        path.write_bytes(made.SerializeToString())
+        path.write_bytes(model.SerializeToString())
     return path

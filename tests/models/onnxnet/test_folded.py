@@ -74,7 +74,7 @@ def layer_norm() -> object:
 
 
 @pytest.mark.parametrize(
-    ("made", "names", "left"),
+    ("make", "names", "left"),
     [
         (small.plain, 1, {}),
         (small.kept_norm, 0, {}),
@@ -89,9 +89,9 @@ def layer_norm() -> object:
     ],
 )
 def test_a_convolution_that_had_none_is_told_with_the_reason(
-    made, names: int, left: dict[str, int], tmp_path: Path
+    make, names: int, left: dict[str, int], tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
-    found = folded_convolutions(open_onnx(small.saved(made(), tmp_path)))
-    assert len(found.names) == names
-    assert Counter(found.left.values()) == left
-    assert found.arithmetic == (made is small.arithmetic_norm)
+    folded = folded_convolutions(open_onnx(small.saved(make(), tmp_path)))
+    assert len(folded.names) == names
+    assert Counter(folded.left.values()) == left
+    assert folded.arithmetic == (make is small.arithmetic_norm)

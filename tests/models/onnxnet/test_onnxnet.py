@@ -56,9 +56,9 @@ def by_onnxruntime(file: Path, net: OnnxNet, x: torch.Tensor) -> np.ndarray:
 def agrees(file: Path, net: OnnxNet, tolerance: float = 1e-5) -> None:
     x = pictures(net)
     with torch.no_grad():
-        found = net.probabilities(net.eval()(x)).double().numpy()
-    wanted = by_onnxruntime(file, net, x).reshape(len(x), -1)
-    assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
+        probabilities = net.probabilities(net.eval()(x)).double().numpy()
+    expected = by_onnxruntime(file, net, x).reshape(len(x), -1)
+    assert np.abs(probabilities - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def learns(net: OnnxNet) -> set[str]:
@@ -202,8 +202,8 @@ def test_a_gate_of_the_value_itself_is_its_activation(tmp_path: Path) -> None:
     gate = torch.sigmoid(c * torch.sigmoid(c))
     F.linear((a * gate).mean((2, 3)), net.classifier.weight.detach()).sum().backward()
     assert a.grad is not None
-    wanted = a.grad.sum((0, 2, 3))
-    torch.testing.assert_close(net.get_parameter("body.stem.bias").grad, wanted, rtol=1e-12, atol=0)
+    expected = a.grad.sum((0, 2, 3))
+    torch.testing.assert_close(net.get_parameter("body.stem.bias").grad, expected, rtol=1e-12, atol=0)
 
 
 def test_heads_of_attention_are_no_stage(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def maps() -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("make", "reason"),
     [
         (two_inputs, r"has one input, this has 2 \(image, mask\)"),
         (text, "has 2 axes; images have four"),
@@ -304,9 +304,9 @@ def maps() -> onnx.ModelProto:
         (maps, r"a classifier gives one number a class and image"),
     ],
 )
-def test_what_is_no_classifier_is_refused_and_says_why(made, said: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(FgvcError, match=said):
-        open_onnx(small.saved(made(), tmp_path))
+def test_what_is_no_classifier_is_refused_with_the_reason(make, reason, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(FgvcError, match=reason):
+        open_onnx(small.saved(make(), tmp_path))
 
 
 def test_a_broken_file_is_refused(tmp_path: Path) -> None:
@@ -359,19 +359,21 @@ def test_float64_gradients_are_those_of_the_same_net_by_hand(tmp_path: Path) -> 
 
 def test_inspect_says_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = small.saved(small.bytes_in(), tmp_path)
-    found = inspect_file(file)
-    assert found.agrees
-    assert (found.layout, found.dtype, found.size, found.batch, found.classes) == ("NHWC", "uint8", (8, 8), None, small.CLASSES)
-    assert (found.ending, found.features, found.classifier) == ("softmax", (small.WIDTH, 4, 4), (small.WIDTH, small.CLASSES))
-    assert found.trainable == {name: value.shape for name, value in small.weights().items()}
-    assert set(found.untrained) == {"mean", "std"}
+    facts = inspect_file(file)
+    assert facts.agrees
+    assert (facts.layout, facts.dtype, facts.size) == ("NHWC", "uint8", (8, 8))
+    assert (facts.batch, facts.classes) == (None, small.CLASSES)
+    assert (facts.ending, facts.features) == ("softmax", (small.WIDTH, 4, 4))
+    assert facts.classifier == (small.WIDTH, small.CLASSES)
+    assert facts.trainable == {name: value.shape for name, value in small.weights().items()}
+    assert set(facts.untrained) == {"mean", "std"}
     with pytest.raises(SystemExit) as ended:
         main(["inspect", str(file)])
     assert not ended.value.code
-    said = capsys.readouterr().out
-    assert "input: uint8 NHWC, 8 x 8 pixels, any batch" in said
-    assert "5 classes, softmax at the end" in said
-    assert "it can be trained as it is" in said
+    output = capsys.readouterr().out
+    assert "input: uint8 NHWC, 8 x 8 pixels, any batch" in output
+    assert "5 classes, softmax at the end" in output
+    assert "it can be trained as it is" in output
     with pytest.raises(SystemExit):
         main(["inspect", str(file), "--json"])
     assert json.loads(capsys.readouterr().out)["classes"] == small.CLASSES
@@ -379,7 +381,7 @@ def test_inspect_says_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_inspect_refuses_what_it_can_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_size = small.saved(small.plain(shape=("n", 3, "h", "w")), tmp_path / "a")
-    for words, said in (
+    for words, message in (
         ([str(open_size)], "leaves height and width open"),
         ([str(open_size), "--size", "axb"], "--size axb: HEIGHTxWIDTH in pixels"),
         ([str(small.saved(two_inputs(), tmp_path / "b"))], "has one input, this has 2"),
@@ -388,4 +390,4 @@ def test_inspect_refuses_what_it_can_not_read(tmp_path: Path, capsys: pytest.Cap
         with pytest.raises(SystemExit) as ended:
             main(["inspect", *words])
         assert ended.value.code == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err

@@ -171,9 +171,9 @@ def test_what_was_not_trained_comes_back_bit_for_bit(name: str, norms: bool, onc
     fit(net, batches)
     with torch.no_grad():
         assert apart(net(images(2)), plain(images(2))) <= (1e-5 if norms else 0)
-    state, wanted = folded_state(net), plain.state_dict()
-    assert state.keys() == wanted.keys()
-    for key, value in wanted.items():
+    state, before = folded_state(net), plain.state_dict()
+    assert state.keys() == before.keys()
+    for key, value in before.items():
         assert torch.equal(state[key].to(value.dtype), value), key
 
 
