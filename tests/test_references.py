@@ -67,8 +67,8 @@ def test_nothing_points_to_documents_outside_of_the_repository() -> None:
 
 def test_no_place_of_a_developers_machine_is_in_the_project() -> None:
     assert not lines(MACHINE, *SHIPPED, "tests")
-    found = lines(SCRATCH, *SHIPPED)
-    assert not found
+    paths = lines(SCRATCH, *SHIPPED)
+    assert not paths
 
 
 def test_documents_that_the_code_names_are_there() -> None:

@@ -129,7 +129,7 @@ def reference_of(backbone: str):
 
 
 @pytest.mark.parametrize("kind", settings_by_kind())
-def test_it_says_what_it_is(kind: str) -> None:
+def test_it_is_documented(kind: str) -> None:
     config = settings_by_kind()[kind]
     technique = build_technique(config())
     assert technique.source

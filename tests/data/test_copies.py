@@ -93,14 +93,14 @@ def test_splits_of_the_set_stay(root: Path, colours: Path) -> None:
     assert pairs_across(index) > 5
 
 
-def test_more_than_can_be_compared_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_too_large_to_compare_is_warned_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "MOST", 80)
     index = read_index(recipe(root))
     assert index.joined == 0
     assert "near copies were not looked for among 81 pictures" in index.warnings[-1]
 
 
-def test_where_a_family_goes(root: Path) -> None:
+def test_a_family_of_copies_goes_into_one_split(root: Path) -> None:
     base = read_source(recipe(root).data)
     index = replace(
         base,
@@ -124,8 +124,8 @@ def test_a_run_goes_on_without_looking(
 ) -> None:
     tree = recipe_tree | {"data": {"kind": "folder", "root": str(root)}}
     trainer.train(validate(Recipe, tree | {"train": tree["train"] | {"max_steps": 1}}, where="test"), tmp_path / "run")
-    for kept in (cache_folder() / "copies").iterdir():
-        kept.unlink()
+    for file in (cache_folder() / "copies").iterdir():
+        file.unlink()
 
     def looks(*_: object) -> None:
         raise AssertionError("looked at again")

@@ -139,7 +139,7 @@ def test_thousands_of_frames_of_one_camera_take_no_more_than_their_links() -> No
     assert none.shape == (0, 2)
 
 
-def test_of_pairs_across_the_likest_stays() -> None:
+def test_of_pairs_across_splits_the_most_alike_stays() -> None:
     pairs = [(np.array([[0, 1], [0, 2]]), np.array([0.98, 0.99], np.float32))]
     pairs += [(np.array([[0, 3], [1, 2]]), np.array([0.985, 0.999], np.float32))]
     numbers, (across,) = gathered(pairs, 5, np.array([0, 1, 1, 1, 0]))

@@ -120,7 +120,7 @@ def test_a_class_may_be_called_train(tmp_path):
         (["1.jpg", "2.jpg"], "no folders in it"),
     ],
 )
-def test_what_is_no_layout_is_said(tmp_path, files, words):
+def test_a_folder_without_classes_is_refused_with_the_layouts(tmp_path, files, words):
     with pytest.raises(FgvcError, match=words):
         read_source(FolderData(root=touch(tmp_path, *files)))
 

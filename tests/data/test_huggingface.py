@@ -222,5 +222,5 @@ def test_a_large_set_costs_little_memory(colours: Path, tmp_path: Path) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=100)})
     datasets.Dataset(rows.cast(features.arrow_schema)).save_to_disk(str(tmp_path / "large"))
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "large"), str(count)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert float(done.stdout) < 300 / 5
+    process = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert float(process.stdout) < 300 / 5

@@ -18,11 +18,11 @@ def test_the_first_classes_keep_their_images_boxes_and_splits(boxed: Path) -> No
     whole = read_source(CubData(root=boxed, val_fraction=0.25))
     some = first_classes(whole, 2)
     assert some.classes == whole.classes[:2]
-    kept = [row for row in range(len(whole)) if whole.labels[row] < 2]
-    assert len(some) == len(kept) == 48
+    rows = [row for row in range(len(whole)) if whole.labels[row] < 2]
+    assert len(some) == len(rows) == 48
     assert whole.boxes is not None
     assert some.boxes is not None
-    for at, row in enumerate(kept):
+    for at, row in enumerate(rows):
         assert some.paths[at] == whole.paths[row]
         assert (some.labels[at], some.splits[at]) == (whole.labels[row], whole.splits[row])
         assert np.array_equal(some.boxes[at], whole.boxes[row])

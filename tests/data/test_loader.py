@@ -85,7 +85,7 @@ def test_the_stream_does_not_depend_on_the_number_of_workers(index: ImageIndex) 
         assert stream(loader(index, workers=workers)) == alone
 
 
-def test_nor_do_policies_and_pipelines_on_workers_ranks_or_where_an_epoch_is_entered(index: ImageIndex) -> None:
+def test_nor_does_the_stream_of_policies_and_pipelines_depend_on_workers_ranks_or_its_start(index: ImageIndex) -> None:
     """Code of others draws from the global generators of each worker: timm's policy, a hook that a plug-in brings."""
     noise = {"__class_fullname__": "GaussNoise", "p": 0.7}
     pipeline = {"transform": {"__class_fullname__": "Compose", "transforms": [noise]}}

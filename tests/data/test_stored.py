@@ -77,7 +77,7 @@ def test_a_set_that_decodes_to_nothing_is_an_error(tmp_path, suffix, stored, wor
         ("png", lambda g: np.stack([g] * 3, axis=2)),
     ],
 )
-def test_a_set_that_is_well_stored_is_none(tmp_path, suffix, stored):
+def test_a_set_that_is_well_stored_gives_no_warning(tmp_path, suffix, stored):
     index = build(tmp_path, [stored(array) for array in ARRAYS], suffix)
     assert check(index).errors == ()
     assert spot_check(index, index.rows("train")) == []
@@ -135,7 +135,7 @@ def test_boxes_that_do_not_fit_are_named(tmp_path, boxes, error, words):
     assert [line["path"] for line in findings(report) if line["finding"] == "box"] == ["1.jpg"] or "shares" in words
 
 
-def test_boxes_that_fit_are_not(tmp_path):
+def test_boxes_that_fit_are_not_named(tmp_path):
     report = check(boxed(tmp_path, [[0, 0, 60, 40], [59, 39, 1, 1], [-1, -1, 62, 42]]))
     assert not [text for text in (*report.errors, *report.warnings) if "box" in text]
 

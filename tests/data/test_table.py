@@ -167,8 +167,8 @@ print(len(index), peak() - before)
 
 
 def _measure(kind, root):
-    done = subprocess.run([sys.executable, "-c", MEASURE, kind, str(root)], capture_output=True, text=True, check=True)
-    count, megabytes = done.stdout.split()
+    run = subprocess.run([sys.executable, "-c", MEASURE, kind, str(root)], capture_output=True, text=True, check=True)
+    count, megabytes = run.stdout.split()
     return int(count), float(megabytes)
 
 

@@ -122,8 +122,8 @@ def test_a_list_says_what_was_seen(folder: Path, tmp_path: Path) -> None:
 def test_copies_alone_judge_nothing(folder: Path) -> None:
     index = read(folder)
     copies = [row for row in index.rows("test") if "copy" in str(index.paths[row])]
-    kept = np.sort(np.concatenate([index.rows("train"), index.rows("val"), copies]))
-    columns = {name: getattr(index, name)[kept] for name in ("paths", "labels", "splits")}
+    rows = np.sort(np.concatenate([index.rows("train"), index.rows("val"), copies]))
+    columns = {name: getattr(index, name)[rows] for name in ("paths", "labels", "splits")}
     few = dataclasses.replace(index, **columns)
     with pytest.raises(NoUnseenImagesError, match="near copy"):
         divide_unseen(few, "train", learned=few.rows("train"))

@@ -91,9 +91,9 @@ def test_the_entry_point_is_a_verb_with_these_options() -> None:
     (install,) = (rest for word, rest in instructions() if word == "RUN")
     assert "'.[serve]'" in install
     verb = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
-    known = {option for parameter in verb.params for option in parameter.opts}
+    options = {option for parameter in verb.params for option in parameter.opts}
     used = {part for part in json.loads(dict(instructions())["ENTRYPOINT"]) if part.startswith("--")}
-    assert used <= known
+    assert used <= options
 
 
 @pytest.mark.allow_hosts(["127.0.0.1"])

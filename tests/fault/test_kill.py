@@ -106,8 +106,8 @@ def test_two_processes_learn_the_same_weights(tmp_path: Path, recipe: Path) -> N
     """DDP over gloo: a smoke test that both ranks agree, validation included, and that the run can be evaluated."""
     out = tmp_path / "run"
     arguments = ["train", str(recipe), "train.epochs=2", "train.workers=0", "--out", str(out)]
-    done = start(tmp_path / "torchrun", torchrun, arguments, env=QUIET).wait()
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = start(tmp_path / "torchrun", torchrun, arguments, env=QUIET).wait()
+    assert process.returncode == 0, process.stderr[-3000:]
     rows = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     epochs = [row for row in rows if row["event"] == "epoch"]
     assert len(epochs) == 2, "rank 1 writes nothing"

@@ -175,10 +175,10 @@ def begun(out: Path, recipe: Recipe, *, overwrite: bool = False) -> None:
             saved(out / "ckpt", 0, best=False)
             saved(out / "ckpt", 1, best=True)
         elif going == "on":
-            done = checkpoint.load(out / "ckpt").progress.step
+            step = checkpoint.load(out / "ckpt").progress.step
             checkpoint.repair(out / "ckpt")
             continue_run(out, recipe, images_of(recipe.data.root).index)
-            if done == 0:
+            if step == 0:
                 saved(out / "ckpt", 1, best=True)
 
 

@@ -90,7 +90,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_it_computes_what_it_did(name: str, boxed: Path, start: Path, tmp_path: Path) -> None:
+def test_training_equals_the_recorded_run(name: str, boxed: Path, start: Path, tmp_path: Path) -> None:
     now, file = _computed(RUNS[name], boxed, start, tmp_path), HERE / f"{name}.json"
     if os.environ.get("FGVC_WRITE_GOLDEN"):
         file.write_text(json.dumps(now, indent=1) + "\n")

@@ -168,7 +168,7 @@ def test_zeros_from_the_middle_of_an_uncompressed_file(kind: str) -> None:
     assert damage(encoded(cutout, kind)) == ""
 
 
-def test_what_is_no_picture_is_somebody_elses_task() -> None:
+def test_other_formats_and_bytes_that_are_no_picture_are_not_judged() -> None:
     assert damage(b"hello") == ""
     assert damage(encoded(picture(), "WEBP")) == ""
     assert damage(encoded(picture(), "GIF")) == ""

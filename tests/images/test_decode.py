@@ -224,5 +224,5 @@ def test_twelve_bits_of_a_tiff_are_scaled_by_what_the_file_says() -> None:
 def test_every_suffix_is_of_a_format_that_is_read(suffix: str) -> None:
     """By Pillow's table of suffixes, or one of those that browsers give to JPEGs."""
     Image.init()
-    known = Image.EXTENSION.get(suffix, "JPEG" if suffix.startswith((".j", ".p")) else "")
-    assert known in (*FORMATS, "MPO", "TGA")
+    name = Image.EXTENSION.get(suffix, "JPEG" if suffix.startswith((".j", ".p")) else "")
+    assert name in (*FORMATS, "MPO", "TGA")

@@ -26,7 +26,7 @@ def test_names_that_no_font_can_write_become_numbers(monkeypatch: pytest.MonkeyP
     assert Path(str(font.path)).name == "DejaVuSans.ttf"
 
 
-def test_without_any_file_it_is_pillows_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_font_file_the_font_is_pillows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "broken.ttf").write_bytes(b"no font")
     monkeypatch.setattr(lettering, "files", lambda: (tmp_path / "broken.ttf", tmp_path / "gone.ttf"))
     names, font = lettering.writable(["sparrow", "麻雀"])
@@ -34,7 +34,7 @@ def test_without_any_file_it_is_pillows_own(monkeypatch: pytest.MonkeyPatch, tmp
     assert isinstance(font, ImageFont.FreeTypeFont)
 
 
-def test_boxes_are_not_taken_for_letters() -> None:
+def test_a_font_that_draws_boxes_for_letters_is_not_used() -> None:
     """matplotlib brings a font that has a box for every character."""
     assert not any(path.name.startswith("LastResort") for path in lettering.files())
     assert not Path(str(lettering.writable(["麻雀"])[1].path)).name.startswith("LastResort")

@@ -34,7 +34,7 @@ def textured(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("interpolation", OPENCV)
 @pytest.mark.parametrize(("old", "new"), SIZES)
-def test_it_is_opencvs(interpolation: str, old: tuple[int, int], new: tuple[int, int]) -> None:
+def test_resampling_equals_opencvs(interpolation: str, old: tuple[int, int], new: tuple[int, int]) -> None:
     """In floats, where OpenCV does not compute in fixed point, to its rounding; in bytes to one level."""
     pixels = textured(*old)
     resized = resample(pixels, new, interpolation)  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ def test_it_is_opencvs(interpolation: str, old: tuple[int, int], new: tuple[int,
 
 @pytest.mark.parametrize("interpolation", OPENCV)
 @pytest.mark.parametrize(("old", "new"), SIZES)
-def test_it_is_torchs_in_float64(interpolation: str, old: tuple[int, int], new: tuple[int, int]) -> None:
+def test_resampling_equals_torchs_in_float64(interpolation: str, old: tuple[int, int], new: tuple[int, int]) -> None:
     pixels = textured(*old)
     x = torch.from_numpy(pixels).double().permute(2, 0, 1)[None]
     by_torch = F.interpolate(x, new, mode=interpolation, antialias=False)[0].permute(1, 2, 0).numpy().clip(0, 255)
@@ -105,7 +105,7 @@ def test_the_whole_preprocessing_is_an_opencv_programs(resize: str, crop_pct: fl
         assert np.abs(preprocess(Image.fromarray(image), spec) - blob.transpose(2, 0, 1)).max() <= 1.001
 
 
-def test_antialiasing_is_another_image_and_is_what_was_before() -> None:
+def test_antialiasing_changes_the_image_and_is_the_default() -> None:
     image = Image.fromarray(textured(200, 300))
     with_, without = (
         fit(image, Preprocess(size=(32, 32), interpolation="bilinear", antialias=value)) for value in (True, False)
@@ -146,7 +146,7 @@ def test_views_of_smaller_training_images_are_reduced_alike() -> None:
         assert np.abs(x - expected).max() <= 1
 
 
-def test_it_is_recorded_said_and_a_difference() -> None:
+def test_antialias_is_recorded_described_and_compared() -> None:
     before, after = Preprocess(size=(8, 8)), Preprocess(size=(8, 8), antialias=False)
     assert "antialias" not in before.model_dump_json()  # as older bundles have it
     assert '"antialias":false' in after.model_dump_json()
@@ -154,7 +154,7 @@ def test_it_is_recorded_said_and_a_difference() -> None:
     assert differences(before, after) == ["antialias: True against False"]
 
 
-def test_a_recipe_says_it() -> None:
+def test_a_recipe_sets_antialias() -> None:
     weights = Weights(origin="a file", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="lanczos", crop_pct=0.9)
     deploy = Deploy(antialias=False, interpolation="bilinear", resize="pad", fill=114)  # type: ignore[arg-type]
     spec = preprocess_for(deploy, (8, 8), weights)

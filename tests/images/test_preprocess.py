@@ -191,7 +191,7 @@ def test_only_what_makes_another_input_is_a_difference(one: Preprocess, changed:
     assert [re.split("[: ]", line)[0] for line in differences(other, one)] == keys
 
 
-def test_halves_of_a_byte_are_halves_of_one() -> None:
+def test_mean_and_std_in_bytes_equal_those_in_shares() -> None:
     """(x / 255 - 0.5) / 0.5 is (x - 127.5) / 127.5."""
     one = Preprocess(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
     other = Preprocess(size=(8, 8), mean=(127.5,) * 3, std=(127.5,) * 3, input_range=255)

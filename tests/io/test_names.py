@@ -68,18 +68,18 @@ def test_outputs_that_mean_other_classes_are_named() -> None:
 @pytest.mark.parametrize(
     "names", [["1", "10", "11", "2"], ["leaf 9", "leaf 10"], ["b", "a10", "a9"], ["Aphid", "Rust", "blight"]]
 )
-def test_it_is_said_where_timm_would_sort_otherwise(names: list[str]) -> None:
+def test_a_remark_says_where_timm_would_sort_otherwise(names: list[str]) -> None:
     as_text, as_timm = sorted(names), sorted(names, key=natural_key)
     assert "sorted as text" in sort_order_remark(as_text)
     assert ", ".join(as_timm) in sort_order_remark(as_text)
     assert "sorted by number" in sort_order_remark(as_timm)
 
 
-def test_an_order_of_ones_own_is_no_remark() -> None:
+def test_an_order_of_ones_own_gives_no_remark() -> None:
     assert sort_order_remark(["2", "10", "1"]) == ""
 
 
-def test_names_that_sort_alike_everywhere_are_no_remark() -> None:
+def test_names_that_sort_alike_everywhere_give_no_remark() -> None:
     assert sort_order_remark(["001.Albatross", "002.Auklet", "010.Bunting"]) == ""
     assert sort_order_remark(["healthy", "phoma", "rust"]) == ""
     assert sort_order_remark([]) == ""

@@ -33,8 +33,8 @@ def test_edits_are_those_of_the_recurrence(a: str, b: str) -> None:
 
 
 def test_the_nearest_is_named_and_none_where_all_are_far() -> None:
-    known = ["resnet18", "resnet50", "resnetv2_50", "tf_efficientnet_lite0", "vit_tiny"]
-    assert nearest("resnet5", known) == ["resnet50"]
-    assert nearest("ResNet-50", known, 3) == ["resnet50", "resnet18", "resnetv2_50"]
-    assert nearest("tf_efficientnet_lite_0", known) == ["tf_efficientnet_lite0"]
-    assert nearest("convnext", known) == []
+    names = ["resnet18", "resnet50", "resnetv2_50", "tf_efficientnet_lite0", "vit_tiny"]
+    assert nearest("resnet5", names) == ["resnet50"]
+    assert nearest("ResNet-50", names, 3) == ["resnet50", "resnet18", "resnetv2_50"]
+    assert nearest("tf_efficientnet_lite_0", names) == ["tf_efficientnet_lite0"]
+    assert nearest("convnext", names) == []

@@ -31,11 +31,11 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("bundle/model.onnx", "; it is a network's file: `fgvc inspect bundle/model.onnx`"),
     ],
 )  # fmt: skip
-def test_a_place_is_known(places: Path, place: str, words: str) -> None:
+def test_runs_bundles_and_data_sets_are_recognised(places: Path, place: str, words: str) -> None:
     assert what_it_is(Path(place)).startswith(words)
 
 
-def test_what_is_nothing_known_is_not_described(places: Path) -> None:
+def test_other_folders_are_not_described(places: Path) -> None:
     assert [what_it_is(Path(name)) for name in ("other", "empty", "none", "other/readme.md")] == [""] * 4
     assert [is_data(Path(name)) for name in ("leaves", "empty", "run", "bundle", "none", "flat/1.jpg")] == [
         True, True, False, False, False, False,
@@ -60,7 +60,9 @@ def test_what_is_nothing_known_is_not_described(places: Path) -> None:
         ("init run my.yaml", "run: is no recipe; it is a run of fgvc"),
     ],
 )
-def test_the_wrong_verb_is_told_so(places: Path, command: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_verb_names_another_kind_of_folder(
+    places: Path, command: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (places / "flat/1.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(SystemExit) as ended:
         main(command.split())

@@ -50,20 +50,20 @@ def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str], monkeypatch
 def test_one_display_holds_all_bars_and_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=80)
-    seen: list[list[str]] = []
+    displays: list[list[str]] = []
 
     def inner() -> Iterator[int]:
         for item in progress.track([1, 2], "inner", 2):
             with progress.bars() as display:
                 assert display is not None
-                seen.append([task.description for task in display.tasks])
+                displays.append([task.description for task in display.tasks])
             yield item
 
     with progress.bars(console) as outer:
         assert outer is not None
         assert list(progress.track(inner(), "outer", 2)) == [1, 2]
         assert outer.tasks == []
-    assert seen == [["outer", "inner"]] * 2
+    assert displays == [["outer", "inner"]] * 2
     assert progress._live == []
     with pytest.raises(ZeroDivisionError), progress.bars(console):
         _ = 1 / 0

@@ -247,7 +247,7 @@ def test_zero_gamma_does_not_erase_pretrained_blocks_unasked() -> None:
 
 
 @pytest.mark.parametrize(("text", "expected"), [("yes", "yes"), ("no", "no"), ("even pretrained", "even pretrained")])
-def test_zero_gamma_can_be_said_in_yaml(text: str, expected: str) -> None:
+def test_zero_gamma_can_be_set_in_yaml(text: str, expected: str) -> None:
     tree = yaml.safe_load(f"{{backbone: test_resnet, zero_gamma: {text}}}")
     assert Model.model_validate(tree).zero_gamma == expected
 

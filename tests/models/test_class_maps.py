@@ -170,7 +170,7 @@ def test_training_is_not_disturbed(name: str) -> None:
     net.forward_head(features).sum().backward()  # the step's own graph is still whole
 
 
-def test_modes_come_back_even_after_an_error() -> None:
+def test_train_modes_are_restored_even_after_an_error() -> None:
     net = distinct_net("resnet18").train()
     net.layer1.eval()
     modes = [module.training for module in net.modules()]
@@ -243,7 +243,7 @@ def test_a_classifier_that_starts_at_zero_is_not_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
-def test_where_cam_is_closed_form_grad_cam_says_the_same(name: str) -> None:
+def test_grad_cam_equals_cam_where_that_has_a_closed_form(name: str) -> None:
     """On tokens and NHWC features as on NCHW ones: relu(cam) / cells."""
     _, kwargs, _ = NETS[name]
     net = distinct_net(name, **kwargs | ({"fc_norm": False} if name == "test_vit" else {}))
@@ -255,7 +255,7 @@ def test_where_cam_is_closed_form_grad_cam_says_the_same(name: str) -> None:
     )
 
 
-def test_normalised_maps_reach_0_and_1_and_say_nothing_where_there_is_nothing() -> None:
+def test_normalised_maps_reach_0_and_1_and_flat_or_not_finite_ones_are_zero() -> None:
     good = torch.tensor([[-2.0, 0.0], [1.0, 2.0]])
     nan, inf, minus = good.clone(), good.clone(), good.clone()
     nan[0, 1], inf[1, 1], minus[0, 0] = torch.nan, torch.inf, -torch.inf

@@ -342,7 +342,7 @@ def test_the_net_is_left_as_it_was() -> None:
     assert state() == before
 
 
-def test_hooks_go_where_a_class_does_not_exist() -> None:
+def test_hooks_are_removed_after_an_unknown_class() -> None:
     net = distinct_net(HEAD)
     with class_maps_of(net, SIZE, ["gradcam"]) as look, pytest.raises(IndexError):
         look(pictures(), torch.tensor([99, 99]), "gradcam")
@@ -417,7 +417,7 @@ def test_class_tokens_read_patches_on_grids_that_are_no_squares(
     assert maps.shape == (1, *size)
 
 
-def test_costs_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_of_each_method_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     net = distinct_net(HEAD)
     costs = {}
     for channels in (None, 10, 0, 9999):

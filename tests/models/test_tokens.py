@@ -133,7 +133,7 @@ def test_tokens_that_lie_otherwise_in_the_middle_of_a_net_are_refused() -> None:
         ("pit_ti_distilled_224", {}, 2, (64, 128), "class tokens alone"),
     ],
 )
-def test_a_number_of_tokens_that_does_not_tell_is_refused(
+def test_a_number_of_tokens_without_one_grid_is_refused(
     name: str, kwargs: dict, tokens: int, size: tuple[int, int] | None, says: str
 ) -> None:
     net = timm.create_model(name, num_classes=3, **kwargs)

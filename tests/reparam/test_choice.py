@@ -55,7 +55,7 @@ def together(**settings: dict) -> StepModule:
     return StepModule(net, build(Techniques(**settings)), size=(32, 32))
 
 
-def test_two_techniques_on_one_convolution_are_kept_apart() -> None:
+def test_two_techniques_on_one_convolution_are_refused() -> None:
     with pytest.raises(FgvcError, match=r"techniques\.repvgg: 10 .* conv1\.0, .*\.\.\.; .*include and exclude"):
         together(acb={}, repvgg={})
     with pytest.raises(FgvcError, match=r"techniques\.overparam: 1 of .*: layer1\.0\.conv1; .*include and exclude"):

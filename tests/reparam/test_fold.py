@@ -97,7 +97,7 @@ def test_embed_refuses_what_has_no_middle(shape: tuple[int, int], side: int) -> 
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(6, 1), (6, 2), (6, 3), (6, 6)])
-def test_identity_and_averages_are_what_they_say(channels: int, groups: int) -> None:
+def test_identity_and_average_kernels_equal_the_operations(channels: int, groups: int) -> None:
     x = torch.randn(2, channels, 7, 8, dtype=torch.float64)
     same = identity_kernel(channels, groups)
     assert same.shape == (channels, channels // groups, 1, 1)

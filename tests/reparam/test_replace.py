@@ -145,7 +145,7 @@ class AlwaysDrop(nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_looking_leaves_the_net_untouched(training: bool) -> None:
+def test_finding_sites_leaves_the_net_untouched(training: bool) -> None:
     net = tiny("test_efficientnet").train(training)
     net.conv_stem.eval()
     net.classifier = nn.Sequential(AlwaysDrop(), net.classifier)

@@ -403,5 +403,5 @@ def test_real_files_answer_as_an_opencv_program_would_have_it(name: str, tmp_pat
     fed = blob[None] if keras else blob.transpose(2, 0, 1)[None]
     scores = session.run(None, {source.name: np.ascontiguousarray(fed)})[0].astype(np.float64)
     by_opencv = scores[0] if keras else softmax(scores)[0]
-    answered = np.array([next(p.probability for p in answer.predictions if p.index == k) for k in range(50)])
-    np.testing.assert_allclose(answered, by_opencv, atol=5e-3)  # OpenCV's bytes differ by a level here and there
+    p_bundle = np.array([next(p.probability for p in answer.predictions if p.index == k) for k in range(50)])
+    np.testing.assert_allclose(p_bundle, by_opencv, atol=5e-3)  # OpenCV's bytes differ by a level here and there

@@ -221,7 +221,7 @@ CALIBRATION = {
 }  # fmt: skip
 
 
-def test_calibration_is_read_where_it_is(folder: Path, tmp_path: Path) -> None:
+def test_calibration_is_read_where_the_bundle_has_one(folder: Path, tmp_path: Path) -> None:
     assert load_bundle(folder).calibration is None
     write_bundle(tmp_path / "c", files=files(**{"calibration.json": Calibration(**CALIBRATION)}))
     loaded = load_bundle(tmp_path / "c").calibration

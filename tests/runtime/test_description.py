@@ -237,7 +237,7 @@ def test_which_of_several_outputs() -> None:
         read(with_outputs(None))
 
 
-def test_what_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_classifier_of_images_is_refused(tmp_path: Path) -> None:
     whole = small.plain().SerializeToString()
     file = tmp_path / "cut.onnx"
     for cut in (whole[: len(whole) // 2], b"", b"not an onnx file at all", os.urandom(0), whole[:-1]):

@@ -246,5 +246,5 @@ def test_serving_imports_nothing_of_training() -> None:
     heavy = {"torch", "torchvision", "timm", "albumentations", "cv2", "matplotlib", "onnx"}
     code = f"import sys, fgvc.runtime.engine, fgvc.runtime.bundle; print({heavy} & set(sys.modules))"
     home = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.stderr) == ("set()", "")
+    process = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=False)
+    assert (process.stdout.strip(), process.stderr) == ("set()", "")

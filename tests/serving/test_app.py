@@ -50,7 +50,7 @@ def test_the_page_is_open_and_may_run_its_own_script_alone(shared: Service) -> N
     assert "/" not in ask(shared, "GET", "/openapi.json").json()["paths"]
 
 
-def test_what_there_is(shared: Service) -> None:
+def test_health_models_and_metadata_are_answered(shared: Service) -> None:
     for method in ("GET", "HEAD"):
         assert ask(shared, method, "/v2/health/live").status_code == 200
         assert ask(shared, method, "/v2/health/ready").status_code == 200
@@ -121,7 +121,7 @@ def test_the_heat_map_lies_where_the_class_is(shared: Service) -> None:
         assert green[bright] > green[-1 - bright] + 50
 
 
-def test_refusals_have_names(shared: Service) -> None:
+def test_refusals_have_a_status_and_a_reason(shared: Service) -> None:
     for path, status, message in (
         ("/v1/classify?model=nope", 404, "no model 'nope'"),
         ("/v1/classify?top_k=0", 400, "top_k"),
@@ -143,7 +143,7 @@ def test_refusals_have_names(shared: Service) -> None:
         assert list(response.json()) == ["error"]
 
 
-def test_the_direct_way_answers_as_the_usual_one(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fast_path_answers_as_the_router(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = {"name": "input", "datatype": "FP32", "shape": [1, 3, SIZE, SIZE], "data": [0.5] * 3 * SIZE**2}
     good = json.dumps({"inputs": [tensor]}).encode()
     requests = [
@@ -176,7 +176,7 @@ def test_the_direct_way_answers_as_the_usual_one(shared: Service, monkeypatch: p
     assert {row[1] for row in both[0]} == {200, 400, 404, 422}
 
 
-def test_pictures_that_are_none(shared: Service) -> None:
+def test_bytes_that_are_no_usable_picture_are_refused(shared: Service) -> None:
     good = picture((1, 2, 3), "JPEG", (200, 100))
     gif = io.BytesIO()
     Image.new("RGB", (4, 4)).save(gif, "GIF")
@@ -213,7 +213,7 @@ def test_bytes_without_a_declared_length_are_cut_off_while_they_come(tmp_path: P
     assert sent < 65 << 20
 
 
-def test_who_is_refused_at_the_door_need_not_send_a_byte(tmp_path: Path) -> None:
+def test_an_overloaded_server_refuses_before_it_reads_the_body(tmp_path: Path) -> None:
     full = service({"a": save_bundle(tmp_path / "a")})
     full.admission.running, full.admission.queue = full.admission.concurrency, 0
     messages: list[Any] = []
@@ -258,7 +258,7 @@ def test_out_of_memory_costs_one_request(shared: Service, monkeypatch: pytest.Mo
         assert ask(shared, "POST", "/v1/classify", content=picture()).status_code == 200
 
 
-def test_what_nobody_thought_of_is_a_500_without_details(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_a_500_without_details(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "classify", _raising(KeyError("secret")))
     response = ask(shared, "POST", "/v1/classify", content=picture())
     assert (response.status_code, response.json()) == (500, {"error": "internal error"})
@@ -277,7 +277,7 @@ def _onnxruntimes(message: str) -> Exception:
     return RuntimeException(message)
 
 
-def test_the_key(shared: Service) -> None:
+def test_requests_need_the_key(shared: Service) -> None:
     for path in ("/v2/health/live", "/v2/health/ready"):
         assert ask(shared, "GET", path, key="sesame").status_code == 200
     for path in ("/v2", "/v2/models", "/metrics", "/openapi.json", "/v2/models/colours", "/nowhere"):
@@ -290,7 +290,7 @@ def test_the_key(shared: Service) -> None:
     assert ask(shared, "POST", "/v1/classify", key="sesame", content=picture()).status_code == 401
 
 
-def test_where_the_key_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_read_from_the_environment_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FGVC_API_KEY", raising=False)
     assert read_key(None) is None
     monkeypatch.setenv("FGVC_API_KEY", "from-environment")
@@ -347,5 +347,5 @@ def test_it_imports_nothing_of_training_and_help_nothing_of_serving() -> None:
     heavy = {"torch", "torchvision", "timm", "albumentations", "cv2", "matplotlib", "onnx"}
     for module, unwanted in (("fgvc.serving.server", heavy), ("fgvc.cli.app", heavy | {"fastapi", "uvicorn", "onnxruntime"})):
         code = f"import sys, {module}; print({unwanted} & set(sys.modules))"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert (done.stdout.strip(), done.stderr) == ("set()", "")
+        process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (process.stdout.strip(), process.stderr) == ("set()", "")

@@ -29,7 +29,7 @@ def break_model(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(content)
 
 
-def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_models_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_places(["a=x/b", "x/c/", "d=e=f", "鸟=x"]) == {
         "a": Path("x/b"), "c": Path("x/c"), "d": Path("e=f"), "鸟": Path("x"),
     }  # fmt: skip
@@ -48,12 +48,12 @@ def test_a_new_bundle_takes_the_place_and_a_bad_one_does_not(
 ) -> None:
     places = {"a": save_bundle(tmp_path / "a", 1), "b": save_bundle(tmp_path / "b", 1)}
     models = ModelRegistry(places, threads=1)
-    kept = models.get("a")
+    first = models.get("a")
     save_bundle(places["a"], 2)
     assert scale(models, "a") == 1
     models.reload(changed_only=True)
     assert (scale(models, "a"), models.reloads) == (2, {"a": 1, "b": 0})
-    assert kept.engine.logits(X)[0, 0] == 1  # whoever is being answered keeps the one he began with
+    assert first.engine.logits(X)[0, 0] == 1  # whoever is being answered keeps the one he began with
 
     save_bundle(places["a"], 3)
     break_model(places["a"])

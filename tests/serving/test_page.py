@@ -168,7 +168,7 @@ def test_busy_server_and_try_again(chrome: Chrome, server: Stub, picture: Path) 
         (500, None, "The server answered 500", ""),
     ],
 )
-def test_errors_are_told(
+def test_errors_of_the_server_are_shown(
     chrome: Chrome, server: Stub, picture: Path, status: int, body: Any, title: str, why: str
 ) -> None:
     server.refusals = [(status, {}, body)]

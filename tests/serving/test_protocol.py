@@ -129,11 +129,11 @@ def test_inputs_that_do_not_fit(served: LoadedModel, changed: dict, message: str
         request() | {"outputs": [{"name": "logits", "parameters": {"classification": 3}}]}, request() | {"parameters": 1},
     ],
 )  # fmt: skip
-def test_requests_that_are_none(served: LoadedModel, tree: Any) -> None:
+def test_json_that_is_no_request_is_refused(served: LoadedModel, tree: Any) -> None:
     refusal(served, json.dumps(tree).encode())
 
 
-def test_lengths_that_lie(served: LoadedModel) -> None:
+def test_wrong_lengths_of_binary_data_are_refused(served: LoadedModel) -> None:
     body, length = as_bytes(X)
     assert parse(served, body, length, batch=4).x.shape == X.shape
     for wrong in ("-1", "x", "", "1e3", "٣", str(len(body) + 1), "9" * 5000, str(int(length) + 4), "0"):

@@ -124,7 +124,7 @@ def test_headers_below_the_limit_are_taken_in_any_pieces() -> None:
         [b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n", b"abc"],  # has its answer, and dawdles
     ],
 )
-def test_whoever_says_nothing_whole_is_let_go(parts: list[bytes]) -> None:
+def test_connections_without_a_whole_request_are_closed_in_time(parts: list[bytes]) -> None:
     connection = play(*parts, seconds=0.3, wait=True)
     assert connection.output.count(b"HTTP/1.1") == any(part.endswith(b"\r\n\r\n") for part in parts)
 
@@ -136,13 +136,13 @@ def test_after_an_early_answer_and_the_rest_of_its_body_a_connection_may_rest_fo
     play(*early, keep_alive=1, wait=True)  # not for ever
 
 
-def test_no_host_no_answer() -> None:
+def test_a_request_of_http_1_1_without_host_is_refused() -> None:
     assert play(b"GET / HTTP/1.1\r\n\r\n").output.startswith(b"HTTP/1.1 400 ")
     assert play(b"GET / HTTP/1.0\r\n\r\n").output.startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("step", [1, 50, 10_000])  # bytes of one request
-def test_an_offer_of_another_protocol_is_passed_over(step: int) -> None:
+def test_an_upgrade_to_another_protocol_is_ignored(step: int) -> None:
     offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\n"
     sized = b"POST / HTTP/1.1\r\nhost: x\r\n" + offer + b"content-length: 6\r\n\r\nbody-1"
     chunked = b"POST / HTTP/1.1\r\nhost: x\r\n" + offer + b"transfer-encoding: chunked\r\n\r\n6\r\nbody-2\r\n0\r\n\r\n"
@@ -154,6 +154,6 @@ def test_an_offer_of_another_protocol_is_passed_over(step: int) -> None:
     assert play(sized * 1000, app=echo).cut  # and not by the end of Python's stack
 
 
-def test_this_is_no_proxy() -> None:
+def test_connect_is_refused() -> None:
     connection = play(b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\nhello")
     assert (connection.output[:13], connection.cut) == (b"HTTP/1.1 400 ", True)

@@ -280,7 +280,7 @@ def test_the_best_that_costs_no_more_is_chosen_and_a_larger_one_teaches(
     assert advice_on(a32=60).limits[-1].what == "ceiling"
 
 
-def test_json(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_as_json(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call("probe", recipe, "--crop", 1, "--json", "-")
     report = json.loads(capsys.readouterr().out)
     assert report["images"] == 60
@@ -368,7 +368,7 @@ def test_a_sidecar_tells_the_net_and_its_kwargs(weights: Callable[..., Path]) ->
         (".", "neither a run nor a bundle"),
     ],
 )
-def test_a_start_that_is_none(shades: Path, start: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_start_is_refused(shades: Path, start: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["probe", str(shades), "--start", start])
     assert stop.value.code == 2

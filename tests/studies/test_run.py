@@ -226,8 +226,8 @@ def test_another_machines_runs_are_not_trained_again(
     assert run.import_results(study, here, table) == 1  # the other line is of another rate
     todo = run.estimate(study, here)
     assert (todo.done, [cell.name for cell in todo.cells]) == (1, ["lr-1e-s0", "plain-1e-s1", "lr-1e-s1"])
-    kept = (there / "results/plain-1e-s0.val.json").read_text()
-    assert json.loads((here / "results/plain-1e-s0.val.json").read_text()) == json.loads(kept)
+    before = (there / "results/plain-1e-s0.val.json").read_text()
+    assert json.loads((here / "results/plain-1e-s0.val.json").read_text()) == json.loads(before)
     assert run.import_results(study, here, table) == 1
 
     moved = tmp_path / "moved"

@@ -97,7 +97,7 @@ def test_maps_that_the_net_has_are_set_beside_a_step(tmp_path: Path, recipe_tree
     assert none == []
 
 
-def test_the_others_run_and_name_what_they_compare(tmp_path: Path, recipe_tree: dict) -> None:
+def test_step_loader_and_export_are_timed_against_their_bare_forms(tmp_path: Path, recipe_tree: dict) -> None:
     torchscript = recipe(recipe_tree, export={"exporter": "torchscript"})
     names = [
         bench.bench_train(torchscript, pairs=6).name,

@@ -152,22 +152,22 @@ def test_bits_of_a_cell_survive_a_csv_whatever_they_look_like() -> None:
 
 
 def test_the_test_part_chooses_nothing_and_says_how_many_were_tried() -> None:
-    known = [row("plain", 0, 0.5), row("other", 0, 0.6, trial=1), row("other", 0, 0.7, trial=2)]
-    known += [row("plain", 0, 0.4, split="test"), row("other", 0, 0.3, split="test", trial=2)]
-    line = lines(known, split="test", budget="epochs")[1]
+    rows_ = [row("plain", 0, 0.5), row("other", 0, 0.6, trial=1), row("other", 0, 0.7, trial=2)]
+    rows_ += [row("plain", 0, 0.4, split="test"), row("other", 0, 0.3, split="test", trial=2)]
+    line = lines(rows_, split="test", budget="epochs")[1]
     assert (line.trial, line.trials, line.top1) == (2, 2, pytest.approx(0.3))
 
 
 def test_costs_are_in_units_of_the_trial_of_the_base_that_was_chosen() -> None:
-    known = [row("plain", 0, 0.5), row("plain", 0, 0.6, trial=2, cost=2.0), row("other", 0, 0.6, cost=3.0)]
-    assert [line.cost for line in lines(known, split="val", budget="epochs")] == [1.0, 1.5]
+    rows_ = [row("plain", 0, 0.5), row("plain", 0, 0.6, trial=2, cost=2.0), row("other", 0, 0.6, cost=3.0)]
+    assert [line.cost for line in lines(rows_, split="val", budget="epochs")] == [1.0, 1.5]
 
 
 def test_a_committed_csv_gives_the_same_table() -> None:
-    known = rows() + rows(split="test", box_acc_v2=0.5, max_box_acc_v2=0.6, parts_10=0.3)
-    read = list(csv.DictReader(io.StringIO(as_csv(known))))
+    all_rows = rows() + rows(split="test", box_acc_v2=0.5, max_box_acc_v2=0.6, parts_10=0.3)
+    read = list(csv.DictReader(io.StringIO(as_csv(all_rows))))
     for split in ("val", "test"):
-        table = markdown(lines(known, split=split, budget="epochs"))
+        table = markdown(lines(all_rows, split=split, budget="epochs"))
         assert table == markdown(lines(read, split=split, budget="epochs"))
         for words in ("| BoxAccV2 % | MaxBoxAccV2 (oracle) % |", "| 50.0 | 60.0 | 30.0 |"):  # by val's thresholds; by its own
             assert (words in table) is (split == "test")
@@ -191,8 +191,8 @@ def test_arms_that_are_not_fed_alike_are_named(tmp_path: Path) -> None:
     plan = SimpleNamespace(name="s", trials=trials, base=trials[0], study=SimpleNamespace(budget=["epochs"], folds=None))
     half, imagenet = "mean (0.5, 0.5, 0.5)", "mean (0.485, 0.456, 0.406)"
     for feeds, warned in ((["", half], False), ([half, half], False), ([imagenet, half], True)):
-        known = [row(arm, 0, 0.5, fed=fed) for arm, fed in zip(("plain", "other"), feeds, strict=True)]
-        write_tables(cast(Plan, plan), tmp_path, known)
+        rows_ = [row(arm, 0, 0.5, fed=fed) for arm, fed in zip(("plain", "other"), feeds, strict=True)]
+        write_tables(cast(Plan, plan), tmp_path, rows_)
         for file in ("table.md", "table.html"):
             text = (tmp_path / file).read_text(encoding="utf-8")
             assert ("not fed alike" in text) is warned
@@ -270,10 +270,10 @@ def test_nets_of_all_folds_are_asked_about_the_same_test_images() -> None:
 
 
 def test_a_csv_of_folds_gives_the_same_table() -> None:
-    known = folded("plain", 0, {0: np.arange(9) < 4, 1: np.arange(8) < 4})
-    known += folded("other", 0, {0: np.arange(9) < 5, 1: np.arange(8) < 7})
-    read = list(csv.DictReader(io.StringIO(as_csv(known))))
-    assert markdown(lines(known, split="val", budget="epochs")) == markdown(lines(read, split="val", budget="epochs"))
+    rows_ = folded("plain", 0, {0: np.arange(9) < 4, 1: np.arange(8) < 4})
+    rows_ += folded("other", 0, {0: np.arange(9) < 5, 1: np.arange(8) < 7})
+    read = list(csv.DictReader(io.StringIO(as_csv(rows_))))
+    assert markdown(lines(rows_, split="val", budget="epochs")) == markdown(lines(read, split="val", budget="epochs"))
 
 
 def test_the_floor_is_a_line_and_every_arm_stands_beside_its_own() -> None:

@@ -21,7 +21,7 @@ from fgvc.config.data import SPLITS
 from fgvc.errors import FgvcError
 from fgvc.evaluation.agreement import FP16, INT8
 from fgvc.exporting import prove as proving
-from fgvc.exporting import variant as made
+from fgvc.exporting import variant as quantising
 from fgvc.exporting.onnx import serialised
 from fgvc.exporting.quantize import quantise
 from fgvc.images.decode import decode
@@ -159,7 +159,7 @@ def test_a_file_that_answers_otherwise_is_refused_and_no_bundle_written(
 ) -> None:
     again = tmp_path / "run"
     shutil.copytree(run, again)
-    monkeypatch.setattr(made, "quantise", lambda *args, **settings: of_one_answer(quantise(*args, **settings)))
+    monkeypatch.setattr(quantising, "quantise", lambda *args, **settings: of_one_answer(quantise(*args, **settings)))
     monkeypatch.setattr(proving.PlainBackbone, "prove", lambda *_: exported.proven)
     with pytest.raises(SystemExit) as ended:
         main(["export", str(again), "-o", str(tmp_path / "b"), "--int8", "--int8-float", "2"])
@@ -226,7 +226,7 @@ def test_the_deployed_file_says_its_opset_itself(run: Path, tmp_path: Path) -> N
         api.export(run, tmp_path / "b", exporter="dynamo", opset=12)
 
 
-def test_wrong_wishes_are_named(run: Path) -> None:
+def test_bad_settings_of_variants_are_refused(run: Path) -> None:
     with pytest.raises(FgvcError, match="--agreement 1.01: a share above 0 and up to 1"):
         api.Variants(agreement=1.01)
     with pytest.raises(FgvcError, match="--int8-images: at least 1"):

@@ -97,7 +97,7 @@ def test_a_weight_that_is_kept_in_the_technique_is_refused(value: object, name: 
         step_of(Blank(setup=keep(head=value)))
 
 
-def test_also_one_that_a_later_hook_makes() -> None:
+def test_a_weight_that_a_later_hook_keeps_is_refused() -> None:
     technique = Blank()
 
     def losses(outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def test_also_one_that_a_later_hook_makes() -> None:
         run(technique)
 
 
-def test_also_one_of_its_class_but_no_tensor_of_a_step() -> None:
+def test_a_weight_of_its_class_is_refused_and_a_tensor_of_a_step_is_not() -> None:
     shared = type("Shared", (Technique,), {"heads": [nn.Linear(2, 2)]})
     with pytest.raises(FgvcError, match=r"techniques\.blank: self\.heads\[0\]\.weight"):
         step_of(shared())
@@ -268,7 +268,7 @@ def test_a_gate_that_returns_another_shape_is_refused(gate: Callable[..., Any], 
         ("weights", {"term": None}, r"the weight of 'term' is None; give a number, or a Scheduled setting"),
     ],
 )
-def test_what_it_says_of_its_terms_is_looked_at(attribute: str, value: object, message: str) -> None:
+def test_descriptions_of_terms_are_checked(attribute: str, value: object, message: str) -> None:
     technique = Blank()
     setattr(technique, attribute, value)
     with pytest.raises(FgvcError, match=rf"techniques\.blank: {message}"):
@@ -284,7 +284,7 @@ def test_what_it_says_of_its_terms_is_looked_at(attribute: str, value: object, m
         ("mixes", (0.5,), 1.5, r"mixes returned 1\.5; return a share"),
     ],
 )
-def test_what_hooks_of_the_loader_and_the_draw_return_is_looked_at(
+def test_results_of_on_sample_and_mixes_are_checked(
     hook: str, arguments: tuple[object, ...], result: object, message: str
 ) -> None:
     technique = type("Other", (Technique,), {hook: lambda technique, *_: result})()

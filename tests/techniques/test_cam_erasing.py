@@ -153,7 +153,7 @@ def test_the_average_says_what_is_erased_of_the_image_itself() -> None:
     assert all(parameter.grad is None for parameter in average.parameters())
 
 
-def test_the_average_must_be_there(recipe_tree: dict) -> None:
+def test_source_ema_without_an_average_is_refused(recipe_tree: dict) -> None:
     tree = recipe_tree | {"techniques": {"cam_erasing": {"source": "ema"}}}
     with pytest.raises(FgvcError, match=r"techniques\.cam_erasing: needs the moving average .* ema\.decay=0\.99"):
         validate(Recipe, tree, where="test")
@@ -242,7 +242,7 @@ def test_parts_of_a_step_are_all_recorded_and_a_later_map_replaces_the_first() -
 
 
 @pytest.mark.parametrize("source", ["current", "ema", "previous_epoch"])
-def test_as_many_images_are_erased_as_it_says(source: str) -> None:
+def test_the_share_of_erased_images_is_the_probability(source: str) -> None:
     data = SimpleNamespace(labels=torch.zeros(2000))
     for probability, expected in ((None, 1.0 if source == "current" else 0.5), (0.0, 0.0), (0.3, 0.3), (1.0, 1.0)):
         technique = build_technique(CamErasingSettings(source=source, probability=probability))

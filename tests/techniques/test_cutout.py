@@ -122,7 +122,7 @@ def test_clipped_at_the_border_the_erased_share_is_its_expectation() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_as_many_pictures_are_cut_as_it_says(probability: float) -> None:
+def test_the_share_of_cut_pictures_is_the_probability(probability: float) -> None:
     technique = build_technique(CutoutSettings(probability=probability, holes=2))
     data = batch(COUNT // 4)
     out = technique.on_batch(data, context(technique.draw(np.random.default_rng(2), data))).x

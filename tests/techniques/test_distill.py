@@ -244,10 +244,10 @@ def with_cache(desk: Desk, folder: Path, start: EpochStart, data: Batch, **setti
 
 def test_a_second_run_reads_what_the_first_one_kept_and_asks_nobody(tmp_path: Path) -> None:
     first, second = Desk(), Desk()
-    kept = with_cache(first, tmp_path, epoch(tmp_path), batch())
+    first_loss = with_cache(first, tmp_path, epoch(tmp_path), batch())
     read = with_cache(second, tmp_path, epoch(tmp_path), batch())
     assert (len(first.inputs), len(second.inputs)) == (1, 0)
-    assert torch.equal(kept, read)
+    assert torch.equal(first_loss, read)
     # Whatever is made of the logits, and however many teachers there are.
     with_cache(third := Desk(), tmp_path, epoch(tmp_path), batch(), method="dkd", temperature=2.0)
     assert not third.inputs

@@ -71,7 +71,7 @@ def test_only_whole_squares_go_and_all_channels_with_them(block: int) -> None:
 
 
 @pytest.mark.parametrize(("block", "side"), [(1, (8, 8)), (3, (14, 14)), (4, (12, 20)), (7, (14, 14))])
-def test_as_much_goes_as_expected(block: int, side: tuple[int, int]) -> None:
+def test_the_dropped_share_is_as_expected(block: int, side: tuple[int, int]) -> None:
     rate, count = 0.05, 2000
     dropped = (gated(torch.ones(count, 1, *side), rate=rate, block=block) == 0).double().mean((1, 2, 3))
     share = dropped_share(side, block, rate)

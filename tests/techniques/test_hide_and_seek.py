@@ -75,7 +75,7 @@ def test_never_everything_is_hidden() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_as_many_pictures_lose_something_as_it_says(probability: float) -> None:
+def test_the_share_of_pictures_with_hidden_cells_is_the_probability(probability: float) -> None:
     share = float(cells(probability=probability).reshape(COUNT, -1).any(1).mean())
     assert share == pytest.approx(probability, abs=0.03)
     if not probability:
@@ -84,7 +84,7 @@ def test_as_many_pictures_lose_something_as_it_says(probability: float) -> None:
 
 
 @pytest.mark.parametrize("fill", ["zero", "mean", "random", "noise"])
-def test_fills(fill: str) -> None:
+def test_each_fill_fills_the_hidden_cells_alone(fill: str) -> None:
     data, technique = batch(), build_technique(HideAndSeekSettings(grid=2, fill=fill))
     hidden = torch.tensor([[[True, False], [False, False]], [[False, False], [False, True]]])
     out, again, other = (technique.on_batch(data, context((hidden, seed))).x for seed in (1, 1, 2))

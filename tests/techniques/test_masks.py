@@ -301,7 +301,7 @@ def test_erasing_changes_the_mask_alone(fill: Fill) -> None:
     assert torch.equal(erase(x, mask, fill, seed=4), erased) == (fill not in ("random", "noise"))
 
 
-def test_fills_are_what_they_say() -> None:
+def test_each_fill_is_its_definition() -> None:
     x = noise(7, 2, 3, 32, 64) * 2 + 5
     mask = torch.zeros(2, 32, 64, dtype=torch.bool)
     mask[0, 8:24, 16:48] = mask[1, :16] = True

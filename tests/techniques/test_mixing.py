@@ -115,12 +115,12 @@ def test_a_box_is_the_partners_and_labels_are_its_exact_area(kind: str, per: str
 def test_cutmix_keeps_about_two_thirds_of_an_image_after_clipping() -> None:
     """Shares of 0.5 on average as drawn, 0.68 of the own image after the edges have cut the boxes."""
     data, technique = batch(), build_technique(settings_by_kind()["cutmix"]())
-    kept = []
+    shares = []
     for seed in range(4000):
         box, _ = technique.draw(np.random.default_rng(seed), data)
         left, top, right, bottom = box[0].tolist()
-        kept.append(1 - (bottom - top) * (right - left) / (SIZE[0] * SIZE[1]))
-    assert np.mean(kept) == pytest.approx(0.68, abs=0.02)
+        shares.append(1 - (bottom - top) * (right - left) / (SIZE[0] * SIZE[1]))
+    assert np.mean(shares) == pytest.approx(0.68, abs=0.02)
 
 
 def test_saliencymix_takes_the_spot_of_each_partner() -> None:

@@ -152,7 +152,7 @@ def test_mixed_images_teach_with_both_labels() -> None:
     torch.testing.assert_close(losses["multiscale_head.fused"].double(), expected, **CLOSE)
 
 
-def test_growing_images_are_no_other_net() -> None:
+def test_images_of_another_size_are_taken() -> None:
     step, _ = run_step(net(), batch(size=(64, 64)))
     losses, _ = step(batch(size=(88, 40)), Draws(0.0))
     assert torch.isfinite(losses["loss"])

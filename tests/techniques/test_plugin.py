@@ -114,9 +114,9 @@ def ran(installed: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory
     (out / "without.json").write_text(json.dumps(tree))
     on = {"confidence_penalty": {"beta": 0.5}, "box_blur": {}, "mixup": {}}
     (out / "with.json").write_text(json.dumps(tree | {"techniques": on}))
-    done = python(installed, "-c", RUN, str(out))
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    process = python(installed, "-c", RUN, str(out))
+    assert process.returncode == 0, process.stderr
+    return out, process.stdout
 
 
 def test_it_trains_exports_and_leaves_nothing(ran: tuple[Path, str]) -> None:
@@ -222,7 +222,9 @@ def test_an_entry_point_that_is_none_is_refused_by_name_where_a_recipe_names_it(
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BROKEN)
-def test_and_is_not_imported_where_none_does(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
+def test_an_entry_point_is_not_imported_where_no_recipe_names_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
     model = fake_package(monkeypatch, name, value)
     monkeypatch.setattr(EntryPoint, "load", lambda point: pytest.fail("imported"))
     recipe = validate(model, {"cutout": {}, name: None}, where="here")

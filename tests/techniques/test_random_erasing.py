@@ -174,7 +174,7 @@ def test_a_batch_goes_through_and_its_clean_images_stay() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_as_many_pictures_lose_something_as_it_says(probability: float) -> None:
+def test_the_share_of_erased_pictures_is_the_probability(probability: float) -> None:
     share = len(rectangles((64, 64), probability=probability)) / COUNT
     assert share == pytest.approx(probability, abs=4 * math.sqrt(0.21 / COUNT) if probability == 0.3 else 0)
     if not probability:

@@ -173,7 +173,7 @@ def test_rows_come_in_any_order_and_the_last_record_counts(steps: list[list[int]
     assert not store.recall(others, WHOLE.expand(len(others), 2, 3), (8, 8)).any()
 
 
-def test_the_state_goes_round() -> None:
+def test_the_state_is_saved_and_loaded() -> None:
     store, other = stored(window(5, 6, 70, 80), bytes_like(6, 3, *CELLS)), MapStore(CELLS)
     before = store.recall(torch.arange(3), WHOLE.expand(3, 2, 3) / 8, SIZE)
     other.load_state_dict(store.state_dict())
@@ -197,10 +197,10 @@ def test_maps_of_another_size_are_brought_to_the_stores() -> None:
 
 def test_nothing_of_the_caller_is_changed_or_kept() -> None:
     maps, geometry = bytes_like(9, 1, 12, 16), WHOLE.clone()
-    kept = maps.clone()
+    before = maps.clone()
     store = stored(geometry, maps)
     assert torch.equal(geometry, WHOLE)
-    assert torch.equal(maps, kept)
+    assert torch.equal(maps, before)
     maps.zero_()
     geometry.zero_()
-    torch.testing.assert_close(store.recall(torch.tensor([0]), WHOLE, SIZE), kept, rtol=0, atol=1e-5)
+    torch.testing.assert_close(store.recall(torch.tensor([0]), WHOLE, SIZE), before, rtol=0, atol=1e-5)

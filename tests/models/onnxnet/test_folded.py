@@ -88,7 +88,7 @@ def layer_norm() -> object:
         (layer_norm, 0, {"in a net of other norms, and no activation follows": 1}),
     ],
 )
-def test_a_convolution_that_had_none_is_told_with_the_reason(
+def test_a_convolution_without_a_folded_norm_is_listed_with_the_reason(
     make, names: int, left: dict[str, int], tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
     folded = folded_convolutions(open_onnx(small.saved(make(), tmp_path)))
