@@ -21,7 +21,9 @@ import grimp
 import reference
 from matplotlib import rc_context
 
+from fgvc.config.schema import recipe_schema, schema_file
 from fgvc.config.techniques import load_object, settings_by_kind
+from fgvc.io.files import as_json
 from fgvc.report.render import svg
 from fgvc.studies.page import forest
 from fgvc.studies.table import Line, lines, markdown
@@ -149,6 +151,9 @@ def main(arguments: list[str]) -> int:
             stale[path] = filled.encode()
         forests = [m for m in BLOCK.finditer(text) if m["kind"] == "forest"]
         stale |= {place(m): content for m in forests if (content := drawn(m)) is not None}
+    schema = as_json(recipe_schema()).encode()
+    if not schema_file().is_file() or schema_file().read_bytes() != schema:
+        stale[schema_file()] = schema
     check = "--check" in arguments
     for path, content in stale.items():
         print(f"{path.relative_to(DOCS.parent)}: {'out of date' if check else 'written'}")

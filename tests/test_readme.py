@@ -53,7 +53,7 @@ def run(line: str) -> None:
         main(words[1:])
     assert not ended.value.code, f"{line}: exit {ended.value.code}"
     if words[1] == "init":
-        make_small(Path(words[3]))
+        make_small(Path(words[-1]))
 
 
 def blocks(page: str) -> list[tuple[str, str]]:

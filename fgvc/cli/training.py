@@ -29,9 +29,9 @@ def recipes(
     if schema:
         import json
 
-        from fgvc.config.recipe import Recipe
+        from fgvc.config.schema import recipe_schema
 
-        print(json.dumps(Recipe.model_json_schema(), indent=1))
+        print(json.dumps(recipe_schema(), indent=1))
         return
     for name, path in shipped.recipes().items():
         text = f"{name:<22} {(template.header(path) or [''])[0]}"
@@ -44,7 +44,8 @@ def init(
         list[str],
         typer.Argument(
             metavar="[RECIPE] FILE",
-            help="The id or file of a recipe, see `fgvc recipes`, and the file to write; with --deployed the latter alone.",
+            help="The id or file of a recipe, see `fgvc recipes`, and the file to write. The file alone with --data, where the "
+            "settings are chosen by the images and a timed step, and with --deployed.",
         ),
     ],
     deployed: Annotated[
@@ -67,8 +68,11 @@ def init(
             f"fgvc init takes no settings (section.key=value): {', '.join(settings)}. Settings are given to `fgvc train`, or "
             "written into a recipe"
         )
-    if len(names) > 2 or (len(names) < 2 and deployed is None):
-        raise FgvcError("fgvc init RECIPE FILE (`fgvc recipes` lists them), or fgvc init --deployed net.onnx --data IMAGES FILE")
+    if len(names) > 2 or (len(names) < 2 and deployed is None and data is None):
+        raise FgvcError(
+            "fgvc init --data IMAGES FILE, fgvc init RECIPE FILE (`fgvc recipes` lists them), or fgvc init --deployed net.onnx "
+            "--data IMAGES FILE"
+        )
     out = Path(names[-1])
     if out.exists():
         raise FgvcError(f"{out}: exists already; remove it, or choose another name")
@@ -76,7 +80,10 @@ def init(
     if deployed is None:
         if seen is not None or unseen is not None:
             raise FgvcError("--seen and --unseen: are of a deployed file; name it with --deployed")
-        text = _recipe(source, {} if data is None else {"data": {"root": str(data.absolute())}})
+        if data is not None and len(names) == 1:
+            text = _proposed_recipe(source, data, out)
+        else:
+            text = _recipe(source, {} if data is None else {"data": {"root": str(data.absolute())}})
     elif data is None:
         raise FgvcError("--deployed: on which images is it to be trained? Name them with --data")
     else:
@@ -84,24 +91,38 @@ def init(
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
-    if deployed is None:
-        missing = "model.weights" if data is not None else "data.root and model.weights"
-        print(f"{out}: set {missing} in it, then: fgvc data check {out}")
+    if data is None:
+        print(f"{out}: set data.root, the folder of your images, and look at model.weights in it")
+        following("data", "check", out)
     else:
-        print(f"{out}: look at it, then: fgvc train {out}")
+        print(f"{out}: look at it, model.weights above all")
+        following("train", out)
 
 
 def _recipe(source: Path, settings: dict[str, Any], *, top: list[str] | None = None) -> str:
-    """A recipe with settings laid over it, written out. `top`: lines above it, in place of its own."""
+    """A recipe with settings laid over it, written out, with its schema for editors. `top`: lines above, in place of its own."""
     from fgvc.config import template
     from fgvc.config.recipe import Recipe, with_weight_defaults
+    from fgvc.config.schema import MODELINE, modeline
 
     def fill(tree: dict[str, Any]) -> dict[str, Any]:
         drop_replaced(Recipe, tree, [(name, key) for name, section in settings.items() for key in section])
         merge(tree, settings)
         return with_weight_defaults(tree)
 
-    return template.commented(Recipe, source, fill=fill, top=top)
+    lines = [line for line in (template.header(source) if top is None else top) if not line.startswith(MODELINE)]
+    return template.commented(Recipe, source, fill=fill, top=[modeline(), *lines])
+
+
+def _proposed_recipe(source: Path, data: Path, out: Path) -> str:
+    """A recipe whose settings are chosen by the images and by what a step takes here."""
+    from fgvc.training.proposal import propose
+
+    made = propose(data, progress=lambda line: print(line, file=sys.stderr))
+    print("\n".join(made.reasons))
+    reasons = [f"  {line}" for reason in made.reasons for line in textwrap.wrap(reason, 114, subsequent_indent="  ")]
+    top = [f"Training on {data}: fgvc train {out.name}", "Chosen by `fgvc init`, and why:", *reasons]
+    return _recipe(source, made.tree, top=top)
 
 
 def _deployed_recipe(

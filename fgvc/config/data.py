@@ -31,6 +31,9 @@ POLICIES: Mapping[str, Mapping[str, float]] = {
 COLOURS = ("brightness", "contrast", "saturation")
 
 
+Pipeline = Path | dict[str, Any] | None
+
+
 def _file_or_tree(value: object) -> object:
     if value is not None and not isinstance(value, str | Path | dict):
         raise ValueError(f"the file that albumentations.save wrote (got {value!r})")
@@ -76,7 +79,7 @@ class Augment(Section):
     policy_geometry: bool = Field(
         True, description="false: without the policy's shears, shifts and rotations, so that boxes, masks and maps can follow"
     )
-    pipeline: Annotated[Path | dict[str, Any] | None, BeforeValidator(_file_or_tree)] = Field(
+    pipeline: Annotated[Pipeline, BeforeValidator(_file_or_tree, json_schema_input_type=Pipeline)] = Field(
         None,
         description="an albumentations pipeline, last of all: a file that albumentations.save wrote (JSON or YAML); a run "
         "records what is in it. With one, the flip, brightness, contrast and saturation are 0 unless they are given",

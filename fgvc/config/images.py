@@ -30,7 +30,7 @@ def _grey(colour: object) -> object:
     return (colour,) * 3 if isinstance(colour, int) and not isinstance(colour, bool) else colour
 
 
-Colour = Annotated[tuple[Byte, Byte, Byte], BeforeValidator(_grey)]  # RGB
+Colour = Annotated[tuple[Byte, Byte, Byte], BeforeValidator(_grey, json_schema_input_type=Byte | tuple[Byte, Byte, Byte])]  # RGB
 PLAIN = ("bilinear", "bicubic")  # interpolations without antialiasing
 Layout = Literal["NCHW", "NHWC"]
 Ending = Literal["softmax", "log_softmax", "sigmoid"]

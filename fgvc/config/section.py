@@ -88,4 +88,6 @@ def _possible_size(size: tuple[int, int]) -> tuple[int, int]:
     return size
 
 
-Size = Annotated[tuple[int, int], BeforeValidator(_square), AfterValidator(_possible_size)]  # height, width
+Size = Annotated[  # height, width
+    tuple[int, int], BeforeValidator(_square, json_schema_input_type=int | tuple[int, int]), AfterValidator(_possible_size)
+]

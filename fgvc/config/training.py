@@ -229,6 +229,10 @@ class Checkpoint(Section):
     )
 
 
+Tracker = Literal["tensorboard", "mlflow"]
+Trackers = tuple[Tracker, ...] | Tracker | Literal["none"] | None
+
+
 def _listed(value: object) -> object:
     """One name as a list of it; null and none as an empty one."""
     return () if value in (None, "none") else (value,) if isinstance(value, str) else value
@@ -239,7 +243,7 @@ class Log(Section):
 
     every_steps: int = Field(10, ge=1, description="steps between two lines of events.jsonl")
     every_seconds: float = Field(20.0, gt=0, description="between two plain lines where there is no terminal")
-    to: Annotated[tuple[Literal["tensorboard", "mlflow"], ...], BeforeValidator(_listed)] = Field(
+    to: Annotated[tuple[Tracker, ...], BeforeValidator(_listed, json_schema_input_type=Trackers)] = Field(
         (),
         description="[tensorboard, mlflow], or one of them: trackers beside the run's own log, of the extras of these names. "
         "TensorBoard's files are in the run's folder; MLflow's database, mlflow.db, beside it",

@@ -69,13 +69,13 @@ def _is_bundle(folder: Path) -> bool:
 
 def _class_folders(folder: Path) -> list[str]:
     """Names of folders with images, below the folder or below its splits' folders."""
-    found = []
+    classes = []
     for name in _names(folder):
         below = folder / name
         if below.is_dir() and not name.startswith("."):
             inner = [other for other in _names(below) if (below / other).is_dir() and any(_images(below / other))]
-            found += inner if inner else [name] if any(_images(below)) else []
-    return sorted(set(found))
+            classes += inner if inner else [name] if any(_images(below)) else []
+    return sorted(set(classes))
 
 
 def _images(folder: Path) -> Iterator[str]:

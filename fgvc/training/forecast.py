@@ -39,6 +39,7 @@ PROVING = 6.0  # forwards of each image in its proofs: folded and not, in float6
 class Forecast(Display):
     """Cost of one run of a recipe."""
 
+    recipe: Recipe  # with what was `auto` as it was measured
     images: dict[str, int]  # by split
     steps: int
     forwards: float  # images through the backbone in a step, over images in the batch
@@ -84,6 +85,7 @@ def forecast(recipe: Recipe) -> Forecast:
         mean, forwards = statistics.mean(seconds[1:]), sum(images for images, _ in passes)  # the first one sets up kernels
         peak = peak_memory(process.device)
         return Forecast(
+            recipe=settled.recipe,
             images={split: len(index.rows(split)) for split in ("train", "val", "test")},
             steps=steps,
             forwards=forwards / (micro * (STEPS + 1)),

@@ -155,7 +155,8 @@ def test_wrong_settings_are_named(wrong: dict[str, Any], message: str, recipe_tr
 
 @pytest.mark.parametrize("technique", [{"box_head": {}}, {"cam_erasing": {"source": "previous_epoch"}}])
 def test_a_policy_that_moves_pixels_unsaid_is_refused_with_boxes_and_maps(technique: dict, recipe_tree: dict) -> None:
-    tree = recipe_tree | {"techniques": technique, "augment": {"policy": "randaugment"}}
+    data = {"kind": "cub", "root": "birds"}  # with boxes
+    tree = recipe_tree | {"data": data, "techniques": technique, "augment": {"policy": "randaugment"}}
     with pytest.raises(FgvcError, match=r"needs to know where .* set augment.policy_geometry to false"):
         validate(Recipe, tree, where="test")
     for allowed in ({"policy": "randaugment", "policy_geometry": False}, {"policy": "3-augment"}):

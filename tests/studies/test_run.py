@@ -198,10 +198,10 @@ def test_what_changes_no_result_may_change_and_what_left_the_study_is_not_in_its
 
 
 def test_a_trial_that_no_training_takes_is_named_and_the_others_go_on(tmp_path: Path, recipe_tree: dict) -> None:
-    study = plan(tmp_path, recipe_tree, {"plain": {}, "box": {"techniques.box_head": {}}}, seeds=[0])
+    study = plan(tmp_path, recipe_tree, {"plain": {}, "box": {"techniques.multiscale_head": {"stages": [6, 7]}}}, seeds=[0])
     (failure,) = run.ablate(study, tmp_path / "out")
     assert failure.run == "box"
-    assert "no boxes" in failure.reason
+    assert "stage 6: this backbone has" in failure.reason
     assert [row["arm"] for row in read(tmp_path / "out")] == ["plain"]
     with pytest.raises(FgvcError, match="1 runs are missing, such as box"):
         run.read_test(study, tmp_path / "out")
@@ -312,7 +312,7 @@ def test_runs_of_another_study_are_known_by_their_settings_and_cost_over_this_ba
     costs["plain.2"]["ratio"], costs["acb"]["ratio"] = 1.25, 1.75
     (there / "costs.json").write_text(json.dumps(costs))
     run.ablate(short, there)
-    long = study({"tuned": {}, "branches": acb, "box": {"techniques.box_head": {}}}, epochs=2)
+    long = study({"tuned": {}, "branches": acb, "box": {"techniques.multiscale_head": {"stages": [6, 7]}}}, epochs=2)
     assert run.import_results(long, here, there / "runs.csv") == 2
     todo = run.estimate(long, here)
     assert todo.costs["branches"].ratio == pytest.approx(1.4)  # of two epochs of `tuned` it has one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -246,9 +247,14 @@ def test_it_finds_a_bright_square() -> None:
     assert surprise < -(iou * math.log(iou) + (1 - iou) * math.log(1 - iou)) + 0.02, "about as sure as it may be"
 
 
-def test_data_without_boxes_are_refused_before_training(recipe_tree: dict) -> None:
-    recipe = validate(Recipe, recipe_tree | {"techniques": {"box_head": {}}}, where="test")
+def test_data_without_boxes_are_refused_before_training(recipe_tree: dict, boxed_tree: dict, tmp_path: Path) -> None:
     message = r"techniques\.box_head: learns from the object's box .* no boxes; .* set techniques\.box_head=null"
+    with pytest.raises(FgvcError, match=message):  # of a kind that never has any, when the recipe is read
+        validate(Recipe, recipe_tree | {"techniques": {"box_head": {}}}, where="test")
+    root = Path(shutil.copytree(boxed_tree["data"]["root"], tmp_path / "data"))
+    (root / "bounding_boxes.txt").unlink()
+    data = {"kind": "cub", "root": str(root)}
+    recipe = validate(Recipe, boxed_tree | {"data": data, "techniques": {"box_head": {}}}, where="test")
     with pytest.raises(FgvcError, match=message):
         forecast(recipe)
     with process_group(recipe.train) as process, pytest.raises(FgvcError, match=message), open_session(recipe, process):

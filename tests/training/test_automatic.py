@@ -55,9 +55,9 @@ def test_the_faster_precision_is_taken_and_recorded(
     trainer.train(made, out)
     recorded = read_run(out).train
     assert (recorded.precision, recorded.batch_size) == (chosen, 8)
-    said = capsys.readouterr().err
-    assert f"train.precision: {chosen}, the faster of both by a step of a few images here: fp32 1000 ms, bf16" in said
-    assert "train.batch_size: 8, of" in said
+    printed = capsys.readouterr().err
+    assert f"train.precision: {chosen}, the faster of both by a step of a few images here: fp32 1000 ms, bf16" in printed
+    assert "train.batch_size: 8, of" in printed
     monkeypatch.setattr(automatic, "precision_seconds", lambda step: pytest.fail("a run that goes on measures nothing"))
     trainer.train(made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 2})}), out)
     assert read_run(out).train.precision == chosen
