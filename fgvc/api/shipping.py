@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,8 +20,9 @@ from fgvc.data.index import ImageIndex
 from fgvc.data.loader import evaluation_loader
 from fgvc.data.unseen import judged
 from fgvc.errors import FgvcError
-from fgvc.evaluation.calibration import FEWEST, KEEP
-from fgvc.evaluation.temperature import RunCalibration, calibration, refuse_other_file
+from fgvc.evaluation.calibration import FEWEST, KEEP, confidence_of, fitting_sample
+from fgvc.evaluation.stack_threshold import AFTER, BEFORE, UNDIVIDED, StackThreshold, accepted, refuse_threshold
+from fgvc.evaluation.temperature import RunCalibration, calibration, shipped_calibration
 from fgvc.exporting.deployed import DeployedFile, WrittenComparison, compare_written
 from fgvc.exporting.proofs import MAX_IMAGES
 from fgvc.exporting.prove import Contract, PlainBackbone, ProvedExport
@@ -29,11 +30,14 @@ from fgvc.exporting.verify import Comparison, Verification, verify_bundle, verif
 from fgvc.io.display import Display
 from fgvc.io.files import StrPath, as_path
 from fgvc.io.progress import ticking
+from fgvc.report.exported import PAGE, export_page
 from fgvc.runs.folder import read_run, recorded_classes, recorded_preprocess
-from fgvc.runs.loaded import LoadedRun, load_run
+from fgvc.runs.loaded import Answers, LoadedRun, load_run, onnx_answers
+from fgvc.runs.measured import store_measured
 from fgvc.runs.trackers import log_bundle
 from fgvc.runtime.bundle import load_bundle, refuse_target, write_bundle
 from fgvc.runtime.description import describe
+from fgvc.runtime.engine import OnnxSession
 from fgvc.runtime.stack import Agreement, Stack, agreement, stack_of
 from fgvc.studies.variants import SmallerFile, Variants, left_out, make_variants
 
@@ -51,6 +55,30 @@ class Exported(Display):
     around: Agreement | None = None  # of its preprocessing and labels with those of the deployed one
     left_out: Mapping[str, str] = field(default_factory=dict)  # wanted files that the opset does not allow, and why
     judges: str = ""  # which images judge it, in words, where it descends from a deployed file
+    stack: StackThreshold | None = None  # None: no threshold was given
+
+    @property
+    def page_facts(self) -> list[tuple[str, str]]:
+        """What was written, for the page of an export into a deployed file."""
+        contract, numeric, behavioural = self.proven.contract, self.proven.numeric, self.proven.behavioural
+        moved = len(self.proven.written.moved) if self.proven.written is not None else 0
+        return [
+            ("bundle", str(self.bundle)), ("written into", contract["file"]["name"]), ("weights", self.select),
+            ("images", f"to be {self.judges}" if self.judges else "no deployed file's unseen images are known"),
+            ("bytes", f"{contract['proofs']['written']['outside']} but for {moved} payloads of weights"),
+            ("fold", f"{numeric.folded_float64:.1e} apart in float64, {numeric.shipped_float32:.1e} as shipped"),
+            ("onnxruntime", f"{behavioural.worst:.1e} from torch on {behavioural.images} images"),
+            ("temperature", self.temperature_words),
+        ]  # fmt: skip
+
+    @property
+    def temperature_words(self) -> str:
+        """What became of the run's temperature in a deployed file."""
+        record = self.proven.contract["temperature"]
+        if record["divided_by"] != 1:
+            return f"its last layer is divided by {record['divided_by']:.3f}: {self.calibration.source}"
+        reason = record["why_not"] or self.calibration.reason or "not asked for, or of no effect"
+        return f"its last layer is not divided by one: {reason}"
 
     @property
     def facts(self) -> Mapping[str, object]:
@@ -81,6 +109,8 @@ def export(
     opset: int | None = None,
     batch_norm: BatchNorm | None = None,
     root: StrPath | None = None,
+    temperature: bool = True,
+    stack_threshold: float | None = None,
 ) -> Exported:
     """Strip and fuse a run's weights, export them as ONNX, prove the contract and write the bundle.
 
@@ -91,12 +121,15 @@ def export(
     `keep`: share of the right answers that the threshold for "none of these" keeps, 1 for no threshold; it and the temperature
     are the run's own, see `fgvc.evaluation.temperature`, and checked on the exported file. `variants`: int8 and fp16 files to put
     beside it; one that the opset does not allow is left out. `exporter`, `opset`, `batch_norm`: others than the recipe's,
-    where there is no deployed file. `root`: as in `evaluate`. Raises ProofError where a proof fails or no export is the deployed
+    where there is no deployed file. `root`: as in `evaluate`. `temperature`: whether the last layer of a deployed file is divided
+    by the run's temperature, which leaves its answers; `stack_threshold`: a confidence at which coverage and precision of the old
+    file and the new one are measured. Raises ProofError where a proof fails or no export is the deployed
     graph, FgvcError where the deployed stack is known to feed or to read its model otherwise, logits are no numbers, or a file
     that is looked at is not what it was; and writes no bundle.
     """
     folder, place = Path(run), Path(run, "bundle") if out is None else Path(out)
     refuse_target(place, overwrite=overwrite)
+    refuse_threshold(stack_threshold)
     if not 0 < keep <= 1:
         raise FgvcError(f"--keep {keep:g}: a share above 0 and up to 1, such as {KEEP}")
     options = {"exporter": exporter, "opset": opset, "batch_norm": batch_norm}
@@ -112,16 +145,40 @@ def export(
     loaded = load_run(folder, select, root=as_path(root))
     with TemporaryDirectory(prefix="fgvc-export-") as scratch, ticking() as tick:
         tick("strip, fuse, export, prove", 0, 1)
-        if loaded.recipe.model.onnx is None and into is None:
-            contract: Contract = _plain_backbone(loaded, _with_options(loaded.recipe.export, options), target)
-        else:
-            if options or against is not None:
-                raise FgvcError(
-                    f"--exporter, --opset, --batch-norm and --against are of a fresh export, and {folder} is written into its "
-                    "deployed file; leave them out"
-                )
-            contract = _deployed_file(loaded, None if into == "own" else target, Path(scratch))
-        return _export(loaded, contract, place, stated, around, keep=keep, overwrite=overwrite, variants=variants)
+        if stack_threshold is not None and loaded.recipe.model.onnx is None and into is None:
+            raise FgvcError("--stack-threshold: is of a file that a run is written into; for all others compare has it")
+        contract = _contract(loaded, options, target, into=into, against=against, scratch=Path(scratch))
+        run_calibration = calibration(loaded, keep=keep)
+        if temperature and isinstance(contract, DeployedFile) and contract.classes is None:
+            contract = replace(contract, temperature=run_calibration.reliable)
+        exported = _export(
+            loaded, contract, place, stated, around, run_calibration, overwrite=overwrite, variants=variants,
+            threshold=stack_threshold,
+        )  # fmt: skip
+    if exported.proven.written is not None:
+        store_measured(loaded.folder, {PAGE: export_page(exported.page_facts, exported.stack)})
+    return exported
+
+
+def _contract(
+    run: LoadedRun,
+    options: Mapping[str, object],
+    target: Path | None,
+    *,
+    into: StrPath | None,
+    against: StrPath | None,
+    scratch: Path,
+) -> Contract:
+    """What a run ships: timm's net, freshly exported with these options, or a deployed file. Raises FgvcError for options of the
+    former where it is the latter."""
+    if run.recipe.model.onnx is None and into is None:
+        return _plain_backbone(run, _with_options(run.recipe.export, options), target)
+    if options or against is not None:
+        raise FgvcError(
+            f"--exporter, --opset, --batch-norm and --against are of a fresh export, and {run.folder} is written into its "
+            "deployed file; leave them out"
+        )
+    return _deployed_file(run, None if into == "own" else target, scratch)
 
 
 def _refuse_other_shape(run: Path) -> None:
@@ -175,10 +232,11 @@ def _export(
     out: Path,
     against: Path | None,
     around: Agreement | None,
+    run_calibration: RunCalibration,
     *,
-    keep: float,
     overwrite: bool,
     variants: Variants | None,
+    threshold: float | None,
 ) -> Exported:
     """Prove a run by its contract, make what lies beside the model, and write the bundle."""
     index, select_name = loaded.index, loaded.select
@@ -199,11 +257,12 @@ def _export(
     }
     if proven.explain is not None:
         files["explain.onnx"] = proven.explain
-    run_calibration = calibration(loaded, keep=keep)
-    refuse_other_file(loaded, run_calibration, proven.source)
-    if run_calibration.calibration is not None and run_calibration.calibration.images >= FEWEST:
-        files["calibration.json"] = run_calibration.calibration
-    beside = make_variants(loaded, proven, variants or Variants(), run_calibration.calibration)
+    shipped = shipped_calibration(loaded, run_calibration, proven.source, divided_by=proven.divided_by)
+    if shipped is not None and shipped.images >= FEWEST:
+        files["calibration.json"] = shipped
+    stack = None if threshold is None else _stack_threshold(loaded, contract, proven, threshold)
+    files["metrics.json"] |= {} if stack is None else {"stack_threshold": stack.numbers()}
+    beside = make_variants(loaded, proven, variants or Variants(), shipped)
     files |= {smaller.file: smaller.variant_file.model for smaller in beside}
     files["contract.json"] |= {smaller.variant_file.variant: smaller.section for smaller in beside}
     if omitted := left_out(proven, variants or Variants()):
@@ -211,7 +270,7 @@ def _export(
     write_bundle(out, files=files, data=proven.data, overwrite=overwrite)
     log_bundle(loaded.folder, loaded.recipe, out, say=lambda line: print(line, file=sys.stderr))
     words = judged(index, "test", len(index.rows("test")))
-    return Exported(out, select_name, proven, run_calibration, tuple(beside), against, around, omitted, words)
+    return Exported(out, select_name, proven, run_calibration, tuple(beside), against, around, omitted, words, stack)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +290,32 @@ def _judge(index: ImageIndex) -> _Judge:
         return _Judge(metrics)
     images = {str(index.paths[row]): index.classes[index.labels[row]] for row in rows}
     return _Judge(metrics, {"judge.json": {"unseen": index.unseen, "images": images}})
+
+
+def _stack_threshold(run: LoadedRun, contract: Contract, proven: ProvedExport, threshold: float) -> StackThreshold:
+    """Coverage and precision at a confidence of the deployed file, and of what is written into it, on the images that judge;
+    where there are none, on validation. Raises FgvcError where the run has neither, or the deployed file other classes."""
+    assert isinstance(contract, DeployedFile)
+    if contract.classes is not None:
+        raise FgvcError("--stack-threshold: model.classes: change: the deployed file knows other classes, and is no comparison")
+    split, rows = run.rows_of("test" if len(run.index.rows("test")) else None)
+    rows = fitting_sample(rows, len(run.classes))
+    output, workers = proven.contract["output"]["name"], run.recipe.train.workers
+
+    def answers(file: Path | bytes) -> Answers:
+        return onnx_answers(OnnxSession(file, output=output), run.index, rows, spec=run.preprocess, workers=workers)
+
+    old, new = answers(contract.file), answers(proven.source)
+    undivided = {} if proven.divided_by == 1 else {UNDIVIDED: (new, 1 / proven.divided_by)}
+    files = {BEFORE: (old, 1.0), **undivided, AFTER: (new, 1.0)}
+    shares = {
+        name: accepted(
+            confidence_of(each.logits.astype(np.float64), t, each.ending), each.logits.argmax(1) == each.labels, threshold
+        )
+        for name, (each, t) in files.items()
+    }  # fmt: skip
+    which = judged(run.index, split, len(new.rows)) or f"{len(new.rows)} images of {split}"
+    return StackThreshold(threshold=threshold, images=len(new.rows), which=which, files=shares)
 
 
 def _fed(spec: Preprocess, model: bytes, classes: int) -> Preprocess:

@@ -184,6 +184,10 @@ def compare(
     min_gain: Annotated[
         float | None, typer.Option(help="Gate: B's accuracy minus A's in points, at least; may be negative.")
     ] = None,
+    stack_threshold: Annotated[
+        float | None,
+        typer.Option(help="The confidence from which on the stack accepts an answer: coverage and precision of A and of B."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="A page (.html) with the flipped images; a .csv of all beside it.")
     ] = None,
@@ -195,10 +199,12 @@ def compare(
     from fgvc import api
     from fgvc.cli import show
     from fgvc.evaluation.paired import Gate
+    from fgvc.evaluation.stack_threshold import refuse_threshold
     from fgvc.report.compare import refuse_out, write_page
     from fgvc.runtime.explain import is_bundle
 
     gate = Gate(max_negative_flips, min_gain)
+    refuse_threshold(stack_threshold)
     if out is not None:
         refuse_out(out)
     answers = api.compare(
@@ -206,9 +212,9 @@ def compare(
         max_pixels=pixels(megapixels), seen=seen, unseen=unseen,
     )  # fmt: skip
     failures = gate.failures(answers.paired)
-    show.comparison(answers, failures)
+    show.comparison(answers, failures, stack_threshold)
     if out is not None:
-        write_page(answers, out, failures=failures)
+        write_page(answers, out, failures=failures, stack_threshold=stack_threshold)
     if not failures and is_bundle(b):
         following("serve", b)
     elif not failures and b.is_dir():

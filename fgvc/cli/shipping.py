@@ -70,6 +70,18 @@ def export(
             help='Share of the right answers on validation that the threshold for "none of these" keeps; 1: no threshold.'
         ),
     ] = 0.95,
+    temperature: Annotated[
+        bool,
+        typer.Option(
+            "--temperature/--no-temperature",
+            help="Whether the last layer of a deployed file is divided by the temperature that validation fitted: the same "
+            "answers, and probabilities to rely on.",
+        ),
+    ] = True,
+    stack_threshold: Annotated[
+        float | None,
+        typer.Option(help="The confidence from which on the stack accepts an answer: coverage and precision, old file and new."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="Also a model.int8.onnx: smaller, faster, not quite as exact.")
@@ -108,16 +120,17 @@ def export(
 ) -> None:
     """Strip, fuse, export and prove; writes no bundle where a proof fails."""
     from fgvc import api
-    from fgvc.cli import show
+    from fgvc.cli import show_export
 
     wanted = api.Int8(images=int8_images, first=int8_float, reduce_range=reduce_range) if int8 else None
     variants = api.Variants(int8=wanted, fp16=fp16, agreement=agreement)
     done = api.export(
         run, out, against=against, into=None if into is None else "own" if into == OWN else Path(into), labels=labels,
         preprocess=preprocess, select=select, keep=keep, overwrite=overwrite,
-        variants=variants, exporter=exporter, opset=opset, batch_norm=batch_norm, root=root,
+        variants=variants, exporter=exporter, opset=opset, batch_norm=batch_norm, root=root, temperature=temperature,
+        stack_threshold=stack_threshold,
     )  # fmt: skip
-    show.contract(done)
+    show_export.contract(done)
     following("predict", out, "IMAGES")
 
 

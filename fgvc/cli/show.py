@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fgvc.api import Exported
 from fgvc.config.data import SPLITS
 from fgvc.data.quality.checks import Report, clean_rows
-from fgvc.evaluation.calibration import FEWEST
 from fgvc.evaluation.compared import PairedAnswers
 from fgvc.evaluation.evaluate import Evaluation
 from fgvc.evaluation.learning_curve import FOLDS, SHARES
 from fgvc.evaluation.localize import Localisation
+from fgvc.evaluation.stack_threshold import Accepted
 from fgvc.exporting.deployed import WrittenComparison
 from fgvc.exporting.verify import Comparison, Verification
 from fgvc.io.times import about
@@ -29,7 +28,6 @@ from fgvc.studies.advice import advise, points, sides
 from fgvc.studies.probe import ProbeResults
 from fgvc.studies.run import Estimate
 from fgvc.studies.speed import Ratio
-from fgvc.studies.variants import SmallerFile
 from fgvc.training.forecast import Forecast
 from fgvc.training.interpolate import Interpolation
 
@@ -38,7 +36,7 @@ CONFUSED = 5  # pairs shown; all are in the run's tables
 SUSPECTS = 10  # labels shown; all are in the CSV file
 
 
-def _table(*columns: str) -> Table:
+def make_table(*columns: str) -> Table:
     """Make a table with names on the left and numbers on the right; one of two columns is a list of facts."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
@@ -57,7 +55,7 @@ def clean(report: Report, file: Path) -> None:
 
 
 def check(report: Report) -> None:
-    table = _table("split", "images", "classes", "smallest class", "largest class")
+    table = make_table("split", "images", "classes", "smallest class", "largest class")
     for name, counts in zip(SPLITS, report.counts, strict=True):
         if counts.any():
             table.add_row(name, str(counts.sum()), str((counts > 0).sum()), str(counts.min()), str(counts.max()))
@@ -93,7 +91,7 @@ def probe(results: ProbeResults) -> None:
         soft_wrap=True,
     )
     counts = [str(len(train_rows)) for train_rows in reversed(data.folds[0].train)]
-    table = _table("start", "px", "crop", *counts, "95 %", "ms", "GMAC")
+    table = make_table("start", "px", "crop", *counts, "95 %", "ms", "GMAC")
     for result in results.results:
         whole = result.curve.accuracy()
         shares = (f"{100 * result.curve.accuracy(share).value:.1f}" for share in sorted(SHARES))
@@ -136,7 +134,7 @@ def probe(results: ProbeResults) -> None:
 
 
 def forecast(costs: Forecast) -> None:
-    table = _table("what", "how much")
+    table = make_table("what", "how much")
     table.add_row("images", ", ".join(f"{count} {split}" for split, count in costs.images.items()))
     table.add_row("steps", str(costs.steps))
     table.add_row("forwards per step", f"{costs.forwards:g}")
@@ -157,7 +155,7 @@ def forecast(costs: Forecast) -> None:
 def estimate(todo: Estimate) -> None:
     """Print a trial a row."""
     budgets = list(dict.fromkeys(budget for _, budget in todo.epochs))
-    table = _table("trial", "epoch, s", "of the base's", *(f"epochs ({budget})" for budget in budgets))
+    table = make_table("trial", "epoch, s", "of the base's", *(f"epochs ({budget})" for budget in budgets))
     for name, cost in todo.costs.items():
         lengths = (str(todo.epochs[name, budget]) for budget in budgets)
         table.add_row(escape(name), f"{cost.epoch:.1f}", f"{cost.ratio:.2f}", *lengths)
@@ -171,7 +169,7 @@ def estimate(todo: Estimate) -> None:
 
 
 def scores(result: Evaluation) -> None:
-    table = _table(
+    table = make_table(
         "split", "weights", "images", "top-1 %", "top-5 %", "macro F1 %", "balanced %", "ECE %", "loss"
     )
     s = result.scores
@@ -182,12 +180,12 @@ def scores(result: Evaluation) -> None:
         console.print(result.judged, markup=False, soft_wrap=True)
     pairs = s.confused(result.classes)[:CONFUSED]
     if pairs:
-        table = _table("most confused", "with", "times", "there", "back")
+        table = make_table("most confused", "with", "times", "there", "back")
         for pair in pairs:
             table.add_row(*(str(value) for value in pair.values()))
         console.print(table)
     if result.calibrated is not None:
-        _calibration(result.calibrated.numbers(), result.calibrated.curve.area)
+        print_calibration(result.calibrated.numbers(), result.calibrated.curve.area)
     elif result.split not in SPLITS:
         console.print("not calibrated: no temperature is fitted for averaged views")
     if result.stored:
@@ -198,7 +196,7 @@ def scores(result: Evaluation) -> None:
 
 def interpolation(result: Interpolation) -> None:
     """Print a share a row, the chosen one marked."""
-    table = _table("share", "top-1 %", "macro F1 %", "balanced %", "calibration error %", "loss", "")
+    table = make_table("share", "top-1 %", "macro F1 %", "balanced %", "calibration error %", "loss", "")
     for share, s in result.scores.items():
         shares = () if s is None else (s.top1, s.macro_f1, s.balanced_accuracy, s.ece)
         cells = ["no numbers", "", "", "", ""] if s is None else [*(f"{100 * score:.2f}" for score in shares), f"{s.loss:.4f}"]
@@ -220,7 +218,7 @@ def interpolation(result: Interpolation) -> None:
 def localisation(result: Localisation) -> None:
     """Print a measure a row, a kind of map a column."""
     table = localisation_table(f"{result.split}.{result.select}.{result.method}", result.numbers())
-    printed = _table("in %", *COLUMNS)
+    printed = make_table("in %", *COLUMNS)
     for text, cells in table.rows:
         printed.add_row(text, *cells)
     console.print(f"{table.title}: {table.about}")
@@ -233,9 +231,9 @@ def localisation(result: Localisation) -> None:
         console.print(f"skipped: {error}", markup=False, soft_wrap=True)
 
 
-def _calibration(numbers: Mapping[str, Any], area: float | None = None) -> None:
+def print_calibration(numbers: Mapping[str, Any], area: float | None = None) -> None:
     """Print `numbers`, as of `Calibrated.numbers`. `area`: under the risk-coverage curve."""
-    table = _table("calibration", "result")
+    table = make_table("calibration", "result")
     origin = f"{numbers['temperature']:.3f}, fitted on {numbers['fitted_images']} {numbers['fitted_on']} images"
     words = filter(None, [origin if numbers["calibrated"] else "not calibrated", numbers["note"]])
     table.add_row("temperature", escape("; ".join(words)))
@@ -251,64 +249,20 @@ def _calibration(numbers: Mapping[str, Any], area: float | None = None) -> None:
     console.print(table)
 
 
-def contract(exported: Exported) -> None:
-    numeric, behavioural, facts = exported.proven.numeric, exported.proven.behavioural, exported.proven.contract
-    table = _table("proof", "result")
-    table.add_row(
-        "numeric", f"fold {numeric.folded_float64:.1e} (float64), shipped {numeric.shipped_float32:.1e} (float32)"
-    )
-    if exported.proven.structural is not None:
-        nodes = facts["proofs"]["structural"]["nodes"]
-        table.add_row(
-            "structural", f"{nodes} nodes, sha256 {exported.proven.structural.sha256[:16]} = the plain {facts['backbone']}'s"
-        )
-    if (written := exported.proven.written) is not None:
-        what = "each message" if written.reencoded else "every byte"
-        what = "each message, the shape of the output apart," if "last" in facts else what
-        table.add_row("bytes", f"{what} but {len(written.moved)} payloads of weights is that of {facts['file']['name']}")
-    table.add_row("behavioural", f"onnxruntime = torch on {behavioural.images} images, worst {behavioural.worst:.1e}")
-    for smaller in exported.beside:
-        table.add_row(smaller.variant_file.variant, _smaller_file(smaller))
+def accepted(title: str, files: Mapping[str, Accepted]) -> None:
+    """Print what a stack's threshold accepts, a file a row."""
+    table = make_table(title, "coverage", "precision")
+    for name, row in files.items():
+        table.add_row(name, *row.words)
     console.print(table)
-    run_calibration = exported.calibration
-    if run_calibration.calibration is None or run_calibration.calibration.images < FEWEST:
-        console.print(f"not calibrated: {run_calibration.reason}", markup=False, soft_wrap=True)
-    else:
-        calibration = run_calibration.calibration
-        _calibration(calibration.model_dump() | {"calibrated": calibration.calibrated, "fitted_images": calibration.images})
-    for warning in (*exported.proven.warnings, *(f"no {file}: it {why}" for file, why in exported.left_out.items())):
-        console.print(f"warning: {warning}", markup=False)
-    if exported.around is not None and exported.around.unproved:
-        console.print(exported.around.unproved, markup=False, soft_wrap=True)
-    graph = f"the graph of the plain {facts['backbone']}" if exported.proven.written is None else facts["file"]["name"]
-    if exported.proven.written is not None:
-        graph = f"{graph} with {len(exported.proven.written.moved)} of its tensors trained"
-    elif exported.around is not None:
-        graph = f"the graph of {exported.against}, {facts['verdict']}; whether it is a drop-in was not proved"
-        if not exported.around.unproved:
-            verdict = "the same" if facts["verdict"] == "identical" else f"{facts['verdict']} ({', '.join(facts['spelling'])})"
-            graph = f"a drop-in replacement of {exported.against}: the graph is {verdict}, preprocessing and labels are the same"
-    console.print(f"{exported.bundle}: {exported.select} weights, {graph}", markup=False, soft_wrap=True)
-    if exported.judges:
-        console.print(f"to be {exported.judges}: fgvc compare OLD {exported.bundle} --data SET", markup=False, soft_wrap=True)
 
 
-def _smaller_file(smaller: SmallerFile) -> str:
-    agreement, contract = smaller.agreement, smaller.variant_file.contract
-    sizes = f"{contract['bytes'] / 1e6:.2f} of {contract['float_bytes'] / 1e6:.2f} MB"
-    same = f"{100 * agreement.share:.2f} % ({100 * agreement.low:.1f} to {100 * agreement.high:.1f})"
-    return (
-        f"{sizes}; same answer for {same} of {agreement.images} {agreement.split} images, "
-        f"top-1 {100 * agreement.top1:.2f} for {100 * agreement.top1_float:.2f} %"
-    )
-
-
-def comparison(answers: PairedAnswers, failures: Sequence[str]) -> None:
+def comparison(answers: PairedAnswers, failures: Sequence[str], stack_threshold: float | None = None) -> None:
     pair = answers.paired
     sides = (("A", answers.a, pair.a_right), ("B", answers.b, pair.b_right))
     rejecting = any(side.threshold for _, side, _ in sides)
     extra_columns = ("none of these", "right of those") if rejecting else ()
-    table = _table(f"{answers.split}: {pair.images} images", "top-1 %", "right", *extra_columns)
+    table = make_table(f"{answers.split}: {pair.images} images", "top-1 %", "right", *extra_columns)
     for (name, side, right), counts in zip(sides, answers.rejections(), strict=True):
         rejected_cells = ([str(n) for n in counts] if side.threshold else ["", ""]) if rejecting else []
         table.add_row(escape(f"{name} {side.path}"), f"{100 * right.mean():.2f}", str(int(right.sum())), *rejected_cells)
@@ -319,7 +273,7 @@ def comparison(answers: PairedAnswers, failures: Sequence[str]) -> None:
         console.print('gain, flips and gates are of the classes named, those that "none of these" holds back included')
     words = (f"{name} {calibration_word(side.calibrated)}" for name, side, _ in sides)
     console.print(f"probabilities: {', '.join(words)}")
-    table = _table("B against A", "result")
+    table = make_table("B against A", "result")
     low, high = 100 * pair.low, 100 * pair.high
     table.add_row("gain", f"{100 * pair.gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")
     table.add_row("chance", f"p = {pair.p:.2g} (McNemar, exact)")
@@ -327,9 +281,11 @@ def comparison(answers: PairedAnswers, failures: Sequence[str]) -> None:
     table.add_row("negative flips", f"{int(pair.negative.sum())} ({share:.2f} %): was right, now wrong")
     table.add_row("positive flips", f"{int(pair.positive.sum())}: was wrong, now right")
     console.print(table)
+    if stack_threshold is not None:
+        accepted(f"accepted from {stack_threshold:g} on", dict(zip("AB", answers.accepted(stack_threshold), strict=True)))
     changed = [row for row in pair.by_class(answers.classes) if row["change"]]
     if changed:
-        table = _table("most changed", "images", "A %", "B %", "change", "lost", "won")
+        table = make_table("most changed", "images", "A %", "B %", "change", "lost", "won")
         for row in sorted(changed, key=lambda row: -abs(row["change"]))[:CONFUSED]:
             shares = (f"{100 * row['a_recall']:.1f}", f"{100 * row['b_recall']:.1f}", f"{100 * row['change']:+.1f}")
             flips = str(row["negative_flips"]), str(row["positive_flips"])
@@ -345,6 +301,8 @@ def comparison(answers: PairedAnswers, failures: Sequence[str]) -> None:
         console.print(f"  {line}", markup=False, soft_wrap=True)
     for line in failures:
         console.print(f"FAIL: {line}", markup=False)
+    if any("negative flips" in line for line in failures):
+        console.print(answers.fewer_flips, markup=False, soft_wrap=True)
 
 
 def verification(result: Comparison | WrittenComparison | Verification) -> None:
@@ -388,7 +346,7 @@ def _verdict(result: Comparison) -> str:
 
 
 def ratios(measured: Sequence[Ratio]) -> None:
-    table = _table("ratio", "median", "95 % interval", "expected", "pairs", "seconds")
+    table = make_table("ratio", "median", "95 % interval", "expected", "pairs", "seconds")
     for r in measured:
         seconds = f"{r.a_seconds:.3f} / {r.b_seconds:.3f}"
         expected = "" if r.expected is None else f"{r.expected:.3f}"

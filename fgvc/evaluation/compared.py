@@ -16,6 +16,7 @@ from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import MAX_LOGITS, confidence_of
 from fgvc.evaluation.paired import Paired, compare_predictions
 from fgvc.evaluation.side import Classifier
+from fgvc.evaluation.stack_threshold import Accepted, accepted
 from fgvc.images.preprocess import differences
 from fgvc.io.display import Display
 from fgvc.io.names import label_differences
@@ -51,6 +52,7 @@ class PairedAnswers(Display):
     paths: tuple[Path, ...]  # (N,)
     predicted: NDArray[np.int64]  # (2,N) classes
     confidence: NDArray[np.float64]  # (2,N); by each side's temperature, see `Classifier.calibrated`
+    stack_confidence: NDArray[np.float64]  # (2,N) by the files' own outputs, as a stack sees it
     paired: Paired
     unreadable: tuple[str, ...]
     images: ImageIndex
@@ -73,6 +75,22 @@ class PairedAnswers(Display):
         """Images (2,N) that are answered "none of these" in service. `paired` and the gates count the predicted class all the
         same."""
         return self.confidence < np.array([[self.a.threshold], [self.b.threshold]])
+
+    def accepted(self, threshold: float) -> list[Accepted]:
+        """What a stack accepts of A's and of B's answers from this confidence on, by the files' own outputs."""
+        right = self.paired.a_right, self.paired.b_right
+        return [accepted(by, correct, threshold) for by, correct in zip(self.stack_confidence, right, strict=True)]
+
+    @property
+    def fewer_flips(self) -> str:
+        """The ways to a B that breaks less."""
+        run = str(self.b.path) if self.b.kind == "run" else "RUN"
+        teacher = "run" if self.a.kind == "run" else "bundle"
+        return (
+            f"to break fewer: fgvc interpolate {run} --out BETWEEN --share 0.5, which goes back towards the weights that it "
+            "began with; or train anew with A as a teacher, "
+            f"techniques.distill.teachers='[{{kind: {teacher}, path: {self.a.path}}}]'"
+        )
 
     def rejections(self) -> list[tuple[int, int]]:
         """Count, for A and for B, the images answered "none of these", and those of them whose predicted class is right."""
@@ -115,7 +133,7 @@ def collect_answers(a: Classifier, b: Classifier, images: Images) -> PairedAnswe
     number = np.array([order.get(name, -1) for name in images.index.classes])
     step = max(64, MAX_LOGITS // len(a.classes))
     rows: list[NDArray[np.int64]] = []
-    predicted, confidence = [], []
+    predicted, confidence, by_stack = [], [], []
     unreadable: dict[str, None] = {}
     for start in range(0, len(images.rows), step):
         both_answers = [
@@ -135,6 +153,7 @@ def collect_answers(a: Classifier, b: Classifier, images: Images) -> PairedAnswe
                 for answer, t in zip(both_answers, temperatures, strict=True)
             ]
         )
+        by_stack.append([confidence_of(answer.logits.astype(np.float64), 1.0, answer.ending) for answer in both_answers])
         unreadable |= dict.fromkeys(both_answers[0].unreadable)
     rows_read, predictions = np.concatenate(rows), np.concatenate(predicted, axis=1)
     overlaps = filter(None, (_overlap_warning(a, images), _overlap_warning(b, images)))
@@ -146,6 +165,7 @@ def collect_answers(a: Classifier, b: Classifier, images: Images) -> PairedAnswe
         paths=tuple(images.index.path(row) for row in rows_read),
         predicted=predictions,
         confidence=np.concatenate(confidence, axis=1),
+        stack_confidence=np.concatenate(by_stack, axis=1),
         paired=compare_predictions(number[images.index.labels[rows_read]], *predictions),
         unreadable=tuple(unreadable),
         notes=(*a.notes, *b.notes, *images.notes, *overlaps, *images.index.warnings),

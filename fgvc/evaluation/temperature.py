@@ -18,7 +18,7 @@ from fgvc.config.images import Ending
 from fgvc.config.loading import validate
 from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError, NoNumbersError
-from fgvc.evaluation.calibration import KEEP, Calibrated, calibrate, fitting_sample, measure
+from fgvc.evaluation.calibration import FEWEST, KEEP, Calibrated, calibrate, fitting_sample, measure
 from fgvc.runs.loaded import LoadedRun, onnx_answers
 from fgvc.runs.measured import read_measured_of, store_measured
 from fgvc.runtime.engine import OnnxSession, refuse_no_numbers
@@ -43,6 +43,18 @@ class RunCalibration:
     def calibrated(self) -> bool:
         """Whether a temperature was fitted."""
         return self.calibration is not None and self.calibration.calibrated
+
+    @property
+    def reliable(self) -> float:
+        """The temperature, where it was fitted on FEWEST images or more; else 1."""
+        fitted = self.calibration
+        return fitted.temperature if fitted is not None and self.calibrated and fitted.images >= FEWEST else 1.0
+
+    @property
+    def source(self) -> str:
+        """Where the temperature is from, in words."""
+        fitted = self.calibration
+        return self.reason if fitted is None else f"fitted on {fitted.images} {fitted.fitted_on} images"
 
     @property
     def reason(self) -> str:
@@ -116,25 +128,34 @@ def _without_images(run: LoadedRun, error: FgvcError) -> RunCalibration:
     return RunCalibration(None, f"none is kept, and the validation split can't be read ({message}); {advice}")
 
 
-def refuse_other_file(run: LoadedRun, run_calibration: RunCalibration, model: bytes | Path) -> None:
-    """Raise FgvcError where an exported file has another loss on the validation split than the run had when its temperature was
-    fitted, or logits that are no numbers."""
-    if run_calibration.calibration is None:
-        return
-    rows, workers = fitting_rows(run), run.recipe.train.workers
+def shipped_calibration(
+    run: LoadedRun, run_calibration: RunCalibration, model: bytes | Path, *, divided_by: float = 1.0
+) -> Calibration | None:
+    """The calibration that a bundle gets: the run's, checked on the exported file; where that has the temperature in its last
+    layer (`divided_by`), one of temperature 1 with the same threshold. None: the run has none.
+
+    Raises FgvcError where the file has another loss on the validation split than the run had when its temperature was fitted, or
+    logits that are no numbers."""
+    if (calibration := run_calibration.calibration) is None:
+        return None
+    rows = fitting_rows(run)
+    at_one = calibration.model_copy(update={"temperature": 1.0, "note": ""}) if divided_by != 1 else calibration
     try:
         session = OnnxSession(model, output=run.preprocess.output)
-        answers = onnx_answers(session, run.index, rows, spec=run.preprocess, workers=workers)
+        answers = onnx_answers(session, run.index, rows, spec=run.preprocess, workers=run.recipe.train.workers)
     except FgvcError:  # the model fits, it was proved on images of this size; so it's that none can be read any more
-        return
+        return at_one
     refuse_no_numbers(answers.logits, run.folder)
-    calibration = run_calibration.calibration
-    measured = measure(answers.logits, answers.labels, calibration, ending=answers.ending)
-    difference = abs(measured.nll - calibration.nll_before) / max(1.0, float(np.abs(answers.logits).max()))
+    logits = answers.logits * np.float32(divided_by)
+    measured = measure(logits, answers.labels, calibration, ending=answers.ending)
+    difference = abs(measured.nll - calibration.nll_before) / max(1.0, float(np.abs(logits).max()))
     if measured.images == calibration.images and difference > SAME:
         raise FgvcError(
             f"{run.folder}: the exported file has a loss of {measured.nll:.4f} on validation, and the run "
             f"{calibration.nll_before:.4f} when its temperature was fitted: its probabilities would not be calibrated; remove "
             f"{run.folder / RECORD} and export again"
         )
-
+    if divided_by == 1:
+        return calibration
+    own = measure(answers.logits, answers.labels, None, ending=answers.ending)
+    return at_one.model_copy(update={"nll_before": round(own.nll, 6), "ece_before": round(own.before.ece, 6)})

@@ -34,6 +34,7 @@ from fgvc.exporting.proofs import (
 from fgvc.exporting.prove import PlainBackbone, ProvedExport
 from fgvc.exporting.reference import Plain, versions
 from fgvc.exporting.spelling import CANONICAL
+from fgvc.exporting.temperature import Divided, divide_last
 from fgvc.io.display import Display
 from fgvc.io.names import some
 from fgvc.models.backbone import feature_layout, memory_format
@@ -65,6 +66,7 @@ class DeployedFile:
     scratch: Path  # an empty folder, which the caller removes
     backbone: PlainBackbone | None = None  # the net of timm's that was trained; None: the file's own
     classes: int | None = None  # of a last layer made anew; None: the file's own classes
+    temperature: float = 1.0  # that its last layer is divided by, where it can be
 
     def prove(self, net: nn.Module, images: Iterable[np.ndarray]) -> ProvedExport:
         """Write the trained `net`, its blocks folded, into a copy of the file, and prove it.
@@ -82,12 +84,14 @@ class DeployedFile:
             strip_to(exact, trained, dtype=torch.float64)
         else:
             self._lay_into(exact, trained, self.backbone)
+        temperature = self._divide(exact, sample)
         values = {name: value.numpy() for name, value in exact.stored() if name in exact.movable}
         written = self._write(exact, values)
         shipped = self._open(written.path)
         refuse_shape(shipped.num_classes, exact.num_classes, self.file)
         bar = HALF_TOLERANCE if _is_half(written.path, shipped) else SHIPPED_TOLERANCE
-        numeric = compare_numbers(trained.double(), exact, shipped, sample, bar=bar)
+        divided = Divided(trained.double(), temperature["divided_by"])
+        numeric = compare_numbers(divided, exact, shipped, sample, bar=bar)
         if not numeric.passed:
             raise ProofError(numeric.failure)
         behavioural = compare_answers(_session(written.path, shipped), shipped, images, bar=bar)
@@ -103,6 +107,7 @@ class DeployedFile:
             "verdict": "identical" if self.classes is None else "different",
             **self._record(written, shipped),
             "proofs": {"written": self._outside(written), "numeric": asdict(numeric), "behavioural": asdict(behavioural)},
+            "temperature": temperature,
             "explain": reason,
             "against": None,
         }
@@ -115,6 +120,11 @@ class DeployedFile:
             data={name: written.path.with_name(name).read_bytes() for name in written.files},
             plain=(as_plain(written.path, shipped), as_plain(self.file if self.classes is None else written.path, shipped)),
         )  # fmt: skip
+
+    def _divide(self, net: OnnxNet, x: np.ndarray) -> dict[str, Any]:
+        """Divide the last layer by the temperature: by which it was, and why not by the one that was asked for."""
+        why = "" if self.temperature == 1 else divide_last(net, self.temperature, x)
+        return {"divided_by": 1.0 if why else self.temperature, "why_not": why}
 
     def _lay_into(self, net: OnnxNet, trained: nn.Module, backbone: PlainBackbone) -> None:
         """Lay the weights of a trained net of timm's into the net of the file, in float64. Raises FgvcError where the file is

@@ -59,6 +59,11 @@ class ProvedExport:
     runnable: Path | None = None  # the model on the disk, with its data; None: `model` is whole
 
     @property
+    def divided_by(self) -> float:
+        """The temperature that is in the last layer of a deployed file; 1: none is."""
+        return float(self.contract.get("temperature", {}).get("divided_by", 1.0))
+
+    @property
     def source(self) -> bytes | Path:
         """What onnxruntime loads."""
         return self.model if self.runnable is None else self.runnable

@@ -158,7 +158,8 @@ def _compare_logits(bundle: Bundle, run: LoadedRun, answer: Answers) -> Certific
     at = np.unique(np.linspace(0, len(answer.rows) - 1, min(COMPARED_IMAGES, len(answer.rows))).astype(int))
     loader = evaluation_loader(run.index, answer.rows[at], spec=run.preprocess, batch_size=COMPARED_IMAGES, workers=0)
     x = np.concatenate([batch.images.numpy() for batch in loader])
-    session, z = session_of(bundle, bundle.model), answer.logits[at]
+    divided_by = float(bundle.contract.get("temperature", {}).get("divided_by", 1.0))
+    session, z = session_of(bundle, bundle.model), answer.logits[at] / np.float32(divided_by)
     bundle_logits = session.logits(x)
     if session.file.ending in ("softmax", "log_softmax"):  # which leaves log-probabilities of logits
         z, bundle_logits = (np.log(softmax(each).clip(min=LEAST)) for each in (z, bundle_logits))

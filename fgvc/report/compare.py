@@ -29,8 +29,11 @@ def _table_paths(out: Path) -> tuple[Path, Path]:
     return out.with_suffix(".csv"), out.with_name(f"{out.stem}-classes.csv")
 
 
-def write_page(answers: PairedAnswers, out: Path, *, failures: Sequence[str] = ()) -> None:
-    """Write `out`, and beside it a .csv of all flips and a -classes.csv. `failures`: those of the gate."""
+def write_page(
+    answers: PairedAnswers, out: Path, *, failures: Sequence[str] = (), stack_threshold: float | None = None
+) -> None:
+    """Write `out`, and beside it a .csv of all flips and a -classes.csv. `failures`: those of the gate;
+    `stack_threshold`: a confidence from which on a stack accepts answers."""
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     tables = _table_paths(out)
@@ -43,6 +46,8 @@ def write_page(answers: PairedAnswers, out: Path, *, failures: Sequence[str] = (
         answers=answers,
         pair=answers.paired,
         failures=failures,
+        threshold=stack_threshold,
+        accepted=[] if stack_threshold is None else answers.accepted(stack_threshold),
         changed=[row for row in classes if row["negative_flips"] or row["positive_flips"]],
         unchanged=sum(not (row["negative_flips"] or row["positive_flips"]) for row in classes),
         shown=[(flip, picture(decode_row(answers.images, row[flip["path"]]))) for flip in shown],

@@ -14,7 +14,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from fgvc import api
-from fgvc.cli import show
+from fgvc.cli import show, show_export
 from fgvc.cli.app import main
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
@@ -58,7 +58,7 @@ def test_a_run_of_other_classes_is_exported_with_an_output_of_another_shape(
     rows = loaded.index.rows("test")
     assert (loaded.selecting("start").answers(rows).logits.argmax(1) == loaded.index.labels[rows]).mean() > 0.6
     show.console.width = 300
-    show.contract(api.export(run, tmp_path / "bundle"))
+    show_export.contract(api.export(run, tmp_path / "bundle"))
     said = capsys.readouterr().out
     assert "the shape of its output changes, 3 numbers an image in place of 5: it is no drop-in for deployed.onnx" in said
     bundle = load_bundle(tmp_path / "bundle")

@@ -18,7 +18,7 @@ from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
 from fgvc import api
-from fgvc.cli import show
+from fgvc.cli import show, show_export
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
 from fgvc.evaluation.temperature import RECORD, calibration
@@ -228,7 +228,7 @@ def test_without_validation_nothing_is_ever_fitted(
     assert "bare: its probabilities are not calibrated: the data have no validation split" in said.err
     assert said.out.rstrip("\n").endswith("\tnot calibrated")
     exported = api.export(bare, tmp_path / "bundle")
-    show.contract(exported)
+    show_export.contract(exported)
     assert "not calibrated: the data have no validation split" in capsys.readouterr().out
     assert exported.calibration.calibration is None
     predict_files(exported.bundle, [picture], as_json=True)
@@ -268,15 +268,15 @@ def test_a_damaged_record_is_refused_by_name(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_answers_otherwise_is_not_called_calibrated(run: Path, tmp_path: Path, bundle: Path) -> None:
-    from fgvc.evaluation.temperature import refuse_other_file
+    from fgvc.evaluation.temperature import shipped_calibration
 
     seen = load_run(run)
     known, model = calibration(seen), (bundle / "model.onnx").read_bytes()
-    refuse_other_file(seen, known, model)
+    shipped_calibration(seen, known, model)
     assert known.calibration is not None
     other = known.calibration.model_copy(update={"nll_before": known.calibration.nll_before + 0.01})
     with pytest.raises(FgvcError, match="the exported file has a loss of"):
-        refuse_other_file(seen, type(known)(other), model)
+        shipped_calibration(seen, type(known)(other), model)
 
 
 def test_a_run_whose_data_are_gone_keeps_its_temperature(

@@ -1,0 +1,57 @@
+"""What a stack that accepts answers above a threshold gets of a deployed file: for how many images, and how many are right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fgvc.errors import FgvcError
+
+BEFORE, UNDIVIDED, AFTER = "before", "after, without the temperature", "after"  # of an export: the deployed file, what ships
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Share of the images that are accepted, and of those the share that is named rightly (NaN: none is)."""
+
+    coverage: float
+    precision: float
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """Both in per cent."""
+        return f"{100 * self.coverage:.1f} %", "" if np.isnan(self.precision) else f"{100 * self.precision:.1f} %"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackThreshold:
+    """Answers of several files on the same images, accepted from one confidence on, by the files' own outputs."""
+
+    threshold: float
+    images: int
+    which: str  # images, in words
+    files: Mapping[str, Accepted]
+
+    def numbers(self) -> dict[str, Any]:
+        """For metrics.json."""
+        rows = {
+            name: {"coverage": round(row.coverage, 6), "precision": None if np.isnan(row.precision) else round(row.precision, 6)}
+            for name, row in self.files.items()
+        }
+        return {"threshold": self.threshold, "images": self.images, "which": self.which, "files": rows}
+
+
+def refuse_threshold(threshold: float | None) -> None:
+    """Raise FgvcError for a threshold that no probability is below, or above."""
+    if threshold is not None and not 0 < threshold < 1:
+        raise FgvcError(f"--stack-threshold {threshold:g}: a probability between 0 and 1, such as 0.8")
+
+
+def accepted(confidence: NDArray[np.floating], right: NDArray[np.bool_], threshold: float) -> Accepted:
+    """Coverage and precision of answers with these confidences (N,), given whether each is right (N,)."""
+    taken = confidence >= threshold
+    return Accepted(float(taken.mean()), float(right[taken].mean()) if taken.any() else float("nan"))
