@@ -19,6 +19,7 @@ from fgvc.config.training import Log
 from fgvc.io.files import append, finite_or_none, write_atomic
 from fgvc.io.progress import bars
 from fgvc.io.tables import as_csv
+from fgvc.io.times import about
 from fgvc.runs.trackers import Trackers
 
 
@@ -32,6 +33,7 @@ class Events:
         self._bar: Progress | None = None
         self._task: Any = None
         self._last_line_time = 0.0
+        self._began, self._first_step = 0.0, 0  # of this session's training
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one event; a torn last line of a killed run is closed first."""
@@ -70,6 +72,8 @@ class Events:
     @contextmanager
     def progress(self, total: int, done: int, what: str = "training") -> Iterator[None]:
         """Show one live bar on a terminal, a plain line every few seconds elsewhere. Within another, a second bar in it."""
+        if what == "training":
+            self._began, self._first_step = time.monotonic(), done
         if self._bar is not None:
             training, self._task = self._task, self._bar.add_task(what, total=total, completed=done)
             yield
@@ -117,4 +121,9 @@ class Events:
             self._bar.update(self._task, completed=step, description=text)
         elif self.active and time.monotonic() - self._last_line_time >= self.log.every_seconds:
             self._last_line_time = time.monotonic()
-            print(f"step {step}/{total} {text}", file=sys.stderr, flush=True)
+            print(f"step {step}/{total} {text}{self.left(step, total)}", file=sys.stderr, flush=True)
+
+    def left(self, step: int, total: int) -> str:
+        """How long the rest takes at the pace of this session, validation and all, as the end of a sentence; empty at the end."""
+        done = step - self._first_step
+        return f", {about((time.monotonic() - self._began) * (total - step) / done)} left" if done > 0 and step < total else ""

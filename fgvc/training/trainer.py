@@ -324,8 +324,9 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
     events.write("epoch", **row)
     events.table(progress.history)
     _save(session, out, best=best, score=None if scores is None else scores.numbers()[session.recipe.select_by])
+    left = "" if progress.finished else events.left(progress.step, session.total_steps)
     remark = f", validation top-1 {100 * scores.top1:.2f} %" if scores else ""
-    events.say(f"epoch {int(row['epoch'])}/{session.recipe.train.epochs}: loss {row['loss']:.4f}{remark}")
+    events.say(f"epoch {int(row['epoch'])}/{session.recipe.train.epochs}: loss {row['loss']:.4f}{remark}{left}")
     if early:
         events.say(
             f"ended early: validation ({session.recipe.select_by}) was the best after epoch {progress.best_epoch}, and "

@@ -202,8 +202,9 @@ def test_eval(fgvc: Callable[..., Printed], run: Path) -> None:
     said = fgvc("eval", run, "--split", "test").stdout
     assert "top-1" in said
     assert 0.5 < json.loads((run / "metrics.json").read_text())["test.best"]["top1"] <= 1
-    last = fgvc("eval", run, "--split", "val", "--select", "last").stdout
-    assert "last" in last
+    last = fgvc("eval", run, "--split", "val", "--select", "last")
+    assert "last" in last.stdout
+    assert last.stderr.splitlines()[-1] == f"next: fgvc export {run} -o {run}-bundle"
 
 
 def test_export_verify_predict(
@@ -223,6 +224,7 @@ def test_export_verify_predict(
     said = fgvc("verify", bundle).stdout
     assert "FAIL" not in said
     assert "ok   independent plain" in said
+    assert said.splitlines()[-1].endswith("checks passed, 0 failed")
     rows = [
         json.loads(line)
         for line in fgvc("predict", bundle, colours / "test", "--json", "--top-k", 2).stdout.splitlines()
