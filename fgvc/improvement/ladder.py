@@ -27,7 +27,8 @@ TEACHER_SCALE = 1.4  # side of a teacher's input over the network's, about: 160 
 SAFETY = 1.1  # times what was timed
 VIEWS = 3  # of an image, from which a head is fitted
 UNFOLDED = 512  # images by which scales are fitted to a deployed file's folded norms
-SHIPPING = 30.0  # seconds of export and proofs, without the images that judge
+SHIPPING = 30.0  # seconds of export and proofs, and of the page
+BETWEEN, JUDGED = 12, 5  # looks at each image: of nets between a start and an end; of all that are judged
 PLAIN_SHARE = 1 / 4  # of the budget, at most
 PROBE_SHARE = 1 / 10
 SEARCH_SHARE = 0.4  # of what is left of the budget
@@ -52,7 +53,7 @@ class Plan:
 
     budget: float  # seconds of working time
     slots: int  # rungs side by side
-    shipping: float  # seconds kept for export, judgement and page
+    shipping: float  # seconds kept for interpolation, export, judgement and page
     rungs: tuple[Rung, ...]
     left_out: Mapping[str, str]  # rung -> why
     search: float = 0.0  # seconds at least, of a search around the best
@@ -142,7 +143,8 @@ def plan_ladder(
 
     Raises FgvcError where not even the plainest fits.
     """
-    shipping = SHIPPING + 5 * task.counts["test"] * timings[BASE].look
+    looks = BETWEEN * task.counts["val"] + JUDGED * task.counts["test"]
+    shipping = SHIPPING + looks * timings[BASE].look
     left = budget - spent - shipping
     searching = SEARCH_SHARE * max(0.0, left) if search and task.chooses else 0.0
     left -= searching
