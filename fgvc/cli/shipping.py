@@ -302,6 +302,10 @@ def serve(
         bool,
         typer.Option("--any-bundle", help="On a reload take a bundle of other labels or another preprocessing, too."),
     ] = False,
+    examples: Annotated[
+        list[Path] | None,
+        typer.Option(help="Pictures, or folders of them, that the page at / offers to try: up to 8, spread over all."),
+    ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="Clients must bring its content; else FGVC_API_KEY, where that is set.")
     ] = None,
@@ -322,6 +326,6 @@ def serve(
     )  # fmt: skip
     settings = Settings(
         host=host, port=port, threads=threads, concurrency=concurrency or None, queue=queue, grace=grace, poll=poll,
-        any_bundle=any_bundle, key=read_key(api_key_file), limits=limits,
+        any_bundle=any_bundle, key=read_key(api_key_file), limits=limits, examples=tuple(examples or ()),
     )  # fmt: skip
     sys.exit(run(parse_places(bundles), settings))

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,11 @@ class Paired:
     @property
     def images(self) -> int:
         return len(self.labels)
+
+    @property
+    def verdict(self) -> Literal["gain", "loss", "unclear"]:
+        """Which of them is better, where chance alone would seldom do this (p below 1 - LEVEL)."""
+        return "unclear" if self.p >= 1 - LEVEL else "gain" if self.gain > 0 else "loss"
 
     @property
     def negative(self) -> Truths:

@@ -125,8 +125,8 @@ def _sizes(sizes: np.ndarray) -> list[tuple[str, Sequence[str]]]:
         return []
     width, height = sizes[:, 0], sizes[:, 1]
     facts = (
-        ("width, pixels", width, "{:.0f}"),
-        ("height, pixels", height, "{:.0f}"),
+        ("width", width, "{:.0f}"),
+        ("height", height, "{:.0f}"),
         ("width / height", width / height, "{:.2f}"),
     )
     return [

@@ -25,6 +25,7 @@ from fgvc.images.preprocess import described
 from fgvc.io.files import refuse_file, write_atomic, writing
 from fgvc.io.names import distinct_names
 from fgvc.report.certificate import Certificate, certificates
+from fgvc.report.confusion import ConfusionTable, confusion_table
 from fgvc.report.gallery import Gallery, gallery
 from fgvc.report.html_charts import Chart, calibration_charts, curves, terms
 from fgvc.report.localization import COLUMNS, Table, localisation
@@ -114,6 +115,15 @@ class RunChapter:
     def interval(self) -> str:
         low, high = wilson(self.scores.top1, self.scores.images)
         return f"{100 * low:.1f} to {100 * high:.1f}"
+
+    @property
+    def verdict(self) -> str:
+        """Beside its floor: gain, loss, unclear, or none where it has no floor."""
+        return "none" if self.over_floor is None else self.over_floor.verdict
+
+    @property
+    def confusion(self) -> ConfusionTable:
+        return confusion_table(self.scores.confusion, self.run.classes)
 
     @property
     def floor(self) -> tuple[str, str]:

@@ -59,6 +59,16 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputExample:
+    """A picture of the set, and what of it goes into the network; sizes are width x height."""
+
+    original: str  # data address
+    crop: str
+    stored: str
+    taken: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gallery:
     """Pictures of one run. `unmapped`: why there are no maps, or empty; `word`: whether the probabilities are calibrated."""
 
@@ -67,6 +77,7 @@ class Gallery:
     pairs: tuple[Pair, ...]
     unmapped: str
     word: str
+    input: InputExample
 
 
 def gallery(
@@ -110,6 +121,7 @@ def gallery(
         ),
         unmapped=unmapped,
         word=calibration_word(is_calibrated(calibration)),
+        input=_input_example(run, int(answers.rows[0])),
     )
 
 
@@ -139,6 +151,17 @@ def _shot(run: LoadedRun, answers: Answers, p: np.ndarray, at: int, maps: Mappin
         predicted_share=float(p[first]),
         other=run.classes[second],
         other_share=float(p[second]),
+    )
+
+
+def _input_example(run: LoadedRun, row: int) -> InputExample:
+    image = decode_row(run.index, row)
+    height, width = run.preprocess.size
+    return InputExample(
+        original=picture(image, side=2 * SIDE),
+        crop=picture(_crop(run, row), side=SIDE),
+        stored=f"{image.width} × {image.height}",
+        taken=f"{width} × {height}",
     )
 
 

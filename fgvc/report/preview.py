@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from fgvc.runs.distributed import process_group
 from fgvc.runs.folder import is_run, read_run, recorded_classes
 from fgvc.runs.images import fingerprint, recorded_images
 from fgvc.runs.record import NAME
-from fgvc.techniques.api import View
+from fgvc.techniques.api import Batch, View
+from fgvc.techniques.mixing import MixingTechnique, partner_rows
 from fgvc.training.batch import to_batch
 from fgvc.training.epoch_start import epoch_start
 from fgvc.training.images import spread
@@ -122,13 +123,14 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
     rows = []
     for at, row in enumerate(batch.index[:images].tolist()):
         original = decode_row(session.index, row)
-        cells = [Cell(original, f"original: {names[int(batch.labels[at])]}")]
+        cells = [Cell(original, names[int(batch.labels[at])], "original")]
+        cells += _partner_cells(session, batch, at, names)
         for kind, change in session.step.hooks("on_sample"):
             changed = np.any(change(np.array(original), row) != np.asarray(original), axis=2)
-            cells.append(Cell(overlay(original, changed), f"{kind}: before the crop"))
+            cells.append(Cell(overlay(original, changed), "before the crop", kind))
         cells += [_view_cell(view, at, session.preprocess, names) for view in views]
         cells += [
-            Cell(overlay(_picture(x[at], session.preprocess), maps[at].detach().cpu().numpy()), name)
+            Cell(overlay(_picture(x[at], session.preprocess), maps[at].detach().cpu().numpy()), "", name)
             for name, (x, maps) in maps_by_name.items()
         ]
         rows.append(cells)
@@ -168,8 +170,8 @@ def _augmentation_rows(session: Session, names: Sequence[str], images: int, epoc
     """Rows of a sheet, one a sample of the first step: the original, then the picture after each step of the augmentation."""
     rows = []
     for row, steps in session.loader.steps(epoch, images):
-        original = Cell(decode_row(session.index, row), f"original: {names[int(session.index.labels[row])]}")
-        rows.append([original, *(Cell(Image.fromarray(picture), name) for name, picture in steps)])
+        original = Cell(decode_row(session.index, row), names[int(session.index.labels[row])], "original")
+        rows.append([original, *(Cell(Image.fromarray(picture), "", name) for name, picture in steps)])
     return rows
 
 
@@ -181,14 +183,23 @@ def _evaluation_rows(session: Session, names: Sequence[str], images: int) -> lis
     cells = []
     for batch in loader:
         for x, y, row in zip(batch.images, batch.labels.tolist(), batch.index.tolist(), strict=True):
-            original = Cell(decode_row(index, row), f"original: {names[y]}")
-            cells.append([original, Cell(_picture(x, session.preprocess), "evaluation")])
+            original = Cell(decode_row(index, row), names[y], "original")
+            cells.append([original, Cell(_picture(x, session.preprocess), "", "evaluation")])
     return cells
+
+
+def _partner_cells(session: Session, batch: Batch, at: int, names: Sequence[str]) -> Iterator[Cell]:
+    """The images of the batch that techniques mix into the one at position `at`, as they are before that."""
+    for kind, technique in session.step.techniques.items():
+        drawn = session.step.contexts[kind].draw
+        if isinstance(technique, MixingTechnique) and drawn is not None:
+            for row in partner_rows(drawn)[at].tolist():
+                yield Cell(_picture(batch.x[row], session.preprocess), names[int(batch.labels[row])], f"{kind}: mixed in")
 
 
 def _view_cell(view: View, at: int, spec: Preprocess, names: Sequence[str]) -> Cell:
     text = _target(view.target, at, names) if view.classifies else "not classified"
-    return Cell(_picture(view.x[at], spec), f"{view.name}: {text}")
+    return Cell(_picture(view.x[at], spec), text, view.name)
 
 
 def _target(target: Target, at: int, names: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ def svg(figure: Figure, **metadata: str) -> bytes:
     """Encode a figure as an SVG file: the same bytes each time. `metadata`: Dublin Core, such as Description."""
     content = io.BytesIO()
     with rc_context({"svg.hashsalt": "fgvc"}):  # else each file has names of its own inside
-        figure.savefig(content, format="svg", metadata={"Date": None, **metadata})
+        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None, **metadata})
     return content.getvalue()
 
 

@@ -3,7 +3,8 @@ maps of runs come from `fgvc.report.explain`, and are drawn here, too.
 
 For every picture NAME, below the folder of results:
 `overlays/METHOD/NAME.png`   the map over the picture as the network saw it (its crop);
-`panels/NAME.png`            the picture and all overlays side by side, a row for each network;
+`panels/NAME.png`            the picture and all overlays side by side at the network's size, a row for each network; with the
+                             true class where a folder above the picture is called like one;
 `maps/NAME.npz`              the numbers, to be read by `numpy.load` without pickle:
   path ()                    of the picture, str
   methods (M,)               str
@@ -37,7 +38,7 @@ from fgvc.errors import FgvcError, ImageError
 from fgvc.images.lettering import ADVICE, writable
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit, normalise
-from fgvc.images.sheet import FAST, Cell, save_sheet
+from fgvc.images.sheet import FAST, TILE, Cell, save_sheet
 from fgvc.io.files import refuse_place, replacing, writing
 from fgvc.io.names import distinct_names, nearest, one_line, result_names
 from fgvc.io.progress import track
@@ -260,26 +261,40 @@ class _Drawer:
                 folder = self.out / "overlays" / (method if number == 0 else f"{method}-against")
                 with replacing(_ready(folder / f"{name}.png")) as scratch:
                     drawn.save(scratch, compress_level=FAST)
-            rows += self._rows(number, explanation, picture, overlays)
+            rows += self._rows(number, explanation, picture, overlays, true_class(path, explainer.labels))
             prefix = "" if number == 0 else "against_"
             arrays |= {f"{prefix}{key}": value for key, value in _arrays(explainer, explanation).items()}
         with replacing(_ready(self.out / "maps" / f"{name}.npz")) as scratch:
             np.savez(scratch, allow_pickle=False, **arrays)
-        return save_sheet(rows, _ready(self.out / "panels" / f"{name}.png"), font=self.font)
+        tile = max(TILE, *(max(picture.size) for _, picture in explanations))
+        out = _ready(self.out / "panels" / f"{name}.png")
+        return save_sheet(rows, out, font=self.font, tile=tile, legend=("speaks least", "speaks most for the class"))
 
     def _rows(
-        self, number: int, explanation: Explanation, picture: Image.Image, overlays: Mapping[str, Image.Image]
+        self,
+        number: int,
+        explanation: Explanation,
+        picture: Image.Image,
+        overlays: Mapping[str, Image.Image],
+        true: str | None,
     ) -> Iterator[list[Cell]]:
-        """Cells of the picture with its most probable class, then of the overlays, in rows of about one length."""
+        """Cells of the picture with its most probable class and its true one, then of overlays, in rows of about one length."""
         of = f"{self.written[self.titles[number]]}: " if len(self.explainers) > 1 else ""
         explainer = self.explainers[number]
         labels, word = [self.written[label] for label in explainer.labels], calibration_word(is_calibrated(explainer.calibration))
-        cells = [Cell(picture, f"{of}{_answer(labels, explanation, int(explanation.p.argmax()))}, {word}")]
+        best = int(explanation.p.argmax())
+        truth = "" if true is None else "; right" if explainer.labels[best] == true else f"; wrong, it is {self.written[true]}"
+        cells = [Cell(picture, f"{of}{_answer(labels, explanation, best)}, {word}{truth}", "picture")]
         for method, drawn in overlays.items():
             empty = "" if explanation.maps[method].any() else f" (empty: {why_empty(explanation.raw[method])})"
-            cells.append(Cell(drawn, f"{method}: {_share(labels, explanation, explanation.label)}, {word}{empty}"))
+            cells.append(Cell(drawn, f"{_share(labels, explanation, explanation.label)}, {word}{empty}", method))
         columns = math.ceil(len(cells) / math.ceil(len(cells) / COLUMNS))
         return (cells[at : at + columns] for at in range(0, len(cells), columns))
+
+
+def true_class(path: Path, labels: Sequence[str]) -> str | None:
+    """The class of a picture in a set of class folders: the nearest folder above it that is called like one. None: not known."""
+    return next((folder.name for folder in path.absolute().parents if folder.name in labels), None)
 
 
 def _answer(labels: Sequence[str], explanation: Explanation, k: int | None = None) -> str:

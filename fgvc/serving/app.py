@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from io import BytesIO
@@ -33,6 +33,7 @@ from fgvc.serving import protocol
 from fgvc.serving.admission import Admission
 from fgvc.serving.api_key import ApiKeyMiddleware
 from fgvc.serving.bodies import BodyBudget
+from fgvc.serving.examples import Example
 from fgvc.serving.handlers import HANDLERS, broken
 from fgvc.serving.limits import FORMATS, Limits, Refusal
 from fgvc.serving.metrics import CONTENT_TYPE, Metrics, MetricsMiddleware
@@ -48,8 +49,10 @@ PAGE_HEADERS = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosni
 class Service:
     """State that the routes share."""
 
-    def __init__(self, models: ModelRegistry, admission: Admission, limits: Limits) -> None:
-        self.models, self.admission, self.limits = models, admission, limits
+    def __init__(
+        self, models: ModelRegistry, admission: Admission, limits: Limits, *, examples: Sequence[Example] = ()
+    ) -> None:
+        self.models, self.admission, self.limits, self.examples = models, admission, limits, examples
         self.bodies = BodyBudget(limits)
         self.metrics = Metrics(models, admission)
 
@@ -194,6 +197,21 @@ async def list_models(request: Request) -> Response:
         for served in _service(request).models
     ]
     return JSONResponse({"models": rows})
+
+
+@router.get("/v1/examples")
+async def list_examples(request: Request) -> Response:
+    """Name the example pictures, in the order of their numbers from 0."""
+    return JSONResponse({"examples": [example.name for example in _service(request).examples]})
+
+
+@router.get("/v1/examples/{number}", response_class=Response)
+async def example(request: Request, number: int) -> Response:
+    """An example picture, a JPEG."""
+    examples = _service(request).examples
+    if not 0 <= number < len(examples):
+        raise Refusal(404, f"there are {len(examples)} examples, numbered from 0")
+    return Response(examples[number].jpeg, media_type="image/jpeg")
 
 
 @router.post("/v2/repository/index")

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from fgvc.errors import FgvcError
 from fgvc.runtime.engine import available_cpus
 from fgvc.serving.admission import Admission
 from fgvc.serving.app import Service, make_app
+from fgvc.serving.examples import read_examples
 from fgvc.serving.limits import Limits
 from fgvc.serving.models import ModelRegistry
 from fgvc.serving.wire import BoundedHttpProtocol
@@ -46,6 +47,7 @@ class Settings:
     any_bundle: bool = False  # a reload takes one of other labels or another preprocessing, too
     key: str | None = None
     limits: Limits = field(default_factory=Limits)
+    examples: Sequence[Path] = ()  # files and folders of pictures that the page offers
 
 
 def serve(places: Mapping[str, Path], settings: Settings) -> int:
@@ -58,7 +60,8 @@ def serve(places: Mapping[str, Path], settings: Settings) -> int:
         models = ModelRegistry(places, threads=settings.threads, any_bundle=settings.any_bundle)
         concurrency = settings.concurrency or max(1, available_cpus() // settings.threads)
         admission = Admission(concurrency=concurrency, queue=settings.queue)
-        app = make_app(Service(models, admission, settings.limits), key=settings.key)
+        examples = read_examples(settings.examples, max_pixels=settings.limits.pixels)
+        app = make_app(Service(models, admission, settings.limits, examples=examples), key=settings.key)
         for served in models:
             extra = "" if served.explainer is None else ", explain"
             print(f"{served.name}: {len(served.labels)} classes{extra}", file=sys.stderr)

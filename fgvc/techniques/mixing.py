@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,6 +44,13 @@ def partners(rng: np.random.Generator, labels: Tensor, pairing: Literal["any", "
         return torch.from_numpy(rng.permutation(count))
     y = labels.cpu().numpy()
     return torch.from_numpy((rng.random((count, count)) - (y[:, None] == y)).argmax(1))
+
+
+def partner_rows(draw: Any) -> Tensor:
+    """Rows (B,M) int64 of the batch whose images are mixed into each, by what a mixing technique has drawn: its `orders` (M,B),
+    or the last of several parts, (B,)."""
+    orders: Tensor = draw["orders"] if isinstance(draw, Mapping) else draw[-1][None]
+    return orders.T
 
 
 def draw_count(batch: Batch, per: Literal["batch", "sample"]) -> int:

@@ -21,7 +21,7 @@ def sample_sheet(session: Session) -> bytes:
     names, font = writable(session.index.classes)
     rows = []
     for row, steps in session.loader.steps(session.progress.epoch, SAMPLES):
-        original = Cell(decode_row(session.index, row), names[int(session.index.labels[row])])
-        rows.append([original, *(Cell(Image.fromarray(picture), name) for name, picture in steps)])
+        original = Cell(decode_row(session.index, row), names[int(session.index.labels[row])], "original")
+        rows.append([original, *(Cell(Image.fromarray(picture), "", name) for name, picture in steps)])
     with TemporaryDirectory() as scratch:
         return save_sheet(rows, Path(scratch) / "samples.png", font=font).read_bytes()

@@ -33,6 +33,20 @@ def test_a_table_by_hand() -> None:
     assert found.low < 0 < found.gain < found.high
 
 
+@pytest.mark.parametrize(
+    ("lost", "won", "verdict"),
+    [
+        (0, 6, "gain"), (6, 0, "loss"), (0, 5, "unclear"), (5, 0, "unclear"), (0, 0, "unclear"), (8, 22, "gain"),
+        (9, 21, "gain"), (10, 20, "unclear"),
+    ],
+)  # fmt: skip
+def test_one_is_better_where_chance_would_seldom_do_it(lost: int, won: int, verdict: str) -> None:
+    """Exact and two-sided at 5 %, as binomial tables have it: of six flips all, of thirty 21."""
+    labels = np.zeros(40, dtype=np.int64)
+    a, b = (np.array([right] * lost + [1 - right] * won + [0] * (40 - lost - won)) for right in (0, 1))
+    assert compare_predictions(labels, a, b).verdict == verdict
+
+
 def test_the_same_answers_are_no_difference() -> None:
     rng = np.random.default_rng(0)
     y, a = rng.integers(0, 5, (2, 300))

@@ -129,6 +129,16 @@ def test_the_numbers_are_those_of_eval(run: Path, text: str) -> None:
     ]
 
 
+def test_the_verdict_comes_first_and_the_matrix_has_its_numbers(run: Path, text: str) -> None:
+    """A run of random first weights has no floor, and the page says so."""
+    assert text.index("No floor to compare with") < text.index("<nav>") < text.index('id="curves"')
+    assert "What the network sees" in text
+    found, classes = api.evaluate(run).scores.confusion, load_run(run).classes
+    page = Page(text)
+    for number, (name, counts) in enumerate(zip(classes, found.tolist(), strict=True), 1):
+        assert [cell.strip() for cell in page.row(f"{number} {name}")][1:] == [str(count or "") for count in counts]
+
+
 def test_nothing_is_fetched_run_or_left_unescaped(run: Path, text: str) -> None:
     page = Page(text)
     assert not page.tags & {"script", "link", "iframe", "object", "i"}
@@ -139,7 +149,7 @@ def test_nothing_is_fetched_run_or_left_unescaped(run: Path, text: str) -> None:
     for address in page.addresses:
         if address.startswith("data:image/jpeg"):
             kinds.add(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).size)
-    assert kinds == {(224, 149)}
+    assert kinds == {(224, 149), (48, 40)}, "crops, and a picture as it is stored"
     anchors = set(re.findall(r'id="([^"]+)"', text))
     assert {address[1:] for address in page.addresses if address.startswith("#")} <= anchors
 

@@ -26,7 +26,7 @@ from fgvc.exporting.onnx import explain_model, export_onnx, serialised
 from fgvc.images.decode import decode
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit, preprocess
-from fgvc.images.sheet import Cell
+from fgvc.images.sheet import GUTTER, TILE, Cell
 from fgvc.models.backbone import deployed
 from fgvc.report import explain as explaining
 from fgvc.runs import folder as run_folder
@@ -113,7 +113,7 @@ def test_a_run_side_by_side_with_another(
         assert {path.stem for path in (out / "overlays" / folder).iterdir()} == names
     assert {path.name for path in (out / "panels").iterdir()} == {f"{name}.png" for name in names}
     panel = decode(out / "panels/leaf.png")
-    assert panel.width == 4 * (160 + 6) + 6, "the picture and three maps"
+    assert panel.width == 4 * (TILE + GUTTER) + GUTTER, "the picture and three maps"
     assert panel.height > 2 * 64, "a row for each run"
     with np.load(out / "maps/leaf-2.npz", allow_pickle=False) as found:
         assert str(found["path"]) == str(pictures / "b/leaf.png")

@@ -19,8 +19,11 @@ from fgvc.images import lettering
 from fgvc.images.decode import decode
 from fgvc.images.preprocess import fit
 from fgvc.images.preprocess import preprocess as prepared
+from fgvc.images.sheet import GUTTER, TILE, Cell
 from fgvc.report import preview
 from fgvc.training import trainer
+
+COLUMN = TILE + GUTTER
 
 
 def recipe(tree: dict, **sections: object) -> Recipe:
@@ -33,8 +36,8 @@ def test_a_sheet_for_the_input_each_technique_and_all(tmp_path: Path, recipe_tre
     assert [path.name for path in found.sheets] == [
         f"{name}.png" for name in ("input", "augmentation", "evaluation", "mixup", "dcl", "all")
     ]
-    columns = {path.stem: decode(path).width // 160 for path in found.sheets}
-    assert columns == {"input": 2, "augmentation": 4, "evaluation": 2, "mixup": 2, "dcl": 3, "all": 3}
+    columns = {path.stem: decode(path).width // COLUMN for path in found.sheets}
+    assert columns == {"input": 2, "augmentation": 4, "evaluation": 2, "mixup": 3, "dcl": 3, "all": 4}
     assert found.notes == ()
     other = recipe(recipe_tree, image={"size": 64}, techniques={"ae_psl": {"rounds": 2}, "cutout": {}})
     (note,) = api.preview(other, tmp_path / "rounds", images=3).notes
@@ -49,22 +52,46 @@ def test_each_step_of_the_augmentation_has_its_picture(tmp_path: Path, recipe_tr
     pipeline = {"transform": {"__class_fullname__": "Compose", "transforms": transforms}}
     augment = {"policy": "3-augment", "flip": 1, "pipeline": pipeline}
     made = recipe(recipe_tree, augment=augment)
-    cells = []
+    sheets = shown_cells(made, tmp_path)
+    captions = ["crop", "flip", "3-augment", "colours", "RandomResizedCrop"]
+    for row, shown in zip(sheets["augmentation"], sheets["input"], strict=True):
+        assert [cell.title for cell in row] == ["original", *captions]
+        assert row[0].caption == shown[0].caption
+        np.testing.assert_array_equal(np.asarray(row[2].picture), np.asarray(row[1].picture)[:, ::-1])
+        assert row[-1].picture.size == (24, 24), "brought to the network's size after the last step"
 
-    def kept(rows: list, path: Path, **_: object) -> Path:
-        cells.append((path.stem, rows))
+
+def shown_cells(made: Recipe, folder: Path) -> dict[str, list[list[Cell]]]:
+    """The cells of all sheets, by name."""
+    cells: dict[str, list[list[Cell]]] = {}
+
+    def kept(rows: list[list[Cell]], path: Path, **_: object) -> Path:
+        cells[path.stem] = rows
         return path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preview, "save_sheet", kept)
-        api.preview(made, tmp_path, images=3)
-    sheets = dict(cells)
-    captions = ["crop", "flip", "3-augment", "colours", "RandomResizedCrop"]
-    for row, shown in zip(sheets["augmentation"], sheets["input"], strict=True):
-        assert [cell.caption.partition(":")[0] for cell in row] == ["original", *captions]
-        assert row[0].caption == shown[0].caption
-        np.testing.assert_array_equal(np.asarray(row[2].picture), np.asarray(row[1].picture)[:, ::-1])
-        assert row[-1].picture.size == (24, 24), "brought to the network's size after the last step"
+        api.preview(made, folder, images=3)
+    return cells
+
+
+@pytest.mark.parametrize(("technique", "count"), [({"mixup": {"alpha": 1.0}}, 1), ({"mosaic": {}}, 3)])
+def test_the_pictures_that_are_mixed_in_stand_beside(
+    technique: dict, count: int, tmp_path: Path, recipe_tree: dict
+) -> None:
+    (kind,) = technique
+    sheets = shown_cells(recipe(recipe_tree, techniques=technique), tmp_path)
+    for row, before in zip(sheets[kind], sheets["input"], strict=True):
+        own, (_, *mixed_in, mixed) = before[-1], row
+        assert [cell.title for cell in mixed_in] == [f"{kind}: mixed in"] * count
+        assert {part.partition(" ")[2] for part in mixed.caption.split(" + ")} <= {
+            row[0].caption,
+            *(cell.caption for cell in mixed_in),
+        }
+        if kind == "mixup":  # a convex combination of the two that are shown
+            a, b, x = (np.asarray(cell.picture, dtype=float) for cell in (own, mixed_in[0], mixed))
+            share = ((x - b) * (a - b)).sum() / ((a - b) ** 2).sum()
+            assert np.abs(share * a + (1 - share) * b - x).max() < 2
 
 
 def test_maps_and_masks_lie_beside_the_views_and_a_run_can_look(tmp_path: Path, recipe_tree: dict) -> None:
@@ -72,7 +99,7 @@ def test_maps_and_masks_lie_beside_the_views_and_a_run_can_look(tmp_path: Path, 
     chosen |= {"cutout": {}, "random_erasing": {"probability": 1.0}, "hide_and_seek": {"probability": 1.0}}
     made = recipe(recipe_tree, image={"size": 64}, techniques=chosen)
     sheets = {path.stem: path for path in api.preview(made, tmp_path / "first", images=2).sheets}
-    columns = {name: decode(path).width // 160 for name, path in sheets.items()}
+    columns = {name: decode(path).width // COLUMN for name, path in sheets.items()}
     # the original, the main view, further views, then maps and masks
     views = {"attention_crop_drop": 2, "cam_erasing": 1}
     found = {"attention_crop_drop": 3, "cam_erasing": 2, "acol": 2}

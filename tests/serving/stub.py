@@ -45,6 +45,7 @@ class Stub:
     models: Any = field(default_factory=lambda: {"models": [{"name": "leaves"}]})
     classify: dict[str, Any] = field(default_factory=answer)
     explain: bytes | None = field(default_factory=lambda: png((64, 64), "orange"))
+    examples: int = 0
     refusals: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
     key: str = ""
     gate: Event = field(default_factory=Event)  # whoever asks /v1 waits for it
@@ -59,6 +60,10 @@ class Stub:
             return 401, "application/json", b'{"error": "wrong key"}', {}
         if path == "/v2/models":
             return 200, "application/json", json.dumps(self.models).encode(), {}
+        if path == "/v1/examples":
+            return 200, "application/json", json.dumps({"examples": [f"leaf {n}.jpg" for n in range(self.examples)]}).encode(), {}
+        if path.startswith("/v1/examples/"):
+            return 200, "image/jpeg", png((320, 200), "green"), {}
         self.gate.wait(20)
         if self.refusals:
             status, headers, body = self.refusals.pop(0)

@@ -102,6 +102,22 @@ def troubles(chrome: Chrome, server: Stub, *, width: int, refused: int = 0) -> l
 
 
 @pytest.mark.parametrize("width", [390, 1280])
+def test_the_servers_examples_are_offered_and_answered(chrome: Chrome, server: Stub, width: int) -> None:
+    server.examples = 8
+    visit(chrome, server, width=width)
+    until(chrome, lambda: len(chrome.find_elements("css selector", "#strip img")) == 8)
+    assert is_shown(chrome, "#examples")
+    assert troubles(chrome, server, width=width) == []
+    click(chrome, "#strip button")
+    until(chrome, lambda: not is_shown(chrome, "#ghost"))
+    assert texts(chrome, "#classes .name") == list(NAMES)
+    assert "leaf 0.jpg" in text(chrome, "#facts")
+    server.examples = 0
+    visit(chrome, server, width=width)
+    assert not is_shown(chrome, "#examples")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
 def test_picture_to_bars_and_heat_map(chrome: Chrome, server: Stub, picture: Path, width: int) -> None:
     visit(chrome, server, width=width)
     assert troubles(chrome, server, width=width) == []
@@ -184,7 +200,7 @@ def test_what_is_no_picture_is_not_sent(chrome: Chrome, server: Stub, tmp_path: 
     visit(chrome, server)
     choose(chrome, tmp_path / "notes.txt")
     assert text(chrome, "#wrong") == "This is no picture"
-    assert {path for path, *_ in server.requests} == {"/", "/v2/models"}
+    assert {path for path, *_ in server.requests} == {"/", "/v2/models", "/v1/examples"}
 
 
 def test_one_of_several_models(chrome: Chrome, server: Stub, picture: Path) -> None:
@@ -235,9 +251,9 @@ def test_dropped_and_pasted_with_heat_map_on(chrome: Chrome, server: Stub) -> No
     click(chrome, "#warm")
     until(chrome, lambda: is_shown(chrome, "#heat"))
     chrome.execute_script(give, "paste", "blue", "ClipboardEvent")
-    until(chrome, lambda: server.requests[-1][0] == "/v1/explain" and len(server.requests) == 6)
+    until(chrome, lambda: server.requests[-1][0] == "/v1/explain" and len(server.requests) == 7)
     until(chrome, lambda: is_shown(chrome, "#heat"))  # as before, of the new picture
-    red, _, blue, heated = [body for path, _, _, body in server.requests if path.startswith("/v1/")]
+    red, _, blue, heated = [body for path, _, _, body in server.requests if path in ("/v1/classify", "/v1/explain")]
     assert blue == heated != red
 
 

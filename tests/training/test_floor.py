@@ -73,7 +73,7 @@ def test_a_report_shows_it_on_any_part(tmp_path: Path, pretrained: dict) -> None
     low, high = gain_interval(int((b & ~a).sum()), int((a & ~b).sum()), len(y))
     gain = f"{100 * (b.mean() - a.mean()):+.2f} points, {100 * low:+.1f} to {100 * high:+.1f}"
     page = api.report([run], tmp_path / "page.html", split="test").read_text(encoding="utf-8")
-    assert f"names {100 * a.mean():.2f} % of these images rightly. Over that this run has <b>{gain}</b>" in page
+    assert f"names {100 * a.mean():.2f} %: <b>{gain}</b>" in page
     other = trainer.train(recipe(pretrained, select="last", train={"seed": 1}), tmp_path / "other")
     both = api.report([run, other], tmp_path / "both.html", split="test").read_text(encoding="utf-8")
     assert gain in both
