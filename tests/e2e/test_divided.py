@@ -91,6 +91,8 @@ def test_the_temperature_is_in_the_payload_of_the_last_layer(
     assert divided.calibration.threshold == plain.calibration.threshold
     pair = api.compare(divided.folder, plain.folder, data=str(index.root))
     np.testing.assert_allclose(*pair.confidence, atol=1e-5)  # what fgvc says of either is the same
+    page = api.report([run], tmp_path / "page.html", bundles=[divided.folder], images=1).read_text()
+    assert "These are this run's weights" in page
 
 
 def test_what_a_threshold_of_the_stack_accepts_is_on_the_page(run: Path, tmp_path: Path) -> None:

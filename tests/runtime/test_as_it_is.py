@@ -249,7 +249,7 @@ def test_compare_reads_a_lone_file_as_it_is(file: File, tmp_path: Path) -> None:
     (folder / "preprocess.json").write_text(spec_of(file).model_dump_json())
     for name in LABELS:
         pictures(tmp_path / "set" / name, 2)
-    result = api.compare(folder / "net.onnx", bundled(tmp_path / "bundle", file, model), data=str(tmp_path / "set"))
+    result = api.compare(folder / "net.onnx", bundled(tmp_path / "bundle", file, model), data=str(tmp_path / "set"), seen="none")
     p = expected(file, by_hand(file, model.SerializeToString(), pixels_of(list(result.paths))))
     np.testing.assert_array_equal(result.predicted[0], result.predicted[1])
     np.testing.assert_allclose(result.confidence[0], p.max(1), atol=tolerance(file))
@@ -272,7 +272,7 @@ def test_compare_says_that_files_are_fed_and_end_in_other_ways(tmp_path: Path) -
     (tmp_path / "lone").mkdir()
     (tmp_path / "lone" / "net.onnx").write_bytes(other.make().SerializeToString())
     (tmp_path / "lone" / "labels.json").write_text(json.dumps(LABELS))
-    result = api.compare(a, tmp_path / "lone" / "net.onnx", data=str(tmp_path / "set"))
+    result = api.compare(a, tmp_path / "lone" / "net.onnx", data=str(tmp_path / "set"), seen="none")
     scores = by_hand(other, other.make().SerializeToString(), pixels_of(list(result.paths)))
     np.testing.assert_allclose(result.confidence[1], scores.max(1), atol=1e-6)
     assert any("input_range 255, mean (0, 0, 0), std (1, 1, 1)" in note for note in result.notes)
