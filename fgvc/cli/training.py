@@ -307,6 +307,7 @@ def bench(
         show_figures(figures)
         if out is not None:
             write_figures(out, figures)
+        following("serve", config)
         return
     recipe = recipe_of(config, overrides)
     from fgvc.cli import show
@@ -325,3 +326,4 @@ def bench(
     show.ratios(ratios)
     if out is not None:
         measure.write_csv(out, ratios)
+    following("train", config, *(overrides or []))

@@ -48,6 +48,8 @@ def digest(recipe: Recipe) -> str:
     tree["data"] = data_digest(recipe)
     tree["deploy"]["labels"] = None  # the order of the classes is in the data
     tree["model"]["weights"] = _weights(recipe.model.weights)
+    if recipe.train.patience is None:  # as digests were before there was patience
+        del tree["train"]["patience"]
     if recipe.model.onnx is None:  # as digests were before there were files
         del tree["model"]["onnx"], tree["model"]["output"], tree["model"]["classes"]
     else:

@@ -290,3 +290,18 @@ def test_requirements_of_another_type_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(DclSettings, "requires", {"average": True})
     with pytest.raises(FgvcError, match=r"techniques\.dcl: its settings' `requires` is \{.*return a Requires"):
         load_recipe(file, ["techniques.dcl={}"])
+
+
+def test_an_opset_that_the_exporter_does_not_write_is_refused_when_the_recipe_is_read(file: Path) -> None:
+    message = refusal(file, "export.exporter=torchscript", "export.opset=24")
+    assert message.startswith("export.opset=24: torch's torchscript exporter writes opset 7 to 23; set export.exporter=dynamo")
+
+
+def test_data_of_no_kind_are_whatever_lies_there(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / folder / "one.png")
+    path = tmp_path / "my.yaml"
+    path.write_text(f"data: {{root: {tmp_path / 'set'}}}\nmodel: {{backbone: test_resnet}}\n")
+    assert load(Recipe, path).data.kind == "auto"
+    assert load_recipe(path).data.kind == "folder"
