@@ -77,7 +77,8 @@ class Exported(Display):
         record = self.proven.contract["temperature"]
         if record["divided_by"] != 1:
             return f"its last layer is divided by {record['divided_by']:.3f}: {self.calibration.source}"
-        reason = record["why_not"] or self.calibration.reason or "not asked for, or of no effect"
+        note = "" if self.calibration.calibration is None else self.calibration.calibration.note
+        reason = record["why_not"] or self.calibration.reason or note or "not asked for, or of no effect"
         return f"its last layer is not divided by one: {reason}"
 
     @property

@@ -33,13 +33,14 @@ _JUDGE: Literal["test"] = "test"  # whose random stream draws the half
 class Ways:
     """How somebody can say what a deployed file has seen: names of settings, or of options."""
 
+    seen: str
     none: str
     file: str
     folder: str
 
 
-SETTINGS = Ways(none="deploy.seen=none", file="deploy.seen=FILE", folder="deploy.unseen=DIR")
-OPTIONS = Ways(none="--seen none", file="--seen FILE", folder="--unseen DIR")
+SETTINGS = Ways(seen="deploy.seen", none="deploy.seen=none", file="deploy.seen=FILE", folder="deploy.unseen=DIR")
+OPTIONS = Ways(seen="--seen", none="--seen none", file="--seen FILE", folder="--unseen DIR")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ def unseen_rows(
     if seen == "none":
         rule = f"seen by the deployed file: none of these images ({ways.none})"
     elif isinstance(seen, Path):
-        named = _named(index, seen)
+        named = _named(index, seen, ways.seen)
         mask &= ~named
         rule = f"seen by the deployed file: {int(named.sum())} images that {seen} names"
     elif not index.given_splits:
@@ -215,17 +216,17 @@ def judged_apart(
     return replace(index, splits=splits, unseen=unseen.named, recognised=recognised)
 
 
-def _named(index: ImageIndex, file: Path) -> NDArray[np.bool_]:
-    """Which rows a list of paths names."""
+def _named(index: ImageIndex, file: Path, key: str) -> NDArray[np.bool_]:
+    """Which rows a list of paths names; `key`: what names the list, for messages."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise FgvcError(f"deploy.seen: {file}: can't be read as a list of paths, one a line ({error})") from error
+        raise FgvcError(f"{key}: {file}: can't be read as a list of paths, one a line ({error})") from error
     wanted = set(_relative(lines, index.root))
     named = np.fromiter((str(path) in wanted for path in index.paths), dtype=bool, count=len(index))
     if not named.any():
         raise FgvcError(
-            f"deploy.seen: {file}: names none of the {len(index)} images in {index.root} ({some(lines, 2)}); paths are "
+            f"{key}: {file}: names none of the {len(index)} images in {index.root} ({some(lines, 2)}); paths are "
             "relative to that folder, or absolute"
         )
     return named

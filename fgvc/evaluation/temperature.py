@@ -46,9 +46,10 @@ class RunCalibration:
 
     @property
     def reliable(self) -> float:
-        """The temperature, where it was fitted on FEWEST images or more; else 1."""
+        """The temperature, where it was fitted on FEWEST images or more and gains on those that it was not fitted on; else 1."""
         fitted = self.calibration
-        return fitted.temperature if fitted is not None and self.calibrated and fitted.images >= FEWEST else 1.0
+        gains = fitted is not None and fitted.images >= FEWEST and fitted.nll_after <= fitted.nll_before
+        return fitted.temperature if fitted is not None and gains and self.calibrated else 1.0
 
     @property
     def source(self) -> str:
