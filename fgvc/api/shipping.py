@@ -21,6 +21,7 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.data.unseen import judged
 from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import FEWEST, KEEP, confidence_of, fitting_sample
+from fgvc.evaluation.lone_file import by_its_answers
 from fgvc.evaluation.stack_threshold import AFTER, BEFORE, UNDIVIDED, StackThreshold, accepted, refuse_threshold
 from fgvc.evaluation.temperature import RunCalibration, calibration, shipped_calibration
 from fgvc.exporting.deployed import DeployedFile, WrittenComparison, compare_written
@@ -135,20 +136,20 @@ def export(
         raise FgvcError(f"--keep {keep:g}: a share above 0 and up to 1, such as {KEEP}")
     options = {"exporter": exporter, "opset": opset, "batch_norm": batch_norm}
     options = {key: value for key, value in options.items() if value is not None}
-    if against is not None and options:
-        raise FgvcError("--exporter, --opset, --batch-norm: the deployed file that --against names has its own; leave them out")
-    if against is not None and into is not None:
-        raise FgvcError("--against asks for a fresh export with the graph of a file, --into for that file: give one of the two")
+    _refuse_two_targets(against, into, options)
     if into is not None:
         _refuse_other_shape(folder)
     stated = as_path(against if into is None or into == "own" else into)
-    target, around = _deployed_stack(folder, stated, labels=as_path(labels), preprocess=as_path(preprocess))
+    deployed, around = _deployed_stack(folder, stated, labels=as_path(labels), preprocess=as_path(preprocess))
     loaded = load_run(folder, select, root=as_path(root))
+    target = None if deployed is None else deployed.model
     with TemporaryDirectory(prefix="fgvc-export-") as scratch, ticking() as tick:
         tick("strip, fuse, export, prove", 0, 1)
         if stack_threshold is not None and loaded.recipe.model.onnx is None and into is None:
             raise FgvcError("--stack-threshold: is of a file that a run is written into; for all others compare has it")
         contract = _contract(loaded, options, target, into=into, against=against, scratch=Path(scratch))
+        if deployed is not None and around is not None:
+            around = by_its_answers(loaded, deployed, around, say=lambda line: print(line, file=sys.stderr))
         run_calibration = calibration(loaded, keep=keep)
         if temperature and isinstance(contract, DeployedFile) and contract.classes is None:
             contract = replace(contract, temperature=run_calibration.reliable)
@@ -189,6 +190,13 @@ def _refuse_other_shape(run: Path) -> None:
             "shape of the file's output changes, so that no stack takes it as it took the file. Leave --into out; that export "
             "says what changes"
         )
+
+
+def _refuse_two_targets(against: object, into: object, options: Mapping[str, object]) -> None:
+    if against is not None and options:
+        raise FgvcError("--exporter, --opset, --batch-norm: the deployed file that --against names has its own; leave them out")
+    if against is not None and into is not None:
+        raise FgvcError("--against asks for a fresh export with the graph of a file, --into for that file: give one of the two")
 
 
 def _plain_backbone(run: LoadedRun, export: Export, against: Path | None) -> PlainBackbone:
@@ -331,9 +339,9 @@ def _with_options(export: Export, options: Mapping[str, object]) -> Export:
 
 def _deployed_stack(
     run: Path, against: Path | None, *, labels: Path | None, preprocess: Path | None
-) -> tuple[Path | None, Agreement | None]:
-    """Find the deployed file, and compare its preprocessing and labels with the run's. Raises FgvcError where they differ:
-    before the net is opened, and the long work of an export."""
+) -> tuple[Stack | None, Agreement | None]:
+    """Find the deployed file with what is around it, and compare its preprocessing and labels with the run's. Raises FgvcError
+    where they differ: before the net is opened, and the long work of an export."""
     if against is None:
         if labels is not None or preprocess is not None:
             raise FgvcError(
@@ -351,7 +359,7 @@ def _deployed_stack(
             + "\nTrain it as it will be fed and read (the recipe's deploy section, image.size and deploy.labels), or deploy the "
             "bundle with a preprocessing and labels of its own: export without --against"
         )
-    return deployed.model, stack_agreement
+    return deployed, stack_agreement
 
 
 def verify(

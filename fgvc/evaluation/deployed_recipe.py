@@ -56,7 +56,7 @@ def deployed_recipe(
     if beside.is_file() and stated is not None:
         spec = read_preprocess(beside)
     else:
-        search = search_file(file, images, progress=progress)
+        search = search_file(file, images, index=index, progress=progress)
         _refuse_undecided(search)
         spec = read_preprocess(beside) if beside.is_file() else search.spec
     labels = None if stated is not None or search is None else search.labels

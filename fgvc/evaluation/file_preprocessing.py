@@ -121,16 +121,19 @@ def search_file(
     path: StrPath,
     images: StrPath,
     *,
+    index: ImageIndex | None = None,
     table: StrPath | None = None,
     size: tuple[int, int] | None = None,
     output: str | None = None,
     limit: int = IMAGES,
+    given: Preprocess | None = None,
     seconds: float = SECONDS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> FileSearch:
     """Find how a classifier's file is fed, by its answers about labelled images: a folder of classes, CUB's layout, a table.
 
-    `table`: of the labels of images in a folder; `size`: height and width where the file leaves them open; `limit`: most images.
+    `index`: of these images, where they are listed already; `table`: of the labels of images in a folder; `size`: height and
+    width where the file leaves them open; `limit`: most images; `given`: a preprocessing that is compared with the likeliest.
 
     Raises FgvcError for a file that is no classifier, or images without labels; and as `search` does.
     """
@@ -143,8 +146,9 @@ def search_file(
         size = file.height, file.width
     if size is None:
         raise FgvcError(f"{path}: takes images of any size: say which the deployed stack makes, --size HEIGHTxWIDTH")
-    data = AutoData(root=images, val_fraction=0.0)
-    index = read_source(with_table(data, Path(table)) if table is not None else data)
+    if index is None:
+        data = AutoData(root=images, val_fraction=0.0)
+        index = read_source(with_table(data, Path(table)) if table is not None else data)
     labels = labels_of(path)
     count = session.logits(np.zeros((1, 3, *size), np.float32)).shape[1]
     if labels is not None:
@@ -162,7 +166,8 @@ def search_file(
     pictures, numbers = _pictures(index, limit)
     result = search(
         lambda x: _log_probabilities(session, x), size, pictures, numbers, index.classes, stated=stated,
-        normalisations=(BYTES,) if file.dtype == "uint8" else tuple(NORMALISATIONS), seconds=seconds, progress=progress,
+        normalisations=(BYTES,) if file.dtype == "uint8" else tuple(NORMALISATIONS), given=given, seconds=seconds,
+        progress=progress,
     )  # fmt: skip
     spec = result.best.spec.model_copy(update={"network": file.record})
     return FileSearch(path=path, spec=spec, search=result, labels_source=source)
@@ -193,7 +198,9 @@ def _pictures(index: ImageIndex, limit: int) -> tuple[list[Image.Image], NDArray
             break
     if unreadable:
         print(f"{unreadable} images can't be read, and are left out", file=sys.stderr)
-    return pictures, np.array(labels, dtype=np.int64)
+    numbers = np.array(labels, dtype=np.int64)
+    alone = np.isin(numbers, [k for k in np.unique(numbers) if np.count_nonzero(numbers == k) < 2])  # no half can tell
+    return [picture for picture, left in zip(pictures, alone, strict=True) if not left], numbers[~alone]
 
 
 def _compared(other: Alternative, best: object) -> str:

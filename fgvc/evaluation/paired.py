@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
+from scipy.stats import t as student_t
 
 from fgvc.errors import FgvcError
 
@@ -161,3 +162,11 @@ class Gate:
 def _decimals(value: float, limit: float) -> int:
     """Number of decimals, two at least, with which `value` is printed on its side of `limit`."""
     return next((d for d in range(2, 10) if (round(value, d) - limit) * (value - limit) > 0), 10)
+
+
+def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Student's interval of a mean; without end for fewer than two values."""
+    if len(values) < 2:
+        return -np.inf, np.inf
+    half = student_t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)

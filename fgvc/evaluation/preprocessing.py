@@ -19,18 +19,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 from scipy.stats import binomtest
-from scipy.stats import t as student_t
 
 from fgvc.config.images import Preprocess, Triple
 from fgvc.errors import FgvcError
-from fgvc.evaluation.paired import LEVEL, gain_interval
+from fgvc.evaluation.assignment import Order, cross_scored, output_order
+from fgvc.evaluation.paired import LEVEL, gain_interval, mean_interval
 from fgvc.images.preprocess import fit, normalise
 
 LogProbabilities = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 """The network: images (n,3,H,W), normalised, RGB or BGR, to log-probabilities (n,K)."""
-Factor = Literal["normalisation", "channel_order", "resize", "fill", "crop_pct", "interpolation"]
+Factor = Literal["normalisation", "channel_order", "resize", "fill", "crop_pct", "interpolation", "all"]
 MUST_BE_DECIDED: tuple[Factor, ...] = ("normalisation", "channel_order", "resize")
 TAKEN: tuple[Factor, ...] = ("fill", "crop_pct", "interpolation")  # where undecided, the likelier one
 
@@ -54,9 +53,10 @@ INTERPOLATIONS: tuple[tuple[str, bool], ...] = (
 )  # and whether antialiased
 FEWEST_A_CLASS = 4  # images of a class that is used: two in each half
 IMAGES = 500
-COARSE = 120  # images of the first round, or FEWEST_A_CLASS of each class
+COARSE, FEWEST = 120, 40  # images of the first rounds, and how many at least where the network is slow
 BATCH, AHEAD = 32, 2  # images, and batches that are made before they are asked for
-COARSE_TRIALS, FINE_TRIALS = 52, 9  # of preprocessings, about
+COARSE_TRIALS, FINE_TRIALS = 52, 11  # of preprocessings, about
+FINALISTS = 4  # of crops and interpolations, which all images then tell apart
 SECONDS = 100.0  # that the search may take; fewer images where the network is slow
 
 
@@ -66,7 +66,8 @@ class Trial:
 
     spec: Preprocess
     normalisation: str  # its name
-    losses: NDArray[np.float64]  # (n,) of the first n images: -log p of the class's output
+    answers: NDArray[np.float64]  # (n,K) log-probabilities of the first n images
+    losses: NDArray[np.float64]  # (n,) -log p of the class's output
     right: NDArray[np.bool_]  # (n,)
 
     @property
@@ -79,6 +80,8 @@ class Trial:
 
     def value(self, factor: Factor) -> object:
         """The value of a factor, as people name it."""
+        if factor == "all":
+            return self.spec
         if factor == "normalisation":
             return self.normalisation
         if factor == "fill" and self.spec.resize != "pad":
@@ -102,32 +105,14 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """Which class each output of the network stands for, by its answers."""
-
-    stated: tuple[str, ...]  # a name an output, as they are stated or follow from the folder; () where none are
-    assigned: tuple[str | None, ...]  # (K,) the class of each output; None: of no class among the images
-    other: tuple[str, ...]  # classes whose output is another than stated, alike in both halves of their images
-    low: float = 0.0  # interval of the mean loss of their images as stated less as assigned, nats
-    high: float = 0.0
-
-    @property
-    def holds(self) -> bool:
-        """Whether the stated order is that of the outputs."""
-        return bool(self.stated) and not self.other
-
-    @property
-    def decided(self) -> bool:
-        return self.holds or not self.stated or self.low > 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
     """A ranking of preprocessings."""
 
     best: Trial
     alternatives: tuple[Alternative, ...]
+    given: Alternative | None  # the preprocessing that was asked about, beside the best
     order: Order
+    labels: NDArray[np.int64]  # (n,) of the images, numbers of their classes
     images: int
     classes: int  # that the images are of
     trials: int
@@ -145,8 +130,9 @@ def interpolation_name(spec: Preprocess) -> str:
 
 
 def sample_rows(labels: NDArray[np.int64], images: int = IMAGES) -> NDArray[np.int64]:
-    """Rows of images, the same number of each class as far as there are, such that each prefix is balanced. Classes with fewer
-    than FEWEST_A_CLASS images are left out, and so are classes, at random, where there are too many for `images`.
+    """Rows of images, the same number of each class as far as there are. Classes with fewer than FEWEST_A_CLASS images are left
+    out, and so are classes, at random, where there are too many for `images`. The first are FEWEST_A_CLASS of each of a few classes,
+    then of a few more; then all classes have one more, and so on.
 
     Raises FgvcError where fewer than two classes have enough.
     """
@@ -158,9 +144,10 @@ def sample_rows(labels: NDArray[np.int64], images: int = IMAGES) -> NDArray[np.i
             f"to tell preprocessings apart, {FEWEST_A_CLASS} images or more of two classes are needed; the largest class has "
             f"{counts.max(initial=0)}"
         )
-    order = [random.permutation(np.flatnonzero(labels == k)) for k in np.sort(classes)]
-    rounds = [[rows[n] for rows in order if n < len(rows)] for n in range(max(map(len, order)))]
-    whole = [row for rows in rounds for row in rows]
+    order = [random.permutation(np.flatnonzero(labels == k)) for k in classes]
+    chunk = FEWEST // FEWEST_A_CLASS
+    whole = [rows[n] for at in range(0, len(order), chunk) for n in range(FEWEST_A_CLASS) for rows in order[at : at + chunk]]
+    whole += [rows[n] for n in range(FEWEST_A_CLASS, max(map(len, order))) for rows in order if n < len(rows)]
     return np.array(whole[: max(images, FEWEST_A_CLASS * len(classes))], dtype=np.int64)
 
 
@@ -173,14 +160,15 @@ def search(
     *,
     stated: Sequence[str] = (),
     normalisations: Collection[str] = tuple(NORMALISATIONS),
+    given: Preprocess | None = None,
     seconds: float = SECONDS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Search:
     """Rank the usual preprocessings by the network's answers, from coarse to fine.
 
     `images` in an order of which each prefix is balanced (see `sample_rows`), with their `labels` (N,), numbers of `classes`;
-    `stated`: the class of each output as far as it is known; `normalisations`: those to try, of NORMALISATIONS. Raises FgvcError
-    where the network knows the classes under none.
+    `stated`: the class of each output as far as it is known; `normalisations`: those to try, of NORMALISATIONS; `given`: one
+    more to try. Raises FgvcError where the network knows the classes under none.
     """
     tried = _Trials(network, size, images, labels, seconds=seconds)
     coarse, whole = tried.plan()
@@ -196,8 +184,9 @@ def search(
     best = min([best, *grid], key=_loss)
     progress(f"{whole} images under the likeliest")
     others = [alternative.trial for alternative in tried.alternatives(best)]
-    for trial in (best, *grid[:3], *others):
+    for trial in (best, *grid[:FINALISTS], *others):
         tried(trial.spec, trial.normalisation, whole)
+    asked = None if given is None else tried(given.model_copy(update={"network": None}), "as given", whole)
     best = tried.best(whole)
     chance = float(np.bincount(labels[: len(best.losses)]).max() / len(best.losses))
     by_luck = float(binomtest(int(best.right.sum()), len(best.right), chance, alternative="greater").pvalue)
@@ -206,9 +195,10 @@ def search(
             f"under none of {len(tried.trials)} preprocessings does the network tell these classes apart (best: "
             f"{100 * best.accuracy:.1f} % of {len(best.right)} images): other images, or another network's file?"
         )
-    order = tried.order(best, classes, stated)
+    order = output_order(best.answers, labels[: len(best.losses)], classes, stated)
     return Search(
-        best=best, alternatives=tuple(tried.alternatives(best)), order=order, images=len(best.losses),
+        best=best, alternatives=tuple(tried.alternatives(best)), order=order, labels=labels[: len(best.losses)],
+        given=None if asked is None else _paired("all", best, asked), images=len(best.losses),
         classes=len(np.unique(labels[: len(best.losses)])), trials=len(tried.trials), seconds=tried.elapsed,
     )  # fmt: skip
 
@@ -233,22 +223,33 @@ class _Trials:
         """How many images a coarse and a fine trial may have, by the seconds of one batch."""
         spec = Preprocess(size=self.size)
         count = min(BATCH, len(self.images))
-        self._log_probabilities(spec, 2)  # the first run of a session is slow
+        self._log_probabilities(spec, 0, 2)  # the first run of a session is slow
         before = time.monotonic()
-        self._log_probabilities(spec, count)
+        self._log_probabilities(spec, 0, count)
         each = (time.monotonic() - before) / count
-        fewest = min(len(self.images), FEWEST_A_CLASS * len(np.unique(self.labels)))
         affordable = int(self.seconds / max(each, 1e-6))
-        coarse = min(len(self.images), max(fewest, min(COARSE, affordable // (2 * COARSE_TRIALS))))
-        return coarse, min(len(self.images), max(coarse, (affordable - COARSE_TRIALS * coarse) // FINE_TRIALS))
+        coarse = self._in_both_halves(max(FEWEST, min(COARSE, affordable // (2 * COARSE_TRIALS))))
+        more = max(0, affordable - COARSE_TRIALS * coarse) // FINE_TRIALS
+        return coarse, max(coarse, self._in_both_halves(coarse + more))
+
+    def _in_both_halves(self, images: int) -> int:
+        """As many of the first `images` as can be: each class in two of them or more."""
+        images = min(images, len(self.images))
+        while images > 2 and np.unique(self.labels[:images], return_counts=True)[1].min() < 2:
+            images -= 1
+        return images
 
     def __call__(self, spec: Preprocess, normalisation: str, images: int) -> Trial:
-        """Try a preprocessing on the first `images`; one that was tried on as many already is not tried again."""
+        """Try a preprocessing on the first `images`, but those that it was tried on already."""
         key = spec.model_dump_json()
-        if key not in self.trials or len(self.trials[key].losses) < images:
-            answers = self._log_probabilities(spec, images)
+        before = self.trials.get(key)
+        if before is None or len(before.losses) < images:
+            start = 0 if before is None else len(before.losses)
+            answers = self._log_probabilities(spec, start, images)
+            if before is not None:
+                answers = np.concatenate([before.answers, answers])
             losses, right = cross_scored(answers, self.labels[:images])
-            self.trials[key] = Trial(spec=spec, normalisation=normalisation, losses=losses, right=right)
+            self.trials[key] = Trial(spec=spec, normalisation=normalisation, answers=answers, losses=losses, right=right)
         return self.trials[key]
 
     def best(self, images: int) -> Trial:
@@ -264,34 +265,11 @@ class _Trials:
             if others and best.value(factor) is not None:
                 yield _paired(factor, best, min(others, key=partial(_mean_difference, best)))
 
-    def order(self, best: Trial, classes: Sequence[str], stated: Sequence[str]) -> Order:
-        """Compare the stated order of the outputs with the one that their answers show."""
-        labels = self.labels[: len(best.losses)]
-        answers = self._log_probabilities(best.spec, len(labels))
-        present = np.unique(labels)
-        halves = [assign(answers[half], labels[half]) for half in halved(labels)]
-        whole = assign(answers, labels)
-        assigned: list[str | None] = [None] * answers.shape[1]
-        for label, output in whole.items():
-            assigned[output] = classes[label]
-        places = {name: at for at, name in enumerate(stated)}
-        other = [
-            k for k in present.tolist()
-            if stated and halves[0][k] == halves[1][k] == whole[k] != places.get(classes[k], -1)
-        ]  # fmt: skip
-        rows = np.flatnonzero(np.isin(labels, other))
-        as_shown = np.array([whole[k] for k in labels[rows]], dtype=np.int64)
-        as_stated = np.array([places.get(classes[k], whole[k]) for k in labels[rows]], dtype=np.int64)
-        low, high = mean_interval(answers[rows, as_shown] - answers[rows, as_stated]) if len(rows) else (0.0, 0.0)
-        return Order(
-            stated=tuple(stated), assigned=tuple(assigned), other=tuple(classes[k] for k in other), low=low, high=high
-        )
-
-    def _log_probabilities(self, spec: Preprocess, images: int) -> NDArray[np.float64]:
-        """Answers (images, K), in batches of which the next ones are made while the network works."""
+    def _log_probabilities(self, spec: Preprocess, first: int, stop: int) -> NDArray[np.float64]:
+        """Answers (stop - first, K), in batches of which the next ones are made while the network works."""
         answers, waiting = list[NDArray[np.float64]](), deque[Future[NDArray[np.float32]]]()
         with ThreadPoolExecutor(AHEAD) as pool:
-            for start, end in pairwise([*range(0, images, BATCH), images]):
+            for start, end in pairwise([*range(first, stop, BATCH), stop]):
                 waiting.append(pool.submit(self._batch, spec, start, end))
                 if len(waiting) > AHEAD:
                     answers.append(self.network(waiting.popleft().result()))
@@ -300,50 +278,6 @@ class _Trials:
 
     def _batch(self, spec: Preprocess, start: int, end: int) -> NDArray[np.float32]:
         return np.stack([normalise(fit(image, spec), spec) for image in self.images[start:end]])
-
-
-def halved(labels: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Masks (N,) of two halves, with every second image of each class in each."""
-    first = np.zeros(len(labels), dtype=bool)
-    for k in np.unique(labels):
-        first[np.flatnonzero(labels == k)[::2]] = True
-    return first, ~first
-
-
-def assign(answers: NDArray[np.float64], labels: NDArray[np.int64]) -> dict[int, int]:
-    """The one-to-one assignment of outputs to classes under which the labels are likeliest: class -> output.
-
-    `answers` (N,K) log-probabilities. Raises FgvcError where there are more classes than outputs.
-    """
-    present = np.unique(labels)
-    if len(present) > answers.shape[1]:
-        raise FgvcError(f"the images are of {len(present)} classes, and the network has {answers.shape[1]} outputs")
-    likelihood = np.stack([answers[labels == k].sum(0) for k in present])
-    rows, outputs = linear_sum_assignment(likelihood, maximize=True)
-    return {int(present[row]): int(output) for row, output in zip(rows, outputs, strict=True)}
-
-
-def cross_scored(
-    answers: NDArray[np.float64], labels: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Losses (N,) in nats, and whether the largest output is the class's, each image under the assignment that was fitted on
-    the other half."""
-    losses, right = np.empty(len(labels)), np.empty(len(labels), dtype=bool)
-    halves = halved(labels)
-    for ours, theirs in (halves, halves[::-1]):
-        outputs = assign(answers[theirs], labels[theirs])
-        of = np.array([outputs[int(k)] for k in labels[ours]])
-        losses[ours] = -answers[np.flatnonzero(ours), of]
-        right[ours] = answers[ours].argmax(1) == of
-    return losses, right
-
-
-def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Student's interval of a mean; without end for fewer than two values."""
-    if len(values) < 2:
-        return -np.inf, np.inf
-    half = student_t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
 
 
 def _paired(factor: Factor, best: Trial, other: Trial) -> Alternative:

@@ -6,7 +6,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 
 from fgvc.config.images import Preprocess, Triple
 from fgvc.errors import FgvcError, ImageError
+from fgvc.evaluation.file_preprocessing import FileSearch, search_file
 from fgvc.exporting.proofs import MAX_IMAGES
 from fgvc.images.preprocess import described
 from fgvc.images.preprocess import preprocess as preprocess_image
@@ -72,6 +73,7 @@ class Inspection(Display):
     timm: dict[str, Any]  # which of timm's nets it is: `LookUp.numbers`, and `line` for people
     labels: Labels | None  # names of the classes; None: nothing says them
     preprocess: Preprocess | None  # how its images are prepared; None: nothing says that
+    search: FileSearch | None  # what its answers about labelled images say of that, where nothing else does
     difference: float  # of onnxruntime's answers from the net's, over the largest of them
     images: int  # that both answered; 0: noise
     answers: dict[str, int]  # name, or number, of a class -> of how many of the images
@@ -83,7 +85,9 @@ class Inspection(Display):
     def numbers(self) -> dict[str, Any]:
         """For JSON."""
         preprocess = None if self.preprocess is None else self.preprocess.model_dump(mode="json")
-        return asdict(self) | {"path": str(self.path), "agrees": self.agrees, "preprocess": preprocess}
+        search = None if self.search is None else self.search.numbers()
+        own = asdict(replace(self, search=None))
+        return own | {"path": str(self.path), "agrees": self.agrees, "preprocess": preprocess, "search": search}
 
     def lines(self) -> list[str]:
         """For people."""
@@ -111,10 +115,17 @@ class Inspection(Display):
             f"trained: {len(self.trainable)} tensors, {values / 1e6:.2f} million values",
             f"left as it is: {untrained}",
             f"labels: {self._labels}",
-            f"images: {described(self.preprocess) if self.preprocess else UNKNOWN_PREPROCESS}",
+            *self._images,
             *([f"answers: {', '.join(f'{name} {count}' for name, count in self.answers.items())}"] if self.answers else []),
             f"answers beside onnxruntime's: {self.difference:.1e} apart {on}; {verdict}",
         ]
+
+    @property
+    def _images(self) -> list[str]:
+        if self.search is not None:
+            lines = [f"  {line}" for line in self.search.lines()]
+            return ["images: nothing states how they are prepared; by its answers:", *lines]
+        return [f"images: {described(self.preprocess) if self.preprocess else UNKNOWN_PREPROCESS}"]
 
     @property
     def _labels(self) -> str:
@@ -146,14 +157,16 @@ def inspect_file(
 
     `size`: height and width, where the file leaves them open; `output`: which of several; `images`: files and folders of
     pictures to answer, up to MAX_IMAGES, in the place of noise; `labels`, `preprocess`: files as in a bundle, where none lie
-    beside it. Raises FgvcError where it is no classifier that can be read, and for images where nothing says how they are
-    prepared."""
+    beside it. Where nothing says how images are prepared, and they are one folder with labels, its answers are asked. Raises
+    FgvcError where it is no classifier that can be read, and for images where neither says how they are prepared."""
     path, labels, pictures = Path(path), as_path(labels), as_paths(images)
     model = load_model(path)
     stack = stack_of(path, labels=labels, preprocess=as_path(preprocess))
     spec = stack.preprocess
+    search = None
     if pictures and spec is None:
-        raise FgvcError(f"{path}: how does it see an image? {PREPROCESS} does not lie beside it: give --preprocess FILE")
+        search = _asked(path, pictures, size, output)
+        spec = search.spec
     if size is None and spec is not None and None in _sides(path, output):
         size = spec.size
     net = OnnxNet(read_graph(path, model, size, output=output)).eval()
@@ -198,9 +211,24 @@ def inspect_file(
         timm=known.numbers() | {"line": known.line()},
         labels=labels_of(path) if labels is None else Labels(stack.labels or (), str(labels)),
         preprocess=spec,
+        search=search,
         difference=answers.difference,
         images=count,
         answers=_counted(answers.classes, stack.labels) if count else {},
+    )
+
+
+def _asked(path: Path, pictures: Sequence[Path], size: tuple[int, int] | None, output: str | None) -> FileSearch:
+    """How the file is fed, by its answers about a folder of labelled images."""
+    reason = ""
+    if len(pictures) == 1 and pictures[0].is_dir():
+        try:
+            return search_file(path, pictures[0], size=size, output=output)
+        except FgvcError as error:
+            reason = f" ({error})"
+    raise FgvcError(
+        f"{path}: how does it see an image? {PREPROCESS} does not lie beside it: give --preprocess FILE, or one folder of "
+        f"labelled images, so that its answers tell{reason}"
     )
 
 

@@ -43,11 +43,12 @@ class Agreement:
     labels: Verdict
     differences: tuple[str, ...]  # in words, ours before theirs
     unproved: str  # one line on what is not known and therefore assumed; empty where all is known
+    answers: str = ""  # what the deployed file's answers about images said, where nothing states its stack
 
     @property
     def numbers(self) -> Mapping[str, str]:
         """Verdicts for contract.json."""
-        return {"preprocess": self.preprocess, "labels": self.labels}
+        return {"preprocess": self.preprocess, "labels": self.labels} | ({"answers": self.answers} if self.answers else {})
 
 
 def stack_of(path: Path, *, labels: Path | None = None, preprocess: Path | None = None) -> Stack:

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -478,6 +479,21 @@ def test_inspect_looks_at_images(colours: Path, tmp_path: Path, capsys: pytest.C
     scores = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]).run(None, {"image": x})[0]
     inspection = api.inspect(file, images=[colours / "test" / "red"], preprocess=tmp_path / "spec.json")
     assert inspection.answers == dict(Counter(NAMES[number] for number in scores.argmax(1)).most_common())
+
+
+def test_inspect_asks_labelled_images_how_they_are_prepared(
+    colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search itself is tested where it lies; this net of random weights does not tell one from another."""
+    monkeypatch.setattr("fgvc.evaluation.preprocessing.binomtest", lambda *_, **__: SimpleNamespace(pvalue=0.0))
+    file = saved(small.plain(), tmp_path / "given")
+    main_exits(["inspect", str(file), str(colours / "test")], 0)
+    out = capsys.readouterr().out
+    assert "images: nothing states how they are prepared; by its answers:\n" in out
+    assert "  likeliest: size (8, 8)" in out
+    main_exits(["inspect", str(file), str(colours / "test"), "--json"], 0)
+    told = json.loads(capsys.readouterr().out)
+    assert told["search"]["preprocess"] == told["preprocess"]
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,9 @@ from PIL import Image, ImageDraw
 
 from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
-from fgvc.evaluation.preprocessing import NORMALISATIONS, assign, halved, mean_interval, sample_rows, search
+from fgvc.evaluation.assignment import assign, halved
+from fgvc.evaluation.paired import mean_interval
+from fgvc.evaluation.preprocessing import COARSE, FEWEST_A_CLASS, NORMALISATIONS, sample_rows, search
 from fgvc.images.preprocess import preprocess
 
 SIZE = (24, 24)
@@ -135,6 +137,50 @@ def test_halves_and_prefixes_are_balanced() -> None:
     assert abs(int(first.sum()) - int(second.sum())) <= 2
     with pytest.raises(FgvcError, match="4 images or more"):
         sample_rows(np.array([0, 0, 0, 0, 1, 1, 1]))
+
+
+def test_the_first_images_of_many_classes_are_enough_of_some() -> None:
+    """An assignment needs images of a class in both halves: 50 classes are too many for the first round."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(50), 12))
+    rows = sample_rows(labels)
+    assert len(rows) == len(set(rows.tolist())) == 500
+    assert set(np.unique(labels[rows[:COARSE]], return_counts=True)[1].tolist()) == {FEWEST_A_CLASS}
+    assert set(np.unique(labels[rows], return_counts=True)[1].tolist()) == {10}
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 0.5, 2.0, 8.0])
+def test_a_slow_network_is_asked_about_fewer_images(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there is time for, and each class in both halves: a clock that stands still but for the network."""
+    images, labels = pictures(40)
+    rows = sample_rows(labels, 200)
+    spec, clock = planted("0 to 1", crop_pct=0.875, interpolation="bilinear"), [0.0]
+    known = network(spec)
+
+    def slow(batch: np.ndarray) -> np.ndarray:
+        clock[0] += 0.001 * len(batch)
+        return known(batch)
+
+    monkeypatch.setattr("fgvc.evaluation.preprocessing.time.monotonic", lambda: clock[0])
+    result = search(slow, SIZE, [images[row] for row in rows], labels[rows], CLASSES, stated=CLASSES, seconds=seconds)
+    assert min(np.unique(result.labels, return_counts=True)[1]) >= 2
+    assert result.best.spec == spec or seconds < 1
+    assert result.images == {1e-9: 40, 8.0: 200}.get(seconds, result.images)
+
+
+def test_no_image_is_asked_twice_under_one_preprocessing() -> None:
+    images, labels = pictures(40)
+    spec = planted("0 to 1", crop_pct=0.875, interpolation="bilinear")
+    known, asked = network(spec), []
+
+    def counted(batch: np.ndarray) -> np.ndarray:
+        asked.extend(hash(x.tobytes()) for x in batch)
+        return known(batch)
+
+    result = search(counted, SIZE, images, labels, CLASSES, stated=CLASSES, seconds=1e9)
+    assert result.images == 200
+    assert result.best.spec == spec
+    measured = 2 + 32  # to learn how long a batch takes
+    assert len(asked) <= measured + (result.trials - 15) * COARSE + 15 * 200
 
 
 def test_the_interval_of_a_mean_is_scipys() -> None:
