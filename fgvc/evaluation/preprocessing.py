@@ -131,8 +131,8 @@ def interpolation_name(spec: Preprocess) -> str:
 
 def sample_rows(labels: NDArray[np.int64], images: int = IMAGES) -> NDArray[np.int64]:
     """Rows of images, the same number of each class as far as there are. Classes with fewer than FEWEST_A_CLASS images are left
-    out, and so are classes, at random, where there are too many for `images`. The first are FEWEST_A_CLASS of each of a few classes,
-    then of a few more; then all classes have one more, and so on.
+    out, and so are classes, at random, where there are too many for `images`. The first are FEWEST_A_CLASS of each of a few
+    classes, then of a few more; then all classes have one more, and so on.
 
     Raises FgvcError where fewer than two classes have enough.
     """
