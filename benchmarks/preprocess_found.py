@@ -55,6 +55,7 @@ def plants() -> dict[str, Preprocess]:
     size, names = (224, 224), list(NORMALISATIONS)
     imagenet, inception, unit, whole, caffe = names
     return {
+        BIRDS: planted((160, 160), inception, resize="crop", crop_pct=0.875, interpolation="bicubic"),
         "timm-mobilenetv2_100-torch2.4-opset17-bn-kept": planted(
             size, imagenet, resize="crop", crop_pct=0.875, interpolation="bicubic"
         ),
@@ -73,7 +74,6 @@ def plants() -> dict[str, Preprocess]:
         "keras-MobileNetV2-tf2onnx-opset13-nhwc": planted(
             size, inception, resize="squash", crop_pct=1.0, interpolation="bilinear", antialias=False
         ),
-        BIRDS: planted((160, 160), inception, resize="crop", crop_pct=0.875, interpolation="bicubic"),
     }  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def contract(exported: Exported) -> None:
         if not exported.around.unproved:
             verdict = "the same" if facts["verdict"] == "identical" else f"{facts['verdict']} ({', '.join(facts['spelling'])})"
             graph = f"a drop-in replacement of {exported.against}: the graph is {verdict}, preprocessing and labels are the same"
+            graph += f", {exported.around.answers}" if exported.around.answers else ""
     console.print(f"{exported.bundle}: {exported.select} weights, {graph}", markup=False, soft_wrap=True)
     if exported.judges:
         console.print(f"to be {exported.judges}: fgvc compare OLD {exported.bundle} --data SET", markup=False, soft_wrap=True)

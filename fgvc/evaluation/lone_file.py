@@ -33,15 +33,15 @@ def by_its_answers(run: LoadedRun, deployed: Stack, stated: Agreement, *, say: C
         return stated
     ours = Stack(path=run.folder, preprocess=run.preprocess, labels=tuple(run.index.classes))
     _refuse_other(search, ours, deployed)
+    if search.search.undecided:
+        say(f"its answers do not tell: {', '.join(a.factor for a in search.search.undecided)} may be another")
+        return stated
     known = replace(deployed, preprocess=ours.preprocess)
     if known.labels is None and search.search.order.assigned == ours.labels:
         known = replace(known, labels=ours.labels)
     best = search.search.best
-    words = (
-        f"by its answers about {search.search.images} images ({100 * best.accuracy:.1f} % right) it is fed as the run is, among "
-        f"{search.search.trials} preprocessings"
-    )
-    say(words)
+    words = f"by its answers about {search.search.images} images ({100 * best.accuracy:.1f} % right)"
+    say(f"{deployed.path}: fed as the run is, {words}, of {search.search.trials} preprocessings")
     return replace(agreement(ours, known), answers=words)
 
 

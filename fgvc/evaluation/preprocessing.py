@@ -195,7 +195,8 @@ def search(
             f"under none of {len(tried.trials)} preprocessings does the network tell these classes apart (best: "
             f"{100 * best.accuracy:.1f} % of {len(best.right)} images): other images, or another network's file?"
         )
-    order = output_order(best.answers, labels[: len(best.losses)], classes, stated)
+    wide = tried(best.spec, best.normalisation, tried.covering(whole))
+    order = output_order(wide.answers, labels[: len(wide.losses)], classes, stated)
     return Search(
         best=best, alternatives=tuple(tried.alternatives(best)), order=order, labels=labels[: len(best.losses)],
         given=None if asked is None else _paired("all", best, asked), images=len(best.losses),
@@ -231,6 +232,10 @@ class _Trials:
         coarse = self._in_both_halves(max(FEWEST, min(COARSE, affordable // (2 * COARSE_TRIALS))))
         more = max(0, affordable - COARSE_TRIALS * coarse) // FINE_TRIALS
         return coarse, max(coarse, self._in_both_halves(coarse + more))
+
+    def covering(self, images: int) -> int:
+        """As many images, or so many more that all classes are among them."""
+        return max(images, self._in_both_halves(FEWEST_A_CLASS * len(np.unique(self.labels))))
 
     def _in_both_halves(self, images: int) -> int:
         """As many of the first `images` as can be: each class in two of them or more."""

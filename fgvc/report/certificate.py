@@ -115,6 +115,8 @@ class Certificate:
             if unproved
             else "graph, preprocessing and labels are the same"
         )
+        if deployed.get("answers"):
+            result += f", {deployed['answers']}"
         verdict = self.bundle.contract.get("verdict", "identical")  # older bundles have no other
         if verdict != "identical":
             result += f"; the graph is {verdict}: {', '.join(self.bundle.contract['spelling'])}"

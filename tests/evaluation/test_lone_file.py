@@ -39,7 +39,7 @@ def test_a_file_that_is_fed_as_the_run_is_known_by_its_answers(images: Path, tmp
     known, said = asked(SPEC, deployed, images)
     assert (known.preprocess, known.labels, known.unproved) == ("the same", "the same", "")
     assert "by its answers about 60 images" in known.numbers["answers"]
-    assert said[-1] == known.answers
+    assert known.answers in said[-1]
 
 
 def test_a_file_that_is_fed_otherwise_is_refused_with_both(images: Path, tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def test_a_slow_network_is_asked_about_fewer_images(seconds: float, monkeypatch:
     result = search(slow, SIZE, [images[row] for row in rows], labels[rows], CLASSES, stated=CLASSES, seconds=seconds)
     assert min(np.unique(result.labels, return_counts=True)[1]) >= 2
     assert result.best.spec == spec or seconds < 1
+    assert None not in result.order.assigned  # of all classes, whatever the time
     assert result.images == {1e-9: 40, 8.0: 200}.get(seconds, result.images)
 
 
