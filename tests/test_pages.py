@@ -55,11 +55,11 @@ def pages_of(nav: Any) -> Iterator[str]:
 
 def test_every_page_has_one_place_in_the_navigation() -> None:
     site = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), _Site)
-    shown = list(pages_of(site["nav"]))
+    pages = list(pages_of(site["nav"]))
     there = [path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]]
-    assert len(shown) == len(set(shown))
-    assert set(there) <= set(shown)
-    assert not [page for page in shown if not (ROOT / page).is_file()]
+    assert len(pages) == len(set(pages))
+    assert set(there) <= set(pages)
+    assert not [page for page in pages if not (ROOT / page).is_file()]
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
@@ -101,9 +101,9 @@ def test_every_verb_and_option_is_in_the_reference() -> None:
         options = [word for parameter in command.params for word in parameter.opts + parameter.secondary_opts]
         assert not [word for word in options if word.startswith("-") and f"`{word}`" not in sections[name]], name
         arguments = [parameter for parameter in command.params if not parameter.opts[0].startswith("-")]
-        shown = re.search(r"```text\n(.*)\n```", sections[name])
-        assert shown is not None
-        assert len(shown[1].replace("[OPTIONS]", "").replace("...", "").split()) >= len(name.split()) + len(arguments)
+        usage = re.search(r"```text\n(.*)\n```", sections[name])
+        assert usage is not None
+        assert len(usage[1].replace("[OPTIONS]", "").replace("...", "").split()) >= len(name.split()) + len(arguments)
 
 
 def test_every_file_of_a_bundle_is_in_the_reference() -> None:

@@ -30,8 +30,8 @@ SCRATCH = re.compile(r"/tmp/")
 
 def texts(*folders: str) -> Iterator[tuple[str, str]]:
     """Path below the root, and content, of every text file in the folders and of those at the root itself."""
-    found = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
-    for path in sorted(found):
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
+    for path in sorted(paths):
         if path.is_file() and path != Path(__file__) and (path.suffix in TEXT or path.name in ("Makefile", "Dockerfile")):
             yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
 
