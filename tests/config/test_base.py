@@ -48,8 +48,8 @@ def test_a_base_beside_the_file_comes_before_the_ids(tmp_path: Path) -> None:
 
 def test_what_replaces_another_setting_replaces_the_bases(tmp_path: Path) -> None:
     own = written(tmp_path, "base: any/plain\ndata: {root: leaves}\nmodel: {onnx: net.onnx}\n")
-    made = load(Recipe, own)
-    assert (made.model.backbone, made.model.weights) == (None, "deployed")
+    recipe = load(Recipe, own)
+    assert (recipe.model.backbone, recipe.model.weights) == (None, "deployed")
 
 
 def test_data_of_another_kind_have_none_of_the_bases_keys(tmp_path: Path) -> None:

@@ -167,21 +167,21 @@ def test_init_of_a_broken_file_is_named(tmp_path: Path, text: str, expected: str
 
 
 @pytest.mark.parametrize(
-    ("section", "value", "said"),
+    ("section", "value", "message"),
     [
         ("deploy", {"std": [0.2, 0, 0.2]}, r"deploy.std.1: must be above 0"),
         ("deploy", {"fill": [0, 256, 0]}, r"deploy.fill.1: must be at most 255"),
         ("image", {"size": "abc"}, r"image.size: one number for a square, or \[height, width\]; not 'abc'"),
     ],
 )
-def test_values_that_no_image_could_have(section: str, value: dict, said: str) -> None:
+def test_values_that_no_image_could_have(section: str, value: dict, message: str) -> None:
     tree = {"data": {"kind": "folder", "root": "x"}, "model": {"backbone": "resnet18"}, section: value}
-    with pytest.raises(FgvcError, match=said):
+    with pytest.raises(FgvcError, match=message):
         validate(Recipe, tree, where="test")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["deploy.mean=[123.7,116.3,103.5]"], "deploy.mean: (123.7, 116.3, 103.5) is outside of 0..1"),
         (["deploy.mean=[0.5,0.5,1.01]"], "outside of 0..1"),
@@ -196,8 +196,8 @@ def test_values_that_no_image_could_have(section: str, value: dict, said: str) -
         (["deploy.std=[0.2,.nan,0.2]"], "deploy.std.1: must be"),
     ],
 )
-def test_a_mean_that_no_picture_has_is_refused(file: Path, overrides: list[str], said: str) -> None:
-    assert said in refusal(file, *overrides)
+def test_a_mean_that_no_picture_has_is_refused(file: Path, overrides: list[str], message: str) -> None:
+    assert message in refusal(file, *overrides)
 
 
 def test_the_ends_of_the_range_are_means(file: Path) -> None:
@@ -207,17 +207,17 @@ def test_the_ends_of_the_range_are_means(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"), [({"mean": [124, 116, 104]}, "outside of 0..1"), ({"std": [0.2, 0.2, 0]}, "above 0")]
+    ("setting", "message"), [({"mean": [124, 116, 104]}, "outside of 0..1"), ({"std": [0.2, 0.2, 0]}, "above 0")]
 )
-def test_a_teacher_has_a_mean_and_std_that_can_be_too(file: Path, setting: dict, said: str) -> None:
+def test_a_teacher_has_a_mean_and_std_that_can_be_too(file: Path, setting: dict, message: str) -> None:
     teacher = {"kind": "timm", "backbone": "test_resnet", "weights": "w.safetensors"} | setting
     tree = yaml.safe_load(GOOD) | {"techniques": {"distill": {"teachers": [teacher]}}}
-    with pytest.raises(FgvcError, match=said):
+    with pytest.raises(FgvcError, match=message):
         validate(Recipe, tree, where="recipe")
 
 
 def test_a_value_that_cannot_be_says_what_it_must_be_and_what_was_given(file: Path) -> None:
-    for given, said in {
+    for override, message in {
         "image.train_scale=0": "image.train_scale: must be above 0 (got 0)",
         "train.epochs=0": "train.epochs: must be at least 1 (got 0)",
         "train.seed=1.5": "train.seed: must be a whole number (got 1.5)",
@@ -226,7 +226,7 @@ def test_a_value_that_cannot_be_says_what_it_must_be_and_what_was_given(file: Pa
         "deploy.resize=cut": "deploy.resize: must be 'crop', 'pad' or 'squash' (got 'cut')",
         "optim=adamw": "optim: must be a mapping of keys (got 'adamw'); did you mean optim.name=adamw?",
     }.items():
-        assert refusal(file, given).split(": ", 1)[1] == said
+        assert refusal(file, override).split(": ", 1)[1] == message
 
 
 def test_a_rate_alone_leaves_the_optimizer_as_it_is(file: Path) -> None:

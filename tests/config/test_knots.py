@@ -16,8 +16,8 @@ def test_a_number_is_itself_at_any_time() -> None:
 
 def test_knots_are_joined_by_straight_lines() -> None:
     value = Holder(value=[[0.2, 0], [0.4, 1], [1.0, 0.5]]).value
-    found = [value_at(value, progress) for progress in (0, 0.2, 0.3, 0.4, 0.7, 1)]
-    assert found == pytest.approx([0, 0, 0.5, 1, 0.75, 0.5])
+    values = [value_at(value, progress) for progress in (0, 0.2, 0.3, 0.4, 0.7, 1)]
+    assert values == pytest.approx([0, 0, 0.5, 1, 0.75, 0.5])
 
 
 @pytest.mark.parametrize(

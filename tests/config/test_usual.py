@@ -33,7 +33,7 @@ def test_every_name_leads_to_a_setting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
+    ("override", "key_path"),
     [
         ("epochs=3", "train.epochs"), ("imgsz=64", "image.size"), ("batch=8", "train.batch_size"), ("lr=0.1", "optim.lr"),
         ("img_size=64", "image.size"), ("batch_size=8", "train.batch_size"), ("learning_rate=1", "optim.lr"),
@@ -46,9 +46,9 @@ def test_every_name_leads_to_a_setting() -> None:
         ("augment.degrees=5", "augment.rotate"), ("smoothing=0.1", "loss.label_smoothing"), ("optim.wd=0", "optim.weight_decay"),
     ],
 )  # fmt: skip
-def test_a_usual_name_is_told_the_key(file: Path, given: str, meant: str) -> None:
-    key = given.partition("=")[0]
-    assert refusal(file, given) == f"override {given!r}: {key}: unknown key; did you mean {meant}?"
+def test_a_usual_name_is_told_the_key(file: Path, override: str, key_path: str) -> None:
+    key = override.partition("=")[0]
+    assert refusal(file, override) == f"override {override!r}: {key}: unknown key; did you mean {key_path}?"
 
 
 def test_in_a_file_it_has_its_line(file: Path) -> None:
@@ -59,7 +59,7 @@ def test_in_a_file_it_has_its_line(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "hint"),
+    ("override", "hint"),
     [
         ("model=resnet50", "did you mean model.backbone=resnet50?"),
         ("model=net.onnx", "did you mean model.onnx=net.onnx?"),
@@ -69,8 +69,8 @@ def test_in_a_file_it_has_its_line(file: Path) -> None:
         ("techniques.mixup=true", "techniques.mixup={} is all of its defaults"),
     ],
 )
-def test_a_value_in_the_place_of_a_section(file: Path, given: str, hint: str) -> None:
-    assert refusal(file, given).endswith(f"; {hint}")
+def test_a_value_in_the_place_of_a_section(file: Path, override: str, hint: str) -> None:
+    assert refusal(file, override).endswith(f"; {hint}")
 
 
 def test_what_is_an_option_or_no_setting_is_told_so(file: Path) -> None:
