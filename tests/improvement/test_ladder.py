@@ -30,8 +30,8 @@ def timings(step: float = 0.9, *, portfolio_too: bool = True, teacher: bool = Fa
     def timed(factor: float) -> Timing:
         return Timing(start=6, step=step * factor, batch=32, look=step / 90, peak_bytes=10**9, device="cpu")
 
-    made = {BASE: timed(1)} | ({FIRST: timed(1.1), portfolio()[1]["name"]: timed(2)} if portfolio_too else {})
-    return made | ({TAUGHT: timed(1.7), TEACHER: timed(3)} if teacher else {})
+    times = {BASE: timed(1)} | ({FIRST: timed(1.1), portfolio()[1]["name"]: timed(2)} if portfolio_too else {})
+    return times | ({TAUGHT: timed(1.7), TEACHER: timed(3)} if teacher else {})
 
 
 def names(plan: Plan) -> list[str]:

@@ -26,21 +26,21 @@ def test_settings_of_trials_are_recipes(tree: dict[str, object], tmp_path: Path)
     merge(tree, {"techniques": {"distill": {"kd": 4.0}}})
     recipe, study = validate(Recipe, tree, where="here"), open_study(tmp_path, 0)
     study.enqueue_trial(winner(recipe))
-    made = []
+    recipes = []
     for _ in range(8):
         changed = json.loads(json.dumps(tree))
         merge(changed, suggested(study.ask(), recipe))
-        made.append(validate(Recipe, changed, where="here"))
-    assert made[0].optim == recipe.optim
-    assert made[0].augment.crop_scale == recipe.augment.crop_scale
-    assert len({one.optim.lr for one in made}) == 8
-    assert all(recipe.optim.lr / 4 <= one.optim.lr <= recipe.optim.lr * 4 for one in made)
+        recipes.append(validate(Recipe, changed, where="here"))
+    assert recipes[0].optim == recipe.optim
+    assert recipes[0].augment.crop_scale == recipe.augment.crop_scale
+    assert len({one.optim.lr for one in recipes}) == 8
+    assert all(recipe.optim.lr / 4 <= one.optim.lr <= recipe.optim.lr * 4 for one in recipes)
 
 
 def test_a_search_runs_trials_and_another_goes_on_with_it(tree: dict[str, object], tmp_path: Path) -> None:
     for folder in ("recipes", "runs", "logs"):
         (tmp_path / folder).mkdir()
-    said: list[str] = []
+    lines: list[str] = []
     with workers() as pool:
         space = Space(recipe=tree, epochs=2, seconds=0.1, deadline=time.time() + 60)
 
@@ -48,7 +48,7 @@ def test_a_search_runs_trials_and_another_goes_on_with_it(tree: dict[str, object
             if (tmp_path / "runs" / "trial-1" / "ckpt" / "last").exists():
                 object.__setattr__(space, "seconds", 1e9)  # enough
 
-        search(tmp_path, space, slots=2, seed=0, pool=pool, tick=look, say=said.append)
+        search(tmp_path, space, slots=2, seed=0, pool=pool, tick=look, say=lines.append)
     study = open_study(tmp_path, 0)
     values = {trial.number: trial.value for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE}
     assert set(values) == {0, 1}
@@ -59,4 +59,4 @@ def test_a_search_runs_trials_and_another_goes_on_with_it(tree: dict[str, object
     best = best_trial(tmp_path, 0)
     assert best is not None
     assert values[int(best[0].removeprefix("trial-"))] == max(v for v in values.values() if v is not None)
-    assert any(line.startswith("trial-0: ") for line in said)
+    assert any(line.startswith("trial-0: ") for line in lines)

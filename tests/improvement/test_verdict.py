@@ -46,8 +46,8 @@ def test_a_small_gain_says_how_many_images_would_show_it() -> None:
     verdict = judge(compare_predictions(labels, old, new), Gate(), {})
     assert not verdict.better
     assert verdict.would_decide is not None
-    for times, shown in ((verdict.would_decide / 200, True), (0.95 * verdict.would_decide / 200, False)):
-        assert (gain_interval(10 * times, 5 * times, 200 * times)[0] > 0) == shown
+    for times, decided in ((verdict.would_decide / 200, True), (0.95 * verdict.would_decide / 200, False)):
+        assert (gain_interval(10 * times, 5 * times, 200 * times)[0] > 0) == decided
     worse = judge(compare_predictions(labels, new, old), Gate(), {})
     assert worse.would_decide is None
 
