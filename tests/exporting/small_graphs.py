@@ -47,9 +47,9 @@ def by_hand(draw: int) -> ModelProto:
         helper.make_node("ReduceMean", ["f", "axes"], ["g"], "mean", keepdims=0),
         helper.make_node("Gemm", ["g", "fc.w", "fc.b"], ["logits"], "fc", transB=1),
     ]
-    made = model(nodes, [port("input", ["batch", 3, 8, 8])], [port("logits", ["batch", 5])], initializers)
-    onnx.checker.check_model(made, full_check=True)
-    return made
+    proto = model(nodes, [port("input", ["batch", 3, 8, 8])], [port("logits", ["batch", 5])], initializers)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
 
 
 class Net(nn.Module):
@@ -70,25 +70,25 @@ class Net(nn.Module):
 
 def net(draw: int) -> Net:
     """No two weights equal and none zero."""
-    rng, made = torch.Generator().manual_seed(draw), Net().eval()
+    rng, network = torch.Generator().manual_seed(draw), Net().eval()
     with torch.no_grad():
-        for value in made.state_dict().values():
+        for value in network.state_dict().values():
             if value.is_floating_point():
                 value.copy_(torch.rand(value.shape, generator=rng) + 0.5)
-    return made
+    return network
 
 
-def export(made: nn.Module, *, dynamo: bool, size: int = 8) -> ModelProto:
+def export(module: nn.Module, *, dynamo: bool, size: int = 8) -> ModelProto:
     x, file = torch.zeros(2, 3, size, size), io.BytesIO()
     names = {"input_names": ["input"], "output_names": ["logits"], "opset_version": 20}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if dynamo:
             shapes = ({0: torch.export.Dim("batch")},)
-            program = torch.onnx.export(made, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+            program = torch.onnx.export(module, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
             return program.model_proto
         dynamic = {"input": {0: "batch"}, "logits": {0: "batch"}}
-        torch.onnx.export(made, (x,), file, dynamo=False, dynamic_axes=dynamic, **names)
+        torch.onnx.export(module, (x,), file, dynamo=False, dynamic_axes=dynamic, **names)
     return onnx.load_from_string(file.getvalue())
 
 
@@ -97,8 +97,8 @@ SOURCES = ("hand", "dynamo", "torchscript")
 
 @functools.cache
 def _stored(source: str, draw: int) -> bytes:
-    made = by_hand(draw) if source == "hand" else export(net(draw), dynamo=source == "dynamo")
-    return made.SerializeToString()
+    proto = by_hand(draw) if source == "hand" else export(net(draw), dynamo=source == "dynamo")
+    return proto.SerializeToString()
 
 
 def graph_of(source: str, draw: int = 0) -> ModelProto:
@@ -120,7 +120,7 @@ def holder(m: ModelProto, name: str) -> TensorProto:
     return next(t for t in (holder(m, x) for x in maker.input if x) if t.dims and t.dims[0] > 1)
 
 
-def put(stored: TensorProto, values: object, dtype: type | None = None) -> None:
+def set_values(stored: TensorProto, values: object, dtype: type | None = None) -> None:
     name, old = stored.name, numpy_helper.to_array(stored)
     stored.CopyFrom(numpy_helper.from_array(np.asarray(values, dtype or old.dtype), name))
 
@@ -129,7 +129,7 @@ def constant(op: str, slot: int, change: Callable[[np.ndarray], object], nth: in
     def mutate(m: ModelProto) -> None:
         node = [n for n in m.graph.node if n.op_type == op][nth]
         stored = holder(m, node.input[slot])
-        put(stored, change(numpy_helper.to_array(stored).copy()))
+        set_values(stored, change(numpy_helper.to_array(stored).copy()))
 
     return mutate
 
@@ -292,7 +292,7 @@ def add_function(m: ModelProto) -> None:
 
 
 def axes_dtype(m: ModelProto) -> None:
-    put(holder(m, first(m, "ReduceMean").input[1]), [2, 3], np.int32)
+    set_values(holder(m, first(m, "ReduceMean").input[1]), [2, 3], np.int32)
 
 
 # name -> (what to do, kind, what the account of it must mention)

@@ -26,13 +26,14 @@ def sha(m: ModelProto, weights=None) -> str:
 def disguise(m: ModelProto, seed: int) -> ModelProto:
     """The same graph under other names, in another order of storage, with other metadata and another encoding."""
     rng = random.Random(seed)
-    made = ModelProto()
-    made.CopyFrom(m)
-    made.producer_name, made.producer_version, made.doc_string, made.model_version = "x", str(seed), "words", seed + 1
-    made.metadata_props.add(key="k", value="v")
+    other = ModelProto()
+    other.CopyFrom(m)
+    other.producer_name, other.producer_version = "x", str(seed)
+    other.doc_string, other.model_version = "words", seed + 1
+    other.metadata_props.add(key="k", value="v")
     spelling = rng.choice(["", "ai.onnx"])  # two names of the same domain
-    made.opset_import[0].domain = spelling
-    graph = made.graph
+    other.opset_import[0].domain = spelling
+    graph = other.graph
     graph.name, graph.doc_string = "other", "words"
     keep = {p.name for p in graph.input} | {p.name for p in graph.output} | {""}
     inner = {t.name for t in graph.initializer} | {name for n in graph.node for name in n.output}
@@ -63,13 +64,13 @@ def disguise(m: ModelProto, seed: int) -> ModelProto:
     rng.shuffle(initializers)
     del graph.initializer[:]
     graph.initializer.extend(initializers)
-    shuffle_nodes(made, rng)
+    shuffle_nodes(other, rng)
     for side in (graph.input, graph.output):
         for one in side:
             for dim in one.type.tensor_type.shape.dim:
                 if dim.dim_param:
                     dim.dim_param = f"other_{dim.dim_param}"
-    return made
+    return other
 
 
 def shuffle_nodes(m: ModelProto, rng: random.Random) -> None:
@@ -212,8 +213,8 @@ def test_initializers_that_old_files_list_as_inputs() -> None:
     old.graph.input.insert(0, port("fc.b", [5]))
     form = canonicalise(old, weights=None)
     assert [p.name for p in form.graph.inputs] == ["input"]
-    (found,) = compare_graphs(form, canonicalise(new, weights=None))
-    assert (found.kind, found.candidate) == ("initializer", "also a graph input")
+    (difference,) = compare_graphs(form, canonicalise(new, weights=None))
+    assert (difference.kind, difference.candidate) == ("initializer", "also a graph input")
 
 
 def broken(name: str) -> ModelProto:
@@ -296,29 +297,29 @@ def test_string_and_half_payloads() -> None:
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_dead_channels_are_explained(dynamo: bool) -> None:
     """Equal and zero biases: what the exporters do to them is named by the reference's initializers."""
-    made = net(0)
+    network = net(0)
     with torch.no_grad():
-        for norm in (made.b1, made.b2):
+        for norm in (network.b1, network.b2):
             norm.running_mean.zero_()
             norm.bias.zero_()
-        made.fc.bias.zero_()
+        network.fc.bias.zero_()
     reference = canonicalise(graph_of("dynamo" if dynamo else "torchscript"), weights=None)
-    candidate = canonicalise(export(made, dynamo=dynamo), weights=None)
+    candidate = canonicalise(export(network, dynamo=dynamo), weights=None)
     assert candidate.sha256 != reference.sha256
     merged = shared_initializers(candidate, reference)
     biases = {
         w.stored_name: k for k, w in enumerate(reference.initializers) if len(w.tensor.dims) == 1 and w.tensor.blankable
     }
     if dynamo:  # drops every bias that is all zero
-        (found,) = merged
-        assert found.candidate is None
-        assert dict(zip(found.references, found.positions, strict=True)) == biases
-        assert str(found).startswith("dropped: ")
+        (dropped,) = merged
+        assert dropped.candidate is None
+        assert dict(zip(dropped.references, dropped.positions, strict=True)) == biases
+        assert str(dropped).startswith("dropped: ")
     else:  # merges the two of length 4
-        (found,) = merged
-        assert found.candidate is not None
-        assert set(found.references) == {name for name in biases if name != "fc.bias"}
-        assert str(found).startswith(f"merged into {found.candidate}: ")
+        (bias,) = merged
+        assert bias.candidate is not None
+        assert set(bias.references) == {name for name in biases if name != "fc.bias"}
+        assert str(bias).startswith(f"merged into {bias.candidate}: ")
     assert shared_initializers(reference, reference) == []
 
 
@@ -337,12 +338,12 @@ LEAVES = 3
 
 @st.composite
 def plans(draw: st.DrawFn, size: int = 5) -> Plan:
-    made: Plan = []
+    plan: Plan = []
     for k in range(draw(st.integers(1, size))):
         op = draw(st.sampled_from(sorted(OPERATORS)))
         sources = st.integers(0, LEAVES + k - 1)
-        made.append((op, tuple(draw(sources) for _ in range(OPERATORS[op]))))
-    return made
+        plan.append((op, tuple(draw(sources) for _ in range(OPERATORS[op]))))
+    return plan
 
 
 def built(plan: Plan, outputs: list[int], constants: tuple[float, float] = (1.0, 2.0)) -> ModelProto:
@@ -401,9 +402,9 @@ def test_random_graphs_are_equal_exactly_when_isomorphic(plan: Plan, data: st.Da
     ]
     # Unused constants are part of the file; with equal plans for nodes they're the same on both sides.
     assert (forms[0].sha256 == forms[1].sha256) == isomorphic(plan, outputs, other, others)
-    found = compare_graphs(*forms)
-    assert (found == []) == (forms[0].sha256 == forms[1].sha256)
-    assert not any("not found" in d.where for d in found)
+    differences = compare_graphs(*forms)
+    assert (differences == []) == (forms[0].sha256 == forms[1].sha256)
+    assert not any("not found" in d.where for d in differences)
 
 
 @settings(max_examples=150, deadline=None)
@@ -445,6 +446,6 @@ def test_one_random_mutation_of_a_random_graph_is_seen(plan: Plan, seed: int, ho
         node.attribute.append(helper.make_attribute("alpha", 0.5))
     forms = [canonicalise(disguise(candidate, seed), weights=None), canonicalise(reference, weights=None)]
     assert forms[0].sha256 != forms[1].sha256
-    found = compare_graphs(*forms)
-    assert found
-    assert not any("not found" in d.where for d in found)
+    differences = compare_graphs(*forms)
+    assert differences
+    assert not any("not found" in d.where for d in differences)

@@ -17,7 +17,7 @@ from tests.exporting.small_graphs import (
     insert_live,
     model,
     port,
-    put,
+    set_values,
     tensor,
 )
 
@@ -38,14 +38,14 @@ def test_mutant(source: str, name: str) -> None:
     mutate(candidate)
     for blanked in (weights, None):
         forms = [canonicalise(m, weights=blanked) for m in (candidate, reference)]
-        found = compare_graphs(*forms)
-        account = "\n".join(map(str, found))
+        changes = compare_graphs(*forms)
+        account = "\n".join(map(str, changes))
         assert forms[0].sha256 != forms[1].sha256
-        assert [d for d in found if d.kind in (kind or d.kind) and mentions in str(d)], account
-        assert len(found) <= 3, account
+        assert [d for d in changes if d.kind in (kind or d.kind) and mentions in str(d)], account
+        assert len(changes) <= 3, account
         assert "not found" not in account
         # The other way round the same places differ.
-        assert {d.kind for d in compare_graphs(*reversed(forms))} == {d.kind for d in found}, account
+        assert {d.kind for d in compare_graphs(*reversed(forms))} == {d.kind for d in changes}, account
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -54,9 +54,9 @@ def test_a_single_change_is_a_single_line(source: str) -> None:
     for name in ("extra live node", "removed node", "swapped inputs", "rewired edge", "Clip bound", "renamed input"):
         reference, candidate = graph_of(source), graph_of(source)
         MUTANTS[name][0](candidate)
-        found = [d for d in differences(candidate, reference) if "Constant #" not in d.reference[:12]]
-        found = [d for d in found if "used by no output" not in d.where]
-        assert len(found) == 1, (name, list(map(str, found)))
+        lines = [d for d in differences(candidate, reference) if "Constant #" not in d.reference[:12]]
+        lines = [d for d in lines if "used by no output" not in d.where]
+        assert len(lines) == 1, (name, list(map(str, lines)))
 
 
 def test_two_changes_are_two_lines() -> None:
@@ -67,31 +67,31 @@ def test_two_changes_are_two_lines() -> None:
 
 
 def test_an_exporter_change_is_told_in_few_lines() -> None:
-    found = differences(graph_of("torchscript"), graph_of("dynamo"), limit=5)
-    assert len(found) == 6
-    assert str(found[-1]).startswith("... and ")
+    lines = differences(graph_of("torchscript"), graph_of("dynamo"), limit=5)
+    assert len(lines) == 6
+    assert str(lines[-1]).startswith("... and ")
     total = differences(graph_of("torchscript"), graph_of("dynamo"), limit=1000)
-    assert str(found[-1]) == f"... and {len(total) - 5} more"
+    assert str(lines[-1]) == f"... and {len(total) - 5} more"
 
 
 def test_weights_count_when_nothing_is_blanked() -> None:
-    found = differences(graph_of("hand", 0), graph_of("hand", 1), weights=())
-    assert [d.kind for d in found] == ["constant"] * 5
+    lines = differences(graph_of("hand", 0), graph_of("hand", 1), weights=())
+    assert [d.kind for d in lines] == ["constant"] * 5
     assert differences(graph_of("hand", 0), graph_of("hand", 0), weights=()) == []
 
 
 def test_words() -> None:
     candidate = graph_of("hand")
-    put(holder(candidate, "high"), 4.0)
-    (found,) = differences(candidate, graph_of("hand"))
-    assert found == Difference("constant", "initializer 'high' of Clip #1 'clip1'", "float[] = 4.0", "float[] = 6.0")
-    assert str(found) == (
+    set_values(holder(candidate, "high"), 4.0)
+    (changed,) = differences(candidate, graph_of("hand"))
+    assert changed == Difference("constant", "initializer 'high' of Clip #1 'clip1'", "float[] = 4.0", "float[] = 6.0")
+    assert str(changed) == (
         "constant: initializer 'high' of Clip #1 'clip1': float[] = 4.0; in the reference: float[] = 6.0"
     )
     candidate = graph_of("hand")
     insert_live(candidate)
-    (found,) = differences(candidate, graph_of("hand"))
-    assert str(found) == (
+    (extra,) = differences(candidate, graph_of("hand"))
+    assert str(extra) == (
         "node: extra node: Relu #10 'leaked' (reads ReduceMean #9 'mean'; read by Gemm #11 'fc'); "
         "in the reference: nothing"
     )
@@ -108,13 +108,13 @@ def chain(length: int, extra: int | None = None, odd: int | None = None):
 
 def test_deep_graph_of_equal_layers() -> None:
     """Deeper than Python's recursion limit, and one change in it is one line."""
-    (found,) = differences(chain(3000, odd=1234), chain(3000))
-    assert (found.kind, "#1234 't1234'" in found.where) == ("attribute", True)
+    (changed,) = differences(chain(3000, odd=1234), chain(3000))
+    assert (changed.kind, "#1234 't1234'" in changed.where) == ("attribute", True)
     longer = chain(3000, extra=7)
     longer.graph.output[0].name = longer.graph.node[-1].output[0] = "t2999"
     longer.graph.node[-2].output[0] = longer.graph.node[-1].input[0] = "before"
-    (found,) = differences(longer, chain(3000))
-    assert (found.kind, found.where) == ("node", "extra node")
+    (extra,) = differences(longer, chain(3000))
+    assert (extra.kind, extra.where) == ("node", "extra node")
 
 
 def test_subgraphs_are_compared_inside() -> None:
@@ -134,25 +134,25 @@ def test_subgraphs_are_compared_inside() -> None:
         return model(nodes, [port("x", [3]), port("c", [], 9)], [port("z", [3])], [])
 
     assert differences(conditional(1.0), conditional(1.0, name="other")) == []
-    found = differences(conditional(1.0), conditional(2.0))
-    assert [d.kind for d in found] == ["constant", "constant"]
-    assert "else_branch: Constant #0" in found[0].where
+    changed = differences(conditional(1.0), conditional(2.0))
+    assert [d.kind for d in changed] == ["constant", "constant"]
+    assert "else_branch: Constant #0" in changed[0].where
     rewired = conditional(1.0)
     rewired.graph.node[1].attribute[0].g.node[1].input[0] = "x"  # past the Relu: an edge into the outer graph
-    (found,) = differences(rewired, conditional(1.0))
-    assert found.kind == "topology"
-    assert "_branch: " in found.where
+    (rewiring,) = differences(rewired, conditional(1.0))
+    assert rewiring.kind == "topology"
+    assert "_branch: " in rewiring.where
 
 
 def test_functions_are_compared_inside() -> None:
     def calling(op: str):
-        made = model([helper.make_node("F", ["x"], ["y"], domain="d")], [port("x", [3])], [port("y", [3])], [])
+        proto = model([helper.make_node("F", ["x"], ["y"], domain="d")], [port("x", [3])], [port("y", [3])], [])
         inner = [helper.make_node("Relu", ["a"], ["t"]), helper.make_node(op, ["t"], ["b"])]
-        made.functions.append(helper.make_function("d", "F", ["a"], ["b"], inner, [helper.make_opsetid("", 20)]))
-        return made
+        proto.functions.append(helper.make_function("d", "F", ["a"], ["b"], inner, [helper.make_opsetid("", 20)]))
+        return proto
 
-    (found,) = differences(calling("Neg"), calling("Abs"))
-    assert (found.kind, found.where) == ("node", "function d::F: other operator")
+    (difference,) = differences(calling("Neg"), calling("Abs"))
+    assert (difference.kind, difference.where) == ("node", "function d::F: other operator")
 
 
 def test_notes_tell_what_makes_no_difference() -> None:
@@ -179,7 +179,7 @@ def test_the_order_of_storage_may_differ_on_top_of_a_change() -> None:
     del candidate.graph.node[:]
     candidate.graph.node.extend(shuffled)
     assert differences(candidate, reference) == []
-    put(holder(candidate, "k6"), np.float32(2.0))
-    (found,) = differences(candidate, reference)
-    assert found.kind == "constant"
-    assert "Constant #1 'k6' (in the reference Constant #5 'k6')" in found.where
+    set_values(holder(candidate, "k6"), np.float32(2.0))
+    (difference,) = differences(candidate, reference)
+    assert difference.kind == "constant"
+    assert "Constant #1 'k6' (in the reference Constant #5 'k6')" in difference.where

@@ -21,9 +21,9 @@ IMAGES = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
 
 
 def trained(backbone: str = "test_efficientnet", **kwargs: object) -> nn.Module:
-    made = plain_model(backbone, 5, kwargs)
-    randomise(made, 3)
-    return deployed(made)
+    net = plain_model(backbone, 5, kwargs)
+    randomise(net, 3)
+    return deployed(net)
 
 
 @BOTH
@@ -49,10 +49,10 @@ def test_an_export_is_quiet_anonymous_and_its_bytes_depend_on_the_weights_alone(
 
 
 def test_names_axes_and_ir_version_follow_the_request() -> None:
-    wanted = {"size": (32, 48), "opset": 17, "input_name": "pixels", "output_names": ("score",), "axes": {}, "batch": 4}
-    proto = export_onnx(trained(), exporter="torchscript", **wanted, ir_version=8)
+    request = {"size": (32, 48), "opset": 17, "input_name": "pixels", "output_names": ("score",), "axes": {}, "batch": 4}
+    proto = export_onnx(trained(), exporter="torchscript", **request, ir_version=8)
     interface, classes, exporters = interface_of(proto, where="a file")
-    assert {key: getattr(interface, key) for key in wanted} == wanted
+    assert {key: getattr(interface, key) for key in request} == request
     assert (interface.ir_version, classes, exporters) == (8, 5, ("torchscript",))
 
 
@@ -96,7 +96,7 @@ def test_every_opset_that_may_be_asked_for_has_both_files(exporter: str, opset: 
     assert explain is not None
     proto = export_onnx(net, size=(32, 32), exporter=exporter, opset=opset)
     beside = export_onnx(explain, size=(32, 32), exporter=exporter, opset=opset, output_names=("logits", "maps"))
-    assert [made.opset_import[0].version for made in (proto, beside)] == [opset, opset]
+    assert [each.opset_import[0].version for each in (proto, beside)] == [opset, opset]
     z = OnnxSession(serialised(proto)).logits(IMAGES)
     logits, maps = OnnxSession(serialised(beside)).run(IMAGES)
     np.testing.assert_allclose(logits, z, rtol=1e-4, atol=1e-4 * np.abs(z).max())
@@ -135,9 +135,9 @@ def test_maps_add_up_to_the_logits(backbone: str) -> None:
     ],
 )
 def test_other_heads_have_no_closed_form(backbone: str, kwargs: dict, reason: str) -> None:
-    explain, said = explain_model(trained(backbone, **kwargs), size=(64, 64))
+    explain, why = explain_model(trained(backbone, **kwargs), size=(64, 64))
     assert explain is None
-    assert reason in said
+    assert reason in why
 
 
 def classifier(shape: list, outputs: int = 1, classes: int | None = 5, inputs: int = 1) -> onnx.ModelProto:

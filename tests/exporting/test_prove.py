@@ -87,8 +87,8 @@ def test_what_ships_computes_what_was_trained(proven: ProvedExport) -> None:
     session = onnxruntime.InferenceSession(proven.model)
     with torch.no_grad():
         z = trained(branches=2).double()(torch.from_numpy(BATCHES[0]).double()).numpy()
-    (said,) = session.run(["logits"], {"input": BATCHES[0]})
-    np.testing.assert_allclose(said, z, rtol=0, atol=1e-4 * np.abs(z).max())
+    (logits,) = session.run(["logits"], {"input": BATCHES[0]})
+    np.testing.assert_allclose(logits, z, rtol=0, atol=1e-4 * np.abs(z).max())
 
 
 def bundle_files(proven: ProvedExport, **contract: object) -> dict[str, Any]:
@@ -182,8 +182,8 @@ def test_an_arg_max_may_differ_only_where_the_margin_is_small() -> None:
     flat[2, 0] = 1.0  # the third image has a clear winner
     close = behaviour_of((0.5, 0.50005), (0.50005, 0.5), flat)
     assert close.passed
-    said = [(d.image, d.torch_class, d.onnx_class, d.excused) for d in close.disagreements]
-    assert said == [(0, 1, 0, True), (1, 1, 0, True)]
+    rows = [(d.image, d.torch_class, d.onnx_class, d.excused) for d in close.disagreements]
+    assert rows == [(0, 1, 0, True), (1, 1, 0, True)]
     assert close.worst == pytest.approx(5e-5, rel=1e-2)
     far = behaviour_of((0.5, 0.6), (0.6, 0.5), flat)
     assert not far.passed

@@ -61,9 +61,9 @@ def stored(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
 def integer_layers(proto: onnx.ModelProto) -> list[str]:
     """Of the nodes with weights, in order, those whose weights come from an int8 tensor."""
     ready = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
-    held = stored(proto)
+    values = stored(proto)
     layers = [node for node in proto.graph.node if node.op_type in ("Conv", "Gemm")]
-    return [n.name for n in layers if n.input[1] in ready and held[ready[n.input[1]]].dtype == np.int8]
+    return [n.name for n in layers if n.input[1] in ready and values[ready[n.input[1]]].dtype == np.int8]
 
 
 def rms(values: np.ndarray) -> float:
@@ -73,30 +73,30 @@ def rms(values: np.ndarray) -> float:
 def test_the_range_that_this_cpu_needs_keeps_its_integers_from_overflowing(plain: onnx.ModelProto) -> None:
     """Weights of 8 bits on an x86 CPU without VNNI are 0.28 apart here, of 7 bits 0.02."""
     fit = quantise(plain, [IMAGES], first=2, reduce_range=needs_reduced_range())
-    z, said = logits(fit, IMAGES, literally=True), logits(fit, IMAGES)
-    assert rms(said - z) < 0.1 * z.std()
+    z, z_int8 = logits(fit, IMAGES, literally=True), logits(fit, IMAGES)
+    assert rms(z_int8 - z) < 0.1 * z.std()
 
 
 def test_int8_says_nearly_what_float_says_and_keeps_the_ends_in_float(
     plain: onnx.ModelProto, int8: onnx.ModelProto
 ) -> None:
-    z, said = logits(plain, IMAGES), logits(int8, IMAGES, literally=True)
-    assert 0 < rms(said - z) < 0.1 * z.std()
+    z, z_int8 = logits(plain, IMAGES), logits(int8, IMAGES, literally=True)
+    assert 0 < rms(z_int8 - z) < 0.1 * z.std()
     layers = [node.name for node in plain.graph.node if node.op_type in ("Conv", "Gemm")]
     assert set(integer_layers(int8)) == set(layers[2:-1])
     assert len(serialised(int8)) < 0.6 * len(serialised(plain))
 
 
 def test_every_weight_is_the_nearest_of_its_channels_steps(plain: onnx.ModelProto, int8: onnx.ModelProto) -> None:
-    floats, held = stored(plain), stored(int8)
+    floats, integers = stored(plain), stored(int8)
     names = [
-        name.removesuffix("_quantized") for name, value in held.items() if value.dtype == np.int8 and value.ndim == 4
+        name.removesuffix("_quantized") for name, value in integers.items() if value.dtype == np.int8 and value.ndim == 4
     ]
     assert len(names) > 5
     for name in names:
-        whole, scale = held[f"{name}_quantized"].astype(np.float64), held[f"{name}_scale"].astype(np.float64)
+        whole, scale = integers[f"{name}_quantized"].astype(np.float64), integers[f"{name}_scale"].astype(np.float64)
         assert scale.shape == (len(whole),)
-        assert not held[f"{name}_zero_point"].any()
+        assert not integers[f"{name}_zero_point"].any()
         step = scale[:, None, None, None]
         nearest = np.clip(np.round(floats[name] / step), -127, 127)
         assert np.abs(whole - nearest).max() <= 1  # 1: a tie, in float32
@@ -121,8 +121,8 @@ def test_the_scale_beats_that_of_the_largest_weight_by_the_cost_it_is_chosen_for
 
 
 def test_a_reduced_range_has_seven_bits(plain: onnx.ModelProto) -> None:
-    held = stored(quantise(plain, [IMAGES[:4]], first=2, reduce_range=True))
-    largest = [np.abs(value.astype(int)).max() for value in held.values() if value.dtype == np.int8 and value.ndim == 4]
+    values = stored(quantise(plain, [IMAGES[:4]], first=2, reduce_range=True))
+    largest = [np.abs(value.astype(int)).max() for value in values.values() if value.dtype == np.int8 and value.ndim == 4]
     assert max(largest) == 64
 
 
@@ -130,23 +130,23 @@ def test_an_activations_range_is_the_mean_of_its_batches(
     plain: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize, "BATCH", 8)
-    made = quantise(plain, [IMAGES[:10], IMAGES[10:24]], first=2)  # batches of 8, 2, 8 and 6
-    first = next(node for node in made.graph.node if node.op_type == "QuantizeLinear")
+    quantised = quantise(plain, [IMAGES[:10], IMAGES[10:24]], first=2)  # batches of 8, 2, 8 and 6
+    first = next(node for node in quantised.graph.node if node.op_type == "QuantizeLinear")
     probe = onnx.ModelProto()
     probe.CopyFrom(plain)
     probe.graph.output.append(onnx.helper.make_tensor_value_info(first.input[0], onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(serialised(probe))
     parts = [IMAGES[a:b] for a, b in ((0, 8), (8, 10), (10, 18), (18, 24))]
-    seen = [session.run([first.input[0]], {"input": part})[0] for part in parts]
-    low, high = (float(np.mean([pick(value) for value in seen])) for pick in (np.min, np.max))
-    assert stored(made)[first.input[1]] == pytest.approx((max(high, 0) - min(low, 0)) / 255, rel=1e-5)
+    activations = [session.run([first.input[0]], {"input": part})[0] for part in parts]
+    low, high = (float(np.mean([pick(value) for value in activations])) for pick in (np.min, np.max))
+    assert stored(quantised)[first.input[1]] == pytest.approx((max(high, 0) - min(low, 0)) / 255, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_graph_of_fixed_batch_is_calibrated_in_such_batches(batch: int) -> None:
     fixed = exported(batch)
-    made = quantise(fixed, [IMAGES[:7]], first=2)
-    assert logits(made, IMAGES[:batch]).shape == (batch, 5)
+    quantised = quantise(fixed, [IMAGES[:7]], first=2)
+    assert logits(quantised, IMAGES[:batch]).shape == (batch, 5)
 
 
 def test_what_cannot_be_done_is_named(plain: onnx.ModelProto) -> None:
@@ -157,11 +157,11 @@ def test_what_cannot_be_done_is_named(plain: onnx.ModelProto) -> None:
 
 
 def test_fp16_keeps_its_ports_and_nearly_its_logits(plain: onnx.ModelProto) -> None:
-    made = halve(plain)
-    z, said = logits(plain, IMAGES), logits(made, IMAGES)
-    np.testing.assert_allclose(said, z, rtol=0, atol=5e-3 * np.abs(z).max())
-    assert (said != z).any()
-    assert {value.dtype for value in stored(made).values() if value.ndim == 4} == {np.dtype(np.float16)}
+    halved = halve(plain)
+    z, z_fp16 = logits(plain, IMAGES), logits(halved, IMAGES)
+    np.testing.assert_allclose(z_fp16, z, rtol=0, atol=5e-3 * np.abs(z).max())
+    assert (z_fp16 != z).any()
+    assert {value.dtype for value in stored(halved).values() if value.ndim == 4} == {np.dtype(np.float16)}
     assert plain.graph.node[0].op_type != "Cast"  # the float graph stays as it is
 
 
@@ -192,16 +192,16 @@ def test_which_cpus_need_a_reduced_range(tmp_path: Path) -> None:
     assert needs_reduced_range(cpuinfo=tmp_path / "none", machine="AMD64")
 
 
-@pytest.mark.parametrize("made", [small.bytes_in, small.plain, small.fixed_batch], ids=lambda made: made.__name__)
-def test_a_file_of_another_program_is_calibrated_as_it_is_fed(made: Callable[[], onnx.ModelProto]) -> None:
+@pytest.mark.parametrize("make", [small.bytes_in, small.plain, small.fixed_batch], ids=lambda make: make.__name__)
+def test_a_file_of_another_program_is_calibrated_as_it_is_fed(make: Callable[[], onnx.ModelProto]) -> None:
     """Bytes, channels last; batches of one."""
-    model = made()
+    model = make()
     for node in model.graph.node:  # float layers are told by their names
         node.name = node.name or node.output[0]
     x = np.random.default_rng(1).integers(0, 256, (6, 3, small.SIZE, small.SIZE)).astype(np.float32)
-    x = x if made is small.bytes_in else x / 255
+    x = x if make is small.bytes_in else x / 255
     proto = quantise(model, [x], first=0)
     assert integer_layers(proto)
     float_, int8_ = (probabilities(OnnxSession(serialised(each)).logits(x), None) for each in (model, proto))
-    assert OnnxSession(serialised(proto)).file.dtype == ("uint8" if made is small.bytes_in else "float32")
+    assert OnnxSession(serialised(proto)).file.dtype == ("uint8" if make is small.bytes_in else "float32")
     np.testing.assert_allclose(int8_, float_, atol=0.05)

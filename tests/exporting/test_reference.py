@@ -35,10 +35,10 @@ def test_the_second_time_it_is_the_same_from_the_cache(
     folder: Path, new_python: Callable[[], AbstractContextManager[None]]
 ) -> None:
     with new_python():
-        proto, positions, made = cached_plain(**WANTED)
-        assert made == "fresh"
-        again, others, made = cached_plain(**WANTED)
-        assert made == "cached"
+        proto, positions, state = cached_plain(**WANTED)
+        assert state == "fresh"
+        again, others, state = cached_plain(**WANTED)
+        assert state == "cached"
     fresh, expected = independent_plain(**WANTED)  # by another process
     assert serialised(again) == serialised(proto) == serialised(fresh)
     assert others == positions == expected
@@ -47,14 +47,14 @@ def test_the_second_time_it_is_the_same_from_the_cache(
 @pytest.mark.parametrize("change", ["classes", "versions", "sources"])
 def test_what_shapes_a_graph_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     cached_plain(**WANTED)
-    wanted = WANTED
+    request = WANTED
     if change == "classes":
-        wanted = WANTED | {"num_classes": 4}
+        request = WANTED | {"num_classes": 4}
     elif change == "versions":
         monkeypatch.setattr(reference, "versions", lambda: {"torch": "another"})
     else:
         monkeypatch.setattr(reference, "_sources", lambda: "another")
-    assert cached_plain(**wanted)[2] == "fresh"
+    assert cached_plain(**request)[2] == "fresh"
 
 
 @pytest.mark.parametrize("name", ["0.onnx", "1.onnx", "sha256.json"])
@@ -77,8 +77,8 @@ def test_what_is_damaged_is_made_anew(folder: Path, name: str, damage: str) -> N
 def test_a_few_are_kept_and_a_place_that_cannot_be_written_is_no_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made = reference._two_draws(REQUEST)
-    monkeypatch.setattr(reference, "_two_draws", lambda request: made)
+    drawn_graphs = reference._two_draws(REQUEST)
+    monkeypatch.setattr(reference, "_two_draws", lambda request: drawn_graphs)
     for classes in range(CACHED_GRAPHS + 3):
         cached_plain(**WANTED | {"num_classes": classes})
     assert len(list(folder.iterdir())) == CACHED_GRAPHS

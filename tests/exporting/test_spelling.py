@@ -131,13 +131,13 @@ def compute_shapes(model: ModelProto) -> None:
     model.graph.initializer.extend(
         [stored("one", 1, np.int64), stored("axis", [0], np.int64), stored("minus", [-1], np.int64)]
     )
-    made = [
+    nodes = [
         helper.make_node("Shape", ["g"], ["shape"]),
         helper.make_node("Gather", ["shape", "one"], ["channels"], axis=0),
         helper.make_node("Unsqueeze", ["channels", "axis"], ["channels_1"]),
         helper.make_node("Concat", ["minus", "channels_1"], ["flat"], axis=0),
     ]
-    for shift, new in enumerate(made):
+    for shift, new in enumerate(nodes):
         model.graph.node.insert(at + shift, new)
 
 
@@ -232,10 +232,10 @@ def test_a_rule_alone_keeps_the_answers(rule: str) -> None:
     model = changed(repeat_constants)
     for change in EVERYTHING:
         change(model)
-    wanted = answers(model)
+    expected = answers(model)
     assert RULES[rule](model) > 0
     onnx.checker.check_model(model, full_check=True)
-    np.testing.assert_array_equal(answers(model), wanted)
+    np.testing.assert_array_equal(answers(model), expected)
 
 
 # --- true changes near each rule -------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def test_a_shape_in_which_the_batch_is_another_axis_is_another() -> None:
 
 def test_a_batch_that_may_be_another_than_the_shapes_is_not_left_open() -> None:
     """Reshape of a map whose size is open: -1 would take its rows, too."""
-    made = []
+    models = []
     for target in (["batch", "four"], ["minus", "four"]):
         model = classifier()
         for side in (2, 3):
@@ -328,8 +328,8 @@ def test_a_batch_that_may_be_another_than_the_shapes_is_not_left_open() -> None:
         compute_batch(model)
         model.graph.initializer.append(stored("minus", [-1], np.int64))
         next(n for n in model.graph.node if n.op_type == "Concat").input[:] = target
-        made.append(model)
-    assert rules_between(*made) is None
+        models.append(model)
+    assert rules_between(*models) is None
 
 
 def test_inputs_of_what_does_not_commute_are_not_swapped() -> None:
