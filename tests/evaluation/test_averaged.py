@@ -44,18 +44,18 @@ def test_flips_and_crops_are_the_mean_of_their_probabilities() -> None:
 def test_the_centre_of_the_canvas_is_the_deployed_crop(resize: str, size: tuple[int, int]) -> None:
     spec = Preprocess(size=(160, 128), resize=resize, crop_pct=0.875)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    seen: list[torch.Tensor] = []
+    views: list[torch.Tensor] = []
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        seen.append(x)
+        views.append(x)
         return torch.zeros(1, 2)
 
     average_views(keep, "crops", spec.size)(torch.from_numpy(preprocess(image, canvas(spec)))[None])
     deployed = preprocess(image, spec)  # to a pixel: two centres are rounded one after the other
     shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    moved = [np.roll(seen[0][0].numpy(), shift, (1, 2))[:, 1:-1, 1:-1] for shift in shifts]
+    moved = [np.roll(views[0][0].numpy(), shift, (1, 2))[:, 1:-1, 1:-1] for shift in shifts]
     assert any((part == deployed[:, 1:-1, 1:-1]).all() for part in moved)
-    assert [tuple(part.shape[2:]) for part in seen] == [(160, 128)] * 5
+    assert [tuple(part.shape[2:]) for part in views] == [(160, 128)] * 5
 
 
 def test_they_are_recorded_apart_and_stay_out_of_bundles(tmp_path, recipe_tree: dict) -> None:
@@ -76,8 +76,8 @@ def test_they_are_recorded_apart_and_stay_out_of_bundles(tmp_path, recipe_tree: 
 @pytest.mark.parametrize("guide", ["attention", "cam"])
 def test_a_second_pass_over_the_attended_crop(tmp_path: Path, recipe_tree: dict, guide: str) -> None:
     chosen = {"attention_crop_drop": {"maps": 4, "guide": guide, "map": "gradcam"}}
-    made = validate(Recipe, recipe_tree | {"image": {"size": 64}, "techniques": chosen}, where="test")
-    run = trainer.train(made, tmp_path / "run")
+    recipe = validate(Recipe, recipe_tree | {"image": {"size": 64}, "techniques": chosen}, where="test")
+    run = trainer.train(recipe, tmp_path / "run")
     plain, twice = api.evaluate(run), api.evaluate(run, views="refined")
     assert (plain.split, twice.split) == ("val", "val-refined")
     assert (twice.scores.loss != plain.scores.loss) or guide == "attention", "the mean attention may be the whole image"

@@ -39,25 +39,25 @@ def honest(count: int, *, classes: int = 6, scale: float = 1.5, seed: int = 0) -
 @pytest.mark.parametrize("true", [0.3, 1.0, 2.5])
 def test_the_temperature_of_overconfident_logits_is_found_again(true: float) -> None:
     z, y = honest(20_000)
-    found = calibrate((true * z).astype(np.float32), y)
-    assert found.temperature == pytest.approx(true, rel=0.03)
-    assert found.note == "" or true == 1.0  # where there is nothing to mend, the fit is a little worse than none
-    assert found.after.ece < 0.01
+    calibrated = calibrate((true * z).astype(np.float32), y)
+    assert calibrated.temperature == pytest.approx(true, rel=0.03)
+    assert calibrated.note == "" or true == 1.0  # where there is nothing to mend, the fit is a little worse than none
+    assert calibrated.after.ece < 0.01
     if true != 1:
-        assert found.before.ece > 0.1
-        assert found.nll_after < found.nll
-    assert found.threshold == pytest.approx(calibrate(z, y).threshold, abs=1e-3)  # the scale of the logits is gone
+        assert calibrated.before.ece > 0.1
+        assert calibrated.nll_after < calibrated.nll
+    assert calibrated.threshold == pytest.approx(calibrate(z, y).threshold, abs=1e-3)  # the scale of the logits is gone
 
 
 def test_the_loss_is_torchs_and_least_at_the_temperature() -> None:
     z, y = honest(400)
     z *= 3
-    found = calibrate(z, y)
+    calibrated = calibrate(z, y)
     one, labels = torch.tensor(z), torch.tensor(y)
-    assert found.nll == pytest.approx(F.cross_entropy(one, labels).item(), rel=1e-12)
-    at = [F.cross_entropy(one / t, labels).item() for t in found.temperature * np.array([0.99, 1, 1.01])]
+    assert calibrated.nll == pytest.approx(F.cross_entropy(one, labels).item(), rel=1e-12)
+    at = [F.cross_entropy(one / t, labels).item() for t in calibrated.temperature * np.array([0.99, 1, 1.01])]
     assert at[1] < min(at[0], at[2])
-    log_t = torch.tensor(math.log(found.temperature), dtype=torch.float64, requires_grad=True)
+    log_t = torch.tensor(math.log(calibrated.temperature), dtype=torch.float64, requires_grad=True)
     F.cross_entropy(one / log_t.exp(), labels).backward()
     assert abs(log_t.grad.item()) < 1e-5
 
@@ -68,17 +68,17 @@ def test_the_calibration_error_is_torchmetrics(seed: int, count: int, scale: flo
     z, y = honest(count, scale=scale, seed=seed)
     p = torch.tensor(z, dtype=torch.float64).softmax(1)
     expected = multiclass_calibration_error(p, torch.tensor(y), num_classes=6, n_bins=BINS, norm="l1").item()
-    found = reliability(confidence_of(z, 1.0), z.argmax(1) == y)
-    assert found.ece == pytest.approx(expected, abs=1e-5)
-    assert found.images.sum() == count
+    bins = reliability(confidence_of(z, 1.0), z.argmax(1) == y)
+    assert bins.ece == pytest.approx(expected, abs=1e-5)
+    assert bins.images.sum() == count
 
 
 def test_bins_by_hand() -> None:
-    found = reliability(np.array([1 / BINS, 1 / BINS + 1e-9, 1.0, 0.99]), np.array([True, False, True, False]))
-    assert found.images.tolist() == [1, 1, *[0] * (BINS - 3), 2]  # (k/BINS, (k+1)/BINS]
-    assert found.accuracy[[0, 1, -1]].tolist() == [1, 0, 0.5]
-    assert np.isnan(found.accuracy[2:-1]).all()
-    assert found.ece == pytest.approx((1 - 1 / BINS + 1 / BINS + 2 * 0.495) / 4)
+    bins = reliability(np.array([1 / BINS, 1 / BINS + 1e-9, 1.0, 0.99]), np.array([True, False, True, False]))
+    assert bins.images.tolist() == [1, 1, *[0] * (BINS - 3), 2]  # (k/BINS, (k+1)/BINS]
+    assert bins.accuracy[[0, 1, -1]].tolist() == [1, 0, 0.5]
+    assert np.isnan(bins.accuracy[2:-1]).all()
+    assert bins.ece == pytest.approx((1 - 1 / BINS + 1 / BINS + 2 * 0.495) / 4)
 
 
 def test_risk_and_coverage_by_hand() -> None:
@@ -112,12 +112,13 @@ def test_keeping_next_to_nothing_rejects_all_but_the_surest(count: int) -> None:
 
 def test_a_fit_that_does_not_help_says_so() -> None:
     z, y = honest(60, seed=3)  # few images, and nothing to mend
-    found = calibrate(z, y)
-    assert found.nll_after > found.nll
-    assert found.note == (
-        f"no gain: on images that it was not fitted on the loss is {found.nll_after:.4f}, without it {found.nll:.4f}"
+    calibrated = calibrate(z, y)
+    assert calibrated.nll_after > calibrated.nll
+    assert calibrated.note == (
+        f"no gain: on images that it was not fitted on the loss is {calibrated.nll_after:.4f}, "
+        f"without it {calibrated.nll:.4f}"
     )
-    assert found.stored("val").note == found.note
+    assert calibrated.stored("val").note == calibrated.note
     z, y = honest(500)
     assert calibrate(2 * z, y).stored("val").note == ""
 
@@ -131,14 +132,14 @@ def test_the_threshold_keeps_its_promise_on_new_images() -> None:
 
 def test_cross_fitted_figures_are_near_what_new_images_give() -> None:
     z, y = honest(6000, scale=2.0)
-    found, new = calibrate(2 * z[:3000], y[:3000]), slice(3000, None)
-    confidence = confidence_of(2 * z[new], found.temperature)
-    right, answered = z[new].argmax(1) == y[new], confidence >= found.threshold
-    assert found.after.ece == pytest.approx(reliability(confidence, right).ece, abs=0.02)
-    assert found.kept == pytest.approx(answered[right].mean(), abs=0.02)
-    assert found.coverage == pytest.approx(answered.mean(), abs=0.02)
-    assert found.accuracy == pytest.approx(right[answered].mean(), abs=0.02)
-    assert found.kept == pytest.approx(0.95, abs=0.02)
+    calibrated, new = calibrate(2 * z[:3000], y[:3000]), slice(3000, None)
+    confidence = confidence_of(2 * z[new], calibrated.temperature)
+    right, answered = z[new].argmax(1) == y[new], confidence >= calibrated.threshold
+    assert calibrated.after.ece == pytest.approx(reliability(confidence, right).ece, abs=0.02)
+    assert calibrated.kept == pytest.approx(answered[right].mean(), abs=0.02)
+    assert calibrated.coverage == pytest.approx(answered.mean(), abs=0.02)
+    assert calibrated.accuracy == pytest.approx(right[answered].mean(), abs=0.02)
+    assert calibrated.kept == pytest.approx(0.95, abs=0.02)
 
 
 def test_what_can_not_be_fitted_is_said_and_left_alone() -> None:
@@ -164,8 +165,8 @@ def test_what_can_not_be_fitted_is_said_and_left_alone() -> None:
 
 def test_keeping_all_rejects_nothing() -> None:
     z, y = honest(300)
-    found = calibrate(z, y, keep=1)
-    assert (found.threshold, found.coverage) == (0, 1)
+    calibrated = calibrate(z, y, keep=1)
+    assert (calibrated.threshold, calibrated.coverage) == (0, 1)
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.5])
@@ -179,12 +180,12 @@ def test_senseless_demands_are_refused(keep: float) -> None:
 
 def test_what_a_bundle_stores() -> None:
     z, y = honest(500)
-    found = calibrate(2 * z, y)
-    stored = found.stored("val")
-    assert stored.temperature == pytest.approx(found.temperature, abs=1e-6)
-    assert 0 <= found.threshold - stored.threshold < 1e-6
+    calibrated = calibrate(2 * z, y)
+    stored = calibrated.stored("val")
+    assert stored.temperature == pytest.approx(calibrated.temperature, abs=1e-6)
+    assert 0 <= calibrated.threshold - stored.threshold < 1e-6
     assert (stored.fitted_on, stored.images) == ("val", 500)
-    assert stored.ece_before == pytest.approx(found.before.ece, abs=1e-6)
+    assert stored.ece_before == pytest.approx(calibrated.before.ece, abs=1e-6)
 
 
 def test_a_sample_is_spread_and_bounded() -> None:
@@ -197,10 +198,10 @@ def test_a_sample_is_spread_and_bounded() -> None:
 
 def test_tables_and_plots() -> None:
     z, y = honest(200)
-    found = calibrate(2 * z, y)
-    rows = found.rows()
+    calibrated = calibrate(2 * z, y)
+    rows = calibrated.rows()
     assert sum(row["before_images"] for row in rows) == sum(row["after_images"] for row in rows) == 200
     assert rows[0]["before_accuracy"] == ""
-    drawn = plot_calibration(found, split="val")
-    assert drawn.keys() == {"reliability-val.png", "risk-coverage-val.png"}
-    assert all(picture.startswith(b"\x89PNG") for picture in drawn.values())
+    pictures = plot_calibration(calibrated, split="val")
+    assert pictures.keys() == {"reliability-val.png", "risk-coverage-val.png"}
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())

@@ -22,15 +22,15 @@ def table(both: int, lost: int, won: int, neither: int) -> Paired:
 
 
 def test_a_table_by_hand() -> None:
-    found = table(80, 2, 8, 10)
-    assert found.images == 100
-    assert found.gain == pytest.approx(0.06)
-    assert found.negative_flip_rate == pytest.approx(0.02)
-    assert (found.negative.sum(), found.positive.sum()) == (2, 8)
-    assert np.flatnonzero(found.negative).tolist() == [80, 81]
+    paired = table(80, 2, 8, 10)
+    assert paired.images == 100
+    assert paired.gain == pytest.approx(0.06)
+    assert paired.negative_flip_rate == pytest.approx(0.02)
+    assert (paired.negative.sum(), paired.positive.sum()) == (2, 8)
+    assert np.flatnonzero(paired.negative).tolist() == [80, 81]
     # Of 10 images that changed sides, at most 2 or at least 8 one way: (1 + 10 + 45) * 2 of 1024.
-    assert found.p == pytest.approx(112 / 1024)
-    assert found.low < 0 < found.gain < found.high
+    assert paired.p == pytest.approx(112 / 1024)
+    assert paired.low < 0 < paired.gain < paired.high
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ def test_one_is_better_where_chance_would_seldom_do_it(lost: int, won: int, verd
 def test_the_same_answers_are_no_difference() -> None:
     rng = np.random.default_rng(0)
     y, a = rng.integers(0, 5, (2, 300))
-    found = compare_predictions(y, a, a)
-    assert (found.gain, found.p, found.negative.sum(), found.positive.sum()) == (0, 1, 0, 0)
-    assert found.low == pytest.approx(-found.high)
-    assert found.high == pytest.approx(1.959964**2 / (300 + 1.959964**2))  # the score interval of 0 of 300
-    assert all(row["change"] == 0 for row in found.by_class("abcde"))
+    paired = compare_predictions(y, a, a)
+    assert (paired.gain, paired.p, paired.negative.sum(), paired.positive.sum()) == (0, 1, 0, 0)
+    assert paired.low == pytest.approx(-paired.high)
+    assert paired.high == pytest.approx(1.959964**2 / (300 + 1.959964**2))  # the score interval of 0 of 300
+    assert all(row["change"] == 0 for row in paired.by_class("abcde"))
 
 
 counts = st.integers(0, 60)
@@ -98,16 +98,16 @@ def test_the_interval_ends_where_the_score_test_does(wins: int, losses: int, ima
 def test_the_interval_is_near_the_bootstraps() -> None:
     rng = np.random.default_rng(0)
     wins, losses, images = 90, 60, 1000
-    drawn = rng.multinomial(images, [wins / images, losses / images, 1 - (wins + losses) / images], 40_000)
-    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / images, [0.025, 0.975])
+    tables = rng.multinomial(images, [wins / images, losses / images, 1 - (wins + losses) / images], 40_000)
+    low, high = np.quantile((tables[:, 0] - tables[:, 1]) / images, [0.025, 0.975])
     assert gain_interval(wins, losses, images) == pytest.approx((low, high), abs=0.002)
 
 
 @pytest.mark.parametrize("p", [(0.1, 0.05), (0.02, 0.02), (0.3, 0.1)])
 def test_the_interval_covers_the_truth_as_often_as_it_says(p: tuple[float, float]) -> None:
     rng = np.random.default_rng(0)
-    drawn, times = np.unique(rng.multinomial(60, [*p, 1 - sum(p)], 4000)[:, :2], axis=0, return_counts=True)
-    ends = [gain_interval(int(wins), int(losses), 60) for wins, losses in drawn]
+    tables, times = np.unique(rng.multinomial(60, [*p, 1 - sum(p)], 4000)[:, :2], axis=0, return_counts=True)
+    ends = [gain_interval(int(wins), int(losses), 60) for wins, losses in tables]
     covered = sum(n for n, (low, high) in zip(times, ends, strict=True) if low <= p[0] - p[1] <= high) / 4000
     assert 0.93 < covered < 0.98
 
@@ -164,8 +164,8 @@ def test_a_gate_does_not_contradict_itself_near_its_limit() -> None:
     ]
     assert Gate("0.5%").failures(table(397, 2, 0, 0)) == ["2 negative flips of 399 images (0.501 %), more than 0.5%"]
     assert Gate("0.5%").failures(table(199_990, 1001, 0, 8_209)) == []
-    said = Gate("50%").failures(table(14_999, 15_001, 0, 0))
-    assert said == ["15001 negative flips of 30000 images (50.003 %), more than 50%"]
+    failures = Gate("50%").failures(table(14_999, 15_001, 0, 0))
+    assert failures == ["15001 negative flips of 30000 images (50.003 %), more than 50%"]
 
 
 @pytest.mark.parametrize(

@@ -31,19 +31,19 @@ def weighted(recipe_tree: dict, tmp_path: Path) -> Recipe:
 
 def test_they_are_the_nets_pooled_vectors(weighted: Recipe) -> None:
     index = read_source(weighted.data)
-    seen: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     rows = np.array([3, 50, 10, 40])
-    found = compute_features(
-        weighted, load_frozen(weighted, 3), index, rows, progress=lambda done, total: seen.append((done, total))
+    features = compute_features(
+        weighted, load_frozen(weighted, 3), index, rows, progress=lambda done, total: calls.append((done, total))
     )
-    assert found.rows.tolist() == rows.tolist()
-    assert seen == [(4, 4)]
+    assert features.rows.tolist() == rows.tolist()
+    assert calls == [(4, 4)]
     net = plain_model("test_resnet", 3).eval()
     spec = preprocess_for(weighted.deploy, weighted.image.size, load_weights(net, weighted.model))
     x = torch.from_numpy(np.stack([preprocess(decode(index.path(row)), spec) for row in rows.tolist()]))
     with torch.no_grad():
         expected = net.forward_features(x).mean(dim=(2, 3))
-    np.testing.assert_allclose(found.vectors, expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(features.vectors, expected.numpy(), atol=1e-5)
 
 
 def test_random_weights_are_refused(recipe_tree: dict) -> None:
@@ -54,17 +54,17 @@ def test_random_weights_are_refused(recipe_tree: dict) -> None:
 
 
 def test_the_normalisation_is_told_as_rgb_with_white_as_one(weighted: Recipe) -> None:
-    found = input_normalisation(weighted)
-    assert found is not None
-    assert (found.mean, found.std) == ((0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+    normalisation = input_normalisation(weighted)
+    assert normalisation is not None
+    assert (normalisation.mean, normalisation.std) == ((0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
     tree = weighted.model_dump(mode="json") | {"deploy": {"channel_order": "bgr", "input_range": 255}}
     deployed = input_normalisation(Recipe.model_validate(tree))
     assert deployed is not None
-    np.testing.assert_allclose((deployed.mean, deployed.std), (found.mean, found.std))
+    np.testing.assert_allclose((deployed.mean, deployed.std), (normalisation.mean, normalisation.std))
     tree["deploy"] |= {"mean": [51, 102, 153], "std": [25.5, 51, 102]}
-    given = input_normalisation(Recipe.model_validate(tree))
-    assert given is not None
-    np.testing.assert_allclose((given.mean, given.std), ((0.6, 0.4, 0.2), (0.4, 0.2, 0.1)))
+    in_bytes = input_normalisation(Recipe.model_validate(tree))
+    assert in_bytes is not None
+    np.testing.assert_allclose((in_bytes.mean, in_bytes.std), ((0.6, 0.4, 0.2), (0.4, 0.2, 0.1)))
 
 
 def test_it_is_told_whether_the_weights_ask_for_it(weighted: Recipe) -> None:
@@ -75,9 +75,9 @@ def test_it_is_told_whether_the_weights_ask_for_it(weighted: Recipe) -> None:
         ({"mean": [0.5, 0.5, 0.5]}, False, 0),
         ({"input_range": 255, "std": [0.1, 0.2, 0.3]}, False, 1),
     ):
-        found = input_normalisation(Recipe.model_validate(tree | {"deploy": deploy}))
-        assert found is not None
-        assert (found.from_weights, len(found.doubts)) == (own, doubts), deploy
+        normalisation = input_normalisation(Recipe.model_validate(tree | {"deploy": deploy}))
+        assert normalisation is not None
+        assert (normalisation.from_weights, len(normalisation.doubts)) == (own, doubts), deploy
 
 
 def test_weights_out_of_reach_are_no_fault_of_the_data(recipe_tree: dict) -> None:

@@ -88,8 +88,8 @@ def test_a_flat_folder_may_have_been_seen(
         assert way in message
     assert compared(*files, "--data", leaves, "--seen", "none") == 0
     assert "judged on 24 unseen images of the set\n" in capsys.readouterr().out
-    seen = [path.relative_to(leaves) for path in sorted(leaves.rglob("*.png")) if int(path.stem) < 5]
-    (tmp_path / "seen.txt").write_text("\n".join(map(str, seen)))
+    paths = [path.relative_to(leaves) for path in sorted(leaves.rglob("*.png")) if int(path.stem) < 5]
+    (tmp_path / "seen.txt").write_text("\n".join(map(str, paths)))
     assert compared(*files, "--data", leaves, "--seen", tmp_path / "seen.txt") == 0
     assert "judged on 9 unseen images of the set\n" in capsys.readouterr().out
     assert compared(*files, "--data", leaves, "--unseen", flat / "new") == 0

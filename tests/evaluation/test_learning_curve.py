@@ -53,19 +53,19 @@ def test_an_image_alone_in_its_class_is_learned_and_never_judged() -> None:
 def test_equals_a_loop_by_hand() -> None:
     x, y = blobs()
     folds = make_folds(y, None, seed=0)
-    found = learning_curve(x, y, folds, strength=0.1)
+    curve = learning_curve(x, y, folds, strength=0.1)
     for at in range(len(SHARES)):
         right = np.zeros(len(y), bool)
         for fold in folds:
             own = fold.train[at]
             probe = fit_probe(x[own], y[own], classes=4, strengths=(0.1,))
             right[fold.held_out] = (x[fold.held_out] @ probe.weight.T + probe.bias).argmax(1) == y[fold.held_out]
-        assert np.array_equal(found.right[at], right)
-    share = found.accuracy()
-    count = int(found.right[0].sum())
+        assert np.array_equal(curve.right[at], right)
+    share = curve.accuracy()
+    count = int(curve.right[0].sum())
     interval = binomtest(count, len(y)).proportion_ci(method="wilson")
     assert (share.value, share.low, share.high) == pytest.approx((count / len(y), interval.low, interval.high), abs=1e-6)
-    assert found.accuracy(0.25).value == found.right[2].mean()
+    assert curve.accuracy(0.25).value == curve.right[2].mean()
 
 
 def test_the_penalty_is_chosen_within_what_the_first_fold_learns() -> None:
@@ -82,20 +82,20 @@ def test_the_penalty_is_chosen_within_what_the_first_fold_learns() -> None:
 def test_noise_teaches_nothing() -> None:
     _, y = blobs(classes=2, images=200)
     x = np.random.default_rng(5).normal(size=(400, 8)).astype(np.float32)
-    found = learning_curve(x, y, make_folds(y, None, seed=0))
-    assert found.accuracy().low < 0.5 < found.accuracy().high
-    assert not found.gain(share=0.5).low > 0
+    curve = learning_curve(x, y, make_folds(y, None, seed=0))
+    assert curve.accuracy().low < 0.5 < curve.accuracy().high
+    assert not curve.gain(share=0.5).low > 0
 
 
 def test_more_images_gain_where_they_do() -> None:
     rng = np.random.default_rng(1)
     y = np.repeat(np.arange(20), 30)
     x = (rng.normal(size=(20, 60))[y] * 0.5 + rng.normal(size=(600, 60))).astype(np.float32)
-    found = learning_curve(x, y, make_folds(y, None, seed=0))
-    gain = found.gain(share=0.5)
-    assert gain.value == pytest.approx(found.accuracy().value - found.accuracy(0.5).value)
-    wins = int((found.right[0] & ~found.right[1]).sum())
-    losses = int((found.right[1] & ~found.right[0]).sum())
+    curve = learning_curve(x, y, make_folds(y, None, seed=0))
+    gain = curve.gain(share=0.5)
+    assert gain.value == pytest.approx(curve.accuracy().value - curve.accuracy(0.5).value)
+    wins = int((curve.right[0] & ~curve.right[1]).sum())
+    losses = int((curve.right[1] & ~curve.right[0]).sum())
     assert (gain.low, gain.high) == gain_interval(wins, losses, 600)
     assert gain.low > 0
 

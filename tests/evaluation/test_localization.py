@@ -31,10 +31,10 @@ from fgvc.evaluation.localization import (
 
 def painted(*blocks: tuple[int, int, int, int, float], size: tuple[int, int] = (10, 10)) -> torch.Tensor:
     """(1,H,W): zeros with blocks left, top, right, bottom of a value, the later ones on top."""
-    found = torch.zeros(1, *size)
+    maps = torch.zeros(1, *size)
     for left, top, right, bottom, value in blocks:
-        found[0, top:bottom, left:right] = value
-    return found
+        maps[0, top:bottom, left:right] = value
+    return maps
 
 
 def beside(maps: torch.Tensor, *true: tuple[float, float, float, float]) -> MapBoxes:
@@ -46,8 +46,8 @@ def at(tau: float) -> int:
 
 
 def test_boxes_are_half_open() -> None:
-    found = map_boxes(painted((3, 2, 9, 6, 1.0))[0].numpy())
-    for boxes in found:  # every threshold from 0 to 0.99
+    levels = map_boxes(painted((3, 2, 9, 6, 1.0))[0].numpy())
+    for boxes in levels:  # every threshold from 0 to 0.99
         np.testing.assert_array_equal(boxes, [[3, 2, 9, 6]])
     pixel = beside(painted((7, 4, 8, 5, 1.0)), (7, 4, 8, 5))  # a pixel is 1 x 1, and itself
     assert (pixel.largest == 1).all()
@@ -63,31 +63,31 @@ block = st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(1, 9), st.in
 
 @settings(max_examples=80, deadline=None)
 @given(block, block)
-def test_iou_is_the_share_of_pixels_counted(said: tuple[int, int, int, int], true: tuple[int, int, int, int]) -> None:
-    a, b = (painted((*box, 1.0))[0] > 0 for box in (said, true))
+def test_iou_is_the_share_of_pixels_counted(map_box: tuple[int, int, int, int], true: tuple[int, int, int, int]) -> None:
+    a, b = (painted((*box, 1.0))[0] > 0 for box in (map_box, true))
     counted = float((a & b).sum() / (a | b).sum())
     if a.all():  # flat: it says nothing
         counted = 0.0
-    found = beside(painted((*said, 1.0)), true)
-    assert found.largest[0, 50].item() == pytest.approx(counted, abs=1e-7)
-    assert found.best[0, 50].item() == pytest.approx(counted, abs=1e-7)
+    ious = beside(painted((*map_box, 1.0)), true)
+    assert ious.largest[0, 50].item() == pytest.approx(counted, abs=1e-7)
+    assert ious.best[0, 50].item() == pytest.approx(counted, abs=1e-7)
 
 
 def flooded(mask: np.ndarray) -> list[tuple[int, int, int, int, int]]:
     """Pixels and box of every 8-connected component, by flooding; most pixels first."""
-    left = {(int(i), int(j)) for i, j in np.argwhere(mask)}
-    found = []
-    while left:
-        todo, seen = [left.pop()], []
+    cells = {(int(i), int(j)) for i, j in np.argwhere(mask)}
+    components = []
+    while cells:
+        todo, component = [cells.pop()], []
         while todo:
             i, j = todo.pop()
-            seen.append((i, j))
-            near = {(i + di, j + dj) for di in (-1, 0, 1) for dj in (-1, 0, 1)} & left
-            left -= near
+            component.append((i, j))
+            near = {(i + di, j + dj) for di in (-1, 0, 1) for dj in (-1, 0, 1)} & cells
+            cells -= near
             todo += near
-        rows, columns = zip(*seen, strict=True)
-        found.append((-len(seen), min(columns), min(rows), max(columns) + 1, max(rows) + 1))
-    return sorted(found)
+        rows, columns = zip(*component, strict=True)
+        components.append((-len(component), min(columns), min(rows), max(columns) + 1, max(rows) + 1))
+    return sorted(components)
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,26 +105,26 @@ def test_components_equal_flooding(values: np.ndarray, tau: float) -> None:
 
 def test_the_largest_component_and_the_best() -> None:
     """A large wrong blob and a small right one: only MaxBoxAccV2 may pick the right one."""
-    found = beside(painted((0, 0, 5, 5, 1.0), (7, 7, 9, 9, 1.0)), (7, 7, 9, 9))
-    assert (found.largest == 0).all()
-    assert (found.best == 1).all()
-    scores = box_scores(found, torch.tensor([True]), choose_thresholds(found))
+    ious = beside(painted((0, 0, 5, 5, 1.0), (7, 7, 9, 9, 1.0)), (7, 7, 9, 9))
+    assert (ious.largest == 0).all()
+    assert (ious.best == 1).all()
+    scores = box_scores(ious, torch.tensor([True]), choose_thresholds(ious))
     assert (scores.max_box_acc, scores.max_box_acc_v2, scores.gt_known_loc, scores.top1_loc) == (0, 1, 0, 0)
 
 
 def test_thresholds_by_hand() -> None:
     """A step map: 0.2 in 10 x 5, 0.5 in 5 x 4 of it, 1 in 2 x 2. The object has 5 x 4 pixels."""
     maps = painted((0, 0, 10, 5, 0.2), (2, 1, 7, 5, 0.5), (3, 2, 5, 4, 1.0))
-    found = beside(maps, (2, 1, 7, 5))
-    curve = found.largest[0]
+    ious = beside(maps, (2, 1, 7, 5))
+    curve = ious.largest[0]
     # Strictly greater: at 0.2 the outer step is out, at 0.5 the middle one; up to the rounding of the map's float32.
     np.testing.assert_allclose(curve[:20], 20 / 50)
     np.testing.assert_allclose(curve[21:50], 1)
     np.testing.assert_allclose(curve[50:], 4 / 20)
-    assert accuracy(found.largest, 0.3).tolist()[19] == 1
-    assert accuracy(found.largest, 0.5).tolist()[19] == 0
-    assert choose_thresholds(found).largest in (20, 21)
-    assert choose_thresholds(found).best == (0, choose_thresholds(found).largest, choose_thresholds(found).largest)
+    assert accuracy(ious.largest, 0.3).tolist()[19] == 1
+    assert accuracy(ious.largest, 0.5).tolist()[19] == 0
+    assert choose_thresholds(ious).largest in (20, 21)
+    assert choose_thresholds(ious).best == (0, choose_thresholds(ious).largest, choose_thresholds(ious).largest)
 
 
 def two_images() -> MapBoxes:
@@ -135,12 +135,12 @@ def two_images() -> MapBoxes:
 
 
 def test_scores_by_hand() -> None:
-    found = two_images()
-    np.testing.assert_allclose(found.largest[:, at(0.1)], [1, 0.6])
-    np.testing.assert_allclose(found.largest[:, at(0.5)], [0.25, 0.6])
-    np.testing.assert_allclose(found.largest[:, at(0.9)], [0.25, 0.4])
-    np.testing.assert_array_equal(accuracy(found.largest, 0.5)[[10, 50, 90]], [1, 0.5, 0])
-    scores = box_scores(found, torch.tensor([True, False]), choose_thresholds(found))
+    ious = two_images()
+    np.testing.assert_allclose(ious.largest[:, at(0.1)], [1, 0.6])
+    np.testing.assert_allclose(ious.largest[:, at(0.5)], [0.25, 0.6])
+    np.testing.assert_allclose(ious.largest[:, at(0.9)], [0.25, 0.4])
+    np.testing.assert_array_equal(accuracy(ious.largest, 0.5)[[10, 50, 90]], [1, 0.5, 0])
+    scores = box_scores(ious, torch.tensor([True, False]), choose_thresholds(ious))
     assert (scores.images, scores.tau) == (2, 0.0)
     assert (scores.gt_known_loc, scores.top1_loc) == (1, 0.5)
     assert (scores.max_box_acc, scores.max_box_acc_v2_30, scores.max_box_acc_v2_50, scores.max_box_acc_v2_70) == (
@@ -161,14 +161,14 @@ def test_thresholds_of_other_images_do_not_reach_the_maximum() -> None:
 def test_an_iou_of_exactly_the_overlap_is_right() -> None:
     """3, 5 and 7 pixels of 10 in a row."""
     for overlap in OVERLAPS:
-        found = beside(painted((0, 0, round(10 * overlap), 1, 1.0)), (0, 0, 10, 1))
-        assert accuracy(found.largest, overlap)[50] == 1
+        ious = beside(painted((0, 0, round(10 * overlap), 1, 1.0)), (0, 0, 10, 1))
+        assert accuracy(ious.largest, overlap)[50] == 1
 
 
 def test_giou_diou_and_ciou_by_their_formulas() -> None:
     """Disjoint boxes: 2 x 2 at the origin, and 4 x 2 at (4, 4)."""
-    found = beside(painted((0, 0, 2, 2, 1.0)), (4, 4, 8, 6))
-    scores = box_scores(found, torch.tensor([True]), choose_thresholds(found))
+    ious = beside(painted((0, 0, 2, 2, 1.0)), (4, 4, 8, 6))
+    scores = box_scores(ious, torch.tensor([True]), choose_thresholds(ious))
     hull = 8 * 6
     centres, diagonal = (6 - 1) ** 2 + (5 - 1) ** 2, 8**2 + 6**2
     v = 4 / math.pi**2 * (math.atan(4 / 2) - math.atan(2 / 2)) ** 2
@@ -181,10 +181,10 @@ def test_giou_diou_and_ciou_by_their_formulas() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.7, math.nan, math.inf])
 def test_a_map_that_says_nothing_finds_nothing(value: float) -> None:
     maps = torch.full((1, 6, 8), value)
-    found = beside(maps, (0, 0, 8, 6))  # even where the object is the whole picture
-    assert not found.largest.any()
-    assert not found.best.any()
-    scores = box_scores(found, torch.tensor([True]), choose_thresholds(found))
+    ious = beside(maps, (0, 0, 8, 6))  # even where the object is the whole picture
+    assert not ious.largest.any()
+    assert not ious.best.any()
+    scores = box_scores(ious, torch.tensor([True]), choose_thresholds(ious))
     assert (scores.gt_known_loc, scores.max_box_acc_v2, scores.iou) == (0, 0, 0)
     assert (scores.giou, scores.diou, scores.ciou) == (-1, -1, -1)
     np.testing.assert_allclose(highest_area(maps, 0.1), 0.1)
@@ -238,8 +238,8 @@ def test_random_maps_cover_what_chance_does() -> None:
     """The uniform control is not measured but known; so it must be what maps of noise find."""
     rng = torch.Generator().manual_seed(0)
     points = 20 * torch.rand(400, 15, 2, generator=rng)
-    found = point_coverage(torch.rand(400, 20, 20, generator=rng), points, 0.2)
-    assert float(found.mean()) == pytest.approx(0.2, abs=4 * math.sqrt(0.16 / 6000))
+    coverage = point_coverage(torch.rand(400, 20, 20, generator=rng), points, 0.2)
+    assert float(coverage.mean()) == pytest.approx(0.2, abs=4 * math.sqrt(0.16 / 6000))
 
 
 def test_the_centre_map_is_a_disc_in_the_middle() -> None:

@@ -104,21 +104,21 @@ def bright(look: ClassMaps, x: Tensor, labels: Tensor, method: str) -> tuple[Ten
 def test_maps_that_show_the_object_find_it_where_the_data_say_it_is(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through decoding, resizing and cropping: the box and parts of the tables, the pixels of the pictures."""
     monkeypatch.setattr(ClassMaps, "__call__", bright)
-    found = api.localize(own, "test")
-    boxes = found.boxes["true"]
-    assert (found.images, boxes.images, found.left_out, found.silent) == (12, 12, 0, 0)
+    result = api.localize(own, "test")
+    boxes = result.boxes["true"]
+    assert (result.images, boxes.images, result.left_out, result.silent) == (12, 12, 0, 0)
     assert (boxes.gt_known_loc, boxes.max_box_acc, boxes.max_box_acc_v2, boxes.box_acc_v2) == (1, 1, 1, 1)
-    assert boxes.top1_loc == found.top1
+    assert boxes.top1_loc == result.top1
     assert boxes.iou > 0.93  # a border of bicubic resampling is left
-    assert found.boxes["centre"].iou < 0.75
+    assert result.boxes["centre"].iou < 0.75
     # The corner lies outside of the crop, the third is never visible.
-    assert found.parts is not None
-    assert found.parts.visible == 12
+    assert result.parts is not None
+    assert result.parts.visible == 12
     table = rows(own / "tables" / "parts-test.csv")
     assert [(row["part"], row["visible"]) for row in table] == [("middle", "12"), ("corner", "0"), ("hidden", "0")]
     assert table[1]["top_10"] == ""
     # The rectangle is larger than a fifth of the crop and flat but for its border, so that its middle has a part of it.
-    assert 0.2 < found.parts.map[0] < found.parts.map[1]
+    assert 0.2 < result.parts.map[0] < result.parts.map[1]
     classes = rows(own / "tables" / "localisation-test.csv")
     assert [row["class"] for row in classes] == list(CLASSES)
     assert {row["gt_known_loc"] for row in classes} == {"1.0"}
@@ -129,49 +129,49 @@ def test_the_thresholds_come_from_validation(own: Path, monkeypatch: pytest.Monk
     what suits the one part is wrong on the other."""
     look, parts = fgvc.evaluation.localize.localize_rows, []
 
-    def other(seen: LoadedRun, part: np.ndarray, **options: Any) -> Any:
-        parts.append(seen.index.splits[part])
+    def other(loaded: LoadedRun, part: np.ndarray, **options: Any) -> Any:
+        parts.append(loaded.index.splits[part])
         validation = parts[-1][0] == SPLITS.index("val")
 
         def maps(look: ClassMaps, x: Tensor, labels: Tensor, method: str) -> tuple[Tensor, None]:
             inside = bright(look, x, labels, method)[0] > 0.5
             if not validation:
                 first = inside.flatten(1).float().argmax(1)
-                shown = 0.4 * inside.flatten(1).float()
-                return shown.scatter(1, first[:, None], 1.0).view(inside.shape), None
+                map_ = 0.4 * inside.flatten(1).float()
+                return map_.scatter(1, first[:, None], 1.0).view(inside.shape), None
             halo = torch.full(inside.shape, 0.495)
             halo[:, 0] = 0
             return torch.where(inside, 1.0, halo), None
 
         monkeypatch.setattr(ClassMaps, "__call__", maps)
-        return look(seen, part, **options)
+        return look(loaded, part, **options)
 
     monkeypatch.setattr(fgvc.evaluation.localize, "localize_rows", other)
-    found = api.localize(own, "test")
+    result = api.localize(own, "test")
     assert sorted({SPLITS[split] for part in parts for split in part}) == ["test", "val"]
-    assert found.chosen_from == "val"
-    true = found.boxes["true"]
+    assert result.chosen_from == "val"
+    true = result.boxes["true"]
     assert (true.tau, true.gt_known_loc, true.top1_loc, true.max_box_acc) == (0.5, 0, 0, 1)
     assert api.localize(own, "val").boxes["true"].gt_known_loc == 1
 
 
 def test_the_wrong_answers_get_a_map_of_their_own(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[list[int], list[int]]] = []
+    calls: list[tuple[list[int], list[int]]] = []
 
     def maps(look: ClassMaps, x: Tensor, labels: Tensor, method: str) -> tuple[Tensor, Tensor]:
-        asked.append((look.logits(x).argmax(1).tolist(), labels.tolist()))
-        return bright(look, x, labels, method) if len(asked) == 1 else (torch.zeros(len(x), *x.shape[2:]),) * 2
+        calls.append((look.logits(x).argmax(1).tolist(), labels.tolist()))
+        return bright(look, x, labels, method) if len(calls) == 1 else (torch.zeros(len(x), *x.shape[2:]),) * 2
 
     monkeypatch.setattr(ClassMaps, "__call__", maps)
-    found = api.localize(own, "val")
-    said, labels = asked[0]
-    wrong = [answer for answer, label in zip(said, labels, strict=True) if answer != label]
-    assert 0 < len(wrong) < len(said), "the run has learned all or nothing: the test says nothing"
-    assert asked[1:] == [(wrong, wrong)]
-    assert found.top1 == pytest.approx(1 - len(wrong) / len(said))
-    true, predicted = found.boxes["true"], found.boxes["predicted"]
+    result = api.localize(own, "val")
+    answers, labels = calls[0]
+    wrong = [answer for answer, label in zip(answers, labels, strict=True) if answer != label]
+    assert 0 < len(wrong) < len(answers), "the run has learned all or nothing: the test says nothing"
+    assert calls[1:] == [(wrong, wrong)]
+    assert result.top1 == pytest.approx(1 - len(wrong) / len(answers))
+    true, predicted = result.boxes["true"], result.boxes["predicted"]
     assert true.gt_known_loc == 1
-    assert predicted.gt_known_loc == predicted.top1_loc == true.top1_loc == found.top1
+    assert predicted.gt_known_loc == predicted.top1_loc == true.top1_loc == result.top1
 
 
 def test_real_maps_and_what_is_written(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,9 +179,9 @@ def test_real_maps_and_what_is_written(own: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as ended:
         main(["localize", str(own), "--method", "gradcam"])
     assert not ended.value.code
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for words in ("GT-known Loc", "Top-1 Loc", "MaxBoxAccV2", "parts in the top 10 %", "these very images"):
-        assert words in said
+        assert words in output
     files = [
         own / name
         for name in (
@@ -210,10 +210,10 @@ def test_boxes_outside_of_the_crop_are_left_out_and_counted(own: Path, monkeypat
     lines[13] = "14 0 0 5 40"  # of test; the crop begins at column 8 or so
     lines[27] = "28 12 10 0 8"  # empty
     table.write_text("\n".join(lines))
-    found = api.localize(own, "test")
-    assert (found.images, found.left_out, found.boxes["true"].images) == (12, 2, 10)
-    assert found.parts is not None
-    assert found.parts.visible == 12
+    result = api.localize(own, "test")
+    assert (result.images, result.left_out, result.boxes["true"].images) == (12, 2, 10)
+    assert result.parts is not None
+    assert result.parts.visible == 12
 
 
 def test_data_without_parts(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,12 +258,12 @@ def test_the_cost_is_said_before_it_is_spent_and_channels_can_be_chosen(
     with pytest.raises(SystemExit) as ended:
         main(["localize", str(own), "--method", "scorecam", "--channels", "3"])
     assert not ended.value.code
-    said = capsys.readouterr()
-    assert "run: scorecam of 12 images: 3 forwards an image, for the 3 most active of" in said.err
-    assert "val, last, scorecam" in said.out
+    captured = capsys.readouterr()
+    assert "run: scorecam of 12 images: 3 forwards an image, for the 3 most active of" in captured.err
+    assert "val, last, scorecam" in captured.out
     tried: list[int | None] = []
     monkeypatch.setattr(
-        ClassMaps, "__call__", lambda look, *given: tried.append(look.tried("scorecam")) or bright(look, *given)
+        ClassMaps, "__call__", lambda look, *arguments: tried.append(look.tried("scorecam")) or bright(look, *arguments)
     )
     api.localize(own, method="scorecam", channels=5)
     assert set(tried) == {5}

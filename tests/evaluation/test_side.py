@@ -82,29 +82,29 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_classes_in_another_order_are_the_same_classes(pictures: Path, tmp_path: Path) -> None:
     a, b = bundle(tmp_path / "a", [0, 1, 2]), bundle(tmp_path / "b", [2, 0, 1])
-    found = api.compare(a, b, data=str(pictures))
-    assert (found.paired.images, found.paired.gain, found.paired.p) == (15, 0, 1)
-    assert found.paired.a_right.all()
-    assert found.paired.b_right.all()
-    assert found.flips() == []
-    assert found.split == "all"
-    assert [error.rpartition(": ")[2] for error in found.unreadable] == ["not an image"]
+    comparison = api.compare(a, b, data=str(pictures))
+    assert (comparison.paired.images, comparison.paired.gain, comparison.paired.p) == (15, 0, 1)
+    assert comparison.paired.a_right.all()
+    assert comparison.paired.b_right.all()
+    assert comparison.flips() == []
+    assert comparison.split == "all"
+    assert [error.rpartition(": ")[2] for error in comparison.unreadable] == ["not an image"]
 
 
 def test_what_is_lost_is_found_with_its_images(pictures: Path, tmp_path: Path) -> None:
     a, b = bundle(tmp_path / "a", [0, 1, 2]), bundle(tmp_path / "b", [2, 0, 1], lost=0)
-    found = api.compare(a, b, data=str(pictures))
-    pair = found.paired
+    comparison = api.compare(a, b, data=str(pictures))
+    pair = comparison.paired
     assert pair.negative.sum() == 5
     assert pair.gain == pytest.approx(-1 / 3)
-    assert {Path(flip["path"]).parent.name for flip in found.flips()} == {"红"}
-    assert {(flip["flip"], flip["class"], flip["a"]) for flip in found.flips()} == {("negative", "红", "红")}
-    assert pair.by_class(found.classes)[0]["change"] == -1
+    assert {Path(flip["path"]).parent.name for flip in comparison.flips()} == {"红"}
+    assert {(flip["flip"], flip["class"], flip["a"]) for flip in comparison.flips()} == {("negative", "红", "红")}
+    assert pair.by_class(comparison.classes)[0]["change"] == -1
     back = api.compare(b, a, data=str(pictures))
     assert back.paired.gain == -pair.gain
     assert {flip["flip"] for flip in back.flips()} == {"positive"}
     assert back.paired.positive.sum() == 5
-    write_page(found, tmp_path / "out" / "page.html", failures=["<b>no</b>"])
+    write_page(comparison, tmp_path / "out" / "page.html", failures=["<b>no</b>"])
     page = (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
     assert page.count("<figure>") == 5
     assert "红" in page
@@ -112,7 +112,7 @@ def test_what_is_lost_is_found_with_its_images(pictures: Path, tmp_path: Path) -
     with open(tmp_path / "out" / "page.csv", encoding="utf-8") as file:
         assert [row["class"] for row in csv.DictReader(file)] == ["红"] * 5
     assert "红,5,1.0,0.0,-1.0,5,0" in (tmp_path / "out" / "page-classes.csv").read_text(encoding="utf-8")
-    write_page(found, tmp_path / "again.html", failures=["<b>no</b>"])
+    write_page(comparison, tmp_path / "again.html", failures=["<b>no</b>"])
     assert (tmp_path / "again.html").read_text(encoding="utf-8").replace("again.csv", "page.csv") == page
 
 
@@ -145,10 +145,10 @@ def test_each_side_sees_by_its_own_eyes_and_differences_are_said(
     (b / "labels.json").write_text(json.dumps(NAMES))  # its output 0 reads channel 2, which is red
     for name in ("manifest.json", "metrics.json"):
         (b / name).unlink()
-    found = api.compare(a, b / "model.onnx", data=str(pictures), seen="none")
-    assert found.paired.b_right.all()
-    assert found.differences == ("channel_order: rgb against bgr",)
-    assert not found.notes
+    comparison = api.compare(a, b / "model.onnx", data=str(pictures), seen="none")
+    assert comparison.paired.b_right.all()
+    assert comparison.differences == ("channel_order: rgb against bgr",)
+    assert not comparison.notes
     blind = tmp_path / "blind" / "model.onnx"
     blind.parent.mkdir()
     blind.write_bytes((b / "model.onnx").read_bytes())
@@ -157,11 +157,11 @@ def test_each_side_sees_by_its_own_eyes_and_differences_are_said(
     assert assumed.paired.b_right.sum() == 5, "by A's eyes only green is right"
     assert "says nothing of its preprocessing; assumed, as" in assumed.notes[0]
     show.console.width = 300
-    show.comparison(found, [])
-    said = capsys.readouterr().out
-    assert "B is not a drop-in for A" in said
-    assert "channel_order: rgb against bgr" in said
-    write_page(found, tmp_path / "page.html")
+    show.comparison(comparison, [])
+    output = capsys.readouterr().out
+    assert "B is not a drop-in for A" in output
+    assert "channel_order: rgb against bgr" in output
+    write_page(comparison, tmp_path / "page.html")
     assert "B is not a drop-in for A" in (tmp_path / "page.html").read_text(encoding="utf-8")
     show.comparison(api.compare(a, a, data=str(pictures)), [])
     assert "drop-in" not in capsys.readouterr().out
@@ -196,8 +196,8 @@ def test_a_gate_does_not_judge_by_what_is_only_assumed(
         assert code(*sides, "--labels", names) == 0
         assert "warning: " in capsys.readouterr().out
         assert code(*sides, "--labels", names, *gate) == 2
-        assert "old.onnx: nothing says how" in (said := capsys.readouterr().err)
-        assert "--preprocess FILE" in said
+        assert "old.onnx: nothing says how" in (message := capsys.readouterr().err)
+        assert "--preprocess FILE" in message
         assert code(*sides, *gate) == 2
         assert "give --preprocess FILE and --labels FILE" in capsys.readouterr().err
         assert code(*sides, "--preprocess", eyes, *gate) == 2
@@ -217,26 +217,27 @@ def test_two_lone_files_take_one_option_or_one_each(pictures: Path, tmp_path: Pa
     eyes, bgr = tmp_path / "eyes.json", tmp_path / "bgr.json"
     eyes.write_text(PLAIN.model_dump_json())
     bgr.write_text(PLAIN.model_copy(update={"channel_order": "bgr"}).model_dump_json())
-    found = api.compare(a, b, data=str(pictures), labels=[files["a"], files["b"]], preprocess=eyes, certain=True, seen="none")
-    assert found.paired.a_right.all()
-    assert found.paired.b_right.all()
-    assert [line.partition(":")[0] for line in found.differences] == ["labels"]
-    found = api.compare(a, b, data=str(pictures), labels=files["a"], preprocess=[eyes, bgr], certain=True, seen="none")
-    assert found.paired.b_right.all(), "read in A's order, and fed with BGR"
-    assert [line.partition(":")[0] for line in found.differences] == ["channel_order"]
-    known = bundle(tmp_path / "c", [0, 1, 2])
+    options = {"data": str(pictures), "certain": True, "seen": "none"}
+    comparison = api.compare(a, b, labels=[files["a"], files["b"]], preprocess=eyes, **options)
+    assert comparison.paired.a_right.all()
+    assert comparison.paired.b_right.all()
+    assert [line.partition(":")[0] for line in comparison.differences] == ["labels"]
+    comparison = api.compare(a, b, labels=files["a"], preprocess=[eyes, bgr], **options)
+    assert comparison.paired.b_right.all(), "read in A's order, and fed with BGR"
+    assert [line.partition(":")[0] for line in comparison.differences] == ["channel_order"]
+    c = bundle(tmp_path / "c", [0, 1, 2])
     for wrong in ([eyes, eyes], [eyes, eyes, eyes]):
         with pytest.raises(FgvcError, match="--preprocess"):
-            open_sides(known, b, labels=files["b"], preprocess=wrong)
+            open_sides(c, b, labels=files["b"], preprocess=wrong)
     eyes.write_text(PLAIN.model_copy(update={"input_range": 255, "std": (0.2, 0.2, 0.2)}).model_dump_json())
-    (doubt,) = api.compare(known, b, data=str(pictures), labels=files["b"], preprocess=eyes, seen="none").notes
+    (doubt,) = api.compare(c, b, data=str(pictures), labels=files["b"], preprocess=eyes, seen="none").notes
     assert doubt.startswith(f"{b}: std (0.2, 0.2, 0.2), where white is 255, is ")
     assert "in other units" in doubt
     eyes.write_text(PLAIN.model_copy(update={"input_range": 255}).model_dump_json())  # the net's own affair
-    assert not api.compare(known, b, data=str(pictures), labels=files["b"], preprocess=eyes, seen="none").notes
+    assert not api.compare(c, b, data=str(pictures), labels=files["b"], preprocess=eyes, seen="none").notes
     (tmp_path / "part.json").write_text('{"size": [8, 8]}')
     with pytest.raises(FgvcError, match="says nothing of resize"):
-        open_sides(known, b, labels=files["b"], preprocess=tmp_path / "part.json")
+        open_sides(c, b, labels=files["b"], preprocess=tmp_path / "part.json")
 
 
 def test_sides_that_can_not_be_compared_are_refused(pictures: Path, tmp_path: Path) -> None:
@@ -266,21 +267,21 @@ def test_what_none_of_these_holds_back_is_counted(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Logits of B: 10 * (200 + n) / 255 for the picture's colour, 10 * 10 / 255 for another, 0 for the one that it can't see.
-    known = Calibration(
+    calibration = Calibration(
         temperature=9.0, threshold=0.541, keep=0.95, fitted_on="val", images=80, nll_before=1, nll_after=1,
         ece_before=0.2, ece_after=0.1, kept=0.95, coverage=0.9, accuracy=0.8,
     )  # fmt: skip
-    a, b = bundle(tmp_path / "a", [0, 1, 2]), bundle(tmp_path / "b", [2, 0, 1], lost=0, known=known)
+    a, b = bundle(tmp_path / "a", [0, 1, 2]), bundle(tmp_path / "b", [2, 0, 1], lost=0, known=calibration)
     z = [10 * np.array([200 + n, 10, 0]) / 255 / 9 for n in range(5)]
     below = sum(bool(np.exp(x[0]) / np.exp(x).sum() < 0.541) for x in z)
     assert 0 < below < 5
-    found = api.compare(a, b, data=str(pictures))
-    assert found.rejections() == [(0, 0), (5 + 2 * below, 2 * below)]
-    assert found.paired.negative.sum() == 5  # as without a threshold
+    comparison = api.compare(a, b, data=str(pictures))
+    assert comparison.rejections() == [(0, 0), (5 + 2 * below, 2 * below)]
+    assert comparison.paired.negative.sum() == 5  # as without a threshold
     show.console.width = 200
-    show.comparison(found, [])
+    show.comparison(comparison, [])
     assert f"{5 + 2 * below} " in next(line for line in capsys.readouterr().out.splitlines() if f"B {b}" in line)
-    write_page(found, tmp_path / "page.html")
+    write_page(comparison, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"B answers &ldquo;none of these&rdquo; to {5 + 2 * below} images, {2 * below} of which" in page
     assert "A answers" not in page
@@ -305,7 +306,7 @@ def test_logits_that_are_no_numbers_are_refused(pictures: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "said"),
+    ("options", "code", "output"),
     [
         ([], 0, "-33.33 points"),
         (["--max-negative-flips", "5"], 0, "5 (33.33 %)"),
@@ -317,11 +318,11 @@ def test_logits_that_are_no_numbers_are_refused(pictures: Path, tmp_path: Path, 
     ],
 )
 def test_the_verb_is_a_gate(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: int, said: str
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: int, output: str
 ) -> None:
     a, b = bundle(tmp_path / "a", [0, 1, 2]), bundle(tmp_path / "b", [0, 1, 2], lost=0)
     show.console.width = 120
     with pytest.raises(SystemExit) as ended:
         main(["compare", str(a), str(b), "--data", str(pictures), *options])
     assert (ended.value.code or 0) == code
-    assert said in capsys.readouterr().out
+    assert output in capsys.readouterr().out
