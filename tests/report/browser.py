@@ -53,22 +53,22 @@ def problems(chrome: Chrome, page: Path, *, width: int) -> list[str]:
         chrome.get_log(log)  # of the pages before, a new tab's own among them
     chrome.get(page.as_uri())
     chrome.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")
-    found = []
+    faults = []
     wide = chrome.execute_script("return document.documentElement.scrollWidth")
     if wide > width:
-        found.append(f"{wide} pixels wide on a screen of {width}")
+        faults.append(f"{wide} pixels wide on a screen of {width}")
     missing = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.alt)"
-    found += [f"a picture is missing: {alt}" for alt in chrome.execute_script(missing)]
-    found += [entry["message"] for entry in chrome.get_log("browser")]
+    faults += [f"a picture is missing: {alt}" for alt in chrome.execute_script(missing)]
+    faults += [entry["message"] for entry in chrome.get_log("browser")]
     for entry in chrome.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             url = message["params"]["request"]["url"]
             if not url.startswith("data:") and url != page.as_uri():
-                found.append(f"asked for {url}")
+                faults.append(f"asked for {url}")
         if message["method"] == "Network.loadingFailed":
-            found.append(f"did not load: {message['params']['errorText']}")
-    return found
+            faults.append(f"did not load: {message['params']['errorText']}")
+    return faults
 
 
 def pdf(chrome: Chrome) -> tuple[bytes, int]:

@@ -45,7 +45,7 @@ def test_what_is_wrong_is_seen(tmp_path: Path) -> None:
         '<img alt="fetched" src="other.png"><script>console.error("oh")</script>'
     )
     with browser() as chrome:
-        found = "\n".join(problems(chrome, page, width=390))
+        faults = "\n".join(problems(chrome, page, width=390))
         assert problems(chrome, tmp_path / "none.html", width=390)
     for expected in ("pixels wide", "missing: gone", "oh", "asked for file://"):
-        assert expected in found
+        assert expected in faults

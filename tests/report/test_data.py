@@ -36,8 +36,8 @@ def report(tmp_path: Path) -> Report:
         splits=np.array([0] * 4 + [1] * 2 + [2] * 3, np.int8),
         recognised="made by hand",
     )
-    found = check(index, max_unreadable=1, expected=Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
-    return with_suspects(found, Suspects((Suspect(row=3, label=1, suggested=0, p_label=0.04, p_suggested=0.93),), 1))
+    checked = check(index, max_unreadable=1, expected=Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+    return with_suspects(checked, Suspects((Suspect(row=3, label=1, suggested=0, p_label=0.04, p_suggested=0.93),), 1))
 
 
 def test_all_findings_are_there_with_their_images(report: Report) -> None:

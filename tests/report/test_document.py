@@ -112,20 +112,20 @@ def text(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_numbers_are_those_of_eval(run: Path, text: str) -> None:
-    found = api.evaluate(run).scores
+    scores = api.evaluate(run).scores
     page = Page(text)
-    said = "".join(page.texts)
-    for share in (found.top1, found.top5, found.macro_f1, found.balanced_accuracy, found.ece):
-        assert f"{100 * share:.2f} %" in said
-    assert f"{found.loss:.4f}" in said
-    assert f"{found.images} images" in said
-    for row in found.by_class(load_run(run).classes):
+    words = "".join(page.texts)
+    for share in (scores.top1, scores.top5, scores.macro_f1, scores.balanced_accuracy, scores.ece):
+        assert f"{100 * share:.2f} %" in words
+    assert f"{scores.loss:.4f}" in words
+    assert f"{scores.images} images" in words
+    for row in scores.by_class(load_run(run).classes):
         cells = [cell.strip() for cell in page.row(str(row["class"]))]
         expected = [f"{100 * row[key]:.1f}" if row[key] != "" else "" for key in ("recall", "precision", "f1")]
         assert cells[1:5] == [str(row["images"]), *expected]
         assert cells[5].startswith(str(row["taken_for"]))
     assert [row[0] for row in page.rows if row[:1] and row[0] in load_run(run).classes] == [
-        row["class"] for row in sorted(found.by_class(load_run(run).classes), key=lambda row: row["recall"])
+        row["class"] for row in sorted(scores.by_class(load_run(run).classes), key=lambda row: row["recall"])
     ]
 
 
@@ -164,21 +164,21 @@ def test_the_same_run_gives_the_same_bytes(run: Path, text: str, tmp_path: Path)
 
 
 def test_worst_and_most_uncertain_by_their_definitions(run: Path) -> None:
-    seen = load_run(run)
-    answers = seen.answers(seen.rows_of()[1])
+    loaded = load_run(run)
+    answers = loaded.answers(loaded.rows_of()[1])
     scores = score_logits(answers.logits, answers.labels)
-    found = gallery(seen, answers, scores, None, images=5)
+    chosen = gallery(loaded, answers, scores, None, images=5)
     z, y = torch.from_numpy(answers.logits), torch.from_numpy(answers.labels)
     losses = F.cross_entropy(z, y, reduction="none")
-    paths = seen.index.paths[answers.rows]
-    assert [shot.path for shot in found.worst] == [str(paths[at]) for at in losses.argsort(descending=True)[:5]]
+    paths = loaded.index.paths[answers.rows]
+    assert [shot.path for shot in chosen.worst] == [str(paths[at]) for at in losses.argsort(descending=True)[:5]]
     top = z.softmax(1).topk(2).values
-    assert [shot.path for shot in found.uncertain] == [str(paths[at]) for at in (top[:, 0] - top[:, 1]).argsort()[:5]]
-    assert sum(sum(pair.counts) for pair in found.pairs) == int((z.argmax(1) != y).sum())
-    for pair in found.pairs:
-        for (true, said), count, shots in zip((pair.classes, pair.classes[::-1]), pair.counts, pair.shots, strict=True):
+    assert [shot.path for shot in chosen.uncertain] == [str(paths[at]) for at in (top[:, 0] - top[:, 1]).argsort()[:5]]
+    assert sum(sum(pair.counts) for pair in chosen.pairs) == int((z.argmax(1) != y).sum())
+    for pair in chosen.pairs:
+        for (true, other), count, shots in zip((pair.classes, pair.classes[::-1]), pair.counts, pair.shots, strict=True):
             assert len(shots) == min(count, MISTAKES)
-            assert all((shot.true, shot.predicted) == (true, said) for shot in shots)
+            assert all((shot.true, shot.predicted) == (true, other) for shot in shots)
         assert all(pair.examples)
 
 
@@ -194,25 +194,25 @@ def test_maps_are_grad_cam_of_the_class_that_is_said(run: Path, data: Path, tmp_
         kwargs = {"global_pool": "token", "img_size": 64}
         model, size = {"backbone": "test_vit", "kwargs": kwargs}, {"size": 64}
         run = trained(data, tmp_path / "vit", model=model, image=size)
-    seen = load_run(run)
-    answers = seen.answers(seen.rows_of()[1])
-    found = gallery(seen, answers, score_logits(answers.logits, answers.labels), None, images=4)
-    assert found.unmapped == ""
-    net, away = seen.step.net, []
-    rows = {str(path): row for row, path in enumerate(seen.index.paths)}
-    for shot in (*found.worst, *found.uncertain):
-        x = torch.from_numpy(preprocess(decode(seen.index.path(rows[shot.path])), seen.preprocess))[None]
-        kept: list[torch.Tensor] = []
+    loaded = load_run(run)
+    answers = loaded.answers(loaded.rows_of()[1])
+    chosen = gallery(loaded, answers, score_logits(answers.logits, answers.labels), None, images=4)
+    assert chosen.unmapped == ""
+    net, away = loaded.step.net, []
+    rows = {str(path): row for row, path in enumerate(loaded.index.paths)}
+    for shot in (*chosen.worst, *chosen.uncertain):
+        x = torch.from_numpy(preprocess(decode(loaded.index.path(rows[shot.path])), loaded.preprocess))[None]
+        tapped_maps: list[torch.Tensor] = []
         tapped = net.blocks[-1].norm1 if tokens else net.layer4
-        handle = tapped.register_forward_hook(lambda module, given, a, kept=kept: kept.append(a))
-        (gradient,) = torch.autograd.grad(net(x)[0, seen.classes.index(shot.predicted)], kept[0])
+        handle = tapped.register_forward_hook(lambda module, given, a, tapped_maps=tapped_maps: tapped_maps.append(a))
+        (gradient,) = torch.autograd.grad(net(x)[0, loaded.classes.index(shot.predicted)], tapped_maps[0])
         handle.remove()
         if tokens:
-            a, g = (t[:, 1:].transpose(1, 2).unflatten(2, (4, 4)) for t in (kept[0], gradient))
+            a, g = (t[:, 1:].transpose(1, 2).unflatten(2, (4, 4)) for t in (tapped_maps[0], gradient))
         else:
-            a, g = kept[0], gradient
+            a, g = tapped_maps[0], gradient
         raw = (g.mean((2, 3), keepdim=True) * a).sum(1, keepdim=True).clamp(min=0)
-        large = F.interpolate(raw, seen.preprocess.size, mode="bilinear")[0, 0].detach().numpy()
+        large = F.interpolate(raw, loaded.preprocess.size, mode="bilinear")[0, 0].detach().numpy()
         if not np.ptp(large):
             continue
         large = (large - large.min()) / np.ptp(large)

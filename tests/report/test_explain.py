@@ -60,8 +60,8 @@ def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(run: Path) -> Path:
     """What an export without proofs would write: those are tested elsewhere, and slow."""
-    seen = load_run(run)
-    plain, size = deployed(seen.step.net), seen.preprocess.size
+    loaded = load_run(run)
+    plain, size = deployed(loaded.step.net), loaded.preprocess.size
     maps, _ = explain_model(plain, size=size)
     assert maps is not None
     files = {
@@ -71,7 +71,7 @@ def bundle(run: Path) -> Path:
             ("explain.onnx", maps, ("logits", "maps")),
         )
     }
-    facts = {"labels.json": list(seen.classes), "preprocess.json": seen.preprocess, "metrics.json": {}}
+    facts = {"labels.json": list(loaded.classes), "preprocess.json": loaded.preprocess, "metrics.json": {}}
     write_bundle(run.parent / "bundle", files={**files, **facts, "contract.json": {"num_classes": 3}})
     return run.parent / "bundle"
 
@@ -102,12 +102,12 @@ def test_a_run_side_by_side_with_another(
     out = tmp_path / "out"
     words = ["--method", "cam", "--method", "Grad-CAM", "--method", "scorecam", "--channels", 3, "--batch", 2]
     assert fgvc("explain", run, pictures, "--out", out, "--against", second, *words) == 1, "one is broken"
-    said = capsys.readouterr()
-    assert [line.split("\t")[0] for line in said.out.splitlines()] == [
+    captured = capsys.readouterr()
+    assert [line.split("\t")[0] for line in captured.out.splitlines()] == [
         str(pictures / name) for name in ("a/leaf.png", "b/leaf.png", "b/other.png")
     ]
-    assert "broken.png: not an image" in said.err
-    assert said.err.count("scorecam: 3 forwards an image, for the 3 most active of") == 2
+    assert "broken.png: not an image" in captured.err
+    assert captured.err.count("scorecam: 3 forwards an image, for the 3 most active of") == 2
     names = {"leaf", "leaf-2", "other"}
     for folder in (*METHODS, *(f"{method}-against" for method in METHODS)):
         assert {path.stem for path in (out / "overlays" / folder).iterdir()} == names
@@ -115,25 +115,25 @@ def test_a_run_side_by_side_with_another(
     panel = decode(out / "panels/leaf.png")
     assert panel.width == 4 * (TILE + GUTTER) + GUTTER, "the picture and three maps"
     assert panel.height > 2 * 64, "a row for each run"
-    with np.load(out / "maps/leaf-2.npz", allow_pickle=False) as found:
-        assert str(found["path"]) == str(pictures / "b/leaf.png")
-        assert tuple(found["methods"]) == METHODS
-        assert found["maps"].shape == found["against_maps"].shape == (3, 64, 48)
-        assert found["maps"].dtype == found["raw_cam"].dtype == np.float32
-        assert found["maps"].min() == 0
-        assert found["maps"].max() <= 1 + 1e-6
-        seen = load_run(run)
+    with np.load(out / "maps/leaf-2.npz", allow_pickle=False) as arrays:
+        assert str(arrays["path"]) == str(pictures / "b/leaf.png")
+        assert tuple(arrays["methods"]) == METHODS
+        assert arrays["maps"].shape == arrays["against_maps"].shape == (3, 64, 48)
+        assert arrays["maps"].dtype == arrays["raw_cam"].dtype == np.float32
+        assert arrays["maps"].min() == 0
+        assert arrays["maps"].max() <= 1 + 1e-6
+        loaded = load_run(run)
         picture = decode(pictures / "b/leaf.png")
-        x = torch.from_numpy(preprocess(picture, seen.preprocess))[None]
+        x = torch.from_numpy(preprocess(picture, loaded.preprocess))[None]
         with torch.no_grad():
-            p = seen.step.net(x).softmax(1)[0].numpy()
-            a = seen.step.net.forward_features(x)[0]
-        np.testing.assert_allclose(found["p"], p, atol=1e-6)
-        assert found["label"] == p.argmax()
-        weight = seen.step.net.get_classifier().weight[int(p.argmax())].detach()
-        np.testing.assert_allclose(found["raw_cam"], torch.einsum("chw,c->hw", a, weight).numpy(), atol=1e-4)
-        drawn = overlay(Image.fromarray(fit(picture, seen.preprocess)), found["maps"][1])
-        np.testing.assert_array_equal(np.asarray(decode(out / "overlays/gradcam/leaf-2.png")), np.asarray(drawn))
+            p = loaded.step.net(x).softmax(1)[0].numpy()
+            a = loaded.step.net.forward_features(x)[0]
+        np.testing.assert_allclose(arrays["p"], p, atol=1e-6)
+        assert arrays["label"] == p.argmax()
+        weight = loaded.step.net.get_classifier().weight[int(p.argmax())].detach()
+        np.testing.assert_allclose(arrays["raw_cam"], torch.einsum("chw,c->hw", a, weight).numpy(), atol=1e-4)
+        expected = overlay(Image.fromarray(fit(picture, loaded.preprocess)), arrays["maps"][1])
+        np.testing.assert_array_equal(np.asarray(decode(out / "overlays/gradcam/leaf-2.png")), np.asarray(expected))
 
 
 def test_the_same_command_writes_the_same_bytes(run: Path, pictures: Path, tmp_path: Path) -> None:
@@ -150,24 +150,24 @@ def test_a_named_class(run: Path, pictures: Path, tmp_path: Path, capsys: pytest
     labels = load_run(run).classes
     for label in labels:
         assert api.explain(run, [pictures / "a"], tmp_path / label, target=label) == 0
-        with np.load(tmp_path / label / "maps/leaf.npz", allow_pickle=False) as found:
-            assert found["classes"][found["label"]] == label
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split("\t")[1].rsplit(" ", 2)[0] for line in said] == list(labels)
+        with np.load(tmp_path / label / "maps/leaf.npz", allow_pickle=False) as arrays:
+            assert arrays["classes"][arrays["label"]] == label
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[1].rsplit(" ", 2)[0] for line in lines] == list(labels)
     with pytest.raises(FgvcError, match=rf"first has no class '{labels[0]}x'; near: {labels[0]}"):
         api.explain(run, [pictures], tmp_path / "none", target=f"{labels[0]}x")
     assert not (tmp_path / "none").exists()
 
 
 def test_a_bundle_says_what_its_run_says_without_torch(run: Path, bundle: Path, pictures: Path, tmp_path: Path) -> None:
-    given = ["explain", str(bundle), str(pictures), "--out", str(tmp_path / "b")]
-    line = f"from fgvc.cli.app import main; main({given!r})"
+    arguments = ["explain", str(bundle), str(pictures), "--out", str(tmp_path / "b")]
+    line = f"from fgvc.cli.app import main; main({arguments!r})"
     heavy = "import sys; heavy = {'torch', 'torchvision', 'timm', 'albumentations', 'cv2', 'matplotlib'}"
     code = f"{heavy}\ntry:\n    {line}\nexcept SystemExit as e:\n    assert e.code == 1\nassert not heavy & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "broken.png: not an image" in done.stderr
-    assert len(done.stdout.splitlines()) == 3
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "broken.png: not an image" in process.stderr
+    assert len(process.stdout.splitlines()) == 3
     api.explain(run, [pictures], tmp_path / "r", methods=["cam"])
     for name in ("leaf", "leaf-2", "other"):
         with np.load(tmp_path / f"b/maps/{name}.npz") as ours, np.load(tmp_path / f"r/maps/{name}.npz") as theirs:
@@ -178,14 +178,14 @@ def test_a_bundle_says_what_its_run_says_without_torch(run: Path, bundle: Path, 
             assert ours["maps"].shape == (1, 64, 48)
     engine = Engine(api.load_bundle(bundle))
     (best,) = engine.classify([decode(pictures / "b/other.png")], top_k=1)[0].predictions
-    with np.load(tmp_path / "b/maps/other.npz") as found:
-        assert found["p"][found["label"]] == pytest.approx(best.probability, abs=1e-5)
+    with np.load(tmp_path / "b/maps/other.npz") as arrays:
+        assert arrays["p"][arrays["label"]] == pytest.approx(best.probability, abs=1e-5)
 
 
 def test_a_run_beside_its_bundle(run: Path, bundle: Path, pictures: Path, tmp_path: Path) -> None:
     assert api.explain(run, [pictures / "a"], tmp_path / "out", methods=["cam"], against=bundle) == 0
-    with np.load(tmp_path / "out/maps/leaf.npz") as found:
-        np.testing.assert_allclose(found["maps"], found["against_maps"], atol=1e-3)
+    with np.load(tmp_path / "out/maps/leaf.npz") as arrays:
+        np.testing.assert_allclose(arrays["maps"], arrays["against_maps"], atol=1e-3)
     with pytest.raises(FgvcError, match="bundle: a bundle holds class activation maps alone"):
         api.explain(run, [pictures], tmp_path / "other", against=bundle)
 
@@ -229,15 +229,15 @@ def test_maps_that_can_say_nothing(
 @pytest.fixture
 def captions(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What is written below the pictures of each panel."""
-    found: list[list[str]] = []
+    panels: list[list[str]] = []
     whole = drawing.save_sheet
 
     def noted(rows: list[list[Cell]], path: Path, *, font: ImageFont.FreeTypeFont) -> Path:
-        found.append([cell.caption for row in rows for cell in row])
+        panels.append([cell.caption for row in rows for cell in row])
         return whole(rows, path, font=font)
 
     monkeypatch.setattr(drawing, "save_sheet", noted)
-    return found
+    return panels
 
 
 def test_an_empty_map_is_said_and_why(
@@ -261,8 +261,8 @@ def test_an_empty_map_is_said_and_why(
     for first in (0, 2):
         raws[:2], whys[:2] = raws[first : first + 2], whys[first : first + 2]
         assert api.explain(run, files, tmp_path / f"out{first}", methods=["cam"]) == 0
-        said = [line for line in capsys.readouterr().err.splitlines() if "empty map" in line]
-        for file, line, panel, why in zip(files, said, captions[-2:], whys, strict=False):
+        messages = [line for line in capsys.readouterr().err.splitlines() if "empty map" in line]
+        for file, line, panel, why in zip(files, messages, captions[-2:], whys, strict=False):
             assert line.startswith(f"{file}: ")
             assert "cam of green: an empty map: " + why in line
             assert f"(empty: {why}" in panel[-1]
@@ -302,9 +302,9 @@ def test_a_place_that_can_not_be_written_is_refused_before_the_work(
     (tmp_path / "file").touch()
     monkeypatch.setattr("fgvc.report.explain.load_run", lambda *_: pytest.fail("it was opened"))
     monkeypatch.setattr("fgvc.runtime.explain.load_bundle", lambda *_: pytest.fail("it was opened"))
-    for seen in (run, bundle):
+    for place in (run, bundle):
         for out in (tmp_path / "file", tmp_path / "file/below/it", tmp_path / ("x" * 300)):
-            assert fgvc("explain", seen, pictures, "--out", out) == 2
+            assert fgvc("explain", place, pictures, "--out", out) == 2
     assert fgvc("report", run, "--out", tmp_path / "file/page.html") == 2
 
 
@@ -320,8 +320,8 @@ def test_names_of_files_that_do_not_fit(
     lines = capsys.readouterr().out.splitlines()
     assert [line.count("\t") for line in lines] == [3, 3, 3]
     assert {path.stem for path in (tmp_path / "out/panels").iterdir()} == {"x" * 200, "caf\ufffd", "two\nlines\tand"}
-    with np.load(tmp_path / "out/maps/caf\ufffd.npz") as found:
-        assert os.fsencode(str(found["path"])) == os.fsencode(tmp_path / "in") + b"/caf\xe9.png"
+    with np.load(tmp_path / "out/maps/caf\ufffd.npz") as arrays:
+        assert os.fsencode(str(arrays["path"])) == os.fsencode(tmp_path / "in") + b"/caf\xe9.png"
     assert fgvc("explain", run, tmp_path / ("x" * 300), "--out", tmp_path / "none") == 2
     assert "File name too long" in capsys.readouterr().err
 
@@ -336,16 +336,16 @@ def test_runs_of_one_name_are_told_apart(run: Path, pictures: Path, tmp_path: Pa
 def test_a_bundle_that_knows_none_of_these_says_so(
     tmp_path: Path, captions: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = Calibration(
+    calibration = Calibration(
         fitted_on="val", images=99, temperature=1, threshold=0.9, nll_before=1, nll_after=1, ece_before=0, ece_after=0,
         keep=0.95, kept=1, coverage=1, accuracy=1,
     )  # fmt: skip
-    held = small.save_bundle(tmp_path / "held", calibration=known)
+    strict = small.save_bundle(tmp_path / "held", calibration=calibration)
     for name, colour in (("grey", (128, 120, 128)), ("red", (255, 0, 0))):
         (tmp_path / "in").mkdir(exist_ok=True)
         Image.new("RGB", (20, 20), colour).save(tmp_path / f"in/{name}.png")
-    assert fgvc("explain", held, tmp_path / "in", "--out", tmp_path / "out") == 0
-    assert fgvc("predict", held, tmp_path / "in") == 0
+    assert fgvc("explain", strict, tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert fgvc("predict", strict, tmp_path / "in") == 0
     lines = [line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == lines[2:], "as `fgvc predict`"
     assert captions[0][0] == f"{lines[0][1]}, calibrated"
@@ -353,7 +353,7 @@ def test_a_bundle_that_knows_none_of_these_says_so(
     assert captions[1][0] == "red 100.0 %, calibrated"
     with np.load(tmp_path / "out/maps/grey.npz") as grey, np.load(tmp_path / "out/maps/red.npz") as red:
         assert (bool(grey["rejected"]), bool(red["rejected"])) == (True, False)
-    assert fgvc("explain", held, tmp_path / "in/grey.png", "--target", "green", "--out", tmp_path / "green") == 0
+    assert fgvc("explain", strict, tmp_path / "in/grey.png", "--target", "green", "--out", tmp_path / "green") == 0
     assert capsys.readouterr().out.split("\t")[1].startswith("green ")
 
 
@@ -362,9 +362,10 @@ def test_logits_that_are_no_numbers_are_refused(
 ) -> None:
     whole = run_folder.selected_weights
 
-    def broken(*given: Any) -> run_folder.TrainedWeights:
-        found = whole(*given)
-        return run_folder.TrainedWeights({key: value * torch.nan for key, value in found.weights.items()}, found.branches)
+    def broken(*arguments: Any) -> run_folder.TrainedWeights:
+        trained = whole(*arguments)
+        weights = {key: value * torch.nan for key, value in trained.weights.items()}
+        return run_folder.TrainedWeights(weights, trained.branches)
 
     monkeypatch.setattr("fgvc.runs.loaded.selected_weights", broken)
     with pytest.raises(FgvcError, match=r"first: gives logits that are no numbers"):
@@ -375,14 +376,14 @@ def test_logits_that_are_no_numbers_are_refused(
 def test_photographs_are_in_memory_one_by_one(
     bundle: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    seen: list[weakref.ref[Image.Image]] = []
+    references: list[weakref.ref[Image.Image]] = []
     most = 0
 
     def watched(path: Path, **options: int) -> Image.Image:
         nonlocal most
         image = decode(path, **options)
-        seen.append(weakref.ref(image))
-        most = max(most, sum(one() is not None for one in seen))
+        references.append(weakref.ref(image))
+        most = max(most, sum(one() is not None for one in references))
         return image
 
     monkeypatch.setattr("fgvc.runtime.predict.decode", watched)
@@ -392,12 +393,12 @@ def test_photographs_are_in_memory_one_by_one(
 
 
 def test_what_is_not_there(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, said in (
+    for words, message in (
         ([run, tmp_path / "none.png"], "none.png: no such file or folder"),
         ([run, tmp_path], "no picture below this folder"),
         ([tmp_path / "norun", run / "plots"], "norun"),
     ):
         assert fgvc("explain", *words, "--out", tmp_path / "out") == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert fgvc("explain", run, run, "--out", tmp_path / "out", "--method", "fullgrad") == 2
     assert "fullgrad: it adds up the biases" in capsys.readouterr().err

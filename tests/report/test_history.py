@@ -27,17 +27,17 @@ def step(number: int, lr: float) -> dict:
 
 def test_of_steps_done_twice_the_last_count_and_a_torn_line_is_passed_over(tmp_path: Path) -> None:
     events = [{"event": "start", "time": 86400 * 365.0}, step(10, 0.1), step(20, 0.3), {"event": "resume", "step": 10}]
-    found = written(tmp_path / "run", [*events, step(20, 0.2), {"event": "finished", "seconds": 12.5}])
-    assert found.rates == ((10, 0.1), (20, 0.2))
-    assert (found.started, found.seconds) == ("1971-01-01", 12.5)
+    history = written(tmp_path / "run", [*events, step(20, 0.2), {"event": "finished", "seconds": 12.5}])
+    assert history.rates == ((10, 0.1), (20, 0.2))
+    assert (history.started, history.seconds) == ("1971-01-01", 12.5)
 
 
 def test_a_run_that_goes_on_is_not_finished_and_one_that_never_began_has_no_past(tmp_path: Path) -> None:
     assert written(tmp_path / "a", [{"event": "finished", "seconds": 1.0}, {"event": "resume"}]).seconds is None
     (tmp_path / "b").mkdir()
-    found = read_history(tmp_path / "b")
-    assert (found.epochs, found.seconds, found.command, found.machine) == ((), None, "", "")
-    assert curves(["b"], [found]) == []
+    history = read_history(tmp_path / "b")
+    assert (history.epochs, history.seconds, history.command, history.machine) == ((), None, "", "")
+    assert curves(["b"], [history]) == []
 
 
 def test_columns_of_techniques_and_the_command_for_a_shell(tmp_path: Path) -> None:
@@ -45,13 +45,14 @@ def test_columns_of_techniques_and_the_command_for_a_shell(tmp_path: Path) -> No
         "epoch,step,lr,base,dcl.location,acol.erased,dcl.destroyed,loss,val_top1,val_loss\n1,5,0.1,2,0.1,0.2,0.3,3,,\n"
     )
     words = ["train", "my recipe.yaml", "data.root=a&b"]
-    found = written(tmp_path / "run", [], table, {"command": words, "cpu": "X", "cores": 2, "torch": "2", "onnx": None})
-    assert found.terms == {"dcl": ["dcl.location", "dcl.destroyed"], "acol": ["acol.erased"]}
-    assert "val_top1" not in found.epochs[0]
-    assert found.command == "fgvc train 'my recipe.yaml' 'data.root=a&b'"
-    assert (found.machine, found.versions) == ("X, 2 cores", "torch 2")
-    assert [chart.title for chart in terms(found)] == ["dcl", "acol"]
-    assert [chart.title for chart in curves(["run"], [found])] == ["Loss", "Learning rate"]
+    machine = {"command": words, "cpu": "X", "cores": 2, "torch": "2", "onnx": None}
+    history = written(tmp_path / "run", [], table, machine)
+    assert history.terms == {"dcl": ["dcl.location", "dcl.destroyed"], "acol": ["acol.erased"]}
+    assert "val_top1" not in history.epochs[0]
+    assert history.command == "fgvc train 'my recipe.yaml' 'data.root=a&b'"
+    assert (history.machine, history.versions) == ("X, 2 cores", "torch 2")
+    assert [chart.title for chart in terms(history)] == ["dcl", "acol"]
+    assert [chart.title for chart in curves(["run"], [history])] == ["Loss", "Learning rate"]
 
 
 def test_runs_with_names_in_chinese_are_drawn_without_a_warning(tmp_path: Path) -> None:
@@ -91,12 +92,11 @@ def test_training_is_dotted_beside_a_validated_run_and_solid_alone(
 ) -> None:
     validated = written(tmp_path / "a", [], "epoch,step,lr,loss,val_top1,val_loss\n1,5,0.1,3,0.5,1\n2,10,0,2,0.6,0.9\n")
     alone = written(tmp_path / "b", [], "epoch,step,lr,loss\n1,5,0.1,3\n2,10,0,2\n")
-    drawn: list[list[tuple[str, list[float]]]] = []
-    monkeypatch.setattr(
-        html_charts, "chart", lambda figure: drawn.append([(x.get_ls(), list(x.get_ydata())) for x in figure.axes[0].lines])
-    )
+    charts: list[list[tuple[str, list[float]]]] = []
+    keep = lambda figure: charts.append([(x.get_ls(), list(x.get_ydata())) for x in figure.axes[0].lines])  # noqa: E731
+    monkeypatch.setattr(html_charts, "chart", keep)
     curves(["a", "b"], [validated, alone])
-    assert drawn[0] == [(":", [3, 2]), ("-", [1, 0.9]), (":", [3, 2])]
-    drawn.clear()
+    assert charts[0] == [(":", [3, 2]), ("-", [1, 0.9]), (":", [3, 2])]
+    charts.clear()
     curves(["b"], [alone])
-    assert drawn[0] == [("-", [3, 2])]
+    assert charts[0] == [("-", [3, 2])]

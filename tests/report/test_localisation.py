@@ -35,26 +35,26 @@ def numbers(**changes: Any) -> dict[str, Any]:
 
 
 def test_every_measure_stands_in_its_row_and_every_map_in_its_column() -> None:
-    found = table("test.ema.gradcam", numbers())
-    assert (found.title, found.about) == ("test, ema, gradcam", "17 images, top-1 75.00 %, 16 boxes, 99 parts")
-    rows = dict(found.rows)
+    measures = table("test.ema.gradcam", numbers())
+    assert (measures.title, measures.about) == ("test, ema, gradcam", "17 images, top-1 75.00 %, 16 boxes, 99 parts")
+    rows = dict(measures.rows)
     assert rows["GT-known Loc"] == ("0.0", "0.1", "0.2", "")
     assert rows["MaxBoxAccV2 (oracle)"] == ("8.0", "8.1", "8.2", "")
     assert rows["parts in the top 20 %"] == ("75.0", "", "37.5", "20.0")
     assert {len(cells) for cells in rows.values()} == {len(COLUMNS)}
-    said = "; ".join(found.notes)
-    assert "the threshold that was chosen on val (0.25; BoxAccV2: one an IoU)" in said
-    assert "these very images" not in said
-    assert "left out: 1 images" in said
-    assert "2 maps are empty" in said
+    notes = "; ".join(measures.notes)
+    assert "the threshold that was chosen on val (0.25; BoxAccV2: one an IoU)" in notes
+    assert "these very images" not in notes
+    assert "left out: 1 images" in notes
+    assert "2 maps are empty" in notes
     assert "these very images" in "; ".join(table("val.ema.gradcam", numbers()).notes)
 
 
 def test_without_parts() -> None:
-    found = table("val.last.cam", numbers(parts=None, left_out=0, silent=0))
-    assert found.about.endswith("16 boxes, no parts")
-    assert not any(label.startswith("parts") for label, _ in found.rows)
-    assert found.notes[-1] == "the data name no parts that can be seen: no coverage"
+    measures = table("val.last.cam", numbers(parts=None, left_out=0, silent=0))
+    assert measures.about.endswith("16 boxes, no parts")
+    assert not any(label.startswith("parts") for label, _ in measures.rows)
+    assert measures.notes[-1] == "the data name no parts that can be seen: no coverage"
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:

@@ -37,13 +37,13 @@ def test_pictures_are_inside_and_no_larger_than_asked() -> None:
 
 
 def test_charts_are_the_same_every_time() -> None:
-    def drawn() -> str:
+    def drawing() -> str:
         figure = Figure()
         figure.subplots().plot([1, 2])
         return chart(figure)
 
-    assert drawn() == drawn()
-    assert b"<svg" in base64.b64decode(drawn().partition(",")[2])
+    assert drawing() == drawing()
+    assert b"<svg" in base64.b64decode(drawing().partition(",")[2])
 
 
 def test_every_template_compiles() -> None:
