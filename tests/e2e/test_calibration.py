@@ -64,19 +64,19 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> api.Exporte
 
 
 def test_eval_draws_and_tables_what_it_says(run: Path) -> None:
-    found = api.evaluate(run, "val")
-    assert found.calibrated is not None
-    assert found.calibrated.images == 72
-    assert found.calibrated.before.ece == pytest.approx(found.scores.ece, abs=1e-5)
-    assert found.calibrated.nll == pytest.approx(found.scores.loss, abs=1e-5)
-    assert found.calibrated.curve.risk[-1] == pytest.approx(1 - found.scores.top1)
+    evaluation = api.evaluate(run, "val")
+    assert evaluation.calibrated is not None
+    assert evaluation.calibrated.images == 72
+    assert evaluation.calibrated.before.ece == pytest.approx(evaluation.scores.ece, abs=1e-5)
+    assert evaluation.calibrated.nll == pytest.approx(evaluation.scores.loss, abs=1e-5)
+    assert evaluation.calibrated.curve.risk[-1] == pytest.approx(1 - evaluation.scores.top1)
     for name in ("reliability-val", "risk-coverage-val"):
         assert (run / "plots" / f"{name}.png").is_file()
         assert len((run / "tables" / f"{name}.csv").read_text().splitlines()) > 15
     assert api.evaluate(run, "val", views="flip").calibrated is None
     other = api.evaluate(run, "test").calibrated
     assert other is not None
-    assert (other.images, other.temperature) == (12, found.calibrated.temperature)
+    assert (other.images, other.temperature) == (12, evaluation.calibrated.temperature)
 
 
 def test_the_bundle_holds_what_validation_says(
@@ -134,13 +134,13 @@ def test_no_calibration_of_what_is_no_number_or_no_image(
         with pytest.raises(FgvcError, match="run: gives logits that are no numbers"):
             api.export(run, tmp_path / "b")
     assert not (tmp_path / "b").exists()
-    seen: list[np.ndarray] = []
+    batches: list[np.ndarray] = []
     bare = tmp_path / "bare"
     shutil.copytree(run, bare, symlinks=True)
     (bare / "calibration.json").unlink()
 
     def prove(contract: PlainBackbone, net: object, images: Iterable[np.ndarray]) -> ProvedExport:
-        seen.extend(images)
+        batches.extend(images)
         return exported.proven
 
     stored = {path: path.read_bytes() for path in (pictures / "val").rglob("*.png")}
@@ -148,21 +148,23 @@ def test_no_calibration_of_what_is_no_number_or_no_image(
         for path in stored:
             path.write_bytes(b"no picture".ljust(path.stat().st_size))  # of another size it would be refused
         monkeypatch.setattr(PlainBackbone, "prove", prove)
-        done = api.export(bare, tmp_path / "c")
-        known = api.export(run, tmp_path / "d")
+        without = api.export(bare, tmp_path / "c")
+        with_one = api.export(run, tmp_path / "d")
         with pytest.raises(FgvcError, match="none of the 72 images"):
             api.export(run, tmp_path / "e", keep=0.5)
     finally:
         for path, content in stored.items():
             path.write_bytes(content)
-    assert sum(len(batch) for batch in seen) == 2 * 48  # the training images; what has no temperature is refused before the proof
-    assert done.calibration.calibration is None
-    assert load_bundle(done.bundle).calibration is None
-    show_export.contract(done)
+    # The training images; what has no temperature is refused before the proof.
+    assert sum(len(batch) for batch in batches) == 2 * 48
+    assert without.calibration.calibration is None
+    assert load_bundle(without.bundle).calibration is None
+    show_export.contract(without)
     out = capsys.readouterr().out
     assert "not calibrated: none is kept, and the validation split can't be read (none of the 72 images" in out
-    assert load_bundle(known.bundle).calibration == known.calibration.calibration, "it is these weights', asked again or not"
-    assert known.calibration.calibration is not None
+    calibration = with_one.calibration.calibration
+    assert load_bundle(with_one.bundle).calibration == calibration, "it is these weights', asked again or not"
+    assert calibration is not None
 
 
 def test_next_to_no_right_answer_kept(
@@ -170,18 +172,18 @@ def test_next_to_no_right_answer_kept(
 ) -> None:
     monkeypatch.setattr(PlainBackbone, "prove", lambda *_: exported.proven)
     api.export(run, tmp_path / "b", keep=1e-12)
-    found = api.compare(exported.bundle, tmp_path / "b", data=str(pictures), split="val")
-    (some, _), (most, lost) = found.rejections()
+    comparison = api.compare(exported.bundle, tmp_path / "b", data=str(pictures), split="val")
+    (some, _), (most, lost) = comparison.rejections()
     assert some < most
-    assert lost == found.paired.b_right.sum() - 1  # all but the surest
+    assert lost == comparison.paired.b_right.sum() - 1  # all but the surest
 
 
 def test_a_run_and_its_bundle_say_the_same(run: Path, exported: api.Exported, pictures: Path) -> None:
-    found = api.compare(run, exported.bundle)
-    assert (found.split, found.paired.images, found.paired.p) == ("val", 72, 1)
-    assert found.flips() == []
-    assert found.notes == ()
-    np.testing.assert_array_equal(*found.predicted)
+    comparison = api.compare(run, exported.bundle)
+    assert (comparison.split, comparison.paired.images, comparison.paired.p) == ("val", 72, 1)
+    assert comparison.flips() == []
+    assert comparison.notes == ()
+    np.testing.assert_array_equal(*comparison.predicted)
     learnt = api.compare(exported.bundle, run, data=str(pictures / "train"))
     assert learnt.notes == (f"{run} was trained on 48 of these 48 images, which favours it",)
     assert api.compare(run, run, split="test").paired.images == 12

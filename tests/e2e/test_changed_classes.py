@@ -46,11 +46,11 @@ def settings(file: Path, pictures: Path, **model: Any) -> dict[str, Any]:
     return tree(file, pictures, model={"classes": "change", **model})
 
 
-@pytest.mark.parametrize("made", [small.plain, small.in_constants, as_convolution])
+@pytest.mark.parametrize("make", [small.plain, small.in_constants, as_convolution])
 def test_a_run_of_other_classes_is_exported_with_an_output_of_another_shape(
-    made: Callable[[], onnx.ModelProto], colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make: Callable[[], onnx.ModelProto], colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = saved(made(), tmp_path / "given")
+    file = saved(make(), tmp_path / "given")
     run = api.train(Recipe.model_validate(settings(file, colours)), tmp_path / "run")
     loaded = load_run(tmp_path / "run")
     assert loaded.classes == COLOURS
@@ -59,8 +59,8 @@ def test_a_run_of_other_classes_is_exported_with_an_output_of_another_shape(
     assert (loaded.selecting("start").answers(rows).logits.argmax(1) == loaded.index.labels[rows]).mean() > 0.6
     show.console.width = 300
     show_export.contract(api.export(run, tmp_path / "bundle"))
-    said = capsys.readouterr().out
-    assert "the shape of its output changes, 3 numbers an image in place of 5: it is no drop-in for deployed.onnx" in said
+    output = capsys.readouterr().out
+    assert "the shape of its output changes, 3 numbers an image in place of 5: it is no drop-in for deployed.onnx" in output
     bundle = load_bundle(tmp_path / "bundle")
     assert bundle.labels == COLOURS
     assert api.verify(bundle.folder).passed
@@ -106,10 +106,10 @@ def test_settings_that_do_not_fit(colours: Path, tmp_path: Path) -> None:
         api.train(Recipe.model_validate(tree(file, colours)), tmp_path / "run")
 
 
-@pytest.mark.parametrize("made", [small.plain, small.in_constants, as_convolution])
-def test_more_classes_go_through_the_files_own_shapes(made: Callable[[], onnx.ModelProto], tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [small.plain, small.in_constants, as_convolution])
+def test_more_classes_go_through_the_files_own_shapes(make: Callable[[], onnx.ModelProto], tmp_path: Path) -> None:
     """The way back to the file is the inverse of the way from it, whatever the number of classes."""
-    net = open_onnx(saved(made(), tmp_path))
+    net = open_onnx(saved(make(), tmp_path))
     change_classes(net, 7)
     weight, bias = torch.randn(7, small.WIDTH), torch.randn(7)
     with torch.no_grad():

@@ -47,9 +47,9 @@ def fgvc(capfd: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
-        said = Printed(*capfd.readouterr())
-        assert (ended.value.code or 0) == code, f"exit {ended.value.code}\n{said.stdout}\n{said.stderr}"
-        return said
+        printed = Printed(*capfd.readouterr())
+        assert (ended.value.code or 0) == code, f"exit {ended.value.code}\n{printed.stdout}\n{printed.stderr}"
+        return printed
 
     return run
 
@@ -71,7 +71,7 @@ def recipe(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(recipe: Path, once: Once, painted: Callable[[], AbstractContextManager[None]]) -> Path:
+def run_and_bundle(recipe: Path, once: Once, painted: Callable[[], AbstractContextManager[None]]) -> Path:
     """`run`, scored on test, and its `bundle`, by the exporter that is the default; made once for both workers."""
 
     def fill(place: Path) -> None:
@@ -84,13 +84,13 @@ def made(recipe: Path, once: Once, painted: Callable[[], AbstractContextManager[
 
 
 @pytest.fixture(scope="module")
-def run(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copied(made / "run", tmp_path_factory.mktemp("runs"))
+def run(run_and_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(run_and_bundle / "run", tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
-def bundle(made: Path) -> Path:
-    return made / "bundle"
+def bundle(run_and_bundle: Path) -> Path:
+    return run_and_bundle / "bundle"
 
 
 def test_help_is_light(fgvc: Callable[..., Printed]) -> None:
@@ -101,8 +101,8 @@ def test_help_is_light(fgvc: Callable[..., Printed]) -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    said = fgvc("--help").stdout
-    assert all(verb in said for verb in VERBS)
+    output = fgvc("--help").stdout
+    assert all(verb in output for verb in VERBS)
 
 
 def test_version_is_that_of_the_installed_package(fgvc: Callable[..., Printed]) -> None:
@@ -145,24 +145,24 @@ def test_a_finished_run_is_not_overwritten_by_accident(fgvc: Callable[..., Print
     assert "this run is finished" in again.stderr
     assert again.stdout.strip() == str(run)
     assert "other settings" in fgvc("train", recipe, "optim.lr=0.01", "--out", run, code=2).stderr
-    said = fgvc("train", recipe, "--out", run, "--resume", "never", code=2).stderr
-    assert "--overwrite" in said
+    message = fgvc("train", recipe, "--out", run, "--resume", "never", code=2).stderr
+    assert "--overwrite" in message
     assert (run / "events.jsonl").read_bytes() == before
 
 
 def test_a_dry_run_says_what_a_step_costs_and_writes_nothing(
     fgvc: Callable[..., Printed], recipe: Path, tmp_path: Path
 ) -> None:
-    said = fgvc("train", recipe, "--dry-run", "--out", tmp_path / "run").stdout
+    output = fgvc("train", recipe, "--dry-run", "--out", tmp_path / "run").stdout
     for expected in ("forwards per step", "peak memory", "all steps", "acb: "):
-        assert expected in said
+        assert expected in output
     assert not (tmp_path / "run").exists()
 
 
 def test_data_check(fgvc: Callable[..., Printed], recipe: Path) -> None:
-    said = fgvc("data", "check", recipe).stdout
-    assert "train" in said
-    assert said.strip().endswith("ok")
+    output = fgvc("data", "check", recipe).stdout
+    assert "train" in output
+    assert output.strip().endswith("ok")
 
 
 def test_data_check_with_everything(fgvc: Callable[..., Printed], recipe: Path, colours: Path, tmp_path: Path) -> None:
@@ -176,10 +176,10 @@ def test_data_check_with_everything(fgvc: Callable[..., Printed], recipe: Path, 
     torch.manual_seed(0)
     save_file(plain_model("test_efficientnet", 3).state_dict(), weights)
     page, table = tmp_path / "check.html", tmp_path / "check.csv"
-    asked = ("data", "check", recipe, f"data.root={root}", f"model.weights={weights}", "--suspects")
-    said = fgvc(*asked, "--out", page, "--csv", table, code=1)
-    assert "suspect: train/blue/moved.png (train): blue " in said.stdout
-    assert said.stdout.splitlines()[-2:] == [str(page), str(table)]
+    command = ("data", "check", recipe, f"data.root={root}", f"model.weights={weights}", "--suspects")
+    printed = fgvc(*command, "--out", page, "--csv", table, code=1)
+    assert "suspect: train/blue/moved.png (train): blue " in printed.stdout
+    assert printed.stdout.splitlines()[-2:] == [str(page), str(table)]
     assert page.read_text(encoding="utf-8").count("<img") >= 3
     lines = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
     assert {(line["finding"], line["path"]) for line in lines} >= {
@@ -188,7 +188,7 @@ def test_data_check_with_everything(fgvc: Callable[..., Printed], recipe: Path, 
         ("duplicate", "test/red/again.png"),
         ("suspect", "train/blue/moved.png"),
     }
-    fgvc(*asked[:-1], "--fail-on", "never")
+    fgvc(*command[:-1], "--fail-on", "never")
     shutil.rmtree(root / "val")
     (root / "test/red/again.png").unlink()
     mended = ("data", "check", recipe, f"data.root={root}", "data.val_fraction=0", "data.max_unreadable=1")
@@ -199,8 +199,8 @@ def test_data_check_with_everything(fgvc: Callable[..., Printed], recipe: Path, 
 
 
 def test_eval(fgvc: Callable[..., Printed], run: Path) -> None:
-    said = fgvc("eval", run, "--split", "test").stdout
-    assert "top-1" in said
+    output = fgvc("eval", run, "--split", "test").stdout
+    assert "top-1" in output
     assert 0.5 < json.loads((run / "metrics.json").read_text())["test.best"]["top1"] <= 1
     last = fgvc("eval", run, "--split", "val", "--select", "last")
     assert "last" in last.stdout
@@ -221,10 +221,10 @@ def test_export_verify_predict(
         "explain.onnx",
     } == names
     assert json.loads((bundle / "metrics.json").read_text())["test"]["images"] == 12
-    said = fgvc("verify", bundle).stdout
-    assert "FAIL" not in said
-    assert "ok   independent plain" in said
-    assert said.splitlines()[-1].endswith("checks passed, 0 failed")
+    output = fgvc("verify", bundle).stdout
+    assert "FAIL" not in output
+    assert "ok   independent plain" in output
+    assert output.splitlines()[-1].endswith("checks passed, 0 failed")
     rows = [
         json.loads(line)
         for line in fgvc("predict", bundle, colours / "test", "--json", "--top-k", 2).stdout.splitlines()
@@ -239,15 +239,15 @@ def test_export_verify_predict(
 def test_what_is_served_is_what_is_predicted(
     fgvc: Callable[..., Printed], bundle: Path, colours: Path, tmp_path: Path
 ) -> None:
-    said = fgvc("predict", bundle, colours / "test", "--json", "--top-k", 2).stdout
+    lines = fgvc("predict", bundle, colours / "test", "--json", "--top-k", 2).stdout
     with serving(tmp_path, f"colours={bundle}") as server, server.client() as client:
-        for row in map(json.loads, said.splitlines()):
+        for row in map(json.loads, lines.splitlines()):
             content = Path(row["path"]).read_bytes()
-            found = client.post("/v1/classify?top_k=2", content=content).json()
-            assert [one["label"] for one in found["predictions"]] == [one["label"] for one in row["predictions"]]
-            for served, predicted in zip(found["predictions"], row["predictions"], strict=True):
+            answer = client.post("/v1/classify?top_k=2", content=content).json()
+            assert [one["label"] for one in answer["predictions"]] == [one["label"] for one in row["predictions"]]
+            for served, predicted in zip(answer["predictions"], row["predictions"], strict=True):
                 assert served["probability"] == pytest.approx(predicted["probability"], abs=1e-4)
-            assert found["rejected"] == row["rejected"]
+            assert answer["rejected"] == row["rejected"]
         heat = client.post("/v1/explain", content=content)
         assert (heat.status_code, heat.headers["content-type"]) == (200, "image/png")
 
@@ -316,7 +316,7 @@ def turned_bundle(bundle: Path, folder: Path, **changed: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({}, "labels: 2 of 3 outputs"),
         ({"channel_order": "bgr"}, "channel_order: rgb against bgr"),
@@ -331,7 +331,7 @@ def test_export_against_a_stack_that_feeds_or_reads_otherwise_is_refused_before_
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     changed: dict[str, object],
-    said: str,
+    message: str,
 ) -> None:
     monkeypatch.setattr("fgvc.api.shipping.load_run", lambda *_: pytest.fail("the net was opened"))
     other = turned_bundle(bundle, tmp_path / "other", **changed)
@@ -348,7 +348,7 @@ def test_export_against_a_stack_that_feeds_or_reads_otherwise_is_refused_before_
     for against in stated:
         refused = fgvc("export", run, "-o", tmp_path / "new", "--against", *against, code=2).stderr
         assert "is not a drop-in for" in refused
-        assert said in refused
+        assert message in refused
         assert not (tmp_path / "new").exists()
 
 
@@ -360,8 +360,8 @@ def test_what_is_stated_of_a_deployed_stack_in_part_or_twice_is_refused(
     (tmp_path / "part.json").write_text(json.dumps({"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}))
     export = ("export", run, "-o", tmp_path / "new")
     against = ("--against", tmp_path / "lone.onnx")
-    said = fgvc(*export, *against, "--preprocess", tmp_path / "part.json", code=2).stderr
-    assert "says nothing of resize, crop_pct, interpolation, channel_order, input_range, fill" in said
+    message = fgvc(*export, *against, "--preprocess", tmp_path / "part.json", code=2).stderr
+    assert "says nothing of resize, crop_pct, interpolation, channel_order, input_range, fill" in message
     own = fgvc(*export, "--against", bundle, "--labels", bundle / "labels.json", code=2).stderr
     assert "has its own" in own
     assert "--against" in fgvc(*export, "--labels", bundle / "labels.json", code=2).stderr
@@ -374,21 +374,21 @@ def test_a_lone_deployed_file_proves_nothing_of_what_is_around_it(
     scripted = api.export(run, tmp_path / "scripted", exporter="torchscript").bundle  # a file by the exporter that takes no time
     shutil.copy(scripted / "model.onnx", tmp_path / "lone.onnx")
     export = ("export", run, "-o", tmp_path / "new", "--against", tmp_path / "lone.onnx")
-    said = fgvc(*export).stdout
-    assert "drop-in replacement" not in said
-    assert sum("not proved: " in line and "blue, green, red" in line for line in said.splitlines()) == 1
-    known = json.loads((tmp_path / "new" / "contract.json").read_text())["deployed"]
-    assert known == {"preprocess": "not known", "labels": "not known"}
+    output = fgvc(*export).stdout
+    assert "drop-in replacement" not in output
+    assert sum("not proved: " in line and "blue, green, red" in line for line in output.splitlines()) == 1
+    record = json.loads((tmp_path / "new" / "contract.json").read_text())["deployed"]
+    assert record == {"preprocess": "not known", "labels": "not known"}
     page = tmp_path / "report.html"
     fgvc("report", run, "--bundle", tmp_path / "new", "--images", 1, "--out", page)
     assert "not proved: its preprocessing and the order of its labels only assumed" in page.read_text(encoding="utf-8")
 
     stated = ("--labels", bundle / "labels.json", "--preprocess", bundle / "preprocess.json", "--overwrite")
-    said = fgvc(*export, *stated).stdout
-    assert "a drop-in replacement of" in said
-    assert "not proved" not in said
-    known = json.loads((tmp_path / "new" / "contract.json").read_text())["deployed"]
-    assert known == {"preprocess": "the same", "labels": "the same"}
+    output = fgvc(*export, *stated).stdout
+    assert "a drop-in replacement of" in output
+    assert "not proved" not in output
+    record = json.loads((tmp_path / "new" / "contract.json").read_text())["deployed"]
+    assert record == {"preprocess": "the same", "labels": "the same"}
     fgvc("report", run, "--bundle", tmp_path / "new", "--images", 1, "--out", page)
     assert "graph, preprocessing and labels are the same" in page.read_text(encoding="utf-8")
     assert fgvc("verify", tmp_path / "new").stdout
@@ -398,9 +398,9 @@ def test_a_bundle_of_another_preprocessing_certifies_no_run(
     fgvc: Callable[..., Printed], run: Path, bundle: Path, tmp_path: Path
 ) -> None:
     other = turned_bundle(bundle, tmp_path / "other", interpolation="nearest")
-    said = fgvc("report", run, "--bundle", other, "--out", tmp_path / "r.html", code=2).stderr
-    assert "not exported from it" in said
-    assert "interpolation: nearest against" in said
+    message = fgvc("report", run, "--bundle", other, "--out", tmp_path / "r.html", code=2).stderr
+    assert "not exported from it" in message
+    assert "interpolation: nearest against" in message
     same = turned_bundle(bundle, tmp_path / "same", fill=[0, 0, 0])  # nothing pads
     fgvc("report", run, "--bundle", same, "--images", 1, "--out", tmp_path / "r.html")
 
@@ -431,9 +431,9 @@ def test_mistakes_are_named(
     fgvc: Callable[..., Printed], arguments: tuple, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = fgvc(*arguments, code=2).stderr
-    assert said.startswith("error: ")
-    assert expected in said
+    message = fgvc(*arguments, code=2).stderr
+    assert message.startswith("error: ")
+    assert expected in message
     assert not list(tmp_path.iterdir())
 
 
@@ -449,7 +449,7 @@ def test_a_setting_for_a_verb_that_takes_none_is_told_where_it_goes(
     fgvc: Callable[..., Printed], arguments: tuple, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = " ".join(fgvc(*arguments, code=2).stderr.replace("│", " ").split())
-    assert hint in said
-    assert "Settings are given to `fgvc train`, or written into a recipe" in said
+    message = " ".join(fgvc(*arguments, code=2).stderr.replace("│", " ").split())
+    assert hint in message
+    assert "Settings are given to `fgvc train`, or written into a recipe" in message
     assert not list(tmp_path.iterdir())

@@ -66,8 +66,8 @@ def tree(file: Path, pictures: Path, **sections: dict[str, Any]) -> dict[str, An
     return settings
 
 
-def saved(made: onnx.ModelProto, folder: Path, *, labels: bool = True, external: bool = False) -> Path:
-    path = small.saved(made, folder, external=external)
+def saved(proto: onnx.ModelProto, folder: Path, *, labels: bool = True, external: bool = False) -> Path:
+    path = small.saved(proto, folder, external=external)
     if labels:
         (folder / "labels.txt").write_text("\n".join(NAMES))
     return path
@@ -105,15 +105,15 @@ def outside(path: Path) -> bytes:
     "name", ["in_constants", "kept_norm", "external", "shared", "fixed_batch", "half", "bytes_in", "standardised"]
 )
 def test_a_file_is_trained_and_written_back(name: str, colours: Path, tmp_path: Path) -> None:
-    made = small.plain() if name == "external" else small.FILES[name]()
-    file = saved(made, tmp_path / "given", external=name == "external")
+    proto = small.plain() if name == "external" else small.FILES[name]()
+    file = saved(proto, tmp_path / "given", external=name == "external")
     deploy: dict[str, Any] = {"mean": None, "std": None, "input_range": 255} if name == "bytes_in" else {}
     settings = tree(file, colours, deploy=deploy)
     if name == "bytes_in":
         settings["deploy"] = {"resize": "squash", "interpolation": "bilinear"}
     run = trainer.train(Recipe.model_validate(settings), tmp_path / "run")
-    done = api.export(run, tmp_path / "bundle")
-    written = done.proven.written
+    exported = api.export(run, tmp_path / "bundle")
+    written = exported.proven.written
     assert written is not None
     assert written.moved
     bundle = load_bundle(tmp_path / "bundle")
@@ -300,7 +300,7 @@ def test_refusals_of_files(colours: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "words"),
+    ("make", "words"),
     [
         (two_inputs, "has one input, this has 2"), (text, "has 2 axes; images have four"), (boxes, "has 2 outputs"),
         (custom, "this operator is not known here"), (quantised, "an int8 file can't be trained"),
@@ -308,9 +308,9 @@ def test_refusals_of_files(colours: Path, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_classifier_of_images_is_not_trained(
-    made: Callable[[], onnx.ModelProto], words: str, colours: Path, tmp_path: Path
+    make: Callable[[], onnx.ModelProto], words: str, colours: Path, tmp_path: Path
 ) -> None:
-    assert words in refusal(tree(saved(made(), tmp_path / "given"), colours), tmp_path / "run")
+    assert words in refusal(tree(saved(make(), tmp_path / "given"), colours), tmp_path / "run")
 
 
 def test_broken_and_large_files_are_not_trained(colours: Path, tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def test_run_and_bundle_are_fed_and_read_alike(ending: str, colours: Path, tmp_p
         z = z / bundle.calibration.temperature
         p = 1 / (1 + np.exp(-z)) if ending == "sigmoid" else np.exp(z) / np.exp(z).sum()
     (answer,) = Engine(bundle).classify([image.convert("RGB")], top_k=5)
-    found = {each.index: each.probability for each in answer.predictions}
-    np.testing.assert_allclose([found[k] for k in range(5)], p, atol=1e-5)
+    probabilities = {each.index: each.probability for each in answer.predictions}
+    np.testing.assert_allclose([probabilities[k] for k in range(5)], p, atol=1e-5)
 
     measured = api.evaluate(run, split="test")
     answers = loaded.answers(loaded.rows("test"))

@@ -43,7 +43,7 @@ print(code or 0, sorted({HEAVY} & set(sys.modules)), file=sys.stderr)
 def test_reading_a_recipe_needs_no_torch(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     places = {"OUT": str(tmp_path / "my.yaml"), "data.root=DATA": f"data.root={tmp_path / 'data'}"}
-    given = [places.get(word, word) for word in arguments]
-    done = subprocess.run([sys.executable, "-c", CODE, *given], capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines()[-1] == f"{code} []"
-    assert message in done.stderr
+    words = [places.get(word, word) for word in arguments]
+    process = subprocess.run([sys.executable, "-c", CODE, *words], capture_output=True, text=True, check=False)
+    assert process.stderr.splitlines()[-1] == f"{code} []"
+    assert message in process.stderr

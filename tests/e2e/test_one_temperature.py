@@ -40,10 +40,10 @@ def draw(root: Path, *, test: int, validation: bool = True) -> Path:
         if split == "val" and not validation:
             continue
         true = np.repeat(np.arange(3), count)
-        shown = np.where(rng.random(len(true)) < 0.25, rng.integers(0, 3, len(true)), true)
+        colours = np.where(rng.random(len(true)) < 0.25, rng.integers(0, 3, len(true)), true)
         if split == "test":
-            shown = np.random.default_rng(test).permutation(shown)
-        for i, (label, colour) in enumerate(zip(true, shown, strict=True)):
+            colours = np.random.default_rng(test).permutation(colours)
+        for i, (label, colour) in enumerate(zip(true, colours, strict=True)):
             pixels = np.random.default_rng(1000 * len(split) + i).normal(COLOURS[names[colour]], 40, (40, 40, 3))
             path = root / split / names[label] / f"{i:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,15 +89,15 @@ def kept(run: Path) -> dict[str, Any]:
 
 def fitted(place: Path) -> dict[str, dict[str, Any]]:
     """Every fitted number of a run's or bundle's files, by file and selection."""
-    found: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, dict[str, Any]] = {}
     names = ("temperature", "threshold", "fitted_on")
     for name in (RECORD, "metrics.json"):
         tree = json.loads((place / name).read_text())
         rows = {"": tree} if "temperature" in tree else tree
-        found |= {
+        numbers |= {
             f"{name} {key}": {k: row.get("calibration", row)[k] for k in names} for key, row in rows.items()
         }
-    return found
+    return numbers
 
 
 def confidence(z: np.ndarray, t: float) -> np.ndarray:
@@ -111,18 +111,19 @@ def calibration_error(z: np.ndarray, right: np.ndarray, t: float) -> float:
 
 
 def test_a_smaller_file_says_what_the_temperature_is_worth_for_it(run: Path, bundle: Path) -> None:
-    opened, seen = api.load_bundle(bundle), load_run(run)
+    opened, loaded = api.load_bundle(bundle), load_run(run)
     assert opened.calibration is not None
-    found = opened.contract["fp16"]["agreement"]
+    agreement = opened.contract["fp16"]["agreement"]
     for name, model in (("ece_float", opened.model), ("ece", opened.variant("fp16"))):
-        said = onnx_answers(OnnxSession(model), seen.index, seen.index.rows("val"), spec=seen.preprocess, workers=0)
-        z, right = said.logits.astype(np.float64), said.logits.argmax(1) == said.labels
-        assert found[name] == pytest.approx(calibration_error(z, right, opened.calibration.temperature), abs=1e-6)
+        index, spec = loaded.index, loaded.preprocess
+        answers = onnx_answers(OnnxSession(model), index, index.rows("val"), spec=spec, workers=0)
+        z, right = answers.logits.astype(np.float64), answers.logits.argmax(1) == answers.labels
+        assert agreement[name] == pytest.approx(calibration_error(z, right, opened.calibration.temperature), abs=1e-6)
 
 
 def test_the_temperature_is_that_of_least_loss_on_validation(run: Path, bundle: Path) -> None:
-    seen = load_run(run)
-    answers = seen.answers(seen.index.rows("val"))
+    loaded = load_run(run)
+    answers = loaded.answers(loaded.index.rows("val"))
     z, y = torch.from_numpy(answers.logits).double(), torch.from_numpy(answers.labels)
     least = minimize_scalar(lambda t: F.cross_entropy(z / t, y).item(), bounds=(0.05, 20), options={"xatol": 1e-9})
     assert kept(run)["temperature"] == pytest.approx(least.x, rel=1e-4)
@@ -140,27 +141,27 @@ def test_all_ways_say_one_probability_and_that_it_is_calibrated(
     temperature = api.evaluate(run, "test").calibrated
     assert temperature is not None
     assert temperature.calibrated
-    seen = load_run(run)
-    (row,) = np.flatnonzero([seen.index.path(n) == picture for n in range(len(seen.index))])
-    logits = seen.answers(np.array([row])).logits[0].astype(np.float64)
+    loaded = load_run(run)
+    (row,) = np.flatnonzero([loaded.index.path(n) == picture for n in range(len(loaded.index))])
+    logits = loaded.answers(np.array([row])).logits[0].astype(np.float64)
     expected = F.softmax(torch.from_numpy(logits / temperature.temperature), 0).numpy()
-    said: dict[str, np.ndarray] = {}
+    probabilities: dict[str, np.ndarray] = {}
     for name, folder in (("run", run), ("bundle", bundle)):
         capsys.readouterr()
         api.explain(folder, [picture], tmp_path / name, methods=["cam"])
         assert capsys.readouterr().out.rstrip("\n").endswith("\tcalibrated")
-        with np.load(tmp_path / name / "maps/017.npz") as found:
-            said[f"explain {name}"] = found["p"]
-            assert bool(found["calibrated"])
-            assert float(found["temperature"]) == kept(run)["temperature"]
+        with np.load(tmp_path / name / "maps/017.npz") as arrays:
+            probabilities[f"explain {name}"] = arrays["p"]
+            assert bool(arrays["calibrated"])
+            assert float(arrays["temperature"]) == kept(run)["temperature"]
     predict_files(bundle, [picture], as_json=True, top_k=3)
     one = json.loads(capsys.readouterr().out)
     answer = ask(service({"b": bundle}), "POST", "/v1/classify", content=picture.read_bytes()).json()
     for name, tree in (("predict", one), ("serve", answer)):
         assert tree["calibrated"] is True
-        p = {found["label"]: found["probability"] for found in tree["predictions"]}
-        said[name] = np.array([p[label] for label in seen.classes])
-    for name, p in said.items():
+        p = {each["label"]: each["probability"] for each in tree["predictions"]}
+        probabilities[name] = np.array([p[label] for label in loaded.classes])
+    for name, p in probabilities.items():
         np.testing.assert_allclose(p, expected, atol=1e-4, err_msg=name)
     predict_files(bundle, [picture])
     assert capsys.readouterr().out.rstrip("\n").endswith(" %\tcalibrated") or one["rejected"]
@@ -177,17 +178,17 @@ def test_all_ways_say_one_probability_and_that_it_is_calibrated(
 def test_on_test_the_temperature_is_validations_to_the_last_bit(run: Path, bundle: Path) -> None:
     numbers = [kept(run)[name] for name in ("temperature", "threshold")]
     for split in ("test", "val"):
-        found = api.evaluate(run, split)  # type: ignore[arg-type]
-        assert found.calibrated is not None
-        assert [found.calibrated.temperature, found.calibrated.threshold] == numbers
+        evaluation = api.evaluate(run, split)  # type: ignore[arg-type]
+        assert evaluation.calibrated is not None
+        assert [evaluation.calibrated.temperature, evaluation.calibrated.threshold] == numbers
         row = json.loads((run / "metrics.json").read_text())[f"{split}.last"]["calibration"]
         assert [row["temperature"], row["threshold"]] == numbers
         assert (row["calibrated"], row["fitted_on"], row["fitted_images"]) == (True, "val", 72)
     stored = api.load_bundle(bundle).calibration
     assert stored is not None
     assert [stored.temperature, stored.threshold] == numbers
-    seen = load_run(run)
-    answers = seen.answers(seen.index.rows("test"))
+    loaded = load_run(run)
+    answers = loaded.answers(loaded.index.rows("test"))
     z, right = answers.logits.astype(np.float64), answers.logits.argmax(1) == answers.labels
     tested = api.evaluate(run, "test").calibrated
     assert tested is not None
@@ -216,17 +217,18 @@ def test_without_validation_nothing_is_ever_fitted(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare = trained(draw(tmp_path / "pictures", test=1, validation=False), tmp_path / "runs/bare", val_fraction=0)
-    found = api.evaluate(bare, "test")
-    assert found.calibrated is not None
-    assert (found.calibrated.calibrated, found.calibrated.temperature, found.calibrated.threshold) == (False, 1, 0)
-    assert found.calibrated.before.ece == found.calibrated.after.ece
-    show.scores(found)
+    evaluation = api.evaluate(bare, "test")
+    assert evaluation.calibrated is not None
+    fit = evaluation.calibrated
+    assert (fit.calibrated, fit.temperature, fit.threshold) == (False, 1, 0)
+    assert fit.before.ece == fit.after.ece
+    show.scores(evaluation)
     picture = next((tmp_path / "pictures/test/red").iterdir())
     api.explain(bare, [picture], tmp_path / "out")
-    said = capsys.readouterr()
-    assert "not calibrated; the data have no validation split" in said.out
-    assert "bare: its probabilities are not calibrated: the data have no validation split" in said.err
-    assert said.out.rstrip("\n").endswith("\tnot calibrated")
+    captured = capsys.readouterr()
+    assert "not calibrated; the data have no validation split" in captured.out
+    assert "bare: its probabilities are not calibrated: the data have no validation split" in captured.err
+    assert captured.out.rstrip("\n").endswith("\tnot calibrated")
     exported = api.export(bare, tmp_path / "bundle")
     show_export.contract(exported)
     assert "not calibrated: the data have no validation split" in capsys.readouterr().out
@@ -251,9 +253,9 @@ def test_other_weights_have_a_temperature_of_their_own(run: Path, tmp_path: Path
     assert calibration(load_run(copy)).calibration == calibration(load_run(run)).calibration
     assert kept(copy) == kept(run)
     both = [load_run(copy, select) for select in ("last", "best")]
-    found = [calibration(one).calibration for one in both]
+    fits = [calibration(one).calibration for one in both]
     assert set(json.loads((copy / RECORD).read_text())) == {"val.last", "val.best"}
-    assert (both[0].identity == both[1].identity) == (found[0] == found[1])
+    assert (both[0].identity == both[1].identity) == (fits[0] == fits[1])
 
 
 def test_a_damaged_record_is_refused_by_name(run: Path, tmp_path: Path) -> None:
@@ -270,13 +272,13 @@ def test_a_damaged_record_is_refused_by_name(run: Path, tmp_path: Path) -> None:
 def test_a_file_that_answers_otherwise_is_not_called_calibrated(run: Path, tmp_path: Path, bundle: Path) -> None:
     from fgvc.evaluation.temperature import shipped_calibration
 
-    seen = load_run(run)
-    known, model = calibration(seen), (bundle / "model.onnx").read_bytes()
-    shipped_calibration(seen, known, model)
-    assert known.calibration is not None
-    other = known.calibration.model_copy(update={"nll_before": known.calibration.nll_before + 0.01})
+    loaded = load_run(run)
+    fit, model = calibration(loaded), (bundle / "model.onnx").read_bytes()
+    shipped_calibration(loaded, fit, model)
+    assert fit.calibration is not None
+    other = fit.calibration.model_copy(update={"nll_before": fit.calibration.nll_before + 0.01})
     with pytest.raises(FgvcError, match="the exported file has a loss of"):
-        shipped_calibration(seen, type(known)(other), model)
+        shipped_calibration(loaded, type(fit)(other), model)
 
 
 def test_a_run_whose_data_are_gone_keeps_its_temperature(
@@ -291,9 +293,9 @@ def test_a_run_whose_data_are_gone_keeps_its_temperature(
     assert capsys.readouterr().out.endswith("\tcalibrated\n")
     (copy / RECORD).unlink()
     api.explain(copy, [picture], tmp_path / "without")
-    said = capsys.readouterr()
-    assert said.out.endswith("\tnot calibrated\n")
-    assert "copy: its probabilities are not calibrated: none is kept, and the validation split can't be read" in said.err
+    captured = capsys.readouterr()
+    assert captured.out.endswith("\tnot calibrated\n")
+    assert "copy: its probabilities are not calibrated: none is kept, and the validation split can't be read" in captured.err
     moved = tmp_path / "moved"
     shutil.copytree(pictures, moved)
     api.evaluate(copy, "val", root=moved)  # as the message says
@@ -303,9 +305,9 @@ def test_a_run_whose_data_are_gone_keeps_its_temperature(
 
 
 def test_averaged_views_are_never_called_calibrated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = api.evaluate(run, "test", views="flip")
-    assert found.calibrated is None
-    show.scores(found)
+    evaluation = api.evaluate(run, "test", views="flip")
+    assert evaluation.calibrated is None
+    show.scores(evaluation)
     assert "not calibrated: no temperature is fitted for averaged views" in capsys.readouterr().out
     row = json.loads((run / "metrics.json").read_text())["test-flip.last"]["calibration"]
     assert row["calibrated"] is False
@@ -313,12 +315,12 @@ def test_averaged_views_are_never_called_calibrated(run: Path, capsys: pytest.Ca
 
 def test_the_pictures_read_are_those_of_the_loader(run: Path) -> None:
     """The temperature is of what serving sees: the evaluation's own loader, in its order."""
-    seen = load_run(run)
-    rows = seen.index.rows("val")
-    batches = evaluation_loader(seen.index, rows, spec=seen.preprocess, batch_size=64, workers=0)
+    loaded = load_run(run)
+    rows = loaded.index.rows("val")
+    batches = evaluation_loader(loaded.index, rows, spec=loaded.preprocess, batch_size=64, workers=0)
     with torch.inference_mode():
-        z = torch.cat([seen.step.net(batch.images) for batch in batches])
-    loss = F.cross_entropy(z, torch.from_numpy(seen.index.labels[rows]).long()).item()
+        z = torch.cat([loaded.step.net(batch.images) for batch in batches])
+    loss = F.cross_entropy(z, torch.from_numpy(loaded.index.labels[rows]).long()).item()
     assert kept(run)["nll_before"] == pytest.approx(loss, abs=1e-5)
 
 
@@ -330,18 +332,18 @@ def test_in_a_run_that_can_not_be_written_it_is_computed_and_not_kept(
     (copy / RECORD).unlink()
     whole = os.open
 
-    def read_only(path: Any, flags: int, *given: Any, **named: Any) -> int:
+    def read_only(path: Any, flags: int, *arguments: Any, **named: Any) -> int:
         if str(path).startswith(str(copy)) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             raise OSError(errno.EROFS, "Read-only file system", str(path))
-        return whole(path, flags, *given, **named)
+        return whole(path, flags, *arguments, **named)
 
     monkeypatch.setattr(os, "open", read_only)
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    found = api.evaluate(copy, "test")
-    assert found.calibrated is not None
-    assert found.calibrated.temperature == kept(run)["temperature"]
+    evaluation = api.evaluate(copy, "test")
+    assert evaluation.calibrated is not None
+    assert evaluation.calibrated.temperature == kept(run)["temperature"]
     api.explain(copy, [next((pictures / "test/red").iterdir())], tmp_path / "out")
-    said = capsys.readouterr()
-    assert said.out.endswith("\tcalibrated\n")
-    assert "copy: can't be written (Read-only file system): nothing was stored there" in said.err
+    captured = capsys.readouterr()
+    assert captured.out.endswith("\tcalibrated\n")
+    assert "copy: can't be written (Read-only file system): nothing was stored there" in captured.err
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before

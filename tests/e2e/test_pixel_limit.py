@@ -41,8 +41,8 @@ def test_one_default() -> None:
     for verb in (shipping.predict, shipping.serve):
         assert inspect.signature(verb).parameters["megapixels"].default * 1e6 == MAX_PIXELS
     for verb in ("eval", "localize", "report", "predict", "explain", "compare", "serve"):
-        shown = CliRunner().invoke(app, [verb, "--help"], terminal_width=200, env={"TERM": "dumb"}).stdout
-        assert "--megapixels" in shown
+        page = CliRunner().invoke(app, [verb, "--help"], terminal_width=200, env={"TERM": "dumb"}).stdout
+        assert "--megapixels" in page
 
 
 def test_every_verb_has_its_limit(recipe_tree: dict, colours: Path, tmp_path: Path, fgvc: Ask) -> None:
@@ -59,25 +59,25 @@ def test_every_verb_has_its_limit(recipe_tree: dict, colours: Path, tmp_path: Pa
     path.write_text(yaml.safe_dump(recipe_tree | {"data": data, "image": {"size": 64}}))
     assert read_source(load_recipe(path).data).max_pixels == 2000
     too_many = "red/00.png: too many pixels: 60 x 40 = 0.0024 megapixels, the limit is 0.002"
-    code, said = fgvc("data", "check", path)
-    assert "too many pixels: 60 x 40 = 0.0024 megapixels, the limit is 0.002; data.max_megapixels" in said
+    code, output = fgvc("data", "check", path)
+    assert "too many pixels: 60 x 40 = 0.0024 megapixels, the limit is 0.002; data.max_megapixels" in output
     assert "too many" not in fgvc("data", "check", path, "data.max_megapixels=0.003")[1]
-    code, said = fgvc("train", path, "train.max_steps=2", "--out", run)
-    assert code == 0, said
-    code, said = fgvc("eval", run, "--split", "test")
-    assert (code, too_many in said) == (0, True), said
-    code, said = fgvc("eval", run, "--split", "test", "--megapixels", "0.003")
-    assert (code, "too many" in said) == (0, False), said
+    code, output = fgvc("train", path, "train.max_steps=2", "--out", run)
+    assert code == 0, output
+    code, output = fgvc("eval", run, "--split", "test")
+    assert (code, too_many in output) == (0, True), output
+    code, output = fgvc("eval", run, "--split", "test", "--megapixels", "0.003")
+    assert (code, "too many" in output) == (0, False), output
     # A run that goes on may have another limit, and what reads it then has it, too.
-    code, said = fgvc("train", path, "train.max_steps=3", "data.max_megapixels=0.003", "--out", run)
-    assert code == 0, said
-    code, said = fgvc("eval", run, "--split", "test")
-    assert (code, "too many" in said) == (0, False), said
-    code, said = fgvc("export", run, "-o", bundle)
-    assert code == 0, said
+    code, output = fgvc("train", path, "train.max_steps=3", "data.max_megapixels=0.003", "--out", run)
+    assert code == 0, output
+    code, output = fgvc("eval", run, "--split", "test")
+    assert (code, "too many" in output) == (0, False), output
+    code, output = fgvc("export", run, "-o", bundle)
+    assert code == 0, output
     for verb in (("predict", bundle, large), ("explain", run, large, "-o", tmp_path / "seen")):
-        code, said = fgvc(*verb, "--megapixels", "0.002")
-        assert (code, too_many in said) == (1, True), said
+        code, output = fgvc(*verb, "--megapixels", "0.002")
+        assert (code, too_many in output) == (1, True), output
     assert fgvc("predict", bundle, large)[0] == 0
     assert too_many in fgvc("compare", run, bundle, "--data", root, "--split", "test", "--megapixels", "0.002")[1]
     assert too_many in fgvc("compare", run, bundle, "--data", path, "--split", "test")[1]

@@ -55,8 +55,8 @@ def test_it_is_explained(run: Path, colours: Path, tmp_path: Path, method: str) 
 
 
 def test_the_exported_maps_are_those_of_the_tokens_one_by_one(run: Path) -> None:
-    seen = load_run(run)
-    plain = strip(seen.step.net, backbone="test_vit", num_classes=3, kwargs=seen.recipe.model.kwargs).eval()
+    loaded = load_run(run)
+    plain = strip(loaded.step.net, backbone="test_vit", num_classes=3, kwargs=loaded.recipe.model.kwargs).eval()
     explains, reason = explain_model(plain, size=SIZE)
     assert explains is not None, reason
     x = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(0))

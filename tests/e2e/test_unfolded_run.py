@@ -43,8 +43,8 @@ def settings(file: Path, pictures: Path, norm: str, **sections: dict[str, Any]) 
 
 @pytest.fixture(scope="session", params=["frozen", "batch", "restore"])
 def run(request: pytest.FixtureRequest, once: Once, colours: Path, folded_file: Path) -> tuple[str, Path]:
-    given = settings(folded_file, colours, request.param, ema={"decay": 0.5})
-    return request.param, once.run(Recipe.model_validate(given))
+    tree = settings(folded_file, colours, request.param, ema={"decay": 0.5})
+    return request.param, once.run(Recipe.model_validate(tree))
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -84,8 +84,8 @@ def test_it_is_written_back_and_proved(run: tuple[str, Path], folded_file: Path,
 def test_a_run_that_goes_on_fits_nothing_anew(norm: str, folded_file: Path, colours: Path, tmp_path: Path) -> None:
     def trained(name: str, steps: int) -> dict[str, torch.Tensor]:
         train = {"epochs": 2, "max_steps": steps}
-        given = settings(folded_file, colours, norm, train=train, optim={"l2_sp": 0.01, "lr": 0.02})
-        trainer.train(Recipe.model_validate(given), tmp_path / name)
+        tree = settings(folded_file, colours, norm, train=train, optim={"l2_sp": 0.01, "lr": 0.02})
+        trainer.train(Recipe.model_validate(tree), tmp_path / name)
         return load_file(tmp_path / name / "ckpt" / "last" / "net.safetensors")
 
     whole = trained("whole", 4)
@@ -132,35 +132,35 @@ def test_weights_of_the_twin_bring_the_scales_of_their_norms(once: Once, colours
     shutil.copy(exported(once, "test_resnet", "folded"), folder / "net.onnx")
     (folder / "labels.txt").write_text("\n".join(NAMES))
     save_file(source.state_dict(), folder / "net.safetensors")
-    given = settings(folder / "net.onnx", colours, "frozen")
-    given["model"] |= {"weights": str(folder / "net.safetensors"), "head": "timm"}
-    built = build_net(resolve_data(Recipe.model_validate(given)), len(NAMES))
+    tree = settings(folder / "net.onnx", colours, "frozen")
+    tree["model"] |= {"weights": str(folder / "net.safetensors"), "head": "timm"}
+    built = build_net(resolve_data(Recipe.model_validate(tree)), len(NAMES))
     kernels = [module.weight.detach() for module in source.modules() if isinstance(module, nn.Conv2d)]
     assert len(built.weights.scales) == len(kernels)
     net = built.step.net
     fit(net, [torch.randn(2, 3, PIXELS, PIXELS)], built.weights.scales)
-    kept: dict[tuple[int, ...], list[torch.Tensor]] = {tuple(kernel.shape): [] for kernel in kernels}
+    by_shape: dict[tuple[int, ...], list[torch.Tensor]] = {tuple(kernel.shape): [] for kernel in kernels}
     for kernel in kernels:
-        kept[tuple(kernel.shape)].append(kernel)
+        by_shape[tuple(kernel.shape)].append(kernel)
     for module in net.modules():
         if isinstance(module, ScaledConv2d):
-            ratios = [(module.weight.detach() / kernel).flatten(1) for kernel in kept[tuple(module.weight.shape)]]
+            ratios = [(module.weight.detach() / kernel).flatten(1) for kernel in by_shape[tuple(module.weight.shape)]]
             ratio = min(ratios, key=lambda one: float((one - one[:, :1]).abs().max()))
             torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-3, atol=1e-4)
             assert ((ratio.abs() > 2**-0.51) & (ratio.abs() < 2**0.51)).all()
 
 
 def test_restore_needs_a_norm_that_was_folded(colours: Path, tmp_path: Path) -> None:
-    kept = saved(small.kept_norm(), tmp_path / "kept")
+    file = saved(small.kept_norm(), tmp_path / "kept")
     with pytest.raises(
         FgvcError, match=r"model\.batch_norm: restore: no convolution of .* \(it keeps 1\); set it to frozen"
     ):
-        trainer.train(Recipe.model_validate(settings(kept, colours, "restore")), tmp_path / "run")
+        trainer.train(Recipe.model_validate(settings(file, colours, "restore")), tmp_path / "run")
     assert not (tmp_path / "run" / "config.yaml").exists()
-    given = settings(kept, colours, "restore")
-    given["model"] = {"backbone": "resnet18", "batch_norm": "restore"}
+    tree = settings(file, colours, "restore")
+    tree["model"] = {"backbone": "resnet18", "batch_norm": "restore"}
     with pytest.raises(FgvcError, match="restore is for the file of model.onnx"):
-        validate(Recipe, given, where="test")
+        validate(Recipe, tree, where="test")
 
 
 def test_a_file_that_keeps_norms_trains_them_as_they_are(colours: Path, tmp_path: Path) -> None:
