@@ -119,19 +119,19 @@ def test_its_normalisation_is_read_in_other_units(run: Path, order: str, white: 
     tree = read_run(run).model_dump(mode="json") | {"deploy": deploy}
     spec = build_net(recipe(tree), 3).preprocess
     (run / "preprocess.json").write_text(spec.model_dump_json())
-    made = recipe(tree, model={"weights": str(run / "ckpt/last/net.safetensors")})
-    found = load_weights(build_net(made, 3).step.net, made.model)
-    assert found.mean == pytest.approx([0.4, 0.2, 0.1] if order == "bgr" else [0.1, 0.2, 0.4])
+    config = recipe(tree, model={"weights": str(run / "ckpt/last/net.safetensors")})
+    weights = load_weights(build_net(config, 3).step.net, config.model)
+    assert weights.mean == pytest.approx([0.4, 0.2, 0.1] if order == "bgr" else [0.1, 0.2, 0.4])
 
 
 def test_re_parameterised_blocks_are_folded(tmp_path: Path, begun: Path) -> None:
-    made = recipe(read_run(begun).model_dump(mode="json"), techniques={"acb": {}}, train={"max_steps": 2})
-    run = trainer.train(made, tmp_path / "replaced")
+    config = recipe(read_run(begun).model_dump(mode="json"), techniques={"acb": {}}, train={"max_steps": 2})
+    run = trainer.train(config, tmp_path / "replaced")
     weights = run / "ckpt/last/net.safetensors"
     assert load_file(weights).keys() != build_net(read_run(begun), 3).step.net.state_dict().keys()
     plain = recipe(read_run(begun).model_dump(mode="json"), model={"weights": str(weights)})
     net = build_net(plain, 3).step.net.eval()
-    trained = build_net(made, 3).step.net.eval()
+    trained = build_net(config, 3).step.net.eval()
     trained.load_state_dict(load_file(weights))
     x = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(net(x), trained(x), rtol=1e-4, atol=1e-4)
@@ -161,18 +161,18 @@ def test_too_many_bad_files_and_a_higher_limit(tmp_path: Path, begun: Path, colo
     bad = [root / f"train/red/{i:02d}.png" for i in range(6)]
     for path in bad:
         path.write_bytes(b"x")
-    made = recipe(
+    config = recipe(
         read_run(begun).model_dump(mode="json"), data={"root": str(root), "max_unreadable": 0.05},
         checkpoint={"every_steps": 1}, train={"max_steps": 6},
     )  # fmt: skip
     with pytest.raises(FgvcError, match="Raise it, and the run goes on"):
-        trainer.train(made, tmp_path / "run")
+        trainer.train(config, tmp_path / "run")
     if (tmp_path / "run/ckpt/last").exists():
         paint(bad[0], (200, 70, 60), seed=1)
         with pytest.raises(FgvcError, match="1 of another size"):
-            trainer.train(made, tmp_path / "run")
+            trainer.train(config, tmp_path / "run")
         bad[0].write_bytes(b"x")
-    trainer.train(recipe(made.model_dump(mode="json"), data={"max_unreadable": 0.5}), tmp_path / "run")
+    trainer.train(recipe(config.model_dump(mode="json"), data={"max_unreadable": 0.5}), tmp_path / "run")
 
 
 def test_a_killed_loader_goes_on_with_fewer(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,8 +191,8 @@ def test_nothing_saved_yet_starts_anew(tmp_path: Path) -> None:
 
 
 def test_export_takes_another_exporter(run: Path, tmp_path: Path) -> None:
-    made = api.export(run, tmp_path / "bundle", exporter="torchscript", opset=17)
-    contract = json.loads((made.bundle / "contract.json").read_text())
+    exported = api.export(run, tmp_path / "bundle", exporter="torchscript", opset=17)
+    contract = json.loads((exported.bundle / "contract.json").read_text())
     assert (contract["exporter"], contract["interface"]["opset"]) == ("torchscript", 17)
 
 

@@ -50,23 +50,23 @@ def test_the_faster_precision_is_taken_and_recorded(
     bf16: float, chosen: str, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(automatic, "precision_seconds", lambda step: {"fp32": 1.0, "bf16": bf16})
-    made = recipe(colours, train={"precision": "auto", "batch_size": "auto", "max_steps": 1})
+    config = recipe(colours, train={"precision": "auto", "batch_size": "auto", "max_steps": 1})
     out = tmp_path / "run"
-    trainer.train(made, out)
+    trainer.train(config, out)
     recorded = read_run(out).train
     assert (recorded.precision, recorded.batch_size) == (chosen, 8)
     printed = capsys.readouterr().err
     assert f"train.precision: {chosen}, the faster of both by a step of a few images here: fp32 1000 ms, bf16" in printed
     assert "train.batch_size: 8, of" in printed
     monkeypatch.setattr(automatic, "precision_seconds", lambda step: pytest.fail("a run that goes on measures nothing"))
-    trainer.train(made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 2})}), out)
+    trainer.train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 2})}), out)
     assert read_run(out).train.precision == chosen
 
 
 def test_both_are_measured_for_real_and_losses_stay_fp32(colours: Path) -> None:
-    made = recipe(colours, train={"precision": "auto"})
-    with process_group(made.train) as process:
-        settled = automatic.settle(made, training_index(made), process)
+    config = recipe(colours, train={"precision": "auto"})
+    with process_group(config.train) as process:
+        settled = automatic.settle(config, training_index(config), process)
         assert settled.recipe.train.precision in ("fp32", "bf16")
         assert "fp32" in settled.notes[0]
         techniques = {"centre_loss": {}, "multiscale_head": {}, "distill": {}}
@@ -74,15 +74,15 @@ def test_both_are_measured_for_real_and_losses_stay_fp32(colours: Path) -> None:
         noise = open_noise_step(half, training_index(half), automatic.settled_process(process, half.train))
         losses, _, _ = noise._forward(noise._batch(4, 0.0), 0.0, torch.autocast("cpu", torch.bfloat16))
         assert {value.dtype for value in losses.values()} == {torch.float32}
-    with process_group(made.train) as process, open_session(half, process) as session:
+    with process_group(config.train) as process, open_session(half, process) as session:
         assert session.process.precision == "bf16"
 
 
 def test_nothing_is_measured_for_sheets(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(automatic, "open_noise_step", lambda *given: pytest.fail("measured"))
-    made = recipe(colours, train={"precision": "auto", "batch_size": "auto"})
-    with process_group(made.train) as process:
-        settled = automatic.settle(made, training_index(made), process, measure=False)
+    monkeypatch.setattr(automatic, "open_noise_step", lambda *_: pytest.fail("measured"))
+    config = recipe(colours, train={"precision": "auto", "batch_size": "auto"})
+    with process_group(config.train) as process:
+        settled = automatic.settle(config, training_index(config), process, measure=False)
     assert (settled.recipe.train.precision, settled.recipe.train.batch_size) == ("fp32", 8)
 
 
@@ -105,9 +105,9 @@ def test_a_step_is_divided_as_memory_needs(free: int, parts: int, monkeypatch: p
 
 
 def test_the_bytes_of_a_forward_are_counted_once_each_without_the_nets_own(colours: Path) -> None:
-    made = recipe(colours)
-    with process_group(made.train) as process:
-        noise = open_noise_step(made, training_index(made), process)
+    config = recipe(colours)
+    with process_group(config.train) as process:
+        noise = open_noise_step(config, training_index(config), process)
         two, four = noise.saved_bytes(2), noise.saved_bytes(4)
     images = 3 * 32 * 32 * 4
     assert two > 2 * images
@@ -144,12 +144,12 @@ def epochs(run: Path) -> list[int]:
 def test_a_run_ends_where_its_patience_does_and_goes_on_with_more(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, made = tmp_path / "run", recipe(colours, train={"patience": 2})
+    out, config = tmp_path / "run", recipe(colours, train={"patience": 2})
     scored(monkeypatch, [0.1, 0.5, 0.5, 0.4])
-    trainer.train(made, out)
+    trainer.train(config, out)
     assert epochs(out) == [1, 2, 3]
     assert "ended early: validation (top1) was the best after epoch 1, and train.patience is 2" in capsys.readouterr().err
-    trainer.train(made, out)
+    trainer.train(config, out)
     assert "this run is finished. To go on raise train.patience" in capsys.readouterr().err
     assert epochs(out) == [1, 2, 3]
     scored(monkeypatch, [0.6, 0.4, 0.4])
@@ -159,29 +159,29 @@ def test_a_run_ends_where_its_patience_does_and_goes_on_with_more(
 
 
 def test_an_interrupted_run_keeps_its_patience(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, made = tmp_path / "run", recipe(colours, train={"patience": 2})
+    out, config = tmp_path / "run", recipe(colours, train={"patience": 2})
     scored(monkeypatch, [0.1, 0.5, 0.4])
     with pytest.raises(StopIteration):  # killed in its third epoch's validation
-        trainer.train(made, out)
+        trainer.train(config, out)
     scored(monkeypatch, [0.3])
-    trainer.train(made, out)
+    trainer.train(config, out)
     assert epochs(out) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("by", "values", "kept"),
+    ("by", "values", "best_epochs"),
     [("top1", [0.0, 0.5, 0.9, 0.7, 0.8, 0.1, 0.2], [2, 4, 6]), ("loss", [9.0, 0.5, 0.9, 0.7, 0.2, 0.6, 0.8], [1, 4, 6])],
 )
 def test_the_best_epochs_stay(
-    by: str, values: list[float], kept: list[int], colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by: str, values: list[float], best_epochs: list[int], colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, made = tmp_path / "run", recipe(colours, checkpoint={"keep": 0, "keep_best": 2}, select_by=by)
+    out, config = tmp_path / "run", recipe(colours, checkpoint={"keep": 0, "keep_best": 2}, select_by=by)
     scored(monkeypatch, values, by)
-    trainer.train(made, out)
+    trainer.train(config, out)
     steps = sorted(int(path.name.removeprefix("step-")) for path in (out / "ckpt").glob("step-*"))
     a_epoch = checkpoint.read_progress(out / "ckpt").step // 6
-    assert steps == [a_epoch * epoch for epoch in kept]
-    assert checkpoint.load(out / "ckpt", "best").progress.epoch == kept[0] if by == "top1" else kept[1]
+    assert steps == [a_epoch * epoch for epoch in best_epochs]
+    assert checkpoint.load(out / "ckpt", "best").progress.epoch == best_epochs[0] if by == "top1" else best_epochs[1]
 
 
 def test_a_forecast_counts_all_parts(colours: Path) -> None:

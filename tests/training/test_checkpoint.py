@@ -89,11 +89,11 @@ def save_on(folder: Path, step: int) -> None:
 
 
 def test_killed_at_any_moment_the_last_checkpoint_loads(tmp_path: Path) -> None:
-    tmp_path, said, step = tmp_path / "ckpt", tmp_path / "said", 0
+    tmp_path, printed, step = tmp_path / "ckpt", tmp_path / "said", 0
     checkpoint.save(tmp_path, state(0, size=200_000))
     for kill in range(4):
-        child = start(said, save_on, tmp_path, step)
-        while not ((said / "stdout").is_file() and child.stdout):
+        child = start(printed, save_on, tmp_path, step)
+        while not ((printed / "stdout").is_file() and child.stdout):
             assert child.returncode is None, child.stderr
             time.sleep(0.005)
         for _ in range(8):
@@ -101,7 +101,7 @@ def test_killed_at_any_moment_the_last_checkpoint_loads(tmp_path: Path) -> None:
             assert checkpoint_is_whole(tmp_path)
         child.send_signal(signal.SIGKILL)
         assert child.wait().returncode == -signal.SIGKILL
-        (said / "stdout").unlink()
+        (printed / "stdout").unlink()
         loaded = checkpoint.load(tmp_path)
         assert loaded.progress.step >= step
         assert torch.equal(loaded.net["w"], torch.full((200_000,), float(loaded.progress.step)))

@@ -17,8 +17,8 @@ from fgvc.training.session import open_session
 
 def facts(tree: dict, **sections: object) -> str | None:
     merged = tree | {k: (tree.get(k, {}) | v if isinstance(v, dict) else v) for k, v in sections.items()}
-    made = validate(Recipe, merged, where="test")
-    with process_group(made.train) as process, open_session(made, process) as session:
+    config = validate(Recipe, merged, where="test")
+    with process_group(config.train) as process, open_session(config, process) as session:
         return _images_key(session)
 
 

@@ -23,8 +23,8 @@ from tests.training.test_start import pretrained, recipe  # noqa: F401
 
 
 def events(run: Path, kind: str) -> list[dict]:
-    found = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [event for event in found if event["event"] == kind]
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [event for event in lines if event["event"] == kind]
 
 
 def logits(run: Path, weights: dict[str, torch.Tensor], split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,10 +44,10 @@ def test_it_is_a_net_that_is_scored_on_what_it_did_not_learn_from(tmp_path: Path
     floor = load_file(run / "ckpt" / "start" / "floor.safetensors")
     assert all(torch.equal(start[key], value) for key, value in floor.items()) == (head == "probe")
     z, y = logits(run, start | floor, "val")
-    (said,) = events(run, "floor")
-    assert said["top1"] == pytest.approx(float((z.argmax(1) == y).float().mean()), abs=1e-6)
-    assert said["of"] == len(y)
-    assert api.evaluate(run, "val", select="floor").scores.top1 == pytest.approx(said["top1"], abs=1e-6)
+    (event,) = events(run, "floor")
+    assert event["top1"] == pytest.approx(float((z.argmax(1) == y).float().mean()), abs=1e-6)
+    assert event["of"] == len(y)
+    assert api.evaluate(run, "val", select="floor").scores.top1 == pytest.approx(event["top1"], abs=1e-6)
 
 
 def test_the_result_stands_beside_it_by_the_same_images(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
@@ -57,9 +57,9 @@ def test_the_result_stands_beside_it_by_the_same_images(tmp_path: Path, pretrain
     z_end, _ = logits(run, load_file(run / "ckpt" / "last" / "net.safetensors"), "val")
     a, b = (z.argmax(1) == y).numpy(), (z_end.argmax(1) == y).numpy()
     low, high = gain_interval(int((b & ~a).sum()), int((a & ~b).sum()), len(y))
-    (said,) = events(run, "finished")
+    (event,) = events(run, "finished")
     expected = {"top1": b.mean(), "floor": a.mean(), "gain": b.mean() - a.mean(), "low": low, "high": high}
-    assert said["standing"] == pytest.approx(expected, abs=1e-5)
+    assert event["standing"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_report_shows_it_on_any_part(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
@@ -81,13 +81,13 @@ def test_a_report_shows_it_on_any_part(tmp_path: Path, pretrained: dict) -> None
 
 def test_without_a_validation_part_it_is_judged_across_training_images(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
     run = trainer.train(recipe(pretrained, data={"hold_out": False}, train={"max_steps": 1}), tmp_path / "run")
-    (said,) = events(run, "floor")
+    (event,) = events(run, "floor")
     index = read_index(read_run(run))
-    assert said["of"] == len(index.rows("train"))
+    assert event["of"] == len(index.rows("train"))
     assert "standing" not in events(run, "finished")[0]
     record = checkpoint.load(run / "ckpt", "start").rest["floor"]
     assert record["labels"].tolist() == index.labels[record["answers"][0].numpy()].tolist()
-    assert said["top1"] == pytest.approx(float((record["answers"][1] == record["labels"]).float().mean()), abs=1e-6)
+    assert event["top1"] == pytest.approx(float((record["answers"][1] == record["labels"]).float().mean()), abs=1e-6)
     assert read_run(run).select == "last"
 
 
@@ -106,14 +106,14 @@ def test_held_out_answers_are_those_of_scikit_learn(pretrained: dict) -> None:  
         rows = np.repeat(index.rows("train"), 2)
         labels = index.labels[rows].astype(np.int64)
         vectors = (rng.normal(size=(len(rows), 6)) + labels[:, None] * np.array([1, 0, 0.5, 0, 0, 0])).astype(np.float32)
-        said = _cross_fitted(session, ViewFeatures(vectors, labels, rows), 0.1)
+        predicted = _cross_fitted(session, ViewFeatures(vectors, labels, rows), 0.1)
     fold = np.repeat(fold_numbers(index.labels[rows[::2]], folds=FOLDS, seed=one.data.split_seed), 2)
     for number in range(FOLDS):
-        learn, held = fold != number, fold == number
+        learn, held_out = fold != number, fold == number
         mean, spread = vectors[learn].mean(0), vectors[learn].std(0)
         x = (vectors - mean) / np.maximum(spread, 0.3 * np.median(spread))
-        expected = LogisticRegression(C=0.1, max_iter=500).fit(x[learn], labels[learn]).predict(x[held])
-        assert (said[held] == expected).mean() > 0.99
+        expected = LogisticRegression(C=0.1, max_iter=500).fit(x[learn], labels[learn]).predict(x[held_out])
+        assert (predicted[held_out] == expected).mean() > 0.99
 
 
 def test_random_weights_and_nets_without_a_linear_head_have_none(tmp_path: Path, recipe_tree: dict) -> None:

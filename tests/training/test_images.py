@@ -53,20 +53,20 @@ def pictures(tmp_path: Path, place: Path) -> Path:
 
 
 @pytest.fixture
-def made(pictures: Path) -> Recipe:
+def config(pictures: Path) -> Recipe:
     return recipe(TREE, data={"root": str(pictures)})
 
 
 @pytest.fixture
-def run(tmp_path: Path, place: Path, made: Recipe) -> Path:
+def run(tmp_path: Path, place: Path, config: Recipe) -> Path:
     """As if it had been trained on the pictures of this test."""
     shutil.copytree(place / "run", tmp_path / "run", symlinks=True)
-    (tmp_path / "run/config.yaml").write_text(dump(made))
+    (tmp_path / "run/config.yaml").write_text(dump(config))
     return tmp_path / "run"
 
 
-def longer(made: Recipe, **data: str) -> Recipe:
-    return recipe(made.model_dump(mode="json"), data=data, train={"max_steps": 3})
+def longer(base: Recipe, **data: str) -> Recipe:
+    return recipe(base.model_dump(mode="json"), data=data, train={"max_steps": 3})
 
 
 def parts(index: ImageIndex) -> dict[str, int]:
@@ -81,9 +81,9 @@ def add(root: Path, name: str = "blue/new.png") -> None:
     paint(root / name, COLOURS["blue"], seed=999, size=(32, 32))
 
 
-def test_a_run_records_what_it_began_with(run: Path, tmp_path: Path, made: Recipe, pictures: Path) -> None:
+def test_a_run_records_what_it_began_with(run: Path, tmp_path: Path, config: Recipe, pictures: Path) -> None:
     record = recording.load(run / NAME, pictures)
-    assert parts(record.index) == parts(read_index(made))
+    assert parts(record.index) == parts(read_index(config))
     assert record.sizes.tolist() == [record.index.path(row).stat().st_size for row in range(36)]
 
 
@@ -100,13 +100,13 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_no_change_of_a_folder_moves_an_image_of_a_run(
-    run: Path, tmp_path: Path, made: Recipe, pictures: Path, change: Callable[[Path], object]
+    run: Path, tmp_path: Path, config: Recipe, pictures: Path, change: Callable[[Path], object]
 ) -> None:
     before = parts(load_run(run).index)
     change(pictures)
     assert parts(load_run(run).index) == before
     with pytest.raises(FgvcError, match=r"are not those that this run began with|can't go on without its images"):
-        resumed_index(run, made)
+        resumed_index(run, config)
 
 
 @pytest.mark.parametrize("group", [False, True], ids=["rows", "groups"])
@@ -129,18 +129,18 @@ def test_no_change_of_a_table_moves_an_image_of_a_run(
 
     write(rows)
     table = {"kind": "csv", "root": str(pictures), "file": "t.csv"}
-    made = recipe(TREE | {"data": table})
+    config = recipe(TREE | {"data": table})
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / NAME).write_bytes(Record.of(read_index(made)).dump())
+    (tmp_path / "run" / NAME).write_bytes(Record.of(read_index(config)).dump())
     run = tmp_path / "run"
-    before = parts(read_index(made))
+    before = parts(read_index(config))
     write(change(rows))
-    assert parts(recorded_images(run, made).index) == before
-    assert parts(resumed_index(run, made, recorded=True)) == before
+    assert parts(recorded_images(run, config).index) == before
+    assert parts(resumed_index(run, config, recorded=True)) == before
 
 
 def test_a_picture_less_gives_the_same_score_of_the_same_pictures(
-    run: Path, tmp_path: Path, made: Recipe, pictures: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, config: Recipe, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index = load_run(run).index
     before = api.evaluate(run, "test")
@@ -151,15 +151,15 @@ def test_a_picture_less_gives_the_same_score_of_the_same_pictures(
     after = api.evaluate(run, "test")
     assert after.scores.numbers() == before.scores.numbers()
     assert np.array_equal(after.right, before.right)
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert "1 added: blue/new.png" in said[0]
-    assert "1 gone" in said[0]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1
+    assert "1 added: blue/new.png" in warnings[0]
+    assert "1 gone" in warnings[0]
 
 
 @pytest.mark.parametrize("how", ["gone", "changed"])
 def test_a_reader_refuses_a_file_of_its_part_and_no_other(
-    run: Path, tmp_path: Path, made: Recipe, how: str, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, config: Recipe, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = load_run(run).index
     lost = index.path(index.rows("test")[0])
@@ -179,7 +179,7 @@ def test_a_reader_refuses_a_file_of_its_part_and_no_other(
     assert api.evaluate(run, "val").scores.images == 3
 
 
-def test_a_set_that_moved_is_named(run: Path, tmp_path: Path, made: Recipe, pictures: Path) -> None:
+def test_a_set_that_moved_is_named(run: Path, tmp_path: Path, config: Recipe, pictures: Path) -> None:
     before = api.evaluate(run, "test").scores.numbers()
     moved = tmp_path / "elsewhere"
     pictures.rename(moved)
@@ -193,16 +193,16 @@ def test_a_set_that_moved_is_named(run: Path, tmp_path: Path, made: Recipe, pict
         verb(moved)
     assert api.evaluate(run, "test", root=moved).scores.numbers() == before
     with pytest.raises(FgvcError, match=r"data\.root=DIR"):
-        trainer.train(longer(made), run)
-    trainer.train(longer(made, root=str(moved)), run)
+        trainer.train(longer(config), run)
+    trainer.train(longer(config, root=str(moved)), run)
     assert read_run(run).data.root == moved, "from now on the run knows its place"
     assert api.evaluate(run, "test").scores.images == 7
 
 
-def test_a_finished_run_is_told_where_its_set_lies_now(run: Path, made: Recipe, pictures: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_told_where_its_set_lies_now(run: Path, config: Recipe, pictures: Path, tmp_path: Path) -> None:
     (run / "metrics.json").write_text("{}")
     moved = pictures.rename(tmp_path / "elsewhere")
-    there = recipe(made.model_dump(mode="json"), data={"root": str(moved)})
+    there = recipe(config.model_dump(mode="json"), data={"root": str(moved)})
     trainer.train(there, run)
     assert read_run(run).data.root == moved
     assert (run / "metrics.json").exists(), "the weights are the same"
@@ -214,77 +214,77 @@ def test_a_finished_run_is_told_where_its_set_lies_now(run: Path, made: Recipe, 
 
 
 def test_a_run_goes_on_with_the_recorded_images_only_where_it_is_told_to(
-    run: Path, tmp_path: Path, made: Recipe, pictures: Path
+    run: Path, tmp_path: Path, config: Recipe, pictures: Path
 ) -> None:
-    whole = trainer.train(longer(made), tmp_path / "whole")
+    whole = trainer.train(longer(config), tmp_path / "whole")
     add(pictures)
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(FgvcError, match=r"(?s)1 added: blue/new\.png.*--recorded"):
-        trainer.train(longer(made), run)
+        trainer.train(longer(config), run)
     assert files == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    trainer.train(longer(made), run, recorded=True)
+    trainer.train(longer(config), run, recorded=True)
     for key, value in net(whole).items():
         assert torch.equal(value, net(run)[key]), key
     assert (whole / NAME).read_bytes() == (run / NAME).read_bytes(), "recorded once"
 
 
 @pytest.mark.parametrize("how", ["gone", "changed"])
-def test_the_recorded_images_must_be_there(run: Path, tmp_path: Path, made: Recipe, pictures: Path, how: str) -> None:
+def test_the_recorded_images_must_be_there(run: Path, tmp_path: Path, config: Recipe, pictures: Path, how: str) -> None:
     if how == "gone":
         (pictures / "red/03.png").unlink()
     else:
         (pictures / "red/03.png").write_bytes(b"x")
     for recorded in (False, True):
         with pytest.raises(FgvcError, match=r"1 (gone|of another size).*red/03\.png"):
-            resumed_index(run, made, recorded=recorded)
+            resumed_index(run, config, recorded=recorded)
 
 
 def test_a_run_without_a_record_is_drawn_anew_and_says_so(
-    run: Path, tmp_path: Path, made: Recipe, pictures: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, config: Recipe, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = api.evaluate(run, "test").scores.numbers()
     recorded = (run / NAME).read_bytes()
     (run / NAME).unlink()
     capsys.readouterr()
     assert api.evaluate(run, "test").scores.numbers() == before
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert "no record" in said[0]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1
+    assert "no record" in warnings[0]
     with pytest.raises(FgvcError, match="leave --recorded out"):
-        trainer.train(longer(made), run, recorded=True)
+        trainer.train(longer(config), run, recorded=True)
     add(pictures)
-    for verb in (lambda: api.evaluate(run, "test"), lambda: trainer.train(longer(made), run)):
+    for verb in (lambda: api.evaluate(run, "test"), lambda: trainer.train(longer(config), run)):
         with pytest.raises(FgvcError, match="trained on"):
             verb()
     (pictures / "blue/new.png").unlink()
-    trainer.train(longer(made), run)
+    trainer.train(longer(config), run)
     assert (run / NAME).read_bytes() == recorded, "from now on it has one"
 
 
-def test_a_record_of_another_run_is_refused(run: Path, tmp_path: Path, made: Recipe, pictures: Path) -> None:
+def test_a_record_of_another_run_is_refused(run: Path, tmp_path: Path, config: Recipe, pictures: Path) -> None:
     add(pictures)
-    other = trainer.train(made, tmp_path / "other")
+    other = trainer.train(config, tmp_path / "other")
     shutil.copy(other / NAME, run / NAME)
     with pytest.raises(FgvcError, match="not those that the checkpoint was trained on"):
-        trainer.train(longer(made), run)
+        trainer.train(longer(config), run)
 
 
 def test_a_copied_run_is_not_left_where_its_images_are_others(
-    run: Path, tmp_path: Path, made: Recipe, pictures: Path
+    run: Path, tmp_path: Path, config: Recipe, pictures: Path
 ) -> None:
     add(pictures)
     with pytest.raises(FgvcError, match="1 added"):
-        trainer.train(longer(made), tmp_path / "copy", resume=str(run))
+        trainer.train(longer(config), tmp_path / "copy", resume=str(run))
     assert not (tmp_path / "copy").exists()
-    trainer.train(longer(made), tmp_path / "copy", resume=str(run), recorded=True)
+    trainer.train(longer(config), tmp_path / "copy", resume=str(run), recorded=True)
 
 
 def test_one_root_in_other_words_is_the_same(
-    run: Path, tmp_path: Path, made: Recipe, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, config: Recipe, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "link").symlink_to(pictures)
     monkeypatch.chdir(tmp_path)
     for spelled in ("set", "./set/../set", str(tmp_path / "link")):
-        named = recipe(made.model_dump(mode="json"), data={"root": spelled})
-        assert parts(resumed_index(run, named)) == parts(recorded_images(run, made).index)
-        assert len(recorded_images(run, made, Path(spelled)).rows("test")) == 7
+        named = recipe(config.model_dump(mode="json"), data={"root": spelled})
+        assert parts(resumed_index(run, named)) == parts(recorded_images(run, config).index)
+        assert len(recorded_images(run, config, Path(spelled)).rows("test")) == 7

@@ -52,7 +52,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def made(tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ema_run(tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trainer.train(recipe(tree, ema={"decay": 0.8}), tmp_path_factory.mktemp("made") / "run")
 
 
@@ -68,8 +68,8 @@ def by_hand(run: Path, share: float, end: str = "ema") -> dict[str, torch.Tensor
 
 
 def logits(run: Path, select: str | None = None) -> np.ndarray:
-    seen = load_run(run, select)
-    return seen.answers(seen.rows("val")).logits
+    loaded = load_run(run, select)
+    return loaded.answers(loaded.rows("val")).logits
 
 
 def answers(run: Path, weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,14 +82,14 @@ def answers(run: Path, weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize("share", [0.3, 0.75])
-def test_every_tensor_lies_between_and_counts_are_the_ends(made: Path, tmp_path: Path, share: float) -> None:
-    found = api.interpolate(made, tmp_path / "between", share=share)
-    assert (found.share, found.select, dict(found.scores)) == (share, "ema", {})
-    written, expected = load_file(tmp_path / "between" / "ckpt" / "last" / "net.safetensors"), by_hand(made, share)
+def test_every_tensor_lies_between_and_counts_are_the_ends(ema_run: Path, tmp_path: Path, share: float) -> None:
+    result = api.interpolate(ema_run, tmp_path / "between", share=share)
+    assert (result.share, result.select, dict(result.scores)) == (share, "ema", {})
+    written, expected = load_file(tmp_path / "between" / "ckpt" / "last" / "net.safetensors"), by_hand(ema_run, share)
     assert written.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(written[name], value, rtol=1.3e-7, atol=1e-12)  # one bit
-    start = load_file(made / "ckpt" / "start" / "net.safetensors")
+    start = load_file(ema_run / "ckpt" / "start" / "net.safetensors")
     assert written["bn1.num_batches_tracked"] != start["bn1.num_batches_tracked"]
     assert not torch.equal(written["bn1.running_var"], start["bn1.running_var"])
 
@@ -111,80 +111,80 @@ def test_at_its_ends_the_way_is_the_start_and_the_end_bit_for_bit(tree: dict, tm
 def test_validation_chooses_the_share(tree: dict, tmp_path: Path, by: str) -> None:
     run = trainer.train(recipe(tree | {"select_by": by}, ema={"decay": 0.8}), tmp_path / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    found = api.interpolate(run, tmp_path / "between")
+    result = api.interpolate(run, tmp_path / "between")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    assert list(found.scores) == TENTHS
+    assert list(result.scores) == TENTHS
     expected = {}
     for share in TENTHS:
         z, y = answers(run, by_hand(run, share))
         top1 = float((z.argmax(1) == y).double().mean())
         loss = float(torch.nn.functional.cross_entropy(z, y))
-        assert found.scores[share].top1 == pytest.approx(top1)
-        assert found.scores[share].loss == pytest.approx(loss, rel=1e-5)
+        assert result.scores[share].top1 == pytest.approx(top1)
+        assert result.scores[share].loss == pytest.approx(loss, rel=1e-5)
         expected[share] = -top1 if by == "top1" else loss
     best = min(expected.values())
-    assert found.share == min(share for share, value in expected.items() if value <= best + 1e-12)
+    assert result.share == min(share for share, value in expected.items() if value <= best + 1e-12)
     assert len(set(expected.values())) > 1
     record = json.loads((tmp_path / "between" / "interpolation.json").read_text())
-    assert (record["run"], record["share"], record["by"], record["select"]) == (str(run.resolve()), found.share, by, "ema")
+    assert (record["run"], record["share"], record["by"], record["select"]) == (str(run.resolve()), result.share, by, "ema")
     assert [row["share"] for row in record["scores"]] == TENTHS
-    assert record["scores"][3]["loss"] == pytest.approx(found.scores[0.3].loss)
+    assert record["scores"][3]["loss"] == pytest.approx(result.scores[0.3].loss)
     assert record["start"] == checkpoint.identity(run / "ckpt", "start")
     assert record["end"] == checkpoint.identity(run / "ckpt", "last")
 
 
-def test_of_equals_the_smallest_share_is_taken(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_equals_the_smallest_share_is_taken(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, shares = metrics.evaluate, iter(TENTHS)
 
-    def scored(*given: object, **named: object) -> object:
+    def scored(*arguments: object, **named: object) -> object:
         tops = {0.2: 0.75, 0.5: 0.9, 0.6: 0.9, 1.0: 0.9}
-        return replace(real(*given, **named), top1=tops.get(next(shares), 0.5))
+        return replace(real(*arguments, **named), top1=tops.get(next(shares), 0.5))
 
     monkeypatch.setattr("fgvc.training.interpolate.metrics.evaluate", scored)
-    assert api.interpolate(made, tmp_path / "between").share == 0.5
+    assert api.interpolate(ema_run, tmp_path / "between").share == 0.5
 
 
 def test_it_is_a_run_that_every_verb_takes(
-    tree: dict, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], colours: Path
+    tree: dict, ema_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], colours: Path
 ) -> None:
     out, bundle = tmp_path / "between", tmp_path / "bundle"
 
     def fgvc(*words: object) -> str:
         with pytest.raises(SystemExit) as ended:
             main([str(word) for word in words])
-        said = capsys.readouterr()
-        assert not ended.value.code, said.err
-        return said.out
+        captured = capsys.readouterr()
+        assert not ended.value.code, captured.err
+        return captured.out
 
-    said = fgvc("interpolate", made, "-o", out)
-    assert said.count("chosen") == 1
-    assert f"fgvc export {out} -o {out}-bundle" in said
+    output = fgvc("interpolate", ema_run, "-o", out)
+    assert output.count("chosen") == 1
+    assert f"fgvc export {out} -o {out}-bundle" in output
     for word in ("0.1", "0.9", "top-1 %", "the smallest of equals"):
-        assert word in said
+        assert word in output
     share = json.loads((out / "interpolation.json").read_text())["share"]
     for select in (None, "last", "best", "ema"):
         assert np.array_equal(logits(out, select), logits(out))
-    assert np.array_equal(logits(out, "start"), logits(made, "start"))
+    assert np.array_equal(logits(out, "start"), logits(ema_run, "start"))
     scored = api.evaluate(out, "val").scores
-    z, y = answers(made, by_hand(made, share))
+    z, y = answers(ema_run, by_hand(ema_run, share))
     assert scored.top1 == pytest.approx(float((z.argmax(1) == y).double().mean()))
     fgvc("export", out, "-o", bundle)
     fgvc("verify", bundle)
     assert "red" in fgvc("predict", bundle, colours / "val" / "red" / "00.png", "--json")
-    fgvc("report", made, out, "-o", tmp_path / "page.html")
+    fgvc("report", ema_run, out, "-o", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    way = f"share {share:g} of the way from the start of {made.resolve()} to its ema weights"
+    way = f"share {share:g} of the way from the start of {ema_run.resolve()} to its ema weights"
     assert f"{way} (validation top1 by share: 0: " in page
-    assert api.compare(made, out).paired is not None
+    assert api.compare(ema_run, out).paired is not None
     assert {path.name for path in (out / "ckpt").iterdir() if not path.is_symlink()} >= {"start"}
     again = api.interpolate(out, tmp_path / "again", share=1.0)
     assert np.array_equal(logits(again.out), logits(out))
 
 
 def test_no_training_goes_on_from_there(
-    tree: dict, made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tree: dict, ema_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    out = api.interpolate(made, tmp_path / "between", share=0.5).out
+    out = api.interpolate(ema_run, tmp_path / "between", share=0.5).out
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     trainer.train(recipe(tree, ema={"decay": 0.8}), out)
     assert "this run is finished" in capfd.readouterr().err
@@ -201,9 +201,9 @@ def test_no_training_goes_on_from_there(
     assert not (out / "interpolation.json").exists()
 
 
-def refused(run: Path, out: Path, said: str, **options: object) -> None:
+def refused(run: Path, out: Path, message: str, **options: object) -> None:
     before = sorted(path for path in out.parent.rglob("*") if path.name != ".measured.lock")
-    with pytest.raises(FgvcError, match=said):
+    with pytest.raises(FgvcError, match=message):
         api.interpolate(run, out, **options)
     assert sorted(path for path in out.parent.rglob("*") if path.name != ".measured.lock") == before
 
@@ -233,18 +233,18 @@ def test_without_validation_the_share_is_asked_for(
     assert "share 0.5 (given; not scored)" in capsys.readouterr().out
 
 
-def test_what_can_not_be_written_or_read_is_refused_and_nothing_is_written(made: Path, tmp_path: Path) -> None:
-    refused(made, made, "inside of")
-    refused(made, made / "new", "inside of")
+def test_what_can_not_be_written_or_read_is_refused_and_nothing_is_written(ema_run: Path, tmp_path: Path) -> None:
+    refused(ema_run, ema_run, "inside of")
+    refused(ema_run, ema_run / "new", "inside of")
     (tmp_path / "there").mkdir()
-    refused(made, tmp_path / "there", "exists already; remove it, or choose another --out")
+    refused(ema_run, tmp_path / "there", "exists already; remove it, or choose another --out")
     (tmp_path / "file").write_text("")
-    refused(made, tmp_path / "file" / "out", "can't write: Not a directory")
-    refused(made, tmp_path / ("n" * 300), "File name too long")
+    refused(ema_run, tmp_path / "file" / "out", "can't write: Not a directory")
+    refused(ema_run, tmp_path / ("n" * 300), "File name too long")
     refused(tmp_path / "there", tmp_path / "out", "not a run of fgvc")
     for share in (-0.1, 1.5, float("nan")):
-        refused(made, tmp_path / "out", "from 0 .the start. to 1", share=share)
-    run = Path(shutil.copytree(made, tmp_path / "run", symlinks=True))
+        refused(ema_run, tmp_path / "out", "from 0 .the start. to 1", share=share)
+    run = Path(shutil.copytree(ema_run, tmp_path / "run", symlinks=True))
     content = bytearray((run / "ckpt" / "start" / "net.safetensors").read_bytes())
     content[-1] ^= 1
     (run / "ckpt" / "start" / "net.safetensors").write_bytes(content)
@@ -253,16 +253,16 @@ def test_what_can_not_be_written_or_read_is_refused_and_nothing_is_written(made:
     refused(run, tmp_path / "out", "ckpt/start: no checkpoint here: the run is of an earlier fgvc, which kept none, or it is")
 
 
-def test_what_fails_midway_leaves_nothing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_midway_leaves_nothing(ema_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = checkpoint.save
 
-    def full(*given: object, start: bool = False, **named: object) -> None:
+    def full(*arguments: object, start: bool = False, **named: object) -> None:
         if not start:
             raise FgvcError("No space left on device")
-        real(*given, start=start, **named)
+        real(*arguments, start=start, **named)
 
     monkeypatch.setattr("fgvc.training.interpolate.checkpoint.save", full)
-    refused(made, tmp_path / "out", "No space left", share=0.5)
+    refused(ema_run, tmp_path / "out", "No space left", share=0.5)
 
 
 def test_an_unfinished_run_is_taken_with_a_word(
@@ -272,23 +272,23 @@ def test_an_unfinished_run_is_taken_with_a_word(
 
     real, steps = loop.optimizer_step, iter(range(99))
 
-    def stopped(*given: object) -> object:
+    def stopped(*arguments: object) -> object:
         if next(steps) == 7:
             raise KeyboardInterrupt
-        return real(*given)
+        return real(*arguments)
 
     monkeypatch.setattr(loop, "optimizer_step", stopped)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(recipe(tree), tmp_path / "run")
-    found = api.interpolate(tmp_path / "run", tmp_path / "between")
+    result = api.interpolate(tmp_path / "run", tmp_path / "between")
     assert "its training is not finished; its end is that of step 6" in capsys.readouterr().err
-    assert checkpoint.read_progress(found.out / "ckpt").finished
+    assert checkpoint.read_progress(result.out / "ckpt").finished
 
 
 def test_the_way_leads_to_the_end_of_training_where_another_epoch_ships(tree: dict, tmp_path: Path) -> None:
     one = recipe(tree, ema={"decay": 0.8})
     run = trainer.train(one.model_copy(update={"select": None}), tmp_path / "run")
     assert read_run(run).select == "best"
-    found = api.interpolate(run, tmp_path / "all", share=1)
-    assert found.select == "ema"
+    result = api.interpolate(run, tmp_path / "all", share=1)
+    assert result.select == "ema"
     assert np.array_equal(logits(tmp_path / "all"), logits(run, "ema"))

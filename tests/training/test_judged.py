@@ -76,9 +76,9 @@ def _pixels(index: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def settings(file: Path, root: Path, **sections: Any) -> dict[str, Any]:
-    made = tree(file, root, train={"epochs": 2, "max_steps": None}, **sections)
-    del made["select"]
-    return made
+    recipe_tree = tree(file, root, train={"epochs": 2, "max_steps": None}, **sections)
+    del recipe_tree["select"]
+    return recipe_tree
 
 
 def test_a_file_that_has_train_by_heart_does_not_win_by_standing_still(by_heart: tuple[Path, Path], tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_a_study_without_images_to_choose_by_is_scored_by_those_that_judge(
 ) -> None:
     monkeypatch.setattr("fgvc.studies.cost.PAIRS", 1)
     file, root = by_heart
-    made = settings(file, root)
-    study = plan(tmp_path, made, {"plain": {}, "faster": {"optim.lr": 0.1}}, seeds=[0])
+    base = settings(file, root)
+    study = plan(tmp_path, base, {"plain": {}, "faster": {"optim.lr": 0.1}}, seeds=[0])
     assert not studies.ablate(study, tmp_path / "out")
     rows = list(csv.DictReader((tmp_path / "out" / "runs.csv").read_text().splitlines()))
     assert [(row["arm"], row["split"], row["images"]) for row in rows] == [("plain", "test", "18"), ("faster", "test", "18")]
@@ -148,6 +148,6 @@ def test_a_study_without_images_to_choose_by_is_scored_by_those_that_judge(
     assert (tmp_path / "out" / "runs.csv").read_text() == before
     with pytest.raises(FgvcError, match="nothing is left to read"):
         studies.read_test(study, tmp_path / "out")
-    several = plan(tmp_path, made, {"plain": [{}, {"optim.lr": 0.1}]}, seeds=[0])
+    several = plan(tmp_path, base, {"plain": [{}, {"optim.lr": 0.1}]}, seeds=[0])
     with pytest.raises(NoUnseenImagesError, match=r"arms\.plain: of fewer than 200"):
         studies.ablate(several, tmp_path / "several")

@@ -86,7 +86,7 @@ def test_of_adamw_it_is_decoupled() -> None:
 @pytest.mark.parametrize("name", [name for name in list_optimizers() if not name.startswith(ELSEWHERE)])
 def test_it_goes_with_every_optimizer_whose_steps_do_not_depend_on_where_the_origin_is(name: str) -> None:
     """Without a decay, what these do elsewhere is the same; the others are refused."""
-    found, origin = [], torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
+    ends, origin = [], torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
     for shift in (0.0, 5.0):
         w = nn.Parameter(origin + shift)
         next_to_none = {"lr": 0.01, "weight_decay": 1e-9}  # some look at sizes with a decay alone
@@ -97,8 +97,8 @@ def test_it_goes_with_every_optimizer_whose_steps_do_not_depend_on_where_the_ori
             along = (g * origin).sum(1, keepdim=True) / origin.square().sum(1, keepdim=True)
             w.grad = g - along * origin  # some look whether it is at right angles to the weight
             optimizer.step()
-        found.append(w.detach() - shift)
-    same = torch.allclose(*found, rtol=0, atol=1e-5)
+        ends.append(w.detach() - shift)
+    same = torch.allclose(*ends, rtol=0, atol=1e-5)
     assert same == (not any(part in name for part in SIZED))
     if same:
         w, start, optimizer = pulled(Optim(name=name, lr=0.01, l2_sp=0.5))
@@ -114,15 +114,15 @@ def test_it_goes_with_every_optimizer_whose_steps_do_not_depend_on_where_the_ori
 
 def test_it_holds_what_came_from_the_weights_alone(pretrained: dict) -> None:
     """Norms and biases of the backbone, too; not the head, nor what techniques add or replace."""
-    made = recipe(pretrained, techniques={"acb": {}, "dcl": {"grid": 2}}, model={"head": "probe"})
-    given = set(load_file(made.model.weights))
-    with process_group(made.train) as process, open_session(made, process) as session:
+    config = recipe(pretrained, techniques={"acb": {}, "dcl": {"grid": 2}}, model={"head": "probe"})
+    pretrained_names = set(load_file(config.model.weights))
+    with process_group(config.train) as process, open_session(config, process) as session:
         decay = {id(p): group["weight_decay"] for group in session.optimizer.param_groups for p in group["params"]}
         for name, p in session.step.named_parameters():
             plain = name.removeprefix("net.").replace(".origin.", ".")
-            held = plain in given and not plain.startswith("fc.")
-            assert decay[id(p)] == (ALPHA if held else 0.01 if p.ndim >= 2 else 0.0), name
-            assert held == (name in session.pretrained)
+            is_held = plain in pretrained_names and not plain.startswith("fc.")
+            assert decay[id(p)] == (ALPHA if is_held else 0.01 if p.ndim >= 2 else 0.0), name
+            assert is_held == (name in session.pretrained)
         assert {name.rpartition(".")[2] for name in session.pretrained} == {"weight", "bias"}
 
 
@@ -130,8 +130,8 @@ def test_a_head_that_the_weights_give_is_held_unless_it_is_replaced(tmp_path: Pa
     torch.manual_seed(1)
     save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "start.safetensors")
     for head in ("timm", "probe", "zero"):
-        made = recipe(pretrained, model={"head": head, "freeze": 1})
-        with process_group(made.train) as process, open_session(made, process) as session:
+        config = recipe(pretrained, model={"head": head, "freeze": 1})
+        with process_group(config.train) as process, open_session(config, process) as session:
             assert ("net.fc.weight" in session.pretrained) == (head == "timm")
             frozen = [p for p in session.step.parameters() if not p.requires_grad]
             assert frozen
@@ -159,8 +159,8 @@ def values(net: nn.Module) -> dict[str, Tensor]:
 def test_the_steps_of_a_run_are_the_formula(pretrained: dict, kind: str) -> None:
     """From the gradients that the optimizer is given (clipped, unscaled, uphill, the sum of all parts): the penalty is beside
     these, as weight decay is, and in no clip."""
-    made = recipe(pretrained, **STEPS[kind])
-    with process_group(made.train) as process, open_session(made, process) as session:
+    config = recipe(pretrained, **STEPS[kind])
+    with process_group(config.train) as process, open_session(config, process) as session:
         start = values(session.step)
         expected, moving, averaged = dict(start), {}, values(session.step.net)
         quiet, batches = Events(Path(), Log(), active=False), session.loader.epoch(0)
@@ -223,17 +223,17 @@ def test_without_its_start_it_does_not_go_on(tmp_path: Path, pretrained: dict, d
         content = bytearray((start / "net.safetensors").read_bytes())
         content[-1] ^= 1
         (start / "net.safetensors").write_bytes(content)
-        said = r"ckpt/start: net\.safetensors: its SHA-256 is another\. Put a copy of it there\. To go on from its weights"
+        message = r"ckpt/start: net\.safetensors: its SHA-256 is another\. Put a copy of it there\. To go on from its weights"
     else:
         start.rename(tmp_path / "away")
-        said = "optim.l2_sp draws the weights to those that this run began with, and .*ckpt/start: it is not there"
+        message = "optim.l2_sp draws the weights to those that this run began with, and .*ckpt/start: it is not there"
     if damage == "another's":
         wider = {"backbone": "test_efficientnet", "weights": "none"}
         other = loop.train(recipe(pretrained, train={"max_steps": 1}, optim={"l2_sp": 0}, model=wider), tmp_path / "other")
         (other / "ckpt" / "start").rename(start)
-        said = "ckpt/start is of a run of other settings"
+        message = "ckpt/start is of a run of other settings"
     before = {path: path.read_bytes() for path in (run / "ckpt").rglob("*.*") if path.is_file()}
-    with pytest.raises(FgvcError, match=said):
+    with pytest.raises(FgvcError, match=message):
         loop.train(recipe(pretrained), run)
     assert {path: path.read_bytes() for path in (run / "ckpt").rglob("*.*") if path.is_file()} == before
 

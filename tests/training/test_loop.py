@@ -105,7 +105,7 @@ def test_other_losses_and_sampling_learn(tmp_path: Path, recipe_tree: dict, sect
 def test_a_term_of_some_steps_is_averaged_over_those(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = recipe(recipe_tree, techniques={"centre_loss": {}}, train={"grad_accum_steps": 2})
+    config = recipe(recipe_tree, techniques={"centre_loss": {}}, train={"grad_accum_steps": 2})
     numbers = iter(range(1, 100))
 
     def losses(step: StepModule, outputs: dict, progress: float) -> dict[str, torch.Tensor]:
@@ -116,13 +116,13 @@ def test_a_term_of_some_steps_is_averaged_over_those(
     original = StepModule._losses
     monkeypatch.setattr(CentreLoss, "losses", lambda self, outputs, ctx: {})
     monkeypatch.setattr(StepModule, "_losses", losses)
-    run = loop.train(made, tmp_path / "run")
+    run = loop.train(config, tmp_path / "run")
     with (run / "metrics.csv").open(newline="") as file:
         first = next(csv.DictReader(file))
     calls = range(1, 2 * int(first["step"]) + 1)  # two parts a step, of which one at most has the term
-    told = [number for number in calls if number % 3 == 0]
-    assert len({(number + 1) // 2 for number in told}) == len(told)
-    assert float(first["centre_loss.centre"]) == pytest.approx(sum(told) / len(told))
+    reported = [number for number in calls if number % 3 == 0]
+    assert len({(number + 1) // 2 for number in reported}) == len(reported)
+    assert float(first["centre_loss.centre"]) == pytest.approx(sum(reported) / len(reported))
 
 
 def test_clipping_bounds_the_step(tmp_path: Path, recipe_tree: dict) -> None:
@@ -375,21 +375,21 @@ def test_best_is_read_as_it_was_scored(tmp_path: Path, recipe_tree: dict) -> Non
 
 def test_precise_norms_are_the_statistics_of_the_clean_images(tmp_path: Path, recipe_tree: dict) -> None:
     dcl = {"grid": 4, "bn": "shared"}
-    made = recipe(recipe_tree, techniques={"dcl": dcl}, ema={"decay": 0.5}, train={"precise_bn": 48})
-    run = loop.train(made, tmp_path / "run")
+    config = recipe(recipe_tree, techniques={"dcl": dcl}, ema={"decay": 0.5}, train={"precise_bn": 48})
+    run = loop.train(config, tmp_path / "run")
     first = plain_model(recipe_tree["model"]["backbone"], 3)
     for name in ("net", "ema"):
         state = net(run, name)
         first.load_state_dict(state)
-        rows = read_index(made).rows("train")
+        rows = read_index(config).rows("train")
         spec = recorded_preprocess(run)
-        batch = next(iter(evaluation_loader(read_index(made), rows, spec=spec, batch_size=64, workers=0)))
-        seen: dict = {}
-        first.bn1.register_forward_pre_hook(lambda _, args, seen=seen: seen.update(x=args[0].detach()))
+        batch = next(iter(evaluation_loader(read_index(config), rows, spec=spec, batch_size=64, workers=0)))
+        inputs: dict = {}
+        first.bn1.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.update(x=args[0].detach()))
         first.eval()
         first(batch.images)
-        torch.testing.assert_close(state["bn1.running_mean"], seen["x"].mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(state["bn1.running_var"], seen["x"].var((0, 2, 3)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(state["bn1.running_mean"], inputs["x"].mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(state["bn1.running_var"], inputs["x"].var((0, 2, 3)), rtol=1e-3, atol=1e-4)
 
 
 def test_images_grow_epoch_by_epoch(tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,8 +458,8 @@ def test_places_where_no_copy_can_go(tmp_path: Path, recipe_tree: dict, monkeypa
     (tmp_path / "file").touch()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for out, said in ((tmp_path / "file", "a file"), (first / "x" / "y", "inside of"), (Path(), "the working folder")):
-        with pytest.raises(FgvcError, match=f"{said}.*: the run can't be copied there"):
+    for out, reason in ((tmp_path / "file", "a file"), (first / "x" / "y", "inside of"), (Path(), "the working folder")):
+        with pytest.raises(FgvcError, match=f"{reason}.*: the run can't be copied there"):
             loop.train(recipe(recipe_tree), out, resume=str(first))
 
 
@@ -503,8 +503,8 @@ def test_parts_of_one_image_are_refused_where_only_a_branch_has_a_norm(tmp_path:
 
 
 def test_what_techniques_ask_for_is_not_rendered_beyond_all_bounds(tmp_path: Path, recipe_tree: dict) -> None:
-    made = recipe(
+    config = recipe(
         recipe_tree, image={"size": [64, 2800]}, techniques={"attention_crop_drop": {"maps": 2, "render": 1.5}}
     )
     with pytest.raises(FgvcError, match=r"rendered at \(96, 4200\) pixels .* at most 4096"):
-        loop.train(made, tmp_path / "run")
+        loop.train(config, tmp_path / "run")

@@ -22,11 +22,11 @@ def test_means_are_those_of_the_finite_values(steps: list[dict[str, float]], sav
         running.add(values)
         if number >= saved:
             resumed.add(values)
-    found = running.means()
+    means = running.means()
     for name in "ab":
         finite = [step[name] for step in steps if name in step and np.isfinite(step[name])]
-        assert (name in found) == bool(finite)
+        assert (name in means) == bool(finite)
         if finite:
-            assert found[name] == sum(np.float64(np.float32(one)) for one in finite) / len(finite)
+            assert means[name] == sum(np.float64(np.float32(one)) for one in finite) / len(finite)
     if saved < len(steps):
-        assert resumed.means() == found
+        assert resumed.means() == means

@@ -18,9 +18,9 @@ def recipe(**more: object) -> Recipe:
     return validate(Recipe, {**TREE, **more}, where="test")
 
 
-def begun(folder: Path, made: Recipe) -> None:
+def begun(folder: Path, config: Recipe) -> None:
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump(made))
+    (folder / "config.yaml").write_text(dump(config))
 
 
 @pytest.fixture(autouse=True)

@@ -24,11 +24,11 @@ def rates(optim: Optim, steps_per_epoch: int, epochs: int) -> list[float]:
     net = nn.Linear(2, 2)
     optimizer = make_optimizer(net, optim)
     schedule = make_schedule(optimizer, optim, steps_per_epoch=steps_per_epoch, epochs=epochs)
-    found = []
+    by_step = []
     for step in range(steps_per_epoch * epochs):
         schedule.step_update(step)
-        found.append(optimizer.param_groups[0]["lr"])
-    return found
+        by_step.append(optimizer.param_groups[0]["lr"])
+    return by_step
 
 
 def test_warm_up_and_cosine_are_their_formulas() -> None:
@@ -78,12 +78,12 @@ def test_head_and_what_techniques_add_have_rates_of_their_own() -> None:
     net = timm.create_model("test_resnet", num_classes=3)
     step = StepModule(net, {"acb": build_technique(AcbSettings()), "dcl": build_technique(DclSettings(grid=2))}, size=(32, 32))
     optim = Optim(head_lr_scale=10, added_lr_scale=5, replaced_lr_scale=0.2)
-    found = scales(step, optim, added=step.added, head=head_prefixes(net))
+    factors = scales(step, optim, added=step.added, head=head_prefixes(net))
     plain = set(timm.create_model("test_resnet", num_classes=3).state_dict())
-    for name, scale in found.items():
+    for name, scale in factors.items():
         own = name.removeprefix("net.")
-        kept = own.replace(".origin.", ".") in plain
-        expected = 10 if own.startswith("fc.") else 1 if kept else 5 if name.startswith("branches.") else 0.2
+        pretrained = own.replace(".origin.", ".") in plain
+        expected = 10 if own.startswith("fc.") else 1 if pretrained else 5 if name.startswith("branches.") else 0.2
         assert scale == pytest.approx(expected), name
     assert step.added["branches.dcl.location.weight"] == "added"
     assert "replaced" in step.added.values()
@@ -91,12 +91,12 @@ def test_head_and_what_techniques_add_have_rates_of_their_own() -> None:
 
 def test_deeper_layers_learn_faster() -> None:
     net = timm.create_model("test_vit", num_classes=3, img_size=32)
-    found = scales(net, Optim(layer_decay=0.5))
+    factors = scales(net, Optim(layer_decay=0.5))
     depth = len(net.blocks)
-    assert found["head.weight"] == pytest.approx(1)
+    assert factors["head.weight"] == pytest.approx(1)
     for block in range(depth):
-        assert found[f"blocks.{block}.mlp.fc1.weight"] == pytest.approx(found["blocks.0.mlp.fc1.weight"] * 2**block)
-    assert found["patch_embed.proj.weight"] == pytest.approx(found["blocks.0.mlp.fc1.weight"] / 2)
+        assert factors[f"blocks.{block}.mlp.fc1.weight"] == pytest.approx(factors["blocks.0.mlp.fc1.weight"] * 2**block)
+    assert factors["patch_embed.proj.weight"] == pytest.approx(factors["blocks.0.mlp.fc1.weight"] / 2)
     with pytest.raises(FgvcError, match="does not know the layers of a Linear"):
         make_optimizer(nn.Linear(1, 1), Optim(layer_decay=0.5))
 

@@ -111,9 +111,9 @@ def test_it_says_what_logistic_regression_on_its_features_says(
         pixels = torch.rand(9, 64, 64, 3, generator=torch.Generator().manual_seed(0))
         of_student = (pixels - torch.tensor(student.mean)) / torch.tensor(student.std)
         own = (pixels - torch.tensor(MEAN)) / torch.tensor(STD)
-        said = opened(of_student.permute(0, 3, 1, 2)).logits.softmax(1).numpy()
+        p = opened(of_student.permute(0, 3, 1, 2)).logits.softmax(1).numpy()
     expected = by_hand(weights, one, fit.strength)(own.permute(0, 3, 1, 2))
-    np.testing.assert_allclose(said, expected, atol=5e-3)
+    np.testing.assert_allclose(p, expected, atol=5e-3)
     assert expected.std(axis=0).max() > 0.02
 
 
@@ -129,8 +129,8 @@ def test_a_run_of_it_is_a_run_of_the_same_net_with_that_head(
     trained = teacher | {"kind": "timm", "weights": str(tmp_path / "whole.safetensors")}
     assert same(trainer.train(recipe(recipe_tree, trained, **once), tmp_path / "other"), run)
 
-    said = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    (event,) = [line for line in said if line["event"] == "teacher"]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    (event,) = [line for line in events if line["event"] == "teacher"]
     assert state["fit"].items() <= event.items()
     assert state["fit"].keys() == {"images", "views", "strength", "held_out_loss"}
 
@@ -152,11 +152,11 @@ def test_a_run_that_goes_on_has_the_head_that_it_began_with(
     with pytest.raises(FgvcError, match="not the net that its head was fitted to"):
         trainer.train(recipe(recipe_tree, *two, **keep), parts)
     save_file(state, weights)
-    said = Path(f"{weights}.json").read_text()
+    sidecar = Path(f"{weights}.json").read_text()
     Path(f"{weights}.json").write_text(json.dumps({"mean": MEAN, "std": MEAN}))
     with pytest.raises(FgvcError, match="not the net that its head was fitted to"):
         trainer.train(recipe(recipe_tree, *two, **keep), parts)
-    Path(f"{weights}.json").write_text(said)
+    Path(f"{weights}.json").write_text(sidecar)
 
     # A damaged head is noticed, and an older checkpoint has the same.
     path = (parts / "ckpt" / "last").resolve() / "state.pt"
@@ -205,31 +205,31 @@ def test_an_estimate_of_a_study_does_not_fit(
     (tmp_path / "base.yaml").write_text(json.dumps(recipe_tree))
     arms = {"plain": {}, "taught": {"techniques.distill.teachers": [teacher | {"weights": "nowhere.safetensors"}]}}
     (tmp_path / "study.yaml").write_text(json.dumps({"base": "base.yaml", "arms": arms, "seeds": [0]}))
-    found = estimate(read_study(tmp_path / "study.yaml"), tmp_path / "out")
-    assert not found.refused
-    assert found.costs["taught"].ratio > 0
+    costs = estimate(read_study(tmp_path / "study.yaml"), tmp_path / "out")
+    assert not costs.refused
+    assert costs.costs["taught"].ratio > 0
 
 
 def test_its_answers_are_kept_for_the_next_run_that_fits_the_same_head(
     tmp_path: Path, recipe_tree: dict, teacher: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    names: list[str] = []
     inner = Teacher.__call__
 
     def counting(self: Teacher, *arguments: object) -> object:
-        asked.append(self.name)
+        names.append(self.name)
         return inner(self, *arguments)
 
     monkeypatch.setattr(Teacher, "__call__", counting)
     once = {"distill": {"cache": str(tmp_path / "cache")}, "train": {"epochs": 1}}
-    made = recipe(recipe_tree, teacher, **once)
-    first = trainer.train(made, tmp_path / "first")
-    assert (before := len(asked)) == 6
-    second = trainer.train(made, tmp_path / "second")
-    assert len(asked) == before
+    config = recipe(recipe_tree, teacher, **once)
+    first = trainer.train(config, tmp_path / "first")
+    assert (before := len(names)) == 6
+    second = trainer.train(config, tmp_path / "second")
+    assert len(names) == before
     assert same(first, second)
     trainer.train(recipe(recipe_tree, teacher | {"size": 48}, **once), tmp_path / "third")
-    assert len(asked) == 2 * before
+    assert len(names) == 2 * before
 
 
 def test_what_a_study_knows_it_by(recipe_tree: dict, weights: Path, teacher: dict) -> None:
@@ -252,9 +252,9 @@ def test_any_net_with_a_linear_head_teaches(tmp_path: Path, recipe_tree: dict, b
     torch.manual_seed(3)
     net = timm.create_model(backbone)
     save_file(net.state_dict(), tmp_path / "any.safetensors")
-    wanted = {"kind": "probe", "backbone": backbone, "weights": str(tmp_path / "any.safetensors")}
-    given = {"mean": MEAN, "std": STD} | ({} if backbone == "test_vit" else {"size": 32})
-    one = recipe(recipe_tree, wanted | given)
+    settings = {"kind": "probe", "backbone": backbone, "weights": str(tmp_path / "any.safetensors")}
+    normalisation = {"mean": MEAN, "std": STD} | ({} if backbone == "test_vit" else {"size": 32})
+    one = recipe(recipe_tree, settings | normalisation)
     with process_group(one.train) as process, open_session(one, process) as session:
         (fit,) = fit_teachers(session).values()
         assert fit.images == 48
@@ -270,9 +270,9 @@ def test_refuses_a_net_without_a_linear_head_on_pooled_features(
     tmp_path: Path, recipe_tree: dict, backbone: str, kwargs: dict
 ) -> None:
     save_file(timm.create_model(backbone).state_dict(), tmp_path / "two.safetensors")
-    wanted = {"kind": "probe", "backbone": backbone, "weights": str(tmp_path / "two.safetensors"), "kwargs": kwargs}
+    settings = {"kind": "probe", "backbone": backbone, "weights": str(tmp_path / "two.safetensors"), "kwargs": kwargs}
     with pytest.raises(FgvcError, match=r"techniques\.distill\.teachers: "):
-        trainer.train(recipe(recipe_tree, wanted), tmp_path / "run")
+        trainer.train(recipe(recipe_tree, settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -280,19 +280,20 @@ def test_what_comes_before_the_last_layer_must_be_in_the_file(tmp_path: Path, re
     state = timm.create_model("test_convnext").state_dict()
     lost = "head.norm.weight"
     save_file({key: value for key, value in state.items() if key != lost}, tmp_path / "part.safetensors")
-    wanted = {"kind": "probe", "backbone": "test_convnext", "weights": str(tmp_path / "part.safetensors"), "size": 32}
+    settings = {"kind": "probe", "backbone": "test_convnext", "weights": str(tmp_path / "part.safetensors"), "size": 32}
     with pytest.raises(FgvcError, match=lost):
-        trainer.train(recipe(recipe_tree, wanted), tmp_path / "run")
+        trainer.train(recipe(recipe_tree, settings), tmp_path / "run")
 
 
 def test_weights_of_a_run_that_saw_what_is_set_aside_are_warned_of(tmp_path: Path, recipe_tree: dict) -> None:
     everything = {"kind": "folder", "root": str(Path(recipe_tree["data"]["root"]) / "train")}
     plain = {key: value for key, value in recipe_tree.items() if key != "data"}
-    seen = validate(Recipe, plain | {"data": everything | {"test_fraction": 0, "val_fraction": 0}}, where="test")
-    trainer.train(seen.model_copy(update={"train": seen.train.model_copy(update={"max_steps": 1})}), tmp_path / "seen")
+    of_all = validate(Recipe, plain | {"data": everything | {"test_fraction": 0, "val_fraction": 0}}, where="test")
+    one_step = of_all.train.model_copy(update={"max_steps": 1})
+    trainer.train(of_all.model_copy(update={"train": one_step}), tmp_path / "seen")
     file = str(tmp_path / "seen" / "ckpt" / "last" / "net.safetensors")
-    wanted = {"kind": "probe", "backbone": "test_resnet", "weights": file, "size": 32}
-    one = recipe(plain | {"data": everything | {"test_fraction": 0.25, "val_fraction": 0}}, wanted)
+    settings = {"kind": "probe", "backbone": "test_resnet", "weights": file, "size": 32}
+    one = recipe(plain | {"data": everything | {"test_fraction": 0.25, "val_fraction": 0}}, settings)
     with process_group(one.train) as process, open_session(one, process) as session:
         assert "trained on 12 of the images" in " ".join(session.step.attachments.teachers[0].notes)
 

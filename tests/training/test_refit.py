@@ -62,15 +62,15 @@ def test_where_no_epoch_was_better_the_refit_is_the_start_on_all_images(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "message"),
     [
         ({"train": {"refit": True}, "data": {"hold_out": False}}, "data.hold_out: false leaves none"),
         ({"data": {"hold_out": False, "fold": [0, 3]}}, "hold_out: false leaves none"),
         ({"train": {"max_steps": 0}, "model": {"head": "timm"}}, "whose head is not fitted"),
     ],
 )
-def test_what_contradicts_is_refused(pretrained: dict, sections: dict, said: str) -> None:  # noqa: F811
-    with pytest.raises(FgvcError, match=said):
+def test_what_contradicts_is_refused(pretrained: dict, sections: dict, message: str) -> None:  # noqa: F811
+    with pytest.raises(FgvcError, match=message):
         recipe(pretrained, **sections)
 
 

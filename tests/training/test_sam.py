@@ -102,24 +102,24 @@ def recipe(tree: dict, **sections: object) -> Recipe:
     return validate(Recipe, merged, where="test")
 
 
-def sam_of(made: Recipe, sam: Sam | None) -> Recipe:
-    return made.model_copy(update={"optim": made.optim.model_copy(update={"sam": sam})})
+def sam_of(config: Recipe, sam: Sam | None) -> Recipe:
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"sam": sam})})
 
 
 def states(session: Session) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in session.step.state_dict().items()}
 
 
-def stepped(made: Recipe, steps: int = 2) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+def stepped(config: Recipe, steps: int = 2) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Everything that is learned in a few steps, and the losses said."""
-    with process_group(made.train) as process, open_session(made, process) as session:
-        quiet, said = Events(Path(), Log(), active=False), []
+    with process_group(config.train) as process, open_session(config, process) as session:
+        quiet, losses_by_step = Events(Path(), Log(), active=False), []
         batches: Iterator[TrainBatch] = session.loader.epoch(0)
         for _ in range(steps):
             losses, _ = loop.optimizer_step(session, batches, quiet)
-            said.append({name: float(value) for name, value in losses.items()})
+            losses_by_step.append({name: float(value) for name, value in losses.items()})
             session.progress.step += 1
-        return states(session), said
+        return states(session), losses_by_step
 
 
 MANY = {
@@ -149,7 +149,7 @@ ATTENTION = {"attention_crop_drop": {"maps": 4}}
 )
 def test_without_a_way_to_go_it_is_the_plain_step_bit_for_bit(recipe_tree: dict, techniques: dict, train: dict) -> None:
     """Dropout, views, gates, centres and running statistics: the second pass sees all as the first and counts nothing."""
-    made = recipe(
+    config = recipe(
         recipe_tree,
         image={"size": 64},
         techniques=techniques,
@@ -157,10 +157,10 @@ def test_without_a_way_to_go_it_is_the_plain_step_bit_for_bit(recipe_tree: dict,
         ema={"decay": 0.9},
         model={"backbone": "test_resnet", "kwargs": {"drop_rate": 0.3, "drop_path_rate": 0.2}},
     )
-    (plain, said), (sam, again) = stepped(made), stepped(sam_of(made, NO_RHO))
+    (plain, losses), (sam, again) = stepped(config), stepped(sam_of(config, NO_RHO))
     for key, value in plain.items():
         assert torch.equal(value, sam[key]), key
-    assert said == again
+    assert losses == again
 
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
@@ -174,13 +174,13 @@ def test_a_step_is_that_of_an_explicit_sam(recipe_tree: dict, grad_accum_steps: 
         "warmup_epochs": 0,
         "sam": {"rho": 0.3},
     }
-    made = recipe(
+    config = recipe(
         recipe_tree | {"optim": optim},
         model={"backbone": "test_vit", "kwargs": {"img_size": 32}},
         train={"grad_accum_steps": grad_accum_steps},
         loss={"label_smoothing": 0.0},
     )
-    with process_group(made.train) as process, open_session(made, process) as session:
+    with process_group(config.train) as process, open_session(config, process) as session:
         raws = [raw for _, raw in zip(range(grad_accum_steps), session.loader.epoch(0), strict=False)]
         session.schedule.step_update(0)
         twin = copy.deepcopy(session.step.net).double()
@@ -215,60 +215,60 @@ def test_hooks_and_statistics_count_a_batch_once(recipe_tree: dict, monkeypatch:
     counting("forward", StepModule, "forward")
     counting("follow", CentreLoss, "after_step")
     counting("moved", Centres, "follow")
-    made = recipe(recipe_tree, techniques={"centre_loss": {}}, optim={"lr": 0.02, "sam": {}})
-    found, _ = stepped(made, steps=3)
+    config = recipe(recipe_tree, techniques={"centre_loss": {}}, optim={"lr": 0.02, "sam": {}})
+    state, _ = stepped(config, steps=3)
     assert counts == {"forward": 6, "follow": 3, "moved": 3}
-    assert found["net.bn1.num_batches_tracked"] == 3
+    assert state["net.bn1.num_batches_tracked"] == 3
 
 
 def test_an_interrupted_second_pass_ends_with_the_weights_of_before(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = recipe(recipe_tree, optim={"lr": 0.02, "sam": {"rho": 5.0}}, checkpoint={"every_steps": 2})
-    real, calls, seen = training_step.forward_backward, [0], {}
+    config = recipe(recipe_tree, optim={"lr": 0.02, "sam": {"rho": 5.0}}, checkpoint={"every_steps": 2})
+    real, calls, in_second_pass = training_step.forward_backward, [0], {}
 
     def stops(session: Session, *rest: object, **options: object) -> object:
         calls[0] += 1
         if calls[0] == 6:  # the second pass of the third step
-            seen["moved"] = states(session)
-            seen["session"] = session
+            in_second_pass["moved"] = states(session)
+            in_second_pass["session"] = session
             raise KeyboardInterrupt
         return real(session, *rest, **options)
 
     monkeypatch.setattr(training_step, "forward_backward", stops)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(made, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     monkeypatch.undo()
     saved = load_file(tmp_path / "run" / "ckpt" / "last" / "net.safetensors")
-    now = seen["session"].step.net.state_dict()
-    trained = {key for key, _ in seen["session"].step.net.named_parameters()}
+    now = in_second_pass["session"].step.net.state_dict()
+    trained = {key for key, _ in in_second_pass["session"].step.net.named_parameters()}
     assert all(torch.equal(now[key], saved[key]) for key in trained)
-    assert any(not torch.equal(seen["moved"][f"net.{key}"], saved[key]) for key in trained)
-    whole = load_file(loop.train(made, tmp_path / "whole") / "ckpt" / "last" / "net.safetensors")
-    again = load_file(loop.train(made, tmp_path / "run") / "ckpt" / "last" / "net.safetensors")
+    assert any(not torch.equal(in_second_pass["moved"][f"net.{key}"], saved[key]) for key in trained)
+    whole = load_file(loop.train(config, tmp_path / "whole") / "ckpt" / "last" / "net.safetensors")
+    again = load_file(loop.train(config, tmp_path / "run") / "ckpt" / "last" / "net.safetensors")
     assert all(torch.equal(value, again[key]) for key, value in whole.items()), "resumed"
 
 
 def test_a_loss_that_is_no_number_uphill_stops_the_run_and_nothing_is_saved(
     recipe_tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, seen = training_step.forward_backward, []
+    original, after_first_pass = training_step.forward_backward, []
 
     def passed(session: Session, batch: object, draws: object, views: object = None, *, last: bool) -> object:
-        losses, made = original(session, batch, draws, views, last=last)
+        losses, new_views = original(session, batch, draws, views, last=last)
         if views is not None:
-            seen.append({key: value.clone() for key, value in session.step.net.state_dict().items()})
+            after_first_pass.append({key: value.clone() for key, value in session.step.net.state_dict().items()})
             losses = losses | {"loss": torch.tensor(float("nan"))}
-        return losses, made
+        return losses, new_views
 
     monkeypatch.setattr(training_step, "forward_backward", passed)
-    made = recipe(recipe_tree, optim={"sam": {"rho": 0.5}})
+    config = recipe(recipe_tree, optim={"sam": {"rho": 0.5}})
     with pytest.raises(
         FgvcError,
         match=r"step 1: .* not saved: the loss uphill \(optim\.sam\).* optim\.sam\.rho=0\.25 \(it is 0\.5\)",
     ):
-        loop.train(made, tmp_path / "run")
-    assert len(seen) == 1
+        loop.train(config, tmp_path / "run")
+    assert len(after_first_pass) == 1
     assert checkpoint.load(tmp_path / "run" / "ckpt").progress.step == 0
 
 

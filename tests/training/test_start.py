@@ -115,15 +115,15 @@ def test_swa_keeps_frozen_statistics(tmp_path: Path, pretrained: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "message"),
     [
         ({"model": {"weights": "none", "head": "probe"}}, "pretrained features"),
         ({"model": {"weights": "none", "batch_norm": "frozen"}}, "no statistics to keep"),
         ({"model": {"batch_norm": "frozen"}, "train": {"precise_bn": 8}}, r"train\.precise_bn"),
     ],
 )
-def test_refuses_what_contradicts(pretrained: dict, sections: dict, said: str) -> None:
-    with pytest.raises(FgvcError, match=said):
+def test_refuses_what_contradicts(pretrained: dict, sections: dict, message: str) -> None:
+    with pytest.raises(FgvcError, match=message):
         recipe(pretrained, **sections)
 
 
@@ -133,12 +133,12 @@ def test_views_before_training_are_of_every_image_and_of_no_epoch(recipe_tree: d
     trainer.train(recipe(recipe_tree, train={"max_steps": 1}), tmp_path / "run")
     augmenter = Augmenter(Augment(), recorded_preprocess(tmp_path / "run"), seed=0)
     rows = index.rows("train")[:7]
-    made = {}
+    images = {}
     for workers in (0, 1):
-        found = list(
+        batches = list(
             augmented_views(index, rows, augmenter=augmenter, views=2, batch_size=5, seed=0, workers=workers)
         )
-        assert torch.cat([batch.index for batch in found]).tolist() == rows.tolist() * 2
-        made[workers] = torch.cat([batch.images for batch in found])
-    assert torch.equal(made[0], made[1])
-    assert not torch.equal(made[0][:7], made[0][7:])
+        assert torch.cat([batch.index for batch in batches]).tolist() == rows.tolist() * 2
+        images[workers] = torch.cat([batch.images for batch in batches])
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0][:7], images[0][7:])

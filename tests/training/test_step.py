@@ -82,11 +82,11 @@ class Probe(Technique):
 def run(step: StepModule, draws: Draws = NO_DRAWS, views=None):
     step.attach_hooks()
     step.train()
-    losses, made = step(batch(), draws, views)
+    losses, new_views = step(batch(), draws, views)
     losses["loss"].backward()
     for handle in step._handles:
         handle.remove()
-    return losses, made
+    return losses, new_views
 
 
 def plain(smoothing: float = 0.1):
@@ -179,11 +179,11 @@ def test_a_gate_acts_in_training_on_gated_views_only() -> None:
 def test_a_tap_records_what_its_module_gave() -> None:
     probe = Probe(hook="layer2", term=1.0)
     run(StepModule(net(), {"probe": probe}, size=SIZE))
-    seen = []
+    outputs = []
     twin = net().train()
-    twin.layer2.register_forward_hook(lambda m, a, out: seen.append(out))
+    twin.layer2.register_forward_hook(lambda m, a, out: outputs.append(out))
     twin(batch().x)
-    torch.testing.assert_close(probe.seen["outputs"]["main"].hooked["layer2"], seen[0])
+    torch.testing.assert_close(probe.seen["outputs"]["main"].hooked["layer2"], outputs[0])
 
 
 def test_a_tap_that_does_not_fire_is_an_error() -> None:
@@ -261,16 +261,15 @@ def test_frozen_stages_keep_their_weights_and_statistics(name: str, stages: int,
 
 
 def test_what_a_technique_draws_does_not_depend_on_the_others() -> None:
-    def drawn(*kinds: str, step: int = 3) -> dict:
-        made = {"mixup": build_technique(MixupSettings()), "dcl": build_technique(DclSettings(grid=2))}
-        return (
-            StepModule(net(), {kind: made[kind] for kind in kinds}, size=SIZE).draw(batch(), 0.0, seed=1, step=step).of
-        )
+    def draws_of(*kinds: str, step: int = 3) -> dict:
+        techniques = {"mixup": build_technique(MixupSettings()), "dcl": build_technique(DclSettings(grid=2))}
+        chosen = {kind: techniques[kind] for kind in kinds}
+        return StepModule(net(), chosen, size=SIZE).draw(batch(), 0.0, seed=1, step=step).of
 
-    both = drawn("mixup", "dcl")
-    assert torch.equal(drawn("dcl")["dcl"], both["dcl"])
-    assert all(torch.equal(a, b) for a, b in zip(drawn("mixup")["mixup"], both["mixup"], strict=True))
-    assert not torch.equal(drawn("dcl", step=4)["dcl"], both["dcl"])
+    both = draws_of("mixup", "dcl")
+    assert torch.equal(draws_of("dcl")["dcl"], both["dcl"])
+    assert all(torch.equal(a, b) for a, b in zip(draws_of("mixup")["mixup"], both["mixup"], strict=True))
+    assert not torch.equal(draws_of("dcl", step=4)["dcl"], both["dcl"])
 
 
 def test_l1_is_the_sum_of_the_weights_and_pulls_them_to_zero() -> None:
@@ -288,7 +287,7 @@ def test_l1_is_the_sum_of_the_weights_and_pulls_them_to_zero() -> None:
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
 @pytest.mark.parametrize("view", [None, "shared", "own"])
 def test_recomputed_activations_change_neither_gradients_nor_statistics(name: str, view: str | None) -> None:
-    def made(grad_checkpointing: bool) -> tuple[StepModule, dict]:
+    def step_and_losses(grad_checkpointing: bool) -> tuple[StepModule, dict]:
         torch.manual_seed(0)
         kwargs = {"img_size": 32} if name == "test_vit" else {}
         model = timm.create_model(name, num_classes=CLASSES, drop_rate=0.2, **kwargs)
@@ -301,8 +300,8 @@ def test_recomputed_activations_change_neither_gradients_nor_statistics(name: st
             losses, _ = run(step, Draws(0.0, {"probe": torch.tensor(0.5)}))
         return step, losses
 
-    (plainly, expected), (again, found) = made(False), made(True)
-    torch.testing.assert_close(found["loss"], expected["loss"])
+    (plainly, expected), (again, again_losses) = step_and_losses(False), step_and_losses(True)
+    torch.testing.assert_close(again_losses["loss"], expected["loss"])
     for (key, p), q in zip(plainly.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, msg=lambda text, key=key: f"{key}: {text}")
     for key, value in buffers(plainly.net).items():

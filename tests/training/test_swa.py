@@ -46,15 +46,15 @@ def has_average(run: Path) -> bool:
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> list[Tensors]:
     """The net's state at the end of every epoch that is trained from here on."""
-    found: list[Tensors] = []
+    states: list[Tensors] = []
     real = loop._end_epoch
 
     def note(session: Session, *rest: object) -> None:
-        found.append({key: value.clone() for key, value in session.step.net.state_dict().items()})
+        states.append({key: value.clone() for key, value in session.step.net.state_dict().items()})
         real(session, *rest)
 
     monkeypatch.setattr(loop, "_end_epoch", note)
-    return found
+    return states
 
 
 def learned(run: Path) -> list[str]:
@@ -80,18 +80,18 @@ def test_it_is_the_mean_of_the_last_epochs(
 
 
 def test_the_average_watches_and_does_not_steer(tmp_path: Path, recipe_tree: dict) -> None:
-    made = swa(recipe_tree)
-    run = loop.train(made, tmp_path / "run")
-    plain = loop.train(made.model_copy(update={"swa": None}), tmp_path / "plain")
+    config = swa(recipe_tree)
+    run = loop.train(config, tmp_path / "run")
+    plain = loop.train(config.model_copy(update={"swa": None}), tmp_path / "plain")
     assert all(torch.equal(value, weights(run, "net")[key]) for key, value in weights(plain, "net").items())
 
 
 def test_its_batch_norms_are_those_of_the_clean_images(tmp_path: Path, recipe_tree: dict) -> None:
-    made = swa(recipe_tree, techniques={"dcl": {"grid": 4, "bn": "shared"}})
-    run = loop.train(made, tmp_path / "run")
+    config = swa(recipe_tree, techniques={"dcl": {"grid": 4, "bn": "shared"}})
+    run = loop.train(config, tmp_path / "run")
     net, state = plain_model("test_resnet", 3), weights(run, "ema")
     net.load_state_dict(state)
-    index = read_index(made)
+    index = read_index(config)
     loader = evaluation_loader(index, index.rows("train"), spec=recorded_preprocess(run), batch_size=64, workers=0)
     reestimate_norms(net, (batch.images for batch in loader))
     for key, value in net.state_dict().items():
@@ -103,14 +103,14 @@ def test_its_batch_norms_are_those_of_the_clean_images(tmp_path: Path, recipe_tr
 def test_stopped_anywhere_and_resumed_it_ends_with_the_same_bits(
     tmp_path: Path, recipe_tree: dict, stops: list[int]
 ) -> None:
-    made = swa(recipe_tree)
-    whole = loop.train(made, tmp_path / "whole")
+    config = swa(recipe_tree)
+    whole = loop.train(config, tmp_path / "whole")
     for stop in stops:
         loop.train(
-            made.model_copy(update={"train": made.train.model_copy(update={"max_steps": stop})}), tmp_path / "run"
+            config.model_copy(update={"train": config.train.model_copy(update={"max_steps": stop})}), tmp_path / "run"
         )
         assert has_average(tmp_path / "run") == (stop >= 18), "six steps an epoch: the third is the first"
-    loop.train(made, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
     for name in ("net", "ema"):
         again = weights(tmp_path / "run", name)
         assert all(torch.equal(value, again[key]) for key, value in weights(whole, name).items()), name
@@ -138,9 +138,9 @@ def test_validation_and_what_ships_are_the_net_until_there_is_an_average(tmp_pat
         api.evaluate(run, "val")
     loop.train(swa(recipe_tree), run)
     history = json.loads((run / "ckpt/last/meta.json").read_text())["history"]
-    found = api.evaluate(run, "val")
-    assert found.select == "swa"
-    assert found.scores.loss == pytest.approx(history[-1]["val_loss"], rel=1e-4)
+    evaluation = api.evaluate(run, "val")
+    assert evaluation.select == "swa"
+    assert evaluation.scores.loss == pytest.approx(history[-1]["val_loss"], rel=1e-4)
     assert api.evaluate(run, "val", select="last").scores.loss != pytest.approx(history[-1]["val_loss"], rel=1e-4)
 
 
@@ -151,15 +151,15 @@ def test_best_is_read_as_it_was_scored(tmp_path: Path, recipe_tree: dict) -> Non
 
 
 def test_it_is_exported_with_all_proofs(tmp_path: Path, recipe_tree: dict) -> None:
-    made = swa(recipe_tree, epochs=2, techniques={"acb": {}}, export={"exporter": "torchscript"})
-    run = loop.train(made, tmp_path / "run")
-    done = api.export(run, tmp_path / "bundle")
-    assert done.select == "swa"
-    assert done.proven.structural.passed
+    config = swa(recipe_tree, epochs=2, techniques={"acb": {}}, export={"exporter": "torchscript"})
+    run = loop.train(config, tmp_path / "run")
+    exported = api.export(run, tmp_path / "bundle")
+    assert exported.select == "swa"
+    assert exported.proven.structural.passed
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "message"),
     [
         ({"swa": {}, "ema": {}}, "ema and swa: a run has one average"),
         ({"select": "swa"}, "select: swa needs a `swa:` section"),
@@ -170,8 +170,8 @@ def test_it_is_exported_with_all_proofs(tmp_path: Path, recipe_tree: dict) -> No
         ({"swa": {}, "model": {"backbone": "test_resnet", "freeze": 1}}, "set model.freeze to 0, or use ema"),
     ],
 )
-def test_what_does_not_go_together_is_refused(recipe_tree: dict, sections: dict, said: str) -> None:
-    with pytest.raises(FgvcError, match=said):
+def test_what_does_not_go_together_is_refused(recipe_tree: dict, sections: dict, message: str) -> None:
+    with pytest.raises(FgvcError, match=message):
         recipe(recipe_tree, **sections)
 
 

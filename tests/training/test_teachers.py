@@ -73,15 +73,15 @@ def tree(colours: Path) -> dict:
     return base(colours)
 
 
-def opened(tree: dict, wanted: dict, *, out: Path | None = None, classes: tuple[str, ...] | None = None) -> Teacher:
-    made = recipe(tree)
-    index = read_index(made)
-    built = build_net(made, len(index.classes))
-    opener = teacher_loader(made, index, DEVICE, out=out)
+def opened(tree: dict, teacher: dict, *, out: Path | None = None, classes: tuple[str, ...] | None = None) -> Teacher:
+    config = recipe(tree)
+    index = read_index(config)
+    built = build_net(config, len(index.classes))
+    opener = teacher_loader(config, index, DEVICE, out=out)
     if classes is not None:
         opener = replace(opener, classes=classes)
-    settings = TypeAdapter(AnyTeacher).validate_python(wanted)
-    return opener(settings, Attachments(net=built.step.net, size=made.image.size), built.preprocess)
+    settings = TypeAdapter(AnyTeacher).validate_python(teacher)
+    return opener(settings, Attachments(net=built.step.net, size=config.image.size), built.preprocess)
 
 
 def pictures(size: int) -> torch.Tensor:
@@ -99,14 +99,14 @@ def test_a_run_and_its_bundle_say_what_the_shipped_net_says_of_those_pixels(taug
     assert timm.create_model("test_resnet").pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
     student = (pixels / 255 - 0.5) / 0.5
     small = torch.zeros(4, 3, *SMALL)
-    for wanted in ({"kind": "run", "path": run}, {"kind": "bundle", "path": bundle}):
-        teacher = opened(tree, wanted)
-        said = teacher(small, student.permute(0, 3, 1, 2))
+    for settings in ({"kind": "run", "path": run}, {"kind": "bundle", "path": bundle}):
+        teacher = opened(tree, settings)
+        answer = teacher(small, student.permute(0, 3, 1, 2))
         assert teacher.size == LARGE
-        torch.testing.assert_close(said.logits, expected, rtol=1e-4, atol=1e-4)
-        assert (said.features is None) == (wanted["kind"] == "bundle") == (teacher.channels is None)
-        if said.features is not None:
-            torch.testing.assert_close(said.features, features, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(answer.logits, expected, rtol=1e-4, atol=1e-4)
+        assert (answer.features is None) == (settings["kind"] == "bundle") == (teacher.channels is None)
+        if answer.features is not None:
+            torch.testing.assert_close(answer.features, features, rtol=1e-3, atol=1e-4)
         assert not teacher.notes
 
 
@@ -122,13 +122,13 @@ def test_select_chooses_the_weights(taught: tuple[Path, Path], tree) -> None:
 
 @pytest.mark.parametrize("kind", ["run", "bundle"])
 def test_classes_in_another_order_are_put_right(kind: str, taught: tuple[Path, Path], tree) -> None:
-    wanted = {"kind": kind, "path": taught[kind == "bundle"]}
+    settings = {"kind": kind, "path": taught[kind == "bundle"]}
     x = torch.randn(2, 3, *LARGE, generator=torch.Generator().manual_seed(0))
-    straight, turned = opened(tree, wanted), opened(tree, wanted, classes=("red", "blue", "green"))
+    straight, turned = opened(tree, settings), opened(tree, settings, classes=("red", "blue", "green"))
     assert torch.equal(turned(x).logits, straight(x).logits[:, [2, 0, 1]])
     assert turned.identity() != straight.identity()
     with pytest.raises(FgvcError, match=r"it lacks 'pink'; it has besides 'red'"):
-        opened(tree, wanted, classes=("pink", "blue", "green"))
+        opened(tree, settings, classes=("pink", "blue", "green"))
 
 
 def weights_file(folder: Path, classes: int) -> tuple[Path, torch.nn.Module]:
@@ -140,38 +140,38 @@ def weights_file(folder: Path, classes: int) -> tuple[Path, torch.nn.Module]:
 
 def test_a_timm_model_from_a_file_has_its_own_size_and_normalisation(tmp_path: Path, tree) -> None:
     path, net = weights_file(tmp_path, 3)
-    wanted = {"kind": "timm", "backbone": "test_efficientnet", "weights": str(path)}
-    assert opened(tree, wanted).size == (160, 160)
-    assert "says nothing of its mean and std" in opened(tree, wanted).notes[0]
+    settings = {"kind": "timm", "backbone": "test_efficientnet", "weights": str(path)}
+    assert opened(tree, settings).size == (160, 160)
+    assert "says nothing of its mean and std" in opened(tree, settings).notes[0]
     (tmp_path / "teacher.safetensors.json").write_text(json.dumps({"mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]}))
-    teacher, pixels = opened(tree, wanted | {"size": [64, 64]}), pictures(64)
+    teacher, pixels = opened(tree, settings | {"size": [64, 64]}), pictures(64)
     x = (pixels / 255 - torch.tensor([0.1, 0.2, 0.3])) / torch.tensor([0.3, 0.2, 0.1])
-    said = teacher(((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2))
+    answer = teacher(((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2))
     with torch.no_grad():
-        torch.testing.assert_close(said.logits, net(x.permute(0, 3, 1, 2)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(answer.logits, net(x.permute(0, 3, 1, 2)), rtol=1e-4, atol=1e-4)
     assert not teacher.notes
     (tmp_path / "teacher.safetensors.json").unlink()
-    own = opened(tree, wanted | {"size": [64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]})
-    assert torch.equal(own(((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)).logits, said.logits)
+    own = opened(tree, settings | {"size": [64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]})
+    assert torch.equal(own(((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)).logits, answer.logits)
     assert not own.notes
 
 
 def test_with_sam_each_teacher_is_asked_once_a_part(
     taught: tuple[Path, Path], tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    second_passes = []
 
     def ask(ensemble: TeacherEnsemble, main: Output, ctx: Context, *, features: bool) -> list[TeacherOutput]:
-        seen.append(ctx.second_pass)
-        return asked(ensemble, main, ctx, features=features)
+        second_passes.append(ctx.second_pass)
+        return outputs(ensemble, main, ctx, features=features)
 
-    asked = TeacherEnsemble.outputs
+    outputs = TeacherEnsemble.outputs
     monkeypatch.setattr(TeacherEnsemble, "outputs", ask)
     teachers = {"distill": {"teachers": [{"kind": "run", "path": str(taught[0])}]}}
-    made = recipe(tree, techniques=teachers, optim=tree["optim"] | {"sam": {}})
-    made = made.model_copy(update={"train": made.train.model_copy(update={"grad_accum_steps": 2, "max_steps": 3})})
-    trainer.train(made, tmp_path / "run")
-    assert seen == [False] * 6
+    config = recipe(tree, techniques=teachers, optim=tree["optim"] | {"sam": {}})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"grad_accum_steps": 2, "max_steps": 3})})
+    trainer.train(config, tmp_path / "run")
+    assert second_passes == [False] * 6
 
 
 def test_a_timm_model_without_a_trained_head_is_refused(tmp_path: Path, tree) -> None:
@@ -202,17 +202,17 @@ def test_what_is_not_there_is_named(tmp_path: Path, taught: tuple[Path, Path], t
 def test_a_size_that_it_can_not_take_is_said(tmp_path: Path, tree) -> None:
     torch.manual_seed(0)
     save_file(plain_model("test_vit", 3).state_dict(), tmp_path / "vit.safetensors")
-    wanted = {"kind": "timm", "backbone": "test_vit", "weights": str(tmp_path / "vit.safetensors")}
-    assert opened(tree, wanted | {"size": [64, 96]}).size == (64, 96)
+    settings = {"kind": "timm", "backbone": "test_vit", "weights": str(tmp_path / "vit.safetensors")}
+    assert opened(tree, settings | {"size": [64, 96]}).size == (64, 96)
     with pytest.raises(FgvcError, match=r"can't take images of 70 x 70: .* divisible by patch size"):
-        opened(tree, wanted | {"size": [70, 70]})
+        opened(tree, settings | {"size": [70, 70]})
 
 
 def test_opening_draws_nothing(taught: tuple[Path, Path], tree) -> None:
-    made = recipe(tree)
-    index = read_index(made)
-    built = build_net(made, len(index.classes))
-    opener, attachments = teacher_loader(made, index, DEVICE), Attachments(net=built.step.net, size=SMALL)
+    config = recipe(tree)
+    index = read_index(config)
+    built = build_net(config, len(index.classes))
+    opener, attachments = teacher_loader(config, index, DEVICE), Attachments(net=built.step.net, size=SMALL)
     before = torch.get_rng_state()
     for kind, path in zip(("run", "bundle"), taught, strict=True):
         opener(TypeAdapter(AnyTeacher).validate_python({"kind": kind, "path": path}), attachments, built.preprocess)
@@ -221,9 +221,9 @@ def test_opening_draws_nothing(taught: tuple[Path, Path], tree) -> None:
 
 def test_a_run_may_not_overwrite_its_own_teacher(taught: tuple[Path, Path], tree, tmp_path: Path) -> None:
     shutil.copytree(taught[0], tmp_path / "run", symlinks=True)
-    made = recipe(tree, techniques={"distill": {"teachers": [{"kind": "run", "path": str(tmp_path / "run")}]}})
+    config = recipe(tree, techniques={"distill": {"teachers": [{"kind": "run", "path": str(tmp_path / "run")}]}})
     with pytest.raises(FgvcError, match=r"techniques\.distill\.teachers: .*this run's own folder"):
-        trainer.train(made, tmp_path / "run", overwrite=True)
+        trainer.train(config, tmp_path / "run", overwrite=True)
     assert (tmp_path / "run" / "ckpt" / "last" / "net.safetensors").is_file()
 
 
@@ -249,12 +249,12 @@ def test_from_an_earlier_run_and_its_bundle_to_a_bundle_of_ones_own(
     run, bundle = (Path(shutil.copytree(path, tmp_path / path.name, symlinks=True)) for path in taught)
     teachers = [{"kind": "run", "path": str(run)}, {"kind": "bundle", "path": str(bundle)}]
     settings = {"teachers": teachers, "hints": 0.1, "attention": 0.1, "method": "dkd", "beta": 1.0}
-    made = recipe(tree, techniques={"distill": settings, "mixup": {"probability": 0.5}}, checkpoint={"every_steps": 2})
-    assert api.forecast(made).techniques["distill"] == "0 (and its teachers' own)"
-    student = trainer.train(made, tmp_path / "student")
-    part = made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 7})})
+    config = recipe(tree, techniques={"distill": settings, "mixup": {"probability": 0.5}}, checkpoint={"every_steps": 2})
+    assert api.forecast(config).techniques["distill"] == "0 (and its teachers' own)"
+    student = trainer.train(config, tmp_path / "student")
+    part = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 7})})
     trainer.train(part, tmp_path / "again")
-    trainer.train(made, tmp_path / "again")
+    trainer.train(config, tmp_path / "again")
     for name in ("net", "branches"):
         once, again = (
             load_file(tmp_path / which / "ckpt/last" / f"{name}.safetensors") for which in ("student", "again")
@@ -281,7 +281,7 @@ def test_from_an_earlier_run_and_its_bundle_to_a_bundle_of_ones_own(
     step = load_run(student, "last", branches=True).step
     assert not len(step.branches)
     with pytest.raises(FgvcError, match=r"techniques\.distill\.teachers: .*not a run of fgvc"):
-        trainer.train(made.model_copy(update={"train": made.train.model_copy(update={"epochs": 3})}), student)
+        trainer.train(config.model_copy(update={"train": config.train.model_copy(update={"epochs": 3})}), student)
 
 
 def test_a_lone_file_says_what_its_bundle_says(taught: tuple[Path, Path], tree, tmp_path: Path) -> None:
@@ -309,22 +309,22 @@ def test_a_bundle_alone_has_no_features(taught: tuple[Path, Path], tree, tmp_pat
 def test_with_a_cache_the_second_run_never_asks_and_ends_with_the_same_bits(
     taught: tuple[Path, Path], tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    names: list[str] = []
     inner = Teacher.__call__
 
     def counting(self: Teacher, *arguments: object) -> object:
-        asked.append(self.name)
+        names.append(self.name)
         return inner(self, *arguments)
 
     monkeypatch.setattr(Teacher, "__call__", counting)
     teachers = [{"kind": "run", "path": str(taught[0])}, {"kind": "bundle", "path": str(taught[1])}]
     settings = {"teachers": teachers, "cache": str(tmp_path / "cache")}
-    made = recipe(tree, techniques={"distill": settings})
-    first = trainer.train(made, tmp_path / "first")
+    config = recipe(tree, techniques={"distill": settings})
+    first = trainer.train(config, tmp_path / "first")
     steps = 2 * (48 // 8)
-    assert len(asked) == 2 * steps
-    second = trainer.train(made, tmp_path / "second")
-    assert len(asked) == 2 * steps
+    assert len(names) == 2 * steps
+    second = trainer.train(config, tmp_path / "second")
+    assert len(names) == 2 * steps
     assert losses(first) == losses(second)
     assert len(list((tmp_path / "cache").glob("*/epoch-000[01].f32"))) == 4
     # A seed, a crop or images changed on the way are something else.
@@ -336,6 +336,6 @@ def test_with_a_cache_the_second_run_never_asks_and_ends_with_the_same_bits(
             {"techniques": {"distill": settings, "ae_psl": {"rounds": 2}}},
         )
     ):
-        before = len(asked)
+        before = len(names)
         trainer.train(recipe(tree | {"techniques": {"distill": settings}} | other), tmp_path / f"other{number}")
-        assert len(asked) == before + 2 * steps, other
+        assert len(names) == before + 2 * steps, other

@@ -38,7 +38,7 @@ def watched(once: Once, colours: Path) -> Path:
         pytest.importorskip(package)
 
     def make(folder: Path) -> None:
-        made = validate(
+        config = validate(
             Recipe,
             {
                 "data": {"kind": "folder", "root": str(colours)},
@@ -64,8 +64,8 @@ def watched(once: Once, colours: Path) -> Path:
             patch.delenv("MLFLOW_TRACKING_URI", raising=False)
             patch.setattr(trainer, "_check_step", breaks)
             with pytest.raises(RuntimeError, match="power cut"):
-                trainer.train(made, folder / "run")
-            trainer.train(made, folder / "run")
+                trainer.train(config, folder / "run")
+            trainer.train(config, folder / "run")
             api.export(folder / "run", folder / "bundle")
 
     return once.made("watched", make)
@@ -139,14 +139,14 @@ def test_a_tracker_that_is_turned_on_later_gets_the_past(watched: Path, tmp_path
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (tmp_path / "events.jsonl").write_bytes((watched / "run" / "events.jsonl").read_bytes() + b'{"torn')
-    said: list[str] = []
-    opened = Trackers(said.append)
+    messages: list[str] = []
+    opened = Trackers(messages.append)
     opened.open(tmp_path, Log(to="tensorboard"), step=9)  # type: ignore[arg-type]
     opened.close("FINISHED")
     read = EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
     assert [row.step for row in read.Scalars("train/loss")] == list(range(1, 10))
-    assert said == []
+    assert messages == []
 
 
 class Broken:
@@ -183,22 +183,22 @@ def test_a_missing_package_is_an_error_before_anything_is_written(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(trackers.NEEDED, "mlflow", ("a_package_that_is_not_there",))
-    wanted = recipe(recipe_tree, log={"to": ["mlflow"]})
+    config = recipe(recipe_tree, log={"to": ["mlflow"]})
     with pytest.raises(FgvcError, match=r"log.to: mlflow needs a package .* pip install 'fgvc\[mlflow\]'"):
-        trainer.train(wanted, tmp_path / "run")
+        trainer.train(config, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_says_that_its_tracker_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "TensorBoard", lambda *_: Broken())
     monkeypatch.setattr(trackers, "refuse_missing", lambda _: None)
-    said: list[str] = []
+    messages: list[str] = []
     logged = SimpleNamespace(log=Log(to="tensorboard"))  # type: ignore[arg-type]
-    trackers.log_bundle(tmp_path, logged, tmp_path, said.append)  # type: ignore[arg-type]
-    assert said == [], "a run that no tracker watched"
+    trackers.log_bundle(tmp_path, logged, tmp_path, messages.append)  # type: ignore[arg-type]
+    assert messages == [], "a run that no tracker watched"
     (tmp_path / trackers.NAME).write_text("{}")
-    trackers.log_bundle(tmp_path, logged, tmp_path, said.append)  # type: ignore[arg-type]
-    (line,) = said
+    trackers.log_bundle(tmp_path, logged, tmp_path, messages.append)  # type: ignore[arg-type]
+    (line,) = messages
     assert "OSError" in line
     assert line.endswith("the bundle is written, and not logged there")
 
@@ -238,8 +238,8 @@ def test_settings_take_one_name_or_a_list() -> None:
 
 
 def test_a_picture_is_made_for_a_tracker_alone(tmp_path: Path) -> None:
-    said: list[str] = []
-    none = Trackers(said.append)
+    messages: list[str] = []
+    none = Trackers(messages.append)
     none.picture("samples", lambda: pytest.fail("nobody looks"), 0)
     none._open["tensorboard"] = Broken()  # type: ignore[assignment]
 
@@ -248,5 +248,5 @@ def test_a_picture_is_made_for_a_tracker_alone(tmp_path: Path) -> None:
 
     none.picture("samples", fails, 0)
     assert none, "a picture that can't be made costs no tracker"
-    assert said == ["WARNING: log.to: the picture samples: ValueError: no font; the run goes on without it"]
+    assert messages == ["WARNING: log.to: the picture samples: ValueError: no font; the run goes on without it"]
     assert TensorBoard.__doc__

@@ -24,12 +24,12 @@ def test_what_is_odd_about_the_data_is_said_and_kept(recipe_tree: dict, colours:
     path.write_text(yaml.safe_dump(recipe_tree | {"data": {"kind": "folder", "root": str(root)}}))
     train(load_recipe(path, ["train.max_steps=1"]), run)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    kept = next(event["warnings"] for event in events if "warnings" in event)
-    assert "1 files are of other types than fgvc reads, and left out: .heic 1" in kept
-    assert any("integers of 16 bits (I;16)" in line and "multiply all values by 16" in line for line in kept)
-    said = capfd.readouterr()
-    for line in kept:
-        assert f"WARNING: {line}" in said.out + said.err
+    warnings = next(event["warnings"] for event in events if "warnings" in event)
+    assert "1 files are of other types than fgvc reads, and left out: .heic 1" in warnings
+    assert any("integers of 16 bits (I;16)" in line and "multiply all values by 16" in line for line in warnings)
+    captured = capfd.readouterr()
+    for line in warnings:
+        assert f"WARNING: {line}" in captured.out + captured.err
 
 
 def test_boxes_in_shares_are_no_lesson(boxed_tree: dict, boxed: Path, tmp_path: Path) -> None:

@@ -102,15 +102,15 @@ def test_what_breaks_in_a_step_ends_the_run_before_a_checkpoint(
     real = loop.optimizer_step
 
     def broken(session: Session, *rest: object) -> object:
-        taken = real(session, *rest)
+        result = real(session, *rest)
         if session.progress.step == 7:
             breaks(session)
-        return taken
+        return result
 
     monkeypatch.setattr(loop, "optimizer_step", broken)
-    made = recipe(recipe_tree, ema={"decay": 0.5}, techniques={"centre_loss": {}}, checkpoint={"every_steps": 4})
+    config = recipe(recipe_tree, ema={"decay": 0.5}, techniques={"centre_loss": {}}, checkpoint={"every_steps": 4})
     with pytest.raises(FgvcError, match=named) as error:
-        loop.train(made, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     text = str(error.value)
     assert "intact" not in text
     assert ". The newest checkpoint that is finite is" in text
@@ -142,10 +142,10 @@ def test_a_run_whose_every_step_fp16_skips_is_no_success(
 ) -> None:
     real = training_step.forward_backward
 
-    def overflowing(session: Session, *given: object, **named: object) -> object:
-        made = real(session, *given, **named)
+    def overflowing(session: Session, *arguments: object, **named: object) -> object:
+        result = real(session, *arguments, **named)
         session.step.net.fc.weight.grad[0, 0] = INF
-        return made
+        return result
 
     monkeypatch.setattr(training_step, "forward_backward", overflowing)
     with pytest.raises(FgvcError, match=f"{reason}.*train.precision=bf16"):
@@ -158,10 +158,10 @@ def test_a_run_that_broke_goes_on_from_its_newest_checkpoint_with_the_same_bits(
     real = loop.optimizer_step
 
     def broken(session: Session, *rest: object) -> object:
-        taken = real(session, *rest)
+        result = real(session, *rest)
         if session.progress.step == 7:
             broken_statistic(session)
-        return taken
+        return result
 
     monkeypatch.setattr(loop, "optimizer_step", broken)
     with pytest.raises(FgvcError, match="running_var"):
@@ -187,9 +187,9 @@ def test_a_rate_beyond_all_bounds_is_no_success(
             ["train", str(tmp_path / "own.yaml"), "optim.lr=1e30", "train.max_steps=1", "--out", str(tmp_path / "run")]
         )
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert "logits that are no numbers" in said or "NaN or infinite" in said
-    assert "with optim.lr=0.03 (it is 1e+30)" in said
+    message = capsys.readouterr().err
+    assert "logits that are no numbers" in message or "NaN or infinite" in message
+    assert "with optim.lr=0.03 (it is 1e+30)" in message
     assert checkpoint.load(tmp_path / "run" / "ckpt").progress.step == 0
 
 
@@ -401,9 +401,9 @@ main(["train", "recipe.yaml", "--out", "run"])
 def test_what_ends_one_rank_ends_all_and_the_run_goes_on(tmp_path: Path, colours: Path, sent: int) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=colours))
     (tmp_path / "rank.py").write_text(RANK)
-    known = {"WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    env = {"WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
-        script(tmp_path / rank, tmp_path / "rank.py", env=known | {"RANK": rank, "LOCAL_RANK": rank}, cwd=tmp_path)
+        script(tmp_path / rank, tmp_path / "rank.py", env=env | {"RANK": rank, "LOCAL_RANK": rank}, cwd=tmp_path)
         for rank in "01"
     ]
     try:
@@ -411,7 +411,7 @@ def test_what_ends_one_rank_ends_all_and_the_run_goes_on(tmp_path: Path, colours
             assert all(rank.returncode is None for rank in ranks)
             time.sleep(0.05)
         ranks[1].send_signal(sent)
-        said = [rank.wait().stderr for rank in ranks]
+        errors = [rank.wait().stderr for rank in ranks]
     finally:
         for rank in ranks:
             rank.process.kill()
@@ -419,11 +419,11 @@ def test_what_ends_one_rank_ends_all_and_the_run_goes_on(tmp_path: Path, colours
     step = checkpoint.load(tmp_path / "run" / "ckpt").progress.step
     if sent == signal.SIGINT:
         assert [rank.returncode for rank in ranks] == [130, 130]
-        assert all(f"saved at step {step}" in text for text in said)
+        assert all(f"saved at step {step}" in text for text in errors)
     else:
         assert ranks[0].returncode == 2
-        assert "another process of this launch has ended" in said[0]
-        assert "Traceback" not in said[0]
+        assert "another process of this launch has ended" in errors[0]
+        assert "Traceback" not in errors[0]
 
 
 def test_no_file_of_a_run_holds_a_bare_nan(tmp_path: Path, recipe_tree: dict) -> None:
