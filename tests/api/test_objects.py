@@ -29,7 +29,7 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def made(once: Once, colours: Path) -> Path:
+def folder(once: Once, colours: Path) -> Path:
     """A folder with a run of classes of one colour, and its bundle."""
 
     def fill(place: Path) -> None:
@@ -39,13 +39,13 @@ def made(once: Once, colours: Path) -> Path:
 
 
 @pytest.fixture
-def run(made: Path) -> fgvc.Run:
-    return fgvc.Run(made / "run")
+def run(folder: Path) -> fgvc.Run:
+    return fgvc.Run(folder / "run")
 
 
 @pytest.fixture
-def bundle(made: Path) -> fgvc.Bundle:
-    return fgvc.Bundle(str(made / "run" / "bundle"))
+def bundle(folder: Path) -> fgvc.Bundle:
+    return fgvc.Bundle(str(folder / "run" / "bundle"))
 
 
 def test_a_folder_of_classes_an_id_and_a_recipe_train_alike(colours: Path, run: fgvc.Run, tmp_path: Path) -> None:
@@ -57,17 +57,17 @@ def test_a_folder_of_classes_an_id_and_a_recipe_train_alike(colours: Path, run: 
     assert (run / "metrics.csv").read_bytes() == (by_id / "metrics.csv").read_bytes()
 
 
-def test_what_cannot_be_trained_is_told_what_it_is(made: Path, colours: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_told_what_it_is(folder: Path, colours: Path, tmp_path: Path) -> None:
     with pytest.raises(FgvcError, match="it is a run of fgvc"):
-        fgvc.train(made / "run", tmp_path / "r")
+        fgvc.train(folder / "run", tmp_path / "r")
     with pytest.raises(FgvcError, match="it is a bundle"):
-        fgvc.train(made / "run/bundle", tmp_path / "r")
+        fgvc.train(folder / "run/bundle", tmp_path / "r")
     with pytest.raises(FgvcError, match="override 'train.epoch=3'.*did you mean 'epochs'"):
         fgvc.train(colours, tmp_path / "r", train={"epoch": 3})
     with pytest.raises(FgvcError, match="a setting is text, a number"):
         fgvc.train(colours, tmp_path / "r", train={"epochs": object()})
     with pytest.raises(FgvcError, match="has no name to call its run by"):
-        fgvc.train(fgvc.Run(made / "run").recipe)
+        fgvc.train(fgvc.Run(folder / "run").recipe)
     assert not list(tmp_path.iterdir())
 
 
@@ -198,9 +198,9 @@ def test_every_result_is_one_line_and_a_table(
         comparison.images,
         results[10].calibrated,
     ]
-    for shown in [*results, *inner]:
-        assert "\n" not in repr(shown), type(shown)
-        assert len(repr(shown)) < 1000, (type(shown), repr(shown)[:200])
+    for each in [*results, *inner]:
+        assert "\n" not in repr(each), type(each)
+        assert len(repr(each)) < 1000, (type(each), repr(each)[:200])
 
 
 def test_html_of_names_is_text(tmp_path: Path) -> None:
@@ -211,15 +211,15 @@ def test_html_of_names_is_text(tmp_path: Path) -> None:
 
 
 def test_settings_of_python_reach_the_recipe_as_they_are(colours: Path) -> None:
-    given = {
+    settings = {
         "optim": {"lr": 1e-05}, "image": {"size": (64, 96)}, "techniques": {"mixup": {"alpha": 0.4}}, "ema": None,
         "data.val_fraction": 0.25, "cache_dir": Path("/tmp/a b: c"),
     }  # fmt: skip
-    made = as_recipe(colours, {**TINY, **given})
-    assert made.optim.lr == 1e-05
-    assert made.image.size == (64, 96)
-    assert made.techniques.mixup.alpha == 0.4
-    assert made.cache_dir == Path("/tmp/a b: c")
-    assert made.ema is None
-    assert as_recipe(made, {"ema": {"decay": 0.9}}).ema.decay == 0.9
-    assert validate(Recipe, as_recipe(made).model_dump(mode="json"), where="test") == made
+    recipe = as_recipe(colours, {**TINY, **settings})
+    assert recipe.optim.lr == 1e-05
+    assert recipe.image.size == (64, 96)
+    assert recipe.techniques.mixup.alpha == 0.4
+    assert recipe.cache_dir == Path("/tmp/a b: c")
+    assert recipe.ema is None
+    assert as_recipe(recipe, {"ema": {"decay": 0.9}}).ema.decay == 0.9
+    assert validate(Recipe, as_recipe(recipe).model_dump(mode="json"), where="test") == recipe

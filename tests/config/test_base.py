@@ -74,12 +74,12 @@ def test_an_error_names_the_line_of_the_file_that_has_it(tmp_path: Path) -> None
         ("other.yaml", "my.yaml:1: base: other.yaml has a base itself"),
     ],
 )
-def test_a_base_that_can_not_be(tmp_path: Path, base: str, message: str) -> None:
+def test_a_bad_base_is_refused(tmp_path: Path, base: str, message: str) -> None:
     written(tmp_path, "base: any/plain\n", "other.yaml")
     assert re.search(message, refusal(written(tmp_path, f"base: {base}\n")))
 
 
-def test_it_is_written_out_whole(tmp_path: Path) -> None:
+def test_a_recipe_with_a_base_is_written_out_whole(tmp_path: Path) -> None:
     own = written(tmp_path, "# mine\nbase: any/plain\ndata: {root: leaves}\nloss: {kind: focal}\n")
     whole = written(tmp_path, commented(Recipe, own, fill=with_weight_defaults), "whole.yaml")
     assert load(Recipe, whole) == load(Recipe, own)

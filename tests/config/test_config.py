@@ -122,7 +122,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["optim", "=3", "optim..lr=3"])
-def test_an_override_that_is_none(file: Path, override: str) -> None:
+def test_an_override_without_key_or_value_is_refused(file: Path, override: str) -> None:
     assert "write it as section.key=value" in refusal(file, override)
 
 

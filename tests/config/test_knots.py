@@ -23,6 +23,6 @@ def test_knots_are_joined_by_straight_lines() -> None:
 @pytest.mark.parametrize(
     "wrong", [-1, [], [[0.5, 1], [0.5, 2]], [[0.5, 1], [0.2, 1]], [[1.5, 1]], [[0.1, -1]], "often"]
 )
-def test_what_is_no_schedule(wrong: object) -> None:
+def test_bad_schedules_are_refused(wrong: object) -> None:
     with pytest.raises(ValidationError):
         Holder(value=wrong)

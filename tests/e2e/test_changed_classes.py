@@ -82,7 +82,7 @@ def test_a_run_of_other_classes_is_exported_with_an_output_of_another_shape(
         api.verify(bundle.folder)
 
 
-def test_into_is_refused(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_into_the_file_is_refused(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = saved(small.plain(), tmp_path / "given")
     api.train(Recipe.model_validate(settings(file, colours)), tmp_path / "run")
     for into in ([], [str(file)]):

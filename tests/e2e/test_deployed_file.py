@@ -596,7 +596,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(colours: Path, run: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TECHNIQUES)
 @pytest.mark.parametrize("name", DEPLOYED)
-def test_the_matrix(name: str, kind: str, shared: Path, few: Path, tmp_path: Path) -> None:
+def test_every_technique_trains_real_files(name: str, kind: str, shared: Path, few: Path, tmp_path: Path) -> None:
     recipe = of_shared(name, shared, few, tmp_path, **{kind: TECHNIQUES[kind]})
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 20})})
     run = trainer.train(recipe, tmp_path / "run")

@@ -36,7 +36,7 @@ def fgvc(capfd: pytest.CaptureFixture[str]) -> Ask:
     return run
 
 
-def test_one_default() -> None:
+def test_the_limit_has_one_default() -> None:
     assert Limits().pixels == MAX_PIXELS
     for verb in (shipping.predict, shipping.serve):
         assert inspect.signature(verb).parameters["megapixels"].default * 1e6 == MAX_PIXELS

@@ -46,7 +46,7 @@ def test_maps_and_what_gates_drop_lie_on_the_pictures_grid(run: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["cam", "gradcam", "ablationcam"])
-def test_it_is_explained(run: Path, colours: Path, tmp_path: Path, method: str) -> None:
+def test_explained_maps_have_the_grid_of_the_tokens(run: Path, colours: Path, tmp_path: Path, method: str) -> None:
     picture = next((colours / "test" / "red").iterdir())
     assert explain(run, [picture], tmp_path / "looks", methods=[method]) == 0
     kept = np.load(tmp_path / "looks" / "maps" / f"{picture.stem}.npz")

@@ -26,7 +26,7 @@ def test_figures_worked_by_hand() -> None:
     assert [one.margin for one in agreement.differing] == [4, 0.5]
 
 
-def test_bars() -> None:
+def test_limits_of_agreement_and_loss() -> None:
     labels = np.zeros(100, np.int64)
     z = np.tile(np.array([[1, 0]], np.float32), (100, 1))
     z_variant = z.copy()

@@ -225,7 +225,7 @@ def test_data_without_parts(own: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert not (own / "tables" / "parts-val.csv").exists()
 
 
-def test_what_is_refused(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_methods_and_data_without_boxes_are_refused(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FgvcError, match="no method 'guess'; there are cam, gradcam"):
         api.localize(own, method="guess")
     with monkeypatch.context() as patch:

@@ -76,7 +76,7 @@ def planted(name: str, order: str = "rgb", **more: object) -> Preprocess:
     ],
     ids=["caffe-bgr-squash", "inception-crop", "unit-bgr-pad", "imagenet-nearest"],
 )
-def test_what_was_planted_is_ranked_first(spec: Preprocess) -> None:
+def test_the_true_preprocessing_is_ranked_first(spec: Preprocess) -> None:
     images, labels = pictures()
     result = search(network(spec), SIZE, images, labels, CLASSES, stated=CLASSES, seconds=1e9)
     assert result.best.spec == spec

@@ -317,7 +317,7 @@ def test_logits_that_are_no_numbers_are_refused(pictures: Path, tmp_path: Path, 
         (["--out", "page.pdf"], 2, ""),
     ],
 )
-def test_the_verb_is_a_gate(
+def test_exit_code_and_output_of_the_verb(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: int, output: str
 ) -> None:
     a, b = bundle(tmp_path / "a", [0, 1, 2]), bundle(tmp_path / "b", [0, 1, 2], lost=0)

@@ -29,7 +29,7 @@ def differences(candidate, reference, weights=None, **kwargs):
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutant(source: str, name: str) -> None:
+def test_a_mutant_is_told_in_few_lines(source: str, name: str) -> None:
     mutate, kind, mentions = MUTANTS[name]
     reference, candidate = graph_of(source, 0), graph_of(source, 1)  # other weights, so that they can't give it away
     weights = weight_positions(graph_of(source, 2), reference)
@@ -80,7 +80,7 @@ def test_weights_count_when_nothing_is_blanked() -> None:
     assert differences(graph_of("hand", 0), graph_of("hand", 0), weights=()) == []
 
 
-def test_words() -> None:
+def test_differences_in_words() -> None:
     candidate = graph_of("hand")
     set_values(holder(candidate, "high"), 4.0)
     (changed,) = differences(candidate, graph_of("hand"))

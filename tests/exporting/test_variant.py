@@ -41,7 +41,7 @@ def int8(both: tuple[Plain, Plain]) -> VariantFile:
     return make_int8(*both, [IMAGES[:12], IMAGES[12:]], Int8(first=2, reduce_range=False))
 
 
-def test_both_are_what_the_plain_net_becomes(both: tuple[Plain, Plain], int8: VariantFile) -> None:
+def test_the_contract_of_int8_and_fp16_counts_operators_and_bytes(both: tuple[Plain, Plain], int8: VariantFile) -> None:
     contract = int8.contract
     assert contract["images"] == 20
     assert contract["operators"]["Conv"] == sum(n.op_type == "Conv" for n in both[0].proto.graph.node) - 2
@@ -99,7 +99,7 @@ def one_scale_for_all(proto: ModelProto) -> None:
 
 
 @pytest.mark.parametrize("change_one", [leave_out, other_axis, asymmetric, another_type, one_scale_for_all])
-def test_another_graph_is_told(change_one: Callable[[ModelProto], None], both: tuple[Plain, Plain], int8: VariantFile) -> None:
+def test_a_changed_graph_differs(change_one: Callable[[ModelProto], None], both: tuple[Plain, Plain], int8: VariantFile) -> None:
     proto = onnx.load_from_string(int8.model)
     change_one(proto)
     assert differences("int8", proto, *both, int8.contract)

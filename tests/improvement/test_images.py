@@ -71,7 +71,7 @@ def test_classes_that_the_set_does_not_have(pictures: Path, tmp_path: Path) -> N
         divide(pictures / "train", deployed=True, unseen=tmp_path / "new")
 
 
-def test_one_class(tmp_path: Path) -> None:
+def test_a_set_of_one_class_is_refused(tmp_path: Path) -> None:
     for n in range(3):
         draw(tmp_path / "red" / f"{n}.png", "red", n)
     with pytest.raises(FgvcError):

@@ -132,7 +132,7 @@ def test_labels_that_are_not_beside_the_file(deployed: Path, pictures: Path, tmp
     assert (again.classes, again.recipe, again.counts) == (task.classes, task.recipe, task.counts)
 
 
-def test_a_folder_of_something_else(deployed: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_refused(deployed: Path, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit) as exit_info:
         main(["improve", str(deployed), str(pictures), "--budget", "10m", "-o", str(tmp_path)])

@@ -109,6 +109,6 @@ def test_budgets(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["20", "m", "-5m", "1m", "soon"])
-def test_budgets_that_are_none(text: str) -> None:
+def test_bad_budgets_are_refused(text: str) -> None:
     with pytest.raises(FgvcError, match="--budget"):
         seconds_of(text)

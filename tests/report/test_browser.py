@@ -26,7 +26,7 @@ def pages(recipe_tree: dict, tmp_path: Path) -> list[Path]:
     return [report(runs[1:], folder / "one.html", images=2), report(runs, folder / "two.html", images=2)]
 
 
-def test_phone_desk_and_paper(pages: list[Path]) -> None:
+def test_pages_fit_phone_desk_and_paper(pages: list[Path]) -> None:
     with browser() as chrome:
         for page in pages:
             for width in (390, 1280):
@@ -36,7 +36,7 @@ def test_phone_desk_and_paper(pages: list[Path]) -> None:
             assert 2 <= sheets <= 40
 
 
-def test_what_is_wrong_is_seen(tmp_path: Path) -> None:
+def test_problems_lists_all_that_is_wrong_with_a_page(tmp_path: Path) -> None:
     """The check itself can fail."""
     page = tmp_path / "page.html"
     broken = base64.b64encode(b"no picture").decode()

@@ -263,7 +263,7 @@ def test_localisation_is_shown_where_it_was_measured(run: Path, text: str, tmp_p
     assert page.row("MaxBoxAccV2 (oracle)")[1:] == ["8.0", "8.1", "8.2", ""]
 
 
-def test_small_things_by_hand() -> None:
+def test_wilson_durations_and_leaves_by_hand() -> None:
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)  # 1 - 1 / (1 + z^2 / 10)
     assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert [duration(s) for s in (4.4, 61, 3661)] == ["4 s", "1 min 1 s", "1 h 1 min"]

@@ -206,7 +206,7 @@ def test_bundles_refuse_by_name_what_they_have_not(
     assert not (tmp_path / "out").exists()
 
 
-def test_maps_that_can_say_nothing(
+def test_maps_of_one_cell_are_refused(
     run: Path, pictures: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     single = trained(colours, tmp_path / "single", size=(32, 32))
@@ -268,7 +268,7 @@ def test_an_empty_map_is_said_and_why(
             assert f"(empty: {why}" in panel[-1]
 
 
-def test_the_data_need_not_be_there(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_run_is_explained_without_its_data(run: Path, pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "moved")
     recipe = tmp_path / "moved/config.yaml"
     recipe.write_text(re.sub("root: .*", f"root: {tmp_path / 'nowhere'}", recipe.read_text()))
@@ -392,7 +392,7 @@ def test_photographs_are_in_memory_one_by_one(
     assert most <= 2, "the one that was read before may still have a name"
 
 
-def test_what_is_not_there(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_files_and_methods_are_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         ([run, tmp_path / "none.png"], "none.png: no such file or folder"),
         ([run, tmp_path], "no picture below this folder"),

@@ -50,7 +50,7 @@ def test_every_measure_stands_in_its_row_and_every_map_in_its_column() -> None:
     assert "these very images" in "; ".join(table("val.ema.gradcam", numbers()).notes)
 
 
-def test_without_parts() -> None:
+def test_a_table_without_parts() -> None:
     measures = table("val.last.cam", numbers(parts=None, left_out=0, silent=0))
     assert measures.about.endswith("16 boxes, no parts")
     assert not any(label.startswith("parts") for label, _ in measures.rows)

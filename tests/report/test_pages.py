@@ -56,7 +56,7 @@ def checked(pictures: Path, folder: Path) -> Path:
     return folder / "check.html"
 
 
-def test_phone_desk_and_paper(pictures: Path, tmp_path: Path) -> None:
+def test_pages_fit_phone_desk_and_paper(pictures: Path, tmp_path: Path) -> None:
     pages = [compared(pictures, tmp_path), checked(pictures, tmp_path)]
     for page in pages:
         assert page.read_text(encoding="utf-8").count('<img src="data:image/jpeg;base64,') >= 6

@@ -41,7 +41,7 @@ def test_answers_of_other_images_are_not_taken_for_those_of_these(
 @pytest.mark.parametrize(
     "sections", [{"train": {"seed": 7}}, {"augment": {"flip": 0.0}}, {"image": {"size": 48}}], ids=str
 )
-def test_other_images_have_other_facts(recipe_tree: dict, sections: dict) -> None:
+def test_other_images_have_another_key(recipe_tree: dict, sections: dict) -> None:
     assert facts(recipe_tree, **sections) not in (facts(recipe_tree), None)
 
 

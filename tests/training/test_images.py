@@ -139,7 +139,7 @@ def test_no_change_of_a_table_moves_an_image_of_a_run(
     assert parts(resumed_index(run, config, recorded=True)) == before
 
 
-def test_a_picture_less_gives_the_same_score_of_the_same_pictures(
+def test_without_a_picture_of_train_the_score_is_the_same(
     run: Path, tmp_path: Path, config: Recipe, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index = load_run(run).index

@@ -265,7 +265,7 @@ def test_what_fails_midway_leaves_nothing(ema_run: Path, tmp_path: Path, monkeyp
     refused(ema_run, tmp_path / "out", "No space left", share=0.5)
 
 
-def test_an_unfinished_run_is_taken_with_a_word(
+def test_an_unfinished_run_is_taken_with_a_warning(
     tree: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fgvc.training import trainer as loop

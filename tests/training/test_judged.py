@@ -81,7 +81,7 @@ def settings(file: Path, root: Path, **sections: Any) -> dict[str, Any]:
     return recipe_tree
 
 
-def test_a_file_that_has_train_by_heart_does_not_win_by_standing_still(by_heart: tuple[Path, Path], tmp_path: Path) -> None:
+def test_select_is_the_average_where_the_start_knows_all_of_train(by_heart: tuple[Path, Path], tmp_path: Path) -> None:
     file, root = by_heart
     run = api.train(Recipe.model_validate(settings(file, root)), tmp_path / "run")
     loaded = load_run(tmp_path / "run")
@@ -104,7 +104,7 @@ def test_a_file_that_has_train_by_heart_does_not_win_by_standing_still(by_heart:
     assert exported.proven.written.moved
 
 
-def test_such_a_run_goes_on_as_it_began(by_heart: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(by_heart: tuple[Path, Path], tmp_path: Path) -> None:
     file, root = by_heart
     half, whole = settings(file, root), settings(file, root)
     half["train"]["max_steps"] = 1
@@ -125,7 +125,7 @@ def test_what_chooses_by_validation_is_refused(sections: dict[str, Any], by_hear
         api.train(Recipe.model_validate(settings(file, root, data={"fold": [0, 3]})), tmp_path / "run")
 
 
-def test_what_the_recipe_says_ships(by_heart: tuple[Path, Path], tmp_path: Path) -> None:
+def test_select_of_the_recipe_is_kept(by_heart: tuple[Path, Path], tmp_path: Path) -> None:
     file, root = by_heart
     api.train(Recipe.model_validate(settings(file, root) | {"select": "last"}), tmp_path / "run")
     assert read_run(tmp_path / "run").ema is None

@@ -226,7 +226,7 @@ def test_going_on_in_another_folder_leaves_the_first_as_it_is(tmp_path: Path, re
     assert {p: p.read_bytes() for p in first.rglob("*") if p.is_file()} == before
 
 
-def test_going_on_in_another_folder_may_be_said_twice(tmp_path: Path, recipe_tree: dict, once: Once) -> None:
+def test_a_run_in_another_folder_may_be_resumed_by_the_same_command(tmp_path: Path, recipe_tree: dict, once: Once) -> None:
     first = loop.train(recipe(recipe_tree, train={"max_steps": 3}), tmp_path / "first")
     second = tmp_path / "second"
     with pytest.raises(FgvcError, match=r"other settings:\n  optim.lr"):

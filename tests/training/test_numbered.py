@@ -43,7 +43,7 @@ def test_it_is_numbered_where_another_run_has_the_name() -> None:
     assert default_folder("leaves", recipe(optim={"lr": 0.25}))[0] == Path("runs/leaves-3")
 
 
-def test_a_new_one_is_asked_for() -> None:
+def test_anew_gives_the_next_number() -> None:
     begun(Path("runs/leaves"), recipe())
     assert default_folder("leaves", recipe(), anew=True)[0] == Path("runs/leaves-2")
 

@@ -232,7 +232,7 @@ def test_its_answers_are_kept_for_the_next_run_that_fits_the_same_head(
     assert len(names) == 2 * before
 
 
-def test_what_a_study_knows_it_by(recipe_tree: dict, weights: Path, teacher: dict) -> None:
+def test_the_digest_is_of_its_weights_and_settings(recipe_tree: dict, weights: Path, teacher: dict) -> None:
     known = digest(recipe(recipe_tree, teacher))
     moved = weights.with_name("moved.safetensors")
     weights.rename(moved)

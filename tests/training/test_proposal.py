@@ -82,7 +82,7 @@ def test_what_takes_too_long_gets_smaller(reach: None, tmp_path: Path, monkeypat
     assert "since 12 epochs at 160 would take about 2 h 30 min here" in " ".join(made.reasons)
 
 
-def test_and_where_no_size_is_enough_shorter() -> None:
+def test_where_no_size_is_small_enough_epochs_are_fewer() -> None:
     slow = costs(Recipe.model_validate({"data": {"root": "x"}, "model": {"backbone": "resnet18"}}), 60 + 60_000)
     chosen, _ = proposal.within_budget(slow, size=224, epochs=12)
     assert chosen["image.size"] == 160
@@ -106,6 +106,6 @@ def test_sizes_are_those_that_the_pictures_fill() -> None:
     assert proposal.size_for([])[0] == 224
 
 
-def test_what_is_no_set_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_set_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FgvcError, match="not there"):
         proposal.propose(tmp_path / "nowhere")

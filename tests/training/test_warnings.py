@@ -32,7 +32,7 @@ def test_what_is_odd_about_the_data_is_said_and_kept(recipe_tree: dict, colours:
         assert f"WARNING: {line}" in captured.out + captured.err
 
 
-def test_boxes_in_shares_are_no_lesson(boxed_tree: dict, boxed: Path, tmp_path: Path) -> None:
+def test_boxes_in_shares_are_refused_for_training(boxed_tree: dict, boxed: Path, tmp_path: Path) -> None:
     root = tmp_path / "set"
     shutil.copytree(boxed, root)
     lines = [line.split() for line in (root / "bounding_boxes.txt").read_text().splitlines()]

@@ -44,7 +44,7 @@ def finite(run: Path) -> bool:
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("size", [(), (3,), (2, 70_000)])
-def test_one_value_is_enough(value: float, size: tuple[int, ...]) -> None:
+def test_one_value_that_is_not_finite_is_named(value: float, size: tuple[int, ...]) -> None:
     tensors = {"whole": torch.ones(4, 5), "count": torch.tensor(7), "none": torch.zeros(0), "one": torch.ones(size)}
     assert not suspicious(tensors.values())
     assert not_finite(tensors) == []
@@ -54,7 +54,7 @@ def test_one_value_is_enough(value: float, size: tuple[int, ...]) -> None:
     assert not suspicious([])
 
 
-def test_large_numbers_are_numbers() -> None:
+def test_large_finite_numbers_pass() -> None:
     large = {"large": torch.full((3,), -3e38)}
     assert suspicious(large.values())  # their norm overflows: a doubt, which is looked into
     assert not_finite(large) == []
@@ -319,7 +319,7 @@ def test_weights_that_are_not_finite_answer_nothing(
     assert not (sick[1] / "metrics.json").exists()
 
 
-def test_nothing_goes_on_from_them_or_learns_from_them(sick: tuple[dict, Path], tmp_path: Path) -> None:
+def test_broken_weights_are_refused_by_resume_and_as_teachers(sick: tuple[dict, Path], tmp_path: Path) -> None:
     tree, run = sick
     longer = recipe(tree, train={"max_steps": 4})
     with pytest.raises(
