@@ -77,7 +77,7 @@ PLAIN = (0,) * len(LEVELS)
 
 
 def permitted_pairs() -> set[tuple[int, int, int, int]]:
-    """Those that can occur: with all else off, or with the average of the weights where a technique asks for it."""
+    """The pairs that can occur: with all else off, or with the average of the weights where a technique asks for it."""
     average = list(FACTORS).index("ema")
     pairs = set()
     for i, j in combinations(range(len(LEVELS)), 2):
@@ -91,7 +91,7 @@ def permitted_pairs() -> set[tuple[int, int, int, int]]:
 
 
 def covering_array() -> list[Row]:
-    """Greedy: a row that still lacks a pair is completed factor by factor so that most pairs are new; the best of some."""
+    """Rows that cover all pairs, greedily: of some that have a pair that is missing, the one with most new pairs."""
     missing, rng = permitted_pairs(), random.Random(5)  # of a few seeds the one with the fewest rows
     rows: list[Row] = []
     while missing:
@@ -118,7 +118,7 @@ def completed(i: int, a: int, j: int, b: int, missing: set[tuple[int, int, int, 
 
 
 def new_pairs(row: Row, k: int, missing: set[tuple[int, int, int, int]]) -> int:
-    """Pairs with factor k alone: all others are the same whatever its level."""
+    """How many missing pairs the level of factor k adds: all others are the same whatever it is."""
     before = sum((i, row[i], k, row[k]) in missing for i in range(k))
     return before + sum((k, row[k], i, row[i]) in missing for i in range(k + 1, len(row)))
 
@@ -128,7 +128,7 @@ ROWS = covering_array()
 
 @pytest.fixture
 def boxed_tree(boxed_tree: dict, boxed_fewest: Path) -> dict:
-    """12 train pictures in two steps an epoch, and 3 for validation."""
+    """A recipe of 12 train pictures in two steps an epoch, and 3 for validation."""
     data = {"kind": "cub", "root": str(boxed_fewest), "val_fraction": 0.2}
     return boxed_tree | {"data": data, "train": boxed_tree["train"] | {"batch_size": 6}}
 

@@ -243,7 +243,7 @@ def test_nothing_to_do_is_the_deployed_fit() -> None:
 
 
 def assert_alike(pixels: np.ndarray, expected: np.ndarray) -> None:
-    """Equal but for the rounding of the filter's weights and between its two passes."""
+    """Assert that images are equal but for the rounding of the filter's weights and between its two passes."""
     difference = np.abs(pixels.astype(int) - expected)
     assert difference.max() <= 3
     assert difference.mean() < 0.15

@@ -17,7 +17,7 @@ from fgvc.runs.images import read_index
 
 
 def touch_files(root: Path, *names: str) -> None:
-    """Files of these names; nothing looks into them."""
+    """Make empty files of these names; nothing looks into them."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()

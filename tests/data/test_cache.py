@@ -233,7 +233,7 @@ def test_a_killed_builder_leaves_no_cache_and_its_remains_go(index: ImageIndex, 
 
 
 def damaged(content: bytes, kind: str, at: float) -> bytes:
-    """`kind`: a bit at a share of the file, what follows it, or all."""
+    """The content of a file, damaged at a share of it: one bit flipped, the rest cut off, or all gone."""
     place = int(at * (len(content) - 1))
     if kind == "bit":
         return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]

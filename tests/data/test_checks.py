@@ -16,7 +16,7 @@ from fgvc.data.sources.read import read_source
 
 
 def blobs(number, size=(48, 40)):
-    """Soft blobs, others for every number."""
+    """A picture of soft blobs, others for every number."""
     cells = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
 

@@ -348,7 +348,7 @@ def test_on_sample_sees_image_and_row_before_the_geometry(index: ImageIndex) -> 
 
 
 def census() -> tuple[int, int, int]:
-    """Threads, open files and child processes."""
+    """The number of threads, open files and child processes."""
     gc.collect()
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return threading.active_count(), len(os.listdir("/proc/self/fd")), len(children)

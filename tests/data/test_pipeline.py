@@ -70,7 +70,7 @@ def augmenter(*transforms: Any, seed: int = 3, **options: Any) -> Augmenter:
 
 
 def assert_follows(augmenter: Augmenter, rows: int = 5) -> None:
-    """The matrix puts the centre of each pixel where its colours say that it came from, within a grey level (half a pixel)."""
+    """Assert that the matrix puts each pixel's centre where its colours say, within a grey level (half a pixel)."""
     j, i = np.meshgrid(np.arange(128) + 0.5, np.arange(96) + 0.5)
     for row in range(rows):
         pixels, matrix = augmenter(coordinates(), epoch=0, row=row)

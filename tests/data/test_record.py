@@ -19,7 +19,7 @@ from fgvc.runs.record import ABSENT, NAME, Record, changes
 
 
 def index(root: Path, count: int = 12) -> ImageIndex:
-    """With every column; a file of i bytes for each row but the last, which is missing."""
+    """An index with every column; a file of i bytes for each row but the last, which is missing."""
     names = [f"a/é {i:02d}\n.png" if i == 3 else f"a/{i:02d}.png" for i in range(count)]
     (root / "a").mkdir(parents=True)
     for i, name in enumerate(names[:-1]):

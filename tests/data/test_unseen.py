@@ -19,7 +19,7 @@ CLASSES = 4
 
 
 def picture(seed: int) -> Image.Image:
-    """A picture like no other."""
+    """A picture that is a copy of no other."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((48, 40), Image.Resampling.BICUBIC)
 

@@ -62,7 +62,7 @@ def bundle(
 
 
 def script(path: str) -> ModuleType:
-    """A file of deploy/, which is no package."""
+    """A file of deploy/ as a module: the folder is no package."""
     name = Path(path).stem
     spec = importlib.util.spec_from_file_location(f"deploy_{name}", ROOT / "deploy" / path)
     assert spec

@@ -146,7 +146,7 @@ def refusals(port: int) -> None:
 
 
 def overload(port: int, engine: Engine) -> None:
-    """More at once than two replicas and two places in the queue hold: each is answered rightly, or told to come again."""
+    """Ask for more than two replicas and two queues hold: each is answered rightly, or told to come again."""
     body = picture(1)
     expected = engine.classify([decode(body)])[0].predictions[0]
     with ThreadPoolExecutor(24) as pool:

@@ -31,7 +31,7 @@ CHANGES = ("open", "write", "pwrite", "fsync", "replace", "symlink", "unlink", "
 
 
 class Watched:
-    """The `os` of `fgvc.io.files`: it looks before each change, and in the middle of a write."""
+    """The `os` of `fgvc.io.files`, watched: `look` is called before each change, and in the middle of a write."""
 
     def __init__(self, look: Callable[[], None]) -> None:
         self.look = look
@@ -51,7 +51,7 @@ class Watched:
 
 
 def moments(do: Callable[[], object], folder: Path, copies: Path) -> list[Path]:
-    """What a kill while this is done could leave of `folder`, in order, each a copy in `copies`; the last is the end."""
+    """Copies of `folder`, in `copies`, as a kill at each moment of `do` could leave it, in order; the last is the end."""
     states: list[dict[str, bytes | Path | None]] = []
     places: list[Path] = []
 
@@ -71,7 +71,7 @@ def moments(do: Callable[[], object], folder: Path, copies: Path) -> list[Path]:
 
 
 def contents_of(folder: Path) -> dict[str, bytes | Path | None]:
-    """What is in a folder: bytes of files, aims of links."""
+    """What is in a folder: bytes of files, targets of links."""
     return {
         str(path.relative_to(folder)): path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
         for path in [folder, *folder.rglob("*")]
@@ -96,7 +96,7 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
 
 @cache
 def dumped(recipe: str) -> str:
-    """Of the two recipes here, once: their YAML takes longer than all the rest."""
+    """The YAML of one of the two recipes here, made once: it takes longer than all the rest."""
     return dump(Recipe.model_validate_json(recipe))
 
 
@@ -113,13 +113,13 @@ def state(step: int, best: float = 0.0) -> State:
 
 
 def saved(folder: Path, step: int, *, best: bool) -> None:
-    """As the loop does: on top of what is there."""
+    """Save a checkpoint as the loop does: on top of what is there."""
     score = float(step) if best else checkpoint.best_score(folder)
     checkpoint.save(folder, state(step, score or 0.0), best=best, start=step == 0)
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What the names lead to, and what there is at all."""
+    """The checkpoints that the names lead to, and all names that are there."""
     loaded = {name: checkpoint.load(folder, name, say=pytest.fail) for name in ("last", "best", "start")}
     return {name: (one.net["w"][0].item(), one.progress) for name, one in loaded.items()} | {
         "all": sorted(path.name.partition(".")[0] for path in folder.iterdir() if path.name.startswith("step-"))
@@ -168,7 +168,7 @@ def images_of(root: Path) -> Record:
 
 
 def begun(out: Path, recipe: Recipe, *, overwrite: bool = False) -> None:
-    """The first moments of a run, or its next ones."""
+    """Begin a run, or go on with it, for its first moments."""
     with claim_run(out, recipe, overwrite=overwrite) as going:
         if going == "new":
             start_run(out, recipe, FACTS, images_of(recipe.data.root))

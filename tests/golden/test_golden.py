@@ -108,7 +108,7 @@ def test_training_equals_the_recorded_run(name: str, boxed: Path, start: Path, t
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Sums of several threads are rounded otherwise."""
+    """Compute in one thread: sums of several are rounded otherwise."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with threadpool_limits(1):
@@ -146,5 +146,5 @@ def _computed(own: dict, boxed: Path, start: Path, place: Path) -> dict:
 
 
 def _size(value: torch.Tensor) -> tuple[float, float, int]:
-    """Norm, mean and how many numbers."""
+    """Norm, mean and number of elements."""
     return float(value.norm()), float(value.mean()), value.numel()

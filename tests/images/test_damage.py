@@ -41,7 +41,7 @@ def jpeg(image: Image.Image, coding: str, quality: int = 85) -> bytes:
 
 
 def halves(content: bytes) -> tuple[bytes, bytes]:
-    """Cut in the middle of the compressed data."""
+    """Both halves of a file, cut in the middle of the compressed data."""
     start = content.index(b"\xff\xda")
     middle = start + (len(content) - start) // 2
     return content[:middle], content[middle:]

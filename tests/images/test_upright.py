@@ -25,7 +25,7 @@ def with_orientation(image: Image.Image, orientation: int, kind: str = "PNG") ->
 
 
 def extent(image: Image.Image) -> list[int]:
-    """left, top, width, height of what is white."""
+    """The box of what is white: left, top, width, height."""
     left, top, right, bottom = image.convert("L").getbbox()
     return [left, top, right - left, bottom - top]
 

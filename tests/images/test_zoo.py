@@ -24,7 +24,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def marked(width: int = 60, height: int = 40) -> Image.Image:
-    """Red in the upper left quarter, blue elsewhere, so that a turn shows."""
+    """A picture that is red in the upper left quarter, blue elsewhere, so that a turn shows."""
     image = Image.new("RGB", (width, height), (0, 0, 255))
     image.paste(RED, (0, 0, width // 2, height // 2))
     return image

@@ -13,7 +13,7 @@ word = st.text("abc", max_size=6)
 
 
 def by_definition(a: str, b: str) -> int:
-    """Optimal string alignment, from its recurrence."""
+    """The distance of optimal string alignment, from its recurrence."""
 
     @cache
     def d(i: int, j: int) -> int:

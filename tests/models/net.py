@@ -10,7 +10,7 @@ CLASSES = 5
 
 
 def distinct_net(name: str, **kwargs: object) -> nn.Module:
-    """With weights, statistics and biases that are all different from each other."""
+    """A timm net whose weights, statistics and biases are all different from each other."""
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=CLASSES, **kwargs)
     for module in net.modules():

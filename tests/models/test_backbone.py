@@ -270,7 +270,7 @@ def test_what_timm_fuses_keeps_its_precision(name: str) -> None:
 
 
 def own(tmp_path: Path, mean: list[float] | None, std: list[float] | None, /, **deploy: Any) -> tuple[str, ...]:
-    """All that is said of a recipe with this `deploy` and weights that ask for this mean and std, or say nothing."""
+    """All warnings about a recipe with this `deploy` and weights that ask for this mean and std, or say nothing."""
     saved(tmp_path / "w.safetensors")
     if mean is not None:
         (tmp_path / "w.safetensors.json").write_text(json.dumps({"mean": mean, "std": std}))

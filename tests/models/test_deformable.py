@@ -181,7 +181,7 @@ SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 16]}  # the last four o
 
 
 def trained() -> nn.Module:
-    """With branches beside a plain convolution and beside the one that finds the offsets, all learned."""
+    """A trained net with branches beside a plain convolution and beside the one that finds the offsets."""
     _, net = pair(zero_init_last=False, **SMALL)
     torch.manual_seed(3)
     sites = [site for site in find_sites(net, SIZE)[0] if refusal(net.get_submodule(site.name)) is None]

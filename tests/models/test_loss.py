@@ -42,7 +42,7 @@ def targets() -> dict[str, Target]:
 
 
 def expected(kind: str, z: Tensor, target: Target, e: float, gamma: float, weights: Tensor | None) -> float:
-    """The docstring of `Criterion`, sample by sample."""
+    """The loss by the docstring of `Criterion`, sample by sample."""
     total = 0.0
     for b in range(len(z)):
         row = [float(v) for v in z[b]]

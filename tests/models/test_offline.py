@@ -65,7 +65,7 @@ class Truth:
             return float(self.net(x[None].double()).softmax(1)[0, label])
 
     def up(self, plane: np.ndarray) -> np.ndarray:
-        """n(up(A_k)), bilinear with pixel centres at halves, written out."""
+        """A map enlarged and normalised, n(up(A_k)): bilinear with pixel centres at halves, written out."""
         (h, w), (rows, columns) = plane.shape, SIZE
         y = np.clip((np.arange(rows) + 0.5) * h / rows - 0.5, 0, h - 1)
         x = np.clip((np.arange(columns) + 0.5) * w / columns - 0.5, 0, w - 1)

@@ -45,7 +45,7 @@ NETS = [
 
 
 def separate_cells(name: str, kwargs: dict) -> nn.Module:
-    """Without what mixes cells: every block's own part is small, so that a cell stays where it was embedded."""
+    """A net without what mixes cells: every block's own part is small, so that a cell stays where it was embedded."""
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=3, **kwargs).eval()
     with torch.no_grad():

@@ -35,7 +35,7 @@ def middle(x: Tensor, side: int, kernel_size: tuple[int, int]) -> Tensor:
 
 
 def means(x: Tensor, side: int, stride: int) -> Tensor:
-    """By loops over the positions of the window."""
+    """Average pooling by loops over the positions of the window."""
     rows = range(0, x.shape[2] - side + 1, stride)
     columns = range(0, x.shape[3] - side + 1, stride)
     cells = [x[:, :, i : i + side, j : j + side].sum((2, 3)) / side**2 for i in rows for j in columns]

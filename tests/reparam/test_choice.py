@@ -17,7 +17,7 @@ KINDS = ("acb", "dbb", "repvgg", "overparam")
 
 
 def set_up(net: nn.Module, kind: str, **settings: object) -> list[str]:
-    """The notes of one technique."""
+    """Set one technique up; its notes."""
     attachments = Attachments(net, (64, 64))
     build_technique(settings_by_kind()[kind](**settings)).setup(Plan(kind, attachments))
     return attachments.notes

@@ -59,7 +59,7 @@ def train(net: nn.Module, steps: int) -> None:
 
 
 class Net(nn.Module):
-    """One convolution of each fate, under the name of its fate."""
+    """A net with one convolution of each fate, under the name of its fate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def test_an_output_that_the_net_also_returns_is_read_by_others() -> None:
 
 
 class AlwaysDrop(nn.Module):
-    """Draws from torch's generator in eval mode too."""
+    """Dropout that draws from torch's generator in eval mode too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(x, training=True)

@@ -16,7 +16,7 @@ from fgvc.reparam.unfold import EPS, NormedConv2d, ScaledConv2d, fit, output_spr
 
 
 class Net(nn.Module):
-    """Two convolutions as a folded file has them: channels of very different sizes, and large means."""
+    """A net of two convolutions as a folded file has them: channels of very different sizes, and large means."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def test_an_untrained_norm_folds_into_the_very_bits() -> None:
 
 
 def moved(net: Net) -> Net:
-    """Two steps by batch statistics, whatever is trained."""
+    """Train two steps by batch statistics, whatever is trained."""
     net.train()
     optimizer = torch.optim.SGD([value for value in net.parameters() if value.requires_grad], lr=0.05)
     for _ in range(2):

@@ -43,7 +43,7 @@ def with_end(*steps: onnx.NodeProto, **options: Any) -> onnx.ModelProto:
 
 
 def channels_last() -> onnx.ModelProto:
-    """As Keras has it: floats up to 255, channels last, normalised in the graph, a softmax."""
+    """A net as Keras has it: floats up to 255, channels last, normalised in the graph, a softmax."""
     after = small.layers("z")
     after[0].input[0] = "x"
     tensors = small.weights() | {"half": np.float32(1 / 127.5), "one": np.float32(1)}
@@ -63,7 +63,7 @@ def half_with_a_sigmoid() -> onnx.ModelProto:
 
 
 def cells_of_one() -> onnx.ModelProto:
-    """(B,K,1,1), as a last convolution leaves it."""
+    """A net whose output is (B,K,1,1), as a last convolution leaves it."""
     steps = [node("Unsqueeze", ["z", "axes"], ["scores"])]
     model = with_end(*steps, output=("n", small.CLASSES, 1, 1))
     model.graph.initializer.append(numpy_helper.from_array(np.array([2, 3]), "axes"))
@@ -71,7 +71,7 @@ def cells_of_one() -> onnx.ModelProto:
 
 
 def several() -> onnx.ModelProto:
-    """Features before the classes, of as many axes."""
+    """A net with two outputs of as many axes: features before the classes."""
     model = with_end(node("Softmax", ["z"], ["scores"], axis=1))
     model.graph.output.insert(0, helper.make_tensor_value_info("d", TensorProto.FLOAT, ("n", small.WIDTH)))
     return model
@@ -125,7 +125,7 @@ def pictures(folder: Path, count: int = 6) -> list[Path]:
 
 
 def by_hand(file: File, model: bytes, pixels: list[np.ndarray]) -> np.ndarray:
-    """What onnxruntime says, (B,K), of images (H,W,3) that are fed as the file's program would."""
+    """onnxruntime's output (B,K) for images (H,W,3) that are fed as the file's program would feed them."""
     x = np.stack(pixels).astype(np.float32)
     x = x if file.raw else (x / 255 - np.float32(MEAN)) / np.float32(STD)
     x = (x if file.layout == "NHWC" else x.transpose(0, 3, 1, 2)).astype(file.dtype)
@@ -141,7 +141,7 @@ def by_hand(file: File, model: bytes, pixels: list[np.ndarray]) -> np.ndarray:
 
 
 def expected(file: File, scores: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Probabilities by formula."""
+    """The probabilities by formula."""
     if file.ending == "sigmoid":
         odds = scores / (1 - scores)
         return odds ** (1 / temperature) / (1 + odds ** (1 / temperature))

@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def seal(folder: Path, **added: str) -> None:
-    """A manifest that fits what lies there now: what a forger would write."""
+    """Write a manifest that fits what lies there now, as a forger would."""
     hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != MANIFEST}
     tree = {"format": 1, "files": dict(sorted((hashes | added).items()))}
     (folder / MANIFEST).write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")

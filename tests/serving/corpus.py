@@ -10,7 +10,7 @@ from tests.serving.small import SIZE, bomb, picture
 
 
 def corpus(count: int) -> Iterator[tuple[str, bytes, dict[str, str]]]:
-    """Path, body, headers. Always the same."""
+    """Broken requests, the same every time: path, body, headers."""
     chance = random.Random(0)
     good = [picture((9, 99, 199), kind, (300, 200)) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")]
     tensor = json.dumps(

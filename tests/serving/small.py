@@ -134,7 +134,7 @@ class Server:
         return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **options)
 
     def rss(self) -> int:
-        """Bytes."""
+        """Resident memory in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * int(status.split("VmRSS:")[1].split()[0])
 

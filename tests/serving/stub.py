@@ -39,7 +39,7 @@ def answer(*, rejected: bool = False, calibrated: bool = True) -> dict[str, Any]
 
 @dataclass
 class Stub:
-    """What the server says, and what it was asked. `refusals` go before answers, once each."""
+    """What the stub server answers, and the requests that it got. `refusals` go before answers, once each."""
 
     url: str = ""
     models: Any = field(default_factory=lambda: {"models": [{"name": "leaves"}]})

@@ -45,7 +45,7 @@ def picture(tmp_path: Path) -> Path:
 
 
 def visit(chrome: Chrome, server: Stub, *, width: int = 1280) -> None:
-    """The page on a fresh screen, its list of models there."""
+    """Open the page on a fresh screen and wait for its list of models."""
     screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
     chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     chrome.get("about:blank")
@@ -78,7 +78,7 @@ def click(chrome: Chrome, selector: str) -> None:
 
 
 def choose(chrome: Chrome, file: Path) -> None:
-    """Give a file and wait for what comes of it."""
+    """Give the page a file and wait for what comes of it."""
     chrome.find_element("css selector", "#file").send_keys(str(file))
     until(chrome, lambda: not is_shown(chrome, "#ghost"))
 

@@ -90,7 +90,7 @@ def test_mistakes_are_named_before_anything_is_served(
 
 
 def send(server: Server, *parts: bytes, finish: bool = False, pause: float = 0) -> bytes:
-    """What comes back for bytes as they are; `finish`: until the server closes."""
+    """Send bytes as they are; what comes back. `finish`: until the server closes."""
     with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
         for part in parts:
             connection.sendall(part)

@@ -59,7 +59,7 @@ async def hello(scope: Scope, receive: Receive, send: Send) -> None:
 def play(
     *parts: bytes, seconds: float = 30, keep_alive: int = 30, wait: bool = False, pause: float = 0, app: ASGIApp = hello
 ) -> Transport:
-    """What is there after `parts`, each handed over as it is; `wait`: until the server hangs up."""
+    """The connection after `parts`, each handed over as it is; `wait`: until the server hangs up."""
 
     async def scene() -> Transport:
         config = Config(app, log_config=None, access_log=False, ws="none", timeout_keep_alive=keep_alive)

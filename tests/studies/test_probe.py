@@ -74,7 +74,7 @@ def paint(path: Path, colour: tuple[int, int, int], *, seed: int, size: tuple[in
 
 
 def call(*arguments: object) -> None:
-    """The command line, which must end well."""
+    """Run the command line, which must end well."""
     with pytest.raises(SystemExit) as stop:
         main([str(one) for one in arguments])
     assert stop.value.code == 0
@@ -251,7 +251,7 @@ def test_the_best_that_costs_no_more_is_chosen_and_a_larger_one_teaches(
     at = {(one.candidate.name, one.size[0]): one for one in probe.results}
 
     def advice_on(**right: int) -> Advice:
-        """With so many of 60 named rightly; b48: by the second net at 48 pixels."""
+        """The advice where so many of 60 are named rightly; b48: by the second net at 48 pixels."""
         names = {
             "a32": ("test_resnet", 32),
             "a48": ("test_resnet", 48),

@@ -200,7 +200,7 @@ def test_arms_that_are_not_fed_alike_are_named(tmp_path: Path) -> None:
 
 
 def folded(arm: str, seed: int, right: dict[int, np.ndarray], **keys: Any) -> list[dict[str, Any]]:
-    """A row a fold of five, of the images of that fold which were right."""
+    """The rows of a study by folds, one a fold, of the images of that fold which were right."""
     return [
         row(arm, seed, bits.mean(), images=len(bits), right=pack(bits), fold=fold, folds=5, loss=1.0 + fold, **keys)
         for fold, bits in right.items()

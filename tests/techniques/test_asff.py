@@ -18,7 +18,7 @@ def random_map(shape: tuple[int, int, int], batch: int = 2, seed: int = 0) -> Te
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """Weights away from their starts, or BN's would not show."""
+    """The module with random weights: away from their starts, or BN's would not show."""
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.double().parameters():

@@ -47,7 +47,7 @@ class Pooled(nn.Module):
 
 
 def build(model: nn.Module | None = None, **settings: object) -> tuple[StepModule, AttentionCropDrop]:
-    """Two attention maps: channels 0 and 1 of `Pooled`, as they are (the norm in eval mode)."""
+    """A step with two attention maps: channels 0 and 1 of `Pooled`, as they are (the norm in eval mode)."""
     technique = build_technique(AttentionCropDropSettings(**{"maps": 2, "render": 1, **settings}))
     step = StepModule(model or Pooled(), {KIND: technique}, size=(SIDE, SIDE)).double().train()
     if model is None:
@@ -95,7 +95,7 @@ def enlarged(x: Tensor) -> np.ndarray:
 
 
 def box_of(mask: np.ndarray, padding: float) -> tuple[float, float, float, float]:
-    """left, top, right, bottom."""
+    """The box of a mask, padded: left, top, right, bottom."""
     rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
     edges = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
     pads = (-padding, -padding, padding, padding)

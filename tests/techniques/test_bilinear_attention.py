@@ -28,7 +28,7 @@ def build(*, training: bool) -> BilinearAttention:
 
 
 def features(count: int = 3) -> Tensor:
-    """Signed, so that the pooled values are too."""
+    """Signed features, so that the pooled values are signed too."""
     return torch.randn(count, CHANNELS, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 

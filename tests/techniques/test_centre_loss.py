@@ -43,7 +43,7 @@ def features(model: nn.Module, data: Batch) -> Tensor:
 
 
 def moved(centres: list[list[float]], x: Tensor, labels: list[int], rate: float) -> list[list[float]]:
-    """Equation 4 of the paper, class by class, number by number."""
+    """The centres after one batch: equation 4 of the paper, class by class, number by number."""
     new = [list(centre) for centre in centres]
     for j, centre in enumerate(centres):
         own = [b for b, y in enumerate(labels) if y == j]

@@ -47,7 +47,7 @@ def batch(size: int = 4, *, render: int | None = None) -> Batch:
 
 
 class Desk:
-    """Opens teachers of known answers: linear in the image's mean colours, with or without a map of the image's cells."""
+    """Opens teachers of known answers: linear in the mean colours of the image, with or without a map of its cells."""
 
     def __init__(self, *, size: tuple[int, int] | None = None, channels: int | None = 3) -> None:
         self.size, self.channels = size, channels

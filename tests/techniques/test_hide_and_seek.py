@@ -27,7 +27,7 @@ def context(draw: object) -> Context:
 
 
 def cells(seed: int = 0, **settings: object) -> np.ndarray:
-    """(N,grid,grid) bool: what is hidden."""
+    """(N,grid,grid) bool: which cells are hidden."""
     technique = build_technique(HideAndSeekSettings(**{"probability": 1, **settings}))
     return technique.draw(np.random.default_rng(seed), batch(COUNT, (2, 2)))[0].numpy()
 

@@ -16,7 +16,7 @@ REACHES = st.floats(0.6, 12)
 
 
 def by_the_formula(noise: np.ndarray, n: int) -> list[int]:
-    """Sort i + U(-k,k) in every row, then in every column of the result."""
+    """The permutation by the formula: sort i + U(-k,k) in every row, then in every column of the result."""
     picture = [[(i, j) for j in range(n)] for i in range(n)]
     for i in range(n):
         order = sorted(range(n), key=lambda j: j + noise[0, i, j])

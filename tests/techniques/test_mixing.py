@@ -30,7 +30,7 @@ def batch(count: int = 6, seed: int = 0) -> Batch:
 
 
 class Spy(Technique):
-    """What the others made of the batch."""
+    """A technique that keeps the batch that the others made."""
 
     source = forwards = leaves = "nothing"
 

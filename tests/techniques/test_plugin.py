@@ -109,7 +109,7 @@ def plain(colours: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def ran(installed: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """What one process left, `with` and `without` the technique in the recipe, and what it printed."""
+    """The folder that one process left, `with` and `without` the technique in the recipe, and what it printed."""
     out, tree = tmp_path_factory.mktemp("ran"), plain(colours)
     (out / "without.json").write_text(json.dumps(tree))
     on = {"confidence_penalty": {"beta": 0.5}, "box_blur": {}, "mixup": {}}

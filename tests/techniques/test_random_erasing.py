@@ -66,7 +66,7 @@ def timms(sides: tuple[int, int], area: tuple[float, float], least: float) -> np
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Kolmogorov and Smirnov's, in units of what one in a thousand pairs of equal distributions exceeds."""
+    """The Kolmogorov-Smirnov distance, in units of what one in a thousand pairs of equal distributions exceeds."""
     both = np.sort(np.concatenate([a, b]))
     apart = np.abs(
         np.searchsorted(np.sort(a), both, side="right") / len(a)

@@ -25,7 +25,7 @@ SPECS = [
 
 
 class Recorder:
-    """Remembers what it was asked."""
+    """A teacher's forward that keeps its inputs."""
 
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []

@@ -34,7 +34,7 @@ NETS = ("test_resnet", "mobileone_s0", "test_convnext", "test_vit", "test_effici
 
 
 def shifted_net(name: str, seed: int = 0) -> nn.Module:
-    """With weights that are far from their first values, none near zero."""
+    """A timm net whose weights are far from their first values, none near zero."""
     torch.manual_seed(seed)
     try:
         net = timm.create_model(name, num_classes=CLASSES, img_size=PIXELS)

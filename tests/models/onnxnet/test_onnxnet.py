@@ -62,7 +62,7 @@ def agrees(file: Path, net: OnnxNet, tolerance: float = 1e-5) -> None:
 
 
 def learns(net: OnnxNet) -> set[str]:
-    """Every parameter gets a gradient and moves, with frozen norms; those that did."""
+    """The parameters that moved in two steps with frozen norms, each of which must get a gradient."""
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()

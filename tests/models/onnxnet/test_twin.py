@@ -24,7 +24,7 @@ nets = pytest.mark.parametrize("name", [*SMALL, *LARGE])
 
 
 def convolutions(net: nn.Module) -> list[tuple[nn.Conv2d, nn.Module | None]]:
-    """In the order in which they run, each with the batch norm that runs next."""
+    """The convolutions in the order in which they run, each with the batch norm that runs next."""
     ran: list[nn.Module] = []
     kinds = (nn.Conv2d, nn.BatchNorm2d)
     handles = [m.register_forward_hook(lambda m, *_: ran.append(m)) for m in net.modules() if isinstance(m, kinds)]
@@ -40,7 +40,7 @@ def convolutions(net: nn.Module) -> list[tuple[nn.Conv2d, nn.Module | None]]:
 
 
 def train(net: nn.Module, *, batch: bool = False, lr: float = 2e-3) -> None:
-    """By SGD with momentum, and decay of kernels; norms with the batch's statistics, or frozen."""
+    """Train by SGD with momentum, and decay of kernels; norms with the batch's statistics, or frozen."""
     net.train()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d) and not batch:
@@ -62,7 +62,7 @@ def train(net: nn.Module, *, batch: bool = False, lr: float = 2e-3) -> None:
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
-    """Of the largest value."""
+    """The largest difference, as a share of the largest value."""
     ours, theirs = ours.detach(), theirs.detach()
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
 
