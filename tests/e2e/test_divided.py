@@ -42,8 +42,8 @@ def run(request: pytest.FixtureRequest, once: Once) -> Path:
         draw(folder / "test", COLOURS, 70, 0)
 
     pictures = once.made("divided pictures", make)
-    made = small.plain() if request.param == "logits" else softmaxed()
-    folder = once.made(f"deployed/divided {request.param}", lambda folder: saved(made, folder))
+    model = small.plain() if request.param == "logits" else softmaxed()
+    folder = once.made(f"deployed/divided {request.param}", lambda folder: saved(model, folder))
     (folder / "preprocess.json").write_text(json.dumps(SPEC))
     settings = tree(folder / "deployed.onnx", pictures, train={"epochs": 6, "max_steps": None})
     return once.run(Recipe.model_validate(settings), name=f"divided-{request.param}")
@@ -65,11 +65,11 @@ def test_the_temperature_is_in_the_payload_of_the_last_layer(
         with pytest.raises(SystemExit) as ended:
             main(["export", str(run), "-o", str(tmp_path / name), *options])
         assert ended.value.code == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     divided, plain = load_bundle(tmp_path / "with"), load_bundle(tmp_path / "without")
     t = divided.contract["temperature"]["divided_by"]
     assert t != 1
-    assert f"its last layer is divided by {t:.3f}: fitted on" in said
+    assert f"its last layer is divided by {t:.3f}: fitted on" in output
     assert plain.contract["temperature"]["divided_by"] == 1
     file = next((run / "deployed").glob("*.onnx"))
     assert outside(divided.model) == outside(plain.model) == outside(file), "payloads alone differ"
@@ -114,11 +114,11 @@ def test_what_a_threshold_of_the_stack_accepts_is_on_the_page(run: Path, tmp_pat
         ("after, without the temperature", probabilities(bundle.model, 1 / t)),
         ("after", probabilities(bundle.model)),
     ):
-        taken = p.max(1) >= 0.4
+        accepted = p.max(1) >= 0.4
         row = exported.stack.files[name]
-        assert row.coverage == pytest.approx(taken.mean())
-        if taken.any():
-            assert row.precision == pytest.approx((p.argmax(1) == index.labels[rows])[taken].mean())
+        assert row.coverage == pytest.approx(accepted.mean())
+        if accepted.any():
+            assert row.precision == pytest.approx((p.argmax(1) == index.labels[rows])[accepted].mean())
     numbers = bundle.metrics["stack_threshold"]
     assert numbers["images"] == len(rows)
     assert numbers["which"] == f"judged on {len(rows)} unseen images of test (half of them)"
@@ -152,7 +152,7 @@ def test_the_ways_to_break_fewer_are_named(run: Path, tmp_path: Path, capsys: py
     show.console.width = 400
     answers = api.compare(next((run / "deployed").glob("*.onnx")), run, preprocess=run / "preprocess.json")
     show.comparison(answers, Gate(max_negative_flips="0").failures(answers.paired) or ["3 negative flips"], 0.5)
-    said = capsys.readouterr().out
-    assert f"fgvc interpolate {run} --out BETWEEN --share 0.5" in said
-    assert f"techniques.distill.teachers='[{{kind: bundle, path: {answers.a.path}}}]'" in said
-    assert "accepted from 0.5 on" in said
+    output = capsys.readouterr().out
+    assert f"fgvc interpolate {run} --out BETWEEN --share 0.5" in output
+    assert f"techniques.distill.teachers='[{{kind: bundle, path: {answers.a.path}}}]'" in output
+    assert "accepted from 0.5 on" in output

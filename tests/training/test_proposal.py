@@ -18,10 +18,10 @@ from fgvc.training import proposal
 from fgvc.training.forecast import Forecast
 
 
-def costs(made: Recipe, seconds: float) -> Forecast:
-    train = made.train.model_copy(update={"batch_size": 16, "precision": "bf16"})
+def costs(recipe: Recipe, seconds: float) -> Forecast:
+    train = recipe.train.model_copy(update={"batch_size": 16, "precision": "bf16"})
     return Forecast(
-        recipe=made.model_copy(update={"train": train}), images={}, steps=100, forwards=1, parameters=1, step_seconds=1, hours=1,
+        recipe=recipe.model_copy(update={"train": train}), images={}, steps=100, forwards=1, parameters=1, step_seconds=1, hours=1,
         parts={"start-up": 20.0, "training": seconds - 60, "validation": 10.0, "export": 30.0}, peak_bytes=1, techniques={},
         notes=("train.precision: bf16, the faster", "doubt"),
     )  # fmt: skip
@@ -50,17 +50,17 @@ def reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_counts_sizes_and_time_make_a_recipe(
     reach: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(proposal, "forecast", lambda made: costs(made, 9000 if made.model.backbone == "test_resnet" else 600))
+    monkeypatch.setattr(proposal, "forecast", lambda recipe: costs(recipe, 9000 if recipe.model.backbone == "test_resnet" else 600))
     data, out = leaves(tmp_path / "leaves"), tmp_path / "my.yaml"
     with pytest.raises(SystemExit) as ended:
         main(["init", "--data", str(data), str(out)])
     assert not ended.value.code
-    made = load_recipe(out)
-    assert (made.data.kind, made.data.root) == ("folder", data)
-    assert made.model.backbone == "test_efficientnet"  # the other would take too long
-    assert (made.image.size, made.train.epochs, made.train.batch_size, made.train.precision) == ((160, 160), 12, 16, "bf16")
-    assert made.ema is not None
-    assert made.ema.decay == 0.95
+    recipe = load_recipe(out)
+    assert (recipe.data.kind, recipe.data.root) == ("folder", data)
+    assert recipe.model.backbone == "test_efficientnet"  # the other would take too long
+    assert (recipe.image.size, recipe.train.epochs, recipe.train.batch_size, recipe.train.precision) == ((160, 160), 12, 16, "bf16")
+    assert recipe.ema is not None
+    assert recipe.ema.decay == 0.95
     printed = capsys.readouterr()
     assert "image.size: 160, of pictures whose shorter side has 170 pixels" in printed.out
     assert "about 10 min on this machine, from the start to the bundle" in printed.out
@@ -71,15 +71,15 @@ def test_counts_sizes_and_time_make_a_recipe(
 
 
 def test_what_takes_too_long_gets_smaller(reach: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def by_pixels(made: Recipe) -> Forecast:
-        return costs(made, 60 + 9_000 * made.train.epochs / 12 * made.image.size[0] ** 2 / 160**2)
+    def by_pixels(recipe: Recipe) -> Forecast:
+        return costs(recipe, 60 + 9_000 * recipe.train.epochs / 12 * recipe.image.size[0] ** 2 / 160**2)
 
     monkeypatch.setattr(proposal, "forecast", by_pixels)
-    made = proposal.propose(leaves(tmp_path / "leaves"))
-    assert made.tree["image"]["size"] == 96
-    assert made.tree["train"]["epochs"] == 12
-    assert made.forecast.seconds <= proposal.BUDGET * 1.05
-    assert "since 12 epochs at 160 would take about 2 h 30 min here" in " ".join(made.reasons)
+    proposed = proposal.propose(leaves(tmp_path / "leaves"))
+    assert proposed.tree["image"]["size"] == 96
+    assert proposed.tree["train"]["epochs"] == 12
+    assert proposed.forecast.seconds <= proposal.BUDGET * 1.05
+    assert "since 12 epochs at 160 would take about 2 h 30 min here" in " ".join(proposed.reasons)
 
 
 def test_where_no_size_is_small_enough_epochs_are_fewer() -> None:
