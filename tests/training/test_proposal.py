@@ -21,7 +21,8 @@ from fgvc.training.forecast import Forecast
 def costs(recipe: Recipe, seconds: float) -> Forecast:
     train = recipe.train.model_copy(update={"batch_size": 16, "precision": "bf16"})
     return Forecast(
-        recipe=recipe.model_copy(update={"train": train}), images={}, steps=100, forwards=1, parameters=1, step_seconds=1, hours=1,
+        recipe=recipe.model_copy(update={"train": train}),
+        images={}, steps=100, forwards=1, parameters=1, step_seconds=1, hours=1,
         parts={"start-up": 20.0, "training": seconds - 60, "validation": 10.0, "export": 30.0}, peak_bytes=1, techniques={},
         notes=("train.precision: bf16, the faster", "doubt"),
     )  # fmt: skip
@@ -50,7 +51,10 @@ def reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_counts_sizes_and_time_make_a_recipe(
     reach: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(proposal, "forecast", lambda recipe: costs(recipe, 9000 if recipe.model.backbone == "test_resnet" else 600))
+    def by_backbone(recipe: Recipe) -> Forecast:
+        return costs(recipe, 9000 if recipe.model.backbone == "test_resnet" else 600)
+
+    monkeypatch.setattr(proposal, "forecast", by_backbone)
     data, out = leaves(tmp_path / "leaves"), tmp_path / "my.yaml"
     with pytest.raises(SystemExit) as ended:
         main(["init", "--data", str(data), str(out)])
@@ -58,7 +62,8 @@ def test_counts_sizes_and_time_make_a_recipe(
     recipe = load_recipe(out)
     assert (recipe.data.kind, recipe.data.root) == ("folder", data)
     assert recipe.model.backbone == "test_efficientnet"  # the other would take too long
-    assert (recipe.image.size, recipe.train.epochs, recipe.train.batch_size, recipe.train.precision) == ((160, 160), 12, 16, "bf16")
+    train = recipe.train
+    assert (recipe.image.size, train.epochs, train.batch_size, train.precision) == ((160, 160), 12, 16, "bf16")
     assert recipe.ema is not None
     assert recipe.ema.decay == 0.95
     printed = capsys.readouterr()
