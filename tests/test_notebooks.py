@@ -49,11 +49,11 @@ def test_the_notebook_runs(name: str, place: Path, monkeypatch: pytest.MonkeyPat
     cell["source"][at : at + 1] = [cell["source"][at].rstrip() + "\n", f"settings |= {SMALL}\n"]
     Path(name).write_text(json.dumps(notebook), encoding="utf-8")
     cells = [cell for cell in RUN(Path(name))["cells"] if cell["cell_type"] == "code"]
-    shown = [
+    results = [
         output["data"] for cell in cells for output in cell["outputs"] if output["output_type"] == "execute_result"
     ]
-    assert len([data for data in shown if "text/html" in data]) >= 5
-    assert all("\n" not in "".join(data["text/plain"]) for data in shown)
+    assert len([data for data in results if "text/html" in data]) >= 5
+    assert all("\n" not in "".join(data["text/plain"]) for data in results)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

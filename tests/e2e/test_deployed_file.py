@@ -492,8 +492,8 @@ def test_inspect_asks_labelled_images_how_they_are_prepared(
     assert "images: nothing states how they are prepared; by its answers:\n" in out
     assert "  likeliest: size (8, 8)" in out
     main_exits(["inspect", str(file), str(colours / "test"), "--json"], 0)
-    told = json.loads(capsys.readouterr().out)
-    assert told["search"]["preprocess"] == told["preprocess"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["search"]["preprocess"] == report["preprocess"]
 
 
 @pytest.fixture(scope="session")

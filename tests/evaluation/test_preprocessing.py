@@ -171,17 +171,17 @@ def test_a_slow_network_is_asked_about_fewer_images(seconds: float, monkeypatch:
 def test_no_image_is_asked_twice_under_one_preprocessing() -> None:
     images, labels = pictures(40)
     spec = planted("0 to 1", crop_pct=0.875, interpolation="bilinear")
-    known, asked = network(spec), []
+    net, hashes = network(spec), []
 
     def counted(batch: np.ndarray) -> np.ndarray:
-        asked.extend(hash(x.tobytes()) for x in batch)
-        return known(batch)
+        hashes.extend(hash(x.tobytes()) for x in batch)
+        return net(batch)
 
     result = search(counted, SIZE, images, labels, CLASSES, stated=CLASSES, seconds=1e9)
     assert result.images == 200
     assert result.best.spec == spec
     measured = 2 + 32  # to learn how long a batch takes
-    assert len(asked) <= measured + (result.trials - 15) * COARSE + 15 * 200
+    assert len(hashes) <= measured + (result.trials - 15) * COARSE + 15 * 200
 
 
 def test_the_interval_of_a_mean_is_scipys() -> None:

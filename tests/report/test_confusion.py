@@ -22,8 +22,8 @@ def test_of_many_classes_those_with_the_most_mistakes_and_all_others_together() 
     table = confusion_table(counts, [f"class {k}" for k in range(count)])
     assert (table.whole, len(table.rows), table.classes) == (False, WORST, count)
     mistakes = [sum(counts[k]) + sum(counts[:, k]) - 2 * counts[k, k] for k in range(count)]
-    shown = [row.number - 1 for row in table.rows]
-    assert min(mistakes[k] for k in shown) >= max(mistakes[k] for k in range(count) if k not in shown)
+    listed = [row.number - 1 for row in table.rows]
+    assert min(mistakes[k] for k in listed) >= max(mistakes[k] for k in range(count) if k not in listed)
     for row in table.rows:
         assert len(row.cells) == WORST + 1
         assert sum(cell.images for cell in row.cells) == counts[row.number - 1].sum()

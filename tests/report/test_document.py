@@ -133,9 +133,9 @@ def test_the_verdict_comes_first_and_the_matrix_has_its_numbers(run: Path, text:
     """A run of random first weights has no floor, and the page says so."""
     assert text.index("No floor to compare with") < text.index("<nav>") < text.index('id="curves"')
     assert "What the network sees" in text
-    found, classes = api.evaluate(run).scores.confusion, load_run(run).classes
+    confusion, classes = api.evaluate(run).scores.confusion, load_run(run).classes
     page = Page(text)
-    for number, (name, counts) in enumerate(zip(classes, found.tolist(), strict=True), 1):
+    for number, (name, counts) in enumerate(zip(classes, confusion.tolist(), strict=True), 1):
         assert [cell.strip() for cell in page.row(f"{number} {name}")][1:] == [str(count or "") for count in counts]
 
 

@@ -31,19 +31,19 @@ def recipe(tree: dict, **sections: object) -> Recipe:
 
 
 def test_a_sheet_for_the_input_each_technique_and_all(tmp_path: Path, recipe_tree: dict) -> None:
-    made = recipe(recipe_tree, techniques={"mixup": {"alpha": 1.0}, "dcl": {"grid": 4}})
-    found = api.preview(made, tmp_path / "sheets", images=3)
-    assert [path.name for path in found.sheets] == [
+    config = recipe(recipe_tree, techniques={"mixup": {"alpha": 1.0}, "dcl": {"grid": 4}})
+    result = api.preview(config, tmp_path / "sheets", images=3)
+    assert [path.name for path in result.sheets] == [
         f"{name}.png" for name in ("input", "augmentation", "evaluation", "mixup", "dcl", "all")
     ]
-    columns = {path.stem: decode(path).width // COLUMN for path in found.sheets}
+    columns = {path.stem: decode(path).width // COLUMN for path in result.sheets}
     assert columns == {"input": 2, "augmentation": 4, "evaluation": 2, "mixup": 3, "dcl": 3, "all": 4}
-    assert found.notes == ()
+    assert result.notes == ()
     other = recipe(recipe_tree, image={"size": 64}, techniques={"ae_psl": {"rounds": 2}, "cutout": {}})
     (note,) = api.preview(other, tmp_path / "rounds", images=3).notes
     assert "ae_psl.png: ae_psl works with what a run remembers" in note
-    again = api.preview(made, tmp_path / "again", images=3)
-    assert [p.read_bytes() for p in again.sheets] == [p.read_bytes() for p in found.sheets], "the run's own draws"
+    again = api.preview(config, tmp_path / "again", images=3)
+    assert [p.read_bytes() for p in again.sheets] == [p.read_bytes() for p in result.sheets], "the run's own draws"
     assert not (tmp_path / "runs").exists()
 
 
@@ -51,27 +51,27 @@ def test_each_step_of_the_augmentation_has_its_picture(tmp_path: Path, recipe_tr
     transforms = [{"__class_fullname__": "RandomResizedCrop", "size": [24, 24], "p": 1.0}]
     pipeline = {"transform": {"__class_fullname__": "Compose", "transforms": transforms}}
     augment = {"policy": "3-augment", "flip": 1, "pipeline": pipeline}
-    made = recipe(recipe_tree, augment=augment)
-    sheets = shown_cells(made, tmp_path)
+    config = recipe(recipe_tree, augment=augment)
+    sheets = shown_cells(config, tmp_path)
     captions = ["crop", "flip", "3-augment", "colours", "RandomResizedCrop"]
-    for row, shown in zip(sheets["augmentation"], sheets["input"], strict=True):
+    for row, first in zip(sheets["augmentation"], sheets["input"], strict=True):
         assert [cell.title for cell in row] == ["original", *captions]
-        assert row[0].caption == shown[0].caption
+        assert row[0].caption == first[0].caption
         np.testing.assert_array_equal(np.asarray(row[2].picture), np.asarray(row[1].picture)[:, ::-1])
         assert row[-1].picture.size == (24, 24), "brought to the network's size after the last step"
 
 
-def shown_cells(made: Recipe, folder: Path) -> dict[str, list[list[Cell]]]:
+def shown_cells(config: Recipe, folder: Path) -> dict[str, list[list[Cell]]]:
     """The cells of all sheets, by name."""
     cells: dict[str, list[list[Cell]]] = {}
 
-    def kept(rows: list[list[Cell]], path: Path, **_: object) -> Path:
+    def record(rows: list[list[Cell]], path: Path, **_: object) -> Path:
         cells[path.stem] = rows
         return path
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preview, "save_sheet", kept)
-        api.preview(made, folder, images=3)
+        patch.setattr(preview, "save_sheet", record)
+        api.preview(config, folder, images=3)
     return cells
 
 
@@ -97,24 +97,24 @@ def test_the_pictures_that_are_mixed_in_stand_beside(
 def test_maps_and_masks_lie_beside_the_views_and_a_run_can_look(tmp_path: Path, recipe_tree: dict) -> None:
     chosen = {"attention_crop_drop": {"maps": 4}, "cam_erasing": {}, "acol": {}, "adl": {}, "dropblock": {"rate": 0.3}}
     chosen |= {"cutout": {}, "random_erasing": {"probability": 1.0}, "hide_and_seek": {"probability": 1.0}}
-    made = recipe(recipe_tree, image={"size": 64}, techniques=chosen)
-    sheets = {path.stem: path for path in api.preview(made, tmp_path / "first", images=2).sheets}
+    config = recipe(recipe_tree, image={"size": 64}, techniques=chosen)
+    sheets = {path.stem: path for path in api.preview(config, tmp_path / "first", images=2).sheets}
     columns = {name: decode(path).width // COLUMN for name, path in sheets.items()}
     # the original, the main view, further views, then maps and masks
     views = {"attention_crop_drop": 2, "cam_erasing": 1}
-    found = {"attention_crop_drop": 3, "cam_erasing": 2, "acol": 2}
-    assert {kind: columns[kind] for kind in chosen} == {k: 2 + views.get(k, 0) + found.get(k, 1) for k in chosen}
-    run = trainer.train(made, tmp_path / "run")
-    again = {path.stem: path for path in api.preview(made, tmp_path / "again", images=2, run=run).sheets}
+    pictures = {"attention_crop_drop": 3, "cam_erasing": 2, "acol": 2}
+    assert {kind: columns[kind] for kind in chosen} == {k: 2 + views.get(k, 0) + pictures.get(k, 1) for k in chosen}
+    run = trainer.train(config, tmp_path / "run")
+    again = {path.stem: path for path in api.preview(config, tmp_path / "again", images=2, run=run).sheets}
     changed = {kind for kind in chosen if sheets[kind].read_bytes() != again[kind].read_bytes()}
     assert {"attention_crop_drop", "cam_erasing", "acol"} <= changed, "other weights, other maps"
     assert not changed & {"cutout", "random_erasing", "hide_and_seek"}, "no weights, no change"
     rounds = recipe(recipe_tree, image={"size": 64}, techniques={"ae_psl": {"rounds": 2}})
     remembers = trainer.train(rounds, tmp_path / "rounds")
-    shown = api.preview(rounds, tmp_path / "masks", images=2, run=remembers)
-    assert shown.notes == ()
+    masked = api.preview(rounds, tmp_path / "masks", images=2, run=remembers)
+    assert masked.notes == ()
     nothing = api.preview(rounds, tmp_path / "nothing", images=2)
-    assert shown.sheets[3].read_bytes() != nothing.sheets[3].read_bytes(), "the masks lie on the originals"
+    assert masked.sheets[3].read_bytes() != nothing.sheets[3].read_bytes(), "the masks lie on the originals"
     other = recipe(recipe_tree, techniques={"acb": {}})
     with pytest.raises(FgvcError, match="its weights do not fit this recipe's net"):
         api.preview(other, tmp_path / "other", run=run)
@@ -153,16 +153,16 @@ def draw_font(path: Path, characters: str) -> None:
         pen.closePath()
         glyphs[f"u{ord(character):04X}"] = pen.glyph()
     order = [".notdef", *glyphs]
-    made = FontBuilder(1000, isTTF=True)
-    made.setupGlyphOrder(order)
-    made.setupCharacterMap({int(name[1:], 16): name for name in glyphs})
-    made.setupGlyf({".notdef": TTGlyphPen(None).glyph(), **glyphs})
-    made.setupHorizontalMetrics({name: (600, 0) for name in order})
-    made.setupHorizontalHeader(ascent=1000, descent=-200)
-    made.setupNameTable({"familyName": path.stem, "styleName": "Regular"})
-    made.setupOS2()
-    made.setupPost()
-    made.save(path)
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(order)
+    font.setupCharacterMap({int(name[1:], 16): name for name in glyphs})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), **glyphs})
+    font.setupHorizontalMetrics({name: (600, 0) for name in order})
+    font.setupHorizontalHeader(ascent=1000, descent=-200)
+    font.setupNameTable({"familyName": path.stem, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
 
 
 def test_a_font_is_taken_that_has_every_character_of_chinese_names(
@@ -182,8 +182,8 @@ def test_a_font_is_taken_that_has_every_character_of_chinese_names(
                 place = root / split / name / f"{i}.png"
                 place.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (40, 40), (100 * number + 10 * i, 90, 90)).save(place)
-    made = recipe(recipe_tree, data={"kind": "folder", "root": str(root)})
-    assert api.preview(made, tmp_path / "sheets").notes == (), "no advice: the names could be written"
+    config = recipe(recipe_tree, data={"kind": "folder", "root": str(root)})
+    assert api.preview(config, tmp_path / "sheets").notes == (), "no advice: the names could be written"
     lettering.font_for.cache_clear()
 
 
