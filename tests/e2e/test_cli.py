@@ -273,9 +273,9 @@ def test_predict_names_what_it_can_not_read(
 ) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     good = next((colours / "test").rglob("*.png"))
-    done = fgvc("predict", bundle, tmp_path / "bad.jpg", good, code=1)
-    assert "bad.jpg: not an image" in done.stderr
-    assert str(good) in done.stdout
+    printed = fgvc("predict", bundle, tmp_path / "bad.jpg", good, code=1)
+    assert "bad.jpg: not an image" in printed.stderr
+    assert str(good) in printed.stdout
     assert "no such file" in fgvc("predict", bundle, tmp_path / "none.jpg", code=2).stderr
 
 
@@ -406,9 +406,9 @@ def test_a_bundle_of_another_preprocessing_certifies_no_run(
 
 
 def test_verify_says_where_two_files_differ(fgvc: Callable[..., Printed], bundle: Path, tmp_path: Path) -> None:
-    done = fgvc("verify", bundle / "explain.onnx", "--against", bundle / "model.onnx", code=1)
-    assert "maps" in done.stdout
-    assert "NOT a drop-in" in done.stdout
+    printed = fgvc("verify", bundle / "explain.onnx", "--against", bundle / "model.onnx", code=1)
+    assert "maps" in printed.stdout
+    assert "NOT a drop-in" in printed.stdout
     flipped = bytearray((bundle / "model.onnx").read_bytes())
 
     shutil.copytree(bundle, tmp_path / "flipped")

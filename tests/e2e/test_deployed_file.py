@@ -132,9 +132,9 @@ def test_a_file_is_trained_and_written_back(name: str, colours: Path, tmp_path: 
 
 
 def test_untrained_weights_come_back_bit_for_bit(run: Path, plain_file: Path, tmp_path: Path) -> None:
-    done = api.export(run, tmp_path / "start", select="start", into="own")
+    exported = api.export(run, tmp_path / "start", select="start", into="own")
     assert (tmp_path / "start" / "model.onnx").read_bytes() == plain_file.read_bytes()
-    assert done.proven.contract["moved"] == []
+    assert exported.proven.contract["moved"] == []
 
 
 def test_what_the_contract_records_and_verify_repeats(
@@ -390,10 +390,10 @@ def test_a_run_of_timms_net_goes_into_the_file_that_it_is(once: Once, colours: P
     file = once.bundle(one)
     settings["train"]["seed"] = 1
     two = trainer.train(Recipe.model_validate(settings | {"techniques": {"dbb": {}}}), tmp_path / "run")
-    done = api.export(two, tmp_path / "bundle", into=file)
-    assert done.proven.written is not None
-    assert done.proven.written.moved
-    assert not done.proven.written.kept
+    exported = api.export(two, tmp_path / "bundle", into=file)
+    assert exported.proven.written is not None
+    assert exported.proven.written.moved
+    assert not exported.proven.written.kept
     assert outside(tmp_path / "bundle" / "model.onnx") == outside(file / "model.onnx")
     assert api.verify(tmp_path / "bundle").passed
     with pytest.raises(FgvcError, match="has no file of its own: name one"):
@@ -525,9 +525,9 @@ def test_files_of_other_programs_train_and_are_written_back(
     name: str, kind: str, shared: Path, few: Path, tmp_path: Path
 ) -> None:
     run = trainer.train(of_shared(name, shared, few, tmp_path, **{kind: TECHNIQUES[kind]}), tmp_path / "run")
-    done = api.export(run, tmp_path / "bundle")
-    assert done.proven.written is not None
-    assert len(done.proven.written.moved) >= 50
+    exported = api.export(run, tmp_path / "bundle")
+    assert exported.proven.written is not None
+    assert len(exported.proven.written.moved) >= 50
     assert outside(tmp_path / "bundle" / "model.onnx") == outside(shared / "deployed" / f"{name}.onnx")
 
 

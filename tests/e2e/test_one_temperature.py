@@ -83,7 +83,7 @@ def bundle(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return api.export(run, tmp_path_factory.mktemp("bundles") / "bundle", variants=variants).bundle
 
 
-def kept(run: Path) -> dict[str, Any]:
+def recorded(run: Path) -> dict[str, Any]:
     return json.loads((run / RECORD).read_text())["val.last"]
 
 
@@ -126,12 +126,12 @@ def test_the_temperature_is_that_of_least_loss_on_validation(run: Path, bundle: 
     answers = loaded.answers(loaded.index.rows("val"))
     z, y = torch.from_numpy(answers.logits).double(), torch.from_numpy(answers.labels)
     least = minimize_scalar(lambda t: F.cross_entropy(z / t, y).item(), bounds=(0.05, 20), options={"xatol": 1e-9})
-    assert kept(run)["temperature"] == pytest.approx(least.x, rel=1e-4)
+    assert recorded(run)["temperature"] == pytest.approx(least.x, rel=1e-4)
     assert 0.05 < least.x < 20
     assert abs(least.x - 1) > 0.1, "there is something to mend"
     right = np.sort(F.softmax(z / least.x, 1).amax(1)[z.argmax(1) == y].numpy())
     place = int(0.05 * (len(right) + 1) + 1e-9)
-    assert kept(run)["threshold"] == pytest.approx(right[place - 1] if place else 0, abs=1e-4)
+    assert recorded(run)["threshold"] == pytest.approx(right[place - 1] if place else 0, abs=1e-4)
 
 
 def test_all_ways_say_one_probability_and_that_it_is_calibrated(
@@ -153,7 +153,7 @@ def test_all_ways_say_one_probability_and_that_it_is_calibrated(
         with np.load(tmp_path / name / "maps/017.npz") as arrays:
             probabilities[f"explain {name}"] = arrays["p"]
             assert bool(arrays["calibrated"])
-            assert float(arrays["temperature"]) == kept(run)["temperature"]
+            assert float(arrays["temperature"]) == recorded(run)["temperature"]
     predict_files(bundle, [picture], as_json=True, top_k=3)
     one = json.loads(capsys.readouterr().out)
     answer = ask(service({"b": bundle}), "POST", "/v1/classify", content=picture.read_bytes()).json()
@@ -171,12 +171,12 @@ def test_all_ways_say_one_probability_and_that_it_is_calibrated(
     show.comparison(versus, [])
     assert "probabilities: A calibrated, B calibrated" in capsys.readouterr().out
     page = api.report([run], tmp_path / "page.html", split="test", images=1).read_text(encoding="utf-8")
-    assert f"are calibrated: temperature {kept(run)['temperature']:.3f}, fitted on 72 val images" in page
+    assert f"are calibrated: temperature {recorded(run)['temperature']:.3f}, fitted on 72 val images" in page
     assert "%, calibrated<br>" in page
 
 
 def test_on_test_the_temperature_is_validations_to_the_last_bit(run: Path, bundle: Path) -> None:
-    numbers = [kept(run)[name] for name in ("temperature", "threshold")]
+    numbers = [recorded(run)[name] for name in ("temperature", "threshold")]
     for split in ("test", "val"):
         evaluation = api.evaluate(run, split)  # type: ignore[arg-type]
         assert evaluation.calibrated is not None
@@ -208,7 +208,7 @@ def test_other_test_labels_change_no_fitted_number(run: Path, bundle: Path, tmp_
     api.evaluate(run, "val")
     assert fitted(poisoned) == fitted(run)
     page = api.report([poisoned], tmp_path / "page.html", split="test", images=1).read_text(encoding="utf-8")
-    assert f"temperature {kept(run)['temperature']:.3f}, fitted on 72 val images" in page
+    assert f"temperature {recorded(run)['temperature']:.3f}, fitted on 72 val images" in page
     exported = api.export(poisoned, tmp_path / "bundle")
     assert (exported.bundle / RECORD).read_bytes() == (bundle / RECORD).read_bytes()
 
@@ -251,7 +251,7 @@ def test_other_weights_have_a_temperature_of_their_own(run: Path, tmp_path: Path
     tree["val.last"] |= {"checkpoint": "0" * 64, "temperature": 7.0}
     (copy / RECORD).write_text(json.dumps(tree))
     assert calibration(load_run(copy)).calibration == calibration(load_run(run)).calibration
-    assert kept(copy) == kept(run)
+    assert recorded(copy) == recorded(run)
     both = [load_run(copy, select) for select in ("last", "best")]
     fits = [calibration(one).calibration for one in both]
     assert set(json.loads((copy / RECORD).read_text())) == {"val.last", "val.best"}
@@ -301,7 +301,7 @@ def test_a_run_whose_data_are_gone_keeps_its_temperature(
     api.evaluate(copy, "val", root=moved)  # as the message says
     api.explain(copy, [picture], tmp_path / "again")
     assert capsys.readouterr().out.endswith("\tcalibrated\n")
-    assert kept(copy) == kept(run)
+    assert recorded(copy) == recorded(run)
 
 
 def test_averaged_views_are_never_called_calibrated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +321,7 @@ def test_the_pictures_read_are_those_of_the_loader(run: Path) -> None:
     with torch.inference_mode():
         z = torch.cat([loaded.step.net(batch.images) for batch in batches])
     loss = F.cross_entropy(z, torch.from_numpy(loaded.index.labels[rows]).long()).item()
-    assert kept(run)["nll_before"] == pytest.approx(loss, abs=1e-5)
+    assert recorded(run)["nll_before"] == pytest.approx(loss, abs=1e-5)
 
 
 def test_in_a_run_that_can_not_be_written_it_is_computed_and_not_kept(
@@ -341,7 +341,7 @@ def test_in_a_run_that_can_not_be_written_it_is_computed_and_not_kept(
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     evaluation = api.evaluate(copy, "test")
     assert evaluation.calibrated is not None
-    assert evaluation.calibrated.temperature == kept(run)["temperature"]
+    assert evaluation.calibrated.temperature == recorded(run)["temperature"]
     api.explain(copy, [next((pictures / "test/red").iterdir())], tmp_path / "out")
     captured = capsys.readouterr()
     assert captured.out.endswith("\tcalibrated\n")

@@ -49,9 +49,9 @@ def test_maps_and_what_gates_drop_lie_on_the_pictures_grid(run: Path) -> None:
 def test_explained_maps_have_the_grid_of_the_tokens(run: Path, colours: Path, tmp_path: Path, method: str) -> None:
     picture = next((colours / "test" / "red").iterdir())
     assert explain(run, [picture], tmp_path / "looks", methods=[method]) == 0
-    kept = np.load(tmp_path / "looks" / "maps" / f"{picture.stem}.npz")
-    assert kept[f"raw_{method}"].shape == CELLS
-    assert kept["maps"].shape == (1, *SIZE)
+    arrays = np.load(tmp_path / "looks" / "maps" / f"{picture.stem}.npz")
+    assert arrays[f"raw_{method}"].shape == CELLS
+    assert arrays["maps"].shape == (1, *SIZE)
 
 
 def test_the_exported_maps_are_those_of_the_tokens_one_by_one(run: Path) -> None:

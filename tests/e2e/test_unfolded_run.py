@@ -72,9 +72,9 @@ def test_what_was_fitted_is_recorded_and_opened_again(run: tuple[str, Path]) -> 
 
 def test_it_is_written_back_and_proved(run: tuple[str, Path], folded_file: Path, tmp_path: Path) -> None:
     _, folder = run
-    done = api.export(folder, tmp_path / "bundle")
-    assert done.proven.written is not None
-    assert set(done.proven.written.moved) == set(small.weights())
+    exported = api.export(folder, tmp_path / "bundle")
+    assert exported.proven.written is not None
+    assert set(exported.proven.written.moved) == set(small.weights())
     assert outside(tmp_path / "bundle" / "model.onnx") == outside(folded_file)
     api.export(folder, tmp_path / "start", select="start")
     assert (tmp_path / "start" / "model.onnx").read_bytes() == folded_file.read_bytes(), "untrained: bit for bit"
@@ -165,9 +165,9 @@ def test_restore_needs_a_norm_that_was_folded(colours: Path, tmp_path: Path) -> 
 
 def test_a_file_that_keeps_norms_trains_them_as_they_are(colours: Path, tmp_path: Path) -> None:
     """Kept norms are the file's own in every mode: no statistics are taken of anything."""
-    kept = saved(small.kept_norm(), tmp_path / "kept")
+    file = saved(small.kept_norm(), tmp_path / "kept")
     for norm in ("frozen", "batch"):
-        folder = trainer.train(Recipe.model_validate(settings(kept, colours, norm)), tmp_path / norm)
+        folder = trainer.train(Recipe.model_validate(settings(file, colours, norm)), tmp_path / norm)
         assert not events(folder, "unfolded")
         assert read_run(folder).model.batch_norm == norm
         start, last = (load_file(folder / "ckpt" / name / "net.safetensors") for name in ("start", "last"))

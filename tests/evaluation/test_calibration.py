@@ -126,8 +126,8 @@ def test_a_fit_that_does_not_help_says_so() -> None:
 def test_the_threshold_keeps_its_promise_on_new_images() -> None:
     rng = np.random.default_rng(0)
     for count in (19, 60, 200):
-        kept = [(rng.random() >= rejection_threshold(rng.random(count), keep=0.95)) for _ in range(4000)]
-        assert np.mean(kept) > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 4000)
+        accepted = [(rng.random() >= rejection_threshold(rng.random(count), keep=0.95)) for _ in range(4000)]
+        assert np.mean(accepted) > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 4000)
 
 
 def test_cross_fitted_figures_are_near_what_new_images_give() -> None:

@@ -154,11 +154,11 @@ def test_a_slow_network_is_asked_about_fewer_images(seconds: float, monkeypatch:
     images, labels = pictures(40)
     rows = sample_rows(labels, 200)
     spec, clock = planted("0 to 1", crop_pct=0.875, interpolation="bilinear"), [0.0]
-    known = network(spec)
+    net = network(spec)
 
     def slow(batch: np.ndarray) -> np.ndarray:
         clock[0] += 0.001 * len(batch)
-        return known(batch)
+        return net(batch)
 
     monkeypatch.setattr("fgvc.evaluation.preprocessing.time.monotonic", lambda: clock[0])
     result = search(slow, SIZE, [images[row] for row in rows], labels[rows], CLASSES, stated=CLASSES, seconds=seconds)

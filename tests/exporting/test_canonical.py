@@ -76,14 +76,14 @@ def disguise(m: ModelProto, seed: int) -> ModelProto:
 def shuffle_nodes(m: ModelProto, rng: random.Random) -> None:
     """A random order in which every node still follows what it reads."""
     left, ready = list(m.graph.node), {p.name for p in m.graph.input} | {t.name for t in m.graph.initializer} | {""}
-    done = []
+    order = []
     while left:
         node = rng.choice([n for n in left if all(name in ready for name in n.input)])
         left.remove(node)
-        done.append(node)
+        order.append(node)
         ready.update(node.output)
     del m.graph.node[:]
-    m.graph.node.extend(done)
+    m.graph.node.extend(order)
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -235,10 +235,10 @@ def test_dead_channels_change_the_graph_and_are_told_apart(exporter: Any, refere
 def test_a_net_with_dead_channels_is_exported_and_its_contract_says_so() -> None:
     net = trained()
     deaden(net)
-    done = PlainBackbone(**RECIPE, size=SIZE, export=Export(exporter="torchscript")).prove(net, BATCHES)
-    assert "classifier.bias" in done.contract["ties_broken"]
-    assert len(done.contract["ties_broken"]) < 8
-    assert "dead channels" in done.warnings[0]
+    proven = PlainBackbone(**RECIPE, size=SIZE, export=Export(exporter="torchscript")).prove(net, BATCHES)
+    assert "classifier.bias" in proven.contract["ties_broken"]
+    assert len(proven.contract["ties_broken"]) < 8
+    assert "dead channels" in proven.warnings[0]
 
 
 def test_a_healthy_net_is_not_touched() -> None:
@@ -315,18 +315,18 @@ def deployed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_export_follows_the_deployed_file(deployed_file: Path, tmp_path: Path) -> None:
-    done = PlainBackbone(**RECIPE, size=SIZE, export=Export(), against=deployed_file).prove(trained(branches=1), BATCHES)
-    interface = done.contract["interface"]
-    assert (done.contract["exporter"], interface["opset"], interface["batch"]) == ("torchscript", 17, 4)
-    assert done.behavioural.images == 18
-    assert done.behavioural.worst_batch is None  # the batch is fixed
-    assert any("1.13" in warning for warning in done.warnings)
+    proven = PlainBackbone(**RECIPE, size=SIZE, export=Export(), against=deployed_file).prove(trained(branches=1), BATCHES)
+    interface = proven.contract["interface"]
+    assert (proven.contract["exporter"], interface["opset"], interface["batch"]) == ("torchscript", 17, 4)
+    assert proven.behavioural.images == 18
+    assert proven.behavioural.worst_batch is None  # the batch is fixed
+    assert any("1.13" in warning for warning in proven.warnings)
     candidate = tmp_path / "candidate.onnx"
-    candidate.write_bytes(done.model)
+    candidate.write_bytes(proven.model)
     compared = verify_files(candidate, deployed_file)
     assert compared.passed
     assert compared.notes
-    write_bundle(tmp_path / "b", files=bundle_files(done))
+    write_bundle(tmp_path / "b", files=bundle_files(proven))
     assert verify_bundle(tmp_path / "b").passed
 
 

@@ -247,8 +247,8 @@ def test_two_processes_go_on_as_if_they_had_not_stopped(tmp_path: Path, pretrain
     def train(out: str, *more: str) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         command = [*launch, str(file), *more, "--out", str(tmp_path / out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+        assert process.returncode == 0, process.stderr[-3000:]
 
     train("whole")
     train("parts", "train.max_steps=3")

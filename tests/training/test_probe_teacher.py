@@ -56,7 +56,7 @@ def recipe(tree: dict, *teachers: dict, distill: dict | None = None, **sections:
     return validate(Recipe, tree | exporter | techniques | {k: tree.get(k, {}) | v for k, v in sections.items()}, where="test")
 
 
-def kept(run: Path) -> list[dict[str, Any]]:
+def saved_teachers(run: Path) -> list[dict[str, Any]]:
     return torch.load(run / "ckpt" / "last" / "state.pt", weights_only=True)["teachers"]
 
 
@@ -122,7 +122,7 @@ def test_a_run_of_it_is_a_run_of_the_same_net_with_that_head(
 ) -> None:
     once = {"train": {"epochs": 1}}
     run = trainer.train(recipe(recipe_tree, teacher, **once), tmp_path / "run")
-    (state,) = kept(run)
+    (state,) = saved_teachers(run)
     whole = {k: v for k, v in load_file(weights).items() if not k.startswith("classifier.")}
     save_file(whole | {f"classifier.{key}": value for key, value in state["head"].items()}, tmp_path / "whole.safetensors")
     shutil.copy(f"{weights}.json", tmp_path / "whole.safetensors.json")
@@ -141,7 +141,7 @@ def test_a_run_that_goes_on_has_the_head_that_it_began_with(
     two, keep = (teacher, teacher | {"size": [48, 32], "weight": 2}), {"checkpoint": {"every_steps": 2, "keep": 2}}
     whole = trainer.train(recipe(recipe_tree, *two, **keep), tmp_path / "whole")
     parts = trainer.train(recipe(recipe_tree, *two, **keep, train={"max_steps": 3}), tmp_path / "parts")
-    began = kept(parts)
+    began = saved_teachers(parts)
     assert len(began) == 2
     assert not torch.equal(began[0]["head"]["weight"], began[1]["head"]["weight"])
     never(monkeypatch)
@@ -167,11 +167,11 @@ def test_a_run_that_goes_on_has_the_head_that_it_began_with(
     path.write_bytes(raw)
     trainer.train(recipe(recipe_tree, *two, **keep), parts)
     assert same(whole, parts)
-    for was, now in zip(began, kept(parts), strict=True):
+    for was, now in zip(began, saved_teachers(parts), strict=True):
         assert torch.equal(was["head"]["weight"], now["head"]["weight"])
         assert torch.equal(was["head"]["bias"], now["head"]["bias"])
     longer = trainer.train(recipe(recipe_tree, *two, **keep, train={"epochs": 3}), whole)
-    assert torch.equal(kept(longer)[0]["head"]["weight"], began[0]["head"]["weight"])
+    assert torch.equal(saved_teachers(longer)[0]["head"]["weight"], began[0]["head"]["weight"])
 
 
 def test_nothing_but_training_fits_or_needs_its_file(
@@ -233,15 +233,15 @@ def test_its_answers_are_kept_for_the_next_run_that_fits_the_same_head(
 
 
 def test_the_digest_is_of_its_weights_and_settings(recipe_tree: dict, weights: Path, teacher: dict) -> None:
-    known = digest(recipe(recipe_tree, teacher))
+    before = digest(recipe(recipe_tree, teacher))
     moved = weights.with_name("moved.safetensors")
     weights.rename(moved)
     Path(f"{weights}.json").rename(f"{moved}.json")
-    assert digest(recipe(recipe_tree, teacher | {"weights": str(moved)})) == known
-    assert digest(recipe(recipe_tree, teacher | {"weights": str(moved), "size": 48})) != known
+    assert digest(recipe(recipe_tree, teacher | {"weights": str(moved)})) == before
+    assert digest(recipe(recipe_tree, teacher | {"weights": str(moved), "size": 48})) != before
     state = load_file(moved)
     save_file({key: value * 1.1 for key, value in state.items()}, moved)
-    assert digest(recipe(recipe_tree, teacher | {"weights": str(moved)})) != known
+    assert digest(recipe(recipe_tree, teacher | {"weights": str(moved)})) != before
 
 
 NETS = ["test_resnet", "test_vit", "test_convnext", "test_mambaout", "test_nfnet", "test_byobnet", "mobilenetv3_small_050"]

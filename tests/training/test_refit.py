@@ -32,8 +32,8 @@ def test_a_refit_learns_from_validation_images_as_well(tmp_path: Path, pretraine
     assert not again["val"]
     assert again["test"] == first["test"]
     assert read_run(out).select == "ema"
-    done = checkpoint.read_progress(out / "ckpt")
-    assert (done.finished, done.epoch) == (True, one.train.epochs)
+    progress = checkpoint.read_progress(out / "ckpt")
+    assert (progress.finished, progress.epoch) == (True, one.train.epochs)
     by_hand = one.model_copy(
         update={
             "train": one.train.model_copy(update={"refit": False}),

@@ -98,12 +98,12 @@ def test_the_first_checkpoint_holds_the_fitted_head_and_so_does_its_average(
 @pytest.mark.parametrize("technique", [{}, {"dcl": {"grid": 2}}, {"acb": {}}])
 def test_frozen_statistics_stay_and_scale_and_shift_learn(tmp_path: Path, pretrained: dict, technique: dict) -> None:
     start = load_file(tmp_path / "start.safetensors")
-    for kept in ("frozen", "batch"):
-        trainer.train(recipe(pretrained, model={"batch_norm": kept}, techniques=technique), tmp_path / kept)
-        weights = last(tmp_path / kept)
+    for norm in ("frozen", "batch"):
+        trainer.train(recipe(pretrained, model={"batch_norm": norm}, techniques=technique), tmp_path / norm)
+        weights = last(tmp_path / norm)
         statistics = [key for key in start if key.endswith(("running_mean", "running_var"))]
         assert statistics
-        assert all(torch.equal(weights[key], start[key]) == (kept == "frozen") for key in statistics)
+        assert all(torch.equal(weights[key], start[key]) == (norm == "frozen") for key in statistics)
         assert not any(torch.equal(weights[key], start[key]) for key in start if key.endswith("bn1.weight"))
 
 

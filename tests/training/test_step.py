@@ -49,7 +49,7 @@ class Probe(Technique):
         self.o = SimpleNamespace(early=None, late=None, gate=None, hook=None, term=0.0, view_weight=1.0, **{})
         self.o.__dict__.update(options)
         self.weights = {"norm": self.o.term}
-        self.seen: dict = {}
+        self.recorded: dict = {}
 
     def setup(self, plan) -> None:
         plan.add("scale", nn.Linear(1, 1))
@@ -71,11 +71,11 @@ class Probe(Technique):
     def views_after(self, batch, outputs, ctx):
         if not self.o.late:
             return []
-        self.seen["logits"] = outputs["main"].logits.detach()
+        self.recorded["logits"] = outputs["main"].logits.detach()
         return [View("dark", batch.x_clean * 0.5, batch.target, weight=self.o.view_weight, **self.o.late)]
 
     def losses(self, outputs, ctx):
-        self.seen["outputs"] = outputs
+        self.recorded["outputs"] = outputs
         return {"norm": ctx.branches["scale"](outputs["main"].features.mean().view(1, 1)).sum()}
 
 
@@ -145,7 +145,7 @@ def test_a_late_view_may_not_share_the_clean_forward() -> None:
 def test_a_late_view_sees_the_outputs_of_the_clean_one() -> None:
     probe = Probe(late={"bn": "own"})
     run(StepModule(net(), {"probe": probe}, size=SIZE))
-    torch.testing.assert_close(probe.seen["logits"], net().train()(batch().x).detach())
+    torch.testing.assert_close(probe.recorded["logits"], net().train()(batch().x).detach())
 
 
 def test_a_second_call_with_the_views_of_the_first_makes_none_anew() -> None:
@@ -165,7 +165,7 @@ def test_a_gate_acts_in_training_on_gated_views_only() -> None:
     probe.weights["norm"] = free.techniques["probe"].weights["norm"] = 1e-6
     run(step, Draws(0.0, {"probe": 0.5}))
     run(free)
-    gated, ungated = probe.seen["outputs"], free.techniques["probe"].seen["outputs"]
+    gated, ungated = probe.recorded["outputs"], free.techniques["probe"].recorded["outputs"]
     torch.testing.assert_close(gated["main"].features, 0.5 * ungated["main"].features)
     torch.testing.assert_close(gated["probe.flip"].features, ungated["probe.flip"].features)
     step.attach_hooks()
@@ -183,7 +183,7 @@ def test_a_tap_records_what_its_module_gave() -> None:
     twin = net().train()
     twin.layer2.register_forward_hook(lambda m, a, out: outputs.append(out))
     twin(batch().x)
-    torch.testing.assert_close(probe.seen["outputs"]["main"].hooked["layer2"], outputs[0])
+    torch.testing.assert_close(probe.recorded["outputs"]["main"].hooked["layer2"], outputs[0])
 
 
 def test_a_tap_that_does_not_fire_is_an_error() -> None:
