@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import statistics
-from collections.abc import Callable
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,7 +72,8 @@ def _measured(
     if train.precision == "auto":
         seconds = precision_seconds(step)
         train = train.model_copy(update={"precision": faster(seconds)})
-        notes = [*notes, f"train.precision: {train.precision}, {described(seconds)}"]
+        unit = " of CPU time" * (process.device.type == "cpu")
+        notes = [*notes, f"train.precision: {train.precision}, {described(seconds)}{unit}"]
     if recipe.train.batch_size == "auto":
         parts = parts_for(step, train, process.world)
         if parts > train.grad_accum_steps:
@@ -83,25 +83,27 @@ def _measured(
 
 
 def precision_seconds(step: NoiseStep) -> dict[str, float]:
-    """Median seconds of a step of TIMED_IMAGES images (on an accelerator of the whole batch) by precision, measured in turn."""
+    """Least seconds of a step of TIMED_IMAGES images (on an accelerator of the whole batch) by precision, measured in turn. On a
+    CPU in its own time, which other programs that are busy don't lengthen."""
     device = step.process.device.type
     train = step.recipe.train
     images = TIMED_IMAGES if device == "cpu" else train.images // (step.process.world * train.grad_accum_steps)
-    runs: dict[str, Callable[[], float]] = {
-        "fp32": lambda: step.run(images),
-        "bf16": lambda: step.run(images, autocast=torch.autocast(device, torch.bfloat16)),
-    }
+    clock = time.process_time if device == "cpu" else time.perf_counter
+
+    def run(name: str) -> float:
+        autocast = torch.autocast(device, torch.bfloat16) if name == "bf16" else None
+        began = clock()
+        step.run(images, autocast=autocast)
+        return clock() - began
+
     try:
-        first = {name: run() for name, run in runs.items()}
+        first = {name: run(name) for name in ("fp32", "bf16")}
     except RuntimeError:  # a device, or an operator of the net, that has no bf16
-        return {"fp32": runs["fp32"]()}
-    if first["bf16"] > 4 * runs["fp32"]():  # some CPUs compute it bit by bit
+        return {"fp32": run("fp32")}
+    if first["bf16"] > 4 * run("fp32"):  # some CPUs compute it bit by bit
         return first
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(TIMED):
-        for name, run in runs.items():
-            times[name].append(run())
-    return {name: statistics.median(values) for name, values in times.items()}
+    rounds = [{name: run(name) for name in first} for _ in range(TIMED)]
+    return {name: min(times[name] for times in rounds) for name in first}
 
 
 def faster(seconds: dict[str, float]) -> str:

@@ -52,8 +52,8 @@ class NoiseStep:
                 losses["loss"].backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.process.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.process.device.type != "cpu":
+            torch.accelerator.synchronize()
         self.number += 1
         return time.perf_counter() - started
 
