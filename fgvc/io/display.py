@@ -52,14 +52,15 @@ def table(rows: Iterable[Sequence[object]], *, head: Sequence[str] = ()) -> str:
     return f"<table>{top}<tbody>{body}</tbody></table>"
 
 
-def figure(addresses: Iterable[str], caption: str, *, side: int = 160) -> str:
+def figure(addresses: Sequence[str], caption: str, *, side: int = 160) -> str:
     """HTML of pictures beside each other with a caption below, figures beside figures. `addresses`: of the pictures; `side`:
     pixels of each."""
-    images = "".join(
-        f'<img src="{address}" style="width: {side}px; height: auto; margin: 0 4px 0 0">' for address in addresses
-    )
-    style = "display: inline-block; vertical-align: top; margin: 0 12px 12px 0; font-size: 0.85em"
-    return f'<figure style="{style}"><div style="display: flex">{images}</div><figcaption>{escape(caption)}</figcaption></figure>'
+    look = f"width: {side}px; height: auto; margin: 0 4px 0 0; background: #fff"  # charts are transparent, their letters black
+    images = "".join(f'<img src="{address}" style="{look}">' for address in addresses)
+    width = f"width: {len(addresses) * (side + 4)}px; " if addresses else ""
+    style = f"{width}display: inline-block; vertical-align: top; margin: 0 12px 12px 0; font-size: 0.85em"
+    text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure style="{style}"><div style="display: flex">{images}</div>{text}</figure>'
 
 
 def _html(value: object) -> str:

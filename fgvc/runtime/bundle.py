@@ -126,11 +126,10 @@ class Bundle(Display):
 
     @property
     def facts(self) -> Mapping[str, object]:
-        size = " x ".join(map(str, self.preprocess.size))
         calibrated = self.calibration is not None and self.calibration.calibrated
         scores = {f"top-1 on {split}": f"{100 * row['top1']:.2f} %" for split, row in self.metrics.items() if "top1" in row}
-        named = f"{len(self.labels)} classes at {size}"
-        return {"": self.folder, "of": named, **scores, "and": "calibrated" if calibrated else "not calibrated"}
+        of = {"classes": len(self.labels), "input": " x ".join(map(str, self.preprocess.size))}
+        return {"": self.folder, **of, **scores, "probabilities": "calibrated" if calibrated else "not calibrated"}
 
     def __fspath__(self) -> str:
         return str(self.folder)

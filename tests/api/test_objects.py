@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from inspect import isfunction
+from os import PathLike
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -201,6 +204,26 @@ def test_every_result_is_one_line_and_a_table(
     for each in [*results, *inner]:
         assert "\n" not in repr(each), type(each)
         assert len(repr(each)) < 1000, (type(each), repr(each)[:200])
+
+
+def kinds_in(annotation: object) -> set[object]:
+    """The classes in an annotation."""
+    if isinstance(annotation, list):  # of the arguments of a Callable
+        return set().union(*map(kinds_in, annotation))
+    return {annotation}.union(*map(kinds_in, get_args(annotation)))
+
+
+def test_whatever_takes_a_path_takes_text() -> None:
+    public = [getattr(api, name) for name in api.__all__]
+    verbs = [verb for verb in [*public, fgvc.Run.__init__, fgvc.Run.explain, fgvc.Bundle.__init__] if isfunction(verb)]
+    hints = [
+        (verb, name, kinds_in(hint))
+        for verb in verbs
+        for name, hint in get_type_hints(verb).items()
+        if name != "return"
+    ]
+    assert len([kinds for *_, kinds in hints if {str, PathLike[str]} <= kinds]) > 30
+    assert not [(verb.__name__, name) for verb, name, kinds in hints if Path in kinds and str not in kinds]
 
 
 def test_html_of_names_is_text(tmp_path: Path) -> None:
