@@ -89,12 +89,12 @@ def report(
     """Write all that a run shows into one HTML file that needs nothing else."""
     from fgvc import api
 
-    print(
-        api.report(
-            runs, out, bundles=bundle or [], split=split, select=select, device=device, root=root, images=images,
-            max_pixels=pixels(megapixels),
-        )
+    page = api.report(
+        runs, out, bundles=bundle or [], split=split, select=select, device=device, root=root, images=images,
+        max_pixels=pixels(megapixels),
     )  # fmt: skip
+    print(page)
+    print(f"{len(runs)} runs in a page of {page.stat().st_size / 1e6:.1f} MB".replace("1 runs", "a run"), file=sys.stderr)
     following("export", runs[0], "-o", f"{runs[0]}-bundle")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from fgvc.cli.option import Config, Device, Overrides, Root, Run, following, ope
 from fgvc.config.loading import drop_replaced, merge
 from fgvc.errors import FgvcError
 from fgvc.io.files import refuse_file, write_atomic, writing
+from fgvc.io.places import is_data
 
 if TYPE_CHECKING:
     from fgvc.config.recipe import Recipe
@@ -73,6 +75,8 @@ def init(
             "fgvc init --data IMAGES FILE, fgvc init RECIPE FILE (`fgvc recipes` lists them), or fgvc init --deployed net.onnx "
             "--data IMAGES FILE"
         )
+    if len(names) == 2 and names[0] not in shipped.recipes() and is_data(Path(names[0])):
+        raise FgvcError(f"{names[0]}: is no recipe but images: {shlex.join(['fgvc', 'init', '--data', *names])}")
     out = Path(names[-1])
     if out.exists():
         raise FgvcError(f"{out}: exists already; remove it, or choose another name")

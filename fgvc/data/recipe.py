@@ -52,7 +52,7 @@ def run_name(source: Path | str) -> str:
 def _images(source: Path | str) -> Path | None:
     """The place of images that was given in the place of a recipe; None: it is a recipe's file or id."""
     place = Path(source).expanduser()
-    return place if str(source) not in recipes() and is_data(place) else None
+    return place if str(source) not in ("", *recipes()) and is_data(place) else None
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:

@@ -316,7 +316,7 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
     if session.epoch_done:  # not so where train.max_steps ends the run in mid-epoch
         progress.epoch, progress.micro = progress.epoch + 1, 0
         session.means = RunningMeans()
-    early = scores is not None and not last and progress.ended_early(session.recipe.train)
+    early = session.process.agreed(scores is not None and not last and progress.ended_early(session.recipe.train))
     progress.finished = last or early
     if scores is not None and progress.finished and session.process.main:  # of 200 classes it takes a second
         picture = plot_confusion(scores.confusion, session.index.classes, title="validation")

@@ -58,6 +58,7 @@ def test_other_folders_are_not_described(places: Path) -> None:
         ("verify leaves", "leaves: not a bundle; it is a folder of classes"),
         ("inspect leaves", "leaves: not an ONNX file, or cut short (IsADirectoryError); it is a folder of classes"),
         ("init run my.yaml", "run: is no recipe; it is a run of fgvc"),
+        ("init leaves my.yaml", "leaves: is no recipe but images: fgvc init --data leaves my.yaml"),
     ],
 )
 def test_a_verb_names_another_kind_of_folder(
