@@ -162,7 +162,7 @@ def search_file(
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise FgvcError(f"{images}: {len(unknown)} classes are none of {source}: {few(unknown)}{hint}")
     else:
-        stated, source = (index.classes if len(index.classes) == count else ()), f"{images}, sorted"
+        stated, source = (index.classes if len(index.classes) == count else ()), f"the classes of {images}"
     pictures, numbers = _pictures(index, limit)
     result = search(
         lambda x: _log_probabilities(session, x), size, pictures, numbers, index.classes, stated=stated,

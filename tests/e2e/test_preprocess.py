@@ -104,7 +104,7 @@ def test_what_was_planted_is_written_as_a_bundle_has_it(tmp_path: Path, capsys: 
     assert (spec.network.input, spec.network.layout) == ("image", "NCHW")
     text = capsys.readouterr().out
     assert "100.0 % right" in text
-    assert f"labels: in the order of {images}, sorted" in text
+    assert f"labels: in the order of the classes of {images}" in text
     assert not (tmp_path / "labels.found.txt").exists()
 
 
