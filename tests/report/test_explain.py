@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 
 from fgvc import api
 from fgvc.cli.app import main
@@ -227,21 +227,21 @@ def test_maps_of_one_cell_are_refused(
 
 
 @pytest.fixture
-def captions(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What is written below the pictures of each panel."""
-    panels: list[list[str]] = []
+def panels(monkeypatch: pytest.MonkeyPatch) -> list[list[Cell]]:
+    """The cells of each panel."""
+    drawn: list[list[Cell]] = []
     whole = drawing.save_sheet
 
-    def noted(rows: list[list[Cell]], path: Path, *, font: ImageFont.FreeTypeFont) -> Path:
-        panels.append([cell.caption for row in rows for cell in row])
-        return whole(rows, path, font=font)
+    def noted(rows: list[list[Cell]], path: Path, **options: Any) -> Path:
+        drawn.append([cell for row in rows for cell in row])
+        return whole(rows, path, **options)
 
     monkeypatch.setattr(drawing, "save_sheet", noted)
-    return panels
+    return drawn
 
 
 def test_an_empty_map_is_said_and_why(
-    run: Path, pictures: Path, tmp_path: Path, captions: list[list[str]], capsys: pytest.CaptureFixture[str],
+    run: Path, pictures: Path, tmp_path: Path, panels: list[list[Cell]], capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     raws = [np.full((2, 2), -1.0), np.zeros((2, 2)), np.full((2, 2), 3.0), np.full((2, 2), np.nan)]
@@ -262,10 +262,10 @@ def test_an_empty_map_is_said_and_why(
         raws[:2], whys[:2] = raws[first : first + 2], whys[first : first + 2]
         assert api.explain(run, files, tmp_path / f"out{first}", methods=["cam"]) == 0
         messages = [line for line in capsys.readouterr().err.splitlines() if "empty map" in line]
-        for file, line, panel, why in zip(files, messages, captions[-2:], whys, strict=False):
+        for file, line, panel, why in zip(files, messages, panels[-2:], whys, strict=False):
             assert line.startswith(f"{file}: ")
             assert "cam of green: an empty map: " + why in line
-            assert f"(empty: {why}" in panel[-1]
+            assert f"(empty: {why}" in panel[-1].caption
 
 
 def test_a_run_is_explained_without_its_data(run: Path, pictures: Path, tmp_path: Path) -> None:
@@ -326,15 +326,31 @@ def test_names_of_files_that_do_not_fit(
     assert "File name too long" in capsys.readouterr().err
 
 
-def test_runs_of_one_name_are_told_apart(run: Path, pictures: Path, tmp_path: Path, captions: list[list[str]]) -> None:
+def test_runs_of_one_name_are_told_apart(run: Path, pictures: Path, tmp_path: Path, panels: list[list[Cell]]) -> None:
     for parent in ("a", "b"):
         shutil.copytree(run, tmp_path / parent / "run")
     api.explain(tmp_path / "a/run", [pictures / "a"], tmp_path / "out", against=tmp_path / "b/run")
-    assert [caption.partition(":")[0] for caption in captions[0]] == ["a/run", "gradcam", "b/run", "gradcam"]
+    assert [cell.title for cell in panels[0]] == ["picture", "gradcam"] * 2
+    assert [cell.caption.partition(":")[0] for cell in panels[0][::2]] == ["a/run", "b/run"]
+
+
+def test_a_panel_is_as_large_as_the_network_sees_and_names_the_true_class(
+    run: Path, colours: Path, tmp_path: Path, panels: list[list[Cell]]
+) -> None:
+    """By the folder of classes above the picture; without one it says nothing."""
+    labels = load_run(run).classes
+    picture = sorted((colours / "test" / "red").iterdir())[0]
+    shutil.copy(picture, tmp_path / picture.name)
+    api.explain(run, [picture, tmp_path / picture.name], tmp_path / "out", methods=["cam"])
+    answer = next(name for name in labels if panels[0][0].caption.startswith(f"{name} "))
+    ending = "; right" if answer == "red" else "; wrong, it is red"
+    assert panels[0][0].caption == panels[1][0].caption + ending
+    height, width = load_run(run).preprocess.size
+    assert panels[0][0].picture.size == panels[0][1].picture.size == (width, height)
 
 
 def test_a_bundle_that_knows_none_of_these_says_so(
-    tmp_path: Path, captions: list[list[str]], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, panels: list[list[Cell]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     calibration = Calibration(
         fitted_on="val", images=99, temperature=1, threshold=0.9, nll_before=1, nll_after=1, ece_before=0, ece_after=0,
@@ -348,9 +364,9 @@ def test_a_bundle_that_knows_none_of_these_says_so(
     assert fgvc("predict", strict, tmp_path / "in") == 0
     lines = [line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == lines[2:], "as `fgvc predict`"
-    assert captions[0][0] == f"{lines[0][1]}, calibrated"
-    assert captions[0][0].startswith("none of these (red ")
-    assert captions[1][0] == "red 100.0 %, calibrated"
+    assert panels[0][0].caption == f"{lines[0][1]}, calibrated"
+    assert panels[0][0].caption.startswith("none of these (red ")
+    assert panels[1][0].caption == "red 100.0 %, calibrated"
     with np.load(tmp_path / "out/maps/grey.npz") as grey, np.load(tmp_path / "out/maps/red.npz") as red:
         assert (bool(grey["rejected"]), bool(red["rejected"])) == (True, False)
     assert fgvc("explain", strict, tmp_path / "in/grey.png", "--target", "green", "--out", tmp_path / "green") == 0
