@@ -97,6 +97,11 @@ class Events:
             self._last_line_time = time.monotonic()
             print(f"{count}/{total}", file=sys.stderr, flush=True)
 
+    def moved(self, step: int) -> None:
+        """Move the bar, where there is one, between two steps that are logged."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
     def step(
         self,
         step: int,

@@ -274,6 +274,7 @@ def _log(session: Session, losses: Mapping[str, Tensor], images: int, events: Ev
     """Add the losses to the epoch's means, and write a line every few steps."""
     progress = session.progress
     session.means.add(losses)
+    events.moved(progress.step)
     if progress.step % events.log.every_steps == 0 or progress.step == session.total_steps:
         rate = progress.step * images / max(progress.seconds, 1e-9)
         lr = learning_rate(session.optimizer)
