@@ -229,15 +229,15 @@ def test_maps_of_one_cell_are_refused(
 @pytest.fixture
 def panels(monkeypatch: pytest.MonkeyPatch) -> list[list[Cell]]:
     """The cells of each panel."""
-    drawn: list[list[Cell]] = []
+    cells: list[list[Cell]] = []
     whole = drawing.save_sheet
 
     def noted(rows: list[list[Cell]], path: Path, **options: Any) -> Path:
-        drawn.append([cell for row in rows for cell in row])
+        cells.append([cell for row in rows for cell in row])
         return whole(rows, path, **options)
 
     monkeypatch.setattr(drawing, "save_sheet", noted)
-    return drawn
+    return cells
 
 
 def test_an_empty_map_is_said_and_why(
