@@ -1,6 +1,6 @@
 """Kills `fgvc improve` at random moments after its plan, and compares what it chooses in the end with an uninterrupted one.
 
-python benchmarks/improve/kills.py WORK [--kills 10] [--seed 0] [--out docs/results/improve-kills.csv]
+python benchmarks/improve/kills.py WORK [--kills 10] [--seed 0] [--out kills.csv]
 
 A small set of four kinds of beetle is drawn, a network is trained plainly for an epoch and exported; then one improvement is
 planned, its folder is copied, and the two copies are finished: one as it is, the other killed (SIGKILL) again and again.
@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("work", type=Path)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/improve-kills.csv"))
+    parser.add_argument("--out", type=Path, default=Path("kills.csv"))
     options = parser.parse_args()
     work, chance = options.work, random.Random(options.seed)
     work.mkdir(parents=True, exist_ok=True)
