@@ -175,9 +175,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    remarks: list[str] = []
     if options.out.exists():
-        with options.out.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        lines = options.out.read_text(encoding="utf-8").splitlines(keepends=True)
+        remarks = [line for line in lines if line.startswith("#")]
+        rows = list(csv.DictReader(line for line in lines if line not in remarks))
     index = read_source(AutoData(root=options.images, val_fraction=0.0))
     for name, spec in plants().items():
         if any(row["file"] == name for row in rows):
@@ -193,6 +195,7 @@ def main() -> None:
         if name == BIRDS:  # stated nowhere, so that the order is that of the set, which is right
             rows += order_rows(result, index, tuple(index.classes))
         with options.out.open("w", newline="", encoding="utf-8") as file:
+            file.writelines(remarks)
             writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
