@@ -19,11 +19,13 @@ from fgvc.evaluation.temperature import calibration
 from fgvc.images.preprocess import described
 from fgvc.io.display import Display
 from fgvc.io.names import some
+from fgvc.runs.deployed import RECORD, record_of
 from fgvc.runs.folder import is_run, read_run
 from fgvc.runs.images import descends_from_file
 from fgvc.runs.loaded import Answers, LoadedRun, load_run, onnx_answers
-from fgvc.runtime.bundle import DEPLOYED_FILE, OTHER_CLASSES, load_bundle
+from fgvc.runtime.bundle import DEPLOYED_FILE, OTHER_CLASSES, load_bundle, read_json
 from fgvc.runtime.engine import OnnxSession, doubts_about, refuse_misfit, session_of
+from fgvc.runtime.labels import labels_of
 from fgvc.runtime.stack import stack_of
 
 
@@ -80,7 +82,8 @@ def open_sides(
     for name, option in (("labels", labels), ("preprocess", preprocess)):
         for at, file in _assign_files(name, option, (a, b)):
             stated_files[at][name] = file
-    for path, files in zip((a, b), stated_files, strict=True):
+    for path, opposite, files in zip((a, b), (b, a), stated_files, strict=True):
+        files |= {name: file for name, file in _known_by(path, opposite).items() if name not in files}
         unknown = [
             name for name in ("preprocess", "labels") if name not in files and not _file_beside(path, name).is_file()
         ]
@@ -116,6 +119,20 @@ def _assign_files(name: str, option: Path | Sequence[Path] | None, sides: tuple[
 
 def _file_beside(path: Path, name: str) -> Path:
     return path.parent / f"{name}.json"
+
+
+def _known_by(path: Path, other: Path) -> dict[str, Path]:
+    """What the run or bundle on the other side knows of a lone file, where it was trained from just that file or written into
+    it: the file of its labels, and of its preprocessing. Only what the file itself lacks."""
+    if not path.is_file() or not other.is_dir():
+        return {}
+    record = other / (RECORD if is_run(other) else "contract.json")
+    facts = read_json(record, dict) if record.is_file() else {}
+    hashes = (facts if is_run(other) else facts.get("file", {})).get("sha256", {})
+    if not isinstance(hashes, Mapping) or record_of(path)["sha256"][path.name] not in hashes.values():
+        return {}
+    lacks = {"labels": labels_of(path) is None, "preprocess": not _file_beside(path, "preprocess").is_file()}
+    return {name: other / f"{name}.json" for name, missing in lacks.items() if missing}
 
 
 def _roots(paths: Sequence[Path], root: Path | None) -> list[Path | None]:

@@ -17,6 +17,7 @@ from PIL import Image
 from fgvc import api
 from fgvc.cli.app import main
 from fgvc.errors import FgvcError, NoUnseenImagesError
+from fgvc.evaluation.side import open_sides
 from fgvc.exporting.deployed import compare_written
 from fgvc.improvement.improve import run_improvement
 from fgvc.improvement.rungs import right_on_choose
@@ -164,3 +165,16 @@ def test_interrupted_in_a_rung_it_goes_on_and_ends_with_the_same(
     assert verdicts[0] == verdicts[1]
     weights = [(folder / "bundle" / "model.onnx").read_bytes() for folder in (better, out)]
     assert weights[0] == weights[1]
+
+
+def test_a_lone_file_is_compared_with_what_was_written_into_it(better: Path, deployed: Path, tmp_path: Path) -> None:
+    """The bundle knows the labels and the preprocessing of the file that it was written into; of another file it does not."""
+    shutil.copy(deployed, tmp_path / "lone.onnx")
+    first, second = open_sides(tmp_path / "lone.onnx", better / "bundle", certain=True)
+    assert first.classes == second.classes == NAMES
+    assert first.preprocess is not None
+    first, _ = open_sides(tmp_path / "lone.onnx", better / "runs" / "base", certain=True)
+    assert first.classes == NAMES
+    (tmp_path / "other.onnx").write_bytes((better / "bundle" / "model.onnx").read_bytes())
+    with pytest.raises(FgvcError, match="--labels"):
+        open_sides(tmp_path / "other.onnx", better / "bundle")
