@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fgvc.errors import FgvcError
 
@@ -36,13 +37,20 @@ class Ended:
     code: int
     stopped: bool
     seconds: float
+    before: int = 0  # bytes that its log had when it began, of earlier sessions
 
     @property
     def message(self) -> str:
-        """The last words of its log."""
-        lines = self.job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        at = next((n for n in range(len(lines) - 1, -1, -1) if lines[n].startswith("error: ")), max(0, len(lines) - 1))
-        return "\n".join(lines[at:]).removeprefix("error: ") if lines else f"ended with code {self.code}"
+        """Why it ended: the error in its log, the signal that killed it, or the last words of its log."""
+        log = self.job.log.read_bytes()[self.before :] if self.job.log.is_file() else b""
+        lines = log.decode("utf-8", "replace").strip().splitlines()
+        at = next((n for n in range(len(lines) - 1, -1, -1) if lines[n].startswith("error: ")), None)
+        if at is not None:
+            return "\n".join(lines[at:]).removeprefix("error: ")
+        if self.code < 0:
+            cause = ", most likely for want of memory" if -self.code == signal.SIGKILL else ""
+            return f"killed by signal {-self.code}{cause}"
+        return lines[-1] if lines else f"ended with code {self.code}"
 
 
 class Workers:
@@ -66,56 +74,69 @@ class Workers:
     def run(
         self, jobs: Sequence[Job], *, slots: int, until: Callable[[], bool], tick: Callable[[Sequence[Job]], None]
     ) -> list[Ended]:
-        """Run all jobs, `slots` at a time. `until`: whether time is up, when all are stopped and none is begun; `tick(running)`
-        is called a few times a second. Whatever is raised on the way, all are stopped first: each saves a checkpoint."""
-        waiting, ended, running = list(jobs), list[Ended](), dict[str, tuple[Job, float]]()
+        """Run all jobs, `slots` at a time. `until`: whether time is up, when all are stopped, those that do not end within
+        PATIENCE killed, and none is begun; `tick(running)` is called a few times a second. Whatever is raised on the way, all are
+        stopped first: each saves a checkpoint."""
+        waiting, ended, running = list(jobs), list[Ended](), dict[str, tuple[Job, float, int]]()
         threads = max(1, (os.cpu_count() or 1) // slots)
-        stopped = False
+        stopped, impatient = False, 0.0
         try:
             while running or (waiting and not stopped):
-                stopped = stopped or until()
+                if not stopped and until():
+                    stopped, impatient = True, time.monotonic() + PATIENCE
                 while waiting and len(running) < slots and not stopped:
                     job = waiting.pop(0)
                     job.log.parent.mkdir(parents=True, exist_ok=True)
+                    before = job.log.stat().st_size if job.log.exists() else 0
                     self._order({"name": job.name, "words": job.words, "log": str(job.log), "threads": threads})
-                    running[job.name] = job, time.monotonic()
+                    running[job.name] = job, time.monotonic(), before
                 if stopped:
-                    self._stop(running)
+                    self._signal(running, "stop" if time.monotonic() < impatient else "kill")
                 for report in self._ended():
-                    job, began = running.pop(report["name"])
-                    ended.append(Ended(job, report["code"], stopped and report["code"] != 0, time.monotonic() - began))
-                tick([job for job, _ in running.values()])
+                    job, began, before = running.pop(report["name"])
+                    late, seconds = stopped and report["code"] != 0, time.monotonic() - began
+                    ended.append(Ended(job, report["code"], late, seconds, before))
+                tick([job for job, _, _ in running.values()])
                 time.sleep(POLL)
         finally:
-            self._stop(running)
-            until_then = time.monotonic() + PATIENCE
-            while running and time.monotonic() < until_then:
-                for report in self._ended():
-                    running.pop(report["name"], None)
-                time.sleep(POLL / 4)
+            with suppress(FgvcError):  # of a server that has ended: `close` ends what it left
+                self._signal(running, "stop")
+                until_then = time.monotonic() + PATIENCE
+                while running and time.monotonic() < until_then:
+                    for report in self._ended():
+                        running.pop(report["name"], None)
+                    time.sleep(POLL / 4)
         return ended
 
     def stop(self, name: str) -> None:
         """Stop one of the running jobs: it saves a checkpoint and ends."""
-        self._order({"stop": name})
+        self._signal([name], "stop")
 
-    def _stop(self, running: dict[str, Any]) -> None:
-        for name in running:
-            self.stop(name)
+    def _signal(self, names: Iterable[str], order: Literal["stop", "kill"]) -> None:
+        for name in names:
+            self._order({order: name})
 
     def _order(self, order: dict[str, Any]) -> None:
-        orders = self._started().stdin
-        assert orders is not None
-        orders.write(json.dumps(order).encode() + b"\n")
-        orders.flush()
+        server = self._started()
+        assert server.stdin is not None
+        try:
+            server.stdin.write(json.dumps(order).encode() + b"\n")
+            server.stdin.flush()
+        except BrokenPipeError:
+            server.wait()
+            self._refuse_ended(server)
+
+    @staticmethod
+    def _refuse_ended(server: subprocess.Popen[bytes]) -> None:
+        if server.poll() is not None:
+            raise FgvcError(f"the process that trains has ended (code {server.returncode}); the same command goes on")
 
     def _ended(self) -> Iterator[dict[str, Any]]:
         server = self._started()
         assert server.stdout is not None
         while line := server.stdout.readline():
             yield json.loads(line)
-        if server.poll() is not None:
-            raise FgvcError(f"the process that trains has ended (code {server.returncode}); the same command goes on")
+        self._refuse_ended(server)
 
     def close(self) -> None:
         """Stop all that still runs, and wait for it."""
@@ -123,13 +144,25 @@ class Workers:
             return
         assert server.stdin is not None
         assert server.stdout is not None
-        server.stdin.close()
-        try:
+        with suppress(BrokenPipeError):
+            server.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
             server.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            server.kill()
+        if server.returncode != 0:  # it was killed, or hangs, and its processes may go on without it
+            _end_group(server.pid)
             server.wait()
         server.stdout.close()
+
+
+def _end_group(group: int) -> None:
+    """Stop the processes of a group, and kill those that do not end within PATIENCE."""
+    until = time.monotonic() + PATIENCE
+    with suppress(ProcessLookupError, PermissionError):  # none is left
+        os.killpg(group, signal.SIGTERM)
+        while time.monotonic() < until:
+            os.killpg(group, 0)
+            time.sleep(POLL)
+        os.killpg(group, signal.SIGKILL)
 
 
 @contextmanager

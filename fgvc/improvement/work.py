@@ -1,8 +1,9 @@
 """Rungs in processes of their own: training, or the timing of a few of its steps.
 
 `python -m fgvc.improvement.work` imports all that these need, once, and forks a process for each line of its standard input,
-a JSON object: {"name", "words", "log", "threads"} begins one, {"stop": name} stops it. On standard output it says how each
-ended: {"name", "code"}. At the end of its standard input, as when the command was killed, it stops all: each saves a checkpoint.
+a JSON object: {"name", "words", "log", "threads"} begins one, {"stop": name} stops it, {"kill": name} kills it. On standard
+output it says how each ended: {"name", "code"}. At the end of its standard input, as when the command was killed, it stops all:
+each saves a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from fgvc.config.recipe import Recipe
 from fgvc.data.loader import evaluation_loader
 from fgvc.data.recipe import load_recipe
 from fgvc.errors import FgvcError
+from fgvc.io.files import file_lock
 from fgvc.models.backbone import memory_format
 from fgvc.runs.distributed import process_group
+from fgvc.runs.folder import LOCK
 from fgvc.training.forecast import peak_memory
 from fgvc.training.log import Events
 from fgvc.training.optimizer_step import optimizer_step
@@ -35,6 +38,7 @@ from fgvc.training.session import open_session
 from fgvc.training.trainer import train
 
 STEPS = 3  # that are timed, after one that sets up
+PATIENCE = 60.0  # seconds that an earlier command's process has to save and end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,7 @@ def work(words: list[str]) -> int:
         if words[0] == "time":
             print(json.dumps(asdict(timing(recipe, started))))
         else:
+            _wait_for(Path(words[2]))
             train(recipe, Path(words[2]))
     except FgvcError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -91,6 +96,13 @@ def work(words: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _wait_for(run: Path) -> None:
+    """Wait for a process of an earlier command that was killed: it may still be saving."""
+    if (run / LOCK).is_file():
+        with file_lock(run / LOCK, wait=PATIENCE):
+            pass
 
 
 def _begin(order: dict[str, Any]) -> int:
@@ -124,10 +136,11 @@ def serve() -> None:
             read = os.read(0, 65536)
             *lines, pending = (pending + read).split(b"\n")
             for order in map(json.loads, lines):
-                if "stop" not in order:
+                if "name" in order:
                     running[_begin(order)] = order["name"]
-                for pid in [pid for pid, name in running.items() if name == order.get("stop")]:
-                    os.kill(pid, signal.SIGTERM)
+                for word, number in (("stop", signal.SIGTERM), ("kill", signal.SIGKILL)):
+                    for pid in [pid for pid, name in running.items() if name == order.get(word)]:
+                        os.kill(pid, number)
             if not read:
                 open_ = False
                 for pid in running:
