@@ -123,7 +123,8 @@ def unseen_rows(
     else:
         given = [SPLITS.index(split) for split in index.given_splits]
         mask &= np.isin(index.splits, given)
-        own = any(not path.startswith("../") for path in index.paths[mask].tolist())  # those beside the set lie outside of it
+        # Those beside the set lie outside of it.
+        own = beside is None or any(not path.startswith("../") for path in index.paths[mask].tolist())
         places = [*[f"the set's own {' and '.join(index.given_splits)} split"] * own, *[f"the images of {beside}"] * bool(beside)]
         where = " and ".join([*index.given_splits] * own + ([] if beside is None else [beside.name]))
         rule = f"not seen by the deployed file: {' and '.join(places)}"
@@ -180,8 +181,8 @@ def divide_unseen(
     index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64], beside: Path | None = None, ways: Ways = SETTINGS
 ) -> Unseen:
     """Divide the unseen images once: the set's own validation split chooses and its test split judges, where it brings both
-    along; else a half of each class chooses, the other one judges, near copies of each other together. Near copies of images that
-    were seen or are learned from are left out.
+    along (near copies of validation images choose, too); else a half of each class chooses, the other one judges, near copies of
+    each other together. Near copies of images that were seen or are learned from are left out.
 
     The same set gives the same halves on every machine. Raises FgvcError as `unseen_pool` does.
     """
@@ -190,9 +191,12 @@ def divide_unseen(
     if len(rows) < FEWEST_TO_CHOOSE:
         return Unseen(pool=pool, choose=np.empty(0, np.int64), judge=rows)
     if seen == "train" and set(index.given_splits) == {"val", "test"}:  # whoever made the set has divided them
-        choose, judge = (rows[index.splits[rows] == SPLITS.index(split)] for split in ("val", "test"))
+        test = index.splits[rows] == SPLITS.index("test")
+        copied = test & np.isin(pool.families[rows], pool.families[rows[~test]])
+        choose, judge = rows[~test | copied], rows[test & ~copied]
         if len(choose) and len(judge):
-            return Unseen(pool=pool, choose=choose, judge=judge, division="val chooses, test judges")
+            moved = f", but {_copies(int(copied.sum()), 'of val')}" if copied.any() else ""
+            return Unseen(pool=pool, choose=choose, judge=judge, division=f"val chooses, test judges{moved}")
     groups = pool.families[rows]
     if index.groups is not None:  # the set's own, such as photographs of one plant
         groups = joined(len(rows), links(groups), links(group_codes(index.groups[rows])))

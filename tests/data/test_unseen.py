@@ -77,13 +77,24 @@ def test_a_set_with_validation_and_test_has_divided_them_itself(folder: Path, tm
             for k in range(CLASSES):
                 for n in range(5):
                     save(own / f"class{k}" / f"{n}.png", picture(5000 + 10 * k + n))
+            save(own / "class0" / "of-val.jpg", picture(2000).resize((44, 36)))
         (root / split).symlink_to(own)
     index = read(root)
     assert set(index.given_splits) == {"val", "test"}
     unseen = divide_unseen(index, "train", learned=index.rows("train"))
-    assert set(unseen.choose) == set(index.rows("val")) - set(unseen.pool.copies)
-    assert unseen.judge.tolist() == index.rows("test").tolist()
+    copy = set(np.flatnonzero(index.paths == "test/class0/of-val.jpg"))
+    assert set(unseen.choose) == set(index.rows("val")) - set(unseen.pool.copies) | copy
+    assert set(unseen.judge) == set(index.rows("test")) - copy
+    assert "val chooses, test judges, but 1 near copy of val" in unseen.named
     assert len(unseen.pool.copies) == CLASSES
+
+
+def test_a_table_of_images_that_lie_elsewhere_has_a_split_of_its_own(folder: Path) -> None:
+    index = read(folder)
+    index = dataclasses.replace(index, paths=np.array([f"../{name}" for name in index.paths.tolist()], index.paths.dtype))
+    _, where, rule = unseen_rows(index, "train", learned=index.rows("train"))
+    assert where == "test"
+    assert "the set's own test split" in rule
 
 
 def test_a_split_that_fgvc_draws_counts_as_seen(folder: Path) -> None:
